@@ -1,0 +1,46 @@
+"""fx_influence: which rollouts and tokens of one optimizer step change a language model's entropy, and by how much."""
+
+from fx_influence.adamw import AdamWDecomposition, adamw_decompose
+from fx_influence.delta import JvpDelta, jvp_delta, snis_delta
+from fx_influence.entropy import entropy_estimate
+from fx_influence.fisher import fisher_kernel
+from fx_influence.grads import per_sample_grads, rollout_loss
+from fx_influence.importance import SnisDelta
+from fx_influence.influence import Influence, influence
+from fx_influence.interop.optim import adamw_state
+from fx_influence.logprobs import TokenValues, token_values
+from fx_influence.losses import clipped_ratio, coefficients, group_advantages
+from fx_influence.policy import Policy, functionalize
+from fx_influence.queries import expected_reward, kl_to_reference
+from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityError, Params
+
+__all__ = [
+    "AdamWDecomposition",
+    "AdamWHyper",
+    "AdamWState",
+    "Apply",
+    "Batch",
+    "IdentityError",
+    "Influence",
+    "JvpDelta",
+    "Params",
+    "Policy",
+    "SnisDelta",
+    "TokenValues",
+    "adamw_decompose",
+    "adamw_state",
+    "clipped_ratio",
+    "coefficients",
+    "entropy_estimate",
+    "expected_reward",
+    "fisher_kernel",
+    "functionalize",
+    "group_advantages",
+    "influence",
+    "jvp_delta",
+    "kl_to_reference",
+    "per_sample_grads",
+    "rollout_loss",
+    "snis_delta",
+    "token_values",
+]

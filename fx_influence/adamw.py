@@ -1,0 +1,173 @@
+"""AdamW as a stateless map from a batch's gradient to a direction, and its split into the parts of each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fx_influence.tree import check_names, promote
+from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
+
+
+class AdamWDecomposition(NamedTuple):
+    """One AdamW step per unit learning rate, split. Every dictionary has all names of ``params``.
+
+    ``direction``: v. ``baseline``: what is left of v without the batch's gradients; v = baseline + sum_i gain * g_i.
+    ``momentum``, ``weight_decay``: the parts of v that the old first moment and the decay make, whatever the gain.
+    ``gain``: gamma, the diagonal that maps a sequence's gradient to its part. ``clip``: kappa, a scalar.
+    """
+
+    direction: Params
+    baseline: Params
+    momentum: Params
+    weight_decay: Params
+    gain: Params
+    clip: Tensor
+
+
+def adamw_decompose(
+    grads: Mapping[str, Tensor | None],
+    opt_state: AdamWState,
+    params: Params,
+    gain: Gain = "share",
+    max_grad_norm: float | None = None,
+) -> AdamWDecomposition:
+    """The direction v of one AdamW step, theta' = theta + lr v, and its affine split over the batch's gradients.
+
+    With g the batch's gradient, kappa = min(1, max_grad_norm / (|g| + 1e-6)) frozen, ghat = kappa g (-kappa g under
+    ``maximize``), tau = step + 1, B_k = 1 - beta_k^tau and rho = lr_group / lr_ref:
+
+        m' = beta1 m + (1 - beta1) ghat        s' = beta2 s + (1 - beta2) ghat^2
+        den = sqrt(shat / B2) + eps            shat = max(max_exp_avg_sq, s') with amsgrad, else s'
+        v = rho (-(m' / B1) / den - lambda theta)
+
+    ``gain`` says what a sequence's gradient is multiplied with:
+
+    - ``"share"``: gamma = -rho kappa (1 - beta1) / (B1 den); baseline = momentum + weight decay, exactly.
+    - ``"marginal"``: gamma = dv/dg with kappa frozen, den's dependence on g included; baseline = v - gamma g.
+    - ``"rmsprop"``: gamma = -rho / den; v is replaced by gamma g, and baseline, momentum and decay by 0.
+
+    ``grads``: by name, the parameter's shape; None or absent (backward never reached it) and parameters that the
+    optimizer does not hold have v = 0, decay included. Results are float64 where the parameter or its state is, else
+    float32, in units of parameter per unit lr_ref; a positive v raises the parameter.
+
+    Departs from ``torch.optim.AdamW`` in nothing: v = (theta' - theta) / lr for the hyperparameters of its
+    param_groups. The clip is ``torch.nn.utils.clip_grad_norm_`` over all of ``grads``.
+    Raises ``ValueError`` for names or shapes that disagree, a gradient that is not finite, an unknown gain.
+    Source: Loshchilov & Hutter, arXiv 1711.05101; amsgrad: Reddi et al., arXiv 1904.09237.
+
+    Example:
+        >>> hyper = AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.1, False, False)
+        >>> zero = torch.zeros(2)
+        >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": hyper}, lr=1e-3)
+        >>> step = adamw_decompose({"w": torch.tensor([3.0, -2.0])}, state, {"w": torch.ones(2)})
+        >>> step.direction["w"], step.weight_decay["w"]
+        (tensor([-1.1000,  0.9000]), tensor([-0.1000, -0.1000]))
+    """
+    check_adamw_inputs(grads, opt_state, params, gain, max_grad_norm)
+    clip = _clip_factor(grads, max_grad_norm, params)
+    parts: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}
+    for name, p in params.items():
+        g = grads.get(name)
+        held = g is not None and name in opt_state.hyper
+        step = _parameter_step(name, p, g, clip, opt_state, gain) if held and g is not None else _no_step(p)
+        for field, value in step.items():
+            parts[field][name] = value
+    return AdamWDecomposition(**parts, clip=clip)
+
+
+def second_moment_denominator(
+    hyper: AdamWHyper, second: Tensor, step: int, maximum: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(den, r, live): den = sqrt(shat / B2) + eps with r = sqrt(second / B2), and where ``second`` is shat itself.
+
+    ``second``: s after ``step`` updates. ``maximum``: amsgrad's max_exp_avg_sq, so that shat = max(maximum, second).
+    """
+    correction = 1 - hyper.beta2**step
+    r = (second / correction).sqrt()
+    if maximum is None:
+        return r + hyper.eps, r, torch.ones_like(r, dtype=torch.bool)
+    live = second > maximum
+    return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, live
+
+
+def _parameter_step(
+    name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Gain
+) -> dict[str, Tensor]:
+    hyper, tau = state.hyper[name], state.step[name] + 1
+    dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
+    theta, m, s = p.to(dtype), state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)
+    sign = -1.0 if hyper.maximize else 1.0
+    clip = clip.to(dtype)
+    ghat = sign * clip * g.to(dtype)
+    s_new = hyper.beta2 * s + (1 - hyper.beta2) * ghat.square()
+    maximum = state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
+    den, r, live = second_moment_denominator(hyper, s_new, tau, maximum)
+    b1, rho = 1 - hyper.beta1**tau, hyper.lr_scale
+
+    if gain == "rmsprop":
+        gamma = -sign * rho / den
+        return {**_no_step(p), "direction": gamma * g.to(dtype), "gain": gamma}
+    momentum = -rho * hyper.beta1 * m / (b1 * den)
+    decay = -rho * hyper.weight_decay * theta
+    m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
+    direction = -rho * m_hat / den + decay
+    gamma = -rho * sign * clip * (1 - hyper.beta1) / (b1 * den)
+    if gain == "share":
+        baseline = momentum + decay
+    else:
+        b2 = 1 - hyper.beta2**tau
+        slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
+        gamma = gamma + rho * sign * clip * torch.where(live & (r > 0), slope, torch.zeros_like(slope))
+        baseline = direction - gamma * g.to(dtype)
+    return {
+        "direction": direction,
+        "baseline": baseline,
+        "momentum": momentum,
+        "weight_decay": decay,
+        "gain": gamma,
+    }
+
+
+def _no_step(p: Tensor) -> dict[str, Tensor]:
+    zero = torch.zeros_like(p, dtype=promote(p.dtype))
+    return dict.fromkeys(("direction", "baseline", "momentum", "weight_decay", "gain"), zero)
+
+
+def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
+    first = next(iter(params.values()))
+    one = torch.ones((), dtype=promote(first.dtype), device=first.device)
+    norms = [g.to(promote(g.dtype)).norm() for g in grads.values() if g is not None]
+    if not norms:
+        return one
+    norm = torch.stack([n.to(one) for n in norms]).norm()
+    if not torch.isfinite(norm):
+        bad = next((k for k, g in grads.items() if g is not None and not torch.isfinite(g).all()), "their norm")
+        raise ValueError(f"grads[{bad!r}] is not finite; the step that it makes has no direction: drop the batch")
+    return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def check_adamw_inputs(
+    grads: Mapping[str, Tensor | None],
+    opt_state: AdamWState,
+    params: Params,
+    gain: str,
+    max_grad_norm: float | None,
+) -> None:
+    """Raise ``ValueError`` for whatever ``adamw_decompose`` could not use, before anything is computed."""
+    if gain not in get_args(Gain):
+        raise ValueError(f"gain is {gain!r}; use one of {', '.join(get_args(Gain))}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a positive number, or None where nothing is clipped")
+    check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
+    remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
+    for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
+    if not any(name in opt_state.hyper for name in params):
+        raise ValueError(f"opt_state.hyper has none of the {len(params)} trainable parameters; {remedy}")
+    for name in opt_state.hyper:
+        if name not in opt_state.exp_avg or name not in opt_state.exp_avg_sq or name not in opt_state.step:
+            raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")

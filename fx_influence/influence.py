@@ -1,0 +1,239 @@
+"""The influence of every rollout and token of one optimizer step on the policy's entropy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.adamw import adamw_decompose, check_adamw_inputs
+from fx_influence.checks import check_batch, check_options
+from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
+from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
+from fx_influence.grads import MEMORY_BUDGET, gradient_kernel
+from fx_influence.logprobs import all_token_values, batch_gradient, rows, token_jvp
+from fx_influence.queries import Query, query_coefficients
+from fx_influence.tree import dot, multiply
+from fx_influence.types import (
+    AdamWState,
+    Apply,
+    Batch,
+    Estimator,
+    Gain,
+    Gradients,
+    IdentityError,
+    Normalize,
+    Params,
+)
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+"""Relative residual above which a result is refused, by the lowest precision that the model computes in."""
+
+
+class Influence(NamedTuple):
+    """First-order influences of one step on the query, by default entropy: nats per unit lr, positive raises it.
+
+    ``per_sequence``: delta_i (n_u,). ``per_token``: delta_it (n_u, T), 0 outside completions, adding up to delta_i.
+    ``stderr``: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters.
+    ``baseline``: what the step would do without U's gradients, scalar; its parts ``momentum`` and ``weight_decay``.
+    ``total``: baseline + sum_i delta_i. ``residual``: <grad H, gain * g> - sum_i delta_i, g from reverse mode.
+    ``unattributed``: <grad H, gain * (grad - sum_i g_i)>, terms of a gradient handed in that no coefficient expresses.
+    ``per_parameter``: the rollouts' part by parameter, adding up to sum_i delta_i (and ``unattributed``).
+    ``matrix``: M_ai (n_e, n_u), the part of E's rollout a in delta_i, or None. All float64 but the matrix.
+    """
+
+    per_sequence: Tensor
+    per_token: Tensor
+    stderr: Tensor
+    baseline: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    total: Tensor
+    residual: Tensor
+    unattributed: Tensor
+    per_parameter: dict[str, Tensor]
+    matrix: Tensor | None
+
+
+def influence(
+    params: Params,
+    batch_u: Batch,
+    batch_e: Batch,
+    opt_state: AdamWState,
+    *,
+    apply: Apply,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    gain: Gain = "share",
+    temperature: float = 1.0,
+    max_grad_norm: float | None = None,
+    grad: Gradients | None = None,
+    query: Query | None = None,
+    matrix: bool = False,
+    stderr: bool = True,
+    chunk_size: int | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    tolerance: float | None = None,
+) -> Influence:
+    """How much each rollout and token of U changes the policy's entropy in one AdamW step, to first order in lr.
+
+    With g_i the gradient of rollout i's loss and v = v_baseline + sum_i gamma * g_i the step's direction,
+
+        delta_i = <grad H, gamma * g_i> = -sum_t (c_it <u, grad log pi(y_it)> + b_it <u, grad h_it>),  u = gamma * grad H
+
+    by the adjoint route: a reverse pass over E for grad H, one over U for gamma, and a JVP of U's log-probabilities in
+    direction u; no per-sequence gradient is stored. ``grad H`` is that of ``entropy_coefficients`` (``estimator``,
+    ``normalize``) or of ``query``, see ``queries``; E must be sampled from the policy at ``params``.
+
+    ``params``, ``apply``: as ``functionalize`` gives them. ``batch_u``: with coefficients, see ``coefficients``.
+    ``opt_state``: before the step. ``gain``, ``max_grad_norm``: see ``adamw_decompose``.
+    ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
+    ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks of ``memory_budget`` bytes.
+    ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters at one JVP each.
+    ``chunk_size``: rows per forward; None chooses by tokens.
+
+    The residual is always computed. Raises ``IdentityError`` where it exceeds ``tolerance`` (None: 1e-4 for float32
+    models, 1e-9 for float64) times max(sum |delta_i|, |<u, g>|): a derivative was lost on the way. Raises
+    ``ValueError`` for inputs that disagree. Pure: nothing given is changed and nothing is remembered.
+    Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
+        >>> mask = torch.tensor([[False, True, True], [False, True, False]])
+        >>> batch = Batch(ids, ids > 0, mask, coefficients=0.5 * mask)
+        >>> apply = lambda p, ids, mask: p["table"][ids]
+        >>> params = {"table": torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(4, 4)}
+        >>> zero = {"table": torch.zeros(4, 4, dtype=torch.float64)}
+        >>> from fx_influence.types import AdamWHyper
+        >>> hyper = {"table": AdamWHyper(1.0, 0.9, 0.99, 1e-8, 0.0, False, False)}
+        >>> state = AdamWState(zero, zero, {}, {"table": 0}, hyper, lr=1e-3)
+        >>> out = influence(params, batch, batch, state, apply=apply)
+        >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
+        (True, True)
+    """
+    forward = Forward(apply, temperature, chunk_size)
+    _check(params, batch_u, batch_e, forward, estimator, normalize)
+    check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
+    batch_e = _with_surrogate(params, batch_e, forward, query, estimator, normalize)
+    g_u = batch_gradient(params, batch_u, *forward) if grad is None else grad
+    step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
+
+    unions = union_index(batch_e) if stderr and not matrix else torch.zeros_like(batch_e.input_ids[:, 0])
+    slope, parts = _adjoint(params, batch_u, batch_e, step.gain, unions, forward)
+    per_token = parts.sum(0)
+    per_sequence = per_token.sum(-1)
+
+    u = multiply(step.gain, slope)
+    per_parameter = {name: dot({name: g_u.get(name)}, {name: x}) for name, x in u.items()}
+    whole = torch.stack(list(per_parameter.values())).sum()
+    bound = _tolerance(params, apply) if tolerance is None else tolerance
+    unattributed = torch.zeros_like(whole)
+    if grad is not None and not _within(whole - per_sequence.sum(), per_sequence, whole, bound):
+        # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' own must still add up.
+        rollouts = dot(batch_gradient(params, batch_u, *forward), u)
+        unattributed, whole = whole - rollouts, rollouts
+    residual = whole - per_sequence.sum()
+    _guard("the JVP over U", residual, per_sequence, whole, bound)
+
+    kernel = None
+    error = torch.full_like(per_sequence, torch.nan)
+    shares = _shares(batch_e, normalize, query)
+    if matrix:
+        kernel = -gradient_kernel(params, batch_e, batch_u, step.gain, apply, temperature, memory_budget, chunk_size)
+        columns = kernel.double().sum(0)
+        _guard("the matrix", whole - columns.sum(), columns, whole, bound)
+        error = cluster_stderr(kernel, columns, shares, cluster_index(batch_e)) if stderr else error
+    elif stderr:
+        grouped = shares.new_zeros(len(parts)).index_add(0, unions, shares)
+        error = cluster_stderr(parts.sum(-1), per_sequence, grouped, torch.arange(len(parts), device=unions.device))
+
+    baseline = dot(step.baseline, slope)
+    return Influence(
+        per_sequence=per_sequence,
+        per_token=per_token,
+        stderr=error,
+        baseline=baseline,
+        momentum=dot(step.momentum, slope),
+        weight_decay=dot(step.weight_decay, slope),
+        total=baseline + per_sequence.sum(),
+        residual=residual,
+        unattributed=unattributed,
+        per_parameter=per_parameter,
+        matrix=kernel,
+    )
+
+
+class Forward(NamedTuple):
+    apply: Apply
+    temperature: float
+    chunk_size: int | None
+
+
+def _with_surrogate(
+    params: Params, batch_e: Batch, forward: Forward, query: Query | None, estimator: Estimator, normalize: Normalize
+) -> Batch:
+    values = all_token_values(params, batch_e, *forward)
+    if query is None:
+        wanted = entropy_coefficients(values, batch_e, estimator, normalize)
+    else:
+        wanted = query_coefficients(query, values, batch_e)
+    return batch_e._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
+
+
+def _adjoint(
+    params: Params, batch_u: Batch, batch_e: Batch, gain: Params, unions: Tensor, forward: Forward
+) -> tuple[Params, Tensor]:
+    """grad H, and the token shares (K, n_u, T) that each union of E's rows makes."""
+    slope: Params = {name: torch.zeros_like(x) for name, x in gain.items()}
+    parts = []
+    for k in range(int(unions.max()) + 1):
+        # The surrogate is ascended and a loss descended: hence the sign.
+        part = batch_gradient(params, rows(batch_e, unions == k), *forward)
+        slope = {name: x if (g := part[name]) is None else x - g for name, x in slope.items()}
+        ascent = {name: -x for name, x in multiply(gain, part).items()}
+        parts.append(_token_shares(params, ascent, batch_u, forward))
+    return slope, torch.stack(parts)
+
+
+def _token_shares(params: Params, u: Params, batch_u: Batch, forward: Forward) -> Tensor:
+    derivatives = token_jvp(params, u, batch_u, *forward)
+    shares = torch.zeros(batch_u.input_ids.shape, dtype=torch.float64, device=batch_u.input_ids.device)
+    for d, weight in zip(derivatives, (batch_u.coefficients, batch_u.entropy_coefficients), strict=True):
+        if weight is not None:
+            shares -= weight.double() * d.double()
+    return shares
+
+
+def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor:
+    f = sequence_shares(batch_e.completion_mask, normalize if query is None else "sequence")
+    return f / f.sum()
+
+
+def _tolerance(params: Params, apply: Apply) -> float:
+    dtypes = {p.dtype for p in params.values()} | ({apply.computes_in} if getattr(apply, "computes_in", None) else set())
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+
+
+def _within(residual: Tensor, per_sequence: Tensor, whole: Tensor, bound: float) -> bool:
+    return bool(residual.abs() <= bound * torch.maximum(per_sequence.abs().sum(), whole.abs()))
+
+
+def _guard(route: str, residual: Tensor, per_sequence: Tensor, whole: Tensor, bound: float) -> None:
+    if not _within(residual, per_sequence, whole, bound):
+        size = torch.maximum(per_sequence.abs().sum(), whole.abs()).item()
+        raise IdentityError(
+            f"{route} gives {per_sequence.sum().item():.6g} for all rollouts together and reverse mode "
+            f"{whole.item():.6g}: the residual {residual.item():.3g} is {abs(residual.item()) / size:.3g} of "
+            f"{size:.3g}, allowed {bound:.1g}. A derivative is lost or inexact: check that apply is differentiable in "
+            "forward mode (eager attention, no compiled or custom kernels), deterministic, and free of dropout"
+        )
+
+
+def _check(
+    params: Params, batch_u: Batch, batch_e: Batch, forward: Forward, estimator: Estimator, normalize: Normalize
+) -> None:
+    check_estimator(estimator, normalize)
+    check_options(forward.temperature, forward.chunk_size)
+    check_batch("batch_u", batch_u, params, forward.apply, coefficients=True)
+    check_batch("batch_e", batch_e, params, forward.apply)

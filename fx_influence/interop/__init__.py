@@ -1,0 +1,1 @@
+"""The outside world turned into pure values: optimizers, checkpoints, prompts, rewards, rollouts."""

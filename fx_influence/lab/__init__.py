@@ -1,0 +1,1 @@
+"""Experiments: plan, run, store, report, and the command line."""

@@ -1,0 +1,160 @@
+"""Every policy-gradient loss as one coefficient per completion token, c_it = -dL/dlog pi(y_it | y_i<t) at the current theta."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "prompt_max")
+
+
+def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
+    """Group-relative advantages A_i = (r_i - mean_group) / (std_group + eps), the std unbiased as in TRL.
+
+    ``rewards``: float (N,). ``group``: int64 (N,). ``scale=False`` leaves the division out (Dr. GRPO).
+    A group of one row has advantage 0. Returns (N,) in the dtype of ``rewards``, at least float32.
+    Raises ``ValueError`` for rewards that are not finite.
+    Source: Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., arXiv 2503.20783.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]), scale=False).tolist()
+        [0.5, -0.5, 0.0]
+    """
+    rewards = _at_least_float32(rewards)
+    _require_finite("rewards", rewards)
+    _, index = torch.unique(group, return_inverse=True)
+    count = torch.bincount(index).to(rewards)
+    centred = rewards - (torch.zeros_like(count).index_add(0, index, rewards) / count)[index]
+    if not scale:
+        return centred
+    variance = torch.zeros_like(count).index_add(0, index, centred.square()) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt()[index] + eps)
+
+
+def clipped_ratio(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
+) -> Tensor:
+    """The PPO ratio r = pi/pi_old, set to 0 where clipping cuts the gradient, ready for ``coefficients(ratio=...)``.
+
+    d/dlog pi of min(r A, clip(r, 1-epsilon_low, 1+epsilon_high) A) is r A where the unclipped branch is the
+    smaller and 0 elsewhere: where A > 0 and r > 1+epsilon_high, or A < 0 and r < 1-epsilon_low.
+    ``logprobs``, ``old_logprobs``: (N, T). ``advantages``: (N,) or (N, T). Returns (N, T), at least float32.
+    Source: Schulman et al., arXiv 1707.06347; asymmetric bounds: Yu et al., DAPO, arXiv 2503.14476.
+
+    Example:
+        >>> new, old = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
+        >>> clipped_ratio(new, old, torch.ones(1)).tolist()
+        [[0.0, 1.0]]
+    """
+    ratio = (_at_least_float32(logprobs) - _at_least_float32(old_logprobs)).exp()
+    advantages = _per_token(advantages, ratio)
+    cut = ((advantages > 0) & (ratio > 1 + epsilon_high)) | ((advantages < 0) & (ratio < 1 - epsilon_low))
+    return ratio.masked_fill(cut, 0.0)
+
+
+def coefficients(
+    loss_type: str,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    group: Tensor | None = None,
+    max_completion_length: int | None = None,
+    ratio: Tensor | None = None,
+) -> Tensor:
+    """Coefficients c_it of a policy-gradient loss, so that dL/dtheta = -sum_it c_it d log pi(y_it)/dtheta.
+
+    With advantages A_i, N rows and T_i completion tokens, c_it is
+
+    - ``"grpo"``: A_i / (N T_i)
+    - ``"bnpo"``: A_i / sum_j T_j over the rows handed in, a micro-batch
+    - ``"dapo"``: A_i / sum_j T_j over the rows handed in, the whole generation batch
+    - ``"dr_grpo"``: A_i / (N max_completion_length)
+    - ``"prompt_max"``: A_i / (G longest completion of the row's prompt), G the rows of that prompt
+
+    times ``ratio`` where given (pi/pi_old, already 0 where clipping cuts: see ``clipped_ratio``). Every denominator
+    is at least 1. ``advantages``: (N,), or (N, T) where they differ by token. ``completion_mask``: bool (N, T).
+    ``group``: int64 (N,), needed by ``"prompt_max"``. ``ratio``: (N, T), or (N,) for sequence-level ratios.
+    Returns (N, T), 0 outside the mask, float64 if the advantages are, else float32. Positive c pushes a token up.
+
+    Raises ``ValueError`` for an unknown loss type, shapes that disagree, a missing argument, or values not finite.
+    Source: DeepSeekMath arXiv 2402.03300, DAPO arXiv 2503.14476, Dr. GRPO arXiv 2503.20783.
+
+    Example:
+        >>> mask = torch.tensor([[False, True, True], [False, True, False]])
+        >>> coefficients("grpo", torch.tensor([1.0, -1.0]), mask).tolist()
+        [[0.0, 0.25, 0.25], [0.0, -0.5, 0.0]]
+    """
+    _check_inputs(loss_type, advantages, completion_mask, group, max_completion_length, ratio)
+    mask = completion_mask.to(torch.promote_types(advantages.dtype, torch.float32))
+    lengths = mask.sum(-1, keepdim=True)
+    n = mask.shape[0]
+    if loss_type == "grpo":
+        denominator = n * lengths.clamp(min=1)
+    elif loss_type in ("bnpo", "dapo"):
+        denominator = lengths.sum().clamp(min=1)
+    elif loss_type == "dr_grpo":
+        assert max_completion_length is not None
+        denominator = mask.new_tensor(float(max(n * max_completion_length, 1)))
+    else:
+        assert group is not None
+        denominator = _prompt_max_denominator(lengths, group)
+    c = _per_token(advantages, mask) / denominator
+    if ratio is not None:
+        c = c * _per_token(ratio, mask)
+    return torch.where(completion_mask, c, torch.zeros_like(mask))
+
+
+def _prompt_max_denominator(lengths: Tensor, group: Tensor) -> Tensor:
+    _, index = torch.unique(group, return_inverse=True)
+    count = torch.bincount(index).to(lengths)
+    longest = torch.zeros_like(count).scatter_reduce(0, index, lengths.squeeze(-1), "amax").clamp(min=1)
+    return (count * longest)[index].unsqueeze(-1)
+
+
+def _check_inputs(
+    loss_type: str,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    group: Tensor | None,
+    max_completion_length: int | None,
+    ratio: Tensor | None,
+) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type is {loss_type!r}; use one of {', '.join(LOSS_TYPES)}")
+    if completion_mask.dim() != 2 or completion_mask.dtype != torch.bool:
+        raise ValueError(
+            f"completion_mask is {completion_mask.dtype} of shape {tuple(completion_mask.shape)}; pass bool (N, T)"
+        )
+    shape = tuple(completion_mask.shape)
+    for name, value in (("advantages", advantages), ("ratio", ratio)):
+        if value is None:
+            continue
+        if tuple(value.shape) not in (shape, shape[:1], (shape[0], 1)):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; pass ({shape[0]},) or {shape}, one row a completion")
+    if group is not None and tuple(group.shape) != shape[:1]:
+        raise ValueError(f"group has shape {tuple(group.shape)}; pass ({shape[0]},), one prompt index a row")
+    _require_finite("advantages", advantages if advantages.dim() == 1 else advantages.expand(shape)[completion_mask])
+    if ratio is not None:
+        _require_finite("ratio", ratio if ratio.dim() == 1 else ratio.expand(shape)[completion_mask])
+    if loss_type == "prompt_max" and group is None:
+        raise ValueError("group is None; loss_type 'prompt_max' needs group=, the prompt index of each row")
+    if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
+        raise ValueError(f"max_completion_length is {max_completion_length}; loss_type 'dr_grpo' needs it, at least 1")
+
+
+def _per_token(values: Tensor, like: Tensor) -> Tensor:
+    values = values.to(torch.promote_types(values.dtype, like.dtype))
+    return values.unsqueeze(-1) if values.dim() == 1 else values
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _require_finite(name: str, values: Tensor) -> None:
+    bad = (~torch.isfinite(values)).flatten().nonzero()
+    if len(bad):
+        i = int(bad[0])
+        raise ValueError(
+            f"{name}[{i}] is {values.flatten()[i].item()} ({len(bad)} such values); every value must be finite: "
+            "drop those rollouts or repair their rewards"
+        )

@@ -1,0 +1,62 @@
+"""Arithmetic on parameter dictionaries: the few operations that directions and gradients need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fx_influence.types import Params
+
+
+def promote(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def dot(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> Tensor:
+    """Inner product sum_name <a_name, b_name> accumulated in float64; names absent or None in ``a`` count as 0.
+
+    Returns a float64 scalar on the device of ``b``.
+
+    Example:
+        >>> dot({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0]), "v": torch.ones(1)}).item()
+        3.0
+    """
+    parts = [(x.double() * b[name].double()).sum() for name, x in a.items() if x is not None]
+    return torch.stack(parts).sum() if parts else next(iter(b.values())).new_zeros((), dtype=torch.float64)
+
+
+def add(a: Params, b: Mapping[str, Tensor | None]) -> Params:
+    """a + b by name, a's names; absent or None in ``b`` counts as 0."""
+    out = {}
+    for name, x in a.items():
+        y = b.get(name)
+        out[name] = x if y is None else x + y
+    return out
+
+
+def multiply(a: Params, b: Mapping[str, Tensor | None]) -> Params:
+    """Elementwise product by name, a's names; absent or None in ``b`` counts as 0."""
+    out = {}
+    for name, x in a.items():
+        y = b.get(name)
+        out[name] = torch.zeros_like(x) if y is None else x * y
+    return out
+
+
+def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
+    """theta + eta v in the dtype of theta; names absent in ``direction`` stay where they are."""
+    return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
+
+
+def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, remedy: str) -> None:
+    """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape."""
+    for name, value in tree.items():
+        if name not in params:
+            raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}")
+        if value is not None and value.shape != params[name].shape:
+            raise ValueError(
+                f"{field}[{name!r}] has shape {tuple(value.shape)} but the parameter {tuple(params[name].shape)}; {remedy}"
+            )

@@ -1,0 +1,85 @@
+"""The values every other module passes around: batches, optimizer state, the policy's call signature, and the refusal.
+
+Everything here is a plain value without behaviour, so the slow reference can share it without sharing a bug.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Trainable parameters (or a direction in their space) by name."""
+
+Gradients = dict[str, Tensor | None]
+"""A gradient by parameter name; ``None`` where backward never reached the parameter."""
+
+Estimator = Literal["per_decision", "sequence"]
+Normalize = Literal["token", "sequence"]
+Gain = Literal["share", "marginal", "rmsprop"]
+
+
+class Apply(Protocol):
+    """A policy as a pure function: ``apply(params, input_ids, attention_mask) -> logits (B, T, V)``."""
+
+    def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+
+class Batch(NamedTuple):
+    """Rollouts as tensors; one row is one prompt with one completion, padded on either side.
+
+    ``input_ids``: int64 (B, T), prompt and completion.
+    ``attention_mask``: bool (B, T), True on real tokens.
+    ``completion_mask``: bool (B, T), True on generated tokens that count, the sampled end of sequence included.
+    The token at position t is scored by the logits at t-1, so column 0 is never True.
+    ``coefficients``: float (B, T), c_it = -dL/dlog pi(y_it), needed in an update batch.
+    ``entropy_coefficients``: float (B, T), b_it = -dL/dh_it, for losses with an entropy bonus.
+    ``group``: int64 (B,), the prompt that a row belongs to.
+
+    Example:
+        >>> import torch
+        >>> ids = torch.tensor([[5, 6, 7, 0]])
+        >>> mask = ids != 0
+        >>> Batch(ids, mask, mask & (torch.arange(4) >= 2)).completion_mask.sum().item()
+        1
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    coefficients: Tensor | None = None
+    entropy_coefficients: Tensor | None = None
+    group: Tensor | None = None
+
+
+class AdamWHyper(NamedTuple):
+    """What the optimizer's ``param_group`` says of one parameter; ``lr_scale`` is rho = lr_group / lr_ref."""
+
+    lr_scale: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+
+
+class AdamWState(NamedTuple):
+    """AdamW's state as values, by parameter name; parameters that the optimizer does not hold are absent.
+
+    ``exp_avg`` (m), ``exp_avg_sq`` (s) and, for amsgrad parameters only, ``max_exp_avg_sq``: the parameter's shape.
+    ``step``: updates made so far. ``hyper``: the parameter's own hyperparameters.
+    ``lr``: lr_ref, the first nonzero learning rate in group order, or 0.0 where all are 0.
+    """
+
+    exp_avg: Params
+    exp_avg_sq: Params
+    max_exp_avg_sq: Params
+    step: dict[str, int]
+    hyper: dict[str, AdamWHyper]
+    lr: float
+
+
+class IdentityError(ArithmeticError):
+    """The parts do not add up to the whole: a derivative was lost or the inputs disagree, so no result is given."""
