@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fx_influence.tree import check_names, promote
+from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
 
 
@@ -67,6 +67,7 @@ def adamw_decompose(
         >>> step.direction["w"], step.weight_decay["w"]
         (tensor([-1.1000,  0.9000]), tensor([-0.1000, -0.1000]))
     """
+    params = detached(params)
     check_adamw_inputs(grads, opt_state, params, gain, max_grad_norm)
     clip = _clip_factor(grads, max_grad_norm, params)
     parts: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}

@@ -12,7 +12,7 @@ from fx_influence.checks import check_batch, check_options
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.importance import SnisDelta, snis
 from fx_influence.logprobs import TokenValues, all_token_values, concatenate, row_chunks, token_values
-from fx_influence.tree import check_names, promote, shift
+from fx_influence.tree import check_names, detached, promote, shift
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params
 
 
@@ -58,7 +58,7 @@ def snis_delta(
         True
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params = {name: p.to(promote(p.dtype)) for name, p in params.items()}
+    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
     base, moved = (
         completions(all_token_values(at, batch_e, apply, temperature, chunk_size), batch_e.completion_mask)
         for at in (params, shift(params, direction, eta))
@@ -92,6 +92,7 @@ def jvp_delta(
         (True, torch.Size([2]))
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
+    params = detached(params)
     largest = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
     scale = largest if largest > 0 else 1.0
     unit = {name: (v / scale).to(params[name].dtype) for name, v in direction.items()}
@@ -109,7 +110,7 @@ def jvp_delta(
         return snis(orders[0], Completions(moved[0], moved[1], orders[0].ok), estimator, normalize, clip=None).delta_h
 
     zero, one = contributions.new_zeros(()), contributions.new_ones(())
-    _, second = jvp(lambda eta: jvp(along, (eta,), (one,))[1], (zero,), (one,))
+    second = jvp(lambda eta: jvp(along, (eta,), (one,))[1], (zero,), (one,))[1]
     return JvpDelta(contributions.sum(), second * scale**2, contributions)
 
 
@@ -125,7 +126,8 @@ def _expand(
         return token_values(shift(params, unit, eta), batch, apply, temperature)
 
     with torch.no_grad():
-        (values, once), (_, twice) = jvp(lambda eta: jvp(along, (eta,), (one,)), (zero,), (one,))
+        expansion = jvp(lambda eta: jvp(along, (eta,), (one,))[:2], (zero,), (one,))
+    (values, once), (_, twice) = expansion[:2]
     return values, once, twice
 
 

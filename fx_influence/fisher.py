@@ -11,7 +11,7 @@ from fx_influence.adamw import adamw_decompose, check_adamw_inputs, second_momen
 from fx_influence.checks import check_batch, check_options
 from fx_influence.grads import MEMORY_BUDGET, gradient_kernel
 from fx_influence.logprobs import batch_gradient
-from fx_influence.tree import check_names, promote
+from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWState, Apply, Batch, Params
 
 Preconditioner = Literal["adam", "identity"]
@@ -46,6 +46,7 @@ def fisher_kernel(
         >>> fisher_kernel({"b": torch.zeros(4)}, batch, batch, None, apply=apply, preconditioner="identity").tolist()
         [[0.75, -0.25], [-0.25, 0.75]]
     """
+    params = detached(params)
     check_options(temperature, chunk_size)
     check_batch("batch_a", batch_a, params, apply)
     check_batch("batch_b", batch_b, params, apply)

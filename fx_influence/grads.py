@@ -39,7 +39,8 @@ def per_sample_grads(
 
     def loss_of(params: Params, fields: tuple[Tensor, ...]) -> Tensor:
         # vmap refuses None among its inputs, so the fields that are absent are put back inside.
-        return loss_fn(params, Batch(**{**dict.fromkeys(Batch._fields), **dict(zip(present, fields, strict=True))}))
+        given = dict(zip(present, fields, strict=True))
+        return loss_fn(params, Batch._make(given.get(name) for name in Batch._fields))
 
     fields = tuple(getattr(batch, name) for name in present)
     frozen = {name: p.detach() for name, p in params.items()}
@@ -60,7 +61,7 @@ def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Ba
     """
 
     def loss(params: Params, row: Batch) -> Tensor:
-        one = Batch(*(None if field is None else field.unsqueeze(0) for field in row))
+        one = Batch._make(None if field is None else field.unsqueeze(0) for field in row)
         return surrogate(token_values(params, one, apply, temperature), one)
 
     return loss

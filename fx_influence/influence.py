@@ -14,7 +14,7 @@ from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.grads import MEMORY_BUDGET, gradient_kernel
 from fx_influence.logprobs import all_token_values, batch_gradient, rows, token_jvp
 from fx_influence.queries import Query, query_coefficients
-from fx_influence.tree import dot, multiply
+from fx_influence.tree import detached, dot, multiply
 from fx_influence.types import (
     AdamWState,
     Apply,
@@ -112,7 +112,7 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
     """
-    forward = Forward(apply, temperature, chunk_size)
+    params, forward = detached(params), Forward(apply, temperature, chunk_size)
     _check(params, batch_u, batch_e, forward, estimator, normalize)
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
     batch_e = _with_surrogate(params, batch_e, forward, query, estimator, normalize)
@@ -211,7 +211,7 @@ def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor
 
 
 def _tolerance(params: Params, apply: Apply) -> float:
-    dtypes = {p.dtype for p in params.values()} | ({apply.computes_in} if getattr(apply, "computes_in", None) else set())
+    dtypes = {p.dtype for p in params.values()} | {getattr(apply, "computes_in", torch.float64)}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 

@@ -56,7 +56,7 @@ def _scatter(values: Tensor, mask: Tensor) -> Tensor:
 
 def rows(batch: Batch, index: slice | Tensor) -> Batch:
     """The rows of a batch that ``index`` picks, in its order."""
-    return Batch(*(None if field is None else field[index] for field in batch))
+    return Batch._make(None if field is None else field[index] for field in batch)
 
 
 def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
@@ -134,7 +134,7 @@ def token_jvp(
     parts = []
     with torch.no_grad():
         for part in row_chunks(batch, chunk_size):
-            _, d = jvp(_values_of(part, apply, temperature), (params,), (tangent,))
+            d = jvp(_values_of(part, apply, temperature), (params,), (tangent,))[1]
             parts.append(TokenValues(d.logprobs * divisor, d.entropies * divisor))
     return concatenate(parts)
 

@@ -95,7 +95,7 @@ def _meta_template(model: nn.Module) -> nn.Module:
         # accelerate and kernel patches replace `forward` on the instance; torch.func needs the class's own.
         module.__dict__.pop("forward", None)
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
+            module.gradient_checkpointing = False  # type: ignore[assignment]
         for key, hook in list(module._forward_hooks.items()):
             # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
@@ -106,7 +106,8 @@ def _meta_template(model: nn.Module) -> nn.Module:
 
 
 def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
 
 
 def _is_hugging_face(model: nn.Module) -> bool:
@@ -114,9 +115,8 @@ def _is_hugging_face(model: nn.Module) -> bool:
 
 
 def _vocab_size(model: nn.Module) -> int | None:
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    get_input_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    return None if get_input_embeddings is None else getattr(get_input_embeddings(), "num_embeddings", None)
 
 
 def _lowest_precision(model: nn.Module) -> torch.dtype:
@@ -132,5 +132,5 @@ def _forward_parameters(model: nn.Module) -> list[str]:
 def _math_attention() -> AbstractContextManager[None]:
     # The fused kernels have no forward-mode derivative and no vmap rule; this binds scaled_dot_product_attention only.
     if hasattr(torch.nn, "attention"):
-        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # type: ignore[no-any-return]
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)

@@ -15,6 +15,11 @@ def promote(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def detached(params: Params) -> Params:
+    """The same values without their autograd history, so that a user's ``requires_grad`` follows no result."""
+    return {name: p.detach() for name, p in params.items()}
+
+
 def dot(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> Tensor:
     """Inner product sum_name <a_name, b_name> accumulated in float64; names absent or None in ``a`` count as 0.
 

@@ -1,0 +1,273 @@
+"""The linearity identity, over random models, batches, states, hyperparameters and groups, against the slow reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import TinyPolicy, apply_of, random_adamw_state, random_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import VOCAB, WIDTH, Case, cases, options
+
+import fx_influence as fx
+from fx_influence import reference
+from fx_influence.types import Batch
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def run(case: Case, **changes: object) -> fx.Influence:
+    arguments = {"params": case.params, "batch_u": case.batch_u, "batch_e": case.batch_e, "opt_state": case.opt_state}
+    return fx.influence(**{**arguments, **options(case), **changes})
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | float | None = None) -> None:
+    """Equal to 1e-9 of the largest expected value: single entries may be differences of large ones."""
+    size = float(torch.as_tensor(expected if scale is None else scale).abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * size + 1e-12)
+
+
+@given(case=cases())
+def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
+    out = run(case, matrix=True)
+    adjoint = run(case)
+    slow = reference.influence(
+        case.apply,
+        case.params,
+        case.batch_u,
+        case.batch_e,
+        case.opt_state,
+        case.estimator,
+        case.normalize,
+        case.gain,
+        case.temperature,
+        case.max_grad_norm,
+    )
+    size = slow.matrix.abs().sum()
+    close(out.matrix, slow.matrix, size)
+    close(adjoint.per_sequence, slow.per_sequence, size)
+    close(adjoint.per_token, slow.per_token, size)
+    for name in ("baseline", "momentum", "weight_decay", "total"):
+        whole = max(float(size), abs(float(slow.momentum)), abs(float(slow.weight_decay)), abs(float(slow.total)))
+        close(getattr(adjoint, name), getattr(slow, name), whole)
+    if not slow.stderr.isnan().any():
+        close(out.stderr, slow.stderr, size)
+        close(adjoint.stderr, slow.stderr, size)
+    else:
+        assert out.stderr.isnan().all()
+        assert adjoint.stderr.isnan().all()
+
+
+@given(case=cases())
+def test_the_parts_add_up(case: Case) -> None:
+    out = run(case, matrix=True)
+    size = float(out.per_sequence.abs().sum() + out.baseline.abs())
+    close(out.per_token.sum(-1), out.per_sequence, size)
+    close(out.matrix.sum(0), out.per_sequence, size)
+    close(out.baseline + out.per_sequence.sum(), out.total, size)
+    close(sum(out.per_parameter.values()), out.per_sequence.sum(), size)
+    assert abs(out.residual) <= 1e-10 * max(float(out.per_sequence.abs().sum()), 1e-300)
+    if case.gain == "share":
+        close(out.momentum + out.weight_decay, out.baseline, abs(out.momentum) + abs(out.weight_decay))
+    assert not out.per_token[~case.batch_u.completion_mask].any()
+
+
+@given(case=cases())
+def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> None:
+    if case.gain == "rmsprop":
+        case = case._replace(gain="share")
+    out = run(case)
+    gradient = reference.add(
+        reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
+    )
+    step = fx.adamw_decompose(gradient, case.opt_state, case.params, max_grad_norm=case.max_grad_norm)
+    along = fx.jvp_delta(
+        case.params,
+        step.direction,
+        case.batch_e,
+        apply=case.apply,
+        estimator=case.estimator,
+        normalize=case.normalize,
+        temperature=case.temperature,
+    )
+    close(out.total, along.first, along.contributions.abs().sum() + out.per_sequence.abs().sum())
+
+
+def permuted(batch: Batch, order: torch.Tensor) -> Batch:
+    return Batch._make(None if field is None else field[order] for field in batch)
+
+
+@given(case=cases(), seed=st.integers(0, 100))
+def test_equivariant_to_the_order_of_rows(case: Case, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order_u = torch.randperm(len(case.batch_u.input_ids), generator=generator)
+    order_e = torch.randperm(len(case.batch_e.input_ids), generator=generator)
+    plain = run(case, matrix=True)
+    moved = run(case, matrix=True, batch_u=permuted(case.batch_u, order_u), batch_e=permuted(case.batch_e, order_e))
+    size = plain.matrix.abs().sum()
+    close(moved.per_token, plain.per_token[order_u], size)
+    close(moved.matrix, plain.matrix[order_e][:, order_u], size)
+    torch.testing.assert_close(moved.stderr, plain.stderr[order_u], rtol=1e-7, atol=1e-9, equal_nan=True)
+
+
+def repadded(batch: Batch, left: int, right: int) -> Batch:
+    """More padding on both sides, filled with ids that a careless mask would read."""
+
+    def pad(field: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.nn.functional.pad(field, (left, right), value=value)
+
+    return batch._replace(
+        input_ids=pad(batch.input_ids, 3),
+        attention_mask=pad(batch.attention_mask, False),
+        completion_mask=pad(batch.completion_mask, False),
+        coefficients=None if batch.coefficients is None else pad(batch.coefficients, 0.0),
+        entropy_coefficients=None if batch.entropy_coefficients is None else pad(batch.entropy_coefficients, 0.0),
+    )
+
+
+@given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
+def test_unchanged_by_padding_and_chunk_size(case: Case, left: int, right: int, chunk: int) -> None:
+    plain = run(case, matrix=True)
+    wide = run(
+        case,
+        matrix=True,
+        chunk_size=chunk,
+        memory_budget=1,
+        batch_u=repadded(case.batch_u, left, right),
+        batch_e=repadded(case.batch_e, right, left),
+    )
+    size = plain.matrix.abs().sum()
+    close(wide.per_token[:, left : left + WIDTH], plain.per_token, size)
+    close(wide.matrix, plain.matrix, size)
+
+
+@given(case=cases())
+@settings(max_examples=10)
+def test_pure_same_inputs_same_outputs_inputs_unchanged(case: Case) -> None:
+    before = [{k: v.clone() for k, v in case.params.items()}, {k: v.clone() for k, v in case.opt_state.exp_avg.items()}]
+    ids = case.batch_u.input_ids.clone()
+    state = torch.get_rng_state()
+    first, second = run(case, matrix=True), run(case, matrix=True)
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(v, case.params[k]) for k, v in before[0].items())
+    assert all(torch.equal(v, case.opt_state.exp_avg[k]) for k, v in before[1].items())
+    assert torch.equal(ids, case.batch_u.input_ids)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@given(case=cases())
+@settings(max_examples=10)
+def test_a_gradient_handed_in_gives_the_same_result(case: Case) -> None:
+    handed = reference.add(
+        reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
+    )
+    plain, given_grad = run(case), run(case, grad=handed)
+    close(given_grad.per_token, plain.per_token, plain.per_sequence.abs().sum())
+    assert given_grad.unattributed == 0
+
+
+@pytest.fixture
+def case() -> Case:
+    generator = torch.Generator().manual_seed(3)
+    model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=1)
+    apply, params = apply_of(model)
+    batch_u = random_batch(generator, 4, WIDTH, VOCAB)
+    batch_e = random_batch(generator, 20, WIDTH, VOCAB, groups=12, coefficients=False)
+    state = random_adamw_state(generator, params)
+    return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "share", 1.0, None)
+
+
+def test_terms_that_coefficients_cannot_express_are_reported_apart(case: Case) -> None:
+    own = reference.add(reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u))
+    handed = {name: g + 0.1 * torch.ones_like(g) for name, g in own.items()}
+    out = run(case, grad=handed)
+    step = fx.adamw_decompose(handed, case.opt_state, case.params)
+    slope = reference.add(reference.entropy_gradients(case.apply, reference.tracked(case.params), case.batch_e))
+    extra = sum(float((slope[k] * step.gain[k] * 0.1).sum()) for k in slope)
+    assert out.unattributed.item() == pytest.approx(extra, rel=1e-8)
+    assert abs(out.residual) <= 1e-9 * out.per_sequence.abs().sum()
+    direction = sum(float((slope[k] * step.direction[k]).sum()) for k in slope)
+    assert (out.total + out.unattributed).item() == pytest.approx(direction, rel=1e-8)
+
+
+class LosesTangent(torch.autograd.Function):
+    """The identity, right in reverse mode and silent in forward mode, as a fused kernel without a jvp may be."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, g: torch.Tensor) -> torch.Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: object, tangent: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tangent)
+
+
+@pytest.mark.parametrize("lost", ["blocks.0.qkv.weight", "blocks.0.down.weight", "token.weight"])
+def test_a_lost_tangent_is_refused_with_the_figure(case: Case, lost: str) -> None:
+    def lossy(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return case.apply({**params, lost: LosesTangent.apply(params[lost])}, ids, mask)
+
+    assert run(case).residual.abs() <= 1e-10 * run(case).per_sequence.abs().sum()
+    with pytest.raises(fx.IdentityError, match=r"residual .* is .* of .* allowed 1e-09"):
+        run(case, apply=lossy)
+    with pytest.raises(fx.IdentityError):
+        run(case, apply=lossy, grad=fx.adamw_decompose({}, case.opt_state, case.params).gain)
+
+
+def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
+    exact, unions = run(case, matrix=True).stderr, run(case).stderr
+    assert torch.all(unions > 0)
+    ratio = unions / exact
+    assert 0.4 < ratio.min()
+    assert ratio.max() < 2.5
+    assert run(case, stderr=False).stderr.isnan().all()
+
+
+def test_one_cluster_has_no_error_bar(case: Case) -> None:
+    one = case.batch_e._replace(group=torch.zeros(20, dtype=torch.long))
+    assert run(case, batch_e=one).stderr.isnan().all()
+    assert run(case, batch_e=one, matrix=True).stderr.isnan().all()
+
+
+def test_usable_inside_a_loop_without_gradients_or_with_them(case: Case) -> None:
+    plain = run(case)
+    with torch.no_grad():
+        close(run(case).per_token, plain.per_token, plain.per_sequence)
+    live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
+    out = run(case, params=live)
+    close(out.per_token, plain.per_token, plain.per_sequence)
+    assert not any(x.requires_grad for x in out if isinstance(x, torch.Tensor))
+
+
+def test_results_follow_the_parameters_not_a_cache(case: Case) -> None:
+    first = run(case)
+    with torch.no_grad():
+        for p in case.params.values():
+            p.mul_(1.1)
+    assert (run(case).per_sequence - first.per_sequence).abs().max() > 1e-3 * first.per_sequence.abs().max()
+
+
+def test_dtypes(case: Case) -> None:
+    assert run(case).per_sequence.dtype == torch.float64
+    single = {name: p.float() for name, p in case.params.items()}
+    state = case.opt_state._replace(
+        exp_avg={k: v.float() for k, v in case.opt_state.exp_avg.items()},
+        exp_avg_sq={k: v.float() for k, v in case.opt_state.exp_avg_sq.items()},
+    )
+    out = run(case, params=single, opt_state=state)
+    reference_out = run(case)
+    gap = (out.per_sequence - reference_out.per_sequence).abs().max() / reference_out.per_sequence.abs().max()
+    assert gap < 1e-4
+    assert abs(out.residual) <= 1e-5 * out.per_sequence.abs().sum()
