@@ -95,9 +95,7 @@ def second_moment_denominator(
     return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, live
 
 
-def _parameter_step(
-    name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Gain
-) -> dict[str, Tensor]:
+def _parameter_step(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Gain) -> dict[str, Tensor]:
     hyper, tau = state.hyper[name], state.step[name] + 1
     dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
     theta, m, s = p.to(dtype), state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)

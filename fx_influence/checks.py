@@ -30,7 +30,7 @@ def check_batch(field: str, batch: Batch, params: Params, apply: Apply, coeffici
     _check_positions(field, batch)
     _check_vocabulary(field, batch, apply)
     if coefficients and batch.coefficients is None and batch.entropy_coefficients is None:
-        raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or with -dL/dlog pi captured")
+        raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
 
 
 def check_options(temperature: float, chunk_size: int | None) -> None:
@@ -50,7 +50,9 @@ def _check_coefficients(field: str, value: Tensor | None, completion_mask: Tenso
         )
     bad = (~torch.isfinite(value)).any(-1).nonzero()
     if len(bad):
-        raise ValueError(f"{field} is not finite in row {int(bad[0])} ({len(bad)} such rows); drop or repair those rollouts")
+        raise ValueError(
+            f"{field} is not finite in row {int(bad[0])} ({len(bad)} such rows); drop or repair those rollouts"
+        )
 
 
 def _check_positions(field: str, batch: Batch) -> None:

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import grad
 
 from fx_influence.checks import check_batch, check_options
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.importance import SnisDelta, snis
-from fx_influence.logprobs import TokenValues, all_token_values, concatenate, row_chunks, token_values
-from fx_influence.tree import check_names, detached, promote, shift
+from fx_influence.logprobs import all_token_values, row_chunks, surrogate, token_jvp, token_values
+from fx_influence.tree import check_names, detached, largest_entry, promote, shift
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params
 
 
@@ -77,7 +77,7 @@ def jvp_delta(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> JvpDelta:
-    """First and second derivative of the SNIS entropy estimate along v at eta = 0, by forward mode.
+    """First and second derivative of the SNIS entropy estimate along v at eta = 0.
 
     ``first`` = sum_a <grad s_a, v> with the surrogates of ``entropy_coefficients``; on the same E it is the limit of
     ``snis_delta / eta``, with no sampling noise between them. ``second`` gives the step at which the first order is
@@ -93,42 +93,37 @@ def jvp_delta(
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
     params = detached(params)
-    largest = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
-    scale = largest if largest > 0 else 1.0
-    unit = {name: (v / scale).to(params[name].dtype) for name, v in direction.items()}
-    parts = [_expand(params, unit, part, apply, temperature) for part in row_chunks(batch_e, chunk_size)]
-    values, once, twice = (concatenate(list(order)) for order in zip(*parts, strict=True))
-
-    mask = batch_e.completion_mask
+    values = all_token_values(params, batch_e, apply, temperature, chunk_size)
+    slope = token_jvp(params, direction, batch_e, apply, temperature, chunk_size)
     weight = entropy_coefficients(values, batch_e, estimator, normalize)
-    contributions = (weight.logprobs * once.logprobs + weight.entropies * once.entropies).sum(-1) * scale
-    orders = [completions(v, mask) for v in (values, once, twice)]
+    contributions = (weight.logprobs * slope.logprobs + weight.entropies * slope.entropies).sum(-1)
 
-    def along(eta: Tensor) -> Tensor:
-        # A parabola through the token values has the first two derivatives that the estimate needs.
-        moved = [x + eta * dx + 0.5 * eta**2 * ddx for x, dx, ddx in zip(*(o[:2] for o in orders), strict=True)]
-        return snis(orders[0], Completions(moved[0], moved[1], orders[0].ok), estimator, normalize, clip=None).delta_h
+    base, toward = (completions(v, batch_e.completion_mask) for v in (values, slope))
 
-    zero, one = contributions.new_zeros(()), contributions.new_ones(())
-    second = jvp(lambda eta: jvp(along, (eta,), (one,))[1], (zero,), (one,))[1]
-    return JvpDelta(contributions.sum(), second * scale**2, contributions)
+    def estimate(eta: Tensor) -> Tensor:
+        logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], toward[:2], strict=True))
+        return snis(base, Completions(logprobs, entropies, base.ok), estimator, normalize, clip=None).delta_h
+
+    # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
+    bend = grad(grad(estimate))(contributions.new_zeros(()))
+    weighted = batch_e._replace(coefficients=weight.logprobs, entropy_coefficients=weight.entropies)
+    curvature = [_curvature(params, direction, part, apply, temperature) for part in row_chunks(weighted, chunk_size)]
+    return JvpDelta(contributions.sum(), bend + torch.stack(curvature).sum(), contributions)
 
 
-def _expand(
-    params: Params, unit: Params, batch: Batch, apply: Apply, temperature: float
-) -> tuple[TokenValues, TokenValues, TokenValues]:
-    """Token values along theta + eta v at eta = 0 with their first and second derivatives."""
+def _curvature(params: Params, direction: Params, batch: Batch, apply: Apply, temperature: float) -> Tensor:
+    """d2/deta2 at 0 of the token values of theta + eta v, summed with the batch's coefficients."""
     first = next(iter(params.values()))
-    zero = torch.zeros((), dtype=promote(first.dtype), device=first.device)
-    one = torch.ones_like(zero)
+    scale = largest_entry(direction)
+    unit = {name: v / scale for name, v in direction.items()}
 
-    def along(eta: Tensor) -> TokenValues:
-        return token_values(shift(params, unit, eta), batch, apply, temperature)
+    def weighted_sum(eta: Tensor) -> Tensor:
+        return -surrogate(token_values(shift(params, unit, eta), batch, apply, temperature), batch)
 
-    with torch.no_grad():
-        expansion = jvp(lambda eta: jvp(along, (eta,), (one,))[:2], (zero,), (one,))
-    (values, once), (_, twice) = expansion[:2]
-    return values, once, twice
+    # Reverse twice: forward mode over anything fails at SiLU, and is silently wrong at LayerNorm, whose jvp treats its
+    # saved mean and deviation as constants.
+    eta = torch.zeros((), dtype=promote(first.dtype), device=first.device)
+    return grad(grad(weighted_sum))(eta).double() * scale**2
 
 
 def _check(

@@ -98,10 +98,8 @@ def entropy_coefficients(
     """
     done = completions(values, batch.completion_mask)
     x = centred(done, estimator, normalize, done)
-    if estimator == "sequence":
-        later = x.unsqueeze(-1).expand(done.ok.shape)
-    else:
-        later = x.flip(-1).cumsum(-1).flip(-1) - x
+    whole = estimator == "sequence"
+    later = x.unsqueeze(-1).expand(done.ok.shape) if whole else x.flip(-1).cumsum(-1).flip(-1) - x
     z = sequence_shares(batch.completion_mask, normalize).sum()
     mask = batch.completion_mask
     rank = (mask.long().cumsum(-1) - 1).clamp(min=0)

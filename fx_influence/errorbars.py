@@ -24,14 +24,15 @@ def union_index(batch: Batch) -> Tensor:
 
 
 def cluster_stderr(parts: Tensor, total: Tensor, shares: Tensor, index: Tensor) -> Tensor:
-    """Standard error of a ratio estimate from its parts: sqrt(C/(C-1) sum_c (sum_{a in c} (parts_a - total share_a))^2).
+    """Standard error of a ratio estimate: sqrt(C/(C-1) sum_c (sum_{a in c} (parts_a - total share_a))^2).
 
     ``parts``: (n, ...) with ``parts.sum(0) == total``. ``shares``: (n,), each row's share of the denominator, adding up
     to 1. ``index``: (n,), the cluster of each row. Returns the shape of ``total``, float64; NaN with fewer than two
     clusters. Source: linearised ratio estimator, Cochran, Sampling Techniques, 3rd ed., section 6.
 
     Example:
-        >>> cluster_stderr(torch.tensor([1.0, 3.0]), torch.tensor(4.0), torch.tensor([0.5, 0.5]), torch.arange(2)).item()
+        >>> parts, halves = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])
+        >>> cluster_stderr(parts, parts.sum(), halves, torch.arange(2)).item()
         2.0
     """
     count = int(index.max()) + 1

@@ -80,7 +80,7 @@ def influence(
 
     With g_i the gradient of rollout i's loss and v = v_baseline + sum_i gamma * g_i the step's direction,
 
-        delta_i = <grad H, gamma * g_i> = -sum_t (c_it <u, grad log pi(y_it)> + b_it <u, grad h_it>),  u = gamma * grad H
+        delta_i = <grad H, gamma * g_i> = -sum_t (c_it <u, grad log pi(y_it)> + b_it <u, grad h_it>), u = gamma * grad H
 
     by the adjoint route: a reverse pass over E for grad H, one over U for gamma, and a JVP of U's log-probabilities in
     direction u; no per-sequence gradient is stored. ``grad H`` is that of ``entropy_coefficients`` (``estimator``,

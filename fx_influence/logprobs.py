@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from fx_influence.tree import promote
+from fx_influence.tree import largest_entry, promote
 from fx_influence.types import Apply, Batch, Gradients, Params
 
 TOKENS_PER_CHUNK = 8192
@@ -125,17 +125,16 @@ def token_jvp(
     parameters, else float32. v is scaled to unit maximum before it is cast to the parameters' dtype and the result
     scaled back, so that a huge or tiny v neither overflows nor vanishes.
     """
-    scale = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
-    divisor = scale if scale > 0 else 1.0
+    scale = largest_entry(direction)
     tangent = {
-        name: (direction[name] / divisor).to(p.dtype) if name in direction else torch.zeros_like(p)
+        name: (direction[name] / scale).to(p.dtype) if name in direction else torch.zeros_like(p)
         for name, p in params.items()
     }
     parts = []
     with torch.no_grad():
         for part in row_chunks(batch, chunk_size):
             d = jvp(_values_of(part, apply, temperature), (params,), (tangent,))[1]
-            parts.append(TokenValues(d.logprobs * divisor, d.entropies * divisor))
+            parts.append(TokenValues(d.logprobs * scale, d.entropies * scale))
     return concatenate(parts)
 
 

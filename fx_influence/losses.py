@@ -1,4 +1,4 @@
-"""Every policy-gradient loss as one coefficient per completion token, c_it = -dL/dlog pi(y_it | y_i<t) at the current theta."""
+"""Every policy-gradient loss as one coefficient per completion token, c_it = -dL/dlog pi(y_it | y_i<t)."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def _check_inputs(
         if value is None:
             continue
         if tuple(value.shape) not in (shape, shape[:1], (shape[0], 1)):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; pass ({shape[0]},) or {shape}, one row a completion")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; pass ({shape[0]},) or {shape}, a row a completion"
+            )
     if group is not None and tuple(group.shape) != shape[:1]:
         raise ValueError(f"group has shape {tuple(group.shape)}; pass ({shape[0]},), one prompt index a row")
     _require_finite("advantages", advantages if advantages.dim() == 1 else advantages.expand(shape)[completion_mask])

@@ -18,8 +18,8 @@ class Policy:
 
     It holds a template of the model on the meta device and references to the frozen weights and buffers, so a forward
     neither reads nor changes the model's own modules. ``vocab_size`` is the number of embedding rows where the model
-    tells, else None. ``computes_in`` is the lowest precision among the model's weights, float32 at most for Hugging Face
-    models, whose norms, rotary embeddings and softmax run in float32 inside whatever the weights' dtype.
+    tells, else None. ``computes_in`` is the lowest precision among the model's weights, float32 at most for Hugging
+    Face models, whose norms, rotary embeddings and softmax run in float32 inside whatever the weights' dtype.
     """
 
     def __init__(self, model: nn.Module, position_ids: bool) -> None:
@@ -77,7 +77,7 @@ def functionalize(model: nn.Module, position_ids: bool = True) -> tuple[Policy, 
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:
-        raise ValueError(f"model has {len(named)} parameters, none with requires_grad=True; unfreeze what the step trains")
+        raise ValueError(f"model has {len(named)} parameters, none with requires_grad; unfreeze what the step trains")
     meta = [name for name, p in named.items() if p.is_meta]
     if meta:
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; load its weights first")

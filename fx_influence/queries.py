@@ -12,7 +12,7 @@ from fx_influence.logprobs import TokenValues
 from fx_influence.types import Batch
 
 Query = Callable[[Tensor, Tensor, Batch], Tensor]
-"""(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> surrogates s_a (n_e,), sum_a grad s_a = grad query."""
+"""(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad query."""
 
 
 def expected_reward(rewards: Tensor) -> Query:
@@ -82,9 +82,11 @@ def query_coefficients(query: Query, values: TokenValues, batch_e: Batch) -> Tok
         n = len(batch_e.input_ids)
         if not isinstance(s, Tensor) or s.shape != (n,) or not torch.isfinite(s).all():
             shape = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
-            raise ValueError(f"query returned {shape}, finite or not; it must return one finite surrogate per row, ({n},)")
+            raise ValueError(
+                f"query returned {shape}, not all finite or of that shape; return finite surrogates ({n},)"
+            )
         if not s.requires_grad:
-            raise ValueError("query's result depends on neither input; compute it from token_logprobs or token_entropies")
+            raise ValueError("query's result depends on neither input; make it from token_logprobs or token_entropies")
         weight = torch.linspace(1.0, 2.0, n, dtype=s.dtype, device=s.device)
         whole = _gradient(s.sum(), inputs, retain=True)
         weighted = _gradient((weight * s).sum(), inputs, retain=False)

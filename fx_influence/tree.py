@@ -51,6 +51,12 @@ def multiply(a: Params, b: Mapping[str, Tensor | None]) -> Params:
     return out
 
 
+def largest_entry(direction: Params) -> float:
+    """max |v| over all entries, or 1.0 where that is 0: what to divide v by before it is cast to a narrower dtype."""
+    largest = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
+    return largest if largest > 0 else 1.0
+
+
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     """theta + eta v in the dtype of theta; names absent in ``direction`` stay where they are."""
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
@@ -63,5 +69,5 @@ def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, r
             raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}")
         if value is not None and value.shape != params[name].shape:
             raise ValueError(
-                f"{field}[{name!r}] has shape {tuple(value.shape)} but the parameter {tuple(params[name].shape)}; {remedy}"
+                f"{field}[{name!r}] has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}; {remedy}"
             )
