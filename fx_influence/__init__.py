@@ -1,7 +1,7 @@
 """fx_influence: which rollouts and tokens of one optimizer step change a language model's entropy, and by how much."""
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
-from fx_influence.delta import JvpDelta, jvp_delta, snis_delta
+from fx_influence.delta import JvpDelta, jvp_delta, snis_delta, snis_sweep
 from fx_influence.entropy import entropy_estimate
 from fx_influence.fisher import fisher_kernel
 from fx_influence.grads import per_sample_grads, rollout_loss
@@ -42,5 +42,6 @@ __all__ = [
     "per_sample_grads",
     "rollout_loss",
     "snis_delta",
+    "snis_sweep",
     "token_values",
 ]

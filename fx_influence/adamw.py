@@ -167,6 +167,8 @@ def check_adamw_inputs(
         check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
     if not any(name in opt_state.hyper for name in params):
         raise ValueError(f"opt_state.hyper has none of the {len(params)} trainable parameters; {remedy}")
-    for name in opt_state.hyper:
+    for name, hyper in opt_state.hyper.items():
         if name not in opt_state.exp_avg or name not in opt_state.exp_avg_sq or name not in opt_state.step:
             raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")
+        if hyper.amsgrad and name not in opt_state.max_exp_avg_sq:
+            raise ValueError(f"opt_state has no max_exp_avg_sq for {name!r}, whose group has amsgrad=True; {remedy}")

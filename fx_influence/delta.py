@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vmap
 
 from fx_influence.checks import check_batch, check_options
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.importance import SnisDelta, snis
-from fx_influence.logprobs import all_token_values, row_chunks, surrogate, token_jvp, token_values
+from fx_influence.logprobs import (
+    TOKENS_PER_CHUNK,
+    TokenValues,
+    all_token_values,
+    concatenate,
+    row_chunks,
+    surrogate,
+    token_jvp,
+    token_values,
+)
 from fx_influence.tree import check_names, detached, largest_entry, promote, shift
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params
 
@@ -66,6 +76,59 @@ def snis_delta(
     return snis(base, moved, estimator, normalize, clip)
 
 
+def snis_sweep(
+    params: Params,
+    blocks: Iterable[Params],
+    etas: Sequence[float],
+    batch_e: Batch,
+    *,
+    apply: Apply,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    clip: float | None = 10.0,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Iterator[SnisDelta]:
+    """``snis_delta`` for many directions and etas, a block of directions at a time in one vmapped forward.
+
+    ``blocks``: direction trees with a leading axis of K directions, K as each block likes, made as they are asked for.
+    Yields one ``SnisDelta`` per block whose fields lead with (n_eta, K). The base pass at theta runs once.
+    ``chunk_size``: rows of E times directions per forward; None chooses by tokens. Errors as in ``snis_delta``.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
+        >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
+        >>> directions = {"w": torch.stack([-table, table])}
+        >>> sweep = snis_sweep({"w": table}, [directions], [0.1], batch, apply=lambda p, ids, mask: p["w"][ids])
+        >>> [(out.delta_h > 0).tolist() for out in sweep]
+        [[[True, False]]]
+    """
+    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
+    _check(params, {}, batch_e, apply, estimator, normalize, temperature, chunk_size)
+    mask = batch_e.completion_mask
+    base = completions(all_token_values(params, batch_e, apply, temperature, chunk_size), mask)
+    rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // mask.shape[1])
+
+    def delta(values: TokenValues) -> SnisDelta:
+        return snis(base, completions(values, mask), estimator, normalize, clip)
+
+    for block in blocks:
+        check_names("blocks", {name: v[0] for name, v in block.items()}, params, "pass directions of these parameters")
+        count = len(next(iter(block.values())))
+        per_eta = []
+        for eta in etas:
+            with torch.no_grad():
+                parts = [
+                    vmap(lambda v, eta=eta, part=part: token_values(shift(params, v, eta), part, apply, temperature))(
+                        block
+                    )
+                    for part in row_chunks(batch_e, max(1, rows_at_once // count))
+                ]
+            per_eta.append(vmap(delta)(concatenate(parts, dim=1)))
+        yield SnisDelta(*(torch.stack(field) for field in zip(*per_eta, strict=True)))
+
+
 def jvp_delta(
     params: Params,
     direction: Params,
@@ -92,7 +155,7 @@ def jvp_delta(
         (True, torch.Size([2]))
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params = detached(params)
+    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
     values = all_token_values(params, batch_e, apply, temperature, chunk_size)
     slope = token_jvp(params, direction, batch_e, apply, temperature, chunk_size)
     weight = entropy_coefficients(values, batch_e, estimator, normalize)

@@ -30,7 +30,10 @@ class TokenCoefficients(NamedTuple):
 
 
 def completions(values: TokenValues, completion_mask: Tensor) -> Completions:
-    """Close the gaps of prompts, tool output and padding: the token at rank t of each row moves to column t."""
+    """Close the gaps of prompts, tool output and padding: the token at rank t of each row moves to column t.
+
+    The mask is read outside of vmap: only ``values`` may carry a batch dimension of directions.
+    """
     longest = int(completion_mask.sum(-1).max())
     # A stable sort of "not a completion token" lists each row's completion positions first, in order.
     order = (~completion_mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :longest]

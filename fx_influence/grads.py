@@ -84,6 +84,9 @@ def gradient_kernel(
     """
     loss = rollout_loss(apply, temperature)
     names = [name for name in params if name in diagonal]
+    first = next(iter(params.values()))
+    if not names:
+        return first.new_zeros(len(batch_a.input_ids), len(batch_b.input_ids), dtype=promote(first.dtype))
     per_row = sum(params[name].numel() * promote(params[name].dtype).itemsize for name in params)
     block = max(1, memory_budget // 2 // max(per_row, 1))
     vmapped = chunk_size or max(1, TOKENS_PER_CHUNK // batch_a.input_ids.shape[1])
@@ -96,7 +99,6 @@ def gradient_kernel(
             left = per_sample_grads(loss, params, part_a, vmapped)
             column.append(_inner(left, weighted, names))
         columns.append(torch.cat(column))
-    first = next(iter(params.values()))
     return torch.cat(columns, dim=1).to(promote(first.dtype))
 
 

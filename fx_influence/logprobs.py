@@ -12,7 +12,7 @@ from torch.func import jvp
 from fx_influence.tree import largest_entry, promote
 from fx_influence.types import Apply, Batch, Gradients, Params
 
-TOKENS_PER_CHUNK = 8192
+TOKENS_PER_CHUNK = 2048
 """Rows are taken together up to this many tokens where the caller names no ``chunk_size``."""
 
 
@@ -75,9 +75,9 @@ def all_token_values(
         return concatenate([token_values(params, part, apply, temperature) for part in row_chunks(batch, chunk_size)])
 
 
-def concatenate(parts: list[TokenValues]) -> TokenValues:
-    """Chunks of rows put back together."""
-    return TokenValues(*(torch.cat(field) for field in zip(*parts, strict=True)))
+def concatenate(parts: list[TokenValues], dim: int = 0) -> TokenValues:
+    """Chunks of rows put back together; ``dim`` is the axis of rows."""
+    return TokenValues(*(torch.cat(field, dim) for field in zip(*parts, strict=True)))
 
 
 def batch_gradient(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "prompt_max")
+from fx_influence.types import LossType
 
 
 def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
@@ -13,7 +15,7 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
 
     ``rewards``: float (N,). ``group``: int64 (N,). ``scale=False`` leaves the division out (Dr. GRPO).
     A group of one row has advantage 0. Returns (N,) in the dtype of ``rewards``, at least float32.
-    Raises ``ValueError`` for rewards that are not finite.
+    Raises ``ValueError`` for rewards that are not finite, and for shapes that disagree.
     Source: Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., arXiv 2503.20783.
 
     Example:
@@ -21,6 +23,10 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
         [0.5, -0.5, 0.0]
     """
     rewards = _at_least_float32(rewards)
+    if group.shape != rewards.shape:
+        raise ValueError(
+            f"group has shape {tuple(group.shape)}; pass {tuple(rewards.shape)}, one prompt index a reward"
+        )
     _require_finite("rewards", rewards)
     _, index = torch.unique(group, return_inverse=True)
     count = torch.bincount(index).to(rewards)
@@ -39,6 +45,7 @@ def clipped_ratio(
     d/dlog pi of min(r A, clip(r, 1-epsilon_low, 1+epsilon_high) A) is r A where the unclipped branch is the
     smaller and 0 elsewhere: where A > 0 and r > 1+epsilon_high, or A < 0 and r < 1-epsilon_low.
     ``logprobs``, ``old_logprobs``: (N, T). ``advantages``: (N,) or (N, T). Returns (N, T), at least float32.
+    Raises ``ValueError`` for log-probs whose shapes disagree.
     Source: Schulman et al., arXiv 1707.06347; asymmetric bounds: Yu et al., DAPO, arXiv 2503.14476.
 
     Example:
@@ -46,6 +53,10 @@ def clipped_ratio(
         >>> clipped_ratio(new, old, torch.ones(1)).tolist()
         [[0.0, 1.0]]
     """
+    if old_logprobs.shape != logprobs.shape:
+        raise ValueError(
+            f"old_logprobs has shape {tuple(old_logprobs.shape)}; pass that of logprobs, {tuple(logprobs.shape)}"
+        )
     ratio = (_at_least_float32(logprobs) - _at_least_float32(old_logprobs)).exp()
     advantages = _per_token(advantages, ratio)
     cut = ((advantages > 0) & (ratio > 1 + epsilon_high)) | ((advantages < 0) & (ratio < 1 - epsilon_low))
@@ -53,7 +64,7 @@ def clipped_ratio(
 
 
 def coefficients(
-    loss_type: str,
+    loss_type: LossType,
     advantages: Tensor,
     completion_mask: Tensor,
     group: Tensor | None = None,
@@ -118,8 +129,8 @@ def _check_inputs(
     max_completion_length: int | None,
     ratio: Tensor | None,
 ) -> None:
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type is {loss_type!r}; use one of {', '.join(LOSS_TYPES)}")
+    if loss_type not in get_args(LossType):
+        raise ValueError(f"loss_type is {loss_type!r}; use one of {', '.join(get_args(LossType))}")
     if completion_mask.dim() != 2 or completion_mask.dtype != torch.bool:
         raise ValueError(
             f"completion_mask is {completion_mask.dtype} of shape {tuple(completion_mask.shape)}; pass bool (N, T)"
@@ -134,9 +145,9 @@ def _check_inputs(
             )
     if group is not None and tuple(group.shape) != shape[:1]:
         raise ValueError(f"group has shape {tuple(group.shape)}; pass ({shape[0]},), one prompt index a row")
-    _require_finite("advantages", advantages if advantages.dim() == 1 else advantages.expand(shape)[completion_mask])
-    if ratio is not None:
-        _require_finite("ratio", ratio if ratio.dim() == 1 else ratio.expand(shape)[completion_mask])
+    for name, value in (("advantages", advantages), ("ratio", ratio)):
+        if value is not None:
+            _require_finite(name, value if value.dim() == 1 else value.where(completion_mask, value.new_zeros(())))
     if loss_type == "prompt_max" and group is None:
         raise ValueError("group is None; loss_type 'prompt_max' needs group=, the prompt index of each row")
     if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
@@ -153,10 +164,9 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 def _require_finite(name: str, values: Tensor) -> None:
-    bad = (~torch.isfinite(values)).flatten().nonzero()
-    if len(bad):
-        i = int(bad[0])
+    bad = (~torch.isfinite(values)).nonzero().tolist()
+    if bad:
         raise ValueError(
-            f"{name}[{i}] is {values.flatten()[i].item()} ({len(bad)} such values); every value must be finite: "
+            f"{name}{bad[0]} is {values[tuple(bad[0])].item()} ({len(bad)} such values); every value must be finite: "
             "drop those rollouts or repair their rewards"
         )

@@ -1,4 +1,4 @@
-"""The linearity identity, over random models, batches, states, hyperparameters and groups, against the slow reference."""
+"""The linearity identity over random models, batches, states, hyperparameters and groups, against the reference."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
     exact, unions = run(case, matrix=True).stderr, run(case).stderr
     assert torch.all(unions > 0)
     ratio = unions / exact
-    assert 0.4 < ratio.min()
+    assert ratio.min() > 0.4
     assert ratio.max() < 2.5
     assert run(case, stderr=False).stderr.isnan().all()
 

@@ -1,0 +1,148 @@
+"""Tokens drawn from exactly pi by Hugging Face's ``generate``, with the log-probs they were drawn with.
+
+``generate`` fills whatever a request leaves open from the checkpoint's own generation config (top-k, penalties,
+suppressed tokens) and then from library defaults (top-k again), so a request alone cannot switch those off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+
+def neutral_config(eos_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
+    """A request that leaves nothing open which changes the distribution; the temperature is ``draw_tokens``'s.
+
+    Were the temperature here, it would be applied after the recorder, whose log-probs would not be those sampled from.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        num_beams=1,
+        num_return_sequences=1,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        min_length=0,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        disable_compile=True,
+        return_dict_in_generate=False,
+        eos_token_id=eos_ids,
+        pad_token_id=pad_id,
+    )
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The end-of-sequence ids of the model's generation config, or the tokenizer's where it has none."""
+    config = getattr(model, "generation_config", None)
+    eos = config.eos_token_id if config is not None and config.eos_token_id is not None else tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(
+            "eos_token_id is None in both the model's generation config and the tokenizer; set one, "
+            "or completions never end"
+        )
+    return [eos] if isinstance(eos, int) else [int(token) for token in eos]
+
+
+@contextmanager
+def sampling_from(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[None]:
+    """The model in eval mode, under ``config`` alone, on a random state of its own; all put back afterwards."""
+    with _eval_mode(model), _only_config(model, config), _seeded(seed, next(model.parameters()).device):
+        yield
+
+
+def draw_tokens(
+    model: Any, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig, temperature: float
+) -> list[tuple[list[int], list[float]]]:
+    """For each prompt the sampled tokens and their log-probs, as long as the longest completion of this call.
+
+    What follows a row's first end of sequence is padding, its log-prob without meaning. Use within ``sampling_from``.
+    """
+    width = max(map(len, prompt_ids))
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    recorder = _Recorder(temperature)
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    tokens = output[:, width:]
+    return list(zip(tokens.tolist(), recorder.logprobs(tokens).tolist(), strict=True))
+
+
+@contextmanager
+def _only_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Every generation config in the model replaced for a while: ``generate`` merges the model's own into a request."""
+    held = {
+        module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
+    }
+    try:
+        for module in held:
+            vars(module)["generation_config"] = config
+        yield
+    finally:
+        for module, original in held.items():
+            vars(module)["generation_config"] = original
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state of our own; ``generate`` draws from the global one, which is put back."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+class _Recorder(LogitsProcessor):
+    """Applies the temperature and keeps the log-prob of each sampled token, one step's scores at a time."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._pending: Tensor | None = None
+        self._kept: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._keep(input_ids[:, -1:])
+        scores = scores / self._temperature
+        self._pending = scores.log_softmax(-1)
+        return scores
+
+    def logprobs(self, sampled: Tensor) -> Tensor:
+        """(B, new tokens), as ``sampled``; the last token is only known once ``generate`` has returned."""
+        if len(self._kept) < sampled.shape[1]:
+            self._keep(sampled[:, -1:])
+        return torch.cat(self._kept, -1)[:, : sampled.shape[1]]
+
+    def _keep(self, token: Tensor) -> None:
+        if self._pending is not None:
+            self._kept.append(self._pending.gather(-1, token))

@@ -1,0 +1,156 @@
+"""Rollouts as records: what was asked, what was sampled and how it was judged, in memory, as a batch and as a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fx_influence.types import Batch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt with one sampled completion.
+
+    ``id``: unique among the rollouts it is stored with. ``prompt_id``, ``group``: the prompt, by name and by number.
+    ``prompt``, ``completion``: texts, the completion without special tokens.
+    ``prompt_ids``, ``completion_ids``: the tokens that the policy saw and sampled, a sampled end of sequence included.
+    ``finished``: the completion ended by an end-of-sequence token rather than by the length limit.
+    ``behaviour_logprobs``: log pi of each completion token under the policy that sampled it, at its temperature.
+    ``reward``, ``advantage``: ``None`` until judged.
+
+    Raises ``ValueError`` if ``behaviour_logprobs`` and ``completion_ids`` differ in length.
+
+    Example:
+        >>> Rollout("0/0", "0", 0, "1+1=", "2", (4, 9, 4, 10), (5, 1), True, (-0.5, -0.25)).finished
+        True
+    """
+
+    id: str
+    prompt_id: str
+    group: int
+    prompt: str
+    completion: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    finished: bool
+    behaviour_logprobs: tuple[float, ...]
+    reward: float | None = None
+    advantage: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.behaviour_logprobs) != len(self.completion_ids):
+            raise ValueError(
+                f"behaviour_logprobs of rollout {self.id!r} has {len(self.behaviour_logprobs)} values for "
+                f"{len(self.completion_ids)} completion tokens; give one log-prob for each token"
+            )
+
+
+def collate(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
+    """Rollouts as one right-padded batch without coefficients.
+
+    The masks come from the lengths, so a ``pad_id`` that is also the end of sequence does no harm. Returns a ``Batch``
+    of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the longest rollout, and ``group`` (n,).
+    Raises ``ValueError`` for no rollouts, or for one without a prompt token: nothing would score its first token.
+
+    Example:
+        >>> batch = collate([Rollout("0/0", "0", 0, "a", "b", (7,), (8, 1), True, (-0.5, -0.25))], pad_id=1)
+        >>> batch.input_ids.tolist(), batch.completion_mask.tolist()
+        ([[7, 8, 1]], [[False, True, True]])
+    """
+    if not rollouts:
+        raise ValueError("rollouts is empty; a batch needs at least one rollout")
+    for rollout in rollouts:
+        if not rollout.prompt_ids:
+            raise ValueError(
+                f"prompt_ids of rollout {rollout.id!r} is empty; give at least one token (such as bos), "
+                "which scores the first sampled one"
+            )
+    prompt = torch.tensor([len(r.prompt_ids) for r in rollouts]).unsqueeze(1)
+    total = prompt + torch.tensor([len(r.completion_ids) for r in rollouts]).unsqueeze(1)
+    input_ids = torch.full((len(rollouts), int(total.max())), pad_id, dtype=torch.int64)
+    for row, rollout in zip(input_ids, rollouts, strict=True):
+        tokens = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
+        row[: len(tokens)] = tokens
+    position = torch.arange(input_ids.shape[1])
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=position < total,
+        completion_mask=(position >= prompt) & (position < total),
+        group=torch.tensor([r.group for r in rollouts]),
+    )
+
+
+def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) -> None:
+    """Write one JSON object a line; every value, floats to the last bit, is what ``read_rollouts`` gives back.
+
+    The file appears whole or not at all. Raises ``ValueError`` for a number that JSON cannot hold (NaN, infinity),
+    naming the rollout.
+    """
+    target = Path(path)
+    lines = [_to_line(rollout) for rollout in rollouts]
+    # Not the tempfile module: its files are private to their owner and would stay so.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
+    """Rollouts as ``write_rollouts`` wrote them; fields of other names are ignored, blank lines skipped.
+
+    Raises ``FileNotFoundError`` for a missing file and ``ValueError``, naming the line, for one that is not a rollout.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"rollouts file {str(path)!r} does not exist; check the path")
+    with open(path, encoding="utf-8") as file:
+        return [_from_line(line, f"{path}, line {n}") for n, line in enumerate(file, 1) if line.strip()]
+
+
+def _to_line(rollout: Rollout) -> str:
+    try:
+        return json.dumps(dataclasses.asdict(rollout), allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"rollout {rollout.id!r} holds a number that is not finite; repair it first") from error
+
+
+def _from_line(line: str, where: str) -> Rollout:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg}); each line must hold one rollout object") from error
+    if type(record) is not dict:
+        raise ValueError(f"{where} holds {type(record).__name__}; each line must hold one rollout object")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Rollout):
+        if field.name in record:
+            values[field.name] = _checked(field.name, record[field.name], where)
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"{where} has no field {field.name!r}; a rollout needs it")
+    try:
+        return Rollout(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _checked(name: str, value: object, where: str) -> object:
+    if name in ("prompt_ids", "completion_ids"):
+        valid = isinstance(value, list) and all(type(item) is int for item in value)
+    elif name == "behaviour_logprobs":
+        valid = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    elif name in ("reward", "advantage"):
+        valid = value is None or type(value) in (int, float)
+    else:
+        valid = type(value) is {"group": int, "finished": bool}.get(name, str)
+    if not valid:
+        raise ValueError(f"{where}: field {name!r} is {value!r}; that is not the type that write_rollouts gives it")
+    return tuple(value) if isinstance(value, list) else value

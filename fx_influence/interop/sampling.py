@@ -1,0 +1,252 @@
+"""On-policy rollouts from a Hugging Face model: full-softmax samples, the log-probs they were drawn with, rewards.
+
+An estimate over rollouts assumes that they were drawn from pi, so ``check_on_policy`` compares the log-probs recorded
+while sampling with scored ones before anything is built on the rollouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_influence.interop.generation import draw_tokens, eos_ids, neutral_config, sampling_from
+from fx_influence.interop.prompts import Prompt
+from fx_influence.interop.rewards import Reward, score
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.losses import group_advantages
+from fx_influence.types import Batch
+
+Progress = Callable[[int, int], None]
+"""Called with (rollouts done, rollouts in all) after each generated chunk."""
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    completions_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[Rollout]:
+    """Draw ``completions_per_prompt`` completions of each prompt from the policy's full softmax at ``temperature``.
+
+    ``model``: a Hugging Face causal LM, or a PEFT model around one; it is in eval mode during the call. Its generation
+    config decides the end-of-sequence ids and nothing else; that object, the training mode of every module and the
+    global random state are afterwards what they were. The same seed and ``batch_size`` (completions at a time) give
+    the same rollouts bit for bit on one machine. Rollout k of a prompt is named ``"{prompt_id}/{k}"``; its group is the
+    prompt's index. Returns len(prompts) * completions_per_prompt rollouts, unjudged, prompt by prompt.
+
+    Raises ``ValueError``, before anything is generated, for a prompt without tokens or too long for the model, a
+    tokenizer that does not fit the model, no end-of-sequence id, or arguments out of range.
+    """
+    _check_counts(prompts, completions_per_prompt, max_new_tokens, temperature, batch_size)
+    prompt_ids = [tuple(tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+    _check_fit(model, tokenizer, prompts, prompt_ids, max_new_tokens)
+    ends = eos_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    config = neutral_config(ends, pad_id, max_new_tokens)
+    rows = [(g, k) for g in range(len(prompts)) for k in range(completions_per_prompt)]
+    rollouts: list[Rollout] = []
+    with sampling_from(model, config, seed):
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            drawn = draw_tokens(model, [prompt_ids[g] for g, _ in chunk], config, temperature)
+            for (g, k), (tokens, logprobs) in zip(chunk, drawn, strict=True):
+                end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+                args = (prompt_ids[g], tokens[:end], logprobs[:end], end is not None)
+                rollouts.append(_rollout(tokenizer, prompts[g], g, k, *args))
+            if progress is not None:
+                progress(len(rollouts), len(rows))
+    return rollouts
+
+
+def with_rewards(
+    rollouts: Sequence[Rollout], prompts: Sequence[Prompt], reward: Reward, *, scale_advantages: bool = True
+) -> list[Rollout]:
+    """The rollouts with reward and group-relative advantage, judged by one call of ``reward`` on all of them.
+
+    The prompts' columns go to ``reward``, one value per rollout, None where a prompt lacks a column. A group whose
+    rewards are all equal has advantage exactly 0. Raises as ``rewards.score`` does, and ``ValueError`` for a rollout
+    of an unknown prompt.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+    for rollout in rollouts:
+        if rollout.prompt_id not in by_id:
+            raise ValueError(
+                f"prompt_id of rollout {rollout.id!r} is {rollout.prompt_id!r}, not among the prompts given"
+            )
+    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    columns = {name: [by_id[r.prompt_id].columns.get(name) for r in rollouts] for name in names}
+    rewards = score(reward, [r.prompt for r in rollouts], [r.completion for r in rollouts], columns)
+    group = torch.tensor([r.group for r in rollouts])
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), group, scale=scale_advantages).tolist()
+    judged = [dataclasses.replace(r, reward=x) for r, x in zip(rollouts, rewards, strict=True)]
+    flat = _flat_groups(judged)
+    return [
+        dataclasses.replace(r, advantage=0.0 if r.group in flat else a) for r, a in zip(judged, advantages, strict=True)
+    ]
+
+
+def sample_rewarded(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    *,
+    completions_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 64,
+    resample_zero_advantage: int = 0,
+    scale_advantages: bool = True,
+    progress: Progress | None = None,
+) -> list[Rollout]:
+    """``sample`` and ``with_rewards``; groups whose advantages are all zero are drawn again, a bounded number of times.
+
+    Such a group moves the policy nowhere. Each of up to ``resample_zero_advantage`` rounds redraws those that are
+    left, with a seed derived from ``seed`` and the round; the last draw is kept whatever it is. The choice depends on
+    the rewards, so use it for update batches, never for an evaluation batch.
+    """
+    if resample_zero_advantage < 0:
+        raise ValueError(f"resample_zero_advantage is {resample_zero_advantage}; give a number of rounds, 0 or more")
+    draw = partial(
+        sample,
+        model,
+        tokenizer,
+        completions_per_prompt=completions_per_prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+    )
+    judge = partial(with_rewards, prompts=prompts, reward=reward, scale_advantages=scale_advantages)
+    rollouts = judge(draw(prompts, seed=seed, progress=progress))
+    for attempt in range(1, resample_zero_advantage + 1):
+        flat = sorted(_flat_groups(rollouts))
+        if not flat:
+            break
+        again = draw([prompts[g] for g in flat], seed=_derived_seed(seed, attempt))
+        fresh = {r.id: r for r in judge([dataclasses.replace(r, group=flat[r.group]) for r in again])}
+        rollouts = [fresh.get(r.id, r) for r in rollouts]
+    return rollouts
+
+
+def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch: Batch, tolerance: float) -> float:
+    """The largest |behaviour - scored| log-prob over all completion tokens, refused where above ``tolerance``.
+
+    ``scored_logprobs``: (n, T), at position t the log-prob of token t under the policy in question, at the temperature
+    that the rollouts were sampled with. ``batch``: (n, T), ``collate(rollouts)``. Entries outside the completion mask
+    are not read. Raises ``ValueError`` naming the worst rollout, or where shapes disagree.
+    """
+    mask = batch.completion_mask
+    if tuple(scored_logprobs.shape) != tuple(mask.shape) or len(rollouts) != mask.shape[0]:
+        raise ValueError(
+            f"scored_logprobs has shape {tuple(scored_logprobs.shape)} and batch {tuple(mask.shape)} for "
+            f"{len(rollouts)} rollouts; pass the scores of collate(rollouts)"
+        )
+    worst, worst_index = 0.0, 0
+    for i, rollout in enumerate(rollouts):
+        scored = scored_logprobs[i][mask[i]].detach().to("cpu", torch.float64)
+        if len(scored) != len(rollout.behaviour_logprobs):
+            raise ValueError(
+                f"batch has {len(scored)} completion tokens for rollout {rollout.id!r}, which has "
+                f"{len(rollout.behaviour_logprobs)}; pass collate(rollouts), in the same order"
+            )
+        gap = (scored - torch.tensor(rollout.behaviour_logprobs, dtype=torch.float64)).abs().nan_to_num(nan=math.inf)
+        if len(gap) and gap.max().item() > worst:
+            worst, worst_index = gap.max().item(), i
+    if worst > tolerance:
+        raise ValueError(
+            f"rollout {rollouts[worst_index].id!r} was not sampled from this policy: its behaviour and scored "
+            f"log-probs differ by {worst:.3g} (tolerance {tolerance:.3g}); sample again from this model, with the "
+            "temperature that scores it and no top-k, top-p or penalties"
+        )
+    return worst
+
+
+def _rollout(
+    tokenizer: Any,
+    prompt: Prompt,
+    group: int,
+    k: int,
+    prompt_ids: tuple[int, ...],
+    tokens: list[int],
+    logprobs: list[float],
+    finished: bool,
+) -> Rollout:
+    return Rollout(
+        id=f"{prompt.id}/{k}",
+        prompt_id=prompt.id,
+        group=group,
+        prompt=prompt.text,
+        completion=tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        prompt_ids=prompt_ids,
+        completion_ids=tuple(tokens),
+        finished=finished,
+        behaviour_logprobs=tuple(logprobs),
+    )
+
+
+def _flat_groups(rollouts: Sequence[Rollout]) -> set[int]:
+    rewards: dict[int, set[float | None]] = {}
+    for rollout in rollouts:
+        rewards.setdefault(rollout.group, set()).add(rollout.reward)
+    return {group for group, values in rewards.items() if len(values) == 1}
+
+
+def _derived_seed(seed: int, attempt: int) -> int:
+    # A multiplier far from small numbers, so that the rounds of seed 0 are not the first draws of seeds 1, 2, ...
+    return (seed + attempt * 0x9E3779B97F4A7C15) % 2**63
+
+
+def _check_counts(
+    prompts: Sequence[Prompt], completions_per_prompt: int, max_new_tokens: int, temperature: float, batch_size: int
+) -> None:
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one prompt")
+    ids = [prompt.id for prompt in prompts]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ValueError(
+            f"prompts hold id {twice!r} more than once; ids must be unique, since rollouts are named by them"
+        )
+    counts = {
+        "completions_per_prompt": completions_per_prompt,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; give a positive number (1.0 samples the policy as it is)")
+
+
+def _check_fit(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; use the tokenizer of this "
+            "checkpoint, or resize_token_embeddings"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if not ids:
+            raise ValueError(f"prompt {prompt.id!r} ({prompt.text[:80]!r}) has no tokens; give a text that has some")
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that passes the "
+                f"model's {limit} positions; shorten the prompt or lower max_new_tokens"
+            )

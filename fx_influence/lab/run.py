@@ -1,0 +1,113 @@
+"""The main job: sample U and E from a saved training state, attribute the step, check it at finite steps, store it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fx_influence.lab.batches import Progress, Sampled, State, load_state, sampled, update_batch
+from fx_influence.lab.environment import environment, peak_memory_bytes, timed
+from fx_influence.lab.measure import Step, evaluate, measure_step
+from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.store import (
+    BASELINE,
+    ENVIRONMENT,
+    SEQUENCES,
+    SUMMARY,
+    UPDATE_ROLLOUTS,
+    RunDirectory,
+    eval_name,
+)
+
+
+def run(plan: EntropyInfluencePlan, path: Path, progress: Progress = lambda phase, done, total: None) -> RunDirectory:
+    """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
+
+    Raises ``PlanError`` and the errors of checkpoints, prompts and rewards before anything is sampled or written, and
+    ``RunDirectoryError`` where ``path`` holds something else. With one seed a run repeats bit for bit on one machine,
+    figures of time and memory apart.
+    """
+    seconds: dict[str, float] = {}
+    with timed(seconds, "load"):
+        state = load_state(plan)
+    directory = RunDirectory.start(path, plan)
+    if directory.has(SUMMARY):
+        return directory
+    directory.write_json(ENVIRONMENT, environment())
+    with timed(seconds, "update"):
+        u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
+        step = measure_step(plan, state, update_batch(plan, u))
+        directory.write_tensors(BASELINE, step.parts.baseline)
+    for i in range(len(plan.evaluations)):
+        if not directory.has(eval_name(i, ".json")):
+            with timed(seconds, "evaluation"):
+                _evaluation(plan, state, directory, step, i, progress)
+    directory.write_jsonl(SEQUENCES, _sequences(state, u, step, directory.read_arrays(eval_name(0, ".npz"))))
+    directory.write_json(SUMMARY, _summary(plan, state, directory, u, seconds))
+    return directory
+
+
+def _evaluation(
+    plan: EntropyInfluencePlan, state: State, directory: RunDirectory, step: Step, i: int, progress: Progress
+) -> None:
+    e = sampled(plan, state, directory, i + 1, eval_name(i, "_rollouts.jsonl"), progress)
+    lr = _reference_lr(state)
+    result = evaluate(plan, state, step, e, [multiple * lr for multiple in plan.eta_multiples], progress)
+    assert result.first_order.matrix is not None
+    directory.write_array(eval_name(i, "_delta_matrix.npy"), result.first_order.matrix.cpu().numpy())
+    directory.write_arrays(eval_name(i, ".npz"), result.arrays)
+    # Written last: its presence says that the evaluation is whole.
+    directory.write_json(eval_name(i, ".json"), result.summary)
+
+
+def _reference_lr(state: State) -> float:
+    # A saved schedule may stand at lr 0, where a step of 1e-6 is as good a scale as any.
+    return state.opt_state.lr or 1e-6
+
+
+def _sequences(state: State, u: Sampled, step: Step, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    mask = u.batch.completion_mask
+    count = mask.sum(-1).clamp(min=1)
+    entropies, logprobs = (v.sum(-1) / count for v in (u.values.entropies, u.values.logprobs))
+    return [
+        {
+            "id": r.id,
+            "prompt_id": r.prompt_id,
+            "prompt": r.prompt,
+            "completion": r.completion,
+            "tokens": [state.tokenizer.decode([token]) for token in r.completion_ids],
+            "reward": r.reward,
+            "advantage": r.advantage,
+            "prompt_length": len(r.prompt_ids),
+            "completion_length": len(r.completion_ids),
+            "finished": r.finished,
+            "mean_entropy": entropies[i].item(),
+            "mean_logprob": logprobs[i].item(),
+            "gradient_norm": step.gradient_norms[i].item(),
+            "influence": float(arrays["per_sequence"][i]),
+            "stderr": float(arrays["stderr"][i]),
+        }
+        for i, r in enumerate(u.rollouts)
+    ]
+
+
+def _summary(
+    plan: EntropyInfluencePlan, state: State, directory: RunDirectory, u: Sampled, seconds: dict[str, float]
+) -> dict[str, Any]:
+    evaluations = [directory.read_json(eval_name(i, ".json")) for i in range(len(plan.evaluations))]
+    return {
+        **evaluations[0],
+        "evaluations": evaluations,
+        "lr": state.opt_state.lr,
+        "update_rollouts": len(u.rollouts),
+        "update_mean_reward": float(np.mean([r.reward or 0.0 for r in u.rollouts])),
+        "update_off_policy": u.off_policy,
+        "trainable_parameters": sum(p.numel() for p in state.params.values()),
+        "seconds": sum(seconds.values()),
+        "seconds_by_phase": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "torch_threads": torch.get_num_threads(),
+    }

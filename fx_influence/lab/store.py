@@ -1,0 +1,128 @@
+"""A run directory: every file whole or absent, one plan a directory, so that an interrupted run can continue."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fx_influence.interop.rollouts import Rollout, read_rollouts, write_rollouts
+from fx_influence.lab.plan import EntropyInfluencePlan, plan_text
+
+PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
+SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
+UPDATE_ROLLOUTS = "update_rollouts.jsonl"
+
+
+class RunDirectoryError(ValueError):
+    """A directory that cannot hold or does not hold the run asked for."""
+
+
+def eval_name(index: int, what: str) -> str:
+    """File name of a piece of one evaluation, such as ``eval_00.npz``."""
+    return f"eval_{index:02d}{what}"
+
+
+class RunDirectory:
+    """The files of one run, see the README for their contents."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def start(cls, path: Path, plan: EntropyInfluencePlan) -> RunDirectory:
+        """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan."""
+        directory = cls(path)
+        if directory.has(PLAN):
+            if yaml.safe_load((path / PLAN).read_text(encoding="utf-8")) != plan.to_dict():
+                raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
+            return directory
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        directory.write_text(PLAN, plan_text(plan))
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """A finished run. Raises ``RunDirectoryError`` naming the file that is missing."""
+        for name in (PLAN, SUMMARY, SEQUENCES, eval_name(0, ".npz")):
+            if not (path / name).is_file():
+                raise RunDirectoryError(
+                    f"{str(path)!r} has no {name}, so it is no finished run; finish it with fx-influence run --out, or "
+                    "check the path"
+                )
+        return cls(path)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def write_text(self, name: str, text: str) -> None:
+        self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+
+    def write_jsonl(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        self.write_text(name, "".join(json.dumps(_without_nan(r), allow_nan=False) + "\n" for r in records))
+
+    def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
+        def write(file: str) -> None:
+            with open(file, "wb") as handle:
+                np.savez_compressed(handle, **arrays)
+
+        self._whole(name, write)
+
+    def write_array(self, name: str, array: np.ndarray) -> None:
+        def write(file: str) -> None:
+            with open(file, "wb") as handle:
+                np.save(handle, array)
+
+        self._whole(name, write)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        self._whole(name, lambda file: save_file(contiguous, file))
+
+    def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        write_rollouts(self.path / name, rollouts)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        return value
+
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.path / name).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.path / name, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def read_rollouts(self, name: str) -> list[Rollout]:
+        return read_rollouts(self.path / name)
+
+    def _whole(self, name: str, write: Callable[[str], object]) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        try:
+            write(str(temporary))
+            os.replace(temporary, self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """Figures that do not exist, such as an error bar from one cluster, as null: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

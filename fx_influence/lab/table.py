@@ -1,0 +1,169 @@
+"""A finished run as a page of text: the step's parts, the checks, the strongest rollouts and tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fx_influence.lab.store import PLAN, SEQUENCES, SUMMARY, RunDirectory, eval_name
+
+STRONGEST = 10
+
+
+def print_run(directory: RunDirectory, console: Console) -> None:
+    """Print what a run found. Influences are in nats per unit lr and, times the optimizer's lr, in nats per step."""
+    summary = directory.read_json(SUMMARY)
+    sequences = directory.read_jsonl(SEQUENCES)
+    arrays = directory.read_arrays(eval_name(0, ".npz"))
+    console.print(_headline(summary), soft_wrap=True)
+    console.print(_parts(summary))
+    console.print(_checks(summary))
+    order = np.argsort(arrays["per_sequence"])
+    console.print(_rollouts("Rollouts that LOWER the entropy most", sequences, order, summary["lr"]))
+    console.print(_rollouts("Rollouts that RAISE the entropy most", sequences, order[::-1], summary["lr"]))
+    console.print(_tokens(sequences, arrays["per_token"], summary["lr"]))
+    console.print(_blocks(summary["per_parameter"]))
+    console.print(
+        f"{summary['update_rollouts']} rollouts in U, {summary['rollouts']} in E, "
+        f"{summary['trainable_parameters']:,} trainable parameters; {summary['seconds']:.1f} s, "
+        f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB at the peak. Stored in {printable(str(directory.path))}, "
+        f"repeated by its {PLAN}.",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+def printable(text: str) -> str:
+    """Untrusted text with every character that is not printable (controls, escapes, bidirectional marks) escaped.
+
+    Example:
+        >>> printable("a\\x1b[31m\\u202eb")
+        'a\\\\x1b[31m\\\\u202eb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def _headline(s: dict[str, Any]) -> Text:
+    step = s["total"] * s["lr"]
+    verb = "falls" if step < 0 else "rises"
+    return Text(
+        f"\nEntropy now {s['entropy']:.4f} nats; in this step (lr {s['lr']:g}) it {verb} by {abs(step):.3g} nats "
+        f"to first order, ± {s['total_stderr'] * s['lr']:.1g}."
+        if s["total_stderr"] is not None
+        else f"\nEntropy now {s['entropy']:.4f} nats; in this step (lr {s['lr']:g}) it {verb} by {abs(step):.3g} nats."
+    )
+
+
+def _parts(s: dict[str, Any]) -> Table:
+    table = Table(title="What the step does to the entropy, to first order", title_justify="left")
+    for column in ("part", "nats per unit lr", "stderr", "nats in this step"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    rows = (
+        ("momentum", s["momentum"], None),
+        ("weight decay", s["weight_decay"], None),
+        ("baseline (both)", s["baseline"], s["baseline_stderr"]),
+        ("rollouts, all together", s["sum_per_sequence"], s["sum_per_sequence_stderr"]),
+        ("total", s["total"], s["total_stderr"]),
+    )
+    for name, value, error in rows:
+        table.add_row(name, f"{value:+.5g}", "" if error is None else f"{error:.2g}", f"{value * s['lr']:+.3e}")
+    return table
+
+
+def _checks(s: dict[str, Any]) -> Table:
+    table = Table(title="Checks", title_justify="left")
+    table.add_column("check")
+    table.add_column("figure", justify="right")
+    table.add_row("identity: residual / sum of |influence|", f"{s['relative_residual']:.1e}")
+    table.add_row("total by JVP less total by parts, relative", f"{_relative(s['total_by_jvp'], s['total']):.1e}")
+    for step in s["finite_steps"]:
+        at = f"eta {step['eta']:g}"
+        table.add_row(f"SNIS at {at}: whole step", f"{step['full']:+.4e}")
+        table.add_row("  JVP x eta, first order", f"{step['full_jvp']:+.4e}")
+        table.add_row("  with the second order", f"{step['full_jvp_second_order']:+.4e}")
+        table.add_row(f"SNIS at {at}: baseline alone", f"{step['baseline']:+.4e}")
+        table.add_row("  JVP x eta, first order", f"{step['baseline_jvp']:+.4e}")
+        table.add_row("  effective sample size", f"{step['ess']:.1f} of {s['rollouts']}")
+    trust = s["eta_trust"]
+    table.add_row(
+        "first order is 10% off at eta",
+        "never" if trust is None else f"{trust:.2e} ({trust / s['lr']:.2g} lr)" if s["lr"] else f"{trust:.2e}",
+    )
+    table.add_row(
+        "sampled against scored log-probs, largest gap", f"{max(s['off_policy'], s['update_off_policy']):.1e}"
+    )
+    beyond = f"{s['rollouts_beyond_two_stderr']} of {s['update_rollouts']}"
+    table.add_row("rollouts more than two standard errors from 0", beyond)
+    return table
+
+
+def _rollouts(title: str, sequences: list[dict[str, Any]], order: np.ndarray, lr: float) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("id", "prompt", "completion"):
+        table.add_column(column, overflow="fold")
+    for column in ("same", "reward", "advantage", "influence ± stderr", "nats in this step"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r, count in _distinct(sequences, order):
+        error = "" if r["stderr"] is None else f" ± {r['stderr']:.2g}"
+        table.add_row(
+            *(Text(_short(r[field])) for field in ("id", "prompt", "completion")),
+            f"x{count}",
+            f"{r['reward']:g}",
+            f"{r['advantage']:+.2f}",
+            f"{r['influence']:+.4g}{error}",
+            f"{r['influence'] * lr:+.2e}",
+        )
+    return table
+
+
+def _distinct(sequences: list[dict[str, Any]], order: np.ndarray) -> list[tuple[dict[str, Any], int]]:
+    """The first of ``order`` with different texts, and how often each occurs: equal rollouts have equal influence."""
+    counts: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for i in order:
+        r = sequences[int(i)]
+        key = (r["prompt"], r["completion"])
+        counts[key] = counts.get(key, 0) + 1
+        first.setdefault(key, r)
+    return [(r, counts[key]) for key, r in list(first.items())[:STRONGEST]]
+
+
+def _tokens(sequences: list[dict[str, Any]], per_token: np.ndarray, lr: float) -> Table:
+    table = Table(title="Strongest tokens", title_justify="left")
+    for column in ("rollout", "token", "in its completion", "influence", "nats in this step"):
+        table.add_column(column, justify="right" if column in ("influence", "nats in this step") else "left")
+    flat = np.argsort(-np.abs(per_token), axis=None)[:STRONGEST]
+    for row, column in zip(*np.unravel_index(flat, per_token.shape), strict=True):
+        r = sequences[int(row)]
+        # Columns of per_token are those of the right-padded batch: prompt first, then the completion.
+        k = int(column) - r["prompt_length"]
+        value = float(per_token[row, column])
+        before, token, after = ("".join(r["tokens"][a:b]) for a, b in ((0, k), (k, k + 1), (k + 1, None)))
+        context = Text.assemble(printable(before[-20:]), (printable(token), "bold reverse"), printable(after[:20]))
+        table.add_row(Text(_short(r["id"])), Text(repr(token)), context, f"{value:+.4g}", f"{value * lr:+.2e}")
+    return table
+
+
+def _blocks(per_parameter: dict[str, float]) -> Table:
+    size = sum(abs(value) for value in per_parameter.values()) or 1.0
+    table = Table(title="Parameters that carry the rollouts' influence", title_justify="left")
+    table.add_column("parameter")
+    table.add_column("nats per unit lr", justify="right")
+    table.add_column("share of sum |.|", justify="right")
+    for name, value in sorted(per_parameter.items(), key=lambda item: -abs(item[1]))[:5]:
+        table.add_row(Text(name), f"{value:+.4g}", f"{abs(value) / size:.1%}")
+    return table
+
+
+def _short(text: str, width: int = 60) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(a), abs(b), 1e-300)
