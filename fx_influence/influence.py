@@ -148,14 +148,16 @@ def influence(
         grouped = shares.new_zeros(len(parts)).index_add(0, unions, shares)
         error = cluster_stderr(parts.sum(-1), per_sequence, grouped, torch.arange(len(parts), device=unions.device))
 
-    baseline = dot(step.baseline, slope)
+    momentum, weight_decay = dot(step.momentum, slope), dot(step.weight_decay, slope)
+    # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
+    baseline = momentum + weight_decay if gain == "share" else dot(step.baseline, slope)
     return Influence(
         per_sequence=per_sequence,
         per_token=per_token,
         stderr=error,
         baseline=baseline,
-        momentum=dot(step.momentum, slope),
-        weight_decay=dot(step.weight_decay, slope),
+        momentum=momentum,
+        weight_decay=weight_decay,
         total=baseline + per_sequence.sum(),
         residual=residual,
         unattributed=unattributed,

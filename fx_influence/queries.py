@@ -90,6 +90,8 @@ def query_coefficients(query: Query, values: TokenValues, batch_e: Batch) -> Tok
         weight = torch.linspace(1.0, 2.0, n, dtype=s.dtype, device=s.device)
         whole = _gradient(s.sum(), inputs, retain=True)
         weighted = _gradient((weight * s).sum(), inputs, retain=False)
+    if not all(torch.isfinite(g).all() for g in whole):
+        raise ValueError("query's derivative is not finite; keep roots and logarithms away from 0, as in empty rows")
     for plain, scaled in zip(whole, weighted, strict=True):
         if not torch.allclose(scaled, plain * weight.unsqueeze(-1).to(plain), rtol=1e-6, atol=1e-12):
             raise ValueError("query's s_a depends on other rows than a; .detach() what it takes over the whole batch")

@@ -416,14 +416,15 @@ def influence(
 def adam_diagonals(state: AdamWState, step: Step | None = None) -> Params:
     """The Fisher kernel's P by name: 1/den of the step, or without one 1/(sqrt(s / (1 - beta2^step)) + eps).
 
-    rho is not in it. Only parameters that the optimizer holds are in it.
+    rho is not in it. Only parameters that the optimizer holds are in it. Under amsgrad its maximum stands for s.
     """
     if step is not None:
         return {name: 1 / step.den[name] for name in state.exp_avg}
     diagonals = {}
     for name, s in state.exp_avg_sq.items():
         hyper = state.hyper[name]
-        diagonals[name] = 1 / ((s / (1 - hyper.beta2 ** state.step[name])).sqrt() + hyper.eps)
+        used = state.max_exp_avg_sq[name] if hyper.amsgrad else s
+        diagonals[name] = 1 / ((used / (1 - hyper.beta2 ** state.step[name])).sqrt() + hyper.eps)
     return diagonals
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
 from fx_influence.interop.rewards import RewardError
 from fx_influence.lab.plan import EntropyInfluencePlan, read_plan
@@ -25,6 +26,7 @@ WIDTH = 132
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 refused or bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    disable_progress_bar()
     try:
         if arguments.command == "report":
             print_run(RunDirectory.open(arguments.directory), _console())

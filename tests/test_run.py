@@ -1,0 +1,279 @@
+"""The main job, end to end on the embedded checkpoint with small batches, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fx_influence as fx
+from fx_influence.interop.checkpoint import load_checkpoint
+from fx_influence.interop.rollouts import collate, read_rollouts
+from fx_influence.lab import run as run_module
+from fx_influence.lab.cli import main
+from fx_influence.lab.plan import demo_path
+from fx_influence.lab.table import printable
+
+PLAN = {
+    "update": {"prompts": "demo/train", "num_prompts": 5, "completions_per_prompt": 4},
+    "evaluations": [
+        {"prompts": "demo/eval", "num_prompts": 8, "completions_per_prompt": 2},
+        {"prompts": "demo/eval", "num_prompts": 3, "completions_per_prompt": 3},
+    ],
+    "eta_multiples": [1.0, 0.05],
+    "seed": 1,
+}
+TIMES = ("seconds", "seconds_by_phase", "peak_memory_bytes")
+
+
+def write_plan(folder: Path, **changes: object) -> str:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({**PLAN, **changes}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["run", write_plan(folder), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None:
+    n_u, n_e, n_eta = 20, 16, 2
+    sequences = [json.loads(line) for line in (finished / "update_sequences.jsonl").read_text().splitlines()]
+    arrays = dict(np.load(finished / "eval_00.npz"))
+    shapes = {
+        "per_sequence": (n_u,),
+        "stderr": (n_u,),
+        "eta": (n_eta,),
+        "full": (n_eta,),
+        "baseline": (n_eta,),
+        "ess": (n_eta,),
+        "grad": (n_eta, n_u),
+        "baseline_plus_grad": (n_eta, n_u),
+    }
+    assert {name: arrays[name].shape for name in shapes} == shapes
+    assert arrays["per_token"].shape[0] == n_u
+    assert np.load(finished / "eval_00_delta_matrix.npy").shape == (n_e, n_u)
+    assert np.load(finished / "eval_01_delta_matrix.npy").shape == (9, n_u)
+    assert len(sequences) == n_u
+    keys = {"id", "prompt", "completion", "reward", "advantage", "mean_entropy", "mean_logprob", "gradient_norm"}
+    keys |= {"influence", "stderr", "prompt_length", "completion_length"}
+    assert all(keys <= set(record) for record in sequences)
+    required = {"total", "baseline", "momentum", "weight_decay", "sum_per_sequence", "residual", *TIMES}
+    assert required <= set(summary(finished))
+    assert set(load_file(finished / "baseline.safetensors")) == set(_state()[1])
+    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert not list(finished.glob(".*")), "no temporary file is left behind"
+
+
+def _state() -> tuple[fx.Policy, fx.Params, fx.AdamWState]:
+    checkpoint = load_checkpoint(demo_path("demo"))
+    apply, params = fx.functionalize(checkpoint.model)
+    return apply, params, checkpoint.optimizer_state
+
+
+def test_the_stored_numbers_are_those_of_the_library_on_the_stored_rollouts(finished: Path) -> None:
+    apply, params, state = _state()
+    rollouts = read_rollouts(finished / "update_rollouts.jsonl")
+    u = collate(rollouts, pad_id=0)
+    advantages = torch.tensor([r.advantage for r in rollouts])
+    c = fx.coefficients("dr_grpo", advantages, u.completion_mask, max_completion_length=20)
+    e = collate(read_rollouts(finished / "eval_00_rollouts.jsonl"), pad_id=0)
+    out = fx.influence(params, u._replace(coefficients=c), e, state, apply=apply, max_grad_norm=1.0, matrix=True)
+    arrays = dict(np.load(finished / "eval_00.npz"))
+    size = out.per_sequence.abs().sum().item()
+    np.testing.assert_allclose(arrays["per_sequence"], out.per_sequence.numpy(), rtol=0, atol=1e-5 * size)
+    np.testing.assert_allclose(arrays["per_token"], out.per_token.numpy(), rtol=0, atol=1e-5 * size)
+    np.testing.assert_allclose(arrays["stderr"], out.stderr.numpy(), rtol=1e-3)
+    matrix = np.load(finished / "eval_00_delta_matrix.npy")
+    np.testing.assert_allclose(matrix.sum(0), arrays["per_sequence"], rtol=0, atol=1e-5 * size)
+    s = summary(finished)
+    assert s["total"] == pytest.approx(out.total.item(), abs=1e-5 * size)
+    assert s["baseline"] == pytest.approx(s["momentum"] + s["weight_decay"], abs=1e-9)
+    assert s["total"] == pytest.approx(s["baseline"] + s["sum_per_sequence"], abs=1e-9)
+    assert s["relative_residual"] <= 1e-5
+    baseline = load_file(finished / "baseline.safetensors")
+    along = fx.snis_delta(params, baseline, float(arrays["eta"][0]), e, apply=apply).delta_h.item()
+    assert arrays["baseline"][0] == pytest.approx(along, abs=1e-8)
+
+
+def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
+    s, arrays = summary(finished), dict(np.load(finished / "eval_00.npz"))
+    at_lr = s["finite_steps"][0]
+    assert at_lr["eta"] == pytest.approx(s["lr"])
+    gap = abs(at_lr["full"] - at_lr["full_jvp"])
+    assert abs(at_lr["full"] - at_lr["full_jvp_second_order"]) < gap
+    assert gap < 0.3 * abs(at_lr["full_jvp"])
+    slopes = arrays["grad"] / arrays["eta"][:, None]
+    size = np.abs(arrays["per_sequence"]).max()
+    far, near = np.abs(slopes - arrays["per_sequence"]).max(1) / size
+    assert near < 0.1
+    assert near < 0.2 * far
+    derived = (arrays["baseline_plus_grad"] - arrays["baseline"][:, None]) / arrays["eta"][:, None]
+    assert np.abs(derived[1] - arrays["per_sequence"]).max() < 0.1 * size
+    assert np.all((arrays["ess"] > 1) & (arrays["ess"] <= 16))
+
+
+def test_the_same_plan_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    stored = str(finished / "plan.yaml")
+    assert main(["run", stored, "--out", str(tmp_path / "again")]) == 0
+    names = sorted(path.name for path in finished.iterdir())
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
+    for name in names:
+        if name == "summary.json":
+            ours, theirs = summary(finished), summary(tmp_path / "again")
+            assert {k: v for k, v in ours.items() if k not in TIMES} == {
+                k: v for k, v in theirs.items() if k not in TIMES
+            }
+        else:
+            assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_another_seed_gives_other_rollouts(finished: Path, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, evaluations=PLAN["evaluations"][1:], eta_multiples=[1.0])
+    assert main(["run", plan, "--seed", "2", "--out", str(tmp_path / "out")]) == 0
+    assert yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["seed"] == 2
+    ours, theirs = (read_rollouts(d / "update_rollouts.jsonl") for d in (finished, tmp_path / "out"))
+    assert [r.completion for r in ours] != [r.completion for r in theirs]
+
+
+def test_an_interrupted_run_continues_without_redoing_what_is_stored(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    real, calls = run_module.evaluate, []
+
+    def interrupted(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(run_module, "evaluate", interrupted)
+    assert main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 130
+    assert (out / "eval_00.npz").exists()
+    assert not (out / "summary.json").exists()
+    assert main(["report", str(out)]) == 1
+    assert main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 0
+    assert len(calls) == 3
+    for name in ("eval_00.npz", "eval_01.npz", "update_sequences.jsonl", "eval_01_delta_matrix.npy"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_finished_run_is_not_computed_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "measure_step", lambda *args: pytest.fail("computed again"))
+    before = (finished / "summary.json").read_bytes()
+    assert main(["run", str(finished / "plan.yaml"), "--out", str(finished)]) == 0
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_a_directory_of_another_plan_or_of_other_files_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert main(["run", write_plan(tmp_path), "--seed", "9", "--out", str(copy)]) == 1
+    assert "holds a run of another plan; choose another --out" in capsys.readouterr().err
+    assert (copy / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    assert main(["run", write_plan(tmp_path), "--out", str(tmp_path / "mine")]) == 1
+    assert "is not a run directory; choose another --out" in capsys.readouterr().err
+
+
+def test_the_report_shows_totals_checks_rollouts_and_tokens(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(finished)]) == 0
+    page, s = capsys.readouterr().out, summary(finished)
+    for figure in (f"{s['momentum']:+.5g}", f"{s['weight_decay']:+.5g}", f"{s['total']:+.5g}"):
+        assert figure in page
+    assert f"{s['relative_residual']:.1e}" in page
+    assert f"{s['finite_steps'][0]['full']:+.4e}" in page
+    sequences = [json.loads(line) for line in (finished / "update_sequences.jsonl").read_text().splitlines()]
+    strongest = max(sequences, key=lambda r: r["influence"])
+    row = next(line for line in page.splitlines() if strongest["id"] in line and strongest["completion"] in line)
+    assert f"{strongest['influence']:+.4g} ± {strongest['stderr']:.2g}" in row
+    assert f"{strongest['advantage']:+.2f}" in row
+
+
+def test_hostile_text_in_a_rollout_is_shown_literally(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    records = [json.loads(line) for line in (copy / "update_sequences.jsonl").read_text().splitlines()]
+    for record in records:
+        record["completion"] = "[bold]x[/bold]\x1b[31m\u202e\ud800"
+        record["tokens"] = ["\x1b]0;title\x07"] * len(record["tokens"])
+    (copy / "update_sequences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert main(["report", str(copy)]) == 0
+    page = capsys.readouterr().out
+    assert "[bold]x[/bold]\\x1b[31m\\u202e\\ud800" in page
+    assert not any(c in page for c in ("\x1b]", "\x1b[31m", "\u202e", "\x07"))
+    assert printable("plain ü 漢") == "plain ü 漢"
+
+
+BAD_REWARDS = """
+def raises(prompts, completions, **columns):
+    raise RuntimeError("boom")
+
+def nan(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+
+def equal(prompts, completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "absent"}, r"absent"),
+        ({"reward": "no_such_module:f"}, r"reward is 'no_such_module:f', but module"),
+        ({"reward": "bad_rewards:raises"}, r"reward bad_rewards:raises raised RuntimeError: boom"),
+        ({"reward": "bad_rewards:nan"}, r"reward bad_rewards:nan returned nan"),
+        ({"reward": "bad_rewards:equal"}, r"every advantage in U is 0"),
+        ({"update": {"prompts": "absent.jsonl"}}, r"absent\.jsonl' does not exist"),
+        ({"update": {"prompts": "demo/train", "num_prompts": 10**6}}, r"num_prompts is 1000000 but .* ask for fewer"),
+        ({"max_new_tokens": 63}, r"63 .* passes the model's 64 positions"),
+    ],
+)
+def test_bad_input_is_refused_before_the_long_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict,
+    message: str,
+) -> None:
+    (tmp_path / "bad_rewards.py").write_text(BAD_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(run_module, "evaluate", lambda *args: pytest.fail("the long work began"))
+    assert main(["run", write_plan(tmp_path, **changes), "--out", str(tmp_path / "out")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_installed_command_runs_prints_help_and_refuses_nonsense(finished: Path) -> None:
+    command = [sys.executable, "-m", "fx_influence.lab.cli"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, env=env, check=True).stdout
+    assert "run" in shown
+    assert "report" in shown
+    wrong = subprocess.run([*command, "report", "/nonexistent"], capture_output=True, text=True, env=env, check=False)
+    assert wrong.returncode == 1
+    assert "has no plan.yaml" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
