@@ -1,0 +1,43 @@
+"""The README's Python runs as it stands, and what it promises about the package is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+import fx_influence as fx
+from fx_influence.lab.plan import EntropyInfluencePlan
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_example_runs_and_is_short() -> None:
+    (example,) = blocks("python")
+    statements = [
+        line for line in example.splitlines() if line.strip() and not line.startswith((" ", "import", "from"))
+    ]
+    assert len(statements) <= 15
+    scope: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), scope)
+    out = scope["out"]
+    assert isinstance(out, fx.Influence)
+    assert out.per_token.shape == (8, 12)
+    assert (out.baseline + out.per_sequence.sum() - out.total).abs() < 1e-9
+
+
+def test_the_plan_in_the_readme_is_a_plan() -> None:
+    (text,) = blocks("yaml")
+    assert EntropyInfluencePlan.from_dict(yaml.safe_load(text)).evaluations[0].num_prompts == 64
+
+
+def test_every_function_in_the_table_exists() -> None:
+    table = README[README.index("| quantity |") : README.index("Works on plain")]
+    names = {name for cell in re.findall(r"\| ([^|]*) \| [^|]* \|\n", table) for name in re.findall(r"`(\w+)", cell)}
+    assert {"influence", "snis_sweep", "fisher_kernel"} <= names
+    assert not {name for name in names if not hasattr(fx, name)}
