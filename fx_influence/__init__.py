@@ -1,5 +1,10 @@
 """fx_influence: which rollouts and tokens of one optimizer step change a language model's entropy, and by how much."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.delta import JvpDelta, jvp_delta, snis_delta, snis_sweep
 from fx_influence.entropy import entropy_estimate
@@ -13,6 +18,16 @@ from fx_influence.losses import clipped_ratio, coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
 from fx_influence.queries import expected_reward, kl_to_reference
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityError, Params
+
+# Read when first asked for, so that importing the mathematics imports no transformers.
+_LAZY = {"load_checkpoint": "fx_influence.interop.checkpoint", "load_run": "fx_influence.lab.results"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
 
 __all__ = [
     "AdamWDecomposition",
@@ -39,6 +54,8 @@ __all__ = [
     "influence",
     "jvp_delta",
     "kl_to_reference",
+    "load_checkpoint",
+    "load_run",
     "per_sample_grads",
     "rollout_loss",
     "snis_delta",

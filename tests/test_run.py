@@ -277,3 +277,28 @@ def test_the_installed_command_runs_prints_help_and_refuses_nonsense(finished: P
     assert wrong.returncode == 1
     assert "has no plan.yaml" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_stored_run_is_read_back_as_values(finished: Path) -> None:
+    results = fx.load_run(finished)
+    assert results.plan.to_dict() == yaml.safe_load((finished / "plan.yaml").read_text())
+    assert [e.matrix.shape for e in results.evaluations] == [(16, 20), (9, 20)]
+    assert [r["id"] for r in results.sequences] == [r.id for r in results.update_rollouts]
+    assert [r["influence"] for r in results.sequences] == results.evaluations[0].arrays["per_sequence"].tolist()
+    assert set(results.baseline()) == set(_state()[1])
+    assert results.summary["evaluations"] == [e.summary for e in results.evaluations]
+
+
+@pytest.mark.parametrize("name", ["eval_00.npz", "eval_01_delta_matrix.npy", "summary.json", "update_rollouts.jsonl"])
+def test_a_truncated_or_missing_file_of_a_run_is_an_error(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2])
+    assert main(["report", str(copy)]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    (copy / name).unlink()
+    assert main(["report", str(copy)]) == 1
+    assert re.search(rf"is damaged|has no {re.escape(name)}", capsys.readouterr().err)

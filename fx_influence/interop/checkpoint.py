@@ -162,15 +162,20 @@ def _causal_lm(path: Path, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    model, report = loader.from_pretrained(
-        path,
-        dtype="auto" if dtype is None else dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        weights_only=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = loader.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the weights in {path} hold more than tensors, which are never unpickled; save the model as safetensors"
+        ) from error
     # transformers fills what is missing or mismatched with random numbers and only warns
     bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if bad:

@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from fx_influence.interop.rewards import RewardError
 from fx_influence.lab.plan import EntropyInfluencePlan, read_plan
+from fx_influence.lab.results import load_run
 from fx_influence.lab.run import run
-from fx_influence.lab.store import RunDirectory
 from fx_influence.lab.table import print_run, printable
 from fx_influence.types import IdentityError
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     try:
         if arguments.command == "report":
-            print_run(RunDirectory.open(arguments.directory), _console())
+            print_run(load_run(arguments.directory), _console())
         else:
             _run(arguments)
     except (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError) as error:
@@ -62,8 +62,8 @@ def _run(arguments: argparse.Namespace) -> None:
         plan = dataclasses.replace(plan, seed=arguments.seed)
     out = arguments.out or Path("runs") / ("demo" if arguments.plan is None else arguments.plan.stem)
     with _progress() as progress:
-        directory = run(plan, out, progress)
-    print_run(directory, _console())
+        results = run(plan, out, progress)
+    print_run(results, _console())
 
 
 def _console() -> Console:

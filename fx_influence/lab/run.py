@@ -12,6 +12,7 @@ from fx_influence.lab.batches import Progress, Sampled, State, load_state, sampl
 from fx_influence.lab.environment import environment, peak_memory_bytes, timed
 from fx_influence.lab.measure import Step, evaluate, measure_step
 from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.store import (
     BASELINE,
     ENVIRONMENT,
@@ -23,7 +24,9 @@ from fx_influence.lab.store import (
 )
 
 
-def run(plan: EntropyInfluencePlan, path: Path, progress: Progress = lambda phase, done, total: None) -> RunDirectory:
+def run(
+    plan: EntropyInfluencePlan, path: Path, progress: Progress = lambda phase, done, total: None
+) -> EntropyInfluenceResults:
     """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
 
     Raises ``PlanError`` and the errors of checkpoints, prompts and rewards before anything is sampled or written, and
@@ -35,7 +38,7 @@ def run(plan: EntropyInfluencePlan, path: Path, progress: Progress = lambda phas
         state = load_state(plan)
     directory = RunDirectory.start(path, plan)
     if directory.has(SUMMARY):
-        return directory
+        return load_run(path)
     directory.write_json(ENVIRONMENT, environment())
     with timed(seconds, "update"):
         u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
@@ -47,7 +50,7 @@ def run(plan: EntropyInfluencePlan, path: Path, progress: Progress = lambda phas
                 _evaluation(plan, state, directory, step, i, progress)
     directory.write_jsonl(SEQUENCES, _sequences(state, u, step, directory.read_arrays(eval_name(0, ".npz"))))
     directory.write_json(SUMMARY, _summary(plan, state, directory, u, seconds))
-    return directory
+    return load_run(path)
 
 
 def _evaluation(

@@ -42,7 +42,7 @@ class RunDirectory:
         """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan."""
         directory = cls(path)
         if directory.has(PLAN):
-            if yaml.safe_load((path / PLAN).read_text(encoding="utf-8")) != plan.to_dict():
+            if directory.read_yaml(PLAN) != plan.to_dict():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
             return directory
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -50,17 +50,6 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         directory.write_text(PLAN, plan_text(plan))
         return directory
-
-    @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """A finished run. Raises ``RunDirectoryError`` naming the file that is missing."""
-        for name in (PLAN, SUMMARY, SEQUENCES, eval_name(0, ".npz")):
-            if not (path / name).is_file():
-                raise RunDirectoryError(
-                    f"{str(path)!r} has no {name}, so it is no finished run; finish it with fx-influence run --out, or "
-                    "check the path"
-                )
-        return cls(path)
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -95,6 +84,9 @@ class RunDirectory:
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         write_rollouts(self.path / name, rollouts)
 
+    def read_yaml(self, name: str) -> Any:
+        return yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
+
     def read_json(self, name: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         return value
@@ -104,8 +96,13 @@ class RunDirectory:
         return [json.loads(line) for line in lines if line]
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
-        with np.load(self.path / name, allow_pickle=False) as arrays:
+        # Opened here because np.load leaves the file open where it is damaged.
+        with open(self.path / name, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
+
+    def read_array(self, name: str) -> np.ndarray:
+        array: np.ndarray = np.load(self.path / name, allow_pickle=False)
+        return array
 
     def read_rollouts(self, name: str) -> list[Rollout]:
         return read_rollouts(self.path / name)

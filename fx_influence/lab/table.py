@@ -9,16 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fx_influence.lab.store import PLAN, SEQUENCES, SUMMARY, RunDirectory, eval_name
+from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.store import PLAN
 
 STRONGEST = 10
 
 
-def print_run(directory: RunDirectory, console: Console) -> None:
+def print_run(results: EntropyInfluenceResults, console: Console) -> None:
     """Print what a run found. Influences are in nats per unit lr and, times the optimizer's lr, in nats per step."""
-    summary = directory.read_json(SUMMARY)
-    sequences = directory.read_jsonl(SEQUENCES)
-    arrays = directory.read_arrays(eval_name(0, ".npz"))
+    summary, sequences, arrays = results.summary, results.sequences, results.evaluations[0].arrays
     console.print(_headline(summary), soft_wrap=True)
     console.print(_parts(summary))
     console.print(_checks(summary))
@@ -30,7 +29,7 @@ def print_run(directory: RunDirectory, console: Console) -> None:
     console.print(
         f"{summary['update_rollouts']} rollouts in U, {summary['rollouts']} in E, "
         f"{summary['trainable_parameters']:,} trainable parameters; {summary['seconds']:.1f} s, "
-        f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB at the peak. Stored in {printable(str(directory.path))}, "
+        f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB at the peak. Stored in {printable(str(results.path))}, "
         f"repeated by its {PLAN}.",
         soft_wrap=True,
         markup=False,
