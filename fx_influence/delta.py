@@ -17,6 +17,7 @@ from fx_influence.logprobs import (
     TokenValues,
     all_token_values,
     concatenate,
+    distinct_rows,
     row_chunks,
     surrogate,
     token_jvp,
@@ -92,7 +93,8 @@ def snis_sweep(
     """``snis_delta`` for many directions and etas, a block of directions at a time in one vmapped forward.
 
     ``blocks``: direction trees with a leading axis of K directions, K as each block likes, made as they are asked for.
-    Yields one ``SnisDelta`` per block whose fields lead with (n_eta, K). The base pass at theta runs once.
+    Yields one ``SnisDelta`` per block whose fields lead with (n_eta, K). The base pass at theta runs once, and equal
+    rows of E are scored once.
     ``chunk_size``: rows of E times directions per forward; None chooses by tokens. Errors as in ``snis_delta``.
 
     Example:
@@ -107,6 +109,7 @@ def snis_sweep(
     params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
     _check(params, {}, batch_e, apply, estimator, normalize, temperature, chunk_size)
     mask = batch_e.completion_mask
+    once, index = distinct_rows(batch_e)
     base = completions(all_token_values(params, batch_e, apply, temperature, chunk_size), mask)
     rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // mask.shape[1])
 
@@ -123,9 +126,10 @@ def snis_sweep(
                     vmap(lambda v, eta=eta, part=part: token_values(shift(params, v, eta), part, apply, temperature))(
                         block
                     )
-                    for part in row_chunks(batch_e, max(1, rows_at_once // count))
+                    for part in row_chunks(once, max(1, rows_at_once // count))
                 ]
-            per_eta.append(vmap(delta)(concatenate(parts, dim=1)))
+            logprobs, entropies = concatenate(parts, dim=1)
+            per_eta.append(vmap(delta)(TokenValues(logprobs[:, index], entropies[:, index])))
         yield SnisDelta(*(torch.stack(field) for field in zip(*per_eta, strict=True)))
 
 

@@ -119,12 +119,13 @@ def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
     assert at_lr["eta"] == pytest.approx(s["lr"])
     gap = abs(at_lr["full"] - at_lr["full_jvp"])
     assert abs(at_lr["full"] - at_lr["full_jvp_second_order"]) < gap
-    assert gap < 0.3 * abs(at_lr["full_jvp"])
+    nearer = s["finite_steps"][1]
+    assert abs(nearer["full"] - nearer["full_jvp"]) / nearer["eta"] < 0.2 * gap / at_lr["eta"]
     slopes = arrays["grad"] / arrays["eta"][:, None]
     size = np.abs(arrays["per_sequence"]).max()
     far, near = np.abs(slopes - arrays["per_sequence"]).max(1) / size
-    assert near < 0.1
-    assert near < 0.2 * far
+    assert near < 0.03
+    assert near < 0.5 * far
     derived = (arrays["baseline_plus_grad"] - arrays["baseline"][:, None]) / arrays["eta"][:, None]
     assert np.abs(derived[1] - arrays["per_sequence"]).max() < 0.1 * size
     assert np.all((arrays["ess"] > 1) & (arrays["ess"] <= 16))

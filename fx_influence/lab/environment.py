@@ -16,6 +16,8 @@ import torch
 
 PACKAGES = ("fx-influence", "torch", "transformers", "numpy", "peft", "safetensors")
 
+SMALL_MODEL = 10_000_000
+
 
 def environment() -> dict[str, Any]:
     """Versions, processor and threads: what a repeat on another machine may differ by."""
@@ -44,6 +46,21 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def threads_for(parameters: int) -> Iterator[None]:
+    """One torch thread for a small model, afterwards as many as before.
+
+    Where an operation takes microseconds a second thread saves nothing, and on a busy machine waiting for it costs
+    twenty times the work itself.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if parameters < SMALL_MODEL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _version(package: str) -> str | None:

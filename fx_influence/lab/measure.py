@@ -18,7 +18,7 @@ from fx_influence.importance import SnisDelta
 from fx_influence.influence import Influence, influence
 from fx_influence.lab.batches import Progress, Sampled, State
 from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.logprobs import batch_gradient, row_chunks
+from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks
 from fx_influence.types import Batch, Gradients, Params
 
 SEQUENCES_PER_BLOCK = 8
@@ -164,18 +164,20 @@ def _sweep(
 ) -> tuple[SnisDelta, SnisDelta]:
     """SNIS of [full, baseline], and of [v_0, baseline + v_0, v_1, baseline + v_1, ...]; fields lead with (n_eta, K)."""
     found = []
-    count = len(step.batch.input_ids)
-    sweep = snis_sweep(state.params, _directions(plan, state, step), etas, batch_e, apply=state.apply, **options)
+    once, index = distinct_rows(step.batch)
+    count = len(once.input_ids)
+    sweep = snis_sweep(state.params, _directions(plan, state, step, once), etas, batch_e, apply=state.apply, **options)
     for block in sweep:
         found.append(block)
         progress("finite steps", min(count, (len(found) - 1) * SEQUENCES_PER_BLOCK), count)
-    return found[0], SnisDelta(*(torch.cat(field, dim=1) for field in zip(*found[1:], strict=True)))
+    pairs = torch.stack([2 * index, 2 * index + 1], dim=1).flatten()
+    return found[0], SnisDelta(*(torch.cat(field, dim=1)[:, pairs] for field in zip(*found[1:], strict=True)))
 
 
-def _directions(plan: EntropyInfluencePlan, state: State, step: Step) -> Iterator[Params]:
+def _directions(plan: EntropyInfluencePlan, state: State, step: Step, batch: Batch) -> Iterator[Params]:
     full, baseline, gain = step.parts.direction, step.parts.baseline, step.parts.gain
     yield {name: torch.stack([full[name], baseline[name]]) for name in full}
     loss = rollout_loss(state.apply, plan.temperature)
-    for rows in row_chunks(step.batch, SEQUENCES_PER_BLOCK):
+    for rows in row_chunks(batch, SEQUENCES_PER_BLOCK):
         own = {name: gain[name] * g for name, g in per_sample_grads(loss, state.params, rows).items()}
         yield {name: torch.stack([v, baseline[name] + v], dim=1).flatten(0, 1) for name, v in own.items()}

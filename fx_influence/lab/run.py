@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fx_influence.lab.batches import Progress, Sampled, State, load_state, sampled, update_batch
-from fx_influence.lab.environment import environment, peak_memory_bytes, timed
+from fx_influence.lab.environment import environment, peak_memory_bytes, threads_for, timed
 from fx_influence.lab.measure import Step, evaluate, measure_step
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
@@ -37,8 +37,15 @@ def run(
     with timed(seconds, "load"):
         state = load_state(plan)
     directory = RunDirectory.start(path, plan)
-    if directory.has(SUMMARY):
-        return load_run(path)
+    if not directory.has(SUMMARY):
+        with threads_for(sum(p.numel() for p in state.model.parameters())):
+            _measure(plan, state, directory, seconds, progress)
+    return load_run(path)
+
+
+def _measure(
+    plan: EntropyInfluencePlan, state: State, directory: RunDirectory, seconds: dict[str, float], progress: Progress
+) -> None:
     directory.write_json(ENVIRONMENT, environment())
     with timed(seconds, "update"):
         u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
@@ -50,7 +57,6 @@ def run(
                 _evaluation(plan, state, directory, step, i, progress)
     directory.write_jsonl(SEQUENCES, _sequences(state, u, step, directory.read_arrays(eval_name(0, ".npz"))))
     directory.write_json(SUMMARY, _summary(plan, state, directory, u, seconds))
-    return load_run(path)
 
 
 def _evaluation(
