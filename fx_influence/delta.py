@@ -23,6 +23,7 @@ from fx_influence.logprobs import (
     token_jvp,
     token_values,
 )
+from fx_influence.policy import Policy
 from fx_influence.tree import check_names, detached, largest_entry, promote, shift
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params
 
@@ -69,7 +70,7 @@ def snis_delta(
         True
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
+    params, apply = _widened(params, apply)
     base, moved = (
         completions(all_token_values(at, batch_e, apply, temperature, chunk_size), batch_e.completion_mask)
         for at in (params, shift(params, direction, eta))
@@ -106,7 +107,7 @@ def snis_sweep(
         >>> [(out.delta_h > 0).tolist() for out in sweep]
         [[[True, False]]]
     """
-    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
+    params, apply = _widened(params, apply)
     _check(params, {}, batch_e, apply, estimator, normalize, temperature, chunk_size)
     mask = batch_e.completion_mask
     once, index = distinct_rows(batch_e)
@@ -159,7 +160,7 @@ def jvp_delta(
         (True, torch.Size([2]))
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
+    params, apply = _widened(params, apply)
     values = all_token_values(params, batch_e, apply, temperature, chunk_size)
     slope = token_jvp(params, direction, batch_e, apply, temperature, chunk_size)
     weight = entropy_coefficients(values, batch_e, estimator, normalize)
@@ -176,6 +177,12 @@ def jvp_delta(
     weighted = batch_e._replace(coefficients=weight.logprobs, entropy_coefficients=weight.entropies)
     curvature = [_curvature(params, direction, part, apply, temperature) for part in row_chunks(weighted, chunk_size)]
     return JvpDelta(contributions.sum(), bend + torch.stack(curvature).sum(), contributions)
+
+
+def _widened(params: Params, apply: Apply) -> tuple[Params, Apply]:
+    """The same policy in at least float32: what a small step changes is lost in half precision."""
+    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
+    return params, apply.widened() if isinstance(apply, Policy) else apply
 
 
 def _curvature(params: Params, direction: Params, batch: Batch, apply: Apply, temperature: float) -> Tensor:

@@ -35,7 +35,8 @@ class Influence(NamedTuple):
     """First-order influences of one step on the query, by default entropy: nats per unit lr, positive raises it.
 
     ``per_sequence``: delta_i (n_u,). ``per_token``: delta_it (n_u, T), 0 outside completions, adding up to delta_i.
-    ``stderr``: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters.
+    ``stderr``: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters. It takes the H that E
+    is centred by as known: per token, where a rollout changes completion lengths much, it can be a third off.
     ``baseline``: what the step would do without U's gradients, scalar; its parts ``momentum`` and ``weight_decay``.
     ``total``: baseline + sum_i delta_i. ``residual``: <grad H, gain * g> - sum_i delta_i, g from reverse mode.
     ``unattributed``: <grad H, gain * (grad - sum_i g_i)>, terms of a gradient handed in that no coefficient expresses.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from fx_influence.tree import promote
 from fx_influence.types import Params
 
 
@@ -31,6 +33,8 @@ class Policy:
         self._mask_by_position = not self._mask_by_name and len(parameters) > 1
         self._position_ids = position_ids and "position_ids" in parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+        float64 = any(p.dtype == torch.float64 for p in model.parameters())
+        self._softmax = _Float64Softmax if float64 and _is_hugging_face(model) else nullcontext
         self.vocab_size = _vocab_size(model)
         self.computes_in = _lowest_precision(model)
 
@@ -43,9 +47,21 @@ class Policy:
             args += (attention_mask,)
         if self._position_ids:
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with _math_attention():
+        with _math_attention(), self._softmax():
             out = torch.func.functional_call(self._template, {**self._frozen, **params}, args, kwargs)
         return out if isinstance(out, Tensor) else out.logits
+
+    def widened(self) -> Policy:
+        """The same policy with its frozen weights in at least float32, copied where they are not.
+
+        A finite step vanishes in the rounding of half precision, wherever in the model that is.
+        """
+        wide = copy.copy(self)
+        wide._frozen = {
+            name: x.to(promote(x.dtype)) if x.is_floating_point() else x for name, x in self._frozen.items()
+        }
+        wide.computes_in = promote(self.computes_in)
+        return wide
 
 
 def functionalize(model: nn.Module, position_ids: bool = True) -> tuple[Policy, Params]:
@@ -127,6 +143,19 @@ def _lowest_precision(model: nn.Module) -> torch.dtype:
 
 def _forward_parameters(model: nn.Module) -> list[str]:
     return list(inspect.signature(_base(model).forward).parameters)
+
+
+class _Float64Softmax(TorchFunctionMode):
+    """Softmax of float64 in float64, whatever dtype it is asked for.
+
+    Eager attention masks with the dtype's lowest number and takes a float32 softmax, to which float64's lowest is -inf:
+    a query that sees nothing, as padding on the left does, would be NaN, and through it every gradient.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.softmax and args[0].dtype == torch.float64:
+            return func(*args, **{**(kwargs or {}), "dtype": None})
+        return func(*args, **(kwargs or {}))
 
 
 def _math_attention() -> AbstractContextManager[None]:

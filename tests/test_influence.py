@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, random_adamw_state, random_batch
+from cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, repadded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import VOCAB, WIDTH, Case, cases, options
@@ -13,18 +13,10 @@ import fx_influence as fx
 from fx_influence import reference
 from fx_influence.types import Batch
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-11}
-
 
 def run(case: Case, **changes: object) -> fx.Influence:
     arguments = {"params": case.params, "batch_u": case.batch_u, "batch_e": case.batch_e, "opt_state": case.opt_state}
     return fx.influence(**{**arguments, **options(case), **changes})
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | float | None = None) -> None:
-    """Equal to 1e-9 of the largest expected value: single entries may be differences of large ones."""
-    size = float(torch.as_tensor(expected if scale is None else scale).abs().max())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * size + 1e-12)
 
 
 @given(case=cases())
@@ -108,21 +100,6 @@ def test_equivariant_to_the_order_of_rows(case: Case, seed: int) -> None:
     close(moved.per_token, plain.per_token[order_u], size)
     close(moved.matrix, plain.matrix[order_e][:, order_u], size)
     torch.testing.assert_close(moved.stderr, plain.stderr[order_u], rtol=1e-7, atol=1e-9, equal_nan=True)
-
-
-def repadded(batch: Batch, left: int, right: int) -> Batch:
-    """More padding on both sides, filled with ids that a careless mask would read."""
-
-    def pad(field: torch.Tensor, value: float) -> torch.Tensor:
-        return torch.nn.functional.pad(field, (left, right), value=value)
-
-    return batch._replace(
-        input_ids=pad(batch.input_ids, 3),
-        attention_mask=pad(batch.attention_mask, False),
-        completion_mask=pad(batch.completion_mask, False),
-        coefficients=None if batch.coefficients is None else pad(batch.coefficients, 0.0),
-        entropy_coefficients=None if batch.entropy_coefficients is None else pad(batch.entropy_coefficients, 0.0),
-    )
 
 
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))

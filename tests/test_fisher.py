@@ -1,0 +1,236 @@
+"""The Fisher kernel against its slow definition, under every preconditioner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, random_direction, repadded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import VOCAB, WIDTH, Case, cases
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence import reference
+from fx_influence.tree import shift
+from fx_influence.types import AdamWState, Batch, Params
+
+KINDS = ("identity", "dictionary", "adam, a step of batch_b", "adam, the state alone")
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def warm(state: AdamWState) -> AdamWState:
+    """The same state after one update at least: before it there is no second moment to divide by."""
+    return state._replace(step={name: max(step, 1) for name, step in state.step.items()})
+
+
+def batch_b(case: Case, kind: str) -> Batch:
+    return case.batch_u if kind == KINDS[2] else case.batch_u._replace(coefficients=None, entropy_coefficients=None)
+
+
+def dictionary(case: Case) -> Params:
+    """Diagonals of either sign, none for the first parameter."""
+    diagonal = random_direction(torch.Generator().manual_seed(1), case.params, 1.0)
+    return dict(list(diagonal.items())[1:])
+
+
+def kernel(case: Case, kind: str, **changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "params": case.params,
+        "batch_a": case.batch_e,
+        "batch_b": batch_b(case, kind),
+        "opt_state": warm(case.opt_state),
+        "apply": case.apply,
+        "preconditioner": dictionary(case) if kind == "dictionary" else kind.split(",")[0],
+        "temperature": case.temperature,
+        "max_grad_norm": case.max_grad_norm,
+    }
+    return fx.fisher_kernel(**{**arguments, **changes})
+
+
+def diagonals(case: Case, kind: str) -> Params | None:
+    """P by its definition."""
+    state = warm(case.opt_state)
+    if kind == "identity":
+        return None
+    if kind == "dictionary":
+        return dictionary(case)
+    if kind == KINDS[2]:
+        rows = reference.sequence_gradients(case.apply, case.params, case.batch_u, case.temperature)
+        step = reference.adamw(rows, state, case.params, max_grad_norm=case.max_grad_norm)
+        return reference.adam_diagonals(state, step)
+    return reference.adam_diagonals(state)
+
+
+@kinds
+@given(case=cases())
+@settings(max_examples=12)
+def test_the_kernel_agrees_with_its_slow_definition(case: Case, kind: str) -> None:
+    slow = reference.fisher_kernel(
+        case.apply, case.params, case.batch_e, case.batch_u, diagonals(case, kind), case.temperature
+    )
+    close(kernel(case, kind), slow)
+
+
+@kinds
+@given(case=cases())
+@settings(max_examples=6)
+def test_a_batch_with_itself_gives_a_symmetric_positive_semidefinite_kernel(case: Case, kind: str) -> None:
+    batch = batch_b(case, kind)
+    plain = kernel(case, kind, batch_a=batch)
+    close(plain, plain.T)
+    if kind != "dictionary":
+        values = torch.linalg.eigvalsh((plain + plain.T) / 2)
+        assert values[0] >= -1e-10 * values[-1]
+        assert values[-1] > 0
+    swapped = kernel(case, kind, batch_a=batch, batch_b=case.batch_e._replace(coefficients=None))
+    if kind in ("identity", "dictionary", KINDS[3]):
+        close(swapped, kernel(case, kind, batch_a=case.batch_e, batch_b=batch).T)
+
+
+def test_a_dictionary_of_negative_diagonals_is_taken_as_it_is(case: Case) -> None:
+    negative = {name: -torch.ones_like(p) for name, p in case.params.items()}
+    close(kernel(case, "identity", preconditioner=negative), -kernel(case, "identity"))
+
+
+@kinds
+@given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
+@settings(max_examples=6)
+def test_unchanged_by_padding_chunk_size_and_memory_budget(
+    case: Case, kind: str, left: int, right: int, chunk: int
+) -> None:
+    wide = {"batch_a": repadded(case.batch_e, left, right), "batch_b": repadded(batch_b(case, kind), right, left)}
+    plain = kernel(case, kind)
+    for budget in (1, 50_000):
+        close(kernel(case, kind, chunk_size=chunk, memory_budget=budget, **wide), plain)
+
+
+def test_the_kernel_says_how_raising_one_sequence_moves_another(case: Case) -> None:
+    """K_ai is the slope of S_a along P grad S_i."""
+    state = warm(case.opt_state)
+    found = kernel(case, KINDS[3])
+    scored = batch_b(case, KINDS[3])._replace(coefficients=case.batch_u.completion_mask.double())
+    rows = reference.sequence_gradients(case.apply, case.params, scored, case.temperature)
+    diagonal, h = reference.adam_diagonals(state), 1e-6
+    for i, row in enumerate(rows):
+        # The rollout loss falls as S_i rises.
+        raised = {name: -h * p * row[name] for name, p in diagonal.items()}
+        ahead, behind = (
+            fx.token_values(shift(case.params, raised, sign), case.batch_e, case.apply, case.temperature).logprobs.sum(
+                -1
+            )
+            for sign in (1.0, -1.0)
+        )
+        close(found[:, i], (ahead - behind) / (2 * h), tolerance=1e-6)
+
+
+def test_batch_bs_step_and_not_batch_as_sets_the_denominator(case: Case) -> None:
+    louder = case.batch_u._replace(coefficients=10 * case.batch_u.coefficients)
+    plain = kernel(case, KINDS[2])
+    close(
+        kernel(case, KINDS[2], batch_a=case.batch_e._replace(coefficients=louder.coefficients[:1].expand(4, -1))), plain
+    )
+    assert kernel(case, KINDS[2], batch_b=louder).abs().max() < 0.8 * plain.abs().max()
+    clipped = kernel(case, KINDS[2], batch_b=louder, max_grad_norm=1e-3)
+    assert clipped.abs().max() > plain.abs().max()
+
+
+def test_learning_rates_and_maximize_are_no_part_of_the_kernel(case: Case) -> None:
+    hyper = {
+        name: h._replace(lr_scale=7.0, maximize=True, weight_decay=0.5) for name, h in case.opt_state.hyper.items()
+    }
+    for kind in KINDS[2:]:
+        close(kernel(case, kind, opt_state=case.opt_state._replace(hyper=hyper)), kernel(case, kind))
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_no_part_of_the_adam_kernel(case: Case) -> None:
+    last = list(case.params)[-1]
+    less = AdamWState(
+        *({k: v for k, v in part.items() if k != last} for part in case.opt_state[:-1]), case.opt_state.lr
+    )
+    for kind in KINDS[2:]:
+        whole, without = kernel(case, kind), kernel(case, kind, opt_state=less)
+        only = {last: diagonals(case, kind)[last]}
+        rest = reference.fisher_kernel(case.apply, case.params, case.batch_e, case.batch_u, only, case.temperature)
+        assert rest.abs().max() > 1e-3 * whole.abs().max()
+        close(without + rest, whole)
+
+
+def test_inputs_are_unchanged_and_live_parameters_have_no_say(case: Case) -> None:
+    live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
+    before = {name: p.clone() for name, p in case.params.items()}
+    first = kernel(case, KINDS[2])
+    torch.testing.assert_close(kernel(case, KINDS[2], params=live), first, rtol=0, atol=0)
+    assert not kernel(case, KINDS[2], params=live).requires_grad
+    assert all(torch.equal(p, before[name]) for name, p in case.params.items())
+
+
+@pytest.mark.parametrize(("dtype", "result"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_the_kernel_is_float32_at_least(case: Case, dtype: torch.dtype, result: torch.dtype) -> None:
+    assert kernel(case, "identity").dtype == torch.float64
+    low = {name: p.to(dtype) for name, p in case.params.items()}
+    found, exact = (kernel(case, "identity", params=p) for p in (low, {k: p.double() for k, p in low.items()}))
+    assert found.dtype == result
+    close(found.double(), exact, tolerance=16 * torch.finfo(dtype).eps)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no state": ({"opt_state": None}, r"opt_state is None; preconditioner 'adam' needs it"),
+    "unknown preconditioner": (
+        {"preconditioner": "kfac"},
+        r"preconditioner is 'kfac'; use 'adam', 'identity' or a dic",
+    ),
+    "foreign diagonal": ({"preconditioner": {"w": torch.ones(1)}}, r"preconditioner\['w'\] is not among the"),
+    "diagonal of another shape": (
+        {"preconditioner": {"head.bias": torch.ones(1)}},
+        r"preconditioner\['head.bias'\] has shape \(1,\)",
+    ),
+    "temperature": ({"temperature": -1.0}, r"temperature is -1\.0"),
+    "chunk size": ({"chunk_size": 0}, r"chunk_size is 0"),
+    "clip": ({"max_grad_norm": -1.0}, r"max_grad_norm is -1\.0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_arguments_are_refused_by_name(case: Case, what: str) -> None:
+    changes, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        kernel(case, KINDS[2], **changes)
+
+
+@pytest.mark.parametrize("field", ["batch_a", "batch_b"])
+def test_a_batch_that_cannot_be_scored_is_refused_by_name(case: Case, field: str) -> None:
+    bad = case.batch_e._replace(completion_mask=torch.zeros_like(case.batch_e.completion_mask))
+    with pytest.raises(ValueError, match=rf"{field}\.completion_mask has no True at all"):
+        kernel(case, "identity", **{field: bad})
+
+
+def test_the_state_of_another_model_is_refused(case: Case) -> None:
+    foreign = random_adamw_state(torch.Generator(), apply_of(TinyPolicy(VOCAB + 1, 6, 1, 2, WIDTH))[1])
+    for kind in KINDS[2:]:
+        with pytest.raises(ValueError, match=r"opt_state\.exp_avg\['.*'\] has shape .* another model's"):
+            kernel(case, kind, opt_state=foreign)
+
+
+def test_before_the_first_step_the_state_alone_is_refused_and_a_step_is_not(case: Case) -> None:
+    cold = case.opt_state._replace(
+        step=dict.fromkeys(case.opt_state.step, 0),
+        exp_avg={k: torch.zeros_like(v) for k, v in case.opt_state.exp_avg.items()},
+        exp_avg_sq={k: torch.zeros_like(v) for k, v in case.opt_state.exp_avg_sq.items()},
+    )
+    with pytest.raises(ValueError, match=r"opt_state\.step\['token.weight'\] is 0, so there is no second moment"):
+        kernel(case, KINDS[3], opt_state=cold)
+    assert kernel(case, KINDS[2], opt_state=cold).isfinite().all()
+
+
+@pytest.fixture
+def case() -> Case:
+    generator = torch.Generator().manual_seed(3)
+    model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=1)
+    apply, params = apply_of(model)
+    batch_u = random_batch(generator, 3, WIDTH, VOCAB, gaps=True)
+    batch_e = random_batch(generator, 4, WIDTH, VOCAB, padding="left", coefficients=False)
+    state = random_adamw_state(generator, params)
+    return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "share", 0.8, None)

@@ -1,0 +1,105 @@
+"""The golden case is loaded right: a plain forward, backward and step of the loaded model give the recorded numbers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden import DATA, Golden, flatten, load_golden, unflatten
+from torch import Tensor
+
+from fx_influence.types import Batch
+
+# max error over max value
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=str)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+def _score(golden: Golden, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits = golden.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    logp = logits.log_softmax(-1)
+    return logp.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def _error(golden: Golden, value: Tensor, name: str) -> float:
+    expected = golden.expected[name]
+    assert value.shape == expected.shape
+    return float(np.abs(value.detach().double().numpy() - expected).max() / np.abs(expected).max())
+
+
+def test_the_batches_have_the_recorded_lengths(golden: Golden) -> None:
+    inputs = np.load(DATA / "inputs.npz")
+    for batch, side in ((golden.batch_u, "U"), (golden.batch_e, "E")):
+        assert batch.input_ids.shape == (32, 48)
+        assert torch.equal(batch.completion_mask.sum(-1), torch.from_numpy(inputs[f"{side}_gen_lens"]).flatten())
+        # prompts have no padding of their own, so mask = prompt + completion accounts for every attended position
+        prompt = torch.from_numpy(inputs[f"{side}_prompt_lens"]).repeat_interleave(32 // len(inputs[f"{side}_ids"]))
+        assert torch.equal(batch.attention_mask.sum(-1), prompt + batch.completion_mask.sum(-1))
+        assert not (batch.completion_mask & ~batch.attention_mask).any()
+        assert not batch.completion_mask[:, 0].any()
+    assert torch.equal(golden.batch_e.completion_mask.sum(-1), torch.from_numpy(golden.expected["T_tokens"]))
+    assert golden.batch_u.group.unique(return_counts=True)[1].tolist() == [4] * 8
+    assert len(golden.batch_e.group.unique()) == 32
+
+
+def test_a_plain_forward_over_e_gives_the_recorded_scores(golden: Golden) -> None:
+    with torch.no_grad():
+        logp, entropy = _score(golden, golden.batch_e)
+    mask = golden.batch_e.completion_mask[:, 1:]
+    tolerance = TOLERANCE[golden.model.dtype]
+    assert _error(golden, logp[mask], "E_tok_logp") <= tolerance
+    assert _error(golden, entropy[mask], "E_tok_entropy") <= tolerance
+    assert _error(golden, (logp * mask).sum(-1), "E_seq_logprob") <= tolerance
+    assert _error(golden, (entropy * mask).sum(-1), "h_base") <= tolerance
+
+
+def test_the_coefficients_give_the_recorded_losses_and_gradient(golden: Golden) -> None:
+    logp, _ = _score(golden, golden.batch_u)
+    losses = -(golden.batch_u.coefficients[:, 1:] * logp).sum(-1)
+    named = dict(golden.model.named_parameters())
+    gradients = torch.autograd.grad(losses.sum(), [named[name] for name in golden.params])
+    tolerance = TOLERANCE[golden.model.dtype]
+    assert _error(golden, losses, "seq_loss") <= tolerance
+    assert _error(golden, flatten(dict(zip(golden.params, gradients, strict=True)), golden), "agg_grad") <= tolerance
+
+
+def test_a_real_adamw_step_from_the_state_gives_the_recorded_direction(golden: Golden) -> None:
+    parameters = {name: value.clone().requires_grad_() for name, value in golden.params.items()}
+    for name, gradient in unflatten(golden.expected["agg_grad"], golden).items():
+        parameters[name].grad = gradient
+    recorded = json.loads((DATA / "config.json").read_text())["optimizer"]
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=1.0, betas=recorded["betas"], eps=recorded["eps"], weight_decay=recorded["weight_decay"]
+    )
+    state = golden.opt_state
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state.step[name])),
+            "exp_avg": state.exp_avg[name].clone(),
+            "exp_avg_sq": state.exp_avg_sq[name].clone(),
+        }
+    optimizer.step()
+    direction = {name: parameter.detach() - golden.params[name] for name, parameter in parameters.items()}
+    assert _error(golden, flatten(direction, golden), "v_full") <= TOLERANCE[golden.model.dtype]
+
+
+def test_the_state_has_the_recorded_hyperparameters(golden: Golden) -> None:
+    recorded = json.loads((DATA / "config.json").read_text())["optimizer"]
+    assert golden.opt_state.lr == recorded["lr"]
+    assert set(golden.opt_state.step.values()) == {7}
+    (hyper,) = set(golden.opt_state.hyper.values())
+    assert [hyper.beta1, hyper.beta2] == recorded["betas"]
+    assert (hyper.eps, hyper.weight_decay, hyper.lr_scale) == (recorded["eps"], recorded["weight_decay"], 1.0)
+    assert list(golden.opt_state.exp_avg) == list(golden.params)
+
+
+def test_vectors_and_parameters_are_each_others_inverse(golden: Golden) -> None:
+    vector = golden.expected["v_full"]
+    back = flatten(unflatten(vector, golden), golden)
+    assert torch.equal(back, torch.from_numpy(vector).to(back.dtype))

@@ -1,0 +1,178 @@
+"""The first implementation's mistakes, one by one: each has a test that would have caught it, here or elsewhere."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import TinyPolicy, apply_of, max_error, random_adamw_state, random_batch
+from golden import load_golden
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence.types import Apply, Batch, Estimator, Params
+
+HELD_BY = {
+    "the published head returned exactly 0 for every delta H": (
+        "test_golden.test_importance_sampling_at_every_step_size_is_the_recorded_one"
+    ),
+    "hyperparameters read from the optimizer's defaults": (
+        "test_optim.test_hyperparameters_are_those_of_the_groups_not_the_defaults"
+    ),
+    "dropout active in a model that is training": "test_models.test_dropout_of_a_model_in_training_is_off",
+    "dropout active whatever the mode": "test_mistakes.test_a_policy_that_draws_random_numbers_is_refused",
+    "noise at eta = 1e-6 in float32": (
+        "test_mistakes.test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise"
+    ),
+    "uncentred rows": "test_golden.test_contributions_are_the_recorded_rows_centred",
+    "temperature applied to the entropies but not to the weights": (
+        "test_mistakes.test_a_temperature_is_a_policy_with_divided_logits_to_every_function"
+    ),
+    "the end of sequence dropped where it is also the padding": (
+        "test_rollouts.test_collate_keeps_an_eos_that_is_also_the_padding"
+    ),
+    "the same, of sampled rollouts": "test_sampling.test_the_sampled_eos_stays_where_it_is_also_the_padding",
+    "a crash at an empty completion": "test_rollouts.test_collate_takes_a_completion_without_tokens",
+    "the same, in the mathematics": (
+        "test_logprobs.test_a_row_without_a_completion_token_contributes_0_and_counts_in_n"
+    ),
+    "left padding attended to": ("test_models.test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers"),
+    "caches by id() that outlived a change of parameters": (
+        "test_influence.test_results_follow_the_parameters_not_a_cache"
+    ),
+    "the same, of frozen parameters": "test_policy.test_frozen_parameters_and_buffers_are_read_live",
+    "top_k=50 in sampling that was called on-policy": (
+        "test_sampling.test_the_draws_have_the_frequencies_of_the_full_softmax"
+    ),
+    "a silent fall-back from vmap to a loop": "test_mistakes.test_per_sample_gradients_take_one_pass_or_fail",
+}
+
+
+@pytest.mark.parametrize("mistake", HELD_BY)
+def test_the_test_that_holds_a_mistake_exists(mistake: str) -> None:
+    module, name = HELD_BY[mistake].split(".")
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+class Case:
+    """A float64 policy with an update batch, an evaluation batch and a warm optimizer state."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(6)
+        self.apply, self.params = apply_of(TinyPolicy(6, 6, 1, 2, 8))
+        self.batch_u = random_batch(generator, 4, 8, 6)
+        self.batch_e = random_batch(generator, 6, 8, 6, groups=4, coefficients=False)
+        self.state = random_adamw_state(generator, self.params)
+        self.direction = {
+            name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in self.params.items()
+        }
+
+    def influence(self, apply: Apply, estimator: Estimator = "per_decision", temperature: float = 1.0) -> fx.Influence:
+        return fx.influence(
+            self.params,
+            self.batch_u,
+            self.batch_e,
+            self.state,
+            apply=apply,
+            estimator=estimator,
+            temperature=temperature,
+            matrix=True,
+        )
+
+
+def test_a_policy_that_draws_random_numbers_is_refused() -> None:
+    """Additivity was off by 42% there: the parts and the whole saw other networks."""
+    case = Case()
+
+    def dropping(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return case.apply(
+            {**params, "head.weight": torch.nn.functional.dropout(params["head.weight"], 0.1)},
+            input_ids,
+            attention_mask,
+        )
+
+    case.influence(case.apply)
+    with pytest.raises(fx.IdentityError, match="free of dropout"):
+        case.influence(dropping)
+    with pytest.raises(RuntimeError, match="randomness"):
+        fx.per_sample_grads(fx.rollout_loss(dropping), case.params, case.batch_u)
+
+
+def test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise() -> None:
+    """Column i of the recorded float64 matrix is by how much each rollout of E moves per unit lr along v_i."""
+    golden = load_golden(torch.float32)
+    exact = torch.from_numpy(np.asarray(golden.expected["first_order_centred_per_token"][2:])).T
+    apply, params = fx.functionalize(golden.model)
+    options = {"apply": apply, "estimator": "sequence"}
+    out = fx.influence(params, golden.batch_u, golden.batch_e, golden.opt_state, matrix=True, **options)
+    assert max_error(out.per_sequence, exact.sum(0)) < 1e-3
+    assert max_error(out.matrix, exact) < 1e-3
+    assert torch.equal(out.per_sequence.sign(), exact.sum(0).sign())
+
+    grads = fx.per_sample_grads(fx.rollout_loss(apply), params, golden.batch_u)
+    step = fx.adamw_decompose({name: g.sum(0) for name, g in grads.items()}, golden.opt_state, params)
+    eta, some = 1e-6, range(0, 32, 4)
+    moved = [
+        fx.snis_delta(params, {k: gain * grads[k][i] for k, gain in step.gain.items()}, eta, golden.batch_e, **options)
+        for i in some
+    ]
+    literal = torch.stack([m.contributions for m in moved], dim=1) / eta
+    part = exact[:, list(some)]
+    error, wrong = max_error(literal, part), (literal.sign() != part.sign()).double().mean().item()
+    ours = (out.matrix.sign() != exact.sign()).double().mean().item()
+    print(f"literal step: error {error:.2g}, {wrong:.0%} of signs wrong; first order: {ours:.2%} of signs wrong")
+    assert error > 0.3
+    assert wrong > 0.1
+    assert ours == 0
+
+
+@pytest.mark.parametrize("estimator", ["per_decision", "sequence"])
+def test_a_temperature_is_a_policy_with_divided_logits_to_every_function(estimator: Estimator) -> None:
+    case, temperature = Case(), 0.4
+
+    def divided(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return case.apply(params, input_ids, attention_mask) / temperature
+
+    def everything(apply: Apply, temperature: float) -> list[Tensor]:
+        options = {"apply": apply, "temperature": temperature}
+        along = {"estimator": estimator, **options}
+        out = case.influence(apply, estimator, temperature)
+        moved = fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, **along)
+        slope = fx.jvp_delta(case.params, case.direction, case.batch_e, **along)
+        kernel = fx.fisher_kernel(case.params, case.batch_e, case.batch_u, case.state, **options)
+        results = [out.per_token, out.stderr, out.matrix, out.total, *moved, *slope, kernel]
+        return [*results, *fx.token_values(case.params, case.batch_e, apply, temperature)]
+
+    for ours, expected in zip(everything(case.apply, temperature), everything(divided, 1.0), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-11)
+    weights = [
+        fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, apply=case.apply, temperature=x).log_weights
+        for x in (1.0, temperature)
+    ]
+    assert (weights[1] - weights[0]).abs().max() > 0.1
+
+
+def test_per_sample_gradients_take_one_pass_or_fail() -> None:
+    case, calls = Case(), []
+
+    def counted(params: Params, row: Batch) -> Tensor:
+        calls.append(row.input_ids.shape)
+        return fx.rollout_loss(case.apply)(params, row)
+
+    fx.per_sample_grads(counted, case.params, case.batch_u)
+    assert calls == [(8,)]
+    fx.per_sample_grads(counted, case.params, case.batch_u, chunk_size=2)
+    assert calls == [(8,)] * 3
+
+    def branches_on_values(params: Params, row: Batch) -> Tensor:
+        loss = counted(params, row)
+        return loss if loss > 0 else -loss
+
+    calls.clear()
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        fx.per_sample_grads(branches_on_values, case.params, case.batch_u)
+    assert len(calls) == 1
