@@ -144,8 +144,7 @@ def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None
         return one
     norm = torch.stack([n.to(one) for n in norms]).norm()
     if not torch.isfinite(norm):
-        bad = next((k for k, g in grads.items() if g is not None and not torch.isfinite(g).all()), "their norm")
-        raise ValueError(f"grads[{bad!r}] is not finite; the step that it makes has no direction: drop the batch")
+        raise ValueError(f"the norm of grads is {norm.item()}; the step has no direction: drop the batch")
     return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -162,6 +161,9 @@ def check_adamw_inputs(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a positive number, or None where nothing is clipped")
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
+    for name, g in grads.items():
+        if g is not None and not torch.isfinite(g).all():
+            raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)

@@ -67,6 +67,8 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
         "grad": (n_eta, n_u),
         "baseline_plus_grad": (n_eta, n_u),
     }
+    for name in ("full", "baseline", "momentum", "weight_decay", "rmsprop"):
+        shapes |= {name: (n_eta,), f"{name}_contributions": (n_eta, n_e), f"{name}_log_weights": (n_eta, n_e)}
     assert {name: arrays[name].shape for name in shapes} == shapes
     assert arrays["per_token"].shape[0] == n_u
     assert np.load(finished / "eval_00_delta_matrix.npy").shape == (n_e, n_u)
@@ -126,6 +128,10 @@ def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
     far, near = np.abs(slopes - arrays["per_sequence"]).max(1) / size
     assert near < 0.03
     assert near < 0.5 * far
+    for name in ("momentum", "weight_decay"):
+        assert arrays[name][1] / arrays["eta"][1] == pytest.approx(s[name], rel=0.05, abs=1e-2 * abs(s["momentum"]))
+    np.testing.assert_allclose(arrays["full_contributions"].sum(1), arrays["full"], rtol=1e-9)
+    assert np.abs(arrays["rmsprop"]).min() > 0
     derived = (arrays["baseline_plus_grad"] - arrays["baseline"][:, None]) / arrays["eta"][:, None]
     assert np.abs(derived[1] - arrays["per_sequence"]).max() < 0.1 * size
     assert np.all((arrays["ess"] > 1) & (arrays["ess"] <= 16))

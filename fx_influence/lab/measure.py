@@ -22,6 +22,11 @@ from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks
 from fx_influence.types import Batch, Gradients, Params
 
 SEQUENCES_PER_BLOCK = 8
+WHOLE = ("full", "baseline", "momentum", "weight_decay", "rmsprop")
+"""Directions of the whole step that are measured at finite steps; ``rmsprop`` has neither momentum nor decay."""
+SEQUENCES = ("grad", "baseline_plus_grad")
+"""Directions measured for every rollout of U: v_i, and v_baseline + v_i."""
+STATISTICS = ("contributions", "ess", "log_weights", "clip_fraction")
 
 
 class Step(NamedTuple):
@@ -88,17 +93,14 @@ def evaluate(
         "per_token": out.per_token,
         "stderr": out.stderr,
         "eta": torch.tensor(etas, dtype=torch.float64),
-        "full": whole.delta_h[:, 0],
-        "baseline": whole.delta_h[:, 1],
         "ess": whole.ess[:, 0],
-        "ess_baseline": whole.ess[:, 1],
-        "grad": sequences.delta_h[:, 0::2],
-        "baseline_plus_grad": sequences.delta_h[:, 1::2],
-        "ess_grad": sequences.ess[:, 0::2],
-        "ess_baseline_plus_grad": sequences.ess[:, 1::2],
-        "full_contributions": whole.contributions[:, 0],
-        "full_log_weights": whole.log_weights[:, 0],
     }
+    for k, name in enumerate(WHOLE):
+        arrays[name] = whole.delta_h[:, k]
+        arrays |= {f"{name}_{field}": getattr(whole, field)[:, k] for field in STATISTICS}
+    for k, name in enumerate(SEQUENCES):
+        arrays[name] = sequences.delta_h[:, k :: len(SEQUENCES)]
+        arrays |= {f"{name}_{f}": getattr(sequences, f)[:, k :: len(SEQUENCES)] for f in ("ess", "clip_fraction")}
     summary = {
         **_first_order(plan, out, slopes, e.batch),
         "entropy": entropy_estimate(e.values, e.batch, plan.normalize).item(),
@@ -162,7 +164,7 @@ def _sweep(
     progress: Progress,
     options: dict[str, Any],
 ) -> tuple[SnisDelta, SnisDelta]:
-    """SNIS of [full, baseline], and of [v_0, baseline + v_0, v_1, baseline + v_1, ...]; fields lead with (n_eta, K)."""
+    """SNIS of ``WHOLE``, and of [v_0, baseline + v_0, v_1, baseline + v_1, ...]; fields lead with (n_eta, K)."""
     found = []
     once, index = distinct_rows(step.batch)
     count = len(once.input_ids)
@@ -175,8 +177,10 @@ def _sweep(
 
 
 def _directions(plan: EntropyInfluencePlan, state: State, step: Step, batch: Batch) -> Iterator[Params]:
-    full, baseline, gain = step.parts.direction, step.parts.baseline, step.parts.gain
-    yield {name: torch.stack([full[name], baseline[name]]) for name in full}
+    parts, baseline, gain = step.parts, step.parts.baseline, step.parts.gain
+    rmsprop = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm).direction
+    whole = (parts.direction, baseline, parts.momentum, parts.weight_decay, rmsprop)
+    yield {name: torch.stack([direction[name] for direction in whole]) for name in baseline}
     loss = rollout_loss(state.apply, plan.temperature)
     for rows in row_chunks(batch, SEQUENCES_PER_BLOCK):
         own = {name: gain[name] * g for name, g in per_sample_grads(loss, state.params, rows).items()}
