@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import fx_influence as fx
 from fx_influence.interop.checkpoint import load_checkpoint
 from fx_influence.interop.rollouts import collate, read_rollouts
 from fx_influence.lab import run as run_module
+from fx_influence.lab import store
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan import demo_path
 from fx_influence.lab.table import printable
@@ -181,6 +183,55 @@ def test_an_interrupted_run_continues_without_redoing_what_is_stored(
     assert len(calls) == 3
     for name in ("eval_00.npz", "eval_01.npz", "update_sequences.jsonl", "eval_01_delta_matrix.npy"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def stored_bytes(directory: Path) -> dict[str, bytes]:
+    """Every file's bytes, the figures of time and memory left out."""
+    figures = {k: v for k, v in summary(directory).items() if k not in TIMES}
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {**files, "summary.json": json.dumps(figures).encode()}
+
+
+def test_an_interrupted_sweep_goes_on_at_the_block_where_it_stopped(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real, written = tmp_path / "out", store.ArrayFiles.__setitem__, []
+
+    def interrupted(files: store.ArrayFiles, key: int, arrays: dict) -> None:
+        if len(written) == 1:
+            monkeypatch.setattr(store.ArrayFiles, "__setitem__", remembered)
+            raise KeyboardInterrupt
+        remembered(files, key, arrays)
+
+    def remembered(files: store.ArrayFiles, key: int, arrays: dict) -> None:
+        written.append(key)
+        real(files, key, arrays)
+
+    monkeypatch.setattr(store.ArrayFiles, "__setitem__", interrupted)
+    assert main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 130
+    assert [path.name for path in out.glob("*_block_*")] == ["eval_00_block_00000.npz"]
+    assert main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 0
+    assert written == [0, 1, 0, 1], "each block of the two evaluations was measured once"
+    assert stored_bytes(out) == stored_bytes(finished)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(finished: Path, tmp_path: Path) -> None:
+    out, kills, moments = tmp_path / "out", 0, random.Random(0)
+    command = [sys.executable, "-m", "fx_influence.lab.cli", "run", str(finished / "plan.yaml"), "--out", str(out)]
+    while kills < 20:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=moments.uniform(3.0, 9.0))
+            assert process.returncode == 0
+            assert stored_bytes(out) == stored_bytes(finished)
+            shutil.rmtree(out)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert stored_bytes(out) == stored_bytes(finished)
 
 
 def test_a_finished_run_is_not_computed_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from fx_influence.lab.run import run
 from fx_influence.lab.table import print_run, printable
 from fx_influence.types import IdentityError
 
-WIDTH = 132
+WIDTH = 160
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,15 +10,17 @@ import torch
 
 from fx_influence.lab.batches import Progress, Sampled, State, load_state, sampled, update_batch
 from fx_influence.lab.environment import environment, peak_memory_bytes, threads_for, timed
-from fx_influence.lab.measure import Step, evaluate, measure_step
+from fx_influence.lab.measure import evaluate
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
+from fx_influence.lab.step import Step, measure_step
 from fx_influence.lab.store import (
     BASELINE,
     ENVIRONMENT,
     SEQUENCES,
     SUMMARY,
     UPDATE_ROLLOUTS,
+    ArrayFiles,
     RunDirectory,
     eval_name,
 )
@@ -55,6 +57,7 @@ def _measure(
         if not directory.has(eval_name(i, ".json")):
             with timed(seconds, "evaluation"):
                 _evaluation(plan, state, directory, step, i, progress)
+        _blocks(directory, i).clear()
     directory.write_jsonl(SEQUENCES, _sequences(state, u, step, directory.read_arrays(eval_name(0, ".npz"))))
     directory.write_json(SUMMARY, _summary(plan, state, directory, u, seconds))
 
@@ -64,12 +67,17 @@ def _evaluation(
 ) -> None:
     e = sampled(plan, state, directory, i + 1, eval_name(i, "_rollouts.jsonl"), progress)
     lr = _reference_lr(state)
-    result = evaluate(plan, state, step, e, [multiple * lr for multiple in plan.eta_multiples], progress)
+    etas = [multiple * lr for multiple in plan.eta_multiples]
+    result = evaluate(plan, state, step, e, etas, _blocks(directory, i), progress)
     assert result.first_order.matrix is not None
     directory.write_array(eval_name(i, "_delta_matrix.npy"), result.first_order.matrix.cpu().numpy())
     directory.write_arrays(eval_name(i, ".npz"), result.arrays)
     # Written last: its presence says that the evaluation is whole.
     directory.write_json(eval_name(i, ".json"), result.summary)
+
+
+def _blocks(directory: RunDirectory, i: int) -> ArrayFiles:
+    return ArrayFiles(directory, eval_name(i, "_block"))
 
 
 def _reference_lr(state: State) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ class RunDirectory:
         """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan."""
         directory = cls(path)
         if directory.has(PLAN):
+            for leftover in path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
             if directory.read_yaml(PLAN) != plan.to_dict():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
             return directory
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(file.suffix != ".tmp" for file in path.iterdir())):
             raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         directory.write_text(PLAN, plan_text(plan))
@@ -114,6 +116,33 @@ class RunDirectory:
             os.replace(temporary, self.path / name)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class ArrayFiles(MutableMapping[int, dict[str, np.ndarray]]):
+    """Numbered pieces of a long computation as files of a run directory, until the whole is stored."""
+
+    def __init__(self, directory: RunDirectory, prefix: str) -> None:
+        self._directory, self._prefix = directory, prefix
+
+    def __getitem__(self, key: int) -> dict[str, np.ndarray]:
+        if not self._directory.has(self._name(key)):
+            raise KeyError(key)
+        return self._directory.read_arrays(self._name(key))
+
+    def __setitem__(self, key: int, arrays: dict[str, np.ndarray]) -> None:
+        self._directory.write_arrays(self._name(key), arrays)
+
+    def __delitem__(self, key: int) -> None:
+        (self._directory.path / self._name(key)).unlink()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(p.stem.rpartition("_")[2]) for p in self._directory.path.glob(f"{self._prefix}_*.npz")))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _name(self, key: int) -> str:
+        return f"{self._prefix}_{key:05d}.npz"
 
 
 def _without_nan(value: Any) -> Any:
