@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from fx_influence.interop.prompts import Prompt
+from fx_influence.interop.restore import NO_DECAY
 from fx_influence.interop.rewards import exact_match
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.interop.sampling import sample_rewarded
@@ -34,7 +35,6 @@ MAX_NEW_TOKENS = 20
 LARGEST = 19
 WRITTEN_OUT = 0.8
 PROMPTS_PER_STEP, COMPLETIONS = 16, 8
-NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

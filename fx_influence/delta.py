@@ -107,8 +107,8 @@ def snis_sweep(
         >>> [(out.delta_h > 0).tolist() for out in sweep]
         [[[True, False]]]
     """
-    params, apply = _widened(params, apply)
     _check(params, {}, batch_e, apply, estimator, normalize, temperature, chunk_size)
+    params, apply = _widened(params, apply)
     mask = batch_e.completion_mask
     once, index = distinct_rows(batch_e)
     base = completions(all_token_values(params, batch_e, apply, temperature, chunk_size), mask)

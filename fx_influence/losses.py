@@ -14,7 +14,8 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
     """Group-relative advantages A_i = (r_i - mean_group) / (std_group + eps), the std unbiased as in TRL.
 
     ``rewards``: float (N,). ``group``: int64 (N,). ``scale=False`` leaves the division out (Dr. GRPO).
-    A group of one row has advantage 0. Returns (N,) in the dtype of ``rewards``, at least float32.
+    A group whose rewards are all equal, one row included, has advantage exactly 0. Returns (N,) in the dtype of
+    ``rewards``, at least float32.
     Raises ``ValueError`` for rewards that are not finite, and for shapes that disagree.
     Source: Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., arXiv 2503.20783.
 
@@ -31,6 +32,11 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
     _, index = torch.unique(group, return_inverse=True)
     count = torch.bincount(index).to(rewards)
     centred = rewards - (torch.zeros_like(count).index_add(0, index, rewards) / count)[index]
+    lowest, highest = (
+        torch.zeros_like(count).scatter_reduce(0, index, rewards, r, include_self=False) for r in ("amin", "amax")
+    )
+    # The mean of equal numbers may be rounded, and what that leaves is no advantage.
+    centred = centred.masked_fill((lowest == highest)[index], 0.0)
     if not scale:
         return centred
     variance = torch.zeros_like(count).index_add(0, index, centred.square()) / (count - 1).clamp(min=1)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cases import max_error
 from golden import DATA, Golden, flatten, load_golden, unflatten
 from torch import Tensor
 
@@ -28,9 +29,7 @@ def _score(golden: Golden, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _error(golden: Golden, value: Tensor, name: str) -> float:
-    expected = golden.expected[name]
-    assert value.shape == expected.shape
-    return float(np.abs(value.detach().double().numpy() - expected).max() / np.abs(expected).max())
+    return max_error(value, golden.expected[name])
 
 
 def test_the_batches_have_the_recorded_lengths(golden: Golden) -> None:

@@ -249,3 +249,12 @@ def test_values_outside_the_completion_may_be_anything() -> None:
     wild = torch.where(mask, 1.0, math.nan)
     c = fx.coefficients("bnpo", wild, mask, ratio=wild)
     assert torch.equal(c, mask / mask.sum())
+
+
+def test_equal_rewards_have_no_advantage_however_their_mean_is_rounded() -> None:
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.7, 0.1], dtype=torch.float64)
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    advantages = fx.group_advantages(rewards, group)
+    assert rewards[:3].mean() != rewards[0], "the mean is rounded, or this test shows nothing"
+    assert advantages[:3].tolist() == [0.0, 0.0, 0.0]
+    assert (advantages[3:] != 0).all()

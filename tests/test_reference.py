@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, dyadic_policy, random_adamw_state, random_batch
+from cases import TinyPolicy, apply_of, dyadic_policy, random_adamw_state, random_batch, random_direction
 from enumeration import (
     enumerate_completions,
     exact_entropy,
@@ -27,11 +27,6 @@ estimates = pytest.mark.parametrize(("estimator", "normalize"), ESTIMATES)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def direction_like(params: Params, seed: int = 9) -> Params:
-    g = generator(seed)
-    return {name: 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for name, p in params.items()}
 
 
 def policy(**options: Any) -> tuple[Apply, Params]:
@@ -227,7 +222,9 @@ def test_rmsprop_gain_and_its_sign() -> None:
 def test_contributions_sum_to_delta_h(estimator: Estimator, normalize: Normalize, clip: float | None) -> None:
     apply, params = policy()
     batch = random_batch(generator(2), 6, 7, 5, gaps=True, min_len=0)
-    out = ref.snis_delta(apply, params, direction_like(params), 2.0, batch, estimator, normalize, clip, 0.8)
+    out = ref.snis_delta(
+        apply, params, random_direction(generator(9), params), 2.0, batch, estimator, normalize, clip, 0.8
+    )
     assert out.delta_h.abs() > 1e-3
     close(out.contributions.sum(), out.delta_h, atol=1e-13)
     assert not batch.completion_mask[0].any()
@@ -240,7 +237,7 @@ def test_contributions_sum_to_delta_h(estimator: Estimator, normalize: Normalize
 def test_contributions_over_eta_are_the_surrogates_gradients(estimator: Estimator, normalize: Normalize) -> None:
     apply, params = policy()
     batch = random_batch(generator(3), 6, 7, 5, gaps=True, min_len=0, padding="left")
-    v, eta = direction_like(params), 1e-5
+    v, eta = random_direction(generator(9), params), 1e-5
     rows = ref.entropy_gradients(apply, params, batch, estimator, normalize, 0.8)
     up, down = (ref.snis_delta(apply, params, v, e, batch, estimator, normalize, temperature=0.8) for e in (eta, -eta))
     slopes = torch.tensor([ref.inner(row, v) for row in rows], dtype=torch.float64)
@@ -252,7 +249,7 @@ def test_contributions_over_eta_are_the_surrogates_gradients(estimator: Estimato
 def test_snis_diagnostics_by_hand() -> None:
     apply, params = policy()
     batch = random_batch(generator(4), 5, 7, 5)
-    v = direction_like(params)
+    v = random_direction(generator(9), params)
     moved = {name: p + 3.0 * v[name] for name, p in params.items()}
     old, new = (ref.token_values(apply, p, batch) for p in (params, moved))
     delta = new.logprobs - old.logprobs
@@ -296,7 +293,7 @@ def test_on_the_whole_distribution_gradient_and_delta_are_exact(
     assert found is not None
     assert exact.abs().max() > 0.05
     close(found, exact, atol=1e-13)
-    v, eta = direction_like(params), 5.0
+    v, eta = random_direction(generator(9), params), 5.0
     moved = {name: p + eta * v[name] for name, p in params.items()}
     before, after = (exact_entropy(apply, p, space, normalize) for p in (params, moved))
     out = ref.snis_delta(apply, params, v, eta, batch, estimator, normalize, None, temperature)

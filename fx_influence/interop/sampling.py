@@ -90,10 +90,8 @@ def with_rewards(
     rewards = score(reward, [r.prompt for r in rollouts], [r.completion for r in rollouts], columns)
     group = torch.tensor([r.group for r in rollouts])
     advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), group, scale=scale_advantages).tolist()
-    judged = [dataclasses.replace(r, reward=x) for r, x in zip(rollouts, rewards, strict=True)]
-    flat = _flat_groups(judged)
     return [
-        dataclasses.replace(r, advantage=0.0 if r.group in flat else a) for r, a in zip(judged, advantages, strict=True)
+        dataclasses.replace(r, reward=x, advantage=a) for r, x, a in zip(rollouts, rewards, advantages, strict=True)
     ]
 
 

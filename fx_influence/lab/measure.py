@@ -46,22 +46,15 @@ def evaluate(
         e.batch,
         state.opt_state,
         apply=state.apply,
-        estimator=plan.estimator,
-        normalize=plan.normalize,
         gain=plan.gain,
-        temperature=plan.temperature,
         max_grad_norm=plan.max_grad_norm,
         grad=step.gradient,
         matrix=True,
+        **plan.estimation(),
     )
     progress("influence", 1, 1)
-    options: dict[str, Any] = {
-        "estimator": plan.estimator,
-        "normalize": plan.normalize,
-        "temperature": plan.temperature,
-    }
     slopes = {
-        name: jvp_delta(state.params, direction, e.batch, apply=state.apply, **options)
+        name: jvp_delta(state.params, direction, e.batch, apply=state.apply, **plan.estimation())
         for name, direction in (("full", step.parts.direction), ("baseline", step.parts.baseline))
     }
     deltas = sweep(plan, state, step, e.batch, etas, kept, progress)

@@ -98,6 +98,10 @@ class EntropyInfluencePlan:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise PlanError(f"max_grad_norm is {self.max_grad_norm}; give the trainer's, or null where nothing clips")
 
+    def estimation(self) -> dict[str, Any]:
+        """The arguments of ``fx.influence``, ``fx.jvp_delta`` and ``fx.snis_sweep`` that say how E is read."""
+        return {"estimator": self.estimator, "normalize": self.normalize, "temperature": self.temperature}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; ``from_dict`` gives the same plan back."""
         plain: dict[str, Any] = TypeAdapter(EntropyInfluencePlan).dump_python(self, mode="json")

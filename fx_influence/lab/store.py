@@ -42,10 +42,10 @@ class RunDirectory:
         """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan."""
         directory = cls(path)
         if directory.has(PLAN):
-            for leftover in path.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
             if directory.read_yaml(PLAN) != plan.to_dict():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
+            for leftover in path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
             return directory
         if path.exists() and (not path.is_dir() or any(file.suffix != ".tmp" for file in path.iterdir())):
             raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,14 +43,8 @@ def sweep(
     chunks = list(row_chunks(once, SEQUENCES_PER_BLOCK))
     missing = [k for k in range(len(chunks) + 1) if k not in kept]
     blocks = (_whole(plan, state, step) if k == 0 else _sequences(plan, state, step, chunks[k - 1]) for k in missing)
-    options: dict[str, Any] = {
-        "estimator": plan.estimator,
-        "normalize": plan.normalize,
-        "temperature": plan.temperature,
-    }
-    for k, delta in zip(
-        missing, snis_sweep(state.params, blocks, etas, batch_e, apply=state.apply, **options), strict=True
-    ):
+    deltas = snis_sweep(state.params, blocks, etas, batch_e, apply=state.apply, **plan.estimation())
+    for k, delta in zip(missing, deltas, strict=True):
         kept[k] = {name: value.cpu().numpy() for name, value in delta._asdict().items()}
         progress("finite steps", min(len(once.input_ids), k * SEQUENCES_PER_BLOCK), len(once.input_ids))
     return _by_name(kept, len(chunks), index.cpu().numpy())
