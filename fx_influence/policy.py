@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.tree import promote
 from fx_influence.types import Params
 
 
@@ -20,8 +19,8 @@ class Policy:
 
     It holds a template of the model on the meta device and references to the frozen weights and buffers, so a forward
     neither reads nor changes the model's own modules. ``vocab_size`` is the number of embedding rows where the model
-    tells, else None. ``computes_in`` is the lowest precision among the model's weights, float32 at most for Hugging
-    Face models, whose norms, rotary embeddings and softmax run in float32 inside whatever the weights' dtype.
+    tells, else None. ``computes_in`` is the lowest precision among the model's weights. Hugging Face models cast to
+    float32 in places whatever their weights are; float64 is left as it is there, see ``_StayFloat64``.
     """
 
     def __init__(self, model: nn.Module, position_ids: bool) -> None:
@@ -33,8 +32,7 @@ class Policy:
         self._mask_by_position = not self._mask_by_name and len(parameters) > 1
         self._position_ids = position_ids and "position_ids" in parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
-        float64 = any(p.dtype == torch.float64 for p in model.parameters())
-        self._softmax = _Float64Softmax if float64 and _is_hugging_face(model) else nullcontext
+        self._upcasts = _is_hugging_face(model)
         self.vocab_size = _vocab_size(model)
         self.computes_in = _lowest_precision(model)
 
@@ -47,20 +45,22 @@ class Policy:
             args += (attention_mask,)
         if self._position_ids:
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with _math_attention(), self._softmax():
+        wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
+        with _math_attention(), _StayFloat64() if wide else nullcontext():
             out = torch.func.functional_call(self._template, {**self._frozen, **params}, args, kwargs)
         return out if isinstance(out, Tensor) else out.logits
 
-    def widened(self) -> Policy:
-        """The same policy with its frozen weights in at least float32, copied where they are not.
+    def widened(self, dtype: torch.dtype = torch.float32) -> Policy:
+        """The same policy with its frozen weights in at least ``dtype``, copied where they are not.
 
         A finite step vanishes in the rounding of half precision, wherever in the model that is.
         """
         wide = copy.copy(self)
         wide._frozen = {
-            name: x.to(promote(x.dtype)) if x.is_floating_point() else x for name, x in self._frozen.items()
+            name: x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x
+            for name, x in self._frozen.items()
         }
-        wide.computes_in = promote(self.computes_in)
+        wide.computes_in = torch.promote_types(self.computes_in, torch.float32)
         return wide
 
 
@@ -137,7 +137,6 @@ def _vocab_size(model: nn.Module) -> int | None:
 
 def _lowest_precision(model: nn.Module) -> torch.dtype:
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    dtypes += [torch.float32] if _is_hugging_face(model) else []
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -145,17 +144,23 @@ def _forward_parameters(model: nn.Module) -> list[str]:
     return list(inspect.signature(_base(model).forward).parameters)
 
 
-class _Float64Softmax(TorchFunctionMode):
-    """Softmax of float64 in float64, whatever dtype it is asked for.
+class _StayFloat64(TorchFunctionMode):
+    """Float64 stays float64 where a model casts to float32: in its norms, router and attention's softmax.
 
-    Eager attention masks with the dtype's lowest number and takes a float32 softmax, to which float64's lowest is -inf:
-    a query that sees nothing, as padding on the left does, would be NaN, and through it every gradient.
+    Those casts protect half precision. In float64 they would round every forward to float32, and worse: eager attention
+    masks with the dtype's lowest number, and to a float32 softmax float64's lowest is -inf, so a query that sees nothing,
+    as padding on the left does, would be NaN, and through it every gradient.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.softmax and args[0].dtype == torch.float64:
-            return func(*args, **{**(kwargs or {}), "dtype": None})
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        casts = func in (torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax)
+        if casts and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or any(arg is torch.float32 for arg in args[1:]):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def _math_attention() -> AbstractContextManager[None]:
