@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 
 from fx_influence.checks import check_batch, check_options
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
+from fx_influence.errorbars import cluster_index
 from fx_influence.importance import SnisDelta, snis
 from fx_influence.logprobs import (
     TOKENS_PER_CHUNK,
@@ -75,13 +76,11 @@ def snis_delta(
         completions(all_token_values(at, batch_e, apply, temperature, chunk_size), batch_e.completion_mask)
         for at in (params, shift(params, direction, eta))
     )
-    return snis(base, moved, estimator, normalize, clip)
+    return snis(base, moved, estimator, normalize, clip, cluster_index(batch_e))
 
 
 def snis_sweep(
     params: Params,
-    blocks: Iterable[Params],
-    etas: Sequence[float],
     batch_e: Batch,
     *,
     apply: Apply,
@@ -90,48 +89,45 @@ def snis_sweep(
     clip: float | None = 10.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-) -> Iterator[SnisDelta]:
-    """``snis_delta`` for many directions and etas, a block of directions at a time in one vmapped forward.
+) -> Callable[[Params, Sequence[float]], SnisDelta]:
+    """``snis_delta`` for many directions and etas: ``measure(block, etas)``, with the pass at theta made once, here.
 
-    ``blocks``: direction trees with a leading axis of K directions, K as each block likes, made as they are asked for.
-    Yields one ``SnisDelta`` per block whose fields lead with (n_eta, K). The base pass at theta runs once, and equal
-    rows of E are scored once.
+    ``block``: a direction tree with a leading axis of K directions, which go through one vmapped forward together; K
+    may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored once.
     ``chunk_size``: rows of E times directions per forward; None chooses by tokens. Errors as in ``snis_delta``.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
         >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
-        >>> directions = {"w": torch.stack([-table, table])}
-        >>> sweep = snis_sweep({"w": table}, [directions], [0.1], batch, apply=lambda p, ids, mask: p["w"][ids])
-        >>> [(out.delta_h > 0).tolist() for out in sweep]
-        [[[True, False]]]
+        >>> measure = snis_sweep({"w": table}, batch, apply=lambda p, ids, mask: p["w"][ids])
+        >>> (measure({"w": torch.stack([-table, table])}, [0.1]).delta_h > 0).tolist()
+        [[True, False]]
     """
     _check(params, {}, batch_e, apply, estimator, normalize, temperature, chunk_size)
     params, apply = _widened(params, apply)
-    mask = batch_e.completion_mask
+    mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
     base = completions(all_token_values(params, batch_e, apply, temperature, chunk_size), mask)
     rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // mask.shape[1])
 
     def delta(values: TokenValues) -> SnisDelta:
-        return snis(base, completions(values, mask), estimator, normalize, clip)
+        return snis(base, completions(values, mask), estimator, normalize, clip, clusters)
 
-    for block in blocks:
-        check_names("blocks", {name: v[0] for name, v in block.items()}, params, "pass directions of these parameters")
+    def at(block: Params, eta: float) -> SnisDelta:
         count = len(next(iter(block.values())))
-        per_eta = []
-        for eta in etas:
-            with torch.no_grad():
-                parts = [
-                    vmap(lambda v, eta=eta, part=part: token_values(shift(params, v, eta), part, apply, temperature))(
-                        block
-                    )
-                    for part in row_chunks(once, max(1, rows_at_once // count))
-                ]
-            logprobs, entropies = concatenate(parts, dim=1)
-            per_eta.append(vmap(delta)(TokenValues(logprobs[:, index], entropies[:, index])))
-        yield SnisDelta(*(torch.stack(field) for field in zip(*per_eta, strict=True)))
+        with torch.no_grad():
+            parts = [
+                vmap(lambda v, part=part: token_values(shift(params, v, eta), part, apply, temperature))(block)
+                for part in row_chunks(once, max(1, rows_at_once // count))
+            ]
+        return vmap(delta)(_at(concatenate(parts, dim=1), index))
+
+    def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
+        check_names("block", {name: v[0] for name, v in block.items()}, params, "pass directions of these parameters")
+        return SnisDelta(*(torch.stack(field) for field in zip(*(at(block, eta) for eta in etas), strict=True)))
+
+    return measure
 
 
 def jvp_delta(
@@ -161,8 +157,9 @@ def jvp_delta(
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
     params, apply = _widened(params, apply)
-    values = all_token_values(params, batch_e, apply, temperature, chunk_size)
-    slope = token_jvp(params, direction, batch_e, apply, temperature, chunk_size)
+    once, index = distinct_rows(batch_e)
+    values = _at(all_token_values(params, once, apply, temperature, chunk_size), index)
+    slope = _at(token_jvp(params, direction, once, apply, temperature, chunk_size), index)
     weight = entropy_coefficients(values, batch_e, estimator, normalize)
     contributions = (weight.logprobs * slope.logprobs + weight.entropies * slope.entropies).sum(-1)
 
@@ -174,9 +171,14 @@ def jvp_delta(
 
     # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
     bend = grad(grad(estimate))(contributions.new_zeros(()))
-    weighted = batch_e._replace(coefficients=weight.logprobs, entropy_coefficients=weight.entropies)
+    c, b = (torch.zeros_like(w[: len(once.input_ids)]).index_add(0, index, w) for w in weight)
+    weighted = once._replace(coefficients=c, entropy_coefficients=b)
     curvature = [_curvature(params, direction, part, apply, temperature) for part in row_chunks(weighted, chunk_size)]
     return JvpDelta(contributions.sum(), bend + torch.stack(curvature).sum(), contributions)
+
+
+def _at(values: TokenValues, index: Tensor) -> TokenValues:
+    return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
 
 
 def _widened(params: Params, apply: Apply) -> tuple[Params, Apply]:

@@ -17,6 +17,7 @@ class SnisDelta(NamedTuple):
     ``delta_h``: H(theta + eta v) - H(theta), scalar. ``contributions``: (n_e,), its exact sum over E, centred.
     ``ess``: effective sample size (sum w)^2 / sum w^2, the smallest over t under ``per_decision``.
     ``log_weights``: (n_e,) full-sequence and unclipped. ``clip_fraction``: share of the weights that were clipped.
+    ``stderr``: of ``delta_h`` over the draw of E, by the jackknife over its clusters, scalar; NaN with fewer than two.
     """
 
     delta_h: Tensor
@@ -24,10 +25,16 @@ class SnisDelta(NamedTuple):
     ess: Tensor
     log_weights: Tensor
     clip_fraction: Tensor
+    stderr: Tensor
 
 
 def snis(
-    base: Completions, moved: Completions, estimator: Estimator, normalize: Normalize, clip: float | None = 10.0
+    base: Completions,
+    moved: Completions,
+    estimator: Estimator,
+    normalize: Normalize,
+    clip: float | None = 10.0,
+    clusters: Tensor | None = None,
 ) -> SnisDelta:
     """The SNIS change of entropy from token values at theta (``base``) and at theta + eta v (``moved``).
 
@@ -39,8 +46,10 @@ def snis(
         sequence:      [w_a x_a' - x_a] / sum_b w_b f_b
         per_decision:  (1/D) sum_t [w_at x_at' - x_at] / W_t,   D = sum_t sum_a w_at ok_at / W_t per token, else 1
 
+    ``clusters``: int64 (n_e,), 0 to C-1, what the jackknife leaves out one at a time; None leaves the jackknife out.
     Works under vmap and forward-mode differentiation over leading axes of ``moved``.
-    Source: Precup, Sutton & Singh 2000 (per-decision weights); Owen, Monte Carlo theory, ch. 9 (SNIS).
+    Source: Precup, Sutton & Singh 2000 (per-decision weights); Owen, Monte Carlo theory, ch. 9 (SNIS); Efron & Stein
+    1981 (jackknife).
     """
     log_ratio = moved.logprobs - base.logprobs
     total = log_ratio.sum(-1)
@@ -65,4 +74,33 @@ def snis(
         ess=(1 / share.square().sum(0)).min(),
         log_weights=total,
         clip_fraction=(clipped & counted).sum().double() / counted.sum().double(),
+        stderr=torch.full_like(scale, torch.nan)
+        if clusters is None
+        else _jackknife(base, moved, w, estimator, normalize, clusters),
     )
+
+
+def _jackknife(
+    base: Completions, moved: Completions, w: Tensor, estimator: Estimator, normalize: Normalize, clusters: Tensor
+) -> Tensor:
+    """sqrt((C-1)/C sum_c (d_c - mean d)^2), d_c the change of entropy on E without cluster c, weights normalised anew.
+
+    H' is a ratio of sums over rows at each position, so leaving a cluster out subtracts its sums.
+    """
+    count = int(clusters.max()) + 1
+    if count < 2:
+        return torch.full_like(w.sum(), torch.nan)
+
+    def left_out(done: Completions, w: Tensor) -> Tensor:
+        h, f = done.entropies, done.ok.double()
+        if estimator == "sequence":
+            h, f = h.sum(-1, keepdim=True), f.sum(-1, keepdim=True)
+        weight, entropy, length = (
+            x.sum(0) - torch.zeros(count, x.shape[1], dtype=x.dtype, device=x.device).index_add(0, clusters, x)
+            for x in (w, w * h, w * f)
+        )
+        mean = (entropy / weight).sum(-1)
+        return mean / (length / weight).sum(-1) if normalize == "token" else mean
+
+    change = left_out(moved, w) - left_out(base, torch.ones_like(w))
+    return ((count - 1) / count * (change - change.mean()).square().sum()).sqrt()

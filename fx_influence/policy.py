@@ -148,8 +148,8 @@ class _StayFloat64(TorchFunctionMode):
     """Float64 stays float64 where a model casts to float32: in its norms, router and attention's softmax.
 
     Those casts protect half precision. In float64 they would round every forward to float32, and worse: eager attention
-    masks with the dtype's lowest number, and to a float32 softmax float64's lowest is -inf, so a query that sees nothing,
-    as padding on the left does, would be NaN, and through it every gradient.
+    masks with the dtype's lowest number, and to a float32 softmax float64's lowest is -inf, so a query that sees
+    nothing, as padding on the left does, would be NaN, and through it every gradient.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -15,6 +15,7 @@ from strategies import ESTIMATORS, NORMALIZES, VOCAB, WIDTH, Case, cases, option
 
 import fx_influence as fx
 from fx_influence import reference
+from fx_influence.logprobs import rows
 from fx_influence.types import Batch, Estimator, Normalize, Params
 
 estimates = pytest.mark.parametrize(
@@ -180,8 +181,7 @@ def test_unchanged_by_padding_and_chunk_size(
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
     v, wide = direction_of(case), {"batch_e": repadded(case.batch_e, left, right), "chunk_size": chunk}
-    for a, b in zip(snis(case, v, 2.0, clip=0.3), snis(case, v, 2.0, clip=0.3, **wide), strict=True):
-        close(b, a)
+    same(snis(case, v, 2.0, clip=0.3, **wide), snis(case, v, 2.0, clip=0.3))
     plain, padded = derivatives(case, v), derivatives(case, v, **wide)
     close(padded.contributions, plain.contributions, plain.contributions.abs().sum())
     close(padded.second, plain.second, plain.contributions.abs().sum() + plain.second.abs())
@@ -232,7 +232,7 @@ def test_pure_same_inputs_same_outputs_inputs_unchanged(case: Case, seed: int) -
     before, state = copy.deepcopy(inputs), torch.get_rng_state()
     for call in (lambda: snis(case, v, 0.3), lambda: derivatives(case, v)):
         for a, b in zip(call(), call(), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     assert all(torch.equal(x, case.params[name]) for name, x in before[0].items())
     assert all(torch.equal(x, v[name]) for name, x in before[1].items())
     assert all(x is None if y is None else torch.equal(x, y) for x, y in zip(before[2], case.batch_e, strict=True))
@@ -283,11 +283,40 @@ def test_a_sweep_is_snis_delta_for_every_direction_and_eta() -> None:
     ]
     steps = [0.2, 3.0]
     for chunk_size in (None, 3):
-        sweep = fx.snis_sweep(case.params, blocks, steps, case.batch_e, clip=0.3, chunk_size=chunk_size, **chosen(case))
-        found = fx.SnisDelta(*(torch.cat(field, dim=1) for field in zip(*sweep, strict=True)))
+        measure = fx.snis_sweep(case.params, case.batch_e, clip=0.3, chunk_size=chunk_size, **chosen(case))
+        parts = [measure(block, steps) for block in blocks]
+        found = fx.SnisDelta(*(torch.cat(field, dim=1) for field in zip(*parts, strict=True)))
         for (i, eta), (k, v) in itertools.product(enumerate(steps), enumerate(directions)):
-            for swept, single in zip(found, snis(case, v, eta, clip=0.3), strict=True):
-                close(swept[i, k], single)
+            same(fx.SnisDelta(*(field[i, k] for field in found)), snis(case, v, eta, clip=0.3))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ["per_decision", "sequence"])
+def test_the_standard_error_is_the_jackknife_over_clusters(estimator: str, normalize: str, grouped: bool) -> None:
+    """Each cluster really left out of E, and the change of entropy measured anew on what remains."""
+    case = fixed_case()
+    group = torch.tensor([4, 4, 9, 9, 9, 2, 7]) if grouped else None
+    case = case._replace(batch_e=case.batch_e._replace(group=group), estimator=estimator, normalize=normalize)
+    clusters = group if group is not None else torch.arange(7)
+    v, eta = direction_of(case), 0.3
+    without = torch.stack(
+        [snis(case, v, eta, batch_e=rows(case.batch_e, clusters != c)).delta_h for c in clusters.unique()]
+    )
+    c = len(without)
+    expected = ((c - 1) / c * (without - without.mean()).square().sum()).sqrt()
+    assert expected > 1e-4
+    close(snis(case, v, eta).stderr, expected)
+    alone = case.batch_e._replace(group=torch.zeros(7, dtype=torch.int64))
+    assert snis(case, v, eta, batch_e=alone).stderr.isnan()
+
+
+def same(actual: fx.SnisDelta, expected: fx.SnisDelta) -> None:
+    for name, value in expected._asdict().items():
+        if name == "stderr" and value.isnan():
+            assert actual.stderr.isnan(), "one cluster has no standard error, however it is measured"
+        else:
+            close(getattr(actual, name), value)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,26 +46,39 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
-    prompts: list[Prompt] = []
-    first_line: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        default_id = str(len(prompts))
-        where = f"{path}, line {number}"
-        prompt = _from_json(line, default_id, where) if file.suffix == ".jsonl" else Prompt(default_id, line)
-        if prompt.id in first_line:
-            raise ValueError(
-                f"{where}: id {prompt.id!r} is already the id of line {first_line[prompt.id]}; ids must be unique"
-            )
-        first_line[prompt.id] = number
-        prompts.append(prompt)
+    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    parse = _object if file.suffix == ".jsonl" else lambda where, line: line
+    prompts = _prompts([(where, parse(where, line)) for where, line in numbered])
     if not prompts:
         raise ValueError(f"prompts file {str(path)!r} holds no prompt; write one a line")
     return prompts
 
 
-def _from_json(line: str, default_id: str, where: str) -> Prompt:
+def make_prompts(records: Sequence[str | dict[str, Any]]) -> list[Prompt]:
+    """Prompts from values as a ``.txt`` or ``.jsonl`` file holds them, a text or an object each.
+
+    Raises ``ValueError`` as ``read_prompts`` does, naming a prompt by its place, from 0.
+
+    Example:
+        >>> [prompt.id for prompt in make_prompts(["1+1=", {"prompt": "1+2=", "id": "three", "answer": "3"}])]
+        ['0', 'three']
+    """
+    return _prompts([(f"prompt {i}", record) for i, record in enumerate(records)])
+
+
+def _prompts(records: Sequence[tuple[str, Any]]) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    first: dict[str, str] = {}
+    for where, record in records:
+        prompt = _prompt(where, {"prompt": record} if isinstance(record, str) else dict(record), str(len(prompts)))
+        if prompt.id in first:
+            raise ValueError(f"{where}: id {prompt.id!r} is already the id of {first[prompt.id]}; ids must be unique")
+        first[prompt.id] = where
+        prompts.append(prompt)
+    return prompts
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -73,6 +87,10 @@ def _from_json(line: str, default_id: str, where: str) -> Prompt:
         raise ValueError(
             f'{where} holds {type(record).__name__}; each line must hold an object such as {{"prompt": "..."}}'
         )
+    return record
+
+
+def _prompt(where: str, record: dict[str, Any], default_id: str) -> Prompt:
     if "prompt" not in record:
         raise ValueError(f'{where} has no field "prompt" (it has {sorted(record)}); add the text to complete')
     text, name = record.pop("prompt"), record.pop("id", default_id)

@@ -50,8 +50,7 @@ def sample(
     tokenizer that does not fit the model, no end-of-sequence id, or arguments out of range.
     """
     _check_counts(prompts, completions_per_prompt, max_new_tokens, temperature, batch_size)
-    prompt_ids = [tuple(tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
-    _check_fit(model, tokenizer, prompts, prompt_ids, max_new_tokens)
+    prompt_ids = tokenized(model, tokenizer, prompts, max_new_tokens)
     ends = eos_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     config = neutral_config(ends, pad_id, max_new_tokens)
@@ -68,6 +67,27 @@ def sample(
             if progress is not None:
                 progress(len(rollouts), len(rows))
     return rollouts
+
+
+def tokenized(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[tuple[int, ...]]:
+    """The prompts' token ids. Raises ``ValueError`` where ``model`` could not be asked for ``max_new_tokens`` more."""
+    prompt_ids = [tuple(tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; use the tokenizer of this "
+            "checkpoint, or resize_token_embeddings"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if not ids:
+            raise ValueError(f"prompt {prompt.id!r} ({prompt.text[:80]!r}) has no tokens; give a text that has some")
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that passes the "
+                f"model's {limit} positions; shorten the prompt or lower max_new_tokens"
+            )
+    return prompt_ids
 
 
 def with_rewards(
@@ -228,23 +248,3 @@ def _check_counts(
             raise ValueError(f"{name} is {value}; give at least 1")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; give a positive number (1.0 samples the policy as it is)")
-
-
-def _check_fit(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], max_new_tokens: int
-) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; use the tokenizer of this "
-            "checkpoint, or resize_token_embeddings"
-        )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        if not ids:
-            raise ValueError(f"prompt {prompt.id!r} ({prompt.text[:80]!r}) has no tokens; give a text that has some")
-        if limit is not None and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that passes the "
-                f"model's {limit} positions; shorten the prompt or lower max_new_tokens"
-            )

@@ -1,41 +1,54 @@
-"""The rollouts of a run: prompts chosen, completions sampled or read back, checked to be the policy's own."""
+"""The rollouts of a run: sampled a piece at a time, written out or read from a file, and checked to be the policy's."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from fx_influence.interop.checkpoint import load_checkpoint
-from fx_influence.interop.prompts import Prompt, read_prompts
+from fx_influence.interop.generation import eos_ids
+from fx_influence.interop.prompts import Prompt, make_prompts, read_prompts
 from fx_influence.interop.rewards import Reward, resolve_reward
-from fx_influence.interop.rollouts import Rollout, collate
-from fx_influence.interop.sampling import check_on_policy, sample_rewarded
-from fx_influence.lab.plan import EntropyInfluencePlan, PlanError, SampledBatch, demo_path
-from fx_influence.lab.store import RunDirectory
+from fx_influence.interop.rollouts import Rollout, collate, read_rollouts
+from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
+from fx_influence.lab.plan import StepPlan, demo_path
+from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
+from fx_influence.lab.store import RunDirectory, readable
 from fx_influence.logprobs import TokenValues, all_token_values
-from fx_influence.losses import coefficients
+from fx_influence.losses import coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
 from fx_influence.types import AdamWState, Batch, Params
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, in all)."""
 
+ROLLOUTS_PER_PIECE = 64
+"""Rollouts that are sampled, judged and stored together."""
+
 ON_POLICY_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Largest |behaviour - scored| log-probability: cached generation and scoring round differently, in half much more."""
 
 
+class Source(NamedTuple):
+    """What a request starts from: prompts to be sampled, or rollouts."""
+
+    prompts: list[Prompt]
+    rollouts: list[Rollout]
+
+
 class State(NamedTuple):
-    """A training state ready to be measured, with the prompts of U and of each E, and the reward."""
+    """A training state ready to be measured, what U and each E start from, and the reward."""
 
     model: Any
     tokenizer: Any
     apply: Policy
     params: Params
     opt_state: AdamWState
-    prompts: list[list[Prompt]]
+    sources: list[Source]
     reward: Reward
 
 
@@ -48,9 +61,9 @@ class Sampled(NamedTuple):
     off_policy: float
 
 
-def load_state(plan: EntropyInfluencePlan) -> State:
+def load_state(plan: StepPlan) -> State:
     """What the plan names, read and checked, the cheap first. Raises ``PlanError`` and the readers' own errors."""
-    prompts = [_prompts(request) for request in (plan.update, *plan.evaluations)]
+    sources = [_source(plan, request) for request in plan.requests()]
     reward = resolve_reward(plan.reward)
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     base = None if plan.base is None else demo_path(plan.base)
@@ -58,41 +71,43 @@ def load_state(plan: EntropyInfluencePlan) -> State:
     if checkpoint.optimizer_state is None:
         raise PlanError(f"checkpoint {plan.checkpoint!r} has no optimizer state; save optimizer.pt beside the model")
     apply, params = functionalize(checkpoint.model)
-    return State(checkpoint.model, checkpoint.tokenizer, apply, params, checkpoint.optimizer_state, prompts, reward)
+    state = State(checkpoint.model, checkpoint.tokenizer, apply, params, checkpoint.optimizer_state, sources, reward)
+    for request, source in zip(plan.requests(), sources, strict=True):
+        if isinstance(request, SampledBatch):
+            tokenized(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
+        elif isinstance(request, CustomSequence):
+            _written_out(plan, state, request)
+    return state
 
 
 def sampled(
-    plan: EntropyInfluencePlan, state: State, directory: RunDirectory, index: int, name: str, progress: Progress
+    plan: StepPlan, state: State, directory: RunDirectory, index: int, name: str, progress: Progress
 ) -> Sampled:
-    """The rollouts of U (``index`` 0) or of an E, read from the directory's ``name`` or sampled and stored there."""
-    request = (plan.update, *plan.evaluations)[index]
+    """The rollouts of U (``index`` 0) or of an E, read from the directory's ``name`` or made and stored there."""
+    request, source = plan.requests()[index], state.sources[index]
+    pieces = directory.rollout_pieces(name.removesuffix(".jsonl"))
     if directory.has(name):
-        rollouts = directory.read_rollouts(name)
+        with readable(directory.path / name):
+            rollouts = directory.read_rollouts(name)
     else:
-        seed = _seed(plan.seed, index)
-        rollouts = sample_rewarded(
-            state.model,
-            state.tokenizer,
-            _chosen(state.prompts[index], request.num_prompts, seed),
-            state.reward,
-            completions_per_prompt=request.completions_per_prompt,
-            max_new_tokens=plan.max_new_tokens,
-            temperature=plan.temperature,
-            seed=seed,
-            resample_zero_advantage=request.resample_zero_advantage,
-            scale_advantages=plan.scale_advantages,
-            progress=lambda done, total: progress("sampling U" if index == 0 else "sampling E", done, total),
-        )
+        if isinstance(request, RolloutFile):
+            rollouts = source.rollouts
+        elif isinstance(request, CustomSequence):
+            rollouts = [_written_out(plan, state, request)]
+        else:
+            phase = "sampling U" if index == 0 else "sampling E"
+            seed = _seed(plan.seed, index) if request.seed is None else request.seed
+            rollouts = _sampled(
+                plan, state, request, source.prompts, seed, pieces, lambda *done: progress(phase, *done)
+            )
         directory.write_rollouts(name, rollouts)
-    pad = state.tokenizer.pad_token_id
-    batch = collate(rollouts, state.tokenizer.eos_token_id if pad is None else pad)
-    batch = Batch._make(None if field is None else field.to(plan.device) for field in batch)
-    values = all_token_values(state.params, batch, state.apply, plan.temperature)
+    pieces.clear()
+    batch, values = _scored(plan, state, rollouts)
     tolerance = ON_POLICY_TOLERANCE[next(state.model.parameters()).dtype]
     return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, tolerance))
 
 
-def update_batch(plan: EntropyInfluencePlan, u: Sampled) -> Batch:
+def update_batch(plan: StepPlan, u: Sampled) -> Batch:
     """U with the coefficients of the plan's loss. Raises ``PlanError`` where no rollout has an advantage."""
     advantages = torch.tensor([r.advantage or 0.0 for r in u.rollouts], device=u.batch.input_ids.device)
     if not advantages.any():
@@ -104,17 +119,103 @@ def update_batch(plan: EntropyInfluencePlan, u: Sampled) -> Batch:
     return u.batch._replace(coefficients=c)
 
 
-def _prompts(request: SampledBatch) -> list[Prompt]:
-    prompts = read_prompts(demo_path(request.prompts))
+def _source(plan: StepPlan, request: BatchRequest) -> Source:
+    if isinstance(request, CustomSequence):
+        return Source([], [])
+    if isinstance(request, RolloutFile):
+        return Source([], _from_file(plan, request.rollouts, update=request is plan.update))
+    named = request.prompts if isinstance(request.prompts, str) else "prompts"
+    prompts = (
+        read_prompts(demo_path(request.prompts)) if isinstance(request.prompts, str) else make_prompts(request.prompts)
+    )
+    if request.prompt_ids is not None:
+        if len(set(request.prompt_ids)) < len(request.prompt_ids):
+            raise PlanError(f"prompt_ids is {list(request.prompt_ids)}, with an id twice; name each prompt once")
+        by_id = {prompt.id: prompt for prompt in prompts}
+        for name in request.prompt_ids:
+            if name not in by_id:
+                raise PlanError(f"prompt_ids has {name!r}, which is not among the {len(prompts)} ids of {named!r}")
+        prompts = [by_id[name] for name in request.prompt_ids]
     if request.num_prompts is not None and request.num_prompts > len(prompts):
-        raise PlanError(
-            f"num_prompts is {request.num_prompts} but {request.prompts!r} holds {len(prompts)}; ask for fewer"
-        )
-    return prompts
+        raise PlanError(f"num_prompts is {request.num_prompts} but {named!r} holds {len(prompts)}; ask for fewer")
+    return Source(prompts, [])
 
 
-def _chosen(prompts: Sequence[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    return list(prompts) if count is None else random.Random(seed).sample(list(prompts), count)
+def _from_file(plan: StepPlan, path: str, update: bool) -> list[Rollout]:
+    rollouts = read_rollouts(path)
+    ids = [r.id for r in rollouts]
+    if not rollouts or len(set(ids)) < len(ids):
+        raise PlanError(f"rollouts file {path!r} holds {len(ids)} rollouts of {len(set(ids))} ids; give each its own")
+    if not update or all(r.advantage is not None for r in rollouts):
+        return rollouts
+    for r in rollouts:
+        if r.reward is None:
+            raise PlanError(f"rollout {r.id!r} of {path!r} has neither advantage nor reward; U needs one of them")
+    rewards, group = torch.tensor([r.reward for r in rollouts]).double(), torch.tensor([r.group for r in rollouts])
+    advantages = group_advantages(rewards, group, scale=plan.scale_advantages).tolist()
+    return [dataclasses.replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
+
+
+def _written_out(plan: StepPlan, state: State, request: CustomSequence) -> Rollout:
+    ids = tuple(state.tokenizer(request.completion, add_special_tokens=False)["input_ids"])
+    ids += (eos_ids(state.model, state.tokenizer)[0],) if request.end else ()
+    if not ids:
+        raise PlanError(f"completion is {request.completion!r}, which has no tokens; write at least one, or set end")
+    prompt_ids = tokenized(state.model, state.tokenizer, [Prompt("0", request.prompt)], len(ids))[0]
+    rollout = Rollout(
+        id="0/0",
+        prompt_id="0",
+        group=0,
+        prompt=request.prompt,
+        completion=request.completion,
+        prompt_ids=prompt_ids,
+        completion_ids=ids,
+        finished=request.end,
+        behaviour_logprobs=(0.0,) * len(ids),
+        advantage=request.advantage,
+    )
+    batch, values = _scored(plan, state, [rollout])
+    return dataclasses.replace(rollout, behaviour_logprobs=tuple(values.logprobs[batch.completion_mask].tolist()))
+
+
+def _sampled(
+    plan: StepPlan,
+    state: State,
+    request: SampledBatch,
+    prompts: Sequence[Prompt],
+    seed: int,
+    pieces: MutableMapping[int, Sequence[Rollout]],
+    progress: Callable[[int, int], None],
+) -> list[Rollout]:
+    if request.num_prompts is not None:
+        prompts = random.Random(seed).sample(list(prompts), request.num_prompts)
+    each = request.completions_per_prompt
+    starts = range(0, len(prompts), max(1, ROLLOUTS_PER_PIECE // each))
+    for k, start in enumerate(starts):
+        asked = prompts[start : start + starts.step]
+        if k not in pieces:
+            drawn = sample_rewarded(
+                state.model,
+                state.tokenizer,
+                asked,
+                state.reward,
+                completions_per_prompt=each,
+                max_new_tokens=plan.max_new_tokens,
+                temperature=plan.temperature,
+                seed=_seed(seed, k),
+                resample_zero_advantage=request.resample_zero_advantage,
+                scale_advantages=plan.scale_advantages,
+            )
+            pieces[k] = [dataclasses.replace(r, group=r.group + start) for r in drawn]
+        progress((start + len(asked)) * each, len(prompts) * each)
+    return [rollout for k in range(len(starts)) for rollout in pieces[k]]
+
+
+def _scored(plan: StepPlan, state: State, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
+    pad = state.tokenizer.pad_token_id
+    batch = collate(rollouts, state.tokenizer.eos_token_id if pad is None else pad)
+    batch = Batch._make(None if field is None else field.to(plan.device) for field in batch)
+    return batch, all_token_values(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
 
 
 def _seed(seed: int, index: int) -> int:

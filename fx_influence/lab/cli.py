@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    plan = EntropyInfluencePlan() if arguments.plan is None else read_plan(arguments.plan)
+    plan = EntropyInfluencePlan() if arguments.plan is None else read_plan(arguments.plan, EntropyInfluencePlan)
     if arguments.seed is not None:
         plan = dataclasses.replace(plan, seed=arguments.seed)
     out = arguments.out or Path("runs") / ("demo" if arguments.plan is None else arguments.plan.stem)

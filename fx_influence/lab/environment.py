@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fx-influence", "torch", "transformers", "numpy", "peft", "safetensors")
+PACKAGES = ("fx-influence", "torch", "transformers", "numpy", "scipy", "peft", "safetensors")
 
 SMALL_MODEL = 10_000_000
 
@@ -35,7 +35,12 @@ def environment() -> dict[str, Any]:
 def peak_memory_bytes() -> int:
     """Peak resident memory of this process, plus the peak of tensors on the GPU where there is one."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return resident + (peak_gpu_memory_bytes() or 0)
+
+
+def peak_gpu_memory_bytes() -> int | None:
+    """Peak of the tensors on the GPU in this process, None without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 @contextmanager

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from fx_influence.delta import JvpDelta, jvp_delta
+from fx_influence.delta import jvp_delta
 from fx_influence.entropy import entropy_estimate, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr
-from fx_influence.influence import Influence, influence
+from fx_influence.influence import influence
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.lab.analysis.finite_steps import finite_figures, rollout_fits
+from fx_influence.lab.analysis.linearity import eta_trust
 from fx_influence.lab.batches import Progress, Sampled, State
-from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.lab.step import Step
-from fx_influence.lab.sweep import Arrays, sweep
+from fx_influence.lab.plan import WHOLE, EntropyInfluencePlan
+from fx_influence.lab.rounding import clearing_etas, rounding_floor
+from fx_influence.lab.step import Step, whole_directions
+from fx_influence.lab.sweep import Arrays, Steps, sweep
 from fx_influence.types import Batch
+
+FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr")
+FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual")
 
 
 class Evaluation(NamedTuple):
-    """One E: first order, the arrays of ``eval_00.npz``, and its entry in ``summary.json``."""
+    """One E: M (n_e, n_u), the arrays of ``eval_00.npz``, and its entry in ``summary.json``."""
 
-    first_order: Influence
+    matrix: np.ndarray
     arrays: Arrays
     summary: dict[str, Any]
 
@@ -31,15 +39,46 @@ def evaluate(
     state: State,
     step: Step,
     e: Sampled,
-    etas: list[float],
+    first: Arrays,
     kept: MutableMapping[int, Arrays],
     progress: Progress,
 ) -> Evaluation:
-    """Influences of U on the entropy over ``e``: to first order, and by importance sampling at each of ``etas``.
+    """Influences of U on the entropy over ``e``: to first order, and by importance sampling at finite steps.
 
-    ``kept``: the blocks of the sweep that are done, see ``sweep``.
+    ``first``: what ``first_order`` gives. ``kept``: the blocks of the sweep that are done, see ``sweep``.
     """
-    progress("influence", 0, 1)
+    lr = reference_lr(state)
+    steps = Steps([multiple * lr for multiple in (*plan.eta_multiples, *plan.scaled_eta_multiples)], None)
+    floor = float(first["rounding_floor"])
+    arrays = {name: first[name] for name in FIRST_ORDER_ARRAYS} | {"eta": np.array(steps.etas)}
+    arrays |= {f"{d}_{order}": first[f"{d}_{order}"] for d in WHOLE for order in ("first", "second")}
+    if plan.auto_scale is not None and "grad" in plan.directions:
+        own = clearing_etas(torch.from_numpy(first["per_sequence"]), floor, plan.auto_scale, lr)
+        arrays["auto_eta"], steps = own.numpy(), steps._replace(own=own)
+    arrays |= sweep(plan, state, step, e.batch, steps, kept, progress)
+    if "full" in plan.directions:
+        arrays["ess"] = arrays["full_ess"]
+    arrays |= rollout_fits(arrays, len(plan.eta_multiples))
+    summary = {
+        **{name: float(first[name]) for name in FIRST_ORDER_FIGURES},
+        **_derived(state, first),
+        "entropy": entropy_estimate(e.values, e.batch, plan.normalize).item(),
+        "rollouts": len(e.rollouts),
+        "mean_reward": mean_reward(e.rollouts),
+        "off_policy": e.off_policy,
+        "rounding_floor": floor,
+        **finite_figures(arrays, len(plan.eta_multiples), floor),
+    }
+    return Evaluation(first["matrix"], arrays, summary)
+
+
+def reference_lr(state: State) -> float:
+    """The learning rate that etas are multiples of; 1e-6 where a saved schedule stands at 0."""
+    return state.opt_state.lr or 1e-6
+
+
+def first_order(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> Arrays:
+    """``influence`` with its matrix, the derivatives along the directions of the whole step, and the rounding floor."""
     out = influence(
         state.params,
         step.batch,
@@ -50,71 +89,48 @@ def evaluate(
         max_grad_norm=plan.max_grad_norm,
         grad=step.gradient,
         matrix=True,
+        memory_budget=plan.memory_budget,
         **plan.estimation(),
     )
-    progress("influence", 1, 1)
+    assert out.matrix is not None
     slopes = {
         name: jvp_delta(state.params, direction, e.batch, apply=state.apply, **plan.estimation())
-        for name, direction in (("full", step.parts.direction), ("baseline", step.parts.baseline))
+        for name, direction in whole_directions(plan, state, step).items()
     }
-    deltas = sweep(plan, state, step, e.batch, etas, kept, progress)
-    arrays = {
-        "per_sequence": out.per_sequence.cpu().numpy(),
-        "per_token": out.per_token.cpu().numpy(),
-        "stderr": out.stderr.cpu().numpy(),
-        "eta": np.array(etas),
-        "ess": deltas["full_ess"],
-        **deltas,
-    }
-    summary = {
-        **_first_order(plan, out, slopes, e.batch),
-        "entropy": entropy_estimate(e.values, e.batch, plan.normalize).item(),
-        "rollouts": len(e.rollouts),
-        "mean_reward": float(np.mean([r.reward or 0.0 for r in e.rollouts])),
-        "off_policy": e.off_policy,
-        "finite_steps": [_finite(arrays, slopes, i, eta) for i, eta in enumerate(etas)],
-    }
-    return Evaluation(out, arrays, summary)
+    found = {name: getattr(out, name) for name in (*FIRST_ORDER_ARRAYS, *FIRST_ORDER_FIGURES, "matrix")}
+    found |= {f"{name}_first": slope.first for name, slope in slopes.items()}
+    found |= {f"{name}_second": slope.second for name, slope in slopes.items()}
+    parts = {name: slopes[name].contributions for name in ("full", "baseline")}
+    found |= {f"{name}_error": _error(plan, part, e.batch) for name, part in parts.items()}
+    found["rollouts_error"] = _error(plan, out.matrix.double().sum(1), e.batch)
+    found["per_parameter"] = torch.stack(list(out.per_parameter.values()))
+    arrays = {name: value.cpu().numpy() for name, value in found.items()}
+    return arrays | {"rounding_floor": np.array(rounding_floor(plan, state, e.batch))}
 
 
-def _first_order(
-    plan: EntropyInfluencePlan, out: Influence, slopes: dict[str, JvpDelta], batch: Batch
-) -> dict[str, Any]:
-    assert out.matrix is not None
+def _error(plan: EntropyInfluencePlan, contributions: torch.Tensor, batch: Batch) -> torch.Tensor:
     shares = sequence_shares(batch.completion_mask, plan.normalize)
-    parts = {name: slope.contributions for name, slope in slopes.items()} | {"rollouts": out.matrix.double().sum(1)}
-    errors = {
-        name: cluster_stderr(part, part.sum(), shares / shares.sum(), cluster_index(batch)).item()
-        for name, part in parts.items()
-    }
-    size = max(out.per_sequence.abs().sum().item(), (out.per_sequence.sum() + out.residual).abs().item())
+    return cluster_stderr(contributions, contributions.sum(), shares / shares.sum(), cluster_index(batch))
+
+
+def _derived(state: State, first: Arrays) -> dict[str, Any]:
+    per_sequence, residual = first["per_sequence"], float(first["residual"])
+    size = max(np.abs(per_sequence).sum(), abs(per_sequence.sum() + residual))
     return {
-        "total": out.total.item(),
-        "total_stderr": errors["full"],
-        "baseline": out.baseline.item(),
-        "baseline_stderr": errors["baseline"],
-        "momentum": out.momentum.item(),
-        "weight_decay": out.weight_decay.item(),
-        "sum_per_sequence": out.per_sequence.sum().item(),
-        "sum_per_sequence_stderr": errors["rollouts"],
-        "residual": out.residual.item(),
-        "relative_residual": abs(out.residual.item()) / size if size else 0.0,
-        "total_by_jvp": slopes["full"].first.item(),
-        "second_order": slopes["full"].second.item(),
-        "eta_trust": 0.2 * abs((slopes["full"].first / slopes["full"].second).item()),
-        "rollouts_beyond_two_stderr": int((out.per_sequence.abs() > 2 * out.stderr).sum()),
-        "per_parameter": {name: value.item() for name, value in out.per_parameter.items()},
+        "sum_per_sequence": float(per_sequence.sum()),
+        "total_stderr": float(first["full_error"]),
+        "baseline_stderr": float(first["baseline_error"]),
+        "sum_per_sequence_stderr": float(first["rollouts_error"]),
+        "relative_residual": float(abs(residual) / size) if size else 0.0,
+        "total_by_jvp": float(first["full_first"]),
+        "second_order": float(first["full_second"]),
+        "eta_trust": float(eta_trust(first["full_first"], first["full_second"])),
+        "rollouts_beyond_two_stderr": int((np.abs(per_sequence) > 2 * first["stderr"]).sum()),
+        "per_parameter": dict(zip(state.params, first["per_parameter"].tolist(), strict=True)),
     }
 
 
-def _finite(arrays: Arrays, slopes: dict[str, JvpDelta], i: int, eta: float) -> dict[str, float]:
-    """One eta: SNIS of the whole step and of the baseline beside eta times the JVP, in raw nats."""
-    return {
-        "eta": eta,
-        "full": arrays["full"][i].item(),
-        "full_jvp": eta * slopes["full"].first.item(),
-        "full_jvp_second_order": eta * slopes["full"].first.item() + 0.5 * eta**2 * slopes["full"].second.item(),
-        "baseline": arrays["baseline"][i].item(),
-        "baseline_jvp": eta * slopes["baseline"].first.item(),
-        "ess": arrays["ess"][i].item(),
-    }
+def mean_reward(rollouts: Sequence[Rollout]) -> float | None:
+    """Over the rollouts that were judged; None where none was."""
+    known = [r.reward for r in rollouts if r.reward is not None]
+    return float(np.mean(known)) if known else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fx_influence.grads import MEMORY_BUDGET
+from fx_influence.lab.requests import REQUEST_KINDS, BatchRequest, PlanError, SampledBatch, check_request, with_paths
 from fx_influence.types import Estimator, Gain, LossType, Normalize
 
 DEMO = "demo"
@@ -17,41 +19,24 @@ DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
-
-
-class PlanError(ValueError):
-    """A plan that cannot be run, with the field, the value and the remedy."""
-
-
-@dataclass(frozen=True)
-class SampledBatch:
-    """Rollouts to be sampled: ``num_prompts`` drawn from a prompt file (None: all of them), each completed so often.
-
-    ``prompts``: a .jsonl or .txt file. ``resample_zero_advantage``: rounds in which prompts whose completions all
-    earned the same are sampled again; for update batches only, since it would bias an evaluation.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    prompts: str
-    num_prompts: int | None = None
-    completions_per_prompt: int = 8
-    resample_zero_advantage: int = 0
+Direction = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop", "grad", "baseline_plus_grad"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+PER_SEQUENCE: tuple[str, ...] = ("grad", "baseline_plus_grad")
+"""Directions of every rollout of U: v_i, and v_baseline + v_i."""
+WHOLE: tuple[str, ...] = tuple(name for name in DIRECTIONS if name not in PER_SEQUENCE)
+"""Directions of the whole step; ``rmsprop`` has neither momentum nor decay."""
+AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
 
 
 @dataclass(frozen=True)
-class EntropyInfluencePlan:
-    """One training state and the questions asked of it. Units: nats, and multiples of the optimizer's learning rate.
+class StepPlan:
+    """One training state and its batches: what every experiment begins with.
 
     ``checkpoint``: a directory, or ``demo``; ``base``: the base model of an adapter. ``reward``: ``module:function``
     with TRL's signature. ``loss``, ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in
-    the training run. ``update``, ``evaluations``: the batches U and E. ``eta_multiples``: the finite steps at which
-    the first order is checked by importance sampling. ``estimator``, ``normalize``, ``gain``: see ``fx.influence``.
-
-    Example:
-        >>> plan = EntropyInfluencePlan.from_dict({"checkpoint": "demo", "seed": 3})
-        >>> plan.seed, plan.update.completions_per_prompt
-        (3, 8)
+    the training run. ``update``, ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per
+    forward (null: by tokens). ``sequences_per_block``: rollouts of U whose gradients and finite steps make one stored
+    piece. ``memory_budget``: bytes of per-sequence gradients held at once. ``seed``: of all sampling.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -66,60 +51,126 @@ class EntropyInfluencePlan:
     max_grad_norm: float | None = 1.0
     temperature: float = 1.0
     max_new_tokens: int = 20
-    update: SampledBatch = SampledBatch("demo/train", num_prompts=16, completions_per_prompt=8)
-    evaluations: tuple[SampledBatch, ...] = (SampledBatch("demo/eval", num_prompts=64, completions_per_prompt=4),)
-    estimator: Estimator = "per_decision"
-    normalize: Normalize = "token"
-    gain: Gain = "share"
-    eta_multiples: tuple[float, ...] = (1.0,)
+    update: BatchRequest = SampledBatch("demo/train", num_prompts=16, completions_per_prompt=8)
+    evaluations: tuple[BatchRequest, ...] = (SampledBatch("demo/eval", num_prompts=64, completions_per_prompt=4),)
+    chunk_size: int | None = None
+    sequences_per_block: int = 8
+    memory_budget: int = MEMORY_BUDGET
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.evaluations:
             raise PlanError("evaluations is empty; name at least one batch of prompts to evaluate on")
-        for i, batch in enumerate((self.update, *self.evaluations)):
-            name = "update" if i == 0 else f"evaluations[{i - 1}]"
-            if batch.completions_per_prompt < 1 or (batch.num_prompts is not None and batch.num_prompts < 1):
-                raise PlanError(
-                    f"{name} is {batch.num_prompts} prompts x {batch.completions_per_prompt}; use at least 1"
-                )
-            if i > 0 and batch.resample_zero_advantage:
-                raise PlanError(
-                    f"{name}.resample_zero_advantage is {batch.resample_zero_advantage}; use 0, it biases E"
-                )
+        check_request("update", self.update, update=True)
+        for i, request in enumerate(self.evaluations):
+            check_request(f"evaluations[{i}]", request, update=False)
         if not self.temperature > 0 or self.max_new_tokens < 1:
             raise PlanError(
                 f"temperature is {self.temperature}, max_new_tokens {self.max_new_tokens}; both must be > 0"
             )
-        if not self.eta_multiples or any(not eta > 0 for eta in self.eta_multiples):
-            raise PlanError(
-                f"eta_multiples is {list(self.eta_multiples)}; give positive multiples of the lr, at least one"
-            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise PlanError(f"max_grad_norm is {self.max_grad_norm}; give the trainer's, or null where nothing clips")
+        for name in ("chunk_size", "sequences_per_block", "memory_budget"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise PlanError(f"{name} is {value}; give at least 1")
 
-    def estimation(self) -> dict[str, Any]:
-        """The arguments of ``fx.influence``, ``fx.jvp_delta`` and ``fx.snis_sweep`` that say how E is read."""
-        return {"estimator": self.estimator, "normalize": self.normalize, "temperature": self.temperature}
+    def requests(self) -> tuple[BatchRequest, ...]:
+        """U's request, then those of the evaluations."""
+        return (self.update, *self.evaluations)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; ``from_dict`` gives the same plan back."""
-        plain: dict[str, Any] = TypeAdapter(EntropyInfluencePlan).dump_python(self, mode="json")
+        plain: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return plain
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EntropyInfluencePlan:
+    def from_dict(cls: type[AnyPlan], values: dict[str, Any]) -> AnyPlan:
         """A plan from plain values; fields left out have their defaults. Raises ``PlanError`` naming a bad field."""
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
-            bad = error.errors(include_url=False)[0]
-            where = ".".join(map(str, bad["loc"])) or "plan"
+            # Of a choice of types every one says that it is not meant; the deepest error is inside the one that is.
+            bad = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
+            # Between the field and what is wrong in it stands the kind of request, which the file does not name.
+            where = ".".join(str(part) for part in bad["loc"] if part not in REQUEST_KINDS) or "plan"
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise PlanError(f"{where} is {bad['input']!r}: {bad['msg']}; a plan's fields are {known}") from error
 
 
-def read_plan(path: Path) -> EntropyInfluencePlan:
+@dataclass(frozen=True)
+class EntropyInfluencePlan(StepPlan):
+    """Which rollouts and tokens of U move the entropy over each E, to first order and at finite steps.
+
+    Fields beside those of ``StepPlan``; units: nats, and multiples of the optimizer's learning rate.
+    ``estimator``, ``normalize``, ``gain``: see ``fx.influence``. ``directions``: those that finite steps are taken
+    along, by importance sampling. ``eta_multiples``: the steps that lines are fitted to; ``scaled_eta_multiples``:
+    larger ones, at which a rollout whose step at the learning rate is lost in rounding can be seen. ``auto_scale``: a
+    step is also chosen for each rollout so that its |Delta H| is this many times what float32 rounding of the weights
+    makes (null: no such step). ``compare_float64``: every finite step once more in float64, which shows the rounding.
+    ``second_order_per_sequence``: d2H/deta2 along each rollout's directions too, about 13 forwards of E each.
+
+    Example:
+        >>> plan = EntropyInfluencePlan.from_dict({"checkpoint": "demo", "seed": 3})
+        >>> plan.seed, plan.eta_multiples
+        (3, (0.2, 0.5, 1.0, 2.0, 5.0))
+    """
+
+    estimator: Estimator = "per_decision"
+    normalize: Normalize = "token"
+    gain: Gain = "share"
+    directions: tuple[Direction, ...] = DIRECTIONS
+    eta_multiples: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)
+    scaled_eta_multiples: tuple[float, ...] = (100.0,)
+    auto_scale: float | None = 100.0
+    compare_float64: bool = False
+    second_order_per_sequence: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.eta_multiples or any(not eta > 0 for eta in self.eta_multiples + self.scaled_eta_multiples):
+            raise PlanError(
+                f"eta_multiples is {list(self.eta_multiples)}, scaled_eta_multiples {list(self.scaled_eta_multiples)}; "
+                "give positive multiples of the lr, at least one in the first"
+            )
+        if self.auto_scale is not None and not self.auto_scale > 0:
+            raise PlanError(f"auto_scale is {self.auto_scale}; give a factor such as 100, or null for none")
+        if "baseline_plus_grad" in self.directions and "baseline" not in self.directions:
+            raise PlanError(
+                f"directions is {list(self.directions)}; baseline_plus_grad is read less baseline: add baseline"
+            )
+
+    def estimation(self) -> dict[str, Any]:
+        """The arguments of ``fx.influence``, ``fx.jvp_delta`` and ``fx.snis_sweep`` that say how E is read."""
+        return {
+            "estimator": self.estimator,
+            "normalize": self.normalize,
+            "temperature": self.temperature,
+            "chunk_size": self.chunk_size,
+        }
+
+
+@dataclass(frozen=True)
+class FisherKernelPlan(StepPlan):
+    """How U's rollouts, and the step that they make, move the log-probability of each rollout of E.
+
+    Fields beside those of ``StepPlan``: ``preconditioner``, see ``fx.fisher_kernel``; ``top``: how many of U's rollouts
+    are named for each rollout of E.
+
+    Example:
+        >>> FisherKernelPlan(preconditioner="identity").top
+        5
+    """
+
+    preconditioner: Literal["adam", "identity"] = "adam"
+    top: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top < 1:
+            raise PlanError(f"top is {self.top}; name at least 1 rollout")
+
+
+def read_plan(path: Path, kind: type[AnyPlan]) -> AnyPlan:
     """A plan from a YAML file; relative paths in it are relative to the file. Raises ``PlanError``."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -127,11 +178,10 @@ def read_plan(path: Path) -> EntropyInfluencePlan:
         raise PlanError(f"plan file {str(path)!r} does not exist; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"plan file {str(path)!r} is not YAML: {error}") from error
-    plan = EntropyInfluencePlan.from_dict(values or {})
-    return _resolved(plan, path.resolve().parent)
+    return _resolved(kind.from_dict(values or {}), path.resolve().parent)
 
 
-def plan_text(plan: EntropyInfluencePlan) -> str:
+def plan_text(plan: StepPlan) -> str:
     """The plan as YAML."""
     return yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True)
 
@@ -142,17 +192,14 @@ def demo_path(name: str) -> str:
     return str(DEMO_DIRECTORY / known[name]) if name in known else name
 
 
-def _resolved(plan: EntropyInfluencePlan, folder: Path) -> EntropyInfluencePlan:
+def _resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
     def absolute(path: str) -> str:
         return path if demo_path(path) != path else str((folder / path).resolve())
-
-    def batch(request: SampledBatch) -> SampledBatch:
-        return dataclasses.replace(request, prompts=absolute(request.prompts))
 
     return dataclasses.replace(
         plan,
         checkpoint=absolute(plan.checkpoint),
         base=None if plan.base is None else absolute(plan.base),
-        update=batch(plan.update),
-        evaluations=tuple(batch(request) for request in plan.evaluations),
+        update=with_paths(plan.update, absolute),
+        evaluations=tuple(with_paths(request, absolute) for request in plan.evaluations),
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from fx_influence.interop.rollouts import Rollout
+from fx_influence.lab.analysis.finite_steps import rollout_parts
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.store import (
     BASELINE,
@@ -24,13 +23,17 @@ from fx_influence.lab.store import (
     RunDirectory,
     RunDirectoryError,
     eval_name,
+    readable,
 )
 from fx_influence.types import Params
 
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """One evaluation batch E: the arrays of its ``.npz``, M (n_e, n_u) per unit lr, its figures and its rollouts."""
+    """One evaluation batch E: the arrays of its ``.npz``, M (n_e, n_u) per unit lr, its figures and its rollouts.
+
+    The arrays' names: ``lab.sweep.sweep`` and ``lab.analysis.finite_steps.rollout_fits``.
+    """
 
     arrays: dict[str, np.ndarray]
     matrix: np.ndarray
@@ -55,13 +58,31 @@ class EntropyInfluenceResults:
 
     def baseline(self) -> Params:
         """v_baseline by parameter name, read when asked for: it is as large as the model."""
-        return load_file(self.path / BASELINE)
+        directory = RunDirectory(self.path)
+        with readable(self.path):
+            _check_sha256(directory, BASELINE, self.summary)
+            return directory.read_tensors(BASELINE)
 
     def table(self) -> Any:
         """``sequences`` as a pandas DataFrame. Raises ``ImportError`` naming the remedy where pandas is missing."""
-        if importlib.util.find_spec("pandas") is None:
-            raise ImportError("a table needs pandas: pip install pandas, or read the records of .sequences")
-        return importlib.import_module("pandas").DataFrame(self.sequences)
+        return _pandas().DataFrame(self.sequences)
+
+    def finite_steps(self, evaluation: int = 0) -> Any:
+        """The sweep as a pandas DataFrame, a row for each rollout of U and eta: Delta H of its part, raw, in nats.
+
+        Columns: ``id``, ``eta``, ``first_order`` (eta delta_i) and, as far as they were swept, ``grad``,
+        ``grad_stderr``, ``grad_ess`` and ``baseline_plus_grad`` (less the baseline's). Raises as ``table`` does.
+        """
+        arrays = self.evaluations[evaluation].arrays
+        eta, n_u = arrays["eta"], len(self.sequences)
+        columns: dict[str, Any] = {
+            "id": [record["id"] for record in self.sequences] * len(eta),
+            "eta": np.repeat(eta, n_u),
+            "first_order": np.outer(eta, arrays["per_sequence"]).ravel(),
+        }
+        columns |= {name: part.ravel() for name, part in rollout_parts(arrays).items()}
+        columns |= {name: arrays[name].ravel() for name in ("grad_stderr", "grad_ess") if name in arrays}
+        return _pandas().DataFrame(columns)
 
 
 def load_run(path: str | Path) -> EntropyInfluenceResults:
@@ -73,27 +94,42 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
                 f"{str(path)!r} has no {name}, so it is no finished run; finish it with fx-influence run --out, or "
                 "check the path"
             )
-    try:
+    with readable(directory.path):
         plan = EntropyInfluencePlan.from_dict(directory.read_yaml(PLAN))
+        summary = directory.read_json(SUMMARY)
         return EntropyInfluenceResults(
             path=directory.path,
             plan=plan,
             environment=directory.read_json(ENVIRONMENT),
-            summary=directory.read_json(SUMMARY),
+            summary=summary,
             sequences=directory.read_jsonl(SEQUENCES),
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
-            evaluations=tuple(_evaluation(directory, i) for i in range(len(plan.evaluations))),
+            evaluations=tuple(_evaluation(directory, i, summary) for i in range(len(plan.evaluations))),
         )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunDirectoryError(
-            f"{str(path)!r} is damaged: {error}; run its plan.yaml again into another --out"
-        ) from error
 
 
-def _evaluation(directory: RunDirectory, index: int) -> EvaluationResults:
+def bare_numbers(evaluations: int) -> list[str]:
+    """Files in which damage shows in no other way; ``summary.json`` holds their SHA-256."""
+    return [BASELINE, *(eval_name(i, "_delta_matrix.npy") for i in range(evaluations))]
+
+
+def _check_sha256(directory: RunDirectory, name: str, summary: dict[str, Any]) -> None:
+    if directory.sha256(name) != summary["sha256"][name]:
+        raise ValueError(f"{name} is not the file that the run stored")
+
+
+def _pandas() -> Any:
+    if importlib.util.find_spec("pandas") is None:
+        raise ImportError("a table needs pandas: pip install pandas, or read .sequences and .evaluations[0].arrays")
+    return importlib.import_module("pandas")
+
+
+def _evaluation(directory: RunDirectory, index: int, summary: dict[str, Any]) -> EvaluationResults:
+    matrix = eval_name(index, "_delta_matrix.npy")
+    _check_sha256(directory, matrix, summary)
     return EvaluationResults(
         arrays=directory.read_arrays(eval_name(index, ".npz")),
-        matrix=directory.read_array(eval_name(index, "_delta_matrix.npy")),
+        matrix=directory.read_array(matrix),
         summary=directory.read_json(eval_name(index, ".json")),
         rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
     )

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.grads import per_sample_grads, rollout_loss
-from fx_influence.lab.batches import State
-from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.logprobs import batch_gradient, row_chunks
-from fx_influence.types import Batch, Gradients
+from fx_influence.lab.batches import Progress, State
+from fx_influence.lab.plan import StepPlan
+from fx_influence.lab.store import RunDirectory, readable
+from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks, rows
+from fx_influence.types import Batch, Gain, Gradients, Params
 
-SEQUENCES_PER_BLOCK = 8
-"""Rollouts of U whose gradients are held at once."""
+STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient_norms.npy"
+"""Kept while a run lasts."""
 
 
 class Step(NamedTuple):
@@ -27,13 +28,54 @@ class Step(NamedTuple):
     gradient_norms: Tensor
 
 
-def measure_step(plan: EntropyInfluencePlan, state: State, batch: Batch) -> Step:
-    """The step that ``batch`` makes from the training state."""
-    gradient = batch_gradient(state.params, batch, state.apply, plan.temperature)
-    parts = adamw_decompose(gradient, state.opt_state, state.params, plan.gain, plan.max_grad_norm)
-    loss = rollout_loss(state.apply, plan.temperature)
+def measure_step(
+    plan: StepPlan, state: State, batch: Batch, gain: Gain, directory: RunDirectory, progress: Progress
+) -> Step:
+    """The step that ``batch`` makes from the training state; its gradient is kept in ``directory``, or read there."""
+    if directory.has(GRADIENT) and directory.has(NORMS):
+        with readable(directory.path):
+            stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
+        gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
+    else:
+        progress("step", 0, 1)
+        gradient = batch_gradient(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
+        norms = _gradient_norms(plan, state, batch).cpu()
+        directory.write_tensors(GRADIENT, {name: g for name, g in gradient.items() if g is not None})
+        directory.write_array(NORMS, norms.numpy())
+        progress("step", 1, 1)
+    parts = adamw_decompose(gradient, state.opt_state, state.params, gain, plan.max_grad_norm)
+    return Step(batch, gradient, parts, norms)
+
+
+def whole_directions(plan: StepPlan, state: State, step: Step) -> dict[str, Params]:
+    """v by name, for every one of ``plan.WHOLE``."""
+    parts = step.parts
+    rmsprop = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm).direction
+    return {
+        "full": parts.direction,
+        "baseline": parts.baseline,
+        "momentum": parts.momentum,
+        "weight_decay": parts.weight_decay,
+        "rmsprop": rmsprop,
+    }
+
+
+def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
+    """The rollouts of U that differ, each once, and for every rollout the index of its equal; (n_u,).
+
+    Rollouts without a coefficient move nothing and are all equal to the first of them.
+    """
+    weights = [w for w in (batch.coefficients, batch.entropy_coefficients) if w is not None]
+    moves = torch.stack([(w != 0).any(-1) for w in weights]).any(0)
+    index = torch.arange(len(moves), device=moves.device)
+    still = index[~moves]
+    return distinct_rows(batch if not len(still) else rows(batch, torch.where(moves, index, still[0])))
+
+
+def _gradient_norms(plan: StepPlan, state: State, batch: Batch) -> Tensor:
+    loss, (once, index) = rollout_loss(state.apply, plan.temperature), moving_rows(batch)
     norms = [
-        torch.stack([g.flatten(1).norm(dim=1) for g in per_sample_grads(loss, state.params, rows).values()]).norm(dim=0)
-        for rows in row_chunks(batch, SEQUENCES_PER_BLOCK)
+        torch.stack([g.flatten(1).norm(dim=1) for g in per_sample_grads(loss, state.params, part).values()]).norm(dim=0)
+        for part in row_chunks(once, plan.sequences_per_block)
     ]
-    return Step(batch, gradient, parts, torch.cat(norms))
+    return torch.cat(norms)[index]

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import yaml
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fx_influence.interop.rollouts import Rollout, read_rollouts, write_rollouts
-from fx_influence.lab.plan import EntropyInfluencePlan, plan_text
+from fx_influence.lab.plan import StepPlan, plan_text
+from fx_influence.types import Params
 
 PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
 SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
 UPDATE_ROLLOUTS = "update_rollouts.jsonl"
+
+Piece = TypeVar("Piece")
 
 
 class RunDirectoryError(ValueError):
@@ -38,7 +46,7 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def start(cls, path: Path, plan: EntropyInfluencePlan) -> RunDirectory:
+    def start(cls, path: Path, plan: StepPlan) -> RunDirectory:
         """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan."""
         directory = cls(path)
         if directory.has(PLAN):
@@ -55,6 +63,17 @@ class RunDirectory:
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with open(self.path / name, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        return digest.hexdigest()
 
     def write_text(self, name: str, text: str) -> None:
         self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
@@ -84,7 +103,8 @@ class RunDirectory:
         self._whole(name, lambda file: save_file(contiguous, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
-        write_rollouts(self.path / name, rollouts)
+        with self._writing(name):
+            write_rollouts(self.path / name, rollouts)
 
     def read_yaml(self, name: str) -> Any:
         return yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
@@ -106,43 +126,84 @@ class RunDirectory:
         array: np.ndarray = np.load(self.path / name, allow_pickle=False)
         return array
 
+    def read_tensors(self, name: str) -> Params:
+        return load_file(self.path / name)
+
     def read_rollouts(self, name: str) -> list[Rollout]:
         return read_rollouts(self.path / name)
 
+    def array_pieces(self, prefix: str) -> Pieces[dict[str, np.ndarray]]:
+        return Pieces(self, prefix, ".npz", self.read_arrays, self.write_arrays)
+
+    def rollout_pieces(self, prefix: str) -> Pieces[Sequence[Rollout]]:
+        return Pieces(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
+
     def _whole(self, name: str, write: Callable[[str], object]) -> None:
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        with self._writing(name):
+            try:
+                write(str(temporary))
+                os.replace(temporary, self.path / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
         try:
-            write(str(temporary))
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+            yield
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"{name} could not be written in {str(self.path)!r}: {error}; make room there, and the same command "
+                "continues with what is stored, or choose another --out"
+            ) from error
 
 
-class ArrayFiles(MutableMapping[int, dict[str, np.ndarray]]):
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What is read of a directory inside, or ``RunDirectoryError`` where it is damaged."""
+    try:
+        yield
+    except RunDirectoryError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+        raise RunDirectoryError(f"{str(path)!r} is damaged: {error}; run its plan.yaml into another --out") from error
+
+
+class Pieces(MutableMapping[int, Piece], Generic[Piece]):
     """Numbered pieces of a long computation as files of a run directory, until the whole is stored."""
 
-    def __init__(self, directory: RunDirectory, prefix: str) -> None:
-        self._directory, self._prefix = directory, prefix
+    def __init__(
+        self,
+        directory: RunDirectory,
+        prefix: str,
+        suffix: str,
+        read: Callable[[str], Piece],
+        write: Callable[[str, Piece], None],
+    ) -> None:
+        self._directory, self._prefix, self._suffix = directory, prefix, suffix
+        self._read, self._write = read, write
 
-    def __getitem__(self, key: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, key: int) -> Piece:
         if not self._directory.has(self._name(key)):
             raise KeyError(key)
-        return self._directory.read_arrays(self._name(key))
+        with readable(self._directory.path / self._name(key)):
+            return self._read(self._name(key))
 
-    def __setitem__(self, key: int, arrays: dict[str, np.ndarray]) -> None:
-        self._directory.write_arrays(self._name(key), arrays)
+    def __setitem__(self, key: int, piece: Piece) -> None:
+        self._write(self._name(key), piece)
 
     def __delitem__(self, key: int) -> None:
-        (self._directory.path / self._name(key)).unlink()
+        self._directory.remove(self._name(key))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted(int(p.stem.rpartition("_")[2]) for p in self._directory.path.glob(f"{self._prefix}_*.npz")))
+        files = self._directory.path.glob(f"{self._prefix}_*{self._suffix}")
+        return iter(sorted(int(file.stem.rpartition("_")[2]) for file in files))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def _name(self, key: int) -> str:
-        return f"{self._prefix}_{key:05d}.npz"
+        return f"{self._prefix}_{key:05d}{self._suffix}"
 
 
 def _without_nan(value: Any) -> Any:

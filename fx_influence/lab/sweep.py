@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fx_influence.adamw import adamw_decompose
-from fx_influence.delta import snis_sweep
+from fx_influence.delta import jvp_delta, snis_sweep
 from fx_influence.grads import per_sample_grads, rollout_loss
+from fx_influence.importance import SnisDelta
 from fx_influence.lab.batches import Progress, State
-from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.lab.step import SEQUENCES_PER_BLOCK, Step
-from fx_influence.logprobs import distinct_rows, row_chunks
+from fx_influence.lab.plan import PER_SEQUENCE, WHOLE, EntropyInfluencePlan
+from fx_influence.lab.step import Step, moving_rows, whole_directions
+from fx_influence.logprobs import row_chunks
 from fx_influence.types import Batch, Params
 
 Arrays = dict[str, np.ndarray]
+Directions = dict[str, Params]
+"""Direction trees by name, each with a leading axis of rollouts, or of 1 where the whole step has one."""
 
-WHOLE = ("full", "baseline", "momentum", "weight_decay", "rmsprop")
-"""Directions of the whole step; ``rmsprop`` has neither momentum nor decay."""
-PER_SEQUENCE = ("grad", "baseline_plus_grad")
-"""Directions of every rollout of U: v_i, and v_baseline + v_i."""
-STATISTICS = ("contributions", "ess", "log_weights", "clip_fraction")
+SCALARS = ("ess", "clip_fraction", "stderr")
+
+
+class Steps(NamedTuple):
+    """How far to go: ``etas`` along every direction, and ``own`` (n_u,), one more for each rollout, or None."""
+
+    etas: list[float]
+    own: Tensor | None
 
 
 def sweep(
@@ -30,47 +37,107 @@ def sweep(
     state: State,
     step: Step,
     batch_e: Batch,
-    etas: list[float],
+    steps: Steps,
     kept: MutableMapping[int, Arrays],
     progress: Progress,
 ) -> Arrays:
-    """Raw Delta H by name: (n_eta,) for ``WHOLE``, with ``name_`` each of ``STATISTICS``, (n_eta, n_u) per sequence.
+    """Raw Delta H and its statistics by name, for the plan's directions and all ``steps``.
+
+    For a direction ``d`` of the whole step: ``d`` (n_eta,), ``d_contributions`` and ``d_log_weights`` (n_eta, n_e),
+    ``d_ess``, ``d_clip_fraction``, ``d_stderr`` and ``d_float64`` (n_eta,). For a direction of every rollout the same
+    with an axis n_u behind n_eta, but of the log-weights only ``d_log_weight_mean`` and ``d_log_weight_max`` (of
+    |log w|), and ``d_second`` (n_u,), d2H/deta2 at 0. At ``steps.own``: ``auto_grad`` (n_u,) and its statistics. What
+    the plan does not ask for is absent.
 
     ``kept`` holds the blocks that are done, by number, and is given each further one as soon as it is measured: with a
     mapping onto files an interrupted sweep goes on at the block where it stopped.
     """
-    once, index = distinct_rows(step.batch)
-    chunks = list(row_chunks(once, SEQUENCES_PER_BLOCK))
-    missing = [k for k in range(len(chunks) + 1) if k not in kept]
-    blocks = (_whole(plan, state, step) if k == 0 else _sequences(plan, state, step, chunks[k - 1]) for k in missing)
-    deltas = snis_sweep(state.params, blocks, etas, batch_e, apply=state.apply, **plan.estimation())
-    for k, delta in zip(missing, deltas, strict=True):
-        kept[k] = {name: value.cpu().numpy() for name, value in delta._asdict().items()}
-        progress("finite steps", min(len(once.input_ids), k * SEQUENCES_PER_BLOCK), len(once.input_ids))
-    return _by_name(kept, len(chunks), index.cpu().numpy())
-
-
-def _by_name(kept: MutableMapping[int, Arrays], chunks: int, index: np.ndarray) -> Arrays:
-    whole, found = kept[0], [kept[k + 1] for k in range(chunks)]
-    arrays = {name: whole["delta_h"][:, k] for k, name in enumerate(WHOLE)}
-    arrays |= {f"{name}_{field}": whole[field][:, k] for k, name in enumerate(WHOLE) for field in STATISTICS}
-    for k, name in enumerate(PER_SEQUENCE):
-        for field, suffix in (("delta_h", ""), ("ess", "_ess"), ("clip_fraction", "_clip_fraction")):
-            columns = np.concatenate([block[field][:, k :: len(PER_SEQUENCE)] for block in found], axis=1)
-            arrays[name + suffix] = columns[:, index]
+    once, index = moving_rows(step.batch)
+    # Equal rollouts have equal steps of their own: that of the first stands for all.
+    first = np.unique(index.cpu().numpy(), return_index=True)[1]
+    own = None if steps.own is None else steps.own.cpu()[torch.from_numpy(first)]
+    chunks = list(row_chunks(once, plan.sequences_per_block))
+    measure = None
+    for k in range(len(chunks) + 1):
+        if k not in kept:
+            measure = measure or _measure(plan, state, batch_e, steps.etas)
+            if k == 0:
+                whole = whole_directions(plan, state, step)
+                chosen: Directions = {
+                    d: {name: v[None] for name, v in whole[d].items()} for d in WHOLE if d in plan.directions
+                }
+                kept[k] = measure(chosen, None)
+            else:
+                start = (k - 1) * plan.sequences_per_block
+                etas = None if own is None else own[start : start + plan.sequences_per_block]
+                kept[k] = measure(_of_rollouts(plan, state, step, chunks[k - 1]), etas)
+        progress("finite steps", k, len(chunks))
+    arrays = {name: value[..., 0, :] if name.endswith(ROWS) else value[..., 0] for name, value in kept[0].items()}
+    found = [kept[k + 1] for k in range(len(chunks))]
+    for name in found[0]:
+        axis = -2 if name.endswith("_contributions") else -1
+        columns = np.concatenate([block[name] for block in found], axis=axis)
+        arrays[name] = np.take(columns, index.cpu().numpy(), axis=axis)
     return arrays
 
 
-def _whole(plan: EntropyInfluencePlan, state: State, step: Step) -> Params:
-    parts = step.parts
-    rmsprop = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm).direction
-    whole = (parts.direction, parts.baseline, parts.momentum, parts.weight_decay, rmsprop)
-    return {name: torch.stack([direction[name] for direction in whole]) for name in rmsprop}
+ROWS = ("_contributions", "_log_weights")
+"""Statistics with one number for each rollout of E, on their last axis."""
 
 
-def _sequences(plan: EntropyInfluencePlan, state: State, step: Step, rows: Batch) -> Params:
-    """v_0, baseline + v_0, v_1, baseline + v_1, ..."""
-    gradients = per_sample_grads(rollout_loss(state.apply, plan.temperature), state.params, rows)
+def _measure(
+    plan: EntropyInfluencePlan, state: State, batch_e: Batch, etas: list[float]
+) -> Callable[[Directions, Tensor | None], Arrays]:
+    options = plan.estimation()
+    finite = snis_sweep(state.params, batch_e, apply=state.apply, **options)
+    exact = None
+    if plan.compare_float64:
+        wide = {name: p.double() for name, p in state.params.items()}
+        exact = snis_sweep(wide, batch_e, apply=state.apply.widened(torch.float64), **options)
+
+    def measure(directions: Directions, own: Tensor | None) -> Arrays:
+        if not directions:
+            return {}
+        block = {key: torch.cat([v[key] for v in directions.values()]) for key in state.params}
+        delta = finite(block, etas)
+        in_float64 = None if exact is None else exact({key: v.double() for key, v in block.items()}, etas).delta_h
+        arrays: dict[str, Tensor] = {}
+        end = 0
+        for name, direction in directions.items():
+            start, end = end, end + len(next(iter(direction.values())))
+            part = SnisDelta(*(field[:, start:end] for field in delta))
+            arrays |= _statistics(name, part)
+            if in_float64 is not None:
+                arrays[f"{name}_float64"] = in_float64[:, start:end]
+            if name in PER_SEQUENCE and plan.second_order_per_sequence:
+                slopes = [jvp_delta(state.params, v, batch_e, apply=state.apply, **options) for v in _each(direction)]
+                arrays[f"{name}_second"] = torch.stack([slope.second for slope in slopes])
+        if own is not None and "grad" in directions:
+            scaled = {key: v * own.to(v).reshape(-1, *[1] * (v.dim() - 1)) for key, v in directions["grad"].items()}
+            at_own = finite(scaled, [1.0])
+            arrays |= {f"auto_{name}": value[0] for name, value in _statistics("grad", at_own).items()}
+        return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+    return measure
+
+
+def _statistics(name: str, delta: SnisDelta) -> dict[str, Tensor]:
+    statistics = {f"{name}_{field}": getattr(delta, field) for field in ("contributions", *SCALARS)}
+    if name in PER_SEQUENCE:
+        statistics[f"{name}_log_weight_mean"] = delta.log_weights.mean(-1)
+        statistics[f"{name}_log_weight_max"] = delta.log_weights.abs().amax(-1)
+    else:
+        statistics[f"{name}_log_weights"] = delta.log_weights
+    return {name: delta.delta_h, **statistics}
+
+
+def _each(block: Params) -> list[Params]:
+    count = len(next(iter(block.values())))
+    return [{name: v[k] for name, v in block.items()} for k in range(count)]
+
+
+def _of_rollouts(plan: EntropyInfluencePlan, state: State, step: Step, rows: Batch) -> Directions:
+    gradients = per_sample_grads(rollout_loss(state.apply, plan.temperature), state.params, rows, plan.chunk_size)
     own = {name: step.parts.gain[name] * g for name, g in gradients.items()}
-    baseline = step.parts.baseline
-    return {name: torch.stack([v, baseline[name] + v], dim=1).flatten(0, 1) for name, v in own.items()}
+    directions = {"grad": own, "baseline_plus_grad": {name: step.parts.baseline[name] + v for name, v in own.items()}}
+    return {d: directions[d] for d in PER_SEQUENCE if d in plan.directions}

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fx_influence.lab.finite_tables import finite_tables
 from fx_influence.lab.results import EntropyInfluenceResults
 from fx_influence.lab.store import PLAN
 
@@ -21,6 +22,8 @@ def print_run(results: EntropyInfluenceResults, console: Console) -> None:
     console.print(_headline(summary), soft_wrap=True)
     console.print(_parts(summary))
     console.print(_checks(summary))
+    for table in finite_tables(summary):
+        console.print(table)
     order = np.argsort(arrays["per_sequence"])
     console.print(_rollouts("Rollouts that LOWER the entropy most", sequences, order, summary["lr"]))
     console.print(_rollouts("Rollouts that RAISE the entropy most", sequences, order[::-1], summary["lr"]))
@@ -80,14 +83,6 @@ def _checks(s: dict[str, Any]) -> Table:
     table.add_column("figure", justify="right")
     table.add_row("identity: residual / sum of |influence|", f"{s['relative_residual']:.1e}")
     table.add_row("total by JVP less total by parts, relative", f"{_relative(s['total_by_jvp'], s['total']):.1e}")
-    for step in s["finite_steps"]:
-        at = f"eta {step['eta']:g}"
-        table.add_row(f"SNIS at {at}: whole step", f"{step['full']:+.4e}")
-        table.add_row("  JVP x eta, first order", f"{step['full_jvp']:+.4e}")
-        table.add_row("  with the second order", f"{step['full_jvp_second_order']:+.4e}")
-        table.add_row(f"SNIS at {at}: baseline alone", f"{step['baseline']:+.4e}")
-        table.add_row("  JVP x eta, first order", f"{step['baseline_jvp']:+.4e}")
-        table.add_row("  effective sample size", f"{step['ess']:.1f} of {s['rollouts']}")
     trust = s["eta_trust"]
     table.add_row(
         "first order is 10% off at eta",
@@ -96,6 +91,12 @@ def _checks(s: dict[str, Any]) -> Table:
     table.add_row(
         "sampled against scored log-probs, largest gap", f"{max(s['off_policy'], s['update_off_policy']):.1e}"
     )
+    table.add_row("|Delta H| that float32 rounding of the weights makes", f"{s['rounding_floor']:.1e}")
+    if "auto_scale" in s and s["auto_scale"]["eta_median"] is not None:
+        auto = s["auto_scale"]
+        table.add_row("auto-scaled steps of the rollouts, median eta", f"{auto['eta_median']:.2e}")
+        table.add_row("  they clear the rounding by, median", _times(auto["median_clearance"]))
+        table.add_row("  off the JVP, median", f"{auto['median_relative_error']:.1%}")
     beyond = f"{s['rollouts_beyond_two_stderr']} of {s['update_rollouts']}"
     table.add_row("rollouts more than two standard errors from 0", beyond)
     return table
@@ -112,7 +113,7 @@ def _rollouts(title: str, sequences: list[dict[str, Any]], order: np.ndarray, lr
         table.add_row(
             *(Text(_short(r[field])) for field in ("id", "prompt", "completion")),
             f"x{count}",
-            f"{r['reward']:g}",
+            "" if r["reward"] is None else f"{r['reward']:g}",
             f"{r['advantage']:+.2f}",
             f"{r['influence']:+.4g}{error}",
             f"{r['influence'] * lr:+.2e}",
@@ -162,6 +163,10 @@ def _blocks(per_parameter: dict[str, float]) -> Table:
 def _short(text: str, width: int = 60) -> str:
     shown = printable(text)
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g} times"
 
 
 def _relative(a: float, b: float) -> float:

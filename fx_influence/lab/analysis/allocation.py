@@ -1,0 +1,66 @@
+"""What momentum and weight decay do belongs to no rollout: ways to deal it out, and what that does to correlations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+
+Allocation = Literal["none", "uniform", "grad_norm", "abs_influence"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+COVARIATES = ("advantage", "reward", "completion_length", "mean_entropy", "mean_logprob", "gradient_norm")
+
+
+def allocate(influence: np.ndarray, baseline: float, gradient_norms: np.ndarray, allocation: Allocation) -> np.ndarray:
+    """delta_i + baseline w_i with weights w_i >= 0 that add up to 1; (n_u,), nats per unit lr.
+
+    ``influence``, ``gradient_norms``: (n_u,), delta_i and |g_i|. ``allocation``: ``none``, delta_i as it is;
+    ``uniform``, w_i = 1/n_u; ``grad_norm``, w_i = |g_i| / sum |g|; ``abs_influence``, w_i = |delta_i| / sum |delta|.
+    Weights that would all be 0 are uniform. Raises ``ValueError`` for another allocation.
+
+    Example:
+        >>> allocate(np.array([1.0, -3.0]), 8.0, np.array([1.0, 1.0]), "abs_influence").tolist()
+        [3.0, 3.0]
+    """
+    sizes = {"uniform": np.ones_like(influence), "grad_norm": gradient_norms, "abs_influence": np.abs(influence)}
+    if allocation == "none":
+        return influence
+    if allocation not in sizes:
+        raise ValueError(f"allocation is {allocation!r}; use one of {', '.join(ALLOCATIONS)}")
+    size = sizes[allocation] if sizes[allocation].any() else sizes["uniform"]
+    return influence + baseline * size / size.sum()
+
+
+def allocation_correlations(
+    sequences: Sequence[Mapping[str, Any]], baseline: float
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Pearson and Spearman correlation of the allocated influence with each covariate, under every allocation.
+
+    ``sequences``: a run's records of U. Returns ``{covariate: {allocation: {"pearson", "spearman"}}}`` for those of
+    ``COVARIATES`` that every record has; None where one of the two is constant. Under ``uniform`` nothing can change,
+    whatever the baseline: a check of the others.
+
+    Example:
+        >>> lengths, norms, delta = (2, 9, 3), (1.0, 9.0, 1.0), (1.0, -3.0, 0.5)
+        >>> keys = ("completion_length", "gradient_norm", "influence")
+        >>> records = [dict(zip(keys, values)) for values in zip(lengths, norms, delta)]
+        >>> found = allocation_correlations(records, 8.0)["completion_length"]
+        >>> {name: round(value["spearman"], 3) for name, value in found.items()}
+        {'none': -1.0, 'uniform': -1.0, 'grad_norm': 0.5, 'abs_influence': -0.5}
+    """
+    influence, norms = (np.array([r[name] for r in sequences]) for name in ("influence", "gradient_norm"))
+    allocated = {name: allocate(influence, baseline, norms, name) for name in ALLOCATIONS}
+    known = [name for name in COVARIATES if all(r.get(name) is not None for r in sequences)]
+    covariates = {name: np.array([float(r[name]) for r in sequences]) for name in known}
+    return {
+        covariate: {name: _correlation(values, against) for name, values in allocated.items()}
+        for covariate, against in covariates.items()
+    }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return {"pearson": None, "spearman": None}
+    return {"pearson": float(pearsonr(a, b).statistic), "spearman": float(spearmanr(a, b).statistic)}
