@@ -128,14 +128,14 @@ def influence(
     u = multiply(step.gain, slope)
     per_parameter = {name: dot({name: g_u.get(name)}, {name: x}) for name, x in u.items()}
     whole = torch.stack(list(per_parameter.values())).sum()
-    bound = _tolerance(params, apply) if tolerance is None else tolerance
+    bound = identity_tolerance(params, apply) if tolerance is None else tolerance
     unattributed = torch.zeros_like(whole)
     if grad is not None and not _within(whole - per_sequence.sum(), per_sequence, whole, bound):
         # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' own must still add up.
         rollouts = dot(batch_gradient(params, batch_u, *forward), u)
         unattributed, whole = whole - rollouts, rollouts
     residual = whole - per_sequence.sum()
-    _guard("the JVP over U", residual, per_sequence, whole, bound)
+    check_identity("the JVP over U", residual, per_sequence, whole, bound)
 
     kernel = None
     error = torch.full_like(per_sequence, torch.nan)
@@ -143,7 +143,7 @@ def influence(
     if matrix:
         kernel = -gradient_kernel(params, batch_e, batch_u, step.gain, apply, temperature, memory_budget, chunk_size)
         columns = kernel.double().sum(0)
-        _guard("the matrix", whole - columns.sum(), columns, whole, bound)
+        check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
         error = cluster_stderr(kernel, columns, shares, cluster_index(batch_e)) if stderr else error
     elif stderr:
         grouped = shares.new_zeros(len(parts)).index_add(0, unions, shares)
@@ -213,7 +213,8 @@ def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor
     return f / f.sum()
 
 
-def _tolerance(params: Params, apply: Apply) -> float:
+def identity_tolerance(params: Params, apply: Apply) -> float:
+    """The relative residual that rounding can make in the lowest precision that ``apply`` computes in."""
     dtypes = {p.dtype for p in params.values()} | {getattr(apply, "computes_in", torch.float64)}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
@@ -222,11 +223,18 @@ def _within(residual: Tensor, per_sequence: Tensor, whole: Tensor, bound: float)
     return bool(residual.abs() <= bound * torch.maximum(per_sequence.abs().sum(), whole.abs()))
 
 
-def _guard(route: str, residual: Tensor, per_sequence: Tensor, whole: Tensor, bound: float) -> None:
-    if not _within(residual, per_sequence, whole, bound):
-        size = torch.maximum(per_sequence.abs().sum(), whole.abs()).item()
+def check_identity(
+    route: str, residual: Tensor, parts: Tensor, whole: Tensor, bound: float, against: str = "reverse mode"
+) -> None:
+    """Raise ``IdentityError`` where ``parts`` and ``whole``, by two routes, differ by more than rounding can make.
+
+    ``residual``: whole - sum(parts), scalar. ``bound``: what it may be of max(sum |parts|, |whole|). ``route``,
+    ``against``: how the parts and the whole were computed, for the message.
+    """
+    if not _within(residual, parts, whole, bound):
+        size = torch.maximum(parts.abs().sum(), whole.abs()).item()
         raise IdentityError(
-            f"{route} gives {per_sequence.sum().item():.6g} for all rollouts together and reverse mode "
+            f"{route} gives {parts.sum().item():.6g} for all parts together and {against} "
             f"{whole.item():.6g}: the residual {residual.item():.3g} is {abs(residual.item()) / size:.3g} of "
             f"{size:.3g}, allowed {bound:.1g}. A derivative is lost or inexact: check that apply is differentiable in "
             "forward mode (eager attention, no compiled or custom kernels), deterministic, and free of dropout"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from safetensors.torch import load_file
 import fx_influence as fx
 from fx_influence.interop.checkpoint import load_checkpoint
 from fx_influence.interop.rollouts import collate, read_rollouts
+from fx_influence.lab import batches, store
 from fx_influence.lab import run as run_module
-from fx_influence.lab import store
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan import demo_path
 from fx_influence.lab.table import printable
@@ -32,10 +33,12 @@ PLAN = {
         {"prompts": "demo/eval", "num_prompts": 8, "completions_per_prompt": 2},
         {"prompts": "demo/eval", "num_prompts": 3, "completions_per_prompt": 3},
     ],
-    "eta_multiples": [1.0, 0.05],
+    "eta_multiples": [1.0, 0.05, 0.2],
+    "scaled_eta_multiples": [20.0],
+    "sequences_per_block": 4,
     "seed": 1,
 }
-TIMES = ("seconds", "seconds_by_phase", "peak_memory_bytes")
+TIMES = ("seconds", "seconds_by_phase", "peak_memory_bytes", "peak_gpu_memory_bytes")
 
 
 def write_plan(folder: Path, **changes: object) -> str:
@@ -56,7 +59,7 @@ def summary(directory: Path) -> dict:
 
 
 def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None:
-    n_u, n_e, n_eta = 20, 16, 2
+    n_u, n_e, n_eta = 20, 16, 4
     sequences = [json.loads(line) for line in (finished / "update_sequences.jsonl").read_text().splitlines()]
     arrays = dict(np.load(finished / "eval_00.npz"))
     shapes = {
@@ -71,6 +74,14 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
     }
     for name in ("full", "baseline", "momentum", "weight_decay", "rmsprop"):
         shapes |= {name: (n_eta,), f"{name}_contributions": (n_eta, n_e), f"{name}_log_weights": (n_eta, n_e)}
+        shapes |= {f"{name}_{field}": (n_eta,) for field in ("stderr", "ess", "clip_fraction")}
+        shapes |= {f"{name}_first": (), f"{name}_second": ()}
+    for name in ("grad", "baseline_plus_grad"):
+        shapes |= {name: (n_eta, n_u), f"{name}_contributions": (n_eta, n_u, n_e)}
+        fields = ("stderr", "ess", "clip_fraction", "log_weight_mean", "log_weight_max")
+        shapes |= {f"{name}_{field}": (n_eta, n_u) for field in fields}
+        shapes |= {f"{name}_{field}": (n_u,) for field in ("slope", "r2", "curvature", "eta_trust", "spread")}
+    shapes |= dict.fromkeys(("auto_eta", "auto_grad", "auto_grad_stderr", "auto_grad_ess"), (n_u,))
     assert {name: arrays[name].shape for name in shapes} == shapes
     assert arrays["per_token"].shape[0] == n_u
     assert np.load(finished / "eval_00_delta_matrix.npy").shape == (n_e, n_u)
@@ -83,7 +94,10 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
     assert required <= set(summary(finished))
     assert set(load_file(finished / "baseline.safetensors")) == set(_state()[1])
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
-    assert not list(finished.glob(".*")), "no temporary file is left behind"
+    pieces = ("update_rollouts.jsonl", "eval_00_rollouts.jsonl", "eval_01_rollouts.jsonl", "update_sequences.jsonl")
+    evaluations = [f"eval_0{i}{what}" for i in (0, 1) for what in (".json", ".npz", "_delta_matrix.npy")]
+    named = {"plan.yaml", "environment.json", "summary.json", "baseline.safetensors", *pieces, *evaluations}
+    assert {path.name for path in finished.iterdir()} == named, "nothing that only a run in progress needs is left"
 
 
 def _state() -> tuple[fx.Policy, fx.Params, fx.AdamWState]:
@@ -127,12 +141,13 @@ def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
     assert abs(nearer["full"] - nearer["full_jvp"]) / nearer["eta"] < 0.2 * gap / at_lr["eta"]
     slopes = arrays["grad"] / arrays["eta"][:, None]
     size = np.abs(arrays["per_sequence"]).max()
-    far, near = np.abs(slopes - arrays["per_sequence"]).max(1) / size
+    far, near, _, _ = np.abs(slopes - arrays["per_sequence"]).max(1) / size
     assert near < 0.03
     assert near < 0.5 * far
     for name in ("momentum", "weight_decay"):
         assert arrays[name][1] / arrays["eta"][1] == pytest.approx(s[name], rel=0.05, abs=1e-2 * abs(s["momentum"]))
-    np.testing.assert_allclose(arrays["full_contributions"].sum(1), arrays["full"], rtol=1e-9)
+    for name in ("full", "grad", "baseline_plus_grad"):
+        np.testing.assert_allclose(arrays[f"{name}_contributions"].sum(-1), arrays[name], rtol=1e-9, atol=1e-15)
     assert np.abs(arrays["rmsprop"]).min() > 0
     derived = (arrays["baseline_plus_grad"] - arrays["baseline"][:, None]) / arrays["eta"][:, None]
     assert np.abs(derived[1] - arrays["per_sequence"]).max() < 0.1 * size
@@ -192,27 +207,29 @@ def stored_bytes(directory: Path) -> dict[str, bytes]:
     return {**files, "summary.json": json.dumps(figures).encode()}
 
 
-def test_an_interrupted_sweep_goes_on_at_the_block_where_it_stopped(
+def test_whatever_is_interrupted_goes_on_with_the_pieces_that_are_stored(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, real, written = tmp_path / "out", store.ArrayFiles.__setitem__, []
+    """Interrupted before every single write in turn: what was written is never made again."""
+    out, real, written, resumed = tmp_path / "out", store.RunDirectory._whole, [], 0
+    monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 8)
 
-    def interrupted(files: store.ArrayFiles, key: int, arrays: dict) -> None:
-        if len(written) == 1:
-            monkeypatch.setattr(store.ArrayFiles, "__setitem__", remembered)
+    def interrupted(directory: store.RunDirectory, name: str, write: Callable[[str], object]) -> None:
+        if name not in allowed:
+            allowed.add(name)
             raise KeyboardInterrupt
-        remembered(files, key, arrays)
+        written.append(name)
+        real(directory, name, write)
 
-    def remembered(files: store.ArrayFiles, key: int, arrays: dict) -> None:
-        written.append(key)
-        real(files, key, arrays)
-
-    monkeypatch.setattr(store.ArrayFiles, "__setitem__", interrupted)
-    assert main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 130
-    assert [path.name for path in out.glob("*_block_*")] == ["eval_00_block_00000.npz"]
-    assert main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 0
-    assert written == [0, 1, 0, 1], "each block of the two evaluations was measured once"
-    assert stored_bytes(out) == stored_bytes(finished)
+    monkeypatch.setattr(store.RunDirectory, "_whole", interrupted)
+    allowed: set[str] = {"plan.yaml"}
+    while main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 130:
+        resumed += 1
+    assert resumed == len(allowed) - 1
+    assert {"eval_00_block_00001.npz", "eval_01_first_order_00000.npz", "step_gradient.safetensors"} < allowed
+    assert {"update_rollouts_00002.jsonl", "eval_00_rollouts_00001.jsonl"} < allowed
+    once = [name for name in written if re.search(r"_block_|_first_order_|_rollouts|step_gradient", name)]
+    assert len(once) == len(set(once)), "a piece was measured twice"
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ class EntropyInfluenceResults:
         """v_baseline by parameter name, read when asked for: it is as large as the model."""
         directory = RunDirectory(self.path)
         with readable(self.path):
-            _check_sha256(directory, BASELINE, self.summary)
+            directory.check_sha256(BASELINE, self.summary)
             return directory.read_tensors(BASELINE)
 
     def table(self) -> Any:
@@ -113,11 +113,6 @@ def bare_numbers(evaluations: int) -> list[str]:
     return [BASELINE, *(eval_name(i, "_delta_matrix.npy") for i in range(evaluations))]
 
 
-def _check_sha256(directory: RunDirectory, name: str, summary: dict[str, Any]) -> None:
-    if directory.sha256(name) != summary["sha256"][name]:
-        raise ValueError(f"{name} is not the file that the run stored")
-
-
 def _pandas() -> Any:
     if importlib.util.find_spec("pandas") is None:
         raise ImportError("a table needs pandas: pip install pandas, or read .sequences and .evaluations[0].arrays")
@@ -126,7 +121,7 @@ def _pandas() -> Any:
 
 def _evaluation(directory: RunDirectory, index: int, summary: dict[str, Any]) -> EvaluationResults:
     matrix = eval_name(index, "_delta_matrix.npy")
-    _check_sha256(directory, matrix, summary)
+    directory.check_sha256(matrix, summary)
     return EvaluationResults(
         arrays=directory.read_arrays(eval_name(index, ".npz")),
         matrix=directory.read_array(matrix),

@@ -45,6 +45,7 @@ def run(
     if not directory.has(SUMMARY):
         with threads_for(sum(p.numel() for p in state.model.parameters())):
             _measure(plan, state, directory, seconds, progress)
+    directory.remove(*STEP_PIECES)
     return load_run(path)
 
 
@@ -66,7 +67,6 @@ def _measure(
         sequences = _sequences(state, u, step, directory.read_arrays(eval_name(0, ".npz")))
         directory.write_jsonl(SEQUENCES, sequences)
         figures = _summary(plan, state, directory, u, sequences, seconds)
-    directory.remove(*STEP_PIECES)
     # Last of all: its presence says that the run is whole.
     directory.write_json(SUMMARY, figures)
 

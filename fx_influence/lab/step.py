@@ -15,7 +15,7 @@ from fx_influence.lab.store import RunDirectory, readable
 from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks, rows
 from fx_influence.types import Batch, Gain, Gradients, Params
 
-STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient_norms.npy"
+STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient.json"
 """Kept while a run lasts."""
 
 
@@ -32,17 +32,23 @@ def measure_step(
     plan: StepPlan, state: State, batch: Batch, gain: Gain, directory: RunDirectory, progress: Progress
 ) -> Step:
     """The step that ``batch`` makes from the training state; its gradient is kept in ``directory``, or read there."""
-    if directory.has(GRADIENT) and directory.has(NORMS):
-        with readable(directory.path):
-            stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
-        gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
-    else:
-        progress("step", 0, 1)
-        gradient = batch_gradient(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
-        norms = _gradient_norms(plan, state, batch).cpu()
-        directory.write_tensors(GRADIENT, {name: g for name, g in gradient.items() if g is not None})
-        directory.write_array(NORMS, norms.numpy())
-        progress("step", 1, 1)
+    progress("step", 0, 2)
+    if not directory.has(GRADIENT):
+        g = batch_gradient(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
+        directory.write_tensors(GRADIENT, {name: x for name, x in g.items() if x is not None})
+    progress("step", 1, 2)
+    if not directory.has(NORMS):
+        figures = {
+            "norms": _gradient_norms(plan, state, batch).tolist(),
+            "sha256": {GRADIENT: directory.sha256(GRADIENT)},
+        }
+        directory.write_json(NORMS, figures)
+    progress("step", 2, 2)
+    with readable(directory.path):
+        figures = directory.read_json(NORMS)
+        directory.check_sha256(GRADIENT, figures)
+        stored, norms = directory.read_tensors(GRADIENT), torch.tensor(figures["norms"])
+    gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
     parts = adamw_decompose(gradient, state.opt_state, state.params, gain, plan.max_grad_norm)
     return Step(batch, gradient, parts, norms)
 

@@ -75,6 +75,11 @@ class RunDirectory:
                 digest.update(part)
         return digest.hexdigest()
 
+    def check_sha256(self, name: str, figures: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless ``figures["sha256"]`` holds the sum of the file: bare numbers show no damage."""
+        if self.sha256(name) != figures["sha256"][name]:
+            raise ValueError(f"{name} is not the file that the run stored")
+
     def write_text(self, name: str, text: str) -> None:
         self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
@@ -103,8 +108,7 @@ class RunDirectory:
         self._whole(name, lambda file: save_file(contiguous, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
-        with self._writing(name):
-            write_rollouts(self.path / name, rollouts)
+        self._whole(name, lambda file: write_rollouts(file, rollouts))
 
     def read_yaml(self, name: str) -> Any:
         return yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
@@ -140,22 +144,16 @@ class RunDirectory:
 
     def _whole(self, name: str, write: Callable[[str], object]) -> None:
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        with self._writing(name):
-            try:
-                write(str(temporary))
-                os.replace(temporary, self.path / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
         try:
-            yield
+            write(str(temporary))
+            os.replace(temporary, self.path / name)
         except (OSError, SafetensorError) as error:
             raise RunDirectoryError(
                 f"{name} could not be written in {str(self.path)!r}: {error}; make room there, and the same command "
                 "continues with what is stored, or choose another --out"
             ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

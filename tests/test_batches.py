@@ -1,0 +1,179 @@
+"""What a plan may ask for as U and as E: prompts by file, by id or written out, one sequence, a file of rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from cases import close
+
+import fx_influence as fx
+from fx_influence.interop.rollouts import collate, read_rollouts, write_rollouts
+from fx_influence.lab import run as run_module
+from fx_influence.lab.batches import load_state, sampled, update_batch
+from fx_influence.lab.cli import main
+from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.requests import BatchRequest, CustomSequence, RolloutFile, SampledBatch
+from fx_influence.lab.store import RunDirectory
+
+PROMPTS = ({"prompt": "1+2=", "id": "a", "answer": "3"}, {"prompt": "3+4=", "id": "b", "answer": "7"}, "5+6=")
+FEW = SampledBatch(PROMPTS, completions_per_prompt=2)
+
+
+def rollouts_of(tmp_path: Path, request: BatchRequest, update: bool = False, **fields: Any) -> list[Any]:
+    plan = EntropyInfluencePlan(**{"update": request if update else FEW, "evaluations": (request,)} | fields)
+    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan)
+    return sampled(plan, state, directory, 0 if update else 1, "r.jsonl", lambda *done: None).rollouts
+
+
+def test_prompts_written_out_are_sampled_like_those_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(p) + "\n" for p in ({**PROMPTS[0]}, {**PROMPTS[1]}, {"prompt": PROMPTS[2]}))
+    )
+    inline = rollouts_of(tmp_path / "1", FEW)
+    filed = rollouts_of(tmp_path / "2", dataclasses.replace(FEW, prompts=str(tmp_path / "p.jsonl")))
+    assert inline == filed
+    assert [(r.prompt_id, r.prompt, r.group) for r in inline[::2]] == [
+        ("a", "1+2=", 0),
+        ("b", "3+4=", 1),
+        ("2", "5+6=", 2),
+    ]
+    assert inline[0].reward == float(inline[0].completion.split("=")[-1] == "3")
+
+
+def test_prompts_by_id_are_taken_in_the_order_asked(tmp_path: Path) -> None:
+    found = rollouts_of(tmp_path, dataclasses.replace(FEW, prompt_ids=("2", "a")))
+    assert [r.prompt_id for r in found] == ["2", "2", "a", "a"]
+    assert [r.group for r in found] == [0, 0, 1, 1]
+
+
+def test_a_seed_of_its_own_makes_a_batch_independent_of_the_plans(tmp_path: Path) -> None:
+    many = SampledBatch("demo/eval", num_prompts=8, completions_per_prompt=2)
+    own = [rollouts_of(tmp_path / str(k), dataclasses.replace(many, seed=3), seed=k) for k in (0, 1)]
+    plans = [rollouts_of(tmp_path / f"p{k}", many, seed=k) for k in (0, 1)]
+    assert own[0] == own[1]
+    assert plans[0] != plans[1]
+    assert own[0] not in plans
+
+
+def test_pieces_are_the_whole_whatever_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fx_influence.lab import batches
+
+    monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 5)
+    found = rollouts_of(tmp_path, SampledBatch("demo/eval", completions_per_prompt=2, num_prompts=7))
+    assert [r.group for r in found] == [k // 2 for k in range(14)]
+    assert len({r.id for r in found}) == 14
+    assert len({r.prompt_id for r in found}) == 7
+    assert [path.name for path in (tmp_path / "run").glob("r_*")] == []
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_one_sequence_written_out_is_scored_as_it_stands(tmp_path: Path, end: bool) -> None:
+    request = CustomSequence("12+7=", "19", advantage=-2.0, end=end)
+    plan = EntropyInfluencePlan(update=request, evaluations=(request,))
+    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan)
+    u = sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None)
+    (rollout,) = u.rollouts
+    assert state.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True) == "19"
+    assert (rollout.completion_ids[-1] == state.tokenizer.eos_token_id) == end
+    values = fx.token_values(state.params, collate([rollout], 0), state.apply)
+    close(torch.tensor(rollout.behaviour_logprobs), values.logprobs[collate([rollout], 0).completion_mask], 1.0, 1e-6)
+    batch = update_batch(plan, u)
+    assert batch.coefficients is not None
+    # dr_grpo: A / (N max_completion_length) on each of its tokens.
+    assert batch.coefficients[u.batch.completion_mask].tolist() == pytest.approx([-0.1] * len(rollout.completion_ids))
+
+
+def test_a_file_of_rollouts_is_taken_as_it_is_and_judged_where_it_is_not(tmp_path: Path) -> None:
+    first = rollouts_of(
+        tmp_path / "1", SampledBatch("demo/train", num_prompts=6, completions_per_prompt=4), update=True
+    )
+    path = tmp_path / "r.jsonl"
+    write_rollouts(path, first)
+    assert rollouts_of(tmp_path / "2", RolloutFile(str(path)), update=True) == first
+    write_rollouts(path, [dataclasses.replace(r, advantage=None) for r in first])
+    judged = rollouts_of(tmp_path / "3", RolloutFile(str(path)), update=True)
+    assert any(r.advantage for r in first)
+    assert [r.advantage for r in judged] == pytest.approx([r.advantage for r in first], abs=1e-6)
+    assert all(r.advantage is None for r in rollouts_of(tmp_path / "4", RolloutFile(str(path))))
+
+
+def test_a_whole_run_on_given_sequences_attributes_them(tmp_path: Path) -> None:
+    """Two steps: one taught answer moved along its own tokens; U and E need no sampling and no rewards."""
+    values = {
+        "update": {"prompt": "12+7=", "completion": "19"},
+        "evaluations": [{"prompt": "12+7=", "completion": "18"}, {"prompts": ["12+7="], "completions_per_prompt": 4}],
+        "eta_multiples": [0.01],
+        "scaled_eta_multiples": [],
+        "reward": "lengths:length",
+    }
+    (tmp_path / "lengths.py").write_text(
+        "def length(prompts, completions): return [float(len(c)) for c in completions]"
+    )
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
+    results = fx.load_run(tmp_path / "out")
+    assert results.summary["mean_reward"] is None
+    assert results.evaluations[1].summary["mean_reward"] > 0
+    assert results.sequences[0]["reward"] is None
+    assert results.summary["total_stderr"] is None, "a single path has no error bar"
+    for evaluation in results.evaluations:
+        arrays = evaluation.arrays
+        assert abs(arrays["per_sequence"][0]) > 0.01
+        assert arrays["grad"][0, 0] / arrays["eta"][0] == pytest.approx(arrays["per_sequence"][0], rel=0.05)
+    assert main(["report", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"prompts": ["1+1="], "prompt_ids": ["7"]}, r"prompt_ids has '7', which is not among the 1 ids of 'prompts'"),
+        ({"prompts": ["1+1="], "prompt_ids": ["0", "0"]}, r"prompt_ids is \['0', '0'\], with an id twice"),
+        ({"prompts": ["1+1="], "num_prompts": 2}, r"num_prompts is 2 but 'prompts' holds 1; ask for fewer"),
+        ({"prompts": ["1+1=", {"prompt": "2+2=", "id": "0"}]}, r"prompt 1: id '0' is already the id of prompt 0"),
+        ({"prompts": [{"question": "1"}]}, r'prompt 0 has no field "prompt"'),
+        ({"prompt": "1+1=", "completion": "", "end": False}, r"completion is '', which has no tokens"),
+        ({"prompt": "", "completion": "2"}, r"has no tokens; give a text that has some"),
+        ({"prompt": "1+1=", "completion": "2" * 70}, r"passes the model's 64 positions"),
+        ({"prompt": "1+1=", "completion": "2", "advantage": 0}, r"every advantage in U is 0"),
+        ({"rollouts": "absent.jsonl"}, r"rollouts file .*absent\.jsonl' does not exist"),
+        ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds 0 rollouts"),
+        ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' holds 2 rollouts of 1 ids; give each its own"),
+        ({"rollouts": "unjudged.jsonl"}, r"rollout 'x' of .*unjudged\.jsonl' has neither advantage nor reward"),
+        ({"rollouts": "elsewhere.jsonl"}, r"rollout 'x' was not sampled from this policy"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_the_long_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    update: dict[str, Any],
+    message: str,
+) -> None:
+    record = {"id": "x", "prompt_id": "0", "group": 0, "prompt": "1+1=", "completion": "2", "prompt_ids": [4, 5]}
+    record |= {"completion_ids": [6, 1], "finished": True, "behaviour_logprobs": [-9.0, -9.0]}
+    lines = {"empty": [], "twice": [record] * 2, "unjudged": [record], "elsewhere": [record | {"advantage": 1.0}]}
+    for name, records in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    values = {"update": update, "evaluations": [{"prompts": "demo/eval", "num_prompts": 2}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(run_module, "first_order", lambda *args: pytest.fail("the long work began"))
+    assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_of_given_rollouts_holds_a_copy_of_them(tmp_path: Path) -> None:
+    first = rollouts_of(
+        tmp_path / "1", SampledBatch("demo/train", num_prompts=2, completions_per_prompt=2), update=True
+    )
+    write_rollouts(tmp_path / "r.jsonl", first)
+    again = rollouts_of(tmp_path / "2", RolloutFile(str(tmp_path / "r.jsonl")))
+    assert read_rollouts(tmp_path / "2" / "run" / "r.jsonl") == again

@@ -1,0 +1,137 @@
+"""Faults of the disk: what is stored stays as it is, and the error says what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.lab.cli import main
+from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.results import load_run
+from fx_influence.lab.store import RunDirectory, RunDirectoryError
+
+PLAN = {
+    "update": {"prompts": "demo/train", "num_prompts": 2, "completions_per_prompt": 4},
+    "evaluations": [{"prompts": "demo/eval", "num_prompts": 2, "completions_per_prompt": 2}],
+    "directions": ["full", "grad"],
+    "eta_multiples": [1.0],
+    "scaled_eta_multiples": [],
+    "sequences_per_block": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    path.write_text(yaml.safe_dump(PLAN))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(plan: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert main(["run", plan, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def interrupted(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that ended in its sweep, with a block stored."""
+    real = RunDirectory.write_arrays
+
+    def stop(directory: RunDirectory, name: str, arrays: dict) -> None:
+        if "block_00002" in name:
+            raise KeyboardInterrupt
+        real(directory, name, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_arrays", stop)
+        assert main(["run", plan, "--out", str(tmp_path / "out")]) == 130
+    return tmp_path / "out"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kilobytes", [8, 40, 300])
+def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on(
+    finished: Path, plan: str, tmp_path: Path, kilobytes: int
+) -> None:
+    """No file may grow larger than that: the write that would fails half way, as on a disk without room."""
+    out = tmp_path / "out"
+    command = f"ulimit -f {kilobytes}; exec {sys.executable} -m fx_influence.lab.cli run {plan} --out {out}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 1
+    message = (
+        r"fx-influence: (\S+) could not be written in .*out'.*File too large.*make room there, and the same command"
+    )
+    named = re.search(message, done.stderr)
+    assert named, done.stderr
+    before = contents(out)
+    assert "plan.yaml" in before
+    assert named.group(1) not in before
+    assert not [name for name in before if name.endswith(".tmp")]
+    assert main(["run", plan, "--out", str(out)]) == 0
+    figures = load_run(out).summary
+    assert figures["per_parameter"] == load_run(finished).summary["per_parameter"]
+    kept = {name: data for name, data in contents(out).items() if name in before and name != "environment.json"}
+    assert kept == {name: before[name] for name in kept}, "what was stored before was not written again"
+
+
+@pytest.mark.parametrize(
+    "name", ["eval_00_block_00001.npz", "eval_00_first_order_00000.npz", "step_gradient.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_piece_of_an_unfinished_run_is_named_and_nothing_is_overwritten(
+    interrupted: Path, plan: str, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    whole = bytearray((interrupted / name).read_bytes())
+    whole[len(whole) // 2] ^= 0xFF
+    (interrupted / name).write_bytes(whole if damage == "flipped" else whole[: len(whole) // 2])
+    before = contents(interrupted)
+    assert main(["run", plan, "--out", str(interrupted)]) == 1
+    assert re.search(r"out.* is damaged: .*into another --out", capsys.readouterr().err)
+    assert contents(interrupted) == before
+
+
+@pytest.mark.parametrize("name", ["eval_00.npz", "eval_00_delta_matrix.npy", "baseline.safetensors"])
+@pytest.mark.parametrize("at", [0.5, 0.99])
+def test_a_single_wrong_byte_in_the_numbers_of_a_finished_run_is_found(
+    finished: Path, tmp_path: Path, name: str, at: float
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    load_run(copy).baseline()
+    data = bytearray((copy / name).read_bytes())
+    data[int(at * len(data))] ^= 0x01
+    (copy / name).write_bytes(data)
+    with pytest.raises(RunDirectoryError, match=r"copy' is damaged: .*run its plan\.yaml into another --out"):
+        load_run(copy).baseline()
+
+
+def test_pieces_are_kept_by_number_and_a_missing_one_is_no_error_of_the_disk(tmp_path: Path) -> None:
+    directory = RunDirectory.start(tmp_path / "run", EntropyInfluencePlan())
+    arrays, rollouts = directory.array_pieces("block"), directory.rollout_pieces("rollouts")
+    arrays[3], arrays[0] = {"x": np.arange(2)}, {}
+    rollouts[12] = [Rollout("0/0", "0", 0, "a", "b", (1,), (2,), True, (-0.5,))]
+    assert list(arrays) == [0, 3]
+    assert list(rollouts) == [12]
+    assert arrays[3]["x"].tolist() == [0, 1]
+    assert rollouts[12][0].completion_ids == (2,)
+    assert 1 not in arrays
+    with pytest.raises(KeyError):
+        arrays[1]
+    arrays.clear()
+    assert not list(directory.path.glob("block_*"))
+    assert list(rollouts) == [12]
