@@ -20,7 +20,15 @@ from fx_influence.queries import expected_reward, kl_to_reference
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityError, Params
 
 # Read when first asked for, so that importing the mathematics imports no transformers.
-_LAZY = {"load_checkpoint": "fx_influence.interop.checkpoint", "load_run": "fx_influence.lab.results"}
+_LAZY = {
+    "EntropyInfluencePlan": "fx_influence.lab.plan",
+    "EntropyInfluenceResults": "fx_influence.lab.results",
+    "FisherKernelPlan": "fx_influence.lab.plan",
+    "load_checkpoint": "fx_influence.interop.checkpoint",
+    "load_run": "fx_influence.lab.results",
+    "run": "fx_influence.lab.run",
+    "run_fisher": "fx_influence.lab.fisher",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +43,9 @@ __all__ = [
     "AdamWState",
     "Apply",
     "Batch",
+    "EntropyInfluencePlan",
+    "EntropyInfluenceResults",
+    "FisherKernelPlan",
     "IdentityError",
     "Influence",
     "JvpDelta",
@@ -58,6 +69,8 @@ __all__ = [
     "load_run",
     "per_sample_grads",
     "rollout_loss",
+    "run",
+    "run_fisher",
     "snis_delta",
     "snis_sweep",
     "token_values",

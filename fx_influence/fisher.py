@@ -56,7 +56,7 @@ def fisher_kernel(
     elif preconditioner == "identity":
         diagonal = {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in params.items()}
     elif preconditioner == "adam":
-        diagonal = _adam_diagonal(params, batch_b, opt_state, apply, temperature, max_grad_norm, chunk_size)
+        diagonal = adam_diagonal(params, batch_b, opt_state, apply, temperature, max_grad_norm, chunk_size)
     else:
         raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
     scored_a, scored_b = (
@@ -66,7 +66,7 @@ def fisher_kernel(
     return gradient_kernel(params, scored_a, scored_b, diagonal, apply, temperature, memory_budget, chunk_size)
 
 
-def _adam_diagonal(
+def adam_diagonal(
     params: Params,
     batch: Batch,
     state: AdamWState | None,
@@ -75,6 +75,7 @@ def _adam_diagonal(
     max_grad_norm: float | None,
     chunk_size: int | None,
 ) -> Params:
+    """1/den by name: of the step that ``batch`` makes where it has coefficients, else of the state's second moment."""
     if state is None:
         raise ValueError("opt_state is None; preconditioner 'adam' needs it: pass adamw_state(optimizer, model)")
     check_adamw_inputs({}, state, params, "rmsprop", max_grad_norm)

@@ -15,6 +15,7 @@ from cases import close
 
 import fx_influence as fx
 from fx_influence.interop.rollouts import collate, read_rollouts, write_rollouts
+from fx_influence.lab import batches
 from fx_influence.lab import run as run_module
 from fx_influence.lab.batches import load_state, sampled, update_batch
 from fx_influence.lab.cli import main
@@ -63,8 +64,6 @@ def test_a_seed_of_its_own_makes_a_batch_independent_of_the_plans(tmp_path: Path
 
 
 def test_pieces_are_the_whole_whatever_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fx_influence.lab import batches
-
     monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 5)
     found = rollouts_of(tmp_path, SampledBatch("demo/eval", completions_per_prompt=2, num_prompts=7))
     assert [r.group for r in found] == [k // 2 for k in range(14)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 import fx_influence as fx
+from benchmarks import bench_linearity
 from fx_influence.lab.plan import EntropyInfluencePlan
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -41,3 +44,18 @@ def test_every_function_in_the_table_exists() -> None:
     names = {name for cell in re.findall(r"\| ([^|]*) \| [^|]* \|\n", table) for name in re.findall(r"`(\w+)", cell)}
     assert {"influence", "snis_sweep", "fisher_kernel"} <= names
     assert not {name for name in names if not hasattr(fx, name)}
+
+
+def test_a_table_in_the_readme_is_made_from_the_figures_that_are_stored() -> None:
+    report = json.loads(bench_linearity.RESULTS.read_text(encoding="utf-8"))
+    assert bench_linearity.markdown(report) in README
+    assert bench_linearity.with_table(README, report) == README
+    other = report | {"lr": report["lr"] * 2}
+    assert bench_linearity.with_table(README, other) != README
+
+
+def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_linearity.main(["--quick", "--out", str(tmp_path / "run")]) == 0
+    page = capsys.readouterr().out
+    assert "R² of the whole step's ΔH against η" in page
+    assert "one direction at a time" in page

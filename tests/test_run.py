@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from runs import TIMES, stored_bytes, summary, write_plan
 from safetensors.torch import load_file
 
 import fx_influence as fx
@@ -24,7 +26,7 @@ from fx_influence.interop.rollouts import collate, read_rollouts
 from fx_influence.lab import batches, store
 from fx_influence.lab import run as run_module
 from fx_influence.lab.cli import main
-from fx_influence.lab.plan import demo_path
+from fx_influence.lab.plan import demo_path, read_plan
 from fx_influence.lab.table import printable
 
 PLAN = {
@@ -38,24 +40,13 @@ PLAN = {
     "sequences_per_block": 4,
     "seed": 1,
 }
-TIMES = ("seconds", "seconds_by_phase", "peak_memory_bytes", "peak_gpu_memory_bytes")
-
-
-def write_plan(folder: Path, **changes: object) -> str:
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump({**PLAN, **changes}))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    assert main(["run", write_plan(folder), "--out", str(folder / "out")]) == 0
+    assert main(["run", write_plan(folder, PLAN), "--out", str(folder / "out")]) == 0
     return folder / "out"
-
-
-def summary(directory: Path) -> dict:
-    return json.loads((directory / "summary.json").read_text())
 
 
 def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None:
@@ -170,7 +161,7 @@ def test_the_same_plan_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> No
 
 
 def test_another_seed_gives_other_rollouts(finished: Path, tmp_path: Path) -> None:
-    plan = write_plan(tmp_path, evaluations=PLAN["evaluations"][1:], eta_multiples=[1.0])
+    plan = write_plan(tmp_path, PLAN, evaluations=PLAN["evaluations"][1:], eta_multiples=[1.0])
     assert main(["run", plan, "--seed", "2", "--out", str(tmp_path / "out")]) == 0
     assert yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["seed"] == 2
     ours, theirs = (read_rollouts(d / "update_rollouts.jsonl") for d in (finished, tmp_path / "out"))
@@ -198,13 +189,6 @@ def test_an_interrupted_run_continues_without_redoing_what_is_stored(
     assert len(calls) == 3
     for name in ("eval_00.npz", "eval_01.npz", "update_sequences.jsonl", "eval_01_delta_matrix.npy"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-
-
-def stored_bytes(directory: Path) -> dict[str, bytes]:
-    """Every file's bytes, the figures of time and memory left out."""
-    figures = {k: v for k, v in summary(directory).items() if k not in TIMES}
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    return {**files, "summary.json": json.dumps(figures).encode()}
 
 
 def test_whatever_is_interrupted_goes_on_with_the_pieces_that_are_stored(
@@ -263,12 +247,12 @@ def test_a_directory_of_another_plan_or_of_other_files_is_refused(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    assert main(["run", write_plan(tmp_path), "--seed", "9", "--out", str(copy)]) == 1
+    assert main(["run", write_plan(tmp_path, PLAN), "--seed", "9", "--out", str(copy)]) == 1
     assert "holds a run of another plan; choose another --out" in capsys.readouterr().err
     assert (copy / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    assert main(["run", write_plan(tmp_path), "--out", str(tmp_path / "mine")]) == 1
+    assert main(["run", write_plan(tmp_path, PLAN), "--out", str(tmp_path / "mine")]) == 1
     assert "is not a run directory; choose another --out" in capsys.readouterr().err
 
 
@@ -338,7 +322,7 @@ def test_bad_input_is_refused_before_the_long_work(
     (tmp_path / "bad_rewards.py").write_text(BAD_REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(run_module, "evaluate", lambda *args: pytest.fail("the long work began"))
-    assert main(["run", write_plan(tmp_path, **changes), "--out", str(tmp_path / "out")]) == 1
+    assert main(["run", write_plan(tmp_path, PLAN, **changes), "--out", str(tmp_path / "out")]) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -362,6 +346,34 @@ def test_a_stored_run_is_read_back_as_values(finished: Path) -> None:
     assert [r["influence"] for r in results.sequences] == results.evaluations[0].arrays["per_sequence"].tolist()
     assert set(results.baseline()) == set(_state()[1])
     assert results.summary["evaluations"] == [e.summary for e in results.evaluations]
+
+
+def test_a_stored_run_gives_tables(finished: Path) -> None:
+    results = fx.load_run(finished)
+    table = results.table()
+    assert table["influence"].tolist() == [r["influence"] for r in results.sequences]
+    steps, arrays = results.finite_steps(1), results.evaluations[1].arrays
+    assert len(steps) == 4 * 20
+    picked = steps[(steps["eta"] == arrays["eta"][1]) & (steps["id"] == results.sequences[3]["id"])]
+    assert picked["grad"].tolist() == [arrays["grad"][1, 3]]
+    assert picked["grad_stderr"].tolist() == [arrays["grad_stderr"][1, 3]]
+    assert picked["baseline_plus_grad"].tolist() == [arrays["baseline_plus_grad"][1, 3] - arrays["baseline"][1]]
+    assert picked["first_order"].tolist() == [arrays["eta"][1] * arrays["per_sequence"][3]]
+
+
+def test_a_table_without_pandas_names_the_remedy(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="a table needs pandas: pip install pandas"):
+        fx.load_run(finished).table()
+
+
+def test_a_run_is_a_function_of_its_plan(finished: Path) -> None:
+    plan = read_plan(finished / "plan.yaml", fx.EntropyInfluencePlan)
+    results = fx.run(plan, finished)
+    assert isinstance(results, fx.EntropyInfluenceResults)
+    assert results.plan == plan
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        results.plan = plan  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["eval_00.npz", "eval_01_delta_matrix.npy", "summary.json", "update_rollouts.jsonl"])

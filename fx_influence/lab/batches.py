@@ -119,6 +119,12 @@ def update_batch(plan: StepPlan, u: Sampled) -> Batch:
     return u.batch._replace(coefficients=c)
 
 
+def mean_reward(rollouts: Sequence[Rollout]) -> float | None:
+    """Over the rollouts that were judged; None where none was."""
+    known = [r.reward for r in rollouts if r.reward is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _source(plan: StepPlan, request: BatchRequest) -> Source:
     if isinstance(request, CustomSequence):
         return Source([], [])

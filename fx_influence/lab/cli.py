@@ -1,4 +1,4 @@
-"""The command line: ``fx-influence run`` and ``fx-influence report``."""
+"""The command line: ``fx-influence run``, ``fx-influence fisher`` and ``fx-influence report``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers.utils.logging import disable_progress_bar
 
 from fx_influence.interop.rewards import RewardError
-from fx_influence.lab.plan import EntropyInfluencePlan, read_plan
+from fx_influence.lab.fisher import run_fisher
+from fx_influence.lab.fisher_results import UPDATE_SELF_KERNEL, load_fisher_run
+from fx_influence.lab.fisher_table import print_fisher
+from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan, read_plan
 from fx_influence.lab.results import load_run
 from fx_influence.lab.run import run
 from fx_influence.lab.table import print_run, printable
@@ -28,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     disable_progress_bar()
     try:
-        if arguments.command == "report":
-            print_run(load_run(arguments.directory), _console())
-        else:
-            _run(arguments)
+        {"run": _run, "fisher": _fisher, "report": _report}[arguments.command](arguments)
     except (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError) as error:
         print(f"fx-influence: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -47,23 +47,47 @@ def _parser() -> argparse.ArgumentParser:
         description="Which rollouts and tokens of an optimizer step change a model's entropy, and by how much.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="sample, attribute, check, store and print one step")
-    command.add_argument("plan", nargs="?", type=Path, help="a YAML plan (default: the embedded demo)")
-    command.add_argument("--out", type=Path, help="run directory (default: runs/ and the plan's name)")
-    command.add_argument("--seed", type=int, help="instead of the plan's seed")
+    for name, what, ending in (
+        ("run", "sample, attribute, check, store and print one step", ""),
+        ("fisher", "how one step's rollouts move the log-probability of others: kernel and prediction", "-fisher"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("plan", nargs="?", type=Path, help="a YAML plan (default: the embedded demo)")
+        command.add_argument("--out", type=Path, help=f"run directory (default: runs/ and the plan's name{ending})")
+        command.add_argument("--seed", type=int, help="instead of the plan's seed")
+        command.set_defaults(ending=ending)
     command = commands.add_parser("report", help="print a finished run again")
     command.add_argument("directory", type=Path, help="a run directory")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    plan = EntropyInfluencePlan() if arguments.plan is None else read_plan(arguments.plan, EntropyInfluencePlan)
-    if arguments.seed is not None:
-        plan = dataclasses.replace(plan, seed=arguments.seed)
-    out = arguments.out or Path("runs") / ("demo" if arguments.plan is None else arguments.plan.stem)
+    plan, out = _plan(arguments, EntropyInfluencePlan)
     with _progress() as progress:
         results = run(plan, out, progress)
     print_run(results, _console())
+
+
+def _fisher(arguments: argparse.Namespace) -> None:
+    plan, out = _plan(arguments, FisherKernelPlan)
+    with _progress() as progress:
+        results = run_fisher(plan, out, progress)
+    print_fisher(results, _console())
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    if (arguments.directory / UPDATE_SELF_KERNEL).is_file():
+        print_fisher(load_fisher_run(arguments.directory), _console())
+    else:
+        print_run(load_run(arguments.directory), _console())
+
+
+def _plan(arguments: argparse.Namespace, kind: type[AnyPlan]) -> tuple[AnyPlan, Path]:
+    plan = kind() if arguments.plan is None else read_plan(arguments.plan, kind)
+    if arguments.seed is not None:
+        plan = dataclasses.replace(plan, seed=arguments.seed)
+    name = "demo" if arguments.plan is None else arguments.plan.stem
+    return plan, arguments.out or Path("runs") / f"{name}{arguments.ending}"
 
 
 def _console() -> Console:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +12,9 @@ from fx_influence.delta import jvp_delta
 from fx_influence.entropy import entropy_estimate, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr
 from fx_influence.influence import influence
-from fx_influence.interop.rollouts import Rollout
 from fx_influence.lab.analysis.finite_steps import finite_figures, rollout_fits
 from fx_influence.lab.analysis.linearity import eta_trust
-from fx_influence.lab.batches import Progress, Sampled, State
+from fx_influence.lab.batches import Progress, Sampled, State, mean_reward
 from fx_influence.lab.plan import WHOLE, EntropyInfluencePlan
 from fx_influence.lab.rounding import clearing_etas, rounding_floor
 from fx_influence.lab.step import Step, whole_directions
@@ -128,9 +127,3 @@ def _derived(state: State, first: Arrays) -> dict[str, Any]:
         "rollouts_beyond_two_stderr": int((np.abs(per_sequence) > 2 * first["stderr"]).sum()),
         "per_parameter": dict(zip(state.params, first["per_parameter"].tolist(), strict=True)),
     }
-
-
-def mean_reward(rollouts: Sequence[Rollout]) -> float | None:
-    """Over the rollouts that were judged; None where none was."""
-    known = [r.reward for r in rollouts if r.reward is not None]
-    return float(np.mean(known)) if known else None

@@ -35,8 +35,9 @@ class StepPlan:
     ``checkpoint``: a directory, or ``demo``; ``base``: the base model of an adapter. ``reward``: ``module:function``
     with TRL's signature. ``loss``, ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in
     the training run. ``update``, ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per
-    forward (null: by tokens). ``sequences_per_block``: rollouts of U whose gradients and finite steps make one stored
-    piece. ``memory_budget``: bytes of per-sequence gradients held at once. ``seed``: of all sampling.
+    forward (null: by tokens). ``sequences_per_block``: how many rollouts of U, at most, have their finite steps taken
+    and stored together. ``memory_budget``: bytes of per-sequence gradients and directions held at once. ``seed``: of
+    all sampling.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

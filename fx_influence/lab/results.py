@@ -21,7 +21,6 @@ from fx_influence.lab.store import (
     SUMMARY,
     UPDATE_ROLLOUTS,
     RunDirectory,
-    RunDirectoryError,
     eval_name,
     readable,
 )
@@ -87,13 +86,7 @@ class EntropyInfluenceResults:
 
 def load_run(path: str | Path) -> EntropyInfluenceResults:
     """The finished run in a directory. Raises ``RunDirectoryError`` naming the file that is missing or damaged."""
-    directory = RunDirectory(Path(path))
-    for name in (PLAN, ENVIRONMENT, SUMMARY, SEQUENCES, UPDATE_ROLLOUTS):
-        if not directory.has(name):
-            raise RunDirectoryError(
-                f"{str(path)!r} has no {name}, so it is no finished run; finish it with fx-influence run --out, or "
-                "check the path"
-            )
+    directory = RunDirectory.finished(path, (SEQUENCES,), "run")
     with readable(directory.path):
         plan = EntropyInfluencePlan.from_dict(directory.read_yaml(PLAN))
         summary = directory.read_json(SUMMARY)

@@ -13,6 +13,7 @@ from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import StepPlan
 from fx_influence.lab.store import RunDirectory, readable
 from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks, rows
+from fx_influence.tree import promote
 from fx_influence.types import Batch, Gain, Gradients, Params
 
 STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient.json"
@@ -66,6 +67,15 @@ def whole_directions(plan: StepPlan, state: State, step: Step) -> dict[str, Para
     }
 
 
+def rollouts_per_block(plan: StepPlan, params: Params) -> int:
+    """How many rollouts' gradients and finite steps fit the plan's budget, ``sequences_per_block`` at most.
+
+    A block holds two directions of each rollout three times: alone, with the others', and added to the weights.
+    """
+    held = 6 * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
+    return max(1, min(plan.sequences_per_block, plan.memory_budget // held))
+
+
 def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
     """The rollouts of U that differ, each once, and for every rollout the index of its equal; (n_u,).
 
@@ -82,6 +92,6 @@ def _gradient_norms(plan: StepPlan, state: State, batch: Batch) -> Tensor:
     loss, (once, index) = rollout_loss(state.apply, plan.temperature), moving_rows(batch)
     norms = [
         torch.stack([g.flatten(1).norm(dim=1) for g in per_sample_grads(loss, state.params, part).values()]).norm(dim=0)
-        for part in row_chunks(once, plan.sequences_per_block)
+        for part in row_chunks(once, rollouts_per_block(plan, state.params))
     ]
     return torch.cat(norms)[index]

@@ -61,6 +61,18 @@ class RunDirectory:
         directory.write_text(PLAN, plan_text(plan))
         return directory
 
+    @classmethod
+    def finished(cls, path: str | Path, names: Sequence[str], command: str) -> RunDirectory:
+        """The directory of a run that is whole. Raises ``RunDirectoryError`` where one of ``names`` is missing."""
+        directory = cls(Path(path))
+        for name in (PLAN, ENVIRONMENT, SUMMARY, UPDATE_ROLLOUTS, *names):
+            if not directory.has(name):
+                raise RunDirectoryError(
+                    f"{str(path)!r} has no {name}, so it is no finished run; finish it with fx-influence {command} "
+                    "--out, or check the path"
+                )
+        return directory
+
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 

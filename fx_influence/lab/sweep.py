@@ -14,7 +14,7 @@ from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.importance import SnisDelta
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import PER_SEQUENCE, WHOLE, EntropyInfluencePlan
-from fx_influence.lab.step import Step, moving_rows, whole_directions
+from fx_influence.lab.step import Step, moving_rows, rollouts_per_block, whole_directions
 from fx_influence.logprobs import row_chunks
 from fx_influence.types import Batch, Params
 
@@ -56,32 +56,32 @@ def sweep(
     # Equal rollouts have equal steps of their own: that of the first stands for all.
     first = np.unique(index.cpu().numpy(), return_index=True)[1]
     own = None if steps.own is None else steps.own.cpu()[torch.from_numpy(first)]
-    chunks = list(row_chunks(once, plan.sequences_per_block))
+    size = rollouts_per_block(plan, state.params)
+    chunks = list(row_chunks(once, size))
     measure = None
     for k in range(len(chunks) + 1):
         if k not in kept:
             measure = measure or _measure(plan, state, batch_e, steps.etas)
             if k == 0:
-                whole = whole_directions(plan, state, step)
-                chosen: Directions = {
-                    d: {name: v[None] for name, v in whole[d].items()} for d in WHOLE if d in plan.directions
-                }
-                kept[k] = measure(chosen, None)
+                kept[k] = measure(_of_the_step(plan, state, step), None)
             else:
-                start = (k - 1) * plan.sequences_per_block
-                etas = None if own is None else own[start : start + plan.sequences_per_block]
+                etas = None if own is None else own[(k - 1) * size : k * size]
                 kept[k] = measure(_of_rollouts(plan, state, step, chunks[k - 1]), etas)
         progress("finite steps", k, len(chunks))
-    arrays = {name: value[..., 0, :] if name.endswith(ROWS) else value[..., 0] for name, value in kept[0].items()}
-    found = [kept[k + 1] for k in range(len(chunks))]
-    for name in found[0]:
-        axis = -2 if name.endswith("_contributions") else -1
-        columns = np.concatenate([block[name] for block in found], axis=axis)
-        arrays[name] = np.take(columns, index.cpu().numpy(), axis=axis)
+    return _assembled([kept[k] for k in range(len(chunks) + 1)], index.cpu().numpy())
+
+
+def _assembled(blocks: list[Arrays], index: np.ndarray) -> Arrays:
+    whole, *rollouts = blocks
+    # The one direction of the whole step stands where a block has its rollouts: before the axis of E, if there is one.
+    arrays = {name: value[..., 0, :] if name.endswith(OVER_E) else value[..., 0] for name, value in whole.items()}
+    for name in rollouts[0]:
+        axis = -2 if name.endswith(OVER_E) else -1
+        arrays[name] = np.take(np.concatenate([block[name] for block in rollouts], axis), index, axis)
     return arrays
 
 
-ROWS = ("_contributions", "_log_weights")
+OVER_E = ("_contributions", "_log_weights")
 """Statistics with one number for each rollout of E, on their last axis."""
 
 
@@ -134,6 +134,11 @@ def _statistics(name: str, delta: SnisDelta) -> dict[str, Tensor]:
 def _each(block: Params) -> list[Params]:
     count = len(next(iter(block.values())))
     return [{name: v[k] for name, v in block.items()} for k in range(count)]
+
+
+def _of_the_step(plan: EntropyInfluencePlan, state: State, step: Step) -> Directions:
+    whole = whole_directions(plan, state, step)
+    return {d: {name: v[None] for name, v in whole[d].items()} for d in WHOLE if d in plan.directions}
 
 
 def _of_rollouts(plan: EntropyInfluencePlan, state: State, step: Step, rows: Batch) -> Directions:

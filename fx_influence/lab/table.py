@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,15 @@ def print_run(results: EntropyInfluenceResults, console: Console) -> None:
     console.print(_rollouts("Rollouts that RAISE the entropy most", sequences, order[::-1], summary["lr"]))
     console.print(_tokens(sequences, arrays["per_token"], summary["lr"]))
     console.print(_blocks(summary["per_parameter"]))
-    console.print(
-        f"{summary['update_rollouts']} rollouts in U, {summary['rollouts']} in E, "
-        f"{summary['trainable_parameters']:,} trainable parameters; {summary['seconds']:.1f} s, "
-        f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB at the peak. Stored in {printable(str(results.path))}, "
-        f"repeated by its {PLAN}.",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    console.print(footer(summary, results.path, f"{summary['rollouts']} in E"), soft_wrap=True)
+
+
+def footer(s: dict[str, Any], path: Path, what: str) -> Text:
+    """The last line of a page: sizes, cost, and where the run is stored."""
+    return Text(
+        f"{s['update_rollouts']} rollouts in U, {what}, {s['trainable_parameters']:,} trainable parameters; "
+        f"{s['seconds']:.1f} s, {s['peak_memory_bytes'] / 2**20:.0f} MiB at the peak. Stored in "
+        f"{printable(str(path))}, repeated by its {PLAN}."
     )
 
 

@@ -59,9 +59,10 @@ def finite_figures(arrays: Arrays, fitted: int, floor: float) -> dict[str, Any]:
     """``summary.json``'s entries on finite steps, from ``arrays`` with their ``rollout_fits``.
 
     ``finite_steps``: per eta, SNIS beside eta times the JVP, raw nats. ``linearity``: the fits of every direction.
-    ``additivity_gap``: per eta, see ``linearity.additivity_gap``. ``agreement``: SNIS slopes of the rollouts beside the
-    JVP's. ``steadier``: which of a rollout's two parts has the more stable slope. ``signal_to_noise``: per eta.
-    ``auto_scale``: the steps chosen for the rollouts and what they show. What was not swept is absent.
+    ``additivity_gap``: per eta, see ``linearity.additivity_gap``. ``agreement`` and ``agreement_float64``: SNIS slopes
+    of the rollouts beside the JVP's. ``steadier``: which of a rollout's two parts has the more stable slope.
+    ``signal_to_noise``: per eta. ``auto_scale``: the steps chosen for the rollouts and what they show. What was not
+    swept is absent.
     """
     eta, parts = arrays["eta"], rollout_parts(arrays)
     whole = [name for name in WHOLE if name in arrays]
@@ -69,11 +70,10 @@ def finite_figures(arrays: Arrays, fitted: int, floor: float) -> dict[str, Any]:
         "finite_steps": [_step(arrays, whole, k, k < fitted) for k in range(len(eta))],
         "linearity": {name: _whole_line(arrays, name, fitted) for name in whole}
         | {name: _median_line(arrays, name, fitted) for name in parts},
-        "agreement": {
-            name: agreement(eta, part, arrays["per_sequence"], arrays[f"{name}_eta_trust"])._asdict()
-            for name, part in parts.items()
-        },
+        "agreement": _agreement(arrays, parts),
     }
+    if exact := rollout_parts(arrays, FLOAT64):
+        figures["agreement_float64"] = _agreement(arrays, exact)
     if {"full", "baseline", "grad"} <= set(arrays):
         gap = additivity_gap(arrays["full"], arrays["baseline"], arrays["grad"])
         figures["additivity_gap"] = gap.tolist()
@@ -86,6 +86,14 @@ def finite_figures(arrays: Arrays, fitted: int, floor: float) -> dict[str, Any]:
     if "auto_grad" in arrays:
         figures["auto_scale"] = _auto(arrays, floor)
     return figures
+
+
+def _agreement(arrays: Arrays, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    first = arrays["per_sequence"]
+    return {
+        name: agreement(arrays["eta"], part, first, arrays[f"{name}_eta_trust"])._asdict()
+        for name, part in parts.items()
+    }
 
 
 def _step(arrays: Arrays, whole: list[str], k: int, fitted: bool) -> dict[str, Any]:

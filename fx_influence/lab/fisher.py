@@ -1,0 +1,121 @@
+"""The Fisher job: how U's rollouts, and the step that they make, move the log-probability of each rollout of E."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.lab.batches import Progress, update_batch
+from fx_influence.lab.environment import timed
+from fx_influence.lab.experiment import Experiment, carry_out
+from fx_influence.lab.fisher_measure import Measured, figures, kernel, kernel_diagonal, logprob_change, self_kernel
+from fx_influence.lab.fisher_results import (
+    CHANGE_MATRIX,
+    KERNEL,
+    UPDATE_SELF_KERNEL,
+    FisherKernelResults,
+    bare_numbers,
+    load_fisher_run,
+)
+from fx_influence.lab.plan import FisherKernelPlan
+from fx_influence.lab.step import Step, measure_step
+from fx_influence.lab.store import eval_name, readable
+from fx_influence.types import Params
+
+
+def run_fisher(
+    plan: FisherKernelPlan, path: Path, progress: Progress = lambda phase, done, total: None
+) -> FisherKernelResults:
+    """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
+
+    With S_a the log-probability of E's rollout a, P the preconditioner and v = v_baseline + sum_i v_i the step of U,
+
+        K_ai = <grad S_a, P grad S_i>        <grad S_a, v> = <grad S_a, v_baseline> + sum_i <grad S_a, v_i>
+
+    K says how raising rollout i's probability would move a's, whatever its advantage; <grad S_a, v_i> what it does in
+    this step, in nats per unit lr. The left side of the second is one JVP, the right per-sequence gradients.
+
+    Raises ``PlanError`` and the errors of checkpoints, prompts and rewards before anything is sampled or written,
+    ``RunDirectoryError`` where ``path`` holds something else, and ``IdentityError`` where the two sides differ by more
+    than rounding. With one seed a run repeats bit for bit on one machine, figures of time and memory apart.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from fx_influence.lab.requests import CustomSequence
+        >>> answer = CustomSequence("3+14+9=", "26")
+        >>> plan = FisherKernelPlan(update=answer, evaluations=(answer,))
+        >>> with TemporaryDirectory() as folder:
+        ...     results = run_fisher(plan, Path(folder) / "fisher")
+        >>> results.evaluations[0].kernel.shape, bool(results.evaluations[0].delta_logprob_matrix > 0)
+        ((1, 1), True)
+    """
+    carry_out(plan, path, partial(_measure, plan), bare_numbers(len(plan.evaluations)), progress)
+    return load_fisher_run(path)
+
+
+def _measure(plan: FisherKernelPlan, now: Experiment) -> dict[str, Any]:
+    state, directory = now.state, now.directory
+    with timed(now.seconds, "step"):
+        step = measure_step(plan, state, update_batch(plan, now.u), "share", directory, now.progress)
+        diagonal = kernel_diagonal(plan, state, step.batch)
+    if not directory.has(UPDATE_SELF_KERNEL):
+        with timed(now.seconds, "self-kernel"):
+            directory.write_array(UPDATE_SELF_KERNEL, self_kernel(plan, state, step.batch, diagonal))
+    for i in range(len(plan.evaluations)):
+        if not directory.has(eval_name(i, ".json")):
+            _evaluation(plan, now, step, diagonal, i)
+    with readable(directory.path):
+        evaluations = [directory.read_json(eval_name(i, ".json")) for i in range(len(plan.evaluations))]
+    return {**evaluations[0], "evaluations": evaluations}
+
+
+def _evaluation(plan: FisherKernelPlan, now: Experiment, step: Step, diagonal: Params, i: int) -> None:
+    state, directory, progress, seconds = now.state, now.directory, now.progress, now.seconds
+    e = now.sampled_evaluation(plan, i)
+    with timed(seconds, "self-kernel"):
+        own = self_kernel(plan, state, e.batch, diagonal)
+    progress("kernel", i, len(plan.evaluations))
+    with timed(seconds, "kernel"):
+        k = kernel(plan, state, e.batch, step.batch, diagonal)
+    progress("kernel", i + 1, len(plan.evaluations))
+    with timed(seconds, "change"):
+        matrix, change = logprob_change(plan, state, step, e.batch)
+    progress("change", i + 1, len(plan.evaluations))
+    found = Measured(k, matrix, {"self_kernel": own, **change})
+    directory.write_array(eval_name(i, KERNEL), found.kernel)
+    directory.write_array(eval_name(i, CHANGE_MATRIX), found.matrix)
+    directory.write_arrays(eval_name(i, ".npz"), found.arrays)
+    directory.write_jsonl(eval_name(i, "_top.jsonl"), _top(plan.top, e.rollouts, now.u.rollouts, found))
+    # Written last: its presence says that the evaluation is whole.
+    directory.write_json(eval_name(i, ".json"), figures(e, found))
+
+
+def _top(count: int, of_e: Sequence[Rollout], of_u: Sequence[Rollout], found: Measured) -> list[dict[str, Any]]:
+    # Stable, so that of equal contributions the first in U comes first on every machine.
+    order = np.argsort(-np.abs(found.matrix), axis=1, kind="stable")[:, :count]
+    return [
+        {
+            **_text(rollout),
+            "predicted_delta_logprob": float(found.arrays["predicted_delta_logprob"][a]),
+            "baseline": float(found.arrays["predicted_delta_logprob_baseline"][a]),
+            "contributors": [
+                {
+                    **_text(of_u[i]),
+                    "advantage": of_u[i].advantage,
+                    "contribution": float(found.matrix[a, i]),
+                    "kernel": float(found.kernel[a, i]),
+                }
+                for i in order[a].tolist()
+            ],
+        }
+        for a, rollout in enumerate(of_e)
+    ]
+
+
+def _text(rollout: Rollout) -> dict[str, Any]:
+    return {"id": rollout.id, "prompt": rollout.prompt, "completion": rollout.completion}

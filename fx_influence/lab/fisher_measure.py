@@ -1,0 +1,129 @@
+"""What a Fisher run measures on one E: the kernel, its diagonal, and the step's change of every log-probability."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from fx_influence.fisher import adam_diagonal, fisher_kernel
+from fx_influence.grads import gradient_kernel, per_sample_grads, rollout_loss
+from fx_influence.influence import check_identity, identity_tolerance
+from fx_influence.lab.batches import Sampled, State, mean_reward
+from fx_influence.lab.plan import FisherKernelPlan
+from fx_influence.lab.step import Step, moving_rows
+from fx_influence.lab.sweep import Arrays
+from fx_influence.logprobs import distinct_rows, row_chunks, token_jvp
+from fx_influence.tree import promote
+from fx_influence.types import Batch, Params
+
+
+class Measured(NamedTuple):
+    """Of one E: K and <grad S_a, v_i>, both (n_e, n_u), and the arrays of ``eval_00.npz``, (n_e,)."""
+
+    kernel: np.ndarray
+    matrix: np.ndarray
+    arrays: Arrays
+
+
+def kernel_diagonal(plan: FisherKernelPlan, state: State, batch_u: Batch) -> Params:
+    """P by name: 1, or 1/den of the step that ``batch_u`` makes."""
+    if plan.preconditioner == "identity":
+        return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in state.params.items()}
+    return adam_diagonal(
+        state.params, batch_u, state.opt_state, state.apply, plan.temperature, plan.max_grad_norm, plan.chunk_size
+    )
+
+
+def _scored(batch: Batch) -> Batch:
+    """The batch whose rollout losses are -S."""
+    return batch._replace(coefficients=batch.completion_mask.to(torch.float32), entropy_coefficients=None)
+
+
+def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Params) -> np.ndarray:
+    """K_aa = <grad S_a, P grad S_a>, (n,); the gradients of ``sequences_per_block`` rollouts are held at once."""
+    loss, (once, index) = rollout_loss(state.apply, plan.temperature), distinct_rows(_scored(batch))
+    own = []
+    for part in row_chunks(once, plan.sequences_per_block):
+        gradients = per_sample_grads(loss, state.params, part, plan.chunk_size)
+        # Parameters that the optimizer does not hold are no part of the kernel.
+        squares = [(diagonal[name] * g * g).flatten(1) for name, g in gradients.items() if name in diagonal]
+        own.append(torch.stack([square.sum(1, dtype=torch.float64) for square in squares]).sum(0))
+    dtype = promote(next(iter(state.params.values())).dtype)
+    return _numpy(torch.cat(own)[index].to(dtype))
+
+
+def kernel(plan: FisherKernelPlan, state: State, batch_e: Batch, batch_u: Batch, diagonal: Params) -> np.ndarray:
+    """K_ai = <grad S_a, P grad S_i>, (n_e, n_u); equal rollouts are measured once."""
+    (once_e, index_e), (once_u, index_u) = (distinct_rows(_scored(batch)) for batch in (batch_e, batch_u))
+    once = fisher_kernel(
+        state.params,
+        once_e,
+        once_u,
+        None,
+        apply=state.apply,
+        preconditioner=diagonal,
+        temperature=plan.temperature,
+        chunk_size=plan.chunk_size,
+        memory_budget=plan.memory_budget,
+    )
+    return _numpy(once[index_e][:, index_u])
+
+
+def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Batch) -> tuple[np.ndarray, Arrays]:
+    """<grad S_a, v_i>, (n_e, n_u), and by name <grad S_a, v>, <grad S_a, v_baseline> and the residual, (n_e,).
+
+    Raises ``IdentityError`` where the residuals together exceed what rounding can make of the parts together: of a
+    single rollout that is all but certain, and so hardly moves, float32 leaves few digits.
+    """
+    (once, index), (moving, copies) = distinct_rows(_scored(batch_e)), moving_rows(step.batch)
+    params, apply, temperature, chunk = state.params, state.apply, plan.temperature, plan.chunk_size
+    losses = gradient_kernel(params, once, moving, step.parts.gain, apply, temperature, plan.memory_budget, chunk)
+    # The rollout losses of E are -S_a.
+    matrix = -losses[index][:, copies]
+    whole, baseline = (
+        token_jvp(params, v, once, apply, temperature, chunk).logprobs.double().sum(-1)[index]
+        for v in (step.parts.direction, step.parts.baseline)
+    )
+    residual = whole - baseline - matrix.double().sum(1)
+    check_identity(
+        "log-probs of E: v_baseline and the matrix",
+        residual.abs().sum(),
+        torch.cat([baseline[:, None], matrix.double()], dim=1),
+        whole.sum(),
+        identity_tolerance(params, apply),
+        against="the JVP along the whole step",
+    )
+    names = "predicted_delta_logprob", "predicted_delta_logprob_baseline", "residual"
+    return _numpy(matrix), dict(zip(names, map(_numpy, (whole, baseline, residual)), strict=True))
+
+
+def figures(e: Sampled, found: Measured) -> dict[str, Any]:
+    """An evaluation's entry in ``summary.json``; changes of log-probability in nats per unit lr."""
+    whole, baseline = (found.arrays[f"predicted_delta_logprob{end}"] for end in ("", "_baseline"))
+    size = np.abs(baseline).sum() + np.abs(found.matrix).sum(dtype=np.float64)
+    return {
+        "rollouts": len(e.rollouts),
+        "mean_reward": mean_reward(e.rollouts),
+        "off_policy": e.off_policy,
+        "mean_predicted_delta_logprob": float(whole.mean()),
+        "mean_abs_predicted_delta_logprob": float(np.abs(whole).mean()),
+        "median_abs_predicted_delta_logprob": float(np.median(np.abs(whole))),
+        "largest_abs_predicted_delta_logprob": float(np.abs(whole).max()),
+        "mean_abs_baseline": float(np.abs(baseline).mean()),
+        "mean_abs_contribution": float(np.abs(found.matrix).mean()),
+        "spearman_self_kernel_prediction": _spearman(found.arrays["self_kernel"], np.abs(whole)),
+        "relative_residual": float(np.abs(found.arrays["residual"]).sum() / size) if size else 0.0,
+    }
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else None
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.cpu().numpy()
+    return array
