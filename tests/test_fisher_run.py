@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from cases import close
-from runs import TIMES, stored_bytes, write_plan
+from run_files import TIMES, stored_bytes, write_plan
 from torch import Tensor
 
 import fx_influence as fx

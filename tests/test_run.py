@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import TIMES, stored_bytes, summary, write_plan
+from run_files import TIMES, stored_bytes, summary, write_plan
 from safetensors.torch import load_file
 
 import fx_influence as fx
