@@ -20,7 +20,7 @@ from fx_influence.lab import run as run_module
 from fx_influence.lab.batches import load_state, sampled, update_batch
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.lab.requests import BatchRequest, CustomSequence, RolloutFile, SampledBatch
+from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
 from fx_influence.lab.store import RunDirectory
 
 PROMPTS = ({"prompt": "1+2=", "id": "a", "answer": "3"}, {"prompt": "3+4=", "id": "b", "answer": "7"}, "5+6=")
@@ -101,6 +101,10 @@ def test_a_file_of_rollouts_is_taken_as_it_is_and_judged_where_it_is_not(tmp_pat
     assert any(r.advantage for r in first)
     assert [r.advantage for r in judged] == pytest.approx([r.advantage for r in first], abs=1e-6)
     assert all(r.advantage is None for r in rollouts_of(tmp_path / "4", RolloutFile(str(path))))
+    write_rollouts(path, [dataclasses.replace(r, advantage=None if r.group else 7.0, reward=r.reward) for r in first])
+    mixed = rollouts_of(tmp_path / "5", RolloutFile(str(path)), update=True)
+    assert {r.advantage for r in mixed if r.group == 0} == {7.0}, "an advantage that is given stays"
+    assert [r.advantage for r in mixed[4:]] == [r.advantage for r in judged[4:]]
 
 
 def test_a_whole_run_on_given_sequences_attributes_them(tmp_path: Path) -> None:
@@ -142,12 +146,12 @@ def test_a_whole_run_on_given_sequences_attributes_them(tmp_path: Path) -> None:
         ({"prompt": "1+1=", "completion": "", "end": False}, r"completion is '', which has no tokens"),
         ({"prompt": "", "completion": "2"}, r"has no tokens; give a text that has some"),
         ({"prompt": "1+1=", "completion": "2" * 70}, r"passes the model's 64 positions"),
-        ({"prompt": "1+1=", "completion": "2", "advantage": 0}, r"every advantage in U is 0"),
         ({"rollouts": "absent.jsonl"}, r"rollouts file .*absent\.jsonl' does not exist"),
         ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds 0 rollouts"),
         ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' holds 2 rollouts of 1 ids; give each its own"),
-        ({"rollouts": "unjudged.jsonl"}, r"rollout 'x' of .*unjudged\.jsonl' has neither advantage nor reward"),
+        ({"rollouts": "unjudged.jsonl"}, r"rollout 'x' of .*unjudged\.jsonl' has no reward, which group 0 lacks"),
         ({"rollouts": "elsewhere.jsonl"}, r"rollout 'x' was not sampled from this policy"),
+        ({"rollouts": "foreign.jsonl"}, r"rollout 'x' of .*foreign\.jsonl' has token 999, the model 15"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_before_the_long_work(
@@ -160,6 +164,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_the_long_work(
     record = {"id": "x", "prompt_id": "0", "group": 0, "prompt": "1+1=", "completion": "2", "prompt_ids": [4, 5]}
     record |= {"completion_ids": [6, 1], "finished": True, "behaviour_logprobs": [-9.0, -9.0]}
     lines = {"empty": [], "twice": [record] * 2, "unjudged": [record], "elsewhere": [record | {"advantage": 1.0}]}
+    lines["foreign"] = [record | {"advantage": 1.0, "prompt_ids": [4, 999]}]
     for name, records in lines.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     values = {"update": update, "evaluations": [{"prompts": "demo/eval", "num_prompts": 2}]}
@@ -176,3 +181,29 @@ def test_a_run_of_given_rollouts_holds_a_copy_of_them(tmp_path: Path) -> None:
     write_rollouts(tmp_path / "r.jsonl", first)
     again = rollouts_of(tmp_path / "2", RolloutFile(str(tmp_path / "r.jsonl")))
     assert read_rollouts(tmp_path / "2" / "run" / "r.jsonl") == again
+
+
+def test_a_reward_gets_the_columns_of_all_prompts_however_sampling_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first prompt has no answer, and is alone in its piece."""
+    monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 2)
+    found = rollouts_of(tmp_path, SampledBatch(("1+2=", {"prompt": "3+4=", "answer": "7"}), completions_per_prompt=2))
+    assert [r.reward for r in found[:2]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(PlanError, match=rf"device is '{device}', which is not to be had here"):
+        load_state(EntropyInfluencePlan(device=device))
+
+
+def test_half_precision_weights_are_computed_with_in_float32(tmp_path: Path) -> None:
+    plan = EntropyInfluencePlan(dtype="bfloat16", update=FEW, evaluations=(FEW,))
+    state, full = load_state(plan), load_state(dataclasses.replace(plan, dtype="auto"))
+    for name, p in state.params.items():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, full.params[name].bfloat16().float())
+        assert torch.equal(state.opt_state.exp_avg[name], full.opt_state.exp_avg[name].bfloat16().float())
+    directory = RunDirectory.start(tmp_path / "run", plan)
+    assert sampled(plan, state, directory, 1, "r.jsonl", lambda *done: None).off_policy < 1e-4

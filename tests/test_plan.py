@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sed": 1}, r"sed is 1: Unexpected .* fields are .*seed"),
+        ({"sed": 1}, r"sed is 1: Unexpected field; a plan's fields are .*seed"),
         ({"seed": "x"}, r"seed is 'x'"),
         ({"loss": "ppo"}, r"loss is 'ppo': .*'dr_grpo'"),
         ({"update": {"prompts": "p.txt", "n": 1}}, r"update\.n is 1"),
@@ -86,6 +87,13 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
         ({"evaluations": []}, r"evaluations is empty; name at least one"),
         ({"evaluations": [{"prompts": "p", "resample_zero_advantage": 2}]}, r"resample_zero_advantage is 2; use 0"),
         ({"temperature": 0}, r"temperature is 0"),
+        ({"temperature": math.inf}, r"temperature is inf"),
+        ({"eta_multiples": [math.inf]}, r"eta_multiples is \[inf\]"),
+        ({"update": {"prompts": "p", "resample_zero_advantage": -1}}, r"resample_zero_advantage is -1; give 0 rounds"),
+        (
+            {"update": {"prompt": "1+1=", "completion": "2", "advantage": 0}},
+            r"update\.advantage is 0\.0; give a finite",
+        ),
         ({"eta_multiples": [1.0, -1.0]}, r"eta_multiples is \[1.0, -1.0\], scaled_eta_multiples .*; give positive"),
         ({"scaled_eta_multiples": [0.0]}, r"scaled_eta_multiples \[0.0\]; give positive"),
         ({"auto_scale": 0}, r"auto_scale is 0\.0; give a factor such as 100, or null"),
@@ -120,3 +128,12 @@ def test_a_plan_constructs_no_python_objects(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("checkpoint: !!python/object/apply:os.getcwd []")
     with pytest.raises(PlanError, match="is not YAML"):
         read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
+
+
+def test_a_plan_made_in_python_is_held_to_the_same_types() -> None:
+    plan = EntropyInfluencePlan(eta_multiples=[1, 2.0], directions=["grad"])  # type: ignore[arg-type]
+    assert (plan.eta_multiples, plan.directions) == ((1.0, 2.0), ("grad",))
+    with pytest.raises(PlanError, match=r"estimator is 'sequnce': .*'per_decision'"):
+        EntropyInfluencePlan(estimator="sequnce")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"directions\.0 is 'gradd'"):
+        EntropyInfluencePlan(directions=("gradd",))  # type: ignore[arg-type]

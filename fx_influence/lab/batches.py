@@ -21,6 +21,7 @@ from fx_influence.lab.store import RunDirectory, readable
 from fx_influence.logprobs import TokenValues, all_token_values
 from fx_influence.losses import coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
+from fx_influence.tree import promote
 from fx_influence.types import AdamWState, Batch, Params
 
 Progress = Callable[[str, int, int], None]
@@ -29,8 +30,8 @@ Progress = Callable[[str, int, int], None]
 ROLLOUTS_PER_PIECE = 64
 """Rollouts that are sampled, judged and stored together."""
 
-ON_POLICY_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
-"""Largest |behaviour - scored| log-probability: cached generation and scoring round differently, in half much more."""
+ON_POLICY_TOLERANCE = 1e-3
+"""Largest |behaviour - scored| log-probability: cached generation and scoring round differently."""
 
 
 class Source(NamedTuple):
@@ -67,16 +68,22 @@ def load_state(plan: StepPlan) -> State:
     reward = resolve_reward(plan.reward)
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     base = None if plan.base is None else demo_path(plan.base)
+    _check_device(plan.device)
     checkpoint = load_checkpoint(demo_path(plan.checkpoint), base=base, dtype=dtype, device=plan.device)
     if checkpoint.optimizer_state is None:
         raise PlanError(f"checkpoint {plan.checkpoint!r} has no optimizer state; save optimizer.pt beside the model")
-    apply, params = functionalize(checkpoint.model)
-    state = State(checkpoint.model, checkpoint.tokenizer, apply, params, checkpoint.optimizer_state, sources, reward)
+    # Half precision rounds what a finite step and a single rollout change: the same weights, computed with in float32.
+    model = checkpoint.model if plan.dtype == "float64" else checkpoint.model.float()
+    opt_state = _widened(checkpoint.optimizer_state)
+    apply, params = functionalize(model)
+    state = State(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward)
     for request, source in zip(plan.requests(), sources, strict=True):
         if isinstance(request, SampledBatch):
             tokenized(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
         elif isinstance(request, CustomSequence):
             _written_out(plan, state, request)
+        else:
+            _check_tokens(request, source.rollouts, state)
     return state
 
 
@@ -103,8 +110,7 @@ def sampled(
         directory.write_rollouts(name, rollouts)
     pieces.clear()
     batch, values = _scored(plan, state, rollouts)
-    tolerance = ON_POLICY_TOLERANCE[next(state.model.parameters()).dtype]
-    return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, tolerance))
+    return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, ON_POLICY_TOLERANCE))
 
 
 def update_batch(plan: StepPlan, u: Sampled) -> Batch:
@@ -144,7 +150,9 @@ def _source(plan: StepPlan, request: BatchRequest) -> Source:
         prompts = [by_id[name] for name in request.prompt_ids]
     if request.num_prompts is not None and request.num_prompts > len(prompts):
         raise PlanError(f"num_prompts is {request.num_prompts} but {named!r} holds {len(prompts)}; ask for fewer")
-    return Source(prompts, [])
+    # A reward function is called once a piece: whichever prompts are in it, the columns are those of all.
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return Source([dataclasses.replace(p, columns={**columns, **p.columns}) for p in prompts], [])
 
 
 def _from_file(plan: StepPlan, path: str, update: bool) -> list[Rollout]:
@@ -154,12 +162,46 @@ def _from_file(plan: StepPlan, path: str, update: bool) -> list[Rollout]:
         raise PlanError(f"rollouts file {path!r} holds {len(ids)} rollouts of {len(set(ids))} ids; give each its own")
     if not update or all(r.advantage is not None for r in rollouts):
         return rollouts
+    wanting = {r.group for r in rollouts if r.advantage is None}
     for r in rollouts:
-        if r.reward is None:
-            raise PlanError(f"rollout {r.id!r} of {path!r} has neither advantage nor reward; U needs one of them")
-    rewards, group = torch.tensor([r.reward for r in rollouts]).double(), torch.tensor([r.group for r in rollouts])
+        if r.group in wanting and r.reward is None:
+            raise PlanError(f"rollout {r.id!r} of {path!r} has no reward, which group {r.group} lacks advantages for")
+    rewards = torch.tensor([r.reward or 0.0 for r in rollouts], dtype=torch.float64)
+    group = torch.tensor([r.group for r in rollouts])
     advantages = group_advantages(rewards, group, scale=plan.scale_advantages).tolist()
-    return [dataclasses.replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
+    return [
+        r if r.advantage is not None else dataclasses.replace(r, advantage=advantage)
+        for r, advantage in zip(rollouts, advantages, strict=True)
+    ]
+
+
+def _check_tokens(request: RolloutFile, rollouts: Sequence[Rollout], state: State) -> None:
+    size = state.apply.vocab_size
+    for r in rollouts:
+        worst = max((*r.prompt_ids, *r.completion_ids), default=0)
+        if size is not None and (worst >= size or min((*r.prompt_ids, *r.completion_ids), default=0) < 0):
+            raise PlanError(
+                f"rollout {r.id!r} of {request.rollouts!r} has token {worst}, the model {size}; take the rollouts of "
+                "this checkpoint"
+            )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(
+            f"device is {device!r}, which cannot be used here ({error}); use cpu, or cuda with a GPU"
+        ) from error
+
+
+def _widened(state: AdamWState) -> AdamWState:
+    def wide(values: Params) -> Params:
+        return {name: x.to(promote(x.dtype)) for name, x in values.items()}
+
+    return state._replace(
+        exp_avg=wide(state.exp_avg), exp_avg_sq=wide(state.exp_avg_sq), max_exp_avg_sq=wide(state.max_exp_avg_sq)
+    )
 
 
 def _written_out(plan: StepPlan, state: State, request: CustomSequence) -> Rollout:

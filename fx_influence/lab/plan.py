@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fx_influence.grads import MEMORY_BUDGET
 from fx_influence.lab.requests import REQUEST_KINDS, BatchRequest, PlanError, SampledBatch, check_request, with_paths
@@ -32,15 +33,13 @@ AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
 class StepPlan:
     """One training state and its batches: what every experiment begins with.
 
-    ``checkpoint``: a directory, or ``demo``; ``base``: the base model of an adapter. ``reward``: ``module:function``
-    with TRL's signature. ``loss``, ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in
-    the training run. ``update``, ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per
-    forward (null: by tokens). ``sequences_per_block``: how many rollouts of U, at most, have their finite steps taken
-    and stored together. ``memory_budget``: bytes of per-sequence gradients and directions held at once. ``seed``: of
-    all sampling.
+    ``checkpoint``: a directory, or ``demo``; ``base``: the base model of an adapter. ``dtype``: of the weights; what is
+    in half precision is computed with in float32. ``reward``: ``module:function`` with TRL's signature. ``loss``,
+    ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in the training run. ``update``,
+    ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per forward (null: by tokens).
+    ``sequences_per_block``: how many rollouts of U, at most, have their finite steps taken and stored together.
+    ``memory_budget``: bytes of per-sequence gradients and directions held at once. ``seed``: of all sampling.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     checkpoint: str = DEMO
     base: str | None = None
@@ -60,20 +59,31 @@ class StepPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.evaluations:
             raise PlanError("evaluations is empty; name at least one batch of prompts to evaluate on")
         check_request("update", self.update, update=True)
         for i, request in enumerate(self.evaluations):
             check_request(f"evaluations[{i}]", request, update=False)
-        if not self.temperature > 0 or self.max_new_tokens < 1:
+        if not 0 < self.temperature < math.inf or self.max_new_tokens < 1:
             raise PlanError(
-                f"temperature is {self.temperature}, max_new_tokens {self.max_new_tokens}; both must be > 0"
+                f"temperature is {self.temperature}, max_new_tokens {self.max_new_tokens}; both must be > 0 and finite"
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise PlanError(f"max_grad_norm is {self.max_grad_norm}; give the trainer's, or null where nothing clips")
         for name in ("chunk_size", "sequences_per_block", "memory_budget"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PlanError(f"{name} is {value}; give at least 1")
+
+    def _check_types(self) -> None:
+        """Values given in Python are held to the same types as those of a file, and lists become tuples."""
+        kinds = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            try:
+                value = TypeAdapter(kinds[field.name]).validate_python(getattr(self, field.name))
+            except ValidationError as error:
+                raise PlanError(f"{_first_error(field.name, error)}; {_known(type(self))}") from error
+            object.__setattr__(self, field.name, value)
 
     def requests(self) -> tuple[BatchRequest, ...]:
         """U's request, then those of the evaluations."""
@@ -87,15 +97,12 @@ class StepPlan:
     @classmethod
     def from_dict(cls: type[AnyPlan], values: dict[str, Any]) -> AnyPlan:
         """A plan from plain values; fields left out have their defaults. Raises ``PlanError`` naming a bad field."""
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            # Of a choice of types every one says that it is not meant; the deepest error is inside the one that is.
-            bad = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
-            # Between the field and what is wrong in it stands the kind of request, which the file does not name.
-            where = ".".join(str(part) for part in bad["loc"] if part not in REQUEST_KINDS) or "plan"
-            known = ", ".join(f.name for f in dataclasses.fields(cls))
-            raise PlanError(f"{where} is {bad['input']!r}: {bad['msg']}; a plan's fields are {known}") from error
+        if not isinstance(values, dict):
+            raise PlanError(f"plan is {values!r}: give an object; {_known(cls)}")
+        for name in values:
+            if name not in {field.name for field in dataclasses.fields(cls)}:
+                raise PlanError(f"{name} is {values[name]!r}: Unexpected field; {_known(cls)}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -121,19 +128,20 @@ class EntropyInfluencePlan(StepPlan):
     gain: Gain = "share"
     directions: tuple[Direction, ...] = DIRECTIONS
     eta_multiples: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)
-    scaled_eta_multiples: tuple[float, ...] = (100.0,)
+    scaled_eta_multiples: tuple[float, ...] = (20.0, 100.0)
     auto_scale: float | None = 100.0
     compare_float64: bool = False
     second_order_per_sequence: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.eta_multiples or any(not eta > 0 for eta in self.eta_multiples + self.scaled_eta_multiples):
+        etas = self.eta_multiples + self.scaled_eta_multiples
+        if not self.eta_multiples or any(not 0 < eta < math.inf for eta in etas):
             raise PlanError(
                 f"eta_multiples is {list(self.eta_multiples)}, scaled_eta_multiples {list(self.scaled_eta_multiples)}; "
                 "give positive multiples of the lr, at least one in the first"
             )
-        if self.auto_scale is not None and not self.auto_scale > 0:
+        if self.auto_scale is not None and not 0 < self.auto_scale < math.inf:
             raise PlanError(f"auto_scale is {self.auto_scale}; give a factor such as 100, or null for none")
         if "baseline_plus_grad" in self.directions and "baseline" not in self.directions:
             raise PlanError(
@@ -171,6 +179,18 @@ class FisherKernelPlan(StepPlan):
             raise PlanError(f"top is {self.top}; name at least 1 rollout")
 
 
+def _first_error(name: str, error: ValidationError) -> str:
+    # Of a choice of types every one says that it is not meant; the deepest error is inside the one that is.
+    bad = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
+    # Between the field and what is wrong in it stands the kind of request, which the file does not name.
+    where = ".".join(str(part) for part in (name, *bad["loc"]) if part not in REQUEST_KINDS)
+    return f"{where} is {bad['input']!r}: {bad['msg']}"
+
+
+def _known(cls: type[StepPlan]) -> str:
+    return "a plan's fields are " + ", ".join(f.name for f in dataclasses.fields(cls))
+
+
 def read_plan(path: Path, kind: type[AnyPlan]) -> AnyPlan:
     """A plan from a YAML file; relative paths in it are relative to the file. Raises ``PlanError``."""
     try:
@@ -179,7 +199,7 @@ def read_plan(path: Path, kind: type[AnyPlan]) -> AnyPlan:
         raise PlanError(f"plan file {str(path)!r} does not exist; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"plan file {str(path)!r} is not YAML: {error}") from error
-    return _resolved(kind.from_dict(values or {}), path.resolve().parent)
+    return resolved(kind.from_dict(values or {}), path.resolve().parent)
 
 
 def plan_text(plan: StepPlan) -> str:
@@ -193,7 +213,9 @@ def demo_path(name: str) -> str:
     return str(DEMO_DIRECTORY / known[name]) if name in known else name
 
 
-def _resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
+def resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
+    """The plan with its relative paths taken from ``folder``, so that it means the same wherever it is stored."""
+
     def absolute(path: str) -> str:
         return path if demo_path(path) != path else str((folder / path).resolve())
 

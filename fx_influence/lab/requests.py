@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -55,7 +56,7 @@ class CustomSequence:
 class RolloutFile:
     """Rollouts sampled from this policy elsewhere, as ``interop.rollouts.write_rollouts`` writes them.
 
-    As U, rollouts without an advantage get the group-relative one of their rewards.
+    As U, a rollout without an advantage gets the group-relative one of its reward.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -84,10 +85,16 @@ REQUEST_KINDS = ("SampledBatch", "CustomSequence", "RolloutFile")
 
 def check_request(name: str, request: BatchRequest, update: bool) -> None:
     """Raise ``PlanError`` for numbers out of range; ``name`` is the field of the plan."""
+    if isinstance(request, CustomSequence) and update and not 0 < abs(request.advantage) < math.inf:
+        raise PlanError(
+            f"{name}.advantage is {request.advantage}; give a finite number other than 0, or it moves nothing"
+        )
     if not isinstance(request, SampledBatch):
         return
     if request.completions_per_prompt < 1 or (request.num_prompts is not None and request.num_prompts < 1):
         raise PlanError(f"{name} is {request.num_prompts} prompts x {request.completions_per_prompt}; use at least 1")
+    if request.resample_zero_advantage < 0:
+        raise PlanError(f"{name}.resample_zero_advantage is {request.resample_zero_advantage}; give 0 rounds or more")
     if request.resample_zero_advantage and not update:
         raise PlanError(f"{name}.resample_zero_advantage is {request.resample_zero_advantage}; use 0, it biases E")
     if request.prompts == () or request.prompt_ids == ():
