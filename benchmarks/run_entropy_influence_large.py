@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fx_influence.lab.plan import EntropyInfluencePlan, FisherKernelPlan, StepPlan, plan_text, read_plan
-from fx_influence.lab.requests import RolloutFile
+from fx_influence.lab.requests import PlanError, RolloutFile
 from fx_influence.lab.store import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, RunDirectory, eval_name
 
 ENTROPY, FISHER = "entropy_influence", "fisher_kernel"
 COMMANDS = {ENTROPY: "run", FISHER: "fisher"}
-RESULT = Path(__file__).parent / "results" / "run_entropy_influence_large.json"
+RESULTS = Path(__file__).parent / "results"
 PAIR_PHASES = {ENTROPY: ("first order",), FISHER: ("self-kernel", "kernel", "change")}
 """What is measured of every pair and whatever comes with it: no sampling, no gradient of U, no finite steps."""
 FIGURES = ("seconds", "seconds_by_phase", "peak_memory_bytes", "peak_gpu_memory_bytes", "torch_threads")
@@ -41,7 +41,11 @@ PROCESSES = "processes.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Do both runs, print the table, write the JSON; the exit status is 0, or that of the run that failed."""
     arguments = _arguments(argv)
-    plan, out = read_plan(arguments.plan, EntropyInfluencePlan), arguments.out
+    try:
+        plan, out = read_plan(arguments.plan, EntropyInfluencePlan), arguments.out
+    except PlanError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 1
     out.mkdir(parents=True, exist_ok=True)
     for name, of_run in ((ENTROPY, plan), (FISHER, fisher_plan(plan, out / ENTROPY))):
         if not _finished(of_run, out / name) and (status := _run(name, of_run, out)):
@@ -152,9 +156,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="a YAML plan of an entropy-influence run")
     parser.add_argument("--out", type=Path, help="folder of both runs (default: runs/ and the plan's name)")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the figures go")
+    parser.add_argument("--json", type=Path, help="where the figures go (default: results/, by the plan's name)")
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out or Path("runs") / arguments.plan.stem
+    arguments.json = arguments.json or RESULTS / f"run_entropy_influence_{arguments.plan.stem}.json"
     return arguments
 
 

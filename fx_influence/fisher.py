@@ -12,7 +12,7 @@ from fx_influence.checks import check_batch, check_options
 from fx_influence.grads import MEMORY_BUDGET, gradient_kernel
 from fx_influence.logprobs import batch_gradient
 from fx_influence.tree import check_names, detached, promote
-from fx_influence.types import AdamWState, Apply, Batch, Params
+from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
 
 Preconditioner = Literal["adam", "identity"]
 
@@ -56,7 +56,10 @@ def fisher_kernel(
     elif preconditioner == "identity":
         diagonal = {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in params.items()}
     elif preconditioner == "adam":
-        diagonal = adam_diagonal(params, batch_b, opt_state, apply, temperature, max_grad_norm, chunk_size)
+        opt_state = _checked(params, opt_state, max_grad_norm)
+        steps = batch_b.coefficients is not None or batch_b.entropy_coefficients is not None
+        gradient = batch_gradient(params, batch_b, apply, temperature, chunk_size) if steps else None
+        diagonal = adam_diagonal(params, gradient, opt_state, max_grad_norm)
     else:
         raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
     scored_a, scored_b = (
@@ -66,21 +69,19 @@ def fisher_kernel(
     return gradient_kernel(params, scored_a, scored_b, diagonal, apply, temperature, memory_budget, chunk_size)
 
 
-def adam_diagonal(
-    params: Params,
-    batch: Batch,
-    state: AdamWState | None,
-    apply: Apply,
-    temperature: float,
-    max_grad_norm: float | None,
-    chunk_size: int | None,
-) -> Params:
-    """1/den by name: of the step that ``batch`` makes where it has coefficients, else of the state's second moment."""
+def _checked(params: Params, state: AdamWState | None, max_grad_norm: float | None) -> AdamWState:
     if state is None:
         raise ValueError("opt_state is None; preconditioner 'adam' needs it: pass adamw_state(optimizer, model)")
     check_adamw_inputs({}, state, params, "rmsprop", max_grad_norm)
-    if batch.coefficients is not None or batch.entropy_coefficients is not None:
-        gradient = batch_gradient(params, batch, apply, temperature, chunk_size)
+    return state
+
+
+def adam_diagonal(
+    params: Params, gradient: Gradients | None, state: AdamWState | None, max_grad_norm: float | None
+) -> Params:
+    """1/den by name: of the step that ``gradient`` makes, or without one of the state's second moment."""
+    state = _checked(params, state, max_grad_norm)
+    if gradient is not None:
         # rmsprop's gain is -rho/den, or +rho/den under maximize; the kernel wants 1/den.
         plain = {name: hyper._replace(lr_scale=1.0, maximize=False) for name, hyper in state.hyper.items()}
         gain = adamw_decompose(gradient, state._replace(hyper=plain), params, "rmsprop", max_grad_norm).gain

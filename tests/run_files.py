@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +30,27 @@ def stored_bytes(directory: Path) -> dict[str, bytes]:
     figures = {k: v for k, v in summary(directory).items() if k not in TIMES}
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
     return {**files, "summary.json": json.dumps(figures).encode()}
+
+
+def killed_and_resumed(command: str, plan: Path, out: Path, kills: int) -> dict[str, bytes]:
+    """The bytes in ``out`` at the end of ``fx-influence command``, killed and started again at random moments.
+
+    Whenever it has ended before it could be killed its bytes must be the same; it then begins anew.
+    """
+    line = [sys.executable, "-m", "fx_influence.lab.cli", command, str(plan), "--out", str(out)]
+    moments, ends = random.Random(0), []
+    while kills:
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=moments.uniform(3.0, 8.0))
+            assert process.returncode == 0
+            ends.append(stored_bytes(out))
+            shutil.rmtree(out)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills -= 1
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    ends.append(stored_bytes(out))
+    assert all(end == ends[-1] for end in ends)
+    return ends[-1]

@@ -29,7 +29,7 @@ FEW = SampledBatch(PROMPTS, completions_per_prompt=2)
 
 def rollouts_of(tmp_path: Path, request: BatchRequest, update: bool = False, **fields: Any) -> list[Any]:
     plan = EntropyInfluencePlan(**{"update": request if update else FEW, "evaluations": (request,)} | fields)
-    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan)
+    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
     return sampled(plan, state, directory, 0 if update else 1, "r.jsonl", lambda *done: None).rollouts
 
 
@@ -76,7 +76,7 @@ def test_pieces_are_the_whole_whatever_their_number(tmp_path: Path, monkeypatch:
 def test_one_sequence_written_out_is_scored_as_it_stands(tmp_path: Path, end: bool) -> None:
     request = CustomSequence("12+7=", "19", advantage=-2.0, end=end)
     plan = EntropyInfluencePlan(update=request, evaluations=(request,))
-    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan)
+    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
     u = sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None)
     (rollout,) = u.rollouts
     assert state.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True) == "19"
@@ -194,7 +194,7 @@ def test_a_reward_gets_the_columns_of_all_prompts_however_sampling_is_cut(
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
 def test_a_device_that_is_not_there_is_named(device: str) -> None:
-    with pytest.raises(PlanError, match=rf"device is '{device}', which is not to be had here"):
+    with pytest.raises(PlanError, match=rf"device is '{device}', which cannot be used here"):
         load_state(EntropyInfluencePlan(device=device))
 
 
@@ -205,5 +205,5 @@ def test_half_precision_weights_are_computed_with_in_float32(tmp_path: Path) -> 
         assert p.dtype == torch.float32
         assert torch.equal(p, full.params[name].bfloat16().float())
         assert torch.equal(state.opt_state.exp_avg[name], full.opt_state.exp_avg[name].bfloat16().float())
-    directory = RunDirectory.start(tmp_path / "run", plan)
+    directory = RunDirectory.start(tmp_path / "run", plan, {})
     assert sampled(plan, state, directory, 1, "r.jsonl", lambda *done: None).off_policy < 1e-4

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from cases import close
-from run_files import TIMES, stored_bytes, write_plan
+from run_files import TIMES, killed_and_resumed, stored_bytes, write_plan
 from torch import Tensor
 
 import fx_influence as fx
@@ -100,7 +100,7 @@ def inner(a: fx.Params, b: fx.Params) -> Tensor:
 def test_the_directory_holds_everything_that_is_promised(finished: Path, results: FisherKernelResults) -> None:
     names = {"plan.yaml", "environment.json", "summary.json", "update_rollouts.jsonl", "update_self_kernel.npy"}
     ends = ("_kernel.npy", "_delta_logprob_matrix.npy", ".npz", "_top.jsonl", "_rollouts.jsonl", ".json")
-    names |= {f"eval_0{i}{end}" for i in range(2) for end in ends}
+    names |= {"SHA256SUMS", *(f"eval_0{i}{end}" for i in range(2) for end in ends)}
     assert {path.name for path in finished.iterdir()} == names
     assert results.update_self_kernel.shape == (N_U,)
     for evaluation, n_e in zip(results.evaluations, (N_E, 6), strict=True):
@@ -109,7 +109,7 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path, results
         assert {name: a.shape for name, a in evaluation.arrays.items()} == dict.fromkeys(arrays, (n_e,))
         assert len(evaluation.top) == len(evaluation.rollouts) == n_e
     summary = results.summary
-    assert {*TIMES, "torch_threads", "sha256", "lr", "update_rollouts", "relative_residual"} <= set(summary)
+    assert {*TIMES, "torch_threads", "reference_lr", "lr", "update_rollouts", "relative_residual"} <= set(summary)
     assert summary["evaluations"] == [e.summary for e in results.evaluations]
     assert {"load", "sampling", "step", "self-kernel", "kernel", "change"} == set(summary["seconds_by_phase"])
     assert results.environment["packages"]["torch"] == torch.__version__
@@ -257,7 +257,7 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(
     assert (out / "eval_00.json").exists()
     assert not (out / "eval_01.json").exists()
     assert main(["report", str(out)]) == 1
-    message = "has no summary.json, so it is no finished run; finish it with fx-influence fisher"
+    message = "has no summary.json, so it is no finished run of that kind; finish it with the command"
     assert message in capsys.readouterr().err
     assert main(command) == 0
     assert len(calls) == 3, "the first evaluation was measured once"
@@ -359,3 +359,8 @@ def test_the_default_directory_is_named_after_the_plan(
     shutil.copytree(finished, tmp_path / "runs" / "plan-fisher")
     assert main(["fisher", write_plan(tmp_path, PLAN)]) == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["plan-fisher"]
+
+
+@pytest.mark.slow
+def test_a_fisher_run_killed_at_random_moments_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    assert killed_and_resumed("fisher", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)

@@ -34,6 +34,7 @@ def test_each_eta_has_the_medians_over_rollouts_that_move() -> None:
 def test_without_an_error_bar_or_a_floor_there_is_no_ratio() -> None:
     nothing = signal_to_noise(ETA, DELTA, np.full_like(DELTA, np.nan), 0.0)
     assert [record["sampling_median"] for record in nothing] == [None, None]
+    assert [record["sampling_above_2"] for record in nothing] == [None, None]
     assert [record["rounding_median"] for record in nothing] == [None, None]
     still = signal_to_noise(ETA, 0 * DELTA, 0 * DELTA, 1e-7, 0 * DELTA)
     assert [record["sampling_above_2"] for record in still] == [None, None]
@@ -56,18 +57,18 @@ def test_an_allocated_baseline_is_dealt_out_whole() -> None:
 
 
 def records(**columns: list[Any]) -> list[dict[str, Any]]:
-    columns = {"influence": INFLUENCE.tolist(), "gradient_norm": NORMS.tolist(), **columns}
+    columns = {"gradient_norm": NORMS.tolist(), **columns}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def test_dealing_by_gradient_norm_turns_a_correlation_round_and_dealing_evenly_does_not() -> None:
-    found = allocation_correlations(records(completion_length=[5, 3, 2, 9]), -100.0)["completion_length"]
+    found = allocation_correlations(records(completion_length=[5, 3, 2, 9]), INFLUENCE, -100.0)["completion_length"]
     assert found["uniform"]["spearman"] == found["none"]["spearman"] == pytest.approx(0.6)
     assert found["uniform"]["pearson"] == pytest.approx(found["none"]["pearson"])
     assert found["grad_norm"]["spearman"] == pytest.approx(-0.8)
 
 
 def test_covariates_that_are_constant_or_missing_have_no_correlation() -> None:
-    found = allocation_correlations(records(advantage=[1.0] * 4, reward=[None, 1.0, 0.0, 1.0]), -1.0)
+    found = allocation_correlations(records(advantage=[1.0] * 4, reward=[None, 1.0, 0.0, 1.0]), INFLUENCE, -1.0)
     assert set(found) == {"advantage", "gradient_norm"}
     assert found["advantage"]["none"] == {"pearson": None, "spearman": None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from run_files import TIMES, stored_bytes, summary, write_plan
+from run_files import TIMES, killed_and_resumed, stored_bytes, summary, write_plan
 from safetensors.torch import load_file
 
 import fx_influence as fx
@@ -25,6 +24,7 @@ from fx_influence.interop.checkpoint import load_checkpoint
 from fx_influence.interop.rollouts import collate, read_rollouts
 from fx_influence.lab import batches, store
 from fx_influence.lab import run as run_module
+from fx_influence.lab.analysis.allocation import ALLOCATIONS
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan import demo_path, read_plan
 from fx_influence.lab.table import printable
@@ -84,10 +84,22 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
     required = {"total", "baseline", "momentum", "weight_decay", "sum_per_sequence", "residual", *TIMES}
     assert required <= set(summary(finished))
     assert set(load_file(finished / "baseline.safetensors")) == set(_state()[1])
+    assert [set(found["advantage"]) for found in summary(finished)["allocations"]] == [set(ALLOCATIONS)] * 2
+    auto = summary(finished)["auto_scale"]
+    assert auto["capped"] == int((arrays["auto_eta"] >= 1e4 * summary(finished)["lr"]).sum())
+    assert 0 < auto["smallest_clearance"] <= auto["median_clearance"]
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
     pieces = ("update_rollouts.jsonl", "eval_00_rollouts.jsonl", "eval_01_rollouts.jsonl", "update_sequences.jsonl")
     evaluations = [f"eval_0{i}{what}" for i in (0, 1) for what in (".json", ".npz", "_delta_matrix.npy")]
-    named = {"plan.yaml", "environment.json", "summary.json", "baseline.safetensors", *pieces, *evaluations}
+    named = {
+        "SHA256SUMS",
+        "plan.yaml",
+        "environment.json",
+        "summary.json",
+        "baseline.safetensors",
+        *pieces,
+        *evaluations,
+    }
     assert {path.name for path in finished.iterdir()} == named, "nothing that only a run in progress needs is left"
 
 
@@ -218,21 +230,7 @@ def test_whatever_is_interrupted_goes_on_with_the_pieces_that_are_stored(
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(finished: Path, tmp_path: Path) -> None:
-    out, kills, moments = tmp_path / "out", 0, random.Random(0)
-    command = [sys.executable, "-m", "fx_influence.lab.cli", "run", str(finished / "plan.yaml"), "--out", str(out)]
-    while kills < 20:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=moments.uniform(3.0, 9.0))
-            assert process.returncode == 0
-            assert stored_bytes(out) == stored_bytes(finished)
-            shutil.rmtree(out)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert stored_bytes(out) == stored_bytes(finished)
+    assert killed_and_resumed("run", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)
 
 
 def test_a_finished_run_is_not_computed_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def setting_of(folder: Path, **fields: Any) -> Setting:
         sequences_per_block=3,
         **{"compare_float64": True, "second_order_per_sequence": True, "seed": 1, **fields},
     )
-    state, directory = load_state(plan), RunDirectory.start(folder / "run", plan)
+    state, directory = load_state(plan), RunDirectory.start(folder / "run", plan, {})
     u, e = (sampled(plan, state, directory, k, f"{k}.jsonl", lambda *done: None) for k in (0, 1))
     step = measure_step(plan, state, update_batch(plan, u), plan.gain, directory, lambda *done: None)
     return Setting(plan, state, step, e)

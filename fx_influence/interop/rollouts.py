@@ -94,15 +94,19 @@ def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) ->
     The file appears whole or not at all. Raises ``ValueError`` for a number that JSON cannot hold (NaN, infinity),
     naming the rollout.
     """
-    target = Path(path)
-    lines = [_to_line(rollout) for rollout in rollouts]
+    target, text = Path(path), rollout_lines(rollouts)
     # Not the tempfile module: its files are private to their owner and would stay so.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rollout_lines(rollouts: Iterable[Rollout]) -> str:
+    """The text that ``write_rollouts`` writes."""
+    return "".join(_to_line(rollout) for rollout in rollouts)
 
 
 def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:

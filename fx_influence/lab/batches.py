@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from fx_influence.interop.rollouts import Rollout, collate, read_rollouts
 from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
 from fx_influence.lab.plan import StepPlan, demo_path
 from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
-from fx_influence.lab.store import RunDirectory, readable
+from fx_influence.lab.store import RunDirectory, readable, sha256
 from fx_influence.logprobs import TokenValues, all_token_values
 from fx_influence.losses import coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
@@ -111,6 +112,29 @@ def sampled(
     pieces.clear()
     batch, values = _scored(plan, state, rollouts)
     return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, ON_POLICY_TOLERANCE))
+
+
+def input_sums(plan: StepPlan) -> dict[str, str]:
+    """SHA-256 by name of the files that ``plan`` reads: those of the checkpoint and its base, prompts and rollouts."""
+    folders = {"checkpoint": plan.checkpoint} | ({} if plan.base is None else {"base": plan.base})
+    files = {
+        f"{name}/{file.name}": file
+        for name, folder in folders.items()
+        for file in sorted(Path(demo_path(folder)).iterdir())
+        if file.is_file()
+    }
+    names = ["update", *(f"evaluations[{i}]" for i in range(len(plan.evaluations)))]
+    for name, request in zip(names, plan.requests(), strict=True):
+        if isinstance(request, RolloutFile):
+            files[f"{name}.rollouts"] = Path(request.rollouts)
+        elif isinstance(request, SampledBatch) and isinstance(request.prompts, str):
+            files[f"{name}.prompts"] = Path(demo_path(request.prompts))
+    return {name: sha256(file) for name, file in files.items()}
+
+
+def reference_lr(state: State) -> float:
+    """The learning rate that etas are multiples of; 1e-6 where a saved schedule stands at 0."""
+    return state.opt_state.lr or 1e-6
 
 
 def update_batch(plan: StepPlan, u: Sampled) -> Batch:

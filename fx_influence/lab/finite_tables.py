@@ -12,12 +12,12 @@ Figures = dict[str, Any]
 
 def finite_tables(s: Figures) -> list[Table]:
     """Tables from the entries of ``summary.json`` that ``finite_steps.finite_figures`` and the allocations make."""
-    lr = s["lr"] or 1.0
+    lr = s["reference_lr"]
     tables = [_steps(s, lr)] if any("full" in step for step in s["finite_steps"]) else []
     tables += [_whole_lines(s, lr), _rollout_lines(s, lr)]
     if "signal_to_noise" in s:
         tables.append(_noise(s, lr))
-    return [*tables, _allocations(s["allocations"])]
+    return [*tables, _allocations(s["allocations"][0])]
 
 
 def _steps(s: Figures, lr: float) -> Table:
@@ -27,10 +27,10 @@ def _steps(s: Figures, lr: float) -> Table:
         (
             (
                 f"{step['eta'] / lr:g}",
-                f"{step['full']:+.4e}",
+                _number(step["full"], "+.4e"),
                 _number(step["full_stderr"], ".1e"),
-                f"{step['full_jvp']:+.4e}",
-                f"{step['full_jvp_second_order']:+.4e}",
+                _number(step["full_jvp"], "+.4e"),
+                _number(step["full_jvp_second_order"], "+.4e"),
                 _number(step.get("baseline"), "+.4e"),
                 f"{step['full_ess']:.1f} of {s['rollouts']}",
             )
@@ -48,12 +48,12 @@ def _whole_lines(s: Figures, lr: float) -> Table:
         (
             (
                 name,
-                f"{line['slope']:+.4g}",
-                f"{line['slope_by_jvp']:+.4g}",
+                _number(line["slope"], "+.4g"),
+                _number(line["slope_by_jvp"], "+.4g"),
                 _number(line["r2"], ".4f"),
                 _number(line.get("r2_float64"), ".4f"),
                 _number(line["curvature"], "+.3g"),
-                f"{line['curvature_by_jvp']:+.3g}",
+                _number(line["curvature_by_jvp"], "+.3g"),
                 _number(line["eta_trust"], ".3g", lr),
                 _number(line["eta_trust_measured"], ".3g", lr),
             )

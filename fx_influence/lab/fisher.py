@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,17 @@ from fx_influence.lab.fisher_results import (
     KERNEL,
     UPDATE_SELF_KERNEL,
     FisherKernelResults,
-    bare_numbers,
     load_fisher_run,
 )
 from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.lab.step import Step, measure_step
-from fx_influence.lab.store import eval_name, readable
+from fx_influence.lab.store import Pieces, RunDirectory, eval_name, readable
+from fx_influence.lab.sweep import Arrays
 from fx_influence.types import Params
 
 
 def run_fisher(
-    plan: FisherKernelPlan, path: Path, progress: Progress = lambda phase, done, total: None
+    plan: FisherKernelPlan, path: str | Path, progress: Progress = lambda phase, done, total: None
 ) -> FisherKernelResults:
     """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
 
@@ -54,7 +53,7 @@ def run_fisher(
         >>> results.evaluations[0].kernel.shape, bool(results.evaluations[0].delta_logprob_matrix > 0)
         ((1, 1), True)
     """
-    carry_out(plan, path, partial(_measure, plan), bare_numbers(len(plan.evaluations)), progress)
+    carry_out(plan, path, _measure, progress)
     return load_fisher_run(path)
 
 
@@ -62,37 +61,46 @@ def _measure(plan: FisherKernelPlan, now: Experiment) -> dict[str, Any]:
     state, directory = now.state, now.directory
     with timed(now.seconds, "step"):
         step = measure_step(plan, state, update_batch(plan, now.u), "share", directory, now.progress)
-        diagonal = kernel_diagonal(plan, state, step.batch)
+        diagonal = kernel_diagonal(plan, state, step)
     if not directory.has(UPDATE_SELF_KERNEL):
         with timed(now.seconds, "self-kernel"):
             directory.write_array(UPDATE_SELF_KERNEL, self_kernel(plan, state, step.batch, diagonal))
     for i in range(len(plan.evaluations)):
         if not directory.has(eval_name(i, ".json")):
             _evaluation(plan, now, step, diagonal, i)
+        _pieces(directory, i).clear()
     with readable(directory.path):
         evaluations = [directory.read_json(eval_name(i, ".json")) for i in range(len(plan.evaluations))]
     return {**evaluations[0], "evaluations": evaluations}
 
 
 def _evaluation(plan: FisherKernelPlan, now: Experiment, step: Step, diagonal: Params, i: int) -> None:
-    state, directory, progress, seconds = now.state, now.directory, now.progress, now.seconds
+    state, directory = now.state, now.directory
     e = now.sampled_evaluation(plan, i)
-    with timed(seconds, "self-kernel"):
-        own = self_kernel(plan, state, e.batch, diagonal)
-    progress("kernel", i, len(plan.evaluations))
-    with timed(seconds, "kernel"):
-        k = kernel(plan, state, e.batch, step.batch, diagonal)
-    progress("kernel", i + 1, len(plan.evaluations))
-    with timed(seconds, "change"):
-        matrix, change = logprob_change(plan, state, step, e.batch)
-    progress("change", i + 1, len(plan.evaluations))
-    found = Measured(k, matrix, {"self_kernel": own, **change})
+    works: dict[str, Callable[[], Arrays]] = {
+        "self-kernel": lambda: {"self_kernel": self_kernel(plan, state, e.batch, diagonal)},
+        "kernel": lambda: {"kernel": kernel(plan, state, e.batch, step.batch, diagonal)},
+        "change": lambda: logprob_change(plan, state, step, e.batch),
+    }
+    kept = _pieces(directory, i)
+    for k, (phase, work) in enumerate(works.items()):
+        now.progress(phase, 0, 1)
+        with timed(now.seconds, phase):
+            if k not in kept:
+                kept[k] = work()
+        now.progress(phase, 1, 1)
+    arrays = {name: value for k in range(len(works)) for name, value in kept[k].items()}
+    found = Measured(arrays.pop("kernel"), arrays.pop("matrix"), arrays)
     directory.write_array(eval_name(i, KERNEL), found.kernel)
     directory.write_array(eval_name(i, CHANGE_MATRIX), found.matrix)
     directory.write_arrays(eval_name(i, ".npz"), found.arrays)
     directory.write_jsonl(eval_name(i, "_top.jsonl"), _top(plan.top, e.rollouts, now.u.rollouts, found))
     # Written last: its presence says that the evaluation is whole.
     directory.write_json(eval_name(i, ".json"), figures(e, found))
+
+
+def _pieces(directory: RunDirectory, i: int) -> Pieces[Arrays]:
+    return directory.array_pieces(eval_name(i, "_part"))
 
 
 def _top(count: int, of_e: Sequence[Rollout], of_u: Sequence[Rollout], found: Measured) -> list[dict[str, Any]]:

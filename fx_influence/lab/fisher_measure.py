@@ -14,7 +14,7 @@ from fx_influence.grads import gradient_kernel, per_sample_grads, rollout_loss
 from fx_influence.influence import check_identity, identity_tolerance
 from fx_influence.lab.batches import Sampled, State, mean_reward
 from fx_influence.lab.plan import FisherKernelPlan
-from fx_influence.lab.step import Step, moving_rows
+from fx_influence.lab.step import Step, moving_rows, rollouts_per_block
 from fx_influence.lab.sweep import Arrays
 from fx_influence.logprobs import distinct_rows, row_chunks, token_jvp
 from fx_influence.tree import promote
@@ -29,13 +29,11 @@ class Measured(NamedTuple):
     arrays: Arrays
 
 
-def kernel_diagonal(plan: FisherKernelPlan, state: State, batch_u: Batch) -> Params:
-    """P by name: 1, or 1/den of the step that ``batch_u`` makes."""
+def kernel_diagonal(plan: FisherKernelPlan, state: State, step: Step) -> Params:
+    """P by name: 1, or 1/den of the step that U makes."""
     if plan.preconditioner == "identity":
         return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in state.params.items()}
-    return adam_diagonal(
-        state.params, batch_u, state.opt_state, state.apply, plan.temperature, plan.max_grad_norm, plan.chunk_size
-    )
+    return adam_diagonal(state.params, step.gradient, state.opt_state, plan.max_grad_norm)
 
 
 def _scored(batch: Batch) -> Batch:
@@ -44,10 +42,10 @@ def _scored(batch: Batch) -> Batch:
 
 
 def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Params) -> np.ndarray:
-    """K_aa = <grad S_a, P grad S_a>, (n,); the gradients of ``sequences_per_block`` rollouts are held at once."""
+    """K_aa = <grad S_a, P grad S_a>, (n,); a block of gradients at a time."""
     loss, (once, index) = rollout_loss(state.apply, plan.temperature), distinct_rows(_scored(batch))
     own = []
-    for part in row_chunks(once, plan.sequences_per_block):
+    for part in row_chunks(once, rollouts_per_block(plan, state.params)):
         gradients = per_sample_grads(loss, state.params, part, plan.chunk_size)
         # Parameters that the optimizer does not hold are no part of the kernel.
         squares = [(diagonal[name] * g * g).flatten(1) for name, g in gradients.items() if name in diagonal]
@@ -73,8 +71,8 @@ def kernel(plan: FisherKernelPlan, state: State, batch_e: Batch, batch_u: Batch,
     return _numpy(once[index_e][:, index_u])
 
 
-def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Batch) -> tuple[np.ndarray, Arrays]:
-    """<grad S_a, v_i>, (n_e, n_u), and by name <grad S_a, v>, <grad S_a, v_baseline> and the residual, (n_e,).
+def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Batch) -> Arrays:
+    """By name ``matrix``, <grad S_a, v_i> (n_e, n_u), and <grad S_a, v>, <grad S_a, v_baseline>, the residual, (n_e,).
 
     Raises ``IdentityError`` where the residuals together exceed what rounding can make of the parts together: of a
     single rollout that is all but certain, and so hardly moves, float32 leaves few digits.
@@ -97,8 +95,8 @@ def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Ba
         identity_tolerance(params, apply),
         against="the JVP along the whole step",
     )
-    names = "predicted_delta_logprob", "predicted_delta_logprob_baseline", "residual"
-    return _numpy(matrix), dict(zip(names, map(_numpy, (whole, baseline, residual)), strict=True))
+    names = "matrix", "predicted_delta_logprob", "predicted_delta_logprob_baseline", "residual"
+    return dict(zip(names, map(_numpy, (matrix, whole, baseline, residual)), strict=True))
 
 
 def figures(e: Sampled, found: Measured) -> dict[str, Any]:

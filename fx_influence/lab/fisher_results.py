@@ -61,35 +61,24 @@ class FisherKernelResults:
 
 def load_fisher_run(path: str | Path) -> FisherKernelResults:
     """The finished Fisher run in a directory. Raises ``RunDirectoryError`` naming the file missing or damaged."""
-    directory = RunDirectory.finished(path, (UPDATE_SELF_KERNEL,), "fisher")
+    directory = RunDirectory.finished(path, UPDATE_SELF_KERNEL)
     with readable(directory.path):
         plan = FisherKernelPlan.from_dict(directory.read_yaml(PLAN))
-        summary = directory.read_json(SUMMARY)
         return FisherKernelResults(
             path=directory.path,
             plan=plan,
             environment=directory.read_json(ENVIRONMENT),
-            summary=summary,
+            summary=directory.read_json(SUMMARY),
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
-            update_self_kernel=_checked_array(directory, UPDATE_SELF_KERNEL, summary),
-            evaluations=tuple(_evaluation(directory, i, summary) for i in range(len(plan.evaluations))),
+            update_self_kernel=directory.read_array(UPDATE_SELF_KERNEL),
+            evaluations=tuple(_evaluation(directory, i) for i in range(len(plan.evaluations))),
         )
 
 
-def bare_numbers(evaluations: int) -> list[str]:
-    """Files in which damage shows in no other way; ``summary.json`` holds their SHA-256."""
-    return [UPDATE_SELF_KERNEL, *(eval_name(i, name) for i in range(evaluations) for name in (KERNEL, CHANGE_MATRIX))]
-
-
-def _checked_array(directory: RunDirectory, name: str, summary: dict[str, Any]) -> np.ndarray:
-    directory.check_sha256(name, summary)
-    return directory.read_array(name)
-
-
-def _evaluation(directory: RunDirectory, index: int, summary: dict[str, Any]) -> FisherEvaluationResults:
+def _evaluation(directory: RunDirectory, index: int) -> FisherEvaluationResults:
     return FisherEvaluationResults(
-        kernel=_checked_array(directory, eval_name(index, KERNEL), summary),
-        delta_logprob_matrix=_checked_array(directory, eval_name(index, CHANGE_MATRIX), summary),
+        kernel=directory.read_array(eval_name(index, KERNEL)),
+        delta_logprob_matrix=directory.read_array(eval_name(index, CHANGE_MATRIX)),
         arrays=directory.read_arrays(eval_name(index, ".npz")),
         summary=directory.read_json(eval_name(index, ".json")),
         rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),

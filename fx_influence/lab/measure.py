@@ -14,9 +14,9 @@ from fx_influence.errorbars import cluster_index, cluster_stderr
 from fx_influence.influence import influence
 from fx_influence.lab.analysis.finite_steps import finite_figures, rollout_fits
 from fx_influence.lab.analysis.linearity import eta_trust
-from fx_influence.lab.batches import Progress, Sampled, State, mean_reward
+from fx_influence.lab.batches import Progress, Sampled, State, mean_reward, reference_lr
 from fx_influence.lab.plan import WHOLE, EntropyInfluencePlan
-from fx_influence.lab.rounding import clearing_etas, rounding_floor
+from fx_influence.lab.rounding import LARGEST_MULTIPLE, clearing_etas, rounding_floor
 from fx_influence.lab.step import Step, whole_directions
 from fx_influence.lab.sweep import Arrays, Steps, sweep
 from fx_influence.types import Batch
@@ -53,7 +53,7 @@ def evaluate(
     arrays |= {f"{d}_{order}": first[f"{d}_{order}"] for d in WHOLE for order in ("first", "second")}
     if plan.auto_scale is not None and "grad" in plan.directions:
         own = clearing_etas(torch.from_numpy(first["per_sequence"]), floor, plan.auto_scale, lr)
-        arrays["auto_eta"], steps = own.numpy(), steps._replace(own=own)
+        steps = steps._replace(own=own)
     arrays |= sweep(plan, state, step, e.batch, steps, kept, progress)
     if "full" in plan.directions:
         arrays["ess"] = arrays["full_ess"]
@@ -68,12 +68,9 @@ def evaluate(
         "rounding_floor": floor,
         **finite_figures(arrays, len(plan.eta_multiples), floor),
     }
+    if "auto_scale" in summary:
+        summary["auto_scale"]["capped"] = int((arrays["auto_eta"] >= LARGEST_MULTIPLE * lr).sum())
     return Evaluation(first["matrix"], arrays, summary)
-
-
-def reference_lr(state: State) -> float:
-    """The learning rate that etas are multiples of; 1e-6 where a saved schedule stands at 0."""
-    return state.opt_state.lr or 1e-6
 
 
 def first_order(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> Arrays:
@@ -124,6 +121,8 @@ def _derived(state: State, first: Arrays) -> dict[str, Any]:
         "total_by_jvp": float(first["full_first"]),
         "second_order": float(first["full_second"]),
         "eta_trust": float(eta_trust(first["full_first"], first["full_second"])),
-        "rollouts_beyond_two_stderr": int((np.abs(per_sequence) > 2 * first["stderr"]).sum()),
+        "rollouts_beyond_two_stderr": None
+        if np.isnan(first["stderr"]).all()
+        else int((np.abs(per_sequence) > 2 * first["stderr"]).sum()),
         "per_parameter": dict(zip(state.params, first["per_parameter"].tolist(), strict=True)),
     }

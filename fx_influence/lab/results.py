@@ -59,7 +59,6 @@ class EntropyInfluenceResults:
         """v_baseline by parameter name, read when asked for: it is as large as the model."""
         directory = RunDirectory(self.path)
         with readable(self.path):
-            directory.check_sha256(BASELINE, self.summary)
             return directory.read_tensors(BASELINE)
 
     def table(self) -> Any:
@@ -86,24 +85,19 @@ class EntropyInfluenceResults:
 
 def load_run(path: str | Path) -> EntropyInfluenceResults:
     """The finished run in a directory. Raises ``RunDirectoryError`` naming the file that is missing or damaged."""
-    directory = RunDirectory.finished(path, (SEQUENCES,), "run")
+    directory = RunDirectory.finished(path, SEQUENCES)
     with readable(directory.path):
         plan = EntropyInfluencePlan.from_dict(directory.read_yaml(PLAN))
-        summary = directory.read_json(SUMMARY)
+        sequences = directory.read_jsonl(SEQUENCES)
         return EntropyInfluenceResults(
             path=directory.path,
             plan=plan,
             environment=directory.read_json(ENVIRONMENT),
-            summary=summary,
-            sequences=directory.read_jsonl(SEQUENCES),
+            summary=directory.read_json(SUMMARY),
+            sequences=sequences,
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
-            evaluations=tuple(_evaluation(directory, i, summary) for i in range(len(plan.evaluations))),
+            evaluations=tuple(_evaluation(directory, i, len(sequences)) for i in range(len(plan.evaluations))),
         )
-
-
-def bare_numbers(evaluations: int) -> list[str]:
-    """Files in which damage shows in no other way; ``summary.json`` holds their SHA-256."""
-    return [BASELINE, *(eval_name(i, "_delta_matrix.npy") for i in range(evaluations))]
 
 
 def _pandas() -> Any:
@@ -112,12 +106,13 @@ def _pandas() -> Any:
     return importlib.import_module("pandas")
 
 
-def _evaluation(directory: RunDirectory, index: int, summary: dict[str, Any]) -> EvaluationResults:
-    matrix = eval_name(index, "_delta_matrix.npy")
-    directory.check_sha256(matrix, summary)
+def _evaluation(directory: RunDirectory, index: int, n_u: int) -> EvaluationResults:
+    arrays = directory.read_arrays(eval_name(index, ".npz"))
+    if len(arrays["per_sequence"]) != n_u:
+        raise ValueError(f"{SEQUENCES} has {n_u} records for {len(arrays['per_sequence'])} rollouts of U")
     return EvaluationResults(
-        arrays=directory.read_arrays(eval_name(index, ".npz")),
-        matrix=directory.read_array(matrix),
+        arrays=arrays,
+        matrix=directory.read_array(eval_name(index, "_delta_matrix.npy")),
         summary=directory.read_json(eval_name(index, ".json")),
         rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
     )

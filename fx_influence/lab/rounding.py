@@ -26,13 +26,13 @@ def rounding_floor(plan: EntropyInfluencePlan, state: State, batch_e: Batch) -> 
     params = {name: p.to(promote(p.dtype)) for name, p in state.params.items()}
 
     def draw(p: Tensor) -> Tensor:
-        u = torch.rand((DRAWS, *p.shape), generator=generator).to(p.device)
+        u = torch.rand(p.shape, generator=generator).to(p.device)
         unit = torch.nextafter(p.abs(), torch.full_like(p, torch.inf)) - p.abs()
         return ((u < 1 / 24).to(p.dtype) - (u > 23 / 24).to(p.dtype)) * unit
 
-    block = {name: draw(p) for name, p in params.items()}
     measure = snis_sweep(params, batch_e, apply=state.apply, **plan.estimation())
-    return measure(block, [1.0]).delta_h.square().mean().sqrt().item()
+    moved = [measure({name: draw(p)[None] for name, p in params.items()}, [1.0]).delta_h for _ in range(DRAWS)]
+    return torch.cat(moved).square().mean().sqrt().item()
 
 
 def clearing_etas(per_sequence: Tensor, floor: float, factor: float, lr: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from fx_influence.lab.environment import timed
 from fx_influence.lab.experiment import Experiment, carry_out
 from fx_influence.lab.measure import evaluate, first_order
 from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.lab.results import EntropyInfluenceResults, bare_numbers, load_run
+from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.step import Step, measure_step
 from fx_influence.lab.store import BASELINE, SEQUENCES, Pieces, RunDirectory, eval_name, readable
 from fx_influence.lab.sweep import Arrays
 
 
 def run(
-    plan: EntropyInfluencePlan, path: Path, progress: Progress = lambda phase, done, total: None
+    plan: EntropyInfluencePlan, path: str | Path, progress: Progress = lambda phase, done, total: None
 ) -> EntropyInfluenceResults:
     """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
 
@@ -29,7 +28,7 @@ def run(
     ``RunDirectoryError`` where ``path`` holds something else. With one seed a run repeats bit for bit on one machine,
     figures of time and memory apart.
     """
-    carry_out(plan, path, partial(_measure, plan), bare_numbers(len(plan.evaluations)), progress)
+    carry_out(plan, path, _measure, progress)
     return load_run(path)
 
 
@@ -44,10 +43,14 @@ def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
         for pieces in _pieces(directory, i):
             pieces.clear()
     with readable(directory.path):
-        sequences = _sequences(now.state, now.u, step, directory.read_arrays(eval_name(0, ".npz")))
+        arrays = [directory.read_arrays(eval_name(i, ".npz")) for i in range(len(plan.evaluations))]
+        sequences = _sequences(now.state, now.u, step, arrays[0])
         evaluations = [directory.read_json(eval_name(i, ".json")) for i in range(len(plan.evaluations))]
     directory.write_jsonl(SEQUENCES, sequences)
-    allocations = allocation_correlations(sequences, evaluations[0]["baseline"])
+    allocations = [
+        allocation_correlations(sequences, found["per_sequence"], evaluation["baseline"])
+        for found, evaluation in zip(arrays, evaluations, strict=True)
+    ]
     return {**evaluations[0], "evaluations": evaluations, "allocations": allocations}
 
 

@@ -16,7 +16,7 @@ from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks, row
 from fx_influence.tree import promote
 from fx_influence.types import Batch, Gain, Gradients, Params
 
-STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient.json"
+STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient_norms.npy"
 """Kept while a run lasts."""
 
 
@@ -39,16 +39,10 @@ def measure_step(
         directory.write_tensors(GRADIENT, {name: x for name, x in g.items() if x is not None})
     progress("step", 1, 2)
     if not directory.has(NORMS):
-        figures = {
-            "norms": _gradient_norms(plan, state, batch).tolist(),
-            "sha256": {GRADIENT: directory.sha256(GRADIENT)},
-        }
-        directory.write_json(NORMS, figures)
+        directory.write_array(NORMS, _gradient_norms(plan, state, batch).cpu().numpy())
     progress("step", 2, 2)
     with readable(directory.path):
-        figures = directory.read_json(NORMS)
-        directory.check_sha256(GRADIENT, figures)
-        stored, norms = directory.read_tensors(GRADIENT), torch.tensor(figures["norms"])
+        stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
     gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
     parts = adamw_decompose(gradient, state.opt_state, state.params, gain, plan.max_grad_norm)
     return Step(batch, gradient, parts, norms)
@@ -67,13 +61,19 @@ def whole_directions(plan: StepPlan, state: State, step: Step) -> dict[str, Para
     }
 
 
-def rollouts_per_block(plan: StepPlan, params: Params) -> int:
-    """How many rollouts' gradients and finite steps fit the plan's budget, ``sequences_per_block`` at most.
+def directions_per_block(plan: StepPlan, params: Params) -> int:
+    """How many directions fit the plan's memory budget, each three times: alone, with others, and added to the weights.
 
-    A block holds two directions of each rollout three times: alone, with the others', and added to the weights.
+    Where they are also taken in float64, which is twice as wide, that is two more of twice the size.
     """
-    held = 6 * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
-    return max(1, min(plan.sequences_per_block, plan.memory_budget // held))
+    size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
+    times = 7 if getattr(plan, "compare_float64", False) else 3
+    return max(1, plan.memory_budget // (times * size))
+
+
+def rollouts_per_block(plan: StepPlan, params: Params) -> int:
+    """How many rollouts' gradients and finite steps, two directions each, are made together."""
+    return max(1, min(plan.sequences_per_block, directions_per_block(plan, params) // 2))
 
 
 def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:

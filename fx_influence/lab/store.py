@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fx_influence.interop.rollouts import Rollout, read_rollouts, write_rollouts
+from fx_influence.interop.rollouts import Rollout, read_rollouts, rollout_lines
+from fx_influence.lab.environment import environment
 from fx_influence.lab.plan import StepPlan, plan_text
 from fx_influence.types import Params
 
 PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
 SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
 UPDATE_ROLLOUTS = "update_rollouts.jsonl"
+SUMS = "SHA256SUMS"
+UNREADABLE = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
+ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
+"""Endings of the reports that people read and may add to once a run is finished: they need only fit the arrays."""
 
 Piece = TypeVar("Piece")
 
@@ -40,57 +45,71 @@ def eval_name(index: int, what: str) -> str:
 
 
 class RunDirectory:
-    """The files of one run, see the README for their contents."""
+    """The files of one run, see the README for their contents.
+
+    A file counts once its SHA-256 stands in ``SHA256SUMS``, which is written after it: what a killed process left
+    half done is as if it were not there, and what was damaged since is found when it is read. Reports that people may
+    annotate are not held to it (``ANNOTATED``).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
-    def start(cls, path: Path, plan: StepPlan) -> RunDirectory:
-        """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan."""
+    def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str]) -> RunDirectory:
+        """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan.
+
+        ``inputs``: SHA-256 by name of what the plan reads. A run that began with other files is not continued.
+        """
         directory = cls(path)
         if directory.has(PLAN):
-            if directory.read_yaml(PLAN) != plan.to_dict():
+            with readable(path):
+                stored = directory.read_yaml(PLAN)
+            if stored != plan.to_dict():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
-            for leftover in path.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            if not directory.has(SUMMARY):
+                directory._check_inputs(inputs)
+                for leftover in path.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
             return directory
-        if path.exists() and (not path.is_dir() or any(file.suffix != ".tmp" for file in path.iterdir())):
+        if path.exists() and not (path.is_dir() and _only_begun({file.name for file in path.iterdir()})):
             raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
+        directory.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": dict(inputs)})
         directory.write_text(PLAN, plan_text(plan))
         return directory
 
+    def _check_inputs(self, inputs: Mapping[str, str]) -> None:
+        with readable(self.path):
+            before = self.read_json(ENVIRONMENT)["inputs_sha256"]
+        for name in sorted({*before, *inputs}):
+            if before.get(name) != inputs.get(name):
+                raise RunDirectoryError(
+                    f"{name} is no longer the file that the run in {str(self.path)!r} began with; put it back, or "
+                    "choose another --out"
+                )
+
     @classmethod
-    def finished(cls, path: str | Path, names: Sequence[str], command: str) -> RunDirectory:
+    def finished(cls, path: str | Path, *names: str) -> RunDirectory:
         """The directory of a run that is whole. Raises ``RunDirectoryError`` where one of ``names`` is missing."""
         directory = cls(Path(path))
         for name in (PLAN, ENVIRONMENT, SUMMARY, UPDATE_ROLLOUTS, *names):
             if not directory.has(name):
                 raise RunDirectoryError(
-                    f"{str(path)!r} has no {name}, so it is no finished run; finish it with fx-influence {command} "
-                    "--out, or check the path"
+                    f"{str(path)!r} has no {name}, so it is no finished run of that kind; finish it with the command "
+                    "that began it, or check the path"
                 )
         return directory
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return (self.path / name).is_file() and (name == SUMMARY or name in self._sums())
 
     def remove(self, *names: str) -> None:
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-
-    def sha256(self, name: str) -> str:
-        digest = hashlib.sha256()
-        with open(self.path / name, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-        return digest.hexdigest()
-
-    def check_sha256(self, name: str, figures: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless ``figures["sha256"]`` holds the sum of the file: bare numbers show no damage."""
-        if self.sha256(name) != figures["sha256"][name]:
-            raise ValueError(f"{name} is not the file that the run stored")
+        present = [name for name in names if (self.path / name).exists()]
+        for name in present:
+            (self.path / name).unlink()
+        if present:
+            self._write_sums({name: value for name, value in self._sums().items() if name not in present})
 
     def write_text(self, name: str, text: str) -> None:
         self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
@@ -120,33 +139,55 @@ class RunDirectory:
         self._whole(name, lambda file: save_file(contiguous, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
-        self._whole(name, lambda file: write_rollouts(file, rollouts))
+        self.write_text(name, rollout_lines(rollouts))
 
     def read_yaml(self, name: str) -> Any:
-        return yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
+        return yaml.safe_load(self._read(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        value = json.loads(self._read(name))
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} holds {type(value).__name__}, not an object")
         return value
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        lines = (self.path / name).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+        return [json.loads(line) for line in self._read(name).decode("utf-8").split("\n") if line]
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
-        # Opened here because np.load leaves the file open where it is damaged.
-        with open(self.path / name, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
             return dict(arrays)
 
     def read_array(self, name: str) -> np.ndarray:
-        array: np.ndarray = np.load(self.path / name, allow_pickle=False)
+        array: np.ndarray = np.load(io.BytesIO(self._read(name)), allow_pickle=False)
         return array
 
     def read_tensors(self, name: str) -> Params:
+        self._check(name, sha256(self.path / name))
         return load_file(self.path / name)
 
     def read_rollouts(self, name: str) -> list[Rollout]:
+        self._read(name)
         return read_rollouts(self.path / name)
+
+    def _read(self, name: str) -> bytes:
+        data = (self.path / name).read_bytes()
+        self._check(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _check(self, name: str, found: str) -> None:
+        if not name.endswith(ANNOTATED) and self._sums().get(name) != found:
+            raise ValueError(f"{name} is not the file that the run stored")
+
+    def _sums(self) -> dict[str, str]:
+        if not (self.path / SUMS).is_file():
+            return {}
+        lines = (self.path / SUMS).read_text(encoding="utf-8").splitlines()
+        return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+    def _write_sums(self, sums: Mapping[str, str]) -> None:
+        # The order of names, so that an interrupted run ends with the same bytes as any other.
+        text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+        self._replace(SUMS, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
     def array_pieces(self, prefix: str) -> Pieces[dict[str, np.ndarray]]:
         return Pieces(self, prefix, ".npz", self.read_arrays, self.write_arrays)
@@ -155,6 +196,12 @@ class RunDirectory:
         return Pieces(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
 
     def _whole(self, name: str, write: Callable[[str], object]) -> None:
+        self._replace(name, write)
+        # The summary tells of time, so that its sum would make equal runs differ.
+        if name != SUMMARY:
+            self._write_sums({**self._sums(), name: sha256(self.path / name)})
+
+    def _replace(self, name: str, write: Callable[[str], object]) -> None:
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
         try:
             write(str(temporary))
@@ -168,6 +215,21 @@ class RunDirectory:
             temporary.unlink(missing_ok=True)
 
 
+def _only_begun(names: set[str]) -> bool:
+    """Empty, or what a process leaves that was killed while it made the directory; a lone plan is somebody's own."""
+    rest = {name for name in names if not name.endswith(".tmp")}
+    return rest <= {ENVIRONMENT, SUMS, PLAN} and (ENVIRONMENT in rest or not rest)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """What is read of a directory inside, or ``RunDirectoryError`` where it is damaged."""
@@ -175,7 +237,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except RunDirectoryError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, LookupError, TypeError, *UNREADABLE) as error:
         raise RunDirectoryError(f"{str(path)!r} is damaged: {error}; run its plan.yaml into another --out") from error
 
 

@@ -14,7 +14,7 @@ from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.importance import SnisDelta
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import PER_SEQUENCE, WHOLE, EntropyInfluencePlan
-from fx_influence.lab.step import Step, moving_rows, rollouts_per_block, whole_directions
+from fx_influence.lab.step import Step, directions_per_block, moving_rows, rollouts_per_block, whole_directions
 from fx_influence.logprobs import row_chunks
 from fx_influence.types import Batch, Params
 
@@ -46,8 +46,8 @@ def sweep(
     For a direction ``d`` of the whole step: ``d`` (n_eta,), ``d_contributions`` and ``d_log_weights`` (n_eta, n_e),
     ``d_ess``, ``d_clip_fraction``, ``d_stderr`` and ``d_float64`` (n_eta,). For a direction of every rollout the same
     with an axis n_u behind n_eta, but of the log-weights only ``d_log_weight_mean`` and ``d_log_weight_max`` (of
-    |log w|), and ``d_second`` (n_u,), d2H/deta2 at 0. At ``steps.own``: ``auto_grad`` (n_u,) and its statistics. What
-    the plan does not ask for is absent.
+    |log w|), and ``d_second`` (n_u,), d2H/deta2 at 0. At ``steps.own``: ``auto_eta``, ``auto_grad`` (n_u,) and its
+    statistics. What the plan does not ask for is absent.
 
     ``kept`` holds the blocks that are done, by number, and is given each further one as soon as it is measured: with a
     mapping onto files an interrupted sweep goes on at the block where it stopped.
@@ -90,6 +90,7 @@ def _measure(
 ) -> Callable[[Directions, Tensor | None], Arrays]:
     options = plan.estimation()
     finite = snis_sweep(state.params, batch_e, apply=state.apply, **options)
+    at_once = directions_per_block(plan, state.params)
     exact = None
     if plan.compare_float64:
         wide = {name: p.double() for name, p in state.params.items()}
@@ -99,8 +100,10 @@ def _measure(
         if not directions:
             return {}
         block = {key: torch.cat([v[key] for v in directions.values()]) for key in state.params}
-        delta = finite(block, etas)
-        in_float64 = None if exact is None else exact({key: v.double() for key, v in block.items()}, etas).delta_h
+        delta = _in_parts(finite, block, etas, at_once)
+        in_float64 = None
+        if exact is not None:
+            in_float64 = _in_parts(exact, block, etas, at_once, torch.float64).delta_h
         arrays: dict[str, Tensor] = {}
         end = 0
         for name, direction in directions.items():
@@ -114,11 +117,27 @@ def _measure(
                 arrays[f"{name}_second"] = torch.stack([slope.second for slope in slopes])
         if own is not None and "grad" in directions:
             scaled = {key: v * own.to(v).reshape(-1, *[1] * (v.dim() - 1)) for key, v in directions["grad"].items()}
-            at_own = finite(scaled, [1.0])
+            at_own = _in_parts(finite, scaled, [1.0], at_once)
             arrays |= {f"auto_{name}": value[0] for name, value in _statistics("grad", at_own).items()}
+            arrays["auto_eta"] = own
         return {name: value.cpu().numpy() for name, value in arrays.items()}
 
     return measure
+
+
+def _in_parts(
+    measure: Callable[[Params, list[float]], SnisDelta],
+    block: Params,
+    etas: list[float],
+    at_once: int,
+    dtype: torch.dtype | None = None,
+) -> SnisDelta:
+    count = len(next(iter(block.values())))
+    parts = [
+        measure({name: v[k : k + at_once].to(dtype) for name, v in block.items()}, etas)
+        for k in range(0, count, at_once)
+    ]
+    return SnisDelta(*(torch.cat(field, dim=1) for field in zip(*parts, strict=True)))
 
 
 def _statistics(name: str, delta: SnisDelta) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def _checks(s: dict[str, Any]) -> Table:
     table.add_row(
         "sampled against scored log-probs, largest gap", f"{max(s['off_policy'], s['update_off_policy']):.1e}"
     )
-    table.add_row("|Delta H| that float32 rounding of the weights makes", f"{s['rounding_floor']:.1e}")
+    table.add_row("|Delta H| that rounding of the weights makes", f"{s['rounding_floor']:.1e}")
     if "auto_scale" in s and s["auto_scale"]["eta_median"] is not None:
         auto = s["auto_scale"]
         table.add_row("auto-scaled steps of the rollouts, median eta", f"{auto['eta_median']:.2e}")

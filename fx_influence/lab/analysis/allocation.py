@@ -34,23 +34,22 @@ def allocate(influence: np.ndarray, baseline: float, gradient_norms: np.ndarray,
 
 
 def allocation_correlations(
-    sequences: Sequence[Mapping[str, Any]], baseline: float
+    sequences: Sequence[Mapping[str, Any]], influence: np.ndarray, baseline: float
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Pearson and Spearman correlation of the allocated influence with each covariate, under every allocation.
 
-    ``sequences``: a run's records of U. Returns ``{covariate: {allocation: {"pearson", "spearman"}}}`` for those of
-    ``COVARIATES`` that every record has; None where one of the two is constant. Under ``uniform`` nothing can change,
-    whatever the baseline: a check of the others.
+    ``sequences``: a run's records of U. ``influence``: (n_u,). Returns
+    ``{covariate: {allocation: {"pearson", "spearman"}}}`` for those of ``COVARIATES`` that every record has; None where
+    one of the two is constant. Under ``uniform`` nothing can change, whatever the baseline: a check of the others.
 
     Example:
-        >>> lengths, norms, delta = (2, 9, 3), (1.0, 9.0, 1.0), (1.0, -3.0, 0.5)
-        >>> keys = ("completion_length", "gradient_norm", "influence")
-        >>> records = [dict(zip(keys, values)) for values in zip(lengths, norms, delta)]
-        >>> found = allocation_correlations(records, 8.0)["completion_length"]
+        >>> lengths, norms, delta = (2, 9, 3), (1.0, 9.0, 1.0), np.array([1.0, -3.0, 0.5])
+        >>> records = [dict(zip(("completion_length", "gradient_norm"), values)) for values in zip(lengths, norms)]
+        >>> found = allocation_correlations(records, delta, 8.0)["completion_length"]
         >>> {name: round(value["spearman"], 3) for name, value in found.items()}
         {'none': -1.0, 'uniform': -1.0, 'grad_norm': 0.5, 'abs_influence': -0.5}
     """
-    influence, norms = (np.array([r[name] for r in sequences]) for name in ("influence", "gradient_norm"))
+    norms = np.array([r["gradient_norm"] for r in sequences])
     allocated = {name: allocate(influence, baseline, norms, name) for name in ALLOCATIONS}
     known = [name for name in COVARIATES if all(r.get(name) is not None for r in sequences)]
     covariates = {name: np.array([float(r[name]) for r in sequences]) for name in known}

@@ -41,7 +41,8 @@ def rollout_parts(arrays: Arrays, suffix: str = "") -> dict[str, np.ndarray]:
 def rollout_fits(arrays: Arrays, fitted: int) -> dict[str, np.ndarray]:
     """Lines through each rollout's part at the first ``fitted`` etas, see ``fit_lines``; (n_u,) by ``grad_slope``, ...
 
-    ``grad_eta_trust`` is by the second derivative where the sweep has ``grad_second``, else by the fitted parabola.
+    ``grad_eta_trust`` is by the second derivative where the sweep has ``grad_second``, else by the fitted parabola,
+    which is ``grad_eta_trust_by_fit``; ``grad_eta_trust_measured``: see ``measured_trust``.
     """
     found: dict[str, np.ndarray] = {}
     for name, part in rollout_parts(arrays).items():
@@ -52,6 +53,8 @@ def rollout_fits(arrays: Arrays, fitted: int) -> dict[str, np.ndarray]:
         if f"{name}_second" in arrays:
             offset = arrays["baseline_second"] if name == "baseline_plus_grad" else 0.0
             found[f"{name}_eta_trust"] = eta_trust(arrays["per_sequence"], arrays[f"{name}_second"] - offset)
+        found[f"{name}_eta_trust_by_fit"] = fit.eta_trust
+        found[f"{name}_eta_trust_measured"] = measured_trust(arrays["eta"], part, arrays["per_sequence"])
     return found
 
 
@@ -126,8 +129,7 @@ def _whole_line(arrays: Arrays, name: str, fitted: int) -> dict[str, Any]:
 
 def _median_line(arrays: Arrays, name: str, fitted: int) -> dict[str, Any]:
     """Medians over the rollouts that move anything."""
-    eta = arrays["eta"]
-    trust = measured_trust(eta, rollout_parts(arrays)[name], arrays["per_sequence"])
+    eta, trust = arrays["eta"], arrays[f"{name}_eta_trust_measured"]
     line = {
         "median_r2": _median(arrays[f"{name}_r2"]),
         "median_eta_trust": _median(arrays[f"{name}_eta_trust"]),
@@ -149,6 +151,7 @@ def _auto(arrays: Arrays, floor: float) -> dict[str, Any]:
         "eta_median": _median(eta[moving]),
         "eta_largest": float(eta[moving].max()) if moving.any() else None,
         "median_clearance": _median(np.abs(delta[moving]) / floor) if floor else None,
+        "smallest_clearance": float((np.abs(delta[moving]) / floor).min()) if floor and moving.any() else None,
         "median_relative_error": _median(off),
         "largest_relative_error": float(off.max()) if moving.any() else None,
     }

@@ -31,7 +31,7 @@ def signal_to_noise(
         record: dict[str, float | None] = {
             "eta": float(eta[k]),
             "sampling_median": _median(size, error),
-            "sampling_above_2": float((size > 2 * error).mean()) if len(size) else None,
+            "sampling_above_2": float((size > 2 * error).mean()) if len(size) and not np.isnan(error).any() else None,
             "rounding_median": _median(size, np.full_like(size, floor)),
             "float64_median": None,
             "float64_wrong_sign": None,
