@@ -59,3 +59,13 @@ def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: 
     page = capsys.readouterr().out
     assert "R² of the whole step's ΔH against η" in page
     assert "one direction at a time" in page
+
+
+def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
+    stored = Path(bench_linearity.RESULTS).with_name("run_entropy_influence_large.json")
+    report = json.loads(stored.read_text(encoding="utf-8"))
+    entropy, fisher = (report["runs"][name] for name in ("entropy_influence", "fisher_kernel"))
+    memory = {name: f"{run['peak_memory_bytes'] / 2**20:.0f} MiB" for name, run in report["runs"].items()}
+    text = " ".join(README.split())
+    assert f"{report['pairs']:,} pairs, took {entropy['seconds']:.0f} s and {memory['entropy_influence']}" in text
+    assert f"the Fisher run {fisher['seconds']:.0f} s and {memory['fisher_kernel']}" in text
