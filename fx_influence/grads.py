@@ -1,19 +1,14 @@
-"""Per-sample gradients in one batched pass, and the inner products of two batches' gradients under a memory budget."""
+"""Per-sample gradients of any loss in one batched pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fx_influence.logprobs import TOKENS_PER_CHUNK, row_chunks, surrogate, token_values
-from fx_influence.tree import promote
+from fx_influence.logprobs import surrogate, token_values
 from fx_influence.types import Apply, Batch, Params
-
-MEMORY_BUDGET = 2**30
-"""Bytes of per-sequence gradients that ``gradient_kernel`` holds at once where the caller names none."""
 
 
 def per_sample_grads(
@@ -29,6 +24,7 @@ def per_sample_grads(
     would not add up to the batch's. Source: https://pytorch.org/functorch/stable/notebooks/per_sample_grads.html
 
     Example:
+        >>> import torch
         >>> ids = torch.tensor([[1, 2], [2, 3]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True], [False, True]]))
         >>> loss = lambda params, row: params["w"] * row.input_ids.sum()
@@ -53,6 +49,7 @@ def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Ba
     The batch's loss is their sum, so the per-sample gradients add up to its gradient.
 
     Example:
+        >>> import torch
         >>> ids = torch.tensor([[1, 2]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True]]), coefficients=torch.tensor([[0.0, 1.0]]))
         >>> apply = lambda params, ids, mask: params["b"].expand(*ids.shape, 4)
@@ -65,47 +62,3 @@ def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Ba
         return surrogate(token_values(params, one, apply, temperature), one)
 
     return loss
-
-
-def gradient_kernel(
-    params: Params,
-    batch_a: Batch,
-    batch_b: Batch,
-    diagonal: Params,
-    apply: Apply,
-    temperature: float = 1.0,
-    memory_budget: int = MEMORY_BUDGET,
-    chunk_size: int | None = None,
-) -> Tensor:
-    """K_ai = <g_a, D g_i> for the rollout losses of two batches, D diagonal; (n_a, n_b), at least float32.
-
-    Per-sequence gradients are made in blocks: those of ``batch_b`` take up to half of ``memory_budget`` bytes at a
-    time and those of ``batch_a`` pass by them in blocks of the other half. Sums over parameters are in float64.
-    """
-    loss = rollout_loss(apply, temperature)
-    names = [name for name in params if name in diagonal]
-    first = next(iter(params.values()))
-    if not names:
-        return first.new_zeros(len(batch_a.input_ids), len(batch_b.input_ids), dtype=promote(first.dtype))
-    per_row = sum(params[name].numel() * promote(params[name].dtype).itemsize for name in params)
-    block = max(1, memory_budget // 2 // max(per_row, 1))
-    vmapped = chunk_size or max(1, TOKENS_PER_CHUNK // batch_a.input_ids.shape[1])
-    columns = []
-    for part_b in row_chunks(batch_b, block):
-        right = per_sample_grads(loss, params, part_b, vmapped)
-        weighted = {name: diagonal[name] * right.pop(name) for name in names}
-        column = []
-        for part_a in row_chunks(batch_a, block):
-            left = per_sample_grads(loss, params, part_a, vmapped)
-            column.append(_inner(left, weighted, names))
-        columns.append(torch.cat(column))
-    return torch.cat(columns, dim=1).to(promote(first.dtype))
-
-
-def _inner(left: Params, right: Params, names: list[str]) -> Tensor:
-    total = None
-    for name in names:
-        part = (left[name].to(right[name].dtype).flatten(1) @ right[name].flatten(1).T).double()
-        total = part if total is None else total + part
-    assert total is not None
-    return total

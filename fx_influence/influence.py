@@ -11,7 +11,7 @@ from fx_influence.adamw import adamw_decompose, check_adamw_inputs
 from fx_influence.checks import check_batch, check_options
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
-from fx_influence.grads import MEMORY_BUDGET, gradient_kernel
+from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
 from fx_influence.logprobs import all_token_values, batch_gradient, rows, token_jvp
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.tree import detached, dot, multiply

@@ -13,7 +13,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence import reference
 from fx_influence.entropy import completions
-from fx_influence.grads import gradient_kernel
+from fx_influence.kernel import gradient_kernel
 from fx_influence.logprobs import all_token_values, batch_gradient, token_jvp
 from fx_influence.types import Apply, Batch, Params
 

@@ -21,6 +21,7 @@ from transformers import (
 
 import fx_influence as fx
 from fx_influence import reference
+from fx_influence.factors import factored_names, row_factors, row_gradients
 from fx_influence.logprobs import batch_gradient, rows
 from fx_influence.types import AdamWState, Batch, Params
 
@@ -189,6 +190,26 @@ def test_a_finite_step_in_float64_is_not_rounded_to_float32_inside_the_model(fam
     first = fx.jvp_delta(state.params, v, state.batch_e, apply=apply).first
     there, back = (fx.snis_delta(state.params, v, eta, state.batch_e, apply=apply).delta_h for eta in (1e-7, -1e-7))
     assert ((there - back) / 2e-7).item() == pytest.approx(first.item(), rel=1e-6)
+
+
+@families
+@adapters
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
+    family: str, lora: bool, tied: bool
+) -> None:
+    apply, state = setup(make_model(family, lora=lora, tied=tied).double())
+    batch = left_padded(state.batch_u)
+    names = factored_names(state.params, batch, apply)
+    assert names == state.params.keys()
+    factors = row_factors(state.params, batch, apply, names, 0.7)
+    slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
+    for name, p in state.params.items():
+        found = row_gradients(factors, name, p, slice(0, len(p)), len(batch.input_ids))
+        assert max_error(found, slow[name]) <= 1e-9, name
+        half = slice(0, 1 + len(p) // 2)
+        part = row_gradients(factors, name, p, half, len(batch.input_ids))
+        assert max_error(part, slow[name][:, half]) <= 1e-9, name
 
 
 @families

@@ -10,8 +10,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fx_influence.fisher import adam_diagonal, fisher_kernel
-from fx_influence.grads import gradient_kernel, per_sample_grads, rollout_loss
 from fx_influence.influence import check_identity, identity_tolerance
+from fx_influence.kernel import gradient_kernel, rollout_gradients
 from fx_influence.lab.batches import Sampled, State, mean_reward
 from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.lab.step import Step, moving_rows, rollouts_per_block
@@ -43,10 +43,10 @@ def _scored(batch: Batch) -> Batch:
 
 def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Params) -> np.ndarray:
     """K_aa = <grad S_a, P grad S_a>, (n,); a block of gradients at a time."""
-    loss, (once, index) = rollout_loss(state.apply, plan.temperature), distinct_rows(_scored(batch))
+    once, index = distinct_rows(_scored(batch))
     own = []
     for part in row_chunks(once, rollouts_per_block(plan, state.params)):
-        gradients = per_sample_grads(loss, state.params, part, plan.chunk_size)
+        gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
         # Parameters that the optimizer does not hold are no part of the kernel.
         squares = [(diagonal[name] * g * g).flatten(1) for name, g in gradients.items() if name in diagonal]
         own.append(torch.stack([square.sum(1, dtype=torch.float64) for square in squares]).sum(0))

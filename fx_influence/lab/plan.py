@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fx_influence.grads import MEMORY_BUDGET
+from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.lab.requests import REQUEST_KINDS, BatchRequest, PlanError, SampledBatch, check_request, with_paths
 from fx_influence.types import Estimator, Gain, LossType, Normalize
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
-from fx_influence.grads import per_sample_grads, rollout_loss
+from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import StepPlan
 from fx_influence.lab.store import RunDirectory, readable
@@ -89,9 +89,9 @@ def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def _gradient_norms(plan: StepPlan, state: State, batch: Batch) -> Tensor:
-    loss, (once, index) = rollout_loss(state.apply, plan.temperature), moving_rows(batch)
-    norms = [
-        torch.stack([g.flatten(1).norm(dim=1) for g in per_sample_grads(loss, state.params, part).values()]).norm(dim=0)
-        for part in row_chunks(once, rollouts_per_block(plan, state.params))
-    ]
+    once, index = moving_rows(batch)
+    norms = []
+    for part in row_chunks(once, rollouts_per_block(plan, state.params)):
+        gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
+        norms.append(torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0))
     return torch.cat(norms)[index]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fx_influence.delta import jvp_delta, snis_sweep
-from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.importance import SnisDelta
+from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import PER_SEQUENCE, WHOLE, EntropyInfluencePlan
 from fx_influence.lab.step import Step, directions_per_block, moving_rows, rollouts_per_block, whole_directions
@@ -161,7 +161,7 @@ def _of_the_step(plan: EntropyInfluencePlan, state: State, step: Step) -> Direct
 
 
 def _of_rollouts(plan: EntropyInfluencePlan, state: State, step: Step, rows: Batch) -> Directions:
-    gradients = per_sample_grads(rollout_loss(state.apply, plan.temperature), state.params, rows, plan.chunk_size)
+    gradients = rollout_gradients(state.params, rows, state.apply, plan.temperature)
     own = {name: step.parts.gain[name] * g for name, g in gradients.items()}
     directions = {"grad": own, "baseline_plus_grad": {name: step.parts.baseline[name] + v for name, v in own.items()}}
     return {d: directions[d] for d in PER_SEQUENCE if d in plan.directions}
