@@ -387,3 +387,15 @@ def test_a_truncated_or_missing_file_of_a_run_is_an_error(
     (copy / name).unlink()
     assert main(["report", str(copy)]) == 1
     assert re.search(rf"is damaged|has no {re.escape(name)}", capsys.readouterr().err)
+
+
+def test_the_environment_that_is_stored_is_the_runs_own_whatever_the_process_is_set_to(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Small models run on one thread, so that a run continued by a process with more ends with the same bytes."""
+    torch.set_num_threads(2)
+    try:
+        assert main(["run", str(finished / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
+    finally:
+        torch.set_num_threads(1)
+    assert stored_bytes(tmp_path / "out") == stored_bytes(finished)

@@ -55,8 +55,8 @@ def carry_out(
     else:
         with timed(seconds, "load"):
             state, inputs = load_state(plan), input_sums(plan)
-        directory = RunDirectory.start(path, plan, inputs)
         with threads_for(sum(p.numel() for p in state.model.parameters())):
+            directory = RunDirectory.start(path, plan, inputs)
             with timed(seconds, "sampling"):
                 u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
             figures = measure(plan, Experiment(state, directory, u, seconds, progress))
