@@ -210,7 +210,8 @@ class _Recorder(TorchFunctionMode):
         self, output: Tensor, *uses: tuple[Tensor | None, Kind, Tensor | None], padding: int | None = None
     ) -> Tensor:
         if torch.is_grad_enabled() and not output.requires_grad:
-            output = output.detach().requires_grad_()
+            # No leaf itself: hooks on modules (those of torch's flop counter are) do not bear one in autograd.grad.
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         for w, kind, inputs in uses:
             name = self._name(w)
             if name is not None:

@@ -10,6 +10,7 @@ import torch
 from cases import max_error, random_batch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -210,6 +211,14 @@ def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
         half = slice(0, 1 + len(p) // 2)
         part = row_gradients(factors, name, p, half, len(batch.input_ids))
         assert max_error(part, slow[name][:, half]) <= 1e-9, name
+
+
+@adapters
+def test_flops_can_be_counted_whatever_hooks_the_counter_sets(lora: bool) -> None:
+    apply, state = setup(make_model("qwen2", lora=lora))
+    with FlopCounterMode(display=False) as counter:
+        fx.influence(*state, apply=apply, matrix=True)
+    assert counter.get_total_flops() > 0
 
 
 @families

@@ -1,0 +1,96 @@
+"""Fair comparisons: runs interleaved in one process on one thread, flops counted, peak memory in a fresh process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PAIRS = 11
+
+Work = Callable[[], object]
+
+
+def seconds(work: Work) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def flops(work: Work) -> int:
+    """Floating point operations of the matrix products of one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> dict[str, dict[str, float]]:
+    """Each work's seconds over the reference's: median and quartiles of paired runs, every round in another order."""
+    names, found = list(works), {name: [] for name in works}
+    for work in works.values():
+        work()
+    for k in range(pairs):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            gc.collect()
+            found[name].append(seconds(works[name]) / seconds(reference))
+    return {
+        name: {
+            "median": statistics.median(values),
+            "lowest": min(values),
+            "highest": max(values),
+        }
+        for name, values in found.items()
+    }
+
+
+def peak_extra_bytes(script: Path, *arguments: str) -> int:
+    """What ``script --memory arguments`` adds to its peak resident memory, in a process of its own."""
+    command = [sys.executable, str(script), "--memory", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
+
+
+def print_peak_extra(work: Work) -> None:
+    """The other side of ``peak_extra_bytes``: call ``work`` and print what it added to the peak."""
+    gc.collect()
+    before = _peak()
+    work()
+    print(json.dumps({"peak_extra_bytes": _peak() - before}))
+
+
+def with_block(readme: str, name: str, text: str) -> str:
+    """The README with what stands between the marks of the benchmark ``name`` made anew."""
+    begin, end = f"<!-- begin: benchmarks/{name} -->", f"<!-- end: benchmarks/{name} -->"
+    before, _, rest = readme.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def store(name: str, report: dict[str, Any], markdown: str) -> None:
+    """The figures in ``results/`` and their table in the README."""
+    (RESULTS / f"{name.removeprefix('bench_').removesuffix('.py')}.json").write_text(
+        json.dumps(report, indent=1) + "\n", encoding="utf-8"
+    )
+    README.write_text(with_block(README.read_text(encoding="utf-8"), name, markdown), encoding="utf-8")
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def one_thread() -> None:
+    """What every benchmark begins with: one thread can be compared, two on a shared machine cannot."""
+    torch.set_num_threads(1)
