@@ -40,7 +40,8 @@ def flops(work: Work) -> int:
 
 def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> dict[str, dict[str, float]]:
     """Each work's seconds over the reference's: median and quartiles of paired runs, every round in another order."""
-    names, found = list(works), {name: [] for name in works}
+    names = list(works)
+    found: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     for k in range(pairs):

@@ -82,25 +82,27 @@ def factored_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str]
 
 def row_gradients(factors: Factors, name: str, like: Tensor, part: slice, rows: int) -> Tensor:
     """Every row's gradient of the entries ``like[part]`` of a parameter, (rows, ...), at least float32."""
-    out = torch.zeros(rows, *like[part].shape, dtype=promote(like.dtype), device=like.device)
+    dtype = promote(like.dtype)
+    total: Tensor | None = None
     for factor in factors.get(name, []):
-        _add(out, factor, part)
-    return out
+        g = _gradient(factor, part, dtype)
+        total = g if total is None else total.add_(g)
+    return like.new_zeros(rows, *like[part].shape, dtype=dtype) if total is None else total
 
 
-def _add(out: Tensor, factor: Factor, part: slice) -> None:
+def _gradient(factor: Factor, part: slice, dtype: torch.dtype) -> Tensor:
     kind, x, g = factor
     if x is None:
-        out += g.sum(1)[:, part]
-    elif kind == "scale":
-        out += (g * x).sum(1)[:, part]
-    elif kind == "embedding":
+        return g[..., part].to(dtype).sum(1)
+    if kind == "scale":
+        return (g[..., part].to(dtype) * x[..., part]).sum(1)
+    if kind == "embedding":
         inside = ((x >= part.start) & (x < part.stop)).unsqueeze(-1)
         at = (x - part.start).clamp(0, part.stop - part.start - 1).unsqueeze(-1).expand_as(g)
-        out.scatter_add_(1, at, torch.where(inside, g, 0.0).to(out.dtype))
-    else:
-        left, right = (g[..., part], x) if kind == "linear" else (x[..., part], g)
-        out.baddbmm_(left.transpose(1, 2).to(out.dtype), right.to(out.dtype))
+        out = g.new_zeros(len(g), part.stop - part.start, g.shape[-1], dtype=dtype)
+        return out.scatter_add_(1, at, torch.where(inside, g, 0.0).to(dtype))
+    left, right = (g[..., part], x) if kind == "linear" else (x[..., part], g)
+    return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype))
 
 
 def _factor(use: _Use, g: Tensor, rows: int) -> Factor:
