@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -59,18 +59,26 @@ def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> di
 
 
 def peak_extra_bytes(script: Path, *arguments: str) -> int:
-    """What ``script --memory arguments`` adds to its peak resident memory, in a process of its own."""
+    """How far ``script --memory arguments`` rises above the memory before its work, in a process of its own."""
     command = [sys.executable, str(script), "--memory", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
 
 
 def print_peak_extra(work: Work) -> None:
-    """The other side of ``peak_extra_bytes``: call ``work`` and print what it added to the peak."""
+    """The other side of ``peak_extra_bytes``: call ``work`` and print how far above the memory before it rose."""
     gc.collect()
-    before = _peak()
+    # What was freed is given back and a new peak begun: memory used before is neither the work's nor a gift to it.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     work()
-    print(json.dumps({"peak_extra_bytes": _peak() - before}))
+    print(json.dumps({"peak_extra_bytes": _status("VmHWM") - before}))
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def with_block(readme: str, name: str, text: str) -> str:
@@ -86,10 +94,6 @@ def store(name: str, report: dict[str, Any], markdown: str) -> None:
         json.dumps(report, indent=1) + "\n", encoding="utf-8"
     )
     README.write_text(with_block(README.read_text(encoding="utf-8"), name, markdown), encoding="utf-8")
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def one_thread() -> None:
