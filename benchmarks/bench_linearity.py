@@ -1,7 +1,7 @@
 """Does the entropy move linearly in eta on the embedded checkpoint, and what does the sweep that shows it cost?
 
-    python benchmarks/bench_linearity.py            writes results/linearity.json and README.md; minutes on one core
-    python benchmarks/bench_linearity.py --quick    a smaller sweep, written nowhere: it only shows that this works
+    python -m benchmarks linearity            writes results/linearity.json and README.md; minutes on one core
+    python -m benchmarks linearity --quick    a smaller sweep, written nowhere: it only shows that this works
 
 The sweep is a run like any other and continues where it was interrupted. Its cost is set against the same work one
 direction at a time, `fx.snis_delta` for each: seconds as the median of paired runs, interleaved, one thread; the work
@@ -11,17 +11,13 @@ itself as floating point operations and as forward passes of E.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import fx_influence as fx
+from benchmarks.harness import PAIRS, ROOT, flops, one_thread, ratios, store
 from fx_influence.interop.checkpoint import load_checkpoint
 from fx_influence.interop.rollouts import collate
 from fx_influence.lab.analysis.finite_steps import finite_figures
@@ -32,24 +28,20 @@ from fx_influence.lab.results import EntropyInfluenceResults
 from fx_influence.lab.run import run
 from fx_influence.logprobs import distinct_rows
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "linearity.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- begin: benchmarks/bench_linearity.py -->", "<!-- end: benchmarks/bench_linearity.py -->"
-PAIRS, BLOCK = 11, 8
+NAME = "bench_linearity"
+BLOCK = 8
 PARTS = {"grad": "along v_i", "baseline_plus_grad": "beside the baseline"}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
-    torch.set_num_threads(1)
+    one_thread()
     results = run(_plan(arguments.quick), arguments.out, lambda phase, done, total: print(f"{phase} {done}/{total}"))
     cost = sweep_cost(results, pairs=1 if arguments.quick else PAIRS)
     report = {"environment": environment(), "plan": results.plan.to_dict(), **figures(results), "cost": cost}
     print(markdown(report))
     if not arguments.quick:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        README.write_text(with_table(README.read_text(encoding="utf-8"), report), encoding="utf-8")
+        store(NAME, report, markdown(report))
     return 0
 
 
@@ -91,16 +83,14 @@ def sweep_cost(results: EntropyInfluenceResults, pairs: int) -> dict[str, Any]:
         for k in range(2 * BLOCK):
             fx.snis_delta(params, {name: v[k] for name, v in block.items()}, eta, e, apply=apply)
 
-    seconds = [(_seconds(together), _seconds(one_at_a_time)) for _ in range(pairs)]
+    ratio = ratios({"together": together}, one_at_a_time, pairs)["together"]
     n_eta = len(results.summary["finite_steps"])
     moving = len({(r["prompt"], r["completion"], r["advantage"]) for r in results.sequences if r["advantage"]})
     scored = len(distinct_rows(e)[0].input_ids) / len(e.input_ids)
     return {
         "pairs": pairs,
-        "block_seconds_together": statistics.median(a for a, _ in seconds),
-        "block_seconds_one_at_a_time": statistics.median(b for _, b in seconds),
-        "block_seconds_ratio": statistics.median(a / b for a, b in seconds),
-        "block_flops_ratio": _flops(together) / _flops(one_at_a_time),
+        "block_seconds_ratio": ratio["median"],
+        "block_flops_ratio": flops(together) / flops(one_at_a_time),
         "forwards_of_e_sweep": 1 + (5 + 2 * (moving + 1)) * n_eta * scored,
         "forwards_of_e_one_at_a_time": 2 * (5 + 2 * len(results.sequences)) * n_eta,
     }
@@ -164,13 +154,6 @@ def _agreement(report: dict[str, Any], suffix: str, name: str) -> str:
     )
 
 
-def with_table(readme: str, report: dict[str, Any]) -> str:
-    """The README with what stands between the two marks made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}"
-
-
 def _plan(quick: bool) -> EntropyInfluencePlan:
     if not quick:
         return EntropyInfluencePlan(scaled_eta_multiples=(), compare_float64=True, second_order_per_sequence=True)
@@ -183,18 +166,6 @@ def _plan(quick: bool) -> EntropyInfluencePlan:
         second_order_per_sequence=True,
         seed=1,
     )
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _flops(work: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

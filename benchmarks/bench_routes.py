@@ -1,7 +1,7 @@
 """What each route to the influences costs beside one training step on the same rollouts.
 
-    python benchmarks/bench_routes.py            writes results/routes.json and the README's table; half an hour
-    python benchmarks/bench_routes.py --quick    a tiny model once, written nowhere: it only shows that this works
+    python -m benchmarks routes            writes results/routes.json and the README's table; half an hour
+    python -m benchmarks routes --quick    a tiny model once, written nowhere: it only shows that this works
 
 The unit is the forward and reverse pass over U plus those over E, with |U| = |E|. Peak memory is what a fresh process
 adds to its peak while it does the work.
@@ -11,24 +11,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, store
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
+from benchmarks.harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, store
 from fx_influence.kernel import gradient_kernel
 from fx_influence.lab.environment import environment
 from fx_influence.logprobs import batch_gradient
 from fx_influence.types import Batch, Params
 
-SCRIPT = Path(__file__)
+NAME = "bench_routes"
 SIZES = {"tiny": (32, 64, 2, 64), "3M": (256, 576, 4, 1024), "4M": (256, 704, 5, 1024), "9M": (320, 1024, 6, 4096)}
 """Hidden size, intermediate size, layers, vocabulary."""
-SETTINGS = (("3M", False, 16), ("3M", True, 16), ("4M", False, 32), ("9M", False, 16), ("9M", True, 16))
+SETTINGS = (("3M", False, 16), ("3M", True, 16), ("4M", False, 32), ("9M", False, 16))
 ROUTES = {
     "adjoint": "influence of every rollout and token, momentum, decay, residual: `influence(..., stderr=False)`",
     "adjoint_grad": "the same with the trainer's gradient handed in: `influence(..., grad=g, stderr=False)`",
@@ -116,7 +115,7 @@ def measure(size: str, lora: bool, rows: int, pairs: int) -> dict[str, Any]:
     names = {name: {"flops": flops(work) / unit, "seconds": found[name]} for name, work in works.items()}
     setting = [size, "lora" if lora else "full", str(rows)]
     for name in ("step", *works):
-        names.setdefault(name, {})["peak_extra_bytes"] = peak_extra_bytes(SCRIPT, *setting, name)
+        names.setdefault(name, {})["peak_extra_bytes"] = peak_extra_bytes(NAME, *setting, name)
     trained = sum(x.numel() for x in p.params.values())
     return {"model": size, "lora": lora, "rows": rows, "width": 128, "trained": trained, "routes": names}
 
@@ -153,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "pairs": PAIRS, "settings": measured}
     print(markdown(report))
     if not arguments.quick:
-        store(SCRIPT.name, report, markdown(report))
+        store(NAME, report, markdown(report))
     return 0
 
 

@@ -58,9 +58,9 @@ def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> di
     }
 
 
-def peak_extra_bytes(script: Path, *arguments: str) -> int:
-    """How far ``script --memory arguments`` rises above the memory before its work, in a process of its own."""
-    command = [sys.executable, str(script), "--memory", *arguments]
+def peak_extra_bytes(name: str, *arguments: str) -> int:
+    """How far ``python -m benchmarks.name --memory arguments`` rises above the memory before its work."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--memory", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
 
@@ -83,16 +83,19 @@ def _status(field: str) -> int:
 
 def with_block(readme: str, name: str, text: str) -> str:
     """The README with what stands between the marks of the benchmark ``name`` made anew."""
-    begin, end = f"<!-- begin: benchmarks/{name} -->", f"<!-- end: benchmarks/{name} -->"
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     before, _, rest = readme.partition(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
+def result(name: str) -> Path:
+    """Where the figures of a benchmark are stored."""
+    return RESULTS / f"{name.removeprefix('bench_')}.json"
+
+
 def store(name: str, report: dict[str, Any], markdown: str) -> None:
     """The figures in ``results/`` and their table in the README."""
-    (RESULTS / f"{name.removeprefix('bench_').removesuffix('.py')}.json").write_text(
-        json.dumps(report, indent=1) + "\n", encoding="utf-8"
-    )
+    result(name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     README.write_text(with_block(README.read_text(encoding="utf-8"), name, markdown), encoding="utf-8")
 
 

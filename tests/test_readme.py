@@ -11,6 +11,8 @@ import yaml
 
 import fx_influence as fx
 from benchmarks import bench_linearity
+from benchmarks.__main__ import main, module, names
+from benchmarks.harness import result, with_block
 from fx_influence.lab.plan import EntropyInfluencePlan
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -46,12 +48,12 @@ def test_every_function_in_the_table_exists() -> None:
     assert not {name for name in names if not hasattr(fx, name)}
 
 
-def test_a_table_in_the_readme_is_made_from_the_figures_that_are_stored() -> None:
-    report = json.loads(bench_linearity.RESULTS.read_text(encoding="utf-8"))
-    assert bench_linearity.markdown(report) in README
-    assert bench_linearity.with_table(README, report) == README
-    other = report | {"lr": report["lr"] * 2}
-    assert bench_linearity.with_table(README, other) != README
+@pytest.mark.parametrize("name", [name for name in names() if result(f"bench_{name}").exists()])
+def test_a_table_in_the_readme_is_made_from_the_figures_that_are_stored(name: str) -> None:
+    bench = module(name)
+    report = json.loads(result(bench.NAME).read_text(encoding="utf-8"))
+    assert with_block(README, bench.NAME, bench.markdown(report)) == README
+    assert bench.markdown(report) in README
 
 
 def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,10 +64,17 @@ def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: 
 
 
 def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
-    stored = Path(bench_linearity.RESULTS).with_name("run_entropy_influence_large.json")
-    report = json.loads(stored.read_text(encoding="utf-8"))
+    report = json.loads(result("run_entropy_influence_large").read_text(encoding="utf-8"))
     entropy, fisher = (report["runs"][name] for name in ("entropy_influence", "fisher_kernel"))
     memory = {name: f"{run['peak_memory_bytes'] / 2**20:.0f} MiB" for name, run in report["runs"].items()}
     text = " ".join(README.split())
     assert f"{report['pairs']:,} pairs, took {entropy['seconds']:.0f} s and {memory['entropy_influence']}" in text
     assert f"the Fisher run {fisher['seconds']:.0f} s and {memory['fisher_kernel']}" in text
+
+
+def test_the_benchmarks_are_listed_and_an_unknown_one_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert {line.split()[0] for line in listed.splitlines()} == {"linearity", "routes"}
+    assert main(["nothing"]) == 1
+    assert "no benchmark 'nothing'; there are linearity, routes" in capsys.readouterr().err
