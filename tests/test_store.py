@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.lab import run as run_module
 from fx_influence.lab.cli import main
-from fx_influence.lab.plan import DEMO_DIRECTORY, EntropyInfluencePlan
+from fx_influence.lab.plan import DEMO_DIRECTORY, EntropyInfluencePlan, read_plan
 from fx_influence.lab.requests import RolloutFile
 from fx_influence.lab.results import load_run
 from fx_influence.lab.store import RunDirectory, RunDirectoryError
@@ -239,3 +239,14 @@ def test_pieces_are_kept_by_number_and_a_missing_one_is_no_error_of_the_disk(tmp
     arrays.clear()
     assert not list(directory.path.glob("block_*"))
     assert list(rollouts) == [12]
+
+
+def test_without_a_path_a_run_has_a_directory_of_its_plans_own(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    value = read_plan(Path(plan), EntropyInfluencePlan)
+    first = run_module.run(value)
+    assert first.path.parent == Path("runs")
+    assert run_module.run(value).path == first.path
+    assert run_module.run(dataclasses.replace(value, seed=5)).path != first.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from fx_influence.lab.batches import (
     sampled,
 )
 from fx_influence.lab.environment import peak_gpu_memory_bytes, peak_memory_bytes, threads_for, timed
-from fx_influence.lab.plan import AnyPlan, StepPlan, resolved
+from fx_influence.lab.plan import AnyPlan, StepPlan, plan_text, resolved
 from fx_influence.lab.step import STEP_PIECES
 from fx_influence.lab.store import SUMMARY, UPDATE_ROLLOUTS, RunDirectory, eval_name
 
@@ -41,14 +42,19 @@ class Experiment(NamedTuple):
 
 
 def carry_out(
-    plan: AnyPlan, path: str | Path, measure: Callable[[AnyPlan, Experiment], dict[str, Any]], progress: Progress
-) -> None:
+    plan: AnyPlan,
+    path: str | Path | None,
+    measure: Callable[[AnyPlan, Experiment], dict[str, Any]],
+    progress: Progress,
+) -> Path:
     """Store what ``measure`` finds in ``path``, or go on there; a finished directory is left as it is.
 
-    ``measure`` stores its own pieces and results and returns its figures. With the figures common to all experiments
-    they become ``summary.json``, written last of all: its presence says that the run is whole.
+    ``path``: None stands for one in ``runs`` that is the plan's own. Returns it. ``measure`` stores its own pieces and
+    results and returns its figures. With the figures common to all experiments they become ``summary.json``, written
+    last of all: its presence says that the run is whole.
     """
-    path, plan = Path(path), resolved(plan, Path.cwd())
+    plan = resolved(plan, Path.cwd())
+    path = _own_path(plan) if path is None else Path(path)
     seconds: dict[str, float] = {}
     if RunDirectory(path).has(SUMMARY):
         directory = RunDirectory.start(path, plan, {})
@@ -62,6 +68,12 @@ def carry_out(
             figures = measure(plan, Experiment(state, directory, u, seconds, progress))
             directory.write_json(SUMMARY, {**figures, **_figures(state, u, seconds)})
     directory.remove(*STEP_PIECES)
+    return path
+
+
+def _own_path(plan: StepPlan) -> Path:
+    name = hashlib.sha256(plan_text(plan).encode()).hexdigest()[:12]
+    return Path("runs") / f"{type(plan).__name__}-{name}"
 
 
 def _figures(state: State, u: Sampled, seconds: dict[str, float]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from fx_influence.types import Params
 
 
 def run_fisher(
-    plan: FisherKernelPlan, path: str | Path, progress: Progress = lambda phase, done, total: None
+    plan: FisherKernelPlan, path: str | Path | None = None, progress: Progress = lambda phase, done, total: None
 ) -> FisherKernelResults:
-    """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
+    """Do what ``plan`` says and store it in ``path``, see ``run``; a directory with part of the same run is continued.
 
     With S_a the log-probability of E's rollout a, P the preconditioner and v = v_baseline + sum_i v_i the step of U,
 
@@ -53,8 +53,7 @@ def run_fisher(
         >>> results.evaluations[0].kernel.shape, bool(results.evaluations[0].delta_logprob_matrix > 0)
         ((1, 1), True)
     """
-    carry_out(plan, path, _measure, progress)
-    return load_fisher_run(path)
+    return load_fisher_run(carry_out(plan, path, _measure, progress))
 
 
 def _measure(plan: FisherKernelPlan, now: Experiment) -> dict[str, Any]:

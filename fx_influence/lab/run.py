@@ -20,16 +20,18 @@ from fx_influence.lab.sweep import Arrays
 
 
 def run(
-    plan: EntropyInfluencePlan, path: str | Path, progress: Progress = lambda phase, done, total: None
+    plan: EntropyInfluencePlan, path: str | Path | None = None, progress: Progress = lambda phase, done, total: None
 ) -> EntropyInfluenceResults:
     """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
+
+    ``path``: None stands for a directory in ``runs`` that is the plan's own. ``progress(phase, done, total)`` is called
+    as the work goes on.
 
     Raises ``PlanError`` and the errors of checkpoints, prompts and rewards before anything is sampled or written, and
     ``RunDirectoryError`` where ``path`` holds something else. With one seed a run repeats bit for bit on one machine,
     figures of time and memory apart.
     """
-    carry_out(plan, path, _measure, progress)
-    return load_run(path)
+    return load_run(carry_out(plan, path, _measure, progress))
 
 
 def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
