@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from fx_influence.checks import check_batch, check_options
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
-from fx_influence.logprobs import all_token_values, batch_gradient, rows, token_jvp
+from fx_influence.logprobs import TokenValues, all_token_values, batch_gradient, rows, token_jvp, weighted_gradient
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.tree import detached, dot, multiply
 from fx_influence.types import (
@@ -116,12 +117,12 @@ def influence(
     params, forward = detached(params), Forward(apply, temperature, chunk_size)
     _check(params, batch_u, batch_e, forward, estimator, normalize)
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
-    batch_e = _with_surrogate(params, batch_e, forward, query, estimator, normalize)
+    weigh = _surrogate_of(batch_e, query, estimator, normalize)
+    batch_e, unions, ascents = _ascents(params, batch_e, weigh, stderr and not matrix, forward)
     g_u = batch_gradient(params, batch_u, *forward) if grad is None else grad
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
-    unions = union_index(batch_e) if stderr and not matrix else torch.zeros_like(batch_e.input_ids[:, 0])
-    slope, parts = _adjoint(params, batch_u, batch_e, step.gain, unions, forward)
+    slope, parts = _adjoint(params, batch_u, ascents, step.gain, forward)
     per_token = parts.sum(0)
     per_sequence = per_token.sum(-1)
 
@@ -173,26 +174,39 @@ class Forward(NamedTuple):
     chunk_size: int | None
 
 
-def _with_surrogate(
-    params: Params, batch_e: Batch, forward: Forward, query: Query | None, estimator: Estimator, normalize: Normalize
-) -> Batch:
-    values = all_token_values(params, batch_e, *forward)
-    if query is None:
-        wanted = entropy_coefficients(values, batch_e, estimator, normalize)
-    else:
-        wanted = query_coefficients(query, values, batch_e)
-    return batch_e._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
+def _surrogate_of(
+    batch_e: Batch, query: Query | None, estimator: Estimator, normalize: Normalize
+) -> Callable[[TokenValues], Batch]:
+    def weigh(values: TokenValues) -> Batch:
+        if query is None:
+            wanted = entropy_coefficients(values, batch_e, estimator, normalize)
+        else:
+            wanted = query_coefficients(query, values, batch_e)
+        return batch_e._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
+
+    return weigh
+
+
+def _ascents(
+    params: Params, batch_e: Batch, weigh: Callable[[TokenValues], Batch], in_unions: bool, forward: Forward
+) -> tuple[Batch, Tensor, Iterable[Gradients]]:
+    """E with its surrogate, the union of each row, and minus the gradient of every union's part; one for all if not."""
+    if not in_unions:
+        weighted, whole = weighted_gradient(params, batch_e, forward.apply, weigh, *forward[1:])
+        return weighted, torch.zeros_like(batch_e.input_ids[:, 0]), [whole]
+    weighted, unions = weigh(all_token_values(params, batch_e, *forward)), union_index(batch_e)
+    count = int(unions.max()) + 1
+    return weighted, unions, (batch_gradient(params, rows(weighted, unions == k), *forward) for k in range(count))
 
 
 def _adjoint(
-    params: Params, batch_u: Batch, batch_e: Batch, gain: Params, unions: Tensor, forward: Forward
+    params: Params, batch_u: Batch, ascents: Iterable[Gradients], gain: Params, forward: Forward
 ) -> tuple[Params, Tensor]:
     """grad H, and the token shares (K, n_u, T) that each union of E's rows makes."""
     slope: Params = {name: torch.zeros_like(x) for name, x in gain.items()}
     parts = []
-    for k in range(int(unions.max()) + 1):
+    for part in ascents:
         # The surrogate is ascended and a loss descended: hence the sign.
-        part = batch_gradient(params, rows(batch_e, unions == k), *forward)
         slope = {name: x if (g := part[name]) is None else x - g for name, x in slope.items()}
         ascent = {name: -x for name, x in multiply(gain, part).items()}
         parts.append(_token_shares(params, ascent, batch_u, forward))

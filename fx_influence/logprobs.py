@@ -112,13 +112,42 @@ def batch_gradient(
     for part in row_chunks(batch, chunk_size):
         with torch.enable_grad():
             loss = surrogate(token_values(leaves, part, apply, temperature), part)
-        if not loss.requires_grad:
-            continue
-        for name, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True):
-            if g is not None:
-                g, old = g.to(promote(g.dtype)), total[name]
-                total[name] = g if old is None else old.add_(g)
+        for name, g in _reverse(loss, leaves).items():
+            old = total[name]
+            total[name] = g if old is None else old.add_(g)
     return total
+
+
+def weighted_gradient(
+    params: Params,
+    batch: Batch,
+    apply: Apply,
+    weigh: Callable[[TokenValues], Batch],
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Batch, Gradients]:
+    """``weigh(values)``, the batch with coefficients that depend on all its token values, and its ``batch_gradient``.
+
+    A batch of one chunk goes forward once for both; a larger one twice, so that the graph of one chunk is held at most.
+    """
+    if len(list(row_chunks(batch, chunk_size))) > 1:
+        weighted = weigh(all_token_values(params, batch, apply, temperature, chunk_size))
+        return weighted, batch_gradient(params, weighted, apply, temperature, chunk_size)
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        values = token_values(leaves, batch, apply, temperature)
+    weighted = weigh(TokenValues(*(value.detach() for value in values)))
+    with torch.enable_grad():
+        loss = surrogate(values, weighted)
+    return weighted, {**dict.fromkeys(params), **_reverse(loss, leaves)}
+
+
+def _reverse(loss: Tensor, leaves: Params) -> Params:
+    """The gradient of the leaves that ``loss`` reaches, at least float32."""
+    if not loss.requires_grad:
+        return {}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: g.to(promote(g.dtype)) for name, g in zip(leaves, grads, strict=True) if g is not None}
 
 
 def surrogate(values: TokenValues, batch: Batch) -> Tensor:
