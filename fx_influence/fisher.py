@@ -62,11 +62,13 @@ def fisher_kernel(
         diagonal = adam_diagonal(params, gradient, opt_state, max_grad_norm)
     else:
         raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
-    scored_a, scored_b = (
-        batch._replace(coefficients=batch.completion_mask.to(torch.float32), entropy_coefficients=None)
-        for batch in (batch_a, batch_b)
-    )
-    return gradient_kernel(params, scored_a, scored_b, diagonal, apply, temperature, memory_budget, chunk_size)
+    a, b = scored(batch_a), scored(batch_b)
+    return gradient_kernel(params, a, b, diagonal, apply, temperature, memory_budget, chunk_size)
+
+
+def scored(batch: Batch) -> Batch:
+    """The batch whose rollout losses are -S: every completion token has coefficient 1."""
+    return batch._replace(coefficients=batch.completion_mask.to(torch.float32), entropy_coefficients=None)
 
 
 def _checked(params: Params, state: AdamWState | None, max_grad_norm: float | None) -> AdamWState:

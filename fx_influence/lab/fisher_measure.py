@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fx_influence.fisher import adam_diagonal, fisher_kernel
+from fx_influence.fisher import adam_diagonal, fisher_kernel, scored
 from fx_influence.influence import check_identity, identity_tolerance
 from fx_influence.kernel import gradient_kernel, rollout_gradients
 from fx_influence.lab.batches import Sampled, State, mean_reward
@@ -36,14 +36,9 @@ def kernel_diagonal(plan: FisherKernelPlan, state: State, step: Step) -> Params:
     return adam_diagonal(state.params, step.gradient, state.opt_state, plan.max_grad_norm)
 
 
-def _scored(batch: Batch) -> Batch:
-    """The batch whose rollout losses are -S."""
-    return batch._replace(coefficients=batch.completion_mask.to(torch.float32), entropy_coefficients=None)
-
-
 def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Params) -> np.ndarray:
     """K_aa = <grad S_a, P grad S_a>, (n,); a block of gradients at a time."""
-    once, index = distinct_rows(_scored(batch))
+    once, index = distinct_rows(scored(batch))
     own = []
     for part in row_chunks(once, rollouts_per_block(plan, state.params)):
         gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
@@ -56,7 +51,7 @@ def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Pa
 
 def kernel(plan: FisherKernelPlan, state: State, batch_e: Batch, batch_u: Batch, diagonal: Params) -> np.ndarray:
     """K_ai = <grad S_a, P grad S_i>, (n_e, n_u); equal rollouts are measured once."""
-    (once_e, index_e), (once_u, index_u) = (distinct_rows(_scored(batch)) for batch in (batch_e, batch_u))
+    (once_e, index_e), (once_u, index_u) = (distinct_rows(scored(batch)) for batch in (batch_e, batch_u))
     once = fisher_kernel(
         state.params,
         once_e,
@@ -77,7 +72,7 @@ def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Ba
     Raises ``IdentityError`` where the residuals together exceed what rounding can make of the parts together: of a
     single rollout that is all but certain, and so hardly moves, float32 leaves few digits.
     """
-    (once, index), (moving, copies) = distinct_rows(_scored(batch_e)), moving_rows(step.batch)
+    (once, index), (moving, copies) = distinct_rows(scored(batch_e)), moving_rows(step.batch)
     params, apply, temperature, chunk = state.params, state.apply, plan.temperature, plan.chunk_size
     losses = gradient_kernel(params, once, moving, step.parts.gain, apply, temperature, plan.memory_budget, chunk)
     # The rollout losses of E are -S_a.

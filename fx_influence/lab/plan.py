@@ -89,6 +89,10 @@ class StepPlan:
         """U's request, then those of the evaluations."""
         return (self.update, *self.evaluations)
 
+    def copies_of_a_direction(self) -> int:
+        """How many times its size measuring along a direction takes: alone, with others, and added to the weights."""
+        return 3
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON; ``from_dict`` gives the same plan back."""
         plain: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
@@ -147,6 +151,10 @@ class EntropyInfluencePlan(StepPlan):
             raise PlanError(
                 f"directions is {list(self.directions)}; baseline_plus_grad is read less baseline: add baseline"
             )
+
+    def copies_of_a_direction(self) -> int:
+        """Two more, twice as wide, where finite steps are also taken in float64."""
+        return super().copies_of_a_direction() + (4 if self.compare_float64 else 0)
 
     def estimation(self) -> dict[str, Any]:
         """The arguments of ``fx.influence``, ``fx.jvp_delta`` and ``fx.snis_sweep`` that say how E is read."""

@@ -62,13 +62,9 @@ def whole_directions(plan: StepPlan, state: State, step: Step) -> dict[str, Para
 
 
 def directions_per_block(plan: StepPlan, params: Params) -> int:
-    """How many directions fit the plan's memory budget, each three times: alone, with others, and added to the weights.
-
-    Where they are also taken in float64, which is twice as wide, that is two more of twice the size.
-    """
+    """How many directions fit the plan's memory budget, with the copies that measuring along one takes."""
     size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
-    times = 7 if getattr(plan, "compare_float64", False) else 3
-    return max(1, plan.memory_budget // (times * size))
+    return max(1, plan.memory_budget // (plan.copies_of_a_direction() * size))
 
 
 def rollouts_per_block(plan: StepPlan, params: Params) -> int:
