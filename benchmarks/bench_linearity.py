@@ -26,7 +26,7 @@ from fx_influence.lab.plan import EntropyInfluencePlan, demo_path
 from fx_influence.lab.requests import SampledBatch
 from fx_influence.lab.results import EntropyInfluenceResults
 from fx_influence.lab.run import run
-from fx_influence.logprobs import distinct_rows
+from fx_influence.parts import distinct_rows
 
 NAME = "bench_linearity"
 BLOCK = 8

@@ -19,9 +19,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
 from benchmarks.harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, store
+from fx_influence.derivatives import batch_gradient
 from fx_influence.kernel import gradient_kernel
 from fx_influence.lab.environment import environment
-from fx_influence.logprobs import batch_gradient
 from fx_influence.types import Batch, Params
 
 NAME = "bench_routes"

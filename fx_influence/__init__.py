@@ -13,11 +13,11 @@ from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.importance import SnisDelta
 from fx_influence.influence import Influence, influence
 from fx_influence.interop.optim import adamw_state
-from fx_influence.logprobs import TokenValues, token_values
+from fx_influence.logprobs import token_values
 from fx_influence.losses import clipped_ratio, coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
 from fx_influence.queries import expected_reward, kl_to_reference
-from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityError, Params
+from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityError, Params, TokenValues
 
 # Read when first asked for, so that importing the mathematics imports no transformers.
 _LAZY = {

@@ -90,7 +90,7 @@ def second_moment_denominator(
     correction = 1 - hyper.beta2**step
     r = (second / correction).sqrt()
     if maximum is None:
-        return r + hyper.eps, r, torch.ones_like(r, dtype=torch.bool)
+        return r + hyper.eps, r, torch.ones((), dtype=torch.bool, device=r.device)
     live = second > maximum
     return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, live
 
@@ -101,8 +101,8 @@ def _parameter_step(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWS
     theta, m, s = p.to(dtype), state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)
     sign = -1.0 if hyper.maximize else 1.0
     clip = clip.to(dtype)
-    ghat = sign * clip * g.to(dtype)
-    s_new = hyper.beta2 * s + (1 - hyper.beta2) * ghat.square()
+    ghat = (sign * clip) * g.to(dtype)
+    s_new = torch.addcmul(hyper.beta2 * s, ghat, ghat, value=1 - hyper.beta2)
     maximum = state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
     den, r, live = second_moment_denominator(hyper, s_new, tau, maximum)
     b1, rho = 1 - hyper.beta1**tau, hyper.lr_scale
@@ -110,15 +110,15 @@ def _parameter_step(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWS
     if gain == "rmsprop":
         gamma = -sign * rho / den
         return {**_no_step(p), "direction": gamma * g.to(dtype), "gain": gamma}
-    momentum = -rho * hyper.beta1 * m / (b1 * den)
+    inverse = den.reciprocal()
+    momentum = (-rho * hyper.beta1 / b1 * m) * inverse
     decay = -rho * hyper.weight_decay * theta
-    m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
-    direction = -rho * m_hat / den + decay
-    gamma = -rho * sign * clip * (1 - hyper.beta1) / (b1 * den)
-    if gain == "share":
-        baseline = momentum + decay
-    else:
+    gamma = (-rho * sign * (1 - hyper.beta1) / b1 * clip) * inverse
+    baseline = momentum + decay
+    direction = torch.addcmul(baseline, gamma, g.to(dtype))
+    if gain == "marginal":
         b2 = 1 - hyper.beta2**tau
+        m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
         slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
         gamma = gamma + rho * sign * clip * torch.where(live & (r > 0), slope, torch.zeros_like(slope))
         baseline = direction - gamma * g.to(dtype)

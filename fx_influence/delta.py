@@ -10,23 +10,16 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.checks import check_batch, check_options
+from fx_influence.derivatives import token_jvp
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.errorbars import cluster_index
+from fx_influence.head import LOGITS_AT_ONCE, scores
 from fx_influence.importance import SnisDelta, snis
-from fx_influence.logprobs import (
-    TOKENS_PER_CHUNK,
-    TokenValues,
-    all_token_values,
-    concatenate,
-    distinct_rows,
-    row_chunks,
-    surrogate,
-    token_jvp,
-    token_values,
-)
-from fx_influence.policy import Policy
+from fx_influence.logprobs import all_token_values, in_place, scored_features, surrogate, token_values
+from fx_influence.parts import TOKENS_PER_CHUNK, distinct_rows, parts, row_chunks
+from fx_influence.policy import Policy, halves
 from fx_influence.tree import check_names, detached, largest_entry, promote, shift
-from fx_influence.types import Apply, Batch, Estimator, Normalize, Params
+from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
 
 
 class JvpDelta(NamedTuple):
@@ -71,12 +64,19 @@ def snis_delta(
         True
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params, apply = _widened(params, apply)
-    base, moved = (
-        completions(all_token_values(at, batch_e, apply, temperature, chunk_size), batch_e.completion_mask)
-        for at in (params, shift(params, direction, eta))
+    measure = snis_sweep(
+        params,
+        batch_e,
+        apply=apply,
+        estimator=estimator,
+        normalize=normalize,
+        clip=clip,
+        temperature=temperature,
+        chunk_size=chunk_size,
     )
-    return snis(base, moved, estimator, normalize, clip, cluster_index(batch_e))
+    along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
+    moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
+    return SnisDelta(*(field[0, 0] for field in moved))
 
 
 def snis_sweep(
@@ -92,8 +92,9 @@ def snis_sweep(
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
     """``snis_delta`` for many directions and etas: ``measure(block, etas)``, with the pass at theta made once, here.
 
-    ``block``: a direction tree with a leading axis of K directions, which go through one vmapped forward together; K
-    may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored once.
+    ``block``: a direction tree with a leading axis of K directions, vmapped as far as E leaves room for more than one
+    in a pass; K may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored
+    once.
     ``chunk_size``: rows of E times directions per forward; None chooses by tokens. Errors as in ``snis_delta``.
 
     Example:
@@ -108,24 +109,44 @@ def snis_sweep(
     params, apply = _widened(params, apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
-    base = completions(all_token_values(params, batch_e, apply, temperature, chunk_size), mask)
+    policy = halves(apply)
     rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // mask.shape[1])
+    # Products with a matrix for each direction are slow ones: worth it only while one direction fills no pass.
+    together = max(1, rows_at_once // len(once.input_ids))
+    pieces = parts(once, chunk_size, policy.aligned, TOKENS_PER_CHUNK // together)
 
-    def delta(values: TokenValues) -> SnisDelta:
-        return snis(base, completions(values, mask), estimator, normalize, clip, clusters)
+    def moved(here: Params, features: Callable[[Params, Tensor, Tensor], Tensor]) -> TokenValues:
+        found = []
+        for part in pieces:
+            scored = scored_features(features(here, part.input_ids, part.attention_mask), part)
+            found.append((part, scores(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together)))
+        return in_place(found, once)
 
-    def at(block: Params, eta: float) -> SnisDelta:
-        count = len(next(iter(block.values())))
+    def at(block: Params, eta: float) -> Completions:
+        found = []
         with torch.no_grad():
-            parts = [
-                vmap(lambda v, part=part: token_values(shift(params, v, eta), part, apply, temperature))(block)
-                for part in row_chunks(once, max(1, rows_at_once // count))
-            ]
-        return vmap(delta)(_at(concatenate(parts, dim=1), index))
+            for start in range(0, len(next(iter(block.values()))), together):
+                some = {name: v[start : start + together] for name, v in block.items()}
+                if together == 1:
+                    own = moved(shift(params, {name: v[0] for name, v in some.items()}, eta), policy.features)
+                    found.append(TokenValues(*(x.unsqueeze(0) for x in own)))
+                else:
+                    found.append(vmap(lambda v: moved(shift(params, v, eta), policy.traced))(some))
+        values = TokenValues(*(torch.cat(field)[:, index] for field in zip(*found, strict=True)))
+        return Completions(*vmap(lambda v: completions(v, mask))(values))
+
+    # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.
+    still = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
+    base = Completions(*(field[0] for field in at(still, 0.0)))
+
+    def delta(values: Completions) -> SnisDelta:
+        return snis(base, values, estimator, normalize, clip, clusters)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
         check_names("block", {name: v[0] for name, v in block.items()}, params, "pass directions of these parameters")
-        return SnisDelta(*(torch.stack(field) for field in zip(*(at(block, eta) for eta in etas), strict=True)))
+        return SnisDelta(
+            *(torch.stack(field) for field in zip(*(vmap(delta)(at(block, eta)) for eta in etas), strict=True))
+        )
 
     return measure
 

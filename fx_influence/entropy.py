@@ -7,8 +7,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fx_influence.logprobs import TokenValues
-from fx_influence.types import Batch, Estimator, Normalize
+from fx_influence.types import Batch, Estimator, Normalize, TokenValues
 
 
 class Completions(NamedTuple):

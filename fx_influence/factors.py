@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.logprobs import surrogate, token_values
-from fx_influence.tree import promote
-from fx_influence.types import Apply, Batch, Params
+from fx_influence.head import Weights, loss_by_logits, pull
+from fx_influence.logprobs import weights_of
+from fx_influence.parts import Part
+from fx_influence.policy import Halves, halves
+from fx_influence.tree import accumulate, promote
+from fx_influence.types import Apply, Batch, Gradients, Params
 
 Kind = Literal["linear", "transposed", "embedding", "scale", "shift"]
 
@@ -32,35 +35,101 @@ Factors = dict[str, list[Factor]]
 """Factors of a batch's rows by parameter; a row's gradient is the sum over the uses."""
 
 
-def row_factors(params: Params, batch: Batch, apply: Apply, names: frozenset[str], temperature: float = 1.0) -> Factors:
+def row_factors(
+    params: Params, batch: Batch, part: Part, apply: Apply, names: frozenset[str], temperature: float = 1.0
+) -> tuple[Factors, Gradients]:
     """Factors of the gradient of every row's rollout loss, for the parameters ``names``, see ``factored_names``.
 
-    One forward, and one reverse pass that stops short of the weights: what a training step computes, less its sum over
-    rows. Memory: inputs and output gradients of every use, (B, S, in + out), inputs that uses share only once.
-    Raises ``ValueError`` where a parameter of ``names`` is used in a way that has no factor.
+    Rows stand in the order of ``part.members``. One forward and one reverse pass, as in a training step. The gradient
+    of the whole part's loss, at least float32, comes along for the parameters that require one; where none does, the
+    reverse pass stops short of the weights. Memory: inputs and output gradients of every use, (b, S, in + out), inputs
+    that uses share only once. Raises ``ValueError`` where a parameter of ``names`` is used in a way that has no factor.
 
     Example:
         >>> ids = torch.tensor([[1, 2], [1, 3]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True]] * 2), coefficients=torch.tensor([[0.0, 1.0]] * 2))
-        >>> params = {"w": torch.zeros(4, 4)}
-        >>> factors = row_factors(params, batch, lambda p, ids, mask: F.embedding(ids, p["w"]), frozenset({"w"}))
+        >>> from fx_influence.parts import parts
+        >>> [part], params = parts(batch, None, aligned=False), {"w": torch.zeros(4, 4)}
+        >>> table = lambda p, ids, mask: F.embedding(ids, p["w"])
+        >>> factors, _ = row_factors(params, batch, part, table, frozenset({"w"}))
         >>> row_gradients(factors, "w", params["w"], slice(0, 4), rows=2)[0, 1].tolist()
         [0.25, 0.25, -0.75, 0.25]
     """
-    params = {name: p.detach() for name, p in params.items()}
-    recorder = _Recorder(params, batch, names)
-    with torch.enable_grad(), recorder:
-        loss = surrogate(token_values(params, batch, apply, temperature), batch)
-    if recorder.unfactored():
-        name = min(recorder.unfactored())
+    policy, count = halves(apply), len(part.members)
+    total: Gradients = dict.fromkeys(params)
+    body = _Recorder(params, part.input_ids.shape, names)
+    with torch.enable_grad(), body:
+        features = policy.features(params, part.input_ids, part.attention_mask)
+    weights = weights_of(batch, part)
+    if all(w is None for w in weights):
+        return {}, total
+    head, toward = _through_head(params, features.detach(), part, weights, policy, names, temperature, total)
+    if body.unfactored() | head.unfactored():
+        name = min(body.unfactored() | head.unfactored())
         raise ValueError(f"parameter {name!r} is used in a way that has no factor; leave it out of names")
-    outputs = [use.output for use in recorder.uses]
-    grads = torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else []
-    factors: Factors = {}
-    for use, g in zip(recorder.uses, grads, strict=False):
-        if g is not None:
-            factors.setdefault(use.name, []).append(_factor(use, g, len(batch.input_ids)))
-    return factors
+    factors = _factors(head, count)
+    if features.requires_grad:
+        accumulate(total, _differentiate(features, toward, body, params))
+        for name, uses in _factors(body, count).items():
+            factors[name] = uses + factors.get(name, [])
+    return factors, total
+
+
+_FEATURES = "what enters the head"
+
+
+def _through_head(
+    params: Params,
+    features: Tensor,
+    part: Part,
+    weights: Weights,
+    policy: Halves,
+    names: frozenset[str],
+    temperature: float,
+    total: Gradients,
+) -> tuple[_Recorder, Tensor]:
+    """What the head makes of the scored features, recorded, and the loss's gradient by all features."""
+    toward = torch.zeros_like(features)
+    at = part.row, part.column
+    if not _seen_in_head(params, features[:, :1], policy, names).uses:
+        toward[at], found = pull(policy, params, features[at], part.targets, weights, temperature)
+        accumulate(total, found.items())
+        return _Recorder(params, features.shape[:2], frozenset()), toward
+    # Row by row: the scored tokens of each from the left, those of short rows followed by tokens of no weight.
+    counts = torch.bincount(part.row, minlength=len(features))
+    slot = torch.arange(len(part.row), device=part.row.device) - (counts.cumsum(0) - counts)[part.row]
+    shape = len(features), int(counts.max())
+    own = features.new_zeros(*shape, features.shape[-1]).index_put((part.row, slot), features[at]).requires_grad_()
+    targets = part.targets.new_zeros(shape).index_put((part.row, slot), part.targets)
+    c, b = (w if w is None else w.new_zeros(shape).index_put((part.row, slot), w) for w in weights)
+    recorder = _Recorder(params, own.shape[:2], names)
+    with torch.enable_grad(), recorder:
+        logits = policy.head(params, own.view_as(own))
+    d_logits = loss_by_logits(logits.detach(), targets, (c, b), temperature)
+    found = dict(_differentiate(logits, d_logits, recorder, {_FEATURES: own, **params}))
+    d_own = found.pop(_FEATURES)
+    assert d_own is not None
+    toward[at] = d_own[part.row, slot]
+    accumulate(total, found.items())
+    return recorder, toward
+
+
+def _seen_in_head(params: Params, features: Tensor, policy: Halves, names: frozenset[str]) -> _Recorder:
+    recorder = _Recorder(params, features.shape[:2], names)
+    with torch.no_grad(), recorder:
+        policy.head(params, features)
+    return recorder
+
+
+def _differentiate(
+    output: Tensor, toward: Tensor, recorder: _Recorder, params: Params
+) -> list[tuple[str, Tensor | None]]:
+    """Gradients of the parameters that require one, by name; those of the recorded uses are left with the uses."""
+    leaves = {name: p for name, p in params.items() if p.requires_grad}
+    wanted = [use.output for use in recorder.uses]
+    grads = torch.autograd.grad(output, [*wanted, *leaves.values()], toward, allow_unused=True)
+    recorder.grads = grads[: len(wanted)]
+    return list(zip(leaves, grads[len(wanted) :], strict=True))
 
 
 def factored_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str]:
@@ -69,40 +138,74 @@ def factored_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str]
     Seen by running the first tokens of two rows forward and watching where each parameter goes. What is used otherwise
     (experts that gather tokens, weights that are computed with before they are used) is left to ``vmap(grad)``.
     """
-    first = batch._replace(group=None)
+    body, head = _look(params, batch, apply, frozenset(params))
+    return frozenset({use.name for use in (*body.uses, *head.uses)} - body.unfactored() - head.unfactored())
+
+
+def bytes_per_token(params: Params, batch: Batch, apply: Apply, names: frozenset[str]) -> int:
+    """What the factors of ``names`` take for one token of one row, at most."""
+    recorders = _look(params, batch, apply, names)
+    held = {
+        id(x): x.numel() * x.element_size()
+        for recorder in recorders
+        for use in recorder.uses
+        for x in (use.inputs, use.output)
+        if x is not None
+    }
+    return sum(held.values()) // recorders[0].positions
+
+
+def _look(params: Params, batch: Batch, apply: Apply, names: frozenset[str]) -> tuple[_Recorder, _Recorder]:
     # Two rows and four columns, or three and two: an axis of rows is told from one of positions by its length.
     count = 3 if batch.input_ids.shape[1] == 2 else 2
     index = torch.arange(count, device=batch.input_ids.device) % len(batch.input_ids)
-    few = Batch._make(None if field is None else field[index, :4] for field in first)
-    recorder = _Recorder(params, few, frozenset(params))
-    with torch.no_grad(), recorder:
-        apply(params, few.input_ids, few.attention_mask)
-    return frozenset({use.name for use in recorder.uses} - recorder.unfactored())
+    ids, mask = batch.input_ids[index, :4], batch.attention_mask[index, :4]
+    policy = halves(apply)
+    body = _Recorder(params, ids.shape, names)
+    with torch.no_grad(), body:
+        features = policy.features(params, ids, mask)
+    return body, _seen_in_head(params, features, policy, names)
 
 
-def row_gradients(factors: Factors, name: str, like: Tensor, part: slice, rows: int) -> Tensor:
-    """Every row's gradient of the entries ``like[part]`` of a parameter, (rows, ...), at least float32."""
-    dtype = promote(like.dtype)
-    total: Tensor | None = None
-    for factor in factors.get(name, []):
-        g = _gradient(factor, part, dtype)
-        total = g if total is None else total.add_(g)
-    return like.new_zeros(rows, *like[part].shape, dtype=dtype) if total is None else total
+def row_gradients(
+    factors: Factors, name: str, like: Tensor, part: slice, rows: int, out: Tensor | None = None
+) -> Tensor:
+    """Every row's gradient of the entries ``like[part]`` of a parameter, (rows, ...), at least float32.
+
+    ``out``: where to write it, of that shape and dtype.
+    """
+    if out is None:
+        out = like.new_empty(rows, *like[part].shape, dtype=promote(like.dtype))
+    uses = factors.get(name, [])
+    if not uses:
+        return out.zero_()
+    for k, factor in enumerate(uses):
+        _write(factor, part, out, add=k > 0)
+    return out
 
 
-def _gradient(factor: Factor, part: slice, dtype: torch.dtype) -> Tensor:
+def _write(factor: Factor, part: slice, out: Tensor, add: bool) -> None:
+    kind, x, g = factor
+    if x is not None and kind in ("linear", "transposed"):
+        left, right = (g[..., part], x) if kind == "linear" else (x[..., part], g)
+        pair = left.transpose(1, 2).to(out.dtype), right.to(out.dtype)
+        # Into its place at once: for all rows and a large weight a copy costs as much as the product.
+        out.baddbmm_(*pair) if add else torch.bmm(*pair, out=out)
+        return
+    found = _elementwise(factor, part, out.dtype)
+    out.add_(found) if add else out.copy_(found)
+
+
+def _elementwise(factor: Factor, part: slice, dtype: torch.dtype) -> Tensor:
     kind, x, g = factor
     if x is None:
         return g[..., part].to(dtype).sum(1)
     if kind == "scale":
         return (g[..., part].to(dtype) * x[..., part]).sum(1)
-    if kind == "embedding":
-        inside = ((x >= part.start) & (x < part.stop)).unsqueeze(-1)
-        at = (x - part.start).clamp(0, part.stop - part.start - 1).unsqueeze(-1).expand_as(g)
-        out = g.new_zeros(len(g), part.stop - part.start, g.shape[-1], dtype=dtype)
-        return out.scatter_add_(1, at, torch.where(inside, g, 0.0).to(dtype))
-    left, right = (g[..., part], x) if kind == "linear" else (x[..., part], g)
-    return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype))
+    inside = ((x >= part.start) & (x < part.stop)).unsqueeze(-1)
+    at = (x - part.start).clamp(0, part.stop - part.start - 1).unsqueeze(-1).expand_as(g)
+    out = g.new_zeros(len(g), part.stop - part.start, g.shape[-1], dtype=dtype)
+    return out.scatter_add_(1, at, torch.where(inside, g, 0.0).to(dtype))
 
 
 def _factor(use: _Use, g: Tensor, rows: int) -> Factor:
@@ -129,6 +232,42 @@ _MULTIPLY = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__r
 _ADD = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
+def inner_products(factors: Factors, direction: Params, rows: int) -> Tensor:
+    """<g_i, u> of every row's gradient with ``direction`` u over the parameters that have factors, (rows,) float64.
+
+    No gradient is formed: a linear map's is sum_s g_s . (x_s u^T), one product of the size of its forward.
+    Source: the ghost dot product, Wang et al. 2024, arXiv 2406.11011.
+    """
+    device = next(iter(direction.values())).device
+    total = torch.zeros(rows, dtype=torch.float64, device=device)
+    for name, uses in factors.items():
+        for use in uses:
+            total += _inner_product(use, direction[name])
+    return total
+
+
+def _inner_product(factor: Factor, u: Tensor) -> Tensor:
+    kind, x, g = factor
+    u = u.to(g.dtype)
+    if x is None:
+        mapped = u
+    elif kind == "linear":
+        mapped = x @ u.T
+    elif kind == "transposed":
+        mapped = x @ u
+    else:
+        mapped = F.embedding(x, u) if kind == "embedding" else x * u
+    return (mapped * g).sum((1, 2), dtype=promote(g.dtype)).double()
+
+
+def _factors(recorder: _Recorder, rows: int) -> Factors:
+    factors: Factors = {}
+    for use, g in zip(recorder.uses, recorder.grads, strict=True):
+        if g is not None:
+            factors.setdefault(use.name, []).append(_factor(use, g, rows))
+    return factors
+
+
 class _Recorder(TorchFunctionMode):
     """Watches a forward: every use of a parameter that has a factor, and the parameters used in any other way.
 
@@ -136,12 +275,17 @@ class _Recorder(TorchFunctionMode):
     can be asked for. Parameters outside ``names`` pass by unseen.
     """
 
-    def __init__(self, params: Params, batch: Batch, names: frozenset[str]) -> None:
+    def __init__(self, params: Params, shape: tuple[int, ...], names: frozenset[str]) -> None:
         super().__init__()
         self._names = {id(p): name for name, p in params.items() if name in names}
-        self._shape = tuple(batch.input_ids.shape)
+        self._shape = tuple(shape)
         self.uses: list[_Use] = []
+        self.grads: tuple[Tensor | None, ...] = ()
         self.others: set[str] = set()
+
+    @property
+    def positions(self) -> int:
+        return self._shape[0] * self._shape[1]
 
     def unfactored(self) -> set[str]:
         """Parameters used in other ways, or whose output was then changed in place, so that its gradient is lost."""

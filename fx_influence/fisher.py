@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
 from fx_influence.checks import check_batch, check_options
+from fx_influence.derivatives import batch_gradient
 from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
-from fx_influence.logprobs import batch_gradient
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
 

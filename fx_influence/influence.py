@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs
 from fx_influence.checks import check_batch, check_options
+from fx_influence.contraction import Contract, gradient_and_contraction
+from fx_influence.derivatives import batch_gradient, token_jvp, weighted_gradient
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
-from fx_influence.logprobs import TokenValues, all_token_values, batch_gradient, rows, token_jvp, weighted_gradient
+from fx_influence.logprobs import all_token_values
+from fx_influence.parts import rows
 from fx_influence.queries import Query, query_coefficients
-from fx_influence.tree import detached, dot, multiply
+from fx_influence.tree import add, detached, dot, multiply
 from fx_influence.types import (
     AdamWState,
     Apply,
@@ -26,6 +29,7 @@ from fx_influence.types import (
     IdentityError,
     Normalize,
     Params,
+    TokenValues,
 )
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -35,7 +39,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 class Influence(NamedTuple):
     """First-order influences of one step on the query, by default entropy: nats per unit lr, positive raises it.
 
-    ``per_sequence``: delta_i (n_u,). ``per_token``: delta_it (n_u, T), 0 outside completions, adding up to delta_i.
+    ``per_sequence``: delta_i (n_u,). ``per_token``: delta_it (n_u, T), 0 outside completions, adding up to delta_i, or
+    None where it was not asked for.
     ``stderr``: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters. It takes the H that E
     is centred by as known: per token, where a rollout changes completion lengths much, it can be a third off.
     ``baseline``: what the step would do without U's gradients, scalar; its parts ``momentum`` and ``weight_decay``.
@@ -46,7 +51,7 @@ class Influence(NamedTuple):
     """
 
     per_sequence: Tensor
-    per_token: Tensor
+    per_token: Tensor | None
     stderr: Tensor
     baseline: Tensor
     momentum: Tensor
@@ -74,6 +79,7 @@ def influence(
     query: Query | None = None,
     matrix: bool = False,
     stderr: bool = True,
+    per_token: bool = True,
     chunk_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     tolerance: float | None = None,
@@ -91,9 +97,12 @@ def influence(
     ``params``, ``apply``: as ``functionalize`` gives them. ``batch_u``: with coefficients, see ``coefficients``.
     ``opt_state``: before the step. ``gain``, ``max_grad_norm``: see ``adamw_decompose``.
     ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
-    ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks of ``memory_budget`` bytes.
-    ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters at one JVP each.
-    ``chunk_size``: rows per forward; None chooses by tokens.
+    ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks.
+    ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters: the reverse pass over U
+    leaves the factors of its gradient, and each union costs a product with them, where they do not fit a JVP.
+    ``per_token``: without it ``per_token`` is None and the influences come from those factors too, without the JVP.
+    ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, U's factors and
+    the graphs kept of E may take, each in its turn, beside the pass at hand.
 
     The residual is always computed. Raises ``IdentityError`` where it exceeds ``tolerance`` (None: 1e-4 for float32
     models, 1e-9 for float64) times max(sum |delta_i|, |<u, g>|): a derivative was lost on the way. Raises
@@ -118,13 +127,17 @@ def influence(
     _check(params, batch_u, batch_e, forward, estimator, normalize)
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
-    batch_e, unions, ascents = _ascents(params, batch_e, weigh, stderr and not matrix, forward)
-    g_u = batch_gradient(params, batch_u, *forward) if grad is None else grad
+    in_unions = stderr and not matrix
+    batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, forward, memory_budget)
+    factors = in_unions or not (per_token or grad is not None)
+    found = gradient_and_contraction(params, batch_u, *forward, memory_budget) if factors else None
+    g_u, contract = found or (grad if grad is not None else batch_gradient(params, batch_u, *forward), None)
+    g_u = g_u if grad is None else grad
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
-    slope, parts = _adjoint(params, batch_u, ascents, step.gain, forward)
-    per_token = parts.sum(0)
-    per_sequence = per_token.sum(-1)
+    slope, parts, tokens = _adjoint(params, batch_u, ascents, step.gain, forward, contract, per_token)
+    per_sequence = parts.sum(0) if tokens is None else tokens.sum(-1)
+    del contract, found
 
     u = multiply(step.gain, slope)
     per_parameter = {name: dot({name: g_u.get(name)}, {name: x}) for name, x in u.items()}
@@ -136,7 +149,10 @@ def influence(
         rollouts = dot(batch_gradient(params, batch_u, *forward), u)
         unattributed, whole = whole - rollouts, rollouts
     residual = whole - per_sequence.sum()
-    check_identity("the JVP over U", residual, per_sequence, whole, bound)
+    route = "the product with U's factors" if tokens is None else "the JVP over U"
+    check_identity(route, residual, per_sequence, whole, bound)
+    apart = per_sequence.sum() - parts.sum()
+    check_identity("the unions of E", apart, parts.sum(0), per_sequence.sum(), bound, against="E at once")
 
     kernel = None
     error = torch.full_like(per_sequence, torch.nan)
@@ -148,14 +164,14 @@ def influence(
         error = cluster_stderr(kernel, columns, shares, cluster_index(batch_e)) if stderr else error
     elif stderr:
         grouped = shares.new_zeros(len(parts)).index_add(0, unions, shares)
-        error = cluster_stderr(parts.sum(-1), per_sequence, grouped, torch.arange(len(parts), device=unions.device))
+        error = cluster_stderr(parts, parts.sum(0), grouped, torch.arange(len(parts), device=unions.device))
 
     momentum, weight_decay = dot(step.momentum, slope), dot(step.weight_decay, slope)
     # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
     baseline = momentum + weight_decay if gain == "share" else dot(step.baseline, slope)
     return Influence(
         per_sequence=per_sequence,
-        per_token=per_token,
+        per_token=tokens,
         stderr=error,
         baseline=baseline,
         momentum=momentum,
@@ -188,11 +204,16 @@ def _surrogate_of(
 
 
 def _ascents(
-    params: Params, batch_e: Batch, weigh: Callable[[TokenValues], Batch], in_unions: bool, forward: Forward
+    params: Params,
+    batch_e: Batch,
+    weigh: Callable[[TokenValues], Batch],
+    in_unions: bool,
+    forward: Forward,
+    memory_budget: int,
 ) -> tuple[Batch, Tensor, Iterable[Gradients]]:
     """E with its surrogate, the union of each row, and minus the gradient of every union's part; one for all if not."""
     if not in_unions:
-        weighted, whole = weighted_gradient(params, batch_e, forward.apply, weigh, *forward[1:])
+        weighted, whole = weighted_gradient(params, batch_e, forward.apply, weigh, *forward[1:], memory_budget)
         return weighted, torch.zeros_like(batch_e.input_ids[:, 0]), [whole]
     weighted, unions = weigh(all_token_values(params, batch_e, *forward)), union_index(batch_e)
     count = int(unions.max()) + 1
@@ -200,17 +221,31 @@ def _ascents(
 
 
 def _adjoint(
-    params: Params, batch_u: Batch, ascents: Iterable[Gradients], gain: Params, forward: Forward
-) -> tuple[Params, Tensor]:
-    """grad H, and the token shares (K, n_u, T) that each union of E's rows makes."""
-    slope: Params = {name: torch.zeros_like(x) for name, x in gain.items()}
-    parts = []
+    params: Params,
+    batch_u: Batch,
+    ascents: Iterable[Gradients],
+    gain: Params,
+    forward: Forward,
+    contract: Contract | None,
+    per_token: bool,
+) -> tuple[Params, Tensor, Tensor | None]:
+    """grad H, what each union of E's rows makes of every influence (K, n_u), and the token shares (n_u, T)."""
+    slope: Params = {}
+    parts: list[Tensor] = []
+    tokens: Tensor | None = None
     for part in ascents:
         # The surrogate is ascended and a loss descended: hence the sign.
-        slope = {name: x if (g := part[name]) is None else x - g for name, x in slope.items()}
-        ascent = {name: -x for name, x in multiply(gain, part).items()}
-        parts.append(_token_shares(params, ascent, batch_u, forward))
-    return slope, torch.stack(parts)
+        own = {name: torch.zeros_like(x) if (g := part[name]) is None else -g for name, x in gain.items()}
+        slope = add(slope, own) if slope else own
+        if contract is None:
+            shares = _token_shares(params, multiply(gain, own), batch_u, forward)
+            tokens = shares if tokens is None else tokens + shares
+            parts.append(shares.sum(-1))
+        else:
+            parts.append(contract(multiply(gain, own)))
+    if contract is not None and per_token:
+        tokens = _token_shares(params, multiply(gain, slope), batch_u, forward)
+    return slope, torch.stack(parts), tokens if per_token else None
 
 
 def _token_shares(params: Params, u: Params, batch_u: Batch, forward: Forward) -> Tensor:

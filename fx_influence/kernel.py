@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fx_influence.factors import factored_names, row_factors, row_gradients
+from fx_influence.factors import bytes_per_token, factored_names, row_factors, row_gradients
 from fx_influence.grads import per_sample_grads, rollout_loss
-from fx_influence.logprobs import TOKENS_PER_CHUNK, row_chunks
+from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts, rows
+from fx_influence.policy import halves
 from fx_influence.tree import promote
 from fx_influence.types import Apply, Batch, Params
 
-MEMORY_BUDGET = 2**30
-"""Bytes that ``gradient_kernel`` holds at once where the caller names none."""
+MEMORY_BUDGET = 3 * 2**28
+"""Bytes that ``gradient_kernel`` holds at once where the caller names none: 768 MiB."""
 
-Rows = Callable[[str, slice], Tensor]
-"""``rows(name, part)``: every row's gradient of the entries ``part`` of a parameter's first axis, (B, n)."""
+PIECE = 1024
+"""Columns that a product of two blocks of gradients sums up at once."""
+
+Rows = Callable[[str, slice, Tensor], None]
+"""``rows(name, part, out)`` writes every row's gradient of entries of a parameter's first axis to ``out``, (B, n)."""
+
+Slices = dict[str, slice]
+"""Parameters by name, with the entries of their first axis that are meant."""
 
 
 def gradient_kernel(
@@ -33,33 +41,77 @@ def gradient_kernel(
     """K_ai = <g_a, D g_i> for the rollout losses of two batches, D diagonal; (n_a, n_b), at least float32.
 
     Where a parameter enters as a linear map, an embedding or an affine norm, the rows' gradients are made from factors
-    (see ``factors``); every other parameter goes through ``vmap(grad)``. Gradients of a block of ``batch_b``, weighted
-    by D once, take up to half of ``memory_budget`` bytes, whatever the number of rows; those of ``batch_a`` pass by
-    each block a chunk of rows and a slice of a parameter at a time, a quarter of it each. The activations and factors
-    of ``chunk_size`` rows come on top. Sums over parameters are in float64.
+    (see ``factors``); every other parameter goes through ``vmap(grad)``. Of the batch with fewer rows a block of
+    gradients, weighted by D, is held in up to two thirds of ``memory_budget`` bytes, and the other batch passes by, as
+    many rows at once as the rest of the budget has room for. Where even one row's gradient is larger than that, the
+    parameters are taken in several groups. ``chunk_size``: at most so many rows in one pass. Sums over parameters are
+    in float64.
     """
     params = {name: p.detach() for name, p in params.items()}
     held = {name: p for name, p in params.items() if name in diagonal}
     dtype = promote(next(iter(params.values())).dtype)
+    if len(batch_a.input_ids) < len(batch_b.input_ids):
+        swapped = gradient_kernel(params, batch_b, batch_a, diagonal, apply, temperature, memory_budget, chunk_size)
+        return swapped.T
     shape = len(batch_a.input_ids), len(batch_b.input_ids)
     total = torch.zeros(shape, dtype=torch.float64, device=batch_a.input_ids.device)
-    if not held:
-        return total.to(dtype)
     factored = factored_names(params, batch_b, apply) & held.keys()
-    others = {name: p for name, p in held.items() if name not in factored}
-    room = memory_budget // 4
-
-    def chunks(batch: Batch) -> Iterator[tuple[int, Rows]]:
-        at_once = chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
-        for part in row_chunks(batch, min(at_once, _rows_within(room, others))):
-            yield len(part.input_ids), _rows(params, part, factored, others, apply, temperature)
-
-    size = _rows_within(2 * room, held)
-    for j, block in enumerate(row_chunks(batch_b, size)):
-        weighted = _weighted(chunks(block), len(block.input_ids), held, diagonal)
-        products = [_inner(rows, weighted, held, room // count) for count, rows in chunks(batch_a)]
-        total[:, j * size : (j + 1) * size] = torch.cat(products)
+    per_token = max(1, bytes_per_token(params, batch_b, apply, factored))
+    most = memory_budget * 2 // 3
+    for group in _groups(held, most):
+        size = min(shape[1], max(1, most // _row_bytes(held, group)))
+        room = memory_budget - size * _row_bytes(held, group)
+        source = _Source(params, held, group, factored, per_token, apply, temperature, room, chunk_size)
+        for j in range(0, shape[1], size):
+            block = rows(batch_b, slice(j, j + size))
+            columns, weighted = _weighted(source.chunks(block), len(block.input_ids), held, group, diagonal)
+            for index, rows_of in source.chunks(batch_a):
+                found = _inner(rows_of, len(index), weighted, held, group, room // 4)
+                total[index.unsqueeze(1), j + columns] += found
     return total.to(dtype)
+
+
+class _Source(NamedTuple):
+    """Where rows' gradients of a group of parameters come from, within ``room`` bytes of factors and graph."""
+
+    params: Params
+    held: Params
+    group: Slices
+    factored: frozenset[str]
+    per_token: int
+    apply: Apply
+    temperature: float
+    room: int
+    chunk_size: int | None
+
+    def chunks(self, batch: Batch) -> Iterator[tuple[Tensor, Rows]]:
+        """Rows of a batch, as an index, with their gradients."""
+        factored = self.factored & self.group.keys()
+        others = {name: self.held[name] for name in self.group if name not in factored}
+        limit = min(self.chunk_size or len(batch.input_ids), _rows_within(self.room // 2, others))
+        # Besides the inputs and outputs of linear maps that it holds, a graph takes two to three times as much again.
+        tokens = min(TOKENS_PER_CHUNK, int(self.room / (4.5 * self.per_token)))
+        for part in parts(batch, None, halves(self.apply).aligned, tokens, limit):
+            yield part.members, _rows(self.params, batch, part, factored, others, self.apply, self.temperature)
+
+
+def _groups(held: Params, room: int) -> Iterator[Slices]:
+    """All parameters at once where the gradient of a row fits ``room``, else in groups of slices that do."""
+    group: Slices = {}
+    used = 0
+    for name, p in held.items():
+        entry = p.numel() // max(1, _length(p)) * promote(p.dtype).itemsize
+        start = 0
+        while start < _length(p):
+            step = min(_length(p) - start, max(1, (room - used) // max(1, entry)))
+            if group and (used + step * entry > room or name in group):
+                yield group
+                group, used = {}, 0
+                continue
+            group[name] = slice(start, start + step)
+            start, used = start + step, used + step * entry
+    if group:
+        yield group
 
 
 def rollout_gradients(params: Params, batch: Batch, apply: Apply, temperature: float = 1.0) -> Params:
@@ -77,57 +129,101 @@ def rollout_gradients(params: Params, batch: Batch, apply: Apply, temperature: f
     params = {name: p.detach() for name, p in params.items()}
     factored = factored_names(params, batch, apply)
     others = {name: p for name, p in params.items() if name not in factored}
-    rows = _rows(params, batch, factored, others, apply, temperature)
-    return {name: rows(name, slice(0, _length(p))).reshape(-1, *p.shape) for name, p in params.items()}
+    [part] = parts(batch, len(batch.input_ids), halves(apply).aligned)
+    rows_of, back = _rows(params, batch, part, factored, others, apply, temperature), part.members.argsort()
+    found = {}
+    for name, p in params.items():
+        out = p.new_empty(len(back), p.numel(), dtype=promote(p.dtype))
+        rows_of(name, slice(0, _length(p)), out)
+        found[name] = out[back].reshape(-1, *p.shape)
+    return found
 
 
 def _rows_within(room: int, held: Params) -> int:
-    size = sum(p.numel() * promote(p.dtype).itemsize for p in held.values())
-    return max(1, room // max(1, size))
+    return max(1, room // max(1, sum(p.numel() * promote(p.dtype).itemsize for p in held.values())))
+
+
+def _row_bytes(held: Params, group: Slices) -> int:
+    return sum(_numel(held[name], part) * promote(held[name].dtype).itemsize for name, part in group.items())
+
+
+def _numel(p: Tensor, part: slice) -> int:
+    return p.numel() // _length(p) * (part.stop - part.start)
 
 
 def _rows(
-    params: Params, batch: Batch, factored: frozenset[str], others: Params, apply: Apply, temperature: float
+    params: Params,
+    batch: Batch,
+    part: Part,
+    factored: frozenset[str],
+    others: Params,
+    apply: Apply,
+    temperature: float,
 ) -> Rows:
-    count = len(batch.input_ids)
-    factors = row_factors(params, batch, apply, factored, temperature) if factored else {}
+    count = len(part.members)
+    factors = row_factors(params, batch, part, apply, factored, temperature)[0] if factored else {}
     loss = rollout_loss(lambda p, ids, mask: apply({**params, **p}, ids, mask), temperature)
-    rest = per_sample_grads(loss, others, batch) if others else {}
+    rest = per_sample_grads(loss, others, rows(batch, part.members)) if others else {}
 
-    def rows(name: str, part: slice) -> Tensor:
+    def rows_of(name: str, part: slice, out: Tensor) -> None:
         p = params[name]
         if name in rest:
-            return rest[name].to(promote(p.dtype)).reshape(count, _length(p), -1)[:, part].flatten(1)
-        return row_gradients(factors, name, p, part, count).flatten(1)
+            out.copy_(rest[name].reshape(count, _length(p), -1)[:, part].flatten(1))
+        else:
+            row_gradients(factors, name, p, part, count, out.view(count, *p[part].shape))
 
-    return rows
+    return rows_of
 
 
-def _weighted(chunks: Iterable[tuple[int, Rows]], count: int, held: Params, diagonal: Params) -> Params:
-    """D g_i of every row, (count, numel) by name."""
-    out = {name: p.new_empty(count, p.numel(), dtype=promote(p.dtype)) for name, p in held.items()}
+def _weighted(
+    chunks: Iterable[tuple[Tensor, Rows]], count: int, held: Params, group: Slices, diagonal: Params
+) -> tuple[Tensor, Params]:
+    """The rows in the order they come, and D g_i of each, (count, numel) by name."""
+    out = {
+        name: held[name].new_empty(count, _numel(held[name], part), dtype=promote(held[name].dtype))
+        for name, part in group.items()
+    }
+    order: list[Tensor] = []
     start = 0
-    for n, rows in chunks:
-        for name, p in held.items():
-            weight = diagonal[name].to(out[name].dtype).flatten()
-            torch.mul(rows(name, slice(0, _length(p))), weight, out=out[name][start : start + n])
-        start += n
-    return out
+    for index, rows_of in chunks:
+        for name, part in group.items():
+            own = out[name][start : start + len(index)]
+            rows_of(name, part, own)
+            own.mul_(diagonal[name].to(own.dtype).reshape(_length(held[name]), -1)[part].flatten())
+        order.append(index)
+        start += len(index)
+    return torch.cat(order), out
 
 
-def _inner(rows: Rows, weighted: Params, held: Params, room: int) -> Tensor:
-    """(n_a, n_b), float64; ``room``: bytes that a slice of one row may take."""
+def _inner(rows_of: Rows, count: int, weighted: Params, held: Params, group: Slices, room: int) -> Tensor:
+    """(n_a, n_b), float64, of ``count`` rows a; ``room``: bytes that a slice of their gradients may take."""
     total: Tensor | None = None
+    scratch: Tensor | None = None
     for name, right in weighted.items():
-        length, width = _length(held[name]), right.shape[1]
-        inner = width // max(1, length)
-        step = max(1, room // max(1, inner * right.element_size()))
-        for start in range(0, length, step):
-            part = slice(start, min(start + step, length))
-            product = (rows(name, part) @ right[:, part.start * inner : part.stop * inner].T).double()
+        whole = group[name]
+        inner = held[name].numel() // _length(held[name])
+        step = min(whole.stop - whole.start, max(1, room // (count * inner * right.element_size())))
+        if scratch is None or len(scratch) < count * step * inner or scratch.dtype != right.dtype:
+            scratch = right.new_empty(count * step * inner)
+        for start in range(whole.start, whole.stop, step):
+            part = slice(start, min(start + step, whole.stop))
+            columns = slice((part.start - whole.start) * inner, (part.stop - whole.start) * inner)
+            own = scratch[: count * (columns.stop - columns.start)].view(count, -1)
+            rows_of(name, part, own)
+            product = _product(own, right[:, columns]).double()
             total = product if total is None else total + product
     assert total is not None
     return total
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of few rows and very many columns: cut into short pieces, where BLAS is twice as fast."""
+    whole = a.shape[1] // PIECE * PIECE
+    out = a[:, whole:] @ b[:, whole:].T
+    if whole:
+        left, right = (x[:, :whole].unflatten(1, (-1, PIECE)).transpose(0, 1) for x in (a, b))
+        out += torch.bmm(left, right.mT).sum(0)
+    return out
 
 
 def _length(p: Tensor) -> int:

@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.types import Params
+from fx_influence.forward_mode import ForwardMode
+from fx_influence.types import Apply, Params
+
+
+class Halves(NamedTuple):
+    """A policy in two: ``features`` up to the vocabulary, and the ``head`` that turns them into logits.
+
+    ``features(params, input_ids, attention_mask)``: (B, T, d), for plain and reverse passes. ``traced``: the same for
+    use inside vmap and jvp. ``pushforward(params, tangent, input_ids, attention_mask)``: features and their tangent.
+    ``head(params, features)``: (..., V). ``vocab_size``: V, None where it is not known.
+    ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
+    begin in column 0 and cut after their last token. A plain ``apply`` is all features, and its head does nothing.
+    """
+
+    features: Callable[[Params, Tensor, Tensor], Tensor]
+    traced: Callable[[Params, Tensor, Tensor], Tensor]
+    pushforward: Callable[[Params, Params, Tensor, Tensor], tuple[Tensor, Tensor]]
+    head: Callable[[Params, Tensor], Tensor]
+    vocab_size: int | None
+    aligned: bool
+
+
+def halves(apply: Apply) -> Halves:
+    """Of a ``Policy`` its own; of any other ``apply`` itself and nothing."""
+    if isinstance(apply, Policy):
+        return apply.halves
+
+    def pushforward(params: Params, tangent: Params, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], jvp(lambda p: apply(p, ids, mask), (params,), (tangent,)))
+
+    return Halves(apply, apply, pushforward, lambda params, x: x.view_as(x), None, aligned=False)
 
 
 class Policy:
     """The ``apply`` that ``functionalize`` returns: ``policy(params, input_ids, attention_mask) -> logits (B, T, V)``.
 
-    It holds a template of the model on the meta device and references to the frozen weights and buffers, so a forward
-    neither reads nor changes the model's own modules. ``vocab_size`` is the number of embedding rows where the model
-    tells, else None. ``computes_in`` is the lowest precision among the model's weights. Hugging Face models cast to
-    float32 in places whatever their weights are; float64 is left as it is there, see ``_StayFloat64``.
+    It holds templates of the model on the meta device and references to the frozen weights and buffers, so a forward
+    neither reads nor changes the model's own modules. A call may stand inside any transformation of ``torch.func``;
+    ``halves`` are the same policy cut before its output embeddings, each pass with the kernels that suit it.
+    ``vocab_size`` is the number of embedding rows where the model tells, else None. ``computes_in`` is the lowest
+    precision among the model's weights. Hugging Face models cast to float32 in places whatever their weights are;
+    float64 is left as it is there, see ``_StayFloat64``.
     """
 
-    def __init__(self, model: nn.Module, position_ids: bool) -> None:
-        self._template = _meta_template(model)
+    def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
+        self._template = _meta_template(model, "eager")
         self._frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
         self._frozen |= {name: b.detach() for name, b in model.named_buffers()}
         parameters = _forward_parameters(self._template)
@@ -33,22 +67,21 @@ class Policy:
         self._position_ids = position_ids and "position_ids" in parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         self._upcasts = _is_hugging_face(model)
+        self._push = torch.compile(_pushforward, dynamic=True) if compiled else _pushforward
+        self._attention = nullcontext if compiled else ForwardMode
         self.vocab_size = _vocab_size(model)
         self.computes_in = _lowest_precision(model)
+        self._body, self._head = self._cut(model)
 
     def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        args: tuple[Tensor, ...] = (input_ids,)
-        kwargs = dict(self._extra)
-        if self._mask_by_name:
-            kwargs["attention_mask"] = attention_mask
-        elif self._mask_by_position:
-            args += (attention_mask,)
-        if self._position_ids:
-            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
-        with _math_attention(), _StayFloat64() if wide else nullcontext():
-            out = torch.func.functional_call(self._template, {**self._frozen, **params}, args, kwargs)
-        return out if isinstance(out, Tensor) else out.logits
+        with _math_attention():
+            return self._run(self._template, params, input_ids, attention_mask)
+
+    @property
+    def halves(self) -> Halves:
+        """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
+        vocab_size = None if self._head is None else self.vocab_size
+        return Halves(self._features, self._traced, self._pushforward, self._logits, vocab_size, self._position_ids)
 
     def widened(self, dtype: torch.dtype = torch.float32) -> Policy:
         """The same policy with its frozen weights in at least ``dtype``, copied where they are not.
@@ -63,15 +96,99 @@ class Policy:
         wide.computes_in = torch.promote_types(self.computes_in, torch.float32)
         return wide
 
+    def _features(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self._run(self._body, params, input_ids, attention_mask)
 
-def functionalize(model: nn.Module, position_ids: bool = True) -> tuple[Policy, Params]:
+    def _traced(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with _math_attention(), ForwardMode():
+            return self._run(self._body, params, input_ids, attention_mask)
+
+    def _pushforward(
+        self, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with _math_attention(), self._attention():
+            return self._push(self, params, tangent, input_ids, attention_mask)
+
+    def _logits(self, params: Params, features: Tensor) -> Tensor:
+        if self._head is None:
+            return features.view_as(features)
+        known = {**self._frozen, **params}
+        named = {own: known[name] for own, name in self._head.names.items()}
+        return cast(Tensor, torch.func.functional_call(self._head.module, named, (features,)))
+
+    def _run(self, template: nn.Module, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        args: tuple[Tensor, ...] = (input_ids,)
+        kwargs = dict(self._extra)
+        if self._mask_by_name:
+            kwargs["attention_mask"] = attention_mask
+        elif self._mask_by_position:
+            args += (attention_mask,)
+        if self._position_ids:
+            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
+        with _StayFloat64() if wide else nullcontext():
+            out = torch.func.functional_call(template, {**self._frozen, **params}, args, kwargs)
+        return out if isinstance(out, Tensor) else out.logits
+
+    def _cut(self, model: nn.Module) -> tuple[nn.Module, _Head | None]:
+        """The template without its output embeddings and these; the whole template where they are not all that is left.
+
+        Seen by a forward of two tokens in which the output embeddings hand their input on: whatever scales or caps
+        logits after them makes another tensor of it.
+        """
+        body = _meta_template(model, self._kernel(model))
+        whole = _base(body)
+        module = whole.get_output_embeddings() if hasattr(whole, "set_output_embeddings") else None
+        if module is None:
+            return body, None
+        # Names as the whole model has them: tied weights go by that of their first use.
+        names = {id(p): name for name, p in body.named_parameters()} | {id(b): name for name, b in body.named_buffers()}
+        own = [*module.named_parameters(), *module.named_buffers()]
+        head = _Head(module, {name: names[id(x)] for name, x in own})
+        whole.set_output_embeddings(handed := _HandedOn())
+        params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(iter(params.values())).device)
+        with torch.no_grad():
+            simply = self._run(body, params, ids, torch.ones_like(ids, dtype=torch.bool)) is handed.last
+        handed.last = None
+        return (body, head) if simply else (_meta_template(model, self._kernel(model)), None)
+
+    @staticmethod
+    def _kernel(model: nn.Module) -> str:
+        # Who set a model to eager attention may have had reasons in its own classes.
+        eager = getattr(getattr(_base(model), "config", None), "_attn_implementation", None) == "eager"
+        return "eager" if eager else "sdpa"
+
+
+class _Head(NamedTuple):
+    module: nn.Module
+    names: dict[str, str]
+
+
+class _HandedOn(nn.Module):
+    last: Tensor | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.last = features
+        return features
+
+
+def _pushforward(
+    policy: Policy, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    pushed = jvp(lambda p: policy._features(p, input_ids, attention_mask), (params,), (tangent,))
+    return cast(tuple[Tensor, Tensor], pushed)
+
+
+def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = False) -> tuple[Policy, Params]:
     """Split a model into a pure ``apply`` and its trainable parameters, as ``(apply, params)``.
 
     ``apply(params, input_ids, attention_mask)`` gives the logits, (B, T, V), of the model in eval mode with eager
     attention, gradient checkpointing off; ``model`` itself, its ``training`` flag included, is left as it is. The
     forward may return a tensor or an object with ``.logits``. Where it takes ``position_ids`` they are derived from
     the attention mask, so that padding on the left does not matter under absolute positions; ``position_ids=False``
-    leaves them out, which reproduces a trainer that omits them.
+    leaves them out, which reproduces a trainer that omits them. ``compiled``: the forward-mode pass of the library goes
+    through ``torch.compile``, which takes a minute once and pays for many tokens; calls of ``apply`` do not.
 
     ``params`` holds the parameters with ``requires_grad`` by name, tied ones once, as detached aliases of the live
     tensors: clone them before an optimizer step if the values before the step are wanted after it.
@@ -97,10 +214,10 @@ def functionalize(model: nn.Module, position_ids: bool = True) -> tuple[Policy, 
     meta = [name for name, p in named.items() if p.is_meta]
     if meta:
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; load its weights first")
-    return Policy(model, position_ids), params
+    return Policy(model, position_ids, compiled), params
 
 
-def _meta_template(model: nn.Module) -> nn.Module:
+def _meta_template(model: nn.Module, attention: str) -> nn.Module:
     # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
@@ -117,7 +234,11 @@ def _meta_template(model: nn.Module) -> nn.Module:
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del module._forward_hooks[key]
     if _is_hugging_face(template):
-        _base(template).set_attn_implementation("eager")
+        try:
+            _base(template).set_attn_implementation(attention)
+        except ValueError:
+            # This architecture has no such attention, and every one has this.
+            _base(template).set_attn_implementation("eager")
     return template
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.entropy import TokenCoefficients
-from fx_influence.logprobs import TokenValues
-from fx_influence.types import Batch
+from fx_influence.types import Batch, TokenValues
 
 Query = Callable[[Tensor, Tensor, Batch], Tensor]
 """(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad query."""

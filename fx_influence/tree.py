@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from fx_influence.types import Params
+from fx_influence.types import Gradients, Params
 
 
 def promote(dtype: torch.dtype) -> torch.dtype:
@@ -29,8 +29,15 @@ def dot(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> Tensor:
         >>> dot({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0]), "v": torch.ones(1)}).item()
         3.0
     """
-    parts = [(x.double() * b[name].double()).sum() for name, x in a.items() if x is not None]
-    return torch.stack(parts).sum() if parts else next(iter(b.values())).new_zeros((), dtype=torch.float64)
+    found = [_dot(x.flatten(), b[name].flatten()) for name, x in a.items() if x is not None]
+    return torch.stack(found).sum() if found else next(iter(b.values())).new_zeros((), dtype=torch.float64)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    # In blocks that the cache of a CPU holds in float64; for a GPU the fewer the better.
+    size = 2**16 if a.device.type == "cpu" else 2**26
+    blocks = zip(a.split(size), b.split(size), strict=True)
+    return torch.stack([torch.dot(x.double(), y.double()) for x, y in blocks]).sum()
 
 
 def add(a: Params, b: Mapping[str, Tensor | None]) -> Params:
@@ -51,9 +58,17 @@ def multiply(a: Params, b: Mapping[str, Tensor | None]) -> Params:
     return out
 
 
+def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Put total + gradients, at least float32, in ``total``; None adds nothing. Two names may share one tensor."""
+    for name, g in more:
+        if g is not None:
+            g, old = g.to(promote(g.dtype)), total[name]
+            total[name] = g if old is None else old + g
+
+
 def largest_entry(direction: Params) -> float:
     """max |v| over all entries, or 1.0 where that is 0: what to divide v by before it is cast to a narrower dtype."""
-    largest = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
+    largest = max((float(torch.stack(v.aminmax()).abs().max()) for v in direction.values() if v.numel()), default=0.0)
     return largest if largest > 0 else 1.0
 
 

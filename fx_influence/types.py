@@ -54,6 +54,16 @@ class Batch(NamedTuple):
     group: Tensor | None = None
 
 
+class TokenValues(NamedTuple):
+    """What a policy says of each completion token, (..., B, T), 0 outside the completion mask.
+
+    ``logprobs``: log pi(y_t | y_<t). ``entropies``: h_t = -sum_y pi log pi over the full vocabulary. In nats.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
 class AdamWHyper(NamedTuple):
     """What the optimizer's ``param_group`` says of one parameter; ``lr_scale`` is rho = lr_group / lr_ref."""
 

@@ -82,7 +82,7 @@ def test_one_sequence_written_out_is_scored_as_it_stands(tmp_path: Path, end: bo
     assert state.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True) == "19"
     assert (rollout.completion_ids[-1] == state.tokenizer.eos_token_id) == end
     values = fx.token_values(state.params, collate([rollout], 0), state.apply)
-    close(torch.tensor(rollout.behaviour_logprobs), values.logprobs[collate([rollout], 0).completion_mask], 1.0, 1e-6)
+    close(torch.tensor(rollout.behaviour_logprobs), values.logprobs[collate([rollout], 0).completion_mask], None, 1e-6)
     batch = update_batch(plan, u)
     assert batch.coefficients is not None
     # dr_grpo: A / (N max_completion_length) on each of its tokens.

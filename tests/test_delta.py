@@ -15,7 +15,7 @@ from strategies import ESTIMATORS, NORMALIZES, VOCAB, WIDTH, Case, cases, option
 
 import fx_influence as fx
 from fx_influence import reference
-from fx_influence.logprobs import rows
+from fx_influence.parts import rows
 from fx_influence.types import Batch, Estimator, Normalize, Params
 
 estimates = pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from torch import Tensor
 
 import fx_influence as fx
 from fx_influence import reference
+from fx_influence.derivatives import token_jvp
 from fx_influence.entropy import completions, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.importance import snis
-from fx_influence.logprobs import token_jvp
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.tree import shift
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fx_influence as fx
-from fx_influence.factors import factored_names, row_factors, row_gradients
+from fx_influence.factors import Factors, factored_names, row_factors, row_gradients
 from fx_influence.kernel import gradient_kernel
+from fx_influence.parts import parts
 from fx_influence.types import Batch, Params
 
 WIDTH, HIDDEN = 7, 6
 Model = Callable[[Params, Tensor, Tensor], Tensor]
+
+
+def factors_of(params: Params, batch: Batch, apply: Model, names: frozenset[str], temperature: float = 1.0) -> Factors:
+    [part] = parts(batch, len(batch.input_ids), aligned=False)
+    return row_factors(params, batch, part, apply, names, temperature)[0]
 
 
 def rows_equal(apply: Model, params: Params, batch: Batch, expected: set[str], tolerance: float = 1e-9) -> None:
@@ -28,7 +34,7 @@ def rows_equal(apply: Model, params: Params, batch: Batch, expected: set[str], t
     names = factored_names(params, batch, apply)
     assert names == expected
     slow = fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
-    factors = row_factors(params, batch, apply, names)
+    factors = factors_of(params, batch, apply, names)
     for name in names:
         found = row_gradients(factors, name, params[name], slice(0, len(params[name])), len(batch.input_ids))
         close(found, slow[name], slow[name].abs().max() + 1e-6, tolerance)
@@ -55,7 +61,7 @@ def test_the_tests_own_policy_has_factors_for_every_parameter(case: Case, tied: 
     names = factored_names(params, case.batch_u, apply)
     # Its position table is added whole to every row and belongs to no row's own tokens.
     assert params.keys() - names <= {"position.weight"}
-    factors = row_factors(params, case.batch_u, apply, names, case.temperature)
+    factors = factors_of(params, case.batch_u, apply, names, case.temperature)
     slow = fx.per_sample_grads(fx.rollout_loss(apply, case.temperature), params, case.batch_u)
     for name in names:
         found = row_gradients(factors, name, params[name], slice(0, len(params[name])), len(case.batch_u.input_ids))
@@ -126,7 +132,7 @@ def test_the_padding_row_of_an_embedding_has_no_gradient() -> None:
     params = {name: BASE[name] for name in ("embed", "head")}
     for padding in (2, 2 - VOCAB):
         rows_equal(embedding(padding_idx=padding), params, batch, {"embed", "head"})
-    factors = row_factors(params, batch, embedding(padding_idx=2), frozenset({"embed"}))
+    factors = factors_of(params, batch, embedding(padding_idx=2), frozenset({"embed"}))
     assert not row_gradients(factors, "embed", params["embed"], slice(2, 3), 2).any()
 
 
@@ -145,7 +151,7 @@ def test_rows_are_told_from_positions_whatever_their_number(rows: int) -> None:
 def test_a_parameter_without_a_factor_asked_for_by_name_is_refused() -> None:
     params = {name: BASE[name] for name in ("embed", "head", "w")}
     with pytest.raises(ValueError, match=r"parameter 'w' is used in a way that has no factor"):
-        row_factors(params, batch_of(), model(lambda p, x: x @ p["w"]), frozenset(params))
+        factors_of(params, batch_of(), model(lambda p, x: x @ p["w"]), frozenset(params))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +159,7 @@ def test_in_lower_precision_factors_are_as_near_as_gradients_row_by_row(dtype: t
     apply, params = apply_of(TinyPolicy(VOCAB, HIDDEN, 1, 2, WIDTH))
     batch, low = batch_of(), {name: p.to(dtype) for name, p in params.items()}
     names = factored_names(low, batch, apply)
-    factors = row_factors(low, batch, apply, names)
+    factors = factors_of(low, batch, apply, names)
     loss = fx.rollout_loss(apply)
     exact, rounded = (
         fx.per_sample_grads(loss, given, batch) for given in ({n: p.double() for n, p in low.items()}, low)
@@ -168,7 +174,7 @@ def test_nothing_of_the_model_is_changed_and_no_graph_is_left() -> None:
     layer = nn.Linear(HIDDEN, VOCAB, dtype=torch.float64)
     live = {"embed": BASE["embed"].clone().requires_grad_(), "head": layer.weight}
     before = {name: p.detach().clone() for name, p in live.items()}
-    factors = row_factors(live, batch_of(), embedding(), frozenset(live))
+    factors = factors_of(live, batch_of(), embedding(), frozenset(live))
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in live.items())
     tensors = [x for uses in factors.values() for use in uses for x in (use.inputs, use.grads) if x is not None]
     assert len(tensors) == 4
@@ -179,5 +185,5 @@ def test_rows_whose_loss_reaches_nothing_have_zero_gradients() -> None:
     params = {name: BASE[name] for name in ("embed", "head")}
     batch = batch_of()._replace(coefficients=None, entropy_coefficients=None)
     apply = model(lambda p, x: x)
-    factors = row_factors(params, batch, apply, frozenset(params))
+    factors = factors_of(params, batch, apply, frozenset(params))
     assert not row_gradients(factors, "head", params["head"], slice(0, VOCAB), 4).any()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import fx_influence as fx
 from fx_influence import reference
+from fx_influence.derivatives import batch_gradient, token_jvp
 from fx_influence.entropy import completions
 from fx_influence.kernel import gradient_kernel
-from fx_influence.logprobs import all_token_values, batch_gradient, token_jvp
+from fx_influence.logprobs import all_token_values
 from fx_influence.types import Apply, Batch, Params
 
 VOCAB, WIDTH = 5, 7

@@ -22,8 +22,9 @@ from transformers import (
 
 import fx_influence as fx
 from fx_influence import reference
+from fx_influence.derivatives import batch_gradient
 from fx_influence.factors import factored_names, row_factors, row_gradients
-from fx_influence.logprobs import batch_gradient, rows
+from fx_influence.parts import parts, rows
 from fx_influence.types import AdamWState, Batch, Params
 
 # transformers renamed it in 5.23; peft reads the old name.
@@ -203,14 +204,16 @@ def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
     batch = left_padded(state.batch_u)
     names = factored_names(state.params, batch, apply)
     assert names == state.params.keys()
-    factors = row_factors(state.params, batch, apply, names, 0.7)
+    [part] = parts(batch, len(batch.input_ids), aligned=True)
+    factors, _ = row_factors(state.params, batch, part, apply, names, 0.7)
+    back = part.members.argsort()
     slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
     for name, p in state.params.items():
-        found = row_gradients(factors, name, p, slice(0, len(p)), len(batch.input_ids))
+        found = row_gradients(factors, name, p, slice(0, len(p)), len(back))[back]
         assert max_error(found, slow[name]) <= 1e-9, name
         half = slice(0, 1 + len(p) // 2)
-        part = row_gradients(factors, name, p, half, len(batch.input_ids))
-        assert max_error(part, slow[name][:, half]) <= 1e-9, name
+        found = row_gradients(factors, name, p, half, len(back))[back]
+        assert max_error(found, slow[name][:, half]) <= 1e-9, name
 
 
 @adapters
@@ -285,7 +288,7 @@ def test_the_model_is_left_as_it_was(family: str, lora: bool) -> None:
 @adapters
 def test_dropout_of_a_model_in_training_is_off(family: str, lora: bool) -> None:
     model = make_model(family, lora=lora, dropout=0.5, attention="sdpa")
-    plain_apply, state = setup(make_model(family, lora=lora))
+    plain_apply, state = setup(make_model(family, lora=lora, attention="sdpa"))
     apply, dropping = setup(model)
     with torch.no_grad():
         ids = state.batch_e.input_ids
@@ -338,7 +341,9 @@ def test_the_batch_gradient_is_the_trainers_own(family: str, lora: bool, attenti
 @families
 def test_a_model_with_fused_attention_gives_what_an_eager_one_does(family: str) -> None:
     (fused, state), (eager, _) = (setup(make_model(family, attention=kind)) for kind in ("sdpa", "eager"))
-    assert same(fx.influence(*state, apply=fused, matrix=True), fx.influence(*state, apply=eager, matrix=True))
+    one, other = (fx.influence(*state, apply=apply, matrix=True) for apply in (fused, eager))
+    for field in ("per_sequence", "per_token", "matrix", "stderr"):
+        assert 0 < max_error(getattr(one, field), getattr(other, field)) <= 1e-5, field
 
 
 @families

@@ -115,7 +115,7 @@ def test_float64_is_the_same_step_without_the_rounding(setting: Setting, swept: 
     wide = {name: p.double() for name, p in state.params.items()}
     v = {name: x.double() for name, x in parts_of(setting)[0].items()}
     exact = fx.snis_delta(wide, v, ETAS[0], setting.e.batch, apply=state.apply.widened(torch.float64)).delta_h
-    assert swept["grad_float64"][0, 0] == pytest.approx(exact.item(), rel=1e-6, abs=1e-12)
+    assert swept["grad_float64"][0, 0] == pytest.approx(exact.item(), abs=1e-6 * np.abs(swept["grad_float64"]).max())
 
 
 def test_the_second_derivative_is_the_jvps_and_a_rollout_that_moves_nothing_has_none(

@@ -19,11 +19,11 @@ from fx_influence.interop.sampling import check_on_policy, sample_rewarded, toke
 from fx_influence.lab.plan import StepPlan, demo_path
 from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
 from fx_influence.lab.store import RunDirectory, readable, sha256
-from fx_influence.logprobs import TokenValues, all_token_values
+from fx_influence.logprobs import all_token_values
 from fx_influence.losses import coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
 from fx_influence.tree import promote
-from fx_influence.types import AdamWState, Batch, Params
+from fx_influence.types import AdamWState, Batch, Params, TokenValues
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, in all)."""

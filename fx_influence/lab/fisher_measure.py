@@ -9,6 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from fx_influence.derivatives import token_jvp
 from fx_influence.fisher import adam_diagonal, fisher_kernel, scored
 from fx_influence.influence import check_identity, identity_tolerance
 from fx_influence.kernel import gradient_kernel, rollout_gradients
@@ -16,7 +17,7 @@ from fx_influence.lab.batches import Sampled, State, mean_reward
 from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.lab.step import Step, moving_rows, rollouts_per_block
 from fx_influence.lab.sweep import Arrays
-from fx_influence.logprobs import distinct_rows, row_chunks, token_jvp
+from fx_influence.parts import distinct_rows, row_chunks
 from fx_influence.tree import promote
 from fx_influence.types import Batch, Params
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
+from fx_influence.derivatives import batch_gradient
 from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import StepPlan
 from fx_influence.lab.store import RunDirectory, readable
-from fx_influence.logprobs import batch_gradient, distinct_rows, row_chunks, rows
+from fx_influence.parts import distinct_rows, row_chunks, rows
 from fx_influence.tree import promote
 from fx_influence.types import Batch, Gain, Gradients, Params
 

@@ -15,7 +15,7 @@ from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import PER_SEQUENCE, WHOLE, EntropyInfluencePlan
 from fx_influence.lab.step import Step, directions_per_block, moving_rows, rollouts_per_block, whole_directions
-from fx_influence.logprobs import row_chunks
+from fx_influence.parts import row_chunks
 from fx_influence.types import Batch, Params
 
 Arrays = dict[str, np.ndarray]

@@ -1,0 +1,54 @@
+"""Per-sequence influences from the factors that one reverse pass leaves, at a forward's cost for each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fx_influence.derivatives import live
+from fx_influence.factors import Factors, bytes_per_token, factored_names, inner_products, row_factors
+from fx_influence.parts import Part, parts
+from fx_influence.policy import halves
+from fx_influence.tree import accumulate, largest_entry
+from fx_influence.types import Apply, Batch, Gradients, Params
+
+Contract = Callable[[Params], Tensor]
+"""``contract(u)``: <u, g_i> for every row of the batch, (B,) float64; names absent in u count as 0."""
+
+
+def gradient_and_contraction(
+    params: Params,
+    batch: Batch,
+    apply: Apply,
+    temperature: float,
+    chunk_size: int | None,
+    memory_budget: int,
+) -> tuple[Gradients, Contract] | None:
+    """``batch_gradient``, and <u, g_i> of every row for any u, from one forward and one reverse pass.
+
+    The factors of all rows are kept: None where they exceed ``memory_budget`` bytes, or where a parameter has none.
+    """
+    policy = halves(apply)
+    names = factored_names(params, batch, apply)
+    pending = parts(batch, chunk_size, policy.aligned)
+    size = sum(part.input_ids.numel() for part in pending) * bytes_per_token(params, batch, apply, names)
+    if params.keys() - names or size > memory_budget:
+        return None
+    total: Gradients = dict.fromkeys(params)
+    kept: list[tuple[Part, Factors]] = []
+    for part in pending:
+        factors, grads = row_factors(live(params), batch, part, apply, names, temperature)
+        accumulate(total, grads.items())
+        kept.append((part, factors))
+
+    def contract(u: Params) -> Tensor:
+        scale = largest_entry(u)
+        unit = {name: u[name] / scale if name in u else torch.zeros_like(p) for name, p in params.items()}
+        out = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
+        for part, factors in kept:
+            out[part.members] = inner_products(factors, unit, len(part.members))
+        return out * scale
+
+    return total, contract

@@ -1,0 +1,137 @@
+"""First derivatives of a batch's token values: the gradient of a loss on them, and their slopes along a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from fx_influence.head import pull, scores, slopes
+from fx_influence.logprobs import in_place, scored_features, weights_of
+from fx_influence.parts import Part, parts
+from fx_influence.policy import Halves, halves
+from fx_influence.tree import accumulate, largest_entry
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
+
+
+def batch_gradient(
+    params: Params, batch: Batch, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None
+) -> Gradients:
+    """g = grad of -sum_it (c_it log pi(y_it) + b_it h_it) by reverse mode, accumulated over parts of the batch.
+
+    ``batch.coefficients`` is c and ``batch.entropy_coefficients`` b, (B, T). Returns one tensor per parameter, at
+    least float32, and None where backward never reaches the parameter, as ``p.grad`` would be.
+    """
+    policy, leaves = halves(apply), live(params)
+    total: Gradients = dict.fromkeys(params)
+    for part in parts(batch, chunk_size, policy.aligned):
+        accumulate(total, _reverse(leaves, _forward(leaves, part, policy), part, batch, policy, temperature).items())
+    return total
+
+
+def weighted_gradient(
+    params: Params,
+    batch: Batch,
+    apply: Apply,
+    weigh: Callable[[TokenValues], Batch],
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    memory_budget: int = 0,
+) -> tuple[Batch, Gradients]:
+    """``weigh(values)``, the batch with coefficients that depend on all its token values, and its ``batch_gradient``.
+
+    The first part goes forward once for both, and so do the next as long as their graphs fit ``memory_budget`` bytes
+    together; the others go forward twice.
+    """
+    policy, leaves = halves(apply), live(params)
+    pending = parts(batch, chunk_size, policy.aligned)
+    kept: dict[int, Tensor] = {}
+    found = []
+    for k, part in enumerate(pending):
+        with _Graph(leaves) as graph, torch.set_grad_enabled(len(kept) == k and memory_budget >= 0):
+            features = scored_features(policy.features(leaves, part.input_ids, part.attention_mask), part)
+        memory_budget -= graph.bytes if k else 0
+        if features.requires_grad and memory_budget >= 0:
+            kept[k] = features
+        with torch.no_grad():
+            found.append((part, scores(policy, params, features.detach(), part.targets, temperature)))
+    weighted = weigh(in_place(found, batch))
+    total: Gradients = dict.fromkeys(params)
+    for k, part in enumerate(pending):
+        features = kept.pop(k) if k in kept else _forward(leaves, part, policy)
+        accumulate(total, _reverse(leaves, features, part, weighted, policy, temperature).items())
+    return weighted, total
+
+
+class _Graph(saved_tensors_hooks):
+    """Counts the bytes that a graph made inside holds besides the leaves."""
+
+    def __init__(self, leaves: Params) -> None:
+        self.bytes = 0
+        seen = {p.untyped_storage().data_ptr() for p in leaves.values()}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return x
+
+        super().__init__(pack, lambda x: x)
+
+    def __enter__(self) -> _Graph:  # type: ignore[override]
+        super().__enter__()
+        return self
+
+
+def live(params: Params) -> Params:
+    """The parameters as leaves of a graph of their own."""
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+def _forward(leaves: Params, part: Part, policy: Halves) -> Tensor:
+    with torch.enable_grad():
+        return scored_features(policy.features(leaves, part.input_ids, part.attention_mask), part)
+
+
+def _reverse(leaves: Params, features: Tensor, part: Part, batch: Batch, policy: Halves, temperature: float) -> Params:
+    """The gradient of the leaves that the part's share of the loss reaches, at least float32."""
+    weights = weights_of(batch, part)
+    if all(w is None for w in weights):
+        return {}
+    toward, total = pull(policy, leaves, features, part.targets, weights, temperature)
+    if features.requires_grad:
+        grads = torch.autograd.grad(features, list(leaves.values()), toward, allow_unused=True)
+        accumulate(total, zip(leaves, grads, strict=True))
+    return {name: g for name, g in total.items() if g is not None}
+
+
+def token_jvp(
+    params: Params,
+    direction: Params,
+    batch: Batch,
+    apply: Apply,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> TokenValues:
+    """Directional derivatives <d log pi(y_it)/dtheta, v> and <dh_it/dtheta, v> of every token, by forward mode.
+
+    ``direction``: v, by name, any float dtype; names absent count as 0. Returns (B, T) each, float64 for float64
+    parameters, else float32. v is scaled to unit maximum before it is cast to the parameters' dtype and the result
+    scaled back, so that a huge or tiny v neither overflows nor vanishes.
+    """
+    policy, scale = halves(apply), largest_entry(direction)
+    tangent = {
+        name: (direction[name] / scale).to(p.dtype) if name in direction else torch.zeros_like(p)
+        for name, p in params.items()
+    }
+    found = []
+    with torch.no_grad():
+        for part in parts(batch, chunk_size, policy.aligned):
+            both = policy.pushforward(params, tangent, part.input_ids, part.attention_mask)
+            features, toward = (scored_features(x, part) for x in both)
+            found.append((part, slopes(policy, params, tangent, features, toward, part.targets, temperature)))
+    d = in_place(found, batch)
+    return TokenValues(d.logprobs * scale, d.entropies * scale)
