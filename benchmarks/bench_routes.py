@@ -1,165 +1,148 @@
-"""What each route to the influences costs beside one training step on the same rollouts.
+"""What each route to the influences costs beside one training step, and beside the same route written by hand.
 
-    python -m benchmarks routes            writes results/routes.json and the README's table; a quarter of an hour
+    python -m benchmarks routes            writes results/routes.json and the README's table; an hour on one core
     python -m benchmarks routes --quick    a tiny model once, written nowhere: it only shows that this works
 
-The unit is the forward and reverse pass over U plus those over E, with |U| = |E|. Peak memory is what a fresh process
-adds to its peak while it does the work.
+The unit is the forward and reverse pass over U plus those over E, with |U| = |E|, by the library's own reverse pass,
+which is faster than a plain one (``by_hand``). Peak memory is what a fresh process adds to its peak while it does the
+work. A setting is stored as soon as it is measured, and one that is stored is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from typing import Any, NamedTuple
-
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from collections.abc import Callable
+from typing import Any
 
 import fx_influence as fx
-from benchmarks.harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, store
+from benchmarks import by_hand
+from benchmarks.harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, result, store
+from benchmarks.problems import Problem, Setting, problem
 from fx_influence.derivatives import batch_gradient
 from fx_influence.kernel import gradient_kernel
 from fx_influence.lab.environment import environment
-from fx_influence.types import Batch, Params
+from fx_influence.parts import rows
 
 NAME = "bench_routes"
-SIZES = {"tiny": (32, 64, 2, 64), "3M": (256, 576, 4, 1024), "4M": (256, 704, 5, 1024), "9M": (320, 1024, 6, 4096)}
-"""Hidden size, intermediate size, layers, vocabulary."""
-SETTINGS = (("3M", False, 16), ("3M", True, 16), ("4M", False, 32))
 ROUTES = {
-    "adjoint": "influence of every rollout and token, momentum, decay, residual: `influence(..., stderr=False)`",
-    "adjoint_grad": "the same with the trainer's gradient handed in: `influence(..., grad=g, stderr=False)`",
-    "error_bars": "the same with error bars from 8 unions of prompts (default): `influence(...)`",
+    "adjoint": "every rollout and token, momentum, decay, residual: `influence(..., stderr=False)`",
+    "adjoint_compiled": "the same with `functionalize(model, compiled=True)`",
+    "adjoint_by_hand": "the same as a script without the library",
+    "grad_eighth": "E an eighth of U, the trainer's gradient handed in, over the step on U alone: `grad=g`",
+    "per_sequence": "rollouts only: `influence(..., per_token=False, stderr=False)`",
+    "error_bars": "rollouts, tokens and error bars from 8 unions of prompts (default): `influence(...)`",
     "matrix": "M alone, the part of every eval rollout in every influence, by factors",
-    "vmap": "M by `vmap(grad)`, as one would write it by hand",
+    "matrix_by_hand": "M by `vmap(grad)`, as a script without the library",
+}
+SMALL = ("adjoint", "adjoint_compiled", "adjoint_by_hand", "grad_eighth", "per_sequence", "error_bars", "matrix")
+LARGE = ("adjoint", "adjoint_by_hand", "grad_eighth", "per_sequence")
+SETTINGS: dict[Setting, tuple[str, ...]] = {
+    Setting("3M"): SMALL,
+    Setting("3M", lora=True): SMALL,
+    Setting("4M", rows=32): ("adjoint", "per_sequence", "matrix", "matrix_by_hand"),
+    Setting("9M"): SMALL,
+    Setting("9M", lora=True): SMALL,
+    Setting("3M", rows=64, width=256): LARGE,
+    Setting("9M", rows=64, width=256): LARGE,
 }
 
 
-class Problem(NamedTuple):
-    """A model from its configuration with a training state, and two batches."""
+def works_of(setting: Setting, names: tuple[str, ...]) -> dict[str, Callable[[], object]]:
+    """The work of each route, of the unit under ``step`` and of the step on U alone under ``step_u``."""
+    p = problem(setting)
+    # Only where it is measured: it takes half a minute to compile.
+    fast = problem(setting, compiled=True) if "adjoint_compiled" in names else p
+    eighth = rows(p.e, slice(0, max(1, len(p.e.input_ids) // 8)))
 
-    apply: fx.Policy
-    params: Params
-    state: fx.AdamWState
-    u: Batch
-    e: Batch
-    gradient: Params
-    gain: Params
+    def influence(p: Problem = p, **options: Any) -> object:
+        return fx.influence(p.params, p.u, options.pop("e", p.e), p.state, apply=p.apply, **options)
 
-
-def problem(size: str, lora: bool, rows: int, width: int = 128) -> Problem:
-    """Random weights and rollouts, the same for the same arguments; a third of every row is prompt."""
-    torch.manual_seed(0)
-    hidden, intermediate, layers, vocab = SIZES[size]
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model: Any = Qwen2ForCausalLM(config)
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM", target_modules="all-linear"))
-    apply, params = fx.functionalize(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    for p in model.parameters():
-        p.grad = 1e-3 * torch.randn_like(p) if p.requires_grad else None
-    optimizer.step()
-    state = fx.adamw_state(optimizer, model)
-    u, e = (_batch(vocab, rows, width) for _ in range(2))
-    gradient = {n: g for n, g in batch_gradient(params, u, apply).items() if g is not None}
-    return Problem(apply, params, state, u, e, gradient, fx.adamw_decompose(gradient, state, params).gain)
-
-
-def _batch(vocab: int, rows: int, width: int) -> Batch:
-    ids = torch.randint(0, vocab, (rows, width))
-    completion = (torch.arange(width) >= width // 3).expand(rows, width)
-    c = fx.coefficients("grpo", torch.randn(rows), completion)
-    return Batch(ids, torch.ones_like(completion), completion, c, group=torch.arange(rows) // 2)
-
-
-def routes(p: Problem) -> dict[str, Any]:
-    """The work of each route, and of the unit under ``step``."""
-
-    def influence(**options: Any) -> object:
-        return fx.influence(p.params, p.u, p.e, p.state, apply=p.apply, **options)
-
-    def by_vmap() -> torch.Tensor:
-        loss = fx.rollout_loss(p.apply)
-        left, right = (fx.per_sample_grads(loss, p.params, batch) for batch in (p.e, p.u))
-        products = [left[n].flatten(1) @ (p.gain[n] * right[n]).flatten(1).T for n in p.params]
-        return torch.stack(products).sum(0)
-
-    return {
+    works: dict[str, Callable[[], object]] = {
         "step": lambda: [batch_gradient(p.params, batch, p.apply) for batch in (p.u, p.e)],
+        "step_u": lambda: batch_gradient(p.params, p.u, p.apply),
         "adjoint": lambda: influence(stderr=False),
-        "adjoint_grad": lambda: influence(stderr=False, grad=p.gradient),
+        "adjoint_compiled": lambda: influence(fast, stderr=False),
+        "adjoint_by_hand": lambda: by_hand.adjoint(p),
+        "grad_eighth": lambda: influence(stderr=False, e=eighth, grad=p.gradient),
+        "per_sequence": lambda: influence(stderr=False, per_token=False),
         "error_bars": lambda: influence(),
         "matrix": lambda: gradient_kernel(p.params, p.e, p.u, p.gain, p.apply),
-        "vmap": by_vmap,
+        "matrix_by_hand": lambda: by_hand.matrix(p),
     }
+    return {name: works[name] for name in ("step", "step_u", *names)}
 
 
-def measure(size: str, lora: bool, rows: int, pairs: int) -> dict[str, Any]:
-    """Seconds and flops of every route in units of the step, and what it adds to the peak memory."""
-    p = problem(size, lora, rows)
-    works = routes(p)
-    step = works.pop("step")
-    unit = flops(step)
-    found = ratios(works, step, pairs)
-    names = {name: {"flops": flops(work) / unit, "seconds": found[name]} for name, work in works.items()}
-    setting = [size, "lora" if lora else "full", str(rows)]
-    for name in ("step", *works):
-        names.setdefault(name, {})["peak_extra_bytes"] = peak_extra_bytes(NAME, *setting, name)
-    trained = sum(x.numel() for x in p.params.values())
-    return {"model": size, "lora": lora, "rows": rows, "width": 128, "trained": trained, "routes": names}
+def measure(setting: Setting, names: tuple[str, ...], pairs: int) -> dict[str, Any]:
+    """Seconds and flops of every route in units of its step, and what it adds to the peak memory."""
+    works = works_of(setting, names)
+    step, step_u = works.pop("step"), works.pop("step_u")
+    alone = {name: works.pop(name) for name in ("grad_eighth",) if name in works}
+    found = ratios(works, step, pairs) | ratios(alone, step_u, pairs)
+    unit = {"grad_eighth": flops(step_u)}
+    whole = flops(step)
+    routes: dict[str, Any] = {}
+    for name, work in (works | alone).items():
+        # A compiled pass hides its products from the counter; they are those of the pass that is not compiled.
+        counted = {} if name == "adjoint_compiled" else {"flops": flops(work) / unit.get(name, whole)}
+        routes[name] = {**counted, "seconds": found[name]}
+    given = [setting.size, "lora" if setting.lora else "full", str(setting.rows), str(setting.width)]
+    for name in ("step", *names):
+        routes.setdefault(name, {})["peak_extra_bytes"] = peak_extra_bytes(NAME, *given, name)
+    trained = sum(x.numel() for x in problem(setting).params.values())
+    return {"setting": setting._asdict(), "title": setting.title, "trained": trained, "routes": routes}
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The README's table: of each route, seconds and flops over the step's, and extra MiB."""
     settings = report["settings"]
-    titles = [f"{s['model']} {'LoRA' if s['lora'] else 'full'}, {s['rows']} rows" for s in settings]
-    lines = ["| route | " + " | ".join(titles) + " |", "|---|" + "---|" * len(settings)]
-    for name, what in ROUTES.items():
-        cells = []
-        for s in settings:
-            r = s["routes"][name]
-            memory = r["peak_extra_bytes"] / 2**20
-            cells.append(f"{r['seconds']['median']:.2f} s, {r['flops']:.2f} f, {memory:.0f} MiB")
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    steps = [f"{s['routes']['step']['peak_extra_bytes'] / 2**20:.0f} MiB" for s in settings]
-    return "\n".join([*lines, "| the step itself: forward and reverse over U and over E | " + " | ".join(steps) + " |"])
+    lines = ["| route | " + " | ".join(s["title"] for s in settings) + " |", "|---|" + "---|" * len(settings)]
+    for name, what in {**ROUTES, "step": "the step itself: forward and reverse over U and over E"}.items():
+        lines.append(f"| {what} | " + " | ".join(_cell(s["routes"].get(name)) for s in settings) + " |")
+    return "\n".join(lines)
+
+
+def _cell(route: dict[str, Any] | None) -> str:
+    if route is None:
+        return ""
+    found = [f"{route['seconds']['median']:.2f} s"] if "seconds" in route else []
+    found += [f"{route['flops']:.2f} f"] if "flops" in route else []
+    return ", ".join([*found, f"{route['peak_extra_bytes'] / 2**20:.0f} MiB"])
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     one_thread()
     if arguments.memory:
-        size, kind, rows, name = arguments.memory
-        work = routes(problem(size, kind == "lora", int(rows)))[name]
-        print_peak_extra(work)
+        size, kind, count, width, name = arguments.memory
+        print_peak_extra(works_of(Setting(size, kind == "lora", int(count), int(width)), (name,))[name])
         return 0
-    settings = (("tiny", False, 4), ("tiny", True, 4)) if arguments.quick else SETTINGS
-    measured = []
-    for setting in settings:
-        print(*setting, flush=True)
-        measured.append(measure(*setting, pairs=1 if arguments.quick else PAIRS))
-    report = {"environment": environment(), "pairs": PAIRS, "settings": measured}
+    if arguments.quick:
+        names = tuple(name for name in ROUTES if name != "adjoint_compiled")
+        tiny = [measure(Setting("tiny", lora, 4, 24), names, pairs=1) for lora in (False, True)]
+        print(markdown({"settings": tiny}))
+        return 0
+    stored = _stored()
+    report = {"environment": environment(), "pairs": PAIRS, "settings": stored}
+    for setting, names in SETTINGS.items():
+        if setting.title not in [s["title"] for s in stored]:
+            print(setting.title, flush=True)
+            stored.append(measure(setting, names, PAIRS))
+            store(NAME, report, markdown(report))
     print(markdown(report))
-    if not arguments.quick:
-        store(NAME, report, markdown(report))
     return 0
+
+
+def _stored() -> list[dict[str, Any]]:
+    path = result(NAME)
+    return list(json.loads(path.read_text(encoding="utf-8"))["settings"]) if path.exists() else []
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, written nowhere")
-    parser.add_argument("--memory", nargs=4, metavar=("MODEL", "KIND", "ROWS", "ROUTE"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from fx_influence.forward_mode import Tape
 from fx_influence.head import pull, scores, slopes
 from fx_influence.logprobs import in_place, scored_features, weights_of
 from fx_influence.parts import Part, parts
 from fx_influence.policy import Halves, halves
 from fx_influence.tree import accumulate, largest_entry
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
+
+Tapes = list[list[Tensor] | None]
+"""What leaves the linear maps of each part of a batch, or None where it is not kept."""
 
 
 def batch_gradient(
@@ -24,11 +29,32 @@ def batch_gradient(
     ``batch.coefficients`` is c and ``batch.entropy_coefficients`` b, (B, T). Returns one tensor per parameter, at
     least float32, and None where backward never reaches the parameter, as ``p.grad`` would be.
     """
+    return taped_gradient(params, batch, apply, temperature, chunk_size)[0]
+
+
+def taped_gradient(
+    params: Params,
+    batch: Batch,
+    apply: Apply,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    memory_budget: int = 0,
+) -> tuple[Gradients, Tapes]:
+    """``batch_gradient``, and for ``token_jvp`` of the same batch what its linear maps put out in the forwards.
+
+    As many parts of the batch have their outputs kept as fit ``memory_budget`` bytes.
+    """
     policy, leaves = halves(apply), live(params)
     total: Gradients = dict.fromkeys(params)
+    tapes: Tapes = []
     for part in parts(batch, chunk_size, policy.aligned):
-        accumulate(total, _reverse(leaves, _forward(leaves, part, policy), part, batch, policy, temperature).items())
-    return total
+        tape = Tape(memory_budget)
+        with tape if memory_budget > 0 and not policy.compiled else nullcontext():
+            features = _forward(leaves, part, policy)
+        memory_budget -= tape.bytes
+        tapes.append(tape.outputs or None)
+        accumulate(total, _reverse(leaves, features, part, batch, policy, temperature).items())
+    return total, tapes
 
 
 def weighted_gradient(
@@ -115,12 +141,14 @@ def token_jvp(
     apply: Apply,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    tapes: Tapes | None = None,
 ) -> TokenValues:
     """Directional derivatives <d log pi(y_it)/dtheta, v> and <dh_it/dtheta, v> of every token, by forward mode.
 
     ``direction``: v, by name, any float dtype; names absent count as 0. Returns (B, T) each, float64 for float64
     parameters, else float32. v is scaled to unit maximum before it is cast to the parameters' dtype and the result
-    scaled back, so that a huge or tiny v neither overflows nor vanishes.
+    scaled back, so that a huge or tiny v neither overflows nor vanishes. ``tapes``: from ``taped_gradient`` of the same
+    batch and ``chunk_size``.
     """
     policy, scale = halves(apply), largest_entry(direction)
     tangent = {
@@ -129,8 +157,9 @@ def token_jvp(
     }
     found = []
     with torch.no_grad():
-        for part in parts(batch, chunk_size, policy.aligned):
-            both = policy.pushforward(params, tangent, part.input_ids, part.attention_mask)
+        pending = parts(batch, chunk_size, policy.aligned)
+        for part, outputs in zip(pending, tapes or [None] * len(pending), strict=True):
+            both = policy.pushforward(params, tangent, part.input_ids, part.attention_mask, outputs)
             features, toward = (scored_features(x, part) for x in both)
             found.append((part, slopes(policy, params, tangent, features, toward, part.targets, temperature)))
     d = in_place(found, batch)

@@ -59,7 +59,7 @@ def row_factors(
     total: Gradients = dict.fromkeys(params)
     body = _Recorder(params, part.input_ids.shape, names)
     with torch.enable_grad(), body:
-        features = policy.features(params, part.input_ids, part.attention_mask)
+        features = policy.eager(params, part.input_ids, part.attention_mask)
     weights = weights_of(batch, part)
     if all(w is None for w in weights):
         return {}, total
@@ -163,7 +163,7 @@ def _look(params: Params, batch: Batch, apply: Apply, names: frozenset[str]) -> 
     policy = halves(apply)
     body = _Recorder(params, ids.shape, names)
     with torch.no_grad(), body:
-        features = policy.features(params, ids, mask)
+        features = policy.eager(params, ids, mask)
     return body, _seen_in_head(params, features, policy, names)
 
 

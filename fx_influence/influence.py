@@ -11,7 +11,7 @@ from torch import Tensor
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs
 from fx_influence.checks import check_batch, check_options
 from fx_influence.contraction import Contract, gradient_and_contraction
-from fx_influence.derivatives import batch_gradient, token_jvp, weighted_gradient
+from fx_influence.derivatives import Tapes, batch_gradient, taped_gradient, token_jvp, weighted_gradient
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
@@ -101,8 +101,8 @@ def influence(
     ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters: the reverse pass over U
     leaves the factors of its gradient, and each union costs a product with them, where they do not fit a JVP.
     ``per_token``: without it ``per_token`` is None and the influences come from those factors too, without the JVP.
-    ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, U's factors and
-    the graphs kept of E may take, each in its turn, beside the pass at hand.
+    ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, what is kept of
+    U's reverse pass and the graphs kept of E may take, each in its turn, beside the pass at hand; 0 keeps nothing.
 
     The residual is always computed. Raises ``IdentityError`` where it exceeds ``tolerance`` (None: 1e-4 for float32
     models, 1e-9 for float64) times max(sum |delta_i|, |<u, g>|): a derivative was lost on the way. Raises
@@ -129,15 +129,13 @@ def influence(
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
     batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, forward, memory_budget)
-    factors = in_unions or not (per_token or grad is not None)
-    found = gradient_and_contraction(params, batch_u, *forward, memory_budget) if factors else None
-    g_u, contract = found or (grad if grad is not None else batch_gradient(params, batch_u, *forward), None)
-    g_u = g_u if grad is None else grad
+    g_u, reach = _over_u(params, batch_u, grad, forward, in_unions, per_token, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
-    slope, parts, tokens = _adjoint(params, batch_u, ascents, step.gain, forward, contract, per_token)
+    slope, parts, tokens = _adjoint(reach, ascents, step.gain)
     per_sequence = parts.sum(0) if tokens is None else tokens.sum(-1)
-    del contract, found
+    # What is kept of U may take as much as the matrix.
+    del reach
 
     u = multiply(step.gain, slope)
     per_parameter = {name: dot({name: g_u.get(name)}, {name: x}) for name, x in u.items()}
@@ -220,15 +218,50 @@ def _ascents(
     return weighted, unions, (batch_gradient(params, rows(weighted, unions == k), *forward) for k in range(count))
 
 
-def _adjoint(
+class _Reach(NamedTuple):
+    """U, and what its reverse pass left for the derivatives of its rollouts along a direction."""
+
+    params: Params
+    batch: Batch
+    forward: Forward
+    contract: Contract | None
+    tapes: Tapes | None
+    per_token: bool
+
+    def token_shares(self, u: Params) -> Tensor:
+        derivatives = token_jvp(self.params, u, self.batch, *self.forward, self.tapes)
+        shares = torch.zeros(self.batch.input_ids.shape, dtype=torch.float64, device=self.batch.input_ids.device)
+        for d, weight in zip(derivatives, (self.batch.coefficients, self.batch.entropy_coefficients), strict=True):
+            if weight is not None:
+                shares -= weight.double() * d.double()
+        return shares
+
+
+def _over_u(
     params: Params,
     batch_u: Batch,
-    ascents: Iterable[Gradients],
-    gain: Params,
+    grad: Gradients | None,
     forward: Forward,
-    contract: Contract | None,
+    in_unions: bool,
     per_token: bool,
-) -> tuple[Params, Tensor, Tensor | None]:
+    memory_budget: int,
+) -> tuple[Gradients, _Reach]:
+    """U's gradient, and its reverse pass with factors kept where several directions or no tokens are wanted."""
+    own: Gradients | None = None
+    reach = _Reach(params, batch_u, forward, None, None, per_token)
+    if in_unions or not (per_token or grad is not None):
+        found = gradient_and_contraction(params, batch_u, *forward, memory_budget)
+        if found is not None:
+            own, reach = found[0], reach._replace(contract=found[1])
+    if own is None and grad is None:
+        own, tapes = taped_gradient(params, batch_u, *forward, memory_budget)
+        reach = reach._replace(tapes=tapes)
+    g_u = own if grad is None else grad
+    assert g_u is not None
+    return g_u, reach
+
+
+def _adjoint(reach: _Reach, ascents: Iterable[Gradients], gain: Params) -> tuple[Params, Tensor, Tensor | None]:
     """grad H, what each union of E's rows makes of every influence (K, n_u), and the token shares (n_u, T)."""
     slope: Params = {}
     parts: list[Tensor] = []
@@ -237,24 +270,15 @@ def _adjoint(
         # The surrogate is ascended and a loss descended: hence the sign.
         own = {name: torch.zeros_like(x) if (g := part[name]) is None else -g for name, x in gain.items()}
         slope = add(slope, own) if slope else own
-        if contract is None:
-            shares = _token_shares(params, multiply(gain, own), batch_u, forward)
+        if reach.contract is None:
+            shares = reach.token_shares(multiply(gain, own))
             tokens = shares if tokens is None else tokens + shares
             parts.append(shares.sum(-1))
         else:
-            parts.append(contract(multiply(gain, own)))
-    if contract is not None and per_token:
-        tokens = _token_shares(params, multiply(gain, slope), batch_u, forward)
-    return slope, torch.stack(parts), tokens if per_token else None
-
-
-def _token_shares(params: Params, u: Params, batch_u: Batch, forward: Forward) -> Tensor:
-    derivatives = token_jvp(params, u, batch_u, *forward)
-    shares = torch.zeros(batch_u.input_ids.shape, dtype=torch.float64, device=batch_u.input_ids.device)
-    for d, weight in zip(derivatives, (batch_u.coefficients, batch_u.entropy_coefficients), strict=True):
-        if weight is not None:
-            shares -= weight.double() * d.double()
-    return shares
+            parts.append(reach.contract(multiply(gain, own)))
+    if reach.contract is not None and reach.per_token:
+        tokens = reach.token_shares(multiply(gain, slope))
+    return slope, torch.stack(parts), tokens if reach.per_token else None
 
 
 def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor:

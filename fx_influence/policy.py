@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -20,19 +20,23 @@ from fx_influence.types import Apply, Params
 class Halves(NamedTuple):
     """A policy in two: ``features`` up to the vocabulary, and the ``head`` that turns them into logits.
 
-    ``features(params, input_ids, attention_mask)``: (B, T, d), for plain and reverse passes. ``traced``: the same for
-    use inside vmap and jvp. ``pushforward(params, tangent, input_ids, attention_mask)``: features and their tangent.
+    ``features(params, input_ids, attention_mask)``: (B, T, d), for plain and reverse passes. ``eager``: the same, never
+    compiled, for passes that watch its operations. ``traced``: the same for use inside vmap and jvp.
+    ``pushforward(params, tangent, input_ids, attention_mask, outputs)``: features and their tangent; ``outputs``: of
+    the linear maps in ``features`` of the same tokens, see ``forward_mode.Tape``, or None. ``compiled``: passes are.
     ``head(params, features)``: (..., V). ``vocab_size``: V, None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
     begin in column 0 and cut after their last token. A plain ``apply`` is all features, and its head does nothing.
     """
 
     features: Callable[[Params, Tensor, Tensor], Tensor]
+    eager: Callable[[Params, Tensor, Tensor], Tensor]
     traced: Callable[[Params, Tensor, Tensor], Tensor]
-    pushforward: Callable[[Params, Params, Tensor, Tensor], tuple[Tensor, Tensor]]
+    pushforward: Callable[[Params, Params, Tensor, Tensor, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
     head: Callable[[Params, Tensor], Tensor]
     vocab_size: int | None
     aligned: bool
+    compiled: bool
 
 
 def halves(apply: Apply) -> Halves:
@@ -40,10 +44,13 @@ def halves(apply: Apply) -> Halves:
     if isinstance(apply, Policy):
         return apply.halves
 
-    def pushforward(params: Params, tangent: Params, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], jvp(lambda p: apply(p, ids, mask), (params,), (tangent,)))
+    def pushforward(
+        params: Params, tangent: Params, ids: Tensor, mask: Tensor, outputs: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        with ForwardMode(outputs):
+            return cast(tuple[Tensor, Tensor], jvp(lambda p: apply(p, ids, mask), (params,), (tangent,)))
 
-    return Halves(apply, apply, pushforward, lambda params, x: x.view_as(x), None, aligned=False)
+    return Halves(apply, apply, apply, pushforward, lambda params, x: x.view_as(x), None, False, False)
 
 
 class Policy:
@@ -67,11 +74,12 @@ class Policy:
         self._position_ids = position_ids and "position_ids" in parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         self._upcasts = _is_hugging_face(model)
-        self._push = torch.compile(_pushforward, dynamic=True) if compiled else _pushforward
-        self._attention = nullcontext if compiled else ForwardMode
         self.vocab_size = _vocab_size(model)
         self.computes_in = _lowest_precision(model)
-        self._body, self._head = self._cut(model)
+        self._body, self._head = self._cut(model, "eager" if _is_eager(model) else "sdpa")
+        self._compiled: _Compiled | None = None
+        if compiled:
+            self._compiled = _Compiled(torch.compile(_run), torch.compile(_push), self._cut(model, "eager")[0])
 
     def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         with _math_attention():
@@ -81,7 +89,9 @@ class Policy:
     def halves(self) -> Halves:
         """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
         vocab_size = None if self._head is None else self.vocab_size
-        return Halves(self._features, self._traced, self._pushforward, self._logits, vocab_size, self._position_ids)
+        aligned = self._position_ids
+        own = self._features, self._eager, self._traced, self._pushforward, self._logits
+        return Halves(*own, vocab_size, aligned, self._compiled is not None)
 
     def widened(self, dtype: torch.dtype = torch.float32) -> Policy:
         """The same policy with its frozen weights in at least ``dtype``, copied where they are not.
@@ -97,6 +107,10 @@ class Policy:
         return wide
 
     def _features(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        run = _run if self._compiled is None else self._compiled.run
+        return run(self, self._body, params, input_ids, attention_mask)
+
+    def _eager(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self._run(self._body, params, input_ids, attention_mask)
 
     def _traced(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -104,10 +118,18 @@ class Policy:
             return self._run(self._body, params, input_ids, attention_mask)
 
     def _pushforward(
-        self, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
+        self,
+        params: Params,
+        tangent: Params,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        outputs: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        with _math_attention(), self._attention():
-            return self._push(self, params, tangent, input_ids, attention_mask)
+        at = params, tangent, input_ids, attention_mask
+        if self._compiled is not None:
+            return self._compiled.push(self, self._compiled.body, *at)
+        with _math_attention(), ForwardMode(outputs):
+            return _push(self, self._body, *at)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
         if self._head is None:
@@ -130,13 +152,13 @@ class Policy:
             out = torch.func.functional_call(template, {**self._frozen, **params}, args, kwargs)
         return out if isinstance(out, Tensor) else out.logits
 
-    def _cut(self, model: nn.Module) -> tuple[nn.Module, _Head | None]:
+    def _cut(self, model: nn.Module, attention: str) -> tuple[nn.Module, _Head | None]:
         """The template without its output embeddings and these; the whole template where they are not all that is left.
 
         Seen by a forward of two tokens in which the output embeddings hand their input on: whatever scales or caps
         logits after them makes another tensor of it.
         """
-        body = _meta_template(model, self._kernel(model))
+        body = _meta_template(model, attention)
         whole = _base(body)
         module = whole.get_output_embeddings() if hasattr(whole, "set_output_embeddings") else None
         if module is None:
@@ -150,14 +172,9 @@ class Policy:
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(iter(params.values())).device)
         with torch.no_grad():
             simply = self._run(body, params, ids, torch.ones_like(ids, dtype=torch.bool)) is handed.last
-        handed.last = None
-        return (body, head) if simply else (_meta_template(model, self._kernel(model)), None)
-
-    @staticmethod
-    def _kernel(model: nn.Module) -> str:
-        # Who set a model to eager attention may have had reasons in its own classes.
-        eager = getattr(getattr(_base(model), "config", None), "_attn_implementation", None) == "eager"
-        return "eager" if eager else "sdpa"
+        # What it holds would be kept alive, and a compiled pass may not keep what it makes.
+        whole.set_output_embeddings(nn.Identity())
+        return (body, head) if simply else (_meta_template(model, attention), None)
 
 
 class _Head(NamedTuple):
@@ -173,10 +190,22 @@ class _HandedOn(nn.Module):
         return features
 
 
-def _pushforward(
-    policy: Policy, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
+class _Compiled(NamedTuple):
+    """Passes over the body by torch.compile; a fused attention has no derivative in forward mode, so one has none."""
+
+    run: Callable[..., Tensor]
+    push: Callable[..., tuple[Tensor, Tensor]]
+    body: nn.Module
+
+
+def _run(policy: Policy, body: nn.Module, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return policy._run(body, params, input_ids, attention_mask)
+
+
+def _push(
+    policy: Policy, body: nn.Module, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    pushed = jvp(lambda p: policy._features(p, input_ids, attention_mask), (params,), (tangent,))
+    pushed = jvp(lambda p: policy._run(body, p, input_ids, attention_mask), (params,), (tangent,))
     return cast(tuple[Tensor, Tensor], pushed)
 
 
@@ -187,8 +216,9 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     attention, gradient checkpointing off; ``model`` itself, its ``training`` flag included, is left as it is. The
     forward may return a tensor or an object with ``.logits``. Where it takes ``position_ids`` they are derived from
     the attention mask, so that padding on the left does not matter under absolute positions; ``position_ids=False``
-    leaves them out, which reproduces a trainer that omits them. ``compiled``: the forward-mode pass of the library goes
-    through ``torch.compile``, which takes a minute once and pays for many tokens; calls of ``apply`` do not.
+    leaves them out, which reproduces a trainer that omits them. ``compiled``: the library's own plain, reverse and
+    forward-mode passes go through ``torch.compile``, which takes half a minute once for every shape and pays where
+    there are many tokens; calls of ``apply`` and passes that need its operations do not.
 
     ``params`` holds the parameters with ``requires_grad`` by name, tied ones once, as detached aliases of the live
     tensors: clone them before an optimizer step if the values before the step are wanted after it.
@@ -249,6 +279,11 @@ def _base(model: nn.Module) -> Any:
 
 def _is_hugging_face(model: nn.Module) -> bool:
     return hasattr(_base(model), "set_attn_implementation")
+
+
+def _is_eager(model: nn.Module) -> bool:
+    # Who set a model to eager attention may have had reasons in its own classes.
+    return getattr(getattr(_base(model), "config", None), "_attn_implementation", None) == "eager"
 
 
 def _vocab_size(model: nn.Module) -> int | None:

@@ -1,0 +1,138 @@
+"""The same quantities as one would write them without the library: what it must not be slower than."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.problems import Problem
+from fx_influence.entropy import entropy_coefficients
+from fx_influence.types import Batch, Params, TokenValues
+
+ROWS_AT_ONCE = 16
+
+
+def adjoint(p: Problem) -> Tensor:
+    """delta_it of every token: reverse over E, reverse over U, AdamW's gain, a JVP of U along gain * grad H."""
+    with torch.no_grad():
+        values = [token_values(p.model, p.params, part) for part in chunks(p.e)]
+    whole = TokenValues(*(torch.cat(x) for x in zip(*values, strict=True)))
+    weights = entropy_coefficients(whole, p.e, "per_decision", "token")
+    slope = gradient(p, p.e._replace(coefficients=-weights.logprobs, entropy_coefficients=-weights.entropies))
+    gain = gain_of(p, gradient(p, p.u))
+    u = {name: gain[name] * x for name, x in slope.items()}
+    parts = []
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for part in chunks(p.u):
+            assert part.coefficients is not None
+            d = jvp(lambda q, part=part: token_values(p.model, q, part)[0], (p.params,), (u,))[1]
+            parts.append(-part.coefficients * d)
+    return torch.cat(parts)
+
+
+def matrix(p: Problem) -> Tensor:
+    """M by ``vmap(grad)``, all rows' gradients of both batches held; eager attention is what passes vmap."""
+
+    def loss(params: Params, fields: tuple[Tensor, ...]) -> Tensor:
+        row = Batch(*(field.unsqueeze(0) for field in fields))
+        assert row.coefficients is not None
+        return -(row.coefficients * token_values(p.apply, params, row)[0]).sum()
+
+    rows = vmap(grad(loss), in_dims=(None, 0))
+    left, right = (rows(p.params, tuple(f for f in batch[:4] if f is not None)) for batch in (p.e, p.u))
+    products = [left[n].flatten(1) @ (p.gain[n] * right[n]).flatten(1).T for n in p.params]
+    return torch.stack(products).sum(0)
+
+
+def finite(p: Problem, directions: list[Params], eta: float, rows: int = ROWS_AT_ONCE) -> Tensor:
+    """Delta H at theta + eta v for each direction, by importance sampling: one pass over E each, in chunks."""
+    with torch.no_grad():
+        base = _over(p, p.params, rows)
+        found = [_snis(base, _over(p, {n: x + eta * v[n] for n, x in p.params.items()}, rows), p.e) for v in directions]
+    return torch.stack(found)
+
+
+def loop(p: Problem, indices: range, eta: float, rows: int) -> Tensor:
+    """The loop that one writes first: for each rollout of U a backward, its direction and a perturbed pass over E."""
+    gain, found = gain_of(p, p.gradient), []
+    for i in indices:
+        row = Batch._make(None if field is None else field[i : i + 1] for field in p.u)
+        g = gradient(p, row)
+        found.append(finite(p, [{name: gain[name] * x for name, x in g.items()}], eta, rows))
+    return torch.cat(found)
+
+
+def bare_forwards(p: Problem, times: int) -> None:
+    """Forwards of E and nothing else, in the same chunks."""
+    with torch.no_grad():
+        for _ in range(times):
+            for part in chunks(p.e):
+                logits_of(p.model, p.params, part)
+
+
+def chunks(batch: Batch, rows: int = ROWS_AT_ONCE) -> list[Batch]:
+    """Rows of a batch, a few at a time."""
+    count = len(batch.input_ids)
+    return [Batch._make(None if f is None else f[k : k + rows] for f in batch) for k in range(0, count, rows)]
+
+
+def logits_of(model: Any, params: Params, batch: Batch) -> Tensor:
+    """(B, T, V) of a module, or of an ``apply``."""
+    if not isinstance(model, torch.nn.Module):
+        return torch.as_tensor(model(params, batch.input_ids, batch.attention_mask))
+    position_ids = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    given = {"attention_mask": batch.attention_mask, "position_ids": position_ids, "use_cache": False}
+    return torch.as_tensor(functional_call(model, params, (batch.input_ids,), given).logits)
+
+
+def token_values(model: Any, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, (B, T), 0 outside completions."""
+    log_pi = logits_of(model, params, batch)[:, :-1].log_softmax(-1)
+    logprobs = log_pi.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    entropies = -(log_pi.exp() * log_pi).sum(-1)
+    mask = batch.completion_mask[:, 1:]
+    logprobs, entropies = (torch.nn.functional.pad(x * mask, (1, 0)) for x in (logprobs, entropies))
+    return logprobs, entropies
+
+
+def gradient(p: Problem, batch: Batch) -> Params:
+    """Of -sum (c log pi + b h)."""
+    leaves = {name: x.detach().requires_grad_() for name, x in p.params.items()}
+    total: Params = {}
+    for part in chunks(batch):
+        logprobs, entropies = token_values(p.model, leaves, part)
+        assert part.coefficients is not None
+        loss = -(part.coefficients * logprobs).sum()
+        if part.entropy_coefficients is not None:
+            loss = loss - (part.entropy_coefficients * entropies).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        total = {n: g + total[n] if n in total else g for n, g in zip(leaves, grads, strict=True)}
+    return total
+
+
+def gain_of(p: Problem, g: Params) -> Params:
+    """-(1 - beta1) / (B1 den) of AdamW."""
+    out = {}
+    for name, x in g.items():
+        h, tau = p.state.hyper[name], p.state.step[name] + 1
+        s = h.beta2 * p.state.exp_avg_sq[name] + (1 - h.beta2) * x.square()
+        den = (s / (1 - h.beta2**tau)).sqrt() + h.eps
+        out[name] = -(1 - h.beta1) / ((1 - h.beta1**tau) * den)
+    return out
+
+
+def _over(p: Problem, params: Params, rows: int) -> tuple[Tensor, Tensor]:
+    values = [token_values(p.model, params, part) for part in chunks(p.e, rows)]
+    logprobs, entropies = (torch.cat(x).double() for x in zip(*values, strict=True))
+    return logprobs, entropies
+
+
+def _snis(base: tuple[Tensor, Tensor], moved: tuple[Tensor, Tensor], e: Batch) -> Tensor:
+    """The ``sequence`` estimate per token: H = sum w h / sum w T, less that at theta."""
+    lengths = e.completion_mask.sum(-1).double()
+    w = (moved[0].sum(-1) - base[0].sum(-1)).clamp(-10, 10).exp()
+    return (w * moved[1].sum(-1)).sum() / (w * lengths).sum() - base[1].sum() / lengths.sum()

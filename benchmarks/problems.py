@@ -1,0 +1,94 @@
+"""What the benchmarks measure on: models from their configuration with a training state, and two batches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import fx_influence as fx
+from fx_influence.derivatives import batch_gradient
+from fx_influence.types import Batch, Params
+
+SIZES = {
+    "tiny": (32, 64, 2, 64),
+    "3M": (256, 576, 4, 1024),
+    "4M": (256, 704, 5, 1024),
+    "9M": (320, 1024, 6, 4096),
+    "wide": (64, 128, 2, 151_936),
+}
+"""Hidden size, intermediate size, layers, vocabulary."""
+
+
+class Setting(NamedTuple):
+    """``size``: see ``SIZES``. ``rows`` of U and of E, ``width`` tokens each, a third of them prompt."""
+
+    size: str
+    lora: bool = False
+    rows: int = 16
+    width: int = 128
+
+    @property
+    def title(self) -> str:
+        return f"{self.size} {'LoRA' if self.lora else 'full'}, {self.rows} x {self.width}"
+
+
+class Problem(NamedTuple):
+    """A model from its configuration with a training state, and two batches."""
+
+    model: nn.Module
+    apply: fx.Policy
+    params: Params
+    state: fx.AdamWState
+    u: Batch
+    e: Batch
+    gradient: Params
+    gain: Params
+
+
+def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_rows: int | None = None) -> Problem:
+    """Random weights and rollouts, the same for the same arguments.
+
+    ``compiled``: see ``functionalize``. ``varied``: prompts and completions of many lengths, padded on both sides.
+    ``e_rows``: rows of E where they are not those of U.
+    """
+    torch.manual_seed(0)
+    hidden, intermediate, layers, vocab = SIZES[setting.size]
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model: Any = Qwen2ForCausalLM(config)
+    if setting.lora:
+        model = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM", target_modules="all-linear"))
+    apply, params = fx.functionalize(model.eval(), compiled=compiled)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    for p in model.parameters():
+        p.grad = 1e-3 * torch.randn_like(p) if p.requires_grad else None
+    optimizer.step()
+    model.zero_grad()
+    state = fx.adamw_state(optimizer, model)
+    u, e = (_batch(vocab, rows, setting.width, varied) for rows in (setting.rows, e_rows or setting.rows))
+    gradient = {n: g for n, g in batch_gradient(params, u, apply).items() if g is not None}
+    gain = fx.adamw_decompose(gradient, state, params).gain
+    return Problem(model, apply, params, state, u, e, gradient, gain)
+
+
+def _batch(vocab: int, rows: int, width: int, varied: bool) -> Batch:
+    ids = torch.randint(0, vocab, (rows, width))
+    at, prompt = torch.arange(width).expand(rows, width), width // 3
+    begin, end = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), width)
+    if varied:
+        begin, end = torch.randint(0, prompt - 1, (rows, 1)), torch.randint(prompt + 1, width + 1, (rows, 1))
+    attended: Tensor = (at >= begin) & (at < end)
+    completion = attended & (at >= prompt)
+    c = fx.coefficients("grpo", torch.randn(rows), completion)
+    return Batch(ids, attended, completion, c, group=torch.arange(rows) // 2)
