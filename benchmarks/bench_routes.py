@@ -42,8 +42,8 @@ SETTINGS: dict[Setting, tuple[str, ...]] = {
     Setting("3M"): SMALL,
     Setting("3M", lora=True): SMALL,
     Setting("4M", rows=32): ("adjoint", "per_sequence", "matrix", "matrix_by_hand"),
-    Setting("9M"): SMALL,
-    Setting("9M", lora=True): SMALL,
+    Setting("9M"): (*LARGE, "matrix"),
+    Setting("9M", lora=True): (*LARGE, "matrix"),
     Setting("3M", rows=64, width=256): LARGE,
     Setting("9M", rows=64, width=256): LARGE,
 }

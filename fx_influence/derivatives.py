@@ -75,12 +75,14 @@ def weighted_gradient(
     pending = parts(batch, chunk_size, policy.aligned)
     kept: dict[int, Tensor] = {}
     found = []
+    size = 0
     for k, part in enumerate(pending):
-        with _Graph(leaves) as graph, torch.set_grad_enabled(len(kept) == k and memory_budget >= 0):
+        # Parts come longest first: where the last one's graph would not fit again, neither would this one's be sure to.
+        with _Graph(leaves) as graph, torch.set_grad_enabled(len(kept) == k and size <= memory_budget):
             features = scored_features(policy.features(leaves, part.input_ids, part.attention_mask), part)
-        memory_budget -= graph.bytes if k else 0
-        if features.requires_grad and memory_budget >= 0:
-            kept[k] = features
+        if features.requires_grad:
+            kept[k], size = features, graph.bytes
+            memory_budget -= size if k else 0
         with torch.no_grad():
             found.append((part, scores(policy, params, features.detach(), part.targets, temperature)))
     weighted = weigh(in_place(found, batch))

@@ -38,7 +38,7 @@ class Tape(TorchFunctionMode):
 
 
 class ForwardMode(TorchFunctionMode):
-    """While active, attention goes by ``blockwise_attention`` and linear maps add up their tangents in place.
+    """While active, attention goes by ``blockwise_attention`` and linear maps make only the products that they need.
 
     For passes without a graph: what it changes has a forward-mode derivative only. Under vmap, and for tensors without
     tangents, results are torch's own. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of
@@ -55,7 +55,8 @@ class ForwardMode(TorchFunctionMode):
             return blockwise_attention(*args, **kwargs)
         if func is F.linear:
             known = None if self._outputs is None else next(self._outputs, None)
-            if known is not None or all(_has_tangent(x) for x in args[:2]):
+            # torch's own rule multiplies by the zeros that stand for a missing tangent, as that of a frozen weight is.
+            if known is not None or any(_has_tangent(x) for x in args[:2]):
                 return _linear(known, *args, **kwargs)
         return func(*args, **kwargs)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from fx_influence.forward_mode import ForwardMode
 from fx_influence.policy import Halves
 from fx_influence.tree import accumulate, promote
 from fx_influence.types import Gradients, Params, TokenValues
@@ -72,7 +73,8 @@ def slopes(
     found = []
     for piece in _pieces(len(targets), policy):
         at = params, features[piece]
-        logits, d_logits = cast(tuple[Tensor, Tensor], jvp(policy.head, at, (tangent, d_features[piece])))
+        with ForwardMode():
+            logits, d_logits = cast(tuple[Tensor, Tensor], jvp(policy.head, at, (tangent, d_features[piece])))
         log_pi = _log_softmax(logits, temperature)
         d_logits = d_logits.to(log_pi.dtype)
         pi = log_pi.exp()
@@ -107,8 +109,8 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _finite(log_pi: Tensor) -> Tensor:
-    # pi log pi is 0 where pi is, and not 0 times -inf.
-    return log_pi.clamp(min=torch.finfo(log_pi.dtype).min)
+    # pi log pi is 0 where pi is, and not 0 times -inf; pi is 0 in any dtype long before log pi is as low as this.
+    return log_pi.clamp(min=-1e4)
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class _Source(NamedTuple):
         others = {name: self.held[name] for name in self.group if name not in factored}
         limit = min(self.chunk_size or len(batch.input_ids), _rows_within(self.room // 2, others))
         # Besides the inputs and outputs of linear maps that it holds, a graph takes two to three times as much again.
-        tokens = min(TOKENS_PER_CHUNK, int(self.room / (4.5 * self.per_token)))
+        wanted = TOKENS_PER_CHUNK if self.chunk_size is None else self.chunk_size * batch.input_ids.shape[1]
+        tokens = min(wanted, int(self.room / (4.5 * self.per_token)))
         for part in parts(batch, None, halves(self.apply).aligned, tokens, limit):
             yield part.members, _rows(self.params, batch, part, factored, others, self.apply, self.temperature)
 

@@ -59,11 +59,19 @@ def multiply(a: Params, b: Mapping[str, Tensor | None]) -> Params:
 
 
 def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Put total + gradients, at least float32, in ``total``; None adds nothing. Two names may share one tensor."""
+    """Add gradients to those of ``total``, at least float32, in place; None adds nothing.
+
+    Autograd may give one tensor for two names, or one value for many entries: those are copied first.
+    """
+    held = {x.data_ptr() for x in total.values() if x is not None}
     for name, g in more:
         if g is not None:
             g, old = g.to(promote(g.dtype)), total[name]
-            total[name] = g if old is None else old + g
+            if old is not None:
+                old.add_(g)
+                continue
+            total[name] = g.clone() if g.data_ptr() in held or not g.is_contiguous() else g
+            held.add(g.data_ptr())
 
 
 def largest_entry(direction: Params) -> float:

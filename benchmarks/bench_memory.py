@@ -1,0 +1,98 @@
+"""How far the memory of a process rises above what it holds, for each phase, whatever N, V and T.
+
+python -m benchmarks memory            writes results/memory.json and the README's table; five minutes
+python -m benchmarks memory --quick    a tiny model, written nowhere: it only shows that this works
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fx_influence as fx
+from benchmarks.harness import one_thread, peak_extra_bytes, print_peak_extra, store
+from benchmarks.problems import Problem, Setting, problem
+from fx_influence.derivatives import batch_gradient, token_jvp
+from fx_influence.kernel import gradient_kernel
+from fx_influence.lab.environment import environment
+from fx_influence.logprobs import token_values
+
+NAME = "bench_memory"
+CASES: dict[str, tuple[Setting, str]] = {
+    "step, 16 rows": (Setting("3M"), "step"),
+    "JVP alone, 16 rows": (Setting("3M"), "jvp"),
+    "adjoint that keeps nothing, 16 rows": (Setting("3M"), "adjoint_frugal"),
+    "adjoint that keeps nothing, 64 rows": (Setting("3M", rows=64), "adjoint_frugal"),
+    "adjoint, 16 rows": (Setting("3M"), "adjoint"),
+    "adjoint, 64 rows": (Setting("3M", rows=64), "adjoint"),
+    "M of 32 x 32, 4M parameters": (Setting("4M", rows=32), "matrix"),
+    "M of 64 x 64, 9M parameters": (Setting("9M", rows=64), "matrix"),
+    "adjoint, V = 151,936, 2048 tokens": (Setting("wide", lora=True), "adjoint"),
+    "all logits at once, V = 151,936, 2048 tokens": (Setting("wide", lora=True), "logits"),
+    "JVP, one row of 2048 tokens": (Setting("3M", lora=True, rows=1, width=2048), "jvp"),
+    "JVP, one row of 4096 tokens": (Setting("3M", lora=True, rows=1, width=4096), "jvp"),
+    "JVP, one row of 4096 tokens, all scores at once": (Setting("3M", lora=True, rows=1, width=4096), "jvp_eager"),
+}
+"""Setting and work by title."""
+
+
+def work(p: Problem, name: str) -> Callable[[], object]:
+    """What is done while memory is watched."""
+
+    def influence(**options: Any) -> object:
+        return fx.influence(p.params, p.u, p.e, p.state, apply=p.apply, stderr=False, **options)
+
+    def logits() -> object:
+        with torch.no_grad():
+            return token_values(p.params, p.u, p.apply)
+
+    works: dict[str, Callable[[], object]] = {
+        "step": lambda: [batch_gradient(p.params, batch, p.apply) for batch in (p.u, p.e)],
+        "jvp": lambda: token_jvp(p.params, p.gain, p.u, p.apply),
+        # Through a plain function the library's own attention and head are not to be had.
+        "jvp_eager": lambda: token_jvp(p.params, p.gain, p.u, lambda params, ids, mask: p.apply(params, ids, mask)),
+        "adjoint": influence,
+        "adjoint_frugal": lambda: influence(memory_budget=0),
+        "matrix": lambda: gradient_kernel(p.params, p.e, p.u, p.gain, p.apply),
+        "logits": logits,
+    }
+    return works[name]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The README's table."""
+    rows = [f"| {title} | {size / 2**20:.0f} MiB |" for title, size in report["peak_extra_bytes"].items()]
+    return "\n".join(["| work | extra memory at its peak |", "|---|---|", *rows])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, written nowhere")
+    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    one_thread()
+    if arguments.memory:
+        size, kind, rows, width, name = arguments.memory
+        print_peak_extra(work(problem(Setting(size, kind == "lora", int(rows), int(width))), name))
+        return 0
+    tiny = Setting("tiny", rows=4, width=24)
+    cases = {name: (tiny, name) for name in ("step", "jvp_eager", "logits")} if arguments.quick else CASES
+    found = {title: _of(setting, name) for title, (setting, name) in cases.items()}
+    report = {"environment": environment(), "peak_extra_bytes": found}
+    print(markdown(report))
+    if not arguments.quick:
+        store(NAME, report, markdown(report))
+    return 0
+
+
+def _of(setting: Setting, name: str) -> int:
+    kind = "lora" if setting.lora else "full"
+    return peak_extra_bytes(NAME, setting.size, kind, str(setting.rows), str(setting.width), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
