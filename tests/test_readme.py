@@ -63,6 +63,19 @@ def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: 
     assert "one direction at a time" in page
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in names() if name != "linearity"])
+def test_every_benchmark_works_on_a_tiny_model_and_writes_nothing(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = {path: path.read_bytes() for path in result(name).parent.iterdir()}
+    assert main([name, "--quick"]) == 0
+    page = capsys.readouterr().out
+    assert page.count("|") > 20
+    assert "nan" not in page
+    assert {path: path.read_bytes() for path in result(name).parent.iterdir()} == stored
+
+
 def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
     report = json.loads(result("run_entropy_influence_large").read_text(encoding="utf-8"))
     entropy, fisher = (report["runs"][name] for name in ("entropy_influence", "fisher_kernel"))
@@ -75,6 +88,7 @@ def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
 def test_the_benchmarks_are_listed_and_an_unknown_one_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     listed = capsys.readouterr().out
-    assert {line.split()[0] for line in listed.splitlines()} == {"linearity", "routes"}
+    found = {line.split()[0] for line in listed.splitlines()}
+    assert found == {"linearity", "loops", "memory", "precision", "routes"}
     assert main(["nothing"]) == 1
-    assert "no benchmark 'nothing'; there are linearity, routes" in capsys.readouterr().err
+    assert "no benchmark 'nothing'; there are linearity, loops, memory, precision, routes" in capsys.readouterr().err

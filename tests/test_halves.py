@@ -1,0 +1,185 @@
+"""A policy cut before its output embeddings: which are, what reaches the vocabulary, which kernels a pass takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import close, max_error, random_batch
+from test_models import VOCAB, WIDTH, adapters, families, make_model, setup
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PretrainedConfig
+
+import fx_influence as fx
+from fx_influence import head
+from fx_influence.derivatives import batch_gradient, token_jvp, weighted_gradient
+from fx_influence.kernel import gradient_kernel
+from fx_influence.policy import halves
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 2 * WIDTH,
+    "initializer_range": 0.3,
+}
+AFTER_THE_HEAD: dict[str, PretrainedConfig] = {
+    "scaled": GraniteConfig(**SHAPE, logits_scaling=0.5),
+    "capped": Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_logit_softcapping=1.0),
+}
+
+
+class Watch(TorchDispatchMode):
+    """The operations of a pass, and the largest tensor whose last axis is the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and x.dim() and x.shape[-1] == VOCAB:
+                self.rows = max(self.rows, x.untyped_storage().nbytes() // x.element_size() // VOCAB)
+        return out
+
+
+@families
+@adapters
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, attention: str) -> None:
+    apply, state = setup(make_model(family, lora=lora, tied=tied, attention=attention))
+    policy, e = halves(apply), state.batch_e
+    assert policy.vocab_size == VOCAB
+    assert policy.aligned
+    given = state.params, e.input_ids, e.attention_mask
+    with torch.no_grad():
+        logits = apply(*given)
+        for features in (policy.features, policy.eager, policy.traced):
+            found = policy.head(state.params, features(*given))
+            close(found[e.attention_mask], logits[e.attention_mask], None, 1e-5)
+
+
+@pytest.mark.parametrize("kind", AFTER_THE_HEAD)
+def test_what_changes_logits_after_the_head_is_not_cut_off(kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AFTER_THE_HEAD[kind]).double()
+    apply, params = fx.functionalize(model)
+    assert halves(apply).vocab_size is None
+    batch = random_batch(torch.Generator().manual_seed(0), 3, WIDTH, VOCAB)
+    plain = lambda *given: apply(*given)  # noqa: E731
+    along = {name: torch.randn_like(p) for name, p in params.items()}
+    for value, expected in zip(
+        token_jvp(params, along, batch, apply), token_jvp(params, along, batch, plain), strict=True
+    ):
+        close(value, expected)
+    found, expected_g = (batch_gradient(params, batch, given) for given in (apply, plain))
+    for name, g in expected_g.items():
+        own = found[name]
+        assert g is not None
+        assert own is not None
+        close(own, g, g.abs().max() + 1e-6)
+
+
+def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:
+    ones = {name: torch.ones_like(p) for name, p in state.params.items()}
+    u, e = state.batch_u, state.batch_e
+    return {
+        "reverse": lambda: batch_gradient(state.params, u, apply),
+        "forward mode": lambda: token_jvp(state.params, ones, u, apply),
+        "influence": lambda: fx.influence(*state, apply=apply),
+        "matrix": lambda: gradient_kernel(state.params, e, u, ones, apply, chunk_size=1),
+    }
+
+
+@pytest.mark.parametrize("work", ["reverse", "forward mode", "influence", "matrix"])
+@pytest.mark.parametrize("at_once", [3, 10**6])
+@adapters
+def test_completion_tokens_alone_reach_the_vocabulary_a_few_at_a_time(
+    lora: bool, at_once: int, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = head._pieces
+    monkeypatch.setattr(head, "_pieces", lambda count, policy, *_: original(count, policy, at_once * VOCAB))
+    apply, state = setup(make_model("qwen2", lora=lora, tied=False))
+    with Watch() as watch:
+        works(apply, state)[work]()
+    masks = [batch.completion_mask for batch in (state.batch_u, state.batch_e)]
+    # Factors of a head that is trained are made for the completion tokens of one part at once.
+    factors = not lora and work in ("influence", "matrix")
+    largest = max(int(m.sum(-1).max()) * (len(m) if work == "influence" else 1) for m in masks)
+    allowed = largest if factors else min(at_once, max(int(m.sum()) for m in masks))
+    # The looks at the model, two or three rows of four tokens, and the weights themselves.
+    assert 0 < watch.rows <= max(allowed, 12, 16)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not(attention: str) -> None:
+    apply, state = setup(make_model("qwen2", attention=attention))
+    seen = {}
+    for name, work in works(apply, state).items():
+        with Watch() as watch:
+            work()
+        seen[name] = any("flash_attention" in op for op in watch.names)
+    fused = attention == "sdpa"
+    assert seen == {"reverse": fused, "forward mode": False, "influence": fused, "matrix": fused}
+
+
+@pytest.mark.parametrize("budget", [0, 10**9])
+def test_the_graphs_of_e_are_kept_where_there_is_room(budget: int) -> None:
+    apply, state = setup(make_model("qwen2"))
+    calls = []
+    features = apply._features
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return features(*given)
+
+    apply._features = counted  # type: ignore[method-assign]
+    e = state.batch_e
+
+    def weigh(values: fx.TokenValues) -> fx.Batch:
+        return e._replace(coefficients=values.entropies, entropy_coefficients=values.logprobs)
+
+    weighted, g = weighted_gradient(state.params, e, apply, weigh, 1.0, 2, budget)
+    parts = -(-len(e.input_ids) // 2)
+    assert parts > 2
+    # The first is kept in any case.
+    assert calls == ([True] * parts if budget else [True] + [False] * (parts - 1) + [True] * (parts - 1))
+    expected = batch_gradient(state.params, weighted, apply)
+    for name, value in expected.items():
+        own = g[name]
+        assert value is not None
+        assert own is not None
+        assert max_error(own, value) <= 1e-4
+
+
+def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
+    apply, _ = setup(make_model("qwen2"))
+    held = [x for x in vars(apply._body).values() if isinstance(x, Tensor) and not x.is_meta]
+    assert not held
+    assert all(p.is_meta for p in apply._body.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@adapters
+def test_compiled_passes_give_the_same_influences(lora: bool) -> None:
+    model = make_model("qwen2", lora=lora, attention="sdpa")
+    plain, state = setup(model)
+    compiled, _ = fx.functionalize(model, compiled=True)
+    for options in ({}, {"per_token": False}, {"matrix": True}):
+        one, other = (fx.influence(*state, apply=apply, **options) for apply in (compiled, plain))
+        for field in ("per_sequence", "stderr"):
+            assert max_error(getattr(one, field), getattr(other, field)) <= 1e-4, field
+        assert one.residual.abs() <= 1e-4 * one.per_sequence.abs().sum()
