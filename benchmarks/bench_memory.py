@@ -27,6 +27,8 @@ CASES: dict[str, tuple[Setting, str]] = {
     "JVP alone, 16 rows": (Setting("3M"), "jvp"),
     "adjoint that keeps nothing, 16 rows": (Setting("3M"), "adjoint_frugal"),
     "adjoint that keeps nothing, 64 rows": (Setting("3M", rows=64), "adjoint_frugal"),
+    "adjoint that keeps nothing, 16 rows of 256": (Setting("3M", width=256), "adjoint_frugal"),
+    "adjoint that keeps nothing, 64 rows of 256": (Setting("3M", rows=64, width=256), "adjoint_frugal"),
     "adjoint, 16 rows": (Setting("3M"), "adjoint"),
     "adjoint, 64 rows": (Setting("3M", rows=64), "adjoint"),
     "M of 32 x 32, 4M parameters": (Setting("4M", rows=32), "matrix"),

@@ -49,8 +49,8 @@ from fx_influence.types import AdamWHyper, Batch, Gradients, Params
 OUT = Path(__file__).parent / "results" / "gpu.json"
 
 TOKENS_AT_ONCE = {"bfloat16": 8192, "float32": 4096}
-"""Tokens per pass. More would make better use of the device, but a reverse pass over E keeps one graph while it makes
-the next: on 1.5B two of 3 MB a token in bfloat16, twice that in float32, beside 50 GB of moments and gradients."""
+"""Tokens per pass: on 1.5B a graph takes 3 MB a token in bfloat16 and twice that in float32, beside 50 GB of moments
+and gradients."""
 HELD = 2**36
 """Bytes for U's factors, 2 MB a token on 1.5B, or for the matrix: 512 rows of LoRA's gradients there take 38 GB, which
 may be two thirds of it."""

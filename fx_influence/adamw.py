@@ -162,7 +162,8 @@ def check_adamw_inputs(
         raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a positive number, or None where nothing is clipped")
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
     for name, g in grads.items():
-        if g is not None and not torch.isfinite(g).all():
+        # A sum is finite only if its terms are; it may overflow where they are.
+        if g is not None and not torch.isfinite(g.sum()) and not torch.isfinite(g).all():
             raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):

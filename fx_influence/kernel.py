@@ -68,6 +68,8 @@ def gradient_kernel(
             for index, rows_of in source.chunks(batch_a):
                 found = _inner(rows_of, len(index), weighted, held, group, room // 4)
                 total[index.unsqueeze(1), j + columns] += found
+            # Or two blocks would be held while the next is made.
+            del weighted
     return total.to(dtype)
 
 
