@@ -79,7 +79,7 @@ def measure(setting: Setting, names: tuple[str, ...], pairs: int) -> dict[str, A
     works = works_of(setting, names)
     step, step_u = works.pop("step"), works.pop("step_u")
     alone = {name: works.pop(name) for name in ("grad_eighth",) if name in works}
-    found = ratios(works, step, pairs) | ratios(alone, step_u, pairs)
+    found = ratios(works, step, pairs) | (ratios(alone, step_u, pairs) if alone else {})
     unit = {"grad_eighth": flops(step_u)}
     whole = flops(step)
     routes: dict[str, Any] = {}
