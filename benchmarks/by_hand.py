@@ -48,22 +48,30 @@ def matrix(p: Problem) -> Tensor:
     return torch.stack(products).sum(0)
 
 
-def finite(p: Problem, directions: list[Params], eta: float, rows: int = ROWS_AT_ONCE) -> Tensor:
-    """Delta H at theta + eta v for each direction, by importance sampling: one pass over E each, in chunks."""
+def scored(p: Problem, params: Params, rows: int = ROWS_AT_ONCE) -> tuple[Tensor, Tensor]:
+    """A pass over E, ``rows`` at a time: float64 log-probabilities and entropies of every token."""
     with torch.no_grad():
-        base = _over(p, p.params, rows)
-        found = [_snis(base, _over(p, {n: x + eta * v[n] for n, x in p.params.items()}, rows), p.e) for v in directions]
-    return torch.stack(found)
+        values = [token_values(p.model, params, part) for part in chunks(p.e, rows)]
+    logprobs, entropies = (torch.cat(x).double() for x in zip(*values, strict=True))
+    return logprobs, entropies
 
 
-def loop(p: Problem, indices: range, eta: float, rows: int) -> Tensor:
+def finite(p: Problem, direction: Params, eta: float, base: tuple[Tensor, Tensor], rows: int = ROWS_AT_ONCE) -> Tensor:
+    """Delta H at theta + eta v by importance sampling, ``sequence`` and per token; ``base``: ``scored`` at theta."""
+    moved = scored(p, {n: x + eta * direction[n] for n, x in p.params.items()}, rows)
+    lengths = p.e.completion_mask.sum(-1).double()
+    w = (moved[0].sum(-1) - base[0].sum(-1)).clamp(-10, 10).exp()
+    return (w * moved[1].sum(-1)).sum() / (w * lengths).sum() - base[1].sum() / lengths.sum()
+
+
+def loop(p: Problem, indices: range, eta: float, base: tuple[Tensor, Tensor], rows: int) -> Tensor:
     """The loop that one writes first: for each rollout of U a backward, its direction and a perturbed pass over E."""
     gain, found = gain_of(p, p.gradient), []
     for i in indices:
         row = Batch._make(None if field is None else field[i : i + 1] for field in p.u)
         g = gradient(p, row)
-        found.append(finite(p, [{name: gain[name] * x for name, x in g.items()}], eta, rows))
-    return torch.cat(found)
+        found.append(finite(p, {name: gain[name] * x for name, x in g.items()}, eta, base, rows))
+    return torch.stack(found)
 
 
 def bare_forwards(p: Problem, times: int) -> None:
@@ -123,16 +131,3 @@ def gain_of(p: Problem, g: Params) -> Params:
         den = (s / (1 - h.beta2**tau)).sqrt() + h.eps
         out[name] = -(1 - h.beta1) / ((1 - h.beta1**tau) * den)
     return out
-
-
-def _over(p: Problem, params: Params, rows: int) -> tuple[Tensor, Tensor]:
-    values = [token_values(p.model, params, part) for part in chunks(p.e, rows)]
-    logprobs, entropies = (torch.cat(x).double() for x in zip(*values, strict=True))
-    return logprobs, entropies
-
-
-def _snis(base: tuple[Tensor, Tensor], moved: tuple[Tensor, Tensor], e: Batch) -> Tensor:
-    """The ``sequence`` estimate per token: H = sum w h / sum w T, less that at theta."""
-    lengths = e.completion_mask.sum(-1).double()
-    w = (moved[0].sum(-1) - base[0].sum(-1)).clamp(-10, 10).exp()
-    return (w * moved[1].sum(-1)).sum() / (w * lengths).sum() - base[1].sum() / lengths.sum()
