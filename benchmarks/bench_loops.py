@@ -4,9 +4,9 @@
     python -m benchmarks loops --quick    a tiny model once, written nowhere: it only shows that this works
 
 The loop: for each rollout of U one backward, its direction, and one perturbed pass over E, whose pass at theta is made
-before and not counted. Rollouts have many lengths,
-padded on both sides, as sampled ones do. The loop over all of U takes too long to be repeated: a few of its rollouts
-are timed beside the library, and the loop's seconds are theirs times |U| / few, which is what a loop costs.
+before and not counted. Rollouts have many lengths, padded on both sides, as sampled ones do. The loop over all of U
+takes too long to be repeated: a few of its rollouts are timed beside the library, and the loop's seconds are theirs
+times |U| / few, which is what a loop costs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks import by_hand
 from benchmarks.harness import PAIRS, one_thread, ratios, store
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.lab.environment import environment
+from fx_influence.parts import rows
 from fx_influence.types import Params
 
 NAME = "bench_loops"
@@ -33,8 +34,7 @@ BOTH = {"rows": 1, "chunks": by_hand.ROWS_AT_ONCE}
 
 def directions(p: Problem, count: int) -> Params:
     """v_i of the first rollouts of U, (count, ...) by name."""
-    some = fx.Batch._make(None if field is None else field[:count] for field in p.u)
-    gradients = fx.per_sample_grads(fx.rollout_loss(p.apply), p.params, some)
+    gradients = fx.per_sample_grads(fx.rollout_loss(p.apply), p.params, rows(p.u, slice(count)))
     return {name: p.gain[name] * g for name, g in gradients.items()}
 
 
@@ -50,10 +50,10 @@ def measure(setting: Setting, e_rows: int, ways: dict[str, int], pairs: int) -> 
     def finite() -> torch.Tensor:
         return sweep(directions(p, FEW), [ETA]).delta_h[0]
 
-    def loop(rows: int) -> Callable[[], torch.Tensor]:
-        return lambda: by_hand.loop(p, range(FEW), ETA, base, rows)
+    def loop(at_once: int) -> Callable[[], torch.Tensor]:
+        return lambda: by_hand.loop(p, range(FEW), ETA, base, at_once)
 
-    loops = {name: loop(rows) for name, rows in ways.items()}
+    loops = {name: loop(at_once) for name, at_once in ways.items()}
     wanted, full = next(iter(loops.values()))(), problem(setting, e_rows=e_rows)
     times = len(p.u.input_ids) / FEW
     return {

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.problems import Problem
 from fx_influence.entropy import entropy_coefficients
+from fx_influence.parts import row_chunks
 from fx_influence.types import Batch, Params, TokenValues
 
 ROWS_AT_ONCE = 16
@@ -19,7 +20,7 @@ ROWS_AT_ONCE = 16
 def adjoint(p: Problem) -> Tensor:
     """delta_it of every token: reverse over E, reverse over U, AdamW's gain, a JVP of U along gain * grad H."""
     with torch.no_grad():
-        values = [token_values(p.model, p.params, part) for part in chunks(p.e)]
+        values = [token_values(p.model, p.params, part) for part in row_chunks(p.e, ROWS_AT_ONCE)]
     whole = TokenValues(*(torch.cat(x) for x in zip(*values, strict=True)))
     weights = entropy_coefficients(whole, p.e, "per_decision", "token")
     slope = gradient(p, p.e._replace(coefficients=-weights.logprobs, entropy_coefficients=-weights.entropies))
@@ -27,7 +28,7 @@ def adjoint(p: Problem) -> Tensor:
     u = {name: gain[name] * x for name, x in slope.items()}
     parts = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for part in chunks(p.u):
+        for part in row_chunks(p.u, ROWS_AT_ONCE):
             assert part.coefficients is not None
             d = jvp(lambda q, part=part: token_values(p.model, q, part)[0], (p.params,), (u,))[1]
             parts.append(-part.coefficients * d)
@@ -51,7 +52,7 @@ def matrix(p: Problem) -> Tensor:
 def scored(p: Problem, params: Params, rows: int = ROWS_AT_ONCE) -> tuple[Tensor, Tensor]:
     """A pass over E, ``rows`` at a time: float64 log-probabilities and entropies of every token."""
     with torch.no_grad():
-        values = [token_values(p.model, params, part) for part in chunks(p.e, rows)]
+        values = [token_values(p.model, params, part) for part in row_chunks(p.e, rows)]
     logprobs, entropies = (torch.cat(x).double() for x in zip(*values, strict=True))
     return logprobs, entropies
 
@@ -78,14 +79,8 @@ def bare_forwards(p: Problem, times: int) -> None:
     """Forwards of E and nothing else, in the same chunks."""
     with torch.no_grad():
         for _ in range(times):
-            for part in chunks(p.e):
+            for part in row_chunks(p.e, ROWS_AT_ONCE):
                 logits_of(p.model, p.params, part)
-
-
-def chunks(batch: Batch, rows: int = ROWS_AT_ONCE) -> list[Batch]:
-    """Rows of a batch, a few at a time."""
-    count = len(batch.input_ids)
-    return [Batch._make(None if f is None else f[k : k + rows] for f in batch) for k in range(0, count, rows)]
 
 
 def logits_of(model: Any, params: Params, batch: Batch) -> Tensor:
@@ -111,7 +106,7 @@ def gradient(p: Problem, batch: Batch) -> Params:
     """Of -sum (c log pi + b h)."""
     leaves = {name: x.detach().requires_grad_() for name, x in p.params.items()}
     total: Params = {}
-    for part in chunks(batch):
+    for part in row_chunks(batch, ROWS_AT_ONCE):
         logprobs, entropies = token_values(p.model, leaves, part)
         assert part.coefficients is not None
         loss = -(part.coefficients * logprobs).sum()

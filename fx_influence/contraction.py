@@ -11,7 +11,7 @@ from fx_influence.derivatives import live
 from fx_influence.factors import Factors, bytes_per_token, factored_names, inner_products, row_factors
 from fx_influence.parts import Part, parts
 from fx_influence.policy import halves
-from fx_influence.tree import accumulate, largest_entry
+from fx_influence.tree import accumulate, unit_direction
 from fx_influence.types import Apply, Batch, Gradients, Params
 
 Contract = Callable[[Params], Tensor]
@@ -44,8 +44,7 @@ def gradient_and_contraction(
         kept.append((part, factors))
 
     def contract(u: Params) -> Tensor:
-        scale = largest_entry(u)
-        unit = {name: u[name] / scale if name in u else torch.zeros_like(p) for name, p in params.items()}
+        scale, unit = unit_direction(u, params)
         out = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
         for part, factors in kept:
             out[part.members] = inner_products(factors, unit, len(part.members))

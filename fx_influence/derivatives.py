@@ -14,7 +14,7 @@ from fx_influence.head import pull, scores, slopes
 from fx_influence.logprobs import in_place, scored_features, weights_of
 from fx_influence.parts import Part, parts
 from fx_influence.policy import Halves, halves
-from fx_influence.tree import accumulate, largest_entry
+from fx_influence.tree import accumulate, unit_direction
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 Tapes = list[list[Tensor] | None]
@@ -152,11 +152,7 @@ def token_jvp(
     scaled back, so that a huge or tiny v neither overflows nor vanishes. ``tapes``: from ``taped_gradient`` of the same
     batch and ``chunk_size``.
     """
-    policy, scale = halves(apply), largest_entry(direction)
-    tangent = {
-        name: (direction[name] / scale).to(p.dtype) if name in direction else torch.zeros_like(p)
-        for name, p in params.items()
-    }
+    policy, (scale, tangent) = halves(apply), unit_direction(direction, params)
     found = []
     with torch.no_grad():
         pending = parts(batch, chunk_size, policy.aligned)

@@ -33,7 +33,7 @@ def scores(
     found = []
     for piece in _pieces(len(targets), policy, logits_at_once):
         log_pi = _log_softmax(policy.head(params, features[piece]), temperature)
-        entropies = -(log_pi.exp() * _finite(log_pi)).sum(-1)
+        entropies = -_sum_of_products(log_pi.exp(), _finite(log_pi))
         found.append(TokenValues(_at(log_pi, targets[piece]), entropies))
     return _concatenated(found)
 

@@ -80,6 +80,19 @@ def largest_entry(direction: Params) -> float:
     return largest if largest > 0 else 1.0
 
 
+def unit_direction(direction: Params, params: Params) -> tuple[float, Params]:
+    """The largest entry and the direction over it in the parameters' dtypes, names absent as 0.
+
+    Scaled before the cast, a huge or tiny direction neither overflows nor vanishes in a narrower dtype.
+    """
+    scale = largest_entry(direction)
+    unit = {
+        name: (direction[name] / scale).to(p.dtype) if name in direction else torch.zeros_like(p)
+        for name, p in params.items()
+    }
+    return scale, unit
+
+
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     """theta + eta v in the dtype of theta; names absent in ``direction`` stay where they are."""
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
