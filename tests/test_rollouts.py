@@ -139,3 +139,31 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, mess
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'.*none.jsonl' does not exist"):
         read_rollouts(tmp_path / "none.jsonl")
+
+
+def test_what_the_policy_did_not_sample_does_not_count_and_coefficients_are_collated(tmp_path: Path) -> None:
+    tool = rollout(
+        completion_mask=(False, True), behaviour_logprobs=None, coefficients=(0.0, 0.5), entropy_coefficients=(0.0, 2.0)
+    )
+    other = rollout("q/0", prompt_ids=(4,), coefficients=(0.25, -1.0), entropy_coefficients=(0.0, 0.0))
+    write_rollouts(tmp_path / "r.jsonl", [tool, other])
+    assert read_rollouts(tmp_path / "r.jsonl") == [tool, other]
+    batch = collate([tool, other], PAD)
+    start = len(tool.prompt_ids)
+    assert batch.completion_mask[0].nonzero().flatten().tolist() == [start + 1]
+    assert batch.completion_mask[1].nonzero().flatten().tolist() == [1, 2]
+    assert batch.coefficients is not None
+    assert batch.entropy_coefficients is not None
+    assert batch.coefficients[0].tolist() == [0.0] * (start + 1) + [0.5]
+    assert batch.coefficients[1, :3].tolist() == [0.0, 0.25, -1.0]
+    assert batch.entropy_coefficients[0, start + 1].item() == 2.0
+
+
+def test_coefficients_of_some_rollouts_only_are_not_collated() -> None:
+    assert collate([rollout(coefficients=(1.0, 2.0)), rollout("q/0")], PAD).coefficients is None
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "coefficients", "entropy_coefficients"])
+def test_each_value_per_token_must_match_the_tokens(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} of rollout 'p/0' has 1 values for 2"):
+        rollout(**{name: (True,)})

@@ -379,3 +379,11 @@ def test_every_round_draws_anew_and_none_is_drawn_by_default() -> None:
         assert len(judge.calls) == len(draws)
     texts = [[r.completion for r in draw] for draw in draws]
     assert texts[0] != texts[1] != texts[2] != texts[0]
+
+
+def test_without_behaviour_log_probs_nobody_can_tell() -> None:
+    rollouts = [Rollout("0/0", "0", 0, "", "", (1,), (2, 3), True), Rollout("1/0", "1", 1, "", "", (1,), (2, 3), True)]
+    scored = torch.full((2, 3), -1.0)
+    assert math.isnan(check_on_policy(rollouts, scored, collate(rollouts, 0), 1e-3))
+    known = dataclasses.replace(rollouts[1], behaviour_logprobs=(-9.0, -1.0), completion_mask=(False, True))
+    assert check_on_policy([rollouts[0], known], scored, collate([rollouts[0], known], 0), 1e-3) == 0.0

@@ -23,10 +23,13 @@ class Rollout:
     ``prompt``, ``completion``: texts, the completion without special tokens.
     ``prompt_ids``, ``completion_ids``: the tokens that the policy saw and sampled, a sampled end of sequence included.
     ``finished``: the completion ended by an end-of-sequence token rather than by the length limit.
-    ``behaviour_logprobs``: log pi of each completion token under the policy that sampled it, at its temperature.
-    ``reward``, ``advantage``: ``None`` until judged.
+    ``behaviour_logprobs``: log pi of each completion token under the policy that sampled it, at its temperature; None
+    where nobody recorded them. ``reward``, ``advantage``: ``None`` until judged.
+    ``completion_mask``: False at tokens that the policy did not sample, such as a tool's output; None: all count.
+    ``coefficients``, ``entropy_coefficients``: c and b of each completion token, as a trainer's own loss gave them;
+    None: they follow from the advantage. ``approximate``: tokens or advantage were recomputed, not recorded.
 
-    Raises ``ValueError`` if ``behaviour_logprobs`` and ``completion_ids`` differ in length.
+    Raises ``ValueError`` if a value that is given for each token and ``completion_ids`` differ in length.
 
     Example:
         >>> Rollout("0/0", "0", 0, "1+1=", "2", (4, 9, 4, 10), (5, 1), True, (-0.5, -0.25)).finished
@@ -41,23 +44,34 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     finished: bool
-    behaviour_logprobs: tuple[float, ...]
+    behaviour_logprobs: tuple[float, ...] | None = None
     reward: float | None = None
     advantage: float | None = None
+    completion_mask: tuple[bool, ...] | None = None
+    coefficients: tuple[float, ...] | None = None
+    entropy_coefficients: tuple[float, ...] | None = None
+    approximate: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.behaviour_logprobs) != len(self.completion_ids):
-            raise ValueError(
-                f"behaviour_logprobs of rollout {self.id!r} has {len(self.behaviour_logprobs)} values for "
-                f"{len(self.completion_ids)} completion tokens; give one log-prob for each token"
-            )
+        for name in PER_TOKEN:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.completion_ids):
+                raise ValueError(
+                    f"{name} of rollout {self.id!r} has {len(values)} values for {len(self.completion_ids)} completion "
+                    "tokens; give one for each token"
+                )
+
+
+PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_coefficients")
+"""Fields with a value for each completion token, or None."""
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
-    """Rollouts as one right-padded batch without coefficients.
+    """Rollouts as one right-padded batch, with coefficients where every rollout has its own.
 
     The masks come from the lengths, so a ``pad_id`` that is also the end of sequence does no harm. Returns a ``Batch``
-    of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the longest rollout, and ``group`` (n,).
+    of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the longest rollout, ``group`` (n,), and
+    ``coefficients``, ``entropy_coefficients`` (n, T), float64, or None.
     Raises ``ValueError`` for no rollouts, or for one without a prompt token: nothing would score its first token.
 
     Example:
@@ -80,12 +94,24 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         tokens = torch.tensor(rollout.prompt_ids + rollout.completion_ids)
         row[: len(tokens)] = tokens
     position = torch.arange(input_ids.shape[1])
-    return Batch(
+    completion_mask = (position >= prompt) & (position < total)
+    batch = Batch(
         input_ids=input_ids,
         attention_mask=position < total,
-        completion_mask=(position >= prompt) & (position < total),
+        completion_mask=completion_mask.clone(),
         group=torch.tensor([r.group for r in rollouts]),
     )
+    for row, rollout in zip(batch.completion_mask, rollouts, strict=True):
+        if rollout.completion_mask is not None:
+            row[row.clone()] = torch.tensor(rollout.completion_mask)
+    weights = {
+        name: torch.zeros(completion_mask.shape, dtype=torch.float64).masked_scatter(
+            completion_mask, torch.tensor([x for r in rollouts for x in getattr(r, name)], dtype=torch.float64)
+        )
+        for name in ("coefficients", "entropy_coefficients")
+        if all(getattr(r, name) is not None for r in rollouts)
+    }
+    return batch._replace(**weights)
 
 
 def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) -> None:
@@ -122,9 +148,15 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
 
 def _to_line(rollout: Rollout) -> str:
     try:
-        return json.dumps(dataclasses.asdict(rollout), allow_nan=False) + "\n"
+        return json.dumps(_record(rollout), allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"rollout {rollout.id!r} holds a number that is not finite; repair it first") from error
+
+
+def _record(rollout: Rollout) -> dict[str, Any]:
+    """The fields that say something: what is absent has its default when it is read."""
+    fields = dataclasses.fields(Rollout)
+    return {f.name: value for f in fields if (value := getattr(rollout, f.name)) != f.default}
 
 
 def _from_line(line: str, where: str) -> Rollout:
@@ -149,12 +181,13 @@ def _from_line(line: str, where: str) -> Rollout:
 def _checked(name: str, value: object, where: str) -> object:
     if name in ("prompt_ids", "completion_ids"):
         valid = isinstance(value, list) and all(type(item) is int for item in value)
-    elif name == "behaviour_logprobs":
-        valid = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    elif name in PER_TOKEN:
+        kinds = (bool,) if name == "completion_mask" else (int, float)
+        valid = value is None or (isinstance(value, list) and all(type(item) in kinds for item in value))
     elif name in ("reward", "advantage"):
         valid = value is None or type(value) in (int, float)
     else:
-        valid = type(value) is {"group": int, "finished": bool}.get(name, str)
+        valid = type(value) is {"group": int, "finished": bool, "approximate": bool}.get(name, str)
     if not valid:
         raise ValueError(f"{where}: field {name!r} is {value!r}; that is not the type that write_rollouts gives it")
     return tuple(value) if isinstance(value, list) else value

@@ -162,6 +162,8 @@ def sample_rewarded(
 def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch: Batch, tolerance: float) -> float:
     """The largest |behaviour - scored| log-prob over all completion tokens, refused where above ``tolerance``.
 
+    NaN where no rollout has behaviour log-probs, so that nobody can tell; those without are passed over.
+
     ``scored_logprobs``: (n, T), at position t the log-prob of token t under the policy in question, at the temperature
     that the rollouts were sampled with. ``batch``: (n, T), ``collate(rollouts)``. Entries outside the completion mask
     are not read. Raises ``ValueError`` naming the worst rollout, or where shapes disagree.
@@ -172,15 +174,22 @@ def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch:
             f"scored_logprobs has shape {tuple(scored_logprobs.shape)} and batch {tuple(mask.shape)} for "
             f"{len(rollouts)} rollouts; pass the scores of collate(rollouts)"
         )
+    if all(rollout.behaviour_logprobs is None for rollout in rollouts):
+        return math.nan
     worst, worst_index = 0.0, 0
     for i, rollout in enumerate(rollouts):
+        if rollout.behaviour_logprobs is None:
+            continue
         scored = scored_logprobs[i][mask[i]].detach().to("cpu", torch.float64)
-        if len(scored) != len(rollout.behaviour_logprobs):
+        behaviour = torch.tensor(rollout.behaviour_logprobs, dtype=torch.float64)
+        if rollout.completion_mask is not None:
+            behaviour = behaviour[torch.tensor(rollout.completion_mask)]
+        if len(scored) != len(behaviour):
             raise ValueError(
                 f"batch has {len(scored)} completion tokens for rollout {rollout.id!r}, which has "
-                f"{len(rollout.behaviour_logprobs)}; pass collate(rollouts), in the same order"
+                f"{len(behaviour)}; pass collate(rollouts), in the same order"
             )
-        gap = (scored - torch.tensor(rollout.behaviour_logprobs, dtype=torch.float64)).abs().nan_to_num(nan=math.inf)
+        gap = (scored - behaviour).abs().nan_to_num(nan=math.inf)
         if len(gap) and gap.max().item() > worst:
             worst, worst_index = gap.max().item(), i
     if worst > tolerance:
