@@ -44,7 +44,8 @@ class Influence(NamedTuple):
     ``stderr``: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters. It takes the H that E
     is centred by as known: per token, where a rollout changes completion lengths much, it can be a third off.
     ``baseline``: what the step would do without U's gradients, scalar; its parts ``momentum`` and ``weight_decay``.
-    ``total``: baseline + sum_i delta_i. ``residual``: <grad H, gain * g> - sum_i delta_i, g from reverse mode.
+    ``total``: baseline + sum_i delta_i; ``total_stderr``: its standard error, as those of the rollouts.
+    ``residual``: <grad H, gain * g> - sum_i delta_i, g from reverse mode.
     ``unattributed``: <grad H, gain * (grad - sum_i g_i)>, terms of a gradient handed in that no coefficient expresses.
     ``per_parameter``: the rollouts' part by parameter, adding up to sum_i delta_i (and ``unattributed``).
     ``matrix``: M_ai (n_e, n_u), the part of E's rollout a in delta_i, or None. All float64 but the matrix.
@@ -61,6 +62,7 @@ class Influence(NamedTuple):
     unattributed: Tensor
     per_parameter: dict[str, Tensor]
     matrix: Tensor | None
+    total_stderr: Tensor
 
 
 def influence(
@@ -132,7 +134,7 @@ def influence(
     g_u, reach = _over_u(params, batch_u, grad, forward, in_unions, per_token, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
-    slope, parts, tokens = _adjoint(reach, ascents, step.gain)
+    slope, parts, still, tokens = _adjoint(reach, ascents, step.gain, step.baseline if in_unions else {})
     per_sequence = parts.sum(0) if tokens is None else tokens.sum(-1)
     # What is kept of U may take as much as the matrix.
     del reach
@@ -153,16 +155,24 @@ def influence(
     check_identity("the unions of E", apart, parts.sum(0), per_sequence.sum(), bound, against="E at once")
 
     kernel = None
-    error = torch.full_like(per_sequence, torch.nan)
-    shares = _shares(batch_e, normalize, query)
+    shares, clusters = _shares(batch_e, normalize, query), cluster_index(batch_e)
     if matrix:
         kernel = -gradient_kernel(params, batch_e, batch_u, step.gain, apply, temperature, memory_budget, chunk_size)
         columns = kernel.double().sum(0)
         check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
-        error = cluster_stderr(kernel, columns, shares, cluster_index(batch_e)) if stderr else error
+        parts = kernel
+        if stderr:
+            still = -_token_shares(params, step.baseline, batch_e, forward, None).sum(-1)
     elif stderr:
-        grouped = shares.new_zeros(len(parts)).index_add(0, unions, shares)
-        error = cluster_stderr(parts, parts.sum(0), grouped, torch.arange(len(parts), device=unions.device))
+        shares, clusters = (
+            shares.new_zeros(len(parts)).index_add(0, unions, shares),
+            torch.arange(len(parts)).to(unions),
+        )
+    error, total_error = torch.full_like(per_sequence, torch.nan), torch.full_like(whole, torch.nan)
+    if stderr:
+        parts = torch.cat([parts.double(), (still + parts.double().sum(1)).unsqueeze(1)], dim=1)
+        error, total_error = cluster_stderr(parts, parts.sum(0), shares, clusters).split([len(per_sequence), 1])
+        total_error = total_error.squeeze(0)
 
     momentum, weight_decay = dot(step.momentum, slope), dot(step.weight_decay, slope)
     # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
@@ -179,6 +189,7 @@ def influence(
         unattributed=unattributed,
         per_parameter=per_parameter,
         matrix=kernel,
+        total_stderr=total_error,
     )
 
 
@@ -229,12 +240,17 @@ class _Reach(NamedTuple):
     per_token: bool
 
     def token_shares(self, u: Params) -> Tensor:
-        derivatives = token_jvp(self.params, u, self.batch, *self.forward, self.tapes)
-        shares = torch.zeros(self.batch.input_ids.shape, dtype=torch.float64, device=self.batch.input_ids.device)
-        for d, weight in zip(derivatives, (self.batch.coefficients, self.batch.entropy_coefficients), strict=True):
-            if weight is not None:
-                shares -= weight.double() * d.double()
-        return shares
+        return _token_shares(self.params, u, self.batch, self.forward, self.tapes)
+
+
+def _token_shares(params: Params, u: Params, batch: Batch, forward: Forward, tapes: Tapes | None) -> Tensor:
+    """What each token's coefficients make of the derivatives along u, in a loss: minus them, float64 (n, T)."""
+    shares = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
+    derivatives = token_jvp(params, u, batch, *forward, tapes)
+    for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
+        if weight is not None:
+            shares -= weight.double() * d.double()
+    return shares
 
 
 def _over_u(
@@ -261,15 +277,19 @@ def _over_u(
     return g_u, reach
 
 
-def _adjoint(reach: _Reach, ascents: Iterable[Gradients], gain: Params) -> tuple[Params, Tensor, Tensor | None]:
-    """grad H, what each union of E's rows makes of every influence (K, n_u), and the token shares (n_u, T)."""
+def _adjoint(
+    reach: _Reach, ascents: Iterable[Gradients], gain: Params, baseline: Params
+) -> tuple[Params, Tensor, Tensor, Tensor | None]:
+    """grad H, what each union of E's rows makes of the influences (K, n_u) and the baseline (K,), the token shares."""
     slope: Params = {}
     parts: list[Tensor] = []
+    still: list[Tensor] = []
     tokens: Tensor | None = None
     for part in ascents:
         # The surrogate is ascended and a loss descended: hence the sign.
         own = {name: torch.zeros_like(x) if (g := part[name]) is None else -g for name, x in gain.items()}
         slope = add(slope, own) if slope else own
+        still.append(dot(baseline, own))
         if reach.contract is None:
             shares = reach.token_shares(multiply(gain, own))
             tokens = shares if tokens is None else tokens + shares
@@ -278,7 +298,7 @@ def _adjoint(reach: _Reach, ascents: Iterable[Gradients], gain: Params) -> tuple
             parts.append(reach.contract(multiply(gain, own)))
     if reach.contract is not None and reach.per_token:
         tokens = reach.token_shares(multiply(gain, slope))
-    return slope, torch.stack(parts), tokens if reach.per_token else None
+    return slope, torch.stack(parts), torch.stack(still), tokens if reach.per_token else None
 
 
 def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor:

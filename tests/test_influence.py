@@ -11,6 +11,8 @@ from strategies import VOCAB, WIDTH, Case, cases, options
 
 import fx_influence as fx
 from fx_influence import reference
+from fx_influence.derivatives import batch_gradient
+from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.types import Batch
 
 
@@ -212,9 +214,25 @@ def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
     assert run(case, stderr=False).stderr.isnan().all()
 
 
+@pytest.mark.parametrize("gain", ["share", "marginal", "rmsprop"])
+@pytest.mark.parametrize("matrix", [True, False])
+def test_the_totals_error_bar_is_that_of_the_steps_direction(case: Case, gain: fx.types.Gain, matrix: bool) -> None:
+    out = run(case, gain=gain, matrix=matrix, normalize="token")
+    g = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, None)
+    step = fx.adamw_decompose(g, case.opt_state, case.params, gain, case.max_grad_norm)
+    how = {"apply": case.apply, "temperature": case.temperature, "estimator": case.estimator}
+    along = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
+    close(out.total, along.sum(), along.abs().sum())
+    lengths = case.batch_e.completion_mask.sum(-1).double()
+    index = cluster_index(case.batch_e) if matrix else union_index(case.batch_e)
+    close(out.total_stderr, cluster_stderr(along, along.sum(), lengths / lengths.sum(), index), along.abs().sum())
+    assert run(case, stderr=False, matrix=matrix).total_stderr.isnan()
+
+
 def test_one_cluster_has_no_error_bar(case: Case) -> None:
     one = case.batch_e._replace(group=torch.zeros(20, dtype=torch.long))
     assert run(case, batch_e=one).stderr.isnan().all()
+    assert run(case, batch_e=one).total_stderr.isnan()
     assert run(case, batch_e=one, matrix=True).stderr.isnan().all()
 
 
