@@ -19,9 +19,9 @@ import torch
 import fx_influence as fx
 from benchmarks.harness import PAIRS, ROOT, flops, one_thread, ratios, store
 from fx_influence.interop.checkpoint import load_checkpoint
+from fx_influence.interop.environment import environment
 from fx_influence.interop.rollouts import collate
 from fx_influence.lab.analysis.finite_steps import finite_figures
-from fx_influence.lab.environment import environment
 from fx_influence.lab.plan import EntropyInfluencePlan, demo_path
 from fx_influence.lab.requests import SampledBatch
 from fx_influence.lab.results import EntropyInfluenceResults

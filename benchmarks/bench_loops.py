@@ -22,7 +22,7 @@ import fx_influence as fx
 from benchmarks import by_hand
 from benchmarks.harness import PAIRS, one_thread, ratios, store
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.lab.environment import environment
+from fx_influence.interop.environment import environment
 from fx_influence.parts import rows
 from fx_influence.types import Params
 

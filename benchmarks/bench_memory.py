@@ -17,8 +17,8 @@ import fx_influence as fx
 from benchmarks.harness import one_thread, peak_extra_bytes, print_peak_extra, store
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.derivatives import batch_gradient, token_jvp
+from fx_influence.interop.environment import environment
 from fx_influence.kernel import gradient_kernel
-from fx_influence.lab.environment import environment
 from fx_influence.logprobs import token_values
 
 NAME = "bench_memory"

@@ -21,8 +21,8 @@ from benchmarks import by_hand
 from benchmarks.harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, result, store
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.derivatives import batch_gradient
+from fx_influence.interop.environment import environment
 from fx_influence.kernel import gradient_kernel
-from fx_influence.lab.environment import environment
 from fx_influence.parts import rows
 
 NAME = "bench_routes"

@@ -41,8 +41,8 @@ from fx_influence.derivatives import batch_gradient
 from fx_influence.errorbars import MAX_UNIONS
 from fx_influence.factors import bytes_per_token, factored_names
 from fx_influence.influence import identity_tolerance
+from fx_influence.interop.environment import environment
 from fx_influence.kernel import gradient_kernel
-from fx_influence.lab.environment import environment
 from fx_influence.parts import rows
 from fx_influence.types import AdamWHyper, Batch, Gradients, Params
 

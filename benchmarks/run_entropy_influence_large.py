@@ -25,9 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fx_influence.interop.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name
 from fx_influence.lab.plan import EntropyInfluencePlan, FisherKernelPlan, StepPlan, plan_text, read_plan
 from fx_influence.lab.requests import PlanError, RolloutFile
-from fx_influence.lab.store import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, RunDirectory, eval_name
+from fx_influence.lab.store import RunDirectory
 
 ENTROPY, FISHER = "entropy_influence", "fisher_kernel"
 COMMANDS = {ENTROPY: "run", FISHER: "fisher"}

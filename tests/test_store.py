@@ -18,12 +18,13 @@ from run_files import stored_bytes
 from safetensors.torch import load_file, save_file
 
 from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.run_files import RunDirectoryError
 from fx_influence.lab import run as run_module
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan import DEMO_DIRECTORY, EntropyInfluencePlan, read_plan
 from fx_influence.lab.requests import RolloutFile
 from fx_influence.lab.results import load_run
-from fx_influence.lab.store import RunDirectory, RunDirectoryError
+from fx_influence.lab.store import RunDirectory
 
 PLAN = {
     "update": {"prompts": "demo/train", "num_prompts": 2, "completions_per_prompt": 4},

@@ -15,10 +15,11 @@ from fx_influence.interop.generation import eos_ids
 from fx_influence.interop.prompts import Prompt, make_prompts, read_prompts
 from fx_influence.interop.rewards import Reward, resolve_reward
 from fx_influence.interop.rollouts import Rollout, collate, read_rollouts
+from fx_influence.interop.run_files import readable, sha256
 from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
 from fx_influence.lab.plan import StepPlan, demo_path
 from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
-from fx_influence.lab.store import RunDirectory, readable, sha256
+from fx_influence.lab.store import RunDirectory
 from fx_influence.logprobs import all_token_values
 from fx_influence.losses import coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fx_influence.interop.environment import peak_gpu_memory_bytes, peak_memory_bytes, threads_for, timed
+from fx_influence.interop.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_name
 from fx_influence.lab.batches import (
     Progress,
     Sampled,
@@ -19,10 +21,9 @@ from fx_influence.lab.batches import (
     reference_lr,
     sampled,
 )
-from fx_influence.lab.environment import peak_gpu_memory_bytes, peak_memory_bytes, threads_for, timed
 from fx_influence.lab.plan import AnyPlan, StepPlan, plan_text, resolved
 from fx_influence.lab.step import STEP_PIECES
-from fx_influence.lab.store import SUMMARY, UPDATE_ROLLOUTS, RunDirectory, eval_name
+from fx_influence.lab.store import RunDirectory
 
 
 class Experiment(NamedTuple):

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fx_influence.interop.environment import timed
 from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.run_files import eval_name, readable
 from fx_influence.lab.batches import Progress, update_batch
-from fx_influence.lab.environment import timed
 from fx_influence.lab.experiment import Experiment, carry_out
 from fx_influence.lab.fisher_measure import Measured, figures, kernel, kernel_diagonal, logprob_change, self_kernel
 from fx_influence.lab.fisher_results import (
@@ -22,7 +23,7 @@ from fx_influence.lab.fisher_results import (
 )
 from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.lab.step import Step, measure_step
-from fx_influence.lab.store import Pieces, RunDirectory, eval_name, readable
+from fx_influence.lab.store import Pieces, RunDirectory
 from fx_influence.lab.sweep import Arrays
 from fx_influence.types import Params
 

@@ -9,16 +9,9 @@ from typing import Any
 import numpy as np
 
 from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name, readable
 from fx_influence.lab.plan import FisherKernelPlan
-from fx_influence.lab.store import (
-    ENVIRONMENT,
-    PLAN,
-    SUMMARY,
-    UPDATE_ROLLOUTS,
-    RunDirectory,
-    eval_name,
-    readable,
-)
+from fx_influence.lab.store import RunDirectory
 
 UPDATE_SELF_KERNEL = "update_self_kernel.npy"
 KERNEL, CHANGE_MATRIX = "_kernel.npy", "_delta_logprob_matrix.npy"

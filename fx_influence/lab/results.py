@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 from fx_influence.interop.rollouts import Rollout
-from fx_influence.lab.analysis.finite_steps import rollout_parts
-from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.lab.store import (
+from fx_influence.interop.run_files import (
     BASELINE,
     ENVIRONMENT,
     PLAN,
     SEQUENCES,
     SUMMARY,
     UPDATE_ROLLOUTS,
-    RunDirectory,
     eval_name,
     readable,
 )
+from fx_influence.lab.analysis.finite_steps import rollout_parts
+from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
 
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from fx_influence.interop.environment import timed
+from fx_influence.interop.run_files import BASELINE, SEQUENCES, eval_name, readable
 from fx_influence.lab.analysis.allocation import allocation_correlations
 from fx_influence.lab.batches import Progress, Sampled, State, update_batch
-from fx_influence.lab.environment import timed
 from fx_influence.lab.experiment import Experiment, carry_out
 from fx_influence.lab.measure import evaluate, first_order
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.step import Step, measure_step
-from fx_influence.lab.store import BASELINE, SEQUENCES, Pieces, RunDirectory, eval_name, readable
+from fx_influence.lab.store import Pieces, RunDirectory
 from fx_influence.lab.sweep import Arrays
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.derivatives import batch_gradient
+from fx_influence.interop.run_files import readable
 from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
 from fx_influence.lab.plan import StepPlan
-from fx_influence.lab.store import RunDirectory, readable
+from fx_influence.lab.store import RunDirectory
 from fx_influence.parts import distinct_rows, row_chunks, rows
 from fx_influence.tree import promote
 from fx_influence.types import Batch, Gain, Gradients, Params

@@ -1,59 +1,32 @@
-"""A run directory: every file whole or absent, one plan a directory, so that an interrupted run can continue."""
+"""A run directory: one plan a directory, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import math
-import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from fx_influence.interop.rollouts import Rollout, read_rollouts, rollout_lines
-from fx_influence.lab.environment import environment
+from fx_influence.interop.environment import environment
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.run_files import (
+    ENVIRONMENT,
+    PLAN,
+    SUMMARY,
+    SUMS,
+    UPDATE_ROLLOUTS,
+    RunDirectoryError,
+    RunFiles,
+    readable,
+)
 from fx_influence.lab.plan import StepPlan, plan_text
-from fx_influence.types import Params
-
-PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
-SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
-UPDATE_ROLLOUTS = "update_rollouts.jsonl"
-SUMS = "SHA256SUMS"
-UNREADABLE = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
-ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
-"""Endings of the reports that people read and may add to once a run is finished: they need only fit the arrays."""
 
 Piece = TypeVar("Piece")
 
 
-class RunDirectoryError(ValueError):
-    """A directory that cannot hold or does not hold the run asked for."""
-
-
-def eval_name(index: int, what: str) -> str:
-    """File name of a piece of one evaluation, such as ``eval_00.npz``."""
-    return f"eval_{index:02d}{what}"
-
-
-class RunDirectory:
-    """The files of one run, see the README for their contents.
-
-    A file counts once its SHA-256 stands in ``SHA256SUMS``, which is written after it: what a killed process left
-    half done is as if it were not there, and what was damaged since is found when it is read. Reports that people may
-    annotate are not held to it (``ANNOTATED``).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+class RunDirectory(RunFiles):
+    """The files of one run that may be under way."""
 
     @classmethod
     def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str]) -> RunDirectory:
@@ -101,144 +74,17 @@ class RunDirectory:
                 )
         return directory
 
-    def has(self, name: str) -> bool:
-        return (self.path / name).is_file() and (name == SUMMARY or name in self._sums())
-
-    def remove(self, *names: str) -> None:
-        present = [name for name in names if (self.path / name).exists()]
-        for name in present:
-            (self.path / name).unlink()
-        if present:
-            self._write_sums({name: value for name, value in self._sums().items() if name not in present})
-
-    def write_text(self, name: str, text: str) -> None:
-        self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
-
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
-
-    def write_jsonl(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        self.write_text(name, "".join(json.dumps(_without_nan(r), allow_nan=False) + "\n" for r in records))
-
-    def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
-        def write(file: str) -> None:
-            with open(file, "wb") as handle:
-                np.savez_compressed(handle, **arrays)
-
-        self._whole(name, write)
-
-    def write_array(self, name: str, array: np.ndarray) -> None:
-        def write(file: str) -> None:
-            with open(file, "wb") as handle:
-                np.save(handle, array)
-
-        self._whole(name, write)
-
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        self._whole(name, lambda file: save_file(contiguous, file))
-
-    def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
-        self.write_text(name, rollout_lines(rollouts))
-
-    def read_yaml(self, name: str) -> Any:
-        return yaml.safe_load(self._read(name))
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        value = json.loads(self._read(name))
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} holds {type(value).__name__}, not an object")
-        return value
-
-    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._read(name).decode("utf-8").split("\n") if line]
-
-    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
-        with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
-            return dict(arrays)
-
-    def read_array(self, name: str) -> np.ndarray:
-        array: np.ndarray = np.load(io.BytesIO(self._read(name)), allow_pickle=False)
-        return array
-
-    def read_tensors(self, name: str) -> Params:
-        self._check(name, sha256(self.path / name))
-        return load_file(self.path / name)
-
-    def read_rollouts(self, name: str) -> list[Rollout]:
-        self._read(name)
-        return read_rollouts(self.path / name)
-
-    def _read(self, name: str) -> bytes:
-        data = (self.path / name).read_bytes()
-        self._check(name, hashlib.sha256(data).hexdigest())
-        return data
-
-    def _check(self, name: str, found: str) -> None:
-        if not name.endswith(ANNOTATED) and self._sums().get(name) != found:
-            raise ValueError(f"{name} is not the file that the run stored")
-
-    def _sums(self) -> dict[str, str]:
-        if not (self.path / SUMS).is_file():
-            return {}
-        lines = (self.path / SUMS).read_text(encoding="utf-8").splitlines()
-        return {name: value for value, _, name in (line.partition("  ") for line in lines)}
-
-    def _write_sums(self, sums: Mapping[str, str]) -> None:
-        # The order of names, so that an interrupted run ends with the same bytes as any other.
-        text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-        self._replace(SUMS, lambda file: Path(file).write_text(text, encoding="utf-8"))
-
     def array_pieces(self, prefix: str) -> Pieces[dict[str, np.ndarray]]:
         return Pieces(self, prefix, ".npz", self.read_arrays, self.write_arrays)
 
     def rollout_pieces(self, prefix: str) -> Pieces[Sequence[Rollout]]:
         return Pieces(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
 
-    def _whole(self, name: str, write: Callable[[str], object]) -> None:
-        self._replace(name, write)
-        # The summary tells of time, so that its sum would make equal runs differ.
-        if name != SUMMARY:
-            self._write_sums({**self._sums(), name: sha256(self.path / name)})
-
-    def _replace(self, name: str, write: Callable[[str], object]) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        try:
-            write(str(temporary))
-            os.replace(temporary, self.path / name)
-        except (OSError, SafetensorError) as error:
-            raise RunDirectoryError(
-                f"{name} could not be written in {str(self.path)!r}: {error}; make room there, and the same command "
-                "continues with what is stored, or choose another --out"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
 
 def _only_begun(names: set[str]) -> bool:
     """Empty, or what a process leaves that was killed while it made the directory; a lone plan is somebody's own."""
     rest = {name for name in names if not name.endswith(".tmp")}
     return rest <= {ENVIRONMENT, SUMS, PLAN} and (ENVIRONMENT in rest or not rest)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """What is read of a directory inside, or ``RunDirectoryError`` where it is damaged."""
-    try:
-        yield
-    except RunDirectoryError:
-        raise
-    except (OSError, ValueError, EOFError, LookupError, TypeError, *UNREADABLE) as error:
-        raise RunDirectoryError(f"{str(path)!r} is damaged: {error}; run its plan.yaml into another --out") from error
 
 
 class Pieces(MutableMapping[int, Piece], Generic[Piece]):
@@ -276,12 +122,3 @@ class Pieces(MutableMapping[int, Piece], Generic[Piece]):
 
     def _name(self, key: int) -> str:
         return f"{self._prefix}_{key:05d}{self._suffix}"
-
-
-def _without_nan(value: Any) -> Any:
-    """Figures that do not exist, such as an error bar from one cluster, as null: JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

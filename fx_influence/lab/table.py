@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fx_influence.interop.run_files import PLAN
 from fx_influence.lab.finite_tables import finite_tables
 from fx_influence.lab.results import EntropyInfluenceResults
-from fx_influence.lab.store import PLAN
 
 STRONGEST = 10
 
