@@ -247,7 +247,7 @@ def _adjoint_grad(t: Task) -> Work:
 
 def _matrix(t: Task) -> Work:
     p = t.problem
-    options = {"memory_budget": HELD, "chunk_size": t.rows_at_once(p.setting.dtype)}
+    options: dict[str, Any] = {"memory_budget": HELD, "chunk_size": t.rows_at_once(p.setting.dtype)}
     # Of the size of AdamW's gain, and without the pass over U that the gain itself would take.
     gain = {name: s.add(1e-10).rsqrt() for name, s in p.state.exp_avg_sq.items()}
     return lambda: Found(gradient_kernel(p.params, t.e, t.u, gain, p.apply, **options).double())

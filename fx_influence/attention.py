@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def blockwise_attention(
         >>> bool(torch.allclose(blockwise_attention(q, q, q, is_causal=True), plain, atol=1e-6))
         True
     """
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     queries, keys = query.shape[-2], key.shape[-2]
     size = max(1, SCORES_PER_BLOCK // max(1, query.shape[:-2].numel() * keys))
     blocks = []
@@ -50,18 +54,22 @@ def blockwise_attention(
             mask = mask[..., start:end, :]
         block = query[..., start:end, :], key[..., :seen, :], value[..., :seen, :]
         if dropout_p == 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in block):
-            blocks.append(_pushed(*block, mask, scale, enable_gqa))
+            blocks.append(_pushed(*block, mask, scale))
         else:
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                own = F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
-            blocks.append(own)
+            with math_attention():
+                blocks.append(F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
 
 
-def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, gqa: bool) -> Tensor:
-    if gqa and key.shape[-3] != query.shape[-3]:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+def math_attention() -> AbstractContextManager[None]:
+    """``scaled_dot_product_attention`` in its plain form: the fused ones have no forward mode and no vmap rule."""
+    if hasattr(torch.nn, "attention"):
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    # torch before 2.3
+    return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
+
+
+def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     shape = *query.shape[:-2], query.shape[-2], key.shape[-2]
     bias = torch.zeros((), dtype=query.dtype, device=query.device)
     if mask is not None:

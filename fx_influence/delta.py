@@ -17,7 +17,7 @@ from fx_influence.head import LOGITS_AT_ONCE, scores
 from fx_influence.importance import SnisDelta, snis
 from fx_influence.logprobs import all_token_values, in_place, scored_features, surrogate, token_values
 from fx_influence.parts import TOKENS_PER_CHUNK, distinct_rows, parts, row_chunks
-from fx_influence.policy import Policy, halves
+from fx_influence.policy import Policy, halves, whole_policy
 from fx_influence.tree import check_names, detached, largest_entry, promote, shift
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
 
@@ -177,7 +177,7 @@ def jvp_delta(
         (True, torch.Size([2]))
     """
     _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params, apply = _widened(params, apply)
+    params, apply = _widened(params, whole_policy(apply))
     once, index = distinct_rows(batch_e)
     values = _at(all_token_values(params, once, apply, temperature, chunk_size), index)
     slope = _at(token_jvp(params, direction, once, apply, temperature, chunk_size), index)

@@ -342,7 +342,7 @@ class _Recorder(TorchFunctionMode):
         if tuple(ids.shape) != self._shape or max_norm is not None or scale_grad_by_freq:
             return None
         padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(w) + padding_idx
-        return self._used(F.embedding(ids, w), (w, "embedding", ids), padding=padding)
+        return self._used(F.embedding(ids, w, padding), (w, "embedding", ids), padding=padding)
 
     def _layer_norm(
         self, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5

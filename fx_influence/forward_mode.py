@@ -40,9 +40,10 @@ class Tape(TorchFunctionMode):
 class ForwardMode(TorchFunctionMode):
     """While active, attention goes by ``blockwise_attention`` and linear maps make only the products that they need.
 
-    For passes without a graph: what it changes has a forward-mode derivative only. Under vmap, and for tensors without
-    tangents, results are torch's own. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of
-    the linear maps, in order, from a ``Tape`` of the same forward, where there is one.
+    An embedding leaves its ``padding_idx`` out, as it does in reverse mode: see ``trained_embedding``. For passes
+    without a graph: what it changes has a forward-mode derivative only. Under vmap, and for tensors without tangents,
+    results are torch's own. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of the linear
+    maps, in order, from a ``Tape`` of the same forward, where there is one.
     """
 
     def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:
@@ -53,12 +54,29 @@ class ForwardMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return blockwise_attention(*args, **kwargs)
+        if func is F.embedding:
+            return trained_embedding(*args, **kwargs)
         if func is F.linear:
             known = None if self._outputs is None else next(self._outputs, None)
             # torch's own rule multiplies by the zeros that stand for a missing tangent, as that of a frozen weight is.
             if known is not None or any(_has_tangent(x) for x in args[:2]):
                 return _linear(known, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+def trained_embedding(
+    ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: object, **kwargs: Any
+) -> Tensor:
+    """``F.embedding`` with the derivative of reverse mode in forward mode: none at ``padding_idx``.
+
+    torch's own forward mode moves that row with the others, although no gradient ever reaches it; the derivative of a
+    loss along a direction and its gradient's product with it then differ wherever a text holds the padding token.
+    """
+    out = F.embedding(ids, weight, padding_idx, *args, **kwargs)  # type: ignore[arg-type]
+    if padding_idx is None:
+        return out
+    still = (ids == padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(still, out.detach(), out)
 
 
 def _has_tangent(x: Tensor) -> bool:

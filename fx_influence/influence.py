@@ -17,6 +17,7 @@ from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
 from fx_influence.logprobs import all_token_values
 from fx_influence.parts import rows
+from fx_influence.policy import whole_policy
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.tree import add, detached, dot, multiply
 from fx_influence.types import (
@@ -130,7 +131,9 @@ def influence(
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
-    batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, forward, memory_budget)
+    # U's losses have the derivatives that a trainer takes of them, the entropy over E those that it has.
+    over_e = forward._replace(apply=whole_policy(apply))
+    batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, over_e, memory_budget)
     g_u, reach = _over_u(params, batch_u, grad, forward, in_unions, per_token, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
@@ -157,12 +160,14 @@ def influence(
     kernel = None
     shares, clusters = _shares(batch_e, normalize, query), cluster_index(batch_e)
     if matrix:
-        kernel = -gradient_kernel(params, batch_e, batch_u, step.gain, apply, temperature, memory_budget, chunk_size)
+        kernel = -gradient_kernel(
+            params, batch_e, batch_u, step.gain, *over_e[:2], memory_budget, chunk_size, apply_b=apply
+        )
         columns = kernel.double().sum(0)
         check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
         parts = kernel
         if stderr:
-            still = -_token_shares(params, step.baseline, batch_e, forward, None).sum(-1)
+            still = -_token_shares(params, step.baseline, batch_e, over_e, None).sum(-1)
     elif stderr:
         shares, clusters = (
             shares.new_zeros(len(parts)).index_add(0, unions, shares),

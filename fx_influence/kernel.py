@@ -37,6 +37,7 @@ def gradient_kernel(
     temperature: float = 1.0,
     memory_budget: int = MEMORY_BUDGET,
     chunk_size: int | None = None,
+    apply_b: Apply | None = None,
 ) -> Tensor:
     """K_ai = <g_a, D g_i> for the rollout losses of two batches, D diagonal; (n_a, n_b), at least float32.
 
@@ -44,15 +45,16 @@ def gradient_kernel(
     (see ``factors``); every other parameter goes through ``vmap(grad)``. Of the batch with fewer rows a block of
     gradients, weighted by D, is held in up to two thirds of ``memory_budget`` bytes, and the other batch passes by, as
     many rows at once as the rest of the budget has room for. Where even one row's gradient is larger than that, the
-    parameters are taken in several groups. ``chunk_size``: at most so many rows in one pass. Sums over parameters are
-    in float64.
+    parameters are taken in several groups. ``chunk_size``: at most so many rows in one pass. ``apply_b``: of batch b,
+    where its gradients are taken otherwise. Sums over parameters are in float64.
     """
+    of_b = apply if apply_b is None else apply_b
     params = {name: p.detach() for name, p in params.items()}
     held = {name: p for name, p in params.items() if name in diagonal}
     dtype = promote(next(iter(params.values())).dtype)
     if len(batch_a.input_ids) < len(batch_b.input_ids):
-        swapped = gradient_kernel(params, batch_b, batch_a, diagonal, apply, temperature, memory_budget, chunk_size)
-        return swapped.T
+        options = temperature, memory_budget, chunk_size
+        return gradient_kernel(params, batch_b, batch_a, diagonal, of_b, *options, apply_b=apply).T
     shape = len(batch_a.input_ids), len(batch_b.input_ids)
     total = torch.zeros(shape, dtype=torch.float64, device=batch_a.input_ids.device)
     factored = factored_names(params, batch_b, apply) & held.keys()
@@ -61,11 +63,11 @@ def gradient_kernel(
     for group in _groups(held, most):
         size = min(shape[1], max(1, most // _row_bytes(held, group)))
         room = memory_budget - size * _row_bytes(held, group)
-        source = _Source(params, held, group, factored, per_token, apply, temperature, room, chunk_size)
+        source = _Source(params, held, group, factored, per_token, of_b, temperature, room, chunk_size)
         for j in range(0, shape[1], size):
             block = rows(batch_b, slice(j, j + size))
             columns, weighted = _weighted(source.chunks(block), len(block.input_ids), held, group, diagonal)
-            for index, rows_of in source.chunks(batch_a):
+            for index, rows_of in source._replace(apply=apply).chunks(batch_a):
                 found = _inner(rows_of, len(index), weighted, held, group, room // 4)
                 total[index.unsqueeze(1), j + columns] += found
             # Or two blocks would be held while the next is made.

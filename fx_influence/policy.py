@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.forward_mode import ForwardMode
+from fx_influence.attention import math_attention
+from fx_influence.forward_mode import ForwardMode, trained_embedding
 from fx_influence.types import Apply, Params
 
 
@@ -78,11 +80,16 @@ class Policy:
         self.computes_in = _lowest_precision(model)
         self._body, self._head = self._cut(model, "eager" if _is_eager(model) else "sdpa")
         self._compiled: _Compiled | None = None
+        self._whole: Policy | None = None
         if compiled:
-            self._compiled = _Compiled(torch.compile(_run), torch.compile(_push), self._cut(model, "eager")[0])
+            body = self._cut(model, "eager")[0]
+            for module in _embeddings(body):
+                if type(module) is nn.Embedding:
+                    module.__class__ = _TrainedEmbedding
+            self._compiled = _Compiled(torch.compile(_run), torch.compile(_push), body)
 
     def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with _math_attention():
+        with math_attention():
             return self._run(self._template, params, input_ids, attention_mask)
 
     @property
@@ -93,12 +100,36 @@ class Policy:
         own = self._features, self._eager, self._traced, self._pushforward, self._logits
         return Halves(*own, vocab_size, aligned, self._compiled is not None)
 
+    def whole(self) -> Policy:
+        """The same policy with all its derivatives, those to the embedding of the padding token included.
+
+        A model of Hugging Face gives that token's embedding no gradient, so a training never moves it by one. But tied
+        to the output embeddings, or by weight decay, it does move, and the entropy with it.
+        """
+        if not any(module.padding_idx is not None for module in _embeddings(self._template)):
+            return self
+        if self._whole is None:
+            # Kept, because each new one would be compiled anew.
+            self._whole = self._with_padding()
+        return self._whole
+
+    def _with_padding(self) -> Policy:
+        whole = copy.copy(self)
+        whole._template, whole._body = copy.deepcopy(self._template), copy.deepcopy(self._body)
+        if self._compiled is not None:
+            whole._compiled = self._compiled._replace(body=copy.deepcopy(self._compiled.body))
+        templates = [whole._template, whole._body, *([whole._compiled.body] if whole._compiled else [])]
+        for module in itertools.chain(*map(_embeddings, templates)):
+            module.padding_idx = None
+        return whole
+
     def widened(self, dtype: torch.dtype = torch.float32) -> Policy:
         """The same policy with its frozen weights in at least ``dtype``, copied where they are not.
 
         A finite step vanishes in the rounding of half precision, wherever in the model that is.
         """
         wide = copy.copy(self)
+        wide._whole = None
         wide._frozen = {
             name: x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x
             for name, x in self._frozen.items()
@@ -114,7 +145,7 @@ class Policy:
         return self._run(self._body, params, input_ids, attention_mask)
 
     def _traced(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with _math_attention(), ForwardMode():
+        with math_attention(), ForwardMode():
             return self._run(self._body, params, input_ids, attention_mask)
 
     def _pushforward(
@@ -128,7 +159,7 @@ class Policy:
         at = params, tangent, input_ids, attention_mask
         if self._compiled is not None:
             return self._compiled.push(self, self._compiled.body, *at)
-        with _math_attention(), ForwardMode(outputs):
+        with math_attention(), ForwardMode(outputs):
             return _push(self, self._body, *at)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
@@ -175,6 +206,22 @@ class Policy:
         # What it holds would be kept alive, and a compiled pass may not keep what it makes.
         whole.set_output_embeddings(nn.Identity())
         return (body, head) if simply else (_meta_template(model, attention), None)
+
+
+def whole_policy(apply: Apply) -> Apply:
+    """``Policy.whole`` of a ``Policy``; any other ``apply`` as it is, with the derivatives that it has."""
+    return apply.whole() if isinstance(apply, Policy) else apply
+
+
+class _TrainedEmbedding(nn.Embedding):
+    """For compiled passes, which no mode sees."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return trained_embedding(input, self.weight, self.padding_idx)
+
+
+def _embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
+    return (found for found in module.modules() if isinstance(found, nn.Embedding))
 
 
 class _Head(NamedTuple):
@@ -317,10 +364,3 @@ class _StayFloat64(TorchFunctionMode):
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
-
-
-def _math_attention() -> AbstractContextManager[None]:
-    # The fused kernels have no forward-mode derivative and no vmap rule; this binds scaled_dot_product_attention only.
-    if hasattr(torch.nn, "attention"):
-        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
