@@ -59,7 +59,7 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 @contextmanager
 def sampling_from(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[None]:
     """The model in eval mode, under ``config`` alone, on a random state of its own; all put back afterwards."""
-    with _eval_mode(model), _only_config(model, config), _seeded(seed, next(model.parameters()).device):
+    with eval_mode(model), _only_config(model, config), seeded(seed, next(model.parameters()).device):
         yield
 
 
@@ -101,7 +101,8 @@ def _only_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module of the model in eval mode, and back as each was afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -112,7 +113,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """A random state of our own; ``generate`` draws from the global one, which is put back."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):

@@ -41,7 +41,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
         >>> state.lr, state.step, state.exp_avg["bias"].tolist()
         (0.2, {'weight': 0, 'bias': 0}, [0.0])
     """
-    adamw = _require_adamw(_unwrap(optimizer))
+    adamw = require_adamw(optimizer)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     lr, scales = _learning_rates(adamw.param_groups)
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in _MOMENTS}
@@ -71,7 +71,9 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-def _require_adamw(optimizer: Any) -> Any:
+def require_adamw(optimizer: Any) -> Any:
+    """The AdamW inside any wrappers. Raises ``TypeError`` for another optimizer."""
+    optimizer = _unwrap(optimizer)
     # AdamW is a subclass of Adam in recent torch only, and Adam's flag is newer than torch 2.1
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     is_adamw = isinstance(optimizer, torch.optim.AdamW)

@@ -40,6 +40,42 @@ def eval_name(index: int, what: str) -> str:
     return f"eval_{index:02d}{what}"
 
 
+def sequence_records(
+    rollouts: Sequence[Rollout],
+    tokenizer: Any,
+    *,
+    mean_entropy: Sequence[float],
+    mean_logprob: Sequence[float],
+    gradient_norm: Sequence[float] | None,
+    influence: Sequence[float],
+    stderr: Sequence[float],
+) -> list[dict[str, Any]]:
+    """What ``update_sequences.jsonl`` says of each rollout of U; ``gradient_norm`` is null where nobody measured it.
+
+    Each argument holds one number a rollout: nats per token, |g_i|, and nats per unit lr.
+    """
+    return [
+        {
+            "id": r.id,
+            "prompt_id": r.prompt_id,
+            "prompt": r.prompt,
+            "completion": r.completion,
+            "tokens": [tokenizer.decode([token]) for token in r.completion_ids],
+            "reward": r.reward,
+            "advantage": r.advantage,
+            "prompt_length": len(r.prompt_ids),
+            "completion_length": len(r.completion_ids),
+            "finished": r.finished,
+            "mean_entropy": mean_entropy[i],
+            "mean_logprob": mean_logprob[i],
+            "gradient_norm": None if gradient_norm is None else gradient_norm[i],
+            "influence": influence[i],
+            "stderr": stderr[i],
+        }
+        for i, r in enumerate(rollouts)
+    ]
+
+
 class RunFiles:
     """The files of one run by name, see the README for their contents.
 
@@ -53,6 +89,10 @@ class RunFiles:
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file() and (name == SUMMARY or name in self._sums())
+
+    def lists(self, name: str) -> bool:
+        """Whether the file was stored, be it still there or not."""
+        return name in self._sums()
 
     def remove(self, *names: str) -> None:
         present = [name for name in names if (self.path / name).exists()]

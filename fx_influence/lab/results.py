@@ -31,11 +31,13 @@ from fx_influence.types import Params
 class EvaluationResults:
     """One evaluation batch E: the arrays of its ``.npz``, M (n_e, n_u) per unit lr, its figures and its rollouts.
 
+    M is None where it was not stored, as for a step measured inside a training.
+
     The arrays' names: ``lab.sweep.sweep`` and ``lab.analysis.finite_steps.rollout_fits``.
     """
 
     arrays: dict[str, np.ndarray]
-    matrix: np.ndarray
+    matrix: np.ndarray | None
     summary: dict[str, Any]
     rollouts: list[Rollout]
 
@@ -107,12 +109,12 @@ def _pandas() -> Any:
 
 
 def _evaluation(directory: RunDirectory, index: int, n_u: int) -> EvaluationResults:
-    arrays = directory.read_arrays(eval_name(index, ".npz"))
+    arrays, matrix = directory.read_arrays(eval_name(index, ".npz")), eval_name(index, "_delta_matrix.npy")
     if len(arrays["per_sequence"]) != n_u:
         raise ValueError(f"{SEQUENCES} has {n_u} records for {len(arrays['per_sequence'])} rollouts of U")
     return EvaluationResults(
         arrays=arrays,
-        matrix=directory.read_array(eval_name(index, "_delta_matrix.npy")),
+        matrix=directory.read_array(matrix) if directory.lists(matrix) else None,
         summary=directory.read_json(eval_name(index, ".json")),
         rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fx_influence.interop.environment import timed
-from fx_influence.interop.run_files import BASELINE, SEQUENCES, eval_name, readable
+from fx_influence.interop.run_files import BASELINE, SEQUENCES, eval_name, readable, sequence_records
 from fx_influence.lab.analysis.allocation import allocation_correlations
 from fx_influence.lab.batches import Progress, Sampled, State, update_batch
 from fx_influence.lab.experiment import Experiment, carry_out
@@ -83,23 +83,12 @@ def _sequences(state: State, u: Sampled, step: Step, arrays: dict[str, np.ndarra
     mask = u.batch.completion_mask
     count = mask.sum(-1).clamp(min=1)
     entropies, logprobs = (v.sum(-1) / count for v in (u.values.entropies, u.values.logprobs))
-    return [
-        {
-            "id": r.id,
-            "prompt_id": r.prompt_id,
-            "prompt": r.prompt,
-            "completion": r.completion,
-            "tokens": [state.tokenizer.decode([token]) for token in r.completion_ids],
-            "reward": r.reward,
-            "advantage": r.advantage,
-            "prompt_length": len(r.prompt_ids),
-            "completion_length": len(r.completion_ids),
-            "finished": r.finished,
-            "mean_entropy": entropies[i].item(),
-            "mean_logprob": logprobs[i].item(),
-            "gradient_norm": step.gradient_norms[i].item(),
-            "influence": float(arrays["per_sequence"][i]),
-            "stderr": float(arrays["stderr"][i]),
-        }
-        for i, r in enumerate(u.rollouts)
-    ]
+    return sequence_records(
+        u.rollouts,
+        state.tokenizer,
+        mean_entropy=entropies.tolist(),
+        mean_logprob=logprobs.tolist(),
+        gradient_norm=step.gradient_norms.tolist(),
+        influence=arrays["per_sequence"].tolist(),
+        stderr=arrays["stderr"].tolist(),
+    )

@@ -1,0 +1,145 @@
+"""Real TRL trainings of a tiny policy, one for each way a loss can be put together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+CHARACTERS = "0123456789+="
+LOSSES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "bnpo": {},
+    "dr_grpo": {},
+    "dapo": {},
+    "cispo": {"epsilon_high": 5.0},
+    "luspo": {"importance_sampling_level": "sequence"},
+    "sapo": {},
+    "vespo": {},
+}
+
+
+class Variant(NamedTuple):
+    """A training to be made: ``options`` are the config's own, beside those that ``trainer`` gives all of them."""
+
+    loss: str
+    lora: bool
+    accumulation: int
+    off_policy: bool
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        parts = [self.loss, "LoRA" if self.lora else "full", f"{self.accumulation} micro-batches"]
+        parts += ["off-policy"] if self.off_policy else []
+        return ", ".join([*parts, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+def variants() -> Iterator[Variant]:
+    """Every loss by weights trained, accumulation, policy and bonus; then GSPO, KL, masks, clipping and RLOO."""
+    for loss, lora, accumulation, off_policy, bonus in itertools.product(
+        LOSSES, (False, True), (1, 3), (False, True), (0.0, 0.05)
+    ):
+        yield Variant(loss, lora, accumulation, off_policy, {"entropy_coef": bonus} if bonus else {})
+    for lora, off_policy in itertools.product((False, True), (False, True)):
+        for options in (
+            {"importance_sampling_level": "sequence"},
+            {"beta": 0.1},
+            {"top_entropy_quantile": 0.5, "entropy_coef": 0.05},
+            {"mask_truncated_completions": True},
+            {"delta": 1.1, "temperature": 0.7},
+            {"max_grad_norm": 0.01, "weight_decay": 0.1},
+            {"optim": "adamw_torch", "max_grad_norm": 0.0},
+        ):
+            yield Variant("grpo", lora, 1 if lora else 3, off_policy, options)
+        for accumulation, options in ((1, {}), (3, {"beta": 0.1})):
+            yield Variant("rloo", lora, accumulation, off_policy, options)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; padding is a token of its own."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+
+
+def policy(seed: int = 0) -> Any:
+    """A Qwen2 of two layers whose completions end after a few tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=len(CHARACTERS) + 2,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            initializer_range=0.4,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        model = Qwen2ForCausalLM(config)
+        # A new model's padding token is embedded as 0, where the norm after it is far from linear, and this policy,
+        # which nobody trained, samples it.
+        model.get_input_embeddings().weight.data[0].normal_(std=0.4)
+        return model
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    """Something that the completions of a prompt differ in."""
+    return [0.3 * len(text) + text.count("7") - text.count("3") for text in completions]
+
+
+PROMPTS = ["1+2=", "3+44=", "5=", "60+7=", "8+9+1=", "2+2="]
+
+
+def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **more: Any) -> Any:
+    """A trainer of ``steps`` optimizer steps, ready to train; two of them on every batch where off-policy.
+
+    ``model``: instead of ``policy()``. ``more``: of the config.
+    """
+    rloo = variant.loss == "rloo"
+    config: dict[str, Any] = {
+        "output_dir": out,
+        "learning_rate": 0.02,
+        "weight_decay": 0.05,
+        "per_device_train_batch_size": 6,
+        "num_generations": 3,
+        "gradient_accumulation_steps": variant.accumulation,
+        "num_iterations": 2 if variant.off_policy else 1,
+        "max_completion_length": 6,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "optim": "adamw_torch",
+        **({} if rloo else {"loss_type": variant.loss, **LOSSES[variant.loss]}),
+        **variant.options,
+        **more,
+    }
+    # The reference model of a loss with a KL term is read from where the policy was.
+    (policy() if model is None else model).save_pretrained(f"{out}/policy")
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
+    return (RLOOTrainer if rloo else GRPOTrainer)(
+        model=AutoModelForCausalLM.from_pretrained(f"{out}/policy", dtype=torch.float32),
+        args=(RLOOConfig if rloo else GRPOConfig)(**config),
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer(),
+        peft_config=lora if variant.lora else None,
+    )

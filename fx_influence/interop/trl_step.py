@@ -1,0 +1,57 @@
+"""One measured step of a TRL run as a value, and the figures that are logged of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fx_influence.concentration import top_share
+from fx_influence.importance import SnisDelta
+from fx_influence.influence import Influence
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.trl_capture import CapturedStep
+
+TOP = 0.01
+"""The share of U's tokens whose part of all |influence| is logged as ``concentration``."""
+
+
+class MeasuredStep(NamedTuple):
+    """One step of a run, before and after: U as captured, E, the influences, and the entropy's real change.
+
+    ``step``: the optimizer steps made when it is done, from 1. ``lr``: lr_ref of this step; influences times it are in
+    nats. ``entropy``: the estimate of H on E before the step. ``realised``: by importance sampling on the same E, None
+    where the optimizer made no step. ``seconds``: what measuring took.
+    """
+
+    step: int
+    lr: float
+    captured: CapturedStep
+    evaluation: list[Rollout]
+    influence: Influence
+    entropy: float
+    realised: SnisDelta | None
+    seconds: float
+
+    def figures(self) -> dict[str, float]:
+        """What is logged, by name without prefix: nats in this step, positive raises the entropy; see the README."""
+        out, u = self.influence, self.captured
+        parts, advantages = out.per_sequence.cpu(), u.advantages
+        assert out.per_token is not None
+        figures = {
+            "total": out.total,
+            "momentum": out.momentum,
+            "weight_decay": out.weight_decay,
+            "rollouts": out.per_sequence.sum(),
+            "positive_advantage": parts[advantages > 0].sum(),
+            "negative_advantage": parts[advantages < 0].sum(),
+            "stderr": out.total_stderr,
+            "residual": out.residual,
+            "unattributed": out.unattributed,
+        }
+        nats = {name: self.lr * float(value) for name, value in figures.items()}
+        nats["concentration"] = float(top_share(out.per_token[u.batch.completion_mask], TOP))
+        nats |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
+        if self.realised is not None:
+            nats["realised"] = float(self.realised.delta_h)
+            nats["realised_stderr"] = float(self.realised.stderr)
+            nats["ess"] = float(self.realised.ess)
+        return nats

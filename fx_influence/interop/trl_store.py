@@ -1,0 +1,181 @@
+"""A measured step of a TRL run as a run directory, which the readers of all runs read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from fx_influence.interop.checkpoint import PARAM_NAMES
+from fx_influence.interop.environment import environment, peak_gpu_memory_bytes, peak_memory_bytes
+from fx_influence.interop.rollouts import Rollout, collate
+from fx_influence.interop.run_files import (
+    BASELINE,
+    ENVIRONMENT,
+    PLAN,
+    SEQUENCES,
+    SUMMARY,
+    UPDATE_ROLLOUTS,
+    RunFiles,
+    eval_name,
+    sequence_records,
+)
+from fx_influence.interop.trl_capture import CapturedStep
+from fx_influence.interop.trl_step import MeasuredStep
+from fx_influence.types import Params
+
+STATE = "state"
+
+
+class StepStore:
+    """Where one step goes: written beside its place, and put there when it is whole."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        self._place = out / f"step_{step:06d}"
+        self._making = out / f".step_{step:06d}.tmp"
+
+    def write_state(self, trainer: Any, baseline: Params) -> None:
+        """The trainer's model, tokenizer and optimizer as they are now, as a checkpoint, and v_baseline."""
+        folder = self._making / STATE
+        shutil.rmtree(self._making, ignore_errors=True)
+        folder.mkdir(parents=True)
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        optimizer = trainer.optimizer.optimizer
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        name_of = {p: name for name, p in trainer.model.named_parameters()}
+        names = [[name_of[p] for p in group["params"]] for group in optimizer.param_groups]
+        (folder / PARAM_NAMES).write_text(json.dumps(names))
+        RunFiles(self._making).write_tensors(BASELINE, baseline)
+
+    def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any) -> None:
+        """All files of the step; a directory of the same step, from before a resumption, is replaced."""
+        self._making.mkdir(parents=True, exist_ok=True)
+        files = RunFiles(self._making)
+        rollouts = update_rollouts(measured.captured, trainer)
+        files.write_text(PLAN, yaml.safe_dump({**_inputs(), **plan}, sort_keys=False))
+        files.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": {}, "trainer": type(trainer).__name__})
+        files.write_rollouts(UPDATE_ROLLOUTS, rollouts)
+        files.write_rollouts(eval_name(0, "_rollouts.jsonl"), measured.evaluation)
+        files.write_arrays(eval_name(0, ".npz"), _arrays(measured, rollouts))
+        if measured.influence.matrix is not None:
+            files.write_array(eval_name(0, "_delta_matrix.npy"), measured.influence.matrix.cpu().numpy())
+        files.write_jsonl(SEQUENCES, _sequences(measured, rollouts, trainer))
+        summary = _summary(measured)
+        files.write_json(eval_name(0, ".json"), summary)
+        files.write_json(SUMMARY, summary)
+        shutil.rmtree(self._place, ignore_errors=True)
+        os.replace(self._making, self._place)
+
+
+def update_rollouts(captured: CapturedStep, trainer: Any) -> list[Rollout]:
+    """U as records with their captured coefficients, in the order of the batch."""
+    batch = captured.batch
+    assert batch.group is not None
+    seen: Counter[int] = Counter()
+    found = []
+    for i, group in enumerate(batch.group.tolist()):
+        found.append(_rollout(captured, trainer, i, group, seen[group]))
+        seen[group] += 1
+    return found
+
+
+def _rollout(captured: CapturedStep, trainer: Any, i: int, group: int, k: int) -> Rollout:
+    batch = captured.batch
+    real, counted = batch.attention_mask[i], batch.completion_mask[i]
+    # Prompts are padded on the left to one width, so that every completion begins in the same column.
+    begins = torch.arange(len(real), device=real.device) >= captured.prompt_widths[i]
+    prompt_ids, completion_ids = batch.input_ids[i][real & ~begins].tolist(), batch.input_ids[i][real & begins].tolist()
+
+    def values(tokens: Tensor | None) -> tuple[float, ...] | None:
+        return None if tokens is None else tuple(tokens[i][real & begins].tolist())
+
+    tokenizer, reward = trainer._tokenizer, float(captured.rewards[i])
+    return Rollout(
+        id=f"{group}/{k}",
+        prompt_id=str(group),
+        group=group,
+        prompt=tokenizer.decode(prompt_ids),
+        completion=tokenizer.decode(completion_ids, skip_special_tokens=True),
+        prompt_ids=tuple(prompt_ids),
+        completion_ids=tuple(completion_ids),
+        finished=bool(completion_ids) and completion_ids[-1] in trainer.eos_token_ids,
+        behaviour_logprobs=values(captured.old_logprobs),
+        reward=None if np.isnan(reward) else reward,
+        advantage=float(captured.advantages[i]),
+        completion_mask=None if bool(counted[real & begins].all()) else tuple(counted[real & begins].tolist()),
+        coefficients=values(batch.coefficients),
+        entropy_coefficients=values(batch.entropy_coefficients),
+    )
+
+
+def _inputs() -> dict[str, Any]:
+    return {
+        "checkpoint": STATE,
+        "update": {"rollouts": UPDATE_ROLLOUTS},
+        "evaluations": [{"rollouts": eval_name(0, "_rollouts.jsonl")}],
+    }
+
+
+def _arrays(measured: MeasuredStep, rollouts: list[Rollout]) -> dict[str, Any]:
+    out, realised = measured.influence, measured.realised
+    assert out.per_token is not None
+    # As every run stores them: in the columns of the rollouts padded on the right.
+    mask = collate(rollouts, pad_id=0).completion_mask
+    per_token = torch.zeros(mask.shape, dtype=torch.float64)
+    per_token[mask] = out.per_token[measured.captured.batch.completion_mask].cpu()
+    arrays: dict[str, Any] = {
+        "per_sequence": out.per_sequence.cpu().numpy(),
+        "per_token": per_token.numpy(),
+        "stderr": out.stderr.cpu().numpy(),
+        "per_parameter": np.array([float(x) for x in out.per_parameter.values()]),
+        "eta": np.array([measured.lr] if realised is not None else []),
+    }
+    if realised is not None:
+        found = {"full": realised.delta_h, "full_stderr": realised.stderr, "ess": realised.ess}
+        arrays |= {name: np.array([float(value)]) for name, value in found.items()}
+    return arrays
+
+
+def _sequences(measured: MeasuredStep, rollouts: list[Rollout], trainer: Any) -> list[dict[str, Any]]:
+    captured, out = measured.captured, measured.influence
+    count = captured.batch.completion_mask.sum(-1).clamp(min=1)
+    return sequence_records(
+        rollouts,
+        trainer._tokenizer,
+        mean_entropy=(captured.entropies.sum(-1) / count).tolist(),
+        mean_logprob=(captured.logprobs.sum(-1) / count).tolist(),
+        gradient_norm=None,
+        influence=out.per_sequence.tolist(),
+        stderr=out.stderr.tolist(),
+    )
+
+
+def _summary(measured: MeasuredStep) -> dict[str, Any]:
+    out, captured = measured.influence, measured.captured
+    names = ("total", "baseline", "momentum", "weight_decay", "residual", "unattributed", "total_stderr")
+    return {
+        "step": measured.step,
+        "lr": measured.lr,
+        **{name: float(getattr(out, name)) for name in names},
+        "sum_per_sequence": float(out.per_sequence.sum()),
+        "entropy": measured.entropy,
+        "in_this_step": measured.figures(),
+        "update_rollouts": len(captured.advantages),
+        "rollouts": len(measured.evaluation),
+        "update_mean_reward": float(captured.rewards.nanmean()),
+        "clip": captured.clip,
+        "trainable_parameters": sum(g.numel() for g in captured.gradient.values() if g is not None),
+        "per_parameter": {name: float(x) for name, x in out.per_parameter.items()},
+        "seconds": measured.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
+    }
