@@ -5,24 +5,42 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 import yaml
 from cases import close
+from pyarrow import parquet
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
+from fx_influence.interop.rewards import math_verify
 from fx_influence.interop.rollouts import collate, read_rollouts, write_rollouts
 from fx_influence.lab import batches
 from fx_influence.lab import run as run_module
 from fx_influence.lab.batches import load_state, sampled, update_batch
 from fx_influence.lab.cli import main
-from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.plan import EntropyInfluencePlan, resolved
 from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
 from fx_influence.lab.store import RunDirectory
 
+GSM8K = [
+    {
+        "question": "Janet’s ducks lay 16 eggs. She eats 7. How many are left?",
+        "answer": "Janet has 16 - 7 = <<16-7=9>>9 eggs left.\\n#### 9",
+    },
+    {"question": "A robe takes 2 bolts and half of it. How many?", "answer": "2 + 1 = <<2+1=3>>3.\\n#### 3"},
+    {"question": "He buys a house for $80,000. For how much?", "answer": "It is $80,000.\\n#### 80,000"},
+]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 PROMPTS = ({"prompt": "1+2=", "id": "a", "answer": "3"}, {"prompt": "3+4=", "id": "b", "answer": "7"}, "5+6=")
 FEW = SampledBatch(PROMPTS, completions_per_prompt=2)
 
@@ -31,6 +49,60 @@ def rollouts_of(tmp_path: Path, request: BatchRequest, update: bool = False, **f
     plan = EntropyInfluencePlan(**{"update": request if update else FEW, "evaluations": (request,)} | fields)
     state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
     return sampled(plan, state, directory, 0 if update else 1, "r.jsonl", lambda *done: None).rollouts
+
+
+@pytest.fixture
+def chat_checkpoint(tmp_path: Path) -> Path:
+    """An untrained policy that writes digits and spaces; its tokenizer puts a bos before every text, like Llama's."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<system>", "<user>", "<assistant>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *"0123456789 "])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    named = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special[4:], **named)
+    fast.chat_template = CHAT_TEMPLATE
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=len(fast), eos_token_id=1, pad_token_id=0)
+        model = Qwen2ForCausalLM(config)
+    path = tmp_path / "checkpoint"
+    for part in (model, fast):
+        part.save_pretrained(path)
+    torch.save(torch.optim.AdamW(model.parameters(), lr=1e-3).state_dict(), path / "optimizer.pt")
+    return path
+
+
+def test_a_plan_asks_gsm8k_of_a_chat_model_and_judges_it_by_mathematics(tmp_path: Path, chat_checkpoint: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(GSM8K), tmp_path / "gsm8k.parquet")
+    asked = {"prompts": "gsm8k.parquet", "chat": True, "system": "Be brief.", "completions_per_prompt": 32}
+    values = {
+        "checkpoint": chat_checkpoint.name,
+        "reward": "fx_influence.interop.rewards:math_verify",
+        "max_new_tokens": 4,
+        "update": asked,
+        "evaluations": [{**asked, "prompt_ids": ["0", "2"], "completions_per_prompt": 4}],
+        "directions": ["full", "baseline"],
+        "eta_multiples": [1.0],
+        "scaled_eta_multiples": [],
+        "auto_scale": None,
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
+    rollouts = fx.load_run(tmp_path / "out").update_rollouts
+    assert [r.prompt for r in rollouts[::32]] == [
+        f"<bos><system>Be brief.<eos><user>{record['question']}<eos><assistant>" for record in GSM8K
+    ]
+    assert all(r.prompt_ids[:2] == (2, 4) and r.prompt_ids.count(2) == 1 and r.prompt_ids[-1] == 6 for r in rollouts)
+    assert [r.reward for r in rollouts] == [
+        value
+        for k, gold in enumerate((9, 3, 80000))
+        for value in math_verify([r.completion for r in rollouts[32 * k : 32 * k + 32]], answer=[gold] * 32)
+    ]
+    assert 0 < sum(r.reward for r in rollouts) < 64
+    assert any(r.advantage for r in rollouts)
 
 
 def test_prompts_written_out_are_sampled_like_those_of_a_file(tmp_path: Path) -> None:
@@ -142,7 +214,7 @@ def test_a_whole_run_on_given_sequences_attributes_them(tmp_path: Path) -> None:
         ({"prompts": ["1+1="], "prompt_ids": ["0", "0"]}, r"prompt_ids is \['0', '0'\], with an id twice"),
         ({"prompts": ["1+1="], "num_prompts": 2}, r"num_prompts is 2 but 'prompts' holds 1; ask for fewer"),
         ({"prompts": ["1+1=", {"prompt": "2+2=", "id": "0"}]}, r"prompt 1: id '0' is already the id of prompt 0"),
-        ({"prompts": [{"question": "1"}]}, r'prompt 0 has no field "prompt"'),
+        ({"prompts": [{"text": "1"}]}, r'prompt 0 has no "prompt", "messages" or "question"'),
         ({"prompt": "1+1=", "completion": "", "end": False}, r"completion is '', which has no tokens"),
         ({"prompt": "", "completion": "2"}, r"has no tokens; give a text that has some"),
         ({"prompt": "1+1=", "completion": "2" * 70}, r"passes the model's 64 positions"),
@@ -190,6 +262,35 @@ def test_a_reward_gets_the_columns_of_all_prompts_however_sampling_is_cut(
     monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 2)
     found = rollouts_of(tmp_path, SampledBatch(("1+2=", {"prompt": "3+4=", "answer": "7"}), completions_per_prompt=2))
     assert [r.reward for r in found[:2]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "reward", "absent", "message"),
+    [
+        ({"prompts": [{"prompt": "1+1=", "gold": "2"}]}, "exact_match", "", r"columns \['gold'\]: missing .* 'answer'"),
+        ({"prompts": [{"prompt": "1+1=", "gold": "2"}]}, "math_verify", "", r'needs a column "answer" or "solution"'),
+        ({"prompts": "g.parquet"}, "math_verify", "math_verify", r"pip install 'fx-influence\[math\]'"),
+        ({"prompts": "g.parquet"}, "math_verify", "pyarrow", r"pip install 'fx-influence\[parquet\]'"),
+        ({"prompts": "g.parquet", "system": "s"}, "math_verify", "", r"'0' is a plain text; set chat: true"),
+        ({"prompts": "g.parquet", "chat": True}, "math_verify", "", r"'0' is a conversation, but the tokenizer has no"),
+        (
+            {"prompts": [{"messages": [{"role": "user", "content": "?"}]}, "?"]},
+            "exact_match",
+            "",
+            r"set chat: true, or",
+        ),
+    ],
+)
+def test_what_a_reward_a_file_or_a_conversation_needs_is_missed_before_sampling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: dict[str, Any], reward: str, absent: str, message: str
+) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(GSM8K), tmp_path / "g.parquet")
+    values = {"update": CustomSequence("1+1=", "2"), "evaluations": [request_]}
+    plan = EntropyInfluencePlan(**values, reward=f"fx_influence.interop.rewards:{reward}")
+    if absent:
+        monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises((ValueError, ImportError), match=message):
+        load_state(resolved(plan, tmp_path))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])

@@ -22,6 +22,8 @@ def test_a_plan_round_trips_through_yaml(tmp_path: Path) -> None:
         evaluations=(
             SampledBatch(str(tmp_path / "a.txt"), ("7", "x"), 2, 5, seed=11),
             SampledBatch(("1+1=", {"prompt": "2+2=", "id": "four", "answer": "4"}), num_prompts=1),
+            SampledBatch(str(tmp_path / "a.parquet"), chat=True, system=""),
+            SampledBatch(({"prompt": [{"role": "user", "content": "1+1?"}]},), system="Be brief."),
             CustomSequence("1+1=", "2", advantage=-0.5, end=False),
             RolloutFile(str(tmp_path / "r.jsonl")),
         ),
@@ -36,6 +38,17 @@ def test_a_plan_round_trips_through_yaml(tmp_path: Path) -> None:
     )
     (tmp_path / "plan.yaml").write_text(plan_text(plan))
     assert read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan) == plan
+
+
+def test_a_plan_without_conversations_is_stored_as_before_there_were_any() -> None:
+    """A run begun then is continued only by a plan of the same values, and found by the hash of its text."""
+    plain = {"prompts": "p.txt", "prompt_ids": None, "num_prompts": None, "completions_per_prompt": 8}
+    plain |= {"resample_zero_advantage": 0, "seed": None}
+    stored = EntropyInfluencePlan(
+        update=SampledBatch("p.txt"), evaluations=(SampledBatch("p.txt", chat=True),)
+    ).to_dict()
+    assert list(stored["update"].items()) == list(plain.items())
+    assert stored["evaluations"] == [{**plain, "chat": True}]
 
 
 def test_paths_in_a_plan_file_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -82,6 +95,9 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
         ({"seed": "x"}, r"seed is 'x'"),
         ({"loss": "ppo"}, r"loss is 'ppo': .*'dr_grpo'"),
         ({"update": {"prompts": "p.txt", "n": 1}}, r"update\.n is 1"),
+        ({"update": {"prompts": "p.txt", "chat": "user"}}, r"update\.chat is 'user'"),
+        ({"update": {"prompts": "p.txt", "system": 3}}, r"update\.system is 3"),
+        ({"update": {"prompt": "1+1=", "completion": "2", "chat": True}}, r"update\.chat is True: Unexpected"),
         ({"update": {"num_prompts": 3}}, r"update\.prompts .* required"),
         ({"update": {"prompts": "p.txt", "completions_per_prompt": 0}}, r"update is None prompts x 0; use at least 1"),
         ({"evaluations": []}, r"evaluations is empty; name at least one"),

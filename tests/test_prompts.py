@@ -1,12 +1,30 @@
-"""Prompt files: both formats, and each way in which one can be wrong."""
+"""Prompt files: every format, and each way in which one can be wrong; conversations from them and from texts."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from fx_influence.interop.prompts import Prompt, read_prompts
+from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
+
+WORKED = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 1,200 + 48 = <<1200+48=1248>>1,248.\n#### 1,248"
+GSM8K = [{"question": "How many clips?", "answer": WORKED}, {"question": "And now?", "answer": "It fell.\n#### -5"}]
+ASKED = [{"role": "user", "content": "1+1?"}]
+TALK = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "?"}]
+
+
+def write_rows(path: Path, records: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def test_jsonl_gives_ids_and_columns(tmp_path: Path) -> None:
@@ -28,10 +46,92 @@ def test_txt_gives_a_prompt_a_line(tmp_path: Path) -> None:
     assert read_prompts(str(path)) == [Prompt("0", "Tell me "), Prompt("1", "  {not json\u2028}")]
 
 
+def test_the_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
+    records = [{"id": "a", "prompt": "1+1=", "answer": 2}, {"id": "b", "prompt": "x\n=", "answer": 3}]
+    assert read_prompts(write_rows(tmp_path / "p.parquet", records)) == [
+        Prompt("a", "1+1=", {"answer": 2}),
+        Prompt("b", "x\n=", {"answer": 3}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl"])
+def test_the_gold_answer_of_gsm8k_is_a_column_and_the_solution_another(tmp_path: Path, name: str) -> None:
+    assert read_prompts(write_rows(tmp_path / name, GSM8K)) == [
+        Prompt("0", "How many clips?", {"answer": "1248", "solution": WORKED}),
+        Prompt("1", "And now?", {"answer": "-5", "solution": "It fell.\n#### -5"}),
+    ]
+
+
+@pytest.mark.parametrize("gold", ["1,234,567", "$12", "1,5", "0.5"])
+def test_only_thousands_separators_leave_a_gold_answer(gold: str) -> None:
+    (prompt,) = make_prompts([{"question": "?", "answer": f"#### 7\n####  {gold} ", "solution": "its own"}])
+    assert prompt.columns == {"answer": {"1,234,567": "1234567"}.get(gold, gold), "solution": "its own"}
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl"])
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_messages_are_a_conversation(tmp_path: Path, name: str, field: str) -> None:
+    """In the parquet file every message has a ``name``, most of them None."""
+    named = [{**ASKED[0], "name": "Ann"}]
+    path = write_rows(tmp_path / name, [{field: TALK, "answer": 1}, {field: named, "answer": 2}])
+    assert read_prompts(path) == [
+        Prompt("0", "", {"answer": 1}, tuple(TALK)),
+        Prompt("1", "", {"answer": 2}, (*named,)),
+    ]
+
+
+def test_the_first_field_that_asks_does_and_the_others_are_columns(tmp_path: Path) -> None:
+    """In a parquet file one that is not there is None."""
+    records = [{"prompt": "a", "messages": TALK, **GSM8K[0]}, {"prompt": None, "messages": None, **GSM8K[1]}]
+    first, second = read_prompts(write_rows(tmp_path / "p.parquet", records))
+    assert first == Prompt("0", "a", {"messages": TALK, **GSM8K[0]})
+    assert (second.text, second.messages, second.columns["answer"]) == ("And now?", None, "-5")
+
+
+def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "p.parquet", GSM8K)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"^reading parquet needs pyarrow: pip install 'fx-influence\[parquet\]'$"):
+        read_prompts(path)
+
+
+def test_chat_makes_a_text_what_a_user_says_and_system_goes_before_it() -> None:
+    talk = Prompt("b", "", {"answer": "2"}, tuple(TALK))
+    asked = conversations([Prompt("a", "1+1?", {"answer": "2"}), talk], chat=True, system=None)
+    assert asked == [Prompt("a", "", {"answer": "2"}, tuple(ASKED)), talk]
+    told = conversations([Prompt("a", "1+1?"), talk], chat=True, system="")
+    assert [prompt.messages for prompt in told] == [
+        ({"role": "system", "content": ""}, *ASKED),
+        ({"role": "system", "content": ""}, *TALK),
+    ]
+    plain = [Prompt("a", "1+1?")]
+    assert conversations(plain, chat=False, system=None) == plain
+
+
+@pytest.mark.parametrize(
+    ("prompts", "system", "message"),
+    [
+        ([Prompt("a", "1+1?")], "Be brief.", "system is 'Be brief.', but prompt 'a' is a plain text; set chat: true"),
+        (
+            [Prompt("a", "", {}, ({"role": "system", "content": "s"}, *ASKED))],
+            "Be brief.",
+            "prompt 'a' begins with a system message of its own; remove one",
+        ),
+        ([Prompt("a", "1+1?"), Prompt("b", "", {}, (*ASKED,))], None, "'b' and prompt 'a' .* set chat: true"),
+    ],
+)
+def test_a_conversation_that_cannot_be_made_names_the_prompt(
+    prompts: list[Prompt], system: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        conversations(prompts, chat=False, system=system)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.jsonl", b"", "holds no prompt"),
+        ("p.parquet", b"PAR1", "cannot be read as parquet"),
         ("p.txt", b"\n  \n", "holds no prompt"),
         ("p.csv", b"prompt\n", "ends in '.csv'"),
         ("p.txt", b"\xff\xfe", "is not UTF-8"),
@@ -39,10 +139,26 @@ def test_txt_gives_a_prompt_a_line(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "a"}\n"b"', "line 2 holds str"),
         (
             "p.jsonl",
-            b'{"question": "a", "answer": 1}',
-            r"line 1 has no field \"prompt\" .it has \['answer', 'question'\]",
+            b'{"text": "a", "answer": 1}',
+            r"line 1 has no \"prompt\", \"messages\" or \"question\" .it has \['answer', 'text'\]",
         ),
-        ("p.jsonl", b'{"prompt": [{"role": "user"}]}', 'line 1: "prompt" is .*chat template'),
+        ("p.jsonl", b'{"question": "a", "answer": 1}', 'line 1: "answer" is 1, which does not .*; write "prompt" for'),
+        ("p.jsonl", b'{"question": "a", "answer": "72"}', "line 1: \"answer\" is '72', which does not end in"),
+        ("p.jsonl", b'{"question": "a", "answer": "72 ####"}', "line 1: \"answer\" is '72 ####', which does not end"),
+        (
+            "p.jsonl",
+            b'{"question": ["a"], "answer": "#### 1"}',
+            r"line 1: \"question\" is \['a'\]; give a non-empty text",
+        ),
+        ("p.jsonl", b'{"messages": "a"}', "line 1: \"messages\" is 'a'; give a list of messages"),
+        ("p.jsonl", b'{"prompt": []}', 'line 1: "prompt" is empty; end it with the message'),
+        ("p.jsonl", b'{"prompt": [{"role": "user"}]}', 'line 1: message 0 of "prompt" is .*"content"'),
+        ("p.jsonl", b'{"prompt": ["a"]}', "line 1: message 0 of \"prompt\" is 'a'"),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            'line 1: "messages" ends with the assistant; end it with the message that the policy is to answer',
+        ),
         ("p.jsonl", b'{"prompt": ""}', "line 1: \"prompt\" is ''"),
         ("p.jsonl", b'{"prompt": "a", "id": null}', 'line 1: "id" is None'),
         ("p.jsonl", b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "line 2: id 'x' is already .* line 1"),

@@ -1,17 +1,21 @@
-"""Rewards: the shipped one, finding the user's, and what is accepted from it."""
+"""Rewards: the shipped ones, finding the user's or TRL's, and what is accepted from it."""
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import math_verify as math_verify_package
 import numpy as np
 import pytest
 import torch
 
-from fx_influence.interop.rewards import RewardError, exact_match, resolve_reward, score
+from fx_influence.interop.rewards import RewardError, check_reward, exact_match, math_verify, resolve_reward, score
 
 
 def test_exact_match_reads_what_follows_the_last_equals_sign() -> None:
@@ -20,6 +24,165 @@ def test_exact_match_reads_what_follows_the_last_equals_sign() -> None:
     n = len(completions)
     assert exact_match([""] * n, completions, answer=["26"] * n, difficulty=[1] * n) == expected
     assert exact_match(["", ""], ["7", "-7"], answer=[7, -7]) == [1.0, 1.0]
+
+
+MATHEMATICS = [
+    ("18", "She makes 9 * 2 = $18 every day.\n#### 18", 1.0),
+    ("18", "18, no: 17", 0.0),
+    ("18", r"so \boxed{18}, and not 17", 1.0),
+    ("1248", "1,248 clips", 1.0),
+    ("-5", "The answer is -5.", 1.0),
+    (18, "36/2", 1.0),
+    ("1/3", r"\boxed{\frac{1}{3}}", 1.0),
+    (r"6\sqrt{3}", "6", 0.0),
+    (r"6\sqrt{3}", r"$\sqrt{108}$", 1.0),
+    ("2x+3", "2", 0.0),
+    (r"\boxed{3}", "3", 1.0),
+    ("18", "I do not know.", 0.0),
+    ("", "18", None),
+    (None, "18", None),
+]
+
+
+@pytest.mark.parametrize("conversation", [False, True])
+def test_math_verify_compares_expressions(conversation: bool) -> None:
+    texts = [text for _, text, _ in MATHEMATICS]
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if conversation else texts
+    found = math_verify(completions, answer=[gold for gold, _, _ in MATHEMATICS], prompts=texts)
+    assert found == [expected for _, _, expected in MATHEMATICS]
+
+
+def test_math_verify_takes_the_solution_where_there_is_no_answer() -> None:
+    worked = "He has 9 left, and 9 * 2 = <<9*2=18>>18.\n#### 18"
+    assert math_verify(["18", "9"], solution=[worked] * 2) == [1.0, 0.0]
+    assert math_verify(["18", "9"], answer=[None, "9"], solution=[worked] * 2) == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"needs a column \"answer\" or \"solution\", not \['gold'\]; add one"):
+        math_verify(["18"], prompts=["?"], gold=["18"])
+
+
+def test_math_verify_is_limited_in_time_where_signals_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int | None] = []
+    parse, verify = math_verify_package.parse, math_verify_package.verify
+
+    def parsed(text: str, parsing_timeout: int | None) -> Any:
+        limits.append(parsing_timeout)
+        return parse(text, parsing_timeout=parsing_timeout)
+
+    def verified(gold: Any, found: Any, timeout_seconds: int | None) -> bool:
+        limits.append(timeout_seconds)
+        return verify(gold, found, timeout_seconds=timeout_seconds)
+
+    monkeypatch.setattr(math_verify_package, "parse", parsed)
+    monkeypatch.setattr(math_verify_package, "verify", verified)
+    arguments = {"completions": ["18", "17"], "answer": ["18", "18"]}
+    assert math_verify(**arguments) == [1.0, 0.0]
+    assert limits == [5] * 5
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(math_verify, **arguments).result() == [1.0, 0.0]
+    assert limits[5:] == [None] * 5
+
+
+def test_math_verify_without_the_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"needs math-verify: pip install 'fx-influence\[math\]'$"):
+        math_verify(["18"], answer=["18"])
+
+
+def test_exact_match_reads_a_conversation_by_the_same_rule() -> None:
+    completions = [[{"role": "assistant", "content": text}] for text in ("17+9=26", "#### 26")]
+    assert exact_match([[{"role": "user", "content": "17+9="}]] * 2, completions, answer=["26"] * 2) == [1.0, 0.0]
+
+
+def test_the_functions_of_trl_work_as_they_are() -> None:
+    completions = [[{"role": "assistant", "content": text}] for text in (r"<think>a</think>\boxed{18}", "18", "?")]
+    columns = {"answer": ["18"] * 3, "solution": ["#### 18", "#### 18", "(no gold)"]}
+    arguments = ([[{"role": "user", "content": "?"}]] * 3, completions, columns, [[1, 2, 1, 2], [1, 2], [1]])
+    accuracy = resolve_reward("trl.rewards:accuracy_reward")
+    check_reward(accuracy, columns)
+    assert score(accuracy, *arguments) == [1.0, 0.0, None]
+    assert score(resolve_reward("trl.rewards:think_format_reward"), *arguments) == [1.0, 0.0, 0.0]
+    repetition = resolve_reward("trl.rewards:get_repetition_penalty_reward")(ngram_size=1, max_penalty=-1.0)
+    assert score(repetition, *arguments) == [-0.5, 0.0, 0.0]
+    with pytest.raises(RewardError, match=r"accuracy_reward raised .* completions as texts \(chat and the form"):
+        score(accuracy, ["?"], ["18"], {"solution": ["18"]})
+    with pytest.raises(RewardError, match=r"repetition_penalty_reward raised TypeError.*completion_ids"):
+        score(repetition, ["?"], ["18"], {})
+
+
+def test_the_tokens_go_to_a_function_that_takes_them() -> None:
+    seen: list[Any] = []
+
+    def named(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        seen.append(completion_ids)
+        return [0.0]
+
+    def any_of_them(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return named(prompts, completions, **columns)
+
+    def narrow(prompts: list[str], completions: list[str]) -> list[float]:
+        return [1.0]
+
+    @functools.wraps(narrow)
+    def handed_on(**arguments: Any) -> list[float]:
+        return narrow(**arguments)
+
+    for reward in (named, any_of_them, narrow, handed_on):
+        score(reward, ["a"], ["b"], {}, [[3, 4]])
+    assert seen == [[[3, 4]], [[3, 4]]]
+    with pytest.raises(ValueError, match="completion_ids has 2 values for 1 completions"):
+        score(named, ["a"], ["b"], {}, [[3], [4]])
+
+
+def test_an_asynchronous_reward_is_awaited() -> None:
+    async def judge(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(completion)) for completion in completions]
+
+    assert score(judge, ["a", "a"], ["b", "cde"], {}) == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "message"),
+    [
+        (
+            "fx_influence.interop.rewards:exact_match",
+            ["gold"],
+            r"columns \['gold'\]: missing .* 'answer'; give the prompts",
+        ),
+        ("trl.rewards:accuracy_reward", ["answer"], r"accuracy_reward cannot be called .* missing .* 'solution'"),
+        (
+            "fx_influence.interop.rewards:math_verify",
+            ["gold"],
+            r"needs a column \"answer\" or \"solution\", not \['gold'\]",
+        ),
+        ("my_rewards_c:narrow", ["level"], r"my_rewards_c:narrow cannot be called .* 'level'.*let it take \*\*columns"),
+        ("my_rewards_c:state", [], r"missing a required .* 'trainer_state'"),
+        ("my_rewards_c:narrow", ["completion_ids"], "columns holds 'completion_ids', an argument of every reward"),
+    ],
+)
+def test_a_reward_that_the_columns_do_not_fit_is_refused_before_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, columns: list[str], message: str
+) -> None:
+    functions = "def narrow(prompts, completions): 1 / 0\ndef state(completions, trainer_state, **columns): 1 / 0\n"
+    (tmp_path / "my_rewards_c.py").write_text(functions)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = resolve_reward(spec)
+    with pytest.raises(ValueError, match=message):
+        check_reward(reward, columns)
+
+
+def test_a_reward_that_the_columns_fit_is_not_called_to_find_out() -> None:
+    def costly(completions: list[str], answer: list[str], level: int = 0, **columns: Any) -> list[float]:
+        pytest.fail("called")
+
+    @functools.wraps(costly)
+    def adapted(prompts: list[str], completions: list[str], gold: list[str]) -> list[float]:
+        return costly(completions, gold)
+
+    check_reward(costly, ["answer", "difficulty"])
+    check_reward(adapted, ["gold"])
+    check_reward(math_verify, ["solution", "difficulty"])
+    # Some functions written in C have no signature to compare with.
+    check_reward(max, ["answer"])
 
 
 def test_resolve_finds_a_function_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +219,7 @@ def test_score_passes_the_columns_by_name() -> None:
         return [0.5] * len(completions)
 
     assert score(reward, ("a", "b"), ("c", "d"), {"answer": ("x", "y"), "level": (1, 2)}) == [0.5, 0.5]
+    assert score(lambda **_: [None, 2], ["a", "b"], ["c", "d"], {}) == [None, 2.0]
     assert seen == {"prompts": ["a", "b"], "completions": ["c", "d"], "answer": ["x", "y"], "level": [1, 2]}
 
 
@@ -78,7 +242,7 @@ def test_score_names_a_reward_that_raises_and_keeps_the_cause() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0, None], r"returned None for completion 1 \('d'\)"),
+        ([1.0, []], r"returned \[\] for completion 1 \('d'\); return a finite number, or None"),
         ([math.nan, 1.0], "returned nan for completion 0"),
         ([1.0, -math.inf], "returned -inf for completion 1"),
         ([1.0, "good"], "returned 'good' for completion 1"),

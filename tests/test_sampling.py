@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -25,6 +25,16 @@ EOS, ANOTHER_EOS, POSITIONS = 1, 5, 26
 PROMPTS = [Prompt("a", "1+2="), Prompt("b", "3="), Prompt("c", "11+22+3=")]
 OPTIONS: dict[str, Any] = {"completions_per_prompt": 8, "max_new_tokens": 8, "temperature": 1.0, "seed": 3}
 ON_POLICY = 1e-5
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<bos>{% endif %}"
+    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TALK = (
+    {"role": "user", "content": "1+2"},
+    {"role": "assistant", "content": "3"},
+    {"role": "user", "content": "3+1"},
+)
 
 
 def make_tokenizer(pad: str = "<pad>") -> PreTrainedTokenizerFast:
@@ -63,6 +73,18 @@ def add_lora(model: Any) -> Any:
         # PEFT asks transformers for a property that is about to be renamed.
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
+
+
+def make_chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """Puts a bos before every text, as Llama's does, and its template writes one too."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>", "<user>", "<assistant>"]})
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def scored(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -166,6 +188,60 @@ def test_every_rollout_is_recorded_with_its_texts_and_ids() -> None:
         assert r.reward is None
         assert r.advantage is None
     assert {r.finished for r in rollouts} == {True, False}
+
+
+def test_a_conversation_is_what_the_chat_template_makes_of_it() -> None:
+    model, tokenizer = make_model(vocab_size=18), make_chat_tokenizer()
+    prompts = [Prompt("talk", "", {}, TALK), Prompt("ask", "", {}, TALK[:1]), Prompt("text", "1+2")]
+    rollouts = sample(model, tokenizer, prompts, **OPTIONS)
+    talk, ask = "<bos><user>1+2<assistant>3<user>3+1<assistant>", "<bos><user>1+2<assistant>"
+    assert [r.prompt for r in rollouts[::8]] == [talk, ask, "1+2"]
+    for r, messages in ((rollouts[0], TALK), (rollouts[8], TALK[:1])):
+        expected = tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=True)
+        assert list(r.prompt_ids) == expected["input_ids"]
+        assert tokenizer.decode(r.prompt_ids).count("<bos>") == 1
+    assert rollouts[16].prompt_ids == tuple(tokenizer("1+2")["input_ids"]), "a plain text has the tokenizer's own bos"
+    assert gap(model, rollouts) < ON_POLICY
+
+
+def test_a_reward_gets_a_conversation_as_messages() -> None:
+    prompts = [Prompt("talk", "", {"answer": "4"}, TALK)]
+    rollouts = [Rollout("talk/0", "talk", 0, "<bos>...", "4", (2,), (6, EOS), True, (-1.0, -1.0))]
+    seen: dict[str, Any] = {}
+
+    def reward(**arguments: Any) -> list[float]:
+        seen.update(arguments)
+        arguments["prompts"][0].append("mine to change")
+        arguments["prompts"][0][0]["content"] = "as well"
+        return [1.0]
+
+    with_rewards(rollouts, prompts, reward)
+    assert seen["prompts"] == [[{"role": "user", "content": "as well"}, *TALK[1:], "mine to change"]]
+    assert seen["completions"] == [[{"role": "assistant", "content": "4"}]]
+    assert seen["completion_ids"] == [[6, EOS]]
+    assert seen["answer"] == ["4"]
+    assert prompts[0].messages is not None
+    assert prompts[0].messages[0]["content"] == "1+2"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (
+            None,
+            TALK,
+            "prompt 'talk' is a conversation, but the tokenizer has no chat template; save the tokenizer with",
+        ),
+        (TEMPLATE, ({"role": "tool", "content": "1"},), r"'talk': .* template fails on roles \['tool'\] \(no tools\)"),
+        (TEMPLATE, (*TALK, *TALK, *TALK), "'talk' has 32 tokens; with max_new_tokens 8 .* 26 positions"),
+    ],
+)
+def test_a_conversation_that_cannot_be_asked_is_refused_before_generating(
+    monkeypatch: pytest.MonkeyPatch, template: str | None, messages: tuple[dict[str, str], ...], message: str
+) -> None:
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", lambda *_, **__: pytest.fail("generate was called"))
+    with pytest.raises(ValueError, match=message):
+        sample(make_model(vocab_size=18), make_chat_tokenizer(template), [Prompt("talk", "", {}, messages)], **OPTIONS)
 
 
 @pytest.mark.parametrize("pad", ["<eos>", None])
@@ -300,12 +376,13 @@ def test_the_check_names_the_worst_rollout_and_reads_only_completions() -> None:
         check_on_policy(rollouts[::-1], logp, batch, 0.5)
 
 
-def judged(rewards: Sequence[float], groups: Sequence[int], **options: Any) -> list[Rollout]:
+def judged(rewards: Sequence[float | None], groups: Sequence[int], **options: Any) -> list[Rollout]:
     prompts = [Prompt(str(g), f"{g}=", {"answer": g, **({"rare": "x"} if g == 1 else {})}) for g in range(3)]
     rollouts = [Rollout(f"{g}/{i}", str(g), g, f"{g}=", "t", (2,), (3,), False, (-1.0,)) for i, g in enumerate(groups)]
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        assert columns == {"answer": list(groups), "rare": ["x" if g == 1 else None for g in groups]}
+        rare = ["x" if g == 1 else None for g in groups]
+        assert columns == {"answer": list(groups), "rare": rare, "completion_ids": [[3]] * len(groups)}
         assert prompts == [f"{g}=" for g in groups]
         assert completions == ["t"] * len(groups)
         return list(rewards)
@@ -320,6 +397,16 @@ def test_rewards_become_group_relative_advantages() -> None:
     assert [r.advantage for r in out[5:]] == [0.0, 0.0, 0.0]
     scaled = judged([4.0, 2.0], [1, 1])
     assert scaled[0].advantage == pytest.approx(1 / (math.sqrt(2) + 1e-4))
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_where_a_reward_does_not_apply_the_rollout_is_as_if_it_were_not_in_its_group(scale: bool) -> None:
+    out = judged([1.0, None, 0.0, 4.0, 2.0, None, None], [0, 0, 0, 1, 1, 2, 2], scale_advantages=scale)
+    without = judged([1.0, 0.0, 4.0, 2.0], [0, 0, 1, 1], scale_advantages=scale)
+    assert [r.reward for r in out] == [1.0, None, 0.0, 4.0, 2.0, None, None]
+    assert [r.advantage for r in out if r.reward is not None] == [r.advantage for r in without]
+    assert [r.advantage for r in out if r.reward is None] == [0.0, 0.0, 0.0]
+    assert [r.advantage for r in judged([None, None], [0, 0], scale_advantages=scale)] == [0.0, 0.0]
 
 
 def test_a_rollout_of_an_unknown_prompt_is_named() -> None:
@@ -369,6 +456,18 @@ def test_drawing_again_stops_once_every_group_has_a_signal() -> None:
     assert not redrawn & set(sample(model, tokenizer, prompts[2:], **{**OPTIONS, "seed": OPTIONS["seed"] + 1}))
     with pytest.raises(ValueError, match="resample_zero_advantage is -1"):
         sample_rewarded(model, tokenizer, prompts, once, **OPTIONS, resample_zero_advantage=-1)
+
+
+def test_a_group_that_is_judged_alike_or_not_at_all_is_drawn_again() -> None:
+    calls: list[int] = []
+
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
+        calls.append(len(completions))
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    arguments = (make_model(), make_tokenizer(), [Prompt("1", "1=")], reward)
+    sample_rewarded(*arguments, **OPTIONS, resample_zero_advantage=2)
+    assert calls == [8, 8, 8]
 
 
 def test_every_round_draws_anew_and_none_is_drawn_by_default() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fx-influence", "torch", "transformers", "numpy", "scipy", "peft", "trl", "safetensors")
+PACKAGES = ("fx-influence", "torch", "transformers", "numpy", "scipy", "peft", "trl", "math-verify", "safetensors")
 
 SMALL_MODEL = 10_000_000
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
-Reward = Callable[..., Sequence[float]]
-"""``fn(prompts=[...], completions=[...], **columns)``: one number per completion; columns are lists as long."""
+Reward = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+"""``fn(prompts=[...], completions=[...], completion_ids=[...], **columns)``: one number per completion, as in TRL.
+
+Columns are lists as long. For a conversation the prompt is a list of messages and the completion a list of one, the
+assistant's; else both are texts. ``completion_ids`` goes to a function that names it or takes ``**columns``; TRL's
+``trainer_state``, ``log_extra`` and ``log_metric`` are not passed. None stands for "does not apply to this one".
+"""
+
+Conversed = str | Sequence[Mapping[str, Any]]
+"""A text, or a list of messages."""
+
+RESERVED = ("prompts", "completions", "completion_ids")
+TIMEOUT = 5
+"""Seconds for parsing, and for comparing, one expression; math-verify's own default."""
 
 
 class RewardError(RuntimeError):
@@ -16,18 +31,59 @@ class RewardError(RuntimeError):
 
 
 def exact_match(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
+    prompts: Sequence[Conversed], completions: Sequence[Conversed], answer: Sequence[Any], **columns: Any
 ) -> list[float]:
     """1.0 where the text after the last ``=`` of a completion, stripped, is the answer, else 0.0.
 
-    A completion without ``=`` is compared as a whole. All arguments are lists of one length, as is the result.
+    A completion without ``=`` is compared as a whole: for answers within a text, such as GSM8K's, see ``math_verify``.
+    All arguments are lists of one length, as is the result.
 
     Example:
         >>> exact_match(["3+14+9="] * 3, ["17+9=26", " 26 ", "17+9=27"], ["26", 26, "26"])
         [1.0, 1.0, 0.0]
     """
-    pairs = zip(completions, answer, strict=True)
+    pairs = zip(map(_text, completions), answer, strict=True)
     return [float(completion.rsplit("=", 1)[-1].strip() == str(expected).strip()) for completion, expected in pairs]
+
+
+def math_verify(
+    completions: Sequence[Conversed],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """1.0 where the answer that math-verify finds in a completion equals the gold one as mathematics, else 0.0.
+
+    The gold one is ``answer``, an expression, plain or LaTeX; where there is none, what math-verify finds in
+    ``solution``, a text. In a completion that is a boxed or announced answer, or else the last expression. None where
+    the gold one is missing or is no mathematics, as ``trl.rewards:accuracy_reward`` has it, which wants LaTeX in the
+    completion. Outside the main thread nothing limits the seconds that an expression takes: math-verify uses signals.
+
+    Raises ``ImportError`` without math-verify, and ``ValueError`` where there is neither column.
+    Source: https://github.com/huggingface/Math-Verify.
+
+    Example:
+        >>> math_verify(["He pays 2 * 900 = $1,800.", r"\\boxed{\\frac{1}{3}}", "17"], answer=["1800", "1/3", 18])
+        [1.0, 1.0, 0.0]
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("the reward math_verify needs math-verify: pip install 'fx-influence[math]'") from error
+    if answer is None and solution is None:
+        found = sorted(set(columns) - set(RESERVED))
+        raise ValueError(f'reward math_verify needs a column "answer" or "solution", not {found}; add one')
+    limit = TIMEOUT if threading.current_thread() is threading.main_thread() else None
+    nothing = [None] * len(completions)
+    rows = zip(nothing if answer is None else answer, nothing if solution is None else solution, strict=True)
+    golds = [_gold(*row) for row in rows]
+    parsed = {gold: parse(gold, parsing_timeout=limit) for gold in set(golds)}
+    return [
+        float(verify(parsed[gold], parse(_text(completion), parsing_timeout=limit), timeout_seconds=limit))
+        if parsed[gold]
+        else None
+        for completion, gold in zip(completions, golds, strict=True)
+    ]
 
 
 def resolve_reward(spec: str) -> Reward:
@@ -61,57 +117,131 @@ def resolve_reward(spec: str) -> Reward:
     return reward
 
 
-def score(
-    reward: Reward, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-) -> list[float]:
-    """Call ``reward`` once on all completions and check what comes back: one finite number each.
+def check_reward(reward: Reward, columns: Collection[str]) -> None:
+    """Refuse, before there is anything to judge, a reward that cannot be called with columns of these names.
 
-    ``prompts``, ``completions`` and every column: lists of one length n. Returns n floats. Raises ``ValueError`` for
-    columns that do not fit or rewards that are missing, not numbers or not finite, and ``RewardError``, with the
-    cause, where the function itself raises.
+    Raises ``ValueError`` for an argument that no column fills, a column that the function does not take, or one named
+    as what every function gets; for ``math_verify`` also what it raises itself.
+
+    Example:
+        >>> check_reward(exact_match, ["level"])
+        Traceback (most recent call last):
+        ValueError: reward fx_influence.interop.rewards:exact_match cannot be called with columns ['level']: missing a
+        required argument: 'answer'; give the prompts the fields that it names, and let it take **columns
+    """
+    arguments = _arguments(reward, [], [], {name: [] for name in columns}, [])
+    try:
+        # Of a wrapper its own, whatever it hands on to what it wraps.
+        signature = inspect.signature(reward, follow_wrapped=False)
+    except ValueError:
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"reward {_name(reward)} cannot be called with columns {sorted(columns)}: {error}; give the prompts the "
+            "fields that it names, and let it take **columns"
+        ) from error
+    if reward is math_verify:
+        math_verify(**arguments)
+
+
+def score(
+    reward: Reward,
+    prompts: Sequence[Conversed],
+    completions: Sequence[Conversed],
+    columns: Mapping[str, Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+) -> list[float | None]:
+    """Call ``reward`` once on all completions and check what comes back: one finite number, or None, each.
+
+    ``prompts``, ``completions``, ``completion_ids`` and every column: lists of one length n. Returns n values. Raises
+    ``ValueError`` for columns that do not fit or rewards that are missing, not numbers or not finite, and
+    ``RewardError``, with the cause, where the function itself raises.
 
     Example:
         >>> score(exact_match, ["1+1="], ["3"], {"answer": ["2"]})
         [0.0]
     """
     name = _name(reward)
-    _check_columns(prompts, completions, columns)
+    arguments = _arguments(reward, prompts, completions, columns, completion_ids)
     try:
-        values = reward(
-            prompts=list(prompts), completions=list(completions), **{key: list(value) for key, value in columns.items()}
-        )
+        values = reward(**arguments)
+        if inspect.isawaitable(values):
+            values = asyncio.run(_awaited(values))
     except Exception as error:
+        kind = "texts" if all(isinstance(completion, str) for completion in completions) else "lists of messages"
         raise RewardError(
-            f"reward {name} raised {type(error).__name__}: {error}; it was called with prompts, completions and "
-            f"columns {sorted(columns)} for {len(completions)} completions"
+            f"reward {name} raised {type(error).__name__}: {error}; it was called with prompts and completions as "
+            f"{kind} (chat and the form of the prompts decide) and columns {sorted(columns)} for {len(completions)} "
+            "completions"
         ) from error
     if not hasattr(values, "__len__") or len(values) != len(completions):
         got = f"{len(values)} values" if hasattr(values, "__len__") else type(values).__name__
         raise ValueError(f"reward {name} returned {got} for {len(completions)} completions; return one number for each")
-    return [_number(value, name, i, completions[i]) for i, value in enumerate(values)]
+    return [None if value is None else _number(value, name, i, completions[i]) for i, value in enumerate(values)]
 
 
-def _check_columns(prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    for key, value in {"prompts": prompts, **columns}.items():
-        if len(value) != len(completions):
-            raise ValueError(f"{key} has {len(value)} values for {len(completions)} completions; give one for each")
-    for key in ("prompts", "completions"):
+def _arguments(
+    reward: Reward,
+    prompts: Sequence[Conversed],
+    completions: Sequence[Conversed],
+    columns: Mapping[str, Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]] | None,
+) -> dict[str, list[Any]]:
+    for key in RESERVED:
         if key in columns:
             raise ValueError(f"columns holds {key!r}, an argument of every reward function; rename that field")
+    arguments = {"prompts": prompts, "completions": completions, **columns}
+    if completion_ids is not None and _takes(reward, "completion_ids"):
+        arguments["completion_ids"] = completion_ids
+    for key, value in arguments.items():
+        if len(value) != len(completions):
+            raise ValueError(f"{key} has {len(value)} values for {len(completions)} completions; give one for each")
+    return {key: list(value) for key, value in arguments.items()}
 
 
-def _number(value: Any, name: str, index: int, completion: str) -> float:
+def _takes(reward: Reward, argument: str) -> bool:
+    try:
+        # A wrapper has to take it, and so has what it wraps, to which a bare *args, **kwargs hands it on.
+        signatures = [inspect.signature(reward, follow_wrapped=follow) for follow in (False, True)]
+    except ValueError:
+        return False
+    return all(
+        any(p.name == argument or p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        for signature in signatures
+    )
+
+
+async def _awaited(values: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:
+    return await values
+
+
+def _gold(answer: Any, solution: Any) -> str:
+    if answer is None:
+        return "" if solution is None else str(solution)
+    # Bare, math-verify would find only the 6 in 6\sqrt{3} and the 2 in 2x+3.
+    return rf"\boxed{{{answer}}}"
+
+
+def _text(conversed: Conversed) -> str:
+    return conversed if isinstance(conversed, str) else str(conversed[0]["content"])
+
+
+def _number(value: Any, name: str, index: int, completion: Conversed) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"reward {name} returned {value!r} for completion {index} ({completion[:80]!r}); return a finite number"
+            f"reward {name} returned {value!r} for completion {index} ({_text(completion)[:80]!r}); return a finite "
+            "number, or None where it does not apply"
         )
     return number
 
 
 def _name(reward: Reward) -> str:
-    module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", None)
+    module = getattr(reward, "__module__", None)
+    name = getattr(reward, "__qualname__", None) or getattr(reward, "__name__", None)
     return f"{module}:{name}" if module and name else repr(reward)

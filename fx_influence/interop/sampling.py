@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.interop.generation import draw_tokens, eos_ids, neutral_config, sampling_from
-from fx_influence.interop.prompts import Prompt
-from fx_influence.interop.rewards import Reward, score
+from fx_influence.interop.prompts import Prompt, text_for
+from fx_influence.interop.rewards import Conversed, Reward, score
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.losses import group_advantages
 from fx_influence.types import Batch
@@ -44,15 +44,18 @@ def sample(
     config decides the end-of-sequence ids and nothing else; that object, the training mode of every module and the
     global random state are afterwards what they were. The same seed and ``batch_size`` (completions at a time) give
     the same rollouts bit for bit on one machine. Rollout k of a prompt is named ``"{prompt_id}/{k}"``; its group is the
-    prompt's index. Returns len(prompts) * completions_per_prompt rollouts, unjudged, prompt by prompt.
+    prompt's index. Its prompt is what the policy saw: of a conversation, the text that the tokenizer's chat template
+    makes of it. Returns len(prompts) * completions_per_prompt rollouts, unjudged, prompt by prompt.
 
     Raises ``ValueError``, before anything is generated, for a prompt without tokens or too long for the model, a
-    tokenizer that does not fit the model, no end-of-sequence id, or arguments out of range.
+    conversation without a chat template, a tokenizer that does not fit the model, no end-of-sequence id, or arguments
+    out of range.
     """
     _check_counts(prompts, completions_per_prompt, max_new_tokens, temperature, batch_size)
     prompt_ids = tokenized(model, tokenizer, prompts, max_new_tokens)
     ends = eos_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    texts = [text_for(tokenizer, prompt) for prompt in prompts]
     config = neutral_config(ends, pad_id, max_new_tokens)
     rows = [(g, k) for g in range(len(prompts)) for k in range(completions_per_prompt)]
     rollouts: list[Rollout] = []
@@ -62,8 +65,8 @@ def sample(
             drawn = draw_tokens(model, [prompt_ids[g] for g, _ in chunk], config, temperature)
             for (g, k), (tokens, logprobs) in zip(chunk, drawn, strict=True):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-                args = (prompt_ids[g], tokens[:end], logprobs[:end], end is not None)
-                rollouts.append(_rollout(tokenizer, prompts[g], g, k, *args))
+                args = (texts[g], prompt_ids[g], tokens[:end], logprobs[:end], end is not None)
+                rollouts.append(_rollout(tokenizer, prompts[g].id, g, k, *args))
             if progress is not None:
                 progress(len(rollouts), len(rows))
     return rollouts
@@ -71,7 +74,12 @@ def sample(
 
 def tokenized(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[tuple[int, ...]]:
     """The prompts' token ids. Raises ``ValueError`` where ``model`` could not be asked for ``max_new_tokens`` more."""
-    prompt_ids = [tuple(tokenizer(prompt.text)["input_ids"]) for prompt in prompts]
+    texts = [text_for(tokenizer, prompt) for prompt in prompts]
+    # A template writes its own special tokens: a tokenizer that adds a bos would put a second one before them.
+    prompt_ids = [
+        tuple(tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
@@ -79,9 +87,9 @@ def tokenized(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tok
             "checkpoint, or resize_token_embeddings"
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+    for prompt, text, ids in zip(prompts, texts, prompt_ids, strict=True):
         if not ids:
-            raise ValueError(f"prompt {prompt.id!r} ({prompt.text[:80]!r}) has no tokens; give a text that has some")
+            raise ValueError(f"prompt {prompt.id!r} ({text[:80]!r}) has no tokens; give a text that has some")
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that passes the "
@@ -95,9 +103,10 @@ def with_rewards(
 ) -> list[Rollout]:
     """The rollouts with reward and group-relative advantage, judged by one call of ``reward`` on all of them.
 
-    The prompts' columns go to ``reward``, one value per rollout, None where a prompt lacks a column. A group whose
-    rewards are all equal has advantage exactly 0. Raises as ``rewards.score`` does, and ``ValueError`` for a rollout
-    of an unknown prompt.
+    The prompts' columns go to ``reward``, one value per rollout, None where a prompt lacks a column; of a conversation
+    the messages do, and the completion as one more. A group whose rewards are all equal has advantage exactly 0. As in
+    TRL, a rollout whose reward is None has advantage 0 and no part in its group's mean.
+    Raises as ``rewards.score`` does, and ``ValueError`` for a rollout of an unknown prompt.
     """
     by_id = {prompt.id: prompt for prompt in prompts}
     for rollout in rollouts:
@@ -105,11 +114,13 @@ def with_rewards(
             raise ValueError(
                 f"prompt_id of rollout {rollout.id!r} is {rollout.prompt_id!r}, not among the prompts given"
             )
+    asked = [by_id[r.prompt_id] for r in rollouts]
     names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-    columns = {name: [by_id[r.prompt_id].columns.get(name) for r in rollouts] for name in names}
-    rewards = score(reward, [r.prompt for r in rollouts], [r.completion for r in rollouts], columns)
-    group = torch.tensor([r.group for r in rollouts])
-    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), group, scale=scale_advantages).tolist()
+    columns = {name: [prompt.columns.get(name) for prompt in asked] for name in names}
+    exchanges = [_exchange(prompt, r) for prompt, r in zip(asked, rollouts, strict=True)]
+    ids = [list(r.completion_ids) for r in rollouts]
+    rewards = score(reward, [prompt for prompt, _ in exchanges], [answer for _, answer in exchanges], columns, ids)
+    advantages = _advantages(rewards, [r.group for r in rollouts], scale_advantages)
     return [
         dataclasses.replace(r, reward=x, advantage=a) for r, x, a in zip(rollouts, rewards, advantages, strict=True)
     ]
@@ -201,21 +212,37 @@ def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch:
     return worst
 
 
+def _exchange(prompt: Prompt, rollout: Rollout) -> tuple[Conversed, Conversed]:
+    """Prompt and completion as TRL hands them to a reward function."""
+    if prompt.messages is None:
+        return rollout.prompt, rollout.completion
+    return [dict(message) for message in prompt.messages], [{"role": "assistant", "content": rollout.completion}]
+
+
+def _advantages(rewards: Sequence[float | None], groups: Sequence[int], scale: bool) -> list[float]:
+    judged = [i for i, reward in enumerate(rewards) if reward is not None]
+    group = torch.tensor([groups[i] for i in judged])
+    found = group_advantages(torch.tensor([rewards[i] for i in judged], dtype=torch.float64), group, scale=scale)
+    advantages = dict(zip(judged, found.tolist(), strict=True))
+    return [advantages.get(i, 0.0) for i in range(len(rewards))]
+
+
 def _rollout(
     tokenizer: Any,
-    prompt: Prompt,
+    prompt_id: str,
     group: int,
     k: int,
+    text: str,
     prompt_ids: tuple[int, ...],
     tokens: list[int],
     logprobs: list[float],
     finished: bool,
 ) -> Rollout:
     return Rollout(
-        id=f"{prompt.id}/{k}",
-        prompt_id=prompt.id,
+        id=f"{prompt_id}/{k}",
+        prompt_id=prompt_id,
         group=group,
-        prompt=prompt.text,
+        prompt=text,
         completion=tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         prompt_ids=prompt_ids,
         completion_ids=tuple(tokens),
@@ -225,10 +252,7 @@ def _rollout(
 
 
 def _flat_groups(rollouts: Sequence[Rollout]) -> set[int]:
-    rewards: dict[int, set[float | None]] = {}
-    for rollout in rollouts:
-        rewards.setdefault(rollout.group, set()).add(rollout.reward)
-    return {group for group, values in rewards.items() if len(values) == 1}
+    return {r.group for r in rollouts} - {r.group for r in rollouts if r.advantage}
 
 
 def _derived_seed(seed: int, attempt: int) -> int:

@@ -12,8 +12,8 @@ import torch
 
 from fx_influence.interop.checkpoint import load_checkpoint
 from fx_influence.interop.generation import eos_ids
-from fx_influence.interop.prompts import Prompt, make_prompts, read_prompts
-from fx_influence.interop.rewards import Reward, resolve_reward
+from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
+from fx_influence.interop.rewards import Reward, check_reward, resolve_reward
 from fx_influence.interop.rollouts import Rollout, collate, read_rollouts
 from fx_influence.interop.run_files import readable, sha256
 from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
@@ -68,6 +68,9 @@ def load_state(plan: StepPlan) -> State:
     """What the plan names, read and checked, the cheap first. Raises ``PlanError`` and the readers' own errors."""
     sources = [_source(plan, request) for request in plan.requests()]
     reward = resolve_reward(plan.reward)
+    for prompts in (source.prompts for source in sources if source.prompts):
+        # Those of one batch all have the same columns.
+        check_reward(reward, prompts[0].columns)
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     base = None if plan.base is None else demo_path(plan.base)
     _check_device(plan.device)
@@ -165,6 +168,7 @@ def _source(plan: StepPlan, request: BatchRequest) -> Source:
     prompts = (
         read_prompts(demo_path(request.prompts)) if isinstance(request.prompts, str) else make_prompts(request.prompts)
     )
+    prompts = conversations(prompts, request.chat, request.system)
     if request.prompt_ids is not None:
         if len(set(request.prompt_ids)) < len(request.prompt_ids):
             raise PlanError(f"prompt_ids is {list(request.prompt_ids)}, with an id twice; name each prompt once")

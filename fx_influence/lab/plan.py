@@ -34,7 +34,7 @@ class StepPlan:
     """One training state and its batches: what every experiment begins with.
 
     ``checkpoint``: a directory, or ``demo``; ``base``: the base model of an adapter. ``dtype``: of the weights; what is
-    in half precision is computed with in float32. ``reward``: ``module:function`` with TRL's signature. ``loss``,
+    in half precision is computed with in float32. ``reward``: ``module:function``, see ``interop.rewards``. ``loss``,
     ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in the training run. ``update``,
     ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per forward (null: by tokens).
     ``sequences_per_block``: how many rollouts of U, at most, have their finite steps taken and stored together.

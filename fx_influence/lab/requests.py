@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, SerializerFunctionWrapHandler, Tag, model_serializer
 
 
 class PlanError(ValueError):
@@ -19,11 +19,14 @@ class PlanError(ValueError):
 class SampledBatch:
     """Rollouts to be sampled from the policy: of all prompts, of those with given ids, or of some drawn at random.
 
-    ``prompts``: a .jsonl or .txt file, or the prompts themselves, each a text or an object with ``"prompt"``,
-    optionally ``"id"``, and the columns that the reward needs. ``prompt_ids``: the prompts to take, by id, in this
-    order (None: all). ``num_prompts``: how many of those to draw (None: all). ``completions_per_prompt``: of each.
-    ``resample_zero_advantage``: rounds in which prompts whose completions all earned the same are sampled again; for
-    update batches only, since it would bias an evaluation. ``seed``: None derives one from the plan's.
+    ``prompts``: a .jsonl, .parquet or .txt file, see ``interop.prompts.read_prompts``, or the prompts themselves, each
+    a text or an object with ``"prompt"``, optionally ``"id"``, and the columns that the reward needs. ``chat``: plain
+    texts, GSM8K's questions among them, are what a user says, and the tokenizer's chat template makes the prompt; lists
+    of messages are that in any case. ``system``: a message before each such conversation. ``prompt_ids``: the prompts
+    to take, by id, in this order (None: all). ``num_prompts``: how many of those to draw (None: all).
+    ``completions_per_prompt``: of each. ``resample_zero_advantage``: rounds in which prompts whose completions all
+    earned the same are sampled again; for update batches only, since it would bias an evaluation. ``seed``: None
+    derives one from the plan's.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -34,6 +37,14 @@ class SampledBatch:
     completions_per_prompt: int = 8
     resample_zero_advantage: int = 0
     seed: int | None = None
+    chat: bool = False
+    system: str | None = None
+
+    # Without conversations a plan is written as it was before there were any, so that a stored run is continued.
+    @model_serializer(mode="wrap")
+    def _without_chat(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = {"chat": False, "system": None}
+        return {name: value for name, value in plain(self).items() if name not in absent or value != absent[name]}
 
 
 @dataclass(frozen=True)
