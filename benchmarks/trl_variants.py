@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 CHARACTERS = "0123456789+="
+END = "<|endoftext|>"
+"""What the tokenizer class of Qwen2, which a saved policy is read with, would add if it were not there."""
 LOSSES: dict[str, dict[str, Any]] = {
     "grpo": {},
     "bnpo": {},
@@ -65,11 +67,11 @@ def variants() -> Iterator[Variant]:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; padding is a token of its own."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", END, *CHARACTERS])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token=END)
 
 
 def policy(seed: int = 0) -> Any:

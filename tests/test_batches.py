@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -222,7 +223,6 @@ def test_a_whole_run_on_given_sequences_attributes_them(tmp_path: Path) -> None:
         ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds 0 rollouts"),
         ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' holds 2 rollouts of 1 ids; give each its own"),
         ({"rollouts": "unjudged.jsonl"}, r"rollout 'x' of .*unjudged\.jsonl' has no reward, which group 0 lacks"),
-        ({"rollouts": "elsewhere.jsonl"}, r"rollout 'x' was not sampled from this policy"),
         ({"rollouts": "foreign.jsonl"}, r"rollout 'x' of .*foreign\.jsonl' has token 999, the model 15"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_the_long_work(
 ) -> None:
     record = {"id": "x", "prompt_id": "0", "group": 0, "prompt": "1+1=", "completion": "2", "prompt_ids": [4, 5]}
     record |= {"completion_ids": [6, 1], "finished": True, "behaviour_logprobs": [-9.0, -9.0]}
-    lines = {"empty": [], "twice": [record] * 2, "unjudged": [record], "elsewhere": [record | {"advantage": 1.0}]}
+    lines = {"empty": [], "twice": [record] * 2, "unjudged": [record]}
     lines["foreign"] = [record | {"advantage": 1.0, "prompt_ids": [4, 999]}]
     for name, records in lines.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -244,6 +244,43 @@ def test_a_request_that_cannot_be_met_is_refused_before_the_long_work(
     monkeypatch.setattr(run_module, "first_order", lambda *args: pytest.fail("the long work began"))
     assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_rollouts_of_an_older_policy_are_no_evaluation_but_an_update_with_ratios(tmp_path: Path) -> None:
+    own = rollouts_of(tmp_path / "1", SampledBatch("demo/train", num_prompts=6, completions_per_prompt=4), update=True)
+    older = [
+        dataclasses.replace(r, behaviour_logprobs=tuple(x - 0.1 * i for i, x in enumerate(r.behaviour_logprobs)))
+        for r in own
+    ]
+    write_rollouts(tmp_path / "r.jsonl", older)
+    request = RolloutFile(str(tmp_path / "r.jsonl"))
+    with pytest.raises(ValueError, match="was not sampled from this policy"):
+        rollouts_of(tmp_path / "2", request)
+    plan = EntropyInfluencePlan(update=request, evaluations=(request,), clip_range=(0.2, 0.35))
+    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
+    u = sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None)
+    found = update_batch(plan, u).coefficients
+    same = update_batch(plan, u._replace(off_policy=0.0)).coefficients
+    assert found is not None
+    assert same is not None
+    for i, r in enumerate(older):
+        ours, plain = found[i][u.batch.completion_mask[i]], same[i][u.batch.completion_mask[i]]
+        ratio = torch.tensor([math.exp(0.1 * t) for t in range(len(ours))])
+        cut = ratio > 1.35 if (r.advantage or 0) > 0 else torch.zeros(len(ours), dtype=torch.bool)
+        torch.testing.assert_close(ours, (plain * ratio).masked_fill(cut, 0.0), rtol=1e-4, atol=0)
+    assert (found == 0).any()
+
+
+def test_rollouts_with_coefficients_of_their_own_keep_them(tmp_path: Path) -> None:
+    own = rollouts_of(tmp_path / "1", SampledBatch("demo/train", num_prompts=2, completions_per_prompt=2), update=True)
+    write_rollouts(
+        tmp_path / "r.jsonl", [dataclasses.replace(r, coefficients=(0.5,) * len(r.completion_ids)) for r in own]
+    )
+    plan = EntropyInfluencePlan(update=RolloutFile(str(tmp_path / "r.jsonl")))
+    state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
+    batch = update_batch(plan, sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None))
+    assert batch.coefficients is not None
+    assert torch.equal(batch.coefficients, 0.5 * batch.completion_mask)
 
 
 def test_a_run_of_given_rollouts_holds_a_copy_of_them(tmp_path: Path) -> None:

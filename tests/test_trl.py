@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import fx_influence as fx
 from benchmarks.bench_trl_steps import Errors, measure
-from benchmarks.trl_variants import PROMPTS, Variant, reward, trainer, variants
+from benchmarks.trl_variants import PROMPTS, Variant, policy, reward, trainer, variants
 from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl_capture import METHODS
+from fx_influence.lab.cli import main
+from fx_influence.lab.plan import read_plan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # those of trl, transformers and accelerate about themselves
@@ -145,3 +153,197 @@ def test_a_measured_step_is_a_run_that_all_readers_read(tmp_path: Path) -> None:
         assert len(record["tokens"]) == len(rollout.completion_ids) == len(rollout.coefficients)
     summed = sum(r.advantage for r in results.update_rollouts)
     assert summed == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_stored_state_repeats_the_step_from_its_plan(lora: bool, tmp_path: Path) -> None:
+    """Off-policy, with an entropy bonus and clipping: what is stored of U is enough without the trainer's loss."""
+    training = trainer(Variant("grpo", lora, 3, True, {"entropy_coef": 0.05}), str(tmp_path), 2, learning_rate=1e-3)
+    EntropyInfluence(1, HELD_OUT, completions_per_prompt=3, save_state=True, matrix=True).attach(training)
+    training.train()
+    place = tmp_path / "entropy_influence" / "step_000002"
+    live, again_at = fx.load_run(place), tmp_path / "again"
+    again = fx.run(
+        dataclasses.replace(read_plan(place / "plan.yaml", fx.EntropyInfluencePlan), dtype="float32"), again_at
+    )
+    assert again.summary["lr"] == live.summary["lr"]
+    size = sum(abs(r["influence"]) for r in live.sequences)
+    for name in ("total", "momentum", "weight_decay", "sum_per_sequence", "total_stderr"):
+        assert again.summary[name] == pytest.approx(live.summary[name], abs=1e-4 * size)
+    ours, theirs = live.evaluations[0].arrays, again.evaluations[0].arrays
+    for name in ("per_sequence", "per_token"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-5 * size)
+    assert live.evaluations[0].matrix == pytest.approx(again.evaluations[0].matrix, abs=1e-5 * size)
+    for name, value in live.baseline().items():
+        assert (value - again.baseline()[name]).norm() <= 1e-4 * value.norm()
+
+
+def test_a_resumed_training_replaces_the_step_it_repeats(tmp_path: Path) -> None:
+    measured(PLAIN, tmp_path, 1)
+    place = tmp_path / "entropy_influence" / "step_000001"
+    (place / "note.txt").write_text("of the first time")
+    measured(PLAIN, tmp_path, 1, seed=1)
+    assert not (place / "note.txt").exists()
+    assert fx.load_run(place).summary["step"] == 1
+
+
+def test_report_prints_a_measured_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, attached = measured(PLAIN, tmp_path, 1)
+    assert main(["report", str(tmp_path / "entropy_influence" / "step_000001")]) == 0
+    page = capsys.readouterr().out
+    assert "Step 1 of a training" in page
+    assert f"{attached.history[0]['realised']:.4g}" in page
+
+
+def test_all_conversations_and_the_eval_dataset_serve_as_prompts(tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    training.processing_class.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
+    training.train_dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p[:-1]}]} for p in PROMPTS])
+    training.eval_dataset = training.train_dataset
+    attached = EntropyInfluence(1, completions_per_prompt=2).attach(training)
+    training.reward_funcs = [lambda completions, **_: [float(len(c[0]["content"])) for c in completions]]
+    training.train()
+    rollouts = fx.load_run(tmp_path / "entropy_influence" / "step_000001").evaluations[0].rollouts
+    assert [r.prompt for r in rollouts] == [p for p in PROMPTS for _ in range(2)]
+    assert [r.group for r in rollouts] == [i for i in range(6) for _ in range(2)]
+    assert attached.history[0]["total"] != 0
+
+
+def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
+    _, attached = measured(PLAIN, tmp_path / "run", 2, report_to=["tensorboard"])
+    [file] = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    for name, value in attached.history[-1].items():
+        if name != "step":
+            assert events.Scalars(f"train/{OURS}{name}")[-1].value == pytest.approx(value, rel=1e-6)
+
+
+def test_detached_the_trainer_is_as_it_was(tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    attached = EntropyInfluence(1, HELD_OUT).attach(training)
+    attached.detach()
+    assert not set(METHODS) & set(vars(training))
+    assert "clip_grad_norm_" not in vars(training.accelerator)
+    training.train()
+    assert not attached.history
+    assert not (tmp_path / "entropy_influence").exists()
+
+
+def test_a_result_that_does_not_add_up_is_not_logged_and_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise fx.IdentityError("the residual is 0.5")
+
+    monkeypatch.setattr("fx_influence.interop.trl.influence", refuse)
+    with pytest.warns(UserWarning, match="step 1 is not attributed: the residual is 0.5"):
+        training, attached = measured(PLAIN, tmp_path, 2)
+    assert training.state.global_step == 2
+    assert not attached.history
+
+
+def test_terms_that_no_coefficient_expresses_are_told_apart(tmp_path: Path) -> None:
+    """Under bfloat16 autocast the trainer's gradient is rounded; what the rollouts' own do not explain is reported."""
+    training, attached = measured(PLAIN, tmp_path, 1, bf16=True, learning_rate=1e-4)
+    figures = attached.history[0]
+    assert figures["unattributed"] != 0
+    sequences = fx.load_run(tmp_path / "entropy_influence" / "step_000001").sequences
+    assert abs(figures["unattributed"]) < 0.1 * figures["lr"] * sum(abs(r["influence"]) for r in sequences)
+    assert next(training.model.parameters()).dtype == torch.float32
+
+
+def lora_dropout() -> Any:
+    return get_peft_model(policy(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+
+
+def attention_dropout() -> Any:
+    model = policy()
+    model.model.layers[1].self_attn.attention_dropout = 0.2
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": gpt2}, r"drop has dropout 0.1, .*disable_dropout=True"),
+        ({"model": lora_dropout}, r"lora_dropout.default has dropout 0.1"),
+        ({"model": attention_dropout}, r"layers.1.self_attn.attention_dropout has dropout 0.2"),
+        ({"top_k": 5}, "top_k is 5 in the trainer's generation.*set top_k to 0"),
+        ({"top_p": 0.9}, "top_p is 0.9"),
+        ({"min_p": 0.1}, "min_p is 0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat_ngram_size is 2"),
+        ({"generation_kwargs": {"suppress_tokens": [3]}}, r"suppress_tokens is \[3\]"),
+        ({"use_transformers_continuous_batching": True}, "casts the weights in place"),
+    ],
+)
+def test_what_cannot_be_attributed_is_refused_with_the_remedy(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = change.pop("model")() if "model" in change else None
+    training = trainer(PLAIN, str(tmp_path), 1, **change)
+    if model is not None:
+        training.model = model
+    with pytest.raises(ValueError, match=message):
+        EntropyInfluence(1, HELD_OUT).attach(training)
+    assert not set(METHODS) & set(vars(training))
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    training.accelerator = SimpleNamespace(num_processes=2)
+    with pytest.raises(ValueError, match=r"runs in 2 processes.*one process without sharding"):
+        EntropyInfluence(1, HELD_OUT).attach(training)
+
+
+def test_a_second_attachment_is_refused(tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    EntropyInfluence(1, HELD_OUT).attach(training)
+    with pytest.raises(ValueError, match="already replaced"):
+        EntropyInfluence(1, HELD_OUT).attach(training)
+
+
+def test_another_optimizer_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1, optim="sgd")
+    EntropyInfluence(1, HELD_OUT).attach(training)
+    with pytest.raises(TypeError, match="SGD"):
+        training.train()
+    assert training.state.global_step == 0
+
+
+def test_another_trainer_is_refused(tmp_path: Path) -> None:
+    other = Trainer(policy(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    with pytest.raises(TypeError, match="trainer is Trainer; attach to trl's GRPOTrainer or RLOOTrainer"):
+        EntropyInfluence(1, HELD_OUT).attach(other)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "eval_prompts is None and the trainer has no eval_dataset"),
+        ([], "eval_prompts is empty"),
+        (["1+1=", 7], r"eval_prompts\[1\] is 7; give a text or a conversation"),
+        (["1+1=", ""], r"eval_prompts\[1\] is ''"),
+        (Dataset.from_list([{"question": "1+1="}]), r"has the columns \['question'\], not prompt"),
+        ({"a": ["1+1="]}, r"holds \['a'\]; pass one of them"),
+    ],
+)
+def test_prompts_must_be_texts_or_conversations(prompts: Any, message: str, tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    with pytest.raises(ValueError, match=message):
+        EntropyInfluence(1, prompts).attach(training)
+
+
+@pytest.mark.parametrize("name", ["every", "completions_per_prompt"])
+def test_counts_begin_at_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
+        EntropyInfluence(**{name: 0})
+
+
+def test_a_loss_without_log_probs_is_refused(tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    own = training.model.get_output_embeddings().weight
+    training._compute_loss = lambda model, inputs: own.square().sum()
+    EntropyInfluence(1, HELD_OUT).attach(training)
+    with pytest.raises(RuntimeError, match="without one call of _get_per_token_logps_and_entropies"):
+        training.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from fx_influence.lab.plan import StepPlan, demo_path
 from fx_influence.lab.requests import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
 from fx_influence.lab.store import RunDirectory
 from fx_influence.logprobs import all_token_values
-from fx_influence.losses import coefficients, group_advantages
+from fx_influence.losses import clipped_ratio, coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
 from fx_influence.tree import promote
 from fx_influence.types import AdamWState, Batch, Params, TokenValues
@@ -115,7 +116,10 @@ def sampled(
         directory.write_rollouts(name, rollouts)
     pieces.clear()
     batch, values = _scored(plan, state, rollouts)
-    return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, ON_POLICY_TOLERANCE))
+    # U may be of an older policy, as a trainer's later passes over a batch are: its loss has ratios, or coefficients.
+    taken_as_it_is = index == 0 and isinstance(request, RolloutFile)
+    tolerance = math.inf if taken_as_it_is else ON_POLICY_TOLERANCE
+    return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, tolerance))
 
 
 def input_sums(plan: StepPlan) -> dict[str, str]:
@@ -142,15 +146,35 @@ def reference_lr(state: State) -> float:
 
 
 def update_batch(plan: StepPlan, u: Sampled) -> Batch:
-    """U with the coefficients of the plan's loss. Raises ``PlanError`` where no rollout has an advantage."""
+    """U with its rollouts' own coefficients, or else those of the plan's loss.
+
+    Rollouts of an older policy enter the loss by their clipped ratio to it. Raises ``PlanError`` where no rollout has
+    an advantage.
+    """
+    if u.batch.coefficients is not None:
+        return u.batch
     advantages = torch.tensor([r.advantage or 0.0 for r in u.rollouts], device=u.batch.input_ids.device)
     if not advantages.any():
         raise PlanError(
             "every advantage in U is 0, so its rollouts make no update; choose prompts that are sometimes solved and "
             "sometimes not, more completions_per_prompt, or update.resample_zero_advantage"
         )
-    c = coefficients(plan.loss, advantages, u.batch.completion_mask, u.batch.group, plan.max_new_tokens)
+    ratio = None
+    if u.off_policy > ON_POLICY_TOLERANCE:
+        ratio = clipped_ratio(u.values.logprobs, _behaviour(u), advantages, *plan.clip_range)
+    c = coefficients(plan.loss, advantages, u.batch.completion_mask, u.batch.group, plan.max_new_tokens, ratio)
     return u.batch._replace(coefficients=c)
+
+
+def _behaviour(u: Sampled) -> torch.Tensor:
+    """(n, T) log-probs of the policy that sampled; those of this one where nobody recorded them."""
+    found = u.values.logprobs.clone()
+    for row, rollout in zip(found, u.rollouts, strict=True):
+        if rollout.behaviour_logprobs is not None:
+            start = len(rollout.prompt_ids)
+            recorded = torch.tensor(rollout.behaviour_logprobs, dtype=found.dtype)
+            row[start : start + len(recorded)] = recorded.to(found.device)
+    return found
 
 
 def mean_reward(rollouts: Sequence[Rollout]) -> float | None:

@@ -35,7 +35,8 @@ class StepPlan:
 
     ``checkpoint``: a directory, or ``demo``; ``base``: the base model of an adapter. ``dtype``: of the weights; what is
     in half precision is computed with in float32. ``reward``: ``module:function``, see ``interop.rewards``. ``loss``,
-    ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in the training run. ``update``,
+    ``scale_advantages``, ``max_grad_norm``, ``temperature``, ``max_new_tokens``: as in the training run, and
+    ``clip_range``, epsilon below and above, which counts where U is of an older policy. ``update``,
     ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per forward (null: by tokens).
     ``sequences_per_block``: how many rollouts of U, at most, have their finite steps taken and stored together.
     ``memory_budget``: bytes of per-sequence gradients and directions held at once. ``seed``: of all sampling.
@@ -48,6 +49,7 @@ class StepPlan:
     reward: str = "fx_influence.interop.rewards:exact_match"
     loss: LossType = "dr_grpo"
     scale_advantages: bool = True
+    clip_range: tuple[float, float] = (0.2, 0.2)
     max_grad_norm: float | None = 1.0
     temperature: float = 1.0
     max_new_tokens: int = 20
@@ -71,6 +73,8 @@ class StepPlan:
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise PlanError(f"max_grad_norm is {self.max_grad_norm}; give the trainer's, or null where nothing clips")
+        if any(not 0 <= epsilon < math.inf for epsilon in self.clip_range):
+            raise PlanError(f"clip_range is {list(self.clip_range)}; give the trainer's epsilon, below and above")
         for name in ("chunk_size", "sequences_per_block", "memory_budget"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PlanError(f"{name} is {value}; give at least 1")

@@ -67,7 +67,8 @@ class CustomSequence:
 class RolloutFile:
     """Rollouts sampled from this policy elsewhere, as ``interop.rollouts.write_rollouts`` writes them.
 
-    As U, a rollout without an advantage gets the group-relative one of its reward.
+    As U, a rollout without an advantage gets the group-relative one of its reward, rollouts that all have coefficients
+    of their own keep those, and rollouts of an older policy enter the loss by their ratio to it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

@@ -22,8 +22,8 @@ def print_run(results: EntropyInfluenceResults, console: Console) -> None:
     summary, sequences, arrays = results.summary, results.sequences, results.evaluations[0].arrays
     console.print(_headline(summary), soft_wrap=True)
     console.print(_parts(summary))
-    console.print(_checks(summary))
-    for table in finite_tables(summary):
+    # A step measured inside a training took one finite step, the real one.
+    for table in [_realised(summary)] if "in_this_step" in summary else [_checks(summary), *finite_tables(summary)]:
         console.print(table)
     order = np.argsort(arrays["per_sequence"])
     console.print(_rollouts("Rollouts that LOWER the entropy most", sequences, order, summary["lr"]))
@@ -70,12 +70,21 @@ def _parts(s: dict[str, Any]) -> Table:
     rows = (
         ("momentum", s["momentum"], None),
         ("weight decay", s["weight_decay"], None),
-        ("baseline (both)", s["baseline"], s["baseline_stderr"]),
-        ("rollouts, all together", s["sum_per_sequence"], s["sum_per_sequence_stderr"]),
+        ("baseline (both)", s["baseline"], s.get("baseline_stderr")),
+        ("rollouts, all together", s["sum_per_sequence"], s.get("sum_per_sequence_stderr")),
         ("total", s["total"], s["total_stderr"]),
     )
     for name, value, error in rows:
         table.add_row(name, f"{value:+.5g}", "" if error is None else f"{error:.2g}", f"{value * s['lr']:+.3e}")
+    return table
+
+
+def _realised(s: dict[str, Any]) -> Table:
+    table = Table(title=f"Step {s['step']} of a training, nats in this step", title_justify="left")
+    table.add_column("figure")
+    table.add_column("", justify="right")
+    for name, value in s["in_this_step"].items():
+        table.add_row(name.replace("_", " "), "" if value is None else f"{value:.4g}")
     return table
 
 
@@ -90,9 +99,7 @@ def _checks(s: dict[str, Any]) -> Table:
         "first order is 10% off at eta",
         "never" if trust is None else f"{trust:.2e} ({trust / s['lr']:.2g} lr)" if s["lr"] else f"{trust:.2e}",
     )
-    table.add_row(
-        "sampled against scored log-probs, largest gap", f"{max(s['off_policy'], s['update_off_policy']):.1e}"
-    )
+    table.add_row("sampled against scored log-probs, largest gap", _largest(s["off_policy"], s["update_off_policy"]))
     table.add_row("|Delta H| that rounding of the weights makes", f"{s['rounding_floor']:.1e}")
     if "auto_scale" in s and s["auto_scale"]["eta_median"] is not None:
         auto = s["auto_scale"]
@@ -165,6 +172,11 @@ def _blocks(per_parameter: dict[str, float]) -> Table:
 def _short(text: str, width: int = 60) -> str:
     shown = printable(text)
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _largest(*gaps: float | None) -> str:
+    known = [gap for gap in gaps if gap is not None]
+    return f"{max(known):.1e}" if known else "not recorded"
 
 
 def _times(value: float | None) -> str:
