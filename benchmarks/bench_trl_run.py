@@ -10,8 +10,6 @@ The embedded policy learns its arithmetic further with trl's ``GRPOTrainer``: 64
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
 import sys
 import tempfile
@@ -23,10 +21,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.harness import RESULTS, one_thread, ratios, store
+from benchmarks.trl_variants import quiet
 from fx_influence.interop.environment import environment
 from fx_influence.interop.prompts import read_prompts
 from fx_influence.interop.rewards import exact_match
@@ -107,15 +105,6 @@ def measured_run(steps: int) -> dict[str, Any]:
         "entropy_last": history[-1]["entropy"],
         "median_seconds": statistics.median(h["seconds"] for h in history),
     }
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Without what trainers print at every step."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
 
 
 def plot(run: dict[str, Any], path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks.harness import one_thread, store
-from benchmarks.trl_variants import Variant, trainer, variants
+from benchmarks.trl_variants import Variant, quiet, trainer, variants
 from fx_influence.adamw import adamw_decompose
 from fx_influence.derivatives import batch_gradient
 from fx_influence.interop.environment import environment
@@ -78,7 +78,7 @@ def _off(found: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None])
 
 def measure(variant: Variant) -> dict[str, Any]:
     """The largest errors over the steps of one training."""
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, quiet():
         training = trainer(variant, out)
         errors = Errors(training)
         training.train()

@@ -98,6 +98,8 @@ def _status(field: str) -> int:
 def with_block(readme: str, name: str, text: str) -> str:
     """The README with what stands between the marks of the benchmark ``name`` made anew."""
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    if begin not in readme or end not in readme:
+        raise ValueError(f"the README has no place for {name}; put {begin} and {end} where its table belongs")
     before, _, rest = readme.partition(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 

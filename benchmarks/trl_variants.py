@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 CHARACTERS = "0123456789+="
@@ -145,3 +148,12 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **mor
         processing_class=tokenizer(),
         peft_config=lora if variant.lora else None,
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what trainers print at every step."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
