@@ -13,6 +13,7 @@ from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.importance import SnisDelta
 from fx_influence.influence import Influence, influence
 from fx_influence.interop.optim import adamw_state
+from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.logprobs import token_values
 from fx_influence.losses import clipped_ratio, coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
@@ -28,6 +29,7 @@ _LAZY = {
     "load_checkpoint": "fx_influence.interop.checkpoint",
     "load_fisher_run": "fx_influence.lab.fisher_results",
     "load_run": "fx_influence.lab.results",
+    "read_rollouts": "fx_influence.interop.rollout_files",
     "run": "fx_influence.lab.run",
     "run_fisher": "fx_influence.lab.fisher",
 }
@@ -54,12 +56,14 @@ __all__ = [
     "JvpDelta",
     "Params",
     "Policy",
+    "Rollout",
     "SnisDelta",
     "TokenValues",
     "adamw_decompose",
     "adamw_state",
     "clipped_ratio",
     "coefficients",
+    "collate",
     "entropy_estimate",
     "expected_reward",
     "fisher_kernel",
@@ -72,6 +76,7 @@ __all__ = [
     "load_fisher_run",
     "load_run",
     "per_sample_grads",
+    "read_rollouts",
     "rollout_loss",
     "run",
     "run_fisher",

@@ -136,6 +136,17 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, mess
         read_rollouts(path)
 
 
+def test_every_malformed_line_is_named_in_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join([altered(), "{", altered(reward=math.nan), altered(group="0"), altered()]))
+    with pytest.raises(ValueError, match="line 2: this is not JSON") as caught:
+        read_rollouts(path)
+    assert [line.split("r.jsonl, ")[1] for line in str(caught.value).splitlines()][1:] == [
+        "line 3: this holds the number NaN, which is not finite; repair it first",
+        "line 4: field 'group' is '0'; that is not the type that write_rollouts gives it",
+    ]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'.*none.jsonl' does not exist"):
         read_rollouts(tmp_path / "none.jsonl")

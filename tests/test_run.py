@@ -77,6 +77,12 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
     assert arrays["per_token"].shape[0] == n_u
     assert np.load(finished / "eval_00_delta_matrix.npy").shape == (n_e, n_u)
     assert np.load(finished / "eval_01_delta_matrix.npy").shape == (9, n_u)
+    tokens = np.load(finished / "update_tokens.npz")
+    assert {name: tokens[name].shape for name in tokens.files} == dict.fromkeys(
+        ("logprobs", "entropies", "coefficients"), arrays["per_token"].shape
+    )
+    means = [record["mean_entropy"] * record["completion_length"] for record in sequences]
+    assert tokens["entropies"].sum(1) == pytest.approx(means, rel=1e-5)
     assert len(sequences) == n_u
     keys = {"id", "prompt", "completion", "reward", "advantage", "mean_entropy", "mean_logprob", "gradient_norm"}
     keys |= {"influence", "stderr", "prompt_length", "completion_length"}
@@ -97,6 +103,7 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
         "environment.json",
         "summary.json",
         "baseline.safetensors",
+        "update_tokens.npz",
         *pieces,
         *evaluations,
     }

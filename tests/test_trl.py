@@ -143,6 +143,12 @@ def test_a_measured_step_is_a_run_that_all_readers_read(tmp_path: Path) -> None:
     assert arrays["per_sequence"].sum() * lr == pytest.approx(figures["rollouts"], rel=1e-9)
     assert arrays["per_token"].sum(1) == pytest.approx(arrays["per_sequence"], rel=1e-9, abs=1e-12)
     assert arrays["full"].tolist() == [figures["realised"]]
+    assert set(results.tokens) == {"logprobs", "entropies", "coefficients", "entropy_coefficients"}
+    for name, stored in (("logprobs", "behaviour_logprobs"), ("coefficients", "coefficients")):
+        for row, rollout in zip(results.tokens[name], results.update_rollouts, strict=True):
+            own = row[len(rollout.prompt_ids) :][: len(rollout.completion_ids)]
+            assert own == pytest.approx(getattr(rollout, stored), rel=1e-5)
+    assert (results.tokens["entropies"] >= 0).all()
     assert [record["influence"] for record in results.sequences] == arrays["per_sequence"].tolist()
     assert len(results.update_rollouts) == 12
     assert len(results.evaluations[0].rollouts) == 12

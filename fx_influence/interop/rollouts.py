@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fx_influence.interop.rollout_records import read_json_lines
 from fx_influence.types import Batch
 
 
@@ -114,6 +116,13 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
     return batch._replace(**weights)
 
 
+def grouped(rollouts: Iterable[tuple[Rollout, Hashable]]) -> list[Rollout]:
+    """Rollouts, each given with what tells its prompt from others, with the prompts numbered as they first appear."""
+    numbers: dict[Hashable, int] = {}
+    groups = [(rollout, numbers.setdefault(prompt, len(numbers))) for rollout, prompt in rollouts]
+    return [dataclasses.replace(rollout, prompt_id=str(group), group=group) for rollout, group in groups]
+
+
 def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) -> None:
     """Write one JSON object a line; every value, floats to the last bit, is what ``read_rollouts`` gives back.
 
@@ -136,14 +145,26 @@ def rollout_lines(rollouts: Iterable[Rollout]) -> str:
 
 
 def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
-    """Rollouts as ``write_rollouts`` wrote them; fields of other names are ignored, blank lines skipped.
+    """Rollouts as ``write_rollouts`` wrote them, UTF-8, one JSON object a line; blank lines are skipped.
 
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError``, naming the line, for one that is not a rollout.
+    Fields of other names are ignored. Those of a rollout, with their JSON types:
+
+    - ``id``, ``prompt_id``, ``prompt``, ``completion``: string
+    - ``group``: integer
+    - ``prompt_ids``, ``completion_ids``: array of integers
+    - ``finished``: boolean
+    - ``behaviour_logprobs``, ``coefficients``, ``entropy_coefficients``: array of numbers, one for each id in
+      ``completion_ids``, or null; may be left out
+    - ``completion_mask``: array of booleans, one for each id in ``completion_ids``, or null; may be left out
+    - ``reward``, ``advantage``: number or null; may be left out
+    - ``approximate``: boolean; may be left out, which is false
+
+    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` naming every line that is not a rollout: no JSON,
+    a field missing or of another type, a number that is not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"rollouts file {str(path)!r} does not exist; check the path")
-    with open(path, encoding="utf-8") as file:
-        return [_from_line(line, f"{path}, line {n}") for n, line in enumerate(file, 1) if line.strip()]
+    return read_json_lines([Path(path)], _from_record)
 
 
 def _to_line(rollout: Rollout) -> str:
@@ -159,26 +180,17 @@ def _record(rollout: Rollout) -> dict[str, Any]:
     return {f.name: value for f in fields if (value := getattr(rollout, f.name)) != f.default}
 
 
-def _from_line(line: str, where: str) -> Rollout:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg}); each line must hold one rollout object") from error
-    if type(record) is not dict:
-        raise ValueError(f"{where} holds {type(record).__name__}; each line must hold one rollout object")
+def _from_record(_: int, record: dict[str, Any]) -> Rollout:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Rollout):
         if field.name in record:
-            values[field.name] = _checked(field.name, record[field.name], where)
+            values[field.name] = _checked(field.name, record[field.name])
         elif field.default is dataclasses.MISSING:
-            raise ValueError(f"{where} has no field {field.name!r}; a rollout needs it")
-    try:
-        return Rollout(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"no field {field.name!r} among {sorted(record)}; a rollout needs it")
+    return Rollout(**values)
 
 
-def _checked(name: str, value: object, where: str) -> object:
+def _checked(name: str, value: object) -> object:
     if name in ("prompt_ids", "completion_ids"):
         valid = isinstance(value, list) and all(type(item) is int for item in value)
     elif name in PER_TOKEN:
@@ -189,5 +201,5 @@ def _checked(name: str, value: object, where: str) -> object:
     else:
         valid = type(value) is {"group": int, "finished": bool, "approximate": bool}.get(name, str)
     if not valid:
-        raise ValueError(f"{where}: field {name!r} is {value!r}; that is not the type that write_rollouts gives it")
+        raise ValueError(f"field {name!r} is {reprlib.repr(value)}; that is not the type that write_rollouts gives it")
     return tuple(value) if isinstance(value, list) else value

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fx_influence.interop.rollouts import Rollout, read_rollouts, rollout_lines
-from fx_influence.types import Params
+from fx_influence.types import Batch, Params, TokenValues
 
 PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
 SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
-UPDATE_ROLLOUTS = "update_rollouts.jsonl"
+UPDATE_ROLLOUTS, UPDATE_TOKENS = "update_rollouts.jsonl", "update_tokens.npz"
 SUMS = "SHA256SUMS"
 UNREADABLE = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
 ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
@@ -74,6 +74,16 @@ def sequence_records(
         }
         for i, r in enumerate(rollouts)
     ]
+
+
+def token_arrays(batch: Batch, values: TokenValues) -> dict[str, np.ndarray]:
+    """What ``update_tokens.npz`` says of U's tokens, (n_u, T) float32: log pi, entropy and the loss's coefficients.
+
+    ``batch``: U as ``collate`` pads it. ``entropy_coefficients`` is there where the loss has them.
+    """
+    found = {"logprobs": values.logprobs, "entropies": values.entropies, "coefficients": batch.coefficients}
+    found["entropy_coefficients"] = batch.entropy_coefficients
+    return {name: x.float().cpu().numpy() for name, x in found.items() if x is not None}
 
 
 class RunFiles:

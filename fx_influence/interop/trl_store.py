@@ -24,13 +24,15 @@ from fx_influence.interop.run_files import (
     SEQUENCES,
     SUMMARY,
     UPDATE_ROLLOUTS,
+    UPDATE_TOKENS,
     RunFiles,
     eval_name,
     sequence_records,
+    token_arrays,
 )
 from fx_influence.interop.trl_capture import CapturedStep
 from fx_influence.interop.trl_step import MeasuredStep
-from fx_influence.types import Params
+from fx_influence.types import Batch, Params, TokenValues
 
 STATE = "state"
 
@@ -64,8 +66,10 @@ class StepStore:
         files.write_text(PLAN, yaml.safe_dump({**_inputs(), **plan}, sort_keys=False))
         files.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": {}, "trainer": type(trainer).__name__})
         files.write_rollouts(UPDATE_ROLLOUTS, rollouts)
+        batch, values = _right_padded(measured.captured, rollouts)
+        files.write_arrays(UPDATE_TOKENS, token_arrays(batch, values))
         files.write_rollouts(eval_name(0, "_rollouts.jsonl"), measured.evaluation)
-        files.write_arrays(eval_name(0, ".npz"), _arrays(measured, rollouts))
+        files.write_arrays(eval_name(0, ".npz"), _arrays(measured, batch))
         if measured.influence.matrix is not None:
             files.write_array(eval_name(0, "_delta_matrix.npy"), measured.influence.matrix.cpu().numpy())
         files.write_jsonl(SEQUENCES, _sequences(measured, rollouts, trainer))
@@ -125,16 +129,25 @@ def _inputs() -> dict[str, Any]:
     }
 
 
-def _arrays(measured: MeasuredStep, rollouts: list[Rollout]) -> dict[str, Any]:
+def _right_padded(captured: CapturedStep, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
+    """U and its token values in the columns that every run stores them in."""
+    batch = collate(rollouts, pad_id=0)
+    values = (_moved(x, captured.batch, batch) for x in (captured.logprobs, captured.entropies))
+    return batch, TokenValues(*values)
+
+
+def _moved(tokens: Tensor, captured: Batch, batch: Batch) -> Tensor:
+    out = torch.zeros(batch.completion_mask.shape, dtype=torch.float64)
+    out[batch.completion_mask] = tokens[captured.completion_mask].double().cpu()
+    return out
+
+
+def _arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
     out, realised = measured.influence, measured.realised
     assert out.per_token is not None
-    # As every run stores them: in the columns of the rollouts padded on the right.
-    mask = collate(rollouts, pad_id=0).completion_mask
-    per_token = torch.zeros(mask.shape, dtype=torch.float64)
-    per_token[mask] = out.per_token[measured.captured.batch.completion_mask].cpu()
     arrays: dict[str, Any] = {
         "per_sequence": out.per_sequence.cpu().numpy(),
-        "per_token": per_token.numpy(),
+        "per_token": _moved(out.per_token, measured.captured.batch, batch).numpy(),
         "stderr": out.stderr.cpu().numpy(),
         "per_parameter": np.array([float(x) for x in out.per_parameter.values()]),
         "eta": np.array([measured.lr] if realised is not None else []),

@@ -18,6 +18,7 @@ from fx_influence.interop.run_files import (
     SEQUENCES,
     SUMMARY,
     UPDATE_ROLLOUTS,
+    UPDATE_TOKENS,
     eval_name,
     readable,
 )
@@ -46,7 +47,9 @@ class EvaluationResults:
 class EntropyInfluenceResults:
     """A run as it was stored. Influences are in nats per unit lr; times ``summary["lr"]``, in nats per step.
 
-    ``sequences``: one record per rollout of U, in the order of every array over U.
+    ``sequences``: one record per rollout of U, in the order of every array over U. ``tokens``: ``logprobs``,
+    ``entropies``, ``coefficients`` and, with an entropy bonus, ``entropy_coefficients`` of U's tokens, (n_u, T) in the
+    columns of ``per_token``; empty for a run that was stored without them.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class EntropyInfluenceResults:
     summary: dict[str, Any]
     sequences: list[dict[str, Any]]
     update_rollouts: list[Rollout]
+    tokens: dict[str, np.ndarray]
     evaluations: tuple[EvaluationResults, ...]
 
     def baseline(self) -> Params:
@@ -98,6 +102,7 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
             summary=directory.read_json(SUMMARY),
             sequences=sequences,
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
+            tokens=directory.read_arrays(UPDATE_TOKENS) if directory.lists(UPDATE_TOKENS) else {},
             evaluations=tuple(_evaluation(directory, i, len(sequences)) for i in range(len(plan.evaluations))),
         )
 

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from fx_influence.interop.environment import timed
-from fx_influence.interop.run_files import BASELINE, SEQUENCES, eval_name, readable, sequence_records
+from fx_influence.interop.run_files import (
+    BASELINE,
+    SEQUENCES,
+    UPDATE_TOKENS,
+    eval_name,
+    readable,
+    sequence_records,
+    token_arrays,
+)
 from fx_influence.lab.analysis.allocation import allocation_correlations
 from fx_influence.lab.batches import Progress, Sampled, State, update_batch
 from fx_influence.lab.experiment import Experiment, carry_out
@@ -38,7 +46,9 @@ def run(
 def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
     directory = now.directory
     with timed(now.seconds, "step"):
-        step = measure_step(plan, now.state, update_batch(plan, now.u), plan.gain, directory, now.progress)
+        batch = update_batch(plan, now.u)
+        directory.write_arrays(UPDATE_TOKENS, token_arrays(batch, now.u.values))
+        step = measure_step(plan, now.state, batch, plan.gain, directory, now.progress)
         directory.write_tensors(BASELINE, step.parts.baseline)
     for i in range(len(plan.evaluations)):
         if not directory.has(eval_name(i, ".json")):
