@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import fx_influence as fx
 from benchmarks import bench_linearity
 from benchmarks.__main__ import main, module, names
 from benchmarks.harness import result, with_block
+from fx_influence.importance import SnisDelta
+from fx_influence.interop.trl_capture import CapturedStep
+from fx_influence.interop.trl_step import MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -22,8 +27,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_example_runs_and_is_short() -> None:
-    (example,) = blocks("python")
+def test_the_first_example_runs_and_is_short() -> None:
+    example = blocks("python")[0]
     statements = [
         line for line in example.splitlines() if line.strip() and not line.startswith((" ", "import", "from"))
     ]
@@ -36,9 +41,43 @@ def test_the_python_example_runs_and_is_short() -> None:
     assert (out.baseline + out.per_sequence.sum() - out.total).abs() < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_live_training_and_what_it_stored_are_attributed_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    live, offline = blocks("python")[1:3]
+    assert len(live.splitlines()) <= 20
+    scope: dict[str, Any] = {}
+    exec(compile(live, "README.md", "exec"), scope)
+    assert [figures["step"] for figures in scope["influence"].history] == [2, 4]
+    exec(compile(offline, "README.md", "exec"), scope)
+    stored = fx.load_run(scope["folder"]).summary
+    size = sum(abs(x) for x in scope["out"].per_sequence.tolist())
+    assert scope["out"].total.item() == pytest.approx(stored["total"], abs=1e-4 * size)
+
+
+def test_a_loop_of_ones_own_hands_over_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, Any] = {}
+    exec(compile(blocks("python")[3], "README.md", "exec"), scope)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert scope["out"].unattributed == 0
+
+
+def test_every_logged_figure_is_explained() -> None:
+    table = README[README.index("| name | what |") : README.index("Each measured step is a run")]
+    explained = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+    out = {name: torch.ones(()) for name in fx.Influence._fields}
+    influence = fx.Influence(**{**out, "per_sequence": torch.ones(2), "per_token": torch.ones(2, 3)})
+    batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
+    captured = CapturedStep(batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None)
+    step = MeasuredStep(1, 0.1, captured, [], influence, 1.0, SnisDelta(*[torch.ones(())] * 6), 0.5)
+    assert explained == set(step.figures())
+
+
 def test_the_plan_in_the_readme_is_a_plan() -> None:
-    (text,) = blocks("yaml")
-    assert EntropyInfluencePlan.from_dict(yaml.safe_load(text)).evaluations[0].num_prompts == 64
+    plans = [EntropyInfluencePlan.from_dict(yaml.safe_load(text)) for text in blocks("yaml")]
+    assert [plan.evaluations[0].num_prompts for plan in plans] == [64, 64]
 
 
 def test_every_function_in_the_table_exists() -> None:
@@ -64,6 +103,7 @@ def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name in names() if name != "linearity"])
 def test_every_benchmark_works_on_a_tiny_model_and_writes_nothing(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -89,6 +129,7 @@ def test_the_benchmarks_are_listed_and_an_unknown_one_is_named(capsys: pytest.Ca
     assert main([]) == 0
     listed = capsys.readouterr().out
     found = {line.split()[0] for line in listed.splitlines()}
-    assert found == {"linearity", "loops", "memory", "precision", "routes"}
+    assert found == set(names())
+    assert found >= {"linearity", "loops", "memory", "precision", "routes", "trl_run", "trl_steps"}
     assert main(["nothing"]) == 1
-    assert "no benchmark 'nothing'; there are linearity, loops, memory, precision, routes" in capsys.readouterr().err
+    assert f"no benchmark 'nothing'; there are {', '.join(names())}" in capsys.readouterr().err
