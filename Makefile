@@ -4,16 +4,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
 
-.PHONY: demo test slow lint types clean
+.PHONY: demo test slow browser lint types clean
 
 demo: $(READY)
 	$(BIN)/fx-influence run --out $(RUN)
 
 test: lint types
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not browser"
 
 slow: $(READY)
 	$(BIN)/pytest -n 2 -m slow
+
+# needs Chromium, Debian's package chromium
+browser: $(READY)
+	$(BIN)/pytest -m "browser and not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
