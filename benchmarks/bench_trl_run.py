@@ -125,10 +125,11 @@ def plot(run: dict[str, Any], path: Path) -> None:
         left.plot(ends, ends, color="black", lw=0.8)
         left.set(xlabel="ΔH realised in a step, nats", ylabel="ΔH foretold ± stderr, nats")
         right.plot(step, entropy, "o", ms=3, color="#999999", label="H on fresh E before the step")
-        start = entropy[0]
+        # One draw of E is too noisy a start, so the sums begin where they fit all of them.
+        start = (entropy - realised.cumsum() + realised).mean()
         for values, name, color in ((realised, "realised", "#D55E00"), (total, "foretold", "#0072B2")):
             summed = start + np.concatenate([[0.0], values.cumsum()])
-            right.plot(np.append(step, step[-1] + 1), summed, label=f"first H + sum of ΔH {name}", color=color, lw=1.2)
+            right.plot(np.append(step, step[-1] + 1), summed, label=f"sum of ΔH {name}, level fitted", color=color, lw=1.2)
         right.set(xlabel="optimizer step", ylabel="entropy, nats per token")
         right.legend(frameon=False, fontsize=8)
         for axes in (left, right):
