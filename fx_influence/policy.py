@@ -363,4 +363,7 @@ class _StayFloat64(TorchFunctionMode):
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
+        # rotary embeddings of transformers 4: frequencies, left as they are, times positions, cast from integers
+        if func is torch.Tensor.matmul and {x.dtype for x in args} == {torch.float32, torch.float64}:
+            args = tuple(x.double() for x in args)
         return func(*args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -217,6 +216,11 @@ def test_a_wrapper_is_unwrapped() -> None:
     assert torch.equal(state.exp_avg["0.weight"], optimizer.state[model[0].weight]["exp_avg"])
 
 
+ADAM_DECOUPLES = pytest.mark.skipif(
+    "decoupled_weight_decay" not in torch.optim.Adam([torch.zeros(1)]).defaults, reason="newer torch has the flag"
+)
+
+
 class MyAdamW(torch.optim.AdamW):
     pass
 
@@ -226,6 +230,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0})
 
 
+@ADAM_DECOUPLES
 def test_subclasses_and_adam_with_decoupled_decay_are_accepted() -> None:
     model = _net()
     for optimizer in (MyAdamW(model.parameters()), torch.optim.Adam(model.parameters(), decoupled_weight_decay=True)):
@@ -235,25 +240,36 @@ def test_subclasses_and_adam_with_decoupled_decay_are_accepted() -> None:
 def test_an_adamw_of_old_torch_has_no_decoupling_flag() -> None:
     model = _net()
     optimizer = MyAdamW(model.parameters())
-    del optimizer.param_groups[0]["decoupled_weight_decay"]
+    optimizer.param_groups[0].pop("decoupled_weight_decay", None)
     assert len(adamw_state(optimizer, model).step) == 4
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda p: torch.optim.SGD(p, lr=0.1), "SGD"),
-        (lambda p: torch.optim.NAdam(p, decoupled_weight_decay=True), "NAdam"),
-        (lambda p: torch.optim.RAdam(p, decoupled_weight_decay=True), "RAdam"),
-        (Adafactor, "Adafactor"),
-        (Lion, "Lion"),
-        (lambda p: _wrapped(torch.optim.SGD(p, lr=0.1)), "SGD"),
-    ],
-)
-def test_other_optimizers_are_refused_by_name(make: Callable[[Any], torch.optim.Optimizer], name: str) -> None:
+OTHERS = [
+    kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "Adam", "AdamW")
+]
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, Adafactor, Lion], ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_other_optimizers_are_refused_by_name(kind: type[torch.optim.Optimizer]) -> None:
     model = _net()
-    with pytest.raises(TypeError, match=rf"{name}, whose step is not.*supported are torch\.optim\.AdamW"):
-        adamw_state(make(model.parameters()), model)
+    optimizer = kind([model[0].weight])
+    with pytest.raises(TypeError, match=rf"\.{kind.__name__}, whose step is not.*supported are torch\.optim\.AdamW"):
+        adamw_state(optimizer, model)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam])
+def test_decoupled_weight_decay_alone_makes_no_adamw(kind: Any) -> None:
+    model = _net()
+    with pytest.raises(TypeError, match=rf"{kind.__name__}, whose step is not"):
+        adamw_state(kind(model.parameters(), decoupled_weight_decay=True), model)
+
+
+def test_a_wrapper_of_another_optimizer_is_refused_by_the_others_name() -> None:
+    model = _net()
+    with pytest.raises(TypeError, match=r"SGD, whose step is not.*supported are torch\.optim\.AdamW"):
+        adamw_state(_wrapped(torch.optim.SGD(model.parameters(), lr=0.1)), model)
 
 
 def test_adam_with_l2_decay_is_refused() -> None:
@@ -262,6 +278,7 @@ def test_adam_with_l2_decay_is_refused() -> None:
         adamw_state(torch.optim.Adam(model.parameters()), model)
 
 
+@ADAM_DECOUPLES
 def test_one_group_with_l2_decay_is_refused() -> None:
     model = _net()
     optimizer = torch.optim.Adam([{"params": layer.parameters()} for layer in model], decoupled_weight_decay=True)
