@@ -36,6 +36,7 @@ WORDS = 30_000
 REACTIONS = {
     "sort": "document.querySelector('[data-sort=advantage]').click()",
     "search": "search.value = 'word12 '; search.dispatchEvent(new Event('input', {bubbles: true}))",
+    "clear the search": "document.querySelector('[type=reset]').click()",
     "scroll to the middle": "rows.scrollTop = rows.scrollHeight / 2",
     "move by key": "rows.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown', bubbles: true}))",
 }
@@ -61,7 +62,8 @@ def synthetic(size: Size, folder: Path) -> EntropyInfluenceResults:
     arrays = {"per_sequence": per_sequence, "per_token": per_token, "eta": np.zeros(0)}
     arrays["stderr"] = np.abs(draw.standard_normal(size.rollouts)) * np.abs(per_sequence).mean()
     tokens = {name: draw.standard_normal(shape, np.float32) for name in ("logprobs", "entropies")}
-    tokens["coefficients"] = np.repeat(np.float32(1.0 - 2 * (np.arange(size.rollouts) % 2))[:, None], shape[1], 1)
+    signs = 1.0 - 2 * (np.arange(size.rollouts, dtype=np.float32) % 2)
+    tokens["coefficients"] = np.repeat(signs[:, None], shape[1], axis=1)
     total = float(per_sequence.sum())
     summary: dict[str, Any] = dict.fromkeys(("momentum", "weight_decay", "baseline", "residual"), 0.0)
     summary |= {"total": total, "sum_per_sequence": total, "total_stderr": 1.0, "entropy": 1.0, "lr": 1e-6}
@@ -167,7 +169,8 @@ def markdown(report: dict[str, Any]) -> str:
         reactions = ", ".join(f"{name} {ms:.0f} ms" for name, ms in x["reactions_ms"].items())
         title = f"{s['rollouts']:,} rollouts x {s['tokens']:,} tokens, {s['evaluation']:,} in E"
         lines.append(
-            f"| {title} | {x['bytes'] / 2**20:.1f} MiB | {x['build_seconds']:.1f} s | {x['load_seconds']:.2f} s | {reactions} |"
+            f"| {title} | {x['bytes'] / 2**20:.1f} MiB | {x['build_seconds']:.1f} s | {x['load_seconds']:.2f} s "
+            f"| {reactions} |"
         )
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityErr
 
 # Read when first asked for, so that importing the mathematics imports no transformers.
 _LAZY = {
+    "analyze": "fx_influence.lab.analyze",
     "EntropyInfluencePlan": "fx_influence.lab.plan",
     "EntropyInfluenceResults": "fx_influence.lab.results",
     "FisherKernelPlan": "fx_influence.lab.plan",
@@ -36,6 +37,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("fx_influence.lab.plot")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
@@ -61,6 +64,7 @@ __all__ = [
     "TokenValues",
     "adamw_decompose",
     "adamw_state",
+    "analyze",
     "clipped_ratio",
     "coefficients",
     "collate",
@@ -76,6 +80,7 @@ __all__ = [
     "load_fisher_run",
     "load_run",
     "per_sample_grads",
+    "plot",
     "read_rollouts",
     "rollout_loss",
     "run",

@@ -12,6 +12,7 @@ from fx_influence.adamw import adamw_decompose, check_adamw_inputs
 from fx_influence.checks import check_batch, check_options
 from fx_influence.contraction import Contract, gradient_and_contraction
 from fx_influence.derivatives import Tapes, batch_gradient, taped_gradient, token_jvp, weighted_gradient
+from fx_influence.display import influence_html, influence_line
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
@@ -64,6 +65,12 @@ class Influence(NamedTuple):
     per_parameter: dict[str, Tensor]
     matrix: Tensor | None
     total_stderr: Tensor
+
+    def __repr__(self) -> str:
+        return influence_line(self)
+
+    def _repr_html_(self) -> str:
+        return influence_html(self)
 
 
 def influence(

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
+import pytest
 import torch
+
+from fx_influence.lab.report.figures import NO_FIGURES
 
 torch.set_num_threads(1)
 # torch's first call takes seconds, so a deadline would fail a test at random.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pages_without_figures() -> Iterator[None]:
+    """Drawing takes longer than the small runs of most tests; what is drawn has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fx_influence.lab.report.page.drawn", lambda *_: NO_FIGURES)
+        yield

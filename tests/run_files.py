@@ -28,7 +28,7 @@ def summary(directory: Path) -> dict[str, Any]:
 def stored_bytes(directory: Path) -> dict[str, bytes]:
     """Every file's bytes, the figures of time and memory left out."""
     figures = {k: v for k, v in summary(directory).items() if k not in TIMES}
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     return {**files, "summary.json": json.dumps(figures).encode()}
 
 

@@ -220,8 +220,8 @@ def test_a_whole_run_on_given_sequences_attributes_them(tmp_path: Path) -> None:
         ({"prompt": "", "completion": "2"}, r"has no tokens; give a text that has some"),
         ({"prompt": "1+1=", "completion": "2" * 70}, r"passes the model's 64 positions"),
         ({"rollouts": "absent.jsonl"}, r"rollouts file .*absent\.jsonl' does not exist"),
-        ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds 0 rollouts"),
-        ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' holds 2 rollouts of 1 ids; give each its own"),
+        ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds no rollout"),
+        ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' gives 1 ids to more than one rollout: x; ids must be unique"),
         ({"rollouts": "unjudged.jsonl"}, r"rollout 'x' of .*unjudged\.jsonl' has no reward, which group 0 lacks"),
         ({"rollouts": "foreign.jsonl"}, r"rollout 'x' of .*foreign\.jsonl' has token 999, the model 15"),
     ],
@@ -269,6 +269,20 @@ def test_rollouts_of_an_older_policy_are_no_evaluation_but_an_update_with_ratios
         cut = ratio > 1.35 if (r.advantage or 0) > 0 else torch.zeros(len(ours), dtype=torch.bool)
         torch.testing.assert_close(ours, (plain * ratio).masked_fill(cut, 0.0), rtol=1e-4, atol=0)
     assert (found == 0).any()
+
+
+def test_a_trainers_own_file_serves_as_a_batch(tmp_path: Path) -> None:
+    """verl's texts, tokenised by the checkpoint's tokenizer, with advantages from their scores."""
+    own = rollouts_of(tmp_path / "1", SampledBatch("demo/train", num_prompts=6, completions_per_prompt=4), update=True)
+    records = [{"input": r.prompt, "output": r.completion, "score": r.reward, "step": 3} for r in own]
+    (tmp_path / "3.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    read = rollouts_of(tmp_path / "2", RolloutFile(str(tmp_path / "3.jsonl")), update=True)
+    assert all(r.approximate for r in read)
+    finished = [(a, b) for a, b in zip(read, own, strict=True) if b.finished]
+    assert [(a.prompt_ids, a.completion_ids) for a, _ in finished] == [
+        (b.prompt_ids, b.completion_ids) for _, b in finished
+    ]
+    assert [r.advantage for r in read] == pytest.approx([r.advantage for r in own], abs=1e-6)
 
 
 def test_rollouts_with_coefficients_of_their_own_keep_them(tmp_path: Path) -> None:

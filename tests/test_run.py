@@ -72,6 +72,8 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
         fields = ("stderr", "ess", "clip_fraction", "log_weight_mean", "log_weight_max")
         shapes |= {f"{name}_{field}": (n_eta, n_u) for field in fields}
         shapes |= {f"{name}_{field}": (n_u,) for field in ("slope", "r2", "curvature", "eta_trust", "spread")}
+    shapes |= dict.fromkeys(("per_sequence_rmsprop", "per_sequence_reward", "per_sequence_reward_stderr"), (n_u,))
+    shapes |= dict.fromkeys(("reward_baseline", "reward_total_stderr"), ())
     shapes |= dict.fromkeys(("auto_eta", "auto_grad", "auto_grad_stderr", "auto_grad_ess"), (n_u,))
     assert {name: arrays[name].shape for name in shapes} == shapes
     assert arrays["per_token"].shape[0] == n_u
@@ -104,6 +106,7 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
         "summary.json",
         "baseline.safetensors",
         "update_tokens.npz",
+        "report",
         *pieces,
         *evaluations,
     }
@@ -141,6 +144,56 @@ def test_the_stored_numbers_are_those_of_the_library_on_the_stored_rollouts(fini
     assert arrays["baseline"][0] == pytest.approx(along, abs=1e-8)
 
 
+def test_the_other_influences_are_those_of_their_gain_and_query(finished: Path) -> None:
+    apply, params, state = _state()
+    u, e = (read_rollouts(finished / name) for name in ("update_rollouts.jsonl", "eval_00_rollouts.jsonl"))
+    batch_u, batch_e = collate(u, pad_id=0), collate(e, pad_id=0)
+    advantages = torch.tensor([r.advantage for r in u])
+    c = fx.coefficients("dr_grpo", advantages, batch_u.completion_mask, max_completion_length=20)
+    batch_u, arrays = batch_u._replace(coefficients=c), dict(np.load(finished / "eval_00.npz"))
+    query = fx.expected_reward(torch.tensor([r.reward for r in e]))
+    for name, options in (("per_sequence_rmsprop", {"gain": "rmsprop"}), ("per_sequence_reward", {"query": query})):
+        out = fx.influence(params, batch_u, batch_e, state, apply=apply, max_grad_norm=1.0, **options)
+        size = out.per_sequence.abs().max().item()
+        np.testing.assert_allclose(arrays[name], out.per_sequence.numpy(), rtol=0, atol=1e-4 * size)
+    assert arrays["reward_baseline"] == pytest.approx(out.baseline.item(), rel=1e-3)
+    np.testing.assert_allclose(arrays["per_sequence_reward_stderr"], out.stderr.numpy(), rtol=1e-2)
+    # With one beta1 and one step for all parameters the gains differ by a number.
+    multiple = arrays["per_sequence_rmsprop"].sum() / arrays["per_sequence"].sum()
+    np.testing.assert_allclose(arrays["per_sequence_rmsprop"], multiple * arrays["per_sequence"], rtol=1e-3, atol=1e-4)
+
+
+def test_an_evaluation_that_was_not_judged_has_no_influence_on_reward(finished: Path, tmp_path: Path) -> None:
+    for name in ("update", "eval_00"):
+        records = [json.loads(line) for line in (finished / f"{name}_rollouts.jsonl").read_text().splitlines()]
+        if name == "eval_00":
+            records[3]["reward"] = None
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    files = {"update": {"rollouts": str(tmp_path / "update.jsonl")}}
+    files["evaluations"] = [{"rollouts": str(tmp_path / "eval_00.jsonl")}]
+    plan = write_plan(tmp_path, PLAN, **files, directions=["full"], eta_multiples=[1.0], scaled_eta_multiples=[])
+    assert main(["run", plan, "--out", str(tmp_path / "out")]) == 0
+    arrays = dict(np.load(tmp_path / "out" / "eval_00.npz"))
+    assert "per_sequence_rmsprop" in arrays
+    assert not any("reward" in name for name in arrays)
+
+
+def test_analyze_prints_and_writes_beside_a_run_that_stays_as_it_was(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert main(["analyze", str(copy)]) == 0
+    page = capsys.readouterr().out
+    assert page.count("What reward costs in entropy") == 2
+    assert json.loads((copy / "analysis" / "analysis.json").read_text())[1]["settings"]["evaluation"] == 1
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == {
+        path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()
+    }
+    assert main(["analyze", str(tmp_path)]) == 1
+    assert "has no plan.yaml" in capsys.readouterr().err
+
+
 def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
     s, arrays = summary(finished), dict(np.load(finished / "eval_00.npz"))
     at_lr = s["finite_steps"][0]
@@ -169,7 +222,7 @@ def test_the_same_plan_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> No
     assert main(["run", stored, "--out", str(tmp_path / "again")]) == 0
     names = sorted(path.name for path in finished.iterdir())
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
-    for name in names:
+    for name in set(names) - {"report"}:
         if name == "summary.json":
             ours, theirs = summary(finished), summary(tmp_path / "again")
             assert {k: v for k, v in ours.items() if k not in TIMES} == {

@@ -67,7 +67,7 @@ def interrupted(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("kilobytes", [8, 40, 300])

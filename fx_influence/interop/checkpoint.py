@@ -108,6 +108,19 @@ def load_checkpoint(
     return Checkpoint(model, tokenizer, state, _eos_token_ids(model, tokenizer), path)
 
 
+def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``load_checkpoint`` gives, without the weights; arguments and errors as there.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> load_tokenizer(str(files("fx_influence") / "lab" / "demo" / "policy")).eos_token
+        '<|endoftext|>'
+    """
+    path = _directory("path", path)
+    needs_base = base is not None or (path / "adapter_config.json").is_file()
+    return _tokenizer(path, _base_directory(path, base) if needs_base else None)
+
+
 def _directory(field: str, path: str | Path) -> Path:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{field} is {str(path)!r}, not a directory; pass a local checkpoint directory")

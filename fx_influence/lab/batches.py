@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fx_influence.interop.checkpoint import load_checkpoint
+from fx_influence.interop.checkpoint import load_checkpoint, load_tokenizer
 from fx_influence.interop.generation import eos_ids
 from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
 from fx_influence.interop.rewards import Reward, check_reward, resolve_reward
-from fx_influence.interop.rollouts import Rollout, collate, read_rollouts
+from fx_influence.interop.rollout_files import read_rollouts
+from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.interop.run_files import readable, sha256
 from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
 from fx_influence.lab.plan import StepPlan, demo_path
@@ -209,10 +210,13 @@ def _source(plan: StepPlan, request: BatchRequest) -> Source:
 
 
 def _from_file(plan: StepPlan, path: str, update: bool) -> list[Rollout]:
-    rollouts = read_rollouts(path)
-    ids = [r.id for r in rollouts]
-    if not rollouts or len(set(ids)) < len(ids):
-        raise PlanError(f"rollouts file {path!r} holds {len(ids)} rollouts of {len(set(ids))} ids; give each its own")
+    base = None if plan.base is None else demo_path(plan.base)
+    rollouts = read_rollouts(
+        path,
+        load_tokenizer(demo_path(plan.checkpoint), base=base),
+        scale=plan.scale_advantages,
+        max_completion_length=plan.max_new_tokens,
+    )
     if not update or all(r.advantage is not None for r in rollouts):
         return rollouts
     wanting = {r.group for r in rollouts if r.advantage is None}

@@ -1,4 +1,4 @@
-"""The command line: ``fx-influence run``, ``fx-influence fisher`` and ``fx-influence report``."""
+"""The command line: ``fx-influence run``, ``fisher``, ``report`` and ``analyze``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from fx_influence.interop.rewards import RewardError
+from fx_influence.lab.analyze import print_analysis, write_analysis
 from fx_influence.lab.fisher import run_fisher
 from fx_influence.lab.fisher_results import UPDATE_SELF_KERNEL, load_fisher_run
 from fx_influence.lab.fisher_table import print_fisher
 from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan, read_plan
-from fx_influence.lab.results import load_run
+from fx_influence.lab.report import write_report
+from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.run import run
 from fx_influence.lab.table import print_run, printable
 from fx_influence.types import IdentityError
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     disable_progress_bar()
     try:
-        {"run": _run, "fisher": _fisher, "report": _report}[arguments.command](arguments)
+        {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments)
     except (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError) as error:
         print(f"fx-influence: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -56,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, help=f"run directory (default: runs/ and the plan's name{ending})")
         command.add_argument("--seed", type=int, help="instead of the plan's seed")
         command.set_defaults(ending=ending)
-    command = commands.add_parser("report", help="print a finished run again")
+    command = commands.add_parser("report", help="print a finished run again, and write its page report/index.html")
     command.add_argument("directory", type=Path, help="a run directory")
+    command = commands.add_parser("analyze", help="what a finished run's influences go with; tables and CSV files")
+    command.add_argument("directory", type=Path, help="a run directory; the files go into its folder analysis")
     return parser
 
 
@@ -66,6 +71,11 @@ def _run(arguments: argparse.Namespace) -> None:
     with _progress() as progress:
         results = run(plan, out, progress)
     print_run(results, _console())
+    try:
+        _write_page(results)
+    except ImportError as error:
+        # The run is done and stored: what only the page lacks does not fail it.
+        print(f"no page: {error}", file=sys.stderr)
 
 
 def _fisher(arguments: argparse.Namespace) -> None:
@@ -79,7 +89,19 @@ def _report(arguments: argparse.Namespace) -> None:
     if (arguments.directory / UPDATE_SELF_KERNEL).is_file():
         print_fisher(load_fisher_run(arguments.directory), _console())
     else:
-        print_run(load_run(arguments.directory), _console())
+        results = load_run(arguments.directory)
+        print_run(results, _console())
+        _write_page(results)
+
+
+def _write_page(results: EntropyInfluenceResults) -> None:
+    page = printable(str(write_report(results)))
+    _console().print(Text(f"The page with every rollout and token: {page}"), soft_wrap=True)
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    for found in write_analysis(load_run(arguments.directory)):
+        print_analysis(found, _console())
 
 
 def _plan(arguments: argparse.Namespace, kind: type[AnyPlan]) -> tuple[AnyPlan, Path]:

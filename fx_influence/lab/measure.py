@@ -11,7 +11,7 @@ import torch
 from fx_influence.delta import jvp_delta
 from fx_influence.entropy import entropy_estimate, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr
-from fx_influence.influence import influence
+from fx_influence.influence import Influence, influence
 from fx_influence.lab.analysis.finite_steps import finite_figures, rollout_fits
 from fx_influence.lab.analysis.linearity import eta_trust
 from fx_influence.lab.batches import Progress, Sampled, State, mean_reward, reference_lr
@@ -19,10 +19,19 @@ from fx_influence.lab.plan import WHOLE, EntropyInfluencePlan
 from fx_influence.lab.rounding import LARGEST_MULTIPLE, clearing_etas, rounding_floor
 from fx_influence.lab.step import Step, whole_directions
 from fx_influence.lab.sweep import Arrays, Steps, sweep
+from fx_influence.queries import expected_reward
 from fx_influence.types import Batch
 
 FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr")
 FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual")
+OTHER_INFLUENCES = (
+    "per_sequence_rmsprop",
+    "per_sequence_reward",
+    "per_sequence_reward_stderr",
+    "reward_baseline",
+    "reward_total_stderr",
+)
+"""Of the RMSProp-style direction, and on E's expected reward per unit lr; the latter only where all of E is judged."""
 
 
 class Evaluation(NamedTuple):
@@ -50,6 +59,7 @@ def evaluate(
     steps = Steps([multiple * lr for multiple in (*plan.eta_multiples, *plan.scaled_eta_multiples)], None)
     floor = float(first["rounding_floor"])
     arrays = {name: first[name] for name in FIRST_ORDER_ARRAYS} | {"eta": np.array(steps.etas)}
+    arrays |= {name: first[name] for name in OTHER_INFLUENCES if name in first}
     arrays |= {f"{d}_{order}": first[f"{d}_{order}"] for d in WHOLE for order in ("first", "second")}
     if plan.auto_scale is not None and "grad" in plan.directions:
         own = clearing_etas(torch.from_numpy(first["per_sequence"]), floor, plan.auto_scale, lr)
@@ -75,19 +85,7 @@ def evaluate(
 
 def first_order(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> Arrays:
     """``influence`` with its matrix, the derivatives along the directions of the whole step, and the rounding floor."""
-    out = influence(
-        state.params,
-        step.batch,
-        e.batch,
-        state.opt_state,
-        apply=state.apply,
-        gain=plan.gain,
-        max_grad_norm=plan.max_grad_norm,
-        grad=step.gradient,
-        matrix=True,
-        memory_budget=plan.memory_budget,
-        **plan.estimation(),
-    )
+    out = _influence(plan, state, step, e, gain=plan.gain, matrix=True)
     assert out.matrix is not None
     slopes = {
         name: jvp_delta(state.params, direction, e.batch, apply=state.apply, **plan.estimation())
@@ -100,8 +98,36 @@ def first_order(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled
     found |= {f"{name}_error": _error(plan, part, e.batch) for name, part in parts.items()}
     found["rollouts_error"] = _error(plan, out.matrix.double().sum(1), e.batch)
     found["per_parameter"] = torch.stack(list(out.per_parameter.values()))
+    found |= _other_influences(plan, state, step, e)
     arrays = {name: value.cpu().numpy() for name, value in found.items()}
     return arrays | {"rounding_floor": np.array(rounding_floor(plan, state, e.batch))}
+
+
+def _influence(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled, **options: Any) -> Influence:
+    return influence(
+        state.params,
+        step.batch,
+        e.batch,
+        state.opt_state,
+        apply=state.apply,
+        max_grad_norm=plan.max_grad_norm,
+        grad=step.gradient,
+        memory_budget=plan.memory_budget,
+        **plan.estimation(),
+        **options,
+    )
+
+
+def _other_influences(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
+    rmsprop = _influence(plan, state, step, e, gain="rmsprop", per_token=False, stderr=False)
+    found = {"per_sequence_rmsprop": rmsprop.per_sequence}
+    rewards = [r.reward for r in e.rollouts if r.reward is not None]
+    if len(rewards) == len(e.rollouts):
+        query = expected_reward(torch.tensor(rewards, dtype=torch.float64))
+        reward = _influence(plan, state, step, e, gain=plan.gain, per_token=False, query=query)
+        found |= {"per_sequence_reward": reward.per_sequence, "per_sequence_reward_stderr": reward.stderr}
+        found |= {"reward_baseline": reward.baseline, "reward_total_stderr": reward.total_stderr}
+    return found
 
 
 def _error(plan: EntropyInfluencePlan, contributions: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -65,7 +65,7 @@ class CustomSequence:
 
 @dataclass(frozen=True)
 class RolloutFile:
-    """Rollouts sampled from this policy elsewhere, as ``interop.rollouts.write_rollouts`` writes them.
+    """Rollouts sampled from this policy elsewhere, in any format of ``fx.read_rollouts``.
 
     As U, a rollout without an advantage gets the group-relative one of its reward, rollouts that all have coefficients
     of their own keep those, and rollouts of an older policy enter the loss by their ratio to it.

@@ -1,0 +1,215 @@
+"""How far a run can be trusted, in plain words: every check of its figures, and what to do where one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fx_influence.lab.results import EntropyInfluenceResults
+
+Level = Literal["good", "attention", "unknown"]
+
+RESIDUAL = {"float64": 1e-9}
+RESIDUAL_ELSE = 1e-4
+"""Bounds of the identity's residual, over the sum of |influence|."""
+OFF_POLICY = 1e-3
+"""Gap between sampled and scored log-probs from which rollouts count as another policy's."""
+FEW, MANY, ENOUGH_ESS = 0.01, 0.5, 0.5
+"""Shares: what may be clipped or unattributed, what too much noise is, and the least effective sample."""
+STRAIGHT = 0.1
+"""How far off the first order may be."""
+
+
+class Finding(NamedTuple):
+    """One check: its name, whether it needs attention (or cannot be told), and what it found in a sentence or two."""
+
+    name: str
+    level: Level
+    text: str
+
+
+class Figures(NamedTuple):
+    """What the checks read: the summaries of the run and of one E, the arrays of E, and the identity's bound."""
+
+    run: dict[str, Any]
+    own: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    lr: float
+    bound: float
+
+
+def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Finding]:
+    """The findings on one E, those that need attention first.
+
+    A check whose figures the run did not store, such as the effective sample size of a run without a sweep, is
+    ``unknown`` where its absence matters, and left out where it does not apply.
+    Raises ``IndexError`` where the run has no such evaluation.
+
+    Example:
+        >>> health(load_run("runs/demo"))[0].level  # doctest: +SKIP
+        'attention'
+    """
+    found = results.evaluations[evaluation]
+    bound = RESIDUAL.get(results.plan.dtype, RESIDUAL_ELSE)
+    figures = Figures(results.summary, found.summary, found.arrays, results.summary["lr"], bound)
+    findings = [finding for check in CHECKS if (finding := check(figures)) is not None]
+    return sorted(findings, key=lambda finding: ("attention", "unknown", "good").index(finding.level))
+
+
+def _size_of_e(f: Figures) -> Finding:
+    name = "Standard errors of the rollouts"
+    delta, stderr = f.arrays["per_sequence"], f.arrays["stderr"]
+    # A rollout without a coefficient moves nothing, and that is sure.
+    moving = (delta != 0) | (stderr > 0)
+    if not moving.any():
+        return Finding(name, "unknown", "No rollout moves the entropy: every influence is zero.")
+    if np.isnan(stderr).all():
+        return Finding(name, "unknown", "No standard errors: E needs rollouts of at least two prompts for them.")
+    delta, stderr = delta[moving], stderr[moving]
+    noisy = float((np.abs(delta) <= 2 * stderr).mean())
+    if noisy < MANY:
+        return Finding(name, "good", f"{1 - noisy:.0%} of rollouts are more than two standard errors from zero.")
+    text = f"E is too small: {noisy:.0%} of rollouts are within two standard errors of zero."
+    with np.errstate(divide="ignore"):
+        times = float(np.median(2 * stderr / np.abs(delta)) ** 2)
+    more = f" About {times:.2g} times as many prompts in E would" if 1 < times < 1e4 else " More prompts in E would"
+    return Finding(name, "attention", f"{text}{more} bring the median rollout to two.")
+
+
+def _sign_of_total(f: Figures) -> Finding:
+    name, total, error = "Sign of the total", f.own["total"], f.own["total_stderr"]
+    if error is None:
+        return Finding(name, "unknown", "The step's total has no standard error.")
+    away = f"{abs(total) / error:.1f}" if error else "infinitely many"
+    text = f"The step's total is {away} standard errors from zero"
+    if error and abs(total) <= 2 * error:
+        return Finding(name, "attention", f"{text}: E does not tell whether the entropy falls or rises.")
+    return Finding(name, "good", f"{text}.")
+
+
+def _identity(f: Figures) -> Finding:
+    name, per_sequence, residual = "Identity", f.arrays["per_sequence"], f.own["residual"]
+    size = max(float(np.abs(per_sequence).sum()), abs(float(per_sequence.sum()) + residual))
+    relative = abs(residual) / size if size else 0.0
+    if relative > f.bound:
+        text = f"Forward and reverse mode differ by {relative:.1e} of the sum of |influence|, more than {f.bound:.0e}"
+        return Finding(
+            name, "attention", f"{text}: something was computed in low precision. Mistrust small influences."
+        )
+    text = f"The parts add up to the whole: the residual is {relative:.1e} of the sum of |influence|."
+    return Finding(name, "good", text)
+
+
+def _unattributed(f: Figures) -> Finding | None:
+    if "unattributed" not in f.own:
+        return None
+    name, size = "Unattributed", float(np.abs(f.arrays["per_sequence"]).sum())
+    share = abs(f.own["unattributed"]) / size if size else 0.0
+    text = f"What the trainer's gradient holds beyond the rollouts is {share:.2g} of the sum of |influence|"
+    if share <= FEW:
+        return Finding(name, "good", f"{text}.")
+    return Finding(name, "attention", f"{text}: rounding in half precision, or a loss that is not of single tokens.")
+
+
+def _first_order(f: Figures) -> Finding | None:
+    name, trust = "First order", f.own.get("eta_trust")
+    if "eta_trust" not in f.own or not f.lr:
+        return None
+    if trust is None:
+        return Finding(name, "good", "The entropy moves along a line: no curvature was found.")
+    off = STRAIGHT * f.lr / trust
+    text = f"The first order is 10% off at {trust / f.lr:.2g} of this step's length"
+    if off > STRAIGHT:
+        return Finding(name, "attention", f"{text}, so about {off:.0%} off for the whole step.")
+    return Finding(name, "good", f"{text}; for this step it is about {off:.1%} off.")
+
+
+def _realised(f: Figures) -> Finding | None:
+    step = f.own.get("in_this_step", {})
+    if "realised" not in step or not step["realised"]:
+        return None
+    off = abs(step["total"] / step["realised"] - 1)
+    text = f"Foretold {step['total']:+.3g} nats, realised {step['realised']:+.3g} on the same E: {off:.1%} apart"
+    if off > STRAIGHT:
+        return Finding("Foretold and realised", "attention", f"{text}. The step is longer than the first order holds.")
+    return Finding("Foretold and realised", "good", f"{text}.")
+
+
+def _effective_sample(f: Figures) -> Finding:
+    name, ess = "Effective sample size", _at_lr(f, "ess")
+    if ess is None:
+        return Finding(name, "unknown", "The run did not measure a finite step of this length.")
+    share = ess / f.own["rollouts"]
+    text = f"Importance weights leave {ess:.0f} of {f.own['rollouts']} rollouts of E at this step's length"
+    if share < ENOUGH_ESS:
+        return Finding(name, "attention", f"{text}: the finite-step figures rest on too few.")
+    return Finding(name, "good", f"{text}.")
+
+
+def _clipping(f: Figures) -> Finding | None:
+    fraction = _at_lr(f, "full_clip_fraction")
+    if fraction is None:
+        return None
+    text = f"{fraction:.1%} of the importance weights are clipped at this step's length"
+    if fraction > FEW:
+        return Finding("Clipped weights", "attention", f"{text}, which biases the finite-step figures.")
+    return Finding("Clipped weights", "good", f"{text}.")
+
+
+def _rounding(f: Figures) -> Finding | None:
+    if "rounding_floor" not in f.own or not f.lr:
+        return None
+    name, floor = "Rounding of the weights", f.own["rounding_floor"]
+    moving = f.arrays["per_sequence"][f.arrays["per_sequence"] != 0]
+    lost = float((np.abs(moving) * f.lr < floor).mean()) if len(moving) else 0.0
+    text = f"Rounding alone changes the entropy by {floor:.1g} nats"
+    if lost > MANY:
+        text = f"{text}, more than {lost:.0%} of rollouts do in this step: a step of this length cannot check those."
+        return Finding(name, "attention", text)
+    return Finding(name, "good", f"{text}; {1 - lost:.0%} of rollouts do more in this step.")
+
+
+def _policy_of_e(f: Figures) -> Finding | None:
+    if "off_policy" not in f.own:
+        return None
+    name, gap = "Policy of E", f.own["off_policy"]
+    if gap is None:
+        return Finding(name, "unknown", "E's sampled log-probs were not recorded: nothing shows that it is on-policy.")
+    text = f"Sampled and scored log-probs of E differ by at most {gap:.1e}"
+    if gap > OFF_POLICY:
+        return Finding(name, "attention", f"{text}: another policy sampled E, so its entropy is not this one's.")
+    return Finding(name, "good", f"{text}.")
+
+
+def _policy_of_u(f: Figures) -> Finding | None:
+    gap = f.run.get("update_off_policy")
+    if gap is None:
+        return None
+    text = f"Sampled and scored log-probs of U differ by at most {gap:.1e}"
+    older = ": it is of an older policy, and enters the loss by clipped ratios or its own coefficients."
+    return Finding("Policy of U", "good", text + (older if gap > OFF_POLICY else "."))
+
+
+def _at_lr(f: Figures, name: str) -> float | None:
+    """An array over eta where eta is the learning rate; None where no such step was made."""
+    if name not in f.arrays:
+        return None
+    [at] = np.nonzero(np.isclose(f.arrays["eta"], f.lr, rtol=1e-6, atol=0.0))
+    return float(f.arrays[name][at[0]]) if len(at) else None
+
+
+CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
+    _size_of_e,
+    _sign_of_total,
+    _first_order,
+    _realised,
+    _effective_sample,
+    _clipping,
+    _rounding,
+    _policy_of_e,
+    _policy_of_u,
+    _unattributed,
+    _identity,
+)

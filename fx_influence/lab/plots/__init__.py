@@ -1,0 +1,1 @@
+"""The families of figures, see ``fx_influence.lab.plot``."""

@@ -1,0 +1,207 @@
+"""What the step is made of: the waterfall from momentum to the total, and the rollouts' influences one by one."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fx_influence.errorbars import cluster_stderr
+from fx_influence.lab.analysis.covariates import prompts, recorded
+from fx_influence.lab.plots.style import BLACK, GREY, LOWERS, RAISES, UNIT, drawable, figure, styled, zero_line
+from fx_influence.lab.results import EntropyInfluenceResults
+
+MOST_PROMPTS = 6
+PROMPT = 22
+"""Characters of a prompt that name its column."""
+
+
+class Part(NamedTuple):
+    """A column of the waterfall; ``stderr`` is NaN where it was not measured."""
+
+    name: str
+    value: float
+    stderr: float
+
+
+def parts(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> list[Part]:
+    """Momentum, weight decay, groups of rollouts and the total, nats per unit lr; all but the last add up to it.
+
+    ``by``: ``advantage``, groups by its sign and by mean log-prob above or below U's median; ``prompt``, the six
+    prompts with the largest |sum| and the rest. Standard errors are over the draw of E: those of groups from M, of
+    momentum and decay the jackknife at the smallest finite step; NaN where a run has neither.
+    Raises ``ValueError`` for another ``by``.
+    """
+    found = results.evaluations[evaluation]
+    summary, arrays = found.summary, found.arrays
+    still = [
+        Part(name.replace("_", " "), float(summary[name]), _finite_error(arrays, name))
+        for name in ("momentum", "weight_decay")
+    ]
+    if summary["baseline"] != summary["momentum"] + summary["weight_decay"]:
+        # Under gain "marginal" the baseline holds a share of the second moment's response too.
+        still = [Part("baseline", float(summary["baseline"]), _known(summary.get("baseline_stderr")))]
+    influence = arrays["per_sequence"]
+    moving = [
+        Part(name, float(influence[which].sum()), _group_error(results, evaluation, which))
+        for name, which in _groups(results, influence, by).items()
+        if which.any()
+    ]
+    return [*still, *moving, Part("total", float(summary["total"]), _known(summary.get("total_stderr")))]
+
+
+def _groups(results: EntropyInfluenceResults, influence: np.ndarray, by: str) -> dict[str, np.ndarray]:
+    if by == "prompt":
+        return _prompt_groups(results, influence)
+    if by != "advantage":
+        raise ValueError(f"by is {by!r}; use 'advantage' or 'prompt'")
+    advantage, logprob = recorded(results, "advantage"), recorded(results, "mean_logprob")
+    if isinstance(advantage, str) or isinstance(logprob, str):
+        return {f"all {len(influence)} rollouts": np.ones(len(influence), dtype=bool)}
+    likely = logprob >= np.median(logprob)
+    cells = {
+        "A > 0, likely": (advantage > 0) & likely,
+        "A > 0, unlikely": (advantage > 0) & ~likely,
+        "A < 0, likely": (advantage < 0) & likely,
+        "A < 0, unlikely": (advantage < 0) & ~likely,
+        "A = 0": advantage == 0,
+    }
+    return {f"{name} ({int(which.sum())})": which for name, which in cells.items()}
+
+
+def _prompt_groups(results: EntropyInfluenceResults, influence: np.ndarray) -> dict[str, np.ndarray]:
+    index = prompts(results)
+    order = np.argsort(-np.abs(np.bincount(index, influence)), kind="stable")
+    first = np.unique(index, return_index=True)[1]
+    chosen = {k: index == k for k in order[:MOST_PROMPTS].tolist()}
+    named = {f"{_prompt_name(results, int(first[k]))} ({int(w.sum())})": w for k, w in chosen.items()}
+    rest = ~np.isin(index, order[:MOST_PROMPTS])
+    return {**named, f"other prompts ({int(rest.sum())})": rest}
+
+
+def _prompt_name(results: EntropyInfluenceResults, i: int) -> str:
+    record = results.sequences[i]
+    prompt = record["prompt"]
+    return f"{record['prompt_id']}: {prompt if len(prompt) <= PROMPT else prompt[:PROMPT] + '…'}"
+
+
+def _group_error(results: EntropyInfluenceResults, evaluation: int, which: np.ndarray) -> float:
+    found = results.evaluations[evaluation]
+    if found.matrix is None:
+        return float("nan")
+    rows = torch.from_numpy(found.matrix[:, which].sum(1, dtype=float))
+    lengths = torch.tensor([float(_counted(r.completion_mask, len(r.completion_ids))) for r in found.rollouts])
+    shares = lengths if results.plan.normalize == "token" else torch.ones_like(lengths)
+    clusters = torch.unique(torch.tensor([r.group for r in found.rollouts]), return_inverse=True)[1]
+    return float(cluster_stderr(rows, rows.sum(), shares / shares.sum(), clusters))
+
+
+def _counted(mask: tuple[bool, ...] | None, length: int) -> int:
+    return length if mask is None else sum(mask)
+
+
+def _finite_error(arrays: dict[str, np.ndarray], name: str) -> float:
+    if f"{name}_stderr" not in arrays:
+        return float("nan")
+    k = int(np.argmin(arrays["eta"]))
+    return float(arrays[f"{name}_stderr"][k] / arrays["eta"][k])
+
+
+def _known(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+@styled
+def waterfall(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> Figure:
+    """From momentum and weight decay through groups of rollouts to the step's total, with standard errors.
+
+    Nats per unit lr, on the right in this step. See ``parts`` for ``by`` and the errors.
+    """
+    columns = parts(results, evaluation, by)
+    made = figure(max(6.5, 1.15 * len(columns)), 4.2)
+    axes = made.subplots()
+    ends = np.cumsum([part.value for part in columns[:-1]]).tolist()
+    starts = [0.0, *ends[:-1], 0.0]
+    tops = [*ends, columns[-1].value]
+    for k, part in enumerate(columns):
+        colour = GREY if k == len(columns) - 1 else RAISES if part.value > 0 else LOWERS
+        axes.bar(k, part.value, bottom=starts[k], width=0.62, color=colour)
+        axes.errorbar(k, tops[k], None if np.isnan(part.stderr) else part.stderr, color=BLACK, capsize=3, linewidth=1)
+        if k < len(columns) - 1:
+            axes.plot([k - 0.31, k + 1.31], [tops[k]] * 2, color=BLACK, linewidth=0.6)
+    _label(axes, columns, starts, tops)
+    axes.set_title("What the step does to the entropy, to first order")
+    _in_this_step(axes, results.summary["lr"])
+    if any(np.isnan(part.stderr) for part in columns):
+        axes.set_xlabel("Where no error is drawn, the run does not hold it.", fontsize=8)
+    return made
+
+
+def _label(axes: Axes, columns: list[Part], starts: list[float], tops: list[float]) -> None:
+    errors = np.nan_to_num([part.stderr for part in columns])
+    span = max(
+        np.max(np.maximum(starts, np.add(tops, errors))) - np.min(np.minimum(starts, np.subtract(tops, errors))), 1e-300
+    )
+    for k, part in enumerate(columns):
+        top = max(starts[k], tops[k] + errors[k])
+        axes.text(k, top + 0.015 * span, f"{part.value:+.3g}", ha="center", va="bottom", fontsize=8)
+    names = [textwrap.fill(drawable(part.name), 14) for part in columns]
+    axes.set_xticks(range(len(columns)), names, fontsize=8, parse_math=False)
+    axes.use_sticky_edges = False
+    axes.margins(y=0.1)
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(f"change of entropy ({UNIT})\nblue raises, vermilion lowers; ±1 standard error over E")
+    zero_line(axes)
+
+
+def _in_this_step(axes: Axes, lr: float) -> None:
+    if lr:
+        right = axes.secondary_yaxis("right", functions=(lambda y: np.multiply(y, lr), lambda y: np.divide(y, lr)))
+        right.set_ylabel(f"nats in this step (lr {lr:g})")
+        right.yaxis.set_major_formatter(lambda y, _: f"{y:.2g}")
+
+
+@styled
+def distribution(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
+    """The influences delta_i of U's rollouts: their histogram, and each in order with its standard error."""
+    arrays = results.evaluations[evaluation].arrays
+    influence, stderr = arrays["per_sequence"], arrays["stderr"]
+    made = figure(8.0, 3.6)
+    left, right = made.subplots(1, 2, width_ratios=[1, 1.4])
+    edges = np.histogram_bin_edges(influence, bins=min(41, max(9, len(influence) // 4)))
+    sides = {"lower": influence < 0, "leave": influence == 0, "raise": influence > 0}
+    left.hist(
+        [influence[which] for which in sides.values()],
+        edges.tolist(),
+        stacked=True,
+        color=[LOWERS, GREY, RAISES],
+        label=[f"{int(which.sum())} {name} the entropy" for name, which in sides.items()],
+    )
+    left.set_xlabel(f"influence of a rollout ({UNIT})")
+    left.set_ylabel("rollouts")
+    left.legend(fontsize=8)
+    left.set_title("Distribution")
+    _in_order(right, influence, stderr)
+    return made
+
+
+def _in_order(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
+    order = np.argsort(influence, kind="stable")
+    place, values, errors = np.arange(len(order)), influence[order], stderr[order]
+    if not np.isnan(errors).any():
+        axes.errorbar(
+            place, values, errors, fmt="none", ecolor="#B0B0B0", elinewidth=0.9, label="±1 standard error over E"
+        )
+    axes.scatter(place, values, s=9, c=np.where(values > 0, RAISES, np.where(values < 0, LOWERS, GREY)), zorder=3)
+    beyond = int((np.abs(values) > 2 * errors).sum())
+    known = "no standard errors" if np.isnan(errors).any() else f"{beyond} of {len(order)} beyond two standard errors"
+    axes.set_title(f"In order: {known}")
+    axes.set_xlabel("rollouts of U by influence (rank)")
+    axes.set_ylabel(f"influence ({UNIT})")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="upper left")
+    zero_line(axes)
