@@ -129,7 +129,9 @@ def plot(run: dict[str, Any], path: Path) -> None:
         start = (entropy - realised.cumsum() + realised).mean()
         for values, name, color in ((realised, "realised", "#D55E00"), (total, "foretold", "#0072B2")):
             summed = start + np.concatenate([[0.0], values.cumsum()])
-            right.plot(np.append(step, step[-1] + 1), summed, label=f"sum of ΔH {name}, level fitted", color=color, lw=1.2)
+            right.plot(
+                np.append(step, step[-1] + 1), summed, label=f"sum of ΔH {name}, level fitted", color=color, lw=1.2
+            )
         right.set(xlabel="optimizer step", ylabel="entropy, nats per token")
         right.legend(frameon=False, fontsize=8)
         for axes in (left, right):
