@@ -137,11 +137,11 @@ def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] 
     saved = _nested(state_dict)
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
-    ids = {str(key): key if isinstance(key, int) else index for index, key in enumerate(keys)}
+    # as strings, as which torch.distributed.checkpoint saves ids too
+    ids = {str(key): index for index, key in enumerate(keys)}
     if foreign := sorted(str(key) for key in saved["state"] if str(key) not in ids):
         raise ValueError(f"the optimizer's state holds {foreign[:5]}, which are in no group; pass the whole state dict")
     numbered = [{**group, "params": [ids[str(key)] for key in group["params"]]} for group in groups]
-    # torch.distributed.checkpoint makes a string of an id
     state = {ids[str(key)]: entry for key, entry in saved["state"].items()}
     by_name = any(isinstance(key, str) for key in keys)
     return {"param_groups": numbered, "state": state}, [g["params"] for g in groups] if by_name else None
