@@ -13,6 +13,7 @@ from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.importance import SnisDelta
 from fx_influence.influence import Influence, influence
 from fx_influence.interop.optim import adamw_state
+from fx_influence.interop.restore import restore_optimizer
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.logprobs import token_values
 from fx_influence.losses import clipped_ratio, coefficients, group_advantages
@@ -82,6 +83,7 @@ __all__ = [
     "per_sample_grads",
     "plot",
     "read_rollouts",
+    "restore_optimizer",
     "rollout_loss",
     "run",
     "run_fisher",
