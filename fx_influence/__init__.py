@@ -35,11 +35,12 @@ _LAZY = {
     "run": "fx_influence.lab.run",
     "run_fisher": "fx_influence.lab.fisher",
 }
+_LAZY_MODULES = {"plot": "fx_influence.lab.plot"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot":
-        return importlib.import_module("fx_influence.lab.plot")
+    if name in _LAZY_MODULES:
+        return importlib.import_module(_LAZY_MODULES[name])
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

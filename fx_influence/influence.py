@@ -165,26 +165,20 @@ def influence(
     check_identity("the unions of E", apart, parts.sum(0), per_sequence.sum(), bound, against="E at once")
 
     kernel = None
-    shares, clusters = _shares(batch_e, normalize, query), cluster_index(batch_e)
+    shares = _shares(batch_e, normalize, query)
+    error, total_error = torch.full_like(per_sequence, torch.nan), torch.full_like(whole, torch.nan)
     if matrix:
         kernel = -gradient_kernel(
             params, batch_e, batch_u, step.gain, *over_e[:2], memory_budget, chunk_size, apply_b=apply
         )
         columns = kernel.double().sum(0)
         check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
-        parts = kernel
         if stderr:
             still = -_token_shares(params, step.baseline, batch_e, over_e, None).sum(-1)
+            error, total_error = _errors(kernel.double(), still, shares, cluster_index(batch_e))
     elif stderr:
-        shares, clusters = (
-            shares.new_zeros(len(parts)).index_add(0, unions, shares),
-            torch.arange(len(parts)).to(unions),
-        )
-    error, total_error = torch.full_like(per_sequence, torch.nan), torch.full_like(whole, torch.nan)
-    if stderr:
-        parts = torch.cat([parts.double(), (still + parts.double().sum(1)).unsqueeze(1)], dim=1)
-        error, total_error = cluster_stderr(parts, parts.sum(0), shares, clusters).split([len(per_sequence), 1])
-        total_error = total_error.squeeze(0)
+        shares = shares.new_zeros(len(parts)).index_add(0, unions, shares)
+        error, total_error = _errors(parts, still, shares, torch.arange(len(parts), device=unions.device))
 
     momentum, weight_decay = dot(step.momentum, slope), dot(step.weight_decay, slope)
     # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
@@ -311,6 +305,15 @@ def _adjoint(
     if reach.contract is not None and reach.per_token:
         tokens = reach.token_shares(multiply(gain, slope))
     return slope, torch.stack(parts), torch.stack(still), tokens if reach.per_token else None
+
+
+def _errors(parts: Tensor, still: Tensor, shares: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every influence and of their total with the baseline, whose parts are ``still``."""
+    whole = still + parts.sum(1)
+    return (
+        cluster_stderr(parts, parts.sum(0), shares, clusters),
+        cluster_stderr(whole, whole.sum(), shares, clusters),
+    )
 
 
 def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor:
