@@ -51,10 +51,7 @@ def analyze(results: EntropyInfluenceResults, evaluation: int = 0) -> dict[str, 
 
     Raises ``IndexError`` for an evaluation that the run does not have.
 
-    Example:
-        >>> import fx_influence as fx                                       # doctest: +SKIP
-        >>> analyze(fx.load_run("runs/demo"))["proxy"][0]["measure"]        # doctest: +SKIP
-        'r2'
+    Example, after ``make demo``: ``analyze(fx.load_run("runs/demo"))["proxy"][0]["measure"]``.
     """
     tokens = Tokens(results, evaluation)
     price, best = reward_price(results, evaluation)

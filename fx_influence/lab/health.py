@@ -47,9 +47,7 @@ def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Findin
     ``unknown`` where its absence matters, and left out where it does not apply.
     Raises ``IndexError`` where the run has no such evaluation.
 
-    Example:
-        >>> health(load_run("runs/demo"))[0].level  # doctest: +SKIP
-        'attention'
+    Example, after ``make demo``: ``health(load_run("runs/demo"))[0].level``.
     """
     found = results.evaluations[evaluation]
     bound = RESIDUAL.get(results.plan.dtype, RESIDUAL_ELSE)

@@ -32,9 +32,7 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
     Raises ``ImportError`` naming the remedy where jinja2 is missing, ``RunDirectoryError`` where the run's records do
     not fit its arrays, and ``OSError`` where the page cannot be written.
 
-    Example:
-        >>> write_report(load_run("runs/demo"))  # doctest: +SKIP
-        PosixPath('runs/demo/report/index.html')
+    Example, after ``make demo``: ``write_report(load_run("runs/demo"))``.
     """
     _jinja2()
     folder = results.path / FOLDER
