@@ -91,7 +91,9 @@ def measured_run(steps: int) -> dict[str, Any]:
         training = trainer(out, steps)
         history = attached(training, 1).history
         training.train()
-    total, realised, stderr = (np.array([h[name] for h in history]) for name in ("total", "realised", "stderr"))
+    # A warm-up's first step, with lr 0, moves nothing.
+    moved = [h for h in history if h["lr"]]
+    total, realised, stderr = (np.array([h[name] for h in moved]) for name in ("total", "realised", "stderr"))
     return {
         "history": history,
         "correlation": float(np.corrcoef(total, realised)[0, 1]),

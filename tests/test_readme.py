@@ -111,7 +111,7 @@ def test_every_benchmark_works_on_a_tiny_model_and_writes_nothing(
     stored = {path: path.read_bytes() for path in result(name).parent.iterdir()}
     assert main([name, "--quick"]) == 0
     page = capsys.readouterr().out
-    assert page.count("\n|") >= 3, "a table with at least one row of figures"
+    assert sum(line.startswith("|") for line in page.splitlines()) >= 3, "a table with at least one row of figures"
     assert "nan" not in page
     assert {path: path.read_bytes() for path in result(name).parent.iterdir()} == stored
 
