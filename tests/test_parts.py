@@ -21,7 +21,9 @@ def batches(draw: st.DrawFn) -> Batch:
     end = begin + torch.randint(0, width + 1, (rows, 1), generator=generator)
     at = torch.arange(width)
     attention = (at >= begin) & (at < end) & (torch.rand(rows, width, generator=generator) < 0.9)
-    completion = attention & (at > begin) & (torch.rand(rows, width, generator=generator) < 0.6) & (at > 0)
+    # what scores a token is attended to, as check_batch asks
+    scorable = attention & attention.roll(1, 1) & (at > 0)
+    completion = scorable & (torch.rand(rows, width, generator=generator) < 0.6)
     return Batch(torch.randint(1, 50, (rows, width), generator=generator), attention, completion)
 
 

@@ -127,9 +127,9 @@ def input_sums(plan: StepPlan) -> dict[str, str]:
     """SHA-256 by name of the files that ``plan`` reads: those of the checkpoint and its base, prompts and rollouts."""
     folders = {"checkpoint": plan.checkpoint} | ({} if plan.base is None else {"base": plan.base})
     files = {
-        f"{name}/{file.name}": file
+        f"{name}/{file.relative_to(demo_path(folder))}": file
         for name, folder in folders.items()
-        for file in sorted(Path(demo_path(folder)).iterdir())
+        for file in sorted(Path(demo_path(folder)).rglob("*"))
         if file.is_file()
     }
     names = ["update", *(f"evaluations[{i}]" for i in range(len(plan.evaluations)))]

@@ -1,0 +1,239 @@
+"""Pass the tests on the oldest versions that pyproject.toml claims, each set in a virtual environment of its own.
+
+    python -m benchmarks.oldest_versions [SET ...] [--folder DIR] [--out FILE]
+
+The lower bounds are read from pyproject.toml and pinned. The sets divide the tests and the docstrings' examples by what
+they import: ``mathematics`` needs torch and numpy alone, ``trl`` TRL, ``models`` the rest. A set takes the Python that
+it names if ``python3.10`` or so is on the PATH, or else this one. Where there is no older wheel for the CPU alone, pip
+takes torch's for CUDA, some gigabytes each. Warnings are no errors here: what older libraries warn of is their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "benchmarks" / "results" / "oldest_versions.json"
+CORE = {"torch", "numpy", "pytest", "hypothesis"}
+NOT_RUN = {"mypy", "pytest-xdist", "ruff", "setuptools", "trl"}
+CALL_TRL = {"test_readme.py", "test_rewards.py"}
+
+
+class Set(NamedTuple):
+    """``packages``: whose claims are pinned, None for all but NOT_RUN. ``instead``: what is pinned in place of a claim.
+    ``left_out``: by reason, the tests that do not pass there."""
+
+    python: str
+    packages: set[str] | None = None
+    instead: Mapping[str, str] = {}
+    left_out: Mapping[str, tuple[str, ...]] = {}
+
+
+SETS = {
+    "mathematics": Set(
+        "3.10",
+        CORE,
+        left_out={
+            "torch 2.1 has no layer norm of float16 on the CPU": (
+                "tests/test_logprobs.py::"
+                "test_a_direction_beyond_half_precisions_range_is_taken_by_parameters_in_half_precision",
+            ),
+            "warnings are no errors here": ("tests/test_grads.py::test_an_operation_without_a_batching_rule_is_loud",),
+        },
+    ),
+    # to older torch, transformers 4.56 makes its masks by vmap, which torch forbids where graphs are kept
+    "models": Set(
+        "3.10",
+        instead={"torch": "2.5"},
+        left_out={
+            "the version in the metadata of a wheel for CUDA is not torch.__version__": (
+                "tests/test_fisher_run.py::test_the_directory_holds_everything_that_is_promised",
+                "tests/test_run.py::test_the_directory_holds_everything_that_is_promised",
+            ),
+            "what is counted and moved is that of newer versions": (
+                "tests/test_gpu_benchmark.py::test_every_tensor_is_made_where_the_inputs_are[error_bars]",
+                "tests/test_gpu_benchmark.py::test_the_formula_is_what_is_counted_where_nothing_is_computed_twice",
+            ),
+            "U's reverse pass takes the plain kernel there": (
+                "tests/test_halves.py::test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not[sdpa]",
+            ),
+            "transformers 4.56 leaves Gemma 2's cap on the scores out of fused attention": (
+                "tests/test_halves.py::test_what_changes_logits_after_the_head_is_not_cut_off[capped]",
+            ),
+            "the test reads the ids as transformers 5 gives them": (
+                "tests/test_sampling.py::test_a_conversation_is_what_the_chat_template_makes_of_it",
+            ),
+            "float32 rounds a log weight by 1.6e-5, where the test allows 1e-5": (
+                "tests/test_sweep.py::test_every_direction_is_what_snis_delta_gives_alone",
+            ),
+        },
+    ),
+    # its own lower bounds, and its Python
+    "trl": Set(
+        "3.11",
+        instead={
+            "torch": "2.5",
+            "trl": "1.16",
+            "accelerate": "1.10.1",
+            "datasets": "4.7",
+            "numpy": "1.26",
+            "pandas": "2.1.1",
+            "pyarrow": "21.0",
+            "pyyaml": "6.0.1",
+            "transformers": "4.56.2",
+        },
+        left_out={
+            "other rollouts are sampled there, on which the tests' bounds do not hold": (
+                "tests/test_trl.py::test_a_measured_step_is_a_run_that_all_readers_read",
+                "tests/test_trl.py::test_what_is_logged_adds_up_and_foretells_the_realised_change",
+            ),
+            "the tokenizer of transformers 4 makes token_type_ids, which its model refuses": (
+                "tests/test_trl.py::test_all_conversations_and_the_eval_dataset_serve_as_prompts",
+            ),
+            "TRL itself asks for transformers 5.8": (
+                "tests/test_trl.py::"
+                "test_what_cannot_be_attributed_is_refused_with_the_remedy[change9-casts the weights in place]",
+            ),
+        },
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sets, write what they had and passed; 1 if a test failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.oldest_versions", description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all by default")
+    parser.add_argument("--folder", type=Path, help="where the environments are kept and used again")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args(argv)
+    names = arguments.sets or list(SETS)
+    if unknown := set(names) - set(SETS):
+        parser.error(f"no set {sorted(unknown)}; there are {', '.join(SETS)}")
+    found = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            found[name] = run(name, arguments.folder or Path(temporary))
+            arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    return int(any(found[name]["tests"]["failed"] for name in names))
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """One set: its versions and how its tests went."""
+    chosen, start = SETS[name], time.monotonic()
+    python = environment(folder / name, chosen)
+    files = [str(file.relative_to(ROOT)) for file in candidates() if set_of(file) == name]
+    print(f"{name}: {len(files)} files on {versions(python, chosen)}", flush=True)
+    report = folder / f"{name}.xml"
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow and not browser", "--tb=short"]
+    left_out = [f"--deselect={test}" for tests in chosen.left_out.values() for test in tests]
+    ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)
+    if ended.returncode not in (0, 1):
+        raise SystemExit(f"{name}: pytest ended with {ended.returncode} before its tests; see what it printed")
+    counts = {key: int(ET.parse(report).getroot()[0].attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    return {
+        "versions": versions(python, chosen),
+        "tests": {
+            "passed": counts["tests"] - failed - counts["skipped"],
+            "failed": failed,
+            "skipped": counts["skipped"],
+        },
+        "left_out": dict(chosen.left_out),
+        "files": files,
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+def environment(folder: Path, chosen: Set) -> Path:
+    """The Python of a virtual environment with the set's versions."""
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        subprocess.run([interpreter(chosen.python), "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
+    pins = pinned(chosen)
+    print(f"{folder.name}: installing {', '.join(pins)}", flush=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True)
+    return python
+
+
+def interpreter(version: str) -> str:
+    """``python3.10`` or so, if there is one that works, else this Python."""
+    found = shutil.which(f"python{version}")
+    works = found and subprocess.run([found, "--version"], capture_output=True).returncode == 0
+    return found if found and works else sys.executable
+
+
+def claims() -> dict[str, str]:
+    """Lower bound by package, extras included, as pyproject.toml has them."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return dict(re.findall(r'"([\w.-]+(?:\[\w+\])?)>=([\d.]+)"', text))
+
+
+def pinned(chosen: Set) -> list[str]:
+    """Requirements of the set."""
+    wanted = {name: bound for name, bound in claims().items() if name in (chosen.packages or {*claims()} - NOT_RUN)}
+    return [f"{name}=={version}" for name, version in sorted({**wanted, **chosen.instead}.items())]
+
+
+def versions(python: Path, chosen: Set) -> dict[str, str]:
+    """What is installed of the pinned packages, and the Python."""
+    listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True).stdout
+    of = {package["name"].lower(): package["version"] for package in json.loads(listed)}
+    own = subprocess.run(
+        [python, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
+    )
+    names = [re.split(r"[\[=]", requirement)[0] for requirement in pinned(chosen)]
+    return {"python": own.stdout.strip(), **{name: of[name.lower()] for name in names}}
+
+
+def candidates() -> Iterator[Path]:
+    """Test files, and modules whose docstrings have examples."""
+    yield from sorted((ROOT / "tests").glob("test_*.py"))
+    yield from (file for file in sorted((ROOT / "fx_influence").rglob("*.py")) if ">>>" in file.read_text("utf-8"))
+
+
+def set_of(file: Path) -> str:
+    """The set that has all that a file needs: what is no mathematics may import more than it says at its top."""
+    packages = imported(file, set())
+    core = file.parent in (ROOT / "tests", ROOT / "fx_influence") and packages <= CORE | {"einops"}
+    return "trl" if "trl" in packages or file.name in CALL_TRL else "mathematics" if core else "models"
+
+
+def imported(file: Path, seen: set[Path]) -> set[str]:
+    """Packages that a file imports, those of our own files that it imports included; inside functions in tests only."""
+    seen.add(file)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree) if file.parent.name == "tests" else tree.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            for own in own_files(name):
+                found |= set() if own in seen else imported(own, seen)
+            root = name.partition(".")[0]
+            found |= set() if own_files(root) else {root} - set(sys.stdlib_module_names)
+    return found
+
+
+def own_files(name: str) -> list[Path]:
+    """The files of this project that importing ``name`` runs."""
+    parts = name.split(".")
+    stems = [base.joinpath(*parts[:k]) for base in (ROOT, ROOT / "tests") for k in range(1, len(parts) + 1)]
+    return [file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
