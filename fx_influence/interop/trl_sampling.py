@@ -70,20 +70,25 @@ def held_out_rollouts(trainer: Any, prompts: Sequence[Any], completions_per_prom
     """
     with _untouched(trainer, seed, completions_per_prompt):
         drawn = _drawn(trainer, [prompt for prompt in prompts for _ in range(completions_per_prompt)])
-    tokenizer = _tokenizer(trainer)
-    return [
-        Rollout(
-            id=f"{i // completions_per_prompt}/{i % completions_per_prompt}",
-            prompt_id=str(i // completions_per_prompt),
-            group=i // completions_per_prompt,
-            prompt=tokenizer.decode(prompt_ids),
-            completion=tokenizer.decode(completion_ids, skip_special_tokens=True),
-            prompt_ids=tuple(map(int, prompt_ids)),
-            completion_ids=tuple(map(int, completion_ids)),
-            finished=bool(completion_ids) and completion_ids[-1] in trainer.eos_token_ids,
-        )
-        for i, (prompt_ids, completion_ids) in enumerate(drawn)
-    ]
+    return [rollout_of(trainer, *divmod(i, completions_per_prompt), *ids) for i, ids in enumerate(drawn)]
+
+
+def rollout_of(
+    trainer: Any, group: int, k: int, prompt_ids: Sequence[int], completion_ids: Sequence[int], **judged: Any
+) -> Rollout:
+    """Completion number ``k`` of prompt number ``group`` as a record; ``judged``: further fields of it."""
+    tokenizer = trainer._tokenizer
+    return Rollout(
+        id=f"{group}/{k}",
+        prompt_id=str(group),
+        group=group,
+        prompt=tokenizer.decode(prompt_ids),
+        completion=tokenizer.decode(completion_ids, skip_special_tokens=True),
+        prompt_ids=tuple(map(int, prompt_ids)),
+        completion_ids=tuple(map(int, completion_ids)),
+        finished=bool(completion_ids) and completion_ids[-1] in trainer.eos_token_ids,
+        **judged,
+    )
 
 
 def _drawn(trainer: Any, prompts: list[Any]) -> list[tuple[list[int], list[int]]]:
@@ -114,7 +119,3 @@ def _untouched(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator
         for mode, found in metrics.items():
             trainer._metrics[mode].clear()
             trainer._metrics[mode].update(found)
-
-
-def _tokenizer(trainer: Any) -> Any:
-    return getattr(trainer, "_tokenizer", trainer.processing_class)

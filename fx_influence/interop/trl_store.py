@@ -31,6 +31,7 @@ from fx_influence.interop.run_files import (
     token_arrays,
 )
 from fx_influence.interop.trl_capture import CapturedStep
+from fx_influence.interop.trl_sampling import rollout_of
 from fx_influence.interop.trl_step import MeasuredStep
 from fx_influence.types import Batch, Params, TokenValues
 
@@ -102,16 +103,13 @@ def _rollout(captured: CapturedStep, trainer: Any, i: int, group: int, k: int) -
     def values(tokens: Tensor | None) -> tuple[float, ...] | None:
         return None if tokens is None else tuple(tokens[i][real & begins].tolist())
 
-    tokenizer, reward = trainer._tokenizer, float(captured.rewards[i])
-    return Rollout(
-        id=f"{group}/{k}",
-        prompt_id=str(group),
-        group=group,
-        prompt=tokenizer.decode(prompt_ids),
-        completion=tokenizer.decode(completion_ids, skip_special_tokens=True),
-        prompt_ids=tuple(prompt_ids),
-        completion_ids=tuple(completion_ids),
-        finished=bool(completion_ids) and completion_ids[-1] in trainer.eos_token_ids,
+    reward = float(captured.rewards[i])
+    return rollout_of(
+        trainer,
+        group,
+        k,
+        prompt_ids,
+        completion_ids,
         behaviour_logprobs=values(captured.old_logprobs),
         reward=None if np.isnan(reward) else reward,
         advantage=float(captured.advantages[i]),
