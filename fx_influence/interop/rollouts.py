@@ -68,8 +68,8 @@ PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_c
 """Fields with a value for each completion token, or None."""
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
-    """Rollouts as one right-padded batch, with coefficients where every rollout has its own.
+def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device = "cpu") -> Batch:
+    """Rollouts as one right-padded batch on ``device``, with coefficients where every rollout has its own.
 
     The masks come from the lengths, so a ``pad_id`` that is also the end of sequence does no harm. Returns a ``Batch``
     of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the longest rollout, ``group`` (n,), and
@@ -113,7 +113,8 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> Batch:
         for name in ("coefficients", "entropy_coefficients")
         if all(getattr(r, name) is not None for r in rollouts)
     }
-    return batch._replace(**weights)
+    batch = batch._replace(**weights)
+    return Batch._make(None if field is None else field.to(device) for field in batch)
 
 
 def grouped(rollouts: Iterable[tuple[Rollout, Hashable]]) -> list[Rollout]:

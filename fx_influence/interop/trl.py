@@ -155,7 +155,7 @@ class EntropyInfluence(TrainerCallback):
         opt_state = adamw_state(trainer.optimizer, trainer.model)
         rollouts = held_out_rollouts(trainer, self._prompts, self._each, self._seed + step)
         # What pads is masked, so any token does.
-        batch_e = _to(collate(rollouts, pad_id=0), captured.batch.input_ids.device)
+        batch_e = collate(rollouts, pad_id=0, device=captured.batch.input_ids.device)
         out = influence(
             params,
             captured.batch,
@@ -259,7 +259,3 @@ def _prompts(trainer: Any, asked: Any) -> list[Any]:
     if not prompts:
         raise ValueError("eval_prompts is empty; give the held-out prompts of E")
     return prompts
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch._make(None if field is None else field.to(device) for field in batch)

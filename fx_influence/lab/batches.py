@@ -318,8 +318,7 @@ def _sampled(
 
 def _scored(plan: StepPlan, state: State, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
     pad = state.tokenizer.pad_token_id
-    batch = collate(rollouts, state.tokenizer.eos_token_id if pad is None else pad)
-    batch = Batch._make(None if field is None else field.to(plan.device) for field in batch)
+    batch = collate(rollouts, state.tokenizer.eos_token_id if pad is None else pad, plan.device)
     return batch, all_token_values(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
 
 
