@@ -10,6 +10,20 @@ from fx_influence.types import Apply, Batch, Params
 
 def check_batch(field: str, batch: Batch, params: Params, apply: Apply, coefficients: bool = False) -> None:
     """Raise ``ValueError`` where a batch cannot be scored; with ``coefficients``, also where it makes no update."""
+    check_fields(field, batch)
+    device = next(iter(params.values())).device
+    if batch.input_ids.device != device:
+        raise ValueError(
+            f"{field}.input_ids is on {batch.input_ids.device} and the parameters on {device}; move one of them"
+        )
+    _check_positions(field, batch)
+    _check_vocabulary(field, batch, apply)
+    if coefficients and batch.coefficients is None and batch.entropy_coefficients is None:
+        raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
+
+
+def check_fields(field: str, batch: Batch) -> None:
+    """Raise ``ValueError`` where the fields of a batch do not fit each other; it may have no rows."""
     ids = batch.input_ids
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"{field}.input_ids is {ids.dtype} of shape {tuple(ids.shape)}; pass int64 (B, T)")
@@ -24,13 +38,6 @@ def check_batch(field: str, batch: Batch, params: Params, apply: Apply, coeffici
         _check_coefficients(f"{field}.{name}", getattr(batch, name), batch.completion_mask)
     if batch.group is not None and batch.group.shape != ids.shape[:1]:
         raise ValueError(f"{field}.group has shape {tuple(batch.group.shape)}; pass ({len(ids)},), one prompt a row")
-    device = next(iter(params.values())).device
-    if ids.device != device:
-        raise ValueError(f"{field}.input_ids is on {ids.device} and the parameters on {device}; move one of them")
-    _check_positions(field, batch)
-    _check_vocabulary(field, batch, apply)
-    if coefficients and batch.coefficients is None and batch.entropy_coefficients is None:
-        raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
 
 
 def check_options(temperature: float, chunk_size: int | None) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.checks import check_batch, check_options
-from fx_influence.derivatives import token_jvp
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.errorbars import cluster_index
-from fx_influence.head import LOGITS_AT_ONCE, scores
 from fx_influence.importance import SnisDelta, snis
-from fx_influence.logprobs import all_token_values, in_place, scored_features, surrogate, token_values
-from fx_influence.parts import TOKENS_PER_CHUNK, distinct_rows, parts, row_chunks
-from fx_influence.policy import Policy, halves, whole_policy
-from fx_influence.tree import check_names, detached, largest_entry, promote, shift
+from fx_influence.parts import distinct_rows
+from fx_influence.passes import Passes
+from fx_influence.policy import Policy, whole_policy
+from fx_influence.sharding import passes_over
+from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+OF_THESE = "pass a direction made from these parameters"
 
 
 class JvpDelta(NamedTuple):
@@ -46,13 +51,14 @@ def snis_delta(
     clip: float | None = 10.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> SnisDelta:
     """Entropy at theta + eta v less that at theta, from rollouts of theta by importance sampling; raw, nats.
 
     ``direction``: v by name; names absent stay put. Estimators, weights, clipping and contributions: see
     ``importance.snis``. The two forwards run in at least float32 and the weights in float64. Divided by ``eta`` it
     tends to ``jvp_delta(...).first`` on the same E. At learning rates near 1e-6 one rollout's part is about a rounding
-    unit of a float32 weight: take ``eta`` larger and divide back.
+    unit of a float32 weight: take ``eta`` larger and divide back. ``mesh``: as in ``influence``.
     Raises ``ValueError`` for a direction of other names or shapes, or a batch that cannot be scored.
 
     Example:
@@ -63,7 +69,7 @@ def snis_delta(
         >>> out.delta_h.item() > 0
         True
     """
-    _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
+    check_names("direction", direction, params, OF_THESE)
     measure = snis_sweep(
         params,
         batch_e,
@@ -73,6 +79,7 @@ def snis_delta(
         clip=clip,
         temperature=temperature,
         chunk_size=chunk_size,
+        mesh=mesh,
     )
     along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
     moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
@@ -89,13 +96,15 @@ def snis_sweep(
     clip: float | None = 10.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
     """``snis_delta`` for many directions and etas: ``measure(block, etas)``, with the pass at theta made once, here.
 
     ``block``: a direction tree with a leading axis of K directions, vmapped as far as E leaves room for more than one
     in a pass; K may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored
     once.
-    ``chunk_size``: rows of E times directions per forward; None chooses by tokens. Errors as in ``snis_delta``.
+    ``chunk_size``: rows of E times directions per forward; None chooses by tokens. ``mesh``: as in ``influence``; every
+    call of ``measure`` is then one of all ranks too, with the same directions. Errors as in ``snis_delta``.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
@@ -105,35 +114,15 @@ def snis_sweep(
         >>> (measure({"w": torch.stack([-table, table])}, [0.1]).delta_h > 0).tolist()
         [[True, False]]
     """
-    _check(params, {}, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params, apply = _widened(params, apply)
+    passes = passes_over(apply, temperature, chunk_size, mesh)
+    batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
+    params, passes = _widened(params, passes)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
-    policy = halves(apply)
-    rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // mask.shape[1])
-    # Products with a matrix for each direction are slow ones: worth it only while one direction fills no pass.
-    together = max(1, rows_at_once // len(once.input_ids))
-    pieces = parts(once, chunk_size, policy.aligned, TOKENS_PER_CHUNK // together)
-
-    def moved(here: Params, features: Callable[[Params, Tensor, Tensor], Tensor]) -> TokenValues:
-        found = []
-        for part in pieces:
-            scored = scored_features(features(here, part.input_ids, part.attention_mask), part)
-            found.append((part, scores(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together)))
-        return in_place(found, once)
 
     def at(block: Params, eta: float) -> Completions:
-        found = []
-        with torch.no_grad():
-            for start in range(0, len(next(iter(block.values()))), together):
-                some = {name: v[start : start + together] for name, v in block.items()}
-                if together == 1:
-                    own = moved(shift(params, {name: v[0] for name, v in some.items()}, eta), policy.features)
-                    found.append(TokenValues(*(x.unsqueeze(0) for x in own)))
-                else:
-                    found.append(vmap(lambda v: moved(shift(params, v, eta), policy.traced))(some))
-        values = TokenValues(*(torch.cat(field)[:, index] for field in zip(*found, strict=True)))
-        return Completions(*vmap(lambda v: completions(v, mask))(values))
+        moved = _at(passes.moved_values(params, block, eta, once), index)
+        return Completions(*vmap(lambda v: completions(v, mask))(moved))
 
     # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.
     still = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
@@ -143,7 +132,8 @@ def snis_sweep(
         return snis(base, values, estimator, normalize, clip, clusters)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
-        check_names("block", {name: v[0] for name, v in block.items()}, params, "pass directions of these parameters")
+        passes.check_agreed(block=block, etas=list(etas))
+        check_names("block", {name: v[0] for name, v in block.items()}, params, OF_THESE)
         return SnisDelta(
             *(torch.stack(field) for field in zip(*(vmap(delta)(at(block, eta)) for eta in etas), strict=True))
         )
@@ -161,6 +151,7 @@ def jvp_delta(
     normalize: Normalize = "token",
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> JvpDelta:
     """First and second derivative of the SNIS entropy estimate along v at eta = 0.
 
@@ -176,11 +167,13 @@ def jvp_delta(
         >>> out.first.item() > 0, out.contributions.shape
         (True, torch.Size([2]))
     """
-    _check(params, direction, batch_e, apply, estimator, normalize, temperature, chunk_size)
-    params, apply = _widened(params, whole_policy(apply))
+    passes = passes_over(whole_policy(apply), temperature, chunk_size, mesh)
+    batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
+    passes.check_agreed(direction=direction)
+    check_names("direction", direction, params, OF_THESE)
+    params, passes = _widened(params, passes)
     once, index = distinct_rows(batch_e)
-    values = _at(all_token_values(params, once, apply, temperature, chunk_size), index)
-    slope = _at(token_jvp(params, direction, once, apply, temperature, chunk_size), index)
+    values, slope = _at(passes.values(params, once), index), _at(passes.jvp(params, direction, once), index)
     weight = entropy_coefficients(values, batch_e, estimator, normalize)
     contributions = (weight.logprobs * slope.logprobs + weight.entropies * slope.entropies).sum(-1)
 
@@ -194,46 +187,28 @@ def jvp_delta(
     bend = grad(grad(estimate))(contributions.new_zeros(()))
     c, b = (torch.zeros_like(w[: len(once.input_ids)]).index_add(0, index, w) for w in weight)
     weighted = once._replace(coefficients=c, entropy_coefficients=b)
-    curvature = [_curvature(params, direction, part, apply, temperature) for part in row_chunks(weighted, chunk_size)]
-    return JvpDelta(contributions.sum(), bend + torch.stack(curvature).sum(), contributions)
+    second = bend + passes.curvature(params, direction, weighted)
+    return JvpDelta(contributions.sum(), second, contributions)
 
 
 def _at(values: TokenValues, index: Tensor) -> TokenValues:
     return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
 
 
-def _widened(params: Params, apply: Apply) -> tuple[Params, Apply]:
+def _widened(params: Params, passes: Passes) -> tuple[Params, Passes]:
     """The same policy in at least float32: what a small step changes is lost in half precision."""
     params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
-    return params, apply.widened() if isinstance(apply, Policy) else apply
+    apply = passes.apply
+    return params, replace(passes, apply=apply.widened()) if isinstance(apply, Policy) else passes
 
 
-def _curvature(params: Params, direction: Params, batch: Batch, apply: Apply, temperature: float) -> Tensor:
-    """d2/deta2 at 0 of the token values of theta + eta v, summed with the batch's coefficients."""
-    first = next(iter(params.values()))
-    scale = largest_entry(direction)
-    unit = {name: v / scale for name, v in direction.items()}
-
-    def weighted_sum(eta: Tensor) -> Tensor:
-        return -surrogate(token_values(shift(params, unit, eta), batch, apply, temperature), batch)
-
-    # Reverse twice: forward mode over anything fails at SiLU, and is silently wrong at LayerNorm, whose jvp treats its
-    # saved mean and deviation as constants.
-    eta = torch.zeros((), dtype=promote(first.dtype), device=first.device)
-    return grad(grad(weighted_sum))(eta).double() * scale**2
-
-
-def _check(
-    params: Params,
-    direction: Params,
-    batch_e: Batch,
-    apply: Apply,
-    estimator: Estimator,
-    normalize: Normalize,
-    temperature: float,
-    chunk_size: int | None,
-) -> None:
+def _checked(
+    params: Params, batch_e: Batch, passes: Passes, estimator: Estimator, normalize: Normalize, clip: float | None
+) -> Batch:
+    """The rows of all who take part, once everything that they were given has been checked."""
+    batch_e = passes.whole_batch("batch_e", batch_e)
+    passes.check_agreed(params=params, options=(estimator, normalize, clip, passes.temperature))
     check_estimator(estimator, normalize)
-    check_options(temperature, chunk_size)
-    check_names("direction", direction, params, "pass a direction made from these parameters")
-    check_batch("batch_e", batch_e, params, apply)
+    check_options(passes.temperature, passes.chunk_size)
+    check_batch("batch_e", batch_e, params, passes.apply)
+    return batch_e

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import grad
 
 from fx_influence.forward_mode import Tape
 from fx_influence.head import pull, scores, slopes
-from fx_influence.logprobs import in_place, scored_features, weights_of
-from fx_influence.parts import Part, parts
+from fx_influence.logprobs import in_place, scored_features, surrogate, token_values, weights_of
+from fx_influence.parts import Part, parts, row_chunks
 from fx_influence.policy import Halves, halves
-from fx_influence.tree import accumulate, unit_direction
+from fx_influence.tree import accumulate, largest_entry, promote, shift, unit_direction
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 Tapes = list[list[Tensor] | None]
@@ -162,3 +163,26 @@ def token_jvp(
             found.append((part, slopes(policy, params, tangent, features, toward, part.targets, temperature)))
     d = in_place(found, batch)
     return TokenValues(d.logprobs * scale, d.entropies * scale)
+
+
+def curvature(
+    params: Params,
+    direction: Params,
+    batch: Batch,
+    apply: Apply,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """d2/deta2 at 0 of sum_it (c_it log pi(y_it) + b_it h_it) at theta + eta v, float64 scalar; v: ``direction``."""
+    first = next(iter(params.values()))
+    scale = largest_entry(direction)
+    unit = {name: v / scale for name, v in direction.items()}
+
+    def weighted_sum(eta: Tensor, some: Batch) -> Tensor:
+        return -surrogate(token_values(shift(params, unit, eta), some, apply, temperature), some)
+
+    # Reverse twice: forward mode over anything fails at SiLU, and is silently wrong at LayerNorm, whose jvp treats its
+    # saved mean and deviation as constants.
+    eta = torch.zeros((), dtype=promote(first.dtype), device=first.device)
+    bends = [grad(grad(weighted_sum))(eta, some) for some in row_chunks(batch, chunk_size)]
+    return torch.stack(bends).double().sum() * scale**2

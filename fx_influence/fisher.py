@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
 from fx_influence.checks import check_batch, check_options
-from fx_influence.derivatives import batch_gradient
-from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
+from fx_influence.kernel import MEMORY_BUDGET
+from fx_influence.sharding import passes_over
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Preconditioner = Literal["adam", "identity"]
 
@@ -29,13 +32,15 @@ def fisher_kernel(
     max_grad_norm: float | None = None,
     chunk_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: DeviceMesh | None = None,
 ) -> Tensor:
     """K_ai = <grad S_a, P grad S_i>, S the unnormalised log-probability of a completion; (n_a, n_b).
 
     ``preconditioner``: ``"identity"``, P = 1; ``"adam"``, P = 1/den with den of the step that ``batch_b`` makes where
     it has coefficients, else den = sqrt(s / (1 - beta2^step)) + eps of ``opt_state``, and 0 for parameters that the
     optimizer does not hold; or a dictionary of diagonals by name, names absent counting as 0. ``opt_state`` is read by
-    ``"adam"`` alone. K is float64 for float64 parameters, else float32; nats^2 per unit of parameter^2 times P.
+    ``"adam"`` alone. ``mesh``: as in ``influence``. K is float64 for float64 parameters, else float32; nats^2 per unit
+    of parameter^2 times P.
     Raises ``ValueError`` for inputs that disagree, and for ``"adam"`` without coefficients before the first step.
     Source: the natural-gradient kernel, Amari 1998; empirical Fisher with Adam's diagonal.
 
@@ -46,7 +51,10 @@ def fisher_kernel(
         >>> fisher_kernel({"b": torch.zeros(4)}, batch, batch, None, apply=apply, preconditioner="identity").tolist()
         [[0.75, -0.25], [-0.25, 0.75]]
     """
-    params = detached(params)
+    params, passes = detached(params), passes_over(apply, temperature, chunk_size, mesh)
+    batch_a, batch_b = passes.whole_batch("batch_a", batch_a), passes.whole_batch("batch_b", batch_b)
+    options = (temperature, max_grad_norm, memory_budget)
+    passes.check_agreed(params=params, opt_state=opt_state, preconditioner=preconditioner, options=options)
     check_options(temperature, chunk_size)
     check_batch("batch_a", batch_a, params, apply)
     check_batch("batch_b", batch_b, params, apply)
@@ -58,12 +66,12 @@ def fisher_kernel(
     elif preconditioner == "adam":
         opt_state = _checked(params, opt_state, max_grad_norm)
         steps = batch_b.coefficients is not None or batch_b.entropy_coefficients is not None
-        gradient = batch_gradient(params, batch_b, apply, temperature, chunk_size) if steps else None
+        gradient = passes.gradient(params, batch_b) if steps else None
         diagonal = adam_diagonal(params, gradient, opt_state, max_grad_norm)
     else:
         raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
     a, b = scored(batch_a), scored(batch_b)
-    return gradient_kernel(params, a, b, diagonal, apply, temperature, memory_budget, chunk_size)
+    return passes.kernel(params, a, b, diagonal, memory_budget, apply)
 
 
 def scored(batch: Batch) -> Batch:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs
 from fx_influence.checks import check_batch, check_options
-from fx_influence.contraction import Contract, gradient_and_contraction
-from fx_influence.derivatives import Tapes, batch_gradient, taped_gradient, token_jvp, weighted_gradient
+from fx_influence.contraction import Contract
+from fx_influence.derivatives import Tapes
 from fx_influence.display import influence_html, influence_line
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
 from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
-from fx_influence.kernel import MEMORY_BUDGET, gradient_kernel
-from fx_influence.logprobs import all_token_values
+from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.parts import rows
+from fx_influence.passes import Passes
 from fx_influence.policy import whole_policy
 from fx_influence.queries import Query, query_coefficients
+from fx_influence.sharding import passes_over
 from fx_influence.tree import add, detached, dot, multiply
 from fx_influence.types import (
     AdamWState,
@@ -33,6 +35,9 @@ from fx_influence.types import (
     Params,
     TokenValues,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """Relative residual above which a result is refused, by the lowest precision that the model computes in."""
@@ -93,6 +98,7 @@ def influence(
     chunk_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     tolerance: float | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Influence:
     """How much each rollout and token of U changes the policy's entropy in one AdamW step, to first order in lr.
 
@@ -114,6 +120,10 @@ def influence(
     ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, what is kept of
     U's reverse pass and the graphs kept of E may take, each in its turn, beside the pass at hand; 0 keeps nothing.
 
+    ``mesh``: a ``torch.distributed`` device mesh whose ranks all make this call, each with rows of its own in
+    ``batch_u`` and ``batch_e`` (none at all is allowed) and everything else the same. Every rank then has the whole
+    result, as of one process with all rows, rank 0's first; ``query`` is given all rows of E too.
+
     The residual is always computed. Raises ``IdentityError`` where it exceeds ``tolerance`` (None: 1e-4 for float32
     models, 1e-9 for float64) times max(sum |delta_i|, |<u, g>|): a derivative was lost on the way. Raises
     ``ValueError`` for inputs that disagree. Pure: nothing given is changed and nothing is remembered.
@@ -133,15 +143,29 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
     """
-    params, forward = detached(params), Forward(apply, temperature, chunk_size)
-    _check(params, batch_u, batch_e, forward, estimator, normalize)
+    params, passes = detached(params), passes_over(apply, temperature, chunk_size, mesh)
+    batch_u, batch_e = passes.whole_batch("batch_u", batch_u), passes.whole_batch("batch_e", batch_e)
+    options = (
+        estimator,
+        normalize,
+        gain,
+        temperature,
+        max_grad_norm,
+        matrix,
+        stderr,
+        per_token,
+        memory_budget,
+        tolerance,
+    )
+    passes.check_agreed(params=params, opt_state=opt_state, grad=grad, query=query, options=options)
+    _check(params, batch_u, batch_e, passes, estimator, normalize)
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
     # U's losses have the derivatives that a trainer takes of them, the entropy over E those that it has.
-    over_e = forward._replace(apply=whole_policy(apply))
+    over_e = replace(passes, apply=whole_policy(apply))
     batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, over_e, memory_budget)
-    g_u, reach = _over_u(params, batch_u, grad, forward, in_unions, per_token, memory_budget)
+    g_u, reach = _over_u(params, batch_u, grad, passes, in_unions, per_token, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
     slope, parts, still, tokens = _adjoint(reach, ascents, step.gain, step.baseline if in_unions else {})
@@ -156,7 +180,7 @@ def influence(
     unattributed = torch.zeros_like(whole)
     if grad is not None and not _within(whole - per_sequence.sum(), per_sequence, whole, bound):
         # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' own must still add up.
-        rollouts = dot(batch_gradient(params, batch_u, *forward), u)
+        rollouts = dot(passes.gradient(params, batch_u), u)
         unattributed, whole = whole - rollouts, rollouts
     residual = whole - per_sequence.sum()
     route = "the product with U's factors" if tokens is None else "the JVP over U"
@@ -168,9 +192,7 @@ def influence(
     shares = _shares(batch_e, normalize, query)
     error, total_error = torch.full_like(per_sequence, torch.nan), torch.full_like(whole, torch.nan)
     if matrix:
-        kernel = -gradient_kernel(
-            params, batch_e, batch_u, step.gain, *over_e[:2], memory_budget, chunk_size, apply_b=apply
-        )
+        kernel = -over_e.kernel(params, batch_e, batch_u, step.gain, memory_budget, apply_b=apply)
         columns = kernel.double().sum(0)
         check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
         if stderr:
@@ -199,12 +221,6 @@ def influence(
     )
 
 
-class Forward(NamedTuple):
-    apply: Apply
-    temperature: float
-    chunk_size: int | None
-
-
 def _surrogate_of(
     batch_e: Batch, query: Query | None, estimator: Estimator, normalize: Normalize
 ) -> Callable[[TokenValues], Batch]:
@@ -223,16 +239,16 @@ def _ascents(
     batch_e: Batch,
     weigh: Callable[[TokenValues], Batch],
     in_unions: bool,
-    forward: Forward,
+    passes: Passes,
     memory_budget: int,
 ) -> tuple[Batch, Tensor, Iterable[Gradients]]:
     """E with its surrogate, the union of each row, and minus the gradient of every union's part; one for all if not."""
     if not in_unions:
-        weighted, whole = weighted_gradient(params, batch_e, forward.apply, weigh, *forward[1:], memory_budget)
+        weighted, whole = passes.weighted_gradient(params, batch_e, weigh, memory_budget)
         return weighted, torch.zeros_like(batch_e.input_ids[:, 0]), [whole]
-    weighted, unions = weigh(all_token_values(params, batch_e, *forward)), union_index(batch_e)
+    weighted, unions = weigh(passes.values(params, batch_e)), union_index(batch_e)
     count = int(unions.max()) + 1
-    return weighted, unions, (batch_gradient(params, rows(weighted, unions == k), *forward) for k in range(count))
+    return weighted, unions, (passes.gradient(params, rows(weighted, unions == k)) for k in range(count))
 
 
 class _Reach(NamedTuple):
@@ -240,19 +256,19 @@ class _Reach(NamedTuple):
 
     params: Params
     batch: Batch
-    forward: Forward
+    passes: Passes
     contract: Contract | None
     tapes: Tapes | None
     per_token: bool
 
     def token_shares(self, u: Params) -> Tensor:
-        return _token_shares(self.params, u, self.batch, self.forward, self.tapes)
+        return _token_shares(self.params, u, self.batch, self.passes, self.tapes)
 
 
-def _token_shares(params: Params, u: Params, batch: Batch, forward: Forward, tapes: Tapes | None) -> Tensor:
+def _token_shares(params: Params, u: Params, batch: Batch, passes: Passes, tapes: Tapes | None) -> Tensor:
     """What each token's coefficients make of the derivatives along u, in a loss: minus them, float64 (n, T)."""
     shares = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
-    derivatives = token_jvp(params, u, batch, *forward, tapes)
+    derivatives = passes.jvp(params, u, batch, tapes)
     for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
             shares -= weight.double() * d.double()
@@ -263,20 +279,20 @@ def _over_u(
     params: Params,
     batch_u: Batch,
     grad: Gradients | None,
-    forward: Forward,
+    passes: Passes,
     in_unions: bool,
     per_token: bool,
     memory_budget: int,
 ) -> tuple[Gradients, _Reach]:
     """U's gradient, and its reverse pass with factors kept where several directions or no tokens are wanted."""
     own: Gradients | None = None
-    reach = _Reach(params, batch_u, forward, None, None, per_token)
+    reach = _Reach(params, batch_u, passes, None, None, per_token)
     if in_unions or not (per_token or grad is not None):
-        found = gradient_and_contraction(params, batch_u, *forward, memory_budget)
+        found = passes.contraction(params, batch_u, memory_budget)
         if found is not None:
             own, reach = found[0], reach._replace(contract=found[1])
     if own is None and grad is None:
-        own, tapes = taped_gradient(params, batch_u, *forward, memory_budget)
+        own, tapes = passes.taped_gradient(params, batch_u, memory_budget)
         reach = reach._replace(tapes=tapes)
     g_u = own if grad is None else grad
     assert g_u is not None
@@ -350,9 +366,9 @@ def check_identity(
 
 
 def _check(
-    params: Params, batch_u: Batch, batch_e: Batch, forward: Forward, estimator: Estimator, normalize: Normalize
+    params: Params, batch_u: Batch, batch_e: Batch, passes: Passes, estimator: Estimator, normalize: Normalize
 ) -> None:
     check_estimator(estimator, normalize)
-    check_options(forward.temperature, forward.chunk_size)
-    check_batch("batch_u", batch_u, params, forward.apply, coefficients=True)
-    check_batch("batch_e", batch_e, params, forward.apply)
+    check_options(passes.temperature, passes.chunk_size)
+    check_batch("batch_u", batch_u, params, passes.apply, coefficients=True)
+    check_batch("batch_e", batch_e, params, passes.apply)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from fx_influence.head import Weights, scores
-from fx_influence.parts import Part, parts
+from fx_influence.head import LOGITS_AT_ONCE, Weights, scores
+from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
 from fx_influence.policy import halves
-from fx_influence.tree import promote
+from fx_influence.tree import promote, shift
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
 
@@ -54,6 +55,45 @@ def all_token_values(
             features = scored_features(policy.features(params, part.input_ids, part.attention_mask), part)
             found.append((part, scores(policy, params, features, part.targets, temperature)))
         return in_place(found, batch)
+
+
+def moved_token_values(
+    params: Params,
+    block: Params,
+    eta: float,
+    batch: Batch,
+    apply: Apply,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> TokenValues:
+    """``all_token_values`` at theta + eta v for every v of a block of K directions, (K, B, T) each.
+
+    The directions, a leading axis of every entry of ``block``, are vmapped as far as the batch leaves room for more
+    than one in a pass.
+    """
+    policy, size = halves(apply), len(next(iter(block.values())))
+    rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
+    # Products with a matrix for each direction are slow ones: worth it only while one direction fills no pass.
+    together = max(1, rows_at_once // len(batch.input_ids))
+    pieces = parts(batch, chunk_size, policy.aligned, TOKENS_PER_CHUNK // together)
+
+    def moved(here: Params, features: Callable[[Params, Tensor, Tensor], Tensor]) -> TokenValues:
+        found = []
+        for part in pieces:
+            scored = scored_features(features(here, part.input_ids, part.attention_mask), part)
+            found.append((part, scores(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together)))
+        return in_place(found, batch)
+
+    found = []
+    with torch.no_grad():
+        for start in range(0, size, together):
+            some = {name: v[start : start + together] for name, v in block.items()}
+            if together == 1:
+                own = moved(shift(params, {name: v[0] for name, v in some.items()}, eta), policy.features)
+                found.append(TokenValues(*(x.unsqueeze(0) for x in own)))
+            else:
+                found.append(vmap(lambda v: moved(shift(params, v, eta), policy.traced))(some))
+    return TokenValues(*(torch.cat(field) for field in zip(*found, strict=True)))
 
 
 def scored_features(features: Tensor, part: Part) -> Tensor:

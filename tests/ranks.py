@@ -1,0 +1,55 @@
+"""What a script of the tests does on several ranks, started by torch's own launcher, and the answers of each rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+TESTS = Path(__file__).parent
+TIMEOUT = 120
+"""Seconds after which ranks that wait for each other are ended; what they do takes a few."""
+
+
+def launch(ranks: int, script: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """``tests/<script>`` with ``args`` on ``ranks`` processes, and with ``stdout`` what all of them wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return subprocess.run(
+        [*command, str(TESTS / script), *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        timeout=TIMEOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def answers(ranks: int, script: str, out: Path, *args: object) -> list[Any]:
+    """What each rank gave to ``save_answer`` in ``out``; fails with what they wrote where one failed."""
+    done = launch(ranks, script, out, *args)
+    assert done.returncode == 0, done.stdout
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def save_answer(out: str, answer: Any) -> None:
+    torch.save(answer, Path(out) / f"{dist.get_rank()}.pt")
+
+
+@contextmanager
+def mesh_of_all(*shape: int) -> Iterator[DeviceMesh]:
+    """In a rank's process: the mesh of all ranks, of one axis where no ``shape`` is given."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT / 2))
+    try:
+        yield init_device_mesh("cpu", shape or (dist.get_world_size(),))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,85 @@
+"""One training state and everything asked of it, by one process with all rows or by ranks with rows of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import fx_influence as fx
+from fx_influence.parts import rows
+from fx_influence.types import Batch
+
+Answers = dict[str, Tensor]
+
+
+def share(batch: Batch, counts: list[int], rank: int) -> Batch:
+    """Rows of ``rank``, cut where the longest of them ends: ranks differ in rows and in width."""
+    start = sum(counts[:rank])
+    own = rows(batch, slice(start, start + counts[rank]))
+    width = (
+        int(torch.where(own.attention_mask, torch.arange(own.input_ids.shape[1]) + 1, 0).max()) if counts[rank] else 0
+    )
+    return Batch._make(f if f is None or f.dim() == 1 else f[:, :width] for f in own)
+
+
+def tiny_state(seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    apply, params = apply_of(TinyPolicy(tied=True, idle=True))
+    u = random_batch(generator, 7, 12, 7, groups=3, gaps=True, entropy_coefficients=True, min_len=0)
+    e = random_batch(generator, 11, 12, 7, groups=5, coefficients=False)
+    state = random_adamw_state(generator, params)
+    return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
+
+
+def qwen_state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    apply, params = fx.functionalize(Qwen2ForCausalLM(config))
+    generator = torch.Generator().manual_seed(1)
+    u, e = (random_batch(generator, n, 24, 41, groups=4, padding="left", coefficients=n == 9) for n in (9, 10))
+    state = random_adamw_state(generator, params)
+    return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
+
+
+def asked(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
+    """Every function that takes a mesh, with every route of ``influence``."""
+    params, u, e, optimizer = (state[name] for name in ("params", "batch_u", "batch_e", "opt_state"))
+    on = {"apply": state["apply"], "mesh": mesh}
+    direction = random_direction(torch.Generator().manual_seed(5), params)
+    block = {name: torch.stack([v, -0.5 * v, 2 * v]) for name, v in direction.items()}
+    influences = {
+        "adjoint": {},
+        "no stderr": {"stderr": False, "max_grad_norm": 0.1},
+        "per sequence": {"per_token": False, "estimator": "sequence", "normalize": "sequence"},
+        "matrix": {"matrix": True, "gain": "marginal", "temperature": 0.7},
+        "small chunks": {"chunk_size": 2, "memory_budget": 0},
+        "query": {"query": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
+    }
+    found: Answers = {}
+    for case, options in influences.items():
+        out = fx.influence(params, u, e, optimizer, **on, **options)
+        fields = {**out._asdict(), **out.per_parameter}
+        found |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
+    for name, record in {
+        "snis": fx.snis_delta(params, direction, 0.3, e, **on, clip=0.5),
+        "snis by sequence": fx.snis_delta(params, direction, 0.3, e, **on, estimator="sequence", normalize="sequence"),
+        "sweep": fx.snis_sweep(params, e, **on)(block, [0.1, 1.0]),
+        "jvp": fx.jvp_delta(params, direction, e, **on),
+    }.items():
+        found |= {f"{name}: {field}": x for field, x in record._asdict().items()}
+    found["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **on)
+    return found

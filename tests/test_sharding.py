@@ -1,0 +1,82 @@
+"""Rows dealt to the ranks of a mesh: the answers of one process with all rows, and what is refused refused on all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import answers
+from sharded_cases import Answers, asked, qwen_state, tiny_state
+from torch import Tensor
+
+
+def agree(actual: Answers, expected: Answers, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        own, case = actual[name], name.partition(": ")[0]
+        assert own.dtype == value.dtype, name
+        size = value.abs().max()
+        if value.dim() == 0 and f"{case}: per_sequence" in expected:
+            # A sum of terms that cancel, and 0 but for rounding in the case of the residual: small beside these.
+            size = expected[f"{case}: per_sequence"].abs().sum() + expected[f"{case}: baseline"].abs()
+        if torch.isnan(value).all() or not size:
+            torch.testing.assert_close(own, value, rtol=0, atol=0, equal_nan=True, msg=name)
+        else:
+            assert float((own - value).abs().max() / size) <= tolerance, name
+
+
+def widened(answer: Answers, like: Answers) -> Answers:
+    """Ranks pad per-token influences to the widest rank's rows, which may be narrower than the batch that was cut."""
+
+    def pad(x: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, y.shape[-1] - x.shape[-1])) if x.shape != y.shape else x
+
+    return {name: pad(x, like[name]) for name, x in answer.items()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return answers(2, "ranks_influence.py", tmp_path_factory.mktemp("two"))
+
+
+def test_two_ranks_give_what_one_process_gives(two: list[dict[str, Any]]) -> None:
+    expected = asked(tiny_state())
+    for answer in two:
+        agree(widened(answer["tiny"], expected), expected, 1e-12)
+
+
+def test_two_ranks_give_what_one_process_gives_in_float32(two: list[dict[str, Any]]) -> None:
+    expected = asked(qwen_state())
+    for answer in two:
+        agree(widened(answer["qwen"], expected), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(3, ()), (4, (2, 2))])
+def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int, ...], tmp_path: Path) -> None:
+    expected = asked(tiny_state())
+    for answer in answers(ranks, "ranks_influence.py", tmp_path, *shape):
+        agree(widened(answer["tiny"], expected), expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("temperature", r"ValueError: options.*rank 0.*rank 1; only the rows"),
+        ("parameters", r"ValueError: the checksum of params is '\w+' on rank 0 and '\w+' on rank 1"),
+        ("steps", r"ValueError: opt_state.step"),
+        ("shapes", r"ValueError: on rank 1: batch_e.completion_mask is torch.bool of shape"),
+        ("fields", r"ValueError: batch_e.group is \[torch.int64, None\] by rank; pass the same"),
+        ("nothing", "no error"),
+    ],
+)
+def test_a_mistake_of_one_rank_is_raised_on_all(two: list[dict[str, Any]], mistake: str, message: str) -> None:
+    for answer in two:
+        assert re.search(message, answer["refusals"][mistake]), answer["refusals"][mistake]
+
+
+def test_a_collective_that_drops_the_tangent_is_caught(two: list[dict[str, Any]]) -> None:
+    for answer in two:
+        assert answer["refusals"]["lost tangent"].startswith("IdentityError: the JVP over U gives")
