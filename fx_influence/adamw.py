@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fx_influence.shards import over_shards, own_part
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
 
@@ -137,15 +138,20 @@ def _no_step(p: Tensor) -> dict[str, Tensor]:
 
 
 def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
-    first = next(iter(params.values()))
+    first = own_part(next(iter(params.values())))
     one = torch.ones((), dtype=promote(first.dtype), device=first.device)
-    norms = [g.to(promote(g.dtype)).norm() for g in grads.values() if g is not None]
-    if not norms:
+    found = [g for g in grads.values() if g is not None]
+    if not found:
         return one
-    norm = torch.stack([n.to(one) for n in norms]).norm()
+    norm = torch.stack([n.to(one) for n in _norms(found)]).norm()
     if not torch.isfinite(norm):
         raise ValueError(f"the norm of grads is {norm.item()}; the step has no direction: drop the batch")
     return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    norms = [own_part(g).to(promote(g.dtype)).norm().double() for g in grads]
+    return [square.sqrt() for square in over_shards([norm.square() for norm in norms], grads)]
 
 
 def check_adamw_inputs(
@@ -161,9 +167,10 @@ def check_adamw_inputs(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a positive number, or None where nothing is clipped")
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
-    for name, g in grads.items():
-        # A sum is finite only if its terms are; it may overflow where they are.
-        if g is not None and not torch.isfinite(g.sum()) and not torch.isfinite(g).all():
+    found = {name: g for name, g in grads.items() if g is not None}
+    bad = [_holds_infinities(own_part(g)) for g in found.values()]
+    for name, count in zip(found, over_shards(bad, list(found.values())), strict=True):
+        if count:
             raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
@@ -175,3 +182,9 @@ def check_adamw_inputs(
             raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")
         if hyper.amsgrad and name not in opt_state.max_exp_avg_sq:
             raise ValueError(f"opt_state has no max_exp_avg_sq for {name!r}, whose group has amsgrad=True; {remedy}")
+
+
+def _holds_infinities(x: Tensor) -> Tensor:
+    # A sum is finite only if its terms are; it may overflow where they are.
+    fine = bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return x.new_full((), not fine, dtype=torch.float64)

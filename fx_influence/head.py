@@ -71,10 +71,11 @@ def slopes(
 ) -> TokenValues:
     """Of log pi(y) and h, (n,): dz_y - sum pi dz and -sum pi (log pi + h) dz, z the logits over the temperature."""
     found = []
+    own, d_own = ({name: x for name, x in tree.items() if name in policy.in_head} for tree in (params, tangent))
     for piece in _pieces(len(targets), policy):
-        at = params, features[piece]
+        at, toward = (own, features[piece]), (d_own, d_features[piece])
         with ForwardMode():
-            logits, d_logits = cast(tuple[Tensor, Tensor], jvp(policy.head, at, (tangent, d_features[piece])))
+            logits, d_logits = cast(tuple[Tensor, Tensor], jvp(policy.head, at, toward))
         log_pi = _log_softmax(logits, temperature)
         d_logits = d_logits.to(log_pi.dtype)
         pi = log_pi.exp()

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fx_influence.attention import math_attention
 from fx_influence.forward_mode import ForwardMode, trained_embedding
+from fx_influence.shards import is_sharded
 from fx_influence.types import Apply, Params
 
 
@@ -26,7 +27,8 @@ class Halves(NamedTuple):
     compiled, for passes that watch its operations. ``traced``: the same for use inside vmap and jvp.
     ``pushforward(params, tangent, input_ids, attention_mask, outputs)``: features and their tangent; ``outputs``: of
     the linear maps in ``features`` of the same tokens, see ``forward_mode.Tape``, or None. ``compiled``: passes are.
-    ``head(params, features)``: (..., V). ``vocab_size``: V, None where it is not known.
+    ``head(params, features)``: (..., V). ``in_head``: the names of the parameters that it takes. ``vocab_size``: V,
+    None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
     begin in column 0 and cut after their last token. A plain ``apply`` is all features, and its head does nothing.
     """
@@ -36,6 +38,7 @@ class Halves(NamedTuple):
     traced: Callable[[Params, Tensor, Tensor], Tensor]
     pushforward: Callable[[Params, Params, Tensor, Tensor, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
     head: Callable[[Params, Tensor], Tensor]
+    in_head: frozenset[str]
     vocab_size: int | None
     aligned: bool
     compiled: bool
@@ -52,7 +55,7 @@ def halves(apply: Apply) -> Halves:
         with ForwardMode(outputs):
             return cast(tuple[Tensor, Tensor], jvp(lambda p: apply(p, ids, mask), (params,), (tangent,)))
 
-    return Halves(apply, apply, apply, pushforward, lambda params, x: x.view_as(x), None, False, False)
+    return Halves(apply, apply, apply, pushforward, lambda params, x: x.view_as(x), frozenset(), None, False, False)
 
 
 class Policy:
@@ -67,7 +70,7 @@ class Policy:
     """
 
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
-        self._template = _meta_template(model, "eager")
+        self._template = self._meta_template(model, "eager")
         self._frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
         self._frozen |= {name: b.detach() for name, b in model.named_buffers()}
         parameters = _forward_parameters(self._template)
@@ -96,9 +99,10 @@ class Policy:
     def halves(self) -> Halves:
         """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
         vocab_size = None if self._head is None else self.vocab_size
+        in_head = frozenset(self._head.names.values() if self._head else ())
         aligned = self._position_ids
         own = self._features, self._eager, self._traced, self._pushforward, self._logits
-        return Halves(*own, vocab_size, aligned, self._compiled is not None)
+        return Halves(*own, in_head, vocab_size, aligned, self._compiled is not None)
 
     def whole(self) -> Policy:
         """The same policy with all its derivatives, those to the embedding of the padding token included.
@@ -180,8 +184,11 @@ class Policy:
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
         with _StayFloat64() if wide else nullcontext():
-            out = torch.func.functional_call(template, {**self._frozen, **params}, args, kwargs)
+            out = self._call(template, {**self._frozen, **params}, args, kwargs)
         return out if isinstance(out, Tensor) else out.logits
+
+    def _call(self, template: nn.Module, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        return torch.func.functional_call(template, known, args, kwargs)
 
     def _cut(self, model: nn.Module, attention: str) -> tuple[nn.Module, _Head | None]:
         """The template without its output embeddings and these; the whole template where they are not all that is left.
@@ -189,9 +196,8 @@ class Policy:
         Seen by a forward of two tokens in which the output embeddings hand their input on: whatever scales or caps
         logits after them makes another tensor of it.
         """
-        body = _meta_template(model, attention)
-        whole = _base(body)
-        module = whole.get_output_embeddings() if hasattr(whole, "set_output_embeddings") else None
+        body = self._meta_template(model, attention)
+        whole, module = _base(body), output_embeddings(body)
         if module is None:
             return body, None
         # Names as the whole model has them: tied weights go by that of their first use.
@@ -205,7 +211,24 @@ class Policy:
             simply = self._run(body, params, ids, torch.ones_like(ids, dtype=torch.bool)) is handed.last
         # What it holds would be kept alive, and a compiled pass may not keep what it makes.
         whole.set_output_embeddings(nn.Identity())
-        return (body, head) if simply else (_meta_template(model, attention), None)
+        return (body, head) if simply else (self._meta_template(model, attention), None)
+
+    def _meta_template(self, model: nn.Module, attention: str) -> nn.Module:
+        # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
+        memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
+        memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+        template = self._copied(model, memo).eval()
+        _undo_patches(template)
+        if _is_hugging_face(template):
+            try:
+                _base(template).set_attn_implementation(attention)
+            except ValueError:
+                # This architecture has no such attention, and every one has this.
+                _base(template).set_attn_implementation("eager")
+        return template
+
+    def _copied(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(model, memo)
 
 
 def whole_policy(apply: Apply) -> Apply:
@@ -270,7 +293,11 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     ``params`` holds the parameters with ``requires_grad`` by name, tied ones once, as detached aliases of the live
     tensors: clone them before an optimizer step if the values before the step are wanted after it.
 
-    Raises ``ValueError`` for a model without trainable parameters or with parameters on the meta device.
+    Of a model sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``) ``apply`` is a ``ShardedPolicy``, see there,
+    and ``params`` are DTensors; every rank of its mesh makes the call.
+
+    Raises ``ValueError`` for a model without trainable parameters, with parameters on the meta device, or sharded in
+    another way than by FSDP2.
 
     Example:
         >>> class Bigram(nn.Module):
@@ -291,16 +318,19 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     meta = [name for name, p in named.items() if p.is_meta]
     if meta:
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; load its weights first")
+    if any(map(is_sharded, named.values())):
+        from fx_influence.sharded_policy import ShardedPolicy
+
+        return ShardedPolicy(model, position_ids, compiled), params
     return Policy(model, position_ids, compiled), params
 
 
-def _meta_template(model: nn.Module, attention: str) -> nn.Module:
-    # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
-    }
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    template = copy.deepcopy(model, memo).eval()
+def _meta_parameter(p: Tensor) -> nn.Parameter:
+    # By shape and not by empty_like: of a DTensor that would be a DTensor.
+    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+
+
+def _undo_patches(template: nn.Module) -> None:
     for module in template.modules():
         # accelerate and kernel patches replace `forward` on the instance; torch.func needs the class's own.
         module.__dict__.pop("forward", None)
@@ -310,13 +340,13 @@ def _meta_template(model: nn.Module, attention: str) -> nn.Module:
             # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del module._forward_hooks[key]
-    if _is_hugging_face(template):
-        try:
-            _base(template).set_attn_implementation(attention)
-        except ValueError:
-            # This architecture has no such attention, and every one has this.
-            _base(template).set_attn_implementation("eager")
-    return template
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns features into logits, where the model tells."""
+    whole = _base(model)
+    found: nn.Module | None = whole.get_output_embeddings() if hasattr(whole, "set_output_embeddings") else None
+    return found
 
 
 def _base(model: nn.Module) -> Any:

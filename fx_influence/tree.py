@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fx_influence.shards import is_sharded, over_shards, own_part
 from fx_influence.types import Gradients, Params
 
 
@@ -23,14 +24,20 @@ def detached(params: Params) -> Params:
 def dot(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> Tensor:
     """Inner product sum_name <a_name, b_name> accumulated in float64; names absent or None in ``a`` count as 0.
 
-    Returns a float64 scalar on the device of ``b``.
+    Returns a float64 scalar on the device of ``b``, of DTensors the same on every rank.
 
     Example:
         >>> dot({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0]), "v": torch.ones(1)}).item()
         3.0
     """
-    found = [_dot(x.flatten(), b[name].flatten()) for name, x in a.items() if x is not None]
-    return torch.stack(found).sum() if found else next(iter(b.values())).new_zeros((), dtype=torch.float64)
+    return torch.stack(list(dots(a, b).values())).sum()
+
+
+def dots(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """<a_name, b_name> for every name of ``b``, as in ``dot``; of DTensors, one all-reduce for all names."""
+    out = {name: own_part(y).new_zeros((), dtype=torch.float64) for name, y in b.items()}
+    found = {name: _dot(own_part(x).flatten(), own_part(b[name]).flatten()) for name, x in a.items() if x is not None}
+    return out | dict(zip(found, over_shards(list(found.values()), [b[name] for name in found]), strict=True))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -63,21 +70,30 @@ def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]]) -> N
 
     Autograd may give one tensor for two names, or one value for many entries: those are copied first.
     """
-    held = {x.data_ptr() for x in total.values() if x is not None}
+    held = {_address(x) for x in total.values() if x is not None}
     for name, g in more:
         if g is not None:
             g, old = g.to(promote(g.dtype)), total[name]
             if old is not None:
                 old.add_(g)
                 continue
-            total[name] = g.clone() if g.data_ptr() in held or not g.is_contiguous() else g
-            held.add(g.data_ptr())
+            total[name] = g.clone() if _address(g) in held or not g.is_contiguous() else g
+            held.add(_address(g))
+
+
+def _address(x: Tensor) -> int:
+    return own_part(x).data_ptr()
 
 
 def largest_entry(direction: Params) -> float:
     """max |v| over all entries, or 1.0 where that is 0: what to divide v by before it is cast to a narrower dtype."""
-    largest = max((float(torch.stack(v.aminmax()).abs().max()) for v in direction.values() if v.numel()), default=0.0)
+    found = [_largest(own_part(v)) for v in direction.values()]
+    largest = max(map(float, over_shards(found, list(direction.values()), largest=True)), default=0.0)
     return largest if largest > 0 else 1.0
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.stack(x.aminmax()).abs().max().double() if x.numel() else x.new_zeros((), dtype=torch.float64)
 
 
 def unit_direction(direction: Params, params: Params) -> tuple[float, Params]:
@@ -99,11 +115,17 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
 
 
 def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, remedy: str) -> None:
-    """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape."""
+    """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape, sharded where that is."""
     for name, value in tree.items():
         if name not in params:
             raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}")
         if value is not None and value.shape != params[name].shape:
             raise ValueError(
                 f"{field}[{name!r}] has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}; {remedy}"
+            )
+        if value is not None and is_sharded(value) != is_sharded(params[name]):
+            kinds = ["a plain tensor", "a DTensor"]
+            raise ValueError(
+                f"{field}[{name!r}] is {kinds[is_sharded(value)]}, the parameter {kinds[is_sharded(params[name])]}; "
+                f"{remedy}"
             )
