@@ -30,7 +30,8 @@ OF_THESE = "pass a direction made from these parameters"
 class JvpDelta(NamedTuple):
     """Derivatives of the entropy estimate along v at eta = 0, float64.
 
-    ``first``: dH/deta, nats per unit lr, scalar. ``second``: d2H/deta2, without the factor 1/2, scalar.
+    ``first``: dH/deta, nats per unit lr, scalar. ``second``: d2H/deta2, without the factor 1/2, scalar; NaN for a
+    ``ShardedPolicy``, which has no nested derivatives.
     ``contributions``: (n_e,), centred, adding up to ``first``.
     """
 
@@ -114,7 +115,7 @@ def snis_sweep(
         >>> (measure({"w": torch.stack([-table, table])}, [0.1]).delta_h > 0).tolist()
         [[True, False]]
     """
-    passes = passes_over(apply, temperature, chunk_size, mesh)
+    passes = passes_over(params, apply, temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
     params, passes = _widened(params, passes)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
@@ -167,7 +168,7 @@ def jvp_delta(
         >>> out.first.item() > 0, out.contributions.shape
         (True, torch.Size([2]))
     """
-    passes = passes_over(whole_policy(apply), temperature, chunk_size, mesh)
+    passes = passes_over(params, whole_policy(apply), temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
     passes.check_agreed(direction=direction)
     check_names("direction", direction, params, OF_THESE)
@@ -207,7 +208,7 @@ def _checked(
 ) -> Batch:
     """The rows of all who take part, once everything that they were given has been checked."""
     batch_e = passes.whole_batch("batch_e", batch_e)
-    passes.check_agreed(params=params, options=(estimator, normalize, clip, passes.temperature))
+    passes.check_agreed(params=params, estimator=estimator, normalize=normalize, clip=clip)
     check_estimator(estimator, normalize)
     check_options(passes.temperature, passes.chunk_size)
     check_batch("batch_e", batch_e, params, passes.apply)

@@ -15,6 +15,7 @@ from fx_influence.head import pull, scores, slopes
 from fx_influence.logprobs import in_place, scored_features, surrogate, token_values, weights_of
 from fx_influence.parts import Part, parts, row_chunks
 from fx_influence.policy import Halves, halves
+from fx_influence.shards import own_part
 from fx_influence.tree import accumulate, largest_entry, promote, shift, unit_direction
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
@@ -99,10 +100,10 @@ class _Graph(saved_tensors_hooks):
 
     def __init__(self, leaves: Params) -> None:
         self.bytes = 0
-        seen = {p.untyped_storage().data_ptr() for p in leaves.values()}
+        seen = {own_part(p).untyped_storage().data_ptr() for p in leaves.values()}
 
         def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
+            storage = own_part(x).untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 self.bytes += storage.nbytes()

@@ -51,11 +51,17 @@ def fisher_kernel(
         >>> fisher_kernel({"b": torch.zeros(4)}, batch, batch, None, apply=apply, preconditioner="identity").tolist()
         [[0.75, -0.25], [-0.25, 0.75]]
     """
-    params, passes = detached(params), passes_over(apply, temperature, chunk_size, mesh)
+    params, passes = detached(params), passes_over(params, apply, temperature, chunk_size, mesh)
     batch_a, batch_b = passes.whole_batch("batch_a", batch_a), passes.whole_batch("batch_b", batch_b)
-    options = (temperature, max_grad_norm, memory_budget)
-    passes.check_agreed(params=params, opt_state=opt_state, preconditioner=preconditioner, options=options)
+    passes.check_agreed(
+        params=params,
+        opt_state=opt_state,
+        preconditioner=preconditioner,
+        max_grad_norm=max_grad_norm,
+        memory_budget=memory_budget,
+    )
     check_options(temperature, chunk_size)
+    passes.check_kernel("fisher_kernel")
     check_batch("batch_a", batch_a, params, apply)
     check_batch("batch_b", batch_b, params, apply)
     if isinstance(preconditioner, dict):

@@ -22,7 +22,7 @@ from fx_influence.passes import Passes
 from fx_influence.policy import whole_policy
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.sharding import passes_over
-from fx_influence.tree import add, detached, dot, multiply
+from fx_influence.tree import add, detached, dot, dots, multiply
 from fx_influence.types import (
     AdamWState,
     Apply,
@@ -143,22 +143,24 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
     """
-    params, passes = detached(params), passes_over(apply, temperature, chunk_size, mesh)
+    params, passes = detached(params), passes_over(params, apply, temperature, chunk_size, mesh)
     batch_u, batch_e = passes.whole_batch("batch_u", batch_u), passes.whole_batch("batch_e", batch_e)
-    options = (
-        estimator,
-        normalize,
-        gain,
-        temperature,
-        max_grad_norm,
-        matrix,
-        stderr,
-        per_token,
-        memory_budget,
-        tolerance,
+    passes.check_agreed(
+        params=params,
+        opt_state=opt_state,
+        grad=grad,
+        query=query,
+        estimator=estimator,
+        normalize=normalize,
+        gain=gain,
+        max_grad_norm=max_grad_norm,
+        matrix=matrix,
+        stderr=stderr,
+        per_token=per_token,
+        memory_budget=memory_budget,
+        tolerance=tolerance,
     )
-    passes.check_agreed(params=params, opt_state=opt_state, grad=grad, query=query, options=options)
-    _check(params, batch_u, batch_e, passes, estimator, normalize)
+    _check(params, batch_u, batch_e, passes, estimator, normalize, matrix)
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
@@ -174,7 +176,7 @@ def influence(
     del reach
 
     u = multiply(step.gain, slope)
-    per_parameter = {name: dot({name: g_u.get(name)}, {name: x}) for name, x in u.items()}
+    per_parameter = dots(g_u, u)
     whole = torch.stack(list(per_parameter.values())).sum()
     bound = identity_tolerance(params, apply) if tolerance is None else tolerance
     unattributed = torch.zeros_like(whole)
@@ -366,9 +368,17 @@ def check_identity(
 
 
 def _check(
-    params: Params, batch_u: Batch, batch_e: Batch, passes: Passes, estimator: Estimator, normalize: Normalize
+    params: Params,
+    batch_u: Batch,
+    batch_e: Batch,
+    passes: Passes,
+    estimator: Estimator,
+    normalize: Normalize,
+    matrix: bool,
 ) -> None:
     check_estimator(estimator, normalize)
     check_options(passes.temperature, passes.chunk_size)
+    if matrix:
+        passes.check_kernel("matrix=True")
     check_batch("batch_u", batch_u, params, passes.apply, coefficients=True)
     check_batch("batch_e", batch_e, params, passes.apply)

@@ -16,7 +16,7 @@ from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 @dataclass(frozen=True)
 class Passes:
-    """Of ``apply`` over batches that this process holds; ``sharding.DealtPasses`` has the same over several ranks.
+    """Of ``apply`` over batches that this process holds; ``sharding`` has the same over several ranks.
 
     Each takes whole batches and gives whole results; see the function of the same name for what it is.
     """
@@ -31,6 +31,9 @@ class Passes:
 
     def check_agreed(self, **facts: object) -> None:
         """Raise ``ValueError`` unless whoever takes part was given the same."""
+
+    def check_kernel(self, asked_by: str) -> None:
+        """Raise ``ValueError`` where ``kernel`` cannot be had, naming what asks for it."""
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
         return all_token_values(params, batch, *self._read)

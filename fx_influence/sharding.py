@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fx_influence.checks import check_fields
 from fx_influence.contraction import Contract
 from fx_influence.derivatives import Tapes
-from fx_influence.parts import rows
+from fx_influence.parts import TOKENS_PER_CHUNK, rows
 from fx_influence.passes import Passes
-from fx_influence.tree import promote
-from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params, TokenValues
+from fx_influence.ranks import check_agreed, check_everywhere, collected, facts_of, gathered, rank_in, sum_over_ranks
+from fx_influence.shards import is_sharded
+from fx_influence.tree import promote, shift
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Value = TypeVar("Value")
 
+def passes_over(
+    params: Params, apply: Apply, temperature: float, chunk_size: int | None, mesh: DeviceMesh | None
+) -> Passes:
+    """The passes of this process alone, or with a mesh those of its ranks together.
 
-def passes_over(apply: Apply, temperature: float, chunk_size: int | None, mesh: DeviceMesh | None) -> Passes:
-    """The passes of this process alone, or with a mesh those of its ranks together."""
-    if mesh is None:
-        return Passes(apply, temperature, chunk_size)
-    return DealtPasses(apply, temperature, chunk_size, mesh=mesh)
+    Sharded parameters bring their own mesh. Raises ``ValueError`` where another is given with them.
+    """
+    first: Any = next(iter(params.values()))
+    if not is_sharded(first):
+        return (
+            Passes(apply, temperature, chunk_size)
+            if mesh is None
+            else DealtPasses(apply, temperature, chunk_size, mesh=mesh)
+        )
+    own = first.device_mesh
+    if mesh is not None and not torch.equal(mesh.mesh.flatten(), own.mesh.flatten()):
+        raise ValueError(f"mesh is {mesh}, the parameters are sharded over {own}; pass that one, or None")
+    return ShardedPasses(apply, temperature, chunk_size, mesh=own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,40 +58,42 @@ class DealtPasses(Passes):
         return gathered_batch(self.mesh, field, batch)
 
     def check_agreed(self, **facts: object) -> None:
-        check_agreed(self.mesh, {key: fact for name, value in facts.items() for key, fact in _facts(name, value)})
+        facts |= {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        check_agreed(self.mesh, {key: fact for name, value in facts.items() for key, fact in facts_of(name, value)})
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
-        deal = deal_of(batch, self.mesh)
-        return deal.whole_values(super().values(params, deal.own(batch)))
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        return deal.whole_values(here.passes.values(here.params, deal.own(batch)))
 
     def moved_values(self, params: Params, block: Params, eta: float, batch: Batch) -> TokenValues:
-        deal = deal_of(batch, self.mesh)
-        return deal.whole_values(super().moved_values(params, block, eta, deal.own(batch)))
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        return deal.whole_values(here.passes.moved_values(here.params, block, eta, deal.own(batch)))
 
     def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
-        own, tapes = super().taped_gradient(params, deal_of(batch, self.mesh).own(batch), memory_budget)
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        own, tapes = here.passes.taped_gradient(here.params, deal.own(batch), memory_budget)
         return self._summed(params, own), tapes
 
     def weighted_gradient(
         self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
     ) -> tuple[Batch, Gradients]:
-        deal = deal_of(batch, self.mesh)
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
         weighted: list[Batch] = []
 
         def weigh_own(values: TokenValues) -> Batch:
             weighted.append(weigh(deal.whole_values(values)))
             return deal.own(weighted[0])
 
-        _, own = super().weighted_gradient(params, deal.own(batch), weigh_own, memory_budget)
+        _, own = here.passes.weighted_gradient(here.params, deal.own(batch), weigh_own, memory_budget)
         return weighted[0], self._summed(params, own)
 
     def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
-        deal = deal_of(batch, self.mesh)
-        return deal.whole_values(super().jvp(params, direction, deal.own(batch), tapes))
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch, direction)
+        return deal.whole_values(here.passes.jvp(here.params, here.direction, deal.own(batch), tapes))
 
     def contraction(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Contract] | None:
-        deal = deal_of(batch, self.mesh)
-        found = super().contraction(params, deal.own(batch), memory_budget)
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        found = here.passes.contraction(here.params, deal.own(batch), memory_budget)
         if not all(collected(self.mesh, found is not None)):
             return None
         assert found is not None
@@ -93,31 +106,86 @@ class DealtPasses(Passes):
         # Each rank has a block of the matrix, and needs the gradients of the block's rows and columns alone.
         shape, rank = (len(batch_a.input_ids), len(batch_b.input_ids)), rank_in(self.mesh)
         down = _blocks_down(*shape, self.mesh.size())
-        a, b = (
-            _cut(n, k, batch_a.input_ids.device) for n, k in zip(shape, (down, self.mesh.size() // down), strict=True)
-        )
+        cuts = zip(shape, (down, self.mesh.size() // down), strict=True)
+        a, b = (_cut(count, pieces, batch_a.input_ids.device) for count, pieces in cuts)
         own = rows(batch_a, a[rank // len(b)]), rows(batch_b, b[rank % len(b)])
-        blocks = gathered(self.mesh, super().kernel(params, *own, diagonal, memory_budget, apply_b))
+        here = self._here(params, batch_a).passes
+        blocks = gathered(self.mesh, here.kernel(params, *own, diagonal, memory_budget, apply_b))
         out = blocks.new_empty(shape)
         for k, block in enumerate(blocks):
             out[a[k // len(b)].unsqueeze(1), b[k % len(b)]] = block
         return out
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
-        own = super().curvature(params, direction, deal_of(batch, self.mesh).own(batch))
-        return gathered(self.mesh, own).sum()
+        deal, here = deal_of(batch, self.mesh), self._here(params, batch, direction)
+        return gathered(self.mesh, here.passes.curvature(here.params, here.direction, deal.own(batch))).sum()
+
+    def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
+        return _Here(Passes(self.apply, self.temperature, self.chunk_size), params, direction or {})
 
     def _summed(self, params: Params, gradient: Gradients) -> Gradients:
         """The sum over ranks, by name; None where no rank's rows reach a parameter."""
-        reached = [any(by_rank) for by_rank in zip(*self._everyones_reach(gradient), strict=True)]
+        by_rank = collected(self.mesh, [g is not None for g in gradient.values()])
         out: Gradients = {}
-        for (name, g), some in zip(gradient.items(), reached, strict=True):
-            out[name] = torch.zeros_like(params[name], dtype=promote(params[name].dtype)) if some and g is None else g
+        for (name, g), reached in zip(gradient.items(), map(any, zip(*by_rank, strict=True)), strict=True):
+            p = params[name]
+            out[name] = torch.zeros_like(p, dtype=promote(p.dtype)) if g is None and reached else g
         sum_over_ranks(self.mesh, [g for g in out.values() if g is not None])
         return out
 
-    def _everyones_reach(self, gradient: Gradients) -> list[list[bool]]:
-        return collected(self.mesh, [g is not None for g in gradient.values()])
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedPasses(DealtPasses):
+    """``DealtPasses`` over ranks that hold a part of the parameters each; ``apply`` is a ``ShardedPolicy``.
+
+    Every rank makes the same number of passes, as the collectives inside them need. There is no kernel, no contraction
+    and no curvature: rows' gradients and nested derivatives are out of a sharded policy's reach.
+    """
+
+    def check_kernel(self, asked_by: str) -> None:
+        raise ValueError(
+            f"{asked_by} needs the gradient of every row, which a model sharded by FSDP2 has not; leave it out, "
+            "or load the model whole in each process and pass mesh="
+        )
+
+    def moved_values(self, params: Params, block: Params, eta: float, batch: Batch) -> TokenValues:
+        moved = []
+        for k in range(len(next(iter(block.values())))):
+            moved.append(self.values(shift(params, {name: v[k] for name, v in block.items()}, eta), batch))
+        return TokenValues(*(torch.stack(field) for field in zip(*moved, strict=True)))
+
+    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
+        # A budget may be spent at another part on another rank, which would then make other passes.
+        return super().taped_gradient(params, batch, 0)
+
+    def weighted_gradient(
+        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    ) -> tuple[Batch, Gradients]:
+        return super().weighted_gradient(params, batch, weigh, 0)
+
+    def contraction(self, params: Params, batch: Batch, memory_budget: int) -> None:
+        return None
+
+    def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
+        return torch.full((), torch.nan, dtype=torch.float64, device=batch.input_ids.device)
+
+    def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
+        policy: Any = self.apply
+        opened = policy.opened(params, direction or {})
+        chunk_size = self.chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
+        return _Here(Passes(opened.policy, self.temperature, chunk_size), opened.params, opened.tangent)
+
+    def _summed(self, params: Params, gradient: Gradients) -> Gradients:
+        policy: Any = self.apply
+        return policy.closed(gradient, params)
+
+
+class _Here(NamedTuple):
+    """A rank's passes over its own rows, and what they are given."""
+
+    passes: Passes
+    params: Params
+    direction: Params
 
 
 class Deal(NamedTuple):
@@ -174,7 +242,7 @@ def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
     A rank may hold no row: ``input_ids`` of shape (0, T). ``group`` means the same prompt on every rank. Raises
     ``ValueError`` on every rank where one has fields that do not fit, or others than the rest.
     """
-    _check_everywhere(mesh, lambda: check_fields(field, batch))
+    check_everywhere(mesh, lambda: check_fields(field, batch))
     present = {name: x for name, x in batch._asdict().items() if x is not None}
     held = collected(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
     full = [(shape, dtypes) for shape, dtypes in held if shape[0]]
@@ -194,86 +262,3 @@ def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
         return torch.cat([x[:count] for x, count in zip(gathered(mesh, padded), counts, strict=True)])
 
     return Batch(**{name: field_of_all(name, dtype) for name, dtype in full[0][1].items()})
-
-
-def check_agreed(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` on every rank where two differ in a fact, naming it and them."""
-    everyone = collected(mesh, dict(facts))
-    for rank, theirs in enumerate(everyone):
-        for name in everyone[0].keys() | theirs.keys():
-            ours, other = everyone[0].get(name), theirs.get(name)
-            if ours != other:
-                raise ValueError(
-                    f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; only the rows "
-                    "of the batches are a rank's own, so give every rank the same"
-                )
-
-
-def _check_everywhere(mesh: DeviceMesh, check: Callable[[], None]) -> None:
-    """What one rank's check raises is raised on all, or the others would wait for it for ever."""
-    problem = None
-    try:
-        check()
-    except ValueError as error:
-        problem = str(error)
-    for rank, found in enumerate(collected(mesh, problem)):
-        if found is not None:
-            raise ValueError(f"on rank {rank}: {found}")
-
-
-def _facts(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """What can be compared of an argument: of tensors their layout and a checksum, of a function that there is one."""
-    if isinstance(value, AdamWState):
-        for field, part in value._asdict().items():
-            yield from _facts(f"{name}.{field}", part)
-    elif isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
-        for key, x in value.items():
-            yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
-        yield f"the checksum of {name}", fingerprint(value)
-    else:
-        yield name, "a function" if callable(value) else value
-
-
-def fingerprint(tree: Mapping[str, Tensor | None]) -> str:
-    """A checksum of all bits, whatever the order in which a device adds them up."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [int(x.view(integers[x.element_size()]).sum(dtype=torch.int64)) for x in tree.values() if x is not None]
-    return f"{hash(tuple(sums)) % 2**64:016x}"
-
-
-def rank_in(mesh: DeviceMesh) -> int:
-    """This rank's place in the mesh, counted along its last axis first."""
-    return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
-
-
-def collected(mesh: DeviceMesh, value: Value) -> list[Value]:
-    """Every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
-    found = [value]
-    for group in _groups(mesh):
-        lists: list[list[Value]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(lists, found, group=group)
-        found = [one for some in lists for one in some]
-    return found
-
-
-def gathered(mesh: DeviceMesh, own: Tensor) -> Tensor:
-    """Every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
-    # gloo gathers no bool
-    found = (own.to(torch.uint8) if own.dtype == torch.bool else own).contiguous().unsqueeze(0)
-    for group in _groups(mesh):
-        everyone = found.new_empty(group.size() * len(found), *own.shape)
-        dist.all_gather_into_tensor(everyone, found, group=group)
-        found = everyone
-    return found.to(own.dtype)
-
-
-def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
-    """In place, every rank's sum of the same tensors."""
-    for group in _groups(mesh):
-        for work in [dist.all_reduce(x, group=group, async_op=True) for x in tensors]:
-            work.wait()
-
-
-def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    # The last axis first: what is gathered along the others then follows in the order of the mesh.
-    return [mesh.get_group(axis) for axis in reversed(range(mesh.ndim))]

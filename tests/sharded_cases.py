@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
 from fx_influence.parts import rows
-from fx_influence.types import Batch
+from fx_influence.types import AdamWState, Apply, Batch, Params
 
 Answers = dict[str, Tensor]
 
@@ -83,3 +84,40 @@ def asked(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
         found |= {f"{name}: {field}": x for field, x in record._asdict().items()}
     found["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **on)
     return found
+
+
+def batches_of() -> tuple[Batch, Batch]:
+    """U and E for the models of ``ranks_policy``."""
+    generator = torch.Generator().manual_seed(1)
+    u = random_batch(generator, 9, 14, 41, groups=4, gaps=True, entropy_coefficients=True, min_len=0)
+    return u, random_batch(generator, 10, 14, 41, groups=4, coefficients=False)
+
+
+def state_of(params: Params) -> AdamWState:
+    return random_adamw_state(torch.Generator().manual_seed(2), params)
+
+
+def influences_of(
+    params: Params,
+    u: Batch,
+    e: Batch,
+    state: AdamWState,
+    apply: Apply,
+    like: Callable[[Tensor, Any], Tensor] = lambda x, p: x,
+) -> Answers:
+    """What a policy has, sharded or not, of the functions that take a mesh; ``like(x, p)``: x, sharded as p is."""
+    whole = random_direction(
+        torch.Generator().manual_seed(5), {name: torch.empty(p.shape) for name, p in params.items()}
+    )
+    direction = {name: like(v.to(params[name].dtype), params[name]) for name, v in whole.items()}
+    block = {name: torch.stack([v, -0.5 * v]) for name, v in direction.items()}
+    records = {
+        "adjoint": fx.influence(params, u, e, state, apply=apply, chunk_size=3),
+        "clipped": fx.influence(params, u, e, state, apply=apply, max_grad_norm=0.1, gain="marginal", stderr=False),
+        "snis": fx.snis_delta(params, direction, 0.3, e, apply=apply),
+        "sweep": fx.snis_sweep(params, e, apply=apply)(block, [0.1, 1.0]),
+        "jvp": fx.jvp_delta(params, direction, e, apply=apply)._replace(second=torch.zeros(())),
+    }
+    found = {f"{case}: {name}": x for case, out in records.items() for name, x in out._asdict().items()}
+    found |= {f"adjoint: {name}": x for name, x in records["adjoint"].per_parameter.items()}
+    return {name: x for name, x in found.items() if isinstance(x, Tensor)}

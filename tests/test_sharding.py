@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import answers
-from sharded_cases import Answers, asked, qwen_state, tiny_state
+from ranks_policy import CASES
+from sharded_cases import Answers, asked, batches_of, influences_of, qwen_state, state_of, tiny_state
 from torch import Tensor
+
+import fx_influence as fx
 
 
 def agree(actual: Answers, expected: Answers, tolerance: float) -> None:
@@ -22,6 +25,8 @@ def agree(actual: Answers, expected: Answers, tolerance: float) -> None:
         if value.dim() == 0 and f"{case}: per_sequence" in expected:
             # A sum of terms that cancel, and 0 but for rounding in the case of the residual: small beside these.
             size = expected[f"{case}: per_sequence"].abs().sum() + expected[f"{case}: baseline"].abs()
+        elif name.endswith("per_sequence") and f"{case}: per_token" in expected:
+            size = expected[f"{case}: per_token"].abs().sum(-1).max()
         if torch.isnan(value).all() or not size:
             torch.testing.assert_close(own, value, rtol=0, atol=0, equal_nan=True, msg=name)
         else:
@@ -64,7 +69,7 @@ def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int,
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("temperature", r"ValueError: options.*rank 0.*rank 1; only the rows"),
+        ("temperature", r"ValueError: temperature is 1.0 on rank 0 and 0.9 on rank 1; only the rows"),
         ("parameters", r"ValueError: the checksum of params is '\w+' on rank 0 and '\w+' on rank 1"),
         ("steps", r"ValueError: opt_state.step"),
         ("shapes", r"ValueError: on rank 1: batch_e.completion_mask is torch.bool of shape"),
@@ -80,3 +85,26 @@ def test_a_mistake_of_one_rank_is_raised_on_all(two: list[dict[str, Any]], mista
 def test_a_collective_that_drops_the_tangent_is_caught(two: list[dict[str, Any]]) -> None:
     for answer in two:
         assert answer["refusals"]["lost tangent"].startswith("IdentityError: the JVP over U gives")
+
+
+FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
+
+
+@pytest.mark.parametrize("ranks", FSDP)
+def test_models_sharded_by_fsdp(ranks: int, tmp_path: Path) -> None:
+    found = answers(ranks, "ranks_fsdp.py", tmp_path, *FSDP[ranks])
+    for kind in FSDP[ranks]:
+        apply, params = fx.functionalize(CASES[kind][0]())
+        expected = influences_of(params, *batches_of(), state_of(params), apply)
+        exact = "float64" in kind
+        # A small finite step in float32 is the rounding of two forwards, which is another one by shards.
+        expected = {name: x for name, x in expected.items() if exact or not name.startswith(("snis", "sweep"))}
+        for answer in found:
+            own = {name: answer[kind][name] for name in expected}
+            agree(widened(own, expected), expected, 1e-12 if exact else 1e-6)
+    for answer in found:
+        told = answer["refusals"]
+        assert told["matrix"].startswith("matrix=True needs the gradient of every row")
+        assert told["kernel"].startswith("fisher_kernel needs the gradient of every row")
+        assert "opt_state.exp_avg['idle'] is a plain tensor, the parameter a DTensor" in told["state"]
+        assert told["mesh"].startswith("mesh is ")

@@ -1,0 +1,103 @@
+"""What the ranks of a device mesh tell each other, and what they must have been given alike."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fx_influence.shards import is_sharded
+from fx_influence.types import AdamWState
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Value = TypeVar("Value")
+
+
+def rank_in(mesh: DeviceMesh) -> int:
+    """This rank's place in the mesh, counted along its last axis first."""
+    return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
+
+
+def collected(mesh: DeviceMesh, value: Value) -> list[Value]:
+    """Every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
+    found = [value]
+    for group in _groups(mesh):
+        lists: list[list[Value]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(lists, found, group=group)
+        found = [one for some in lists for one in some]
+    return found
+
+
+def gathered(mesh: DeviceMesh, own: Tensor) -> Tensor:
+    """Every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
+    # gloo gathers no bool
+    found = (own.to(torch.uint8) if own.dtype == torch.bool else own).contiguous().unsqueeze(0)
+    for group in _groups(mesh):
+        everyone = found.new_empty(group.size() * len(found), *own.shape)
+        dist.all_gather_into_tensor(everyone, found, group=group)
+        found = everyone
+    return found.to(own.dtype)
+
+
+def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
+    """In place, every rank's sum of the same tensors."""
+    for group in _groups(mesh):
+        for work in [dist.all_reduce(x, group=group, async_op=True) for x in tensors]:
+            work.wait()
+
+
+def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    # The last axis first: what is gathered along the others then follows in the order of the mesh.
+    return [mesh.get_group(axis) for axis in reversed(range(mesh.ndim))]
+
+
+def check_agreed(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` on every rank where two differ in a fact, naming it and them."""
+    everyone = collected(mesh, dict(facts))
+    for rank, theirs in enumerate(everyone):
+        for name in everyone[0].keys() | theirs.keys():
+            ours, other = everyone[0].get(name), theirs.get(name)
+            if ours != other:
+                raise ValueError(
+                    f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; only the rows "
+                    "of the batches are a rank's own, so give every rank the same"
+                )
+
+
+def check_everywhere(mesh: DeviceMesh, check: Callable[[], None]) -> None:
+    """What one rank's check raises is raised on all, or the others would wait for it for ever."""
+    problem = None
+    try:
+        check()
+    except ValueError as error:
+        problem = str(error)
+    for rank, found in enumerate(collected(mesh, problem)):
+        if found is not None:
+            raise ValueError(f"on rank {rank}: {found}")
+
+
+def facts_of(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """What can be compared of an argument: of tensors their layout and a checksum, of a function that there is one."""
+    if isinstance(value, AdamWState):
+        for field, part in value._asdict().items():
+            yield from facts_of(f"{name}.{field}", part)
+    elif isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
+        for key, x in value.items():
+            yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
+        if not any(x is not None and is_sharded(x) for x in value.values()):
+            yield f"the checksum of {name}", fingerprint(value)
+    else:
+        yield name, "a function" if callable(value) else value
+
+
+def fingerprint(tree: Mapping[str, Tensor | None]) -> str:
+    """A checksum of all bits, whatever the order in which a device adds them up."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(x.view(integers[x.element_size()]).sum(dtype=torch.int64)) for x in tree.values() if x is not None]
+    return f"{hash(tuple(sums)) % 2**64:016x}"
