@@ -204,27 +204,27 @@ def _units(model: nn.Module) -> list[Unit]:
 def _check_sharding(model: nn.Module) -> None:
     remedy = "shard the model by torch.distributed.fsdp.fully_shard alone, its layers first and then the model itself"
     modules = dict(model.named_modules())
-    first: Any = next(p for p in model.parameters() if is_sharded(p))
-    for name, p in model.named_parameters():
-        if not is_sharded(p):
-            raise ValueError(
-                f"model parameter {name!r} is a plain tensor among DTensors: gathered by its last forward, for which "
-                f"call reshard() on the module that fully_shard was called on, or left out of it; {remedy}"
-            )
-        sharded: Any = p
-        *copies, last = sharded.placements
-        owners = [modules[path] for path in _prefixes(name) if path in modules]
-        by_fsdp = any(isinstance(module, FSDPModule) for module in owners)
+    named: dict[str, Any] = dict(model.named_parameters())
+    sharded = {name: p for name, p in named.items() if is_sharded(p)}
+    mesh = next(iter(sharded.values())).device_mesh
+    for name, p in sharded.items():
+        *copies, last = p.placements
+        by_fsdp = any(isinstance(modules[path], FSDPModule) for path in _prefixes(name) if path in modules)
         if not by_fsdp or len(copies) > 1 or not all(x.is_replicate() for x in copies) or not _is_chunked(last):
             raise ValueError(
-                f"model parameter {name!r} is a DTensor with {sharded.placements} on {sharded.device_mesh}, as tensor "
-                f"parallelism makes them and FSDP2 does not; {remedy}"
+                f"model parameter {name!r} is a DTensor with {p.placements} on {p.device_mesh}, as tensor parallelism "
+                f"makes them and FSDP2 does not; {remedy}"
             )
-        if sharded.device_mesh != first.device_mesh or p.device.type != sharded.device_mesh.device_type:
+        if p.device_mesh != mesh or p.device.type != mesh.device_type:
             raise ValueError(
-                f"model parameter {name!r} is on {p.device.type}, sharded over {sharded.device_mesh}, another over "
-                f"{first.device_mesh}; keep all on the devices of one mesh, without CPUOffloadPolicy"
+                f"model parameter {name!r} is on {p.device.type}, sharded over {p.device_mesh}, another over {mesh}; "
+                "keep all on the devices of one mesh, without CPUOffloadPolicy"
             )
+    for name in (name for name in named if name not in sharded):
+        raise ValueError(
+            f"model parameter {name!r} is a plain tensor among DTensors: gathered by its last forward, for which call "
+            f"reshard() on the module that fully_shard was called on, or left out of it; {remedy}"
+        )
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -1,0 +1,123 @@
+"""Models sharded by FSDP2: the derivatives of one process with the whole model, from one unit's weights at a time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import answers
+
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
+
+BY_TWO = ["tiny float64, units in units", "tiny float64, root alone", "qwen2 lora", "qwen2 untied, its embedding apart"]
+BY_THREE = ["tiny float64", "gpt2 float64", "qwen2 tied"]
+LAYERS, PARTS = 3, 2
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return answers(2, "ranks_policy.py", tmp_path_factory.mktemp("two"), "", *BY_TWO)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return answers(3, "ranks_policy.py", tmp_path_factory.mktemp("three"), "", *BY_THREE)
+
+
+def assert_small(answer: dict[str, Any], kind: str) -> None:
+    bound = 1e-12 if "float64" in kind else 1e-6
+    assert len(answer[kind]) > 15
+    assert {name: error for name, error in answer[kind].items() if not error <= bound} == {}
+
+
+@pytest.mark.parametrize("kind", BY_TWO)
+def test_every_pass_is_that_of_the_whole_model(two: list[dict[str, Any]], kind: str) -> None:
+    for answer in two:
+        assert_small(answer, kind)
+
+
+@pytest.mark.parametrize("kind", BY_THREE)
+def test_three_ranks_some_of_them_without_a_shard_do_too(three: list[dict[str, Any]], kind: str) -> None:
+    for answer in three:
+        assert_small(answer, kind)
+
+
+def test_every_rank_has_the_same_reductions(three: list[dict[str, Any]]) -> None:
+    for answer in three[1:]:
+        for kind in BY_THREE:
+            assert answer[kind]["dot"] == three[0][kind]["dot"]
+            assert answer[kind]["largest entry"] == three[0][kind]["largest entry"]
+
+
+def test_copies_of_shards_count_once(tmp_path: Path) -> None:
+    """Replicated over two pairs of ranks and sharded in each (HSDP)."""
+    for answer in answers(4, "ranks_policy.py", tmp_path, "2,2", "tiny float64", "qwen2 lora"):
+        assert_small(answer, "tiny float64")
+        assert_small(answer, "qwen2 lora")
+
+
+@pytest.fixture
+def frugality(two: list[dict[str, Any]]) -> dict[str, Any]:
+    return two[0]["frugality"]
+
+
+def test_what_no_unit_holds_is_gathered_and_scattered_once(frugality: dict[str, Any]) -> None:
+    # the weights and the direction
+    assert frugality["opened"]["sent"] == [("gather", 2 * frugality["loose"])]
+    assert frugality["closed"]["sent"] == [("scatter", frugality["loose gradient"])]
+
+
+def test_a_forward_gathers_every_unit_once(frugality: dict[str, Any]) -> None:
+    assert frugality["values"]["sent"] == [("gather", frugality["unit"])] * LAYERS * PARTS
+
+
+def test_backward_gathers_every_unit_again_and_scatters_its_gradient(frugality: dict[str, Any]) -> None:
+    sent, unit, scattered = frugality["gradient"]["sent"], frugality["unit"], frugality["unit's gradient"]
+    assert sorted(sent) == [("gather", unit)] * 2 * LAYERS * PARTS + [("scatter", scattered)] * LAYERS * PARTS
+    first = sent[: LAYERS * 3]
+    # The next unit is on its way before this one computes.
+    assert [kind for kind, _ in first] == ["gather"] * 5 + ["scatter", "gather", "scatter", "scatter"]
+
+
+def test_forward_mode_gathers_weights_and_direction_together(frugality: dict[str, Any]) -> None:
+    assert frugality["jvp"]["sent"] == [("gather", 2 * frugality["unit"])] * LAYERS * PARTS
+
+
+@pytest.mark.parametrize(("kind", "units"), [("values", 2), ("gradient", 2), ("jvp", 4), ("a graph that is kept", 2)])
+def test_two_units_are_whole_at_a_time_and_none_afterwards(frugality: dict[str, Any], kind: str, units: int) -> None:
+    assert frugality[kind]["most"] == units * frugality["unit"]
+    assert frugality[kind]["left"] == 0
+
+
+def test_a_callers_hooks_see_what_a_graph_keeps_of_a_unit(frugality: dict[str, Any]) -> None:
+    ours, whole_model = frugality["graph"]
+    assert ours == whole_model > 0
+
+
+def test_factors_that_would_lack_the_units_are_not_given(frugality: dict[str, Any]) -> None:
+    assert frugality["contraction"] is False
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            "tensor parallel",
+            r"'blocks.0.up.weight' is a DTensor with \(Shard\(dim=0\),\).*tensor parallelism.*fully_shard alone",
+        ),
+        ("sharded twice", r"'blocks.0.up.weight' is a DTensor with \(_StridedShard.*tensor parallelism"),
+        ("no root", r"'idle' is a plain tensor among DTensors.*layers first and then the model itself"),
+        ("gathered", r"'idle' is a plain tensor among DTensors: gathered by its last forward, for which call reshard"),
+        ("compiled", r"compiled=True needs whole weights"),
+        ("vmapped", r"in no transformation of torch.func.*matrix=False"),
+        ("not finite", r"grads\['norm.weight'\] is not finite"),
+        ("plain state", r"opt_state.exp_avg\['idle'\] is a plain tensor, the parameter a DTensor"),
+        ("partial", r"a tensor of shape \(2,\) is \(Partial\(sum\),\); sum it"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_on_every_rank(two: list[dict[str, Any]], mistake: str, message: str) -> None:
+    for answer in two:
+        assert re.search(message, answer["refusals"][mistake]), answer["refusals"][mistake]
