@@ -31,6 +31,9 @@ def _product_flop(into: tuple[int, ...], left: tuple[int, ...], *_: object, **__
 IN_PLACE = {torch.ops.aten.addmm_: _product_flop, torch.ops.aten.baddbmm_: _product_flop}
 """Products that the counter of torch passes over."""
 
+GIVEN_BACK = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""An environment in which what a process frees is no longer counted as its own."""
+
 Work = Callable[[], object]
 
 
@@ -74,20 +77,24 @@ def peak_extra_bytes(name: str, *arguments: str) -> int:
     What is freed is given back at once: what is measured is what is alive, and not what the heap of glibc is left with.
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", "--memory", *arguments]
-    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=given_back)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=GIVEN_BACK)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
 
 
 def print_peak_extra(work: Work) -> None:
     """The other side of ``peak_extra_bytes``: call ``work`` and print how far above the memory before it rose."""
+    print(json.dumps({"peak_extra_bytes": peak_extra(work)}))
+
+
+def peak_extra(work: Work) -> int:
+    """How far this process rises above its memory before ``work``, in bytes."""
     gc.collect()
     # What was freed is given back and a new peak begun: memory used before is neither the work's nor a gift to it.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     work()
-    print(json.dumps({"peak_extra_bytes": _status("VmHWM") - before}))
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

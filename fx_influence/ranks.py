@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
+
+# torch 2.13 has renamed it
+gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def rank_in(mesh: DeviceMesh) -> int:
@@ -40,7 +43,7 @@ def gathered(mesh: DeviceMesh, own: Tensor) -> Tensor:
     found = (own.to(torch.uint8) if own.dtype == torch.bool else own).contiguous().unsqueeze(0)
     for group in _groups(mesh):
         everyone = found.new_empty(group.size() * len(found), *own.shape)
-        dist.all_gather_into_tensor(everyone, found, group=group)
+        gather_into(everyone, found, group=group)
         found = everyone
     return found.to(own.dtype)
 
