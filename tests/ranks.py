@@ -20,7 +20,7 @@ TIMEOUT = 120
 """Seconds after which ranks that wait for each other are ended; what they do takes a few."""
 
 
-def launch(ranks: int, script: str, *args: object) -> subprocess.CompletedProcess[str]:
+def launch(ranks: int, script: str | Path, *args: object) -> subprocess.CompletedProcess[str]:
     """``tests/<script>`` with ``args`` on ``ranks`` processes, and with ``stdout`` what all of them wrote."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import launch
 
 import fx_influence as fx
 from benchmarks import bench_linearity
@@ -62,6 +63,16 @@ def test_a_loop_of_ones_own_hands_over_its_gradient(capsys: pytest.CaptureFixtur
     exec(compile(blocks("python")[3], "README.md", "exec"), scope)
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert scope["out"].unattributed == 0
+
+
+def test_several_processes_share_the_work(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(blocks("python")[4], encoding="utf-8")
+    done = launch(2, script)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("torch.Size([16])") == 2
+    one, other = re.findall(r"tensor\((\S+), dtype=torch.float64\)", done.stdout)
+    assert one == other
 
 
 def test_every_logged_figure_is_explained() -> None:
