@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -295,10 +296,19 @@ def test_what_cannot_be_attributed_is_refused_with_the_remedy(
     assert not set(METHODS) & set(vars(training))
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "under DeepSpeed; .*launch one process, or several with DistributedData"),
+        ({"is_fsdp_enabled": True}, "under FSDP; "),
+        ({"accelerator": SimpleNamespace(num_processes=8, distributed_type=DistributedType.XLA)}, "in 8 .* under XLA"),
+        ({"model": SimpleNamespace(parameters=lambda: [SimpleNamespace(placements=[])])}, "under tensor-parallel"),
+    ],
+)
+def test_a_model_that_no_process_holds_whole_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     training = trainer(PLAIN, str(tmp_path), 1)
-    training.accelerator = SimpleNamespace(num_processes=2)
-    with pytest.raises(ValueError, match=r"runs in 2 processes.*one process without sharding"):
+    vars(training).update(change)
+    with pytest.raises(ValueError, match=message):
         EntropyInfluence(1, HELD_OUT).attach(training)
 
 

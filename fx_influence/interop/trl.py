@@ -1,7 +1,8 @@
 """Entropy influence inside a live TRL run: attached to a trainer, logged with its metrics, stored step by step.
 
 The mathematics runs on a template of the model fed the live tensors, never on the trainer's own module, and E is drawn
-on a random state of its own, so that a training goes exactly as it would without.
+on a random state of its own, so that a training goes exactly as it would without. Of several processes each has the
+whole model; they share the work, and the first alone warns and writes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
 from fx_influence.adamw import adamw_decompose
@@ -23,12 +25,14 @@ from fx_influence.influence import influence
 from fx_influence.interop.optim import adamw_state, require_adamw
 from fx_influence.interop.rollouts import collate
 from fx_influence.interop.trl_capture import METHODS, Capture
+from fx_influence.interop.trl_ranks import check_processes, mesh_of, of_all, own_rows
 from fx_influence.interop.trl_sampling import check_generation, held_out_rollouts
 from fx_influence.interop.trl_step import MeasuredStep
 from fx_influence.interop.trl_store import StepStore
 from fx_influence.kernel import MEMORY_BUDGET
-from fx_influence.logprobs import all_token_values
 from fx_influence.policy import Policy, functionalize
+from fx_influence.ranks import check_agreed
+from fx_influence.sharding import passes_over
 from fx_influence.tree import promote
 from fx_influence.types import Batch, Estimator, Gain, IdentityError, Normalize, Params
 
@@ -36,7 +40,7 @@ PREFIX = "entropy_influence/"
 
 
 class _Begun(NamedTuple):
-    """A step measured up to the optimizer's own step."""
+    """A step measured up to the optimizer's own step; ``batch_e``: this process's rows of E."""
 
     measured: MeasuredStep
     params: Params
@@ -50,6 +54,9 @@ class EntropyInfluence(TrainerCallback):
     fresh completions E of ``eval_prompts``; ``fx.influence`` of one on the other. After it: the realised change of
     entropy on the same E. Both are logged through the trainer as ``entropy_influence/...``, kept in ``history``, and
     stored as a run directory for each measured step, which ``fx.load_run`` and ``fx-influence report`` read.
+
+    In several processes (DistributedDataParallel) U and E are the rollouts of all: every process attaches one of these,
+    with the same settings, draws its share of E and has the whole ``history``; the first stores.
 
     ``every``: steps n, 2n, ... are measured, as ``logging_steps`` counts. ``eval_prompts``: texts or conversations in
     the trainer's own format, or a data set with a column ``prompt``; None takes the trainer's ``eval_dataset``. Many
@@ -100,15 +107,22 @@ class EntropyInfluence(TrainerCallback):
         """Measure this trainer's steps from now on; returns itself.
 
         Raises ``TypeError`` for a trainer of another kind, and ``ValueError`` for one whose steps cannot be attributed
-        (active dropout, several processes) or whose completions are not drawn from its policy, naming the remedy.
+        (active dropout, a model that DeepSpeed or FSDP shards) or whose completions are not drawn from its policy,
+        naming the remedy.
         """
         _check_trainer(trainer)
         check_generation(trainer)
         self._prompts = _prompts(trainer, self._eval_prompts)
+        self._check_processes_agree(mesh_of(trainer))
         self._trainer, self._policy = trainer, None
         self._capture = Capture(trainer)
         trainer.add_callback(self)
         return self
+
+    def _check_processes_agree(self, mesh: DeviceMesh | None) -> None:
+        if mesh is not None:
+            own = {"every": self.every, "eval_prompts": self._prompts, "completions_per_prompt": self._each}
+            check_agreed(mesh, {**own, "seed": self._seed, **self._reading, **self._attributing})
 
     def detach(self) -> None:
         """Leave the trainer as it was before ``attach``."""
@@ -132,7 +146,9 @@ class EntropyInfluence(TrainerCallback):
         try:
             self._begun = self._begin(state.global_step + 1)
         except IdentityError as error:
-            warnings.warn(f"step {state.global_step + 1} is not attributed: {error}", stacklevel=2)
+            # The results are the same on all processes, so that all go on from here.
+            if self._first:
+                warnings.warn(f"step {state.global_step + 1} is not attributed: {error}", stacklevel=2)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure what the step did to the entropy; log and store."""
@@ -140,43 +156,47 @@ class EntropyInfluence(TrainerCallback):
             return
         begun, self._begun = self._begun, None
         measured = self._finished(begun)
-        figures = measured.figures()
+        figures = of_all(self._capture.mesh, measured.figures())[0]
         for name, value in figures.items():
             self._trainer._metrics["train"][PREFIX + name].append(value)
         self.history.append({"step": measured.step, **figures})
-        self._store(measured.step).write(measured, self._plan(measured), self._trainer)
+        if self._first:
+            self._store(measured.step).write(measured, self._plan(measured), self._trainer)
 
     def _begin(self, step: int) -> _Begun:
         start = time.perf_counter()
-        trainer, captured = self._trainer, self._capture.finish()
+        trainer, captured, mesh = self._trainer, self._capture.finish(), self._capture.mesh
         if self._policy is None:
             self._policy = functionalize(trainer.model, position_ids=False)[0]
         params = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
         opt_state = adamw_state(trainer.optimizer, trainer.model)
-        rollouts = held_out_rollouts(trainer, self._prompts, self._each, self._seed + step)
+        rollouts = held_out_rollouts(trainer, self._prompts, self._each, self._seed + step, mesh)
         # What pads is masked, so any token does.
         batch_e = collate(rollouts, pad_id=0, device=captured.batch.input_ids.device)
+        own_e = own_rows(batch_e, mesh)
         out = influence(
             params,
-            captured.batch,
-            batch_e,
+            own_rows(captured.batch, mesh),
+            own_e,
             opt_state,
             apply=self._policy,
             grad=captured.gradient,
             max_grad_norm=captured.max_grad_norm,
             temperature=trainer.temperature,
+            mesh=mesh,
             **self._attributing,
             **self._reading,
         )
-        values = all_token_values(params, batch_e, self._policy, trainer.temperature, self._reading["chunk_size"])
+        passes = passes_over(params, self._policy, trainer.temperature, self._reading["chunk_size"], mesh)
+        values = passes.values(params, batch_e)
         entropy = entropy_estimate(values, batch_e, self._reading["normalize"]).item()
-        if self._save_state:
+        if self._save_state and self._first:
             gain = self._attributing["gain"]
             parts = adamw_decompose(captured.gradient, opt_state, params, gain, captured.max_grad_norm)
             self._store(step).write_state(trainer, parts.baseline)
         seconds = time.perf_counter() - start
         measured = MeasuredStep(step, opt_state.lr, captured, rollouts, out, entropy, None, seconds)
-        return _Begun(measured, {name: p.clone() for name, p in params.items()}, batch_e)
+        return _Begun(measured, {name: p.clone() for name, p in params.items()}, own_e)
 
     def _finished(self, begun: _Begun) -> MeasuredStep:
         if self._trainer.accelerator.optimizer_step_was_skipped:
@@ -184,14 +204,25 @@ class EntropyInfluence(TrainerCallback):
         start = time.perf_counter()
         live = dict(self._trainer.model.named_parameters())
         moved = {name: live[name].detach().to(promote(p.dtype)) - p for name, p in begun.params.items()}
-        temperature = self._trainer.temperature
         policy = self._policy
         assert policy is not None
         realised = snis_delta(
-            begun.params, moved, 1.0, begun.batch_e, apply=policy, temperature=temperature, **self._reading
+            begun.params,
+            moved,
+            1.0,
+            begun.batch_e,
+            apply=policy,
+            temperature=self._trainer.temperature,
+            mesh=self._capture.mesh,
+            **self._reading,
         )
         seconds = begun.measured.seconds + time.perf_counter() - start
         return begun.measured._replace(realised=realised, seconds=seconds)
+
+    @property
+    def _first(self) -> bool:
+        """Whether this process is the one that warns and writes."""
+        return bool(self._trainer.accelerator.is_main_process)
 
     def _store(self, step: int) -> StepStore:
         out = Path(self._trainer.args.output_dir) / "entropy_influence" if self._out is None else Path(self._out)
@@ -215,12 +246,7 @@ def _check_trainer(trainer: Any) -> None:
         raise TypeError(f"trainer is {kind}; attach to trl's GRPOTrainer or RLOOTrainer (trl 1.16 or later)")
     if METHODS[0] in vars(trainer):
         raise ValueError(f"the compute_loss of this {kind} is already replaced; detach what is attached to it first")
-    processes = trainer.accelerator.num_processes
-    if processes > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"the trainer runs in {processes} processes, DeepSpeed {trainer.is_deepspeed_enabled}, FSDP "
-            f"{trainer.is_fsdp_enabled}; its steps can be attributed in one process without sharding"
-        )
+    check_processes(trainer)
     model = trainer.model
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantised, which has no exact derivatives; attach to one in bfloat16 or float32")

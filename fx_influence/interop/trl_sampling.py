@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.interop.generation import eval_mode, seeded
 from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.trl_ranks import of_all, place, share
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (True,),
@@ -34,6 +36,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (),
 }
 """Settings of a generation that change what is sampled, with the values that do not; None never does."""
+
+FAR = 0x9E3779B97F4A7C15
+"""Between the seeds of two processes, so that no process draws what another does at a later step."""
 
 
 def check_generation(trainer: Any) -> None:
@@ -62,15 +67,23 @@ def check_generation(trainer: Any) -> None:
             )
 
 
-def held_out_rollouts(trainer: Any, prompts: Sequence[Any], completions_per_prompt: int, seed: int) -> list[Rollout]:
+def held_out_rollouts(
+    trainer: Any, prompts: Sequence[Any], completions_per_prompt: int, seed: int, mesh: DeviceMesh | None = None
+) -> list[Rollout]:
     """``completions_per_prompt`` completions of each prompt, by the trainer's own generation in eval mode.
 
-    ``prompts``: texts, or conversations as lists of messages. The trainer's random state, training mode and metrics
-    are as before afterwards. Returns the rollouts prompt by prompt, ``group`` numbering the prompts.
+    ``prompts``: texts, or conversations as lists of messages. ``mesh``: of the trainer's processes, all of which make
+    this call; each draws its share of the prompts, and gets the rollouts of all. The trainer's random state, training
+    mode and metrics are as before afterwards. Returns the rollouts prompt by prompt, ``group`` numbering the prompts.
     """
-    with _untouched(trainer, seed, completions_per_prompt):
-        drawn = _drawn(trainer, [prompt for prompt in prompts for _ in range(completions_per_prompt)])
-    return [rollout_of(trainer, *divmod(i, completions_per_prompt), *ids) for i, ids in enumerate(drawn)]
+    own = prompts[share(len(prompts), mesh)]
+    ranks, rank = place(mesh)
+    # A generation gathers lengths from all processes and so must be as large on each; what is too many is dropped.
+    asked = [*own, *[prompts[-1]] * (-(-len(prompts) // ranks) - len(own))]
+    with _untouched(trainer, (seed + rank * FAR) % 2**63, completions_per_prompt):
+        drawn = _drawn(trainer, [prompt for prompt in asked for _ in range(completions_per_prompt)])
+    everyone = [ids for some in of_all(mesh, drawn[: len(own) * completions_per_prompt]) for ids in some]
+    return [rollout_of(trainer, *divmod(i, completions_per_prompt), *ids) for i, ids in enumerate(everyone)]
 
 
 def rollout_of(
@@ -94,7 +107,7 @@ def rollout_of(
 def _drawn(trainer: Any, prompts: list[Any]) -> list[tuple[list[int], list[int]]]:
     """Token ids of prompts and completions, as many at a time as the trainer generates of its own."""
     each = trainer.num_generations_eval
-    size = max(1, trainer.args.generation_batch_size // each) * each
+    size = max(1, trainer.args.generation_batch_size // trainer.accelerator.num_processes // each) * each
     found: list[tuple[list[int], list[int]]] = []
     for start in range(0, len(prompts), size):
         prompt_ids, completion_ids = trainer._generate(prompts[start : start + size])[:2]

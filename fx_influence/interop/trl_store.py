@@ -65,7 +65,8 @@ class StepStore:
         files = RunFiles(self._making)
         rollouts = update_rollouts(measured.captured, trainer)
         files.write_text(PLAN, yaml.safe_dump({**_inputs(), **plan}, sort_keys=False))
-        files.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": {}, "trainer": type(trainer).__name__})
+        made_by = {"trainer": type(trainer).__name__, "processes": trainer.accelerator.num_processes}
+        files.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": {}, **made_by})
         files.write_rollouts(UPDATE_ROLLOUTS, rollouts)
         batch, values = _right_padded(measured.captured, rollouts)
         files.write_arrays(UPDATE_TOKENS, token_arrays(batch, values))

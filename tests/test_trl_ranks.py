@@ -1,0 +1,144 @@
+"""TRL trainings in two processes: their rollouts add up to the averaged gradient, measuring them changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import TESTS, TIMEOUT, answers
+
+import fx_influence as fx
+from benchmarks.trl_variants import PROMPTS, reward
+from fx_influence.lab.plan import read_plan
+
+OURS = "entropy_influence/"
+HELD_OUT = ["4+5=", "6=", "70+1="]
+
+
+def by_accelerate(script: str, out: Path, *args: object) -> list[Any]:
+    """``ranks.answers`` of two ranks that ``accelerate launch`` starts, which on the CPU it does by that flag alone."""
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
+    done = subprocess.run(
+        [*command, str(TESTS / script), str(out), *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
+        timeout=TIMEOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def add_up(answer: dict[str, dict[str, float]], count: int) -> None:
+    assert len(answer) == count
+    for name, errors in answer.items():
+        assert errors["tokens"] > 0, name
+        assert errors["gradient"] <= 1e-5, name
+        assert errors["step"] <= 1e-5, name
+
+
+def test_rollouts_of_two_ranks_add_up_to_the_averaged_gradient_and_its_step(tmp_path: Path) -> None:
+    for answer in answers(2, "ranks_trl.py", tmp_path, "losses"):
+        add_up(answer, 18)
+
+
+@pytest.mark.slow
+def test_rollouts_of_two_ranks_add_up_for_every_variant(tmp_path: Path) -> None:
+    for answer in answers(2, "ranks_trl.py", tmp_path, "sweep"):
+        add_up(answer, 72)
+
+
+def test_a_training_of_two_ranks_is_measured_as_by_one_process(tmp_path: Path) -> None:
+    found = by_accelerate("ranks_trl.py", tmp_path, "measured")
+    unchanged(found)
+    logged_alike(found)
+    of_all_rollouts(found, tmp_path)
+    written_once(tmp_path)
+    repeated(tmp_path)
+    gone_on(found)
+
+
+def unchanged(found: list[Any]) -> None:
+    for answer in found:
+        plain, measured = answer["measured"]["weights"]
+        assert all(torch.equal(plain[name], measured[name]) for name in plain)
+        plain, measured = answer["measured"]["log"]
+        assert len(plain) == 4
+        assert [{name: x for name, x in e.items() if not name.startswith(OURS)} for e in measured] == plain
+
+
+def logged_alike(found: list[Any]) -> None:
+    first, second = (answer["measured"] for answer in found)
+    assert first["history"] == second["history"]
+    assert first["log"] == second["log"]
+    assert [figures["step"] for figures in first["history"]] == [1, 2, 3]
+    for entry, figures in zip(first["log"][1], first["history"], strict=False):
+        assert all(entry[OURS + name] == value for name, value in figures.items() if name != "step")
+        assert figures["unattributed"] == 0
+        assert figures["realised"] == pytest.approx(figures["total"], rel=0.3)
+        parts = (figures["momentum"], figures["weight_decay"], figures["rollouts"])
+        assert figures["total"] == pytest.approx(sum(parts), rel=1e-9)
+
+
+def of_all_rollouts(found: list[Any], out: Path) -> None:
+    for answer in found:
+        assert [max(gaps.values()) <= 1e-6 for gaps in answer["measured"]["gaps"]] == [True] * 3
+        drawn = answer["measured"]["drawn"]
+        assert len(drawn) == 12
+        assert drawn[:6] != drawn[6:]
+        assert drawn == found[0]["measured"]["drawn"]
+    results = fx.load_run(stored(out, 2))
+    e, u = results.evaluations[0].rollouts, results.update_rollouts
+    assert [r.prompt for r in e] == [prompt for prompt in HELD_OUT for _ in range(3)]
+    assert [r.group for r in e] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(u) == 12
+    groups, advantages = defaultdict(set), defaultdict(list)
+    for k, rollout in enumerate(u):
+        groups[rollout.group].add((rollout.prompt, k < 6))
+        advantages[rollout.group].append(rollout.advantage)
+        assert rollout.reward == pytest.approx(reward([rollout.completion])[0])
+    # one prompt to a group, and one prompt with rollouts of both ranks
+    assert all(len({prompt for prompt, _ in members}) == 1 for members in groups.values())
+    assert sorted(len(members) for members in groups.values()) == [1, 1, 2]
+    assert {prompt for members in groups.values() for prompt, _ in members} <= set(PROMPTS)
+    assert all(len(own) == 4 and sum(own) == pytest.approx(0, abs=1e-4) for own in advantages.values())
+
+
+def written_once(out: Path) -> None:
+    directories = [path for path in out.rglob("*") if "entropy_influence" in path.name]
+    assert sorted(directories) == [out / "measured/0/entropy_influence", out / "refused/0/entropy_influence"]
+    steps = {path.name for path in directories[0].parent.parent.parent.glob("measured/0/entropy_influence/*")}
+    assert steps == {"step_000001", "step_000002", "step_000003"}
+
+
+def repeated(out: Path) -> None:
+    plan = read_plan(stored(out, 2) / "plan.yaml", fx.EntropyInfluencePlan)
+    live, again = fx.load_run(stored(out, 2)), fx.run(dataclasses.replace(plan, dtype="float32"), out / "again")
+    size = sum(abs(record["influence"]) for record in live.sequences)
+    for name in ("total", "momentum", "weight_decay", "sum_per_sequence", "total_stderr"):
+        assert again.summary[name] == pytest.approx(live.summary[name], abs=1e-4 * size)
+    ours, theirs = live.evaluations[0], again.evaluations[0]
+    for name in ("per_sequence", "per_token"):
+        assert ours.arrays[name] == pytest.approx(theirs.arrays[name], abs=1e-5 * size)
+    assert ours.matrix == pytest.approx(theirs.matrix, abs=1e-5 * size)
+
+
+def gone_on(found: list[Any]) -> None:
+    for answer in found:
+        assert answer["refused"]["steps"] == 2
+        assert [figures["step"] for figures in answer["refused"]["history"]] == [2]
+    told = [answer["refused"]["told"] for answer in found]
+    assert told == [["step 1 is not attributed: the residual is 0.5"], []]
+
+
+def stored(out: Path, step: int) -> Path:
+    return out / "measured/0/entropy_influence" / f"step_{step:06d}"
