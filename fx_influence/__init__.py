@@ -34,6 +34,7 @@ _LAZY = {
     "read_rollouts": "fx_influence.interop.rollout_files",
     "run": "fx_influence.lab.run",
     "run_fisher": "fx_influence.lab.fisher",
+    "select": "fx_influence.lab.select",
 }
 _LAZY_MODULES = {"plot": "fx_influence.lab.plot"}
 
@@ -88,6 +89,7 @@ __all__ = [
     "rollout_loss",
     "run",
     "run_fisher",
+    "select",
     "snis_delta",
     "snis_sweep",
     "token_values",
