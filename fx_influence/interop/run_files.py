@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fx_influence.interop.job import ALONE, Job
 from fx_influence.interop.rollouts import Rollout, read_rollouts, rollout_lines
 from fx_influence.types import Batch, Params, TokenValues
 
@@ -92,24 +93,27 @@ class RunFiles:
     A file counts once its SHA-256 stands in ``SHA256SUMS``, which is written after it: what a killed process left
     half done is as if it were not there, and what was damaged since is found when it is read. Reports that people may
     annotate are not held to it (``ANNOTATED``).
+
+    Of the processes of a ``job`` the first alone reads and writes, and need alone see the directory: all of them call,
+    all are given what was read, and an error is raised on all.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, job: Job = ALONE) -> None:
+        self.path, self.job = path, job
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file() and (name == SUMMARY or name in self._sums())
+        return self.job.first(lambda: (self.path / name).is_file() and (name == SUMMARY or name in self._sums()))
 
     def lists(self, name: str) -> bool:
         """Whether the file was stored, be it still there or not."""
-        return name in self._sums()
+        return self.job.first(lambda: name in self._sums())
+
+    def names(self, pattern: str) -> list[str]:
+        """The files that are there, by their names' pattern, stored or not."""
+        return self.job.first(lambda: sorted(file.name for file in self.path.glob(pattern)))
 
     def remove(self, *names: str) -> None:
-        present = [name for name in names if (self.path / name).exists()]
-        for name in present:
-            (self.path / name).unlink()
-        if present:
-            self._write_sums({name: value for name, value in self._sums().items() if name not in present})
+        self.job.first(lambda: self._remove(names))
 
     def write_text(self, name: str, text: str) -> None:
         self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
@@ -135,8 +139,7 @@ class RunFiles:
         self._whole(name, write)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        self._whole(name, lambda file: save_file(contiguous, file))
+        self._whole(name, lambda file: save_file({key: x.contiguous().cpu() for key, x in tensors.items()}, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         self.write_text(name, rollout_lines(rollouts))
@@ -162,17 +165,26 @@ class RunFiles:
         return array
 
     def read_tensors(self, name: str) -> Params:
-        self._check(name, sha256(self.path / name))
-        return load_file(self.path / name)
+        def read() -> Params:
+            self._check(name, sha256(self.path / name))
+            return load_file(self.path / name)
+
+        return self.job.tensors_of_first(read)
 
     def read_rollouts(self, name: str) -> list[Rollout]:
-        self._read(name)
-        return read_rollouts(self.path / name)
+        def read() -> list[Rollout]:
+            self._check(name, sha256(self.path / name))
+            return read_rollouts(self.path / name)
+
+        return self.job.first(read)
 
     def _read(self, name: str) -> bytes:
-        data = (self.path / name).read_bytes()
-        self._check(name, hashlib.sha256(data).hexdigest())
-        return data
+        def read() -> bytes:
+            data = (self.path / name).read_bytes()
+            self._check(name, hashlib.sha256(data).hexdigest())
+            return data
+
+        return self.job.first(read)
 
     def _check(self, name: str, found: str) -> None:
         if not name.endswith(ANNOTATED) and self._sums().get(name) != found:
@@ -189,11 +201,21 @@ class RunFiles:
         text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         self._replace(SUMS, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
+    def _remove(self, names: Sequence[str]) -> None:
+        present = [name for name in names if (self.path / name).exists()]
+        for name in present:
+            (self.path / name).unlink()
+        if present:
+            self._write_sums({name: value for name, value in self._sums().items() if name not in present})
+
     def _whole(self, name: str, write: Callable[[str], object]) -> None:
-        self._replace(name, write)
-        # The summary tells of time, so that its sum would make equal runs differ.
-        if name != SUMMARY:
-            self._write_sums({**self._sums(), name: sha256(self.path / name)})
+        def replace() -> None:
+            self._replace(name, write)
+            # The summary tells of time, so that its sum would make equal runs differ.
+            if name != SUMMARY:
+                self._write_sums({**self._sums(), name: sha256(self.path / name)})
+
+        self.job.first(replace)
 
     def _replace(self, name: str, write: Callable[[str], object]) -> None:
         temporary = self.path / f".{name}.{os.getpid()}.tmp"

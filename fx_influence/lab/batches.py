@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ import torch
 
 from fx_influence.interop.checkpoint import load_checkpoint, load_tokenizer
 from fx_influence.interop.generation import eos_ids
+from fx_influence.interop.job import ALONE, Job
 from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
 from fx_influence.interop.rewards import Reward, check_reward, resolve_reward
 from fx_influence.interop.rollout_files import read_rollouts
@@ -46,7 +49,7 @@ class Source(NamedTuple):
 
 
 class State(NamedTuple):
-    """A training state ready to be measured, what U and each E start from, and the reward."""
+    """A training state ready to be measured, what U and each E start from, the reward, and who measures."""
 
     model: Any
     tokenizer: Any
@@ -55,6 +58,7 @@ class State(NamedTuple):
     opt_state: AdamWState
     sources: list[Source]
     reward: Reward
+    job: Job
 
 
 class Sampled(NamedTuple):
@@ -66,7 +70,7 @@ class Sampled(NamedTuple):
     off_policy: float
 
 
-def load_state(plan: StepPlan) -> State:
+def load_state(plan: StepPlan, job: Job = ALONE) -> State:
     """What the plan names, read and checked, the cheap first. Raises ``PlanError`` and the readers' own errors."""
     sources = [_source(plan, request) for request in plan.requests()]
     reward = resolve_reward(plan.reward)
@@ -75,7 +79,7 @@ def load_state(plan: StepPlan) -> State:
         check_reward(reward, prompts[0].columns)
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     base = None if plan.base is None else demo_path(plan.base)
-    _check_device(plan.device)
+    _check_device(plan.device, job)
     checkpoint = load_checkpoint(demo_path(plan.checkpoint), base=base, dtype=dtype, device=plan.device)
     if checkpoint.optimizer_state is None:
         raise PlanError(f"checkpoint {plan.checkpoint!r} has no optimizer state; save optimizer.pt beside the model")
@@ -83,7 +87,7 @@ def load_state(plan: StepPlan) -> State:
     model = checkpoint.model if plan.dtype == "float64" else checkpoint.model.float()
     opt_state = _widened(checkpoint.optimizer_state)
     apply, params = functionalize(model)
-    state = State(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward)
+    state = State(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward, job)
     for request, source in zip(plan.requests(), sources, strict=True):
         if isinstance(request, SampledBatch):
             tokenized(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
@@ -243,8 +247,10 @@ def _check_tokens(request: RolloutFile, rollouts: Sequence[Rollout], state: Stat
             )
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, job: Job) -> None:
     try:
+        if job.size > 1 and device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", job.rank)) % max(1, torch.cuda.device_count()))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise PlanError(
@@ -295,25 +301,28 @@ def _sampled(
     if request.num_prompts is not None:
         prompts = random.Random(seed).sample(list(prompts), request.num_prompts)
     each = request.completions_per_prompt
-    starts = range(0, len(prompts), max(1, ROLLOUTS_PER_PIECE // each))
-    for k, start in enumerate(starts):
-        asked = prompts[start : start + starts.step]
-        if k not in pieces:
-            drawn = sample_rewarded(
-                state.model,
-                state.tokenizer,
-                asked,
-                state.reward,
-                completions_per_prompt=each,
-                max_new_tokens=plan.max_new_tokens,
-                temperature=plan.temperature,
-                seed=_seed(seed, k),
-                resample_zero_advantage=request.resample_zero_advantage,
-                scale_advantages=plan.scale_advantages,
-            )
-            pieces[k] = [dataclasses.replace(r, group=r.group + start) for r in drawn]
-        progress((start + len(asked)) * each, len(prompts) * each)
-    return [rollout for k in range(len(starts)) for rollout in pieces[k]]
+    step = max(1, ROLLOUTS_PER_PIECE // each)
+
+    def piece(k: int) -> Sequence[Rollout]:
+        drawn = sample_rewarded(
+            state.model,
+            state.tokenizer,
+            prompts[k * step : (k + 1) * step],
+            state.reward,
+            completions_per_prompt=each,
+            max_new_tokens=plan.max_new_tokens,
+            temperature=plan.temperature,
+            seed=_seed(seed, k),
+            resample_zero_advantage=request.resample_zero_advantage,
+            scale_advantages=plan.scale_advantages,
+        )
+        return [dataclasses.replace(r, group=r.group + k * step) for r in drawn]
+
+    works = [partial(piece, k) for k in range(math.ceil(len(prompts) / step))]
+    found = state.job.deal(
+        works, pieces, lambda done: progress(min(done * step, len(prompts)) * each, len(prompts) * each)
+    )
+    return [rollout for some in found for rollout in some]
 
 
 def _scored(plan: StepPlan, state: State, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:

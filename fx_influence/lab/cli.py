@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from fx_influence.interop.rewards import RewardError
+from fx_influence.interop.job import REFUSALS, Job, LostRankError, is_launched, launched
 from fx_influence.lab.analyze import print_analysis, write_analysis
 from fx_influence.lab.fisher import run_fisher
 from fx_influence.lab.fisher_results import UPDATE_SELF_KERNEL, load_fisher_run
@@ -24,24 +24,40 @@ from fx_influence.lab.report import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.run import run
 from fx_influence.lab.table import print_run, printable
-from fx_influence.types import IdentityError
 
 WIDTH = 160
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 refused or bad input, 130 interrupted."""
+    """Run the command line; returns the exit status: 0 done, 1 refused or bad input, 130 interrupted.
+
+    Started several times by torchrun the processes share the work, and the first prints; a refusal is printed once.
+    """
     arguments = _parser().parse_args(argv)
     disable_progress_bar()
-    try:
-        {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments)
-    except (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError) as error:
-        print(f"fx-influence: {printable(str(error))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fx-influence: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+    if not is_launched():
+        return _carry_out(arguments)
+    # Imported where it is needed: it takes as long as the rest.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # What is no refusal is then shown in the launcher's report.
+    return record(_carry_out)(arguments) or 0
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
+    with launched() as job:
+        try:
+            {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments, job)
+        except (*REFUSALS, LostRankError) as error:
+            return _ended(job, printable(str(error)), 1)
+        except KeyboardInterrupt:
+            return _ended(job, "interrupted; the same command continues where it stopped", 130)
     return 0
+
+
+def _ended(job: Job, message: str, status: int) -> int:
+    job.say_once(message, lambda text: print(f"fx-influence: {text}", file=sys.stderr, flush=True))
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,10 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    plan, out = _plan(arguments, EntropyInfluencePlan)
-    with _progress() as progress:
+def _run(arguments: argparse.Namespace, job: Job) -> None:
+    plan, out = job.alike(lambda: _plan(arguments, EntropyInfluencePlan))
+    with _progress(job) as progress:
         results = run(plan, out, progress)
+    job.first(lambda: _show(results))
+
+
+def _show(results: EntropyInfluenceResults) -> None:
     print_run(results, _console())
     try:
         _write_page(results)
@@ -78,14 +98,18 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"no page: {error}", file=sys.stderr)
 
 
-def _fisher(arguments: argparse.Namespace) -> None:
-    plan, out = _plan(arguments, FisherKernelPlan)
-    with _progress() as progress:
+def _fisher(arguments: argparse.Namespace, job: Job) -> None:
+    plan, out = job.alike(lambda: _plan(arguments, FisherKernelPlan))
+    with _progress(job) as progress:
         results = run_fisher(plan, out, progress)
-    print_fisher(results, _console())
+    job.first(lambda: print_fisher(results, _console()))
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _report(arguments: argparse.Namespace, job: Job) -> None:
+    job.first(lambda: _show_stored(arguments))
+
+
+def _show_stored(arguments: argparse.Namespace) -> None:
     if (arguments.directory / UPDATE_SELF_KERNEL).is_file():
         print_fisher(load_fisher_run(arguments.directory), _console())
     else:
@@ -99,7 +123,11 @@ def _write_page(results: EntropyInfluenceResults) -> None:
     _console().print(Text(f"The page with every rollout and token: {page}"), soft_wrap=True)
 
 
-def _analyze(arguments: argparse.Namespace) -> None:
+def _analyze(arguments: argparse.Namespace, job: Job) -> None:
+    job.first(lambda: _show_analysis(arguments))
+
+
+def _show_analysis(arguments: argparse.Namespace) -> None:
     for found in write_analysis(load_run(arguments.directory)):
         print_analysis(found, _console())
 
@@ -131,9 +159,9 @@ class _Bars:
 
 
 @contextmanager
-def _progress() -> Iterator[_Bars]:
+def _progress(job: Job) -> Iterator[_Bars]:
     columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=Console(stderr=True), disable=job.rank > 0) as bars:
         yield _Bars(bars)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from fx_influence.interop.environment import peak_gpu_memory_bytes, peak_memory_bytes, threads_for, timed
+from fx_influence.interop.environment import environment, peak_gpu_memory_bytes, peak_memory_bytes, threads_for, timed
+from fx_influence.interop.job import Job, launched
 from fx_influence.interop.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_name
 from fx_influence.lab.batches import (
     Progress,
@@ -24,6 +25,8 @@ from fx_influence.lab.batches import (
 from fx_influence.lab.plan import AnyPlan, StepPlan, plan_text, resolved
 from fx_influence.lab.step import STEP_PIECES
 from fx_influence.lab.store import RunDirectory
+
+Results = TypeVar("Results")
 
 
 class Experiment(NamedTuple):
@@ -46,30 +49,52 @@ def carry_out(
     plan: AnyPlan,
     path: str | Path | None,
     measure: Callable[[AnyPlan, Experiment], dict[str, Any]],
+    load: Callable[[Path], Results],
     progress: Progress,
-) -> Path:
+) -> Results:
     """Store what ``measure`` finds in ``path``, or go on there; a finished directory is left as it is.
 
-    ``path``: None stands for one in ``runs`` that is the plan's own. Returns it. ``measure`` stores its own pieces and
-    results and returns its figures. With the figures common to all experiments they become ``summary.json``, written
-    last of all: its presence says that the run is whole.
+    ``path``: None stands for one in ``runs`` that is the plan's own. ``measure`` stores its own pieces and results and
+    returns its figures. With the figures common to all experiments they become ``summary.json``, written last of all:
+    its presence says that the run is whole. Returns what ``load`` then reads in ``path``.
+
+    Where a launcher has started several processes each makes the call and has the results; the first alone touches
+    ``path`` and reports its progress. Raises ``ValueError`` on all where plans or inputs differ.
     """
     plan = resolved(plan, Path.cwd())
     path = _own_path(plan) if path is None else Path(path)
+    with launched() as job:
+        job.check_same({**plan.to_dict(), "packages": environment()["packages"]})
+        if job.first(lambda: RunDirectory(path).has(SUMMARY)):
+            directory = RunDirectory.start(path, plan, {}, job)
+        else:
+            directory = _measured(plan, path, measure, progress if job.rank == 0 else _silent, job)
+        directory.remove(*STEP_PIECES)
+        return job.first(lambda: load(path))
+
+
+def _measured(
+    plan: AnyPlan,
+    path: Path,
+    measure: Callable[[AnyPlan, Experiment], dict[str, Any]],
+    progress: Progress,
+    job: Job,
+) -> RunDirectory:
     seconds: dict[str, float] = {}
-    if RunDirectory(path).has(SUMMARY):
-        directory = RunDirectory.start(path, plan, {})
-    else:
-        with timed(seconds, "load"):
-            state, inputs = load_state(plan), input_sums(plan)
-        with threads_for(sum(p.numel() for p in state.model.parameters())):
-            directory = RunDirectory.start(path, plan, inputs)
-            with timed(seconds, "sampling"):
-                u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
-            figures = measure(plan, Experiment(state, directory, u, seconds, progress))
-            directory.write_json(SUMMARY, {**figures, **_figures(state, u, seconds)})
-    directory.remove(*STEP_PIECES)
-    return path
+    with timed(seconds, "load"):
+        state, inputs = job.alike(lambda: (load_state(plan, job), input_sums(plan)))
+        job.check_same(inputs)
+    with threads_for(sum(p.numel() for p in state.model.parameters())):
+        directory = RunDirectory.start(path, plan, inputs, job)
+        with timed(seconds, "sampling"):
+            u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
+        figures = measure(plan, Experiment(state, directory, u, seconds, progress))
+        directory.write_json(SUMMARY, {**figures, **_figures(state, u, seconds)})
+    return directory
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Of the processes but the first."""
 
 
 def _own_path(plan: StepPlan) -> Path:
@@ -78,6 +103,7 @@ def _own_path(plan: StepPlan) -> Path:
 
 
 def _figures(state: State, u: Sampled, seconds: dict[str, float]) -> dict[str, Any]:
+    on_gpu = [peak for peak in state.job.each(peak_gpu_memory_bytes) if peak is not None]
     return {
         "lr": state.opt_state.lr,
         "reference_lr": reference_lr(state),
@@ -87,7 +113,8 @@ def _figures(state: State, u: Sampled, seconds: dict[str, float]) -> dict[str, A
         "trainable_parameters": sum(p.numel() for p in state.params.values()),
         "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
+        "peak_memory_bytes": max(state.job.each(peak_memory_bytes)),
+        "peak_gpu_memory_bytes": max(on_gpu, default=None),
         "torch_threads": torch.get_num_threads(),
+        "ranks": state.job.size,
     }

@@ -54,7 +54,7 @@ def run_fisher(
         >>> results.evaluations[0].kernel.shape, bool(results.evaluations[0].delta_logprob_matrix > 0)
         ((1, 1), True)
     """
-    return load_fisher_run(carry_out(plan, path, _measure, progress))
+    return carry_out(plan, path, _measure, load_fisher_run, progress)
 
 
 def _measure(plan: FisherKernelPlan, now: Experiment) -> dict[str, Any]:

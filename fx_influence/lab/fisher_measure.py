@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,31 +42,47 @@ def kernel_diagonal(plan: FisherKernelPlan, state: State, step: Step) -> Params:
 def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Params) -> np.ndarray:
     """K_aa = <grad S_a, P grad S_a>, (n,); a block of gradients at a time."""
     once, index = distinct_rows(scored(batch))
-    own = []
-    for part in row_chunks(once, rollouts_per_block(plan, state.params)):
+
+    def squared(part: Batch) -> Tensor:
         gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
         # Parameters that the optimizer does not hold are no part of the kernel.
         squares = [(diagonal[name] * g * g).flatten(1) for name, g in gradients.items() if name in diagonal]
-        own.append(torch.stack([square.sum(1, dtype=torch.float64) for square in squares]).sum(0))
+        return torch.stack([square.sum(1, dtype=torch.float64) for square in squares]).sum(0).cpu()
+
+    parts = row_chunks(once, rollouts_per_block(plan, state.params))
+    own = torch.cat(state.job.deal([partial(squared, part) for part in parts]))
     dtype = promote(next(iter(state.params.values())).dtype)
-    return _numpy(torch.cat(own)[index].to(dtype))
+    return _numpy(own[index.cpu()].to(dtype))
 
 
 def kernel(plan: FisherKernelPlan, state: State, batch_e: Batch, batch_u: Batch, diagonal: Params) -> np.ndarray:
     """K_ai = <grad S_a, P grad S_i>, (n_e, n_u); equal rollouts are measured once."""
     (once_e, index_e), (once_u, index_u) = (distinct_rows(scored(batch)) for batch in (batch_e, batch_u))
-    once = fisher_kernel(
-        state.params,
-        once_e,
-        once_u,
-        None,
-        apply=state.apply,
-        preconditioner=diagonal,
-        temperature=plan.temperature,
-        chunk_size=plan.chunk_size,
-        memory_budget=plan.memory_budget,
-    )
-    return _numpy(once[index_e][:, index_u])
+
+    def of_rows(part: Batch) -> Tensor:
+        return fisher_kernel(
+            state.params,
+            part,
+            once_u,
+            None,
+            apply=state.apply,
+            preconditioner=diagonal,
+            temperature=plan.temperature,
+            chunk_size=plan.chunk_size,
+            memory_budget=plan.memory_budget,
+        )
+
+    return _numpy(_shared(state, once_e, of_rows)[index_e.cpu()][:, index_u.cpu()])
+
+
+def _shared(state: State, batch: Batch, of_rows: Callable[[Batch], Tensor]) -> Tensor:
+    """What ``of_rows`` gives of a batch, on the CPU, each process of the job taking its share of the rows."""
+    parts = row_chunks(batch, -(-len(batch.input_ids) // state.job.size))
+    return torch.cat(state.job.deal([partial(_on_cpu, of_rows, part) for part in parts]))
+
+
+def _on_cpu(of_rows: Callable[[Batch], Tensor], part: Batch) -> Tensor:
+    return of_rows(part).cpu()
 
 
 def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Batch) -> Arrays:
@@ -75,12 +93,17 @@ def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Ba
     """
     (once, index), (moving, copies) = distinct_rows(scored(batch_e)), moving_rows(step.batch)
     params, apply, temperature, chunk = state.params, state.apply, plan.temperature, plan.chunk_size
-    losses = gradient_kernel(params, once, moving, step.parts.gain, apply, temperature, plan.memory_budget, chunk)
+
+    def losses(part: Batch) -> Tensor:
+        return gradient_kernel(params, part, moving, step.parts.gain, apply, temperature, plan.memory_budget, chunk)
+
+    def slopes(part: Batch, v: Params) -> Tensor:
+        return token_jvp(params, v, part, apply, temperature, chunk).logprobs.double().sum(-1)
+
     # The rollout losses of E are -S_a.
-    matrix = -losses[index][:, copies]
+    matrix = -_shared(state, once, losses)[index.cpu()][:, copies.cpu()]
     whole, baseline = (
-        token_jvp(params, v, once, apply, temperature, chunk).logprobs.double().sum(-1)[index]
-        for v in (step.parts.direction, step.parts.baseline)
+        _shared(state, once, partial(slopes, v=v))[index.cpu()] for v in (step.parts.direction, step.parts.baseline)
     )
     residual = whole - baseline - matrix.double().sum(1)
     check_identity(

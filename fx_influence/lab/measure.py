@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from fx_influence.lab.rounding import LARGEST_MULTIPLE, clearing_etas, rounding_
 from fx_influence.lab.step import Step, whole_directions
 from fx_influence.lab.sweep import Arrays, Steps, sweep
 from fx_influence.queries import expected_reward
-from fx_influence.types import Batch
+from fx_influence.types import Batch, Params
 
 FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr")
 FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual")
@@ -83,24 +84,49 @@ def evaluate(
     return Evaluation(first["matrix"], arrays, summary)
 
 
-def first_order(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> Arrays:
-    """``influence`` with its matrix, the derivatives along the directions of the whole step, and the rounding floor."""
+def first_order(
+    plan: EntropyInfluencePlan,
+    state: State,
+    step: Step,
+    e: Sampled,
+    kept: MutableMapping[int, Arrays] | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Arrays:
+    """``influence`` with its matrix, the derivatives along the directions of the whole step, and the rounding floor.
+
+    ``kept`` holds the parts of this that are done, see ``sweep``.
+    """
+    slopes = (partial(_slope, plan, state, e, *item) for item in whole_directions(plan, state, step).items())
+    works: list[Callable[[], dict[str, torch.Tensor]]] = [
+        partial(_on_entropy, plan, state, step, e),
+        *slopes,
+        partial(_on_reward, plan, state, step, e),
+        lambda: {"rounding_floor": torch.tensor(rounding_floor(plan, state, e.batch), dtype=torch.float64)},
+        partial(_along_rmsprop, plan, state, step, e),
+    ]
+    arrays = [partial(_arrays, work) for work in works]
+    parts = state.job.deal(arrays, kept, lambda done: progress("first order", done, len(works)))
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _arrays(work: Callable[[], dict[str, torch.Tensor]]) -> Arrays:
+    return {name: value.cpu().numpy() for name, value in work().items()}
+
+
+def _on_entropy(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
     out = _influence(plan, state, step, e, gain=plan.gain, matrix=True)
     assert out.matrix is not None
-    slopes = {
-        name: jvp_delta(state.params, direction, e.batch, apply=state.apply, **plan.estimation())
-        for name, direction in whole_directions(plan, state, step).items()
-    }
     found = {name: getattr(out, name) for name in (*FIRST_ORDER_ARRAYS, *FIRST_ORDER_FIGURES, "matrix")}
-    found |= {f"{name}_first": slope.first for name, slope in slopes.items()}
-    found |= {f"{name}_second": slope.second for name, slope in slopes.items()}
-    parts = {name: slopes[name].contributions for name in ("full", "baseline")}
-    found |= {f"{name}_error": _error(plan, part, e.batch) for name, part in parts.items()}
     found["rollouts_error"] = _error(plan, out.matrix.double().sum(1), e.batch)
-    found["per_parameter"] = torch.stack(list(out.per_parameter.values()))
-    found |= _other_influences(plan, state, step, e)
-    arrays = {name: value.cpu().numpy() for name, value in found.items()}
-    return arrays | {"rounding_floor": np.array(rounding_floor(plan, state, e.batch))}
+    return found | {"per_parameter": torch.stack(list(out.per_parameter.values()))}
+
+
+def _slope(plan: EntropyInfluencePlan, state: State, e: Sampled, name: str, v: Params) -> dict[str, torch.Tensor]:
+    slope = jvp_delta(state.params, v, e.batch, apply=state.apply, **plan.estimation())
+    found = {f"{name}_first": slope.first, f"{name}_second": slope.second}
+    if name in ("full", "baseline"):
+        found[f"{name}_error"] = _error(plan, slope.contributions, e.batch)
+    return found
 
 
 def _influence(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled, **options: Any) -> Influence:
@@ -118,16 +144,19 @@ def _influence(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled,
     )
 
 
-def _other_influences(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
-    rmsprop = _influence(plan, state, step, e, gain="rmsprop", per_token=False, stderr=False)
-    found = {"per_sequence_rmsprop": rmsprop.per_sequence}
+def _along_rmsprop(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
+    out = _influence(plan, state, step, e, gain="rmsprop", per_token=False, stderr=False)
+    return {"per_sequence_rmsprop": out.per_sequence}
+
+
+def _on_reward(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
     rewards = [r.reward for r in e.rollouts if r.reward is not None]
-    if len(rewards) == len(e.rollouts):
-        query = expected_reward(torch.tensor(rewards, dtype=torch.float64))
-        reward = _influence(plan, state, step, e, gain=plan.gain, per_token=False, query=query)
-        found |= {"per_sequence_reward": reward.per_sequence, "per_sequence_reward_stderr": reward.stderr}
-        found |= {"reward_baseline": reward.baseline, "reward_total_stderr": reward.total_stderr}
-    return found
+    if len(rewards) < len(e.rollouts):
+        return {}
+    query = expected_reward(torch.tensor(rewards, dtype=torch.float64))
+    out = _influence(plan, state, step, e, gain=plan.gain, per_token=False, query=query)
+    found = {"per_sequence_reward": out.per_sequence, "per_sequence_reward_stderr": out.stderr}
+    return found | {"reward_baseline": out.baseline, "reward_total_stderr": out.total_stderr}
 
 
 def _error(plan: EntropyInfluencePlan, contributions: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -40,7 +40,7 @@ def run(
     ``RunDirectoryError`` where ``path`` holds something else. With one seed a run repeats bit for bit on one machine,
     figures of time and memory apart.
     """
-    return load_run(carry_out(plan, path, _measure, progress))
+    return carry_out(plan, path, _measure, load_run, progress)
 
 
 def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
@@ -72,12 +72,9 @@ def _evaluation(plan: EntropyInfluencePlan, now: Experiment, step: Step, i: int)
     e = now.sampled_evaluation(plan, i)
     first, blocks = _pieces(directory, i)
     with timed(now.seconds, "first order"):
-        progress("first order", 0, 1)
-        if 0 not in first:
-            first[0] = first_order(plan, now.state, step, e)
-        progress("first order", 1, 1)
+        slopes = first_order(plan, now.state, step, e, first, progress)
     with timed(now.seconds, "finite steps"):
-        result = evaluate(plan, now.state, step, e, first[0], blocks, progress)
+        result = evaluate(plan, now.state, step, e, slopes, blocks, progress)
     directory.write_array(eval_name(i, "_delta_matrix.npy"), result.matrix)
     directory.write_arrays(eval_name(i, ".npz"), result.arrays)
     # Written last: its presence says that the evaluation is whole.
@@ -85,7 +82,7 @@ def _evaluation(plan: EntropyInfluencePlan, now: Experiment, step: Step, i: int)
 
 
 def _pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arrays]]:
-    """What an evaluation keeps while it lasts: its first order, under 0, and the blocks of its sweep."""
+    """What an evaluation keeps while it lasts: the parts of its first order, and the blocks of its sweep."""
     return directory.array_pieces(eval_name(i, "_first_order")), directory.array_pieces(eval_name(i, "_block"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def measure_step(
         directory.write_tensors(GRADIENT, {name: x for name, x in g.items() if x is not None})
     progress("step", 1, 2)
     if not directory.has(NORMS):
-        directory.write_array(NORMS, _gradient_norms(plan, state, batch).cpu().numpy())
+        directory.write_array(NORMS, _gradient_norms(plan, state, batch).numpy())
     progress("step", 2, 2)
     with readable(directory.path):
         stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
@@ -88,8 +89,10 @@ def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
 
 def _gradient_norms(plan: StepPlan, state: State, batch: Batch) -> Tensor:
     once, index = moving_rows(batch)
-    norms = []
-    for part in row_chunks(once, rollouts_per_block(plan, state.params)):
+
+    def norms(part: Batch) -> Tensor:
         gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
-        norms.append(torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0))
-    return torch.cat(norms)[index]
+        return torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0).cpu()
+
+    parts = row_chunks(once, rollouts_per_block(plan, state.params))
+    return torch.cat(state.job.deal([partial(norms, part) for part in parts]))[index.cpu()]

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from fx_influence.interop.environment import environment
+from fx_influence.interop.job import ALONE, Job
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.interop.run_files import (
     ENVIRONMENT,
@@ -29,28 +30,31 @@ class RunDirectory(RunFiles):
     """The files of one run that may be under way."""
 
     @classmethod
-    def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str]) -> RunDirectory:
+    def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str], job: Job = ALONE) -> RunDirectory:
         """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan.
 
         ``inputs``: SHA-256 by name of what the plan reads. A run that began with other files is not continued.
         """
-        directory = cls(path)
-        if directory.has(PLAN):
+        job.first(lambda: cls(path)._begin(plan, inputs))
+        return cls(path, job)
+
+    def _begin(self, plan: StepPlan, inputs: Mapping[str, str]) -> None:
+        path = self.path
+        if self.has(PLAN):
             with readable(path):
-                stored = directory.read_yaml(PLAN)
+                stored = self.read_yaml(PLAN)
             if stored != plan.to_dict():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
-            if not directory.has(SUMMARY):
-                directory._check_inputs(inputs)
+            if not self.has(SUMMARY):
+                self._check_inputs(inputs)
                 for leftover in path.glob(".*.tmp"):
                     leftover.unlink(missing_ok=True)
-            return directory
+            return
         if path.exists() and not (path.is_dir() and _only_begun({file.name for file in path.iterdir()})):
             raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        directory.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": dict(inputs)})
-        directory.write_text(PLAN, plan_text(plan))
-        return directory
+        self.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": dict(inputs)})
+        self.write_text(PLAN, plan_text(plan))
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
         with readable(self.path):
@@ -114,11 +118,14 @@ class Pieces(MutableMapping[int, Piece], Generic[Piece]):
         self._directory.remove(self._name(key))
 
     def __iter__(self) -> Iterator[int]:
-        files = self._directory.path.glob(f"{self._prefix}_*{self._suffix}")
-        return iter(sorted(int(file.stem.rpartition("_")[2]) for file in files))
+        files = self._directory.names(f"{self._prefix}_*{self._suffix}")
+        return iter(sorted(int(file.removesuffix(self._suffix).rpartition("_")[2]) for file in files))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def clear(self) -> None:
+        self._directory.remove(*map(self._name, self))
 
     def _name(self, key: int) -> str:
         return f"{self._prefix}_{key:05d}{self._suffix}"

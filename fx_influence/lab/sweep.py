@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -57,18 +58,17 @@ def sweep(
     first = np.unique(index.cpu().numpy(), return_index=True)[1]
     own = None if steps.own is None else steps.own.cpu()[torch.from_numpy(first)]
     size = rollouts_per_block(plan, state.params)
-    chunks = list(row_chunks(once, size))
-    measure = None
-    for k in range(len(chunks) + 1):
-        if k not in kept:
-            measure = measure or _measure(plan, state, batch_e, steps.etas)
-            if k == 0:
-                kept[k] = measure(_of_the_step(plan, state, step), None)
-            else:
-                etas = None if own is None else own[(k - 1) * size : k * size]
-                kept[k] = measure(_of_rollouts(plan, state, step, chunks[k - 1]), etas)
-        progress("finite steps", k, len(chunks))
-    return _assembled([kept[k] for k in range(len(chunks) + 1)], index.cpu().numpy())
+    # The pass at theta is made once, and only where a block is left to be measured.
+    measure = cache(lambda: _measure(plan, state, batch_e, steps.etas))
+
+    def of_rollouts(k: int, rows: Batch) -> Arrays:
+        etas = None if own is None else own[k * size : (k + 1) * size]
+        return measure()(_of_rollouts(plan, state, step, rows), etas)
+
+    works: list[Callable[[], Arrays]] = [lambda: measure()(_of_the_step(plan, state, step), None)]
+    works += [partial(of_rollouts, k, rows) for k, rows in enumerate(row_chunks(once, size))]
+    blocks = state.job.deal(works, kept, lambda done: progress("finite steps", done, len(works)))
+    return _assembled(blocks, index.cpu().numpy())
 
 
 def _assembled(blocks: list[Arrays], index: np.ndarray) -> Arrays:
