@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from fx_influence.shards import own_part
+from fx_influence.ranks import gather_into
+from fx_influence.shards import is_sharded, own_part
 from fx_influence.tree import promote
 
-# torch 2.13 has renamed both
-_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 has renamed it
 _scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -44,6 +44,23 @@ def sharding_of(x: Tensor) -> Sharding:
     mesh, axis = sharded.device_mesh, sharded.device_mesh.ndim - 1
     dim = cast(Any, sharded.placements[axis]).dim
     return Sharding(x.shape, dim, -(-x.shape[dim] // mesh.size(axis)), mesh.size(axis), axis)
+
+
+def own_box(x: Tensor) -> list[slice]:
+    """Which entries of the whole tensor this rank's part holds."""
+    where = [slice(0, n) for n in x.shape]
+    if is_sharded(x):
+        how = sharding_of(x)
+        start = min(cast(DTensor, x).device_mesh.get_local_rank(how.axis) * how.chunk, x.shape[how.dim])
+        where[how.dim] = slice(start, start + own_part(x).shape[how.dim])
+    return where
+
+
+def like_sharded(part: Tensor, like: Tensor) -> Tensor:
+    """The DTensor of which this rank holds ``part``, sharded as ``like``."""
+    x = cast(DTensor, like)
+    how: dict[str, Any] = {"shape": x.shape, "stride": x.stride(), "run_check": False}
+    return DTensor.from_local(part, x.device_mesh, x.placements, **how)
 
 
 def group_of(x: Tensor) -> dist.ProcessGroup:
@@ -86,7 +103,7 @@ def gather(shards: Sequence[Tensor]) -> Gathering:
         joined = torch.cat(own)
         first = next(x for x in shards if x.dtype == dtype)
         flat[dtype] = joined.new_empty(sharding_of(first).ranks, len(joined))
-        works.append(_gather(flat[dtype].view(-1), joined, group=group_of(first), async_op=True))
+        works.append(gather_into(flat[dtype].view(-1), joined, group=group_of(first), async_op=True))
     return Gathering(shards, flat, works)
 
 

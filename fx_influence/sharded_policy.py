@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from fx_influence.attention import math_attention
 from fx_influence.forward_mode import ForwardMode
-from fx_influence.gathering import gather, scattered_sums, sharding_of
+from fx_influence.gathering import gather, like_sharded, scattered_sums, sharding_of
 from fx_influence.policy import Policy, output_embeddings
 from fx_influence.shards import is_sharded, own_part
 from fx_influence.tree import promote
@@ -157,8 +156,7 @@ def _over_copies(own: Gradients, params: Params) -> Gradients:
             continue
         for group in groups:
             dist.all_reduce(g, group=group)
-        how = {"shape": like.shape, "stride": like.stride()}
-        out[name] = DTensor.from_local(g, like.device_mesh, like.placements, run_check=False, **how)
+        out[name] = like_sharded(g, like)
     return out
 
 

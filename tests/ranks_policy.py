@@ -69,7 +69,7 @@ def gpt2() -> nn.Module:
 
 
 def tiny() -> nn.Module:
-    return TinyPolicy(vocab=VOCAB, dim=8, layers=3, max_len=32, tied=True, idle=True, dropout=0.1)
+    return TinyPolicy(vocab=VOCAB, dim=4, layers=3, max_len=32, tied=True, idle=True, dropout=0.1)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -244,7 +244,7 @@ class Watch:
 
         with (
             mock.patch.object(units, "gather", gather),
-            mock.patch.object(gathering, "_gather", spy("gather", gathering._gather)),
+            mock.patch.object(gathering, "gather_into", spy("gather", gathering.gather_into)),
             mock.patch.object(gathering, "_scatter", spy("scatter", gathering._scatter)),
         ):
             yield self

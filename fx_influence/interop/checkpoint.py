@@ -9,7 +9,7 @@ import functools
 import json
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,18 +88,17 @@ def load_checkpoint(
         >>> checkpoint.model.config.model_type, checkpoint.optimizer_state.lr, checkpoint.eos_token_ids
         ('qwen2', 0.0001, (1,))
     """
-    path = _directory("path", path)
+    path = directory_of("path", path)
     is_adapter = (path / "adapter_config.json").is_file()
     base = _base_directory(path, base) if is_adapter or base is not None else None
-    shards = _shards(path, MODEL_SHARDS, MODEL_PART)
+    shards = shards_in(path, MODEL_SHARDS, MODEL_PART)
     elsewhere = is_adapter or (shards is not None and not (path / "config.json").is_file())
     model_path = base if elsewhere and base is not None else path
     _require_files(model_path, path, is_adapter, shards)
     tokenizer = _tokenizer(path, base)
     _check_vocabulary(tokenizer, model_path)
     state_dict = _optimizer_state_dict(path) if optimizer else None
-    if param_names is None and (path / PARAM_NAMES).is_file():
-        param_names = json.loads((path / PARAM_NAMES).read_text())
+    param_names = param_names_in(path) if param_names is None else param_names
     model = _causal_lm(model_path, None if is_adapter else shards, dtype)
     if is_adapter:
         model = _adapter(model, path, shards, dtype)
@@ -116,12 +115,12 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> PreTr
         >>> load_tokenizer(str(files("fx_influence") / "lab" / "demo" / "policy")).eos_token
         '<|endoftext|>'
     """
-    path = _directory("path", path)
+    path = directory_of("path", path)
     needs_base = base is not None or (path / "adapter_config.json").is_file()
     return _tokenizer(path, _base_directory(path, base) if needs_base else None)
 
 
-def _directory(field: str, path: str | Path) -> Path:
+def directory_of(field: str, path: str | Path) -> Path:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{field} is {str(path)!r}, not a directory; pass a local checkpoint directory")
     return Path(path)
@@ -129,7 +128,7 @@ def _directory(field: str, path: str | Path) -> Path:
 
 def _base_directory(path: Path, base: str | Path | None) -> Path:
     if base is not None:
-        return _directory("base", base)
+        return directory_of("base", base)
     config = path / "adapter_config.json"
     name = json.loads(config.read_text()).get("base_model_name_or_path")
     if not name or not Path(name).is_dir():
@@ -140,9 +139,14 @@ def _base_directory(path: Path, base: str | Path | None) -> Path:
     return Path(name)
 
 
-def _shards(path: Path, subdirectory: str, part: Sequence[str]) -> Path | None:
+def shards_in(path: Path, subdirectory: str, part: Sequence[str]) -> Path | None:
     """Where ``torch.distributed.checkpoint`` saved a part."""
     return next((directory for directory in (path / subdirectory, path) if has_part(directory, part)), None)
+
+
+def param_names_in(path: Path) -> list[list[str]] | None:
+    """The parameters' names group by group, where they are saved beside the state."""
+    return json.loads((path / PARAM_NAMES).read_text()) if (path / PARAM_NAMES).is_file() else None
 
 
 def _require_files(model_path: Path, path: Path, is_adapter: bool, shards: Path | None) -> None:
@@ -189,18 +193,23 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: Path) -> N
 
 
 def _optimizer_state_dict(path: Path) -> dict[str, Any]:
-    shards = _shards(path, OPTIMIZER_SHARDS, OPTIMIZER_PART)
-    state_dict: dict[str, Any]
+    shards = shards_in(path, OPTIMIZER_SHARDS, OPTIMIZER_PART)
     if shards is not None:
-        state_dict = read_part(shards, OPTIMIZER_PART)
-        if "param_groups" in state_dict:
-            # torch saves no empty dict, as the state is before the first step
-            state_dict.setdefault("state", {})
-    else:
-        remedy = "{'optim': ...} with torch.distributed.checkpoint.save, or pass optimizer=False for the policy alone"
-        _require_any(path, OPTIMIZER, f"save optimizer.state_dict() there, or {remedy}")
-        file = next(path / file for file in OPTIMIZER if (path / file).is_file())
-        state_dict = load_values(file, str(file))
+        return optimizer_state_dict_in(shards, read_part)
+    remedy = "{'optim': ...} with torch.distributed.checkpoint.save, or pass optimizer=False for the policy alone"
+    _require_any(path, OPTIMIZER, f"save optimizer.state_dict() there, or {remedy}")
+    file = next(path / file for file in OPTIMIZER if (path / file).is_file())
+    state_dict: dict[str, Any] = load_values(file, str(file))
+    require_adamw_state_dict(state_dict)
+    return state_dict
+
+
+def optimizer_state_dict_in(shards: Path, read: Callable[[Path, Sequence[str]], Any]) -> dict[str, Any]:
+    """What ``torch.distributed.checkpoint`` saved of AdamW; ``TypeError`` for the state of another optimizer."""
+    state_dict: dict[str, Any] = read(shards, OPTIMIZER_PART)
+    if "param_groups" in state_dict:
+        # torch saves no empty dict, as the state is before the first step
+        state_dict.setdefault("state", {})
     require_adamw_state_dict(state_dict)
     return state_dict
 

@@ -1,4 +1,4 @@
-"""Checkpoints of ``torch.distributed.checkpoint`` read in one process, and saved values read without unpickling.
+"""Checkpoints of ``torch.distributed.checkpoint`` read whole or in parts, and saved values read without unpickling.
 
 A directory holds ``.metadata``, a pickle that says which bytes of which file are which value, and files of values,
 each as ``torch.save`` writes it. torch's own reader unpickles whatever stands in the first. Here a pickle may name the
@@ -13,14 +13,17 @@ import math
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fx_influence.interop.saved_rows import row_layout
+
 METADATA = ".metadata"
+BYTES_AT_ONCE = 2**24
 
 
 class _Record:
@@ -79,6 +82,15 @@ class _Piece(NamedTuple):
     length: int
 
 
+class Stored(NamedTuple):
+    """A value in a directory, unread; ``shape`` is None if it is no tensor."""
+
+    directory: Path
+    name: str
+    shape: tuple[int, ...] | None
+    pieces: list[_Piece]
+
+
 class _Entry(NamedTuple):
     """One value: its keys in the saved dict, its shape (None if it is no tensor) and its pieces."""
 
@@ -113,6 +125,15 @@ def read_part(directory: Path, names: Sequence[str]) -> Any:
         ...     read_part(Path(directory), ["model"]), read_part(Path(directory), ["optim", "optimizer"])
         ({'w': tensor([0, 1, 2])}, {'param_groups': [{'lr': tensor(0.5000)}]})
     """
+    return _part(directory, names, lambda stored: _whole(stored))
+
+
+def stored_part(directory: Path, names: Sequence[str]) -> Any:
+    """``read_part`` with every tensor of one axis or more left unread, as ``Stored``."""
+    return _part(directory, names, lambda stored: stored if stored.shape else _whole(stored))
+
+
+def _part(directory: Path, names: Sequence[str], found: Callable[[Stored], Any]) -> Any:
     tree: dict[str | int, Any] = {}
     for path, shape, pieces in _entries(directory / METADATA):
         below = _below(path, names)
@@ -120,7 +141,7 @@ def read_part(directory: Path, names: Sequence[str]) -> Any:
             node = tree
             for key in below[:-1]:
                 node = node.setdefault(key, {})
-            node[below[-1]] = _value(directory, ".".join(map(str, path)), shape, pieces)
+            node[below[-1]] = found(Stored(directory, ".".join(map(str, path)), shape, pieces))
     return _with_lists(tree)
 
 
@@ -178,7 +199,8 @@ def _below(path: tuple[str | int, ...], names: Sequence[str]) -> tuple[str | int
     return next((path[depth + 1 :] for depth in (0, 1) if path[depth : depth + 1] and path[depth] in names), ())
 
 
-def _value(directory: Path, name: str, shape: tuple[int, ...] | None, pieces: list[_Piece]) -> Any:
+def _whole(stored: Stored) -> Any:
+    directory, name, shape, pieces = stored
     if shape is None:
         return _read(directory, name, pieces[0])
     whole: Tensor | None = None
@@ -189,8 +211,57 @@ def _value(directory: Path, name: str, shape: tuple[int, ...] | None, pieces: li
         whole = part.new_empty(shape) if whole is None else whole
         whole[tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True))] = part
     if whole is None or sum(math.prod(piece.sizes) for piece in pieces) != whole.numel():
-        raise ValueError(f"{name} of shape {shape} is not all in {directory}; save the checkpoint again")
+        raise _not_all_there(stored)
     return whole
+
+
+def _not_all_there(stored: Stored) -> ValueError:
+    return ValueError(
+        f"{stored.name} of shape {stored.shape} is not all in {stored.directory}; save the checkpoint again"
+    )
+
+
+def read_box(stored: Stored, offsets: Sequence[int], out: Tensor) -> None:
+    """Fill ``out`` with the box of its shape that begins at ``offsets`` in a stored tensor, in the dtype of ``out``.
+
+    Only files of pieces that reach into the box are opened, and of those the rows that do are read, at most about
+    ``BYTES_AT_ONCE`` at a time. Raises as ``read_part``.
+    """
+    found = 0
+    for piece in stored.pieces:
+        begin = [max(a, b) for a, b in zip(offsets, piece.offsets, strict=True)]
+        ends = zip(offsets, out.shape, piece.offsets, piece.sizes, strict=True)
+        end = [min(a + n, b + m) for a, n, b, m in ends]
+        if all(a < b for a, b in zip(begin, end, strict=True)):
+            inside = [slice(a - o, b - o) for a, b, o in zip(begin, end, piece.offsets, strict=True)]
+            for row, part in _rows(stored, piece, inside[0]):
+                at = row + piece.offsets[0] - offsets[0]
+                places = [slice(a - o, b - o) for a, b, o in zip(begin, end, offsets, strict=True)]
+                out[(slice(at, at + len(part)), *places[1:])] = part[(slice(None), *inside[1:])]
+            found += math.prod(b - a for a, b in zip(begin, end, strict=True))
+    if found != out.numel():
+        raise _not_all_there(stored)
+
+
+def _rows(stored: Stored, piece: _Piece, rows: slice) -> Iterator[tuple[int, Tensor]]:
+    """The rows of a piece some at a time, each with the first's index."""
+    name = f"{stored.name} in {stored.directory / piece.file}"
+    with (stored.directory / piece.file).open("rb") as file:
+        layout = row_layout(file, piece.start, piece.length, piece.sizes)
+        if layout is None:
+            yield rows.start, _read(stored.directory, stored.name, piece)[rows]
+            return
+        dtype, start = layout
+        width = math.prod(piece.sizes[1:])
+        step = max(1, BYTES_AT_ONCE // (width * dtype.itemsize))
+        for first in range(rows.start, rows.stop, step):
+            count = min(step, rows.stop - first)
+            part = torch.empty(count * width, dtype=dtype)
+            file.seek(start + first * width * dtype.itemsize)
+            numbers: Any = part.view(torch.uint8).numpy()
+            if file.readinto(numbers) != part.nbytes:
+                raise ValueError(f"{name} is damaged: it ends too early; save the checkpoint again")
+            yield first, part.view(count, *piece.sizes[1:])
 
 
 def _read(directory: Path, name: str, piece: _Piece) -> Any:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from fx_influence.ranks import collected
+from fx_influence.shards import is_sharded, own_part
 from fx_influence.types import AdamWHyper, AdamWState
+
+Value = TypeVar("Value")
 
 SUPPORTED = "supported are torch.optim.AdamW, its subclasses, and torch.optim.Adam with decoupled_weight_decay=True"
 
@@ -25,6 +30,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
     ``optimizer``: a ``torch.optim.AdamW`` or an ``Adam`` with decoupled weight decay, bare or inside a wrapper that
     keeps it as ``.optimizer`` (accelerate). It is read only: no state is created in it.
     ``model``: the module whose parameters the optimizer holds. Tied parameters appear once.
+    Of a model that FSDP2 has sharded they are DTensors, sharded as the parameters, and every rank makes the call.
     Returns clones in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros
     and step 0 for a parameter that has made no step. Trainable parameters that the optimizer does not hold and
     frozen ones that it does are left out.
@@ -41,7 +47,30 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
         >>> state.lr, state.step, state.exp_avg["bias"].tolist()
         (0.2, {'weight': 0, 'bias': 0}, [0.0])
     """
-    adamw = require_adamw(optimizer)
+    return on_all_ranks(model, lambda: _state(require_adamw(optimizer), model))
+
+
+def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
+    """What ``call`` gives; of a sharded model, what it raises on one rank is raised on all, or they would wait for it.
+
+    ``call`` itself needs no other rank.
+    """
+    mesh: Any = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
+    if mesh is None:
+        return call()
+    found: list[Value] = []
+    problem: tuple[type[Exception], str] | None = None
+    try:
+        found.append(call())
+    except (OSError, TypeError, ValueError) as error:
+        problem = type(error), str(error)
+    for rank, theirs in enumerate(collected(mesh, problem)):
+        if theirs is not None:
+            raise theirs[0](f"on rank {rank}: {theirs[1]}")
+    return found[0]
+
+
+def _state(adamw: torch.optim.Optimizer, model: nn.Module) -> AdamWState:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     lr, scales = _learning_rates(adamw.param_groups)
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in _MOMENTS}
@@ -141,11 +170,17 @@ def _moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> Te
             f"optimizer state {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: "
             "optimizer state of another model; pass the state saved with these weights"
         )
+    if is_sharded(value) != is_sharded(parameter):
+        raise ValueError(
+            f"optimizer state {key} of {name} and the parameter are not both DTensors; make the optimizer after "
+            "fully_shard, or load its state with restore_optimizer"
+        )
     value = value.detach().to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype), copy=True)
-    bad = ~torch.isfinite(value) if key == "exp_avg" else ~torch.isfinite(value) | (value < 0)
+    own = own_part(value)
+    bad = ~torch.isfinite(own) if key == "exp_avg" else ~torch.isfinite(own) | (own < 0)
     if bad.any():
         raise ValueError(
-            f"optimizer state {key} of {name} holds {value[bad][0].item()} ({int(bad.sum())} such values), which AdamW "
+            f"optimizer state {key} of {name} holds {own[bad][0].item()} ({int(bad.sum())} such values), which AdamW "
             "cannot have; take an earlier checkpoint, from before the training diverged"
         )
     return value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fx_influence.interop.distributed import Stored, read_box
 from fx_influence.interop.optim import SUPPORTED
+from fx_influence.shards import is_sharded, own_part
 
 # what transformers' Trainer.get_decay_parameter_names excludes from weight decay, besides the LayerNorm modules
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -46,6 +48,7 @@ def restore_optimizer(
     ``state_dict``: from ``optimizer.state_dict()``, whose ids are integers, or one by parameter names, which need no
     rule: from torch's ``get_optimizer_state_dict``, flattened or not, or ``FSDP.optim_state_dict``, in whole tensors.
     Its learning rates are those of the *next* step, and 0 at the end of most schedules: see ``adamw_state``.
+    ``model``: where FSDP2 has sharded it, each rank's optimizer takes its own shards of the state.
 
     The names behind integer ids are, group by group and in this order of preference,
 
@@ -73,9 +76,32 @@ def restore_optimizer(
     parameters = dict(model.named_parameters())
     names, rule = _group_names(state_dict["param_groups"], model, own_names, param_names)
     _check_groups(state_dict, names, parameters, rule)
+    by_id = {index: parameters[name] for index, name in _ids_and_names(state_dict, names)}
+    for index, entry in state_dict["state"].items():
+        state_dict["state"][index] = {field: _own_share(value, by_id[index]) for field, value in entry.items()}
     optimizer = torch.optim.AdamW([{"params": [parameters[name] for name in group]} for group in names])
     optimizer.load_state_dict(state_dict)
     return optimizer
+
+
+def _ids_and_names(state_dict: dict[str, Any], names: list[list[str]]) -> Iterator[tuple[int, str]]:
+    for group, own in zip(state_dict["param_groups"], names, strict=True):
+        yield from zip(group["params"], own, strict=True)
+
+
+def _own_share(value: Any, parameter: nn.Parameter) -> Any:
+    """Of a moment, what this rank's shard of the parameter needs; anything else as it is."""
+    if not is_sharded(parameter) or not isinstance(value, (Stored, Tensor)) or value.shape == ():
+        return value
+    from fx_influence.gathering import like_sharded, own_box
+
+    box = own_box(parameter)
+    if isinstance(value, Stored):
+        own = torch.empty_like(own_part(parameter.detach()))
+        read_box(value, [where.start for where in box], own)
+    else:
+        own = value[tuple(box)].to(parameter.device, copy=True)
+    return like_sharded(own, parameter)
 
 
 def require_adamw_state_dict(state_dict: Any) -> None:
@@ -112,6 +138,8 @@ def _require_adamw_entry(what: str, entry: dict[str, Any]) -> None:
         raise TypeError(f"{what} has the fields {sorted(entry)}, not AdamW's; {SUPPORTED}")
     for field in sorted(_STATE & set(entry) - {"step"}):
         value = entry[field]
+        if isinstance(value, Stored):
+            continue
         if type(value) is not Tensor or not value.is_floating_point() or value.element_size() == 1:
             kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
             raise TypeError(
@@ -191,7 +219,7 @@ def _check_groups(
     unknown = [name for name in flat if name not in parameters]
     if unknown or len(set(flat)) < len(flat):
         raise ValueError(f"{rule} has names that are twice there or not in the model: {unknown[:5]}; {remedy}")
-    for index, name in zip((index for group in groups for index in group), flat, strict=True):
+    for index, name in _ids_and_names(state_dict, names):
         shape = tuple(state_dict["state"].get(index, {}).get("exp_avg", parameters[name]).shape)
         if shape != tuple(parameters[name].shape):
             raise ValueError(
