@@ -67,12 +67,10 @@ def losses() -> Iterator[Variant]:
 
 
 def sweep() -> Iterator[Variant]:
-    """Every loss by weights trained, micro-batches and policy, half of them with an entropy bonus and rows masked."""
-    for k, (loss, off_policy, lora, accumulation) in enumerate(
-        itertools.product([*LOSSES, "rloo"], (False, True), (False, True), (1, 2))
-    ):
+    """Every loss by weights trained and micro-batches, off-policy, with KL terms, bonuses and masked rows in turn."""
+    for k, (loss, lora, accumulation) in enumerate(itertools.product([*LOSSES, "rloo"], (False, True), (1, 2))):
         more = {"entropy_coef": 0.05, "mask_truncated_completions": True} if k % 2 and loss != "rloo" else {}
-        yield Variant(loss, lora, accumulation, off_policy, {**spanning(accumulation), "beta": 0.1 * (k % 3), **more})
+        yield Variant(loss, lora, accumulation, True, {**spanning(accumulation), "beta": 0.1 * (k % 3), **more})
 
 
 @contextmanager
@@ -111,10 +109,10 @@ def weights(training: Any) -> dict[str, torch.Tensor]:
 
 def measured(out: Path) -> dict[str, Any]:
     """One training without and with every step measured, on prompts that do not divide by the ranks."""
-    variant = Variant("grpo", False, 2, True, {"entropy_coef": 0.05, **spanning(2)})
-    plain = made(variant, out / "plain", 3, learning_rate=1e-3)
+    variant = Variant("grpo", False, 2, True, {"entropy_coef": 0.05, "learning_rate": 1e-4, **spanning(2)})
+    plain = made(variant, out / "plain", 3)
     plain.train()
-    training, gaps = made(variant, out / "measured", 3, learning_rate=1e-3), list[dict[str, float]]()
+    training, gaps = made(variant, out / "measured", 3), list[dict[str, float]]()
     options = {"completions_per_prompt": 3, "save_state": True, "matrix": True}
     with influences(against_one_process(gaps)):
         attached = EntropyInfluence(1, HELD_OUT, **options).attach(training)
@@ -130,8 +128,8 @@ def measured(out: Path) -> dict[str, Any]:
 
 
 def refused(out: Path) -> dict[str, Any]:
-    """A training whose first step does not add up, with one prompt for all ranks."""
-    calls = []
+    """A training whose first step does not add up, with one prompt for all ranks; and settings that differ by rank."""
+    calls: list[dict[str, Any]] = []
 
     def once(*args: Any, **options: Any) -> Any:
         calls.append(options)
@@ -140,6 +138,11 @@ def refused(out: Path) -> dict[str, Any]:
         return fx.influence(*args, **options)
 
     training = made(Variant("dapo", True, 1, False, spanning(1)), out, 2)
+    try:
+        EntropyInfluence(1, HELD_OUT[dist.get_rank() :]).attach(training)
+        disagreement = ""
+    except ValueError as error:
+        disagreement = str(error)
     with influences(once), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         attached = EntropyInfluence(1, HELD_OUT[:1], completions_per_prompt=3).attach(training)
@@ -147,6 +150,7 @@ def refused(out: Path) -> dict[str, Any]:
     return {
         "history": attached.history,
         "steps": training.state.global_step,
+        "disagreement": disagreement,
         "told": [text for w in told if "not attributed" in (text := str(w.message))],
     }
 

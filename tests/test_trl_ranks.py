@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -54,7 +55,7 @@ def test_rollouts_of_two_ranks_add_up_to_the_averaged_gradient_and_its_step(tmp_
 @pytest.mark.slow
 def test_rollouts_of_two_ranks_add_up_for_every_variant(tmp_path: Path) -> None:
     for answer in answers(2, "ranks_trl.py", tmp_path, "sweep"):
-        add_up(answer, 72)
+        add_up(answer, 36)
 
 
 def test_a_training_of_two_ranks_is_measured_as_by_one_process(tmp_path: Path) -> None:
@@ -81,10 +82,12 @@ def logged_alike(found: list[Any]) -> None:
     assert first["history"] == second["history"]
     assert first["log"] == second["log"]
     assert [figures["step"] for figures in first["history"]] == [1, 2, 3]
+    largest = max(abs(figures["total"]) for figures in first["history"])
     for entry, figures in zip(first["log"][1], first["history"], strict=False):
         assert all(entry[OURS + name] == value for name, value in figures.items() if name != "step")
         assert figures["unattributed"] == 0
-        assert figures["realised"] == pytest.approx(figures["total"], rel=0.3)
+        assert figures["realised"] == pytest.approx(figures["total"], abs=0.1 * largest)
+        assert 8 < figures["ess"] <= 9
         parts = (figures["momentum"], figures["weight_decay"], figures["rollouts"])
         assert figures["total"] == pytest.approx(sum(parts), rel=1e-9)
 
@@ -114,10 +117,10 @@ def of_all_rollouts(found: list[Any], out: Path) -> None:
 
 
 def written_once(out: Path) -> None:
-    directories = [path for path in out.rglob("*") if "entropy_influence" in path.name]
-    assert sorted(directories) == [out / "measured/0/entropy_influence", out / "refused/0/entropy_influence"]
-    steps = {path.name for path in directories[0].parent.parent.parent.glob("measured/0/entropy_influence/*")}
-    assert steps == {"step_000001", "step_000002", "step_000003"}
+    own = ("measured/0", [1, 2, 3]), ("refused/0", [2])
+    steps = [stored(out, step, training) for training, made in own for step in made]
+    assert sorted(out.rglob("*step_*")) == steps
+    assert {step.parent for step in steps} == set(out.rglob("entropy_influence"))
 
 
 def repeated(out: Path) -> None:
@@ -134,11 +137,12 @@ def repeated(out: Path) -> None:
 
 def gone_on(found: list[Any]) -> None:
     for answer in found:
+        assert re.match(r"eval_prompts is \['4\+5=', .* on rank 0 and \['6=', .* on", answer["refused"]["disagreement"])
         assert answer["refused"]["steps"] == 2
         assert [figures["step"] for figures in answer["refused"]["history"]] == [2]
     told = [answer["refused"]["told"] for answer in found]
     assert told == [["step 1 is not attributed: the residual is 0.5"], []]
 
 
-def stored(out: Path, step: int) -> Path:
-    return out / "measured/0/entropy_influence" / f"step_{step:06d}"
+def stored(out: Path, step: int, training: str = "measured/0") -> Path:
+    return out / training / "entropy_influence" / f"step_{step:06d}"
