@@ -108,7 +108,7 @@ class EntropyInfluence(TrainerCallback):
 
         Raises ``TypeError`` for a trainer of another kind, and ``ValueError`` for one whose steps cannot be attributed
         (active dropout, a model that DeepSpeed or FSDP shards) or whose completions are not drawn from its policy,
-        naming the remedy.
+        naming the remedy, and where processes attach with different settings.
         """
         _check_trainer(trainer)
         check_generation(trainer)

@@ -17,19 +17,20 @@ Value = TypeVar("Value")
 
 def check_processes(trainer: Any) -> None:
     """Raise ``ValueError`` for a trainer whose processes do not each hold the whole model, naming how they share it."""
-    sharing = str(trainer.accelerator.distributed_type.value)
-    ways = {"DeepSpeed": trainer.is_deepspeed_enabled, "FSDP": trainer.is_fsdp_enabled}
-    found = [name for name, enabled in ways.items() if enabled]
-    if not found and sharing != "NO" and not sharing.startswith("MULTI_"):
-        found = [sharing]
-    if not found and any(is_sharded(p) for p in trainer.model.parameters()):
-        found = ["tensor-parallel layers"]
-    if found:
-        raise ValueError(
-            f"the trainer runs in {trainer.accelerator.num_processes} processes under {found[0]}; its steps can be "
-            "attributed where every process holds the whole model: launch one process, or several with "
-            "DistributedDataParallel (accelerate launch --multi_gpu)"
-        )
+    kind = str(trainer.accelerator.distributed_type.value)
+    ways = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        kind: kind != "NO" and not kind.startswith("MULTI_"),
+        "tensor parallelism": any(is_sharded(p) for p in trainer.model.parameters()),
+    }
+    for way, in_use in ways.items():
+        if in_use:
+            raise ValueError(
+                f"the trainer runs in {trainer.accelerator.num_processes} processes under {way}; its steps can be "
+                "attributed where every process holds the whole model: launch one process, or several with "
+                "DistributedDataParallel (accelerate launch --multi_gpu)"
+            )
 
 
 def mesh_of(trainer: Any) -> DeviceMesh | None:
