@@ -301,7 +301,7 @@ def test_what_cannot_be_attributed_is_refused_with_the_remedy(
     [
         ({"is_deepspeed_enabled": True}, "under DeepSpeed; .*launch one process, or several with DistributedData"),
         ({"is_fsdp_enabled": True}, "under FSDP; "),
-        ({"accelerator": SimpleNamespace(num_processes=8, distributed_type=DistributedType.XLA)}, "in 8 .* under XLA; "),
+        ({"accelerator": SimpleNamespace(num_processes=8, distributed_type=DistributedType.XLA)}, "8 .* under XLA; "),
         ({"model": SimpleNamespace(parameters=lambda: [SimpleNamespace(placements=[])])}, "under tensor parallelism"),
     ],
 )
