@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from fx_influence.interop.rewards import RewardError
 from fx_influence.types import IdentityError, Params
@@ -33,6 +32,7 @@ TIMEOUT = timedelta(hours=6)
 """How long a process waits for another that is not known to have ended: longer than any piece of a run takes."""
 
 SAYING = timedelta(seconds=5)
+"""How long a process waits for another to say why both end."""
 
 REFUSALS = (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError)
 """Errors that tell the user what to do about them; every other one is a fault of the program."""
@@ -56,6 +56,11 @@ class Job:
     size: int = 1
     group: dist.ProcessGroup | None = None
     store: Store | None = None
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number among those of its machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank))
 
     def first(self, work: Callable[[], Value]) -> Value:
         """What ``work`` gives on rank 0, which alone does it; what it raises there is raised on all."""
@@ -207,6 +212,9 @@ def launched() -> Iterator[Job]:
         finally:
             dist.destroy_process_group(group)
     elif is_launched():
+        # A torch may be built without it.
+        from torch.distributed.rendezvous import rendezvous
+
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         try:

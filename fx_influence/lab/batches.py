@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import random
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
@@ -250,7 +249,7 @@ def _check_tokens(request: RolloutFile, rollouts: Sequence[Rollout], state: Stat
 def _check_device(device: str, job: Job) -> None:
     try:
         if job.size > 1 and device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", job.rank)) % max(1, torch.cuda.device_count()))
+            torch.cuda.set_device(job.local_rank % max(1, torch.cuda.device_count()))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise PlanError(

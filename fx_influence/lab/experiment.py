@@ -58,8 +58,8 @@ def carry_out(
     returns its figures. With the figures common to all experiments they become ``summary.json``, written last of all:
     its presence says that the run is whole. Returns what ``load`` then reads in ``path``.
 
-    Where a launcher has started several processes each makes the call and has the results; the first alone touches
-    ``path`` and reports its progress. Raises ``ValueError`` on all where plans or inputs differ.
+    The processes of a job all make the call, see ``interop.job``, and all have the results; the first alone touches
+    ``path`` and reports progress. Raises ``ValueError`` on all where plans, versions or the files read differ.
     """
     plan = resolved(plan, Path.cwd())
     path = _own_path(plan) if path is None else Path(path)

@@ -36,6 +36,9 @@ def run(
     ``path``: None stands for a directory in ``runs`` that is the plan's own. ``progress(phase, done, total)`` is called
     as the work goes on.
 
+    Where a launcher has started several processes, or the caller a process group, all of them make the call, share the
+    work and have the results; ``path`` is that of the first, which alone reads and writes there.
+
     Raises ``PlanError`` and the errors of checkpoints, prompts and rewards before anything is sampled or written, and
     ``RunDirectoryError`` where ``path`` holds something else. With one seed a run repeats bit for bit on one machine,
     figures of time and memory apart.
