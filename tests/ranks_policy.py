@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from ranks import mesh_of_all, save_answer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
@@ -26,10 +27,10 @@ import fx_influence as fx
 from fx_influence import gathering, units
 from fx_influence.adamw import adamw_decompose
 from fx_influence.contraction import gradient_and_contraction
-from fx_influence.derivatives import batch_gradient, token_jvp, weighted_gradient
+from fx_influence.derivatives import batch_gradient, taped_gradient, token_jvp, weighted_gradient
 from fx_influence.logprobs import all_token_values
 from fx_influence.parts import rows
-from fx_influence.tree import dot, dots, largest_entry, multiply
+from fx_influence.tree import accumulate, dot, dots, largest_entry, multiply
 from fx_influence.types import AdamWState, Batch, Params
 
 VOCAB, LAYERS = 41, 3
@@ -72,15 +73,52 @@ def tiny() -> nn.Module:
     return TinyPolicy(vocab=VOCAB, dim=4, layers=3, max_len=32, tied=True, idle=True, dropout=0.1)
 
 
+class Fickle(nn.Module):
+    """Not every batch reaches every parameter, in a unit or out of it, and no batch all."""
+
+    def __init__(self, inner: bool = False) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCAB, 4)
+        self.often, self.rarely, self.never = (nn.Linear(4, 4 if inner else VOCAB) for _ in range(3))
+        if not inner:
+            self.block = Fickle(inner=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.block(ids) if hasattr(self, "block") else self.token(ids)
+        return self.often(x) + (self.rarely(x) if ids.shape[1] > 5 else 0)
+
+
+def fickle(mesh: DeviceMesh) -> dict[str, float]:
+    """Rank 0 alone has a batch that reaches some of the parameters."""
+    torch.manual_seed(0)
+    model = Fickle().double()
+    apply, params = fx.functionalize(copy.deepcopy(model))
+    fully_shard(model.block, mesh=mesh)
+    policy, shards = fx.functionalize(fully_shard(model, mesh=mesh))
+    batches = [random_batch(torch.Generator().manual_seed(k), 2, 5 if k else 8, VOCAB) for k in range(mesh.size())]
+    expected: Any = dict.fromkeys(params)
+    for batch in batches:
+        accumulate(expected, batch_gradient(params, batch, apply).items())
+    opened, here, _ = policy.opened(shards)
+    found = policy.closed(batch_gradient(here, batches[dist.get_rank()], opened), shards)
+    return {"gradient": error(found, expected), "reached": sum(g is not None for g in found.values())}
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "qwen2 tied": (lambda: qwen(True), "layers"),
     "qwen2 untied, its embedding apart": (lambda: qwen(False), "layers and embeddings"),
     "qwen2 lora": (lambda: lora(qwen(True)), "layers"),
+    "qwen2 bfloat16, lora": (lambda: lora(qwen(True).bfloat16()), "layers"),
     "gpt2 float64": (gpt2, "layers"),
     "tiny float64": (tiny, "layers"),
     "tiny float64, units in units": (tiny, "linear maps too"),
     "tiny float64, root alone": (tiny, "root"),
+    "tiny float64, by columns": (tiny, "columns"),
 }
+
+
+def last_axis(p: nn.Parameter) -> Shard:
+    return Shard(p.ndim - 1)
 
 
 def sharded(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
@@ -90,7 +128,7 @@ def sharded(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
         embedding = isinstance(module, nn.Embedding) or (kind == "Linear" and module.out_features == VOCAB)
         linear = kind == "Linear" and module.out_features != VOCAB
         if (layer and how != "root") or (embedding and "emb" in how) or (linear and how == "linear maps too"):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, shard_placement_fn=last_axis if how == "columns" else None)
     return fully_shard(model, mesh=mesh)
 
 
@@ -156,7 +194,7 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
         error(all_rows(x), y) for x, y in zip(values, all_token_values(params, batch, apply, 0.7), strict=True)
     )
     found = policy.closed(batch_gradient(here, mine, opened, 0.7, chunk_size=1), shards)
-    g = batch_gradient(params, batch, apply, 0.7)
+    g = batch_gradient(params, batch, apply, 0.7, chunk_size=1)
     out["gradient"] = error(found, g)
     out["placements"] = float(
         any(x is not None and x.placements != shards[name].placements for name, x in found.items())
@@ -167,10 +205,17 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     slopes = token_jvp(here, along, mine, opened, 0.7, chunk_size=1)
     expected = token_jvp(params, direction, batch, apply, 0.7, chunk_size=1)
     out["jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
+    again, tapes = taped_gradient(here, mine, opened, 0.7, 1, memory_budget=2**30)
+    out["taped gradient"] = error(policy.closed(again, shards), g)
+    all_tapes = taped_gradient(params, batch, apply, 0.7, 1, memory_budget=2**30)[1]
+    out["tapes lost"] = float({tape is None for tape in tapes} != {tape is None for tape in all_tapes})
+    slopes = token_jvp(here, along, mine, opened, 0.7, 1, tapes)
+    expected = token_jvp(params, direction, batch, apply, 0.7, 1, all_tapes)
+    out["taped jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
     whole_policy, wide = policy.whole(), policy.widened(torch.float64)
     out["whole"] = error(
-        policy.closed(batch_gradient(here, mine, whole_policy.opened(shards)[0], 0.7), shards),
-        batch_gradient(params, batch, apply.whole(), 0.7),
+        policy.closed(batch_gradient(here, mine, whole_policy.opened(shards)[0], 0.7, chunk_size=1), shards),
+        batch_gradient(params, batch, apply.whole(), 0.7, chunk_size=1),
     )
     out["widened"] = float(wide.computes_in != apply.widened(torch.float64).computes_in)
 
@@ -205,10 +250,11 @@ class Watched:
 
 
 class Watch:
-    """What is sent, and the most bytes of gathered tensors that are alive at once."""
+    """What is sent, when among the runs of units, and the most bytes of gathered tensors that are alive at once."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
+        self.order = ""
         self.most = 0
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self._buffers = 0
@@ -235,15 +281,23 @@ class Watch:
         def spy(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
             def sent(out: Tensor, own: Tensor, **kwargs: Any) -> Any:
                 self.sent.append((kind, max(out.nbytes, own.nbytes)))
+                self.order += kind[0]
                 return call(out, own, **kwargs)
 
             return sent
+
+        holding = units._holding
+
+        def run(*args: Any) -> Any:
+            self.order += "r"
+            return holding(*args)
 
         def gather(shards: Any) -> Any:
             return Watched(self, gathering.gather(shards))
 
         with (
             mock.patch.object(units, "gather", gather),
+            mock.patch.object(units, "_holding", run),
             mock.patch.object(gathering, "gather_into", spy("gather", gathering.gather_into)),
             mock.patch.object(gathering, "_scatter", spy("scatter", gathering._scatter)),
         ):
@@ -290,7 +344,7 @@ def frugality(mesh: DeviceMesh) -> dict[str, Any]:
     def passed(name: str, call: Callable[[], Any]) -> None:
         with Watch().watching() as watch:
             results.append(call())
-        out[name] = {"sent": watch.sent, "most": watch.most, "left": watch.alive()}
+        out[name] = {"sent": watch.sent, "order": watch.order, "most": watch.most, "left": watch.alive()}
 
     passed("opened", lambda: policy.opened(shards, v))
     opened, here, along = results[-1]
@@ -373,6 +427,7 @@ def main(out: str, shape: str, *kinds: str) -> None:
         if shape == "2,2":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         answer: dict[str, Any] = {kind: measured(kind, mesh) for kind in kinds}
+        answer["fickle"] = fickle(mesh)
         if mesh.size() == 2:
             answer |= {"frugality": frugality(mesh), "refusals": refusals(mesh)}
         save_answer(out, answer)

@@ -12,8 +12,14 @@ from ranks import answers
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
 
-BY_TWO = ["tiny float64, units in units", "tiny float64, root alone", "qwen2 lora", "qwen2 untied, its embedding apart"]
-BY_THREE = ["tiny float64", "gpt2 float64", "qwen2 tied"]
+BY_TWO = [
+    "tiny float64, units in units",
+    "tiny float64, root alone",
+    "tiny float64, by columns",
+    "qwen2 lora",
+    "qwen2 untied, its embedding apart",
+]
+BY_THREE = ["tiny float64", "gpt2 float64", "qwen2 tied", "qwen2 bfloat16, lora"]
 LAYERS, PARTS = 3, 2
 
 
@@ -57,6 +63,20 @@ def test_copies_of_shards_count_once(tmp_path: Path) -> None:
     for answer in answers(4, "ranks_policy.py", tmp_path, "2,2", "tiny float64", "qwen2 lora"):
         assert_small(answer, "tiny float64")
         assert_small(answer, "qwen2 lora")
+        assert_reached(answer["fickle"])
+
+
+def assert_reached(fickle: dict[str, Any]) -> None:
+    # the embedding, two maps of each module with their biases, and not the third
+    assert fickle["reached"] == 9
+    assert fickle["gradient"] <= 1e-12
+
+
+def test_what_the_rows_of_one_rank_alone_reach_has_a_gradient_and_what_none_reaches_has_not(
+    two: list[dict[str, Any]], three: list[dict[str, Any]]
+) -> None:
+    for answer in two + three:
+        assert_reached(answer["fickle"])
 
 
 @pytest.fixture
@@ -77,9 +97,12 @@ def test_a_forward_gathers_every_unit_once(frugality: dict[str, Any]) -> None:
 def test_backward_gathers_every_unit_again_and_scatters_its_gradient(frugality: dict[str, Any]) -> None:
     sent, unit, scattered = frugality["gradient"]["sent"], frugality["unit"], frugality["unit's gradient"]
     assert sorted(sent) == [("gather", unit)] * 2 * LAYERS * PARTS + [("scatter", scattered)] * LAYERS * PARTS
-    first = sent[: LAYERS * 3]
-    # The next unit is on its way before this one computes.
-    assert [kind for kind, _ in first] == ["gather"] * 5 + ["scatter", "gather", "scatter", "scatter"]
+
+
+@pytest.mark.parametrize(("kind", "order"), [("values", "ggrgrr"), ("jvp", "ggrgrr"), ("gradient", "ggrgrrggsgss")])
+def test_the_next_unit_is_on_its_way_while_one_computes(frugality: dict[str, Any], kind: str, order: str) -> None:
+    """g: a gathering starts, r: a unit runs forward, s: a unit's gradient is scattered, its backward done."""
+    assert frugality[kind]["order"] == order * PARTS
 
 
 def test_forward_mode_gathers_weights_and_direction_together(frugality: dict[str, Any]) -> None:
