@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from fx_influence.ranks import gather_into
 from fx_influence.shards import is_sharded, own_part
 from fx_influence.tree import promote
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # torch 2.13 has renamed it
 _scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -40,7 +42,7 @@ class Sharding(NamedTuple):
 
 def sharding_of(x: Tensor) -> Sharding:
     """Of a DTensor with one sharded axis, the last of its mesh."""
-    sharded = cast(DTensor, x)
+    sharded = cast("DTensor", x)
     mesh, axis = sharded.device_mesh, sharded.device_mesh.ndim - 1
     dim = cast(Any, sharded.placements[axis]).dim
     return Sharding(x.shape, dim, -(-x.shape[dim] // mesh.size(axis)), mesh.size(axis), axis)
@@ -51,21 +53,23 @@ def own_box(x: Tensor) -> list[slice]:
     where = [slice(0, n) for n in x.shape]
     if is_sharded(x):
         how = sharding_of(x)
-        start = min(cast(DTensor, x).device_mesh.get_local_rank(how.axis) * how.chunk, x.shape[how.dim])
+        start = min(cast("DTensor", x).device_mesh.get_local_rank(how.axis) * how.chunk, x.shape[how.dim])
         where[how.dim] = slice(start, start + own_part(x).shape[how.dim])
     return where
 
 
 def like_sharded(part: Tensor, like: Tensor) -> Tensor:
     """The DTensor of which this rank holds ``part``, sharded as ``like``."""
-    x = cast(DTensor, like)
+    from torch.distributed.tensor import DTensor
+
+    x = cast("DTensor", like)
     how: dict[str, Any] = {"shape": x.shape, "stride": x.stride(), "run_check": False}
     return DTensor.from_local(part, x.device_mesh, x.placements, **how)
 
 
 def group_of(x: Tensor) -> dist.ProcessGroup:
     """The ranks that hold the shards of a DTensor between them."""
-    sharded = cast(DTensor, x)
+    sharded = cast("DTensor", x)
     return sharded.device_mesh.get_group(sharding_of(x).axis)
 
 
@@ -81,7 +85,7 @@ class Gathering(NamedTuple):
             work.wait()
 
     def whole(self) -> list[Tensor]:
-        """The tensors in the order of the shards, each in storage of its own."""
+        """The tensors in the order of the shards, contiguous."""
         self.wait()
         place = dict.fromkeys(self.flat, 0)
         out = []

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.distributed.fsdp import FSDPModule
 
 from fx_influence.attention import math_attention
 from fx_influence.forward_mode import ForwardMode
@@ -124,7 +123,7 @@ class ShardedPolicy(Policy):
 
     def _copied(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """With the classes that FSDP2 replaced, and without its hooks."""
-        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        sharded = [module for module in model.modules() if _is_fsdp(module)]
         for module in sharded:
             original = _original_class(module)
             memo[id(module)] = original.__new__(original)
@@ -160,7 +159,15 @@ def _over_copies(own: Gradients, params: Params) -> Gradients:
     return out
 
 
+def _is_fsdp(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
 def _original_class(module: nn.Module) -> type[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+
     classes: tuple[Any, ...] = type(module).__mro__
     return next(cls for cls in classes if not issubclass(cls, FSDPModule))
 
@@ -180,7 +187,7 @@ def _is_distributed(x: Any) -> bool:
 
 def _units(model: nn.Module) -> list[Unit]:
     names = {id(p): name for name, p in model.named_parameters()}
-    paths = [path for path, module in model.named_modules() if path and isinstance(module, FSDPModule)]
+    paths = [path for path, module in model.named_modules() if path and _is_fsdp(module)]
     head = output_embeddings(model)
     homes: dict[int, set[str]] = {} if head is None else {id(p): {""} for p in head.parameters()}
     places: dict[str, list[tuple[str, str, str]]] = {path: [] for path in ["", *paths]}
@@ -207,7 +214,7 @@ def _check_sharding(model: nn.Module) -> None:
     mesh = next(iter(sharded.values())).device_mesh
     for name, p in sharded.items():
         *copies, last = p.placements
-        by_fsdp = any(isinstance(modules[path], FSDPModule) for path in _prefixes(name) if path in modules)
+        by_fsdp = any(_is_fsdp(modules[path]) for path in _prefixes(name) if path in modules)
         if not by_fsdp or len(copies) > 1 or not all(x.is_replicate() for x in copies) or not _is_chunked(last):
             raise ValueError(
                 f"model parameter {name!r} is a DTensor with {p.placements} on {p.device_mesh}, as tensor parallelism "

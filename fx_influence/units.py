@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor, Partial
 
 from fx_influence.gathering import Gathering, gather, scattered_sums
 from fx_influence.types import Params
@@ -163,8 +162,10 @@ def attached(whole: Params, shards: Params, behind: Callable[[], None] = lambda:
 
 
 def _with_partial_gradient(shard: Any) -> Tensor:
-    sharded: DTensor = shard
-    return sharded.to_local(grad_placements=[Partial() if x.is_replicate() else x for x in sharded.placements])
+    from torch.distributed.tensor import Partial
+
+    own: Tensor = shard.to_local(grad_placements=[Partial() if x.is_replicate() else x for x in shard.placements])
+    return own
 
 
 class _Attached(torch.autograd.Function):
