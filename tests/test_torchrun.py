@@ -24,7 +24,7 @@ PLAN: dict[str, Any] = {
     "scaled_eta_multiples": [],
     "sequences_per_block": 3,
 }
-BLOCKS = 3
+BLOCKS = 4
 """Of rollouts, in the sweep."""
 BLOCK = "a block of rollouts is measured"
 """What a rank prints as it begins with one."""

@@ -7,6 +7,7 @@ small beside it, two processes may share a device, and a process that dies is no
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import pickle
 import reprlib
@@ -31,8 +32,8 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=6)
 """How long a process waits for another that is not known to have ended: longer than any piece of a run takes."""
 
-SAYING = timedelta(seconds=5)
-"""How long a process waits for another to say why both end."""
+GRACE = timedelta(seconds=5)
+"""How long a process that is about to end waits: for another to say why, or for the launcher to see who ended first."""
 
 REFUSALS = (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError)
 """Errors that tell the user what to do about them; every other one is a fault of the program."""
@@ -73,8 +74,12 @@ class Job:
             except Exception as raised:
                 error = raised
         value, told = self._broadcast([value, _portable(error)])
-        if told:
-            raise error or told
+        try:
+            if told:
+                raise error or told
+        finally:
+            # An error and the frame that raised it would keep each other, and the group's threads with them.
+            del error, told
         return cast(Value, value)
 
     def alike(self, work: Callable[[], Value]) -> Value:
@@ -87,8 +92,11 @@ class Job:
         except REFUSALS as raised:
             error = raised
         told = next((found for found in self._gather(_portable(error)) if found), None)
-        if told:
-            raise told from error
+        try:
+            if told:
+                raise told from error
+        finally:
+            del error, told
         return value
 
     def each(self, work: Callable[[], Value]) -> list[Value]:
@@ -167,7 +175,7 @@ class Job:
         # Without an answer the launcher, which holds the store, or whoever was to speak has ended.
         with suppress(RuntimeError):
             if self.store.add(key, 1) > 1:
-                self.store.wait([f"{key} said"], SAYING)
+                self.store.wait([f"{key} said"], GRACE)
                 return
         say(text)
         with suppress(RuntimeError):
@@ -212,6 +220,9 @@ def launched() -> Iterator[Job]:
         finally:
             dist.destroy_process_group(group)
     elif is_launched():
+        # Its functions have as a default the group that there is when torch first needs them. They would keep ours, and
+        # a thread of the group that is alive when the interpreter ends can abort the process.
+        importlib.import_module("torch.distributed.nn.functional")
         # A torch may be built without it.
         from torch.distributed.rendezvous import rendezvous
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from fx_influence.interop.job import REFUSALS, Job, LostRankError, is_launched, launched
+from fx_influence.interop.job import GRACE, REFUSALS, Job, LostRankError, is_launched, launched
 from fx_influence.lab.analyze import print_analysis, write_analysis
 from fx_influence.lab.fisher import run_fisher
 from fx_influence.lab.fisher_results import UPDATE_SELF_KERNEL, load_fisher_run
@@ -48,8 +49,13 @@ def _carry_out(arguments: argparse.Namespace) -> int:
     with launched() as job:
         try:
             {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments, job)
-        except (*REFUSALS, LostRankError) as error:
+        except REFUSALS as error:
             return _ended(job, printable(str(error)), 1)
+        except LostRankError as error:
+            status = _ended(job, str(error), 1)
+            # The launcher ends all processes when one has ended, and in its report blames the first that did.
+            time.sleep(GRACE.total_seconds())
+            return status
         except KeyboardInterrupt:
             return _ended(job, "interrupted; the same command continues where it stopped", 130)
     return 0
