@@ -36,7 +36,7 @@ class Task(NamedTuple):
 SHIPPED, HARDER = Task(), Task(largest=99, operands=(4, 5), within=299, max_new_tokens=40)
 """The demo policy's task, and one of longer chains of larger numbers, where exploring pays."""
 
-SIZES = {"demo": (64, 160, 4), "large": (128, 320, 6)}
+SIZES = {"toy": (32, 64, 2), "demo": (64, 160, 4), "large": (128, 320, 6)}
 """Hidden size, intermediate size, layers."""
 
 
@@ -52,7 +52,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "demo") -> Qwen2ForCausalLM:
-    """A Qwen2 with tied embeddings, randomly initialised: of 174k parameters, or of a million."""
+    """A Qwen2 with tied embeddings, randomly initialised: of 20 thousand parameters, 174 thousand, or a million."""
     hidden, intermediate, layers = SIZES[size]
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -177,10 +177,11 @@ def warm_up(
     stop_at: float = 0.4,
     seed: int = 0,
     task: Task = SHIPPED,
+    probes: int = 128,
 ) -> None:
-    """Supervised steps, at most so many, until the accuracy on fresh prompts reaches ``stop_at``."""
+    """Supervised steps, at most so many, until the accuracy on ``probes`` fresh prompts reaches ``stop_at``."""
     rng = random.Random(seed + 1)
-    probe = draw_prompts(rng, 128, set(held_out), "probe", task)
+    probe = draw_prompts(rng, probes, set(held_out), "probe", task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, 1 - step / steps)

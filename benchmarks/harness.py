@@ -11,11 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,14 @@ def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> di
         }
         for name, values in found.items()
     }
+
+
+def interval(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean and half the width of its 95% interval by Student's t; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    width = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_width": width}
 
 
 def peak_extra_bytes(name: str, *arguments: str) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TESTS = Path(__file__).parent
-TIMEOUT = 120
+TIMEOUT = 300
 """Seconds after which ranks that wait for each other are ended; what they do takes a few."""
 
 

@@ -1,0 +1,385 @@
+"""Does an influence foretell what leaving rollouts out does? The real step redone without each, and on random halves.
+
+    python -m benchmarks counterfactual            writes results/counterfactual.json and the README's table; two hours
+                                                   on two cores, continued where it stopped
+    python -m benchmarks counterfactual --quick    one small state, written nowhere: it only shows that this works
+
+GRPO trainings are stopped at several steps. There AdamW's step, with clipping and second moment made anew, is redone
+without each rollout and on random halves of U, in float64, and the entropy measured: exactly where all completions can
+be listed ("toy"), else by importance sampling on fresh rollouts, the same for all steps, that the influences have not
+seen. What is compared is rank correlation: with the effect of leaving one out (LOO), and with the entropy after half
+the batch (linear datamodelling score, LDS, arXiv 2303.14186).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_model, save_model
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import fx_influence as fx
+from benchmarks.arithmetic import (
+    SHIPPED,
+    Task,
+    build_model,
+    build_tokenizer,
+    draw,
+    draw_prompts,
+    fresh_optimizer,
+    reinforce,
+    update_batch,
+    warm_up,
+)
+from benchmarks.harness import ROOT, interval, one_thread, store
+from fx_influence.derivatives import batch_gradient
+from fx_influence.entropy import entropy_coefficients
+from fx_influence.interop.environment import environment
+from fx_influence.interop.prompts import Prompt, read_prompts
+from fx_influence.interop.rollouts import Rollout, collate
+from fx_influence.kernel import rollout_gradients
+from fx_influence.lab.plan import demo_path
+from fx_influence.logprobs import all_token_values, moved_token_values
+from fx_influence.types import Batch, Params
+
+NAME = "bench_counterfactual"
+WORK = ROOT / "runs" / NAME
+MAX_NORM = 1.0
+HALVES = 60
+COMPLETIONS = 4
+SEEDS = 5
+
+
+class Training(NamedTuple):
+    """One GRPO run that is stopped at ``steps`` for measuring."""
+
+    policy: str
+    lr: float
+    seed: int
+    steps: tuple[int, ...]
+    prompts: int = 8
+    truth_prompts: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.lr:g}-{self.seed}"
+
+
+TOY = Task(largest=4, operands=(2,), within=8, max_new_tokens=2)
+"""Completions of at most two tokens: few enough to list."""
+
+SIGNLESS = ("|advantage|", "|gradient|", "length")
+"""What says how much and not whether up or down: compared with the size of the effect."""
+
+
+class Policy(NamedTuple):
+    """A model at its state before a step, with what is sampled from it."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+
+def started(policy: str) -> Policy:
+    """The policy that the trainings of one name begin with, warmed up once and kept."""
+    if policy == "demo":
+        checkpoint = fx.load_checkpoint(demo_path("demo"))
+        train, held_out = (read_prompts(demo_path(f"demo/{part}")) for part in ("train", "eval"))
+        return Policy(checkpoint.model.float(), checkpoint.tokenizer, SHIPPED, train, held_out)
+    task, rng, taken = TOY if policy == "toy" else SHIPPED, random.Random(0), set[str]()
+    train = draw_prompts(rng, 16 if policy == "toy" else 256, taken, "train-", task)
+    # Exactly, the entropy is that over the prompts of the training.
+    held_out = train if policy == "toy" else draw_prompts(rng, 256, taken, "eval-", task)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model, kept = build_model(tokenizer, policy), WORK / f"{policy}.safetensors"
+    if kept.exists():
+        load_model(model, kept)
+    else:
+        stop_at, lr = (0.3, 1e-3) if policy == "toy" else (0.4, 2e-3)
+        held, probes = (set[str](), 16) if policy == "toy" else (taken, 128)
+        warm_up(model, tokenizer, held, stop_at=stop_at, lr=lr, task=task, probes=probes)
+        WORK.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(kept))
+    return Policy(model, tokenizer, task, train, held_out)
+
+
+def train(training: Training) -> list[dict[str, Any]]:
+    """The run, and what is measured before each of its ``steps``."""
+    policy, rng = started(training.policy), random.Random(training.seed)
+    optimizer = fresh_optimizer(policy.model, training.lr)
+    found = []
+    for step in range(1, max(training.steps) + 1):
+        rollouts = _drawn(
+            policy, rng.sample(policy.train, training.prompts), COMPLETIONS, training.seed * 100_003 + step
+        )
+        batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
+        advantages = torch.tensor([r.advantage or 0.0 for r in rollouts])
+        if step in training.steps and advantages.any():
+            found.append({"step": step, **measure(training, policy, optimizer, batch, advantages, rng)})
+        reinforce(policy.model, optimizer, batch)
+    return found
+
+
+def _drawn(policy: Policy, prompts: Sequence[Prompt], each: int, seed: int) -> list[Rollout]:
+    return draw(policy.model, policy.tokenizer, prompts, each, seed, policy.task.max_new_tokens)
+
+
+def measure(
+    training: Training,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    advantages: Tensor,
+    rng: random.Random,
+) -> dict[str, Any]:
+    """Correlations of every predictor with what happens, and the ceiling that the truth's own noise sets."""
+    apply, params = fx.functionalize(copy.deepcopy(policy.model).double())
+    state = fx.adamw_state(optimizer, policy.model)
+    first, second = ({name: x.double() for name, x in tree.items()} for tree in (state.exp_avg, state.exp_avg_sq))
+    state = state._replace(exp_avg=first, exp_avg_sq=second)
+    seed = rng.randrange(2**30)
+    e = collate(
+        _drawn(policy, policy.held_out[:64], 128 // len(policy.held_out[:64]), seed), policy.tokenizer.pad_token_id
+    )
+    gradients = rollout_gradients(params, batch, apply)
+    n = len(advantages)
+    halves = torch.stack(
+        [torch.zeros(n).index_fill(0, torch.tensor(rng.sample(range(n), n // 2)), 1.0) for _ in range(HALVES)]
+    )
+    subsets = torch.cat([1 - torch.eye(n), halves, torch.ones(1, n)]).double()
+    change = (
+        exact_change(policy, params, apply)
+        if training.policy == "toy"
+        else sampled_change(training, policy, params, apply, seed + 1)
+    )
+
+    def directions(some: Tensor) -> Params:
+        made = [
+            fx.adamw_decompose(
+                {name: torch.tensordot(w, g, 1) for name, g in gradients.items()}, state, params, max_grad_norm=MAX_NORM
+            ).direction
+            for w in some
+        ]
+        return {name: training.lr * torch.stack([v[name] for v in made]) for name in params}
+
+    changes = torch.cat([change(directions(some)) for some in subsets.split(8)])
+    predicted = predictions(params, batch, e, state, apply, gradients, advantages)
+    return compared(changes, predicted, halves.double(), n)
+
+
+def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[Params], Tensor]:
+    """Delta H of a block of steps, (K, 1): a sum over all completions of all prompts."""
+    ids = _every_completion(policy)
+    prompts = collate(ids, policy.tokenizer.pad_token_id)
+
+    def entropies(values: fx.TokenValues) -> Tensor:
+        p = values.logprobs.sum(-1).exp()
+        return (p * values.entropies.sum(-1)).sum(-1) / (p * prompts.completion_mask.sum(-1)).sum(-1)
+
+    before = entropies(all_token_values(params, prompts, apply))
+    return lambda block: (entropies(moved_token_values(params, block, 1.0, prompts, apply)) - before).unsqueeze(1)
+
+
+def _every_completion(policy: Policy) -> list[Rollout]:
+    end = policy.tokenizer.eos_token_id
+    going = [token for token in range(len(policy.tokenizer)) if token != end]
+    found = []
+    for k, prompt in enumerate(policy.held_out):
+        ids = tuple(policy.tokenizer(prompt.text)["input_ids"])
+        completions = [(end,), *((a, b) for a in going for b in range(len(policy.tokenizer)))]
+        found += [Rollout("", prompt.id, k, prompt.text, "", ids, c, c[-1] == end) for c in completions]
+    return found
+
+
+def sampled_change(
+    training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int
+) -> Callable[[Params], Tensor]:
+    """The same by importance sampling on fresh rollouts, (K, 2): twice what either half of the prompts contributes."""
+    rollouts = _drawn(policy, policy.held_out[: training.truth_prompts], 2, seed)
+    batch = collate(rollouts, policy.tokenizer.pad_token_id)
+    sweep = fx.snis_sweep(params, batch, apply=apply)
+    half = torch.tensor([r.group % 2 for r in rollouts])
+
+    def change(block: Params) -> Tensor:
+        contributions = sweep(block, [1.0]).contributions[0]
+        return torch.stack([2 * contributions[:, half == k].sum(1) for k in (0, 1)], 1)
+
+    return change
+
+
+def predictions(
+    params: Params,
+    batch: Batch,
+    e: Batch,
+    state: fx.AdamWState,
+    apply: fx.Policy,
+    gradients: Params,
+    advantages: Tensor,
+) -> dict[str, Tensor]:
+    """One number a rollout of what each predictor says that it adds to the entropy, (n,)."""
+    gains = {
+        gain: fx.influence(
+            params, batch, e, state, apply=apply, gain=gain, max_grad_norm=MAX_NORM, stderr=False
+        ).per_sequence
+        for gain in ("share", "marginal", "rmsprop")
+    }
+    values = all_token_values(params, e, apply)
+    wanted = entropy_coefficients(values, e)
+    weighted = e._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
+    # Plain gradient descent moves by -g_i, and what descends the surrogate is minus the entropy's gradient.
+    descent = [(name, g) for name, g in batch_gradient(params, weighted, apply).items() if g is not None]
+    logprobs = all_token_values(params, batch, apply).logprobs
+    mask = batch.completion_mask
+    a = advantages.unsqueeze(1).expand(mask.shape).double()
+    proxy = (logprobs - logprobs[mask].mean()) * (a - a[mask].mean()) * mask
+    return {
+        **gains,
+        "sgd": torch.stack([gradients[name].flatten(1) @ g.flatten() for name, g in descent]).sum(0),
+        "covariance proxy": -proxy.sum(1),
+        "advantage": -advantages,
+        "|advantage|": advantages.abs(),
+        "|gradient|": torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0),
+        "length": mask.sum(1).double(),
+    }
+
+
+def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor, n: int) -> dict[str, Any]:
+    """Spearman correlations with the effect of leaving one out and with the entropy after half the batch."""
+    effects = changes[-1] - changes[:n]
+    after = changes[n:-1]
+    return {
+        "rollouts": n,
+        "delta_h": float(changes[-1].mean()),
+        "loo": {k: _rank(x, _sized(k, effects.mean(1))) for k, x in predicted.items()} | {"ceiling": _ceiling(effects)},
+        "lds": {k: _rank(halves @ x.double(), after.mean(1)) for k, x in predicted.items() if k not in SIGNLESS}
+        | {"ceiling": _ceiling(after)},
+    }
+
+
+def _sized(predictor: str, effects: Tensor) -> Tensor:
+    return effects.abs() if predictor in SIGNLESS else effects
+
+
+def _rank(a: Tensor, b: Tensor) -> float | None:
+    if a.unique().numel() < 2 or b.unique().numel() < 2:
+        return None
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def _ceiling(truth: Tensor) -> float:
+    """The correlation that the truth itself would have with what is measured of it: the root of its reliability."""
+    if truth.shape[1] == 1:
+        return 1.0
+    r = _rank(truth[:, 0], truth[:, 1]) or 0.0
+    # Of the mean of two halves, Spearman 1910 and Brown 1910.
+    return math.sqrt(max(0.0, 2 * r / (1 + r))) if r > -1 else 0.0
+
+
+def trainings(quick: bool) -> list[Training]:
+    """All that is run."""
+    if quick:
+        return [Training("toy", 1e-3, 0, (1,)), Training("demo", 1e-4, 0, (1,), prompts=2, truth_prompts=8)]
+    steps = (1, 5, 20, 50, 100)
+    return [
+        *(Training("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
+        *(Training("demo", lr, seed, steps) for lr in (1e-5, 1e-4, 1e-3) for seed in range(SEEDS)),
+        *(Training("large", lr, seed, (1, 20, 50)) for lr in (1e-4,) for seed in range(SEEDS)),
+    ]
+
+
+def carried_out(training: Training) -> dict[str, Any]:
+    """Read where it was done before."""
+    kept = WORK / f"{training.name}.json"
+    if not kept.exists():
+        one_thread()
+        found = train(training)
+        partial = kept.with_suffix(".tmp")
+        partial.write_text(json.dumps(found))
+        partial.replace(kept)
+    return {**training._asdict(), "states": json.loads(kept.read_text())}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds with 95% intervals, by policy, learning rate and step."""
+    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
+    for run in runs:
+        for state in run["states"]:
+            groups.setdefault((run["policy"], run["lr"], state["step"]), []).append(state)
+    return [
+        {
+            "policy": policy,
+            "lr": lr,
+            "step": step,
+            "seeds": len(states),
+            **{
+                kind: {
+                    name: interval([s[kind][name] for s in states if s[kind][name] is not None])
+                    for name in states[0][kind]
+                }
+                for kind in ("loo", "lds")
+            },
+        }
+        for (policy, lr, step), states in groups.items()
+    ]
+
+
+SHOWN = ("share", "marginal", "sgd", "covariance proxy", "|gradient|", "ceiling")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = [
+        f"| policy, lr, step | {' | '.join(f'{name}, LOO' for name in SHOWN)} | share, LDS | sgd, LDS |",
+        "|---|" + "---|" * (len(SHOWN) + 2),
+    ]
+    for row in report["summary"]:
+        cells = [_cell(row["loo"][name]) for name in SHOWN] + [_cell(row["lds"][name]) for name in ("share", "sgd")]
+        lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['mean']:+.2f} ± {found['half_width']:.2f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small state of two policies, written nowhere")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    arguments = parser.parse_args(argv)
+    one_thread()
+    if arguments.quick:
+        runs = [{**t._asdict(), "states": train(t)} for t in trainings(quick=True)]
+        print(markdown({"summary": summary(runs)}))
+        return 0
+    WORK.mkdir(parents=True, exist_ok=True)
+    todo = trainings(quick=False)
+    for policy in dict.fromkeys(t.policy for t in todo):
+        started(policy)
+    runs = []
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for k, run in enumerate(pool.map(carried_out, todo)):
+            runs.append(run)
+            print(f"{k + 1} of {len(todo)} trainings", file=sys.stderr, flush=True)
+    report = {"environment": environment(), "halves": HALVES, "runs": runs, "summary": summary(runs)}
+    print(markdown(report))
+    store(NAME, report, markdown(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
