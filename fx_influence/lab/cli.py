@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     if not is_launched():
         return _carry_out(arguments)
-    # Imported where it is needed: it takes as long as the rest.
+    # Of use under a launcher alone.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # What is no refusal is then shown in the launcher's report.
