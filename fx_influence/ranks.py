@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# torch 2.13 has renamed it
-gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+if dist.is_available():
+    # Its functions have as a default the group that there is when torch first needs them, as torch.func.jvp does. They
+    # would keep the caller's, and a thread of a group that is alive when the interpreter ends can abort the process.
+    importlib.import_module("torch.distributed.nn.functional")
+
+# torch 2.13 has renamed it, and a torch may be built without any
+gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def rank_in(mesh: DeviceMesh) -> int:
@@ -73,16 +79,21 @@ def check_agreed(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
                 )
 
 
-def check_everywhere(mesh: DeviceMesh, check: Callable[[], None]) -> None:
-    """What one rank's check raises is raised on all, or the others would wait for it for ever."""
-    problem = None
+def alike(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
+    """What ``call`` gives, which needs no other rank; what is raised on one is raised on all, or they would wait.
+
+    That holds for ``OSError``, ``TypeError`` and ``ValueError``; the lowest such rank is named.
+    """
+    found: list[Value] = []
+    problem: tuple[type[Exception], str] | None = None
     try:
-        check()
-    except ValueError as error:
-        problem = str(error)
-    for rank, found in enumerate(collected(mesh, problem)):
-        if found is not None:
-            raise ValueError(f"on rank {rank}: {found}")
+        found.append(call())
+    except (OSError, TypeError, ValueError) as error:
+        problem = type(error), str(error)
+    for rank, theirs in enumerate(collected(mesh, problem)):
+        if theirs is not None:
+            raise theirs[0](f"on rank {rank}: {theirs[1]}")
+    return found[0]
 
 
 def facts_of(name: str, value: object) -> Iterator[tuple[str, object]]:

@@ -14,7 +14,7 @@ from fx_influence.contraction import Contract
 from fx_influence.derivatives import Tapes
 from fx_influence.parts import TOKENS_PER_CHUNK, rows
 from fx_influence.passes import Passes
-from fx_influence.ranks import check_agreed, check_everywhere, collected, facts_of, gathered, rank_in, sum_over_ranks
+from fx_influence.ranks import alike, check_agreed, collected, facts_of, gathered, rank_in, sum_over_ranks
 from fx_influence.shards import is_sharded
 from fx_influence.tree import promote, shift
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
@@ -242,7 +242,7 @@ def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
     A rank may hold no row: ``input_ids`` of shape (0, T). ``group`` means the same prompt on every rank. Raises
     ``ValueError`` on every rank where one has fields that do not fit, or others than the rest.
     """
-    check_everywhere(mesh, lambda: check_fields(field, batch))
+    alike(mesh, lambda: check_fields(field, batch))
     present = {name: x for name, x in batch._asdict().items() if x is not None}
     held = collected(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
     full = [(shape, dtypes) for shape, dtypes in held if shape[0]]

@@ -7,7 +7,6 @@ small beside it, two processes may share a device, and a process that dies is no
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import pickle
 import reprlib
@@ -220,9 +219,6 @@ def launched() -> Iterator[Job]:
         finally:
             dist.destroy_process_group(group)
     elif is_launched():
-        # Its functions have as a default the group that there is when torch first needs them. They would keep ours, and
-        # a thread of the group that is alive when the interpreter ends can abort the process.
-        importlib.import_module("torch.distributed.nn.functional")
         # A torch may be built without it.
         from torch.distributed.rendezvous import rendezvous
 

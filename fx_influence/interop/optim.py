@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fx_influence.ranks import collected
+from fx_influence.ranks import alike
 from fx_influence.shards import is_sharded, own_part
 from fx_influence.types import AdamWHyper, AdamWState
 
@@ -51,23 +51,9 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
 
 
 def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
-    """What ``call`` gives; of a sharded model, what it raises on one rank is raised on all, or they would wait for it.
-
-    ``call`` itself needs no other rank.
-    """
+    """What ``call`` gives; of a sharded model, on all ranks ``alike``."""
     mesh: Any = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
-    if mesh is None:
-        return call()
-    found: list[Value] = []
-    problem: tuple[type[Exception], str] | None = None
-    try:
-        found.append(call())
-    except (OSError, TypeError, ValueError) as error:
-        problem = type(error), str(error)
-    for rank, theirs in enumerate(collected(mesh, problem)):
-        if theirs is not None:
-            raise theirs[0](f"on rank {rank}: {theirs[1]}")
-    return found[0]
+    return call() if mesh is None else alike(mesh, call)
 
 
 def _state(adamw: torch.optim.Optimizer, model: nn.Module) -> AdamWState:
