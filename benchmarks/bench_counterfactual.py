@@ -15,46 +15,29 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.arithmetic import (
-    SHIPPED,
-    Task,
-    build_model,
-    build_tokenizer,
-    draw,
-    draw_prompts,
-    fresh_optimizer,
-    reinforce,
-    update_batch,
-    warm_up,
-)
-from benchmarks.harness import ROOT, interval, one_thread, store
+from benchmarks.arithmetic import fresh_optimizer, reinforce, update_batch
+from benchmarks.harness import interval, one_thread, store
+from benchmarks.trainings import Policy, carried_out, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.entropy import entropy_coefficients
 from fx_influence.interop.environment import environment
-from fx_influence.interop.prompts import Prompt, read_prompts
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.kernel import rollout_gradients
-from fx_influence.lab.plan import demo_path
 from fx_influence.logprobs import all_token_values, moved_token_values
 from fx_influence.types import Batch, Params
 
 NAME = "bench_counterfactual"
-WORK = ROOT / "runs" / NAME
 MAX_NORM = 1.0
 HALVES = 60
 COMPLETIONS = 4
@@ -70,72 +53,30 @@ class Training(NamedTuple):
     steps: tuple[int, ...]
     prompts: int = 8
     truth_prompts: int = 256
+    kept: bool = True
 
     @property
     def name(self) -> str:
         return f"{self.policy}-{self.lr:g}-{self.seed}"
 
 
-TOY = Task(largest=4, operands=(2,), within=8, max_new_tokens=2)
-"""Completions of at most two tokens: few enough to list."""
-
 SIGNLESS = ("|advantage|", "|gradient|", "length")
 """What says how much and not whether up or down: compared with the size of the effect."""
 
 
-class Policy(NamedTuple):
-    """A model at its state before a step, with what is sampled from it."""
-
-    model: Any
-    tokenizer: Any
-    task: Task
-    train: list[Prompt]
-    held_out: list[Prompt]
-
-
-def started(policy: str) -> Policy:
-    """The policy that the trainings of one name begin with, warmed up once and kept."""
-    if policy == "demo":
-        checkpoint = fx.load_checkpoint(demo_path("demo"))
-        train, held_out = (read_prompts(demo_path(f"demo/{part}")) for part in ("train", "eval"))
-        return Policy(checkpoint.model.float(), checkpoint.tokenizer, SHIPPED, train, held_out)
-    task, rng, taken = TOY if policy == "toy" else SHIPPED, random.Random(0), set[str]()
-    train = draw_prompts(rng, 16 if policy == "toy" else 256, taken, "train-", task)
-    # Exactly, the entropy is that over the prompts of the training.
-    held_out = train if policy == "toy" else draw_prompts(rng, 256, taken, "eval-", task)
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    model, kept = build_model(tokenizer, policy), WORK / f"{policy}.safetensors"
-    if kept.exists():
-        load_model(model, kept)
-    else:
-        stop_at, lr = (0.3, 1e-3) if policy == "toy" else (0.4, 2e-3)
-        held, probes = (set[str](), 16) if policy == "toy" else (taken, 128)
-        warm_up(model, tokenizer, held, stop_at=stop_at, lr=lr, task=task, probes=probes)
-        WORK.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(kept))
-    return Policy(model, tokenizer, task, train, held_out)
-
-
 def train(training: Training) -> list[dict[str, Any]]:
     """The run, and what is measured before each of its ``steps``."""
-    policy, rng = started(training.policy), random.Random(training.seed)
+    policy, rng = started(training.policy, training.kept), random.Random(training.seed)
     optimizer = fresh_optimizer(policy.model, training.lr)
     found = []
     for step in range(1, max(training.steps) + 1):
-        rollouts = _drawn(
-            policy, rng.sample(policy.train, training.prompts), COMPLETIONS, training.seed * 100_003 + step
-        )
+        rollouts = policy.drawn(rng.sample(policy.train, training.prompts), COMPLETIONS, training.seed * 100_003 + step)
         batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
         advantages = torch.tensor([r.advantage or 0.0 for r in rollouts])
         if step in training.steps and advantages.any():
             found.append({"step": step, **measure(training, policy, optimizer, batch, advantages, rng)})
         reinforce(policy.model, optimizer, batch)
     return found
-
-
-def _drawn(policy: Policy, prompts: Sequence[Prompt], each: int, seed: int) -> list[Rollout]:
-    return draw(policy.model, policy.tokenizer, prompts, each, seed, policy.task.max_new_tokens)
 
 
 def measure(
@@ -153,7 +94,7 @@ def measure(
     state = state._replace(exp_avg=first, exp_avg_sq=second)
     seed = rng.randrange(2**30)
     e = collate(
-        _drawn(policy, policy.held_out[:64], 128 // len(policy.held_out[:64]), seed), policy.tokenizer.pad_token_id
+        policy.drawn(policy.held_out[:64], 128 // len(policy.held_out[:64]), seed), policy.tokenizer.pad_token_id
     )
     gradients = rollout_gradients(params, batch, apply)
     n = len(advantages)
@@ -209,7 +150,7 @@ def sampled_change(
     training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int
 ) -> Callable[[Params], Tensor]:
     """The same by importance sampling on fresh rollouts, (K, 2): twice what either half of the prompts contributes."""
-    rollouts = _drawn(policy, policy.held_out[: training.truth_prompts], 2, seed)
+    rollouts = policy.drawn(policy.held_out[: training.truth_prompts], 2, seed)
     batch = collate(rollouts, policy.tokenizer.pad_token_id)
     sweep = fx.snis_sweep(params, batch, apply=apply)
     half = torch.tensor([r.group % 2 for r in rollouts])
@@ -292,25 +233,16 @@ def _ceiling(truth: Tensor) -> float:
 def trainings(quick: bool) -> list[Training]:
     """All that is run."""
     if quick:
-        return [Training("toy", 1e-3, 0, (1,)), Training("demo", 1e-4, 0, (1,), prompts=2, truth_prompts=8)]
+        return [
+            Training("toy", 1e-3, 0, (1,), kept=False),
+            Training("demo", 1e-4, 0, (1,), prompts=2, truth_prompts=8),
+        ]
     steps = (1, 5, 20, 50, 100)
     return [
         *(Training("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
         *(Training("demo", lr, seed, steps) for lr in (1e-5, 1e-4, 1e-3) for seed in range(SEEDS)),
         *(Training("large", lr, seed, (1, 20, 50)) for lr in (1e-4,) for seed in range(SEEDS)),
     ]
-
-
-def carried_out(training: Training) -> dict[str, Any]:
-    """Read where it was done before."""
-    kept = WORK / f"{training.name}.json"
-    if not kept.exists():
-        one_thread()
-        found = train(training)
-        partial = kept.with_suffix(".tmp")
-        partial.write_text(json.dumps(found))
-        partial.replace(kept)
-    return {**training._asdict(), "states": json.loads(kept.read_text())}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -366,15 +298,11 @@ def main(argv: list[str] | None = None) -> int:
         runs = [{**t._asdict(), "states": train(t)} for t in trainings(quick=True)]
         print(markdown({"summary": summary(runs)}))
         return 0
-    WORK.mkdir(parents=True, exist_ok=True)
     todo = trainings(quick=False)
     for policy in dict.fromkeys(t.policy for t in todo):
         started(policy)
-    runs = []
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for k, run in enumerate(pool.map(carried_out, todo)):
-            runs.append(run)
-            print(f"{k + 1} of {len(todo)} trainings", file=sys.stderr, flush=True)
+    found = carried_out(NAME, train, todo, arguments.jobs)
+    runs = [{**t._asdict(), "states": states} for t, states in zip(todo, found, strict=True)]
     report = {"environment": environment(), "halves": HALVES, "runs": runs, "summary": summary(runs)}
     print(markdown(report))
     store(NAME, report, markdown(report))

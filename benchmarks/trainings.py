@@ -1,0 +1,97 @@
+"""GRPO trainings of small policies that the evidence is gathered from: where they start, and how many are run."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import load_model, save_model
+
+import fx_influence as fx
+from benchmarks.arithmetic import SHIPPED, Task, build_model, build_tokenizer, draw, draw_prompts, warm_up
+from benchmarks.harness import ROOT, one_thread
+from fx_influence.interop.prompts import Prompt, read_prompts
+from fx_influence.interop.rollouts import Rollout
+from fx_influence.lab.plan import demo_path
+
+KEPT = ROOT / "runs" / "evidence"
+"""What is done stays here, so that a benchmark goes on where it stopped."""
+
+TOY = Task(largest=4, operands=(2,), within=8, max_new_tokens=2)
+"""Completions of at most two tokens: few enough to list."""
+
+
+class Policy(NamedTuple):
+    """A model at its state before a step, with what is sampled from it."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    train: list[Prompt]
+    held_out: list[Prompt]
+
+    def drawn(self, prompts: Sequence[Prompt], each: int, seed: int) -> list[Rollout]:
+        """``each`` completions of every prompt, with rewards."""
+        return draw(self.model, self.tokenizer, prompts, each, seed, self.task.max_new_tokens)
+
+
+class Plan(Protocol):
+    """A piece of a benchmark: values of JSON with a ``name`` of their own."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def started(policy: str, keep: bool = True) -> Policy:
+    """The policy that the trainings of one name begin with: the embedded one, "toy" or "large", warmed up and kept."""
+    if policy == "demo":
+        checkpoint = fx.load_checkpoint(demo_path("demo"))
+        train, held_out = (read_prompts(demo_path(f"demo/{part}")) for part in ("train", "eval"))
+        return Policy(checkpoint.model.float(), checkpoint.tokenizer, SHIPPED, train, held_out)
+    toy, rng, taken = policy == "toy", random.Random(0), set[str]()
+    task = TOY if toy else SHIPPED
+    train = draw_prompts(rng, 16 if toy else 256, taken, "train-", task)
+    # Exactly, the entropy is that over the prompts of the training.
+    held_out = train if toy else draw_prompts(rng, 256, taken, "eval-", task)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model, kept = build_model(tokenizer, policy), KEPT / f"{policy}.safetensors"
+    if keep and kept.exists():
+        load_model(model, kept)
+        return Policy(model, tokenizer, task, train, held_out)
+    if toy:
+        warm_up(model, tokenizer, set(), stop_at=0.3, lr=1e-3, task=task, probes=16)
+    else:
+        warm_up(model, tokenizer, taken, stop_at=0.4, lr=2e-3, task=task)
+    if keep:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(kept))
+    return Policy(model, tokenizer, task, train, held_out)
+
+
+def carried_out(benchmark: str, work: Callable[[Any], Any], plans: Sequence[Plan], jobs: int) -> list[Any]:
+    """What ``work`` finds for each plan, ``jobs`` at a time; read where it was found before."""
+    found = []
+    (KEPT / benchmark).mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for k, one in enumerate(pool.map(partial(_kept, benchmark, work), plans)):
+            found.append(one)
+            print(f"{k + 1} of {len(plans)}", file=sys.stderr, flush=True)
+    return found
+
+
+def _kept(benchmark: str, work: Callable[[Any], Any], plan: Plan) -> Any:
+    kept = KEPT / benchmark / f"{plan.name}.json"
+    if not kept.exists():
+        one_thread()
+        partial_file = kept.with_suffix(".tmp")
+        partial_file.write_text(json.dumps(work(plan)))
+        partial_file.replace(kept)
+    return json.loads(kept.read_text())
