@@ -13,10 +13,8 @@ the batch (linear datamodelling score, LDS, arXiv 2303.14186).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import random
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,12 +24,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.arithmetic import fresh_optimizer, reinforce, update_batch
-from benchmarks.harness import interval, one_thread, store
-from benchmarks.trainings import Policy, carried_out, started
+from benchmarks.arithmetic import reinforce
+from benchmarks.harness import interval
+from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.entropy import entropy_coefficients
-from fx_influence.interop.environment import environment
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.kernel import rollout_gradients
 from fx_influence.logprobs import all_token_values, moved_token_values
@@ -66,40 +63,28 @@ SIGNLESS = ("|advantage|", "|gradient|", "length")
 
 def train(training: Training) -> list[dict[str, Any]]:
     """The run, and what is measured before each of its ``steps``."""
-    policy, rng = started(training.policy, training.kept), random.Random(training.seed)
-    optimizer = fresh_optimizer(policy.model, training.lr)
+    policy = started(training.policy, training.kept)
     found = []
-    for step in range(1, max(training.steps) + 1):
-        rollouts = policy.drawn(rng.sample(policy.train, training.prompts), COMPLETIONS, training.seed * 100_003 + step)
-        batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
-        advantages = torch.tensor([r.advantage or 0.0 for r in rollouts])
-        if step in training.steps and advantages.any():
-            found.append({"step": step, **measure(training, policy, optimizer, batch, advantages, rng)})
-        reinforce(policy.model, optimizer, batch)
+    for now in moments(policy, training.lr, training.seed, max(training.steps), training.prompts, COMPLETIONS):
+        if now.step in training.steps and any(r.advantage for r in now.rollouts):
+            found.append({"step": now.step, **measure(training, policy, now)})
+        reinforce(policy.model, now.optimizer, now.batch)
     return found
 
 
-def measure(
-    training: Training,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    advantages: Tensor,
-    rng: random.Random,
-) -> dict[str, Any]:
+def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     """Correlations of every predictor with what happens, and the ceiling that the truth's own noise sets."""
     apply, params = fx.functionalize(copy.deepcopy(policy.model).double())
-    state = fx.adamw_state(optimizer, policy.model)
+    state = fx.adamw_state(now.optimizer, policy.model)
     first, second = ({name: x.double() for name, x in tree.items()} for tree in (state.exp_avg, state.exp_avg_sq))
     state = state._replace(exp_avg=first, exp_avg_sq=second)
-    seed = rng.randrange(2**30)
-    e = collate(
-        policy.drawn(policy.held_out[:64], 128 // len(policy.held_out[:64]), seed), policy.tokenizer.pad_token_id
-    )
+    seed, evaluated = now.rng.randrange(2**30), min(64, len(policy.held_out))
+    batch, e = now.batch, policy.evaluation(evaluated, 128 // evaluated, seed)
+    advantages = torch.tensor([r.advantage or 0.0 for r in now.rollouts])
     gradients = rollout_gradients(params, batch, apply)
     n = len(advantages)
     halves = torch.stack(
-        [torch.zeros(n).index_fill(0, torch.tensor(rng.sample(range(n), n // 2)), 1.0) for _ in range(HALVES)]
+        [torch.zeros(n).index_fill(0, torch.tensor(now.rng.sample(range(n), n // 2)), 1.0) for _ in range(HALVES)]
     )
     subsets = torch.cat([1 - torch.eye(n), halves, torch.ones(1, n)]).double()
     change = (
@@ -150,10 +135,9 @@ def sampled_change(
     training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int
 ) -> Callable[[Params], Tensor]:
     """The same by importance sampling on fresh rollouts, (K, 2): twice what either half of the prompts contributes."""
-    rollouts = policy.drawn(policy.held_out[: training.truth_prompts], 2, seed)
-    batch = collate(rollouts, policy.tokenizer.pad_token_id)
+    batch = policy.evaluation(training.truth_prompts, 2, seed)
     sweep = fx.snis_sweep(params, batch, apply=apply)
-    half = torch.tensor([r.group % 2 for r in rollouts])
+    half = torch.arange(len(batch.input_ids)) // 2 % 2
 
     def change(block: Params) -> Tensor:
         contributions = sweep(block, [1.0]).contributions[0]
@@ -249,7 +233,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds with 95% intervals, by policy, learning rate and step."""
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for run in runs:
-        for state in run["states"]:
+        for state in run["found"]:
             groups.setdefault((run["policy"], run["lr"], state["step"]), []).append(state)
     return [
         {
@@ -288,25 +272,7 @@ def _cell(found: dict[str, float] | None) -> str:
     return "" if found is None else f"{found['mean']:+.2f} ± {found['half_width']:.2f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small state of two policies, written nowhere")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    arguments = parser.parse_args(argv)
-    one_thread()
-    if arguments.quick:
-        runs = [{**t._asdict(), "states": train(t)} for t in trainings(quick=True)]
-        print(markdown({"summary": summary(runs)}))
-        return 0
-    todo = trainings(quick=False)
-    for policy in dict.fromkeys(t.policy for t in todo):
-        started(policy)
-    found = carried_out(NAME, train, todo, arguments.jobs)
-    runs = [{**t._asdict(), "states": states} for t, states in zip(todo, found, strict=True)]
-    report = {"environment": environment(), "halves": HALVES, "runs": runs, "summary": summary(runs)}
-    print(markdown(report))
-    store(NAME, report, markdown(report))
-    return 0
+main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
 
 
 if __name__ == "__main__":

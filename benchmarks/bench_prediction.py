@@ -11,8 +11,6 @@ sampling on other rollouts of the policy before it. R² is of the foretold chang
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,12 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fx_influence as fx
-from benchmarks.arithmetic import fresh_optimizer, reinforce, update_batch
-from benchmarks.harness import interval, one_thread, store
-from benchmarks.trainings import Policy, carried_out, started
+from benchmarks.arithmetic import reinforce
+from benchmarks.harness import interval
+from benchmarks.trainings import Benchmark, moments, started
 from fx_influence.derivatives import batch_gradient
-from fx_influence.interop.environment import environment
-from fx_influence.interop.rollouts import collate
 from fx_influence.types import Batch, Params
 
 NAME = "bench_prediction"
@@ -50,37 +46,31 @@ class Training(NamedTuple):
 
 def train(training: Training) -> list[dict[str, float]]:
     """Of every step what was foretold and what happened, in nats."""
-    policy, rng = started(training.policy), random.Random(training.seed)
-    optimizer = fresh_optimizer(policy.model, training.lr)
+    policy = started(training.policy)
     apply, live = fx.functionalize(policy.model)
     found = []
-    for step in range(1, training.steps + 1):
-        seed = training.seed * 100_003 + step
-        rollouts = policy.drawn(rng.sample(policy.train, PROMPTS), COMPLETIONS, seed)
-        batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
-        e, other = (_held_out(policy, training.evaluated, each, seed + k * 10**9) for k, each in ((1, 2), (2, 4)))
+    for now in moments(policy, training.lr, training.seed, training.steps, PROMPTS, COMPLETIONS):
+        seed = now.rng.randrange(2**30)
+        e, other = (policy.evaluation(training.evaluated, each, seed + each) for each in (2, 4))
         params = {name: p.clone() for name, p in live.items()}
-        foretold = _foretold(training, params, batch, e, fx.adamw_state(optimizer, policy.model), apply, step)
-        reinforce(policy.model, optimizer, batch)
+        state = fx.adamw_state(now.optimizer, policy.model)
+        foretold = _foretold(training, params, now.batch, e, state, apply, curved=now.step % CURVED == 0)
+        reinforce(policy.model, now.optimizer, now.batch)
         moved = {name: live[name] - p for name, p in params.items()}
         real = fx.snis_delta(params, moved, 1.0, other, apply=apply)
         happened = {"realised": float(real.delta_h), "realised_stderr": float(real.stderr), "ess": float(real.ess)}
-        found.append({"step": step, **foretold, **happened})
+        found.append({"step": now.step, **foretold, **happened})
     return found
 
 
-def _held_out(policy: Policy, count: int, each: int, seed: int) -> Batch:
-    return collate(policy.drawn(policy.held_out[:count], each, seed), policy.tokenizer.pad_token_id)
-
-
 def _foretold(
-    training: Training, params: Params, u: Batch, e: Batch, state: fx.AdamWState, apply: fx.Policy, step: int
+    training: Training, params: Params, u: Batch, e: Batch, state: fx.AdamWState, apply: fx.Policy, curved: bool
 ) -> dict[str, float]:
     out = fx.influence(params, u, e, state, apply=apply, max_grad_norm=MAX_NORM, per_token=False)
     parts = {name: getattr(out, name) for name in ("total", "momentum", "weight_decay", "total_stderr")}
     foretold = {name: training.lr * float(x) for name, x in parts.items()}
     foretold["rollouts"] = training.lr * float(out.per_sequence.sum())
-    if step % CURVED == 0:
+    if curved:
         v = fx.adamw_decompose(batch_gradient(params, u, apply), state, params, max_grad_norm=MAX_NORM).direction
         slope = fx.jvp_delta(params, v, e, apply=apply)
         foretold["eta_trust"] = float((0.2 * slope.first / slope.second).abs())
@@ -113,7 +103,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds with 95% intervals, by policy and learning rate, of all steps and of those after the 20th."""
     groups: dict[tuple[str, float, str], list[dict[str, float]]] = {}
     for run in runs:
-        for name, steps in (("all", run["steps_found"]), ("after 20", run["steps_found"][20:])):
+        for name, steps in (("all", run["found"]), ("after 20", run["found"][20:])):
             if len(steps) > 2:
                 groups.setdefault((run["policy"], run["lr"], name), []).append(judged(steps, run["lr"]))
     return [
@@ -160,25 +150,7 @@ def trainings(quick: bool) -> list[Training]:
     return [*demo, *(Training("large", 1e-4, seed) for seed in range(SEEDS))]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps, written nowhere")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
-    arguments = parser.parse_args(argv)
-    one_thread()
-    todo = trainings(arguments.quick)
-    if arguments.quick:
-        found = [train(t) for t in todo]
-    else:
-        for policy in dict.fromkeys(t.policy for t in todo):
-            started(policy)
-        found = carried_out(NAME, train, todo, arguments.jobs)
-    runs = [{**t._asdict(), "steps_found": steps} for t, steps in zip(todo, found, strict=True)]
-    report = {"environment": environment(), "summary": summary(runs), "runs": runs}
-    print(markdown(report))
-    if not arguments.quick:
-        store(NAME, report, markdown(report))
-    return 0
+main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -15,11 +16,23 @@ import torch
 from safetensors.torch import load_model, save_model
 
 import fx_influence as fx
-from benchmarks.arithmetic import SHIPPED, Task, build_model, build_tokenizer, draw, draw_prompts, warm_up
-from benchmarks.harness import ROOT, one_thread
+from benchmarks.arithmetic import (
+    SHIPPED,
+    Task,
+    build_model,
+    build_tokenizer,
+    draw,
+    draw_prompts,
+    fresh_optimizer,
+    update_batch,
+    warm_up,
+)
+from benchmarks.harness import ROOT, one_thread, store
+from fx_influence.interop.environment import environment
 from fx_influence.interop.prompts import Prompt, read_prompts
-from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.lab.plan import demo_path
+from fx_influence.types import Batch
 
 KEPT = ROOT / "runs" / "evidence"
 """What is done stays here, so that a benchmark goes on where it stopped."""
@@ -37,9 +50,32 @@ class Policy(NamedTuple):
     train: list[Prompt]
     held_out: list[Prompt]
 
+    def evaluation(self, count: int, each: int, seed: int) -> Batch:
+        """``each`` completions of the first ``count`` held-out prompts."""
+        return collate(self.drawn(self.held_out[:count], each, seed), self.tokenizer.pad_token_id)
+
     def drawn(self, prompts: Sequence[Prompt], each: int, seed: int) -> list[Rollout]:
         """``each`` completions of every prompt, with rewards."""
         return draw(self.model, self.tokenizer, prompts, each, seed, self.task.max_new_tokens)
+
+
+class Moment(NamedTuple):
+    """A training before step number ``step``, from 1: its optimizer, and U with the coefficients of its loss."""
+
+    step: int
+    optimizer: torch.optim.AdamW
+    rollouts: list[Rollout]
+    batch: Batch
+    rng: random.Random
+
+
+def moments(policy: Policy, lr: float, seed: int, steps: int, prompts: int, completions: int) -> Iterator[Moment]:
+    """Of a GRPO run with a new optimizer; who iterates makes each step, by ``arithmetic.reinforce``."""
+    optimizer, rng = fresh_optimizer(policy.model, lr), random.Random(seed)
+    for step in range(1, steps + 1):
+        rollouts = policy.drawn(rng.sample(policy.train, prompts), completions, seed * 100_003 + step)
+        batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
+        yield Moment(step, optimizer, rollouts, batch, rng)
 
 
 class Plan(Protocol):
@@ -95,3 +131,39 @@ def _kept(benchmark: str, work: Callable[[Any], Any], plan: Plan) -> Any:
         partial_file.write_text(json.dumps(work(plan)))
         partial_file.replace(kept)
     return json.loads(kept.read_text())
+
+
+class Benchmark(NamedTuple):
+    """What all that is gathered from trainings has.
+
+    ``trainings(quick)``: what is run. ``work(training)``: what it finds. ``summary``: figures over seeds, of the
+    trainings with what each ``found``. ``markdown``: of the report.
+    """
+
+    name: str
+    doc: str | None
+    trainings: Callable[[bool], Sequence[Any]]
+    work: Callable[[Any], Any]
+    summary: Callable[[Sequence[dict[str, Any]]], Any]
+    markdown: Callable[[dict[str, Any]], str]
+
+    def main(self, argv: list[str] | None = None) -> int:
+        """The command line."""
+        parser = argparse.ArgumentParser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--quick", action="store_true", help="small and short, written nowhere")
+        parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+        arguments = parser.parse_args(argv)
+        one_thread()
+        todo = self.trainings(arguments.quick)
+        if arguments.quick:
+            found = [self.work(t) for t in todo]
+        else:
+            for policy in dict.fromkeys(t.policy for t in todo):
+                started(policy)
+            found = carried_out(self.name, self.work, todo, arguments.jobs)
+        runs = [{**t._asdict(), "found": one} for t, one in zip(todo, found, strict=True)]
+        report = {"environment": environment(), "summary": self.summary(runs), "runs": runs}
+        print(self.markdown(report))
+        if not arguments.quick:
+            store(self.name, report, self.markdown(report))
+        return 0

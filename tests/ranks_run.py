@@ -18,7 +18,7 @@ from fx_influence.lab import plan as plan_module
 from fx_influence.lab import sweep
 from fx_influence.lab.cli import main
 
-RANK, LAST = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
 NOWHERE = "/dev/null/nowhere"
 
 

@@ -1,0 +1,187 @@
+"""Who makes the entropy fall? Influence by advantage, probability, position and prompt, and how concentrated it is.
+
+    python -m benchmarks collapse            writes results/collapse.json and the README's table; a quarter of an hour
+                                             on two cores, continued where it stopped
+    python -m benchmarks collapse --quick    one state, written nowhere: it only shows that this works
+
+At several steps of GRPO trainings every token of U gets its influence on the entropy. The claims that are tested: that
+tokens of high covariance of log-probability and advantage make the fall, a few of them most of it (Cui et al., arXiv
+2505.22617, table 1 and figure 8), and that the fifth of the tokens with the highest entropy is what matters (Wang et
+al., arXiv 2506.01939).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import fx_influence as fx
+from benchmarks.arithmetic import reinforce
+from benchmarks.harness import interval
+from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
+from fx_influence.concentration import top_share
+from fx_influence.logprobs import all_token_values
+
+NAME = "bench_collapse"
+SEEDS, MAX_NORM = 5, 1.0
+FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 0.5)
+
+
+class Training(NamedTuple):
+    """One GRPO run that is stopped at ``steps`` for measuring."""
+
+    policy: str
+    lr: float
+    seed: int
+    steps: tuple[int, ...] = (10, 40, 80)
+    prompts: int = 16
+    evaluated: int = 256
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.lr:g}-{self.seed}"
+
+
+def train(training: Training) -> list[dict[str, Any]]:
+    """Of each of the ``steps`` what its tokens do."""
+    policy = started(training.policy)
+    found = []
+    for now in moments(policy, training.lr, training.seed, max(training.steps), training.prompts, 8):
+        if now.step in training.steps and any(r.advantage for r in now.rollouts):
+            found.append({"step": now.step, **measure(training, policy, now)})
+        reinforce(policy.model, now.optimizer, now.batch)
+    return found
+
+
+def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
+    """Sums are nats in this step; shares of the sum of |influence| over tokens."""
+    apply, params = fx.functionalize(policy.model)
+    e = policy.evaluation(training.evaluated, 2, now.rng.randrange(2**30))
+    state = fx.adamw_state(now.optimizer, policy.model)
+    out = fx.influence(params, now.batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)
+    assert out.per_token is not None
+    values, mask = all_token_values(params, now.batch, apply), now.batch.completion_mask
+    delta = training.lr * out.per_token[mask].numpy()
+    logprob, entropy = (x[mask].double().numpy() for x in values)
+    row = mask.nonzero()[:, 0].numpy()
+    advantage = np.array([r.advantage or 0.0 for r in now.rollouts])[row]
+    place = ((mask.cumsum(1) - 1)[mask] / mask.sum(1)[row]).numpy()
+    proxy = (logprob - logprob.mean()) * (advantage - advantage.mean())
+    solved = np.array([r.reward or 0.0 for r in now.rollouts])
+    group = np.array([r.group for r in now.rollouts])
+    easy = np.array([solved[group == g].mean() >= 0.5 for g in group])[row]
+    # More probable than the policy's own mean log-probability: there theory has the sign turn.
+    likely = logprob >= -entropy
+    cells = {
+        f"A {sign} 0, {kind}": chosen & which
+        for sign, chosen in ((">", advantage > 0), ("<", advantage < 0))
+        for kind, which in (("likely", likely), ("unlikely", ~likely))
+    }
+    cells |= {
+        f"{name} third": (place >= k / 3) & (place < (k + 1) / 3) for k, name in enumerate(("first", "middle", "last"))
+    }
+    cells |= {"easy prompts": easy, "hard prompts": ~easy}
+    cells |= {
+        "top 2% by covariance": _top(proxy, 0.02),
+        "top 20% by covariance": _top(proxy, 0.2),
+        "top 20% by entropy": _top(entropy, 0.2),
+    }
+    return {
+        "tokens": len(delta),
+        "rollouts": float(delta.sum()),
+        "momentum": training.lr * float(out.momentum),
+        "cells": {name: _cell(delta, chosen) for name, chosen in cells.items()},
+        "concentration": {
+            "influence": [float(top_share(torch.from_numpy(delta), f)) for f in FRACTIONS],
+            "covariance": [float(top_share(torch.from_numpy(proxy), f)) for f in FRACTIONS],
+        },
+    }
+
+
+def _top(values: np.ndarray, fraction: float) -> np.ndarray:
+    return values >= np.quantile(values, 1 - fraction)
+
+
+def _cell(delta: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+    part = delta[chosen]
+    return {
+        "of_tokens": float(chosen.mean()),
+        "sum": float(part.sum()),
+        "share": float(np.abs(part).sum() / np.abs(delta).sum()),
+        "of_falls": float(part.clip(max=0).sum() / delta.clip(max=0).sum()),
+    }
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By policy and learning rate: each seed's mean over its steps, and over seeds the mean with a 95% interval."""
+    groups: dict[tuple[str, float], list[list[dict[str, Any]]]] = {}
+    for run in runs:
+        groups.setdefault((run["policy"], run["lr"]), []).append(run["found"])
+    return [
+        {
+            "policy": policy,
+            "lr": lr,
+            "cells": {
+                name: {
+                    field: interval([float(np.mean([s["cells"][name][field] for s in states])) for states in of_seeds])
+                    for field in of_seeds[0][0]["cells"][name]
+                }
+                for name in of_seeds[0][0]["cells"]
+            },
+            "concentration": {
+                kind: [
+                    interval([float(np.mean([s["concentration"][kind][k] for s in states])) for states in of_seeds])
+                    for k in range(len(FRACTIONS))
+                ]
+                for kind in ("influence", "covariance")
+            },
+        }
+        for (policy, lr), of_seeds in groups.items()
+    ]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The README's tables."""
+    rows = report["summary"]
+    titles = " | ".join(f"{row['policy']}, lr {row['lr']:g}" for row in rows)
+    lines = [f"| tokens: share of them, of all influence, of all that lowers; sum in 1e-6 nats a step | {titles} |"]
+    lines.append("|---|" + "---|" * len(rows))
+    for name in rows[0]["cells"]:
+        lines.append(f"| {name} | {' | '.join(_written(row['cells'][name]) for row in rows)} |")
+    for kind in ("influence", "covariance"):
+        for k, fraction in enumerate(FRACTIONS):
+            cells = (_percent(row["concentration"][kind][k]) for row in rows)
+            lines.append(f"| top {100 * fraction:g}% by size of {kind}, share of its sum | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _written(cell: Mapping[str, Any]) -> str:
+    shares = ", ".join(_percent(cell[name]) for name in ("of_tokens", "share", "of_falls"))
+    total = cell["sum"]
+    return shares if total is None else f"{shares}; {1e6 * total['mean']:+.3g} ± {1e6 * total['half_width']:.2g}"
+
+
+def _percent(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{100 * found['mean']:.0f} ± {100 * found['half_width']:.0f}%"
+
+
+def trainings(quick: bool) -> list[Training]:
+    """All that is run."""
+    if quick:
+        return [Training("demo", 1e-4, seed, steps=(1,), prompts=4, evaluated=4) for seed in (0, 1)]
+    return [
+        Training(policy, lr, seed)
+        for policy, lr in (("demo", 2e-5), ("demo", 2e-4), ("large", 1e-4))
+        for seed in range(SEEDS)
+    ]
+
+
+main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+
+
+if __name__ == "__main__":
+    sys.exit(main())
