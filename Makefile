@@ -10,10 +10,10 @@ demo: $(READY)
 	$(BIN)/fx-influence run --out $(RUN)
 
 test: lint types
-	$(BIN)/pytest -n 2 -m "not slow and not browser"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not browser"
 
 slow: $(READY)
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 --dist loadgroup -m slow
 
 # needs Chromium, Debian's package chromium
 browser: $(READY)

@@ -10,7 +10,11 @@ import pytest
 import torch
 from ranks import answers
 
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
+# In one process of the tests, so that what the ranks answer is asked for once.
+pytestmark = [
+    pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6"),
+    pytest.mark.xdist_group("sharded_policy"),
+]
 
 BY_TWO = [
     "tiny float64, units in units",
@@ -58,6 +62,7 @@ def test_every_rank_has_the_same_reductions(three: list[dict[str, Any]]) -> None
             assert answer[kind]["largest entry"] == three[0][kind]["largest entry"]
 
 
+@pytest.mark.slow
 def test_copies_of_shards_count_once(tmp_path: Path) -> None:
     """Replicated over two pairs of ranks and sharded in each (HSDP)."""
     for answer in answers(4, "ranks_policy.py", tmp_path, "2,2", "tiny float64", "qwen2 lora"):

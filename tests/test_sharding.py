@@ -42,6 +42,10 @@ def widened(answer: Answers, like: Answers) -> Answers:
     return {name: pad(x, like[name]) for name, x in answer.items()}
 
 
+# In one process of the tests, so that what the ranks answer is asked for once.
+pytestmark = pytest.mark.xdist_group("sharding")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return answers(2, "ranks_influence.py", tmp_path_factory.mktemp("two"))
@@ -59,7 +63,7 @@ def test_two_ranks_give_what_one_process_gives_in_float32(two: list[dict[str, An
         agree(widened(answer["qwen"], expected), expected, 1e-6)
 
 
-@pytest.mark.parametrize(("ranks", "shape"), [(3, ()), (4, (2, 2))])
+@pytest.mark.parametrize(("ranks", "shape"), [(3, ()), pytest.param(4, (2, 2), marks=pytest.mark.slow)])
 def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int, ...], tmp_path: Path) -> None:
     expected = asked(tiny_state())
     for answer in answers(ranks, "ranks_influence.py", tmp_path, *shape):

@@ -115,6 +115,7 @@ def test_an_error_of_one_process_ends_all_and_is_in_the_launchers_report(
     assert of_any_job(out) == alone
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_launcher_ends_all_and_the_same_command_goes_on(
     plan: str, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -131,9 +132,9 @@ def test_an_interrupt_of_the_launcher_ends_all_and_the_same_command_goes_on(
     ("mistake", "message"),
     [
         ("other seed", "fx-influence: seed is 0 on rank 0 and 7 on rank 1; give every process the same"),
-        ("other prompts", "fx-influence: evaluations[0].prompts is '"),
+        pytest.param("other prompts", "fx-influence: evaluations[0].prompts is '", marks=pytest.mark.slow),
         ("no plan", "fx-influence: plan file 'absent.yaml' does not exist"),
-        ("refusing", "fx-influence: a derivative was lost on the last rank"),
+        pytest.param("refusing", "fx-influence: a derivative was lost on the last rank", marks=pytest.mark.slow),
     ],
 )
 def test_what_one_process_refuses_all_do_and_it_is_said_once(
