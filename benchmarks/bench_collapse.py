@@ -21,7 +21,7 @@ import torch
 
 import fx_influence as fx
 from benchmarks.arithmetic import reinforce
-from benchmarks.harness import interval
+from benchmarks.harness import interval, shown
 from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
 from fx_influence.concentration import top_share
 from fx_influence.logprobs import all_token_values
@@ -161,12 +161,11 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _written(cell: Mapping[str, Any]) -> str:
     shares = ", ".join(_percent(cell[name]) for name in ("of_tokens", "share", "of_falls"))
-    total = cell["sum"]
-    return shares if total is None else f"{shares}; {1e6 * total['mean']:+.3g} ± {1e6 * total['half_width']:.2g}"
+    return f"{shares}; {shown(cell['sum'], '+.3g', 1e6)}"
 
 
-def _percent(found: Mapping[str, float] | None) -> str:
-    return "" if found is None else f"{100 * found['mean']:.0f} ± {100 * found['half_width']:.0f}%"
+def _percent(found: Mapping[str, float | None] | None) -> str:
+    return f"{shown(found, '.0f', 100)}%"
 
 
 def trainings(quick: bool) -> list[Training]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fx_influence as fx
 from benchmarks.arithmetic import reinforce
-from benchmarks.harness import interval
+from benchmarks.harness import interval, shown
 from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.entropy import entropy_coefficients
@@ -263,13 +263,11 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|" + "---|" * (len(SHOWN) + 2),
     ]
     for row in report["summary"]:
-        cells = [_cell(row["loo"][name]) for name in SHOWN] + [_cell(row["lds"][name]) for name in ("share", "sgd")]
+        cells = [shown(row["loo"][name], "+.2f") for name in SHOWN] + [
+            shown(row["lds"][name], "+.2f") for name in ("share", "sgd")
+        ]
         lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['mean']:+.2f} ± {found['half_width']:.2f}"
 
 
 main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main

@@ -19,7 +19,7 @@ import numpy as np
 
 import fx_influence as fx
 from benchmarks.arithmetic import reinforce
-from benchmarks.harness import interval
+from benchmarks.harness import interval, shown
 from benchmarks.trainings import Benchmark, moments, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.types import Batch, Params
@@ -133,13 +133,9 @@ def markdown(report: dict[str, Any]) -> str:
     """The README's table."""
     lines = [f"| policy, lr, steps | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
     for row in report["summary"]:
-        cells = [_cell(row.get(name)) for name in COLUMNS]
+        cells = [shown(row.get(name), ".2g") for name in COLUMNS]
         lines.append(f"| {row['policy']}, {row['lr']:g}, {row['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['mean']:.3g} ± {found['half_width']:.1g}"
 
 
 def trainings(quick: bool) -> list[Training]:

@@ -72,12 +72,23 @@ def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> di
     }
 
 
-def interval(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and half the width of its 95% interval by Student's t; None of fewer than two values."""
-    if len(values) < 2:
+def interval(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Mean and half the width of its 95% interval by Student's t, None of a single value; None of no values."""
+    if not values:
         return None
-    width = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": statistics.fmean(values), "half_width": width}
+    found: dict[str, float | None] = {"mean": statistics.fmean(values), "half_width": None}
+    if len(values) > 1:
+        quantile = float(student.ppf(0.975, len(values) - 1))
+        found["half_width"] = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return found
+
+
+def shown(found: Mapping[str, float | None] | None, spec: str = ".3g", scale: float = 1.0) -> str:
+    """An ``interval`` in a table, or nothing."""
+    if found is None or found["mean"] is None:
+        return ""
+    mean, width = f"{scale * found['mean']:{spec}}", found["half_width"]
+    return mean if width is None else f"{mean} ± {scale * width:{spec.lstrip('+')}}"
 
 
 def peak_extra_bytes(name: str, *arguments: str) -> int:

@@ -17,6 +17,7 @@ from safetensors.torch import load_model, save_model
 
 import fx_influence as fx
 from benchmarks.arithmetic import (
+    HARDER,
     SHIPPED,
     Task,
     build_model,
@@ -86,26 +87,26 @@ class Plan(Protocol):
 
 
 def started(policy: str, keep: bool = True) -> Policy:
-    """The policy that the trainings of one name begin with: the embedded one, "toy" or "large", warmed up and kept."""
+    """The policy that the trainings of one name begin with: the embedded one, "toy", "large" or "harder"."""
     if policy == "demo":
         checkpoint = fx.load_checkpoint(demo_path("demo"))
         train, held_out = (read_prompts(demo_path(f"demo/{part}")) for part in ("train", "eval"))
         return Policy(checkpoint.model.float(), checkpoint.tokenizer, SHIPPED, train, held_out)
     toy, rng, taken = policy == "toy", random.Random(0), set[str]()
-    task = TOY if toy else SHIPPED
+    task = {"toy": TOY, "harder": HARDER}.get(policy, SHIPPED)
     train = draw_prompts(rng, 16 if toy else 256, taken, "train-", task)
     # Exactly, the entropy is that over the prompts of the training.
     held_out = train if toy else draw_prompts(rng, 256, taken, "eval-", task)
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model, kept = build_model(tokenizer, policy), KEPT / f"{policy}.safetensors"
+    model, kept = build_model(tokenizer, "demo" if policy == "harder" else policy), KEPT / f"{policy}.safetensors"
     if keep and kept.exists():
         load_model(model, kept)
         return Policy(model, tokenizer, task, train, held_out)
     if toy:
         warm_up(model, tokenizer, set(), stop_at=0.3, lr=1e-3, task=task, probes=16)
     else:
-        warm_up(model, tokenizer, taken, stop_at=0.4, lr=2e-3, task=task)
+        warm_up(model, tokenizer, taken, stop_at=0.2 if policy == "harder" else 0.4, lr=2e-3, task=task)
     if keep:
         KEPT.mkdir(parents=True, exist_ok=True)
         save_model(model, str(kept))

@@ -1,0 +1,194 @@
+"""Does acting on influences help? GRPO with weights that hold the entropy, beside what else is done against its fall.
+
+    python -m benchmarks acting            writes results/acting.json and the README's table; an hour and a half on two
+                                           cores, continued where it stopped
+    python -m benchmarks acting --quick    a few steps, written nowhere: it only shows that this works
+
+The embedded policy's arithmetic, and a harder one of longer chains and larger numbers. Every method makes the same
+optimizer steps from the same state on as many rollouts: plain GRPO; an entropy bonus; a higher upper clip (DAPO, arXiv
+2503.14476); Clip-Cov and KL-Cov (arXiv 2505.22617); rollouts or tokens weighed by ``fx.select`` so that the foretold
+entropy does not fall. Seconds tell what the last cost.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fx_influence as fx
+from benchmarks.arithmetic import token_scores
+from benchmarks.harness import interval, shown
+from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
+from fx_influence.interop.rollouts import Rollout, collate
+from fx_influence.parts import rows
+from fx_influence.types import Batch
+
+NAME = "bench_acting"
+SEEDS, MAX_NORM, EPOCHS, PIECES = 5, 1.0, 2, 2
+METHODS = ("grpo", "bonus", "clip higher", "clip-cov", "kl-cov", "rollouts", "tokens")
+CLIP, CLIP_HIGHER, BONUS = 0.2, 0.28, 0.003
+COVARIANT, KL = 0.02, 1.0
+"""Share of the tokens that Clip-Cov leaves out and KL-Cov holds back, and how hard; the paper's are far smaller."""
+
+
+class Training(NamedTuple):
+    """One run of a method."""
+
+    policy: str
+    method: str
+    seed: int
+    lr: float = 1e-4
+    steps: int = 120
+    every: int = 20
+    prompts: int = 8
+    judged: int = 128
+    kept: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.method}-{self.seed}"
+
+
+def train(training: Training) -> list[dict[str, float]]:
+    """Entropy, accuracy and seconds so far, at the beginning and after every so many steps."""
+    policy = started(training.policy, training.kept)
+    found, seconds = [{"step": 0, "seconds": 0.0, **judged(training, policy)}], 0.0
+    begun = time.perf_counter()
+    for now in moments(policy, training.lr, training.seed, training.steps, training.prompts, 8):
+        update(training, policy, now)
+        seconds += time.perf_counter() - begun
+        if now.step % training.every == 0:
+            found.append({"step": now.step, "seconds": seconds, **judged(training, policy)})
+        begun = time.perf_counter()
+    return found
+
+
+def judged(training: Training, policy: Policy) -> dict[str, float]:
+    """Of eight completions of held-out prompts, always on the same seed."""
+    rollouts = policy.drawn(policy.held_out[: training.judged], 8, 10**9)
+    solved = np.array([r.reward or 0.0 for r in rollouts]).reshape(-1, 8)
+    batch = collate(rollouts, policy.tokenizer.pad_token_id)
+    with torch.no_grad():
+        entropy = token_scores(policy.model, batch)[1][batch.completion_mask].mean()
+    return {"entropy": float(entropy), "pass_1": float(solved.mean()), "pass_8": float(solved.max(1).mean())}
+
+
+def update(training: Training, policy: Policy, now: Moment) -> None:
+    """The optimizer steps on one batch: some epochs of some pieces each."""
+    batch, advantages = now.batch, torch.tensor([r.advantage or 0.0 for r in now.rollouts])
+    with torch.no_grad():
+        old = token_scores(policy.model, batch)[0]
+    weights, held = torch.ones_like(old), torch.zeros_like(batch.completion_mask)
+    if training.method in ("rollouts", "tokens") and advantages.any():
+        weights = weighed(training, policy, now)
+    elif training.method in ("clip-cov", "kl-cov"):
+        held = covariant(old, advantages, batch.completion_mask)
+    order = list(range(len(advantages)))
+    for _ in range(EPOCHS):
+        now.rng.shuffle(order)
+        for k in range(PIECES):
+            some = torch.tensor(order[k::PIECES])
+            gain, entropy = _gain(
+                training.method, policy.model, rows(batch, some), old[some], advantages[some], held[some]
+            )
+            scale = 1 / (len(some) * policy.task.max_new_tokens)
+            bonus = BONUS * entropy.sum() if training.method == "bonus" else 0.0
+            now.optimizer.zero_grad()
+            (-scale * ((weights[some] * gain).sum() + bonus)).backward()
+            nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_NORM)
+            now.optimizer.step()
+
+
+def _gain(
+    method: str, model: nn.Module, batch: Batch, old: Tensor, advantages: Tensor, held: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each token's ratio gains, clipped, and the entropies; 0 outside completions."""
+    logprobs, entropies = token_scores(model, batch)
+    mask, a = batch.completion_mask, advantages.unsqueeze(1)
+    ratio = torch.where(mask, logprobs - old, 0.0).exp()
+    clipped = ratio.clamp(1 - CLIP, 1 + (CLIP_HIGHER if method == "clip higher" else CLIP))
+    gain = torch.minimum(ratio * a, clipped * a)
+    if method == "clip-cov":
+        gain = torch.where(held, gain.detach(), gain)
+    if method == "kl-cov":
+        gain = gain - torch.where(held, KL * (logprobs - old).abs(), 0.0)
+    return gain * mask, entropies * mask
+
+
+def covariant(old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """The tokens with the highest covariance of log-probability and advantage."""
+    a = advantages.unsqueeze(1).expand_as(old)
+    proxy = (old - old[mask].mean()) * (a - a[mask].mean())
+    return mask & (proxy >= torch.quantile(proxy[mask], 1 - COVARIANT))
+
+
+def weighed(training: Training, policy: Policy, now: Moment) -> Tensor:
+    """Weights of U's tokens that keep the entropy foretold for a step on all of U where it is."""
+    drawn: list[Rollout] = policy.drawn(policy.held_out[-64:], 2, now.rng.randrange(2**30))
+    e = collate(drawn, policy.tokenizer.pad_token_id)
+    apply, params = fx.functionalize(policy.model)
+    state = fx.adamw_state(now.optimizer, policy.model)
+    per_token = training.method == "tokens"
+    options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False}
+    entropy = fx.influence(params, now.batch, e, state, **options)
+    query = fx.expected_reward(torch.tensor([r.reward or 0.0 for r in drawn]))
+    reward = fx.influence(params, now.batch, e, state, query=query, **options)
+    weights = fx.select(entropy, reward, floor=0.0, per_token=per_token).weights.float()
+    return weights if per_token else weights.unsqueeze(1).expand(now.batch.input_ids.shape)
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By policy and method at the end, over seeds; and when plain GRPO had ended, as far as the method was by then."""
+    plain = {(r["policy"], r["seed"]): r["found"][-1]["seconds"] for r in runs if r["method"] == "grpo"}
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run in runs:
+        end = plain[run["policy"], run["seed"]]
+        last, in_time = run["found"][-1], [s for s in run["found"] if s["seconds"] <= 1.02 * end][-1]
+        figures = {name: last[name] for name in ("entropy", "pass_1", "pass_8")}
+        figures |= {f"{name}_in_time": in_time[name] for name in ("pass_1", "pass_8")}
+        groups.setdefault((run["policy"], run["method"]), []).append({**figures, "cost": last["seconds"] / end})
+    return [
+        {"policy": policy, "method": method, **{name: interval([one[name] for one in found]) for name in found[0]}}
+        for (policy, method), found in groups.items()
+    ]
+
+
+COLUMNS = {
+    "entropy": "entropy",
+    "pass_1": "pass@1",
+    "pass_8": "pass@8",
+    "cost": "seconds / GRPO's",
+    "pass_1_in_time": "pass@1 in GRPO's time",
+    "pass_8_in_time": "pass@8",
+}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The README's table."""
+    lines = [f"| task, method | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
+    for row in report["summary"]:
+        cells = [shown(row[name], ".3f") for name in COLUMNS]
+        lines.append(f"| {row['policy']}, {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def trainings(quick: bool) -> list[Training]:
+    """All that is run."""
+    if quick:
+        return [Training("demo", method, 0, steps=2, every=2, prompts=2, judged=4) for method in METHODS]
+    return [
+        Training(policy, method, seed) for policy in ("demo", "harder") for seed in range(SEEDS) for method in METHODS
+    ]
+
+
+main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+
+
+if __name__ == "__main__":
+    sys.exit(main())
