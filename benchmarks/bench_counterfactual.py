@@ -26,10 +26,10 @@ from torch import Tensor
 import fx_influence as fx
 from benchmarks.arithmetic import reinforce
 from benchmarks.harness import interval, shown
-from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
+from benchmarks.trainings import Benchmark, Moment, Policy, every_completion, exact_entropy, moments, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.entropy import entropy_coefficients
-from fx_influence.interop.rollouts import Rollout, collate
+from fx_influence.interop.rollouts import collate
 from fx_influence.kernel import rollout_gradients
 from fx_influence.logprobs import all_token_values, moved_token_values
 from fx_influence.types import Batch, Params
@@ -109,26 +109,13 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
 
 def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[Params], Tensor]:
     """Delta H of a block of steps, (K, 1): a sum over all completions of all prompts."""
-    ids = _every_completion(policy)
-    prompts = collate(ids, policy.tokenizer.pad_token_id)
+    every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+    before = exact_entropy(all_token_values(params, every, apply), every)
 
-    def entropies(values: fx.TokenValues) -> Tensor:
-        p = values.logprobs.sum(-1).exp()
-        return (p * values.entropies.sum(-1)).sum(-1) / (p * prompts.completion_mask.sum(-1)).sum(-1)
+    def change(block: Params) -> Tensor:
+        return (exact_entropy(moved_token_values(params, block, 1.0, every, apply), every) - before).unsqueeze(1)
 
-    before = entropies(all_token_values(params, prompts, apply))
-    return lambda block: (entropies(moved_token_values(params, block, 1.0, prompts, apply)) - before).unsqueeze(1)
-
-
-def _every_completion(policy: Policy) -> list[Rollout]:
-    end = policy.tokenizer.eos_token_id
-    going = [token for token in range(len(policy.tokenizer)) if token != end]
-    found = []
-    for k, prompt in enumerate(policy.held_out):
-        ids = tuple(policy.tokenizer(prompt.text)["input_ids"])
-        completions = [(end,), *((a, b) for a in going for b in range(len(policy.tokenizer)))]
-        found += [Rollout("", prompt.id, k, prompt.text, "", ids, c, c[-1] == end) for c in completions]
-    return found
+    return change
 
 
 def sampled_change(

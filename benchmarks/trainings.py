@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch import Tensor
 
 import fx_influence as fx
 from benchmarks.arithmetic import (
@@ -33,7 +34,7 @@ from fx_influence.interop.environment import environment
 from fx_influence.interop.prompts import Prompt, read_prompts
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.lab.plan import demo_path
-from fx_influence.types import Batch
+from fx_influence.types import Batch, TokenValues
 
 KEPT = ROOT / "runs" / "evidence"
 """What is done stays here, so that a benchmark goes on where it stopped."""
@@ -77,6 +78,23 @@ def moments(policy: Policy, lr: float, seed: int, steps: int, prompts: int, comp
         rollouts = policy.drawn(rng.sample(policy.train, prompts), completions, seed * 100_003 + step)
         batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
         yield Moment(step, optimizer, rollouts, batch, rng)
+
+
+def every_completion(policy: Policy) -> list[Rollout]:
+    """All that the toy policy can say to each held-out prompt."""
+    end, known = policy.tokenizer.eos_token_id, range(len(policy.tokenizer))
+    completions = [(end,), *((a, b) for a in known if a != end for b in known)]
+    return [
+        Rollout("", prompt.id, k, prompt.text, "", tuple(policy.tokenizer(prompt.text)["input_ids"]), c, c[-1] == end)
+        for k, prompt in enumerate(policy.held_out)
+        for c in completions
+    ]
+
+
+def exact_entropy(values: TokenValues, every: Batch) -> Tensor:
+    """Nats per token, of the values (..., n, T) of all completions of all prompts."""
+    p = values.logprobs.sum(-1).exp()
+    return (p * values.entropies.sum(-1)).sum(-1) / (p * every.completion_mask.sum(-1)).sum(-1)
 
 
 class Plan(Protocol):
