@@ -124,7 +124,7 @@ def started(policy: str, keep: bool = True) -> Policy:
     if toy:
         warm_up(model, tokenizer, set(), stop_at=0.3, lr=1e-3, task=task, probes=16)
     else:
-        warm_up(model, tokenizer, taken, stop_at=0.2 if policy == "harder" else 0.4, lr=2e-3, task=task)
+        warm_up(model, tokenizer, taken, stop_at=0.08 if policy == "harder" else 0.3, lr=2e-3, task=task)
     if keep:
         KEPT.mkdir(parents=True, exist_ok=True)
         save_model(model, str(kept))
