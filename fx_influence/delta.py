@@ -70,6 +70,8 @@ def snis_delta(
         >>> out.delta_h.item() > 0
         True
     """
+    # One rank that refused its direction alone would leave the others waiting.
+    passes_over(params, apply, temperature, chunk_size, mesh).check_agreed(direction=direction)
     check_names("direction", direction, params, OF_THESE)
     measure = snis_sweep(
         params,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +20,15 @@ TIMEOUT = 300
 """Seconds after which ranks that wait for each other are ended; what they do takes a few."""
 
 
-def launch(ranks: int, script: str | Path, *args: object) -> subprocess.CompletedProcess[str]:
-    """``tests/<script>`` with ``args`` on ``ranks`` processes, and with ``stdout`` what all of them wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def launch(
+    ranks: int, script: str | Path, *args: object, launcher: Sequence[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``tests/<script>`` with ``args`` on ``ranks`` processes, and with ``stdout`` what all of them wrote.
+
+    ``launcher``: another module than torchrun's, with its options.
+    """
+    torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    command = [sys.executable, "-m", *(launcher or torchrun)]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     return subprocess.run(
         [*command, str(TESTS / script), *map(str, args)],
@@ -34,9 +40,9 @@ def launch(ranks: int, script: str | Path, *args: object) -> subprocess.Complete
     )
 
 
-def answers(ranks: int, script: str, out: Path, *args: object) -> list[Any]:
+def answers(ranks: int, script: str, out: Path, *args: object, launcher: Sequence[str] | None = None) -> list[Any]:
     """What each rank gave to ``save_answer`` in ``out``; fails with what they wrote where one failed."""
-    done = launch(ranks, script, out, *args)
+    done = launch(ranks, script, out, *args, launcher=launcher)
     assert done.returncode == 0, done.stdout
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 

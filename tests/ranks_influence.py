@@ -43,12 +43,20 @@ def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
 
     moved = {**state["params"], "head.bias": state["params"]["head.bias"] + 1e-9}
     e = state["batch_e"]
-    calls: dict[str, Callable[[], None]] = {
+    calls: dict[str, Callable[[], object]] = {
         "temperature": lambda: influence(temperature=0.9),
         "parameters": lambda: influence(params=moved),
         "steps": lambda: influence(opt_state=state["opt_state"]._replace(step=dict.fromkeys(state["params"], 1))),
         "shapes": lambda: influence(batch_e=e._replace(completion_mask=e.completion_mask[:, 1:])),
         "fields": lambda: influence(batch_e=e._replace(group=None)),
+        "direction": lambda: fx.snis_delta(
+            state["params"],
+            {"absent" if wrong else "head.bias": moved["head.bias"]},
+            0.1,
+            e,
+            apply=state["apply"],
+            mesh=mesh,
+        ),
         "nothing": lambda: influence(),
         "lost tangent": lost_tangent,
     }

@@ -78,6 +78,7 @@ def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int,
         ("steps", r"ValueError: opt_state.step"),
         ("shapes", r"ValueError: on rank 1: batch_e.completion_mask is torch.bool of shape"),
         ("fields", r"ValueError: batch_e.group is \[torch.int64, None\] by rank; pass the same"),
+        ("direction", r"ValueError: the layout of direction\['(absent|head.bias)'\] is .*None.* on rank"),
         ("nothing", "no error"),
     ],
 )

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import TESTS, TIMEOUT, answers
+from ranks import answers
 
 import fx_influence as fx
 from benchmarks.trl_variants import PROMPTS, reward
@@ -22,21 +19,16 @@ from fx_influence.lab.plan import read_plan
 OURS = "entropy_influence/"
 HELD_OUT = ["4+5=", "6=", "70+1="]
 
-
-def by_accelerate(script: str, out: Path, *args: object) -> list[Any]:
-    """``ranks.answers`` of two ranks that ``accelerate launch`` starts, which on the CPU it does by that flag alone."""
-    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
-    done = subprocess.run(
-        [*command, str(TESTS / script), str(out), *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
-        timeout=TIMEOUT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes=2",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--main_process_port=0",
+)
+"""On the CPU ``accelerate launch`` starts two processes by that flag alone."""
 
 
 def add_up(answer: dict[str, dict[str, float]], count: int) -> None:
@@ -59,7 +51,7 @@ def test_rollouts_of_two_ranks_add_up_for_every_variant(tmp_path: Path) -> None:
 
 
 def test_a_training_of_two_ranks_is_measured_as_by_one_process(tmp_path: Path) -> None:
-    found = by_accelerate("ranks_trl.py", tmp_path, "measured")
+    found = answers(2, "ranks_trl.py", tmp_path, "measured", launcher=ACCELERATE)
     unchanged(found)
     logged_alike(found)
     of_all_rollouts(found, tmp_path)
