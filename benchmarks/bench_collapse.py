@@ -12,12 +12,14 @@ al., arXiv 2506.01939).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 import fx_influence as fx
 from benchmarks.arithmetic import reinforce
@@ -38,7 +40,7 @@ class Training(NamedTuple):
     lr: float
     seed: int
     steps: tuple[int, ...] = (10, 40, 80)
-    prompts: int = 16
+    prompts: int = 64
     evaluated: int = 256
 
     @property
@@ -60,7 +62,7 @@ def train(training: Training) -> list[dict[str, Any]]:
 def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     """Sums are nats in this step; shares of the sum of |influence| over tokens."""
     apply, params = fx.functionalize(policy.model)
-    e = policy.evaluation(training.evaluated, 2, now.rng.randrange(2**30))
+    e = policy.evaluation(training.evaluated, 16, now.rng.randrange(2**30))
     state = fx.adamw_state(now.optimizer, policy.model)
     out = fx.influence(params, now.batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)
     assert out.per_token is not None
@@ -71,6 +73,7 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     advantage = np.array([r.advantage or 0.0 for r in now.rollouts])[row]
     place = ((mask.cumsum(1) - 1)[mask] / mask.sum(1)[row]).numpy()
     proxy = (logprob - logprob.mean()) * (advantage - advantage.mean())
+    by = {"covariance": proxy, "entropy": entropy}
     solved = np.array([r.reward or 0.0 for r in now.rollouts])
     group = np.array([r.group for r in now.rollouts])
     easy = np.array([solved[group == g].mean() >= 0.5 for g in group])[row]
@@ -81,20 +84,16 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
         for sign, chosen in ((">", advantage > 0), ("<", advantage < 0))
         for kind, which in (("likely", likely), ("unlikely", ~likely))
     }
-    cells |= {
-        f"{name} third": (place >= k / 3) & (place < (k + 1) / 3) for k, name in enumerate(("first", "middle", "last"))
-    }
+    thirds = {f"{name} third": (3 * place).astype(int) == k for k, name in enumerate(("first", "middle", "last"))}
+    cells |= thirds | {f"{a}, {b}": cells[a] & thirds[b] for a in cells for b in thirds}
     cells |= {"easy prompts": easy, "hard prompts": ~easy}
-    cells |= {
-        "top 2% by covariance": _top(proxy, 0.02),
-        "top 20% by covariance": _top(proxy, 0.2),
-        "top 20% by entropy": _top(entropy, 0.2),
-    }
+    cells |= {f"top {share:.0%} by {name}": _top(x, share) for name, x in by.items() for share in (0.02, 0.2)}
     return {
         "tokens": len(delta),
         "rollouts": float(delta.sum()),
         "momentum": training.lr * float(out.momentum),
         "cells": {name: _cell(delta, chosen) for name, chosen in cells.items()},
+        "ranks": {name: float(spearmanr(-x, delta).statistic) for name, x in by.items()},
         "concentration": {
             "influence": [float(top_share(torch.from_numpy(delta), f)) for f in FRACTIONS],
             "covariance": [float(top_share(torch.from_numpy(proxy), f)) for f in FRACTIONS],
@@ -103,7 +102,9 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
 
 
 def _top(values: np.ndarray, fraction: float) -> np.ndarray:
-    return values >= np.quantile(values, 1 - fraction)
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[np.argsort(-values, kind="stable")[: math.ceil(fraction * len(values))]] = True
+    return chosen
 
 
 def _cell(delta: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
@@ -132,6 +133,10 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
                 for name in of_seeds[0][0]["cells"]
             },
+            "ranks": {
+                name: interval([float(np.mean([s["ranks"][name] for s in states])) for states in of_seeds])
+                for name in of_seeds[0][0]["ranks"]
+            },
             "concentration": {
                 kind: [
                     interval([float(np.mean([s["concentration"][kind][k] for s in states])) for states in of_seeds])
@@ -145,13 +150,16 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The README's tables."""
+    """A table over kinds of tokens; shares of what is large."""
     rows = report["summary"]
     titles = " | ".join(f"{row['policy']}, lr {row['lr']:g}" for row in rows)
     lines = [f"| tokens: share of them, of all influence, of all that lowers; sum in 1e-6 nats a step | {titles} |"]
     lines.append("|---|" + "---|" * len(rows))
     for name in rows[0]["cells"]:
         lines.append(f"| {name} | {' | '.join(_written(row['cells'][name]) for row in rows)} |")
+    for name in rows[0]["ranks"]:
+        cells = (shown(row["ranks"][name], "+.2f") for row in rows)
+        lines.append(f"| Spearman of influence with minus {name} | {' | '.join(cells)} |")
     for kind in ("influence", "covariance"):
         for k, fraction in enumerate(FRACTIONS):
             cells = (_percent(row["concentration"][kind][k]) for row in rows)

@@ -32,7 +32,7 @@ from fx_influence.entropy import entropy_coefficients
 from fx_influence.interop.rollouts import collate
 from fx_influence.kernel import rollout_gradients
 from fx_influence.logprobs import all_token_values, moved_token_values
-from fx_influence.types import Batch, Params
+from fx_influence.types import Batch, Params, TokenValues
 
 NAME = "bench_counterfactual"
 MAX_NORM = 1.0
@@ -49,7 +49,7 @@ class Training(NamedTuple):
     seed: int
     steps: tuple[int, ...]
     prompts: int = 8
-    truth_prompts: int = 256
+    evaluated: int = 512
     kept: bool = True
 
     @property
@@ -57,7 +57,7 @@ class Training(NamedTuple):
         return f"{self.policy}-{self.lr:g}-{self.seed}"
 
 
-SIGNLESS = ("|advantage|", "|gradient|", "length")
+SIGNLESS = ("size of advantage", "gradient norm", "length")
 """What says how much and not whether up or down: compared with the size of the effect."""
 
 
@@ -78,8 +78,8 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     state = fx.adamw_state(now.optimizer, policy.model)
     first, second = ({name: x.double() for name, x in tree.items()} for tree in (state.exp_avg, state.exp_avg_sq))
     state = state._replace(exp_avg=first, exp_avg_sq=second)
-    seed, evaluated = now.rng.randrange(2**30), min(64, len(policy.held_out))
-    batch, e = now.batch, policy.evaluation(evaluated, 128 // evaluated, seed)
+    seed, count = now.rng.randrange(2**30), min(training.evaluated // 2, len(policy.held_out))
+    batch, e = now.batch, policy.evaluation(count, training.evaluated // count, seed)
     advantages = torch.tensor([r.advantage or 0.0 for r in now.rollouts])
     gradients = rollout_gradients(params, batch, apply)
     n = len(advantages)
@@ -104,7 +104,19 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
 
     changes = torch.cat([change(directions(some)) for some in subsets.split(8)])
     predicted = predictions(params, batch, e, state, apply, gradients, advantages)
+    if training.policy == "toy":
+        every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+        options: dict[str, Any] = {"query": entropy_of_all, "max_grad_norm": MAX_NORM, "stderr": False}
+        predicted["share, exact"] = fx.influence(params, batch, every, state, apply=apply, **options).per_sequence
     return compared(changes, predicted, halves.double(), n)
+
+
+def entropy_of_all(logprobs: Tensor, entropies: Tensor, every: Batch) -> Tensor:
+    """The query whose gradient is that of ``exact_entropy``, without a draw."""
+    before = exact_entropy(TokenValues(logprobs, entropies), every).detach()
+    log_p, h, length = logprobs.sum(-1), entropies.sum(-1), every.completion_mask.sum(-1)
+    p = log_p.detach().exp()
+    return p * (log_p * (h.detach() - before * length) + h) / (p * length).sum()
 
 
 def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[Params], Tensor]:
@@ -121,14 +133,12 @@ def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[
 def sampled_change(
     training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int
 ) -> Callable[[Params], Tensor]:
-    """The same by importance sampling on fresh rollouts, (K, 2): twice what either half of the prompts contributes."""
-    batch = policy.evaluation(training.truth_prompts, 2, seed)
-    sweep = fx.snis_sweep(params, batch, apply=apply)
-    half = torch.arange(len(batch.input_ids)) // 2 % 2
+    """The same by importance sampling on fresh rollouts, (K, prompts): what each prompt adds, by their number."""
+    prompts = training.evaluated // 2
+    sweep = fx.snis_sweep(params, policy.evaluation(prompts, 2, seed), apply=apply)
 
     def change(block: Params) -> Tensor:
-        contributions = sweep(block, [1.0]).contributions[0]
-        return torch.stack([2 * contributions[:, half == k].sum(1) for k in (0, 1)], 1)
+        return prompts * sweep(block, [1.0]).contributions[0].unflatten(1, (prompts, 2)).sum(-1)
 
     return change
 
@@ -163,27 +173,28 @@ def predictions(
         "sgd": torch.stack([gradients[name].flatten(1) @ g.flatten() for name, g in descent]).sum(0),
         "covariance proxy": -proxy.sum(1),
         "advantage": -advantages,
-        "|advantage|": advantages.abs(),
-        "|gradient|": torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0),
+        "size of advantage": advantages.abs(),
+        "gradient norm": torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0),
         "length": mask.sum(1).double(),
     }
 
 
 def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor, n: int) -> dict[str, Any]:
-    """Spearman correlations with the effect of leaving one out and with the entropy after half the batch."""
+    """Spearman correlations with the effect of leaving one out, its size, and the entropy after half the batch."""
     effects = changes[-1] - changes[:n]
     after = changes[n:-1]
+    effect, signed = effects.mean(1), {k: x for k, x in predicted.items() if k not in SIGNLESS}
+    # Ranks are of differences: what moves all effects alike is neither effect nor error.
+    between, prompts = effects - effects.mean(0), effects.shape[1]
     return {
         "rollouts": n,
         "delta_h": float(changes[-1].mean()),
-        "loo": {k: _rank(x, _sized(k, effects.mean(1))) for k, x in predicted.items()} | {"ceiling": _ceiling(effects)},
-        "lds": {k: _rank(halves @ x.double(), after.mean(1)) for k, x in predicted.items() if k not in SIGNLESS}
-        | {"ceiling": _ceiling(after)},
+        "effect": float(between.mean(1).square().mean().sqrt()),
+        "effect_stderr": float((between.var(1) / prompts).mean().sqrt()) if prompts > 1 else 0.0,
+        "loo": {k: _rank(x, effect) for k, x in signed.items()} | {"ceiling": _ceiling(effects)},
+        "lds": {k: _rank(halves @ x.double(), after.mean(1)) for k, x in signed.items()} | {"ceiling": _ceiling(after)},
+        "size": {k: _rank(x.abs(), effect.abs()) for k, x in predicted.items()},
     }
-
-
-def _sized(predictor: str, effects: Tensor) -> Tensor:
-    return effects.abs() if predictor in SIGNLESS else effects
 
 
 def _rank(a: Tensor, b: Tensor) -> float | None:
@@ -193,10 +204,13 @@ def _rank(a: Tensor, b: Tensor) -> float | None:
 
 
 def _ceiling(truth: Tensor) -> float:
-    """The correlation that the truth itself would have with what is measured of it: the root of its reliability."""
+    """The correlation that the truth itself would have with what is measured of it: the root of its reliability.
+
+    From the two halves of the prompts.
+    """
     if truth.shape[1] == 1:
         return 1.0
-    r = _rank(truth[:, 0], truth[:, 1]) or 0.0
+    r = _rank(truth[:, ::2].mean(1), truth[:, 1::2].mean(1)) or 0.0
     # Of the mean of two halves, Spearman 1910 and Brown 1910.
     return math.sqrt(max(0.0, 2 * r / (1 + r))) if r > -1 else 0.0
 
@@ -205,14 +219,14 @@ def trainings(quick: bool) -> list[Training]:
     """All that is run."""
     if quick:
         return [
-            Training("toy", 1e-3, 0, (1,), kept=False),
-            Training("demo", 1e-4, 0, (1,), prompts=2, truth_prompts=8),
+            Training("toy", 1e-3, 0, (1,), evaluated=64, kept=False),
+            Training("demo", 1e-4, 0, (1,), prompts=2, evaluated=16),
         ]
     steps = (1, 5, 20, 50, 100)
     return [
-        *(Training("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
         *(Training("demo", lr, seed, steps) for lr in (1e-5, 1e-4, 1e-3) for seed in range(SEEDS)),
-        *(Training("large", lr, seed, (1, 20, 50)) for lr in (1e-4,) for seed in range(SEEDS)),
+        *(Training("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
+        *(Training("large", 1e-4, seed, (1, 20, 50), evaluated=256) for seed in range(SEEDS)),
     ]
 
 
@@ -228,33 +242,41 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "lr": lr,
             "step": step,
             "seeds": len(states),
+            **{name: interval([s[name] for s in states]) for name in ("delta_h", "effect", "effect_stderr")},
             **{
                 kind: {
                     name: interval([s[kind][name] for s in states if s[kind][name] is not None])
                     for name in states[0][kind]
                 }
-                for kind in ("loo", "lds")
+                for kind in KINDS
             },
+            # Of the same states, so that what is common to both does not blur it.
+            **{f"share_less_sgd_{kind}": interval(_differences(states, kind)) for kind in ("loo", "lds")},
         }
-        for (policy, lr, step), states in groups.items()
+        for (policy, lr, step), states in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-SHOWN = ("share", "marginal", "sgd", "covariance proxy", "|gradient|", "ceiling")
+def _differences(states: Sequence[dict[str, Any]], kind: str) -> list[float]:
+    pairs = [(s[kind]["share"], s[kind]["sgd"]) for s in states]
+    return [share - sgd for share, sgd in pairs if share is not None and sgd is not None]
+
+
+KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of leaving one out"}
+SHOWN = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advantage", *SIGNLESS, "ceiling")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's table."""
-    lines = [
-        f"| policy, lr, step | {' | '.join(f'{name}, LOO' for name in SHOWN)} | share, LDS | sgd, LDS |",
-        "|---|" + "---|" * (len(SHOWN) + 2),
-    ]
-    for row in report["summary"]:
-        cells = [shown(row["loo"][name], "+.2f") for name in SHOWN] + [
-            shown(row["lds"][name], "+.2f") for name in ("share", "sgd")
-        ]
-        lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """A table for each kind of truth, by policy, learning rate and step."""
+    tables = []
+    for kind, title in KINDS.items():
+        names = [name for name in SHOWN if any(name in row[kind] for row in report["summary"])]
+        lines = [f"| {title}: policy, lr, step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        for row in report["summary"]:
+            cells = (shown(row[kind].get(name), "+.2f") for name in names)
+            lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main

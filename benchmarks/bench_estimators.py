@@ -6,14 +6,21 @@
 
 At states of GRPO trainings the gradient of the entropy is estimated from evaluation batches of many sizes, and the
 influences of 64 rollouts that follow are held to those of the exact gradient where all completions can be listed
-("toy"), else of another 4,096 rollouts. An estimator costs a reverse pass over its rollouts, whichever it is.
+("toy"), else of 8,192 rollouts of other prompts. An estimator costs a reverse pass over its rollouts, whichever it is.
+Squared errors are sums over rollouts, over the sum of the true influences' squares; a user who has no truth has
+
+    error = sum_i stderr_i^2 / sum_i (delta_i^2 - stderr_i^2)
+
+and the rule says up to which error the tenth of the rollouts with the largest influences is found.
 """
 
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +29,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.arithmetic import reinforce
+from benchmarks.arithmetic import draw_prompts, reinforce
 from benchmarks.harness import interval, shown
 from benchmarks.trainings import Benchmark, Moment, Policy, every_completion, exact_entropy, moments, started
 from fx_influence.derivatives import batch_gradient
@@ -35,8 +42,11 @@ from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 NAME = "bench_estimators"
 SEEDS, MAX_NORM = 5, 1.0
-TOP = 0.1
-"""The share of the rollouts that is to be ranked right."""
+TOP, FOUND = 0.1, 0.8
+"""The share of the rollouts that is to be found by its influences, and how much of it."""
+BARS = 3
+"""Draws of E that the error bars are made for."""
+STRATIFIED = "per_decision, stratified draw"
 
 
 class Training(NamedTuple):
@@ -47,8 +57,9 @@ class Training(NamedTuple):
     lr: float = 1e-4
     steps: tuple[int, ...] = (5, 50)
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
-    draws: int = 12
-    true_each: int = 16
+    draws: int = 10
+    asked: int = 512
+    true_prompts: int = 2048
     kept: bool = True
 
     @property
@@ -79,6 +90,9 @@ def states_alone(values: TokenValues, batch: Batch) -> TokenCoefficients:
     return own._replace(logprobs=torch.zeros_like(own.logprobs))
 
 
+Draw = Callable[[int, np.random.Generator], Tensor]
+"""Which rows of its source an E of so many rollouts has."""
+
 ESTIMATORS: dict[str, Callable[[TokenValues, Batch], TokenCoefficients]] = {
     "per_decision": entropy_coefficients,
     "sequence": lambda values, batch: entropy_coefficients(values, batch, "sequence"),
@@ -106,27 +120,58 @@ def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, A
     whole: Gradients = {name: g.sum(0) for name, g in gradients.items()}
     gain = fx.adamw_decompose(whole, state, params, max_grad_norm=MAX_NORM).gain
     toward = torch.cat([(gain[name] * g).flatten(1) for name, g in gradients.items()], 1)
-    seed, count = now.rng.randrange(2**30), len(policy.held_out)
-    truth = toward @ true_gradient(training, policy, params, apply, seed)
+    seed = now.rng.randrange(2**30)
+    asked, others = prompts_of_e(training, policy)
+    truth = toward @ true_gradient(training, others, params, apply, seed)
     # Many prompts with few completions each, or the reverse.
-    pools = {each: policy.evaluation(count, each * max(1, 512 // count), seed + each) for each in (2, 8)}
+    count = len(asked.held_out)
+    pools = {each: asked.evaluation(count, each * max(1, 512 // count), seed + each) for each in (2, 8)}
+    ways: list[tuple[str, int, Batch, Draw]] = [
+        (name, each, pool, partial(_drawn, pool, each)) for each, pool in pools.items() for name in ESTIMATORS
+    ]
+    if training.policy == "toy":
+        every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+        chances = all_token_values(params, every, apply).logprobs.sum(-1).exp()
+        ways += [(STRATIFIED, each, every, partial(_stratified, chances, count, each)) for each in pools]
     out = []
-    for each, pool in pools.items():
-        values = all_token_values(params, pool, apply)
+    for name, each, source, draw in ways:
+        values = all_token_values(params, source, apply)
         for size in training.sizes:
-            for name, estimator in ESTIMATORS.items():
-                found = []
-                for k in range(training.draws):
-                    index = _drawn(pool, size, each, np.random.default_rng([now.step, size, k]))
-                    some = rows(pool, index)
-                    wanted = estimator(TokenValues(*(v[index] for v in values)), some)
-                    found.append(_against(toward @ _ascent(params, some, wanted, apply), truth))
-                means = {field: float(np.mean([one[field] for one in found])) for field in found[0]}
-                out.append({"estimator": name, "rollouts": size, "each": each, **means})
+            indices = [draw(size, np.random.default_rng([now.step, size, k])) for k in range(training.draws)]
+            found = []
+            for index in indices:
+                some = rows(source, index)
+                wanted = ESTIMATORS.get(name, entropy_coefficients)(TokenValues(*(v[index] for v in values)), some)
+                found.append(_against(toward @ _ascent(params, some, wanted, apply), truth))
+            means: dict[str, float | None] = {f: float(np.mean([one[f] for one in found])) for f in FIELDS}
+            if name == "per_decision":
+                drawn = [rows(source, index) for index in indices[:BARS]]
+                bars = [fx.influence(params, now.batch, e, state, apply=apply, max_grad_norm=MAX_NORM) for e in drawn]
+                means["foretold_error"] = relative_error(bars)
+            out.append({"estimator": name, "rollouts": size, "each": each, **means})
     return out
 
 
-def _drawn(pool: Batch, size: int, each: int, rng: np.random.Generator) -> Tensor:
+def relative_error(bars: Sequence[fx.Influence]) -> float | None:
+    """The squared error that the error bars foretell, over what is left of the influences without it."""
+    noise = sum(float((out.stderr**2).sum()) for out in bars)
+    left = sum(float((out.per_sequence**2).sum()) for out in bars) - noise
+    return noise / left if left > 0 else None
+
+
+def _stratified(chances: Tensor, prompts: int, each: int, size: int, rng: np.random.Generator) -> Tensor:
+    """As ``_drawn``, of all completions of every prompt: one from each of as many equal parts of its distribution."""
+    chosen = rng.choice(prompts, min(size // each, prompts), replace=False)
+    cumulative = chances.reshape(prompts, -1).cumsum(1).numpy()
+    strata = size // len(chosen)
+    found = []
+    for p, c in zip(chosen, cumulative[chosen], strict=True):
+        uniform = (np.arange(strata) + rng.random(strata)) / strata
+        found.append(p * len(c) + np.searchsorted(c, uniform * c[-1]))
+    return torch.from_numpy(np.concatenate(found))
+
+
+def _drawn(pool: Batch, each: int, size: int, rng: np.random.Generator) -> Tensor:
     """``size`` rows, ``each`` of a prompt, or more where there are not as many prompts."""
     assert pool.group is not None
     groups = pool.group.numpy()
@@ -146,6 +191,15 @@ def _ascent(params: Params, batch: Batch, wanted: TokenCoefficients, apply: fx.P
     )
 
 
+def prompts_of_e(training: Training, policy: Policy) -> tuple[Policy, Policy]:
+    """Whose held-out prompts E is drawn from, and those of the truth: others, unless all there are."""
+    if training.policy == "toy":
+        return policy, policy
+    taken = {prompt.text for prompt in policy.train}
+    new = draw_prompts(random.Random(training.seed), training.asked + training.true_prompts, taken, "", policy.task)
+    return policy._replace(held_out=new[: training.asked]), policy._replace(held_out=new[training.asked :])
+
+
 def true_gradient(training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int) -> Tensor:
     """Of the entropy: exactly, or from many other rollouts."""
     if training.policy == "toy":
@@ -153,7 +207,7 @@ def true_gradient(training: Training, policy: Policy, params: Params, apply: fx.
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(exact_entropy(fx.token_values(leaves, batch, apply), batch), list(leaves.values()))
         return torch.cat([g.flatten() for g in grads])
-    e = policy.evaluation(len(policy.held_out), training.true_each, seed)
+    e = policy.evaluation(len(policy.held_out), 4, seed)
     return _ascent(params, e, entropy_coefficients(all_token_values(params, e, apply), e), apply)
 
 
@@ -167,7 +221,12 @@ def _against(found: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of all estimators the errors, and the rule."""
+    return {"estimators": errors(runs), "rule": rule(runs)}
+
+
+def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """By policy, estimator, size and completions a prompt, over seeds."""
     groups: dict[tuple[str, str, int, int], list[list[dict[str, float]]]] = {}
     for run in runs:
@@ -183,18 +242,43 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "estimator": estimator,
             "each": each,
             "rollouts": size,
-            **{
-                field: interval([float(np.mean([x[field] for x in one])) for one in found])
-                for field in ("squared_error", "spearman", "top")
-            },
+            **{field: interval(_means(found, field)) for field in (*FIELDS, "foretold_error") if field in found[0][0]},
         }
         for (policy, estimator, each, size), found in groups.items()
     ]
 
 
+FIELDS = ("squared_error", "spearman", "top")
+
+
+def _means(found: Sequence[Sequence[Mapping[str, float | None]]], field: str) -> list[float]:
+    known = ([value for x in one if (value := x[field]) is not None] for one in found)
+    return [float(np.mean(one)) for one in known if one]
+
+
+def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None] | None:
+    """The foretold error at which a share FOUND of the top tenth is found: of each training by a line in its logarithm.
+
+    Only where prompts are drawn: error bars count their draw too.
+    """
+    crossings = []
+    for run in runs:
+        points = [
+            (x["foretold_error"], x["top"])
+            for state in run["found"]
+            for x in state["errors"]
+            if run["policy"] != "toy" and x.get("foretold_error")
+        ]
+        if len(points) > 2:
+            error, top = np.array(points).T
+            slope, at_one = np.polyfit(np.log(error), top, 1)
+            crossings.append(float(np.exp((FOUND - at_one) / slope)))
+    return interval(crossings)
+
+
 def markdown(report: Mapping[str, Any]) -> str:
-    """The README's table: squared error, and the share of the top tenth that is found."""
-    found = report["summary"]
+    """Squared error, and the share of the top tenth that is found; what the error bars foretell; the rule."""
+    found = report["summary"]["estimators"]
     sizes = sorted({x["rollouts"] for x in found})
     lines = [f"| E of | {' | '.join(map(str, sizes))} |", "|---|" + "---|" * len(sizes)]
     for key in dict.fromkeys((x["policy"], x["estimator"], x["each"]) for x in found):
@@ -204,6 +288,11 @@ def markdown(report: Mapping[str, Any]) -> str:
             for n in sizes
         )
         lines.append(f"| {key[0]}, {key[1]}, {key[2]} a prompt | {' | '.join(cells)} |")
+        if any("foretold_error" in x for x in row.values()):
+            cells = (shown(row[n].get("foretold_error"), ".2g") if n in row else "" for n in sizes)
+            lines.append(f"| error foretold by its error bars | {' | '.join(cells)} |")
+    if (limit := report["summary"]["rule"]) is not None:
+        lines += ["", f"{FOUND:.0%} of the top tenth are found up to a foretold error of {shown(limit, '.2g')}."]
     return "\n".join(lines)
 
 

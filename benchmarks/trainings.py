@@ -20,6 +20,7 @@ import fx_influence as fx
 from benchmarks.arithmetic import (
     HARDER,
     SHIPPED,
+    SIZES,
     Task,
     build_model,
     build_tokenizer,
@@ -105,7 +106,10 @@ class Plan(Protocol):
 
 
 def started(policy: str, keep: bool = True) -> Policy:
-    """The policy that the trainings of one name begin with: the embedded one, "toy", "large" or "harder"."""
+    """The policy that the trainings of one name begin with: the embedded one, or one after a supervised warm-up.
+
+    "toy"; "early", of the embedded one's size and task, where a third is solved; "large"; "harder", of that size too.
+    """
     if policy == "demo":
         checkpoint = fx.load_checkpoint(demo_path("demo"))
         train, held_out = (read_prompts(demo_path(f"demo/{part}")) for part in ("train", "eval"))
@@ -117,7 +121,8 @@ def started(policy: str, keep: bool = True) -> Policy:
     held_out = train if toy else draw_prompts(rng, 256, taken, "eval-", task)
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model, kept = build_model(tokenizer, "demo" if policy == "harder" else policy), KEPT / f"{policy}.safetensors"
+    model = build_model(tokenizer, policy if policy in SIZES else "demo")
+    kept = KEPT / f"{policy}.safetensors"
     if keep and kept.exists():
         load_model(model, kept)
         return Policy(model, tokenizer, task, train, held_out)
