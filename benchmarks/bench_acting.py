@@ -1,6 +1,6 @@
 """Does acting on influences help? GRPO with weights that hold the entropy, beside what else is done against its fall.
 
-    python -m benchmarks acting            writes results/acting.json and the README's table; an hour and a half on two
+    python -m benchmarks acting            writes results/acting.json and EVIDENCE.md; an hour and a half on two
                                            cores, continued where it stopped
     python -m benchmarks acting --quick    a few steps, written nowhere: it only shows that this works
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import fx_influence as fx
 from benchmarks.arithmetic import token_scores
-from benchmarks.harness import interval, shown
+from benchmarks.harness import drawn, interval, shown
 from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.parts import rows
@@ -172,6 +173,23 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Entropy, pass@1 and pass@8 over steps, of every method the mean of its seeds, with the interval at the end."""
+    policies = list(dict.fromkeys(run["policy"] for run in report["runs"]))
+    with drawn(path, len(policies), 3, (9, 5.4)) as axes:
+        for policy, line in zip(policies, axes, strict=True):
+            for axis, field in zip(line, ("entropy", "pass_1", "pass_8"), strict=True):
+                for k, method in enumerate(METHODS):
+                    runs = [r["found"] for r in report["runs"] if (r["policy"], r["method"]) == (policy, method)]
+                    mean = [np.mean([one[at][field] for one in runs]) for at in range(len(runs[0]))]
+                    (drawn_line,) = axis.plot([s["step"] for s in runs[0]], mean, lw=1.2, label=method, color=f"C{k}")
+                    end = interval([one[-1][field] for one in runs]) or {}
+                    at = runs[0][-1]["step"] * (1.02 + 0.02 * k)
+                    axis.errorbar([at], [mean[-1]], [end.get("half_width") or 0.0], color=drawn_line.get_color(), lw=1)
+                axis.set(xlabel="batches", title=f"{policy}: {COLUMNS[field]}")
+        axes[0][0].legend(frameon=False, fontsize=7)
+
+
 def trainings(quick: bool) -> list[Training]:
     """All that is run."""
     if quick:
@@ -184,7 +202,8 @@ def trainings(quick: bool) -> list[Training]:
     ]
 
 
-main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown, plot=plot)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Who makes the entropy fall? Influence by advantage, probability, position and prompt, and how concentrated it is.
 
-    python -m benchmarks collapse            writes results/collapse.json and the README's table; a quarter of an hour
+    python -m benchmarks collapse            writes results/collapse.json and EVIDENCE.md; a quarter of an hour
                                              on two cores, continued where it stopped
     python -m benchmarks collapse --quick    one state, written nowhere: it only shows that this works
 
@@ -187,7 +187,8 @@ def trainings(quick: bool) -> list[Training]:
     ]
 
 
-main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

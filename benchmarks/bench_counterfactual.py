@@ -1,6 +1,6 @@
 """Does an influence foretell what leaving rollouts out does? The real step redone without each, and on random halves.
 
-    python -m benchmarks counterfactual            writes results/counterfactual.json and the README's table; two hours
+    python -m benchmarks counterfactual            writes results/counterfactual.json and EVIDENCE.md; two hours
                                                    on two cores, continued where it stopped
     python -m benchmarks counterfactual --quick    one small state, written nowhere: it only shows that this works
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -230,7 +231,51 @@ def trainings(quick: bool) -> list[Training]:
     ]
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of every state, and of the first step and all later ones."""
+    return {"states": of_states(runs), "phases": of_phases(runs)}
+
+
+PHASES = {"step 1": range(1, 2), "later": range(2, 10**6)}
+REGIMES = {"lr to 1e-4": (0.0, 1e-4), "lr 1e-3": (1e-4, 1.0)}
+CANDIDATES = ("share", "marginal", "sgd", "covariance proxy", "advantage")
+
+
+def of_phases(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a training the mean over a phase's states, over trainings of all policies means with intervals.
+
+    ``best``: the predictor with the highest mean, and those below it by no more than the interval of the difference.
+    """
+    found = []
+    for regime, (above, to) in REGIMES.items():
+        for phase, steps in PHASES.items():
+            trained = [[s for s in run["found"] if s["step"] in steps] for run in runs if above < run["lr"] <= to]
+            row: dict[str, Any] = {"regime": regime, "phase": phase, "trainings": sum(map(bool, trained))}
+            for kind in ("loo", "lds"):
+                means = {name: _means(trained, kind, name) for name in (*CANDIDATES, "ceiling")}
+                row[kind] = {name: interval(list(values.values())) for name, values in means.items()}
+                row[kind]["best"] = _best({name: means[name] for name in CANDIDATES})
+            found.append(row)
+    return [row for row in found if row["trainings"]]
+
+
+def _means(trained: Sequence[Sequence[dict[str, Any]]], kind: str, name: str) -> dict[int, float]:
+    known = {k: [s[kind][name] for s in states if s[kind][name] is not None] for k, states in enumerate(trained)}
+    return {k: statistics.fmean(values) for k, values in known.items() if values}
+
+
+def _best(means: dict[str, dict[int, float]]) -> list[str]:
+    known = {name: values for name, values in means.items() if values}
+    first = max(known, key=lambda name: statistics.fmean(known[name].values()))
+    best = [first]
+    for name in known.keys() - {first}:
+        below = [x - known[name][k] for k, x in known[first].items() if k in known[name]]
+        if statistics.fmean(below) <= ((interval(below) or {}).get("half_width") or math.inf):
+            best.append(name)
+    return sorted(best, key=list(CANDIDATES).index)
+
+
+def of_states(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds with 95% intervals, by policy, learning rate and step."""
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for run in runs:
@@ -267,19 +312,36 @@ SHOWN = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advant
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table for each kind of truth, by policy, learning rate and step."""
-    tables = []
+    """What is best in which phase; and for each kind of truth a table by policy, learning rate and step."""
+    tables = [advice(report)]
+    states = report["summary"]["states"]
     for kind, title in KINDS.items():
-        names = [name for name in SHOWN if any(name in row[kind] for row in report["summary"])]
+        names = [name for name in SHOWN if any(name in row[kind] for row in states)]
         lines = [f"| {title}: policy, lr, step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-        for row in report["summary"]:
+        for row in states:
             cells = (shown(row[kind].get(name), "+.2f") for name in names)
             lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
-main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+def advice(report: dict[str, Any]) -> str:
+    """At the first step and later: rank correlations, and which predictors to use."""
+    lines = [
+        "| steps | truth | share | marginal | plain SGD | covariance proxy | advantage | ceiling | use |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["summary"]["phases"]:
+        for kind in ("loo", "lds"):
+            cells = (shown(row[kind][name], "+.2f") for name in (*CANDIDATES, "ceiling"))
+            use = ", ".join(row[kind]["best"])
+            which = f"{row['phase']}, {row['regime']} ({row['trainings']} trainings)"
+            lines.append(f"| {which} | {KINDS[kind]} | {' | '.join(cells)} | {use} |")
+    return "\n".join(lines)
+
+
+BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown, readme=advice)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

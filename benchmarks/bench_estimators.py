@@ -1,6 +1,6 @@
 """How many evaluation rollouts does a ranking need, and which estimator makes the most of them?
 
-    python -m benchmarks estimators            writes results/estimators.json and the README's table; half an hour on
+    python -m benchmarks estimators            writes results/estimators.json and EVIDENCE.md; half an hour on
                                                two cores, continued where it stopped
     python -m benchmarks estimators --quick    small and short, written nowhere: it only shows that this works
 
@@ -304,7 +304,8 @@ def trainings(quick: bool) -> list[Training]:
     return [*toy, *(Training("demo", seed) for seed in range(SEEDS))]
 
 
-main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fx_influence as fx
-from benchmarks.harness import PAIRS, ROOT, flops, one_thread, ratios, store
+from benchmarks.harness import PAIRS, README, ROOT, flops, one_thread, ratios, store
 from fx_influence.interop.checkpoint import load_checkpoint
 from fx_influence.interop.environment import environment
 from fx_influence.interop.rollouts import collate
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "plan": results.plan.to_dict(), **figures(results), "cost": cost}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, markdown(report))
+        store(NAME, report, {README: markdown(report)})
     return 0
 
 

@@ -20,7 +20,7 @@ import torch
 
 import fx_influence as fx
 from benchmarks import by_hand
-from benchmarks.harness import PAIRS, one_thread, ratios, store
+from benchmarks.harness import PAIRS, README, one_thread, ratios, store
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.interop.environment import environment
 from fx_influence.parts import rows
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = [measure(Setting(size, rows=64), 256, given, PAIRS) for size, given in ways.items()]
     report = {"environment": environment(), "pairs": PAIRS, "settings": settings}
     print(markdown(report))
-    store(NAME, report, markdown(report))
+    store(NAME, report, {README: markdown(report)})
     return 0
 
 

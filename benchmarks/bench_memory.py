@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fx_influence as fx
-from benchmarks.harness import one_thread, peak_extra_bytes, print_peak_extra, store
+from benchmarks.harness import README, one_thread, peak_extra_bytes, print_peak_extra, store
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.derivatives import batch_gradient, token_jvp
 from fx_influence.interop.environment import environment
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "peak_extra_bytes": found}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, markdown(report))
+        store(NAME, report, {README: markdown(report)})
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.harness import one_thread, store
+from benchmarks.harness import README, one_thread, store
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.interop.environment import environment
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "settings": [measure(setting) for setting in settings]}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, markdown(report))
+        store(NAME, report, {README: markdown(report)})
     return 0
 
 

@@ -1,6 +1,6 @@
 """Is the entropy's change in each step of a training what was foretold before it? Over whole runs, and what made it.
 
-    python -m benchmarks prediction            writes results/prediction.json and the README's table; half an hour on
+    python -m benchmarks prediction            writes results/prediction.json and EVIDENCE.md; half an hour on
                                                two cores, continued where it stopped
     python -m benchmarks prediction --quick    a few steps, written nowhere: it only shows that this works
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fx_influence as fx
 from benchmarks.arithmetic import reinforce
-from benchmarks.harness import interval, shown
+from benchmarks.harness import drawn, interval, shown
 from benchmarks.trainings import Benchmark, moments, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.types import Batch, Params
@@ -138,6 +139,34 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Of each learning rate every step's entropy foretold and realised, and their sums beside what made them."""
+    groups: dict[float, list[list[dict[str, float]]]] = {}
+    for run in report["runs"]:
+        groups.setdefault(run["lr"], []).append(run["found"])
+    with drawn(path, 2, len(groups), (9, 5.4)) as axes:
+        for column, (lr, found) in enumerate(groups.items()):
+            steps, sums = axes[:, column]
+            total, real = (np.array([[s[name] for s in one] for one in found]) for name in ("total", "realised"))
+            steps.plot(real.ravel(), total.ravel(), "o", ms=1.5, color="#0072B2", alpha=0.4)
+            ends = [real.min(), real.max()]
+            steps.plot(ends, ends, color="black", lw=0.8)
+            steps.set(title=f"lr {lr:g}", xlabel="ΔH realised in a step, nats")
+            for name, color in PARTS.items():
+                of_runs = np.array([[s[name] for s in one] for one in found]).cumsum(1)
+                mean, width = of_runs.mean(0), of_runs.std(0, ddof=1) / np.sqrt(len(of_runs))
+                at = np.arange(1, len(mean) + 1)
+                sums.plot(at, mean, color=color, lw=1.2, label=name)
+                sums.fill_between(at, mean - width, mean + width, color=color, alpha=0.2, lw=0)
+            sums.set(xlabel="optimizer step")
+        axes[0][0].set(ylabel="ΔH foretold, nats")
+        axes[1][0].set(ylabel="sum of ΔH so far, nats")
+        axes[1][0].legend(frameon=False, fontsize=8)
+
+
+PARTS = {"realised": "#D55E00", "total": "#0072B2", "momentum": "#009E73", "rollouts": "#CC79A7"}
+
+
 def trainings(quick: bool) -> list[Training]:
     """All that is run."""
     if quick:
@@ -145,7 +174,8 @@ def trainings(quick: bool) -> list[Training]:
     return [Training("demo", lr, seed) for lr in (1e-5, 1e-4, 1e-3) for seed in range(SEEDS)]
 
 
-main = Benchmark(NAME, __doc__, trainings, train, summary, markdown).main
+BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown, plot=plot)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import one_thread, store
+from benchmarks.harness import README, one_thread, store
 from fx_influence.interop.environment import environment
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.lab.plan import EntropyInfluencePlan
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "pages": [measure(size) for size in sizes]}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, markdown(report))
+        store(NAME, report, {README: markdown(report)})
     return 0
 
 

@@ -18,7 +18,17 @@ from typing import Any
 
 import fx_influence as fx
 from benchmarks import by_hand
-from benchmarks.harness import PAIRS, flops, one_thread, peak_extra_bytes, print_peak_extra, ratios, result, store
+from benchmarks.harness import (
+    PAIRS,
+    README,
+    flops,
+    one_thread,
+    peak_extra_bytes,
+    print_peak_extra,
+    ratios,
+    result,
+    store,
+)
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.derivatives import batch_gradient
 from fx_influence.interop.environment import environment
@@ -129,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         if setting.title not in [s["title"] for s in stored]:
             print(setting.title, flush=True)
             stored.append(measure(setting, names, PAIRS))
-            store(NAME, report, markdown(report))
+            store(NAME, report, {README: markdown(report)})
     print(markdown(report))
     return 0
 

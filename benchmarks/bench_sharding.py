@@ -35,6 +35,7 @@ import fx_influence as fx
 from benchmarks.harness import (
     GIVEN_BACK,
     PAIRS,
+    README,
     ROOT,
     Work,
     flops,
@@ -389,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         figures = report(Setting("3M", rows=32), Setting("24M", rows=4, width=32), PAIRS)
     print(markdown(figures))
     if not arguments.quick:
-        store(NAME, figures, markdown(figures))
+        store(NAME, figures, {README: markdown(figures)})
     return 0
 
 

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.harness import RESULTS, one_thread, ratios, store
+from benchmarks.harness import README, RESULTS, drawn, one_thread, ratios, store
 from benchmarks.trl_variants import quiet
 from fx_influence.interop.environment import environment
 from fx_influence.interop.prompts import read_prompts
@@ -111,17 +111,11 @@ def measured_run(steps: int) -> dict[str, Any]:
 
 def plot(run: dict[str, Any], path: Path) -> None:
     """Entropy foretold and realised step by step, and their sums beside the entropy measured."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     history = run["history"]
     step, total, realised, error, entropy = (
         np.array([h[name] for h in history]) for name in ("step", "total", "realised", "stderr", "entropy")
     )
-    with pyplot.rc_context({"svg.hashsalt": "fx_influence", "font.size": 9}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    with drawn(path, 1, 2, (9, 3.4)) as [[left, right]]:
         left.errorbar(realised, total, yerr=error, fmt="o", ms=3, lw=0.8, color="#0072B2", ecolor="#9ECAE1")
         ends = [min(realised.min(), total.min()), max(realised.max(), total.max())]
         left.plot(ends, ends, color="black", lw=0.8)
@@ -136,10 +130,6 @@ def plot(run: dict[str, Any], path: Path) -> None:
             )
         right.set(xlabel="optimizer step", ylabel="entropy, nats per token")
         right.legend(frameon=False, fontsize=8)
-        for axes in (left, right):
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -176,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, markdown(report))
+        store(NAME, report, {README: markdown(report)})
         plot(run, RESULTS / "trl_run.svg")
     return 0
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.harness import one_thread, store
+from benchmarks.harness import README, one_thread, store
 from benchmarks.trl_variants import Variant, quiet, trainer, variants
 from fx_influence.adamw import adamw_decompose
 from fx_influence.derivatives import batch_gradient
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "variants": found}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, markdown(report))
+        store(NAME, report, {README: markdown(report)})
     return 0
 
 

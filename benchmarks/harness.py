@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, EVIDENCE = ROOT / "README.md", ROOT / "benchmarks" / "EVIDENCE.md"
 PAIRS = 11
 
 
@@ -122,12 +123,12 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def with_block(readme: str, name: str, text: str) -> str:
-    """The README with what stands between the marks of the benchmark ``name`` made anew."""
+def with_block(page: str, name: str, text: str) -> str:
+    """A page with what stands between the marks of the benchmark ``name`` made anew."""
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    if begin not in readme or end not in readme:
-        raise ValueError(f"the README has no place for {name}; put {begin} and {end} where its table belongs")
-    before, _, rest = readme.partition(begin)
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no place for {name}; put {begin} and {end} where its table belongs")
+    before, _, rest = page.partition(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
@@ -136,10 +137,28 @@ def result(name: str) -> Path:
     return RESULTS / f"{name.removeprefix('bench_')}.json"
 
 
-def store(name: str, report: dict[str, Any], markdown: str) -> None:
-    """The figures in ``results/`` and their table in the README."""
+def store(name: str, report: dict[str, Any], pages: Mapping[Path, str]) -> None:
+    """The figures in ``results/`` and their tables in the pages."""
     result(name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    README.write_text(with_block(README.read_text(encoding="utf-8"), name, markdown), encoding="utf-8")
+    for page, markdown in pages.items():
+        page.write_text(with_block(page.read_text(encoding="utf-8"), name, markdown), encoding="utf-8")
+
+
+@contextmanager
+def drawn(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """The axes of a figure that is written as SVG, the same bytes for the same figures."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "fx_influence", "font.size": 9}):
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for one in axes.flat:
+            one.spines[["top", "right"]].set_visible(False)
+        yield axes
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def one_thread() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,7 +31,7 @@ from benchmarks.arithmetic import (
     update_batch,
     warm_up,
 )
-from benchmarks.harness import ROOT, one_thread, store
+from benchmarks.harness import EVIDENCE, README, ROOT, one_thread, result, store
 from fx_influence.interop.environment import environment
 from fx_influence.interop.prompts import Prompt, read_prompts
 from fx_influence.interop.rollouts import Rollout, collate
@@ -161,7 +162,8 @@ class Benchmark(NamedTuple):
     """What all that is gathered from trainings has.
 
     ``trainings(quick)``: what is run. ``work(training)``: what it finds. ``summary``: figures over seeds, of the
-    trainings with what each ``found``. ``markdown``: of the report.
+    trainings with what each ``found``. ``markdown``: the report's tables; ``readme``: that in the README, if any.
+    ``plot(report, path)``: its figure.
     """
 
     name: str
@@ -170,6 +172,12 @@ class Benchmark(NamedTuple):
     work: Callable[[Any], Any]
     summary: Callable[[Sequence[dict[str, Any]]], Any]
     markdown: Callable[[dict[str, Any]], str]
+    readme: Callable[[dict[str, Any]], str] | None = None
+    plot: Callable[[dict[str, Any], Path], None] | None = None
+
+    def pages(self, report: dict[str, Any]) -> dict[Path, str]:
+        """What is written where."""
+        return {EVIDENCE: self.markdown(report)} | ({README: self.readme(report)} if self.readme else {})
 
     def main(self, argv: list[str] | None = None) -> int:
         """The command line."""
@@ -189,5 +197,7 @@ class Benchmark(NamedTuple):
         report = {"environment": environment(), "summary": self.summary(runs), "runs": runs}
         print(self.markdown(report))
         if not arguments.quick:
-            store(self.name, report, self.markdown(report))
+            store(self.name, report, self.pages(report))
+            if self.plot:
+                self.plot(report, result(self.name).with_suffix(".svg"))
         return 0

@@ -13,7 +13,7 @@ import yaml
 from ranks import launch
 
 import fx_influence as fx
-from benchmarks import bench_linearity
+from benchmarks import bench_linearity, harness
 from benchmarks.__main__ import main, module, names
 from benchmarks.harness import result, with_block
 from fx_influence.importance import SnisDelta
@@ -99,11 +99,19 @@ def test_every_function_in_the_table_exists() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in names() if result(f"bench_{name}").exists()])
-def test_a_table_in_the_readme_is_made_from_the_figures_that_are_stored(name: str) -> None:
+def test_a_table_is_made_from_the_figures_that_are_stored(name: str) -> None:
     bench = module(name)
     report = json.loads(result(bench.NAME).read_text(encoding="utf-8"))
-    assert with_block(README, bench.NAME, bench.markdown(report)) == README
-    assert bench.markdown(report) in README
+    gathered = getattr(bench, "BENCHMARK", None)
+    for path, text in (gathered.pages(report) if gathered else {harness.README: bench.markdown(report)}).items():
+        page = path.read_text(encoding="utf-8")
+        assert with_block(page, bench.NAME, text) == page
+        assert text in page
+
+
+def test_the_pages_say_nothing_of_a_benchmark_that_is_not_stored() -> None:
+    pages = README + harness.EVIDENCE.read_text(encoding="utf-8")
+    assert {name for name in re.findall("begin: bench_(\\w+)", pages) if not result(f"bench_{name}").exists()} == set()
 
 
 def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
