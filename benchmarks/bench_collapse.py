@@ -39,7 +39,7 @@ class Training(NamedTuple):
     policy: str
     lr: float
     seed: int
-    steps: tuple[int, ...] = (10, 40, 80)
+    steps: tuple[int, ...] = (5, 20, 40)
     prompts: int = 64
     evaluated: int = 256
 
@@ -182,7 +182,7 @@ def trainings(quick: bool) -> list[Training]:
         return [Training("demo", 1e-4, seed, steps=(1,), prompts=4, evaluated=4) for seed in (0, 1)]
     return [
         Training(policy, lr, seed)
-        for policy, lr in (("demo", 2e-5), ("demo", 2e-4), ("large", 1e-4))
+        for policy, lr in (("demo", 2e-5), ("demo", 1e-4), ("early", 1e-4))
         for seed in range(SEEDS)
     ]
 

@@ -6,12 +6,10 @@
 
 At states of GRPO trainings the gradient of the entropy is estimated from evaluation batches of many sizes, and the
 influences of 64 rollouts that follow are held to those of the exact gradient where all completions can be listed
-("toy"), else of 8,192 rollouts of other prompts. An estimator costs a reverse pass over its rollouts, whichever it is.
-Squared errors are sums over rollouts, over the sum of the true influences' squares; a user who has no truth has
-
-    error = sum_i stderr_i^2 / sum_i (delta_i^2 - stderr_i^2)
-
-and the rule says up to which error the tenth of the rollouts with the largest influences is found.
+("toy"), else of 16,384 rollouts of other prompts. An estimator costs a reverse pass over its rollouts, whichever it is.
+Squared errors are sums over rollouts, over the sum of the true influences' squares. A user, who has no truth, has the
+error bars: the rule says up to which share of noise, sum stderr_i^2 / sum delta_i^2, the tenth of the rollouts with the
+largest influences is found, each with its sign.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ NAME = "bench_estimators"
 SEEDS, MAX_NORM = 5, 1.0
 TOP, FOUND = 0.1, 0.8
 """The share of the rollouts that is to be found by its influences, and how much of it."""
-BARS = 3
-"""Draws of E that the error bars are made for."""
+MOST = 8192
+"""Rollouts that are drawn for one size of E, all draws together, where one draw does not take more."""
 STRATIFIED = "per_decision, stratified draw"
 
 
@@ -55,11 +53,11 @@ class Training(NamedTuple):
     policy: str
     seed: int
     lr: float = 1e-4
-    steps: tuple[int, ...] = (5, 50)
-    sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    steps: tuple[int, ...] = (20,)
+    sizes: tuple[int, ...] = (64, 256, 1024, 4096)
     draws: int = 10
-    asked: int = 512
-    true_prompts: int = 2048
+    asked: int = 2048
+    true_prompts: int = 8192
     kept: bool = True
 
     @property
@@ -113,7 +111,7 @@ def train(training: Training) -> list[dict[str, Any]]:
 
 
 def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, Any]]:
-    """Means over draws of E: squared error over the truth's square, rank correlation, and overlap of the top tenth."""
+    """Means over draws of E: squared error over the truth's square, rank correlation, how much of the top is found."""
     apply, params = fx.functionalize(copy.deepcopy(policy.model))
     state = fx.adamw_state(now.optimizer, policy.model)
     gradients = rollout_gradients(params, now.batch, apply)
@@ -124,10 +122,13 @@ def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, A
     asked, others = prompts_of_e(training, policy)
     truth = toward @ true_gradient(training, others, params, apply, seed)
     # Many prompts with few completions each, or the reverse.
-    count = len(asked.held_out)
-    pools = {each: asked.evaluation(count, each * max(1, 512 // count), seed + each) for each in (2, 8)}
+    most, count = max(training.sizes), len(asked.held_out)
+    pools = {each: asked.evaluation(asks := min(count, most // each), most // asks, seed + each) for each in (2, 8)}
     ways: list[tuple[str, int, Batch, Draw]] = [
-        (name, each, pool, partial(_drawn, pool, each)) for each, pool in pools.items() for name in ESTIMATORS
+        (name, each, pool, partial(_drawn, pool, each))
+        for each, pool in pools.items()
+        for name in ESTIMATORS
+        if each == 2 or name.startswith("per_decision")
     ]
     if training.policy == "toy":
         every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
@@ -137,26 +138,26 @@ def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, A
     for name, each, source, draw in ways:
         values = all_token_values(params, source, apply)
         for size in training.sizes:
-            indices = [draw(size, np.random.default_rng([now.step, size, k])) for k in range(training.draws)]
+            draws = max(2, min(training.draws, MOST // size))
+            indices = [draw(size, np.random.default_rng([now.step, size, k])) for k in range(draws)]
             found = []
             for index in indices:
                 some = rows(source, index)
                 wanted = ESTIMATORS.get(name, entropy_coefficients)(TokenValues(*(v[index] for v in values)), some)
                 found.append(_against(toward @ _ascent(params, some, wanted, apply), truth))
-            means: dict[str, float | None] = {f: float(np.mean([one[f] for one in found])) for f in FIELDS}
+            means = {f: float(np.mean([one[f] for one in found])) for f in FIELDS}
             if name == "per_decision":
-                drawn = [rows(source, index) for index in indices[:BARS]]
-                bars = [fx.influence(params, now.batch, e, state, apply=apply, max_grad_norm=MAX_NORM) for e in drawn]
-                means["foretold_error"] = relative_error(bars)
+                options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "per_token": False}
+                drawn = [rows(source, index) for index in indices[: max(1, draws // 4)]]
+                bars = [fx.influence(params, now.batch, e, state, **options) for e in drawn]
+                means["noise_share"] = float(np.mean([noise_share(out) for out in bars]))
             out.append({"estimator": name, "rollouts": size, "each": each, **means})
     return out
 
 
-def relative_error(bars: Sequence[fx.Influence]) -> float | None:
-    """The squared error that the error bars foretell, over what is left of the influences without it."""
-    noise = sum(float((out.stderr**2).sum()) for out in bars)
-    left = sum(float((out.per_sequence**2).sum()) for out in bars) - noise
-    return noise / left if left > 0 else None
+def noise_share(out: fx.Influence) -> float:
+    """How much of the influences' squares is noise by their error bars: 0 without any, 1 without anything else."""
+    return float((out.stderr**2).sum() / (out.per_sequence**2).sum())
 
 
 def _stratified(chances: Tensor, prompts: int, each: int, size: int, rng: np.random.Generator) -> Tensor:
@@ -207,17 +208,18 @@ def true_gradient(training: Training, policy: Policy, params: Params, apply: fx.
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(exact_entropy(fx.token_values(leaves, batch, apply), batch), list(leaves.values()))
         return torch.cat([g.flatten() for g in grads])
-    e = policy.evaluation(len(policy.held_out), 4, seed)
+    e = policy.evaluation(len(policy.held_out), 2, seed)
     return _ascent(params, e, entropy_coefficients(all_token_values(params, e, apply), e), apply)
 
 
 def _against(found: Tensor, truth: Tensor) -> dict[str, float]:
     k = max(1, round(TOP * len(truth)))
-    tops = (set(x.abs().topk(k).indices.tolist()) for x in (found, truth))
+    largest = truth.abs().topk(k).indices
+    among = torch.isin(largest, found.abs().topk(k).indices)
     return {
         "squared_error": float(((found - truth) ** 2).sum() / (truth**2).sum()),
         "spearman": float(spearmanr(found.numpy(), truth.numpy()).statistic),
-        "top": len(set.intersection(*tops)) / k,
+        "top": float((among & (found[largest].sign() == truth[largest].sign())).double().mean()),
     }
 
 
@@ -242,7 +244,11 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "estimator": estimator,
             "each": each,
             "rollouts": size,
-            **{field: interval(_means(found, field)) for field in (*FIELDS, "foretold_error") if field in found[0][0]},
+            **{
+                field: interval([float(np.mean([x[field] for x in one])) for one in found])
+                for field in (*FIELDS, "noise_share")
+                if field in found[0][0]
+            },
         }
         for (policy, estimator, each, size), found in groups.items()
     ]
@@ -251,28 +257,17 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 FIELDS = ("squared_error", "spearman", "top")
 
 
-def _means(found: Sequence[Sequence[Mapping[str, float | None]]], field: str) -> list[float]:
-    known = ([value for x in one if (value := x[field]) is not None] for one in found)
-    return [float(np.mean(one)) for one in known if one]
-
-
 def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None] | None:
-    """The foretold error at which a share FOUND of the top tenth is found: of each training by a line in its logarithm.
+    """The share of noise at which a share FOUND of the top tenth is found: of each training by the line that fits best.
 
     Only where prompts are drawn: error bars count their draw too.
     """
     crossings = []
     for run in runs:
-        points = [
-            (x["foretold_error"], x["top"])
-            for state in run["found"]
-            for x in state["errors"]
-            if run["policy"] != "toy" and x.get("foretold_error")
-        ]
-        if len(points) > 2:
-            error, top = np.array(points).T
-            slope, at_one = np.polyfit(np.log(error), top, 1)
-            crossings.append(float(np.exp((FOUND - at_one) / slope)))
+        found = [x for state in run["found"] for x in state["errors"] if "noise_share" in x]
+        if run["policy"] != "toy" and len(found) > 2:
+            slope, least = np.polyfit([x["noise_share"] for x in found], [x["top"] for x in found], 1)
+            crossings.append(float((FOUND - least) / slope))
     return interval(crossings)
 
 
@@ -288,11 +283,11 @@ def markdown(report: Mapping[str, Any]) -> str:
             for n in sizes
         )
         lines.append(f"| {key[0]}, {key[1]}, {key[2]} a prompt | {' | '.join(cells)} |")
-        if any("foretold_error" in x for x in row.values()):
-            cells = (shown(row[n].get("foretold_error"), ".2g") if n in row else "" for n in sizes)
-            lines.append(f"| error foretold by its error bars | {' | '.join(cells)} |")
+        if any("noise_share" in x for x in row.values()):
+            cells = (f"{shown(row[n].get('noise_share'), '.0f', 100)}%" if n in row else "" for n in sizes)
+            lines.append(f"| its share of noise, by error bars | {' | '.join(cells)} |")
     if (limit := report["summary"]["rule"]) is not None:
-        lines += ["", f"{FOUND:.0%} of the top tenth are found up to a foretold error of {shown(limit, '.2g')}."]
+        lines += ["", f"{FOUND:.0%} of the top tenth are found up to a share of noise of {shown(limit, '.2f')}."]
     return "\n".join(lines)
 
 
@@ -300,7 +295,7 @@ def trainings(quick: bool) -> list[Training]:
     """All that is run."""
     if quick:
         return [Training("toy", 0, steps=(1,), sizes=(16,), draws=2, kept=False)]
-    toy = [Training("toy", seed, lr=1e-3, sizes=(16, 32, 64, 128)) for seed in range(SEEDS)]
+    toy = [Training("toy", seed, sizes=(16, 32, 64, 128, 256)) for seed in range(SEEDS)]
     return [*toy, *(Training("demo", seed) for seed in range(SEEDS))]
 
 
