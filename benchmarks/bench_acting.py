@@ -196,7 +196,7 @@ def trainings(quick: bool) -> list[Training]:
         return [Training("demo", method, 0, 1e-4, steps=2, every=2, prompts=2, judged=4) for method in METHODS]
     return [
         Training(policy, method, seed, lr, steps)
-        for policy, lr, steps in (("early", 1e-4, 80), ("harder", 2e-5, 40))
+        for policy, lr, steps in (("early", 1e-4, 60), ("harder", 2e-5, 40))
         for seed in range(SEEDS)
         for method in METHODS
     ]

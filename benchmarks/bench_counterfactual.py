@@ -250,13 +250,15 @@ def of_phases(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for regime, (above, to) in REGIMES.items():
         for phase, steps in PHASES.items():
             trained = [[s for s in run["found"] if s["step"] in steps] for run in runs if above < run["lr"] <= to]
+            if not any(trained):
+                continue
             row: dict[str, Any] = {"regime": regime, "phase": phase, "trainings": sum(map(bool, trained))}
             for kind in ("loo", "lds"):
                 means = {name: _means(trained, kind, name) for name in (*CANDIDATES, "ceiling")}
                 row[kind] = {name: interval(list(values.values())) for name, values in means.items()}
                 row[kind]["best"] = _best({name: means[name] for name in CANDIDATES})
             found.append(row)
-    return [row for row in found if row["trainings"]]
+    return found
 
 
 def _means(trained: Sequence[Sequence[dict[str, Any]]], kind: str, name: str) -> dict[int, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fx_influence.lab.health import Finding, health
+from fx_influence.lab.health import RANKED, Finding, health
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
 
@@ -50,7 +51,7 @@ def found(name: str, *arguments: Any, **more: Any) -> Finding | None:
 def test_a_sound_run_is_fine_in_every_respect() -> None:
     findings = health(results(run={"update_off_policy": 1e-5}))
     assert {finding.level for finding in findings} == {"good"}
-    assert len({finding.name for finding in findings}) == len(findings) == 9
+    assert len({finding.name for finding in findings}) == len(findings) == 10
 
 
 def test_noise_is_told_with_its_share_and_its_remedy() -> None:
@@ -61,6 +62,23 @@ def test_noise_is_told_with_its_share_and_its_remedy() -> None:
     assert "E is too small: 60% of rollouts are within two standard errors of zero." in finding.text
     # The median rollout has 2 stderr / |influence| = 1.6: its square is how many more prompts bring it to 1.
     assert "About 2.6 times as many prompts in E" in finding.text
+
+
+def test_an_e_too_small_for_a_ranking_says_how_many_prompts_would_do() -> None:
+    # With a share s of noise in the squares, n times the prompts leave s / n of noise beside 1 - s of influence.
+    stderr = np.full(10, np.sqrt(0.5 * 2.5))
+    finding = found("Ranking of the rollouts", stderr=stderr)
+    assert finding is not None
+    assert finding.level == "attention"
+    assert "E is too small for a ranking: 50% of the influences' squares is noise" in finding.text
+    times = float(re.findall(r"About (\S+) times", finding.text)[0])
+    assert (0.5 / times) / (0.5 / times + 0.5) == pytest.approx(RANKED, rel=0.05)
+
+
+def test_where_all_is_noise_no_number_of_prompts_is_made_up() -> None:
+    finding = found("Ranking of the rollouts", stderr=np.full(10, 2.0))
+    assert finding is not None
+    assert "Many times as many prompts" in finding.text
 
 
 def test_rollouts_that_move_nothing_do_not_count_as_noise() -> None:
@@ -171,6 +189,7 @@ def test_what_a_step_of_a_training_does_not_store_is_left_out() -> None:
     names = {finding.name for finding in health(stored)}
     assert names == {
         "Standard errors of the rollouts",
+        "Ranking of the rollouts",
         "Sign of the total",
         "Effective sample size",
         "Unattributed",

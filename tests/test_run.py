@@ -26,6 +26,7 @@ from fx_influence.lab import batches, store
 from fx_influence.lab import run as run_module
 from fx_influence.lab.analysis.allocation import ALLOCATIONS
 from fx_influence.lab.cli import main
+from fx_influence.lab.health import health
 from fx_influence.lab.plan import demo_path, read_plan
 from fx_influence.lab.table import printable
 
@@ -326,6 +327,9 @@ def test_the_report_shows_totals_checks_rollouts_and_tokens(finished: Path, caps
     row = next(line for line in page.splitlines() if strongest["id"] in line and strongest["completion"] in line)
     assert f"{strongest['influence']:+.4g} ± {strongest['stderr']:.2g}" in row
     assert f"{strongest['advantage']:+.2f}" in row
+    warnings = [f"{f.name}: {f.text}" for f in health(fx.load_run(finished)) if f.level == "attention"]
+    assert any("E is too small" in text for text in warnings)
+    assert all(text in page for text in warnings)
 
 
 def test_hostile_text_in_a_rollout_is_shown_literally(

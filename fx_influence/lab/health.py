@@ -20,6 +20,8 @@ FEW, MANY, ENOUGH_ESS = 0.01, 0.5, 0.5
 """Shares: what may be clipped or unattributed, what too much noise is, and the least effective sample."""
 STRAIGHT = 0.1
 """How far off the first order may be."""
+RANKED = 0.1
+"""Share of noise in the influences' squares up to which four of five of the top tenth were found: EVIDENCE.md."""
 
 
 class Finding(NamedTuple):
@@ -74,6 +76,25 @@ def _size_of_e(f: Figures) -> Finding:
         times = float(np.median(2 * stderr / np.abs(delta)) ** 2)
     more = f" About {times:.2g} times as many prompts in E would" if 1 < times < 1e4 else " More prompts in E would"
     return Finding(name, "attention", f"{text}{more} bring the median rollout to two.")
+
+
+def _ranking(f: Figures) -> Finding | None:
+    name, delta, stderr = "Ranking of the rollouts", f.arrays["per_sequence"], f.arrays["stderr"]
+    known = np.isfinite(stderr)
+    size, noise = float((delta[known] ** 2).sum()), float((stderr[known] ** 2).sum())
+    if not size:
+        return None
+    share = noise / size
+    text = f"{share:.0%} of the influences' squares is noise"
+    found = "four in five of the tenth with the largest influences are found"
+    if share <= RANKED:
+        return Finding(name, "good", f"{text}: {found}, or more.")
+    # Noise falls with the number of prompts, what is left of the squares without it stays.
+    times = share * (1 - RANKED) / (RANKED * (1 - share)) if share < 1 else np.inf
+    more = f"About {times:.2g} times as many prompts" if times < 1e3 else "Many times as many prompts"
+    return Finding(
+        name, "attention", f"E is too small for a ranking: {text}, and {found} up to {RANKED:.0%}. {more} would do."
+    )
 
 
 def _sign_of_total(f: Figures) -> Finding:
@@ -200,6 +221,7 @@ def _at_lr(f: Figures, name: str) -> float | None:
 
 CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
     _size_of_e,
+    _ranking,
     _sign_of_total,
     _first_order,
     _realised,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fx_influence.interop.run_files import PLAN
 from fx_influence.lab.finite_tables import finite_tables
+from fx_influence.lab.health import health
 from fx_influence.lab.results import EntropyInfluenceResults
 
 STRONGEST = 10
@@ -30,6 +31,9 @@ def print_run(results: EntropyInfluenceResults, console: Console) -> None:
     console.print(_rollouts("Rollouts that RAISE the entropy most", sequences, order[::-1], summary["lr"]))
     console.print(_tokens(sequences, arrays["per_token"], summary["lr"]))
     console.print(_blocks(summary["per_parameter"]))
+    for finding in health(results):
+        if finding.level == "attention":
+            console.print(Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
     console.print(footer(summary, results.path, f"{summary['rollouts']} in E"), soft_wrap=True)
 
 
