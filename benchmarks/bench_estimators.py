@@ -15,10 +15,12 @@ largest influences is found, each with its sign.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +46,8 @@ TOP, FOUND = 0.1, 0.8
 """The share of the rollouts that is to be found by its influences, and how much of it."""
 MOST = 8192
 """Rollouts that are drawn for one size of E, all draws together, where one draw does not take more."""
+BINS = (0.0, 0.05, 0.2, 0.5, 1.0, 100.0)
+"""Shares of noise between which the rule is looked at."""
 STRATIFIED = "per_decision, stratified draw"
 
 
@@ -224,8 +228,8 @@ def _against(found: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of all estimators the errors, and the rule."""
-    return {"estimators": errors(runs), "rule": rule(runs)}
+    """Of all estimators the errors, also beside each other, and the rule."""
+    return {"estimators": errors(runs), "beside": beside(runs), "rule": rule(runs)}
 
 
 def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -257,18 +261,55 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 FIELDS = ("squared_error", "spearman", "top")
 
 
-def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None] | None:
-    """The share of noise at which a share FOUND of the top tenth is found: of each training by the line that fits best.
+def geometric(values: Sequence[float]) -> dict[str, float] | None:
+    """Geometric mean with its 95% interval, of what differs by factors; None of fewer than two."""
+    found = interval([math.log(x) for x in values])
+    if found is None or found["mean"] is None or found["half_width"] is None:
+        return None
+    mean, width = found["mean"], found["half_width"]
+    return {"mean": math.exp(mean), "low": math.exp(mean - width), "high": math.exp(mean + width)}
 
-    Only where prompts are drawn: error bars count their draw too.
-    """
-    crossings = []
+
+def beside(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Squared errors over those of ``per_decision`` with two completions a prompt and as many rollouts, by state."""
+    ratios: dict[tuple[str, str, int], list[float]] = {}
     for run in runs:
-        found = [x for state in run["found"] for x in state["errors"] if "noise_share" in x]
-        if run["policy"] != "toy" and len(found) > 2:
-            slope, least = np.polyfit([x["noise_share"] for x in found], [x["top"] for x in found], 1)
-            crossings.append(float((FOUND - least) / slope))
-    return interval(crossings)
+        for state in run["found"]:
+            own = {(x["each"], x["rollouts"]): x for x in state["errors"] if x["estimator"] == "per_decision"}
+            for x in state["errors"]:
+                way = f"{x['estimator']}, {x['each']} a prompt"
+                ratio = x["squared_error"] / own[2, x["rollouts"]]["squared_error"]
+                if ratio != 1:
+                    ratios.setdefault((run["policy"], way, x["rollouts"]), []).append(ratio)
+    return [
+        {"policy": policy, "way": way, "rollouts": size, "ratio": geometric(values)}
+        for (policy, way, size), values in ratios.items()
+    ]
+
+
+def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How much of the top tenth is found at which share of noise, and where it is FOUND, by a line in its logarithm.
+
+    Only where prompts are drawn: error bars count their draw too. The line is of each training.
+    """
+    of_trainings = [
+        [(x["noise_share"], x["top"]) for state in run["found"] for x in state["errors"] if "noise_share" in x]
+        for run in runs
+        if run["policy"] != "toy"
+    ]
+    crossings = []
+    for found in of_trainings:
+        slope, at_one = np.polyfit(np.log([share for share, _ in found]), [top for _, top in found], 1)
+        crossings.append(math.exp((FOUND - at_one) / slope))
+    bins = [
+        {
+            "above": low,
+            "to": high,
+            "found": interval([t for found in of_trainings for s, t in found if low < s <= high]),
+        }
+        for low, high in pairwise(BINS)
+    ]
+    return {"at": geometric(crossings), "bins": bins}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -286,9 +327,28 @@ def markdown(report: Mapping[str, Any]) -> str:
         if any("noise_share" in x for x in row.values()):
             cells = (f"{shown(row[n].get('noise_share'), '.0f', 100)}%" if n in row else "" for n in sizes)
             lines.append(f"| its share of noise, by error bars | {' | '.join(cells)} |")
-    if (limit := report["summary"]["rule"]) is not None:
-        lines += ["", f"{FOUND:.0%} of the top tenth are found up to a share of noise of {shown(limit, '.2f')}."]
+    lines += ["", "| squared error over that of per_decision, 2 a prompt | " + " | ".join(map(str, sizes)) + " |"]
+    lines.append("|---|" + "---|" * len(sizes))
+    compared = report["summary"]["beside"]
+    for policy, way in dict.fromkeys((x["policy"], x["way"]) for x in compared):
+        ratios = {x["rollouts"]: x["ratio"] for x in compared if (x["policy"], x["way"]) == (policy, way)}
+        lines.append(f"| {policy}, {way} | {' | '.join(_factor(ratios.get(n)) for n in sizes)} |")
+    known = [one for one in report["summary"]["rule"]["bins"] if one["found"]]
+    if not known:
+        return "\n".join(lines)
+    lines += ["", "| share of noise | of the top tenth found, with its sign |", "|---|---|"]
+    for one in known:
+        to = f"{one['above']:.0%} to {one['to']:.0%}" if one["to"] <= 1 else f"above {one['above']:.0%}"
+        lines.append(f"| {to} | {shown(one['found'], '.0f', 100)}% |")
+    lines += [
+        "",
+        f"{FOUND:.0%} of the top tenth are found at a share of noise of {_factor(report['summary']['rule']['at'])}.",
+    ]
     return "\n".join(lines)
+
+
+def _factor(found: Mapping[str, float] | None) -> str:
+    return f"{found['mean']:.2g} ({found['low']:.2g} to {found['high']:.2g})" if found else ""
 
 
 def trainings(quick: bool) -> list[Training]:

@@ -21,7 +21,7 @@ FEW, MANY, ENOUGH_ESS = 0.01, 0.5, 0.5
 STRAIGHT = 0.1
 """How far off the first order may be."""
 RANKED = 0.1
-"""Share of noise in the influences' squares up to which four of five of the top tenth were found: EVIDENCE.md."""
+"""Share of noise in the squared influences at which four in five of the top tenth are found: benchmarks/EVIDENCE.md."""
 
 
 class Finding(NamedTuple):
