@@ -1,7 +1,7 @@
 """Does acting on influences help? GRPO with weights that hold the entropy, beside what else is done against its fall.
 
-    python -m benchmarks acting            writes results/acting.json and EVIDENCE.md; an hour and a half on two
-                                           cores, continued where it stopped
+    python -m benchmarks acting            writes results/acting.json and EVIDENCE.md;
+                                           half an hour on two cores, continued where it stopped
     python -m benchmarks acting --quick    a few steps, written nowhere: it only shows that this works
 
 The embedded policy's arithmetic before its own GRPO steps ("early"), and longer chains of larger numbers. Every method

@@ -1,7 +1,7 @@
 """Who makes the entropy fall? Influence by advantage, probability, position and prompt, and how concentrated it is.
 
-    python -m benchmarks collapse            writes results/collapse.json and EVIDENCE.md; a quarter of an hour
-                                             on two cores, continued where it stopped
+    python -m benchmarks collapse            writes results/collapse.json and EVIDENCE.md;
+                                             ten minutes on two cores, continued where it stopped
     python -m benchmarks collapse --quick    one state, written nowhere: it only shows that this works
 
 At several steps of GRPO trainings every token of U gets its influence on the entropy. The claims that are tested: that

@@ -1,7 +1,7 @@
 """Does an influence foretell what leaving rollouts out does? The real step redone without each, and on random halves.
 
-    python -m benchmarks counterfactual            writes results/counterfactual.json and EVIDENCE.md; two hours
-                                                   on two cores, continued where it stopped
+    python -m benchmarks counterfactual            writes results/counterfactual.json and EVIDENCE.md;
+                                                   an hour on two cores, continued where it stopped
     python -m benchmarks counterfactual --quick    one small state, written nowhere: it only shows that this works
 
 GRPO trainings are stopped at several steps. There AdamW's step, with clipping and second moment made anew, is redone

@@ -1,7 +1,7 @@
 """How many evaluation rollouts does a ranking need, and which estimator makes the most of them?
 
-    python -m benchmarks estimators            writes results/estimators.json and EVIDENCE.md; half an hour on
-                                               two cores, continued where it stopped
+    python -m benchmarks estimators            writes results/estimators.json and EVIDENCE.md;
+                                               a quarter of an hour on two cores, continued where it stopped
     python -m benchmarks estimators --quick    small and short, written nowhere: it only shows that this works
 
 At states of GRPO trainings the gradient of the entropy is estimated from evaluation batches of many sizes, and the

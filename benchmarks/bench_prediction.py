@@ -1,7 +1,7 @@
 """Is the entropy's change in each step of a training what was foretold before it? Over whole runs, and what made it.
 
-    python -m benchmarks prediction            writes results/prediction.json and EVIDENCE.md; a quarter of
-                                               an hour on two cores, continued where it stopped
+    python -m benchmarks prediction            writes results/prediction.json and EVIDENCE.md;
+                                               a quarter of an hour on two cores, continued where it stopped
     python -m benchmarks prediction --quick    a few steps, written nowhere: it only shows that this works
 
 Before each step the influences on E foretell its change of entropy, lr times total, with an error bar, and the share of
