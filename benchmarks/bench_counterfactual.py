@@ -336,7 +336,7 @@ def advice(report: dict[str, Any]) -> str:
     for row in report["summary"]["phases"]:
         for kind in ("loo", "lds"):
             cells = (shown(row[kind][name], "+.2f") for name in (*CANDIDATES, "ceiling"))
-            use = ", ".join(row[kind]["best"])
+            use = ", ".join(row[kind]["best"]).replace("sgd", "plain SGD")
             which = f"{row['phase']}, {row['regime']} ({row['trainings']} trainings)"
             lines.append(f"| {which} | {KINDS[kind]} | {' | '.join(cells)} | {use} |")
     return "\n".join(lines)

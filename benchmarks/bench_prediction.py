@@ -1,12 +1,13 @@
 """Is the entropy's change in each step of a training what was foretold before it? Over whole runs, and what made it.
 
     python -m benchmarks prediction            writes results/prediction.json and EVIDENCE.md;
-                                               a quarter of an hour on two cores, continued where it stopped
+                                               half an hour on two cores, continued where it stopped
     python -m benchmarks prediction --quick    a few steps, written nowhere: it only shows that this works
 
 Before each step the influences on E foretell its change of entropy, lr times total, with an error bar, and the share of
 momentum, weight decay and the step's own rollouts in it. The step is made, and the change measured by importance
-sampling on other rollouts of the policy before it. R² is of the foretold change as it is, no line fitted.
+sampling on other rollouts of the policy before it: of the prompts of E or, in trainings apart, of other ones. R² is of
+the foretold change as it is, no line fitted; what there is of it to be had is what the measurement's own error leaves.
 """
 
 from __future__ import annotations
@@ -23,26 +24,30 @@ from benchmarks.arithmetic import reinforce
 from benchmarks.harness import drawn, interval, shown
 from benchmarks.trainings import Benchmark, moments, started
 from fx_influence.derivatives import batch_gradient
+from fx_influence.interop.rollouts import collate
 from fx_influence.types import Batch, Params
 
 NAME = "bench_prediction"
 PROMPTS, COMPLETIONS, SEEDS, MAX_NORM = 8, 8, 5, 1.0
+SAME, OTHER = "same", "other"
+"""Prompts that a change is measured on, beside those of E: error bars count the draw of prompts."""
 CURVED = 10
 """The second derivative is measured at every tenth step."""
 
 
 class Training(NamedTuple):
-    """One GRPO run, foretold step by step."""
+    """One GRPO run, foretold step by step, and measured on fresh rollouts of the same or of other prompts."""
 
     policy: str
     lr: float
+    prompts: str
     seed: int
     steps: int = 100
     evaluated: int = 64
 
     @property
     def name(self) -> str:
-        return f"{self.policy}-{self.lr:g}-{self.seed}"
+        return f"{self.policy}-{self.lr:g}-{self.prompts}-{self.seed}"
 
 
 def train(training: Training) -> list[dict[str, float]]:
@@ -52,7 +57,11 @@ def train(training: Training) -> list[dict[str, float]]:
     found = []
     for now in moments(policy, training.lr, training.seed, training.steps, PROMPTS, COMPLETIONS):
         seed = now.rng.randrange(2**30)
-        e, other = (policy.evaluation(training.evaluated, each, seed + each) for each in (2, 4))
+        own, others = (policy.held_out[k * training.evaluated :][: training.evaluated] for k in (0, 1))
+        e, other = (
+            collate(policy.drawn(prompts, each, seed + each), policy.tokenizer.pad_token_id)
+            for prompts, each in ((own, 2), (own if training.prompts == SAME else others, 4))
+        )
         params = {name: p.clone() for name, p in live.items()}
         state = fx.adamw_state(now.optimizer, policy.model)
         foretold = _foretold(training, params, now.batch, e, state, apply, curved=now.step % CURVED == 0)
@@ -101,26 +110,29 @@ def judged(steps: Sequence[dict[str, float]], lr: float) -> dict[str, float]:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds with 95% intervals, by policy and learning rate, of all steps and of those after the 20th."""
-    groups: dict[tuple[str, float, str], list[dict[str, float]]] = {}
+    """Means over seeds with 95% intervals, by learning rate and prompts, of all steps and of those after the 20th."""
+    groups: dict[tuple[str, float, str, str], list[dict[str, float]]] = {}
     for run in runs:
         for name, steps in (("all", run["found"]), ("after 20", run["found"][20:])):
             if len(steps) > 2:
-                groups.setdefault((run["policy"], run["lr"], name), []).append(judged(steps, run["lr"]))
+                key = run["policy"], run["lr"], run["prompts"], name
+                groups.setdefault(key, []).append(judged(steps, run["lr"]))
     return [
         {
             "policy": policy,
             "lr": lr,
+            "prompts": prompts,
             "steps": steps,
             **{name: interval([one[name] for one in found if name in one]) for name in found[0]},
         }
-        for (policy, lr, steps), found in groups.items()
+        for (policy, lr, prompts, steps), found in groups.items()
     ]
 
 
 COLUMNS = {
     "r2": "R²",
     "explainable": "of it to be had",
+    "spread": "errors / error bars",
     "within_two": "within 2 stderr",
     "realised_sum": "ΔH, realised",
     "foretold_sum": "foretold",
@@ -131,27 +143,27 @@ COLUMNS = {
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's table."""
-    lines = [f"| policy, lr, steps | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
+    """By learning rate, and prompts that the change is measured on: how well it is foretold, and what it is made of."""
+    lines = [f"| policy, lr, prompts, steps | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
     for row in report["summary"]:
         cells = [shown(row.get(name), ".2g") for name in COLUMNS]
-        lines.append(f"| {row['policy']}, {row['lr']:g}, {row['steps']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['policy']}, {row['lr']:g}, {row['prompts']}, {row['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Of each learning rate every step's entropy foretold and realised, and their sums beside what made them."""
-    groups: dict[float, list[list[dict[str, float]]]] = {}
+    """Every step's change of entropy, foretold and realised, and their sums beside what made them."""
+    groups: dict[str, list[list[dict[str, float]]]] = {}
     for run in report["runs"]:
-        groups.setdefault(run["lr"], []).append(run["found"])
-    with drawn(path, 2, len(groups), (9, 5.4)) as axes:
-        for column, (lr, found) in enumerate(groups.items()):
+        groups.setdefault(f"lr {run['lr']:g}, {run['prompts']} prompts", []).append(run["found"])
+    with drawn(path, 2, len(groups), (10, 5)) as axes:
+        for column, (title, found) in enumerate(groups.items()):
             steps, sums = axes[:, column]
             total, real = (np.array([[s[name] for s in one] for one in found]) for name in ("total", "realised"))
             steps.plot(real.ravel(), total.ravel(), "o", ms=1.5, color="#0072B2", alpha=0.4)
             ends = [real.min(), real.max()]
             steps.plot(ends, ends, color="black", lw=0.8)
-            steps.set(title=f"lr {lr:g}", xlabel="ΔH realised in a step, nats")
+            steps.set(title=title, xlabel="ΔH realised in a step, nats")
             for name, color in PARTS.items():
                 of_runs = np.array([[s[name] for s in one] for one in found]).cumsum(1)
                 mean, width = of_runs.mean(0), of_runs.std(0, ddof=1) / np.sqrt(len(of_runs))
@@ -170,8 +182,10 @@ PARTS = {"realised": "#D55E00", "total": "#0072B2", "momentum": "#009E73", "roll
 def trainings(quick: bool) -> list[Training]:
     """All that is run."""
     if quick:
-        return [Training("demo", 1e-4, seed, steps=3, evaluated=4) for seed in (0, 1)]
-    return [Training("demo", lr, seed) for lr in (1e-5, 1e-4) for seed in range(SEEDS)]
+        return [Training("demo", 1e-4, SAME, seed, steps=3, evaluated=4) for seed in (0, 1)]
+    return [
+        Training("demo", lr, prompts, seed) for prompts in (SAME, OTHER) for lr in (1e-5, 1e-4) for seed in range(SEEDS)
+    ]
 
 
 BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown, plot=plot)
