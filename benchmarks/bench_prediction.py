@@ -160,15 +160,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for column, (title, found) in enumerate(groups.items()):
             steps, sums = axes[:, column]
             total, real = (np.array([[s[name] for s in one] for one in found]) for name in ("total", "realised"))
-            steps.plot(real.ravel(), total.ravel(), "o", ms=1.5, color="#0072B2", alpha=0.4)
+            steps.plot(real.ravel(), total.ravel(), "o", ms=1.5, color="#0072B2", alpha=0.4, rasterized=True)
             ends = [real.min(), real.max()]
             steps.plot(ends, ends, color="black", lw=0.8)
             steps.set(title=title, xlabel="ΔH realised in a step, nats")
-            for name, color in PARTS.items():
+            for name, (label, color) in PARTS.items():
                 of_runs = np.array([[s[name] for s in one] for one in found]).cumsum(1)
                 mean, width = of_runs.mean(0), of_runs.std(0, ddof=1) / np.sqrt(len(of_runs))
                 at = np.arange(1, len(mean) + 1)
-                sums.plot(at, mean, color=color, lw=1.2, label=name)
+                sums.plot(at, mean, color=color, lw=1.2, label=label)
                 sums.fill_between(at, mean - width, mean + width, color=color, alpha=0.2, lw=0)
             sums.set(xlabel="optimizer step")
         axes[0][0].set(ylabel="ΔH foretold, nats")
@@ -176,7 +176,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes[1][0].legend(frameon=False, fontsize=8)
 
 
-PARTS = {"realised": "#D55E00", "total": "#0072B2", "momentum": "#009E73", "rollouts": "#CC79A7"}
+PARTS = {
+    "realised": ("realised", "#D55E00"),
+    "total": ("foretold", "#0072B2"),
+    "momentum": ("of it momentum", "#009E73"),
+    "rollouts": ("of it rollouts", "#CC79A7"),
+}
 
 
 def trainings(quick: bool) -> list[Training]:
