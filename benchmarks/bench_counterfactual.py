@@ -310,7 +310,8 @@ def _differences(states: Sequence[dict[str, Any]], kind: str) -> list[float]:
 
 
 KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of leaving one out"}
-SHOWN = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advantage", *SIGNLESS, "ceiling")
+SIGNED = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advantage", "ceiling")
+SHOWN = {"loo": SIGNED, "lds": SIGNED, "size": (*SIGNED[:5], *SIGNLESS)}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -318,7 +319,7 @@ def markdown(report: dict[str, Any]) -> str:
     tables = [advice(report)]
     states = report["summary"]["states"]
     for kind, title in KINDS.items():
-        names = [name for name in SHOWN if any(name in row[kind] for row in states)]
+        names = [name for name in SHOWN[kind] if any(name in row[kind] for row in states)]
         lines = [f"| {title}: policy, lr, step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
         for row in states:
             cells = (shown(row[kind].get(name), "+.2f") for name in names)
