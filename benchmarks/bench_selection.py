@@ -126,7 +126,7 @@ FIELDS = ("left_out", "promised", "kept", "reward_promised", "reward_kept", "rew
 def markdown(report: Mapping[str, Any]) -> str:
     """By size of E: what is left out, what of the promised entropy is kept, and the change of the step's reward."""
     lines = [
-        "| weights of, by E of | left out | rise of the entropy, kept of promised | the step's gain in reward, foretold "
+        "| weights of, by E of | left out | rise of the entropy, kept of promised | gain in reward, foretold "
         "| on other rollouts |",
         "|---|---|---|---|---|",
     ]
