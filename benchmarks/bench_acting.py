@@ -193,7 +193,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
                     at = runs[0][-1]["step"] * (1.02 + 0.02 * k)
                     axis.errorbar([at], [mean[-1]], [end.get("half_width") or 0.0], color=drawn_line.get_color(), lw=1)
                 axis.set(xlabel="batches", title=f"{policy}: {COLUMNS[field]}")
-        axes[0][0].legend(frameon=False, fontsize=7)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(handles, labels, loc="outside upper center", ncols=len(METHODS), frameon=False)
 
 
 def trainings(quick: bool) -> list[Training]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -95,47 +96,43 @@ def influences(policy: Policy, now: Moment, prompts: Sequence[Any], seed: int) -
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By size of E and unit, over seeds: sums over a seed's steps, kept over promised, and what the reward loses."""
-    groups: dict[tuple[str, int, str], list[list[dict[str, float]]]] = {}
+    """By size of E and unit, over seeds: means over a seed's steps, of entropy in nats and reward in this step."""
+    groups: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for run in runs:
         of_seed: dict[tuple[str, int, str], list[dict[str, float]]] = {}
         for state in run["found"]:
             for x in state["selections"]:
                 of_seed.setdefault((run["policy"], x["rollouts"], x["unit"]), []).append(x)
         for key, found in of_seed.items():
-            groups.setdefault(key, []).append(found)
+            scales = {name: 1.0 if name == "left_out" else run["lr"] for name in COLUMNS}
+            means = {name: scale * fmean(float(x[name]) for x in found) for name, scale in scales.items()}
+            groups.setdefault(key, []).append(means)
     return [
-        {"policy": policy, "rollouts": size, "unit": unit, **_ratios(of_seeds)}
+        {"policy": policy, "rollouts": size, "unit": unit}
+        | {name: interval([one[name] for one in of_seeds]) for name in COLUMNS}
         for (policy, size, unit), of_seeds in groups.items()
     ]
 
 
-def _ratios(of_seeds: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    sums = [{name: sum(float(x[name]) for x in one) for name in FIELDS} for one in of_seeds]
-    return {
-        "left_out": interval([s["left_out"] / len(one) for s, one in zip(sums, of_seeds, strict=True)]),
-        "kept": interval([s["kept"] / s["promised"] for s in sums if s["promised"]]),
-        "reward_promised": interval([s["reward_promised"] / s["reward_of_all"] for s in sums]),
-        "reward_kept": interval([s["reward_kept"] / s["reward_of_all"] for s in sums]),
-    }
-
-
-FIELDS = ("left_out", "promised", "kept", "reward_promised", "reward_kept", "reward_of_all")
+COLUMNS = {
+    "left_out": "left out",
+    "promised": "entropy more than with all, promised",
+    "kept": "on other rollouts",
+    "reward_of_all": "gain in reward of all",
+    "reward_promised": "with weights more, promised",
+    "reward_kept": "on other rollouts",
+}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """By size of E: what is left out, what of the promised entropy is kept, and the change of the step's reward."""
+    """By size of E: what is left out, and what that changes, as promised and by other rollouts."""
     lines = [
-        "| weights of, by E of | left out | rise of the entropy, kept of promised | gain in reward, foretold "
-        "| on other rollouts |",
-        "|---|---|---|---|---|",
+        f"| weights of, by E of; changes a step in 1e-4 nats and 1e-4 of reward | {' | '.join(COLUMNS.values())} |",
+        "|---|" + "---|" * len(COLUMNS),
     ]
     for row in report["summary"]:
-        cells = [
-            f"{shown(row['left_out'], '.0f', 100)}%",
-            f"{shown(row['kept'], '.0f', 100)}%",
-            *(f"{shown(row[name], '+.0f', 100)}%" for name in ("reward_promised", "reward_kept")),
-        ]
+        cells = [f"{shown(row['left_out'], '.0f', 100)}%"]
+        cells += [shown(row[name], "+.0f", 1e4) for name in COLUMNS if name != "left_out"]
         lines.append(f"| {row['policy']}, {row['unit']}, {row['rollouts']} rollouts | {' | '.join(cells)} |")
     return "\n".join(lines)
 
