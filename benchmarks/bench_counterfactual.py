@@ -272,7 +272,8 @@ def _best(means: dict[str, dict[int, float]]) -> list[str]:
     best = [first]
     for name in known.keys() - {first}:
         below = [x - known[name][k] for k, x in known[first].items() if k in known[name]]
-        if statistics.fmean(below) <= ((interval(below) or {}).get("half_width") or math.inf):
+        gap = interval(below)
+        if gap is None or gap["mean"] is None or gap["half_width"] is None or gap["mean"] <= gap["half_width"]:
             best.append(name)
     return sorted(best, key=list(CANDIDATES).index)
 

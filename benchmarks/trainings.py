@@ -105,6 +105,8 @@ class Plan(Protocol):
     @property
     def name(self) -> str: ...
 
+    def _asdict(self) -> dict[str, Any]: ...
+
 
 def started(policy: str, keep: bool = True) -> Policy:
     """The policy that the trainings of one name begin with: the embedded one, or one after a supervised warm-up.
@@ -149,13 +151,14 @@ def carried_out(benchmark: str, work: Callable[[Any], Any], plans: Sequence[Plan
 
 
 def _kept(benchmark: str, work: Callable[[Any], Any], plan: Plan) -> Any:
-    kept = KEPT / benchmark / f"{plan.name}.json"
-    if not kept.exists():
+    kept, asked = KEPT / benchmark / f"{plan.name}.json", json.loads(json.dumps(plan._asdict()))
+    # What was found for another plan of this name is no answer.
+    if not kept.exists() or json.loads(kept.read_text())["plan"] != asked:
         one_thread()
         partial_file = kept.with_suffix(".tmp")
-        partial_file.write_text(json.dumps(work(plan)))
+        partial_file.write_text(json.dumps({"plan": asked, "found": work(plan)}))
         partial_file.replace(kept)
-    return json.loads(kept.read_text())
+    return json.loads(kept.read_text())["found"]
 
 
 class Benchmark(NamedTuple):

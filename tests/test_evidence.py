@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 import fx_influence as fx
-from benchmarks import bench_acting, bench_counterfactual, bench_estimators
+from benchmarks import bench_acting, bench_counterfactual, bench_estimators, trainings
 from benchmarks.arithmetic import build_model, build_tokenizer, draw_prompts
 from benchmarks.trainings import TOY, Policy, every_completion, exact_entropy
 from fx_influence.derivatives import batch_gradient
@@ -102,6 +103,30 @@ def test_what_is_best_is_told_from_what_is_not() -> None:
     assert (phase["phase"], phase["trainings"]) == ("later", 3)
     assert phase["loo"]["best"] == ["share", "marginal"]
     assert phase["loo"]["sgd"]["mean"] == pytest.approx(1.37 / 3)
+
+
+def test_a_predictor_that_is_always_behind_is_not_best() -> None:
+    means = {"share": {0: 0.5, 1: 0.6}, "marginal": {0: 0.25, 1: 0.35}, "sgd": {}}
+    assert bench_counterfactual._best(means) == ["share"]
+
+
+class Sum(NamedTuple):
+    a: int
+    b: int
+    name: str = "sum"
+
+
+def test_what_was_found_is_kept_for_the_same_plan_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "KEPT", tmp_path)
+    (tmp_path / "bench").mkdir()
+    done: list[Sum] = []
+
+    def work(plan: Sum) -> int:
+        done.append(plan)
+        return plan.a + plan.b
+
+    assert [trainings._kept("bench", work, plan) for plan in (Sum(1, 2), Sum(1, 2), Sum(1, 3))] == [3, 3, 4]
+    assert done == [Sum(1, 2), Sum(1, 3)]
 
 
 def test_the_tokens_of_highest_covariance_are_held_back() -> None:
