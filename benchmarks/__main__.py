@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if not chosen:
         for name in names():
-            print(f"{name:12} {(module(name).__doc__ or '').splitlines()[0]}")
+            print(f"{name:15} {(module(name).__doc__ or '').splitlines()[0]}")
     for name in chosen:
         if status := module(name).main(["--quick"] if arguments.quick else []):
             return int(status)
