@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
-from fx_influence.forward_mode import ForwardMode
+from fx_influence.forward_mode import pushforward
 from fx_influence.policy import Halves
 from fx_influence.tree import accumulate, promote
 from fx_influence.types import Gradients, Params, TokenValues
@@ -73,9 +71,9 @@ def slopes(
     found = []
     own, d_own = ({name: x for name, x in tree.items() if name in policy.in_head} for tree in (params, tangent))
     for piece in _pieces(len(targets), policy):
-        at, toward = (own, features[piece]), (d_own, d_features[piece])
-        with ForwardMode():
-            logits, d_logits = cast(tuple[Tensor, Tensor], jvp(policy.head, at, toward))
+        # The features move with the parameters, under a name that none of them has.
+        at, toward = {**own, "": features[piece]}, {**d_own, "": d_features[piece]}
+        logits, d_logits = pushforward(lambda p: policy.head(p, p[""]), at, toward)
         log_pi = _log_softmax(logits, temperature)
         d_logits = d_logits.to(log_pi.dtype)
         pi = log_pi.exp()

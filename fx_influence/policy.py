@@ -15,7 +15,7 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from fx_influence.attention import math_attention
-from fx_influence.forward_mode import ForwardMode, trained_embedding
+from fx_influence.forward_mode import ForwardMode, pushforward, trained_embedding
 from fx_influence.shards import is_sharded
 from fx_influence.types import Apply, Params
 
@@ -49,13 +49,17 @@ def halves(apply: Apply) -> Halves:
     if isinstance(apply, Policy):
         return apply.halves
 
-    def pushforward(
+    def pushed(
         params: Params, tangent: Params, ids: Tensor, mask: Tensor, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        with ForwardMode(outputs):
-            return cast(tuple[Tensor, Tensor], jvp(lambda p: apply(p, ids, mask), (params,), (tangent,)))
+        def moved(params: Params) -> Tensor:
+            with ForwardMode(outputs):
+                return apply(params, ids, mask)
 
-    return Halves(apply, apply, apply, pushforward, lambda params, x: x.view_as(x), frozenset(), None, False, False)
+        # Not by pushforward: a function may have a jvp of its own inside, and its levels do not nest.
+        return cast(tuple[Tensor, Tensor], jvp(moved, (params,), (tangent,)))
+
+    return Halves(apply, apply, apply, pushed, lambda params, x: x.view_as(x), frozenset(), None, False, False)
 
 
 class Policy:
@@ -160,11 +164,10 @@ class Policy:
         attention_mask: Tensor,
         outputs: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        at = params, tangent, input_ids, attention_mask
         if self._compiled is not None:
-            return self._compiled.push(self, self._compiled.body, *at)
-        with math_attention(), ForwardMode(outputs):
-            return _push(self, self._body, *at)
+            return self._compiled.push(self, self._compiled.body, params, tangent, input_ids, attention_mask)
+        with math_attention():
+            return pushforward(lambda p: self._run(self._body, p, input_ids, attention_mask), params, tangent, outputs)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
         if self._head is None:

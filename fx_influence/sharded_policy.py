@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fx_influence.attention import math_attention
-from fx_influence.forward_mode import ForwardMode
+from fx_influence.forward_mode import pushforward
 from fx_influence.gathering import gather, like_sharded, scattered_sums, sharding_of
 from fx_influence.policy import Policy, output_embeddings
 from fx_influence.shards import is_sharded, own_part
@@ -113,13 +112,11 @@ class ShardedPolicy(Policy):
         policy, params, opened = self.opened(params, tangent)
         assert opened is not None
         policy._moving = {name: v for name, v in opened.items() if is_sharded(v)}
-        with torch.no_grad(), math_attention(), forward_ad.dual_level(), ForwardMode(outputs):
-            at = {
-                name: p if is_sharded(p) or name not in opened else forward_ad.make_dual(p, opened[name])
-                for name, p in params.items()
-            }
-            primal, toward = forward_ad.unpack_dual(policy._run(policy._body, at, input_ids, attention_mask))
-        return primal, torch.zeros_like(primal) if toward is None else toward
+        whole = {name: v for name, v in opened.items() if not is_sharded(v)}
+        with torch.no_grad(), math_attention():
+            return pushforward(
+                lambda p: policy._run(policy._body, p, input_ids, attention_mask), params, whole, outputs
+            )
 
     def _copied(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """With the classes that FSDP2 replaced, and without its hooks."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import TinyPolicy, apply_of, close, random_batch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_influence.derivatives import batch_gradient, taped_gradient, token_jvp
-from fx_influence.forward_mode import ForwardMode, Tape
+from fx_influence.forward_mode import Tape, pushforward
+from fx_influence.types import Apply
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,27 +31,69 @@ def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ..
         moving = tuple(k for k in moving if k != 2) or (0,)
     at, along = drawn(0), drawn(1)
 
-    def f(*moved: Tensor) -> Tensor:
-        x, w, b = (dict(zip(moving, moved, strict=True)).get(k, at[k]) for k in range(3))
+    def f(p: dict[str, Tensor]) -> Tensor:
+        x, w, b = (p.get(str(k), at[k]) for k in range(3))
         return F.linear(x, w, b if bias else None).sin()
 
-    given, tangents = tuple(at[k] for k in moving), tuple(along[k] for k in moving)
-    expected = jvp(f, given, tangents)
+    given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
+    expected = jvp(f, (given,), (tangents,))
     tape = Tape(10**6)
     with tape:
-        f(*given)
-    with ForwardMode(tape.outputs if taped else None):
-        found = jvp(f, given, tangents)
+        f(given)
+    found = pushforward(f, given, tangents, tape.outputs if taped else None)
     for value, wanted in zip(found, expected, strict=True):
         close(value, wanted)
 
 
 def test_known_outputs_are_used_and_not_computed_again() -> None:
     x, w, _ = drawn(0)
-    with ForwardMode([torch.full((2, 3, 4), 7.0, dtype=torch.float64)]):
-        value, slope = jvp(lambda w: F.linear(x, w), (w,), (torch.ones_like(w),))
+    known = torch.full((2, 3, 4), 7.0, dtype=torch.float64)
+    value, slope = pushforward(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
     assert (value == 7).all()
     close(slope, x.sum(-1, keepdim=True).expand(2, 3, 4))
+
+
+SCALED = torch.tensor(3.0, dtype=torch.float64)
+FACTORS = {
+    "two tensors": lambda x, w, b: (x * w[0]) * b[:1],
+    "one of one column": lambda x, w, b: x * x.square().mean(-1, keepdim=True).rsqrt(),
+    "numbers": lambda x, w, b: 2.0 * x * 0.5 * w[0] * 3,
+    "a tensor without dimensions": lambda x, w, b: x * SCALED * w[0],
+    "one that stays put": lambda x, w, b: torch.arange(5) * x * torch.ones(1, 3, 1),
+    "two precisions": lambda x, w, b: x.float() * w[0] * x.half() * b[0].bfloat16(),
+    "a square": lambda x, w, b: x * x,
+    "changed in place": lambda x, w, b: (x * w[0]).add_(1).mul_(x),
+}
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("case", FACTORS)
+def test_a_product_has_torchs_derivative_whatever_moves(case: str, moving: tuple[int, ...]) -> None:
+    at, along = drawn(0), drawn(1)
+
+    def f(p: dict[str, Tensor]) -> Tensor:
+        return FACTORS[case](*(p.get(str(k), at[k]) for k in range(3)))
+
+    given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
+    expected = jvp(f, (given,), (tangents,))
+    for value, wanted in zip(pushforward(f, given, tangents), expected, strict=True):
+        assert value.dtype == wanted.dtype
+        close(value, wanted)
+
+
+def test_no_zeros_are_made_for_what_does_not_move() -> None:
+    x, w, b = drawn(0)
+    seen = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watched():
+        pushforward(lambda p: F.linear(p["x"] * b[:1], w) * 2.0, {"x": x}, {"x": x})
+    assert seen.count("aten.mm.default") == 2
+    assert not any("zeros" in name for name in seen)
 
 
 @pytest.mark.parametrize(("room", "kept"), [(0, None), (95, None), (96 * 2, 1), (96 * 4, 2)])
@@ -84,3 +130,41 @@ def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> Non
     plain, taped = (token_jvp(params, along, batch, apply, 1.0, 2, given) for given in (None, tapes))
     for value, wanted in zip(taped, plain, strict=True):
         close(value, wanted)
+
+
+def test_what_is_changed_after_it_was_made_is_not_kept() -> None:
+    x, w, _ = drawn(0)
+    tape = Tape(10**6)
+    with tape:
+        F.linear(x, w).add_(1)
+    assert tape.outputs is None
+
+
+def rowwise(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    """Some linear maps inside a vmap, and some outside."""
+    x = vmap(lambda row: F.linear(p["e"][row].cumsum(0), p["a"]).tanh() * p["s"])(ids)
+    return F.linear(x, p["b"])
+
+
+def nested(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    x = p["e"][ids].cumsum(1)
+    return F.linear(jvp(lambda x: F.linear(x, p["a"]).sin() * p["s"], (x,), (x,))[1], p["b"])
+
+
+@pytest.mark.parametrize("apply", [rowwise, nested])
+def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"e": (11, 4), "a": (4, 4), "s": (4,), "b": (11, 4)}
+    params, along = (
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    batch = random_batch(generator, 5, 7, 11)
+    gradient, tapes = taped_gradient(params, batch, apply, memory_budget=10**8)
+    assert tapes[0]
+    slopes = token_jvp(params, along, batch, apply, tapes=tapes)
+    assert batch.coefficients is not None
+    loss = -(batch.coefficients * slopes.logprobs).sum()
+    if batch.entropy_coefficients is not None:
+        loss = loss - (batch.entropy_coefficients * slopes.entropies).sum()
+    close(loss, torch.stack([(g * along[name]).sum() for name, g in gradient.items() if g is not None]).sum())
