@@ -23,6 +23,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -302,13 +303,19 @@ def flops(case: Case, factored: bool) -> float:
     """Operations that the route needs, two for every weight and token; attention and what is computed twice left out.
 
     With f weights frozen and t trained, a token costs f + t in a forward, f + 2t in a reverse pass, as much again
-    where a forward carries a tangent, and t where factors are contracted with a direction. All tokens but a row's last
-    pass the body, and those that score a completion the head. Where all is trained and |U| = |E|, in forwards: step 6,
-    adjoint 9, with the gradient 6, per sequence 7, error bars 31 (``factored`` 18), matrix 6 and the products of the
-    rows' gradients, sweep one for each direction and one more. Where little is trained reverse and tangent cost half.
+    where a forward carries a tangent, and t where factors are contracted with one direction, or, besides a product with
+    every row's gradient for each, with several. All tokens but a row's last pass the body, and those that score a
+    completion the head. Where all is trained and |U| = |E|, in forwards: step 6, adjoint 9, with the gradient 6, per
+    sequence 7, error bars 31 (``factored``, and all unions at once, 11), matrix 6 and the products of the rows'
+    gradients, sweep one for each direction and one more. Where little is trained reverse and tangent cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
     unions = min(MAX_UNIONS, (case.n_e + 1) // 2)
+    trained = weights(case.setting).trained
+    # As contraction.directions_at_once has it, in float32.
+    together = max(1, HELD // (4 * 4 * trained))
+    products = 2.0 * case.n_u * unions * trained if together > 1 else 0.0
+    contractions = math.ceil(unions / together) * u(contraction=1) + products
     push = u(forward=1, tangent=1)
     step = u(forward=1, reverse=1) + e(forward=1, reverse=1)
     by_route = {
@@ -316,8 +323,8 @@ def flops(case: Case, factored: bool) -> float:
         "adjoint": step + push,
         "adjoint_grad": e(forward=1, reverse=1) + push,
         "per_sequence": step + (u(contraction=1) if factored else push),
-        "error_bars": step + e(forward=1) + (unions * u(contraction=1) + push if factored else unions * push),
-        "matrix": step + 2.0 * case.n_u * case.n_e * weights(case.setting).trained,
+        "error_bars": step + e(forward=1) + (contractions + push if factored else unions * push),
+        "matrix": step + 2.0 * case.n_u * case.n_e * trained,
         "sweep": (1 + DIRECTIONS) * e(forward=1),
     }
     return by_route[case.route]

@@ -1,8 +1,8 @@
-"""Per-sequence influences from the factors that one reverse pass leaves, at a forward's cost for each direction."""
+"""Per-sequence influences from the factors that one reverse pass leaves, at a forward's cost for many directions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,16 @@ from fx_influence.derivatives import live
 from fx_influence.factors import Factors, bytes_per_token, factored_names, inner_products, row_factors
 from fx_influence.parts import Part, parts
 from fx_influence.policy import halves
-from fx_influence.tree import accumulate, unit_direction
+from fx_influence.tree import accumulate, promote, unit_direction
 from fx_influence.types import Apply, Batch, Gradients, Params
 
-Contract = Callable[[Params], Tensor]
-"""``contract(u)``: <u, g_i> for every row of the batch, (B,) float64; names absent in u count as 0."""
+Contract = Callable[[Sequence[Params]], Tensor]
+"""``contract(us)``: <u_k, g_i> for every row of the batch, (K, B) float64; names absent in a u count as 0."""
+
+
+def directions_at_once(params: Params, memory_budget: int) -> int:
+    """How many directions a ``Contract`` is given: they and their scaled copies take half of ``memory_budget``."""
+    return max(1, memory_budget // (4 * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())))
 
 
 def gradient_and_contraction(
@@ -26,7 +31,7 @@ def gradient_and_contraction(
     chunk_size: int | None,
     memory_budget: int,
 ) -> tuple[Gradients, Contract] | None:
-    """``batch_gradient``, and <u, g_i> of every row for any u, from one forward and one reverse pass.
+    """``batch_gradient``, and <u_k, g_i> of every row for any u_k, from one forward and one reverse pass.
 
     The factors of all rows are kept: None where they exceed ``memory_budget`` bytes, or where a parameter has none.
     """
@@ -43,11 +48,11 @@ def gradient_and_contraction(
         accumulate(total, grads.items())
         kept.append((part, factors))
 
-    def contract(u: Params) -> Tensor:
-        scale, unit = unit_direction(u, params)
-        out = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
+    def contract(us: Sequence[Params]) -> Tensor:
+        scales, units = zip(*(unit_direction(u, params) for u in us), strict=True)
+        out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
         for part, factors in kept:
-            out[part.members] = inner_products(factors, unit, len(part.members))
-        return out * scale
+            out[:, part.members] = inner_products(factors, units, len(part.members))
+        return out * out.new_tensor(scales).unsqueeze(1)
 
     return total, contract

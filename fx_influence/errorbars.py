@@ -8,7 +8,7 @@ from torch import Tensor
 from fx_influence.types import Batch
 
 MAX_UNIONS = 8
-"""Unions of clusters that stand in for the clusters where the matrix is not at hand; each costs one JVP."""
+"""Unions of clusters that stand in for the clusters where the matrix is not at hand; each costs a product or a JVP."""
 
 
 def cluster_index(batch: Batch) -> Tensor:

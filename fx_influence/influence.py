@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs
 from fx_influence.checks import check_batch, check_options
-from fx_influence.contraction import Contract
+from fx_influence.contraction import Contract, directions_at_once
 from fx_influence.derivatives import Tapes
 from fx_influence.display import influence_html, influence_line
 from fx_influence.entropy import check_estimator, entropy_coefficients, sequence_shares
@@ -115,7 +116,8 @@ def influence(
     ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
     ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks.
     ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters: the reverse pass over U
-    leaves the factors of its gradient, and each union costs a product with them, where they do not fit a JVP.
+    leaves the factors of its gradient, and each union costs a product with them; where ``memory_budget`` has no room
+    for them, a JVP.
     ``per_token``: without it ``per_token`` is None and the influences come from those factors too, without the JVP.
     ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, what is kept of
     U's reverse pass and the graphs kept of E may take, each in its turn, beside the pass at hand; 0 keeps nothing.
@@ -254,7 +256,10 @@ def _ascents(
 
 
 class _Reach(NamedTuple):
-    """U, and what its reverse pass left for the derivatives of its rollouts along a direction."""
+    """U, and what its reverse pass left for the derivatives of its rollouts along a direction.
+
+    ``together``: how many directions ``contract`` is given at once.
+    """
 
     params: Params
     batch: Batch
@@ -262,6 +267,7 @@ class _Reach(NamedTuple):
     contract: Contract | None
     tapes: Tapes | None
     per_token: bool
+    together: int
 
     def token_shares(self, u: Params) -> Tensor:
         return _token_shares(self.params, u, self.batch, self.passes, self.tapes)
@@ -288,7 +294,7 @@ def _over_u(
 ) -> tuple[Gradients, _Reach]:
     """U's gradient, and its reverse pass with factors kept where several directions or no tokens are wanted."""
     own: Gradients | None = None
-    reach = _Reach(params, batch_u, passes, None, None, per_token)
+    reach = _Reach(params, batch_u, passes, None, None, per_token, directions_at_once(params, memory_budget))
     if in_unions or not (per_token or grad is not None):
         found = passes.contraction(params, batch_u, memory_budget)
         if found is not None:
@@ -306,23 +312,28 @@ def _adjoint(
 ) -> tuple[Params, Tensor, Tensor, Tensor | None]:
     """grad H, what each union of E's rows makes of the influences (K, n_u) and the baseline (K,), the token shares."""
     slope: Params = {}
-    parts: list[Tensor] = []
     still: list[Tensor] = []
-    tokens: Tensor | None = None
-    for part in ascents:
-        # The surrogate is ascended and a loss descended: hence the sign.
-        own = {name: torch.zeros_like(x) if (g := part[name]) is None else -g for name, x in gain.items()}
-        slope = add(slope, own) if slope else own
-        still.append(dot(baseline, own))
-        if reach.contract is None:
-            shares = reach.token_shares(multiply(gain, own))
-            tokens = shares if tokens is None else tokens + shares
-            parts.append(shares.sum(-1))
-        else:
-            parts.append(reach.contract(multiply(gain, own)))
-    if reach.contract is not None and reach.per_token:
-        tokens = reach.token_shares(multiply(gain, slope))
-    return slope, torch.stack(parts), torch.stack(still), tokens if reach.per_token else None
+
+    def directions() -> Iterator[Params]:
+        nonlocal slope
+        for part in ascents:
+            # The surrogate is ascended and a loss descended: hence the sign.
+            own = {name: torch.zeros_like(x) if (g := part[name]) is None else -g for name, x in gain.items()}
+            slope = add(slope, own) if slope else own
+            still.append(dot(baseline, own))
+            yield multiply(gain, own)
+
+    if reach.contract is None:
+        shares = torch.stack([reach.token_shares(u) for u in directions()])
+        return slope, shares.sum(-1), torch.stack(still), shares.sum(0) if reach.per_token else None
+    parts = torch.cat([reach.contract(block) for block in _blocks(directions(), reach.together)])
+    tokens = reach.token_shares(multiply(gain, slope)) if reach.per_token else None
+    return slope, parts, torch.stack(still), tokens
+
+
+def _blocks(directions: Iterator[Params], size: int) -> Iterator[list[Params]]:
+    while block := list(itertools.islice(directions, size)):
+        yield block
 
 
 def _errors(parts: Tensor, still: Tensor, shares: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:

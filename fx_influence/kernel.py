@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.factors import bytes_per_token, factored_names, row_factors, row_gradients
+from fx_influence.factors import bytes_per_token, factored_names, row_factors, row_gradients, thin_product
 from fx_influence.grads import per_sample_grads, rollout_loss
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts, rows
 from fx_influence.policy import halves
@@ -17,9 +17,6 @@ from fx_influence.types import Apply, Batch, Params
 
 MEMORY_BUDGET = 3 * 2**28
 """Bytes that ``gradient_kernel`` holds at once where the caller names none: 768 MiB."""
-
-PIECE = 1024
-"""Columns that a product of two blocks of gradients sums up at once."""
 
 Rows = Callable[[str, slice, Tensor], None]
 """``rows(name, part, out)`` writes every row's gradient of entries of a parameter's first axis to ``out``, (B, n)."""
@@ -215,20 +212,10 @@ def _inner(rows_of: Rows, count: int, weighted: Params, held: Params, group: Sli
             columns = slice((part.start - whole.start) * inner, (part.stop - whole.start) * inner)
             own = scratch[: count * (columns.stop - columns.start)].view(count, -1)
             rows_of(name, part, own)
-            product = _product(own, right[:, columns]).double()
+            product = thin_product(own, right[:, columns]).double()
             total = product if total is None else total + product
     assert total is not None
     return total
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T of few rows and very many columns: cut into short pieces, where BLAS is twice as fast."""
-    whole = a.shape[1] // PIECE * PIECE
-    out = a[:, whole:] @ b[:, whole:].T
-    if whole:
-        left, right = (x[:, :whole].unflatten(1, (-1, PIECE)).transpose(0, 1) for x in (a, b))
-        out += torch.bmm(left, right.mT).sum(0)
-    return out
 
 
 def _length(p: Tensor) -> int:

@@ -98,7 +98,7 @@ class DealtPasses(Passes):
             return None
         assert found is not None
         gradient, contract = found
-        return self._summed(params, gradient), lambda u: deal.whole(contract(u))
+        return self._summed(params, gradient), lambda us: deal.whole(contract(us), axis=1)
 
     def kernel(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply

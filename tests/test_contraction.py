@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from cases import close, random_adamw_state, random_batch
@@ -9,11 +11,13 @@ from hypothesis import given, settings
 from strategies import Case, cases
 
 import fx_influence as fx
-from fx_influence import contraction
+from fx_influence import contraction, factors
 from fx_influence.contraction import gradient_and_contraction
 from fx_influence.derivatives import batch_gradient
+from fx_influence.factors import Factors
 
 VOCAB, WIDTH = 11, 7
+MODULE = sys.modules["fx_influence.influence"]
 
 
 @given(case=cases())
@@ -29,9 +33,12 @@ def test_the_contraction_is_the_inner_product_with_every_rows_gradient(case: Cas
     u = {name: torch.randn(p.shape, dtype=torch.float64) * 10.0**k for k, (name, p) in enumerate(case.params.items())}
     expected = sum((grads[name] * u[name]).flatten(1).sum(1) for name in u)
     size = torch.stack([(grads[name] * u[name]).abs().flatten(1).sum(1) for name in u]).sum(0)
-    close(contract(u), torch.as_tensor(expected), size)
+    close(contract([u])[0], torch.as_tensor(expected), size)
     first = next(iter(u))
-    close(contract({first: u[first]}), (grads[first] * u[first]).flatten(1).sum(1), size)
+    alone = (grads[first] * u[first]).flatten(1).sum(1)
+    close(contract([{first: u[first]}])[0], alone, size)
+    for found, wanted in zip(contract([u, {first: u[first]}, {}]), (expected, alone, 0 * alone), strict=True):
+        close(found, torch.as_tensor(wanted), size)
     for name, value in batch_gradient(case.params, case.batch_u, case.apply, case.temperature).items():
         own = g[name]
         assert (own is None) == (value is None)
@@ -92,6 +99,35 @@ def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str
             close(one, other)
 
 
+@pytest.mark.parametrize("per_token", [True, False])
+def test_error_bars_are_the_same_however_many_directions_go_together(
+    monkeypatch: pytest.MonkeyPatch, per_token: bool
+) -> None:
+    *given, apply = problem(rows=12)
+    params = given[0]
+    size = sum(p.numel() * 8 for p in params.values())
+    assert [contraction.directions_at_once(params, b) for b in (0, 4 * size, 12 * size)] == [1, 1, 3]
+    asked: list[int] = []
+    whole = contraction.inner_products
+
+    def watched(kept: Factors, directions: list[fx.Params], rows: int) -> torch.Tensor:
+        asked.append(len(directions))
+        return whole(kept, directions, rows)
+
+    monkeypatch.setattr(contraction, "inner_products", watched)
+    # One row of each weight at a time.
+    monkeypatch.setattr(factors, "ENTRIES_AT_ONCE", 100)
+    found = []
+    for together, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
+        monkeypatch.setattr(MODULE, "directions_at_once", lambda *_, together=together: together)
+        found.append(fx.influence(*given, apply=apply, per_token=per_token))
+        assert asked == blocks
+        asked.clear()
+    for out in found[1:]:
+        for field in ("per_sequence", "stderr", "total_stderr"):
+            close(getattr(out, field), getattr(found[0], field))
+
+
 def test_with_a_parameter_without_factors_the_jvp_serves() -> None:
     params, u, e, state, policy = problem()
 
@@ -108,9 +144,9 @@ def test_a_factor_that_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     *given, apply = problem()
     whole = contraction.inner_products
 
-    def without_one(factors: object, direction: fx.Params, rows: int) -> torch.Tensor:
+    def without_one(factors: object, directions: list[fx.Params], rows: int) -> torch.Tensor:
         assert isinstance(factors, dict)
-        return whole({k: v for k, v in factors.items() if k != "mix.weight"}, direction, rows)
+        return whole({k: v for k, v in factors.items() if k != "mix.weight"}, directions, rows)
 
     monkeypatch.setattr(contraction, "inner_products", without_one)
     with pytest.raises(fx.IdentityError, match="the product with U's factors"):
