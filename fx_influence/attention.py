@@ -78,8 +78,8 @@ def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     flat = (x.expand(*query.shape[:-2], *x.shape[-2:]).flatten(0, -3) for x in (query, key, value))
     (q, dq), (k, dk), (v, dv) = map(_parted, flat)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    # Where a query sees no key its softmax is 0 / 0.
-    p = (q @ k.mT).mul_(factor).add_(bias).softmax(-1).nan_to_num_(0.0)
+    # Where a query sees no key its softmax is 0 / 0. Under CUDA's autocast it is float32.
+    p = (q @ k.mT).mul_(factor).add_(bias).softmax(-1).nan_to_num_(0.0).to(v.dtype)
     ds = (dq @ k.mT).baddbmm_(q, dk.mT, beta=factor, alpha=factor).mul_(p)
     dp = ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
     out = forward_ad.make_dual(p @ v, (dp @ v).baddbmm_(p, dv))

@@ -16,10 +16,23 @@ def check_batch(field: str, batch: Batch, params: Params, apply: Apply, coeffici
         raise ValueError(
             f"{field}.input_ids is on {batch.input_ids.device} and the parameters on {device}; move one of them"
         )
+    if _autocast(device.type):
+        raise ValueError(
+            f"{field} is given under torch.autocast({device.type!r}), in whose rounding small steps vanish; make the "
+            "call outside of it, or enter it inside apply and state the tolerance"
+        )
     _check_positions(field, batch)
     _check_vocabulary(field, batch, apply)
     if coefficients and batch.coefficients is None and batch.entropy_coefficients is None:
         raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
+
+
+def _autocast(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:
+        # torch before 2.4
+        return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
 def check_fields(field: str, batch: Batch) -> None:

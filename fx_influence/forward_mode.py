@@ -138,7 +138,10 @@ def _linear(known: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
     if dw is not None:
         toward = x.reshape(-1, x.shape[-1]) @ dw.T
         if dx is not None:
-            toward.addmm_(dx.reshape(-1, x.shape[-1]), weight.T)
+            flat = dx.reshape(-1, x.shape[-1])
+            # Under autocast alone they differ, and what is done in place is not cast.
+            alike = toward.dtype == flat.dtype == weight.dtype
+            toward = toward.addmm_(flat, weight.T) if alike else toward + flat @ weight.T
     elif dx is not None:
         toward = dx.reshape(-1, x.shape[-1]) @ weight.T
     else:

@@ -324,3 +324,11 @@ def test_an_apply_that_does_not_know_its_vocabulary_is_still_spared_negative_ids
     given["batch_e"] = put("input_ids", (0, 0), -1)(given["batch_e"])
     with pytest.raises(ValueError, match=r"batch_e\.input_ids has values from -1 to 4"):
         along(given)
+
+
+@pytest.mark.parametrize("call", EVERY)
+def test_autocast_around_a_call_is_refused(call: Call) -> None:
+    given = good()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"autocast.*outside of it"):
+        call(given)
+    assert given["apply"].calls == 0

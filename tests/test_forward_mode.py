@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_influence.derivatives import batch_gradient, taped_gradient, token_jvp
 from fx_influence.forward_mode import Tape, pushforward
-from fx_influence.types import Apply
+from fx_influence.types import Apply, Batch
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,6 +140,13 @@ def test_what_is_changed_after_it_was_made_is_not_kept() -> None:
     assert tape.outputs is None
 
 
+def drawn_tree(dtype: torch.dtype) -> tuple[dict[str, Tensor], Batch]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"e": (11, 4), "a": (4, 4), "s": (4,), "b": (11, 4)}
+    params = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+    return params, random_batch(generator, 5, 7, 11)
+
+
 def rowwise(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
     """Some linear maps inside a vmap, and some outside."""
     x = vmap(lambda row: F.linear(p["e"][row].cumsum(0), p["a"]).tanh() * p["s"])(ids)
@@ -153,13 +160,8 @@ def nested(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("apply", [rowwise, nested])
 def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"e": (11, 4), "a": (4, 4), "s": (4,), "b": (11, 4)}
-    params, along = (
-        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-        for _ in range(2)
-    )
-    batch = random_batch(generator, 5, 7, 11)
+    params, batch = drawn_tree(torch.float64)
+    along = {name: p.cos() for name, p in params.items()}
     gradient, tapes = taped_gradient(params, batch, apply, memory_budget=10**8)
     assert tapes[0]
     slopes = token_jvp(params, along, batch, apply, tapes=tapes)
@@ -168,3 +170,20 @@ def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
     if batch.entropy_coefficients is not None:
         loss = loss - (batch.entropy_coefficients * slopes.entropies).sum()
     close(loss, torch.stack([(g * along[name]).sum() for name, g in gradient.items() if g is not None]).sum())
+
+
+def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = F.linear(p["e"][ids], p["a"]).unsqueeze(1)
+        x = F.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1)
+        return F.linear(x * p["s"], p["b"])
+
+
+def test_a_policy_may_enter_autocast_itself() -> None:
+    params, batch = drawn_tree(torch.float32)
+    gradient, tapes = taped_gradient(params, batch, half, memory_budget=10**8)
+    found = {name: g for name, g in gradient.items() if g is not None}
+    assert batch.coefficients is not None
+    for kept in (None, tapes):
+        slope = -(batch.coefficients * token_jvp(params, found, batch, half, tapes=kept).logprobs).sum()
+        assert slope == pytest.approx(sum(float(g.square().sum()) for g in found.values()), rel=0.03)
