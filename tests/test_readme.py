@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -16,10 +17,12 @@ import fx_influence as fx
 from benchmarks import bench_linearity, harness
 from benchmarks.__main__ import main, module, names
 from benchmarks.harness import result, with_block
+from benchmarks.problems import Setting, problem
 from fx_influence.importance import SnisDelta
 from fx_influence.interop.trl_capture import CapturedStep
 from fx_influence.interop.trl_step import MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.logprobs import all_token_values
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -133,6 +136,33 @@ def test_every_benchmark_works_on_a_tiny_model_and_writes_nothing(
     assert sum(line.startswith("|") for line in page.splitlines()) >= 3, "a table with at least one row of figures"
     assert "nan" not in page
     assert {path: path.read_bytes() for path in result(name).parent.iterdir()} == stored
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_costs_in_forwards_are_those_that_are_counted(lora: bool) -> None:
+    p = problem(Setting("3M", lora))
+    along = {"apply": p.apply}
+    influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **along)
+    works: dict[str, harness.Work] = {
+        "influence(..., stderr=False)": lambda: influence(stderr=False),
+        "influence(..., per_token=False, stderr=False)": lambda: influence(per_token=False, stderr=False),
+        "influence(..., grad=g, stderr=False)": lambda: influence(grad=p.gradient, stderr=False),
+        "influence(...)": influence,
+        "influence(..., matrix=True)": lambda: influence(matrix=True),
+        "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **along),
+        "jvp_delta": lambda: fx.jvp_delta(p.params, p.gain, p.e, **along),
+        "per_sample_grads": lambda: fx.per_sample_grads(fx.rollout_loss(p.apply), p.params, p.u),
+        "fisher_kernel": lambda: fx.fisher_kernel(p.params, p.e, p.u, p.state, **along),
+    }
+    forward = harness.flops(lambda: all_token_values(p.params, p.u, p.apply))
+    stated = re.findall(r"^\| .* \| `(.*)` \| ([0-9.]+) F(?: / ([0-9.]+) F)? \|$", README, flags=re.MULTILINE)
+    assert [name for name, *_ in stated] == list(works)
+    for name, full, with_lora in stated:
+        figure = with_lora or full if lora else full
+        decimals = len(figure.partition(".")[2])
+        assert f"{harness.flops(works[name]) / forward:.{decimals}f}" == figure, name
 
 
 def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
