@@ -53,8 +53,8 @@ def taped_gradient(
         tape = Tape(memory_budget)
         with tape if memory_budget > 0 and not policy.compiled else nullcontext():
             features = _forward(leaves, part, policy)
-        memory_budget -= tape.bytes
         tapes.append(tape.outputs or None)
+        memory_budget -= tape.bytes if tapes[-1] else 0
         accumulate(total, _reverse(leaves, features, part, batch, policy, temperature).items())
     return total, tapes
 
