@@ -306,8 +306,9 @@ def flops(case: Case, factored: bool) -> float:
     where a forward carries a tangent, and t where factors are contracted with one direction, or, besides a product with
     every row's gradient for each, with several. All tokens but a row's last pass the body, and those that score a
     completion the head. Where all is trained and |U| = |E|, in forwards: step 6, adjoint 9, with the gradient 6, per
-    sequence 7, error bars 31 (``factored``, and all unions at once, 11), matrix 6 and the products of the rows'
-    gradients, sweep one for each direction and one more. Where little is trained reverse and tangent cost half.
+    sequence 7 with all of U's factors kept (``factored``), error bars 11, without room for all factors 13, and without
+    room for two directions 31, matrix 6 and the products of the rows' gradients, sweep one for each direction and one
+    more. Where little is trained reverse and tangent cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
     unions = min(MAX_UNIONS, (case.n_e + 1) // 2)
@@ -315,7 +316,9 @@ def flops(case: Case, factored: bool) -> float:
     # As contraction.directions_at_once has it, in float32.
     together = max(1, HELD // (4 * 4 * trained))
     products = 2.0 * case.n_u * unions * trained if together > 1 else 0.0
-    contractions = math.ceil(unions / together) * u(contraction=1) + products
+    # Without room they are made again, by a forward and a reverse pass short of the weights.
+    again = 0 if factored else 2
+    contractions = math.ceil(unions / together) * u(forward=again, contraction=1) + products
     push = u(forward=1, tangent=1)
     step = u(forward=1, reverse=1) + e(forward=1, reverse=1)
     by_route = {
@@ -323,7 +326,7 @@ def flops(case: Case, factored: bool) -> float:
         "adjoint": step + push,
         "adjoint_grad": e(forward=1, reverse=1) + push,
         "per_sequence": step + (u(contraction=1) if factored else push),
-        "error_bars": step + e(forward=1) + (contractions + push if factored else unions * push),
+        "error_bars": step + e(forward=1) + (contractions + push if factored or together > 1 else unions * push),
         "matrix": step + 2.0 * case.n_u * case.n_e * trained,
         "sweep": (1 + DIRECTIONS) * e(forward=1),
     }

@@ -30,29 +30,35 @@ def gradient_and_contraction(
     temperature: float,
     chunk_size: int | None,
     memory_budget: int,
+    at_once: int = 1,
 ) -> tuple[Gradients, Contract] | None:
     """``batch_gradient``, and <u_k, g_i> of every row for any u_k, from one forward and one reverse pass.
 
-    The factors of all rows are kept: None where they exceed ``memory_budget`` bytes, or where a parameter has none.
+    The factors of as many parts of the batch are kept as fit ``memory_budget`` bytes, those of the others made again,
+    short of the weights, whenever they meet the ``at_once`` directions. None where a parameter has no factors, and
+    where some would be made again for a single direction: a JVP costs as much.
     """
     policy = halves(apply)
     names = factored_names(params, batch, apply)
     pending = parts(batch, chunk_size, policy.aligned)
-    size = sum(part.input_ids.numel() for part in pending) * bytes_per_token(params, batch, apply, names)
-    if params.keys() - names or size > memory_budget:
+    per_token = bytes_per_token(params, batch, apply, names)
+    sizes = [per_token * part.input_ids.numel() for part in pending]
+    if params.keys() - names or (at_once == 1 and sum(sizes) > memory_budget):
         return None
     total: Gradients = dict.fromkeys(params)
-    kept: list[tuple[Part, Factors]] = []
-    for part in pending:
+    kept: list[tuple[Part, Factors | None]] = []
+    for part, size in zip(pending, sizes, strict=True):
         factors, grads = row_factors(live(params), batch, part, apply, names, temperature)
         accumulate(total, grads.items())
-        kept.append((part, factors))
+        memory_budget -= size
+        kept.append((part, factors if memory_budget >= 0 else None))
 
     def contract(us: Sequence[Params]) -> Tensor:
         scales, units = zip(*(unit_direction(u, params) for u in us), strict=True)
         out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
         for part, factors in kept:
-            out[:, part.members] = inner_products(factors, units, len(part.members))
+            own = row_factors(params, batch, part, apply, names, temperature)[0] if factors is None else factors
+            out[:, part.members] = inner_products(own, units, len(part.members))
         return out * out.new_tensor(scales).unsqueeze(1)
 
     return total, contract

@@ -116,8 +116,8 @@ def influence(
     ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
     ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks.
     ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters: the reverse pass over U
-    leaves the factors of its gradient, and each union costs a product with them; where ``memory_budget`` has no room
-    for them, a JVP.
+    leaves the factors of its gradient, and each union costs a product with them. Those that ``memory_budget`` has no
+    room for are made again; where it has none for several directions either, each union costs a JVP.
     ``per_token``: without it ``per_token`` is None and the influences come from those factors too, without the JVP.
     ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, what is kept of
     U's reverse pass and the graphs kept of E may take, each in its turn, beside the pass at hand; 0 keeps nothing.
@@ -296,7 +296,7 @@ def _over_u(
     own: Gradients | None = None
     reach = _Reach(params, batch_u, passes, None, None, per_token, directions_at_once(params, memory_budget))
     if in_unions or not (per_token or grad is not None):
-        found = passes.contraction(params, batch_u, memory_budget)
+        found = passes.contraction(params, batch_u, memory_budget, reach.together if in_unions else 1)
         if found is not None:
             own, reach = found[0], reach._replace(contract=found[1])
     if own is None and grad is None:

@@ -55,8 +55,10 @@ class Passes:
     def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
         return token_jvp(params, direction, batch, *self._read, tapes)
 
-    def contraction(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Contract] | None:
-        return gradient_and_contraction(params, batch, *self._read, memory_budget)
+    def contraction(
+        self, params: Params, batch: Batch, memory_budget: int, at_once: int
+    ) -> tuple[Gradients, Contract] | None:
+        return gradient_and_contraction(params, batch, *self._read, memory_budget, at_once)
 
     def kernel(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply

@@ -91,9 +91,11 @@ class DealtPasses(Passes):
         deal, here = deal_of(batch, self.mesh), self._here(params, batch, direction)
         return deal.whole_values(here.passes.jvp(here.params, here.direction, deal.own(batch), tapes))
 
-    def contraction(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Contract] | None:
+    def contraction(
+        self, params: Params, batch: Batch, memory_budget: int, at_once: int
+    ) -> tuple[Gradients, Contract] | None:
         deal, here = deal_of(batch, self.mesh), self._here(params, batch)
-        found = here.passes.contraction(here.params, deal.own(batch), memory_budget)
+        found = here.passes.contraction(here.params, deal.own(batch), memory_budget, at_once)
         if not all(collected(self.mesh, found is not None)):
             return None
         assert found is not None
@@ -163,7 +165,7 @@ class ShardedPasses(DealtPasses):
     ) -> tuple[Batch, Gradients]:
         return super().weighted_gradient(params, batch, weigh, 0)
 
-    def contraction(self, params: Params, batch: Batch, memory_budget: int) -> None:
+    def contraction(self, params: Params, batch: Batch, memory_budget: int, at_once: int) -> None:
         return None
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:

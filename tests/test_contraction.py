@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fx_influence import contraction, factors
 from fx_influence.contraction import gradient_and_contraction
 from fx_influence.derivatives import batch_gradient
 from fx_influence.factors import Factors
+from fx_influence.parts import Part, parts
 
 VOCAB, WIDTH = 11, 7
 MODULE = sys.modules["fx_influence.influence"]
@@ -97,6 +99,31 @@ def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str
             assert other is None
         elif not one.isnan().all():
             close(one, other)
+
+
+@pytest.mark.parametrize("fit", [0, 1, 3])
+def test_factors_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
+    params, u, _, _, apply = problem()
+    made: list[int] = []
+    whole = contraction.row_factors
+
+    def watched(some: fx.Params, batch: fx.Batch, part: Part, *options: Any) -> Any:
+        made.append(len(part.members))
+        return whole(some, batch, part, *options)
+
+    monkeypatch.setattr(contraction, "row_factors", watched)
+    per_token = factors.bytes_per_token(params, u, apply, frozenset(params))
+    budget = sum(per_token * part.input_ids.numel() for part in parts(u, 2, aligned=False)[:fit])
+    found = gradient_and_contraction(params, u, apply, 1.0, 2, budget, at_once=2)
+    alone = gradient_and_contraction(params, u, apply, 1.0, 2, budget)
+    assert (alone is None) == (fit < 3)
+    assert found is not None
+    made.clear()
+    along = [{name: p.cos() for name, p in params.items()}, params]
+    grads = fx.per_sample_grads(fx.rollout_loss(apply), params, u)
+    for row, v in zip(found[1](along), along, strict=True):
+        close(row, torch.stack([(grads[name] * v[name]).flatten(1).sum(1) for name in v]).sum(0))
+    assert made == [2, 2, 1][fit:]
 
 
 @pytest.mark.parametrize("per_token", [True, False])
