@@ -1,6 +1,6 @@
 """What each route to the influences costs beside one training step, and beside the same route written by hand.
 
-    python -m benchmarks routes            writes results/routes.json and the README's table; an hour on one core
+    python -m benchmarks routes            writes results/routes.json and the README's table; one hour and a half
     python -m benchmarks routes --quick    a tiny model once, written nowhere: it only shows that this works
 
 The unit is the forward and reverse pass over U plus those over E, with |U| = |E|, by the library's own reverse pass,

@@ -29,6 +29,7 @@ OUT = ROOT / "benchmarks" / "results" / "oldest_versions.json"
 CORE = {"torch", "numpy", "pytest", "hypothesis"}
 NOT_RUN = {"mypy", "pytest-xdist", "ruff", "setuptools", "trl"}
 CALL_TRL = {"test_readme.py", "test_rewards.py"}
+CALL_SCIPY = {"test_select.py"}
 NO_FSDP2 = "FSDP2 is torch.distributed.fsdp.fully_shard, which torch 2.6 brought"
 
 
@@ -60,6 +61,7 @@ SETS = {
         "3.10",
         instead={"torch": "2.5"},
         left_out={
+            NO_FSDP2: ("tests/test_sharding.py",),
             "the version in the metadata of a wheel for CUDA is not torch.__version__": (
                 "tests/test_fisher_run.py::test_the_directory_holds_everything_that_is_promised",
                 "tests/test_run.py::test_the_directory_holds_everything_that_is_promised",
@@ -212,6 +214,7 @@ def set_of(file: Path) -> str:
     """The set that has all that a file needs: what is no mathematics may import more than it says at its top."""
     packages = imported(file, set())
     core = file.parent in (ROOT / "tests", ROOT / "fx_influence") and packages <= CORE | {"einops"}
+    core = core and file.name not in CALL_SCIPY
     return "trl" if "trl" in packages or file.name in CALL_TRL else "mathematics" if core else "models"
 
 
