@@ -22,9 +22,8 @@ import torch
 from scipy.stats import spearmanr
 
 import fx_influence as fx
-from benchmarks.arithmetic import reinforce
 from benchmarks.harness import interval, shown
-from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
+from benchmarks.trainings import Benchmark, Moment, Policy, moments_at, started
 from fx_influence.concentration import top_share
 from fx_influence.logprobs import all_token_values
 
@@ -51,12 +50,8 @@ class Training(NamedTuple):
 def train(training: Training) -> list[dict[str, Any]]:
     """Of each of the ``steps`` what its tokens do."""
     policy = started(training.policy)
-    found = []
-    for now in moments(policy, training.lr, training.seed, max(training.steps), training.prompts, 8):
-        if now.step in training.steps and any(r.advantage for r in now.rollouts):
-            found.append({"step": now.step, **measure(training, policy, now)})
-        reinforce(policy.model, now.optimizer, now.batch)
-    return found
+    chosen = moments_at(policy, training.lr, training.seed, training.steps, training.prompts, 8)
+    return [{"step": now.step, **measure(training, policy, now)} for now in chosen]
 
 
 def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:

@@ -25,9 +25,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.arithmetic import reinforce
 from benchmarks.harness import interval, shown
-from benchmarks.trainings import Benchmark, Moment, Policy, every_completion, exact_entropy, moments, started
+from benchmarks.trainings import Benchmark, Moment, Policy, every_completion, exact_entropy, moments_at, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.entropy import entropy_coefficients
 from fx_influence.interop.rollouts import collate
@@ -65,12 +64,8 @@ SIGNLESS = ("size of advantage", "gradient norm", "length")
 def train(training: Training) -> list[dict[str, Any]]:
     """The run, and what is measured before each of its ``steps``."""
     policy = started(training.policy, training.kept)
-    found = []
-    for now in moments(policy, training.lr, training.seed, max(training.steps), training.prompts, COMPLETIONS):
-        if now.step in training.steps and any(r.advantage for r in now.rollouts):
-            found.append({"step": now.step, **measure(training, policy, now)})
-        reinforce(policy.model, now.optimizer, now.batch)
-    return found
+    chosen = moments_at(policy, training.lr, training.seed, training.steps, training.prompts, COMPLETIONS)
+    return [{"step": now.step, **measure(training, policy, now)} for now in chosen]
 
 
 def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.arithmetic import draw_prompts, reinforce
+from benchmarks.arithmetic import draw_prompts
 from benchmarks.harness import interval, shown
-from benchmarks.trainings import Benchmark, Moment, Policy, every_completion, exact_entropy, moments, started
+from benchmarks.trainings import Benchmark, Moment, Policy, every_completion, exact_entropy, moments_at, started
 from fx_influence.derivatives import batch_gradient
 from fx_influence.entropy import TokenCoefficients, centred, completions, entropy_coefficients
 from fx_influence.interop.rollouts import collate
@@ -106,12 +106,8 @@ ESTIMATORS: dict[str, Callable[[TokenValues, Batch], TokenCoefficients]] = {
 def train(training: Training) -> list[dict[str, Any]]:
     """Of each of the ``steps`` the errors of every estimator at every size."""
     policy = started(training.policy, training.kept)
-    found = []
-    for now in moments(policy, training.lr, training.seed, max(training.steps), 8, 8):
-        if now.step in training.steps and any(r.advantage for r in now.rollouts):
-            found.append({"step": now.step, "errors": measure(training, policy, now)})
-        reinforce(policy.model, now.optimizer, now.batch)
-    return found
+    chosen = moments_at(policy, training.lr, training.seed, training.steps, 8, 8)
+    return [{"step": now.step, "errors": measure(training, policy, now)} for now in chosen]
 
 
 def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, Any]]:

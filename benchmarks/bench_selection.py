@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 
 import fx_influence as fx
-from benchmarks.arithmetic import draw_prompts, reinforce
+from benchmarks.arithmetic import draw_prompts
 from benchmarks.harness import interval, shown
-from benchmarks.trainings import Benchmark, Moment, Policy, moments, started
+from benchmarks.trainings import Benchmark, Moment, Policy, moments_at, started
 from fx_influence.interop.rollouts import collate
 
 NAME = "bench_selection"
@@ -48,12 +48,8 @@ class Training(NamedTuple):
 def train(training: Training) -> list[dict[str, Any]]:
     """Of each of the ``steps`` what was promised and kept."""
     policy = started(training.policy)
-    found = []
-    for now in moments(policy, training.lr, training.seed, max(training.steps), training.prompts, 8):
-        if now.step in training.steps and any(r.advantage for r in now.rollouts):
-            found.append({"step": now.step, "selections": measure(training, policy, now)})
-        reinforce(policy.model, now.optimizer, now.batch)
-    return found
+    chosen = moments_at(policy, training.lr, training.seed, training.steps, training.prompts, 8)
+    return [{"step": now.step, "selections": measure(training, policy, now)} for now in chosen]
 
 
 def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from benchmarks.arithmetic import (
     draw,
     draw_prompts,
     fresh_optimizer,
+    reinforce,
     update_batch,
     warm_up,
 )
@@ -80,6 +81,16 @@ def moments(policy: Policy, lr: float, seed: int, steps: int, prompts: int, comp
         rollouts = policy.drawn(rng.sample(policy.train, prompts), completions, seed * 100_003 + step)
         batch = update_batch(rollouts, policy.tokenizer.pad_token_id, policy.task.max_new_tokens)
         yield Moment(step, optimizer, rollouts, batch, rng)
+
+
+def moments_at(
+    policy: Policy, lr: float, seed: int, steps: Sequence[int], prompts: int, completions: int
+) -> Iterator[Moment]:
+    """Those ``moments`` of a run that are asked for and have an advantage; the steps are made here."""
+    for now in moments(policy, lr, seed, max(steps), prompts, completions):
+        if now.step in steps and any(r.advantage for r in now.rollouts):
+            yield now
+        reinforce(policy.model, now.optimizer, now.batch)
 
 
 def every_completion(policy: Policy) -> list[Rollout]:
