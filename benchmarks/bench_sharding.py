@@ -379,7 +379,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.rank:
         out, setting, pairs = arguments.rank
         rank_main(out, Setting(*json.loads(setting)), int(pairs))
-        return 0
+        # The threads of FSDP's group outlive it, and one that sees the interpreter end can abort the process.
+        os._exit(0)
     if arguments.memory:
         p = problem(Setting(*json.loads(arguments.memory)))
         print_peak_extra(lambda: fx.influence(p.params, p.u, p.e, p.state, apply=p.apply, stderr=False))

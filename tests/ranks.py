@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,17 @@ def answers(ranks: int, script: str, out: Path, *args: object, launcher: Sequenc
 
 def save_answer(out: str, answer: Any) -> None:
     torch.save(answer, Path(out) / f"{dist.get_rank()}.pt")
+
+
+def end_rank() -> NoReturn:
+    """End the process of a rank that is done, without the end of its interpreter.
+
+    A gloo thread that lets go of its last tensor while the interpreter ends aborts the process ("terminate called
+    without an active exception"), and where DDP or FSDP hold a group, its threads outlive ``destroy_process_group``.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager

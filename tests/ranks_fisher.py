@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import mesh_of_all, save_answer
+from ranks import end_rank, mesh_of_all, save_answer
 
 import fx_influence as fx
 from fx_influence.lab.plan import FisherKernelPlan, read_plan
@@ -27,3 +27,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_rank()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import mesh_of_all, save_answer
+from ranks import end_rank, mesh_of_all, save_answer
 from ranks_policy import CASES, like, sharded
 from sharded_cases import Answers, batches_of, influences_of, share, state_of
 from torch.distributed.device_mesh import DeviceMesh
@@ -60,3 +60,4 @@ def main(out: str, *kinds: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_rank()

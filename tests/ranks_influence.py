@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import mesh_of_all, save_answer
+from ranks import end_rank, mesh_of_all, save_answer
 from sharded_cases import asked, qwen_state, share, tiny_state
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
@@ -84,3 +84,4 @@ def main(out: str, *shape: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_rank()

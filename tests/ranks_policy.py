@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import TinyPolicy, random_adamw_state, random_batch, random_direction
 from peft import LoraConfig, get_peft_model
-from ranks import mesh_of_all, save_answer
+from ranks import end_rank, mesh_of_all, save_answer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -435,3 +435,4 @@ def main(out: str, shape: str, *kinds: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_rank()

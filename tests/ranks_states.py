@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import TinyPolicy
-from ranks import mesh_of_all, save_answer
+from ranks import end_rank, mesh_of_all, save_answer
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -174,3 +174,4 @@ def main(out: str, what: str, directory: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_rank()

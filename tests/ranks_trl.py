@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from ranks import save_answer
+from ranks import end_rank, save_answer
 from safetensors.torch import save_model
 
 import fx_influence as fx
@@ -174,3 +174,4 @@ def main(out: str, asked: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_rank()

@@ -141,7 +141,7 @@ def test_what_accelerate_saves_of_fsdp_is_the_live_state(kind: str | None, bases
 
 
 TWO_PROCESSES = """
-import sys, torch
+import os, sys, torch
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -166,6 +166,7 @@ weights, state = (get_model_state_dict(model, options=whole), get_optimizer_stat
 if rank == 0:
     torch.save({"model": weights, "optim": state}, f"{out}.pt")
 distributed.destroy_process_group()
+os._exit(0)  # as ranks.end_rank, and for its reason
 """
 
 

@@ -69,8 +69,8 @@ def test_a_loop_of_ones_own_hands_over_its_gradient(capsys: pytest.CaptureFixtur
 
 
 def test_several_processes_share_the_work(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(blocks("python")[4], encoding="utf-8")
+    script = tmp_path / "two.py"
+    script.write_text(blocks("python")[4] + "from ranks import end_rank\nend_rank()\n", encoding="utf-8")
     done = launch(2, script)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("torch.Size([16])") == 2
