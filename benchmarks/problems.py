@@ -25,12 +25,16 @@ SIZES = {
 
 
 class Setting(NamedTuple):
-    """``size``: see ``SIZES``. ``rows`` of U and of E, ``width`` tokens each, a third of them prompt."""
+    """``size``: see ``SIZES``. ``rows`` of U and of E, ``width`` tokens each, a third of them prompt.
+
+    ``group``: how many rows have the same prompt, as those that GRPO samples have.
+    """
 
     size: str
     lora: bool = False
     rows: int = 16
     width: int = 128
+    group: int = 1
 
     @property
     def title(self) -> str:
@@ -77,19 +81,23 @@ def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_ro
     optimizer.step()
     model.zero_grad()
     state = fx.adamw_state(optimizer, model)
-    u, e = (_batch(vocab, rows, setting.width, varied) for rows in (setting.rows, e_rows or setting.rows))
+    u, e = (_batch(vocab, rows, setting, varied) for rows in (setting.rows, e_rows or setting.rows))
     gradient = {n: g for n, g in batch_gradient(params, u, apply).items() if g is not None}
     gain = fx.adamw_decompose(gradient, state, params).gain
     return Problem(model, apply, params, state, u, e, gradient, gain)
 
 
-def _batch(vocab: int, rows: int, width: int, varied: bool) -> Batch:
+def _batch(vocab: int, rows: int, setting: Setting, varied: bool) -> Batch:
+    width = setting.width
     ids = torch.randint(0, vocab, (rows, width))
     at, prompt = torch.arange(width).expand(rows, width), width // 3
     begin, end = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), width)
     if varied:
         begin, end = torch.randint(0, prompt - 1, (rows, 1)), torch.randint(prompt + 1, width + 1, (rows, 1))
+    if setting.group > 1:
+        like = torch.arange(rows) // setting.group * setting.group
+        ids, begin = torch.where(at < prompt, ids[like], ids), begin[like]
     attended: Tensor = (at >= begin) & (at < end)
     completion = attended & (at >= prompt)
     c = fx.coefficients("grpo", torch.randn(rows), completion)
-    return Batch(ids, attended, completion, c, group=torch.arange(rows) // 2)
+    return Batch(ids, attended, completion, c, group=torch.arange(rows) // max(2, setting.group))

@@ -1,13 +1,15 @@
-"""Attention in blocks of queries, which every transformation of torch.func passes through."""
+"""Attention in blocks of queries, which every transformation of torch.func passes through, and of shared tokens."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 SCORES_PER_BLOCK = 2**24
 """Attention scores that are formed at once: 64 MiB of float32, and a few times that with their tangents."""
@@ -58,6 +60,84 @@ def blockwise_attention(
             with math_attention():
                 blocks.append(F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+class Block(NamedTuple):
+    """Sequences of about one length: where their tokens lie in a row of N.
+
+    ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
+    consists of, those it shares first. ``mask``: bool (S, 1, Lq, Lk), which of these each query sees.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
+
+
+class Layout(NamedTuple):
+    """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
+
+    ``position_ids``: (1, N). ``back``: (N,), where a token is among the queries of all ``blocks``.
+    """
+
+    position_ids: Tensor
+    blocks: list[Block]
+    back: Tensor
+
+
+class SharedAttention(TorchFunctionMode):
+    """While active, causal attention over the one row of a layout is that of its sequences, each for itself.
+
+    Everything else in a model that takes a token at a time needs no change, and costs N tokens. Raises
+    ``NotImplementedError`` at attention that is not plainly causal, of which a layout says nothing.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.calls = 0
+        self._biases: list[Tensor] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        if attn_mask is not None or dropout_p != 0 or not is_causal:
+            raise NotImplementedError(
+                "the model's attention is not plainly causal over a row of tokens; load it with "
+                "attn_implementation='eager', and every row goes through it whole"
+            )
+        if self._biases is None:
+            # A mask of bools would be made one of numbers in every layer.
+            none = torch.zeros((), dtype=query.dtype, device=query.device)
+            self._biases = [none.masked_fill(~block.mask, -torch.inf) for block in self.layout.blocks]
+        found = []
+        for (queries, keys, _), bias in zip(self.layout.blocks, self._biases, strict=True):
+            q, k, v = _picked(query, queries), _picked(key, keys), _picked(value, keys)
+            out = F.scaled_dot_product_attention(q, k, v, bias, **options)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+        rows = torch.cat(found)
+        out = F.embedding(self.layout.back, rows.flatten(1)).unflatten(-1, rows.shape[1:])
+        return out.unsqueeze(0).transpose(1, 2)
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """(S, H, L, d) of the tokens of (1, H, N, d) that ``index`` (S, L) names."""
+    rows = x.squeeze(0).transpose(0, 1)
+    # Which has the one backward on the CPU that adds up rows without a call for each.
+    return F.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:]).transpose(1, 2)
 
 
 def math_attention() -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from torch.func import grad
 from fx_influence.forward_mode import Tape
 from fx_influence.head import pull, scores, slopes
 from fx_influence.logprobs import in_place, scored_features, surrogate, token_values, weights_of
-from fx_influence.parts import Part, parts, row_chunks
+from fx_influence.parts import Part, row_chunks
 from fx_influence.policy import Halves, halves
 from fx_influence.shards import own_part
 from fx_influence.tree import accumulate, largest_entry, promote, shift, unit_direction
@@ -49,7 +49,7 @@ def taped_gradient(
     policy, leaves = halves(apply), live(params)
     total: Gradients = dict.fromkeys(params)
     tapes: Tapes = []
-    for part in parts(batch, chunk_size, policy.aligned):
+    for part in policy.parts(batch, chunk_size):
         tape = Tape(memory_budget)
         with tape if memory_budget > 0 and not policy.compiled else nullcontext():
             features = _forward(leaves, part, policy)
@@ -74,16 +74,17 @@ def weighted_gradient(
     together; the others go forward twice.
     """
     policy, leaves = halves(apply), live(params)
-    pending = parts(batch, chunk_size, policy.aligned)
+    pending = policy.parts(batch, chunk_size)
     kept: dict[int, Tensor] = {}
     found = []
     size = 0
     for k, part in enumerate(pending):
-        # Parts come longest first: where the last one's graph would not fit again, neither would this one's be sure to.
+        # Parts are much alike: where the last one's graph would not fit again, neither would this one's be sure to.
         with _Graph(leaves) as graph, torch.set_grad_enabled(len(kept) == k and size <= memory_budget):
-            features = scored_features(policy.features(leaves, part.input_ids, part.attention_mask), part)
-        if features.requires_grad:
-            kept[k], size = features, graph.bytes
+            features = scored_features(policy.features(leaves, part), part)
+        size = graph.bytes
+        if features.requires_grad and (k == 0 or size <= memory_budget):
+            kept[k] = features
             memory_budget -= size if k else 0
         with torch.no_grad():
             found.append((part, scores(policy, params, features.detach(), part.targets, temperature)))
@@ -123,7 +124,7 @@ def live(params: Params) -> Params:
 
 def _forward(leaves: Params, part: Part, policy: Halves) -> Tensor:
     with torch.enable_grad():
-        return scored_features(policy.features(leaves, part.input_ids, part.attention_mask), part)
+        return scored_features(policy.features(leaves, part), part)
 
 
 def _reverse(leaves: Params, features: Tensor, part: Part, batch: Batch, policy: Halves, temperature: float) -> Params:
@@ -157,9 +158,9 @@ def token_jvp(
     policy, (scale, tangent) = halves(apply), unit_direction(direction, params)
     found = []
     with torch.no_grad():
-        pending = parts(batch, chunk_size, policy.aligned)
+        pending = policy.parts(batch, chunk_size)
         for part, outputs in zip(pending, tapes or [None] * len(pending), strict=True):
-            both = policy.pushforward(params, tangent, part.input_ids, part.attention_mask, outputs)
+            both = policy.pushforward(params, tangent, part, outputs)
             features, toward = (scored_features(x, part) for x in both)
             found.append((part, slopes(policy, params, tangent, features, toward, part.targets, temperature)))
     d = in_place(found, batch)

@@ -51,8 +51,8 @@ def all_token_values(
     policy = halves(apply)
     with torch.no_grad():
         found = []
-        for part in parts(batch, chunk_size, policy.aligned):
-            features = scored_features(policy.features(params, part.input_ids, part.attention_mask), part)
+        for part in policy.parts(batch, chunk_size):
+            features = scored_features(policy.features(params, part), part)
             found.append((part, scores(policy, params, features, part.targets, temperature)))
         return in_place(found, batch)
 
@@ -75,12 +75,14 @@ def moved_token_values(
     rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
     # Products with a matrix for each direction are slow ones: worth it only while one direction fills no pass.
     together = max(1, rows_at_once // len(batch.input_ids))
-    pieces = parts(batch, chunk_size, policy.aligned, TOKENS_PER_CHUNK // together)
+    tokens = TOKENS_PER_CHUNK // together
+    alone = together == 1
+    pieces = policy.parts(batch, chunk_size) if alone else parts(batch, chunk_size, policy.aligned, tokens)
 
-    def moved(here: Params, features: Callable[[Params, Tensor, Tensor], Tensor]) -> TokenValues:
+    def moved(here: Params, features: Callable[[Params, Part], Tensor]) -> TokenValues:
         found = []
         for part in pieces:
-            scored = scored_features(features(here, part.input_ids, part.attention_mask), part)
+            scored = scored_features(features(here, part), part)
             found.append((part, scores(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together)))
         return in_place(found, batch)
 
@@ -88,7 +90,7 @@ def moved_token_values(
     with torch.no_grad():
         for start in range(0, size, together):
             some = {name: v[start : start + together] for name, v in block.items()}
-            if together == 1:
+            if alone:
                 own = moved(shift(params, {name: v[0] for name, v in some.items()}, eta), policy.features)
                 found.append(TokenValues(*(x.unsqueeze(0) for x in own)))
             else:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.attention import Layout
 from fx_influence.types import Batch
 
 TOKENS_PER_CHUNK = 2048
@@ -19,7 +20,8 @@ class Part(NamedTuple):
 
     ``members``: (b,), the rows. ``input_ids``, ``attention_mask``: (b, L). ``row``, ``column``: (n,), where there the
     features are that score each completion token, row by row in order. ``targets``: (n,), the tokens scored.
-    ``place``: (n,), where these stand in the whole batch, (row, position) as one index.
+    ``place``: (n,), where these stand in the whole batch, (row, position) as one index. ``layout``: where rows share
+    prompts, the tokens of all of them lie in a single row, see ``shared_prompts``; else None.
     """
 
     members: Tensor
@@ -29,6 +31,7 @@ class Part(NamedTuple):
     column: Tensor
     targets: Tensor
     place: Tensor
+    layout: Layout | None = None
 
 
 def parts(

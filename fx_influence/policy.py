@@ -14,34 +14,44 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.attention import math_attention
+from fx_influence.attention import SharedAttention, math_attention
 from fx_influence.forward_mode import ForwardMode, pushforward, trained_embedding
+from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
 from fx_influence.shards import is_sharded
-from fx_influence.types import Apply, Params
+from fx_influence.shared_prompts import parts_by_prompt
+from fx_influence.types import Apply, Batch, Params
 
 
 class Halves(NamedTuple):
     """A policy in two: ``features`` up to the vocabulary, and the ``head`` that turns them into logits.
 
-    ``features(params, input_ids, attention_mask)``: (B, T, d), for plain and reverse passes. ``eager``: the same, never
-    compiled, for passes that watch its operations. ``traced``: the same for use inside vmap and jvp.
-    ``pushforward(params, tangent, input_ids, attention_mask, outputs)``: features and their tangent; ``outputs``: of
-    the linear maps in ``features`` of the same tokens, see ``forward_mode.Tape``, or None. ``compiled``: passes are.
+    ``features(params, part)``: (b, L, d), for plain and reverse passes. ``eager(params, input_ids, attention_mask)``:
+    the same, never compiled, for passes that watch its operations. ``traced(params, part)``: for use inside vmap and
+    jvp, of a part without a layout. ``pushforward(params, tangent, part, outputs)``: features and their tangent;
+    ``outputs``: of the linear maps in ``features`` of the same part, see ``forward_mode.Tape``, or None.
     ``head(params, features)``: (..., V). ``in_head``: the names of the parameters that it takes. ``vocab_size``: V,
     None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
-    begin in column 0 and cut after their last token. A plain ``apply`` is all features, and its head does nothing.
+    begin in column 0 and cut after their last token. ``shares``: tokens meet in attention alone, so that a prompt goes
+    through the model once for all rows that have it. ``compiled``: passes are. A plain ``apply`` is all features, and
+    its head does nothing.
     """
 
-    features: Callable[[Params, Tensor, Tensor], Tensor]
+    features: Callable[[Params, Part], Tensor]
     eager: Callable[[Params, Tensor, Tensor], Tensor]
-    traced: Callable[[Params, Tensor, Tensor], Tensor]
-    pushforward: Callable[[Params, Params, Tensor, Tensor, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
+    traced: Callable[[Params, Part], Tensor]
+    pushforward: Callable[[Params, Params, Part, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
     head: Callable[[Params, Tensor], Tensor]
     in_head: frozenset[str]
     vocab_size: int | None
     aligned: bool
+    shares: bool
     compiled: bool
+
+    def parts(self, batch: Batch, chunk_size: int | None, tokens: int = TOKENS_PER_CHUNK) -> list[Part]:
+        """The batch in parts for passes that need no row for itself: with every prompt once, where that saves."""
+        found = parts_by_prompt(batch, chunk_size, tokens) if self.shares else None
+        return parts(batch, chunk_size, self.aligned, tokens) if found is None else found
 
 
 def halves(apply: Apply) -> Halves:
@@ -49,17 +59,19 @@ def halves(apply: Apply) -> Halves:
     if isinstance(apply, Policy):
         return apply.halves
 
-    def pushed(
-        params: Params, tangent: Params, ids: Tensor, mask: Tensor, outputs: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def features(params: Params, part: Part) -> Tensor:
+        return apply(params, part.input_ids, part.attention_mask)
+
+    def pushed(params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
         def moved(params: Params) -> Tensor:
             with ForwardMode(outputs):
-                return apply(params, ids, mask)
+                return features(params, part)
 
         # Not by pushforward: a function may have a jvp of its own inside, and its levels do not nest.
         return cast(tuple[Tensor, Tensor], jvp(moved, (params,), (tangent,)))
 
-    return Halves(apply, apply, apply, pushed, lambda params, x: x.view_as(x), frozenset(), None, False, False)
+    own = features, apply, features, pushed, lambda params, x: x.view_as(x)
+    return Halves(*own, frozenset(), None, aligned=False, shares=False, compiled=False)
 
 
 class Policy:
@@ -86,6 +98,7 @@ class Policy:
         self.vocab_size = _vocab_size(model)
         self.computes_in = _lowest_precision(model)
         self._body, self._head = self._cut(model, "eager" if _is_eager(model) else "sdpa")
+        self._shares = not compiled and self._can_share(model)
         self._compiled: _Compiled | None = None
         self._whole: Policy | None = None
         if compiled:
@@ -104,9 +117,8 @@ class Policy:
         """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
         vocab_size = None if self._head is None else self.vocab_size
         in_head = frozenset(self._head.names.values() if self._head else ())
-        aligned = self._position_ids
         own = self._features, self._eager, self._traced, self._pushforward, self._logits
-        return Halves(*own, in_head, vocab_size, aligned, self._compiled is not None)
+        return Halves(*own, in_head, vocab_size, self._position_ids, self._shares, self._compiled is not None)
 
     def whole(self) -> Policy:
         """The same policy with all its derivatives, those to the embedding of the padding token included.
@@ -145,29 +157,26 @@ class Policy:
         wide.computes_in = torch.promote_types(self.computes_in, torch.float32)
         return wide
 
-    def _features(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        run = _run if self._compiled is None else self._compiled.run
-        return run(self, self._body, params, input_ids, attention_mask)
+    def _features(self, params: Params, part: Part) -> Tensor:
+        if self._compiled is not None:
+            return self._compiled.run(self, self._body, params, part.input_ids, part.attention_mask)
+        shared = None if part.layout is None else SharedAttention(part.layout)
+        return self._run(self._body, params, part.input_ids, part.attention_mask, shared)
 
     def _eager(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self._run(self._body, params, input_ids, attention_mask)
 
-    def _traced(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _traced(self, params: Params, part: Part) -> Tensor:
         with math_attention(), ForwardMode():
-            return self._run(self._body, params, input_ids, attention_mask)
+            return self._run(self._body, params, part.input_ids, part.attention_mask)
 
     def _pushforward(
-        self,
-        params: Params,
-        tangent: Params,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        outputs: Sequence[Tensor] | None,
+        self, params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         if self._compiled is not None:
-            return self._compiled.push(self, self._compiled.body, params, tangent, input_ids, attention_mask)
+            return self._compiled.push(self, self._compiled.body, params, tangent, part.input_ids, part.attention_mask)
         with math_attention():
-            return pushforward(lambda p: self._run(self._body, p, input_ids, attention_mask), params, tangent, outputs)
+            return pushforward(lambda p: self._features(p, part), params, tangent, outputs)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
         if self._head is None:
@@ -176,7 +185,14 @@ class Policy:
         named = {own: known[name] for own, name in self._head.names.items()}
         return cast(Tensor, torch.func.functional_call(self._head.module, named, (features,)))
 
-    def _run(self, template: nn.Module, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _run(
+        self,
+        template: nn.Module,
+        params: Params,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        shared: SharedAttention | None = None,
+    ) -> Tensor:
         args: tuple[Tensor, ...] = (input_ids,)
         kwargs = dict(self._extra)
         if self._mask_by_name:
@@ -184,9 +200,10 @@ class Policy:
         elif self._mask_by_position:
             args += (attention_mask,)
         if self._position_ids:
-            kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            own = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = own if shared is None else shared.layout.position_ids
         wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
-        with _StayFloat64() if wide else nullcontext():
+        with _StayFloat64() if wide else nullcontext(), shared or nullcontext():
             out = self._call(template, {**self._frozen, **params}, args, kwargs)
         return out if isinstance(out, Tensor) else out.logits
 
@@ -215,6 +232,26 @@ class Policy:
         # What it holds would be kept alive, and a compiled pass may not keep what it makes.
         whole.set_output_embeddings(nn.Identity())
         return (body, head) if simply else (self._meta_template(model, attention), None)
+
+    def _can_share(self, model: nn.Module) -> bool:
+        """Whether a prompt may go through the model once for its rows; tried on two rows of two tokens more."""
+        if not self._position_ids or not _attends_to_all(model):
+            return False
+        ids = torch.arange(8, device=next(model.parameters()).device).reshape(2, 4) % (self.vocab_size or 1)
+        ids[1, :2] = ids[0, :2]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        [part] = parts_by_prompt(Batch(ids, mask, torch.arange(4, device=ids.device).expand(2, 4) >= 2), None) or []
+        assert part.layout is not None
+        params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        shared = SharedAttention(part.layout)
+        with torch.no_grad():
+            apart = self._run(self._body, params, ids, mask).flatten(0, 1)[part.place - 1]
+            try:
+                together = self._run(self._body, params, part.input_ids, part.attention_mask, shared)
+            except NotImplementedError:
+                return False
+        gap = (together[part.row, part.column] - apart).abs().max()
+        return shared.calls > 0 and bool(gap <= torch.finfo(apart.dtype).eps ** 0.5 * apart.abs().max())
 
     def _meta_template(self, model: nn.Module, attention: str) -> nn.Module:
         # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
@@ -359,6 +396,16 @@ def _base(model: nn.Module) -> Any:
 
 def _is_hugging_face(model: nn.Module) -> bool:
     return hasattr(_base(model), "set_attn_implementation")
+
+
+def _attends_to_all(model: nn.Module) -> bool:
+    # A window shows in its mask only once there are more tokens than it is wide.
+    config: Any = getattr(_base(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return set(kinds) == {"full_attention"}
+    return getattr(config, "sliding_window", None) is None
 
 
 def _is_eager(model: nn.Module) -> bool:

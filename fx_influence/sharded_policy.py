@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fx_influence.attention import math_attention
 from fx_influence.forward_mode import pushforward
 from fx_influence.gathering import gather, like_sharded, scattered_sums, sharding_of
+from fx_influence.parts import Part
 from fx_influence.policy import Policy, output_embeddings
 from fx_influence.shards import is_sharded, own_part
 from fx_influence.tree import promote
@@ -106,7 +107,7 @@ class ShardedPolicy(Policy):
         return {**known, **(attached(whole, loose) if torch.is_grad_enabled() else whole)}
 
     def _pushforward(
-        self, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor, outputs: Any
+        self, params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         # Gathered before there are tangents: a collective would lose them.
         policy, params, opened = self.opened(params, tangent)
@@ -114,9 +115,11 @@ class ShardedPolicy(Policy):
         policy._moving = {name: v for name, v in opened.items() if is_sharded(v)}
         whole = {name: v for name, v in opened.items() if not is_sharded(v)}
         with torch.no_grad(), math_attention():
-            return pushforward(
-                lambda p: policy._run(policy._body, p, input_ids, attention_mask), params, whole, outputs
-            )
+            return pushforward(lambda p: policy._features(p, part), params, whole, outputs)
+
+    def _can_share(self, model: nn.Module) -> bool:
+        # Ranks whose rows share other prompts would make other numbers of passes.
+        return False
 
     def _copied(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """With the classes that FSDP2 replaced, and without its hooks."""

@@ -29,7 +29,7 @@ from fx_influence.adamw import adamw_decompose
 from fx_influence.contraction import gradient_and_contraction
 from fx_influence.derivatives import batch_gradient, taped_gradient, token_jvp, weighted_gradient
 from fx_influence.logprobs import all_token_values
-from fx_influence.parts import rows
+from fx_influence.parts import parts, rows
 from fx_influence.tree import accumulate, dot, dots, largest_entry, multiply
 from fx_influence.types import AdamWState, Batch, Params
 
@@ -398,7 +398,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         broken["norm.weight"].to_local()[-1] = torch.nan
 
     def vmapped() -> None:
-        torch.func.vmap(lambda x: opened.halves.traced(here, x, batch.attention_mask))(batch.input_ids.unsqueeze(1))
+        [part] = parts(batch, len(batch.input_ids), aligned=False)
+        read = opened.halves.traced
+        torch.func.vmap(lambda x: read(here, part._replace(input_ids=x)))(batch.input_ids.unsqueeze(1))
 
     calls: dict[str, Callable[[], object]] = {
         "tensor parallel": lambda: fx.functionalize(parallel(False)),

@@ -17,6 +17,7 @@ import fx_influence as fx
 from fx_influence import head
 from fx_influence.derivatives import batch_gradient, token_jvp, weighted_gradient
 from fx_influence.kernel import gradient_kernel
+from fx_influence.parts import parts
 from fx_influence.policy import halves
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
@@ -63,11 +64,16 @@ def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, a
     policy, e = halves(apply), state.batch_e
     assert policy.vocab_size == VOCAB
     assert policy.aligned
+    [part] = parts(e, len(e.input_ids), aligned=False)
     given = state.params, e.input_ids, e.attention_mask
     with torch.no_grad():
         logits = apply(*given)
-        for features in (policy.features, policy.eager, policy.traced):
-            found = policy.head(state.params, features(*given))
+        for features in (
+            policy.features(state.params, part),
+            policy.eager(*given),
+            policy.traced(state.params, part),
+        ):
+            found = policy.head(state.params, features)
             close(found[e.attention_mask], logits[e.attention_mask], None, 1e-5)
 
 
