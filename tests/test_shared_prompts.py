@@ -263,7 +263,8 @@ def test_rows_that_do_not_fit_are_taken_whole() -> None:
 @pytest.mark.parametrize("change", [{"is_causal": False}, {"attn_mask": torch.ones(4, 4)}, {"dropout_p": 0.1}])
 def test_attention_of_another_kind_is_refused(change: dict[str, Any]) -> None:
     found = parts_by_prompt(group_batch(1, 2, 12), None)
-    assert found is not None and found[0].layout is not None
+    assert found is not None
+    assert found[0].layout is not None
     x = torch.ones(1, 2, found[0].input_ids.numel(), 4)
     with SharedAttention(found[0].layout), pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
         F.scaled_dot_product_attention(x, x, x, **{"is_causal": True, **change})
