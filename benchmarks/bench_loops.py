@@ -1,6 +1,6 @@
 """Finite steps and first-order influences beside the loop that one writes first, and beside bare forwards.
 
-    python -m benchmarks loops            writes results/loops.json and the README's table; a quarter of an hour
+    python -m benchmarks loops            writes results/loops.json and the README's table; half an hour
     python -m benchmarks loops --quick    a tiny model once, written nowhere: it only shows that this works
 
 The loop: for each rollout of U one backward, its direction, and one perturbed pass over E, whose pass at theta is made
@@ -8,7 +8,7 @@ before and not counted. Rollouts have many lengths, padded on both sides, as sam
 takes too long to be repeated: a few of its rollouts are timed beside the library, and the loop's seconds are theirs
 times |U| / few, which is what a loop costs. Without padding the loop's first order takes (3 |U| + |U| |E|) /
 (5 |U| + 3 |E|) times the operations, 15 for 64 and 256, and its finite steps (3 + |E|) / |E| times: what there is
-beyond that is padding not computed, and rows that go together.
+beyond that is padding not computed, rows that go together, and prompts that eight rows share, as GRPO samples them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(setting: Setting, e_rows: int, pairs: int) -> dict[str, Any]:
     of_loop = flops(next(iter(loops.values())))
     return {
         "setting": setting._asdict(),
-        "title": f"{setting.size}, |U| = {setting.rows}, |E| = {e_rows}, up to {setting.width} tokens",
+        "title": f"{setting.size}, {'a prompt each' if setting.group == 1 else f'{setting.group} to a prompt'}",
         "first_order": {name: _scaled(r, times) for name, r in ratios(loops, first_order, pairs).items()},
         "finite": ratios(loops, finite, pairs),
         "flops": {"first_order": times * of_loop / flops(first_order), "finite": of_loop / flops(finite)},
@@ -102,9 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     one_thread()
     if arguments.quick:
-        print(markdown({"settings": [measure(Setting("tiny", rows=4, width=24), 6, pairs=1)]}))
+        print(markdown({"settings": [measure(Setting("tiny", rows=4, width=24, group=2), 6, pairs=1)]}))
         return 0
-    settings = [measure(Setting(size, rows=64), 256, PAIRS) for size in ("tiny", "3M")]
+    settings = [measure(Setting(size, rows=64, group=g), 256, PAIRS) for size in ("tiny", "3M") for g in (1, 8)]
     report = {"environment": environment(), "pairs": PAIRS, "settings": settings}
     print(markdown(report))
     store(NAME, report, {README: markdown(report)})

@@ -21,6 +21,9 @@ from fx_influence.shards import is_sharded
 from fx_influence.shared_prompts import parts_by_prompt
 from fx_influence.types import Apply, Batch, Params
 
+NARROW = 128
+"""Features of fewer entries than these go through a model more tokens at a time than ``TOKENS_PER_CHUNK``."""
+
 
 class Halves(NamedTuple):
     """A policy in two: ``features`` up to the vocabulary, and the ``head`` that turns them into logits.
@@ -33,8 +36,8 @@ class Halves(NamedTuple):
     None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
     begin in column 0 and cut after their last token. ``shares``: tokens meet in attention alone, so that a prompt goes
-    through the model once for all rows that have it. ``compiled``: passes are. A plain ``apply`` is all features, and
-    its head does nothing.
+    through the model once for all rows that have it. ``tokens``: how many go through together where no ``chunk_size``
+    is named. ``compiled``: passes are. A plain ``apply`` is all features, and its head does nothing.
     """
 
     features: Callable[[Params, Part], Tensor]
@@ -46,12 +49,13 @@ class Halves(NamedTuple):
     vocab_size: int | None
     aligned: bool
     shares: bool
+    tokens: int
     compiled: bool
 
-    def parts(self, batch: Batch, chunk_size: int | None, tokens: int = TOKENS_PER_CHUNK) -> list[Part]:
+    def parts(self, batch: Batch, chunk_size: int | None) -> list[Part]:
         """The batch in parts for passes that need no row for itself: with every prompt once, where that saves."""
-        found = parts_by_prompt(batch, chunk_size, tokens) if self.shares else None
-        return parts(batch, chunk_size, self.aligned, tokens) if found is None else found
+        found = parts_by_prompt(batch, chunk_size, self.tokens) if self.shares else None
+        return parts(batch, chunk_size, self.aligned, self.tokens) if found is None else found
 
 
 def halves(apply: Apply) -> Halves:
@@ -71,7 +75,7 @@ def halves(apply: Apply) -> Halves:
         return cast(tuple[Tensor, Tensor], jvp(moved, (params,), (tangent,)))
 
     own = features, apply, features, pushed, lambda params, x: x.view_as(x)
-    return Halves(*own, frozenset(), None, aligned=False, shares=False, compiled=False)
+    return Halves(*own, frozenset(), None, aligned=False, shares=False, tokens=TOKENS_PER_CHUNK, compiled=False)
 
 
 class Policy:
@@ -118,7 +122,9 @@ class Policy:
         vocab_size = None if self._head is None else self.vocab_size
         in_head = frozenset(self._head.names.values() if self._head else ())
         own = self._features, self._eager, self._traced, self._pushforward, self._logits
-        return Halves(*own, in_head, vocab_size, self._position_ids, self._shares, self._compiled is not None)
+        # In a narrow model what is done once for a pass weighs more than what its tokens take.
+        tokens = TOKENS_PER_CHUNK * (1 if self._head is None else max(1, NARROW // self._head.width))
+        return Halves(*own, in_head, vocab_size, self._position_ids, self._shares, tokens, self._compiled is not None)
 
     def whole(self) -> Policy:
         """The same policy with all its derivatives, those to the embedding of the padding token included.
@@ -223,15 +229,17 @@ class Policy:
         # Names as the whole model has them: tied weights go by that of their first use.
         names = {id(p): name for name, p in body.named_parameters()} | {id(b): name for name, b in body.named_buffers()}
         own = [*module.named_parameters(), *module.named_buffers()]
-        head = _Head(module, {name: names[id(x)] for name, x in own})
+        own_names = {name: names[id(x)] for name, x in own}
         whole.set_output_embeddings(handed := _HandedOn())
         params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(iter(params.values())).device)
         with torch.no_grad():
-            simply = self._run(body, params, ids, torch.ones_like(ids, dtype=torch.bool)) is handed.last
+            simply = (x := self._run(body, params, ids, torch.ones_like(ids, dtype=torch.bool))) is handed.last
         # What it holds would be kept alive, and a compiled pass may not keep what it makes.
         whole.set_output_embeddings(nn.Identity())
-        return (body, head) if simply else (self._meta_template(model, attention), None)
+        if not simply:
+            return self._meta_template(model, attention), None
+        return body, _Head(module, own_names, x.shape[-1])
 
     def _can_share(self, model: nn.Module) -> bool:
         """Whether a prompt may go through the model once for its rows; tried on two rows of two tokens more."""
@@ -290,6 +298,7 @@ def _embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
 class _Head(NamedTuple):
     module: nn.Module
     names: dict[str, str]
+    width: int
 
 
 class _HandedOn(nn.Module):
