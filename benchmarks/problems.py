@@ -38,7 +38,8 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.size} {'LoRA' if self.lora else 'full'}, {self.rows} x {self.width}"
+        shared = f", {self.group} to a prompt" if self.group > 1 else ""
+        return f"{self.size} {'LoRA' if self.lora else 'full'}, {self.rows} x {self.width}{shared}"
 
 
 class Problem(NamedTuple):

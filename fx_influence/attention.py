@@ -39,9 +39,8 @@ def blockwise_attention(
         >>> bool(torch.allclose(blockwise_attention(q, q, q, is_causal=True), plain, atol=1e-6))
         True
     """
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+    if enable_gqa:
+        key, value = (_repeated(x, query) for x in (key, value))
     queries, keys = query.shape[-2], key.shape[-2]
     size = max(1, SCORES_PER_BLOCK // max(1, query.shape[:-2].numel() * keys))
     blocks = []
@@ -123,6 +122,9 @@ class SharedAttention(TorchFunctionMode):
             # A mask of bools would be made one of numbers in every layer.
             none = torch.zeros((), dtype=query.dtype, device=query.device)
             self._biases = [none.masked_fill(~block.mask, -torch.inf) for block in self.layout.blocks]
+        if query.device.type != "cpu" and options.pop("enable_gqa", False):
+            # With a mask besides, no fused attention of CUDA takes it.
+            key, value = (_repeated(x, query) for x in (key, value))
         found = []
         for (queries, keys, _), bias in zip(self.layout.blocks, self._biases, strict=True):
             q, k, v = _picked(query, queries), _picked(key, keys), _picked(value, keys)
@@ -131,6 +133,12 @@ class SharedAttention(TorchFunctionMode):
         rows = torch.cat(found)
         out = F.embedding(self.layout.back, rows.flatten(1)).unflatten(-1, rows.shape[1:])
         return out.unsqueeze(0).transpose(1, 2)
+
+
+def _repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values for every head of the queries, several of which have the same."""
+    groups = query.shape[-3] // x.shape[-3]
+    return x if groups == 1 else x.repeat_interleave(groups, -3)
 
 
 def _picked(x: Tensor, index: Tensor) -> Tensor:

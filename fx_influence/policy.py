@@ -335,9 +335,11 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     attention, gradient checkpointing off; ``model`` itself, its ``training`` flag included, is left as it is. The
     forward may return a tensor or an object with ``.logits``. Where it takes ``position_ids`` they are derived from
     the attention mask, so that padding on the left does not matter under absolute positions; ``position_ids=False``
-    leaves them out, which reproduces a trainer that omits them. ``compiled``: the library's own plain, reverse and
-    forward-mode passes go through ``torch.compile``, which takes half a minute once for every shape and pays where
-    there are many tokens; calls of ``apply`` and passes that need its operations do not.
+    leaves them out, which reproduces a trainer that omits them. Where tokens meet in causal attention alone, which two
+    short forwards here tell, the library's passes take a prompt that several rows begin with once for all of them.
+    ``compiled``: the library's own plain, reverse and forward-mode passes go through ``torch.compile``, which takes
+    half a minute once for every shape and pays where there are many tokens; calls of ``apply`` and passes that need its
+    operations do not, and prompts are not shared.
 
     ``params`` holds the parameters with ``requires_grad`` by name, tied ones once, as detached aliases of the live
     tensors: clone them before an optimizer step if the values before the step are wanted after it.

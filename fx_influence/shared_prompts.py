@@ -48,17 +48,13 @@ def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_P
     if found is None:
         return None
     sizes, own, prompt = (x.tolist() for x in (found.first - found.begin, found.own, found.prompt))
-    of_prompt: dict[int, list[int]] = {}
+    longest: dict[int, int] = {}
     for k, number in enumerate(prompt):
-        of_prompt.setdefault(number, []).append(k)
-    once = sum(own) + sum(sizes[members[0]] for members in of_prompt.values())
-    if once > WORTH * (sum(own) + sum(sizes)):
-        return None
-    longest = {number: max(own[k] for k in members) + sizes[members[0]] for number, members in of_prompt.items()}
+        longest[number] = max(longest.get(number, 0), sizes[k] + own[k])
     order = sorted(range(len(own)), key=lambda k: (-longest[prompt[k]], prompt[k], -own[k]))
     chosen: list[list[int]] = []
     here: set[int] = set()
-    used = 0
+    used = total = 0
     for k in order:
         size = own[k] + (0 if prompt[k] in here else sizes[k])
         if not chosen or len(chosen[-1]) == chunk_size or (chunk_size is None and used + size > tokens):
@@ -67,6 +63,9 @@ def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_P
         chosen[-1].append(k)
         here.add(prompt[k])
         used += size
+        total += size
+    if total > WORTH * (sum(own) + sum(sizes)):
+        return None
     return [_part(batch, found, torch.tensor(members, device=batch.input_ids.device)) for members in chosen]
 
 
