@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad
 
-from fx_influence.forward_mode import Tape
+from fx_influence.forward_mode import Replay, Tape
 from fx_influence.head import pull, scores, slopes
 from fx_influence.logprobs import in_place, scored_features, surrogate, token_values, weights_of
 from fx_influence.parts import Part, row_chunks
@@ -51,7 +51,7 @@ def taped_gradient(
     tapes: Tapes = []
     for part in policy.parts(batch, chunk_size):
         tape = Tape(memory_budget)
-        with tape if memory_budget > 0 and not policy.compiled else nullcontext():
+        with _active(tape, policy):
             features = _forward(leaves, part, policy)
         tapes.append(tape.outputs or None)
         memory_budget -= tape.bytes if tapes[-1] else 0
@@ -70,30 +70,49 @@ def weighted_gradient(
 ) -> tuple[Batch, Gradients]:
     """``weigh(values)``, the batch with coefficients that depend on all its token values, and its ``batch_gradient``.
 
-    The first part goes forward once for both, and so do the next as long as their graphs fit ``memory_budget`` bytes
-    together; the others go forward twice.
+    The first part goes forward once for both, and so do as many others as have room for their graphs in
+    ``memory_budget`` bytes beside what the linear maps of the rest put out, with which these go forward again.
     """
     policy, leaves = halves(apply), live(params)
     pending = policy.parts(batch, chunk_size)
-    kept: dict[int, Tensor] = {}
+    graphs: dict[int, Tensor] = {}
+    tapes: dict[int, list[Tensor]] = {}
     found = []
-    size = 0
+    wanted = 1
     for k, part in enumerate(pending):
-        # Parts are much alike: where the last one's graph would not fit again, neither would this one's be sure to.
-        with _Graph(leaves) as graph, torch.set_grad_enabled(len(kept) == k and size <= memory_budget):
+        # That of the first is only measured.
+        tape = Tape(0 if 0 < k < wanted or len(pending) == 1 else memory_budget)
+        with _Graph(leaves) as graph, torch.set_grad_enabled(k < wanted), _active(tape, policy):
             features = scored_features(policy.features(leaves, part), part)
-        size = graph.bytes
-        if features.requires_grad and (k == 0 or size <= memory_budget):
-            kept[k] = features
-            memory_budget -= size if k else 0
+        if k == 0:
+            graphs[k] = features
+            wanted += _graphs_to_keep(len(pending) - 1, graph.bytes, tape.bytes, memory_budget)
+        elif features.requires_grad and graph.bytes <= memory_budget:
+            graphs[k] = features
+            memory_budget -= graph.bytes
+        elif tape.outputs:
+            tapes[k] = tape.outputs
+            memory_budget -= tape.bytes
         with torch.no_grad():
             found.append((part, scores(policy, params, features.detach(), part.targets, temperature)))
     weighted = weigh(in_place(found, batch))
     total: Gradients = dict.fromkeys(params)
     for k, part in enumerate(pending):
-        features = kept.pop(k) if k in kept else _forward(leaves, part, policy)
+        features = graphs.pop(k) if k in graphs else _forward(leaves, part, policy, tapes.pop(k, None))
         accumulate(total, _reverse(leaves, features, part, weighted, policy, temperature).items())
     return weighted, total
+
+
+def _graphs_to_keep(parts: int, graph: int, tape: int, memory_budget: int) -> int:
+    """Of so many parts how many, if a graph and a tape take these bytes: all, or what tapes of the others leave."""
+    if graph * parts <= memory_budget:
+        return parts
+    return max(0, memory_budget - tape * parts) // max(1, graph - tape)
+
+
+def _active(tape: Tape, policy: Halves) -> AbstractContextManager[object]:
+    # A compiled pass is seen by no mode, and made anew under one.
+    return nullcontext() if policy.compiled or tape.room == 0 else tape
 
 
 class _Graph(saved_tensors_hooks):
@@ -122,8 +141,8 @@ def live(params: Params) -> Params:
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-def _forward(leaves: Params, part: Part, policy: Halves) -> Tensor:
-    with torch.enable_grad():
+def _forward(leaves: Params, part: Part, policy: Halves, outputs: Sequence[Tensor] | None = None) -> Tensor:
+    with torch.enable_grad(), Replay(outputs) if outputs else nullcontext():
         return scored_features(policy.features(leaves, part), part)
 
 

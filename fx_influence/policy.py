@@ -22,7 +22,7 @@ from fx_influence.shared_prompts import parts_by_prompt
 from fx_influence.types import Apply, Batch, Params
 
 NARROW = 128
-"""Features of fewer entries than these go through a model more tokens at a time than ``TOKENS_PER_CHUNK``."""
+"""Features of fewer entries than these go more tokens at a time than ``TOKENS_PER_CHUNK``, where none is padding."""
 
 
 class Halves(NamedTuple):
@@ -36,8 +36,8 @@ class Halves(NamedTuple):
     None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
     begin in column 0 and cut after their last token. ``shares``: tokens meet in attention alone, so that a prompt goes
-    through the model once for all rows that have it. ``tokens``: how many go through together where no ``chunk_size``
-    is named. ``compiled``: passes are. A plain ``apply`` is all features, and its head does nothing.
+    through the model once for all rows that have it, up to ``tokens`` of rows and prompts together. ``compiled``: passes
+    are. A plain ``apply`` is all features, and its head does nothing.
     """
 
     features: Callable[[Params, Part], Tensor]
@@ -55,7 +55,7 @@ class Halves(NamedTuple):
     def parts(self, batch: Batch, chunk_size: int | None) -> list[Part]:
         """The batch in parts for passes that need no row for itself: with every prompt once, where that saves."""
         found = parts_by_prompt(batch, chunk_size, self.tokens) if self.shares else None
-        return parts(batch, chunk_size, self.aligned, self.tokens) if found is None else found
+        return parts(batch, chunk_size, self.aligned) if found is None else found
 
 
 def halves(apply: Apply) -> Halves:

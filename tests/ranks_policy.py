@@ -29,7 +29,7 @@ from fx_influence.adamw import adamw_decompose
 from fx_influence.contraction import gradient_and_contraction
 from fx_influence.derivatives import batch_gradient, taped_gradient, token_jvp, weighted_gradient
 from fx_influence.logprobs import all_token_values
-from fx_influence.parts import parts, rows
+from fx_influence.parts import Part, parts, rows
 from fx_influence.tree import accumulate, dot, dots, largest_entry, multiply
 from fx_influence.types import AdamWState, Batch, Params
 
@@ -315,7 +315,7 @@ def graph_bytes(policy: Any, params: Params, batch: Batch) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        policy.halves.features({name: p.detach().requires_grad_() for name, p in params.items()}, *batch[:2])
+        policy.halves.features({name: p.detach().requires_grad_() for name, p in params.items()}, as_it_is(batch))
     return sum(sizes)
 
 
@@ -353,10 +353,15 @@ def frugality(mesh: DeviceMesh) -> dict[str, Any]:
     passed("closed", lambda: policy.closed(results[-1], shards))
     passed("jvp", lambda: token_jvp(here, along, batch, opened, chunk_size=1))
     leaves = {name: p.detach().requires_grad_() for name, p in here.items()}
-    passed("a graph that is kept", lambda: opened.halves.features(leaves, *batch[:2]))
+    passed("a graph that is kept", lambda: opened.halves.features(leaves, as_it_is(batch)))
     out["graph"] = graph_bytes(opened, here, batch), graph_bytes(apply, params, batch)
     out["contraction"] = gradient_and_contraction(here, batch, opened, 1.0, None, 2**30) is not None
     return out
+
+
+def as_it_is(batch: Batch) -> Part:
+    [part] = parts(batch, len(batch.input_ids), aligned=False)
+    return part
 
 
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
@@ -398,8 +403,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         broken["norm.weight"].to_local()[-1] = torch.nan
 
     def vmapped() -> None:
-        [part] = parts(batch, len(batch.input_ids), aligned=False)
-        read = opened.halves.traced
+        part, read = as_it_is(batch), opened.halves.traced
         torch.func.vmap(lambda x: read(here, part._replace(input_ids=x)))(batch.input_ids.unsqueeze(1))
 
     calls: dict[str, Callable[[], object]] = {

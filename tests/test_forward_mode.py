@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fx_influence.derivatives import batch_gradient, taped_gradient, token_jvp
-from fx_influence.forward_mode import Tape, pushforward
+from fx_influence.forward_mode import Replay, Tape, pushforward
 from fx_influence.types import Apply, Batch
 
 
@@ -111,6 +112,43 @@ def test_a_tape_keeps_all_or_nothing(room: int, kept: int | None) -> None:
         F.linear(x, w)
     assert tape.outputs is None
     assert tape.bytes == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("still", [None, 0, 1])
+def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | None, bias: bool) -> None:
+    at = [x if k == still else x.requires_grad_() for k, x in enumerate(drawn(0))]
+    leaves = [x for x in at[: 2 + bias] if x.requires_grad]
+
+    def f() -> Tensor:
+        x, w, b = at
+        return F.linear(F.linear(x, w, b if bias else None).sin(), w[:, :4]).cos()
+
+    tape = Tape(10**6)
+    with tape:
+        first = f()
+    expected = torch.autograd.grad(first.square().sum(), leaves)
+    assert tape.outputs is not None
+    with FlopCounterMode(display=False) as counter, Replay(tape.outputs):
+        again = f()
+    assert counter.get_total_flops() == 0
+    assert torch.equal(again, first)
+    for value, wanted in zip(torch.autograd.grad(again.square().sum(), leaves), expected, strict=True):
+        close(value, wanted)
+
+
+def test_a_map_under_autocast_is_computed_again() -> None:
+    x, w = (a.float() for a in drawn(0)[:2])
+    tape = Tape(10**6)
+    with torch.autocast("cpu", torch.bfloat16):
+        with tape:
+            first = F.linear(x, w.requires_grad_())
+        with Replay(tape.outputs or []):
+            again = F.linear(x, w)
+    assert again.dtype == torch.bfloat16
+    again.sum().backward()
+    assert w.grad is not None
+    close(w.grad, torch.autograd.grad(first.sum(), w)[0])
 
 
 @pytest.mark.parametrize("fit", [0, 1, 3])

@@ -11,11 +11,12 @@ from cases import close, max_error, random_batch
 from test_models import VOCAB, WIDTH, adapters, families, make_model, setup
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PretrainedConfig
 
 import fx_influence as fx
-from fx_influence import head
-from fx_influence.derivatives import batch_gradient, token_jvp, weighted_gradient
+from fx_influence import derivatives, head
+from fx_influence.derivatives import _graphs_to_keep, batch_gradient, token_jvp, weighted_gradient
 from fx_influence.kernel import gradient_kernel
 from fx_influence.parts import parts
 from fx_influence.policy import halves
@@ -168,6 +169,37 @@ def test_the_graphs_of_e_are_kept_where_there_is_room(budget: int) -> None:
         assert value is not None
         assert own is not None
         assert max_error(own, value) <= 1e-4
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora: bool) -> None:
+    apply, state = setup(make_model("qwen2", lora=lora))
+    e = state.batch_e._replace(coefficients=state.batch_e.completion_mask.float())
+    flops: list[int] = []
+    found: list[Any] = []
+    sizes = [0, 0, 0]
+
+    def kept(parts: int, graph: int, tape: int, budget: int) -> int:
+        sizes[:] = parts, graph, tape
+        return _graphs_to_keep(parts, graph, tape, budget)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(derivatives, "_graphs_to_keep", kept)
+        for budget_of in (lambda: 10**9, lambda: sizes[0] * sizes[2], lambda: 0):
+            with FlopCounterMode(display=False) as counter:
+                found.append(weighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
+            flops.append(counter.get_total_flops())
+    everything, tapes, nothing = flops
+    # Parts come longest first, so the tapes of all fit; attention is computed again.
+    assert tapes - everything < 0.2 * (nothing - everything)
+    for other in found[1:]:
+        assert all(max_error(other[name], found[0][name]) <= 1e-5 for name in state.params)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
+def test_graphs_are_kept_where_tapes_of_the_others_fit_beside(budget: int, kept: int) -> None:
+    assert _graphs_to_keep(10, 100, 40, budget) == kept
+    assert _graphs_to_keep(10, 100, 0, budget) == budget // 100, "a model without linear maps"
 
 
 def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
