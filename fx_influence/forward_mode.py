@@ -92,9 +92,9 @@ class Replay(_AtItsLevel):
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return func(*args, **kwargs)
-        known: Any = next(self._outputs)
+        known: Any = next(self._outputs, None)
         # Under autocast inside a model they differ, and casts are not replayed.
-        if kwargs or not all(x is None or x.dtype == known.dtype for x in args):
+        if known is None or kwargs or not all(x is None or x.dtype == known.dtype for x in args):
             return func(*args, **kwargs)
         return _Known.apply(known, *args)
 
@@ -105,7 +105,6 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, known: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
         return known.detach()
 
     @staticmethod

@@ -120,7 +120,7 @@ def influence(
     room for are made again; where it has none for several directions either, each union costs a JVP.
     ``per_token``: without it ``per_token`` is None and the influences come from those factors too, without the JVP.
     ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, what is kept of
-    U's reverse pass and the graphs kept of E may take, each in its turn, beside the pass at hand; 0 keeps nothing.
+    U's reverse pass and of E's forward may take, each in its turn, beside the pass at hand; 0 keeps nothing.
 
     ``mesh``: a ``torch.distributed`` device mesh whose ranks all make this call, each with rows of its own in
     ``batch_u`` and ``batch_e`` (none at all is allowed) and everything else the same. Every rank then has the whole

@@ -36,8 +36,8 @@ class Halves(NamedTuple):
     None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
     begin in column 0 and cut after their last token. ``shares``: tokens meet in attention alone, so that a prompt goes
-    through the model once for all rows that have it, up to ``tokens`` of rows and prompts together. ``compiled``: passes
-    are. A plain ``apply`` is all features, and its head does nothing.
+    through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are. A plain
+    ``apply`` is all features, and its head does nothing.
     """
 
     features: Callable[[Params, Part], Tensor]
