@@ -14,8 +14,10 @@ from fx_influence.contraction import Contract
 from fx_influence.derivatives import Tapes
 from fx_influence.parts import TOKENS_PER_CHUNK, rows
 from fx_influence.passes import Passes
+from fx_influence.policy import halves
 from fx_influence.ranks import alike, check_agreed, collected, facts_of, gathered, rank_in, sum_over_ranks
 from fx_influence.shards import is_sharded
+from fx_influence.shared_prompts import prompts_of
 from fx_influence.tree import promote, shift
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
@@ -47,9 +49,10 @@ def passes_over(
 class DealtPasses(Passes):
     """``Passes`` over the ranks of ``mesh``: batches, parameters and directions are the same on each, the work is not.
 
-    Rows are dealt by length, so that no rank has more to do than another; a rank's passes are those of ``Passes``
-    over its own rows. Gradients are summed by one all-reduce; what belongs to rows or tokens is gathered; a JVP and a
-    kernel need nothing else from other ranks. In float64 results agree with those of one process to rounding.
+    Rows are dealt by length, so that no rank has more to do than another, and by prompt where passes share these; a
+    rank's passes are those of ``Passes`` over its own rows. Gradients are summed by one all-reduce; what belongs to
+    rows or tokens is gathered; a JVP and a kernel need nothing else from other ranks. In float64 results agree with
+    those of one process to rounding.
     """
 
     mesh: DeviceMesh
@@ -62,22 +65,22 @@ class DealtPasses(Passes):
         check_agreed(self.mesh, {key: fact for name, value in facts.items() for key, fact in facts_of(name, value)})
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        deal, here = self._deal(batch), self._here(params, batch)
         return deal.whole_values(here.passes.values(here.params, deal.own(batch)))
 
     def moved_values(self, params: Params, block: Params, eta: float, batch: Batch) -> TokenValues:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        deal, here = self._deal(batch), self._here(params, batch)
         return deal.whole_values(here.passes.moved_values(here.params, block, eta, deal.own(batch)))
 
     def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        deal, here = self._deal(batch), self._here(params, batch)
         own, tapes = here.passes.taped_gradient(here.params, deal.own(batch), memory_budget)
         return self._summed(params, own), tapes
 
     def weighted_gradient(
         self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
     ) -> tuple[Batch, Gradients]:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        deal, here = self._deal(batch), self._here(params, batch)
         weighted: list[Batch] = []
 
         def weigh_own(values: TokenValues) -> Batch:
@@ -88,13 +91,13 @@ class DealtPasses(Passes):
         return weighted[0], self._summed(params, own)
 
     def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch, direction)
+        deal, here = self._deal(batch), self._here(params, batch, direction)
         return deal.whole_values(here.passes.jvp(here.params, here.direction, deal.own(batch), tapes))
 
     def contraction(
         self, params: Params, batch: Batch, memory_budget: int, at_once: int
     ) -> tuple[Gradients, Contract] | None:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch)
+        deal, here = self._deal(batch), self._here(params, batch)
         found = here.passes.contraction(here.params, deal.own(batch), memory_budget, at_once)
         if not all(collected(self.mesh, found is not None)):
             return None
@@ -119,8 +122,11 @@ class DealtPasses(Passes):
         return out
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
-        deal, here = deal_of(batch, self.mesh), self._here(params, batch, direction)
+        deal, here = self._deal(batch), self._here(params, batch, direction)
         return gathered(self.mesh, here.passes.curvature(here.params, here.direction, deal.own(batch))).sum()
+
+    def _deal(self, batch: Batch) -> Deal:
+        return deal_of(batch, self.mesh, prompts_of(batch) if halves(self.apply).shares else None)
 
     def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
         return _Here(Passes(self.apply, self.temperature, self.chunk_size), params, direction or {})
@@ -218,13 +224,35 @@ class Deal(NamedTuple):
         return TokenValues(*(self.whole(x, axis=-2) for x in own))
 
 
-def deal_of(batch: Batch, mesh: DeviceMesh) -> Deal:
-    """Rows by length in turn, so that ranks have rows of about the same lengths."""
+def deal_of(batch: Batch, mesh: DeviceMesh, prompts: Tensor | None) -> Deal:
+    """Rows by length in turn, so that ranks have rows of about the same lengths; ``prompts``: see ``_by_prompt``."""
     count, ranks = len(batch.input_ids), mesh.size()
-    order = batch.attention_mask.sum(-1).argsort(descending=True, stable=True)
+    lengths = batch.attention_mask.sum(-1)
     each = -(-count // ranks)
+    if prompts is not None:
+        hands = _by_prompt(lengths.tolist(), prompts.tolist(), ranks)
+        table = torch.tensor([hand + hands[0][:1] * (each - len(hand)) for hand in hands], device=lengths.device)
+        once = torch.arange(each) < torch.tensor([[len(hand)] for hand in hands])
+        return Deal(mesh, table, once.to(lengths.device))
+    order = lengths.argsort(descending=True, stable=True)
     place = torch.arange(each * ranks, device=order.device).view(each, ranks).T
     return Deal(mesh, order[place.clamp(max=count - 1)], place < count)
+
+
+def _by_prompt(lengths: list[int], prompts: list[int], ranks: int) -> list[list[int]]:
+    """Rows by rank, as many on each and about as many tokens, those of a prompt on one rank as far as there is room."""
+    each = -(-len(lengths) // ranks)
+    members: dict[int, list[int]] = {}
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        members.setdefault(prompts[k], []).append(k)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for together in members.values():
+        while together:
+            hand = min((h for h in hands if len(h) < each), key=lambda h: sum(lengths[k] for k in h))
+            room = each - len(hand)
+            hand += together[:room]
+            together = together[room:]
+    return hands
 
 
 def _blocks_down(n_a: int, n_b: int, ranks: int) -> int:

@@ -29,6 +29,23 @@ class _Rows(NamedTuple):
     prompt: Tensor
 
 
+def prompts_of(batch: Batch) -> Tensor | None:
+    """For every row the number of its prompt, (B,), None where one part of all rows would not be worth sharing them.
+
+    Example:
+        >>> ids = torch.tensor([[7, 8, 1, 2], [7, 9, 1, 2], [7, 8, 3, 4], [7, 8, 5, 6]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, False, True, True]] * 4))
+        >>> prompts_of(batch).tolist(), prompts_of(Batch(*(x[:2] for x in batch[:3])))
+        ([0, 1, 0, 0], None)
+    """
+    found = _rows_of(batch)
+    if found is None:
+        return None
+    sizes = found.first - found.begin
+    once = torch.zeros_like(sizes).index_copy(0, found.prompt, sizes).sum() + found.own.sum()
+    return found.prompt if once <= WORTH * (sizes + found.own).sum() else None
+
+
 def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_PER_CHUNK) -> list[Part] | None:
     """As ``parts.parts`` of aligned rows, those with the same prompt together and its tokens there once.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import end_rank, mesh_of_all, save_answer
-from sharded_cases import asked, qwen_state, share, tiny_state
+from sharded_cases import asked, prompts_state, qwen_state, share, tiny_state
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -77,6 +77,7 @@ def main(out: str, *shape: str) -> None:
         counts = COUNTS[mesh.size()]
         answer: dict[str, Any] = {"tiny": asked(sharded(tiny_state(), counts, rank), mesh)}
         if mesh.size() == 2:
+            answer["prompts"] = asked(sharded(prompts_state(), ([3, 5], [7, 5]), rank), mesh)
             answer["qwen"] = asked(sharded(qwen_state(), ([3, 6], [5, 5]), rank), mesh)
             answer["refusals"] = refusals(mesh, rank)
         save_answer(out, answer)

@@ -37,7 +37,7 @@ def tiny_state(seed: int = 0) -> dict[str, Any]:
     return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
 
 
-def qwen_state() -> dict[str, Any]:
+def qwen_state(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=41,
@@ -49,11 +49,27 @@ def qwen_state() -> dict[str, Any]:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    apply, params = fx.functionalize(Qwen2ForCausalLM(config))
+    apply, params = fx.functionalize(Qwen2ForCausalLM(config).to(dtype))
     generator = torch.Generator().manual_seed(1)
     u, e = (random_batch(generator, n, 24, 41, groups=4, padding="left", coefficients=n == 9) for n in (9, 10))
     state = random_adamw_state(generator, params)
     return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
+
+
+def prompts_state() -> dict[str, Any]:
+    """As ``qwen_state`` in float64, with two prompts, of which every row has one."""
+    state = qwen_state(torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(41, (2, 8), generator=generator)
+    for name, count in (("batch_u", 8), ("batch_e", 12)):
+        own = random_batch(generator, count, 12, 41)
+        group = torch.arange(count) % 2
+        before = torch.ones(count, 8, dtype=torch.bool)
+        completion = torch.cat([~before, own.attention_mask], dim=1)
+        coefficients = completion * torch.randn(completion.shape, generator=generator, dtype=torch.float64)
+        ids = torch.cat([prompts[group], own.input_ids], dim=1)
+        state[name] = Batch(ids, torch.cat([before, own.attention_mask], dim=1), completion, coefficients, group=group)
+    return state
 
 
 def asked(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import answers
 from ranks_policy import CASES
-from sharded_cases import Answers, asked, batches_of, influences_of, qwen_state, state_of, tiny_state
+from sharded_cases import Answers, asked, batches_of, influences_of, prompts_state, qwen_state, state_of, tiny_state
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.sharding import Deal, deal_of
+from fx_influence.shared_prompts import prompts_of
+from fx_influence.types import Batch
 
 
 def agree(actual: Answers, expected: Answers, tolerance: float) -> None:
@@ -63,6 +69,14 @@ def test_two_ranks_give_what_one_process_gives_in_float32(two: list[dict[str, An
         agree(widened(answer["qwen"], expected), expected, 1e-6)
 
 
+def test_two_ranks_whose_rows_share_prompts_give_what_one_process_gives(two: list[dict[str, Any]]) -> None:
+    state = prompts_state()
+    assert all(prompts_of(state[name]) is not None for name in ("batch_u", "batch_e"))
+    expected = asked(state)
+    for answer in two:
+        agree(widened(answer["prompts"], expected), expected, 1e-12)
+
+
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ()), pytest.param(4, (2, 2), marks=pytest.mark.slow)])
 def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int, ...], tmp_path: Path) -> None:
     expected = asked(tiny_state())
@@ -90,6 +104,37 @@ def test_a_mistake_of_one_rank_is_raised_on_all(two: list[dict[str, Any]], mista
 def test_a_collective_that_drops_the_tangent_is_caught(two: list[dict[str, Any]]) -> None:
     for answer in two:
         assert answer["refusals"]["lost tangent"].startswith("IdentityError: the JVP over U gives")
+
+
+def dealt(lengths: list[int], prompts: list[int] | None, ranks: int) -> Deal:
+    attention = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    mesh: Any = SimpleNamespace(size=lambda: ranks)
+    batch = Batch(attention.long(), attention, attention)
+    return deal_of(batch, mesh, None if prompts is None else torch.tensor(prompts))
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=20),
+    ranks=st.integers(1, 6),
+    by_prompt=st.booleans(),
+)
+def test_every_row_is_dealt_once_and_ranks_have_as_many(
+    rows: list[tuple[int, int]], ranks: int, by_prompt: bool
+) -> None:
+    lengths, prompts = ([row[k] for row in rows] for k in range(2))
+    deal = dealt(lengths, prompts if by_prompt else None, ranks)
+    assert deal.table.shape == deal.first.shape == (ranks, -(-len(rows) // ranks))
+    assert sorted(deal.table[deal.first].tolist()) == list(range(len(rows)))
+
+
+def test_rollouts_of_a_prompt_are_dealt_to_one_rank() -> None:
+    prompts = [k // 4 for k in range(24)]
+    deal = dealt([3 + k // 4 for k in range(24)], prompts, 3)
+    hands = [sorted({prompts[k] for k in hand}) for hand in deal.table.tolist()]
+    # The longest, then each to who has fewest tokens yet.
+    assert hands == [[0, 5], [1, 4], [2, 3]]
+    apart = dealt([3 + k // 4 for k in range(24)], None, 3)
+    assert all(len({prompts[k] for k in hand}) > 2 for hand in apart.table.tolist())
 
 
 FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
