@@ -59,7 +59,7 @@ def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_P
         >>> part.input_ids.tolist(), part.targets.tolist(), part.column.tolist()
         ([[7, 8, 1, 3]], [1, 2, 3, 4], [1, 2, 1, 3])
         >>> part.layout.position_ids.tolist(), part.layout.blocks[0].keys.tolist()
-        ([[0, 1, 2, 2]], [[0, 1, 1], [0, 1, 2], [0, 1, 3]])
+        ([[0, 1, 2, 2]], [[0, 1, 2], [0, 1, 2], [0, 1, 3]])
     """
     found = _rows_of(batch)
     if found is None:
