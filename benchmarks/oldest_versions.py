@@ -73,6 +73,9 @@ SETS = {
             "U's reverse pass takes the plain kernel there": (
                 "tests/test_halves.py::test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not[sdpa]",
             ),
+            "torch 2.5 compiles an embedding's gradient wrongly on some CPUs, which the identity tells": (
+                "tests/test_halves.py::test_compiled_passes_give_the_same_influences[full]",
+            ),
             "transformers 4.56 leaves Gemma 2's cap on the scores out of fused attention": (
                 "tests/test_halves.py::test_what_changes_logits_after_the_head_is_not_cut_off[capped]",
             ),
