@@ -25,7 +25,7 @@ def linear_head(params: Params, x: Tensor) -> Tensor:
 
 
 def policy(vocab_size: int | None = V) -> Halves:
-    return Halves(never, never, never, never, linear_head, frozenset({"w", "b"}), vocab_size, False, False)  # type: ignore[arg-type]
+    return Halves(never, never, never, never, linear_head, frozenset({"w", "b"}), vocab_size, False, False, 1, False)  # type: ignore[arg-type]
 
 
 def setting(dtype: torch.dtype = torch.float64, impossible: bool = False) -> tuple[Params, Tensor, Tensor]:

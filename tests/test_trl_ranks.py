@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import answers
@@ -117,14 +118,22 @@ def written_once(out: Path) -> None:
 
 def repeated(out: Path) -> None:
     plan = read_plan(stored(out, 2) / "plan.yaml", fx.EntropyInfluencePlan)
-    live, again = fx.load_run(stored(out, 2)), fx.run(dataclasses.replace(plan, dtype="float32"), out / "again")
+    live = fx.load_run(stored(out, 2))
+    again, rounded = (fx.run(dataclasses.replace(plan, dtype=dtype), out / dtype) for dtype in ("float64", "float32"))
     size = sum(abs(record["influence"]) for record in live.sequences)
     for name in ("total", "momentum", "weight_decay", "sum_per_sequence", "total_stderr"):
         assert again.summary[name] == pytest.approx(live.summary[name], abs=1e-4 * size)
-    ours, theirs = live.evaluations[0], again.evaluations[0]
-    for name in ("per_sequence", "per_token"):
-        assert ours.arrays[name] == pytest.approx(theirs.arrays[name], abs=1e-5 * size)
-    assert ours.matrix == pytest.approx(theirs.matrix, abs=1e-5 * size)
+    for name in ("per_sequence", "per_token", "matrix"):
+        found, exact, in_float32 = (arrays_of(results)[name] for results in (live, again, rounded))
+        # The training is in float32, whose rounding this step shows: half of all influence is one rollout's.
+        rounding = np.abs(in_float32 - exact).max()
+        assert rounding <= 5e-5 * size, name
+        assert np.abs(found - exact).max() <= 2 * rounding, name
+
+
+def arrays_of(results: Any) -> dict[str, Any]:
+    evaluation = results.evaluations[0]
+    return {**evaluation.arrays, "matrix": evaluation.matrix}
 
 
 def gone_on(found: list[Any]) -> None:
