@@ -130,9 +130,7 @@ class SharedAttention(TorchFunctionMode):
             q, k, v = _picked(query, queries), _picked(key, keys), _picked(value, keys)
             out = F.scaled_dot_product_attention(q, k, v, bias, **options)
             found.append(out.transpose(1, 2).flatten(0, 1))
-        rows = torch.cat(found)
-        out = F.embedding(self.layout.back, rows.flatten(1)).unflatten(-1, rows.shape[1:])
-        return out.unsqueeze(0).transpose(1, 2)
+        return _picked(torch.cat(found).transpose(0, 1).unsqueeze(0), self.layout.back.unsqueeze(0))
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:

@@ -227,23 +227,24 @@ class Deal(NamedTuple):
 def deal_of(batch: Batch, mesh: DeviceMesh, prompts: Tensor | None) -> Deal:
     """Rows by length in turn, so that ranks have rows of about the same lengths; ``prompts``: see ``_by_prompt``."""
     count, ranks = len(batch.input_ids), mesh.size()
-    lengths = batch.attention_mask.sum(-1)
-    each = -(-count // ranks)
-    if prompts is not None:
-        hands = _by_prompt(lengths.tolist(), prompts.tolist(), ranks)
-        table = torch.tensor([hand + hands[0][:1] * (each - len(hand)) for hand in hands], device=lengths.device)
-        once = torch.arange(each) < torch.tensor([[len(hand)] for hand in hands])
-        return Deal(mesh, table, once.to(lengths.device))
-    order = lengths.argsort(descending=True, stable=True)
-    place = torch.arange(each * ranks, device=order.device).view(each, ranks).T
-    return Deal(mesh, order[place.clamp(max=count - 1)], place < count)
+    lengths = batch.attention_mask.sum(-1).tolist()
+    order = sorted(range(count), key=lambda k: -lengths[k])
+    each, device = -(-count // ranks), batch.input_ids.device
+    if prompts is None:
+        hands = [order[rank::ranks] for rank in range(ranks)]
+    else:
+        hands = _by_prompt(order, lengths, prompts.tolist(), ranks)
+    # The shortest is what costs least a second time.
+    table = torch.tensor([hand + order[-1:] * (each - len(hand)) for hand in hands], device=device)
+    sizes = torch.tensor([[len(hand)] for hand in hands], device=device)
+    return Deal(mesh, table, torch.arange(each, device=device) < sizes)
 
 
-def _by_prompt(lengths: list[int], prompts: list[int], ranks: int) -> list[list[int]]:
+def _by_prompt(order: list[int], lengths: list[int], prompts: list[int], ranks: int) -> list[list[int]]:
     """Rows by rank, as many on each and about as many tokens, those of a prompt on one rank as far as there is room."""
-    each = -(-len(lengths) // ranks)
+    each = -(-len(order) // ranks)
     members: dict[int, list[int]] = {}
-    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+    for k in order:
         members.setdefault(prompts[k], []).append(k)
     hands: list[list[int]] = [[] for _ in range(ranks)]
     for together in members.values():

@@ -15,7 +15,6 @@ from fx_influence.types import Batch
 WORTH = 0.9
 """The part of all tokens that may be left for sharing to be worth what it takes to part attention by rows."""
 
-
 ALIKE, FEWEST = 0.75, 8
 """Sequences attend together while each is at least that part of the longest, and where they are too few otherwise."""
 
