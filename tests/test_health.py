@@ -202,6 +202,46 @@ def test_a_warm_up_step_without_a_learning_rate_says_nothing_of_its_length() -> 
     assert {"First order", "Rounding of the weights"}.isdisjoint(names)
 
 
+NO_MOVEMENT = {"per_sequence": np.zeros(10), "stderr": np.zeros(10)}
+
+
+def of_a_step_that_moves_nothing(advantages: list[float | None]) -> Finding | None:
+    still = dataclasses.replace(results(**NO_MOVEMENT), sequences=[{"advantage": value} for value in advantages])
+    return next((finding for finding in health(still) if finding.name == "Nothing moved"), None)
+
+
+def test_health_names_a_step_without_advantages() -> None:
+    finding = of_a_step_that_moves_nothing([0.0] * 9 + [None])
+    assert finding is not None
+    assert finding.level == "attention"
+    assert "every advantage is 0" in finding.text
+    assert "sometimes solved and sometimes not" in finding.text
+
+
+def test_health_names_advantages_that_move_nothing() -> None:
+    finding = of_a_step_that_moves_nothing([0.5, -0.5] * 5)
+    assert finding is not None
+    assert finding.level == "attention"
+    assert "although rollouts have advantages" in finding.text
+
+
+def test_health_names_a_learning_rate_of_zero() -> None:
+    finding = found("Nothing moved", run={"lr": 0.0})
+    assert finding is not None
+    assert finding.level == "attention"
+    assert "learning rate of this step is 0" in finding.text
+
+
+def test_health_says_nothing_of_movement_when_one_rollout_moves() -> None:
+    assert found("Nothing moved", per_sequence=np.array([1.0] + [0.0] * 9)) is None
+
+
+def test_a_total_of_zero_has_no_sign() -> None:
+    finding = found("Sign of the total", {"total": 0.0, "total_stderr": 0.0})
+    assert finding is not None
+    assert finding.level == "unknown"
+
+
 def test_what_needs_attention_comes_first() -> None:
     levels = [finding.level for finding in health(results({"off_policy": 0.2}, eta=np.zeros(0), ess=np.zeros(0)))]
     assert levels[:2] == ["attention", "unknown"]

@@ -33,13 +33,17 @@ class Finding(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the checks read: the summaries of the run and of one E, the arrays of E, and the identity's bound."""
+    """What the checks read: the summaries of the run and of one E, the arrays of E, and the identity's bound.
+
+    ``advantages``: of every rollout of U, None where it has none; empty where no rollouts were stored.
+    """
 
     run: dict[str, Any]
     own: dict[str, Any]
     arrays: dict[str, np.ndarray]
     lr: float
     bound: float
+    advantages: list[float | None]
 
 
 def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Finding]:
@@ -53,9 +57,35 @@ def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Findin
     """
     found = results.evaluations[evaluation]
     bound = RESIDUAL.get(results.plan.dtype, RESIDUAL_ELSE)
-    figures = Figures(results.summary, found.summary, found.arrays, results.summary["lr"], bound)
+    advantages = [record["advantage"] for record in results.sequences]
+    figures = Figures(results.summary, found.summary, found.arrays, results.summary["lr"], bound, advantages)
     findings = [finding for check in CHECKS if (finding := check(figures)) is not None]
     return sorted(findings, key=lambda finding: ("attention", "unknown", "good").index(finding.level))
+
+
+def _movement(f: Figures) -> Finding | None:
+    name = "Nothing moved"
+    if not f.arrays["per_sequence"].any():
+        return Finding(
+            name, "attention", f"{_unmoved(f.advantages)} The total is that of momentum and weight decay alone."
+        )
+    if not f.lr:
+        text = "The learning rate of this step is 0: influences are per unit lr, and the step itself changes nothing."
+        return Finding(name, "attention", text)
+    return None
+
+
+def _unmoved(advantages: list[float | None]) -> str:
+    """Return why no rollout moves the entropy, as far as the rollouts' advantages tell."""
+    if advantages and not any(advantages):
+        return (
+            "No rollout moves the entropy: every advantage is 0, as where the completions of each prompt all earn the "
+            "same. Choose prompts that are sometimes solved and sometimes not, or more completions of each."
+        )
+    return (
+        "No rollout moves the entropy: every influence is exactly 0 although rollouts have advantages. Check that the "
+        "loss reaches trainable parameters and that its clipping and masks leave tokens."
+    )
 
 
 def _size_of_e(f: Figures) -> Finding:
@@ -101,6 +131,8 @@ def _sign_of_total(f: Figures) -> Finding:
     name, total, error = "Sign of the total", f.own["total"], f.own["total_stderr"]
     if error is None:
         return Finding(name, "unknown", "The step's total has no standard error.")
+    if not total and not error:
+        return Finding(name, "unknown", "The step's total is exactly 0: it has no sign.")
     away = f"{abs(total) / error:.1f}" if error else "infinitely many"
     text = f"The step's total is {away} standard errors from zero"
     if error and abs(total) <= 2 * error:
@@ -220,6 +252,7 @@ def _at_lr(f: Figures, name: str) -> float | None:
 
 
 CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
+    _movement,
     _size_of_e,
     _ranking,
     _sign_of_total,
