@@ -1,11 +1,13 @@
-"""Pass the tests on the oldest versions that pyproject.toml claims, each set in a virtual environment of its own.
+"""Pass the tests on other versions than those of constraints.txt, each set in a virtual environment of its own.
 
-    python -m benchmarks.oldest_versions [SET ...] [--folder DIR] [--out FILE]
+    python -m benchmarks.versions [SET ...] [--folder DIR] [--out FILE]
 
-The lower bounds are read from pyproject.toml and pinned. The sets divide the tests and the docstrings' examples by what
-they import: ``mathematics`` needs torch and numpy alone, ``trl`` TRL, ``models`` the rest. A set takes the Python that
-it names if ``python3.10`` or so is on the PATH, or else this one. Where there is no older wheel for the CPU alone, pip
-takes torch's for CUDA, some gigabytes each. Warnings are no errors here: what older libraries warn of is their own.
+Three sets have the oldest versions that pyproject.toml claims, read from there and pinned. They divide the tests and
+the docstrings' examples by what they import: ``mathematics`` needs torch and numpy alone, ``trl`` TRL, ``models`` the
+rest. The other sets install the project with all that its development takes, as pip resolves it today, and pass all
+tests: on every other Python that the project supports, and with a newer torch. A set takes the Python that it names,
+which has to be on the PATH as ``python3.10`` or so. Where there is no wheel for the CPU alone, pip takes torch's for
+CUDA, some gigabytes each. Warnings are no errors here: what other versions of libraries warn of is their own.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-OUT = ROOT / "benchmarks" / "results" / "oldest_versions.json"
+OUT = ROOT / "benchmarks" / "results" / "versions.json"
 CORE = {"torch", "numpy", "pytest", "hypothesis"}
 NOT_RUN = {"mypy", "pytest-xdist", "ruff", "setuptools", "trl"}
 CALL_TRL = {"test_readme.py", "test_rewards.py"}
@@ -35,12 +37,14 @@ NO_FSDP2 = "FSDP2 is torch.distributed.fsdp.fully_shard, which torch 2.6 brought
 
 class Set(NamedTuple):
     """``packages``: whose claims are pinned, None for all but NOT_RUN. ``instead``: what is pinned in place of a claim.
-    ``left_out``: by reason, the tests, or whole files of them, that do not pass there."""
+    ``left_out``: by reason, the tests, or whole files of them, that do not pass there. ``newest``: nothing else is
+    pinned, and all tests are the set's."""
 
     python: str
     packages: set[str] | None = None
     instead: Mapping[str, str] = {}
     left_out: Mapping[str, tuple[str, ...]] = {}
+    newest: bool = False
 
 
 SETS = {
@@ -115,12 +119,16 @@ SETS = {
             ),
         },
     ),
+    "python3.10": Set("3.10", instead={"torch": "2.13.0"}, newest=True),
+    "python3.12": Set("3.12", instead={"torch": "2.13.0"}, newest=True),
+    "python3.13": Set("3.13", instead={"torch": "2.13.0"}, newest=True),
+    "torch2.14": Set("3.13", instead={"torch": "2.14.1"}, newest=True),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sets, write what they had and passed; 1 if a test failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.oldest_versions", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all by default")
     parser.add_argument("--folder", type=Path, help="where the environments are kept and used again")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -141,11 +149,12 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     chosen, start = SETS[name], time.monotonic()
     python = environment(folder / name, chosen)
     given_up = {test for tests in chosen.left_out.values() for test in tests}
-    files = [str(file.relative_to(ROOT)) for file in candidates() if set_of(file) == name]
+    files = [str(file.relative_to(ROOT)) for file in candidates() if chosen.newest or set_of(file) == name]
     files = [file for file in files if file not in given_up]
     print(f"{name}: {len(files)} files on {versions(python, chosen)}", flush=True)
     report = folder / f"{name}.xml"
     options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow and not browser", "--tb=short"]
+    options += ["-n", "2", "--dist", "loadgroup"] if chosen.newest else []
     left_out = [f"--deselect={test}" for test in sorted(given_up)]
     ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)
     if ended.returncode not in (0, 1):
@@ -173,15 +182,17 @@ def environment(folder: Path, chosen: Set) -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
     pins = pinned(chosen)
     print(f"{folder.name}: installing {', '.join(pins)}", flush=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True)
+    project = ["--editable", f"{ROOT}[dev]"] if chosen.newest else []
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, *project], check=True)
     return python
 
 
 def interpreter(version: str) -> str:
-    """``python3.10`` or so, if there is one that works, else this Python."""
-    found = shutil.which(f"python{version}")
-    works = found and subprocess.run([found, "--version"], capture_output=True).returncode == 0
-    return found if found and works else sys.executable
+    """Return the path of ``python3.10`` or so. Raises ``SystemExit`` where there is none that works."""
+    path = shutil.which(f"python{version}")
+    if path is None or subprocess.run([path, "--version"], capture_output=True).returncode != 0:
+        raise SystemExit(f"python{version} is not on the PATH or does not start; expected an interpreter. Install it")
+    return path
 
 
 def claims() -> dict[str, str]:
@@ -192,6 +203,8 @@ def claims() -> dict[str, str]:
 
 def pinned(chosen: Set) -> list[str]:
     """Requirements of the set."""
+    if chosen.newest:
+        return [f"{name}=={version}" for name, version in chosen.instead.items()]
     wanted = {name: bound for name, bound in claims().items() if name in (chosen.packages or {*claims()} - NOT_RUN)}
     return [f"{name}=={version}" for name, version in sorted({**wanted, **chosen.instead}.items())]
 
@@ -203,8 +216,13 @@ def versions(python: Path, chosen: Set) -> dict[str, str]:
     own = subprocess.run(
         [python, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
     )
-    names = [re.split(r"[\[=]", requirement)[0] for requirement in pinned(chosen)]
-    return {"python": own.stdout.strip(), **{name: of[name.lower()] for name in names}}
+    names = sorted({re.sub(r"\[.*", "", name) for name in claims()} if chosen.newest else map(package, pinned(chosen)))
+    return {"python": own.stdout.strip(), **{name: of[name.lower()] for name in names if name.lower() in of}}
+
+
+def package(requirement: str) -> str:
+    """Name of the package that a requirement asks for."""
+    return re.split(r"[\[=]", requirement)[0]
 
 
 def candidates() -> Iterator[Path]:
