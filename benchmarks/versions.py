@@ -37,14 +37,14 @@ NO_FSDP2 = "FSDP2 is torch.distributed.fsdp.fully_shard, which torch 2.6 brought
 
 class Set(NamedTuple):
     """``packages``: whose claims are pinned, None for all but NOT_RUN. ``instead``: what is pinned in place of a claim.
-    ``left_out``: by reason, the tests, or whole files of them, that do not pass there. ``newest``: nothing else is
-    pinned, and all tests are the set's."""
+    ``left_out``: by reason, the tests, or whole files of them, that do not pass there. ``today``: the sets whose
+    tests this one passes with nothing else pinned."""
 
     python: str
     packages: set[str] | None = None
     instead: Mapping[str, str] = {}
     left_out: Mapping[str, tuple[str, ...]] = {}
-    newest: bool = False
+    today: tuple[str, ...] = ()
 
 
 SETS = {
@@ -119,10 +119,11 @@ SETS = {
             ),
         },
     ),
-    "python3.10": Set("3.10", instead={"torch": "2.13.0"}, newest=True),
-    "python3.12": Set("3.12", instead={"torch": "2.13.0"}, newest=True),
-    "python3.13": Set("3.13", instead={"torch": "2.13.0"}, newest=True),
-    "torch2.14": Set("3.13", instead={"torch": "2.14.1"}, newest=True),
+    # TRL 1.16 asks for Python 3.11
+    "python3.10": Set("3.10", instead={"torch": "2.13.0"}, today=("mathematics", "models")),
+    "python3.12": Set("3.12", instead={"torch": "2.13.0"}, today=("mathematics", "models", "trl")),
+    "python3.13": Set("3.13", instead={"torch": "2.13.0"}, today=("mathematics", "models", "trl")),
+    "torch2.14": Set("3.13", instead={"torch": "2.14.1"}, today=("mathematics", "models", "trl")),
 }
 
 
@@ -149,12 +150,12 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     chosen, start = SETS[name], time.monotonic()
     python = environment(folder / name, chosen)
     given_up = {test for tests in chosen.left_out.values() for test in tests}
-    files = [str(file.relative_to(ROOT)) for file in candidates() if chosen.newest or set_of(file) == name]
+    files = [str(file.relative_to(ROOT)) for file in candidates() if set_of(file) in (chosen.today or (name,))]
     files = [file for file in files if file not in given_up]
     print(f"{name}: {len(files)} files on {versions(python, chosen)}", flush=True)
     report = folder / f"{name}.xml"
     options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow and not browser", "--tb=short"]
-    options += ["-n", "2", "--dist", "loadgroup"] if chosen.newest else []
+    options += ["-n", "2", "--dist", "loadgroup"] if chosen.today else []
     left_out = [f"--deselect={test}" for test in sorted(given_up)]
     ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)
     if ended.returncode not in (0, 1):
@@ -182,7 +183,7 @@ def environment(folder: Path, chosen: Set) -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
     pins = pinned(chosen)
     print(f"{folder.name}: installing {', '.join(pins)}", flush=True)
-    project = ["--editable", f"{ROOT}[dev]"] if chosen.newest else []
+    project = ["--editable", f"{ROOT}[dev]"] if chosen.today else []
     subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, *project], check=True)
     return python
 
@@ -203,7 +204,7 @@ def claims() -> dict[str, str]:
 
 def pinned(chosen: Set) -> list[str]:
     """Requirements of the set."""
-    if chosen.newest:
+    if chosen.today:
         return [f"{name}=={version}" for name, version in chosen.instead.items()]
     wanted = {name: bound for name, bound in claims().items() if name in (chosen.packages or {*claims()} - NOT_RUN)}
     return [f"{name}=={version}" for name, version in sorted({**wanted, **chosen.instead}.items())]
@@ -216,7 +217,7 @@ def versions(python: Path, chosen: Set) -> dict[str, str]:
     own = subprocess.run(
         [python, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
     )
-    names = sorted({re.sub(r"\[.*", "", name) for name in claims()} if chosen.newest else map(package, pinned(chosen)))
+    names = sorted({re.sub(r"\[.*", "", name) for name in claims()} if chosen.today else map(package, pinned(chosen)))
     return {"python": own.stdout.strip(), **{name: of[name.lower()] for name in names if name.lower() in of}}
 
 
