@@ -38,12 +38,14 @@ def influence_html(out: Any) -> str:
 
 def _totals(out: Any) -> Iterable[tuple[str, float, float]]:
     nan = float("nan")
-    return [
+    totals = [
         ("total", float(out.total), float(out.total_stderr)),
         ("momentum", float(out.momentum), nan),
         ("weight_decay", float(out.weight_decay), nan),
         ("sum_per_sequence", float(out.per_sequence.sum()), nan),
     ]
+    unattributed = float(out.unattributed)
+    return [*totals, ("unattributed", unattributed, nan)] if unattributed else totals
 
 
 def _plus_minus(error: float) -> str:

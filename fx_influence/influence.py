@@ -52,7 +52,8 @@ class Influence(NamedTuple):
     ``stderr``: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters. It takes the H that E
     is centred by as known: per token, where a rollout changes completion lengths much, it can be a third off.
     ``baseline``: what the step would do without U's gradients, scalar; its parts ``momentum`` and ``weight_decay``.
-    ``total``: baseline + sum_i delta_i; ``total_stderr``: its standard error, as those of the rollouts.
+    ``total``: baseline + sum_i delta_i + unattributed, the derivative along the whole step; ``total_stderr``: its
+    standard error, as those of the rollouts, all three parts included.
     ``residual``: <grad H, gain * g> - sum_i delta_i, g from reverse mode.
     ``unattributed``: <grad H, gain * (grad - sum_i g_i)>, terms of a gradient handed in that no coefficient expresses.
     ``per_parameter``: the rollouts' part by parameter, adding up to sum_i delta_i (and ``unattributed``).
@@ -172,7 +173,7 @@ def influence(
     g_u, reach = _over_u(params, batch_u, grad, passes, in_unions, per_token, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
-    slope, parts, still, tokens = _adjoint(reach, ascents, step.gain, step.baseline if in_unions else {})
+    slope, parts, along, tokens = _adjoint(reach, ascents, step.gain, step.direction if in_unions else {})
     per_sequence = parts.sum(0) if tokens is None else tokens.sum(-1)
     # What is kept of U may take as much as the matrix.
     del reach
@@ -200,11 +201,11 @@ def influence(
         columns = kernel.double().sum(0)
         check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
         if stderr:
-            still = -_token_shares(params, step.baseline, batch_e, over_e, None).sum(-1)
-            error, total_error = _errors(kernel.double(), still, shares, cluster_index(batch_e))
+            along = -_token_shares(params, step.direction, batch_e, over_e, None).sum(-1)
+            error, total_error = _errors(kernel.double(), along, shares, cluster_index(batch_e))
     elif stderr:
         shares = shares.new_zeros(len(parts)).index_add(0, unions, shares)
-        error, total_error = _errors(parts, still, shares, torch.arange(len(parts), device=unions.device))
+        error, total_error = _errors(parts, along, shares, torch.arange(len(parts), device=unions.device))
 
     momentum, weight_decay = dot(step.momentum, slope), dot(step.weight_decay, slope)
     # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
@@ -216,7 +217,7 @@ def influence(
         baseline=baseline,
         momentum=momentum,
         weight_decay=weight_decay,
-        total=baseline + per_sequence.sum(),
+        total=baseline + per_sequence.sum() + unattributed,
         residual=residual,
         unattributed=unattributed,
         per_parameter=per_parameter,
@@ -308,11 +309,11 @@ def _over_u(
 
 
 def _adjoint(
-    reach: _Reach, ascents: Iterable[Gradients], gain: Params, baseline: Params
+    reach: _Reach, ascents: Iterable[Gradients], gain: Params, direction: Params
 ) -> tuple[Params, Tensor, Tensor, Tensor | None]:
-    """grad H, what each union of E's rows makes of the influences (K, n_u) and the baseline (K,), the token shares."""
+    """grad H, each union of E's part of the influences (K, n_u) and of <grad H, direction> (K,), the token shares."""
     slope: Params = {}
-    still: list[Tensor] = []
+    along: list[Tensor] = []
 
     def directions() -> Iterator[Params]:
         nonlocal slope
@@ -320,15 +321,15 @@ def _adjoint(
             # The surrogate is ascended and a loss descended: hence the sign.
             own = {name: torch.zeros_like(x) if (g := part[name]) is None else -g for name, x in gain.items()}
             slope = add(slope, own) if slope else own
-            still.append(dot(baseline, own))
+            along.append(dot(direction, own))
             yield multiply(gain, own)
 
     if reach.contract is None:
         shares = torch.stack([reach.token_shares(u) for u in directions()])
-        return slope, shares.sum(-1), torch.stack(still), shares.sum(0) if reach.per_token else None
+        return slope, shares.sum(-1), torch.stack(along), shares.sum(0) if reach.per_token else None
     parts = torch.cat([reach.contract(block) for block in _blocks(directions(), reach.together)])
     tokens = reach.token_shares(multiply(gain, slope)) if reach.per_token else None
-    return slope, parts, torch.stack(still), tokens
+    return slope, parts, torch.stack(along), tokens
 
 
 def _blocks(directions: Iterator[Params], size: int) -> Iterator[list[Params]]:
@@ -336,12 +337,11 @@ def _blocks(directions: Iterator[Params], size: int) -> Iterator[list[Params]]:
         yield block
 
 
-def _errors(parts: Tensor, still: Tensor, shares: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every influence and of their total with the baseline, whose parts are ``still``."""
-    whole = still + parts.sum(1)
+def _errors(parts: Tensor, along: Tensor, shares: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every influence, and of the total, whose parts are those of the derivative ``along`` the whole direction."""
     return (
         cluster_stderr(parts, parts.sum(0), shares, clusters),
-        cluster_stderr(whole, whole.sum(), shares, clusters),
+        cluster_stderr(along, along.sum(), shares, clusters),
     )
 
 

@@ -38,6 +38,8 @@ def test_a_line_holds_the_totals_and_the_sizes() -> None:
     bare = result(matrix=True)._replace(per_token=None, total_stderr=torch.tensor(torch.nan))
     assert "total=+9.75, momentum" in repr(bare)
     assert "per_token=None, matrix=(3, 20)" in repr(bare)
+    more = result()._replace(unattributed=torch.tensor(0.5))
+    assert "sum_per_sequence=+10, unattributed=+0.5, rollouts=20" in repr(more)
 
 
 def test_a_notebook_shows_the_strongest_rollouts_both_ways() -> None:

@@ -168,7 +168,8 @@ def test_terms_that_coefficients_cannot_express_are_reported_apart(case: Case) -
     assert out.unattributed.item() == pytest.approx(extra, rel=1e-8)
     assert abs(out.residual) <= 1e-9 * out.per_sequence.abs().sum()
     direction = sum(float((slope[k] * step.direction[k]).sum()) for k in slope)
-    assert (out.total + out.unattributed).item() == pytest.approx(direction, rel=1e-8)
+    assert out.total.item() == pytest.approx(direction, rel=1e-8)
+    assert out.total.item() == (out.baseline + out.per_sequence.sum() + out.unattributed).item()
 
 
 class LosesTangent(torch.autograd.Function):
@@ -216,9 +217,15 @@ def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
 
 @pytest.mark.parametrize("gain", ["share", "marginal", "rmsprop"])
 @pytest.mark.parametrize("matrix", [True, False])
-def test_the_totals_error_bar_is_that_of_the_steps_direction(case: Case, gain: fx.types.Gain, matrix: bool) -> None:
-    out = run(case, gain=gain, matrix=matrix, normalize="token")
+@pytest.mark.parametrize("more", [0.0, 0.1])
+def test_the_totals_error_bar_is_that_of_the_steps_direction(
+    case: Case, gain: fx.types.Gain, matrix: bool, more: float
+) -> None:
+    """``more``: what a trainer's gradient holds beyond the rollouts'."""
     g = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, None)
+    g = {name: None if x is None else x + more for name, x in g.items()}
+    out = run(case, gain=gain, matrix=matrix, normalize="token", grad=g)
+    assert bool(out.unattributed) == bool(more)
     step = fx.adamw_decompose(g, case.opt_state, case.params, gain, case.max_grad_norm)
     how = {"apply": case.apply, "temperature": case.temperature, "estimator": case.estimator}
     along = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
@@ -226,7 +233,7 @@ def test_the_totals_error_bar_is_that_of_the_steps_direction(case: Case, gain: f
     lengths = case.batch_e.completion_mask.sum(-1).double()
     index = cluster_index(case.batch_e) if matrix else union_index(case.batch_e)
     close(out.total_stderr, cluster_stderr(along, along.sum(), lengths / lengths.sum(), index), along.abs().sum())
-    assert run(case, stderr=False, matrix=matrix).total_stderr.isnan()
+    assert run(case, stderr=False, matrix=matrix, grad=g).total_stderr.isnan()
 
 
 def test_one_cluster_has_no_error_bar(case: Case) -> None:

@@ -59,6 +59,12 @@ def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_pat
         ends = np.cumsum([c.value for c in columns[:-1]])
         assert [bar.get_y() for bar in bars[1:-1]] == pytest.approx(ends[:-1])
         assert bars[-1].get_y() == 0
+    own = run.evaluations[0].summary
+    more = {**own, "total": own["total"] + 0.75, "unattributed": 0.75}
+    told = dataclasses.replace(run, evaluations=(dataclasses.replace(run.evaluations[0], summary=more),))
+    columns = parts(told)
+    assert columns[-2].name == "unattributed"
+    assert sum(c.value for c in columns[:-1]) == pytest.approx(columns[-1].value)
     with pytest.raises(ValueError, match="by is 'reward'; use 'advantage' or 'prompt'"):
         plot.waterfall(run, by="reward")
 

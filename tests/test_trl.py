@@ -85,7 +85,7 @@ def test_what_is_logged_adds_up_and_foretells_the_realised_change(tmp_path: Path
     assert len(logged) == len(attached.history) == 4
     for entry, figures in zip(logged, attached.history, strict=True):
         assert all(entry[OURS + name] == value for name, value in figures.items() if name != "step")
-        parts = figures["momentum"] + figures["weight_decay"] + figures["rollouts"]
+        parts = sum(figures[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed"))
         assert figures["total"] == pytest.approx(parts, rel=1e-9)
         signs = figures["positive_advantage"] + figures["negative_advantage"]
         assert figures["rollouts"] == pytest.approx(signs, rel=1e-9)
@@ -254,6 +254,8 @@ def test_terms_that_no_coefficient_expresses_are_told_apart(tmp_path: Path) -> N
     training, attached = measured(PLAIN, tmp_path, 1, bf16=True, learning_rate=1e-4)
     figures = attached.history[0]
     assert figures["unattributed"] != 0
+    parts = sum(figures[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed"))
+    assert figures["total"] == pytest.approx(parts, rel=1e-9)
     sequences = fx.load_run(tmp_path / "entropy_influence" / "step_000001").sequences
     assert abs(figures["unattributed"]) < 0.1 * figures["lr"] * sum(abs(r["influence"]) for r in sequences)
     assert next(training.model.parameters()).dtype == torch.float32

@@ -81,7 +81,7 @@ def logged_alike(found: list[Any]) -> None:
         assert figures["unattributed"] == 0
         assert figures["realised"] == pytest.approx(figures["total"], abs=0.1 * largest)
         assert 8 < figures["ess"] <= 9
-        parts = (figures["momentum"], figures["weight_decay"], figures["rollouts"])
+        parts = [figures[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed")]
         assert figures["total"] == pytest.approx(sum(parts), rel=1e-9)
 
 

@@ -154,10 +154,12 @@ def _identity(f: Figures) -> Finding:
 
 
 def _unattributed(f: Figures) -> Finding | None:
-    if "unattributed" not in f.own:
+    # A run's own gradient is that of its rollouts, so only a measured training has something to say of it.
+    unattributed = f.own.get("unattributed", 0.0)
+    if not unattributed and "in_this_step" not in f.own:
         return None
     name, size = "Unattributed", float(np.abs(f.arrays["per_sequence"]).sum())
-    share = abs(f.own["unattributed"]) / size if size else 0.0
+    share = abs(unattributed) / size if size else 0.0
     text = f"What the trainer's gradient holds beyond the rollouts is {share:.2g} of the sum of |influence|"
     if share <= FEW:
         return Finding(name, "good", f"{text}.")

@@ -76,6 +76,7 @@ def _parts(s: dict[str, Any]) -> Table:
         ("weight decay", s["weight_decay"], None),
         ("baseline (both)", s["baseline"], s.get("baseline_stderr")),
         ("rollouts, all together", s["sum_per_sequence"], s.get("sum_per_sequence_stderr")),
+        *([("unattributed", s["unattributed"], None)] if s.get("unattributed") else []),
         ("total", s["total"], s["total_stderr"]),
     )
     for name, value, error in rows:

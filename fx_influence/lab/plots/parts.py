@@ -29,7 +29,9 @@ class Part(NamedTuple):
 
 
 def parts(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> list[Part]:
-    """Momentum, weight decay, groups of rollouts and the total, nats per unit lr; all but the last add up to it.
+    """Momentum, weight decay, groups of rollouts, what is unattributed and the total; all but the last add up to it.
+
+    Nats per unit lr.
 
     ``by``: ``advantage``, groups by its sign and by mean log-prob above or below U's median; ``prompt``, the six
     prompts with the largest |sum| and the rest. Standard errors are over the draw of E: those of groups from M, of
@@ -51,6 +53,8 @@ def parts(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "adva
         for name, which in _groups(results, influence, by).items()
         if which.any()
     ]
+    if summary.get("unattributed"):
+        moving.append(Part("unattributed", float(summary["unattributed"]), float("nan")))
     return [*still, *moving, Part("total", float(summary["total"]), _known(summary.get("total_stderr")))]
 
 

@@ -114,6 +114,7 @@ def _totals(own: dict[str, Any], lr: float) -> Totals:
         ("Weight decay", own["weight_decay"], None, ""),
         ("Baseline, both of these", own["baseline"], own.get("baseline_stderr"), "sum"),
         ("Rollouts, all together", own["sum_per_sequence"], own.get("sum_per_sequence_stderr"), ""),
+        *([("Unattributed", own["unattributed"], None, "")] if own.get("unattributed") else []),
         ("Total", own["total"], own["total_stderr"], "total"),
     )
     sizes = [abs(x) for _, value, error, _ in rows for x in (value, error or 0.0)]
