@@ -82,6 +82,7 @@ def test_a_plan_asks_gsm8k_of_a_chat_model_and_judges_it_by_mathematics(tmp_path
     values = {
         "checkpoint": chat_checkpoint.name,
         "reward": "fx_influence.interop.rewards:math_verify",
+        "loss": "dr_grpo",
         "max_new_tokens": 4,
         "update": asked,
         "evaluations": [{**asked, "prompt_ids": ["0", "2"], "completions_per_prompt": 4}],

@@ -304,9 +304,9 @@ def test_a_damaged_file_of_a_run_is_an_error(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top": 0}, r"top is 0; name at least 1 rollout"),
+        ({"top": 0}, r"top is 0; expected at least 1 rollout"),
         ({"preconditioner": "kfac"}, r"preconditioner is 'kfac'"),
-        ({"estimator": "sequence"}, r"estimator is 'sequence': .*; a plan's fields are .* preconditioner, top"),
+        ({"estimator": "sequence"}, r"estimator is 'sequence'; expected one of the fields .* preconditioner, top"),
         ({"checkpoint": "absent"}, r"absent"),
     ],
 )

@@ -143,7 +143,9 @@ def test_a_run_that_began_with_other_inputs_is_not_continued(
     shutil.copytree(DEMO_DIRECTORY / "policy", tmp_path / "policy")
     shutil.copy(DEMO_DIRECTORY / "eval_prompts.jsonl", tmp_path / "prompts.jsonl")
     evaluations = [{**PLAN["evaluations"][0], "prompts": "prompts.jsonl"}]
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**PLAN, "checkpoint": "policy", "evaluations": evaluations}))
+    own = {"checkpoint": "policy", "reward": "fx_influence.interop.rewards:exact_match", "loss": "dr_grpo"}
+    values = {**PLAN, **own, "max_new_tokens": 20, "evaluations": evaluations}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
     command = ["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "first_order", interrupt)

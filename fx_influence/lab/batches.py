@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -28,7 +28,7 @@ from fx_influence.logprobs import all_token_values
 from fx_influence.losses import clipped_ratio, coefficients, group_advantages
 from fx_influence.policy import Policy, functionalize
 from fx_influence.tree import promote
-from fx_influence.types import AdamWState, Batch, Params, TokenValues
+from fx_influence.types import AdamWState, Batch, LossType, Params, TokenValues
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, in all)."""
@@ -56,7 +56,7 @@ class State(NamedTuple):
     params: Params
     opt_state: AdamWState
     sources: list[Source]
-    reward: Reward
+    reward: Reward | None
     job: Job
 
 
@@ -72,8 +72,10 @@ class Sampled(NamedTuple):
 def load_state(plan: StepPlan, job: Job = ALONE) -> State:
     """What the plan names, read and checked, the cheap first. Raises ``PlanError`` and the readers' own errors."""
     sources = [_source(plan, request) for request in plan.requests()]
-    reward = resolve_reward(plan.reward)
+    _check_loss(plan, sources[0].rollouts)
+    reward = None if plan.reward is None else resolve_reward(plan.reward)
     for prompts in (source.prompts for source in sources if source.prompts):
+        assert reward is not None
         # Those of one batch all have the same columns.
         check_reward(reward, prompts[0].columns)
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
@@ -166,6 +168,7 @@ def update_batch(plan: StepPlan, u: Sampled) -> Batch:
     ratio = None
     if u.off_policy > ON_POLICY_TOLERANCE:
         ratio = clipped_ratio(u.values.logprobs, _behaviour(u), advantages, *plan.clip_range)
+    assert plan.loss is not None
     c = coefficients(plan.loss, advantages, u.batch.completion_mask, u.batch.group, plan.max_new_tokens, ratio)
     return u.batch._replace(coefficients=c)
 
@@ -210,6 +213,15 @@ def _source(plan: StepPlan, request: BatchRequest) -> Source:
     # A reward function is called once a piece: whichever prompts are in it, the columns are those of all.
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return Source([dataclasses.replace(p, columns={**columns, **p.columns}) for p in prompts], [])
+
+
+def _check_loss(plan: StepPlan, rollouts: Sequence[Rollout]) -> None:
+    """Refuse a plan without a loss whose rollouts of U do not all have the coefficients of theirs."""
+    if plan.loss is None and any(r.coefficients is None for r in rollouts):
+        raise PlanError(
+            "loss is missing; expected the training's, since the rollouts of update have no coefficients of their own. "
+            f"Add loss: {' | '.join(get_args(LossType))}"
+        )
 
 
 def _from_file(plan: StepPlan, path: str, update: bool) -> list[Rollout]:
@@ -302,12 +314,15 @@ def _sampled(
     each = request.completions_per_prompt
     step = max(1, ROLLOUTS_PER_PIECE // each)
 
+    reward = state.reward
+    assert reward is not None
+
     def piece(k: int) -> Sequence[Rollout]:
         drawn = sample_rewarded(
             state.model,
             state.tokenizer,
             prompts[k * step : (k + 1) * step],
-            state.reward,
+            reward,
             completions_per_prompt=each,
             max_new_tokens=plan.max_new_tokens,
             temperature=plan.temperature,

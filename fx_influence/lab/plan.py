@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -12,12 +14,29 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fx_influence.kernel import MEMORY_BUDGET
-from fx_influence.lab.requests import REQUEST_KINDS, BatchRequest, PlanError, SampledBatch, check_request, with_paths
+from fx_influence.lab.requests import (
+    REQUEST_FIELDS,
+    REQUEST_KINDS,
+    BatchRequest,
+    Number,
+    PlanError,
+    RolloutFile,
+    SampledBatch,
+    WholeNumber,
+    check_request,
+    did_you_mean,
+    plain_request,
+    refusal,
+    unknown_field,
+    with_paths,
+)
 from fx_influence.types import Estimator, Gain, LossType, Normalize
 
 DEMO = "demo"
 """Stands for the embedded checkpoint, or with ``demo/train`` and ``demo/eval`` for its prompt files."""
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
+COMMENTED_PLAN = DEMO_DIRECTORY / "plan.yaml"
+"""The embedded default with every field and its meaning: what ``fx-influence plan`` prints."""
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
 Direction = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop", "grad", "baseline_plus_grad"]
@@ -27,6 +46,32 @@ PER_SEQUENCE: tuple[str, ...] = ("grad", "baseline_plus_grad")
 WHOLE: tuple[str, ...] = tuple(name for name in DIRECTIONS if name not in PER_SEQUENCE)
 """Directions of the whole step; ``rmsprop`` has neither momentum nor decay."""
 AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
+
+
+class _OfTheDemo:
+    """The default of a field that describes one training: the demo's value with its checkpoint, none with another."""
+
+    def __repr__(self) -> str:
+        return "<the demo's>"
+
+
+OF_THE_DEMO: Any = _OfTheDemo()
+DEMO_FIELDS: dict[str, Any] = {
+    "update": SampledBatch("demo/train", num_prompts=16, completions_per_prompt=8),
+    "evaluations": (SampledBatch("demo/eval", num_prompts=64, completions_per_prompt=4),),
+    "reward": "fx_influence.interop.rewards:exact_match",
+    "loss": "dr_grpo",
+    "max_new_tokens": 20,
+}
+"""What the embedded training is like; of another training nobody can know these."""
+ADDITIONS = {
+    "update": "update: {prompts: FILE.jsonl}",
+    "evaluations": "evaluations: [{prompts: FILE.jsonl}]",
+    "reward": "reward: MODULE:FUNCTION",
+    "loss": f"loss: {' | '.join(get_args(LossType))}",
+    "max_new_tokens": "max_new_tokens: N",
+}
+"""Lines to add to a plan that lacks them."""
 
 
 @dataclass(frozen=True)
@@ -40,54 +85,105 @@ class StepPlan:
     ``evaluations``: the batches U and E, see ``lab.requests``. ``chunk_size``: rows per forward (null: by tokens).
     ``sequences_per_block``: how many rollouts of U, at most, have their finite steps taken and stored together.
     ``memory_budget``: bytes of per-sequence gradients and directions held at once. ``seed``: of all sampling.
+
+    ``update``, ``evaluations``, ``reward``, ``loss`` and ``max_new_tokens`` have the embedded training's values where
+    ``checkpoint`` is ``demo``; with any other checkpoint they must be given, but for ``reward`` where nothing is
+    sampled and ``loss`` where ``update`` is a file, whose rollouts may have coefficients: None then. The defaults of
+    ``scale_advantages``, ``clip_range``, ``max_grad_norm`` and ``temperature`` are those of trainers (TRL, verl),
+    all others say nothing of a training. Learning rates, betas and weight decay are the optimizer state's own.
+    Raises ``PlanError`` for a field that is missing, unknown, of another type or out of range.
     """
 
     checkpoint: str = DEMO
     base: str | None = None
     dtype: Dtype = "auto"
     device: str = "cpu"
-    reward: str = "fx_influence.interop.rewards:exact_match"
-    loss: LossType = "dr_grpo"
+    reward: str | None = OF_THE_DEMO
+    loss: LossType | None = OF_THE_DEMO
     scale_advantages: bool = True
-    clip_range: tuple[float, float] = (0.2, 0.2)
-    max_grad_norm: float | None = 1.0
-    temperature: float = 1.0
-    max_new_tokens: int = 20
-    update: BatchRequest = SampledBatch("demo/train", num_prompts=16, completions_per_prompt=8)
-    evaluations: tuple[BatchRequest, ...] = (SampledBatch("demo/eval", num_prompts=64, completions_per_prompt=4),)
-    chunk_size: int | None = None
-    sequences_per_block: int = 8
-    memory_budget: int = MEMORY_BUDGET
-    seed: int = 0
+    clip_range: tuple[Number, Number] = (0.2, 0.2)
+    max_grad_norm: Number | None = 1.0
+    temperature: Number = 1.0
+    max_new_tokens: WholeNumber = OF_THE_DEMO
+    update: BatchRequest = OF_THE_DEMO
+    evaluations: tuple[BatchRequest, ...] = OF_THE_DEMO
+    chunk_size: WholeNumber | None = None
+    sequences_per_block: WholeNumber = 8
+    memory_budget: WholeNumber = MEMORY_BUDGET
+    seed: WholeNumber = 0
 
     def __post_init__(self) -> None:
+        if self.checkpoint == DEMO:
+            self._take_from_the_demo()
         self._check_types()
+        self._check_present()
         if not self.evaluations:
-            raise PlanError("evaluations is empty; name at least one batch of prompts to evaluate on")
+            raise refusal("evaluations", [], "at least one batch of prompts to evaluate on")
         check_request("update", self.update, update=True)
         for i, request in enumerate(self.evaluations):
             check_request(f"evaluations[{i}]", request, update=False)
-        if not 0 < self.temperature < math.inf or self.max_new_tokens < 1:
-            raise PlanError(
-                f"temperature is {self.temperature}, max_new_tokens {self.max_new_tokens}; both must be > 0 and finite"
-            )
+        if not 0 < self.temperature < math.inf:
+            raise refusal("temperature", self.temperature, "a positive number", "1.0 samples the policy as it is.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise PlanError(f"max_grad_norm is {self.max_grad_norm}; give the trainer's, or null where nothing clips")
+            raise refusal("max_grad_norm", self.max_grad_norm, "the trainer's, or null where nothing clips")
         if any(not 0 <= epsilon < math.inf for epsilon in self.clip_range):
-            raise PlanError(f"clip_range is {list(self.clip_range)}; give the trainer's epsilon, below and above")
-        for name in ("chunk_size", "sequences_per_block", "memory_budget"):
+            raise refusal("clip_range", list(self.clip_range), "the trainer's epsilon, below and above")
+        for name in ("max_new_tokens", "chunk_size", "sequences_per_block", "memory_budget"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise PlanError(f"{name} is {value}; give at least 1")
+                raise refusal(name, value, "at least 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise refusal("seed", self.seed, "a whole number of 64 bits")
+
+    def _take_from_the_demo(self) -> None:
+        for name, value in DEMO_FIELDS.items():
+            if getattr(self, name) is OF_THE_DEMO:
+                object.__setattr__(self, name, value)
 
     def _check_types(self) -> None:
-        """Values given in Python are held to the same types as those of a file, and lists become tuples."""
+        """Hold values given in Python to the types of those in a file, and make tuples of lists.
+
+        What was not given and is nobody's default stays as it is, for ``_check_present``.
+        """
         kinds = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is OF_THE_DEMO:
+                continue
             try:
-                value = TypeAdapter(kinds[field.name]).validate_python(getattr(self, field.name))
+                value = TypeAdapter(kinds[field.name]).validate_python(self._plain(field.name, value))
             except ValidationError as error:
-                raise PlanError(f"{_first_error(field.name, error)}; {_known(type(self))}") from error
+                raise _first_error(field.name, error) from error
             object.__setattr__(self, field.name, value)
+
+    def _plain(self, name: str, value: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(self)]
+        if name == "update":
+            return plain_request(name, value, names)
+        if name == "evaluations":
+            if not isinstance(value, (list, tuple)):
+                raise refusal(name, value, "a list of batches", "Put the one batch into [ ].")
+            return [plain_request(f"{name}[{i}]", request, names) for i, request in enumerate(value)]
+        return value
+
+    def _check_present(self) -> None:
+        """Refuse a plan that leaves to the demo what another training is like."""
+        batches = (self.update, *self.evaluations) if OF_THE_DEMO not in (self.update, self.evaluations) else ()
+        needed = {
+            "reward": not batches or any(isinstance(request, SampledBatch) for request in batches),
+            "loss": not isinstance(self.update, RolloutFile),
+        }
+        for name, is_needed in needed.items():
+            if getattr(self, name) is None and is_needed:
+                raise refusal(name, None, "the training's", f"Add {ADDITIONS[name]}")
+            if getattr(self, name) is OF_THE_DEMO and not is_needed:
+                object.__setattr__(self, name, None)
+        missing = [name for name in DEMO_FIELDS if getattr(self, name) is OF_THE_DEMO]
+        if missing:
+            *most, last = missing
+            raise PlanError(
+                f"{', '.join(most) + ' and ' if most else ''}{last} {'are' if most else 'is'} missing; expected what "
+                f"only your training knows, since checkpoint is {self.checkpoint!r} and not the demo. "
+                f"Add {', '.join(ADDITIONS[name] for name in missing)}"
+            )
 
     def requests(self) -> tuple[BatchRequest, ...]:
         """U's request, then those of the evaluations."""
@@ -105,11 +201,12 @@ class StepPlan:
     @classmethod
     def from_dict(cls: type[AnyPlan], values: dict[str, Any]) -> AnyPlan:
         """A plan from plain values; fields left out have their defaults. Raises ``PlanError`` naming a bad field."""
+        names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
-            raise PlanError(f"plan is {values!r}: give an object; {_known(cls)}")
-        for name in values:
-            if name not in {field.name for field in dataclasses.fields(cls)}:
-                raise PlanError(f"{name} is {values[name]!r}: Unexpected field; {_known(cls)}")
+            raise refusal("the plan", values, f"fields with their values: {', '.join(names)}", "Write checkpoint: DIR")
+        for name, value in values.items():
+            if name not in names:
+                raise unknown_field(str(name), value, names, _where_it_belongs(str(name), cls))
         return cls(**values)
 
 
@@ -135,26 +232,24 @@ class EntropyInfluencePlan(StepPlan):
     normalize: Normalize = "token"
     gain: Gain = "share"
     directions: tuple[Direction, ...] = DIRECTIONS
-    eta_multiples: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)
-    scaled_eta_multiples: tuple[float, ...] = (20.0, 100.0)
-    auto_scale: float | None = 100.0
+    eta_multiples: tuple[Number, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)
+    scaled_eta_multiples: tuple[Number, ...] = (20.0, 100.0)
+    auto_scale: Number | None = 100.0
     compare_float64: bool = False
     second_order_per_sequence: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        etas = self.eta_multiples + self.scaled_eta_multiples
-        if not self.eta_multiples or any(not 0 < eta < math.inf for eta in etas):
-            raise PlanError(
-                f"eta_multiples is {list(self.eta_multiples)}, scaled_eta_multiples {list(self.scaled_eta_multiples)}; "
-                "give positive multiples of the lr, at least one in the first"
-            )
+        for name in ("eta_multiples", "scaled_eta_multiples"):
+            if any(not 0 < eta < math.inf for eta in getattr(self, name)):
+                raise refusal(name, list(getattr(self, name)), "positive multiples of the learning rate")
+        if not self.eta_multiples:
+            raise refusal("eta_multiples", [], "at least one multiple of the learning rate", "1.0 is the step itself.")
         if self.auto_scale is not None and not 0 < self.auto_scale < math.inf:
-            raise PlanError(f"auto_scale is {self.auto_scale}; give a factor such as 100, or null for none")
+            raise refusal("auto_scale", self.auto_scale, "a factor such as 100, or null for none")
         if "baseline_plus_grad" in self.directions and "baseline" not in self.directions:
-            raise PlanError(
-                f"directions is {list(self.directions)}; baseline_plus_grad is read less baseline: add baseline"
-            )
+            remedy = "baseline_plus_grad is read less baseline: add baseline."
+            raise refusal("directions", list(self.directions), "baseline beside baseline_plus_grad", remedy)
 
     def copies_of_a_direction(self) -> int:
         """Two more, twice as wide, where finite steps are also taken in float64."""
@@ -183,35 +278,85 @@ class FisherKernelPlan(StepPlan):
     """
 
     preconditioner: Literal["adam", "identity"] = "adam"
-    top: int = 5
+    top: WholeNumber = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.top < 1:
-            raise PlanError(f"top is {self.top}; name at least 1 rollout")
+            raise refusal("top", self.top, "at least 1 rollout")
 
 
-def _first_error(name: str, error: ValidationError) -> str:
-    # Of a choice of types every one says that it is not meant; the deepest error is inside the one that is.
-    bad = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "dict": "an object",
+}
+"""What a value of pydantic's kinds of error should have been."""
+
+
+def _first_error(name: str, error: ValidationError) -> PlanError:
+    bad = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
     # Between the field and what is wrong in it stands the kind of request, which the file does not name.
-    where = ".".join(str(part) for part in (name, *bad["loc"]) if part not in REQUEST_KINDS)
-    return f"{where} is {bad['input']!r}: {bad['msg']}"
+    parts = [part for part in bad["loc"] if part not in REQUEST_KINDS]
+    where = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    value, context = bad["input"], bad.get("ctx", {})
+    if bad["type"] == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        return refusal(where, value, f"one of {', '.join(names)}", did_you_mean(str(value), names))
+    if bad["type"] in ("missing", "too_long"):
+        return refusal(name, list(bad["input"]), "two numbers, below and above")
+    expected = EXPECTED.get(bad["type"].partition("_")[0], str(context.get("error", bad["msg"])))
+    remedy = "Quote it." if expected == "a text" and not isinstance(value, (list, dict)) else ""
+    remedy = f"Put it into [ ]: [{value}]" if expected == "a list" and isinstance(value, (str, int, float)) else remedy
+    return refusal(where, value, expected, "Give one, or leave the line out." if value is None else remedy)
 
 
-def _known(cls: type[StepPlan]) -> str:
-    return "a plan's fields are " + ", ".join(f.name for f in dataclasses.fields(cls))
+def _where_it_belongs(name: str, cls: type[StepPlan]) -> str:
+    if name in REQUEST_FIELDS:
+        return f"{name} is a field of a batch: put it into update or evaluations."
+    for other, command in ((EntropyInfluencePlan, "run"), (FisherKernelPlan, "fisher")):
+        if other is not cls and name in {field.name for field in dataclasses.fields(other)}:
+            return f"{name} is a field of the plans of fx-influence {command}."
+    return ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without objects of Python, where a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} of line {lines[key.value]} is given again", problem_mark=key.start_mark
+                )
+            lines[str(key.value)] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def read_plan(path: Path, kind: type[AnyPlan]) -> AnyPlan:
     """A plan from a YAML file; relative paths in it are relative to the file. Raises ``PlanError``."""
+    named = f"plan file {str(path)!r}"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError as error:
-        raise PlanError(f"plan file {str(path)!r} does not exist; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlanError(f"plan file {str(path)!r} is not YAML: {error}") from error
-    return resolved(kind.from_dict(values or {}), path.resolve().parent)
+        raise PlanError(f"{named} does not exist; check the path") from error
+    except OSError as error:
+        raise PlanError(f"{named} cannot be read: {error.strerror}; give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(f"{named} is not YAML: {_yaml_problem(error)}; `fx-influence plan` prints one") from error
+    return resolved(kind.from_dict({} if values is None else values), path.resolve().parent)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return in one line what a reader of YAML has to say, and in which line of the file."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    tab = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
+    return f"{error.problem or error.context}, in line {error.problem_mark.line + 1}{tab}"
 
 
 def plan_text(plan: StepPlan) -> str:
@@ -229,7 +374,7 @@ def resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
     """The plan with its relative paths taken from ``folder``, so that it means the same wherever it is stored."""
 
     def absolute(path: str) -> str:
-        return path if demo_path(path) != path else str((folder / path).resolve())
+        return path if demo_path(path) != path else str((folder / Path(path).expanduser()).resolve())
 
     return dataclasses.replace(
         plan,

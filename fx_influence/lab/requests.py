@@ -3,16 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Discriminator, SerializerFunctionWrapHandler, Tag, model_serializer
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+)
 
 
 class PlanError(ValueError):
     """A plan that cannot be run, with the field, the value and the remedy."""
+
+
+def refusal(field: str, value: Any, expected: str, remedy: str = "") -> PlanError:
+    """Return the error "{field} is {value}; expected {expected}. {remedy}", with a long value abridged.
+
+    Example:
+        >>> str(refusal("seed", "x", "a whole number"))
+        "seed is 'x'; expected a whole number"
+    """
+    return PlanError(f"{field} is {_abridged.repr(value)}; expected {expected}{'. ' if remedy else ''}{remedy}")
+
+
+def unknown_field(field: str, value: Any, known: Iterable[str], remedy: str = "") -> PlanError:
+    """Return the refusal of a field that is none of ``known``: ``remedy``, or else the nearest of them by name.
+
+    Example:
+        >>> str(unknown_field("update.promts", "p.txt", ["prompts", "seed"]))
+        "update.promts is 'p.txt'; expected one of the fields prompts, seed. Did you mean prompts?"
+    """
+    names = list(known)
+    remedy = remedy or did_you_mean(field.rpartition(".")[2], names) or "Remove it."
+    return refusal(field, value, f"one of the fields {', '.join(names)}", remedy)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the question for the nearest of ``names``, nothing where none is near."""
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+_abridged = reprlib.Repr()
+_abridged.maxstring = _abridged.maxother = 80
+
+
+def _no_truth_value(value: Any) -> Any:
+    # Python, and so pydantic, takes true for 1.
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+def _text_of_number(value: Any) -> Any:
+    # A file of prompts may name them by number, and YAML reads 7 as one.
+    return str(value) if type(value) is int else value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_no_truth_value)]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+PromptId = Annotated[str, BeforeValidator(_text_of_number)]
 
 
 @dataclass(frozen=True)
@@ -32,11 +90,11 @@ class SampledBatch:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     prompts: str | tuple[str | dict[str, Any], ...]
-    prompt_ids: tuple[str, ...] | None = None
-    num_prompts: int | None = None
-    completions_per_prompt: int = 8
-    resample_zero_advantage: int = 0
-    seed: int | None = None
+    prompt_ids: tuple[PromptId, ...] | None = None
+    num_prompts: WholeNumber | None = None
+    completions_per_prompt: WholeNumber = 8
+    resample_zero_advantage: WholeNumber = 0
+    seed: WholeNumber | None = None
     chat: bool = False
     system: str | None = None
 
@@ -59,7 +117,7 @@ class CustomSequence:
 
     prompt: str
     completion: str
-    advantage: float = 1.0
+    advantage: Number = 1.0
     end: bool = True
 
 
@@ -77,11 +135,9 @@ class RolloutFile:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, RolloutFile) or (isinstance(value, dict) and "rollouts" in value):
-        return "RolloutFile"
-    if isinstance(value, CustomSequence) or (isinstance(value, dict) and "completion" in value):
-        return "CustomSequence"
-    return "SampledBatch"
+    if isinstance(value, REQUESTS):
+        return type(value).__name__
+    return next((kind.__name__ for marker, kind in KINDS.items() if marker in value), "SampledBatch")
 
 
 BatchRequest = Annotated[
@@ -90,27 +146,88 @@ BatchRequest = Annotated[
     | Annotated[RolloutFile, Tag("RolloutFile")],
     Discriminator(_kind),
 ]
-"""In YAML: an object with ``rollouts`` is a file, one with ``completion`` a sequence, any other is sampled."""
+"""In YAML: an object with ``rollouts`` is a file, one with ``completion`` a sequence, with ``prompts`` a sample."""
 
-REQUEST_KINDS = ("SampledBatch", "CustomSequence", "RolloutFile")
+KINDS: dict[str, type[SampledBatch] | type[CustomSequence] | type[RolloutFile]] = {
+    "rollouts": RolloutFile,
+    "completion": CustomSequence,
+    "prompts": SampledBatch,
+}
+"""The field that tells a kind of request from the others, and the kind."""
+REQUESTS = tuple(KINDS.values())
+REQUEST_KINDS = tuple(kind.__name__ for kind in REQUESTS)
+REQUEST_FIELDS = tuple(dict.fromkeys(f.name for kind in REQUESTS for f in dataclasses.fields(kind)))
+ONE_OF_THEM = (
+    "an object with prompts (to be sampled), with rollouts (a file of them), or with prompt and completion (one "
+    "written out)"
+)
+
+
+def plain_request(name: str, value: Any, plan_fields: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of a request, which may be one already, once they are those of exactly one kind.
+
+    ``name``: the field of the plan that it is the value of. ``plan_fields``: those of the plan, for the remedy.
+    Raises ``PlanError`` for what is no object, for fields of no kind or of two, and for one that is missing.
+
+    Example:
+        >>> plain_request("update", {"rolouts": "r.jsonl"}, ["seed"])
+        Traceback (most recent call last):
+        fx_influence.lab.requests.PlanError: update.rolouts is 'r.jsonl'; expected one of the fields rollouts, prompt,
+        completion, advantage, end, prompts, prompt_ids, num_prompts, completions_per_prompt, resample_zero_advantage,
+        seed, chat, system. Did you mean rollouts?
+    """
+    if isinstance(value, REQUESTS):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if not isinstance(value, Mapping):
+        remedy = f"Write {{prompts: {value}}}" if isinstance(value, str) else ""
+        raise refusal(name, value, ONE_OF_THEM, remedy)
+    markers = [marker for marker in KINDS if marker in value]
+    if len(markers) > 1:
+        raise refusal(name, dict(value), f"one of {' and '.join(markers)}, not both", "Remove one of them.")
+    kind = KINDS[markers[0]] if markers else None
+    known = REQUEST_FIELDS if kind is None else tuple(f.name for f in dataclasses.fields(kind))
+    for field, given in value.items():
+        if field not in known:
+            remedy = f"{field} is a field of the plan itself: put it beside {name.partition('[')[0]}."
+            raise unknown_field(f"{name}.{field}", given, known, remedy if field in set(plan_fields) else "")
+    if kind is None:
+        raise refusal(name, dict(value), ONE_OF_THEM, "Add one of these.")
+    for field_of in dataclasses.fields(kind):
+        if field_of.default is dataclasses.MISSING and field_of.name not in value:
+            raise PlanError(f"{name}.{field_of.name} is missing; expected a text. Add it beside {markers[0]}.")
+    if kind is SampledBatch:
+        _check_prompts(f"{name}.prompts", value["prompts"])
+    return dict(value)
+
+
+def _check_prompts(name: str, prompts: Any) -> None:
+    if isinstance(prompts, str):
+        return
+    if not isinstance(prompts, (list, tuple)):
+        raise refusal(name, prompts, "the path of a file, or a list of prompts", "Put what is asked into [ ].")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, Mapping)):
+            expected = 'a text, or an object such as {prompt: "1+1=", answer: "2"}'
+            raise refusal(f"{name}[{i}]", prompt, expected, f"Quote it where it is a text: {str(prompt)!r}")
 
 
 def check_request(name: str, request: BatchRequest, update: bool) -> None:
     """Raise ``PlanError`` for numbers out of range; ``name`` is the field of the plan."""
     if isinstance(request, CustomSequence) and update and not 0 < abs(request.advantage) < math.inf:
-        raise PlanError(
-            f"{name}.advantage is {request.advantage}; give a finite number other than 0, or it moves nothing"
-        )
+        raise refusal(f"{name}.advantage", request.advantage, "a finite number other than 0", "0 moves nothing.")
     if not isinstance(request, SampledBatch):
         return
-    if request.completions_per_prompt < 1 or (request.num_prompts is not None and request.num_prompts < 1):
-        raise PlanError(f"{name} is {request.num_prompts} prompts x {request.completions_per_prompt}; use at least 1")
+    for field in ("completions_per_prompt", "num_prompts"):
+        if (count := getattr(request, field)) is not None and count < 1:
+            raise refusal(f"{name}.{field}", count, "at least 1")
     if request.resample_zero_advantage < 0:
-        raise PlanError(f"{name}.resample_zero_advantage is {request.resample_zero_advantage}; give 0 rounds or more")
+        raise refusal(f"{name}.resample_zero_advantage", request.resample_zero_advantage, "0 rounds or more")
     if request.resample_zero_advantage and not update:
-        raise PlanError(f"{name}.resample_zero_advantage is {request.resample_zero_advantage}; use 0, it biases E")
-    if request.prompts == () or request.prompt_ids == ():
-        raise PlanError(f"{name} names no prompt; give at least one, or leave prompt_ids out for all of them")
+        raise refusal(f"{name}.resample_zero_advantage", request.resample_zero_advantage, "0", "It would bias E.")
+    for field in ("prompts", "prompt_ids"):
+        if getattr(request, field) in ((), ""):
+            remedy = "Name at least one, or leave prompt_ids out for all of them." if field == "prompt_ids" else ""
+            raise refusal(f"{name}.{field}", getattr(request, field), "at least one prompt", remedy)
 
 
 def with_paths(request: BatchRequest, absolute: Callable[[str], str]) -> BatchRequest:

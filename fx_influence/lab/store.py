@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fx_influence.interop.run_files import (
     readable,
 )
 from fx_influence.lab.plan import StepPlan, plan_text
+from fx_influence.lab.requests import PlanError
 
 Piece = TypeVar("Piece")
 
@@ -43,7 +44,7 @@ class RunDirectory(RunFiles):
         if self.has(PLAN):
             with readable(path):
                 stored = self.read_yaml(PLAN)
-            if stored != plan.to_dict():
+            if not _is_plan(stored, plan):
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
             if not self.has(SUMMARY):
                 self._check_inputs(inputs)
@@ -83,6 +84,14 @@ class RunDirectory(RunFiles):
 
     def rollout_pieces(self, prefix: str) -> Pieces[Sequence[Rollout]]:
         return Pieces(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
+
+
+def _is_plan(stored: Any, plan: StepPlan) -> bool:
+    """Whether ``stored`` is ``plan`` as plain values; fields that came after it was stored have their defaults."""
+    try:
+        return type(plan).from_dict(stored) == plan
+    except PlanError:
+        return False
 
 
 def _only_begun(names: set[str]) -> bool:
