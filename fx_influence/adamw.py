@@ -12,6 +12,15 @@ from fx_influence.shards import over_shards, own_part
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
 
+ILL_CONDITIONED = 0.5
+"""``conditioning`` above which the parts of single rollouts are not to be read."""
+
+CONDITIONING_REMEDY = (
+    "Read the total and sums over many rollouts, not single rollouts or tokens; or measure a later step, once AdamW's "
+    "second moment comes from several steps. gain='rmsprop' has the same denominator"
+)
+"""What to do where ``conditioning`` is above ``ILL_CONDITIONED``."""
+
 
 class AdamWDecomposition(NamedTuple):
     """One AdamW step per unit learning rate, split. Every dictionary has all names of ``params``.
@@ -96,15 +105,60 @@ def second_moment_denominator(
     return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, live
 
 
+def fresh_part(grads: Mapping[str, Tensor | None], opt_state: AdamWState, along: Params, clip: Tensor) -> Params:
+    """Return ``along`` on the coordinates where this very gradient makes AdamW's denominator, and 0 elsewhere.
+
+    These are
+
+        J = {j: sqrt(shat_j / B2) <= 10 eps,  or  (1 - beta2) ghat_j^2 > shat_j / 2}
+
+    There gamma is about 1 / |g|: the step has the size of the learning rate whatever the gradient's, and rollouts whose
+    gradients cancel in g have large parts that cancel too. At the first step of a fresh optimizer J is everything.
+
+    Args:
+        grads: g by name, before clipping; None where backward never arrived.
+        opt_state: m, s and step before the step.
+        along: u by name, in parameters' shapes.
+        clip: kappa, scalar, see ``adamw_decompose``.
+
+    Example:
+        >>> hyper, one = AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.0, False, False), torch.ones(2)
+        >>> state = AdamWState({"w": one}, {"w": torch.tensor([0.0, 1.0])}, {}, {"w": 9}, {"w": hyper}, lr=1e-3)
+        >>> fresh_part({"w": one}, state, {"w": torch.tensor([3.0, 1.0])}, torch.ones(()))["w"].tolist()
+        [3.0, 0.0]
+    """
+    out = {}
+    for name, u in along.items():
+        g = grads.get(name)
+        if g is None or name not in opt_state.hyper:
+            out[name] = torch.zeros_like(u)
+            continue
+        hyper = opt_state.hyper[name]
+        ghat, second, maximum = _second_moment(name, g, clip, opt_state, promote(opt_state.exp_avg_sq[name].dtype))
+        highest = second if maximum is None else torch.maximum(maximum, second)
+        floor = (10 * hyper.eps) ** 2 * (1 - hyper.beta2 ** (opt_state.step[name] + 1))
+        made_now = (1 - hyper.beta2) * ghat.square() > highest / 2
+        out[name] = u * ((highest <= floor) | made_now)
+    return out
+
+
+def _second_moment(
+    name: str, g: Tensor, clip: Tensor, state: AdamWState, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ghat, s', max_exp_avg_sq), the last None without amsgrad."""
+    hyper = state.hyper[name]
+    ghat = ((-1.0 if hyper.maximize else 1.0) * clip.to(dtype)) * g.to(dtype)
+    second = torch.addcmul(hyper.beta2 * state.exp_avg_sq[name].to(dtype), ghat, ghat, value=1 - hyper.beta2)
+    return ghat, second, state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
+
+
 def _parameter_step(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Gain) -> dict[str, Tensor]:
     hyper, tau = state.hyper[name], state.step[name] + 1
     dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
-    theta, m, s = p.to(dtype), state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)
+    theta, m = p.to(dtype), state.exp_avg[name].to(dtype)
     sign = -1.0 if hyper.maximize else 1.0
     clip = clip.to(dtype)
-    ghat = (sign * clip) * g.to(dtype)
-    s_new = torch.addcmul(hyper.beta2 * s, ghat, ghat, value=1 - hyper.beta2)
-    maximum = state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
+    ghat, s_new, maximum = _second_moment(name, g, clip, state, dtype)
     den, r, live = second_moment_denominator(hyper, s_new, tau, maximum)
     b1, rho = 1 - hyper.beta1**tau, hyper.lr_scale
 

@@ -8,9 +8,28 @@ from torch import Tensor
 from fx_influence.types import Apply, Batch, Params
 
 
-def check_batch(field: str, batch: Batch, params: Params, apply: Apply, coefficients: bool = False) -> None:
-    """Raise ``ValueError`` where a batch cannot be scored; with ``coefficients``, also where it makes no update."""
+def check_batch(
+    field: str,
+    batch: Batch,
+    params: Params,
+    apply: Apply,
+    *,
+    coefficients: bool = False,
+    may_be_empty: bool = False,
+) -> None:
+    """Raise ``ValueError`` where a batch cannot be scored.
+
+    Args:
+        field: name of the batch, for messages.
+        batch: (B, T), B at least 1.
+        params: the parameters by name, whose device is the batch's.
+        apply: the policy; ``apply.vocab_size``, where it has one, bounds the ids.
+        coefficients: the batch makes an update, so it needs coefficients, finite at every completion token.
+        may_be_empty: a batch without any completion token is allowed; everything that it makes is 0.
+    """
     check_fields(field, batch)
+    if not len(batch.input_ids):
+        raise ValueError(f"{field}.input_ids is of shape {tuple(batch.input_ids.shape)}; pass at least one rollout")
     device = next(iter(params.values())).device
     if batch.input_ids.device != device:
         raise ValueError(
@@ -22,6 +41,11 @@ def check_batch(field: str, batch: Batch, params: Params, apply: Apply, coeffici
             "call outside of it, or enter it inside apply and state the tolerance"
         )
     _check_positions(field, batch)
+    if not (may_be_empty or batch.completion_mask.any()):
+        raise ValueError(
+            f"{field}.completion_mask has no True at all; a batch needs at least one completion token, since the "
+            "entropy of none is undefined. Sample rollouts that end by a token or by the length limit, and keep both"
+        )
     _check_vocabulary(field, batch, apply)
     if coefficients and batch.coefficients is None and batch.entropy_coefficients is None:
         raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
@@ -77,8 +101,6 @@ def _check_coefficients(field: str, value: Tensor | None, completion_mask: Tenso
 
 def _check_positions(field: str, batch: Batch) -> None:
     mask = batch.completion_mask
-    if not mask.any():
-        raise ValueError(f"{field}.completion_mask has no True at all; a batch needs at least one completion token")
     if mask[:, 0].any():
         row = int(mask[:, 0].nonzero()[0])
         raise ValueError(

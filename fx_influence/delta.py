@@ -18,6 +18,7 @@ from fx_influence.parts import distinct_rows
 from fx_influence.passes import Passes
 from fx_influence.policy import Policy, whole_policy
 from fx_influence.sharding import passes_over
+from fx_influence.shared_prompts import warn_of_shared_prompts
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
 
@@ -59,11 +60,12 @@ def snis_delta(
     ``direction``: v by name; names absent stay put. Estimators, weights, clipping and contributions: see
     ``importance.snis``. The two forwards run in at least float32 and the weights in float64. Divided by ``eta`` it
     tends to ``jvp_delta(...).first`` on the same E. At learning rates near 1e-6 one rollout's part is about a rounding
-    unit of a float32 weight: take ``eta`` larger and divide back. ``mesh``: as in ``influence``.
+    unit of a float32 weight: take ``eta`` larger and divide back. ``mesh``: as in ``influence``. ``stderr`` goes by
+    ``batch_e.group``, or without it by rows, with a ``UserWarning`` where these share prompts.
     Raises ``ValueError`` for a direction of other names or shapes, or a batch that cannot be scored.
 
     Example:
-        >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
         >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
         >>> out = snis_delta({"w": table}, {"w": -table}, 0.1, batch, apply=lambda p, ids, mask: p["w"][ids])
@@ -110,7 +112,7 @@ def snis_sweep(
     call of ``measure`` is then one of all ranks too, with the same directions. Errors as in ``snis_delta``.
 
     Example:
-        >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
         >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
         >>> measure = snis_sweep({"w": table}, batch, apply=lambda p, ids, mask: p["w"][ids])
@@ -119,6 +121,7 @@ def snis_sweep(
     """
     passes = passes_over(params, apply, temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
+    warn_of_shared_prompts("batch_e", batch_e)
     params, passes = _widened(params, passes)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
@@ -163,7 +166,7 @@ def jvp_delta(
     10% off: eta_trust = 0.2 |first / second|. Arguments and errors as in ``snis_delta``.
 
     Example:
-        >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
         >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
         >>> out = jvp_delta({"w": table}, {"w": -table}, batch, apply=lambda p, ids, mask: p["w"][ids])

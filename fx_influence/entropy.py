@@ -52,7 +52,7 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
     """Entropy of the policy that E was sampled from, at the policy that ``values`` come from being the same.
 
     ``"token"``: E[sum_t h_t] / E[T], nats per token. ``"sequence"``: E[sum_t h_t], nats per completion; rows without
-    completion tokens count. Returns a float64 scalar.
+    completion tokens count. Returns a float64 scalar. Raises ``ValueError`` for a batch without any completion token.
 
     Example:
         >>> mask = torch.tensor([[True, True], [True, False]])
@@ -60,6 +60,12 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
         >>> entropy_estimate(values, Batch(mask.long(), mask, mask)).item()
         2.0
     """
+    check_estimator("sequence", normalize)
+    if not batch.completion_mask.any():
+        raise ValueError(
+            f"batch.completion_mask of shape {tuple(batch.completion_mask.shape)} has no True at all; expected at "
+            "least one completion token, since the entropy of none is undefined. Give rollouts with tokens"
+        )
     return values.entropies.double().sum() / sequence_shares(batch.completion_mask, normalize).sum()
 
 

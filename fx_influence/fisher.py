@@ -62,8 +62,8 @@ def fisher_kernel(
     )
     check_options(temperature, chunk_size)
     passes.check_kernel("fisher_kernel")
-    check_batch("batch_a", batch_a, params, apply)
-    check_batch("batch_b", batch_b, params, apply)
+    check_batch("batch_a", batch_a, params, apply, may_be_empty=True)
+    check_batch("batch_b", batch_b, params, apply, may_be_empty=True)
     if isinstance(preconditioner, dict):
         check_names("preconditioner", preconditioner, params, "pass one diagonal per trainable parameter")
         diagonal = preconditioner

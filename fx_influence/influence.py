@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.adamw import adamw_decompose, check_adamw_inputs
+from fx_influence.adamw import adamw_decompose, check_adamw_inputs, fresh_part
 from fx_influence.checks import check_batch, check_options
 from fx_influence.contraction import Contract, directions_at_once
 from fx_influence.derivatives import Tapes
@@ -23,6 +23,7 @@ from fx_influence.passes import Passes
 from fx_influence.policy import whole_policy
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.sharding import passes_over
+from fx_influence.shared_prompts import warn_of_shared_prompts
 from fx_influence.tree import add, detached, dot, dots, multiply
 from fx_influence.types import (
     AdamWState,
@@ -44,6 +45,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 """Relative residual above which a result is refused, by the lowest precision that the model computes in."""
 
 
+_NOT_MEASURED = torch.full((), torch.nan, dtype=torch.float64)
+
+
 class Influence(NamedTuple):
     """First-order influences of one step on the query, by default entropy: nats per unit lr, positive raises it.
 
@@ -57,6 +61,10 @@ class Influence(NamedTuple):
     ``residual``: <grad H, gain * g> - sum_i delta_i, g from reverse mode.
     ``unattributed``: <grad H, gain * (grad - sum_i g_i)>, terms of a gradient handed in that no coefficient expresses.
     ``per_parameter``: the rollouts' part by parameter, adding up to sum_i delta_i (and ``unattributed``).
+    ``conditioning``: scalar in [0, 1], sum_i |delta_i^J| / sum_i (|delta_i^J| + |delta_i - delta_i^J|), delta_i^J the
+    part on coordinates whose denominator is made by this very gradient or by eps, see ``adamw.fresh_part``. Above about
+    0.5, as in the first steps of an optimizer, the parts of rollouts are large and cancel: read the total and sums over
+    many rollouts, or measure a later step. NaN where it was not measured.
     ``matrix``: M_ai (n_e, n_u), the part of E's rollout a in delta_i, or None. All float64 but the matrix.
     """
 
@@ -72,6 +80,7 @@ class Influence(NamedTuple):
     per_parameter: dict[str, Tensor]
     matrix: Tensor | None
     total_stderr: Tensor
+    conditioning: Tensor = _NOT_MEASURED
 
     def __repr__(self) -> str:
         return influence_line(self)
@@ -112,13 +121,16 @@ def influence(
     direction u; no per-sequence gradient is stored. ``grad H`` is that of ``entropy_coefficients`` (``estimator``,
     ``normalize``) or of ``query``, see ``queries``; E must be sampled from the policy at ``params``.
 
-    ``params``, ``apply``: as ``functionalize`` gives them. ``batch_u``: with coefficients, see ``coefficients``.
+    ``params``, ``apply``: as ``functionalize`` gives them. ``batch_u``: with coefficients, see ``coefficients``; where
+    no row has a completion token every influence is 0 and the baseline remains.
     ``opt_state``: before the step. ``gain``, ``max_grad_norm``: see ``adamw_decompose``.
     ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
     ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks.
-    ``stderr``: error bars, exact with the matrix, else from min(8, C) unions of E's clusters: the reverse pass over U
-    leaves the factors of its gradient, and each union costs a product with them. Those that ``memory_budget`` has no
-    room for are made again; where it has none for several directions either, each union costs a JVP.
+    ``stderr``: error bars over E's clusters, which are ``batch_e.group`` or without it the rows, with a ``UserWarning``
+    where these share prompts. They are exact with the matrix, else from min(8, C) unions of E's clusters: the reverse
+    pass over U leaves the factors of its gradient, and each union costs a product with them. Those that
+    ``memory_budget`` has no room for are made again; where it has none for several directions either, each union costs
+    a JVP.
     ``per_token``: without it ``per_token`` is None and the influences come from those factors too, without the JVP.
     ``chunk_size``: rows per forward; None chooses by tokens. ``memory_budget``: bytes that the matrix, what is kept of
     U's reverse pass and of E's forward may take, each in its turn, beside the pass at hand; 0 keeps nothing.
@@ -133,7 +145,7 @@ def influence(
     Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020.
 
     Example:
-        >>> ids = torch.tensor([[1, 2, 3], [1, 3, 0]])
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
         >>> mask = torch.tensor([[False, True, True], [False, True, False]])
         >>> batch = Batch(ids, ids > 0, mask, coefficients=0.5 * mask)
         >>> apply = lambda p, ids, mask: p["table"][ids]
@@ -165,6 +177,8 @@ def influence(
     )
     _check(params, batch_u, batch_e, passes, estimator, normalize, matrix)
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
+    if stderr:
+        warn_of_shared_prompts("batch_e", batch_e)
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
     # U's losses have the derivatives that a trainer takes of them, the entropy over E those that it has.
@@ -175,10 +189,11 @@ def influence(
 
     slope, parts, along, tokens = _adjoint(reach, ascents, step.gain, step.direction if in_unions else {})
     per_sequence = parts.sum(0) if tokens is None else tokens.sum(-1)
+    u = multiply(step.gain, slope)
+    conditioning = _conditioning(reach, fresh_part(g_u, opt_state, u, step.clip), per_sequence)
     # What is kept of U may take as much as the matrix.
     del reach
 
-    u = multiply(step.gain, slope)
     per_parameter = dots(g_u, u)
     whole = torch.stack(list(per_parameter.values())).sum()
     bound = identity_tolerance(params, apply) if tolerance is None else tolerance
@@ -223,6 +238,7 @@ def influence(
         per_parameter=per_parameter,
         matrix=kernel,
         total_stderr=total_error,
+        conditioning=conditioning,
     )
 
 
@@ -272,6 +288,10 @@ class _Reach(NamedTuple):
 
     def token_shares(self, u: Params) -> Tensor:
         return _token_shares(self.params, u, self.batch, self.passes, self.tapes)
+
+    def shares(self, u: Params) -> Tensor:
+        """<u, g_i> of every rollout, float64 (n,)."""
+        return self.token_shares(u).sum(-1) if self.contract is None else self.contract([u])[0]
 
 
 def _token_shares(params: Params, u: Params, batch: Batch, passes: Passes, tapes: Tapes | None) -> Tensor:
@@ -330,6 +350,15 @@ def _adjoint(
     parts = torch.cat([reach.contract(block) for block in _blocks(directions(), reach.together)])
     tokens = reach.token_shares(multiply(gain, slope)) if reach.per_token else None
     return slope, parts, torch.stack(along), tokens
+
+
+def _conditioning(reach: _Reach, fresh: Params, per_sequence: Tensor) -> Tensor:
+    """The share of sum |delta| that rollouts have along ``fresh``, u on some coordinates; costs one more direction."""
+    if not dot(fresh, fresh):
+        return torch.zeros((), dtype=torch.float64, device=per_sequence.device)
+    made_now = reach.shares(fresh)
+    size, rest = made_now.abs().sum(), (per_sequence - made_now).abs().sum()
+    return torch.where(size > 0, size / (size + rest), 0.0)
 
 
 def _blocks(directions: Iterator[Params], size: int) -> Iterator[list[Params]]:
@@ -391,5 +420,5 @@ def _check(
     check_options(passes.temperature, passes.chunk_size)
     if matrix:
         passes.check_kernel("matrix=True")
-    check_batch("batch_u", batch_u, params, passes.apply, coefficients=True)
+    check_batch("batch_u", batch_u, params, passes.apply, coefficients=True, may_be_empty=True)
     check_batch("batch_e", batch_e, params, passes.apply)

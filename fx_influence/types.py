@@ -36,7 +36,8 @@ class Batch(NamedTuple):
     The token at position t is scored by the logits at t-1, so column 0 is never True.
     ``coefficients``: float (B, T), c_it = -dL/dlog pi(y_it), needed in an update batch.
     ``entropy_coefficients``: float (B, T), b_it = -dL/dh_it, for losses with an entropy bonus.
-    ``group``: int64 (B,), the prompt that a row belongs to.
+    ``group``: int64 (B,), the prompt that a row belongs to; error bars over E take rows of one group for one draw, and
+    without it every row for a draw of its own.
 
     Example:
         >>> import torch

@@ -131,9 +131,9 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
         lambda b: b._replace(group=b.group[:3]),
         r"{batch}\.group has shape \(3,\); pass \(4,\), one prompt a row",
     ),
-    "nothing completed": (
-        lambda b: b._replace(completion_mask=torch.zeros(N, WIDTH, dtype=torch.bool)),
-        r"{batch}\.completion_mask has no True at all; a batch needs at least one completion token",
+    "no row": (
+        lambda b: b._make(None if field is None else field[:0] for field in b),
+        r"{batch}\.input_ids is of shape \(0, 7\); pass at least one rollout",
     ),
     "first column completed": (
         put("completion_mask", (2, 0), True),
@@ -163,6 +163,14 @@ def test_a_batch_that_cannot_be_scored_is_refused(call: Call, case: str) -> None
     fields = {**fields, "batch_u": "batch_u"} if call is influence else fields
     for given, field in fields.items():
         refused(call, message.replace("{batch}", field), **{given: change})
+
+
+@pytest.mark.parametrize("call", [influence, snis, along])
+def test_an_evaluation_batch_without_completion_tokens_is_refused(call: Call) -> None:
+    message = (
+        r"batch_e\.completion_mask has no True at all; a batch needs at least one completion token, since the entropy"
+    )
+    refused(call, message, batch_e=replace(completion_mask=torch.zeros(N, WIDTH, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(

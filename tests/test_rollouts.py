@@ -142,7 +142,7 @@ def test_every_malformed_line_is_named_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 2: this is not JSON") as caught:
         read_rollouts(path)
     assert [line.split("r.jsonl, ")[1] for line in str(caught.value).splitlines()][1:] == [
-        "line 3: this holds the number NaN, which is not finite; repair it first",
+        "line 3: field 'reward' holds the number NaN, which is not finite; repair it first",
         "line 4: field 'group' is '0'; that is not the type that write_rollouts gives it",
     ]
 

@@ -60,8 +60,9 @@ def read_rollouts(
 
     Raises ``FileNotFoundError`` for a missing file; ``ImportError`` for parquet without pyarrow; ``ValueError`` for an
     unknown format or layout, texts without a tokenizer, a file without rollouts, ids that occur twice, and, naming
-    every line or row, for records that are malformed or hold a number that is not finite. Nothing in a file is
-    executed.
+    every line or row, for records that are malformed or hold a number that is not finite where it counts: not in fields
+    that are not read, in padding, at tokens that were not sampled, or in rewards beside a recorded advantage. Nothing
+    in a file is executed.
     Source: the readers, in ``rollout_tokens`` and ``rollout_text``, name the code that writes each format.
 
     Example:

@@ -7,7 +7,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -19,8 +19,7 @@ SPELLED_OUT = 10
 def read_json_lines(files: Sequence[Path], parse: Callable[[int, dict[str, Any]], Value]) -> list[Value]:
     """``parse(index, object)`` of each line that is not blank, counted from 0 through all files.
 
-    Raises ``ValueError``, naming each line that holds no JSON object, a number that is not finite, or what ``parse``
-    refuses with a ``ValueError``.
+    Raises ``ValueError``, naming each line that holds no JSON object or what ``parse`` refuses with a ``ValueError``.
     """
     return read_all(_lines(files), lambda index, line: parse(index, json_object(line)))
 
@@ -43,9 +42,9 @@ def read_all(items: Iterable[tuple[str, Item]], parse: Callable[[int, Item], Val
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-    """The object of a line. Raises ``ValueError`` for anything else, and for a number that is not finite."""
+    """The object of a line, with ``NotFinite`` for NaN and infinities. Raises ``ValueError`` for anything else."""
     try:
-        record = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=NotFinite, parse_float=_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"this is not JSON ({error.msg}); each line must hold one object") from error
     except UnicodeDecodeError as error:
@@ -55,20 +54,51 @@ def json_object(line: bytes) -> dict[str, Any]:
     return record
 
 
+class NotFinite(float):
+    """NaN or an infinity in a record; its type is not float, so that no field takes it for a number.
+
+    A trainer may write some where nobody reads: in extras of its reward, in padding, at tokens of the prompt. Only a
+    reader knows whether a value counts, and refuses it then.
+    """
+
+    def __new__(cls, text: str) -> NotFinite:
+        value = super().__new__(cls, text)
+        value.text = text
+        return value
+
+    text: str
+
+
+def refuse_not_finite(name: str, value: object) -> None:
+    """Raise ``ValueError`` for a ``NotFinite``; ``name``: the field that it counts in."""
+    if isinstance(value, NotFinite):
+        raise ValueError(f"field {name!r} holds the number {value.text}, which is not finite; repair it first")
+
+
 def field(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str) -> Any:
     """``record[name]``. Raises ``ValueError`` if it is missing or of none of ``kinds``, put in words by ``what``."""
     if name not in record:
         raise ValueError(f"no field {name!r}, which must be {what}; the record has {sorted(record)}")
+    refuse_not_finite(name, record[name])
     # Not isinstance: True is an int too, and no number here.
     if type(record[name]) not in kinds:
         raise ValueError(f"field {name!r} is {reprlib.repr(record[name])}; it must be {what}")
     return record[name]
 
 
-def fields(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str) -> list[Any]:
-    """The list ``record[name]``, whose items are checked as by ``field``."""
-    values: list[Any] = field(record, name, (list,), f"a list of {what}")
+def fields(
+    record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str, counts: Sequence[bool] | None = None
+) -> list[Any]:
+    """The list ``record[name]``, whose items are checked as by ``field``.
+
+    ``counts``: which of them count, None for all; elsewhere a number that is not finite is None.
+    """
+    values: list[Any] = list(field(record, name, (list,), f"a list of {what}"))
     for place, value in enumerate(values):
+        if isinstance(value, NotFinite) and counts is not None and not (place < len(counts) and counts[place]):
+            values[place] = None
+            continue
+        refuse_not_finite(name, value)
         if type(value) not in kinds:
             raise ValueError(f"field {name!r} holds {reprlib.repr(value)} at {place}; it must hold {what} only")
     return values
@@ -81,10 +111,6 @@ def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
             yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _finite(text: str) -> float:
+def _number(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse(text)
-
-
-def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"this holds the number {text}, which is not finite; repair it first")
+    return value if math.isfinite(value) else NotFinite(text)

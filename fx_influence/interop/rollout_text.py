@@ -55,7 +55,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
     The columns are ``step``, ``prompt`` and ``completion`` (texts, or lists of messages), one for each reward
     function, those of ``log_extra``, and ``advantage``, which is kept as it is. Equal prompts of a step are one group.
     The reward is the one column of numbers beside these, or the sum over ``reward_weights``, of each row's columns that
-    are not null (a function that returned ``None``); of several columns without ``reward_weights``, none.
+    are neither null nor NaN (a function that returned ``None``); of several columns without ``reward_weights``, none.
 
     Raises ``ValueError`` for other columns, and by row (from 0) for a bad one. ``ImportError`` without pyarrow.
     Source: trl 1.16.0, trl/trainer/grpo_trainer.py, ``GRPOTrainer.log``.
@@ -64,13 +64,15 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
     weights = _reward_columns(numeric, reward_weights)
 
     def parse(index: int, row: dict[str, Any]) -> tuple[Rollout, tuple[Any, ...]]:
-        for name, value in row.items():
+        # A NaN is what a null is: a function of the reward that returned None.
+        values = {name: row[name] for name in weights if row[name] is not None and not math.isnan(row[name])}
+        for name, value in {"advantage": row["advantage"], **values}.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"column {name!r} holds {value}, which is not finite; repair it first")
         step = field(row, "step", (int,), "an integer")
         advantage = float(field(row, "advantage", NUMBER, "a number; pandas writes NaN as null"))
         rollout = retokenizer.rollout(str(index), row["prompt"], row["completion"], _truncated(row))
-        rewards = [weight * row[name] for name, weight in weights.items() if row[name] is not None]
+        rewards = [weights[name] * value for name, value in values.items()]
         reward = float(sum(rewards)) if rewards else None
         return dataclasses.replace(rollout, reward=reward, advantage=advantage), (step, rollout.prompt_ids)
 

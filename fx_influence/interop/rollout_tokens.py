@@ -47,13 +47,15 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
             raise ValueError(f"field 'schema_version' is {record.get('schema_version')!r}; only version 1 is known")
         _require_policy_gradient(record)
         step = "export_step" if "export_step" in record else "step"
+        sampled = fields(record, "loss_mask", (bool,), "booleans")
         name = "/".join(str(field(record, n, (int,), "an integer")) for n in (step, "rank", "export_sequence_idx"))
         recorded = Recorded(
             tokens=fields(record, "token_ids", (int,), "integers"),
-            sampled=fields(record, "loss_mask", (bool,), "booleans"),
-            logprobs=fields(record, "inference_logprobs", NULLABLE, "numbers"),
-            advantages=_weighted_advantages(record),
-            rewards=fields(record, "rewards", NULLABLE, "numbers") if "rewards" in record else None,
+            sampled=sampled,
+            logprobs=fields(record, "inference_logprobs", NULLABLE, "numbers", sampled),
+            advantages=_weighted_advantages(record, sampled),
+            # The advantage is recorded, so that no reward counts.
+            rewards=fields(record, "rewards", NULLABLE, "numbers", ()) if "rewards" in record else None,
         )
         return _rollout(name, recorded, tokenizer)
 
@@ -78,12 +80,14 @@ def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
     def parse(_: int, record: dict[str, Any]) -> tuple[Rollout, tuple[int, ...]]:
         length = cast(int, _only(record, "input_lengths", (int,), "integers"))
         mask = _padded(record, "token_loss_mask", FLAG, "0 or 1", length)
-        reward = _only(record, "filtered_rewards" if "filtered_rewards" in record else "rewards", NUMBER, "numbers")
+        sampled = [_flag("token_loss_mask", value) for value in mask]
+        # The advantage is recorded, so that no reward counts.
+        reward = _only(record, "filtered_rewards" if "filtered_rewards" in record else "rewards", NUMBER, "numbers", ())
         recorded = Recorded(
             tokens=_padded(record, "token_ids", (int,), "integers", length),
-            sampled=[_flag("token_loss_mask", value) for value in mask],
-            logprobs=_padded(record, "generation_logprobs", NUMBER, "numbers", length),
-            advantages=_padded(record, "advantages", NUMBER, "numbers", length),
+            sampled=sampled,
+            logprobs=_padded(record, "generation_logprobs", NUMBER, "numbers", length, sampled),
+            advantages=_padded(record, "advantages", NUMBER, "numbers", length, sampled),
             rewards=[reward] * length,
         )
         counts = _flag("sample_loss_mask", _only(record, "sample_loss_mask", FLAG, "0 or 1"))
@@ -160,28 +164,38 @@ def _require_policy_gradient(record: dict[str, Any]) -> None:
         )
 
 
-def _weighted_advantages(record: dict[str, Any]) -> list[float | None]:
-    advantages = fields(record, "advantages", NULLABLE, "numbers")
+def _weighted_advantages(record: dict[str, Any], sampled: Sequence[bool]) -> list[float | None]:
+    advantages = fields(record, "advantages", NULLABLE, "numbers", sampled)
     # The exporter writes null where a stream is not there, which stands for the weight 1.
-    weights = fields({"rl_weights": [None] * len(advantages), **record}, "rl_weights", NULLABLE, "numbers")
+    weights = fields({"rl_weights": [None] * len(advantages), **record}, "rl_weights", NULLABLE, "numbers", sampled)
     if len(weights) != len(advantages):
         raise ValueError(f"{len(weights)} rl_weights for {len(advantages)} advantages; give one for each")
     return [a if w is None or a is None else a * w for a, w in zip(advantages, weights, strict=True)]
 
 
-def _only(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str) -> Any:
-    """The value of a field that NeMo-RL wrote as a batch of one."""
-    values = fields(record, name, kinds, what)
+def _only(
+    record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str, counts: Sequence[bool] | None = None
+) -> Any:
+    """The value of a field that NeMo-RL wrote as a batch of one; ``counts``: see ``fields``."""
+    values = fields(record, name, kinds, what, counts)
     if len(values) != 1:
         raise ValueError(f"field {name!r} holds {len(values)} values; NeMo-RL writes a list of one")
     return values[0]
 
 
-def _padded(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str, length: int) -> list[Any]:
-    values = fields({name: _only(record, name, (list,), f"a list of {what}")}, name, kinds, what)
+def _padded(
+    record: dict[str, Any],
+    name: str,
+    kinds: tuple[type, ...],
+    what: str,
+    length: int,
+    counts: Sequence[bool] | None = None,
+) -> list[Any]:
+    """The values of a sequence without its padding, whatever stands there; ``counts``: see ``fields``."""
+    values = _only(record, name, (list,), f"a list of {what}")
     if not 0 <= length <= len(values):
         raise ValueError(f"field 'input_lengths' is {length}, but field {name!r} has {len(values)} values")
-    return values[:length]
+    return fields({name: values[:length]}, name, kinds, what, counts)
 
 
 def _flag(name: str, value: float) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fx_influence.interop.rollout_records import read_json_lines
+from fx_influence.interop.rollout_records import NotFinite, read_json_lines, refuse_not_finite
 from fx_influence.types import Batch
 
 
@@ -161,7 +161,8 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
     - ``approximate``: boolean; may be left out, which is false
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` naming every line that is not a rollout: no JSON,
-    a field missing or of another type, a number that is not finite.
+    a field missing or of another type, a number that is not finite. One that does not count is read: at a token where
+    ``completion_mask`` is false it is 0, and a reward beside an advantage is null.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"rollouts file {str(path)!r} does not exist; check the path")
@@ -183,6 +184,7 @@ def _record(rollout: Rollout) -> dict[str, Any]:
 
 def _from_record(_: int, record: dict[str, Any]) -> Rollout:
     values: dict[str, Any] = {}
+    record = _counted(record)
     for field in dataclasses.fields(Rollout):
         if field.name in record:
             values[field.name] = _checked(field.name, record[field.name])
@@ -191,7 +193,22 @@ def _from_record(_: int, record: dict[str, Any]) -> Rollout:
     return Rollout(**values)
 
 
+def _counted(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with 0 for what is not finite at tokens that were not sampled, and no such reward by an advantage."""
+    mask, out = record.get("completion_mask"), dict(record)
+    if isinstance(mask, list):
+        for name in PER_TOKEN:
+            if isinstance(values := record.get(name), list) and len(values) == len(mask):
+                pairs = zip(values, mask, strict=True)
+                out[name] = [0.0 if isinstance(x, NotFinite) and m is False else x for x, m in pairs]
+    if isinstance(record.get("reward"), NotFinite) and type(record.get("advantage")) in (int, float):
+        out["reward"] = None
+    return out
+
+
 def _checked(name: str, value: object) -> object:
+    for item in value if isinstance(value, list) else [value]:
+        refuse_not_finite(name, item)
     if name in ("prompt_ids", "completion_ids"):
         valid = isinstance(value, list) and all(type(item) is int for item in value)
     elif name in PER_TOKEN:

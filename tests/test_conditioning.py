@@ -1,0 +1,158 @@
+"""The share of the influences that rests on denominators which AdamW has from this very gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from tolerances import TINY_POLICY, assert_close_to_rounding
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence.adamw import ILL_CONDITIONED, fresh_part
+from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
+
+HYPER = AdamWHyper(1.0, 0.9, 0.99, 1e-8, 0.0, False, False)
+
+
+class Case:
+    """A float64 policy with an update batch, an evaluation batch and optimizer states."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.apply, self.params = apply_of(TinyPolicy(6, 6, 1, 2, 8))
+        self.batch_u = random_batch(generator, 4, 8, 6, entropy_coefficients=True)
+        self.batch_e = random_batch(generator, 5, 8, 6, coefficients=False, groups=3)
+        self.warm = random_adamw_state(generator, self.params)
+        zero = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.fresh = AdamWState(zero, zero, {}, dict.fromkeys(zero, 0), dict.fromkeys(zero, HYPER), 1e-3)
+
+    def influence(self, state: AdamWState, apply: Apply | None = None, **options: Any) -> fx.Influence:
+        return fx.influence(self.params, self.batch_u, self.batch_e, state, apply=apply or self.apply, **options)
+
+    def literal(self, state: AdamWState, **options: Any) -> Tensor:
+        """Its formula, from the gradient of every rollout and a rollout's part coordinate by coordinate."""
+        grads = fx.per_sample_grads(fx.rollout_loss(self.apply), self.params, self.batch_u)
+        whole = {name: g.sum(0) for name, g in grads.items()}
+        norm = math.sqrt(sum(g.square().sum() for g in whole.values()))
+        clip = min(1.0, options.get("max_grad_norm", math.inf) / (norm + 1e-6))
+        gain = fx.adamw_decompose(
+            whole, state, self.params, options.get("gain", "share"), options.get("max_grad_norm")
+        ).gain
+        slope = slope_of(self.apply, self.params, self.batch_e)
+        on, off = (torch.zeros(len(self.batch_u.input_ids), dtype=torch.float64) for _ in range(2))
+        for name, g in grads.items():
+            hyper, tau = state.hyper[name], state.step[name] + 1
+            s = hyper.beta2 * state.exp_avg_sq[name] + (1 - hyper.beta2) * (clip * whole[name]) ** 2
+            top = torch.maximum(s, state.max_exp_avg_sq[name]) if hyper.amsgrad else s
+            now = (1 - hyper.beta2) * (clip * whole[name]) ** 2 > top / 2
+            now |= (top / (1 - hyper.beta2**tau)).sqrt() <= 10 * hyper.eps
+            each = (gain[name] * slope[name] * g).flatten(1)
+            on += (each * now.flatten()).sum(1)
+            off += (each * ~now.flatten()).sum(1)
+        return on.abs().sum() / (on.abs().sum() + off.abs().sum())
+
+
+def slope_of(apply: Apply, params: Params, batch_e: Batch) -> Params:
+    """grad H by name."""
+    from fx_influence.derivatives import batch_gradient
+    from fx_influence.entropy import entropy_coefficients
+
+    weights = entropy_coefficients(fx.token_values(params, batch_e, apply), batch_e)
+    surrogate = batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
+    return {
+        name: torch.zeros_like(params[name]) if g is None else -g
+        for name, g in batch_gradient(params, surrogate, apply).items()
+    }
+
+
+def half_fresh(case: Case) -> AdamWState:
+    """The warm state with every other parameter's replaced by that of no step."""
+    state = case.warm
+    zero = {name: torch.zeros_like(x) for k, (name, x) in enumerate(state.exp_avg.items()) if k % 2}
+    return state._replace(
+        exp_avg={**state.exp_avg, **zero},
+        exp_avg_sq={**state.exp_avg_sq, **zero},
+        step={**state.step, **dict.fromkeys(zero, 0)},
+    )
+
+
+def test_conditioning_is_one_when_the_optimizer_is_fresh() -> None:
+    case = Case()
+    assert_close_to_rounding(case.influence(case.fresh).conditioning, 1.0, terms=TINY_POLICY)
+
+
+def test_conditioning_is_zero_when_nothing_moves() -> None:
+    case = Case()
+    case.batch_u = case.batch_u._replace(completion_mask=torch.zeros_like(case.batch_u.completion_mask))
+    assert case.influence(case.fresh).conditioning == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}, {"gain": "rmsprop"}, {"max_grad_norm": 0.05}],
+    ids=str,
+)
+def test_conditioning_is_its_formula(options: dict[str, Any]) -> None:
+    case = Case()
+    state = half_fresh(case)
+    expected = case.literal(state, **{k: v for k, v in options.items() if k in ("gain", "max_grad_norm")})
+    assert 0.05 < expected < 0.9999
+    # the parts of a rollout cancel among coordinates, by less than a thousand times
+    assert_close_to_rounding(case.influence(state, **options).conditioning, expected, terms=TINY_POLICY, scale=1e3)
+
+
+@pytest.mark.parametrize("changes", [{"amsgrad": True}, {"maximize": True}, {"eps": 1e-2}], ids=str)
+def test_conditioning_follows_the_hyperparameters(changes: dict[str, Any]) -> None:
+    """eps = 1e-2 alone makes denominators of a warm state ill-determined: they are within 10 eps of their floor."""
+    case = Case()
+    state = half_fresh(case)
+    hyper = {name: h._replace(**changes) for name, h in state.hyper.items()}
+    maximum = {name: 2 * s for name, s in state.exp_avg_sq.items()} if "amsgrad" in changes else {}
+    state = state._replace(hyper=hyper, max_exp_avg_sq=maximum)
+    out = case.influence(state).conditioning
+    assert_close_to_rounding(out, case.literal(state), terms=TINY_POLICY, scale=1e3)
+
+
+def test_conditioning_falls_when_the_optimizer_warms_up() -> None:
+    """What a training sees: high at the first step, low once the second moment has many steps."""
+    case, generator = Case(), torch.Generator().manual_seed(2)
+    model = TinyPolicy(6, 6, 1, 2, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    seen = []
+    for step in range(31):
+        if step in (0, 30):
+            seen.append(case.influence(fx.adamw_state(optimizer, model)).conditioning.item())
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+    assert seen[0] > 0.999
+    assert seen[1] < ILL_CONDITIONED
+
+
+def test_conditioning_sees_gradients_that_cancel_in_the_batch() -> None:
+    """Two rollouts that are each other's opposite: g is 0, den is eps, and each part is huge; u g alone is 0."""
+    case = Case()
+    rows = torch.tensor([0, 0])
+    signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    twice = Batch._make(None if x is None else x[rows] for x in case.batch_u)
+    case.batch_u = twice._replace(coefficients=twice.coefficients * signs, entropy_coefficients=None)
+    out = case.influence(case.fresh, tolerance=1.0)
+    assert out.per_sequence.abs().max() > 1e6 * out.per_sequence.sum().abs()
+    assert out.conditioning > 0.999
+
+
+def test_fresh_part_leaves_out_what_the_optimizer_does_not_hold() -> None:
+    case = Case()
+    u = random_direction(torch.Generator().manual_seed(0), case.params)
+    held = {name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")}
+    state = case.fresh._replace(**{k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in held.items()})
+    grads = {name: torch.ones_like(p) for name, p in case.params.items()} | {"head.weight": None}
+    part = fresh_part(grads, state, u, torch.ones(()))
+    assert part.keys() == u.keys()
+    assert not part["head.bias"].any()
+    assert not part["head.weight"].any()
+    assert torch.equal(part["norm.bias"], u["norm.bias"])
