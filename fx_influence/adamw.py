@@ -12,15 +12,6 @@ from fx_influence.shards import over_shards, own_part
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
 
-ILL_CONDITIONED = 0.5
-"""``conditioning`` above which the parts of single rollouts are not to be read."""
-
-CONDITIONING_REMEDY = (
-    "Read the total and sums over many rollouts, not single rollouts or tokens; or measure a later step, once AdamW's "
-    "second moment comes from several steps. gain='rmsprop' has the same denominator"
-)
-"""What to do where ``conditioning`` is above ``ILL_CONDITIONED``."""
-
 
 class AdamWDecomposition(NamedTuple):
     """One AdamW step per unit learning rate, split. Every dictionary has all names of ``params``.

@@ -9,6 +9,15 @@ from typing import Any
 STRONGEST = 5
 UNIT = "per unit lr"
 
+ILL_CONDITIONED = 0.5
+"""``conditioning`` above which the parts of single rollouts are not to be read."""
+
+CONDITIONING_REMEDY = (
+    "Read the total and sums over many rollouts, not single rollouts or tokens; or measure a later step, once AdamW's "
+    "second moment comes from several steps. gain='rmsprop' has the same denominator"
+)
+"""What to do where ``conditioning`` is above ``ILL_CONDITIONED``."""
+
 
 def influence_line(out: Any) -> str:
     """The totals of an ``Influence`` in a line; the plain fields where they are no numbers, as under ``torch.vmap``."""
@@ -17,6 +26,8 @@ def influence_line(out: Any) -> str:
     except (RuntimeError, TypeError, ValueError):
         return f"{type(out).__name__}({', '.join(f'{name}={value!r}' for name, value in out._asdict().items())})"
     sizes = {"rollouts": len(out.per_sequence), "residual": f"{float(out.residual):.1e}"}
+    if _ill_conditioned(out):
+        sizes["conditioning"] = f"{float(out.conditioning):.2f}"
     sizes["per_token"] = None if out.per_token is None else tuple(out.per_token.shape)
     sizes["matrix"] = None if out.matrix is None else tuple(out.matrix.shape)
     inside = ", ".join(f"{name}={value}" for name, value in {**figures, **sizes}.items())
@@ -32,8 +43,15 @@ def influence_html(out: Any) -> str:
     error = out.stderr.tolist()
     rows += [(f"rollout {i}", f"{out.per_sequence[i].item():+.4g}", _plus_minus(error[i])) for i in chosen]
     rows.append(("residual", f"{float(out.residual):.1e}", ""))
+    if _ill_conditioned(out):
+        rows.append(("conditioning: read no single rollout", f"{float(out.conditioning):.2f}", ""))
     head = ("part", UNIT, "stderr")
     return f"<table><thead>{_row(head, 'th')}</thead><tbody>{''.join(_row(row, 'td') for row in rows)}</tbody></table>"
+
+
+def _ill_conditioned(out: Any) -> bool:
+    """Return whether the parts of single rollouts are not to be read; not where ``conditioning`` was not measured."""
+    return float(out.conditioning) > ILL_CONDITIONED
 
 
 def _totals(out: Any) -> Iterable[tuple[str, float, float]]:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from test_health import found
 from tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.adamw import ILL_CONDITIONED, fresh_part
+from fx_influence.adamw import fresh_part
+from fx_influence.display import ILL_CONDITIONED
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
 
 HYPER = AdamWHyper(1.0, 0.9, 0.99, 1e-8, 0.0, False, False)
@@ -156,3 +158,24 @@ def test_fresh_part_leaves_out_what_the_optimizer_does_not_hold() -> None:
     assert not part["head.bias"].any()
     assert not part["head.weight"].any()
     assert torch.equal(part["norm.bias"], u["norm.bias"])
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.9, True), (0.5, False), (math.nan, False)])
+def test_result_says_when_it_is_ill_conditioned(share: float, said: bool) -> None:
+    out = Case().influence(Case().warm)._replace(conditioning=torch.tensor(share))
+    assert ("conditioning=0.90" in repr(out)) == said
+    assert ("read no single rollout" in out._repr_html_()) == said
+
+
+def test_health_says_what_to_do_when_ill_conditioned() -> None:
+    figures = {"conditioning": 0.93}
+    finding = found("Conditioning", figures)
+    assert finding is not None
+    assert finding.level == "attention"
+    assert finding.text.startswith("93% of the sum of |influence| rests on denominators that AdamW has from this very")
+    assert "Read the total and sums over many rollouts" in finding.text
+    assert "measure a later step" in finding.text
+    fine = found("Conditioning", {"conditioning": 0.04})
+    assert fine is not None
+    assert fine.level == "good"
+    assert found("Conditioning") is None

@@ -49,6 +49,7 @@ class MeasuredStep(NamedTuple):
         }
         nats = {name: self.lr * float(value) for name, value in figures.items()}
         nats["concentration"] = float(top_share(out.per_token[u.batch.completion_mask], TOP))
+        nats["conditioning"] = float(out.conditioning)
         nats |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
         if self.realised is not None:
             nats["realised"] = float(self.realised.delta_h)

@@ -173,12 +173,22 @@ def _sequences(measured: MeasuredStep, rollouts: list[Rollout], trainer: Any) ->
 
 def _summary(measured: MeasuredStep) -> dict[str, Any]:
     out, captured = measured.influence, measured.captured
-    names = ("total", "baseline", "momentum", "weight_decay", "residual", "unattributed", "total_stderr")
+    names = (
+        "total",
+        "baseline",
+        "momentum",
+        "weight_decay",
+        "residual",
+        "unattributed",
+        "total_stderr",
+        "conditioning",
+    )
     return {
         "step": measured.step,
         "lr": measured.lr,
         **{name: float(getattr(out, name)) for name in names},
         "sum_per_sequence": float(out.per_sequence.sum()),
+        "conditioning": float(out.conditioning),
         "entropy": measured.entropy,
         "in_this_step": measured.figures(),
         "update_rollouts": len(captured.advantages),

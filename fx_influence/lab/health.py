@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fx_influence.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.lab.results import EntropyInfluenceResults
 
 Level = Literal["good", "attention", "unknown"]
@@ -166,6 +167,17 @@ def _unattributed(f: Figures) -> Finding | None:
     return Finding(name, "attention", f"{text}: rounding in half precision, or a loss that is not of single tokens.")
 
 
+def _conditioning(f: Figures) -> Finding | None:
+    share = f.own.get("conditioning")
+    if share is None:
+        return None
+    text = f"{share:.0%} of the sum of |influence| rests on denominators that AdamW has from this very gradient"
+    if share <= ILL_CONDITIONED:
+        return Finding("Conditioning", "good", f"{text}.")
+    text = f"{text}: parts of rollouts are large and cancel. {CONDITIONING_REMEDY}."
+    return Finding("Conditioning", "attention", text)
+
+
 def _first_order(f: Figures) -> Finding | None:
     name, trust = "First order", f.own.get("eta_trust")
     if "eta_trust" not in f.own or not f.lr:
@@ -266,5 +278,6 @@ CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
     _policy_of_e,
     _policy_of_u,
     _unattributed,
+    _conditioning,
     _identity,
 )

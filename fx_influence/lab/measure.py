@@ -24,7 +24,7 @@ from fx_influence.queries import expected_reward
 from fx_influence.types import Batch, Params
 
 FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr")
-FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual", "unattributed")
+FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual", "unattributed", "conditioning")
 OTHER_INFLUENCES = (
     "per_sequence_rmsprop",
     "per_sequence_reward",
