@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fx_influence.lab.cli import COMMENTED_PLAN
 from fx_influence.lab.plan import (
-    COMMENTED_PLAN,
     EntropyInfluencePlan,
     FisherKernelPlan,
     demo_path,

@@ -35,8 +35,6 @@ from fx_influence.types import Estimator, Gain, LossType, Normalize
 DEMO = "demo"
 """Stands for the embedded checkpoint, or with ``demo/train`` and ``demo/eval`` for its prompt files."""
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
-COMMENTED_PLAN = DEMO_DIRECTORY / "plan.yaml"
-"""The embedded default with every field and its meaning: what ``fx-influence plan`` prints."""
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
 Direction = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop", "grad", "baseline_plus_grad"]
