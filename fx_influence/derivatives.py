@@ -142,8 +142,10 @@ def live(params: Params) -> Params:
 
 
 def _forward(leaves: Params, part: Part, policy: Halves, outputs: Sequence[Tensor] | None = None) -> Tensor:
-    with torch.enable_grad(), Replay(outputs) if outputs else nullcontext():
-        return scored_features(policy.features(leaves, part), part)
+    replay = Replay(outputs or [])
+    with torch.enable_grad(), replay if outputs else nullcontext():
+        features = scored_features(policy.features(leaves, part), part)
+    return features if replay.outputs_fit else _forward(leaves, part, policy)
 
 
 def _reverse(leaves: Params, features: Tensor, part: Part, batch: Batch, policy: Halves, temperature: float) -> Params:

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from fx_influence.forward_mode import AtItsLevel
 from fx_influence.head import Weights, loss_by_logits, pull
 from fx_influence.logprobs import weights_of
 from fx_influence.parts import Part
@@ -140,38 +140,107 @@ def _differentiate(
 
 
 def factored_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str]:
-    """The parameters that the forward uses in no other ways than those of ``Factor``, with the rows on the first axis.
+    """Return the parameters whose per-row gradients are the sums of their ``Factor`` products.
 
-    Seen by running the first tokens of two rows forward and watching where each parameter goes. What is used otherwise
-    (experts that gather tokens, weights that are computed with before they are used) is left to ``vmap(grad)``.
+    A probe of three short rows decides, with those of the batch's tokens and padding. A parameter w has factors where
+
+    - every differentiable path from w to the logits is a use of a kind of ``Factor``: recorded uses take w detached,
+      so a path that is left in the graph (``w.T``, a slice, w in a list, a custom function) is one that none records;
+    - d logits[i] / d y[j] is exactly 0 for rows i != j and the output y of every use, split as ``Factor`` splits it:
+      tokens in another order than that of the batch, an axis that has the length of the rows by chance, and rows that
+      see one another all break this.
+
+    Every other parameter is left to ``per_sample_grads``. Cost: one forward and three reverse passes of 12 tokens
+    without the products that make weights' gradients.
     """
-    body, head = _look(params, batch, apply, frozenset(params))
-    return frozenset({use.name for use in (*body.uses, *head.uses)} - body.unfactored() - head.unfactored())
+    policy, leaves = halves(apply), {name: p.detach().requires_grad_() for name, p in params.items()}
+    ids, mask = _probe_rows(batch, policy.aligned)
+    names = frozenset(params)
+    body, head = (_Recorder(leaves, ids.shape, names, detached=True) for _ in range(2))
+    with torch.enable_grad(), body:
+        features = policy.eager(leaves, ids, mask)
+    inputs = features.detach().requires_grad_()
+    with torch.enable_grad(), head:
+        logits = policy.head(leaves, inputs.view_as(inputs))
+    rejected: set[str] = set()
+    for output, recorder in ((features, body), (logits, head)):
+        rejected |= recorder.unfactored() | _in_graph(output, leaves) | _mixed(output, recorder)
+    return frozenset({use.name for use in (*body.uses, *head.uses)} - rejected)
+
+
+PROBE_ROWS, PROBE_COLUMNS = 3, 4
+
+
+def _probe_rows(batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (3, L <= 4), of the batch's tokens, padded to three lengths where the batch is padded."""
+    width = min(PROBE_COLUMNS, batch.input_ids.shape[1])
+    columns = torch.arange(width, device=batch.input_ids.device)
+    rows = []
+    for i in range(PROBE_ROWS):
+        row, attended = (field[i % len(batch.input_ids)] for field in batch[:2])
+        tokens = row[attended] if bool(attended.any()) else row
+        rows.append(tokens[columns % len(tokens)])
+    ids = torch.stack(rows)
+    if aligned or bool(batch.attention_mask.all()):
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    # Neither ascending nor descending, so that a model which sorts rows by length changes their order.
+    lengths = columns.new_tensor([width - 1, width, width - 2]).clamp(min=1).unsqueeze(1)
+    left = bool((~batch.attention_mask[:, 0]).any())
+    return ids, columns >= width - lengths if left else columns < lengths
+
+
+def _in_graph(output: Tensor, leaves: Params) -> set[str]:
+    """Names of the leaves that the graph of ``output`` leads to."""
+    names = {id(p): name for name, p in leaves.items()}
+    reached = {names[id(output)]} if id(output) in names else set()
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if id(variable) in names:
+            reached.add(names[id(variable)])
+        pending.extend(following for following, _ in node.next_functions)
+    return reached
+
+
+def _mixed(output: Tensor, recorder: _Recorder) -> set[str]:
+    """Names of the uses that put out, where the factors of one row are read, what another row's output depends on."""
+    rows = len(output)
+    outputs = [use.output for use in recorder.uses]
+    if not output.requires_grad or not outputs:
+        return set()
+    # Without structure: the sum of a layer norm's output, for one, depends on nothing.
+    toward = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    mixed = [torch.zeros((), dtype=torch.bool, device=output.device)] * len(outputs)
+    for i in range(rows):
+        one = torch.zeros_like(toward).index_copy(0, torch.tensor([i], device=toward.device), toward[i : i + 1])
+        grads = torch.autograd.grad(output, outputs, one, allow_unused=True, retain_graph=True)
+        for k, g in enumerate(grads):
+            if g is not None:
+                # Not a number counts too.
+                others = _by_row(g, rows)[torch.arange(rows, device=g.device) != i]
+                mixed[k] = mixed[k] | (others != 0).any()
+    flags = torch.stack(mixed).tolist()
+    return {use.name for use, flag in zip(recorder.uses, flags, strict=True) if flag}
 
 
 def bytes_per_token(params: Params, batch: Batch, apply: Apply, names: frozenset[str]) -> int:
     """What the factors of ``names`` take for one token of one row, at most."""
-    recorders = _look(params, batch, apply, names)
-    held = {
-        id(x): x.numel() * x.element_size()
-        for recorder in recorders
-        for use in recorder.uses
-        for x in (use.inputs, use.output)
-        if x is not None
-    }
-    return sum(held.values()) // recorders[0].positions
-
-
-def _look(params: Params, batch: Batch, apply: Apply, names: frozenset[str]) -> tuple[_Recorder, _Recorder]:
-    # Two rows and four columns, or three and two: an axis of rows is told from one of positions by its length.
-    count = 3 if batch.input_ids.shape[1] == 2 else 2
-    index = torch.arange(count, device=batch.input_ids.device) % len(batch.input_ids)
-    ids, mask = batch.input_ids[index, :4], batch.attention_mask[index, :4]
-    policy = halves(apply)
+    policy, (ids, mask) = halves(apply), _probe_rows(batch, aligned=True)
     body = _Recorder(params, ids.shape, names)
     with torch.no_grad(), body:
         features = policy.eager(params, ids, mask)
-    return body, _seen_in_head(params, features, policy, names)
+    head = _seen_in_head(params, features, policy, names)
+    held = {
+        id(x): x.numel() * x.element_size()
+        for use in (*body.uses, *head.uses)
+        for x in (use.inputs, use.output)
+        if x is not None
+    }
+    return sum(held.values()) // ids.numel()
 
 
 def row_gradients(
@@ -231,8 +300,17 @@ class _Use(NamedTuple):
     kind: Kind
     inputs: Tensor | None
     output: Tensor
-    version: int
+    versions: tuple[int, int]
     padding: int | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether its input or output was written to after it, so that they are no longer what the use had."""
+        return _versions(self.inputs, self.output) != self.versions
+
+
+def _versions(inputs: Tensor | None, output: Tensor) -> tuple[int, int]:
+    return 0 if inputs is None else inputs._version, output._version
 
 
 _MULTIPLY = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
@@ -303,40 +381,44 @@ def _factors(recorder: _Recorder, rows: int) -> Factors:
     return factors
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(AtItsLevel):
     """Watches a forward: every use of a parameter that has a factor, and the parameters used in any other way.
 
     What leaves a use becomes part of the graph even where no parameter requires a gradient, so that its own gradient
-    can be asked for. Parameters outside ``names`` pass by unseen.
+    can be asked for. Parameters outside ``names`` pass by unseen. ``detached``: uses that have factors take their
+    parameters detached, so that the graph leads to a parameter only where it is used otherwise.
     """
 
-    def __init__(self, params: Params, shape: tuple[int, ...], names: frozenset[str]) -> None:
+    def __init__(
+        self, params: Params, shape: tuple[int, ...], names: frozenset[str], *, detached: bool = False
+    ) -> None:
         super().__init__()
         self._names = {id(p): name for name, p in params.items() if name in names}
         self._shape = tuple(shape)
+        self._detached = detached
         self.uses: list[_Use] = []
         self.grads: tuple[Tensor | None, ...] = ()
         self.others: set[str] = set()
 
-    @property
-    def positions(self) -> int:
-        return self._shape[0] * self._shape[1]
-
     def unfactored(self) -> set[str]:
-        """Parameters used in other ways, or whose output was then changed in place, so that its gradient is lost."""
-        return self.others | {use.name for use in self.uses if use.output._version != use.version}
+        """Parameters used in other ways, or with what was then changed in place, so that its gradient is lost."""
+        return self.others | {use.name for use in self.uses if use.changed}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        found = {name for x in (*args, *kwargs.values()) if (name := self._name(x)) is not None}
-        # What a parameter merely is (its shape, dtype, device) is no use of it.
-        if not found or getattr(func, "__name__", "") == "__get__":
+    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        names = self._names_in((args, kwargs))
+        # What a parameter merely is (its shape, dtype, device) is no use of it; a view by ``.T`` shows in the graph.
+        if not names or getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
         out = self._factored(func, args, kwargs)
         if out is None:
-            self.others |= found
+            self.others |= names
             return func(*args, **kwargs)
         return out
+
+    def called_deeper(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # In a transformation of the model's own rows may be hidden in a batched axis.
+        self.others |= self._names_in((args, kwargs))
+        return func(*args, **kwargs)
 
     def _factored(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if func is F.linear:
@@ -348,44 +430,62 @@ class _Recorder(TorchFunctionMode):
         if func is torch.addmm and len(args) == 3 and not kwargs:
             return self._addmm(*args)
         if func in _MULTIPLY | _ADD and len(args) == 2 and not kwargs:
-            w, x = args if self._name(args[0]) is not None else args[::-1]
-            if isinstance(x, Tensor) and self._rows_first(x) and w.shape == x.shape[-1:]:
-                kind: Kind = "scale" if func in _MULTIPLY else "shift"
-                return self._used(func(*args), (w, kind, x if kind == "scale" else None))
+            return self._scale_or_shift(func, *args)
         return None
 
-    def _linear(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        if not self._rows_first(x):
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if not self._rows_first(input) or weight.dim() != 2 or (bias is not None and bias.dim() != 1):
             return None
-        return self._used(F.linear(x, w, bias), (w, "linear", x), (bias, "shift", None))
+        output = F.linear(input, self._given(weight), None if bias is None else self._given(bias))
+        return self._used(output, (weight, "linear", input), (bias, "shift", None))
 
     def _addmm(self, bias: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
-        if not self._rows_first(x) or bias.dim() != 1:
+        if not self._rows_first(x) or bias.shape != w.shape[1:]:
             return None
-        return self._used(torch.addmm(bias, x, w), (w, "transposed", x), (bias, "shift", None))
+        output = torch.addmm(self._given(bias), x, self._given(w))
+        return self._used(output, (w, "transposed", x), (bias, "shift", None))
+
+    def _scale_or_shift(self, func: Any, left: Any, right: Any) -> Tensor | None:
+        w, x = (left, right) if self._name(left) is not None else (right, left)
+        if not isinstance(x, Tensor) or not self._rows_first(x) or w.shape != x.shape[-1:]:
+            return None
+        kind: Kind = "scale" if func in _MULTIPLY else "shift"
+        output = func(*(self._given(a) if a is w else a for a in (left, right)))
+        return self._used(output, (w, kind, x if kind == "scale" else None))
 
     def _embedding(
         self,
-        ids: Tensor,
-        w: Tensor,
+        input: Tensor,
+        weight: Tensor,
         padding_idx: int | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> Tensor | None:
-        if tuple(ids.shape) != self._shape or max_norm is not None or scale_grad_by_freq:
+        if tuple(input.shape) != self._shape or max_norm is not None or scale_grad_by_freq:
             return None
-        padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(w) + padding_idx
-        return self._used(F.embedding(ids, w, padding), (w, "embedding", ids), padding=padding)
+        padding = padding_idx if padding_idx is None or padding_idx >= 0 else len(weight) + padding_idx
+        output = F.embedding(input, self._given(weight), padding)
+        return self._used(output, (weight, "embedding", input), padding=padding)
 
     def _layer_norm(
-        self, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+        self,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
     ) -> Tensor | None:
-        if not self._rows_first(x) or len(shape) != 1:
+        if not self._rows_first(input) or len(normalized_shape) != 1:
             return None
-        normal = F.layer_norm(x.detach(), shape, None, None, eps)
-        return self._used(F.layer_norm(x, shape, weight, bias, eps), (weight, "scale", normal), (bias, "shift", None))
+        normal = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
+        w, b = (None if p is None else self._given(p) for p in (weight, bias))
+        output = F.layer_norm(input, normalized_shape, w, b, eps)
+        return self._used(output, (weight, "scale", normal), (bias, "shift", None))
+
+    def _given(self, p: Tensor) -> Tensor:
+        return p.detach() if self._detached and self._name(p) is not None else p
 
     def _used(
         self, output: Tensor, *uses: tuple[Tensor | None, Kind, Tensor | None], padding: int | None = None
@@ -396,15 +496,26 @@ class _Recorder(TorchFunctionMode):
         for w, kind, inputs in uses:
             name = self._name(w)
             if name is not None:
-                self.uses.append(_Use(name, kind, inputs, output, output._version, padding))
+                self.uses.append(_Use(name, kind, inputs, output, _versions(inputs, output), padding))
         return output
 
     def _rows_first(self, x: Tensor) -> bool:
         rows, positions = self._shape
         if x.dim() == 2:
-            # Tokens in one axis: all of them, in the order of the batch, only where this is a view of rows of them.
+            # Tokens in one axis: all of them, and a view, which no order of the data's own has.
             return x._is_view() and len(x) == rows * positions
         return x.dim() > 2 and len(x) == rows
 
     def _name(self, x: object) -> str | None:
         return self._names.get(id(x)) if isinstance(x, Tensor) else None
+
+    def _names_in(self, argument: object) -> set[str]:
+        """Names of the parameters among the arguments, in lists, tuples and dicts too."""
+        if isinstance(argument, Tensor):
+            name = self._name(argument)
+            return set() if name is None else {name}
+        if isinstance(argument, dict):
+            argument = list(argument.values())
+        if isinstance(argument, (list, tuple)):
+            return {name for part in argument for name in self._names_in(part)}
+        return set()

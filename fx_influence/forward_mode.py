@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 from fx_influence.attention import blockwise_attention, math_attention
 from fx_influence.types import Params
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 def pushforward(
     f: Callable[[Params], Tensor], params: Params, tangent: Params, outputs: Sequence[Tensor] | None = None
@@ -22,17 +25,20 @@ def pushforward(
     """f(params) and its derivative along ``tangent``, by the rules of ``ForwardMode``; names absent stay put.
 
     What ``torch.func.jvp`` gives, and sooner: what it wraps tensors in takes a twelfth of a pass of 2,000 tokens.
+    Where ``outputs`` are not those of the linear maps that f calls, they are made again.
     """
-    with forward_ad.dual_level(), ForwardMode(outputs):
+    with forward_ad.dual_level(), ForwardMode(outputs) as mode:
         at = {name: forward_ad.make_dual(p, tangent[name]) if name in tangent else p for name, p in params.items()}
         value, slope = forward_ad.unpack_dual(f(at))
+    if not mode.outputs_fit:
+        return pushforward(f, params, tangent)
     return value, torch.zeros_like(value) if slope is None else slope
 
 
-class _AtItsLevel(TorchFunctionMode):
+class AtItsLevel(TorchFunctionMode):
     """Sees what is called at the level of ``torch.func`` at which it was entered, and not what a model transforms."""
 
-    def __enter__(self) -> _AtItsLevel:
+    def __enter__(self) -> Self:
         self._level = _level()
         super().__enter__()
         return self
@@ -52,7 +58,7 @@ def _level() -> int:
     return 0 if top is None else top.level()
 
 
-class Tape(_AtItsLevel):
+class Tape(AtItsLevel):
     """While active, keeps what leaves every linear map, in order.
 
     A forward-mode pass over the same tokens that is given the ``outputs`` has its own products to make and no others:
@@ -82,21 +88,51 @@ class Tape(_AtItsLevel):
         return out
 
 
-class Replay(_AtItsLevel):
-    """While active, linear maps give the ``outputs`` that a ``Tape`` of the same forward kept, and derive as ever."""
+class _WithOutputs(AtItsLevel):
+    """Knows what leaves the linear maps of a forward, in order, from a ``Tape`` of the same forward."""
 
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:
         super().__init__()
-        self._outputs = iter(outputs)
+        self._outputs = None if outputs is None else list(reversed(outputs))
+        self._misfit = False
+
+    @property
+    def outputs_fit(self) -> bool:
+        """Whether the forward called as many linear maps as there are outputs, and each of the output's shape.
+
+        A custom function's own are seen outside of ``torch.func`` and not inside: results are then of no use.
+        """
+        return not self._misfit and not self._outputs
+
+    def _next_output(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        if self._outputs is None:
+            return None
+        known = self._outputs.pop() if self._outputs else None
+        if known is None or known.shape != (*x.shape[:-1], *weight.shape[:-1]):
+            self._misfit = True
+            return None
+        return known
+
+
+class Replay(_WithOutputs):
+    """While active, linear maps give the ``outputs`` that a ``Tape`` of the same forward kept, and derive as ever."""
 
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return func(*args, **kwargs)
-        known: Any = next(self._outputs, None)
+        given = _linear_arguments(*args, **kwargs)
+        known = self._next_output(*given[:2])
         # Under autocast inside a model they differ, and casts are not replayed.
-        if known is None or kwargs or not all(x is None or x.dtype == known.dtype for x in args):
+        if known is None or given[1].dim() != 2 or not all(x is None or x.dtype == known.dtype for x in given):
             return func(*args, **kwargs)
-        return _Known.apply(known, *args)
+        return _Known.apply(known, *given)
+
+
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Arguments of ``F.linear`` in order, however they are passed."""
+    return input, weight, bias
 
 
 class _Known(torch.autograd.Function):
@@ -120,7 +156,7 @@ class _Known(torch.autograd.Function):
         )
 
 
-class ForwardMode(_AtItsLevel):
+class ForwardMode(_WithOutputs):
     """While active, what a model spends its time on has forward-mode derivatives of its own.
 
     Attention goes by ``blockwise_attention``; linear maps and products of tensors make only what they need, where torch
@@ -130,18 +166,14 @@ class ForwardMode(_AtItsLevel):
     from a ``Tape`` of the same forward, where there is one.
     """
 
-    def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:
-        super().__init__()
-        self._outputs = None if outputs is None else iter(outputs)
-
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return blockwise_attention(*args, **kwargs)
         if func is F.embedding:
             return trained_embedding(*args, **kwargs)
         if func is F.linear:
-            known = None if self._outputs is None else next(self._outputs, None)
-            return _linear(known, *args, **kwargs)
+            given = _linear_arguments(*args, **kwargs)
+            return _linear(self._next_output(*given[:2]), *given)
         if func is Tensor.mul and not kwargs:
             return _product(*args)
         return func(*args, **kwargs)
@@ -154,22 +186,24 @@ class ForwardMode(_AtItsLevel):
 
 
 def trained_embedding(
-    ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: object, **kwargs: Any
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: object, **kwargs: Any
 ) -> Tensor:
     """``F.embedding`` with the derivative of reverse mode in forward mode: none at ``padding_idx``.
 
     torch's own forward mode moves that row with the others, although no gradient ever reaches it; the derivative of a
     loss along a direction and its gradient's product with it then differ wherever a text holds the padding token.
     """
-    out = F.embedding(ids, weight, padding_idx, *args, **kwargs)  # type: ignore[arg-type]
+    out = F.embedding(input, weight, padding_idx, *args, **kwargs)  # type: ignore[arg-type]
     if padding_idx is None:
         return out
-    still = (ids == padding_idx % len(weight)).unsqueeze(-1)
+    still = (input == padding_idx % len(weight)).unsqueeze(-1)
     return torch.where(still, out.detach(), out)
 
 
-def _linear(known: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(known: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """d(x w^T + b) = dx w^T + x dw^T + db, each product added to the last as it is made."""
+    if weight.dim() != 2:
+        return F.linear(x, weight, bias)
     (x, dx), (weight, dw) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
     bias, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
     out = F.linear(x, weight, bias) if known is None else known

@@ -67,12 +67,15 @@ def halves(apply: Apply) -> Halves:
         return apply(params, part.input_ids, part.attention_mask)
 
     def pushed(params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        mode = ForwardMode(outputs)
+
         def moved(params: Params) -> Tensor:
-            with ForwardMode(outputs):
+            with mode:
                 return features(params, part)
 
         # Not by pushforward: a function may have a jvp of its own inside, and its levels do not nest.
-        return cast(tuple[Tensor, Tensor], jvp(moved, (params,), (tangent,)))
+        both = cast(tuple[Tensor, Tensor], jvp(moved, (params,), (tangent,)))
+        return both if mode.outputs_fit else pushed(params, tangent, part, None)
 
     own = features, apply, features, pushed, lambda params, x: x.view_as(x)
     return Halves(*own, frozenset(), None, aligned=False, shares=False, tokens=TOKENS_PER_CHUNK, compiled=False)
