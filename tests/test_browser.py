@@ -17,9 +17,9 @@ from run_files import write_plan
 
 from benchmarks.bench_report import Size, chromium, synthetic
 from fx_influence.lab.cli import main
+from fx_influence.lab.column_table import printable
 from fx_influence.lab.report import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
-from fx_influence.lab.table import printable
 
 pytestmark = pytest.mark.browser
 

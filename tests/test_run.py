@@ -26,9 +26,9 @@ from fx_influence.lab import batches, store
 from fx_influence.lab import run as run_module
 from fx_influence.lab.analysis.allocation import ALLOCATIONS
 from fx_influence.lab.cli import main
+from fx_influence.lab.column_table import printable
 from fx_influence.lab.health import health
 from fx_influence.lab.plan import demo_path, read_plan
-from fx_influence.lab.table import printable
 
 PLAN = {
     "update": {"prompts": "demo/train", "num_prompts": 5, "completions_per_prompt": 4},

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fx_influence.lab.analysis.correlation import CONFIDENCE, RESAMPLES, Row
 from fx_influence.lab.analysis.covariates import Tokens
 from fx_influence.lab.analysis.rollout_statistics import direction_rows, reward_price, rollout_correlations
 from fx_influence.lab.analysis.token_statistics import concentration_rows, proxy_rows, sign_rows, token_correlations
+from fx_influence.lab.column_table import Column, ColumnTable, printable
 from fx_influence.lab.results import EntropyInfluenceResults
-from fx_influence.lab.table import printable
 
 FOLDER = "analysis"
 TITLES = {
@@ -108,7 +107,7 @@ def print_analysis(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def analysis_tables(found: Mapping[str, Any]) -> list[Table]:
+def analysis_tables(found: Mapping[str, Any]) -> list[ColumnTable]:
     """What ``analyze`` found as tables for a rich console; an empty one is left out."""
     shown = {**found, "rollout_correlations": _side_by_side(found["rollout_correlations"])}
     return [_table(title, shown[name]) for name, title in TITLES.items() if shown[name]]
@@ -126,14 +125,12 @@ def _side_by_side(rows: list[Row]) -> list[Row]:
     return [{**{k: v for k, v in line.items() if k != "reason"}, "note": line["reason"]} for line in found.values()]
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        textual = any(isinstance(row[name], str) for row in rows)
-        table.add_column(name.replace("_", " "), justify="left" if textual else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(name, value)) for name, value in row.items()))
-    return table
+def _table(title: str, rows: list[Row]) -> ColumnTable:
+    columns = [
+        Column(name.replace("_", " "), "name" if any(isinstance(row[name], str) for row in rows) else "number")
+        for name in rows[0]
+    ]
+    return ColumnTable(title, columns, [[_cell(name, value) for name, value in row.items()] for row in rows])
 
 
 def _cell(name: str, value: Any) -> str:

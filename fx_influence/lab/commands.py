@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fx_influence.interop.job import GRACE, REFUSALS, Job, LostRankError, is_launched, launched
 from fx_influence.lab.analyze import print_analysis, write_analysis
+from fx_influence.lab.column_table import printable
 from fx_influence.lab.fisher import run_fisher
 from fx_influence.lab.fisher_results import UPDATE_SELF_KERNEL, load_fisher_run
 from fx_influence.lab.fisher_table import print_fisher
@@ -23,7 +24,7 @@ from fx_influence.lab.progress import progress_on_stderr
 from fx_influence.lab.report import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.run import run
-from fx_influence.lab.table import print_run, printable
+from fx_influence.lab.table import print_run
 
 WIDTH = 160
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.table import Table
+from fx_influence.lab.column_table import Column, ColumnTable
 
 Figures = dict[str, Any]
 
 
-def finite_tables(s: Figures) -> list[Table]:
+def finite_tables(s: Figures) -> list[ColumnTable]:
     """Tables from the entries of ``summary.json`` that ``finite_steps.finite_figures`` and the allocations make."""
     lr = s["reference_lr"]
     tables = [_steps(s, lr)] if any("full" in step for step in s["finite_steps"]) else []
@@ -20,7 +20,7 @@ def finite_tables(s: Figures) -> list[Table]:
     return [*tables, _allocations(s["allocations"][0])]
 
 
-def _steps(s: Figures, lr: float) -> Table:
+def _steps(s: Figures, lr: float) -> ColumnTable:
     return _table(
         "Whole step at finite eta, raw nats",
         ("eta / lr", "SNIS", "stderr", "JVP x eta", "with second order", "baseline, SNIS", "ESS"),
@@ -39,7 +39,7 @@ def _steps(s: Figures, lr: float) -> Table:
     )
 
 
-def _whole_lines(s: Figures, lr: float) -> Table:
+def _whole_lines(s: Figures, lr: float) -> ColumnTable:
     fitted = [step["eta"] / lr for step in s["finite_steps"] if step["fitted"]]
     lines = {name: line for name, line in s["linearity"].items() if "slope" in line}
     return _table(
@@ -62,7 +62,7 @@ def _whole_lines(s: Figures, lr: float) -> Table:
     )
 
 
-def _rollout_lines(s: Figures, lr: float) -> Table:
+def _rollout_lines(s: Figures, lr: float) -> ColumnTable:
     verdict = s.get("steadier", {}).get("verdict")
     return _table(
         "The same for the part of each rollout" + (f"; the steadier: {verdict}" if verdict else ""),
@@ -92,7 +92,7 @@ def _rollout_lines(s: Figures, lr: float) -> Table:
     )
 
 
-def _noise(s: Figures, lr: float) -> Table:
+def _noise(s: Figures, lr: float) -> ColumnTable:
     gaps = s.get("additivity_gap", [None] * len(s["signal_to_noise"]))
     return _table(
         "Signal and noise of the rollouts' Delta H along v_i; medians",
@@ -120,7 +120,7 @@ def _noise(s: Figures, lr: float) -> Table:
     )
 
 
-def _allocations(allocations: Figures) -> Table:
+def _allocations(allocations: Figures) -> ColumnTable:
     names = list(next(iter(allocations.values()), {}))
     return _table(
         "Spearman correlation of the influence with the baseline dealt out to the rollouts",
@@ -129,13 +129,9 @@ def _allocations(allocations: Figures) -> Table:
     )
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> ColumnTable:
+    first, *others = columns
+    return ColumnTable(title, (Column(first, "name"), *map(Column, others)), list(rows))
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:

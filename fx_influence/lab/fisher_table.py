@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from fx_influence.lab.column_table import Column, ColumnTable, printable
 from fx_influence.lab.fisher_results import FisherKernelResults
-from fx_influence.lab.table import footer, printable
+from fx_influence.lab.table import asked, footer
 
 STRONGEST = 10
 TEXT_WIDTH = 36
@@ -33,43 +33,55 @@ def _headline(s: dict[str, Any]) -> Text:
     )
 
 
-def _figures(s: dict[str, Any]) -> Table:
-    table = Table(title="Predicted change of log-probability in this step, nats", title_justify="left")
+def _figures(s: dict[str, Any]) -> ColumnTable:
     columns = ("E", "rollouts", "mean", "mean |.|", "median |.|", "largest |.|", "baseline, mean |.|")
-    for column in (*columns, "one rollout of U, mean |.|", "Spearman with K_aa", "residual / sum of |parts|"):
-        table.add_column(column, justify="right")
+    more = ("one rollout of U, mean |.|", "Spearman with K_aa", "residual / sum of |parts|")
+    rows = []
     for i, e in enumerate(s["evaluations"]):
         sizes = [e[f"{name}_predicted_delta_logprob"] for name in ("mean_abs", "median_abs", "largest_abs")]
         rank = e["spearman_self_kernel_prediction"]
-        table.add_row(
-            f"{i:02d}",
-            f"{e['rollouts']}",
-            f"{e['mean_predicted_delta_logprob'] * s['lr']:+.3e}",
-            *(f"{size * s['lr']:.3e}" for size in (*sizes, e["mean_abs_baseline"], e["mean_abs_contribution"])),
-            "" if rank is None else f"{rank:+.3f}",
-            f"{e['relative_residual']:.1e}",
+        rows.append(
+            (
+                f"{i:02d}",
+                f"{e['rollouts']}",
+                f"{e['mean_predicted_delta_logprob'] * s['lr']:+.3e}",
+                *(f"{size * s['lr']:.3e}" for size in (*sizes, e["mean_abs_baseline"], e["mean_abs_contribution"])),
+                "" if rank is None else f"{rank:+.3f}",
+                f"{e['relative_residual']:.1e}",
+            )
         )
-    return table
+    return ColumnTable(
+        "Predicted change of log-probability in this step, nats", [*map(Column, (*columns, *more))], rows
+    )
 
 
-def _moved(top: list[dict[str, Any]], lr: float) -> Table:
-    table = Table(title="Rollouts of E 00 that the step moves most, and what in U moves them", title_justify="left")
-    for column in ("prompt", "completion", "change", "baseline", "by U's rollout", "prompt", "completion"):
-        width = TEXT_WIDTH if column in ("prompt", "completion") else None
-        table.add_column(column, no_wrap=True, overflow="ellipsis", max_width=width)
-    table.add_column("advantage", justify="right", no_wrap=True)
-    table.add_column("its part", justify="right", no_wrap=True)
+def _moved(top: list[dict[str, Any]], lr: float) -> ColumnTable:
+    rows = []
     for record in _distinct(top):
         strongest = record["contributors"][0]
         advantage = strongest["advantage"]
-        table.add_row(
-            *(Text(printable(record[field])) for field in ("prompt", "completion")),
-            *(f"{record[field] * lr:+.2e}" for field in ("predicted_delta_logprob", "baseline")),
-            *(Text(printable(strongest[field])) for field in ("id", "prompt", "completion")),
-            "" if advantage is None else f"{advantage:+.2f}",
-            f"{strongest['contribution'] * lr:+.2e}",
+        rows.append(
+            (
+                *(_short(text) for text in (asked(record), record["completion"])),
+                *(f"{record[field] * lr:+.2e}" for field in ("predicted_delta_logprob", "baseline")),
+                strongest["id"],
+                *(_short(text) for text in (asked(strongest), strongest["completion"])),
+                "" if advantage is None else f"{advantage:+.2f}",
+                f"{strongest['contribution'] * lr:+.2e}",
+            )
         )
-    return table
+    texts = (Column("prompt", "text"), Column("completion", "text"))
+    by = (Column("by U's rollout", "name"), *texts, Column("advantage"), Column("its part"))
+    return ColumnTable(
+        "Rollouts of E 00 that the step moves most, and what in U moves them",
+        (*texts, Column("change"), Column("baseline"), *by),
+        rows,
+    )
+
+
+def _short(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= TEXT_WIDTH else shown[: TEXT_WIDTH - 1] + "…"
 
 
 def _distinct(top: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,9 @@ FEW, MANY, ENOUGH_ESS = 0.01, 0.5, 0.5
 """Shares: what may be clipped or unattributed, what too much noise is, and the least effective sample."""
 STRAIGHT = 0.1
 """How far off the first order may be."""
+EFFECTIVE = "Effective sample size"
+SPOILING = ("Identity", "Policy of E")
+"""Names of the checks without which no figure of the run is to be trusted, the total's included."""
 RANKED = 0.1
 """Share of noise in the squared influences at which four in five of the top tenth are found: benchmarks/EVIDENCE.md."""
 
@@ -48,7 +51,7 @@ class Figures(NamedTuple):
 
 
 def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Finding]:
-    """The findings on one E, those that need attention first.
+    """The findings on one E, those that need attention first, and of these the gravest first.
 
     A check whose figures the run did not store, such as the effective sample size of a run without a sweep, is
     ``unknown`` where its absence matters, and left out where it does not apply.
@@ -203,7 +206,7 @@ def _realised(f: Figures) -> Finding | None:
 
 
 def _effective_sample(f: Figures) -> Finding:
-    name, ess = "Effective sample size", _at_lr(f, "ess")
+    name, ess = EFFECTIVE, at_lr(f.arrays, "ess", f.lr)
     if ess is None:
         return Finding(name, "unknown", "The run did not measure a finite step of this length.")
     share = ess / f.own["rollouts"]
@@ -214,7 +217,7 @@ def _effective_sample(f: Figures) -> Finding:
 
 
 def _clipping(f: Figures) -> Finding | None:
-    fraction = _at_lr(f, "full_clip_fraction")
+    fraction = at_lr(f.arrays, "full_clip_fraction", f.lr)
     if fraction is None:
         return None
     text = f"{fraction:.1%} of the importance weights are clipped at this step's length"
@@ -257,27 +260,33 @@ def _policy_of_u(f: Figures) -> Finding | None:
     return Finding("Policy of U", "good", text + (older if gap > OFF_POLICY else "."))
 
 
-def _at_lr(f: Figures, name: str) -> float | None:
+def at_lr(arrays: dict[str, np.ndarray], name: str, lr: float) -> float | None:
     """An array over eta where eta is the learning rate; None where no such step was made."""
-    if name not in f.arrays:
+    if name not in arrays:
         return None
-    [at] = np.nonzero(np.isclose(f.arrays["eta"], f.lr, rtol=1e-6, atol=0.0))
-    return float(f.arrays[name][at[0]]) if len(at) else None
+    [at] = np.nonzero(np.isclose(arrays["eta"], lr, rtol=1e-6, atol=0.0))
+    return float(arrays[name][at[0]]) if len(at) else None
+
+
+def few_effective(findings: list[Finding]) -> bool:
+    """Whether the importance weights leave too little of E for what is measured at this step's length."""
+    return any(finding.name == EFFECTIVE and finding.level == "attention" for finding in findings)
 
 
 CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
+    _identity,
+    _policy_of_e,
     _movement,
-    _size_of_e,
-    _ranking,
+    _unattributed,
+    _conditioning,
     _sign_of_total,
     _first_order,
     _realised,
     _effective_sample,
     _clipping,
+    _ranking,
+    _size_of_e,
     _rounding,
-    _policy_of_e,
     _policy_of_u,
-    _unattributed,
-    _conditioning,
-    _identity,
 )
+"""From what spoils every figure, over what bears on the total, to what bears on single rollouts."""

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fx_influence.lab.health import Finding, health
-from fx_influence.lab.report.numbers import Scale, with_error
+from fx_influence.lab.column_table import printable
+from fx_influence.lab.headline import Change, headline, parts, per
+from fx_influence.lab.health import Finding
+from fx_influence.lab.numbers import Scale
 from fx_influence.lab.results import EntropyInfluenceResults
-from fx_influence.lab.table import printable
 
 
-class Part(NamedTuple):
-    """A row of the totals."""
+class Row(NamedTuple):
+    """A row of the totals, as text."""
 
     name: str
     value: str
@@ -27,7 +28,14 @@ class Totals(NamedTuple):
 
     unit: str
     step_unit: str
-    rows: list[Part]
+    rows: list[Row]
+
+
+class Changes(NamedTuple):
+    """The step's change of the entropy, foretold and measured: the unit, and (name, value, error bar) a row."""
+
+    unit: str
+    rows: list[tuple[str, str, str]]
 
 
 class Section(NamedTuple):
@@ -35,6 +43,7 @@ class Section(NamedTuple):
 
     title: str
     headline: str
+    changes: Changes
     notes: list[str]
     totals: Totals
     realised: list[tuple[str, str]]
@@ -61,30 +70,19 @@ def facts(results: EntropyInfluenceResults) -> list[str]:
 def section(results: EntropyInfluenceResults, evaluation: int) -> Section:
     """The words on one E. Raises ``KeyError`` where the run's summary lacks a total."""
     own, lr = results.evaluations[evaluation].summary, results.summary["lr"]
+    first = headline(results, evaluation)
     return Section(
-        title=f"E {evaluation + 1}: {own['rollouts']:,} rollouts, entropy {own['entropy']:.4f} nats {_per(results)}",
-        headline=_headline(own, lr, _per(results)),
+        title=f"E {evaluation + 1}: {own['rollouts']:,} rollouts, entropy {own['entropy']:.4f} nats {per(results)}",
+        headline=first.sentence,
+        changes=_changes(first.changes, per(results)),
         notes=_notes(results, evaluation),
         totals=_totals(own, lr),
         realised=[
             (name.replace("_", " "), "" if value is None else f"{value:.4g}".replace("-", "−"))
             for name, value in own.get("in_this_step", {}).items()
         ],
-        findings=health(results, evaluation),
+        findings=first.findings,
     )
-
-
-def _per(results: EntropyInfluenceResults) -> str:
-    return "per token" if getattr(results.plan, "normalize", "token") == "token" else "per rollout"
-
-
-def _headline(own: dict[str, Any], lr: float, per: str) -> str:
-    change = own["total"] * lr
-    if not change:
-        return f"To first order this step leaves the policy's entropy as it is, at {own['entropy']:.4f} nats {per}."
-    verb = "lowers" if change < 0 else "raises"
-    error = None if own["total_stderr"] is None else own["total_stderr"] * lr
-    return f"This step {verb} the policy's entropy by {with_error(abs(change), error)} nats {per}, to first order."
 
 
 def _notes(results: EntropyInfluenceResults, evaluation: int) -> list[str]:
@@ -93,7 +91,7 @@ def _notes(results: EntropyInfluenceResults, evaluation: int) -> list[str]:
     up, down = delta[delta > 0], delta[delta < 0]
     notes = [
         f"Measured on E, {own['rollouts']:,} rollouts of the same policy, whose entropy is {own['entropy']:.4f} nats "
-        f"{_per(results)}.",
+        f"{per(results)}.",
         f"{len(up):,} rollouts raise it, by {up.sum() * lr:.2g} in all; {len(down):,} lower it, by "
         f"{-down.sum() * lr:.2g}.",
     ]
@@ -108,28 +106,27 @@ def _half(delta: np.ndarray) -> int:
     return int(np.searchsorted(sizes, sizes[-1] / 2)) + 1 if len(sizes) and sizes[-1] else 0
 
 
+def _changes(changes: list[Change], unit: str) -> Changes:
+    scale = Scale.of(max(abs(x) for c in changes for x in (c.value, c.stderr or 0.0)))
+    rows = [(c.name, scale.text(c.value), "" if c.stderr is None else f"± {scale.text(c.stderr, '')}") for c in changes]
+    return Changes(scale.named(f"nats {unit}"), rows)
+
+
 def _totals(own: dict[str, Any], lr: float) -> Totals:
-    rows = (
-        ("Momentum", own["momentum"], None, ""),
-        ("Weight decay", own["weight_decay"], None, ""),
-        ("Baseline, both of these", own["baseline"], own.get("baseline_stderr"), "sum"),
-        ("Rollouts, all together", own["sum_per_sequence"], own.get("sum_per_sequence_stderr"), ""),
-        *([("Unattributed", own["unattributed"], None, "")] if own.get("unattributed") else []),
-        ("Total", own["total"], own["total_stderr"], "total"),
-    )
-    sizes = [abs(x) for _, value, error, _ in rows for x in (value, error or 0.0)]
+    rows = parts(own)
+    sizes = [abs(x) for part in rows for x in (part.value, part.stderr or 0.0)]
     unit, step = Scale.of(max(sizes)), Scale.of(max(sizes) * lr)
     return Totals(
         unit=unit.named("nats per unit lr"),
         step_unit=step.named("nats in this step"),
         rows=[
-            Part(
-                name,
-                unit.text(value),
-                "" if error is None else f"± {unit.text(error, '')}",
-                step.text(value * lr),
-                kind,
+            Row(
+                part.name.capitalize(),
+                unit.text(part.value),
+                "" if part.stderr is None else f"± {unit.text(part.stderr, '')}",
+                step.text(part.value * lr),
+                part.kind,
             )
-            for name, value, error, kind in rows
+            for part in rows
         ],
     )
