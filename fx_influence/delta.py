@@ -16,10 +16,11 @@ from fx_influence.errorbars import cluster_index
 from fx_influence.importance import SnisDelta, snis
 from fx_influence.parts import distinct_rows
 from fx_influence.passes import Passes
-from fx_influence.policy import Policy, whole_policy
+from fx_influence.policy import whole_policy
+from fx_influence.precision import in_float32
 from fx_influence.sharding import passes_over
 from fx_influence.shared_prompts import warn_of_shared_prompts
-from fx_influence.tree import check_names, detached, promote
+from fx_influence.tree import check_names, detached
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def snis_sweep(
     passes = passes_over(params, apply, temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
     warn_of_shared_prompts("batch_e", batch_e)
-    params, passes = _widened(params, passes)
+    params, apply = in_float32(detached(params), apply, batch_e, finite=True)
+    passes = replace(passes, apply=apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
 
@@ -177,7 +179,8 @@ def jvp_delta(
     batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
     passes.check_agreed(direction=direction)
     check_names("direction", direction, params, OF_THESE)
-    params, passes = _widened(params, passes)
+    params, apply = in_float32(detached(params), passes.apply, batch_e)
+    passes = replace(passes, apply=apply)
     once, index = distinct_rows(batch_e)
     values, slope = _at(passes.values(params, once), index), _at(passes.jvp(params, direction, once), index)
     weight = entropy_coefficients(values, batch_e, estimator, normalize)
@@ -199,13 +202,6 @@ def jvp_delta(
 
 def _at(values: TokenValues, index: Tensor) -> TokenValues:
     return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
-
-
-def _widened(params: Params, passes: Passes) -> tuple[Params, Passes]:
-    """The same policy in at least float32: what a small step changes is lost in half precision."""
-    params = {name: p.to(promote(p.dtype)) for name, p in detached(params).items()}
-    apply = passes.apply
-    return params, replace(passes, apply=apply.widened()) if isinstance(apply, Policy) else passes
 
 
 def _checked(

@@ -28,6 +28,8 @@ def influence_line(out: Any) -> str:
     sizes = {"rollouts": len(out.per_sequence), "residual": f"{float(out.residual):.1e}"}
     if _ill_conditioned(out):
         sizes["conditioning"] = f"{float(out.conditioning):.2f}"
+    if not out.rounding.isnan().all():
+        sizes["rounding"] = f"{float(out.rounding.nansum()):.1e}"
     sizes["per_token"] = None if out.per_token is None else tuple(out.per_token.shape)
     sizes["matrix"] = None if out.matrix is None else tuple(out.matrix.shape)
     inside = ", ".join(f"{name}={value}" for name, value in {**figures, **sizes}.items())
@@ -45,6 +47,8 @@ def influence_html(out: Any) -> str:
     rows.append(("residual", f"{float(out.residual):.1e}", ""))
     if _ill_conditioned(out):
         rows.append(("conditioning: read no single rollout", f"{float(out.conditioning):.2f}", ""))
+    if not out.rounding.isnan().all():
+        rows.append(("rounding, summed", f"{float(out.rounding.nansum()):.1e}", ""))
     head = ("part", UNIT, "stderr")
     return f"<table><thead>{_row(head, 'th')}</thead><tbody>{''.join(_row(row, 'td') for row in rows)}</tbody></table>"
 

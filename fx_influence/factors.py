@@ -361,16 +361,18 @@ def thin_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _inner_product(factor: Factor, u: Tensor) -> Tensor:
     kind, x, g = factor
-    u = u.to(g.dtype)
+    # Factors in half precision are numbers of float32 too, and their product is made there.
+    dtype = promote(g.dtype)
+    u = u.to(dtype)
     if x is None:
         mapped = u
-    elif kind == "linear":
-        mapped = x @ u.T
-    elif kind == "transposed":
-        mapped = x @ u
+    elif kind == "embedding":
+        mapped = F.embedding(x, u)
+    elif kind == "scale":
+        mapped = x * u
     else:
-        mapped = F.embedding(x, u) if kind == "embedding" else x * u
-    return (mapped * g).sum((1, 2), dtype=promote(g.dtype)).double()
+        mapped = x.to(dtype) @ (u.T if kind == "linear" else u)
+    return (mapped * g).sum((1, 2), dtype=dtype).double()
 
 
 def _factors(recorder: _Recorder, rows: int) -> Factors:
@@ -397,6 +399,7 @@ class _Recorder(AtItsLevel):
         self._shape = tuple(shape)
         self._detached = detached
         self.uses: list[_Use] = []
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self.grads: tuple[Tensor | None, ...] = ()
         self.others: set[str] = set()
 
@@ -437,13 +440,13 @@ class _Recorder(AtItsLevel):
         if not self._rows_first(input) or weight.dim() != 2 or (bias is not None and bias.dim() != 1):
             return None
         output = F.linear(input, self._given(weight), None if bias is None else self._given(bias))
-        return self._used(output, (weight, "linear", input), (bias, "shift", None))
+        return self._used(output, (weight, "linear", self._entered(input, output)), (bias, "shift", None))
 
     def _addmm(self, bias: Tensor, x: Tensor, w: Tensor) -> Tensor | None:
         if not self._rows_first(x) or bias.shape != w.shape[1:]:
             return None
         output = torch.addmm(self._given(bias), x, self._given(w))
-        return self._used(output, (w, "transposed", x), (bias, "shift", None))
+        return self._used(output, (w, "transposed", self._entered(x, output)), (bias, "shift", None))
 
     def _scale_or_shift(self, func: Any, left: Any, right: Any) -> Tensor | None:
         w, x = (left, right) if self._name(left) is not None else (right, left)
@@ -498,6 +501,16 @@ class _Recorder(AtItsLevel):
             if name is not None:
                 self.uses.append(_Use(name, kind, inputs, output, _versions(inputs, output), padding))
         return output
+
+    def _entered(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return x as the product took it: under autocast in the dtype of what left, cast once for all its uses."""
+        if x.dtype == output.dtype:
+            return x
+        known, cast = self._casts.get(id(x), (None, None))
+        if cast is None or known is not x or cast.dtype != output.dtype:
+            cast = x.detach().to(output.dtype)
+            self._casts[id(x)] = x, cast
+        return cast
 
     def _rows_first(self, x: Tensor) -> bool:
         rows, positions = self._shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
 from fx_influence.checks import check_batch, check_options
 from fx_influence.kernel import MEMORY_BUDGET
+from fx_influence.precision import in_float32
 from fx_influence.sharding import passes_over
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
@@ -64,6 +66,8 @@ def fisher_kernel(
     passes.check_kernel("fisher_kernel")
     check_batch("batch_a", batch_a, params, apply, may_be_empty=True)
     check_batch("batch_b", batch_b, params, apply, may_be_empty=True)
+    params, apply = in_float32(params, apply, batch_a)
+    passes = replace(passes, apply=apply)
     if isinstance(preconditioner, dict):
         check_names("preconditioner", preconditioner, params, "pass one diagonal per trainable parameter")
         diagonal = preconditioner

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.logprobs import surrogate, token_values
+from fx_influence.tree import promote
 from fx_influence.types import Apply, Batch, Params
 
 
@@ -18,7 +20,8 @@ def per_sample_grads(
 
     ``loss_fn(params, row)`` gives a scalar from an unbatched row, a ``Batch`` of (T,) tensors. ``chunk_size`` rows go
     through one vmap (None: all of them); it bounds the memory of activations and changes nothing else. Returns (B, ...)
-    per parameter in the parameter's dtype; zeros where the loss does not reach it.
+    per parameter, float64 for float64 parameters, else float32; zeros where the loss does not reach it. Parameters in
+    half precision are raised to float32 for the loss, unless it refuses them, with a ``UserWarning``.
 
     Raises torch's ``RuntimeError`` where ``loss_fn`` draws random numbers (dropout left on), whose per-sample gradients
     would not add up to the batch's. Source: https://pytorch.org/functorch/stable/notebooks/per_sample_grads.html
@@ -39,8 +42,22 @@ def per_sample_grads(
         return loss_fn(params, Batch._make(given.get(name) for name in Batch._fields))
 
     fields = tuple(getattr(batch, name) for name in present)
+    per_row = vmap(grad(loss_of), in_dims=(None, 0), chunk_size=chunk_size)
     frozen = {name: p.detach() for name, p in params.items()}
-    return vmap(grad(loss_of), in_dims=(None, 0), chunk_size=chunk_size)(frozen, fields)
+    raised = {name: p.to(promote(p.dtype)) for name, p in frozen.items()}
+    half = [p.dtype for name, p in frozen.items() if p.dtype != raised[name].dtype]
+    try:
+        return per_row(raised, fields)
+    except RuntimeError as error:
+        if not half:
+            raise
+        found = per_row(frozen, fields)
+        warnings.warn(
+            f"params are {half[0]} and loss_fn takes them in no other precision ({str(error).splitlines()[0]}), so the "
+            "gradients are rounded to it; let loss_fn cast what it holds itself to the parameters' dtype",
+            stacklevel=2,
+        )
+        return {name: g.to(promote(g.dtype)) for name, g in found.items()}
 
 
 def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Batch], Tensor]:

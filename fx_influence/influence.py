@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,8 @@ from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.parts import rows
 from fx_influence.passes import Passes
-from fx_influence.policy import whole_policy
+from fx_influence.policy import HALF, whole_policy
+from fx_influence.precision import in_float32, lowest_precision
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.sharding import passes_over
 from fx_influence.shared_prompts import warn_of_shared_prompts
@@ -44,6 +46,12 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """Relative residual above which a result is refused, by the lowest precision that the model computes in."""
 
+ROUNDING_WARNED, ROUNDING_REFUSED = 0.1, 1.0
+"""Shares of sum |delta_i| that ``rounding`` may reach.
+
+A tenth leaves the ranking of rollouts whose influences differ by less in doubt, a whole leaves no sign known.
+"""
+
 
 _NOT_MEASURED = torch.full((), torch.nan, dtype=torch.float64)
 
@@ -66,6 +74,9 @@ class Influence(NamedTuple):
     0.5, as in the first steps of an optimizer, the parts of rollouts are large and cancel: read the total and sums over
     many rollouts, or measure a later step. NaN where it was not measured.
     ``matrix``: M_ai (n_e, n_u), the part of E's rollout a in delta_i, or None. All float64 but the matrix.
+    ``rounding``: (n_u,), |delta_i by the JVP - delta_i by products with U's factors or by the matrix|: two roundings of
+    one number, so about what rounding makes of it, nats per unit lr. NaN where only one of the two was computed:
+    without ``stderr`` and ``matrix`` in float32, without ``per_token``, or where a parameter has no factors.
     """
 
     per_sequence: Tensor
@@ -81,6 +92,7 @@ class Influence(NamedTuple):
     matrix: Tensor | None
     total_stderr: Tensor
     conditioning: Tensor = _NOT_MEASURED
+    rounding: Tensor = _NOT_MEASURED
 
     def __repr__(self) -> str:
         return influence_line(self)
@@ -139,9 +151,14 @@ def influence(
     ``batch_u`` and ``batch_e`` (none at all is allowed) and everything else the same. Every rank then has the whole
     result, as of one process with all rows, rank 0's first; ``query`` is given all rows of E too.
 
+    Parameters in bfloat16 or float16 are raised to float32, with the frozen weights of a ``Policy``: the result is that
+    of the function that these weights define, to float32's rounding, and obeys float32's tolerance.
+
     The residual is always computed. Raises ``IdentityError`` where it exceeds ``tolerance`` (None: 1e-4 for float32
-    models, 1e-9 for float64) times max(sum |delta_i|, |<u, g>|): a derivative was lost on the way. Raises
-    ``ValueError`` for inputs that disagree. Pure: nothing given is changed and nothing is remembered.
+    models, 1e-9 for float64, 3e-2 where ``apply`` itself computes in half precision) times
+    max(sum |delta_i|, |<u, g>|): a derivative was lost on the way. ``rounding`` beyond a tenth of sum |delta_i| is
+    warned of, beyond all of it an ``IdentityError`` too. Raises ``ValueError`` for inputs that disagree. Pure: nothing
+    given is changed and nothing is remembered.
     Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020.
 
     Example:
@@ -179,24 +196,32 @@ def influence(
     check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
     if stderr:
         warn_of_shared_prompts("batch_e", batch_e)
+    half = any(p.dtype in HALF for p in params.values())
+    params, apply = in_float32(params, apply, batch_u)
+    passes = replace(passes, apply=apply)
+    lowest = lowest_precision(params, apply, batch_u)
+    twice = half or lowest in HALF
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
     # U's losses have the derivatives that a trainer takes of them, the entropy over E those that it has.
     over_e = replace(passes, apply=whole_policy(apply))
     batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, over_e, memory_budget)
-    g_u, reach = _over_u(params, batch_u, grad, passes, in_unions, per_token, memory_budget)
+    g_u, reach = _over_u(params, batch_u, grad, passes, in_unions, per_token, twice, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
     slope, parts, along, tokens = _adjoint(reach, ascents, step.gain, step.direction if in_unions else {})
     per_sequence = parts.sum(0) if tokens is None else tokens.sum(-1)
     u = multiply(step.gain, slope)
     conditioning = _conditioning(reach, fresh_part(g_u, opt_state, u, step.clip), per_sequence)
+    rounding = torch.full_like(per_sequence, torch.nan)
+    if reach.contract is not None and tokens is not None:
+        rounding = (per_sequence - parts.sum(0)).abs()
     # What is kept of U may take as much as the matrix.
     del reach
 
     per_parameter = dots(g_u, u)
     whole = torch.stack(list(per_parameter.values())).sum()
-    bound = identity_tolerance(params, apply) if tolerance is None else tolerance
+    bound = TOLERANCE.get(lowest, 0.0) if tolerance is None else tolerance
     unattributed = torch.zeros_like(whole)
     if grad is not None and not _within(whole - per_sequence.sum(), per_sequence, whole, bound):
         # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' own must still add up.
@@ -215,6 +240,8 @@ def influence(
         kernel = -over_e.kernel(params, batch_e, batch_u, step.gain, memory_budget, apply_b=apply)
         columns = kernel.double().sum(0)
         check_identity("the matrix", whole - columns.sum(), columns, whole, bound)
+        if rounding.isnan().any():
+            rounding = (per_sequence - columns).abs()
         if stderr:
             along = -_token_shares(params, step.direction, batch_e, over_e, None).sum(-1)
             error, total_error = _errors(kernel.double(), along, shares, cluster_index(batch_e))
@@ -222,6 +249,7 @@ def influence(
         shares = shares.new_zeros(len(parts)).index_add(0, unions, shares)
         error, total_error = _errors(parts, along, shares, torch.arange(len(parts), device=unions.device))
 
+    check_rounding(rounding, per_sequence, lowest, bound)
     momentum, weight_decay = dot(step.momentum, slope), dot(step.weight_decay, slope)
     # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
     baseline = momentum + weight_decay if gain == "share" else dot(step.baseline, slope)
@@ -239,6 +267,7 @@ def influence(
         matrix=kernel,
         total_stderr=total_error,
         conditioning=conditioning,
+        rounding=rounding,
     )
 
 
@@ -311,13 +340,17 @@ def _over_u(
     passes: Passes,
     in_unions: bool,
     per_token: bool,
+    twice: bool,
     memory_budget: int,
 ) -> tuple[Gradients, _Reach]:
-    """U's gradient, and its reverse pass with factors kept where several directions or no tokens are wanted."""
+    """U's gradient, and its reverse pass with factors kept where several directions or no tokens are wanted.
+
+    ``twice``: or where every influence is wanted by two routes.
+    """
     own: Gradients | None = None
     reach = _Reach(params, batch_u, passes, None, None, per_token, directions_at_once(params, memory_budget))
-    if in_unions or not (per_token or grad is not None):
-        found = passes.contraction(params, batch_u, memory_budget, reach.together if in_unions else 1)
+    if in_unions or twice or not (per_token or grad is not None):
+        found = passes.contraction(params, batch_u, memory_budget, reach.together if in_unions or twice else 1)
         if found is not None:
             own, reach = found[0], reach._replace(contract=found[1])
     if own is None and grad is None:
@@ -380,9 +413,32 @@ def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor
 
 
 def identity_tolerance(params: Params, apply: Apply) -> float:
-    """The relative residual that rounding can make in the lowest precision that ``apply`` computes in."""
+    """The relative residual that rounding can make in the lowest precision of the weights."""
     dtypes = {p.dtype for p in params.values()} | {getattr(apply, "computes_in", torch.float64)}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+
+
+def check_rounding(rounding: Tensor, per_sequence: Tensor, lowest: torch.dtype, bound: float) -> None:
+    """Warn where rounding rivals the influences, and raise ``IdentityError`` where it is as large as they are.
+
+    Args:
+        rounding: (n_u,), see ``Influence``; NaN is passed over.
+        per_sequence: (n_u,), the influences.
+        lowest: the precision that the passes ran in, for the message.
+        bound: the identity's; one above ``ROUNDING_REFUSED``, as infinity, allows so much rounding too.
+    """
+    size = per_sequence.abs().sum()
+    share = float(rounding.nansum() / size) if size > 0 else 0.0
+    if share <= ROUNDING_WARNED:
+        return
+    message = (
+        f"rounding is {share:.2g} of the sum of |influence|: two routes to each influence, exact but for rounding in "
+        f"{lowest}, differ by that much. Compute in higher precision (no autocast and no casts to half precision "
+        "inside apply), or mistrust influences that are smaller than their rounding"
+    )
+    if share > max(ROUNDING_REFUSED, bound):
+        raise IdentityError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def _within(residual: Tensor, per_sequence: Tensor, whole: Tensor, bound: float) -> bool:

@@ -11,6 +11,7 @@ from torch.func import vmap
 from fx_influence.head import LOGITS_AT_ONCE, Weights, scores
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
 from fx_influence.policy import halves
+from fx_influence.precision import in_float32
 from fx_influence.tree import promote, shift
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
@@ -19,8 +20,9 @@ def token_values(params: Params, batch: Batch, apply: Apply, temperature: float 
     """Log-probability and entropy of every completion token, log softmax(logits / temperature), in one forward.
 
     ``batch``: (B, T). Both results are (B, T), aligned with ``input_ids`` (the token at t is scored by the logits at
-    t-1), float64 for float64 logits, else float32. Logits of -inf count as probability 0 and give no NaN. It may stand
-    inside any transformation of ``torch.func``; all logits exist at once.
+    t-1), float64 for float64 logits, else float32. Weights in half precision are raised to float32 first. Logits of
+    -inf count as probability 0 and give no NaN. It may stand inside any transformation of ``torch.func``; all logits
+    exist at once.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3]])
@@ -29,6 +31,7 @@ def token_values(params: Params, batch: Batch, apply: Apply, temperature: float 
         >>> round(values.entropies[0, 1].item(), 4), round(values.logprobs[0, 2].item(), 4)
         (1.3863, -1.3863)
     """
+    params, apply = in_float32(params, apply, batch)
     logits = apply(params, batch.input_ids, batch.attention_mask)[:, :-1]
     mask = batch.completion_mask[:, 1:]
     logits = logits.to(promote(logits.dtype)) / temperature

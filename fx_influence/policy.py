@@ -21,6 +21,8 @@ from fx_influence.shards import is_sharded
 from fx_influence.shared_prompts import parts_by_prompt
 from fx_influence.types import Apply, Batch, Params
 
+HALF = (torch.bfloat16, torch.float16)
+
 NARROW = 128
 """Features of fewer entries than these go more tokens at a time than ``TOKENS_PER_CHUNK``, where none is padding."""
 
@@ -157,14 +159,22 @@ class Policy:
 
         A finite step vanishes in the rounding of half precision, wherever in the model that is.
         """
-        wide = copy.copy(self)
-        wide._whole = None
-        wide._frozen = {
-            name: x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x
+        if all(_is_at_least(x, dtype) for x in self._frozen.values()) and self.computes_in not in HALF:
+            # Itself, because each new one would be compiled anew.
+            return self
+        frozen = {
+            name: x if _is_at_least(x, dtype) else x.to(torch.promote_types(x.dtype, dtype))
             for name, x in self._frozen.items()
         }
-        wide.computes_in = torch.promote_types(self.computes_in, torch.float32)
+        whole = self.whole()
+        wide = self._with_frozen(frozen)
+        wide._whole = None if whole is self else whole._with_frozen(frozen)
         return wide
+
+    def _with_frozen(self, frozen: Params) -> Policy:
+        policy = copy.copy(self)
+        policy._frozen, policy.computes_in = frozen, torch.promote_types(self.computes_in, torch.float32)
+        return policy
 
     def _features(self, params: Params, part: Part) -> Tensor:
         if self._compiled is not None:
@@ -430,6 +440,10 @@ def _is_eager(model: nn.Module) -> bool:
 def _vocab_size(model: nn.Module) -> int | None:
     get_input_embeddings: Any = getattr(model, "get_input_embeddings", None)
     return None if get_input_embeddings is None else getattr(get_input_embeddings(), "num_embeddings", None)
+
+
+def _is_at_least(x: Tensor, dtype: torch.dtype) -> bool:
+    return not x.is_floating_point() or torch.promote_types(x.dtype, dtype) == x.dtype
 
 
 def _lowest_precision(model: nn.Module) -> torch.dtype:

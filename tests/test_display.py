@@ -27,6 +27,7 @@ def result(n: int = 20, matrix: bool = False) -> Influence:
         per_parameter={"<b>": scalar},
         matrix=torch.zeros(3, n) if matrix else None,
         total_stderr=scalar,
+        rounding=torch.full((n,), torch.nan),
     )
 
 
@@ -39,6 +40,7 @@ def test_a_line_holds_the_totals_and_the_sizes() -> None:
     assert "total=+9.75, momentum" in repr(bare)
     assert "per_token=None, matrix=(3, 20)" in repr(bare)
     more = result()._replace(unattributed=torch.tensor(0.5))
+    assert "residual=2.5e-09, rounding=2.0e-01, per_token" in repr(result()._replace(rounding=torch.full((20,), 0.01)))
     assert "sum_per_sequence=+10, unattributed=+0.5, rollouts=20" in repr(more)
 
 

@@ -11,6 +11,7 @@ from cases import TinyPolicy, apply_of, close, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import VOCAB, Case, cases
+from tolerances import TINY_POLICY, assert_within, rounding_bound
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,19 +156,17 @@ def test_a_parameter_without_a_factor_asked_for_by_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_lower_precision_factors_are_as_near_as_gradients_row_by_row(dtype: torch.dtype) -> None:
+def test_factors_in_lower_precision_are_exact_to_its_rounding(dtype: torch.dtype) -> None:
     apply, params = apply_of(TinyPolicy(VOCAB, HIDDEN, 1, 2, WIDTH))
     batch, low = batch_of(), {name: p.to(dtype) for name, p in params.items()}
     names = factored_names(low, batch, apply)
     factors = factors_of(low, batch, apply, names)
-    loss = fx.rollout_loss(apply)
-    exact, rounded = (
-        fx.per_sample_grads(loss, given, batch) for given in ({n: p.double() for n, p in low.items()}, low)
-    )
+    exact = fx.per_sample_grads(fx.rollout_loss(apply), {n: p.double() for n, p in low.items()}, batch)
     found = {name: row_gradients(factors, name, low[name], slice(0, len(low[name])), 4) for name in names}
     assert {g.dtype for g in found.values()} == {torch.float32}
-    ours, theirs = (max(float((g[n].double() - exact[n]).abs().max()) for n in names) for g in (found, rounded))
-    assert 0 < ours <= 1.5 * theirs
+    size = max(float(g.abs().max()) for g in exact.values())
+    for name in names:
+        assert_within(found[name], exact[name], rounding_bound(dtype, TINY_POLICY, size), name)
 
 
 def test_nothing_of_the_model_is_changed_and_no_graph_is_left() -> None:

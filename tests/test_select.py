@@ -28,6 +28,7 @@ def influence(parts: Tensor, baseline: float = 0.0) -> fx.Influence:
         per_parameter={},
         matrix=None,
         total_stderr=zero,
+        rounding=torch.full_like(rows, torch.nan),
     )
 
 

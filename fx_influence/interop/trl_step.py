@@ -46,6 +46,7 @@ class MeasuredStep(NamedTuple):
             "stderr": out.total_stderr,
             "residual": out.residual,
             "unattributed": out.unattributed,
+            "rounding": out.rounding.nansum(),
         }
         nats = {name: self.lr * float(value) for name, value in figures.items()}
         nats["concentration"] = float(top_share(out.per_token[u.batch.completion_mask], TOP))

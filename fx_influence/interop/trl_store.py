@@ -148,6 +148,7 @@ def _arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
         "per_sequence": out.per_sequence.cpu().numpy(),
         "per_token": _moved(out.per_token, measured.captured.batch, batch).numpy(),
         "stderr": out.stderr.cpu().numpy(),
+        "rounding": out.rounding.cpu().numpy(),
         "per_parameter": np.array([float(x) for x in out.per_parameter.values()]),
         "eta": np.array([measured.lr] if realised is not None else []),
     }

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fx_influence.display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.influence import ROUNDING_WARNED
 from fx_influence.lab.results import EntropyInfluenceResults
 
 Level = Literal["good", "attention", "unknown"]
@@ -157,6 +158,17 @@ def _identity(f: Figures) -> Finding:
     return Finding(name, "good", text)
 
 
+def _two_routes(f: Figures) -> Finding | None:
+    if "rounding" not in f.arrays or np.isnan(f.arrays["rounding"]).all():
+        return None
+    name, size = "Rounding of the influences", float(np.abs(f.arrays["per_sequence"]).sum())
+    share = float(np.nansum(f.arrays["rounding"])) / size if size else 0.0
+    text = f"Two routes to the influences differ by {share:.1e} of the sum of |influence|"
+    if share > ROUNDING_WARNED:
+        return Finding(name, "attention", f"{text}: mistrust influences smaller than that, or compute in float32.")
+    return Finding(name, "good", f"{text}.")
+
+
 def _unattributed(f: Figures) -> Finding | None:
     # A run's own gradient is that of its rollouts, so only a measured training has something to say of it.
     unattributed = f.own.get("unattributed", 0.0)
@@ -275,6 +287,7 @@ def few_effective(findings: list[Finding]) -> bool:
 
 CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
     _identity,
+    _two_routes,
     _policy_of_e,
     _movement,
     _unattributed,

@@ -23,8 +23,8 @@ from fx_influence.lab.sweep import Arrays, Steps, sweep
 from fx_influence.queries import expected_reward
 from fx_influence.types import Batch, Params
 
-FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr")
 FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual", "unattributed", "conditioning")
+FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr", "rounding")
 OTHER_INFLUENCES = (
     "per_sequence_rmsprop",
     "per_sequence_reward",

@@ -49,7 +49,8 @@ def select(
     Example:
         >>> zero, nan = torch.zeros(()), torch.full((2,), torch.nan)
         >>> rest = {name: zero for name in ("momentum", "weight_decay", "residual", "unattributed", "total_stderr")}
-        >>> rest |= {"stderr": nan, "per_token": None, "per_parameter": {}, "matrix": None, "baseline": zero}
+        >>> rest |= {"stderr": nan, "rounding": nan, "per_token": None, "per_parameter": {}, "matrix": None}
+        >>> rest |= {"baseline": zero}
         >>> entropy = Influence(per_sequence=torch.tensor([-3.0, -1.0]), total=torch.tensor(-4.0), **rest)
         >>> reward = Influence(per_sequence=torch.tensor([1.0, 1.0]), total=torch.tensor(2.0), **rest)
         >>> select(entropy, reward, floor=-2.5).weights.tolist()
