@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from rich.console import Console
 
 from fx_influence.lab.analyze import analysis_tables, analyze
 from fx_influence.lab.column_table import Column, ColumnTable
+from fx_influence.lab.report.blobs import unpacked
+from fx_influence.lab.report.data import explorer_blobs
 from fx_influence.lab.results import EntropyInfluenceResults
 from fx_influence.lab.table import print_run
 
@@ -139,3 +142,27 @@ def test_rollouts_are_listed_by_the_sign_of_their_influence(tmp_path: Path) -> N
         assert len(re.findall(r"│ +\+\S+ ± ", tokens)) == raising
         assert not re.findall(r"│ +-\S+ ± ", tokens)
         assert ("No rollout RAISES the entropy." in page) == (not raising)
+
+
+def test_tables_and_page_show_the_question_of_a_conversation(tmp_path: Path) -> None:
+    run = extreme_run(tmp_path)
+    template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    questions = [f"{i} apples?" for i in range(48)]
+    records = [
+        {**record, "prompt": template + question, "question": question}
+        for record, question in zip(run.sequences, questions, strict=True)
+    ]
+    [evaluation] = run.evaluations
+    rollouts = [dataclasses.replace(r, prompt=template + "pears?", question="pears?") for r in evaluation.rollouts]
+    evaluations = (dataclasses.replace(evaluation, rollouts=rollouts),)
+    run = dataclasses.replace(run, sequences=records, evaluations=evaluations)
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured:
+        print_run(run, console)
+    assert "apples?" in captured.get()
+    assert "im_start" not in captured.get()
+    blobs = explorer_blobs(run)
+    prompts = json.loads(unpacked(blobs["index"]))["prompts"]
+    assert {prompt["asked"] for prompt in prompts} == set(questions)
+    assert all(prompt["text"].startswith(template) for prompt in prompts), "an opened rollout shows all of it"
+    assert {text["prompt"] for text in json.loads(unpacked(blobs["moved-0"]))["texts"]} == {"pears?"}

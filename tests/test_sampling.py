@@ -204,6 +204,19 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it() -> None:
     assert gap(model, rollouts) < ON_POLICY
 
 
+def test_sample_names_the_question_of_a_conversation() -> None:
+    """What people are shown is what was asked last, not the first words of the template; a plain text has none."""
+    model, tokenizer = make_model(vocab_size=18), make_chat_tokenizer()
+    talk = (
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2"},
+    )
+    for prompt, question in ((Prompt("0", "", {}, talk), "2+2"), (Prompt("0", "1+1="), None)):
+        first = sample(model, tokenizer, [prompt], **OPTIONS)[0]
+        assert (first.question, first.asked) == (question, question or "1+1=")
+
+
 def test_a_reward_gets_a_conversation_as_messages() -> None:
     prompts = [Prompt("talk", "", {"answer": "4"}, TALK)]
     rollouts = [Rollout("talk/0", "talk", 0, "<bos>...", "4", (2,), (6, EOS), True, (-1.0, -1.0))]

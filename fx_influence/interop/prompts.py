@@ -30,6 +30,14 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] | None = None
 
+    @property
+    def question(self) -> str | None:
+        """Return the last message of a conversation that the user wrote, or else its last; None for a plain text."""
+        if self.messages is None:
+            return None
+        asked = [message for message in self.messages if message["role"] == "user"] or self.messages
+        return str(asked[-1]["content"])
+
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Prompts of a ``.jsonl``, ``.parquet`` or ``.txt`` file, in order.

@@ -30,6 +30,7 @@ class Rollout:
     ``completion_mask``: False at tokens that the policy did not sample, such as a tool's output; None: all count.
     ``coefficients``, ``entropy_coefficients``: c and b of each completion token, as a trainer's own loss gave them;
     None: they follow from the advantage. ``approximate``: tokens or advantage were recomputed, not recorded.
+    ``question``: of a conversation what its last user message asks, which is what people are shown; None for a text.
 
     Raises ``ValueError`` if a value that is given for each token and ``completion_ids`` differ in length.
 
@@ -53,6 +54,12 @@ class Rollout:
     coefficients: tuple[float, ...] | None = None
     entropy_coefficients: tuple[float, ...] | None = None
     approximate: bool = False
+    question: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """Return what people are shown as the prompt: the question of a conversation, or else the text itself."""
+        return self.question or self.prompt
 
     def __post_init__(self) -> None:
         for name in PER_TOKEN:
@@ -159,6 +166,7 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
     - ``completion_mask``: array of booleans, one for each id in ``completion_ids``, or null; may be left out
     - ``reward``, ``advantage``: number or null; may be left out
     - ``approximate``: boolean; may be left out, which is false
+    - ``question``: string or null; may be left out
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` naming every line that is not a rollout: no JSON,
     a field missing or of another type, a number that is not finite. One that does not count is read: at a token where
@@ -216,6 +224,8 @@ def _checked(name: str, value: object) -> object:
         valid = value is None or (isinstance(value, list) and all(type(item) in kinds for item in value))
     elif name in ("reward", "advantage"):
         valid = value is None or type(value) in (int, float)
+    elif name == "question":
+        valid = value is None or type(value) is str
     else:
         valid = type(value) is {"group": int, "finished": bool, "approximate": bool}.get(name, str)
     if not valid:

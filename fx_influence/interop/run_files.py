@@ -60,6 +60,7 @@ def sequence_records(
             "id": r.id,
             "prompt_id": r.prompt_id,
             "prompt": r.prompt,
+            **({} if r.question is None else {"question": r.question}),
             "completion": r.completion,
             "tokens": [tokenizer.decode([token]) for token in r.completion_ids],
             "reward": r.reward,

@@ -66,7 +66,7 @@ def sample(
             for (g, k), (tokens, logprobs) in zip(chunk, drawn, strict=True):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
                 args = (texts[g], prompt_ids[g], tokens[:end], logprobs[:end], end is not None)
-                rollouts.append(_rollout(tokenizer, prompts[g].id, g, k, *args))
+                rollouts.append(_rollout(tokenizer, prompts[g], g, k, *args))
             if progress is not None:
                 progress(len(rollouts), len(rows))
     return rollouts
@@ -229,7 +229,7 @@ def _advantages(rewards: Sequence[float | None], groups: Sequence[int], scale: b
 
 def _rollout(
     tokenizer: Any,
-    prompt_id: str,
+    prompt: Prompt,
     group: int,
     k: int,
     text: str,
@@ -239,8 +239,8 @@ def _rollout(
     finished: bool,
 ) -> Rollout:
     return Rollout(
-        id=f"{prompt_id}/{k}",
-        prompt_id=prompt_id,
+        id=f"{prompt.id}/{k}",
+        prompt_id=prompt.id,
         group=group,
         prompt=text,
         completion=tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
@@ -248,6 +248,7 @@ def _rollout(
         completion_ids=tuple(tokens),
         finished=finished,
         behaviour_logprobs=tuple(logprobs),
+        question=prompt.question,
     )
 
 

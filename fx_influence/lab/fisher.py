@@ -126,4 +126,5 @@ def _top(count: int, of_e: Sequence[Rollout], of_u: Sequence[Rollout], found: Me
 
 
 def _text(rollout: Rollout) -> dict[str, Any]:
-    return {"id": rollout.id, "prompt": rollout.prompt, "completion": rollout.completion}
+    question = {} if rollout.question is None else {"question": rollout.question}
+    return {"id": rollout.id, "prompt": rollout.prompt, **question, "completion": rollout.completion}

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from fx_influence.lab.column_table import Column, ColumnTable, printable
 from fx_influence.lab.fisher_results import FisherKernelResults
-from fx_influence.lab.table import asked, footer
+from fx_influence.lab.results import asked
+from fx_influence.lab.table import footer
 
 STRONGEST = 10
 TEXT_WIDTH = 36

@@ -89,6 +89,11 @@ class EntropyInfluenceResults:
         return _pandas().DataFrame(columns)
 
 
+def asked(record: dict[str, Any]) -> str:
+    """Return what people are shown as the prompt of a stored rollout: a conversation's question, or else the text."""
+    return str(record.get("question") or record["prompt"])
+
+
 def load_run(path: str | Path) -> EntropyInfluenceResults:
     """The finished run in a directory. Raises ``RunDirectoryError`` naming the file that is missing or damaged."""
     directory = RunDirectory.finished(path, SEQUENCES)

@@ -14,7 +14,7 @@ from fx_influence.interop.run_files import PLAN
 from fx_influence.lab.column_table import Column, ColumnTable, printable
 from fx_influence.lab.finite_tables import finite_tables
 from fx_influence.lab.headline import Change, headline, parts, per
-from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.results import EntropyInfluenceResults, asked
 
 STRONGEST = 10
 
@@ -117,11 +117,6 @@ def _rollouts(verb: str, sequences: list[dict[str, Any]], order: np.ndarray, lr:
         for r, count in _distinct(sequences, order)
     ]
     return ColumnTable(f"Rollouts that {verb} the entropy most", (*texts, *map(Column, numbers)), rows)
-
-
-def asked(record: dict[str, Any]) -> str:
-    """What a record of a rollout shows as its prompt: of a conversation what was asked, else the text itself."""
-    return str(record.get("question") or record["prompt"])
 
 
 def _strongest(sizes: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fx_influence.lab.report.blobs import array_blob, json_blob
-from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
+from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults, asked
 
 TOKENS_PER_CHUNK = 65_536
 MOVED = 5
@@ -88,13 +88,13 @@ def _values(results: EntropyInfluenceResults) -> list[np.ndarray]:
 
 
 def _index(results: EntropyInfluenceResults, lengths: list[int], chunks: list[int], values: int) -> dict[str, Any]:
-    prompts: dict[tuple[str, str], int] = {}
-    numbers = [prompts.setdefault((r["prompt_id"], r["prompt"]), len(prompts)) for r in results.sequences]
+    prompts: dict[tuple[str, str, str], int] = {}
+    numbers = [prompts.setdefault((r["prompt_id"], r["prompt"], asked(r)), len(prompts)) for r in results.sequences]
     return {
         "lr": results.summary["lr"],
         "chunks": chunks,
         "values": values,
-        "prompts": [{"id": name, "text": text} for name, text in prompts],
+        "prompts": [{"id": name, "text": text, "asked": shown} for name, text, shown in prompts],
         "rollouts": {
             **{name: [record.get(name) for record in results.sequences] for name in COLUMNS},
             "prompt": numbers,
@@ -122,7 +122,7 @@ def _moved(evaluation: EvaluationResults, matrix: np.ndarray) -> dict[str, Any]:
     place = {a: k for k, a in enumerate(used)}
     rollouts = [evaluation.rollouts[a] for a in used]
     return {
-        "texts": [{"id": r.id, "prompt": r.prompt, "completion": r.completion} for r in rollouts],
+        "texts": [{"id": r.id, "prompt": r.asked, "completion": r.completion} for r in rollouts],
         "rows": [[place[a] for a in column] for column in chosen.T.tolist()],
         "values": [matrix[column, i].tolist() for i, column in enumerate(chosen.T)],
     }

@@ -134,8 +134,8 @@ function wireTable(state) {
 }
 
 function wireFilters(state) {
-  const prompts = state.run.prompts.map(({ id, text }, k) =>
-    make("option", { value: k, text: `${excerpt(id, 24)}: ${excerpt(text, 48)}` }));
+  const prompts = state.run.prompts.map(({ id, asked }, k) =>
+    make("option", { value: k, text: `${excerpt(id, 24)}: ${excerpt(asked, 48)}` }));
   $("prompt").append(...prompts);
   const read = () => {
     for (const name of ["search", "sign", "advantage", "prompt"]) state.filter[name] = $(name).value;

@@ -20,7 +20,7 @@ const COLUMNS = [
 // What a column is sorted by; a missing number comes last in either direction.
 function sortValue(run, evaluation, key, i) {
   const found = run.evaluations[evaluation];
-  if (key === "prompt") return run.prompts[run.rollouts.prompt[i]].text;
+  if (key === "prompt") return run.prompts[run.rollouts.prompt[i]].asked;
   if (key === "influence" || key === "step") return found.influence[i];
   if (key === "size") return Math.abs(found.influence[i]);
   if (key === "stderr") return found.stderr[i];
@@ -81,7 +81,7 @@ function cellText(run, evaluation, scales, key, i) {
   const { influence, stderr } = run.evaluations[evaluation];
   const number = (x, decimals) => (x === null ? "" : x.toFixed(decimals).replace("-", "−"));
   switch (key) {
-    case "prompt": return excerpt(run.prompts[run.rollouts.prompt[i]].text);
+    case "prompt": return excerpt(run.prompts[run.rollouts.prompt[i]].asked);
     case "reward": return number(run.rollouts.reward[i], 2);
     case "advantage": return run.rollouts.advantage[i] === null ? "" : withSign(run.rollouts.advantage[i].toFixed(2));
     case "length": return String(run.rollouts.length[i]);
