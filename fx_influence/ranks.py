@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,6 +30,57 @@ if dist.is_available():
 gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
+class RankError(RuntimeError):
+    """An exception on another rank, raised on this one by ``failing_together``."""
+
+
+_failing_together: ContextVar[bool] = ContextVar("failing_together", default=False)
+
+
+@contextmanager
+def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
+    """Make an exception on one rank leave the block on all ranks, so that none waits for it in a collective for ever.
+
+    Every collective of this module inside the block, and the end of the block, begins with one number from each rank:
+    whether it has failed. ``mesh``: all ranks that enter the block; None changes nothing, and neither does a block
+    inside another. Exceptions that are not ``Exception``, such as ``KeyboardInterrupt``, are not announced.
+
+    Raises on the failing rank what was raised there, and ``RankError`` with its text on the others.
+    """
+    if mesh is None or _failing_together.get():
+        yield
+        return
+    token = _failing_together.set(True)
+    try:
+        yield
+        _announce(mesh, None)
+    except RankError:
+        raise
+    except Exception as error:
+        _announce(mesh, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        _failing_together.reset(token)
+
+
+def _announce(mesh: DeviceMesh, problem: str | None) -> None:
+    """Tell the other ranks of a problem here, or None; raise ``RankError`` where there is none here but elsewhere."""
+    failed = torch.tensor(float(problem is not None), device=mesh.device_type)
+    for group in _groups(mesh):
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed:
+        return
+    everyone = _collected(mesh, problem)
+    if problem is None:
+        rank, text = next((rank, text) for rank, text in enumerate(everyone) if text is not None)
+        raise RankError(f"on rank {rank}: {text}")
+
+
+def _before_collective(mesh: DeviceMesh) -> None:
+    if _failing_together.get():
+        _announce(mesh, None)
+
+
 def rank_in(mesh: DeviceMesh) -> int:
     """This rank's place in the mesh, counted along its last axis first."""
     return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
@@ -35,6 +88,11 @@ def rank_in(mesh: DeviceMesh) -> int:
 
 def collected(mesh: DeviceMesh, value: Value) -> list[Value]:
     """Every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
+    _before_collective(mesh)
+    return _collected(mesh, value)
+
+
+def _collected(mesh: DeviceMesh, value: Value) -> list[Value]:
     found = [value]
     for group in _groups(mesh):
         lists: list[list[Value]] = [[] for _ in range(group.size())]
@@ -45,6 +103,7 @@ def collected(mesh: DeviceMesh, value: Value) -> list[Value]:
 
 def gathered(mesh: DeviceMesh, own: Tensor) -> Tensor:
     """Every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
+    _before_collective(mesh)
     # gloo gathers no bool
     found = (own.to(torch.uint8) if own.dtype == torch.bool else own).contiguous().unsqueeze(0)
     for group in _groups(mesh):
@@ -56,6 +115,7 @@ def gathered(mesh: DeviceMesh, own: Tensor) -> Tensor:
 
 def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
     """In place, every rank's sum of the same tensors."""
+    _before_collective(mesh)
     for group in _groups(mesh):
         for work in [dist.all_reduce(x, group=group, async_op=True) for x in tensors]:
             work.wait()

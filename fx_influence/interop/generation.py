@@ -74,7 +74,7 @@ def draw_tokens(
     device = next(model.parameters()).device
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    recorder = _Recorder(temperature)
+    recorder = Recorder(temperature)
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
@@ -124,7 +124,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Recorder(LogitsProcessor):
+class Recorder(LogitsProcessor):
     """Applies the temperature and keeps the log-prob of each sampled token, one step's scores at a time."""
 
     def __init__(self, temperature: float) -> None:

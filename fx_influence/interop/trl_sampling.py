@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import numpy as np
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.interop.generation import eval_mode, seeded
+from fx_influence.interop.generation import Recorder, eval_mode, seeded
 from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.trl_generation import generating_model
 from fx_influence.interop.trl_ranks import of_all, place, share
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "do_sample": (True,),
-    "num_beams": (1,),
-    "top_k": (0, -1),
-    "top_p": (1.0,),
-    "min_p": (0.0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "bad_words_ids": ([],),
-    "sequence_bias": ({},),
-    "forced_eos_token_id": (),
-}
-"""Settings of a generation that change what is sampled, with the values that do not; None never does."""
 
 FAR = 0x9E3779B97F4A7C15
 """Between the seeds of two processes, so that no process draws what another does at a later step."""
-
-
-def check_generation(trainer: Any) -> None:
-    """Raise ``ValueError`` for a trainer whose completions are not drawn from the policy itself, naming the setting."""
-    for field in ("tools", "environment_factories", "rollout_func"):
-        if getattr(trainer, field, None):
-            raise ValueError(
-                f"trainer.{field} is set: its completions are not sampled from the policy alone, so they estimate no "
-                "entropy of it; measure a trainer without it"
-            )
-    if getattr(trainer, "use_transformers_continuous_batching", False):
-        raise ValueError(
-            "use_transformers_continuous_batching is True, which casts the weights in place before it generates; "
-            "set it to False"
-        )
-    own = trainer.model.generation_config.to_dict() | {"do_sample": True}
-    asked = {name: getattr(trainer, name, None) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
-    settings = {**own, **asked, **(trainer.args.generation_kwargs or {})}
-    for name, neutral in NEUTRAL.items():
-        value = settings.get(name)
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"{name} is {value!r} in the trainer's generation: its completions are not sampled from the policy's "
-                f"full softmax, so they would estimate another entropy; set {name} to "
-                f"{neutral[0] if neutral else None!r}"
-            )
 
 
 def held_out_rollouts(
@@ -74,16 +29,20 @@ def held_out_rollouts(
 
     ``prompts``: texts, or conversations as lists of messages. ``mesh``: of the trainer's processes, all of which make
     this call; each draws its share of the prompts, and gets the rollouts of all. The trainer's random state, training
-    mode and metrics are as before afterwards. Returns the rollouts prompt by prompt, ``group`` numbering the prompts.
+    mode and metrics are as before afterwards. Returns the rollouts prompt by prompt, ``group`` numbering the prompts,
+    ``behaviour_logprobs`` what their tokens were drawn with, NaN or None where nobody can tell.
     """
     own = prompts[share(len(prompts), mesh)]
     ranks, rank = place(mesh)
-    # A generation gathers lengths from all processes and so must be as large on each; what is too many is dropped.
+    # A generation by a server must be as large on each process; what is too many is dropped.
     asked = [*own, *[prompts[-1]] * (-(-len(prompts) // ranks) - len(own))]
     with _untouched(trainer, (seed + rank * FAR) % 2**63, completions_per_prompt):
         drawn = _drawn(trainer, [prompt for prompt in asked for _ in range(completions_per_prompt)])
-    everyone = [ids for some in of_all(mesh, drawn[: len(own) * completions_per_prompt]) for ids in some]
-    return [rollout_of(trainer, *divmod(i, completions_per_prompt), *ids) for i, ids in enumerate(everyone)]
+    everyone = [row for some in of_all(mesh, drawn[: len(own) * completions_per_prompt]) for row in some]
+    return [
+        rollout_of(trainer, *divmod(i, completions_per_prompt), *ids, behaviour_logprobs=logprobs)
+        for i, (*ids, logprobs) in enumerate(everyone)
+    ]
 
 
 def rollout_of(
@@ -104,31 +63,98 @@ def rollout_of(
     )
 
 
-def _drawn(trainer: Any, prompts: list[Any]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompts and completions, as many at a time as the trainer generates of its own."""
+_Drawn = tuple[list[int], list[int], tuple[float, ...] | None]
+"""Token ids of a prompt and its completion, and the log-probs that the latter was drawn with, where they are known."""
+
+
+def _drawn(trainer: Any, prompts: list[Any]) -> list[_Drawn]:
+    """Completions of prompts, as many at a time as the trainer generates of its own."""
     each = trainer.num_generations_eval
     size = max(1, trainer.args.generation_batch_size // trainer.accelerator.num_processes // each) * each
-    found: list[tuple[list[int], list[int]]] = []
+    found: list[_Drawn] = []
     for start in range(0, len(prompts), size):
-        prompt_ids, completion_ids = trainer._generate(prompts[start : start + size])[:2]
-        found += zip(prompt_ids, completion_ids, strict=True)
+        with _recorded(generating_model(trainer)) as recorders:
+            prompt_ids, completion_ids, *further = trainer._generate(prompts[start : start + size])
+        # A server tells them, with None for a token that it could not score; RLOOTrainer hands none on.
+        told = further[2] if len(further) > 2 else None
+        logprobs = _logprobs(recorders, completion_ids) if told is None else told
+        for ids, completion, values in zip(prompt_ids, completion_ids, logprobs or repeat(None), strict=False):
+            known = None if values is None else tuple(math.nan if x is None else float(x) for x in values)
+            found.append((ids, completion, known))
     return found
 
 
 @contextmanager
-def _untouched(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator[None]:
-    """The trainer in eval mode on a random state of its own; random states, metrics and settings put back."""
-    metrics = {mode: {name: list(values) for name, values in found.items()} for mode, found in trainer._metrics.items()}
-    states = random.getstate(), np.random.get_state()
-    each = trainer.num_generations_eval
-    trainer.num_generations_eval = completions_per_prompt
+def _recorded(model: Any) -> Iterator[list[Recorder]]:
+    """Every call of ``generate`` inside with a recorder behind all that it does to logits."""
+    recorders: list[Recorder] = []
+    original = getattr(model, "_get_logits_processor", None)
+    if original is None:
+        yield recorders
+        return
+
+    def with_recorder(*args: Any, **kwargs: Any) -> Any:
+        processors = original(*args, **kwargs)
+        recorders.append(Recorder(1.0))
+        processors.append(recorders[-1])
+        return processors
+
+    before = vars(model).get("_get_logits_processor")
+    vars(model)["_get_logits_processor"] = with_recorder
     try:
-        with eval_mode(trainer.model), seeded(seed, trainer.accelerator.device):
+        yield recorders
+    finally:
+        del vars(model)["_get_logits_processor"]
+        if before is not None:
+            vars(model)["_get_logits_processor"] = before
+
+
+def _logprobs(recorders: list[Recorder], completion_ids: list[list[int]]) -> list[list[float]] | None:
+    """What the one recorder kept of these completions; None where it is not of them."""
+    width = max(map(len, completion_ids), default=0)
+    if len(recorders) != 1 or not width:
+        return None
+    padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in completion_ids])
+    found = recorders[0].logprobs(padded)
+    if found.shape != padded.shape:
+        return None
+    return [row[: len(ids)] for row, ids in zip(found.tolist(), completion_ids, strict=True)]
+
+
+@contextmanager
+def _untouched(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator[None]:
+    """The trainer in eval mode on a random state of its own, generating for this process alone; all put back."""
+    metrics = {mode: {name: list(values) for name, values in found.items()} for mode, found in trainer._metrics.items()}
+    each, model, accelerator = trainer.num_generations_eval, generating_model(trainer), trainer.accelerator
+    checkpoints = {module: x for module in model.modules() if (x := vars(module).get("gradient_checkpointing"))}
+    trainer.num_generations_eval = completions_per_prompt
+    # It gathers lengths for its metrics, where a process would wait for one whose generation failed.
+    gather = vars(accelerator).get("gather")
+    accelerator.gather = lambda tensor: tensor
+    try:
+        with random_state(trainer), eval_mode(trainer.model), seeded(seed, accelerator.device):
             yield
     finally:
+        del accelerator.gather
+        if gather is not None:
+            accelerator.gather = gather
         trainer.num_generations_eval = each
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        # The trainer turns it off to generate, and on again unless that fails.
+        for module, checkpointing in checkpoints.items():
+            vars(module)["gradient_checkpointing"] = checkpointing
         for mode, found in metrics.items():
             trainer._metrics[mode].clear()
             trainer._metrics[mode].update(found)
+
+
+@contextmanager
+def random_state(trainer: Any) -> Iterator[None]:
+    """Every random state that a training draws from, put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    device = trainer.accelerator.device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from fx_influence.concentration import top_share
@@ -36,6 +37,8 @@ class MeasuredStep(NamedTuple):
         out, u = self.influence, self.captured
         parts, advantages = out.per_sequence.cpu(), u.advantages
         assert out.per_token is not None
+        if u.token_advantages is not None:
+            parts, advantages = out.per_token.cpu(), u.token_advantages.cpu()
         figures = {
             "total": out.total,
             "momentum": out.momentum,
@@ -49,7 +52,8 @@ class MeasuredStep(NamedTuple):
             "rounding": out.rounding.nansum(),
         }
         nats = {name: self.lr * float(value) for name, value in figures.items()}
-        nats["concentration"] = float(top_share(out.per_token[u.batch.completion_mask], TOP))
+        counted = out.per_token[u.batch.completion_mask]
+        nats["concentration"] = float(top_share(counted, TOP)) if counted.numel() else math.nan
         nats["conditioning"] = float(out.conditioning)
         nats |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
         if self.realised is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,49 @@ from fx_influence.interop.trl_step import MeasuredStep
 from fx_influence.types import Batch, Params, TokenValues
 
 STATE = "state"
+TRAINING = "training"
+"""Field of a step's environment.json: which training made it."""
+
+CHECKPOINT_FILE = "entropy_influence.json"
+"""In a trainer's checkpoint: which training it is of, by the name of what measured it."""
+
+
+def training_directory(base: Path, training: str) -> Path:
+    """Where a training's steps go: the directory that has some of them, or else the first that has nothing in it.
+
+    ``base``, ``base_2``, ``base_3``, ... in turn, so that no training writes over another's steps.
+    """
+    places = (base if k == 1 else base.with_name(f"{base.name}_{k}") for k in itertools.count(1))
+    return next(
+        place
+        for place in places
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())) or training in _trainings(place)
+    )
+
+
+def _trainings(place: Path) -> Iterator[str]:
+    for file in place.glob(f"step_*/{ENVIRONMENT}"):
+        with suppress(OSError, ValueError):
+            yield str(json.loads(file.read_text(encoding="utf-8")).get(TRAINING))
+
+
+def note_training(checkpoint: Path, name: str, training: str) -> None:
+    """Leave in a checkpoint which training it is of, for what is attached as ``name``."""
+    file = checkpoint / CHECKPOINT_FILE
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps({**known, name: training}), encoding="utf-8")
+
+
+def noted_training(checkpoint: Path, name: str, log_history: list[Any]) -> str | None:
+    """Which training a checkpoint is of; None where it does not tell, or is not the one with this log."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        known = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # As text, because NaN differs from itself.
+    same = json.dumps(state.get("log_history")) == json.dumps(log_history)
+    return known.get(name) if same else None
 
 
 class StepStore:
@@ -44,6 +90,13 @@ class StepStore:
     def __init__(self, out: Path, step: int) -> None:
         self._place = out / f"step_{step:06d}"
         self._making = out / f".step_{step:06d}.tmp"
+        self._replaced = out / f".step_{step:06d}.replaced"
+
+    def discard(self) -> None:
+        """Remove what has been written of a step that is not to be, and the directory where that was all it had."""
+        shutil.rmtree(self._making, ignore_errors=True)
+        with suppress(OSError):
+            self._making.parent.rmdir()
 
     def write_state(self, trainer: Any, baseline: Params) -> None:
         """The trainer's model, tokenizer and optimizer as they are now, as a checkpoint, and v_baseline."""
@@ -59,13 +112,17 @@ class StepStore:
         (folder / PARAM_NAMES).write_text(json.dumps(names))
         RunFiles(self._making).write_tensors(BASELINE, baseline)
 
-    def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any) -> None:
-        """All files of the step; a directory of the same step, from before a resumption, is replaced."""
+    def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, training: str) -> None:
+        """All files of the step; a directory of the same training's same step, from before a resumption, is replaced.
+
+        ``training``: an identity of this training, which no other has.
+        """
         self._making.mkdir(parents=True, exist_ok=True)
         files = RunFiles(self._making)
         rollouts = update_rollouts(measured.captured, trainer)
         files.write_text(PLAN, yaml.safe_dump({**_inputs(), **plan}, sort_keys=False))
         made_by = {"trainer": type(trainer).__name__, "processes": trainer.accelerator.num_processes}
+        made_by[TRAINING] = training
         files.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": {}, **made_by})
         files.write_rollouts(UPDATE_ROLLOUTS, rollouts)
         batch, values = _right_padded(measured.captured, rollouts)
@@ -78,8 +135,11 @@ class StepStore:
         summary = _summary(measured)
         files.write_json(eval_name(0, ".json"), summary)
         files.write_json(SUMMARY, summary)
-        shutil.rmtree(self._place, ignore_errors=True)
+        if self._place.exists():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.replace(self._place, self._replaced)
         os.replace(self._making, self._place)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
 
 def update_rollouts(captured: CapturedStep, trainer: Any) -> list[Rollout]:
@@ -112,7 +172,8 @@ def _rollout(captured: CapturedStep, trainer: Any, i: int, group: int, k: int) -
         prompt_ids,
         completion_ids,
         behaviour_logprobs=values(captured.old_logprobs),
-        reward=None if np.isnan(reward) else reward,
+        # JSON has no number for a reward that is not finite.
+        reward=reward if np.isfinite(reward) else None,
         advantage=float(captured.advantages[i]),
         completion_mask=None if bool(counted[real & begins].all()) else tuple(counted[real & begins].tolist()),
         coefficients=values(batch.coefficients),
@@ -131,6 +192,7 @@ def _inputs() -> dict[str, Any]:
 def _right_padded(captured: CapturedStep, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
     """U and its token values in the columns that every run stores them in."""
     batch = collate(rollouts, pad_id=0)
+    assert captured.entropies is not None
     values = (_moved(x, captured.batch, batch) for x in (captured.logprobs, captured.entropies))
     return batch, TokenValues(*values)
 
@@ -161,6 +223,7 @@ def _arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
 def _sequences(measured: MeasuredStep, rollouts: list[Rollout], trainer: Any) -> list[dict[str, Any]]:
     captured, out = measured.captured, measured.influence
     count = captured.batch.completion_mask.sum(-1).clamp(min=1)
+    assert captured.entropies is not None
     return sequence_records(
         rollouts,
         trainer._tokenizer,
