@@ -27,6 +27,10 @@ PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
 SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
 UPDATE_ROLLOUTS, UPDATE_TOKENS = "update_rollouts.jsonl", "update_tokens.npz"
 SUMS = "SHA256SUMS"
+GRADIENT = "step_gradient.safetensors"
+"""U's gradient, there while a run lasts."""
+FAILED = "failed.json"
+"""Why a run could not be started; a corrected plan takes its directory over."""
 UNREADABLE = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
 ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
 """Endings of the reports that people read and may add to once a run is finished: they need only fit the arrays."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fx_influence.interop.environment import environment, peak_gpu_memory_bytes, peak_memory_bytes, threads_for, timed
-from fx_influence.interop.job import Job, launched
+from fx_influence.interop.job import REFUSALS, Job, launched
 from fx_influence.interop.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_name
 from fx_influence.lab.batches import (
     Progress,
@@ -64,6 +64,8 @@ def carry_out(
     plan = resolved(plan, Path.cwd())
     path = _own_path(plan) if path is None else Path(path)
     with launched() as job:
+        # Before a model is read.
+        job.first(lambda: RunDirectory(path).check_open_to(plan))
         job.check_same({**plan.to_dict(), "packages": environment()["packages"]})
         if job.first(lambda: RunDirectory(path).has(SUMMARY)):
             directory = RunDirectory.start(path, plan, {}, job)
@@ -86,9 +88,15 @@ def _measured(
         job.check_same(inputs)
     with threads_for(sum(p.numel() for p in state.model.parameters())):
         directory = RunDirectory.start(path, plan, inputs, job)
-        with timed(seconds, "sampling"):
-            u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
-        figures = measure(plan, Experiment(state, directory, u, seconds, progress))
+        try:
+            with timed(seconds, "sampling"):
+                u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
+            figures = measure(plan, Experiment(state, directory, u, seconds, progress))
+        except REFUSALS as error:
+            if job.rank == 0:
+                # Not in step with the other ranks, which may not have come so far.
+                RunDirectory(path).note_failure(error)
+            raise
         directory.write_json(SUMMARY, {**figures, **_figures(state, u, seconds)})
     return directory
 

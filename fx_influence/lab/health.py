@@ -197,6 +197,8 @@ def _first_order(f: Figures) -> Finding | None:
     name, trust = "First order", f.own.get("eta_trust")
     if "eta_trust" not in f.own or not f.lr:
         return None
+    if f.own.get("second_order", 0.0) is None:
+        return Finding(name, "unknown", "The plan's second_order leaves out full, which tells how far it holds.")
     if trust is None:
         return Finding(name, "good", "The entropy moves along a line: no curvature was found.")
     off = STRAIGHT * f.lr / trust
@@ -239,7 +241,7 @@ def _clipping(f: Figures) -> Finding | None:
 
 
 def _rounding(f: Figures) -> Finding | None:
-    if "rounding_floor" not in f.own or not f.lr:
+    if f.own.get("rounding_floor") is None or not f.lr:
         return None
     name, floor = "Rounding of the weights", f.own["rounding_floor"]
     moving = f.arrays["per_sequence"][f.arrays["per_sequence"] != 0]

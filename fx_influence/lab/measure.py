@@ -61,7 +61,7 @@ def evaluate(
     floor = float(first["rounding_floor"])
     arrays = {name: first[name] for name in FIRST_ORDER_ARRAYS} | {"eta": np.array(steps.etas)}
     arrays |= {name: first[name] for name in OTHER_INFLUENCES if name in first}
-    arrays |= {f"{d}_{order}": first[f"{d}_{order}"] for d in WHOLE for order in ("first", "second")}
+    arrays |= {name: first[name] for d in WHOLE for name in (f"{d}_first", f"{d}_second") if name in first}
     if plan.auto_scale is not None and "grad" in plan.directions:
         own = clearing_etas(torch.from_numpy(first["per_sequence"]), floor, plan.auto_scale, lr)
         steps = steps._replace(own=own)
@@ -92,21 +92,49 @@ def first_order(
     kept: MutableMapping[int, Arrays] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Arrays:
-    """``influence`` with its matrix, the derivatives along the directions of the whole step, and the rounding floor.
+    """Return ``influence`` with its matrix, and what else the plan asks for, by name.
+
+    These are the derivatives along directions of the whole step, the first of ``full``, ``baseline`` and those of
+    ``plan.directions``, the second of ``plan.second_order`` (NaN for the rest); the rounding floor where there are
+    finite steps, else NaN; the influences on the reward; those along ``rmsprop`` where they cost nothing or it is one
+    of the directions.
 
     ``kept`` holds the parts of this that are done, see ``sweep``.
     """
-    slopes = (partial(_slope, plan, state, e, *item) for item in whole_directions(plan, state, step).items())
+    asked = {"full", "baseline", *plan.directions, *plan.bent_directions()}
+    whole = whole_directions(plan, state, step, asked)
+    multiple = rmsprop_multiple(plan, state, step)
     works: list[Callable[[], dict[str, torch.Tensor]]] = [
         partial(_on_entropy, plan, state, step, e),
-        *slopes,
-        partial(_on_reward, plan, state, step, e),
-        lambda: {"rounding_floor": torch.tensor(rounding_floor(plan, state, e.batch), dtype=torch.float64)},
-        partial(_along_rmsprop, plan, state, step, e),
+        *(partial(_slope, plan, state, e, *item) for item in whole.items()),
     ]
+    if plan.reward_influence:
+        works.append(partial(_on_reward, plan, state, step, e))
+    if plan.directions:
+        works.append(partial(_rounding_floor, plan, state, e))
+    if "rmsprop" in plan.directions and multiple is None:
+        works.append(partial(_along_rmsprop, plan, state, step, e))
     arrays = [partial(_arrays, work) for work in works]
     parts = state.job.deal(arrays, kept, lambda done: progress("first order", done, len(works)))
-    return {name: value for part in parts for name, value in part.items()}
+    found = {"rounding_floor": np.array(np.nan)} | {name: value for part in parts for name, value in part.items()}
+    if multiple is not None:
+        found["per_sequence_rmsprop"] = multiple * found["per_sequence"]
+    return found
+
+
+def rmsprop_multiple(plan: EntropyInfluencePlan, state: State, step: Step) -> float | None:
+    """Return what the influences along ``rmsprop`` are of those of gain ``share``: B1 / (kappa (1 - beta1)).
+
+    Both diagonals are -rho / den but for that factor. None where it differs from parameter to parameter, or the plan's
+    gain is another.
+    """
+    hyper, steps, clip = state.opt_state.hyper, state.opt_state.step, float(step.parts.clip)
+    factors = {(1 - h.beta1 ** (steps[name] + 1)) / (1 - h.beta1) for name, h in hyper.items() if name in steps}
+    return factors.pop() / clip if plan.gain == "share" and len(factors) == 1 and clip else None
+
+
+def _rounding_floor(plan: EntropyInfluencePlan, state: State, e: Sampled) -> dict[str, torch.Tensor]:
+    return {"rounding_floor": torch.tensor(rounding_floor(plan, state, e.batch), dtype=torch.float64)}
 
 
 def _arrays(work: Callable[[], dict[str, torch.Tensor]]) -> Arrays:
@@ -122,7 +150,11 @@ def _on_entropy(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled
 
 
 def _slope(plan: EntropyInfluencePlan, state: State, e: Sampled, name: str, v: Params) -> dict[str, torch.Tensor]:
-    slope = jvp_delta(state.params, v, e.batch, apply=state.apply, **plan.estimation())
+    if not any(x.any() for x in v.values()):
+        zero = torch.zeros((), dtype=torch.float64)
+        return {f"{name}_first": zero, f"{name}_second": zero, f"{name}_error": zero}
+    bent = name in plan.bent_directions()
+    slope = jvp_delta(state.params, v, e.batch, apply=state.apply, second_order=bent, **plan.estimation())
     found = {f"{name}_first": slope.first, f"{name}_second": slope.second}
     if name in ("full", "baseline"):
         found[f"{name}_error"] = _error(plan, slope.contributions, e.batch)

@@ -37,11 +37,12 @@ DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
-Direction = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop", "grad", "baseline_plus_grad"]
+WholeDirection = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop"]
+Direction = Literal[WholeDirection, "grad", "baseline_plus_grad"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 PER_SEQUENCE: tuple[str, ...] = ("grad", "baseline_plus_grad")
 """Directions of every rollout of U: v_i, and v_baseline + v_i."""
-WHOLE: tuple[str, ...] = tuple(name for name in DIRECTIONS if name not in PER_SEQUENCE)
+WHOLE: tuple[str, ...] = get_args(WholeDirection)
 """Directions of the whole step; ``rmsprop`` has neither momentum nor decay."""
 AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
 
@@ -214,11 +215,15 @@ class EntropyInfluencePlan(StepPlan):
 
     Fields beside those of ``StepPlan``; units: nats, and multiples of the optimizer's learning rate.
     ``estimator``, ``normalize``, ``gain``: see ``fx.influence``. ``directions``: those that finite steps are taken
-    along, by importance sampling. ``eta_multiples``: the steps that lines are fitted to; ``scaled_eta_multiples``:
-    larger ones, at which a rollout whose step at the learning rate is lost in rounding can be seen. ``auto_scale``: a
-    step is also chosen for each rollout so that its |Delta H| is this many times what float32 rounding of the weights
-    makes (null: no such step). ``compare_float64``: every finite step once more in float64, which shows the rounding.
-    ``second_order_per_sequence``: d2H/deta2 along each rollout's directions too, about 13 forwards of E each.
+    along, by importance sampling; with none there are no finite steps, and nothing is computed for them.
+    ``eta_multiples``: the steps that lines are fitted to; ``scaled_eta_multiples``: larger ones, at which a rollout
+    whose step at the learning rate is lost in rounding can be seen. ``auto_scale``: a step is also chosen for each
+    rollout so that its |Delta H| is this many times what float32 rounding of the weights makes (null: no such step).
+    ``compare_float64``: every finite step once more in float64, which shows the rounding.
+    ``second_order``: directions of the whole step whose d2H/deta2 is computed, about 13 forwards of E each; that of
+    ``full`` says how far the first order holds (``eta_trust``). ``second_order_per_sequence``: d2H/deta2 along each
+    rollout's directions too, as much for each. ``reward_influence``: also the influences on E's expected reward, where
+    all of E is judged, about as much work as those on the entropy.
 
     Example:
         >>> plan = EntropyInfluencePlan.from_dict({"checkpoint": "demo", "seed": 3})
@@ -234,7 +239,9 @@ class EntropyInfluencePlan(StepPlan):
     scaled_eta_multiples: tuple[Number, ...] = (20.0, 100.0)
     auto_scale: Number | None = 100.0
     compare_float64: bool = False
+    second_order: tuple[WholeDirection, ...] = ("full",)
     second_order_per_sequence: bool = False
+    reward_influence: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -248,6 +255,14 @@ class EntropyInfluencePlan(StepPlan):
         if "baseline_plus_grad" in self.directions and "baseline" not in self.directions:
             remedy = "baseline_plus_grad is read less baseline: add baseline."
             raise refusal("directions", list(self.directions), "baseline beside baseline_plus_grad", remedy)
+
+    def bent_directions(self) -> set[str]:
+        """Return the directions of the whole step whose second derivative is needed.
+
+        That of a rollout beside the baseline is read less the baseline's.
+        """
+        beside = self.second_order_per_sequence and "baseline_plus_grad" in self.directions
+        return {*self.second_order, *(("baseline",) if beside else ())}
 
     def copies_of_a_direction(self) -> int:
         """Two more, twice as wide, where finite steps are also taken in float64."""

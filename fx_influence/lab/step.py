@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -10,16 +11,17 @@ from torch import Tensor
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.derivatives import batch_gradient
-from fx_influence.interop.run_files import readable
+from fx_influence.interop.run_files import GRADIENT, readable
 from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
-from fx_influence.lab.plan import StepPlan
+from fx_influence.lab.plan import WHOLE, StepPlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.parts import distinct_rows, row_chunks, rows
 from fx_influence.tree import promote
 from fx_influence.types import Batch, Gain, Gradients, Params
 
-STEP_PIECES = GRADIENT, NORMS = "step_gradient.safetensors", "step_gradient_norms.npy"
+NORMS = "step_gradient_norms.npy"
+STEP_PIECES = GRADIENT, NORMS
 """Kept while a run lasts."""
 
 
@@ -51,17 +53,19 @@ def measure_step(
     return Step(batch, gradient, parts, norms)
 
 
-def whole_directions(plan: StepPlan, state: State, step: Step) -> dict[str, Params]:
-    """v by name, for every one of ``plan.WHOLE``."""
+def whole_directions(plan: StepPlan, state: State, step: Step, names: Collection[str] = WHOLE) -> dict[str, Params]:
+    """v by name, for those of ``names`` that are directions of the whole step, in the order of ``plan.WHOLE``."""
     parts = step.parts
-    rmsprop = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm).direction
-    return {
+    found = {
         "full": parts.direction,
         "baseline": parts.baseline,
         "momentum": parts.momentum,
         "weight_decay": parts.weight_decay,
-        "rmsprop": rmsprop,
     }
+    if "rmsprop" in names:
+        decomposed = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm)
+        found["rmsprop"] = decomposed.direction
+    return {name: v for name, v in found.items() if name in names}
 
 
 def directions_per_block(plan: StepPlan, params: Params) -> int:

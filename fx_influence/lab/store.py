@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +15,8 @@ from fx_influence.interop.job import ALONE, Job
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.interop.run_files import (
     ENVIRONMENT,
+    FAILED,
+    GRADIENT,
     PLAN,
     SUMMARY,
     SUMS,
@@ -39,23 +43,69 @@ class RunDirectory(RunFiles):
         job.first(lambda: cls(path)._begin(plan, inputs))
         return cls(path, job)
 
-    def _begin(self, plan: StepPlan, inputs: Mapping[str, str]) -> None:
+    def check_open_to(self, plan: StepPlan) -> None:
+        """Raise ``RunDirectoryError`` unless this plan's run may be stored there.
+
+        It may where nothing is there yet, or part of the same run, or a start that failed.
+        """
         path = self.path
         if self.has(PLAN):
             with readable(path):
                 stored = self.read_yaml(PLAN)
-            if not _is_plan(stored, plan):
+            if not _is_plan(stored, plan) and not self._only_failed():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
-            if not self.has(SUMMARY):
+        elif path.exists() and not (path.is_dir() and _only_begun({file.name for file in path.iterdir()})):
+            raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
+        if not self.has(SUMMARY):
+            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise RunDirectoryError(
+                    f"{str(path)!r} cannot be written: {str(above)!r} is no directory that you may write to; choose "
+                    "another --out"
+                )
+
+    def note_failure(self, error: Exception) -> None:
+        """Record that the run could not be started, so that a corrected plan may have the directory.
+
+        Nothing is recorded once U's step is measured, nor of what went wrong with the directory itself.
+        """
+        if not isinstance(error, RunDirectoryError) and not self.has(GRADIENT):
+            with suppress(RunDirectoryError):
+                self.write_json(FAILED, {"error": f"{type(error).__name__}: {error}"})
+
+    def _begin(self, plan: StepPlan, inputs: Mapping[str, str]) -> None:
+        self.check_open_to(plan)
+        path = self.path
+        if self.has(PLAN):
+            if self.has(SUMMARY):
+                return
+            if not self._is_to_be_begun_again(plan, inputs):
                 self._check_inputs(inputs)
+                self.remove(FAILED)
                 for leftover in path.glob(".*.tmp"):
                     leftover.unlink(missing_ok=True)
-            return
-        if path.exists() and not (path.is_dir() and _only_begun({file.name for file in path.iterdir()})):
-            raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
+                return
+            self.remove(*self._sums())
         path.mkdir(parents=True, exist_ok=True)
         self.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": dict(inputs)})
         self.write_text(PLAN, plan_text(plan))
+
+    def _only_failed(self) -> bool:
+        """Whether nothing is there but what a start that failed has stored."""
+        names = {file.name for file in self.path.iterdir() if not file.name.endswith(".tmp")}
+        return self.has(FAILED) and names <= {SUMS, *self._sums()}
+
+    def _is_to_be_begun_again(self, plan: StepPlan, inputs: Mapping[str, str]) -> bool:
+        """Whether a start failed that this one cannot go on from.
+
+        It can from the pieces of rollouts that are sound where plan and files are the same, but where all of U was
+        there it is U that was refused, as where its rewards are all the same.
+        """
+        if not self._only_failed():
+            return False
+        with readable(self.path):
+            stored, before = self.read_yaml(PLAN), self.read_json(ENVIRONMENT)["inputs_sha256"]
+        return not _is_plan(stored, plan) or before != dict(inputs) or self.has(UPDATE_ROLLOUTS)
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
         with readable(self.path):

@@ -65,17 +65,21 @@ def sweep(
         etas = None if own is None else own[k * size : (k + 1) * size]
         return measure()(_of_rollouts(plan, state, step, rows), etas)
 
-    works: list[Callable[[], Arrays]] = [lambda: measure()(_of_the_step(plan, state, step), None)]
-    works += [partial(of_rollouts, k, rows) for k, rows in enumerate(row_chunks(once, size))]
+    works: list[Callable[[], Arrays]] = []
+    if any(name in plan.directions for name in WHOLE):
+        works.append(lambda: measure()(_of_the_step(plan, state, step), None))
+    of_the_step = len(works)
+    if any(name in plan.directions for name in PER_SEQUENCE):
+        works += [partial(of_rollouts, k, rows) for k, rows in enumerate(row_chunks(once, size))]
     blocks = state.job.deal(works, kept, lambda done: progress("finite steps", done, len(works)))
-    return _assembled(blocks, index.cpu().numpy())
+    return _assembled(blocks[:of_the_step], blocks[of_the_step:], index.cpu().numpy())
 
 
-def _assembled(blocks: list[Arrays], index: np.ndarray) -> Arrays:
-    whole, *rollouts = blocks
+def _assembled(of_the_step: list[Arrays], rollouts: list[Arrays], index: np.ndarray) -> Arrays:
+    whole = of_the_step[0] if of_the_step else {}
     # The one direction of the whole step stands where a block has its rollouts: before the axis of E, if there is one.
     arrays = {name: value[..., 0, :] if name.endswith(OVER_E) else value[..., 0] for name, value in whole.items()}
-    for name in rollouts[0]:
+    for name in rollouts[0] if rollouts else ():
         axis = -2 if name.endswith(OVER_E) else -1
         arrays[name] = np.take(np.concatenate([block[name] for block in rollouts], axis), index, axis)
     return arrays
@@ -97,8 +101,22 @@ def _measure(
         exact = snis_sweep(wide, batch_e, apply=state.apply.widened(torch.float64), **options)
 
     def measure(directions: Directions, own: Tensor | None) -> Arrays:
-        if not directions:
-            return {}
+        arrays: Arrays = {}
+        zero = [name for name in directions if name in WHOLE and not any(x.any() for x in directions[name].values())]
+        if zero:
+            # A step of 0 gives the same at every eta and along every such direction: one forward tells it for all.
+            at_zero = moving({zero[0]: directions[zero[0]]}, None, etas[:1])
+            for name in zero:
+                for key, value in at_zero.items():
+                    arrays[name + key.removeprefix(zero[0])] = np.repeat(value, len(etas), 0)
+        rest = [name for name in directions if name not in zero]
+        # Directions of the whole step are measured as many at a time as fit the memory budget.
+        size = at_once if all(name in WHOLE for name in rest) else max(1, len(rest))
+        for start in range(0, len(rest), size):
+            arrays |= moving({name: directions[name] for name in rest[start : start + size]}, own, etas)
+        return arrays
+
+    def moving(directions: Directions, own: Tensor | None, etas: list[float]) -> Arrays:
         block = {key: torch.cat([v[key] for v in directions.values()]) for key in state.params}
         delta = _in_parts(finite, block, etas, at_once)
         in_float64 = None
@@ -156,8 +174,8 @@ def _each(block: Params) -> list[Params]:
 
 
 def _of_the_step(plan: EntropyInfluencePlan, state: State, step: Step) -> Directions:
-    whole = whole_directions(plan, state, step)
-    return {d: {name: v[None] for name, v in whole[d].items()} for d in WHOLE if d in plan.directions}
+    whole = whole_directions(plan, state, step, plan.directions)
+    return {d: {name: v[None] for name, v in whole[d].items()} for d in WHOLE if d in whole}
 
 
 def _of_rollouts(plan: EntropyInfluencePlan, state: State, step: Step, rows: Batch) -> Directions:

@@ -75,17 +75,14 @@ def _realised(s: dict[str, Any]) -> ColumnTable:
 
 
 def _checks(s: dict[str, Any]) -> ColumnTable:
-    trust = s["eta_trust"]
     rows = [
         ("identity: residual / sum of |influence|", f"{s['relative_residual']:.1e}"),
         ("total by JVP less total by parts, relative", f"{_relative(s['total_by_jvp'], s['total']):.1e}"),
-        (
-            "first order is 10% off at eta",
-            "never" if trust is None else f"{trust:.2e} ({trust / s['lr']:.2g} lr)" if s["lr"] else f"{trust:.2e}",
-        ),
+        ("first order is 10% off at eta", _trusted_step(s)),
         ("sampled against scored log-probs, largest gap", _largest(s["off_policy"], s["update_off_policy"])),
-        ("|Delta H| that rounding of the weights makes", f"{s['rounding_floor']:.1e}"),
     ]
+    if s["rounding_floor"] is not None:
+        rows.append(("|Delta H| that rounding of the weights makes", f"{s['rounding_floor']:.1e}"))
     if "auto_scale" in s and s["auto_scale"]["eta_median"] is not None:
         auto = s["auto_scale"]
         rows += [
@@ -167,6 +164,15 @@ def _blocks(per_parameter: dict[str, float]) -> ColumnTable:
 def _short(text: str, width: int = 60) -> str:
     shown = printable(text)
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def _trusted_step(s: dict[str, Any]) -> str:
+    trust = s["eta_trust"]
+    if s.get("second_order", 0.0) is None:
+        return "not computed"
+    if trust is None:
+        return "never"
+    return f"{trust:.2e} ({trust / s['lr']:.2g} lr)" if s["lr"] else f"{trust:.2e}"
 
 
 def _largest(*gaps: float | None) -> str:
