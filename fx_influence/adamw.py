@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fx_influence.display import record_line
 from fx_influence.shards import over_shards, own_part
 from fx_influence.tree import check_names, detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
@@ -27,6 +28,9 @@ class AdamWDecomposition(NamedTuple):
     weight_decay: Params
     gain: Params
     clip: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def adamw_decompose(

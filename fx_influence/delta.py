@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.checks import check_batch, check_options
+from fx_influence.display import record_line
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.errorbars import cluster_index
 from fx_influence.importance import SnisDelta, snis
@@ -40,6 +41,9 @@ class JvpDelta(NamedTuple):
     first: Tensor
     second: Tensor
     contributions: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def snis_delta(

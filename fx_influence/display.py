@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 STRONGEST = 5
@@ -76,3 +79,84 @@ def _plus_minus(error: float) -> str:
 
 def _row(cells: Sequence[str], tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def record_line(record: Any, defaults: Mapping[str, Any] | None = None) -> str:
+    """Return a named tuple or dataclass in a line: shapes for tensors, counts for what is long.
+
+    ``defaults``: values by field that are left out of the line where the record has them.
+
+    Example:
+        >>> from fx_influence.types import TokenValues
+        >>> import torch
+        >>> record_line(TokenValues(torch.zeros(2, 3), torch.tensor(0.5)))
+        'TokenValues(logprobs=float32 (2, 3), entropies=0.5)'
+    """
+    names = record._fields if hasattr(record, "_fields") else [field.name for field in dataclasses.fields(record)]
+    values = {name: getattr(record, name) for name in names}
+    if defaults:
+        values = {name: x for name, x in values.items() if name not in defaults or x != defaults[name]}
+    return f"{type(record).__name__}({', '.join(f'{name}={brief(x)}' for name, x in values.items())})"
+
+
+def brief(value: Any) -> str:
+    """Return a value in a few words: numbers as they are, texts abridged, of all else what it is and how much.
+
+    Example:
+        >>> brief({"w": 1.0}), brief(list(range(9))), brief("x" * 99)[:7]
+        ("{'w': 1.0}", '9 of int', "'xxxxxx")
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, (str, PathLike)):
+        return _abridged.repr(str(value))
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return _array(value)
+    if hasattr(value, "_fields") or dataclasses.is_dataclass(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return _mapping(value)
+    if isinstance(value, (list, tuple)):
+        return _sequence(value)
+    return type(value).__name__
+
+
+_abridged = reprlib.Repr()
+_abridged.maxstring = 60
+FEW = 3
+
+
+def _array(value: Any) -> str:
+    shape = tuple(value.shape)
+    if not shape:
+        try:
+            return f"{value.item():.6g}"
+        # A scalar of which there are many, under torch.vmap.
+        except (RuntimeError, ValueError):
+            pass
+    return f"{str(value.dtype).removeprefix('torch.')} {shape}"
+
+
+def _mapping(value: Mapping[Any, Any]) -> str:
+    arrays = [x for x in value.values() if hasattr(x, "shape")]
+    if arrays and len(arrays) == len(value):
+        return f"{len(value)} tensors of {sum(_count(x) for x in arrays):,} numbers"
+    if len(value) <= FEW and all(isinstance(x, (int, float, str, type(None))) for x in value.values()):
+        return f"{{{', '.join(f'{brief(name)}: {brief(x)}' for name, x in value.items())}}}"
+    return f"{len(value)} by name"
+
+
+def _sequence(value: Sequence[Any]) -> str:
+    if len(value) <= FEW and all(isinstance(x, (int, float, str)) for x in value):
+        return f"[{', '.join(map(brief, value))}]"
+    if len(value) == 1 and (hasattr(value[0], "_fields") or dataclasses.is_dataclass(value[0])):
+        return f"[{value[0]!r}]"
+    kinds = {type(x).__name__ for x in value}
+    return f"{len(value)} of {' or '.join(sorted(kinds))}" if value else "[]"
+
+
+def _count(x: Any) -> int:
+    size = 1
+    for n in x.shape:
+        size *= int(n)
+    return size

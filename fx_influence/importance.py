@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.display import record_line
 from fx_influence.entropy import Completions, centred
 from fx_influence.types import Estimator, Normalize
 
@@ -26,6 +27,9 @@ class SnisDelta(NamedTuple):
     log_weights: Tensor
     clip_fraction: Tensor
     stderr: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def snis(

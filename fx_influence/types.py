@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from fx_influence.display import record_line
+
 Params = dict[str, Tensor]
 """Trainable parameters (or a direction in their space) by name."""
 
@@ -54,6 +56,9 @@ class Batch(NamedTuple):
     entropy_coefficients: Tensor | None = None
     group: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return record_line(self)
+
 
 class TokenValues(NamedTuple):
     """What a policy says of each completion token, (..., B, T), 0 outside the completion mask.
@@ -63,6 +68,9 @@ class TokenValues(NamedTuple):
 
     logprobs: Tensor
     entropies: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 class AdamWHyper(NamedTuple):
@@ -91,6 +99,9 @@ class AdamWState(NamedTuple):
     step: dict[str, int]
     hyper: dict[str, AdamWHyper]
     lr: float
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 class IdentityError(ArithmeticError):

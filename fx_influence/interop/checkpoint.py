@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.display import record_line
 from fx_influence.interop.distributed import has_part, load_values, read_part
 from fx_influence.interop.optim import adamw_state
 from fx_influence.interop.restore import require_adamw_state_dict, restore_optimizer
@@ -48,6 +49,9 @@ class Checkpoint(NamedTuple):
     optimizer_state: AdamWState | None
     eos_token_ids: tuple[int, ...]
     path: Path
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def load_checkpoint(

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from fx_influence.display import record_line
 from fx_influence.interop.rollout_records import NotFinite, read_json_lines, refuse_not_finite
 from fx_influence.types import Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rollout:
     """One prompt with one sampled completion.
 
@@ -69,6 +70,9 @@ class Rollout:
                     f"{name} of rollout {self.id!r} has {len(values)} values for {len(self.completion_ids)} completion "
                     "tokens; give one for each token"
                 )
+
+    def __repr__(self) -> str:
+        return record_line(self, {f.name: f.default for f in dataclasses.fields(self)})
 
 
 PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_coefficients")

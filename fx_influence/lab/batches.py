@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
+from fx_influence.display import record_line
 from fx_influence.interop.checkpoint import load_checkpoint, load_tokenizer
 from fx_influence.interop.generation import eos_ids
 from fx_influence.interop.job import ALONE, Job
@@ -46,6 +47,9 @@ class Source(NamedTuple):
     prompts: list[Prompt]
     rollouts: list[Rollout]
 
+    def __repr__(self) -> str:
+        return record_line(self)
+
 
 class State(NamedTuple):
     """A training state ready to be measured, what U and each E start from, the reward, and who measures."""
@@ -59,6 +63,9 @@ class State(NamedTuple):
     reward: Reward | None
     job: Job
 
+    def __repr__(self) -> str:
+        return record_line(self)
+
 
 class Sampled(NamedTuple):
     """Rollouts, their batch and scores at theta, and how far those are from the log-probs they were drawn with."""
@@ -67,6 +74,9 @@ class Sampled(NamedTuple):
     batch: Batch
     values: TokenValues
     off_policy: float
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def load_state(plan: StepPlan, job: Job = ALONE) -> State:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fx_influence.display import record_line
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.interop.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name, readable
 from fx_influence.lab.plan import FisherKernelPlan
@@ -17,7 +18,7 @@ UPDATE_SELF_KERNEL = "update_self_kernel.npy"
 KERNEL, CHANGE_MATRIX = "_kernel.npy", "_delta_logprob_matrix.npy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FisherEvaluationResults:
     """One evaluation batch E. S_a is the log-probability of its rollout a, unnormalised, in nats.
 
@@ -35,8 +36,11 @@ class FisherEvaluationResults:
     rollouts: list[Rollout]
     top: list[dict[str, Any]]
 
+    def __repr__(self) -> str:
+        return record_line(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FisherKernelResults:
     """A Fisher run as it was stored. Changes are in nats per unit lr; times ``summary["lr"]``, in nats per step.
 
@@ -50,6 +54,9 @@ class FisherKernelResults:
     update_rollouts: list[Rollout]
     update_self_kernel: np.ndarray
     evaluations: tuple[FisherEvaluationResults, ...]
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def load_fisher_run(path: str | Path) -> FisherKernelResults:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from fx_influence.display import record_line
 from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.lab.requests import (
     REQUEST_FIELDS,
@@ -73,7 +74,7 @@ ADDITIONS = {
 """Lines to add to a plan that lacks them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepPlan:
     """One training state and its batches: what every experiment begins with.
 
@@ -132,6 +133,11 @@ class StepPlan:
                 raise refusal(name, value, "at least 1")
         if not -(2**63) <= self.seed < 2**63:
             raise refusal("seed", self.seed, "a whole number of 64 bits")
+
+    def __repr__(self) -> str:
+        """Return the fields that are not the default's."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return record_line(self, usual | (DEMO_FIELDS if self.checkpoint == DEMO else {}))
 
     def _take_from_the_demo(self) -> None:
         for name, value in DEMO_FIELDS.items():
@@ -209,7 +215,7 @@ class StepPlan:
         return cls(**values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EntropyInfluencePlan(StepPlan):
     """Which rollouts and tokens of U move the entropy over each E, to first order and at finite steps.
 
@@ -278,7 +284,7 @@ class EntropyInfluencePlan(StepPlan):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FisherKernelPlan(StepPlan):
     """How U's rollouts, and the step that they make, move the log-probability of each rollout of E.
 

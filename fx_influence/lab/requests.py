@@ -19,6 +19,8 @@ from pydantic import (
     model_serializer,
 )
 
+from fx_influence.display import record_line
+
 
 class PlanError(ValueError):
     """A plan that cannot be run, with the field, the value and the remedy."""
@@ -73,7 +75,7 @@ Number = Annotated[float, BeforeValidator(_no_truth_value)]
 PromptId = Annotated[str, BeforeValidator(_text_of_number)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SampledBatch:
     """Rollouts to be sampled from the policy: of all prompts, of those with given ids, or of some drawn at random.
 
@@ -104,8 +106,11 @@ class SampledBatch:
         absent = {"chat": False, "system": None}
         return {name: value for name, value in plain(self).items() if name not in absent or value != absent[name]}
 
+    def __repr__(self) -> str:
+        return record_line(self, {f.name: f.default for f in dataclasses.fields(self)})
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class CustomSequence:
     """One completion written out, such as an answer one wishes the policy had given.
 
@@ -120,8 +125,11 @@ class CustomSequence:
     advantage: Number = 1.0
     end: bool = True
 
+    def __repr__(self) -> str:
+        return record_line(self, {f.name: f.default for f in dataclasses.fields(self)})
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class RolloutFile:
     """Rollouts sampled from this policy elsewhere, in any format of ``fx.read_rollouts``.
 
@@ -132,6 +140,9 @@ class RolloutFile:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     rollouts: str
+
+    def __repr__(self) -> str:
+        return record_line(self, {f.name: f.default for f in dataclasses.fields(self)})
 
 
 def _kind(value: Any) -> str:

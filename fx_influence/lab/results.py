@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fx_influence.display import record_line
 from fx_influence.interop.rollouts import Rollout
 from fx_influence.interop.run_files import (
     BASELINE,
@@ -28,7 +29,7 @@ from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationResults:
     """One evaluation batch E: the arrays of its ``.npz``, M (n_e, n_u) per unit lr, its figures and its rollouts.
 
@@ -42,8 +43,11 @@ class EvaluationResults:
     summary: dict[str, Any]
     rollouts: list[Rollout]
 
+    def __repr__(self) -> str:
+        return record_line(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class EntropyInfluenceResults:
     """A run as it was stored. Influences are in nats per unit lr; times ``summary["lr"]``, in nats per step.
 
@@ -87,6 +91,9 @@ class EntropyInfluenceResults:
         columns |= {name: part.ravel() for name, part in rollout_parts(arrays).items()}
         columns |= {name: arrays[name].ravel() for name in ("grad_stderr", "grad_ess") if name in arrays}
         return _pandas().DataFrame(columns)
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def asked(record: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from fx_influence.display import record_line
 from fx_influence.influence import Influence
 
 
@@ -26,6 +27,9 @@ class Selection(NamedTuple):
     reward: Tensor
     lost: Tensor
     reached: bool
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def select(

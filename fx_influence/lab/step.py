@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fx_influence.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.derivatives import batch_gradient
+from fx_influence.display import record_line
 from fx_influence.interop.run_files import GRADIENT, readable
 from fx_influence.kernel import rollout_gradients
 from fx_influence.lab.batches import Progress, State
@@ -32,6 +33,9 @@ class Step(NamedTuple):
     gradient: Gradients
     parts: AdamWDecomposition
     gradient_norms: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
 
 
 def measure_step(
