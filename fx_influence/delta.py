@@ -78,19 +78,10 @@ def snis_delta(
         True
     """
     # One rank that refused its direction alone would leave the others waiting.
-    passes_over(params, apply, temperature, chunk_size, mesh).check_agreed(direction=direction)
+    passes = passes_over(params, apply, temperature, chunk_size, mesh)
+    passes.check_agreed(direction=direction)
     check_names("direction", direction, params, OF_THESE)
-    measure = snis_sweep(
-        params,
-        batch_e,
-        apply=apply,
-        estimator=estimator,
-        normalize=normalize,
-        clip=clip,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        mesh=mesh,
-    )
+    measure = _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=False)
     along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
     moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
     return SnisDelta(*(field[0, 0] for field in moved))
@@ -111,8 +102,8 @@ def snis_sweep(
     """``snis_delta`` for many directions and etas: ``measure(block, etas)``, with the pass at theta made once, here.
 
     ``block``: a direction tree with a leading axis of K directions, vmapped as far as E leaves room for more than one
-    in a pass; K may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored
-    once.
+    in a pass and vmap takes the policy, which two directions over a row of E tell first; else each has passes of its
+    own. K may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored once.
     ``chunk_size``: rows of E times directions per forward; None chooses by tokens. ``mesh``: as in ``influence``; every
     call of ``measure`` is then one of all ranks too, with the same directions. Errors as in ``snis_delta``.
 
@@ -125,15 +116,29 @@ def snis_sweep(
         [[True, False]]
     """
     passes = passes_over(params, apply, temperature, chunk_size, mesh)
+    return _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=None)
+
+
+def _measure(
+    params: Params,
+    batch_e: Batch,
+    passes: Passes,
+    estimator: Estimator,
+    normalize: Normalize,
+    clip: float | None,
+    vmapped: bool | None,
+) -> Callable[[Params, Sequence[float]], SnisDelta]:
+    """``snis_sweep``; ``vmapped``: whether directions go through vmap together, None to find out."""
     batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
     warn_of_shared_prompts("batch_e", batch_e)
     params, apply = in_float32(detached(params), apply, batch_e, finite=True)
     passes = replace(passes, apply=apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
+    together = passes.directions_batch(params, once) if vmapped is None else vmapped
 
     def at(block: Params, eta: float) -> Completions:
-        moved = _at(passes.moved_values(params, block, eta, once), index)
+        moved = _at(passes.moved_values(params, block, eta, once, together), index)
         return Completions(*vmap(lambda v: completions(v, mask))(moved))
 
     # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.

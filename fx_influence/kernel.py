@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.factors import bytes_per_token, factored_names, row_factors, row_gradients, thin_product
-from fx_influence.grads import per_sample_grads, rollout_loss
+from fx_influence.grads import per_sample_grads, rollout_loss, rows_batch
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts, rows
 from fx_influence.policy import halves
 from fx_influence.tree import promote
@@ -39,7 +39,8 @@ def gradient_kernel(
     """K_ai = <g_a, D g_i> for the rollout losses of two batches, D diagonal; (n_a, n_b), at least float32.
 
     Where a parameter enters as a linear map, an embedding or an affine norm, the rows' gradients are made from factors
-    (see ``factors``); every other parameter goes through ``vmap(grad)``. Of the batch with fewer rows a block of
+    (see ``factors``); every other parameter goes through ``vmap(grad)``, or where vmap cannot take the policy's rows,
+    which two of them tell first, through a reverse pass a row. Of the batch with fewer rows a block of
     gradients, weighted by D, is held in up to two thirds of ``memory_budget`` bytes, and the other batch passes by, as
     many rows at once as the rest of the budget has room for. Where even one row's gradient is larger than that, the
     parameters are taken in several groups. ``chunk_size``: at most so many rows in one pass. ``apply_b``: of batch b,
@@ -56,11 +57,13 @@ def gradient_kernel(
     total = torch.zeros(shape, dtype=torch.float64, device=batch_a.input_ids.device)
     factored = factored_names(params, batch_b, apply) & held.keys()
     per_token = max(1, bytes_per_token(params, batch_b, apply, factored))
+    others = {name: p for name, p in held.items() if name not in factored}
+    vmapped = _vmapped(params, batch_b, others, apply, temperature)
     most = memory_budget * 2 // 3
     for group in _groups(held, most):
         size = min(shape[1], max(1, most // _row_bytes(held, group)))
         room = memory_budget - size * _row_bytes(held, group)
-        source = _Source(params, held, group, factored, per_token, of_b, temperature, room, chunk_size)
+        source = _Source(params, held, group, factored, vmapped, per_token, of_b, temperature, room, chunk_size)
         for j in range(0, shape[1], size):
             block = rows(batch_b, slice(j, j + size))
             columns, weighted = _weighted(source.chunks(block), len(block.input_ids), held, group, diagonal)
@@ -79,6 +82,7 @@ class _Source(NamedTuple):
     held: Params
     group: Slices
     factored: frozenset[str]
+    vmapped: bool
     per_token: int
     apply: Apply
     temperature: float
@@ -94,7 +98,8 @@ class _Source(NamedTuple):
         wanted = TOKENS_PER_CHUNK if self.chunk_size is None else self.chunk_size * batch.input_ids.shape[1]
         tokens = min(wanted, int(self.room / (4.5 * self.per_token)))
         for part in parts(batch, None, halves(self.apply).aligned, tokens, limit):
-            yield part.members, _rows(self.params, batch, part, factored, others, self.apply, self.temperature)
+            options = self.apply, self.temperature, self.vmapped
+            yield part.members, _rows(self.params, batch, part, factored, others, *options)
 
 
 def _groups(held: Params, room: int) -> Iterator[Slices]:
@@ -132,7 +137,9 @@ def rollout_gradients(params: Params, batch: Batch, apply: Apply, temperature: f
     factored = factored_names(params, batch, apply)
     others = {name: p for name, p in params.items() if name not in factored}
     [part] = parts(batch, len(batch.input_ids), halves(apply).aligned)
-    rows_of, back = _rows(params, batch, part, factored, others, apply, temperature), part.members.argsort()
+    vmapped = _vmapped(params, batch, others, apply, temperature)
+    rows_of = _rows(params, batch, part, factored, others, apply, temperature, vmapped)
+    back = part.members.argsort()
     found = {}
     for name, p in params.items():
         out = p.new_empty(len(back), p.numel(), dtype=promote(p.dtype))
@@ -161,11 +168,12 @@ def _rows(
     others: Params,
     apply: Apply,
     temperature: float,
+    vmapped: bool,
 ) -> Rows:
     count = len(part.members)
     factors = row_factors(params, batch, part, apply, factored, temperature)[0] if factored else {}
-    loss = rollout_loss(lambda p, ids, mask: apply({**params, **p}, ids, mask), temperature)
-    rest = per_sample_grads(loss, others, rows(batch, part.members)) if others else {}
+    loss, chunk_size = _loss(params, apply, temperature), None if vmapped else 1
+    rest = per_sample_grads(loss, others, rows(batch, part.members), chunk_size) if others else {}
 
     def rows_of(name: str, part: slice, out: Tensor) -> None:
         p = params[name]
@@ -175,6 +183,15 @@ def _rows(
             row_gradients(factors, name, p, part, count, out.view(count, *p[part].shape))
 
     return rows_of
+
+
+def _loss(params: Params, apply: Apply, temperature: float) -> Callable[[Params, Batch], Tensor]:
+    return rollout_loss(lambda p, ids, mask: apply({**params, **p}, ids, mask), temperature)
+
+
+def _vmapped(params: Params, batch: Batch, others: Params, apply: Apply, temperature: float) -> bool:
+    """Whether rows go through ``vmap`` for the parameters that have no factors."""
+    return not others or rows_batch(_loss(params, apply, temperature), others, batch)
 
 
 def _weighted(

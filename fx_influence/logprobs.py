@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fx_influence.head import LOGITS_AT_ONCE, Weights, scores
-from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
+from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts, rows
 from fx_influence.policy import halves
 from fx_influence.precision import in_float32
 from fx_influence.tree import promote, shift
@@ -68,16 +69,15 @@ def moved_token_values(
     apply: Apply,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    vmapped: bool = True,
 ) -> TokenValues:
     """``all_token_values`` at theta + eta v for every v of a block of K directions, (K, B, T) each.
 
     The directions, a leading axis of every entry of ``block``, are vmapped as far as the batch leaves room for more
-    than one in a pass.
+    than one in a pass; each has a pass of its own where they are not to be ``vmapped``.
     """
     policy, size = halves(apply), len(next(iter(block.values())))
-    rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
-    # Products with a matrix for each direction are slow ones: worth it only while one direction fills no pass.
-    together = max(1, rows_at_once // len(batch.input_ids))
+    together = _together(batch, chunk_size) if vmapped else 1
     tokens = TOKENS_PER_CHUNK // together
     alone = together == 1
     pieces = policy.parts(batch, chunk_size) if alone else parts(batch, chunk_size, policy.aligned, tokens)
@@ -99,6 +99,33 @@ def moved_token_values(
             else:
                 found.append(vmap(lambda v: moved(shift(params, v, eta), policy.traced))(some))
     return TokenValues(*(torch.cat(field) for field in zip(*found, strict=True)))
+
+
+def _together(batch: Batch, chunk_size: int | None) -> int:
+    rows_at_once = chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
+    # Products with a matrix for each direction are slow ones: worth it only while one direction fills no pass.
+    return max(1, rows_at_once // len(batch.input_ids))
+
+
+def directions_batch(
+    params: Params, batch: Batch, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None
+) -> bool:
+    """Return whether directions fit a pass together and ``vmap`` takes them through the policy, tried with two.
+
+    False as well where torch would go one by one inside, for want of a batching rule, which it warns of.
+    """
+    if len(batch.input_ids) == 0 or _together(batch, chunk_size) == 1:
+        return False
+    some = rows(batch, slice(0, 1))
+    two = {name: torch.zeros_like(p).expand(2, *p.shape) for name, p in params.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*performance drop")
+        try:
+            moved_token_values(params, two, 0.0, some, apply, temperature, chunk_size=2)
+        # Whatever a model raises for want of values or shapes, of its own exceptions too.
+        except Exception:
+            return False
+    return True
 
 
 def scored_features(features: Tensor, part: Part) -> Tensor:

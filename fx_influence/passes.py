@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_influence.contraction import Contract, gradient_and_contraction
 from fx_influence.derivatives import Tapes, curvature, taped_gradient, token_jvp, weighted_gradient
 from fx_influence.kernel import gradient_kernel
-from fx_influence.logprobs import all_token_values, moved_token_values
+from fx_influence.logprobs import all_token_values, directions_batch, moved_token_values
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 
@@ -38,8 +38,13 @@ class Passes:
     def values(self, params: Params, batch: Batch) -> TokenValues:
         return all_token_values(params, batch, *self._read)
 
-    def moved_values(self, params: Params, block: Params, eta: float, batch: Batch) -> TokenValues:
-        return moved_token_values(params, block, eta, batch, *self._read)
+    def moved_values(
+        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+    ) -> TokenValues:
+        return moved_token_values(params, block, eta, batch, *self._read, vmapped)
+
+    def directions_batch(self, params: Params, batch: Batch) -> bool:
+        return directions_batch(params, batch, *self._read)
 
     def gradient(self, params: Params, batch: Batch) -> Gradients:
         return self.taped_gradient(params, batch, 0)[0]

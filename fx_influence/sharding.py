@@ -68,9 +68,16 @@ class DealtPasses(Passes):
         deal, here = self._deal(batch), self._here(params, batch)
         return deal.whole_values(here.passes.values(here.params, deal.own(batch)))
 
-    def moved_values(self, params: Params, block: Params, eta: float, batch: Batch) -> TokenValues:
+    def moved_values(
+        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+    ) -> TokenValues:
         deal, here = self._deal(batch), self._here(params, batch)
-        return deal.whole_values(here.passes.moved_values(here.params, block, eta, deal.own(batch)))
+        return deal.whole_values(here.passes.moved_values(here.params, block, eta, deal.own(batch), vmapped))
+
+    def directions_batch(self, params: Params, batch: Batch) -> bool:
+        # Each rank's own: all have as many rows, and its route is the same for whatever it compares.
+        deal, here = self._deal(batch), self._here(params, batch)
+        return here.passes.directions_batch(here.params, deal.own(batch))
 
     def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
         deal, here = self._deal(batch), self._here(params, batch)
@@ -156,7 +163,12 @@ class ShardedPasses(DealtPasses):
             "or load the model whole in each process and pass mesh="
         )
 
-    def moved_values(self, params: Params, block: Params, eta: float, batch: Batch) -> TokenValues:
+    def directions_batch(self, params: Params, batch: Batch) -> bool:
+        return False
+
+    def moved_values(
+        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+    ) -> TokenValues:
         moved = []
         for k in range(len(next(iter(block.values())))):
             moved.append(self.values(shift(params, {name: v[k] for name, v in block.items()}, eta), batch))

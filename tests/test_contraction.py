@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from fx_influence.factors import Factors
 from fx_influence.parts import Part, parts
 
 VOCAB, WIDTH = 11, 7
-MODULE = sys.modules["fx_influence.influence"]
+MODULE = importlib.import_module("fx_influence.influence")
 
 
 @given(case=cases())
