@@ -131,7 +131,7 @@ def _measure(
     """``snis_sweep``; ``vmapped``: whether directions go through vmap together, None to find out."""
     batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
     warn_of_shared_prompts("batch_e", batch_e)
-    params, apply = in_float32(detached(params), apply, batch_e, finite=True)
+    params, apply = in_float32(detached(params), passes.apply, batch_e, finite=True)
     passes = replace(passes, apply=apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
