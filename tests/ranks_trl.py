@@ -24,6 +24,7 @@ from benchmarks.trl_variants import LOSSES, Variant, policy, quiet, trainer
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl_ranks import mesh_of
 from fx_influence.interop.trl_sampling import held_out_rollouts
+from fx_influence.interop.trl_store import StepStore
 from fx_influence.sharding import gathered_batch
 
 HELD_OUT = ["4+5=", "6=", "70+1="]
@@ -155,10 +156,52 @@ def refused(out: Path) -> dict[str, Any]:
     }
 
 
+def failed(out: Path) -> dict[str, Any]:
+    """A training in which one rank alone fails to generate, then in the passes that ranks share, then to write."""
+    variant = Variant("dapo", False, 1, False, {**spanning(1), "learning_rate": 1e-4})
+    plain = made(variant, out / "plain", 4)
+    plain.train()
+    training, steps = made(variant, out / "measured", 4), itertools.count(1)
+    rank, generate, write_step = dist.get_rank(), training._generate_single_turn, StepStore.write
+
+    def fail_to_generate(*args: Any, **options: Any) -> Any:
+        if rank == 1 and not training.model.training and training.state.global_step == 0:
+            raise RuntimeError("no kernel")
+        return generate(*args, **options)
+
+    def fail_in_passes(*args: Any, **options: Any) -> Any:
+        if next(steps) == 1 and rank == 1:
+            raise torch.OutOfMemoryError("no room")
+        return fx.influence(*args, **options)
+
+    def fail_to_write(self: StepStore, measured: Any, *args: Any) -> None:
+        if measured.step == 3:
+            raise OSError("no space")
+        write_step(self, measured, *args)
+
+    training._generate_single_turn = fail_to_generate
+    with influences(fail_in_passes), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        StepStore.write = fail_to_write
+        attached = EntropyInfluence(1, HELD_OUT, completions_per_prompt=2).attach(training)
+        training.train()
+        StepStore.write = write_step
+    return {
+        "weights": [weights(plain), weights(training)],
+        "log": [log_of(plain), log_of(training)],
+        "history": attached.history,
+        "told": [text for w in told if "attributed" in (text := str(w.message))],
+    }
+
+
 ASKED: dict[str, Callable[[Path], Any]] = {
     "losses": lambda out: errors(losses(), out),
     "sweep": lambda out: errors(sweep(), out),
-    "measured": lambda out: {"measured": measured(out), "refused": refused(out / "refused")},
+    "measured": lambda out: {
+        "measured": measured(out),
+        "refused": refused(out / "refused"),
+        "failed": failed(out / "failed"),
+    },
 }
 
 

@@ -53,20 +53,22 @@ def test_rollouts_of_two_ranks_add_up_for_every_variant(tmp_path: Path) -> None:
 
 def test_a_training_of_two_ranks_is_measured_as_by_one_process(tmp_path: Path) -> None:
     found = answers(2, "ranks_trl.py", tmp_path, "measured", launcher=ACCELERATE)
-    unchanged(found)
+    for training, steps in (("measured", 3), ("failed", 4)):
+        unchanged(found, training, steps)
     logged_alike(found)
     of_all_rollouts(found, tmp_path)
     written_once(tmp_path)
     repeated(tmp_path)
     gone_on(found)
+    failed_together(found)
 
 
-def unchanged(found: list[Any]) -> None:
+def unchanged(found: list[Any], training: str, steps: int) -> None:
     for answer in found:
-        plain, measured = answer["measured"]["weights"]
+        plain, measured = answer[training]["weights"]
         assert all(torch.equal(plain[name], measured[name]) for name in plain)
-        plain, measured = answer["measured"]["log"]
-        assert len(plain) == 4
+        plain, measured = answer[training]["log"]
+        assert len(plain) == steps + 1
         assert [{name: x for name, x in e.items() if not name.startswith(OURS)} for e in measured] == plain
 
 
@@ -110,7 +112,7 @@ def of_all_rollouts(found: list[Any], out: Path) -> None:
 
 
 def written_once(out: Path) -> None:
-    own = ("measured/0", [1, 2, 3]), ("refused/0", [2])
+    own = ("failed/measured/0", [4]), ("measured/0", [1, 2, 3]), ("refused/0", [2])
     steps = [stored(out, step, training) for training, made in own for step in made]
     assert sorted(out.rglob("*step_*")) == steps
     assert {step.parent for step in steps} == set(out.rglob("entropy_influence"))
@@ -143,6 +145,19 @@ def gone_on(found: list[Any]) -> None:
         assert [figures["step"] for figures in answer["refused"]["history"]] == [2]
     told = [answer["refused"]["told"] for answer in found]
     assert told == [["step 1 is not attributed: the residual is 0.5"], []]
+
+
+def failed_together(found: list[Any]) -> None:
+    """What fails on one rank fails on both, which wait for nothing; the first tells."""
+    for answer in found:
+        assert [figures["step"] for figures in answer["failed"]["history"]] == [4]
+    assert found[0]["failed"]["history"] == found[1]["failed"]["history"]
+    assert found[0]["failed"]["told"] == [
+        "step 1 is not attributed: on rank 1: RuntimeError: no kernel",
+        "step 2 is not attributed: on rank 1: OutOfMemoryError: no room",
+        "step 3 is not attributed: OSError: no space",
+    ]
+    assert not found[1]["failed"]["told"]
 
 
 def stored(out: Path, step: int, training: str = "measured/0") -> Path:
