@@ -294,7 +294,7 @@ def test_what_the_model_itself_asks_for_is_refused(tmp_path: Path) -> None:
     """The trainer leaves min_p open, which the model's own generation config then fills in."""
     training = trainer(PLAIN, str(tmp_path), 1)
     training.model.generation_config.min_p = 0.2
-    with pytest.raises(ValueError, match="min_p is .* in the trainer's generation"):
+    with pytest.raises(ValueError, match=r"min_p is .* in the trainer's generation"):
         EntropyInfluence(1, HELD_OUT).attach(training)
 
 
