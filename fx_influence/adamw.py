@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fx_influence.checks import check_choice, check_max_grad_norm, check_params, check_state, first_not_finite
 from fx_influence.display import record_line
 from fx_influence.shards import over_shards, own_part
 from fx_influence.tree import check_names, detached, promote
@@ -72,6 +73,7 @@ def adamw_decompose(
         >>> step.direction["w"], step.weight_decay["w"]
         (tensor([-1.1000,  0.9000]), tensor([-0.1000, -0.1000]))
     """
+    check_params(params)
     params = detached(params)
     check_adamw_inputs(grads, opt_state, params, gain, max_grad_norm)
     clip = _clip_factor(grads, max_grad_norm, params)
@@ -210,17 +212,14 @@ def check_adamw_inputs(
     gain: str,
     max_grad_norm: float | None,
 ) -> None:
-    """Raise ``ValueError`` for whatever ``adamw_decompose`` could not use, before anything is computed."""
-    if gain not in get_args(Gain):
-        raise ValueError(f"gain is {gain!r}; use one of {', '.join(get_args(Gain))}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is {max_grad_norm}; pass a positive number, or None where nothing is clipped")
+    """Raise ``TypeError`` or ``ValueError`` for what ``adamw_decompose`` could not use, before anything is computed."""
+    check_choice("gain", gain, get_args(Gain))
+    check_max_grad_norm(max_grad_norm)
+    check_state(opt_state)
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
-    found = {name: g for name, g in grads.items() if g is not None}
-    bad = [_holds_infinities(own_part(g)) for g in found.values()]
-    for name, count in zip(found, over_shards(bad, list(found.values())), strict=True):
-        if count:
-            raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
+    name = first_not_finite(grads)
+    if name is not None:
+        raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
@@ -231,9 +230,3 @@ def check_adamw_inputs(
             raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")
         if hyper.amsgrad and name not in opt_state.max_exp_avg_sq:
             raise ValueError(f"opt_state has no max_exp_avg_sq for {name!r}, whose group has amsgrad=True; {remedy}")
-
-
-def _holds_infinities(x: Tensor) -> Tensor:
-    # A sum is finite only if its terms are; it may overflow where they are.
-    fine = bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-    return x.new_full((), not fine, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fx_influence.checks import check_batch, check_options
+from fx_influence.checks import (
+    check_batch,
+    check_is_batch,
+    check_number,
+    check_options,
+    check_policy,
+    first_not_finite,
+    wrong_type,
+)
 from fx_influence.display import record_line
 from fx_influence.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.errorbars import cluster_index
@@ -77,10 +86,13 @@ def snis_delta(
         >>> out.delta_h.item() > 0
         True
     """
+    check_policy(params, apply)
+    if not (isinstance(eta, Tensor) and eta.dim() == 0):
+        check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
     # One rank that refused its direction alone would leave the others waiting.
     passes = passes_over(params, apply, temperature, chunk_size, mesh)
     passes.check_agreed(direction=direction)
-    check_names("direction", direction, params, OF_THESE)
+    _check_direction("direction", direction, params)
     measure = _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=False)
     along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
     moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
@@ -115,6 +127,7 @@ def snis_sweep(
         >>> (measure({"w": torch.stack([-table, table])}, [0.1]).delta_h > 0).tolist()
         [[True, False]]
     """
+    check_policy(params, apply)
     passes = passes_over(params, apply, temperature, chunk_size, mesh)
     return _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=None)
 
@@ -130,7 +143,7 @@ def _measure(
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
     """``snis_sweep``; ``vmapped``: whether directions go through vmap together, None to find out."""
     batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
-    warn_of_shared_prompts("batch_e", batch_e)
+    warn_of_shared_prompts("batch_e", batch_e, calls=3)
     params, apply = in_float32(detached(params), passes.apply, batch_e, finite=True)
     passes = replace(passes, apply=apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
@@ -149,8 +162,12 @@ def _measure(
         return snis(base, values, estimator, normalize, clip, clusters)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
+        if not isinstance(etas, Sequence):
+            raise wrong_type("etas", etas, "a list of numbers", "Pass [eta] for one")
+        for eta in etas:
+            check_number("etas", eta, "pass finite numbers", math.isfinite)
         passes.check_agreed(block=block, etas=list(etas))
-        check_names("block", {name: v[0] for name, v in block.items()}, params, OF_THESE)
+        _check_direction("block", {name: v[0] for name, v in block.items()}, params)
         return SnisDelta(
             *(torch.stack(field) for field in zip(*(vmap(delta)(at(block, eta)) for eta in etas), strict=True))
         )
@@ -186,10 +203,11 @@ def jvp_delta(
         >>> out.first.item() > 0, out.contributions.shape
         (True, torch.Size([2]))
     """
+    check_policy(params, apply)
     passes = passes_over(params, whole_policy(apply), temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
     passes.check_agreed(direction=direction)
-    check_names("direction", direction, params, OF_THESE)
+    _check_direction("direction", direction, params)
     params, apply = in_float32(detached(params), passes.apply, batch_e)
     passes = replace(passes, apply=apply)
     once, index = distinct_rows(batch_e)
@@ -213,6 +231,13 @@ def jvp_delta(
     return JvpDelta(contributions.sum(), second, contributions)
 
 
+def _check_direction(field: str, direction: Params, params: Params) -> None:
+    check_names(field, direction, params, OF_THESE)
+    name = first_not_finite(direction)
+    if name is not None:
+        raise ValueError(f"{field}[{name!r}] holds NaN or infinity; expected a finite direction. Make it anew")
+
+
 def _at(values: TokenValues, index: Tensor) -> TokenValues:
     return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
 
@@ -221,9 +246,12 @@ def _checked(
     params: Params, batch_e: Batch, passes: Passes, estimator: Estimator, normalize: Normalize, clip: float | None
 ) -> Batch:
     """The rows of all who take part, once everything that they were given has been checked."""
+    check_options(passes.temperature, passes.chunk_size)
+    if clip is not None:
+        check_number("clip", clip, "pass a positive cumulative log-weight, or None to clip nothing", lambda x: x >= 0)
+    check_is_batch("batch_e", batch_e)
     batch_e = passes.whole_batch("batch_e", batch_e)
     passes.check_agreed(params=params, estimator=estimator, normalize=normalize, clip=clip)
     check_estimator(estimator, normalize)
-    check_options(passes.temperature, passes.chunk_size)
     check_batch("batch_e", batch_e, params, passes.apply)
     return batch_e

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fx_influence.checks import check_choice, check_is_batch, wrong_type
 from fx_influence.types import Batch, Estimator, Normalize, TokenValues
 
 
@@ -43,9 +44,8 @@ def completions(values: TokenValues, completion_mask: Tensor) -> Completions:
 
 def check_estimator(estimator: str, normalize: str) -> None:
     """Raise ``ValueError`` for an estimator or a normalisation that does not exist."""
-    for field, value, known in (("estimator", estimator, Estimator), ("normalize", normalize, Normalize)):
-        if value not in get_args(known):
-            raise ValueError(f"{field} is {value!r}; use one of {', '.join(get_args(known))}")
+    check_choice("estimator", estimator, get_args(Estimator))
+    check_choice("normalize", normalize, get_args(Normalize))
 
 
 def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "token") -> Tensor:
@@ -60,7 +60,10 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
         >>> entropy_estimate(values, Batch(mask.long(), mask, mask)).item()
         2.0
     """
-    check_estimator("sequence", normalize)
+    check_choice("normalize", normalize, get_args(Normalize))
+    if not isinstance(values, TokenValues):
+        raise wrong_type("values", values, "TokenValues", "Pass fx.token_values(params, batch, apply)")
+    check_is_batch("batch", batch)
     if not batch.completion_mask.any():
         raise ValueError(
             f"batch.completion_mask of shape {tuple(batch.completion_mask.shape)} has no True at all; expected at "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
-from fx_influence.checks import check_batch, check_options
+from fx_influence.checks import check_batch, check_coefficients, check_is_batch, check_options, check_policy
 from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.precision import in_float32
 from fx_influence.sharding import passes_over
@@ -53,6 +53,10 @@ def fisher_kernel(
         >>> fisher_kernel({"b": torch.zeros(4)}, batch, batch, None, apply=apply, preconditioner="identity").tolist()
         [[0.75, -0.25], [-0.25, 0.75]]
     """
+    check_policy(params, apply)
+    check_options(temperature, chunk_size, memory_budget)
+    check_is_batch("batch_a", batch_a)
+    check_is_batch("batch_b", batch_b)
     params, passes = detached(params), passes_over(params, apply, temperature, chunk_size, mesh)
     batch_a, batch_b = passes.whole_batch("batch_a", batch_a), passes.whole_batch("batch_b", batch_b)
     passes.check_agreed(
@@ -62,7 +66,6 @@ def fisher_kernel(
         max_grad_norm=max_grad_norm,
         memory_budget=memory_budget,
     )
-    check_options(temperature, chunk_size)
     passes.check_kernel("fisher_kernel")
     check_batch("batch_a", batch_a, params, apply, may_be_empty=True)
     check_batch("batch_b", batch_b, params, apply, may_be_empty=True)
@@ -76,6 +79,8 @@ def fisher_kernel(
     elif preconditioner == "adam":
         opt_state = _checked(params, opt_state, max_grad_norm)
         steps = batch_b.coefficients is not None or batch_b.entropy_coefficients is not None
+        if steps:
+            check_coefficients("batch_b", batch_b)
         gradient = passes.gradient(params, batch_b) if steps else None
         diagonal = adam_diagonal(params, gradient, opt_state, max_grad_norm)
     else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from fx_influence.checks import check_apply, check_function, check_is_batch, check_options, check_params
 from fx_influence.logprobs import surrogate, token_values
 from fx_influence.parts import rows
 from fx_influence.tree import promote
@@ -40,6 +41,10 @@ def per_sample_grads(
         >>> per_sample_grads(loss, {"w": torch.tensor(1.0)}, batch)["w"].tolist()
         [3.0, 5.0]
     """
+    check_function("loss_fn", loss_fn, "Pass fx.rollout_loss(apply), or a function of (params, row)")
+    check_params(params)
+    check_is_batch("batch", batch)
+    check_options(1.0, chunk_size)
     present = [name for name, field in zip(batch._fields, batch, strict=True) if field is not None]
 
     def loss_of(params: Params, fields: tuple[Tensor, ...]) -> Tensor:
@@ -131,6 +136,8 @@ def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Ba
         >>> per_sample_grads(rollout_loss(apply), {"b": torch.zeros(4)}, batch)["b"].tolist()
         [[0.25, 0.25, -0.75, 0.25]]
     """
+    check_apply(apply)
+    check_options(temperature, None)
 
     def loss(params: Params, row: Batch) -> Tensor:
         one = Batch._make(None if field is None else field.unsqueeze(0) for field in row)

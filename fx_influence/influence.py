@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from fx_influence.adamw import adamw_decompose, check_adamw_inputs, fresh_part
-from fx_influence.checks import check_batch, check_options
+from fx_influence.checks import (
+    check_batch,
+    check_function,
+    check_is_batch,
+    check_number,
+    check_options,
+    check_policy,
+    check_state,
+)
 from fx_influence.contraction import Contract, directions_at_once
 from fx_influence.derivatives import Tapes
 from fx_influence.display import influence_html, influence_line
@@ -175,6 +183,15 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
     """
+    check_policy(params, apply)
+    check_state(opt_state)
+    check_is_batch("batch_u", batch_u)
+    check_is_batch("batch_e", batch_e)
+    check_options(temperature, chunk_size, memory_budget)
+    if query is not None:
+        check_function("query", query, "Pass fx.expected_reward(rewards), fx.kl_to_reference(...) or one of your own")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, "pass a relative residual, or None for the dtype's", lambda x: x >= 0)
     params, passes = detached(params), passes_over(params, apply, temperature, chunk_size, mesh)
     batch_u, batch_e = passes.whole_batch("batch_u", batch_u), passes.whole_batch("batch_e", batch_e)
     passes.check_agreed(
@@ -193,7 +210,7 @@ def influence(
         tolerance=tolerance,
     )
     _check(params, batch_u, batch_e, passes, estimator, normalize, matrix)
-    check_adamw_inputs(grad or {}, opt_state, params, gain, max_grad_norm)
+    check_adamw_inputs({} if grad is None else grad, opt_state, params, gain, max_grad_norm)
     if stderr:
         warn_of_shared_prompts("batch_e", batch_e)
     half = any(p.dtype in HALF for p in params.values())
@@ -329,7 +346,8 @@ def _token_shares(params: Params, u: Params, batch: Batch, passes: Passes, tapes
     derivatives = passes.jvp(params, u, batch, tapes)
     for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
-            shares -= weight.double() * d.double()
+            # What stands outside of completions is never read.
+            shares -= torch.where(batch.completion_mask, weight.double() * d.double(), 0.0)
     return shares
 
 
@@ -473,8 +491,11 @@ def _check(
     matrix: bool,
 ) -> None:
     check_estimator(estimator, normalize)
-    check_options(passes.temperature, passes.chunk_size)
     if matrix:
         passes.check_kernel("matrix=True")
+    if batch_e.coefficients is not None and batch_u.coefficients is None and batch_u.entropy_coefficients is None:
+        raise ValueError(
+            "batch_u.coefficients is None and batch_e has some; expected them in batch_u. Swap the two batches"
+        )
     check_batch("batch_u", batch_u, params, passes.apply, coefficients=True, may_be_empty=True)
     check_batch("batch_e", batch_e, params, passes.apply)

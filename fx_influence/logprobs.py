@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from fx_influence.checks import check_apply, check_fields, check_options, check_params
 from fx_influence.head import LOGITS_AT_ONCE, Weights, scores
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts, rows
 from fx_influence.policy import halves
@@ -32,6 +33,10 @@ def token_values(params: Params, batch: Batch, apply: Apply, temperature: float 
         >>> round(values.entropies[0, 1].item(), 4), round(values.logprobs[0, 2].item(), 4)
         (1.3863, -1.3863)
     """
+    check_apply(apply)
+    check_params(params)
+    check_options(temperature, None)
+    check_fields("batch", batch)
     params, apply = in_float32(params, apply, batch)
     logits = apply(params, batch.input_ids, batch.attention_mask)[:, :-1]
     mask = batch.completion_mask[:, 1:]
@@ -155,5 +160,6 @@ def surrogate(values: TokenValues, batch: Batch) -> Tensor:
     loss = values.logprobs.new_zeros(())
     for value, weight in zip(values, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
-            loss = loss - (weight.to(value.dtype) * value).sum()
+            # What stands outside of completions is never read.
+            loss = loss - torch.where(batch.completion_mask, weight.to(value.dtype) * value, 0.0).sum()
     return loss

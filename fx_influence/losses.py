@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from fx_influence.checks import check_choice, check_count, check_number, check_tensor
 from fx_influence.types import LossType
 
 
@@ -23,7 +24,11 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
         >>> group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]), scale=False).tolist()
         [0.5, -0.5, 0.0]
     """
+    check_tensor("rewards", rewards)
+    check_tensor("group", group)
     rewards = _at_least_float32(rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; pass (N,), one reward a completion")
     if group.shape != rewards.shape:
         raise ValueError(
             f"group has shape {tuple(group.shape)}; pass {tuple(rewards.shape)}, one prompt index a reward"
@@ -59,6 +64,10 @@ def clipped_ratio(
         >>> clipped_ratio(new, old, torch.ones(1)).tolist()
         [[0.0, 1.0]]
     """
+    for name, value in (("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages)):
+        check_tensor(name, value)
+    for name, epsilon in (("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
+        check_number(name, epsilon, "pass the trainer's clip range, at least 0", lambda x: x >= 0)
     if old_logprobs.shape != logprobs.shape:
         raise ValueError(
             f"old_logprobs has shape {tuple(old_logprobs.shape)}; pass that of logprobs, {tuple(logprobs.shape)}"
@@ -135,11 +144,17 @@ def _check_inputs(
     max_completion_length: int | None,
     ratio: Tensor | None,
 ) -> None:
-    if loss_type not in get_args(LossType):
-        raise ValueError(f"loss_type is {loss_type!r}; use one of {', '.join(get_args(LossType))}")
+    check_choice("loss_type", loss_type, get_args(LossType))
+    given = {"advantages": advantages, "completion_mask": completion_mask, "group": group, "ratio": ratio}
+    for name, value in given.items():
+        if value is not None or name in ("advantages", "completion_mask"):
+            check_tensor(name, value)
+    if max_completion_length is not None:
+        check_count("max_completion_length", max_completion_length, "pass the trainer's, at least 1", least=0)
     if completion_mask.dim() != 2 or completion_mask.dtype != torch.bool:
         raise ValueError(
-            f"completion_mask is {completion_mask.dtype} of shape {tuple(completion_mask.shape)}; pass bool (N, T)"
+            f"completion_mask is {completion_mask.dtype} of shape {tuple(completion_mask.shape)}; pass bool (N, T): "
+            "mask.bool(), a row for each completion"
         )
     shape = tuple(completion_mask.shape)
     for name, value in (("advantages", advantages), ("ratio", ratio)):
@@ -153,7 +168,9 @@ def _check_inputs(
         raise ValueError(f"group has shape {tuple(group.shape)}; pass ({shape[0]},), one prompt index a row")
     for name, value in (("advantages", advantages), ("ratio", ratio)):
         if value is not None:
-            _require_finite(name, value if value.dim() == 1 else value.where(completion_mask, value.new_zeros(())))
+            # What stands where no token counts is never read.
+            counts = completion_mask.any(-1) if value.dim() == 1 else completion_mask
+            _require_finite(name, value.where(counts, value.new_zeros(())))
     if loss_type == "prompt_max" and group is None:
         raise ValueError("group is None; loss_type 'prompt_max' needs group=, the prompt index of each row")
     if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):

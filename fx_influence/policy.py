@@ -15,6 +15,7 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from fx_influence.attention import SharedAttention, math_attention
+from fx_influence.checks import check_model
 from fx_influence.forward_mode import ForwardMode, pushforward, trained_embedding
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
 from fx_influence.shards import is_sharded
@@ -90,8 +91,9 @@ class Policy:
     neither reads nor changes the model's own modules. A call may stand inside any transformation of ``torch.func``;
     ``halves`` are the same policy cut before its output embeddings, each pass with the kernels that suit it.
     ``vocab_size`` is the number of embedding rows where the model tells, else None. ``computes_in`` is the lowest
-    precision among the model's weights. Hugging Face models cast to float32 in places whatever their weights are;
-    float64 is left as it is there, see ``_StayFloat64``.
+    precision among the model's weights, ``parameter_shapes`` the shape of each by name, ``trainable`` the names of
+    those that ``params`` holds. Hugging Face models cast to float32 in places whatever their weights are; float64 is
+    left as it is there, see ``_StayFloat64``.
     """
 
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
@@ -105,6 +107,8 @@ class Policy:
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         self._upcasts = _is_hugging_face(model)
         self.vocab_size = _vocab_size(model)
+        self.parameter_shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self.computes_in = _lowest_precision(model)
         self._body, self._head = self._cut(model, "eager" if _is_eager(model) else "sdpa")
         self._shares = not compiled and self._can_share(model)
@@ -375,6 +379,7 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
         >>> apply(params, ids, ids > 0).shape, list(params)
         (torch.Size([1, 3, 5]), ['table.weight'])
     """
+    check_model(model)
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fx_influence.checks import check_tensor
 from fx_influence.entropy import TokenCoefficients
 from fx_influence.types import Batch, TokenValues
 
@@ -26,6 +27,7 @@ def expected_reward(rewards: Tensor) -> Query:
         >>> expected_reward(torch.tensor([1.0, 0.0]))(logprobs, logprobs, Batch(mask.long(), mask, mask)).tolist()
         [-0.25, 0.5]
     """
+    check_tensor("rewards", rewards)
     _check_finite("rewards", rewards)
 
     def query(token_logprobs: Tensor, token_entropies: Tensor, batch_e: Batch) -> Tensor:
@@ -51,6 +53,7 @@ def kl_to_reference(reference_logprobs: Tensor) -> Query:
         >>> query(logprobs, -logprobs, Batch(mask.long(), mask, mask)).shape
         torch.Size([2])
     """
+    check_tensor("reference_logprobs", reference_logprobs)
 
     def query(token_logprobs: Tensor, token_entropies: Tensor, batch_e: Batch) -> Tensor:
         _check_rows("reference_logprobs", reference_logprobs, token_logprobs.shape)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.checks import check_fields
+from fx_influence.checks import check_fields, wrong_type
 from fx_influence.contraction import Contract
 from fx_influence.derivatives import Tapes
 from fx_influence.parts import TOKENS_PER_CHUNK, rows
@@ -32,6 +32,9 @@ def passes_over(
 
     Sharded parameters bring their own mesh. Raises ``ValueError`` where another is given with them.
     """
+    if mesh is not None and not hasattr(mesh, "get_group"):
+        remedy = "Make one by torch.distributed.device_mesh.init_device_mesh, or pass None for a single process"
+        raise wrong_type("mesh", mesh, "a DeviceMesh", remedy)
     first: Any = next(iter(params.values()))
     if not is_sharded(first):
         return (

@@ -101,24 +101,28 @@ def prompt_numbers(batch: Batch) -> Tensor:
     return _numbers(batch, begin, first)
 
 
-def warn_of_shared_prompts(field: str, batch: Batch) -> None:
-    """Warn where rows share prompts and no ``group`` says whether they are one draw; ``field``: the batch's name.
+def warn_of_shared_prompts(field: str, batch: Batch, calls: int = 2) -> None:
+    """Warn where rows share prompts and no ``group`` says whether they are one draw.
 
     Completions of one prompt move together. Error bars that take them for independent draws are too small, by about
     the square root of their number; only who drew the prompts knows whether equal ones were drawn once.
+
+    Args:
+        field: name of the batch, for the message.
+        batch: (B, T).
+        calls: how many calls up the library's caller stands, whose line is shown.
     """
     if batch.group is not None:
         return
     rows, prompts = len(batch.input_ids), len(torch.unique(prompt_numbers(batch)))
     if prompts < rows:
-        # two calls up: the library's function and then its caller
         warnings.warn(
             f"{field}.group is None and {rows} rows have {prompts} distinct prompts; expected the prompt of each row, "
             "since completions of one prompt move together. The error bars take every row for a draw of its own and "
             f"are too small unless it is: pass {field}._replace(group=...), int64 ({rows},), equal where a prompt was "
             "drawn once, or torch.arange there if every row's prompt was drawn anew",
             UserWarning,
-            stacklevel=3,
+            stacklevel=calls + 1,
         )
 
 

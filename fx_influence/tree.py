@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fx_influence.checks import check_tree, nearest
 from fx_influence.shards import is_sharded, over_shards, own_part
 from fx_influence.types import Gradients, Params
 
@@ -116,9 +117,11 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
 
 def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, remedy: str) -> None:
     """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape, sharded where that is."""
+    check_tree(field, tree, remedy)
     for name, value in tree.items():
         if name not in params:
-            raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}")
+            near = nearest(name, params)
+            raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}{near}")
         if value is not None and value.shape != params[name].shape:
             raise ValueError(
                 f"{field}[{name!r}] has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}; {remedy}"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fx_influence.checks import check_model, wrong_type
 from fx_influence.ranks import alike
 from fx_influence.shards import is_sharded, own_part
 from fx_influence.types import AdamWHyper, AdamWState
@@ -47,6 +48,12 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
         >>> state.lr, state.step, state.exp_avg["bias"].tolist()
         (0.2, {'weight': 0, 'bias': 0}, [0.0])
     """
+    if isinstance(model, torch.optim.Optimizer):
+        raise wrong_type("model", model, "a torch.nn.Module", "Swap the two: fx.adamw_state(optimizer, model)")
+    check_model(model)
+    if isinstance(optimizer, dict):
+        remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
+        raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
     return on_all_ranks(model, lambda: _state(require_adamw(optimizer), model))
 
 

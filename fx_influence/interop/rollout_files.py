@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fx_influence.checks import check_choice, check_count, wrong_type
 from fx_influence.interop import rollouts as own
 from fx_influence.interop.retokenize import Retokenizer
 from fx_influence.interop.rollout_records import json_object
@@ -79,8 +80,15 @@ def read_rollouts(
         >>> rollout.id, rollout.prompt_ids, rollout.completion_ids, rollout.advantage
         ('7/0/0', (4, 9), (5, 1), 0.5)
     """
-    if format is not None and format not in get_args(RolloutFormat):
-        raise ValueError(f"format is {format!r}; use one of {', '.join(get_args(RolloutFormat))}, or None")
+    if not isinstance(path, (str, os.PathLike)):
+        raise wrong_type("path", path, "a path", "Give the file first and the tokenizer second")
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        remedy = "Load it first: AutoTokenizer.from_pretrained(...)"
+        raise wrong_type("tokenizer", tokenizer, "the policy's tokenizer, from transformers", remedy)
+    if format is not None:
+        check_choice("format", format, get_args(RolloutFormat))
+    if max_completion_length is not None:
+        check_count("max_completion_length", max_completion_length, "pass the trainer's limit in tokens, at least 1")
     files = _files(Path(path))
     kind = format or _detected(files[0])
     if kind == "fx_influence":

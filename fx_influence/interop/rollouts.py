@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fx_influence.checks import check_count, wrong_type
 from fx_influence.display import record_line
 from fx_influence.interop.rollout_records import NotFinite, read_json_lines, refuse_not_finite
 from fx_influence.types import Batch
@@ -92,6 +93,13 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device
         >>> batch.input_ids.tolist(), batch.completion_mask.tolist()
         ([[7, 8, 1]], [[False, True, True]])
     """
+    if isinstance(rollouts, Rollout):
+        raise wrong_type("rollouts", rollouts, "a list of them", "Pass [rollout]")
+    for k, rollout in enumerate(rollouts):
+        if not isinstance(rollout, Rollout):
+            remedy = "Make one by fx.Rollout(...), or read them from a file by fx.read_rollouts(path)"
+            raise wrong_type(f"rollouts[{k}]", rollout, "a fx.Rollout", remedy)
+    check_count("pad_id", pad_id, "pass any token's id, such as 0: what pads is masked", least=0)
     if not rollouts:
         raise ValueError("rollouts is empty; a batch needs at least one rollout")
     for rollout in rollouts:

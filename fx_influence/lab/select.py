@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from fx_influence.checks import check_number, wrong_type
 from fx_influence.display import record_line
 from fx_influence.influence import Influence
 
@@ -60,6 +62,10 @@ def select(
         >>> select(entropy, reward, floor=-2.5).weights.tolist()
         [0.5, 1.0]
     """
+    for field, out in (("influence_entropy", influence_entropy), ("influence_reward", influence_reward)):
+        if not isinstance(out, Influence):
+            raise wrong_type(field, out, "an Influence", "Pass what fx.influence(...) returns")
+    check_number("floor", floor, "pass nats per unit lr, such as -x / lr for a fall of x", lambda x: not math.isnan(x))
     deltas, rewards = (_parts(out, per_token) for out in (influence_entropy, influence_reward))
     if deltas.shape != rewards.shape:
         raise ValueError(
