@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 import math
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -22,6 +23,8 @@ Conversed = str | Sequence[Mapping[str, Any]]
 """A text, or a list of messages."""
 
 RESERVED = ("prompts", "completions", "completion_ids")
+_log = logging.getLogger(__name__)
+
 TIMEOUT = 5
 """Seconds for parsing, and for comparing, one expression; math-verify's own default."""
 
@@ -144,6 +147,47 @@ def check_reward(reward: Reward, columns: Collection[str]) -> None:
         ) from error
     if reward is math_verify:
         math_verify(**arguments)
+
+
+def check_columns(reward: Reward, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse records that all lack a column which ``reward`` requires, and log a warning where some do.
+
+    Such columns are its arguments without a default. A function may give None for what it does not apply to, and so be
+    asked of records without its column; ``exact_match`` compares them with None, which scores 0.
+
+    Args:
+        reward: the function.
+        records: the columns of each prompt, by the prompt's id; a value of None counts as missing.
+
+    Raises:
+        ValueError: where no record has a value for a column.
+
+    Example:
+        >>> check_columns(exact_match, {"a": {"answer": None}, "b": {"answer": None}})
+        Traceback (most recent call last):
+        ValueError: answer is missing in 2 of 2 prompts, the first of them 'a'; expected it in each, since reward
+        fx_influence.interop.rewards:exact_match needs it: without, most score 0. Add the field to these prompts
+    """
+    for name in _required_columns(reward):
+        without = [prompt for prompt, columns in records.items() if columns.get(name) is None]
+        if not without:
+            continue
+        text = (
+            f"{name} is missing in {len(without)} of {len(records)} prompts, the first of them {without[0]!r}; expected "
+            f"it in each, since reward {_name(reward)} needs it: without, most score 0. Add the field to these prompts"
+        )
+        if len(without) == len(records):
+            raise ValueError(text)
+        _log.warning(text)
+
+
+def _required_columns(reward: Reward) -> list[str]:
+    try:
+        parameters = inspect.signature(reward, follow_wrapped=False).parameters.values()
+    except ValueError:
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in named and p.default is p.empty and p.name not in RESERVED]
 
 
 def score(

@@ -17,7 +17,7 @@ from fx_influence.interop.checkpoint import load_checkpoint, load_tokenizer
 from fx_influence.interop.generation import eos_ids
 from fx_influence.interop.job import ALONE, Job
 from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
-from fx_influence.interop.rewards import Reward, check_reward, resolve_reward
+from fx_influence.interop.rewards import Reward, check_columns, check_reward, resolve_reward
 from fx_influence.interop.rollout_files import read_rollouts
 from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.interop.run_files import readable, sha256
@@ -88,6 +88,7 @@ def load_state(plan: StepPlan, job: Job = ALONE) -> State:
         assert reward is not None
         # Those of one batch all have the same columns.
         check_reward(reward, prompts[0].columns)
+        check_columns(reward, {prompt.id: prompt.columns for prompt in prompts})
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     base = None if plan.base is None else demo_path(plan.base)
     _check_device(plan.device, job)
@@ -171,9 +172,12 @@ def update_batch(plan: StepPlan, u: Sampled) -> Batch:
         return u.batch
     advantages = torch.tensor([r.advantage or 0.0 for r in u.rollouts], device=u.batch.input_ids.device)
     if not advantages.any():
+        rewards = {r.reward for r in u.rollouts}
+        alike = f" (every reward is {next(iter(rewards))}: check that reward reads columns that the prompts have)"
         raise PlanError(
-            "every advantage in U is 0, so its rollouts make no update; choose prompts that are sometimes solved and "
-            "sometimes not, more completions_per_prompt, or update.resample_zero_advantage"
+            f"every advantage in U is 0{alike if len(rewards) == 1 else ''}, so its rollouts make no update; choose "
+            "prompts that are sometimes solved and sometimes not, more completions_per_prompt, or "
+            "update.resample_zero_advantage"
         )
     ratio = None
     if u.off_policy > ON_POLICY_TOLERANCE:
