@@ -9,11 +9,13 @@ import functools
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fx_influence.display import record_line
@@ -130,6 +132,23 @@ def directory_of(field: str, path: str | Path) -> Path:
     return Path(path)
 
 
+@contextmanager
+def _undamaged(what: str, path: Path) -> Iterator[None]:
+    """Raise what readers of files say inside as ``ValueError`` that names what is damaged, and where it lies.
+
+    Readers in Rust raise bare ``Exception``, and ``json`` names no file; errors that do name one stay as they are, and
+    so does what is said of pickles, which is no damage.
+    """
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, EOFError) as error:
+        raise ValueError(f"{what} in {path} is damaged: {error}; copy or save it there again") from error
+    except Exception as error:
+        if type(error) not in (Exception, TypeError, KeyError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(f"{what} in {path} cannot be read: {error}; copy or save it there again") from error
+
+
 def _base_directory(path: Path, base: str | Path | None) -> Path:
     if base is not None:
         return directory_of("base", base)
@@ -174,9 +193,10 @@ def _tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
 
     for directory in (path, base):
         if directory is not None and any((directory / file).is_file() for file in TOKENIZER):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
+            with _undamaged("the tokenizer or config.json", directory):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False
+                )
             return tokenizer
     raise FileNotFoundError(
         f"no tokenizer in {path}{f' nor in {base}' if base else ''} (none of {', '.join(TOKENIZER)}); "
@@ -187,7 +207,8 @@ def _tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: Path) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
+    with _undamaged("config.json", model_path):
+        config = AutoConfig.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
     rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
@@ -224,12 +245,13 @@ def _causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -> An
     loader: Any = AutoModelForCausalLM
     options = {"local_files_only": True, "weights_only": True, "ignore_mismatched_sizes": True}
     try:
-        if shards is None:
-            model, report = loader.from_pretrained(
-                path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
-            )
-        else:
-            model, report = _from_shards(path, read_part(shards, MODEL_PART), dtype, options)
+        with _undamaged("the weights", path):
+            if shards is None:
+                model, report = loader.from_pretrained(
+                    path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
+                )
+            else:
+                model, report = _from_shards(path, read_part(shards, MODEL_PART), dtype, options)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights in {path} hold more than tensors, which are never unpickled; save the model as safetensors"
@@ -274,9 +296,10 @@ def _adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype | N
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
-            adapted, saved = (
-                _adapter_of_files(model, path) if shards is None else _adapter_of_shards(model, path, shards)
-            )
+            with _undamaged("the adapter", path):
+                adapted, saved = (
+                    _adapter_of_files(model, path) if shards is None else _adapter_of_shards(model, path, shards)
+                )
             misfit = _adapter_misfit(adapted, saved)
         except RuntimeError as error:
             misfit = str(error)

@@ -63,7 +63,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"prompts file {str(path)!r} does not exist; check the path")
+        state = "is a directory" if file.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"prompts file {str(path)!r} {state}; check the path, or give what is asked itself in a list"
+        )
     if file.suffix == ".jsonl":
         records = [(where, _object(where, line)) for where, line in _lines(file)]
     elif file.suffix in (".parquet", ".txt"):

@@ -173,8 +173,9 @@ def check_columns(reward: Reward, records: Mapping[str, Mapping[str, Any]]) -> N
         if not without:
             continue
         text = (
-            f"{name} is missing in {len(without)} of {len(records)} prompts, the first of them {without[0]!r}; expected "
-            f"it in each, since reward {_name(reward)} needs it: without, most score 0. Add the field to these prompts"
+            f"{name} is missing in {len(without)} of {len(records)} prompts, the first of them {without[0]!r}; "
+            f"expected it in each, since reward {_name(reward)} needs it: without, most score 0. Add the field to "
+            "these prompts"
         )
         if len(without) == len(records):
             raise ValueError(text)
