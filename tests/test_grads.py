@@ -10,6 +10,7 @@ from cases import TinyPolicy, apply_of, close, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import VOCAB, WIDTH, Case, cases
+from tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 
 import fx_influence as fx
@@ -237,4 +238,4 @@ def test_gradients_are_float32_at_least_and_live_parameters_have_no_say(dtype: t
     exact = fx.per_sample_grads(fx.rollout_loss(apply), {k: p.detach().double() for k, p in low.items()}, batch)
     size = torch.stack([g.abs().max() for g in exact.values()]).max()
     for name, g in found.items():
-        close(g.double(), exact[name], size, 8 * torch.finfo(dtype).eps)
+        assert_close_to_rounding(g, exact[name], terms=policy_terms(low, WIDTH, 2), scale=size, name=name)

@@ -38,6 +38,7 @@ from fx_influence.types import Params
 
 # Standard deviations between the error to expect and the error refused.
 ROOM = 10.0
+HALVES = (torch.bfloat16, torch.float16)
 # policy_terms of the widest policy of ``cases`` and ``strategies``, rounded up; test_tolerances holds it to that.
 TINY_POLICY = 4000
 
@@ -64,15 +65,16 @@ def policy_terms(params: Params, width: int, passes: int = 3) -> int:
     """Return the number of roundings on the way of one value through a policy and back.
 
     Every weight adds over one of its axes forward and over another backward, and each is followed by what adds over the
-    ``width`` tokens of a row (attention, a gradient) and by one function (a norm, an activation).
+    ``width`` tokens of a row (attention, a gradient) and by one function (a norm, an activation). In half precision an
+    operation adds up in float32 and rounds once, so it is one rounding a weight and pass.
 
     Args:
-        params: shapes say the sizes of the sums.
+        params: shapes say the sizes of the sums, dtypes whether they are of half precision.
         width: tokens of the longest row.
         passes: 1 for logits, log-probabilities and entropies; 2 for gradients or tangents; 3 for their products, which
             is every influence.
     """
-    return passes * sum(sum(p.shape) + width + 1 for p in params.values())
+    return passes * sum(1 if p.dtype in HALVES else sum(p.shape) + width + 1 for p in params.values())
 
 
 def assert_close_to_rounding(
