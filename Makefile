@@ -4,16 +4,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
 
-.PHONY: demo test slow browser lint types clean
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
+.PHONY: demo test slow processors browser lint types clean
 
 demo: $(READY)
 	$(BIN)/fx-influence run --out $(RUN)
 
 test: lint types
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not browser"
+	$(PYTEST) -m "not slow and not browser"
 
 slow: $(READY)
-	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+	$(PYTEST) -m slow
+
+# the tests with a tolerance as other processors and two threads round: torch's plain kernels, and those of AVX2
+processors: $(READY)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -m "tolerance and not slow"
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "tolerance and not slow"
+	OMP_NUM_THREADS=2 $(PYTEST) -m "tolerance and not slow"
 
 # needs Chromium, Debian's package chromium
 browser: $(READY)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -248,8 +249,13 @@ def repadded(batch: Batch, left: int, right: int) -> Batch:
     )
 
 
-def close(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None, tolerance: float = 1e-9) -> None:
-    """Equal to ``tolerance`` of the largest of ``scale`` (default ``expected``): entries may be differences."""
-    size = torch.as_tensor(expected if scale is None else scale).abs()
-    bound = tolerance * float(size.max() if size.numel() else 0.0) + 1e-12
-    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
+def close(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None, terms: int = TINY_POLICY) -> None:
+    """Equal in float64 to the rounding of a small policy's passes: ``tolerances.assert_close_to_rounding``.
+
+    Beside the largest of ``scale`` (default ``expected``) and unit size, which log-probabilities and entropies have
+    that are added on the way.
+    """
+    assert actual.dtype == expected.dtype == torch.float64
+    size = torch.as_tensor(expected if scale is None else scale).detach().abs()
+    scale = 1 + float(size.max() if size.numel() else 0.0)
+    assert_close_to_rounding(actual, expected, terms=terms, scale=scale)

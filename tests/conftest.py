@@ -1,18 +1,53 @@
-"""One profile for hypothesis, one thread for torch: what is compared must not depend on the machine."""
+"""One profile for hypothesis, one thread unless OMP_NUM_THREADS says more, and the mark of tests with a tolerance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(1)
+# Read by torch here and, inherited, in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # torch's first call takes seconds, so a deadline would fail a test at random.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+HELPERS = {path.stem for path in Path(__file__).parent.glob("*.py")}
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Yield the globals and attributes that code reads, those of the functions inside it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
+
+
+def compares_within_bounds(function: Callable[..., Any], seen: set[Callable[..., Any]]) -> bool:
+    """Whether a test, or a helper of the tests that it names, uses a bound of ``tolerances``."""
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+    seen.add(function)
+    values = [function.__globals__.get(name) for name in names_in(function.__code__)]
+    if any(getattr(value, "__module__", None) == "tolerances" for value in values):
+        return True
+    helpers = [f for f in values if inspect.isfunction(f) and f.__module__ in HELPERS | {function.__module__}]
+    return any(compares_within_bounds(f, seen) for f in helpers if f not in seen)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and compares_within_bounds(item.function, set()):
+            item.add_marker("tolerance")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -32,7 +32,7 @@ def launch(
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     return subprocess.run(
         [*command, str(TESTS / script), *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path},
         timeout=TIMEOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

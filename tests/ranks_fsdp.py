@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from ranks import end_rank, mesh_of_all, save_answer
 from ranks_policy import CASES, like, sharded
@@ -52,7 +51,6 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 
 def main(out: str, *kinds: str) -> None:
-    torch.set_num_threads(1)
     with mesh_of_all() as mesh:
         answer: dict[str, Any] = {kind: influences(kind, mesh) for kind in kinds}
         save_answer(out, {**answer, "refusals": refusals(mesh)})

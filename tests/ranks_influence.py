@@ -71,7 +71,6 @@ def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
 
 
 def main(out: str, *shape: str) -> None:
-    torch.set_num_threads(1)
     with mesh_of_all(*map(int, shape)) as mesh:
         rank = dist.get_rank()
         counts = COUNTS[mesh.size()]

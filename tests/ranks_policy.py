@@ -428,7 +428,6 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 
 def main(out: str, shape: str, *kinds: str) -> None:
-    torch.set_num_threads(1)
     with mesh_of_all() as mesh:
         if shape == "2,2":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

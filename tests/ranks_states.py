@@ -162,7 +162,6 @@ def restored(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def main(out: str, what: str, directory: str) -> None:
-    torch.set_num_threads(1)
     path = Path(directory)
     with mesh_of_all() as mesh:
         if what == "write":

@@ -206,7 +206,6 @@ ASKED: dict[str, Callable[[Path], Any]] = {
 
 
 def main(out: str, asked: str) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     state = PartialState(cpu=True)
     with quiet():

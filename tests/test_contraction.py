@@ -45,7 +45,7 @@ def test_the_contraction_is_the_inner_product_with_every_rows_gradient(case: Cas
         own = g[name]
         assert (own is None) == (value is None)
         if own is not None and value is not None:
-            close(own, value, value.abs().max() + 1e-6)
+            close(own, value, value.abs().max())
 
 
 def problem(rows: int = 5) -> tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState, fx.Apply]:

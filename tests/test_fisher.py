@@ -10,6 +10,14 @@ from cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import VOCAB, WIDTH, Case, cases
+from tolerances import (
+    TINY_POLICY,
+    assert_close_to_rounding,
+    assert_within,
+    central_difference,
+    policy_terms,
+    rounding_bound,
+)
 from torch import Tensor
 
 import fx_influence as fx
@@ -83,7 +91,7 @@ def test_a_batch_with_itself_gives_a_symmetric_positive_semidefinite_kernel(case
     close(plain, plain.T)
     if kind != "dictionary":
         values = torch.linalg.eigvalsh((plain + plain.T) / 2)
-        assert values[0] >= -1e-10 * values[-1]
+        assert values[0] >= -rounding_bound(torch.float64, TINY_POLICY, values[-1])
         assert values[-1] > 0
     swapped = kernel(case, kind, batch_a=batch, batch_b=case.batch_e._replace(coefficients=None))
     if kind in ("identity", "dictionary", KINDS[3]):
@@ -113,17 +121,18 @@ def test_the_kernel_says_how_raising_one_sequence_moves_another(case: Case) -> N
     found = kernel(case, KINDS[3])
     scored = batch_b(case, KINDS[3])._replace(coefficients=case.batch_u.completion_mask.double())
     rows = reference.sequence_gradients(case.apply, case.params, scored, case.temperature)
-    diagonal, h = reference.adam_diagonals(state), 1e-6
+    diagonal = reference.adam_diagonals(state)
     for i, row in enumerate(rows):
         # The rollout loss falls as S_i rises.
-        raised = {name: -h * p * row[name] for name, p in diagonal.items()}
-        ahead, behind = (
-            fx.token_values(shift(case.params, raised, sign), case.batch_e, case.apply, case.temperature).logprobs.sum(
-                -1
-            )
-            for sign in (1.0, -1.0)
-        )
-        close(found[:, i], (ahead - behind) / (2 * h), tolerance=1e-6)
+        raised = {name: -p * row[name] for name, p in diagonal.items()}
+
+        def scores(h: float, raised: Params = raised) -> Tensor:
+            at = shift(case.params, raised, h)
+            return fx.token_values(at, case.batch_e, case.apply, case.temperature).logprobs.sum(-1)
+
+        slope, bound = central_difference(scores, 1e-5, terms=TINY_POLICY)
+        assert bound < 1e-2 * slope.abs().max()
+        assert_within(found[:, i], slope, bound)
 
 
 def test_batch_bs_step_and_not_batch_as_sets_the_denominator(case: Case) -> None:
@@ -173,7 +182,7 @@ def test_the_kernel_is_float32_at_least(case: Case, dtype: torch.dtype, result: 
     low = {name: p.to(dtype) for name, p in case.params.items()}
     found, exact = (kernel(case, "identity", params=p) for p in (low, {k: p.double() for k, p in low.items()}))
     assert found.dtype == result
-    close(found.double(), exact, tolerance=16 * torch.finfo(dtype).eps)
+    assert_close_to_rounding(found, exact, terms=policy_terms(low, WIDTH), dtype=dtype)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,6 +11,7 @@ from tolerances import (
     TINY_POLICY,
     assert_close_to_rounding,
     assert_within,
+    central_curvature,
     central_difference,
     exact_bound,
     policy_terms,
@@ -101,4 +102,12 @@ def test_central_difference_bounds_truncation_and_rounding(width: float) -> None
     at = torch.tensor([0.3, 1.2], dtype=torch.float64)
     slope, bound = central_difference(lambda h: (at + h).exp(), width, terms=3)
     assert_within(slope, at.exp(), bound)
+    assert bound < 1e-3
+
+
+@pytest.mark.parametrize("width", [1e-2, 1e-3])
+def test_central_curvature_bounds_truncation_and_rounding(width: float) -> None:
+    at = torch.tensor([0.3, 1.2], dtype=torch.float64)
+    curvature, bound = central_curvature(lambda h: (at + h).exp(), width, terms=3)
+    assert_within(curvature, at.exp(), bound)
     assert bound < 1e-3

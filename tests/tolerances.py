@@ -152,3 +152,17 @@ def central_difference(
     size = torch.stack([one, minus_one, two, minus_two]).abs().max() if magnitude is None else magnitude
     rounding = rounding_bound(dtype or one.dtype, terms, size) / width
     return Difference((4 * near - wide) / 3, float((near - wide).abs().max()) + rounding)
+
+
+def central_curvature(
+    f: Callable[[float], Tensor], width: float, *, terms: float, magnitude: Any = None, dtype: torch.dtype | None = None
+) -> Difference:
+    """Return f''(0) with the bound of its error, as ``central_difference`` does f'(0); rounding is divided by h^2.
+
+    Choose a width near eps^(1/4) of the range of f.
+    """
+    one, minus_one, two, minus_two, middle = (f(k * width).detach() for k in (1.0, -1.0, 2.0, -2.0, 0.0))
+    near, wide = (one + minus_one - 2 * middle) / width**2, (two + minus_two - 2 * middle) / (2 * width) ** 2
+    size = torch.stack([one, minus_one, two, minus_two, middle]).abs().max() if magnitude is None else magnitude
+    rounding = 4 * rounding_bound(dtype or one.dtype, terms, size) / width**2
+    return Difference((4 * near - wide) / 3, float((near - wide).abs().max()) + rounding)
