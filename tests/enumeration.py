@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from tolerances import rounding_bound
 from torch import Tensor
 
 from fx_influence.types import Apply, Batch, Normalize, Params
@@ -118,6 +119,6 @@ def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
     """
     copies = n * exact_log_probs(apply, params, space).detach().exp()
     whole = copies.round().long()
-    if not torch.allclose(copies, whole.double(), rtol=0, atol=1e-9):
+    if (copies - whole).abs().max() > rounding_bound(torch.float64, 100, n):
         raise ValueError("the probabilities are not multiples of 1/n")
     return take(space, torch.arange(len(copies)).repeat_interleave(whole))

@@ -14,6 +14,7 @@ import torch
 import yaml
 from cases import close
 from run_files import TIMES, killed_and_resumed, stored_bytes, write_plan
+from tolerances import assert_close_to_rounding, assert_within, central_difference, policy_terms
 from torch import Tensor
 
 import fx_influence as fx
@@ -160,18 +161,22 @@ def test_the_prediction_is_the_slope_of_the_log_probability_along_the_step(
         known.params,
         max_grad_norm=1.0,
     )
-    direction, eta = getattr(step, field), 1e-7
-    ahead, behind = (logprobs(known, shift(known.params, direction, sign * eta)) for sign in (1, -1))
-    close(torch.from_numpy(results.evaluations[0].arrays[name]), (ahead - behind) / (2 * eta), tolerance=1e-5)
+    direction, terms = getattr(step, field), policy_terms(known.params, known.u.input_ids.shape[1])
+    slope, bound = central_difference(
+        lambda eta: logprobs(known, shift(known.params, direction, eta)), 1e-6, terms=terms
+    )
+    assert bound < 1e-2 * slope.abs().max()
+    assert_within(results.evaluations[0].arrays[name], slope, bound)
 
 
-def test_baseline_and_rollouts_add_up_to_the_prediction(results: FisherKernelResults) -> None:
+def test_baseline_and_rollouts_add_up_to_the_prediction(results: FisherKernelResults, known: Known) -> None:
     for evaluation in results.evaluations:
         arrays, matrix = evaluation.arrays, evaluation.delta_logprob_matrix
         whole, baseline = arrays["predicted_delta_logprob"], arrays["predicted_delta_logprob_baseline"]
-        np.testing.assert_allclose(arrays["residual"], whole - baseline - matrix.sum(1), rtol=0, atol=1e-9)
         size = np.abs(baseline).sum() + np.abs(matrix).sum()
-        assert np.abs(arrays["residual"]).max() < 1e-9 * size
+        near = {"terms": policy_terms(known.params, known.u.input_ids.shape[1]), "scale": size}
+        assert_close_to_rounding(arrays["residual"], whole - baseline - matrix.sum(1), **near)
+        assert_close_to_rounding(arrays["residual"], 0 * whole, **near)
         assert evaluation.summary["relative_residual"] == pytest.approx(np.abs(arrays["residual"]).sum() / size, abs=0)
 
 

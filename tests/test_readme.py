@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from ranks import launch
+from tolerances import assert_close_to_rounding
 
 import fx_influence as fx
 from benchmarks import bench_linearity, harness
@@ -42,7 +43,8 @@ def test_the_first_example_runs_and_is_short() -> None:
     out = scope["out"]
     assert isinstance(out, fx.Influence)
     assert out.per_token.shape == (8, 12)
-    assert (out.baseline + out.per_sequence.sum() - out.total).abs() < 1e-9
+    parts = [out.baseline, *out.per_sequence]
+    assert_close_to_rounding(sum(parts), out.total, terms=len(parts), scale=sum(abs(x) for x in parts))
 
 
 @pytest.mark.filterwarnings("ignore")

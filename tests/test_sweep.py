@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import close
+from tolerances import ROOM, assert_close_to_rounding, assert_within, exact_bound, policy_terms, rounding_bound
 
 import fx_influence as fx
 from fx_influence.lab.batches import Sampled, State, load_state, sampled, update_batch
@@ -57,6 +57,10 @@ def swept(setting: Setting) -> Arrays:
     return sweep(*setting[:3], setting.e.batch, Steps(ETAS, own), {}, lambda *done: None) | {"own": own.numpy()}
 
 
+def depth(setting: Setting, dtype: torch.dtype, size: Any) -> float:
+    return rounding_bound(dtype, policy_terms(setting.state.params, setting.e.batch.input_ids.shape[1]), size)
+
+
 def first_of_equals(batch: Batch) -> torch.Tensor:
     index = moving_rows(batch)[1]
     return torch.tensor([index.tolist().index(k) for k in index.tolist()])
@@ -89,33 +93,59 @@ def test_the_setting_has_equal_rollouts_and_some_that_move_nothing(setting: Sett
             assert not once.coefficients[k].any()
 
 
+def in_float64(setting: Setting) -> Setting:
+    params = {name: p.double() for name, p in setting.state.params.items()}
+    wide = setting.state._replace(params=params, apply=setting.state.apply.widened(torch.float64))
+    return setting._replace(state=wide)
+
+
+class Alone(NamedTuple):
+    """A step measured by itself, and by how much its float32 rounding may differ in a sweep."""
+
+    delta: fx.SnisDelta
+    contribution: float
+    sum: float
+    log_weight: float
+
+
+def alone_of(setting: Setting, v: fx.Params, eta: float) -> Alone:
+    delta, exact = snis(setting, v, eta), snis(in_float64(setting), v, eta)
+    contribution = exact_bound(delta.contributions, exact.contributions, dtype=torch.float32)
+    weight = exact_bound(delta.log_weights, exact.log_weights, dtype=torch.float32)
+    return Alone(delta, contribution, contribution * len(delta.contributions), weight)
+
+
 def test_every_direction_is_what_snis_delta_gives_alone(setting: Setting, swept: Arrays) -> None:
     baseline = setting.step.parts.baseline
     for k, eta in enumerate(ETAS):
         for name, v in whole_directions(setting.plan, setting.state, setting.step).items():
-            alone = snis(setting, v, eta)
-            for field, stored in (("delta_h", name), ("stderr", f"{name}_stderr"), ("ess", f"{name}_ess")):
-                close(torch.tensor(swept[stored][k]), getattr(alone, field), 1e-3 if field != "ess" else None, 2e-4)
-            close(torch.from_numpy(swept[f"{name}_contributions"][k]), alone.contributions, 1e-3, 2e-4)
-            close(torch.from_numpy(swept[f"{name}_log_weights"][k]), alone.log_weights, 1.0, 1e-5)
+            alone = alone_of(setting, v, eta)
+            assert_within(swept[name][k], alone.delta.delta_h, alone.sum)
+            assert_within(swept[f"{name}_stderr"][k], alone.delta.stderr, alone.sum)
+            assert_within(swept[f"{name}_ess"][k], alone.delta.ess, 2 * alone.log_weight * 12)
+            assert_within(swept[f"{name}_contributions"][k], alone.delta.contributions, alone.contribution)
+            assert_within(swept[f"{name}_log_weights"][k], alone.delta.log_weights, alone.log_weight)
+            assert alone.sum < 0.2 * abs(swept[name][k])
         for i, v in enumerate(parts_of(setting)):
             for name, w in (("grad", v), ("baseline_plus_grad", {key: baseline[key] + x for key, x in v.items()})):
-                alone = snis(setting, w, eta)
-                close(torch.tensor(swept[name][k, i]), alone.delta_h, 1e-3, 2e-4)
-                close(torch.from_numpy(swept[f"{name}_contributions"][k, i]), alone.contributions, 1e-3, 2e-4)
-                close(torch.tensor(swept[f"{name}_log_weight_mean"][k, i]), alone.log_weights.mean(), 1.0, 1e-5)
-                close(torch.tensor(swept[f"{name}_log_weight_max"][k, i]), alone.log_weights.abs().max(), 1.0, 1e-5)
+                alone = alone_of(setting, w, eta)
+                found = {field: values[k, i] for field, values in swept.items() if field.startswith(name)}
+                assert_within(found[name], alone.delta.delta_h, alone.sum)
+                assert_within(found[f"{name}_contributions"], alone.delta.contributions, alone.contribution)
+                weights = alone.delta.log_weights
+                assert_within(found[f"{name}_log_weight_mean"], weights.mean(), alone.log_weight)
+                assert_within(found[f"{name}_log_weight_max"], weights.abs().max(), alone.log_weight)
     assert np.abs(swept["grad"]).max() > 1e-6
 
 
 def test_float64_is_the_same_step_without_the_rounding(setting: Setting, swept: Arrays) -> None:
-    assert np.abs(swept["grad"] - swept["grad_float64"]).max() > 0
-    np.testing.assert_allclose(swept["grad"], swept["grad_float64"], rtol=0, atol=1e-6)
-    state = setting.state
-    wide = {name: p.double() for name, p in state.params.items()}
+    floor = rounding_floor(setting.plan, setting.state, setting.e.batch)
+    assert_within(swept["grad"], swept["grad_float64"], ROOM * floor)
     v = {name: x.double() for name, x in parts_of(setting)[0].items()}
-    exact = fx.snis_delta(wide, v, ETAS[0], setting.e.batch, apply=state.apply.widened(torch.float64)).delta_h
-    assert swept["grad_float64"][0, 0] == pytest.approx(exact.item(), abs=1e-6 * np.abs(swept["grad_float64"]).max())
+    exact = snis(in_float64(setting), v, ETAS[0]).delta_h
+    # Entropies of unit size in float64; the direction itself was made in float32.
+    bound = depth(setting, torch.float64, 1.0) + depth(setting, torch.float32, np.abs(swept["grad_float64"]).max())
+    assert_within(swept["grad_float64"][0, 0], exact, bound)
 
 
 def test_the_second_derivative_is_the_jvps_and_a_rollout_that_moves_nothing_has_none(
@@ -126,21 +156,22 @@ def test_the_second_derivative_is_the_jvps_and_a_rollout_that_moves_nothing_has_
         seconds = [
             fx.jvp_delta(setting.state.params, v, setting.e.batch, apply=setting.state.apply).second for v in directions
         ]
-        close(torch.from_numpy(swept[name]), torch.stack(seconds), None, 1e-4)
+        expected = torch.stack(seconds)
+        assert_within(swept[name], expected, depth(setting, torch.float32, expected))
     still = ~setting.step.batch.coefficients.any(-1).numpy()
     for name in ("grad", "grad_contributions", "grad_float64"):
         assert not swept[name][:, still].any()
     assert not swept["grad_second"][still].any()
-    np.testing.assert_allclose(
-        swept["baseline_plus_grad"][:, still], swept["baseline"][:, None].repeat(still.sum(), 1), atol=1e-7
-    )
+    expected = swept["baseline"][:, None].repeat(still.sum(), 1)
+    floor = rounding_floor(setting.plan, setting.state, setting.e.batch)
+    assert_within(swept["baseline_plus_grad"][:, still], expected, ROOM * floor)
 
 
 def test_each_rollouts_own_step_is_along_v_i(setting: Setting, swept: Arrays) -> None:
     for i, v in enumerate(parts_of(setting)):
-        alone = snis(setting, v, float(swept["own"][i]))
-        close(torch.tensor(swept["auto_grad"][i]), alone.delta_h, 1e-3, 2e-4)
-        close(torch.tensor(swept["auto_grad_ess"][i]), alone.ess, None, 1e-4)
+        alone = alone_of(setting, v, float(swept["own"][i]))
+        assert_within(swept["auto_grad"][i], alone.delta.delta_h, alone.sum)
+        assert_within(swept["auto_grad_ess"][i], alone.delta.ess, 2 * alone.log_weight * 12)
     assert swept["auto_grad_contributions"].shape == (12, 12)
 
 
@@ -183,11 +214,7 @@ def test_the_rounding_floor_is_what_steps_too_small_to_matter_show(setting: Sett
     ]
     seen = torch.stack([delta.delta_h for delta in noise]).square().mean().sqrt().item()
     assert 0.2 < floor / seen < 5
-    wide = setting.state._replace(
-        params={name: p.double() for name, p in setting.state.params.items()},
-        apply=setting.state.apply.widened(torch.float64),
-    )
-    assert rounding_floor(setting.plan, wide, setting.e.batch) < 1e-6 * floor
+    assert rounding_floor(setting.plan, in_float64(setting).state, setting.e.batch) < 1e-6 * floor
 
 
 def test_the_chosen_steps_clear_the_floor_by_the_factor_asked(setting: Setting) -> None:
@@ -197,7 +224,7 @@ def test_the_chosen_steps_clear_the_floor_by_the_factor_asked(setting: Setting) 
     moving = influence != 0
     assert torch.equal(own == 0, ~moving)
     assert own.max() <= LARGEST_MULTIPLE * lr
-    close((own * influence.abs())[moving], torch.full_like(own[moving], 100 * floor))
+    assert_close_to_rounding((own * influence.abs())[moving], torch.full_like(own[moving], 100 * floor), terms=4)
     arrays = sweep(*setting[:3], setting.e.batch, Steps([lr], own), {}, lambda *done: None)
     seen = np.abs(arrays["auto_grad"][moving.numpy()]) / floor
     assert 60 < np.median(seen) < 160
@@ -211,4 +238,4 @@ def test_a_small_memory_budget_makes_small_blocks_of_the_same_numbers(setting: S
     small = sweep(plan, *setting[1:3], setting.e.batch, Steps(ETAS, None), blocks, lambda *done: None)
     assert len(blocks) == 1 + len(moving_rows(setting.step.batch)[0].input_ids)
     assert {block["grad"].shape for k, block in blocks.items() if k > 0} == {(2, 1)}
-    np.testing.assert_allclose(small["grad"], swept["grad"], rtol=0, atol=1e-6)
+    assert_within(small["grad"], swept["grad"], ROOM * rounding_floor(plan, setting.state, setting.e.batch))

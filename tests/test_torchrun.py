@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ranks import answers, launch
 from run_files import stored_bytes, summary, write_plan
+from tolerances import assert_close_to_rounding
 
 import fx_influence as fx
 from fx_influence.interop.job import _portable
@@ -169,4 +170,5 @@ def test_processes_of_ones_own_have_the_values_of_one(tmp_path: Path) -> None:
             assert found.keys() == arrays.keys()
             for name, value in arrays.items():
                 size = abs(value if name != "residual" else arrays["predicted_delta_logprob"]).max()
-                assert abs(found[name].numpy() - value).max() <= 1e-12 * size, name
+                # Products over all 174 000 parameters.
+                assert_close_to_rounding(found[name], value, terms=200_000, scale=size, name=name)

@@ -8,10 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ranks import answers
+from tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, exact_bound, rounding_bound
 
 import fx_influence as fx
 from benchmarks.trl_variants import PROMPTS, reward
@@ -36,8 +36,9 @@ def add_up(answer: dict[str, dict[str, float]], count: int) -> None:
     assert len(answer) == count
     for name, errors in answer.items():
         assert errors["tokens"] > 0, name
-        assert errors["gradient"] <= 1e-5, name
-        assert errors["step"] <= 1e-5, name
+        assert errors["gradient"] <= rounding_bound(torch.float32, TINY_POLICY), name
+        # theta' - theta of weights up to a thousand times as large
+        assert errors["step"] <= rounding_bound(torch.float32, 1, 1e3), name
 
 
 def test_rollouts_of_two_ranks_add_up_to_the_averaged_gradient_and_its_step(tmp_path: Path) -> None:
@@ -84,12 +85,14 @@ def logged_alike(found: list[Any]) -> None:
         assert figures["realised"] == pytest.approx(figures["total"], abs=0.1 * largest)
         assert 8 < figures["ess"] <= 9
         parts = [figures[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed")]
-        assert figures["total"] == pytest.approx(sum(parts), rel=1e-9)
+        size = sum(abs(part) for part in parts)
+        assert_close_to_rounding(figures["total"], sum(parts), terms=TINY_POLICY, scale=size, dtype=torch.float32)
 
 
 def of_all_rollouts(found: list[Any], out: Path) -> None:
     for answer in found:
-        assert [max(gaps.values()) <= 1e-6 for gaps in answer["measured"]["gaps"]] == [True] * 3
+        bound = rounding_bound(torch.float32, TINY_POLICY)
+        assert [max(gaps.values()) <= bound for gaps in answer["measured"]["gaps"]] == [True] * 3
         drawn = answer["measured"]["drawn"]
         assert len(drawn) == 12
         assert drawn[:6] != drawn[6:]
@@ -108,7 +111,7 @@ def of_all_rollouts(found: list[Any], out: Path) -> None:
     assert all(len({prompt for prompt, _ in members}) == 1 for members in groups.values())
     assert sorted(len(members) for members in groups.values()) == [1, 1, 2]
     assert {prompt for members in groups.values() for prompt, _ in members} <= set(PROMPTS)
-    assert all(len(own) == 4 and sum(own) == pytest.approx(0, abs=1e-4) for own in advantages.values())
+    assert all(len(own) == 4 and abs(sum(own)) <= rounding_bound(torch.float32, 4, own) for own in advantages.values())
 
 
 def written_once(out: Path) -> None:
@@ -124,13 +127,14 @@ def repeated(out: Path) -> None:
     again, rounded = (fx.run(dataclasses.replace(plan, dtype=dtype), out / dtype) for dtype in ("float64", "float32"))
     size = sum(abs(record["influence"]) for record in live.sequences)
     for name in ("total", "momentum", "weight_decay", "sum_per_sequence", "total_stderr"):
-        assert again.summary[name] == pytest.approx(live.summary[name], abs=1e-4 * size)
+        bound = rounding_bound(torch.float32, TINY_POLICY, size)
+        assert_within(again.summary[name], live.summary[name], bound, name)
     for name in ("per_sequence", "per_token", "matrix"):
         found, exact, in_float32 = (arrays_of(results)[name] for results in (live, again, rounded))
         # The training is in float32, whose rounding this step shows: half of all influence is one rollout's.
-        rounding = np.abs(in_float32 - exact).max()
-        assert rounding <= 5e-5 * size, name
-        assert np.abs(found - exact).max() <= 2 * rounding, name
+        bound = exact_bound(in_float32, exact, TINY_POLICY, torch.float32)
+        assert bound <= 1e-2 * size, name
+        assert_within(found, exact, bound, name)
 
 
 def arrays_of(results: Any) -> dict[str, Any]:
