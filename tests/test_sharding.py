@@ -88,7 +88,8 @@ def test_two_ranks_whose_rows_share_prompts_give_what_one_process_gives(two: lis
         agree(widened(answer["prompts"], expected), expected, *depth(state))
 
 
-@pytest.mark.parametrize(("ranks", "shape"), [(3, ()), pytest.param(4, (2, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "shape"), [(3, ()), (4, (2, 2))])
 def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int, ...], tmp_path: Path) -> None:
     state = tiny_state()
     expected = asked(state)
@@ -152,7 +153,7 @@ def test_rollouts_of_a_prompt_are_dealt_to_one_rank() -> None:
 FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
 
 
-@pytest.mark.parametrize("ranks", FSDP)
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_models_sharded_by_fsdp(ranks: int, tmp_path: Path) -> None:
     found = answers(ranks, "ranks_fsdp.py", tmp_path, *FSDP[ranks])
     for kind in FSDP[ranks]:

@@ -84,6 +84,7 @@ def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tmp"]
 
 
+@pytest.mark.slow
 def test_after_a_process_was_killed_another_number_of_them_goes_on(
     plan: str, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_after_a_process_was_killed_another_number_of_them_goes_on(
         assert (out / name).stat().st_mtime_ns == before[name][1], "sampled again"
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_and_is_in_the_launchers_report(
     plan: str, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -134,7 +136,7 @@ def test_an_interrupt_of_the_launcher_ends_all_and_the_same_command_goes_on(
     [
         ("other seed", "fx-influence: seed is 0 on rank 0 and 7 on rank 1; give every process the same"),
         pytest.param("other prompts", "fx-influence: evaluations[0].prompts is '", marks=pytest.mark.slow),
-        ("no plan", "fx-influence: plan file 'absent.yaml' does not exist"),
+        pytest.param("no plan", "fx-influence: plan file 'absent.yaml' does not exist", marks=pytest.mark.slow),
         pytest.param("refusing", "fx-influence: a derivative was lost on the last rank", marks=pytest.mark.slow),
     ],
 )

@@ -60,7 +60,18 @@ GRADIENT = rounding_bound(torch.float32, TINY_POLICY)
 STEP = rounding_bound(torch.float32, 1, 1e3)
 
 
-@pytest.mark.parametrize("variant", list(variants()), ids=lambda variant: variant.name)
+def quick(variant: Variant) -> bool:
+    """Each loss and option with all of its other choices or none; the rest is slow."""
+    choices = [variant.lora, variant.off_policy]
+    if set(variant.options) <= {"entropy_coef"} and variant.loss != "rloo":
+        choices += [variant.accumulation == 3, bool(variant.options)]
+    return all(choices) or not any(choices)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, id=v.name, marks=[] if quick(v) else pytest.mark.slow) for v in variants()],
+)
 def test_captured_rollouts_add_up_to_the_trainers_gradient_and_step(variant: Variant) -> None:
     errors = measure(variant)
     assert errors["tokens"] > 0

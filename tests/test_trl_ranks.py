@@ -41,6 +41,7 @@ def add_up(answer: dict[str, dict[str, float]], count: int) -> None:
         assert errors["step"] <= rounding_bound(torch.float32, 1, 1e3), name
 
 
+@pytest.mark.slow
 def test_rollouts_of_two_ranks_add_up_to_the_averaged_gradient_and_its_step(tmp_path: Path) -> None:
     for answer in answers(2, "ranks_trl.py", tmp_path, "losses"):
         add_up(answer, 18)
