@@ -367,4 +367,6 @@ def test_half_precision_weights_are_computed_with_in_float32(tmp_path: Path) -> 
         assert torch.equal(p, full.params[name].bfloat16().float())
         assert torch.equal(state.opt_state.exp_avg[name], full.opt_state.exp_avg[name].bfloat16().float())
     directory = RunDirectory.start(tmp_path / "run", plan, {})
-    assert sampled(plan, state, directory, 1, "r.jsonl", lambda *done: None).off_policy < 1e-4
+    assert sampled(plan, state, directory, 1, "r.jsonl", lambda *done: None).off_policy < rounding_bound(
+        torch.float32, policy_terms(state.params, 32, 1), 10
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import TinyPolicy, apply_of, close, random_batch
+from tolerances import assert_close_to_rounding
 from torch import Tensor
 from torch.func import jvp, vmap
 from torch.nn import functional as F
@@ -224,4 +225,5 @@ def test_a_policy_may_enter_autocast_itself() -> None:
     assert batch.coefficients is not None
     for kept in (None, tapes):
         slope = -(batch.coefficients * token_jvp(params, found, batch, half, tapes=kept).logprobs).sum()
-        assert slope == pytest.approx(sum(float(g.square().sum()) for g in found.values()), rel=0.03)
+        # Three products in bfloat16, forward and back.
+        assert_close_to_rounding(slope, sum(g.square().sum() for g in found.values()), terms=3, dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu
+from fx_influence.influence import TOLERANCE
 
 FULL, LORA = (gpu.Setting("tiny", lora, "bfloat16") for lora in (False, True))
 WHOLE = {
@@ -135,8 +136,8 @@ def test_a_report_says_what_was_asked_of_it(tmp_path: Path) -> None:
     assert (adjoint["goal_met"], step["goal_met"]) == (False, None)
     assert step["correctness"] is None
     assert adjoint["correctness"]["rows"] == gpu.SUBSET
-    assert 1e-5 < adjoint["correctness"]["largest_error"] < 0.2, "half precision, and of the same rollouts"
-    assert adjoint["correctness"]["relative_residual_float32"] < 1e-4
+    assert adjoint["correctness"]["largest_error"] < 0.2, "half precision, and of the same rollouts"
+    assert adjoint["correctness"]["relative_residual_float32"] < TOLERANCE[torch.float32]
     assert adjoint["within_tolerance"]
 
 

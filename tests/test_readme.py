@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from ranks import launch
-from tolerances import assert_close_to_rounding
+from tolerances import TINY_POLICY, assert_close_to_rounding
 
 import fx_influence as fx
 from benchmarks import bench_linearity, harness
@@ -59,8 +59,9 @@ def test_a_live_training_and_what_it_stored_are_attributed_as_shown(
     assert [figures["step"] for figures in scope["influence"].history] == [2, 4]
     exec(compile(offline, "README.md", "exec"), scope)
     stored = fx.load_run(scope["folder"]).summary
-    size = sum(abs(x) for x in scope["out"].per_sequence.tolist())
-    assert scope["out"].total.item() == pytest.approx(stored["total"], abs=1e-4 * size)
+    out = scope["out"]
+    size = out.per_token.abs().sum() + out.momentum.abs() + out.weight_decay.abs()
+    assert_close_to_rounding(out.total.item(), stored["total"], terms=TINY_POLICY, scale=size, dtype=torch.float32)
 
 
 def test_a_loop_of_ones_own_hands_over_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:

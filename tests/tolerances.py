@@ -45,7 +45,7 @@ TINY_POLICY = 4000
 
 def as_tensor(x: Any) -> Tensor:
     """Return a floating tensor without a graph: numbers, and what is no float, in float64."""
-    tensor = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    tensor = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.array(x))
     return tensor if tensor.is_floating_point() else tensor.double()
 
 
