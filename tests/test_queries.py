@@ -249,9 +249,9 @@ def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(e
             return exact_expected(exact.apply, at(eta), exact.space, lambda lp, h, batch: ones_in(batch))
 
         paid, off = central_difference(
-            lambda eta: exact_entropy(exact.apply, at(eta), exact.space, "token"), 1e-4, terms=TINY_POLICY
+            lambda eta: exact_entropy(exact.apply, at(eta), exact.space, "token"), 1e-5, terms=TINY_POLICY
         )
-        gained, gained_off = central_difference(rewarded, 1e-4, terms=TINY_POLICY)
+        gained, gained_off = central_difference(rewarded, 1e-5, terms=TINY_POLICY)
         bound = (off + abs(expected) * gained_off) / float(gained.abs())
         assert bound < 1e-2 * abs(expected)
         assert_within(paid / gained, expected, bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -222,8 +223,9 @@ def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
         assert arrays[name][1] / arrays["eta"][1] == pytest.approx(s[name], rel=0.05, abs=1e-2 * abs(s["momentum"]))
     for name in ("full", "grad", "baseline_plus_grad"):
         contributions = arrays[f"{name}_contributions"]
-        size = np.abs(contributions).sum(-1)
-        assert_close_to_rounding(contributions.sum(-1), arrays[name], terms=contributions.shape[-1], scale=size)
+        # Differences of entropies up to log 14.
+        near = {"terms": contributions.shape[-1], "scale": math.log(14)}
+        assert_close_to_rounding(contributions.sum(-1), arrays[name], **near)
     assert np.abs(arrays["rmsprop"]).min() > 0
     derived = (arrays["baseline_plus_grad"] - arrays["baseline"][:, None]) / arrays["eta"][:, None]
     assert np.abs(derived[1] - arrays["per_sequence"]).max() < 0.1 * size

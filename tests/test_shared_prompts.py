@@ -192,7 +192,8 @@ def test_influences_are_those_of_whole_rows(options: dict[str, Any]) -> None:
     u, e, state = group_batch(3, 3, 12), group_batch(4, 4, 24), warm_state(model)
     found = fx.influence(params, u, e, state, apply=apply, **options)
     expected = fx.influence(params, u, e, state, apply=alone(apply), **options)
-    size = expected.per_sequence.abs().sum()
+    # Inner products over all weights come to a tenth of their terms, or less.
+    size = 10 * expected.per_sequence.abs().sum()
     for name in ("per_sequence", "per_token", "stderr", "total", "total_stderr", "matrix"):
         x, y = getattr(found, name), getattr(expected, name)
         assert (x is None) == (y is None)
