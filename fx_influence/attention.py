@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fx_influence.autocast import active_dtype
+from fx_influence.tree import promote
+
 SCORES_PER_BLOCK = 2**24
 """Attention scores that are formed at once: 64 MiB of float32, and a few times that with their tangents."""
 
@@ -39,6 +42,8 @@ def blockwise_attention(
         >>> bool(torch.allclose(blockwise_attention(q, q, q, is_causal=True), plain))
         True
     """
+    if (dtype := active_dtype(query.device.type)) is not None:
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if enable_gqa:
         key, value = (_repeated(x, query) for x in (key, value))
     queries, keys = query.shape[-2], key.shape[-2]
@@ -157,18 +162,22 @@ def math_attention() -> AbstractContextManager[None]:
 def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """With its tangent, in half the passes over the scores that the tangents of its single operations take."""
     shape = *query.shape[:-2], query.shape[-2], key.shape[-2]
-    bias = torch.zeros((), dtype=query.dtype, device=query.device)
+    bias = torch.zeros((), dtype=promote(query.dtype), device=query.device)
     if mask is not None:
-        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(query.dtype)
+        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(bias.dtype)
     bias = bias.expand(shape).reshape(-1, *shape[-2:])
     flat = (x.expand(*query.shape[:-2], *x.shape[-2:]).flatten(0, -3) for x in (query, key, value))
-    (q, dq), (k, dk), (v, dv) = map(_parted, flat)
+    # As the fused kernels do, half precision is computed with in float32.
+    dtype = promote(value.dtype)
+    (q, dq), (k, dk), (v, dv) = ((x.to(dtype) for x in _parted(y)) for y in flat)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    # Where a query sees no key its softmax is 0 / 0. Under CUDA's autocast it is float32.
-    p = (q @ k.mT).mul_(factor).add_(bias).softmax(-1).nan_to_num_(0.0).to(v.dtype)
-    ds = (dq @ k.mT).baddbmm_(q, dk.mT, beta=factor, alpha=factor).mul_(p)
-    dp = ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
-    out = forward_ad.make_dual(p @ v, (dp @ v).baddbmm_(p, dv))
+    with torch.autocast(query.device.type, enabled=False):
+        # Where a query sees no key its softmax is 0 / 0.
+        p = (q @ k.mT).mul_(factor).add_(bias).softmax(-1).nan_to_num_(0.0)
+        ds = (dq @ k.mT).baddbmm_(q, dk.mT, beta=factor, alpha=factor).mul_(p)
+        dp = ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+        both = p @ v, (dp @ v).baddbmm_(p, dv)
+    out = forward_ad.make_dual(*(x.to(value.dtype) for x in both))
     return out.unflatten(0, query.shape[:-2])
 
 

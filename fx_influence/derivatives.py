@@ -12,7 +12,7 @@ from torch.func import grad
 
 from fx_influence.forward_mode import Replay, Tape
 from fx_influence.head import pull, scores, slopes
-from fx_influence.logprobs import in_place, scored_features, surrogate, token_values, weights_of
+from fx_influence.logprobs import in_place, scaled_weights, scored_features, surrogate, token_values
 from fx_influence.parts import Part, row_chunks
 from fx_influence.policy import Halves, halves
 from fx_influence.shards import own_part
@@ -150,14 +150,14 @@ def _forward(leaves: Params, part: Part, policy: Halves, outputs: Sequence[Tenso
 
 def _reverse(leaves: Params, features: Tensor, part: Part, batch: Batch, policy: Halves, temperature: float) -> Params:
     """The gradient of the leaves that the part's share of the loss reaches, at least float32."""
-    weights = weights_of(batch, part)
+    weights = scaled_weights(batch, part, policy)
     if all(w is None for w in weights):
         return {}
     toward, total = pull(policy, leaves, features, part.targets, weights, temperature)
     if features.requires_grad:
         grads = torch.autograd.grad(features, list(leaves.values()), toward, allow_unused=True)
         accumulate(total, zip(leaves, grads, strict=True))
-    return {name: g for name, g in total.items() if g is not None}
+    return {name: g if policy.loss_scale == 1 else g / policy.loss_scale for name, g in total.items() if g is not None}
 
 
 def token_jvp(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fx_influence.forward_mode import AtItsLevel
 from fx_influence.head import Weights, loss_by_logits, pull
-from fx_influence.logprobs import weights_of
+from fx_influence.logprobs import scaled_weights
 from fx_influence.parts import Part
 from fx_influence.policy import Halves, halves
 from fx_influence.tree import accumulate, promote
@@ -67,7 +67,7 @@ def row_factors(
     body = _Recorder(params, part.input_ids.shape, names)
     with torch.enable_grad(), body:
         features = policy.eager(params, part.input_ids, part.attention_mask)
-    weights = weights_of(batch, part)
+    weights = scaled_weights(batch, part, policy)
     if all(w is None for w in weights):
         return {}, total
     head, toward = _through_head(params, features.detach(), part, weights, policy, names, temperature, total)
@@ -79,7 +79,14 @@ def row_factors(
         accumulate(total, _differentiate(features, toward, body, params))
         for name, uses in _factors(body, count).items():
             factors[name] = uses + factors.get(name, [])
+    if policy.loss_scale != 1:
+        factors = {name: [_unscaled(use, policy.loss_scale) for use in uses] for name, uses in factors.items()}
+        total = {name: None if g is None else g / policy.loss_scale for name, g in total.items()}
     return factors, total
+
+
+def _unscaled(use: Factor, loss_scale: float) -> Factor:
+    return use._replace(grads=use.grads.to(promote(use.grads.dtype)) / loss_scale)
 
 
 _FEATURES = "what enters the head"

@@ -29,7 +29,7 @@ from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
 from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.parts import rows
 from fx_influence.passes import Passes
-from fx_influence.policy import HALF, whole_policy
+from fx_influence.policy import HALF, Policy, whole_policy
 from fx_influence.precision import in_float32, lowest_precision
 from fx_influence.queries import Query, query_coefficients
 from fx_influence.sharding import passes_over
@@ -214,14 +214,16 @@ def influence(
     if stderr:
         warn_of_shared_prompts("batch_e", batch_e)
     half = any(p.dtype in HALF for p in params.values())
-    params, apply = in_float32(params, apply, batch_u)
+    autocast = apply.autocast if isinstance(apply, Policy) else None
+    params, exact = in_float32(params, apply, batch_u)
+    apply = exact.under(*autocast) if autocast is not None and isinstance(exact, Policy) else exact
     passes = replace(passes, apply=apply)
     lowest = lowest_precision(params, apply, batch_u)
     twice = half or lowest in HALF
     weigh = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
-    # U's losses have the derivatives that a trainer takes of them, the entropy over E those that it has.
-    over_e = replace(passes, apply=whole_policy(apply))
+    # U's losses have the derivatives that a trainer takes of them, in its precision; the entropy over E its own.
+    over_e = replace(passes, apply=whole_policy(exact))
     batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, over_e, memory_budget)
     g_u, reach = _over_u(params, batch_u, grad, passes, in_unions, per_token, twice, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
@@ -233,6 +235,10 @@ def influence(
     rounding = torch.full_like(per_sequence, torch.nan)
     if reach.contract is not None and tokens is not None:
         rounding = (per_sequence - parts.sum(0)).abs()
+        if autocast is not None:
+            # Products of factors hold the very gradient that the optimizer meets; the JVP is rounded another way.
+            per_sequence = parts.sum(0)
+            tokens = _adding_up_to(per_sequence, tokens)
     # What is kept of U may take as much as the matrix.
     del reach
 
@@ -240,10 +246,12 @@ def influence(
     whole = torch.stack(list(per_parameter.values())).sum()
     bound = TOLERANCE.get(lowest, 0.0) if tolerance is None else tolerance
     unattributed = torch.zeros_like(whole)
-    if grad is not None and not _within(whole - per_sequence.sum(), per_sequence, whole, bound):
+    if grad is not None and (
+        autocast is not None or not _within(whole - per_sequence.sum(), per_sequence, whole, bound)
+    ):
         # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' own must still add up.
-        rollouts = dot(passes.gradient(params, batch_u), u)
-        unattributed, whole = whole - rollouts, rollouts
+        unattributed = whole - per_sequence.sum()
+        whole = dot(passes.gradient(params, batch_u), u)
     residual = whole - per_sequence.sum()
     route = "the product with U's factors" if tokens is None else "the JVP over U"
     check_identity(route, residual, per_sequence, whole, bound)
@@ -410,6 +418,13 @@ def _conditioning(reach: _Reach, fresh: Params, per_sequence: Tensor) -> Tensor:
     made_now = reach.shares(fresh)
     size, rest = made_now.abs().sum(), (per_sequence - made_now).abs().sum()
     return torch.where(size > 0, size / (size + rest), 0.0)
+
+
+def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens' values with what their sums lack of the rollouts' dealt out in proportion to their sizes."""
+    size = tokens.abs()
+    share = size / size.sum(-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+    return tokens + (per_sequence - tokens.sum(-1)).unsqueeze(-1) * share
 
 
 def _blocks(directions: Iterator[Params], size: int) -> Iterator[list[Params]]:

@@ -12,7 +12,7 @@ from torch.func import vmap
 from fx_influence.checks import check_apply, check_fields, check_options, check_params
 from fx_influence.head import LOGITS_AT_ONCE, Weights, scores
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts, rows
-from fx_influence.policy import halves
+from fx_influence.policy import Halves, halves
 from fx_influence.precision import in_float32
 from fx_influence.tree import promote, shift
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -152,6 +152,12 @@ def in_place(found: Sequence[tuple[Part, TokenValues]], batch: Batch) -> TokenVa
 def weights_of(batch: Batch, part: Part) -> Weights:
     """c and b of the tokens that a part scores."""
     c, b = (None if w is None else w.flatten()[part.place] for w in batch[3:5])
+    return c, b
+
+
+def scaled_weights(batch: Batch, part: Part, policy: Halves) -> Weights:
+    """``weights_of`` times the policy's loss scale, by which gradients made with them are to be divided."""
+    c, b = (w if w is None or policy.loss_scale == 1 else w * policy.loss_scale for w in weights_of(batch, part))
     return c, b
 
 

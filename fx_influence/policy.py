@@ -15,6 +15,7 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from fx_influence.attention import SharedAttention, math_attention
+from fx_influence.autocast import Autocast
 from fx_influence.checks import check_model
 from fx_influence.forward_mode import ForwardMode, pushforward, trained_embedding
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
@@ -39,8 +40,9 @@ class Halves(NamedTuple):
     None where it is not known.
     ``aligned``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
     begin in column 0 and cut after their last token. ``shares``: tokens meet in attention alone, so that a prompt goes
-    through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are. A plain
-    ``apply`` is all features, and its head does nothing.
+    through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are.
+    ``loss_scale``: what gradients inside are times, so that none vanishes in float16. A plain ``apply`` is all
+    features, and its head does nothing.
     """
 
     features: Callable[[Params, Part], Tensor]
@@ -54,6 +56,7 @@ class Halves(NamedTuple):
     shares: bool
     tokens: int
     compiled: bool
+    loss_scale: float = 1.0
 
     def parts(self, batch: Batch, chunk_size: int | None) -> list[Part]:
         """The batch in parts for passes that need no row for itself: with every prompt once, where that saves."""
@@ -96,6 +99,8 @@ class Policy:
     left as it is there, see ``_StayFloat64``.
     """
 
+    autocast: Autocast | None = None
+
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
         self._template = self._meta_template(model, "eager")
         self._frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
@@ -122,8 +127,21 @@ class Policy:
             self._compiled = _Compiled(torch.compile(_run), torch.compile(_push), body)
 
     def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        run = self._run if self.autocast is None else self.autocast.around(self._run)
         with math_attention():
-            return self._run(self._template, params, input_ids, attention_mask)
+            return cast(Tensor, run(self._template, params, input_ids, attention_mask))
+
+    def under(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
+        """Return the same policy as a trainer computes it under ``torch.autocast``, gradients times ``loss_scale``.
+
+        ``influence`` takes the derivatives of U's losses in that precision, and the entropy's over E of the function
+        itself. Raises ``ValueError`` for a compiled or sharded policy.
+        """
+        if self._compiled is not None:
+            raise ValueError(f"autocast is {dtype} for a compiled policy; expected a plain one. Leave compiled out")
+        policy = copy.copy(self)
+        policy.autocast, policy.computes_in, policy._whole = Autocast(dtype, loss_scale), dtype, None
+        return policy
 
     @property
     def halves(self) -> Halves:
@@ -133,7 +151,13 @@ class Policy:
         own = self._features, self._eager, self._traced, self._pushforward, self._logits
         # In a narrow model what is done once for a pass weighs more than what its tokens take.
         tokens = TOKENS_PER_CHUNK * (1 if self._head is None else max(1, NARROW // self._head.width))
-        return Halves(*own, in_head, vocab_size, self._position_ids, self._shares, tokens, self._compiled is not None)
+        compiled = self._compiled is not None
+        made = Halves(*own, in_head, vocab_size, self._position_ids, self._shares, tokens, compiled)
+        if self.autocast is None:
+            return made
+        passes = ("features", "eager", "traced", "pushforward", "head")
+        cast: dict[str, Any] = {name: self.autocast.around(getattr(made, name)) for name in passes}
+        return made._replace(**cast, loss_scale=self.autocast.loss_scale)
 
     def whole(self) -> Policy:
         """The same policy with all its derivatives, those to the embedding of the padding token included.
@@ -178,6 +202,7 @@ class Policy:
     def _with_frozen(self, frozen: Params) -> Policy:
         policy = copy.copy(self)
         policy._frozen, policy.computes_in = frozen, torch.promote_types(self.computes_in, torch.float32)
+        policy.autocast = None
         return policy
 
     def _features(self, params: Params, part: Part) -> Tensor:

@@ -58,6 +58,9 @@ class ShardedPolicy(Policy):
         self._moving: Params = {}
         super().__init__(model, position_ids)
 
+    def under(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
+        raise ValueError(f"autocast is {dtype} for a sharded policy; expected a plain one. Leave it out")
+
     def opened(self, params: Params, tangent: Params | None = None) -> Opened:
         """The same with everything gathered that is in no unit, in one collective per dtype."""
         trees = [self._frozen, params, tangent or {}]

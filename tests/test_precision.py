@@ -176,3 +176,33 @@ def test_a_forward_that_enters_autocast_is_held_to_its_precision() -> None:
         out = fx.influence(params, p.u, p.e, state, apply=own, stderr=False)
         assert out.rounding.sum() > 0
         assert out.residual.abs() > 1e-6 * out.per_sequence.abs().sum()
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**12)])
+def test_autocast_is_for_u_and_tokens_add_up(dtype: torch.dtype, scale: float) -> None:
+    p = problem("trained", torch.float32)
+    apply, params = p.low
+    low = apply.under(dtype, scale)
+    exact = fx.influence(params, p.u, p.e, p.state, apply=apply)
+    out = fx.influence(params, p.u, p.e, p.state, apply=low)
+    size = float(exact.matrix.abs().sum()) if exact.matrix is not None else float(exact.per_token.abs().sum())
+    assert_within(out.per_token.sum(-1), out.per_sequence, rounding_bound(torch.float64, WIDTH, size))
+    assert_within(out.per_sequence, exact.per_sequence, rounding_bound(dtype, WIDTH, size))
+    assert out.rounding.sum() > exact.rounding.sum()
+    assert out.baseline == pytest.approx(float(exact.baseline), rel=1e-1)
+    d = direction(p)
+    for measure in (
+        lambda a: fx.jvp_delta(params, d, p.e, apply=a).first,
+        lambda a: fx.token_values(params, p.e, a)[1],
+    ):
+        assert torch.equal(measure(low), measure(apply)), "of the function itself"
+
+
+def test_a_tiny_loss_keeps_its_gradients_in_float16_by_the_loss_scale() -> None:
+    p = problem("trained", torch.float32)
+    apply, params = p.low
+    tiny = p.u._replace(coefficients=1e-7 * p.u.coefficients, entropy_coefficients=None)
+    exact = fx.influence(params, tiny, p.e, p.state, apply=apply, stderr=False)
+    scaled = fx.influence(params, tiny, p.e, p.state, apply=apply.under(torch.float16, 2.0**20), stderr=False)
+    size = exact.per_token.abs().sum()
+    assert_within(scaled.per_sequence, exact.per_sequence, rounding_bound(torch.float16, WIDTH, size))

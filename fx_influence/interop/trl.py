@@ -32,6 +32,7 @@ from fx_influence.interop.rollouts import Rollout, collate
 from fx_influence.interop.trl_capture import Capture, CapturedStep, CaptureError
 from fx_influence.interop.trl_checks import calling_trainer, check_kind, check_scored, check_steps, rounding_bound
 from fx_influence.interop.trl_generation import GenerationError, check_drawn, check_explained, check_generation
+from fx_influence.interop.trl_precision import STEP_LOST, in_trainers_precision, rounding_warning, step_rounding
 from fx_influence.interop.trl_prompts import read_prompts_of
 from fx_influence.interop.trl_ranks import mesh_of, of_all, own_rows
 from fx_influence.interop.trl_sampling import held_out_rollouts, random_state
@@ -40,6 +41,7 @@ from fx_influence.interop.trl_store import StepStore, note_training, noted_train
 from fx_influence.kernel import MEMORY_BUDGET
 from fx_influence.parts import rows
 from fx_influence.policy import Policy, functionalize
+from fx_influence.precision import in_float32
 from fx_influence.ranks import RankError, check_agreed, failing_together
 from fx_influence.sharding import passes_over
 from fx_influence.tree import promote
@@ -55,11 +57,12 @@ CHECKED_ROWS = 4
 
 
 class _Begun(NamedTuple):
-    """A step measured up to the optimizer's own step; ``batch_e``: this process's rows of E."""
+    """A step measured up to the optimizer's own step; ``batch_e``: this process's rows of E, ``direction``: v."""
 
     measured: MeasuredStep
     params: Params
     batch_e: Batch
+    direction: Params
 
 
 class EntropyInfluence(TrainerCallback):
@@ -69,6 +72,9 @@ class EntropyInfluence(TrainerCallback):
     fresh completions E of ``eval_prompts``; ``fx.influence`` of one on the other. After it: the realised change of
     entropy on the same E. Both are logged through the trainer as ``entropy_influence/...``, kept in ``history``, and
     stored as a run directory for each measured step, which ``fx.load_run`` and ``fx-influence report`` read.
+    U's passes run in the trainer's own precision, so that what stays ``unattributed`` is rounding; E's are the
+    function's. Where rounding swallows more than a tenth of a step, as it does with weights trained in bfloat16, a
+    warning says so, once.
 
     In several processes (DistributedDataParallel) U and E are the rollouts of all: every process attaches one of these,
     with the same settings, draws its share of E and has the whole ``history``; the first stores.
@@ -131,6 +137,7 @@ class EntropyInfluence(TrainerCallback):
         self._policy: Policy | None = None
         self._begun: _Begun | None = None
         self._directory: Path | None = None
+        self._rounding_told = False
 
     def attach(self, trainer: Any) -> EntropyInfluence:
         """Measure this trainer's steps from now on; returns itself.
@@ -217,7 +224,7 @@ class EntropyInfluence(TrainerCallback):
     def _begin_training(self, resumed: str | None) -> None:
         self._policy, self._begun, self._directory = None, None, None
         self._training = resumed or uuid.uuid4().hex
-        self._measuring, self._explained, self._overflow_told = True, False, False
+        self._measuring, self._explained, self._overflow_told, self._rounding_told = True, False, False, False
         self._capture.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -322,7 +329,7 @@ class EntropyInfluence(TrainerCallback):
             own_rows(captured.batch, mesh),
             own_e,
             opt_state,
-            apply=self._policy,
+            apply=in_trainers_precision(self._policy, trainer.accelerator),
             grad=captured.gradient,
             max_grad_norm=captured.max_grad_norm,
             temperature=trainer.temperature,
@@ -330,8 +337,9 @@ class EntropyInfluence(TrainerCallback):
             **self._attributing,
             **self._reading,
         )
-        passes = passes_over(params, self._policy, trainer.temperature, self._reading["chunk_size"], mesh)
-        values = passes.values(params, batch_e)
+        raised, policy = in_float32(params, self._policy, batch_e)
+        passes = passes_over(raised, policy, trainer.temperature, self._reading["chunk_size"], mesh)
+        values = passes.values(raised, batch_e)
         rollouts = self._drawn_from_policy(rollouts, values, batch_e, params)
         entropy = entropy_estimate(values, batch_e, self._reading["normalize"]).item()
         if self._save_state and self._first:
@@ -340,7 +348,8 @@ class EntropyInfluence(TrainerCallback):
             self._store(step).write_state(trainer, parts.baseline)
         seconds = time.perf_counter() - start
         measured = MeasuredStep(step, opt_state.lr, captured, rollouts, out, entropy, None, seconds)
-        return _Begun(measured, {name: p.clone() for name, p in params.items()}, own_e)
+        v = adamw_decompose(captured.gradient, opt_state, params, "share", captured.max_grad_norm).direction
+        return _Begun(measured, {name: p.clone() for name, p in params.items()}, own_e, v)
 
     def _checked(self, captured: CapturedStep, params: Params) -> CapturedStep:
         """The step with entropies where the trainer computes none; raises where its forward is not the policy's."""
@@ -405,7 +414,11 @@ class EntropyInfluence(TrainerCallback):
             **self._reading,
         )
         seconds = begun.measured.seconds + time.perf_counter() - start
-        return begun.measured._replace(realised=realised, seconds=seconds)
+        lost = step_rounding(moved, begun.direction, begun.measured.lr)
+        if lost > STEP_LOST and not self._rounding_told:
+            self._rounding_told = True
+            self._tell(rounding_warning(begun.measured.step, begun.params, lost))
+        return begun.measured._replace(realised=realised, seconds=seconds, step_rounding=lost)
 
     @property
     def _first(self) -> bool:

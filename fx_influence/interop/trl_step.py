@@ -20,7 +20,7 @@ class MeasuredStep(NamedTuple):
 
     ``step``: the optimizer steps made when it is done, from 1. ``lr``: lr_ref of this step; influences times it are in
     nats. ``entropy``: the estimate of H on E before the step. ``realised``: by importance sampling on the same E, None
-    where the optimizer made no step. ``seconds``: what measuring took.
+    where the optimizer made no step. ``seconds``: what measuring took. ``step_rounding``: see ``trl_precision``.
     """
 
     step: int
@@ -31,6 +31,7 @@ class MeasuredStep(NamedTuple):
     entropy: float
     realised: SnisDelta | None
     seconds: float
+    step_rounding: float = float("nan")
 
     def figures(self) -> dict[str, float]:
         """What is logged, by name without prefix: nats in this step, positive raises the entropy; see the README."""
@@ -60,4 +61,5 @@ class MeasuredStep(NamedTuple):
             nats["realised"] = float(self.realised.delta_h)
             nats["realised_stderr"] = float(self.realised.stderr)
             nats["ess"] = float(self.realised.ess)
+            nats["step_rounding"] = self.step_rounding
         return nats

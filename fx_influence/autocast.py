@@ -1,0 +1,46 @@
+"""A trainer's mixed precision: autocast around a policy's forwards, and the loss scale of float16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Autocast(NamedTuple):
+    """Precision of a trainer's passes: ``dtype`` of its autocast, ``loss_scale`` that gradients are multiplied by."""
+
+    dtype: torch.dtype
+    loss_scale: float = 1.0
+
+    def around(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``f`` under this autocast, on the device of the first tensor that it is given."""
+
+        @functools.wraps(f)
+        def inside(*args: Any) -> Any:
+            with torch.autocast(_device_of(args), self.dtype):
+                return f(*args)
+
+        return inside
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    for x in args:
+        values = x.values() if isinstance(x, dict) else [x]
+        for value in values:
+            if isinstance(value, Tensor):
+                return value.device.type
+    raise TypeError(f"no tensor among {len(args)} arguments")
+
+
+def active_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of the autocast that is on for a type of device, None where none is."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # torch before 2.4
+    if device == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
