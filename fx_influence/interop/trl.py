@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from fx_influence.adamw import adamw_decompose
 from fx_influence.delta import snis_delta
+from fx_influence.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.entropy import entropy_estimate
 from fx_influence.influence import influence
 from fx_influence.interop.optim import adamw_state, require_adamw
@@ -137,7 +138,7 @@ class EntropyInfluence(TrainerCallback):
         self._policy: Policy | None = None
         self._begun: _Begun | None = None
         self._directory: Path | None = None
-        self._rounding_told = False
+        self._rounding_told = self._conditioning_told = False
 
     def attach(self, trainer: Any) -> EntropyInfluence:
         """Measure this trainer's steps from now on; returns itself.
@@ -225,6 +226,7 @@ class EntropyInfluence(TrainerCallback):
         self._policy, self._begun, self._directory = None, None, None
         self._training = resumed or uuid.uuid4().hex
         self._measuring, self._explained, self._overflow_told, self._rounding_told = True, False, False, False
+        self._conditioning_told = False
         self._capture.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -337,6 +339,7 @@ class EntropyInfluence(TrainerCallback):
             **self._attributing,
             **self._reading,
         )
+        self._tell_conditioning(step, float(out.conditioning))
         raised, policy = in_float32(params, self._policy, batch_e)
         passes = passes_over(raised, policy, trainer.temperature, self._reading["chunk_size"], mesh)
         values = passes.values(raised, batch_e)
@@ -350,6 +353,15 @@ class EntropyInfluence(TrainerCallback):
         measured = MeasuredStep(step, opt_state.lr, captured, rollouts, out, entropy, None, seconds)
         v = adamw_decompose(captured.gradient, opt_state, params, "share", captured.max_grad_norm).direction
         return _Begun(measured, {name: p.clone() for name, p in params.items()}, own_e, v)
+
+    def _tell_conditioning(self, step: int, share: float) -> None:
+        """Log once a training where single rollouts are not to be read; a training's first steps are as a rule so."""
+        if share > ILL_CONDITIONED and self._first and not self._conditioning_told:
+            logger.warning(
+                f"step {step}: {share:.0%} of the sum of |influence| rests on denominators that AdamW has from this "
+                f"very gradient, so parts of rollouts are large and cancel. {CONDITIONING_REMEDY}"
+            )
+            self._conditioning_told = True
 
     def _checked(self, captured: CapturedStep, params: Params) -> CapturedStep:
         """The step with entropies where the trainer computes none; raises where its forward is not the policy's."""
