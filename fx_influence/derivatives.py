@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import grad
 
 from fx_influence.forward_mode import Replay, Tape
 from fx_influence.head import pull, scores, slopes
@@ -201,11 +200,20 @@ def curvature(
     scale = largest_entry(direction)
     unit = {name: v / scale for name, v in direction.items()}
 
-    def weighted_sum(eta: Tensor, some: Batch) -> Tensor:
-        return -surrogate(token_values(shift(params, unit, eta), some, apply, temperature), some)
-
+    eta = torch.zeros((), dtype=promote(first.dtype), device=first.device, requires_grad=True)
+    total = torch.zeros((), dtype=torch.float64, device=first.device)
     # Reverse twice: forward mode over anything fails at SiLU, and is silently wrong at LayerNorm, whose jvp treats its
-    # saved mean and deviation as constants.
-    eta = torch.zeros((), dtype=promote(first.dtype), device=first.device)
-    bends = [grad(grad(weighted_sum))(eta, some) for some in row_chunks(batch, chunk_size)]
-    return torch.stack(bends).double().sum() * scale**2
+    # saved mean and deviation as constants. Not by torch.func, which refuses models that write to what they hold.
+    for some in row_chunks(batch, chunk_size):
+        with torch.enable_grad():
+            value = -surrogate(token_values(shift(params, unit, eta), some, apply, temperature), some)
+            slope = _derivative(value, eta, create_graph=True)
+        total += _derivative(slope, eta, create_graph=False).double()
+    return total * scale**2
+
+
+def _derivative(value: Tensor, eta: Tensor, create_graph: bool) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(eta)
+    found = torch.autograd.grad(value, eta, create_graph=create_graph, allow_unused=True)[0]
+    return torch.zeros_like(eta) if found is None else found

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fx_influence as fx
+from fx_influence.derivatives import batch_gradient, curvature
 from fx_influence.grads import rows_batch
 from fx_influence.kernel import gradient_kernel, rollout_gradients
 from fx_influence.logprobs import directions_batch
+from fx_influence.tree import dot
 from fx_influence.types import Apply, Batch, Params
 
 VOCAB, WIDTH = 7, 4
@@ -204,3 +206,24 @@ def test_a_failed_pass_leaves_the_policy_as_it_was() -> None:
         assert torch.overrides._get_current_function_mode_stack() == []
         for again, value in zip(calls, before, strict=True):
             assert torch.equal(again(), value)
+
+
+@pytest.mark.parametrize("model", ["looks", "chooses_tokens", "writes"])
+def test_second_derivative_needs_no_transformation(model: str) -> None:
+    """Against the central difference of the first, whose error is of order step^2."""
+    params, batch = problem()
+    v = random_direction(torch.Generator().manual_seed(4), params, 1.0)
+    apply, step = policy(model), 1e-4
+    found = fx.jvp_delta(params, v, batch, apply=apply)
+    weighted = batch._replace(entropy_coefficients=batch.completion_mask.double())
+
+    def slope(eta: float) -> Tensor:
+        at = {name: p + eta * v[name] for name, p in params.items()}
+        return -dot(batch_gradient(at, weighted, apply), v)
+
+    expected = (slope(step) - slope(-step)) / (2 * step)
+    bend = curvature(params, v, weighted, apply)
+    torch.testing.assert_close(bend, expected, rtol=step, atol=0)
+    assert found.second.isfinite()
+    nothing = curvature(params, {name: torch.zeros_like(p) for name, p in params.items()}, weighted, apply)
+    assert nothing == 0
