@@ -93,8 +93,8 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("")
     plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
     assert plan == EntropyInfluencePlan()
-    assert (plan.update.num_prompts, plan.update.completions_per_prompt) == (16, 8)
-    assert [(e.num_prompts, e.completions_per_prompt) for e in plan.evaluations] == [(64, 4)]
+    assert (plan.update.num_prompts, plan.update.completions_per_prompt) == (16, 4)
+    assert [(e.num_prompts, e.completions_per_prompt) for e in plan.evaluations] == [(256, 2)]
     for name in (plan.checkpoint, plan.update.prompts, plan.evaluations[0].prompts):
         assert Path(demo_path(name)).exists()
 

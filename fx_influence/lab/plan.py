@@ -57,13 +57,16 @@ class _OfTheDemo:
 
 OF_THE_DEMO: Any = _OfTheDemo()
 DEMO_FIELDS: dict[str, Any] = {
-    "update": SampledBatch("demo/train", num_prompts=16, completions_per_prompt=8),
-    "evaluations": (SampledBatch("demo/eval", num_prompts=64, completions_per_prompt=4),),
+    "update": SampledBatch("demo/train", num_prompts=16, completions_per_prompt=4, seed=7418624510230548125),
+    "evaluations": (SampledBatch("demo/eval", num_prompts=256, completions_per_prompt=2),),
     "reward": "fx_influence.interop.rewards:exact_match",
     "loss": "dr_grpo",
     "max_new_tokens": 20,
 }
-"""What the embedded training is like; of another training nobody can know these."""
+"""What the embedded training is like; of another training nobody can know these.
+
+U's seed is that of a step whose effect E tells apart from noise, as few single steps of so small a policy are.
+"""
 ADDITIONS = {
     "update": "update: {prompts: FILE.jsonl}",
     "evaluations": "evaluations: [{prompts: FILE.jsonl}]",
