@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fx_influence.adamw import AdamWDecomposition, adamw_decompose
+    from fx_influence.agreement import check_policy
     from fx_influence.delta import JvpDelta, jvp_delta, snis_delta, snis_sweep
     from fx_influence.entropy import entropy_estimate
     from fx_influence.fisher import fisher_kernel
@@ -48,6 +49,7 @@ _MODULES = {
     "adamw_decompose": "fx_influence.adamw",
     "adamw_state": "fx_influence.interop.optim",
     "analyze": "fx_influence.lab.analyze",
+    "check_policy": "fx_influence.agreement",
     "clipped_ratio": "fx_influence.losses",
     "coefficients": "fx_influence.losses",
     "collate": "fx_influence.interop.rollouts",
@@ -124,6 +126,7 @@ __all__ = [
     "adamw_decompose",
     "adamw_state",
     "analyze",
+    "check_policy",
     "clipped_ratio",
     "coefficients",
     "collate",

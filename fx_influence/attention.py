@@ -118,7 +118,8 @@ class SharedAttention(TorchFunctionMode):
         is_causal: bool = False,
         **options: Any,
     ) -> Tensor:
-        if attn_mask is not None or dropout_p != 0 or not is_causal:
+        # A single query sees all there is, causal or not, and is not called causal by models of transformers.
+        if attn_mask is not None or dropout_p != 0 or not (is_causal or query.shape[-2] == 1):
             raise NotImplementedError(
                 "the model's attention is not plainly causal over a row of tokens; load it with "
                 "attn_implementation='eager', and every row goes through it whole"

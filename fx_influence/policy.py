@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp
-from torch.overrides import TorchFunctionMode
 
+from fx_influence.agreement import (
+    Case,
+    ForwardError,
+    Structure,
+    follows_longest_row,
+    logits_of,
+    probed,
+    structure_of,
+)
 from fx_influence.attention import SharedAttention, math_attention
 from fx_influence.autocast import Autocast
 from fx_influence.checks import check_model
+from fx_influence.detachments import Undetached
+from fx_influence.float64 import StayFloat64
+from fx_influence.forward_arguments import forward_arguments, virtual_tokens
 from fx_influence.forward_mode import ForwardMode, pushforward, trained_embedding
 from fx_influence.parts import TOKENS_PER_CHUNK, Part, parts
+from fx_influence.probing import agree
 from fx_influence.shards import is_sharded
 from fx_influence.shared_prompts import parts_by_prompt
+from fx_influence.template import (
+    Template,
+    base_model,
+    is_hugging_face,
+    meta_template,
+    output_embeddings,
+    slots_of,
+    tensor_names,
+    unwrapped,
+)
 from fx_influence.types import Apply, Batch, Params
 
 HALF = (torch.bfloat16, torch.float16)
@@ -96,32 +117,48 @@ class Policy:
     ``vocab_size`` is the number of embedding rows where the model tells, else None. ``computes_in`` is the lowest
     precision among the model's weights, ``parameter_shapes`` the shape of each by name, ``trainable`` the names of
     those that ``params`` holds. Hugging Face models cast to float32 in places whatever their weights are; float64 is
-    left as it is there, see ``_StayFloat64``.
+    left as it is there, see ``StayFloat64``. ``virtual_tokens``: those that prompt tuning puts before a row, whose
+    logits are left out. ``reads_mask``, ``reads_positions``: whether the model is given these.
     """
 
     autocast: Autocast | None = None
 
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
-        self._template = self._meta_template(model, "eager")
         self._frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
         self._frozen |= {name: b.detach() for name, b in model.named_buffers()}
-        parameters = _forward_parameters(self._template)
-        self._mask_by_name = "attention_mask" in parameters
-        self._mask_by_position = not self._mask_by_name and len(parameters) > 1
-        self._position_ids = position_ids and "position_ids" in parameters
-        self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
-        self._upcasts = _is_hugging_face(model)
+        self._stateful: set[str] = set()
+        self._scratch: frozenset[str] = frozenset()
+        self._first_position = 0
+        self._undetached = False
+        self._template = self._made(model, "eager", experts="batched_mm")
+        self._arguments = forward_arguments(self._template.module)
+        self.virtual_tokens = virtual_tokens(model)
+        self.reads_mask = self._arguments.mask is not None
+        self.reads_positions = position_ids and self._arguments.positions and not self.virtual_tokens
+        self._spans_width = follows_longest_row(model)
+        self._upcasts = is_hugging_face(model)
         self.vocab_size = _vocab_size(model)
         self.parameter_shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self.computes_in = _lowest_precision(model)
-        self._body, self._head = self._cut(model, "eager" if _is_eager(model) else "sdpa")
-        self._shares = not compiled and self._can_share(model)
-        self._compiled: _Compiled | None = None
         self._whole: Policy | None = None
+        self._compiled: _Compiled | None = None
+        case = probed(self, model)
+        self._body, self._head = self._cut(model, case)
+        self._vmapped = self._body
+        if _has_experts(model):
+            self._vmapped = self._cut(model, case, "batched_mm")[0]
+        self._structure = Structure(True, False, False) if case is None else structure_of(self, case)
+        if not self._structure.rows_apart:
+            raise ForwardError(
+                "model gives a row other logits in a batch with other rows, as experts of limited capacity or "
+                "statistics of a batch make it; expected rows that do not see each other. Switch that off in the model"
+            )
+        self._aligned = self.reads_positions and self._structure.aligned and not self._spans_width
+        self._shares = not compiled and case is not None and self._can_share(model, case)
         if compiled:
-            body = self._cut(model, "eager")[0]
-            for module in _embeddings(body):
+            body = self._cut(model, case, attention="eager")[0]
+            for module in _embeddings(body.module):
                 if type(module) is nn.Embedding:
                     module.__class__ = _TrainedEmbedding
             self._compiled = _Compiled(torch.compile(_run), torch.compile(_push), body)
@@ -152,7 +189,7 @@ class Policy:
         # In a narrow model what is done once for a pass weighs more than what its tokens take.
         tokens = TOKENS_PER_CHUNK * (1 if self._head is None else max(1, NARROW // self._head.width))
         compiled = self._compiled is not None
-        made = Halves(*own, in_head, vocab_size, self._position_ids, self._shares, tokens, compiled)
+        made = Halves(*own, in_head, vocab_size, self._aligned, self._shares, tokens, compiled)
         if self.autocast is None:
             return made
         passes = ("features", "eager", "traced", "pushforward", "head")
@@ -160,25 +197,33 @@ class Policy:
         return made._replace(**cast, loss_scale=self.autocast.loss_scale)
 
     def whole(self) -> Policy:
-        """The same policy with all its derivatives, those to the embedding of the padding token included.
+        """The same policy with all its derivatives, those that a training leaves out included.
 
-        A model of Hugging Face gives that token's embedding no gradient, so a training never moves it by one. But tied
-        to the output embeddings, or by weight decay, it does move, and the entropy with it.
+        A model of Hugging Face gives the padding token's embedding no gradient, so a training never moves it by one.
+        But tied to the output embeddings, or by weight decay, it does move, and the entropy with it. PEFT's DoRA
+        detaches the norms of its weights, which move as these do.
         """
-        if not any(module.padding_idx is not None for module in _embeddings(self._template)):
+        padding = any(module.padding_idx is not None for module in _embeddings(self._template.module))
+        if not padding and not self._structure.detaches:
             return self
         if self._whole is None:
             # Kept, because each new one would be compiled anew.
-            self._whole = self._with_padding()
+            self._whole = self._with_all_derivatives()
         return self._whole
 
-    def _with_padding(self) -> Policy:
+    def _with_all_derivatives(self) -> Policy:
         whole = copy.copy(self)
+        whole._undetached = self._structure.detaches
         whole._template, whole._body = copy.deepcopy(self._template), copy.deepcopy(self._body)
+        whole._vmapped = whole._body if self._vmapped is self._body else copy.deepcopy(self._vmapped)
         if self._compiled is not None:
-            whole._compiled = self._compiled._replace(body=copy.deepcopy(self._compiled.body))
-        templates = [whole._template, whole._body, *([whole._compiled.body] if whole._compiled else [])]
-        for module in itertools.chain(*map(_embeddings, templates)):
+            # What is detached inside a compiled pass no mode undoes.
+            whole._compiled = (
+                None if whole._undetached else self._compiled._replace(body=copy.deepcopy(self._compiled.body))
+            )
+        templates = [whole._template, whole._body, whole._vmapped]
+        templates += [whole._compiled.body] if whole._compiled else []
+        for module in itertools.chain(*(_embeddings(template.module) for template in templates)):
             module.padding_idx = None
         return whole
 
@@ -216,7 +261,7 @@ class Policy:
 
     def _traced(self, params: Params, part: Part) -> Tensor:
         with math_attention(), ForwardMode():
-            return self._run(self._body, params, part.input_ids, part.attention_mask)
+            return self._run(self._vmapped, params, part.input_ids, part.attention_mask)
 
     def _pushforward(
         self, params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None
@@ -231,91 +276,129 @@ class Policy:
             return features.view_as(features)
         known = {**self._frozen, **params}
         named = {own: known[name] for own, name in self._head.names.items()}
-        return cast(Tensor, torch.func.functional_call(self._head.module, named, (features,)))
+        wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
+        with StayFloat64() if wide else nullcontext(), Undetached() if self._undetached else nullcontext():
+            return cast(Tensor, torch.func.functional_call(self._head.module, named, (features,), tie_weights=False))
 
     def _run(
         self,
-        template: nn.Module,
+        template: Template,
         params: Params,
         input_ids: Tensor,
         attention_mask: Tensor,
         shared: SharedAttention | None = None,
     ) -> Tensor:
-        args: tuple[Tensor, ...] = (input_ids,)
-        kwargs = dict(self._extra)
-        if self._mask_by_name:
-            kwargs["attention_mask"] = attention_mask
-        elif self._mask_by_position:
-            args += (attention_mask,)
-        if self._position_ids:
-            own = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            kwargs["position_ids"] = own if shared is None else shared.layout.position_ids
+        args, kwargs = self.arguments(input_ids, attention_mask, shared)
         wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
-        with _StayFloat64() if wide else nullcontext(), shared or nullcontext():
-            out = self._call(template, {**self._frozen, **params}, args, kwargs)
-        return out if isinstance(out, Tensor) else out.logits
+        undetached = Undetached() if self._undetached else nullcontext()
+        with StayFloat64() if wide else nullcontext(), undetached, shared or nullcontext():
+            out = logits_of(self._call(template, self.with_scratch({**self._frozen, **params}), args, kwargs))
+        return out[:, self.virtual_tokens :] if self.virtual_tokens else out
 
-    def _call(self, template: nn.Module, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        return torch.func.functional_call(template, known, args, kwargs)
+    def _call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        return template(known, args, kwargs)
 
-    def _cut(self, model: nn.Module, attention: str) -> tuple[nn.Module, _Head | None]:
+    def arguments(
+        self, input_ids: Tensor, attention_mask: Tensor, shared: SharedAttention | None = None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the model's forward is called with, as (args, kwargs)."""
+        args, kwargs = self._arguments.given(input_ids, attention_mask)
+        if self.reads_positions:
+            own = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            if self._spans_width:
+                # Then every pass has the longest row that its width allows, as an unmasked one of a trainer.
+                own = own.masked_fill(~attention_mask, input_ids.shape[1] - 1)
+            own = own if shared is None else shared.layout.position_ids
+            kwargs["position_ids"] = own + self._first_position if self._first_position else own
+        return args, kwargs
+
+    def set_stateful(self, paths: set[str]) -> None:
+        """Have the modules at these paths as before after each call."""
+        self._stateful = paths
+        self._template = self._template.with_stateful(paths)
+
+    def least_arguments(self, input_ids: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What a trainer calls the model's forward with for rows without padding, as (args, kwargs)."""
+        return self._arguments.least(input_ids)
+
+    def with_scratch(self, known: Params) -> Params:
+        """The same tensors, with copies of the buffers that a forward writes to: the live ones stay as they are."""
+        return {**known, **{name: known[name].clone() for name in self._scratch}} if self._scratch else known
+
+    def _cut(
+        self, model: nn.Module, case: Case | None, experts: str = "eager", attention: str | None = None
+    ) -> tuple[Template, _Head | None]:
         """The template without its output embeddings and these; the whole template where they are not all that is left.
 
-        Seen by a forward of two tokens in which the output embeddings hand their input on: whatever scales or caps
-        logits after them makes another tensor of it.
+        Seen by a forward in which the output embeddings hand their input on: whatever scales or caps logits after them
+        makes another tensor of it. Where the fused attention gives other logits than the eager, that is taken.
         """
-        body = self._meta_template(model, attention)
-        whole, module = _base(body), output_embeddings(body)
-        if module is None:
-            return body, None
-        # Names as the whole model has them: tied weights go by that of their first use.
-        names = {id(p): name for name, p in body.named_parameters()} | {id(b): name for name, b in body.named_buffers()}
-        own = [*module.named_parameters(), *module.named_buffers()]
-        own_names = {name: names[id(x)] for name, x in own}
-        whole.set_output_embeddings(handed := _HandedOn())
-        params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(iter(params.values())).device)
-        with torch.no_grad():
-            simply = (x := self._run(body, params, ids, torch.ones_like(ids, dtype=torch.bool))) is handed.last
-        # What it holds would be kept alive, and a compiled pass may not keep what it makes.
-        whole.set_output_embeddings(nn.Identity())
-        if not simply:
-            return self._meta_template(model, attention), None
-        return body, _Head(module, own_names, x.shape[-1])
+        kinds = [attention] if attention else ["eager"] if _is_eager(model) else ["sdpa", "eager"]
+        for kind in kinds:
+            uncut = self._made(model, kind, experts).with_stateful(self._stateful)
+            cut: tuple[Template, _Head | None] = self._without_head(model, case, kind, experts) or (uncut, None)
+            if case is None or self._gives_the_logits(cut, case):
+                break
+        return cut
 
-    def _can_share(self, model: nn.Module) -> bool:
-        """Whether a prompt may go through the model once for its rows; tried on two rows of two tokens more."""
-        if not self._position_ids or not _attends_to_all(model):
+    def _without_head(
+        self, model: nn.Module, case: Case | None, attention: str, experts: str
+    ) -> tuple[Template, _Head] | None:
+        body = self._made(model, attention, experts)
+        base, module = base_model(body.module), output_embeddings(body.module)
+        if module is None or case is None:
+            return None
+        # Names as the whole model has them: tied weights go by that of their first use.
+        names = tensor_names(body.module)
+        own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        own_names = {name: names[id(x)] for name, x in own}
+        try:
+            base.set_output_embeddings(handed := _HandedOn(module))
+            handing = body._replace(slots=slots_of(body.module, names)).with_stateful(self._stateful)
+            with torch.no_grad():
+                x = self._run(handing, case.known, case.probe.input_ids[:1], case.probe.attention_mask[:1])
+            if x is not handed.last:
+                return None
+            # What it holds would be kept alive, and a compiled pass may not keep what it makes.
+            base.set_output_embeddings(_HandedOn(module, keeps=False))
+        except Exception:
+            # The head is more to this model than a module that it calls.
+            return None
+        return handing, _Head(module, own_names, x.shape[-1])
+
+    def _gives_the_logits(self, cut: tuple[Template, _Head | None], case: Case) -> bool:
+        (body, head), mask = cut, case.probe.attention_mask
+        trial = copy.copy(self)
+        trial._head = head
+        with torch.no_grad():
+            try:
+                actual = trial._logits(case.known, self._run(body, case.known, *case.probe[:2]))
+            except Exception:
+                return False
+            expected = self._run(self._template, case.known, *case.probe[:2])
+        return agree(actual[mask], expected[mask], case.bound)
+
+    def _can_share(self, model: nn.Module, case: Case) -> bool:
+        """Whether a prompt may go through the model once for its rows; tried on two rows that begin alike."""
+        if not self._aligned or not _attends_to_all(model) or _reads_invocations(model):
             return False
-        ids = torch.arange(8, device=next(model.parameters()).device).reshape(2, 4) % (self.vocab_size or 1)
-        ids[1, :2] = ids[0, :2]
+        ids, half = case.probe.input_ids[[0, 3]], case.probe.half
         mask = torch.ones_like(ids, dtype=torch.bool)
-        [part] = parts_by_prompt(Batch(ids, mask, torch.arange(4, device=ids.device).expand(2, 4) >= 2), None) or []
+        completion = (torch.arange(ids.shape[1], device=ids.device) >= half).expand_as(ids)
+        [part] = parts_by_prompt(Batch(ids, mask, completion), None) or []
         assert part.layout is not None
-        params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         shared = SharedAttention(part.layout)
         with torch.no_grad():
-            apart = self._run(self._body, params, ids, mask).flatten(0, 1)[part.place - 1]
+            apart = self._run(self._body, case.known, ids, mask).flatten(0, 1)[part.place - 1]
             try:
-                together = self._run(self._body, params, part.input_ids, part.attention_mask, shared)
-            except NotImplementedError:
+                together = self._run(self._body, case.known, part.input_ids, part.attention_mask, shared)
+            except Exception:
+                # Attention that is not plainly causal, or shapes that follow the length of a row.
                 return False
-        gap = (together[part.row, part.column] - apart).abs().max()
-        return shared.calls > 0 and bool(gap <= torch.finfo(apart.dtype).eps ** 0.5 * apart.abs().max())
+        return shared.calls > 0 and agree(together[part.row, part.column], apart, case.bound)
 
-    def _meta_template(self, model: nn.Module, attention: str) -> nn.Module:
-        # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
-        memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
-        memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-        template = self._copied(model, memo).eval()
-        _undo_patches(template)
-        if _is_hugging_face(template):
-            try:
-                _base(template).set_attn_implementation(attention)
-            except ValueError:
-                # This architecture has no such attention, and every one has this.
-                _base(template).set_attn_implementation("eager")
-        return template
+    def _made(self, model: nn.Module, attention: str, experts: str = "eager") -> Template:
+        return meta_template(model, attention, self._copied, experts)
 
     def _copied(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, memo)
@@ -344,11 +427,24 @@ class _Head(NamedTuple):
 
 
 class _HandedOn(nn.Module):
-    last: Tensor | None = None
+    """In place of output embeddings, of which a forward may read attributes; their tensors are on the meta device."""
+
+    def __init__(self, module: nn.Module, keeps: bool = True) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+        self._keeps = keeps
+        # Not registered, or its parameters would have names in what is left.
+        self.__dict__["_replaced"] = (module,)
 
     def forward(self, features: Tensor) -> Tensor:
-        self.last = features
+        if self._keeps:
+            self.last = features
         return features
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_replaced":
+            raise AttributeError(name)
+        return getattr(self._replaced[0], name)
 
 
 class _Compiled(NamedTuple):
@@ -356,15 +452,15 @@ class _Compiled(NamedTuple):
 
     run: Callable[..., Tensor]
     push: Callable[..., tuple[Tensor, Tensor]]
-    body: nn.Module
+    body: Template
 
 
-def _run(policy: Policy, body: nn.Module, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _run(policy: Policy, body: Template, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return policy._run(body, params, input_ids, attention_mask)
 
 
 def _push(
-    policy: Policy, body: nn.Module, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
+    policy: Policy, body: Template, params: Params, tangent: Params, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     pushed = jvp(lambda p: policy._run(body, p, input_ids, attention_mask), (params,), (tangent,))
     return cast(tuple[Tensor, Tensor], pushed)
@@ -384,13 +480,21 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     operations do not, and prompts are not shared.
 
     ``params`` holds the parameters with ``requires_grad`` by name, tied ones once, as detached aliases of the live
-    tensors: clone them before an optimizer step if the values before the step are wanted after it.
+    tensors: clone them before an optimizer step if the values before the step are wanted after it. What wraps a model,
+    ``torch.compile`` or data parallelism, is taken off, and names are those of the model inside.
+
+    The policy's logits are compared with those that the model gives for a few tokens, of two lengths and padded on
+    either side, on random weights; ``check_policy`` does it again on the live ones. What the passes may do with rows,
+    move, cut or share them, is read off such forwards too, so that it holds whatever is learned later. Where a
+    position's meaning follows the longest row of a pass (dynamic and long rotary embeddings), rows are neither moved
+    nor cut, and mean in every pass what they mean in an unmasked batch of their width.
 
     Of a model sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``) ``apply`` is a ``ShardedPolicy``, see there,
     and ``params`` are DTensors; every rank of its mesh makes the call.
 
     Raises ``ValueError`` for a model without trainable parameters, with parameters on the meta device, or sharded in
-    another way than by FSDP2.
+    another way than by FSDP2; with hooks that may change gradients; whose forward writes to its parameters, gives
+    other logits than the policy or not one for each token, or lets rows see each other.
 
     Example:
         >>> class Bigram(nn.Module):
@@ -405,6 +509,7 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
         (torch.Size([1, 3, 5]), ['table.weight'])
     """
     check_model(model)
+    model = unwrapped(model)
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:
@@ -412,6 +517,8 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     meta = [name for name, p in named.items() if p.is_meta]
     if meta:
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; load its weights first")
+    _check_partition(named)
+    _check_hooks(model)
     if any(map(is_sharded, named.values())):
         from fx_influence.sharded_policy import ShardedPolicy
 
@@ -419,42 +526,9 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     return Policy(model, position_ids, compiled), params
 
 
-def _meta_parameter(p: Tensor) -> nn.Parameter:
-    # By shape and not by empty_like: of a DTensor that would be a DTensor.
-    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
-
-
-def _undo_patches(template: nn.Module) -> None:
-    for module in template.modules():
-        # accelerate and kernel patches replace `forward` on the instance; torch.func needs the class's own.
-        module.__dict__.pop("forward", None)
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        for key, hook in list(module._forward_hooks.items()):
-            # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del module._forward_hooks[key]
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The module that turns features into logits, where the model tells."""
-    whole = _base(model)
-    found: nn.Module | None = whole.get_output_embeddings() if hasattr(whole, "set_output_embeddings") else None
-    return found
-
-
-def _base(model: nn.Module) -> Any:
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
-
-
-def _is_hugging_face(model: nn.Module) -> bool:
-    return hasattr(_base(model), "set_attn_implementation")
-
-
 def _attends_to_all(model: nn.Module) -> bool:
     # A window shows in its mask only once there are more tokens than it is wide.
-    config: Any = getattr(_base(model), "config", None)
+    config: Any = getattr(base_model(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(config, "layer_types", None)
     if kinds:
@@ -464,7 +538,7 @@ def _attends_to_all(model: nn.Module) -> bool:
 
 def _is_eager(model: nn.Module) -> bool:
     # Who set a model to eager attention may have had reasons in its own classes.
-    return getattr(getattr(_base(model), "config", None), "_attn_implementation", None) == "eager"
+    return getattr(getattr(base_model(model), "config", None), "_attn_implementation", None) == "eager"
 
 
 def _vocab_size(model: nn.Module) -> int | None:
@@ -481,27 +555,60 @@ def _lowest_precision(model: nn.Module) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _forward_parameters(model: nn.Module) -> list[str]:
-    return list(inspect.signature(_base(model).forward).parameters)
+def _has_experts(model: nn.Module) -> bool:
+    can_set: Any = getattr(base_model(model), "_can_set_experts_implementation", None)
+    return can_set is not None and bool(can_set())
 
 
-class _StayFloat64(TorchFunctionMode):
-    """Float64 stays float64 where a model casts to float32: in its norms, router and attention's softmax.
+def _reads_invocations(model: nn.Module) -> bool:
+    # PEFT's activated LoRA: from which token on it acts is read from the ids of a row.
+    configs = getattr(model, "peft_config", None)
+    found = configs.values() if isinstance(configs, dict) else []
+    return any(getattr(config, "alora_invocation_tokens", None) for config in found)
 
-    Those casts protect half precision. In float64 they would round every forward to float32, and worse: eager attention
-    masks with the dtype's lowest number, and to a float32 softmax float64's lowest is -inf, so a query that sees
-    nothing, as padding on the left does, would be NaN, and through it every gradient.
-    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        casts = func in (torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax)
-        if casts and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float or any(arg is torch.float32 for arg in args[1:]):
-                return args[0]
-            if kwargs.get("dtype") is torch.float32:
-                kwargs = {**kwargs, "dtype": torch.float64}
-        # rotary embeddings of transformers 4: frequencies, left as they are, times positions, cast from integers
-        if func is torch.Tensor.matmul and {x.dtype for x in args} == {torch.float32, torch.float64}:
-            args = tuple(x.double() for x in args)
-        return func(*args, **kwargs)
+def _check_partition(named: Mapping[str, Tensor]) -> None:
+    for name, p in named.items():
+        if hasattr(p, "ds_id") and not p.numel():
+            raise ValueError(
+                f"model parameter {name!r} is partitioned by DeepSpeed ZeRO-3; expected whole weights or shards of "
+                "FSDP2. Gather them (zero_to_fp32.py, deepspeed.zero.GatheredParameters) into a plain model"
+            )
+        if name.rpartition(".")[2].startswith("_flat_param"):
+            raise ValueError(
+                f"model parameter {name!r} is a flat one of FSDP1; expected whole weights or shards of FSDP2. "
+                "Shard the model by torch.distributed.fsdp.fully_shard"
+            )
+
+
+_LOOKING_ON = ("wandb.", "torch.distributed.")
+"""Where hooks are defined that look at gradients, or bring them to their owners, and change none."""
+
+
+def _check_hooks(model: nn.Module) -> None:
+    remedy = (
+        "or the step's gradients would not be those of the loss. Remove it (its handle's remove()) and train what it "
+        "selects by structure instead: new tokens by PEFT's trainable_token_indices, parts by requires_grad"
+    )
+    for name, p in model.named_parameters():
+        for kind, hooks in {
+            "register_hook": getattr(p, "_backward_hooks", None),
+            "register_post_accumulate_grad_hook": getattr(p, "_post_accumulate_grad_hooks", None),
+        }.items():
+            if p.requires_grad and any(map(_may_change, (hooks or {}).values())):
+                raise ValueError(
+                    f"model parameter {name!r} has a hook on its gradient ({kind}); expected none: {remedy}"
+                )
+    for path, module in model.named_modules():
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        if any(map(_may_change, hooks)):
+            raise ValueError(
+                f"model module {path or type(module).__name__!r} has a hook on its backward pass; expected none, "
+                + remedy
+            )
+
+
+def _may_change(hook: Any) -> bool:
+    while hasattr(hook, "func"):
+        hook = hook.func
+    return not (getattr(hook, "__module__", None) or "").startswith(_LOOKING_ON)

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fx_influence.agreement import Case
 from fx_influence.attention import math_attention
 from fx_influence.forward_mode import pushforward
 from fx_influence.gathering import gather, like_sharded, scattered_sums, sharding_of
 from fx_influence.parts import Part
-from fx_influence.policy import Policy, output_embeddings
+from fx_influence.policy import Policy
 from fx_influence.shards import is_sharded, own_part
+from fx_influence.template import Template, output_embeddings
 from fx_influence.tree import promote
 from fx_influence.types import Gradients, Params
 from fx_influence.units import Sweep, Unit, attached, running
@@ -87,17 +89,18 @@ class ShardedPolicy(Policy):
     def _is_loose(self, name: str, x: Tensor) -> bool:
         return is_sharded(x) and name not in self._in_units
 
-    def _call(self, template: nn.Module, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None and any(map(is_sharded, known.values())):
+    def _call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        if not any(map(is_sharded, known.values())):
+            return super()._call(template, known, args, kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             raise ValueError(
                 "a sharded policy stands in no transformation of torch.func, as per-sequence gradients (matrix=True, "
                 "fisher_kernel) and blocks of directions are made by; take matrix=False, or load the model unsharded"
             )
         known = self._whole_where_loose(known)
-        with running(template, Sweep(self._units, known, self._moving)):
-            return torch.func.functional_call(
-                template, {name: x for name, x in known.items() if not is_sharded(x)}, args, kwargs
-            )
+        with running(template.module, Sweep(self._units, known, self._moving)):
+            whole = {name: x for name, x in known.items() if not is_sharded(x)}
+            return super()._call(template, whole, args, kwargs)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
         in_head = self.halves.in_head
@@ -120,7 +123,7 @@ class ShardedPolicy(Policy):
         with torch.no_grad(), math_attention():
             return pushforward(lambda p: policy._features(p, part), params, whole, outputs)
 
-    def _can_share(self, model: nn.Module) -> bool:
+    def _can_share(self, model: nn.Module, case: Case) -> bool:
         # Ranks whose rows share other prompts would make other numbers of passes.
         return False
 

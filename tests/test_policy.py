@@ -70,14 +70,15 @@ def test_any_signature_of_forward_gives_the_logits_in_eval_mode(kind: type[Net])
 
 
 class Positions(nn.Module):
-    """Gives back the position ids that it was called with, or -1 without."""
+    """Gives back the position ids that it was called with, or without them columns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        given = -torch.ones_like(input_ids) if position_ids is None else position_ids
+        columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        given = columns if position_ids is None else position_ids
         return given.unsqueeze(-1) * self.weight
 
 
@@ -85,7 +86,7 @@ def test_position_ids_count_the_attended_tokens_from_0() -> None:
     apply, params = fx.functionalize(Positions())
     assert apply(params, IDS, MASK)[..., 0].tolist() == [[0, 1, 2, 2], [0, 0, 0, 1]]
     omitting, params = fx.functionalize(Positions(), position_ids=False)
-    assert omitting(params, IDS, MASK)[..., 0].tolist() == [[-1] * 4] * 2
+    assert omitting(params, IDS, MASK)[..., 0].tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_params_are_detached_aliases_of_the_trainable_parameters() -> None:
@@ -176,7 +177,7 @@ def test_a_parameter_on_the_meta_device_is_refused_by_name(name: str) -> None:
 def test_no_weight_is_copied() -> None:
     model = PositionalMask()
     apply, params = fx.functionalize(model)
-    template = apply._template
+    template = apply._template.module
     assert [name for name, _ in template.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(x.is_meta for x in [*template.parameters(), *template.buffers()])
     live = {x.data_ptr() for x in [*model.parameters(), *model.buffers()]}

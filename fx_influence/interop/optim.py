@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fx_influence.checks import check_model, wrong_type
 from fx_influence.ranks import alike
 from fx_influence.shards import is_sharded, own_part
+from fx_influence.template import unwrapped
 from fx_influence.types import AdamWHyper, AdamWState
 
 Value = TypeVar("Value")
@@ -30,7 +31,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
 
     ``optimizer``: a ``torch.optim.AdamW`` or an ``Adam`` with decoupled weight decay, bare or inside a wrapper that
     keeps it as ``.optimizer`` (accelerate). It is read only: no state is created in it.
-    ``model``: the module whose parameters the optimizer holds. Tied parameters appear once.
+    ``model``: the module whose parameters the optimizer holds, or what wraps it (``torch.compile``, data parallelism);
+    names are those of the module inside. Tied parameters appear once.
     Of a model that FSDP2 has sharded they are DTensors, sharded as the parameters, and every rank makes the call.
     Returns clones in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros
     and step 0 for a parameter that has made no step. Trainable parameters that the optimizer does not hold and
@@ -54,6 +56,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
     if isinstance(optimizer, dict):
         remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
         raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
+    model = unwrapped(model)
     return on_all_ranks(model, lambda: _state(require_adamw(optimizer), model))
 
 

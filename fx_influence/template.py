@@ -1,0 +1,244 @@
+"""A model's structure without its weights, called on tensors that are handed to it by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fx_influence.types import Params
+
+Copy = Callable[[nn.Module, dict[int, Any]], nn.Module]
+"""``copied(model, memo)``: ``copy.deepcopy``, or one that leaves out what a sharding put into the model."""
+
+_REGISTERED = frozenset(vars(nn.Module())) | {"_orig_mod"}
+
+
+class Place(NamedTuple):
+    """A parameter or buffer outside of registration: ``container[key]`` is the tensor ``name``."""
+
+    container: Any
+    key: Any
+    name: str
+
+
+class Template(NamedTuple):
+    """A module on the meta device, and where the tensors that it is called on belong.
+
+    ``slots``: path in the module -> name of the tensor, one for every attribute that holds it, so that a tied weight
+    has several. ``places``: the same for lists, dicts and plain attributes. ``stateful``: modules whose attributes a
+    forward binds anew; they are put back after each call, so that no call sees what another left.
+    """
+
+    module: nn.Module
+    slots: dict[str, str]
+    places: list[Place]
+    stateful: list[nn.Module]
+
+    def with_stateful(self, paths: Iterable[str]) -> Template:
+        """Return the template with the modules at these paths as ``stateful``, those of them that it has."""
+        modules = dict(self.module.named_modules())
+        return self._replace(stateful=[modules[path] for path in paths if path in modules])
+
+    def __call__(self, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the module makes of ``args`` and ``kwargs`` with the tensors ``known``, by name."""
+        own = {path: known[name] for path, name in self.slots.items() if name in known}
+        if not self.places and not self.stateful:
+            return _functional_call(self.module, own, args, kwargs)
+        with _restored(self.stateful), _placed(self.places, known):
+            return _functional_call(self.module, own, args, kwargs)
+
+
+def _functional_call(module: nn.Module, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Every slot is given its tensor here: torch ties modules of two names wrongly (pytorch#164759).
+    return torch.func.functional_call(module, known, args, kwargs, tie_weights=False)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile``, data parallelism or an engine wraps, whose names its parameters have.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(linear)) is linear
+        True
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and (
+            isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+            or type(model).__name__ == "DeepSpeedEngine"
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def meta_template(
+    model: nn.Module, attention: str | None, copied: Copy = copy.deepcopy, experts: str | None = None
+) -> Template:
+    """Return the model in eval mode with eager or another ``attention``, and meta tensors for its weights.
+
+    Args:
+        model: anything that ``unwrapped`` gives; neither changed nor copied, weights least of all.
+        attention: name of an implementation of transformers; None leaves the model's.
+        copied: how the structure is copied.
+        experts: the same of a mixture's experts; "eager" has all derivatives and "batched_mm" a rule under vmap too.
+    """
+    # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
+    memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    # What is no parameter is shared and not copied: it may be large, and is read live as buffers are.
+    memo |= {id(x): x for _, _, x in _unregistered(model) if id(x) not in memo}
+    module = copied(model, memo).eval()
+    _undo_patches(module)
+    if attention is not None and is_hugging_face(module):
+        try:
+            base_model(module).set_attn_implementation(attention)
+        except ValueError:
+            # This architecture has no such attention, and every one has this.
+            base_model(module).set_attn_implementation("eager")
+    if experts is not None and hasattr(base_model(module), "set_experts_implementation"):
+        base_model(module).set_experts_implementation(experts)
+    names = tensor_names(module)
+    places = [Place(container, key, names[id(x)]) for container, key, x in _unregistered(module) if id(x) in names]
+    for container, _, name in places:
+        if isinstance(container, tuple):
+            raise ValueError(
+                f"model parameter {name!r} stands in a tuple, where no other value can take its place; expected a "
+                "registered attribute. Keep it in an nn.ParameterList, or read it from the module that owns it"
+            )
+    return Template(module, slots_of(module, names), places, [])
+
+
+def tensor_names(module: nn.Module) -> dict[int, str]:
+    """Return the name of every parameter and buffer by its id, the first that it has."""
+    return {id(p): name for name, p in module.named_parameters()} | {id(b): n for n, b in module.named_buffers()}
+
+
+def slots_of(module: nn.Module, names: dict[int, str]) -> dict[str, str]:
+    """Return path -> name for every registered attribute that holds a tensor of ``names``."""
+    found = {}
+    for path, owner in module.named_modules():
+        for leaf, x in [*owner._parameters.items(), *owner._buffers.items()]:
+            if x is not None:
+                found[f"{path}.{leaf}" if path else leaf] = names[id(x)]
+    return found
+
+
+def module_paths(module: nn.Module, parts: Iterable[nn.Module]) -> set[str]:
+    """Return the paths of some of a module's parts."""
+    wanted = {id(part) for part in parts}
+    return {path for path, part in module.named_modules() if id(part) in wanted}
+
+
+def _unregistered(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Yield the tensors in plain attributes, lists, dicts and modules in these, as (container, key, tensor)."""
+    seen = {id(module) for module in model.modules()}
+
+    def inside(container: Any, items: Any) -> Iterator[tuple[Any, Any, Tensor]]:
+        for key, value in items:
+            if isinstance(value, Tensor):
+                yield container, key, value
+            elif isinstance(value, (list, tuple, dict)) and value and id(value) not in seen:
+                seen.add(id(value))
+                yield from inside(value, list(value.items() if isinstance(value, dict) else enumerate(value)))
+            elif isinstance(value, nn.Module) and id(value) not in seen:
+                for module in value.modules():
+                    seen.add(id(module))
+                    for own in (module._parameters, module._buffers, _plain(module)):
+                        yield from inside(own if own is not None else {}, list(own.items()))
+
+    for module in model.modules():
+        attributes = vars(module)
+        yield from inside(attributes, [(key, attributes[key]) for key in _plain(module)])
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _REGISTERED}
+
+
+@contextmanager
+def _placed(places: list[Place], known: Params) -> Iterator[None]:
+    before = [container[key] for container, key, _ in places]
+    try:
+        for container, key, name in places:
+            if name in known:
+                container[key] = known[name]
+        yield
+    finally:
+        for (container, key, _), value in zip(places, before, strict=True):
+            container[key] = value
+
+
+@contextmanager
+def _restored(modules: list[nn.Module]) -> Iterator[None]:
+    before = [state_of(module) for module in modules]
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers) in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def state_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a module's attributes and buffers as they are bound now."""
+    return dict(vars(module)), dict(module._buffers)
+
+
+def _meta_parameter(p: Tensor) -> nn.Parameter:
+    # By shape and not by empty_like: of a DTensor that would be a DTensor.
+    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+
+
+class _Uncompiled(nn.Module):
+    """A module that ``torch.compile`` returned, as it was before: a compiled one loses tangents (torch 2.13)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+
+def _undo_patches(module: nn.Module) -> None:
+    for part in module.modules():
+        # accelerate and kernel patches replace `forward` on the instance; torch.func needs the class's own.
+        part.__dict__.pop("forward", None)
+        part.__dict__["_compiled_call_impl"] = None
+        if "_orig_mod" in part._modules:
+            part.__class__ = _Uncompiled
+        if hasattr(part, "gradient_checkpointing"):
+            vars(part)["gradient_checkpointing"] = False
+        for key, hook in list(part._forward_hooks.items()):
+            # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del part._forward_hooks[key]
+
+
+def base_model(model: nn.Module) -> Any:
+    """Return the model under PEFT's wrapper, or the model itself."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Return whether it has attention implementations to choose from, as models of transformers have."""
+    return hasattr(base_model(model), "set_attn_implementation")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the module that turns features into logits, where the model tells."""
+    base = base_model(model)
+    found: nn.Module | None = base.get_output_embeddings() if hasattr(base, "set_output_embeddings") else None
+    return found
