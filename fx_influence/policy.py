@@ -213,7 +213,7 @@ class Policy:
 
     def _with_all_derivatives(self) -> Policy:
         whole = copy.copy(self)
-        whole._undetached = self._structure.detaches
+        whole._undetached, whole._structure = self._structure.detaches, self._structure._replace(detaches=False)
         whole._template, whole._body = copy.deepcopy(self._template), copy.deepcopy(self._body)
         whole._vmapped = whole._body if self._vmapped is self._body else copy.deepcopy(self._vmapped)
         if self._compiled is not None:
