@@ -184,17 +184,20 @@ class Policy:
     def halves(self) -> Halves:
         """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
         vocab_size = None if self._head is None else self.vocab_size
-        in_head = frozenset(self._head.names.values() if self._head else ())
         own = self._features, self._eager, self._traced, self._pushforward, self._logits
         # In a narrow model what is done once for a pass weighs more than what its tokens take.
         tokens = TOKENS_PER_CHUNK * (1 if self._head is None else max(1, NARROW // self._head.width))
         compiled = self._compiled is not None
-        made = Halves(*own, in_head, vocab_size, self._aligned, self._shares, tokens, compiled)
+        made = Halves(*own, self._in_head, vocab_size, self._aligned, self._shares, tokens, compiled)
         if self.autocast is None:
             return made
         passes = ("features", "eager", "traced", "pushforward", "head")
         cast: dict[str, Any] = {name: self.autocast.around(getattr(made, name)) for name in passes}
         return made._replace(**cast, loss_scale=self.autocast.loss_scale)
+
+    @property
+    def _in_head(self) -> frozenset[str]:
+        return frozenset(self._head.names.values() if self._head else ())
 
     def whole(self) -> Policy:
         """The same policy with all its derivatives, those that a training leaves out included.

@@ -103,7 +103,7 @@ class ShardedPolicy(Policy):
             return super()._call(template, whole, args, kwargs)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
-        in_head = self.halves.in_head
+        in_head = self._in_head
         known = {name: x for name, x in {**self._frozen, **params}.items() if name in in_head}
         return super()._logits(self._whole_where_loose(known), features)
 
