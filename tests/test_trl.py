@@ -205,8 +205,9 @@ def test_a_stored_state_repeats_the_step_from_its_plan(lora: bool, tmp_path: Pat
     for name in ("per_sequence", "per_token"):
         assert_close_to_rounding(ours[name], theirs[name], scale=size, name=name, **near)
     assert_close_to_rounding(live.evaluations[0].matrix, again.evaluations[0].matrix, scale=size, **near)
-    for name, value in live.baseline().items():
-        assert_close_to_rounding(again.baseline()[name], value, name=name, **near)
+    # m / den of a gradient that is nearly 0 is rounded as coarsely as that gradient is beside the others.
+    before, after = (torch.cat([x.flatten() for x in run.baseline().values()]) for run in (live, again))
+    assert (after - before).norm() <= rounding_bound(torch.float32, TINY_POLICY, before.norm())
 
 
 def test_report_prints_a_measured_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
