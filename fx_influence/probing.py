@@ -118,7 +118,7 @@ class WriteWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.embedding.default and torch.equal(args[1], self._ids):
             self.vocabulary = min(len(args[0]), self.vocabulary or len(args[0]))
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and not _binds_itself(func, args):
             for k, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is None or not argument.alias_info.is_write:
                     continue
@@ -139,6 +139,20 @@ class WriteWatch(TorchDispatchMode):
         if places is None:
             return None
         return places.get(int(x.storage_offset()), next(iter(places.values())))
+
+
+def _binds_itself(func: Any, args: Any) -> bool:
+    """Whether a tensor is given the storage that it has, as parametrizations do that peft makes in a forward."""
+    if func is not torch.ops.aten.set_.source_Tensor:
+        return False
+    x, source = args
+    same = x.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return (
+        same
+        and x.shape == source.shape
+        and x.stride() == source.stride()
+        and x.storage_offset() == source.storage_offset()
+    )
 
 
 def stateful_modules(template: Template, call: Callable[[], object]) -> list[nn.Module]:

@@ -47,10 +47,37 @@ class Template(NamedTuple):
     def __call__(self, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module makes of ``args`` and ``kwargs`` with the tensors ``known``, by name."""
         own = {path: known[name] for path, name in self.slots.items() if name in known}
+        before = [_registered_in(module) for module in self.module.modules()]
+        try:
+            return self._called(own, known, args, kwargs)
+        except BaseException:
+            # What a forward takes back itself, as peft does parametrizations, it may not get to when it fails.
+            for state in before:
+                _put_back(*state)
+            raise
+
+    def _called(self, own: Params, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.places and not self.stateful:
             return _functional_call(self.module, own, args, kwargs)
         with _restored(self.stateful), _placed(self.places, known):
             return _functional_call(self.module, own, args, kwargs)
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _registered_in(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], list[dict[str, Any]]]:
+    """Return a module with its class, its attributes and what it has registered."""
+    return module, type(module), dict(vars(module)), [dict(vars(module)[key]) for key in _REGISTRIES]
+
+
+def _put_back(module: nn.Module, kind: type, attributes: dict[str, Any], registered: list[dict[str, Any]]) -> None:
+    module.__class__ = kind
+    vars(module).clear()
+    vars(module).update(attributes)
+    for key, entries in zip(_REGISTRIES, registered, strict=True):
+        vars(module)[key].clear()
+        vars(module)[key].update(entries)
 
 
 def _functional_call(module: nn.Module, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
