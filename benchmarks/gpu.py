@@ -186,10 +186,9 @@ def model(setting: Setting, device: str) -> nn.Module:
 def problem(setting: Setting, device: str) -> Problem:
     torch.manual_seed(0)
     apply, params = fx.functionalize(model(setting, device), compiled=setting.compiled)
-    moments, squares = (
-        {name: make(p, dtype=torch.float32).mul_(size) for name, p in params.items()}
-        for make, size in ((torch.randn_like, 1e-4), (torch.rand_like, 1e-8))
-    )
+    moments = {name: torch.randn_like(p, dtype=torch.float32).mul_(1e-4) for name, p in params.items()}
+    # As of many steps: denominators that this very gradient made would cost one more product, for the conditioning.
+    squares = {name: torch.rand_like(p, dtype=torch.float32).add_(0.5).mul_(1e-4) for name, p in params.items()}
     steps = dict.fromkeys(params, 100)
     hyper = dict.fromkeys(params, AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.01, False, False))
     return Problem(setting, apply, params, fx.AdamWState(moments, squares, {}, steps, hyper, lr=1e-6))

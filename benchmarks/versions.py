@@ -155,7 +155,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     print(f"{name}: {len(files)} files on {versions(python, chosen)}", flush=True)
     report = folder / f"{name}.xml"
     options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow and not browser", "--tb=short"]
-    options += ["-n", "2", "--dist", "loadgroup"] if chosen.today else []
+    options += ["-n", "2", "--dist", "loadscope"] if chosen.today else []
     left_out = [f"--deselect={test}" for test in sorted(given_up)]
     ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)
     if ended.returncode not in (0, 1):

@@ -220,7 +220,7 @@ def _mixed(output: Tensor, recorder: _Recorder) -> set[str]:
     if not output.requires_grad or not outputs:
         return set()
     # Without structure: the sum of a layer norm's output, for one, depends on nothing.
-    toward = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    toward = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
     mixed = [torch.zeros((), dtype=torch.bool, device=output.device)] * len(outputs)
     for i in range(rows):
         one = torch.zeros_like(toward).index_copy(0, torch.tensor([i], device=toward.device), toward[i : i + 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fx_influence.attention import blockwise_attention, math_attention
 from fx_influence.types import Params
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+Mode = TypeVar("Mode", bound="AtItsLevel")
 
 
 def pushforward(
@@ -38,7 +37,7 @@ def pushforward(
 class AtItsLevel(TorchFunctionMode):
     """Sees what is called at the level of ``torch.func`` at which it was entered, and not what a model transforms."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Mode) -> Mode:
         self._level = _level()
         super().__enter__()
         return self

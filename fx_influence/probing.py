@@ -87,7 +87,7 @@ def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
         key = dtype, own_part(value).device, width
         vector = vectors.get(key)
         if vector is None or len(vector) < size:
-            drawn = torch.rand(2 * size, generator=generator, dtype=torch.float32)
+            drawn = torch.rand(2 * size, generator=generator, dtype=torch.float32, device="cpu")
             # Norms and biases are positive and of order 1; a matrix keeps the size of what it is applied to.
             drawn = 0.5 + drawn if not width else (2 * drawn - 1) * (3 / width) ** 0.5
             vector = vectors[key] = drawn.to(key[1], dtype)

@@ -62,6 +62,7 @@ def test_every_public_name_is_that_of_its_module() -> None:
         _ = fx.influenc
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first() -> None:
     """No module may need another to have been imported before it."""
     paths = (ROOT / "fx_influence").rglob("*.py")

@@ -105,7 +105,7 @@ def test_a_dictionary_of_negative_diagonals_is_taken_as_it_is(case: Case) -> Non
 
 @kinds
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
-@settings(max_examples=6)
+@settings(max_examples=2)
 def test_unchanged_by_padding_chunk_size_and_memory_budget(
     case: Case, kind: str, left: int, right: int, chunk: int
 ) -> None:

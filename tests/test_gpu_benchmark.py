@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def product(_: object, left: list[int], right: list[int], **others: object) -> i
     return 2 * math.prod(left) * right[-1]
 
 
+@pytest.mark.slow
 def test_quick_measures_every_route_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main(["--quick", "--out", str(out)]) == 0
@@ -76,7 +78,7 @@ def test_a_case_that_the_time_left_does_not_suffice_for_is_skipped(
     small, large = cases("step")[0], gpu.Case(FULL, "step", 10**9, 10**9, 12)
     found = gpu.run([large, small], "cpu", 1.0, out)
     assert "seconds" not in found[0]
-    assert found[0]["skipped"].startswith("60 s are left and it may take")
+    assert re.match(r"(59|60) s are left and it may take", found[0]["skipped"])
     assert found[1]["seconds"] > 0, "what comes after and is short enough is measured"
     assert json.loads(out.read_text())["cases"] == found
     monkeypatch.setattr(gpu, "problem", lambda *_: pytest.fail("a model was made for a case that is skipped"))
@@ -146,16 +148,21 @@ def test_a_report_says_what_was_asked_of_it(tmp_path: Path) -> None:
 def test_the_formula_is_what_is_counted_where_nothing_is_computed_twice(
     setting: gpu.Setting, off: float, route: str
 ) -> None:
+    """By what more rows cost: trials of a few tokens, which tell how a model may be taken, cost all the same."""
     setting = setting._replace(dtype="float32")
-    [case] = cases(route, setting=setting)
-    whole = gpu.task(case, gpu.problem(setting, "cpu"), "cpu")
-    work = gpu.ROUTES[route](whole)
-    # What is added up in place torch does not count of itself.
-    in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), product)
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        work()
+    [few] = cases(route, setting=setting)
+    counts, formula = [], []
+    for case in (few, few._replace(n_u=3 * few.n_u, n_e=3 * few.n_e)):
+        task = gpu.task(case, gpu.problem(setting, "cpu"), "cpu")
+        work = gpu.ROUTES[route](task)
+        # What is added up in place torch does not count of itself.
+        in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), product)
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            work()
+        counts.append(counter.get_total_flops())
+        formula.append(gpu.flops(case, gpu.has_factors(task)))
     # The formula leaves out attention and what autograd makes of frozen weights without need.
-    assert counter.get_total_flops() == pytest.approx(gpu.flops(case, gpu.has_factors(whole)), rel=off)
+    assert counts[1] - counts[0] == pytest.approx(formula[1] - formula[0], rel=off)
 
 
 @pytest.mark.parametrize("route", gpu.ROUTES)

@@ -171,7 +171,7 @@ def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross
 
 
 @given(case=cases(), chunk=chunks, budget=st.sampled_from([1, 20_000, 2**30]))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_the_gradient_kernel_is_the_inner_product_of_the_rows_gradients(
     case: Case, chunk: int | None, budget: int
 ) -> None:

@@ -33,6 +33,7 @@ def arguments(folder: Path) -> list[str]:
     return [str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--json", str(folder / "made" / "tiny.json")]
 
 
+@pytest.mark.slow
 def test_both_runs_see_the_same_rollouts_and_their_costs_stand_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

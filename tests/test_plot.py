@@ -162,6 +162,7 @@ def test_a_step_of_a_training_has_its_figures_and_names_what_it_lacks(tmp_path: 
     assert "matrix" not in names
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_whatever_the_users_style(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     first = plot.save_figures(run, tmp_path / "one")

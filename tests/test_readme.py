@@ -175,6 +175,7 @@ def test_the_pages_say_nothing_of_a_benchmark_that_is_not_stored() -> None:
     assert {name for name in re.findall("begin: bench_(\\w+)", pages) if not result(f"bench_{name}").exists()} == set()
 
 
+@pytest.mark.slow
 def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_linearity.main(["--quick", "--out", str(tmp_path / "run")]) == 0
     page = capsys.readouterr().out

@@ -278,6 +278,7 @@ def test_an_interrupted_run_continues_without_redoing_what_is_stored(
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_whatever_is_interrupted_goes_on_with_the_pieces_that_are_stored(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

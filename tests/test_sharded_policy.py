@@ -11,11 +11,7 @@ import torch
 from ranks import answers
 from tolerances import policy_terms, rounding_bound
 
-# In one process of the tests, so that what the ranks answer is asked for once.
-pytestmark = [
-    pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6"),
-    pytest.mark.xdist_group("sharded_policy"),
-]
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
 
 BY_TWO = [
     "tiny float64, units in units",

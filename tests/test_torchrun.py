@@ -79,7 +79,7 @@ def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes]
     assert summary(out)["ranks"] == 2
     assert done.stdout.count(BLOCK) == BLOCKS, "shared, not repeated"
     assert of_any_job(out) == alone
-    for once in ("Stored in", "The page with every rollout and token", "finite steps"):
+    for once in ("Stored in", "The page with every rollout and token", "finite steps 5/5"):
         assert done.stdout.count(once) == 1, done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tmp"]
 
@@ -163,6 +163,7 @@ def test_an_error_that_cannot_be_sent_to_others_is_sent_in_words() -> None:
     assert _portable(known) is known
 
 
+@pytest.mark.slow
 def test_processes_of_ones_own_have_the_values_of_one(tmp_path: Path) -> None:
     write_plan(tmp_path, FISHER)
     expected = fx.run_fisher(fx.FisherKernelPlan.from_dict(FISHER), tmp_path / "alone").evaluations[0]

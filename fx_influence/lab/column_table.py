@@ -54,13 +54,13 @@ class ColumnTable:
         >>> table = ColumnTable("Influences", (Column("id", "name"), Column("nats per unit lr")), rows)
         >>> Console(width=30).print(table)  # doctest: +NORMALIZE_WHITESPACE
         Influences
-        ┏━━━━━━━━━━━┳━━━━━━━━━━━━━┓
-        ┃           ┃    nats per ┃
-        ┃ id        ┃     unit lr ┃
-        ┡━━━━━━━━━━━╇━━━━━━━━━━━━━┩
-        │ train-1/0 │ +1.2346e-05 │
-        │ train-1/1 │ -9.8765e-12 │
-        └───────────┴─────────────┘
+        ┏━━━━━━━━━━━┳━━━━━━━━━━━━━━━━┓
+        ┃           ┃  nats per unit ┃
+        ┃ id        ┃             lr ┃
+        ┡━━━━━━━━━━━╇━━━━━━━━━━━━━━━━┩
+        │ train-1/0 │    +1.2346e-05 │
+        │ train-1/1 │    -9.8765e-12 │
+        └───────────┴────────────────┘
     """
 
     title: str
