@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.trl_variants import Variant, policy, trainer
 from fx_influence.interop.trl import EntropyInfluence
-from fx_influence.interop.trl_precision import STEP_LOST, in_trainers_precision, step_rounding
+from fx_influence.interop.trl_precision import STEP_LOST, in_trainers_precision, rounding_warning, step_rounding
 from fx_influence.policy import functionalize
 
 PLAIN = Variant("dapo", False, 1, False, {})
@@ -77,3 +77,12 @@ def test_the_trainers_precision_is_its_accelerators() -> None:
     assert in_trainers_precision(apply, fp16).autocast == (torch.float16, 1024.0)
     assert apply.autocast is None
     assert in_trainers_precision(apply, bf16).widened().autocast is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.bfloat16, "train float32 weights"), (torch.float32, "at this lea")]
+)
+def test_the_remedy_is_one_that_the_weights_lack(dtype: torch.dtype, remedy: str) -> None:
+    said = rounding_warning(3, {"w": torch.ones(1, dtype=dtype)}, 0.25)
+    assert said.startswith("step 3: 25% of the step is lost")
+    assert f"; {remedy}" in said

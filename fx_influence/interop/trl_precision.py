@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fx_influence.policy import Policy
+from fx_influence.policy import HALF, Policy
 from fx_influence.tree import dot
 from fx_influence.types import Params
 
@@ -41,8 +41,12 @@ def step_rounding(moved: Params, direction: Params, lr: float) -> float:
 def rounding_warning(step: int, params: Params, lost: float) -> str:
     """Return the sentence for a step of which rounding swallows the share ``lost``."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
+    remedy = (
+        "train float32 weights (model_init_kwargs={'dtype': 'float32'}, with bf16=True for speed)"
+        if any(p.dtype in HALF for p in params.values())
+        else "at this learning rate that is the size of the step: read the realised change with that error"
+    )
     return (
         f"step {step}: {lost:.0%} of the step is lost to the rounding of the trained weights, which are "
-        f"{' and '.join(dtypes)}, so the policy does not move as the optimizer means it to; train float32 weights "
-        "(model_init_kwargs={'dtype': 'float32'}, with bf16=True for speed)"
+        f"{' and '.join(dtypes)}, so the policy does not move as the optimizer means it to; {remedy}"
     )
