@@ -1,6 +1,6 @@
 """Real TRL trainings under bfloat16 autocast: what stays unattributed, with U's passes in float32 and in bfloat16.
 
-    python -m benchmarks trl_mixed            writes results/trl_mixed.json; some minutes
+    python -m benchmarks trl_mixed            writes results/trl_mixed.json and the README's table; some minutes
     python -m benchmarks trl_mixed --quick    one variant, written nowhere: it only shows that this works
 
 For every loss, all weights and LoRA, at every step of a short training with ``bf16=True``: |sum_i g_i - g| / |g| with g
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import fx_influence as fx
 from benchmarks.bench_trl_steps import _off
-from benchmarks.harness import one_thread, store
+from benchmarks.harness import README, one_thread, store
 from benchmarks.trl_variants import LOSSES, Variant, quiet, trainer
 from fx_influence.derivatives import batch_gradient
 from fx_influence.interop.environment import environment
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "variants": found}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {})
+        store(NAME, report, {README: markdown(report)})
     return 0
 
 
