@@ -70,6 +70,7 @@ def test_both_runs_see_the_same_rollouts_and_their_costs_stand_side_by_side(
     assert (np.load(runs[1] / "eval_01_kernel.npy") == kernel).all()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_ends_the_driver_without_figures(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     given = arguments(tmp_path)
     (tmp_path / "out" / "entropy_influence").mkdir(parents=True)

@@ -146,6 +146,7 @@ def test_hostile_text_is_drawn_as_it_is_and_without_a_warning(tmp_path: Path) ->
     assert drawable("漢a\x00") == "\\u6f22a\\x00"
 
 
+@pytest.mark.slow
 def test_a_step_of_a_training_has_its_figures_and_names_what_it_lacks(tmp_path: Path) -> None:
     run = a_training_step(tmp_path)
     for name in set(WHOLE) - {"matrix"}:
@@ -176,6 +177,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_users_style(tmp_path: Pa
         assert one.suffix == ".png" or b"<dc:date>" not in one.read_bytes()
 
 
+@pytest.mark.slow
 def test_no_figure_is_known_to_pyplot_and_the_error_names_the_remedy() -> None:
     code = "import sys; import fx_influence.lab.plot; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

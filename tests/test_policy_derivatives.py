@@ -74,7 +74,7 @@ def test_dora_has_the_derivatives_of_the_function() -> None:
     generator = torch.Generator().manual_seed(0)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
     first = fx.jvp_delta(params, direction, e, apply=apply).first
-    eta = 1e-5
+    eta = 1e-6
     ahead, behind = (fx.snis_delta(params, direction, x, e, apply=apply).delta_h for x in (eta, -eta))
     assert ((ahead - behind) / (2 * eta) - first).abs() <= 1e-6 * first.abs()
 

@@ -76,6 +76,7 @@ def test_the_first_example_shows_an_influence(capsys: pytest.CaptureFixture[str]
     assert abs(figures_of(shown)["total"] - float(out.total)) < 4 * (error + float(out.total_stderr))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_live_training_and_what_it_stored_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -403,6 +403,7 @@ def test_bad_input_is_refused_before_the_long_work(
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_the_installed_command_runs_prints_help_and_refuses_nonsense(finished: Path) -> None:
     command = [sys.executable, "-m", "fx_influence.lab.cli"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
@@ -467,6 +468,7 @@ def test_a_truncated_or_missing_file_of_a_run_is_an_error(
     assert re.search(rf"is damaged|has no {re.escape(name)}", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_the_environment_that_is_stored_is_the_runs_own_whatever_the_process_is_set_to(
     finished: Path, tmp_path: Path
 ) -> None:

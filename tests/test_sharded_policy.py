@@ -55,12 +55,14 @@ def test_every_pass_is_that_of_the_whole_model(two: list[dict[str, Any]], kind: 
         assert_small(answer, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BY_THREE)
 def test_three_ranks_some_of_them_without_a_shard_do_too(three: list[dict[str, Any]], kind: str) -> None:
     for answer in three:
         assert_small(answer, kind)
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_same_reductions(three: list[dict[str, Any]]) -> None:
     for answer in three[1:]:
         for kind in BY_THREE:

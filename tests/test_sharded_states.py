@@ -96,6 +96,7 @@ def same(actual: Any, expected: Any) -> None:
         assert actual == expected
 
 
+@pytest.mark.slow
 @FSDP2
 def test_shards_of_two_ranks_are_read_by_three(written: dict[str, Any], three: list[dict[str, Any]]) -> None:
     for answer in three:

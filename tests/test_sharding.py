@@ -156,7 +156,8 @@ def test_rollouts_of_a_prompt_are_dealt_to_one_rank() -> None:
 FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_models_sharded_by_fsdp(ranks: int, tmp_path: Path) -> None:
     found = answers(ranks, "ranks_fsdp.py", tmp_path, *FSDP[ranks])
     for kind in FSDP[ranks]:
@@ -166,6 +167,8 @@ def test_models_sharded_by_fsdp(ranks: int, tmp_path: Path) -> None:
         exact = "float64" in kind
         # A small finite step in float32 is the rounding of two forwards, which is another one by shards.
         expected = {name: x for name, x in expected.items() if exact or not name.startswith(("snis", "sweep"))}
+        # A sharded model has no factors, so that its influences are not computed twice.
+        expected = {name: x for name, x in expected.items() if not name.endswith(": rounding")}
         for answer in found:
             own = {name: answer[kind][name] for name in expected}
             agree(widened(own, expected), expected, params, u.input_ids.shape[1])

@@ -69,7 +69,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("kilobytes", [8, 40, 300])
+@pytest.mark.parametrize(
+    "kilobytes", [pytest.param(8, marks=pytest.mark.slow), 40, pytest.param(300, marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on(
     finished: Path, plan: str, tmp_path: Path, kilobytes: int
 ) -> None:

@@ -134,6 +134,7 @@ def test_every_direction_is_what_snis_delta_gives_alone(exact: tuple[Setting, Ar
     assert np.abs(swept["grad"]).max() > 1e-6 > 1e4 * near
 
 
+@pytest.mark.slow
 def test_float64_is_the_same_step_without_the_rounding(setting: Setting, swept: Arrays) -> None:
     floor = rounding_floor(setting.plan, setting.state, setting.e.batch)
     assert_within(swept["grad"], swept["grad_float64"], ROOM * floor)
@@ -215,6 +216,7 @@ def test_the_rounding_floor_is_what_steps_too_small_to_matter_show(setting: Sett
     assert rounding_floor(setting.plan, in_float64(setting).state, setting.e.batch) < 1e-6 * floor
 
 
+@pytest.mark.slow
 def test_the_chosen_steps_clear_the_floor_by_the_factor_asked(setting: Setting) -> None:
     first, lr = first_order(setting.plan, setting.state, setting.step, setting.e), reference_lr(setting.state)
     floor, influence = float(first["rounding_floor"]), torch.from_numpy(first["per_sequence"])
@@ -229,6 +231,7 @@ def test_the_chosen_steps_clear_the_floor_by_the_factor_asked(setting: Setting) 
     assert clearing_etas(torch.tensor([1e-30]), floor, 100.0, lr).item() == pytest.approx(LARGEST_MULTIPLE * lr)
 
 
+@pytest.mark.slow
 def test_a_small_memory_budget_makes_small_blocks_of_the_same_numbers(setting: Setting, swept: Arrays) -> None:
     size = sum(p.numel() * 4 for p in setting.state.params.values())
     blocks: dict[int, Arrays] = {}

@@ -72,6 +72,7 @@ def pieces(out: Path) -> dict[str, tuple[bytes, int]]:
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
+@pytest.mark.slow
 def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", "nothing", "run", plan, "--out", out)

@@ -53,6 +53,7 @@ def test_rollouts_of_two_ranks_add_up_for_every_variant(tmp_path: Path) -> None:
         add_up(answer, 36)
 
 
+@pytest.mark.slow
 def test_a_training_of_two_ranks_is_measured_as_by_one_process(tmp_path: Path) -> None:
     found = answers(2, "ranks_trl.py", tmp_path, "measured", launcher=ACCELERATE)
     for training, steps in (("measured", 3), ("failed", 4)):
