@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from fx_influence.interop.optim import require_adamw
 from fx_influence.interop.trl_capture import METHODS, CaptureError
+from fx_influence.interop.trl_generation import mean_distance
 from fx_influence.interop.trl_prompts import IMAGES
 from fx_influence.interop.trl_ranks import check_processes
 
@@ -130,7 +131,7 @@ def check_scored(captured: Tensor, scored: Tensor, bound: float) -> None:
 
     ``captured``, ``scored``: of the same tokens, any shape. ``bound``: on their mean distance by rounding, in nats.
     """
-    gap = float((captured.double() - scored.double()).abs().mean()) if captured.numel() else 0.0
+    gap = mean_distance(captured, scored)
     if not gap <= bound:
         raise CaptureError(
             f"the trainer's log-probabilities of its rollouts and those of the model by ids and masks alone differ by "

@@ -194,12 +194,17 @@ def generating_model(trainer: Any) -> Any:
     return trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
 
 
+def mean_distance(a: Tensor, b: Tensor) -> float:
+    """Return the mean |a - b| over log-probs of the same tokens, in nats; 0 where there are none."""
+    return float((a.double() - b.double()).abs().mean()) if a.numel() else 0.0
+
+
 def check_drawn(behaviour: Tensor, scored: Tensor, bound: float) -> None:
     """Raise ``GenerationError`` where the log-probs that tokens were drawn with are not those of the policy.
 
     ``behaviour``, ``scored``: of the same tokens, any shape. ``bound``: on their mean distance by rounding, in nats.
     """
-    gap = float((behaviour.double() - scored.double()).abs().mean()) if behaviour.numel() else 0.0
+    gap = mean_distance(behaviour, scored)
     if not gap <= bound:
         raise GenerationError(
             f"the held-out completions were not drawn from the policy: the log-probabilities they were drawn with and "
