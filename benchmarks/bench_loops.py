@@ -24,8 +24,8 @@ import fx_influence as fx
 from benchmarks import by_hand
 from benchmarks.harness import PAIRS, README, flops, one_thread, ratios, store
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.interop.environment import environment
-from fx_influence.parts import rows
+from fx_influence.batching.microbatch import rows
+from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Params
 
 NAME = "bench_loops"

@@ -16,10 +16,11 @@ import torch
 import fx_influence as fx
 from benchmarks.harness import README, one_thread, peak_extra_bytes, print_peak_extra, store
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.derivatives import batch_gradient, token_jvp
-from fx_influence.interop.environment import environment
-from fx_influence.kernel import gradient_kernel
-from fx_influence.logprobs import token_values
+from fx_influence.autodiff.directional import token_jvp
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.token_values import token_values
+from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_memory"
 CASES: dict[str, tuple[Setting, str]] = {

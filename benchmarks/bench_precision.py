@@ -18,7 +18,7 @@ from torch import Tensor
 import fx_influence as fx
 from benchmarks.harness import README, one_thread, store
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.interop.environment import environment
+from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_precision"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

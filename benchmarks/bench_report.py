@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.harness import README, one_thread, store
-from fx_influence.interop.environment import environment
-from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.report.page import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults

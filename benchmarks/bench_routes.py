@@ -30,10 +30,10 @@ from benchmarks.harness import (
     store,
 )
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.derivatives import batch_gradient
-from fx_influence.interop.environment import environment
-from fx_influence.kernel import gradient_kernel
-from fx_influence.parts import rows
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.batching.microbatch import rows
+from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_routes"
 ROUTES = {

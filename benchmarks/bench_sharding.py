@@ -47,9 +47,9 @@ from benchmarks.harness import (
     store,
 )
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.errorbars import MAX_UNIONS
-from fx_influence.interop.environment import environment
-from fx_influence.parts import TOKENS_PER_CHUNK, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, rows
+from fx_influence.estimators.stderr import MAX_UNIONS
+from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Batch
 
 NAME = "bench_sharding"

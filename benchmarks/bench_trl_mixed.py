@@ -22,10 +22,10 @@ import fx_influence as fx
 from benchmarks.bench_trl_steps import _off
 from benchmarks.harness import README, one_thread, store
 from benchmarks.trl_variants import LOSSES, Variant, quiet, trainer
-from fx_influence.derivatives import batch_gradient
-from fx_influence.interop.environment import environment
-from fx_influence.interop.trl_capture import Capture
-from fx_influence.interop.trl_precision import in_trainers_precision
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.interop.runtime.environment import environment
+from fx_influence.interop.trl.capture import Capture
+from fx_influence.interop.trl.precision import in_trainers_precision
 
 NAME = "bench_trl_mixed"
 FIGURES = ("gradient", "unattributed", "rounding")

@@ -25,9 +25,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.harness import README, RESULTS, drawn, one_thread, ratios, store
 from benchmarks.trl_variants import quiet
-from fx_influence.interop.environment import environment
 from fx_influence.interop.prompts import read_prompts
 from fx_influence.interop.rewards import exact_match
+from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.lab.plan import demo_path
 

@@ -24,12 +24,12 @@ from transformers import TrainerCallback
 
 from benchmarks.harness import README, one_thread, store
 from benchmarks.trl_variants import Variant, quiet, trainer, variants
-from fx_influence.adamw import adamw_decompose
-from fx_influence.derivatives import batch_gradient
-from fx_influence.interop.environment import environment
-from fx_influence.interop.optim import adamw_state
-from fx_influence.interop.trl_capture import Capture
-from fx_influence.policy import functionalize
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.functional import functionalize
+from fx_influence.interop.optimizers import adamw_state
+from fx_influence.interop.runtime.environment import environment
+from fx_influence.interop.trl.capture import Capture
+from fx_influence.optim.adamw import adamw_decompose
 
 NAME = "bench_trl_steps"
 

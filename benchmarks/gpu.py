@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import fx_influence as fx
-from fx_influence.derivatives import batch_gradient
-from fx_influence.errorbars import MAX_UNIONS
-from fx_influence.factors import bytes_per_token, factored_names
-from fx_influence.influence import identity_tolerance
-from fx_influence.interop.environment import environment
-from fx_influence.kernel import gradient_kernel
-from fx_influence.parts import rows
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.layer_io import bytes_per_token, factored_names
+from fx_influence.batching.microbatch import rows
+from fx_influence.estimators.consistency import identity_tolerance
+from fx_influence.estimators.stderr import MAX_UNIONS
+from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import AdamWHyper, Batch, Gradients, Params
 
 OUT = Path(__file__).parent / "results" / "gpu.json"

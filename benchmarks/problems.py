@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
-from fx_influence.derivatives import batch_gradient
+from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.types import Batch, Params
 
 SIZES = {

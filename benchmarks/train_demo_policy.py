@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.arithmetic import (
+from benchmarks.evidence.arithmetic import (
     build_model,
     build_tokenizer,
     draw,

@@ -228,7 +228,7 @@ def package(requirement: str) -> str:
 
 def candidates() -> Iterator[Path]:
     """Test files, and modules whose docstrings have examples."""
-    yield from sorted((ROOT / "tests").glob("test_*.py"))
+    yield from sorted((ROOT / "tests").rglob("test_*.py"))
     yield from (file for file in sorted((ROOT / "fx_influence").rglob("*.py")) if ">>>" in file.read_text("utf-8"))
 
 

@@ -8,28 +8,29 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fx_influence.adamw import AdamWDecomposition, adamw_decompose
-    from fx_influence.agreement import check_policy
-    from fx_influence.delta import JvpDelta, jvp_delta, snis_delta, snis_sweep
-    from fx_influence.entropy import entropy_estimate
+    from fx_influence._influence import Influence, influence
+    from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss
+    from fx_influence.autodiff.token_values import token_values
+    from fx_influence.estimators.entropy import entropy_estimate
+    from fx_influence.estimators.snis import SnisDelta
     from fx_influence.fisher import fisher_kernel
-    from fx_influence.grads import per_sample_grads, rollout_loss
-    from fx_influence.importance import SnisDelta
-    from fx_influence.influence import Influence, influence
-    from fx_influence.interop.optim import adamw_state
-    from fx_influence.interop.restore import restore_optimizer
-    from fx_influence.interop.rollouts import Rollout, collate
-    from fx_influence.logprobs import token_values
+    from fx_influence.functional import functionalize
+    from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
+    from fx_influence.interop.optimizers import adamw_state
+    from fx_influence.interop.rollouts.record import Rollout, collate
     from fx_influence.losses import clipped_ratio, coefficients, group_advantages
-    from fx_influence.policy import Policy, functionalize
-    from fx_influence.queries import expected_reward, kl_to_reference
+    from fx_influence.objectives import expected_reward, kl_to_reference
+    from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
+    from fx_influence.perturbation import JvpDelta, jvp_delta, snis_delta, snis_sweep
+    from fx_influence.policy.model.agreement import check_policy
+    from fx_influence.policy.policy import Policy
     from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, IdentityError, Params, TokenValues
 
 __version__ = "0.1.0"
 
 # Read when first asked for: the command line answers --help without torch, the mathematics imports no transformers.
 _MODULES = {
-    "AdamWDecomposition": "fx_influence.adamw",
+    "AdamWDecomposition": "fx_influence.optim.adamw",
     "AdamWHyper": "fx_influence.types",
     "AdamWState": "fx_influence.types",
     "Apply": "fx_influence.types",
@@ -37,46 +38,46 @@ _MODULES = {
     "EntropyInfluencePlan": "fx_influence.lab.plan",
     "EntropyInfluenceResults": "fx_influence.lab.results",
     "FisherKernelPlan": "fx_influence.lab.plan",
-    "FisherKernelResults": "fx_influence.lab.fisher_results",
+    "FisherKernelResults": "fx_influence.lab.fisher.results",
     "IdentityError": "fx_influence.types",
-    "Influence": "fx_influence.influence",
-    "JvpDelta": "fx_influence.delta",
+    "Influence": "fx_influence._influence",
+    "JvpDelta": "fx_influence.perturbation",
     "Params": "fx_influence.types",
-    "Policy": "fx_influence.policy",
-    "Rollout": "fx_influence.interop.rollouts",
-    "SnisDelta": "fx_influence.importance",
+    "Policy": "fx_influence.policy.policy",
+    "Rollout": "fx_influence.interop.rollouts.record",
+    "SnisDelta": "fx_influence.estimators.snis",
     "TokenValues": "fx_influence.types",
-    "adamw_decompose": "fx_influence.adamw",
-    "adamw_state": "fx_influence.interop.optim",
-    "analyze": "fx_influence.lab.analyze",
-    "check_policy": "fx_influence.agreement",
+    "adamw_decompose": "fx_influence.optim.adamw",
+    "adamw_state": "fx_influence.interop.optimizers",
+    "analyze": "fx_influence.lab.analysis.analyze",
+    "check_policy": "fx_influence.policy.model.agreement",
     "clipped_ratio": "fx_influence.losses",
     "coefficients": "fx_influence.losses",
-    "collate": "fx_influence.interop.rollouts",
-    "entropy_estimate": "fx_influence.entropy",
-    "expected_reward": "fx_influence.queries",
+    "collate": "fx_influence.interop.rollouts.record",
+    "entropy_estimate": "fx_influence.estimators.entropy",
+    "expected_reward": "fx_influence.objectives",
     "fisher_kernel": "fx_influence.fisher",
-    "functionalize": "fx_influence.policy",
+    "functionalize": "fx_influence.functional",
     "group_advantages": "fx_influence.losses",
-    "influence": "fx_influence.influence",
-    "jvp_delta": "fx_influence.delta",
-    "kl_to_reference": "fx_influence.queries",
-    "load_checkpoint": "fx_influence.interop.checkpoint",
-    "load_fisher_run": "fx_influence.lab.fisher_results",
+    "influence": "fx_influence._influence",
+    "jvp_delta": "fx_influence.perturbation",
+    "kl_to_reference": "fx_influence.objectives",
+    "load_checkpoint": "fx_influence.interop.checkpoints.load",
+    "load_fisher_run": "fx_influence.lab.fisher.results",
     "load_run": "fx_influence.lab.results",
-    "load_sharded_checkpoint": "fx_influence.interop.sharded_checkpoint",
-    "per_sample_grads": "fx_influence.grads",
-    "read_rollouts": "fx_influence.interop.rollout_files",
-    "restore_optimizer": "fx_influence.interop.restore",
-    "rollout_loss": "fx_influence.grads",
-    "run": "fx_influence.lab.run",
-    "run_fisher": "fx_influence.lab.fisher",
-    "select": "fx_influence.lab.select",
-    "snis_delta": "fx_influence.delta",
-    "snis_sweep": "fx_influence.delta",
-    "token_values": "fx_influence.logprobs",
+    "load_sharded_checkpoint": "fx_influence.interop.checkpoints.sharded",
+    "per_sample_grads": "fx_influence.autodiff.per_sample",
+    "read_rollouts": "fx_influence.interop.rollouts.read",
+    "restore_optimizer": "fx_influence.interop.checkpoints.optimizer_state",
+    "rollout_loss": "fx_influence.autodiff.per_sample",
+    "run": "fx_influence.lab.experiment.entropy",
+    "run_fisher": "fx_influence.lab.fisher.run",
+    "select": "fx_influence.lab.selection",
+    "snis_delta": "fx_influence.perturbation",
+    "snis_sweep": "fx_influence.perturbation",
+    "token_values": "fx_influence.autodiff.token_values",
 }
-_PLACES_OF_MODULES = {"plot": "fx_influence.lab.plot"}
+_PLACES_OF_MODULES = {"plot": "fx_influence.lab.plots"}
 
 
 def __getattr__(name: str) -> Any:
@@ -92,17 +93,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-class _Package(ModuleType):
-    """The package, of which ``influence`` is the function, although Python sets the module of that name there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "influence" and isinstance(value, ModuleType):
-            value = value.influence
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "AdamWDecomposition",

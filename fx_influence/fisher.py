@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fx_influence.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
-from fx_influence.checks import check_batch, check_coefficients, check_is_batch, check_options, check_policy
-from fx_influence.kernel import MEMORY_BUDGET
-from fx_influence.precision import in_float32
-from fx_influence.sharding import passes_over
-from fx_influence.tree import check_names, detached, promote
+from fx_influence.autodiff.gram import MEMORY_BUDGET
+from fx_influence.core.checks import check_batch, check_coefficients, check_is_batch, check_options, check_policy
+from fx_influence.core.tree import check_names, detached, promote
+from fx_influence.distributed.engine import passes_over
+from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
+from fx_influence.policy.precision import in_float32
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fx_influence.checks import check_choice, check_count, check_number, check_tensor
+from fx_influence.core.checks import check_choice, check_count, check_number, check_tensor
 from fx_influence.types import LossType
 
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fx_influence.display import record_line
+from fx_influence.core.display import record_line
 
 Params = dict[str, Tensor]
 """Trainable parameters (or a direction in their space) by name."""

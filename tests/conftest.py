@@ -22,7 +22,7 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=25, 
 hypothesis.settings.load_profile("default")
 
 
-HELPERS = {path.stem for path in Path(__file__).parent.glob("*.py")}
+HELPERS = {f"helpers.{path.stem}" for path in (Path(__file__).parent / "helpers").glob("*.py")}
 
 
 def names_in(code: CodeType) -> Iterator[str]:
@@ -38,7 +38,7 @@ def compares_within_bounds(function: Callable[..., Any], seen: set[Callable[...,
     function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
     seen.add(function)
     values = [function.__globals__.get(name) for name in names_in(function.__code__)]
-    if any(getattr(value, "__module__", None) == "tolerances" for value in values):
+    if any(getattr(value, "__module__", None) == "helpers.tolerances" for value in values):
         return True
     helpers = [f for f in values if inspect.isfunction(f) and f.__module__ in HELPERS | {function.__module__}]
     return any(compares_within_bounds(f, seen) for f in helpers if f not in seen)

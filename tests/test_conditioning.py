@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from test_health import found
-from tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.adamw import fresh_part
-from fx_influence.display import ILL_CONDITIONED
+from fx_influence.core.display import ILL_CONDITIONED
+from fx_influence.optim.adamw import fresh_part
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
 
 HYPER = AdamWHyper(1.0, 0.9, 0.99, 1e-8, 0.0, False, False)
@@ -60,8 +60,8 @@ class Case:
 
 def slope_of(apply: Apply, params: Params, batch_e: Batch) -> Params:
     """grad H by name."""
-    from fx_influence.derivatives import batch_gradient
-    from fx_influence.entropy import entropy_coefficients
+    from fx_influence.autodiff.gradients import batch_gradient
+    from fx_influence.estimators.entropy import entropy_coefficients
 
     weights = entropy_coefficients(fx.token_values(params, batch_e, apply), batch_e)
     surrogate = batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)

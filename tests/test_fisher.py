@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, random_direction, repadded
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from strategies import VOCAB, WIDTH, Case, cases
-from tolerances import (
+from helpers.cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, random_direction, repadded
+from helpers.strategies import VOCAB, WIDTH, Case, cases
+from helpers.tolerances import (
     TINY_POLICY,
     assert_close_to_rounding,
     assert_within,
@@ -18,11 +16,13 @@ from tolerances import (
     policy_terms,
     rounding_bound,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence import reference
-from fx_influence.tree import shift
+from fx_influence.core.tree import shift
+from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Batch, Params
 
 KINDS = ("identity", "dictionary", "adam, a step of batch_b", "adam, the state alone")

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from golden import Golden, flatten, load_golden
-from tolerances import assert_close_to_rounding, policy_terms
+from helpers.golden import Golden, flatten, load_golden
+from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 
 import fx_influence as fx

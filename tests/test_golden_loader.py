@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden import DATA, Golden, flatten, load_golden, unflatten
-from tolerances import assert_close_to_rounding, policy_terms
+from helpers.golden import DATA, Golden, flatten, load_golden, unflatten
+from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 
 from fx_influence.types import Batch

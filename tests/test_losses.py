@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close_to_rounding
+from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx

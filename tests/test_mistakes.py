@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, close, max_error, random_adamw_state, random_batch
-from golden import load_golden
-from tolerances import assert_close_to_rounding, policy_terms
+from helpers.cases import TinyPolicy, apply_of, close, max_error, random_adamw_state, random_batch
+from helpers.golden import load_golden
+from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 
 import fx_influence as fx

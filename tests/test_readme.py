@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import launch
+from helpers.ranks import launch
 
 import fx_influence as fx
 from benchmarks import bench_linearity, harness
 from benchmarks.__main__ import main, module, names
 from benchmarks.harness import result, with_block
 from benchmarks.problems import Setting, problem
-from fx_influence.importance import SnisDelta
-from fx_influence.interop.trl_capture import CapturedStep
-from fx_influence.interop.trl_step import MeasuredStep
+from fx_influence.autodiff.token_values import all_token_values
+from fx_influence.estimators.snis import SnisDelta
+from fx_influence.interop.trl.capture import CapturedStep
+from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.logprobs import all_token_values
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

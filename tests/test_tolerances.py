@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TinyPolicy, apply_of, random_batch
-from strategies import VOCAB, WIDTH
-from tolerances import (
+from helpers.cases import TinyPolicy, apply_of, random_batch
+from helpers.strategies import VOCAB, WIDTH
+from helpers.tolerances import (
     ROOM,
     TINY_POLICY,
     assert_close_to_rounding,

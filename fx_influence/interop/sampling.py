@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fx_influence.interop.generation import draw_tokens, eos_ids, neutral_config, sampling_from
 from fx_influence.interop.prompts import Prompt, text_for
 from fx_influence.interop.rewards import Conversed, Reward, score
-from fx_influence.interop.rollouts import Rollout
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.losses import group_advantages
 from fx_influence.types import Batch
 

@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from fx_influence.interop.job import GRACE, REFUSALS, Job, LostRankError, is_launched, launched
-from fx_influence.lab.analyze import print_analysis, write_analysis
-from fx_influence.lab.column_table import printable
-from fx_influence.lab.fisher import run_fisher
-from fx_influence.lab.fisher_results import UPDATE_SELF_KERNEL, load_fisher_run
-from fx_influence.lab.fisher_table import print_fisher
+from fx_influence.interop.runtime.job import GRACE, REFUSALS, Job, LostRankError, is_launched, launched
+from fx_influence.lab.analysis.analyze import print_analysis, write_analysis
+from fx_influence.lab.console.column_table import printable
+from fx_influence.lab.console.table import print_run
+from fx_influence.lab.experiment.entropy import run
+from fx_influence.lab.experiment.progress import progress_on_stderr
+from fx_influence.lab.fisher.results import UPDATE_SELF_KERNEL, load_fisher_run
+from fx_influence.lab.fisher.run import run_fisher
+from fx_influence.lab.fisher.table import print_fisher
 from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan, read_plan
-from fx_influence.lab.progress import progress_on_stderr
 from fx_influence.lab.report import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
-from fx_influence.lab.run import run
-from fx_influence.lab.table import print_run
 
 WIDTH = 160
 

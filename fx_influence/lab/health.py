@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fx_influence.display import CONDITIONING_REMEDY, ILL_CONDITIONED
-from fx_influence.influence import ROUNDING_WARNED
+from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.estimators.consistency import ROUNDING_WARNED
 from fx_influence.lab.results import EntropyInfluenceResults
 
 Level = Literal["good", "attention", "unknown"]

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fx_influence.display import record_line
-from fx_influence.kernel import MEMORY_BUDGET
-from fx_influence.lab.requests import (
+from fx_influence.autodiff.gram import MEMORY_BUDGET
+from fx_influence.core.display import record_line
+from fx_influence.lab.batch_spec import (
     REQUEST_FIELDS,
     REQUEST_KINDS,
     BatchRequest,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fx_influence.display import record_line
-from fx_influence.interop.rollouts import Rollout
-from fx_influence.interop.run_files import (
+from fx_influence.core.display import record_line
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.run_files import (
     BASELINE,
     ENVIRONMENT,
     PLAN,

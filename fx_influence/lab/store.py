@@ -10,10 +10,10 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fx_influence.interop.environment import environment
-from fx_influence.interop.job import ALONE, Job
-from fx_influence.interop.rollouts import Rollout
-from fx_influence.interop.run_files import (
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.environment import environment
+from fx_influence.interop.runtime.job import ALONE, Job
+from fx_influence.interop.runtime.run_files import (
     ENVIRONMENT,
     FAILED,
     GRADIENT,
@@ -25,8 +25,8 @@ from fx_influence.interop.run_files import (
     RunFiles,
     readable,
 )
+from fx_influence.lab.batch_spec import PlanError
 from fx_influence.lab.plan import StepPlan, plan_text
-from fx_influence.lab.requests import PlanError
 
 Piece = TypeVar("Piece")
 

@@ -1,1 +1,73 @@
-"""The families of figures, see ``fx_influence.lab.plot``."""
+"""Figures of a run: ``fx.plot.waterfall(run)`` and so on, each a matplotlib figure of its own.
+
+They share one style (``plots.style``): blue raises the entropy, vermilion lowers it, influences are in nats per unit
+lr. Nothing is known to ``pyplot``; show a figure in a notebook by its ``savefig`` or ``IPython.display.display``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+# First, for it names the remedy where matplotlib is missing.
+from fx_influence.lab.plots.style import Figure, save  # isort: split
+
+from fx_influence.lab.plots.correlates import correlates, token_correlates
+from fx_influence.lab.plots.matrix import matrix
+from fx_influence.lab.plots.parts import distribution, waterfall
+from fx_influence.lab.plots.steps import eta_sweep
+from fx_influence.lab.plots.tokens import concentration, tokens
+from fx_influence.lab.results import EntropyInfluenceResults
+
+__all__ = [
+    "concentration",
+    "correlates",
+    "distribution",
+    "eta_sweep",
+    "matrix",
+    "save_figures",
+    "token_correlates",
+    "tokens",
+    "waterfall",
+]
+
+
+def save_figures(results: EntropyInfluenceResults, folder: str | Path, evaluation: int = 0) -> list[Path]:
+    """Write every figure that the run holds the values for, as PNG (150 dpi) and SVG; returns the files.
+
+    ``tokens`` is that of the rollouts that raise and lower the entropy most. A figure that needs what the run did not
+    store, such as M, is left out. The same run gives the same bytes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        save(made, folder / f"{name}{ending}")
+        for name, draw in _figures(results, evaluation).items()
+        if (made := _drawn(draw)) is not None
+        for ending in (".png", ".svg")
+    ]
+
+
+def _figures(results: EntropyInfluenceResults, evaluation: int) -> dict[str, Callable[[], Figure]]:
+    influence = results.evaluations[evaluation].arrays["per_sequence"]
+    return {
+        "waterfall": lambda: waterfall(results, evaluation),
+        "waterfall_prompts": lambda: waterfall(results, evaluation, by="prompt"),
+        "distribution": lambda: distribution(results, evaluation),
+        "correlates": lambda: correlates(results, evaluation),
+        "token_correlates": lambda: token_correlates(results, evaluation),
+        "eta_sweep": lambda: eta_sweep(results, evaluation),
+        "matrix": lambda: matrix(results, evaluation),
+        "concentration": lambda: concentration(results, evaluation),
+        "tokens_raising": lambda: tokens(results, int(np.argmax(influence)), evaluation),
+        "tokens_lowering": lambda: tokens(results, int(np.argmin(influence)), evaluation),
+    }
+
+
+def _drawn(draw: Callable[[], Figure]) -> Figure | None:
+    try:
+        return draw()
+    except ValueError:
+        return None

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fx_influence.errorbars import cluster_stderr
+from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab.analysis.covariates import prompts, recorded
 from fx_influence.lab.plots.style import BLACK, GREY, LOWERS, RAISES, UNIT, drawable, figure, styled, zero_line
 from fx_influence.lab.results import EntropyInfluenceResults, asked

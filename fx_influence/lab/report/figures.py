@@ -47,7 +47,7 @@ def drawn(results: EntropyInfluenceResults, folder: Path) -> Figures:
     """Draw the figures of the first E into ``folder`` and take up one of each, of the formats that it was saved in."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        from fx_influence.lab.plot import save_figures
+        from fx_influence.lab.plots import save_figures
 
         paths = save_figures(results, folder)
     except ImportError:

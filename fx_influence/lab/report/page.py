@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fx_influence.interop.run_files import readable
+from fx_influence.interop.runtime.run_files import readable
 from fx_influence.lab.report.data import explorer_blobs
 from fx_influence.lab.report.figures import NO_FIGURES, drawn
 from fx_influence.lab.report.words import facts, section, title

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fx_influence.lab.column_table import printable
-from fx_influence.lab.headline import Change, headline, parts, per
+from fx_influence.lab.console.column_table import printable
+from fx_influence.lab.console.headline import Change, headline, parts, per
+from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.health import Finding
-from fx_influence.lab.numbers import Scale
 from fx_influence.lab.results import EntropyInfluenceResults
 
 

@@ -1,0 +1,1 @@
+"""Experiments that test what influences predict, explain and can be used for."""

@@ -1,0 +1,89 @@
+"""The passes over a batch that every estimate is made of, with the policy and the way it is read kept in one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fx_influence.autodiff.directional import curvature, token_jvp
+from fx_influence.autodiff.ghost import Contract, gradient_and_contraction
+from fx_influence.autodiff.gradients import Tapes, taped_gradient, weighted_gradient
+from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.token_values import all_token_values, directions_batch, moved_token_values
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Of ``apply`` over batches that this process holds; ``sharding`` has the same over several ranks.
+
+    Each takes whole batches and gives whole results; see the function of the same name for what it is.
+    """
+
+    apply: Apply
+    temperature: float = 1.0
+    chunk_size: int | None = None
+
+    def whole_batch(self, field: str, batch: Batch) -> Batch:
+        """The batch that the rows given belong to; ``field``: its name, for errors."""
+        return batch
+
+    def check_agreed(self, **facts: object) -> None:
+        """Raise ``ValueError`` unless whoever takes part was given the same."""
+
+    def check_kernel(self, asked_by: str) -> None:
+        """Raise ``ValueError`` where ``kernel`` cannot be had, naming what asks for it."""
+
+    def values(self, params: Params, batch: Batch) -> TokenValues:
+        return all_token_values(params, batch, *self._read)
+
+    def moved_values(
+        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+    ) -> TokenValues:
+        return moved_token_values(params, block, eta, batch, *self._read, vmapped)
+
+    def directions_batch(self, params: Params, batch: Batch) -> bool:
+        return directions_batch(params, batch, *self._read)
+
+    def gradient(self, params: Params, batch: Batch) -> Gradients:
+        return self.taped_gradient(params, batch, 0)[0]
+
+    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
+        return taped_gradient(params, batch, *self._read, memory_budget)
+
+    def weighted_gradient(
+        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    ) -> tuple[Batch, Gradients]:
+        return weighted_gradient(params, batch, self.apply, weigh, self.temperature, self.chunk_size, memory_budget)
+
+    def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
+        return token_jvp(params, direction, batch, *self._read, tapes)
+
+    def contraction(
+        self, params: Params, batch: Batch, memory_budget: int, at_once: int
+    ) -> tuple[Gradients, Contract] | None:
+        return gradient_and_contraction(params, batch, *self._read, memory_budget, at_once)
+
+    def kernel(
+        self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
+    ) -> Tensor:
+        return gradient_kernel(
+            params,
+            batch_a,
+            batch_b,
+            diagonal,
+            self.apply,
+            self.temperature,
+            memory_budget,
+            self.chunk_size,
+            apply_b=apply_b,
+        )
+
+    def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
+        return curvature(params, direction, batch, *self._read)
+
+    @property
+    def _read(self) -> tuple[Apply, float, int | None]:
+        return self.apply, self.temperature, self.chunk_size

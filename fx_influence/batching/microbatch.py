@@ -1,0 +1,119 @@
+"""A batch in parts that go through the model together, without the tokens on which no score depends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.batching.prefix_packing import Layout
+from fx_influence.types import Batch
+
+TOKENS_PER_CHUNK = 2048
+"""Rows are taken together up to this many tokens where the caller names no ``chunk_size``."""
+
+
+class Part(NamedTuple):
+    """Rows of a batch as the model reads them, and where its features score a completion token.
+
+    ``members``: (b,), the rows. ``input_ids``, ``attention_mask``: (b, L). ``row``, ``column``: (n,), where there the
+    features are that score each completion token, row by row in order. ``targets``: (n,), the tokens scored.
+    ``place``: (n,), where these stand in the whole batch, (row, position) as one index. ``layout``: where rows share
+    prompts, the tokens of all of them lie in a single row, see ``shared_prompts``; else None.
+    """
+
+    members: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    row: Tensor
+    column: Tensor
+    targets: Tensor
+    place: Tensor
+    layout: Layout | None = None
+
+
+def parts(
+    batch: Batch, chunk_size: int | None, aligned: bool, tokens: int = TOKENS_PER_CHUNK, at_most: int | None = None
+) -> list[Part]:
+    """The rows of a batch, ``chunk_size`` at a time, or as many as fit ``tokens``, ``at_most`` so many.
+
+    ``aligned``: see ``policy.Halves``. Then rows are sorted by length, moved to begin in column 0 and cut where the
+    longest row of their part ends, the last completion token itself left out, since it is scored and scores nothing.
+    Nothing attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
+
+    Example:
+        >>> ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 0]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False] * 3 + [True] * 2, [False, True, True, True, False]]))
+        >>> [part] = parts(batch, None, aligned=True)
+        >>> part.input_ids.tolist(), part.members.tolist(), part.targets.tolist(), part.column.tolist()
+        ([[5, 6, 7], [5, 6, 7]], [1, 0], [6, 7, 8, 6, 7], [0, 1, 2, 0, 1])
+    """
+    count, width = batch.input_ids.shape
+    device = batch.input_ids.device
+    columns = torch.arange(width, device=device)
+    if not aligned:
+        lengths, begin, order = [width] * count, torch.zeros(count, dtype=torch.long, device=device), None
+    else:
+        begin = torch.where(batch.attention_mask, columns, width).amin(1).clamp(max=width - 1)
+        end = torch.where(batch.completion_mask, columns, 0).amax(1)
+        sizes, order = (end - begin).clamp(min=1).sort(descending=True, stable=True)
+        lengths = sizes.tolist()
+    found, start = [], 0
+    while start < count:
+        length = max(lengths[start], 1)
+        stop = min(count, start + (chunk_size or max(1, min(tokens // length, at_most or count))))
+        index = torch.arange(start, stop, device=device) if order is None else order[start:stop]
+        found.append(_part(batch, index, begin[index], columns[:length], aligned))
+        start = stop
+    return found
+
+
+def _part(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, aligned: bool) -> Part:
+    width = batch.input_ids.shape[1]
+    at = begin.unsqueeze(1) + columns
+    inside = at.clamp(max=width - 1)
+    ids, attention = (field[index].gather(1, inside) for field in batch[:2])
+    following = (at + 1).clamp(max=width - 1)
+    scored = batch.completion_mask[index].gather(1, following) & (at + 1 < width)
+    if aligned:
+        # After a row's last attended token nothing attends; gaps before it stay gaps.
+        last = torch.where(batch.attention_mask[index], torch.arange(width, device=at.device), -1).amax(1, keepdim=True)
+        attention = attention | (at > last)
+    row, column = scored.nonzero(as_tuple=True)
+    position = following[row, column]
+    place = index[row] * width + position
+    return Part(index, ids, attention, row, column, batch.input_ids.flatten()[place], place)
+
+
+def rows(batch: Batch, index: slice | Tensor) -> Batch:
+    """The rows of a batch that ``index`` picks, in its order."""
+    return Batch._make(None if field is None else field[index] for field in batch)
+
+
+def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
+    """The rows that differ in some field, each once, and for every row of ``batch`` the index of its equal, (B,).
+
+    A policy of low entropy samples the same completion again and again; what depends on a row alone is then computed
+    once. ``group`` is not compared.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
+        >>> once, index = distinct_rows(Batch(ids, ids > 0, ids > 1))
+        >>> once.input_ids.tolist(), index.tolist()
+        ([[1, 2], [1, 3]], [0, 1, 0])
+    """
+    fields = [field.double() for field in batch._replace(group=None) if field is not None]
+    unique, index = torch.unique(torch.cat(fields, dim=1), dim=0, return_inverse=True)
+    first = torch.full((len(unique),), len(index), dtype=torch.int64, device=index.device)
+    first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
+    return rows(batch, first), index
+
+
+def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
+    """Consecutive rows, ``chunk_size`` at a time, or as many as fit ``TOKENS_PER_CHUNK``."""
+    n, t = batch.input_ids.shape
+    size = max(1, TOKENS_PER_CHUNK // max(t, 1)) if chunk_size is None else chunk_size
+    for start in range(0, n, size):
+        yield rows(batch, slice(start, start + size))

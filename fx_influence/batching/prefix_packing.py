@@ -1,0 +1,239 @@
+"""A batch in parts that hold each prompt once, however many rows begin with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, Part
+from fx_influence.types import Batch
+
+WORTH = 0.9
+"""The part of all tokens that may be left for sharing to be worth what it takes to part attention by rows."""
+
+ALIKE, FEWEST = 0.75, 8
+"""Sequences attend together while each is at least that part of the longest, and where they are too few otherwise."""
+
+
+class _Rows(NamedTuple):
+    """Of every row: where its prompt begins, where its completion does, how many tokens of that go in; its prompt."""
+
+    begin: Tensor
+    first: Tensor
+    own: Tensor
+    prompt: Tensor
+
+
+def prompts_of(batch: Batch) -> Tensor | None:
+    """For every row the number of its prompt, (B,), None where one part of all rows would not be worth sharing them.
+
+    Example:
+        >>> ids = torch.tensor([[7, 8, 1, 2], [7, 9, 1, 2], [7, 8, 3, 4], [7, 8, 5, 6]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, False, True, True]] * 4))
+        >>> prompts_of(batch).tolist(), prompts_of(Batch(*(x[:2] for x in batch[:3])))
+        ([0, 1, 0, 0], None)
+    """
+    found = _rows_of(batch)
+    if found is None:
+        return None
+    sizes = found.first - found.begin
+    once = torch.zeros_like(sizes).index_copy(0, found.prompt, sizes).sum() + found.own.sum()
+    return found.prompt if once <= WORTH * (sizes + found.own).sum() else None
+
+
+def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_PER_CHUNK) -> list[Part] | None:
+    """As ``parts.parts`` of aligned rows, those with the same prompt together and its tokens there once.
+
+    A part is one row of N tokens, with the ``layout`` by which its sequences attend. None where fewer than a tenth of
+    the tokens are saved, and for rows with gaps between attended tokens or without a completion.
+
+    Example:
+        >>> ids = torch.tensor([[7, 8, 1, 2], [7, 8, 3, 4]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, False, True, True]] * 2))
+        >>> [part] = parts_by_prompt(batch, None)
+        >>> part.input_ids.tolist(), part.targets.tolist(), part.column.tolist()
+        ([[7, 8, 1, 3]], [1, 2, 3, 4], [1, 2, 1, 3])
+        >>> part.layout.position_ids.tolist(), part.layout.blocks[0].keys.tolist()
+        ([[0, 1, 2, 2]], [[0, 1, 2], [0, 1, 2], [0, 1, 3]])
+    """
+    found = _rows_of(batch)
+    if found is None:
+        return None
+    sizes, own, prompt = (x.tolist() for x in (found.first - found.begin, found.own, found.prompt))
+    longest: dict[int, int] = {}
+    for k, number in enumerate(prompt):
+        longest[number] = max(longest.get(number, 0), sizes[k] + own[k])
+    order = sorted(range(len(own)), key=lambda k: (-longest[prompt[k]], prompt[k], -own[k]))
+    chosen: list[list[int]] = []
+    here: set[int] = set()
+    used = total = 0
+    for k in order:
+        size = own[k] + (0 if prompt[k] in here else sizes[k])
+        if not chosen or len(chosen[-1]) == chunk_size or (chunk_size is None and used + size > tokens):
+            chosen.append([])
+            here, used, size = set(), 0, own[k] + sizes[k]
+        chosen[-1].append(k)
+        here.add(prompt[k])
+        used += size
+        total += size
+    if total > WORTH * (sum(own) + sum(sizes)):
+        return None
+    return [_part(batch, found, torch.tensor(members, device=batch.input_ids.device)) for members in chosen]
+
+
+def prompt_numbers(batch: Batch) -> Tensor:
+    """Return for every row the number of its prompt, int64 (B,): rows with equal prompts have equal numbers.
+
+    A prompt is what is attended to before the first completion token, wherever the padding is.
+
+    Example:
+        >>> ids = torch.tensor([[0, 7, 8, 1], [7, 8, 2, 0], [7, 9, 1, 0]])
+        >>> completion = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 0]]).bool()
+        >>> prompt_numbers(Batch(ids, ids > 0, completion)).tolist()
+        [0, 0, 1]
+    """
+    begin, first = _bounds(batch)
+    return _numbers(batch, begin, first)
+
+
+def warn_of_shared_prompts(field: str, batch: Batch, calls: int = 2) -> None:
+    """Warn where rows share prompts and no ``group`` says whether they are one draw.
+
+    Completions of one prompt move together. Error bars that take them for independent draws are too small, by about
+    the square root of their number; only who drew the prompts knows whether equal ones were drawn once.
+
+    Args:
+        field: name of the batch, for the message.
+        batch: (B, T).
+        calls: how many calls up the library's caller stands, whose line is shown.
+    """
+    if batch.group is not None:
+        return
+    rows, prompts = len(batch.input_ids), len(torch.unique(prompt_numbers(batch)))
+    if prompts < rows:
+        warnings.warn(
+            f"{field}.group is None and {rows} rows have {prompts} distinct prompts; expected the prompt of each row, "
+            "since completions of one prompt move together. The error bars take every row for a draw of its own and "
+            f"are too small unless it is: pass {field}._replace(group=...), int64 ({rows},), equal where a prompt was "
+            "drawn once, or torch.arange there if every row's prompt was drawn anew",
+            UserWarning,
+            stacklevel=calls + 1,
+        )
+
+
+def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where each row's attended tokens begin and its first completion token is, (B,); the width where there is none."""
+    width = batch.input_ids.shape[1]
+    columns = torch.arange(width, device=batch.input_ids.device)
+    begin, first = (torch.where(mask, columns, width).amin(1) for mask in (batch.attention_mask, batch.completion_mask))
+    return begin, first
+
+
+def _numbers(batch: Batch, begin: Tensor, first: Tensor) -> Tensor:
+    width = batch.input_ids.shape[1]
+    at = begin.unsqueeze(1) + torch.arange(width, device=batch.input_ids.device)
+    inside = at.clamp(max=width - 1)
+    outside = (at >= first.unsqueeze(1)) | ~batch.attention_mask.gather(1, inside)
+    return torch.unique(batch.input_ids.gather(1, inside).masked_fill(outside, -1), dim=0, return_inverse=True)[1]
+
+
+def _rows_of(batch: Batch) -> _Rows | None:
+    width = batch.input_ids.shape[1]
+    columns = torch.arange(width, device=batch.input_ids.device)
+    begin, first = _bounds(batch)
+    end = torch.where(batch.completion_mask, columns, 0).amax(1)
+    inside = (columns >= begin.unsqueeze(1)) & (columns <= end.unsqueeze(1))
+    if not bool(((first > begin) & (first < width)).all() & (batch.attention_mask | ~inside).all()):
+        return None
+    return _Rows(begin, first, end - first, _numbers(batch, begin, first))
+
+
+def _alike(lengths: Tensor) -> Iterator[Tensor]:
+    """Sequences by length, so many together that little of what they are padded to is padding; none without tokens."""
+    sizes, order = lengths.sort(descending=True)
+    first = 0
+    for k, size in enumerate(found := sizes.tolist()):
+        if size == 0 or (k - first >= FEWEST and size < ALIKE * found[first]):
+            yield order[first:k]
+            first = k
+        if size == 0:
+            return
+    yield order[first:]
+
+
+def _part(batch: Batch, rows: _Rows, members: Tensor) -> Part:
+    width = batch.input_ids.shape[1]
+    begin, first, own, prompt = (x[members] for x in rows)
+    numbers, prompt = torch.unique(prompt, return_inverse=True)
+    # any of the rows that have it
+    holder = torch.zeros_like(numbers).index_copy(0, prompt, torch.arange(len(members), device=members.device))
+    before = first - begin
+    lengths = torch.cat([before[holder], own])
+    starts = lengths.cumsum(0) - lengths
+    source = torch.cat([members[holder] * width + begin[holder], members * width + first])
+    shared = torch.cat([torch.zeros_like(numbers), before])
+    prefix = torch.cat([torch.zeros_like(numbers), starts[prompt]])
+
+    sequence = torch.repeat_interleave(lengths)
+    within = torch.arange(len(sequence), device=members.device) - starts[sequence]
+    ids = batch.input_ids.flatten()[source[sequence] + within].unsqueeze(0)
+
+    blocks, back, behind = [], torch.empty_like(sequence), 0
+    for some in _alike(lengths):
+        start, before, length = starts[some, None], shared[some, None], lengths[some, None]
+        i, j = (torch.arange(int(n.max()), device=members.device) for n in (length, before + length))
+        keys = torch.where(j < before, prefix[some, None] + j, start + j - before)
+        queries = start + i
+        blocks.append(
+            Block(
+                queries.clamp(max=len(sequence) - 1),
+                keys.clamp(max=len(sequence) - 1),
+                (j <= before.unsqueeze(-1) + i.unsqueeze(-1)).unsqueeze(1),
+            )
+        )
+        real = i < length
+        back[queries[real]] = behind + real.flatten().nonzero().squeeze(-1)
+        behind += real.numel()
+    layout = Layout((shared[sequence] + within).unsqueeze(0), blocks, back)
+
+    row, position = batch.completion_mask[members].nonzero(as_tuple=True)
+    prompt_end, own_start = (starts + lengths - 1)[prompt], starts[len(numbers) :]
+    column = torch.where(position == first[row], prompt_end[row], own_start[row] + position - 1 - first[row])
+    place = members[row] * width + position
+    return Part(
+        members,
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        torch.zeros_like(column),
+        column,
+        batch.input_ids.flatten()[place],
+        place,
+        layout,
+    )
+
+
+class Block(NamedTuple):
+    """Sequences of about one length: where their tokens lie in a row of N.
+
+    ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
+    consists of, those it shares first. ``mask``: bool (S, 1, Lq, Lk), which of these each query sees.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
+
+
+class Layout(NamedTuple):
+    """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
+
+    ``position_ids``: (1, N). ``back``: (N,), where a token is among the queries of all ``blocks``.
+    """
+
+    position_ids: Tensor
+    blocks: list[Block]
+    back: Tensor

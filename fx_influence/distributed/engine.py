@@ -1,0 +1,248 @@
+"""Passes whose rows are dealt to the ranks of a device mesh: every rank takes its own and has the whole result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.autodiff.engine import Passes
+from fx_influence.autodiff.ghost import Contract
+from fx_influence.autodiff.gradients import Tapes
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, rows
+from fx_influence.batching.prefix_packing import prompts_of
+from fx_influence.core.checks import check_fields, wrong_type
+from fx_influence.core.dtensor import is_sharded
+from fx_influence.core.tree import promote, shift
+from fx_influence.distributed.collectives import (
+    alike,
+    check_agreed,
+    collected,
+    facts_of,
+    gathered,
+    rank_in,
+    sum_over_ranks,
+)
+from fx_influence.distributed.partition import Deal, _blocks_down, _cut, deal_of
+from fx_influence.policy.split import halves
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def passes_over(
+    params: Params, apply: Apply, temperature: float, chunk_size: int | None, mesh: DeviceMesh | None
+) -> Passes:
+    """The passes of this process alone, or with a mesh those of its ranks together.
+
+    Sharded parameters bring their own mesh. Raises ``ValueError`` where another is given with them.
+    """
+    if mesh is not None and not hasattr(mesh, "get_group"):
+        remedy = "Make one by torch.distributed.device_mesh.init_device_mesh, or pass None for a single process"
+        raise wrong_type("mesh", mesh, "a DeviceMesh", remedy)
+    first: Any = next(iter(params.values()))
+    if not is_sharded(first):
+        return (
+            Passes(apply, temperature, chunk_size)
+            if mesh is None
+            else DealtPasses(apply, temperature, chunk_size, mesh=mesh)
+        )
+    own = first.device_mesh
+    if mesh is not None and not torch.equal(mesh.mesh.flatten(), own.mesh.flatten()):
+        raise ValueError(f"mesh is {mesh}, the parameters are sharded over {own}; pass that one, or None")
+    return ShardedPasses(apply, temperature, chunk_size, mesh=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DealtPasses(Passes):
+    """``Passes`` over the ranks of ``mesh``: batches, parameters and directions are the same on each, the work is not.
+
+    Rows are dealt by length, so that no rank has more to do than another, and by prompt where passes share these; a
+    rank's passes are those of ``Passes`` over its own rows. Gradients are summed by one all-reduce; what belongs to
+    rows or tokens is gathered; a JVP and a kernel need nothing else from other ranks. In float64 results agree with
+    those of one process to rounding.
+    """
+
+    mesh: DeviceMesh
+
+    def whole_batch(self, field: str, batch: Batch) -> Batch:
+        return gathered_batch(self.mesh, field, batch)
+
+    def check_agreed(self, **facts: object) -> None:
+        facts |= {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        check_agreed(self.mesh, {key: fact for name, value in facts.items() for key, fact in facts_of(name, value)})
+
+    def values(self, params: Params, batch: Batch) -> TokenValues:
+        deal, here = self._deal(batch), self._here(params, batch)
+        return deal.whole_values(here.passes.values(here.params, deal.own(batch)))
+
+    def moved_values(
+        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+    ) -> TokenValues:
+        deal, here = self._deal(batch), self._here(params, batch)
+        return deal.whole_values(here.passes.moved_values(here.params, block, eta, deal.own(batch), vmapped))
+
+    def directions_batch(self, params: Params, batch: Batch) -> bool:
+        # Each rank's own: all have as many rows, and its route is the same for whatever it compares.
+        deal, here = self._deal(batch), self._here(params, batch)
+        return here.passes.directions_batch(here.params, deal.own(batch))
+
+    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
+        deal, here = self._deal(batch), self._here(params, batch)
+        own, tapes = here.passes.taped_gradient(here.params, deal.own(batch), memory_budget)
+        return self._summed(params, own), tapes
+
+    def weighted_gradient(
+        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    ) -> tuple[Batch, Gradients]:
+        deal, here = self._deal(batch), self._here(params, batch)
+        weighted: list[Batch] = []
+
+        def weigh_own(values: TokenValues) -> Batch:
+            weighted.append(weigh(deal.whole_values(values)))
+            return deal.own(weighted[0])
+
+        _, own = here.passes.weighted_gradient(here.params, deal.own(batch), weigh_own, memory_budget)
+        return weighted[0], self._summed(params, own)
+
+    def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
+        deal, here = self._deal(batch), self._here(params, batch, direction)
+        return deal.whole_values(here.passes.jvp(here.params, here.direction, deal.own(batch), tapes))
+
+    def contraction(
+        self, params: Params, batch: Batch, memory_budget: int, at_once: int
+    ) -> tuple[Gradients, Contract] | None:
+        deal, here = self._deal(batch), self._here(params, batch)
+        found = here.passes.contraction(here.params, deal.own(batch), memory_budget, at_once)
+        if not all(collected(self.mesh, found is not None)):
+            return None
+        assert found is not None
+        gradient, contract = found
+        return self._summed(params, gradient), lambda us: deal.whole(contract(us), axis=1)
+
+    def kernel(
+        self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
+    ) -> Tensor:
+        # Each rank has a block of the matrix, and needs the gradients of the block's rows and columns alone.
+        shape, rank = (len(batch_a.input_ids), len(batch_b.input_ids)), rank_in(self.mesh)
+        down = _blocks_down(*shape, self.mesh.size())
+        cuts = zip(shape, (down, self.mesh.size() // down), strict=True)
+        a, b = (_cut(count, pieces, batch_a.input_ids.device) for count, pieces in cuts)
+        own = rows(batch_a, a[rank // len(b)]), rows(batch_b, b[rank % len(b)])
+        here = self._here(params, batch_a).passes
+        blocks = gathered(self.mesh, here.kernel(params, *own, diagonal, memory_budget, apply_b))
+        out = blocks.new_empty(shape)
+        for k, block in enumerate(blocks):
+            out[a[k // len(b)].unsqueeze(1), b[k % len(b)]] = block
+        return out
+
+    def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
+        deal, here = self._deal(batch), self._here(params, batch, direction)
+        return gathered(self.mesh, here.passes.curvature(here.params, here.direction, deal.own(batch))).sum()
+
+    def _deal(self, batch: Batch) -> Deal:
+        return deal_of(batch, self.mesh, prompts_of(batch) if halves(self.apply).shares else None)
+
+    def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
+        return _Here(Passes(self.apply, self.temperature, self.chunk_size), params, direction or {})
+
+    def _summed(self, params: Params, gradient: Gradients) -> Gradients:
+        """The sum over ranks, by name; None where no rank's rows reach a parameter."""
+        by_rank = collected(self.mesh, [g is not None for g in gradient.values()])
+        out: Gradients = {}
+        for (name, g), reached in zip(gradient.items(), map(any, zip(*by_rank, strict=True)), strict=True):
+            p = params[name]
+            out[name] = torch.zeros_like(p, dtype=promote(p.dtype)) if g is None and reached else g
+        sum_over_ranks(self.mesh, [g for g in out.values() if g is not None])
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedPasses(DealtPasses):
+    """``DealtPasses`` over ranks that hold a part of the parameters each; ``apply`` is a ``ShardedPolicy``.
+
+    Every rank makes the same number of passes, as the collectives inside them need. There is no kernel, no contraction
+    and no curvature: rows' gradients and nested derivatives are out of a sharded policy's reach.
+    """
+
+    def check_kernel(self, asked_by: str) -> None:
+        raise ValueError(
+            f"{asked_by} needs the gradient of every row, which a model sharded by FSDP2 has not; leave it out, "
+            "or load the model whole in each process and pass mesh="
+        )
+
+    def directions_batch(self, params: Params, batch: Batch) -> bool:
+        return False
+
+    def moved_values(
+        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+    ) -> TokenValues:
+        moved = []
+        for k in range(len(next(iter(block.values())))):
+            moved.append(self.values(shift(params, {name: v[k] for name, v in block.items()}, eta), batch))
+        return TokenValues(*(torch.stack(field) for field in zip(*moved, strict=True)))
+
+    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
+        # A budget may be spent at another part on another rank, which would then make other passes.
+        return super().taped_gradient(params, batch, 0)
+
+    def weighted_gradient(
+        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    ) -> tuple[Batch, Gradients]:
+        return super().weighted_gradient(params, batch, weigh, 0)
+
+    def contraction(self, params: Params, batch: Batch, memory_budget: int, at_once: int) -> None:
+        return None
+
+    def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
+        return torch.full((), torch.nan, dtype=torch.float64, device=batch.input_ids.device)
+
+    def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
+        policy: Any = self.apply
+        opened = policy.opened(params, direction or {})
+        chunk_size = self.chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
+        return _Here(Passes(opened.policy, self.temperature, chunk_size), opened.params, opened.tangent)
+
+    def _summed(self, params: Params, gradient: Gradients) -> Gradients:
+        policy: Any = self.apply
+        return policy.closed(gradient, params)
+
+
+class _Here(NamedTuple):
+    """A rank's passes over its own rows, and what they are given."""
+
+    passes: Passes
+    params: Params
+    direction: Params
+
+
+def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
+    """The rows of all ranks as one batch, those of rank 0 first; padded on the right to the widest rank's.
+
+    A rank may hold no row: ``input_ids`` of shape (0, T). ``group`` means the same prompt on every rank. Raises
+    ``ValueError`` on every rank where one has fields that do not fit, or others than the rest.
+    """
+    alike(mesh, lambda: check_fields(field, batch))
+    present = {name: x for name, x in batch._asdict().items() if x is not None}
+    held = collected(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
+    full = [(shape, dtypes) for shape, dtypes in held if shape[0]]
+    if not full:
+        raise ValueError(f"{field}.input_ids has no row on any of {len(held)} ranks; pass at least one rollout")
+    for name in Batch._fields:
+        kinds = [dtypes.get(name) for _, dtypes in full]
+        if len(set(kinds)) > 1:
+            raise ValueError(f"{field}.{name} is {kinds} by rank; pass the same fields of one dtype on every rank")
+    counts, width = [shape[0] for shape, _ in held], max(shape[1] for shape, _ in full)
+
+    def field_of_all(name: str, dtype: torch.dtype) -> Tensor:
+        own, size = getattr(batch, name), (max(counts), width)[: 1 if name == "group" else 2]
+        padded = torch.zeros(size, dtype=dtype, device=batch.input_ids.device)
+        if own is not None:
+            padded[tuple(slice(n) for n in own.shape)] = own
+        return torch.cat([x[:count] for x, count in zip(gathered(mesh, padded), counts, strict=True)])
+
+    return Batch(**{name: field_of_all(name, dtype) for name, dtype in full[0][1].items()})

@@ -1,0 +1,1 @@
+"""Estimators of entropy over sampled rollouts, importance sampling, and their standard errors."""

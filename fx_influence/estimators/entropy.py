@@ -1,0 +1,118 @@
+"""Estimators of the policy's entropy over sampled rollouts, and their first-order surrogates as token coefficients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fx_influence.core.checks import check_choice, check_is_batch, wrong_type
+from fx_influence.types import Batch, Estimator, Normalize, TokenValues
+
+
+class Completions(NamedTuple):
+    """Token values indexed by rank among a row's completion tokens, float64; one row is one rollout.
+
+    ``logprobs``, ``entropies``: (n, R) with R the longest completion, 0 from a row's length on. ``ok``: bool (n, R).
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    ok: Tensor
+
+
+class TokenCoefficients(NamedTuple):
+    """ds_a/dlog pi(y_at) and ds_a/dh_at of a surrogate sum_a s_a, each (n, T), float64, 0 outside the mask."""
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
+def completions(values: TokenValues, completion_mask: Tensor) -> Completions:
+    """Close the gaps of prompts, tool output and padding: the token at rank t of each row moves to column t.
+
+    The mask is read outside of vmap: only ``values`` may carry a batch dimension of directions.
+    """
+    longest = int(completion_mask.sum(-1).max())
+    # A stable sort of "not a completion token" lists each row's completion positions first, in order.
+    order = (~completion_mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :longest]
+    ok = completion_mask.gather(-1, order)
+    logprobs, entropies = (torch.where(ok, v.double().gather(-1, order), 0.0) for v in values)
+    return Completions(logprobs, entropies, ok)
+
+
+def check_estimator(estimator: str, normalize: str) -> None:
+    """Raise ``ValueError`` for an estimator or a normalisation that does not exist."""
+    check_choice("estimator", estimator, get_args(Estimator))
+    check_choice("normalize", normalize, get_args(Normalize))
+
+
+def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "token") -> Tensor:
+    """Entropy of the policy that E was sampled from, at the policy that ``values`` come from being the same.
+
+    ``"token"``: E[sum_t h_t] / E[T], nats per token. ``"sequence"``: E[sum_t h_t], nats per completion; rows without
+    completion tokens count. Returns a float64 scalar. Raises ``ValueError`` for a batch without any completion token.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> values = TokenValues(-torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> entropy_estimate(values, Batch(mask.long(), mask, mask)).item()
+        2.0
+    """
+    check_choice("normalize", normalize, get_args(Normalize))
+    if not isinstance(values, TokenValues):
+        raise wrong_type("values", values, "TokenValues", "Pass fx.token_values(params, batch, apply)")
+    check_is_batch("batch", batch)
+    if not batch.completion_mask.any():
+        raise ValueError(
+            f"batch.completion_mask of shape {tuple(batch.completion_mask.shape)} has no True at all; expected at "
+            "least one completion token, since the entropy of none is undefined. Give rollouts with tokens"
+        )
+    return values.entropies.double().sum() / sequence_shares(batch.completion_mask, normalize).sum()
+
+
+def sequence_shares(completion_mask: Tensor, normalize: Normalize) -> Tensor:
+    """f_a, the weight of a rollout in the denominator: T_a per token, 1 per sequence; float64 (n,)."""
+    lengths = completion_mask.sum(-1).double()
+    return lengths if normalize == "token" else torch.ones_like(lengths)
+
+
+def centred(done: Completions, estimator: Estimator, normalize: Normalize, centre: Completions) -> Tensor:
+    """x, the entropies less what the mean policy would have given, the centre frozen at ``centre``'s values.
+
+    ``"sequence"``: x_a = h_a - H f_a, (n,). ``"per_decision"``: x_at = (h_at - mean h_t) - H (ok_at - mean ok_t) per
+    token, h_at - mean h_t per sequence, (n, R). H and the means over all rows are those of ``centre``.
+    """
+    h, h0, ok = done.entropies, centre.entropies, done.ok.double()
+    per_token = normalize == "token"
+    mean = h0.sum() / (ok.sum() if per_token else len(ok))
+    if estimator == "sequence":
+        return h.sum(-1) - mean * (ok.sum(-1) if per_token else 1.0)
+    x = h - h0.mean(0)
+    return x - mean * (ok - ok.mean(0)) if per_token else x
+
+
+def entropy_coefficients(
+    values: TokenValues, batch: Batch, estimator: Estimator = "per_decision", normalize: Normalize = "token"
+) -> TokenCoefficients:
+    """The gradient of the entropy estimate as one pair of coefficients per token of E.
+
+    With x frozen at theta, the surrogates whose gradients sum to grad H are
+
+        sequence:      s_a = [h_a + S_a x_a] / sum_b f_b
+        per_decision:  s_a = (1/Z) sum_t [h_at + S_a,<t x_at],   Z = sum_a T_a per token, n per sequence
+
+    with S_a,<t the log-probability of the first t tokens, all of them from t = T_a on. Collected by token, the weight
+    of log pi(y_at) is x_a / Z, or sum_{t' > t} x_at' / Z; that of h_at is 1 / Z.
+    Source: score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
+    """
+    done = completions(values, batch.completion_mask)
+    x = centred(done, estimator, normalize, done)
+    whole = estimator == "sequence"
+    later = x.unsqueeze(-1).expand(done.ok.shape) if whole else x.flip(-1).cumsum(-1).flip(-1) - x
+    z = sequence_shares(batch.completion_mask, normalize).sum()
+    mask = batch.completion_mask
+    rank = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    spread = torch.where(mask, later.gather(-1, rank), torch.zeros((), dtype=later.dtype, device=later.device))
+    return TokenCoefficients(spread / z, mask.double() / z)

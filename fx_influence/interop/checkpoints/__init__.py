@@ -1,0 +1,1 @@
+"""Checkpoint directories of transformers, PEFT, accelerate and torch.distributed.checkpoint."""

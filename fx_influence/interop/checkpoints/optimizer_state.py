@@ -1,0 +1,228 @@
+"""Saved optimizer states put back over a model: of AdamW or not, and which parameter stands behind each integer id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_influence.core.dtensor import is_sharded, own_part
+from fx_influence.interop.checkpoints.dcp import Stored, read_box
+from fx_influence.interop.optimizers import SUPPORTED
+
+# what transformers' Trainer.get_decay_parameter_names excludes from weight decay, besides the LayerNorm modules
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+_FOREIGN = {
+    "__bnb_optimizer_quant_state__": "bitsandbytes (8-bit, paged and AdEMAMix ones among them)",
+    "state1": "bitsandbytes (8-bit, paged and AdEMAMix ones among them)",
+    "ns_steps": "Muon",
+    "beta2_decay": "torch.optim.Adafactor",
+    "scale_parameter": "the Adafactor of transformers",
+    "exp_avg_slow": "AdEMAMix",
+    "weight_lr_power": "schedule-free AdamW",
+    "update_proj_gap": "GaLore",
+    "shampoo_beta": "SOAP",
+    "d_coef": "Prodigy",
+    "momentum_decay": "torch.optim.NAdam",
+    "exp_inf": "torch.optim.Adamax",
+    "initial_accumulator_value": "torch.optim.Adagrad",
+    "rho": "torch.optim.Adadelta",
+    "lambd": "torch.optim.ASGD",
+    "centered": "torch.optim.RMSprop",
+    "etas": "torch.optim.Rprop",
+    "dampening": "torch.optim.SGD",
+    "history_size": "torch.optim.LBFGS",
+}
+"""What an optimizer's state dict is of, by a field that only this optimizer's groups or states have."""
+
+
+def restore_optimizer(
+    state_dict: dict[str, Any], model: nn.Module, param_names: Sequence[Sequence[str]] | None = None
+) -> torch.optim.AdamW:
+    """A real ``torch.optim.AdamW`` over ``model``'s parameters, holding a saved state.
+
+    ``state_dict``: from ``optimizer.state_dict()``, whose ids are integers, or one by parameter names, which need no
+    rule: from torch's ``get_optimizer_state_dict``, flattened or not, or ``FSDP.optim_state_dict``, in whole tensors.
+    Its learning rates are those of the *next* step, and 0 at the end of most schedules: see ``adamw_state``.
+    ``model``: where FSDP2 has sharded it, each rank's optimizer takes its own shards of the state.
+
+    The names behind integer ids are, group by group and in this order of preference,
+
+    - ``param_names``, or those that torch stored in the groups (an optimizer built from ``named_parameters()``);
+    - with two groups, the rule of transformers' ``Trainer``: the trainable parameters with weight decay in model
+      order, then those without (biases and norms, whose weight decay is 0), either group possibly empty;
+    - with one group, ``model.named_parameters()`` order, of the trainable parameters or else of all.
+
+    The rules cannot see a same-shape permutation: give ``param_names`` for an optimizer grouped in another way.
+
+    Raises ``TypeError`` for the state of another optimizer than AdamW, as far as its state dict shows (older torch
+    writes the same fields for ``Adam``, whose weight decay, where it is not 0, is part of the gradient); ``ValueError``
+    where the groups do not match the rule, or counts or shapes the model, with both.
+    Source: ``transformers.Trainer.create_optimizer`` and ``get_decay_parameter_names`` (transformers 5.23).
+
+    Example:
+        >>> from fx_influence.interop.optimizers import adamw_state
+        >>> model = nn.Linear(2, 1)
+        >>> saved = torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()
+        >>> adamw_state(restore_optimizer(saved, model), model).lr
+        0.5
+    """
+    require_adamw_state_dict(state_dict)
+    state_dict, own_names = _by_id(state_dict)
+    parameters = dict(model.named_parameters())
+    names, rule = _group_names(state_dict["param_groups"], model, own_names, param_names)
+    _check_groups(state_dict, names, parameters, rule)
+    by_id = {index: parameters[name] for index, name in _ids_and_names(state_dict, names)}
+    for index, entry in state_dict["state"].items():
+        state_dict["state"][index] = {field: _own_share(value, by_id[index]) for field, value in entry.items()}
+    optimizer = torch.optim.AdamW([{"params": [parameters[name] for name in group]} for group in names])
+    optimizer.load_state_dict(state_dict)
+    return optimizer
+
+
+def _ids_and_names(state_dict: dict[str, Any], names: list[list[str]]) -> Iterator[tuple[int, str]]:
+    for group, own in zip(state_dict["param_groups"], names, strict=True):
+        yield from zip(group["params"], own, strict=True)
+
+
+def _own_share(value: Any, parameter: nn.Parameter) -> Any:
+    """Of a moment, what this rank's shard of the parameter needs; anything else as it is."""
+    if not is_sharded(parameter) or not isinstance(value, (Stored, Tensor)) or value.shape == ():
+        return value
+    from fx_influence.distributed.fsdp_gather import like_sharded, own_box
+
+    box = own_box(parameter)
+    if isinstance(value, Stored):
+        own = torch.empty_like(own_part(parameter.detach()))
+        read_box(value, [where.start for where in box], own)
+    else:
+        own = value[tuple(box)].to(parameter.device, copy=True)
+    return like_sharded(own, parameter)
+
+
+def require_adamw_state_dict(state_dict: Any) -> None:
+    """``TypeError`` for another optimizer's state dict, as far as its fields show; ``ValueError`` if it is none."""
+    saved = _nested(state_dict)
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= set(saved):
+        raise ValueError("the optimizer's state dict has no 'state' and 'param_groups'; pass optimizer.state_dict()")
+    owners = {
+        f"param_groups[{i}] of the optimizer's state dict": group for i, group in enumerate(saved["param_groups"])
+    }
+    entries = {f"the optimizer's state of parameter {i}": entry for i, entry in saved["state"].items()}
+    for what, fields in {**owners, **entries}.items():
+        of = next((_FOREIGN[field] for field in fields if field in _FOREIGN), None)
+        if set(fields) - {"step"} == {"exp_avg"}:
+            of = "Lion"
+        if of is not None:
+            raise TypeError(f"{what} has the fields {sorted(fields)}, so it seems to be of {of}; {SUPPORTED}")
+    for what, group in owners.items():
+        _require_adamw_group(what, group)
+    for what, entry in entries.items():
+        _require_adamw_entry(what, entry)
+
+
+def _require_adamw_group(what: str, group: dict[str, Any]) -> None:
+    absent = {"lr", "betas", "eps", "weight_decay", "amsgrad"} - set(group)
+    if absent or len(group["betas"]) != 2 or {"momentum", "nesterov"} & set(group):
+        raise TypeError(f"{what} has the fields {sorted(group)}, not AdamW's; {SUPPORTED}")
+    if not group.get("decoupled_weight_decay", True):
+        raise TypeError(f"{what} has decoupled_weight_decay=False, as torch.optim.Adam; {SUPPORTED}")
+
+
+def _require_adamw_entry(what: str, entry: dict[str, Any]) -> None:
+    if not {"step", "exp_avg", "exp_avg_sq"} <= set(entry) <= _STATE:
+        raise TypeError(f"{what} has the fields {sorted(entry)}, not AdamW's; {SUPPORTED}")
+    for field in sorted(_STATE & set(entry) - {"step"}):
+        value = entry[field]
+        if isinstance(value, Stored):
+            continue
+        if type(value) is not Tensor or not value.is_floating_point() or value.element_size() == 1:
+            kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
+            raise TypeError(
+                f"{what} has a {kind} as {field}, so it seems to be 8-bit, 4-bit or one process's share; {SUPPORTED}, "
+                "its state in whole tensors of floating-point numbers"
+            )
+
+
+def _nested(state_dict: Any) -> Any:
+    """``param_groups.NAME.lr`` and ``state.NAME.exp_avg`` as the groups, one a name, and states that they are of."""
+    if not isinstance(state_dict, dict) or not any(str(key).startswith("param_groups.") for key in state_dict):
+        return state_dict
+    found: dict[str, dict[str, dict[str, Any]]] = {"param_groups": {}, "state": {}}
+    for key, value in state_dict.items():
+        part, _, rest = key.partition(".")
+        name, _, field = rest.rpartition(".")
+        found.setdefault(part, {}).setdefault(name, {})[field] = value
+    return {**found, "param_groups": [{**group, "params": [name]} for name, group in found["param_groups"].items()]}
+
+
+def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] | None]:
+    """The state dict with integer ids, and the names that it had in their place."""
+    saved = _nested(state_dict)
+    groups = saved["param_groups"]
+    keys = [key for group in groups for key in group["params"]]
+    # as strings, as which torch.distributed.checkpoint saves ids too
+    ids = {str(key): index for index, key in enumerate(keys)}
+    if foreign := sorted(str(key) for key in saved["state"] if str(key) not in ids):
+        raise ValueError(f"the optimizer's state holds {foreign[:5]}, which are in no group; pass the whole state dict")
+    numbered = [{**group, "params": [ids[str(key)] for key in group["params"]]} for group in groups]
+    state = {ids[str(key)]: entry for key, entry in saved["state"].items()}
+    by_name = any(isinstance(key, str) for key in keys)
+    return {"param_groups": numbered, "state": state}, [g["params"] for g in groups] if by_name else None
+
+
+def _group_names(
+    groups: list[dict[str, Any]],
+    model: nn.Module,
+    own_names: list[list[str]] | None,
+    param_names: Sequence[Sequence[str]] | None,
+) -> tuple[list[list[str]], str]:
+    """The names group by group, and the rule they come from."""
+    if own_names is not None:
+        if param_names is not None and own_names != [list(group) for group in param_names]:
+            raise ValueError("param_names are not the names in the optimizer's state dict; leave them out")
+        return own_names, "the names in place of ids"
+    if param_names is not None:
+        return [list(group) for group in param_names], "param_names"
+    if all("param_names" in group for group in groups):
+        return [list(group["param_names"]) for group in groups], "the names stored in param_groups"
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if len(groups) == 1:
+        every = [name for name, _ in model.named_parameters()]
+        return [every if len(groups[0]["params"]) == len(every) else trainable], "named_parameters() order"
+    if len(groups) == 2 and float(groups[1]["weight_decay"]) == 0.0:
+        from transformers.trainer_pt_utils import get_parameter_names
+
+        decay = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
+        split = [[n for n in trainable if n in decay], [n for n in trainable if n not in decay]]
+        return split, "the decay and no-decay groups of transformers' Trainer"
+    raise ValueError(
+        f"the optimizer's state dict has {len(groups)} groups with weight_decay "
+        f"{[group['weight_decay'] for group in groups]}, which no rule maps to names; pass param_names=, the names "
+        "group by group"
+    )
+
+
+def _check_groups(
+    state_dict: dict[str, Any], names: list[list[str]], parameters: dict[str, nn.Parameter], rule: str
+) -> None:
+    groups = [group["params"] for group in state_dict["param_groups"]]
+    saved, expected = [len(group) for group in groups], [len(group) for group in names]
+    remedy = "load the model that it was saved with, or pass param_names=, the names group by group"
+    if saved != expected:
+        raise ValueError(f"the optimizer's groups hold {saved} parameters, {rule} gives {expected}; {remedy}")
+    flat = [name for group in names for name in group]
+    unknown = [name for name in flat if name not in parameters]
+    if unknown or len(set(flat)) < len(flat):
+        raise ValueError(f"{rule} has names that are twice there or not in the model: {unknown[:5]}; {remedy}")
+    for index, name in _ids_and_names(state_dict, names):
+        shape = tuple(state_dict["state"].get(index, {}).get("exp_avg", parameters[name]).shape)
+        if shape != tuple(parameters[name].shape):
+            raise ValueError(
+                f"by {rule}, the optimizer's parameter {index} is {name}, but its exp_avg has shape {shape} and the "
+                f"parameter {tuple(parameters[name].shape)}; {remedy}"
+            )

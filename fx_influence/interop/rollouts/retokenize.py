@@ -1,0 +1,149 @@
+"""Recorded texts and conversations made tokens again, close to those that were sampled but not surely the same."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fx_influence.interop.rollouts.record import Rollout
+
+Message = dict[str, Any]
+Piece = tuple[str, bool]
+"""A part of a completion, and whether the policy sampled it."""
+
+
+@dataclass(frozen=True)
+class Retokenizer:
+    """How texts become rollouts: ``rollout_files.read_rollouts`` has the arguments of the same names.
+
+    Raises ``ValueError`` without a tokenizer or its end of sequence.
+    """
+
+    tokenizer: Any
+    max_completion_length: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError(
+                "tokenizer is None, but this file holds texts without token ids; pass the policy's own, such as "
+                "tokenizer=AutoTokenizer.from_pretrained(checkpoint)"
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer.eos_token is None, so the end that every finished completion had cannot be put back; set it"
+            )
+
+    def rollout(self, name: str, prompt: object, completion: object, truncated: bool | None) -> Rollout:
+        """A rollout of two texts or two lists of messages; ``truncated``: as the record says, None if it says nothing.
+
+        Raises ``ValueError`` for anything else and for messages that the chat template cannot render piece by piece.
+        """
+        messages = None if isinstance(prompt, str) else _messages("prompt", prompt)
+        text = prompt if isinstance(prompt, str) else self._render(messages or [], True)
+        ids, mask, finished = self._completion(self._pieces(messages, completion), truncated)
+        return Rollout(
+            id=name,
+            prompt_id="",
+            group=0,
+            prompt=text,
+            completion=completion if isinstance(completion, str) else self._decode(ids),
+            # A template writes the beginning of the sequence itself; a bare text gets it from the tokenizer, if at all.
+            prompt_ids=tuple(self._encode(text, special=messages is None)),
+            completion_ids=tuple(ids),
+            finished=finished,
+            completion_mask=None if all(mask) else tuple(mask),
+            approximate=True,
+        )
+
+    def _completion(self, pieces: Sequence[Piece], truncated: bool | None) -> tuple[list[int], list[bool], bool]:
+        """Ids, which of them were sampled, and whether they end the sequence."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for text, sampled in pieces:
+            piece = self._encode(text, special=False)
+            ids += piece
+            mask += [sampled] * len(piece)
+        open_ended = pieces[-1][1]
+        eos: int = self.tokenizer.eos_token_id
+        if open_ended and ids[-1:] == [eos]:
+            del ids[-1], mask[-1]
+        if truncated is None:
+            truncated = self.max_completion_length is not None and len(ids) >= self.max_completion_length
+        finished = open_ended and not truncated
+        return ([*ids, eos], [*mask, True], True) if finished else (ids, mask, False)
+
+    def _pieces(self, prompt: list[Message] | None, completion: object) -> list[Piece]:
+        if isinstance(completion, str):
+            return [(completion, True)]
+        messages = _messages("completion", completion)
+        if len(messages) == 1 and set(messages[0]) == {"role", "content"} and isinstance(messages[0]["content"], str):
+            return [(messages[0]["content"], messages[0]["role"] == "assistant")]
+        if prompt is None:
+            raise ValueError("the completion holds messages but the prompt a text; both must be of one kind")
+        return self._turns(prompt, messages)
+
+    def _turns(self, prompt: list[Message], completion: list[Message]) -> list[Piece]:
+        """What the template writes for each assistant's turn, sampled, and between them, not sampled."""
+        turns = [place for place, message in enumerate(completion) if message["role"] == "assistant"]
+        pieces: list[Piece] = []
+        text = self._render(prompt, True)
+        for turn in turns:
+            opened = self._render(prompt + completion[:turn], True)
+            closed = self._render(prompt + completion[: turn + 1], False)
+            answer = _rest(closed, opened)
+            eos: str = self.tokenizer.eos_token
+            end = answer.rfind(eos) + len(eos) if eos in answer else len(answer)
+            pieces += [(_rest(opened, text), False), (answer[:end], True)]
+            text = opened + answer[:end]
+        if not turns or turns[-1] < len(completion) - 1:
+            pieces.append((_rest(self._render(prompt + completion, False), text), False))
+        return pieces
+
+    def _render(self, messages: list[Message], generation: bool) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, **self.chat_template_kwargs
+            )
+        # A template is a program of its own, and may raise anything at messages that it does not expect.
+        except Exception as error:
+            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+        return text
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _messages(name: str, value: object) -> list[Message]:
+    if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
+        raise ValueError(
+            f"field {name!r} is {reprlib.repr(value)}; it must be a text or a list of messages with a role"
+        )
+    for message in value:
+        content = message.get("content")
+        if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+            raise ValueError(f"field {name!r} holds something else than text, such as an image; drop this record")
+    return [_without_nulls(message) for message in value]
+
+
+def _without_nulls(value: Any) -> Any:
+    # A column of parquet gives every message the keys of all others, null where a message had none.
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _rest(text: str, start: str) -> str:
+    if not text.startswith(start):
+        raise ValueError(
+            "the tokenizer's chat template rewrites earlier turns, so what was sampled cannot be told from the rest; "
+            "use a file with token ids, or a template that only appends"
+        )
+    return text[len(start) :]

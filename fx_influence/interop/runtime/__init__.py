@@ -1,0 +1,1 @@
+"""Processes, run directories and the environment of a run."""

@@ -1,0 +1,265 @@
+"""The files of a run directory: each whole or absent, and what is damaged found when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fx_influence.interop.rollouts.record import Rollout, read_rollouts, rollout_lines
+from fx_influence.interop.runtime.job import ALONE, Job
+from fx_influence.types import Batch, Params, TokenValues
+
+PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
+SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
+UPDATE_ROLLOUTS, UPDATE_TOKENS = "update_rollouts.jsonl", "update_tokens.npz"
+SUMS = "SHA256SUMS"
+GRADIENT = "step_gradient.safetensors"
+"""U's gradient, there while a run lasts."""
+FAILED = "failed.json"
+"""Why a run could not be started; a corrected plan takes its directory over."""
+UNREADABLE = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
+ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
+"""Endings of the reports that people read and may add to once a run is finished: they need only fit the arrays."""
+
+
+class RunDirectoryError(ValueError):
+    """A directory that cannot hold or does not hold the run asked for."""
+
+
+def eval_name(index: int, what: str) -> str:
+    """File name of a piece of one evaluation, such as ``eval_00.npz``."""
+    return f"eval_{index:02d}{what}"
+
+
+def sequence_records(
+    rollouts: Sequence[Rollout],
+    tokenizer: Any,
+    *,
+    mean_entropy: Sequence[float],
+    mean_logprob: Sequence[float],
+    gradient_norm: Sequence[float] | None,
+    influence: Sequence[float],
+    stderr: Sequence[float],
+) -> list[dict[str, Any]]:
+    """What ``update_sequences.jsonl`` says of each rollout of U; ``gradient_norm`` is null where nobody measured it.
+
+    Each argument holds one number a rollout: nats per token, |g_i|, and nats per unit lr.
+    """
+    return [
+        {
+            "id": r.id,
+            "prompt_id": r.prompt_id,
+            "prompt": r.prompt,
+            **({} if r.question is None else {"question": r.question}),
+            "completion": r.completion,
+            "tokens": [tokenizer.decode([token]) for token in r.completion_ids],
+            "reward": r.reward,
+            "advantage": r.advantage,
+            "prompt_length": len(r.prompt_ids),
+            "completion_length": len(r.completion_ids),
+            "finished": r.finished,
+            "mean_entropy": mean_entropy[i],
+            "mean_logprob": mean_logprob[i],
+            "gradient_norm": None if gradient_norm is None else gradient_norm[i],
+            "influence": influence[i],
+            "stderr": stderr[i],
+        }
+        for i, r in enumerate(rollouts)
+    ]
+
+
+def token_arrays(batch: Batch, values: TokenValues) -> dict[str, np.ndarray]:
+    """What ``update_tokens.npz`` says of U's tokens, (n_u, T) float32: log pi, entropy and the loss's coefficients.
+
+    ``batch``: U as ``collate`` pads it. ``entropy_coefficients`` is there where the loss has them.
+    """
+    found = {"logprobs": values.logprobs, "entropies": values.entropies, "coefficients": batch.coefficients}
+    found["entropy_coefficients"] = batch.entropy_coefficients
+    return {name: x.float().cpu().numpy() for name, x in found.items() if x is not None}
+
+
+class RunFiles:
+    """The files of one run by name, see the README for their contents.
+
+    A file counts once its SHA-256 stands in ``SHA256SUMS``, which is written after it: what a killed process left
+    half done is as if it were not there, and what was damaged since is found when it is read. Reports that people may
+    annotate are not held to it (``ANNOTATED``).
+
+    Of the processes of a ``job`` the first alone reads and writes, and need alone see the directory: all of them call,
+    all are given what was read, and an error is raised on all.
+    """
+
+    def __init__(self, path: Path, job: Job = ALONE) -> None:
+        self.path, self.job = path, job
+
+    def has(self, name: str) -> bool:
+        return self.job.first(lambda: (self.path / name).is_file() and (name == SUMMARY or name in self._sums()))
+
+    def lists(self, name: str) -> bool:
+        """Whether the file was stored, be it still there or not."""
+        return self.job.first(lambda: name in self._sums())
+
+    def names(self, pattern: str) -> list[str]:
+        """The files that are there, by their names' pattern, stored or not."""
+        return self.job.first(lambda: sorted(file.name for file in self.path.glob(pattern)))
+
+    def remove(self, *names: str) -> None:
+        self.job.first(lambda: self._remove(names))
+
+    def write_text(self, name: str, text: str) -> None:
+        self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+
+    def write_jsonl(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        self.write_text(name, "".join(json.dumps(_without_nan(r), allow_nan=False) + "\n" for r in records))
+
+    def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
+        def write(file: str) -> None:
+            with open(file, "wb") as handle:
+                np.savez_compressed(handle, **arrays)
+
+        self._whole(name, write)
+
+    def write_array(self, name: str, array: np.ndarray) -> None:
+        def write(file: str) -> None:
+            with open(file, "wb") as handle:
+                np.save(handle, array)
+
+        self._whole(name, write)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._whole(name, lambda file: save_file({key: x.contiguous().cpu() for key, x in tensors.items()}, file))
+
+    def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        self.write_text(name, rollout_lines(rollouts))
+
+    def read_yaml(self, name: str) -> Any:
+        return yaml.safe_load(self._read(name))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        value = json.loads(self._read(name))
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} holds {type(value).__name__}, not an object")
+        return value
+
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._read(name).decode("utf-8").split("\n") if line]
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def read_array(self, name: str) -> np.ndarray:
+        array: np.ndarray = np.load(io.BytesIO(self._read(name)), allow_pickle=False)
+        return array
+
+    def read_tensors(self, name: str) -> Params:
+        def read() -> Params:
+            self._check(name, sha256(self.path / name))
+            return load_file(self.path / name)
+
+        return self.job.tensors_of_first(read)
+
+    def read_rollouts(self, name: str) -> list[Rollout]:
+        def read() -> list[Rollout]:
+            self._check(name, sha256(self.path / name))
+            return read_rollouts(self.path / name)
+
+        return self.job.first(read)
+
+    def _read(self, name: str) -> bytes:
+        def read() -> bytes:
+            data = (self.path / name).read_bytes()
+            self._check(name, hashlib.sha256(data).hexdigest())
+            return data
+
+        return self.job.first(read)
+
+    def _check(self, name: str, found: str) -> None:
+        if not name.endswith(ANNOTATED) and self._sums().get(name) != found:
+            raise ValueError(f"{name} is not the file that the run stored")
+
+    def _sums(self) -> dict[str, str]:
+        if not (self.path / SUMS).is_file():
+            return {}
+        lines = (self.path / SUMS).read_text(encoding="utf-8").splitlines()
+        return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+    def _write_sums(self, sums: Mapping[str, str]) -> None:
+        # The order of names, so that an interrupted run ends with the same bytes as any other.
+        text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+        self._replace(SUMS, lambda file: Path(file).write_text(text, encoding="utf-8"))
+
+    def _remove(self, names: Sequence[str]) -> None:
+        present = [name for name in names if (self.path / name).exists()]
+        for name in present:
+            (self.path / name).unlink()
+        if present:
+            self._write_sums({name: value for name, value in self._sums().items() if name not in present})
+
+    def _whole(self, name: str, write: Callable[[str], object]) -> None:
+        def replace() -> None:
+            self._replace(name, write)
+            # The summary tells of time, so that its sum would make equal runs differ.
+            if name != SUMMARY:
+                self._write_sums({**self._sums(), name: sha256(self.path / name)})
+
+        self.job.first(replace)
+
+    def _replace(self, name: str, write: Callable[[str], object]) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        try:
+            write(str(temporary))
+            os.replace(temporary, self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"{name} could not be written in {str(self.path)!r}: {error}; make room there, and the same command "
+                "continues with what is stored, or choose another --out"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What is read of a directory inside, or ``RunDirectoryError`` where it is damaged."""
+    try:
+        yield
+    except RunDirectoryError:
+        raise
+    except (OSError, ValueError, EOFError, LookupError, TypeError, *UNREADABLE) as error:
+        raise RunDirectoryError(f"{str(path)!r} is damaged: {error}; run its plan.yaml into another --out") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """Figures that do not exist, such as an error bar from one cluster, as null: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Run the entropy influence experiment of a plan, stage by stage."""

@@ -1,0 +1,1 @@
+"""Run and show the Fisher kernel experiment."""

@@ -1,0 +1,86 @@
+"""A finished Fisher run read back as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fx_influence.core.display import record_line
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name, readable
+from fx_influence.lab.plan import FisherKernelPlan
+from fx_influence.lab.store import RunDirectory
+
+UPDATE_SELF_KERNEL = "update_self_kernel.npy"
+KERNEL, CHANGE_MATRIX = "_kernel.npy", "_delta_logprob_matrix.npy"
+
+
+@dataclass(frozen=True, repr=False)
+class FisherEvaluationResults:
+    """One evaluation batch E. S_a is the log-probability of its rollout a, unnormalised, in nats.
+
+    ``kernel``: K_ai = <grad S_a, P grad S_i>, (n_e, n_u), see ``fx.fisher_kernel``. ``delta_logprob_matrix``:
+    <grad S_a, v_i>, what rollout i's own part of the step does to S_a, (n_e, n_u), nats per unit lr. ``arrays``, each
+    (n_e,): ``self_kernel``, K_aa; ``predicted_delta_logprob``, <grad S_a, v> along the whole step, nats per unit lr;
+    ``predicted_delta_logprob_baseline``, the part that momentum and weight decay make; ``residual``, the prediction
+    less that part and less the matrix's row. ``top``: for every rollout of E the rollouts of U that move it most.
+    """
+
+    kernel: np.ndarray
+    delta_logprob_matrix: np.ndarray
+    arrays: dict[str, np.ndarray]
+    summary: dict[str, Any]
+    rollouts: list[Rollout]
+    top: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        return record_line(self)
+
+
+@dataclass(frozen=True, repr=False)
+class FisherKernelResults:
+    """A Fisher run as it was stored. Changes are in nats per unit lr; times ``summary["lr"]``, in nats per step.
+
+    ``update_self_kernel``: K_ii of U's rollouts, (n_u,), in the order of ``update_rollouts`` and of every axis over U.
+    """
+
+    path: Path
+    plan: FisherKernelPlan
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+    update_rollouts: list[Rollout]
+    update_self_kernel: np.ndarray
+    evaluations: tuple[FisherEvaluationResults, ...]
+
+    def __repr__(self) -> str:
+        return record_line(self)
+
+
+def load_fisher_run(path: str | Path) -> FisherKernelResults:
+    """The finished Fisher run in a directory. Raises ``RunDirectoryError`` naming the file missing or damaged."""
+    directory = RunDirectory.finished(path, UPDATE_SELF_KERNEL)
+    with readable(directory.path):
+        plan = FisherKernelPlan.from_dict(directory.read_yaml(PLAN))
+        return FisherKernelResults(
+            path=directory.path,
+            plan=plan,
+            environment=directory.read_json(ENVIRONMENT),
+            summary=directory.read_json(SUMMARY),
+            update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
+            update_self_kernel=directory.read_array(UPDATE_SELF_KERNEL),
+            evaluations=tuple(_evaluation(directory, i) for i in range(len(plan.evaluations))),
+        )
+
+
+def _evaluation(directory: RunDirectory, index: int) -> FisherEvaluationResults:
+    return FisherEvaluationResults(
+        kernel=directory.read_array(eval_name(index, KERNEL)),
+        delta_logprob_matrix=directory.read_array(eval_name(index, CHANGE_MATRIX)),
+        arrays=directory.read_arrays(eval_name(index, ".npz")),
+        summary=directory.read_json(eval_name(index, ".json")),
+        rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
+        top=directory.read_jsonl(eval_name(index, "_top.jsonl")),
+    )

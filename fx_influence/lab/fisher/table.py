@@ -1,0 +1,93 @@
+"""A finished Fisher run as a page of text: each evaluation's figures, and the rollouts that the step moves most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from fx_influence.lab.console.column_table import Column, ColumnTable, printable
+from fx_influence.lab.console.table import footer
+from fx_influence.lab.fisher.results import FisherKernelResults
+from fx_influence.lab.results import asked
+
+STRONGEST = 10
+TEXT_WIDTH = 36
+"""Characters of a prompt or completion that are shown."""
+
+
+def print_fisher(results: FisherKernelResults, console: Console) -> None:
+    """Print what a Fisher run found; changes of log-probability are in nats per sequence and step."""
+    summary = results.summary
+    console.print(_headline(summary), soft_wrap=True)
+    console.print(_figures(summary))
+    console.print(_moved(results.evaluations[0].top, summary["lr"]))
+    console.print(footer(summary, results.path, f"preconditioner {results.plan.preconditioner}"), soft_wrap=True)
+
+
+def _headline(s: dict[str, Any]) -> Text:
+    size, largest = (s[f"{name}_abs_predicted_delta_logprob"] * s["lr"] for name in ("median", "largest"))
+    return Text(
+        f"\nTo first order this step (lr {s['lr']:g}) changes the log-probability of a completion of E by "
+        f"{size:.3g} nats in the median and {largest:.3g} nats at most."
+    )
+
+
+def _figures(s: dict[str, Any]) -> ColumnTable:
+    columns = ("E", "rollouts", "mean", "mean |.|", "median |.|", "largest |.|", "baseline, mean |.|")
+    more = ("one rollout of U, mean |.|", "Spearman with K_aa", "residual / sum of |parts|")
+    rows = []
+    for i, e in enumerate(s["evaluations"]):
+        sizes = [e[f"{name}_predicted_delta_logprob"] for name in ("mean_abs", "median_abs", "largest_abs")]
+        rank = e["spearman_self_kernel_prediction"]
+        rows.append(
+            (
+                f"{i:02d}",
+                f"{e['rollouts']}",
+                f"{e['mean_predicted_delta_logprob'] * s['lr']:+.3e}",
+                *(f"{size * s['lr']:.3e}" for size in (*sizes, e["mean_abs_baseline"], e["mean_abs_contribution"])),
+                "" if rank is None else f"{rank:+.3f}",
+                f"{e['relative_residual']:.1e}",
+            )
+        )
+    return ColumnTable(
+        "Predicted change of log-probability in this step, nats", [*map(Column, (*columns, *more))], rows
+    )
+
+
+def _moved(top: list[dict[str, Any]], lr: float) -> ColumnTable:
+    rows = []
+    for record in _distinct(top):
+        strongest = record["contributors"][0]
+        advantage = strongest["advantage"]
+        rows.append(
+            (
+                *(_short(text) for text in (asked(record), record["completion"])),
+                *(f"{record[field] * lr:+.2e}" for field in ("predicted_delta_logprob", "baseline")),
+                strongest["id"],
+                *(_short(text) for text in (asked(strongest), strongest["completion"])),
+                "" if advantage is None else f"{advantage:+.2f}",
+                f"{strongest['contribution'] * lr:+.2e}",
+            )
+        )
+    texts = (Column("prompt", "text"), Column("completion", "text"))
+    by = (Column("by U's rollout", "name"), *texts, Column("advantage"), Column("its part"))
+    return ColumnTable(
+        "Rollouts of E 00 that the step moves most, and what in U moves them",
+        (*texts, Column("change"), Column("baseline"), *by),
+        rows,
+    )
+
+
+def _short(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= TEXT_WIDTH else shown[: TEXT_WIDTH - 1] + "…"
+
+
+def _distinct(top: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The most moved of different texts: equal rollouts are moved equally."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in sorted(top, key=lambda r: -abs(r["predicted_delta_logprob"])):
+        first.setdefault((record["prompt"], record["completion"]), record)
+    return list(first.values())[:STRONGEST]

@@ -1,0 +1,1 @@
+"""Optimizer steps as stateless maps from gradients to directions."""

@@ -1,0 +1,232 @@
+"""AdamW as a stateless map from a batch's gradient to a direction, and its split into the parts of each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fx_influence.core.checks import check_choice, check_max_grad_norm, check_params, check_state, first_not_finite
+from fx_influence.core.display import record_line
+from fx_influence.core.dtensor import over_shards, own_part
+from fx_influence.core.tree import check_names, detached, promote
+from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
+
+
+class AdamWDecomposition(NamedTuple):
+    """One AdamW step per unit learning rate, split. Every dictionary has all names of ``params``.
+
+    ``direction``: v. ``baseline``: what is left of v without the batch's gradients; v = baseline + sum_i gain * g_i.
+    ``momentum``, ``weight_decay``: the parts of v that the old first moment and the decay make, whatever the gain.
+    ``gain``: gamma, the diagonal that maps a sequence's gradient to its part. ``clip``: kappa, a scalar.
+    """
+
+    direction: Params
+    baseline: Params
+    momentum: Params
+    weight_decay: Params
+    gain: Params
+    clip: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
+
+
+def adamw_decompose(
+    grads: Mapping[str, Tensor | None],
+    opt_state: AdamWState,
+    params: Params,
+    gain: Gain = "share",
+    max_grad_norm: float | None = None,
+) -> AdamWDecomposition:
+    """The direction v of one AdamW step, theta' = theta + lr v, and its affine split over the batch's gradients.
+
+    With g the batch's gradient, kappa = min(1, max_grad_norm / (|g| + 1e-6)) frozen, ghat = kappa g (-kappa g under
+    ``maximize``), tau = step + 1, B_k = 1 - beta_k^tau and rho = lr_group / lr_ref:
+
+        m' = beta1 m + (1 - beta1) ghat        s' = beta2 s + (1 - beta2) ghat^2
+        den = sqrt(shat / B2) + eps            shat = max(max_exp_avg_sq, s') with amsgrad, else s'
+        v = rho (-(m' / B1) / den - lambda theta)
+
+    ``gain`` says what a sequence's gradient is multiplied with:
+
+    - ``"share"``: gamma = -rho kappa (1 - beta1) / (B1 den); baseline = momentum + weight decay, exactly.
+    - ``"marginal"``: gamma = dv/dg with kappa frozen, den's dependence on g included; baseline = v - gamma g.
+    - ``"rmsprop"``: gamma = -rho / den; v is replaced by gamma g, and baseline, momentum and decay by 0.
+
+    ``grads``: by name, the parameter's shape; None or absent (backward never reached it) and parameters that the
+    optimizer does not hold have v = 0, decay included. Results are float64 where the parameter or its state is, else
+    float32, in units of parameter per unit lr_ref; a positive v raises the parameter.
+
+    Departs from ``torch.optim.AdamW`` in nothing: v = (theta' - theta) / lr for the hyperparameters of its
+    param_groups. The clip is ``torch.nn.utils.clip_grad_norm_`` over all of ``grads``.
+    Raises ``ValueError`` for names or shapes that disagree, a gradient that is not finite, an unknown gain.
+    Source: Loshchilov & Hutter, arXiv 1711.05101; amsgrad: Reddi et al., arXiv 1904.09237.
+
+    Example:
+        >>> hyper = AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.1, False, False)
+        >>> zero = torch.zeros(2)
+        >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": hyper}, lr=1e-3)
+        >>> step = adamw_decompose({"w": torch.tensor([3.0, -2.0])}, state, {"w": torch.ones(2)})
+        >>> step.direction["w"], step.weight_decay["w"]
+        (tensor([-1.1000,  0.9000]), tensor([-0.1000, -0.1000]))
+    """
+    check_params(params)
+    params = detached(params)
+    check_adamw_inputs(grads, opt_state, params, gain, max_grad_norm)
+    clip = _clip_factor(grads, max_grad_norm, params)
+    parts: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}
+    for name, p in params.items():
+        g = grads.get(name)
+        held = g is not None and name in opt_state.hyper
+        step = _parameter_step(name, p, g, clip, opt_state, gain) if held and g is not None else _no_step(p)
+        for field, value in step.items():
+            parts[field][name] = value
+    return AdamWDecomposition(**parts, clip=clip)
+
+
+def second_moment_denominator(
+    hyper: AdamWHyper, second: Tensor, step: int, maximum: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(den, r, live): den = sqrt(shat / B2) + eps with r = sqrt(second / B2), and where ``second`` is shat itself.
+
+    ``second``: s after ``step`` updates. ``maximum``: amsgrad's max_exp_avg_sq, so that shat = max(maximum, second).
+    """
+    correction = 1 - hyper.beta2**step
+    r = (second / correction).sqrt()
+    if maximum is None:
+        return r + hyper.eps, r, torch.ones((), dtype=torch.bool, device=r.device)
+    live = second > maximum
+    return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, live
+
+
+def fresh_part(grads: Mapping[str, Tensor | None], opt_state: AdamWState, along: Params, clip: Tensor) -> Params:
+    """Return ``along`` on the coordinates where this very gradient makes AdamW's denominator, and 0 elsewhere.
+
+    These are
+
+        J = {j: sqrt(shat_j / B2) <= 10 eps,  or  (1 - beta2) ghat_j^2 > shat_j / 2}
+
+    There gamma is about 1 / |g|: the step has the size of the learning rate whatever the gradient's, and rollouts whose
+    gradients cancel in g have large parts that cancel too. At the first step of a fresh optimizer J is everything.
+
+    Args:
+        grads: g by name, before clipping; None where backward never arrived.
+        opt_state: m, s and step before the step.
+        along: u by name, in parameters' shapes.
+        clip: kappa, scalar, see ``adamw_decompose``.
+
+    Example:
+        >>> hyper, one = AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.0, False, False), torch.ones(2)
+        >>> state = AdamWState({"w": one}, {"w": torch.tensor([0.0, 1.0])}, {}, {"w": 9}, {"w": hyper}, lr=1e-3)
+        >>> fresh_part({"w": one}, state, {"w": torch.tensor([3.0, 1.0])}, torch.ones(()))["w"].tolist()
+        [3.0, 0.0]
+    """
+    out = {}
+    for name, u in along.items():
+        g = grads.get(name)
+        if g is None or name not in opt_state.hyper:
+            out[name] = torch.zeros_like(u)
+            continue
+        hyper = opt_state.hyper[name]
+        ghat, second, maximum = _second_moment(name, g, clip, opt_state, promote(opt_state.exp_avg_sq[name].dtype))
+        highest = second if maximum is None else torch.maximum(maximum, second)
+        floor = (10 * hyper.eps) ** 2 * (1 - hyper.beta2 ** (opt_state.step[name] + 1))
+        made_now = (1 - hyper.beta2) * ghat.square() > highest / 2
+        out[name] = u * ((highest <= floor) | made_now)
+    return out
+
+
+def _second_moment(
+    name: str, g: Tensor, clip: Tensor, state: AdamWState, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ghat, s', max_exp_avg_sq), the last None without amsgrad."""
+    hyper = state.hyper[name]
+    ghat = ((-1.0 if hyper.maximize else 1.0) * clip.to(dtype)) * g.to(dtype)
+    second = torch.addcmul(hyper.beta2 * state.exp_avg_sq[name].to(dtype), ghat, ghat, value=1 - hyper.beta2)
+    return ghat, second, state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
+
+
+def _parameter_step(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Gain) -> dict[str, Tensor]:
+    hyper, tau = state.hyper[name], state.step[name] + 1
+    dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
+    theta, m = p.to(dtype), state.exp_avg[name].to(dtype)
+    sign = -1.0 if hyper.maximize else 1.0
+    clip = clip.to(dtype)
+    ghat, s_new, maximum = _second_moment(name, g, clip, state, dtype)
+    den, r, live = second_moment_denominator(hyper, s_new, tau, maximum)
+    b1, rho = 1 - hyper.beta1**tau, hyper.lr_scale
+
+    if gain == "rmsprop":
+        gamma = -sign * rho / den
+        return {**_no_step(p), "direction": gamma * g.to(dtype), "gain": gamma}
+    inverse = den.reciprocal()
+    momentum = (-rho * hyper.beta1 / b1 * m) * inverse
+    decay = -rho * hyper.weight_decay * theta
+    gamma = (-rho * sign * (1 - hyper.beta1) / b1 * clip) * inverse
+    baseline = momentum + decay
+    direction = torch.addcmul(baseline, gamma, g.to(dtype))
+    if gain == "marginal":
+        b2 = 1 - hyper.beta2**tau
+        m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
+        slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
+        gamma = gamma + rho * sign * clip * torch.where(live & (r > 0), slope, torch.zeros_like(slope))
+        baseline = direction - gamma * g.to(dtype)
+    return {
+        "direction": direction,
+        "baseline": baseline,
+        "momentum": momentum,
+        "weight_decay": decay,
+        "gain": gamma,
+    }
+
+
+def _no_step(p: Tensor) -> dict[str, Tensor]:
+    zero = torch.zeros_like(p, dtype=promote(p.dtype))
+    return dict.fromkeys(("direction", "baseline", "momentum", "weight_decay", "gain"), zero)
+
+
+def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
+    first = own_part(next(iter(params.values())))
+    one = torch.ones((), dtype=promote(first.dtype), device=first.device)
+    found = [g for g in grads.values() if g is not None]
+    if not found:
+        return one
+    norm = torch.stack([n.to(one) for n in _norms(found)]).norm()
+    if not torch.isfinite(norm):
+        raise ValueError(f"the norm of grads is {norm.item()}; the step has no direction: drop the batch")
+    return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    norms = [own_part(g).to(promote(g.dtype)).norm().double() for g in grads]
+    return [square.sqrt() for square in over_shards([norm.square() for norm in norms], grads)]
+
+
+def check_adamw_inputs(
+    grads: Mapping[str, Tensor | None],
+    opt_state: AdamWState,
+    params: Params,
+    gain: str,
+    max_grad_norm: float | None,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what ``adamw_decompose`` could not use, before anything is computed."""
+    check_choice("gain", gain, get_args(Gain))
+    check_max_grad_norm(max_grad_norm)
+    check_state(opt_state)
+    check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
+    name = first_not_finite(grads)
+    if name is not None:
+        raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
+    remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
+    for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
+    if not any(name in opt_state.hyper for name in params):
+        raise ValueError(f"opt_state.hyper has none of the {len(params)} trainable parameters; {remedy}")
+    for name, hyper in opt_state.hyper.items():
+        if name not in opt_state.exp_avg or name not in opt_state.exp_avg_sq or name not in opt_state.step:
+            raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")
+        if hyper.amsgrad and name not in opt_state.max_exp_avg_sq:
+            raise ValueError(f"opt_state has no max_exp_avg_sq for {name!r}, whose group has amsgrad=True; {remedy}")

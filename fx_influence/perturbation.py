@@ -1,0 +1,257 @@
+"""The change of entropy along one direction: at a finite step by importance sampling, and its first two derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from fx_influence.autodiff.engine import Passes
+from fx_influence.batching.microbatch import distinct_rows
+from fx_influence.batching.prefix_packing import warn_of_shared_prompts
+from fx_influence.core.checks import (
+    check_batch,
+    check_is_batch,
+    check_number,
+    check_options,
+    check_policy,
+    first_not_finite,
+    wrong_type,
+)
+from fx_influence.core.display import record_line
+from fx_influence.core.tree import check_names, detached
+from fx_influence.distributed.engine import passes_over
+from fx_influence.estimators.entropy import Completions, check_estimator, completions, entropy_coefficients
+from fx_influence.estimators.snis import SnisDelta, snis
+from fx_influence.estimators.stderr import cluster_index
+from fx_influence.policy.policy import whole_policy
+from fx_influence.policy.precision import in_float32
+from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+OF_THESE = "pass a direction made from these parameters"
+
+
+class JvpDelta(NamedTuple):
+    """Derivatives of the entropy estimate along v at eta = 0, float64.
+
+    ``first``: dH/deta, nats per unit lr, scalar. ``second``: d2H/deta2, without the factor 1/2, scalar; NaN with
+    ``second_order=False`` and for a ``ShardedPolicy``, which has no nested derivatives.
+    ``contributions``: (n_e,), centred, adding up to ``first``.
+    """
+
+    first: Tensor
+    second: Tensor
+    contributions: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
+
+
+def snis_delta(
+    params: Params,
+    direction: Params,
+    eta: float | Tensor,
+    batch_e: Batch,
+    *,
+    apply: Apply,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    clip: float | None = 10.0,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    mesh: DeviceMesh | None = None,
+) -> SnisDelta:
+    """Entropy at theta + eta v less that at theta, from rollouts of theta by importance sampling; raw, nats.
+
+    ``direction``: v by name; names absent stay put. Estimators, weights, clipping and contributions: see
+    ``importance.snis``. The two forwards run in at least float32 and the weights in float64. Divided by ``eta`` it
+    tends to ``jvp_delta(...).first`` on the same E. At learning rates near 1e-6 one rollout's part is about a rounding
+    unit of a float32 weight: take ``eta`` larger and divide back. ``mesh``: as in ``influence``. ``stderr`` goes by
+    ``batch_e.group``, or without it by rows, with a ``UserWarning`` where these share prompts.
+    Raises ``ValueError`` for a direction of other names or shapes, or a batch that cannot be scored.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
+        >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
+        >>> out = snis_delta({"w": table}, {"w": -table}, 0.1, batch, apply=lambda p, ids, mask: p["w"][ids])
+        >>> out.delta_h.item() > 0
+        True
+    """
+    check_policy(params, apply)
+    if not (isinstance(eta, Tensor) and eta.dim() == 0):
+        check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
+    # One rank that refused its direction alone would leave the others waiting.
+    passes = passes_over(params, apply, temperature, chunk_size, mesh)
+    passes.check_agreed(direction=direction)
+    _check_direction("direction", direction, params)
+    measure = _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=False)
+    along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
+    moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
+    return SnisDelta(*(field[0, 0] for field in moved))
+
+
+def snis_sweep(
+    params: Params,
+    batch_e: Batch,
+    *,
+    apply: Apply,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    clip: float | None = 10.0,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Callable[[Params, Sequence[float]], SnisDelta]:
+    """``snis_delta`` for many directions and etas: ``measure(block, etas)``, with the pass at theta made once, here.
+
+    ``block``: a direction tree with a leading axis of K directions, vmapped as far as E leaves room for more than one
+    in a pass and vmap takes the policy, which two directions over a row of E tell first; else each has passes of its
+    own. K may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored once.
+    ``chunk_size``: rows of E times directions per forward; None chooses by tokens. ``mesh``: as in ``influence``; every
+    call of ``measure`` is then one of all ranks too, with the same directions. Errors as in ``snis_delta``.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
+        >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
+        >>> measure = snis_sweep({"w": table}, batch, apply=lambda p, ids, mask: p["w"][ids])
+        >>> (measure({"w": torch.stack([-table, table])}, [0.1]).delta_h > 0).tolist()
+        [[True, False]]
+    """
+    check_policy(params, apply)
+    passes = passes_over(params, apply, temperature, chunk_size, mesh)
+    return _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=None)
+
+
+def _measure(
+    params: Params,
+    batch_e: Batch,
+    passes: Passes,
+    estimator: Estimator,
+    normalize: Normalize,
+    clip: float | None,
+    vmapped: bool | None,
+) -> Callable[[Params, Sequence[float]], SnisDelta]:
+    """``snis_sweep``; ``vmapped``: whether directions go through vmap together, None to find out."""
+    batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
+    warn_of_shared_prompts("batch_e", batch_e, calls=3)
+    params, apply = in_float32(detached(params), passes.apply, batch_e, finite=True)
+    passes = replace(passes, apply=apply)
+    mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
+    once, index = distinct_rows(batch_e)
+    together = passes.directions_batch(params, once) if vmapped is None else vmapped
+
+    def at(block: Params, eta: float) -> Completions:
+        moved = _at(passes.moved_values(params, block, eta, once, together), index)
+        return Completions(*vmap(lambda v: completions(v, mask))(moved))
+
+    # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.
+    still = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
+    base = Completions(*(field[0] for field in at(still, 0.0)))
+
+    def delta(values: Completions) -> SnisDelta:
+        return snis(base, values, estimator, normalize, clip, clusters)
+
+    def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
+        if not isinstance(etas, Sequence):
+            raise wrong_type("etas", etas, "a list of numbers", "Pass [eta] for one")
+        for eta in etas:
+            check_number("etas", eta, "pass finite numbers", math.isfinite)
+        passes.check_agreed(block=block, etas=list(etas))
+        _check_direction("block", {name: v[0] for name, v in block.items()}, params)
+        return SnisDelta(
+            *(torch.stack(field) for field in zip(*(vmap(delta)(at(block, eta)) for eta in etas), strict=True))
+        )
+
+    return measure
+
+
+def jvp_delta(
+    params: Params,
+    direction: Params,
+    batch_e: Batch,
+    *,
+    apply: Apply,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    second_order: bool = True,
+    mesh: DeviceMesh | None = None,
+) -> JvpDelta:
+    """First and second derivative of the SNIS entropy estimate along v at eta = 0.
+
+    ``first`` = sum_a <grad s_a, v> with the surrogates of ``entropy_coefficients``; on the same E it is the limit of
+    ``snis_delta / eta``, with no sampling noise between them. ``second`` gives the step at which the first order is
+    10% off: eta_trust = 0.2 |first / second|. It costs about five times the rest: ``second_order=False`` leaves it out.
+    Other arguments and errors as in ``snis_delta``.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
+        >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
+        >>> out = jvp_delta({"w": table}, {"w": -table}, batch, apply=lambda p, ids, mask: p["w"][ids])
+        >>> out.first.item() > 0, out.contributions.shape
+        (True, torch.Size([2]))
+    """
+    check_policy(params, apply)
+    passes = passes_over(params, whole_policy(apply), temperature, chunk_size, mesh)
+    batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
+    passes.check_agreed(direction=direction)
+    _check_direction("direction", direction, params)
+    params, apply = in_float32(detached(params), passes.apply, batch_e)
+    passes = replace(passes, apply=apply)
+    once, index = distinct_rows(batch_e)
+    values, slope = _at(passes.values(params, once), index), _at(passes.jvp(params, direction, once), index)
+    weight = entropy_coefficients(values, batch_e, estimator, normalize)
+    contributions = (weight.logprobs * slope.logprobs + weight.entropies * slope.entropies).sum(-1)
+    if not second_order:
+        return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions)
+
+    base, toward = (completions(v, batch_e.completion_mask) for v in (values, slope))
+
+    def estimate(eta: Tensor) -> Tensor:
+        logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], toward[:2], strict=True))
+        return snis(base, Completions(logprobs, entropies, base.ok), estimator, normalize, clip=None).delta_h
+
+    # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
+    bend = grad(grad(estimate))(contributions.new_zeros(()))
+    c, b = (torch.zeros_like(w[: len(once.input_ids)]).index_add(0, index, w) for w in weight)
+    weighted = once._replace(coefficients=c, entropy_coefficients=b)
+    second = bend + passes.curvature(params, direction, weighted)
+    return JvpDelta(contributions.sum(), second, contributions)
+
+
+def _check_direction(field: str, direction: Params, params: Params) -> None:
+    check_names(field, direction, params, OF_THESE)
+    name = first_not_finite(direction)
+    if name is not None:
+        raise ValueError(f"{field}[{name!r}] holds NaN or infinity; expected a finite direction. Make it anew")
+
+
+def _at(values: TokenValues, index: Tensor) -> TokenValues:
+    return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
+
+
+def _checked(
+    params: Params, batch_e: Batch, passes: Passes, estimator: Estimator, normalize: Normalize, clip: float | None
+) -> Batch:
+    """The rows of all who take part, once everything that they were given has been checked."""
+    check_options(passes.temperature, passes.chunk_size)
+    if clip is not None:
+        check_number("clip", clip, "pass a positive cumulative log-weight, or None to clip nothing", lambda x: x >= 0)
+    check_is_batch("batch_e", batch_e)
+    batch_e = passes.whole_batch("batch_e", batch_e)
+    passes.check_agreed(params=params, estimator=estimator, normalize=normalize, clip=clip)
+    check_estimator(estimator, normalize)
+    check_batch("batch_e", batch_e, params, passes.apply)
+    return batch_e

@@ -1,0 +1,165 @@
+"""Attention in blocks of queries, which every transformation of torch.func passes through, and of shared tokens."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fx_influence.batching.prefix_packing import Layout
+from fx_influence.core.tree import promote
+from fx_influence.policy.autocast import active_dtype
+
+SCORES_PER_BLOCK = 2**24
+"""Attention scores that are formed at once: 64 MiB of float32, and a few times that with their tangents."""
+
+
+def blockwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale query key^T + mask) value, (..., T, d), a block of queries at a time.
+
+    Arguments as in ``torch.nn.functional.scaled_dot_product_attention``, of which it is the plain form: it has all
+    derivatives, forward mode included, and a rule under vmap. Under ``is_causal`` a block does not see the keys after
+    it. At most about ``SCORES_PER_BLOCK`` scores exist at once, so its memory grows with T and not with T^2.
+    A query that sees no key gives 0. Source: Rabe & Staats 2021, arXiv 2112.05682 (blocks of queries alone).
+
+    Example:
+        >>> q = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(1, 1, 4, 3)
+        >>> plain = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        >>> bool(torch.allclose(blockwise_attention(q, q, q, is_causal=True), plain))
+        True
+    """
+    if (dtype := active_dtype(query.device.type)) is not None:
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    if enable_gqa:
+        key, value = (_repeated(x, query) for x in (key, value))
+    queries, keys = query.shape[-2], key.shape[-2]
+    size = max(1, SCORES_PER_BLOCK // max(1, query.shape[:-2].numel() * keys))
+    blocks = []
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        seen = min(end, keys) if is_causal else keys
+        mask = attn_mask
+        if is_causal:
+            mask = torch.ones(end - start, seen, dtype=torch.bool, device=query.device).tril(start)
+        elif mask is not None and mask.shape[-2] != 1:
+            mask = mask[..., start:end, :]
+        block = query[..., start:end, :], key[..., :seen, :], value[..., :seen, :]
+        if dropout_p == 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in block):
+            blocks.append(_pushed(*block, mask, scale))
+        else:
+            with math_attention():
+                blocks.append(F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+class SharedAttention(TorchFunctionMode):
+    """While active, causal attention over the one row of a layout is that of its sequences, each for itself.
+
+    Everything else in a model that takes a token at a time needs no change, and costs N tokens. Raises
+    ``NotImplementedError`` at attention that is not plainly causal, of which a layout says nothing.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.calls = 0
+        self._biases: list[Tensor] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        # A single query sees all there is, causal or not, and is not called causal by models of transformers.
+        if attn_mask is not None or dropout_p != 0 or not (is_causal or query.shape[-2] == 1):
+            raise NotImplementedError(
+                "the model's attention is not plainly causal over a row of tokens; load it with "
+                "attn_implementation='eager', and every row goes through it whole"
+            )
+        if self._biases is None:
+            # A mask of bools would be made one of numbers in every layer.
+            none = torch.zeros((), dtype=query.dtype, device=query.device)
+            self._biases = [none.masked_fill(~block.mask, -torch.inf) for block in self.layout.blocks]
+        if query.device.type != "cpu" and options.pop("enable_gqa", False):
+            # With a mask besides, no fused attention of CUDA takes it.
+            key, value = (_repeated(x, query) for x in (key, value))
+        found = []
+        for (queries, keys, _), bias in zip(self.layout.blocks, self._biases, strict=True):
+            q, k, v = _picked(query, queries), _picked(key, keys), _picked(value, keys)
+            out = F.scaled_dot_product_attention(q, k, v, bias, **options)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+        return _picked(torch.cat(found).transpose(0, 1).unsqueeze(0), self.layout.back.unsqueeze(0))
+
+
+def _repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values for every head of the queries, several of which have the same."""
+    groups = query.shape[-3] // x.shape[-3]
+    return x if groups == 1 else x.repeat_interleave(groups, -3)
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """(S, H, L, d) of the tokens of (1, H, N, d) that ``index`` (S, L) names."""
+    rows = x.squeeze(0).transpose(0, 1)
+    # Which has the one backward on the CPU that adds up rows without a call for each.
+    return F.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:]).transpose(1, 2)
+
+
+def math_attention() -> AbstractContextManager[None]:
+    """``scaled_dot_product_attention`` in its plain form: the fused ones have no forward mode and no vmap rule."""
+    if hasattr(torch.nn, "attention"):
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    # torch before 2.3
+    return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
+
+
+def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """With its tangent, in half the passes over the scores that the tangents of its single operations take."""
+    shape = *query.shape[:-2], query.shape[-2], key.shape[-2]
+    bias = torch.zeros((), dtype=promote(query.dtype), device=query.device)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(bias.dtype)
+    bias = bias.expand(shape).reshape(-1, *shape[-2:])
+    flat = (x.expand(*query.shape[:-2], *x.shape[-2:]).flatten(0, -3) for x in (query, key, value))
+    # As the fused kernels do, half precision is computed with in float32.
+    dtype = promote(value.dtype)
+    (q, dq), (k, dk), (v, dv) = ((x.to(dtype) for x in _parted(y)) for y in flat)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):
+        # Where a query sees no key its softmax is 0 / 0.
+        p = (q @ k.mT).mul_(factor).add_(bias).softmax(-1).nan_to_num_(0.0)
+        ds = (dq @ k.mT).baddbmm_(q, dk.mT, beta=factor, alpha=factor).mul_(p)
+        dp = ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+        both = p @ v, (dp @ v).baddbmm_(p, dv)
+    out = forward_ad.make_dual(*(x.to(value.dtype) for x in both))
+    return out.unflatten(0, query.shape[:-2])
+
+
+def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal, torch.zeros_like(primal) if tangent is None else tangent

@@ -1,0 +1,76 @@
+"""Forward-mode derivatives in fewer passes than torch's own rules take, and forwards made again in fewer products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from fx_influence.policy.attention import blockwise_attention, math_attention
+from fx_influence.policy.linear_cache import _linear, _linear_arguments, _product, _WithOutputs
+from fx_influence.types import Params
+
+
+def pushforward(
+    f: Callable[[Params], Tensor], params: Params, tangent: Params, outputs: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """f(params) and its derivative along ``tangent``, by the rules of ``ForwardMode``; names absent stay put.
+
+    What ``torch.func.jvp`` gives, and sooner: what it wraps tensors in takes a twelfth of a pass of 2,000 tokens.
+    Where ``outputs`` are not those of the linear maps that f calls, they are made again.
+    """
+    with forward_ad.dual_level(), ForwardMode(outputs) as mode:
+        at = {name: forward_ad.make_dual(p, tangent[name]) if name in tangent else p for name, p in params.items()}
+        value, slope = forward_ad.unpack_dual(f(at))
+    if not mode.outputs_fit:
+        return pushforward(f, params, tangent)
+    return value, torch.zeros_like(value) if slope is None else slope
+
+
+class ForwardMode(_WithOutputs):
+    """While active, what a model spends its time on has forward-mode derivatives of its own.
+
+    Attention goes by ``blockwise_attention``; linear maps and products of tensors make only what they need, where torch
+    multiplies by the zeros that stand for a missing tangent, as that of a frozen weight is; an embedding leaves its
+    ``padding_idx`` out, see ``trained_embedding``. Where nothing moves, results are torch's own. For passes without a
+    graph. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of the linear maps, in order,
+    from a ``Tape`` of the same forward, where there is one.
+    """
+
+    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return blockwise_attention(*args, **kwargs)
+        if func is F.embedding:
+            return trained_embedding(*args, **kwargs)
+        if func is F.linear:
+            given = _linear_arguments(*args, **kwargs)
+            return _linear(self._next_output(*given[:2]), *given)
+        if func is Tensor.mul and not kwargs:
+            return _product(*args)
+        return func(*args, **kwargs)
+
+    def called_deeper(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.embedding:
+            return trained_embedding(*args, **kwargs)
+        with math_attention() if func is F.scaled_dot_product_attention else nullcontext():
+            return func(*args, **kwargs)
+
+
+def trained_embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: object, **kwargs: Any
+) -> Tensor:
+    """``F.embedding`` with the derivative of reverse mode in forward mode: none at ``padding_idx``.
+
+    torch's own forward mode moves that row with the others, although no gradient ever reaches it; the derivative of a
+    loss along a direction and its gradient's product with it then differ wherever a text holds the padding token.
+    """
+    out = F.embedding(input, weight, padding_idx, *args, **kwargs)  # type: ignore[arg-type]
+    if padding_idx is None:
+        return out
+    still = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(still, out.detach(), out)

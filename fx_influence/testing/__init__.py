@@ -1,0 +1,1 @@
+"""The slow, literal definition of everything, for tests and benchmarks."""

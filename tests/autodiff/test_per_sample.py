@@ -1,0 +1,241 @@
+"""Per-sample gradients: each row's own gradient, made in one batched pass per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, apply_of, close, random_batch
+from helpers.strategies import VOCAB, WIDTH, Case, cases
+from helpers.tolerances import assert_close_to_rounding, policy_terms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.testing import reference
+from fx_influence.types import Apply, Batch, Params
+
+chunks = st.sampled_from([None, 1, 2, 3, 100])
+
+
+class Counting:
+    """``apply`` that counts its calls, as python sees them: a vmapped call of many rows is one."""
+
+    def __init__(self, apply: Apply) -> None:
+        self.apply, self.calls = apply, 0
+
+    def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.calls += 1
+        return self.apply(params, input_ids, attention_mask)
+
+
+def looped(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> Params:
+    """One ``autograd.grad`` a row."""
+    rows = []
+    for i in range(len(batch.input_ids)):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        row = Batch._make(None if field is None else field[i] for field in batch)
+        found = torch.autograd.grad(
+            loss_fn(leaves, row), list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        rows.append(dict(zip(leaves, found, strict=True)))
+    return {name: torch.stack([row[name] for row in rows]) for name in params}
+
+
+@given(case=cases(), chunk=chunks)
+def test_a_rollouts_gradient_is_that_of_a_loop_over_rollouts(case: Case, chunk: int | None) -> None:
+    found = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u, chunk)
+    slow = reference.sequence_gradients(case.apply, case.params, case.batch_u, case.temperature)
+    assert found.keys() == case.params.keys()
+    for name, g in found.items():
+        assert g.shape == (len(slow), *case.params[name].shape)
+        close(g, torch.stack([row[name] for row in slow]), torch.stack([row[name] for row in slow]).abs().max())
+
+
+@given(case=cases(), chunk=chunks)
+def test_the_rows_add_up_to_the_batchs_gradient(case: Case, chunk: int | None) -> None:
+    rows = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u, chunk)
+    whole = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, chunk)
+    for name, g in whole.items():
+        assert g is not None
+        close(rows[name].sum(0), g, rows[name].abs().sum(0).max())
+
+
+def curved(apply: Apply) -> Callable[[Params, Batch], Tensor]:
+    """A user's loss: not linear in the log-probabilities, and with a penalty that no row's tokens enter."""
+
+    def loss(params: Params, row: Batch) -> Tensor:
+        logits = apply(params, row.input_ids[None], row.attention_mask[None])[0, :-1]
+        taken = logits.log_softmax(-1).gather(-1, row.input_ids[1:, None])[:, 0]
+        margin = torch.where(row.completion_mask[1:], taken, 0.0).sum()
+        label = 0.0 if row.group is None else (row.group % 2) * 2.0 - 1.0
+        return torch.nn.functional.softplus(label * margin) + 0.1 * params["head.bias"].square().sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 5, 9])
+def test_any_loss_of_one_row_will_do(chunk: int | None) -> None:
+    apply, params = apply_of(TinyPolicy(VOCAB, 6, 2, 2, WIDTH))
+    batch = random_batch(torch.Generator().manual_seed(0), 5, WIDTH, VOCAB, groups=4, coefficients=False)
+    found, slow = fx.per_sample_grads(curved(apply), params, batch, chunk), looped(curved(apply), params, batch)
+    for name, g in found.items():
+        close(g, slow[name], slow[name].abs().max())
+    assert (found["head.bias"][0] - found["head.bias"][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("present", [(), ("coefficients",), ("entropy_coefficients", "group")])
+def test_a_row_has_the_batchs_fields_and_none_where_it_has_none(present: tuple[str, ...]) -> None:
+    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    full = random_batch(torch.Generator().manual_seed(1), 3, WIDTH, VOCAB, groups=2, entropy_coefficients=True)
+    optional = ("coefficients", "entropy_coefficients", "group")
+    batch = full._replace(**{name: None for name in optional if name not in present})
+    seen: list[Batch] = []
+
+    def loss(params: Params, row: Batch) -> Tensor:
+        seen.append(row)
+        return curved(apply)(params, row)
+
+    found = fx.per_sample_grads(loss, params, batch)
+    assert [name for name in optional if getattr(seen[0], name) is not None] == list(present)
+    assert seen[0].input_ids.shape == seen[0].completion_mask.shape == (WIDTH,)
+    for name, g in looped(loss, params, batch).items():
+        close(found[name], g, g.abs().max())
+
+
+@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (7, 1), (3, 3), (2, 4), (1, 7)])
+def test_each_chunk_is_one_batched_pass(chunk: int | None, passes: int) -> None:
+    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    batch = random_batch(torch.Generator().manual_seed(2), 7, WIDTH, VOCAB)
+    counting = Counting(apply)
+    fx.per_sample_grads(fx.rollout_loss(counting), params, batch, chunk)
+    assert counting.calls == passes
+
+
+def test_an_operation_without_a_batching_rule_is_loud() -> None:
+    """torch falls back to a loop with a warning, and here warnings are errors: so no test above ran a loop."""
+
+    def loss(params: Params, row: Batch) -> Tensor:
+        return torch.pdist(params["w"][:, None] + row.input_ids.sum()).sum()
+
+    ids = torch.ones(3, 2, dtype=torch.long)
+    batch = Batch(ids, ids > 0, ids > 0)
+    with pytest.raises(UserWarning, match="batching rule"):
+        fx.per_sample_grads(loss, {"w": torch.ones(2)}, batch)
+
+
+def test_dropout_left_on_is_refused() -> None:
+    model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, dropout=0.5)
+    batch = random_batch(torch.Generator().manual_seed(3), 3, WIDTH, VOCAB)
+    apply, params = apply_of(model.train())
+    with pytest.raises(RuntimeError, match="random"):
+        fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
+    off, params = fx.functionalize(model)
+    assert model.training
+    rows = fx.per_sample_grads(fx.rollout_loss(off), params, batch)
+    for name, g in batch_gradient(params, batch, apply_of(model.eval())[0]).items():
+        close(rows[name].sum(0), g, g.abs().max())
+
+
+def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross_terms() -> None:
+    tied = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, tied=True, seed=4)
+    untied = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=5)
+    values = tied.state_dict()
+    untied.load_state_dict({**values, "head.weight": values["token.weight"]})
+    (apply, params), (split_apply, split_params) = apply_of(tied), apply_of(untied)
+    assert set(split_params) - set(params) == {"head.weight"}
+    generator = torch.Generator().manual_seed(4)
+    batch_a, batch_b = (random_batch(generator, n, WIDTH, VOCAB) for n in (3, 4))
+    one, two = (
+        [fx.per_sample_grads(fx.rollout_loss(f), p, batch) for batch in (batch_a, batch_b)]
+        for f, p in ((apply, params), (split_apply, split_params))
+    )
+    for whole, parts in zip(one, two, strict=True):
+        close(whole["token.weight"], parts["token.weight"] + parts["head.weight"])
+        assert parts["token.weight"].abs().max() > 0.1
+        assert parts["head.weight"].abs().max() > 0.1
+    diagonal = {"token.weight": torch.rand(params["token.weight"].shape, generator=generator, dtype=torch.float64)}
+    kernel = gradient_kernel(params, batch_a, batch_b, diagonal, apply)
+    embed_a, head_a, embed_b, head_b = (
+        part[name].flatten(1) * diagonal["token.weight"].flatten().sqrt()
+        for part in two
+        for name in ("token.weight", "head.weight")
+    )
+    crossed = embed_a @ head_b.T + head_a @ embed_b.T
+    close(kernel, embed_a @ embed_b.T + head_a @ head_b.T + crossed)
+    assert crossed.abs().max() > 0.1 * kernel.abs().max()
+
+
+@given(case=cases(), chunk=chunks, budget=st.sampled_from([1, 20_000, 2**30]))
+@settings(max_examples=6)
+def test_the_gradient_kernel_is_the_inner_product_of_the_rows_gradients(
+    case: Case, chunk: int | None, budget: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    held = list(case.params)[1:]
+    diagonal = {name: torch.randn(case.params[name].shape, generator=generator, dtype=torch.float64) for name in held}
+    other = case.batch_e._replace(coefficients=case.batch_e.completion_mask.double())
+    kernel = gradient_kernel(case.params, other, case.batch_u, diagonal, case.apply, case.temperature, budget, chunk)
+    left, right = (
+        reference.sequence_gradients(case.apply, case.params, batch, case.temperature)
+        for batch in (other, case.batch_u)
+    )
+    slow = [[reference.inner(a, reference.scale(diagonal, {k: b[k] for k in held})) for b in right] for a in left]
+    expected = torch.tensor(slow, dtype=torch.float64)
+    close(kernel, expected, expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("rows_held", "passes"), [(1, 4 * (1 + 6)), (2, 2 * (2 + 6)), (3, 3 + 6 + 1 + 6), (500, 1 + 1)]
+)
+def test_the_memory_budget_bounds_the_rows_whose_gradients_are_held(rows_held: int, passes: int) -> None:
+    """Two thirds for a block of b, the rest for rows that pass by, after two looks at the model."""
+    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    generator = torch.Generator().manual_seed(5)
+    batch_a, batch_b = random_batch(generator, 6, WIDTH, VOCAB), random_batch(generator, 4, WIDTH, VOCAB)
+    budget = 3 * rows_held * sum(8 * p.numel() for p in params.values()) // 2
+    counting = Counting(apply)
+    diagonal = {name: torch.ones_like(p) for name, p in params.items()}
+    kernel = gradient_kernel(params, batch_a, batch_b, diagonal, counting, memory_budget=budget)
+    assert counting.calls == 2 + passes
+    close(kernel, gradient_kernel(params, batch_a, batch_b, diagonal, apply))
+
+
+@pytest.mark.parametrize(("rows_held", "passes"), [(1, 4 * (1 + 6)), (2, 2 * (2 + 6)), (8, 1 + 2), (50, 1 + 1)])
+def test_parameters_without_factors_are_bounded_on_both_sides(rows_held: int, passes: int) -> None:
+    """Each row's gradients are then held whole: two thirds of the budget for a block of b, half of the rest."""
+    generator = torch.Generator().manual_seed(5)
+    params = {"w": torch.randn(VOCAB, VOCAB, generator=generator, dtype=torch.float64)}
+    counting = Counting(lambda p, ids, mask: p["w"][ids])
+    batch_a, batch_b = random_batch(generator, 6, WIDTH, VOCAB), random_batch(generator, 4, WIDTH, VOCAB)
+    budget = 3 * rows_held * 8 * VOCAB**2 // 2
+    kernel = gradient_kernel(params, batch_a, batch_b, params, counting, memory_budget=budget)
+    # Two probes for factors, and two rows that tell whether vmap takes the others.
+    assert counting.calls == 3 + passes
+    loss = fx.rollout_loss(lambda p, ids, mask: p["w"][ids])
+    left, right = (fx.per_sample_grads(loss, params, batch)["w"].flatten(1) for batch in (batch_a, batch_b))
+    close(kernel, left @ (params["w"].flatten() * right).T)
+
+
+def test_a_kernel_over_no_parameter_is_zero() -> None:
+    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    batch = random_batch(torch.Generator().manual_seed(6), 3, WIDTH, VOCAB)
+    assert torch.equal(gradient_kernel(params, batch, batch, {}, apply), torch.zeros(3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_are_float32_at_least_and_live_parameters_have_no_say(dtype: torch.dtype) -> None:
+    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    batch = random_batch(torch.Generator().manual_seed(7), 3, WIDTH, VOCAB)
+    low = {name: p.to(dtype).requires_grad_() for name, p in params.items()}
+    found = fx.per_sample_grads(fx.rollout_loss(apply), low, batch)
+    dtype = torch.promote_types(dtype, torch.float32)
+    assert all(g.dtype == dtype and not g.requires_grad for g in found.values())
+    exact = fx.per_sample_grads(fx.rollout_loss(apply), {k: p.detach().double() for k, p in low.items()}, batch)
+    size = torch.stack([g.abs().max() for g in exact.values()]).max()
+    for name, g in found.items():
+        assert_close_to_rounding(g, exact[name], terms=policy_terms(low, WIDTH, 2), scale=size, name=name)

@@ -1,0 +1,230 @@
+"""Models that vmap cannot take have the same per-row gradients and finite steps, row by row, or an error that tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import random_adamw_state, random_batch, random_direction
+from torch import Tensor
+from torch.nn import functional as F
+
+import fx_influence as fx
+from fx_influence.autodiff.directional import curvature
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.gram import gradient_kernel, rollout_gradients
+from fx_influence.autodiff.per_sample import rows_batch
+from fx_influence.autodiff.token_values import directions_batch
+from fx_influence.core.tree import dot
+from fx_influence.types import Apply, Batch, Params
+
+VOCAB, WIDTH = 7, 4
+BOUND = 2**10 * torch.finfo(torch.float64).eps
+"""Of the largest value: float64 rounds each of fewer than 2**8 terms, with room for their signs."""
+
+
+def looks(p: Params, x: Tensor) -> Tensor:
+    return x @ p["w"] if bool((x.sum() > 1e9).item()) else x @ p["w"].T
+
+
+def chooses_tokens(p: Params, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, WIDTH)
+    large = (flat[:, 0] > 0).nonzero()[:, 0]
+    return (flat @ p["w"].T).index_add(0, large, flat[large] @ p["v"]).view(x.shape)
+
+
+def writes(p: Params, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, dtype=x.dtype)
+    for k in range(x.shape[1]):
+        out[:, k] += x[:, k] @ p["w"].T
+    return out
+
+
+def unbatched_operation(p: Params, x: Tensor) -> Tensor:
+    return x + torch.stack([torch.pdist(row + row @ p["w"]).mean() for row in x])[:, None, None]
+
+
+MODELS: dict[str, Callable[[Params, Tensor], Tensor]] = {
+    "looks": looks,
+    "chooses_tokens": chooses_tokens,
+    "writes": writes,
+    "unbatched_operation": unbatched_operation,
+}
+
+
+def policy(name: str) -> Apply:
+    """The model between an embedding and a head; those of it that are batched over rows alone read the whole row."""
+
+    def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = F.embedding(input_ids, params["embed"])
+        return F.linear(torch.tanh(x + MODELS[name](params, x)), params["embed"])
+
+    return apply
+
+
+def plain(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    x = F.embedding(input_ids, params["embed"])
+    return F.linear(torch.tanh(x + x @ params["w"].T), params["embed"])
+
+
+def problem(rows: int = 4) -> tuple[Params, Batch]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"embed": (VOCAB, WIDTH), "w": (WIDTH, WIDTH), "v": (WIDTH, WIDTH)}
+    params = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return params, random_batch(generator, rows, 6, VOCAB, groups=2)
+
+
+def looped(apply: Apply, params: Params, batch: Batch) -> Params:
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    found = []
+    for i in range(len(batch.input_ids)):
+        loss = fx.rollout_loss(apply)(leaves, Batch._make(None if field is None else field[i] for field in batch))
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found.append(dict(zip(leaves, grads, strict=True)))
+    return {name: torch.stack([g[name] for g in found]) for name in params}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kernel_goes_row_by_row_when_vmap_cannot(model: str) -> None:
+    params, batch = problem()
+    apply, ones = policy(model), {name: torch.ones_like(p) for name, p in params.items()}
+    assert not rows_batch(fx.rollout_loss(apply), params, batch)
+    expected = looped(apply, params, batch)
+    stacked = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    bound = BOUND * float(stacked.square().sum(1).max())
+    for chunk_size in (None, 3):
+        kernel = gradient_kernel(params, batch, batch, ones, apply, chunk_size=chunk_size)
+        torch.testing.assert_close(kernel, stacked @ stacked.T, rtol=0, atol=bound)
+    for name, g in rollout_gradients(params, batch, apply).items():
+        torch.testing.assert_close(g, expected[name], rtol=0, atol=BOUND * float(stacked.abs().max()))
+    assert expected["w"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", ["looks", "chooses_tokens"])
+@pytest.mark.parametrize("options", [{"matrix": True}, {"per_token": False}, {}])
+def test_influence_is_that_of_the_loop_when_vmap_cannot(model: str, options: dict[str, bool]) -> None:
+    params, batch = problem(6)
+    state = random_adamw_state(torch.Generator().manual_seed(1), params)
+    on: dict[str, Any] = {"apply": policy(model)}
+    out, short = (fx.influence(params, batch, batch, state, **on, **given) for given in (options, {"stderr": False}))
+    scale = float(short.per_sequence.abs().sum())
+    torch.testing.assert_close(out.per_sequence, short.per_sequence, rtol=0, atol=BOUND * scale)
+    assert scale > 0
+    if out.matrix is not None:
+        torch.testing.assert_close(out.matrix.sum(0), short.per_sequence, rtol=0, atol=BOUND * scale)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_are_the_same_one_by_one_when_vmap_cannot(model: str) -> None:
+    params, batch = problem()
+    apply, generator = policy(model), torch.Generator().manual_seed(4)
+    block = [random_direction(generator, params) for _ in range(3)]
+    assert not directions_batch(params, batch, apply)
+    measure = fx.snis_sweep(params, batch, apply=apply)
+    stacked = {name: torch.stack([v[name] for v in block]) for name in params}
+    swept = measure(stacked, [0.0, 0.3]).delta_h
+    assert torch.equal(swept[0], torch.zeros(3, dtype=torch.float64))
+    for k, v in enumerate(block):
+        alone = fx.snis_delta(params, v, 0.3, batch, apply=apply).delta_h
+        torch.testing.assert_close(alone, swept[1, k], rtol=0, atol=BOUND)
+        assert alone.abs() > 1e-4
+
+
+def test_one_direction_takes_no_vmap() -> None:
+    seen = []
+
+    def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        seen.append(torch._C._functorch.peek_interpreter_stack() is None)
+        return plain(params, input_ids, attention_mask)
+
+    params, batch = problem()
+    v = random_direction(torch.Generator().manual_seed(4), params)
+    assert directions_batch(params, batch, plain)
+    fx.snis_delta(params, v, 0.1, batch, apply=apply)
+    assert seen
+    assert all(seen)
+    assert fx.snis_delta(params, v, 0.0, batch, apply=plain).delta_h == 0
+
+
+@pytest.mark.parametrize("model", ["looks", "chooses_tokens", "writes"])
+def test_per_sample_grads_names_the_remedy_when_vmap_fails(model: str) -> None:
+    params, batch = problem()
+    loss = fx.rollout_loss(policy(model))
+    with pytest.raises(RuntimeError, match=r"loss_fn fails under torch.func.vmap.* Pass chunk_size=1"):
+        fx.per_sample_grads(loss, params, batch)
+    found, expected = fx.per_sample_grads(loss, params, batch, chunk_size=1), looped(policy(model), params, batch)
+    for name, g in expected.items():
+        assert torch.equal(found[name], g)
+
+
+def test_per_sample_grads_are_zero_for_a_loss_of_no_parameter() -> None:
+    params, batch = problem()
+    found = fx.per_sample_grads(lambda p, row: row.input_ids.double().sum(), params, batch, chunk_size=1)
+    assert all(torch.equal(g, torch.zeros_like(g)) and len(g) == 4 for g in found.values())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_per_sample_grads_refuses_random_losses(chunk_size: int | None) -> None:
+    params, batch = problem()
+
+    def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return F.dropout(plain(params, input_ids, attention_mask), 0.5)
+
+    with pytest.raises(RuntimeError, match="random"):
+        fx.per_sample_grads(fx.rollout_loss(apply), params, batch, chunk_size)
+    with pytest.raises(RuntimeError, match="random"):
+        gradient_kernel(params, batch, batch, params, apply)
+
+
+def test_a_failed_pass_leaves_the_policy_as_it_was() -> None:
+    """The failure is inside the model, in forward mode, under vmap and in reverse mode."""
+    params, batch = problem()
+    state = random_adamw_state(torch.Generator().manual_seed(1), params)
+    fail = [False]
+
+    def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits = plain(params, input_ids, attention_mask)
+        if fail[0]:
+            raise ArithmeticError("inside the model")
+        return logits
+
+    v = random_direction(torch.Generator().manual_seed(4), params)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: fx.influence(params, batch, batch, state, apply=apply).per_sequence,
+        lambda: fx.jvp_delta(params, v, batch, apply=apply).first,
+        lambda: fx.fisher_kernel(params, batch, batch, None, apply=apply, preconditioner="identity"),
+        lambda: fx.snis_delta(params, v, 0.1, batch, apply=apply).delta_h,
+    ]
+    before = [call() for call in calls]
+    for call in calls:
+        fail[0] = True
+        with pytest.raises(ArithmeticError, match="inside the model"):
+            call()
+        fail[0] = False
+        assert torch._C._functorch.peek_interpreter_stack() is None
+        assert torch.overrides._get_current_function_mode_stack() == []
+        for again, value in zip(calls, before, strict=True):
+            assert torch.equal(again(), value)
+
+
+@pytest.mark.parametrize("model", ["looks", "chooses_tokens", "writes"])
+def test_second_derivative_needs_no_transformation(model: str) -> None:
+    """Against the central difference of the first, whose error is of order step^2."""
+    params, batch = problem()
+    v = random_direction(torch.Generator().manual_seed(4), params, 1.0)
+    apply, step = policy(model), 1e-4
+    found = fx.jvp_delta(params, v, batch, apply=apply)
+    weighted = batch._replace(entropy_coefficients=batch.completion_mask.double())
+
+    def slope(eta: float) -> Tensor:
+        at = {name: p + eta * v[name] for name, p in params.items()}
+        return -dot(batch_gradient(at, weighted, apply), v)
+
+    expected = (slope(step) - slope(-step)) / (2 * step)
+    bend = curvature(params, v, weighted, apply)
+    torch.testing.assert_close(bend, expected, rtol=step, atol=0)
+    assert found.second.isfinite()
+    nothing = curvature(params, {name: torch.zeros_like(p) for name, p in params.items()}, weighted, apply)
+    assert nothing == 0

@@ -1,0 +1,91 @@
+"""Parts of a batch: every completion token is scored once, by the features before it, whatever is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fx_influence.batching.microbatch import distinct_rows, parts, row_chunks
+from fx_influence.types import Batch
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Rows with padding on both sides, gaps in either mask, no completion, or nothing attended at all."""
+    rows, width = draw(st.integers(1, 6)), draw(st.integers(2, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    begin = torch.randint(0, width, (rows, 1), generator=generator)
+    end = begin + torch.randint(0, width + 1, (rows, 1), generator=generator)
+    at = torch.arange(width)
+    attention = (at >= begin) & (at < end) & (torch.rand(rows, width, generator=generator) < 0.9)
+    # what scores a token is attended to, as check_batch asks
+    scorable = attention & attention.roll(1, 1) & (at > 0)
+    completion = scorable & (torch.rand(rows, width, generator=generator) < 0.6)
+    return Batch(torch.randint(1, 50, (rows, width), generator=generator), attention, completion)
+
+
+chunks = st.sampled_from([None, 1, 2, 5])
+
+
+@given(batch=batches(), chunk=chunks, aligned=st.booleans())
+def test_every_completion_token_is_scored_once_by_the_place_before_it(
+    batch: Batch, chunk: int | None, aligned: bool
+) -> None:
+    found = parts(batch, chunk, aligned)
+    assert sorted(torch.cat([part.members for part in found]).tolist()) == list(range(len(batch.input_ids)))
+    place = torch.cat([part.place for part in found])
+    assert sorted(place.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
+    width = batch.input_ids.shape[1]
+    for part in found:
+        assert torch.equal(part.targets, batch.input_ids.flatten()[part.place])
+        row, position = part.place // width, part.place % width
+        assert torch.equal(part.members[part.row], row)
+        assert torch.equal(part.input_ids[part.row, part.column], batch.input_ids[row, position - 1])
+        assert torch.equal(part.row, part.row.sort().values), "row by row"
+
+
+@given(batch=batches(), chunk=chunks)
+def test_aligned_rows_keep_what_a_scored_token_attends_to_at_the_same_distance(batch: Batch, chunk: int | None) -> None:
+    width = batch.input_ids.shape[1]
+    for part in parts(batch, chunk, aligned=True):
+        for row, column, place in zip(part.row.tolist(), part.column.tolist(), part.place.tolist(), strict=True):
+            i, before = place // width, place % width - 1
+            seen = attended(part.input_ids[row], part.attention_mask[row], column)
+            assert seen == attended(batch.input_ids[i], batch.attention_mask[i], before)
+
+
+def attended(ids: Tensor, mask: Tensor, last: int) -> list[tuple[int, int]]:
+    """Token and distance of all that is attended to from ``last`` on backwards."""
+    return [(int(ids[k]), last - k) for k in range(last, -1, -1) if mask[k]]
+
+
+def test_padding_is_not_computed() -> None:
+    lengths = torch.tensor([[2], [30], [3], [31]])
+    at = torch.arange(40)
+    attention = (at >= 5) & (at < 5 + lengths)
+    batch = Batch(torch.ones(4, 40, dtype=torch.long), attention, attention & (at > 5))
+    found = parts(batch, 2, aligned=True)
+    # A row's last token is scored and scores nothing.
+    assert [tuple(part.input_ids.shape) for part in found] == [(2, 30), (2, 2)]
+    assert [part.members.tolist() for part in found] == [[3, 1], [2, 0]]
+    assert all(part.attention_mask.all() for part in found), "what pads the end is seen by nothing"
+    assert [tuple(part.input_ids.shape) for part in parts(batch, 2, aligned=False)] == [(2, 40)] * 2
+
+
+@pytest.mark.parametrize(("tokens", "at_most", "sizes"), [(64, None, [2, 2]), (64, 1, [1] * 4), (1, None, [1] * 4)])
+def test_parts_hold_as_many_tokens_as_allowed(tokens: int, at_most: int | None, sizes: list[int]) -> None:
+    ids = torch.ones(4, 32, dtype=torch.long)
+    batch = Batch(ids, ids > 0, (ids > 0) & (torch.arange(32) > 20))
+    assert [len(part.members) for part in parts(batch, None, False, tokens, at_most)] == sizes
+
+
+def test_equal_rows_are_found_and_chunks_are_rows_in_order() -> None:
+    ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
+    batch = Batch(ids, ids > 0, ids > 1, group=torch.arange(3))
+    once, index = distinct_rows(batch)
+    assert torch.equal(once.input_ids[index], ids)
+    assert len(once.input_ids) == 2
+    assert [part.group.tolist() for part in row_chunks(batch, 2) if part.group is not None] == [[0, 1], [2]]

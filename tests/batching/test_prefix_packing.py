@@ -1,0 +1,312 @@
+"""Prompts that rows share go through the model once: the same results, from fewer tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy
+from helpers.tolerances import assert_close_to_rounding, policy_terms
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_models import VOCAB, WIDTH, adapters, families, make_model, warm_state
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+
+import fx_influence as fx
+from fx_influence.autodiff.directional import token_jvp
+from fx_influence.autodiff.gradients import batch_gradient, taped_gradient, weighted_gradient
+from fx_influence.autodiff.token_values import all_token_values, moved_token_values
+from fx_influence.batching.microbatch import Part
+from fx_influence.batching.prefix_packing import ALIKE, FEWEST, Block, Layout, parts_by_prompt
+from fx_influence.policy.attention import SharedAttention
+from fx_influence.policy.split import halves
+from fx_influence.types import Apply, Batch, Params, TokenValues
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+
+
+def group_batch(seed: int, prompts: int, rows: int, width: int = WIDTH, gaps: bool = False) -> Batch:
+    """Rows in any order that begin anywhere with one of the prompts, and go on as they like."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    texts = [torch.randint(VOCAB, (number(1, width // 2),), generator=generator) for _ in range(prompts)]
+    ids = torch.randint(VOCAB, (rows, width), generator=generator)
+    attention, completion = (torch.zeros(rows, width, dtype=torch.bool) for _ in range(2))
+    group = torch.randint(prompts, (rows,), generator=generator)
+    for i, k in enumerate(group.tolist()):
+        begin = number(0, width // 4)
+        first = begin + len(texts[k])
+        end = number(first + 1, width)
+        ids[i, begin:first] = texts[k]
+        attention[i, begin:end] = completion[i, first:end] = True
+        if gaps:
+            completion[i, first + 1 : end - 1] &= torch.rand(end - first, generator=generator)[2:] < 0.6
+    c, b = (completion * torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    return Batch(ids, attention, completion, c, b, group)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    prompts=st.integers(1, 4),
+    rows=st.integers(2, 30),
+    chunk=st.sampled_from([None, 1, 3, 8]),
+    tokens=st.sampled_from([1, 40, 2048]),
+    gaps=st.booleans(),
+)
+def test_every_token_is_scored_once_from_the_text_before_it(
+    seed: int, prompts: int, rows: int, chunk: int | None, tokens: int, gaps: bool
+) -> None:
+    batch = group_batch(seed, prompts, rows, gaps=gaps)
+    found = parts_by_prompt(batch, chunk, tokens)
+    assume(found is not None)
+    assert found is not None
+    assert sorted(torch.cat([part.members for part in found]).tolist()) == list(range(rows))
+    place = torch.cat([part.place for part in found])
+    assert sorted(place.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
+    for part in found:
+        assert chunk is None or len(part.members) <= chunk
+        assert chunk is not None or part.input_ids.numel() <= tokens or len(part.members) == 1
+        assert len(part.members) < 2 or part.input_ids.numel() == tokens_once(batch, part.members)
+        assert torch.equal(part.targets, batch.input_ids.flatten()[part.place])
+        for column, at in zip(part.column.tolist(), part.place.tolist(), strict=True):
+            row, position = divmod(at, WIDTH)
+            before = batch.input_ids[row, :position][batch.attention_mask[row, :position]].tolist()
+            assert seen_from(part, column) == [(k, token) for k, token in enumerate(before)]
+
+
+def tokens_once(batch: Batch, members: torch.Tensor) -> int:
+    """Of each prompt, and of each completion without its last token, which scores nothing."""
+    first = batch.completion_mask.float().argmax(1)
+    begin = batch.attention_mask.float().argmax(1)
+    prompts = {tuple(batch.input_ids[i, begin[i] : first[i]].tolist()) for i in members.tolist()}
+    last = WIDTH - 1 - batch.completion_mask.flip(1).float().argmax(1)
+    return sum(map(len, prompts)) + int((last - first)[members].sum())
+
+
+def seen_from(part: Part, column: int) -> list[tuple[int, int]]:
+    """Position and token of everything that the token in a column attends to, itself last."""
+    assert part.layout is not None
+    at = int(part.layout.back[column])
+    for block in part.layout.blocks:
+        if at < block.queries.numel():
+            s, i = divmod(at, block.queries.shape[1])
+            assert int(block.queries[s, i]) == column
+            keys = block.keys[s][block.mask[s, 0, i]]
+            assert int(keys[-1]) == column
+            return list(zip(part.layout.position_ids[0, keys].tolist(), part.input_ids[0, keys].tolist(), strict=True))
+        at -= block.queries.numel()
+    raise AssertionError(f"column {column} is in no block")
+
+
+@given(seed=st.integers(0, 10_000), rows=st.integers(20, 60))
+def test_sequences_that_attend_together_are_of_about_one_length(seed: int, rows: int) -> None:
+    found = parts_by_prompt(group_batch(seed, 3, rows, width=40), None)
+    assume(found is not None)
+    for part in found or []:
+        assert part.layout is not None
+        behind = 0
+        for block in part.layout.blocks:
+            count, length = block.queries.shape
+            places = part.layout.back[(part.layout.back >= behind) & (part.layout.back < behind + count * length)]
+            own = torch.bincount((places - behind) // length, minlength=count)
+            assert own.min() > 0
+            assert own.max() == length
+            assert (own < ALIKE * length).sum() < FEWEST
+            behind += count * length
+
+
+def alone(apply: Apply) -> Apply:
+    """The same function, of which nothing is known: every row goes through it whole."""
+    return lambda params, ids, mask: apply(params, ids, mask)
+
+
+def moved(params: Params, seed: int) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
+
+
+def alike(found: TokenValues, expected: TokenValues, params: Params) -> None:
+    for x, y in zip(found, expected, strict=True):
+        near(x, y, params)
+
+
+def near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, name: str = "") -> None:
+    """Equal to the rounding of float64 passes over rows of a prompt and a completion."""
+    terms = policy_terms(params, WIDTH)
+    assert_close_to_rounding(actual, expected, terms=terms, scale=scale, dtype=torch.float64, name=name)
+
+
+@families
+@adapters
+def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool) -> None:
+    apply, params = fx.functionalize(make_model(family, lora=lora, attention="sdpa").double())
+    batch, whole = group_batch(1, 2, 12), alone(apply)
+    assert [part.layout is not None for part in halves(apply).parts(batch, 5)] == [True] * 3
+    alike(all_token_values(params, batch, apply), all_token_values(params, batch, whole), params)
+    expected = batch_gradient(params, batch, whole)
+    found, tapes = taped_gradient(params, batch, apply, 0.7, 5, memory_budget=2**30)
+    at_temperature = batch_gradient(params, batch, whole, 0.7)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name in params:
+        near(batch_gradient(params, batch, apply)[name], expected[name], params, largest, name)
+        near(found[name], at_temperature[name], params, largest, name)
+    v = moved(params, 3)
+    alike(token_jvp(params, v, batch, apply), token_jvp(params, v, batch, whole), params)
+    # A full GPT-2 has no plain linear maps.
+    assert [tape is not None for tape in tapes] == [lora or family != "gpt2"] * 3
+    alike(token_jvp(params, v, batch, apply, 0.7, 5, tapes), token_jvp(params, v, batch, whole, 0.7), params)
+    block = {name: x.unsqueeze(0) for name, x in v.items()}
+    for chunk in (None, 4):
+        # More than one direction in a pass, and one.
+        given_ = params, block, 1e-3, batch
+        alike(moved_token_values(*given_, apply, 1.0, chunk), moved_token_values(*given_, whole, 1.0, chunk), params)
+
+
+def test_the_gradient_of_weights_that_hang_on_all_values_is_that_of_whole_rows() -> None:
+    apply, params = fx.functionalize(make_model("qwen2", attention="sdpa").double())
+    batch = group_batch(2, 3, 20)
+
+    def weigh(values: TokenValues) -> Batch:
+        return batch._replace(coefficients=values.entropies - values.entropies.mean())
+
+    for budget in (0, 2**14, 2**30):
+        weighted, found = weighted_gradient(params, batch, apply, weigh, 1.0, 6, budget)
+        as_whole, expected = weighted_gradient(params, batch, alone(apply), weigh)
+        near(weighted.coefficients, as_whole.coefficients, params)
+        largest = max(float(g.abs().max()) for g in expected.values())
+        for name in params:
+            near(found[name], expected[name], params, largest, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}])
+def test_influences_are_those_of_whole_rows(options: dict[str, Any]) -> None:
+    model = make_model("qwen2", attention="sdpa").double()
+    apply, params = fx.functionalize(model)
+    u, e, state = group_batch(3, 3, 12), group_batch(4, 4, 24), warm_state(model)
+    found = fx.influence(params, u, e, state, apply=apply, **options)
+    expected = fx.influence(params, u, e, state, apply=alone(apply), **options)
+    # Inner products over all weights come to a tenth of their terms, or less.
+    size = 10 * expected.per_sequence.abs().sum()
+    for name in ("per_sequence", "per_token", "stderr", "total", "total_stderr", "matrix"):
+        x, y = getattr(found, name), getattr(expected, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            near(x, y, params, size, name)
+
+
+def test_a_prompt_is_paid_once() -> None:
+    apply, params = fx.functionalize(make_model("qwen2", attention="sdpa"))
+    ids = torch.randint(VOCAB, (16, 24), generator=torch.Generator().manual_seed(0))
+    other, at = ids.clone(), torch.arange(24)
+    ids[:, :12] = ids[0, :12]
+    costs = []
+    for some in (ids, other):
+        batch = Batch(some, torch.ones_like(some, dtype=torch.bool), (at >= 12).expand(16, 24))
+        with FlopCounterMode(display=False) as counter:
+            all_token_values(params, batch, apply)
+        costs.append(counter.get_total_flops())
+    # Linear maps take 12 + 16 x 11 tokens in place of 16 x 23; of the head and of attention less is saved.
+    assert 0.5 < costs[0] / costs[1] < 0.6
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(28, [28, 28]), (25, [14] * 4)])
+def test_parts_hold_as_many_tokens_as_allowed(tokens: int, sizes: list[int]) -> None:
+    prompt, at = torch.arange(8) // 2, torch.arange(13)
+    ids = torch.where(at < 10, prompt.unsqueeze(1), 9)
+    batch = Batch(ids, torch.ones(8, 13, dtype=torch.bool), (at >= 10).expand(8, 13))
+    found = parts_by_prompt(batch, None, tokens)
+    assert found is not None
+    assert [part.input_ids.numel() for part in found] == sizes
+    assert parts_by_prompt(batch, None, 13) is None, "rows of a prompt that fit in no part together share nothing"
+
+
+def test_off_the_cpu_every_head_has_its_own_keys() -> None:
+    found = parts_by_prompt(group_batch(1, 2, 12), None)
+    assert found is not None
+    part = found[0]._replace(layout=on(found[0].layout, "meta"))
+    assert part.layout is not None
+    q, k = (torch.ones(1, heads, part.input_ids.numel(), 4, device="meta") for heads in (4, 2))
+    seen = []
+
+    class Inside(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.scaled_dot_product_attention:
+                seen.append(([x.shape[1] for x in args[:3]], kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Inside(), SharedAttention(part.layout):
+        out = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=0.5, enable_gqa=True)
+    assert seen == [([4, 4, 4], {"scale": 0.5})] * len(part.layout.blocks)
+    assert out.shape == q.shape
+
+
+def on(layout: Any, device: str) -> Any:
+    blocks = [Block(*(x.to(device) for x in block)) for block in layout.blocks]
+    return Layout(layout.position_ids.to(device), blocks, layout.back.to(device))
+
+
+WINDOWS = {
+    "by its width": MistralConfig(sliding_window=6),
+    "by layers": Qwen2Config(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_model_with_a_window_takes_whole_rows(kind: str) -> None:
+    config = WINDOWS[kind]
+    small = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config.update({**small, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double()
+    apply, params = fx.functionalize(model)
+    assert not halves(apply).shares
+    batch = group_batch(1, 2, 12)
+    alike(all_token_values(params, batch, apply), all_token_values(params, batch, alone(apply)), params)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_models_of_other_attention_take_whole_rows() -> None:
+    for model in (make_model("qwen2", attention="eager"), TinyPolicy(vocab=VOCAB, max_len=WIDTH)):
+        assert not halves(fx.functionalize(model)[0]).shares
+    model = make_model("qwen2", attention="sdpa")
+    assert not halves(fx.functionalize(model, position_ids=False)[0]).shares
+    assert not halves(fx.functionalize(model, compiled=True)[0]).shares
+    assert halves(fx.functionalize(model)[0]).shares
+
+
+def test_eager_attention_that_gives_nothing_yet_is_still_seen() -> None:
+    model = make_model("qwen2", attention="eager")
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    assert not halves(fx.functionalize(model)[0]).shares
+
+
+def test_rows_that_do_not_fit_are_taken_whole() -> None:
+    batch = group_batch(1, 2, 12)
+    assert parts_by_prompt(batch, None) is not None
+    apart = torch.randint(VOCAB, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
+    assert parts_by_prompt(batch._replace(input_ids=apart), None) is None, "nothing is saved"
+    attention = batch.attention_mask.clone()
+    attention[3, int(attention[3].float().argmax()) + 1] = False
+    assert parts_by_prompt(batch._replace(attention_mask=attention), None) is None, "a gap"
+    completion = batch.completion_mask.clone()
+    completion[3] = False
+    assert parts_by_prompt(batch._replace(completion_mask=completion), None) is None, "no completion"
+
+
+@pytest.mark.parametrize("change", [{"is_causal": False}, {"attn_mask": torch.ones(4, 4)}, {"dropout_p": 0.1}])
+def test_attention_of_another_kind_is_refused(change: dict[str, Any]) -> None:
+    found = parts_by_prompt(group_batch(1, 2, 12), None)
+    assert found is not None
+    assert found[0].layout is not None
+    x = torch.ones(1, 2, found[0].input_ids.numel(), 4)
+    with SharedAttention(found[0].layout), pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
+        F.scaled_dot_product_attention(x, x, x, **{"is_causal": True, **change})

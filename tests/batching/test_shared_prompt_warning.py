@@ -1,0 +1,104 @@
+"""Rows of E that share prompts without a group: error bars that take them for independent draws are said to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction, repadded
+
+import fx_influence as fx
+from fx_influence.batching.prefix_packing import prompt_numbers
+from fx_influence.types import Batch
+
+PROMPTS = ((1, 2), (3,), (1, 2), (2,), (3,))
+"""Rows 0 and 2 have one prompt, and so have rows 1 and 4."""
+
+MESSAGE = r"batch_e\.group is None and 5 rows have 3 distinct prompts; .* pass batch_e\._replace\(group="
+
+
+def batch_of(prompts: tuple[tuple[int, ...], ...], group: torch.Tensor | None = None, width: int = 6) -> Batch:
+    """Three completion tokens a row, no two rows with the same."""
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    lengths = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
+    for k, prompt in enumerate(prompts):
+        ids[k, : len(prompt) + 3] = torch.tensor([*prompt, k, (k + 1) % 5, 4])
+    column = torch.arange(width)
+    return Batch(ids, column < lengths + 3, (column >= lengths) & (column < lengths + 3), group=group)
+
+
+def shifted_right(batch: Batch) -> Batch:
+    """The same rollouts with their padding on the left."""
+    gap = batch.input_ids.shape[1] - batch.attention_mask.sum(1)
+    rows = zip(batch.input_ids, batch.attention_mask, batch.completion_mask, gap.tolist(), strict=True)
+    moved = [[x.roll(k) for x in fields] for *fields, k in rows]
+    return Batch(*(torch.stack(field) for field in zip(*moved, strict=True)), group=batch.group)
+
+
+class Case:
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.apply, self.params = apply_of(TinyPolicy(5, 6, 1, 2, 8))
+        self.batch_u = random_batch(generator, 3, 6, 5)
+        self.state = random_adamw_state(generator, self.params)
+        self.direction = random_direction(generator, self.params)
+
+    def influence(self, batch_e: Batch, **options: Any) -> fx.Influence:
+        return fx.influence(self.params, self.batch_u, batch_e, self.state, apply=self.apply, **options)
+
+    def snis(self, batch_e: Batch) -> fx.SnisDelta:
+        return fx.snis_delta(self.params, self.direction, 0.1, batch_e, apply=self.apply)
+
+    def sweep(self, batch_e: Batch) -> object:
+        return fx.snis_sweep(self.params, batch_e, apply=self.apply)
+
+
+@pytest.mark.parametrize("measure", [Case.influence, Case.snis, Case.sweep])
+@pytest.mark.parametrize("padded", [lambda b: b, shifted_right, lambda b: repadded(b, 1, 2)])
+def test_shared_prompts_without_group_warn(
+    measure: Callable[[Case, Batch], object], padded: Callable[[Batch], Batch]
+) -> None:
+    with pytest.warns(UserWarning, match=MESSAGE):
+        measure(Case(), padded(batch_of(PROMPTS)))
+
+
+@pytest.mark.parametrize("measure", [Case.influence, Case.snis, Case.sweep])
+def test_no_warning_when_nothing_is_ambiguous(measure: Callable[[Case, Batch], object]) -> None:
+    case = Case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(case, batch_of(PROMPTS, group=torch.tensor([0, 1, 0, 2, 1])))
+        measure(case, batch_of(PROMPTS, group=torch.arange(5)))
+        measure(case, batch_of(((1, 2), (3,), (1,), (2,), (2, 1))))
+
+
+def test_no_warning_when_no_error_bar_is_asked() -> None:
+    case = Case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.influence(batch_of(PROMPTS), stderr=False)
+        fx.jvp_delta(case.params, case.direction, batch_of(PROMPTS), apply=case.apply)
+
+
+def test_warning_is_of_the_callers_line() -> None:
+    with pytest.warns(UserWarning, match="distinct prompts") as told:
+        Case().influence(batch_of(PROMPTS))
+    assert told[0].filename == __file__
+
+
+def test_prompt_numbers_ignore_padding_and_completions() -> None:
+    batch = batch_of(PROMPTS)
+    for same in (batch, shifted_right(batch), repadded(batch, 2, 1)):
+        numbers = prompt_numbers(same).tolist()
+        assert [numbers.index(x) for x in numbers] == [0, 1, 0, 3, 1]
+
+
+def test_prompt_numbers_tell_rows_apart_when_one_has_no_completion() -> None:
+    """Its prompt is all that is attended to, and not what another row's begins with."""
+    batch = batch_of(((1, 2), (1, 2), (1, 2)))
+    bare = batch._replace(completion_mask=batch.completion_mask & (torch.arange(3) != 1).unsqueeze(1))
+    numbers = prompt_numbers(bare).tolist()
+    assert numbers[0] == numbers[2] != numbers[1]

@@ -1,0 +1,141 @@
+"""What the evidence rests on: the exact truth, the draws, the estimators, and what is called best."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
+
+import fx_influence as fx
+from benchmarks import bench_acting, bench_counterfactual, bench_estimators, trainings
+from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_prompts
+from benchmarks.evidence.trainings import TOY, Policy, every_completion, exact_entropy
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.token_values import all_token_values
+from fx_influence.batching.microbatch import rows
+from fx_influence.estimators.entropy import entropy_coefficients
+from fx_influence.interop.rollouts.record import collate
+from fx_influence.types import Batch, TokenValues
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    prompts = draw_prompts(random.Random(0), 3, set(), "", TOY)
+    return Policy(build_model(tokenizer, "toy"), tokenizer, TOY, prompts, prompts)
+
+
+@pytest.fixture(scope="module")
+def every(policy: Policy) -> Batch:
+    return collate(every_completion(policy), policy.tokenizer.pad_token_id)
+
+
+def values_of(policy: Policy, batch: Batch) -> TokenValues:
+    apply, params = fx.functionalize(policy.model)
+    return TokenValues(*(v.double() for v in all_token_values(params, batch, apply)))
+
+
+def test_every_completion_of_a_prompt_is_listed_once(policy: Policy, every: Batch) -> None:
+    chances = values_of(policy, every).logprobs.sum(-1).exp().reshape(len(policy.held_out), -1)
+    # Chances of float32's log-probabilities, a few at a time multiplied.
+    assert_within(chances.sum(1), torch.ones(3), rounding_bound(torch.float32, TINY_POLICY))
+
+
+def test_the_exact_query_has_the_gradient_of_the_exact_entropy(policy: Policy, every: Batch) -> None:
+    logprobs, entropies = (v.requires_grad_() for v in values_of(policy, every))
+    values = TokenValues(logprobs, entropies)
+    wanted = torch.autograd.grad(exact_entropy(values, every), [logprobs, entropies])
+    found = torch.autograd.grad(bench_counterfactual.entropy_of_all(*values, every).sum(), [logprobs, entropies])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_stratified_draw_is_a_draw_of_the_policy(policy: Policy, every: Batch) -> None:
+    chances = values_of(policy, every).logprobs.sum(-1).exp()
+    draws = [bench_estimators._stratified(chances, 3, 4, 12, np.random.default_rng(k)) for k in range(2000)]
+    counts = torch.bincount(torch.cat(draws), minlength=len(chances)) / (4 * 2000)
+    torch.testing.assert_close(counts.double(), chances, atol=0.006, rtol=0)
+    assert {tuple(torch.bincount(draw // (len(chances) // 3)).tolist()) for draw in draws} == {(4, 4, 4)}
+
+
+@pytest.mark.parametrize("name", ["per_decision", "sequence", "per_decision, by prompt"])
+def test_an_estimator_without_bias_tends_to_the_exact_gradient(policy: Policy, every: Batch, name: str) -> None:
+    values = values_of(policy, every)
+    chances = values.logprobs.sum(-1).exp()
+    index = bench_estimators._stratified(chances, 3, 4000, 12000, np.random.default_rng(0))
+    drawn = rows(every, index)
+    made = bench_estimators.ESTIMATORS[name](TokenValues(*(v[index] for v in values)), drawn)
+    # Summed over the drawn rows of each completion, the weight of its tokens' log-probabilities and entropies.
+    found = [torch.zeros_like(v).index_add(0, index, c) for v, c in zip(values, made, strict=True)]
+    leaves = [v.requires_grad_() for v in values]
+    wanted = torch.autograd.grad(exact_entropy(TokenValues(*leaves), every), leaves)
+    slopes = [_slopes(policy, every, *weights) for weights in (found, wanted)]
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 0.1
+
+
+def _slopes(policy: Policy, every: Batch, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    apply, params = fx.functionalize(policy.model)
+    weighted = every._replace(coefficients=logprobs.float(), entropy_coefficients=entropies.float())
+    found = batch_gradient(params, weighted, apply)
+    return torch.cat([g.flatten() for g in found.values() if g is not None])
+
+
+def test_leaving_the_score_term_out_leaves_the_entropies_weights() -> None:
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    values = TokenValues(-torch.rand(2, 3) * mask, torch.rand(2, 3) * mask)
+    batch = Batch(mask.long(), mask, mask)
+    made, own = bench_estimators.states_alone(values, batch), entropy_coefficients(values, batch)
+    assert not made.logprobs.any()
+    assert own.logprobs.any()
+    torch.testing.assert_close(made.entropies, own.entropies)
+
+
+def test_what_is_best_is_told_from_what_is_not() -> None:
+    def run(share: float, marginal: float, sgd: float) -> dict[str, Any]:
+        ranks = {"share": share, "marginal": marginal, "sgd": sgd, "covariance proxy": 0.0, "advantage": 0.0}
+        state = {"step": 5, "loo": {**ranks, "ceiling": 1.0}, "lds": {**ranks, "ceiling": 1.0}}
+        return {"policy": "demo", "lr": 1e-4, "found": [state]}
+
+    [phase] = bench_counterfactual.of_phases([run(0.9, 0.89, 0.5), run(0.8, 0.81, 0.4), run(0.85, 0.84, 0.47)])
+    assert (phase["phase"], phase["trainings"]) == ("later", 3)
+    assert phase["loo"]["best"] == ["share", "marginal"]
+    assert phase["loo"]["sgd"]["mean"] == pytest.approx(1.37 / 3)
+
+
+def test_a_predictor_that_is_always_behind_is_not_best() -> None:
+    means = {"share": {0: 0.5, 1: 0.6}, "marginal": {0: 0.25, 1: 0.35}, "sgd": {}}
+    assert bench_counterfactual._best(means) == ["share"]
+
+
+class Sum(NamedTuple):
+    a: int
+    b: int
+    name: str = "sum"
+
+
+def test_what_was_found_is_kept_for_the_same_plan_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "KEPT", tmp_path)
+    (tmp_path / "bench").mkdir()
+    done: list[Sum] = []
+
+    def work(plan: Sum) -> int:
+        done.append(plan)
+        return plan.a + plan.b
+
+    assert [trainings._kept("bench", work, plan) for plan in (Sum(1, 2), Sum(1, 2), Sum(1, 3))] == [3, 3, 4]
+    assert done == [Sum(1, 2), Sum(1, 3)]
+
+
+def test_the_tokens_of_highest_covariance_are_held_back() -> None:
+    old = -torch.rand(8, 30, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(8, 30, dtype=torch.bool)
+    advantages = torch.tensor([1.0, -1.0] * 4)
+    held = bench_acting.covariant(old, advantages, mask)
+    assert held.sum() == round(0.02 * 240)
+    centred = (old - old.mean()) * advantages.unsqueeze(1)
+    assert centred[held].min() > centred[~held].max() - 1e-3

@@ -1,0 +1,340 @@
+"""Bad input to the mathematics is refused before any forward, with the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, random_adamw_state, random_batch
+from torch import Tensor, nn
+
+import fx_influence as fx
+from fx_influence.types import Batch, Params
+
+N, WIDTH, VOCAB = 4, 7, 5
+
+
+class Counted:
+    """A policy that counts its calls; ``vocab_size`` is the one thing that the checks may ask it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.apply, self.params = fx.functionalize(model)
+        self.vocab_size = VOCAB
+        self.calls = 0
+
+    def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.calls += 1
+        return self.apply(params, input_ids, attention_mask)
+
+
+def good() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    apply = Counted(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    return {
+        "params": apply.params,
+        "batch_u": random_batch(generator, N, WIDTH, VOCAB, groups=2, entropy_coefficients=True),
+        "batch_e": random_batch(generator, N, WIDTH, VOCAB, groups=2, coefficients=False),
+        "opt_state": random_adamw_state(generator, apply.params),
+        "apply": apply,
+    }
+
+
+def influence(given: dict[str, Any]) -> Any:
+    return fx.influence(**given)
+
+
+def snis(given: dict[str, Any]) -> Any:
+    batch, direction = given.pop("batch_e"), given.pop("direction", given["params"])
+    del given["batch_u"], given["opt_state"]
+    return fx.snis_delta(given.pop("params"), direction, 0.1, batch, **given)
+
+
+def along(given: dict[str, Any]) -> Any:
+    batch, direction = given.pop("batch_e"), given.pop("direction", given["params"])
+    del given["batch_u"], given["opt_state"]
+    return fx.jvp_delta(given.pop("params"), direction, batch, **given)
+
+
+def fisher(given: dict[str, Any]) -> Any:
+    return fx.fisher_kernel(given.pop("params"), given.pop("batch_e"), given.pop("batch_u"), **given)
+
+
+Call = Callable[[dict[str, Any]], Any]
+EVERY: tuple[Call, ...] = (influence, snis, along, fisher)
+
+
+def refused(call: Call, message: str, **changes: Any) -> None:
+    """``call`` works, and with ``changes`` raises ``ValueError(message)`` before the first forward."""
+    given = good()
+    apply = given["apply"]
+    with pytest.raises(ValueError, match=message):
+        call({**given, **{name: x(given[name]) if callable(x) else x for name, x in changes.items()}})
+    assert apply.calls == 0, "the check came after a forward"
+
+
+@pytest.mark.parametrize("call", EVERY)
+def test_good_input_is_accepted(call: Call) -> None:
+    given = good()
+    apply = given["apply"]
+    call(given)
+    assert apply.calls > 0
+
+
+def put(field: str, index: tuple[int, ...], value: Any) -> Callable[[Batch], Batch]:
+    def change(batch: Batch) -> Batch:
+        tensor = getattr(batch, field).clone()
+        tensor[index] = value
+        return batch._replace(**{field: tensor})
+
+    return change
+
+
+def replace(**fields: Any) -> Callable[[Batch], Batch]:
+    return lambda batch: batch._replace(**fields)
+
+
+def drop_prompt(batch: Batch) -> Batch:
+    """A token of row 1 that a completion token follows is taken for padding, as where pad and eos share an id."""
+    position = int(batch.completion_mask[1].nonzero()[-1]) - 1
+    return put("attention_mask", (1, position), False)(batch)
+
+
+BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
+    "ids of one row": (
+        lambda b: b._replace(input_ids=b.input_ids[0]),
+        r"{batch}\.input_ids is torch.int64 of shape \(7,\); pass int64 \(B, T\)",
+    ),
+    "int32 ids": (
+        lambda b: b._replace(input_ids=b.input_ids.int()),
+        r"{batch}\.input_ids is torch.int32 of shape \(4, 7\); pass int64 \(B, T\)",
+    ),
+    "attention mask of numbers": (
+        lambda b: b._replace(attention_mask=b.attention_mask.long()),
+        r"{batch}\.attention_mask is torch.int64 of shape \(4, 7\); pass bool of the shape of input_ids, \(4, 7\)",
+    ),
+    "completion mask of numbers": (
+        lambda b: b._replace(completion_mask=b.completion_mask.float()),
+        r"{batch}\.completion_mask is torch.float32 of shape \(4, 7\); pass bool",
+    ),
+    "attention mask of fewer columns": (
+        lambda b: b._replace(attention_mask=b.attention_mask[:, :-1]),
+        r"{batch}\.attention_mask is torch.bool of shape \(4, 6\); pass bool of the shape of input_ids, \(4, 7\)",
+    ),
+    "completion mask of more rows": (
+        lambda b: b._replace(completion_mask=torch.cat([b.completion_mask] * 2)),
+        r"{batch}\.completion_mask is torch.bool of shape \(8, 7\); pass bool of the shape",
+    ),
+    "group of fewer rows": (
+        lambda b: b._replace(group=b.group[:3]),
+        r"{batch}\.group has shape \(3,\); pass \(4,\), one prompt a row",
+    ),
+    "no row": (
+        lambda b: b._make(None if field is None else field[:0] for field in b),
+        r"{batch}\.input_ids is of shape \(0, 7\); pass at least one rollout",
+    ),
+    "first column completed": (
+        put("completion_mask", (2, 0), True),
+        r"{batch}\.completion_mask\[2, 0\] is True; .*prepend the prompt",
+    ),
+    "hidden token before a completion token": (
+        drop_prompt,
+        r"{batch}\.attention_mask\[1, \d\] is False but the token after it .*make the mask from lengths",
+    ),
+    "id past the vocabulary": (
+        put("input_ids", (3, 2), VOCAB),
+        r"{batch}\.input_ids has values from 0 to 5 but .* 5 entries; tokenize with the model's own tokenizer",
+    ),
+    "negative id": (
+        put("input_ids", (3, 2), -100),
+        r"{batch}\.input_ids has values from -100 to 4 but .* 5 entries; tokenize",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", EVERY)
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_a_batch_that_cannot_be_scored_is_refused(call: Call, case: str) -> None:
+    change, message = BAD_BATCHES[case]
+    # The Fisher kernel calls its batches a and b.
+    fields = {"batch_e": "batch_a", "batch_u": "batch_b"} if call is fisher else {"batch_e": "batch_e"}
+    fields = {**fields, "batch_u": "batch_u"} if call is influence else fields
+    for given, field in fields.items():
+        refused(call, message.replace("{batch}", field), **{given: change})
+
+
+@pytest.mark.parametrize("call", [influence, snis, along])
+def test_an_evaluation_batch_without_completion_tokens_is_refused(call: Call) -> None:
+    message = (
+        r"batch_e\.completion_mask has no True at all; a batch needs at least one completion token, since the entropy"
+    )
+    refused(call, message, batch_e=replace(completion_mask=torch.zeros(N, WIDTH, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replace(coefficients=None, entropy_coefficients=None),
+            r"batch_u\.coefficients is None; fill it with fx\.coefficients\(\.\.\.\)",
+        ),
+        (
+            put("coefficients", (2, 3), math.nan),
+            r"batch_u\.coefficients is not finite in row 2 \(1 such rows\); drop or repair those rollouts",
+        ),
+        (
+            put("entropy_coefficients", (slice(1, 3), 3), math.inf),
+            r"batch_u\.entropy_coefficients is not finite in row 1 \(2 such rows\); drop or repair",
+        ),
+        (
+            replace(coefficients=torch.ones(N)),
+            r"batch_u\.coefficients is torch.float32 of shape \(4,\); pass float \(4, 7\)",
+        ),
+        (
+            replace(coefficients=torch.ones(N, WIDTH, dtype=torch.long)),
+            r"batch_u\.coefficients is torch.int64 of shape \(4, 7\); pass float \(4, 7\)",
+        ),
+    ],
+)
+def test_coefficients_that_make_no_update_are_refused(change: Callable[[Batch], Batch], message: str) -> None:
+    refused(influence, message, batch_u=change)
+
+
+@pytest.mark.parametrize("call", EVERY)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("temperature", 0.0, r"temperature is 0\.0; pass the positive one that the rollouts were sampled at"),
+        ("temperature", -1.0, r"temperature is -1\.0; pass the positive one"),
+        ("temperature", math.nan, r"temperature is nan; pass the positive one"),
+        ("chunk_size", 0, r"chunk_size is 0; pass at least 1, or None to choose by size"),
+        ("chunk_size", -3, r"chunk_size is -3; pass at least 1"),
+    ],
+)
+def test_a_temperature_or_chunk_size_that_is_not_positive_is_refused(
+    call: Call, option: str, value: float, message: str
+) -> None:
+    refused(call, message, **{option: value})
+
+
+@pytest.mark.parametrize("call", [influence, snis, along])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("estimator", r"estimator is 'snis'; use one of per_decision, sequence"),
+        ("normalize", r"normalize is 'snis'; use one of token, sequence"),
+    ],
+)
+def test_an_estimator_or_normalisation_that_does_not_exist_is_refused(call: Call, option: str, message: str) -> None:
+    refused(call, message, **{option: "snis"})
+
+
+def drop(name: str) -> Callable[[Params], Params]:
+    return lambda tree: {key: value for key, value in tree.items() if key != name}
+
+
+def other_names(state: fx.AdamWState) -> fx.AdamWState:
+    fields = state._asdict()
+    return fx.AdamWState(
+        **{k: {f"model.{name}": x for name, x in v.items()} if isinstance(v, dict) else v for k, v in fields.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            other_names,
+            r"opt_state\.exp_avg\['model\.token\.weight'\] is not among the \d+ trainable parameters; "
+            r".*another model's: make it with adamw_state\(optimizer, model\)",
+        ),
+        (
+            lambda s: s._replace(exp_avg_sq={**s.exp_avg_sq, "head.bias": torch.ones(VOCAB + 1)}),
+            r"opt_state\.exp_avg_sq\['head\.bias'\] has shape \(6,\).* the parameter \(5,\); .*another model's",
+        ),
+        (
+            lambda s: s._replace(max_exp_avg_sq={"head.bias": torch.ones(1)}),
+            r"opt_state\.max_exp_avg_sq\['head\.bias'\] has shape \(1,\).* the parameter \(5,\)",
+        ),
+        (
+            lambda s: s._replace(exp_avg={}, exp_avg_sq={}, hyper={}),
+            r"opt_state\.hyper has none of the \d+ trainable parameters; .*another model's",
+        ),
+        (
+            lambda s: s._replace(exp_avg=drop("head.bias")(s.exp_avg)),
+            r"opt_state has no exp_avg, exp_avg_sq or step for 'head\.bias'",
+        ),
+        (
+            lambda s: s._replace(hyper={**s.hyper, "head.bias": s.hyper["head.bias"]._replace(amsgrad=True)}),
+            r"opt_state .*max_exp_avg_sq.*'head\.bias'",
+        ),
+    ],
+    ids=["names", "shape", "amsgrad shape", "nothing", "missing moment", "missing maximum"],
+)
+@pytest.mark.parametrize("call", [influence, fisher])
+def test_the_optimizer_state_of_another_model_is_refused(
+    call: Call, change: Callable[[fx.AdamWState], fx.AdamWState], message: str
+) -> None:
+    refused(call, message, opt_state=change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gain": "loo"}, r"gain is 'loo'; use one of share, marginal, rmsprop"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; pass a positive number, or None where nothing is clipped"),
+        ({"max_grad_norm": math.nan}, r"max_grad_norm is nan; pass a positive number"),
+        ({"grad": {"lm_head": torch.ones(1)}}, r"grads\['lm_head'\] is not among the \d+ trainable parameters"),
+        ({"grad": {"head.bias": torch.ones(1)}}, r"grads\['head\.bias'\] has shape \(1,\).* the parameter \(5,\)"),
+    ],
+)
+def test_a_step_that_cannot_be_made_is_refused(changes: dict[str, Any], message: str) -> None:
+    refused(influence, message, **changes)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name() -> None:
+    grads = {"head.bias": torch.full((VOCAB,), math.nan), "head.weight": torch.ones(VOCAB, 6)}
+    with pytest.raises(ValueError, match=r"grads\['head\.bias'\] is not finite; .*drop the batch"):
+        influence({**good(), "grad": grads})
+
+
+@pytest.mark.parametrize("call", [snis, along])
+def test_a_direction_of_another_model_is_refused(call: Call) -> None:
+    message = r"direction\['lm_head'\] is not among the \d+ trainable parameters; pass a direction made from"
+    refused(call, message, direction={"lm_head": torch.ones(1)})
+    message = r"direction\['head\.bias'\] has shape \(1,\).* the parameter \(5,\); pass a direction made from"
+    refused(call, message, direction={"head.bias": torch.ones(1)})
+
+
+def test_a_preconditioner_that_cannot_be_made_is_refused() -> None:
+    refused(fisher, r"preconditioner is 'kfac'; use 'adam', 'identity' or a dictionary", preconditioner="kfac")
+    refused(fisher, r"preconditioner\['lm_head'\] is not among", preconditioner={"lm_head": torch.ones(1)})
+    refused(fisher, r"opt_state is None; preconditioner 'adam' needs it: pass adamw_state", opt_state=None)
+    refused(
+        fisher,
+        r"opt_state\.step\['token\.weight'\] is 0, so there is no second moment .*give batch_b coefficients",
+        batch_u=replace(coefficients=None, entropy_coefficients=None),
+        opt_state=lambda s: s._replace(step=dict.fromkeys(s.step, 0)),
+    )
+
+
+def test_a_batch_on_another_device_than_the_parameters_is_refused() -> None:
+    given = good()
+    elsewhere = given["batch_e"]._replace(input_ids=given["batch_e"].input_ids.to("meta"))
+    refused(along, r"batch_e\.input_ids is on meta and the parameters on cpu; move one of them", batch_e=elsewhere)
+
+
+def test_an_apply_that_does_not_know_its_vocabulary_is_still_spared_negative_ids() -> None:
+    given = good()
+    given["apply"].vocab_size = None
+    given["batch_e"] = put("input_ids", (0, 0), -1)(given["batch_e"])
+    with pytest.raises(ValueError, match=r"batch_e\.input_ids has values from -1 to 4"):
+        along(given)
+
+
+@pytest.mark.parametrize("call", EVERY)
+def test_autocast_around_a_call_is_refused(call: Call) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refused(call, r"autocast.*outside of it")

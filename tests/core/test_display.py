@@ -1,0 +1,73 @@
+"""How a result shows itself."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import xml.etree.ElementTree as ElementTree
+
+import torch
+
+from fx_influence._influence import Influence
+
+
+def result(n: int = 20, matrix: bool = False) -> Influence:
+    rollouts = torch.linspace(-1.0, 2.0, n, dtype=torch.float64)
+    scalar = torch.tensor(0.25, dtype=torch.float64)
+    return Influence(
+        per_sequence=rollouts,
+        per_token=torch.zeros(n, 7),
+        stderr=torch.full((n,), 0.125),
+        baseline=-scalar,
+        momentum=-2 * scalar,
+        weight_decay=scalar,
+        total=rollouts.sum() - scalar,
+        residual=1e-8 * scalar,
+        unattributed=0 * scalar,
+        per_parameter={"<b>": scalar},
+        matrix=torch.zeros(3, n) if matrix else None,
+        total_stderr=scalar,
+        rounding=torch.full((n,), torch.nan),
+    )
+
+
+def test_a_line_holds_the_totals_and_the_sizes() -> None:
+    assert repr(result()) == (
+        "Influence(total=+9.75 ± 0.25, momentum=-0.5, weight_decay=+0.25, sum_per_sequence=+10, rollouts=20, "
+        "residual=2.5e-09, per_token=(20, 7), matrix=None; per unit lr)"
+    )
+    bare = result(matrix=True)._replace(per_token=None, total_stderr=torch.tensor(torch.nan))
+    assert "total=+9.75, momentum" in repr(bare)
+    assert "per_token=None, matrix=(3, 20)" in repr(bare)
+    more = result()._replace(unattributed=torch.tensor(0.5))
+    assert "residual=2.5e-09, rounding=2.0e-01, per_token" in repr(result()._replace(rounding=torch.full((20,), 0.01)))
+    assert "sum_per_sequence=+10, unattributed=+0.5, rollouts=20" in repr(more)
+
+
+def test_a_notebook_shows_the_strongest_rollouts_both_ways() -> None:
+    table = ElementTree.fromstring(result()._repr_html_())
+    rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+    assert rows[0] == ["part", "per unit lr", "stderr"]
+    assert rows[1] == ["total", "+9.75", " ± 0.25"]
+    assert [row[0] for row in rows[5:-1]] == [f"rollout {i}" for i in (19, 18, 17, 16, 15, 4, 3, 2, 1, 0)]
+    assert rows[5][1:] == ["+2", " ± 0.12"]
+    assert len(list(ElementTree.fromstring(result(3)._repr_html_()).iter("tr"))) == 1 + 4 + 3 + 1
+
+
+def test_it_is_still_a_tuple_that_vmap_and_pickle_take() -> None:
+    out = result()
+    again = pickle.loads(pickle.dumps(out))
+    assert type(again) is Influence
+    assert torch.equal(again.per_sequence, out.per_sequence)
+    assert copy.copy(out)._replace(matrix=None).matrix is None
+    shown = []
+
+    def scaled(factor: torch.Tensor) -> Influence:
+        inside = out._replace(total=out.total * factor, matrix=out.per_sequence)
+        shown.append(repr(inside))
+        return inside
+
+    mapped = torch.func.vmap(scaled)(torch.tensor([1.0, 2.0]))
+    assert mapped.total.tolist() == [9.75, 19.5]
+    assert shown[0].startswith("Influence(per_sequence=tensor(")
+    assert repr(mapped).startswith("Influence(per_sequence=")

@@ -1,0 +1,483 @@
+"""What is given for something else is refused before any forward, with the field, what it is and the remedy."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.cases import TinyPolicy, random_batch, random_direction
+from transformers import BatchEncoding
+
+import fx_influence as fx
+from fx_influence.types import Batch
+
+WIDTH, VOCAB = 7, 5
+
+
+class Counted:
+    """A policy that counts its calls."""
+
+    def __init__(self, apply: fx.Policy) -> None:
+        self.apply, self.calls = apply, 0
+        self.parameter_shapes, self.trainable = apply.parameter_shapes, apply.trainable
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        self.calls += 1
+        return self.apply(*args)
+
+
+class Given:
+    """Right arguments of every function, and what is mistaken for them."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        policy, self.params = fx.functionalize(self.model)
+        self.policy, self.apply = policy, Counted(policy)
+        self.u = random_batch(generator, 4, WIDTH, VOCAB)
+        self.e = random_batch(generator, 4, WIDTH, VOCAB, groups=2, coefficients=False)
+        self.state = fx.adamw_state(self.optimizer, self.model)
+        self.direction = random_direction(generator, self.params)
+
+    def influence(self, **changes: Any) -> Any:
+        given = {"params": self.params, "batch_u": self.u, "batch_e": self.e, "opt_state": self.state}
+        return fx.influence(**{**given, "apply": self.apply, **changes})
+
+    def snis(self, **changes: Any) -> Any:
+        given = {"params": self.params, "direction": self.direction, "eta": 0.1, "batch_e": self.e, "apply": self.apply}
+        return fx.snis_delta(**{**given, **changes})
+
+    def sweep(self, **changes: Any) -> Any:
+        return fx.snis_sweep(**{"params": self.params, "batch_e": self.e, "apply": self.apply, **changes})
+
+    def jvp(self, **changes: Any) -> Any:
+        given = {"params": self.params, "direction": self.direction, "batch_e": self.e, "apply": self.apply}
+        return fx.jvp_delta(**{**given, **changes})
+
+    def fisher(self, **changes: Any) -> Any:
+        given = {"params": self.params, "batch_a": self.e, "batch_b": self.u, "opt_state": self.state}
+        return fx.fisher_kernel(**{**given, "apply": self.apply, **changes})
+
+    def values(self, **changes: Any) -> Any:
+        return fx.token_values(**{"params": self.params, "batch": self.e, "apply": self.apply, **changes})
+
+    def per_sample(self, **changes: Any) -> Any:
+        given = {"loss_fn": fx.rollout_loss(self.apply), "params": self.params, "batch": self.u}
+        return fx.per_sample_grads(**{**given, **changes})
+
+    def decompose(self, **changes: Any) -> Any:
+        given = {"grads": self.direction, "opt_state": self.state, "params": self.params}
+        return fx.adamw_decompose(**{**given, **changes})
+
+
+@functools.cache
+def shared() -> Given:
+    """Arguments that no test changes."""
+    return Given()
+
+
+Call = Callable[..., Any]
+POLICY: tuple[Call, ...] = (Given.influence, Given.snis, Given.sweep, Given.jvp, Given.fisher, Given.values)
+PARAMS: tuple[Call, ...] = (*POLICY, Given.per_sample, Given.decompose)
+STATE: tuple[Call, ...] = (Given.influence, Given.fisher, Given.decompose)
+BATCHES: tuple[tuple[Call, str], ...] = (
+    (Given.influence, "batch_u"),
+    (Given.influence, "batch_e"),
+    (Given.snis, "batch_e"),
+    (Given.sweep, "batch_e"),
+    (Given.jvp, "batch_e"),
+    (Given.fisher, "batch_a"),
+    (Given.fisher, "batch_b"),
+    (Given.values, "batch"),
+    (Given.per_sample, "batch"),
+)
+
+
+def refused(call: Call, message: str, kind: type[Exception] = TypeError, **changes: Callable[[Given], Any]) -> None:
+    given = shared()
+    calls = given.apply.calls
+    with pytest.raises(kind, match=message):
+        call(given, **{name: change(given) for name, change in changes.items()})
+    assert given.apply.calls == calls, "the check came after a forward"
+
+
+@pytest.mark.parametrize("call", PARAMS)
+def test_right_arguments_are_accepted(call: Call) -> None:
+    call(shared())
+
+
+@pytest.mark.parametrize("call", PARAMS)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda g: g.model, r"params is of type TinyPolicy; expected a dictionary .*apply, params = fx\.functionalize"),
+        (
+            lambda g: list(g.params.values()),
+            r"params is of type list; expected a dictionary of tensors by parameter name",
+        ),
+        (lambda g: g.model.parameters(), r"params is of type generator; expected a dictionary"),
+        (lambda g: g.policy, r"params is of type Policy; .*The two may be swapped"),
+        (lambda g: None, r"params is None; expected a dictionary"),
+        (lambda g: {"head.bias": [0.0] * VOCAB}, r"params\['head\.bias'\] is of type list; expected a tensor"),
+        (lambda g: {"head.bias": None}, r"params\['head\.bias'\] is None; expected a tensor"),
+    ],
+    ids=["model", "list", "iterator", "policy", "none", "list inside", "none inside"],
+)
+def test_what_is_no_params_is_refused(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
+    refused(call, message, params=wrong)
+
+
+@pytest.mark.parametrize("call", POLICY)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda g: g.model, r"apply is of type TinyPolicy; expected a function .*apply, params = fx\.functionalize"),
+        (lambda g: (g.policy, g.params), r"apply is of type tuple; expected a function"),
+        (lambda g: g.params, r"apply is of type dict; .*The two may be swapped"),
+        (lambda g: "gpt2", r"apply is of type str; expected a function"),
+    ],
+    ids=["model", "pair", "params", "name"],
+)
+def test_what_is_no_apply_is_refused(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
+    refused(call, message, apply=wrong)
+
+
+@pytest.mark.parametrize("call", STATE)
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [(lambda g: g.optimizer, "AdamW"), (lambda g: g.optimizer.state_dict(), "dict"), (lambda g: g.model, "TinyPolicy")],
+    ids=["optimizer", "state dict", "model"],
+)
+def test_what_is_no_optimizer_state_is_refused(call: Call, wrong: Callable[[Given], Any], name: str) -> None:
+    message = rf"opt_state is of type {name}; expected an AdamWState .*Pass fx\.adamw_state\(optimizer, model\)"
+    refused(call, message, opt_state=wrong)
+
+
+@pytest.mark.parametrize(("call", "field"), BATCHES)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda b: b._asdict(), r"{f} is of type dict; expected a fx\.Batch\. Name its fields: fx\.Batch\(input_ids="),
+        (lambda b: BatchEncoding(b._asdict()), r"{f} is of type BatchEncoding; .*mask\.bool\(\)"),
+        (lambda b: [], r"{f} is of type list; expected a fx\.Batch\. Make one by fx\.collate\(rollouts, pad_id\)"),
+        (lambda b: None, r"{f} is None; expected a fx\.Batch"),
+        (lambda b: b._replace(input_ids=b.input_ids.tolist()), r"{f}\.input_ids is of type list; .*torch\.as_tensor"),
+        (lambda b: b._replace(completion_mask=None), r"{f}\.completion_mask is None; expected a tensor"),
+        (lambda b: b._replace(group=np.arange(4)), r"{f}\.group is of type ndarray; expected a tensor"),
+        (lambda b: b._replace(coefficients=0.5), r"{f}\.coefficients is of type float; expected a tensor"),
+    ],
+    ids=["dict", "encoding", "list", "none", "ids as list", "no mask", "group as array", "coefficient as number"],
+)
+def test_what_is_no_batch_is_refused(call: Call, field: str, wrong: Callable[[Batch], Any], message: str) -> None:
+    of = {"batch_u": "u", "batch_b": "u"}.get(field, "u" if call is Given.per_sample else "e")
+    refused(call, message.replace("{f}", field), **{field: lambda g: wrong(getattr(g, of))})
+
+
+@pytest.mark.parametrize("call", [c for c, _ in BATCHES[:1]] + [Given.snis, Given.jvp, Given.fisher, Given.values])
+@pytest.mark.parametrize("name", ["attention_mask", "completion_mask"])
+def test_mask_of_integers_names_its_cast(call: Call, name: str) -> None:
+    field = {Given.fisher: "batch_a", Given.values: "batch"}.get(call, "batch_e")
+    message = (
+        rf"{field}\.{name} is torch\.int64 of shape \(4, 7\); pass bool of the shape of input_ids, .*: mask\.bool\(\)"
+    )
+    refused(call, message, ValueError, **{field: lambda g: g.e._replace(**{name: getattr(g.e, name).long()})})
+
+
+def test_float_ids_are_refused() -> None:
+    message = r"batch\.input_ids is torch\.float32 of shape \(4, 7\); pass int64 \(B, T\), a row for each rollout"
+    refused(Given.values, message, ValueError, batch=lambda g: g.e._replace(input_ids=g.e.input_ids.float()))
+
+
+def test_swapped_batches_are_named() -> None:
+    message = r"batch_u\.coefficients is None and batch_e has some; .*Swap the two batches"
+    refused(Given.influence, message, ValueError, batch_u=lambda g: g.e, batch_e=lambda g: g.u)
+
+
+NUMBERS: list[tuple[str, Any, type[Exception], str]] = [
+    ("temperature", None, TypeError, r"temperature is None; expected a number\. Pass the positive one"),
+    ("temperature", "1", TypeError, r"temperature is of type str; expected a number"),
+    ("temperature", torch.tensor(1.0), TypeError, r"temperature is of type Tensor; .* by \.item\(\)"),
+    ("temperature", True, TypeError, r"temperature is of type bool; expected a number"),
+    ("temperature", math.inf, ValueError, r"temperature is inf; pass the positive one"),
+    ("chunk_size", 2.0, TypeError, r"chunk_size is of type float; expected an integer\. .*None to choose by size"),
+    ("memory_budget", -1, ValueError, r"memory_budget is -1; pass a number of bytes"),
+    ("memory_budget", 1e9, TypeError, r"memory_budget is of type float; expected an integer\. Pass a number of bytes"),
+    ("max_grad_norm", "1.0", TypeError, r"max_grad_norm is of type str; .* None where nothing is clipped"),
+    ("max_grad_norm", -1.0, ValueError, r"max_grad_norm is -1\.0; pass a positive number, or None"),
+    ("mesh", "cpu", TypeError, r"mesh is of type str; expected a DeviceMesh"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "case"),
+    [
+        (call, case)
+        for call in (Given.influence, Given.fisher, Given.snis, Given.jvp)
+        for case in NUMBERS
+        if call in (Given.influence, Given.fisher) or case[0] not in ("memory_budget", "max_grad_norm")
+    ],
+)
+def test_numbers_of_another_kind_are_refused(call: Call, case: tuple[str, Any, type[Exception], str]) -> None:
+    field, value, kind, message = case
+    refused(call, message, kind, **{field: lambda g: value})
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(2.0), 1])
+def test_numbers_of_numpy_are_numbers(value: Any) -> None:
+    assert shared().jvp(temperature=value, chunk_size=np.int64(2)).first.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("call", "field", "value", "message"),
+    [
+        (Given.influence, "gain", "shares", r"gain is 'shares'; use one of share, .* \(the nearest is 'share'\)"),
+        (Given.influence, "estimator", "per-decision", r"estimator is 'per-decision'; .*nearest is 'per_decision'\)"),
+        (
+            Given.jvp,
+            "normalize",
+            "tokens",
+            r"normalize is 'tokens'; use one of token, sequence \(the nearest is 'tok",
+        ),
+        (Given.decompose, "gain", None, r"gain is None; use one of share, marginal, rmsprop$"),
+        (Given.snis, "clip", -1.0, r"clip is -1\.0; pass a positive cumulative log-weight, or None"),
+        (Given.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
+        (Given.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
+    ],
+)
+def test_values_out_of_range_are_refused(call: Call, field: str, value: Any, message: str) -> None:
+    refused(call, message, ValueError, **{field: lambda g: value})
+
+
+@pytest.mark.parametrize(
+    ("call", "field", "wrong", "message"),
+    [
+        (
+            Given.influence,
+            "query",
+            lambda g: torch.ones(4),
+            r"query is of type Tensor; .*fx\.expected_reward",
+        ),
+        (Given.influence, "grad", lambda g: list(g.params.values()), r"grads is of type list; expected a dictionary"),
+        (Given.influence, "grad", lambda g: {"head.bias": 0.5}, r"grads\['head\.bias'\] is of type float; .*a tensor"),
+        (Given.snis, "eta", lambda g: [0.1, 0.2], r"eta is of type list; expected a number\. .*snis_sweep"),
+        (Given.snis, "direction", lambda g: g.state, r"direction is of type AdamWState; expected a dictionary"),
+        (Given.jvp, "direction", lambda g: None, r"direction is None; expected a dictionary"),
+        (Given.per_sample, "loss_fn", lambda g: g.model, r"loss_fn is of type TinyPolicy; .*fx\.rollout_loss\(apply\)"),
+        (Given.decompose, "grads", lambda g: g.model, r"grads is of type TinyPolicy; expected a dictionary"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    call: Call, field: str, wrong: Callable[[Given], Any], message: str
+) -> None:
+    refused(call, message, **{field: wrong})
+
+
+def test_sweep_of_one_number_names_the_list() -> None:
+    given = shared()
+    measure = given.sweep()
+    block = {name: v.unsqueeze(0) for name, v in given.direction.items()}
+    with pytest.raises(TypeError, match=r"etas is of type float; expected a list of numbers\. Pass \[eta\] for one"):
+        measure(block, 0.1)
+
+
+# --- Another model's parameters
+
+
+@pytest.mark.parametrize("call", POLICY[:-1])
+def test_parameters_of_another_model_are_refused(call: Call) -> None:
+    other = fx.functionalize(TinyPolicy(VOCAB, 8, 1, 2, WIDTH))[1]
+    refused(
+        call,
+        r"params\['token\.weight'\] has shape \(5, 8\); expected \(5, 6\)\. .*another model's",
+        ValueError,
+        params=lambda g: other,
+    )
+    more = {f"model.{name}": p for name, p in other.items()}
+    refused(
+        call,
+        r"params\['model\.token\.weight'\] is not among .*the nearest is 'token\.weight'",
+        ValueError,
+        params=lambda g: more,
+    )
+    refused(
+        call,
+        r"params has no 'head\.bias' \(1 such\); expected all trained ones",
+        ValueError,
+        params=lambda g: {name: p for name, p in g.params.items() if name != "head.bias"},
+    )
+
+
+def test_parameters_in_another_order_are_accepted() -> None:
+    given = shared()
+    turned = dict(reversed(given.params.items()))
+    torch.testing.assert_close(given.influence(params=turned).per_sequence, given.influence().per_sequence)
+
+
+def test_frozen_parameters_may_be_given() -> None:
+    """A policy's own frozen weight that is handed in is read like any other parameter."""
+    given = Given()
+    given.model.head.bias.requires_grad_(False)
+    apply, params = fx.functionalize(given.model)
+    more = {**params, "head.bias": given.model.head.bias.detach()}
+    assert fx.jvp_delta(more, {"head.bias": torch.ones(VOCAB)}, given.e, apply=apply).first.isfinite()
+
+
+@pytest.mark.parametrize("call", POLICY[:-1])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_parameters_that_are_not_finite_are_named(call: Call, value: float) -> None:
+    def spoilt(given: Given) -> Any:
+        bias = given.params["head.bias"].clone()
+        bias[2] = value
+        return {**given.params, "head.bias": bias}
+
+    refused(
+        call, r"params\['head\.bias'\] holds NaN or infinity; .*The training has diverged", ValueError, params=spoilt
+    )
+
+
+@pytest.mark.parametrize("call", [Given.snis, Given.jvp])
+def test_direction_that_is_not_finite_is_named(call: Call) -> None:
+    message = r"direction\['head\.bias'\] holds NaN or infinity; expected a finite direction"
+    refused(call, message, ValueError, direction=lambda g: {"head.bias": torch.full((VOCAB,), math.nan)})
+
+
+# --- What is made before
+
+
+@pytest.mark.parametrize("wrong", [[1.0, -1.0], np.ones(2), 0.5, None])
+def test_losses_take_tensors_only(wrong: Any) -> None:
+    mask, two = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
+    kind = "None" if wrong is None else f"of type {type(wrong).__name__}"
+    tell = rf" is {kind}; expected a tensor\. Make it one: torch\.as_tensor"
+    with pytest.raises(TypeError, match="advantages" + tell):
+        fx.coefficients("grpo", wrong, mask)
+    with pytest.raises(TypeError, match="completion_mask" + tell):
+        fx.coefficients("grpo", two, wrong)
+    with pytest.raises(TypeError, match="rewards" + tell):
+        fx.group_advantages(wrong, two)
+    with pytest.raises(TypeError, match="group" + tell):
+        fx.group_advantages(two, wrong)
+    with pytest.raises(TypeError, match="old_logprobs" + tell):
+        fx.clipped_ratio(torch.zeros(2, 3), wrong, two)
+    with pytest.raises(TypeError, match="rewards" + tell):
+        fx.expected_reward(wrong)
+    with pytest.raises(TypeError, match="reference_logprobs" + tell):
+        fx.kl_to_reference(wrong)
+
+
+def test_losses_say_how_a_mask_is_cast() -> None:
+    with pytest.raises(ValueError, match=r"completion_mask is torch\.int64 of shape \(2, 3\); .*: mask\.bool\(\)"):
+        fx.coefficients("grpo", torch.ones(2), torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"loss_type is 'dr-grpo'; .*the nearest is 'dr_grpo'"):
+        fx.coefficients("dr-grpo", torch.ones(2), torch.ones(2, 3, dtype=torch.bool))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"max_completion_length is of type float; expected an integer"):
+        fx.coefficients("dr_grpo", torch.ones(2), torch.ones(2, 3, dtype=torch.bool), max_completion_length=3.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rewards_and_advantages_must_be_finite_where_they_count(bad: float) -> None:
+    mask = torch.tensor([[False, True], [False, False]])
+    with pytest.raises(ValueError, match=r"advantages\[0\] is .*drop those rollouts"):
+        fx.coefficients("grpo", torch.tensor([bad, 1.0]), mask)
+    with pytest.raises(ValueError, match=r"rewards\[1\] is .*drop those rollouts or repair their rewards"):
+        fx.group_advantages(torch.tensor([1.0, bad]), torch.zeros(2))
+    # A row that nothing was sampled in has no say.
+    assert fx.coefficients("grpo", torch.tensor([1.0, bad]), mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]
+    apart = torch.tensor([[bad, 1.0], [bad, bad]])
+    assert fx.coefficients("grpo", apart, mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]
+
+
+def test_collate_names_what_is_no_rollout() -> None:
+    one = fx.Rollout("0/0", "0", 0, "a", "b", (7,), (8, 1), True)
+    with pytest.raises(TypeError, match=r"rollouts is of type Rollout; expected a list of them\. Pass \[rollout\]"):
+        fx.collate(one, 0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"rollouts\[1\] is of type dict; expected a fx\.Rollout\. .*fx\.read_rollouts"):
+        fx.collate([one, {"id": "1"}], 0)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"pad_id is None; expected an integer\. Pass any token's id, such as 0"):
+        fx.collate([one], None)  # type: ignore[arg-type]
+
+
+def test_read_rollouts_names_what_is_no_path_or_tokenizer(tmp_path: Any) -> None:
+    class Tokenizer:
+        def decode(self) -> str:
+            return ""
+
+    with pytest.raises(TypeError, match=r"path is of type Tokenizer; expected a path\. Give the file first"):
+        fx.read_rollouts(Tokenizer(), tmp_path)
+    with pytest.raises(TypeError, match=r"tokenizer is of type str; .*AutoTokenizer\.from_pretrained"):
+        fx.read_rollouts(tmp_path, "gpt2")
+
+
+def test_models_and_optimizers_are_told_apart() -> None:
+    given = shared()
+    with pytest.raises(TypeError, match=r"model is of type AdamW; .*Swap the two: fx\.adamw_state\(optimizer, model\)"):
+        fx.adamw_state(given.model, given.optimizer)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model is of type dict; expected a torch\.nn\.Module"):
+        fx.adamw_state(given.optimizer, given.params)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizer is of type dict; .*load_state_dict"):
+        fx.adamw_state(given.optimizer.state_dict(), given.model)  # type: ignore[arg-type]
+    for wrong in ("gpt2", given.params):
+        with pytest.raises(TypeError, match=rf"model is of type {type(wrong).__name__}; expected a torch\.nn\.Module"):
+            fx.functionalize(wrong)  # type: ignore[arg-type]
+
+    class Trainer:
+        model = given.model
+
+    with pytest.raises(TypeError, match=r"model is of type Trainer; expected .*\. Pass trainer\.model"):
+        fx.functionalize(Trainer())  # type: ignore[arg-type]
+
+
+def test_select_names_what_is_no_influence() -> None:
+    out = shared().influence()
+    with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
+        fx.select(out, out.per_sequence, floor=0.0)
+    with pytest.raises(TypeError, match=r"floor is None; expected a number"):
+        fx.select(out, out, floor=None)
+
+
+def test_entropy_estimate_names_what_is_no_token_values() -> None:
+    given = shared()
+    values = given.values()
+    with pytest.raises(TypeError, match=r"values is of type Tensor; expected TokenValues\. Pass fx\.token_values"):
+        fx.entropy_estimate(values.entropies, given.e)
+    with pytest.raises(ValueError, match=r"normalize is 'batch'; use one of token, sequence"):
+        fx.entropy_estimate(values, given.e, "batch")  # type: ignore[arg-type]
+
+
+# --- What is never read
+
+
+@pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}], ids=str)
+def test_coefficients_outside_of_completions_may_be_anything(options: dict[str, Any]) -> None:
+    given = shared()
+    spoilt = given.u._replace(coefficients=given.u.coefficients.masked_fill(~given.u.completion_mask, math.nan))
+    plain, out = given.influence(**options), given.influence(batch_u=spoilt, **options)
+    assert torch.equal(out.per_sequence, plain.per_sequence)
+    assert torch.equal(out.total, plain.total)
+    grads = [fx.per_sample_grads(fx.rollout_loss(given.policy), given.params, u) for u in (spoilt, given.u)]
+    for name, g in grads[0].items():
+        assert torch.equal(g, grads[1][name])
+
+
+def test_coefficients_of_the_evaluation_batch_may_be_anything() -> None:
+    given = shared()
+    spoilt = given.e._replace(coefficients=torch.full((4, WIDTH), math.nan))
+    assert torch.equal(given.influence(batch_e=spoilt).per_sequence, given.influence().per_sequence)
+    assert torch.equal(given.jvp(batch_e=spoilt).first, given.jvp().first)
+    kernel = given.fisher(preconditioner="identity", batch_a=spoilt)
+    assert torch.equal(kernel, given.fisher(preconditioner="identity"))
+
+
+def test_fisher_kernel_reads_coefficients_where_it_makes_a_step() -> None:
+    def spoilt(given: Given) -> Batch:
+        return given.u._replace(coefficients=torch.full((4, WIDTH), math.nan))
+
+    refused(Given.fisher, r"batch_b\.coefficients is not finite in row 0", ValueError, batch_b=spoilt)
+    given = shared()
+    assert given.fisher(preconditioner="identity", batch_b=spoilt(given)).isfinite().all()

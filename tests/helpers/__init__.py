@@ -1,0 +1,1 @@
+"""Models, batches, reference comparisons and rank scripts that several tests share."""

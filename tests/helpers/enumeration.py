@@ -1,0 +1,124 @@
+"""Exact answers on a vocabulary and horizon small enough to list every completion.
+
+A ``Space`` lists, for each prompt, all completions: those that end with EOS (EOS is their last token) and those cut off
+at ``max_new_tokens``. Every number is one batched call of ``apply`` over that list and differentiable in ``params``; no
+importance weight or sampled estimate appears. Prompts count equally.
+
+    space = enumerate_completions([prompt], eos_id=0, vocab_size=3, max_new_tokens=3)
+    exact_entropy(apply, params, space, "token")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.types import Apply, Batch, Normalize, Params
+from helpers.tolerances import rounding_bound
+
+Score = Callable[[Tensor, Tensor, Batch], Tensor]
+"""(token log-probs (N, T), token entropies (N, T), batch) -> one score per completion (N,); both 0 off the mask."""
+
+
+class Space(NamedTuple):
+    """All completions of all prompts: ``batch`` (N rows, ``group`` = prompt index, padded right with EOS ids)."""
+
+    batch: Batch
+    prompts: int
+    temperature: float
+
+
+def enumerate_completions(
+    prompts: Tensor | Sequence[Tensor],
+    eos_id: int,
+    vocab_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> Space:
+    """The space of one prompt (1-D ids) or several."""
+    prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
+    completions: list[list[int]] = []
+    alive: list[list[int]] = [[]]
+    for _ in range(max_new_tokens):
+        grown = [[*prefix, token] for prefix in alive for token in range(vocab_size)]
+        completions += [c for c in grown if c[-1] == eos_id]
+        alive = [c for c in grown if c[-1] != eos_id]
+    completions += alive
+    width = max(len(p) for p in prompts) + max_new_tokens
+    rows = [(i, p.tolist(), c) for i, p in enumerate(prompts) for c in completions]
+    ids = torch.tensor([p + c + [eos_id] * (width - len(p) - len(c)) for _, p, c in rows])
+    start, end = (torch.tensor(x)[:, None] for x in ([len(p) for _, p, _ in rows], [len(p + c) for _, p, c in rows]))
+    column = torch.arange(width)
+    group = torch.tensor([i for i, _, _ in rows])
+    batch = Batch(ids, column < end, (column >= start) & (column < end), group=group)
+    return Space(batch, len(prompts), temperature)
+
+
+def token_values(apply: Apply, params: Params, space: Space) -> tuple[Tensor, Tensor]:
+    """Token log-probs and entropies of every completion, (N, T), 0 off the completion."""
+    batch = space.batch
+    logits = apply(params, batch.input_ids, batch.attention_mask)[:, :-1] / space.temperature
+    log_pi = logits.log_softmax(-1)
+    taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    mask = batch.completion_mask[:, 1:]
+    values = (taken * mask, torch.special.entr(log_pi.exp()).sum(-1) * mask)
+    return tuple(torch.nn.functional.pad(x, (1, 0)) for x in values)  # type: ignore[return-value]
+
+
+def exact_log_probs(apply: Apply, params: Params, space: Space) -> Tensor:
+    """log of each row's probability, (N,): its completion's given its prompt, times 1/prompts. They sum to 1."""
+    log_prompts = torch.tensor(float(space.prompts), dtype=torch.float64).log()
+    return token_values(apply, params, space)[0].sum(1) - log_prompts
+
+
+def exact_expected(apply: Apply, params: Params, space: Space, score: Score) -> Tensor:
+    """E[score] over prompts and completions, (): a sum of probability times score, differentiable in both."""
+    logprobs, entropies = token_values(apply, params, space)
+    p = exact_log_probs(apply, params, space).exp()
+    return (p * score(logprobs, entropies, space.batch)).sum()
+
+
+def exact_entropy(apply: Apply, params: Params, space: Space, normalize: Normalize = "token") -> Tensor:
+    """E[sum_t h_t] / E[T] for "token", E[sum_t h_t] for "sequence"; nats, ()."""
+    entropy = exact_expected(apply, params, space, lambda logprobs, entropies, batch: entropies.sum(1))
+    if normalize == "sequence":
+        return entropy
+    return entropy / exact_expected(
+        apply, params, space, lambda logprobs, entropies, batch: batch.completion_mask.sum(1)
+    )
+
+
+def exact_gradient(apply: Apply, params: Params, space: Space, normalize: Normalize = "token") -> Params:
+    """Gradient of ``exact_entropy`` by name; zeros where a parameter is not reached."""
+    leaves = {name: p.detach().clone().requires_grad_(True) for name, p in params.items()}
+    value = exact_entropy(apply, leaves, space, normalize)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def take(space: Space, rows: Tensor) -> Batch:
+    """Those rows of the space as a batch."""
+    b = space.batch
+    group = None if b.group is None else b.group[rows]
+    return Batch(b.input_ids[rows], b.attention_mask[rows], b.completion_mask[rows], group=group)
+
+
+def sample(apply: Apply, params: Params, space: Space, n: int, generator: torch.Generator) -> Batch:
+    """n independent draws of (prompt, completion): the prompt uniform, the completion from the policy at ``params``."""
+    p = exact_log_probs(apply, params, space).detach().exp()
+    return take(space, torch.multinomial(p, n, replacement=True, generator=generator))
+
+
+def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
+    """A batch of n rows that *is* the policy's distribution: every row of the space exactly n p times.
+
+    Estimates on it are exact, with no sampling error. Refused unless every n p is an integer: see ``dyadic_policy``.
+    """
+    copies = n * exact_log_probs(apply, params, space).detach().exp()
+    whole = copies.round().long()
+    if (copies - whole).abs().max() > rounding_bound(torch.float64, 100, n):
+        raise ValueError("the probabilities are not multiples of 1/n")
+    return take(space, torch.arange(len(copies)).repeat_interleave(whole))

@@ -1,0 +1,30 @@
+"""A process of tests/test_torchrun.py: ``fx.run_fisher`` in a process group of the caller, measured and read again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fx_influence as fx
+from fx_influence.lab.plan import FisherKernelPlan, read_plan
+from helpers.ranks import end_rank, mesh_of_all, save_answer
+
+
+def main(folder: str) -> None:
+    plan = read_plan(Path(folder) / "plan.yaml", FisherKernelPlan)
+    answer = []
+    with mesh_of_all():
+        for _ in range(2):
+            path = Path(folder) / "out" if dist.get_rank() == 0 else "/dev/null/nowhere"
+            found = fx.run_fisher(plan, path).evaluations[0]
+            arrays = {**found.arrays, "kernel": found.kernel, "matrix": found.delta_logprob_matrix}
+            answer.append({name: torch.from_numpy(x) for name, x in arrays.items()})
+        save_answer(folder, answer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    end_rank()

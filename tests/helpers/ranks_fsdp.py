@@ -1,0 +1,61 @@
+"""A rank of tests/test_sharding.py: influences of models that FSDP2 has sharded, from this rank's rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+import fx_influence as fx
+from helpers.ranks import end_rank, mesh_of_all, save_answer
+from helpers.ranks_policy import CASES, like, sharded
+from helpers.sharded_cases import Answers, batches_of, influences_of, share, state_of
+
+COUNTS = {2: ([9, 0], [4, 6]), 3: ([2, 3, 4], [1, 9, 0])}
+"""Rows of U and of E by rank."""
+
+
+def influences(kind: str, mesh: DeviceMesh) -> Answers:
+    make, how = CASES[kind]
+    whole = state_of(fx.functionalize(make())[1])
+    apply, params = fx.functionalize(sharded(make(), how, mesh))
+    moments = {
+        field: {name: like(x, params[name]) for name, x in getattr(whole, field).items()}
+        for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    }
+    u, e = (share(b, counts, dist.get_rank()) for b, counts in zip(batches_of(), COUNTS[mesh.size()], strict=True))
+    return influences_of(params, u, e, whole._replace(**moments), apply, like)
+
+
+def refusals(mesh: DeviceMesh) -> dict[str, str]:
+    make, how = CASES["tiny float64"]
+    apply, params = fx.functionalize(sharded(make(), how, mesh))
+    plain = state_of(fx.functionalize(make())[1])
+    u, e = batches_of()
+    calls: dict[str, Callable[[], object]] = {
+        "matrix": lambda: fx.influence(params, u, e, plain, apply=apply, matrix=True),
+        "kernel": lambda: fx.fisher_kernel(params, u, e, None, apply=apply, preconditioner="identity"),
+        "state": lambda: fx.influence(params, u, e, plain, apply=apply),
+        "mesh": lambda: fx.influence(params, u, e, plain, apply=apply, mesh=DeviceMesh("cpu", [dist.get_rank()])),
+    }
+    told = {}
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"\S") as raised:
+            call()
+        told[name] = str(raised.value)
+    return told
+
+
+def main(out: str, *kinds: str) -> None:
+    with mesh_of_all() as mesh:
+        answer: dict[str, Any] = {kind: influences(kind, mesh) for kind in kinds}
+        save_answer(out, {**answer, "refusals": refusals(mesh)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end_rank()

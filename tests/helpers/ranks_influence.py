@@ -1,0 +1,87 @@
+"""A rank of tests/test_sharding.py: the answers of ``sharded_cases`` from this rank's rows, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.device_mesh import DeviceMesh
+
+import fx_influence as fx
+from helpers.ranks import end_rank, mesh_of_all, save_answer
+from helpers.sharded_cases import asked, prompts_state, qwen_state, share, tiny_state
+
+COUNTS = {2: ([7, 0], [4, 7]), 3: ([2, 0, 5], [1, 8, 2]), 4: ([1, 2, 4, 0], [3, 0, 4, 4])}
+"""Rows of U and of E by rank."""
+
+
+def sharded(state: dict[str, Any], counts: tuple[list[int], list[int]], rank: int) -> dict[str, Any]:
+    return {**state, **{f: share(state[f], c, rank) for f, c in zip(("batch_u", "batch_e"), counts, strict=True)}}
+
+
+def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
+    """What every rank is told of a mistake that the last one alone has made."""
+    state, wrong = tiny_state(), rank == mesh.size() - 1
+
+    def influence(**changes: Any) -> None:
+        given = {**state, **(changes if wrong else {})}
+        fx.influence(**given, mesh=mesh)
+
+    alone = dist.new_subgroups(group_size=1)[0]
+
+    def summed_activations(params: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # as a tensor-parallel layer of one's own would have it, but with nothing to add
+        return all_reduce(state["apply"](params, ids, mask), "sum", alone)
+
+    def lost_tangent() -> None:
+        same = {**state, "apply": summed_activations}
+        fx.influence(**same, mesh=mesh, stderr=False)
+
+    moved = {**state["params"], "head.bias": state["params"]["head.bias"] + 1e-9}
+    e = state["batch_e"]
+    calls: dict[str, Callable[[], object]] = {
+        "temperature": lambda: influence(temperature=0.9),
+        "parameters": lambda: influence(params=moved),
+        "steps": lambda: influence(opt_state=state["opt_state"]._replace(step=dict.fromkeys(state["params"], 1))),
+        "shapes": lambda: influence(batch_e=e._replace(completion_mask=e.completion_mask[:, 1:])),
+        "fields": lambda: influence(batch_e=e._replace(group=None)),
+        "direction": lambda: fx.snis_delta(
+            state["params"],
+            {"absent" if wrong else "head.bias": moved["head.bias"]},
+            0.1,
+            e,
+            apply=state["apply"],
+            mesh=mesh,
+        ),
+        "nothing": lambda: influence(),
+        "lost tangent": lost_tangent,
+    }
+    told = {}
+    for name, call in calls.items():
+        try:
+            call()
+            told[name] = "no error"
+        except (ValueError, fx.IdentityError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return told
+
+
+def main(out: str, *shape: str) -> None:
+    with mesh_of_all(*map(int, shape)) as mesh:
+        rank = dist.get_rank()
+        counts = COUNTS[mesh.size()]
+        answer: dict[str, Any] = {"tiny": asked(sharded(tiny_state(), counts, rank), mesh)}
+        if mesh.size() == 2:
+            answer["prompts"] = asked(sharded(prompts_state(), ([3, 5], [7, 5]), rank), mesh)
+            answer["qwen"] = asked(sharded(qwen_state(), ([3, 6], [5, 5]), rank), mesh)
+            answer["refusals"] = refusals(mesh, rank)
+        save_answer(out, answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end_rank()

@@ -1,0 +1,86 @@
+"""A process of tests/test_torchrun.py: the command line, with a fault of the last rank where one is asked for.
+
+No rank but the first is told the run directory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fx_influence as fx
+from fx_influence.lab import plan as plan_module
+from fx_influence.lab.cli import main
+from fx_influence.lab.experiment import finite_steps as sweep
+
+RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
+NOWHERE = "/dev/null/nowhere"
+
+
+def nothing() -> None:
+    pass
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing() -> None:
+    raise RuntimeError("the device is on fire")
+
+
+def refusing() -> None:
+    raise fx.IdentityError("a derivative was lost on the last rank")
+
+
+def interrupted() -> None:
+    # As by Ctrl-C: a terminal's signal reaches the launcher alone, whose processes have sessions of their own.
+    os.kill(os.getppid(), signal.SIGINT)
+    signal.pause()
+
+
+IN_THE_SWEEP = {fault.__name__: fault for fault in (killed, failing, refusing, interrupted)}
+BLOCK = "a block of rollouts is measured"
+
+
+def in_the_second_block(fault: Callable[[], None]) -> None:
+    """Ranks have stored a block each when it happens; each is told of as it begins."""
+    real, count = sweep._of_rollouts, itertools.count(1)
+
+    def faulty(*args: Any) -> Any:
+        print(BLOCK, flush=True)
+        if next(count) == 2:
+            fault()
+        return real(*args)
+
+    sweep._of_rollouts = faulty
+
+
+def command_line(fault: str, arguments: list[str]) -> int:
+    arguments = arguments if RANK == 0 else [*arguments[:-1], NOWHERE]
+    in_the_second_block(IN_THE_SWEEP.get(fault, nothing) if RANK == LAST else nothing)
+    if RANK == LAST:
+        if fault == "other seed":
+            arguments += ["--seed", "7"]
+        elif fault == "no plan":
+            arguments[1] = "absent.yaml"
+        elif fault == "other prompts":
+            plan_module.DEMO_DIRECTORY = Path(arguments[1]).parent / "other"
+    return main(arguments)
+
+
+def threads_of_groups() -> list[str]:
+    """Those that would see the interpreter end, which can abort the process."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+if __name__ == "__main__":
+    status = command_line(sys.argv[1], sys.argv[2:])
+    assert not threads_of_groups()
+    sys.exit(status)

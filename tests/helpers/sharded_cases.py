@@ -1,0 +1,139 @@
+"""One training state and everything asked of it, by one process with all rows or by ranks with rows of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import fx_influence as fx
+from fx_influence.batching.microbatch import rows
+from fx_influence.types import AdamWState, Apply, Batch, Params
+from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+
+Answers = dict[str, Tensor]
+
+
+def share(batch: Batch, counts: list[int], rank: int) -> Batch:
+    """Rows of ``rank``, cut where the longest of them ends: ranks differ in rows and in width."""
+    start = sum(counts[:rank])
+    own = rows(batch, slice(start, start + counts[rank]))
+    width = (
+        int(torch.where(own.attention_mask, torch.arange(own.input_ids.shape[1]) + 1, 0).max()) if counts[rank] else 0
+    )
+    return Batch._make(f if f is None or f.dim() == 1 else f[:, :width] for f in own)
+
+
+def tiny_state(seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    apply, params = apply_of(TinyPolicy(tied=True, idle=True))
+    u = random_batch(generator, 7, 12, 7, groups=3, gaps=True, entropy_coefficients=True, min_len=0)
+    e = random_batch(generator, 11, 12, 7, groups=5, coefficients=False)
+    state = random_adamw_state(generator, params)
+    return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
+
+
+def qwen_state(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    apply, params = fx.functionalize(Qwen2ForCausalLM(config).to(dtype))
+    generator = torch.Generator().manual_seed(1)
+    u, e = (random_batch(generator, n, 24, 41, groups=4, padding="left", coefficients=n == 9) for n in (9, 10))
+    state = random_adamw_state(generator, params)
+    return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
+
+
+def prompts_state() -> dict[str, Any]:
+    """As ``qwen_state`` in float64, with two prompts, of which every row has one."""
+    state = qwen_state(torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(41, (2, 8), generator=generator)
+    for name, count in (("batch_u", 8), ("batch_e", 12)):
+        own = random_batch(generator, count, 12, 41)
+        group = torch.arange(count) % 2
+        before = torch.ones(count, 8, dtype=torch.bool)
+        completion = torch.cat([~before, own.attention_mask], dim=1)
+        coefficients = completion * torch.randn(completion.shape, generator=generator, dtype=torch.float64)
+        ids = torch.cat([prompts[group], own.input_ids], dim=1)
+        state[name] = Batch(ids, torch.cat([before, own.attention_mask], dim=1), completion, coefficients, group=group)
+    return state
+
+
+def asked(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
+    """Every function that takes a mesh, with every route of ``influence``."""
+    params, u, e, optimizer = (state[name] for name in ("params", "batch_u", "batch_e", "opt_state"))
+    on = {"apply": state["apply"], "mesh": mesh}
+    direction = random_direction(torch.Generator().manual_seed(5), params)
+    block = {name: torch.stack([v, -0.5 * v, 2 * v]) for name, v in direction.items()}
+    influences = {
+        "adjoint": {},
+        "no stderr": {"stderr": False, "max_grad_norm": 0.1},
+        "per sequence": {"per_token": False, "estimator": "sequence", "normalize": "sequence"},
+        "matrix": {"matrix": True, "gain": "marginal", "temperature": 0.7},
+        "small chunks": {"chunk_size": 2, "memory_budget": 0},
+        "query": {"query": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
+    }
+    found: Answers = {}
+    for case, options in influences.items():
+        out = fx.influence(params, u, e, optimizer, **on, **options)
+        fields = {**out._asdict(), **out.per_parameter}
+        found |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
+    for name, record in {
+        "snis": fx.snis_delta(params, direction, 0.3, e, **on, clip=0.5),
+        "snis by sequence": fx.snis_delta(params, direction, 0.3, e, **on, estimator="sequence", normalize="sequence"),
+        "sweep": fx.snis_sweep(params, e, **on)(block, [0.1, 1.0]),
+        "jvp": fx.jvp_delta(params, direction, e, **on),
+    }.items():
+        found |= {f"{name}: {field}": x for field, x in record._asdict().items()}
+    found["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **on)
+    return found
+
+
+def batches_of() -> tuple[Batch, Batch]:
+    """U and E for the models of ``ranks_policy``."""
+    generator = torch.Generator().manual_seed(1)
+    u = random_batch(generator, 9, 14, 41, groups=4, gaps=True, entropy_coefficients=True, min_len=0)
+    return u, random_batch(generator, 10, 14, 41, groups=4, coefficients=False)
+
+
+def state_of(params: Params) -> AdamWState:
+    return random_adamw_state(torch.Generator().manual_seed(2), params)
+
+
+def influences_of(
+    params: Params,
+    u: Batch,
+    e: Batch,
+    state: AdamWState,
+    apply: Apply,
+    like: Callable[[Tensor, Any], Tensor] = lambda x, p: x,
+) -> Answers:
+    """What a policy has, sharded or not, of the functions that take a mesh; ``like(x, p)``: x, sharded as p is."""
+    whole = random_direction(
+        torch.Generator().manual_seed(5), {name: torch.empty(p.shape) for name, p in params.items()}
+    )
+    direction = {name: like(v.to(params[name].dtype), params[name]) for name, v in whole.items()}
+    block = {name: torch.stack([v, -0.5 * v]) for name, v in direction.items()}
+    records = {
+        "adjoint": fx.influence(params, u, e, state, apply=apply, chunk_size=3),
+        "clipped": fx.influence(params, u, e, state, apply=apply, max_grad_norm=0.1, gain="marginal", stderr=False),
+        "snis": fx.snis_delta(params, direction, 0.3, e, apply=apply),
+        "sweep": fx.snis_sweep(params, e, apply=apply)(block, [0.1, 1.0]),
+        "jvp": fx.jvp_delta(params, direction, e, apply=apply)._replace(second=torch.zeros(())),
+    }
+    found = {f"{case}: {name}": x for case, out in records.items() for name, x in out._asdict().items()}
+    found |= {f"adjoint: {name}": x for name, x in records["adjoint"].per_parameter.items()}
+    return {name: x for name, x in found.items() if isinstance(x, Tensor)}

@@ -1,0 +1,92 @@
+"""Hypothesis strategies: a whole training state of a small float64 policy, with every choice that a user has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+
+from fx_influence.types import AdamWState, Apply, Batch, Estimator, Gain, Normalize, Params
+from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch
+
+ESTIMATORS: tuple[Estimator, ...] = ("per_decision", "sequence")
+NORMALIZES: tuple[Normalize, ...] = ("token", "sequence")
+GAINS: tuple[Gain, ...] = ("share", "marginal", "rmsprop")
+VOCAB, WIDTH = 6, 7
+
+
+class Case(NamedTuple):
+    """One training state with the options of a call, as a failing example prints it."""
+
+    model: TinyPolicy
+    apply: Apply
+    params: Params
+    batch_u: Batch
+    batch_e: Batch
+    opt_state: AdamWState
+    estimator: Estimator
+    normalize: Normalize
+    gain: Gain
+    temperature: float
+    max_grad_norm: float | None
+
+
+seeds = st.integers(0, 2**16)
+
+hypers = st.fixed_dictionaries(
+    {},
+    optional={
+        "step": st.integers(0, 50),
+        "amsgrad": st.just(True),
+        "maximize": st.just(True),
+        "weight_decay": st.sampled_from([0.0, 0.3]),
+        "eps": st.sampled_from([1e-8, 1e-3]),
+        "beta1": st.sampled_from([0.0, 0.5, 0.95]),
+        "beta2": st.sampled_from([0.5, 0.999]),
+        "absent": st.just(("norm.bias",)),
+    },
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Random models, batches (variable lengths, gaps, empty rows, both paddings), Adam states and options."""
+    generator = torch.Generator().manual_seed(draw(seeds))
+    model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, tied=draw(st.booleans()), seed=draw(st.integers(0, 20)))
+    apply, params = apply_of(model)
+    shape = {
+        "padding": draw(st.sampled_from(["left", "right"])),
+        "gaps": draw(st.booleans()),
+        "min_len": draw(st.integers(0, 1)),
+    }
+    n_u, n_e = draw(st.integers(2, 4)), draw(st.integers(2, 5))
+    bonus = draw(st.booleans())
+    batch_u = random_batch(generator, n_u, WIDTH, VOCAB, entropy_coefficients=bonus, **shape)
+    groups = draw(st.sampled_from([None, 1, 2]))
+    batch_e = random_batch(generator, n_e, WIDTH, VOCAB, groups=groups, coefficients=False, **shape)
+    return Case(
+        model,
+        apply,
+        params,
+        batch_u,
+        batch_e,
+        random_adamw_state(generator, params, **draw(hypers)),
+        draw(st.sampled_from(ESTIMATORS)),
+        draw(st.sampled_from(NORMALIZES)),
+        draw(st.sampled_from(GAINS)),
+        draw(st.sampled_from([0.7, 1.0, 1.6])),
+        draw(st.sampled_from([None, 0.5, 1e3])),
+    )
+
+
+def options(case: Case) -> dict[str, object]:
+    """The keyword arguments of ``fx.influence`` that a case names."""
+    return {
+        "apply": case.apply,
+        "estimator": case.estimator,
+        "normalize": case.normalize,
+        "gain": case.gain,
+        "temperature": case.temperature,
+        "max_grad_norm": case.max_grad_norm,
+    }

@@ -1,0 +1,115 @@
+"""The command line itself: help, version and the plan to copy without torch, progress and errors in plain lines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fx_influence as fx
+from fx_influence.lab.cli import COMMENTED_PLAN, main
+from fx_influence.lab.commands import one_line
+from fx_influence.lab.experiment.progress import Lines
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "update": {"prompt": "3+14+9=", "completion": "3+14=17"},
+    "evaluations": [{"prompts": "demo/eval", "num_prompts": 2, "completions_per_prompt": 2}],
+    "directions": ["full"],
+    "eta_multiples": [1.0],
+    "scaled_eta_multiples": [],
+}
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["plan"]])
+def test_cli_answers_without_importing_torch(arguments: list[str]) -> None:
+    """Importing torch takes seconds, and what is heavier imports it."""
+    code = (
+        "import sys\nfrom fx_influence.lab.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "print({'torch', 'numpy', 'rich', 'yaml', 'transformers'} & set(sys.modules))"
+    )
+    assert python("-c", code).splitlines()[-1] == "set()"
+
+
+def test_package_runs_as_a_module_and_tells_its_version() -> None:
+    assert python("-m", "fx_influence", "--version") == f"fx-influence {fx.__version__}\n"
+
+
+def test_cli_prints_the_commented_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    assert capsys.readouterr().out == COMMENTED_PLAN.read_text(encoding="utf-8")
+
+
+def test_influence_is_the_function_after_its_module_is_imported() -> None:
+    """Python sets a module as an attribute of its package, over the function of the same name."""
+    code = "import fx_influence._influence, fx_influence as fx; print(type(fx.influence).__name__)"
+    assert python("-c", code) == "function\n"
+
+
+def test_every_public_name_is_that_of_its_module() -> None:
+    assert {name for name in fx.__all__ if not hasattr(fx, name)} == set()
+    assert set(fx.__all__) <= set(dir(fx))
+    with pytest.raises(AttributeError, match="no attribute 'influenc'"):
+        _ = fx.influenc
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported_first() -> None:
+    """No module may need another to have been imported before it."""
+    paths = (ROOT / "fx_influence").rglob("*.py")
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    names = sorted(name for name in names if not name.endswith("__main__"))
+    code = f"""
+import sys, importlib
+for name in {names!r}:
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith("fx_influence")]:
+        del sys.modules[loaded]
+    importlib.import_module(name)
+print("all")
+"""
+    assert len(names) > 50
+    assert python("-W", "ignore", "-c", code) == "all\n"
+
+
+def test_lines_come_at_each_phase_and_every_half_minute() -> None:
+    written: list[str] = []
+    times = iter([0.0, 10.0, 29.0, 31.0, 45.0, 60.0, 60.0])
+    lines = Lines(written.append, lambda: next(times))
+    for phase, done in (("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 4), ("a", 5), ("b", 0)):
+        lines(phase, done, 5)
+    assert written == [f"fx-influence: {what}" for what in ("a 0/5", "a 3/5, 31 s", "a 5/5, 60 s", "b 0/5")]
+
+
+def test_progress_without_a_terminal_leaves_the_table_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(SMALL))
+    assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
+    shown = capfd.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("fx-influence: ")]
+    phases = {line.removeprefix("fx-influence: ").rpartition(" ")[0].partition(" 0/")[0] for line in lines}
+    assert any(line.startswith("fx-influence: sampling E 4/4") for line in lines)
+    assert any(line.startswith("fx-influence: first order ") for line in lines), phases
+    assert "\x1b" not in shown.err
+    assert "fx-influence: " not in shown.out
+    assert "What the step does to the entropy" in shown.out
+
+
+def test_errors_of_the_system_are_one_line() -> None:
+    assert one_line(ValueError("a is 1;\n  expected 2\x1b[0m")) == "a is 1; expected 2\\x1b[0m"
+    assert one_line(FileNotFoundError(2, "No such file or directory", "x")).startswith("'x' cannot be used: No such")
+    assert one_line(OSError("no name")) == "no name"
+    assert one_line(ValueError()) == "ValueError"
+
+
+def test_cli_ends_quietly_when_nobody_reads_its_output() -> None:
+    command = f"{sys.executable} -m fx_influence plan | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -1,0 +1,59 @@
+"""A file of prompts without what the reward needs is told of before anything is sampled."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fx_influence.interop.rewards import check_columns, exact_match, math_verify
+from fx_influence.lab.batch_spec import SampledBatch
+from fx_influence.lab.load_batches import load_state
+from fx_influence.lab.plan import EntropyInfluencePlan, resolved
+
+HALF = {"a": {"answer": "2"}, "b": {"answer": None}, "c": {}}
+
+
+def own(prompts: list[str], completions: list[str], gold: list[str], level: int = 0, **columns: Any) -> list[float]:
+    """A reward that needs ``gold``."""
+    raise AssertionError("called before there is anything to judge")
+
+
+def test_prompts_that_all_lack_a_column_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gold is missing in 3 of 3 prompts, the first of them 'a'; .*:own needs it"):
+        check_columns(own, HALF)
+    nothing = {"a": {"answer": None}}
+    with pytest.raises(ValueError, match="answer is missing in 1 of 1 prompts"):
+        check_columns(exact_match, nothing)
+
+
+def test_prompts_of_which_some_lack_a_column_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_columns(exact_match, HALF)
+    [record] = caplog.records
+    assert record.getMessage().startswith("answer is missing in 2 of 3 prompts, the first of them 'b'; expected it")
+
+
+def test_columns_that_a_reward_can_do_without_are_not_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    @functools.wraps(own)
+    def wrapper(*arguments: Any, **columns: Any) -> list[float]:
+        return own(*arguments, gold=["2"], **columns)
+
+    for reward in (math_verify, wrapper, lambda completions, **columns: [0.0]):
+        check_columns(reward, {"a": {}, "b": {}})
+    assert not caplog.records
+
+
+def test_a_plan_whose_prompts_have_a_null_column_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fx_influence.lab.load_batches.load_checkpoint", lambda *_, **__: pytest.fail("the model was read")
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": null}\n')
+    plan = EntropyInfluencePlan(update=SampledBatch("p.jsonl"))
+    with pytest.raises(ValueError, match="answer is missing in 1 of 1 prompts, the first of them '0'"):
+        load_state(resolved(plan, tmp_path))

@@ -1,0 +1,181 @@
+"""The command line started by torchrun: what one process stores, faults of one process, and going on afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.ranks import answers, launch
+from helpers.run_files import stored_bytes, summary, write_plan
+from helpers.tolerances import assert_close_to_rounding
+
+import fx_influence as fx
+from fx_influence.interop.runtime.job import _portable
+from fx_influence.lab.cli import main
+from fx_influence.lab.plan import DEMO_DIRECTORY
+
+PLAN: dict[str, Any] = {
+    "update": {"prompts": "demo/train", "num_prompts": 5, "completions_per_prompt": 4},
+    "evaluations": [{"prompts": "demo/eval", "num_prompts": 2, "completions_per_prompt": 40}],
+    "directions": ["full", "grad"],
+    "eta_multiples": [1.0],
+    "scaled_eta_multiples": [],
+    "sequences_per_block": 3,
+}
+BLOCKS = 4
+"""Of rollouts, in the sweep."""
+BLOCK = "a block of rollouts is measured"
+"""What a rank prints as it begins with one."""
+FISHER = {
+    "dtype": "float64",
+    "update": {"prompts": "demo/train", "num_prompts": 3, "completions_per_prompt": 4},
+    "evaluations": [{"prompts": "demo/eval", "num_prompts": 4, "completions_per_prompt": 2}],
+    "sequences_per_block": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def launchers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher leaves an empty folder for each job."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("plan")
+    shutil.copytree(DEMO_DIRECTORY, folder / "other")
+    prompts = folder / "other" / "eval_prompts.jsonl"
+    prompts.write_text(prompts.read_text() + '{"prompt": "1+1=", "answer": "2"}\n')
+    return write_plan(folder, PLAN)
+
+
+@pytest.fixture(scope="module")
+def alone(plan: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main(["run", plan, "--out", str(out)]) == 0
+    return of_any_job(out)
+
+
+def of_any_job(out: Path) -> dict[str, bytes]:
+    """What a run stores, but how many processes were there when it was finished."""
+    files = stored_bytes(out)
+    return {**files, "summary.json": json.dumps({**json.loads(files["summary.json"]), "ranks": 1}).encode()}
+
+
+def pieces(out: Path) -> dict[str, tuple[bytes, int]]:
+    """The rollouts and blocks that are stored, and when they were."""
+    files = [*out.glob("*_rollouts.jsonl"), *out.glob("*_first_order_*"), *out.glob("*_block_*")]
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+@pytest.mark.slow
+def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = launch(2, "ranks_run.py", "nothing", "run", plan, "--out", out)
+    assert done.returncode == 0, done.stdout
+    assert summary(out)["ranks"] == 2
+    assert done.stdout.count(BLOCK) == BLOCKS, "shared, not repeated"
+    assert of_any_job(out) == alone
+    for once in ("Stored in", "The page with every rollout and token", "finite steps 5/5"):
+        assert done.stdout.count(once) == 1, done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tmp"]
+
+
+@pytest.mark.slow
+def test_after_a_process_was_killed_another_number_of_them_goes_on(
+    plan: str, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = launch(2, "ranks_run.py", "killed", "run", plan, "--out", out)
+    assert done.returncode == 1
+    assert "Signal 9 (SIGKILL)" in done.stdout.partition("Root Cause")[2]
+    before = pieces(out)
+    assert {"eval_00_block_00000.npz", "eval_00_block_00001.npz"} <= before.keys()
+    assert not list(out.glob("*_block_00003*"))
+    again = launch(3, "ranks_run.py", "nothing", "run", plan, "--out", out)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count(BLOCK) == BLOCKS - 1, "but for the whole step's block the first alone was stored"
+    assert of_any_job(out) == alone
+    for name in ("update_rollouts.jsonl", "eval_00_rollouts.jsonl"):
+        assert (out / name).stat().st_mtime_ns == before[name][1], "sampled again"
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_and_is_in_the_launchers_report(
+    plan: str, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = launch(2, "ranks_run.py", "failing", "run", plan, "--out", out)
+    assert done.returncode == 1
+    report = done.stdout.partition("Root Cause")[2]
+    assert "RuntimeError: the device is on fire" in report
+    assert "rank      : 1" in report
+    assert "eval_00_block_00001.npz" in pieces(out)
+    assert main(["run", plan, "--out", str(out)]) == 0
+    assert of_any_job(out) == alone
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_the_launcher_ends_all_and_the_same_command_goes_on(
+    plan: str, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = launch(2, "ranks_run.py", "interrupted", "run", plan, "--out", out)
+    assert done.returncode != 0
+    assert done.stdout.count("interrupted; the same command continues where it stopped") == 1, done.stdout
+    assert "eval_00_block_00001.npz" in pieces(out)
+    assert main(["run", plan, "--out", str(out)]) == 0
+    assert of_any_job(out) == alone
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("other seed", "fx-influence: seed is 0 on rank 0 and 7 on rank 1; give every process the same"),
+        pytest.param("other prompts", "fx-influence: evaluations[0].prompts is '", marks=pytest.mark.slow),
+        pytest.param("no plan", "fx-influence: plan file 'absent.yaml' does not exist", marks=pytest.mark.slow),
+        pytest.param("refusing", "fx-influence: a derivative was lost on the last rank", marks=pytest.mark.slow),
+    ],
+)
+def test_what_one_process_refuses_all_do_and_it_is_said_once(
+    plan: str, tmp_path: Path, mistake: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    done = launch(2, "ranks_run.py", mistake, "run", plan, "--out", out)
+    assert done.returncode == 1
+    # Progress is told in lines that begin alike and count.
+    said = [line for line in done.stdout.splitlines() if re.match(r"fx-influence: (?!.* \d+/\d+)", line)]
+    assert len(said) == done.stdout.count(message) == 1, done.stdout
+    # The launcher has one of its own.
+    assert done.stdout.count("Traceback") == 1, done.stdout
+    assert out.exists() == (mistake == "refusing"), "a mistake is found before anything is written"
+
+
+def test_an_error_that_cannot_be_sent_to_others_is_sent_in_words() -> None:
+    class Damaged(Exception):
+        """Pickles know no class of a function."""
+
+    told = _portable(Damaged("half of a file"))
+    assert type(told) is ValueError
+    assert str(told) == "Damaged: half of a file"
+    known = FileNotFoundError(2, "absent", "plan.yaml")
+    assert _portable(known) is known
+
+
+@pytest.mark.slow
+def test_processes_of_ones_own_have_the_values_of_one(tmp_path: Path) -> None:
+    write_plan(tmp_path, FISHER)
+    expected = fx.run_fisher(fx.FisherKernelPlan.from_dict(FISHER), tmp_path / "alone").evaluations[0]
+    arrays = {**expected.arrays, "kernel": expected.kernel, "matrix": expected.delta_logprob_matrix}
+    for answer in answers(2, "ranks_fisher.py", tmp_path):
+        for found in answer:
+            assert found.keys() == arrays.keys()
+            for name, value in arrays.items():
+                size = abs(value if name != "residual" else arrays["predicted_delta_logprob"]).max()
+                # Products over all 174 000 parameters.
+                assert_close_to_rounding(found[name], value, terms=200_000, scale=size, name=name)

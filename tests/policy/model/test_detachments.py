@@ -1,0 +1,120 @@
+"""The entropy over E has the derivatives of the function that the model is; gradients that hooks change are refused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import Attentive, full_batch, make, warm_state
+from torch import Tensor, nn
+
+import fx_influence as fx
+from fx_influence.autodiff.gradients import batch_gradient
+
+
+class Detaching(Attentive):
+    """Divides by a norm of its weights that no gradient reaches, as PEFT's DoRA does."""
+
+    def __init__(self, by: str = "detach") -> None:
+        super().__init__()
+        self.by = by
+
+    def mixed(self, x: Tensor) -> Tensor:
+        if self.by == "no_grad":
+            with torch.no_grad():
+                size = self.qkv.weight.norm()
+        else:
+            size = torch.detach(self.qkv.weight.norm())
+        return 3 * x / size
+
+
+@pytest.mark.parametrize("by", ["detach", "no_grad"])
+def test_e_has_the_derivatives_of_the_function(by: str) -> None:
+    apply, params = fx.functionalize(make(Detaching, by=by))
+    e = full_batch(2, rows=8)
+    direction = {name: torch.zeros_like(p) for name, p in params.items()}
+    direction["qkv.weight"] = params["qkv.weight"].clone()
+    first = fx.jvp_delta(params, direction, e, apply=apply).first
+    eta = 1e-4
+    ahead, behind = (fx.snis_delta(params, direction, x, e, apply=apply).delta_h for x in (eta, -eta))
+    assert first.abs() > 1e-3
+    # Central differences are off by eta^2 times a third derivative of order 1.
+    assert ((ahead - behind) / (2 * eta) - first).abs() <= 100 * eta**2
+
+
+@pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False, "stderr": False}])
+def test_u_has_the_trainers_gradient_and_e_the_functions(options: dict[str, Any]) -> None:
+    model = make(Detaching)
+    apply, params = fx.functionalize(model)
+    u, e, state = full_batch(1), full_batch(2, rows=8), warm_state(model)
+    logprobs = model(u.input_ids)[:, :-1].log_softmax(-1).gather(-1, u.input_ids[:, 1:, None])[..., 0]
+    assert u.coefficients is not None
+    grads = torch.autograd.grad(-(u.coefficients[:, 1:] * logprobs).sum(), [*model.parameters()])
+    own = batch_gradient(params, u, apply)
+    for g, (name, x) in zip(grads, own.items(), strict=True):
+        assert x is not None, name
+        torch.testing.assert_close(x, g, rtol=0, atol=1e-12)
+    out = fx.influence(params, u, e, state, apply=apply, **options)
+    step = fx.adamw_decompose(own, state, params)
+    along = fx.jvp_delta(params, step.direction, e, apply=apply).first
+    assert (out.total - along).abs() <= 1e-9 * out.per_sequence.abs().sum()
+
+
+def test_dora_has_the_derivatives_of_the_function() -> None:
+    from peft import LoraConfig, get_peft_model
+    from test_models import make_model
+
+    config = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(make_model("qwen2", attention="sdpa"), config).double()
+    apply, params = fx.functionalize(model)
+    e = full_batch(2, rows=8, vocab=19)
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
+    first = fx.jvp_delta(params, direction, e, apply=apply).first
+    eta = 1e-6
+    ahead, behind = (fx.snis_delta(params, direction, x, e, apply=apply).delta_h for x in (eta, -eta))
+    assert ((ahead - behind) / (2 * eta) - first).abs() <= 1e-6 * first.abs()
+
+
+def halved(g: Tensor) -> Tensor:
+    return g / 2
+
+
+def stepping(p: Tensor) -> None:
+    p.grad = None
+
+
+def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+    return None
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "register_hook": lambda m: m.qkv.weight.register_hook(halved),
+    "register_post_accumulate_grad_hook": lambda m: m.qkv.weight.register_post_accumulate_grad_hook(stepping),
+    "backward pass": lambda m: m.qkv.register_full_backward_hook(backward),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_may_change_gradients_are_refused(kind: str) -> None:
+    model = make(Attentive)
+    handle = HOOKS[kind](model)
+    with pytest.raises(ValueError, match=rf"'qkv(.weight)?' has a hook on its .*{kind}.*expected none"):
+        fx.functionalize(model)
+    handle.remove()
+    fx.functionalize(model)
+
+
+def test_hooks_of_frozen_parameters_and_those_that_look_on_are_let_be() -> None:
+    def looks(g: Tensor) -> None:
+        return None
+
+    looks.__module__ = "wandb.integration.torch"
+    model = make(Attentive)
+    model.qkv.weight.register_hook(functools.partial(looks))
+    model.head.weight.register_hook(halved)
+    model.head.weight.requires_grad_(False)
+    fx.functionalize(model)

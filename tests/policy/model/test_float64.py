@@ -1,0 +1,63 @@
+"""Float64 stays float64 however a model asks for float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fx_influence.policy.model.float64 import StayFloat64
+
+ONE = 1 + torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+NARROW = torch.arange(3, dtype=torch.float32)
+
+
+def filled() -> Tensor:
+    out = torch.zeros(3)
+    out[torch.arange(3)] = ONE.float()
+    return out
+
+
+ASKS: dict[str, Callable[[], Tensor]] = {
+    "to": lambda: ONE.to(torch.float32),
+    "to by name": lambda: ONE.to(dtype=torch.float32),
+    "to another": lambda: ONE.to(NARROW),
+    "float": lambda: ONE.float(),
+    "type": lambda: ONE.type(torch.float32),
+    "type by name": lambda: ONE.type("torch.FloatTensor"),
+    "type_as": lambda: ONE.type_as(NARROW),
+    "sum": lambda: ONE.unsqueeze(0).sum(0, dtype=torch.float32),
+    "mean": lambda: ONE.unsqueeze(0).mean(0, dtype=torch.float32),
+    "cumsum": lambda: ONE.unsqueeze(0).cumsum(0, dtype=torch.float32)[0],
+    "zeros": filled,
+    "zeros of a dtype": lambda: torch.zeros(3, dtype=torch.float32) + ONE,
+    "a product with float32": lambda: torch.matmul(torch.eye(3), ONE),
+    "einsum": lambda: torch.einsum("ij,j->i", torch.eye(3), ONE),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_float64_stays_whatever_asks_for_float32(ask: str) -> None:
+    with StayFloat64():
+        found = ASKS[ask]()
+    assert found.dtype == torch.float64
+    assert torch.equal(found, ONE)
+
+
+def test_softmax_and_linear_maps_stay_float64() -> None:
+    with StayFloat64():
+        found = torch.nn.functional.softmax(ONE, dim=-1, dtype=torch.float32)
+        mapped = torch.nn.functional.linear(ONE, torch.eye(3, dtype=torch.float64).float())
+    assert torch.equal(found, ONE.softmax(-1))
+    assert torch.equal(mapped, ONE)
+
+
+def test_what_is_written_in_place_keeps_its_dtype_and_its_place() -> None:
+    target = torch.zeros(3, dtype=torch.float32)
+    with StayFloat64():
+        target.copy_(ONE)
+        target.add_(1)
+    assert target.dtype == torch.float32
+    assert torch.equal(target, ONE.float() + 1)

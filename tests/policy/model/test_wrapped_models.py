@@ -1,0 +1,178 @@
+"""Models inside wrappers, heads inside adapters, and what else stands between a model and its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import Attentive, full_batch, make, nearly, warm_state
+from test_models import make_model
+from torch import Tensor, nn
+
+import fx_influence as fx
+from fx_influence.policy.split import halves
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+U, E = full_batch(1), full_batch(2, rows=8)
+HF = full_batch(1, vocab=19)
+
+
+class CompiledInside(Attentive):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.compile(self.qkv, backend="eager")  # type: ignore[assignment]
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "compiled in place": lambda m: (m.compile(backend="eager"), m)[1],
+    "data parallel": nn.DataParallel,
+    "both": lambda m: torch.compile(nn.DataParallel(m), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
+    model = make(Attentive)
+    apply, params = fx.functionalize(model)
+    expected = fx.influence(params, U, E, warm_state(model), apply=apply)
+    wrapped = WRAPPERS[kind](make(Attentive))
+    apply, own = fx.functionalize(wrapped)
+    assert own.keys() == params.keys()
+    state = warm_state(wrapped)
+    assert state.exp_avg.keys() == params.keys()
+    fx.check_policy(apply, own, wrapped)
+    found = fx.influence(params, U, E, state, apply=apply)
+    assert torch.equal(found.per_sequence, expected.per_sequence)
+
+
+def test_modules_compiled_inside_a_model_keep_their_tangents() -> None:
+    model = make(CompiledInside)
+    apply, params = fx.functionalize(model)
+    assert "qkv._orig_mod.weight" in params
+    found = fx.influence(params, U, E, warm_state(model), apply=apply)
+    plain = make(Attentive)
+    apply, params = fx.functionalize(plain)
+    expected = fx.influence(params, U, E, warm_state(plain), apply=apply)
+    assert torch.equal(found.per_sequence, expected.per_sequence)
+
+
+class CastToFloat(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(torch.float32)
+
+
+def lora(**options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(make_model("llama", tied=False, attention="sdpa"), LoraConfig(r=2, **options))
+
+
+def cast_head() -> Any:
+    model = make_model("llama", tied=False, attention="sdpa")
+    model.lm_head = CastToFloat(model.lm_head)
+    return model
+
+
+HEADS: dict[str, Callable[[], Any]] = {
+    "saved": lambda: lora(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "saved with embeddings": lambda: lora(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]
+    ),
+    "adapted": lambda: lora(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    "cast": cast_head,
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_of_another_kind_works(kind: str) -> None:
+    model = HEADS[kind]().eval()
+    apply, params = fx.functionalize(model)
+    state = warm_state(model)
+    own = model(input_ids=HF.input_ids, attention_mask=HF.attention_mask.long()).logits
+    found = apply(params, HF.input_ids, HF.attention_mask)
+    assert nearly(found, own)
+    assert halves(apply).vocab_size == 19, "the head is cut off"
+    out = fx.influence(params, HF, HF, state, apply=apply, matrix=True)
+    assert out.per_sequence.isfinite().all()
+
+
+class ReadsItsHead(Attentive):
+    """Multiplies by the head's weight itself, which no module put in its place can stand for."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, module: nn.Module) -> None:
+        self.head = module  # type: ignore[assignment]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = super().forward(*args, **kwargs)
+        return x + self.head.weight.mean()
+
+
+class ReadsItsDtype(ReadsItsHead):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return Attentive.forward(self, *args, **kwargs).to(self.head.weight.dtype)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [(ReadsItsHead, False), (ReadsItsDtype, True)])
+def test_a_head_read_in_the_forward_is_cut_off_where_it_can_be(kind: type[nn.Module], cut: bool) -> None:
+    class Named(kind):  # type: ignore[valid-type, misc]
+        def forward(
+            self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        ) -> Tensor:
+            return super().forward(input_ids, attention_mask, position_ids)
+
+    model = make(Named)
+    apply, params = fx.functionalize(model)
+    assert (halves(apply).vocab_size is not None) == cut
+    assert nearly(apply(params, U.input_ids, U.attention_mask), model(U.input_ids))
+    state = warm_state(model)
+    plain = fx.influence(params, U, E, state, apply=lambda *given: apply(*given))
+    out = fx.influence(params, U, E, state, apply=apply)
+    assert (out.per_sequence - plain.per_sequence).abs().max() <= 1e-9 * plain.per_sequence.abs().sum()
+
+
+def experts(kind: str) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation(kind)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
+def test_every_pass_takes_experts_that_have_its_derivatives(kind: str) -> None:
+    model = experts(kind)
+    apply, params = fx.functionalize(model)
+    state, ones = warm_state(model), {name: torch.ones_like(p) for name, p in params.items()}
+    out = fx.influence(params, HF, HF, state, apply=apply, matrix=True)
+    assert out.matrix is not None
+    fx.jvp_delta(params, ones, HF, apply=apply)
+    fx.snis_delta(params, ones, 1e-4, HF, apply=apply)
+    fx.fisher_kernel(params, HF, HF, None, apply=apply, preconditioner="identity")
+    assert model.config._experts_implementation == kind

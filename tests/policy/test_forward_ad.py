@@ -1,0 +1,231 @@
+"""The library's own forward-mode rules against torch's, with and without what an earlier forward put out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, apply_of, close, random_batch
+from helpers.tolerances import assert_close_to_rounding
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fx_influence.autodiff.directional import token_jvp
+from fx_influence.autodiff.gradients import batch_gradient, taped_gradient
+from fx_influence.policy.forward_ad import pushforward
+from fx_influence.policy.linear_cache import Replay, Tape
+from fx_influence.types import Apply, Batch
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, w, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 5), (4, 5), (4,)))
+    return x, w, b
+
+
+@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ...], bias: bool, taped: bool) -> None:
+    if not bias and 2 in moving:
+        moving = tuple(k for k in moving if k != 2) or (0,)
+    at, along = drawn(0), drawn(1)
+
+    def f(p: dict[str, Tensor]) -> Tensor:
+        x, w, b = (p.get(str(k), at[k]) for k in range(3))
+        return F.linear(x, w, b if bias else None).sin()
+
+    given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
+    expected = jvp(f, (given,), (tangents,))
+    tape = Tape(10**6)
+    with tape:
+        f(given)
+    found = pushforward(f, given, tangents, tape.outputs if taped else None)
+    for value, wanted in zip(found, expected, strict=True):
+        close(value, wanted)
+
+
+def test_known_outputs_are_used_and_not_computed_again() -> None:
+    x, w, _ = drawn(0)
+    known = torch.full((2, 3, 4), 7.0, dtype=torch.float64)
+    value, slope = pushforward(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
+    assert (value == 7).all()
+    close(slope, x.sum(-1, keepdim=True).expand(2, 3, 4))
+
+
+SCALED = torch.tensor(3.0, dtype=torch.float64)
+FACTORS = {
+    "two tensors": lambda x, w, b: (x * w[0]) * b[:1],
+    "one of one column": lambda x, w, b: x * x.square().mean(-1, keepdim=True).rsqrt(),
+    "numbers": lambda x, w, b: 2.0 * x * 0.5 * w[0] * 3,
+    "a tensor without dimensions": lambda x, w, b: x * SCALED * w[0],
+    "one that stays put": lambda x, w, b: torch.arange(5) * x * torch.ones(1, 3, 1),
+    "two precisions": lambda x, w, b: x.float() * w[0] * x.half() * b[0].bfloat16(),
+    "a square": lambda x, w, b: x * x,
+    "changed in place": lambda x, w, b: (x * w[0]).add_(1).mul_(x),
+}
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("case", FACTORS)
+def test_a_product_has_torchs_derivative_whatever_moves(case: str, moving: tuple[int, ...]) -> None:
+    at, along = drawn(0), drawn(1)
+
+    def f(p: dict[str, Tensor]) -> Tensor:
+        return FACTORS[case](*(p.get(str(k), at[k]) for k in range(3)))
+
+    given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
+    expected = jvp(f, (given,), (tangents,))
+    for value, wanted in zip(pushforward(f, given, tangents), expected, strict=True):
+        assert value.dtype == wanted.dtype
+        close(value, wanted)
+
+
+def test_no_zeros_are_made_for_what_does_not_move() -> None:
+    x, w, b = drawn(0)
+    seen = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watched():
+        pushforward(lambda p: F.linear(p["x"] * b[:1], w) * 2.0, {"x": x}, {"x": x})
+    assert seen.count("aten.mm.default") == 2
+    assert not any("zeros" in name for name in seen)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, None), (95, None), (96 * 2, 1), (96 * 4, 2)])
+def test_a_tape_keeps_all_or_nothing(room: int, kept: int | None) -> None:
+    """One output is 2 x 3 x 4 float64, 192 bytes."""
+    x, w, _ = drawn(0)
+    tape = Tape(room)
+    with tape:
+        for _ in range(kept or 1):
+            F.linear(x, w)
+    assert (None if tape.outputs is None else len(tape.outputs)) == kept
+    assert tape.bytes == 192 * (kept or 0)
+    with tape:
+        F.linear(x, w)
+        F.linear(x, w)
+    assert tape.outputs is None
+    assert tape.bytes == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("still", [None, 0, 1])
+def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | None, bias: bool) -> None:
+    at = [x if k == still else x.requires_grad_() for k, x in enumerate(drawn(0))]
+    leaves = [x for x in at[: 2 + bias] if x.requires_grad]
+
+    def f() -> Tensor:
+        x, w, b = at
+        return F.linear(F.linear(x, w, b if bias else None).sin(), w[:, :4]).cos()
+
+    tape = Tape(10**6)
+    with tape:
+        first = f()
+    expected = torch.autograd.grad(first.square().sum(), leaves)
+    assert tape.outputs is not None
+    with FlopCounterMode(display=False) as counter, Replay(tape.outputs):
+        again = f()
+    assert counter.get_total_flops() == 0
+    assert torch.equal(again, first)
+    for value, wanted in zip(torch.autograd.grad(again.square().sum(), leaves), expected, strict=True):
+        close(value, wanted)
+
+
+def test_a_map_under_autocast_is_computed_again() -> None:
+    x, w = (a.float() for a in drawn(0)[:2])
+    tape = Tape(10**6)
+    with torch.autocast("cpu", torch.bfloat16):
+        with tape:
+            first = F.linear(x, w.requires_grad_())
+        with Replay(tape.outputs or []):
+            again = F.linear(x, w)
+    assert again.dtype == torch.bfloat16
+    again.sum().backward()
+    assert w.grad is not None
+    assert_close_to_rounding(w.grad, torch.autograd.grad(first.sum(), w)[0], terms=len(x), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("fit", [0, 1, 3])
+def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> None:
+    apply, params = apply_of(TinyPolicy(11, 6, 2, 2, 7))
+    batch = random_batch(torch.Generator().manual_seed(0), 5, 7, 11)
+    along = {name: torch.randn_like(p) for name, p in params.items()}
+    every = taped_gradient(params, batch, apply, 1.0, 2, 10**8)[1]
+    sizes = [sum(x.numel() * x.element_size() for x in tape or []) for tape in every]
+    g, tapes = taped_gradient(params, batch, apply, 1.0, 2, sum(sizes[:fit]))
+    assert [tape is not None for tape in tapes] == [k < fit for k in range(3)]
+    for name, value in batch_gradient(params, batch, apply, chunk_size=2).items():
+        assert value is not None
+        found = g[name]
+        assert found is not None
+        close(found, value, value.abs().max())
+    plain, taped = (token_jvp(params, along, batch, apply, 1.0, 2, given) for given in (None, tapes))
+    for value, wanted in zip(taped, plain, strict=True):
+        close(value, wanted)
+
+
+def test_what_is_changed_after_it_was_made_is_not_kept() -> None:
+    x, w, _ = drawn(0)
+    tape = Tape(10**6)
+    with tape:
+        F.linear(x, w).add_(1)
+    assert tape.outputs is None
+
+
+def drawn_tree(dtype: torch.dtype) -> tuple[dict[str, Tensor], Batch]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"e": (11, 4), "a": (4, 4), "s": (4,), "b": (11, 4)}
+    params = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+    return params, random_batch(generator, 5, 7, 11)
+
+
+def rowwise(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    """Some linear maps inside a vmap, and some outside."""
+    x = vmap(lambda row: F.linear(p["e"][row].cumsum(0), p["a"]).tanh() * p["s"])(ids)
+    return F.linear(x, p["b"])
+
+
+def nested(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    x = p["e"][ids].cumsum(1)
+    return F.linear(jvp(lambda x: F.linear(x, p["a"]).sin() * p["s"], (x,), (x,))[1], p["b"])
+
+
+@pytest.mark.parametrize("apply", [rowwise, nested])
+def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
+    params, batch = drawn_tree(torch.float64)
+    along = {name: p.cos() for name, p in params.items()}
+    gradient, tapes = taped_gradient(params, batch, apply, memory_budget=10**8)
+    assert tapes[0]
+    slopes = token_jvp(params, along, batch, apply, tapes=tapes)
+    assert batch.coefficients is not None
+    loss = -(batch.coefficients * slopes.logprobs).sum()
+    if batch.entropy_coefficients is not None:
+        loss = loss - (batch.entropy_coefficients * slopes.entropies).sum()
+    close(loss, torch.stack([(g * along[name]).sum() for name, g in gradient.items() if g is not None]).sum())
+
+
+def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = F.linear(p["e"][ids], p["a"]).unsqueeze(1)
+        x = F.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1)
+        return F.linear(x * p["s"], p["b"])
+
+
+def test_a_policy_may_enter_autocast_itself() -> None:
+    params, batch = drawn_tree(torch.float32)
+    gradient, tapes = taped_gradient(params, batch, half, memory_budget=10**8)
+    found = {name: g for name, g in gradient.items() if g is not None}
+    assert batch.coefficients is not None
+    for kept in (None, tapes):
+        slope = -(batch.coefficients * token_jvp(params, found, batch, half, tapes=kept).logprobs).sum()
+        # Three products in bfloat16, forward and back.
+        assert_close_to_rounding(slope, sum(g.square().sum() for g in found.values()), terms=3, dtype=torch.bfloat16)

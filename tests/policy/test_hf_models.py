@@ -1,0 +1,405 @@
+"""Hugging Face causal LMs: full or LoRA, tied or not, padded on either side, whatever the trainer has left on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.cases import random_batch
+from helpers.tolerances import (
+    assert_close_to_rounding,
+    assert_within,
+    central_curvature,
+    central_difference,
+    policy_terms,
+    rounding_bound,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import fx_influence as fx
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.layer_io import factored_names, row_factors, row_gradients
+from fx_influence.batching.microbatch import parts, rows
+from fx_influence.testing import reference
+from fx_influence.types import AdamWState, Batch, Params
+
+# transformers renamed it in 5.23; peft reads the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+
+VOCAB, WIDTH = 19, 12
+FAMILIES = ("qwen2", "qwen3", "llama", "gpt2")
+families = pytest.mark.parametrize("family", FAMILIES)
+adapters = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+
+
+def make_config(family: str, tied: bool, dropout: float) -> PretrainedConfig:
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "gpt2":
+        drops = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), dropout)
+        return GPT2Config(n_positions=2 * WIDTH, n_embd=16, n_layer=2, n_head=2, **common, **drops)
+    kind: Any = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family]
+    return kind(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2 * WIDTH,
+        attention_dropout=dropout,
+        **({"head_dim": 8} if family == "qwen3" else {}),
+        **common,
+    )
+
+
+def make_model(
+    family: str, *, lora: bool = False, tied: bool = True, dropout: float = 0.0, attention: str = "eager"
+) -> Any:
+    """A model of two layers in float32 and in training mode; two calls give the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(make_config(family, tied, dropout), attn_implementation=attention)
+        with torch.no_grad():
+            for p in model.parameters():
+                # Norms and biases start at 1 and 0, where a mistake in them would not show.
+                p += 0.2 * torch.randn_like(p) if p.ndim == 1 else 0.0
+        if lora:
+            options = {"target_modules": "all-linear", "init_lora_weights": False, "fan_in_fan_out": family == "gpt2"}
+            model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", lora_dropout=dropout, **options))
+    return model.train()
+
+
+def warm_state(model: nn.Module) -> AdamWState:
+    """The state of an AdamW with two groups after three steps, which move the model."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "lr": 5e-4, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-3, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        for p in trained:
+            p.grad = 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+    optimizer.zero_grad()
+    return fx.adamw_state(optimizer, model)
+
+
+class State(NamedTuple):
+    params: Params
+    batch_u: Batch
+    batch_e: Batch
+    opt_state: AdamWState
+
+
+@functools.cache
+def make_batches() -> tuple[Batch, Batch]:
+    """U and E, padded on the right: completions from one token to the most, prompts with unequal numbers of them."""
+    generator = torch.Generator().manual_seed(5)
+    batch_u = random_batch(generator, 6, WIDTH, VOCAB, groups=3, coefficients=False)
+    batch_e = random_batch(generator, 8, WIDTH, VOCAB, groups=5, coefficients=False)
+    for batch in (batch_u, batch_e):
+        lengths, counts = batch.completion_mask.sum(-1), torch.bincount(batch.group)
+        assert (lengths.min(), lengths.max()) == (1, WIDTH - 1)
+        assert counts.min() < counts.max()
+    rewards = torch.randn(6, generator=generator)
+    c = fx.coefficients("prompt_max", rewards - rewards.mean(), batch_u.completion_mask, group=batch_u.group)
+    return batch_u._replace(coefficients=c, entropy_coefficients=0.01 * batch_u.completion_mask), batch_e
+
+
+def left_padded(batch: Batch) -> Batch:
+    """The same rows with the padding moved to the left."""
+    used = batch.attention_mask.sum(-1, keepdim=True)
+    source = (torch.arange(WIDTH) + used) % WIDTH
+    fields = [None if x is None else x.gather(1, source) if x.dim() == 2 else x for x in batch]
+    return Batch._make(fields)
+
+
+def right_padded(values: Tensor, batch: Batch) -> Tensor:
+    """Values of the tokens of ``left_padded(batch)`` back at the columns of ``batch``."""
+    return values.gather(1, (torch.arange(WIDTH) - batch.attention_mask.sum(-1, keepdim=True)) % WIDTH)
+
+
+def setup(model: nn.Module) -> tuple[fx.Policy, State]:
+    opt_state = warm_state(model)
+    apply, params = fx.functionalize(model)
+    return apply, State(params, *make_batches(), opt_state)
+
+
+def assert_near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, *, name: str = "") -> None:
+    """Equal to the rounding of a model's passes in the dtype of its parameters."""
+    dtype = next(iter(params.values())).dtype
+    terms = policy_terms(params, WIDTH)
+    assert_close_to_rounding(actual, expected, terms=terms, scale=scale, dtype=dtype, name=name)
+
+
+def relative_residual(out: fx.Influence) -> float:
+    whole = (out.residual + out.per_sequence.sum()).abs()
+    return float(out.residual.abs() / torch.maximum(out.per_sequence.abs().sum(), whole))
+
+
+def same(a: fx.Influence, b: fx.Influence) -> bool:
+    """Bit for bit."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, Tensor)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@families
+@adapters
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers(family: str, lora: bool, tied: bool) -> None:
+    model = make_model(family, lora=lora, tied=tied)
+    apply, state = setup(model)
+    assert all("lora_" in name for name in state.params) == lora
+    assert ("lm_head.weight" in state.params) == (not lora and not tied)
+    right = fx.influence(*state, apply=apply, matrix=True)
+    moved = state._replace(batch_u=left_padded(state.batch_u), batch_e=left_padded(state.batch_e))
+    assert moved.batch_u.attention_mask[:, -1].all()
+    left = fx.influence(*moved, apply=apply, matrix=True)
+    for out in (right, left):
+        print(f"residual {relative_residual(out):.2g}")
+        size = out.matrix.abs().sum(0)
+        assert_near(out.residual, torch.zeros_like(out.residual), state.params, size.sum())
+        assert_near(out.matrix.sum(0), out.per_sequence, state.params, size)
+        assert torch.all(out.stderr > 0)
+    for name in ("per_sequence", "matrix", "baseline", "stderr"):
+        assert_near(getattr(left, name), getattr(right, name), state.params, right.matrix.abs().sum(), name=name)
+    assert_near(right_padded(left.per_token, state.batch_u), right.per_token, state.params, right.matrix.abs().sum())
+
+
+@families
+@adapters
+def test_a_model_in_float64_agrees_with_the_reference(family: str, lora: bool) -> None:
+    apply, state = setup(make_model(family, lora=lora).double())
+    u, e = (rows(batch, torch.tensor([0, 1, 3])) for batch in (state.batch_u, state.batch_e))
+    out = fx.influence(state.params, u, e, state.opt_state, apply=apply, temperature=0.7, matrix=True)
+    slow = reference.influence(apply, state.params, u, e, state.opt_state, temperature=0.7)
+    assert out.matrix.dtype == torch.float64
+    for name in ("matrix", "per_sequence", "per_token", "baseline", "stderr"):
+        assert_near(getattr(out, name), getattr(slow, name), state.params, slow.matrix.abs().sum(), name=name)
+    assert_near(out.residual, torch.zeros_like(out.residual), state.params, slow.matrix.abs().sum())
+
+
+@families
+def test_a_finite_step_in_float64_is_not_rounded_to_float32_inside_the_model(family: str) -> None:
+    """Norms and softmax of these models cast to float32: at eta 1e-7 that alone is more than the step changes."""
+    apply, state = setup(make_model(family).double())
+    generator = torch.Generator().manual_seed(0)
+    v = {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in state.params.items()}
+    first = fx.jvp_delta(state.params, v, state.batch_e, apply=apply).first
+    slope, bound = central_difference(
+        lambda eta: fx.snis_delta(state.params, v, eta, state.batch_e, apply=apply).delta_h,
+        1e-6,
+        terms=policy_terms(state.params, WIDTH),
+        magnitude=math.log(VOCAB),
+    )
+    assert bound < 1e-3 * first.abs() < rounding_bound(torch.float32) / 1e-6
+    assert_within(first, slope, bound)
+
+
+@families
+@adapters
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
+    family: str, lora: bool, tied: bool
+) -> None:
+    apply, state = setup(make_model(family, lora=lora, tied=tied).double())
+    batch = left_padded(state.batch_u)
+    names = factored_names(state.params, batch, apply)
+    assert names == state.params.keys()
+    [part] = parts(batch, len(batch.input_ids), aligned=True)
+    factors, _ = row_factors(state.params, batch, part, apply, names, 0.7)
+    back = part.members.argsort()
+    slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
+    for name, p in state.params.items():
+        found = row_gradients(factors, name, p, slice(0, len(p)), len(back))[back]
+        assert_near(found, slow[name], state.params, name=name)
+        half = slice(0, 1 + len(p) // 2)
+        found = row_gradients(factors, name, p, half, len(back))[back]
+        assert_near(found, slow[name][:, half], state.params, name=name)
+
+
+@adapters
+def test_flops_can_be_counted_whatever_hooks_the_counter_sets(lora: bool) -> None:
+    apply, state = setup(make_model("qwen2", lora=lora))
+    with FlopCounterMode(display=False) as counter:
+        fx.influence(*state, apply=apply, matrix=True)
+    assert counter.get_total_flops() > 0
+
+
+@families
+@adapters
+def test_left_padding_in_float64_gives_the_same_numbers_and_no_nan(family: str, lora: bool) -> None:
+    """Eager attention adds float64's lowest number as a mask and then takes a float32 softmax: NaN in blind rows."""
+    apply, state = setup(make_model(family, lora=lora, attention="sdpa").double())
+    moved = state._replace(batch_u=left_padded(state.batch_u), batch_e=left_padded(state.batch_e))
+    right, left = (fx.influence(*given, apply=apply, matrix=True) for given in (state, moved))
+    for name in ("matrix", "per_sequence"):
+        assert_near(getattr(left, name), getattr(right, name), state.params, right.matrix.abs().sum(), name=name)
+
+
+@families
+def test_positions_come_from_the_mask_unless_a_trainer_omits_them(family: str) -> None:
+    model = make_model(family).eval()
+    right, left = make_batches()[1], left_padded(make_batches()[1])
+    (apply, params), (omitting, _) = fx.functionalize(model), fx.functionalize(model, position_ids=False)
+    with torch.no_grad():
+        trainers = model(input_ids=left.input_ids, attention_mask=left.attention_mask.long()).logits
+    real = left.attention_mask
+    terms = policy_terms(params, WIDTH, 1)
+    assert_close_to_rounding(omitting(params, left.input_ids, real)[real], trainers[real], terms=terms)
+    derived = apply(params, left.input_ids, real)[real]
+    expected = apply(params, right.input_ids, right.attention_mask)[right.attention_mask]
+    assert_close_to_rounding(derived, expected, terms=terms)
+    gap = (trainers[real] - derived).abs().max()
+    # Absolute positions see where a row starts; rotary ones are relative.
+    assert gap > 0.1 if family == "gpt2" else gap < rounding_bound(torch.float32, terms, derived)
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    return {
+        "values": {name: x.clone() for name, x in [*model.named_parameters(), *model.named_buffers()]},
+        "flags": {name: (p.requires_grad, p.grad, id(p)) for name, p in model.named_parameters()},
+        "modes": {name: m.training for name, m in model.named_modules()},
+        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
+        "hooks": {name: list(m._forward_hooks) for name, m in model.named_modules()},
+        "checkpointing": model.is_gradient_checkpointing,
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+    }
+
+
+@families
+@adapters
+def test_the_model_is_left_as_it_was(family: str, lora: bool) -> None:
+    model = make_model(family, lora=lora, dropout=0.1, attention="sdpa")
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    next(m for name, m in model.named_modules() if name.endswith("mlp")).eval()
+    opt_state, before = warm_state(model), snapshot(model)
+    apply, params = fx.functionalize(model)
+    fx.influence(params, *make_batches(), opt_state, apply=apply, matrix=True)
+    after = snapshot(model)
+    old, new = before.pop("values"), after.pop("values")
+    assert all(torch.equal(old[name], new[name]) for name in old | new)
+    assert before == after
+    assert before["attention"] == "sdpa"
+    assert set(before["modes"].values()) == {True, False}
+
+
+@families
+@adapters
+def test_dropout_of_a_model_in_training_is_off(family: str, lora: bool) -> None:
+    model = make_model(family, lora=lora, dropout=0.5, attention="sdpa")
+    plain_apply, state = setup(make_model(family, lora=lora, attention="sdpa"))
+    apply, dropping = setup(model)
+    with torch.no_grad():
+        ids = state.batch_e.input_ids
+        assert (model(ids).logits - model(ids).logits).abs().max() > 0.1, "the model itself draws"
+    assert same(fx.influence(*dropping, apply=apply), fx.influence(*state, apply=plain_apply))
+    assert model.training
+
+
+@families
+@adapters
+def test_gradient_checkpointing_and_its_hooks_do_not_matter(family: str, lora: bool) -> None:
+    plain_apply, state = setup(make_model(family, lora=lora))
+    model = make_model(family, lora=lora)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    apply, checkpointed = setup(model)
+    assert model.is_gradient_checkpointing
+    assert same(
+        fx.influence(*checkpointed, apply=apply, matrix=True), fx.influence(*state, apply=plain_apply, matrix=True)
+    )
+
+
+def trainer_gradient(model: nn.Module, batch: Batch) -> Params:
+    """What backward on the model itself leaves in ``p.grad``, the loss written out."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, :-1]
+    log_pi = logits.log_softmax(-1)
+    taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    entropies = -(log_pi.exp() * log_pi).sum(-1)
+    loss = -(batch.coefficients[:, 1:] * taken + batch.entropy_coefficients[:, 1:] * entropies).sum()
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@families
+@adapters
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_batch_gradient_is_the_trainers_own(family: str, lora: bool, attention: str) -> None:
+    model = make_model(family, lora=lora, attention=attention)
+    apply, state = setup(model)
+    handed, ours = trainer_gradient(model, state.batch_u), batch_gradient(state.params, state.batch_u, apply)
+    assert list(handed) == list(ours)
+    largest = max(float(g.abs().max()) for g in handed.values())
+    for name, g in handed.items():
+        assert_near(ours[name], g, state.params, largest, name=name)
+    plain, given = fx.influence(*state, apply=apply), fx.influence(*state, apply=apply, grad=handed)
+    assert_near(given.per_token, plain.per_token, state.params, plain.per_token.abs().sum())
+    assert given.unattributed == 0
+
+
+@families
+def test_a_model_with_fused_attention_gives_what_an_eager_one_does(family: str) -> None:
+    (fused, state), (eager, _) = (setup(make_model(family, attention=kind)) for kind in ("sdpa", "eager"))
+    one, other = (fx.influence(*state, apply=apply, matrix=True) for apply in (fused, eager))
+    for field in ("per_sequence", "per_token", "matrix", "stderr"):
+        assert_near(getattr(one, field), getattr(other, field), state.params, other.matrix.abs().sum(), name=field)
+
+
+@families
+@adapters
+def test_both_derivatives_along_a_direction_are_those_of_finite_steps(family: str, lora: bool) -> None:
+    apply, state = setup(make_model(family, lora=lora).double())
+    g = batch_gradient(state.params, state.batch_u, apply)
+    norm = sum(float(x.square().sum()) for x in g.values()) ** 0.5
+    direction = {name: -x / norm for name, x in g.items()}
+    out = fx.jvp_delta(state.params, direction, state.batch_e, apply=apply)
+    assert abs(out.second) > 0.05
+    steps = {"terms": policy_terms(state.params, WIDTH), "magnitude": math.log(VOCAB)}
+    moved = lambda eta: fx.snis_delta(state.params, direction, eta, state.batch_e, apply=apply).delta_h  # noqa: E731
+    slope, bound = central_difference(moved, 1e-3, **steps)
+    assert bound < 0.01 * out.first.abs()
+    assert_within(out.first, slope, bound)
+    curvature, bound = central_curvature(moved, 1e-3, **steps)
+    assert bound < 0.1 * out.second.abs()
+    assert_within(out.second, curvature, bound)
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.bfloat16, torch.float32])
+def test_finite_steps_of_a_bfloat16_model_are_taken_in_float32(adapter_dtype: torch.dtype | None) -> None:
+    model = make_model("qwen2", lora=adapter_dtype is not None).to(torch.bfloat16)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    for p in model.parameters():
+        p.data = p.data.to(adapter_dtype or p.dtype) if p.requires_grad else p.data
+    apply, params = fx.functionalize(model)
+    assert {p.dtype for p in params.values()} == {adapter_dtype or torch.bfloat16}
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(p.shape, generator=generator) for name, p in params.items()}
+    batch = make_batches()[1]
+    slope = fx.jvp_delta(params, direction, batch, apply=apply)
+    eta = 0.05 * abs((slope.first / slope.second).item())
+    ahead, behind = (fx.snis_delta(params, direction, x, batch, apply=apply).delta_h for x in (eta, -eta))
+    assert ((ahead - behind) / (2 * eta) - slope.first).abs() < 0.02 * slope.first.abs()

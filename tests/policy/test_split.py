@@ -1,0 +1,232 @@
+"""A policy cut before its output embeddings: which are, what reaches the vocabulary, which kernels a pass takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import close, random_batch
+from helpers.tolerances import assert_close_to_rounding, policy_terms
+from test_models import VOCAB, WIDTH, adapters, families, make_model, setup
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PretrainedConfig
+
+import fx_influence as fx
+from fx_influence.autodiff import gradients as derivatives
+from fx_influence.autodiff.directional import token_jvp
+from fx_influence.autodiff.gradients import _graphs_to_keep, batch_gradient, weighted_gradient
+from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.batching.microbatch import parts
+from fx_influence.policy import lm_head as head
+from fx_influence.policy.split import halves
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 2 * WIDTH,
+    "initializer_range": 0.3,
+}
+AFTER_THE_HEAD: dict[str, PretrainedConfig] = {
+    "scaled": GraniteConfig(**SHAPE, logits_scaling=0.5),
+    "capped": Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_logit_softcapping=1.0),
+}
+
+
+class Watch(TorchDispatchMode):
+    """The operations of a pass, and the largest tensor whose last axis is the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and x.dim() and x.shape[-1] == VOCAB:
+                self.rows = max(self.rows, x.untyped_storage().nbytes() // x.element_size() // VOCAB)
+        return out
+
+
+@families
+@adapters
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, attention: str) -> None:
+    apply, state = setup(make_model(family, lora=lora, tied=tied, attention=attention))
+    policy, e = halves(apply), state.batch_e
+    assert policy.vocab_size == VOCAB
+    assert policy.aligned
+    [part] = parts(e, len(e.input_ids), aligned=False)
+    given = state.params, e.input_ids, e.attention_mask
+    with torch.no_grad():
+        logits = apply(*given)
+        for features in (
+            policy.features(state.params, part),
+            policy.eager(*given),
+            policy.traced(state.params, part),
+        ):
+            found = policy.head(state.params, features)
+            terms = policy_terms(state.params, WIDTH, 1)
+            assert_close_to_rounding(found[e.attention_mask], logits[e.attention_mask], terms=terms)
+
+
+@pytest.mark.parametrize("kind", AFTER_THE_HEAD)
+def test_what_changes_logits_after_the_head_is_not_cut_off(kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AFTER_THE_HEAD[kind]).double()
+    apply, params = fx.functionalize(model)
+    assert halves(apply).vocab_size is None
+    batch = random_batch(torch.Generator().manual_seed(0), 3, WIDTH, VOCAB)
+    plain = lambda *given: apply(*given)  # noqa: E731
+    along = {name: torch.randn_like(p) for name, p in params.items()}
+    for value, expected in zip(
+        token_jvp(params, along, batch, apply), token_jvp(params, along, batch, plain), strict=True
+    ):
+        close(value, expected)
+    found, expected_g = (batch_gradient(params, batch, given) for given in (apply, plain))
+    for name, g in expected_g.items():
+        own = found[name]
+        assert g is not None
+        assert own is not None
+        close(own, g)
+
+
+def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:
+    ones = {name: torch.ones_like(p) for name, p in state.params.items()}
+    u, e = state.batch_u, state.batch_e
+    return {
+        "reverse": lambda: batch_gradient(state.params, u, apply),
+        "forward mode": lambda: token_jvp(state.params, ones, u, apply),
+        "influence": lambda: fx.influence(*state, apply=apply),
+        "matrix": lambda: gradient_kernel(state.params, e, u, ones, apply, chunk_size=1),
+    }
+
+
+@pytest.mark.parametrize("work", ["reverse", "forward mode", "influence", "matrix"])
+@pytest.mark.parametrize("at_once", [3, 10**6])
+@adapters
+def test_completion_tokens_alone_reach_the_vocabulary_a_few_at_a_time(
+    lora: bool, at_once: int, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = head._pieces
+    monkeypatch.setattr(head, "_pieces", lambda count, policy, *_: original(count, policy, at_once * VOCAB))
+    apply, state = setup(make_model("qwen2", lora=lora, tied=False))
+    with Watch() as watch:
+        works(apply, state)[work]()
+    masks = [batch.completion_mask for batch in (state.batch_u, state.batch_e)]
+    # Factors of a head that is trained are made for the completion tokens of one part at once.
+    factors = not lora and work in ("influence", "matrix")
+    largest = max(int(m.sum(-1).max()) * (len(m) if work == "influence" else 1) for m in masks)
+    allowed = largest if factors else min(at_once, max(int(m.sum()) for m in masks))
+    # The looks at the model, two or three rows of four tokens, and the weights themselves.
+    assert 0 < watch.rows <= max(allowed, 12, 16)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not(attention: str) -> None:
+    apply, state = setup(make_model("qwen2", attention=attention))
+    seen = {}
+    for name, work in works(apply, state).items():
+        with Watch() as watch:
+            work()
+        seen[name] = any("flash_attention" in op for op in watch.names)
+    fused = attention == "sdpa"
+    assert seen == {"reverse": fused, "forward mode": False, "influence": fused, "matrix": fused}
+
+
+@pytest.mark.parametrize("budget", [0, 10**9])
+def test_the_graphs_of_e_are_kept_where_there_is_room(budget: int) -> None:
+    apply, state = setup(make_model("qwen2"))
+    calls = []
+    features = apply._features
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return features(*given)
+
+    apply._features = counted  # type: ignore[method-assign]
+    e = state.batch_e
+
+    def weigh(values: fx.TokenValues) -> fx.Batch:
+        return e._replace(coefficients=values.entropies, entropy_coefficients=values.logprobs)
+
+    weighted, g = weighted_gradient(state.params, e, apply, weigh, 1.0, 2, budget)
+    parts = -(-len(e.input_ids) // 2)
+    assert parts > 2
+    # The first is kept in any case.
+    assert calls == ([True] * parts if budget else [True] + [False] * (parts - 1) + [True] * (parts - 1))
+    expected = batch_gradient(state.params, weighted, apply)
+    largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
+    for name, value in expected.items():
+        own = g[name]
+        assert value is not None
+        assert own is not None
+        assert_close_to_rounding(own, value, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora: bool) -> None:
+    apply, state = setup(make_model("qwen2", lora=lora))
+    e = state.batch_e._replace(coefficients=state.batch_e.completion_mask.float())
+    flops: list[int] = []
+    found: list[Any] = []
+    sizes = [0, 0, 0]
+
+    def kept(parts: int, graph: int, tape: int, budget: int) -> int:
+        sizes[:] = parts, graph, tape
+        return _graphs_to_keep(parts, graph, tape, budget)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(derivatives, "_graphs_to_keep", kept)
+        for budget_of in (lambda: 10**9, lambda: sizes[0] * sizes[2], lambda: 0):
+            with FlopCounterMode(display=False) as counter:
+                found.append(weighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
+            flops.append(counter.get_total_flops())
+    everything, tapes, nothing = flops
+    largest = max(float(g.abs().max()) for g in found[0].values())
+    # Parts come longest first, so the tapes of all fit; attention is computed again.
+    assert tapes - everything < 0.2 * (nothing - everything)
+    for other in found[1:]:
+        for name, g in found[0].items():
+            assert_close_to_rounding(other[name], g, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
+def test_graphs_are_kept_where_tapes_of_the_others_fit_beside(budget: int, kept: int) -> None:
+    assert _graphs_to_keep(10, 100, 40, budget) == kept
+    assert _graphs_to_keep(10, 100, 0, budget) == budget // 100, "a model without linear maps"
+
+
+def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
+    apply, _ = setup(make_model("qwen2"))
+    held = [x for x in vars(apply._body.module).values() if isinstance(x, Tensor) and not x.is_meta]
+    assert not held
+    assert all(p.is_meta for p in apply._body.module.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@adapters
+def test_compiled_passes_give_the_same_influences(lora: bool) -> None:
+    model = make_model("qwen2", lora=lora, attention="sdpa")
+    plain, state = setup(model)
+    compiled, _ = fx.functionalize(model, compiled=True)
+    one, other = (fx.influence(*state, apply=apply, matrix=True) for apply in (compiled, plain))
+    terms, size = policy_terms(state.params, WIDTH), other.matrix.abs().sum()
+    for field in ("per_sequence", "per_token", "stderr"):
+        assert_close_to_rounding(
+            getattr(one, field), getattr(other, field), terms=terms, scale=size, dtype=torch.float32, name=field
+        )
+    assert_close_to_rounding(one.residual, 0.0, terms=terms, scale=size, dtype=torch.float32)

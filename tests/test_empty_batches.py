@@ -1,0 +1,130 @@
+"""An update batch without any completion token: results of zeros, as a trainer trains on, and nothing is NaN."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, random_adamw_state, random_batch, random_direction
+from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
+
+import fx_influence as fx
+from fx_influence.types import AdamWState, Apply, Batch, Params
+
+
+class Case(NamedTuple):
+    model: TinyPolicy
+    apply: Apply
+    params: Params
+    batch_u: Batch
+    batch_e: Batch
+    state: AdamWState
+
+    def influence(self, **options: Any) -> fx.Influence:
+        return fx.influence(self.params, self.batch_u, self.batch_e, self.state, apply=self.apply, **options)
+
+
+def case() -> Case:
+    generator = torch.Generator().manual_seed(3)
+    model = TinyPolicy(6, 6, 1, 2, 8)
+    apply, params = fx.functionalize(model)
+    params = {name: p.clone() for name, p in params.items()}
+    batch_u = random_batch(generator, 4, 8, 6, entropy_coefficients=True)
+    batch_u = batch_u._replace(completion_mask=torch.zeros_like(batch_u.completion_mask))
+    batch_e = random_batch(generator, 5, 8, 6, coefficients=False, groups=3)
+    return Case(model, apply, params, batch_u, batch_e, random_adamw_state(generator, params))
+
+
+ROUTES: list[dict[str, Any]] = [
+    {},
+    {"matrix": True},
+    {"per_token": False},
+    {"per_token": False, "stderr": False},
+    {"memory_budget": 0},
+    {"gain": "marginal"},
+    {"max_grad_norm": 0.5},
+    {"chunk_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+def test_influence_of_no_completion_is_zero(options: dict[str, Any]) -> None:
+    own = case()
+    out = own.influence(**options)
+    for name in ("per_sequence", "stderr", "residual", "unattributed"):
+        value = getattr(out, name)
+        assert torch.equal(value, torch.zeros_like(value)) or (name == "stderr" and options.get("stderr") is False), (
+            name
+        )
+    for tokens in (out.per_token, out.matrix):
+        assert tokens is None or not tokens.any()
+    assert out.baseline != 0
+    assert out.total == out.baseline
+
+
+def test_baseline_is_adamw_on_zero_gradients_when_nothing_completed() -> None:
+    """The step that a trainer makes then, from torch's own AdamW: momentum and weight decay."""
+    own = case()
+    lr = 1e-3
+    hypers = own.state.hyper
+    named = dict(own.model.named_parameters())
+    groups = [
+        {
+            "params": [p],
+            "lr": lr * hypers[name].lr_scale,
+            "betas": hypers[name][1:3],
+            "eps": hypers[name].eps,
+            "weight_decay": hypers[name].weight_decay,
+        }
+        for name, p in named.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    for name, p in named.items():
+        moments = {"exp_avg": own.state.exp_avg[name].clone(), "exp_avg_sq": own.state.exp_avg_sq[name].clone()}
+        optimizer.state[p] = {"step": torch.tensor(float(own.state.step[name])), **moments}
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    v = {name: (p.detach() - own.params[name]) / lr for name, p in named.items()}
+    slope = fx.jvp_delta(own.params, v, own.batch_e, apply=own.apply).first
+    # theta' - theta carries the rounding of theta, and is divided by lr.
+    size = max(float(p.abs().max()) for p in own.params.values()) / lr
+    assert_close_to_rounding(own.influence().baseline, slope, terms=TINY_POLICY, scale=size)
+
+
+def test_trainers_gradient_is_unattributed_when_nothing_completed() -> None:
+    own = case()
+    extra = random_direction(torch.Generator().manual_seed(0), own.params)
+    out = own.influence(grad=extra)
+    assert not out.per_sequence.any()
+    assert out.unattributed != 0
+
+
+@pytest.mark.parametrize("preconditioner", ["adam", "identity"])
+def test_fisher_kernel_of_no_completion_is_zero(preconditioner: Any) -> None:
+    own = case()
+    for a, b in ((own.batch_u, own.batch_e), (own.batch_e, own.batch_u), (own.batch_u, own.batch_u)):
+        kernel = fx.fisher_kernel(own.params, a, b, own.state, apply=own.apply, preconditioner=preconditioner)
+        assert torch.equal(kernel, torch.zeros(len(a.input_ids), len(b.input_ids), dtype=kernel.dtype))
+
+
+def test_per_sample_grads_of_no_completion_are_zero() -> None:
+    own = case()
+    grads = fx.per_sample_grads(fx.rollout_loss(own.apply), own.params, own.batch_u)
+    assert not any(g.any() or g.isnan().any() for g in grads.values())
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"])
+def test_coefficients_of_no_completion_are_zero(loss_type: Any) -> None:
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    c = fx.coefficients(loss_type, torch.ones(3), mask, group=torch.tensor([0, 0, 1]), max_completion_length=4)
+    assert torch.equal(c, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_entropy_estimate_of_no_completion_is_refused(normalize: Any) -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    values = fx.TokenValues(*(torch.zeros(2, 3) for _ in range(2)))
+    batch = Batch(ids, ids > 0, ids < 0)
+    with pytest.raises(ValueError, match=r"batch\.completion_mask of shape \(2, 3\) has no True .*entropy of none"):
+        fx.entropy_estimate(values, batch, normalize)

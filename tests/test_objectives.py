@@ -1,0 +1,324 @@
+"""Queries other than the default entropy, against enumeration where E is the policy's whole distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.cases import apply_of, close, dyadic_policy, random_adamw_state
+from helpers.enumeration import (
+    Score,
+    Space,
+    enumerate_completions,
+    exact_entropy,
+    exact_expected,
+    exact_gradient,
+    replicate,
+    take,
+)
+from helpers.strategies import NORMALIZES, Case, cases, options
+from helpers.tolerances import TINY_POLICY, assert_within, central_difference
+from hypothesis import given, settings
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence.objectives import Query, query_coefficients
+from fx_influence.testing import reference
+from fx_influence.types import AdamWState, Apply, Batch, Normalize, Params
+
+TEMPERATURE = 0.5
+
+
+def sequence_query(normalize: Normalize) -> Query:
+    """Entropy as a user would write it: s_a = (h_a + S_a (h_a - H f_a)) / sum f."""
+
+    def query(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+        f = batch_e.completion_mask.sum(-1).double() if normalize == "token" else torch.ones(len(logprobs)).double()
+        h = entropies.sum(-1)
+        x = (h - h.sum() / f.sum() * f).detach()
+        return (h + logprobs.sum(-1) * x) / f.sum()
+
+    return query
+
+
+def per_decision_query(normalize: Normalize) -> Query:
+    """s_a = (1/Z) sum_t (h_at + S_a,<t x_at), token by token."""
+
+    def query(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+        lp, h = ([row[ok] for row, ok in zip(v, batch_e.completion_mask, strict=True)] for v in (logprobs, entropies))
+        n, longest = len(h), max(len(row) for row in h)
+        z = sum(len(row) for row in h) if normalize == "token" else n
+        mean = float(entropies.detach().sum()) / z
+        s = [row.sum() for row in h]
+        for t in range(longest):
+            h_t = [float(row[t].detach()) if t < len(row) else 0.0 for row in h]
+            ok_t = [float(t < len(row)) for row in h]
+            for a in range(n):
+                x = h_t[a] - sum(h_t) / n
+                x -= mean * (ok_t[a] - sum(ok_t) / n) if normalize == "token" else 0.0
+                s[a] = s[a] + lp[a][:t].sum() * x
+        return torch.stack(s) / z
+
+    return query
+
+
+@pytest.mark.parametrize("normalize", NORMALIZES)
+@pytest.mark.parametrize(("estimator", "query"), [("sequence", sequence_query), ("per_decision", per_decision_query)])
+@given(case=cases())
+@settings(max_examples=8)
+def test_entropy_written_by_a_user_is_the_default(
+    case: Case, estimator: Any, query: Callable[[Normalize], Query], normalize: Normalize
+) -> None:
+    given_options = {**options(case), "estimator": estimator, "normalize": normalize, "matrix": True}
+    inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
+    own, default = (fx.influence(*inputs, query=q, **given_options) for q in (query(normalize), None))
+    size = default.matrix.abs().sum()
+    close(own.matrix, default.matrix, size)
+    close(own.per_token, default.per_token, size)
+    for name in ("baseline", "momentum", "weight_decay", "total"):
+        close(getattr(own, name), getattr(default, name), size + abs(default.momentum) + abs(default.weight_decay))
+    if normalize == "sequence":
+        close(own.stderr, default.stderr, size)
+
+
+class Exact(NamedTuple):
+    """A policy that can be enumerated, a step of it, and an E that is its whole distribution."""
+
+    apply: Apply
+    params: Params
+    space: Space
+    batch_u: Batch
+    batch_e: Batch
+    opt_state: AdamWState
+
+    def influence(self, **changes: Any) -> fx.Influence:
+        inputs = (self.params, self.batch_u, self.batch_e, self.opt_state)
+        return fx.influence(*inputs, apply=self.apply, temperature=TEMPERATURE, **changes)
+
+    def parts(self) -> list[Params]:
+        """gamma g_i, every rollout's part of the step."""
+        rows = reference.sequence_gradients(self.apply, self.params, self.batch_u, TEMPERATURE)
+        gain = fx.adamw_decompose(reference.add(rows), self.opt_state, self.params).gain
+        return [{name: gain[name] * g for name, g in row.items() if g is not None} for row in rows]
+
+    def slopes(self, gradient: Params) -> Tensor:
+        return torch.tensor([reference.inner(gradient, part) for part in self.parts()], dtype=torch.float64)
+
+    def gradient(self, score: Score) -> Params:
+        """The exact gradient of E[score], through the probabilities and through the score."""
+        leaves = reference.tracked(self.params)
+        return reference.gradient(exact_expected(self.apply, leaves, self.space, score), leaves)
+
+
+@pytest.fixture
+def exact() -> Exact:
+    generator = torch.Generator().manual_seed(5)
+    apply, params = apply_of(dyadic_policy(generator))
+    params = {"table": params["table"] * TEMPERATURE}
+    prompts = [torch.tensor([1]), torch.tensor([2, 1])]
+    space = enumerate_completions(prompts, eos_id=0, vocab_size=3, max_new_tokens=3, temperature=TEMPERATURE)
+    batch_e = replicate(apply, params, space, 256)
+    assert len(batch_e.completion_mask.sum(-1).unique()) == 3
+    rows = torch.randperm(len(space.batch.input_ids), generator=generator)[:5]
+    coefficients = torch.randn(5, space.batch.input_ids.shape[1], generator=generator, dtype=torch.float64)
+    batch_u = take(space, rows)._replace(coefficients=coefficients)
+    return Exact(apply, params, space, batch_u, batch_e, random_adamw_state(generator, params, step=6))
+
+
+def ones_in(batch: Batch) -> Tensor:
+    """A reward: how many of a completion's tokens are 1, and two more for one that ends early."""
+    mask = batch.completion_mask
+    return ((batch.input_ids == 1) & mask).sum(-1).double() + 2.0 * (mask.sum(-1) == 1)
+
+
+def test_expected_reward_is_exact_on_the_whole_distribution(exact: Exact) -> None:
+    out = exact.influence(query=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
+    truth = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
+    assert truth.abs().min() > 1e-4
+    close(out.per_sequence, truth)
+    close(out.matrix.sum(0), truth, out.matrix.abs().sum())
+
+
+def every(step: int, exact: Exact) -> Exact:
+    """A third of E, say: no longer the whole distribution."""
+    return exact._replace(batch_e=Batch._make(None if field is None else field[::step] for field in exact.batch_e))
+
+
+def test_a_constant_added_to_every_reward_changes_nothing_and_a_factor_scales(exact: Exact) -> None:
+    some = every(3, exact)
+    rewards = ones_in(some.batch_e)
+    plain, moved, scaled = (
+        some.influence(query=fx.expected_reward(r)).per_token for r in (rewards, rewards + 100.0, -3.0 * rewards)
+    )
+    # 100 stands beside rewards of unit size until it is centred away.
+    close(moved, plain, 100 * plain.abs().max())
+    close(scaled, -3.0 * plain)
+    assert plain.abs().max() > 1e-3
+
+
+def test_kl_to_a_reference_is_exact_on_the_whole_distribution(exact: Exact) -> None:
+    shifted = {"table": exact.params["table"] + 1.0 * torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(4, 3, 3)}
+    theirs, everywhere = (
+        fx.token_values(shifted, batch, exact.apply, TEMPERATURE).logprobs
+        for batch in (exact.batch_e, exact.space.batch)
+    )
+    out = exact.influence(query=fx.kl_to_reference(theirs), matrix=True)
+    kl = exact_expected(exact.apply, exact.params, exact.space, lambda lp, h, batch: (lp - everywhere).sum(-1))
+    assert kl > 0.005
+    truth = exact.slopes(exact.gradient(lambda lp, h, batch: (lp - everywhere).sum(-1)))
+    assert truth.abs().min() > 1e-4
+    close(out.per_sequence, truth)
+    close(out.matrix.sum(0), truth, out.matrix.abs().sum())
+
+
+def test_kl_to_the_policy_itself_is_at_its_minimum(exact: Exact) -> None:
+    own = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
+    out = exact.influence(query=fx.kl_to_reference(own), stderr=False)
+    for value in (out.per_sequence, out.baseline):
+        close(value, torch.zeros_like(value))
+    # Some of the rows do say something; it is over all of them that it comes to nothing.
+    assert every(3, exact).influence(query=fx.kl_to_reference(own[::3])).per_sequence.abs().min() > 1e-4
+
+
+def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_nothing(exact: Exact) -> None:
+    """The weights are centred rank by rank, over a sample too."""
+    longest = exact.batch_e.completion_mask.sum(-1) == 3
+    batch = Batch._make(None if field is None else field[longest][::3] for field in exact.batch_e)
+    some = exact._replace(batch_e=batch)
+    theirs = fx.token_values({"table": exact.params["table"].flip(0)}, batch, exact.apply, TEMPERATURE).logprobs
+    plain, moved = (some.influence(query=fx.kl_to_reference(x)).per_token for x in (theirs, theirs - 50.0))
+    # 50 stands beside log-probabilities of unit size until it is centred away.
+    close(moved, plain, 50 * plain.abs().max())
+
+
+def test_kl_reads_the_reference_on_completions_only(exact: Exact) -> None:
+    theirs = fx.token_values({"table": exact.params["table"].flip(0)}, exact.batch_e, exact.apply, TEMPERATURE).logprobs
+    noisy = torch.where(exact.batch_e.completion_mask, theirs, torch.nan)
+    plain, spoiled = (exact.influence(query=fx.kl_to_reference(x)) for x in (theirs, noisy))
+    torch.testing.assert_close(spoiled.per_token, plain.per_token, rtol=0, atol=0)
+
+
+@given(case=cases())
+@settings(max_examples=10)
+def test_gaps_do_not_change_what_kl_says_of_the_tokens_between_them(case: Case) -> None:
+    """The same token values without the columns that hold no completion token, row by row, have the same weights."""
+    values = fx.token_values(case.params, case.batch_e, case.apply, case.temperature)
+    mask = case.batch_e.completion_mask
+    theirs = torch.where(mask, values.logprobs * 1.5 - 0.2, 0.0)
+    order = (~mask).long().argsort(dim=-1, stable=True)
+    packed = case.batch_e._replace(completion_mask=mask.gather(-1, order))
+    moved = fx.TokenValues(*(v.gather(-1, order) for v in values))
+    wide = query_coefficients(fx.kl_to_reference(theirs), values, case.batch_e)
+    tight = query_coefficients(fx.kl_to_reference(theirs.gather(-1, order)), moved, packed)
+    for a, b in zip(wide, tight, strict=True):
+        close(a.gather(-1, order), b)
+
+
+def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact) -> None:
+    """Mean completion length, by the score function; and the entropy of the first token, which needs none."""
+
+    def length(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+        t = batch_e.completion_mask.sum(-1).double()
+        return (t - t.mean()) * logprobs.sum(-1) / len(t)
+
+    def first_entropy(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+        mask = batch_e.completion_mask
+        return (entropies * (mask & (mask.cumsum(-1) == 1))).sum(-1) / len(mask)
+
+    longer = exact.slopes(exact.gradient(lambda lp, h, batch: batch.completion_mask.sum(-1).double()))
+    close(exact.influence(query=length).per_sequence, longer)
+    firsts = exact.slopes(exact.gradient(lambda lp, h, batch: first_entropy(lp, h, batch) * len(h)))
+    close(exact.influence(query=first_entropy).per_sequence, firsts)
+    assert longer.abs().min() > 1e-3
+    assert firsts.abs().max() > 1e-3
+
+
+def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(exact: Exact) -> None:
+    entropy = exact.influence(normalize="token")
+    reward = exact.influence(query=fx.expected_reward(ones_in(exact.batch_e)))
+    price = entropy.per_sequence / reward.per_sequence
+    assert price.min() < 0 < price.max()
+
+    def assert_paid(direction: Params, expected: float) -> None:
+        def at(eta: float) -> Params:
+            return {k: p + eta * direction[k] for k, p in exact.params.items()}
+
+        def rewarded(eta: float) -> Tensor:
+            return exact_expected(exact.apply, at(eta), exact.space, lambda lp, h, batch: ones_in(batch))
+
+        paid, off = central_difference(
+            lambda eta: exact_entropy(exact.apply, at(eta), exact.space, "token"), 1e-5, terms=TINY_POLICY
+        )
+        gained, gained_off = central_difference(rewarded, 1e-5, terms=TINY_POLICY)
+        bound = (off + abs(expected) * gained_off) / float(gained.abs())
+        assert bound < 1e-2 * abs(expected)
+        assert_within(paid / gained, expected, bound)
+
+    for part, expected in zip(exact.parts(), price.tolist(), strict=True):
+        assert_paid(part, expected)
+    step = fx.adamw_decompose(
+        reference.add(reference.sequence_gradients(exact.apply, exact.params, exact.batch_u, TEMPERATURE)),
+        exact.opt_state,
+        exact.params,
+    )
+    assert_paid(step.direction, float(entropy.total / reward.total))
+
+
+def test_the_default_is_exact_too(exact: Exact) -> None:
+    for normalize in NORMALIZES:
+        truth = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
+        close(exact.influence(normalize=normalize).per_sequence, truth)
+
+
+def test_error_bars_of_a_query_are_those_of_a_mean_over_es_clusters(exact: Exact) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(len(exact.batch_e.input_ids), (40,), generator=generator)
+    some = Batch._make(None if field is None else field[rows] for field in exact.batch_e)
+    some = some._replace(group=torch.arange(40) // 3)
+    query = fx.expected_reward(ones_in(some))
+    out = exact._replace(batch_e=some).influence(query=query, matrix=True)
+    slow = reference.standard_error(out.matrix, some.completion_mask.sum(-1).tolist(), some.group, "sequence")
+    close(out.stderr, slow)
+    close(exact._replace(batch_e=some).influence(query=query).per_token, out.per_token)
+
+
+def doubled(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+    return logprobs.sum(-1) * logprobs.mean()
+
+
+BAD_QUERIES: dict[str, tuple[Query, str]] = {
+    "a scalar": (lambda lp, h, batch: lp.sum(), r"query returned \(\), .* return finite surrogates \(256,\)"),
+    "one value a token": (lambda lp, h, batch: lp, r"query returned \(256, \d\)"),
+    "one row too few": (lambda lp, h, batch: lp.sum(-1)[1:], r"query returned \(255,\)"),
+    "no tensor": (lambda lp, h, batch: 0.5, r"query returned float"),
+    "NaN": (lambda lp, h, batch: lp.sum(-1) * torch.nan, r"query returned \(256,\), not all finite"),
+    "an infinite value": (lambda lp, h, batch: lp.sum(-1) + torch.inf, r"not all finite"),
+    "detached": (lambda lp, h, batch: (lp * h).sum(-1).detach(), r"query's result depends on neither input"),
+    "constant": (lambda lp, h, batch: torch.ones(len(lp)), r"query's result depends on neither input"),
+    "a product over the batch": (doubled, r"query's s_a depends on other rows than a; \.detach\(\)"),
+    "a live mean": (lambda lp, h, batch: h.sum(-1) - h.mean(), r"query's s_a depends on other rows than a"),
+    "rows in another order": (lambda lp, h, batch: lp.sum(-1).flip(0), r"query's s_a depends on other rows than a"),
+    "a root at 0": (lambda lp, h, batch: (lp - lp).sum(-1).sqrt(), r"query's derivative is not finite"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_QUERIES)
+def test_a_query_that_cannot_be_attributed_is_refused(exact: Exact, what: str) -> None:
+    query, message = BAD_QUERIES[what]
+    with pytest.raises(ValueError, match=message):
+        exact.influence(query=query)
+
+
+def test_rewards_and_references_of_another_shape_or_not_finite_are_refused_by_name(exact: Exact) -> None:
+    n, t = exact.batch_e.input_ids.shape
+    for bad in (torch.zeros(n - 1), torch.zeros(n, 1)):
+        with pytest.raises(ValueError, match=rf"rewards has shape .*; pass \({n},\), the rows of batch_e in order"):
+            exact.influence(query=fx.expected_reward(bad))
+    with pytest.raises(ValueError, match="rewards has values that are not finite"):
+        fx.expected_reward(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match=rf"reference_logprobs has shape .*; pass \({n}, {t}\)"):
+        exact.influence(query=fx.kl_to_reference(torch.zeros(n, t - 1)))
+    with pytest.raises(ValueError, match=r"query returned .* not all finite"):
+        exact.influence(query=fx.kl_to_reference(torch.full((n, t), -torch.inf)))
