@@ -18,7 +18,7 @@ from benchmarks.harness import README, one_thread, peak_extra_bytes, print_peak_
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.token_values import token_values
 from fx_influence.interop.runtime.environment import environment
 
@@ -60,7 +60,7 @@ def work(p: Problem, name: str) -> Callable[[], object]:
         "jvp_eager": lambda: token_jvp(p.params, p.gain, p.u, lambda params, ids, mask: p.apply(params, ids, mask)),
         "adjoint": influence,
         "adjoint_frugal": lambda: influence(memory_budget=0),
-        "matrix": lambda: gradient_kernel(p.params, p.e, p.u, p.gain, p.apply),
+        "matrix": lambda: gradient_gram(p.params, p.e, p.u, p.gain, p.apply),
         "logits": logits,
     }
     return works[name]

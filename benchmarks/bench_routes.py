@@ -31,14 +31,14 @@ from benchmarks.harness import (
 )
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.batching.microbatch import rows
 from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_routes"
 ROUTES = {
     "adjoint": "every rollout and token, momentum, decay, residual: `influence(..., stderr=False)`",
-    "adjoint_compiled": "the same with `functionalize(model, compiled=True)`",
+    "adjoint_compiled": "the same with `make_functional(model, compiled=True)`",
     "adjoint_by_hand": "the same as a script without the library",
     "grad_eighth": "E an eighth of U, the trainer's gradient handed in, over the step on U alone: `grad=g`",
     "per_sequence": "rollouts only: `influence(..., per_token=False, stderr=False)`",
@@ -82,7 +82,7 @@ def works_of(setting: Setting, names: tuple[str, ...]) -> dict[str, Callable[[],
         "grad_eighth": lambda: influence(stderr=False, e=eighth, grad=p.gradient),
         "per_sequence": lambda: influence(stderr=False, per_token=False),
         "error_bars": lambda: influence(),
-        "matrix": lambda: gradient_kernel(p.params, p.e, p.u, p.gain, p.apply),
+        "matrix": lambda: gradient_gram(p.params, p.e, p.u, p.gain, p.apply),
         "matrix_by_hand": lambda: by_hand.matrix(p),
     }
     return {name: works[name] for name in ("step", "step_u", *names)}

@@ -48,7 +48,7 @@ from benchmarks.harness import (
 )
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, rows
-from fx_influence.estimators.stderr import MAX_UNIONS
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Batch
 
@@ -126,7 +126,7 @@ def _fully_sharded(p: Problem, mesh: DeviceMesh, u: Batch, e: Batch) -> Work:
     model: Any = copy.deepcopy(p.model)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    apply, params = fx.functionalize(fully_shard(model, mesh=mesh))
+    apply, params = fx.make_functional(fully_shard(model, mesh=mesh))
 
     def like(tree: dict[str, Tensor]) -> dict[str, Tensor]:
         shardings: dict[str, Any] = params
@@ -189,7 +189,7 @@ def rank_main(out: str, setting: Setting, pairs: int) -> None:
 
 def _on(p: Problem, device: str) -> Problem:
     model: Any = p.model.to(device)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
 
     def moved(tree: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.to(device) for name, x in tree.items()}
@@ -227,7 +227,7 @@ def sent_by_formula(p: Problem) -> dict[str, int]:
     clusters = len(p.e.input_ids) // 2
     return {
         "adjoint": 2 * gradient,
-        "adjoint, error bars": (min(MAX_UNIONS, clusters) + 1) * gradient,
+        "adjoint, error bars": (min(MAX_RANDOM_GROUPS, clusters) + 1) * gradient,
         "matrix": 2 * gradient,
         "adjoint, FSDP2": gathers * units // RANKS + 2 * parts * units + (4 // RANKS + 2) * (gradient - units),
     }

@@ -37,7 +37,7 @@ class Shares(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.steps: list[dict[str, dict[str, float]]] = []
         self._trainer, self._capture = trainer, Capture(trainer)
-        policy = fx.functionalize(trainer.model, position_ids=False)[0]
+        policy = fx.make_functional(trainer.model, position_ids=False)[0]
         self._policies = {"float32": policy, "bfloat16": in_trainers_precision(policy, trainer.accelerator)}
         trainer.add_callback(self)
 

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from benchmarks.harness import README, one_thread, store
 from benchmarks.trl_variants import Variant, quiet, trainer, variants
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.functional import functionalize
+from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.trl.capture import Capture
@@ -42,7 +42,7 @@ class Errors(TrainerCallback):
         self.step: list[float] = []
         self.tokens: list[int] = []
         self._trainer, self._capture = trainer, Capture(trainer)
-        self._policy = functionalize(trainer.model, position_ids=False)[0]
+        self._policy = make_functional(trainer.model, position_ids=False)[0]
         trainer.add_callback(self)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -39,11 +39,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.layer_io import bytes_per_token, factored_names
 from fx_influence.batching.microbatch import rows
 from fx_influence.estimators.consistency import identity_tolerance
-from fx_influence.estimators.stderr import MAX_UNIONS
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import AdamWHyper, Batch, Gradients, Params
 
@@ -185,7 +185,7 @@ def model(setting: Setting, device: str) -> nn.Module:
 
 def problem(setting: Setting, device: str) -> Problem:
     torch.manual_seed(0)
-    apply, params = fx.functionalize(model(setting, device), compiled=setting.compiled)
+    apply, params = fx.make_functional(model(setting, device), compiled=setting.compiled)
     moments = {name: torch.randn_like(p, dtype=torch.float32).mul_(1e-4) for name, p in params.items()}
     # As of many steps: denominators that this very gradient made would cost one more product, for the conditioning.
     squares = {name: torch.rand_like(p, dtype=torch.float32).add_(0.5).mul_(1e-4) for name, p in params.items()}
@@ -250,7 +250,7 @@ def _matrix(t: Task) -> Work:
     options: dict[str, Any] = {"memory_budget": HELD, "chunk_size": t.rows_at_once(p.setting.dtype)}
     # Of the size of AdamW's gain, and without the pass over U that the gain itself would take.
     gain = {name: s.add(1e-10).rsqrt() for name, s in p.state.exp_avg_sq.items()}
-    return lambda: Found(gradient_kernel(p.params, t.e, t.u, gain, p.apply, **options).double())
+    return lambda: Found(gradient_gram(p.params, t.e, t.u, gain, p.apply, **options).double())
 
 
 def _sweep(t: Task) -> Work:
@@ -310,7 +310,7 @@ def flops(case: Case, factored: bool) -> float:
     more. Where little is trained reverse and tangent cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
-    unions = min(MAX_UNIONS, (case.n_e + 1) // 2)
+    unions = min(MAX_RANDOM_GROUPS, (case.n_e + 1) // 2)
     trained = weights(case.setting).trained
     # As contraction.directions_at_once has it, in float32.
     together = max(1, HELD // (4 * 4 * trained))

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_rows: int | None = None) -> Problem:
     """Random weights and rollouts, the same for the same arguments.
 
-    ``compiled``: see ``functionalize``. ``varied``: prompts and completions of many lengths, padded on both sides.
+    ``compiled``: see ``make_functional``. ``varied``: prompts and completions of many lengths, padded on both sides.
     ``e_rows``: rows of E where they are not those of U.
     """
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_ro
     model: Any = Qwen2ForCausalLM(config)
     if setting.lora:
         model = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM", target_modules="all-linear"))
-    apply, params = fx.functionalize(model.eval(), compiled=compiled)
+    apply, params = fx.make_functional(model.eval(), compiled=compiled)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     for p in model.parameters():
         p.grad = 1e-3 * torch.randn_like(p) if p.requires_grad else None

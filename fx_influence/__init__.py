@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from fx_influence.estimators.entropy import entropy_estimate
     from fx_influence.estimators.snis import SnisDelta
     from fx_influence.fisher import fisher_kernel
-    from fx_influence.functional import functionalize
+    from fx_influence.functional import make_functional
     from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
     from fx_influence.interop.optimizers import adamw_state
     from fx_influence.interop.rollouts.record import Rollout, collate
@@ -57,7 +56,7 @@ _MODULES = {
     "entropy_estimate": "fx_influence.estimators.entropy",
     "expected_reward": "fx_influence.objectives",
     "fisher_kernel": "fx_influence.fisher",
-    "functionalize": "fx_influence.functional",
+    "make_functional": "fx_influence.functional",
     "group_advantages": "fx_influence.losses",
     "influence": "fx_influence._influence",
     "jvp_delta": "fx_influence.perturbation",
@@ -123,7 +122,7 @@ __all__ = [
     "entropy_estimate",
     "expected_reward",
     "fisher_kernel",
-    "functionalize",
+    "make_functional",
     "group_advantages",
     "influence",
     "jvp_delta",

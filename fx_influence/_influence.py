@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.engine import Passes
-from fx_influence.autodiff.ghost import Contract, directions_at_once
-from fx_influence.autodiff.gradients import Tapes
+from fx_influence.autodiff.engine import Engine
+from fx_influence.autodiff.ghost import JvpFn, max_directions
+from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.autodiff.gram import MEMORY_BUDGET
 from fx_influence.batching.microbatch import rows
 from fx_influence.batching.prefix_packing import warn_of_shared_prompts
@@ -27,23 +27,23 @@ from fx_influence.core.checks import (
 )
 from fx_influence.core.display import influence_html, influence_line
 from fx_influence.core.tree import add, detached, dot, dots, multiply
-from fx_influence.distributed.engine import passes_over
+from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import TOLERANCE, _within, check_identity, check_rounding
 from fx_influence.estimators.entropy import check_estimator, entropy_coefficients, sequence_shares
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr, union_index
-from fx_influence.objectives import Query, query_coefficients
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
+from fx_influence.objectives import Objective, objective_coefficients
 from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, fresh_part
-from fx_influence.policy.policy import HALF, Policy, whole_policy
+from fx_influence.policy.policy import HALF, Policy, with_all_derivatives
 from fx_influence.policy.precision import in_float32, lowest_precision
 from fx_influence.types import (
     AdamWState,
     Apply,
     Batch,
     Estimator,
-    Gain,
     Gradients,
     Normalize,
     Params,
+    Preconditioner,
     TokenValues,
 )
 
@@ -108,11 +108,11 @@ def influence(
     apply: Apply,
     estimator: Estimator = "per_decision",
     normalize: Normalize = "token",
-    gain: Gain = "share",
+    gain: Preconditioner = "share",
     temperature: float = 1.0,
     max_grad_norm: float | None = None,
     grad: Gradients | None = None,
-    query: Query | None = None,
+    query: Objective | None = None,
     matrix: bool = False,
     stderr: bool = True,
     per_token: bool = True,
@@ -131,7 +131,7 @@ def influence(
     direction u; no per-sequence gradient is stored. ``grad H`` is that of ``entropy_coefficients`` (``estimator``,
     ``normalize``) or of ``query``, see ``queries``; E must be sampled from the policy at ``params``.
 
-    ``params``, ``apply``: as ``functionalize`` gives them. ``batch_u``: with coefficients, see ``coefficients``; where
+    ``params``, ``apply``: as ``make_functional`` gives them. ``batch_u``: with coefficients, see ``coefficients``; where
     no row has a completion token every influence is 0 and the baseline remains.
     ``opt_state``: before the step. ``gain``, ``max_grad_norm``: see ``adamw_decompose``.
     ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
@@ -182,7 +182,7 @@ def influence(
         check_function("query", query, "Pass fx.expected_reward(rewards), fx.kl_to_reference(...) or one of your own")
     if tolerance is not None:
         check_number("tolerance", tolerance, "pass a relative residual, or None for the dtype's", lambda x: x >= 0)
-    params, passes = detached(params), passes_over(params, apply, temperature, chunk_size, mesh)
+    params, passes = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
     batch_u, batch_e = passes.whole_batch("batch_u", batch_u), passes.whole_batch("batch_e", batch_e)
     passes.check_agreed(
         params=params,
@@ -210,11 +210,11 @@ def influence(
     passes = replace(passes, apply=apply)
     lowest = lowest_precision(params, apply, batch_u)
     twice = half or lowest in HALF
-    weigh = _surrogate_of(batch_e, query, estimator, normalize)
+    coefficients_fn = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
     # U's losses have the derivatives that a trainer takes of them, in its precision; the entropy over E its own.
-    over_e = replace(passes, apply=whole_policy(exact))
-    batch_e, unions, ascents = _ascents(params, batch_e, weigh, in_unions, over_e, memory_budget)
+    over_e = replace(passes, apply=with_all_derivatives(exact))
+    batch_e, unions, ascents = _ascents(params, batch_e, coefficients_fn, in_unions, over_e, memory_budget)
     g_u, reach = _over_u(params, batch_u, grad, passes, in_unions, per_token, twice, memory_budget)
     step = adamw_decompose(g_u, opt_state, params, gain, max_grad_norm)
 
@@ -287,31 +287,31 @@ def influence(
 
 
 def _surrogate_of(
-    batch_e: Batch, query: Query | None, estimator: Estimator, normalize: Normalize
+    batch_e: Batch, query: Objective | None, estimator: Estimator, normalize: Normalize
 ) -> Callable[[TokenValues], Batch]:
-    def weigh(values: TokenValues) -> Batch:
+    def coefficients_fn(values: TokenValues) -> Batch:
         if query is None:
             wanted = entropy_coefficients(values, batch_e, estimator, normalize)
         else:
-            wanted = query_coefficients(query, values, batch_e)
+            wanted = objective_coefficients(query, values, batch_e)
         return batch_e._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
 
-    return weigh
+    return coefficients_fn
 
 
 def _ascents(
     params: Params,
     batch_e: Batch,
-    weigh: Callable[[TokenValues], Batch],
+    coefficients_fn: Callable[[TokenValues], Batch],
     in_unions: bool,
-    passes: Passes,
+    passes: Engine,
     memory_budget: int,
 ) -> tuple[Batch, Tensor, Iterable[Gradients]]:
     """E with its surrogate, the union of each row, and minus the gradient of every union's part; one for all if not."""
     if not in_unions:
-        weighted, whole = passes.weighted_gradient(params, batch_e, weigh, memory_budget)
+        weighted, whole = passes.reweighted_gradient(params, batch_e, coefficients_fn, memory_budget)
         return weighted, torch.zeros_like(batch_e.input_ids[:, 0]), [whole]
-    weighted, unions = weigh(passes.values(params, batch_e)), union_index(batch_e)
+    weighted, unions = coefficients_fn(passes.values(params, batch_e)), random_group_index(batch_e)
     count = int(unions.max()) + 1
     return weighted, unions, (passes.gradient(params, rows(weighted, unions == k)) for k in range(count))
 
@@ -324,24 +324,24 @@ class _Reach(NamedTuple):
 
     params: Params
     batch: Batch
-    passes: Passes
-    contract: Contract | None
-    tapes: Tapes | None
+    passes: Engine
+    contract: JvpFn | None
+    caches: LinearOutputCaches | None
     per_token: bool
     together: int
 
     def token_shares(self, u: Params) -> Tensor:
-        return _token_shares(self.params, u, self.batch, self.passes, self.tapes)
+        return _token_shares(self.params, u, self.batch, self.passes, self.caches)
 
     def shares(self, u: Params) -> Tensor:
         """<u, g_i> of every rollout, float64 (n,)."""
         return self.token_shares(u).sum(-1) if self.contract is None else self.contract([u])[0]
 
 
-def _token_shares(params: Params, u: Params, batch: Batch, passes: Passes, tapes: Tapes | None) -> Tensor:
+def _token_shares(params: Params, u: Params, batch: Batch, passes: Engine, caches: LinearOutputCaches | None) -> Tensor:
     """What each token's coefficients make of the derivatives along u, in a loss: minus them, float64 (n, T)."""
     shares = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
-    derivatives = passes.jvp(params, u, batch, tapes)
+    derivatives = passes.jvp(params, u, batch, caches)
     for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
             # What stands outside of completions is never read.
@@ -353,7 +353,7 @@ def _over_u(
     params: Params,
     batch_u: Batch,
     grad: Gradients | None,
-    passes: Passes,
+    passes: Engine,
     in_unions: bool,
     per_token: bool,
     twice: bool,
@@ -364,14 +364,14 @@ def _over_u(
     ``twice``: or where every influence is wanted by two routes.
     """
     own: Gradients | None = None
-    reach = _Reach(params, batch_u, passes, None, None, per_token, directions_at_once(params, memory_budget))
+    reach = _Reach(params, batch_u, passes, None, None, per_token, max_directions(params, memory_budget))
     if in_unions or twice or not (per_token or grad is not None):
-        found = passes.contraction(params, batch_u, memory_budget, reach.together if in_unions or twice else 1)
+        found = passes.linearize(params, batch_u, memory_budget, reach.together if in_unions or twice else 1)
         if found is not None:
             own, reach = found[0], reach._replace(contract=found[1])
     if own is None and grad is None:
-        own, tapes = passes.taped_gradient(params, batch_u, memory_budget)
-        reach = reach._replace(tapes=tapes)
+        own, caches = passes.gradient_with_cache(params, batch_u, memory_budget)
+        reach = reach._replace(caches=caches)
     g_u = own if grad is None else grad
     assert g_u is not None
     return g_u, reach
@@ -430,7 +430,7 @@ def _errors(parts: Tensor, along: Tensor, shares: Tensor, clusters: Tensor) -> t
     )
 
 
-def _shares(batch_e: Batch, normalize: Normalize, query: Query | None) -> Tensor:
+def _shares(batch_e: Batch, normalize: Normalize, query: Objective | None) -> Tensor:
     f = sequence_shares(batch_e.completion_mask, normalize if query is None else "sequence")
     return f / f.sum()
 
@@ -439,7 +439,7 @@ def _check(
     params: Params,
     batch_u: Batch,
     batch_e: Batch,
-    passes: Passes,
+    passes: Engine,
     estimator: Estimator,
     normalize: Normalize,
     matrix: bool,

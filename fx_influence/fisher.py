@@ -11,7 +11,7 @@ from torch import Tensor
 from fx_influence.autodiff.gram import MEMORY_BUDGET
 from fx_influence.core.checks import check_batch, check_coefficients, check_is_batch, check_options, check_policy
 from fx_influence.core.tree import check_names, detached, promote
-from fx_influence.distributed.engine import passes_over
+from fx_influence.distributed.engine import make_engine
 from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
@@ -57,7 +57,7 @@ def fisher_kernel(
     check_options(temperature, chunk_size, memory_budget)
     check_is_batch("batch_a", batch_a)
     check_is_batch("batch_b", batch_b)
-    params, passes = detached(params), passes_over(params, apply, temperature, chunk_size, mesh)
+    params, passes = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
     batch_a, batch_b = passes.whole_batch("batch_a", batch_a), passes.whole_batch("batch_b", batch_b)
     passes.check_agreed(
         params=params,

@@ -16,7 +16,7 @@ from fx_influence.policy.policy import Policy
 from fx_influence.types import Params
 
 
-def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = False) -> tuple[Policy, Params]:
+def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool = False) -> tuple[Policy, Params]:
     """Split a model into a pure ``apply`` and its trainable parameters, as ``(apply, params)``.
 
     ``apply(params, input_ids, attention_mask)`` gives the logits, (B, T, V), of the model in eval mode with eager
@@ -53,7 +53,7 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
         ...         self.table = nn.Embedding(5, 5)
         ...     def forward(self, input_ids, attention_mask):
         ...         return self.table(input_ids)
-        >>> apply, params = functionalize(Bigram())
+        >>> apply, params = make_functional(Bigram())
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> apply(params, ids, ids > 0).shape, list(params)
         (torch.Size([1, 3, 5]), ['table.weight'])

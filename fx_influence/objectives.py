@@ -11,11 +11,11 @@ from fx_influence.core.checks import check_tensor
 from fx_influence.estimators.entropy import TokenCoefficients
 from fx_influence.types import Batch, TokenValues
 
-Query = Callable[[Tensor, Tensor, Batch], Tensor]
+Objective = Callable[[Tensor, Tensor, Batch], Tensor]
 """(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad query."""
 
 
-def expected_reward(rewards: Tensor) -> Query:
+def expected_reward(rewards: Tensor) -> Objective:
     """The query E[R] for ``influence(query=...)``: s_a = (R_a - mean R) S_a / n, S_a the sequence log-probability.
 
     ``rewards``: (n_e,), of the rollouts of E in order. Results are in reward units per unit lr; positive raises it.
@@ -38,7 +38,7 @@ def expected_reward(rewards: Tensor) -> Query:
     return query
 
 
-def kl_to_reference(reference_logprobs: Tensor) -> Query:
+def kl_to_reference(reference_logprobs: Tensor) -> Objective:
     """The query KL(pi || pi_ref) per completion, E[sum_t log pi(y_t) - log pi_ref(y_t)], in nats per completion.
 
     ``reference_logprobs``: (n_e, T), log pi_ref of E's tokens, aligned with ``input_ids`` (``token_values`` of the
@@ -72,7 +72,7 @@ def kl_to_reference(reference_logprobs: Tensor) -> Query:
     return query
 
 
-def query_coefficients(query: Query, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
+def objective_coefficients(query: Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
     """ds_a/dlog pi and ds_a/dh of a query at every token of E, each (n_e, T), float64.
 
     Raises ``ValueError`` unless the query returns (n_e,) finite numbers that depend on the two inputs, each s_a on its

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fx_influence.autodiff.engine import Passes
+from fx_influence.autodiff.engine import Engine
 from fx_influence.batching.microbatch import distinct_rows
 from fx_influence.batching.prefix_packing import warn_of_shared_prompts
 from fx_influence.core.checks import (
@@ -25,11 +25,11 @@ from fx_influence.core.checks import (
 )
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import check_names, detached
-from fx_influence.distributed.engine import passes_over
+from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import Completions, check_estimator, completions, entropy_coefficients
 from fx_influence.estimators.snis import SnisDelta, snis
 from fx_influence.estimators.stderr import cluster_index
-from fx_influence.policy.policy import whole_policy
+from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
 
@@ -90,7 +90,7 @@ def snis_delta(
     if not (isinstance(eta, Tensor) and eta.dim() == 0):
         check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
     # One rank that refused its direction alone would leave the others waiting.
-    passes = passes_over(params, apply, temperature, chunk_size, mesh)
+    passes = make_engine(params, apply, temperature, chunk_size, mesh)
     passes.check_agreed(direction=direction)
     _check_direction("direction", direction, params)
     measure = _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=False)
@@ -128,14 +128,14 @@ def snis_sweep(
         [[True, False]]
     """
     check_policy(params, apply)
-    passes = passes_over(params, apply, temperature, chunk_size, mesh)
+    passes = make_engine(params, apply, temperature, chunk_size, mesh)
     return _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=None)
 
 
 def _measure(
     params: Params,
     batch_e: Batch,
-    passes: Passes,
+    passes: Engine,
     estimator: Estimator,
     normalize: Normalize,
     clip: float | None,
@@ -204,7 +204,7 @@ def jvp_delta(
         (True, torch.Size([2]))
     """
     check_policy(params, apply)
-    passes = passes_over(params, whole_policy(apply), temperature, chunk_size, mesh)
+    passes = make_engine(params, with_all_derivatives(apply), temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
     passes.check_agreed(direction=direction)
     _check_direction("direction", direction, params)
@@ -224,10 +224,10 @@ def jvp_delta(
         return snis(base, Completions(logprobs, entropies, base.ok), estimator, normalize, clip=None).delta_h
 
     # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
-    bend = grad(grad(estimate))(contributions.new_zeros(()))
+    second_derivative = grad(grad(estimate))(contributions.new_zeros(()))
     c, b = (torch.zeros_like(w[: len(once.input_ids)]).index_add(0, index, w) for w in weight)
     weighted = once._replace(coefficients=c, entropy_coefficients=b)
-    second = bend + passes.curvature(params, direction, weighted)
+    second = second_derivative + passes.curvature(params, direction, weighted)
     return JvpDelta(contributions.sum(), second, contributions)
 
 
@@ -243,7 +243,7 @@ def _at(values: TokenValues, index: Tensor) -> TokenValues:
 
 
 def _checked(
-    params: Params, batch_e: Batch, passes: Passes, estimator: Estimator, normalize: Normalize, clip: float | None
+    params: Params, batch_e: Batch, passes: Engine, estimator: Estimator, normalize: Normalize, clip: float | None
 ) -> Batch:
     """The rows of all who take part, once everything that they were given has been checked."""
     check_options(passes.temperature, passes.chunk_size)

@@ -19,7 +19,7 @@ Gradients = dict[str, Tensor | None]
 
 Estimator = Literal["per_decision", "sequence"]
 Normalize = Literal["token", "sequence"]
-Gain = Literal["share", "marginal", "rmsprop"]
+Preconditioner = Literal["share", "marginal", "rmsprop"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"]
 
 

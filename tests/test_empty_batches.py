@@ -28,7 +28,7 @@ class Case(NamedTuple):
 def case() -> Case:
     generator = torch.Generator().manual_seed(3)
     model = TinyPolicy(6, 6, 1, 2, 8)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     params = {name: p.clone() for name, p in params.items()}
     batch_u = random_batch(generator, 4, 8, 6, entropy_coefficients=True)
     batch_u = batch_u._replace(completion_mask=torch.zeros_like(batch_u.completion_mask))

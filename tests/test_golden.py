@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 def load(dtype: torch.dtype) -> Run:
     golden = load_golden(dtype)
-    apply, params = fx.functionalize(golden.model)
+    apply, params = fx.make_functional(golden.model)
     grads = fx.per_sample_grads(fx.rollout_loss(apply), params, golden.batch_u)
     summed = {name: g.sum(0) for name, g in grads.items()}
     return Run(golden, apply, params, grads, fx.adamw_decompose(summed, golden.opt_state, params), dtype)

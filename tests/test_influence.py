@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr, union_index
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
 from fx_influence.testing import reference
 from fx_influence.types import Batch
 
@@ -224,7 +224,7 @@ def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("more", [0.0, 0.1])
 def test_the_totals_error_bar_is_that_of_the_steps_direction(
-    case: Case, gain: fx.types.Gain, matrix: bool, more: float
+    case: Case, gain: fx.types.Preconditioner, matrix: bool, more: float
 ) -> None:
     """``more``: what a trainer's gradient holds beyond the rollouts'."""
     g = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, None)
@@ -236,7 +236,7 @@ def test_the_totals_error_bar_is_that_of_the_steps_direction(
     along = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
     close(out.total, along.sum(), along.abs().sum())
     lengths = case.batch_e.completion_mask.sum(-1).double()
-    index = cluster_index(case.batch_e) if matrix else union_index(case.batch_e)
+    index = cluster_index(case.batch_e) if matrix else random_group_index(case.batch_e)
     close(out.total_stderr, cluster_stderr(along, along.sum(), lengths / lengths.sum(), index), along.abs().sum())
     assert run(case, stderr=False, matrix=matrix, grad=g).total_stderr.isnan()
 

@@ -107,7 +107,7 @@ def test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noi
     """Column i of the recorded float64 matrix is by how much each rollout of E moves per unit lr along v_i."""
     golden = load_golden(torch.float32)
     exact = torch.from_numpy(np.asarray(golden.expected["first_order_centred_per_token"][2:])).T
-    apply, params = fx.functionalize(golden.model)
+    apply, params = fx.make_functional(golden.model)
     options = {"apply": apply, "estimator": "sequence"}
     out = fx.influence(params, golden.batch_u, golden.batch_e, golden.opt_state, matrix=True, **options)
     terms, size = policy_terms(params, golden.batch_e.input_ids.shape[1]), exact.abs().sum(0)

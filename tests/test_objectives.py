@@ -24,14 +24,14 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.objectives import Query, query_coefficients
+from fx_influence.objectives import Objective, objective_coefficients
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Apply, Batch, Normalize, Params
 
 TEMPERATURE = 0.5
 
 
-def sequence_query(normalize: Normalize) -> Query:
+def sequence_query(normalize: Normalize) -> Objective:
     """Entropy as a user would write it: s_a = (h_a + S_a (h_a - H f_a)) / sum f."""
 
     def query(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
@@ -43,7 +43,7 @@ def sequence_query(normalize: Normalize) -> Query:
     return query
 
 
-def per_decision_query(normalize: Normalize) -> Query:
+def per_decision_query(normalize: Normalize) -> Objective:
     """s_a = (1/Z) sum_t (h_at + S_a,<t x_at), token by token."""
 
     def query(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
@@ -69,7 +69,7 @@ def per_decision_query(normalize: Normalize) -> Query:
 @given(case=cases())
 @settings(max_examples=8)
 def test_entropy_written_by_a_user_is_the_default(
-    case: Case, estimator: Any, query: Callable[[Normalize], Query], normalize: Normalize
+    case: Case, estimator: Any, query: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
     given_options = {**options(case), "estimator": estimator, "normalize": normalize, "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
@@ -210,8 +210,8 @@ def test_gaps_do_not_change_what_kl_says_of_the_tokens_between_them(case: Case) 
     order = (~mask).long().argsort(dim=-1, stable=True)
     packed = case.batch_e._replace(completion_mask=mask.gather(-1, order))
     moved = fx.TokenValues(*(v.gather(-1, order) for v in values))
-    wide = query_coefficients(fx.kl_to_reference(theirs), values, case.batch_e)
-    tight = query_coefficients(fx.kl_to_reference(theirs.gather(-1, order)), moved, packed)
+    wide = objective_coefficients(fx.kl_to_reference(theirs), values, case.batch_e)
+    tight = objective_coefficients(fx.kl_to_reference(theirs.gather(-1, order)), moved, packed)
     for a, b in zip(wide, tight, strict=True):
         close(a.gather(-1, order), b)
 
@@ -288,7 +288,7 @@ def doubled(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
     return logprobs.sum(-1) * logprobs.mean()
 
 
-BAD_QUERIES: dict[str, tuple[Query, str]] = {
+BAD_QUERIES: dict[str, tuple[Objective, str]] = {
     "a scalar": (lambda lp, h, batch: lp.sum(), r"query returned \(\), .* return finite surrogates \(256,\)"),
     "one value a token": (lambda lp, h, batch: lp, r"query returned \(256, \d\)"),
     "one row too few": (lambda lp, h, batch: lp.sum(-1)[1:], r"query returned \(255,\)"),

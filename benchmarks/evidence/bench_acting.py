@@ -127,7 +127,7 @@ def weighed(training: Training, policy: Policy, now: Moment) -> Tensor:
     """Weights of U's tokens that keep the entropy foretold for a step on all of U where it is."""
     drawn: list[Rollout] = policy.drawn(policy.held_out[-64:], 2, now.rng.randrange(2**30))
     e = collate(drawn, policy.tokenizer.pad_token_id)
-    apply, params = fx.functionalize(policy.model)
+    apply, params = fx.make_functional(policy.model)
     state = fx.adamw_state(now.optimizer, policy.model)
     per_token = training.method == "tokens"
     options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False, "per_token": per_token}

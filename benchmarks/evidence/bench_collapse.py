@@ -56,7 +56,7 @@ def train(training: Training) -> list[dict[str, Any]]:
 
 def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     """Sums are nats in this step; shares of the sum of |influence| over tokens."""
-    apply, params = fx.functionalize(policy.model)
+    apply, params = fx.make_functional(policy.model)
     e = policy.evaluation(training.evaluated, 16, now.rng.randrange(2**30))
     state = fx.adamw_state(now.optimizer, policy.model)
     out = fx.influence(params, now.batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)

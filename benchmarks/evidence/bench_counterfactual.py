@@ -78,7 +78,7 @@ def train(training: Training) -> list[dict[str, Any]]:
 
 def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     """Correlations of every predictor with what happens, and the ceiling that the truth's own noise sets."""
-    apply, params = fx.functionalize(copy.deepcopy(policy.model).double())
+    apply, params = fx.make_functional(copy.deepcopy(policy.model).double())
     state = fx.adamw_state(now.optimizer, policy.model)
     first, second = ({name: x.double() for name, x in tree.items()} for tree in (state.exp_avg, state.exp_avg_sq))
     state = state._replace(exp_avg=first, exp_avg_sq=second)

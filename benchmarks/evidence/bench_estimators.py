@@ -120,7 +120,7 @@ def train(training: Training) -> list[dict[str, Any]]:
 
 def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, Any]]:
     """Means over draws of E: squared error over the truth's square, rank correlation, how much of the top is found."""
-    apply, params = fx.functionalize(copy.deepcopy(policy.model))
+    apply, params = fx.make_functional(copy.deepcopy(policy.model))
     state = fx.adamw_state(now.optimizer, policy.model)
     gradients = rollout_gradients(params, now.batch, apply)
     whole: Gradients = {name: g.sum(0) for name, g in gradients.items()}

@@ -70,7 +70,7 @@ def figures(results: EntropyInfluenceResults) -> dict[str, Any]:
 def sweep_cost(results: EntropyInfluenceResults, pairs: int) -> dict[str, Any]:
     """A block of the sweep (v_i and v_baseline + v_i of 8 rollouts at one eta) against one direction at a time."""
     checkpoint = load_checkpoint(demo_path(results.plan.checkpoint))
-    apply, params = fx.functionalize(checkpoint.model)
+    apply, params = fx.make_functional(checkpoint.model)
     e = collate(results.evaluations[0].rollouts, checkpoint.tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(0)
     block = {name: torch.randn(2 * BLOCK, *p.shape, generator=generator) for name, p in params.items()}

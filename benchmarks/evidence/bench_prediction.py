@@ -53,7 +53,7 @@ class Training(NamedTuple):
 def train(training: Training) -> list[dict[str, float]]:
     """Of every step what was foretold and what happened, in nats."""
     policy = started(training.policy)
-    apply, live = fx.functionalize(policy.model)
+    apply, live = fx.make_functional(policy.model)
     found = []
     for now in moments(policy, training.lr, training.seed, training.steps, PROMPTS, COMPLETIONS):
         seed = now.rng.randrange(2**30)

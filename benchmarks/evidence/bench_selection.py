@@ -83,7 +83,7 @@ def influences(policy: Policy, now: Moment, prompts: Sequence[Any], seed: int) -
     """Of U on the entropy and on the reward, over two completions of every prompt."""
     drawn = policy.drawn(prompts, 2, seed)
     e = collate(drawn, policy.tokenizer.pad_token_id)
-    apply, params = fx.functionalize(policy.model)
+    apply, params = fx.make_functional(policy.model)
     state = fx.adamw_state(now.optimizer, policy.model)
     query = fx.expected_reward(torch.tensor([r.reward or 0.0 for r in drawn]))
     options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.gradients import Tapes
+from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.autodiff.token_values import in_place, scored_features, surrogate, token_values
 from fx_influence.batching.microbatch import row_chunks
 from fx_influence.core.tree import largest_entry, promote, shift, unit_direction
-from fx_influence.policy.lm_head import slopes
-from fx_influence.policy.split import halves
+from fx_influence.policy.lm_head import head_jvp
+from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
 
@@ -21,23 +21,23 @@ def token_jvp(
     apply: Apply,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-    tapes: Tapes | None = None,
+    caches: LinearOutputCaches | None = None,
 ) -> TokenValues:
     """Directional derivatives <d log pi(y_it)/dtheta, v> and <dh_it/dtheta, v> of every token, by forward mode.
 
     ``direction``: v, by name, any float dtype; names absent count as 0. Returns (B, T) each, float64 for float64
     parameters, else float32. v is scaled to unit maximum before it is cast to the parameters' dtype and the result
-    scaled back, so that a huge or tiny v neither overflows nor vanishes. ``tapes``: from ``taped_gradient`` of the same
+    scaled back, so that a huge or tiny v neither overflows nor vanishes. ``caches``: from ``gradient_with_cache`` of the same
     batch and ``chunk_size``.
     """
-    policy, (scale, tangent) = halves(apply), unit_direction(direction, params)
+    policy, (scale, tangent) = split_policy(apply), unit_direction(direction, params)
     found = []
     with torch.no_grad():
-        pending = policy.parts(batch, chunk_size)
-        for part, outputs in zip(pending, tapes or [None] * len(pending), strict=True):
-            both = policy.pushforward(params, tangent, part, outputs)
+        pending = policy.micro_batches(batch, chunk_size)
+        for part, outputs in zip(pending, caches or [None] * len(pending), strict=True):
+            both = policy.backbone_jvp(params, tangent, part, outputs)
             features, toward = (scored_features(x, part) for x in both)
-            found.append((part, slopes(policy, params, tangent, features, toward, part.targets, temperature)))
+            found.append((part, head_jvp(policy, params, tangent, features, toward, part.targets, temperature)))
     d = in_place(found, batch)
     return TokenValues(d.logprobs * scale, d.entropies * scale)
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fx_influence.autodiff.directional import curvature, token_jvp
-from fx_influence.autodiff.ghost import Contract, gradient_and_contraction
-from fx_influence.autodiff.gradients import Tapes, taped_gradient, weighted_gradient
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.ghost import JvpFn, linearize_losses
+from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradient
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.token_values import all_token_values, directions_batch, moved_token_values
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 
 @dataclass(frozen=True)
-class Passes:
+class Engine:
     """Of ``apply`` over batches that this process holds; ``sharding`` has the same over several ranks.
 
     Each takes whole batches and gives whole results; see the function of the same name for what it is.
@@ -48,28 +48,34 @@ class Passes:
         return directions_batch(params, batch, *self._read)
 
     def gradient(self, params: Params, batch: Batch) -> Gradients:
-        return self.taped_gradient(params, batch, 0)[0]
+        return self.gradient_with_cache(params, batch, 0)[0]
 
-    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
-        return taped_gradient(params, batch, *self._read, memory_budget)
+    def gradient_with_cache(
+        self, params: Params, batch: Batch, memory_budget: int
+    ) -> tuple[Gradients, LinearOutputCaches | None]:
+        return gradient_with_cache(params, batch, *self._read, memory_budget)
 
-    def weighted_gradient(
-        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    def reweighted_gradient(
+        self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
     ) -> tuple[Batch, Gradients]:
-        return weighted_gradient(params, batch, self.apply, weigh, self.temperature, self.chunk_size, memory_budget)
+        return reweighted_gradient(
+            params, batch, self.apply, coefficients_fn, self.temperature, self.chunk_size, memory_budget
+        )
 
-    def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
-        return token_jvp(params, direction, batch, *self._read, tapes)
+    def jvp(
+        self, params: Params, direction: Params, batch: Batch, caches: LinearOutputCaches | None = None
+    ) -> TokenValues:
+        return token_jvp(params, direction, batch, *self._read, caches)
 
-    def contraction(
+    def linearize(
         self, params: Params, batch: Batch, memory_budget: int, at_once: int
-    ) -> tuple[Gradients, Contract] | None:
-        return gradient_and_contraction(params, batch, *self._read, memory_budget, at_once)
+    ) -> tuple[Gradients, JvpFn] | None:
+        return linearize_losses(params, batch, *self._read, memory_budget, at_once)
 
     def kernel(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
     ) -> Tensor:
-        return gradient_kernel(
+        return gradient_gram(
             params,
             batch_a,
             batch_b,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fx_influence.autodiff.gradients import live
+from fx_influence.autodiff.gradients import as_leaves
 from fx_influence.autodiff.layer_io import (
     ENTRIES_AT_ONCE,
     PIECE,
@@ -19,21 +19,21 @@ from fx_influence.autodiff.layer_io import (
     factored_names,
     row_factors,
 )
-from fx_influence.batching.microbatch import Part, parts
+from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.core.tree import accumulate, promote, unit_direction
-from fx_influence.policy.split import halves
+from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params
 
-Contract = Callable[[Sequence[Params]], Tensor]
+JvpFn = Callable[[Sequence[Params]], Tensor]
 """``contract(us)``: <u_k, g_i> for every row of the batch, (K, B) float64; names absent in a u count as 0."""
 
 
-def directions_at_once(params: Params, memory_budget: int) -> int:
-    """How many directions a ``Contract`` is given: they and their scaled copies take half of ``memory_budget``."""
+def max_directions(params: Params, memory_budget: int) -> int:
+    """How many directions a ``JvpFn`` is given: they and their scaled copies take half of ``memory_budget``."""
     return max(1, memory_budget // (4 * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())))
 
 
-def gradient_and_contraction(
+def linearize_losses(
     params: Params,
     batch: Batch,
     apply: Apply,
@@ -41,24 +41,24 @@ def gradient_and_contraction(
     chunk_size: int | None,
     memory_budget: int,
     at_once: int = 1,
-) -> tuple[Gradients, Contract] | None:
+) -> tuple[Gradients, JvpFn] | None:
     """``batch_gradient``, and <u_k, g_i> of every row for any u_k, from one forward and one reverse pass.
 
     The factors of as many parts of the batch are kept as fit ``memory_budget`` bytes, those of the others made again,
     short of the weights, whenever they meet the ``at_once`` directions. None where a parameter has no factors, and
     where some would be made again for a single direction: a JVP costs as much.
     """
-    policy = halves(apply)
+    policy = split_policy(apply)
     names = factored_names(params, batch, apply)
-    pending = parts(batch, chunk_size, policy.aligned)
+    pending = micro_batches(batch, chunk_size, policy.left_alignable)
     per_token = bytes_per_token(params, batch, apply, names)
     sizes = [per_token * part.input_ids.numel() for part in pending]
     if params.keys() - names or (at_once == 1 and sum(sizes) > memory_budget):
         return None
     total: Gradients = dict.fromkeys(params)
-    kept: list[tuple[Part, Factors | None]] = []
+    kept: list[tuple[MicroBatch, Factors | None]] = []
     for part, size in zip(pending, sizes, strict=True):
-        factors, grads = row_factors(live(params), batch, part, apply, names, temperature)
+        factors, grads = row_factors(as_leaves(params), batch, part, apply, names, temperature)
         accumulate(total, grads.items())
         memory_budget -= size
         kept.append((part, factors if memory_budget >= 0 else None))

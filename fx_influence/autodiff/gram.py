@@ -11,13 +11,13 @@ from torch import Tensor
 from fx_influence.autodiff.ghost import thin_product
 from fx_influence.autodiff.layer_io import bytes_per_token, factored_names, row_factors, row_gradients
 from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss, rows_batch
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, Part, parts, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, rows
 from fx_influence.core.tree import promote
-from fx_influence.policy.split import halves
+from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params
 
 MEMORY_BUDGET = 3 * 2**28
-"""Bytes that ``gradient_kernel`` holds at once where the caller names none: 768 MiB."""
+"""Bytes that ``gradient_gram`` holds at once where the caller names none: 768 MiB."""
 
 Rows = Callable[[str, slice, Tensor], None]
 """``rows(name, part, out)`` writes every row's gradient of entries of a parameter's first axis to ``out``, (B, n)."""
@@ -26,7 +26,7 @@ Slices = dict[str, slice]
 """Parameters by name, with the entries of their first axis that are meant."""
 
 
-def gradient_kernel(
+def gradient_gram(
     params: Params,
     batch_a: Batch,
     batch_b: Batch,
@@ -53,7 +53,7 @@ def gradient_kernel(
     dtype = promote(next(iter(params.values())).dtype)
     if len(batch_a.input_ids) < len(batch_b.input_ids):
         options = temperature, memory_budget, chunk_size
-        return gradient_kernel(params, batch_b, batch_a, diagonal, of_b, *options, apply_b=apply).T
+        return gradient_gram(params, batch_b, batch_a, diagonal, of_b, *options, apply_b=apply).T
     shape = len(batch_a.input_ids), len(batch_b.input_ids)
     total = torch.zeros(shape, dtype=torch.float64, device=batch_a.input_ids.device)
     factored = factored_names(params, batch_b, apply) & held.keys()
@@ -98,7 +98,7 @@ class _Source(NamedTuple):
         # Besides the inputs and outputs of linear maps that it holds, a graph takes two to three times as much again.
         wanted = TOKENS_PER_CHUNK if self.chunk_size is None else self.chunk_size * batch.input_ids.shape[1]
         tokens = min(wanted, int(self.room / (4.5 * self.per_token)))
-        for part in parts(batch, None, halves(self.apply).aligned, tokens, limit):
+        for part in micro_batches(batch, None, split_policy(self.apply).left_alignable, tokens, limit):
             options = self.apply, self.temperature, self.vmapped
             yield part.members, _rows(self.params, batch, part, factored, others, *options)
 
@@ -137,7 +137,7 @@ def rollout_gradients(params: Params, batch: Batch, apply: Apply, temperature: f
     params = {name: p.detach() for name, p in params.items()}
     factored = factored_names(params, batch, apply)
     others = {name: p for name, p in params.items() if name not in factored}
-    [part] = parts(batch, len(batch.input_ids), halves(apply).aligned)
+    [part] = micro_batches(batch, len(batch.input_ids), split_policy(apply).left_alignable)
     vmapped = _vmapped(params, batch, others, apply, temperature)
     rows_of = _rows(params, batch, part, factored, others, apply, temperature, vmapped)
     back = part.members.argsort()
@@ -164,7 +164,7 @@ def _numel(p: Tensor, part: slice) -> int:
 def _rows(
     params: Params,
     batch: Batch,
-    part: Part,
+    part: MicroBatch,
     factored: frozenset[str],
     others: Params,
     apply: Apply,

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fx_influence.autodiff.token_values import scaled_weights
-from fx_influence.batching.microbatch import Part
+from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.tree import accumulate, promote
-from fx_influence.policy.linear_cache import AtItsLevel
-from fx_influence.policy.lm_head import Weights, loss_by_logits, pull
-from fx_influence.policy.split import Halves, halves
+from fx_influence.policy.linear_cache import LevelAwareMode
+from fx_influence.policy.lm_head import Weights, head_vjp, loss_by_logits
+from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params
 
 ENTRIES_AT_ONCE = 2**24
@@ -42,7 +42,7 @@ Factors = dict[str, list[Factor]]
 
 
 def row_factors(
-    params: Params, batch: Batch, part: Part, apply: Apply, names: frozenset[str], temperature: float = 1.0
+    params: Params, batch: Batch, part: MicroBatch, apply: Apply, names: frozenset[str], temperature: float = 1.0
 ) -> tuple[Factors, Gradients]:
     """Factors of the gradient of every row's rollout loss, for the parameters ``names``, see ``factored_names``.
 
@@ -54,18 +54,18 @@ def row_factors(
     Example:
         >>> ids = torch.tensor([[1, 2], [1, 3]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True]] * 2), coefficients=torch.tensor([[0.0, 1.0]] * 2))
-        >>> from fx_influence.batching.microbatch import parts
-        >>> [part], params = parts(batch, None, aligned=False), {"w": torch.zeros(4, 4)}
+        >>> from fx_influence.batching.microbatch import micro_batches
+        >>> [part], params = micro_batches(batch, None, left_alignable=False), {"w": torch.zeros(4, 4)}
         >>> table = lambda p, ids, mask: F.embedding(ids, p["w"])
         >>> factors, _ = row_factors(params, batch, part, table, frozenset({"w"}))
         >>> row_gradients(factors, "w", params["w"], slice(0, 4), rows=2)[0, 1].tolist()
         [0.25, 0.25, -0.75, 0.25]
     """
-    policy, count = halves(apply), len(part.members)
+    policy, count = split_policy(apply), len(part.members)
     total: Gradients = dict.fromkeys(params)
     body = _Recorder(params, part.input_ids.shape, names)
     with torch.enable_grad(), body:
-        features = policy.eager(params, part.input_ids, part.attention_mask)
+        features = policy.backbone_eager(params, part.input_ids, part.attention_mask)
     weights = scaled_weights(batch, part, policy)
     if all(w is None for w in weights):
         return {}, total
@@ -94,9 +94,9 @@ _FEATURES = "what enters the head"
 def _through_head(
     params: Params,
     features: Tensor,
-    part: Part,
+    part: MicroBatch,
     weights: Weights,
-    policy: Halves,
+    policy: SplitPolicy,
     names: frozenset[str],
     temperature: float,
     total: Gradients,
@@ -105,7 +105,7 @@ def _through_head(
     toward = torch.zeros_like(features)
     at = part.row, part.column
     if not _seen_in_head(params, features[:, :1], policy, names).uses:
-        toward[at], found = pull(policy, params, features[at], part.targets, weights, temperature)
+        toward[at], found = head_vjp(policy, params, features[at], part.targets, weights, temperature)
         accumulate(total, found.items())
         return _Recorder(params, features.shape[:2], frozenset()), toward
     # Row by row: the scored tokens of each from the left, those of short rows followed by tokens of no weight.
@@ -127,7 +127,7 @@ def _through_head(
     return recorder, toward
 
 
-def _seen_in_head(params: Params, features: Tensor, policy: Halves, names: frozenset[str]) -> _Recorder:
+def _seen_in_head(params: Params, features: Tensor, policy: SplitPolicy, names: frozenset[str]) -> _Recorder:
     recorder = _Recorder(params, features.shape[:2], names)
     with torch.no_grad(), recorder:
         policy.head(params, features)
@@ -159,12 +159,12 @@ def factored_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str]
     Every other parameter is left to ``per_sample_grads``. Cost: one forward and three reverse passes of 12 tokens
     without the products that make weights' gradients.
     """
-    policy, leaves = halves(apply), {name: p.detach().requires_grad_() for name, p in params.items()}
-    ids, mask = _probe_rows(batch, policy.aligned)
+    policy, leaves = split_policy(apply), {name: p.detach().requires_grad_() for name, p in params.items()}
+    ids, mask = _probe_rows(batch, policy.left_alignable)
     names = frozenset(params)
     body, head = (_Recorder(leaves, ids.shape, names, detached=True) for _ in range(2))
     with torch.enable_grad(), body:
-        features = policy.eager(leaves, ids, mask)
+        features = policy.backbone_eager(leaves, ids, mask)
     inputs = features.detach().requires_grad_()
     with torch.enable_grad(), head:
         logits = policy.head(leaves, inputs.view_as(inputs))
@@ -177,7 +177,7 @@ def factored_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str]
 PROBE_ROWS, PROBE_COLUMNS = 3, 4
 
 
-def _probe_rows(batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:
+def _probe_rows(batch: Batch, left_alignable: bool) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, (3, L <= 4), of the batch's tokens, padded to three lengths where the batch is padded."""
     width = min(PROBE_COLUMNS, batch.input_ids.shape[1])
     columns = torch.arange(width, device=batch.input_ids.device)
@@ -187,7 +187,7 @@ def _probe_rows(batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:
         tokens = row[attended] if bool(attended.any()) else row
         rows.append(tokens[columns % len(tokens)])
     ids = torch.stack(rows)
-    if aligned or bool(batch.attention_mask.all()):
+    if left_alignable or bool(batch.attention_mask.all()):
         return ids, torch.ones_like(ids, dtype=torch.bool)
     # Neither ascending nor descending, so that a model which sorts rows by length changes their order.
     lengths = columns.new_tensor([width - 1, width, width - 2]).clamp(min=1).unsqueeze(1)
@@ -235,10 +235,10 @@ def _mixed(output: Tensor, recorder: _Recorder) -> set[str]:
 
 def bytes_per_token(params: Params, batch: Batch, apply: Apply, names: frozenset[str]) -> int:
     """What the factors of ``names`` take for one token of one row, at most."""
-    policy, (ids, mask) = halves(apply), _probe_rows(batch, aligned=True)
+    policy, (ids, mask) = split_policy(apply), _probe_rows(batch, left_alignable=True)
     body = _Recorder(params, ids.shape, names)
     with torch.no_grad(), body:
-        features = policy.eager(params, ids, mask)
+        features = policy.backbone_eager(params, ids, mask)
     head = _seen_in_head(params, features, policy, names)
     held = {
         id(x): x.numel() * x.element_size()
@@ -331,7 +331,7 @@ def _factors(recorder: _Recorder, rows: int) -> Factors:
     return factors
 
 
-class _Recorder(AtItsLevel):
+class _Recorder(LevelAwareMode):
     """Watches a forward: every use of a parameter that has a factor, and the parameters used in any other way.
 
     What leaves a use becomes part of the graph even where no parameter requires a gradient, so that its own gradient
@@ -355,7 +355,7 @@ class _Recorder(AtItsLevel):
         """Parameters used in other ways, or with what was then changed in place, so that its gradient is lost."""
         return self.others | {use.name for use in self.uses if use.changed}
 
-    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         names = self._names_in((args, kwargs))
         # What a parameter merely is (its shape, dtype, device) is no use of it; a view by ``.T`` shows in the graph.
         if not names or getattr(func, "__name__", "") == "__get__":
@@ -366,7 +366,7 @@ class _Recorder(AtItsLevel):
             return func(*args, **kwargs)
         return out
 
-    def called_deeper(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         # In a transformation of the model's own rows may be hidden in a batched axis.
         self.others |= self._names_in((args, kwargs))
         return func(*args, **kwargs)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, Part, parts, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, rows
 from fx_influence.core.checks import check_apply, check_fields, check_options, check_params
 from fx_influence.core.tree import promote, shift
-from fx_influence.policy.lm_head import LOGITS_AT_ONCE, Weights, scores
+from fx_influence.policy.lm_head import LOGITS_AT_ONCE, Weights, head_token_values
 from fx_influence.policy.precision import in_float32
-from fx_influence.policy.split import Halves, halves
+from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
 
@@ -57,12 +57,12 @@ def all_token_values(
     params: Params, batch: Batch, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None
 ) -> TokenValues:
     """``token_values`` of a batch of any size, part by part, without a graph."""
-    policy = halves(apply)
+    policy = split_policy(apply)
     with torch.no_grad():
         found = []
-        for part in policy.parts(batch, chunk_size):
-            features = scored_features(policy.features(params, part), part)
-            found.append((part, scores(policy, params, features, part.targets, temperature)))
+        for part in policy.micro_batches(batch, chunk_size):
+            features = scored_features(policy.backbone(params, part), part)
+            found.append((part, head_token_values(policy, params, features, part.targets, temperature)))
         return in_place(found, batch)
 
 
@@ -81,17 +81,23 @@ def moved_token_values(
     The directions, a leading axis of every entry of ``block``, are vmapped as far as the batch leaves room for more
     than one in a pass; each has a pass of its own where they are not to be ``vmapped``.
     """
-    policy, size = halves(apply), len(next(iter(block.values())))
+    policy, size = split_policy(apply), len(next(iter(block.values())))
     together = _together(batch, chunk_size) if vmapped else 1
     tokens = TOKENS_PER_CHUNK // together
     alone = together == 1
-    pieces = policy.parts(batch, chunk_size) if alone else parts(batch, chunk_size, policy.aligned, tokens)
+    pieces = (
+        policy.micro_batches(batch, chunk_size)
+        if alone
+        else micro_batches(batch, chunk_size, policy.left_alignable, tokens)
+    )
 
-    def moved(here: Params, features: Callable[[Params, Part], Tensor]) -> TokenValues:
+    def moved(here: Params, features: Callable[[Params, MicroBatch], Tensor]) -> TokenValues:
         found = []
         for part in pieces:
             scored = scored_features(features(here, part), part)
-            found.append((part, scores(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together)))
+            found.append(
+                (part, head_token_values(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together))
+            )
         return in_place(found, batch)
 
     found = []
@@ -99,10 +105,10 @@ def moved_token_values(
         for start in range(0, size, together):
             some = {name: v[start : start + together] for name, v in block.items()}
             if alone:
-                own = moved(shift(params, {name: v[0] for name, v in some.items()}, eta), policy.features)
+                own = moved(shift(params, {name: v[0] for name, v in some.items()}, eta), policy.backbone)
                 found.append(TokenValues(*(x.unsqueeze(0) for x in own)))
             else:
-                found.append(vmap(lambda v: moved(shift(params, v, eta), policy.traced))(some))
+                found.append(vmap(lambda v: moved(shift(params, v, eta), policy.backbone_vmap))(some))
     return TokenValues(*(torch.cat(field) for field in zip(*found, strict=True)))
 
 
@@ -133,12 +139,12 @@ def directions_batch(
     return True
 
 
-def scored_features(features: Tensor, part: Part) -> Tensor:
+def scored_features(features: Tensor, part: MicroBatch) -> Tensor:
     """(n, d): the features that score a completion token each, of those at all places (b, L, d)."""
     return features[part.row, part.column]
 
 
-def in_place(found: Sequence[tuple[Part, TokenValues]], batch: Batch) -> TokenValues:
+def in_place(found: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> TokenValues:
     """The values (..., n) of every part's tokens where they stand in the batch, (..., B, T)."""
     place = torch.cat([part.place for part, _ in found])
     out = []
@@ -149,13 +155,13 @@ def in_place(found: Sequence[tuple[Part, TokenValues]], batch: Batch) -> TokenVa
     return TokenValues(*out)
 
 
-def weights_of(batch: Batch, part: Part) -> Weights:
+def weights_of(batch: Batch, part: MicroBatch) -> Weights:
     """c and b of the tokens that a part scores."""
     c, b = (None if w is None else w.flatten()[part.place] for w in batch[3:5])
     return c, b
 
 
-def scaled_weights(batch: Batch, part: Part, policy: Halves) -> Weights:
+def scaled_weights(batch: Batch, part: MicroBatch, policy: SplitPolicy) -> Weights:
     """``weights_of`` times the policy's loss scale, by which gradients made with them are to be divided."""
     c, b = (w if w is None or policy.loss_scale == 1 else w * policy.loss_scale for w in weights_of(batch, part))
     return c, b

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.batching.prefix_packing import Layout
+from fx_influence.batching.prefix_packing import PackedLayout
 from fx_influence.types import Batch
 
 TOKENS_PER_CHUNK = 2048
 """Rows are taken together up to this many tokens where the caller names no ``chunk_size``."""
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows of a batch as the model reads them, and where its features score a completion token.
 
     ``members``: (b,), the rows. ``input_ids``, ``attention_mask``: (b, L). ``row``, ``column``: (n,), where there the
@@ -31,29 +31,33 @@ class Part(NamedTuple):
     column: Tensor
     targets: Tensor
     place: Tensor
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
 
 
-def parts(
-    batch: Batch, chunk_size: int | None, aligned: bool, tokens: int = TOKENS_PER_CHUNK, at_most: int | None = None
-) -> list[Part]:
+def micro_batches(
+    batch: Batch,
+    chunk_size: int | None,
+    left_alignable: bool,
+    tokens: int = TOKENS_PER_CHUNK,
+    at_most: int | None = None,
+) -> list[MicroBatch]:
     """The rows of a batch, ``chunk_size`` at a time, or as many as fit ``tokens``, ``at_most`` so many.
 
-    ``aligned``: see ``policy.Halves``. Then rows are sorted by length, moved to begin in column 0 and cut where the
+    ``left_alignable``: see ``policy.SplitPolicy``. Then rows are sorted by length, moved to begin in column 0 and cut where the
     longest row of their part ends, the last completion token itself left out, since it is scored and scores nothing.
     Nothing attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
 
     Example:
         >>> ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False] * 3 + [True] * 2, [False, True, True, True, False]]))
-        >>> [part] = parts(batch, None, aligned=True)
+        >>> [part] = micro_batches(batch, None, left_alignable=True)
         >>> part.input_ids.tolist(), part.members.tolist(), part.targets.tolist(), part.column.tolist()
         ([[5, 6, 7], [5, 6, 7]], [1, 0], [6, 7, 8, 6, 7], [0, 1, 2, 0, 1])
     """
     count, width = batch.input_ids.shape
     device = batch.input_ids.device
     columns = torch.arange(width, device=device)
-    if not aligned:
+    if not left_alignable:
         lengths, begin, order = [width] * count, torch.zeros(count, dtype=torch.long, device=device), None
     else:
         begin = torch.where(batch.attention_mask, columns, width).amin(1).clamp(max=width - 1)
@@ -65,26 +69,26 @@ def parts(
         length = max(lengths[start], 1)
         stop = min(count, start + (chunk_size or max(1, min(tokens // length, at_most or count))))
         index = torch.arange(start, stop, device=device) if order is None else order[start:stop]
-        found.append(_part(batch, index, begin[index], columns[:length], aligned))
+        found.append(_part(batch, index, begin[index], columns[:length], left_alignable))
         start = stop
     return found
 
 
-def _part(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, aligned: bool) -> Part:
+def _part(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, left_alignable: bool) -> MicroBatch:
     width = batch.input_ids.shape[1]
     at = begin.unsqueeze(1) + columns
     inside = at.clamp(max=width - 1)
     ids, attention = (field[index].gather(1, inside) for field in batch[:2])
     following = (at + 1).clamp(max=width - 1)
     scored = batch.completion_mask[index].gather(1, following) & (at + 1 < width)
-    if aligned:
+    if left_alignable:
         # After a row's last attended token nothing attends; gaps before it stay gaps.
         last = torch.where(batch.attention_mask[index], torch.arange(width, device=at.device), -1).amax(1, keepdim=True)
         attention = attention | (at > last)
     row, column = scored.nonzero(as_tuple=True)
     position = following[row, column]
     place = index[row] * width + position
-    return Part(index, ids, attention, row, column, batch.input_ids.flatten()[place], place)
+    return MicroBatch(index, ids, attention, row, column, batch.input_ids.flatten()[place], place)
 
 
 def rows(batch: Batch, index: slice | Tensor) -> Batch:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, Part
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch
 from fx_influence.types import Batch
 
-WORTH = 0.9
+MAX_TOKEN_FRACTION = 0.9
 """The part of all tokens that may be left for sharing to be worth what it takes to part attention by rows."""
 
-ALIKE, FEWEST = 0.75, 8
+MIN_LENGTH_RATIO, MIN_BUCKET = 0.75, 8
 """Sequences attend together while each is at least that part of the longest, and where they are too few otherwise."""
 
 
@@ -28,13 +28,13 @@ class _Rows(NamedTuple):
     prompt: Tensor
 
 
-def prompts_of(batch: Batch) -> Tensor | None:
+def shared_prompt_index(batch: Batch) -> Tensor | None:
     """For every row the number of its prompt, (B,), None where one part of all rows would not be worth sharing them.
 
     Example:
         >>> ids = torch.tensor([[7, 8, 1, 2], [7, 9, 1, 2], [7, 8, 3, 4], [7, 8, 5, 6]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, False, True, True]] * 4))
-        >>> prompts_of(batch).tolist(), prompts_of(Batch(*(x[:2] for x in batch[:3])))
+        >>> shared_prompt_index(batch).tolist(), shared_prompt_index(Batch(*(x[:2] for x in batch[:3])))
         ([0, 1, 0, 0], None)
     """
     found = _rows_of(batch)
@@ -42,11 +42,13 @@ def prompts_of(batch: Batch) -> Tensor | None:
         return None
     sizes = found.first - found.begin
     once = torch.zeros_like(sizes).index_copy(0, found.prompt, sizes).sum() + found.own.sum()
-    return found.prompt if once <= WORTH * (sizes + found.own).sum() else None
+    return found.prompt if once <= MAX_TOKEN_FRACTION * (sizes + found.own).sum() else None
 
 
-def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_PER_CHUNK) -> list[Part] | None:
-    """As ``parts.parts`` of aligned rows, those with the same prompt together and its tokens there once.
+def packed_micro_batches(
+    batch: Batch, chunk_size: int | None, tokens: int = TOKENS_PER_CHUNK
+) -> list[MicroBatch] | None:
+    """As ``micro_batches.parts`` of aligned rows, those with the same prompt together and its tokens there once.
 
     A part is one row of N tokens, with the ``layout`` by which its sequences attend. None where fewer than a tenth of
     the tokens are saved, and for rows with gaps between attended tokens or without a completion.
@@ -54,7 +56,7 @@ def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_P
     Example:
         >>> ids = torch.tensor([[7, 8, 1, 2], [7, 8, 3, 4]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, False, True, True]] * 2))
-        >>> [part] = parts_by_prompt(batch, None)
+        >>> [part] = packed_micro_batches(batch, None)
         >>> part.input_ids.tolist(), part.targets.tolist(), part.column.tolist()
         ([[7, 8, 1, 3]], [1, 2, 3, 4], [1, 2, 1, 3])
         >>> part.layout.position_ids.tolist(), part.layout.blocks[0].keys.tolist()
@@ -80,7 +82,7 @@ def parts_by_prompt(batch: Batch, chunk_size: int | None, tokens: int = TOKENS_P
         here.add(prompt[k])
         used += size
         total += size
-    if total > WORTH * (sum(own) + sum(sizes)):
+    if total > MAX_TOKEN_FRACTION * (sum(own) + sum(sizes)):
         return None
     return [_part(batch, found, torch.tensor(members, device=batch.input_ids.device)) for members in chosen]
 
@@ -157,7 +159,7 @@ def _alike(lengths: Tensor) -> Iterator[Tensor]:
     sizes, order = lengths.sort(descending=True)
     first = 0
     for k, size in enumerate(found := sizes.tolist()):
-        if size == 0 or (k - first >= FEWEST and size < ALIKE * found[first]):
+        if size == 0 or (k - first >= MIN_BUCKET and size < MIN_LENGTH_RATIO * found[first]):
             yield order[first:k]
             first = k
         if size == 0:
@@ -165,7 +167,7 @@ def _alike(lengths: Tensor) -> Iterator[Tensor]:
     yield order[first:]
 
 
-def _part(batch: Batch, rows: _Rows, members: Tensor) -> Part:
+def _part(batch: Batch, rows: _Rows, members: Tensor) -> MicroBatch:
     width = batch.input_ids.shape[1]
     begin, first, own, prompt = (x[members] for x in rows)
     numbers, prompt = torch.unique(prompt, return_inverse=True)
@@ -189,7 +191,7 @@ def _part(batch: Batch, rows: _Rows, members: Tensor) -> Part:
         keys = torch.where(j < before, prefix[some, None] + j, start + j - before)
         queries = start + i
         blocks.append(
-            Block(
+            LengthBucket(
                 queries.clamp(max=len(sequence) - 1),
                 keys.clamp(max=len(sequence) - 1),
                 (j <= before.unsqueeze(-1) + i.unsqueeze(-1)).unsqueeze(1),
@@ -198,13 +200,13 @@ def _part(batch: Batch, rows: _Rows, members: Tensor) -> Part:
         real = i < length
         back[queries[real]] = behind + real.flatten().nonzero().squeeze(-1)
         behind += real.numel()
-    layout = Layout((shared[sequence] + within).unsqueeze(0), blocks, back)
+    layout = PackedLayout((shared[sequence] + within).unsqueeze(0), blocks, back)
 
     row, position = batch.completion_mask[members].nonzero(as_tuple=True)
     prompt_end, own_start = (starts + lengths - 1)[prompt], starts[len(numbers) :]
     column = torch.where(position == first[row], prompt_end[row], own_start[row] + position - 1 - first[row])
     place = members[row] * width + position
-    return Part(
+    return MicroBatch(
         members,
         ids,
         torch.ones_like(ids, dtype=torch.bool),
@@ -216,7 +218,7 @@ def _part(batch: Batch, rows: _Rows, members: Tensor) -> Part:
     )
 
 
-class Block(NamedTuple):
+class LengthBucket(NamedTuple):
     """Sequences of about one length: where their tokens lie in a row of N.
 
     ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
@@ -228,12 +230,12 @@ class Block(NamedTuple):
     mask: Tensor
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
 
     ``position_ids``: (1, N). ``back``: (N,), where a token is among the queries of all ``blocks``.
     """
 
     position_ids: Tensor
-    blocks: list[Block]
+    blocks: list[LengthBucket]
     back: Tensor

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.dtensor import over_shards, own_part
+from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.types import AdamWState, Apply, Batch, Params
 
-SPLIT = "Pass both as they come: apply, params = fx.functionalize(model)"
+SPLIT = "Pass both as they come: apply, params = fx.make_functional(model)"
 
 
 def wrong_type(field: str, value: object, expected: str, remedy: str) -> TypeError:
@@ -88,7 +88,7 @@ def check_policy(params: Params, apply: Apply) -> None:
 def first_not_finite(tree: Mapping[str, Tensor | None]) -> str | None:
     """Return the name of the first entry that holds NaN or infinity; of DTensors the same on every rank."""
     known = {name: x for name, x in tree.items() if x is not None}
-    counts = over_shards([_holds_infinities(own_part(x)) for x in known.values()], list(known.values()))
+    counts = reduce_over_shards([_holds_infinities(to_local(x)) for x in known.values()], list(known.values()))
     return next((name for name, count in zip(known, counts, strict=True) if count), None)
 
 

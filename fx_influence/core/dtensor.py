@@ -14,20 +14,20 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "placements")
 
 
-def own_part(x: Tensor) -> Tensor:
+def to_local(x: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor itself."""
     part: Any = x
     return part.to_local() if is_sharded(x) else x
 
 
-def over_shards(values: Sequence[Tensor], of: Sequence[Tensor], *, largest: bool = False) -> list[Tensor]:
+def reduce_over_shards(values: Sequence[Tensor], of: Sequence[Tensor], *, largest: bool = False) -> list[Tensor]:
     """Scalars of one dtype, one of each tensor's own part: their sum over the parts of that tensor, or the largest.
 
     One all-reduce for all tensors of a mesh, over its sharded axes; ranks that hold the same part count once. The value
     of a tensor that is not sharded stays. Raises ``ValueError`` for a DTensor that is still to be summed over ranks.
 
     Example:
-        >>> over_shards([torch.tensor(3.0)], [torch.ones(3)])
+        >>> reduce_over_shards([torch.tensor(3.0)], [torch.ones(3)])
         [tensor(3.)]
     """
     out = list(values)

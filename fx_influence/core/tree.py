@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.checks import check_tree, nearest
-from fx_influence.core.dtensor import is_sharded, over_shards, own_part
+from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
 from fx_influence.types import Gradients, Params
 
 
@@ -36,9 +36,9 @@ def dot(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> Tensor:
 
 def dots(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """<a_name, b_name> for every name of ``b``, as in ``dot``; of DTensors, one all-reduce for all names."""
-    out = {name: own_part(y).new_zeros((), dtype=torch.float64) for name, y in b.items()}
-    found = {name: _dot(own_part(x).flatten(), own_part(b[name]).flatten()) for name, x in a.items() if x is not None}
-    return out | dict(zip(found, over_shards(list(found.values()), [b[name] for name in found]), strict=True))
+    out = {name: to_local(y).new_zeros((), dtype=torch.float64) for name, y in b.items()}
+    found = {name: _dot(to_local(x).flatten(), to_local(b[name]).flatten()) for name, x in a.items() if x is not None}
+    return out | dict(zip(found, reduce_over_shards(list(found.values()), [b[name] for name in found]), strict=True))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -83,13 +83,13 @@ def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]]) -> N
 
 
 def _address(x: Tensor) -> int:
-    return own_part(x).data_ptr()
+    return to_local(x).data_ptr()
 
 
 def largest_entry(direction: Params) -> float:
     """max |v| over all entries, or 1.0 where that is 0: what to divide v by before it is cast to a narrower dtype."""
-    found = [_largest(own_part(v)) for v in direction.values()]
-    largest = max(map(float, over_shards(found, list(direction.values()), largest=True)), default=0.0)
+    found = [_largest(to_local(v)) for v in direction.values()]
+    largest = max(map(float, reduce_over_shards(found, list(direction.values()), largest=True)), default=0.0)
     return largest if largest > 0 else 1.0
 
 

@@ -86,7 +86,7 @@ def rank_in(mesh: DeviceMesh) -> int:
     return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
 
 
-def collected(mesh: DeviceMesh, value: Value) -> list[Value]:
+def all_gather_objects(mesh: DeviceMesh, value: Value) -> list[Value]:
     """Every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
     _before_collective(mesh)
     return _collected(mesh, value)
@@ -101,7 +101,7 @@ def _collected(mesh: DeviceMesh, value: Value) -> list[Value]:
     return found
 
 
-def gathered(mesh: DeviceMesh, own: Tensor) -> Tensor:
+def all_gather(mesh: DeviceMesh, own: Tensor) -> Tensor:
     """Every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
     _before_collective(mesh)
     # gloo gathers no bool
@@ -128,7 +128,7 @@ def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 
 def check_agreed(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
     """Raise ``ValueError`` on every rank where two differ in a fact, naming it and them."""
-    everyone = collected(mesh, dict(facts))
+    everyone = all_gather_objects(mesh, dict(facts))
     for rank, theirs in enumerate(everyone):
         for name in everyone[0].keys() | theirs.keys():
             ours, other = everyone[0].get(name), theirs.get(name)
@@ -139,7 +139,7 @@ def check_agreed(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
                 )
 
 
-def alike(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
+def raise_on_all_ranks(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
     """What ``call`` gives, which needs no other rank; what is raised on one is raised on all, or they would wait.
 
     That holds for ``OSError``, ``TypeError`` and ``ValueError``; the lowest such rank is named.
@@ -150,7 +150,7 @@ def alike(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
         found.append(call())
     except (OSError, TypeError, ValueError) as error:
         problem = type(error), str(error)
-    for rank, theirs in enumerate(collected(mesh, problem)):
+    for rank, theirs in enumerate(all_gather_objects(mesh, problem)):
         if theirs is not None:
             raise theirs[0](f"on rank {rank}: {theirs[1]}")
     return found[0]

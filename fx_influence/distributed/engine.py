@@ -9,34 +9,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.engine import Passes
-from fx_influence.autodiff.ghost import Contract
-from fx_influence.autodiff.gradients import Tapes
+from fx_influence.autodiff.engine import Engine
+from fx_influence.autodiff.ghost import JvpFn
+from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, rows
-from fx_influence.batching.prefix_packing import prompts_of
+from fx_influence.batching.prefix_packing import shared_prompt_index
 from fx_influence.core.checks import check_fields, wrong_type
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.tree import promote, shift
 from fx_influence.distributed.collectives import (
-    alike,
+    all_gather,
+    all_gather_objects,
     check_agreed,
-    collected,
     facts_of,
-    gathered,
+    raise_on_all_ranks,
     rank_in,
     sum_over_ranks,
 )
-from fx_influence.distributed.partition import Deal, _blocks_down, _cut, deal_of
-from fx_influence.policy.split import halves
+from fx_influence.distributed.partition import RowPartition, _blocks_down, _cut, partition_rows
+from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def passes_over(
+def make_engine(
     params: Params, apply: Apply, temperature: float, chunk_size: int | None, mesh: DeviceMesh | None
-) -> Passes:
+) -> Engine:
     """The passes of this process alone, or with a mesh those of its ranks together.
 
     Sharded parameters bring their own mesh. Raises ``ValueError`` where another is given with them.
@@ -47,22 +47,22 @@ def passes_over(
     first: Any = next(iter(params.values()))
     if not is_sharded(first):
         return (
-            Passes(apply, temperature, chunk_size)
+            Engine(apply, temperature, chunk_size)
             if mesh is None
-            else DealtPasses(apply, temperature, chunk_size, mesh=mesh)
+            else DataParallelEngine(apply, temperature, chunk_size, mesh=mesh)
         )
     own = first.device_mesh
     if mesh is not None and not torch.equal(mesh.mesh.flatten(), own.mesh.flatten()):
         raise ValueError(f"mesh is {mesh}, the parameters are sharded over {own}; pass that one, or None")
-    return ShardedPasses(apply, temperature, chunk_size, mesh=own)
+    return FsdpEngine(apply, temperature, chunk_size, mesh=own)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DealtPasses(Passes):
-    """``Passes`` over the ranks of ``mesh``: batches, parameters and directions are the same on each, the work is not.
+class DataParallelEngine(Engine):
+    """``Engine`` over the ranks of ``mesh``: batches, parameters and directions are the same on each, the work is not.
 
     Rows are dealt by length, so that no rank has more to do than another, and by prompt where passes share these; a
-    rank's passes are those of ``Passes`` over its own rows. Gradients are summed by one all-reduce; what belongs to
+    rank's passes are those of ``Engine`` over its own rows. Gradients are summed by one all-reduce; what belongs to
     rows or tokens is gathered; a JVP and a kernel need nothing else from other ranks. In float64 results agree with
     those of one process to rounding.
     """
@@ -77,52 +77,58 @@ class DealtPasses(Passes):
         check_agreed(self.mesh, {key: fact for name, value in facts.items() for key, fact in facts_of(name, value)})
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
-        deal, here = self._deal(batch), self._here(params, batch)
-        return deal.whole_values(here.passes.values(here.params, deal.own(batch)))
+        partition, local = self._partition(batch), self._local(params, batch)
+        return partition.whole_values(local.passes.values(local.params, partition.own(batch)))
 
     def moved_values(
         self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
-        deal, here = self._deal(batch), self._here(params, batch)
-        return deal.whole_values(here.passes.moved_values(here.params, block, eta, deal.own(batch), vmapped))
+        partition, local = self._partition(batch), self._local(params, batch)
+        return partition.whole_values(
+            local.passes.moved_values(local.params, block, eta, partition.own(batch), vmapped)
+        )
 
     def directions_batch(self, params: Params, batch: Batch) -> bool:
         # Each rank's own: all have as many rows, and its route is the same for whatever it compares.
-        deal, here = self._deal(batch), self._here(params, batch)
-        return here.passes.directions_batch(here.params, deal.own(batch))
+        partition, local = self._partition(batch), self._local(params, batch)
+        return local.passes.directions_batch(local.params, partition.own(batch))
 
-    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
-        deal, here = self._deal(batch), self._here(params, batch)
-        own, tapes = here.passes.taped_gradient(here.params, deal.own(batch), memory_budget)
-        return self._summed(params, own), tapes
+    def gradient_with_cache(
+        self, params: Params, batch: Batch, memory_budget: int
+    ) -> tuple[Gradients, LinearOutputCaches | None]:
+        partition, local = self._partition(batch), self._local(params, batch)
+        own, caches = local.passes.gradient_with_cache(local.params, partition.own(batch), memory_budget)
+        return self._summed(params, own), caches
 
-    def weighted_gradient(
-        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    def reweighted_gradient(
+        self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
     ) -> tuple[Batch, Gradients]:
-        deal, here = self._deal(batch), self._here(params, batch)
+        partition, local = self._partition(batch), self._local(params, batch)
         weighted: list[Batch] = []
 
         def weigh_own(values: TokenValues) -> Batch:
-            weighted.append(weigh(deal.whole_values(values)))
-            return deal.own(weighted[0])
+            weighted.append(coefficients_fn(partition.whole_values(values)))
+            return partition.own(weighted[0])
 
-        _, own = here.passes.weighted_gradient(here.params, deal.own(batch), weigh_own, memory_budget)
+        _, own = local.passes.reweighted_gradient(local.params, partition.own(batch), weigh_own, memory_budget)
         return weighted[0], self._summed(params, own)
 
-    def jvp(self, params: Params, direction: Params, batch: Batch, tapes: Tapes | None = None) -> TokenValues:
-        deal, here = self._deal(batch), self._here(params, batch, direction)
-        return deal.whole_values(here.passes.jvp(here.params, here.direction, deal.own(batch), tapes))
+    def jvp(
+        self, params: Params, direction: Params, batch: Batch, caches: LinearOutputCaches | None = None
+    ) -> TokenValues:
+        partition, local = self._partition(batch), self._local(params, batch, direction)
+        return partition.whole_values(local.passes.jvp(local.params, local.direction, partition.own(batch), caches))
 
-    def contraction(
+    def linearize(
         self, params: Params, batch: Batch, memory_budget: int, at_once: int
-    ) -> tuple[Gradients, Contract] | None:
-        deal, here = self._deal(batch), self._here(params, batch)
-        found = here.passes.contraction(here.params, deal.own(batch), memory_budget, at_once)
-        if not all(collected(self.mesh, found is not None)):
+    ) -> tuple[Gradients, JvpFn] | None:
+        partition, local = self._partition(batch), self._local(params, batch)
+        found = local.passes.linearize(local.params, partition.own(batch), memory_budget, at_once)
+        if not all(all_gather_objects(self.mesh, found is not None)):
             return None
         assert found is not None
         gradient, contract = found
-        return self._summed(params, gradient), lambda us: deal.whole(contract(us), axis=1)
+        return self._summed(params, gradient), lambda us: partition.whole(contract(us), axis=1)
 
     def kernel(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
@@ -133,26 +139,28 @@ class DealtPasses(Passes):
         cuts = zip(shape, (down, self.mesh.size() // down), strict=True)
         a, b = (_cut(count, pieces, batch_a.input_ids.device) for count, pieces in cuts)
         own = rows(batch_a, a[rank // len(b)]), rows(batch_b, b[rank % len(b)])
-        here = self._here(params, batch_a).passes
-        blocks = gathered(self.mesh, here.kernel(params, *own, diagonal, memory_budget, apply_b))
+        local = self._local(params, batch_a).passes
+        blocks = all_gather(self.mesh, local.kernel(params, *own, diagonal, memory_budget, apply_b))
         out = blocks.new_empty(shape)
         for k, block in enumerate(blocks):
             out[a[k // len(b)].unsqueeze(1), b[k % len(b)]] = block
         return out
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
-        deal, here = self._deal(batch), self._here(params, batch, direction)
-        return gathered(self.mesh, here.passes.curvature(here.params, here.direction, deal.own(batch))).sum()
+        partition, local = self._partition(batch), self._local(params, batch, direction)
+        return all_gather(self.mesh, local.passes.curvature(local.params, local.direction, partition.own(batch))).sum()
 
-    def _deal(self, batch: Batch) -> Deal:
-        return deal_of(batch, self.mesh, prompts_of(batch) if halves(self.apply).shares else None)
+    def _partition(self, batch: Batch) -> RowPartition:
+        return partition_rows(
+            batch, self.mesh, shared_prompt_index(batch) if split_policy(self.apply).prefix_shareable else None
+        )
 
-    def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
-        return _Here(Passes(self.apply, self.temperature, self.chunk_size), params, direction or {})
+    def _local(self, params: Params, batch: Batch, direction: Params | None = None) -> _LocalInputs:
+        return _LocalInputs(Engine(self.apply, self.temperature, self.chunk_size), params, direction or {})
 
     def _summed(self, params: Params, gradient: Gradients) -> Gradients:
         """The sum over ranks, by name; None where no rank's rows reach a parameter."""
-        by_rank = collected(self.mesh, [g is not None for g in gradient.values()])
+        by_rank = all_gather_objects(self.mesh, [g is not None for g in gradient.values()])
         out: Gradients = {}
         for (name, g), reached in zip(gradient.items(), map(any, zip(*by_rank, strict=True)), strict=True):
             p = params[name]
@@ -162,8 +170,8 @@ class DealtPasses(Passes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardedPasses(DealtPasses):
-    """``DealtPasses`` over ranks that hold a part of the parameters each; ``apply`` is a ``ShardedPolicy``.
+class FsdpEngine(DataParallelEngine):
+    """``DataParallelEngine`` over ranks that hold a part of the parameters each; ``apply`` is a ``ShardedPolicy``.
 
     Every rank makes the same number of passes, as the collectives inside them need. There is no kernel, no contraction
     and no curvature: rows' gradients and nested derivatives are out of a sharded policy's reach.
@@ -186,36 +194,38 @@ class ShardedPasses(DealtPasses):
             moved.append(self.values(shift(params, {name: v[k] for name, v in block.items()}, eta), batch))
         return TokenValues(*(torch.stack(field) for field in zip(*moved, strict=True)))
 
-    def taped_gradient(self, params: Params, batch: Batch, memory_budget: int) -> tuple[Gradients, Tapes | None]:
+    def gradient_with_cache(
+        self, params: Params, batch: Batch, memory_budget: int
+    ) -> tuple[Gradients, LinearOutputCaches | None]:
         # A budget may be spent at another part on another rank, which would then make other passes.
-        return super().taped_gradient(params, batch, 0)
+        return super().gradient_with_cache(params, batch, 0)
 
-    def weighted_gradient(
-        self, params: Params, batch: Batch, weigh: Callable[[TokenValues], Batch], memory_budget: int
+    def reweighted_gradient(
+        self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
     ) -> tuple[Batch, Gradients]:
-        return super().weighted_gradient(params, batch, weigh, 0)
+        return super().reweighted_gradient(params, batch, coefficients_fn, 0)
 
-    def contraction(self, params: Params, batch: Batch, memory_budget: int, at_once: int) -> None:
+    def linearize(self, params: Params, batch: Batch, memory_budget: int, at_once: int) -> None:
         return None
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
         return torch.full((), torch.nan, dtype=torch.float64, device=batch.input_ids.device)
 
-    def _here(self, params: Params, batch: Batch, direction: Params | None = None) -> _Here:
+    def _local(self, params: Params, batch: Batch, direction: Params | None = None) -> _LocalInputs:
         policy: Any = self.apply
-        opened = policy.opened(params, direction or {})
+        unsharded = policy.unsharded(params, direction or {})
         chunk_size = self.chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
-        return _Here(Passes(opened.policy, self.temperature, chunk_size), opened.params, opened.tangent)
+        return _LocalInputs(Engine(unsharded.policy, self.temperature, chunk_size), unsharded.params, unsharded.tangent)
 
     def _summed(self, params: Params, gradient: Gradients) -> Gradients:
         policy: Any = self.apply
         return policy.closed(gradient, params)
 
 
-class _Here(NamedTuple):
+class _LocalInputs(NamedTuple):
     """A rank's passes over its own rows, and what they are given."""
 
-    passes: Passes
+    passes: Engine
     params: Params
     direction: Params
 
@@ -226,9 +236,9 @@ def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
     A rank may hold no row: ``input_ids`` of shape (0, T). ``group`` means the same prompt on every rank. Raises
     ``ValueError`` on every rank where one has fields that do not fit, or others than the rest.
     """
-    alike(mesh, lambda: check_fields(field, batch))
+    raise_on_all_ranks(mesh, lambda: check_fields(field, batch))
     present = {name: x for name, x in batch._asdict().items() if x is not None}
-    held = collected(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
+    held = all_gather_objects(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
     full = [(shape, dtypes) for shape, dtypes in held if shape[0]]
     if not full:
         raise ValueError(f"{field}.input_ids has no row on any of {len(held)} ranks; pass at least one rollout")
@@ -243,6 +253,6 @@ def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
         padded = torch.zeros(size, dtype=dtype, device=batch.input_ids.device)
         if own is not None:
             padded[tuple(slice(n) for n in own.shape)] = own
-        return torch.cat([x[:count] for x, count in zip(gathered(mesh, padded), counts, strict=True)])
+        return torch.cat([x[:count] for x, count in zip(all_gather(mesh, padded), counts, strict=True)])
 
     return Batch(**{name: field_of_all(name, dtype) for name, dtype in full[0][1].items()})

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fx_influence.core.dtensor import is_sharded, own_part
+from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.tree import promote
 from fx_influence.distributed.collectives import gather_into
 
@@ -48,13 +48,13 @@ def sharding_of(x: Tensor) -> Sharding:
     return Sharding(x.shape, dim, -(-x.shape[dim] // mesh.size(axis)), mesh.size(axis), axis)
 
 
-def own_box(x: Tensor) -> list[slice]:
+def local_slices(x: Tensor) -> list[slice]:
     """Which entries of the whole tensor this rank's part holds."""
     where = [slice(0, n) for n in x.shape]
     if is_sharded(x):
         how = sharding_of(x)
         start = min(cast("DTensor", x).device_mesh.get_local_rank(how.axis) * how.chunk, x.shape[how.dim])
-        where[how.dim] = slice(start, start + own_part(x).shape[how.dim])
+        where[how.dim] = slice(start, start + to_local(x).shape[how.dim])
     return where
 
 
@@ -103,7 +103,7 @@ def gather(shards: Sequence[Tensor]) -> Gathering:
     flat: dict[torch.dtype, Tensor] = {}
     works = []
     for dtype in dict.fromkeys(x.dtype for x in shards):
-        own = [_padded(own_part(x), sharding_of(x).padded).flatten() for x in shards if x.dtype == dtype]
+        own = [_padded(to_local(x), sharding_of(x).padded).flatten() for x in shards if x.dtype == dtype]
         joined = torch.cat(own)
         first = next(x for x in shards if x.dtype == dtype)
         flat[dtype] = joined.new_empty(sharding_of(first).ranks, len(joined))
@@ -120,7 +120,7 @@ def scattered_sums(whole: Sequence[Tensor | None], shards: Sequence[Tensor]) -> 
     # With the sums goes how many ranks have the tensor; only who lacks it needs to look.
     dtype = promote(max((x.dtype for x in shards), key=lambda dtype: dtype.itemsize))
     sizes = [math.prod(one.padded) for one in how]
-    table = own_part(shards[0]).new_zeros(how[0].ranks, sum(sizes) + len(sizes), dtype=dtype)
+    table = to_local(shards[0]).new_zeros(how[0].ranks, sum(sizes) + len(sizes), dtype=dtype)
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     for k, (x, one) in enumerate(zip(whole, how, strict=True)):
         if x is not None:
@@ -133,7 +133,7 @@ def scattered_sums(whole: Sequence[Tensor | None], shards: Sequence[Tensor]) -> 
     out: list[Tensor | None] = []
     for k, (x, shard, one) in enumerate(zip(whole, shards, how, strict=True)):
         part = own[starts[k] : starts[k] + sizes[k]].view(one.padded)
-        length = own_part(shard).shape[one.dim]
+        length = to_local(shard).shape[one.dim]
         out.append(None if x is None and not own[sum(sizes) + k] else part.narrow(one.dim, 0, length))
     return out
 

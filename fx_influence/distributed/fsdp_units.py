@@ -28,7 +28,7 @@ class Unit(NamedTuple):
         return list(dict.fromkeys(name for _, _, name in self.places))
 
 
-class Sweep:
+class FsdpPass:
     """One pass over the units and back: what is whole at the moment, and what is on its way.
 
     ``known``: the DTensors of all units by name; those that require a gradient are leaves. ``moving``: their tangents.
@@ -117,7 +117,7 @@ class _View(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(template: nn.Module, sweep: Sweep) -> Iterator[None]:
+def running(template: nn.Module, sweep: FsdpPass) -> Iterator[None]:
     """While active, a call of the template runs its units through the sweep."""
     modules = [template.get_submodule(unit.path) for unit in sweep.units]
     for k, module in enumerate(modules):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fx_influence.batching.microbatch import rows
 from fx_influence.distributed.collectives import (
-    gathered,
+    all_gather,
     rank_in,
 )
 from fx_influence.types import Batch, TokenValues
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class Deal(NamedTuple):
+class RowPartition(NamedTuple):
     """Which rank takes which rows of a batch, each as many; where they do not go round some are taken a second time.
 
     ``table``: (ranks, m), the rows by rank. ``first``: bool (ranks, m), False for a row taken a second time.
@@ -37,7 +37,7 @@ class Deal(NamedTuple):
 
     def whole(self, own: Tensor, axis: int = 0) -> Tensor:
         """What every rank found of its rows along ``axis``, in the order of the batch."""
-        everyone = gathered(self.mesh, own.movedim(axis, 0)).flatten(0, 1)
+        everyone = all_gather(self.mesh, own.movedim(axis, 0)).flatten(0, 1)
         out = everyone.new_empty(int(self.first.sum()), *everyone.shape[1:])
         out[self.table[self.first]] = everyone[self.first.flatten()]
         return out.movedim(0, axis)
@@ -46,20 +46,20 @@ class Deal(NamedTuple):
         return TokenValues(*(self.whole(x, axis=-2) for x in own))
 
 
-def deal_of(batch: Batch, mesh: DeviceMesh, prompts: Tensor | None) -> Deal:
+def partition_rows(batch: Batch, mesh: DeviceMesh, prompts: Tensor | None) -> RowPartition:
     """Rows by length in turn, so that ranks have rows of about the same lengths; ``prompts``: see ``_by_prompt``."""
     count, ranks = len(batch.input_ids), mesh.size()
     lengths = batch.attention_mask.sum(-1).tolist()
     order = sorted(range(count), key=lambda k: -lengths[k])
     each, device = -(-count // ranks), batch.input_ids.device
     if prompts is None:
-        hands = [order[rank::ranks] for rank in range(ranks)]
+        rows_by_rank = [order[rank::ranks] for rank in range(ranks)]
     else:
-        hands = _by_prompt(order, lengths, prompts.tolist(), ranks)
+        rows_by_rank = _by_prompt(order, lengths, prompts.tolist(), ranks)
     # The shortest is what costs least a second time.
-    table = torch.tensor([hand + order[-1:] * (each - len(hand)) for hand in hands], device=device)
-    sizes = torch.tensor([[len(hand)] for hand in hands], device=device)
-    return Deal(mesh, table, torch.arange(each, device=device) < sizes)
+    table = torch.tensor([hand + order[-1:] * (each - len(hand)) for hand in rows_by_rank], device=device)
+    sizes = torch.tensor([[len(hand)] for hand in rows_by_rank], device=device)
+    return RowPartition(mesh, table, torch.arange(each, device=device) < sizes)
 
 
 def _by_prompt(order: list[int], lengths: list[int], prompts: list[int], ranks: int) -> list[list[int]]:
@@ -68,14 +68,14 @@ def _by_prompt(order: list[int], lengths: list[int], prompts: list[int], ranks: 
     members: dict[int, list[int]] = {}
     for k in order:
         members.setdefault(prompts[k], []).append(k)
-    hands: list[list[int]] = [[] for _ in range(ranks)]
+    rows_by_rank: list[list[int]] = [[] for _ in range(ranks)]
     for together in members.values():
         while together:
-            hand = min((h for h in hands if len(h) < each), key=lambda h: sum(lengths[k] for k in h))
+            hand = min((h for h in rows_by_rank if len(h) < each), key=lambda h: sum(lengths[k] for k in h))
             room = each - len(hand)
             hand += together[:room]
             together = together[room:]
-    return hands
+    return rows_by_rank
 
 
 def _blocks_down(n_a: int, n_b: int, ranks: int) -> int:

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fx_influence.batching.microbatch import Part
-from fx_influence.core.dtensor import is_sharded, own_part
+from fx_influence.batching.microbatch import MicroBatch
+from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.tree import promote
 from fx_influence.distributed.fsdp_gather import gather, like_sharded, scattered_sums, sharding_of
-from fx_influence.distributed.fsdp_units import Sweep, Unit, attached, running
+from fx_influence.distributed.fsdp_units import FsdpPass, Unit, attached, running
 from fx_influence.policy.attention import math_attention
-from fx_influence.policy.forward_ad import pushforward
+from fx_influence.policy.forward_ad import forward_mode_jvp
 from fx_influence.policy.model.agreement import Case
 from fx_influence.policy.model.template import Template, output_embeddings
 from fx_influence.policy.policy import Policy
@@ -43,7 +43,7 @@ class ShardedPolicy(Policy):
     Backward gathers them again, in reverse, and scatters the sum over ranks of their gradient to the shards' owners.
     A direction's shards are gathered with the weights in forward mode. At most two units are whole at a time, nested
     ones apart, besides what is in no unit: that is gathered for every pass over a part of a batch, or once for many
-    between ``opened`` and ``closed``.
+    between ``unsharded`` and ``closed``.
 
     All ranks of the mesh must make the same passes, over as many parts. The derivatives are those of each rank's rows,
     but gradients of what units hold come summed over the ranks that hold shards between them. Computed in the dtype of
@@ -63,7 +63,7 @@ class ShardedPolicy(Policy):
     def under(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
         raise ValueError(f"autocast is {dtype} for a sharded policy; expected a plain one. Leave it out")
 
-    def opened(self, params: Params, tangent: Params | None = None) -> Opened:
+    def unsharded(self, params: Params, tangent: Params | None = None) -> Opened:
         """The same with everything gathered that is in no unit, in one collective per dtype."""
         trees = [self._frozen, params, tangent or {}]
         wanted = [(k, name) for k, tree in enumerate(trees) for name, x in tree.items() if self._is_loose(name, x)]
@@ -71,15 +71,15 @@ class ShardedPolicy(Policy):
         for (k, name), x in zip(wanted, _gathered([trees[k][name] for k, name in wanted]), strict=True):
             out[k][name] = x
         policy = copy.copy(self)
-        policy._frozen, policy._whole = out[0], None
+        policy._frozen, policy._all_derivatives = out[0], None
         return Opened(policy, out[1], None if tangent is None else out[2])
 
     def closed(self, gradients: Gradients, params: Params) -> Gradients:
-        """Gradients over ranks' own rows by ``opened`` as DTensors sharded as ``params``, summed over all ranks.
+        """Gradients over ranks' own rows by ``unsharded`` as DTensors sharded as ``params``, summed over all ranks.
 
         What is None on every rank stays None; on some, it counts as 0.
         """
-        own = {name: None if g is None else own_part(g) for name, g in gradients.items()}
+        own = {name: None if g is None else to_local(g) for name, g in gradients.items()}
         loose = [name for name in own if name not in self._in_units]
         if loose:
             sums = scattered_sums([own[name] for name in loose], [params[name] for name in loose])
@@ -98,7 +98,7 @@ class ShardedPolicy(Policy):
                 "fisher_kernel) and blocks of directions are made by; take matrix=False, or load the model unsharded"
             )
         known = self._whole_where_loose(known)
-        with running(template.module, Sweep(self._units, known, self._moving)):
+        with running(template.module, FsdpPass(self._units, known, self._moving)):
             whole = {name: x for name, x in known.items() if not is_sharded(x)}
             return super()._call(template, whole, args, kwargs)
 
@@ -112,18 +112,18 @@ class ShardedPolicy(Policy):
         whole = dict(zip(loose, _gathered(list(loose.values())), strict=True))
         return {**known, **(attached(whole, loose) if torch.is_grad_enabled() else whole)}
 
-    def _pushforward(
-        self, params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None
+    def _backbone_jvp(
+        self, params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         # Gathered before there are tangents: a collective would lose them.
-        policy, params, opened = self.opened(params, tangent)
-        assert opened is not None
-        policy._moving = {name: v for name, v in opened.items() if is_sharded(v)}
-        whole = {name: v for name, v in opened.items() if not is_sharded(v)}
+        policy, params, unsharded = self.unsharded(params, tangent)
+        assert unsharded is not None
+        policy._moving = {name: v for name, v in unsharded.items() if is_sharded(v)}
+        whole = {name: v for name, v in unsharded.items() if not is_sharded(v)}
         with torch.no_grad(), math_attention():
-            return pushforward(lambda p: policy._features(p, part), params, whole, outputs)
+            return forward_mode_jvp(lambda p: policy._backbone(p, part), params, whole, outputs)
 
-    def _can_share(self, model: nn.Module, case: Case) -> bool:
+    def _supports_prefix_sharing(self, model: nn.Module, case: Case) -> bool:
         # Ranks whose rows share other prompts would make other numbers of passes.
         return False
 
@@ -155,7 +155,7 @@ def _over_copies(own: Gradients, params: Params) -> Gradients:
         like: Any = params[name]
         g = own[name]
         if g is None and some:
-            g = torch.zeros_like(own_part(like), dtype=promote(like.dtype))
+            g = torch.zeros_like(to_local(like), dtype=promote(like.dtype))
         if g is None:
             out[name] = None
             continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fx_influence.types import Batch
 
-MAX_UNIONS = 8
+MAX_RANDOM_GROUPS = 8
 """Unions of clusters that stand in for the clusters where the matrix is not at hand; each costs a product or a JVP."""
 
 
@@ -18,9 +18,9 @@ def cluster_index(batch: Batch) -> Tensor:
     return torch.unique(batch.group, return_inverse=True)[1]
 
 
-def union_index(batch: Batch) -> Tensor:
+def random_group_index(batch: Batch) -> Tensor:
     """Clusters dealt in turn to min(8, C) unions, so that the same batch always gives the same ones; int64 (n,)."""
-    return cluster_index(batch) % MAX_UNIONS
+    return cluster_index(batch) % MAX_RANDOM_GROUPS
 
 
 def cluster_stderr(parts: Tensor, total: Tensor, shares: Tensor, index: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def cluster_stderr(parts: Tensor, total: Tensor, shares: Tensor, index: Tensor) 
     clusters. Source: linearised ratio estimator, Cochran, Sampling Techniques, 3rd ed., section 6.
 
     Example:
-        >>> parts, halves = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])
-        >>> cluster_stderr(parts, parts.sum(), halves, torch.arange(2)).item()
+        >>> parts, split_policy = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])
+        >>> cluster_stderr(parts, parts.sum(), split_policy, torch.arange(2)).item()
         2.0
     """
     count = int(index.max()) + 1

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.core.checks import check_model, wrong_type
-from fx_influence.core.dtensor import is_sharded, own_part
-from fx_influence.distributed.collectives import alike
+from fx_influence.core.dtensor import is_sharded, to_local
+from fx_influence.distributed.collectives import raise_on_all_ranks
 from fx_influence.policy.model.template import unwrapped
 from fx_influence.types import AdamWHyper, AdamWState
 
@@ -61,9 +61,9 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
 
 
 def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
-    """What ``call`` gives; of a sharded model, on all ranks ``alike``."""
+    """What ``call`` gives; of a sharded model, on all ranks ``raise_on_all_ranks``."""
     mesh: Any = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
-    return call() if mesh is None else alike(mesh, call)
+    return call() if mesh is None else raise_on_all_ranks(mesh, call)
 
 
 def _state(adamw: torch.optim.Optimizer, model: nn.Module) -> AdamWState:
@@ -172,7 +172,7 @@ def _moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> Te
             "fully_shard, or load its state with restore_optimizer"
         )
     value = value.detach().to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype), copy=True)
-    own = own_part(value)
+    own = to_local(value)
     bad = ~torch.isfinite(own) if key == "exp_avg" else ~torch.isfinite(own) | (own < 0)
     if bad.any():
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
-from fx_influence.functional import functionalize
+from fx_influence.functional import make_functional
 from fx_influence.interop.checkpoints.load import load_checkpoint, load_tokenizer
 from fx_influence.interop.generation import eos_ids
 from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
@@ -99,7 +99,7 @@ def load_state(plan: StepPlan, job: Job = ALONE) -> State:
     # Half precision rounds what a finite step and a single rollout change: the same weights, computed with in float32.
     model = checkpoint.model if plan.dtype == "float64" else checkpoint.model.float()
     opt_state = _widened(checkpoint.optimizer_state)
-    apply, params = functionalize(model)
+    apply, params = make_functional(model)
     state = State(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward, job)
     for request, source in zip(plan.requests(), sources, strict=True):
         if isinstance(request, SampledBatch):

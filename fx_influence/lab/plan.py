@@ -31,7 +31,7 @@ from fx_influence.lab.batch_spec import (
     unknown_field,
     with_paths,
 )
-from fx_influence.types import Estimator, Gain, LossType, Normalize
+from fx_influence.types import Estimator, LossType, Normalize, Preconditioner
 
 DEMO = "demo"
 """Stands for the embedded checkpoint, or with ``demo/train`` and ``demo/eval`` for its prompt files."""
@@ -242,7 +242,7 @@ class EntropyInfluencePlan(StepPlan):
 
     estimator: Estimator = "per_decision"
     normalize: Normalize = "token"
-    gain: Gain = "share"
+    gain: Preconditioner = "share"
     directions: tuple[Direction, ...] = DIRECTIONS
     eta_multiples: tuple[Number, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)
     scaled_eta_multiples: tuple[Number, ...] = (20.0, 100.0)

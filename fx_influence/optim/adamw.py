@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fx_influence.core.checks import check_choice, check_max_grad_norm, check_params, check_state, first_not_finite
 from fx_influence.core.display import record_line
-from fx_influence.core.dtensor import over_shards, own_part
+from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.core.tree import check_names, detached, promote
-from fx_influence.types import AdamWHyper, AdamWState, Gain, Params
+from fx_influence.types import AdamWHyper, AdamWState, Params, Preconditioner
 
 
 class AdamWDecomposition(NamedTuple):
@@ -38,7 +38,7 @@ def adamw_decompose(
     grads: Mapping[str, Tensor | None],
     opt_state: AdamWState,
     params: Params,
-    gain: Gain = "share",
+    gain: Preconditioner = "share",
     max_grad_norm: float | None = None,
 ) -> AdamWDecomposition:
     """The direction v of one AdamW step, theta' = theta + lr v, and its affine split over the batch's gradients.
@@ -149,7 +149,9 @@ def _second_moment(
     return ghat, second, state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
 
 
-def _parameter_step(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Gain) -> dict[str, Tensor]:
+def _parameter_step(
+    name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Preconditioner
+) -> dict[str, Tensor]:
     hyper, tau = state.hyper[name], state.step[name] + 1
     dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
     theta, m = p.to(dtype), state.exp_avg[name].to(dtype)
@@ -189,7 +191,7 @@ def _no_step(p: Tensor) -> dict[str, Tensor]:
 
 
 def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
-    first = own_part(next(iter(params.values())))
+    first = to_local(next(iter(params.values())))
     one = torch.ones((), dtype=promote(first.dtype), device=first.device)
     found = [g for g in grads.values() if g is not None]
     if not found:
@@ -201,8 +203,8 @@ def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None
 
 
 def _norms(grads: list[Tensor]) -> list[Tensor]:
-    norms = [own_part(g).to(promote(g.dtype)).norm().double() for g in grads]
-    return [square.sqrt() for square in over_shards([norm.square() for norm in norms], grads)]
+    norms = [to_local(g).to(promote(g.dtype)).norm().double() for g in grads]
+    return [square.sqrt() for square in reduce_over_shards([norm.square() for norm in norms], grads)]
 
 
 def check_adamw_inputs(
@@ -213,7 +215,7 @@ def check_adamw_inputs(
     max_grad_norm: float | None,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for what ``adamw_decompose`` could not use, before anything is computed."""
-    check_choice("gain", gain, get_args(Gain))
+    check_choice("gain", gain, get_args(Preconditioner))
     check_max_grad_norm(max_grad_norm)
     check_state(opt_state)
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.batching.prefix_packing import Layout
+from fx_influence.batching.prefix_packing import PackedLayout
 from fx_influence.core.tree import promote
 from fx_influence.policy.autocast import active_dtype
 
@@ -60,21 +60,21 @@ def blockwise_attention(
             mask = mask[..., start:end, :]
         block = query[..., start:end, :], key[..., :seen, :], value[..., :seen, :]
         if dropout_p == 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in block):
-            blocks.append(_pushed(*block, mask, scale))
+            blocks.append(_attention_jvp(*block, mask, scale))
         else:
             with math_attention():
                 blocks.append(F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
 
 
-class SharedAttention(TorchFunctionMode):
+class PackedAttention(TorchFunctionMode):
     """While active, causal attention over the one row of a layout is that of its sequences, each for itself.
 
     Everything else in a model that takes a token at a time needs no change, and costs N tokens. Raises
     ``NotImplementedError`` at attention that is not plainly causal, of which a layout says nothing.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: PackedLayout) -> None:
         super().__init__()
         self.layout = layout
         self.calls = 0
@@ -111,10 +111,10 @@ class SharedAttention(TorchFunctionMode):
             key, value = (_repeated(x, query) for x in (key, value))
         found = []
         for (queries, keys, _), bias in zip(self.layout.blocks, self._biases, strict=True):
-            q, k, v = _picked(query, queries), _picked(key, keys), _picked(value, keys)
+            q, k, v = _gather_tokens(query, queries), _gather_tokens(key, keys), _gather_tokens(value, keys)
             out = F.scaled_dot_product_attention(q, k, v, bias, **options)
             found.append(out.transpose(1, 2).flatten(0, 1))
-        return _picked(torch.cat(found).transpose(0, 1).unsqueeze(0), self.layout.back.unsqueeze(0))
+        return _gather_tokens(torch.cat(found).transpose(0, 1).unsqueeze(0), self.layout.back.unsqueeze(0))
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _repeated(x: Tensor, query: Tensor) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, -3)
 
 
-def _picked(x: Tensor, index: Tensor) -> Tensor:
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """(S, H, L, d) of the tokens of (1, H, N, d) that ``index`` (S, L) names."""
     rows = x.squeeze(0).transpose(0, 1)
     # Which has the one backward on the CPU that adds up rows without a call for each.
@@ -138,7 +138,7 @@ def math_attention() -> AbstractContextManager[None]:
     return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
 
 
-def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _attention_jvp(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """With its tangent, in half the passes over the scores that the tangents of its single operations take."""
     shape = *query.shape[:-2], query.shape[-2], key.shape[-2]
     bias = torch.zeros((), dtype=promote(query.dtype), device=query.device)
@@ -148,7 +148,7 @@ def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     flat = (x.expand(*query.shape[:-2], *x.shape[-2:]).flatten(0, -3) for x in (query, key, value))
     # As the fused kernels do, half precision is computed with in float32.
     dtype = promote(value.dtype)
-    (q, dq), (k, dk), (v, dv) = ((x.to(dtype) for x in _parted(y)) for y in flat)
+    (q, dq), (k, dk), (v, dv) = ((x.to(dtype) for x in _unpack_dual(y)) for y in flat)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
         # Where a query sees no key its softmax is 0 / 0.
@@ -160,6 +160,6 @@ def _pushed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     return out.unflatten(0, query.shape[:-2])
 
 
-def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack_dual(x: Tensor) -> tuple[Tensor, Tensor]:
     primal, tangent = forward_ad.unpack_dual(x)
     return primal, torch.zeros_like(primal) if tangent is None else tangent

@@ -16,7 +16,7 @@ from fx_influence.policy.linear_cache import _linear, _linear_arguments, _produc
 from fx_influence.types import Params
 
 
-def pushforward(
+def forward_mode_jvp(
     f: Callable[[Params], Tensor], params: Params, tangent: Params, outputs: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """f(params) and its derivative along ``tangent``, by the rules of ``ForwardMode``; names absent stay put.
@@ -28,7 +28,7 @@ def pushforward(
         at = {name: forward_ad.make_dual(p, tangent[name]) if name in tangent else p for name, p in params.items()}
         value, slope = forward_ad.unpack_dual(f(at))
     if not mode.outputs_fit:
-        return pushforward(f, params, tangent)
+        return forward_mode_jvp(f, params, tangent)
     return value, torch.zeros_like(value) if slope is None else slope
 
 
@@ -39,10 +39,10 @@ class ForwardMode(_WithOutputs):
     multiplies by the zeros that stand for a missing tangent, as that of a frozen weight is; an embedding leaves its
     ``padding_idx`` out, see ``trained_embedding``. Where nothing moves, results are torch's own. For passes without a
     graph. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of the linear maps, in order,
-    from a ``Tape`` of the same forward, where there is one.
+    from a ``LinearOutputCache`` of the same forward, where there is one.
     """
 
-    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return blockwise_attention(*args, **kwargs)
         if func is F.embedding:
@@ -54,7 +54,7 @@ class ForwardMode(_WithOutputs):
             return _product(*args)
         return func(*args, **kwargs)
 
-    def called_deeper(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.embedding:
             return trained_embedding(*args, **kwargs)
         with math_attention() if func is F.scaled_dot_product_attention else nullcontext():

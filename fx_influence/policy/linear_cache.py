@@ -11,10 +11,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-Mode = TypeVar("Mode", bound="AtItsLevel")
+Mode = TypeVar("Mode", bound="LevelAwareMode")
 
 
-class AtItsLevel(TorchFunctionMode):
+class LevelAwareMode(TorchFunctionMode):
     """Sees what is called at the level of ``torch.func`` at which it was entered, and not what a model transforms."""
 
     def __enter__(self: Mode) -> Mode:
@@ -23,12 +23,12 @@ class AtItsLevel(TorchFunctionMode):
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self.called if _level() == self._level else self.called_deeper)(func, args, kwargs or {})
+        return (self.on_call if _level() == self._level else self.on_nested_call)(func, args, kwargs or {})
 
-    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
-    def called_deeper(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
@@ -37,11 +37,11 @@ def _level() -> int:
     return 0 if top is None else top.level()
 
 
-class Tape(AtItsLevel):
+class LinearOutputCache(LevelAwareMode):
     """While active, keeps what leaves every linear map, in order.
 
     A forward-mode pass over the same tokens that is given the ``outputs`` has its own products to make and no others:
-    a third less than without, where the weights move too. A forward made again has none to make, see ``Replay``.
+    a third less than without, where the weights move too. A forward made again has none to make, see ``ReuseLinearOutputs``.
     """
 
     def __init__(self, room: int) -> None:
@@ -57,7 +57,7 @@ class Tape(AtItsLevel):
             return None
         return [x for x, _ in self._kept]
 
-    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if func is F.linear and self._kept is not None:
             self.bytes += out.numel() * out.element_size()
@@ -67,8 +67,8 @@ class Tape(AtItsLevel):
         return out
 
 
-class _WithOutputs(AtItsLevel):
-    """Knows what leaves the linear maps of a forward, in order, from a ``Tape`` of the same forward."""
+class _WithOutputs(LevelAwareMode):
+    """Knows what leaves the linear maps of a forward, in order, from a ``LinearOutputCache`` of the same forward."""
 
     def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class _WithOutputs(AtItsLevel):
         return known
 
 
-class Replay(_WithOutputs):
-    """While active, linear maps give the ``outputs`` that a ``Tape`` of the same forward kept, and derive as ever."""
+class ReuseLinearOutputs(_WithOutputs):
+    """While active, linear maps give the ``outputs`` that a ``LinearOutputCache`` of the same forward kept, and derive as ever."""
 
-    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return func(*args, **kwargs)
         given = _linear_arguments(*args, **kwargs)
@@ -104,7 +104,7 @@ class Replay(_WithOutputs):
         # Under autocast inside a model they differ, and casts are not replayed.
         if known is None or given[1].dim() != 2 or not all(x is None or x.dtype == known.dtype for x in given):
             return func(*args, **kwargs)
-        return _Known.apply(known, *given)
+        return _KnownLinear.apply(known, *given)
 
 
 def _linear_arguments(
@@ -114,7 +114,7 @@ def _linear_arguments(
     return input, weight, bias
 
 
-class _Known(torch.autograd.Function):
+class _KnownLinear(torch.autograd.Function):
     """x w^T + b where it is known already."""
 
     @staticmethod

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.tree import accumulate, promote
-from fx_influence.policy.forward_ad import pushforward
-from fx_influence.policy.split import Halves
+from fx_influence.policy.forward_ad import forward_mode_jvp
+from fx_influence.policy.split import SplitPolicy
 from fx_influence.types import Gradients, Params, TokenValues
 
 LOGITS_AT_ONCE = 2**25
@@ -19,8 +19,8 @@ Weights = tuple[Tensor | None, Tensor | None]
 """c and b of the loss -sum (c log pi(y) + b h), (n,) each."""
 
 
-def scores(
-    policy: Halves,
+def head_token_values(
+    policy: SplitPolicy,
     params: Params,
     features: Tensor,
     targets: Tensor,
@@ -36,8 +36,8 @@ def scores(
     return _concatenated(found)
 
 
-def pull(
-    policy: Halves, params: Params, features: Tensor, targets: Tensor, weights: Weights, temperature: float
+def head_vjp(
+    policy: SplitPolicy, params: Params, features: Tensor, targets: Tensor, weights: Weights, temperature: float
 ) -> tuple[Tensor, Gradients]:
     """The gradient of -sum (c log pi(y) + b h) by the features, (n, d), and by the parameters through the head alone.
 
@@ -58,8 +58,8 @@ def pull(
     return out, total
 
 
-def slopes(
-    policy: Halves,
+def head_jvp(
+    policy: SplitPolicy,
     params: Params,
     tangent: Params,
     features: Tensor,
@@ -73,7 +73,7 @@ def slopes(
     for piece in _pieces(len(targets), policy):
         # The features move with the parameters, under a name that none of them has.
         at, toward = {**own, "": features[piece]}, {**d_own, "": d_features[piece]}
-        logits, d_logits = pushforward(lambda p: policy.head(p, p[""]), at, toward)
+        logits, d_logits = forward_mode_jvp(lambda p: policy.head(p, p[""]), at, toward)
         log_pi = _log_softmax(logits, temperature)
         d_logits = d_logits.to(log_pi.dtype)
         pi = log_pi.exp()
@@ -124,7 +124,7 @@ def _concatenated(found: list[TokenValues]) -> TokenValues:
     return TokenValues(*(torch.cat(field, -1) for field in zip(*found, strict=True)))
 
 
-def _pieces(count: int, policy: Halves, logits_at_once: int = LOGITS_AT_ONCE) -> Iterator[slice]:
+def _pieces(count: int, policy: SplitPolicy, logits_at_once: int = LOGITS_AT_ONCE) -> Iterator[slice]:
     size = max(1, count) if policy.vocab_size is None else max(1, logits_at_once // policy.vocab_size)
     for start in range(0, max(1, count), size):
         yield slice(start, min(start + size, count))

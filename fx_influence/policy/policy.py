@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, Part
-from fx_influence.batching.prefix_packing import parts_by_prompt
-from fx_influence.policy.attention import SharedAttention, math_attention
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch
+from fx_influence.batching.prefix_packing import packed_micro_batches
+from fx_influence.policy.attention import PackedAttention, math_attention
 from fx_influence.policy.autocast import Autocast
-from fx_influence.policy.forward_ad import ForwardMode, pushforward, trained_embedding
+from fx_influence.policy.forward_ad import ForwardMode, forward_mode_jvp, trained_embedding
 from fx_influence.policy.model.agreement import Case, ForwardError, logits_of, probed
 from fx_influence.policy.model.detachments import Undetached
 from fx_influence.policy.model.float64 import StayFloat64
@@ -32,7 +32,7 @@ from fx_influence.policy.model.template import (
     slots_of,
     tensor_names,
 )
-from fx_influence.policy.split import Halves
+from fx_influence.policy.split import SplitPolicy
 from fx_influence.types import Apply, Batch, Params
 
 HALF = (torch.bfloat16, torch.float16)
@@ -42,11 +42,11 @@ NARROW = 128
 
 
 class Policy:
-    """The ``apply`` that ``functionalize`` returns: ``policy(params, input_ids, attention_mask) -> logits (B, T, V)``.
+    """The ``apply`` that ``make_functional`` returns: ``policy(params, input_ids, attention_mask) -> logits (B, T, V)``.
 
     It holds templates of the model on the meta device and references to the frozen weights and buffers, so a forward
     neither reads nor changes the model's own modules. A call may stand inside any transformation of ``torch.func``;
-    ``halves`` are the same policy cut before its output embeddings, each pass with the kernels that suit it.
+    ``split_policy`` are the same policy cut before its output embeddings, each pass with the kernels that suit it.
     ``vocab_size`` is the number of embedding rows where the model tells, else None. ``computes_in`` is the lowest
     precision among the model's weights, ``parameter_shapes`` the shape of each by name, ``trainable`` the names of
     those that ``params`` holds. Hugging Face models cast to float32 in places whatever their weights are; float64 is
@@ -74,7 +74,7 @@ class Policy:
         self.parameter_shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         self.computes_in = _lowest_precision(model)
-        self._whole: Policy | None = None
+        self._all_derivatives: Policy | None = None
         self._compiled: _Compiled | None = None
         case = probed(self, model)
         self._body, self._head = self._cut(model, case)
@@ -82,13 +82,13 @@ class Policy:
         if _has_experts(model):
             self._vmapped = self._cut(model, case, "batched_mm")[0]
         self._structure = Structure(True, False, False) if case is None else structure_of(self, case)
-        if not self._structure.rows_apart:
+        if not self._structure.rows_independent:
             raise ForwardError(
                 "model gives a row other logits in a batch with other rows, as experts of limited capacity or "
                 "statistics of a batch make it; expected rows that do not see each other. Switch that off in the model"
             )
-        self._aligned = self.reads_positions and self._structure.aligned and not self._spans_width
-        self._shares = not compiled and case is not None and self._can_share(model, case)
+        self._left_alignable = self.reads_positions and self._structure.left_alignable and not self._spans_width
+        self._prefix_shareable = not compiled and case is not None and self._supports_prefix_sharing(model, case)
         if compiled:
             body = self._cut(model, case, attention="eager")[0]
             for module in _embeddings(body.module):
@@ -110,21 +110,23 @@ class Policy:
         if self._compiled is not None:
             raise ValueError(f"autocast is {dtype} for a compiled policy; expected a plain one. Leave compiled out")
         policy = copy.copy(self)
-        policy.autocast, policy.computes_in, policy._whole = Autocast(dtype, loss_scale), dtype, None
+        policy.autocast, policy.computes_in, policy._all_derivatives = Autocast(dtype, loss_scale), dtype, None
         return policy
 
     @property
-    def halves(self) -> Halves:
+    def split(self) -> SplitPolicy:
         """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
         vocab_size = None if self._head is None else self.vocab_size
-        own = self._features, self._eager, self._traced, self._pushforward, self._logits
+        own = self._backbone, self._backbone_eager, self._backbone_vmap, self._backbone_jvp, self._logits
         # In a narrow model what is done once for a pass weighs more than what its tokens take.
         tokens = TOKENS_PER_CHUNK * (1 if self._head is None else max(1, NARROW // self._head.width))
         compiled = self._compiled is not None
-        made = Halves(*own, self._in_head, vocab_size, self._aligned, self._shares, tokens, compiled)
+        made = SplitPolicy(
+            *own, self._in_head, vocab_size, self._left_alignable, self._prefix_shareable, tokens, compiled
+        )
         if self.autocast is None:
             return made
-        passes = ("features", "eager", "traced", "pushforward", "head")
+        passes = ("backbone", "backbone_eager", "backbone_vmap", "backbone_jvp", "head")
         cast: dict[str, Any] = {name: self.autocast.around(getattr(made, name)) for name in passes}
         return made._replace(**cast, loss_scale=self.autocast.loss_scale)
 
@@ -132,7 +134,7 @@ class Policy:
     def _in_head(self) -> frozenset[str]:
         return frozenset(self._head.names.values() if self._head else ())
 
-    def whole(self) -> Policy:
+    def with_all_derivatives(self) -> Policy:
         """The same policy with all its derivatives, those that a training leaves out included.
 
         A model of Hugging Face gives the padding token's embedding no gradient, so a training never moves it by one.
@@ -140,16 +142,19 @@ class Policy:
         detaches the norms of its weights, which move as these do.
         """
         padding = any(module.padding_idx is not None for module in _embeddings(self._template.module))
-        if not padding and not self._structure.detaches:
+        if not padding and not self._structure.detaches_gradients:
             return self
-        if self._whole is None:
+        if self._all_derivatives is None:
             # Kept, because each new one would be compiled anew.
-            self._whole = self._with_all_derivatives()
-        return self._whole
+            self._all_derivatives = self._make_with_all_derivatives()
+        return self._all_derivatives
 
-    def _with_all_derivatives(self) -> Policy:
+    def _make_with_all_derivatives(self) -> Policy:
         whole = copy.copy(self)
-        whole._undetached, whole._structure = self._structure.detaches, self._structure._replace(detaches=False)
+        whole._undetached, whole._structure = (
+            self._structure.detaches_gradients,
+            self._structure._replace(detaches_gradients=False),
+        )
         whole._template, whole._body = copy.deepcopy(self._template), copy.deepcopy(self._body)
         whole._vmapped = whole._body if self._vmapped is self._body else copy.deepcopy(self._vmapped)
         if self._compiled is not None:
@@ -175,9 +180,9 @@ class Policy:
             name: x if _is_at_least(x, dtype) else x.to(torch.promote_types(x.dtype, dtype))
             for name, x in self._frozen.items()
         }
-        whole = self.whole()
+        whole = self.with_all_derivatives()
         wide = self._with_frozen(frozen)
-        wide._whole = None if whole is self else whole._with_frozen(frozen)
+        wide._all_derivatives = None if whole is self else whole._with_frozen(frozen)
         return wide
 
     def _with_frozen(self, frozen: Params) -> Policy:
@@ -186,26 +191,26 @@ class Policy:
         policy.autocast = None
         return policy
 
-    def _features(self, params: Params, part: Part) -> Tensor:
+    def _backbone(self, params: Params, part: MicroBatch) -> Tensor:
         if self._compiled is not None:
             return self._compiled.run(self, self._body, params, part.input_ids, part.attention_mask)
-        shared = None if part.layout is None else SharedAttention(part.layout)
+        shared = None if part.layout is None else PackedAttention(part.layout)
         return self._run(self._body, params, part.input_ids, part.attention_mask, shared)
 
-    def _eager(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _backbone_eager(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self._run(self._body, params, input_ids, attention_mask)
 
-    def _traced(self, params: Params, part: Part) -> Tensor:
+    def _backbone_vmap(self, params: Params, part: MicroBatch) -> Tensor:
         with math_attention(), ForwardMode():
             return self._run(self._vmapped, params, part.input_ids, part.attention_mask)
 
-    def _pushforward(
-        self, params: Params, tangent: Params, part: Part, outputs: Sequence[Tensor] | None
+    def _backbone_jvp(
+        self, params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         if self._compiled is not None:
             return self._compiled.push(self, self._compiled.body, params, tangent, part.input_ids, part.attention_mask)
         with math_attention():
-            return pushforward(lambda p: self._features(p, part), params, tangent, outputs)
+            return forward_mode_jvp(lambda p: self._backbone(p, part), params, tangent, outputs)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
         if self._head is None:
@@ -222,7 +227,7 @@ class Policy:
         params: Params,
         input_ids: Tensor,
         attention_mask: Tensor,
-        shared: SharedAttention | None = None,
+        shared: PackedAttention | None = None,
     ) -> Tensor:
         args, kwargs = self.arguments(input_ids, attention_mask, shared)
         wide = self._upcasts and any(p.dtype == torch.float64 for p in params.values())
@@ -235,7 +240,7 @@ class Policy:
         return template(known, args, kwargs)
 
     def arguments(
-        self, input_ids: Tensor, attention_mask: Tensor, shared: SharedAttention | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, shared: PackedAttention | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What the model's forward is called with, as (args, kwargs)."""
         args, kwargs = self._arguments.given(input_ids, attention_mask)
@@ -289,14 +294,14 @@ class Policy:
         own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         own_names = {name: names[id(x)] for name, x in own}
         try:
-            base.set_output_embeddings(handed := _HandedOn(module))
+            base.set_output_embeddings(handed := _CaptureInput(module))
             handing = body._replace(slots=slots_of(body.module, names)).with_stateful(self._stateful)
             with torch.no_grad():
                 x = self._run(handing, case.known, case.probe.input_ids[:1], case.probe.attention_mask[:1])
             if x is not handed.last:
                 return None
             # What it holds would be kept alive, and a compiled pass may not keep what it makes.
-            base.set_output_embeddings(_HandedOn(module, keeps=False))
+            base.set_output_embeddings(_CaptureInput(module, keeps=False))
         except Exception:
             # The head is more to this model than a module that it calls.
             return None
@@ -314,16 +319,16 @@ class Policy:
             expected = self._run(self._template, case.known, *case.probe[:2])
         return agree(actual[mask], expected[mask], case.bound)
 
-    def _can_share(self, model: nn.Module, case: Case) -> bool:
+    def _supports_prefix_sharing(self, model: nn.Module, case: Case) -> bool:
         """Whether a prompt may go through the model once for its rows; tried on two rows that begin alike."""
-        if not self._aligned or not _attends_to_all(model) or _reads_invocations(model):
+        if not self._left_alignable or not _attends_to_all(model) or _reads_invocations(model):
             return False
         ids, half = case.probe.input_ids[[0, 3]], case.probe.half
         mask = torch.ones_like(ids, dtype=torch.bool)
         completion = (torch.arange(ids.shape[1], device=ids.device) >= half).expand_as(ids)
-        [part] = parts_by_prompt(Batch(ids, mask, completion), None) or []
+        [part] = packed_micro_batches(Batch(ids, mask, completion), None) or []
         assert part.layout is not None
-        shared = SharedAttention(part.layout)
+        shared = PackedAttention(part.layout)
         with torch.no_grad():
             apart = self._run(self._body, case.known, ids, mask).flatten(0, 1)[part.place - 1]
             try:
@@ -340,9 +345,9 @@ class Policy:
         return copy.deepcopy(model, memo)
 
 
-def whole_policy(apply: Apply) -> Apply:
-    """``Policy.whole`` of a ``Policy``; any other ``apply`` as it is, with the derivatives that it has."""
-    return apply.whole() if isinstance(apply, Policy) else apply
+def with_all_derivatives(apply: Apply) -> Apply:
+    """``Policy.with_all_derivatives`` of a ``Policy``; any other ``apply`` as it is, with the derivatives that it has."""
+    return apply.with_all_derivatives() if isinstance(apply, Policy) else apply
 
 
 class _TrainedEmbedding(nn.Embedding):
@@ -362,7 +367,7 @@ class _Head(NamedTuple):
     width: int
 
 
-class _HandedOn(nn.Module):
+class _CaptureInput(nn.Module):
     """In place of output embeddings, of which a forward may read attributes; their tensors are on the meta device."""
 
     def __init__(self, module: nn.Module, keeps: bool = True) -> None:

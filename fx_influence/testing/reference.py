@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.types import AdamWState, Apply, Batch, Estimator, Gain, Gradients, Normalize, Params
+from fx_influence.types import AdamWState, Apply, Batch, Estimator, Gradients, Normalize, Params, Preconditioner
 
 
 class RowScore(NamedTuple):
@@ -164,7 +164,7 @@ def adamw(
     grads_per_sequence: Sequence[Gradients],
     state: AdamWState,
     params: Params,
-    gain: Gain = "share",
+    gain: Preconditioner = "share",
     max_grad_norm: float | None = None,
 ) -> Step:
     """AdamW's direction v = (theta' - theta) / eta and its split v = momentum + weight_decay + sum_i gamma g_i.
@@ -205,8 +205,10 @@ def adamw(
         slope = (1 - beta1) / (bias1 * den)
         if gain == "marginal":
             root = (s / bias2).sqrt()
-            bend = (m / bias1) * (1 - beta2) * g_hat / (bias2 * root * den**2)
-            slope = slope - torch.where((root == 0) | (s_used > s), torch.zeros_like(bend), bend)
+            second_derivative = (m / bias1) * (1 - beta2) * g_hat / (bias2 * root * den**2)
+            slope = slope - torch.where(
+                (root == 0) | (s_used > s), torch.zeros_like(second_derivative), second_derivative
+            )
         step.gain[name] = -sign * rho * clip * slope
     return step
 
@@ -385,7 +387,7 @@ def influence(
     state: AdamWState,
     estimator: Estimator = "per_decision",
     normalize: Normalize = "token",
-    gain: Gain = "share",
+    gain: Preconditioner = "share",
     temperature: float = 1.0,
     max_grad_norm: float | None = None,
 ) -> Influence:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 import fx_influence as fx
 from fx_influence.autodiff import ghost as contraction
 from fx_influence.autodiff import layer_io as factors
-from fx_influence.autodiff.ghost import gradient_and_contraction
+from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io import Factors
-from fx_influence.batching.microbatch import Part, parts
+from fx_influence.batching.microbatch import MicroBatch, micro_batches
 
 VOCAB, WIDTH = 11, 7
 MODULE = importlib.import_module("fx_influence._influence")
@@ -26,7 +26,7 @@ MODULE = importlib.import_module("fx_influence._influence")
 @given(case=cases())
 @settings(max_examples=10)
 def test_the_contraction_is_the_inner_product_with_every_rows_gradient(case: Case) -> None:
-    made = gradient_and_contraction(case.params, case.batch_u, case.apply, case.temperature, 2, 10**9)
+    made = linearize_losses(case.params, case.batch_u, case.apply, case.temperature, 2, 10**9)
     grads = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u)
     if made is None:
         # Only a table of positions that is added whole to every row has no factor.
@@ -50,7 +50,7 @@ def test_the_contraction_is_the_inner_product_with_every_rows_gradient(case: Cas
 
 
 def problem(rows: int = 5) -> tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState, fx.Apply]:
-    apply, params = fx.functionalize(Policy(VOCAB, 6))
+    apply, params = fx.make_functional(Policy(VOCAB, 6))
     generator = torch.Generator().manual_seed(4)
     u, e = (random_batch(generator, rows, WIDTH, VOCAB) for _ in range(2))
     return params, u, e, random_adamw_state(generator, params), apply
@@ -74,7 +74,7 @@ class Policy(torch.nn.Module):
 
 @pytest.mark.parametrize("gain", ["share", "marginal", "rmsprop"])
 @pytest.mark.parametrize("stderr", [True, False])
-def test_without_tokens_the_influences_are_the_same(gain: fx.Gain, stderr: bool) -> None:
+def test_without_tokens_the_influences_are_the_same(gain: fx.Preconditioner, stderr: bool) -> None:
     *given, apply = problem()
     whole = fx.influence(*given, apply=apply, gain=gain, stderr=stderr)
     short = fx.influence(*given, apply=apply, gain=gain, stderr=stderr, per_token=False)
@@ -92,7 +92,7 @@ def test_without_tokens_the_influences_are_the_same(gain: fx.Gain, stderr: bool)
 def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str, bool]) -> None:
     *given, apply = problem()
     params, u = given[0], given[1]
-    assert gradient_and_contraction(params, u, apply, 1.0, None, 0) is None
+    assert linearize_losses(params, u, apply, 1.0, None, 0) is None
     kept, frugal = (fx.influence(*given, apply=apply, chunk_size=2, memory_budget=b, **options) for b in (10**9, 0))
     for field in ("per_sequence", "stderr", "per_token", "total"):
         one, other = getattr(kept, field), getattr(frugal, field)
@@ -108,15 +108,15 @@ def test_factors_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch,
     made: list[int] = []
     whole = contraction.row_factors
 
-    def watched(some: fx.Params, batch: fx.Batch, part: Part, *options: Any) -> Any:
+    def watched(some: fx.Params, batch: fx.Batch, part: MicroBatch, *options: Any) -> Any:
         made.append(len(part.members))
         return whole(some, batch, part, *options)
 
     monkeypatch.setattr(contraction, "row_factors", watched)
     per_token = factors.bytes_per_token(params, u, apply, frozenset(params))
-    budget = sum(per_token * part.input_ids.numel() for part in parts(u, 2, aligned=False)[:fit])
-    found = gradient_and_contraction(params, u, apply, 1.0, 2, budget, at_once=2)
-    alone = gradient_and_contraction(params, u, apply, 1.0, 2, budget)
+    budget = sum(per_token * part.input_ids.numel() for part in micro_batches(u, 2, left_alignable=False)[:fit])
+    found = linearize_losses(params, u, apply, 1.0, 2, budget, at_once=2)
+    alone = linearize_losses(params, u, apply, 1.0, 2, budget)
     assert (alone is None) == (fit < 3)
     assert found is not None
     made.clear()
@@ -134,7 +134,7 @@ def test_error_bars_are_the_same_however_many_directions_go_together(
     *given, apply = problem(rows=12)
     params = given[0]
     size = sum(p.numel() * 8 for p in params.values())
-    assert [contraction.directions_at_once(params, b) for b in (0, 4 * size, 12 * size)] == [1, 1, 3]
+    assert [contraction.max_directions(params, b) for b in (0, 4 * size, 12 * size)] == [1, 1, 3]
     asked: list[int] = []
     whole = contraction.inner_products
 
@@ -163,7 +163,7 @@ def test_with_a_parameter_without_factors_the_jvp_serves() -> None:
     def apply(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return policy({**params, "mix.weight": 2 * params["mix.weight"]}, ids, mask)
 
-    assert gradient_and_contraction(params, u, apply, 1.0, None, 10**9) is None
+    assert linearize_losses(params, u, apply, 1.0, None, 10**9) is None
     whole, short = (fx.influence(params, u, e, state, apply=apply, per_token=wanted) for wanted in (True, False))
     assert short.per_token is None
     close(short.per_sequence, whole.per_sequence)

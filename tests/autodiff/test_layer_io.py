@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fx_influence as fx
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.layer_io import Factors, factored_names, row_factors, row_gradients
-from fx_influence.batching.microbatch import parts
+from fx_influence.batching.microbatch import micro_batches
 from fx_influence.types import Batch, Params
 
 WIDTH, HIDDEN = 7, 6
@@ -26,7 +26,7 @@ Model = Callable[[Params, Tensor, Tensor], Tensor]
 
 
 def factors_of(params: Params, batch: Batch, apply: Model, names: frozenset[str], temperature: float = 1.0) -> Factors:
-    [part] = parts(batch, len(batch.input_ids), aligned=False)
+    [part] = micro_batches(batch, len(batch.input_ids), left_alignable=False)
     return row_factors(params, batch, part, apply, names, temperature)[0]
 
 
@@ -41,7 +41,7 @@ def rows_equal(apply: Model, params: Params, batch: Batch, expected: set[str], t
         close(found, slow[name], slow[name].abs().max(), terms)
     stacked = torch.cat([g.flatten(1) for g in slow.values()], dim=1)
     diagonal = {name: torch.full_like(p, 0.5) for name, p in params.items()}
-    kernel = gradient_kernel(params, batch, batch, diagonal, apply)
+    kernel = gradient_gram(params, batch, batch, diagonal, apply)
     close(kernel, 0.5 * stacked @ stacked.T, stacked.square().sum(1).max(), terms)
     assert slow[next(iter(slow))].abs().max() > 1e-3
 

@@ -35,7 +35,7 @@ class Parametrizing(nn.Module):
 
 def test_a_forward_that_fails_leaves_nothing_registered() -> None:
     torch.manual_seed(0)
-    apply, params = fx.functionalize(Parametrizing().double())
+    apply, params = fx.make_functional(Parametrizing().double())
     ids = torch.tensor([[1, 2, 3]])
     before = apply(params, ids, ids > 0)
     for _ in range(2):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fx_influence as fx
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.layer_io import factored_names
 from fx_influence.types import Apply, Batch, Params
 
@@ -60,7 +60,7 @@ def assert_rows_equal(apply: Apply, params: Params, batch: Batch) -> None:
     """The kernel and the influences without a JVP are made of the loop's gradients."""
     g = looped(apply, params, batch)
     ones = {name: torch.ones_like(p) for name, p in params.items()}
-    kernel = gradient_kernel(params, batch, batch, ones, apply)
+    kernel = gradient_gram(params, batch, batch, ones, apply)
     torch.testing.assert_close(kernel, g @ g.T, rtol=0, atol=BOUND * float(g.square().sum(1).max()))
     state = random_adamw_state(torch.Generator().manual_seed(1), params)
     fast, by_jvp = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.testing import reference
 from fx_influence.types import Apply, Batch, Params
 
@@ -134,7 +134,7 @@ def test_dropout_left_on_is_refused() -> None:
     apply, params = apply_of(model.train())
     with pytest.raises(RuntimeError, match="random"):
         fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
-    off, params = fx.functionalize(model)
+    off, params = fx.make_functional(model)
     assert model.training
     rows = fx.per_sample_grads(fx.rollout_loss(off), params, batch)
     for name, g in batch_gradient(params, batch, apply_of(model.eval())[0]).items():
@@ -159,7 +159,7 @@ def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross
         assert parts["token.weight"].abs().max() > 0.1
         assert parts["head.weight"].abs().max() > 0.1
     diagonal = {"token.weight": torch.rand(params["token.weight"].shape, generator=generator, dtype=torch.float64)}
-    kernel = gradient_kernel(params, batch_a, batch_b, diagonal, apply)
+    kernel = gradient_gram(params, batch_a, batch_b, diagonal, apply)
     embed_a, head_a, embed_b, head_b = (
         part[name].flatten(1) * diagonal["token.weight"].flatten().sqrt()
         for part in two
@@ -179,7 +179,7 @@ def test_the_gradient_kernel_is_the_inner_product_of_the_rows_gradients(
     held = list(case.params)[1:]
     diagonal = {name: torch.randn(case.params[name].shape, generator=generator, dtype=torch.float64) for name in held}
     other = case.batch_e._replace(coefficients=case.batch_e.completion_mask.double())
-    kernel = gradient_kernel(case.params, other, case.batch_u, diagonal, case.apply, case.temperature, budget, chunk)
+    kernel = gradient_gram(case.params, other, case.batch_u, diagonal, case.apply, case.temperature, budget, chunk)
     left, right = (
         reference.sequence_gradients(case.apply, case.params, batch, case.temperature)
         for batch in (other, case.batch_u)
@@ -200,9 +200,9 @@ def test_the_memory_budget_bounds_the_rows_whose_gradients_are_held(rows_held: i
     budget = 3 * rows_held * sum(8 * p.numel() for p in params.values()) // 2
     counting = Counting(apply)
     diagonal = {name: torch.ones_like(p) for name, p in params.items()}
-    kernel = gradient_kernel(params, batch_a, batch_b, diagonal, counting, memory_budget=budget)
+    kernel = gradient_gram(params, batch_a, batch_b, diagonal, counting, memory_budget=budget)
     assert counting.calls == 2 + passes
-    close(kernel, gradient_kernel(params, batch_a, batch_b, diagonal, apply))
+    close(kernel, gradient_gram(params, batch_a, batch_b, diagonal, apply))
 
 
 @pytest.mark.parametrize(("rows_held", "passes"), [(1, 4 * (1 + 6)), (2, 2 * (2 + 6)), (8, 1 + 2), (50, 1 + 1)])
@@ -213,7 +213,7 @@ def test_parameters_without_factors_are_bounded_on_both_sides(rows_held: int, pa
     counting = Counting(lambda p, ids, mask: p["w"][ids])
     batch_a, batch_b = random_batch(generator, 6, WIDTH, VOCAB), random_batch(generator, 4, WIDTH, VOCAB)
     budget = 3 * rows_held * 8 * VOCAB**2 // 2
-    kernel = gradient_kernel(params, batch_a, batch_b, params, counting, memory_budget=budget)
+    kernel = gradient_gram(params, batch_a, batch_b, params, counting, memory_budget=budget)
     # Two probes for factors, and two rows that tell whether vmap takes the others.
     assert counting.calls == 3 + passes
     loss = fx.rollout_loss(lambda p, ids, mask: p["w"][ids])
@@ -224,7 +224,7 @@ def test_parameters_without_factors_are_bounded_on_both_sides(rows_held: int, pa
 def test_a_kernel_over_no_parameter_is_zero() -> None:
     apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(6), 3, WIDTH, VOCAB)
-    assert torch.equal(gradient_kernel(params, batch, batch, {}, apply), torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(gradient_gram(params, batch, batch, {}, apply), torch.zeros(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

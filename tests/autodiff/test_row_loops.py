@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fx_influence as fx
 from fx_influence.autodiff.directional import curvature
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_kernel, rollout_gradients
+from fx_influence.autodiff.gram import gradient_gram, rollout_gradients
 from fx_influence.autodiff.per_sample import rows_batch
 from fx_influence.autodiff.token_values import directions_batch
 from fx_influence.core.tree import dot
@@ -95,7 +95,7 @@ def test_kernel_goes_row_by_row_when_vmap_cannot(model: str) -> None:
     stacked = torch.cat([g.flatten(1) for g in expected.values()], 1)
     bound = BOUND * float(stacked.square().sum(1).max())
     for chunk_size in (None, 3):
-        kernel = gradient_kernel(params, batch, batch, ones, apply, chunk_size=chunk_size)
+        kernel = gradient_gram(params, batch, batch, ones, apply, chunk_size=chunk_size)
         torch.testing.assert_close(kernel, stacked @ stacked.T, rtol=0, atol=bound)
     for name, g in rollout_gradients(params, batch, apply).items():
         torch.testing.assert_close(g, expected[name], rtol=0, atol=BOUND * float(stacked.abs().max()))
@@ -175,7 +175,7 @@ def test_per_sample_grads_refuses_random_losses(chunk_size: int | None) -> None:
     with pytest.raises(RuntimeError, match="random"):
         fx.per_sample_grads(fx.rollout_loss(apply), params, batch, chunk_size)
     with pytest.raises(RuntimeError, match="random"):
-        gradient_kernel(params, batch, batch, params, apply)
+        gradient_gram(params, batch, batch, params, apply)
 
 
 def test_a_failed_pass_leaves_the_policy_as_it_was() -> None:
@@ -223,8 +223,8 @@ def test_second_derivative_needs_no_transformation(model: str) -> None:
         return -dot(batch_gradient(at, weighted, apply), v)
 
     expected = (slope(step) - slope(-step)) / (2 * step)
-    bend = curvature(params, v, weighted, apply)
-    torch.testing.assert_close(bend, expected, rtol=step, atol=0)
+    second_derivative = curvature(params, v, weighted, apply)
+    torch.testing.assert_close(second_derivative, expected, rtol=step, atol=0)
     assert found.second.isfinite()
     nothing = curvature(params, {name: torch.zeros_like(p) for name, p in params.items()}, weighted, apply)
     assert nothing == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_kernel
+from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.entropy import completions
 from fx_influence.testing import reference
@@ -274,5 +274,5 @@ def test_the_batch_gradient_is_none_where_backward_never_arrives() -> None:
     step = fx.adamw_decompose(g, state, params)
     assert state.exp_avg["idle"].all()
     assert not step.direction["idle"].any()
-    kernel = gradient_kernel(params, batch, batch, step.gain, apply)
+    kernel = gradient_gram(params, batch, batch, step.gain, apply)
     assert kernel.isfinite().all()

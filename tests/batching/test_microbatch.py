@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fx_influence.batching.microbatch import distinct_rows, parts, row_chunks
+from fx_influence.batching.microbatch import distinct_rows, micro_batches, row_chunks
 from fx_influence.types import Batch
 
 
@@ -30,11 +30,11 @@ def batches(draw: st.DrawFn) -> Batch:
 chunks = st.sampled_from([None, 1, 2, 5])
 
 
-@given(batch=batches(), chunk=chunks, aligned=st.booleans())
+@given(batch=batches(), chunk=chunks, left_alignable=st.booleans())
 def test_every_completion_token_is_scored_once_by_the_place_before_it(
-    batch: Batch, chunk: int | None, aligned: bool
+    batch: Batch, chunk: int | None, left_alignable: bool
 ) -> None:
-    found = parts(batch, chunk, aligned)
+    found = micro_batches(batch, chunk, left_alignable)
     assert sorted(torch.cat([part.members for part in found]).tolist()) == list(range(len(batch.input_ids)))
     place = torch.cat([part.place for part in found])
     assert sorted(place.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
@@ -50,7 +50,7 @@ def test_every_completion_token_is_scored_once_by_the_place_before_it(
 @given(batch=batches(), chunk=chunks)
 def test_aligned_rows_keep_what_a_scored_token_attends_to_at_the_same_distance(batch: Batch, chunk: int | None) -> None:
     width = batch.input_ids.shape[1]
-    for part in parts(batch, chunk, aligned=True):
+    for part in micro_batches(batch, chunk, left_alignable=True):
         for row, column, place in zip(part.row.tolist(), part.column.tolist(), part.place.tolist(), strict=True):
             i, before = place // width, place % width - 1
             seen = attended(part.input_ids[row], part.attention_mask[row], column)
@@ -67,19 +67,19 @@ def test_padding_is_not_computed() -> None:
     at = torch.arange(40)
     attention = (at >= 5) & (at < 5 + lengths)
     batch = Batch(torch.ones(4, 40, dtype=torch.long), attention, attention & (at > 5))
-    found = parts(batch, 2, aligned=True)
+    found = micro_batches(batch, 2, left_alignable=True)
     # A row's last token is scored and scores nothing.
     assert [tuple(part.input_ids.shape) for part in found] == [(2, 30), (2, 2)]
     assert [part.members.tolist() for part in found] == [[3, 1], [2, 0]]
     assert all(part.attention_mask.all() for part in found), "what pads the end is seen by nothing"
-    assert [tuple(part.input_ids.shape) for part in parts(batch, 2, aligned=False)] == [(2, 40)] * 2
+    assert [tuple(part.input_ids.shape) for part in micro_batches(batch, 2, left_alignable=False)] == [(2, 40)] * 2
 
 
 @pytest.mark.parametrize(("tokens", "at_most", "sizes"), [(64, None, [2, 2]), (64, 1, [1] * 4), (1, None, [1] * 4)])
 def test_parts_hold_as_many_tokens_as_allowed(tokens: int, at_most: int | None, sizes: list[int]) -> None:
     ids = torch.ones(4, 32, dtype=torch.long)
     batch = Batch(ids, ids > 0, (ids > 0) & (torch.arange(32) > 20))
-    assert [len(part.members) for part in parts(batch, None, False, tokens, at_most)] == sizes
+    assert [len(part.members) for part in micro_batches(batch, None, False, tokens, at_most)] == sizes
 
 
 def test_equal_rows_are_found_and_chunks_are_rows_in_order() -> None:

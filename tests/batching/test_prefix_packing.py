@@ -19,12 +19,18 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import batch_gradient, taped_gradient, weighted_gradient
+from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values, moved_token_values
-from fx_influence.batching.microbatch import Part
-from fx_influence.batching.prefix_packing import ALIKE, FEWEST, Block, Layout, parts_by_prompt
-from fx_influence.policy.attention import SharedAttention
-from fx_influence.policy.split import halves
+from fx_influence.batching.microbatch import MicroBatch
+from fx_influence.batching.prefix_packing import (
+    MIN_BUCKET,
+    MIN_LENGTH_RATIO,
+    LengthBucket,
+    PackedLayout,
+    packed_micro_batches,
+)
+from fx_influence.policy.attention import PackedAttention
+from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
@@ -65,7 +71,7 @@ def test_every_token_is_scored_once_from_the_text_before_it(
     seed: int, prompts: int, rows: int, chunk: int | None, tokens: int, gaps: bool
 ) -> None:
     batch = group_batch(seed, prompts, rows, gaps=gaps)
-    found = parts_by_prompt(batch, chunk, tokens)
+    found = packed_micro_batches(batch, chunk, tokens)
     assume(found is not None)
     assert found is not None
     assert sorted(torch.cat([part.members for part in found]).tolist()) == list(range(rows))
@@ -91,7 +97,7 @@ def tokens_once(batch: Batch, members: torch.Tensor) -> int:
     return sum(map(len, prompts)) + int((last - first)[members].sum())
 
 
-def seen_from(part: Part, column: int) -> list[tuple[int, int]]:
+def seen_from(part: MicroBatch, column: int) -> list[tuple[int, int]]:
     """Position and token of everything that the token in a column attends to, itself last."""
     assert part.layout is not None
     at = int(part.layout.back[column])
@@ -108,7 +114,7 @@ def seen_from(part: Part, column: int) -> list[tuple[int, int]]:
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(20, 60))
 def test_sequences_that_attend_together_are_of_about_one_length(seed: int, rows: int) -> None:
-    found = parts_by_prompt(group_batch(seed, 3, rows, width=40), None)
+    found = packed_micro_batches(group_batch(seed, 3, rows, width=40), None)
     assume(found is not None)
     for part in found or []:
         assert part.layout is not None
@@ -119,7 +125,7 @@ def test_sequences_that_attend_together_are_of_about_one_length(seed: int, rows:
             own = torch.bincount((places - behind) // length, minlength=count)
             assert own.min() > 0
             assert own.max() == length
-            assert (own < ALIKE * length).sum() < FEWEST
+            assert (own < MIN_LENGTH_RATIO * length).sum() < MIN_BUCKET
             behind += count * length
 
 
@@ -147,12 +153,12 @@ def near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, na
 @families
 @adapters
 def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool) -> None:
-    apply, params = fx.functionalize(make_model(family, lora=lora, attention="sdpa").double())
+    apply, params = fx.make_functional(make_model(family, lora=lora, attention="sdpa").double())
     batch, whole = group_batch(1, 2, 12), alone(apply)
-    assert [part.layout is not None for part in halves(apply).parts(batch, 5)] == [True] * 3
+    assert [part.layout is not None for part in split_policy(apply).micro_batches(batch, 5)] == [True] * 3
     alike(all_token_values(params, batch, apply), all_token_values(params, batch, whole), params)
     expected = batch_gradient(params, batch, whole)
-    found, tapes = taped_gradient(params, batch, apply, 0.7, 5, memory_budget=2**30)
+    found, caches = gradient_with_cache(params, batch, apply, 0.7, 5, memory_budget=2**30)
     at_temperature = batch_gradient(params, batch, whole, 0.7)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name in params:
@@ -161,8 +167,8 @@ def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool)
     v = moved(params, 3)
     alike(token_jvp(params, v, batch, apply), token_jvp(params, v, batch, whole), params)
     # A full GPT-2 has no plain linear maps.
-    assert [tape is not None for tape in tapes] == [lora or family != "gpt2"] * 3
-    alike(token_jvp(params, v, batch, apply, 0.7, 5, tapes), token_jvp(params, v, batch, whole, 0.7), params)
+    assert [cache is not None for cache in caches] == [lora or family != "gpt2"] * 3
+    alike(token_jvp(params, v, batch, apply, 0.7, 5, caches), token_jvp(params, v, batch, whole, 0.7), params)
     block = {name: x.unsqueeze(0) for name, x in v.items()}
     for chunk in (None, 4):
         # More than one direction in a pass, and one.
@@ -171,15 +177,15 @@ def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool)
 
 
 def test_the_gradient_of_weights_that_hang_on_all_values_is_that_of_whole_rows() -> None:
-    apply, params = fx.functionalize(make_model("qwen2", attention="sdpa").double())
+    apply, params = fx.make_functional(make_model("qwen2", attention="sdpa").double())
     batch = group_batch(2, 3, 20)
 
-    def weigh(values: TokenValues) -> Batch:
+    def coefficients_fn(values: TokenValues) -> Batch:
         return batch._replace(coefficients=values.entropies - values.entropies.mean())
 
     for budget in (0, 2**14, 2**30):
-        weighted, found = weighted_gradient(params, batch, apply, weigh, 1.0, 6, budget)
-        as_whole, expected = weighted_gradient(params, batch, alone(apply), weigh)
+        weighted, found = reweighted_gradient(params, batch, apply, coefficients_fn, 1.0, 6, budget)
+        as_whole, expected = reweighted_gradient(params, batch, alone(apply), coefficients_fn)
         near(weighted.coefficients, as_whole.coefficients, params)
         largest = max(float(g.abs().max()) for g in expected.values())
         for name in params:
@@ -189,7 +195,7 @@ def test_the_gradient_of_weights_that_hang_on_all_values_is_that_of_whole_rows()
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}])
 def test_influences_are_those_of_whole_rows(options: dict[str, Any]) -> None:
     model = make_model("qwen2", attention="sdpa").double()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     u, e, state = group_batch(3, 3, 12), group_batch(4, 4, 24), warm_state(model)
     found = fx.influence(params, u, e, state, apply=apply, **options)
     expected = fx.influence(params, u, e, state, apply=alone(apply), **options)
@@ -203,7 +209,7 @@ def test_influences_are_those_of_whole_rows(options: dict[str, Any]) -> None:
 
 
 def test_a_prompt_is_paid_once() -> None:
-    apply, params = fx.functionalize(make_model("qwen2", attention="sdpa"))
+    apply, params = fx.make_functional(make_model("qwen2", attention="sdpa"))
     ids = torch.randint(VOCAB, (16, 24), generator=torch.Generator().manual_seed(0))
     other, at = ids.clone(), torch.arange(24)
     ids[:, :12] = ids[0, :12]
@@ -222,14 +228,14 @@ def test_parts_hold_as_many_tokens_as_allowed(tokens: int, sizes: list[int]) -> 
     prompt, at = torch.arange(8) // 2, torch.arange(13)
     ids = torch.where(at < 10, prompt.unsqueeze(1), 9)
     batch = Batch(ids, torch.ones(8, 13, dtype=torch.bool), (at >= 10).expand(8, 13))
-    found = parts_by_prompt(batch, None, tokens)
+    found = packed_micro_batches(batch, None, tokens)
     assert found is not None
     assert [part.input_ids.numel() for part in found] == sizes
-    assert parts_by_prompt(batch, None, 13) is None, "rows of a prompt that fit in no part together share nothing"
+    assert packed_micro_batches(batch, None, 13) is None, "rows of a prompt that fit in no part together share nothing"
 
 
 def test_off_the_cpu_every_head_has_its_own_keys() -> None:
-    found = parts_by_prompt(group_batch(1, 2, 12), None)
+    found = packed_micro_batches(group_batch(1, 2, 12), None)
     assert found is not None
     part = found[0]._replace(layout=on(found[0].layout, "meta"))
     assert part.layout is not None
@@ -242,15 +248,15 @@ def test_off_the_cpu_every_head_has_its_own_keys() -> None:
                 seen.append(([x.shape[1] for x in args[:3]], kwargs))
             return func(*args, **(kwargs or {}))
 
-    with Inside(), SharedAttention(part.layout):
+    with Inside(), PackedAttention(part.layout):
         out = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=0.5, enable_gqa=True)
     assert seen == [([4, 4, 4], {"scale": 0.5})] * len(part.layout.blocks)
     assert out.shape == q.shape
 
 
 def on(layout: Any, device: str) -> Any:
-    blocks = [Block(*(x.to(device) for x in block)) for block in layout.blocks]
-    return Layout(layout.position_ids.to(device), blocks, layout.back.to(device))
+    blocks = [LengthBucket(*(x.to(device) for x in block)) for block in layout.blocks]
+    return PackedLayout(layout.position_ids.to(device), blocks, layout.back.to(device))
 
 
 WINDOWS = {
@@ -266,8 +272,8 @@ def test_a_model_with_a_window_takes_whole_rows(kind: str) -> None:
     config.update({**small, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).double()
-    apply, params = fx.functionalize(model)
-    assert not halves(apply).shares
+    apply, params = fx.make_functional(model)
+    assert not split_policy(apply).prefix_shareable
     batch = group_batch(1, 2, 12)
     alike(all_token_values(params, batch, apply), all_token_values(params, batch, alone(apply)), params)
 
@@ -275,38 +281,38 @@ def test_a_model_with_a_window_takes_whole_rows(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_models_of_other_attention_take_whole_rows() -> None:
     for model in (make_model("qwen2", attention="eager"), TinyPolicy(vocab=VOCAB, max_len=WIDTH)):
-        assert not halves(fx.functionalize(model)[0]).shares
+        assert not split_policy(fx.make_functional(model)[0]).prefix_shareable
     model = make_model("qwen2", attention="sdpa")
-    assert not halves(fx.functionalize(model, position_ids=False)[0]).shares
-    assert not halves(fx.functionalize(model, compiled=True)[0]).shares
-    assert halves(fx.functionalize(model)[0]).shares
+    assert not split_policy(fx.make_functional(model, position_ids=False)[0]).prefix_shareable
+    assert not split_policy(fx.make_functional(model, compiled=True)[0]).prefix_shareable
+    assert split_policy(fx.make_functional(model)[0]).prefix_shareable
 
 
 def test_eager_attention_that_gives_nothing_yet_is_still_seen() -> None:
     model = make_model("qwen2", attention="eager")
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    assert not halves(fx.functionalize(model)[0]).shares
+    assert not split_policy(fx.make_functional(model)[0]).prefix_shareable
 
 
 def test_rows_that_do_not_fit_are_taken_whole() -> None:
     batch = group_batch(1, 2, 12)
-    assert parts_by_prompt(batch, None) is not None
+    assert packed_micro_batches(batch, None) is not None
     apart = torch.randint(VOCAB, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
-    assert parts_by_prompt(batch._replace(input_ids=apart), None) is None, "nothing is saved"
+    assert packed_micro_batches(batch._replace(input_ids=apart), None) is None, "nothing is saved"
     attention = batch.attention_mask.clone()
     attention[3, int(attention[3].float().argmax()) + 1] = False
-    assert parts_by_prompt(batch._replace(attention_mask=attention), None) is None, "a gap"
+    assert packed_micro_batches(batch._replace(attention_mask=attention), None) is None, "a gap"
     completion = batch.completion_mask.clone()
     completion[3] = False
-    assert parts_by_prompt(batch._replace(completion_mask=completion), None) is None, "no completion"
+    assert packed_micro_batches(batch._replace(completion_mask=completion), None) is None, "no completion"
 
 
 @pytest.mark.parametrize("change", [{"is_causal": False}, {"attn_mask": torch.ones(4, 4)}, {"dropout_p": 0.1}])
 def test_attention_of_another_kind_is_refused(change: dict[str, Any]) -> None:
-    found = parts_by_prompt(group_batch(1, 2, 12), None)
+    found = packed_micro_batches(group_batch(1, 2, 12), None)
     assert found is not None
     assert found[0].layout is not None
     x = torch.ones(1, 2, found[0].input_ids.numel(), 4)
-    with SharedAttention(found[0].layout), pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
+    with PackedAttention(found[0].layout), pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
         F.scaled_dot_product_attention(x, x, x, **{"is_causal": True, **change})

@@ -37,7 +37,7 @@ def every(policy: Policy) -> Batch:
 
 
 def values_of(policy: Policy, batch: Batch) -> TokenValues:
-    apply, params = fx.functionalize(policy.model)
+    apply, params = fx.make_functional(policy.model)
     return TokenValues(*(v.double() for v in all_token_values(params, batch, apply)))
 
 
@@ -79,7 +79,7 @@ def test_an_estimator_without_bias_tends_to_the_exact_gradient(policy: Policy, e
 
 
 def _slopes(policy: Policy, every: Batch, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
-    apply, params = fx.functionalize(policy.model)
+    apply, params = fx.make_functional(policy.model)
     weighted = every._replace(coefficients=logprobs.float(), entropy_coefficients=entropies.float())
     found = batch_gradient(params, weighted, apply)
     return torch.cat([g.flatten() for g in found.values() if g is not None])

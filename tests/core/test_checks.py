@@ -21,7 +21,7 @@ class Counted:
     """A policy that counts its calls; ``vocab_size`` is the one thing that the checks may ask it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.apply, self.params = fx.functionalize(model)
+        self.apply, self.params = fx.make_functional(model)
         self.vocab_size = VOCAB
         self.calls = 0
 

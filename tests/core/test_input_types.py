@@ -38,7 +38,7 @@ class Given:
         generator = torch.Generator().manual_seed(0)
         self.model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        policy, self.params = fx.functionalize(self.model)
+        policy, self.params = fx.make_functional(self.model)
         self.policy, self.apply = policy, Counted(policy)
         self.u = random_batch(generator, 4, WIDTH, VOCAB)
         self.e = random_batch(generator, 4, WIDTH, VOCAB, groups=2, coefficients=False)
@@ -116,7 +116,10 @@ def test_right_arguments_are_accepted(call: Call) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda g: g.model, r"params is of type TinyPolicy; expected a dictionary .*apply, params = fx\.functionalize"),
+        (
+            lambda g: g.model,
+            r"params is of type TinyPolicy; expected a dictionary .*apply, params = fx\.make_functional",
+        ),
         (
             lambda g: list(g.params.values()),
             r"params is of type list; expected a dictionary of tensors by parameter name",
@@ -137,7 +140,7 @@ def test_what_is_no_params_is_refused(call: Call, wrong: Callable[[Given], Any],
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda g: g.model, r"apply is of type TinyPolicy; expected a function .*apply, params = fx\.functionalize"),
+        (lambda g: g.model, r"apply is of type TinyPolicy; expected a function .*apply, params = fx\.make_functional"),
         (lambda g: (g.policy, g.params), r"apply is of type tuple; expected a function"),
         (lambda g: g.params, r"apply is of type dict; .*The two may be swapped"),
         (lambda g: "gpt2", r"apply is of type str; expected a function"),
@@ -291,7 +294,7 @@ def test_sweep_of_one_number_names_the_list() -> None:
 
 @pytest.mark.parametrize("call", POLICY[:-1])
 def test_parameters_of_another_model_are_refused(call: Call) -> None:
-    other = fx.functionalize(TinyPolicy(VOCAB, 8, 1, 2, WIDTH))[1]
+    other = fx.make_functional(TinyPolicy(VOCAB, 8, 1, 2, WIDTH))[1]
     refused(
         call,
         r"params\['token\.weight'\] has shape \(5, 8\); expected \(5, 6\)\. .*another model's",
@@ -323,7 +326,7 @@ def test_frozen_parameters_may_be_given() -> None:
     """A policy's own frozen weight that is handed in is read like any other parameter."""
     given = Given()
     given.model.head.bias.requires_grad_(False)
-    apply, params = fx.functionalize(given.model)
+    apply, params = fx.make_functional(given.model)
     more = {**params, "head.bias": given.model.head.bias.detach()}
     assert fx.jvp_delta(more, {"head.bias": torch.ones(VOCAB)}, given.e, apply=apply).first.isfinite()
 
@@ -424,13 +427,13 @@ def test_models_and_optimizers_are_told_apart() -> None:
         fx.adamw_state(given.optimizer.state_dict(), given.model)  # type: ignore[arg-type]
     for wrong in ("gpt2", given.params):
         with pytest.raises(TypeError, match=rf"model is of type {type(wrong).__name__}; expected a torch\.nn\.Module"):
-            fx.functionalize(wrong)  # type: ignore[arg-type]
+            fx.make_functional(wrong)  # type: ignore[arg-type]
 
     class Trainer:
         model = given.model
 
     with pytest.raises(TypeError, match=r"model is of type Trainer; expected .*\. Pass trainer\.model"):
-        fx.functionalize(Trainer())  # type: ignore[arg-type]
+        fx.make_functional(Trainer())  # type: ignore[arg-type]
 
 
 def test_select_names_what_is_no_influence() -> None:

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.batching.prefix_packing import prompts_of
-from fx_influence.distributed.partition import Deal, deal_of
+from fx_influence.batching.prefix_packing import shared_prompt_index
+from fx_influence.distributed.partition import RowPartition, partition_rows
 from fx_influence.types import Batch, Params
 
 
@@ -94,7 +94,7 @@ def test_two_ranks_give_what_one_process_gives_in_float32(two: list[dict[str, An
 
 def test_two_ranks_whose_rows_share_prompts_give_what_one_process_gives(two: list[dict[str, Any]]) -> None:
     state = prompts_state()
-    assert all(prompts_of(state[name]) is not None for name in ("batch_u", "batch_e"))
+    assert all(shared_prompt_index(state[name]) is not None for name in ("batch_u", "batch_e"))
     expected = asked(state)
     for answer in two:
         agree(widened(answer["prompts"], expected), expected, *depth(state))
@@ -131,11 +131,11 @@ def test_a_collective_that_drops_the_tangent_is_caught(two: list[dict[str, Any]]
         assert answer["refusals"]["lost tangent"].startswith("IdentityError: the JVP over U gives")
 
 
-def dealt(lengths: list[int], prompts: list[int] | None, ranks: int) -> Deal:
+def dealt(lengths: list[int], prompts: list[int] | None, ranks: int) -> RowPartition:
     attention = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     mesh: Any = SimpleNamespace(size=lambda: ranks)
     batch = Batch(attention.long(), attention, attention)
-    return deal_of(batch, mesh, None if prompts is None else torch.tensor(prompts))
+    return partition_rows(batch, mesh, None if prompts is None else torch.tensor(prompts))
 
 
 @given(
@@ -147,17 +147,17 @@ def test_every_row_is_dealt_once_and_ranks_have_as_many(
     rows: list[tuple[int, int]], ranks: int, by_prompt: bool
 ) -> None:
     lengths, prompts = ([row[k] for row in rows] for k in range(2))
-    deal = dealt(lengths, prompts if by_prompt else None, ranks)
-    assert deal.table.shape == deal.first.shape == (ranks, -(-len(rows) // ranks))
-    assert sorted(deal.table[deal.first].tolist()) == list(range(len(rows)))
+    partition = dealt(lengths, prompts if by_prompt else None, ranks)
+    assert partition.table.shape == partition.first.shape == (ranks, -(-len(rows) // ranks))
+    assert sorted(partition.table[partition.first].tolist()) == list(range(len(rows)))
 
 
 def test_rollouts_of_a_prompt_are_dealt_to_one_rank() -> None:
     prompts = [k // 4 for k in range(24)]
-    deal = dealt([3 + k // 4 for k in range(24)], prompts, 3)
-    hands = [sorted({prompts[k] for k in hand}) for hand in deal.table.tolist()]
+    partition = dealt([3 + k // 4 for k in range(24)], prompts, 3)
+    rows_by_rank = [sorted({prompts[k] for k in hand}) for hand in partition.table.tolist()]
     # The longest, then each to who has fewest tokens yet.
-    assert hands == [[0, 5], [1, 4], [2, 3]]
+    assert rows_by_rank == [[0, 5], [1, 4], [2, 3]]
     apart = dealt([3 + k // 4 for k in range(24)], None, 3)
     assert all(len({prompts[k] for k in hand}) > 2 for hand in apart.table.tolist())
 
@@ -170,7 +170,7 @@ FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
 def test_models_sharded_by_fsdp(ranks: int, tmp_path: Path) -> None:
     found = answers(ranks, "ranks_fsdp.py", tmp_path, *FSDP[ranks])
     for kind in FSDP[ranks]:
-        apply, params = fx.functionalize(CASES[kind][0]())
+        apply, params = fx.make_functional(CASES[kind][0]())
         u, e = batches_of()
         expected = influences_of(params, u, e, state_of(params), apply)
         exact = "float64" in kind

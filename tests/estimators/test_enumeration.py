@@ -30,8 +30,8 @@ from fx_influence.autodiff.directional import token_jvp
 from fx_influence.core.tree import shift
 from fx_influence.estimators.entropy import completions, entropy_coefficients, sequence_shares
 from fx_influence.estimators.snis import snis
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr, union_index
-from fx_influence.objectives import Query, query_coefficients
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
+from fx_influence.objectives import Objective, objective_coefficients
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params
 
@@ -172,7 +172,7 @@ def test_a_draw_picked_from_the_space_is_what_the_public_functions_compute(
     shares = sequence_shares(batch.completion_mask, normalize)
     close(out.stderr, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), cluster_index(batch)))
     unions = fx.influence(world.params, update.batch, batch, update.state, **chosen).stderr
-    close(unions, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), union_index(batch)))
+    close(unions, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), random_group_index(batch)))
     v, eta = update.parts[0], 0.05
     single = fx.jvp_delta(world.params, v, batch, **chosen)
     close(single.contributions, matrix[:, 0])
@@ -240,7 +240,7 @@ def test_queries_are_consistent(world: World, directions: list[Params], kind: st
     def score(logprobs: Tensor, entropies: Tensor, batch: Batch) -> Tensor:
         return reward if kind == "reward" else (logprobs - theirs).sum(-1)
 
-    def query(picked: Tensor) -> Query:
+    def query(picked: Tensor) -> Objective:
         return fx.expected_reward(reward[picked]) if kind == "reward" else fx.kl_to_reference(theirs[picked])
 
     leaves = reference.tracked(world.params)
@@ -249,7 +249,7 @@ def test_queries_are_consistent(world: World, directions: list[Params], kind: st
     for _ in range(500):
         picked = world.draw(512, generator)
         values = picked_values(world.values, picked)
-        weight = query_coefficients(query(picked), values, world.batch(picked))
+        weight = objective_coefficients(query(picked), values, world.batch(picked))
         draws.append(weighted_rows(weight, picked_values(slopes, picked)).sum(0))
     found = torch.stack(draws)
     assert (found.std(0) / math.sqrt(len(draws)) / truth.abs()).min() < 0.01
@@ -336,7 +336,7 @@ def coverage(
         batch = world.batch(picked)._replace(group=torch.arange(prompts).repeat_interleave(each))
         matrix = first_order_rows(world, slopes, picked, estimator, normalize)
         shares = sequence_shares(batch.completion_mask, normalize)
-        kinds = ((cluster_index(batch), 1.96), (torch.arange(len(picked)), 1.96), (union_index(batch), 2.365))
+        kinds = ((cluster_index(batch), 1.96), (torch.arange(len(picked)), 1.96), (random_group_index(batch), 2.365))
         for k, (index, quantile) in enumerate(kinds):
             error = cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), index)
             hits[k] += (matrix.sum(0) - truth).abs() <= quantile * error

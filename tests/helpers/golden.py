@@ -98,7 +98,7 @@ class _Attention(qwen2.Qwen2Attention):
 
 
 def _compute_in_float64(model: PeftModel) -> None:
-    # by class and not by a forward on the instance, which functionalize drops from its template
+    # by class and not by a forward on the instance, which make_functional drops from its template
     exact = {
         qwen2.Qwen2RMSNorm: _RMSNorm,
         qwen2.Qwen2RotaryEmbedding: _RotaryEmbedding,

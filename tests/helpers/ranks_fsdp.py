@@ -21,8 +21,8 @@ COUNTS = {2: ([9, 0], [4, 6]), 3: ([2, 3, 4], [1, 9, 0])}
 
 def influences(kind: str, mesh: DeviceMesh) -> Answers:
     make, how = CASES[kind]
-    whole = state_of(fx.functionalize(make())[1])
-    apply, params = fx.functionalize(sharded(make(), how, mesh))
+    whole = state_of(fx.make_functional(make())[1])
+    apply, params = fx.make_functional(sharded(make(), how, mesh))
     moments = {
         field: {name: like(x, params[name]) for name, x in getattr(whole, field).items()}
         for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -33,8 +33,8 @@ def influences(kind: str, mesh: DeviceMesh) -> Answers:
 
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
     make, how = CASES["tiny float64"]
-    apply, params = fx.functionalize(sharded(make(), how, mesh))
-    plain = state_of(fx.functionalize(make())[1])
+    apply, params = fx.make_functional(sharded(make(), how, mesh))
+    plain = state_of(fx.make_functional(make())[1])
     u, e = batches_of()
     calls: dict[str, Callable[[], object]] = {
         "matrix": lambda: fx.influence(params, u, e, plain, apply=apply, matrix=True),

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.ghost import gradient_and_contraction
-from fx_influence.autodiff.gradients import batch_gradient, taped_gradient, weighted_gradient
+from fx_influence.autodiff.ghost import linearize_losses
+from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import Part, parts, rows
+from fx_influence.batching.microbatch import MicroBatch, micro_batches, rows
 from fx_influence.core.tree import accumulate, dot, dots, largest_entry, multiply
 from fx_influence.distributed import fsdp_gather as gathering
 from fx_influence.distributed import fsdp_units as units
@@ -94,15 +94,15 @@ def fickle(mesh: DeviceMesh) -> dict[str, float]:
     """Rank 0 alone has a batch that reaches some of the parameters."""
     torch.manual_seed(0)
     model = Fickle().double()
-    apply, params = fx.functionalize(copy.deepcopy(model))
+    apply, params = fx.make_functional(copy.deepcopy(model))
     fully_shard(model.block, mesh=mesh)
-    policy, shards = fx.functionalize(fully_shard(model, mesh=mesh))
+    policy, shards = fx.make_functional(fully_shard(model, mesh=mesh))
     batches = [random_batch(torch.Generator().manual_seed(k), 2, 5 if k else 8, VOCAB) for k in range(mesh.size())]
     expected: Any = dict.fromkeys(params)
     for batch in batches:
         accumulate(expected, batch_gradient(params, batch, apply).items())
-    opened, here, _ = policy.opened(shards)
-    found = policy.closed(batch_gradient(here, batches[dist.get_rank()], opened), shards)
+    unsharded, here, _ = policy.unsharded(shards)
+    found = policy.closed(batch_gradient(here, batches[dist.get_rank()], unsharded), shards)
     return {"gradient": error(found, expected), "reached": sum(g is not None for g in found.values())}
 
 
@@ -160,7 +160,7 @@ def all_rows(own: Tensor) -> Tensor:
 
 
 def moments(model: nn.Module) -> list[Any]:
-    """All that functionalize is to leave as it is."""
+    """All that make_functional is to leave as it is."""
     return [
         [
             (name, type(m), m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks))
@@ -174,10 +174,10 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     """Errors of every pass over a sharded model against one process with the whole model and all rows."""
     make, how = CASES[kind]
     own = "emb" in kind
-    apply, params = fx.functionalize(make())
+    apply, params = fx.make_functional(make())
     model = sharded(make(), how, mesh)
     before = moments(model)
-    policy, shards = fx.functionalize(model)
+    policy, shards = fx.make_functional(model)
     out = {"model changed": float(moments(model) != before)}
     generator = torch.Generator().manual_seed(1)
     batch = random_batch(
@@ -190,34 +190,34 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
 
     # apply itself, and every pass between opened and closed
     out["logits"] = error(all_rows(policy(shards, *mine[:2])), apply(params, *batch[:2]))
-    opened, here, along = policy.opened(shards, v)
-    values = all_token_values(here, mine, opened, 0.7)
+    unsharded, here, along = policy.unsharded(shards, v)
+    values = all_token_values(here, mine, unsharded, 0.7)
     out["values"] = max(
         error(all_rows(x), y) for x, y in zip(values, all_token_values(params, batch, apply, 0.7), strict=True)
     )
-    found = policy.closed(batch_gradient(here, mine, opened, 0.7, chunk_size=1), shards)
+    found = policy.closed(batch_gradient(here, mine, unsharded, 0.7, chunk_size=1), shards)
     g = batch_gradient(params, batch, apply, 0.7, chunk_size=1)
     out["gradient"] = error(found, g)
     out["placements"] = float(
         any(x is not None and x.placements != shards[name].placements for name, x in found.items())
     )
     for name, budget in {"nothing kept": 0, "graphs kept": 2**30}.items():
-        weighted = weighted_gradient(here, mine, opened, lambda values: mine, 0.7, 1, budget)[1]
+        weighted = reweighted_gradient(here, mine, unsharded, lambda values: mine, 0.7, 1, budget)[1]
         out[f"weighted, {name}"] = error(policy.closed(weighted, shards), g)
-    slopes = token_jvp(here, along, mine, opened, 0.7, chunk_size=1)
+    slopes = token_jvp(here, along, mine, unsharded, 0.7, chunk_size=1)
     expected = token_jvp(params, direction, batch, apply, 0.7, chunk_size=1)
     out["jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
-    again, tapes = taped_gradient(here, mine, opened, 0.7, 1, memory_budget=2**30)
+    again, caches = gradient_with_cache(here, mine, unsharded, 0.7, 1, memory_budget=2**30)
     out["taped gradient"] = error(policy.closed(again, shards), g)
-    all_tapes = taped_gradient(params, batch, apply, 0.7, 1, memory_budget=2**30)[1]
-    out["tapes lost"] = float({tape is None for tape in tapes} != {tape is None for tape in all_tapes})
-    slopes = token_jvp(here, along, mine, opened, 0.7, 1, tapes)
+    all_tapes = gradient_with_cache(params, batch, apply, 0.7, 1, memory_budget=2**30)[1]
+    out["tapes lost"] = float({cache is None for cache in caches} != {cache is None for cache in all_tapes})
+    slopes = token_jvp(here, along, mine, unsharded, 0.7, 1, caches)
     expected = token_jvp(params, direction, batch, apply, 0.7, 1, all_tapes)
     out["taped jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
-    whole_policy, wide = policy.whole(), policy.widened(torch.float64)
+    with_all_derivatives, wide = policy.with_all_derivatives(), policy.widened(torch.float64)
     out["whole"] = error(
-        policy.closed(batch_gradient(here, mine, whole_policy.opened(shards)[0], 0.7, chunk_size=1), shards),
-        batch_gradient(params, batch, apply.whole(), 0.7, chunk_size=1),
+        policy.closed(batch_gradient(here, mine, with_all_derivatives.unsharded(shards)[0], 0.7, chunk_size=1), shards),
+        batch_gradient(params, batch, apply.with_all_derivatives(), 0.7, chunk_size=1),
     )
     out["widened"] = float(wide.computes_in != apply.widened(torch.float64).computes_in)
 
@@ -317,16 +317,16 @@ def graph_bytes(policy: Any, params: Params, batch: Batch) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        policy.halves.features({name: p.detach().requires_grad_() for name, p in params.items()}, as_it_is(batch))
+        policy.split.backbone({name: p.detach().requires_grad_() for name, p in params.items()}, as_it_is(batch))
     return sum(sizes)
 
 
 def frugality(mesh: DeviceMesh) -> dict[str, Any]:
     """What is sent and kept in each kind of pass over a batch of two parts."""
     torch.manual_seed(0)
-    apply, params = fx.functionalize(qwen(True))
+    apply, params = fx.make_functional(qwen(True))
     model = sharded(qwen(True), "layers", mesh)
-    policy, shards = fx.functionalize(model)
+    policy, shards = fx.make_functional(model)
     unit = [p for name, p in shards.items() if ".layers.0." in name]
     padded = [-(-p.shape[0] // mesh.size()) * mesh.size() * p[0].numel() for p in unit]
     loose = [p for name, p in shards.items() if ".layers." not in name]
@@ -348,21 +348,21 @@ def frugality(mesh: DeviceMesh) -> dict[str, Any]:
             results.append(call())
         out[name] = {"sent": watch.sent, "order": watch.order, "most": watch.most, "left": watch.alive()}
 
-    passed("opened", lambda: policy.opened(shards, v))
-    opened, here, along = results[-1]
-    passed("values", lambda: all_token_values(here, batch, opened, chunk_size=1))
-    passed("gradient", lambda: batch_gradient(here, batch, opened, chunk_size=1))
+    passed("opened", lambda: policy.unsharded(shards, v))
+    unsharded, here, along = results[-1]
+    passed("values", lambda: all_token_values(here, batch, unsharded, chunk_size=1))
+    passed("gradient", lambda: batch_gradient(here, batch, unsharded, chunk_size=1))
     passed("closed", lambda: policy.closed(results[-1], shards))
-    passed("jvp", lambda: token_jvp(here, along, batch, opened, chunk_size=1))
+    passed("jvp", lambda: token_jvp(here, along, batch, unsharded, chunk_size=1))
     leaves = {name: p.detach().requires_grad_() for name, p in here.items()}
-    passed("a graph that is kept", lambda: opened.halves.features(leaves, as_it_is(batch)))
-    out["graph"] = graph_bytes(opened, here, batch), graph_bytes(apply, params, batch)
-    out["contraction"] = gradient_and_contraction(here, batch, opened, 1.0, None, 2**30) is not None
+    passed("a graph that is kept", lambda: unsharded.split.backbone(leaves, as_it_is(batch)))
+    out["graph"] = graph_bytes(unsharded, here, batch), graph_bytes(apply, params, batch)
+    out["contraction"] = linearize_losses(here, batch, unsharded, 1.0, None, 2**30) is not None
     return out
 
 
-def as_it_is(batch: Batch) -> Part:
-    [part] = parts(batch, len(batch.input_ids), aligned=False)
+def as_it_is(batch: Batch) -> MicroBatch:
+    [part] = micro_batches(batch, len(batch.input_ids), left_alignable=False)
     return part
 
 
@@ -395,9 +395,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         return model
 
     batch = random_batch(torch.Generator().manual_seed(0), 2, 9, VOCAB)
-    policy, shards = fx.functionalize(sharded(tiny(), "layers", mesh))
-    opened, here, _ = policy.opened(shards)
-    state = random_adamw_state(torch.Generator().manual_seed(0), fx.functionalize(tiny())[1])
+    policy, shards = fx.make_functional(sharded(tiny(), "layers", mesh))
+    unsharded, here, _ = policy.unsharded(shards)
+    state = random_adamw_state(torch.Generator().manual_seed(0), fx.make_functional(tiny())[1])
     dealt = AdamWState(*({n: like(x, shards[n]) for n, x in tree.items()} for tree in state[:3]), *state[3:])
     broken = {name: p.detach().clone() for name, p in shards.items()}
     # In the shard of the last rank alone.
@@ -405,15 +405,15 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         broken["norm.weight"].to_local()[-1] = torch.nan
 
     def vmapped() -> None:
-        part, read = as_it_is(batch), opened.halves.traced
+        part, read = as_it_is(batch), unsharded.split.backbone_vmap
         torch.func.vmap(lambda x: read(here, part._replace(input_ids=x)))(batch.input_ids.unsqueeze(1))
 
     calls: dict[str, Callable[[], object]] = {
-        "tensor parallel": lambda: fx.functionalize(parallel(False)),
-        "sharded twice": lambda: fx.functionalize(parallel(True)),
-        "no root": lambda: fx.functionalize(without_root()),
-        "gathered": lambda: fx.functionalize(gathered()),
-        "compiled": lambda: fx.functionalize(sharded(tiny(), "layers", mesh), compiled=True),
+        "tensor parallel": lambda: fx.make_functional(parallel(False)),
+        "sharded twice": lambda: fx.make_functional(parallel(True)),
+        "no root": lambda: fx.make_functional(without_root()),
+        "gathered": lambda: fx.make_functional(gathered()),
+        "compiled": lambda: fx.make_functional(sharded(tiny(), "layers", mesh), compiled=True),
         "vmapped": vmapped,
         "not finite": lambda: adamw_decompose(broken, dealt, shards),
         "plain state": lambda: adamw_decompose(shards, state, shards),

@@ -49,7 +49,7 @@ def qwen_state(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    apply, params = fx.functionalize(Qwen2ForCausalLM(config).to(dtype))
+    apply, params = fx.make_functional(Qwen2ForCausalLM(config).to(dtype))
     generator = torch.Generator().manual_seed(1)
     u, e = (random_batch(generator, n, 24, 41, groups=4, padding="left", coefficients=n == 9) for n in (9, 10))
     state = random_adamw_state(generator, params)

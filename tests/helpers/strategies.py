@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from fx_influence.types import AdamWState, Apply, Batch, Estimator, Gain, Normalize, Params
+from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params, Preconditioner
 from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch
 
 ESTIMATORS: tuple[Estimator, ...] = ("per_decision", "sequence")
 NORMALIZES: tuple[Normalize, ...] = ("token", "sequence")
-GAINS: tuple[Gain, ...] = ("share", "marginal", "rmsprop")
+GAINS: tuple[Preconditioner, ...] = ("share", "marginal", "rmsprop")
 VOCAB, WIDTH = 6, 7
 
 
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     opt_state: AdamWState
     estimator: Estimator
     normalize: Normalize
-    gain: Gain
+    gain: Preconditioner
     temperature: float
     max_grad_norm: float | None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fx_influence as fx
 from fx_influence.testing import reference
-from fx_influence.types import AdamWHyper, AdamWState, Gain, Gradients, Params
+from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
 
 Warm = tuple[Gradients, AdamWState, Params]
 """A policy's gradient, a warm state, and its parameters."""
@@ -56,7 +56,7 @@ class Training(NamedTuple):
     def lr(self) -> float:
         return next(group["lr"] for group in self.optimizer.param_groups if group["lr"])
 
-    def decompose(self, gain: Gain = "share") -> fx.AdamWDecomposition:
+    def decompose(self, gain: Preconditioner = "share") -> fx.AdamWDecomposition:
         return fx.adamw_decompose(reference.add(self.grads), self.state, self.params, gain, self.max_grad_norm)
 
 
@@ -156,7 +156,7 @@ def test_the_direction_is_a_real_torch_step_per_unit_lr(training: Training) -> N
 @given(training=trainings(), gain=st.sampled_from(["share", "marginal"]), split=st.integers(0, 4))
 @settings(max_examples=100)
 def test_baseline_and_sequences_add_up_to_the_real_step_however_they_are_grouped(
-    training: Training, gain: Gain, split: int
+    training: Training, gain: Preconditioner, split: int
 ) -> None:
     step = training.decompose(gain)
     real = real_step(training, reference.add(training.grads), training.max_grad_norm)
@@ -294,7 +294,9 @@ def test_the_rmsprop_gain_is_minus_rho_over_the_real_denominator(training: Train
 
 
 @given(training=trainings(), gain=st.sampled_from(GAINS))
-def test_a_parameter_not_held_or_not_reached_stands_still_its_decay_included(training: Training, gain: Gain) -> None:
+def test_a_parameter_not_held_or_not_reached_stands_still_its_decay_included(
+    training: Training, gain: Preconditioner
+) -> None:
     last = list(training.params)[-1]
     grads = [{**g, "p0": None} for g in training.grads]
     step = training._replace(grads=grads).decompose(gain)
@@ -341,7 +343,7 @@ def test_on_the_first_step_of_a_warm_up_v_is_the_step_at_the_initial_rates() -> 
 
 @given(training=trainings(), gain=st.sampled_from(GAINS))
 @settings(max_examples=50)
-def test_every_part_agrees_with_the_slow_reference(training: Training, gain: Gain) -> None:
+def test_every_part_agrees_with_the_slow_reference(training: Training, gain: Preconditioner) -> None:
     fast = training.decompose(gain)
     slow = reference.adamw(training.grads, training.state, training.params, gain, training.max_grad_norm)
     assert float(fast.clip) == pytest.approx(slow.clip, abs=rounding_bound(torch.float64, STEP, slow.clip))
@@ -363,7 +365,7 @@ def test_a_policys_own_gradients_agree_with_the_slow_reference(case: Case) -> No
 
 @given(training=trainings(), gain=st.sampled_from(GAINS))
 @settings(max_examples=10)
-def test_nothing_that_is_given_is_changed(training: Training, gain: Gain) -> None:
+def test_nothing_that_is_given_is_changed(training: Training, gain: Preconditioner) -> None:
     grads, state, params = reference.add(training.grads), training.state, training.params
     given_values = (grads, state, params)
     before = copy.deepcopy(given_values)

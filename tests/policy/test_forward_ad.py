@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import batch_gradient, taped_gradient
-from fx_influence.policy.forward_ad import pushforward
-from fx_influence.policy.linear_cache import Replay, Tape
+from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache
+from fx_influence.policy.forward_ad import forward_mode_jvp
+from fx_influence.policy.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.types import Apply, Batch
 
 
@@ -41,10 +41,10 @@ def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ..
 
     given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
     expected = jvp(f, (given,), (tangents,))
-    tape = Tape(10**6)
-    with tape:
+    cache = LinearOutputCache(10**6)
+    with cache:
         f(given)
-    found = pushforward(f, given, tangents, tape.outputs if taped else None)
+    found = forward_mode_jvp(f, given, tangents, cache.outputs if taped else None)
     for value, wanted in zip(found, expected, strict=True):
         close(value, wanted)
 
@@ -52,7 +52,7 @@ def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ..
 def test_known_outputs_are_used_and_not_computed_again() -> None:
     x, w, _ = drawn(0)
     known = torch.full((2, 3, 4), 7.0, dtype=torch.float64)
-    value, slope = pushforward(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
+    value, slope = forward_mode_jvp(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
     assert (value == 7).all()
     close(slope, x.sum(-1, keepdim=True).expand(2, 3, 4))
 
@@ -80,7 +80,7 @@ def test_a_product_has_torchs_derivative_whatever_moves(case: str, moving: tuple
 
     given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
     expected = jvp(f, (given,), (tangents,))
-    for value, wanted in zip(pushforward(f, given, tangents), expected, strict=True):
+    for value, wanted in zip(forward_mode_jvp(f, given, tangents), expected, strict=True):
         assert value.dtype == wanted.dtype
         close(value, wanted)
 
@@ -95,7 +95,7 @@ def test_no_zeros_are_made_for_what_does_not_move() -> None:
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watched():
-        pushforward(lambda p: F.linear(p["x"] * b[:1], w) * 2.0, {"x": x}, {"x": x})
+        forward_mode_jvp(lambda p: F.linear(p["x"] * b[:1], w) * 2.0, {"x": x}, {"x": x})
     assert seen.count("aten.mm.default") == 2
     assert not any("zeros" in name for name in seen)
 
@@ -104,17 +104,17 @@ def test_no_zeros_are_made_for_what_does_not_move() -> None:
 def test_a_tape_keeps_all_or_nothing(room: int, kept: int | None) -> None:
     """One output is 2 x 3 x 4 float64, 192 bytes."""
     x, w, _ = drawn(0)
-    tape = Tape(room)
-    with tape:
+    cache = LinearOutputCache(room)
+    with cache:
         for _ in range(kept or 1):
             F.linear(x, w)
-    assert (None if tape.outputs is None else len(tape.outputs)) == kept
-    assert tape.bytes == 192 * (kept or 0)
-    with tape:
+    assert (None if cache.outputs is None else len(cache.outputs)) == kept
+    assert cache.bytes == 192 * (kept or 0)
+    with cache:
         F.linear(x, w)
         F.linear(x, w)
-    assert tape.outputs is None
-    assert tape.bytes == 0
+    assert cache.outputs is None
+    assert cache.bytes == 0
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -127,12 +127,12 @@ def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | N
         x, w, b = at
         return F.linear(F.linear(x, w, b if bias else None).sin(), w[:, :4]).cos()
 
-    tape = Tape(10**6)
-    with tape:
+    cache = LinearOutputCache(10**6)
+    with cache:
         first = f()
     expected = torch.autograd.grad(first.square().sum(), leaves)
-    assert tape.outputs is not None
-    with FlopCounterMode(display=False) as counter, Replay(tape.outputs):
+    assert cache.outputs is not None
+    with FlopCounterMode(display=False) as counter, ReuseLinearOutputs(cache.outputs):
         again = f()
     assert counter.get_total_flops() == 0
     assert torch.equal(again, first)
@@ -142,11 +142,11 @@ def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | N
 
 def test_a_map_under_autocast_is_computed_again() -> None:
     x, w = (a.float() for a in drawn(0)[:2])
-    tape = Tape(10**6)
+    cache = LinearOutputCache(10**6)
     with torch.autocast("cpu", torch.bfloat16):
-        with tape:
+        with cache:
             first = F.linear(x, w.requires_grad_())
-        with Replay(tape.outputs or []):
+        with ReuseLinearOutputs(cache.outputs or []):
             again = F.linear(x, w)
     assert again.dtype == torch.bfloat16
     again.sum().backward()
@@ -159,26 +159,26 @@ def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> Non
     apply, params = apply_of(TinyPolicy(11, 6, 2, 2, 7))
     batch = random_batch(torch.Generator().manual_seed(0), 5, 7, 11)
     along = {name: torch.randn_like(p) for name, p in params.items()}
-    every = taped_gradient(params, batch, apply, 1.0, 2, 10**8)[1]
-    sizes = [sum(x.numel() * x.element_size() for x in tape or []) for tape in every]
-    g, tapes = taped_gradient(params, batch, apply, 1.0, 2, sum(sizes[:fit]))
-    assert [tape is not None for tape in tapes] == [k < fit for k in range(3)]
+    every = gradient_with_cache(params, batch, apply, 1.0, 2, 10**8)[1]
+    sizes = [sum(x.numel() * x.element_size() for x in cache or []) for cache in every]
+    g, caches = gradient_with_cache(params, batch, apply, 1.0, 2, sum(sizes[:fit]))
+    assert [cache is not None for cache in caches] == [k < fit for k in range(3)]
     for name, value in batch_gradient(params, batch, apply, chunk_size=2).items():
         assert value is not None
         found = g[name]
         assert found is not None
         close(found, value, value.abs().max())
-    plain, taped = (token_jvp(params, along, batch, apply, 1.0, 2, given) for given in (None, tapes))
+    plain, taped = (token_jvp(params, along, batch, apply, 1.0, 2, given) for given in (None, caches))
     for value, wanted in zip(taped, plain, strict=True):
         close(value, wanted)
 
 
 def test_what_is_changed_after_it_was_made_is_not_kept() -> None:
     x, w, _ = drawn(0)
-    tape = Tape(10**6)
-    with tape:
+    cache = LinearOutputCache(10**6)
+    with cache:
         F.linear(x, w).add_(1)
-    assert tape.outputs is None
+    assert cache.outputs is None
 
 
 def drawn_tree(dtype: torch.dtype) -> tuple[dict[str, Tensor], Batch]:
@@ -203,9 +203,9 @@ def nested(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
     params, batch = drawn_tree(torch.float64)
     along = {name: p.cos() for name, p in params.items()}
-    gradient, tapes = taped_gradient(params, batch, apply, memory_budget=10**8)
-    assert tapes[0]
-    slopes = token_jvp(params, along, batch, apply, tapes=tapes)
+    gradient, caches = gradient_with_cache(params, batch, apply, memory_budget=10**8)
+    assert caches[0]
+    slopes = token_jvp(params, along, batch, apply, caches=caches)
     assert batch.coefficients is not None
     loss = -(batch.coefficients * slopes.logprobs).sum()
     if batch.entropy_coefficients is not None:
@@ -222,10 +222,10 @@ def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 
 def test_a_policy_may_enter_autocast_itself() -> None:
     params, batch = drawn_tree(torch.float32)
-    gradient, tapes = taped_gradient(params, batch, half, memory_budget=10**8)
+    gradient, caches = gradient_with_cache(params, batch, half, memory_budget=10**8)
     found = {name: g for name, g in gradient.items() if g is not None}
     assert batch.coefficients is not None
-    for kept in (None, tapes):
-        slope = -(batch.coefficients * token_jvp(params, found, batch, half, tapes=kept).logprobs).sum()
+    for kept in (None, caches):
+        slope = -(batch.coefficients * token_jvp(params, found, batch, half, caches=kept).logprobs).sum()
         # Three products in bfloat16, forward and back.
         assert_close_to_rounding(slope, sum(g.square().sum() for g in found.values()), terms=3, dtype=torch.bfloat16)

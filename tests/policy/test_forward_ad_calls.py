@@ -13,9 +13,9 @@ from torch.func import jvp
 from torch.nn import functional as F
 
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import batch_gradient, taped_gradient, weighted_gradient
-from fx_influence.policy.forward_ad import ForwardMode, pushforward
-from fx_influence.policy.linear_cache import Replay, Tape
+from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
+from fx_influence.policy.forward_ad import ForwardMode, forward_mode_jvp
+from fx_influence.policy.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.types import Batch, Params, TokenValues
 
 WIDTH = 5
@@ -57,7 +57,7 @@ def reverse(f: Callable[[Params], Tensor], params: Params, u: Params) -> Tensor:
 def test_forward_mode_binds_arguments_by_name(call: str) -> None:
     params = weights()
     u = {name: p.flip(0) for name, p in params.items()}
-    value, slope = pushforward(CALLS[call], params, u)
+    value, slope = forward_mode_jvp(CALLS[call], params, u)
     expected = reverse(CALLS[call], params, u)
     torch.testing.assert_close(value, CALLS[call](params))
     torch.testing.assert_close(slope, expected, rtol=0, atol=BOUND * float(expected.abs().max()))
@@ -66,11 +66,11 @@ def test_forward_mode_binds_arguments_by_name(call: str) -> None:
 @pytest.mark.parametrize("call", ["input_weight_bias", "weight", "bias", "weight_of_one_axis"])
 def test_replay_gives_a_taped_output_when_called_by_name(call: str) -> None:
     params = weights()
-    tape = Tape(10**6)
-    with tape:
+    cache = LinearOutputCache(10**6)
+    with cache:
         value = CALLS[call](params)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    replay = Replay(tape.outputs or [])
+    replay = ReuseLinearOutputs(cache.outputs or [])
     with replay:
         again = CALLS[call](leaves)
     assert replay.outputs_fit
@@ -118,9 +118,9 @@ def test_tapes_of_a_custom_function_are_not_taken_for_others() -> None:
     params = {name: p for name, p in weights().items() if name in ("w", "b")}
     batch = random_batch(torch.Generator().manual_seed(0), 3, 6, WIDTH)
     u = {name: p.flip(0) for name, p in params.items()}
-    _, tapes = taped_gradient(params, batch, hiding, memory_budget=10**9)
-    assert [len(tape or []) for tape in tapes] == [3]
-    plain, taped = token_jvp(params, u, batch, hiding), token_jvp(params, u, batch, hiding, tapes=tapes)
+    _, caches = gradient_with_cache(params, batch, hiding, memory_budget=10**9)
+    assert [len(cache or []) for cache in caches] == [3]
+    plain, taped = token_jvp(params, u, batch, hiding), token_jvp(params, u, batch, hiding, caches=caches)
     for ours, theirs in zip(taped, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=BOUND * float(theirs.abs().max()))
 
@@ -128,7 +128,7 @@ def test_tapes_of_a_custom_function_are_not_taken_for_others() -> None:
 def test_outputs_of_another_forward_do_not_fit() -> None:
     x, w = torch.ones(2, WIDTH), torch.eye(WIDTH)
     for calls, outputs in ((2, 1), (1, 2), (0, 1)):
-        replay = Replay([torch.ones(2, WIDTH)] * outputs)
+        replay = ReuseLinearOutputs([torch.ones(2, WIDTH)] * outputs)
         with replay:
             for _ in range(calls):
                 F.linear(x, w)
@@ -151,12 +151,12 @@ def test_weighted_gradient_goes_forward_anew_when_outputs_do_not_fit(chunk_size:
     params = {name: p for name, p in weights().items() if name in ("w", "b")}
     batch = random_batch(torch.Generator().manual_seed(0), 4, 6, WIDTH)
 
-    def weigh(values: TokenValues) -> Batch:
+    def coefficients_fn(values: TokenValues) -> Batch:
         return batch
 
     expected = batch_gradient(params, batch, apply)
     for budget in (0, 4000, 10**9):
-        _, found = weighted_gradient(params, batch, apply, weigh, 1.0, chunk_size, budget)
+        _, found = reweighted_gradient(params, batch, apply, coefficients_fn, 1.0, chunk_size, budget)
         for name, g in expected.items():
             ours = found[name]
             assert ours is not None
@@ -171,9 +171,9 @@ def test_a_failed_pass_leaves_no_level_open() -> None:
         F.linear(p["x"], p["w"])
         raise RuntimeError("inside the model")
 
-    for call in (lambda: pushforward(fails, params, params), lambda: jvp(fails, (params,), (params,))):
+    for call in (lambda: forward_mode_jvp(fails, params, params), lambda: jvp(fails, (params,), (params,))):
         with pytest.raises(RuntimeError, match="inside the model"):
             call()
-        value, slope = pushforward(CALLS["bias"], params, params)
+        value, slope = forward_mode_jvp(CALLS["bias"], params, params)
         torch.testing.assert_close(value, CALLS["bias"](params))
         assert slope.abs().max() > 0

@@ -32,7 +32,7 @@ from transformers import (
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io import factored_names, row_factors, row_gradients
-from fx_influence.batching.microbatch import parts, rows
+from fx_influence.batching.microbatch import micro_batches, rows
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Batch, Params
 
@@ -141,7 +141,7 @@ def right_padded(values: Tensor, batch: Batch) -> Tensor:
 
 def setup(model: nn.Module) -> tuple[fx.Policy, State]:
     opt_state = warm_state(model)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     return apply, State(params, *make_batches(), opt_state)
 
 
@@ -226,7 +226,7 @@ def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
     batch = left_padded(state.batch_u)
     names = factored_names(state.params, batch, apply)
     assert names == state.params.keys()
-    [part] = parts(batch, len(batch.input_ids), aligned=True)
+    [part] = micro_batches(batch, len(batch.input_ids), left_alignable=True)
     factors, _ = row_factors(state.params, batch, part, apply, names, 0.7)
     back = part.members.argsort()
     slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
@@ -261,7 +261,7 @@ def test_left_padding_in_float64_gives_the_same_numbers_and_no_nan(family: str, 
 def test_positions_come_from_the_mask_unless_a_trainer_omits_them(family: str) -> None:
     model = make_model(family).eval()
     right, left = make_batches()[1], left_padded(make_batches()[1])
-    (apply, params), (omitting, _) = fx.functionalize(model), fx.functionalize(model, position_ids=False)
+    (apply, params), (omitting, _) = fx.make_functional(model), fx.make_functional(model, position_ids=False)
     with torch.no_grad():
         trainers = model(input_ids=left.input_ids, attention_mask=left.attention_mask.long()).logits
     real = left.attention_mask
@@ -296,7 +296,7 @@ def test_the_model_is_left_as_it_was(family: str, lora: bool) -> None:
     model.enable_input_require_grads()
     next(m for name, m in model.named_modules() if name.endswith("mlp")).eval()
     opt_state, before = warm_state(model), snapshot(model)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     fx.influence(params, *make_batches(), opt_state, apply=apply, matrix=True)
     after = snapshot(model)
     old, new = before.pop("values"), after.pop("values")
@@ -394,7 +394,7 @@ def test_finite_steps_of_a_bfloat16_model_are_taken_in_float32(adapter_dtype: to
     model.get_input_embeddings().weight.requires_grad_(False)
     for p in model.parameters():
         p.data = p.data.to(adapter_dtype or p.dtype) if p.requires_grad else p.data
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     assert {p.dtype for p in params.values()} == {adapter_dtype or torch.bfloat16}
     generator = torch.Generator().manual_seed(0)
     direction = {name: torch.randn(p.shape, generator=generator) for name, p in params.items()}

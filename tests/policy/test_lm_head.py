@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import jvp
 
 from fx_influence.policy import lm_head as head
-from fx_influence.policy.lm_head import pull, scores, slopes
-from fx_influence.policy.split import Halves
+from fx_influence.policy.lm_head import head_jvp, head_token_values, head_vjp
+from fx_influence.policy.split import SplitPolicy
 from fx_influence.types import Params, TokenValues
 
 V, D, N = 11, 5, 7
@@ -25,8 +25,10 @@ def linear_head(params: Params, x: Tensor) -> Tensor:
     return x @ params["w"].T + params["b"]
 
 
-def policy(vocab_size: int | None = V) -> Halves:
-    return Halves(never, never, never, never, linear_head, frozenset({"w", "b"}), vocab_size, False, False, 1, False)  # type: ignore[arg-type]
+def policy(vocab_size: int | None = V) -> SplitPolicy:
+    return SplitPolicy(
+        never, never, never, never, linear_head, frozenset({"w", "b"}), vocab_size, False, False, 1, False
+    )  # type: ignore[arg-type]
 
 
 def setting(dtype: torch.dtype = torch.float64, impossible: bool = False) -> tuple[Params, Tensor, Tensor]:
@@ -61,7 +63,7 @@ def pieces(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("impossible", [False, True])
 def test_scores_are_the_log_softmax_and_its_entropy(at_once: int, temperature: float, impossible: bool) -> None:
     params, x, targets = setting(impossible=impossible)
-    found = scores(policy(), params, x, targets, temperature, at_once)
+    found = head_token_values(policy(), params, x, targets, temperature, at_once)
     for value, expected in zip(found, plain(params, x, targets, temperature), strict=True):
         close(value, expected)
 
@@ -77,7 +79,7 @@ def test_the_pull_is_the_gradient_of_the_loss(present: tuple[bool, bool], imposs
     values = plain(leaves, own, targets, 0.7)
     loss = -sum((w * v).sum() for w, v in zip((c, b), values, strict=True) if w is not None)
     expected = torch.autograd.grad(loss, [own, leaves["w"], leaves["b"]])  # type: ignore[arg-type]
-    d_features, grads = pull(policy(), leaves, x, targets, (c, b), 0.7)
+    d_features, grads = head_vjp(policy(), leaves, x, targets, (c, b), 0.7)
     assert grads["w"] is not None
     assert grads["b"] is not None
     for found, wanted in zip((d_features, grads["w"], grads["b"]), expected, strict=True):
@@ -93,7 +95,7 @@ def test_the_slopes_are_the_jvp(impossible: bool) -> None:
     along = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in params.items()}
     dx = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     expected = jvp(lambda p, x: plain(p, x, targets, 0.7), (params, x), (along, dx))[1]
-    for value, wanted in zip(slopes(policy(), params, along, x, dx, targets, 0.7), expected, strict=True):
+    for value, wanted in zip(head_jvp(policy(), params, along, x, dx, targets, 0.7), expected, strict=True):
         close(value, wanted)
         assert wanted.abs().max() > 0.1
 
@@ -101,7 +103,7 @@ def test_the_slopes_are_the_jvp(impossible: bool) -> None:
 def test_a_parameter_that_requires_no_gradient_or_is_not_in_the_head_has_none() -> None:
     params, x, targets = setting()
     leaves = {"w": params["w"].requires_grad_(), "b": params["b"], "body": torch.ones(2).requires_grad_()}
-    grads = pull(policy(), leaves, x, targets, (torch.ones(N), None), 1.0)[1]
+    grads = head_vjp(policy(), leaves, x, targets, (torch.ones(N), None), 1.0)[1]
     assert grads.keys() == {"w", "body"}
     assert grads["w"] is not None
     assert grads["body"] is None
@@ -109,14 +111,14 @@ def test_a_parameter_that_requires_no_gradient_or_is_not_in_the_head_has_none() 
 
 def test_no_tokens_give_empty_values() -> None:
     params, x, targets = setting()
-    assert scores(policy(None), params, x[:0], targets[:0], 1.0).logprobs.shape == (0,)
-    assert pull(policy(), params, x[:0], targets[:0], (torch.ones(0), None), 1.0)[0].shape == (0, D)
+    assert head_token_values(policy(None), params, x[:0], targets[:0], 1.0).logprobs.shape == (0,)
+    assert head_vjp(policy(), params, x[:0], targets[:0], (torch.ones(0), None), 1.0)[0].shape == (0, D)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_lower_precision_is_promoted_before_the_softmax(dtype: torch.dtype) -> None:
     params, x, targets = setting(dtype)
-    found = scores(policy(), params, x, targets, 1.0)
+    found = head_token_values(policy(), params, x, targets, 1.0)
     wide = linear_head(params, x).float().log_softmax(-1)[torch.arange(N), targets]
     assert found.logprobs.dtype == torch.float32
     # The maps are the same; only the float32 log-softmax over the vocabulary rounds.

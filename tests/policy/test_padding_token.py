@@ -79,7 +79,7 @@ def loss_of(model: Qwen2ForCausalLM, batch: fx.Batch) -> Tensor:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_rollouts_have_the_trainers_gradient(tied: bool) -> None:
     model, batch = make_model(tied), make_batch(4, 1)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     loss_of(model, batch).backward()
     own = batch_gradient(params, batch, apply)
     terms, size = policy_terms(params, 6, 2), torch.stack([p.grad.abs().max() for p in model.parameters()])
@@ -93,7 +93,7 @@ def test_the_rollouts_have_the_trainers_gradient(tied: bool) -> None:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_forward_mode_is_the_product_with_that_gradient(tied: bool, compiled: bool) -> None:
-    apply, params = fx.functionalize(make_model(tied), compiled=compiled)
+    apply, params = fx.make_functional(make_model(tied), compiled=compiled)
     batch = make_batch(4, 1)
     direction = {name: torch.randn(p.shape, dtype=p.dtype) for name, p in params.items()}
     derivatives = token_jvp(params, direction, batch, apply)
@@ -109,7 +109,7 @@ def test_forward_mode_is_the_product_with_that_gradient(tied: bool, compiled: bo
 def test_every_route_agrees(matrix: bool, per_token: bool, given: bool) -> None:
     model = make_model()
     state = make_state(model)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     u, e = make_batch(4, 1), make_batch(6, 2)._replace(coefficients=None, entropy_coefficients=None)
     grad = batch_gradient(params, u, apply) if given else None
     out = fx.influence(params, u, e, state, apply=apply, matrix=matrix, per_token=per_token, grad=grad)
@@ -123,7 +123,7 @@ def test_every_route_agrees(matrix: bool, per_token: bool, given: bool) -> None:
 
 
 def test_the_entropy_follows_the_padding_tokens_embedding_where_it_moves() -> None:
-    apply, params = fx.functionalize(make_model(tied=False))
+    apply, params = fx.make_functional(make_model(tied=False))
     e = make_batch(6, 2)._replace(coefficients=None, entropy_coefficients=None)
     direction = {name: torch.zeros_like(p) for name, p in params.items()}
     direction["model.embed_tokens.weight"][PAD] = 1.0

@@ -1,4 +1,4 @@
-"""functionalize on plain modules: whatever their forward looks like, and whatever was done to the module before."""
+"""make_functional on plain modules: whatever their forward looks like, and whatever was done to the module before."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ObjectWithLogits(Net):
 @pytest.mark.parametrize("kind", [PositionalMask, IdsAlone, MaskByName, ObjectWithLogits])
 def test_any_signature_of_forward_gives_the_logits_in_eval_mode(kind: type[Net]) -> None:
     model = kind()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     assert model.training
     expected = model.eval().logits(IDS, None if kind is IdsAlone else MASK)
     torch.testing.assert_close(apply(params, IDS, MASK), expected.detach(), rtol=0, atol=0)
@@ -83,15 +83,15 @@ class Positions(nn.Module):
 
 
 def test_position_ids_count_the_attended_tokens_from_0() -> None:
-    apply, params = fx.functionalize(Positions())
+    apply, params = fx.make_functional(Positions())
     assert apply(params, IDS, MASK)[..., 0].tolist() == [[0, 1, 2, 2], [0, 0, 0, 1]]
-    omitting, params = fx.functionalize(Positions(), position_ids=False)
+    omitting, params = fx.make_functional(Positions(), position_ids=False)
     assert omitting(params, IDS, MASK)[..., 0].tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_params_are_detached_aliases_of_the_trainable_parameters() -> None:
     model = PositionalMask()
-    _, params = fx.functionalize(model)
+    _, params = fx.make_functional(model)
     assert list(params) == ["mask_row", "head.weight", "head.bias"]
     live = dict(model.named_parameters())
     for name, p in params.items():
@@ -105,7 +105,7 @@ def test_params_are_detached_aliases_of_the_trainable_parameters() -> None:
 @pytest.mark.parametrize("name", ["table.weight", "scale", "shift"])
 def test_frozen_parameters_and_buffers_are_read_live(name: str) -> None:
     model = PositionalMask()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     before = apply(params, IDS, MASK)
     with torch.no_grad():
         dict([*model.named_parameters(), *model.named_buffers()])[name].mul_(3)
@@ -116,7 +116,7 @@ def test_frozen_parameters_and_buffers_are_read_live(name: str) -> None:
 
 def test_the_parameters_of_the_call_are_used_not_those_of_the_model() -> None:
     model = PositionalMask()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     moved = {name: p + 1 for name, p in params.items()}
     before = apply(params, IDS, MASK)
     other = apply(moved, IDS, MASK)
@@ -127,7 +127,7 @@ def test_the_parameters_of_the_call_are_used_not_those_of_the_model() -> None:
 
 def test_a_tied_parameter_is_there_once_and_moves_both_its_uses() -> None:
     model = TinyPolicy(vocab=5, tied=True)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     assert "token.weight" in params
     assert "head.weight" not in params
     assert len({p.data_ptr() for p in params.values()}) == len(params)
@@ -150,7 +150,7 @@ def test_a_forward_replaced_on_the_instance_is_passed_over() -> None:
 
     model.forward = wrong
     model.head.forward = wrong
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     torch.testing.assert_close(apply(params, IDS, MASK), expected, rtol=0, atol=0)
     assert model.forward is wrong
     assert model.head.forward is wrong
@@ -159,9 +159,9 @@ def test_a_forward_replaced_on_the_instance_is_passed_over() -> None:
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     model = PositionalMask().requires_grad_(False)
     with pytest.raises(ValueError, match=r"model has 4 parameters, none with requires_grad.*; unfreeze"):
-        fx.functionalize(model)
+        fx.make_functional(model)
     with pytest.raises(ValueError, match=r"model has 0 parameters"):
-        fx.functionalize(nn.ReLU())
+        fx.make_functional(nn.ReLU())
 
 
 @pytest.mark.parametrize("name", ["head.weight", "table.weight"])
@@ -171,12 +171,12 @@ def test_a_parameter_on_the_meta_device_is_refused_by_name(name: str) -> None:
     p = getattr(owner, leaf)
     setattr(owner, leaf, nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad))
     with pytest.raises(ValueError, match=rf"model parameter '{name}' is on the meta device; load"):
-        fx.functionalize(model)
+        fx.make_functional(model)
 
 
 def test_no_weight_is_copied() -> None:
     model = PositionalMask()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     template = apply._template.module
     assert [name for name, _ in template.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(x.is_meta for x in [*template.parameters(), *template.buffers()])
@@ -187,7 +187,7 @@ def test_no_weight_is_copied() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_mode_is_neither_used_nor_changed(training: bool) -> None:
     model = PositionalMask().train(training)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     model.dropout.p = 1.0
     first = apply(params, IDS, MASK)
     assert torch.equal(first, apply(params, IDS, MASK))

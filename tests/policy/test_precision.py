@@ -55,7 +55,7 @@ def problem(kind: str, dtype: torch.dtype) -> Problem:
     def made() -> nn.Module:
         return Mixed(dtype) if kind == "frozen" else TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=2).to(dtype)
 
-    low, exact = fx.functionalize(made()), fx.functionalize(made().double())
+    low, exact = fx.make_functional(made()), fx.make_functional(made().double())
     if kind == "function":
         low, exact = ((lambda p, ids, mask, a=apply: a(p, ids, mask), params) for apply, params in (low, exact))
     generator = torch.Generator().manual_seed(5)
@@ -169,7 +169,7 @@ class Casting(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:rounding is")
 def test_a_forward_that_enters_autocast_is_held_to_its_precision() -> None:
-    apply, params = fx.functionalize(Casting())
+    apply, params = fx.make_functional(Casting())
     p = problem("trained", torch.float32)
     state = random_adamw_state(torch.Generator().manual_seed(8), params)
     for own in (apply, lambda w, ids, mask: apply(w, ids, mask)):

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Pret
 import fx_influence as fx
 from fx_influence.autodiff import gradients as derivatives
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import _graphs_to_keep, batch_gradient, weighted_gradient
-from fx_influence.autodiff.gram import gradient_kernel
-from fx_influence.batching.microbatch import parts
+from fx_influence.autodiff.gradients import _graphs_to_keep, batch_gradient, reweighted_gradient
+from fx_influence.autodiff.gram import gradient_gram
+from fx_influence.batching.microbatch import micro_batches
 from fx_influence.policy import lm_head as head
-from fx_influence.policy.split import halves
+from fx_influence.policy.split import split_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
 SHAPE = {
@@ -65,17 +65,17 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, attention: str) -> None:
     apply, state = setup(make_model(family, lora=lora, tied=tied, attention=attention))
-    policy, e = halves(apply), state.batch_e
+    policy, e = split_policy(apply), state.batch_e
     assert policy.vocab_size == VOCAB
-    assert policy.aligned
-    [part] = parts(e, len(e.input_ids), aligned=False)
+    assert policy.left_alignable
+    [part] = micro_batches(e, len(e.input_ids), left_alignable=False)
     given = state.params, e.input_ids, e.attention_mask
     with torch.no_grad():
         logits = apply(*given)
         for features in (
-            policy.features(state.params, part),
-            policy.eager(*given),
-            policy.traced(state.params, part),
+            policy.backbone(state.params, part),
+            policy.backbone_eager(*given),
+            policy.backbone_vmap(state.params, part),
         ):
             found = policy.head(state.params, features)
             terms = policy_terms(state.params, WIDTH, 1)
@@ -86,8 +86,8 @@ def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, a
 def test_what_changes_logits_after_the_head_is_not_cut_off(kind: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AFTER_THE_HEAD[kind]).double()
-    apply, params = fx.functionalize(model)
-    assert halves(apply).vocab_size is None
+    apply, params = fx.make_functional(model)
+    assert split_policy(apply).vocab_size is None
     batch = random_batch(torch.Generator().manual_seed(0), 3, WIDTH, VOCAB)
     plain = lambda *given: apply(*given)  # noqa: E731
     along = {name: torch.randn_like(p) for name, p in params.items()}
@@ -110,7 +110,7 @@ def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:
         "reverse": lambda: batch_gradient(state.params, u, apply),
         "forward mode": lambda: token_jvp(state.params, ones, u, apply),
         "influence": lambda: fx.influence(*state, apply=apply),
-        "matrix": lambda: gradient_kernel(state.params, e, u, ones, apply, chunk_size=1),
+        "matrix": lambda: gradient_gram(state.params, e, u, ones, apply, chunk_size=1),
     }
 
 
@@ -159,14 +159,14 @@ def test_the_graphs_of_e_are_kept_where_there_is_room(budget: int) -> None:
     apply._features = counted  # type: ignore[method-assign]
     e = state.batch_e
 
-    def weigh(values: fx.TokenValues) -> fx.Batch:
+    def coefficients_fn(values: fx.TokenValues) -> fx.Batch:
         return e._replace(coefficients=values.entropies, entropy_coefficients=values.logprobs)
 
-    weighted, g = weighted_gradient(state.params, e, apply, weigh, 1.0, 2, budget)
-    parts = -(-len(e.input_ids) // 2)
-    assert parts > 2
+    weighted, g = reweighted_gradient(state.params, e, apply, coefficients_fn, 1.0, 2, budget)
+    count = -(-len(e.input_ids) // 2)
+    assert count > 2
     # The first is kept in any case.
-    assert calls == ([True] * parts if budget else [True] + [False] * (parts - 1) + [True] * (parts - 1))
+    assert calls == ([True] * count if budget else [True] + [False] * (count - 1) + [True] * (count - 1))
     expected = batch_gradient(state.params, weighted, apply)
     largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
     for name, value in expected.items():
@@ -184,20 +184,20 @@ def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora
     found: list[Any] = []
     sizes = [0, 0, 0]
 
-    def kept(parts: int, graph: int, tape: int, budget: int) -> int:
-        sizes[:] = parts, graph, tape
-        return _graphs_to_keep(parts, graph, tape, budget)
+    def kept(micro_batches: int, graph: int, cache: int, budget: int) -> int:
+        sizes[:] = micro_batches, graph, cache
+        return _graphs_to_keep(micro_batches, graph, cache, budget)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(derivatives, "_graphs_to_keep", kept)
         for budget_of in (lambda: 10**9, lambda: sizes[0] * sizes[2], lambda: 0):
             with FlopCounterMode(display=False) as counter:
-                found.append(weighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
+                found.append(reweighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
             flops.append(counter.get_total_flops())
-    everything, tapes, nothing = flops
+    everything, caches, nothing = flops
     largest = max(float(g.abs().max()) for g in found[0].values())
     # Parts come longest first, so the tapes of all fit; attention is computed again.
-    assert tapes - everything < 0.2 * (nothing - everything)
+    assert caches - everything < 0.2 * (nothing - everything)
     for other in found[1:]:
         for name, g in found[0].items():
             assert_close_to_rounding(other[name], g, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
@@ -222,7 +222,7 @@ def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
 def test_compiled_passes_give_the_same_influences(lora: bool) -> None:
     model = make_model("qwen2", lora=lora, attention="sdpa")
     plain, state = setup(model)
-    compiled, _ = fx.functionalize(model, compiled=True)
+    compiled, _ = fx.make_functional(model, compiled=True)
     one, other = (fx.influence(*state, apply=apply, matrix=True) for apply in (compiled, plain))
     terms, size = policy_terms(state.params, WIDTH), other.matrix.abs().sum()
     for field in ("per_sequence", "per_token", "stderr"):

@@ -20,7 +20,17 @@ from helpers.tolerances import TINY_POLICY, assert_within, central_difference
 from torch import Tensor
 
 from fx_influence.testing import reference as ref
-from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Estimator, Gain, Gradients, Normalize, Params
+from fx_influence.types import (
+    AdamWHyper,
+    AdamWState,
+    Apply,
+    Batch,
+    Estimator,
+    Gradients,
+    Normalize,
+    Params,
+    Preconditioner,
+)
 
 ESTIMATES = [(e, n) for e in get_args(Estimator) for n in get_args(Normalize)]
 estimates = pytest.mark.parametrize(("estimator", "normalize"), ESTIMATES)
@@ -339,8 +349,8 @@ def test_sample_follows_the_enumerated_distribution() -> None:
 
 
 @estimates
-@pytest.mark.parametrize("gain", get_args(Gain))
-def test_influence_is_what_a_small_step_does(estimator: Estimator, normalize: Normalize, gain: Gain) -> None:
+@pytest.mark.parametrize("gain", get_args(Preconditioner))
+def test_influence_is_what_a_small_step_does(estimator: Estimator, normalize: Normalize, gain: Preconditioner) -> None:
     apply, params = policy()
     batch_u = random_batch(generator(6), 3, 6, 5, gaps=True, entropy_coefficients=True, padding="left", min_len=0)
     batch_e = random_batch(generator(7), 5, 7, 5, groups=2, coefficients=False)

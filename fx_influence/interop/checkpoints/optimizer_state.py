@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.dtensor import is_sharded, own_part
+from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.interop.checkpoints.dcp import Stored, read_box
 from fx_influence.interop.optimizers import SUPPORTED
 
@@ -93,11 +93,11 @@ def _own_share(value: Any, parameter: nn.Parameter) -> Any:
     """Of a moment, what this rank's shard of the parameter needs; anything else as it is."""
     if not is_sharded(parameter) or not isinstance(value, (Stored, Tensor)) or value.shape == ():
         return value
-    from fx_influence.distributed.fsdp_gather import like_sharded, own_box
+    from fx_influence.distributed.fsdp_gather import like_sharded, local_slices
 
-    box = own_box(parameter)
+    box = local_slices(parameter)
     if isinstance(value, Stored):
-        own = torch.empty_like(own_part(parameter.detach()))
+        own = torch.empty_like(to_local(parameter.detach()))
         read_box(value, [where.start for where in box], own)
     else:
         own = value[tuple(box)].to(parameter.device, copy=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.dtensor import own_part
-from fx_influence.distributed.fsdp_gather import own_box
+from fx_influence.core.dtensor import to_local
+from fx_influence.distributed.fsdp_gather import local_slices
 from fx_influence.interop.checkpoints.dcp import Stored, read_box, stored_part
 from fx_influence.interop.checkpoints.load import (
     MODEL_PART,
@@ -69,7 +69,7 @@ def _load(
         state_dict = optimizer_state_dict_in(_shards(path, OPTIMIZER_SHARDS, OPTIMIZER_PART), stored_part)
     for stored, value in _wanted(model, _shards(path, MODEL_SHARDS, MODEL_PART)):
         if isinstance(stored, Stored):
-            read_box(stored, [where.start for where in own_box(value)], own_part(value))
+            read_box(stored, [where.start for where in local_slices(value)], to_local(value))
         else:
             value.copy_(stored)
     if state_dict is None:

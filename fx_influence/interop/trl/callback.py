@@ -29,9 +29,9 @@ from fx_influence.batching.microbatch import rows
 from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import promote
 from fx_influence.distributed.collectives import RankError, check_agreed, failing_together
-from fx_influence.distributed.engine import passes_over
+from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import entropy_estimate
-from fx_influence.functional import functionalize
+from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state, require_adamw
 from fx_influence.interop.rollouts.record import Rollout, collate
 from fx_influence.interop.trl.capture import Capture, CapturedStep, CaptureError
@@ -47,7 +47,16 @@ from fx_influence.optim.adamw import adamw_decompose
 from fx_influence.perturbation import snis_delta
 from fx_influence.policy.policy import Policy
 from fx_influence.policy.precision import in_float32
-from fx_influence.types import Batch, Estimator, Gain, Gradients, IdentityError, Normalize, Params, TokenValues
+from fx_influence.types import (
+    Batch,
+    Estimator,
+    Gradients,
+    IdentityError,
+    Normalize,
+    Params,
+    Preconditioner,
+    TokenValues,
+)
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -112,7 +121,7 @@ class EntropyInfluence(TrainerCallback):
         completions_per_prompt: int = 4,
         estimator: Estimator = "per_decision",
         normalize: Normalize = "token",
-        gain: Gain = "share",
+        gain: Preconditioner = "share",
         matrix: bool = False,
         chunk_size: int | None = None,
         memory_budget: int = MEMORY_BUDGET,
@@ -150,7 +159,7 @@ class EntropyInfluence(TrainerCallback):
 
         Raises ``TypeError`` for a trainer of another kind or with another optimizer than AdamW, and ``ValueError`` for
         one whose steps cannot be attributed (active dropout, noise or images in its forward, a model that
-        ``functionalize`` refuses or that DeepSpeed or FSDP shards) or whose completions are not drawn from its policy,
+        ``make_functional`` refuses or that DeepSpeed or FSDP shards) or whose completions are not drawn from its policy,
         naming the remedy; for prompts that are none; where it is attached already or its name is taken; and where
         processes attach with different settings.
         """
@@ -161,7 +170,7 @@ class EntropyInfluence(TrainerCallback):
         with failing_together(mesh), random_state(trainer):
             check_steps(trainer)
             check_generation(trainer)
-            functionalize(trainer.model, position_ids=False)
+            make_functional(trainer.model, position_ids=False)
             prompts, note = read_prompts_of(trainer, self._eval_prompts, self._max_prompts)
             self._check_processes_agree(mesh, prompts)
             name = self._free_name(trainer)
@@ -318,7 +327,7 @@ class EntropyInfluence(TrainerCallback):
             return None
         trainer, captured, mesh = self._trainer, self._capture.finish(), self._capture.mesh
         if self._policy is None:
-            self._policy = functionalize(trainer.model, position_ids=False)[0]
+            self._policy = make_functional(trainer.model, position_ids=False)[0]
         params = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
         _check_finite(captured.gradient)
         opt_state = adamw_state(trainer.optimizer, trainer.model)
@@ -342,7 +351,7 @@ class EntropyInfluence(TrainerCallback):
         )
         self._tell_conditioning(step, float(out.conditioning))
         raised, policy = in_float32(params, self._policy, batch_e)
-        passes = passes_over(raised, policy, trainer.temperature, self._reading["chunk_size"], mesh)
+        passes = make_engine(raised, policy, trainer.temperature, self._reading["chunk_size"], mesh)
         values = passes.values(raised, batch_e)
         rollouts = self._drawn_from_policy(rollouts, values, batch_e, params)
         entropy = entropy_estimate(values, batch_e, self._reading["normalize"]).item()
@@ -368,7 +377,7 @@ class EntropyInfluence(TrainerCallback):
         """The step with entropies where the trainer computes none; raises where its forward is not the policy's."""
         trainer, batch = self._trainer, captured.batch
         assert self._policy is not None
-        passes = passes_over(params, self._policy, trainer.temperature, self._reading["chunk_size"], None)
+        passes = make_engine(params, self._policy, trainer.temperature, self._reading["chunk_size"], None)
         # Some rows tell; all where their entropies are wanted.
         count = len(batch.input_ids)
         some = slice(None) if captured.entropies is None else slice(0, count, max(1, count // CHECKED_ROWS))
@@ -400,7 +409,7 @@ class EntropyInfluence(TrainerCallback):
             policy = self._policy
 
             def logprobs_at(factor: float) -> torch.Tensor:
-                passes = passes_over(params, policy, factor * temperature, chunk_size, None)
+                passes = make_engine(params, policy, factor * temperature, chunk_size, None)
                 return passes.values(params, batch_e).logprobs
 
             check_explained(logprobs_at, batch_e)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.batching.microbatch import rows
 from fx_influence.core.dtensor import is_sharded
-from fx_influence.distributed.collectives import collected, rank_in
+from fx_influence.distributed.collectives import all_gather_objects, rank_in
 from fx_influence.types import Batch
 
 Value = TypeVar("Value")
@@ -44,7 +44,7 @@ def mesh_of(trainer: Any) -> DeviceMesh | None:
 
 def of_all(mesh: DeviceMesh | None, value: Value) -> list[Value]:
     """Every process's value, rank 0's first, on every process; values are pickled, so keep tensors on the CPU."""
-    return [value] if mesh is None else collected(mesh, value)
+    return [value] if mesh is None else all_gather_objects(mesh, value)
 
 
 def place(mesh: DeviceMesh | None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from fx_influence.lab.load_batches import Progress, State
 from fx_influence.lab.plan import WHOLE, StepPlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
-from fx_influence.types import Batch, Gain, Gradients, Params
+from fx_influence.types import Batch, Gradients, Params, Preconditioner
 
 NORMS = "step_gradient_norms.npy"
 STEP_PIECES = GRADIENT, NORMS
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 def measure_step(
-    plan: StepPlan, state: State, batch: Batch, gain: Gain, directory: RunDirectory, progress: Progress
+    plan: StepPlan, state: State, batch: Batch, gain: Preconditioner, directory: RunDirectory, progress: Progress
 ) -> Step:
     """The step that ``batch`` makes from the training state; its gradient is kept in ``directory``, or read there."""
     progress("step", 0, 2)

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gram import gradient_kernel, rollout_gradients
+from fx_influence.autodiff.gram import gradient_gram, rollout_gradients
 from fx_influence.batching.microbatch import distinct_rows, row_chunks
 from fx_influence.core.tree import promote
 from fx_influence.estimators.consistency import check_identity, identity_tolerance
@@ -95,7 +95,7 @@ def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Ba
     params, apply, temperature, chunk = state.params, state.apply, plan.temperature, plan.chunk_size
 
     def losses(part: Batch) -> Tensor:
-        return gradient_kernel(params, part, moving, step.parts.gain, apply, temperature, plan.memory_budget, chunk)
+        return gradient_gram(params, part, moving, step.parts.gain, apply, temperature, plan.memory_budget, chunk)
 
     def slopes(part: Batch, v: Params) -> Tensor:
         return token_jvp(params, v, part, apply, temperature, chunk).logprobs.double().sum(-1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.dtensor import is_sharded, own_part
+from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.policy.model.float64 import StayFloat64
 from fx_influence.policy.model.probing import (
     LENGTHS,
@@ -50,37 +50,37 @@ class Case(NamedTuple):
 def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
     """Compare ``apply`` with ``model``'s own forward on a few tokens, at the weights that both have now.
 
-    ``functionalize`` makes this comparison on random weights. Made again later it also shows what has changed in the
+    ``make_functional`` makes this comparison on random weights. Made again later it also shows what has changed in the
     model since: another active or merged adapter, modules replaced, frozen weights that are no longer the same tensors.
     The model, its mode, buffers and gradients and the random state stay as they are.
 
     Args:
-        apply, params: as ``functionalize`` gave them.
+        apply, params: as ``make_functional`` gave them.
         model: the one that they were made of.
 
     Raises ``ValueError`` where they differ, with the difference relative to the largest logit; where ``apply`` is no
     ``Policy``; and for a model sharded by FSDP2, whose own forward is a collective of all ranks.
 
     Example:
-        >>> from fx_influence.functional import functionalize
+        >>> from fx_influence.functional import make_functional
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
-        >>> apply, params = functionalize(model)
+        >>> apply, params = make_functional(model)
         >>> check_policy(apply, params, model)
     """
     from fx_influence.policy.policy import Policy
 
     if not isinstance(apply, Policy):
-        raise ValueError(f"apply is a {type(apply).__name__}; expected the Policy that functionalize returns")
+        raise ValueError(f"apply is a {type(apply).__name__}; expected the Policy that make_functional returns")
     model = unwrapped(model)
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
-            "model is sharded by FSDP2; expected whole weights. functionalize compared it when it was made"
+            "model is sharded by FSDP2; expected whole weights. make_functional compared it when it was made"
         )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if trained != params.keys():
         raise ValueError(
             f"params has {len(params)} names and the model trains {len(trained)}, {min(trained ^ params.keys())!r} in "
-            "one of the two alone; expected the same. Make the policy again with functionalize"
+            "one of the two alone; expected the same. Make the policy again with make_functional"
         )
     known = _live(model)
     cases = [
@@ -288,7 +288,7 @@ def _bound(policy: Policy, known: Params) -> float:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return own_part(next(iter(model.parameters()))).device
+    return to_local(next(iter(model.parameters()))).device
 
 
 @contextmanager

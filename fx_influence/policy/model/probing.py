@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fx_influence.core.dtensor import is_sharded, own_part
+from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.policy.model.template import Template, base_model, state_of
 from fx_influence.types import Params
 
@@ -84,7 +84,7 @@ def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
         steps = [*reversed(_STEPS[: p.dim()])]
         size = k + 1 + sum((n - 1) * step for n, step in zip(p.shape[-len(_STEPS) :], steps, strict=False) if n)
         width = p.shape[-1] if p.dim() > 1 else 0
-        key = dtype, own_part(value).device, width
+        key = dtype, to_local(value).device, width
         vector = vectors.get(key)
         if vector is None or len(vector) < size:
             drawn = torch.rand(2 * size, generator=generator, dtype=torch.float32, device="cpu")
@@ -109,7 +109,7 @@ class WriteWatch(TorchDispatchMode):
         self._ids = ids
         self._names: dict[int, dict[int, str]] = {}
         for name, x in tensors.items():
-            local = own_part(x)
+            local = to_local(x)
             if local.numel() and not local.is_meta:
                 places = self._names.setdefault(local.untyped_storage().data_ptr(), {})
                 places[int(local.storage_offset())] = name

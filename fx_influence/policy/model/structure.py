@@ -23,13 +23,13 @@ from fx_influence.policy.model.agreement import Case
 class Structure(NamedTuple):
     """What a model does with the tokens of a batch, whatever its weights.
 
-    ``rows_apart``: no row sees another. ``aligned``: see ``policy.Halves``. ``detaches``: some derivative is cut off in
+    ``rows_independent``: no row sees another. ``left_alignable``: see ``policy.SplitPolicy``. ``detaches_gradients``: some derivative is cut off in
     the model's own code.
     """
 
-    rows_apart: bool
-    aligned: bool
-    detaches: bool
+    rows_independent: bool
+    left_alignable: bool
+    detaches_gradients: bool
 
 
 def structure_of(policy: Policy, case: Case) -> Structure:
@@ -52,8 +52,8 @@ def structure_of(policy: Policy, case: Case) -> Structure:
     causal = agree(rows[3, :half], rows[0, :half], bound) and agree(rows[1, :short], rows[0, :short], bound)
     cut = agree(start, rows[0, :short], bound)
     moved = agree(rows[2, -short:], start, bound)
-    rows_apart = all(agree(alone, x, bound) for x in (rows[0], *crowded))
-    return Structure(rows_apart, causal and cut and moved, _detaches(policy, case))
+    rows_independent = all(agree(alone, x, bound) for x in (rows[0], *crowded))
+    return Structure(rows_independent, causal and cut and moved, _detaches(policy, case))
 
 
 def _detaches(policy: Policy, case: Case) -> bool:

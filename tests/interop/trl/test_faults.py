@@ -82,7 +82,7 @@ def failing(error: BaseException, times: int = 1) -> Callable[..., Any]:
 
 
 PLACES = [
-    (measuring, "functionalize"),
+    (measuring, "make_functional"),
     (measuring, "adamw_state"),
     (measuring, "held_out_rollouts"),
     (measuring, "collate"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.trl_variants import Variant, policy, trainer
-from fx_influence.functional import functionalize
+from fx_influence.functional import make_functional
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.precision import STEP_LOST, in_trainers_precision, rounding_warning, step_rounding
 
@@ -67,7 +67,7 @@ def test_step_rounding_is_the_share_of_the_step_not_made(dtype: torch.dtype) -> 
 
 
 def test_the_trainers_precision_is_its_accelerators() -> None:
-    apply, _ = functionalize(policy())
+    apply, _ = make_functional(policy())
     scaler = SimpleNamespace(get_scale=lambda: 1024.0)
     plain = SimpleNamespace(mixed_precision="no", native_amp=False)
     bf16 = SimpleNamespace(mixed_precision="bf16", native_amp=True, scaler=None)

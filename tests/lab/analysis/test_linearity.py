@@ -27,16 +27,16 @@ slopes = st.floats(0.1, 100.0).flatmap(lambda x: st.sampled_from([x, -x]))
 bends = st.floats(-1e5, 1e5)
 
 
-@given(slope=slopes, bend=bends)
-def test_a_parabola_is_found_exactly(slope: float, bend: float) -> None:
-    fit = fit_lines(ETA, slope * ETA + 0.5 * bend * ETA**2)
-    size = abs(slope) + abs(bend) * ETA[-1]
+@given(slope=slopes, second_derivative=bends)
+def test_a_parabola_is_found_exactly(slope: float, second_derivative: float) -> None:
+    fit = fit_lines(ETA, slope * ETA + 0.5 * second_derivative * ETA**2)
+    size = abs(slope) + abs(second_derivative) * ETA[-1]
     assert fit.slope_at_0 == pytest.approx(slope, abs=FIT * size)
-    assert fit.curvature == pytest.approx(bend, abs=FIT * size / ETA[0])
-    if abs(bend) > 1:
+    assert fit.curvature == pytest.approx(second_derivative, abs=FIT * size / ETA[0])
+    if abs(second_derivative) > 1:
         trust = float(fit.eta_trust)
-        assert abs(0.5 * bend * trust**2) == pytest.approx(
-            0.1 * abs(slope) * trust, rel=FIT * size / abs(bend * ETA[0])
+        assert abs(0.5 * second_derivative * trust**2) == pytest.approx(
+            0.1 * abs(slope) * trust, rel=FIT * size / abs(second_derivative * ETA[0])
         )
 
 
@@ -91,16 +91,16 @@ def test_measured_trust_ends_where_the_first_order_first_fails() -> None:
 
 def test_agreement_takes_each_rollouts_largest_trusted_step() -> None:
     first = np.array([1.0, -2.0, 0.0, 4.0])
-    bend = np.array([1e3, 1e3, 0.0, 1e5])
-    delta = first * ETA[:, None] + 0.5 * bend * ETA[:, None] ** 2
-    found = agreement(ETA, delta, first, eta_trust(first, bend))
+    second_derivative = np.array([1e3, 1e3, 0.0, 1e5])
+    delta = first * ETA[:, None] + 0.5 * second_derivative * ETA[:, None] ** 2
+    found = agreement(ETA, delta, first, eta_trust(first, second_derivative))
     # Trusted: 2e-4, 4e-4 and 8e-6 for the movers; so 2e-4 and 2e-4 are taken, and for the last the smallest, 2e-5.
     errors = np.array([0.5e3 * 2e-4, 0.5e3 * 2e-4, 0.5e5 * 2e-5])
     assert found.max_error == pytest.approx(errors.max() / 4)
     assert found.max_relative_error == pytest.approx((errors / np.array([1, 2, 4])).max())
     assert found.spearman == 1.0
     assert found.rollouts == 3
-    assert agreement(ETA, -delta, first, eta_trust(first, bend)).spearman == -1.0
+    assert agreement(ETA, -delta, first, eta_trust(first, second_derivative)).spearman == -1.0
 
 
 def test_the_gap_of_the_parts_is_relative_to_the_whole() -> None:
@@ -121,8 +121,8 @@ def test_the_steadier_part_is_the_one_whose_secants_vary_less() -> None:
 
 def swept() -> dict[str, np.ndarray]:
     """A sweep over three rollouts, the last of which moves nothing, along curves that are known."""
-    first, bend = np.array([2.0, -1.0, 0.0]), np.array([100.0, 400.0, 0.0])
-    grad = first * ETA[:, None] + 0.5 * bend * ETA[:, None] ** 2
+    first, second_derivative = np.array([2.0, -1.0, 0.0]), np.array([100.0, 400.0, 0.0])
+    grad = first * ETA[:, None] + 0.5 * second_derivative * ETA[:, None] ** 2
     baseline = 3.0 * ETA + 500 * ETA**2
     full = baseline + grad.sum(1) * 1.02
     arrays = {"eta": ETA, "per_sequence": first, "grad": grad, "baseline": baseline, "full": full}

@@ -119,7 +119,7 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
 
 def _state() -> tuple[fx.Policy, fx.Params, fx.AdamWState]:
     checkpoint = load_checkpoint(demo_path("demo"))
-    apply, params = fx.functionalize(checkpoint.model)
+    apply, params = fx.make_functional(checkpoint.model)
     return apply, params, checkpoint.optimizer_state
 
 

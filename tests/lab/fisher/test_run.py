@@ -69,7 +69,7 @@ class Known(NamedTuple):
 @pytest.fixture(scope="module")
 def known(results: FisherKernelResults) -> Known:
     checkpoint = load_checkpoint(demo_path("demo"), dtype=torch.float64)
-    apply, params = fx.functionalize(checkpoint.model)
+    apply, params = fx.make_functional(checkpoint.model)
     u, e = (collate(rollouts, pad_id=0) for rollouts in (results.update_rollouts, results.evaluations[0].rollouts))
     advantages = torch.tensor([r.advantage for r in results.update_rollouts])
     u = u._replace(
@@ -183,7 +183,7 @@ def test_baseline_and_rollouts_add_up_to_the_prediction(results: FisherKernelRes
 def test_a_derivative_that_is_lost_on_the_way_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = fisher_measure.gradient_kernel
+    real = fisher_measure.gradient_gram
     monkeypatch.setattr(fisher_measure, "gradient_kernel", lambda *args: 0.9 * real(*args))
     assert main(["fisher", write_plan(tmp_path, PLAN), "--out", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err

@@ -59,12 +59,12 @@ def test_only_what_is_a_mask_is_given_the_mask(kind: type[nn.Module]) -> None:
     own = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else None
     if own is None:
         own = out["logits"] if isinstance(out, dict) else out.logits
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     assert nearly(apply(params, IDS, MASK), own)
 
 
 def test_a_wrapper_that_hands_everything_on_is_given_the_mask() -> None:
-    apply, params = fx.functionalize(make(HandedOn))
+    apply, params = fx.make_functional(make(HandedOn))
     padded = MASK.clone()
     padded[:, 0] = False
     assert not torch.equal(apply(params, IDS, padded), apply(params, IDS, MASK))
@@ -95,7 +95,7 @@ class NoLogits(Summed):
 )
 def test_a_forward_without_logits_of_every_token_is_refused(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fx.functionalize(make(kind))
+        fx.make_functional(make(kind))
 
 
 class FromTwo(Attentive):
@@ -124,7 +124,7 @@ class Backwards(Attentive):
 
 def test_positions_begin_where_the_models_own_do() -> None:
     model = make(FromTwo)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     assert nearly(apply(params, IDS, MASK), model(IDS))
     left = MASK.clone()
     left[:, :3] = False
@@ -134,8 +134,8 @@ def test_positions_begin_where_the_models_own_do() -> None:
 def test_positions_of_another_kind_are_refused_with_the_remedy() -> None:
     model = make(Backwards)
     with pytest.raises(ValueError, match=r"It makes other positions .*position_ids=False"):
-        fx.functionalize(model)
-    apply, params = fx.functionalize(model, position_ids=False)
+        fx.make_functional(model)
+    apply, params = fx.make_functional(model, position_ids=False)
     assert nearly(apply(params, IDS, MASK), model(IDS))
 
 
@@ -161,7 +161,7 @@ class CountsIntegers(Attentive):
 @pytest.mark.parametrize(("kind", "message"), [(Noisy, "a row of tokens"), (CountsIntegers, "padded rows")])
 def test_a_forward_that_differs_is_refused(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=rf"apply differs from model's own logits on {message}.*, by"):
-        fx.functionalize(make(kind))
+        fx.make_functional(make(kind))
 
 
 def test_prompt_tuning_scores_the_given_tokens_alone() -> None:
@@ -183,7 +183,7 @@ def test_prompt_tuning_scores_the_given_tokens_alone() -> None:
     )
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(LlamaForCausalLM(config), peft_config).eval()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     own = model(input_ids=IDS, attention_mask=MASK.long()).logits[:, 3:]
     found = apply(params, IDS, MASK)
     assert found.shape == (*IDS.shape, VOCAB)
@@ -198,7 +198,7 @@ def test_looking_changes_nothing() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     fx.check_policy(apply, params, model)
     assert torch.equal(torch.rand(3), expected)
     assert modes == [module.training for module in model.modules()]
@@ -210,7 +210,7 @@ def test_looking_changes_nothing() -> None:
 def test_check_policy_tells_what_has_changed_since() -> None:
     model = make(Attentive)
     model.head.bias.requires_grad_(False)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     with torch.no_grad():
         model.head.bias += 1
         model.qkv.weight += 1

@@ -33,7 +33,7 @@ class Detaching(Attentive):
 
 @pytest.mark.parametrize("by", ["detach", "no_grad"])
 def test_e_has_the_derivatives_of_the_function(by: str) -> None:
-    apply, params = fx.functionalize(make(Detaching, by=by))
+    apply, params = fx.make_functional(make(Detaching, by=by))
     e = full_batch(2, rows=8)
     direction = {name: torch.zeros_like(p) for name, p in params.items()}
     direction["qkv.weight"] = params["qkv.weight"].clone()
@@ -48,7 +48,7 @@ def test_e_has_the_derivatives_of_the_function(by: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False, "stderr": False}])
 def test_u_has_the_trainers_gradient_and_e_the_functions(options: dict[str, Any]) -> None:
     model = make(Detaching)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     u, e, state = full_batch(1), full_batch(2, rows=8), warm_state(model)
     logprobs = model(u.input_ids)[:, :-1].log_softmax(-1).gather(-1, u.input_ids[:, 1:, None])[..., 0]
     assert u.coefficients is not None
@@ -69,7 +69,7 @@ def test_dora_has_the_derivatives_of_the_function() -> None:
 
     config = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(make_model("qwen2", attention="sdpa"), config).double()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     e = full_batch(2, rows=8, vocab=19)
     generator = torch.Generator().manual_seed(0)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
@@ -103,9 +103,9 @@ def test_hooks_that_may_change_gradients_are_refused(kind: str) -> None:
     model = make(Attentive)
     handle = HOOKS[kind](model)
     with pytest.raises(ValueError, match=rf"'qkv(.weight)?' has a hook on its .*{kind}.*expected none"):
-        fx.functionalize(model)
+        fx.make_functional(model)
     handle.remove()
-    fx.functionalize(model)
+    fx.make_functional(model)
 
 
 def test_hooks_of_frozen_parameters_and_those_that_look_on_are_let_be() -> None:
@@ -117,4 +117,4 @@ def test_hooks_of_frozen_parameters_and_those_that_look_on_are_let_be() -> None:
     model.qkv.weight.register_hook(functools.partial(looks))
     model.head.weight.register_hook(halved)
     model.head.weight.requires_grad_(False)
-    fx.functionalize(model)
+    fx.make_functional(model)

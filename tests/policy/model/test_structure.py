@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.policy.split import halves
+from fx_influence.policy.split import split_policy
 
 
 class Shifted(Attentive):
@@ -74,18 +74,18 @@ MIXING = [Shifted, Convolved, Summing, Normalised, Stretched]
 
 
 def test_plain_attention_shares_prompts() -> None:
-    policy = halves(fx.functionalize(make(Attentive))[0])
-    assert policy.aligned
-    assert policy.shares
+    policy = split_policy(fx.make_functional(make(Attentive))[0])
+    assert policy.left_alignable
+    assert policy.prefix_shareable
 
 
 @pytest.mark.parametrize("kind", MIXING)
 def test_what_is_learned_later_is_seen_at_once(kind: type[nn.Module]) -> None:
     model = make(kind)
-    apply, params = fx.functionalize(model)
-    assert not halves(apply).shares
+    apply, params = fx.make_functional(model)
+    assert not split_policy(apply).prefix_shareable
     # A token behind padding on the left takes from that, as in a trainer's batch: rows stay where they are.
-    assert not halves(apply).aligned
+    assert not split_policy(apply).left_alignable
     with torch.no_grad():
         for p in (model.short.weight,) if kind is Convolved else (model.gate,):
             p.add_(0.7)
@@ -120,7 +120,7 @@ class Capacity(Attentive):
 @pytest.mark.parametrize("kind", [OverRows, Capacity])
 def test_rows_that_see_each_other_are_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="gives a row other logits in a batch with other rows"):
-        fx.functionalize(make(kind))
+        fx.make_functional(make(kind))
 
 
 def long_model(rope_type: str) -> Any:
@@ -162,7 +162,7 @@ def rows_on_both_sides(seed: int) -> fx.Batch:
 def test_positions_mean_what_they_mean_in_the_whole_batch(rope_type: str) -> None:
     model = long_model(rope_type)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     u, e = rows_on_both_sides(1), rows_on_both_sides(2)
     state = warm_state(model)
     outs = [batch_gradient(params, u, apply, chunk_size=c) for c in (None, 1, 2)]
@@ -194,18 +194,18 @@ def test_activated_adapters_do_not_share_prompts() -> None:
 
     config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
     model = get_peft_model(make_model("qwen2", attention="sdpa"), config)
-    assert not halves(fx.functionalize(model)[0]).shares
+    assert not split_policy(fx.make_functional(model)[0]).prefix_shareable
 
 
 def test_prompts_of_one_token_are_shared() -> None:
     from test_models import make_model
 
     model = make_model("llama", attention="sdpa").double()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     ids = torch.tensor([[1, 3], [1, 4], [1, 5], [1, 3]])
     completion = torch.tensor([[False, True]]).expand(4, 2)
     u = fx.Batch(ids, torch.ones_like(completion), completion, coefficients=completion * torch.arange(4.0)[:, None])
-    assert halves(apply).parts(u, None)[0].layout is not None
+    assert split_policy(apply).micro_batches(u, None)[0].layout is not None
     shared = all_token_values(params, u, apply)
     whole = all_token_values(params, u, lambda *given: apply(*given))
     assert max_error(shared.logprobs, whole.logprobs) <= 1e-11

@@ -12,7 +12,7 @@ from test_models import make_model
 from torch import Tensor, nn
 
 import fx_influence as fx
-from fx_influence.policy.split import halves
+from fx_influence.policy.split import split_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 U, E = full_batch(1), full_batch(2, rows=8)
@@ -36,10 +36,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
     model = make(Attentive)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     expected = fx.influence(params, U, E, warm_state(model), apply=apply)
     wrapped = WRAPPERS[kind](make(Attentive))
-    apply, own = fx.functionalize(wrapped)
+    apply, own = fx.make_functional(wrapped)
     assert own.keys() == params.keys()
     state = warm_state(wrapped)
     assert state.exp_avg.keys() == params.keys()
@@ -50,11 +50,11 @@ def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
 
 def test_modules_compiled_inside_a_model_keep_their_tangents() -> None:
     model = make(CompiledInside)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     assert "qkv._orig_mod.weight" in params
     found = fx.influence(params, U, E, warm_state(model), apply=apply)
     plain = make(Attentive)
-    apply, params = fx.functionalize(plain)
+    apply, params = fx.make_functional(plain)
     expected = fx.influence(params, U, E, warm_state(plain), apply=apply)
     assert torch.equal(found.per_sequence, expected.per_sequence)
 
@@ -90,12 +90,12 @@ HEADS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_of_another_kind_works(kind: str) -> None:
     model = HEADS[kind]().eval()
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     state = warm_state(model)
     own = model(input_ids=HF.input_ids, attention_mask=HF.attention_mask.long()).logits
     found = apply(params, HF.input_ids, HF.attention_mask)
     assert nearly(found, own)
-    assert halves(apply).vocab_size == 19, "the head is cut off"
+    assert split_policy(apply).vocab_size == 19, "the head is cut off"
     out = fx.influence(params, HF, HF, state, apply=apply, matrix=True)
     assert out.per_sequence.isfinite().all()
 
@@ -131,8 +131,8 @@ def test_a_head_read_in_the_forward_is_cut_off_where_it_can_be(kind: type[nn.Mod
             return super().forward(input_ids, attention_mask, position_ids)
 
     model = make(Named)
-    apply, params = fx.functionalize(model)
-    assert (halves(apply).vocab_size is not None) == cut
+    apply, params = fx.make_functional(model)
+    assert (split_policy(apply).vocab_size is not None) == cut
     assert nearly(apply(params, U.input_ids, U.attention_mask), model(U.input_ids))
     state = warm_state(model)
     plain = fx.influence(params, U, E, state, apply=lambda *given: apply(*given))
@@ -168,7 +168,7 @@ def experts(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
 def test_every_pass_takes_experts_that_have_its_derivatives(kind: str) -> None:
     model = experts(kind)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     state, ones = warm_state(model), {name: torch.ones_like(p) for name, p in params.items()}
     out = fx.influence(params, HF, HF, state, apply=apply, matrix=True)
     assert out.matrix is not None

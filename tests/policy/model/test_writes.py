@@ -40,7 +40,7 @@ def test_a_forward_that_writes_to_weights_is_refused(by: str) -> None:
     model = make(Rescaling, by=by).train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"writes to its parameter 'qkv.weight' in a forward .*; expected a forward"):
-        fx.functionalize(model)
+        fx.make_functional(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert model.training
     assert not model.rescaled
@@ -65,7 +65,7 @@ class Scratch(Attentive):
 
 def test_no_call_sees_what_another_left() -> None:
     model = make(Scratch)
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     given = params, BATCH.input_ids, BATCH.attention_mask
     first = apply(*given)
     assert torch.equal(apply(*given), first)
@@ -109,7 +109,7 @@ def test_no_meta_tensor_survives_a_call(kind: type[nn.Module]) -> None:
     model = make(kind)
     if isinstance(model, Listed):
         model.rows, model.named = [model.head.weight], {"bias": model.head.bias}
-    apply, params = fx.functionalize(model)
+    apply, params = fx.make_functional(model)
     for _ in range(3):
         assert nearly(apply(params, BATCH.input_ids, BATCH.attention_mask), model(BATCH.input_ids))
     moved = {name: 1.1 * p for name, p in params.items()}
@@ -125,4 +125,4 @@ def test_a_parameter_in_a_tuple_is_refused() -> None:
     model = make(Listed)
     model.rows = (model.head.weight,)
     with pytest.raises(ValueError, match=r"'head.weight' stands in a tuple.*ParameterList"):
-        fx.functionalize(model)
+        fx.make_functional(model)
