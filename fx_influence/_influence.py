@@ -131,8 +131,8 @@ def influence(
     direction u; no per-sequence gradient is stored. ``grad H`` is that of ``entropy_coefficients`` (``estimator``,
     ``normalize``) or of ``query``, see ``queries``; E must be sampled from the policy at ``params``.
 
-    ``params``, ``apply``: as ``make_functional`` gives them. ``batch_u``: with coefficients, see ``coefficients``; where
-    no row has a completion token every influence is 0 and the baseline remains.
+    ``params``, ``apply``: as ``make_functional`` gives them. ``batch_u``: with coefficients, see ``coefficients``;
+    where no row has a completion token every influence is 0 and the baseline remains.
     ``opt_state``: before the step. ``gain``, ``max_grad_norm``: see ``adamw_decompose``.
     ``grad``: U's gradient where the trainer has it (before clipping), which saves the reverse pass over U.
     ``matrix``: also M_ai = <grad s_a, gamma * g_i> by per-sequence gradients in blocks.

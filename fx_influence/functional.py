@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch  # noqa: F401
 from torch import Tensor, nn
 
 from fx_influence.core.checks import check_model

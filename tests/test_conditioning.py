@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from helpers.run_results import found
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
-from test_health import found
 from torch import Tensor
 
 import fx_influence as fx

@@ -15,8 +15,9 @@ import yaml
 from helpers.ranks import launch
 
 import fx_influence as fx
-from benchmarks import bench_linearity, harness
+from benchmarks import harness
 from benchmarks.__main__ import main, module, names
+from benchmarks.evidence import bench_linearity
 from benchmarks.harness import result, with_block
 from benchmarks.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values

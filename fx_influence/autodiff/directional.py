@@ -27,8 +27,8 @@ def token_jvp(
 
     ``direction``: v, by name, any float dtype; names absent count as 0. Returns (B, T) each, float64 for float64
     parameters, else float32. v is scaled to unit maximum before it is cast to the parameters' dtype and the result
-    scaled back, so that a huge or tiny v neither overflows nor vanishes. ``caches``: from ``gradient_with_cache`` of the same
-    batch and ``chunk_size``.
+    scaled back, so that a huge or tiny v neither overflows nor vanishes. ``caches``: from ``gradient_with_cache`` of
+    the same batch and ``chunk_size``.
     """
     policy, (scale, tangent) = split_policy(apply), unit_direction(direction, params)
     found = []

@@ -14,10 +14,10 @@ from fx_influence.autodiff.layer_io import (
     PIECE,
     Factor,
     Factors,
-    _write,
     bytes_per_token,
     factored_names,
     row_factors,
+    write_rows,
 )
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.core.tree import accumulate, promote, unit_direction
@@ -101,7 +101,7 @@ def _through_gradients(factor: Factor, along: Sequence[Tensor]) -> Tensor:
     for start in range(0, u.shape[1], step):
         part = slice(start, min(start + step, u.shape[1]))
         own = u.new_empty(count, part.stop - part.start, inner)
-        _write(factor, part, own, add=False)
+        write_rows(factor, part, own, add=False)
         total += thin_product(u[:, part].flatten(1), own.flatten(1))
     return total
 

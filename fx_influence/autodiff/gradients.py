@@ -67,7 +67,7 @@ def reweighted_gradient(
     chunk_size: int | None = None,
     memory_budget: int = 0,
 ) -> tuple[Batch, Gradients]:
-    """``coefficients_fn(values)``, the batch with coefficients that depend on all its token values, and its ``batch_gradient``.
+    """Return ``coefficients_fn(values)``, the batch with coefficients made from its token values, and its gradient.
 
     The first part goes forward once for both, and so do as many others as have room for their graphs in
     ``memory_budget`` bytes beside what the linear maps of the rest put out, with which these go forward again.

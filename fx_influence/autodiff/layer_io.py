@@ -262,11 +262,11 @@ def row_gradients(
     if not uses:
         return out.zero_()
     for k, factor in enumerate(uses):
-        _write(factor, part, out, add=k > 0)
+        write_rows(factor, part, out, add=k > 0)
     return out
 
 
-def _write(factor: Factor, part: slice, out: Tensor, add: bool) -> None:
+def write_rows(factor: Factor, part: slice, out: Tensor, add: bool) -> None:
     kind, x, g = factor
     if x is not None and kind in ("linear", "transposed"):
         left, right = (g[..., part], x) if kind == "linear" else (x[..., part], g)

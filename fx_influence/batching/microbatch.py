@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.batching.prefix_packing import PackedLayout
 from fx_influence.types import Batch
 
 TOKENS_PER_CHUNK = 2048
@@ -43,9 +42,9 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """The rows of a batch, ``chunk_size`` at a time, or as many as fit ``tokens``, ``at_most`` so many.
 
-    ``left_alignable``: see ``policy.SplitPolicy``. Then rows are sorted by length, moved to begin in column 0 and cut where the
-    longest row of their part ends, the last completion token itself left out, since it is scored and scores nothing.
-    Nothing attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
+    ``left_alignable``: see ``policy.SplitPolicy``. Then rows are sorted by length, moved to begin in column 0 and cut
+    where the longest row of their part ends, the last completion token itself left out, since it is scored and scores
+    nothing. Nothing attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
 
     Example:
         >>> ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 0]])
@@ -121,3 +120,26 @@ def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
     size = max(1, TOKENS_PER_CHUNK // max(t, 1)) if chunk_size is None else chunk_size
     for start in range(0, n, size):
         yield rows(batch, slice(start, start + size))
+
+
+class LengthBucket(NamedTuple):
+    """Sequences of about one length: where their tokens lie in a row of N.
+
+    ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
+    consists of, those it shares first. ``mask``: bool (S, 1, Lq, Lk), which of these each query sees.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
+
+
+class PackedLayout(NamedTuple):
+    """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
+
+    ``position_ids``: (1, N). ``back``: (N,), where a token is among the queries of all ``blocks``.
+    """
+
+    position_ids: Tensor
+    blocks: list[LengthBucket]
+    back: Tensor

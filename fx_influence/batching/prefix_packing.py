@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, LengthBucket, MicroBatch, PackedLayout
 from fx_influence.types import Batch
 
 MAX_TOKEN_FRACTION = 0.9
@@ -216,26 +216,3 @@ def _part(batch: Batch, rows: _Rows, members: Tensor) -> MicroBatch:
         place,
         layout,
     )
-
-
-class LengthBucket(NamedTuple):
-    """Sequences of about one length: where their tokens lie in a row of N.
-
-    ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
-    consists of, those it shares first. ``mask``: bool (S, 1, Lq, Lk), which of these each query sees.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor
-
-
-class PackedLayout(NamedTuple):
-    """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
-
-    ``position_ids``: (1, N). ``back``: (N,), where a token is among the queries of all ``blocks``.
-    """
-
-    position_ids: Tensor
-    blocks: list[LengthBucket]
-    back: Tensor

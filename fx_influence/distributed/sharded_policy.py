@@ -17,7 +17,7 @@ from fx_influence.distributed.fsdp_gather import gather, like_sharded, scattered
 from fx_influence.distributed.fsdp_units import FsdpPass, Unit, attached, running
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.forward_ad import forward_mode_jvp
-from fx_influence.policy.model.agreement import Case
+from fx_influence.policy.model.probing import ProbeCase
 from fx_influence.policy.model.template import Template, output_embeddings
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Gradients, Params
@@ -123,7 +123,7 @@ class ShardedPolicy(Policy):
         with torch.no_grad(), math_attention():
             return forward_mode_jvp(lambda p: policy._backbone(p, part), params, whole, outputs)
 
-    def _supports_prefix_sharing(self, model: nn.Module, case: Case) -> bool:
+    def _supports_prefix_sharing(self, model: nn.Module, case: ProbeCase) -> bool:
         # Ranks whose rows share other prompts would make other numbers of passes.
         return False
 

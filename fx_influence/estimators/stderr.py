@@ -31,8 +31,8 @@ def cluster_stderr(parts: Tensor, total: Tensor, shares: Tensor, index: Tensor) 
     clusters. Source: linearised ratio estimator, Cochran, Sampling Techniques, 3rd ed., section 6.
 
     Example:
-        >>> parts, split_policy = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])
-        >>> cluster_stderr(parts, parts.sum(), split_policy, torch.arange(2)).item()
+        >>> parts, shares = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])
+        >>> cluster_stderr(parts, parts.sum(), shares, torch.arange(2)).item()
         2.0
     """
     count = int(index.max()) + 1

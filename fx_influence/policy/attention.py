@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.batching.prefix_packing import PackedLayout
+from fx_influence.batching.microbatch import PackedLayout
 from fx_influence.core.tree import promote
 from fx_influence.policy.autocast import active_dtype
 

@@ -41,7 +41,8 @@ class LinearOutputCache(LevelAwareMode):
     """While active, keeps what leaves every linear map, in order.
 
     A forward-mode pass over the same tokens that is given the ``outputs`` has its own products to make and no others:
-    a third less than without, where the weights move too. A forward made again has none to make, see ``ReuseLinearOutputs``.
+    a third less than without, where the weights move too. A forward made again has none to make, see
+    ``ReuseLinearOutputs``.
     """
 
     def __init__(self, room: int) -> None:
@@ -94,7 +95,7 @@ class _WithOutputs(LevelAwareMode):
 
 
 class ReuseLinearOutputs(_WithOutputs):
-    """While active, linear maps give the ``outputs`` that a ``LinearOutputCache`` of the same forward kept, and derive as ever."""
+    """Replace linear layers' products by the ``outputs`` of a ``LinearOutputCache``, with the usual derivatives."""
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:

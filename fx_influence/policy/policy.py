@@ -17,11 +17,11 @@ from fx_influence.batching.prefix_packing import packed_micro_batches
 from fx_influence.policy.attention import PackedAttention, math_attention
 from fx_influence.policy.autocast import Autocast
 from fx_influence.policy.forward_ad import ForwardMode, forward_mode_jvp, trained_embedding
-from fx_influence.policy.model.agreement import Case, ForwardError, logits_of, probed
+from fx_influence.policy.model.agreement import ForwardError, logits_of, probed
 from fx_influence.policy.model.detachments import Undetached
 from fx_influence.policy.model.float64 import StayFloat64
 from fx_influence.policy.model.forward_arguments import forward_arguments, virtual_tokens
-from fx_influence.policy.model.probing import agree
+from fx_influence.policy.model.probing import ProbeCase, agree
 from fx_influence.policy.model.structure import Structure, follows_longest_row, structure_of
 from fx_influence.policy.model.template import (
     Template,
@@ -42,11 +42,11 @@ NARROW = 128
 
 
 class Policy:
-    """The ``apply`` that ``make_functional`` returns: ``policy(params, input_ids, attention_mask) -> logits (B, T, V)``.
+    """The ``apply`` of ``make_functional``: ``policy(params, input_ids, attention_mask) -> logits (B, T, V)``.
 
     It holds templates of the model on the meta device and references to the frozen weights and buffers, so a forward
     neither reads nor changes the model's own modules. A call may stand inside any transformation of ``torch.func``;
-    ``split_policy`` are the same policy cut before its output embeddings, each pass with the kernels that suit it.
+    ``split`` is the same policy cut before its output embeddings, each pass with the kernels that suit it.
     ``vocab_size`` is the number of embedding rows where the model tells, else None. ``computes_in`` is the lowest
     precision among the model's weights, ``parameter_shapes`` the shape of each by name, ``trainable`` the names of
     those that ``params`` holds. Hugging Face models cast to float32 in places whatever their weights are; float64 is
@@ -267,7 +267,7 @@ class Policy:
         return {**known, **{name: known[name].clone() for name in self._scratch}} if self._scratch else known
 
     def _cut(
-        self, model: nn.Module, case: Case | None, experts: str = "eager", attention: str | None = None
+        self, model: nn.Module, case: ProbeCase | None, experts: str = "eager", attention: str | None = None
     ) -> tuple[Template, _Head | None]:
         """The template without its output embeddings and these; the whole template where they are not all that is left.
 
@@ -283,7 +283,7 @@ class Policy:
         return cut
 
     def _without_head(
-        self, model: nn.Module, case: Case | None, attention: str, experts: str
+        self, model: nn.Module, case: ProbeCase | None, attention: str, experts: str
     ) -> tuple[Template, _Head] | None:
         body = self._made(model, attention, experts)
         base, module = base_model(body.module), output_embeddings(body.module)
@@ -307,7 +307,7 @@ class Policy:
             return None
         return handing, _Head(module, own_names, x.shape[-1])
 
-    def _gives_the_logits(self, cut: tuple[Template, _Head | None], case: Case) -> bool:
+    def _gives_the_logits(self, cut: tuple[Template, _Head | None], case: ProbeCase) -> bool:
         (body, head), mask = cut, case.probe.attention_mask
         trial = copy.copy(self)
         trial._head = head
@@ -319,7 +319,7 @@ class Policy:
             expected = self._run(self._template, case.known, *case.probe[:2])
         return agree(actual[mask], expected[mask], case.bound)
 
-    def _supports_prefix_sharing(self, model: nn.Module, case: Case) -> bool:
+    def _supports_prefix_sharing(self, model: nn.Module, case: ProbeCase) -> bool:
         """Whether a prompt may go through the model once for its rows; tried on two rows that begin alike."""
         if not self._left_alignable or not _attends_to_all(model) or _reads_invocations(model):
             return False
@@ -346,7 +346,7 @@ class Policy:
 
 
 def with_all_derivatives(apply: Apply) -> Apply:
-    """``Policy.with_all_derivatives`` of a ``Policy``; any other ``apply`` as it is, with the derivatives that it has."""
+    """Return ``Policy.with_all_derivatives()``; a plain ``apply`` is returned unchanged."""
     return apply.with_all_derivatives() if isinstance(apply, Policy) else apply
 
 

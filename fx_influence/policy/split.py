@@ -18,14 +18,14 @@ class SplitPolicy(NamedTuple):
     """A policy in two: ``features`` up to the vocabulary, and the ``head`` that turns them into logits.
 
     ``features(params, part)``: (b, L, d), for plain and reverse passes. ``eager(params, input_ids, attention_mask)``:
-    the same, never compiled, for passes that watch its operations. ``backbone_vmap(params, part)``: for use inside vmap and
-    jvp, of a part without a layout. ``backbone_jvp(params, tangent, part, outputs)``: features and their tangent;
+    the same, never compiled, for passes that watch its operations. ``backbone_vmap(params, part)``: for use inside vmap
+    and jvp, of a part without a layout. ``backbone_jvp(params, tangent, part, outputs)``: features and their tangent;
     ``outputs``: of the linear maps in ``features`` of the same part, see ``forward_mode.LinearOutputCache``, or None.
     ``head(params, features)``: (..., V). ``in_head``: the names of the parameters that it takes. ``vocab_size``: V,
     None where it is not known.
-    ``left_alignable``: positions come from the attention mask and no token sees a later one, so that rows may be moved to
-    begin in column 0 and cut after their last token. ``prefix_shareable``: tokens meet in attention alone, so that a prompt goes
-    through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are.
+    ``left_alignable``: positions come from the attention mask and no token sees a later one, so that rows may be moved
+    to begin in column 0 and cut after their last token. ``prefix_shareable``: tokens meet in attention alone, so that a
+    prompt goes through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are.
     ``loss_scale``: what gradients inside are times, so that none vanishes in float16. A plain ``apply`` is all
     features, and its head does nothing.
     """

@@ -147,7 +147,7 @@ def test_error_bars_are_the_same_however_many_directions_go_together(
     monkeypatch.setattr(factors, "ENTRIES_AT_ONCE", 100)
     found = []
     for together, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
-        monkeypatch.setattr(MODULE, "directions_at_once", lambda *_, together=together: together)
+        monkeypatch.setattr(MODULE, "max_directions", lambda *_, together=together: together)
         found.append(fx.influence(*given, apply=apply, per_token=per_token))
         # And all of them at once, whose difference from the others is the rounding.
         assert asked == [*blocks, 1]

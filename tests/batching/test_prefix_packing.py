@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import TinyPolicy
+from helpers.hf_models import VOCAB, WIDTH, adapters, families, make_model, warm_state
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_models import VOCAB, WIDTH, adapters, families, make_model, warm_state
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,14 +21,8 @@ import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values, moved_token_values
-from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.batching.prefix_packing import (
-    MIN_BUCKET,
-    MIN_LENGTH_RATIO,
-    LengthBucket,
-    PackedLayout,
-    packed_micro_batches,
-)
+from fx_influence.batching.microbatch import LengthBucket, MicroBatch, PackedLayout
+from fx_influence.batching.prefix_packing import MIN_BUCKET, MIN_LENGTH_RATIO, packed_micro_batches
 from fx_influence.policy.attention import PackedAttention
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues

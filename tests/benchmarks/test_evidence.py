@@ -12,7 +12,7 @@ import torch
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
 
 import fx_influence as fx
-from benchmarks import bench_acting, bench_counterfactual, bench_estimators, trainings
+from benchmarks.evidence import bench_acting, bench_counterfactual, bench_estimators, trainings
 from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_prompts
 from benchmarks.evidence.trainings import TOY, Policy, every_completion, exact_entropy
 from fx_influence.autodiff.gradients import batch_gradient

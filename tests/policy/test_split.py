@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import close, random_batch
+from helpers.hf_models import VOCAB, WIDTH, adapters, families, make_model, setup
 from helpers.tolerances import assert_close_to_rounding, policy_terms
-from test_models import VOCAB, WIDTH, adapters, families, make_model, setup
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -159,9 +159,9 @@ class EntropyInfluence(TrainerCallback):
 
         Raises ``TypeError`` for a trainer of another kind or with another optimizer than AdamW, and ``ValueError`` for
         one whose steps cannot be attributed (active dropout, noise or images in its forward, a model that
-        ``make_functional`` refuses or that DeepSpeed or FSDP shards) or whose completions are not drawn from its policy,
-        naming the remedy; for prompts that are none; where it is attached already or its name is taken; and where
-        processes attach with different settings.
+        ``make_functional`` refuses or that DeepSpeed or FSDP shards) or whose completions are not drawn from its
+        policy, naming the remedy; for prompts that are none; where it is attached already or its name is taken; and
+        where processes attach with different settings.
         """
         if trainer is self._trainer:
             raise ValueError(f"this EntropyInfluence is attached to this {type(trainer).__name__} already; detach it")

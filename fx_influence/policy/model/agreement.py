@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.policy.model.float64 import StayFloat64
 from fx_influence.policy.model.probing import (
     LENGTHS,
-    Probe,
+    ProbeCase,
     WriteWatch,
     agree,
     probe_of,
@@ -21,7 +21,7 @@ from fx_influence.policy.model.probing import (
     rounding_bound,
     stateful_modules,
 )
-from fx_influence.policy.model.structure import _rope_paths
+from fx_influence.policy.model.structure import rope_paths
 from fx_influence.policy.model.template import (
     Template,
     is_hugging_face,
@@ -37,14 +37,6 @@ if TYPE_CHECKING:
 
 class ForwardError(ValueError):
     """A forward that cannot become a policy, with the cause and the remedy."""
-
-
-class Case(NamedTuple):
-    """A setting in which a policy and its model run: weights and buffers by name, tokens, and what rounding may do."""
-
-    known: Params
-    probe: Probe
-    bound: float
 
 
 def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
@@ -84,7 +76,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
         )
     known = _live(model)
     cases = [
-        Case(known, probe_of(model, apply.vocab_size, length, _device(model)), _bound(apply, known))
+        ProbeCase(known, probe_of(model, apply.vocab_size, length, _device(model)), _bound(apply, known))
         for length in LENGTHS
     ]
     with torch.no_grad(), _undisturbed(model):
@@ -100,7 +92,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
             return
 
 
-def probed(policy: Policy, model: nn.Module) -> Case | None:
+def probed(policy: Policy, model: nn.Module) -> ProbeCase | None:
     """Compare a policy that is being made with its model, and return the setting that they were compared in.
 
     On random weights, so that what training has yet to learn shows, and no live weight is read or written where that
@@ -112,7 +104,7 @@ def probed(policy: Policy, model: nn.Module) -> Case | None:
             break
         known = _live(model) if kind == "live" else _random(model, torch.float32 if "least" in kind else None)
         for length in LENGTHS:
-            case = Case(known, probe_of(model, policy.vocab_size, length, _device(model)), _bound(policy, known))
+            case = ProbeCase(known, probe_of(model, policy.vocab_size, length, _device(model)), _bound(policy, known))
             try:
                 with torch.no_grad(), _undisturbed(model):
                     own, vocabulary = _settled(policy, model, case)
@@ -128,7 +120,7 @@ def probed(policy: Policy, model: nn.Module) -> Case | None:
     return None
 
 
-def _settled(policy: Policy, model: nn.Module, case: Case) -> tuple[Template, int | None]:
+def _settled(policy: Policy, model: nn.Module, case: ProbeCase) -> tuple[Template, int | None]:
     """The model's own forward as a template, and its vocabulary where it looks tokens up in a table.
 
     Buffers that it writes and attributes that it binds are set on both the template and the policy.
@@ -154,12 +146,12 @@ def _settled(policy: Policy, model: nn.Module, case: Case) -> tuple[Template, in
     policy._scratch = frozenset(watch.written)
     own = own._replace(stateful=[])
     found = stateful_modules(own, lambda: _own_logits(policy, own, case, 0))
-    paths = module_paths(own.module, found) | _rope_paths(own.module)
+    paths = module_paths(own.module, found) | rope_paths(own.module)
     policy.set_stateful(paths)
     return own.with_stateful(paths), watch.vocabulary
 
 
-def _compare(policy: Policy, own: Template, case: Case, mine: Case) -> None:
+def _compare(policy: Policy, own: Template, case: ProbeCase, mine: ProbeCase) -> None:
     """Raise ``ForwardError`` where ``policy`` at ``mine`` differs from the model at ``case``."""
     ids, mask, short = case.probe
     rows = {"a row of tokens": (0, ids.shape[1]), "a shorter row of tokens": (1, short)}
@@ -180,7 +172,7 @@ def _compare(policy: Policy, own: Template, case: Case, mine: Case) -> None:
         raise ForwardError(_difference(actual[mask], expected[mask], "padded rows, given a mask of integers"))
 
 
-def _settle_positions(policy: Policy, case: Case, ids: Tensor, expected: Tensor, what: str) -> None:
+def _settle_positions(policy: Policy, case: ProbeCase, ids: Tensor, expected: Tensor, what: str) -> None:
     """Let positions begin where the model's do, if that is all that differs."""
     expected = expected[:, policy.virtual_tokens :]
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -238,14 +230,14 @@ def _check_shape(policy: Policy, logits: Tensor, ids: Tensor) -> None:
     )
 
 
-def _own_logits(policy: Policy, own: Template, case: Case, row: int, length: int | None = None) -> Tensor:
+def _own_logits(policy: Policy, own: Template, case: ProbeCase, row: int, length: int | None = None) -> Tensor:
     """The logits as the model gives them for a row without padding, called with no more than it requires."""
     ids = case.probe.input_ids[row : row + 1, :length]
     args, kwargs = policy.least_arguments(ids)
     return logits_of(own(policy.with_scratch(case.known), args, kwargs))
 
 
-def _own_padded_logits(policy: Policy, own: Template, case: Case) -> Tensor:
+def _own_padded_logits(policy: Policy, own: Template, case: ProbeCase) -> Tensor:
     """Those of the padded rows of a probe, called as a trainer does: the mask in integers, and positions if passed."""
     ids, mask, _ = case.probe
     args, kwargs = policy.arguments(ids, mask)

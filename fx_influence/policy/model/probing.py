@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.policy.model.template import Template, base_model, state_of
 from fx_influence.types import Params
+
+if TYPE_CHECKING:
+    pass
+
 
 LENGTHS = (8, 4)
 """Tokens of a row of a probe; the shorter one where a model has fewer positions."""
@@ -193,3 +197,11 @@ def rounding_bound(dtypes: Sequence[torch.dtype]) -> float:
     """
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     return float(coarsest**0.5)
+
+
+class ProbeCase(NamedTuple):
+    """A setting in which a policy and its model run: weights and buffers by name, tokens, and what rounding may do."""
+
+    known: Params
+    probe: Probe
+    bound: float

@@ -17,14 +17,14 @@ from fx_influence.policy.model.template import (
 
 if TYPE_CHECKING:
     from fx_influence.policy.policy import Policy
-from fx_influence.policy.model.agreement import Case
+from fx_influence.policy.model.probing import ProbeCase
 
 
 class Structure(NamedTuple):
     """What a model does with the tokens of a batch, whatever its weights.
 
-    ``rows_independent``: no row sees another. ``left_alignable``: see ``policy.SplitPolicy``. ``detaches_gradients``: some derivative is cut off in
-    the model's own code.
+    ``rows_independent``: no row sees another. ``left_alignable``: see ``policy.SplitPolicy``. ``detaches_gradients``:
+    some derivative is cut off in the model's own code.
     """
 
     rows_independent: bool
@@ -32,7 +32,7 @@ class Structure(NamedTuple):
     detaches_gradients: bool
 
 
-def structure_of(policy: Policy, case: Case) -> Structure:
+def structure_of(policy: Policy, case: ProbeCase) -> Structure:
     """Return what the tokens of a probe do to each other in the features of a policy."""
     ids, mask, short = case.probe
     half, bound = case.probe.half, case.bound
@@ -56,7 +56,7 @@ def structure_of(policy: Policy, case: Case) -> Structure:
     return Structure(rows_independent, causal and cut and moved, _detaches(policy, case))
 
 
-def _detaches(policy: Policy, case: Case) -> bool:
+def _detaches(policy: Policy, case: ProbeCase) -> bool:
     leaves = {
         name: x.detach().requires_grad_(name not in policy._frozen and x.is_floating_point())
         for name, x in case.known.items()
@@ -72,7 +72,7 @@ def _detaches(policy: Policy, case: Case) -> bool:
     return watch.seen
 
 
-def _rope_paths(module: nn.Module) -> set[str]:
+def rope_paths(module: nn.Module) -> set[str]:
     # Of what such a module keeps, some changes only once a text is long enough.
     return {path for path, part in module.named_modules() if _is_dynamic(getattr(part, "rope_type", None))}
 
@@ -90,7 +90,7 @@ def follows_longest_row(model: nn.Module) -> bool:
                     return True
         if getattr(some, "use_dynamic_ntk", False) or getattr(some, "use_logn_attn", False):
             return True
-    return bool(_rope_paths(model))
+    return bool(rope_paths(model))
 
 
 def _is_dynamic(rope_type: Any) -> bool:

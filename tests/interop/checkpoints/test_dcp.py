@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -16,8 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
+from helpers.checkpoint_models import CONFIGS, LORA, assert_same, make_tokenizer, train
+from helpers.dcp_files import Bomb, save
 from peft import LoraConfig, get_peft_model
-from test_checkpoint import CONFIGS, LORA, assert_same, make_tokenizer, train
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -50,12 +50,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(model: nn.Module, path: Path) -> torch.optim.AdamW:
     """The optimizer of transformers' Trainer after two steps, with its decay and no-decay groups."""
     return train(model, path).optimizer.optimizer
-
-
-def save(saved: dict[str, Any], path: Path) -> None:
-    """Over any older one, of which torch would warn."""
-    (path / ".metadata").unlink(missing_ok=True)
-    dcp.save(saved, checkpoint_id=path)
 
 
 def assert_weights(loaded: nn.Module, live: nn.Module) -> None:
@@ -297,14 +291,6 @@ def test_another_optimizer_is_refused_before_the_weights_are_read(
     save(layout(model, optimizer) | {"model": {"nothing": torch.zeros(1)}}, directory)
     with pytest.raises(TypeError, match=r"seems to be of torch\.optim\.RMSprop; supported are torch\.optim\.AdamW"):
         load_checkpoint(directory)
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 def _rewrite(directory: Path, change: Callable[[Any], Any]) -> None:

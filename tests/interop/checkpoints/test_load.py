@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+from helpers.checkpoint_models import CONFIGS, LORA, assert_same, make_tokenizer, train
 from helpers.golden import DATA, load_golden
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Trainer,
-    TrainingArguments,
 )
 from transformers.optimization import Adafactor
 
 from fx_influence.interop.checkpoints.load import load_checkpoint, restore_optimizer
 from fx_influence.interop.optimizers import adamw_state
-from fx_influence.types import AdamWState
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated",  # peft reads it
@@ -45,40 +36,6 @@ STORES_NAMES = pytest.mark.skipif(torch.__version__ < (2, 6), reason="an optimiz
 READS_PICKLES = pytest.mark.skipif(
     torch.__version__ < (2, 6), reason="for older torch, transformers reads safetensors only"
 )
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 12,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False, attention_bias=True),
-    "gpt2": lambda: GPT2Config(vocab_size=12, n_positions=32, n_embd=8, n_layer=2, n_head=2, eos_token_id=1),
-}
-# peft before 0.21 does not save these biases
-BIAS = {"bias": "lora_only"} if Version(peft.__version__) >= Version("0.21") else {}
-LORA: dict[str, dict[str, Any]] = {
-    "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
-    "dora": {"target_modules": ["q_proj", "o_proj"], "use_dora": True, **BIAS},
-    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-}
-
-
-def make_tokenizer(size: int = 12) -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="][:size])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<pad>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -110,36 +67,6 @@ def adapter(bases: Path, tmp_path: Path) -> Path:
     )
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def train(model: Any, path: Path, schedule: str = "constant") -> Trainer:
-    """Two steps of transformers' own Trainer, which leaves ``path/checkpoint-2``."""
-    rows = torch.randint(3, 12, (4, 6), generator=torch.Generator().manual_seed(1))
-    arguments = TrainingArguments(
-        output_dir=str(path),
-        max_steps=2,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        lr_scheduler_type=schedule,
-        weight_decay=0.1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
-    dataset = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, processing_class=make_tokenizer())
-    trainer.train()
-    return trainer
-
-
-def assert_same(loaded: AdamWState, live: AdamWState) -> None:
-    assert list(loaded.step) == list(live.step)
-    assert (loaded.step, loaded.hyper, loaded.lr) == (live.step, live.hyper, live.lr)
-    for ours, theirs in zip(loaded[:3], live[:3], strict=True):
-        assert list(ours) == list(theirs)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

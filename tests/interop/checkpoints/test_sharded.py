@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.dcp_files import Bomb, save
 from helpers.ranks import answers
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from test_distributed import Bomb, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 

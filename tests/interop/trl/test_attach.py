@@ -372,11 +372,11 @@ def sampled_elsewhere(training: Any) -> None:
     [(hot, "differ by .* nats a token"), (sampled_elsewhere, "times likelier at .* times its temperature")],
 )
 def test_completions_of_another_policy_end_the_measuring(
-    second_derivative: Callable[[Any], None], message: str, tmp_path: Path
+    bend: Callable[[Any], None], message: str, tmp_path: Path
 ) -> None:
     training = trainer(PLAIN, str(tmp_path), 2)
     attached = EntropyInfluence(1, HELD_OUT * 8, completions_per_prompt=4).attach(training)
-    second_derivative(training)
+    bend(training)
     with pytest.warns(UserWarning, match=f"step 1 and those after it are not attributed: .*{message}"):
         training.train()
     assert training.state.global_step == 2

@@ -64,8 +64,8 @@ def test_u_has_the_trainers_gradient_and_e_the_functions(options: dict[str, Any]
 
 
 def test_dora_has_the_derivatives_of_the_function() -> None:
+    from helpers.hf_models import make_model
     from peft import LoraConfig, get_peft_model
-    from test_models import make_model
 
     config = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(make_model("qwen2", attention="sdpa"), config).double()

@@ -189,8 +189,8 @@ def test_positions_mean_what_they_mean_in_the_whole_batch(rope_type: str) -> Non
 @pytest.mark.filterwarnings("ignore")
 def test_activated_adapters_do_not_share_prompts() -> None:
     """From which token on they act is read from the ids of a row."""
+    from helpers.hf_models import make_model
     from peft import LoraConfig, get_peft_model
-    from test_models import make_model
 
     config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
     model = get_peft_model(make_model("qwen2", attention="sdpa"), config)
@@ -198,7 +198,7 @@ def test_activated_adapters_do_not_share_prompts() -> None:
 
 
 def test_prompts_of_one_token_are_shared() -> None:
-    from test_models import make_model
+    from helpers.hf_models import make_model
 
     model = make_model("llama", attention="sdpa").double()
     apply, params = fx.make_functional(model)

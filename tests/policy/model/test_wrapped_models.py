@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.hf_models import make_model
 from helpers.tiny_models import Attentive, full_batch, make, nearly, warm_state
-from test_models import make_model
 from torch import Tensor, nn
 
 import fx_influence as fx

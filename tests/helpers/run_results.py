@@ -1,0 +1,48 @@
+"""Results of a run made up of given figures, and the finding of one check on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fx_influence.lab.health import Finding, health
+from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
+
+LR = 1e-3
+
+
+SOUND: dict[str, Any] = {
+    "total": -4.0,
+    "total_stderr": 0.5,
+    "residual": 1e-7,
+    "eta_trust": 1.0,
+    "rounding_floor": 1e-9,
+    "off_policy": 1e-5,
+    "rollouts": 64,
+}
+
+
+def results(
+    own: dict[str, Any] | None = None, run: dict[str, Any] | None = None, dtype: str = "auto", **arrays: Any
+) -> EntropyInfluenceResults:
+    """Ten rollouts, all sure, and a step at half and at the whole learning rate."""
+    found = {
+        "per_sequence": np.array([1.0, -2.0] * 5),
+        "stderr": np.full(10, 0.1),
+        "eta": np.array([0.5 * LR, LR]),
+        "ess": np.array([64.0, 60.0]),
+        "full_clip_fraction": np.array([0.0, 0.0]),
+    }
+    summary = {**SOUND, **(own or {})}
+    evaluation = EvaluationResults({**found, **arrays}, None, summary, [])
+    plan = dataclasses.replace(EntropyInfluencePlan(), dtype=dtype)
+    run = {**summary, "lr": LR, **(run or {})}
+    return EntropyInfluenceResults(Path("run"), plan, {}, run, [], [], {}, (evaluation,))
+
+
+def found(name: str, *arguments: Any, **more: Any) -> Finding | None:
+    return next((finding for finding in health(results(*arguments, **more)) if finding.name == name), None)
