@@ -58,5 +58,5 @@ def pages_without_figures() -> Iterator[None]:
         with suppress(ImportError):
             from fx_influence.lab.report.figures import NO_FIGURES
 
-            patch.setattr("fx_influence.lab.report.page.drawn", lambda *_: NO_FIGURES)
+            patch.setattr("fx_influence.lab.report.page.draw_figures", lambda *_: NO_FIGURES)
         yield

@@ -22,7 +22,7 @@ from fx_influence.batching.microbatch import distinct_rows
 from fx_influence.interop.checkpoints.load import load_checkpoint
 from fx_influence.interop.rollouts.record import collate
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.lab.analysis.finite_steps import finite_figures
+from fx_influence.lab.analysis.finite_steps.figures import finite_figures
 from fx_influence.lab.batch_spec import SampledBatch
 from fx_influence.lab.experiment.entropy import run
 from fx_influence.lab.plan import EntropyInfluencePlan, demo_path

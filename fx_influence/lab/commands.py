@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from fx_influence.interop.runtime.job import GRACE, REFUSALS, Job, LostRankError, is_launched, launched
 from fx_influence.lab.analysis.analyze import print_analysis, write_analysis
 from fx_influence.lab.console.column_table import printable
-from fx_influence.lab.console.table import print_run
+from fx_influence.lab.console.run_tables import print_run
 from fx_influence.lab.experiment.entropy import run
 from fx_influence.lab.experiment.progress import progress_on_stderr
 from fx_influence.lab.fisher.results import UPDATE_SELF_KERNEL, load_fisher_run

@@ -23,7 +23,7 @@ from fx_influence.interop.runtime.run_files import (
     eval_name,
     readable,
 )
-from fx_influence.lab.analysis.finite_steps import rollout_parts
+from fx_influence.lab.analysis.finite_steps.figures import rollout_parts
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
@@ -35,7 +35,7 @@ class EvaluationResults:
 
     M is None where it was not stored, as for a step measured inside a training.
 
-    The arrays' names: ``lab.sweep.sweep`` and ``lab.analysis.finite_steps.rollout_fits``.
+    The arrays' names: ``lab.sweep.sweep`` and ``lab.analysis.finite_steps.figures.rollout_fits``.
     """
 
     arrays: dict[str, np.ndarray]

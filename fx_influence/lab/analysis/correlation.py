@@ -28,6 +28,11 @@ class Correlations(NamedTuple):
     spearman: np.ndarray
 
 
+def cluster_index(clusters: np.ndarray) -> np.ndarray:
+    """Return the cluster of each row as a number from 0 to C-1, in the order of the sorted labels; (n,)."""
+    return np.unique(clusters, return_inverse=True)[1]
+
+
 def cluster_counts(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each of C clusters is drawn when C are drawn with replacement; (resamples, C).
 

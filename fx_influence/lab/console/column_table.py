@@ -107,13 +107,13 @@ class _Size(NamedTuple):
 
 def _parts(shown: Sequence[int], sizes: Sequence[_Size], width: int) -> list[list[int]]:
     """The columns of each table that fits ``width``, by number; all begin with the first of them."""
-    parts = [[shown[0]]]
+    step_terms = [[shown[0]]]
     for k in shown[1:]:
-        room = width - 1 - sum(sizes[j].least + PADDING for j in parts[-1])
-        if room < sizes[k].least + PADDING and len(parts[-1]) > 1:
-            parts.append([shown[0]])
-        parts[-1].append(k)
-    return parts
+        room = width - 1 - sum(sizes[j].least + PADDING for j in step_terms[-1])
+        if room < sizes[k].least + PADDING and len(step_terms[-1]) > 1:
+            step_terms.append([shown[0]])
+        step_terms[-1].append(k)
+    return step_terms
 
 
 def _widths(sizes: Sequence[_Size], width: int) -> list[int]:

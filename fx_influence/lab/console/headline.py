@@ -47,7 +47,7 @@ class Headline(NamedTuple):
     findings: list[Finding]
 
 
-class Part(NamedTuple):
+class StepTerm(NamedTuple):
     """A part of the step's total, nats per unit lr; ``kind``: ``sum`` of those above, the ``total``, or neither."""
 
     name: str
@@ -79,16 +79,16 @@ def per(results: EntropyInfluenceResults) -> str:
     return "per token" if results.plan.normalize == "token" else "per rollout"
 
 
-def parts(own: dict[str, Any]) -> list[Part]:
+def step_terms(own: dict[str, Any]) -> list[StepTerm]:
     """Return the parts of the step on one E, in the order of a table; those that are no sum add up to the total."""
     unattributed = own.get("unattributed", 0.0)
     return [
-        Part("momentum", own["momentum"], None),
-        Part("weight decay", own["weight_decay"], None),
-        Part("baseline, both of these", own["baseline"], own.get("baseline_stderr"), "sum"),
-        Part("rollouts, all together", own["sum_per_sequence"], own.get("sum_per_sequence_stderr")),
-        *([Part("unattributed", unattributed, None)] if unattributed else []),
-        Part("total", own["total"], own["total_stderr"], "total"),
+        StepTerm("momentum", own["momentum"], None),
+        StepTerm("weight decay", own["weight_decay"], None),
+        StepTerm("baseline, both of these", own["baseline"], own.get("baseline_stderr"), "sum"),
+        StepTerm("rollouts, all together", own["sum_per_sequence"], own.get("sum_per_sequence_stderr")),
+        *([StepTerm("unattributed", unattributed, None)] if unattributed else []),
+        StepTerm("total", own["total"], own["total_stderr"], "total"),
     ]
 
 

@@ -12,8 +12,8 @@ import torch
 from fx_influence._influence import Influence, influence
 from fx_influence.estimators.entropy import entropy_estimate, sequence_shares
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
-from fx_influence.lab.analysis.finite_steps import finite_figures, rollout_fits
-from fx_influence.lab.analysis.linearity import eta_trust
+from fx_influence.lab.analysis.finite_steps.figures import finite_figures, rollout_fits
+from fx_influence.lab.analysis.finite_steps.linearity import eta_trust
 from fx_influence.lab.experiment.finite_steps import Arrays, Steps, sweep
 from fx_influence.lab.experiment.rounding import LARGEST_MULTIPLE, clearing_etas, rounding_floor
 from fx_influence.lab.experiment.step import Step, whole_directions

@@ -15,10 +15,11 @@ import numpy as np
 from fx_influence.lab.plots.style import Figure, save  # isort: split
 
 from fx_influence.lab.plots.correlates import correlates, token_correlates
+from fx_influence.lab.plots.distribution import distribution
+from fx_influence.lab.plots.eta_sweep import eta_sweep
 from fx_influence.lab.plots.matrix import matrix
-from fx_influence.lab.plots.parts import distribution, waterfall
-from fx_influence.lab.plots.steps import eta_sweep
 from fx_influence.lab.plots.tokens import concentration, tokens
+from fx_influence.lab.plots.waterfall import waterfall
 from fx_influence.lab.results import EntropyInfluenceResults
 
 __all__ = [

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fx_influence.lab.analysis.correlation import Column, Row, correlation_rows
 from fx_influence.lab.analysis.covariates import Tokens, prompts, recorded, rollout_covariates
-from fx_influence.lab.analysis.token_statistics import token_correlations
+from fx_influence.lab.analysis.token_correlations import token_correlations
 from fx_influence.lab.plots.style import BLACK, GREEN, GREY, LOWERS, ORANGE, RAISES, UNIT, figure, styled, zero_line
 from fx_influence.lab.results import EntropyInfluenceResults
 

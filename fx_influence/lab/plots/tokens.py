@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fx_influence.lab.analysis.covariates import Tokens, completion_mask
-from fx_influence.lab.analysis.token_statistics import FRACTIONS
-from fx_influence.lab.analysis.token_statistics import concentration as curves_of
+from fx_influence.lab.analysis.token_sums import FRACTIONS
+from fx_influence.lab.analysis.token_sums import concentration as curves_of
 from fx_influence.lab.plots.style import (
     BLACK,
     DIVERGING,

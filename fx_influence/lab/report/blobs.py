@@ -14,7 +14,7 @@ def json_blob(value: Any) -> str:
     """A value as JSON, packed. Lone surrogates stay what they are; NaN is refused with ``ValueError``.
 
     Example:
-        >>> unpacked(json_blob(["</script>", "\\ud800"])).decode()
+        >>> unpack(json_blob(["</script>", "\\ud800"])).decode()
         '["</script>","\\\\ud800"]'
     """
     return _packed(json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii"))
@@ -24,13 +24,13 @@ def array_blob(*arrays: np.ndarray) -> str:
     """Arrays one behind the other, little-endian, packed.
 
     Example:
-        >>> np.frombuffer(unpacked(array_blob(np.float32([1.5, -2.0]))), "<f4").tolist()
+        >>> np.frombuffer(unpack(array_blob(np.float32([1.5, -2.0]))), "<f4").tolist()
         [1.5, -2.0]
     """
     return _packed(b"".join(x.astype(x.dtype.newbyteorder("<")).tobytes() for x in arrays))
 
 
-def unpacked(blob: str) -> bytes:
+def unpack(blob: str) -> bytes:
     """The bytes inside a blob."""
     return gzip.decompress(base64.b64decode(blob))
 

@@ -43,7 +43,7 @@ class Figures(NamedTuple):
 NO_FIGURES = Figures([], "")
 
 
-def drawn(results: EntropyInfluenceResults, folder: Path) -> Figures:
+def draw_figures(results: EntropyInfluenceResults, folder: Path) -> Figures:
     """Draw the figures of the first E into ``folder`` and take up one of each, of the formats that it was saved in."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,8 +12,8 @@ from typing import Any
 
 from fx_influence.interop.runtime.run_files import readable
 from fx_influence.lab.report.data import explorer_blobs
-from fx_influence.lab.report.figures import NO_FIGURES, drawn
-from fx_influence.lab.report.words import facts, section, title
+from fx_influence.lab.report.figures import NO_FIGURES, draw_figures
+from fx_influence.lab.report.sections import facts, section, title
 from fx_influence.lab.results import EntropyInfluenceResults
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
         facts=facts(results),
         sections=sections,
         marks=MARKS,
-        figures=drawn(results, results.path / FOLDER / "figures") if figures else NO_FIGURES,
+        figures=draw_figures(results, results.path / FOLDER / "figures") if figures else NO_FIGURES,
         blobs=blobs,
     )
     return page

@@ -27,14 +27,11 @@ from fx_influence.lab.analysis.correlation import (
     partial,
 )
 from fx_influence.lab.analysis.covariates import Tokens, importance_weights, rollout_covariates
-from fx_influence.lab.analysis.rollout_statistics import direction_rows, pareto, reward_price, rollout_correlations
-from fx_influence.lab.analysis.token_statistics import (
-    FRACTIONS,
-    concentration_rows,
-    proxy_rows,
-    sign_rows,
-    token_correlations,
-)
+from fx_influence.lab.analysis.directions import direction_rows
+from fx_influence.lab.analysis.reward_price import pareto, reward_price
+from fx_influence.lab.analysis.rollout_correlations import rollout_correlations
+from fx_influence.lab.analysis.token_correlations import proxy_rows, token_correlations
+from fx_influence.lab.analysis.token_sums import FRACTIONS, concentration_rows, sign_rows
 
 RNG = np.random.default_rng(5)
 # Correlations are sums over at most some hundred values, which are centred and ranked by sums as long.
@@ -211,7 +208,7 @@ def test_of_many_tokens_the_values_are_of_all_and_the_intervals_say_of_how_many(
 ) -> None:
     tokens = Tokens(made_run(tmp_path, tokens=20))
     whole = token_correlations(tokens)
-    monkeypatch.setattr("fx_influence.lab.analysis.token_statistics.INTERVAL_TOKENS", 200)
+    monkeypatch.setattr("fx_influence.lab.analysis.token_correlations.INTERVAL_TOKENS", 200)
     some = token_correlations(tokens)
     assert [row["value"] for row in some] == pytest.approx([row["value"] for row in whole])
     assert all(row["note"] == "interval and p from 200 of 960 tokens" for row in some)

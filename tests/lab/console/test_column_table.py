@@ -17,8 +17,8 @@ from rich.console import Console
 
 from fx_influence.lab.analysis.analyze import analysis_tables, analyze
 from fx_influence.lab.console.column_table import Column, ColumnTable
-from fx_influence.lab.console.table import print_run
-from fx_influence.lab.report.blobs import unpacked
+from fx_influence.lab.console.run_tables import print_run
+from fx_influence.lab.report.blobs import unpack
 from fx_influence.lab.report.data import explorer_blobs
 from fx_influence.lab.results import EntropyInfluenceResults
 
@@ -162,7 +162,7 @@ def test_tables_and_page_show_the_question_of_a_conversation(tmp_path: Path) -> 
     assert "apples?" in captured.get()
     assert "im_start" not in captured.get()
     blobs = explorer_blobs(run)
-    prompts = json.loads(unpacked(blobs["index"]))["prompts"]
+    prompts = json.loads(unpack(blobs["index"]))["prompts"]
     assert {prompt["asked"] for prompt in prompts} == set(questions)
     assert all(prompt["text"].startswith(template) for prompt in prompts), "an opened rollout shows all of it"
-    assert {text["prompt"] for text in json.loads(unpacked(blobs["moved-0"]))["texts"]} == {"pears?"}
+    assert {text["prompt"] for text in json.loads(unpack(blobs["moved-0"]))["texts"]} == {"pears?"}

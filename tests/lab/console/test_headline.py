@@ -12,8 +12,8 @@ import pytest
 from helpers.made_runs import made_run
 from rich.console import Console
 
-from fx_influence.lab.console.headline import headline, parts
-from fx_influence.lab.console.table import print_run
+from fx_influence.lab.console.headline import headline, step_terms
+from fx_influence.lab.console.run_tables import print_run
 from fx_influence.lab.report import report_page
 from fx_influence.lab.results import EntropyInfluenceResults
 
@@ -108,7 +108,7 @@ def test_predicted_and_measured_stand_together(tmp_path: Path) -> None:
 
 def test_parts_that_are_shown_add_up_to_the_total(tmp_path: Path) -> None:
     results: EntropyInfluenceResults = run_with(tmp_path, -4.0, 0.5, None, unattributed=-0.75)
-    rows = {part.name: part.value for part in parts(results.summary)}
+    rows = {part.name: part.value for part in step_terms(results.summary)}
     pieces = ("momentum", "weight decay", "rollouts, all together", "unattributed")
     assert sum(rows[name] for name in pieces) == pytest.approx(rows["total"])
-    assert "unattributed" not in {part.name for part in parts({**results.summary, "unattributed": 0.0})}
+    assert "unattributed" not in {part.name for part in step_terms({**results.summary, "unattributed": 0.0})}

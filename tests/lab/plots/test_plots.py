@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab import plots as plot
-from fx_influence.lab.plots.parts import parts
 from fx_influence.lab.plots.style import DIVERGING, drawable, save
+from fx_influence.lab.plots.waterfall import waterfall_columns
 from fx_influence.lab.results import EntropyInfluenceResults
 
 WHOLE = ("waterfall", "distribution", "correlates", "token_correlates", "eta_sweep", "matrix", "concentration")
@@ -51,7 +51,7 @@ def test_every_axis_has_a_label_and_a_unit(tmp_path: Path, name: str) -> None:
 def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     for by in ("advantage", "prompt"):
-        columns = parts(run, by=by)
+        columns = waterfall_columns(run, by=by)
         assert [c.name for c in columns[:2]] + [columns[-1].name] == ["momentum", "weight decay", "total"]
         assert sum(c.value for c in columns[:-1]) == pytest.approx(columns[-1].value)
         bars = plot.waterfall(run, by=by).axes[0].patches
@@ -62,7 +62,7 @@ def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_pat
     own = run.evaluations[0].summary
     more = {**own, "total": own["total"] + 0.75, "unattributed": 0.75}
     told = dataclasses.replace(run, evaluations=(dataclasses.replace(run.evaluations[0], summary=more),))
-    columns = parts(told)
+    columns = waterfall_columns(told)
     assert columns[-2].name == "unattributed"
     assert sum(c.value for c in columns[:-1]) == pytest.approx(columns[-1].value)
     with pytest.raises(ValueError, match="by is 'reward'; use 'advantage' or 'prompt'"):
@@ -74,7 +74,7 @@ def test_a_groups_error_is_that_of_its_columns_of_the_matrix_by_prompts_of_e(tmp
     advantage = np.array([r["advantage"] for r in run.sequences])
     logprob = np.array([r["mean_logprob"] for r in run.sequences])
     which = (advantage > 0) & (logprob < np.median(logprob))
-    [column] = [c for c in parts(run) if c.name.startswith("A > 0, unlikely")]
+    [column] = [c for c in waterfall_columns(run) if c.name.startswith("A > 0, unlikely")]
     assert column.name.endswith(f"({which.sum()})")
     assert column.value == pytest.approx(run.evaluations[0].arrays["per_sequence"][which].sum())
     rows = run.evaluations[0].matrix[:, which].sum(1)
@@ -84,9 +84,9 @@ def test_a_groups_error_is_that_of_its_columns_of_the_matrix_by_prompts_of_e(tmp
     shares = torch.full((8,), 1 / 8)
     expected = cluster_stderr(torch.from_numpy(rows), torch.tensor(rows.sum()), shares, index)
     assert column.stderr == pytest.approx(expected.item())
-    momentum = parts(run)[0]
+    momentum = waterfall_columns(run)[0]
     assert momentum.stderr == pytest.approx(0.1), "the jackknife of Delta H at the smallest eta, over eta"
-    assert all(np.isnan(c.stderr) for c in parts(a_training_step(tmp_path))[:-1])
+    assert all(np.isnan(c.stderr) for c in waterfall_columns(a_training_step(tmp_path))[:-1])
 
 
 def test_the_points_and_the_tangent_of_the_sweep_are_the_runs(tmp_path: Path) -> None:

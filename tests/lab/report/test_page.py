@@ -21,7 +21,7 @@ from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import entropy as run_module
 from fx_influence.lab.report import data, figures, report_page, write_report
-from fx_influence.lab.report.blobs import array_blob, json_blob, unpacked
+from fx_influence.lab.report.blobs import array_blob, json_blob, unpack
 from fx_influence.lab.results import EntropyInfluenceResults
 
 SIZE = Size(rollouts=40, evaluation=24, tokens=30)
@@ -45,12 +45,12 @@ def results(tmp_path: Path) -> EntropyInfluenceResults:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures have tests of their own, and take seconds."""
-    monkeypatch.setattr("fx_influence.lab.report.page.drawn", lambda *_: figures.NO_FIGURES)
+    monkeypatch.setattr("fx_influence.lab.report.page.draw_figures", lambda *_: figures.NO_FIGURES)
 
 
 def blob(page: str, name: str) -> bytes:
     [text] = re.findall(rf'<script type="text/plain" id="{name}">([^<]*)</script>', page)
-    return unpacked(text)
+    return unpack(text)
 
 
 def index(page: str) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def test_figures_are_shown_with_their_words_and_kept_as_files(
         (folder / "eta_sweep.svg").write_text("<svg/>")
         return [folder / "eta_sweep.svg"]
 
-    monkeypatch.setattr("fx_influence.lab.report.page.drawn", figures.drawn)
+    monkeypatch.setattr("fx_influence.lab.report.page.draw_figures", figures.draw_figures)
     monkeypatch.setattr("fx_influence.lab.plots.save_figures", save_figures)
     page = write_report(results).read_text(encoding="utf-8")
     assert f'<img src="data:image/svg+xml;base64,PHN2Zy8+" alt="{figures.TITLES["eta_sweep"]}">' in page
@@ -248,7 +248,7 @@ def test_without_matplotlib_the_page_says_what_is_missing(
     def absent(*_: object) -> None:
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr("fx_influence.lab.report.page.drawn", figures.drawn)
+    monkeypatch.setattr("fx_influence.lab.report.page.draw_figures", figures.draw_figures)
     monkeypatch.setattr("fx_influence.lab.plots.save_figures", absent)
     assert "The figures need matplotlib: pip install &#39;fx-influence[report]&#39;" in report_page(results)
 
@@ -256,7 +256,7 @@ def test_without_matplotlib_the_page_says_what_is_missing(
 def test_nan_is_no_json() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_blob([float("nan")])
-    assert unpacked(array_blob(np.arange(3, dtype=">u4"))) == np.arange(3, dtype="<u4").tobytes()
+    assert unpack(array_blob(np.arange(3, dtype=">u4"))) == np.arange(3, dtype="<u4").tobytes()
 
 
 def test_a_step_of_a_training_shows_what_it_logged(results: EntropyInfluenceResults) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fx_influence.lab.analysis.allocation import ALLOCATIONS, allocate, allocation_correlations
-from fx_influence.lab.analysis.noise import signal_to_noise
+from fx_influence.lab.analysis.finite_steps.noise import signal_to_noise
 
 ETA = np.array([1e-5, 1e-4])
 DELTA = np.array([[1e-6, -2e-6, 0.0, 4e-6], [1e-5, -2e-5, 0.0, 4e-5]])

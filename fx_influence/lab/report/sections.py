@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fx_influence.lab.console.column_table import printable
-from fx_influence.lab.console.headline import Change, headline, parts, per
+from fx_influence.lab.console.headline import Change, headline, per, step_terms
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.health import Finding
 from fx_influence.lab.results import EntropyInfluenceResults
@@ -113,7 +113,7 @@ def _changes(changes: list[Change], unit: str) -> Changes:
 
 
 def _totals(own: dict[str, Any], lr: float) -> Totals:
-    rows = parts(own)
+    rows = step_terms(own)
     sizes = [abs(x) for part in rows for x in (part.value, part.stderr or 0.0)]
     unit, step = Scale.of(max(sizes)), Scale.of(max(sizes) * lr)
     return Totals(

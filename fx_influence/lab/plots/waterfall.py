@@ -20,7 +20,7 @@ PROMPT = 22
 """Characters of a prompt that name its column."""
 
 
-class Part(NamedTuple):
+class WaterfallColumn(NamedTuple):
     """A column of the waterfall; ``stderr`` is NaN where it was not measured."""
 
     name: str
@@ -28,7 +28,9 @@ class Part(NamedTuple):
     stderr: float
 
 
-def parts(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> list[Part]:
+def waterfall_columns(
+    results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage"
+) -> list[WaterfallColumn]:
     """Momentum, weight decay, groups of rollouts, what is unattributed and the total; all but the last add up to it.
 
     Nats per unit lr.
@@ -41,21 +43,21 @@ def parts(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "adva
     found = results.evaluations[evaluation]
     summary, arrays = found.summary, found.arrays
     still = [
-        Part(name.replace("_", " "), float(summary[name]), _finite_error(arrays, name))
+        WaterfallColumn(name.replace("_", " "), float(summary[name]), _finite_error(arrays, name))
         for name in ("momentum", "weight_decay")
     ]
     if summary["baseline"] != summary["momentum"] + summary["weight_decay"]:
         # Under gain "marginal" the baseline holds a share of the second moment's response too.
-        still = [Part("baseline", float(summary["baseline"]), _known(summary.get("baseline_stderr")))]
+        still = [WaterfallColumn("baseline", float(summary["baseline"]), _known(summary.get("baseline_stderr")))]
     influence = arrays["per_sequence"]
     moving = [
-        Part(name, float(influence[which].sum()), _group_error(results, evaluation, which))
+        WaterfallColumn(name, float(influence[which].sum()), _group_error(results, evaluation, which))
         for name, which in _groups(results, influence, by).items()
         if which.any()
     ]
     if summary.get("unattributed"):
-        moving.append(Part("unattributed", float(summary["unattributed"]), float("nan")))
-    return [*still, *moving, Part("total", float(summary["total"]), _known(summary.get("total_stderr")))]
+        moving.append(WaterfallColumn("unattributed", float(summary["unattributed"]), float("nan")))
+    return [*still, *moving, WaterfallColumn("total", float(summary["total"]), _known(summary.get("total_stderr")))]
 
 
 def _groups(results: EntropyInfluenceResults, influence: np.ndarray, by: str) -> dict[str, np.ndarray]:
@@ -123,9 +125,9 @@ def _known(value: float | None) -> float:
 def waterfall(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> Figure:
     """From momentum and weight decay through groups of rollouts to the step's total, with standard errors.
 
-    Nats per unit lr, on the right in this step. See ``parts`` for ``by`` and the errors.
+    Nats per unit lr, on the right in this step. See ``waterfall_columns`` for ``by`` and the errors.
     """
-    columns = parts(results, evaluation, by)
+    columns = waterfall_columns(results, evaluation, by)
     made = figure(max(6.5, 1.15 * len(columns)), 4.2)
     axes = made.subplots()
     ends = np.cumsum([part.value for part in columns[:-1]]).tolist()
@@ -145,7 +147,7 @@ def waterfall(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "
     return made
 
 
-def _label(axes: Axes, columns: list[Part], starts: list[float], tops: list[float]) -> None:
+def _label(axes: Axes, columns: list[WaterfallColumn], starts: list[float], tops: list[float]) -> None:
     errors = np.nan_to_num([part.stderr for part in columns])
     span = max(
         np.max(np.maximum(starts, np.add(tops, errors))) - np.min(np.minimum(starts, np.subtract(tops, errors))), 1e-300
@@ -167,45 +169,3 @@ def _in_this_step(axes: Axes, lr: float) -> None:
         right = axes.secondary_yaxis("right", functions=(lambda y: np.multiply(y, lr), lambda y: np.divide(y, lr)))
         right.set_ylabel(f"nats in this step (lr {lr:g})")
         right.yaxis.set_major_formatter(lambda y, _: f"{y:.2g}")
-
-
-@styled
-def distribution(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
-    """The influences delta_i of U's rollouts: their histogram, and each in order with its standard error."""
-    arrays = results.evaluations[evaluation].arrays
-    influence, stderr = arrays["per_sequence"], arrays["stderr"]
-    made = figure(8.0, 3.6)
-    left, right = made.subplots(1, 2, width_ratios=[1, 1.4])
-    edges = np.histogram_bin_edges(influence, bins=min(41, max(9, len(influence) // 4)))
-    sides = {"lower": influence < 0, "leave": influence == 0, "raise": influence > 0}
-    left.hist(
-        [influence[which] for which in sides.values()],
-        edges.tolist(),
-        stacked=True,
-        color=[LOWERS, GREY, RAISES],
-        label=[f"{int(which.sum())} {name} the entropy" for name, which in sides.items()],
-    )
-    left.set_xlabel(f"influence of a rollout ({UNIT})")
-    left.set_ylabel("rollouts")
-    left.legend(fontsize=8)
-    left.set_title("Distribution")
-    _in_order(right, influence, stderr)
-    return made
-
-
-def _in_order(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
-    order = np.argsort(influence, kind="stable")
-    place, values, errors = np.arange(len(order)), influence[order], stderr[order]
-    if not np.isnan(errors).any():
-        axes.errorbar(
-            place, values, errors, fmt="none", ecolor="#B0B0B0", elinewidth=0.9, label="±1 standard error over E"
-        )
-    axes.scatter(place, values, s=9, c=np.where(values > 0, RAISES, np.where(values < 0, LOWERS, GREY)), zorder=3)
-    beyond = int((np.abs(values) > 2 * errors).sum())
-    known = "no standard errors" if np.isnan(errors).any() else f"{beyond} of {len(order)} beyond two standard errors"
-    axes.set_title(f"In order: {known}")
-    axes.set_xlabel("rollouts of U by influence (rank)")
-    axes.set_ylabel(f"influence ({UNIT})")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, loc="upper left")
-    zero_line(axes)

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from fx_influence.interop.runtime.run_files import PLAN
 from fx_influence.lab.console.column_table import Column, ColumnTable, printable
-from fx_influence.lab.console.finite_tables import finite_tables
-from fx_influence.lab.console.headline import Change, headline, parts, per
+from fx_influence.lab.console.finite_step_tables import finite_step_tables
+from fx_influence.lab.console.headline import Change, headline, per, step_terms
 from fx_influence.lab.results import EntropyInfluenceResults, asked
 
 STRONGEST = 10
@@ -30,7 +30,9 @@ def print_run(results: EntropyInfluenceResults, console: Console) -> None:
             console.print(Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
     console.print(_parts(summary))
     # A step measured inside a training took one finite step, the real one.
-    for table in [_realised(summary)] if "in_this_step" in summary else [_checks(summary), *finite_tables(summary)]:
+    for table in (
+        [_realised(summary)] if "in_this_step" in summary else [_checks(summary), *finite_step_tables(summary)]
+    ):
         console.print(table)
     for verb, sign in (("LOWER", -1), ("RAISE", 1)):
         console.print(_rollouts(verb, sequences, _strongest(sign * arrays["per_sequence"]), summary["lr"]))
@@ -60,7 +62,7 @@ def _parts(s: dict[str, Any]) -> ColumnTable:
     columns = (Column("part", "name"), *map(Column, ("nats per unit lr", "stderr", "nats in this step")))
     rows = [
         (p.name, f"{p.value:+.5g}", "" if p.stderr is None else f"{p.stderr:.2g}", f"{p.value * s['lr']:+.3e}")
-        for p in parts(s)
+        for p in step_terms(s)
     ]
     return ColumnTable("What the step does to the entropy, to first order", columns, rows)
 

@@ -10,7 +10,7 @@ from fx_influence.lab.console.column_table import Column, ColumnTable
 Figures = dict[str, Any]
 
 
-def finite_tables(s: Figures) -> list[ColumnTable]:
+def finite_step_tables(s: Figures) -> list[ColumnTable]:
     """Tables from the entries of ``summary.json`` that ``finite_steps.finite_figures`` and the allocations make."""
     lr = s["reference_lr"]
     tables = [_steps(s, lr)] if any("full" in step for step in s["finite_steps"]) else []

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import linregress
 
-from fx_influence.lab.analysis.finite_steps import finite_figures, rollout_fits, rollout_parts
-from fx_influence.lab.analysis.linearity import (
+from fx_influence.lab.analysis.finite_steps.figures import finite_figures, rollout_fits, rollout_parts
+from fx_influence.lab.analysis.finite_steps.linearity import (
     additivity_gap,
     agreement,
     eta_trust,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fx_influence.lab.analysis.linearity import (
+from fx_influence.lab.analysis.finite_steps.linearity import (
     additivity_gap,
     agreement,
     eta_trust,
@@ -15,7 +15,7 @@ from fx_influence.lab.analysis.linearity import (
     measured_trust,
     steadier,
 )
-from fx_influence.lab.analysis.noise import signal_to_noise
+from fx_influence.lab.analysis.finite_steps.noise import signal_to_noise
 from fx_influence.lab.plan import PER_SEQUENCE, WHOLE
 
 Arrays = Mapping[str, np.ndarray]
