@@ -93,7 +93,7 @@ def measured_run(steps: int) -> dict[str, Any]:
         training.train()
     # A warm-up's first step, with lr 0, moves nothing.
     moved = [h for h in history if h["lr"]]
-    total, realised, stderr = (np.array([h[name] for h in moved]) for name in ("total", "realised", "stderr"))
+    total, realised, stderr = (np.array([h[name] for h in moved]) for name in ("total", "measured", "stderr"))
     return {
         "history": history,
         "correlation": float(np.corrcoef(total, realised)[0, 1]),
@@ -113,7 +113,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
     """Entropy foretold and realised step by step, and their sums beside the entropy measured."""
     history = run["history"]
     step, total, realised, error, entropy = (
-        np.array([h[name] for h in history]) for name in ("step", "total", "realised", "stderr", "entropy")
+        np.array([h[name] for h in history]) for name in ("step", "total", "measured", "stderr", "entropy")
     )
     with drawn(path, 1, 2, (9, 3.4)) as [[left, right]]:
         left.errorbar(realised, total, yerr=error, fmt="o", ms=3, lw=0.8, color="#0072B2", ecolor="#9ECAE1")

@@ -91,13 +91,13 @@ def test_a_live_training_and_what_it_stored_agree(
     assert [figures["step"] for figures in history] == [4, 8]
     for text in (now, printed_in_the_readme(1)):
         steps = [figures_of(line) for line in text.splitlines() if line.startswith("total")]
-        assert [set(step) for step in steps] == [{"total", "stderr", "momentum", "rollouts", "realised"}] * 2
+        assert [set(step) for step in steps] == [{"total", "stderr", "momentum", "rollouts", "measured"}] * 2
         for step in steps:
             assert all(step.values()), "no figure of the example is zero"
             unit = unit_of(step["momentum"], step["rollouts"])
             assert step["total"] == pytest.approx(step["momentum"] + step["rollouts"], abs=2 * unit)
             # The same E before and after: what is left is the curvature of a short step.
-            assert abs(step["total"] - step["realised"]) < 2 * step["stderr"]
+            assert abs(step["total"] - step["measured"]) < 2 * step["stderr"]
     exec(compile(offline, "README.md", "exec"), scope)
     again, stored = re.findall(r"[-+]\d[\d.]*", capsys.readouterr().out)
     size = sum(abs(x) for x in scope["out"].per_sequence.tolist())
@@ -119,11 +119,11 @@ def test_a_loop_of_ones_own_hands_over_its_gradient(capsys: pytest.CaptureFixtur
         assert len(steps) == 4
         assert steps[0]["momentum"] == 0, "a new optimizer has none"
         assert all(step["momentum"] for step in steps[1:])
-        totals, realised = ([step[name] for step in steps] for name in ("total", "realised"))
+        totals, measured = ([step[name] for step in steps] for name in ("total", "measured"))
         assert all(totals)
-        # Of each step the first order foretells what is seen on the same E, but for its curvature.
-        off = sum((x - y) ** 2 for x, y in zip(totals, realised, strict=True))
-        assert off < 0.5 * sum(y**2 for y in realised)
+        # Of each step the first order predicts what is seen on the same E, but for its curvature.
+        off = sum((x - y) ** 2 for x, y in zip(totals, measured, strict=True))
+        assert off < 0.5 * sum(y**2 for y in measured)
 
 
 def test_several_processes_share_the_work(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_every_logged_figure_is_explained() -> None:
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
     captured = CapturedStep(batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None)
     step = MeasuredStep(1, 0.1, captured, [], influence, 1.0, SnisDelta(*[torch.ones(())] * 6), 0.5)
-    assert explained == set(step.figures())
+    assert explained == set(step.metrics())
 
 
 def test_the_plan_in_the_readme_is_a_plan() -> None:

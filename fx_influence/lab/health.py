@@ -210,13 +210,13 @@ def _first_order(f: Figures) -> Finding | None:
 
 def _realised(f: Figures) -> Finding | None:
     step = f.own.get("in_this_step", {})
-    if "realised" not in step or not step["realised"]:
+    if "measured" not in step or not step["measured"]:
         return None
-    off = abs(step["total"] / step["realised"] - 1)
-    text = f"Foretold {step['total']:+.3g} nats, realised {step['realised']:+.3g} on the same E: {off:.1%} apart"
+    off = abs(step["total"] / step["measured"] - 1)
+    text = f"Predicted {step['total']:+.3g} nats, measured {step['measured']:+.3g} on the same E: {off:.1%} apart"
     if off > STRAIGHT:
-        return Finding("Foretold and realised", "attention", f"{text}. The step is longer than the first order holds.")
-    return Finding("Foretold and realised", "good", f"{text}.")
+        return Finding("Predicted and measured", "attention", f"{text}. The step is longer than the first order holds.")
+    return Finding("Predicted and measured", "good", f"{text}.")
 
 
 def _effective_sample(f: Figures) -> Finding:

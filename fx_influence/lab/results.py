@@ -12,6 +12,7 @@ import numpy as np
 
 from fx_influence.core.display import record_line
 from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.renamed import SUMMARY_FIELDS, renamed
 from fx_influence.interop.runtime.run_files import (
     BASELINE,
     ENVIRONMENT,
@@ -111,7 +112,7 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
             path=directory.path,
             plan=plan,
             environment=directory.read_json(ENVIRONMENT),
-            summary=directory.read_json(SUMMARY),
+            summary=renamed(directory.read_json(SUMMARY), SUMMARY_FIELDS),
             sequences=sequences,
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
             tokens=directory.read_arrays(UPDATE_TOKENS) if directory.lists(UPDATE_TOKENS) else {},
@@ -132,6 +133,6 @@ def _evaluation(directory: RunDirectory, index: int, n_u: int) -> EvaluationResu
     return EvaluationResults(
         arrays=arrays,
         matrix=directory.read_array(matrix) if directory.lists(matrix) else None,
-        summary=directory.read_json(eval_name(index, ".json")),
+        summary=renamed(directory.read_json(eval_name(index, ".json")), SUMMARY_FIELDS),
         rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
     )

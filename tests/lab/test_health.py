@@ -76,7 +76,7 @@ def test_without_error_bars_or_influence_noise_is_unknown(arrays: dict[str, Any]
         ("Policy of E", {"off_policy": 0.2}, "another policy sampled E"),
         ("Unattributed", {"unattributed": 3.0}, "0.2 of the sum of |influence|"),
         ("Identity", {"residual": 15.0 * 3e-4}, "differ by 3.0e-04"),
-        ("Foretold and realised", {"in_this_step": {"total": -4e-3, "realised": -2e-3}}, "100.0% apart"),
+        ("Predicted and measured", {"in_this_step": {"total": -4e-3, "measured": -2e-3}}, "100.0% apart"),
     ],
 )
 def test_a_figure_beyond_its_bound_needs_attention(name: str, own: dict[str, Any], words: str) -> None:
@@ -99,7 +99,7 @@ def test_rollouts_below_the_rounding_are_counted() -> None:
     ("name", "own"),
     [
         ("Unattributed", {"unattributed": 0.1}),
-        ("Foretold and realised", {"in_this_step": {"total": -4e-3, "realised": -3.9e-3}}),
+        ("Predicted and measured", {"in_this_step": {"total": -4e-3, "measured": -3.9e-3}}),
         ("First order", {"eta_trust": None}),
     ],
 )

@@ -80,7 +80,7 @@ class EntropyInfluence(TrainerCallback):
     """Measures every ``every``-th optimizer step of a ``GRPOTrainer`` or ``RLOOTrainer``: why its entropy changes.
 
     Before the step: U with the coefficients of the trainer's own loss, its gradient and clipping, AdamW's state, and
-    fresh completions E of ``eval_prompts``; ``fx.influence`` of one on the other. After it: the realised change of
+    fresh completions E of ``eval_prompts``; ``fx.influence`` of one on the other. After it: the measured change of
     entropy on the same E. Both are logged through the trainer as ``entropy_influence/...``, kept in ``history``, and
     stored as a run directory for each measured step, which ``fx.load_run`` and ``fx-influence report`` read.
     U's passes run in the trainer's own precision, so that what stays ``unattributed`` is rounding; E's are the
@@ -316,7 +316,7 @@ class EntropyInfluence(TrainerCallback):
 
     def _end(self, begun: _Begun) -> dict[str, float]:
         measured = self._finished(begun)
-        figures = of_all(self._capture.mesh, measured.figures())[0]
+        figures = of_all(self._capture.mesh, measured.metrics())[0]
         if self._first:
             self._store(measured.step).write(measured, self._plan(measured), self._trainer, self._training)
         return figures
@@ -425,7 +425,7 @@ class EntropyInfluence(TrainerCallback):
         moved = {name: live[name].detach().to(promote(p.dtype)) - p for name, p in begun.params.items()}
         policy = self._policy
         assert policy is not None
-        realised = snis_delta(
+        measured_change = snis_delta(
             begun.params,
             moved,
             1.0,
@@ -440,7 +440,7 @@ class EntropyInfluence(TrainerCallback):
         if lost > STEP_LOST and not self._rounding_told:
             self._rounding_told = True
             self._tell(rounding_warning(begun.measured.step, begun.params, lost))
-        return begun.measured._replace(realised=realised, seconds=seconds, step_rounding=lost)
+        return begun.measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
 
     @property
     def _first(self) -> bool:

@@ -19,7 +19,7 @@ class MeasuredStep(NamedTuple):
     """One step of a run, before and after: U as captured, E, the influences, and the entropy's real change.
 
     ``step``: the optimizer steps made when it is done, from 1. ``lr``: lr_ref of this step; influences times it are in
-    nats. ``entropy``: the estimate of H on E before the step. ``realised``: by importance sampling on the same E, None
+    nats. ``entropy``: the estimate of H on E before the step. ``measured_change``: by importance sampling on the same E, None
     where the optimizer made no step. ``seconds``: what measuring took. ``step_rounding``: see ``trl_precision``.
     """
 
@@ -29,11 +29,11 @@ class MeasuredStep(NamedTuple):
     evaluation: list[Rollout]
     influence: Influence
     entropy: float
-    realised: SnisDelta | None
+    measured_change: SnisDelta | None
     seconds: float
     step_rounding: float = float("nan")
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged, by name without prefix: nats in this step, positive raises the entropy; see the README."""
         out, u = self.influence, self.captured
         parts, advantages = out.per_sequence.cpu(), u.advantages
@@ -57,9 +57,9 @@ class MeasuredStep(NamedTuple):
         nats["concentration"] = float(top_share(counted, TOP)) if counted.numel() else math.nan
         nats["conditioning"] = float(out.conditioning)
         nats |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
-        if self.realised is not None:
-            nats["realised"] = float(self.realised.delta_h)
-            nats["realised_stderr"] = float(self.realised.stderr)
-            nats["ess"] = float(self.realised.ess)
+        if self.measured_change is not None:
+            nats["measured"] = float(self.measured_change.delta_h)
+            nats["measured_stderr"] = float(self.measured_change.stderr)
+            nats["ess"] = float(self.measured_change.ess)
             nats["step_rounding"] = self.step_rounding
         return nats

@@ -12,7 +12,7 @@ from fx_influence.types import Params
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STEP_LOST = 0.1
-"""Share of a step from which its loss to rounding is warned of: the realised change then misses a tenth of what the
+"""Share of a step from which its loss to rounding is warned of: the measured change then misses a tenth of what the
 optimizer meant."""
 
 
@@ -44,7 +44,7 @@ def rounding_warning(step: int, params: Params, lost: float) -> str:
     remedy = (
         "train float32 weights (model_init_kwargs={'dtype': 'float32'}, with bf16=True for speed)"
         if any(p.dtype in HALF for p in params.values())
-        else "at this learning rate that is the size of the step: read the realised change with that error"
+        else "at this learning rate that is the size of the step: read the measured change with that error"
     )
     return (
         f"step {step}: {lost:.0%} of the step is lost to the rounding of the trained weights, which are "

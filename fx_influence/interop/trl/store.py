@@ -204,7 +204,7 @@ def _moved(tokens: Tensor, captured: Batch, batch: Batch) -> Tensor:
 
 
 def _arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
-    out, realised = measured.influence, measured.realised
+    out, change = measured.influence, measured.measured_change
     assert out.per_token is not None
     arrays: dict[str, Any] = {
         "per_sequence": out.per_sequence.cpu().numpy(),
@@ -212,10 +212,10 @@ def _arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
         "stderr": out.stderr.cpu().numpy(),
         "rounding": out.rounding.cpu().numpy(),
         "per_parameter": np.array([float(x) for x in out.per_parameter.values()]),
-        "eta": np.array([measured.lr] if realised is not None else []),
+        "eta": np.array([measured.lr] if change is not None else []),
     }
-    if realised is not None:
-        found = {"full": realised.delta_h, "full_stderr": realised.stderr, "ess": realised.ess}
+    if change is not None:
+        found = {"full": change.delta_h, "full_stderr": change.stderr, "ess": change.ess}
         arrays |= {name: np.array([float(value)]) for name, value in found.items()}
     return arrays
 
@@ -254,7 +254,7 @@ def _summary(measured: MeasuredStep) -> dict[str, Any]:
         "sum_per_sequence": float(out.per_sequence.sum()),
         "conditioning": float(out.conditioning),
         "entropy": measured.entropy,
-        "in_this_step": measured.figures(),
+        "in_this_step": measured.metrics(),
         "update_rollouts": len(captured.advantages),
         "rollouts": len(measured.evaluation),
         "update_mean_reward": float(captured.rewards.nanmean()),

@@ -110,9 +110,9 @@ def test_what_is_logged_adds_up_and_foretells_the_realised_change(tmp_path: Path
         signs = figures["positive_advantage"] + figures["negative_advantage"]
         size = abs(figures["positive_advantage"]) + abs(figures["negative_advantage"])
         assert_close_to_rounding(figures["rollouts"], signs, terms=12, scale=size, dtype=torch.float32)
-        assert figures["realised"] == pytest.approx(figures["total"], rel=0.1)
+        assert figures["measured"] == pytest.approx(figures["total"], rel=0.1)
         assert figures["stderr"] > 0
-        assert figures["realised_stderr"] == pytest.approx(figures["stderr"], rel=0.5)
+        assert figures["measured_stderr"] == pytest.approx(figures["stderr"], rel=0.5)
         assert_close_to_rounding(figures["residual"], 0.0, terms=TINY_POLICY, scale=size, dtype=torch.float32)
         assert 0 < figures["concentration"] < 1
         assert 0 < figures["entropy"] < math.log(14)
@@ -125,7 +125,7 @@ def test_what_is_logged_adds_up_and_foretells_the_realised_change(tmp_path: Path
 def test_a_warm_ups_first_step_moves_nothing(tmp_path: Path) -> None:
     _, attached = measured(PLAIN, tmp_path, 2, warmup_steps=2, lr_scheduler_type="constant_with_warmup")
     first, second = attached.history
-    assert first["lr"] == first["total"] == first["realised"] == first["stderr"] == 0
+    assert first["lr"] == first["total"] == first["measured"] == first["stderr"] == 0
     assert second["lr"] > 0
     assert second["total"] != 0
 
@@ -140,7 +140,7 @@ def test_every_counts_as_logging_steps_does(tmp_path: Path) -> None:
 def test_rloo_is_measured(tmp_path: Path) -> None:
     _, attached = measured(Variant("rloo", True, 3, False, {"beta": 0.1}), tmp_path, 2, learning_rate=1e-3)
     assert [figures["step"] for figures in attached.history] == [1, 2]
-    assert all(f["realised"] == pytest.approx(f["total"], rel=0.2) for f in attached.history)
+    assert all(f["measured"] == pytest.approx(f["total"], rel=0.2) for f in attached.history)
 
 
 def test_a_position_counted_from_the_padding_is_reproduced(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_position_counted_from_the_padding_is_reproduced(tmp_path: Path) -> No
     attached = measured(PLAIN, tmp_path / "live", 2, model=gpt2(), disable_dropout=True, learning_rate=1e-4)[1]
     for figures in attached.history:
         assert figures["unattributed"] == 0
-        assert figures["realised"] == pytest.approx(figures["total"], rel=0.1)
+        assert figures["measured"] == pytest.approx(figures["total"], rel=0.1)
 
 
 def test_a_measured_step_is_a_run_that_all_readers_read(tmp_path: Path) -> None:
@@ -160,13 +160,13 @@ def test_a_measured_step_is_a_run_that_all_readers_read(tmp_path: Path) -> None:
     results = fx.load_run(tmp_path / "entropy_influence" / "step_000002")
     figures, lr = attached.history[1], attached.history[1]["lr"]
     assert_close_to_rounding(results.summary["total"] * lr, figures["total"], terms=2)
-    assert results.summary["in_this_step"]["realised"] == figures["realised"]
+    assert results.summary["in_this_step"]["measured"] == figures["measured"]
     arrays = results.evaluations[0].arrays
     size = np.abs(arrays["per_token"]).sum()
     summed = {"terms": arrays["per_token"].size, "dtype": torch.float32}
     assert_close_to_rounding(arrays["per_sequence"].sum() * lr, figures["rollouts"], scale=size * lr, **summed)
     assert_close_to_rounding(arrays["per_token"].sum(1), arrays["per_sequence"], scale=size, **summed)
-    assert arrays["full"].tolist() == [figures["realised"]]
+    assert arrays["full"].tolist() == [figures["measured"]]
     assert set(results.tokens) == {"logprobs", "entropies", "coefficients", "entropy_coefficients"}
     for name, stored in (("logprobs", "behaviour_logprobs"), ("coefficients", "coefficients")):
         for row, rollout in zip(results.tokens[name], results.update_rollouts, strict=True):
@@ -215,7 +215,7 @@ def test_report_prints_a_measured_step(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["report", str(tmp_path / "entropy_influence" / "step_000001")]) == 0
     page = capsys.readouterr().out
     assert "Step 1 of a training" in page
-    assert f"{attached.history[0]['realised']:.4g}" in page
+    assert f"{attached.history[0]['measured']:.4g}" in page
 
 
 def test_all_conversations_and_the_eval_dataset_serve_as_prompts(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_advantages_of_each_token_are_attributed(tmp_path: Path) -> None:
         signs = figures["positive_advantage"], figures["negative_advantage"]
         size = sum(map(abs, signs)) + abs(figures["momentum"])
         assert figures["unattributed"] == 0
-        assert figures["realised"] == pytest.approx(figures["total"], abs=0.1 * size)
+        assert figures["measured"] == pytest.approx(figures["total"], abs=0.1 * size)
         # The last columns have an advantage of the other sign, and one between may have none.
         assert sum(signs) == pytest.approx(figures["rollouts"], abs=1e-5 * size)
     same(training, tmp_path / "b", by_token, learning_rate=1e-4)
@@ -341,7 +341,7 @@ def test_a_loss_of_ones_own_is_attributed(scorings: int, tmp_path: Path) -> None
     assert not told
     for figures in attached.history:
         assert figures["unattributed"] == pytest.approx(0, abs=1e-3 * abs(figures["rollouts"]))
-        assert figures["realised"] == pytest.approx(figures["total"], rel=0.1)
+        assert figures["measured"] == pytest.approx(figures["total"], rel=0.1)
     same(training, tmp_path / "b", replace, learning_rate=1e-4)
 
 

@@ -51,7 +51,7 @@ def test_a_step_that_bfloat16_weights_swallow_is_told_once(tmp_path: Path) -> No
     assert sum("is lost to the rounding" in str(w.message) for w in told) == 1
     assert [figures["step"] for figures in history] == [1, 2]
     assert all(figures["step_rounding"] > 0.5 for figures in history)
-    assert all(abs(figures["realised"]) < abs(figures["total"]) for figures in history)
+    assert all(abs(figures["measured"]) < abs(figures["total"]) for figures in history)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -84,7 +84,7 @@ def logged_alike(found: list[Any]) -> None:
     for entry, figures in zip(first["log"][1], first["history"], strict=False):
         assert all(entry[OURS + name] == value for name, value in figures.items() if name != "step")
         assert figures["unattributed"] == 0
-        assert figures["realised"] == pytest.approx(figures["total"], abs=0.1 * largest)
+        assert figures["measured"] == pytest.approx(figures["total"], abs=0.1 * largest)
         assert 8 < figures["ess"] <= 9
         parts = [figures[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed")]
         size = sum(abs(part) for part in parts)

@@ -56,7 +56,7 @@ def extreme_run(path: Path) -> EntropyInfluenceResults:
     ]
     [evaluation] = results.evaluations
     arrays = {**evaluation.arrays, "per_sequence": sizes, "stderr": np.abs(sizes) / 3}
-    logged = {"total": -1.25e-12, "realised": -3.5e-101}
+    logged = {"total": -1.25e-12, "measured": -3.5e-101}
     more = {"sum_per_sequence": 1.5e-12, "step": 3, "in_this_step": logged, "residual": 0.0, "entropy": 1.0}
     more |= {"update_rollouts": 48, "trainable_parameters": 10, "seconds": 1.0, "peak_memory_bytes": 2**20}
     per_parameter = {f"base_model.model.layers.{k}.self_attn.q_proj.lora_A.default.weight": 1e-9 / k for k in (1, 2)}

@@ -261,14 +261,14 @@ def test_nan_is_no_json() -> None:
 
 def test_a_step_of_a_training_shows_what_it_logged(results: EntropyInfluenceResults) -> None:
     [evaluation] = results.evaluations
-    logged = {"total": -4e-3, "realised": -3.9e-3, "residual": None}
+    logged = {"total": -4e-3, "measured": -3.9e-3, "residual": None}
     summary = {**evaluation.summary, "step": 7, "in_this_step": logged, "unattributed": 0.0}
     step = dataclasses.replace(
         results, summary=summary, evaluations=(dataclasses.replace(evaluation, summary=summary),)
     )
     page = report_page(step, figures=False)
     assert "step 7 of a training" in page
-    assert "<dt>realised</dt><dd>−0.0039</dd>" in page
+    assert "<dt>measured</dt><dd>−0.0039</dd>" in page
 
 
 def test_the_module_of_the_run_does_not_need_the_report() -> None:
