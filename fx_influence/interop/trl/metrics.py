@@ -19,8 +19,8 @@ class MeasuredStep(NamedTuple):
     """One step of a run, before and after: U as captured, E, the influences, and the entropy's real change.
 
     ``step``: the optimizer steps made when it is done, from 1. ``lr``: lr_ref of this step; influences times it are in
-    nats. ``entropy``: the estimate of H on E before the step. ``measured_change``: by importance sampling on the same E, None
-    where the optimizer made no step. ``seconds``: what measuring took. ``step_rounding``: see ``trl_precision``.
+    nats. ``entropy``: the estimate of H on E before the step. ``measured_change``: by importance sampling on the same
+    E, None where the optimizer made no step. ``seconds``: duration of measuring. ``step_rounding``: see ``precision``.
     """
 
     step: int
