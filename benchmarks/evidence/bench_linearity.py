@@ -23,9 +23,8 @@ from fx_influence.interop.checkpoints.load import load_checkpoint
 from fx_influence.interop.rollouts.record import collate
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.analysis.finite_steps.figures import finite_figures
-from fx_influence.lab.batch_spec import SampledBatch
 from fx_influence.lab.experiment.entropy import run
-from fx_influence.lab.plan import EntropyInfluencePlan, demo_path
+from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, demo_path
 from fx_influence.lab.results import EntropyInfluenceResults
 
 NAME = "bench_linearity"

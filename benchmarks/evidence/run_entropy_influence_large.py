@@ -26,8 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fx_influence.interop.runtime.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name
-from fx_influence.lab.batch_spec import PlanError, RolloutFile
-from fx_influence.lab.plan import EntropyInfluencePlan, FisherKernelPlan, StepPlan, plan_text, read_plan
+from fx_influence.lab.plan import (
+    EntropyInfluencePlan,
+    FisherKernelPlan,
+    PlanError,
+    RolloutFile,
+    StepPlan,
+    plan_text,
+    read_plan,
+)
 from fx_influence.lab.store import RunDirectory
 
 ENTROPY, FISHER = "entropy_influence", "fisher_kernel"

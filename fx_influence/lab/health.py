@@ -23,7 +23,7 @@ FEW, MANY, ENOUGH_ESS = 0.01, 0.5, 0.5
 STRAIGHT = 0.1
 """How far off the first order may be."""
 EFFECTIVE = "Effective sample size"
-SPOILING = ("Identity", "Policy of E")
+INVALIDATING = ("Identity", "Policy of E")
 """Names of the checks without which no figure of the run is to be trusted, the total's included."""
 RANKED = 0.1
 """Share of noise in the squared influences at which four in five of the top tenth are found: benchmarks/EVIDENCE.md."""
@@ -220,7 +220,7 @@ def _realised(f: Figures) -> Finding | None:
 
 
 def _effective_sample(f: Figures) -> Finding:
-    name, ess = EFFECTIVE, at_lr(f.arrays, "ess", f.lr)
+    name, ess = EFFECTIVE, value_at_lr(f.arrays, "ess", f.lr)
     if ess is None:
         return Finding(name, "unknown", "The run did not measure a finite step of this length.")
     share = ess / f.own["rollouts"]
@@ -231,7 +231,7 @@ def _effective_sample(f: Figures) -> Finding:
 
 
 def _clipping(f: Figures) -> Finding | None:
-    fraction = at_lr(f.arrays, "full_clip_fraction", f.lr)
+    fraction = value_at_lr(f.arrays, "full_clip_fraction", f.lr)
     if fraction is None:
         return None
     text = f"{fraction:.1%} of the importance weights are clipped at this step's length"
@@ -274,7 +274,7 @@ def _policy_of_u(f: Figures) -> Finding | None:
     return Finding("Policy of U", "good", text + (older if gap > OFF_POLICY else "."))
 
 
-def at_lr(arrays: dict[str, np.ndarray], name: str, lr: float) -> float | None:
+def value_at_lr(arrays: dict[str, np.ndarray], name: str, lr: float) -> float | None:
     """An array over eta where eta is the learning rate; None where no such step was made."""
     if name not in arrays:
         return None
@@ -282,7 +282,7 @@ def at_lr(arrays: dict[str, np.ndarray], name: str, lr: float) -> float | None:
     return float(arrays[name][at[0]]) if len(at) else None
 
 
-def few_effective(findings: list[Finding]) -> bool:
+def has_small_ess(findings: list[Finding]) -> bool:
     """Whether the importance weights leave too little of E for what is measured at this step's length."""
     return any(finding.name == EFFECTIVE and finding.level == "attention" for finding in findings)
 

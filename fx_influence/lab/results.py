@@ -25,7 +25,7 @@ from fx_influence.interop.runtime.run_files import (
     readable,
 )
 from fx_influence.lab.analysis.finite_steps.figures import rollout_parts
-from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.plan.plans import EntropyInfluencePlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
 
@@ -97,7 +97,7 @@ class EntropyInfluenceResults:
         return record_line(self)
 
 
-def asked(record: dict[str, Any]) -> str:
+def displayed_prompt(record: dict[str, Any]) -> str:
     """Return what people are shown as the prompt of a stored rollout: a conversation's question, or else the text."""
     return str(record.get("question") or record["prompt"])
 

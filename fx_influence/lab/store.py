@@ -25,8 +25,9 @@ from fx_influence.interop.runtime.run_files import (
     RunFiles,
     readable,
 )
-from fx_influence.lab.batch_spec import PlanError
-from fx_influence.lab.plan import StepPlan, plan_text
+from fx_influence.lab.plan.errors import PlanError
+from fx_influence.lab.plan.files import plan_text
+from fx_influence.lab.plan.plans import StepPlan
 
 Piece = TypeVar("Piece")
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.made_runs import made_run
+from helpers.synthetic_runs import synthetic_run
 
 import fx_influence as fx
 from fx_influence.core.display import brief
-from fx_influence.lab.batch_spec import SampledBatch
-from fx_influence.lab.plan import demo_path
+from fx_influence.lab.plan import SampledBatch, demo_path
 
 SCREEN = 24 * 80
 
@@ -24,7 +23,7 @@ def test_repr_of_a_checkpoint_and_its_state_fits_a_screen() -> None:
 
 
 def test_repr_of_a_run_fits_a_screen(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     assert len(repr(run)) < SCREEN
     assert len(repr(run.evaluations[0])) < SCREEN
     assert "EntropyInfluencePlan(" in repr(run)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import fx_influence as fx
-from fx_influence.lab import plan as plan_module
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import finite_steps as sweep
+from fx_influence.lab.plan import demo
 
 RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
 NOWHERE = "/dev/null/nowhere"
@@ -70,7 +70,7 @@ def command_line(fault: str, arguments: list[str]) -> int:
         elif fault == "no plan":
             arguments[1] = "absent.yaml"
         elif fault == "other prompts":
-            plan_module.DEMO_DIRECTORY = Path(arguments[1]).parent / "other"
+            demo.DEMO_DIRECTORY = Path(arguments[1]).parent / "other"
     return main(arguments)
 
 

@@ -22,12 +22,21 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import fx_influence as fx
 from fx_influence.interop.rewards import math_verify
 from fx_influence.interop.rollouts.record import collate, read_rollouts, write_rollouts
-from fx_influence.lab import load_batches as batches
-from fx_influence.lab.batch_spec import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import entropy as run_module
-from fx_influence.lab.load_batches import load_state, sampled, update_batch
-from fx_influence.lab.plan import EntropyInfluencePlan, resolved
+from fx_influence.lab.inputs import rollouts as batches
+from fx_influence.lab.inputs.rollouts import load_rollouts
+from fx_influence.lab.inputs.training_state import load_state
+from fx_influence.lab.inputs.update import update_batch
+from fx_influence.lab.plan import (
+    BatchRequest,
+    CustomSequence,
+    EntropyInfluencePlan,
+    PlanError,
+    RolloutFile,
+    SampledBatch,
+    resolved,
+)
 from fx_influence.lab.store import RunDirectory
 
 GSM8K = [
@@ -49,7 +58,7 @@ FEW = SampledBatch(PROMPTS, completions_per_prompt=2)
 def rollouts_of(tmp_path: Path, request: BatchRequest, update: bool = False, **fields: Any) -> list[Any]:
     plan = EntropyInfluencePlan(**{"update": request if update else FEW, "evaluations": (request,)} | fields)
     state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
-    return sampled(plan, state, directory, 0 if update else 1, "r.jsonl", lambda *done: None).rollouts
+    return load_rollouts(plan, state, directory, 0 if update else 1, "r.jsonl", lambda *done: None).rollouts
 
 
 @pytest.fixture
@@ -151,7 +160,7 @@ def test_one_sequence_written_out_is_scored_as_it_stands(tmp_path: Path, end: bo
     request = CustomSequence("12+7=", "19", advantage=-2.0, end=end)
     plan = EntropyInfluencePlan(update=request, evaluations=(request,))
     state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
-    u = sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None)
+    u = load_rollouts(plan, state, directory, 0, "u.jsonl", lambda *done: None)
     (rollout,) = u.rollouts
     assert state.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True) == "19"
     assert (rollout.completion_ids[-1] == state.tokenizer.eos_token_id) == end
@@ -263,7 +272,7 @@ def test_rollouts_of_an_older_policy_are_no_evaluation_but_an_update_with_ratios
         rollouts_of(tmp_path / "2", request)
     plan = EntropyInfluencePlan(update=request, evaluations=(request,), clip_range=(0.2, 0.35))
     state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
-    u = sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None)
+    u = load_rollouts(plan, state, directory, 0, "u.jsonl", lambda *done: None)
     found = update_batch(plan, u).coefficients
     same = update_batch(plan, u._replace(off_policy=0.0)).coefficients
     assert found is not None
@@ -301,7 +310,7 @@ def test_rollouts_with_coefficients_of_their_own_keep_them(tmp_path: Path) -> No
     )
     plan = EntropyInfluencePlan(update=RolloutFile(str(tmp_path / "r.jsonl")))
     state, directory = load_state(plan), RunDirectory.start(tmp_path / "run", plan, {})
-    batch = update_batch(plan, sampled(plan, state, directory, 0, "u.jsonl", lambda *done: None))
+    batch = update_batch(plan, load_rollouts(plan, state, directory, 0, "u.jsonl", lambda *done: None))
     assert batch.coefficients is not None
     assert torch.equal(batch.coefficients, 0.5 * batch.completion_mask)
 
@@ -367,6 +376,6 @@ def test_half_precision_weights_are_computed_with_in_float32(tmp_path: Path) -> 
         assert torch.equal(p, full.params[name].bfloat16().float())
         assert torch.equal(state.opt_state.exp_avg[name], full.opt_state.exp_avg[name].bfloat16().float())
     directory = RunDirectory.start(tmp_path / "run", plan, {})
-    assert sampled(plan, state, directory, 1, "r.jsonl", lambda *done: None).off_policy < rounding_bound(
+    assert load_rollouts(plan, state, directory, 1, "r.jsonl", lambda *done: None).off_policy < rounding_bound(
         torch.float32, policy_terms(state.params, 32, 1), 10
     )

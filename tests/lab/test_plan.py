@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fx_influence.lab.batch_spec import CustomSequence, PlanError, RolloutFile, SampledBatch
 from fx_influence.lab.cli import COMMENTED_PLAN
 from fx_influence.lab.plan import (
+    CustomSequence,
     EntropyInfluencePlan,
     FisherKernelPlan,
+    PlanError,
+    RolloutFile,
+    SampledBatch,
     demo_path,
     plan_text,
     read_plan,

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from fx_influence.interop.rewards import check_columns, exact_match, math_verify
-from fx_influence.lab.batch_spec import SampledBatch
-from fx_influence.lab.load_batches import load_state
-from fx_influence.lab.plan import EntropyInfluencePlan, resolved
+from fx_influence.lab.inputs.training_state import load_state
+from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, resolved
 
 HALF = {"a": {"answer": "2"}, "b": {"answer": None}, "c": {}}
 
@@ -51,7 +50,7 @@ def test_a_plan_whose_prompts_have_a_null_column_is_refused_before_the_model_is_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fx_influence.lab.load_batches.load_checkpoint", lambda *_, **__: pytest.fail("the model was read")
+        "fx_influence.lab.inputs.training_state.load_checkpoint", lambda *_, **__: pytest.fail("the model was read")
     )
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": null}\n')
     plan = EntropyInfluencePlan(update=SampledBatch("p.jsonl"))

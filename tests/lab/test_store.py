@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.run_files import RunDirectoryError
-from fx_influence.lab.batch_spec import RolloutFile
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import entropy as run_module
-from fx_influence.lab.plan import DEMO_DIRECTORY, EntropyInfluencePlan, read_plan
+from fx_influence.lab.plan import DEMO_DIRECTORY, EntropyInfluencePlan, RolloutFile, read_plan
 from fx_influence.lab.results import load_run
 from fx_influence.lab.store import RunDirectory
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fx_influence.interop.rollouts.record import collate
 from fx_influence.lab.analysis.correlation import Column
-from fx_influence.lab.load_batches import ON_POLICY_TOLERANCE
+from fx_influence.lab.inputs.rollouts import ON_POLICY_TOLERANCE
 from fx_influence.lab.results import EntropyInfluenceResults
 
 RECORDED = ("advantage", "reward", "completion_length", "mean_entropy", "mean_logprob")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fx_influence.lab.console.numbers import with_error
-from fx_influence.lab.health import SPOILING, Finding, at_lr, few_effective, health
+from fx_influence.lab.health import INVALIDATING, Finding, has_small_ess, health, value_at_lr
 from fx_influence.lab.results import EntropyInfluenceResults
 
 SURE = 2.0
@@ -67,8 +67,8 @@ def headline(results: EntropyInfluenceResults, evaluation: int = 0) -> Headline:
     findings = health(results, evaluation)
     predicted = Change("predicted, first order", own["total"] * lr, _scaled(own["total_stderr"], lr))
     measured = _measured(results, evaluation)
-    sentence = _sentence(predicted, None if few_effective(findings) else measured, per(results), own["entropy"])
-    spoiled = [finding.name for finding in findings if finding.level == "attention" and finding.name in SPOILING]
+    sentence = _sentence(predicted, None if has_small_ess(findings) else measured, per(results), own["entropy"])
+    spoiled = [finding.name for finding in findings if finding.level == "attention" and finding.name in INVALIDATING]
     if spoiled:
         sentence = f"Mistrust these figures ({', '.join(spoiled)}). {sentence}"
     return Headline(sentence, [predicted, *_curved(own, lr), *([measured] if measured else [])], findings)
@@ -131,7 +131,7 @@ def _curved(own: dict[str, Any], lr: float) -> list[Change]:
 
 def _measured(results: EntropyInfluenceResults, evaluation: int) -> Change | None:
     arrays, lr = results.evaluations[evaluation].arrays, results.summary["lr"]
-    value, stderr = (at_lr(arrays, name, lr) for name in ("full", "full_stderr"))
+    value, stderr = (value_at_lr(arrays, name, lr) for name in ("full", "full_stderr"))
     if value is None:
         return None
     return Change("measured, importance sampling", value, None if stderr is None or np.isnan(stderr) else stderr)

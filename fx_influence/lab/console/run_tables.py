@@ -14,7 +14,7 @@ from fx_influence.interop.runtime.run_files import PLAN
 from fx_influence.lab.console.column_table import Column, ColumnTable, printable
 from fx_influence.lab.console.finite_step_tables import finite_step_tables
 from fx_influence.lab.console.headline import Change, headline, per, step_terms
-from fx_influence.lab.results import EntropyInfluenceResults, asked
+from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt
 
 STRONGEST = 10
 
@@ -105,7 +105,7 @@ def _rollouts(verb: str, sequences: list[dict[str, Any]], order: np.ndarray, lr:
     rows = [
         (
             r["id"],
-            _short(asked(r)),
+            _short(displayed_prompt(r)),
             _short(r["completion"]),
             f"{r['influence']:+.4g}" + ("" if r["stderr"] is None else f" ± {r['stderr']:.2g}"),
             f"{r['influence'] * lr:+.2e}",

@@ -22,8 +22,10 @@ from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.measure import evaluate, first_order
 from fx_influence.lab.experiment.runner import Experiment, carry_out
 from fx_influence.lab.experiment.step import Step, measure_step
-from fx_influence.lab.load_batches import Progress, Sampled, State, update_batch
-from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts
+from fx_influence.lab.inputs.training_state import TrainingState
+from fx_influence.lab.inputs.update import update_batch
+from fx_influence.lab.plan.plans import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.store import Pieces, RunDirectory
 
@@ -89,7 +91,9 @@ def _pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arr
     return directory.array_pieces(eval_name(i, "_first_order")), directory.array_pieces(eval_name(i, "_block"))
 
 
-def _sequences(state: State, u: Sampled, step: Step, arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def _sequences(
+    state: TrainingState, u: ScoredRollouts, step: Step, arrays: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
     mask = u.batch.completion_mask
     count = mask.sum(-1).clamp(min=1)
     entropies, logprobs = (v.sum(-1) / count for v in (u.values.entropies, u.values.logprobs))

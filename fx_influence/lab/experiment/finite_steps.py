@@ -18,10 +18,11 @@ from fx_influence.lab.experiment.step import (
     directions_per_block,
     moving_rows,
     rollouts_per_block,
-    whole_directions,
+    step_directions,
 )
-from fx_influence.lab.load_batches import Progress, State
-from fx_influence.lab.plan import PER_SEQUENCE, WHOLE, EntropyInfluencePlan
+from fx_influence.lab.inputs.rollouts import Progress
+from fx_influence.lab.inputs.training_state import TrainingState
+from fx_influence.lab.plan.plans import ROLLOUT_DIRECTIONS, STEP_DIRECTIONS, EntropyInfluencePlan
 from fx_influence.perturbation import jvp_delta, snis_sweep
 from fx_influence.types import Batch, Params
 
@@ -41,7 +42,7 @@ class Steps(NamedTuple):
 
 def sweep(
     plan: EntropyInfluencePlan,
-    state: State,
+    state: TrainingState,
     step: Step,
     batch_e: Batch,
     steps: Steps,
@@ -72,10 +73,10 @@ def sweep(
         return measure()(_of_rollouts(plan, state, step, rows), etas)
 
     works: list[Callable[[], Arrays]] = []
-    if any(name in plan.directions for name in WHOLE):
+    if any(name in plan.directions for name in STEP_DIRECTIONS):
         works.append(lambda: measure()(_of_the_step(plan, state, step), None))
     of_the_step = len(works)
-    if any(name in plan.directions for name in PER_SEQUENCE):
+    if any(name in plan.directions for name in ROLLOUT_DIRECTIONS):
         works += [partial(of_rollouts, k, rows) for k, rows in enumerate(row_chunks(once, size))]
     blocks = state.job.deal(works, kept, lambda done: progress("finite steps", done, len(works)))
     return _assembled(blocks[:of_the_step], blocks[of_the_step:], index.cpu().numpy())
@@ -96,7 +97,7 @@ OVER_E = ("_contributions", "_log_weights")
 
 
 def _measure(
-    plan: EntropyInfluencePlan, state: State, batch_e: Batch, etas: list[float]
+    plan: EntropyInfluencePlan, state: TrainingState, batch_e: Batch, etas: list[float]
 ) -> Callable[[Directions, Tensor | None], Arrays]:
     options = plan.estimation()
     finite = snis_sweep(state.params, batch_e, apply=state.apply, **options)
@@ -108,7 +109,11 @@ def _measure(
 
     def measure(directions: Directions, own: Tensor | None) -> Arrays:
         arrays: Arrays = {}
-        zero = [name for name in directions if name in WHOLE and not any(x.any() for x in directions[name].values())]
+        zero = [
+            name
+            for name in directions
+            if name in STEP_DIRECTIONS and not any(x.any() for x in directions[name].values())
+        ]
         if zero:
             # A step of 0 gives the same at every eta and along every such direction: one forward tells it for all.
             at_zero = moving({zero[0]: directions[zero[0]]}, None, etas[:1])
@@ -117,7 +122,7 @@ def _measure(
                     arrays[name + key.removeprefix(zero[0])] = np.repeat(value, len(etas), 0)
         rest = [name for name in directions if name not in zero]
         # Directions of the whole step are measured as many at a time as fit the memory budget.
-        size = at_once if all(name in WHOLE for name in rest) else max(1, len(rest))
+        size = at_once if all(name in STEP_DIRECTIONS for name in rest) else max(1, len(rest))
         for start in range(0, len(rest), size):
             arrays |= moving({name: directions[name] for name in rest[start : start + size]}, own, etas)
         return arrays
@@ -136,7 +141,7 @@ def _measure(
             arrays |= _statistics(name, part)
             if in_float64 is not None:
                 arrays[f"{name}_float64"] = in_float64[:, start:end]
-            if name in PER_SEQUENCE and plan.second_order_per_sequence:
+            if name in ROLLOUT_DIRECTIONS and plan.second_order_per_sequence:
                 slopes = [jvp_delta(state.params, v, batch_e, apply=state.apply, **options) for v in _each(direction)]
                 arrays[f"{name}_second"] = torch.stack([slope.second for slope in slopes])
         if own is not None and "grad" in directions:
@@ -166,7 +171,7 @@ def _in_parts(
 
 def _statistics(name: str, delta: SnisDelta) -> dict[str, Tensor]:
     statistics = {f"{name}_{field}": getattr(delta, field) for field in ("contributions", *SCALARS)}
-    if name in PER_SEQUENCE:
+    if name in ROLLOUT_DIRECTIONS:
         statistics[f"{name}_log_weight_mean"] = delta.log_weights.mean(-1)
         statistics[f"{name}_log_weight_max"] = delta.log_weights.abs().amax(-1)
     else:
@@ -179,13 +184,13 @@ def _each(block: Params) -> list[Params]:
     return [{name: v[k] for name, v in block.items()} for k in range(count)]
 
 
-def _of_the_step(plan: EntropyInfluencePlan, state: State, step: Step) -> Directions:
-    whole = whole_directions(plan, state, step, plan.directions)
-    return {d: {name: v[None] for name, v in whole[d].items()} for d in WHOLE if d in whole}
+def _of_the_step(plan: EntropyInfluencePlan, state: TrainingState, step: Step) -> Directions:
+    whole = step_directions(plan, state, step, plan.directions)
+    return {d: {name: v[None] for name, v in whole[d].items()} for d in STEP_DIRECTIONS if d in whole}
 
 
-def _of_rollouts(plan: EntropyInfluencePlan, state: State, step: Step, rows: Batch) -> Directions:
+def _of_rollouts(plan: EntropyInfluencePlan, state: TrainingState, step: Step, rows: Batch) -> Directions:
     gradients = rollout_gradients(state.params, rows, state.apply, plan.temperature)
     own = {name: step.parts.gain[name] * g for name, g in gradients.items()}
     directions = {"grad": own, "baseline_plus_grad": {name: step.parts.baseline[name] + v for name, v in own.items()}}
-    return {d: directions[d] for d in PER_SEQUENCE if d in plan.directions}
+    return {d: directions[d] for d in ROLLOUT_DIRECTIONS if d in plan.directions}

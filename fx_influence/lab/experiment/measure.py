@@ -16,9 +16,11 @@ from fx_influence.lab.analysis.finite_steps.figures import finite_figures, rollo
 from fx_influence.lab.analysis.finite_steps.linearity import eta_trust
 from fx_influence.lab.experiment.finite_steps import Arrays, Steps, sweep
 from fx_influence.lab.experiment.rounding import LARGEST_MULTIPLE, clearing_etas, rounding_floor
-from fx_influence.lab.experiment.step import Step, whole_directions
-from fx_influence.lab.load_batches import Progress, Sampled, State, mean_reward, reference_lr
-from fx_influence.lab.plan import WHOLE, EntropyInfluencePlan
+from fx_influence.lab.experiment.step import Step, step_directions
+from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts
+from fx_influence.lab.inputs.training_state import TrainingState, reference_lr
+from fx_influence.lab.inputs.update import mean_reward
+from fx_influence.lab.plan.plans import STEP_DIRECTIONS, EntropyInfluencePlan
 from fx_influence.objectives import expected_reward
 from fx_influence.perturbation import jvp_delta
 from fx_influence.types import Batch, Params
@@ -45,9 +47,9 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     plan: EntropyInfluencePlan,
-    state: State,
+    state: TrainingState,
     step: Step,
-    e: Sampled,
+    e: ScoredRollouts,
     first: Arrays,
     kept: MutableMapping[int, Arrays],
     progress: Progress,
@@ -61,7 +63,7 @@ def evaluate(
     floor = float(first["rounding_floor"])
     arrays = {name: first[name] for name in FIRST_ORDER_ARRAYS} | {"eta": np.array(steps.etas)}
     arrays |= {name: first[name] for name in OTHER_INFLUENCES if name in first}
-    arrays |= {name: first[name] for d in WHOLE for name in (f"{d}_first", f"{d}_second") if name in first}
+    arrays |= {name: first[name] for d in STEP_DIRECTIONS for name in (f"{d}_first", f"{d}_second") if name in first}
     if plan.auto_scale is not None and "grad" in plan.directions:
         own = clearing_etas(torch.from_numpy(first["per_sequence"]), floor, plan.auto_scale, lr)
         steps = steps._replace(own=own)
@@ -86,9 +88,9 @@ def evaluate(
 
 def first_order(
     plan: EntropyInfluencePlan,
-    state: State,
+    state: TrainingState,
     step: Step,
-    e: Sampled,
+    e: ScoredRollouts,
     kept: MutableMapping[int, Arrays] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Arrays:
@@ -101,8 +103,8 @@ def first_order(
 
     ``kept`` holds the parts of this that are done, see ``sweep``.
     """
-    asked = {"full", "baseline", *plan.directions, *plan.bent_directions()}
-    whole = whole_directions(plan, state, step, asked)
+    asked = {"full", "baseline", *plan.directions, *plan.second_order_directions()}
+    whole = step_directions(plan, state, step, asked)
     multiple = rmsprop_multiple(plan, state, step)
     works: list[Callable[[], dict[str, torch.Tensor]]] = [
         partial(_on_entropy, plan, state, step, e),
@@ -122,7 +124,7 @@ def first_order(
     return found
 
 
-def rmsprop_multiple(plan: EntropyInfluencePlan, state: State, step: Step) -> float | None:
+def rmsprop_multiple(plan: EntropyInfluencePlan, state: TrainingState, step: Step) -> float | None:
     """Return what the influences along ``rmsprop`` are of those of gain ``share``: B1 / (kappa (1 - beta1)).
 
     Both diagonals are -rho / den but for that factor. None where it differs from parameter to parameter, or the plan's
@@ -133,7 +135,7 @@ def rmsprop_multiple(plan: EntropyInfluencePlan, state: State, step: Step) -> fl
     return factors.pop() / clip if plan.gain == "share" and len(factors) == 1 and clip else None
 
 
-def _rounding_floor(plan: EntropyInfluencePlan, state: State, e: Sampled) -> dict[str, torch.Tensor]:
+def _rounding_floor(plan: EntropyInfluencePlan, state: TrainingState, e: ScoredRollouts) -> dict[str, torch.Tensor]:
     return {"rounding_floor": torch.tensor(rounding_floor(plan, state, e.batch), dtype=torch.float64)}
 
 
@@ -141,7 +143,9 @@ def _arrays(work: Callable[[], dict[str, torch.Tensor]]) -> Arrays:
     return {name: value.cpu().numpy() for name, value in work().items()}
 
 
-def _on_entropy(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
+def _on_entropy(
+    plan: EntropyInfluencePlan, state: TrainingState, step: Step, e: ScoredRollouts
+) -> dict[str, torch.Tensor]:
     out = _influence(plan, state, step, e, gain=plan.gain, matrix=True)
     assert out.matrix is not None
     found = {name: getattr(out, name) for name in (*FIRST_ORDER_ARRAYS, *FIRST_ORDER_FIGURES, "matrix")}
@@ -149,11 +153,13 @@ def _on_entropy(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled
     return found | {"per_parameter": torch.stack(list(out.per_parameter.values()))}
 
 
-def _slope(plan: EntropyInfluencePlan, state: State, e: Sampled, name: str, v: Params) -> dict[str, torch.Tensor]:
+def _slope(
+    plan: EntropyInfluencePlan, state: TrainingState, e: ScoredRollouts, name: str, v: Params
+) -> dict[str, torch.Tensor]:
     if not any(x.any() for x in v.values()):
         zero = torch.zeros((), dtype=torch.float64)
         return {f"{name}_first": zero, f"{name}_second": zero, f"{name}_error": zero}
-    bent = name in plan.bent_directions()
+    bent = name in plan.second_order_directions()
     slope = jvp_delta(state.params, v, e.batch, apply=state.apply, second_order=bent, **plan.estimation())
     found = {f"{name}_first": slope.first, f"{name}_second": slope.second}
     if name in ("full", "baseline"):
@@ -161,7 +167,9 @@ def _slope(plan: EntropyInfluencePlan, state: State, e: Sampled, name: str, v: P
     return found
 
 
-def _influence(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled, **options: Any) -> Influence:
+def _influence(
+    plan: EntropyInfluencePlan, state: TrainingState, step: Step, e: ScoredRollouts, **options: Any
+) -> Influence:
     return influence(
         state.params,
         step.batch,
@@ -176,12 +184,16 @@ def _influence(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled,
     )
 
 
-def _along_rmsprop(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
+def _along_rmsprop(
+    plan: EntropyInfluencePlan, state: TrainingState, step: Step, e: ScoredRollouts
+) -> dict[str, torch.Tensor]:
     out = _influence(plan, state, step, e, gain="rmsprop", per_token=False, stderr=False)
     return {"per_sequence_rmsprop": out.per_sequence}
 
 
-def _on_reward(plan: EntropyInfluencePlan, state: State, step: Step, e: Sampled) -> dict[str, torch.Tensor]:
+def _on_reward(
+    plan: EntropyInfluencePlan, state: TrainingState, step: Step, e: ScoredRollouts
+) -> dict[str, torch.Tensor]:
     rewards = [r.reward for r in e.rollouts if r.reward is not None]
     if len(rewards) < len(e.rollouts):
         return {}
@@ -196,7 +208,7 @@ def _error(plan: EntropyInfluencePlan, contributions: torch.Tensor, batch: Batch
     return cluster_stderr(contributions, contributions.sum(), shares / shares.sum(), cluster_index(batch))
 
 
-def _derived(state: State, first: Arrays) -> dict[str, Any]:
+def _derived(state: TrainingState, first: Arrays) -> dict[str, Any]:
     per_sequence, residual = first["per_sequence"], float(first["residual"])
     size = max(np.abs(per_sequence).sum(), abs(per_sequence.sum() + residual))
     return {

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from fx_influence.lab.load_batches import Progress
+from fx_influence.lab.inputs.rollouts import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.tree import promote
-from fx_influence.lab.load_batches import State
-from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.inputs.training_state import TrainingState
+from fx_influence.lab.plan.plans import EntropyInfluencePlan
 from fx_influence.perturbation import snis_sweep
 from fx_influence.types import Batch
 
@@ -16,7 +16,7 @@ LARGEST_MULTIPLE = 1e4
 """A step that ``clearing_etas`` picks is at most this many times the learning rate."""
 
 
-def rounding_floor(plan: EntropyInfluencePlan, state: State, batch_e: Batch) -> float:
+def rounding_floor(plan: EntropyInfluencePlan, state: TrainingState, batch_e: Batch) -> float:
     """|Delta H| in nats that rounding the weights of theta + eta v makes, whatever v: root mean square of 8 draws.
 
     Rounding moves a weight by an amount uniform within half a unit in the last place. Less than a whole unit cannot be

@@ -19,17 +19,11 @@ from fx_influence.interop.runtime.environment import (
 from fx_influence.interop.runtime.job import REFUSALS, Job, launched
 from fx_influence.interop.runtime.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_name
 from fx_influence.lab.experiment.step import STEP_PIECES
-from fx_influence.lab.load_batches import (
-    Progress,
-    Sampled,
-    State,
-    input_sums,
-    load_state,
-    mean_reward,
-    reference_lr,
-    sampled,
-)
-from fx_influence.lab.plan import AnyPlan, StepPlan, plan_text, resolved
+from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts, load_rollouts
+from fx_influence.lab.inputs.training_state import TrainingState, input_sums, load_state, reference_lr
+from fx_influence.lab.inputs.update import mean_reward
+from fx_influence.lab.plan.files import plan_text, resolved
+from fx_influence.lab.plan.plans import AnyPlan, StepPlan
 from fx_influence.lab.store import RunDirectory
 
 Results = TypeVar("Results")
@@ -38,17 +32,17 @@ Results = TypeVar("Results")
 class Experiment(NamedTuple):
     """An experiment under way. ``seconds``: by phase, added to by whatever is ``timed`` with it."""
 
-    state: State
+    state: TrainingState
     directory: RunDirectory
-    u: Sampled
+    u: ScoredRollouts
     seconds: dict[str, float]
     progress: Progress
 
-    def sampled_evaluation(self, plan: StepPlan, i: int) -> Sampled:
+    def sampled_evaluation(self, plan: StepPlan, i: int) -> ScoredRollouts:
         """E number ``i``."""
         with timed(self.seconds, "sampling"):
             name = eval_name(i, "_rollouts.jsonl")
-            return sampled(plan, self.state, self.directory, i + 1, name, self.progress)
+            return load_rollouts(plan, self.state, self.directory, i + 1, name, self.progress)
 
 
 def carry_out(
@@ -96,7 +90,7 @@ def _measured(
         directory = RunDirectory.start(path, plan, inputs, job)
         try:
             with timed(seconds, "sampling"):
-                u = sampled(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
+                u = load_rollouts(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
             figures = measure(plan, Experiment(state, directory, u, seconds, progress))
         except REFUSALS as error:
             if job.rank == 0:
@@ -116,7 +110,7 @@ def _own_path(plan: StepPlan) -> Path:
     return Path("runs") / f"{type(plan).__name__}-{name}"
 
 
-def _figures(state: State, u: Sampled, seconds: dict[str, float]) -> dict[str, Any]:
+def _figures(state: TrainingState, u: ScoredRollouts, seconds: dict[str, float]) -> dict[str, Any]:
     on_gpu = [peak for peak in state.job.each(peak_gpu_memory_bytes) if peak is not None]
     return {
         "lr": state.opt_state.lr,

@@ -15,8 +15,9 @@ from fx_influence.batching.microbatch import distinct_rows, row_chunks, rows
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
 from fx_influence.interop.runtime.run_files import GRADIENT, readable
-from fx_influence.lab.load_batches import Progress, State
-from fx_influence.lab.plan import WHOLE, StepPlan
+from fx_influence.lab.inputs.rollouts import Progress
+from fx_influence.lab.inputs.training_state import TrainingState
+from fx_influence.lab.plan.plans import STEP_DIRECTIONS, StepPlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.types import Batch, Gradients, Params, Preconditioner
@@ -39,7 +40,12 @@ class Step(NamedTuple):
 
 
 def measure_step(
-    plan: StepPlan, state: State, batch: Batch, gain: Preconditioner, directory: RunDirectory, progress: Progress
+    plan: StepPlan,
+    state: TrainingState,
+    batch: Batch,
+    gain: Preconditioner,
+    directory: RunDirectory,
+    progress: Progress,
 ) -> Step:
     """The step that ``batch`` makes from the training state; its gradient is kept in ``directory``, or read there."""
     progress("step", 0, 2)
@@ -57,8 +63,10 @@ def measure_step(
     return Step(batch, gradient, parts, norms)
 
 
-def whole_directions(plan: StepPlan, state: State, step: Step, names: Collection[str] = WHOLE) -> dict[str, Params]:
-    """v by name, for those of ``names`` that are directions of the whole step, in the order of ``plan.WHOLE``."""
+def step_directions(
+    plan: StepPlan, state: TrainingState, step: Step, names: Collection[str] = STEP_DIRECTIONS
+) -> dict[str, Params]:
+    """v by name, for those of ``names`` that are directions of the whole step, in the order of ``STEP_DIRECTIONS``."""
     parts = step.parts
     found = {
         "full": parts.direction,
@@ -95,7 +103,7 @@ def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
     return distinct_rows(batch if not len(still) else rows(batch, torch.where(moves, index, still[0])))
 
 
-def _gradient_norms(plan: StepPlan, state: State, batch: Batch) -> Tensor:
+def _gradient_norms(plan: StepPlan, state: TrainingState, batch: Batch) -> Tensor:
     once, index = moving_rows(batch)
 
     def norms(part: Batch) -> Tensor:

@@ -19,8 +19,10 @@ from fx_influence.estimators.consistency import check_identity, identity_toleran
 from fx_influence.fisher import adam_diagonal, fisher_kernel, scored
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.step import Step, moving_rows, rollouts_per_block
-from fx_influence.lab.load_batches import Sampled, State, mean_reward
-from fx_influence.lab.plan import FisherKernelPlan
+from fx_influence.lab.inputs.rollouts import ScoredRollouts
+from fx_influence.lab.inputs.training_state import TrainingState
+from fx_influence.lab.inputs.update import mean_reward
+from fx_influence.lab.plan.plans import FisherKernelPlan
 from fx_influence.types import Batch, Params
 
 
@@ -32,14 +34,14 @@ class Measured(NamedTuple):
     arrays: Arrays
 
 
-def kernel_diagonal(plan: FisherKernelPlan, state: State, step: Step) -> Params:
+def kernel_diagonal(plan: FisherKernelPlan, state: TrainingState, step: Step) -> Params:
     """P by name: 1, or 1/den of the step that U makes."""
     if plan.preconditioner == "identity":
         return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in state.params.items()}
     return adam_diagonal(state.params, step.gradient, state.opt_state, plan.max_grad_norm)
 
 
-def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Params) -> np.ndarray:
+def self_kernel(plan: FisherKernelPlan, state: TrainingState, batch: Batch, diagonal: Params) -> np.ndarray:
     """K_aa = <grad S_a, P grad S_a>, (n,); a block of gradients at a time."""
     once, index = distinct_rows(scored(batch))
 
@@ -55,7 +57,9 @@ def self_kernel(plan: FisherKernelPlan, state: State, batch: Batch, diagonal: Pa
     return _numpy(own[index.cpu()].to(dtype))
 
 
-def kernel(plan: FisherKernelPlan, state: State, batch_e: Batch, batch_u: Batch, diagonal: Params) -> np.ndarray:
+def kernel(
+    plan: FisherKernelPlan, state: TrainingState, batch_e: Batch, batch_u: Batch, diagonal: Params
+) -> np.ndarray:
     """K_ai = <grad S_a, P grad S_i>, (n_e, n_u); equal rollouts are measured once."""
     (once_e, index_e), (once_u, index_u) = (distinct_rows(scored(batch)) for batch in (batch_e, batch_u))
 
@@ -75,7 +79,7 @@ def kernel(plan: FisherKernelPlan, state: State, batch_e: Batch, batch_u: Batch,
     return _numpy(_shared(state, once_e, of_rows)[index_e.cpu()][:, index_u.cpu()])
 
 
-def _shared(state: State, batch: Batch, of_rows: Callable[[Batch], Tensor]) -> Tensor:
+def _shared(state: TrainingState, batch: Batch, of_rows: Callable[[Batch], Tensor]) -> Tensor:
     """What ``of_rows`` gives of a batch, on the CPU, each process of the job taking its share of the rows."""
     parts = row_chunks(batch, -(-len(batch.input_ids) // state.job.size))
     return torch.cat(state.job.deal([partial(_on_cpu, of_rows, part) for part in parts]))
@@ -85,7 +89,7 @@ def _on_cpu(of_rows: Callable[[Batch], Tensor], part: Batch) -> Tensor:
     return of_rows(part).cpu()
 
 
-def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Batch) -> Arrays:
+def logprob_change(plan: FisherKernelPlan, state: TrainingState, step: Step, batch_e: Batch) -> Arrays:
     """By name ``matrix``, <grad S_a, v_i> (n_e, n_u), and <grad S_a, v>, <grad S_a, v_baseline>, the residual, (n_e,).
 
     Raises ``IdentityError`` where the residuals together exceed what rounding can make of the parts together: of a
@@ -118,7 +122,7 @@ def logprob_change(plan: FisherKernelPlan, state: State, step: Step, batch_e: Ba
     return dict(zip(names, map(_numpy, (matrix, whole, baseline, residual)), strict=True))
 
 
-def figures(e: Sampled, found: Measured) -> dict[str, Any]:
+def figures(e: ScoredRollouts, found: Measured) -> dict[str, Any]:
     """An evaluation's entry in ``summary.json``; changes of log-probability in nats per unit lr."""
     whole, baseline = (found.arrays[f"predicted_delta_logprob{end}"] for end in ("", "_baseline"))
     size = np.abs(baseline).sum() + np.abs(found.matrix).sum(dtype=np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 from fx_influence.core.display import record_line
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name, readable
-from fx_influence.lab.plan import FisherKernelPlan
+from fx_influence.lab.plan.plans import FisherKernelPlan
 from fx_influence.lab.store import RunDirectory
 
 UPDATE_SELF_KERNEL = "update_self_kernel.npy"

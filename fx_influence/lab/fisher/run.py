@@ -22,8 +22,9 @@ from fx_influence.lab.fisher.results import (
     FisherKernelResults,
     load_fisher_run,
 )
-from fx_influence.lab.load_batches import Progress, update_batch
-from fx_influence.lab.plan import FisherKernelPlan
+from fx_influence.lab.inputs.rollouts import Progress
+from fx_influence.lab.inputs.update import update_batch
+from fx_influence.lab.plan.plans import FisherKernelPlan
 from fx_influence.lab.store import Pieces, RunDirectory
 from fx_influence.types import Params
 
@@ -46,7 +47,7 @@ def run_fisher(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from fx_influence.lab.batch_spec import CustomSequence
+        >>> from fx_influence.lab.plan.batch_request import CustomSequence
         >>> answer = CustomSequence("3+14+9=", "26")
         >>> plan = FisherKernelPlan(update=answer, evaluations=(answer,))
         >>> with TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from rich.text import Text
 from fx_influence.lab.console.column_table import Column, ColumnTable, printable
 from fx_influence.lab.console.run_tables import footer
 from fx_influence.lab.fisher.results import FisherKernelResults
-from fx_influence.lab.results import asked
+from fx_influence.lab.results import displayed_prompt
 
 STRONGEST = 10
 TEXT_WIDTH = 36
@@ -63,10 +63,10 @@ def _moved(top: list[dict[str, Any]], lr: float) -> ColumnTable:
         advantage = strongest["advantage"]
         rows.append(
             (
-                *(_short(text) for text in (asked(record), record["completion"])),
+                *(_short(text) for text in (displayed_prompt(record), record["completion"])),
                 *(f"{record[field] * lr:+.2e}" for field in ("predicted_delta_logprob", "baseline")),
                 strongest["id"],
-                *(_short(text) for text in (asked(strongest), strongest["completion"])),
+                *(_short(text) for text in (displayed_prompt(strongest), strongest["completion"])),
                 "" if advantage is None else f"{advantage:+.2f}",
                 f"{strongest['contribution'] * lr:+.2e}",
             )

@@ -29,7 +29,7 @@ from fx_influence.lab.plots.style import (
     literal,
     styled,
 )
-from fx_influence.lab.results import EntropyInfluenceResults, asked
+from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt
 
 WIDTH = 92
 """Characters in a line."""
@@ -125,7 +125,7 @@ def _head(results: EntropyInfluenceResults, i: int, evaluation: int) -> str:
     stated.append(
         f"influence {arrays['per_sequence'][i]:+.3g}" + ("" if np.isnan(error) else f" ± {error:.2g}") + f" {UNIT}"
     )
-    prompt = textwrap.wrap("prompt: " + drawable(asked(record)), WIDTH, max_lines=3, placeholder=" …")
+    prompt = textwrap.wrap("prompt: " + drawable(displayed_prompt(record)), WIDTH, max_lines=3, placeholder=" …")
     return "\n".join([", ".join(stated), *prompt])
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab.analysis.covariates import prompts, recorded
 from fx_influence.lab.plots.style import BLACK, GREY, LOWERS, RAISES, UNIT, drawable, figure, styled, zero_line
-from fx_influence.lab.results import EntropyInfluenceResults, asked
+from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt
 
 MOST_PROMPTS = 6
 PROMPT = 22
@@ -91,7 +91,7 @@ def _prompt_groups(results: EntropyInfluenceResults, influence: np.ndarray) -> d
 
 def _prompt_name(results: EntropyInfluenceResults, i: int) -> str:
     record = results.sequences[i]
-    prompt = asked(record)
+    prompt = displayed_prompt(record)
     return f"{record['prompt_id']}: {prompt if len(prompt) <= PROMPT else prompt[:PROMPT] + '…'}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fx_influence.lab.report.blobs import array_blob, json_blob
-from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults, asked
+from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults, displayed_prompt
 
 TOKENS_PER_CHUNK = 65_536
 MOVED = 5
@@ -89,7 +89,9 @@ def _values(results: EntropyInfluenceResults) -> list[np.ndarray]:
 
 def _index(results: EntropyInfluenceResults, lengths: list[int], chunks: list[int], values: int) -> dict[str, Any]:
     prompts: dict[tuple[str, str, str], int] = {}
-    numbers = [prompts.setdefault((r["prompt_id"], r["prompt"], asked(r)), len(prompts)) for r in results.sequences]
+    numbers = [
+        prompts.setdefault((r["prompt_id"], r["prompt"], displayed_prompt(r)), len(prompts)) for r in results.sequences
+    ]
     return {
         "lr": results.summary["lr"],
         "chunks": chunks,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.made_runs import PROMPT, made_run
+from helpers.synthetic_runs import PROMPT, synthetic_run
 from helpers.tolerances import rounding_bound
 from rich.console import Console
 from scipy import stats
@@ -142,7 +142,7 @@ def test_what_is_constant_missing_or_determined_says_so() -> None:
 
 
 def test_the_covariates_are_those_of_the_rollouts(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     found = rollout_covariates(run)
     rewards = np.array([r.reward for r in run.update_rollouts])
     assert found["prompt_difficulty"][4:8] == pytest.approx(1 - rewards[4:8].mean())
@@ -165,7 +165,7 @@ def test_the_covariates_are_those_of_the_rollouts(tmp_path: Path) -> None:
 
 
 def test_a_planted_correlate_is_found_under_every_allocation_of_the_baseline(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     advantage = np.array([r["advantage"] for r in run.sequences])
     influence = run.evaluations[0].arrays["per_sequence"]
     norms = np.array([r["gradient_norm"] for r in run.sequences])
@@ -186,14 +186,14 @@ def test_a_planted_correlate_is_found_under_every_allocation_of_the_baseline(tmp
 
 
 def test_the_proxy_explains_influences_that_are_made_of_it(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     proxy = np.asarray(Tokens(run).proxy())
     by_hand = run.tokens["logprobs"][:, PROMPT:].astype(float)
     advantage = np.array([r["advantage"] for r in run.sequences])[:, None] + 0 * by_hand
     assert proxy == pytest.approx(((by_hand - by_hand.mean()) * (advantage - advantage.mean())).ravel())
     noise = np.random.default_rng(1).standard_normal(len(proxy)) * proxy.std()
     per_token = np.pad((noise - 2 * proxy).reshape(by_hand.shape), ((0, 0), (PROMPT, 0)))
-    rows = proxy_rows(Tokens(made_run(tmp_path, per_token=per_token, per_sequence=per_token.sum(1))))
+    rows = proxy_rows(Tokens(synthetic_run(tmp_path, per_token=per_token, per_sequence=per_token.sum(1))))
     r2 = row_of(rows, of="tokens", measure="r2")
     assert r2["value"] == pytest.approx(stats.linregress(proxy, noise - 2 * proxy).rvalue ** 2)
     assert r2["low"] < 0.8 < r2["high"]
@@ -206,7 +206,7 @@ def test_the_proxy_explains_influences_that_are_made_of_it(tmp_path: Path) -> No
 def test_of_many_tokens_the_values_are_of_all_and_the_intervals_say_of_how_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = Tokens(made_run(tmp_path, tokens=20))
+    tokens = Tokens(synthetic_run(tmp_path, tokens=20))
     whole = token_correlations(tokens)
     monkeypatch.setattr("fx_influence.lab.analysis.token_correlations.INTERVAL_TOKENS", 200)
     some = token_correlations(tokens)
@@ -234,7 +234,7 @@ def test_the_shares_of_the_strongest_tokens_are_those_of_top_share() -> None:
 
 
 def test_the_cells_of_advantage_and_probability_add_up(tmp_path: Path) -> None:
-    tokens = Tokens(made_run(tmp_path))
+    tokens = Tokens(synthetic_run(tmp_path))
     rows, advantage = sign_rows(tokens), np.asarray(tokens.advantage)
     logprob, entropy = np.asarray(tokens.logprob), np.asarray(tokens.entropy)
     for split in ("expected", "median"):
@@ -263,7 +263,7 @@ def test_the_pareto_set_is_that_of_comparing_all_pairs() -> None:
 
 
 def test_the_price_of_reward_is_the_ratio_of_the_two_changes(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     arrays, summary = run.evaluations[0].arrays, run.evaluations[0].summary
     rows, best = reward_price(run)
     reward = arrays["per_sequence_reward"].sum() + 1.0
@@ -275,13 +275,13 @@ def test_the_price_of_reward_is_the_ratio_of_the_two_changes(tmp_path: Path) -> 
     assert {row["id"] for row in best} == {
         run.sequences[i]["id"] for i in pareto(arrays["per_sequence"], arrays["per_sequence_reward"])
     }
-    [missing], none = reward_price(made_run(tmp_path, per_sequence_reward=None))
+    [missing], none = reward_price(synthetic_run(tmp_path, per_sequence_reward=None))
     assert missing["note"].startswith("not defined: influences on the reward were not stored")
     assert none == []
 
 
 def test_the_two_directions_stand_beside_each_other(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     rows = direction_rows(run)
     assert row_of(rows, quantity="multiple")["rmsprop"] == pytest.approx(10)
     assert row_of(rows, quantity="off the multiple")["rmsprop"] == pytest.approx(0, abs=ROUNDING)
@@ -289,12 +289,12 @@ def test_the_two_directions_stand_beside_each_other(tmp_path: Path) -> None:
     assert (at["adamw"], at["rmsprop"]) == (pytest.approx(-2e-3), pytest.approx(1e-2))
     skewed = run.evaluations[0].arrays["per_sequence"].copy()
     skewed[0] += 100.0
-    other = direction_rows(made_run(tmp_path, per_sequence_rmsprop=skewed))
+    other = direction_rows(synthetic_run(tmp_path, per_sequence_rmsprop=skewed))
     assert row_of(other, quantity="off the multiple")["rmsprop"] > 0.5
 
 
 def test_a_step_of_a_training_has_every_table_and_says_what_is_missing(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     kept = {name: run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr", "eta", "full")}
     evaluation = dataclasses.replace(run.evaluations[0], arrays=kept, matrix=None)
     sequences = [{**record, "gradient_norm": None} for record in run.sequences]
@@ -313,16 +313,16 @@ def test_a_step_of_a_training_has_every_table_and_says_what_is_missing(tmp_path:
 
 
 def test_a_run_in_which_nothing_moves_is_analysed_without_a_number_that_is_none(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     nothing = {name: 0 * run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")}
-    still = made_run(tmp_path, **nothing, per_sequence_rmsprop=nothing["per_sequence"])
+    still = synthetic_run(tmp_path, **nothing, per_sequence_rmsprop=nothing["per_sequence"])
     found = analyze(still)
     assert all(row["value"] is None for row in found["rollout_correlations"] if row["influence"] == "none")
     json.dumps(found, allow_nan=False)
 
 
 def test_analyze_writes_a_csv_for_each_table_and_the_same_again(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     found = write_analysis(run)
     files = {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()}
     assert set(files) == {"analysis.json", *(f"{name}.csv" for name in TITLES)}
@@ -336,7 +336,7 @@ def test_analyze_writes_a_csv_for_each_table_and_the_same_again(tmp_path: Path) 
 
 
 def test_what_is_printed_is_escaped_and_complete(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     run.sequences[int(np.argmax(run.evaluations[0].arrays["per_sequence_reward"]))]["id"] = "[red]\x1b[31m"
     console = Console(width=200, file=io.StringIO())
     with console.capture() as captured:

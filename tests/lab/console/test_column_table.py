@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.made_runs import made_run
+from helpers.synthetic_runs import synthetic_run
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -40,7 +40,7 @@ def cells(lines: list[str]) -> list[list[str]]:
 
 def extreme_run(path: Path) -> EntropyInfluenceResults:
     """Influences from 1e-150 to 1e150, ids of 70 characters, wide and control characters in texts."""
-    results = made_run(path)
+    results = synthetic_run(path)
     sizes = 10.0 ** np.linspace(-150, 150, len(results.sequences)) * np.resize([1.2345678, -1.2345678], 48)
     records = [
         {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.made_runs import made_run
+from helpers.synthetic_runs import synthetic_run
 from rich.console import Console
 
 from fx_influence.lab.console.headline import headline, step_terms
@@ -23,7 +23,7 @@ DOUBT = ("does not tell", "not sure", "too long", "Mistrust")
 
 def run_with(path: Path, total: float, stderr: float | None, measured: float | None, **more: Any) -> Any:
     """A run whose step changes the entropy by ``total`` a unit lr, and by ``measured`` +- 5e-4 nats as measured."""
-    results = made_run(path)
+    results = synthetic_run(path)
     [evaluation] = results.evaluations
     eta = np.array([LR])
     arrays = {**evaluation.arrays, "eta": eta, "ess": np.array([more.pop("ess", 8.0)])}

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import fx_influence as fx
-from fx_influence.lab.batch_spec import SampledBatch
 from fx_influence.lab.experiment import finite_steps as sweep
 from fx_influence.lab.experiment import measure
 from fx_influence.lab.experiment.measure import evaluate, first_order
 from fx_influence.lab.experiment.step import Step, measure_step
-from fx_influence.lab.load_batches import Sampled, State, load_state, sampled, update_batch
-from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.inputs.rollouts import ScoredRollouts, load_rollouts
+from fx_influence.lab.inputs.training_state import TrainingState, load_state
+from fx_influence.lab.inputs.update import update_batch
+from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch
 from fx_influence.lab.store import RunDirectory
 
-Setting = tuple[EntropyInfluencePlan, State, Step, Sampled]
+Setting = tuple[EntropyInfluencePlan, TrainingState, Step, ScoredRollouts]
 
 
 def quiet(*done: object) -> None:
@@ -44,7 +45,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     opt = opt._replace(exp_avg=zero, exp_avg_sq=zero, step=dict.fromkeys(opt.step, 0), hyper=hyper)
     state = state._replace(opt_state=opt)
     directory = RunDirectory.start(tmp_path_factory.mktemp("cost") / "run", plan, {})
-    u, e = (sampled(plan, state, directory, k, f"{k}.jsonl", quiet) for k in (0, 1))
+    u, e = (load_rollouts(plan, state, directory, k, f"{k}.jsonl", quiet) for k in (0, 1))
     return plan, state, measure_step(plan, state, update_batch(plan, u), plan.gain, directory, quiet), e
 
 
@@ -167,5 +168,5 @@ def test_jvp_delta_without_the_second_derivative_has_the_same_first(fresh: Setti
 
 
 def test_a_plan_that_asks_for_rollouts_beside_the_baseline_needs_its_bend() -> None:
-    assert plan_of(second_order_per_sequence=True, second_order=()).bent_directions() == {"baseline"}
-    assert plan_of(directions=("grad",), second_order_per_sequence=True).bent_directions() == {"full"}
+    assert plan_of(second_order_per_sequence=True, second_order=()).second_order_directions() == {"baseline"}
+    assert plan_of(directions=("grad",), second_order_per_sequence=True).second_order_directions() == {"full"}

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 import fx_influence as fx
 from fx_influence.interop.checkpoints.load import load_checkpoint
 from fx_influence.interop.rollouts.record import collate, read_rollouts
-from fx_influence.lab import load_batches as batches
 from fx_influence.lab import store
 from fx_influence.lab.analysis.allocation import ALLOCATIONS
 from fx_influence.lab.cli import main
 from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.experiment import entropy as run_module
 from fx_influence.lab.health import health
+from fx_influence.lab.inputs import rollouts as batches
 from fx_influence.lab.plan import demo_path, read_plan
 
 PLAN = {

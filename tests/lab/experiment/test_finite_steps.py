@@ -13,13 +13,14 @@ import torch
 from helpers.tolerances import ROOM, assert_close_to_rounding, assert_within, policy_terms, rounding_bound
 
 import fx_influence as fx
-from fx_influence.lab.batch_spec import SampledBatch
 from fx_influence.lab.experiment.finite_steps import Arrays, Steps, sweep
 from fx_influence.lab.experiment.measure import first_order, reference_lr
 from fx_influence.lab.experiment.rounding import LARGEST_MULTIPLE, clearing_etas, rounding_floor
-from fx_influence.lab.experiment.step import Step, measure_step, moving_rows, whole_directions
-from fx_influence.lab.load_batches import Sampled, State, load_state, sampled, update_batch
-from fx_influence.lab.plan import DIRECTIONS, EntropyInfluencePlan
+from fx_influence.lab.experiment.step import Step, measure_step, moving_rows, step_directions
+from fx_influence.lab.inputs.rollouts import ScoredRollouts, load_rollouts
+from fx_influence.lab.inputs.training_state import TrainingState, load_state
+from fx_influence.lab.inputs.update import update_batch
+from fx_influence.lab.plan import DIRECTIONS, EntropyInfluencePlan, SampledBatch
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch
 
@@ -28,9 +29,9 @@ ETAS = [1e-4, 1e-5]
 
 class Setting(NamedTuple):
     plan: EntropyInfluencePlan
-    state: State
+    state: TrainingState
     step: Step
-    e: Sampled
+    e: ScoredRollouts
 
 
 def setting_of(folder: Path, **fields: Any) -> Setting:
@@ -41,7 +42,7 @@ def setting_of(folder: Path, **fields: Any) -> Setting:
         **{"compare_float64": True, "second_order_per_sequence": True, "seed": 1, **fields},
     )
     state, directory = load_state(plan), RunDirectory.start(folder / "run", plan, {})
-    u, e = (sampled(plan, state, directory, k, f"{k}.jsonl", lambda *done: None) for k in (0, 1))
+    u, e = (load_rollouts(plan, state, directory, k, f"{k}.jsonl", lambda *done: None) for k in (0, 1))
     step = measure_step(plan, state, update_batch(plan, u), plan.gain, directory, lambda *done: None)
     return Setting(plan, state, step, e)
 
@@ -118,7 +119,7 @@ def test_every_direction_is_what_snis_delta_gives_alone(exact: tuple[Setting, Ar
     setting, swept = exact
     baseline, near = setting.step.parts.baseline, depth(setting, torch.float64, math.log(14))
     for k, eta in enumerate(ETAS):
-        for name, v in whole_directions(setting.plan, setting.state, setting.step).items():
+        for name, v in step_directions(setting.plan, setting.state, setting.step).items():
             alone = snis(setting, v, eta)
             for field, stored in (("delta_h", name), ("stderr", f"{name}_stderr"), ("ess", f"{name}_ess")):
                 assert_within(swept[stored][k], getattr(alone, field), near * (12 if field == "ess" else 1))

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from helpers.made_runs import PROMPT, made_run
+from helpers.synthetic_runs import PROMPT, synthetic_run
 from matplotlib.figure import Figure
 
 from fx_influence.estimators.stderr import cluster_stderr
@@ -26,7 +26,7 @@ WHOLE = ("waterfall", "distribution", "correlates", "token_correlates", "eta_swe
 
 def a_training_step(path: Path) -> EntropyInfluenceResults:
     """What ``interop.trl_store`` keeps: no matrix, no sweep but the step's own, no gradient norms."""
-    run = made_run(path)
+    run = synthetic_run(path)
     kept = {name: run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")}
     kept |= {"eta": np.array([1e-3]), "full": np.array([-1e-3]), "full_stderr": np.array([1e-4])}
     evaluation = dataclasses.replace(run.evaluations[0], arrays=kept, matrix=None)
@@ -42,14 +42,14 @@ def texts(made: Figure) -> list[str]:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_axis_has_a_label_and_a_unit(tmp_path: Path, name: str) -> None:
-    made = getattr(plot, name)(made_run(tmp_path))
+    made = getattr(plot, name)(synthetic_run(tmp_path))
     assert isinstance(made, Figure)
     assert any("nats" in text or "%" in text for text in texts(made))
     assert all(axes.get_xlabel() or axes.get_ylabel() for axes in made.axes)
 
 
 def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     for by in ("advantage", "prompt"):
         columns = waterfall_columns(run, by=by)
         assert [c.name for c in columns[:2]] + [columns[-1].name] == ["momentum", "weight decay", "total"]
@@ -70,7 +70,7 @@ def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_pat
 
 
 def test_a_groups_error_is_that_of_its_columns_of_the_matrix_by_prompts_of_e(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     advantage = np.array([r["advantage"] for r in run.sequences])
     logprob = np.array([r["mean_logprob"] for r in run.sequences])
     which = (advantage > 0) & (logprob < np.median(logprob))
@@ -90,7 +90,7 @@ def test_a_groups_error_is_that_of_its_columns_of_the_matrix_by_prompts_of_e(tmp
 
 
 def test_the_points_and_the_tangent_of_the_sweep_are_the_runs(tmp_path: Path) -> None:
-    left, right = plot.eta_sweep(made_run(tmp_path)).axes
+    left, right = plot.eta_sweep(synthetic_run(tmp_path)).axes
     lines = [line for line in left.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 200]
     x, y = lines[0].get_data()
     assert y[-1] / x[-1] == pytest.approx(-2.0 * 1e-3), "the tangent, per lr"
@@ -99,7 +99,7 @@ def test_the_points_and_the_tangent_of_the_sweep_are_the_runs(tmp_path: Path) ->
 
 
 def test_the_matrix_is_sorted_and_complete(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     rng = np.random.default_rng(3)
     kinds = rng.permutation(np.repeat([0, 1], 24))
     blocks = rng.standard_normal((8, 2))[:, kinds] + 0.01 * rng.standard_normal((8, 48))
@@ -116,7 +116,7 @@ def test_the_matrix_is_sorted_and_complete(tmp_path: Path) -> None:
 
 
 def test_a_token_has_the_colour_of_its_influence(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     values = run.evaluations[0].arrays["per_token"][5, PROMPT:]
     made = plot.tokens(run, 5)
     boxes = made.axes[0].patches
@@ -130,7 +130,7 @@ def test_a_token_has_the_colour_of_its_influence(tmp_path: Path) -> None:
 
 
 def test_hostile_text_is_drawn_as_it_is_and_without_a_warning(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     words = ["$\\frac{$", "\x1b[31m", "漢", "\u202e", "a\n", "<script>&"]
     run.sequences[5].update(tokens=words, prompt="$\\bad{ 漢", id="$x$", prompt_id="$\\z{")
     made = plot.tokens(run, 5)
@@ -165,7 +165,7 @@ def test_a_step_of_a_training_has_its_figures_and_names_what_it_lacks(tmp_path: 
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_whatever_the_users_style(tmp_path: Path) -> None:
-    run = made_run(tmp_path)
+    run = synthetic_run(tmp_path)
     first = plot.save_figures(run, tmp_path / "one")
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
         second = plot.save_figures(run, tmp_path / "two")

@@ -16,7 +16,7 @@ from fx_influence.lab.analysis.finite_steps.linearity import (
     steadier,
 )
 from fx_influence.lab.analysis.finite_steps.noise import signal_to_noise
-from fx_influence.lab.plan import PER_SEQUENCE, WHOLE
+from fx_influence.lab.plan.plans import ROLLOUT_DIRECTIONS, STEP_DIRECTIONS
 
 Arrays = Mapping[str, np.ndarray]
 FLOAT64 = "_float64"
@@ -32,7 +32,7 @@ def rollout_parts(arrays: Arrays, suffix: str = "") -> dict[str, np.ndarray]:
         >>> rollout_parts(swept)["baseline_plus_grad"].tolist()
         [[2.0, -0.5]]
     """
-    parts = {name: arrays[name + suffix] for name in PER_SEQUENCE if name + suffix in arrays}
+    parts = {name: arrays[name + suffix] for name in ROLLOUT_DIRECTIONS if name + suffix in arrays}
     if "baseline_plus_grad" in parts:
         parts["baseline_plus_grad"] = parts["baseline_plus_grad"] - arrays["baseline" + suffix][:, None]
     return parts
@@ -68,7 +68,7 @@ def finite_figures(arrays: Arrays, fitted: int, floor: float) -> dict[str, Any]:
     swept is absent.
     """
     eta, parts = arrays["eta"], rollout_parts(arrays)
-    whole = [name for name in WHOLE if name in arrays]
+    whole = [name for name in STEP_DIRECTIONS if name in arrays]
     figures: dict[str, Any] = {
         "finite_steps": [_step(arrays, whole, k, k < fitted) for k in range(len(eta))],
         "linearity": {name: _whole_line(arrays, name, fitted) for name in whole}
@@ -80,8 +80,8 @@ def finite_figures(arrays: Arrays, fitted: int, floor: float) -> dict[str, Any]:
     if {"full", "baseline", "grad"} <= set(arrays):
         gap = additivity_gap(arrays["full"], arrays["baseline"], arrays["grad"])
         figures["additivity_gap"] = gap.tolist()
-    if len(parts) == len(PER_SEQUENCE):
-        alone, beside = (fit_lines(eta[:fitted], parts[name][:fitted]) for name in PER_SEQUENCE)
+    if len(parts) == len(ROLLOUT_DIRECTIONS):
+        alone, beside = (fit_lines(eta[:fitted], parts[name][:fitted]) for name in ROLLOUT_DIRECTIONS)
         figures["steadier"] = steadier(alone, beside)
     if "grad" in arrays:
         errors = (arrays["grad_stderr"], floor, arrays.get("grad" + FLOAT64))

@@ -1,45 +1,32 @@
-"""The rollouts of a run: sampled a piece at a time, written out or read from a file, and checked to be the policy's."""
+"""Load and check."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
-from collections.abc import Callable, MutableMapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 
-from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
 from fx_influence.functional import make_functional
 from fx_influence.interop.checkpoints.load import load_checkpoint, load_tokenizer
-from fx_influence.interop.generation import eos_ids
 from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
 from fx_influence.interop.rewards import Reward, check_columns, check_reward, resolve_reward
 from fx_influence.interop.rollouts.read import read_rollouts
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.job import ALONE, Job
-from fx_influence.interop.runtime.run_files import readable, sha256
-from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
-from fx_influence.lab.batch_spec import BatchRequest, CustomSequence, PlanError, RolloutFile, SampledBatch
-from fx_influence.lab.plan import StepPlan, demo_path
-from fx_influence.lab.store import RunDirectory
-from fx_influence.losses import clipped_ratio, coefficients, group_advantages
+from fx_influence.interop.runtime.run_files import sha256
+from fx_influence.interop.sampling import tokenized
+from fx_influence.lab.plan.batch_request import BatchRequest, CustomSequence, RolloutFile, SampledBatch
+from fx_influence.lab.plan.demo import demo_path
+from fx_influence.lab.plan.errors import PlanError
+from fx_influence.lab.plan.plans import StepPlan
+from fx_influence.losses import group_advantages
 from fx_influence.policy.policy import Policy
-from fx_influence.types import AdamWState, Batch, LossType, Params, TokenValues
-
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, in all)."""
-
-ROLLOUTS_PER_PIECE = 64
-"""Rollouts that are sampled, judged and stored together."""
-
-ON_POLICY_TOLERANCE = 1e-3
-"""Largest |behaviour - scored| log-probability: cached generation and scoring round differently."""
+from fx_influence.types import AdamWState, LossType, Params
 
 
 class Source(NamedTuple):
@@ -52,7 +39,7 @@ class Source(NamedTuple):
         return record_line(self)
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """A training state ready to be measured, what U and each E start from, the reward, and who measures."""
 
     model: Any
@@ -68,20 +55,10 @@ class State(NamedTuple):
         return record_line(self)
 
 
-class Sampled(NamedTuple):
-    """Rollouts, their batch and scores at theta, and how far those are from the log-probs they were drawn with."""
-
-    rollouts: list[Rollout]
-    batch: Batch
-    values: TokenValues
-    off_policy: float
-
-    def __repr__(self) -> str:
-        return record_line(self)
-
-
-def load_state(plan: StepPlan, job: Job = ALONE) -> State:
+def load_state(plan: StepPlan, job: Job = ALONE) -> TrainingState:
     """What the plan names, read and checked, the cheap first. Raises ``PlanError`` and the readers' own errors."""
+    from fx_influence.lab.inputs.rollouts import _written_out
+
     sources = [_source(plan, request) for request in plan.requests()]
     _check_loss(plan, sources[0].rollouts)
     reward = None if plan.reward is None else resolve_reward(plan.reward)
@@ -100,7 +77,7 @@ def load_state(plan: StepPlan, job: Job = ALONE) -> State:
     model = checkpoint.model if plan.dtype == "float64" else checkpoint.model.float()
     opt_state = _widened(checkpoint.optimizer_state)
     apply, params = make_functional(model)
-    state = State(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward, job)
+    state = TrainingState(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward, job)
     for request, source in zip(plan.requests(), sources, strict=True):
         if isinstance(request, SampledBatch):
             tokenized(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
@@ -109,35 +86,6 @@ def load_state(plan: StepPlan, job: Job = ALONE) -> State:
         else:
             _check_tokens(request, source.rollouts, state)
     return state
-
-
-def sampled(
-    plan: StepPlan, state: State, directory: RunDirectory, index: int, name: str, progress: Progress
-) -> Sampled:
-    """The rollouts of U (``index`` 0) or of an E, read from the directory's ``name`` or made and stored there."""
-    request, source = plan.requests()[index], state.sources[index]
-    pieces = directory.rollout_pieces(name.removesuffix(".jsonl"))
-    if directory.has(name):
-        with readable(directory.path / name):
-            rollouts = directory.read_rollouts(name)
-    else:
-        if isinstance(request, RolloutFile):
-            rollouts = source.rollouts
-        elif isinstance(request, CustomSequence):
-            rollouts = [_written_out(plan, state, request)]
-        else:
-            phase = "sampling U" if index == 0 else "sampling E"
-            seed = _seed(plan.seed, index) if request.seed is None else request.seed
-            rollouts = _sampled(
-                plan, state, request, source.prompts, seed, pieces, lambda *done: progress(phase, *done)
-            )
-        directory.write_rollouts(name, rollouts)
-    pieces.clear()
-    batch, values = _scored(plan, state, rollouts)
-    # U may be of an older policy, as a trainer's later passes over a batch are: its loss has ratios, or coefficients.
-    taken_as_it_is = index == 0 and isinstance(request, RolloutFile)
-    tolerance = math.inf if taken_as_it_is else ON_POLICY_TOLERANCE
-    return Sampled(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, tolerance))
 
 
 def input_sums(plan: StepPlan) -> dict[str, str]:
@@ -158,51 +106,9 @@ def input_sums(plan: StepPlan) -> dict[str, str]:
     return {name: sha256(file) for name, file in files.items()}
 
 
-def reference_lr(state: State) -> float:
+def reference_lr(state: TrainingState) -> float:
     """The learning rate that etas are multiples of; 1e-6 where a saved schedule stands at 0."""
     return state.opt_state.lr or 1e-6
-
-
-def update_batch(plan: StepPlan, u: Sampled) -> Batch:
-    """U with its rollouts' own coefficients, or else those of the plan's loss.
-
-    Rollouts of an older policy enter the loss by their clipped ratio to it. Raises ``PlanError`` where no rollout has
-    an advantage.
-    """
-    if u.batch.coefficients is not None:
-        return u.batch
-    advantages = torch.tensor([r.advantage or 0.0 for r in u.rollouts], device=u.batch.input_ids.device)
-    if not advantages.any():
-        rewards = {r.reward for r in u.rollouts}
-        alike = f" (every reward is {next(iter(rewards))}: check that reward reads columns that the prompts have)"
-        raise PlanError(
-            f"every advantage in U is 0{alike if len(rewards) == 1 else ''}, so its rollouts make no update; choose "
-            "prompts that are sometimes solved and sometimes not, more completions_per_prompt, or "
-            "update.resample_zero_advantage"
-        )
-    ratio = None
-    if u.off_policy > ON_POLICY_TOLERANCE:
-        ratio = clipped_ratio(u.values.logprobs, _behaviour(u), advantages, *plan.clip_range)
-    assert plan.loss is not None
-    c = coefficients(plan.loss, advantages, u.batch.completion_mask, u.batch.group, plan.max_new_tokens, ratio)
-    return u.batch._replace(coefficients=c)
-
-
-def _behaviour(u: Sampled) -> torch.Tensor:
-    """(n, T) log-probs of the policy that sampled; those of this one where nobody recorded them."""
-    found = u.values.logprobs.clone()
-    for row, rollout in zip(found, u.rollouts, strict=True):
-        if rollout.behaviour_logprobs is not None:
-            start = len(rollout.prompt_ids)
-            recorded = torch.tensor(rollout.behaviour_logprobs, dtype=found.dtype)
-            row[start : start + len(recorded)] = recorded.to(found.device)
-    return found
-
-
-def mean_reward(rollouts: Sequence[Rollout]) -> float | None:
-    """Over the rollouts that were judged; None where none was."""
-    known = [r.reward for r in rollouts if r.reward is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _source(plan: StepPlan, request: BatchRequest) -> Source:
@@ -262,7 +168,7 @@ def _from_file(plan: StepPlan, path: str, update: bool) -> list[Rollout]:
     ]
 
 
-def _check_tokens(request: RolloutFile, rollouts: Sequence[Rollout], state: State) -> None:
+def _check_tokens(request: RolloutFile, rollouts: Sequence[Rollout], state: TrainingState) -> None:
     size = state.apply.vocab_size
     for r in rollouts:
         worst = max((*r.prompt_ids, *r.completion_ids), default=0)
@@ -291,74 +197,3 @@ def _widened(state: AdamWState) -> AdamWState:
     return state._replace(
         exp_avg=wide(state.exp_avg), exp_avg_sq=wide(state.exp_avg_sq), max_exp_avg_sq=wide(state.max_exp_avg_sq)
     )
-
-
-def _written_out(plan: StepPlan, state: State, request: CustomSequence) -> Rollout:
-    ids = tuple(state.tokenizer(request.completion, add_special_tokens=False)["input_ids"])
-    ids += (eos_ids(state.model, state.tokenizer)[0],) if request.end else ()
-    if not ids:
-        raise PlanError(f"completion is {request.completion!r}, which has no tokens; write at least one, or set end")
-    prompt_ids = tokenized(state.model, state.tokenizer, [Prompt("0", request.prompt)], len(ids))[0]
-    rollout = Rollout(
-        id="0/0",
-        prompt_id="0",
-        group=0,
-        prompt=request.prompt,
-        completion=request.completion,
-        prompt_ids=prompt_ids,
-        completion_ids=ids,
-        finished=request.end,
-        behaviour_logprobs=(0.0,) * len(ids),
-        advantage=request.advantage,
-    )
-    batch, values = _scored(plan, state, [rollout])
-    return dataclasses.replace(rollout, behaviour_logprobs=tuple(values.logprobs[batch.completion_mask].tolist()))
-
-
-def _sampled(
-    plan: StepPlan,
-    state: State,
-    request: SampledBatch,
-    prompts: Sequence[Prompt],
-    seed: int,
-    pieces: MutableMapping[int, Sequence[Rollout]],
-    progress: Callable[[int, int], None],
-) -> list[Rollout]:
-    if request.num_prompts is not None:
-        prompts = random.Random(seed).sample(list(prompts), request.num_prompts)
-    each = request.completions_per_prompt
-    step = max(1, ROLLOUTS_PER_PIECE // each)
-
-    reward = state.reward
-    assert reward is not None
-
-    def piece(k: int) -> Sequence[Rollout]:
-        drawn = sample_rewarded(
-            state.model,
-            state.tokenizer,
-            prompts[k * step : (k + 1) * step],
-            reward,
-            completions_per_prompt=each,
-            max_new_tokens=plan.max_new_tokens,
-            temperature=plan.temperature,
-            seed=_seed(seed, k),
-            resample_zero_advantage=request.resample_zero_advantage,
-            scale_advantages=plan.scale_advantages,
-        )
-        return [dataclasses.replace(r, group=r.group + k * step) for r in drawn]
-
-    works = [partial(piece, k) for k in range(math.ceil(len(prompts) / step))]
-    found = state.job.deal(
-        works, pieces, lambda done: progress(min(done * step, len(prompts)) * each, len(prompts) * each)
-    )
-    return [rollout for some in found for rollout in some]
-
-
-def _scored(plan: StepPlan, state: State, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
-    pad = state.tokenizer.pad_token_id
-    batch = collate(rollouts, state.tokenizer.eos_token_id if pad is None else pad, plan.device)
-    return batch, all_token_values(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
-
-
-def _seed(seed: int, index: int) -> int:
-    return random.Random(f"{seed}/{index}").getrandbits(63)

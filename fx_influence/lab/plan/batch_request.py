@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -20,42 +18,7 @@ from pydantic import (
 )
 
 from fx_influence.core.display import record_line
-
-
-class PlanError(ValueError):
-    """A plan that cannot be run, with the field, the value and the remedy."""
-
-
-def refusal(field: str, value: Any, expected: str, remedy: str = "") -> PlanError:
-    """Return the error "{field} is {value}; expected {expected}. {remedy}", with a long value abridged.
-
-    Example:
-        >>> str(refusal("seed", "x", "a whole number"))
-        "seed is 'x'; expected a whole number"
-    """
-    return PlanError(f"{field} is {_abridged.repr(value)}; expected {expected}{'. ' if remedy else ''}{remedy}")
-
-
-def unknown_field(field: str, value: Any, known: Iterable[str], remedy: str = "") -> PlanError:
-    """Return the refusal of a field that is none of ``known``: ``remedy``, or else the nearest of them by name.
-
-    Example:
-        >>> str(unknown_field("update.promts", "p.txt", ["prompts", "seed"]))
-        "update.promts is 'p.txt'; expected one of the fields prompts, seed. Did you mean prompts?"
-    """
-    names = list(known)
-    remedy = remedy or did_you_mean(field.rpartition(".")[2], names) or "Remove it."
-    return refusal(field, value, f"one of the fields {', '.join(names)}", remedy)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return the question for the nearest of ``names``, nothing where none is near."""
-    near = difflib.get_close_matches(name.lower(), names, n=1)
-    return f"Did you mean {near[0]}?" if near else ""
-
-
-_abridged = reprlib.Repr()
-_abridged.maxstring = _abridged.maxother = 80
+from fx_influence.lab.plan.errors import PlanError, refusal, unknown_field
 
 
 def _no_truth_value(value: Any) -> Any:
@@ -183,9 +146,9 @@ def plain_request(name: str, value: Any, plan_fields: Iterable[str]) -> dict[str
     Example:
         >>> plain_request("update", {"rolouts": "r.jsonl"}, ["seed"])
         Traceback (most recent call last):
-        fx_influence.lab.batch_spec.PlanError: update.rolouts is 'r.jsonl'; expected one of the fields rollouts, prompt,
-        completion, advantage, end, prompts, prompt_ids, num_prompts, completions_per_prompt, resample_zero_advantage,
-        seed, chat, system. Did you mean rollouts?
+        fx_influence.lab.plan.errors.PlanError: update.rolouts is 'r.jsonl'; expected one of the fields rollouts,
+        prompt, completion, advantage, end, prompts, prompt_ids, num_prompts, completions_per_prompt,
+        resample_zero_advantage, seed, chat, system. Did you mean rollouts?
     """
     if isinstance(value, REQUESTS):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}

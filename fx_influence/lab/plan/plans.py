@@ -4,77 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fx_influence.autodiff.gram import MEMORY_BUDGET
 from fx_influence.core.display import record_line
-from fx_influence.lab.batch_spec import (
+from fx_influence.lab.plan.batch_request import (
     REQUEST_FIELDS,
-    REQUEST_KINDS,
     BatchRequest,
     Number,
-    PlanError,
     RolloutFile,
     SampledBatch,
     WholeNumber,
     check_request,
-    did_you_mean,
     plain_request,
-    refusal,
-    unknown_field,
-    with_paths,
 )
+from fx_influence.lab.plan.demo import ADDITIONS, DEMO, DEMO_FIELDS, OF_THE_DEMO
+from fx_influence.lab.plan.errors import PlanError, refusal, unknown_field
+from fx_influence.lab.plan.type_errors import first_type_error
 from fx_influence.types import Estimator, LossType, Normalize, Preconditioner
 
-DEMO = "demo"
-"""Stands for the embedded checkpoint, or with ``demo/train`` and ``demo/eval`` for its prompt files."""
-DEMO_DIRECTORY = Path(__file__).parent / "demo"
-
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
-WholeDirection = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop"]
-Direction = Literal[WholeDirection, "grad", "baseline_plus_grad"]
+StepDirection = Literal["full", "baseline", "momentum", "weight_decay", "rmsprop"]
+Direction = Literal[StepDirection, "grad", "baseline_plus_grad"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-PER_SEQUENCE: tuple[str, ...] = ("grad", "baseline_plus_grad")
+ROLLOUT_DIRECTIONS: tuple[str, ...] = ("grad", "baseline_plus_grad")
 """Directions of every rollout of U: v_i, and v_baseline + v_i."""
-WHOLE: tuple[str, ...] = get_args(WholeDirection)
+STEP_DIRECTIONS: tuple[str, ...] = get_args(StepDirection)
 """Directions of the whole step; ``rmsprop`` has neither momentum nor decay."""
 AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
-
-
-class _OfTheDemo:
-    """The default of a field that describes one training: the demo's value with its checkpoint, none with another."""
-
-    def __repr__(self) -> str:
-        return "<the demo's>"
-
-
-OF_THE_DEMO: Any = _OfTheDemo()
-DEMO_FIELDS: dict[str, Any] = {
-    "update": SampledBatch("demo/train", num_prompts=16, completions_per_prompt=4, seed=7418624510230548125),
-    "evaluations": (SampledBatch("demo/eval", num_prompts=256, completions_per_prompt=2),),
-    "reward": "fx_influence.interop.rewards:exact_match",
-    "loss": "dr_grpo",
-    "max_new_tokens": 20,
-}
-"""What the embedded training is like; of another training nobody can know these.
-
-U's seed is that of a step whose effect E tells apart from noise, as few single steps of so small a policy are.
-"""
-ADDITIONS = {
-    "update": "update: {prompts: FILE.jsonl}",
-    "evaluations": "evaluations: [{prompts: FILE.jsonl}]",
-    "reward": "reward: MODULE:FUNCTION",
-    "loss": f"loss: {' | '.join(get_args(LossType))}",
-    "max_new_tokens": "max_new_tokens: N",
-}
-"""Lines to add to a plan that lacks them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,7 +119,7 @@ class StepPlan:
             try:
                 value = TypeAdapter(kinds[field.name]).validate_python(self._plain(field.name, value))
             except ValidationError as error:
-                raise _first_error(field.name, error) from error
+                raise first_type_error(field.name, error) from error
             object.__setattr__(self, field.name, value)
 
     def _plain(self, name: str, value: Any) -> Any:
@@ -248,7 +208,7 @@ class EntropyInfluencePlan(StepPlan):
     scaled_eta_multiples: tuple[Number, ...] = (20.0, 100.0)
     auto_scale: Number | None = 100.0
     compare_float64: bool = False
-    second_order: tuple[WholeDirection, ...] = ("full",)
+    second_order: tuple[StepDirection, ...] = ("full",)
     second_order_per_sequence: bool = False
     reward_influence: bool = True
 
@@ -265,7 +225,7 @@ class EntropyInfluencePlan(StepPlan):
             remedy = "baseline_plus_grad is read less baseline: add baseline."
             raise refusal("directions", list(self.directions), "baseline beside baseline_plus_grad", remedy)
 
-    def bent_directions(self) -> set[str]:
+    def second_order_directions(self) -> set[str]:
         """Return the directions of the whole step whose second derivative is needed.
 
         That of a rollout beside the baseline is read less the baseline's.
@@ -308,34 +268,6 @@ class FisherKernelPlan(StepPlan):
             raise refusal("top", self.top, "at least 1 rollout")
 
 
-EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "a text",
-    "tuple": "a list",
-    "dict": "an object",
-}
-"""What a value of pydantic's kinds of error should have been."""
-
-
-def _first_error(name: str, error: ValidationError) -> PlanError:
-    bad = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    # Between the field and what is wrong in it stands the kind of request, which the file does not name.
-    parts = [part for part in bad["loc"] if part not in REQUEST_KINDS]
-    where = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    value, context = bad["input"], bad.get("ctx", {})
-    if bad["type"] == "literal_error":
-        names = re.findall(r"'([^']*)'", context["expected"])
-        return refusal(where, value, f"one of {', '.join(names)}", did_you_mean(str(value), names))
-    if bad["type"] in ("missing", "too_long"):
-        return refusal(name, list(bad["input"]), "two numbers, below and above")
-    expected = EXPECTED.get(bad["type"].partition("_")[0], str(context.get("error", bad["msg"])))
-    remedy = "Quote it." if expected == "a text" and not isinstance(value, (list, dict)) else ""
-    remedy = f"Put it into [ ]: [{value}]" if expected == "a list" and isinstance(value, (str, int, float)) else remedy
-    return refusal(where, value, expected, "Give one, or leave the line out." if value is None else remedy)
-
-
 def _where_it_belongs(name: str, cls: type[StepPlan]) -> str:
     if name in REQUEST_FIELDS:
         return f"{name} is a field of a batch: put it into update or evaluations."
@@ -343,65 +275,3 @@ def _where_it_belongs(name: str, cls: type[StepPlan]) -> str:
         if other is not cls and name in {field.name for field in dataclasses.fields(other)}:
             return f"{name} is a field of the plans of fx-influence {command}."
     return ""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without objects of Python, where a key that is given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} of line {lines[key.value]} is given again", problem_mark=key.start_mark
-                )
-            lines[str(key.value)] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-def read_plan(path: Path, kind: type[AnyPlan]) -> AnyPlan:
-    """A plan from a YAML file; relative paths in it are relative to the file. Raises ``PlanError``."""
-    named = f"plan file {str(path)!r}"
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except FileNotFoundError as error:
-        raise PlanError(f"{named} does not exist; check the path") from error
-    except OSError as error:
-        raise PlanError(f"{named} cannot be read: {error.strerror}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PlanError(f"{named} is not YAML: {_yaml_problem(error)}; `fx-influence plan` prints one") from error
-    return resolved(kind.from_dict({} if values is None else values), path.resolve().parent)
-
-
-def _yaml_problem(error: Exception) -> str:
-    """Return in one line what a reader of YAML has to say, and in which line of the file."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
-    tab = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
-    return f"{error.problem or error.context}, in line {error.problem_mark.line + 1}{tab}"
-
-
-def plan_text(plan: StepPlan) -> str:
-    """The plan as YAML."""
-    return yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-def demo_path(name: str) -> str:
-    """Where ``demo``, ``demo/train`` and ``demo/eval`` lie; any other path unchanged."""
-    known = {DEMO: "policy", f"{DEMO}/train": "train_prompts.jsonl", f"{DEMO}/eval": "eval_prompts.jsonl"}
-    return str(DEMO_DIRECTORY / known[name]) if name in known else name
-
-
-def resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
-    """The plan with its relative paths taken from ``folder``, so that it means the same wherever it is stored."""
-
-    def absolute(path: str) -> str:
-        return path if demo_path(path) != path else str((folder / Path(path).expanduser()).resolve())
-
-    return dataclasses.replace(
-        plan,
-        checkpoint=absolute(plan.checkpoint),
-        base=None if plan.base is None else absolute(plan.base),
-        update=with_paths(plan.update, absolute),
-        evaluations=tuple(with_paths(request, absolute) for request in plan.evaluations),
-    )

@@ -15,7 +15,9 @@ PROMPT, EACH = 2, 4
 """Tokens of a prompt, and rollouts of one."""
 
 
-def made_run(path: Path, prompts: int = 12, tokens: int = 6, seed: int = 0, **arrays: Any) -> EntropyInfluenceResults:
+def synthetic_run(
+    path: Path, prompts: int = 12, tokens: int = 6, seed: int = 0, **arrays: Any
+) -> EntropyInfluenceResults:
     """``prompts`` x 4 rollouts of ``tokens`` tokens; delta_it falls with log pi where A > 0 and rises where A < 0.
 
     ``arrays`` replaces arrays of the evaluation; None leaves one out.

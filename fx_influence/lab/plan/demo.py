@@ -1,0 +1,56 @@
+"""The embedded training: where its files lie, and the values that describe it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from fx_influence.lab.plan.batch_request import (
+    SampledBatch,
+)
+from fx_influence.types import LossType
+
+DEMO = "demo"
+"""Stands for the embedded checkpoint, or with ``demo/train`` and ``demo/eval`` for its prompt files."""
+
+
+DEMO_DIRECTORY = Path(__file__).parents[1] / "demo"
+
+
+class _OfTheDemo:
+    """The default of a field that describes one training: the demo's value with its checkpoint, none with another."""
+
+    def __repr__(self) -> str:
+        return "<the demo's>"
+
+
+OF_THE_DEMO: Any = _OfTheDemo()
+
+
+DEMO_FIELDS: dict[str, Any] = {
+    "update": SampledBatch("demo/train", num_prompts=16, completions_per_prompt=4, seed=7418624510230548125),
+    "evaluations": (SampledBatch("demo/eval", num_prompts=256, completions_per_prompt=2),),
+    "reward": "fx_influence.interop.rewards:exact_match",
+    "loss": "dr_grpo",
+    "max_new_tokens": 20,
+}
+"""What the embedded training is like; of another training nobody can know these.
+
+U's seed is that of a step whose effect E tells apart from noise, as few single steps of so small a policy are.
+"""
+
+
+ADDITIONS = {
+    "update": "update: {prompts: FILE.jsonl}",
+    "evaluations": "evaluations: [{prompts: FILE.jsonl}]",
+    "reward": "reward: MODULE:FUNCTION",
+    "loss": f"loss: {' | '.join(get_args(LossType))}",
+    "max_new_tokens": "max_new_tokens: N",
+}
+"""Lines to add to a plan that lacks them."""
+
+
+def demo_path(name: str) -> str:
+    """Where ``demo``, ``demo/train`` and ``demo/eval`` lie; any other path unchanged."""
+    known = {DEMO: "policy", f"{DEMO}/train": "train_prompts.jsonl", f"{DEMO}/eval": "eval_prompts.jsonl"}
+    return str(DEMO_DIRECTORY / known[name]) if name in known else name
