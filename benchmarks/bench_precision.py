@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 def influences(p: Problem, dtype: torch.dtype) -> fx.Influence:
     """Of the policy rounded to bfloat16, computed in ``dtype``; the optimizer's state stays as it is."""
-    apply = p.apply if dtype == torch.bfloat16 else p.apply.widened(dtype)
+    apply = p.apply if dtype == torch.bfloat16 else p.apply.with_min_precision(dtype)
     params = {name: x.to(torch.bfloat16).to(dtype) for name, x in p.params.items()}
     return fx.influence(params, p.u, p.e, p.state, apply=apply, stderr=False, tolerance=float("inf"))
 

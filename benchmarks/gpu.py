@@ -351,7 +351,7 @@ def has_factors(t: Task) -> bool:
     return names == p.params.keys() and held <= HELD
 
 
-def computes_in(case: Case) -> str:
+def compute_dtype(case: Case) -> str:
     return "float32" if case.route == "sweep" else case.setting.dtype
 
 
@@ -385,7 +385,7 @@ def _collect(device: str) -> None:
 def measure(case: Case, made: Problem, device: str, rate: float) -> dict[str, Any]:
     """Seconds and what follows from them, of the route alone: what it prepares and its warm-up stand before."""
     whole, route = task(case, made, device), ROUTES[case.route]
-    route(first_rows(whole, whole.rows_at_once(computes_in(case))))()
+    route(first_rows(whole, whole.rows_at_once(compute_dtype(case))))()
     work, factored = route(whole), has_factors(whole)
     _collect(device)
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -443,7 +443,9 @@ def correctness(route: str, subset: Task) -> dict[str, Any] | None:
 
 def _widened(made: Problem) -> Problem:
     params = {name: p.float() for name, p in made.params.items()}
-    return made._replace(setting=made.setting._replace(dtype="float32"), apply=made.apply.widened(), params=params)
+    return made._replace(
+        setting=made.setting._replace(dtype="float32"), apply=made.apply.with_min_precision(), params=params
+    )
 
 
 def attempt(work: Callable[[], dict[str, Any] | None], device: str) -> dict[str, Any] | None:
@@ -479,10 +481,10 @@ def _outcomes(cases: Sequence[Case], device: str, rates: dict[str, float], end: 
     def begun(case: Case) -> dict[str, Any]:
         if not made:
             made.append(problem(case.setting, device))
-        return measure(case, made[0], device, rates[computes_in(case)])
+        return measure(case, made[0], device, rates[compute_dtype(case)])
 
     for case in cases:
-        rate = rates[computes_in(case)]
+        rate = rates[compute_dtype(case)]
         needed = FLOOR + SAFETY * flops(case, factored=False) / rate + COMPILING * case.setting.compiled
         left = end - time.monotonic()
         named = {**case.setting._asdict(), **case._asdict()}

@@ -33,7 +33,8 @@ from fx_influence.estimators.entropy import check_estimator, entropy_coefficient
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
 from fx_influence.objectives import Objective, objective_coefficients
 from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, fresh_part
-from fx_influence.policy.policy import HALF, Policy, with_all_derivatives
+from fx_influence.policy.autocast import HALF_DTYPES
+from fx_influence.policy.policy import Policy, with_all_derivatives
 from fx_influence.policy.precision import in_float32, lowest_precision
 from fx_influence.types import (
     AdamWState,
@@ -203,13 +204,13 @@ def influence(
     check_adamw_inputs({} if grad is None else grad, opt_state, params, gain, max_grad_norm)
     if stderr:
         warn_of_shared_prompts("batch_e", batch_e)
-    half = any(p.dtype in HALF for p in params.values())
+    half = any(p.dtype in HALF_DTYPES for p in params.values())
     autocast = apply.autocast if isinstance(apply, Policy) else None
     params, exact = in_float32(params, apply, batch_u)
-    apply = exact.under(*autocast) if autocast is not None and isinstance(exact, Policy) else exact
+    apply = exact.with_autocast(*autocast) if autocast is not None and isinstance(exact, Policy) else exact
     passes = replace(passes, apply=apply)
     lowest = lowest_precision(params, apply, batch_u)
-    twice = half or lowest in HALF
+    twice = half or lowest in HALF_DTYPES
     coefficients_fn = _surrogate_of(batch_e, query, estimator, normalize)
     in_unions = stderr and not matrix
     # U's losses have the derivatives that a trainer takes of them, in its precision; the entropy over E its own.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fx_influence.core.checks import check_model
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.policy.model.template import (
-    unwrapped,
+    unwrap_model,
 )
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Params
@@ -60,7 +60,7 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
         (torch.Size([1, 3, 5]), ['table.weight'])
     """
     check_model(model)
-    model = unwrapped(model)
+    model = unwrap_model(model)
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:

@@ -13,8 +13,8 @@ from fx_influence.autodiff.token_values import in_place, scaled_weights, scored_
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import accumulate
-from fx_influence.policy.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.policy.lm_head import head_token_values, head_vjp
+from fx_influence.policy.modes.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 

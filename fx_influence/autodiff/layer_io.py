@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from fx_influence.autodiff.token_values import scaled_weights
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.tree import accumulate, promote
-from fx_influence.policy.linear_cache import LevelAwareMode
-from fx_influence.policy.lm_head import Weights, head_vjp, loss_by_logits
+from fx_influence.policy.lm_head import TokenWeights, head_vjp, logit_gradient
+from fx_influence.policy.modes.level_aware import LevelAwareMode
 from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params
 
@@ -95,7 +95,7 @@ def _through_head(
     params: Params,
     features: Tensor,
     part: MicroBatch,
-    weights: Weights,
+    weights: TokenWeights,
     policy: SplitPolicy,
     names: frozenset[str],
     temperature: float,
@@ -118,7 +118,7 @@ def _through_head(
     recorder = _Recorder(params, own.shape[:2], names)
     with torch.enable_grad(), recorder:
         logits = policy.head(params, own.view_as(own))
-    d_logits = loss_by_logits(logits.detach(), targets, (c, b), temperature)
+    d_logits = logit_gradient(logits.detach(), targets, (c, b), temperature)
     found = dict(_differentiate(logits, d_logits, recorder, {_FEATURES: own, **params}))
     d_own = found.pop(_FEATURES)
     assert d_own is not None

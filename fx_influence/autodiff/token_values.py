@@ -12,7 +12,7 @@ from torch.func import vmap
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, rows
 from fx_influence.core.checks import check_apply, check_fields, check_options, check_params
 from fx_influence.core.tree import promote, shift
-from fx_influence.policy.lm_head import LOGITS_AT_ONCE, Weights, head_token_values
+from fx_influence.policy.lm_head import MAX_LOGITS, TokenWeights, head_token_values
 from fx_influence.policy.precision import in_float32
 from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -96,7 +96,7 @@ def moved_token_values(
         for part in pieces:
             scored = scored_features(features(here, part), part)
             found.append(
-                (part, head_token_values(policy, here, scored, part.targets, temperature, LOGITS_AT_ONCE // together))
+                (part, head_token_values(policy, here, scored, part.targets, temperature, MAX_LOGITS // together))
             )
         return in_place(found, batch)
 
@@ -155,13 +155,13 @@ def in_place(found: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> T
     return TokenValues(*out)
 
 
-def weights_of(batch: Batch, part: MicroBatch) -> Weights:
+def weights_of(batch: Batch, part: MicroBatch) -> TokenWeights:
     """c and b of the tokens that a part scores."""
     c, b = (None if w is None else w.flatten()[part.place] for w in batch[3:5])
     return c, b
 
 
-def scaled_weights(batch: Batch, part: MicroBatch, policy: SplitPolicy) -> Weights:
+def scaled_weights(batch: Batch, part: MicroBatch, policy: SplitPolicy) -> TokenWeights:
     """``weights_of`` times the policy's loss scale, by which gradients made with them are to be divided."""
     c, b = (w if w is None or policy.loss_scale == 1 else w * policy.loss_scale for w in weights_of(batch, part))
     return c, b

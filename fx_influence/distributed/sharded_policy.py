@@ -16,9 +16,9 @@ from fx_influence.core.tree import promote
 from fx_influence.distributed.fsdp_gather import gather, like_sharded, scattered_sums, sharding_of
 from fx_influence.distributed.fsdp_units import FsdpPass, Unit, attached, running
 from fx_influence.policy.attention import math_attention
-from fx_influence.policy.forward_ad import forward_mode_jvp
 from fx_influence.policy.model.probing import ProbeCase
 from fx_influence.policy.model.template import Template, output_embeddings
+from fx_influence.policy.modes.forward_ad import forward_mode_jvp
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Gradients, Params
 
@@ -60,7 +60,7 @@ class ShardedPolicy(Policy):
         self._moving: Params = {}
         super().__init__(model, position_ids)
 
-    def under(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
+    def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
         raise ValueError(f"autocast is {dtype} for a sharded policy; expected a plain one. Leave it out")
 
     def unsharded(self, params: Params, tangent: Params | None = None) -> Opened:
@@ -103,8 +103,8 @@ class ShardedPolicy(Policy):
             return super()._call(template, whole, args, kwargs)
 
     def _logits(self, params: Params, features: Tensor) -> Tensor:
-        in_head = self._in_head
-        known = {name: x for name, x in {**self._frozen, **params}.items() if name in in_head}
+        head_parameters = self._in_head
+        known = {name: x for name, x in {**self._frozen, **params}.items() if name in head_parameters}
         return super()._logits(self._whole_where_loose(known), features)
 
     def _whole_where_loose(self, known: Params) -> Params:

@@ -31,7 +31,7 @@ A tenth leaves the ranking of rollouts whose influences differ by less in doubt,
 
 def identity_tolerance(params: Params, apply: Apply) -> float:
     """The relative residual that rounding can make in the lowest precision of the weights."""
-    dtypes = {p.dtype for p in params.values()} | {getattr(apply, "computes_in", torch.float64)}
+    dtypes = {p.dtype for p in params.values()} | {getattr(apply, "compute_dtype", torch.float64)}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fx_influence.core.checks import check_model, wrong_type
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.distributed.collectives import raise_on_all_ranks
-from fx_influence.policy.model.template import unwrapped
+from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState
 
 Value = TypeVar("Value")
@@ -56,7 +56,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
     if isinstance(optimizer, dict):
         remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
         raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
-    model = unwrapped(model)
+    model = unwrap_model(model)
     return on_all_ranks(model, lambda: _state(require_adamw(optimizer), model))
 
 

@@ -36,7 +36,7 @@ def _device_of(args: tuple[Any, ...]) -> str:
     raise TypeError(f"no tensor among {len(args)} arguments")
 
 
-def active_dtype(device: str) -> torch.dtype | None:
+def active_autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype of the autocast that is on for a type of device, None where none is."""
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -44,3 +44,6 @@ def active_dtype(device: str) -> torch.dtype | None:
     if device == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.tree import accumulate, promote
-from fx_influence.policy.forward_ad import forward_mode_jvp
+from fx_influence.policy.modes.forward_ad import forward_mode_jvp
 from fx_influence.policy.split import SplitPolicy
 from fx_influence.types import Gradients, Params, TokenValues
 
-LOGITS_AT_ONCE = 2**25
+MAX_LOGITS = 2**25
 """Logits that are formed at once: 128 MiB of float32, and up to four times that with their derivatives."""
 
-Weights = tuple[Tensor | None, Tensor | None]
+TokenWeights = tuple[Tensor | None, Tensor | None]
 """c and b of the loss -sum (c log pi(y) + b h), (n,) each."""
 
 
@@ -25,11 +25,11 @@ def head_token_values(
     features: Tensor,
     targets: Tensor,
     temperature: float,
-    logits_at_once: int = LOGITS_AT_ONCE,
+    max_logits: int = MAX_LOGITS,
 ) -> TokenValues:
     """log pi(y) and h of the tokens that features (n, d) score, (n,) each, at least float32; ``targets``: y, (n,)."""
     found = []
-    for piece in _pieces(len(targets), policy, logits_at_once):
+    for piece in _pieces(len(targets), policy, max_logits):
         log_pi = _log_softmax(policy.head(params, features[piece]), temperature)
         entropies = -_sum_of_products(log_pi.exp(), _finite(log_pi))
         found.append(TokenValues(_at(log_pi, targets[piece]), entropies))
@@ -37,7 +37,7 @@ def head_token_values(
 
 
 def head_vjp(
-    policy: SplitPolicy, params: Params, features: Tensor, targets: Tensor, weights: Weights, temperature: float
+    policy: SplitPolicy, params: Params, features: Tensor, targets: Tensor, weights: TokenWeights, temperature: float
 ) -> tuple[Tensor, Gradients]:
     """The gradient of -sum (c log pi(y) + b h) by the features, (n, d), and by the parameters through the head alone.
 
@@ -52,7 +52,7 @@ def head_vjp(
             # Not the leaf itself: hooks on modules (torch's flop counter sets some) do not bear one in autograd.grad.
             logits = policy.head(params, own.view_as(own))
         c, b = (w if w is None else w[piece] for w in weights)
-        toward = loss_by_logits(logits.detach(), targets[piece], (c, b), temperature)
+        toward = logit_gradient(logits.detach(), targets[piece], (c, b), temperature)
         out[piece], *grads = torch.autograd.grad(logits, [own, *leaves.values()], toward, allow_unused=True)
         accumulate(total, zip(leaves, grads, strict=True))
     return out, total
@@ -69,7 +69,7 @@ def head_jvp(
 ) -> TokenValues:
     """Of log pi(y) and h, (n,): dz_y - sum pi dz and -sum pi (log pi + h) dz, z the logits over the temperature."""
     found = []
-    own, d_own = ({name: x for name, x in tree.items() if name in policy.in_head} for tree in (params, tangent))
+    own, d_own = ({name: x for name, x in tree.items() if name in policy.head_parameters} for tree in (params, tangent))
     for piece in _pieces(len(targets), policy):
         # The features move with the parameters, under a name that none of them has.
         at, toward = {**own, "": features[piece]}, {**d_own, "": d_features[piece]}
@@ -86,7 +86,7 @@ def head_jvp(
     return _concatenated(found)
 
 
-def loss_by_logits(logits: Tensor, targets: Tensor, weights: Weights, temperature: float) -> Tensor:
+def logit_gradient(logits: Tensor, targets: Tensor, weights: TokenWeights, temperature: float) -> Tensor:
     """The gradient of -sum (c log pi(y) + b h): [c (pi - 1_y) + b pi (log pi + h)] / temperature, (..., V)."""
     log_pi = _log_softmax(logits, temperature)
     pi = log_pi.exp()
@@ -124,7 +124,7 @@ def _concatenated(found: list[TokenValues]) -> TokenValues:
     return TokenValues(*(torch.cat(field, -1) for field in zip(*found, strict=True)))
 
 
-def _pieces(count: int, policy: SplitPolicy, logits_at_once: int = LOGITS_AT_ONCE) -> Iterator[slice]:
-    size = max(1, count) if policy.vocab_size is None else max(1, logits_at_once // policy.vocab_size)
+def _pieces(count: int, policy: SplitPolicy, max_logits: int = MAX_LOGITS) -> Iterator[slice]:
+    size = max(1, count) if policy.vocab_size is None else max(1, max_logits // policy.vocab_size)
     for start in range(0, max(1, count), size):
         yield slice(start, min(start + size, count))

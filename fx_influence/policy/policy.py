@@ -14,13 +14,11 @@ from torch.func import jvp
 
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch
 from fx_influence.batching.prefix_packing import packed_micro_batches
-from fx_influence.policy.attention import PackedAttention, math_attention
-from fx_influence.policy.autocast import Autocast
-from fx_influence.policy.forward_ad import ForwardMode, forward_mode_jvp, trained_embedding
-from fx_influence.policy.model.agreement import ForwardError, logits_of, probed
-from fx_influence.policy.model.detachments import Undetached
-from fx_influence.policy.model.float64 import StayFloat64
+from fx_influence.policy.attention import math_attention
+from fx_influence.policy.autocast import HALF_DTYPES, Autocast
+from fx_influence.policy.model.agreement import probed
 from fx_influence.policy.model.forward_arguments import forward_arguments, virtual_tokens
+from fx_influence.policy.model.outputs import ForwardError, logits_of
 from fx_influence.policy.model.probing import ProbeCase, agree
 from fx_influence.policy.model.structure import Structure, follows_longest_row, structure_of
 from fx_influence.policy.model.template import (
@@ -32,10 +30,12 @@ from fx_influence.policy.model.template import (
     slots_of,
     tensor_names,
 )
+from fx_influence.policy.modes.detachments import Undetached
+from fx_influence.policy.modes.float64 import StayFloat64
+from fx_influence.policy.modes.forward_ad import ForwardMode, forward_mode_jvp, frozen_padding_embedding
+from fx_influence.policy.modes.packed_attention import PackedAttention
 from fx_influence.policy.split import SplitPolicy
 from fx_influence.types import Apply, Batch, Params
-
-HALF = (torch.bfloat16, torch.float16)
 
 NARROW = 128
 """Features of fewer entries than these go more tokens at a time than ``TOKENS_PER_CHUNK``, where none is padding."""
@@ -47,7 +47,7 @@ class Policy:
     It holds templates of the model on the meta device and references to the frozen weights and buffers, so a forward
     neither reads nor changes the model's own modules. A call may stand inside any transformation of ``torch.func``;
     ``split`` is the same policy cut before its output embeddings, each pass with the kernels that suit it.
-    ``vocab_size`` is the number of embedding rows where the model tells, else None. ``computes_in`` is the lowest
+    ``vocab_size`` is the number of embedding rows where the model tells, else None. ``compute_dtype`` is the lowest
     precision among the model's weights, ``parameter_shapes`` the shape of each by name, ``trainable`` the names of
     those that ``params`` holds. Hugging Face models cast to float32 in places whatever their weights are; float64 is
     left as it is there, see ``StayFloat64``. ``virtual_tokens``: those that prompt tuning puts before a row, whose
@@ -73,7 +73,7 @@ class Policy:
         self.vocab_size = _vocab_size(model)
         self.parameter_shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         self.trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.computes_in = _lowest_precision(model)
+        self.compute_dtype = _lowest_precision(model)
         self._all_derivatives: Policy | None = None
         self._compiled: _Compiled | None = None
         case = probed(self, model)
@@ -101,7 +101,7 @@ class Policy:
         with math_attention():
             return cast(Tensor, run(self._template, params, input_ids, attention_mask))
 
-    def under(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
+    def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
         """Return the same policy as a trainer computes it under ``torch.autocast``, gradients times ``loss_scale``.
 
         ``influence`` takes the derivatives of U's losses in that precision, and the entropy's over E of the function
@@ -110,7 +110,7 @@ class Policy:
         if self._compiled is not None:
             raise ValueError(f"autocast is {dtype} for a compiled policy; expected a plain one. Leave compiled out")
         policy = copy.copy(self)
-        policy.autocast, policy.computes_in, policy._all_derivatives = Autocast(dtype, loss_scale), dtype, None
+        policy.autocast, policy.compute_dtype, policy._all_derivatives = Autocast(dtype, loss_scale), dtype, None
         return policy
 
     @property
@@ -168,12 +168,12 @@ class Policy:
             module.padding_idx = None
         return whole
 
-    def widened(self, dtype: torch.dtype = torch.float32) -> Policy:
+    def with_min_precision(self, dtype: torch.dtype = torch.float32) -> Policy:
         """The same policy with its frozen weights in at least ``dtype``, copied where they are not.
 
         A finite step vanishes in the rounding of half precision, wherever in the model that is.
         """
-        if all(_is_at_least(x, dtype) for x in self._frozen.values()) and self.computes_in not in HALF:
+        if all(_is_at_least(x, dtype) for x in self._frozen.values()) and self.compute_dtype not in HALF_DTYPES:
             # Itself, because each new one would be compiled anew.
             return self
         frozen = {
@@ -187,7 +187,7 @@ class Policy:
 
     def _with_frozen(self, frozen: Params) -> Policy:
         policy = copy.copy(self)
-        policy._frozen, policy.computes_in = frozen, torch.promote_types(self.computes_in, torch.float32)
+        policy._frozen, policy.compute_dtype = frozen, torch.promote_types(self.compute_dtype, torch.float32)
         policy.autocast = None
         return policy
 
@@ -354,7 +354,7 @@ class _TrainedEmbedding(nn.Embedding):
     """For compiled passes, which no mode sees."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return trained_embedding(input, self.weight, self.padding_idx)
+        return frozen_padding_embedding(input, self.weight, self.padding_idx)
 
 
 def _embeddings(module: nn.Module) -> Iterator[nn.Embedding]:

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.tree import promote
-from fx_influence.policy.policy import HALF, Policy
+from fx_influence.policy.autocast import HALF_DTYPES
+from fx_influence.policy.policy import Policy
 from fx_influence.types import Apply, Batch, Params
 
 
@@ -33,8 +34,8 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
     """
     raised = {name: p.to(promote(p.dtype)) for name, p in params.items()}
     if isinstance(apply, Policy):
-        return raised, apply.widened()
-    lowest = {p.dtype for p in params.values()} & {*HALF}
+        return raised, apply.with_min_precision()
+    lowest = {p.dtype for p in params.values()} & {*HALF_DTYPES}
     if lowest and (error := _refusal(apply, raised, batch)) is not None:
         message = (
             f"params are {', '.join(map(str, lowest))} and apply takes them in no other precision ({error}), so every "
@@ -65,7 +66,7 @@ def lowest_precision(params: Params, apply: Apply, batch: Batch) -> torch.dtype:
     for p in params.values():
         seen.add(p)
     if isinstance(apply, Policy):
-        seen.dtypes.add(apply.computes_in)
+        seen.dtypes.add(apply.compute_dtype)
         # Two tokens tell; of sharded weights even they would gather the whole model.
         width = 0 if any(map(is_sharded, params.values())) else 2
     else:

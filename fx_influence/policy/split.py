@@ -10,7 +10,7 @@ from torch.func import jvp
 
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches
 from fx_influence.batching.prefix_packing import packed_micro_batches
-from fx_influence.policy.forward_ad import ForwardMode
+from fx_influence.policy.modes.forward_ad import ForwardMode
 from fx_influence.types import Apply, Batch, Params
 
 
@@ -21,8 +21,8 @@ class SplitPolicy(NamedTuple):
     the same, never compiled, for passes that watch its operations. ``backbone_vmap(params, part)``: for use inside vmap
     and jvp, of a part without a layout. ``backbone_jvp(params, tangent, part, outputs)``: features and their tangent;
     ``outputs``: of the linear maps in ``features`` of the same part, see ``forward_mode.LinearOutputCache``, or None.
-    ``head(params, features)``: (..., V). ``in_head``: the names of the parameters that it takes. ``vocab_size``: V,
-    None where it is not known.
+    ``head(params, features)``: (..., V). ``head_parameters``: the names of the parameters that it takes.
+    ``vocab_size``: V, None where it is not known.
     ``left_alignable``: positions come from the attention mask and no token sees a later one, so that rows may be moved
     to begin in column 0 and cut after their last token. ``prefix_shareable``: tokens meet in attention alone, so that a
     prompt goes through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are.
@@ -35,7 +35,7 @@ class SplitPolicy(NamedTuple):
     backbone_vmap: Callable[[Params, MicroBatch], Tensor]
     backbone_jvp: Callable[[Params, Params, MicroBatch, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
     head: Callable[[Params, Tensor], Tensor]
-    in_head: frozenset[str]
+    head_parameters: frozenset[str]
     vocab_size: int | None
     left_alignable: bool
     prefix_shareable: bool

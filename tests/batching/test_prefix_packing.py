@@ -23,7 +23,7 @@ from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache,
 from fx_influence.autodiff.token_values import all_token_values, moved_token_values
 from fx_influence.batching.microbatch import LengthBucket, MicroBatch, PackedLayout
 from fx_influence.batching.prefix_packing import MIN_BUCKET, MIN_LENGTH_RATIO, packed_micro_batches
-from fx_influence.policy.attention import PackedAttention
+from fx_influence.policy.modes.packed_attention import PackedAttention
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues
 

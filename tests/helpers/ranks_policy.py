@@ -214,12 +214,12 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     slopes = token_jvp(here, along, mine, unsharded, 0.7, 1, caches)
     expected = token_jvp(params, direction, batch, apply, 0.7, 1, all_tapes)
     out["taped jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
-    with_all_derivatives, wide = policy.with_all_derivatives(), policy.widened(torch.float64)
+    with_all_derivatives, wide = policy.with_all_derivatives(), policy.with_min_precision(torch.float64)
     out["whole"] = error(
         policy.closed(batch_gradient(here, mine, with_all_derivatives.unsharded(shards)[0], 0.7, chunk_size=1), shards),
         batch_gradient(params, batch, apply.with_all_derivatives(), 0.7, chunk_size=1),
     )
-    out["widened"] = float(wide.computes_in != apply.widened(torch.float64).computes_in)
+    out["widened"] = float(wide.compute_dtype != apply.with_min_precision(torch.float64).compute_dtype)
 
     # algebra on DTensors
     optimizer = random_adamw_state(generator, params, absent=[list(params)[1]])

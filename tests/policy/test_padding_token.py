@@ -21,7 +21,7 @@ import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.core.tree import dot
-from fx_influence.policy.forward_ad import trained_embedding
+from fx_influence.policy.modes.forward_ad import frozen_padding_embedding
 
 PAD = 3
 
@@ -144,5 +144,5 @@ def test_the_entropy_follows_the_padding_tokens_embedding_where_it_moves() -> No
 
 def test_a_negative_padding_index_counts_from_the_end() -> None:
     ids, weight = torch.tensor([[0, 2]]), torch.eye(3)
-    moved = torch.func.jvp(lambda w: trained_embedding(ids, w, -1), (weight,), (weight,))[1]
+    moved = torch.func.jvp(lambda w: frozen_padding_embedding(ids, w, -1), (weight,), (weight,))[1]
     assert moved.tolist() == [[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]

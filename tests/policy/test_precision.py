@@ -182,7 +182,7 @@ def test_a_forward_that_enters_autocast_is_held_to_its_precision() -> None:
 def test_autocast_is_for_u_and_tokens_add_up(dtype: torch.dtype, scale: float) -> None:
     p = problem("trained", torch.float32)
     apply, params = p.low
-    low = apply.under(dtype, scale)
+    low = apply.with_autocast(dtype, scale)
     exact = fx.influence(params, p.u, p.e, p.state, apply=apply)
     out = fx.influence(params, p.u, p.e, p.state, apply=low)
     size = float(exact.matrix.abs().sum()) if exact.matrix is not None else float(exact.per_token.abs().sum())
@@ -203,6 +203,6 @@ def test_a_tiny_loss_keeps_its_gradients_in_float16_by_the_loss_scale() -> None:
     apply, params = p.low
     tiny = p.u._replace(coefficients=1e-7 * p.u.coefficients, entropy_coefficients=None)
     exact = fx.influence(params, tiny, p.e, p.state, apply=apply, stderr=False)
-    scaled = fx.influence(params, tiny, p.e, p.state, apply=apply.under(torch.float16, 2.0**20), stderr=False)
+    scaled = fx.influence(params, tiny, p.e, p.state, apply=apply.with_autocast(torch.float16, 2.0**20), stderr=False)
     size = exact.per_token.abs().sum()
     assert_within(scaled.per_sequence, exact.per_sequence, rounding_bound(torch.float16, WIDTH, size))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fx_influence.core.tree import dot
-from fx_influence.policy.policy import HALF, Policy
+from fx_influence.policy.autocast import HALF_DTYPES
+from fx_influence.policy.policy import Policy
 from fx_influence.types import Params
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +23,7 @@ def in_trainers_precision(policy: Policy, accelerator: Any) -> Policy:
     if dtype is None:
         return policy
     scaler = getattr(accelerator, "scaler", None)
-    return policy.under(dtype, 1.0 if scaler is None else float(scaler.get_scale()))
+    return policy.with_autocast(dtype, 1.0 if scaler is None else float(scaler.get_scale()))
 
 
 def step_rounding(moved: Params, direction: Params, lr: float) -> float:
@@ -43,7 +44,7 @@ def rounding_warning(step: int, params: Params, lost: float) -> str:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
     remedy = (
         "train float32 weights (model_init_kwargs={'dtype': 'float32'}, with bf16=True for speed)"
-        if any(p.dtype in HALF for p in params.values())
+        if any(p.dtype in HALF_DTYPES for p in params.values())
         else "at this learning rate that is the size of the step: read the measured change with that error"
     )
     return (

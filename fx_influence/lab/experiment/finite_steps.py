@@ -105,7 +105,7 @@ def _measure(
     exact = None
     if plan.compare_float64:
         wide = {name: p.double() for name, p in state.params.items()}
-        exact = snis_sweep(wide, batch_e, apply=state.apply.widened(torch.float64), **options)
+        exact = snis_sweep(wide, batch_e, apply=state.apply.with_min_precision(torch.float64), **options)
 
     def measure(directions: Directions, own: Tensor | None) -> Arrays:
         arrays: Arrays = {}

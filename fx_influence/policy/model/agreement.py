@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fx_influence.core.dtensor import is_sharded, to_local
-from fx_influence.policy.model.float64 import StayFloat64
+from fx_influence.policy.model.outputs import ForwardError, logits_of
 from fx_influence.policy.model.probing import (
     LENGTHS,
     ProbeCase,
-    WriteWatch,
     agree,
     probe_of,
     random_weights,
@@ -27,16 +26,14 @@ from fx_influence.policy.model.template import (
     is_hugging_face,
     meta_template,
     module_paths,
-    unwrapped,
+    unwrap_model,
 )
+from fx_influence.policy.modes.float64 import StayFloat64
+from fx_influence.policy.modes.write_watch import WriteWatch
 from fx_influence.types import Apply, Params
 
 if TYPE_CHECKING:
     from fx_influence.policy.policy import Policy
-
-
-class ForwardError(ValueError):
-    """A forward that cannot become a policy, with the cause and the remedy."""
 
 
 def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
@@ -63,7 +60,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
 
     if not isinstance(apply, Policy):
         raise ValueError(f"apply is a {type(apply).__name__}; expected the Policy that make_functional returns")
-    model = unwrapped(model)
+    model = unwrap_model(model)
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "model is sharded by FSDP2; expected whole weights. make_functional compared it when it was made"
@@ -246,19 +243,6 @@ def _own_padded_logits(policy: Policy, own: Template, case: ProbeCase) -> Tensor
     with StayFloat64() if wide else nullcontext():
         out = logits_of(own(policy.with_scratch(case.known), args, kwargs))
     return out[:, policy.virtual_tokens :]
-
-
-def logits_of(out: Any) -> Tensor:
-    """Return the logits in what a forward returns: a tensor, an object or dict with ``logits``, or a tuple's first."""
-    if isinstance(out, Tensor):
-        return out
-    by_name = out.get("logits") if isinstance(out, dict) else getattr(out, "logits", None)
-    found = out[0] if by_name is None and isinstance(out, (tuple, list)) and out else by_name
-    if not isinstance(found, Tensor):
-        raise ForwardError(
-            f"model(input_ids) gives a {type(out).__name__} without a tensor of logits; expected logits (B, T, V)"
-        )
-    return found
 
 
 def _random(model: nn.Module, widest: torch.dtype | None) -> Params:

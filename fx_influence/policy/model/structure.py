@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fx_influence.policy.model.detachments import DetachmentWatch
 from fx_influence.policy.model.probing import (
     agree,
 )
 from fx_influence.policy.model.template import (
     base_model,
 )
+from fx_influence.policy.modes.detachments import DetachmentWatch
 
 if TYPE_CHECKING:
     from fx_influence.policy.policy import Policy

@@ -85,12 +85,12 @@ def _functional_call(module: nn.Module, known: Params, args: tuple[Any, ...], kw
     return torch.func.functional_call(module, known, args, kwargs, tie_weights=False)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile``, data parallelism or an engine wraps, whose names its parameters have.
 
     Example:
         >>> linear = nn.Linear(2, 2)
-        >>> unwrapped(nn.DataParallel(linear)) is linear
+        >>> unwrap_model(nn.DataParallel(linear)) is linear
         True
     """
     while True:
@@ -111,7 +111,7 @@ def meta_template(
     """Return the model in eval mode with eager or another ``attention``, and meta tensors for its weights.
 
     Args:
-        model: anything that ``unwrapped`` gives; neither changed nor copied, weights least of all.
+        model: anything that ``unwrap_model`` gives; neither changed nor copied, weights least of all.
         attention: name of an implementation of transformers; None leaves the model's.
         copied: how the structure is copied.
         experts: the same of a mixture's experts; "eager" has all derivatives and "batched_mm" a rule under vmap too.

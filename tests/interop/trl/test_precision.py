@@ -76,7 +76,7 @@ def test_the_trainers_precision_is_its_accelerators() -> None:
     assert in_trainers_precision(apply, bf16).autocast == (torch.bfloat16, 1.0)
     assert in_trainers_precision(apply, fp16).autocast == (torch.float16, 1024.0)
     assert apply.autocast is None
-    assert in_trainers_precision(apply, bf16).widened().autocast is None
+    assert in_trainers_precision(apply, bf16).with_min_precision().autocast is None
 
 
 @pytest.mark.parametrize(

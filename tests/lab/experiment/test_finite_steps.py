@@ -101,7 +101,7 @@ def test_the_setting_has_equal_rollouts_and_some_that_move_nothing(setting: Sett
 
 def in_float64(setting: Setting) -> Setting:
     params = {name: p.double() for name, p in setting.state.params.items()}
-    wide = setting.state._replace(params=params, apply=setting.state.apply.widened(torch.float64))
+    wide = setting.state._replace(params=params, apply=setting.state.apply.with_min_precision(torch.float64))
     return setting._replace(state=wide)
 
 

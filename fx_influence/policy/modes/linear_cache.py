@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-Mode = TypeVar("Mode", bound="LevelAwareMode")
-
-
-class LevelAwareMode(TorchFunctionMode):
-    """Sees what is called at the level of ``torch.func`` at which it was entered, and not what a model transforms."""
-
-    def __enter__(self: Mode) -> Mode:
-        self._level = _level()
-        super().__enter__()
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self.on_call if _level() == self._level else self.on_nested_call)(func, args, kwargs or {})
-
-    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*args, **kwargs)
-
-    def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*args, **kwargs)
-
-
-def _level() -> int:
-    top = torch._C._functorch.peek_interpreter_stack()
-    return 0 if top is None else top.level()
+from fx_influence.policy.modes.level_aware import LevelAwareMode
 
 
 class LinearOutputCache(LevelAwareMode):
@@ -68,7 +43,7 @@ class LinearOutputCache(LevelAwareMode):
         return out
 
 
-class _WithOutputs(LevelAwareMode):
+class CachedOutputsMode(LevelAwareMode):
     """Knows what leaves the linear maps of a forward, in order, from a ``LinearOutputCache`` of the same forward."""
 
     def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:
@@ -94,13 +69,13 @@ class _WithOutputs(LevelAwareMode):
         return known
 
 
-class ReuseLinearOutputs(_WithOutputs):
+class ReuseLinearOutputs(CachedOutputsMode):
     """Replace linear layers' products by the ``outputs`` of a ``LinearOutputCache``, with the usual derivatives."""
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return func(*args, **kwargs)
-        given = _linear_arguments(*args, **kwargs)
+        given = linear_arguments(*args, **kwargs)
         known = self._next_output(*given[:2])
         # Under autocast inside a model they differ, and casts are not replayed.
         if known is None or given[1].dim() != 2 or not all(x is None or x.dtype == known.dtype for x in given):
@@ -108,9 +83,7 @@ class ReuseLinearOutputs(_WithOutputs):
         return _KnownLinear.apply(known, *given)
 
 
-def _linear_arguments(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Arguments of ``F.linear`` in order, however they are passed."""
     return input, weight, bias
 
@@ -134,35 +107,3 @@ class _KnownLinear(torch.autograd.Function):
             flat.T @ x.reshape(-1, x.shape[-1]) if of_weight else None,
             *(flat.sum(0) if wanted else None for wanted in of_bias),
         )
-
-
-def _linear(known: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """d(x w^T + b) = dx w^T + x dw^T + db, each product added to the last as it is made."""
-    if weight.dim() != 2:
-        return F.linear(x, weight, bias)
-    (x, dx), (weight, dw) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
-    bias, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    out = F.linear(x, weight, bias) if known is None else known
-    if dw is not None:
-        toward = x.reshape(-1, x.shape[-1]) @ dw.T
-        if dx is not None:
-            flat = dx.reshape(-1, x.shape[-1])
-            # Under autocast alone they differ, and what is done in place is not cast.
-            alike = toward.dtype == flat.dtype == weight.dtype
-            toward = toward.addmm_(flat, weight.T) if alike else toward + flat @ weight.T
-    elif dx is not None:
-        toward = dx.reshape(-1, x.shape[-1]) @ weight.T
-    else:
-        return out if db is None else forward_ad.make_dual(out, db.expand_as(out).clone())
-    toward = toward.reshape(out.shape)
-    return forward_ad.make_dual(out, toward if db is None else toward.add_(db))
-
-
-def _product(x: Any, y: Any) -> Tensor:
-    (x, dx), (y, dy) = (forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in (x, y))
-    out: Tensor = x * y
-    if dx is None and dy is None:
-        return out
-    if dx is None or dy is None:
-        return forward_ad.make_dual(out, x * dy if dx is None else dx * y)
-    return forward_ad.make_dual(out, (dx * y).addcmul_(x, dy))

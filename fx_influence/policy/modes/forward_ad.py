@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fx_influence.policy.attention import blockwise_attention, math_attention
-from fx_influence.policy.linear_cache import _linear, _linear_arguments, _product, _WithOutputs
+from fx_influence.policy.modes.linear_cache import CachedOutputsMode, linear_arguments
 from fx_influence.types import Params
 
 
@@ -32,36 +32,36 @@ def forward_mode_jvp(
     return value, torch.zeros_like(value) if slope is None else slope
 
 
-class ForwardMode(_WithOutputs):
+class ForwardMode(CachedOutputsMode):
     """While active, what a model spends its time on has forward-mode derivatives of its own.
 
     Attention goes by ``blockwise_attention``; linear maps and products of tensors make only what they need, where torch
     multiplies by the zeros that stand for a missing tangent, as that of a frozen weight is; an embedding leaves its
-    ``padding_idx`` out, see ``trained_embedding``. Where nothing moves, results are torch's own. For passes without a
-    graph. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of the linear maps, in order,
-    from a ``LinearOutputCache`` of the same forward, where there is one.
+    ``padding_idx`` out, see ``frozen_padding_embedding``. Where nothing moves, results are torch's own. For passes
+    without a graph. ``torch.compile`` does not see these rules: compile without it. ``outputs``: of the linear maps, in
+    order, from a ``LinearOutputCache`` of the same forward, where there is one.
     """
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return blockwise_attention(*args, **kwargs)
         if func is F.embedding:
-            return trained_embedding(*args, **kwargs)
+            return frozen_padding_embedding(*args, **kwargs)
         if func is F.linear:
-            given = _linear_arguments(*args, **kwargs)
-            return _linear(self._next_output(*given[:2]), *given)
+            given = linear_arguments(*args, **kwargs)
+            return _linear_jvp(self._next_output(*given[:2]), *given)
         if func is Tensor.mul and not kwargs:
-            return _product(*args)
+            return _product_jvp(*args)
         return func(*args, **kwargs)
 
     def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.embedding:
-            return trained_embedding(*args, **kwargs)
+            return frozen_padding_embedding(*args, **kwargs)
         with math_attention() if func is F.scaled_dot_product_attention else nullcontext():
             return func(*args, **kwargs)
 
 
-def trained_embedding(
+def frozen_padding_embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: object, **kwargs: Any
 ) -> Tensor:
     """``F.embedding`` with the derivative of reverse mode in forward mode: none at ``padding_idx``.
@@ -74,3 +74,35 @@ def trained_embedding(
         return out
     still = (input == padding_idx % len(weight)).unsqueeze(-1)
     return torch.where(still, out.detach(), out)
+
+
+def _linear_jvp(known: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """d(x w^T + b) = dx w^T + x dw^T + db, each product added to the last as it is made."""
+    if weight.dim() != 2:
+        return F.linear(x, weight, bias)
+    (x, dx), (weight, dw) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
+    bias, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    out = F.linear(x, weight, bias) if known is None else known
+    if dw is not None:
+        toward = x.reshape(-1, x.shape[-1]) @ dw.T
+        if dx is not None:
+            flat = dx.reshape(-1, x.shape[-1])
+            # Under autocast alone they differ, and what is done in place is not cast.
+            alike = toward.dtype == flat.dtype == weight.dtype
+            toward = toward.addmm_(flat, weight.T) if alike else toward + flat @ weight.T
+    elif dx is not None:
+        toward = dx.reshape(-1, x.shape[-1]) @ weight.T
+    else:
+        return out if db is None else forward_ad.make_dual(out, db.expand_as(out).clone())
+    toward = toward.reshape(out.shape)
+    return forward_ad.make_dual(out, toward if db is None else toward.add_(db))
+
+
+def _product_jvp(x: Any, y: Any) -> Tensor:
+    (x, dx), (y, dy) = (forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in (x, y))
+    out: Tensor = x * y
+    if dx is None and dy is None:
+        return out
+    if dx is None or dy is None:
+        return forward_ad.make_dual(out, x * dy if dx is None else dx * y)
+    return forward_ad.make_dual(out, (dx * y).addcmul_(x, dy))

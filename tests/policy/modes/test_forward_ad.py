@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache
-from fx_influence.policy.forward_ad import forward_mode_jvp
-from fx_influence.policy.linear_cache import LinearOutputCache, ReuseLinearOutputs
+from fx_influence.policy.modes.forward_ad import forward_mode_jvp
+from fx_influence.policy.modes.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.types import Apply, Batch
 
 

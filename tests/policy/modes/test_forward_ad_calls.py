@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
-from fx_influence.policy.forward_ad import ForwardMode, forward_mode_jvp
-from fx_influence.policy.linear_cache import LinearOutputCache, ReuseLinearOutputs
+from fx_influence.policy.modes.forward_ad import ForwardMode, forward_mode_jvp
+from fx_influence.policy.modes.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.types import Batch, Params, TokenValues
 
 WIDTH = 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fx_influence.policy.model.float64 import StayFloat64
+from fx_influence.policy.modes.float64 import StayFloat64
 
 ONE = 1 + torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 NARROW = torch.arange(3, dtype=torch.float32)
