@@ -24,7 +24,7 @@ import fx_influence as fx
 from benchmarks import by_hand
 from benchmarks.harness import PAIRS, README, flops, one_thread, ratios, store
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Params
 
@@ -36,7 +36,7 @@ WAYS = {"rows": 1, "chunks": by_hand.ROWS_AT_ONCE}
 
 def directions(p: Problem, count: int) -> Params:
     """v_i of the first rollouts of U, (count, ...) by name."""
-    gradients = fx.per_sample_grads(fx.rollout_loss(p.apply), p.params, rows(p.u, slice(count)))
+    gradients = fx.per_sample_grads(fx.rollout_loss(p.apply), p.params, select_rows(p.u, slice(count)))
     return {name: p.gain[name] * g for name, g in gradients.items()}
 
 

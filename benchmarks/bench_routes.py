@@ -32,7 +32,7 @@ from benchmarks.harness import (
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import gradient_gram
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_routes"
@@ -68,7 +68,7 @@ def works_of(setting: Setting, names: tuple[str, ...]) -> dict[str, Callable[[],
     whole = p if setting.group == 1 else problem(setting._replace(group=1))
     # Only where it is measured: it takes half a minute to compile.
     fast = problem(setting, compiled=True) if "adjoint_compiled" in names else p
-    eighth = rows(p.e, slice(0, max(1, len(p.e.input_ids) // 8)))
+    eighth = select_rows(p.e, slice(0, max(1, len(p.e.input_ids) // 8)))
 
     def influence(p: Problem = p, **options: Any) -> object:
         return fx.influence(p.params, p.u, options.pop("e", p.e), p.state, apply=p.apply, **options)

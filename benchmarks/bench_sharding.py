@@ -47,7 +47,7 @@ from benchmarks.harness import (
     store,
 )
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, select_rows
 from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Batch
@@ -119,7 +119,7 @@ def cases(p: Problem, mesh: DeviceMesh) -> list[Case]:
 
 def _own(batch: Batch, mesh: DeviceMesh) -> Batch:
     each = -(-len(batch.input_ids) // mesh.size())
-    return rows(batch, slice(dist.get_rank() * each, (dist.get_rank() + 1) * each))
+    return select_rows(batch, slice(dist.get_rank() * each, (dist.get_rank() + 1) * each))
 
 
 def _fully_sharded(p: Problem, mesh: DeviceMesh, u: Batch, e: Batch) -> Work:

@@ -14,7 +14,7 @@ from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import JvpFn, max_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.autodiff.gram import MEMORY_BUDGET
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.batching.prefix_packing import warn_of_shared_prompts
 from fx_influence.core.checks import (
     check_batch,
@@ -26,10 +26,10 @@ from fx_influence.core.checks import (
     check_state,
 )
 from fx_influence.core.display import influence_html, influence_line
-from fx_influence.core.tree import add, detached, dot, dots, multiply
+from fx_influence.core.tree import add, detached, dot, dot_by_name, multiply
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import TOLERANCE, _within, check_identity, check_rounding
-from fx_influence.estimators.entropy import check_estimator, entropy_coefficients, sequence_shares
+from fx_influence.estimators.entropy import check_estimator, denominator_weights, entropy_coefficients
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
 from fx_influence.objectives import Objective, objective_coefficients
 from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, fresh_part
@@ -233,7 +233,7 @@ def influence(
     # What is kept of U may take as much as the matrix.
     del reach
 
-    per_parameter = dots(g_u, u)
+    per_parameter = dot_by_name(g_u, u)
     whole = torch.stack(list(per_parameter.values())).sum()
     bound = TOLERANCE.get(lowest, 0.0) if tolerance is None else tolerance
     unattributed = torch.zeros_like(whole)
@@ -314,7 +314,7 @@ def _ascents(
         return weighted, torch.zeros_like(batch_e.input_ids[:, 0]), [whole]
     weighted, unions = coefficients_fn(passes.values(params, batch_e)), random_group_index(batch_e)
     count = int(unions.max()) + 1
-    return weighted, unions, (passes.gradient(params, rows(weighted, unions == k)) for k in range(count))
+    return weighted, unions, (passes.gradient(params, select_rows(weighted, unions == k)) for k in range(count))
 
 
 class _Reach(NamedTuple):
@@ -432,7 +432,7 @@ def _errors(parts: Tensor, along: Tensor, shares: Tensor, clusters: Tensor) -> t
 
 
 def _shares(batch_e: Batch, normalize: Normalize, query: Objective | None) -> Tensor:
-    f = sequence_shares(batch_e.completion_mask, normalize if query is None else "sequence")
+    f = denominator_weights(batch_e.completion_mask, normalize if query is None else "sequence")
     return f / f.sum()
 
 

@@ -26,7 +26,7 @@ from fx_influence.core.checks import (
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import check_names, detached
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.entropy import Completions, check_estimator, completions, entropy_coefficients
+from fx_influence.estimators.entropy import CompletionValues, check_estimator, completion_values, entropy_coefficients
 from fx_influence.estimators.snis import SnisDelta, snis
 from fx_influence.estimators.stderr import cluster_index
 from fx_influence.policy.policy import with_all_derivatives
@@ -150,15 +150,15 @@ def _measure(
     once, index = distinct_rows(batch_e)
     together = passes.directions_batch(params, once) if vmapped is None else vmapped
 
-    def at(block: Params, eta: float) -> Completions:
+    def at(block: Params, eta: float) -> CompletionValues:
         moved = _at(passes.moved_values(params, block, eta, once, together), index)
-        return Completions(*vmap(lambda v: completions(v, mask))(moved))
+        return CompletionValues(*vmap(lambda v: completion_values(v, mask))(moved))
 
     # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.
     still = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
-    base = Completions(*(field[0] for field in at(still, 0.0)))
+    base = CompletionValues(*(field[0] for field in at(still, 0.0)))
 
-    def delta(values: Completions) -> SnisDelta:
+    def delta(values: CompletionValues) -> SnisDelta:
         return snis(base, values, estimator, normalize, clip, clusters)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
@@ -217,11 +217,11 @@ def jvp_delta(
     if not second_order:
         return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions)
 
-    base, toward = (completions(v, batch_e.completion_mask) for v in (values, slope))
+    base, toward = (completion_values(v, batch_e.completion_mask) for v in (values, slope))
 
     def estimate(eta: Tensor) -> Tensor:
         logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], toward[:2], strict=True))
-        return snis(base, Completions(logprobs, entropies, base.ok), estimator, normalize, clip=None).delta_h
+        return snis(base, CompletionValues(logprobs, entropies, base.ok), estimator, normalize, clip=None).delta_h
 
     # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
     second_derivative = grad(grad(estimate))(contributions.new_zeros(()))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
-from helpers.run_results import found
+from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
+from helpers.run_results import find_finding
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class Case:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.apply, self.params = apply_of(TinyPolicy(6, 6, 1, 2, 8))
+        self.apply, self.params = make_apply(TinyPolicy(6, 6, 1, 2, 8))
         self.batch_u = random_batch(generator, 4, 8, 6, entropy_coefficients=True)
         self.batch_e = random_batch(generator, 5, 8, 6, coefficients=False, groups=3)
         self.warm = random_adamw_state(generator, self.params)
@@ -169,13 +169,13 @@ def test_result_says_when_it_is_ill_conditioned(share: float, said: bool) -> Non
 
 def test_health_says_what_to_do_when_ill_conditioned() -> None:
     figures = {"conditioning": 0.93}
-    finding = found("Conditioning", figures)
+    finding = find_finding("Conditioning", figures)
     assert finding is not None
     assert finding.level == "attention"
     assert finding.text.startswith("93% of the sum of |influence| rests on denominators that AdamW has from this very")
     assert "Read the total and sums over many rollouts" in finding.text
     assert "measure a later step" in finding.text
-    fine = found("Conditioning", {"conditioning": 0.04})
+    fine = find_finding("Conditioning", {"conditioning": 0.04})
     assert fine is not None
     assert fine.level == "good"
-    assert found("Conditioning") is None
+    assert find_finding("Conditioning") is None

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, random_direction, repadded
+from helpers.cases import (
+    TinyPolicy,
+    add_padding,
+    assert_close,
+    make_apply,
+    random_adamw_state,
+    random_batch,
+    random_direction,
+)
 from helpers.strategies import VOCAB, WIDTH, Case, cases
 from helpers.tolerances import (
     TINY_POLICY,
@@ -79,7 +87,7 @@ def test_the_kernel_agrees_with_its_slow_definition(case: Case, kind: str) -> No
     slow = reference.fisher_kernel(
         case.apply, case.params, case.batch_e, case.batch_u, diagonals(case, kind), case.temperature
     )
-    close(kernel(case, kind), slow)
+    assert_close(kernel(case, kind), slow)
 
 
 @kinds
@@ -88,19 +96,19 @@ def test_the_kernel_agrees_with_its_slow_definition(case: Case, kind: str) -> No
 def test_a_batch_with_itself_gives_a_symmetric_positive_semidefinite_kernel(case: Case, kind: str) -> None:
     batch = batch_b(case, kind)
     plain = kernel(case, kind, batch_a=batch)
-    close(plain, plain.T)
+    assert_close(plain, plain.T)
     if kind != "dictionary":
         values = torch.linalg.eigvalsh((plain + plain.T) / 2)
         assert values[0] >= -rounding_bound(torch.float64, TINY_POLICY, values[-1])
         assert values[-1] > 0
     swapped = kernel(case, kind, batch_a=batch, batch_b=case.batch_e._replace(coefficients=None))
     if kind in ("identity", "dictionary", KINDS[3]):
-        close(swapped, kernel(case, kind, batch_a=case.batch_e, batch_b=batch).T)
+        assert_close(swapped, kernel(case, kind, batch_a=case.batch_e, batch_b=batch).T)
 
 
 def test_a_dictionary_of_negative_diagonals_is_taken_as_it_is(case: Case) -> None:
     negative = {name: -torch.ones_like(p) for name, p in case.params.items()}
-    close(kernel(case, "identity", preconditioner=negative), -kernel(case, "identity"))
+    assert_close(kernel(case, "identity", preconditioner=negative), -kernel(case, "identity"))
 
 
 @kinds
@@ -109,10 +117,10 @@ def test_a_dictionary_of_negative_diagonals_is_taken_as_it_is(case: Case) -> Non
 def test_unchanged_by_padding_chunk_size_and_memory_budget(
     case: Case, kind: str, left: int, right: int, chunk: int
 ) -> None:
-    wide = {"batch_a": repadded(case.batch_e, left, right), "batch_b": repadded(batch_b(case, kind), right, left)}
+    wide = {"batch_a": add_padding(case.batch_e, left, right), "batch_b": add_padding(batch_b(case, kind), right, left)}
     plain = kernel(case, kind)
     for budget in (1, 50_000):
-        close(kernel(case, kind, chunk_size=chunk, memory_budget=budget, **wide), plain)
+        assert_close(kernel(case, kind, chunk_size=chunk, memory_budget=budget, **wide), plain)
 
 
 def test_the_kernel_says_how_raising_one_sequence_moves_another(case: Case) -> None:
@@ -138,7 +146,7 @@ def test_the_kernel_says_how_raising_one_sequence_moves_another(case: Case) -> N
 def test_batch_bs_step_and_not_batch_as_sets_the_denominator(case: Case) -> None:
     louder = case.batch_u._replace(coefficients=10 * case.batch_u.coefficients)
     plain = kernel(case, KINDS[2])
-    close(
+    assert_close(
         kernel(case, KINDS[2], batch_a=case.batch_e._replace(coefficients=louder.coefficients[:1].expand(4, -1))), plain
     )
     assert kernel(case, KINDS[2], batch_b=louder).abs().max() < 0.8 * plain.abs().max()
@@ -151,7 +159,7 @@ def test_learning_rates_and_maximize_are_no_part_of_the_kernel(case: Case) -> No
         name: h._replace(lr_scale=7.0, maximize=True, weight_decay=0.5) for name, h in case.opt_state.hyper.items()
     }
     for kind in KINDS[2:]:
-        close(kernel(case, kind, opt_state=case.opt_state._replace(hyper=hyper)), kernel(case, kind))
+        assert_close(kernel(case, kind, opt_state=case.opt_state._replace(hyper=hyper)), kernel(case, kind))
 
 
 def test_parameters_that_the_optimizer_does_not_hold_are_no_part_of_the_adam_kernel(case: Case) -> None:
@@ -164,7 +172,7 @@ def test_parameters_that_the_optimizer_does_not_hold_are_no_part_of_the_adam_ker
         only = {last: diagonals(case, kind)[last]}
         rest = reference.fisher_kernel(case.apply, case.params, case.batch_e, case.batch_u, only, case.temperature)
         assert rest.abs().max() > 1e-3 * whole.abs().max()
-        close(without + rest, whole)
+        assert_close(without + rest, whole)
 
 
 def test_inputs_are_unchanged_and_live_parameters_have_no_say(case: Case) -> None:
@@ -216,7 +224,7 @@ def test_kernel_is_zero_when_a_batch_has_no_completion(case: Case, field: str) -
 
 
 def test_the_state_of_another_model_is_refused(case: Case) -> None:
-    foreign = random_adamw_state(torch.Generator(), apply_of(TinyPolicy(VOCAB + 1, 6, 1, 2, WIDTH))[1])
+    foreign = random_adamw_state(torch.Generator(), make_apply(TinyPolicy(VOCAB + 1, 6, 1, 2, WIDTH))[1])
     for kind in KINDS[2:]:
         with pytest.raises(ValueError, match=r"opt_state\.exp_avg\['.*'\] has shape .* another model's"):
             kernel(case, kind, opt_state=foreign)
@@ -237,7 +245,7 @@ def test_before_the_first_step_the_state_alone_is_refused_and_a_step_is_not(case
 def case() -> Case:
     generator = torch.Generator().manual_seed(3)
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=1)
-    apply, params = apply_of(model)
+    apply, params = make_apply(model)
     batch_u = random_batch(generator, 3, WIDTH, VOCAB, gaps=True)
     batch_e = random_batch(generator, 4, WIDTH, VOCAB, padding="left", coefficients=False)
     state = random_adamw_state(generator, params)

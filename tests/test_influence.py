@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch, repadded
-from helpers.strategies import VOCAB, WIDTH, Case, cases, options
+from helpers.cases import TinyPolicy, add_padding, assert_close, make_apply, random_adamw_state, random_batch
+from helpers.strategies import VOCAB, WIDTH, Case, cases, influence_options
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from fx_influence.types import Batch
 
 def run(case: Case, **changes: object) -> fx.Influence:
     arguments = {"params": case.params, "batch_u": case.batch_u, "batch_e": case.batch_e, "opt_state": case.opt_state}
-    return fx.influence(**{**arguments, **options(case), **changes})
+    return fx.influence(**{**arguments, **influence_options(case), **changes})
 
 
 @given(case=cases())
@@ -39,15 +39,15 @@ def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
         case.max_grad_norm,
     )
     size = slow.matrix.abs().sum()
-    close(out.matrix, slow.matrix, size)
-    close(adjoint.per_sequence, slow.per_sequence, size)
-    close(adjoint.per_token, slow.per_token, size)
+    assert_close(out.matrix, slow.matrix, size)
+    assert_close(adjoint.per_sequence, slow.per_sequence, size)
+    assert_close(adjoint.per_token, slow.per_token, size)
     for name in ("baseline", "momentum", "weight_decay", "total"):
         whole = max(float(size), abs(float(slow.momentum)), abs(float(slow.weight_decay)), abs(float(slow.total)))
-        close(getattr(adjoint, name), getattr(slow, name), whole)
+        assert_close(getattr(adjoint, name), getattr(slow, name), whole)
     if not slow.stderr.isnan().any():
-        close(out.stderr, slow.stderr, size)
-        close(adjoint.stderr, slow.stderr, size)
+        assert_close(out.stderr, slow.stderr, size)
+        assert_close(adjoint.stderr, slow.stderr, size)
     else:
         assert out.stderr.isnan().all()
         assert adjoint.stderr.isnan().all()
@@ -57,13 +57,13 @@ def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
 def test_the_parts_add_up(case: Case) -> None:
     out = run(case, matrix=True)
     size = float(out.per_sequence.abs().sum() + out.baseline.abs())
-    close(out.per_token.sum(-1), out.per_sequence, size)
-    close(out.matrix.sum(0), out.per_sequence, size)
-    close(out.baseline + out.per_sequence.sum(), out.total, size)
-    close(sum(out.per_parameter.values()), out.per_sequence.sum(), size)
-    close(out.residual, torch.zeros_like(out.residual), out.matrix.abs().sum())
+    assert_close(out.per_token.sum(-1), out.per_sequence, size)
+    assert_close(out.matrix.sum(0), out.per_sequence, size)
+    assert_close(out.baseline + out.per_sequence.sum(), out.total, size)
+    assert_close(sum(out.per_parameter.values()), out.per_sequence.sum(), size)
+    assert_close(out.residual, torch.zeros_like(out.residual), out.matrix.abs().sum())
     if case.gain == "share":
-        close(out.momentum + out.weight_decay, out.baseline, abs(out.momentum) + abs(out.weight_decay))
+        assert_close(out.momentum + out.weight_decay, out.baseline, abs(out.momentum) + abs(out.weight_decay))
     assert not out.per_token[~case.batch_u.completion_mask].any()
 
 
@@ -85,7 +85,7 @@ def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> Non
         normalize=case.normalize,
         temperature=case.temperature,
     )
-    close(out.total, along.first, along.contributions.abs().sum() + out.per_sequence.abs().sum())
+    assert_close(out.total, along.first, along.contributions.abs().sum() + out.per_sequence.abs().sum())
 
 
 def permuted(batch: Batch, order: torch.Tensor) -> Batch:
@@ -100,9 +100,9 @@ def test_equivariant_to_the_order_of_rows(case: Case, seed: int) -> None:
     plain = run(case, matrix=True)
     moved = run(case, matrix=True, batch_u=permuted(case.batch_u, order_u), batch_e=permuted(case.batch_e, order_e))
     size = plain.matrix.abs().sum()
-    close(moved.per_token, plain.per_token[order_u], size)
-    close(moved.matrix, plain.matrix[order_e][:, order_u], size)
-    close(moved.stderr, plain.stderr[order_u], size)
+    assert_close(moved.per_token, plain.per_token[order_u], size)
+    assert_close(moved.matrix, plain.matrix[order_e][:, order_u], size)
+    assert_close(moved.stderr, plain.stderr[order_u], size)
 
 
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
@@ -114,12 +114,12 @@ def test_unchanged_by_padding_and_chunk_size(case: Case, left: int, right: int, 
         matrix=True,
         chunk_size=chunk,
         memory_budget=1,
-        batch_u=repadded(case.batch_u, left, right),
-        batch_e=repadded(case.batch_e, right, left),
+        batch_u=add_padding(case.batch_u, left, right),
+        batch_e=add_padding(case.batch_e, right, left),
     )
     size = plain.matrix.abs().sum()
-    close(wide.per_token[:, left : left + WIDTH], plain.per_token, size)
-    close(wide.matrix, plain.matrix, size)
+    assert_close(wide.per_token[:, left : left + WIDTH], plain.per_token, size)
+    assert_close(wide.matrix, plain.matrix, size)
 
 
 @given(case=cases())
@@ -145,7 +145,7 @@ def test_a_gradient_handed_in_gives_the_same_result(case: Case) -> None:
         reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
     )
     plain, given_grad = run(case), run(case, grad=handed)
-    close(given_grad.per_token, plain.per_token, plain.per_sequence.abs().sum())
+    assert_close(given_grad.per_token, plain.per_token, plain.per_sequence.abs().sum())
     assert given_grad.unattributed == 0
 
 
@@ -153,7 +153,7 @@ def test_a_gradient_handed_in_gives_the_same_result(case: Case) -> None:
 def case() -> Case:
     generator = torch.Generator().manual_seed(3)
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=1)
-    apply, params = apply_of(model)
+    apply, params = make_apply(model)
     batch_u = random_batch(generator, 4, WIDTH, VOCAB)
     batch_e = random_batch(generator, 20, WIDTH, VOCAB, groups=12, coefficients=False)
     state = random_adamw_state(generator, params)
@@ -169,11 +169,11 @@ def test_terms_that_coefficients_cannot_express_are_reported_apart(case: Case) -
     extra = sum(float((slope[k] * step.gain[k] * 0.1).sum()) for k in slope)
     size = sum(float((slope[k] * step.gain[k]).abs().sum()) for k in slope)
     assert_close_to_rounding(out.unattributed, extra, terms=TINY_POLICY, scale=size)
-    close(out.residual, torch.zeros_like(out.residual), out.per_sequence)
+    assert_close(out.residual, torch.zeros_like(out.residual), out.per_sequence)
     direction = sum(float((slope[k] * step.direction[k]).sum()) for k in slope)
     size += sum(float((slope[k] * step.direction[k]).abs().sum()) for k in slope)
     assert_close_to_rounding(out.total, direction, terms=TINY_POLICY, scale=size)
-    close(out.total, out.baseline + out.per_sequence.sum() + out.unattributed, size)
+    assert_close(out.total, out.baseline + out.per_sequence.sum() + out.unattributed, size)
 
 
 class LosesTangent(torch.autograd.Function):
@@ -204,7 +204,7 @@ def test_a_lost_tangent_is_refused_with_the_figure(case: Case, lost: str) -> Non
         return case.apply({**params, lost: LosesTangent.apply(params[lost])}, ids, mask)
 
     intact = run(case)
-    close(intact.residual, torch.zeros_like(intact.residual), intact.per_sequence)
+    assert_close(intact.residual, torch.zeros_like(intact.residual), intact.per_sequence)
     with pytest.raises(fx.IdentityError, match=r"residual .* is .* of .* allowed 1e-09"):
         run(case, apply=lossy)
     with pytest.raises(fx.IdentityError):
@@ -234,10 +234,12 @@ def test_the_totals_error_bar_is_that_of_the_steps_direction(
     step = fx.adamw_decompose(g, case.opt_state, case.params, gain, case.max_grad_norm)
     how = {"apply": case.apply, "temperature": case.temperature, "estimator": case.estimator}
     along = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
-    close(out.total, along.sum(), along.abs().sum())
+    assert_close(out.total, along.sum(), along.abs().sum())
     lengths = case.batch_e.completion_mask.sum(-1).double()
     index = cluster_index(case.batch_e) if matrix else random_group_index(case.batch_e)
-    close(out.total_stderr, cluster_stderr(along, along.sum(), lengths / lengths.sum(), index), along.abs().sum())
+    assert_close(
+        out.total_stderr, cluster_stderr(along, along.sum(), lengths / lengths.sum(), index), along.abs().sum()
+    )
     assert run(case, stderr=False, matrix=matrix, grad=g).total_stderr.isnan()
 
 
@@ -251,10 +253,10 @@ def test_one_cluster_has_no_error_bar(case: Case) -> None:
 def test_usable_inside_a_loop_without_gradients_or_with_them(case: Case) -> None:
     plain = run(case)
     with torch.no_grad():
-        close(run(case).per_token, plain.per_token, plain.per_sequence)
+        assert_close(run(case).per_token, plain.per_token, plain.per_sequence)
     live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
     out = run(case, params=live)
-    close(out.per_token, plain.per_token, plain.per_sequence)
+    assert_close(out.per_token, plain.per_token, plain.per_sequence)
     assert not any(x.requires_grad for x in out if isinstance(x, torch.Tensor))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, max_error, random_adamw_state, random_batch
+from helpers.cases import TinyPolicy, assert_close, make_apply, max_error, random_adamw_state, random_batch
 from helpers.golden import load_golden
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
@@ -64,7 +64,7 @@ class Case:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(6)
-        self.apply, self.params = apply_of(TinyPolicy(6, 6, 1, 2, 8))
+        self.apply, self.params = make_apply(TinyPolicy(6, 6, 1, 2, 8))
         self.batch_u = random_batch(generator, 4, 8, 6)
         self.batch_e = random_batch(generator, 6, 8, 6, groups=4, coefficients=False)
         self.state = random_adamw_state(generator, self.params)
@@ -150,7 +150,7 @@ def test_a_temperature_is_a_policy_with_divided_logits_to_every_function(estimat
         return [*results, *fx.token_values(case.params, case.batch_e, apply, temperature)]
 
     for ours, expected in zip(everything(case.apply, temperature), everything(divided, 1.0), strict=True):
-        close(ours, expected)
+        assert_close(ours, expected)
     weights = [
         fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, apply=case.apply, temperature=x).log_weights
         for x in (1.0, temperature)

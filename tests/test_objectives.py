@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.cases import apply_of, close, dyadic_policy, random_adamw_state
+from helpers.cases import assert_close, dyadic_policy, make_apply, random_adamw_state
 from helpers.enumeration import (
     Score,
     Space,
@@ -18,7 +18,7 @@ from helpers.enumeration import (
     replicate,
     take,
 )
-from helpers.strategies import NORMALIZES, Case, cases, options
+from helpers.strategies import NORMALIZES, Case, cases, influence_options
 from helpers.tolerances import TINY_POLICY, assert_within, central_difference
 from hypothesis import given, settings
 from torch import Tensor
@@ -71,16 +71,18 @@ def per_decision_query(normalize: Normalize) -> Objective:
 def test_entropy_written_by_a_user_is_the_default(
     case: Case, estimator: Any, query: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
-    given_options = {**options(case), "estimator": estimator, "normalize": normalize, "matrix": True}
+    given_options = {**influence_options(case), "estimator": estimator, "normalize": normalize, "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
     own, default = (fx.influence(*inputs, query=q, **given_options) for q in (query(normalize), None))
     size = default.matrix.abs().sum()
-    close(own.matrix, default.matrix, size)
-    close(own.per_token, default.per_token, size)
+    assert_close(own.matrix, default.matrix, size)
+    assert_close(own.per_token, default.per_token, size)
     for name in ("baseline", "momentum", "weight_decay", "total"):
-        close(getattr(own, name), getattr(default, name), size + abs(default.momentum) + abs(default.weight_decay))
+        assert_close(
+            getattr(own, name), getattr(default, name), size + abs(default.momentum) + abs(default.weight_decay)
+        )
     if normalize == "sequence":
-        close(own.stderr, default.stderr, size)
+        assert_close(own.stderr, default.stderr, size)
 
 
 class Exact(NamedTuple):
@@ -115,7 +117,7 @@ class Exact(NamedTuple):
 @pytest.fixture
 def exact() -> Exact:
     generator = torch.Generator().manual_seed(5)
-    apply, params = apply_of(dyadic_policy(generator))
+    apply, params = make_apply(dyadic_policy(generator))
     params = {"table": params["table"] * TEMPERATURE}
     prompts = [torch.tensor([1]), torch.tensor([2, 1])]
     space = enumerate_completions(prompts, eos_id=0, vocab_size=3, max_new_tokens=3, temperature=TEMPERATURE)
@@ -137,8 +139,8 @@ def test_expected_reward_is_exact_on_the_whole_distribution(exact: Exact) -> Non
     out = exact.influence(query=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
     truth = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
     assert truth.abs().min() > 1e-4
-    close(out.per_sequence, truth)
-    close(out.matrix.sum(0), truth, out.matrix.abs().sum())
+    assert_close(out.per_sequence, truth)
+    assert_close(out.matrix.sum(0), truth, out.matrix.abs().sum())
 
 
 def every(step: int, exact: Exact) -> Exact:
@@ -153,8 +155,8 @@ def test_a_constant_added_to_every_reward_changes_nothing_and_a_factor_scales(ex
         some.influence(query=fx.expected_reward(r)).per_token for r in (rewards, rewards + 100.0, -3.0 * rewards)
     )
     # 100 stands beside rewards of unit size until it is centred away.
-    close(moved, plain, 100 * plain.abs().max())
-    close(scaled, -3.0 * plain)
+    assert_close(moved, plain, 100 * plain.abs().max())
+    assert_close(scaled, -3.0 * plain)
     assert plain.abs().max() > 1e-3
 
 
@@ -169,15 +171,15 @@ def test_kl_to_a_reference_is_exact_on_the_whole_distribution(exact: Exact) -> N
     assert kl > 0.005
     truth = exact.slopes(exact.gradient(lambda lp, h, batch: (lp - everywhere).sum(-1)))
     assert truth.abs().min() > 1e-4
-    close(out.per_sequence, truth)
-    close(out.matrix.sum(0), truth, out.matrix.abs().sum())
+    assert_close(out.per_sequence, truth)
+    assert_close(out.matrix.sum(0), truth, out.matrix.abs().sum())
 
 
 def test_kl_to_the_policy_itself_is_at_its_minimum(exact: Exact) -> None:
     own = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
     out = exact.influence(query=fx.kl_to_reference(own), stderr=False)
     for value in (out.per_sequence, out.baseline):
-        close(value, torch.zeros_like(value))
+        assert_close(value, torch.zeros_like(value))
     # Some of the rows do say something; it is over all of them that it comes to nothing.
     assert every(3, exact).influence(query=fx.kl_to_reference(own[::3])).per_sequence.abs().min() > 1e-4
 
@@ -190,7 +192,7 @@ def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_
     theirs = fx.token_values({"table": exact.params["table"].flip(0)}, batch, exact.apply, TEMPERATURE).logprobs
     plain, moved = (some.influence(query=fx.kl_to_reference(x)).per_token for x in (theirs, theirs - 50.0))
     # 50 stands beside log-probabilities of unit size until it is centred away.
-    close(moved, plain, 50 * plain.abs().max())
+    assert_close(moved, plain, 50 * plain.abs().max())
 
 
 def test_kl_reads_the_reference_on_completions_only(exact: Exact) -> None:
@@ -213,7 +215,7 @@ def test_gaps_do_not_change_what_kl_says_of_the_tokens_between_them(case: Case) 
     wide = objective_coefficients(fx.kl_to_reference(theirs), values, case.batch_e)
     tight = objective_coefficients(fx.kl_to_reference(theirs.gather(-1, order)), moved, packed)
     for a, b in zip(wide, tight, strict=True):
-        close(a.gather(-1, order), b)
+        assert_close(a.gather(-1, order), b)
 
 
 def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact) -> None:
@@ -228,9 +230,9 @@ def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact)
         return (entropies * (mask & (mask.cumsum(-1) == 1))).sum(-1) / len(mask)
 
     longer = exact.slopes(exact.gradient(lambda lp, h, batch: batch.completion_mask.sum(-1).double()))
-    close(exact.influence(query=length).per_sequence, longer)
+    assert_close(exact.influence(query=length).per_sequence, longer)
     firsts = exact.slopes(exact.gradient(lambda lp, h, batch: first_entropy(lp, h, batch) * len(h)))
-    close(exact.influence(query=first_entropy).per_sequence, firsts)
+    assert_close(exact.influence(query=first_entropy).per_sequence, firsts)
     assert longer.abs().min() > 1e-3
     assert firsts.abs().max() > 1e-3
 
@@ -269,7 +271,7 @@ def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(e
 def test_the_default_is_exact_too(exact: Exact) -> None:
     for normalize in NORMALIZES:
         truth = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
-        close(exact.influence(normalize=normalize).per_sequence, truth)
+        assert_close(exact.influence(normalize=normalize).per_sequence, truth)
 
 
 def test_error_bars_of_a_query_are_those_of_a_mean_over_es_clusters(exact: Exact) -> None:
@@ -280,8 +282,8 @@ def test_error_bars_of_a_query_are_those_of_a_mean_over_es_clusters(exact: Exact
     query = fx.expected_reward(ones_in(some))
     out = exact._replace(batch_e=some).influence(query=query, matrix=True)
     slow = reference.standard_error(out.matrix, some.completion_mask.sum(-1).tolist(), some.group, "sequence")
-    close(out.stderr, slow)
-    close(exact._replace(batch_e=some).influence(query=query).per_token, out.per_token)
+    assert_close(out.stderr, slow)
+    assert_close(exact._replace(batch_e=some).influence(query=query).per_token, out.per_token)
 
 
 def doubled(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_batch, random_direction, repadded
-from helpers.strategies import ESTIMATORS, NORMALIZES, VOCAB, WIDTH, Case, cases, options, seeds
+from helpers.cases import TinyPolicy, add_padding, assert_close, make_apply, random_batch, random_direction
+from helpers.strategies import ESTIMATORS, NORMALIZES, VOCAB, WIDTH, Case, cases, influence_options, seeds
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, central_curvature, policy_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fx_influence as fx
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.testing import reference
 from fx_influence.types import Batch, Estimator, Normalize, Params
 
@@ -28,7 +28,7 @@ etas = st.sampled_from([1e-4, 0.3, 3.0])
 
 def chosen(case: Case) -> dict[str, Any]:
     """What ``snis_delta`` and ``jvp_delta`` share with the options of ``influence``."""
-    return {k: v for k, v in options(case).items() if k not in ("gain", "max_grad_norm")}
+    return {k: v for k, v in influence_options(case).items() if k not in ("gain", "max_grad_norm")}
 
 
 def direction_of(case: Case, seed: int = 0) -> Params:
@@ -57,11 +57,11 @@ def test_snis_agrees_with_the_slow_reference(
         case.apply, case.params, v, eta, case.batch_e, estimator, normalize, clip, case.temperature
     )
     size = slow.contributions.abs().sum()
-    close(out.contributions, slow.contributions, size)
-    close(out.delta_h, slow.delta_h, size)
-    close(out.log_weights, slow.log_weights)
-    close(out.ess, slow.ess)
-    close(out.clip_fraction, slow.clip_fraction)
+    assert_close(out.contributions, slow.contributions, size)
+    assert_close(out.delta_h, slow.delta_h, size)
+    assert_close(out.log_weights, slow.log_weights)
+    assert_close(out.ess, slow.ess)
+    assert_close(out.clip_fraction, slow.clip_fraction)
 
 
 @estimates
@@ -82,8 +82,8 @@ def test_contributions_add_up_to_the_uncentred_change(
     here = fx.entropy_estimate(old, case.batch_e, normalize)
     out = snis(case, v, eta)
     size = out.contributions.abs().sum() + here
-    close(out.contributions.sum(), moved - here, size)
-    close(out.delta_h, moved - here, size)
+    assert_close(out.contributions.sum(), moved - here, size)
+    assert_close(out.delta_h, moved - here, size)
 
 
 @estimates
@@ -99,8 +99,8 @@ def test_first_order_contributions_are_the_surrogates_slopes(
         case.apply, case.params, case.batch_e, estimator, normalize, case.temperature
     )
     slopes = torch.tensor([reference.inner(g, v) for g in gradients], dtype=torch.float64)
-    close(out.contributions, slopes, slopes.abs().sum())
-    close(out.first, slopes.sum(), slopes.abs().sum())
+    assert_close(out.contributions, slopes, slopes.abs().sum())
+    assert_close(out.first, slopes.sum(), slopes.abs().sum())
 
 
 @estimates
@@ -147,13 +147,13 @@ def test_first_is_linear_and_second_quadratic_in_the_direction(case: Case, seed:
     mixed = {name: a * v[name] + b * w[name] for name in v}
     one, other, both = (derivatives(case, x) for x in (v, w, mixed))
     size = abs(a) * one.contributions.abs().sum() + abs(b) * other.contributions.abs().sum()
-    close(both.contributions, a * one.contributions + b * other.contributions, size)
-    close(both.first, a * one.first + b * other.first, size)
+    assert_close(both.contributions, a * one.contributions + b * other.contributions, size)
+    assert_close(both.first, a * one.first + b * other.first, size)
     crossed, opposed = (
         derivatives(case, {name: a * v[name] + sign * b * w[name] for name in v}).second for sign in (1, -1)
     )
     parts = torch.stack([2 * a**2 * one.second, 2 * b**2 * other.second])
-    close(crossed + opposed, parts.sum(), parts.abs().sum() + size + crossed.abs())
+    assert_close(crossed + opposed, parts.sum(), parts.abs().sum() + size + crossed.abs())
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-12, 1e12])
@@ -161,17 +161,17 @@ def test_directions_tiny_or_huge_lose_no_digits(factor: float) -> None:
     case = fixed_case()
     v = direction_of(case)
     plain, scaled = derivatives(case, v), derivatives(case, {name: factor * x for name, x in v.items()})
-    close(scaled.contributions / factor, plain.contributions)
-    close(scaled.second / factor**2, plain.second)
+    assert_close(scaled.contributions / factor, plain.contributions)
+    assert_close(scaled.second / factor**2, plain.second)
 
 
 def test_names_absent_from_the_direction_stand_still() -> None:
     case = fixed_case()
     part = {name: x for name, x in direction_of(case).items() if "blocks" in name}
     filled = {name: part.get(name, torch.zeros_like(p)) for name, p in case.params.items()}
-    close(snis(case, part, 0.5).contributions, snis(case, filled, 0.5).contributions)
-    close(derivatives(case, part).contributions, derivatives(case, filled).contributions)
-    close(derivatives(case, part).second, derivatives(case, filled).second)
+    assert_close(snis(case, part, 0.5).contributions, snis(case, filled, 0.5).contributions)
+    assert_close(derivatives(case, part).contributions, derivatives(case, filled).contributions)
+    assert_close(derivatives(case, part).second, derivatives(case, filled).second)
     nowhere = snis(case, {}, 0.5)
     assert nowhere.delta_h == 0
     assert nowhere.ess == len(case.batch_e.input_ids)
@@ -185,11 +185,11 @@ def test_unchanged_by_padding_and_chunk_size(
     case: Case, left: int, right: int, chunk: int, estimator: Estimator, normalize: Normalize
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
-    v, wide = direction_of(case), {"batch_e": repadded(case.batch_e, left, right), "chunk_size": chunk}
+    v, wide = direction_of(case), {"batch_e": add_padding(case.batch_e, left, right), "chunk_size": chunk}
     same(snis(case, v, 2.0, clip=0.3, **wide), snis(case, v, 2.0, clip=0.3))
     plain, padded = derivatives(case, v), derivatives(case, v, **wide)
-    close(padded.contributions, plain.contributions, plain.contributions.abs().sum())
-    close(padded.second, plain.second, plain.contributions.abs().sum() + plain.second.abs())
+    assert_close(padded.contributions, plain.contributions, plain.contributions.abs().sum())
+    assert_close(padded.second, plain.second, plain.contributions.abs().sum() + plain.second.abs())
 
 
 @estimates
@@ -218,7 +218,7 @@ def test_a_rollout_without_tokens_counts_and_contributes_nothing(estimator: Esti
     assert lengths[0] == 0
     v = direction_of(case)
     moved = snis(case, v, 2.0).contributions
-    close(moved[0], torch.zeros_like(moved[0]), moved)
+    assert_close(moved[0], torch.zeros_like(moved[0]), moved)
     assert snis(case, v, 2.0).log_weights[0] == 0
     assert derivatives(case, v).contributions[0] == 0
     others = Batch._make(None if field is None else field[1:] for field in case.batch_e)
@@ -227,7 +227,7 @@ def test_a_rollout_without_tokens_counts_and_contributes_nothing(estimator: Esti
         fx.entropy_estimate(fx.token_values(case.params, batch, case.apply, case.temperature), batch, normalize)
         for batch in (case.batch_e, others)
     )
-    close(entropy, share * without)
+    assert_close(entropy, share * without)
 
 
 @given(case=cases(), seed=seeds)
@@ -310,12 +310,12 @@ def test_the_standard_error_is_the_jackknife_over_clusters(estimator: str, norma
     clusters = group if group is not None else torch.arange(7)
     v, eta = direction_of(case), 0.3
     without = torch.stack(
-        [snis(case, v, eta, batch_e=rows(case.batch_e, clusters != c)).delta_h for c in clusters.unique()]
+        [snis(case, v, eta, batch_e=select_rows(case.batch_e, clusters != c)).delta_h for c in clusters.unique()]
     )
     c = len(without)
     expected = ((c - 1) / c * (without - without.mean()).square().sum()).sqrt()
     assert expected > 1e-4
-    close(snis(case, v, eta).stderr, expected)
+    assert_close(snis(case, v, eta).stderr, expected)
     alone = case.batch_e._replace(group=torch.zeros(7, dtype=torch.int64))
     assert snis(case, v, eta, batch_e=alone).stderr.isnan()
 
@@ -325,7 +325,7 @@ def same(actual: fx.SnisDelta, expected: fx.SnisDelta) -> None:
         if name == "stderr" and value.isnan():
             assert actual.stderr.isnan(), "one cluster has no standard error, however it is measured"
         else:
-            close(getattr(actual, name), value)
+            assert_close(getattr(actual, name), value)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -363,6 +363,6 @@ def fixed_case(seed: int = 0) -> Case:
     """Seven rollouts with gaps, the first without a token, the padding on the left, at a temperature of 0.8."""
     generator = torch.Generator().manual_seed(seed)
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=seed)
-    apply, params = apply_of(model)
+    apply, params = make_apply(model)
     batch = random_batch(generator, 7, WIDTH, VOCAB, gaps=True, min_len=0, padding="left", coefficients=False)
     return Case(model, apply, params, batch, batch, None, "per_decision", "token", "share", 0.8, None)

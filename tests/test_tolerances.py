@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, random_batch
+from helpers.cases import TinyPolicy, make_apply, random_batch
 from helpers.strategies import VOCAB, WIDTH
 from helpers.tolerances import (
     ROOM,
@@ -55,7 +55,7 @@ def test_rounding_bound_is_the_worst_case_to_100_terms() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_policy_terms_bounds_a_policy_and_its_gradients(dtype: torch.dtype) -> None:
-    apply, params = apply_of(TinyPolicy(layers=2))
+    apply, params = make_apply(TinyPolicy(layers=2))
     batch = random_batch(torch.Generator().manual_seed(0), 3, 12, 7)
     low = {name: p.detach().to(dtype) for name, p in params.items()}
     exact = {name: p.double() for name, p in low.items()}
@@ -69,7 +69,7 @@ def test_policy_terms_bounds_a_policy_and_its_gradients(dtype: torch.dtype) -> N
 
 def test_tiny_policy_is_as_deep_as_the_tests_policies() -> None:
     widest = max(
-        policy_terms(apply_of(model)[1], width)
+        policy_terms(make_apply(model)[1], width)
         for model, width in ((TinyPolicy(layers=2), 12), (TinyPolicy(VOCAB, 6, 2, 2, WIDTH), WIDTH))
     )
     assert 0.3 * TINY_POLICY < widest <= TINY_POLICY

@@ -26,7 +26,7 @@ import fx_influence as fx
 from benchmarks.evidence.arithmetic import token_scores
 from benchmarks.evidence.trainings import Benchmark, Moment, Policy, moments, started
 from benchmarks.harness import drawn, interval, shown
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.interop.rollouts.record import Rollout, collate
 from fx_influence.types import Batch
 
@@ -91,7 +91,9 @@ def update(training: Training, policy: Policy, now: Moment) -> None:
     elif training.method in ("clip-cov", "kl-cov"):
         held = covariant(old, advantages, batch.completion_mask)
     for some in torch.tensor(now.rng.sample(range(len(advantages)), len(advantages))).chunk(PIECES):
-        gain, entropy = _gain(training.method, policy.model, rows(batch, some), old[some], advantages[some], held[some])
+        gain, entropy = _gain(
+            training.method, policy.model, select_rows(batch, some), old[some], advantages[some], held[some]
+        )
         scale = 1 / (len(some) * policy.task.max_new_tokens)
         bonus = BONUS * entropy.sum() if training.method == "bonus" else 0.0
         now.optimizer.zero_grad()

@@ -43,8 +43,13 @@ from benchmarks.harness import interval, shown
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import rows
-from fx_influence.estimators.entropy import TokenCoefficients, centred, completions, entropy_coefficients
+from fx_influence.batching.microbatch import select_rows
+from fx_influence.estimators.entropy import (
+    TokenCoefficients,
+    centred_entropies,
+    completion_values,
+    entropy_coefficients,
+)
 from fx_influence.interop.rollouts.record import collate
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
@@ -82,8 +87,8 @@ def by_prompt(values: TokenValues, batch: Batch) -> TokenCoefficients:
 
     A baseline may depend on the prompt. The mean is that of the prompt's other completions, so that it is independent.
     """
-    done = completions(values, batch.completion_mask)
-    x = centred(done, "per_decision", "token", done)
+    done = completion_values(values, batch.completion_mask)
+    x = centred_entropies(done, "per_decision", "token", done)
     group = torch.unique(batch.group, return_inverse=True)[1] if batch.group is not None else torch.arange(len(x))
     sums = torch.zeros(int(group.max()) + 1, x.shape[1], dtype=x.dtype).index_add(0, group, x)
     others = torch.bincount(group).to(x)[group].unsqueeze(1) - 1
@@ -150,13 +155,13 @@ def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, A
             indices = [draw(size, np.random.default_rng([now.step, size, k])) for k in range(draws)]
             found = []
             for index in indices:
-                some = rows(source, index)
+                some = select_rows(source, index)
                 wanted = ESTIMATORS.get(name, entropy_coefficients)(TokenValues(*(v[index] for v in values)), some)
                 found.append(_against(toward @ _ascent(params, some, wanted, apply), truth))
             means = {f: float(np.mean([one[f] for one in found])) for f in FIELDS}
             if name == "per_decision":
                 options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "per_token": False}
-                drawn = [rows(source, index) for index in indices[: max(1, draws // 4)]]
+                drawn = [select_rows(source, index) for index in indices[: max(1, draws // 4)]]
                 bars = [fx.influence(params, now.batch, e, state, **options) for e in drawn]
                 means["noise_share"] = float(np.mean([noise_share(out) for out in bars]))
             out.append({"estimator": name, "rollouts": size, "each": each, **means})

@@ -68,7 +68,7 @@ def linearize_losses(
         out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
         for part, factors in kept:
             own = row_factors(params, batch, part, apply, names, temperature)[0] if factors is None else factors
-            out[:, part.members] = inner_products(own, units, len(part.members))
+            out[:, part.row_index] = inner_products(own, units, len(part.row_index))
         return out * out.new_tensor(scales).unsqueeze(1)
 
     return total, contract

@@ -11,7 +11,7 @@ from torch import Tensor
 from fx_influence.autodiff.ghost import thin_product
 from fx_influence.autodiff.layer_io import bytes_per_token, factored_names, row_factors, row_gradients
 from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss, rows_batch
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, select_rows
 from fx_influence.core.tree import promote
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params
@@ -66,7 +66,7 @@ def gradient_gram(
         room = memory_budget - size * _row_bytes(held, group)
         source = _Source(params, held, group, factored, vmapped, per_token, of_b, temperature, room, chunk_size)
         for j in range(0, shape[1], size):
-            block = rows(batch_b, slice(j, j + size))
+            block = select_rows(batch_b, slice(j, j + size))
             columns, weighted = _weighted(source.chunks(block), len(block.input_ids), held, group, diagonal)
             for index, rows_of in source._replace(apply=apply).chunks(batch_a):
                 found = _inner(rows_of, len(index), weighted, held, group, room // 4)
@@ -100,7 +100,7 @@ class _Source(NamedTuple):
         tokens = min(wanted, int(self.room / (4.5 * self.per_token)))
         for part in micro_batches(batch, None, split_policy(self.apply).left_alignable, tokens, limit):
             options = self.apply, self.temperature, self.vmapped
-            yield part.members, _rows(self.params, batch, part, factored, others, *options)
+            yield part.row_index, _rows(self.params, batch, part, factored, others, *options)
 
 
 def _groups(held: Params, room: int) -> Iterator[Slices]:
@@ -140,7 +140,7 @@ def rollout_gradients(params: Params, batch: Batch, apply: Apply, temperature: f
     [part] = micro_batches(batch, len(batch.input_ids), split_policy(apply).left_alignable)
     vmapped = _vmapped(params, batch, others, apply, temperature)
     rows_of = _rows(params, batch, part, factored, others, apply, temperature, vmapped)
-    back = part.members.argsort()
+    back = part.row_index.argsort()
     found = {}
     for name, p in params.items():
         out = p.new_empty(len(back), p.numel(), dtype=promote(p.dtype))
@@ -171,10 +171,10 @@ def _rows(
     temperature: float,
     vmapped: bool,
 ) -> Rows:
-    count = len(part.members)
+    count = len(part.row_index)
     factors = row_factors(params, batch, part, apply, factored, temperature)[0] if factored else {}
     loss, chunk_size = _loss(params, apply, temperature), None if vmapped else 1
-    rest = per_sample_grads(loss, others, rows(batch, part.members), chunk_size) if others else {}
+    rest = per_sample_grads(loss, others, select_rows(batch, part.row_index), chunk_size) if others else {}
 
     def rows_of(name: str, part: slice, out: Tensor) -> None:
         p = params[name]

@@ -46,7 +46,7 @@ def row_factors(
 ) -> tuple[Factors, Gradients]:
     """Factors of the gradient of every row's rollout loss, for the parameters ``names``, see ``factored_names``.
 
-    Rows stand in the order of ``part.members``. One forward and one reverse pass, as in a training step. The gradient
+    Rows stand in the order of ``part.row_index``. One forward and one reverse pass, as in a training step. The gradient
     of the whole part's loss, at least float32, comes along for the parameters that require one; where none does, the
     reverse pass stops short of the weights. Memory: inputs and output gradients of every use, (b, S, in + out), inputs
     that uses share only once. Raises ``ValueError`` where a parameter of ``names`` is used in a way that has no factor.
@@ -61,7 +61,7 @@ def row_factors(
         >>> row_gradients(factors, "w", params["w"], slice(0, 4), rows=2)[0, 1].tolist()
         [0.25, 0.25, -0.75, 0.25]
     """
-    policy, count = split_policy(apply), len(part.members)
+    policy, count = split_policy(apply), len(part.row_index)
     total: Gradients = dict.fromkeys(params)
     body = _Recorder(params, part.input_ids.shape, names)
     with torch.enable_grad(), body:
@@ -103,7 +103,7 @@ def _through_head(
 ) -> tuple[_Recorder, Tensor]:
     """What the head makes of the scored features, recorded, and the loss's gradient by all features."""
     toward = torch.zeros_like(features)
-    at = part.row, part.column
+    at = part.row, part.position
     if not _seen_in_head(params, features[:, :1], policy, names).uses:
         toward[at], found = head_vjp(policy, params, features[at], part.targets, weights, temperature)
         accumulate(total, found.items())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.autodiff.token_values import surrogate, token_values
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.core.checks import check_apply, check_function, check_is_batch, check_options, check_params
 from fx_influence.core.tree import promote
 from fx_influence.types import Apply, Batch, Params
@@ -112,7 +112,7 @@ def rows_batch(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch
 
     False as well where torch would go row by row inside, for want of a batching rule, which it warns of.
     """
-    two = rows(batch, torch.tensor([0, len(batch.input_ids) - 1], device=batch.input_ids.device))
+    two = select_rows(batch, torch.tensor([0, len(batch.input_ids) - 1], device=batch.input_ids.device))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*performance drop")
         try:

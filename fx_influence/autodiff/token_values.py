@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, select_rows
 from fx_influence.core.checks import check_apply, check_fields, check_options, check_params
 from fx_influence.core.tree import promote, shift
 from fx_influence.policy.lm_head import MAX_LOGITS, TokenWeights, head_token_values
@@ -127,7 +127,7 @@ def directions_batch(
     """
     if len(batch.input_ids) == 0 or _together(batch, chunk_size) == 1:
         return False
-    some = rows(batch, slice(0, 1))
+    some = select_rows(batch, slice(0, 1))
     two = {name: torch.zeros_like(p).expand(2, *p.shape) for name, p in params.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*performance drop")
@@ -141,12 +141,12 @@ def directions_batch(
 
 def scored_features(features: Tensor, part: MicroBatch) -> Tensor:
     """(n, d): the features that score a completion token each, of those at all places (b, L, d)."""
-    return features[part.row, part.column]
+    return features[part.row, part.position]
 
 
 def in_place(found: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> TokenValues:
     """The values (..., n) of every part's tokens where they stand in the batch, (..., B, T)."""
-    place = torch.cat([part.place for part, _ in found])
+    place = torch.cat([part.flat_index for part, _ in found])
     out = []
     for field in zip(*(values for _, values in found), strict=True):
         value = torch.cat(field, -1)
@@ -157,7 +157,7 @@ def in_place(found: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> T
 
 def weights_of(batch: Batch, part: MicroBatch) -> TokenWeights:
     """c and b of the tokens that a part scores."""
-    c, b = (None if w is None else w.flatten()[part.place] for w in batch[3:5])
+    c, b = (None if w is None else w.flatten()[part.flat_index] for w in batch[3:5])
     return c, b
 
 

@@ -17,19 +17,19 @@ TOKENS_PER_CHUNK = 2048
 class MicroBatch(NamedTuple):
     """Rows of a batch as the model reads them, and where its features score a completion token.
 
-    ``members``: (b,), the rows. ``input_ids``, ``attention_mask``: (b, L). ``row``, ``column``: (n,), where there the
-    features are that score each completion token, row by row in order. ``targets``: (n,), the tokens scored.
-    ``place``: (n,), where these stand in the whole batch, (row, position) as one index. ``layout``: where rows share
-    prompts, the tokens of all of them lie in a single row, see ``shared_prompts``; else None.
+    ``row_index``: (b,), the rows of the batch. ``input_ids``, ``attention_mask``: (b, L). ``row``, ``position``: (n,),
+    index into the hidden states (b, L) of the state that scores each completion token, row by row in order.
+    ``targets``: (n,), the tokens scored. ``flat_index``: (n,), their positions in the batch as row * T + position.
+    ``layout``: where rows share prompts, their tokens are packed into a single row, see ``PackedLayout``; else None.
     """
 
-    members: Tensor
+    row_index: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     row: Tensor
-    column: Tensor
+    position: Tensor
     targets: Tensor
-    place: Tensor
+    flat_index: Tensor
     layout: PackedLayout | None = None
 
 
@@ -50,7 +50,7 @@ def micro_batches(
         >>> ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False] * 3 + [True] * 2, [False, True, True, True, False]]))
         >>> [part] = micro_batches(batch, None, left_alignable=True)
-        >>> part.input_ids.tolist(), part.members.tolist(), part.targets.tolist(), part.column.tolist()
+        >>> part.input_ids.tolist(), part.row_index.tolist(), part.targets.tolist(), part.position.tolist()
         ([[5, 6, 7], [5, 6, 7]], [1, 0], [6, 7, 8, 6, 7], [0, 1, 2, 0, 1])
     """
     count, width = batch.input_ids.shape
@@ -90,7 +90,7 @@ def _part(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, left_alig
     return MicroBatch(index, ids, attention, row, column, batch.input_ids.flatten()[place], place)
 
 
-def rows(batch: Batch, index: slice | Tensor) -> Batch:
+def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
     """The rows of a batch that ``index`` picks, in its order."""
     return Batch._make(None if field is None else field[index] for field in batch)
 
@@ -111,7 +111,7 @@ def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
     unique, index = torch.unique(torch.cat(fields, dim=1), dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(index), dtype=torch.int64, device=index.device)
     first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
-    return rows(batch, first), index
+    return select_rows(batch, first), index
 
 
 def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
@@ -119,7 +119,7 @@ def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
     n, t = batch.input_ids.shape
     size = max(1, TOKENS_PER_CHUNK // max(t, 1)) if chunk_size is None else chunk_size
     for start in range(0, n, size):
-        yield rows(batch, slice(start, start + size))
+        yield select_rows(batch, slice(start, start + size))
 
 
 class LengthBucket(NamedTuple):
@@ -137,9 +137,9 @@ class LengthBucket(NamedTuple):
 class PackedLayout(NamedTuple):
     """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
 
-    ``position_ids``: (1, N). ``back``: (N,), where a token is among the queries of all ``blocks``.
+    ``position_ids``: (1, N). ``inverse_index``: (N,), where a token is among the queries of all ``buckets``.
     """
 
     position_ids: Tensor
-    blocks: list[LengthBucket]
-    back: Tensor
+    buckets: list[LengthBucket]
+    inverse_index: Tensor

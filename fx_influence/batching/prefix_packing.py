@@ -57,9 +57,9 @@ def packed_micro_batches(
         >>> ids = torch.tensor([[7, 8, 1, 2], [7, 8, 3, 4]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, False, True, True]] * 2))
         >>> [part] = packed_micro_batches(batch, None)
-        >>> part.input_ids.tolist(), part.targets.tolist(), part.column.tolist()
+        >>> part.input_ids.tolist(), part.targets.tolist(), part.position.tolist()
         ([[7, 8, 1, 3]], [1, 2, 3, 4], [1, 2, 1, 3])
-        >>> part.layout.position_ids.tolist(), part.layout.blocks[0].keys.tolist()
+        >>> part.layout.position_ids.tolist(), part.layout.buckets[0].keys.tolist()
         ([[0, 1, 2, 2]], [[0, 1, 2], [0, 1, 2], [0, 1, 3]])
     """
     found = _rows_of(batch)
@@ -87,7 +87,7 @@ def packed_micro_batches(
     return [_part(batch, found, torch.tensor(members, device=batch.input_ids.device)) for members in chosen]
 
 
-def prompt_numbers(batch: Batch) -> Tensor:
+def prompt_index(batch: Batch) -> Tensor:
     """Return for every row the number of its prompt, int64 (B,): rows with equal prompts have equal numbers.
 
     A prompt is what is attended to before the first completion token, wherever the padding is.
@@ -95,7 +95,7 @@ def prompt_numbers(batch: Batch) -> Tensor:
     Example:
         >>> ids = torch.tensor([[0, 7, 8, 1], [7, 8, 2, 0], [7, 9, 1, 0]])
         >>> completion = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 0]]).bool()
-        >>> prompt_numbers(Batch(ids, ids > 0, completion)).tolist()
+        >>> prompt_index(Batch(ids, ids > 0, completion)).tolist()
         [0, 0, 1]
     """
     begin, first = _bounds(batch)
@@ -115,7 +115,7 @@ def warn_of_shared_prompts(field: str, batch: Batch, calls: int = 2) -> None:
     """
     if batch.group is not None:
         return
-    rows, prompts = len(batch.input_ids), len(torch.unique(prompt_numbers(batch)))
+    rows, prompts = len(batch.input_ids), len(torch.unique(prompt_index(batch)))
     if prompts < rows:
         warnings.warn(
             f"{field}.group is None and {rows} rows have {prompts} distinct prompts; expected the prompt of each row, "

@@ -68,7 +68,7 @@ def check_policy(params: Params, apply: Apply) -> None:
         remedy = f"These are another model's. {SPLIT}"
         for name, p in params.items():
             if name not in shapes:
-                near = nearest(name, shapes)
+                near = did_you_mean(name, shapes)
                 raise ValueError(f"params[{name!r}] is not among the {len(shapes)} of apply's model{near}. {remedy}")
             if p.shape != shapes[name]:
                 raise ValueError(
@@ -144,14 +144,14 @@ def check_function(field: str, value: object, remedy: str) -> None:
 def check_choice(field: str, value: object, known: Sequence[str]) -> None:
     """Raise ``ValueError`` for a value that is not among the known ones, with the nearest of them."""
     if value not in known:
-        raise ValueError(f"{field} is {value!r}; use one of {', '.join(known)}{nearest(value, known)}")
+        raise ValueError(f"{field} is {value!r}; use one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
-def nearest(value: object, known: Mapping[str, object] | Sequence[str]) -> str:
+def did_you_mean(value: object, known: Mapping[str, object] | Sequence[str]) -> str:
     """Return words that name the known name most like ``value``, or none where none is like it.
 
     Example:
-        >>> nearest("shares", ["share", "marginal"]), nearest("x", ["share"])
+        >>> did_you_mean("shares", ["share", "marginal"]), did_you_mean("x", ["share"])
         (" (the nearest is 'share')", '')
     """
     names = {name.lower(): name for name in known}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_tree, nearest
+from fx_influence.core.checks import check_tree, did_you_mean
 from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
 from fx_influence.types import Gradients, Params
 
@@ -31,10 +31,10 @@ def dot(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> Tensor:
         >>> dot({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0]), "v": torch.ones(1)}).item()
         3.0
     """
-    return torch.stack(list(dots(a, b).values())).sum()
+    return torch.stack(list(dot_by_name(a, b).values())).sum()
 
 
-def dots(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def dot_by_name(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """<a_name, b_name> for every name of ``b``, as in ``dot``; of DTensors, one all-reduce for all names."""
     out = {name: to_local(y).new_zeros((), dtype=torch.float64) for name, y in b.items()}
     found = {name: _dot(to_local(x).flatten(), to_local(b[name]).flatten()) for name, x in a.items() if x is not None}
@@ -120,7 +120,7 @@ def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, r
     check_tree(field, tree, remedy)
     for name, value in tree.items():
         if name not in params:
-            near = nearest(name, params)
+            near = did_you_mean(name, params)
             raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}{near}")
         if value is not None and value.shape != params[name].shape:
             raise ValueError(

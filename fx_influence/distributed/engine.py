@@ -12,7 +12,7 @@ from torch import Tensor
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import JvpFn
 from fx_influence.autodiff.gradients import LinearOutputCaches
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, select_rows
 from fx_influence.batching.prefix_packing import shared_prompt_index
 from fx_influence.core.checks import check_fields, wrong_type
 from fx_influence.core.dtensor import is_sharded
@@ -138,7 +138,7 @@ class DataParallelEngine(Engine):
         down = _blocks_down(*shape, self.mesh.size())
         cuts = zip(shape, (down, self.mesh.size() // down), strict=True)
         a, b = (_cut(count, pieces, batch_a.input_ids.device) for count, pieces in cuts)
-        own = rows(batch_a, a[rank // len(b)]), rows(batch_b, b[rank % len(b)])
+        own = select_rows(batch_a, a[rank // len(b)]), select_rows(batch_b, b[rank % len(b)])
         local = self._local(params, batch_a).passes
         blocks = all_gather(self.mesh, local.kernel(params, *own, diagonal, memory_budget, apply_b))
         out = blocks.new_empty(shape)

@@ -11,7 +11,7 @@ from fx_influence.core.checks import check_choice, check_is_batch, wrong_type
 from fx_influence.types import Batch, Estimator, Normalize, TokenValues
 
 
-class Completions(NamedTuple):
+class CompletionValues(NamedTuple):
     """Token values indexed by rank among a row's completion tokens, float64; one row is one rollout.
 
     ``logprobs``, ``entropies``: (n, R) with R the longest completion, 0 from a row's length on. ``ok``: bool (n, R).
@@ -29,7 +29,7 @@ class TokenCoefficients(NamedTuple):
     entropies: Tensor
 
 
-def completions(values: TokenValues, completion_mask: Tensor) -> Completions:
+def completion_values(values: TokenValues, completion_mask: Tensor) -> CompletionValues:
     """Close the gaps of prompts, tool output and padding: the token at rank t of each row moves to column t.
 
     The mask is read outside of vmap: only ``values`` may carry a batch dimension of directions.
@@ -39,7 +39,7 @@ def completions(values: TokenValues, completion_mask: Tensor) -> Completions:
     order = (~completion_mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :longest]
     ok = completion_mask.gather(-1, order)
     logprobs, entropies = (torch.where(ok, v.double().gather(-1, order), 0.0) for v in values)
-    return Completions(logprobs, entropies, ok)
+    return CompletionValues(logprobs, entropies, ok)
 
 
 def check_estimator(estimator: str, normalize: str) -> None:
@@ -69,16 +69,18 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
             f"batch.completion_mask of shape {tuple(batch.completion_mask.shape)} has no True at all; expected at "
             "least one completion token, since the entropy of none is undefined. Give rollouts with tokens"
         )
-    return values.entropies.double().sum() / sequence_shares(batch.completion_mask, normalize).sum()
+    return values.entropies.double().sum() / denominator_weights(batch.completion_mask, normalize).sum()
 
 
-def sequence_shares(completion_mask: Tensor, normalize: Normalize) -> Tensor:
+def denominator_weights(completion_mask: Tensor, normalize: Normalize) -> Tensor:
     """f_a, the weight of a rollout in the denominator: T_a per token, 1 per sequence; float64 (n,)."""
     lengths = completion_mask.sum(-1).double()
     return lengths if normalize == "token" else torch.ones_like(lengths)
 
 
-def centred(done: Completions, estimator: Estimator, normalize: Normalize, centre: Completions) -> Tensor:
+def centred_entropies(
+    done: CompletionValues, estimator: Estimator, normalize: Normalize, centre: CompletionValues
+) -> Tensor:
     """x, the entropies less what the mean policy would have given, the centre frozen at ``centre``'s values.
 
     ``"sequence"``: x_a = h_a - H f_a, (n,). ``"per_decision"``: x_at = (h_at - mean h_t) - H (ok_at - mean ok_t) per
@@ -107,11 +109,11 @@ def entropy_coefficients(
     of log pi(y_at) is x_a / Z, or sum_{t' > t} x_at' / Z; that of h_at is 1 / Z.
     Source: score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
     """
-    done = completions(values, batch.completion_mask)
-    x = centred(done, estimator, normalize, done)
+    done = completion_values(values, batch.completion_mask)
+    x = centred_entropies(done, estimator, normalize, done)
     whole = estimator == "sequence"
     later = x.unsqueeze(-1).expand(done.ok.shape) if whole else x.flip(-1).cumsum(-1).flip(-1) - x
-    z = sequence_shares(batch.completion_mask, normalize).sum()
+    z = denominator_weights(batch.completion_mask, normalize).sum()
     mask = batch.completion_mask
     rank = (mask.long().cumsum(-1) - 1).clamp(min=0)
     spread = torch.where(mask, later.gather(-1, rank), torch.zeros((), dtype=later.dtype, device=later.device))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.display import record_line
-from fx_influence.estimators.entropy import Completions, centred
+from fx_influence.estimators.entropy import CompletionValues, centred_entropies
 from fx_influence.types import Estimator, Normalize
 
 
@@ -33,8 +33,8 @@ class SnisDelta(NamedTuple):
 
 
 def snis(
-    base: Completions,
-    moved: Completions,
+    base: CompletionValues,
+    moved: CompletionValues,
     estimator: Estimator,
     normalize: Normalize,
     clip: float | None = 10.0,
@@ -64,7 +64,10 @@ def snis(
     share = w / w.sum(0)
     ok = base.ok.double()
 
-    before, after = centred(base, estimator, normalize, base), centred(moved, estimator, normalize, base)
+    before, after = (
+        centred_entropies(base, estimator, normalize, base),
+        centred_entropies(moved, estimator, normalize, base),
+    )
     if estimator == "sequence":
         length = ok.sum(-1) if normalize == "token" else torch.ones_like(total)
         scale = (w.squeeze(-1) * length).sum()
@@ -85,7 +88,12 @@ def snis(
 
 
 def _jackknife(
-    base: Completions, moved: Completions, w: Tensor, estimator: Estimator, normalize: Normalize, clusters: Tensor
+    base: CompletionValues,
+    moved: CompletionValues,
+    w: Tensor,
+    estimator: Estimator,
+    normalize: Normalize,
+    clusters: Tensor,
 ) -> Tensor:
     """sqrt((C-1)/C sum_c (d_c - mean d)^2), d_c the change of entropy on E without cluster c, weights normalised anew.
 
@@ -95,7 +103,7 @@ def _jackknife(
     if count < 2:
         return torch.full_like(w.sum(), torch.nan)
 
-    def left_out(done: Completions, w: Tensor) -> Tensor:
+    def left_out(done: CompletionValues, w: Tensor) -> Tensor:
         h, f = done.entropies, done.ok.double()
         if estimator == "sequence":
             h, f = h.sum(-1, keepdim=True), f.sum(-1, keepdim=True)

@@ -330,13 +330,13 @@ class Policy:
         assert part.layout is not None
         shared = PackedAttention(part.layout)
         with torch.no_grad():
-            apart = self._run(self._body, case.known, ids, mask).flatten(0, 1)[part.place - 1]
+            apart = self._run(self._body, case.known, ids, mask).flatten(0, 1)[part.flat_index - 1]
             try:
                 together = self._run(self._body, case.known, part.input_ids, part.attention_mask, shared)
             except Exception:
                 # Attention that is not plainly causal, or shapes that follow the length of a row.
                 return False
-        return shared.calls > 0 and agree(together[part.row, part.column], apart, case.bound)
+        return shared.calls > 0 and agree(together[part.row, part.position], apart, case.bound)
 
     def _made(self, model: nn.Module, attention: str, experts: str = "eager") -> Template:
         return meta_template(model, attention, self._copied, experts)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import close, random_adamw_state, random_batch
+from helpers.cases import assert_close, random_adamw_state, random_batch
 from helpers.strategies import Case, cases
 from hypothesis import given, settings
 
@@ -36,17 +36,17 @@ def test_the_contraction_is_the_inner_product_with_every_rows_gradient(case: Cas
     u = {name: torch.randn(p.shape, dtype=torch.float64) * 10.0**k for k, (name, p) in enumerate(case.params.items())}
     expected = sum((grads[name] * u[name]).flatten(1).sum(1) for name in u)
     size = torch.stack([(grads[name] * u[name]).abs().flatten(1).sum(1) for name in u]).sum(0)
-    close(contract([u])[0], torch.as_tensor(expected), size)
+    assert_close(contract([u])[0], torch.as_tensor(expected), size)
     first = next(iter(u))
     alone = (grads[first] * u[first]).flatten(1).sum(1)
-    close(contract([{first: u[first]}])[0], alone, size)
+    assert_close(contract([{first: u[first]}])[0], alone, size)
     for found, wanted in zip(contract([u, {first: u[first]}, {}]), (expected, alone, 0 * alone), strict=True):
-        close(found, torch.as_tensor(wanted), size)
+        assert_close(found, torch.as_tensor(wanted), size)
     for name, value in batch_gradient(case.params, case.batch_u, case.apply, case.temperature).items():
         own = g[name]
         assert (own is None) == (value is None)
         if own is not None and value is not None:
-            close(own, value, value.abs().max())
+            assert_close(own, value, value.abs().max())
 
 
 def problem(rows: int = 5) -> tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState, fx.Apply]:
@@ -80,10 +80,10 @@ def test_without_tokens_the_influences_are_the_same(gain: fx.Preconditioner, std
     short = fx.influence(*given, apply=apply, gain=gain, stderr=stderr, per_token=False)
     assert short.per_token is None
     for field in ("per_sequence", "total", "baseline"):
-        close(getattr(short, field), getattr(whole, field))
+        assert_close(getattr(short, field), getattr(whole, field))
     assert whole.per_sequence.abs().max() > 0
     if stderr:
-        close(short.stderr, whole.stderr)
+        assert_close(short.stderr, whole.stderr)
     else:
         assert short.stderr.isnan().all()
 
@@ -99,7 +99,7 @@ def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str
         if one is None:
             assert other is None
         elif not one.isnan().all():
-            close(one, other)
+            assert_close(one, other)
 
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
@@ -109,7 +109,7 @@ def test_factors_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch,
     whole = contraction.row_factors
 
     def watched(some: fx.Params, batch: fx.Batch, part: MicroBatch, *options: Any) -> Any:
-        made.append(len(part.members))
+        made.append(len(part.row_index))
         return whole(some, batch, part, *options)
 
     monkeypatch.setattr(contraction, "row_factors", watched)
@@ -123,7 +123,7 @@ def test_factors_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch,
     along = [{name: p.cos() for name, p in params.items()}, params]
     grads = fx.per_sample_grads(fx.rollout_loss(apply), params, u)
     for row, v in zip(found[1](along), along, strict=True):
-        close(row, torch.stack([(grads[name] * v[name]).flatten(1).sum(1) for name in v]).sum(0))
+        assert_close(row, torch.stack([(grads[name] * v[name]).flatten(1).sum(1) for name in v]).sum(0))
     assert made == [2, 2, 1][fit:]
 
 
@@ -154,7 +154,7 @@ def test_error_bars_are_the_same_however_many_directions_go_together(
         asked.clear()
     for out in found[1:]:
         for field in ("per_sequence", "stderr", "total_stderr"):
-            close(getattr(out, field), getattr(found[0], field))
+            assert_close(getattr(out, field), getattr(found[0], field))
 
 
 def test_with_a_parameter_without_factors_the_jvp_serves() -> None:
@@ -166,7 +166,7 @@ def test_with_a_parameter_without_factors_the_jvp_serves() -> None:
     assert linearize_losses(params, u, apply, 1.0, None, 10**9) is None
     whole, short = (fx.influence(params, u, e, state, apply=apply, per_token=wanted) for wanted in (True, False))
     assert short.per_token is None
-    close(short.per_sequence, whole.per_sequence)
+    assert_close(short.per_sequence, whole.per_sequence)
 
 
 def test_a_factor_that_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

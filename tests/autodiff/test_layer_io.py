@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_batch
+from helpers.cases import TinyPolicy, assert_close, make_apply, random_batch
 from helpers.strategies import VOCAB, Case, cases
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
 from hypothesis import given, settings
@@ -38,11 +38,11 @@ def rows_equal(apply: Model, params: Params, batch: Batch, expected: set[str], t
     factors = factors_of(params, batch, apply, names)
     for name in names:
         found = row_gradients(factors, name, params[name], slice(0, len(params[name])), len(batch.input_ids))
-        close(found, slow[name], slow[name].abs().max(), terms)
+        assert_close(found, slow[name], slow[name].abs().max(), terms)
     stacked = torch.cat([g.flatten(1) for g in slow.values()], dim=1)
     diagonal = {name: torch.full_like(p, 0.5) for name, p in params.items()}
     kernel = gradient_gram(params, batch, batch, diagonal, apply)
-    close(kernel, 0.5 * stacked @ stacked.T, stacked.square().sum(1).max(), terms)
+    assert_close(kernel, 0.5 * stacked @ stacked.T, stacked.square().sum(1).max(), terms)
     assert slow[next(iter(slow))].abs().max() > 1e-3
 
 
@@ -58,7 +58,7 @@ def weights(seed: int = 0, **shapes: tuple[int, ...]) -> Params:
 @given(case=cases(), tied=st.booleans())
 @settings(max_examples=10)
 def test_the_tests_own_policy_has_factors_for_every_parameter(case: Case, tied: bool) -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, HIDDEN, 1, 2, case.batch_u.input_ids.shape[1], tied=tied, seed=3))
+    apply, params = make_apply(TinyPolicy(VOCAB, HIDDEN, 1, 2, case.batch_u.input_ids.shape[1], tied=tied, seed=3))
     names = factored_names(params, case.batch_u, apply)
     # Its position table is added whole to every row and belongs to no row's own tokens.
     assert params.keys() - names <= {"position.weight"}
@@ -66,7 +66,7 @@ def test_the_tests_own_policy_has_factors_for_every_parameter(case: Case, tied: 
     slow = fx.per_sample_grads(fx.rollout_loss(apply, case.temperature), params, case.batch_u)
     for name in names:
         found = row_gradients(factors, name, params[name], slice(0, len(params[name])), len(case.batch_u.input_ids))
-        close(found, slow[name], slow[name].abs().max())
+        assert_close(found, slow[name], slow[name].abs().max())
 
 
 BASE = weights(1, embed=(VOCAB, HIDDEN), head=(VOCAB, HIDDEN), w=(HIDDEN, HIDDEN), b=(HIDDEN,), s=(HIDDEN,))
@@ -157,7 +157,7 @@ def test_a_parameter_without_a_factor_asked_for_by_name_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_in_lower_precision_are_exact_to_its_rounding(dtype: torch.dtype) -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, HIDDEN, 1, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, HIDDEN, 1, 2, WIDTH))
     batch, low = batch_of(), {name: p.to(dtype) for name, p in params.items()}
     names = factored_names(low, batch, apply)
     factors = factors_of(low, batch, apply, names)

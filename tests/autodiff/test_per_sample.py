@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_batch
+from helpers.cases import TinyPolicy, assert_close, make_apply, random_batch
 from helpers.strategies import VOCAB, WIDTH, Case, cases
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from hypothesis import given, settings
@@ -53,7 +53,7 @@ def test_a_rollouts_gradient_is_that_of_a_loop_over_rollouts(case: Case, chunk: 
     assert found.keys() == case.params.keys()
     for name, g in found.items():
         assert g.shape == (len(slow), *case.params[name].shape)
-        close(g, torch.stack([row[name] for row in slow]), torch.stack([row[name] for row in slow]).abs().max())
+        assert_close(g, torch.stack([row[name] for row in slow]), torch.stack([row[name] for row in slow]).abs().max())
 
 
 @given(case=cases(), chunk=chunks)
@@ -62,7 +62,7 @@ def test_the_rows_add_up_to_the_batchs_gradient(case: Case, chunk: int | None) -
     whole = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, chunk)
     for name, g in whole.items():
         assert g is not None
-        close(rows[name].sum(0), g, rows[name].abs().sum(0).max())
+        assert_close(rows[name].sum(0), g, rows[name].abs().sum(0).max())
 
 
 def curved(apply: Apply) -> Callable[[Params, Batch], Tensor]:
@@ -80,17 +80,17 @@ def curved(apply: Apply) -> Callable[[Params, Batch], Tensor]:
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 5, 9])
 def test_any_loss_of_one_row_will_do(chunk: int | None) -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, 6, 2, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, 6, 2, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(0), 5, WIDTH, VOCAB, groups=4, coefficients=False)
     found, slow = fx.per_sample_grads(curved(apply), params, batch, chunk), looped(curved(apply), params, batch)
     for name, g in found.items():
-        close(g, slow[name], slow[name].abs().max())
+        assert_close(g, slow[name], slow[name].abs().max())
     assert (found["head.bias"][0] - found["head.bias"][1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("present", [(), ("coefficients",), ("entropy_coefficients", "group")])
 def test_a_row_has_the_batchs_fields_and_none_where_it_has_none(present: tuple[str, ...]) -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     full = random_batch(torch.Generator().manual_seed(1), 3, WIDTH, VOCAB, groups=2, entropy_coefficients=True)
     optional = ("coefficients", "entropy_coefficients", "group")
     batch = full._replace(**{name: None for name in optional if name not in present})
@@ -104,12 +104,12 @@ def test_a_row_has_the_batchs_fields_and_none_where_it_has_none(present: tuple[s
     assert [name for name in optional if getattr(seen[0], name) is not None] == list(present)
     assert seen[0].input_ids.shape == seen[0].completion_mask.shape == (WIDTH,)
     for name, g in looped(loss, params, batch).items():
-        close(found[name], g, g.abs().max())
+        assert_close(found[name], g, g.abs().max())
 
 
 @pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (7, 1), (3, 3), (2, 4), (1, 7)])
 def test_each_chunk_is_one_batched_pass(chunk: int | None, passes: int) -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(2), 7, WIDTH, VOCAB)
     counting = Counting(apply)
     fx.per_sample_grads(fx.rollout_loss(counting), params, batch, chunk)
@@ -131,14 +131,14 @@ def test_an_operation_without_a_batching_rule_is_loud() -> None:
 def test_dropout_left_on_is_refused() -> None:
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, dropout=0.5)
     batch = random_batch(torch.Generator().manual_seed(3), 3, WIDTH, VOCAB)
-    apply, params = apply_of(model.train())
+    apply, params = make_apply(model.train())
     with pytest.raises(RuntimeError, match="random"):
         fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
     off, params = fx.make_functional(model)
     assert model.training
     rows = fx.per_sample_grads(fx.rollout_loss(off), params, batch)
-    for name, g in batch_gradient(params, batch, apply_of(model.eval())[0]).items():
-        close(rows[name].sum(0), g, g.abs().max())
+    for name, g in batch_gradient(params, batch, make_apply(model.eval())[0]).items():
+        assert_close(rows[name].sum(0), g, g.abs().max())
 
 
 def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross_terms() -> None:
@@ -146,7 +146,7 @@ def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross
     untied = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=5)
     values = tied.state_dict()
     untied.load_state_dict({**values, "head.weight": values["token.weight"]})
-    (apply, params), (split_apply, split_params) = apply_of(tied), apply_of(untied)
+    (apply, params), (split_apply, split_params) = make_apply(tied), make_apply(untied)
     assert set(split_params) - set(params) == {"head.weight"}
     generator = torch.Generator().manual_seed(4)
     batch_a, batch_b = (random_batch(generator, n, WIDTH, VOCAB) for n in (3, 4))
@@ -155,7 +155,7 @@ def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross
         for f, p in ((apply, params), (split_apply, split_params))
     )
     for whole, parts in zip(one, two, strict=True):
-        close(whole["token.weight"], parts["token.weight"] + parts["head.weight"])
+        assert_close(whole["token.weight"], parts["token.weight"] + parts["head.weight"])
         assert parts["token.weight"].abs().max() > 0.1
         assert parts["head.weight"].abs().max() > 0.1
     diagonal = {"token.weight": torch.rand(params["token.weight"].shape, generator=generator, dtype=torch.float64)}
@@ -166,7 +166,7 @@ def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross
         for name in ("token.weight", "head.weight")
     )
     crossed = embed_a @ head_b.T + head_a @ embed_b.T
-    close(kernel, embed_a @ embed_b.T + head_a @ head_b.T + crossed)
+    assert_close(kernel, embed_a @ embed_b.T + head_a @ head_b.T + crossed)
     assert crossed.abs().max() > 0.1 * kernel.abs().max()
 
 
@@ -186,7 +186,7 @@ def test_the_gradient_kernel_is_the_inner_product_of_the_rows_gradients(
     )
     slow = [[reference.inner(a, reference.scale(diagonal, {k: b[k] for k in held})) for b in right] for a in left]
     expected = torch.tensor(slow, dtype=torch.float64)
-    close(kernel, expected, expected.abs().max())
+    assert_close(kernel, expected, expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_the_gradient_kernel_is_the_inner_product_of_the_rows_gradients(
 )
 def test_the_memory_budget_bounds_the_rows_whose_gradients_are_held(rows_held: int, passes: int) -> None:
     """Two thirds for a block of b, the rest for rows that pass by, after two looks at the model."""
-    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     generator = torch.Generator().manual_seed(5)
     batch_a, batch_b = random_batch(generator, 6, WIDTH, VOCAB), random_batch(generator, 4, WIDTH, VOCAB)
     budget = 3 * rows_held * sum(8 * p.numel() for p in params.values()) // 2
@@ -202,7 +202,7 @@ def test_the_memory_budget_bounds_the_rows_whose_gradients_are_held(rows_held: i
     diagonal = {name: torch.ones_like(p) for name, p in params.items()}
     kernel = gradient_gram(params, batch_a, batch_b, diagonal, counting, memory_budget=budget)
     assert counting.calls == 2 + passes
-    close(kernel, gradient_gram(params, batch_a, batch_b, diagonal, apply))
+    assert_close(kernel, gradient_gram(params, batch_a, batch_b, diagonal, apply))
 
 
 @pytest.mark.parametrize(("rows_held", "passes"), [(1, 4 * (1 + 6)), (2, 2 * (2 + 6)), (8, 1 + 2), (50, 1 + 1)])
@@ -218,18 +218,18 @@ def test_parameters_without_factors_are_bounded_on_both_sides(rows_held: int, pa
     assert counting.calls == 3 + passes
     loss = fx.rollout_loss(lambda p, ids, mask: p["w"][ids])
     left, right = (fx.per_sample_grads(loss, params, batch)["w"].flatten(1) for batch in (batch_a, batch_b))
-    close(kernel, left @ (params["w"].flatten() * right).T)
+    assert_close(kernel, left @ (params["w"].flatten() * right).T)
 
 
 def test_a_kernel_over_no_parameter_is_zero() -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(6), 3, WIDTH, VOCAB)
     assert torch.equal(gradient_gram(params, batch, batch, {}, apply), torch.zeros(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_are_float32_at_least_and_live_parameters_have_no_say(dtype: torch.dtype) -> None:
-    apply, params = apply_of(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(7), 3, WIDTH, VOCAB)
     low = {name: p.to(dtype).requires_grad_() for name, p in params.items()}
     found = fx.per_sample_grads(fx.rollout_loss(apply), low, batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch
+from helpers.cases import TinyPolicy, assert_close, make_apply, random_adamw_state, random_batch
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.estimators.entropy import completions
+from fx_influence.estimators.entropy import completion_values
 from fx_influence.testing import reference
 from fx_influence.types import Apply, Batch, Params
 
@@ -28,7 +28,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def policy(**options: Any) -> tuple[Apply, Params]:
-    return apply_of(TinyPolicy(VOCAB, 6, 1, 2, 2 * WIDTH, **options))
+    return make_apply(TinyPolicy(VOCAB, 6, 1, 2, 2 * WIDTH, **options))
 
 
 def batch_of(n: int = 5, **options: Any) -> Batch:
@@ -52,8 +52,8 @@ def test_token_values_are_the_literal_loops(padding: Any, temperature: float, ch
     batch = batch_of(padding=padding, gaps=True, min_len=0)
     slow = reference.token_values(apply, params, batch, temperature)
     fast = all_token_values(params, batch, apply, temperature, chunk_size)
-    close(fast.logprobs, slow.logprobs)
-    close(fast.entropies, slow.entropies)
+    assert_close(fast.logprobs, slow.logprobs)
+    assert_close(fast.entropies, slow.entropies)
     assert not fast.logprobs[~batch.completion_mask].any()
     assert not fast.entropies[~batch.completion_mask].any()
 
@@ -68,8 +68,8 @@ def test_the_temperature_divides_the_logits_before_both() -> None:
 
     at_temperature = fx.token_values(params, batch, apply, 0.25)
     plain = fx.token_values(params, batch, cooled)
-    close(at_temperature.logprobs, plain.logprobs)
-    close(at_temperature.entropies, plain.entropies)
+    assert_close(at_temperature.logprobs, plain.logprobs)
+    assert_close(at_temperature.entropies, plain.entropies)
     hot = fx.token_values(params, batch, apply, 4.0)
     assert hot.entropies.sum() > 1.5 * at_temperature.entropies.sum()
     assert hot.logprobs.sum() > 1.5 * at_temperature.logprobs.sum()
@@ -98,12 +98,12 @@ def test_logits_of_minus_infinity_give_no_nan_in_values_or_derivatives() -> None
     # The forbidden token is as if it were not there.
     shifted = batch._replace(input_ids=batch.input_ids - 1)
     reduced = fx.token_values(params, shifted, lambda p, ids, mask: four_tokens(p, batch.input_ids, mask))
-    close(values.logprobs, reduced.logprobs)
-    close(values.entropies, reduced.entropies)
+    assert_close(values.logprobs, reduced.logprobs)
+    assert_close(values.entropies, reduced.entropies)
     g = batch_gradient(params, batch, apply)
     slow = reference.add(reference.sequence_gradients(apply, params, batch))
     for name in params:
-        close(g[name], slow[name])
+        assert_close(g[name], slow[name])
     direction = direction_like(params)
     slopes = token_jvp(params, direction, batch, apply)
     along = -sum(float((batch.coefficients * d).sum()) for d in slopes)
@@ -134,7 +134,7 @@ def test_rows_without_any_attended_token_give_no_nan() -> None:
     few = batch._replace(**{k: getattr(batch, k)[1:3] for k in batch._fields[:4]})
     for policy_ in (apply, attention_gives_nan):
         values = fx.token_values(params, blank, policy_)
-        close(values.logprobs[1:3], fx.token_values(params, few, apply).logprobs)
+        assert_close(values.logprobs[1:3], fx.token_values(params, few, apply).logprobs)
         assert not values.logprobs[[0, 3]].any()
         assert not values.entropies[[0, 3]].any()
         slopes = token_jvp(params, direction_like(params), blank, policy_)
@@ -143,7 +143,7 @@ def test_rows_without_any_attended_token_give_no_nan() -> None:
         state = random_adamw_state(generator(3), params)
         out = fx.influence(params, blank, blank, state, apply=policy_, matrix=True)
         small = fx.influence(params, few, blank, state, apply=apply, matrix=True)
-        close(out.per_sequence[1:3], small.per_sequence)
+        assert_close(out.per_sequence[1:3], small.per_sequence)
         assert not out.per_sequence[[0, 3]].any()
         assert not out.matrix[:, [0, 3]].any()
 
@@ -156,8 +156,8 @@ def test_a_row_without_a_completion_token_contributes_0_and_counts_in_n() -> Non
     empty.coefficients[-1] = 0
     values, fewer = (fx.token_values(params, batch, apply) for batch in (empty, full))
     per_token, per_sequence = (fx.entropy_estimate(values, empty, kind) for kind in ("token", "sequence"))
-    close(per_token, fx.entropy_estimate(fewer, full, "token"))
-    close(per_sequence, fx.entropy_estimate(fewer, full, "sequence") * 4 / 5)
+    assert_close(per_token, fx.entropy_estimate(fewer, full, "token"))
+    assert_close(per_sequence, fx.entropy_estimate(fewer, full, "sequence") * 4 / 5)
     state, direction = random_adamw_state(generator(3), params), direction_like(params)
     for estimator in ("per_decision", "sequence"):
         options = {"apply": apply, "estimator": estimator, "normalize": "sequence"}
@@ -165,11 +165,11 @@ def test_a_row_without_a_completion_token_contributes_0_and_counts_in_n() -> Non
         assert out.per_sequence[-1] == 0
         assert not out.matrix[:, -1].any()
         slow = reference.influence(apply, params, empty, empty, state, estimator, "sequence")
-        close(out.matrix, slow.matrix)
+        assert_close(out.matrix, slow.matrix)
         moved = fx.snis_delta(params, direction, 0.3, empty, **options)
         expected = reference.snis_delta(apply, params, direction, 0.3, empty, estimator, "sequence")
-        close(moved.delta_h, expected.delta_h)
-        close(moved.ess, expected.ess)
+        assert_close(moved.delta_h, expected.delta_h)
+        assert_close(moved.ess, expected.ess)
         without = fx.snis_delta(params, direction, 0.3, full, **options)
         assert abs(moved.delta_h - without.delta_h) > 1e-3 * abs(without.delta_h)
     c = fx.coefficients("grpo", torch.ones(5), empty.completion_mask)
@@ -187,12 +187,12 @@ def test_a_gap_in_the_completion_mask_takes_a_token_out_and_moves_the_ranks_of_t
         fx.token_values(params, batch, apply),
         fx.token_values(params, batch._replace(completion_mask=gap), apply),
     )
-    close(cut.logprobs, whole.logprobs * gap)
-    close(cut.entropies, whole.entropies * gap)
-    done = completions(cut, gap)
+    assert_close(cut.logprobs, whole.logprobs * gap)
+    assert_close(cut.entropies, whole.entropies * gap)
+    done = completion_values(cut, gap)
     kept = whole.logprobs[0, [1, 2, 4, 5, 6]]
     assert done.logprobs.shape == (3, WIDTH - 1)
-    close(done.logprobs[0], torch.cat([kept, torch.zeros(1, dtype=torch.float64)]))
+    assert_close(done.logprobs[0], torch.cat([kept, torch.zeros(1, dtype=torch.float64)]))
     assert done.ok.sum(-1).tolist() == [5, 6, 6]
 
 
@@ -268,7 +268,7 @@ def test_the_batch_gradient_is_none_where_backward_never_arrives() -> None:
     for name, expected in slow.items():
         assert (g[name] is None) == (expected is None)
         if expected is not None:
-            close(g[name], expected)
+            assert_close(g[name], expected)
     # AdamW skips such a parameter, decay included, and the influence does as well.
     state = random_adamw_state(generator(3), params)
     step = fx.adamw_decompose(g, state, params)

@@ -35,15 +35,15 @@ def test_every_completion_token_is_scored_once_by_the_place_before_it(
     batch: Batch, chunk: int | None, left_alignable: bool
 ) -> None:
     found = micro_batches(batch, chunk, left_alignable)
-    assert sorted(torch.cat([part.members for part in found]).tolist()) == list(range(len(batch.input_ids)))
-    place = torch.cat([part.place for part in found])
+    assert sorted(torch.cat([part.row_index for part in found]).tolist()) == list(range(len(batch.input_ids)))
+    place = torch.cat([part.flat_index for part in found])
     assert sorted(place.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
     width = batch.input_ids.shape[1]
     for part in found:
-        assert torch.equal(part.targets, batch.input_ids.flatten()[part.place])
-        row, position = part.place // width, part.place % width
-        assert torch.equal(part.members[part.row], row)
-        assert torch.equal(part.input_ids[part.row, part.column], batch.input_ids[row, position - 1])
+        assert torch.equal(part.targets, batch.input_ids.flatten()[part.flat_index])
+        row, position = part.flat_index // width, part.flat_index % width
+        assert torch.equal(part.row_index[part.row], row)
+        assert torch.equal(part.input_ids[part.row, part.position], batch.input_ids[row, position - 1])
         assert torch.equal(part.row, part.row.sort().values), "row by row"
 
 
@@ -51,7 +51,7 @@ def test_every_completion_token_is_scored_once_by_the_place_before_it(
 def test_aligned_rows_keep_what_a_scored_token_attends_to_at_the_same_distance(batch: Batch, chunk: int | None) -> None:
     width = batch.input_ids.shape[1]
     for part in micro_batches(batch, chunk, left_alignable=True):
-        for row, column, place in zip(part.row.tolist(), part.column.tolist(), part.place.tolist(), strict=True):
+        for row, column, place in zip(part.row.tolist(), part.position.tolist(), part.flat_index.tolist(), strict=True):
             i, before = place // width, place % width - 1
             seen = attended(part.input_ids[row], part.attention_mask[row], column)
             assert seen == attended(batch.input_ids[i], batch.attention_mask[i], before)
@@ -70,7 +70,7 @@ def test_padding_is_not_computed() -> None:
     found = micro_batches(batch, 2, left_alignable=True)
     # A row's last token is scored and scores nothing.
     assert [tuple(part.input_ids.shape) for part in found] == [(2, 30), (2, 2)]
-    assert [part.members.tolist() for part in found] == [[3, 1], [2, 0]]
+    assert [part.row_index.tolist() for part in found] == [[3, 1], [2, 0]]
     assert all(part.attention_mask.all() for part in found), "what pads the end is seen by nothing"
     assert [tuple(part.input_ids.shape) for part in micro_batches(batch, 2, left_alignable=False)] == [(2, 40)] * 2
 
@@ -79,7 +79,7 @@ def test_padding_is_not_computed() -> None:
 def test_parts_hold_as_many_tokens_as_allowed(tokens: int, at_most: int | None, sizes: list[int]) -> None:
     ids = torch.ones(4, 32, dtype=torch.long)
     batch = Batch(ids, ids > 0, (ids > 0) & (torch.arange(32) > 20))
-    assert [len(part.members) for part in micro_batches(batch, None, False, tokens, at_most)] == sizes
+    assert [len(part.row_index) for part in micro_batches(batch, None, False, tokens, at_most)] == sizes
 
 
 def test_equal_rows_are_found_and_chunks_are_rows_in_order() -> None:

@@ -68,15 +68,15 @@ def test_every_token_is_scored_once_from_the_text_before_it(
     found = packed_micro_batches(batch, chunk, tokens)
     assume(found is not None)
     assert found is not None
-    assert sorted(torch.cat([part.members for part in found]).tolist()) == list(range(rows))
-    place = torch.cat([part.place for part in found])
+    assert sorted(torch.cat([part.row_index for part in found]).tolist()) == list(range(rows))
+    place = torch.cat([part.flat_index for part in found])
     assert sorted(place.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
     for part in found:
-        assert chunk is None or len(part.members) <= chunk
-        assert chunk is not None or part.input_ids.numel() <= tokens or len(part.members) == 1
-        assert len(part.members) < 2 or part.input_ids.numel() == tokens_once(batch, part.members)
-        assert torch.equal(part.targets, batch.input_ids.flatten()[part.place])
-        for column, at in zip(part.column.tolist(), part.place.tolist(), strict=True):
+        assert chunk is None or len(part.row_index) <= chunk
+        assert chunk is not None or part.input_ids.numel() <= tokens or len(part.row_index) == 1
+        assert len(part.row_index) < 2 or part.input_ids.numel() == tokens_once(batch, part.row_index)
+        assert torch.equal(part.targets, batch.input_ids.flatten()[part.flat_index])
+        for column, at in zip(part.position.tolist(), part.flat_index.tolist(), strict=True):
             row, position = divmod(at, WIDTH)
             before = batch.input_ids[row, :position][batch.attention_mask[row, :position]].tolist()
             assert seen_from(part, column) == [(k, token) for k, token in enumerate(before)]
@@ -94,8 +94,8 @@ def tokens_once(batch: Batch, members: torch.Tensor) -> int:
 def seen_from(part: MicroBatch, column: int) -> list[tuple[int, int]]:
     """Position and token of everything that the token in a column attends to, itself last."""
     assert part.layout is not None
-    at = int(part.layout.back[column])
-    for block in part.layout.blocks:
+    at = int(part.layout.inverse_index[column])
+    for block in part.layout.buckets:
         if at < block.queries.numel():
             s, i = divmod(at, block.queries.shape[1])
             assert int(block.queries[s, i]) == column
@@ -113,9 +113,11 @@ def test_sequences_that_attend_together_are_of_about_one_length(seed: int, rows:
     for part in found or []:
         assert part.layout is not None
         behind = 0
-        for block in part.layout.blocks:
+        for block in part.layout.buckets:
             count, length = block.queries.shape
-            places = part.layout.back[(part.layout.back >= behind) & (part.layout.back < behind + count * length)]
+            places = part.layout.inverse_index[
+                (part.layout.inverse_index >= behind) & (part.layout.inverse_index < behind + count * length)
+            ]
             own = torch.bincount((places - behind) // length, minlength=count)
             assert own.min() > 0
             assert own.max() == length
@@ -244,13 +246,13 @@ def test_off_the_cpu_every_head_has_its_own_keys() -> None:
 
     with Inside(), PackedAttention(part.layout):
         out = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=0.5, enable_gqa=True)
-    assert seen == [([4, 4, 4], {"scale": 0.5})] * len(part.layout.blocks)
+    assert seen == [([4, 4, 4], {"scale": 0.5})] * len(part.layout.buckets)
     assert out.shape == q.shape
 
 
 def on(layout: Any, device: str) -> Any:
-    blocks = [LengthBucket(*(x.to(device) for x in block)) for block in layout.blocks]
-    return PackedLayout(layout.position_ids.to(device), blocks, layout.back.to(device))
+    blocks = [LengthBucket(*(x.to(device) for x in block)) for block in layout.buckets]
+    return PackedLayout(layout.position_ids.to(device), blocks, layout.inverse_index.to(device))
 
 
 WINDOWS = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction, repadded
+from helpers.cases import TinyPolicy, add_padding, make_apply, random_adamw_state, random_batch, random_direction
 
 import fx_influence as fx
-from fx_influence.batching.prefix_packing import prompt_numbers
+from fx_influence.batching.prefix_packing import prompt_index
 from fx_influence.types import Batch
 
 PROMPTS = ((1, 2), (3,), (1, 2), (2,), (3,))
@@ -41,7 +41,7 @@ def shifted_right(batch: Batch) -> Batch:
 class Case:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.apply, self.params = apply_of(TinyPolicy(5, 6, 1, 2, 8))
+        self.apply, self.params = make_apply(TinyPolicy(5, 6, 1, 2, 8))
         self.batch_u = random_batch(generator, 3, 6, 5)
         self.state = random_adamw_state(generator, self.params)
         self.direction = random_direction(generator, self.params)
@@ -57,7 +57,7 @@ class Case:
 
 
 @pytest.mark.parametrize("measure", [Case.influence, Case.snis, Case.sweep])
-@pytest.mark.parametrize("padded", [lambda b: b, shifted_right, lambda b: repadded(b, 1, 2)])
+@pytest.mark.parametrize("padded", [lambda b: b, shifted_right, lambda b: add_padding(b, 1, 2)])
 def test_shared_prompts_without_group_warn(
     measure: Callable[[Case, Batch], object], padded: Callable[[Batch], Batch]
 ) -> None:
@@ -91,8 +91,8 @@ def test_warning_is_of_the_callers_line() -> None:
 
 def test_prompt_numbers_ignore_padding_and_completions() -> None:
     batch = batch_of(PROMPTS)
-    for same in (batch, shifted_right(batch), repadded(batch, 2, 1)):
-        numbers = prompt_numbers(same).tolist()
+    for same in (batch, shifted_right(batch), add_padding(batch, 2, 1)):
+        numbers = prompt_index(same).tolist()
         assert [numbers.index(x) for x in numbers] == [0, 1, 0, 3, 1]
 
 
@@ -100,5 +100,5 @@ def test_prompt_numbers_tell_rows_apart_when_one_has_no_completion() -> None:
     """Its prompt is all that is attended to, and not what another row's begins with."""
     batch = batch_of(((1, 2), (1, 2), (1, 2)))
     bare = batch._replace(completion_mask=batch.completion_mask & (torch.arange(3) != 1).unsqueeze(1))
-    numbers = prompt_numbers(bare).tolist()
+    numbers = prompt_index(bare).tolist()
     assert numbers[0] == numbers[2] != numbers[1]

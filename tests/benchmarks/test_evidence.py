@@ -17,7 +17,7 @@ from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_pr
 from benchmarks.evidence.trainings import TOY, Policy, every_completion, exact_entropy
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.interop.rollouts.record import collate
 from fx_influence.types import Batch, TokenValues
@@ -68,7 +68,7 @@ def test_an_estimator_without_bias_tends_to_the_exact_gradient(policy: Policy, e
     values = values_of(policy, every)
     chances = values.logprobs.sum(-1).exp()
     index = bench_estimators._stratified(chances, 3, 4000, 12000, np.random.default_rng(0))
-    drawn = rows(every, index)
+    drawn = select_rows(every, index)
     made = bench_estimators.ESTIMATORS[name](TokenValues(*(v[index] for v in values)), drawn)
     # Summed over the drawn rows of each completion, the weight of its tokens' log-probabilities and entropies.
     found = [torch.zeros_like(v).index_add(0, index, c) for v, c in zip(values, made, strict=True)]

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import answers
+from helpers.ranks import run_on_ranks
 from helpers.ranks_policy import CASES
 from helpers.sharded_cases import (
     Answers,
-    asked,
-    batches_of,
-    influences_of,
-    prompts_state,
-    qwen_state,
-    state_of,
-    tiny_state,
+    compute_all,
+    compute_mesh_functions,
+    qwen_case,
+    sharded_batches,
+    sharded_opt_state,
+    shared_prompt_case,
+    tiny_case,
 )
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from hypothesis import given
@@ -75,27 +75,27 @@ def depth(state: dict[str, Any]) -> tuple[Params, int]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return answers(2, "ranks_influence.py", tmp_path_factory.mktemp("two"))
+    return run_on_ranks(2, "ranks_influence.py", tmp_path_factory.mktemp("two"))
 
 
 def test_two_ranks_give_what_one_process_gives(two: list[dict[str, Any]]) -> None:
-    state = tiny_state()
-    expected = asked(state)
+    state = tiny_case()
+    expected = compute_all(state)
     for answer in two:
         agree(widened(answer["tiny"], expected), expected, *depth(state))
 
 
 def test_two_ranks_give_what_one_process_gives_in_float32(two: list[dict[str, Any]]) -> None:
-    state = qwen_state()
-    expected = asked(state)
+    state = qwen_case()
+    expected = compute_all(state)
     for answer in two:
         agree(widened(answer["qwen"], expected), expected, *depth(state))
 
 
 def test_two_ranks_whose_rows_share_prompts_give_what_one_process_gives(two: list[dict[str, Any]]) -> None:
-    state = prompts_state()
+    state = shared_prompt_case()
     assert all(shared_prompt_index(state[name]) is not None for name in ("batch_u", "batch_e"))
-    expected = asked(state)
+    expected = compute_all(state)
     for answer in two:
         agree(widened(answer["prompts"], expected), expected, *depth(state))
 
@@ -103,9 +103,9 @@ def test_two_ranks_whose_rows_share_prompts_give_what_one_process_gives(two: lis
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ()), (4, (2, 2))])
 def test_ranks_without_rows_and_meshes_of_two_axes(ranks: int, shape: tuple[int, ...], tmp_path: Path) -> None:
-    state = tiny_state()
-    expected = asked(state)
-    for answer in answers(ranks, "ranks_influence.py", tmp_path, *shape):
+    state = tiny_case()
+    expected = compute_all(state)
+    for answer in run_on_ranks(ranks, "ranks_influence.py", tmp_path, *shape):
         agree(widened(answer["tiny"], expected), expected, *depth(state))
 
 
@@ -168,11 +168,11 @@ FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_models_sharded_by_fsdp(ranks: int, tmp_path: Path) -> None:
-    found = answers(ranks, "ranks_fsdp.py", tmp_path, *FSDP[ranks])
+    found = run_on_ranks(ranks, "ranks_fsdp.py", tmp_path, *FSDP[ranks])
     for kind in FSDP[ranks]:
         apply, params = fx.make_functional(CASES[kind][0]())
-        u, e = batches_of()
-        expected = influences_of(params, u, e, state_of(params), apply)
+        u, e = sharded_batches()
+        expected = compute_mesh_functions(params, u, e, sharded_opt_state(params), apply)
         exact = "float64" in kind
         # A small finite step in float32 is the rounding of two forwards, which is another one by shards.
         expected = {name: x for name, x in expected.items() if exact or not name.startswith(("snis", "sweep"))}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import answers
+from helpers.ranks import run_on_ranks
 from helpers.tolerances import policy_terms, rounding_bound
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
@@ -26,12 +26,12 @@ LAYERS, PARTS = 3, 2
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return answers(2, "ranks_policy.py", tmp_path_factory.mktemp("two"), "", *BY_TWO)
+    return run_on_ranks(2, "ranks_policy.py", tmp_path_factory.mktemp("two"), "", *BY_TWO)
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return answers(3, "ranks_policy.py", tmp_path_factory.mktemp("three"), "", *BY_THREE)
+    return run_on_ranks(3, "ranks_policy.py", tmp_path_factory.mktemp("three"), "", *BY_THREE)
 
 
 def assert_small(answer: dict[str, Any], kind: str) -> None:
@@ -73,7 +73,7 @@ def test_every_rank_has_the_same_reductions(three: list[dict[str, Any]]) -> None
 @pytest.mark.slow
 def test_copies_of_shards_count_once(tmp_path: Path) -> None:
     """Replicated over two pairs of ranks and sharded in each (HSDP)."""
-    for answer in answers(4, "ranks_policy.py", tmp_path, "2,2", "tiny float64", "qwen2 lora"):
+    for answer in run_on_ranks(4, "ranks_policy.py", tmp_path, "2,2", "tiny float64", "qwen2 lora"):
         assert_small(answer, "tiny float64")
         assert_small(answer, "qwen2 lora")
         assert_reached(answer["fickle"])

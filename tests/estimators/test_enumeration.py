@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, dyadic_policy, random_adamw_state, random_batch, random_direction
+from helpers.cases import (
+    TinyPolicy,
+    assert_close,
+    dyadic_policy,
+    make_apply,
+    random_adamw_state,
+    random_batch,
+    random_direction,
+)
 from helpers.enumeration import (
     Space,
     enumerate_completions,
@@ -28,7 +36,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.core.tree import shift
-from fx_influence.estimators.entropy import completions, entropy_coefficients, sequence_shares
+from fx_influence.estimators.entropy import completion_values, denominator_weights, entropy_coefficients
 from fx_influence.estimators.snis import snis
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
 from fx_influence.objectives import Objective, objective_coefficients
@@ -92,7 +100,7 @@ class World(NamedTuple):
     ) -> fx.SnisDelta:
         """The estimate of that change from one draw."""
         mask = self.space.batch.completion_mask[picked]
-        base, after = (completions(picked_values(x, picked), mask) for x in (self.values, moved))
+        base, after = (completion_values(picked_values(x, picked), mask) for x in (self.values, moved))
         return snis(base, after, estimator, normalize, clusters=clusters)
 
 
@@ -100,7 +108,7 @@ def world_of(
     seed: int, prompts: list[Tensor], vocab: int, longest: int, temperature: float, spread: float = 1.0
 ) -> World:
     width = max(len(p) for p in prompts) + longest
-    apply, params = apply_of(TinyPolicy(vocab, 6, max_len=width, seed=seed))
+    apply, params = make_apply(TinyPolicy(vocab, 6, max_len=width, seed=seed))
     params = {name: p if "norm" in name else spread * p for name, p in params.items()}
     space = enumerate_completions(prompts, EOS, vocab, longest, temperature)
     values = fx.token_values(params, space.batch, apply, temperature)
@@ -167,19 +175,19 @@ def test_a_draw_picked_from_the_space_is_what_the_public_functions_compute(
     chosen = {"apply": world.apply, "estimator": estimator, "normalize": normalize, "temperature": t}
     matrix = first_order_rows(world, world.along(update.parts), picked, estimator, normalize)
     out = fx.influence(world.params, update.batch, batch, update.state, matrix=True, **chosen)
-    close(out.matrix, matrix)
-    close(out.per_sequence, matrix.sum(0), matrix.abs().sum(0))
-    shares = sequence_shares(batch.completion_mask, normalize)
-    close(out.stderr, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), cluster_index(batch)))
+    assert_close(out.matrix, matrix)
+    assert_close(out.per_sequence, matrix.sum(0), matrix.abs().sum(0))
+    shares = denominator_weights(batch.completion_mask, normalize)
+    assert_close(out.stderr, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), cluster_index(batch)))
     unions = fx.influence(world.params, update.batch, batch, update.state, **chosen).stderr
-    close(unions, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), random_group_index(batch)))
+    assert_close(unions, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), random_group_index(batch)))
     v, eta = update.parts[0], 0.05
     single = fx.jvp_delta(world.params, v, batch, **chosen)
-    close(single.contributions, matrix[:, 0])
+    assert_close(single.contributions, matrix[:, 0])
     moved = fx.token_values(shift(world.params, v, eta), world.space.batch, world.apply, t)
     whole = fx.snis_delta(world.params, v, eta, batch, **chosen)
     for a, b in zip(world.snis(moved, picked, estimator, normalize, cluster_index(batch)), whole, strict=True):
-        close(a, b)
+        assert_close(a, b)
 
 
 def standard_errors_off(draws: Tensor, truth: Tensor) -> Tensor:
@@ -260,13 +268,13 @@ def test_queries_are_consistent(world: World, directions: list[Params], kind: st
 def test_on_the_whole_distribution_every_order_is_exact(estimator: Estimator, normalize: Normalize) -> None:
     """E holds each completion as often as it is probable, so nothing is left of the sampling error."""
     generator, temperature = torch.Generator().manual_seed(5), 0.5
-    apply, params = apply_of(dyadic_policy(generator))
+    apply, params = make_apply(dyadic_policy(generator))
     params = {"table": params["table"] * temperature}
     space = enumerate_completions([torch.tensor([1]), torch.tensor([2, 1])], EOS, 3, 3, temperature)
     batch = replicate(apply, params, space, 256)
     chosen = {"apply": apply, "estimator": estimator, "normalize": normalize, "temperature": temperature}
     values = fx.token_values(params, batch, apply, temperature)
-    close(fx.entropy_estimate(values, batch, normalize), exact_entropy(apply, params, space, normalize))
+    assert_close(fx.entropy_estimate(values, batch, normalize), exact_entropy(apply, params, space, normalize))
 
     v = random_direction(generator, params)
     eta = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -275,12 +283,12 @@ def test_on_the_whole_distribution_every_order_is_exact(estimator: Estimator, no
     second = torch.autograd.grad(first, eta)[0]
     found = fx.jvp_delta(params, v, batch, **chosen)
     assert min(first.abs(), second.abs()) > 1e-3
-    close(found.first, first.detach())
-    close(found.second, second)
+    assert_close(found.first, first.detach())
+    assert_close(found.second, second)
 
     there = exact_entropy(apply, shift(params, v, 5.0), space, normalize)
     assert (there - here).abs() > 10 * (5 * first + 12.5 * second - (there - here)).abs().clamp(max=1e-3)
-    close(fx.snis_delta(params, v, 5.0, batch, clip=None, **chosen).delta_h, (there - here).detach())
+    assert_close(fx.snis_delta(params, v, 5.0, batch, clip=None, **chosen).delta_h, (there - here).detach())
 
     update = random_batch(generator, 3, 5, 3)
     state = random_adamw_state(generator, params)
@@ -291,7 +299,7 @@ def test_on_the_whole_distribution_every_order_is_exact(estimator: Estimator, no
         exact_gradient(apply, params, space, normalize), [{"table": gain["table"] * row["table"]} for row in g]
     )
     assert truth.abs().max() > 1e-3
-    close(out.per_sequence, truth, out.matrix.abs().sum())
+    assert_close(out.per_sequence, truth, out.matrix.abs().sum())
 
 
 @pytest.mark.parametrize("normalize", NORMALIZES)
@@ -335,7 +343,7 @@ def coverage(
         picked = world.draw_prompts(prompts, each, generator)
         batch = world.batch(picked)._replace(group=torch.arange(prompts).repeat_interleave(each))
         matrix = first_order_rows(world, slopes, picked, estimator, normalize)
-        shares = sequence_shares(batch.completion_mask, normalize)
+        shares = denominator_weights(batch.completion_mask, normalize)
         kinds = ((cluster_index(batch), 1.96), (torch.arange(len(picked)), 1.96), (random_group_index(batch), 2.365))
         for k, (index, quantile) in enumerate(kinds):
             error = cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), index)

@@ -124,7 +124,7 @@ def dyadic_policy(generator: torch.Generator, vocab: int = 3, units: Sequence[in
     return TablePolicy((table / table.sum(-1, keepdim=True)).log())
 
 
-def apply_of(model: nn.Module) -> tuple[Apply, Params]:
+def make_apply(model: nn.Module) -> tuple[Apply, Params]:
     """(apply, params) of a module here: detached clones of its parameters, position ids from the attention mask."""
     params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -234,7 +234,7 @@ def random_direction(generator: torch.Generator, params: Params, size: float = 0
     return {name: size * torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in params.items()}
 
 
-def repadded(batch: Batch, left: int, right: int) -> Batch:
+def add_padding(batch: Batch, left: int, right: int) -> Batch:
     """More padding on both sides, filled with ids that a careless mask would read."""
 
     def pad(field: Tensor, value: float) -> Tensor:
@@ -249,7 +249,9 @@ def repadded(batch: Batch, left: int, right: int) -> Batch:
     )
 
 
-def close(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None, terms: int = TINY_POLICY) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, scale: Tensor | float | None = None, terms: int = TINY_POLICY
+) -> None:
     """Equal in float64 to the rounding of a small policy's passes: ``tolerances.assert_close_to_rounding``.
 
     Beside the largest of ``scale`` (default ``expected``) and unit size, which log-probabilities and entropies have

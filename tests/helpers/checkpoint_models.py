@@ -84,7 +84,7 @@ def train(model: Any, path: Path, schedule: str = "constant") -> Trainer:
     return trainer
 
 
-def assert_same(loaded: AdamWState, live: AdamWState) -> None:
+def assert_same_state(loaded: AdamWState, live: AdamWState) -> None:
     assert list(loaded.step) == list(live.step)
     assert (loaded.step, loaded.hyper, loaded.lr) == (live.step, live.hyper, live.lr)
     for ours, theirs in zip(loaded[:3], live[:3], strict=True):

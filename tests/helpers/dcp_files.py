@@ -9,13 +9,13 @@ from typing import Any
 from torch.distributed import checkpoint as dcp
 
 
-def save(saved: dict[str, Any], path: Path) -> None:
+def save_dcp(saved: dict[str, Any], path: Path) -> None:
     """Over any older one, of which torch would warn."""
     (path / ".metadata").unlink(missing_ok=True)
     dcp.save(saved, checkpoint_id=path)
 
 
-class Bomb:
+class MaliciousPickle:
     def __init__(self, path: Path) -> None:
         self.path = path
 

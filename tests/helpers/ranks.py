@@ -40,14 +40,14 @@ def launch(
     )
 
 
-def answers(ranks: int, script: str, out: Path, *args: object, launcher: Sequence[str] | None = None) -> list[Any]:
-    """What each rank gave to ``save_answer`` in ``out``; fails with what they wrote where one failed."""
+def run_on_ranks(ranks: int, script: str, out: Path, *args: object, launcher: Sequence[str] | None = None) -> list[Any]:
+    """What each rank gave to ``save_result`` in ``out``; fails with what they wrote where one failed."""
     done = launch(ranks, script, out, *args, launcher=launcher)
     assert done.returncode == 0, done.stdout
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def save_answer(out: str, answer: Any) -> None:
+def save_result(out: str, answer: Any) -> None:
     torch.save(answer, Path(out) / f"{dist.get_rank()}.pt")
 
 
@@ -63,7 +63,7 @@ def end_rank() -> NoReturn:
 
 
 @contextmanager
-def mesh_of_all(*shape: int) -> Iterator[DeviceMesh]:
+def global_mesh(*shape: int) -> Iterator[DeviceMesh]:
     """In a rank's process: the mesh of all ranks, of one axis where no ``shape`` is given."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT / 2))
     try:

@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 import fx_influence as fx
 from fx_influence.lab.plan import FisherKernelPlan, read_plan
-from helpers.ranks import end_rank, mesh_of_all, save_answer
+from helpers.ranks import end_rank, global_mesh, save_result
 
 
 def main(folder: str) -> None:
     plan = read_plan(Path(folder) / "plan.yaml", FisherKernelPlan)
     answer = []
-    with mesh_of_all():
+    with global_mesh():
         for _ in range(2):
             path = Path(folder) / "out" if dist.get_rank() == 0 else "/dev/null/nowhere"
             found = fx.run_fisher(plan, path).evaluations[0]
             arrays = {**found.arrays, "kernel": found.kernel, "matrix": found.delta_logprob_matrix}
             answer.append({name: torch.from_numpy(x) for name, x in arrays.items()})
-        save_answer(folder, answer)
+        save_result(folder, answer)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import fx_influence as fx
-from helpers.ranks import end_rank, mesh_of_all, save_answer
+from helpers.ranks import end_rank, global_mesh, save_result
 from helpers.ranks_policy import CASES, like, sharded
-from helpers.sharded_cases import Answers, batches_of, influences_of, share, state_of
+from helpers.sharded_cases import Answers, compute_mesh_functions, rows_of_rank, sharded_batches, sharded_opt_state
 
 COUNTS = {2: ([9, 0], [4, 6]), 3: ([2, 3, 4], [1, 9, 0])}
 """Rows of U and of E by rank."""
@@ -21,21 +21,24 @@ COUNTS = {2: ([9, 0], [4, 6]), 3: ([2, 3, 4], [1, 9, 0])}
 
 def influences(kind: str, mesh: DeviceMesh) -> Answers:
     make, how = CASES[kind]
-    whole = state_of(fx.make_functional(make())[1])
+    whole = sharded_opt_state(fx.make_functional(make())[1])
     apply, params = fx.make_functional(sharded(make(), how, mesh))
     moments = {
         field: {name: like(x, params[name]) for name, x in getattr(whole, field).items()}
         for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     }
-    u, e = (share(b, counts, dist.get_rank()) for b, counts in zip(batches_of(), COUNTS[mesh.size()], strict=True))
-    return influences_of(params, u, e, whole._replace(**moments), apply, like)
+    u, e = (
+        rows_of_rank(b, counts, dist.get_rank())
+        for b, counts in zip(sharded_batches(), COUNTS[mesh.size()], strict=True)
+    )
+    return compute_mesh_functions(params, u, e, whole._replace(**moments), apply, like)
 
 
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
     make, how = CASES["tiny float64"]
     apply, params = fx.make_functional(sharded(make(), how, mesh))
-    plain = state_of(fx.make_functional(make())[1])
-    u, e = batches_of()
+    plain = sharded_opt_state(fx.make_functional(make())[1])
+    u, e = sharded_batches()
     calls: dict[str, Callable[[], object]] = {
         "matrix": lambda: fx.influence(params, u, e, plain, apply=apply, matrix=True),
         "kernel": lambda: fx.fisher_kernel(params, u, e, None, apply=apply, preconditioner="identity"),
@@ -51,9 +54,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 
 def main(out: str, *kinds: str) -> None:
-    with mesh_of_all() as mesh:
+    with global_mesh() as mesh:
         answer: dict[str, Any] = {kind: influences(kind, mesh) for kind in kinds}
-        save_answer(out, {**answer, "refusals": refusals(mesh)})
+        save_result(out, {**answer, "refusals": refusals(mesh)})
 
 
 if __name__ == "__main__":

@@ -12,20 +12,23 @@ from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 
 import fx_influence as fx
-from helpers.ranks import end_rank, mesh_of_all, save_answer
-from helpers.sharded_cases import asked, prompts_state, qwen_state, share, tiny_state
+from helpers.ranks import end_rank, global_mesh, save_result
+from helpers.sharded_cases import compute_all, qwen_case, rows_of_rank, shared_prompt_case, tiny_case
 
 COUNTS = {2: ([7, 0], [4, 7]), 3: ([2, 0, 5], [1, 8, 2]), 4: ([1, 2, 4, 0], [3, 0, 4, 4])}
 """Rows of U and of E by rank."""
 
 
 def sharded(state: dict[str, Any], counts: tuple[list[int], list[int]], rank: int) -> dict[str, Any]:
-    return {**state, **{f: share(state[f], c, rank) for f, c in zip(("batch_u", "batch_e"), counts, strict=True)}}
+    return {
+        **state,
+        **{f: rows_of_rank(state[f], c, rank) for f, c in zip(("batch_u", "batch_e"), counts, strict=True)},
+    }
 
 
 def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
     """What every rank is told of a mistake that the last one alone has made."""
-    state, wrong = tiny_state(), rank == mesh.size() - 1
+    state, wrong = tiny_case(), rank == mesh.size() - 1
 
     def influence(**changes: Any) -> None:
         given = {**state, **(changes if wrong else {})}
@@ -71,15 +74,15 @@ def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
 
 
 def main(out: str, *shape: str) -> None:
-    with mesh_of_all(*map(int, shape)) as mesh:
+    with global_mesh(*map(int, shape)) as mesh:
         rank = dist.get_rank()
         counts = COUNTS[mesh.size()]
-        answer: dict[str, Any] = {"tiny": asked(sharded(tiny_state(), counts, rank), mesh)}
+        answer: dict[str, Any] = {"tiny": compute_all(sharded(tiny_case(), counts, rank), mesh)}
         if mesh.size() == 2:
-            answer["prompts"] = asked(sharded(prompts_state(), ([3, 5], [7, 5]), rank), mesh)
-            answer["qwen"] = asked(sharded(qwen_state(), ([3, 6], [5, 5]), rank), mesh)
+            answer["prompts"] = compute_all(sharded(shared_prompt_case(), ([3, 5], [7, 5]), rank), mesh)
+            answer["qwen"] = compute_all(sharded(qwen_case(), ([3, 6], [5, 5]), rank), mesh)
             answer["refusals"] = refusals(mesh, rank)
-        save_answer(out, answer)
+        save_result(out, answer)
 
 
 if __name__ == "__main__":

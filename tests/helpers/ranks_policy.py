@@ -26,14 +26,14 @@ from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import MicroBatch, micro_batches, rows
-from fx_influence.core.tree import accumulate, dot, dots, largest_entry, multiply
+from fx_influence.batching.microbatch import MicroBatch, micro_batches, select_rows
+from fx_influence.core.tree import accumulate, dot, dot_by_name, largest_entry, multiply
 from fx_influence.distributed import fsdp_gather as gathering
 from fx_influence.distributed import fsdp_units as units
 from fx_influence.optim.adamw import adamw_decompose
 from fx_influence.types import AdamWState, Batch, Params
 from helpers.cases import TinyPolicy, random_adamw_state, random_batch, random_direction
-from helpers.ranks import end_rank, mesh_of_all, save_answer
+from helpers.ranks import end_rank, global_mesh, save_result
 
 VOCAB, LAYERS = 41, 3
 
@@ -184,7 +184,7 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
         generator, 2 * mesh.size(), 14, VOCAB, entropy_coefficients=True, gaps=True, padding="left" if own else "right"
     )
     rank = dist.get_rank()
-    mine = rows(batch, slice(2 * rank, 2 * rank + 2))
+    mine = select_rows(batch, slice(2 * rank, 2 * rank + 2))
     direction = random_direction(generator, params)
     v = {name: like(x, shards[name]) for name, x in direction.items()}
 
@@ -230,7 +230,7 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
         out[f"adamw {gain}"] = max(error(x, y) for x, y in zip(step, reference, strict=True))
     out["clip"] = error(step.clip, reference.clip)
     out["dot"] = error(dot(found, v), dot(g, direction))
-    out["dots"] = error(dots(found, v), dots(g, direction))
+    out["dots"] = error(dot_by_name(found, v), dot_by_name(g, direction))
     out["multiply"] = error(multiply(v, found), multiply(direction, g))
     out["largest entry"] = abs(largest_entry(v) / largest_entry(direction) - 1)
     return out
@@ -430,14 +430,14 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 
 def main(out: str, shape: str, *kinds: str) -> None:
-    with mesh_of_all() as mesh:
+    with global_mesh() as mesh:
         if shape == "2,2":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         answer: dict[str, Any] = {kind: measured(kind, mesh) for kind in kinds}
         answer["fickle"] = fickle(mesh)
         if mesh.size() == 2:
             answer |= {"frugality": frugality(mesh), "refusals": refusals(mesh)}
-        save_answer(out, answer)
+        save_result(out, answer)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.types import AdamWState
 from helpers.cases import TinyPolicy
-from helpers.ranks import end_rank, mesh_of_all, save_answer
+from helpers.ranks import end_rank, global_mesh, save_result
 
 
 def tiny(dim: int = 4) -> nn.Module:
@@ -163,12 +163,12 @@ def restored(mesh: DeviceMesh) -> dict[str, Any]:
 
 def main(out: str, what: str, directory: str) -> None:
     path = Path(directory)
-    with mesh_of_all() as mesh:
+    with global_mesh() as mesh:
         if what == "write":
-            save_answer(out, write(path, mesh))
+            save_result(out, write(path, mesh))
             return
         answer: dict[str, Any] = {name: read(path / name, mesh) for name in ("sharded", "by id", "by name")}
-        save_answer(out, {**answer, "restored": restored(mesh), "refusals": refusals(path, mesh)})
+        save_result(out, {**answer, "restored": restored(mesh), "refusals": refusals(path, mesh)})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.ranks import mesh_of
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store import StepStore
-from helpers.ranks import end_rank, save_answer
+from helpers.ranks import end_rank, save_result
 
 HELD_OUT = ["4+5=", "6=", "70+1="]
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
@@ -210,7 +210,7 @@ def main(out: str, asked: str) -> None:
     state = PartialState(cpu=True)
     with quiet():
         answer = ASKED[asked](Path(out))
-    save_answer(out, answer)
+    save_result(out, answer)
     state.destroy_process_group()
 
 

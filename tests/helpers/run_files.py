@@ -21,18 +21,18 @@ def write_plan(folder: Path, plan: dict[str, Any], **changes: object) -> str:
     return str(path)
 
 
-def summary(directory: Path) -> dict[str, Any]:
+def read_summary(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "summary.json").read_text())
 
 
 def stored_bytes(directory: Path) -> dict[str, bytes]:
     """Every file's bytes, the figures of time and memory left out."""
-    figures = {k: v for k, v in summary(directory).items() if k not in TIMES}
+    figures = {k: v for k, v in read_summary(directory).items() if k not in TIMES}
     files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     return {**files, "summary.json": json.dumps(figures).encode()}
 
 
-def killed_and_resumed(command: str, plan: Path, out: Path, kills: int) -> dict[str, bytes]:
+def kill_and_resume(command: str, plan: Path, out: Path, kills: int) -> dict[str, bytes]:
     """The bytes in ``out`` at the end of ``fx-influence command``, killed and started again at random moments.
 
     Whenever it has ended before it could be killed its bytes must be the same; it then begins anew.

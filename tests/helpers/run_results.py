@@ -26,11 +26,11 @@ SOUND: dict[str, Any] = {
 }
 
 
-def results(
+def make_results(
     own: dict[str, Any] | None = None, run: dict[str, Any] | None = None, dtype: str = "auto", **arrays: Any
 ) -> EntropyInfluenceResults:
     """Ten rollouts, all sure, and a step at half and at the whole learning rate."""
-    found = {
+    defaults = {
         "per_sequence": np.array([1.0, -2.0] * 5),
         "stderr": np.full(10, 0.1),
         "eta": np.array([0.5 * LR, LR]),
@@ -38,11 +38,11 @@ def results(
         "full_clip_fraction": np.array([0.0, 0.0]),
     }
     summary = {**SOUND, **(own or {})}
-    evaluation = EvaluationResults({**found, **arrays}, None, summary, [])
+    evaluation = EvaluationResults({**defaults, **arrays}, None, summary, [])
     plan = dataclasses.replace(EntropyInfluencePlan(), dtype=dtype)
     run = {**summary, "lr": LR, **(run or {})}
     return EntropyInfluenceResults(Path("run"), plan, {}, run, [], [], {}, (evaluation,))
 
 
-def found(name: str, *arguments: Any, **more: Any) -> Finding | None:
-    return next((finding for finding in health(results(*arguments, **more)) if finding.name == name), None)
+def find_finding(name: str, *arguments: Any, **more: Any) -> Finding | None:
+    return next((finding for finding in health(make_results(*arguments, **more)) if finding.name == name), None)

@@ -11,33 +11,33 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.types import AdamWState, Apply, Batch, Params
-from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch, random_direction
+from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
 
 Answers = dict[str, Tensor]
 
 
-def share(batch: Batch, counts: list[int], rank: int) -> Batch:
+def rows_of_rank(batch: Batch, counts: list[int], rank: int) -> Batch:
     """Rows of ``rank``, cut where the longest of them ends: ranks differ in rows and in width."""
     start = sum(counts[:rank])
-    own = rows(batch, slice(start, start + counts[rank]))
+    own = select_rows(batch, slice(start, start + counts[rank]))
     width = (
         int(torch.where(own.attention_mask, torch.arange(own.input_ids.shape[1]) + 1, 0).max()) if counts[rank] else 0
     )
     return Batch._make(f if f is None or f.dim() == 1 else f[:, :width] for f in own)
 
 
-def tiny_state(seed: int = 0) -> dict[str, Any]:
+def tiny_case(seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    apply, params = apply_of(TinyPolicy(tied=True, idle=True))
+    apply, params = make_apply(TinyPolicy(tied=True, idle=True))
     u = random_batch(generator, 7, 12, 7, groups=3, gaps=True, entropy_coefficients=True, min_len=0)
     e = random_batch(generator, 11, 12, 7, groups=5, coefficients=False)
     state = random_adamw_state(generator, params)
     return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
 
 
-def qwen_state(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def qwen_case(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=41,
@@ -56,9 +56,9 @@ def qwen_state(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
 
 
-def prompts_state() -> dict[str, Any]:
-    """As ``qwen_state`` in float64, with two prompts, of which every row has one."""
-    state = qwen_state(torch.float64)
+def shared_prompt_case() -> dict[str, Any]:
+    """As ``qwen_case`` in float64, with two prompts, of which every row has one."""
+    state = qwen_case(torch.float64)
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(41, (2, 8), generator=generator)
     for name, count in (("batch_u", 8), ("batch_e", 12)):
@@ -72,7 +72,7 @@ def prompts_state() -> dict[str, Any]:
     return state
 
 
-def asked(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
+def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
     """Every function that takes a mesh, with every route of ``influence``."""
     params, u, e, optimizer = (state[name] for name in ("params", "batch_u", "batch_e", "opt_state"))
     on = {"apply": state["apply"], "mesh": mesh}
@@ -102,18 +102,18 @@ def asked(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
     return found
 
 
-def batches_of() -> tuple[Batch, Batch]:
+def sharded_batches() -> tuple[Batch, Batch]:
     """U and E for the models of ``ranks_policy``."""
     generator = torch.Generator().manual_seed(1)
     u = random_batch(generator, 9, 14, 41, groups=4, gaps=True, entropy_coefficients=True, min_len=0)
     return u, random_batch(generator, 10, 14, 41, groups=4, coefficients=False)
 
 
-def state_of(params: Params) -> AdamWState:
+def sharded_opt_state(params: Params) -> AdamWState:
     return random_adamw_state(torch.Generator().manual_seed(2), params)
 
 
-def influences_of(
+def compute_mesh_functions(
     params: Params,
     u: Batch,
     e: Batch,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params, Preconditioner
-from helpers.cases import TinyPolicy, apply_of, random_adamw_state, random_batch
+from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch
 
 ESTIMATORS: tuple[Estimator, ...] = ("per_decision", "sequence")
 NORMALIZES: tuple[Normalize, ...] = ("token", "sequence")
@@ -54,7 +54,7 @@ def cases(draw: st.DrawFn) -> Case:
     """Random models, batches (variable lengths, gaps, empty rows, both paddings), Adam states and options."""
     generator = torch.Generator().manual_seed(draw(seeds))
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, tied=draw(st.booleans()), seed=draw(st.integers(0, 20)))
-    apply, params = apply_of(model)
+    apply, params = make_apply(model)
     shape = {
         "padding": draw(st.sampled_from(["left", "right"])),
         "gaps": draw(st.booleans()),
@@ -80,7 +80,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def options(case: Case) -> dict[str, object]:
+def influence_options(case: Case) -> dict[str, object]:
     """The keyword arguments of ``fx.influence`` that a case names."""
     return {
         "apply": case.apply,

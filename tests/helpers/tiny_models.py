@@ -13,22 +13,22 @@ import fx_influence as fx
 VOCAB, WIDTH = 11, 16
 
 
-class Attentive(nn.Module):
-    """One layer of causal attention with positions; ``mixed`` is what subclasses do to the stream besides."""
+class AttentionModel(nn.Module):
+    """One layer of causal attention with positions; subclasses override ``transform_stream``."""
 
     def __init__(self, vocab: int = VOCAB) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(vocab, 8), nn.Embedding(WIDTH, 8)
         self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, vocab)
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        x = self.mixed(self.token(input_ids) + self.place(columns if position_ids is None else position_ids))
+        x = self.transform_stream(self.token(input_ids) + self.place(columns if position_ids is None else position_ids))
         q, k, v = (y.unsqueeze(1) for y in self.qkv(x).chunk(3, -1))
         if attention_mask is None or is_full(attention_mask):
             seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -47,13 +47,13 @@ def is_full(mask: Tensor) -> bool:
         return False
 
 
-def nearly(actual: Tensor, expected: Tensor) -> bool:
+def is_close(actual: Tensor, expected: Tensor) -> bool:
     """Equal but for the rounding of some tens of operations in a row, with an order of magnitude of room."""
     bound = 1000 * torch.finfo(expected.dtype).eps
     return actual.shape == expected.shape and bool((actual - expected).abs().max() <= bound * expected.abs().max())
 
 
-def make(kind: type[nn.Module], **options: Any) -> Any:
+def make_float64(kind: type[nn.Module], **options: Any) -> Any:
     """A module in float64; two calls give the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.run_results import LR, found, results
+from helpers.run_results import LR, find_finding, make_results
 
 from fx_influence.lab.health import RANKED, Finding, health
 
 
 def test_a_sound_run_is_fine_in_every_respect() -> None:
-    findings = health(results(run={"update_off_policy": 1e-5}))
+    findings = health(make_results(run={"update_off_policy": 1e-5}))
     assert {finding.level for finding in findings} == {"good"}
     assert len({finding.name for finding in findings}) == len(findings) == 10
 
 
 def test_noise_is_told_with_its_share_and_its_remedy() -> None:
     noise = np.array([0.1] * 4 + [0.8] * 6)
-    finding = found("Standard errors of the rollouts", stderr=noise * np.array([1.0, 2.0] * 5))
+    finding = find_finding("Standard errors of the rollouts", stderr=noise * np.array([1.0, 2.0] * 5))
     assert finding is not None
     assert finding.level == "attention"
     assert "E is too small: 60% of rollouts are within two standard errors of zero." in finding.text
@@ -32,7 +32,7 @@ def test_noise_is_told_with_its_share_and_its_remedy() -> None:
 def test_an_e_too_small_for_a_ranking_says_how_many_prompts_would_do() -> None:
     # With a share s of noise in the squares, n times the prompts leave s / n of noise beside 1 - s of influence.
     stderr = np.full(10, np.sqrt(0.5 * 2.5))
-    finding = found("Ranking of the rollouts", stderr=stderr)
+    finding = find_finding("Ranking of the rollouts", stderr=stderr)
     assert finding is not None
     assert finding.level == "attention"
     assert "E is too small for a ranking: 50% of the influences' squares is noise" in finding.text
@@ -41,14 +41,14 @@ def test_an_e_too_small_for_a_ranking_says_how_many_prompts_would_do() -> None:
 
 
 def test_where_all_is_noise_no_number_of_prompts_is_made_up() -> None:
-    finding = found("Ranking of the rollouts", stderr=np.full(10, 2.0))
+    finding = find_finding("Ranking of the rollouts", stderr=np.full(10, 2.0))
     assert finding is not None
     assert "Many times as many prompts" in finding.text
 
 
 def test_rollouts_that_move_nothing_do_not_count_as_noise() -> None:
     arrays = {"per_sequence": np.array([1.0] * 2 + [0.0] * 8), "stderr": np.array([0.1] * 2 + [0.0] * 8)}
-    finding = found("Standard errors of the rollouts", **arrays)
+    finding = find_finding("Standard errors of the rollouts", **arrays)
     assert finding is not None
     assert finding.level == "good"
     assert finding.text.startswith("100% of rollouts")
@@ -62,7 +62,7 @@ def test_rollouts_that_move_nothing_do_not_count_as_noise() -> None:
     ],
 )
 def test_without_error_bars_or_influence_noise_is_unknown(arrays: dict[str, Any], words: str) -> None:
-    finding = found("Standard errors of the rollouts", **arrays)
+    finding = find_finding("Standard errors of the rollouts", **arrays)
     assert finding is not None
     assert finding.level == "unknown"
     assert words in finding.text
@@ -80,7 +80,7 @@ def test_without_error_bars_or_influence_noise_is_unknown(arrays: dict[str, Any]
     ],
 )
 def test_a_figure_beyond_its_bound_needs_attention(name: str, own: dict[str, Any], words: str) -> None:
-    finding = found(name, own)
+    finding = find_finding(name, own)
     assert finding is not None
     assert finding.level == "attention"
     assert words in finding.text
@@ -89,7 +89,7 @@ def test_a_figure_beyond_its_bound_needs_attention(name: str, own: dict[str, Any
 def test_rollouts_below_the_rounding_are_counted() -> None:
     arrays = {"per_sequence": np.array([1.0] * 8 + [-2.0] * 2)}
     for floor, level, words in ((1.5 * LR, "attention", "more than 80% of"), (0.5 * LR, "good", "100% of rollouts")):
-        finding = found("Rounding of the weights", {"rounding_floor": floor}, **arrays)
+        finding = find_finding("Rounding of the weights", {"rounding_floor": floor}, **arrays)
         assert finding is not None
         assert finding.level == level
         assert words in finding.text
@@ -104,26 +104,26 @@ def test_rollouts_below_the_rounding_are_counted() -> None:
     ],
 )
 def test_a_figure_within_its_bound_is_fine(name: str, own: dict[str, Any]) -> None:
-    finding = found(name, own)
+    finding = find_finding(name, own)
     assert finding is not None
     assert finding.level == "good"
 
 
 def test_the_effective_sample_is_that_of_this_steps_length() -> None:
-    finding = found("Effective sample size", ess=np.array([64.0, 10.0]))
+    finding = find_finding("Effective sample size", ess=np.array([64.0, 10.0]))
     assert finding is not None
     assert finding.level == "attention"
     assert "leave 10 of 64 rollouts" in finding.text
-    finding = found("Effective sample size", ess=np.array([10.0, 64.0]))
+    finding = find_finding("Effective sample size", ess=np.array([10.0, 64.0]))
     assert finding is not None
     assert finding.level == "good"
-    finding = found("Effective sample size", eta=np.array([0.5 * LR, 2 * LR]))
+    finding = find_finding("Effective sample size", eta=np.array([0.5 * LR, 2 * LR]))
     assert finding is not None
     assert finding.level == "unknown"
 
 
 def test_clipped_weights_are_counted_at_this_steps_length() -> None:
-    finding = found("Clipped weights", full_clip_fraction=np.array([0.0, 0.25]))
+    finding = find_finding("Clipped weights", full_clip_fraction=np.array([0.0, 0.25]))
     assert finding is not None
     assert finding.level == "attention"
     assert "25.0%" in finding.text
@@ -132,21 +132,21 @@ def test_clipped_weights_are_counted_at_this_steps_length() -> None:
 def test_the_identity_is_held_to_what_its_precision_allows() -> None:
     sizes = {"residual": 15.0 * 1e-6}
     for dtype, level in (("float32", "good"), ("float64", "attention")):
-        finding = found("Identity", sizes, dtype=dtype)
+        finding = find_finding("Identity", sizes, dtype=dtype)
         assert finding is not None
         assert finding.level == level
 
 
 def test_an_older_policy_of_u_is_mentioned() -> None:
-    finding = found("Policy of U", None, {"update_off_policy": 0.3})
+    finding = find_finding("Policy of U", None, {"update_off_policy": 0.3})
     assert finding is not None
     assert "older policy" in finding.text
-    assert found("Policy of U", None, {"update_off_policy": None}) is None
+    assert find_finding("Policy of U", None, {"update_off_policy": None}) is None
 
 
 def test_what_a_step_of_a_training_does_not_store_is_left_out() -> None:
     lacking = ("eta_trust", "rounding_floor", "off_policy")
-    stored = results(own={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
+    stored = make_results(own={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
     [evaluation] = stored.evaluations
     for name in lacking:
         del evaluation.summary[name]
@@ -163,7 +163,7 @@ def test_what_a_step_of_a_training_does_not_store_is_left_out() -> None:
 
 
 def test_a_warm_up_step_without_a_learning_rate_says_nothing_of_its_length() -> None:
-    names = {finding.name for finding in health(results(run={"lr": 0.0}))}
+    names = {finding.name for finding in health(make_results(run={"lr": 0.0}))}
     assert {"First order", "Rounding of the weights"}.isdisjoint(names)
 
 
@@ -171,7 +171,7 @@ NO_MOVEMENT = {"per_sequence": np.zeros(10), "stderr": np.zeros(10)}
 
 
 def of_a_step_that_moves_nothing(advantages: list[float | None]) -> Finding | None:
-    still = dataclasses.replace(results(**NO_MOVEMENT), sequences=[{"advantage": value} for value in advantages])
+    still = dataclasses.replace(make_results(**NO_MOVEMENT), sequences=[{"advantage": value} for value in advantages])
     return next((finding for finding in health(still) if finding.name == "Nothing moved"), None)
 
 
@@ -191,23 +191,23 @@ def test_health_names_advantages_that_move_nothing() -> None:
 
 
 def test_health_names_a_learning_rate_of_zero() -> None:
-    finding = found("Nothing moved", run={"lr": 0.0})
+    finding = find_finding("Nothing moved", run={"lr": 0.0})
     assert finding is not None
     assert finding.level == "attention"
     assert "learning rate of this step is 0" in finding.text
 
 
 def test_health_says_nothing_of_movement_when_one_rollout_moves() -> None:
-    assert found("Nothing moved", per_sequence=np.array([1.0] + [0.0] * 9)) is None
+    assert find_finding("Nothing moved", per_sequence=np.array([1.0] + [0.0] * 9)) is None
 
 
 def test_a_total_of_zero_has_no_sign() -> None:
-    finding = found("Sign of the total", {"total": 0.0, "total_stderr": 0.0})
+    finding = find_finding("Sign of the total", {"total": 0.0, "total_stderr": 0.0})
     assert finding is not None
     assert finding.level == "unknown"
 
 
 def test_what_needs_attention_comes_first() -> None:
-    levels = [finding.level for finding in health(results({"off_policy": 0.2}, eta=np.zeros(0), ess=np.zeros(0)))]
+    levels = [finding.level for finding in health(make_results({"off_policy": 0.2}, eta=np.zeros(0), ess=np.zeros(0)))]
     assert levels[:2] == ["attention", "unknown"]
     assert set(levels[2:]) == {"good"}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.ranks import answers, launch
-from helpers.run_files import stored_bytes, summary, write_plan
+from helpers.ranks import launch, run_on_ranks
+from helpers.run_files import read_summary, stored_bytes, write_plan
 from helpers.tolerances import assert_close_to_rounding
 
 import fx_influence as fx
@@ -78,7 +78,7 @@ def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes]
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", "nothing", "run", plan, "--out", out)
     assert done.returncode == 0, done.stdout
-    assert summary(out)["ranks"] == 2
+    assert read_summary(out)["ranks"] == 2
     assert done.stdout.count(BLOCK) == BLOCKS, "shared, not repeated"
     assert of_any_job(out) == alone
     for once in ("Stored in", "The page with every rollout and token", "finite steps 5/5"):
@@ -172,7 +172,7 @@ def test_processes_of_ones_own_have_the_values_of_one(tmp_path: Path) -> None:
     write_plan(tmp_path, FISHER)
     expected = fx.run_fisher(fx.FisherKernelPlan.from_dict(FISHER), tmp_path / "alone").evaluations[0]
     arrays = {**expected.arrays, "kernel": expected.kernel, "matrix": expected.delta_logprob_matrix}
-    for answer in answers(2, "ranks_fisher.py", tmp_path):
+    for answer in run_on_ranks(2, "ranks_fisher.py", tmp_path):
         for found in answer:
             assert found.keys() == arrays.keys()
             for name, value in arrays.items():

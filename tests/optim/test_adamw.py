@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_adamw_state, random_batch
+from helpers.cases import TinyPolicy, assert_close, make_apply, random_adamw_state, random_batch
 from helpers.strategies import GAINS, Case, cases, seeds
 from helpers.tolerances import ROOM, assert_close_to_rounding, assert_within, rounding_bound
 from hypothesis import given, settings
@@ -288,7 +288,7 @@ def test_the_rmsprop_gain_is_minus_rho_over_the_real_denominator(training: Train
             sign = 1.0 if group["maximize"] else -1.0
             expected = torch.full_like(den, sign * group["lr"] / training.lr)
             assert_close_to_rounding(step.gain[name] * den, expected, terms=STEP, scale=LOST * expected.abs())
-            close(step.direction[name], step.gain[name] * total[name])
+            assert_close(step.direction[name], step.gain[name] * total[name])
     for part in (step.baseline, step.momentum, step.weight_decay):
         assert not any(x.any() for x in part.values())
 
@@ -349,7 +349,7 @@ def test_every_part_agrees_with_the_slow_reference(training: Training, gain: Pre
     assert float(fast.clip) == pytest.approx(slow.clip, abs=rounding_bound(torch.float64, STEP, slow.clip))
     for part in ("direction", "momentum", "weight_decay", "gain"):
         for name, x in getattr(slow, part).items():
-            close(getattr(fast, part)[name], x)
+            assert_close(getattr(fast, part)[name], x)
 
 
 @given(case=cases())
@@ -360,7 +360,7 @@ def test_a_policys_own_gradients_agree_with_the_slow_reference(case: Case) -> No
     fast, slow = fx.adamw_decompose(reference.add(rows), *arguments), reference.adamw(rows, *arguments)
     for part in ("direction", "momentum", "weight_decay", "gain"):
         for name, x in getattr(slow, part).items():
-            close(getattr(fast, part)[name], x)
+            assert_close(getattr(fast, part)[name], x)
 
 
 @given(training=trainings(), gain=st.sampled_from(GAINS))
@@ -404,7 +404,7 @@ def test_low_precision_parameters_step_in_float32(warm: Warm, dtype: torch.dtype
 @pytest.fixture
 def warm() -> Warm:
     generator = torch.Generator().manual_seed(0)
-    apply, params = apply_of(TinyPolicy(5, 4, 1, 2, 6))
+    apply, params = make_apply(TinyPolicy(5, 4, 1, 2, 6))
     rows = reference.sequence_gradients(apply, params, random_batch(generator, 3, 6, 5))
     return reference.add(rows), random_adamw_state(generator, params), params
 
@@ -430,7 +430,7 @@ def test_arguments_that_make_no_step_are_refused(warm: Warm, what: str) -> None:
 
 def test_the_state_of_another_model_is_refused(warm: Warm) -> None:
     grads, state, params = warm
-    wider = apply_of(TinyPolicy(6, 4, 1, 2, 6))[1]
+    wider = make_apply(TinyPolicy(6, 4, 1, 2, 6))[1]
     remedy = r"the optimizer state is another model's: make it with adamw_state\(optimizer, model\)"
     with pytest.raises(ValueError, match=r"opt_state.exp_avg\['.*'\] has shape .* the parameter .*" + remedy):
         fx.adamw_decompose({}, state, wider)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.cases import close
+from helpers.cases import assert_close
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
@@ -65,19 +65,19 @@ def pair(case: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Tripl
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_all_derivatives_are_the_literal_ones(case: str) -> None:
     ours, slow, at, along = pair(case)
-    close(ours(*at), slow(*at))
-    close(jvp(ours, at, along)[1], jvp(slow, at, along)[1])
+    assert_close(ours(*at), slow(*at))
+    assert_close(jvp(ours, at, along)[1], jvp(slow, at, along)[1])
     for which in range(3):
         one = [x if k == which else torch.zeros_like(x) for k, x in enumerate(along)]
-        close(jvp(ours, at, tuple(one))[1], jvp(slow, at, tuple(one))[1])
+        assert_close(jvp(ours, at, tuple(one))[1], jvp(slow, at, tuple(one))[1])
         g, expected = (grad(lambda *x, f=f: f(*x).sin().sum(), which)(*at) for f in (ours, slow))
-        close(g, expected)
-    close(vmap(ours)(*(torch.stack([x, 2 * x]) for x in at))[1], slow(*(2 * x for x in at)))
+        assert_close(g, expected)
+    assert_close(vmap(ours)(*(torch.stack([x, 2 * x]) for x in at))[1], slow(*(2 * x for x in at)))
 
 
 def test_a_tangent_of_the_queries_alone_is_enough() -> None:
     ours, slow, (q, k, v), (dq, _, _) = pair("causal")
-    close(jvp(lambda q: ours(q, k, v), (q,), (dq,))[1], jvp(lambda q: slow(q, k, v), (q,), (dq,))[1])
+    assert_close(jvp(lambda q: ours(q, k, v), (q,), (dq,))[1], jvp(lambda q: slow(q, k, v), (q,), (dq,))[1])
 
 
 def test_a_query_that_sees_no_key_gives_0_and_no_nan() -> None:

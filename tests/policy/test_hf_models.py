@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io import factored_names, row_factors, row_gradients
-from fx_influence.batching.microbatch import micro_batches, rows
+from fx_influence.batching.microbatch import micro_batches, select_rows
 from fx_influence.testing import reference
 from fx_influence.types import Batch, Params
 
@@ -86,7 +86,7 @@ def test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers(family
 @adapters
 def test_a_model_in_float64_agrees_with_the_reference(family: str, lora: bool) -> None:
     apply, state = setup(make_model(family, lora=lora).double())
-    u, e = (rows(batch, torch.tensor([0, 1, 3])) for batch in (state.batch_u, state.batch_e))
+    u, e = (select_rows(batch, torch.tensor([0, 1, 3])) for batch in (state.batch_u, state.batch_e))
     out = fx.influence(state.params, u, e, state.opt_state, apply=apply, temperature=0.7, matrix=True)
     slow = reference.influence(apply, state.params, u, e, state.opt_state, temperature=0.7)
     assert out.matrix.dtype == torch.float64
@@ -124,7 +124,7 @@ def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
     assert names == state.params.keys()
     [part] = micro_batches(batch, len(batch.input_ids), left_alignable=True)
     factors, _ = row_factors(state.params, batch, part, apply, names, 0.7)
-    back = part.members.argsort()
+    back = part.row_index.argsort()
     slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
     for name, p in state.params.items():
         found = row_gradients(factors, name, p, slice(0, len(p)), len(back))[back]

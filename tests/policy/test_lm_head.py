@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import close
+from helpers.cases import assert_close
 from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 from torch.func import jvp
@@ -65,7 +65,7 @@ def test_scores_are_the_log_softmax_and_its_entropy(at_once: int, temperature: f
     params, x, targets = setting(impossible=impossible)
     found = head_token_values(policy(), params, x, targets, temperature, at_once)
     for value, expected in zip(found, plain(params, x, targets, temperature), strict=True):
-        close(value, expected)
+        assert_close(value, expected)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -83,7 +83,7 @@ def test_the_pull_is_the_gradient_of_the_loss(present: tuple[bool, bool], imposs
     assert grads["w"] is not None
     assert grads["b"] is not None
     for found, wanted in zip((d_features, grads["w"], grads["b"]), expected, strict=True):
-        close(found, wanted)
+        assert_close(found, wanted)
         assert wanted.abs().max() > 0.1
 
 
@@ -96,7 +96,7 @@ def test_the_slopes_are_the_jvp(impossible: bool) -> None:
     dx = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     expected = jvp(lambda p, x: plain(p, x, targets, 0.7), (params, x), (along, dx))[1]
     for value, wanted in zip(head_jvp(policy(), params, along, x, dx, targets, 0.7), expected, strict=True):
-        close(value, wanted)
+        assert_close(value, wanted)
         assert wanted.abs().max() > 0.1
 
 

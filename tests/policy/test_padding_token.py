@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.cases import close
+from helpers.cases import assert_close
 from helpers.tolerances import (
     assert_close_to_rounding,
     assert_within,
@@ -100,7 +100,7 @@ def test_forward_mode_is_the_product_with_that_gradient(tied: bool, compiled: bo
     along = (batch.coefficients * derivatives.logprobs + batch.entropy_coefficients * derivatives.entropies).sum()
     g = batch_gradient(params, batch, apply)
     size = sum((g[name] * v).abs().sum() for name, v in direction.items())
-    close(-along, dot(g, direction), size, policy_terms(params, 6))
+    assert_close(-along, dot(g, direction), size, policy_terms(params, 6))
 
 
 @pytest.mark.parametrize("matrix", [True, False])
@@ -116,10 +116,10 @@ def test_every_route_agrees(matrix: bool, per_token: bool, given: bool) -> None:
     g = batch_gradient(params, u, apply)
     step = fx.adamw_decompose(g, state, params)
     along = fx.jvp_delta(params, step.direction, e, apply=apply)
-    close(out.total, along.first, along.contributions.abs().sum(), policy_terms(params, 6))
+    assert_close(out.total, along.first, along.contributions.abs().sum(), policy_terms(params, 6))
     assert out.unattributed == 0
     if out.matrix is not None:
-        close(out.matrix.sum(0), out.per_sequence, out.matrix.abs().sum(), policy_terms(params, 6))
+        assert_close(out.matrix.sum(0), out.per_sequence, out.matrix.abs().sum(), policy_terms(params, 6))
 
 
 def test_the_entropy_follows_the_padding_tokens_embedding_where_it_moves() -> None:

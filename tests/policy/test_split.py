@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import close, random_batch
+from helpers.cases import assert_close, random_batch
 from helpers.hf_models import VOCAB, WIDTH, adapters, families, make_model, setup
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
@@ -94,13 +94,13 @@ def test_what_changes_logits_after_the_head_is_not_cut_off(kind: str) -> None:
     for value, expected in zip(
         token_jvp(params, along, batch, apply), token_jvp(params, along, batch, plain), strict=True
     ):
-        close(value, expected)
+        assert_close(value, expected)
     found, expected_g = (batch_gradient(params, batch, given) for given in (apply, plain))
     for name, g in expected_g.items():
         own = found[name]
         assert g is not None
         assert own is not None
-        close(own, g)
+        assert_close(own, g)
 
 
 def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:

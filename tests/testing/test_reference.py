@@ -7,7 +7,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, dyadic_policy, random_adamw_state, random_batch, random_direction
+from helpers.cases import (
+    TinyPolicy,
+    assert_close,
+    dyadic_policy,
+    make_apply,
+    random_adamw_state,
+    random_batch,
+    random_direction,
+)
 from helpers.enumeration import (
     enumerate_completions,
     exact_entropy,
@@ -41,7 +49,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def policy(**options: Any) -> tuple[Apply, Params]:
-    return apply_of(TinyPolicy(vocab=5, dim=4, layers=1, heads=2, max_len=8, **options))
+    return make_apply(TinyPolicy(vocab=5, dim=4, layers=1, heads=2, max_len=8, **options))
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -53,8 +61,8 @@ def test_token_values_match_one_batched_log_softmax(padding: Any, temperature: f
     log_pi = (apply(params, batch.input_ids, batch.attention_mask)[:, :-1] / temperature).log_softmax(-1)
     taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0] * batch.completion_mask[:, 1:]
     entropies = torch.special.entr(log_pi.exp()).sum(-1) * batch.completion_mask[:, 1:]
-    close(values.logprobs[:, 1:], taken)
-    close(values.entropies[:, 1:], entropies)
+    assert_close(values.logprobs[:, 1:], taken)
+    assert_close(values.entropies[:, 1:], entropies)
     assert not values.logprobs[:, 0].any()
     assert not values.entropies[:, 0].any()
 
@@ -97,7 +105,7 @@ def test_sequence_gradients_are_those_of_the_written_out_loss(bonus: bool) -> No
         for name, g in row.items():
             assert g is not None
             assert i == 0 or g.any()
-            close(g, expected[name][i])
+            assert_close(g, expected[name][i])
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -171,7 +179,7 @@ def test_adamw_is_a_real_torch_step(setting: str) -> None:
     step = ref.adamw(rows, state, params, "share", options.get("max_grad_norm"))
     assert (step.clip < 1) == ("max_grad_norm" in options)
     for name in names:
-        close(step.direction[name], expected[name])
+        assert_close(step.direction[name], expected[name])
     assert "idle" in state.exp_avg
     assert names[-1] not in state.exp_avg
     assert not expected["idle"].any()
@@ -190,7 +198,7 @@ def test_adamw_parts_add_up_and_marginal_is_the_derivative(setting: str) -> None
     assert ref.inner(share.momentum, share.momentum) > 0 or setting == "cold"
     for name in params:
         shares = [g for g in (ref.scale(share.gain, row)[name] for row in rows) if g is not None]
-        close(share.momentum[name] + share.weight_decay[name] + sum(shares), share.direction[name])
+        assert_close(share.momentum[name] + share.weight_decay[name] + sum(shares), share.direction[name])
     # Central differences in log-spaced coordinates: each gradient moved by a share of itself, the clip frozen.
     g = ref.add(rows)
     for name in state.exp_avg:
@@ -218,8 +226,8 @@ def test_rmsprop_gain_and_its_sign() -> None:
             assert g is not None
             s = hyper.beta2 * state.exp_avg_sq[name] + (1 - hyper.beta2) * (step.clip * g) ** 2
             den = (s / (1 - hyper.beta2**tau)).sqrt() + hyper.eps
-            close(step.direction[name], (1 if maximize else -1) * 0.25 * g / den)
-            close(step.gain[name] * den, torch.full_like(g, 0.25 if maximize else -0.25))
+            assert_close(step.direction[name], (1 if maximize else -1) * 0.25 * g / den)
+            assert_close(step.gain[name] * den, torch.full_like(g, 0.25 if maximize else -0.25))
             assert not step.momentum[name].any()
             assert not step.weight_decay[name].any()
 
@@ -233,9 +241,9 @@ def test_contributions_sum_to_delta_h(estimator: Estimator, normalize: Normalize
         apply, params, random_direction(generator(9), params), 2.0, batch, estimator, normalize, clip, 0.8
     )
     assert out.delta_h.abs() > 1e-3
-    close(out.contributions.sum(), out.delta_h)
+    assert_close(out.contributions.sum(), out.delta_h)
     assert not batch.completion_mask[0].any()
-    close(out.contributions[0], torch.zeros_like(out.delta_h), out.contributions)
+    assert_close(out.contributions[0], torch.zeros_like(out.delta_h), out.contributions)
     assert 1 <= out.ess < 6
     assert (out.clip_fraction > 0) == (clip == 0.05)
 
@@ -267,15 +275,15 @@ def test_snis_diagnostics_by_hand() -> None:
     delta = new.logprobs - old.logprobs
     log_w = delta.sum(1)
     whole = ref.snis_delta(apply, params, v, 3.0, batch, "sequence", clip=0.1)
-    close(whole.log_weights, log_w)
+    assert_close(whole.log_weights, log_w)
     w = log_w.clamp(-0.1, 0.1).exp()
-    close(whole.ess, w.sum() ** 2 / (w**2).sum())
-    close(whole.clip_fraction, (log_w.abs() > 0.1).double().mean())
+    assert_close(whole.ess, w.sum() ** 2 / (w**2).sum())
+    assert_close(whole.clip_fraction, (log_w.abs() > 0.1).double().mean())
     mask = batch.completion_mask
     prefix = delta.cumsum(1) - delta
     out = ref.snis_delta(apply, params, v, 3.0, batch, "per_decision", clip=0.1)
-    close(out.log_weights, log_w)
-    close(out.clip_fraction, (prefix.abs() > 0.1)[mask].double().mean())
+    assert_close(out.log_weights, log_w)
+    assert_close(out.clip_fraction, (prefix.abs() > 0.1)[mask].double().mean())
     assert 0 < out.clip_fraction < 1
     # Without gaps a row's columns are its ranks from the first token on; a finished row keeps its full weight.
     first, last = mask.int().argmax(1), mask.sum(1)
@@ -283,7 +291,7 @@ def test_snis_diagnostics_by_hand() -> None:
     for k in range(int(last.max())):
         w = torch.stack([prefix[a, first[a] + k] if k < last[a] else log_w[a] for a in range(5)]).clamp(-0.1, 0.1).exp()
         sizes.append(w.sum() ** 2 / (w**2).sum())
-    close(out.ess, min(sizes))
+    assert_close(out.ess, min(sizes))
     assert sizes[-1] < sizes[1] < sizes[0] == 5
 
 
@@ -293,29 +301,29 @@ def test_on_the_whole_distribution_gradient_and_delta_are_exact(
     estimator: Estimator, normalize: Normalize, temperature: float
 ) -> None:
     """E *is* the policy's distribution (each completion n p times), so neither estimator has a sampling error."""
-    apply, params = apply_of(dyadic_policy(generator(5)))
+    apply, params = make_apply(dyadic_policy(generator(5)))
     params["table"] = params["table"] * temperature
     prompts = [torch.tensor([1]), torch.tensor([2, 1])]
     space = enumerate_completions(prompts, eos_id=0, vocab_size=3, max_new_tokens=3, temperature=temperature)
     assert len(space.batch.input_ids) == 2 * (1 + 2 + 4 * 3)
-    close(exact_log_probs(apply, params, space).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert_close(exact_log_probs(apply, params, space).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
     batch = replicate(apply, params, space, 256)
     exact = exact_gradient(apply, params, space, normalize)["table"]
     found = ref.add(ref.entropy_gradients(apply, params, batch, estimator, normalize, temperature))["table"]
     assert found is not None
     assert exact.abs().max() > 0.05
-    close(found, exact)
+    assert_close(found, exact)
     v, eta = random_direction(generator(9), params), 5.0
     moved = {name: p + eta * v[name] for name, p in params.items()}
     before, after = (exact_entropy(apply, p, space, normalize) for p in (params, moved))
     out = ref.snis_delta(apply, params, v, eta, batch, estimator, normalize, None, temperature)
     assert (after - before).abs() > 0.01
-    close(out.delta_h, after - before)
+    assert_close(out.delta_h, after - before)
 
 
 @estimates
 def test_samples_agree_with_the_exact_answer(estimator: Estimator, normalize: Normalize) -> None:
-    apply, params = apply_of(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))
+    apply, params = make_apply(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))
     prompts = [torch.tensor([1]), torch.tensor([2, 2])]
     space = enumerate_completions(prompts, eos_id=0, vocab_size=3, max_new_tokens=3, temperature=1.5)
     n, v, eta = 400, exact_gradient(apply, params, space, normalize), 0.3
@@ -334,7 +342,7 @@ def test_samples_agree_with_the_exact_answer(estimator: Estimator, normalize: No
 
 
 def test_sample_follows_the_enumerated_distribution() -> None:
-    apply, params = apply_of(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))
+    apply, params = make_apply(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))
     space = enumerate_completions([torch.tensor([1]), torch.tensor([2, 2])], 0, 3, 2, temperature=1.5)
     n, p = 20000, exact_log_probs(apply, params, space).exp()
     batch = sample(apply, params, space, n, generator(1))
@@ -358,13 +366,13 @@ def test_influence_is_what_a_small_step_does(estimator: Estimator, normalize: No
         generator(8), params, absent=("head.bias",), maximize=gain == "marginal", amsgrad=gain == "share"
     )
     out = ref.influence(apply, params, batch_u, batch_e, state, estimator, normalize, gain, 0.8, 0.5)
-    close(out.matrix.sum(0), out.per_sequence)
-    close(out.per_token.sum(1), out.per_sequence)
-    close(out.baseline + out.per_sequence.sum(), out.total)
+    assert_close(out.matrix.sum(0), out.per_sequence)
+    assert_close(out.per_token.sum(1), out.per_sequence)
+    assert_close(out.baseline + out.per_sequence.sum(), out.total)
     if gain == "marginal":
         assert (out.baseline - out.momentum - out.weight_decay).abs() > 1e-3
     else:
-        close(out.momentum + out.weight_decay, out.baseline)
+        assert_close(out.momentum + out.weight_decay, out.baseline)
     assert not out.per_token[~batch_u.completion_mask].any()
     assert out.per_sequence[0] == 0
     rows = ref.sequence_gradients(apply, params, batch_u, 0.8)
@@ -398,7 +406,7 @@ def test_standard_error_by_hand() -> None:
     # Clusters {0, 2} and {1}; lengths 1, 2, 1: shares 1/4, 1/2, 1/4, so each cluster has half. Sums 4.5 and 1.
     # Column 0: 1.5 - 2.25 = -0.75 and 3 - 2.25 = 0.75; column 1: 2 - 0.5 = 1.5 and -1 - 0.5 = -1.5; C/(C-1) = 2.
     found = ref.standard_error(matrix, [1, 2, 1], torch.tensor([7, 4, 7]), "token")
-    close(found, torch.tensor([1.5, 3.0], dtype=torch.float64))
+    assert_close(found, torch.tensor([1.5, 3.0], dtype=torch.float64))
     # Rows, by sequence: column 0 about its mean 1.5 is -0.5, 1.5, -1, squares sum to 3.5, times 3/2.
     assert ref.standard_error(matrix, [1, 2, 1], None, "sequence")[0].item() == pytest.approx(math.sqrt(5.25))
     assert ref.standard_error(matrix, [1, 2, 1], torch.zeros(3), "token").isnan().all()
@@ -420,27 +428,27 @@ def test_fisher_kernel_is_a_product_of_jacobians() -> None:
 
     a, b = jacobian(batch_a), jacobian(batch_b)
     identity = torch.stack([a[k] @ b[k].T for k in params]).sum(0)
-    close(ref.fisher_kernel(apply, params, batch_a, batch_b, None, 0.8), identity)
+    assert_close(ref.fisher_kernel(apply, params, batch_a, batch_b, None, 0.8), identity)
     p = {}
     for name, s in state.exp_avg_sq.items():
         hyper = state.hyper[name]
         p[name] = 1 / ((s / (1 - hyper.beta2 ** state.step[name])).sqrt() + hyper.eps)
     expected = torch.stack([(a[k] * p[k].flatten()) @ b[k].T for k in p]).sum(0)
     found = ref.fisher_kernel(apply, params, batch_a, batch_b, ref.adam_diagonals(state), 0.8)
-    close(found, expected)
+    assert_close(found, expected)
     assert not found[:, 0].any()
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_tiny_policy_ignores_padding_and_survives_an_empty_row(padding: Any) -> None:
-    apply, params = apply_of(TinyPolicy(vocab=5, dim=4, layers=2, max_len=8, tied=True))
+    apply, params = make_apply(TinyPolicy(vocab=5, dim=4, layers=2, max_len=8, tied=True))
     assert "token.weight" in params
     assert "head.weight" not in params
     batch = random_batch(generator(2), 4, 6, 5, padding=padding)
     ids, attention, completion = (torch.nn.functional.pad(x, (1, 1)) for x in batch[:3] if x is not None)
     wider = Batch(ids, attention, completion)
     plain, padded = (ref.token_values(apply, params, b).logprobs for b in (batch, wider))
-    close(padded[:, 1:-1], plain)
+    assert_close(padded[:, 1:-1], plain)
     nothing = torch.zeros_like(batch.attention_mask)
     assert apply(params, batch.input_ids, nothing).isfinite().all()
 

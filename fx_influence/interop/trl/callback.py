@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from fx_influence._influence import influence
 from fx_influence.autodiff.gram import MEMORY_BUDGET
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import promote
 from fx_influence.distributed.collectives import RankError, check_agreed, failing_together
@@ -381,7 +381,7 @@ class EntropyInfluence(TrainerCallback):
         # Some rows tell; all where their entropies are wanted.
         count = len(batch.input_ids)
         some = slice(None) if captured.entropies is None else slice(0, count, max(1, count // CHECKED_ROWS))
-        part = rows(batch, some)
+        part = select_rows(batch, some)
         if not part.completion_mask.any():
             none = torch.zeros_like(captured.logprobs)
             return captured if captured.entropies is not None else captured._replace(entropies=none)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.microbatch import select_rows
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.distributed.collectives import all_gather_objects, rank_in
 from fx_influence.types import Batch
@@ -61,4 +61,4 @@ def share(count: int, mesh: DeviceMesh | None) -> slice:
 
 def own_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     """This process's share of a batch that every process holds."""
-    return rows(batch, share(len(batch.input_ids), mesh))
+    return select_rows(batch, share(len(batch.input_ids), mesh))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fx_influence._influence import Influence, influence
-from fx_influence.estimators.entropy import entropy_estimate, sequence_shares
+from fx_influence.estimators.entropy import denominator_weights, entropy_estimate
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.lab.analysis.finite_steps.figures import finite_figures, rollout_fits
 from fx_influence.lab.analysis.finite_steps.linearity import eta_trust
@@ -204,7 +204,7 @@ def _on_reward(
 
 
 def _error(plan: EntropyInfluencePlan, contributions: torch.Tensor, batch: Batch) -> torch.Tensor:
-    shares = sequence_shares(batch.completion_mask, plan.normalize)
+    shares = denominator_weights(batch.completion_mask, plan.normalize)
     return cluster_stderr(contributions, contributions.sum(), shares / shares.sum(), cluster_index(batch))
 
 

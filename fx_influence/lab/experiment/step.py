@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import rollout_gradients
-from fx_influence.batching.microbatch import distinct_rows, row_chunks, rows
+from fx_influence.batching.microbatch import distinct_rows, row_chunks, select_rows
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
 from fx_influence.interop.runtime.run_files import GRADIENT, readable
@@ -100,7 +100,7 @@ def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
     moves = torch.stack([(w != 0).any(-1) for w in weights]).any(0)
     index = torch.arange(len(moves), device=moves.device)
     still = index[~moves]
-    return distinct_rows(batch if not len(still) else rows(batch, torch.where(moves, index, still[0])))
+    return distinct_rows(batch if not len(still) else select_rows(batch, torch.where(moves, index, still[0])))
 
 
 def _gradient_norms(plan: StepPlan, state: TrainingState, batch: Batch) -> Tensor:

@@ -51,16 +51,16 @@ class PackedAttention(TorchFunctionMode):
         if self._biases is None:
             # A mask of bools would be made one of numbers in every layer.
             none = torch.zeros((), dtype=query.dtype, device=query.device)
-            self._biases = [none.masked_fill(~block.mask, -torch.inf) for block in self.layout.blocks]
+            self._biases = [none.masked_fill(~block.mask, -torch.inf) for block in self.layout.buckets]
         if query.device.type != "cpu" and options.pop("enable_gqa", False):
             # With a mask besides, no fused attention of CUDA takes it.
             key, value = (repeat_heads(x, query) for x in (key, value))
         found = []
-        for (queries, keys, _), bias in zip(self.layout.blocks, self._biases, strict=True):
+        for (queries, keys, _), bias in zip(self.layout.buckets, self._biases, strict=True):
             q, k, v = _gather_tokens(query, queries), _gather_tokens(key, keys), _gather_tokens(value, keys)
             out = F.scaled_dot_product_attention(q, k, v, bias, **options)
             found.append(out.transpose(1, 2).flatten(0, 1))
-        return _gather_tokens(torch.cat(found).transpose(0, 1).unsqueeze(0), self.layout.back.unsqueeze(0))
+        return _gather_tokens(torch.cat(found).transpose(0, 1).unsqueeze(0), self.layout.inverse_index.unsqueeze(0))
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
-from helpers.checkpoint_models import CONFIGS, LORA, assert_same, make_tokenizer, train
-from helpers.dcp_files import Bomb, save
+from helpers.checkpoint_models import CONFIGS, LORA, assert_same_state, make_tokenizer, train
+from helpers.dcp_files import MaliciousPickle, save_dcp
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed import checkpoint as dcp
@@ -91,10 +91,10 @@ def in_app(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 def test_a_full_directory_is_the_live_state(architecture: str, layout: Any, bases: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases / architecture)
     optimizer = trained(model, tmp_path / "trainer")
-    save(layout(model, optimizer), tmp_path / "dcp")
+    save_dcp(layout(model, optimizer), tmp_path / "dcp")
     loaded = load_checkpoint(tmp_path / "dcp", base=bases / architecture)
     live = adamw_state(optimizer, model)
-    assert_same(loaded.optimizer_state, live)
+    assert_same_state(loaded.optimizer_state, live)
     assert {hyper.weight_decay for hyper in live.hyper.values()} == {0.0, 0.1}
     assert_weights(loaded.model, model)
     assert not loaded.model.training
@@ -106,10 +106,10 @@ def test_a_peft_directory_is_the_live_state(kind: str, bases: Path, tmp_path: Pa
     base = AutoModelForCausalLM.from_pretrained(bases / "llama")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, **LORA[kind]))
     optimizer = trained(model, tmp_path / "trainer")
-    save(by_name(model, optimizer), tmp_path / "dcp")
+    save_dcp(by_name(model, optimizer), tmp_path / "dcp")
     shutil.copy(tmp_path / "trainer" / "checkpoint-2" / "adapter_config.json", tmp_path / "dcp")
     loaded = load_checkpoint(tmp_path / "dcp", base=bases / "llama")
-    assert_same(loaded.optimizer_state, adamw_state(optimizer, model))
+    assert_same_state(loaded.optimizer_state, adamw_state(optimizer, model))
     assert_weights(loaded.model, model)
     assert {n for n, p in loaded.model.named_parameters() if p.requires_grad} == set(loaded.optimizer_state.step)
 
@@ -130,7 +130,7 @@ def test_what_accelerate_saves_of_fsdp_is_the_live_state(kind: str | None, bases
     if kind is not None:
         shutil.copy(tmp_path / "trainer" / "checkpoint-2" / "adapter_config.json", path)
     loaded = load_checkpoint(path, base=bases / "llama")
-    assert_same(loaded.optimizer_state, adamw_state(optimizer, model))
+    assert_same_state(loaded.optimizer_state, adamw_state(optimizer, model))
     assert_weights(loaded.model, model)
 
 
@@ -178,7 +178,7 @@ def test_the_shards_of_two_processes_are_put_together(tmp_path: Path) -> None:
     live = torch.load(f"{out}.pt")
     loaded = load_checkpoint(out, base=tmp_path / "base")
     assert all(torch.equal(loaded.model.state_dict()[name], value) for name, value in live["model"].items())
-    assert_same(loaded.optimizer_state, adamw_state(restore_optimizer(live["optim"], loaded.model), loaded.model))
+    assert_same_state(loaded.optimizer_state, adamw_state(restore_optimizer(live["optim"], loaded.model), loaded.model))
     assert {hyper.lr_scale for hyper in loaded.optimizer_state.hyper.values()} == {1.0, 2.0}
 
 
@@ -191,7 +191,7 @@ def directory(bases: Path, tmp_path: Path) -> Path:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    save(by_name(model, optimizer), path)
+    save_dcp(by_name(model, optimizer), path)
     return path
 
 
@@ -205,7 +205,7 @@ def test_shards_go_before_files_beside_them(directory: Path, bases: Path) -> Non
 
 def test_shards_of_the_weights_alone_leave_the_optimizer_to_its_file(directory: Path) -> None:
     model = load_checkpoint(directory, optimizer=False).model
-    save({"model": get_model_state_dict(model)}, directory)
+    save_dcp({"model": get_model_state_dict(model)}, directory)
     torch.save(torch.optim.AdamW(model.parameters(), lr=0.25).state_dict(), directory / "optimizer.pt")
     loaded = load_checkpoint(directory)
     assert loaded.optimizer_state.lr == 0.25
@@ -214,7 +214,7 @@ def test_shards_of_the_weights_alone_leave_the_optimizer_to_its_file(directory: 
 
 def test_an_optimizer_before_its_first_step_has_moments_of_zero(directory: Path) -> None:
     model = load_checkpoint(directory, optimizer=False).model
-    save({"optimizer": torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()}, directory)
+    save_dcp({"optimizer": torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()}, directory)
     loaded = load_checkpoint(directory)
     assert (loaded.optimizer_state.lr, set(loaded.optimizer_state.step.values())) == (0.5, {0})
     assert not any(value.any() for value in loaded.optimizer_state.exp_avg.values())
@@ -231,7 +231,7 @@ def test_no_moments_are_read_for_the_policy_alone(directory: Path, monkeypatch: 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_dtype_is_as_in_the_shards_or_as_asked(dtype: torch.dtype | None, directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    save({"model": get_model_state_dict(model)}, directory)
+    save_dcp({"model": get_model_state_dict(model)}, directory)
     loaded = load_checkpoint(directory, dtype=dtype, optimizer=False)
     assert {p.dtype for p in loaded.model.parameters()} == {dtype or torch.float64}
 
@@ -250,7 +250,7 @@ def test_a_missing_config_is_named(directory: Path) -> None:
 
 def test_a_missing_part_is_named(directory: Path, bases: Path) -> None:
     (directory / "model.safetensors").unlink()
-    save({"network": AutoModelForCausalLM.from_pretrained(bases / "qwen2").state_dict()}, directory)
+    save_dcp({"network": AutoModelForCausalLM.from_pretrained(bases / "qwen2").state_dict()}, directory)
     with pytest.raises(FileNotFoundError, match=r"or \{'model': \.\.\.\} with torch\.distributed\.checkpoint\.save"):
         load_checkpoint(directory, optimizer=False)
     with pytest.raises(FileNotFoundError, match=r"or \{'optim': \.\.\.\} with torch\.distributed\.checkpoint\.save"):
@@ -258,14 +258,14 @@ def test_a_missing_part_is_named(directory: Path, bases: Path) -> None:
 
 
 def test_what_is_no_tensor_is_no_weight(directory: Path) -> None:
-    save({"model": {"epoch": 3}}, directory)
+    save_dcp({"model": {"epoch": 3}}, directory)
     with pytest.raises(ValueError, match=r"do not fit .*config\.json: missing"):
         load_checkpoint(directory, optimizer=False)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(directory: Path) -> None:
     weights = load_checkpoint(directory, optimizer=False).model.state_dict()
-    save({"model": {f"module.{name}": value for name, value in weights.items()}}, directory)
+    save_dcp({"model": {f"module.{name}": value for name, value in weights.items()}}, directory)
     with pytest.raises(ValueError, match=r"do not fit .*config\.json: missing or of another shape are \['lm_head"):
         load_checkpoint(directory, optimizer=False)
 
@@ -277,7 +277,7 @@ def test_an_adapter_with_a_missing_weight_is_refused(bases: Path, tmp_path: Path
     model.peft_config["default"].save_pretrained(tmp_path)
     weights = model.state_dict()
     del weights["base_model.model.model.layers.1.self_attn.q_proj.lora_B.default.weight"]
-    save({"model": weights}, tmp_path)
+    save_dcp({"model": weights}, tmp_path)
     with pytest.raises(ValueError, match=r"do not fit its adapter_config\.json: missing are \['base_model"):
         load_checkpoint(tmp_path, base=bases / "llama", optimizer=False)
 
@@ -288,7 +288,7 @@ def test_another_optimizer_is_refused_before_the_weights_are_read(
 ) -> None:
     model = load_checkpoint(directory, optimizer=False).model
     optimizer = torch.optim.RMSprop(model.parameters())
-    save(layout(model, optimizer) | {"model": {"nothing": torch.zeros(1)}}, directory)
+    save_dcp(layout(model, optimizer) | {"model": {"nothing": torch.zeros(1)}}, directory)
     with pytest.raises(TypeError, match=r"seems to be of torch\.optim\.RMSprop; supported are torch\.optim\.AdamW"):
         load_checkpoint(directory)
 
@@ -302,7 +302,7 @@ def _rewrite(directory: Path, change: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_metadata_is_never_unpickled(protocol: int, directory: Path, tmp_path: Path) -> None:
     metadata = pickle.loads((directory / ".metadata").read_bytes())
-    metadata.planner_data["extra"] = Bomb(tmp_path / "ran")
+    metadata.planner_data["extra"] = MaliciousPickle(tmp_path / "ran")
     (directory / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
     with pytest.raises(ValueError, match=r"\.metadata is damaged or no metadata .*names posix\.mkdir, which"):
         load_checkpoint(directory)
@@ -336,8 +336,11 @@ def test_what_python_311_names_for_an_enum_is_called_with_nothing(directory: Pat
 
 
 def test_values_are_never_unpickled(directory: Path, tmp_path: Path) -> None:
-    save(
-        {"model": {"weight": torch.zeros(1)}, "optim": {"state": {}, "param_groups": [{"lr": Bomb(tmp_path / "ran")}]}},
+    save_dcp(
+        {
+            "model": {"weight": torch.zeros(1)},
+            "optim": {"state": {}, "param_groups": [{"lr": MaliciousPickle(tmp_path / "ran")}]},
+        },
         directory,
     )
     with pytest.raises(ValueError, match=r"optim\.param_groups\.0\.lr in .*never unpickled"):

@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.checkpoint_models import CONFIGS, LORA, assert_same, make_tokenizer, train
+from helpers.checkpoint_models import CONFIGS, LORA, assert_same_state, make_tokenizer, train
 from helpers.golden import DATA, load_golden
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -74,7 +74,7 @@ def test_a_full_trainer_checkpoint_is_the_live_state(architecture: str, bases: P
     trainer = train(AutoModelForCausalLM.from_pretrained(bases / architecture), tmp_path)
     live = adamw_state(trainer.optimizer, trainer.model)
     loaded = load_checkpoint(tmp_path / "checkpoint-2")
-    assert_same(loaded.optimizer_state, live)
+    assert_same_state(loaded.optimizer_state, live)
     assert set(live.step.values()) == {2}
     assert {hyper.weight_decay for hyper in live.hyper.values()} == {0.0, 0.1}
     # no two moments are equal, so none could stand for another unnoticed
@@ -91,7 +91,7 @@ def test_a_peft_trainer_checkpoint_is_the_live_state(kind: str, bases: Path, tmp
     trainer = train(model, tmp_path)
     live = adamw_state(trainer.optimizer, model)
     loaded = load_checkpoint(tmp_path / "checkpoint-2")
-    assert_same(loaded.optimizer_state, live)
+    assert_same_state(loaded.optimizer_state, live)
     assert not any(torch.equal(a, b) for a, b in combinations(live.exp_avg.values(), 2))
     assert {name for name, p in loaded.model.named_parameters() if p.requires_grad} == set(live.step)
     for name, parameter in model.named_parameters():
@@ -109,8 +109,8 @@ def test_a_permutation_of_the_mapping_would_be_seen(kind: str, bases: Path, tmp_
     saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
     of = {parameter: name for name, parameter in model.named_parameters()}
     names = [[of[parameter] for parameter in group["params"]] for group in trainer.optimizer.param_groups]
-    assert_same(adamw_state(restore_optimizer(saved, model), model), live)
-    assert_same(adamw_state(restore_optimizer(saved, model, names), model), live)
+    assert_same_state(adamw_state(restore_optimizer(saved, model), model), live)
+    assert_same_state(adamw_state(restore_optimizer(saved, model, names), model), live)
     pairs = [
         pair for group in names for pair in combinations(group, 2) if len({live.exp_avg[n].shape for n in pair}) == 1
     ]
@@ -121,13 +121,13 @@ def test_a_permutation_of_the_mapping_would_be_seen(kind: str, bases: Path, tmp_
         state = adamw_state(swapped, model)
         assert torch.equal(state.exp_avg[first], live.exp_avg[second])
         with pytest.raises(AssertionError):
-            assert_same(state, live)
+            assert_same_state(state, live)
 
 
 def test_a_finished_schedule_leaves_lr_zero_and_the_ratios_of_initial_lr(bases: Path, tmp_path: Path) -> None:
     trainer = train(AutoModelForCausalLM.from_pretrained(bases / "qwen2"), tmp_path, schedule="linear")
     loaded = load_checkpoint(tmp_path / "checkpoint-2").optimizer_state
-    assert_same(loaded, adamw_state(trainer.optimizer, trainer.model))
+    assert_same_state(loaded, adamw_state(trainer.optimizer, trainer.model))
     assert loaded.lr == 0.0
     assert {hyper.lr_scale for hyper in loaded.hyper.values()} == {1.0}
 
@@ -165,7 +165,7 @@ def test_a_permutation_of_same_shapes_is_mapped_right() -> None:
     plain = dict(zip(named, (entry["exp_avg"] for entry in saved["state"].values()), strict=True))
     assert all(plain[name].shape == value.shape for name, value in live.exp_avg.items())
     assert sum(not torch.equal(plain[name], value) for name, value in live.exp_avg.items()) == 4
-    assert_same(adamw_state(restore_optimizer(saved, model), model), live)
+    assert_same_state(adamw_state(restore_optimizer(saved, model), model), live)
 
 
 def _shuffled(model: nn.Module, names: bool) -> tuple[torch.optim.AdamW, list[list[str]]]:
@@ -183,14 +183,16 @@ def test_explicit_names_map_any_grouping() -> None:
     model = Scales()
     optimizer, names = _shuffled(model, names=False)
     restored = restore_optimizer(optimizer.state_dict(), model, names)
-    assert_same(adamw_state(restored, model), adamw_state(optimizer, model))
+    assert_same_state(adamw_state(restored, model), adamw_state(optimizer, model))
 
 
 @STORES_NAMES
 def test_names_that_torch_stored_map_any_grouping() -> None:
     model = Scales()
     optimizer, _ = _shuffled(model, names=True)
-    assert_same(adamw_state(restore_optimizer(optimizer.state_dict(), model), model), adamw_state(optimizer, model))
+    assert_same_state(
+        adamw_state(restore_optimizer(optimizer.state_dict(), model), model), adamw_state(optimizer, model)
+    )
 
 
 @STORES_NAMES
@@ -214,7 +216,7 @@ def test_one_group_is_in_model_order(everything: bool) -> None:
     optimizer.step()
     live = adamw_state(optimizer, model)
     assert list(live.step) == ["layer1.scale", "layer1.bias", "layer2.scale", "layer2.bias"]
-    assert_same(adamw_state(restore_optimizer(optimizer.state_dict(), model), model), live)
+    assert_same_state(adamw_state(restore_optimizer(optimizer.state_dict(), model), model), live)
 
 
 def test_a_restored_optimizer_makes_the_same_next_step() -> None:
@@ -399,9 +401,9 @@ def test_a_state_dict_by_names_needs_no_rule(flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     live = adamw_state(optimizer, model)
-    assert_same(adamw_state(restore_optimizer(saved, model), model), live)
+    assert_same_state(adamw_state(restore_optimizer(saved, model), model), live)
     if not flatten:
-        assert_same(adamw_state(restore_optimizer(saved, model, names), model), live)
+        assert_same_state(adamw_state(restore_optimizer(saved, model, names), model), live)
     with pytest.raises(ValueError, match="param_names are not the names in the optimizer's state dict"):
         restore_optimizer(saved, model, [group[::-1] for group in names])
 
@@ -480,7 +482,7 @@ def test_the_whole_state_that_accelerate_saves_of_fsdp_is_read(full: Path) -> No
     optimizer.step()
     (full / "optimizer.pt").unlink()
     torch.save(get_optimizer_state_dict(model, optimizer), full / "optimizer.bin")
-    assert_same(load_checkpoint(full).optimizer_state, adamw_state(optimizer, model))
+    assert_same_state(load_checkpoint(full).optimizer_state, adamw_state(optimizer, model))
 
 
 def test_a_damaged_optimizer_file_is_refused(full: Path) -> None:
@@ -632,7 +634,7 @@ def test_recorded_names_beside_the_optimizer_are_used(tmp_path: Path) -> None:
     names = json.loads((DATA / "optimizer_param_names.json").read_text())
     (path / "optimizer_param_names.json").write_text(json.dumps(names))
     loaded = load_checkpoint(path, base=base)
-    assert_same(loaded.optimizer_state, golden.opt_state)
+    assert_same_state(loaded.optimizer_state, golden.opt_state)
     assert all(torch.equal(loaded.model.get_parameter(name), value) for name, value in golden.params.items())
     # of the same shape, so that only the record can tell
     first, second = (f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_A.default.weight" for layer in (0, 1))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dcp_files import Bomb, save
-from helpers.ranks import answers
+from helpers.dcp_files import MaliciousPickle, save_dcp
+from helpers.ranks import run_on_ranks
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(directory: Path) -> dict[str, Any]:
     """By two ranks: what was live there, beside states of one process that hold the same or cannot be used."""
     (directory / "out").mkdir()
-    return answers(2, "ranks_states.py", directory / "out", "write", directory)[0]
+    return run_on_ranks(2, "ranks_states.py", directory / "out", "write", directory)[0]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def alone(directory: Path) -> tuple[nn.Module, torch.optim.AdamW]:
     """One process's training, saved with whole tensors."""
     model = tiny()
     optimizer = trained(model)
-    save(by_name(model, optimizer), directory / "by name")
-    save({"model": model.state_dict(), "optim": named_groups(model, optimizer)}, directory / "by id")
+    save_dcp(by_name(model, optimizer), directory / "by name")
+    save_dcp({"model": model.state_dict(), "optim": named_groups(model, optimizer)}, directory / "by id")
     return model, optimizer
 
 
@@ -70,17 +70,20 @@ def unusable(directory: Path, written: dict[str, Any]) -> None:
     (directory / "missing file" / "__1_0.distcp").unlink()
     model = tiny()
     weights = {"model": model.state_dict()}
-    save({**weights, "optim": {"state": {}, "param_groups": [{"lr": Bomb(directory / "ran")}]}}, directory / "bomb")
+    save_dcp(
+        {**weights, "optim": {"state": {}, "param_groups": [{"lr": MaliciousPickle(directory / "ran")}]}},
+        directory / "bomb",
+    )
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    save({**weights, "optim": sgd.state_dict()}, directory / "sgd")
-    save(weights, directory / "model alone")
+    save_dcp({**weights, "optim": sgd.state_dict()}, directory / "sgd")
+    save_dcp(weights, directory / "model alone")
 
 
 @pytest.fixture(scope="module")
 def three(directory: Path, written: Any, alone: Any, unusable: None) -> list[dict[str, Any]]:
     """What three ranks read of it all."""
     (directory / "read").mkdir()
-    return answers(3, "ranks_states.py", directory / "read", "read", directory)
+    return run_on_ranks(3, "ranks_states.py", directory / "read", "read", directory)
 
 
 def same(actual: Any, expected: Any) -> None:
@@ -189,11 +192,11 @@ def test_an_adapter_saved_alone_leaves_its_base(tmp_path: Path) -> None:
         return model
 
     saved, model = adapted(1), adapted(2)
-    save({"model": get_peft_model_state_dict(saved)}, tmp_path)
+    save_dcp({"model": get_peft_model_state_dict(saved)}, tmp_path)
     assert load_sharded_checkpoint(tmp_path, model, optimizer=False) is None
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in saved.named_parameters())
     del (weights := get_peft_model_state_dict(saved))[next(iter(weights))]
-    save({"model": weights}, tmp_path)
+    save_dcp({"model": weights}, tmp_path)
     with pytest.raises(ValueError, match=r"q_proj.lora_A.default.weight of shape \(2, 8\) is missing \(1 in all\)"):
         load_sharded_checkpoint(tmp_path, model, optimizer=False)
 
@@ -211,7 +214,7 @@ KINDS = {
 def test_any_box_of_a_stored_tensor(kind: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "BYTES_AT_ONCE", at_once)
     whole = KINDS[kind]
-    save({"model": {"w": whole, "other": torch.zeros(1000)}}, tmp_path)
+    save_dcp({"model": {"w": whole, "other": torch.zeros(1000)}}, tmp_path)
     stored = stored_part(tmp_path, ["model"])["w"]
     for box in [(slice(0, 7), slice(0, 5), slice(0, 3)), (slice(2, 6), slice(1, 4), slice(2, 3)), (slice(7, 7),) * 3]:
         out = torch.full_like(whole[box], 99, dtype=torch.float64)
@@ -220,7 +223,7 @@ def test_any_box_of_a_stored_tensor(kind: str, at_once: int, tmp_path: Path, mon
 
 
 def test_a_box_that_is_not_all_there_is_refused(tmp_path: Path) -> None:
-    save({"model": {"w": torch.zeros(4, 3)}}, tmp_path)
+    save_dcp({"model": {"w": torch.zeros(4, 3)}}, tmp_path)
     stored = stored_part(tmp_path, ["model"])["w"]
     with pytest.raises(ValueError, match=r"model\.w of shape \(4, 3\) is not all in"):
         read_box(stored, [2, 0], torch.empty(3, 3))

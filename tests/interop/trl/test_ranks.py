@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import answers
+from helpers.ranks import run_on_ranks
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, exact_bound, rounding_bound
 
 import fx_influence as fx
@@ -43,19 +43,19 @@ def add_up(answer: dict[str, dict[str, float]], count: int) -> None:
 
 @pytest.mark.slow
 def test_rollouts_of_two_ranks_add_up_to_the_averaged_gradient_and_its_step(tmp_path: Path) -> None:
-    for answer in answers(2, "ranks_trl.py", tmp_path, "losses"):
+    for answer in run_on_ranks(2, "ranks_trl.py", tmp_path, "losses"):
         add_up(answer, 18)
 
 
 @pytest.mark.slow
 def test_rollouts_of_two_ranks_add_up_for_every_variant(tmp_path: Path) -> None:
-    for answer in answers(2, "ranks_trl.py", tmp_path, "sweep"):
+    for answer in run_on_ranks(2, "ranks_trl.py", tmp_path, "sweep"):
         add_up(answer, 36)
 
 
 @pytest.mark.slow
 def test_a_training_of_two_ranks_is_measured_as_by_one_process(tmp_path: Path) -> None:
-    found = answers(2, "ranks_trl.py", tmp_path, "measured", launcher=ACCELERATE)
+    found = run_on_ranks(2, "ranks_trl.py", tmp_path, "measured", launcher=ACCELERATE)
     for training, steps in (("measured", 3), ("failed", 4)):
         unchanged(found, training, steps)
     logged_alike(found)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.run_files import TIMES, killed_and_resumed, stored_bytes, summary, write_plan
+from helpers.run_files import TIMES, kill_and_resume, read_summary, stored_bytes, write_plan
 from helpers.tolerances import ROOM, assert_close_to_rounding, assert_within, policy_terms
 from safetensors.torch import load_file
 
@@ -94,11 +94,11 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
     keys |= {"influence", "stderr", "prompt_length", "completion_length"}
     assert all(keys <= set(record) for record in sequences)
     required = {"total", "baseline", "momentum", "weight_decay", "sum_per_sequence", "residual", *TIMES}
-    assert required <= set(summary(finished))
+    assert required <= set(read_summary(finished))
     assert set(load_file(finished / "baseline.safetensors")) == set(_state()[1])
-    assert [set(found["advantage"]) for found in summary(finished)["allocations"]] == [set(ALLOCATIONS)] * 2
-    auto = summary(finished)["auto_scale"]
-    assert auto["capped"] == int((arrays["auto_eta"] >= 1e4 * summary(finished)["lr"]).sum())
+    assert [set(found["advantage"]) for found in read_summary(finished)["allocations"]] == [set(ALLOCATIONS)] * 2
+    auto = read_summary(finished)["auto_scale"]
+    assert auto["capped"] == int((arrays["auto_eta"] >= 1e4 * read_summary(finished)["lr"]).sum())
     assert 0 < auto["smallest_clearance"] <= auto["median_clearance"]
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
     pieces = ("update_rollouts.jsonl", "eval_00_rollouts.jsonl", "eval_01_rollouts.jsonl", "update_sequences.jsonl")
@@ -142,7 +142,7 @@ def test_the_stored_numbers_are_those_of_the_library_on_the_stored_rollouts(fini
         assert_close_to_rounding(arrays[name], getattr(out, name), name=name, **near)
     matrix = np.load(finished / "eval_00_delta_matrix.npy")
     assert_close_to_rounding(matrix.sum(0), arrays["per_sequence"], **near)
-    s = summary(finished)
+    s = read_summary(finished)
     near["scale"] = near["scale"] + abs(s["momentum"]) + abs(s["weight_decay"])
     assert_close_to_rounding(s["total"], out.total.item(), **near)
     assert_close_to_rounding(s["baseline"], s["momentum"] + s["weight_decay"], **near)
@@ -208,7 +208,7 @@ def test_analyze_prints_and_writes_beside_a_run_that_stays_as_it_was(
 
 
 def test_finite_steps_tend_to_the_first_order(finished: Path) -> None:
-    s, arrays = summary(finished), dict(np.load(finished / "eval_00.npz"))
+    s, arrays = read_summary(finished), dict(np.load(finished / "eval_00.npz"))
     at_lr = s["finite_steps"][0]
     assert at_lr["eta"] == pytest.approx(s["lr"])
     gap = abs(at_lr["full"] - at_lr["full_jvp"])
@@ -240,7 +240,7 @@ def test_the_same_plan_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
     for name in set(names) - {"report"}:
         if name == "summary.json":
-            ours, theirs = summary(finished), summary(tmp_path / "again")
+            ours, theirs = read_summary(finished), read_summary(tmp_path / "again")
             assert {k: v for k, v in ours.items() if k not in TIMES} == {
                 k: v for k, v in theirs.items() if k not in TIMES
             }
@@ -307,7 +307,7 @@ def test_whatever_is_interrupted_goes_on_with_the_pieces_that_are_stored(
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(finished: Path, tmp_path: Path) -> None:
-    assert killed_and_resumed("run", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)
+    assert kill_and_resume("run", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)
 
 
 def test_a_finished_run_is_not_computed_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_a_directory_of_another_plan_or_of_other_files_is_refused(
 
 def test_the_report_shows_totals_checks_rollouts_and_tokens(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(finished)]) == 0
-    page, s = capsys.readouterr().out, summary(finished)
+    page, s = capsys.readouterr().out, read_summary(finished)
     for figure in (f"{s['momentum']:+.5g}", f"{s['weight_decay']:+.5g}", f"{s['total']:+.5g}"):
         assert figure in page
     assert f"{s['relative_residual']:.1e}" in page

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.cases import close
-from helpers.run_files import TIMES, killed_and_resumed, stored_bytes, write_plan
+from helpers.cases import assert_close
+from helpers.run_files import TIMES, kill_and_resume, stored_bytes, write_plan
 from helpers.tolerances import assert_close_to_rounding, assert_within, central_difference, policy_terms
 from torch import Tensor
 
@@ -122,15 +122,15 @@ def test_the_kernel_and_both_diagonals_are_those_of_the_slow_definition(
     diagonals = reference.adam_diagonals(known.state, known.step)
     stored = results.evaluations[0]
     slow = reference.fisher_kernel(known.apply, known.params, known.e, known.u, diagonals)
-    close(torch.from_numpy(stored.kernel), slow)
+    assert_close(torch.from_numpy(stored.kernel), slow)
     fast = fx.fisher_kernel(
         known.params, known.e, known.u, known.state, apply=known.apply, preconditioner="adam", max_grad_norm=1.0
     )
-    close(torch.from_numpy(stored.kernel), fast)
+    assert_close(torch.from_numpy(stored.kernel), fast)
     own = torch.stack([inner(g, {n: diagonals[n] * g[n] for n in diagonals}) for g in score_gradients(known)])
-    close(torch.from_numpy(stored.arrays["self_kernel"]), own)
+    assert_close(torch.from_numpy(stored.arrays["self_kernel"]), own)
     u_with_u = fx.fisher_kernel(known.params, known.u, known.u, None, apply=known.apply, preconditioner=diagonals)
-    close(torch.from_numpy(results.update_self_kernel), u_with_u.diagonal())
+    assert_close(torch.from_numpy(results.update_self_kernel), u_with_u.diagonal())
 
 
 def test_the_change_by_each_rollout_is_its_gradient_against_its_part_of_the_step(
@@ -138,7 +138,7 @@ def test_the_change_by_each_rollout_is_its_gradient_against_its_part_of_the_step
 ) -> None:
     own = [{name: known.step.gain[name] * g[name] for name in g} for g in known.gradients]
     expected = torch.stack([torch.stack([inner(s, v) for v in own]) for s in score_gradients(known)])
-    close(torch.from_numpy(results.evaluations[0].delta_logprob_matrix), expected)
+    assert_close(torch.from_numpy(results.evaluations[0].delta_logprob_matrix), expected)
     for rollouts in (results.update_rollouts, results.evaluations[0].rollouts):
         texts = {(r.prompt_ids, r.completion_ids) for r in rollouts}
         assert len(texts) < len(rollouts), "equal rollouts, which are measured once"
@@ -238,9 +238,9 @@ def test_the_identity_preconditioner_from_files_of_rollouts_through_the_package(
     )
     again = fx.run_fisher(plan, tmp_path / "out").evaluations[0]
     slow = reference.fisher_kernel(known.apply, known.params, known.e, known.u)
-    close(torch.from_numpy(again.kernel), slow)
+    assert_close(torch.from_numpy(again.kernel), slow)
     own = torch.stack([inner(g, g) for g in score_gradients(known)])
-    close(torch.from_numpy(again.arrays["self_kernel"]), own)
+    assert_close(torch.from_numpy(again.arrays["self_kernel"]), own)
     np.testing.assert_array_equal(again.delta_logprob_matrix, results.evaluations[0].delta_logprob_matrix)
 
 
@@ -368,4 +368,4 @@ def test_the_default_directory_is_named_after_the_plan(
 
 @pytest.mark.slow
 def test_a_fisher_run_killed_at_random_moments_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    assert killed_and_resumed("fisher", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)
+    assert kill_and_resume("fisher", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import VOCAB, Attentive, full_batch, make, nearly
+from helpers.tiny_models import VOCAB, AttentionModel, full_batch, is_close, make_float64
 from torch import Tensor, nn
 
 import fx_influence as fx
@@ -47,24 +47,24 @@ class InDict(Summed):
         return {"logits": self.logits(idx)}
 
 
-class HandedOn(Attentive):
+class HandedOn(AttentionModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return SimpleNamespace(logits=super().forward(*args, **kwargs))
 
 
 @pytest.mark.parametrize("kind", [WithSegments, WithTargets, InDict, HandedOn])
 def test_only_what_is_a_mask_is_given_the_mask(kind: type[nn.Module]) -> None:
-    model = make(kind)
+    model = make_float64(kind)
     out = model(IDS)
     own = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else None
     if own is None:
         own = out["logits"] if isinstance(out, dict) else out.logits
     apply, params = fx.make_functional(model)
-    assert nearly(apply(params, IDS, MASK), own)
+    assert is_close(apply(params, IDS, MASK), own)
 
 
 def test_a_wrapper_that_hands_everything_on_is_given_the_mask() -> None:
-    apply, params = fx.make_functional(make(HandedOn))
+    apply, params = fx.make_functional(make_float64(HandedOn))
     padded = MASK.clone()
     padded[:, 0] = False
     assert not torch.equal(apply(params, IDS, padded), apply(params, IDS, MASK))
@@ -95,10 +95,10 @@ class NoLogits(Summed):
 )
 def test_a_forward_without_logits_of_every_token_is_refused(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fx.make_functional(make(kind))
+        fx.make_functional(make_float64(kind))
 
 
-class FromTwo(Attentive):
+class FromTwo(AttentionModel):
     """Positions of its own begin at 2, and given ones are taken as they are: behind a padding index of 1."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class FromTwo(Attentive):
         return super().forward(input_ids, attention_mask, position_ids)
 
 
-class Backwards(Attentive):
+class Backwards(AttentionModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
@@ -123,31 +123,31 @@ class Backwards(Attentive):
 
 
 def test_positions_begin_where_the_models_own_do() -> None:
-    model = make(FromTwo)
+    model = make_float64(FromTwo)
     apply, params = fx.make_functional(model)
-    assert nearly(apply(params, IDS, MASK), model(IDS))
+    assert is_close(apply(params, IDS, MASK), model(IDS))
     left = MASK.clone()
     left[:, :3] = False
-    assert nearly(apply(params, IDS, left)[:, 3:], apply(params, IDS[:, 3:], MASK[:, 3:]))
+    assert is_close(apply(params, IDS, left)[:, 3:], apply(params, IDS[:, 3:], MASK[:, 3:]))
 
 
 def test_positions_of_another_kind_are_refused_with_the_remedy() -> None:
-    model = make(Backwards)
+    model = make_float64(Backwards)
     with pytest.raises(ValueError, match=r"It makes other positions .*position_ids=False"):
         fx.make_functional(model)
     apply, params = fx.make_functional(model, position_ids=False)
-    assert nearly(apply(params, IDS, MASK), model(IDS))
+    assert is_close(apply(params, IDS, MASK), model(IDS))
 
 
-class Noisy(Attentive):
-    def mixed(self, x: Tensor) -> Tensor:
+class Noisy(AttentionModel):
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x)
 
 
-class CountsIntegers(Attentive):
+class CountsIntegers(AttentionModel):
     """A mask of integers is one thing to it, a mask of bools another."""
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x
 
     def forward(
@@ -161,7 +161,7 @@ class CountsIntegers(Attentive):
 @pytest.mark.parametrize(("kind", "message"), [(Noisy, "a row of tokens"), (CountsIntegers, "padded rows")])
 def test_a_forward_that_differs_is_refused(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=rf"apply differs from model's own logits on {message}.*, by"):
-        fx.make_functional(make(kind))
+        fx.make_functional(make_float64(kind))
 
 
 def test_prompt_tuning_scores_the_given_tokens_alone() -> None:
@@ -187,11 +187,11 @@ def test_prompt_tuning_scores_the_given_tokens_alone() -> None:
     own = model(input_ids=IDS, attention_mask=MASK.long()).logits[:, 3:]
     found = apply(params, IDS, MASK)
     assert found.shape == (*IDS.shape, VOCAB)
-    assert nearly(found, own)
+    assert is_close(found, own)
 
 
 def test_looking_changes_nothing() -> None:
-    model = make(Attentive).train()
+    model = make_float64(AttentionModel).train()
     model.qkv.eval()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -208,7 +208,7 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_check_policy_tells_what_has_changed_since() -> None:
-    model = make(Attentive)
+    model = make_float64(AttentionModel)
     model.head.bias.requires_grad_(False)
     apply, params = fx.make_functional(model)
     with torch.no_grad():

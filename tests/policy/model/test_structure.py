@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import max_error
-from helpers.tiny_models import Attentive, full_batch, make, warm_state
+from helpers.tiny_models import AttentionModel, full_batch, make_float64, warm_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,56 +17,56 @@ from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.policy.split import split_policy
 
 
-class Shifted(Attentive):
+class Shifted(AttentionModel):
     """Each token takes from the one before by gates that start at 0."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(8))
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
-class Convolved(Attentive):
+class Convolved(AttentionModel):
     def __init__(self) -> None:
         super().__init__()
         self.short = nn.Conv1d(8, 8, 3, groups=8)
         nn.init.zeros_(self.short.weight)
         nn.init.zeros_(self.short.bias)
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.short(F.pad(x.mT, (2, 0))).mT
 
 
-class Summing(Attentive):
+class Summing(AttentionModel):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(8))
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.gate * x.cumsum(1)
 
 
-class Normalised(Attentive):
+class Normalised(AttentionModel):
     """Sees later tokens too, once its gate opens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(8))
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.gate * (x - x.mean(1, keepdim=True))
 
 
-class Stretched(Attentive):
+class Stretched(AttentionModel):
     """Grows with the length of a row."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(8))
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.gate * x * x.shape[1] ** 0.5
 
 
@@ -74,14 +74,14 @@ MIXING = [Shifted, Convolved, Summing, Normalised, Stretched]
 
 
 def test_plain_attention_shares_prompts() -> None:
-    policy = split_policy(fx.make_functional(make(Attentive))[0])
+    policy = split_policy(fx.make_functional(make_float64(AttentionModel))[0])
     assert policy.left_alignable
     assert policy.prefix_shareable
 
 
 @pytest.mark.parametrize("kind", MIXING)
 def test_what_is_learned_later_is_seen_at_once(kind: type[nn.Module]) -> None:
-    model = make(kind)
+    model = make_float64(kind)
     apply, params = fx.make_functional(model)
     assert not split_policy(apply).prefix_shareable
     # A token behind padding on the left takes from that, as in a trainer's batch: rows stay where they are.
@@ -101,17 +101,17 @@ def model_logits(model: nn.Module, params: Any, ids: Tensor, mask: Tensor) -> Te
         return torch.func.functional_call(model, params, (ids, mask))
 
 
-class OverRows(Attentive):
+class OverRows(AttentionModel):
     """The first row gets what the batch has in common."""
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x - x.mean(0, keepdim=True)
 
 
-class Capacity(Attentive):
+class Capacity(AttentionModel):
     """An expert takes as many tokens of the batch as fit, those that score highest."""
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         score = x[..., 0].flatten()
         chosen = torch.zeros_like(score).index_fill(0, score.topk(max(1, len(score) // 4)).indices, 1.0)
         return x + chosen.view(*x.shape[:2], 1) * x
@@ -120,7 +120,7 @@ class Capacity(Attentive):
 @pytest.mark.parametrize("kind", [OverRows, Capacity])
 def test_rows_that_see_each_other_are_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="gives a row other logits in a batch with other rows"):
-        fx.make_functional(make(kind))
+        fx.make_functional(make_float64(kind))
 
 
 def long_model(rope_type: str) -> Any:

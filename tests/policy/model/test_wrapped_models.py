@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.hf_models import make_model
-from helpers.tiny_models import Attentive, full_batch, make, nearly, warm_state
+from helpers.tiny_models import AttentionModel, full_batch, is_close, make_float64, warm_state
 from torch import Tensor, nn
 
 import fx_influence as fx
@@ -19,7 +19,7 @@ U, E = full_batch(1), full_batch(2, rows=8)
 HF = full_batch(1, vocab=19)
 
 
-class CompiledInside(Attentive):
+class CompiledInside(AttentionModel):
     def __init__(self) -> None:
         super().__init__()
         self.qkv = torch.compile(self.qkv, backend="eager")  # type: ignore[assignment]
@@ -35,10 +35,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
-    model = make(Attentive)
+    model = make_float64(AttentionModel)
     apply, params = fx.make_functional(model)
     expected = fx.influence(params, U, E, warm_state(model), apply=apply)
-    wrapped = WRAPPERS[kind](make(Attentive))
+    wrapped = WRAPPERS[kind](make_float64(AttentionModel))
     apply, own = fx.make_functional(wrapped)
     assert own.keys() == params.keys()
     state = warm_state(wrapped)
@@ -49,11 +49,11 @@ def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
 
 
 def test_modules_compiled_inside_a_model_keep_their_tangents() -> None:
-    model = make(CompiledInside)
+    model = make_float64(CompiledInside)
     apply, params = fx.make_functional(model)
     assert "qkv._orig_mod.weight" in params
     found = fx.influence(params, U, E, warm_state(model), apply=apply)
-    plain = make(Attentive)
+    plain = make_float64(AttentionModel)
     apply, params = fx.make_functional(plain)
     expected = fx.influence(params, U, E, warm_state(plain), apply=apply)
     assert torch.equal(found.per_sequence, expected.per_sequence)
@@ -94,13 +94,13 @@ def test_a_head_of_another_kind_works(kind: str) -> None:
     state = warm_state(model)
     own = model(input_ids=HF.input_ids, attention_mask=HF.attention_mask.long()).logits
     found = apply(params, HF.input_ids, HF.attention_mask)
-    assert nearly(found, own)
+    assert is_close(found, own)
     assert split_policy(apply).vocab_size == 19, "the head is cut off"
     out = fx.influence(params, HF, HF, state, apply=apply, matrix=True)
     assert out.per_sequence.isfinite().all()
 
 
-class ReadsItsHead(Attentive):
+class ReadsItsHead(AttentionModel):
     """Multiplies by the head's weight itself, which no module put in its place can stand for."""
 
     def get_output_embeddings(self) -> nn.Module:
@@ -119,7 +119,7 @@ class ReadsItsHead(Attentive):
 
 class ReadsItsDtype(ReadsItsHead):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return Attentive.forward(self, *args, **kwargs).to(self.head.weight.dtype)
+        return AttentionModel.forward(self, *args, **kwargs).to(self.head.weight.dtype)
 
 
 @pytest.mark.parametrize(("kind", "cut"), [(ReadsItsHead, False), (ReadsItsDtype, True)])
@@ -130,10 +130,10 @@ def test_a_head_read_in_the_forward_is_cut_off_where_it_can_be(kind: type[nn.Mod
         ) -> Tensor:
             return super().forward(input_ids, attention_mask, position_ids)
 
-    model = make(Named)
+    model = make_float64(Named)
     apply, params = fx.make_functional(model)
     assert (split_policy(apply).vocab_size is not None) == cut
-    assert nearly(apply(params, U.input_ids, U.attention_mask), model(U.input_ids))
+    assert is_close(apply(params, U.input_ids, U.attention_mask), model(U.input_ids))
     state = warm_state(model)
     plain = fx.influence(params, U, E, state, apply=lambda *given: apply(*given))
     out = fx.influence(params, U, E, state, apply=apply)

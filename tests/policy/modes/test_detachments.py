@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import Attentive, full_batch, make, warm_state
+from helpers.tiny_models import AttentionModel, full_batch, make_float64, warm_state
 from torch import Tensor, nn
 
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 
 
-class Detaching(Attentive):
+class Detaching(AttentionModel):
     """Divides by a norm of its weights that no gradient reaches, as PEFT's DoRA does."""
 
     def __init__(self, by: str = "detach") -> None:
@@ -33,7 +33,7 @@ class Detaching(Attentive):
 
 @pytest.mark.parametrize("by", ["detach", "no_grad"])
 def test_e_has_the_derivatives_of_the_function(by: str) -> None:
-    apply, params = fx.make_functional(make(Detaching, by=by))
+    apply, params = fx.make_functional(make_float64(Detaching, by=by))
     e = full_batch(2, rows=8)
     direction = {name: torch.zeros_like(p) for name, p in params.items()}
     direction["qkv.weight"] = params["qkv.weight"].clone()
@@ -47,7 +47,7 @@ def test_e_has_the_derivatives_of_the_function(by: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False, "stderr": False}])
 def test_u_has_the_trainers_gradient_and_e_the_functions(options: dict[str, Any]) -> None:
-    model = make(Detaching)
+    model = make_float64(Detaching)
     apply, params = fx.make_functional(model)
     u, e, state = full_batch(1), full_batch(2, rows=8), warm_state(model)
     logprobs = model(u.input_ids)[:, :-1].log_softmax(-1).gather(-1, u.input_ids[:, 1:, None])[..., 0]
@@ -100,7 +100,7 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_that_may_change_gradients_are_refused(kind: str) -> None:
-    model = make(Attentive)
+    model = make_float64(AttentionModel)
     handle = HOOKS[kind](model)
     with pytest.raises(ValueError, match=rf"'qkv(.weight)?' has a hook on its .*{kind}.*expected none"):
         fx.make_functional(model)
@@ -113,7 +113,7 @@ def test_hooks_of_frozen_parameters_and_those_that_look_on_are_let_be() -> None:
         return None
 
     looks.__module__ = "wandb.integration.torch"
-    model = make(Attentive)
+    model = make_float64(AttentionModel)
     model.qkv.weight.register_hook(functools.partial(looks))
     model.head.weight.register_hook(halved)
     model.head.weight.requires_grad_(False)

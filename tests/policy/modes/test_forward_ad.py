@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, apply_of, close, random_batch
+from helpers.cases import TinyPolicy, assert_close, make_apply, random_batch
 from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 from torch.func import jvp, vmap
@@ -46,7 +46,7 @@ def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ..
         f(given)
     found = forward_mode_jvp(f, given, tangents, cache.outputs if taped else None)
     for value, wanted in zip(found, expected, strict=True):
-        close(value, wanted)
+        assert_close(value, wanted)
 
 
 def test_known_outputs_are_used_and_not_computed_again() -> None:
@@ -54,7 +54,7 @@ def test_known_outputs_are_used_and_not_computed_again() -> None:
     known = torch.full((2, 3, 4), 7.0, dtype=torch.float64)
     value, slope = forward_mode_jvp(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
     assert (value == 7).all()
-    close(slope, x.sum(-1, keepdim=True).expand(2, 3, 4))
+    assert_close(slope, x.sum(-1, keepdim=True).expand(2, 3, 4))
 
 
 SCALED = torch.tensor(3.0, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_a_product_has_torchs_derivative_whatever_moves(case: str, moving: tuple
     expected = jvp(f, (given,), (tangents,))
     for value, wanted in zip(forward_mode_jvp(f, given, tangents), expected, strict=True):
         assert value.dtype == wanted.dtype
-        close(value, wanted)
+        assert_close(value, wanted)
 
 
 def test_no_zeros_are_made_for_what_does_not_move() -> None:
@@ -137,7 +137,7 @@ def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | N
     assert counter.get_total_flops() == 0
     assert torch.equal(again, first)
     for value, wanted in zip(torch.autograd.grad(again.square().sum(), leaves), expected, strict=True):
-        close(value, wanted)
+        assert_close(value, wanted)
 
 
 def test_a_map_under_autocast_is_computed_again() -> None:
@@ -156,7 +156,7 @@ def test_a_map_under_autocast_is_computed_again() -> None:
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
 def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> None:
-    apply, params = apply_of(TinyPolicy(11, 6, 2, 2, 7))
+    apply, params = make_apply(TinyPolicy(11, 6, 2, 2, 7))
     batch = random_batch(torch.Generator().manual_seed(0), 5, 7, 11)
     along = {name: torch.randn_like(p) for name, p in params.items()}
     every = gradient_with_cache(params, batch, apply, 1.0, 2, 10**8)[1]
@@ -167,10 +167,10 @@ def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> Non
         assert value is not None
         found = g[name]
         assert found is not None
-        close(found, value, value.abs().max())
+        assert_close(found, value, value.abs().max())
     plain, taped = (token_jvp(params, along, batch, apply, 1.0, 2, given) for given in (None, caches))
     for value, wanted in zip(taped, plain, strict=True):
-        close(value, wanted)
+        assert_close(value, wanted)
 
 
 def test_what_is_changed_after_it_was_made_is_not_kept() -> None:
@@ -210,7 +210,7 @@ def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
     loss = -(batch.coefficients * slopes.logprobs).sum()
     if batch.entropy_coefficients is not None:
         loss = loss - (batch.entropy_coefficients * slopes.entropies).sum()
-    close(loss, torch.stack([(g * along[name]).sum() for name, g in gradient.items() if g is not None]).sum())
+    assert_close(loss, torch.stack([(g * along[name]).sum() for name, g in gradient.items() if g is not None]).sum())
 
 
 def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:

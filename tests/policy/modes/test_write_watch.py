@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny_models import VOCAB, Attentive, full_batch, make, nearly
+from helpers.tiny_models import VOCAB, AttentionModel, full_batch, is_close, make_float64
 from torch import Tensor, nn
 
 import fx_influence as fx
@@ -12,7 +12,7 @@ import fx_influence as fx
 BATCH = full_batch(0)
 
 
-class Rescaling(Attentive):
+class Rescaling(AttentionModel):
     """Halves a weight in place on its first forward in eval mode."""
 
     def __init__(self, by: str = "div_") -> None:
@@ -37,7 +37,7 @@ class Rescaling(Attentive):
 
 @pytest.mark.parametrize("by", ["div_", "data", "set out", "foreach"])
 def test_a_forward_that_writes_to_weights_is_refused(by: str) -> None:
-    model = make(Rescaling, by=by).train()
+    model = make_float64(Rescaling, by=by).train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"writes to its parameter 'qkv.weight' in a forward .*; expected a forward"):
         fx.make_functional(model)
@@ -46,7 +46,7 @@ def test_a_forward_that_writes_to_weights_is_refused(by: str) -> None:
     assert not model.rescaled
 
 
-class Scratch(Attentive):
+class Scratch(AttentionModel):
     """Leaves things behind: in a buffer that it writes, in one that it binds anew, in an attribute."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Scratch(Attentive):
 
 
 def test_no_call_sees_what_another_left() -> None:
-    model = make(Scratch)
+    model = make_float64(Scratch)
     apply, params = fx.make_functional(model)
     given = params, BATCH.input_ids, BATCH.attention_mask
     first = apply(*given)
@@ -106,23 +106,23 @@ class TiedTwice(nn.Module):
 
 @pytest.mark.parametrize("kind", [Listed, TiedTwice])
 def test_no_meta_tensor_survives_a_call(kind: type[nn.Module]) -> None:
-    model = make(kind)
+    model = make_float64(kind)
     if isinstance(model, Listed):
         model.rows, model.named = [model.head.weight], {"bias": model.head.bias}
     apply, params = fx.make_functional(model)
     for _ in range(3):
-        assert nearly(apply(params, BATCH.input_ids, BATCH.attention_mask), model(BATCH.input_ids))
+        assert is_close(apply(params, BATCH.input_ids, BATCH.attention_mask), model(BATCH.input_ids))
     moved = {name: 1.1 * p for name, p in params.items()}
     found = apply(moved, BATCH.input_ids, BATCH.attention_mask)
     model.load_state_dict({**model.state_dict(), **moved}, strict=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(moved[name])
-    assert nearly(found, model(BATCH.input_ids))
+    assert is_close(found, model(BATCH.input_ids))
 
 
 def test_a_parameter_in_a_tuple_is_refused() -> None:
-    model = make(Listed)
+    model = make_float64(Listed)
     model.rows = (model.head.weight,)
     with pytest.raises(ValueError, match=r"'head.weight' stands in a tuple.*ParameterList"):
         fx.make_functional(model)
