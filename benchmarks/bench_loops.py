@@ -44,7 +44,7 @@ def measure(setting: Setting, e_rows: int, pairs: int) -> dict[str, Any]:
     """The loop's seconds and flops over the library's, by rows of E at a time; the sweep's over bare forwards'."""
     p = problem(setting, varied=True, e_rows=e_rows)
     base = by_hand.scored(p, p.params)
-    sweep = fx.snis_sweep(p.params, p.e, apply=p.apply, estimator="sequence")
+    sweep = fx.snis_sweep(p.params, p.e, apply=p.apply, objective=fx.Entropy("sequence"))
 
     def first_order() -> object:
         return fx.influence(p.params, p.u, p.e, p.state, apply=p.apply, stderr=False)

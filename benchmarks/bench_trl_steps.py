@@ -55,7 +55,7 @@ class Errors(TrainerCallback):
         assert captured.batch.coefficients is not None
         self.tokens.append(int(captured.batch.coefficients.count_nonzero()))
         opt_state = adamw_state(self._trainer.optimizer, self._trainer.model)
-        step = adamw_decompose(captured.gradient, opt_state, params, "share", captured.max_grad_norm)
+        step = adamw_decompose(captured.gradient, opt_state, params, "frozen", captured.max_grad_norm)
         self._expected = {name: opt_state.lr * v for name, v in step.direction.items()}
         self._before = {name: p.clone() for name, p in params.items()}
 

@@ -190,7 +190,7 @@ def problem(setting: Setting, device: str) -> Problem:
     # As of many steps: denominators that this very gradient made would cost one more product, for the conditioning.
     squares = {name: torch.rand_like(p, dtype=torch.float32).add_(0.5).mul_(1e-4) for name, p in params.items()}
     steps = dict.fromkeys(params, 100)
-    hyper = dict.fromkeys(params, AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.01, False, False))
+    hyper = dict.fromkeys(params, AdamWHyper(weight_decay=0.01))
     return Problem(setting, apply, params, fx.AdamWState(moments, squares, {}, steps, hyper, lr=1e-6))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fx_influence.interop.optimizers import adamw_state
     from fx_influence.interop.rollouts.record import Rollout, collate
     from fx_influence.losses import clipped_ratio, coefficients, group_advantages
-    from fx_influence.objectives import expected_reward, kl_to_reference
+    from fx_influence.objectives import Entropy, expected_reward, kl_to_reference
     from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
     from fx_influence.perturbation import JvpDelta, jvp_delta, snis_delta, snis_sweep
     from fx_influence.policy.model.agreement import check_policy
@@ -57,6 +57,7 @@ _MODULES = {
     "expected_reward": "fx_influence.objectives",
     "fisher_kernel": "fx_influence.fisher",
     "make_functional": "fx_influence.functional",
+    "Entropy": "fx_influence.objectives",
     "group_advantages": "fx_influence.losses",
     "influence": "fx_influence._influence",
     "jvp_delta": "fx_influence.perturbation",
@@ -99,6 +100,7 @@ __all__ = [
     "AdamWState",
     "Apply",
     "Batch",
+    "Entropy",
     "EntropyInfluencePlan",
     "EntropyInfluenceResults",
     "FisherKernelPlan",

@@ -19,7 +19,7 @@ from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Preconditioner = Literal["adam", "identity"]
+FisherPreconditioner = Literal["adam", "identity"]
 
 
 def fisher_kernel(
@@ -29,7 +29,7 @@ def fisher_kernel(
     opt_state: AdamWState | None,
     *,
     apply: Apply,
-    preconditioner: Preconditioner | Params = "adam",
+    preconditioner: FisherPreconditioner | Params = "adam",
     temperature: float = 1.0,
     max_grad_norm: float | None = None,
     chunk_size: int | None = None,
@@ -108,7 +108,7 @@ def adam_diagonal(
     state = _checked(params, state, max_grad_norm)
     if gradient is not None:
         # rmsprop's gain is -rho/den, or +rho/den under maximize; the kernel wants 1/den.
-        plain = {name: hyper._replace(lr_scale=1.0, maximize=False) for name, hyper in state.hyper.items()}
+        plain = {name: replace(hyper, lr_scale=1.0, maximize=False) for name, hyper in state.hyper.items()}
         gain = adamw_decompose(gradient, state._replace(hyper=plain), params, "rmsprop", max_grad_norm).gain
         return {name: -x for name, x in gain.items()}
     diagonal = {}

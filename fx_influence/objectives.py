@@ -1,25 +1,89 @@
-"""What is asked of the policy over E: its entropy by default, or any functional given as per-sequence surrogates."""
+"""Objectives over E whose change is attributed: entropy, or a functional given as per-sequence surrogates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_tensor
-from fx_influence.estimators.entropy import TokenCoefficients
-from fx_influence.types import Batch, TokenValues
+from fx_influence.core.checks import check_function, check_tensor, wrong_type
+from fx_influence.estimators.entropy import (
+    TokenCoefficients,
+    check_estimator,
+    denominator_weights,
+    entropy_coefficients,
+)
+from fx_influence.types import Batch, Estimator, Normalize, TokenValues
 
 Objective = Callable[[Tensor, Tensor, Batch], Tensor]
-"""(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad query."""
+"""(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad objective."""
+
+_REMEDY = "Pass fx.Entropy(), fx.expected_reward(rewards), fx.kl_to_reference(...) or a function of your own"
+
+
+class Entropy(NamedTuple):
+    """The policy's entropy over E, in nats, as it is estimated: the default objective.
+
+    Attributes:
+        estimator: "per_decision" weights the token at rank t by its prefix alone; "sequence" weights a whole rollout.
+        normalize: "token" for H = E[sum_t h_t] / E[T]; "sequence" for E[sum_t h_t].
+
+    Source: per-decision importance sampling, Precup et al. 2000; see ``estimators.entropy`` for the formulas.
+
+    Example:
+        >>> Entropy(normalize="sequence")
+        Entropy(estimator='per_decision', normalize='sequence')
+    """
+
+    estimator: Estimator = "per_decision"
+    normalize: Normalize = "token"
+
+
+def check_objective(objective: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what is neither a valid ``Entropy`` nor a function of token values."""
+    if isinstance(objective, Entropy):
+        check_estimator(objective.estimator, objective.normalize)
+    else:
+        check_function("objective", objective, _REMEDY)
+
+
+def check_entropy(objective: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what is no valid ``Entropy``; finite steps measure nothing else."""
+    if not isinstance(objective, Entropy):
+        remedy = "Attribute other objectives by fx.influence; along a direction only the entropy is measured"
+        raise wrong_type("objective", objective, "fx.Entropy(estimator, normalize)", remedy)
+    check_objective(objective)
+
+
+def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
+    """Return ds_a/dlog pi and ds_a/dh of the objective's surrogates at every token of E, each (n_e, T), float64."""
+    if isinstance(objective, Entropy):
+        return entropy_coefficients(values, batch_e, objective.estimator, objective.normalize)
+    return objective_coefficients(objective, values, batch_e)
+
+
+def denominator_shares(objective: Entropy | Objective, completion_mask: Tensor) -> Tensor:
+    """Return each row's share of the objective's denominator, float64 (n_e,), adding up to 1."""
+    normalize = objective.normalize if isinstance(objective, Entropy) else "sequence"
+    weights = denominator_weights(completion_mask, normalize)
+    return weights / weights.sum()
 
 
 def expected_reward(rewards: Tensor) -> Objective:
-    """The query E[R] for ``influence(query=...)``: s_a = (R_a - mean R) S_a / n, S_a the sequence log-probability.
+    """Return the objective E[R]: s_a = (R_a - mean R) S_a / n, with S_a the sequence log-probability.
 
-    ``rewards``: (n_e,), of the rollouts of E in order. Results are in reward units per unit lr; positive raises it.
-    Raises ``ValueError`` for rewards that are not finite. Source: REINFORCE with a baseline, Williams 1992.
+    Args:
+        rewards: (n_e,), of the rollouts of E in order.
+
+    Returns:
+        An objective whose influences are in reward units per unit lr; positive raises the reward.
+
+    Raises:
+        TypeError, ValueError: for rewards that are no tensor or not finite.
+
+    Source: REINFORCE with a baseline, Williams 1992.
 
     Example:
         >>> logprobs = torch.tensor([[-1.0], [-2.0]])
@@ -30,32 +94,41 @@ def expected_reward(rewards: Tensor) -> Objective:
     check_tensor("rewards", rewards)
     _check_finite("rewards", rewards)
 
-    def query(token_logprobs: Tensor, token_entropies: Tensor, batch_e: Batch) -> Tensor:
+    def objective(token_logprobs: Tensor, token_entropies: Tensor, batch_e: Batch) -> Tensor:
         _check_rows("rewards", rewards, token_logprobs.shape[:1])
         r = rewards.to(token_logprobs)
         return (r - r.mean()) * token_logprobs.sum(-1) / len(r)
 
-    return query
+    return objective
 
 
 def kl_to_reference(reference_logprobs: Tensor) -> Objective:
-    """The query KL(pi || pi_ref) per completion, E[sum_t log pi(y_t) - log pi_ref(y_t)], in nats per completion.
+    """Return the objective KL(pi || pi_ref), E[sum_t log pi(y_t) - log pi_ref(y_t)], in nats per completion.
 
-    ``reference_logprobs``: (n_e, T), log pi_ref of E's tokens, aligned with ``input_ids`` (``token_values`` of the
-    reference gives them). The entropy part is exact over the vocabulary, the reference part sampled: with
+    It is per completion. The entropy part is exact over the vocabulary, the reference part sampled: with
     k_t = -h_t - log pi_ref(y_t), grad KL = -E[sum_t grad h_t + grad S_<t h_t + grad S_<=t log pi_ref(y_t)], each
-    weight centred by its mean over E at the same rank-to-go. Raises ``ValueError`` for shapes that disagree.
+    weight centred by its mean over E at the same rank-to-go.
+
+    Args:
+        reference_logprobs: (n_e, T), log pi_ref of E's tokens, aligned with ``input_ids``; ``token_values`` of the
+            reference gives them.
+
+    Returns:
+        An objective whose influences are in nats per completion and unit lr; positive moves away from the reference.
+
+    Raises:
+        TypeError, ValueError: for values that are no tensor or whose shape is not that of E.
 
     Example:
         >>> mask = torch.tensor([[False, True], [False, True]])
         >>> logprobs = torch.tensor([[0.0, -1.0], [0.0, -2.0]])
-        >>> query = kl_to_reference(logprobs)
-        >>> query(logprobs, -logprobs, Batch(mask.long(), mask, mask)).shape
+        >>> objective = kl_to_reference(logprobs)
+        >>> objective(logprobs, -logprobs, Batch(mask.long(), mask, mask)).shape
         torch.Size([2])
     """
     check_tensor("reference_logprobs", reference_logprobs)
 
-    def query(token_logprobs: Tensor, token_entropies: Tensor, batch_e: Batch) -> Tensor:
+    def objective(token_logprobs: Tensor, token_entropies: Tensor, batch_e: Batch) -> Tensor:
         _check_rows("reference_logprobs", reference_logprobs, token_logprobs.shape)
         mask = batch_e.completion_mask
         h, ref = token_entropies.detach(), torch.where(mask, reference_logprobs.to(token_logprobs), 0.0)
@@ -69,40 +142,48 @@ def kl_to_reference(reference_logprobs: Tensor) -> Objective:
         baseline = (sums / counts.clamp(min=1))[rank]
         return ((cost - baseline) * token_logprobs * mask - token_entropies * mask).sum(-1) / len(mask)
 
-    return query
+    return objective
 
 
-def objective_coefficients(query: Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
-    """ds_a/dlog pi and ds_a/dh of a query at every token of E, each (n_e, T), float64.
+def objective_coefficients(objective: Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
+    """Return ds_a/dlog pi and ds_a/dh of a function's surrogates at every token of E, each (n_e, T), float64.
 
-    Raises ``ValueError`` unless the query returns (n_e,) finite numbers that depend on the two inputs, each s_a on its
-    own row only: the rows are E's independent draws, and error bars and the matrix need them apart.
+    Raises ``ValueError`` unless the objective returns (n_e,) finite numbers that depend on the two inputs, each s_a on
+    its own row only: the rows are E's independent draws, and error bars and the matrix need them apart.
     """
     inputs = [v.detach().double().requires_grad_() for v in values]
     with torch.enable_grad():
-        s = query(inputs[0], inputs[1], batch_e)
+        s = objective(inputs[0], inputs[1], batch_e)
         n = len(batch_e.input_ids)
         if not isinstance(s, Tensor) or s.shape != (n,) or not torch.isfinite(s).all():
             shape = tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__
             raise ValueError(
-                f"query returned {shape}, not all finite or of that shape; return finite surrogates ({n},)"
+                f"objective returned {shape}; expected finite values of shape ({n},). Return one surrogate for each "
+                "row of E"
             )
         if not s.requires_grad:
-            raise ValueError("query's result depends on neither input; make it from token_logprobs or token_entropies")
+            raise ValueError(
+                "objective's result depends on neither input; make it from token_logprobs or token_entropies"
+            )
         weight = torch.linspace(1.0, 2.0, n, dtype=s.dtype, device=s.device)
-        whole = _gradient(s.sum(), inputs, retain=True)
+        gradients = _gradient(s.sum(), inputs, retain=True)
         weighted = _gradient((weight * s).sum(), inputs, retain=False)
-    if not all(torch.isfinite(g).all() for g in whole):
-        raise ValueError("query's derivative is not finite; keep roots and logarithms away from 0, as in empty rows")
-    for plain, scaled in zip(whole, weighted, strict=True):
+    if not all(torch.isfinite(g).all() for g in gradients):
+        raise ValueError(
+            "objective's derivative is not finite; keep roots and logarithms away from 0, as in empty rows"
+        )
+    for plain, scaled in zip(gradients, weighted, strict=True):
+        # Two derivatives of one float64 sum: what rounding makes is far below any dependence on other rows.
         if not torch.allclose(scaled, plain * weight.unsqueeze(-1).to(plain), rtol=1e-6, atol=1e-12):
-            raise ValueError("query's s_a depends on other rows than a; .detach() what it takes over the whole batch")
-    return TokenCoefficients(*(torch.where(batch_e.completion_mask, g, 0.0) for g in whole))
+            raise ValueError(
+                "objective's s_a depends on other rows than a; .detach() what it takes over the whole batch"
+            )
+    return TokenCoefficients(*(torch.where(batch_e.completion_mask, g, 0.0) for g in gradients))
 
 
 def _gradient(scalar: Tensor, inputs: list[Tensor], retain: bool) -> list[Tensor]:
-    found = torch.autograd.grad(scalar, inputs, retain_graph=retain, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    gradients = torch.autograd.grad(scalar, inputs, retain_graph=retain, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
 
 
 def _check_finite(field: str, values: Tensor) -> None:

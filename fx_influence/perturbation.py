@@ -26,12 +26,13 @@ from fx_influence.core.checks import (
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import check_names, detached
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.entropy import CompletionValues, check_estimator, completion_values, entropy_coefficients
+from fx_influence.estimators.entropy import CompletionValues, completion_values, entropy_coefficients
 from fx_influence.estimators.snis import SnisDelta, snis
 from fx_influence.estimators.stderr import cluster_index
+from fx_influence.objectives import Entropy, check_entropy
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_float32
-from fx_influence.types import Apply, Batch, Estimator, Normalize, Params, TokenValues
+from fx_influence.types import Apply, Batch, Params, TokenValues
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,8 +63,7 @@ def snis_delta(
     batch_e: Batch,
     *,
     apply: Apply,
-    estimator: Estimator = "per_decision",
-    normalize: Normalize = "token",
+    objective: Entropy = Entropy(),
     clip: float | None = 10.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
@@ -93,7 +93,7 @@ def snis_delta(
     passes = make_engine(params, apply, temperature, chunk_size, mesh)
     passes.check_agreed(direction=direction)
     _check_direction("direction", direction, params)
-    measure = _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=False)
+    measure = _measure(params, batch_e, passes, objective, clip, vmapped=False)
     along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
     moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
     return SnisDelta(*(field[0, 0] for field in moved))
@@ -104,8 +104,7 @@ def snis_sweep(
     batch_e: Batch,
     *,
     apply: Apply,
-    estimator: Estimator = "per_decision",
-    normalize: Normalize = "token",
+    objective: Entropy = Entropy(),
     clip: float | None = 10.0,
     temperature: float = 1.0,
     chunk_size: int | None = None,
@@ -129,20 +128,19 @@ def snis_sweep(
     """
     check_policy(params, apply)
     passes = make_engine(params, apply, temperature, chunk_size, mesh)
-    return _measure(params, batch_e, passes, estimator, normalize, clip, vmapped=None)
+    return _measure(params, batch_e, passes, objective, clip, vmapped=None)
 
 
 def _measure(
     params: Params,
     batch_e: Batch,
     passes: Engine,
-    estimator: Estimator,
-    normalize: Normalize,
+    objective: Entropy,
     clip: float | None,
     vmapped: bool | None,
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
     """``snis_sweep``; ``vmapped``: whether directions go through vmap together, None to find out."""
-    batch_e = _checked(params, batch_e, passes, estimator, normalize, clip)
+    batch_e = _checked(params, batch_e, passes, objective, clip)
     warn_of_shared_prompts("batch_e", batch_e, calls=3)
     params, apply = in_float32(detached(params), passes.apply, batch_e, finite=True)
     passes = replace(passes, apply=apply)
@@ -159,7 +157,7 @@ def _measure(
     base = CompletionValues(*(field[0] for field in at(still, 0.0)))
 
     def delta(values: CompletionValues) -> SnisDelta:
-        return snis(base, values, estimator, normalize, clip, clusters)
+        return snis(base, values, *objective, clip, clusters)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
         if not isinstance(etas, Sequence):
@@ -181,8 +179,7 @@ def jvp_delta(
     batch_e: Batch,
     *,
     apply: Apply,
-    estimator: Estimator = "per_decision",
-    normalize: Normalize = "token",
+    objective: Entropy = Entropy(),
     temperature: float = 1.0,
     chunk_size: int | None = None,
     second_order: bool = True,
@@ -205,14 +202,14 @@ def jvp_delta(
     """
     check_policy(params, apply)
     passes = make_engine(params, with_all_derivatives(apply), temperature, chunk_size, mesh)
-    batch_e = _checked(params, batch_e, passes, estimator, normalize, None)
+    batch_e = _checked(params, batch_e, passes, objective, None)
     passes.check_agreed(direction=direction)
     _check_direction("direction", direction, params)
     params, apply = in_float32(detached(params), passes.apply, batch_e)
     passes = replace(passes, apply=apply)
     once, index = distinct_rows(batch_e)
     values, slope = _at(passes.values(params, once), index), _at(passes.jvp(params, direction, once), index)
-    weight = entropy_coefficients(values, batch_e, estimator, normalize)
+    weight = entropy_coefficients(values, batch_e, *objective)
     contributions = (weight.logprobs * slope.logprobs + weight.entropies * slope.entropies).sum(-1)
     if not second_order:
         return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions)
@@ -221,7 +218,7 @@ def jvp_delta(
 
     def estimate(eta: Tensor) -> Tensor:
         logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], toward[:2], strict=True))
-        return snis(base, CompletionValues(logprobs, entropies, base.ok), estimator, normalize, clip=None).delta_h
+        return snis(base, CompletionValues(logprobs, entropies, base.ok), *objective, clip=None).delta_h
 
     # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
     second_derivative = grad(grad(estimate))(contributions.new_zeros(()))
@@ -242,16 +239,14 @@ def _at(values: TokenValues, index: Tensor) -> TokenValues:
     return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
 
 
-def _checked(
-    params: Params, batch_e: Batch, passes: Engine, estimator: Estimator, normalize: Normalize, clip: float | None
-) -> Batch:
+def _checked(params: Params, batch_e: Batch, passes: Engine, objective: Entropy, clip: float | None) -> Batch:
     """The rows of all who take part, once everything that they were given has been checked."""
+    check_entropy(objective)
     check_options(passes.temperature, passes.chunk_size)
     if clip is not None:
         check_number("clip", clip, "pass a positive cumulative log-weight, or None to clip nothing", lambda x: x >= 0)
     check_is_batch("batch_e", batch_e)
     batch_e = passes.whole_batch("batch_e", batch_e)
-    passes.check_agreed(params=params, estimator=estimator, normalize=normalize, clip=clip)
-    check_estimator(estimator, normalize)
+    passes.check_agreed(params=params, objective=objective, clip=clip)
     check_batch("batch_e", batch_e, params, passes.apply)
     return batch_e

@@ -5,6 +5,7 @@ Everything here is a plain value without behaviour, so the slow reference can sh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -19,7 +20,7 @@ Gradients = dict[str, Tensor | None]
 
 Estimator = Literal["per_decision", "sequence"]
 Normalize = Literal["token", "sequence"]
-Preconditioner = Literal["share", "marginal", "rmsprop"]
+Preconditioner = Literal["frozen", "jacobian", "rmsprop", "lifetime"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"]
 
 
@@ -73,16 +74,24 @@ class TokenValues(NamedTuple):
         return record_line(self)
 
 
-class AdamWHyper(NamedTuple):
-    """What the optimizer's ``param_group`` says of one parameter; ``lr_scale`` is rho = lr_group / lr_ref."""
+@dataclass(frozen=True, kw_only=True)
+class AdamWHyper:
+    """The hyperparameters of one parameter's ``param_group``; ``lr_scale`` is rho = lr_group / lr_ref.
 
-    lr_scale: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    amsgrad: bool
-    maximize: bool
+    Defaults are those of Adam, so without weight decay.
+
+    Example:
+        >>> AdamWHyper(beta2=0.99).beta2
+        0.99
+    """
+
+    lr_scale: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+    maximize: bool = False
 
 
 class AdamWState(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from fx_influence.core.display import ILL_CONDITIONED
 from fx_influence.optim.adamw import fresh_part
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
 
-HYPER = AdamWHyper(1.0, 0.9, 0.99, 1e-8, 0.0, False, False)
+HYPER = AdamWHyper(beta2=0.99)
 
 
 class Case:
@@ -42,7 +43,7 @@ class Case:
         norm = math.sqrt(sum(g.square().sum() for g in whole.values()))
         clip = min(1.0, options.get("max_grad_norm", math.inf) / (norm + 1e-6))
         gain = fx.adamw_decompose(
-            whole, state, self.params, options.get("gain", "share"), options.get("max_grad_norm")
+            whole, state, self.params, options.get("preconditioner", "frozen"), options.get("max_grad_norm")
         ).gain
         slope = slope_of(self.apply, self.params, self.batch_e)
         on, off = (torch.zeros(len(self.batch_u.input_ids), dtype=torch.float64) for _ in range(2))
@@ -95,13 +96,20 @@ def test_conditioning_is_zero_when_nothing_moves() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}, {"gain": "rmsprop"}, {"max_grad_norm": 0.05}],
+    [
+        {},
+        {"matrix": True},
+        {"per_token": False},
+        {"memory_budget": 0},
+        {"preconditioner": "rmsprop"},
+        {"max_grad_norm": 0.05},
+    ],
     ids=str,
 )
 def test_conditioning_is_its_formula(options: dict[str, Any]) -> None:
     case = Case()
     state = half_fresh(case)
-    expected = case.literal(state, **{k: v for k, v in options.items() if k in ("gain", "max_grad_norm")})
+    expected = case.literal(state, **{k: v for k, v in options.items() if k in ("preconditioner", "max_grad_norm")})
     assert 0.05 < expected < 0.9999
     # the parts of a rollout cancel among coordinates, by less than a thousand times
     assert_close_to_rounding(case.influence(state, **options).conditioning, expected, terms=TINY_POLICY, scale=1e3)
@@ -112,7 +120,7 @@ def test_conditioning_follows_the_hyperparameters(changes: dict[str, Any]) -> No
     """eps = 1e-2 alone makes denominators of a warm state ill-determined: they are within 10 eps of their floor."""
     case = Case()
     state = half_fresh(case)
-    hyper = {name: h._replace(**changes) for name, h in state.hyper.items()}
+    hyper = {name: dataclasses.replace(h, **changes) for name, h in state.hyper.items()}
     maximum = {name: 2 * s for name, s in state.exp_avg_sq.items()} if "amsgrad" in changes else {}
     state = state._replace(hyper=hyper, max_exp_avg_sq=maximum)
     out = case.influence(state).conditioning

@@ -42,7 +42,7 @@ ROUTES: list[dict[str, Any]] = [
     {"per_token": False},
     {"per_token": False, "stderr": False},
     {"memory_budget": 0},
-    {"gain": "marginal"},
+    {"preconditioner": "jacobian"},
     {"max_grad_norm": 0.5},
     {"chunk_size": 1},
 ]

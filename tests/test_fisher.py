@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -156,7 +157,8 @@ def test_batch_bs_step_and_not_batch_as_sets_the_denominator(case: Case) -> None
 
 def test_learning_rates_and_maximize_are_no_part_of_the_kernel(case: Case) -> None:
     hyper = {
-        name: h._replace(lr_scale=7.0, maximize=True, weight_decay=0.5) for name, h in case.opt_state.hyper.items()
+        name: dataclasses.replace(h, lr_scale=7.0, maximize=True, weight_decay=0.5)
+        for name, h in case.opt_state.hyper.items()
     }
     for kind in KINDS[2:]:
         assert_close(kernel(case, kind, opt_state=case.opt_state._replace(hyper=hyper)), kernel(case, kind))
@@ -249,4 +251,4 @@ def case() -> Case:
     batch_u = random_batch(generator, 3, WIDTH, VOCAB, gaps=True)
     batch_e = random_batch(generator, 4, WIDTH, VOCAB, padding="left", coefficients=False)
     state = random_adamw_state(generator, params)
-    return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "share", 0.8, None)
+    return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "frozen", 0.8, None)

@@ -127,7 +127,7 @@ def test_a_clipped_step_is_the_recorded_one(run: Run) -> None:
 def test_first_order_rows_and_columns_are_the_recorded_ones(run: Run, normalize: Normalize) -> None:
     rows = run.expect(f"first_order_centred_per_{normalize}")
     g = run.golden
-    options = {"apply": run.apply, "estimator": "sequence", "normalize": normalize}
+    options = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
     out = fx.influence(run.params, g.batch_u, g.batch_e, g.opt_state, matrix=True, **options)
     columns = rows.sum(1)
     agree(run, f"matrix per {normalize}", out.matrix.T, rows[2:])
@@ -140,7 +140,7 @@ def test_first_order_rows_and_columns_are_the_recorded_ones(run: Run, normalize:
 @normalizes
 def test_the_first_order_along_the_step_and_its_baseline_is_the_recorded_one(run: Run, normalize: Normalize) -> None:
     rows = run.expect(f"first_order_centred_per_{normalize}")
-    options = {"apply": run.apply, "estimator": "sequence", "normalize": normalize}
+    options = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
     for k, name in enumerate(("full", "base")):
         out = fx.jvp_delta(run.params, run.direction(k), run.golden.batch_e, **options)
         agree(run, f"jvp {name} per {normalize}", out.contributions, rows[k])
@@ -150,7 +150,7 @@ def test_the_first_order_along_the_step_and_its_baseline_is_the_recorded_one(run
 @pytest.mark.parametrize("directions", [range(0, 66, 13), pytest.param(range(66), marks=pytest.mark.slow)], ids=len)
 def test_importance_sampling_at_every_step_size_is_the_recorded_one(exact: Run, directions: range) -> None:
     for normalize in ("token", "sequence"):
-        options = {"apply": exact.apply, "estimator": "sequence", "normalize": normalize}
+        options = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
         for row, eta in enumerate(ETAS):
             batch = exact.golden.batch_e
             outs = [fx.snis_delta(exact.params, exact.direction(k), eta, batch, **options) for k in directions]
@@ -178,7 +178,7 @@ def test_contributions_are_the_recorded_rows_centred(exact: Run, normalize: Norm
     f = lengths if normalize == "token" else torch.ones_like(lengths)
     mean = h.sum() / f.sum()
     expected = u + h / f.sum() - (w * mean * f + h - mean * f) / (w * f).sum(1, keepdim=True)
-    options = {"apply": exact.apply, "estimator": "sequence", "normalize": normalize}
+    options = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
     batch = exact.golden.batch_e
     outs = [fx.snis_delta(exact.params, exact.direction(k), eta, batch, **options) for k in directions]
     contributions = torch.stack([o.contributions for o in outs])
@@ -207,7 +207,7 @@ def test_the_fisher_kernel_with_a_dict_of_diagonals_is_the_recorded_one(run: Run
 def test_the_guards_relative_residual_is_rounding(run: Run, estimator: Estimator) -> None:
     g = run.golden
     out = fx.influence(
-        run.params, g.batch_u, g.batch_e, g.opt_state, apply=run.apply, estimator=estimator, stderr=False
+        run.params, g.batch_u, g.batch_e, g.opt_state, apply=run.apply, objective=fx.Entropy(estimator), stderr=False
     )
     size = max(float(out.per_sequence.abs().sum()), abs(float(out.residual + out.per_sequence.sum())))
     agree(run, f"residual {estimator}", out.residual, torch.zeros_like(out.residual), size)

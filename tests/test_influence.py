@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.cases import TinyPolicy, add_padding, assert_close, make_apply, random_adamw_state, random_batch
-from helpers.strategies import VOCAB, WIDTH, Case, cases, influence_options
+from helpers.strategies import PRECONDITIONERS, VOCAB, WIDTH, Case, cases, influence_options
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
         case.opt_state,
         case.estimator,
         case.normalize,
-        case.gain,
+        case.preconditioner,
         case.temperature,
         case.max_grad_norm,
     )
@@ -62,15 +62,15 @@ def test_the_parts_add_up(case: Case) -> None:
     assert_close(out.baseline + out.per_sequence.sum(), out.total, size)
     assert_close(sum(out.per_parameter.values()), out.per_sequence.sum(), size)
     assert_close(out.residual, torch.zeros_like(out.residual), out.matrix.abs().sum())
-    if case.gain == "share":
+    if case.preconditioner == "frozen":
         assert_close(out.momentum + out.weight_decay, out.baseline, abs(out.momentum) + abs(out.weight_decay))
     assert not out.per_token[~case.batch_u.completion_mask].any()
 
 
 @given(case=cases())
 def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> None:
-    if case.gain == "rmsprop":
-        case = case._replace(gain="share")
+    if case.preconditioner == "rmsprop":
+        case = case._replace(preconditioner="frozen")
     out = run(case)
     gradient = reference.add(
         reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
@@ -81,8 +81,7 @@ def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> Non
         step.direction,
         case.batch_e,
         apply=case.apply,
-        estimator=case.estimator,
-        normalize=case.normalize,
+        objective=fx.Entropy(case.estimator, case.normalize),
         temperature=case.temperature,
     )
     assert_close(out.total, along.first, along.contributions.abs().sum() + out.per_sequence.abs().sum())
@@ -157,7 +156,7 @@ def case() -> Case:
     batch_u = random_batch(generator, 4, WIDTH, VOCAB)
     batch_e = random_batch(generator, 20, WIDTH, VOCAB, groups=12, coefficients=False)
     state = random_adamw_state(generator, params)
-    return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "share", 1.0, None)
+    return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "frozen", 1.0, None)
 
 
 def test_terms_that_coefficients_cannot_express_are_reported_apart(case: Case) -> None:
@@ -220,19 +219,19 @@ def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
     assert run(case, stderr=False).stderr.isnan().all()
 
 
-@pytest.mark.parametrize("gain", ["share", "marginal", "rmsprop"])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("more", [0.0, 0.1])
 def test_the_totals_error_bar_is_that_of_the_steps_direction(
-    case: Case, gain: fx.types.Preconditioner, matrix: bool, more: float
+    case: Case, preconditioner: fx.types.Preconditioner, matrix: bool, more: float
 ) -> None:
     """``more``: what a trainer's gradient holds beyond the rollouts'."""
     g = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, None)
     g = {name: None if x is None else x + more for name, x in g.items()}
-    out = run(case, gain=gain, matrix=matrix, normalize="token", grad=g)
+    out = run(case, preconditioner=preconditioner, matrix=matrix, normalize="token", grad=g)
     assert bool(out.unattributed) == bool(more)
-    step = fx.adamw_decompose(g, case.opt_state, case.params, gain, case.max_grad_norm)
-    how = {"apply": case.apply, "temperature": case.temperature, "estimator": case.estimator}
+    step = fx.adamw_decompose(g, case.opt_state, case.params, preconditioner, case.max_grad_norm)
+    how = {"apply": case.apply, "temperature": case.temperature, "objective": fx.Entropy(case.estimator)}
     along = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
     assert_close(out.total, along.sum(), along.abs().sum())
     lengths = case.batch_e.completion_mask.sum(-1).double()

@@ -79,7 +79,7 @@ class Case:
             self.batch_e,
             self.state,
             apply=apply,
-            estimator=estimator,
+            objective=fx.Entropy(estimator),
             temperature=temperature,
             matrix=True,
         )
@@ -108,7 +108,7 @@ def test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noi
     golden = load_golden(torch.float32)
     exact = torch.from_numpy(np.asarray(golden.expected["first_order_centred_per_token"][2:])).T
     apply, params = fx.make_functional(golden.model)
-    options = {"apply": apply, "estimator": "sequence"}
+    options = {"apply": apply, "objective": fx.Entropy("sequence")}
     out = fx.influence(params, golden.batch_u, golden.batch_e, golden.opt_state, matrix=True, **options)
     terms, size = policy_terms(params, golden.batch_e.input_ids.shape[1]), exact.abs().sum(0)
     assert_close_to_rounding(out.per_sequence, exact.sum(0), terms=terms, scale=size, dtype=torch.float32)
@@ -141,7 +141,7 @@ def test_a_temperature_is_a_policy_with_divided_logits_to_every_function(estimat
 
     def everything(apply: Apply, temperature: float) -> list[Tensor]:
         options = {"apply": apply, "temperature": temperature}
-        along = {"estimator": estimator, **options}
+        along = {"objective": fx.Entropy(estimator), **options}
         out = case.influence(apply, estimator, temperature)
         moved = fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, **along)
         slope = fx.jvp_delta(case.params, case.direction, case.batch_e, **along)

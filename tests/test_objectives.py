@@ -73,7 +73,7 @@ def test_entropy_written_by_a_user_is_the_default(
 ) -> None:
     given_options = {**influence_options(case), "estimator": estimator, "normalize": normalize, "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
-    own, default = (fx.influence(*inputs, query=q, **given_options) for q in (query(normalize), None))
+    own, default = (fx.influence(*inputs, objective=q, **given_options) for q in (query(normalize), None))
     size = default.matrix.abs().sum()
     assert_close(own.matrix, default.matrix, size)
     assert_close(own.per_token, default.per_token, size)
@@ -136,7 +136,7 @@ def ones_in(batch: Batch) -> Tensor:
 
 
 def test_expected_reward_is_exact_on_the_whole_distribution(exact: Exact) -> None:
-    out = exact.influence(query=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
+    out = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
     truth = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
     assert truth.abs().min() > 1e-4
     assert_close(out.per_sequence, truth)
@@ -152,7 +152,7 @@ def test_a_constant_added_to_every_reward_changes_nothing_and_a_factor_scales(ex
     some = every(3, exact)
     rewards = ones_in(some.batch_e)
     plain, moved, scaled = (
-        some.influence(query=fx.expected_reward(r)).per_token for r in (rewards, rewards + 100.0, -3.0 * rewards)
+        some.influence(objective=fx.expected_reward(r)).per_token for r in (rewards, rewards + 100.0, -3.0 * rewards)
     )
     # 100 stands beside rewards of unit size until it is centred away.
     assert_close(moved, plain, 100 * plain.abs().max())
@@ -166,7 +166,7 @@ def test_kl_to_a_reference_is_exact_on_the_whole_distribution(exact: Exact) -> N
         fx.token_values(shifted, batch, exact.apply, TEMPERATURE).logprobs
         for batch in (exact.batch_e, exact.space.batch)
     )
-    out = exact.influence(query=fx.kl_to_reference(theirs), matrix=True)
+    out = exact.influence(objective=fx.kl_to_reference(theirs), matrix=True)
     kl = exact_expected(exact.apply, exact.params, exact.space, lambda lp, h, batch: (lp - everywhere).sum(-1))
     assert kl > 0.005
     truth = exact.slopes(exact.gradient(lambda lp, h, batch: (lp - everywhere).sum(-1)))
@@ -177,11 +177,11 @@ def test_kl_to_a_reference_is_exact_on_the_whole_distribution(exact: Exact) -> N
 
 def test_kl_to_the_policy_itself_is_at_its_minimum(exact: Exact) -> None:
     own = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
-    out = exact.influence(query=fx.kl_to_reference(own), stderr=False)
+    out = exact.influence(objective=fx.kl_to_reference(own), stderr=False)
     for value in (out.per_sequence, out.baseline):
         assert_close(value, torch.zeros_like(value))
     # Some of the rows do say something; it is over all of them that it comes to nothing.
-    assert every(3, exact).influence(query=fx.kl_to_reference(own[::3])).per_sequence.abs().min() > 1e-4
+    assert every(3, exact).influence(objective=fx.kl_to_reference(own[::3])).per_sequence.abs().min() > 1e-4
 
 
 def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_nothing(exact: Exact) -> None:
@@ -190,7 +190,7 @@ def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_
     batch = Batch._make(None if field is None else field[longest][::3] for field in exact.batch_e)
     some = exact._replace(batch_e=batch)
     theirs = fx.token_values({"table": exact.params["table"].flip(0)}, batch, exact.apply, TEMPERATURE).logprobs
-    plain, moved = (some.influence(query=fx.kl_to_reference(x)).per_token for x in (theirs, theirs - 50.0))
+    plain, moved = (some.influence(objective=fx.kl_to_reference(x)).per_token for x in (theirs, theirs - 50.0))
     # 50 stands beside log-probabilities of unit size until it is centred away.
     assert_close(moved, plain, 50 * plain.abs().max())
 
@@ -198,7 +198,7 @@ def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_
 def test_kl_reads_the_reference_on_completions_only(exact: Exact) -> None:
     theirs = fx.token_values({"table": exact.params["table"].flip(0)}, exact.batch_e, exact.apply, TEMPERATURE).logprobs
     noisy = torch.where(exact.batch_e.completion_mask, theirs, torch.nan)
-    plain, spoiled = (exact.influence(query=fx.kl_to_reference(x)) for x in (theirs, noisy))
+    plain, spoiled = (exact.influence(objective=fx.kl_to_reference(x)) for x in (theirs, noisy))
     torch.testing.assert_close(spoiled.per_token, plain.per_token, rtol=0, atol=0)
 
 
@@ -230,16 +230,16 @@ def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact)
         return (entropies * (mask & (mask.cumsum(-1) == 1))).sum(-1) / len(mask)
 
     longer = exact.slopes(exact.gradient(lambda lp, h, batch: batch.completion_mask.sum(-1).double()))
-    assert_close(exact.influence(query=length).per_sequence, longer)
+    assert_close(exact.influence(objective=length).per_sequence, longer)
     firsts = exact.slopes(exact.gradient(lambda lp, h, batch: first_entropy(lp, h, batch) * len(h)))
-    assert_close(exact.influence(query=first_entropy).per_sequence, firsts)
+    assert_close(exact.influence(objective=first_entropy).per_sequence, firsts)
     assert longer.abs().min() > 1e-3
     assert firsts.abs().max() > 1e-3
 
 
 def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(exact: Exact) -> None:
     entropy = exact.influence(normalize="token")
-    reward = exact.influence(query=fx.expected_reward(ones_in(exact.batch_e)))
+    reward = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)))
     price = entropy.per_sequence / reward.per_sequence
     assert price.min() < 0 < price.max()
 
@@ -280,10 +280,10 @@ def test_error_bars_of_a_query_are_those_of_a_mean_over_es_clusters(exact: Exact
     some = Batch._make(None if field is None else field[rows] for field in exact.batch_e)
     some = some._replace(group=torch.arange(40) // 3)
     query = fx.expected_reward(ones_in(some))
-    out = exact._replace(batch_e=some).influence(query=query, matrix=True)
+    out = exact._replace(batch_e=some).influence(objective=query, matrix=True)
     slow = reference.standard_error(out.matrix, some.completion_mask.sum(-1).tolist(), some.group, "sequence")
     assert_close(out.stderr, slow)
-    assert_close(exact._replace(batch_e=some).influence(query=query).per_token, out.per_token)
+    assert_close(exact._replace(batch_e=some).influence(objective=query).per_token, out.per_token)
 
 
 def doubled(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
@@ -310,17 +310,17 @@ BAD_QUERIES: dict[str, tuple[Objective, str]] = {
 def test_a_query_that_cannot_be_attributed_is_refused(exact: Exact, what: str) -> None:
     query, message = BAD_QUERIES[what]
     with pytest.raises(ValueError, match=message):
-        exact.influence(query=query)
+        exact.influence(objective=query)
 
 
 def test_rewards_and_references_of_another_shape_or_not_finite_are_refused_by_name(exact: Exact) -> None:
     n, t = exact.batch_e.input_ids.shape
     for bad in (torch.zeros(n - 1), torch.zeros(n, 1)):
         with pytest.raises(ValueError, match=rf"rewards has shape .*; pass \({n},\), the rows of batch_e in order"):
-            exact.influence(query=fx.expected_reward(bad))
+            exact.influence(objective=fx.expected_reward(bad))
     with pytest.raises(ValueError, match="rewards has values that are not finite"):
         fx.expected_reward(torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match=rf"reference_logprobs has shape .*; pass \({n}, {t}\)"):
-        exact.influence(query=fx.kl_to_reference(torch.zeros(n, t - 1)))
+        exact.influence(objective=fx.kl_to_reference(torch.zeros(n, t - 1)))
     with pytest.raises(ValueError, match=r"query returned .* not all finite"):
-        exact.influence(query=fx.kl_to_reference(torch.full((n, t), -torch.inf)))
+        exact.influence(objective=fx.kl_to_reference(torch.full((n, t), -torch.inf)))

@@ -28,7 +28,7 @@ etas = st.sampled_from([1e-4, 0.3, 3.0])
 
 def chosen(case: Case) -> dict[str, Any]:
     """What ``snis_delta`` and ``jvp_delta`` share with the options of ``influence``."""
-    return {k: v for k, v in influence_options(case).items() if k not in ("gain", "max_grad_norm")}
+    return {k: v for k, v in influence_options(case).items() if k not in ("preconditioner", "max_grad_norm")}
 
 
 def direction_of(case: Case, seed: int = 0) -> Params:
@@ -331,8 +331,14 @@ def same(actual: fx.SnisDelta, expected: fx.SnisDelta) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a foreign name": ({"direction": {"lm_head": torch.ones(2)}}, r"direction\['lm_head'\] is not among the"),
     "another shape": ({"direction": {"head.bias": torch.ones(2)}}, r"direction\['head.bias'\] has shape \(2,\)"),
-    "an unknown estimator": ({"estimator": "naive"}, r"estimator is 'naive'; use one of per_decision, sequence"),
-    "an unknown normalisation": ({"normalize": "batch"}, r"normalize is 'batch'; use one of token, sequence"),
+    "an unknown estimator": (
+        {"objective": fx.Entropy("naive")},
+        r"estimator is 'naive'; use one of per_decision, sequence",
+    ),
+    "an unknown normalisation": (
+        {"objective": fx.Entropy(normalize="batch")},
+        r"normalize is 'batch'; use one of token, sequence",
+    ),
     "a temperature of 0": ({"temperature": 0.0}, r"temperature is 0\.0; pass the positive one"),
     "chunks of nothing": ({"chunk_size": 0}, r"chunk_size is 0; pass at least 1"),
 }
@@ -365,4 +371,4 @@ def fixed_case(seed: int = 0) -> Case:
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=seed)
     apply, params = make_apply(model)
     batch = random_batch(generator, 7, WIDTH, VOCAB, gaps=True, min_len=0, padding="left", coefficients=False)
-    return Case(model, apply, params, batch, batch, None, "per_decision", "token", "share", 0.8, None)
+    return Case(model, apply, params, batch, batch, None, "per_decision", "token", "frozen", 0.8, None)

@@ -135,7 +135,7 @@ def weighed(training: Training, policy: Policy, now: Moment) -> Tensor:
     options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False, "per_token": per_token}
     entropy = fx.influence(params, now.batch, e, state, **options)
     query = fx.expected_reward(torch.tensor([r.reward or 0.0 for r in drawn]))
-    reward = fx.influence(params, now.batch, e, state, query=query, **options)
+    reward = fx.influence(params, now.batch, e, state, objective=query, **options)
     weights = fx.select(entropy, reward, floor=0.0, per_token=per_token).weights.float()
     return weights if per_token else weights.unsqueeze(1).expand(now.batch.input_ids.shape)
 

@@ -40,7 +40,7 @@ from fx_influence.autodiff.gram import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values, moved_token_values
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.interop.rollouts.record import collate
-from fx_influence.types import Batch, Params, TokenValues
+from fx_influence.types import Batch, Params, Preconditioner, TokenValues
 
 NAME = "bench_counterfactual"
 MAX_NORM = 1.0
@@ -110,7 +110,7 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
     predicted = predictions(params, batch, e, state, apply, gradients, advantages)
     if training.policy == "toy":
         every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
-        options: dict[str, Any] = {"query": entropy_of_all, "max_grad_norm": MAX_NORM, "stderr": False}
+        options: dict[str, Any] = {"objective": entropy_of_all, "max_grad_norm": MAX_NORM, "stderr": False}
         predicted["share, exact"] = fx.influence(params, batch, every, state, apply=apply, **options).per_sequence
     return compared(changes, predicted, halves.double(), n)
 
@@ -158,10 +158,10 @@ def predictions(
 ) -> dict[str, Tensor]:
     """One number a rollout of what each predictor says that it adds to the entropy, (n,)."""
     gains = {
-        gain: fx.influence(
-            params, batch, e, state, apply=apply, gain=gain, max_grad_norm=MAX_NORM, stderr=False
+        key: fx.influence(
+            params, batch, e, state, apply=apply, preconditioner=preconditioner, max_grad_norm=MAX_NORM, stderr=False
         ).per_sequence
-        for gain in ("share", "marginal", "rmsprop")
+        for key, preconditioner in PRECONDITIONERS.items()
     }
     values = all_token_values(params, e, apply)
     wanted = entropy_coefficients(values, e)
@@ -241,6 +241,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 PHASES = {"step 1": range(1, 2), "later": range(2, 10**6)}
 REGIMES = {"lr to 1e-4": (0.0, 1e-4), "lr 1e-3": (1e-4, 1.0)}
+PRECONDITIONERS: dict[str, Preconditioner] = {"share": "frozen", "marginal": "jacobian", "rmsprop": "rmsprop"}
+"""Preconditioners by the names of their predictors in stored results."""
+
 CANDIDATES = ("share", "marginal", "sgd", "covariance proxy", "advantage")
 
 

@@ -88,7 +88,7 @@ def influences(policy: Policy, now: Moment, prompts: Sequence[Any], seed: int) -
     query = fx.expected_reward(torch.tensor([r.reward or 0.0 for r in drawn]))
     options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False}
     entropy = fx.influence(params, now.batch, e, state, **options)
-    return entropy, fx.influence(params, now.batch, e, state, query=query, **options)
+    return entropy, fx.influence(params, now.batch, e, state, objective=query, **options)
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -151,8 +151,8 @@ def did_you_mean(value: object, known: Mapping[str, object] | Sequence[str]) -> 
     """Return words that name the known name most like ``value``, or none where none is like it.
 
     Example:
-        >>> did_you_mean("shares", ["share", "marginal"]), did_you_mean("x", ["share"])
-        (" (the nearest is 'share')", '')
+        >>> did_you_mean("frozn", ["frozen", "jacobian"]), did_you_mean("x", ["frozen"])
+        (" (the nearest is 'frozen')", '')
     """
     names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(value).lower(), names, n=1)

@@ -17,7 +17,7 @@ ILL_CONDITIONED = 0.5
 
 CONDITIONING_REMEDY = (
     "Read the total and sums over many rollouts, not single rollouts or tokens; or measure a later step, once AdamW's "
-    "second moment comes from several steps. gain='rmsprop' has the same denominator"
+    "second moment comes from several steps. preconditioner='rmsprop' has the same denominator"
 )
 """What to do where ``conditioning`` is above ``ILL_CONDITIONED``."""
 

@@ -44,8 +44,8 @@ def select(
         minimise sum_i (1 - w_i) max(r_i, 0)   subject to   baseline + sum_i w_i delta_i >= floor,   0 <= w_i <= 1
 
     where of what costs nothing no more is left out than the floor needs. ``influence_entropy``, ``influence_reward``:
-    of the same step on the same U, the second with ``query=expected_reward(...)``. ``floor``: nats per unit lr, like
-    the influences: for a fall of at most x nats in a step of learning rate lr, -x / lr. ``per_token``: weights of
+    of the same step on the same U, the second with ``objective=expected_reward(...)``. ``floor``: nats per unit lr,
+    like the influences: for a fall of at most x nats in a step of learning rate lr, -x / lr. ``per_token``: weights of
     tokens, not rollouts. The influences are of the step as it is: with other weights its second moment and clipping
     would be others, to second order in what is left out. Multiply ``batch_u.coefficients`` by the weights.
 

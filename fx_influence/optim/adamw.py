@@ -1,4 +1,4 @@
-"""AdamW as a stateless map from a batch's gradient to a direction, and its split into the parts of each sequence."""
+"""AdamW as a stateless map from a batch's gradient to a direction, split into the parts of each sequence."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from fx_influence.types import AdamWHyper, AdamWState, Params, Preconditioner
 
 
 class AdamWDecomposition(NamedTuple):
-    """One AdamW step per unit learning rate, split. Every dictionary has all names of ``params``.
+    """One AdamW step per unit learning rate, split; every dictionary has all names of ``params``.
 
-    ``direction``: v. ``baseline``: what is left of v without the batch's gradients; v = baseline + sum_i gain * g_i.
-    ``momentum``, ``weight_decay``: the parts of v that the old first moment and the decay make, whatever the gain.
-    ``gain``: gamma, the diagonal that maps a sequence's gradient to its part. ``clip``: kappa, a scalar.
+    Attributes:
+        direction: v.
+        baseline: the part of v without the batch's gradients; v = baseline + sum_i gain * g_i.
+        momentum: the part of v that the old first moment makes.
+        weight_decay: the part of v that decay makes.
+        gain: gamma, the diagonal that maps a sequence's gradient to its part of v.
+        clip: kappa, scalar.
     """
 
     direction: Params
@@ -38,10 +42,10 @@ def adamw_decompose(
     grads: Mapping[str, Tensor | None],
     opt_state: AdamWState,
     params: Params,
-    gain: Preconditioner = "share",
+    preconditioner: Preconditioner = "frozen",
     max_grad_norm: float | None = None,
 ) -> AdamWDecomposition:
-    """The direction v of one AdamW step, theta' = theta + lr v, and its affine split over the batch's gradients.
+    """Return the direction v of one AdamW step, theta' = theta + lr v, split affinely over the batch's gradients.
 
     With g the batch's gradient, kappa = min(1, max_grad_norm / (|g| + 1e-6)) frozen, ghat = kappa g (-kappa g under
     ``maximize``), tau = step + 1, B_k = 1 - beta_k^tau and rho = lr_group / lr_ref:
@@ -50,38 +54,51 @@ def adamw_decompose(
         den = sqrt(shat / B2) + eps            shat = max(max_exp_avg_sq, s') with amsgrad, else s'
         v = rho (-(m' / B1) / den - lambda theta)
 
-    ``gain`` says what a sequence's gradient is multiplied with:
+    The ``preconditioner`` is the diagonal gamma that a sequence's gradient is multiplied with:
 
-    - ``"share"``: gamma = -rho kappa (1 - beta1) / (B1 den); baseline = momentum + weight decay, exactly.
-    - ``"marginal"``: gamma = dv/dg with kappa frozen, den's dependence on g included; baseline = v - gamma g.
+    - ``"frozen"``: gamma = -rho kappa (1 - beta1) / (B1 den); baseline = momentum + weight decay, exactly.
+    - ``"jacobian"``: gamma = dv/dg with kappa frozen, den's dependence on g included; baseline = v - gamma g.
     - ``"rmsprop"``: gamma = -rho / den; v is replaced by gamma g, and baseline, momentum and decay by 0.
+    - ``"lifetime"``: gamma = -rho kappa / den, what a gradient does now and through momentum in later steps if these
+      are alike (sum_k beta1^k (1 - beta1) = 1); v is replaced by gamma g plus weight decay, momentum by 0.
 
-    ``grads``: by name, the parameter's shape; None or absent (backward never reached it) and parameters that the
-    optimizer does not hold have v = 0, decay included. Results are float64 where the parameter or its state is, else
-    float32, in units of parameter per unit lr_ref; a positive v raises the parameter.
-
-    Departs from ``torch.optim.AdamW`` in nothing: v = (theta' - theta) / lr for the hyperparameters of its
+    It departs from ``torch.optim.AdamW`` in nothing: v = (theta' - theta) / lr for the hyperparameters of its
     param_groups. The clip is ``torch.nn.utils.clip_grad_norm_`` over all of ``grads``.
-    Raises ``ValueError`` for names or shapes that disagree, a gradient that is not finite, an unknown gain.
-    Source: Loshchilov & Hutter, arXiv 1711.05101; amsgrad: Reddi et al., arXiv 1904.09237.
+
+    Args:
+        grads: g by name, the parameter's shape. Parameters with None or without an entry (backward never reached them)
+            and those that the optimizer does not hold have v = 0, decay included.
+        opt_state: m, s and step before the step, as optax's ``state``.
+        params: theta by name.
+        preconditioner: see above.
+        max_grad_norm: the trainer's; None clips nothing.
+
+    Returns:
+        ``AdamWDecomposition``, float64 where the parameter or its state is, else float32, in units of parameter per
+        unit lr_ref; a positive v raises the parameter.
+
+    Raises:
+        TypeError: for arguments of another kind, with the remedy.
+        ValueError: for names or shapes that disagree, a gradient that is not finite, an unknown preconditioner.
 
     Example:
-        >>> hyper = AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.1, False, False)
         >>> zero = torch.zeros(2)
-        >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": hyper}, lr=1e-3)
+        >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": AdamWHyper(weight_decay=0.1)}, lr=1e-3)
         >>> step = adamw_decompose({"w": torch.tensor([3.0, -2.0])}, state, {"w": torch.ones(2)})
         >>> step.direction["w"], step.weight_decay["w"]
         (tensor([-1.1000,  0.9000]), tensor([-0.1000, -0.1000]))
+
+    Source: Loshchilov & Hutter, arXiv 1711.05101; amsgrad: Reddi et al., arXiv 1904.09237.
     """
     check_params(params)
     params = detached(params)
-    check_adamw_inputs(grads, opt_state, params, gain, max_grad_norm)
+    check_adamw_inputs(grads, opt_state, params, preconditioner, max_grad_norm)
     clip = _clip_factor(grads, max_grad_norm, params)
     parts: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}
     for name, p in params.items():
         g = grads.get(name)
-        held = g is not None and name in opt_state.hyper
-        step = _parameter_step(name, p, g, clip, opt_state, gain) if held and g is not None else _no_step(p)
+        moves = g is not None and name in opt_state.hyper
+        step = _parameter_step(name, p, g, clip, opt_state, preconditioner) if moves and g is not None else _no_step(p)
         for field, value in step.items():
             parts[field][name] = value
     return AdamWDecomposition(**parts, clip=clip)
@@ -90,16 +107,20 @@ def adamw_decompose(
 def second_moment_denominator(
     hyper: AdamWHyper, second: Tensor, step: int, maximum: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(den, r, live): den = sqrt(shat / B2) + eps with r = sqrt(second / B2), and where ``second`` is shat itself.
+    """Return (den, r, is_current): den = sqrt(shat / B2) + eps, r = sqrt(second / B2), and where ``second`` is shat.
 
-    ``second``: s after ``step`` updates. ``maximum``: amsgrad's max_exp_avg_sq, so that shat = max(maximum, second).
+    Args:
+        hyper: of the parameter.
+        second: s after ``step`` updates, the parameter's shape.
+        step: number of updates, tau.
+        maximum: amsgrad's max_exp_avg_sq, so that shat = max(maximum, second); None without amsgrad.
     """
     correction = 1 - hyper.beta2**step
     r = (second / correction).sqrt()
     if maximum is None:
         return r + hyper.eps, r, torch.ones((), dtype=torch.bool, device=r.device)
-    live = second > maximum
-    return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, live
+    is_current = second > maximum
+    return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, is_current
 
 
 def fresh_part(grads: Mapping[str, Tensor | None], opt_state: AdamWState, along: Params, clip: Tensor) -> Params:
@@ -119,7 +140,7 @@ def fresh_part(grads: Mapping[str, Tensor | None], opt_state: AdamWState, along:
         clip: kappa, scalar, see ``adamw_decompose``.
 
     Example:
-        >>> hyper, one = AdamWHyper(1.0, 0.9, 0.999, 1e-8, 0.0, False, False), torch.ones(2)
+        >>> hyper, one = AdamWHyper(), torch.ones(2)
         >>> state = AdamWState({"w": one}, {"w": torch.tensor([0.0, 1.0])}, {}, {"w": 9}, {"w": hyper}, lr=1e-3)
         >>> fresh_part({"w": one}, state, {"w": torch.tensor([3.0, 1.0])}, torch.ones(()))["w"].tolist()
         [3.0, 0.0]
@@ -134,15 +155,15 @@ def fresh_part(grads: Mapping[str, Tensor | None], opt_state: AdamWState, along:
         ghat, second, maximum = _second_moment(name, g, clip, opt_state, promote(opt_state.exp_avg_sq[name].dtype))
         highest = second if maximum is None else torch.maximum(maximum, second)
         floor = (10 * hyper.eps) ** 2 * (1 - hyper.beta2 ** (opt_state.step[name] + 1))
-        made_now = (1 - hyper.beta2) * ghat.square() > highest / 2
-        out[name] = u * ((highest <= floor) | made_now)
+        is_fresh = (1 - hyper.beta2) * ghat.square() > highest / 2
+        out[name] = u * ((highest <= floor) | is_fresh)
     return out
 
 
 def _second_moment(
     name: str, g: Tensor, clip: Tensor, state: AdamWState, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(ghat, s', max_exp_avg_sq), the last None without amsgrad."""
+    """Return (ghat, s', max_exp_avg_sq), the last None without amsgrad."""
     hyper = state.hyper[name]
     ghat = ((-1.0 if hyper.maximize else 1.0) * clip.to(dtype)) * g.to(dtype)
     second = torch.addcmul(hyper.beta2 * state.exp_avg_sq[name].to(dtype), ghat, ghat, value=1 - hyper.beta2)
@@ -150,7 +171,7 @@ def _second_moment(
 
 
 def _parameter_step(
-    name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, gain: Preconditioner
+    name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, preconditioner: Preconditioner
 ) -> dict[str, Tensor]:
     hyper, tau = state.hyper[name], state.step[name] + 1
     dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
@@ -158,23 +179,27 @@ def _parameter_step(
     sign = -1.0 if hyper.maximize else 1.0
     clip = clip.to(dtype)
     ghat, s_new, maximum = _second_moment(name, g, clip, state, dtype)
-    den, r, live = second_moment_denominator(hyper, s_new, tau, maximum)
+    den, r, is_current = second_moment_denominator(hyper, s_new, tau, maximum)
     b1, rho = 1 - hyper.beta1**tau, hyper.lr_scale
 
-    if gain == "rmsprop":
+    if preconditioner == "rmsprop":
         gamma = -sign * rho / den
         return {**_no_step(p), "direction": gamma * g.to(dtype), "gain": gamma}
     inverse = den.reciprocal()
     momentum = (-rho * hyper.beta1 / b1 * m) * inverse
     decay = -rho * hyper.weight_decay * theta
     gamma = (-rho * sign * (1 - hyper.beta1) / b1 * clip) * inverse
+    if preconditioner == "lifetime":
+        gamma = (-rho * sign * clip) * inverse
+        direction = torch.addcmul(decay, gamma, g.to(dtype))
+        return {**_no_step(p), "direction": direction, "baseline": decay, "weight_decay": decay, "gain": gamma}
     baseline = momentum + decay
     direction = torch.addcmul(baseline, gamma, g.to(dtype))
-    if gain == "marginal":
+    if preconditioner == "jacobian":
         b2 = 1 - hyper.beta2**tau
         m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
         slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
-        gamma = gamma + rho * sign * clip * torch.where(live & (r > 0), slope, torch.zeros_like(slope))
+        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), slope, torch.zeros_like(slope))
         baseline = direction - gamma * g.to(dtype)
     return {
         "direction": direction,
@@ -193,10 +218,10 @@ def _no_step(p: Tensor) -> dict[str, Tensor]:
 def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
     first = to_local(next(iter(params.values())))
     one = torch.ones((), dtype=promote(first.dtype), device=first.device)
-    found = [g for g in grads.values() if g is not None]
-    if not found:
+    reached = [g for g in grads.values() if g is not None]
+    if not reached:
         return one
-    norm = torch.stack([n.to(one) for n in _norms(found)]).norm()
+    norm = torch.stack([n.to(one) for n in _norms(reached)]).norm()
     if not torch.isfinite(norm):
         raise ValueError(f"the norm of grads is {norm.item()}; the step has no direction: drop the batch")
     return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -211,11 +236,11 @@ def check_adamw_inputs(
     grads: Mapping[str, Tensor | None],
     opt_state: AdamWState,
     params: Params,
-    gain: str,
+    preconditioner: str,
     max_grad_norm: float | None,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` for what ``adamw_decompose`` could not use, before anything is computed."""
-    check_choice("gain", gain, get_args(Preconditioner))
+    check_choice("preconditioner", preconditioner, get_args(Preconditioner))
     check_max_grad_norm(max_grad_norm)
     check_state(opt_state)
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")

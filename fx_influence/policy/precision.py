@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,42 @@ from fx_influence.core.tree import promote
 from fx_influence.policy.autocast import HALF_DTYPES
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Apply, Batch, Params
+
+
+class PassPrecision(NamedTuple):
+    """The precision that an attribution's passes run in.
+
+    Attributes:
+        params: trainable parameters in at least float32.
+        exact_apply: the policy with weights in at least float32 and no autocast, for passes over E.
+        update_apply: the policy as the trainer computes it, under its autocast, for passes over U.
+        lowest: the coarsest dtype that U's passes compute in.
+        under_autocast: whether ``update_apply`` runs under autocast.
+        wants_two_methods: whether rounding may rival influences, so that each is wanted by two methods.
+    """
+
+    params: Params
+    exact_apply: Apply
+    update_apply: Apply
+    lowest: torch.dtype
+    under_autocast: bool
+    wants_two_methods: bool
+
+
+def pass_precision(params: Params, apply: Apply, batch: Batch) -> PassPrecision:
+    """Return the precision of passes over U and E for these parameters and this policy.
+
+    Args:
+        params: by name, any dtype.
+        apply: of those parameters; a ``Policy`` may stand under a trainer's autocast, see ``Policy.under``.
+        batch: U, whose first row tells what a forward computes in.
+    """
+    is_half = any(p.dtype in HALF_DTYPES for p in params.values())
+    autocast = apply.autocast if isinstance(apply, Policy) else None
+    params, exact = in_float32(params, apply, batch)
+    update = exact.with_autocast(*autocast) if autocast is not None and isinstance(exact, Policy) else exact
+    lowest = lowest_precision(params, update, batch)
+    return PassPrecision(params, exact, update, lowest, autocast is not None, is_half or lowest in HALF_DTYPES)
 
 
 def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False) -> tuple[Params, Apply]:
@@ -43,7 +79,7 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
         )
         if finite:
             raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
         return params, apply
     return raised, apply
 

@@ -164,13 +164,14 @@ def adamw(
     grads_per_sequence: Sequence[Gradients],
     state: AdamWState,
     params: Params,
-    gain: Preconditioner = "share",
+    preconditioner: Preconditioner = "frozen",
     max_grad_norm: float | None = None,
 ) -> Step:
     """AdamW's direction v = (theta' - theta) / eta and its split v = momentum + weight_decay + sum_i gamma g_i.
 
-    That split holds for gain "share". For "marginal", gamma is dv/dg with the clip frozen and v is the same. For
-    "rmsprop", gamma = -rho/den, v = gamma g and the other parts are 0. A parameter that the optimizer does not hold, or
+    That split holds for "frozen". For "jacobian", gamma is dv/dg with the clip frozen and v is the same. For
+    "rmsprop", gamma = -rho/den, v = gamma g and the other parts are 0. For "lifetime", gamma = -rho kappa/den and
+    v = gamma g + weight decay. A parameter that the optimizer does not hold, or
     that no sequence's gradient reaches, has 0 everywhere. ``maximize``: the optimizer sees -g, so gamma changes sign.
     """
     g = add(grads_per_sequence)
@@ -195,15 +196,20 @@ def adamw(
         s_used = torch.maximum(state.max_exp_avg_sq[name], s) if hyper.amsgrad else s
         den = (s_used / bias2).sqrt() + hyper.eps
         step.den[name] = den
-        if gain == "rmsprop":
+        if preconditioner == "rmsprop":
             step.gain[name] = -sign * rho / den
             step.direction[name] = step.gain[name] * grad_name
+            continue
+        if preconditioner == "lifetime":
+            step.gain[name] = -sign * rho * clip / den
+            step.weight_decay[name] = -rho * hyper.weight_decay * theta
+            step.direction[name] = step.gain[name] * grad_name + step.weight_decay[name]
             continue
         step.direction[name] = rho * (-(m / bias1) / den - hyper.weight_decay * theta)
         step.momentum[name] = -rho * beta1 * m_old / (bias1 * den)
         step.weight_decay[name] = -rho * hyper.weight_decay * theta
         slope = (1 - beta1) / (bias1 * den)
-        if gain == "marginal":
+        if preconditioner == "jacobian":
             root = (s / bias2).sqrt()
             second_derivative = (m / bias1) * (1 - beta2) * g_hat / (bias2 * root * den**2)
             slope = slope - torch.where(
@@ -387,18 +393,18 @@ def influence(
     state: AdamWState,
     estimator: Estimator = "per_decision",
     normalize: Normalize = "token",
-    gain: Preconditioner = "share",
+    preconditioner: Preconditioner = "frozen",
     temperature: float = 1.0,
     max_grad_norm: float | None = None,
 ) -> Influence:
     """delta_i = <grad H-hat, gamma g_i> for every update row i, with M_ai = <grad s_a, gamma g_i> and delta_it.
 
     delta_it is <gamma grad H-hat, grad l_it> for the token's own loss l_it, at its column. total = <grad H-hat, v>;
-    momentum and weight_decay likewise; baseline is their sum, for gain "marginal" total - sum_i delta_i.
+    momentum and weight_decay likewise; baseline is their sum, for "jacobian" total - sum_i delta_i.
     """
     params = tracked(params)
     g = sequence_gradients(apply, params, batch_u, temperature)
-    step = adamw(g, state, params, gain, max_grad_norm)
+    step = adamw(g, state, params, preconditioner, max_grad_norm)
     grad_s = entropy_gradients(apply, params, batch_e, estimator, normalize, temperature)
     grad_h = add(grad_s)
     u = scale(step.gain, grad_h)
@@ -409,7 +415,7 @@ def influence(
         for t, loss in zip(score.positions, token_losses(batch_u, i, score), strict=True):
             per_token[i, t] = inner(u, gradient(loss, params))
     total, momentum, decay = (inner(grad_h, part) for part in (step.direction, step.momentum, step.weight_decay))
-    baseline = total - float(matrix.sum()) if gain == "marginal" else momentum + decay
+    baseline = total - float(matrix.sum()) if preconditioner == "jacobian" else momentum + decay
     stderr = standard_error(matrix, batch_e.completion_mask.sum(1).tolist(), batch_e.group, normalize)
     scalars = [torch.tensor(x, dtype=torch.float64) for x in (baseline, momentum, decay, total)]
     return Influence(matrix.sum(0), per_token, matrix, scalars[0], scalars[1], scalars[2], scalars[3], stderr)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import assert_close, random_adamw_state, random_batch
-from helpers.strategies import Case, cases
+from helpers.strategies import PRECONDITIONERS, Case, cases
 from hypothesis import given, settings
 
 import fx_influence as fx
@@ -18,6 +18,7 @@ from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io import Factors
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
+from fx_influence.types import Preconditioner
 
 VOCAB, WIDTH = 11, 7
 MODULE = importlib.import_module("fx_influence._influence")
@@ -72,12 +73,12 @@ class Policy(torch.nn.Module):
         return self.head(torch.tanh(self.mix(self.norm(x.cumsum(1)))))
 
 
-@pytest.mark.parametrize("gain", ["share", "marginal", "rmsprop"])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("stderr", [True, False])
-def test_without_tokens_the_influences_are_the_same(gain: fx.Preconditioner, stderr: bool) -> None:
+def test_without_tokens_the_influences_are_the_same(preconditioner: Preconditioner, stderr: bool) -> None:
     *given, apply = problem()
-    whole = fx.influence(*given, apply=apply, gain=gain, stderr=stderr)
-    short = fx.influence(*given, apply=apply, gain=gain, stderr=stderr, per_token=False)
+    whole = fx.influence(*given, apply=apply, preconditioner=preconditioner, stderr=stderr)
+    short = fx.influence(*given, apply=apply, preconditioner=preconditioner, stderr=stderr, per_token=False)
     assert short.per_token is None
     for field in ("per_sequence", "total", "baseline"):
         assert_close(getattr(short, field), getattr(whole, field))

@@ -160,7 +160,7 @@ def test_a_row_without_a_completion_token_contributes_0_and_counts_in_n() -> Non
     assert_close(per_sequence, fx.entropy_estimate(fewer, full, "sequence") * 4 / 5)
     state, direction = random_adamw_state(generator(3), params), direction_like(params)
     for estimator in ("per_decision", "sequence"):
-        options = {"apply": apply, "estimator": estimator, "normalize": "sequence"}
+        options = {"apply": apply, "objective": fx.Entropy(estimator, "sequence")}
         out = fx.influence(params, empty, empty, state, matrix=True, **options)
         assert out.per_sequence[-1] == 0
         assert not out.matrix[:, -1].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -267,7 +268,9 @@ def other_names(state: fx.AdamWState) -> fx.AdamWState:
             r"opt_state has no exp_avg, exp_avg_sq or step for 'head\.bias'",
         ),
         (
-            lambda s: s._replace(hyper={**s.hyper, "head.bias": s.hyper["head.bias"]._replace(amsgrad=True)}),
+            lambda s: s._replace(
+                hyper={**s.hyper, "head.bias": dataclasses.replace(s.hyper["head.bias"], amsgrad=True)}
+            ),
             r"opt_state .*max_exp_avg_sq.*'head\.bias'",
         ),
     ],
@@ -283,7 +286,7 @@ def test_the_optimizer_state_of_another_model_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gain": "loo"}, r"gain is 'loo'; use one of share, marginal, rmsprop"),
+        ({"preconditioner": "loo"}, r"preconditioner is 'loo'; use one of frozen, jacobian, rmsprop, lifetime"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; pass a positive number, or None where nothing is clipped"),
         ({"max_grad_norm": math.nan}, r"max_grad_norm is nan; pass a positive number"),
         ({"grad": {"lm_head": torch.ones(1)}}, r"grads\['lm_head'\] is not among the \d+ trainable parameters"),

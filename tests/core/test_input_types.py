@@ -239,7 +239,12 @@ def test_numbers_of_numpy_are_numbers(value: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "field", "value", "message"),
     [
-        (Given.influence, "gain", "shares", r"gain is 'shares'; use one of share, .* \(the nearest is 'share'\)"),
+        (
+            Given.influence,
+            "preconditioner",
+            "frozn",
+            r"preconditioner is 'frozn'; use one of frozen, .* \(the nearest is 'frozen'\)",
+        ),
         (Given.influence, "estimator", "per-decision", r"estimator is 'per-decision'; .*nearest is 'per_decision'\)"),
         (
             Given.jvp,
@@ -247,7 +252,12 @@ def test_numbers_of_numpy_are_numbers(value: Any) -> None:
             "tokens",
             r"normalize is 'tokens'; use one of token, sequence \(the nearest is 'tok",
         ),
-        (Given.decompose, "gain", None, r"gain is None; use one of share, marginal, rmsprop$"),
+        (
+            Given.decompose,
+            "preconditioner",
+            None,
+            r"preconditioner is None; use one of frozen, jacobian, rmsprop, lifetime$",
+        ),
         (Given.snis, "clip", -1.0, r"clip is -1\.0; pass a positive cumulative log-weight, or None"),
         (Given.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
         (Given.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),

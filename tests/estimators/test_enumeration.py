@@ -172,7 +172,7 @@ def test_a_draw_picked_from_the_space_is_what_the_public_functions_compute(
 ) -> None:
     picked = world.draw_prompts(12, 3, torch.Generator().manual_seed(1))
     batch, t = world.batch(picked)._replace(group=torch.arange(36) // 3), world.space.temperature
-    chosen = {"apply": world.apply, "estimator": estimator, "normalize": normalize, "temperature": t}
+    chosen = {"apply": world.apply, "objective": fx.Entropy(estimator, normalize), "temperature": t}
     matrix = first_order_rows(world, world.along(update.parts), picked, estimator, normalize)
     out = fx.influence(world.params, update.batch, batch, update.state, matrix=True, **chosen)
     assert_close(out.matrix, matrix)
@@ -272,7 +272,7 @@ def test_on_the_whole_distribution_every_order_is_exact(estimator: Estimator, no
     params = {"table": params["table"] * temperature}
     space = enumerate_completions([torch.tensor([1]), torch.tensor([2, 1])], EOS, 3, 3, temperature)
     batch = replicate(apply, params, space, 256)
-    chosen = {"apply": apply, "estimator": estimator, "normalize": normalize, "temperature": temperature}
+    chosen = {"apply": apply, "objective": fx.Entropy(estimator, normalize), "temperature": temperature}
     values = fx.token_values(params, batch, apply, temperature)
     assert_close(fx.entropy_estimate(values, batch, normalize), exact_entropy(apply, params, space, normalize))
 

@@ -206,8 +206,8 @@ def random_adamw_state(generator: torch.Generator, params: Params, **hyper: Any)
     lr, step, absent = hyper.pop("lr", 1e-3), hyper.pop("step", None), hyper.pop("absent", ())
     state = AdamWState({}, {}, {}, {}, {}, lr)
     groups = (
-        AdamWHyper(1.0, 0.9, 0.99, 1e-8, 0.1, False, False)._replace(**hyper),
-        AdamWHyper(0.25, 0.8, 0.95, 1e-6, 0.0, False, False)._replace(**hyper),
+        AdamWHyper(**{"beta2": 0.99, "weight_decay": 0.1, **hyper}),
+        AdamWHyper(**{"lr_scale": 0.25, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, **hyper}),
     )
     for i, (name, p) in enumerate(params.items()):
         m, s, extra = (torch.randn(p.shape, generator=generator, dtype=p.dtype) for _ in range(3))

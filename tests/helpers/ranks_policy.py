@@ -224,10 +224,10 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     # algebra on DTensors
     optimizer = random_adamw_state(generator, params, absent=[list(params)[1]])
     dealt = AdamWState(*({n: like(x, shards[n]) for n, x in tree.items()} for tree in optimizer[:3]), *optimizer[3:])
-    for gain in ("share", "marginal"):
-        step = adamw_decompose(found, dealt, shards, gain, max_grad_norm=0.1)
-        reference = adamw_decompose(g, optimizer, params, gain, max_grad_norm=0.1)
-        out[f"adamw {gain}"] = max(error(x, y) for x, y in zip(step, reference, strict=True))
+    for preconditioner in ("frozen", "jacobian"):
+        step = adamw_decompose(found, dealt, shards, preconditioner, max_grad_norm=0.1)
+        reference = adamw_decompose(g, optimizer, params, preconditioner, max_grad_norm=0.1)
+        out[f"adamw {preconditioner}"] = max(error(x, y) for x, y in zip(step, reference, strict=True))
     out["clip"] = error(step.clip, reference.clip)
     out["dot"] = error(dot(found, v), dot(g, direction))
     out["dots"] = error(dot_by_name(found, v), dot_by_name(g, direction))

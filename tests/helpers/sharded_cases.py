@@ -81,8 +81,8 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answer
     influences = {
         "adjoint": {},
         "no stderr": {"stderr": False, "max_grad_norm": 0.1},
-        "per sequence": {"per_token": False, "estimator": "sequence", "normalize": "sequence"},
-        "matrix": {"matrix": True, "gain": "marginal", "temperature": 0.7},
+        "per sequence": {"per_token": False, "objective": fx.Entropy("sequence", "sequence")},
+        "matrix": {"matrix": True, "preconditioner": "jacobian", "temperature": 0.7},
         "small chunks": {"chunk_size": 2, "memory_budget": 0},
         "query": {"query": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
     }
@@ -93,7 +93,9 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answer
         found |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
     for name, record in {
         "snis": fx.snis_delta(params, direction, 0.3, e, **on, clip=0.5),
-        "snis by sequence": fx.snis_delta(params, direction, 0.3, e, **on, estimator="sequence", normalize="sequence"),
+        "snis by sequence": fx.snis_delta(
+            params, direction, 0.3, e, **on, objective=fx.Entropy("sequence", "sequence")
+        ),
         "sweep": fx.snis_sweep(params, e, **on)(block, [0.1, 1.0]),
         "jvp": fx.jvp_delta(params, direction, e, **on),
     }.items():
@@ -129,7 +131,9 @@ def compute_mesh_functions(
     block = {name: torch.stack([v, -0.5 * v]) for name, v in direction.items()}
     records = {
         "adjoint": fx.influence(params, u, e, state, apply=apply, chunk_size=3),
-        "clipped": fx.influence(params, u, e, state, apply=apply, max_grad_norm=0.1, gain="marginal", stderr=False),
+        "clipped": fx.influence(
+            params, u, e, state, apply=apply, max_grad_norm=0.1, preconditioner="jacobian", stderr=False
+        ),
         "snis": fx.snis_delta(params, direction, 0.3, e, apply=apply),
         "sweep": fx.snis_sweep(params, e, apply=apply)(block, [0.1, 1.0]),
         "jvp": fx.jvp_delta(params, direction, e, apply=apply)._replace(second=torch.zeros(())),

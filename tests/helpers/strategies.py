@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
+from fx_influence.objectives import Entropy
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params, Preconditioner
 from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch
 
 ESTIMATORS: tuple[Estimator, ...] = ("per_decision", "sequence")
 NORMALIZES: tuple[Normalize, ...] = ("token", "sequence")
-GAINS: tuple[Preconditioner, ...] = ("share", "marginal", "rmsprop")
+PRECONDITIONERS: tuple[Preconditioner, ...] = ("frozen", "jacobian", "rmsprop", "lifetime")
 VOCAB, WIDTH = 6, 7
 
 
@@ -27,7 +28,7 @@ class Case(NamedTuple):
     opt_state: AdamWState
     estimator: Estimator
     normalize: Normalize
-    gain: Preconditioner
+    preconditioner: Preconditioner
     temperature: float
     max_grad_norm: float | None
 
@@ -74,7 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         random_adamw_state(generator, params, **draw(hypers)),
         draw(st.sampled_from(ESTIMATORS)),
         draw(st.sampled_from(NORMALIZES)),
-        draw(st.sampled_from(GAINS)),
+        draw(st.sampled_from(PRECONDITIONERS)),
         draw(st.sampled_from([0.7, 1.0, 1.6])),
         draw(st.sampled_from([None, 0.5, 1e3])),
     )
@@ -84,9 +85,8 @@ def influence_options(case: Case) -> dict[str, object]:
     """The keyword arguments of ``fx.influence`` that a case names."""
     return {
         "apply": case.apply,
-        "estimator": case.estimator,
-        "normalize": case.normalize,
-        "gain": case.gain,
+        "objective": Entropy(case.estimator, case.normalize),
+        "preconditioner": case.preconditioner,
         "temperature": case.temperature,
         "max_grad_norm": case.max_grad_norm,
     }

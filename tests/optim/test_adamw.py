@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers.cases import TinyPolicy, assert_close, make_apply, random_adamw_state, random_batch
-from helpers.strategies import GAINS, Case, cases, seeds
+from helpers.strategies import PRECONDITIONERS, Case, cases, seeds
 from helpers.tolerances import ROOM, assert_close_to_rounding, assert_within, rounding_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,8 +57,10 @@ class Training(NamedTuple):
     def lr(self) -> float:
         return next(group["lr"] for group in self.optimizer.param_groups if group["lr"])
 
-    def decompose(self, gain: Preconditioner = "share") -> fx.AdamWDecomposition:
-        return fx.adamw_decompose(reference.add(self.grads), self.state, self.params, gain, self.max_grad_norm)
+    def decompose(self, preconditioner: Preconditioner = "frozen") -> fx.AdamWDecomposition:
+        return fx.adamw_decompose(
+            reference.add(self.grads), self.state, self.params, preconditioner, self.max_grad_norm
+        )
 
 
 group_settings = st.fixed_dictionaries(
@@ -153,12 +156,12 @@ def test_the_direction_is_a_real_torch_step_per_unit_lr(training: Training) -> N
     assert (step.clip < 1) == (training.max_grad_norm == 0.3)
 
 
-@given(training=trainings(), gain=st.sampled_from(["share", "marginal"]), split=st.integers(0, 4))
+@given(training=trainings(), preconditioner=st.sampled_from(["frozen", "jacobian"]), split=st.integers(0, 4))
 @settings(max_examples=100)
 def test_baseline_and_sequences_add_up_to_the_real_step_however_they_are_grouped(
-    training: Training, gain: Preconditioner, split: int
+    training: Training, preconditioner: Preconditioner, split: int
 ) -> None:
-    step = training.decompose(gain)
+    step = training.decompose(preconditioner)
     real = real_step(training, reference.add(training.grads), training.max_grad_norm)
     alone = step.baseline
     for g in training.grads:
@@ -169,7 +172,7 @@ def test_baseline_and_sequences_add_up_to_the_real_step_however_they_are_grouped
         if part:
             grouped = plus(grouped, step.gain, reference.add(part))
     assert_made(grouped, training, real)
-    if gain == "share":
+    if preconditioner == "frozen":
         same({name: step.momentum[name] + step.weight_decay[name] for name in real}, step.baseline)
 
 
@@ -187,8 +190,8 @@ def test_shares_are_linear_in_the_sequences_of_a_real_step_whose_denominator_sta
             if not state:
                 state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["max_exp_avg_sq"] = torch.full_like(p, 1e4)
-    for gain in ("share", "marginal"):
-        step = training.decompose(gain)
+    for preconditioner in ("frozen", "jacobian"):
+        step = training.decompose(preconditioner)
         expected, total = step.baseline, dict.fromkeys(training.params)
         for w, g in zip(weights, training.grads, strict=False):
             weighted = {name: None if x is None else w * x for name, x in g.items()}
@@ -205,7 +208,7 @@ def test_the_marginal_gain_is_the_derivative_of_the_real_step_with_the_clip_froz
     From theta = 0 the step is exact to a rounding unit of itself. Each coordinate moves by 1e-4 of its gradient; one
     whose gradient is 0 moves by 1e-8 eps, which also says what the derivative is where r = 0.
     """
-    step, share = training.decompose("marginal"), training.decompose("share")
+    step, share = training.decompose("jacobian"), training.decompose("frozen")
     same(step.direction, share.direction, 0.0)
     g = {name: None if x is None else step.clip * x for name, x in reference.add(training.grads).items()}
     held = {id(p): group for group in training.optimizer.param_groups for p in group["params"]}
@@ -240,7 +243,7 @@ def one_coordinate(
     optimizer.state[model["p"]] = {"step": torch.tensor(5.0), **{k: v.double() for k, v in state.items()}}
     training = Training(model, optimizer, [{"p": torch.tensor([g], dtype=torch.float64)}], None)
     up, down = (real_step(training, {"p": training.grads[0]["p"] + h}, None)["p"] for h in (WIDTH, -WIDTH))
-    return training.decompose("share").gain["p"], training.decompose("marginal").gain["p"], (up - down) / (2 * WIDTH)
+    return training.decompose("frozen").gain["p"], training.decompose("jacobian").gain["p"], (up - down) / (2 * WIDTH)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -293,13 +296,13 @@ def test_the_rmsprop_gain_is_minus_rho_over_the_real_denominator(training: Train
         assert not any(x.any() for x in part.values())
 
 
-@given(training=trainings(), gain=st.sampled_from(GAINS))
+@given(training=trainings(), preconditioner=st.sampled_from(PRECONDITIONERS))
 def test_a_parameter_not_held_or_not_reached_stands_still_its_decay_included(
-    training: Training, gain: Preconditioner
+    training: Training, preconditioner: Preconditioner
 ) -> None:
     last = list(training.params)[-1]
     grads = [{**g, "p0": None} for g in training.grads]
-    step = training._replace(grads=grads).decompose(gain)
+    step = training._replace(grads=grads).decompose(preconditioner)
     real = real_step(training, reference.add(grads), training.max_grad_norm)
     assert last not in training.state.hyper
     assert not real[last].any()
@@ -308,7 +311,7 @@ def test_a_parameter_not_held_or_not_reached_stands_still_its_decay_included(
         assert not part[last].any()
         assert not part["p0"].any()
     absent = [{name: x for name, x in g.items() if x is not None} for g in grads]
-    for part, other in zip(step[:-1], training._replace(grads=absent).decompose(gain)[:-1], strict=True):
+    for part, other in zip(step[:-1], training._replace(grads=absent).decompose(preconditioner)[:-1], strict=True):
         same(part, other, 0.0)
 
 
@@ -341,11 +344,11 @@ def test_on_the_first_step_of_a_warm_up_v_is_the_step_at_the_initial_rates() -> 
     assert_made(training.decompose().direction, training, real_step(training, grads, None))
 
 
-@given(training=trainings(), gain=st.sampled_from(GAINS))
+@given(training=trainings(), preconditioner=st.sampled_from(PRECONDITIONERS))
 @settings(max_examples=50)
-def test_every_part_agrees_with_the_slow_reference(training: Training, gain: Preconditioner) -> None:
-    fast = training.decompose(gain)
-    slow = reference.adamw(training.grads, training.state, training.params, gain, training.max_grad_norm)
+def test_every_part_agrees_with_the_slow_reference(training: Training, preconditioner: Preconditioner) -> None:
+    fast = training.decompose(preconditioner)
+    slow = reference.adamw(training.grads, training.state, training.params, preconditioner, training.max_grad_norm)
     assert float(fast.clip) == pytest.approx(slow.clip, abs=rounding_bound(torch.float64, STEP, slow.clip))
     for part in ("direction", "momentum", "weight_decay", "gain"):
         for name, x in getattr(slow, part).items():
@@ -356,21 +359,21 @@ def test_every_part_agrees_with_the_slow_reference(training: Training, gain: Pre
 @settings(max_examples=10)
 def test_a_policys_own_gradients_agree_with_the_slow_reference(case: Case) -> None:
     rows = reference.sequence_gradients(case.apply, case.params, case.batch_u, case.temperature)
-    arguments = (case.opt_state, case.params, case.gain, case.max_grad_norm)
+    arguments = (case.opt_state, case.params, case.preconditioner, case.max_grad_norm)
     fast, slow = fx.adamw_decompose(reference.add(rows), *arguments), reference.adamw(rows, *arguments)
     for part in ("direction", "momentum", "weight_decay", "gain"):
         for name, x in getattr(slow, part).items():
             assert_close(getattr(fast, part)[name], x)
 
 
-@given(training=trainings(), gain=st.sampled_from(GAINS))
+@given(training=trainings(), preconditioner=st.sampled_from(PRECONDITIONERS))
 @settings(max_examples=10)
-def test_nothing_that_is_given_is_changed(training: Training, gain: Preconditioner) -> None:
+def test_nothing_that_is_given_is_changed(training: Training, preconditioner: Preconditioner) -> None:
     grads, state, params = reference.add(training.grads), training.state, training.params
     given_values = (grads, state, params)
     before = copy.deepcopy(given_values)
-    first = fx.adamw_decompose(grads, state, params, gain, training.max_grad_norm)
-    second = fx.adamw_decompose(grads, state, params, gain, training.max_grad_norm)
+    first = fx.adamw_decompose(grads, state, params, preconditioner, training.max_grad_norm)
+    second = fx.adamw_decompose(grads, state, params, preconditioner, training.max_grad_norm)
     for a, b in zip(first[:-1], second[:-1], strict=True):
         same(a, b, 0.0)
     for old, new in zip((before[0], *before[1][:3], before[2]), (grads, *state[:3], params), strict=True):
@@ -410,7 +413,10 @@ def warm() -> Warm:
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown gain": ({"gain": "loo"}, r"gain is 'loo'; use one of share, marginal, rmsprop"),
+    "unknown preconditioner": (
+        {"preconditioner": "loo"},
+        r"preconditioner is 'loo'; use one of frozen, jacobian, rmsprop, lifetime",
+    ),
     "clip of 0": ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; pass a positive number"),
     "clip of NaN": ({"max_grad_norm": float("nan")}, r"max_grad_norm is nan"),
     "gradient of another model": ({"grads": {"foreign": torch.ones(2)}}, r"grads\['foreign'\] is not among the"),
@@ -453,6 +459,6 @@ def test_amsgrad_without_its_maximum_is_refused_by_name(
     warm: Warm,
 ) -> None:
     grads, state, params = warm
-    hyper: dict[str, AdamWHyper] = {name: h._replace(amsgrad=True) for name, h in state.hyper.items()}
+    hyper: dict[str, AdamWHyper] = {name: dataclasses.replace(h, amsgrad=True) for name, h in state.hyper.items()}
     with pytest.raises(ValueError, match=r"opt_state has no max_exp_avg_sq for 'token.weight'"):
         fx.adamw_decompose(grads, state._replace(hyper=hyper), params)

@@ -155,7 +155,15 @@ def torch_step(
         if amsgrad:
             state.max_exp_avg_sq[name] = saved.get("max_exp_avg_sq", zero).clone()
         state.step[name] = int(saved.get("step", 0))
-        state.hyper[name] = AdamWHyper(group["lr"] / 0.02, *betas, eps, group["weight_decay"], amsgrad, maximize)
+        state.hyper[name] = AdamWHyper(
+            lr_scale=group["lr"] / 0.02,
+            beta1=betas[0],
+            beta2=betas[1],
+            eps=eps,
+            weight_decay=group["weight_decay"],
+            amsgrad=amsgrad,
+            maximize=maximize,
+        )
     for name, p in leaves.items():
         p.data.copy_(params[name])
         g = gradients[name]
@@ -176,7 +184,7 @@ def test_adamw_is_a_real_torch_step(setting: str) -> None:
     names = ["idle"] + [name for name in params if name != "idle"]
     params = {name: params[name] for name in names}
     state, expected = torch_step(params, ref.add(rows), **options)
-    step = ref.adamw(rows, state, params, "share", options.get("max_grad_norm"))
+    step = ref.adamw(rows, state, params, "frozen", options.get("max_grad_norm"))
     assert (step.clip < 1) == ("max_grad_norm" in options)
     for name in names:
         assert_close(step.direction[name], expected[name])
@@ -194,7 +202,9 @@ def test_adamw_parts_add_up_and_marginal_is_the_derivative(setting: str) -> None
     options = SETTINGS[setting]
     clip = options.get("max_grad_norm")
     state, _ = torch_step(params, ref.add(rows), **options)
-    share, marginal = (ref.adamw(rows, state, params, gain, clip) for gain in ("share", "marginal"))
+    share, marginal = (
+        ref.adamw(rows, state, params, preconditioner, clip) for preconditioner in ("frozen", "jacobian")
+    )
     assert ref.inner(share.momentum, share.momentum) > 0 or setting == "cold"
     for name in params:
         shares = [g for g in (ref.scale(share.gain, row)[name] for row in rows) if g is not None]
@@ -363,13 +373,13 @@ def test_influence_is_what_a_small_step_does(estimator: Estimator, normalize: No
     batch_u = random_batch(generator(6), 3, 6, 5, gaps=True, entropy_coefficients=True, padding="left", min_len=0)
     batch_e = random_batch(generator(7), 5, 7, 5, groups=2, coefficients=False)
     state = random_adamw_state(
-        generator(8), params, absent=("head.bias",), maximize=gain == "marginal", amsgrad=gain == "share"
+        generator(8), params, absent=("head.bias",), maximize=gain == "jacobian", amsgrad=gain == "frozen"
     )
     out = ref.influence(apply, params, batch_u, batch_e, state, estimator, normalize, gain, 0.8, 0.5)
     assert_close(out.matrix.sum(0), out.per_sequence)
     assert_close(out.per_token.sum(1), out.per_sequence)
     assert_close(out.baseline + out.per_sequence.sum(), out.total)
-    if gain == "marginal":
+    if gain == "jacobian":
         assert (out.baseline - out.momentum - out.weight_decay).abs() > 1e-3
     else:
         assert_close(out.momentum + out.weight_decay, out.baseline)

@@ -43,16 +43,15 @@ from fx_influence.interop.trl.prompts import read_prompts_of
 from fx_influence.interop.trl.ranks import mesh_of, of_all, own_rows
 from fx_influence.interop.trl.sampling import held_out_rollouts, random_state
 from fx_influence.interop.trl.store import StepStore, note_training, noted_training, training_directory
+from fx_influence.objectives import Entropy
 from fx_influence.optim.adamw import adamw_decompose
 from fx_influence.perturbation import snis_delta
 from fx_influence.policy.policy import Policy
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import (
     Batch,
-    Estimator,
     Gradients,
     IdentityError,
-    Normalize,
     Params,
     Preconditioner,
     TokenValues,
@@ -94,7 +93,7 @@ class EntropyInfluence(TrainerCallback):
     the trainer's own format, or a data set with a column ``prompt``; None takes the trainer's ``eval_dataset``. Many
     prompts with few completions each give smaller errors than the reverse. ``max_prompts``: how many are taken of the
     trainer's ``eval_dataset``, evenly, and of a stream, whose first they are.
-    ``completions_per_prompt``: of each. ``estimator``, ``normalize``, ``gain``, ``matrix``, ``chunk_size``,
+    ``completions_per_prompt``: of each. ``objective``, ``preconditioner``, ``matrix``, ``chunk_size``,
     ``memory_budget``: as for ``fx.influence``. ``out``: directory of the runs, by default ``entropy_influence`` in the
     trainer's ``output_dir``; where another training's are in it, the next of ``..._2``, ``..._3`` that is free, and a
     training that is resumed goes on in its own. ``name``: stands between ``entropy_influence/`` and the figures' names
@@ -119,9 +118,8 @@ class EntropyInfluence(TrainerCallback):
         eval_prompts: Any = None,
         *,
         completions_per_prompt: int = 4,
-        estimator: Estimator = "per_decision",
-        normalize: Normalize = "token",
-        gain: Preconditioner = "share",
+        objective: Entropy = Entropy(),
+        preconditioner: Preconditioner = "frozen",
         matrix: bool = False,
         chunk_size: int | None = None,
         memory_budget: int = MEMORY_BUDGET,
@@ -141,8 +139,12 @@ class EntropyInfluence(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.name, self._asked_name = name or "", name
         self._eval_prompts, self._each, self._max_prompts = eval_prompts, completions_per_prompt, max_prompts
-        self._reading: dict[str, Any] = {"estimator": estimator, "normalize": normalize, "chunk_size": chunk_size}
-        self._attributing: dict[str, Any] = {"gain": gain, "matrix": matrix, "memory_budget": memory_budget}
+        self._reading: dict[str, Any] = {"objective": objective, "chunk_size": chunk_size}
+        self._attributing: dict[str, Any] = {
+            "preconditioner": preconditioner,
+            "matrix": matrix,
+            "memory_budget": memory_budget,
+        }
         self._out, self._save_state, self._seed = out, save_state, seed
         self._trainer: Any = None
         self._policy: Policy | None = None
@@ -354,14 +356,14 @@ class EntropyInfluence(TrainerCallback):
         passes = make_engine(raised, policy, trainer.temperature, self._reading["chunk_size"], mesh)
         values = passes.values(raised, batch_e)
         rollouts = self._drawn_from_policy(rollouts, values, batch_e, params)
-        entropy = entropy_estimate(values, batch_e, self._reading["normalize"]).item()
+        entropy = entropy_estimate(values, batch_e, self._reading["objective"].normalize).item()
         if self._save_state and self._first:
-            gain = self._attributing["gain"]
-            parts = adamw_decompose(captured.gradient, opt_state, params, gain, captured.max_grad_norm)
+            preconditioner = self._attributing["preconditioner"]
+            parts = adamw_decompose(captured.gradient, opt_state, params, preconditioner, captured.max_grad_norm)
             self._store(step).write_state(trainer, parts.baseline)
         seconds = time.perf_counter() - start
         measured = MeasuredStep(step, opt_state.lr, captured, rollouts, out, entropy, None, seconds)
-        v = adamw_decompose(captured.gradient, opt_state, params, "share", captured.max_grad_norm).direction
+        v = adamw_decompose(captured.gradient, opt_state, params, "frozen", captured.max_grad_norm).direction
         return _Begun(measured, {name: p.clone() for name, p in params.items()}, own_e, v)
 
     def _tell_conditioning(self, step: int, share: float) -> None:

@@ -53,7 +53,7 @@ def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
     with timed(now.seconds, "step"):
         batch = update_batch(plan, now.u)
         directory.write_arrays(UPDATE_TOKENS, token_arrays(batch, now.u.values))
-        step = measure_step(plan, now.state, batch, plan.gain, directory, now.progress)
+        step = measure_step(plan, now.state, batch, plan.preconditioner, directory, now.progress)
         directory.write_tensors(BASELINE, step.parts.baseline)
     for i in range(len(plan.evaluations)):
         if not directory.has(eval_name(i, ".json")):

@@ -125,14 +125,14 @@ def first_order(
 
 
 def rmsprop_multiple(plan: EntropyInfluencePlan, state: TrainingState, step: Step) -> float | None:
-    """Return what the influences along ``rmsprop`` are of those of gain ``share``: B1 / (kappa (1 - beta1)).
+    """Return what the influences along ``rmsprop`` are of those of preconditioner ``frozen``: B1 / (kappa (1 - beta1)).
 
     Both diagonals are -rho / den but for that factor. None where it differs from parameter to parameter, or the plan's
     gain is another.
     """
     hyper, steps, clip = state.opt_state.hyper, state.opt_state.step, float(step.parts.clip)
     factors = {(1 - h.beta1 ** (steps[name] + 1)) / (1 - h.beta1) for name, h in hyper.items() if name in steps}
-    return factors.pop() / clip if plan.gain == "share" and len(factors) == 1 and clip else None
+    return factors.pop() / clip if plan.preconditioner == "frozen" and len(factors) == 1 and clip else None
 
 
 def _rounding_floor(plan: EntropyInfluencePlan, state: TrainingState, e: ScoredRollouts) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ def _arrays(work: Callable[[], dict[str, torch.Tensor]]) -> Arrays:
 def _on_entropy(
     plan: EntropyInfluencePlan, state: TrainingState, step: Step, e: ScoredRollouts
 ) -> dict[str, torch.Tensor]:
-    out = _influence(plan, state, step, e, gain=plan.gain, matrix=True)
+    out = _influence(plan, state, step, e, preconditioner=plan.preconditioner, matrix=True)
     assert out.matrix is not None
     found = {name: getattr(out, name) for name in (*FIRST_ORDER_ARRAYS, *FIRST_ORDER_FIGURES, "matrix")}
     found["rollouts_error"] = _error(plan, out.matrix.double().sum(1), e.batch)
@@ -179,15 +179,14 @@ def _influence(
         max_grad_norm=plan.max_grad_norm,
         grad=step.gradient,
         memory_budget=plan.memory_budget,
-        **plan.estimation(),
-        **options,
+        **{**plan.estimation(), **options},
     )
 
 
 def _along_rmsprop(
     plan: EntropyInfluencePlan, state: TrainingState, step: Step, e: ScoredRollouts
 ) -> dict[str, torch.Tensor]:
-    out = _influence(plan, state, step, e, gain="rmsprop", per_token=False, stderr=False)
+    out = _influence(plan, state, step, e, preconditioner="rmsprop", per_token=False, stderr=False)
     return {"per_sequence_rmsprop": out.per_sequence}
 
 
@@ -198,7 +197,7 @@ def _on_reward(
     if len(rewards) < len(e.rollouts):
         return {}
     query = expected_reward(torch.tensor(rewards, dtype=torch.float64))
-    out = _influence(plan, state, step, e, gain=plan.gain, per_token=False, query=query)
+    out = _influence(plan, state, step, e, preconditioner=plan.preconditioner, per_token=False, objective=query)
     found = {"per_sequence_reward": out.per_sequence, "per_sequence_reward_stderr": out.stderr}
     return found | {"reward_baseline": out.baseline, "reward_total_stderr": out.total_stderr}
 

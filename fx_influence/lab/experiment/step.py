@@ -43,7 +43,7 @@ def measure_step(
     plan: StepPlan,
     state: TrainingState,
     batch: Batch,
-    gain: Preconditioner,
+    preconditioner: Preconditioner,
     directory: RunDirectory,
     progress: Progress,
 ) -> Step:
@@ -59,7 +59,7 @@ def measure_step(
     with readable(directory.path):
         stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
     gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
-    parts = adamw_decompose(gradient, state.opt_state, state.params, gain, plan.max_grad_norm)
+    parts = adamw_decompose(gradient, state.opt_state, state.params, preconditioner, plan.max_grad_norm)
     return Step(batch, gradient, parts, norms)
 
 

@@ -61,7 +61,7 @@ def run_fisher(
 def _measure(plan: FisherKernelPlan, now: Experiment) -> dict[str, Any]:
     state, directory = now.state, now.directory
     with timed(now.seconds, "step"):
-        step = measure_step(plan, state, update_batch(plan, now.u), "share", directory, now.progress)
+        step = measure_step(plan, state, update_batch(plan, now.u), "frozen", directory, now.progress)
         diagonal = kernel_diagonal(plan, state, step)
     if not directory.has(UPDATE_SELF_KERNEL):
         with timed(now.seconds, "self-kernel"):

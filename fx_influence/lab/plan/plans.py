@@ -24,6 +24,7 @@ from fx_influence.lab.plan.batch_request import (
 from fx_influence.lab.plan.demo import ADDITIONS, DEMO, DEMO_FIELDS, OF_THE_DEMO
 from fx_influence.lab.plan.errors import PlanError, refusal, unknown_field
 from fx_influence.lab.plan.type_errors import first_type_error
+from fx_influence.objectives import Entropy
 from fx_influence.types import Estimator, LossType, Normalize, Preconditioner
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
@@ -183,8 +184,8 @@ class EntropyInfluencePlan(StepPlan):
     """Which rollouts and tokens of U move the entropy over each E, to first order and at finite steps.
 
     Fields beside those of ``StepPlan``; units: nats, and multiples of the optimizer's learning rate.
-    ``estimator``, ``normalize``, ``gain``: see ``fx.influence``. ``directions``: those that finite steps are taken
-    along, by importance sampling; with none there are no finite steps, and nothing is computed for them.
+    ``estimator``, ``normalize``, ``preconditioner``: see ``fx.influence``. ``directions``: those that finite steps are
+    taken along, by importance sampling; with none there are no finite steps, and nothing is computed for them.
     ``eta_multiples``: the steps that lines are fitted to; ``scaled_eta_multiples``: larger ones, at which a rollout
     whose step at the learning rate is lost in rounding can be seen. ``auto_scale``: a step is also chosen for each
     rollout so that its |Delta H| is this many times what float32 rounding of the weights makes (null: no such step).
@@ -202,7 +203,7 @@ class EntropyInfluencePlan(StepPlan):
 
     estimator: Estimator = "per_decision"
     normalize: Normalize = "token"
-    gain: Preconditioner = "share"
+    preconditioner: Preconditioner = "frozen"
     directions: tuple[Direction, ...] = DIRECTIONS
     eta_multiples: tuple[Number, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)
     scaled_eta_multiples: tuple[Number, ...] = (20.0, 100.0)
@@ -240,8 +241,7 @@ class EntropyInfluencePlan(StepPlan):
     def estimation(self) -> dict[str, Any]:
         """The arguments of ``fx.influence``, ``fx.jvp_delta`` and ``fx.snis_sweep`` that say how E is read."""
         return {
-            "estimator": self.estimator,
-            "normalize": self.normalize,
+            "objective": Entropy(self.estimator, self.normalize),
             "temperature": self.temperature,
             "chunk_size": self.chunk_size,
         }

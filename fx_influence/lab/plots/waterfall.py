@@ -47,7 +47,7 @@ def waterfall_columns(
         for name in ("momentum", "weight_decay")
     ]
     if summary["baseline"] != summary["momentum"] + summary["weight_decay"]:
-        # Under gain "marginal" the baseline holds a share of the second moment's response too.
+        # Under preconditioner "jacobian" the baseline holds a share of the second moment's response too.
         still = [WaterfallColumn("baseline", float(summary["baseline"]), _known(summary.get("baseline_stderr")))]
     influence = arrays["per_sequence"]
     moving = [

@@ -105,7 +105,7 @@ def test_a_callback_is_attached_once_and_goes_to_another_trainer(tmp_path: Path)
 
 @pytest.mark.slow
 def test_two_with_different_settings_are_as_each_alone(tmp_path: Path) -> None:
-    settings = ({"every": 1}, {"every": 2, "gain": "marginal", "seed": 3})
+    settings = ({"every": 1}, {"every": 2, "preconditioner": "jacobian", "seed": 3})
     training = trainer(PLAIN, str(tmp_path / "both"), 2)
     made = [EntropyInfluence(eval_prompts=HELD_OUT, completions_per_prompt=2, **x) for x in settings]
     for one in made:

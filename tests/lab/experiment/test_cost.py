@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -41,12 +42,12 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     state = load_state(plan)
     opt = state.opt_state
     zero = {name: torch.zeros_like(x) for name, x in opt.exp_avg.items()}
-    hyper = {name: h._replace(weight_decay=0.0) for name, h in opt.hyper.items()}
+    hyper = {name: dataclasses.replace(h, weight_decay=0.0) for name, h in opt.hyper.items()}
     opt = opt._replace(exp_avg=zero, exp_avg_sq=zero, step=dict.fromkeys(opt.step, 0), hyper=hyper)
     state = state._replace(opt_state=opt)
     directory = RunDirectory.start(tmp_path_factory.mktemp("cost") / "run", plan, {})
     u, e = (load_rollouts(plan, state, directory, k, f"{k}.jsonl", quiet) for k in (0, 1))
-    return plan, state, measure_step(plan, state, update_batch(plan, u), plan.gain, directory, quiet), e
+    return plan, state, measure_step(plan, state, update_batch(plan, u), plan.preconditioner, directory, quiet), e
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_influences_along_rmsprop_are_a_multiple_where_one_factor_serves_all(fre
     _, state, step, e = fresh
     plan = plan_of(directions=("rmsprop",), reward_influence=False)
     found = first_order(plan, state, step, e)["per_sequence_rmsprop"]
-    options = {"grad": step.gradient, "gain": "rmsprop", "max_grad_norm": plan.max_grad_norm, "stderr": False}
+    options = {"grad": step.gradient, "preconditioner": "rmsprop", "max_grad_norm": plan.max_grad_norm, "stderr": False}
     out = fx.influence(state.params, step.batch, e.batch, state.opt_state, apply=state.apply, **options)
     # Both are sums of as many float32 products as there are parameters, by passes that round differently.
     terms = sum(p.numel() for p in state.params.values())
@@ -113,11 +114,11 @@ def test_betas_that_differ_between_parameters_have_no_common_multiple(fresh: Set
     plan, state, step, _ = fresh
     hyper = dict(state.opt_state.hyper)
     name = next(iter(hyper))
-    hyper[name] = hyper[name]._replace(beta1=0.5)
+    hyper[name] = dataclasses.replace(hyper[name], beta1=0.5)
     steps = dict.fromkeys(hyper, 3)
     other = state._replace(opt_state=state.opt_state._replace(hyper=hyper, step=steps))
     assert measure.rmsprop_multiple(plan, other, step) is None
-    assert measure.rmsprop_multiple(plan_of(gain="marginal"), state, step) is None
+    assert measure.rmsprop_multiple(plan_of(preconditioner="jacobian"), state, step) is None
 
 
 def test_directions_of_zero_take_one_forward_and_change_nothing(fresh: Setting) -> None:

@@ -162,7 +162,10 @@ def test_the_other_influences_are_those_of_their_gain_and_query(finished: Path) 
     c = fx.coefficients("dr_grpo", advantages, batch_u.completion_mask, max_completion_length=20)
     batch_u, arrays = batch_u._replace(coefficients=c), dict(np.load(finished / "eval_00.npz"))
     query = fx.expected_reward(torch.tensor([r.reward for r in e]))
-    for name, options in (("per_sequence_rmsprop", {"gain": "rmsprop"}), ("per_sequence_reward", {"query": query})):
+    for name, options in (
+        ("per_sequence_rmsprop", {"preconditioner": "rmsprop"}),
+        ("per_sequence_reward", {"objective": query}),
+    ):
         out = fx.influence(params, batch_u, batch_e, state, apply=apply, max_grad_norm=1.0, **options)
         near = rounding_of(params, batch_u, out.per_token.abs().sum())
         assert_close_to_rounding(arrays[name], out.per_sequence, **near)

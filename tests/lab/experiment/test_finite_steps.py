@@ -43,7 +43,7 @@ def setting_of(folder: Path, **fields: Any) -> Setting:
     )
     state, directory = load_state(plan), RunDirectory.start(folder / "run", plan, {})
     u, e = (load_rollouts(plan, state, directory, k, f"{k}.jsonl", lambda *done: None) for k in (0, 1))
-    step = measure_step(plan, state, update_batch(plan, u), plan.gain, directory, lambda *done: None)
+    step = measure_step(plan, state, update_batch(plan, u), plan.preconditioner, directory, lambda *done: None)
     return Setting(plan, state, step, e)
 
 
