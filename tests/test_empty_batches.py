@@ -73,7 +73,7 @@ def test_baseline_is_adamw_on_zero_gradients_when_nothing_completed() -> None:
         {
             "params": [p],
             "lr": lr * hypers[name].lr_scale,
-            "betas": hypers[name][1:3],
+            "betas": (hypers[name].beta1, hypers[name].beta2),
             "eps": hypers[name].eps,
             "weight_decay": hypers[name].weight_decay,
         }

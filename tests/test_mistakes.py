@@ -18,45 +18,36 @@ from fx_influence.types import Apply, Batch, Estimator, Params
 
 HELD_BY = {
     "the published head returned exactly 0 for every delta H": (
-        "test_golden.test_importance_sampling_at_every_step_size_is_the_recorded_one"
+        "test_importance_sampling_at_every_step_size_is_the_recorded_one"
     ),
     "hyperparameters read from the optimizer's defaults": (
-        "test_optim.test_hyperparameters_are_those_of_the_groups_not_the_defaults"
+        "test_hyperparameters_are_those_of_the_groups_not_the_defaults"
     ),
-    "dropout active in a model that is training": "test_models.test_dropout_of_a_model_in_training_is_off",
-    "dropout active whatever the mode": "test_mistakes.test_a_policy_that_draws_random_numbers_is_refused",
+    "dropout active in a model that is training": "test_dropout_of_a_model_in_training_is_off",
+    "dropout active whatever the mode": "test_a_policy_that_draws_random_numbers_is_refused",
     "noise at eta = 1e-6 in float32": (
-        "test_mistakes.test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise"
+        "test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise"
     ),
-    "uncentred rows": "test_golden.test_contributions_are_the_recorded_rows_centred",
+    "uncentred rows": "test_contributions_are_the_recorded_rows_centred",
     "temperature applied to the entropies but not to the weights": (
-        "test_mistakes.test_a_temperature_is_a_policy_with_divided_logits_to_every_function"
+        "test_a_temperature_is_a_policy_with_divided_logits_to_every_function"
     ),
-    "the end of sequence dropped where it is also the padding": (
-        "test_rollouts.test_collate_keeps_an_eos_that_is_also_the_padding"
-    ),
-    "the same, of sampled rollouts": "test_sampling.test_the_sampled_eos_stays_where_it_is_also_the_padding",
-    "a crash at an empty completion": "test_rollouts.test_collate_takes_a_completion_without_tokens",
-    "the same, in the mathematics": (
-        "test_logprobs.test_a_row_without_a_completion_token_contributes_0_and_counts_in_n"
-    ),
-    "left padding attended to": ("test_models.test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers"),
-    "caches by id() that outlived a change of parameters": (
-        "test_influence.test_results_follow_the_parameters_not_a_cache"
-    ),
-    "the same, of frozen parameters": "test_policy.test_frozen_parameters_and_buffers_are_read_live",
-    "top_k=50 in sampling that was called on-policy": (
-        "test_sampling.test_the_draws_have_the_frequencies_of_the_full_softmax"
-    ),
-    "a silent fall-back from vmap to a loop": "test_mistakes.test_per_sample_gradients_take_one_pass_or_fail",
+    "the end of sequence dropped where it is also the padding": ("test_collate_keeps_an_eos_that_is_also_the_padding"),
+    "the same, of sampled rollouts": "test_the_sampled_eos_stays_where_it_is_also_the_padding",
+    "a crash at an empty completion": "test_collate_takes_a_completion_without_tokens",
+    "the same, in the mathematics": ("test_a_row_without_a_completion_token_contributes_0_and_counts_in_n"),
+    "left padding attended to": ("test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers"),
+    "caches by id() that outlived a change of parameters": ("test_results_follow_the_parameters_not_a_cache"),
+    "the same, of frozen parameters": "test_frozen_parameters_and_buffers_are_read_live",
+    "top_k=50 in sampling that was called on-policy": ("test_the_draws_have_the_frequencies_of_the_full_softmax"),
+    "a silent fall-back from vmap to a loop": "test_per_sample_gradients_take_one_pass_or_fail",
 }
 
 
 @pytest.mark.parametrize("mistake", HELD_BY)
 def test_the_test_that_holds_a_mistake_exists(mistake: str) -> None:
-    module, name = HELD_BY[mistake].split(".")
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
-    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in Path(__file__).parent.rglob("test_*.py")]
+    assert HELD_BY[mistake] in {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 class Case:

@@ -18,7 +18,7 @@ from helpers.enumeration import (
     replicate,
     take,
 )
-from helpers.strategies import NORMALIZES, Case, cases, influence_options
+from helpers.strategies import NORMALIZES, Case, cases
 from helpers.tolerances import TINY_POLICY, assert_within, central_difference
 from hypothesis import given, settings
 from torch import Tensor
@@ -71,9 +71,10 @@ def per_decision_query(normalize: Normalize) -> Objective:
 def test_entropy_written_by_a_user_is_the_default(
     case: Case, estimator: Any, query: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
-    given_options = {**influence_options(case), "estimator": estimator, "normalize": normalize, "matrix": True}
+    given_options = {**options(case), "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
-    own, default = (fx.influence(*inputs, objective=q, **given_options) for q in (query(normalize), None))
+    objectives = (query(normalize), fx.Entropy(estimator, normalize))
+    own, default = (fx.influence(*inputs, **{**given_options, "objective": objective}) for objective in objectives)
     size = default.matrix.abs().sum()
     assert_close(own.matrix, default.matrix, size)
     assert_close(own.per_token, default.per_token, size)
@@ -238,7 +239,7 @@ def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact)
 
 
 def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(exact: Exact) -> None:
-    entropy = exact.influence(normalize="token")
+    entropy = exact.influence(objective=fx.Entropy(normalize="token"))
     reward = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)))
     price = entropy.per_sequence / reward.per_sequence
     assert price.min() < 0 < price.max()
@@ -271,7 +272,7 @@ def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(e
 def test_the_default_is_exact_too(exact: Exact) -> None:
     for normalize in NORMALIZES:
         truth = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
-        assert_close(exact.influence(normalize=normalize).per_sequence, truth)
+        assert_close(exact.influence(objective=fx.Entropy(normalize=normalize)).per_sequence, truth)
 
 
 def test_error_bars_of_a_query_are_those_of_a_mean_over_es_clusters(exact: Exact) -> None:
@@ -291,18 +292,18 @@ def doubled(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
 
 
 BAD_QUERIES: dict[str, tuple[Objective, str]] = {
-    "a scalar": (lambda lp, h, batch: lp.sum(), r"query returned \(\), .* return finite surrogates \(256,\)"),
-    "one value a token": (lambda lp, h, batch: lp, r"query returned \(256, \d\)"),
-    "one row too few": (lambda lp, h, batch: lp.sum(-1)[1:], r"query returned \(255,\)"),
-    "no tensor": (lambda lp, h, batch: 0.5, r"query returned float"),
-    "NaN": (lambda lp, h, batch: lp.sum(-1) * torch.nan, r"query returned \(256,\), not all finite"),
-    "an infinite value": (lambda lp, h, batch: lp.sum(-1) + torch.inf, r"not all finite"),
-    "detached": (lambda lp, h, batch: (lp * h).sum(-1).detach(), r"query's result depends on neither input"),
-    "constant": (lambda lp, h, batch: torch.ones(len(lp)), r"query's result depends on neither input"),
-    "a product over the batch": (doubled, r"query's s_a depends on other rows than a; \.detach\(\)"),
-    "a live mean": (lambda lp, h, batch: h.sum(-1) - h.mean(), r"query's s_a depends on other rows than a"),
-    "rows in another order": (lambda lp, h, batch: lp.sum(-1).flip(0), r"query's s_a depends on other rows than a"),
-    "a root at 0": (lambda lp, h, batch: (lp - lp).sum(-1).sqrt(), r"query's derivative is not finite"),
+    "a scalar": (lambda lp, h, batch: lp.sum(), r"objective returned \(\); expected finite values of shape \(256,\)"),
+    "one value a token": (lambda lp, h, batch: lp, r"objective returned \(256, \d\)"),
+    "one row too few": (lambda lp, h, batch: lp.sum(-1)[1:], r"objective returned \(255,\)"),
+    "no tensor": (lambda lp, h, batch: 0.5, r"objective returned float"),
+    "NaN": (lambda lp, h, batch: lp.sum(-1) * torch.nan, r"objective returned \(256,\); expected finite values"),
+    "an infinite value": (lambda lp, h, batch: lp.sum(-1) + torch.inf, r"expected finite values"),
+    "detached": (lambda lp, h, batch: (lp * h).sum(-1).detach(), r"objective's result depends on neither input"),
+    "constant": (lambda lp, h, batch: torch.ones(len(lp)), r"objective's result depends on neither input"),
+    "a product over the batch": (doubled, r"objective's s_a depends on other rows than a; \.detach\(\)"),
+    "a live mean": (lambda lp, h, batch: h.sum(-1) - h.mean(), r"objective's s_a depends on other rows than a"),
+    "rows in another order": (lambda lp, h, batch: lp.sum(-1).flip(0), r"objective's s_a depends on other rows than a"),
+    "a root at 0": (lambda lp, h, batch: (lp - lp).sum(-1).sqrt(), r"objective's derivative is not finite"),
 }
 
 
@@ -322,5 +323,5 @@ def test_rewards_and_references_of_another_shape_or_not_finite_are_refused_by_na
         fx.expected_reward(torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match=rf"reference_logprobs has shape .*; pass \({n}, {t}\)"):
         exact.influence(objective=fx.kl_to_reference(torch.zeros(n, t - 1)))
-    with pytest.raises(ValueError, match=r"query returned .* not all finite"):
+    with pytest.raises(ValueError, match=r"objective returned .* expected finite values"):
         exact.influence(objective=fx.kl_to_reference(torch.full((n, t), -torch.inf)))

@@ -228,8 +228,8 @@ def test_a_temperature_or_chunk_size_that_is_not_positive_is_refused(
         ("normalize", r"normalize is 'snis'; use one of token, sequence"),
     ],
 )
-def test_an_estimator_or_normalisation_that_does_not_exist_is_refused(call: Call, option: str, message: str) -> None:
-    refused(call, message, **{option: "snis"})
+def test_entropy_of_an_unknown_kind_is_refused(call: Call, option: str, message: str) -> None:
+    refused(call, message, objective=fx.Entropy(**{option: "snis"}))
 
 
 def drop(name: str) -> Callable[[Params], Params]:

@@ -245,11 +245,16 @@ def test_numbers_of_numpy_are_numbers(value: Any) -> None:
             "frozn",
             r"preconditioner is 'frozn'; use one of frozen, .* \(the nearest is 'frozen'\)",
         ),
-        (Given.influence, "estimator", "per-decision", r"estimator is 'per-decision'; .*nearest is 'per_decision'\)"),
+        (
+            Given.influence,
+            "objective",
+            fx.Entropy("per-decision"),  # type: ignore[arg-type]
+            r"estimator is 'per-decision'; .*nearest is 'per_decision'\)",
+        ),
         (
             Given.jvp,
-            "normalize",
-            "tokens",
+            "objective",
+            fx.Entropy(normalize="tokens"),  # type: ignore[arg-type]
             r"normalize is 'tokens'; use one of token, sequence \(the nearest is 'tok",
         ),
         (
@@ -272,9 +277,16 @@ def test_values_out_of_range_are_refused(call: Call, field: str, value: Any, mes
     [
         (
             Given.influence,
-            "query",
+            "objective",
             lambda g: torch.ones(4),
-            r"query is of type Tensor; .*fx\.expected_reward",
+            r"objective is of type Tensor; .*fx\.expected_reward",
+        ),
+        (Given.influence, "objective", lambda g: "entropy", r"objective is of type str; .*fx\.Entropy\(\)"),
+        (
+            Given.snis,
+            "objective",
+            lambda g: fx.expected_reward(torch.ones(4)),
+            r"objective is of type function; expected fx\.Entropy\(estimator, normalize\)\. Attribute other",
         ),
         (Given.influence, "grad", lambda g: list(g.params.values()), r"grads is of type list; expected a dictionary"),
         (Given.influence, "grad", lambda g: {"head.bias": 0.5}, r"grads\['head\.bias'\] is of type float; .*a tensor"),

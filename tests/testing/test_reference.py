@@ -367,29 +367,35 @@ def test_sample_follows_the_enumerated_distribution() -> None:
 
 
 @estimates
-@pytest.mark.parametrize("gain", get_args(Preconditioner))
-def test_influence_is_what_a_small_step_does(estimator: Estimator, normalize: Normalize, gain: Preconditioner) -> None:
+@pytest.mark.parametrize("preconditioner", get_args(Preconditioner))
+def test_influence_is_what_a_small_step_does(
+    estimator: Estimator, normalize: Normalize, preconditioner: Preconditioner
+) -> None:
     apply, params = policy()
     batch_u = random_batch(generator(6), 3, 6, 5, gaps=True, entropy_coefficients=True, padding="left", min_len=0)
     batch_e = random_batch(generator(7), 5, 7, 5, groups=2, coefficients=False)
     state = random_adamw_state(
-        generator(8), params, absent=("head.bias",), maximize=gain == "jacobian", amsgrad=gain == "frozen"
+        generator(8),
+        params,
+        absent=("head.bias",),
+        maximize=preconditioner == "jacobian",
+        amsgrad=preconditioner == "frozen",
     )
-    out = ref.influence(apply, params, batch_u, batch_e, state, estimator, normalize, gain, 0.8, 0.5)
+    out = ref.influence(apply, params, batch_u, batch_e, state, estimator, normalize, preconditioner, 0.8, 0.5)
     assert_close(out.matrix.sum(0), out.per_sequence)
     assert_close(out.per_token.sum(1), out.per_sequence)
     assert_close(out.baseline + out.per_sequence.sum(), out.total)
-    if gain == "jacobian":
+    if preconditioner == "jacobian":
         assert (out.baseline - out.momentum - out.weight_decay).abs() > 1e-3
     else:
         assert_close(out.momentum + out.weight_decay, out.baseline)
     assert not out.per_token[~batch_u.completion_mask].any()
     assert out.per_sequence[0] == 0
     rows = ref.sequence_gradients(apply, params, batch_u, 0.8)
-    step = ref.adamw(rows, state, params, gain, 0.5)
+    step = ref.adamw(rows, state, params, preconditioner, 0.5)
     assert step.clip < 1
     assert not step.direction["head.bias"].any()
-    assert (out.momentum != 0) == (gain != "rmsprop")
+    assert (out.momentum != 0) == (preconditioner in ("frozen", "jacobian"))
 
     def assert_slope(v: Gradients, expected: Tensor) -> None:
         along = {name: x for name, x in v.items() if x is not None}
