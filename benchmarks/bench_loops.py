@@ -24,7 +24,7 @@ import fx_influence as fx
 from benchmarks import by_hand
 from benchmarks.harness import PAIRS, README, flops, one_thread, ratios, store
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Params
 

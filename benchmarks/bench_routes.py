@@ -32,7 +32,7 @@ from benchmarks.harness import (
 from benchmarks.problems import Problem, Setting, problem
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import gradient_gram
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_routes"

@@ -47,7 +47,8 @@ from benchmarks.harness import (
     store,
 )
 from benchmarks.problems import Problem, Setting, problem
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, select_rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK
+from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Batch

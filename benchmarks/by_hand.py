@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.problems import Problem
-from fx_influence.batching.microbatch import row_chunks
+from fx_influence.batching.rows import row_chunks
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.types import Batch, Params, TokenValues
 

@@ -41,7 +41,7 @@ import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.layer_io import bytes_per_token, factored_names
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.consistency import identity_tolerance
 from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.runtime.environment import environment

@@ -14,17 +14,12 @@ from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import max_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.autodiff.gram import MEMORY_BUDGET
-from fx_influence.batching.microbatch import select_rows
-from fx_influence.batching.prefix_packing import warn_of_shared_prompts
-from fx_influence.core.checks import (
-    check_batch,
-    check_is_batch,
-    check_number,
-    check_options,
-    check_policy,
-    check_state,
-)
-from fx_influence.core.display import influence_html, influence_line
+from fx_influence.batching.prompts import warn_of_shared_prompts
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.batch_checks import check_batch, check_is_batch
+from fx_influence.core.checks import check_number, check_options
+from fx_influence.core.influence_display import influence_html, influence_line
+from fx_influence.core.parameter_checks import check_policy, check_state
 from fx_influence.core.tree import add, detached, dot, dot_by_name, multiply, promote
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of

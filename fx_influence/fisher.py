@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.gram import MEMORY_BUDGET
-from fx_influence.core.checks import check_batch, check_coefficients, check_is_batch, check_options, check_policy
-from fx_influence.core.tree import check_names, detached, promote
+from fx_influence.core.batch_checks import check_batch, check_coefficients, check_is_batch
+from fx_influence.core.checks import check_options
+from fx_influence.core.parameter_checks import check_names, check_policy
+from fx_influence.core.tree import detached, promote
 from fx_influence.distributed.engine import make_engine
 from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, second_moment_denominator
 from fx_influence.policy.precision import in_float32

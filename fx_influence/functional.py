@@ -8,8 +8,8 @@ from typing import Any
 import torch  # noqa: F401
 from torch import Tensor, nn
 
-from fx_influence.core.checks import check_model
 from fx_influence.core.dtensor import is_sharded
+from fx_influence.core.parameter_checks import check_model
 from fx_influence.policy.model.template import (
     unwrap_model,
 )

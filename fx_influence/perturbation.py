@@ -12,19 +12,13 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.batching.microbatch import distinct_rows
-from fx_influence.batching.prefix_packing import warn_of_shared_prompts
-from fx_influence.core.checks import (
-    check_batch,
-    check_is_batch,
-    check_number,
-    check_options,
-    check_policy,
-    first_not_finite,
-    wrong_type,
-)
+from fx_influence.batching.prompts import warn_of_shared_prompts
+from fx_influence.batching.rows import distinct_rows
+from fx_influence.core.batch_checks import check_batch, check_is_batch
+from fx_influence.core.checks import check_number, check_options, wrong_type
 from fx_influence.core.display import record_line
-from fx_influence.core.tree import check_names, detached
+from fx_influence.core.parameter_checks import check_names, check_policy, first_not_finite
+from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import CompletionValues, completion_values, entropy_coefficients
 from fx_influence.estimators.snis import SnisDelta, snis

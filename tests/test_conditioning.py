@@ -14,7 +14,7 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.core.display import ILL_CONDITIONED
+from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.optim.adamw import fresh_part
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fx_influence as fx
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.testing import reference
 from fx_influence.types import Batch, Estimator, Normalize, Params
 

@@ -43,7 +43,7 @@ from benchmarks.harness import interval, shown
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
     centred_entropies,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.autodiff.token_values import in_place, scored_features, surrogate, token_values
-from fx_influence.batching.microbatch import row_chunks
+from fx_influence.batching.rows import row_chunks
 from fx_influence.core.tree import largest_entry, promote, shift, unit_direction
 from fx_influence.policy.lm_head import head_jvp
 from fx_influence.policy.split import split_policy

@@ -11,7 +11,8 @@ from torch import Tensor
 from fx_influence.autodiff.ghost import thin_product
 from fx_influence.autodiff.layer_io import bytes_per_token, factored_names, row_factors, row_gradients
 from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss, rows_batch
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, select_rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import promote
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from fx_influence.autodiff.token_values import surrogate, token_values
-from fx_influence.batching.microbatch import select_rows
-from fx_influence.core.checks import check_apply, check_function, check_is_batch, check_options, check_params
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.batch_checks import check_is_batch
+from fx_influence.core.checks import check_function, check_options
+from fx_influence.core.parameter_checks import check_apply, check_params
 from fx_influence.core.tree import promote
 from fx_influence.types import Apply, Batch, Params
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches, select_rows
-from fx_influence.core.checks import check_apply, check_fields, check_options, check_params
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.batch_checks import check_fields
+from fx_influence.core.checks import check_options
+from fx_influence.core.parameter_checks import check_apply, check_params
 from fx_influence.core.tree import promote, shift
 from fx_influence.policy.lm_head import MAX_LOGITS, TokenWeights, head_token_values
 from fx_influence.policy.precision import in_float32

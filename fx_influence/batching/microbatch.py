@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fx_influence.batching.packed_layout import PackedLayout
 from fx_influence.types import Batch
 
 TOKENS_PER_CHUNK = 2048
@@ -88,58 +88,3 @@ def _part(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, left_alig
     position = following[row, column]
     place = index[row] * width + position
     return MicroBatch(index, ids, attention, row, column, batch.input_ids.flatten()[place], place)
-
-
-def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
-    """The rows of a batch that ``index`` picks, in its order."""
-    return Batch._make(None if field is None else field[index] for field in batch)
-
-
-def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
-    """The rows that differ in some field, each once, and for every row of ``batch`` the index of its equal, (B,).
-
-    A policy of low entropy samples the same completion again and again; what depends on a row alone is then computed
-    once. ``group`` is not compared.
-
-    Example:
-        >>> ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
-        >>> once, index = distinct_rows(Batch(ids, ids > 0, ids > 1))
-        >>> once.input_ids.tolist(), index.tolist()
-        ([[1, 2], [1, 3]], [0, 1, 0])
-    """
-    fields = [field.double() for field in batch._replace(group=None) if field is not None]
-    unique, index = torch.unique(torch.cat(fields, dim=1), dim=0, return_inverse=True)
-    first = torch.full((len(unique),), len(index), dtype=torch.int64, device=index.device)
-    first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
-    return select_rows(batch, first), index
-
-
-def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
-    """Consecutive rows, ``chunk_size`` at a time, or as many as fit ``TOKENS_PER_CHUNK``."""
-    n, t = batch.input_ids.shape
-    size = max(1, TOKENS_PER_CHUNK // max(t, 1)) if chunk_size is None else chunk_size
-    for start in range(0, n, size):
-        yield select_rows(batch, slice(start, start + size))
-
-
-class LengthBucket(NamedTuple):
-    """Sequences of about one length: where their tokens lie in a row of N.
-
-    ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
-    consists of, those it shares first. ``mask``: bool (S, 1, Lq, Lk), which of these each query sees.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor
-
-
-class PackedLayout(NamedTuple):
-    """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
-
-    ``position_ids``: (1, N). ``inverse_index``: (N,), where a token is among the queries of all ``buckets``.
-    """
-
-    position_ids: Tensor
-    buckets: list[LengthBucket]
-    inverse_index: Tensor

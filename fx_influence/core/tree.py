@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_tree, did_you_mean
-from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
+from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.types import Gradients, Params
 
 
@@ -113,22 +112,3 @@ def unit_direction(direction: Params, params: Params) -> tuple[float, Params]:
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     """theta + eta v in the dtype of theta; names absent in ``direction`` stay where they are."""
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
-
-
-def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, remedy: str) -> None:
-    """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape, sharded where that is."""
-    check_tree(field, tree, remedy)
-    for name, value in tree.items():
-        if name not in params:
-            near = did_you_mean(name, params)
-            raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}{near}")
-        if value is not None and value.shape != params[name].shape:
-            raise ValueError(
-                f"{field}[{name!r}] has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}; {remedy}"
-            )
-        if value is not None and is_sharded(value) != is_sharded(params[name]):
-            kinds = ["a plain tensor", "a DTensor"]
-            raise ValueError(
-                f"{field}[{name!r}] is {kinds[is_sharded(value)]}, the parameter {kinds[is_sharded(params[name])]}; "
-                f"{remedy}"
-            )

@@ -12,9 +12,11 @@ from torch import Tensor
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import JvpFn
 from fx_influence.autodiff.gradients import LinearOutputCaches
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, select_rows
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK
 from fx_influence.batching.prefix_packing import shared_prompt_index
-from fx_influence.core.checks import check_fields, wrong_type
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.batch_checks import check_fields
+from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.tree import promote, shift
 from fx_influence.distributed.collectives import (

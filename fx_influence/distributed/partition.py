@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.distributed.collectives import (
     all_gather,
     rank_in,

@@ -7,7 +7,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_choice, check_is_batch, wrong_type
+from fx_influence.core.batch_checks import check_is_batch
+from fx_influence.core.checks import check_choice, wrong_type
 from fx_influence.types import Batch, Estimator, Normalize, TokenValues
 
 

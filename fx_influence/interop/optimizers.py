@@ -9,8 +9,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.checks import check_model, wrong_type
+from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded, to_local
+from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
 from fx_influence.lab.results import EntropyInfluenceResults
 

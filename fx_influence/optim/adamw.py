@@ -8,10 +8,11 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_choice, check_max_grad_norm, check_params, check_state, first_not_finite
+from fx_influence.core.checks import check_choice, check_max_grad_norm
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import reduce_over_shards, to_local
-from fx_influence.core.tree import check_names, detached, promote
+from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
+from fx_influence.core.tree import detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Params, Preconditioner
 
 

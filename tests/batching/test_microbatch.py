@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fx_influence.batching.microbatch import distinct_rows, micro_batches, row_chunks
+from fx_influence.batching.microbatch import micro_batches
+from fx_influence.batching.rows import distinct_rows, row_chunks
 from fx_influence.types import Batch
 
 

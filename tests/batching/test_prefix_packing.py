@@ -21,7 +21,8 @@ import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values, moved_token_values
-from fx_influence.batching.microbatch import LengthBucket, MicroBatch, PackedLayout
+from fx_influence.batching.microbatch import MicroBatch
+from fx_influence.batching.packed_layout import LengthBucket, PackedLayout
 from fx_influence.batching.prefix_packing import MIN_BUCKET, MIN_LENGTH_RATIO, packed_micro_batches
 from fx_influence.policy.modes.packed_attention import PackedAttention
 from fx_influence.policy.split import split_policy

@@ -11,7 +11,7 @@ import torch
 from helpers.cases import TinyPolicy, add_padding, make_apply, random_adamw_state, random_batch, random_direction
 
 import fx_influence as fx
-from fx_influence.batching.prefix_packing import prompt_index
+from fx_influence.batching.prompts import prompt_index
 from fx_influence.types import Batch
 
 PROMPTS = ((1, 2), (3,), (1, 2), (2,), (3,))

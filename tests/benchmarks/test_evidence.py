@@ -17,7 +17,7 @@ from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_pr
 from benchmarks.evidence.trainings import TOY, Policy, every_completion, exact_entropy
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.interop.rollouts.record import collate
 from fx_influence.types import Batch, TokenValues

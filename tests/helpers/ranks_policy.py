@@ -26,7 +26,8 @@ from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.batching.microbatch import MicroBatch, micro_batches, select_rows
+from fx_influence.batching.microbatch import MicroBatch, micro_batches
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import accumulate, dot, dot_by_name, largest_entry, multiply
 from fx_influence.distributed import fsdp_gather as gathering
 from fx_influence.distributed import fsdp_units as units

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.types import AdamWState, Apply, Batch, Params
 from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
 

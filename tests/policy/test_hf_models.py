@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io import factored_names, row_factors, row_gradients
-from fx_influence.batching.microbatch import micro_batches, select_rows
+from fx_influence.batching.microbatch import micro_batches
+from fx_influence.batching.rows import select_rows
 from fx_influence.testing import reference
 from fx_influence.types import Batch, Params
 

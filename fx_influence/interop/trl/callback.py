@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 
 from fx_influence._influence import influence
 from fx_influence.autodiff.gram import MEMORY_BUDGET
-from fx_influence.batching.microbatch import select_rows
-from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import promote
 from fx_influence.distributed.collectives import RankError, check_agreed, failing_together
 from fx_influence.distributed.engine import make_engine

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.batching.microbatch import select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.distributed.collectives import all_gather_objects, rank_in
 from fx_influence.types import Batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.gram import rollout_gradients
-from fx_influence.batching.microbatch import row_chunks
+from fx_influence.batching.rows import row_chunks
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.lab.experiment.step import (
     Step,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import rollout_gradients
-from fx_influence.batching.microbatch import distinct_rows, row_chunks, select_rows
+from fx_influence.batching.rows import distinct_rows, row_chunks, select_rows
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
 from fx_influence.interop.runtime.run_files import GRADIENT, readable

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.batching.microbatch import PackedLayout
+from fx_influence.batching.packed_layout import PackedLayout
 from fx_influence.policy.attention import repeat_heads
 
 

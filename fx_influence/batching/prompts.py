@@ -1,0 +1,66 @@
+"""Prompts of the rows of a batch: where they lie, which are equal, and whether rows that share one are grouped."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fx_influence.types import Batch
+
+
+def prompt_index(batch: Batch) -> Tensor:
+    """Return for every row the number of its prompt, int64 (B,): rows with equal prompts have equal numbers.
+
+    A prompt is what is attended to before the first completion token, wherever the padding is.
+
+    Example:
+        >>> ids = torch.tensor([[0, 7, 8, 1], [7, 8, 2, 0], [7, 9, 1, 0]])
+        >>> completion = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 0]]).bool()
+        >>> prompt_index(Batch(ids, ids > 0, completion)).tolist()
+        [0, 0, 1]
+    """
+    begin, first = _bounds(batch)
+    return _numbers(batch, begin, first)
+
+
+def warn_of_shared_prompts(field: str, batch: Batch, calls: int = 2) -> None:
+    """Warn where rows share prompts and no ``group`` says whether they are one draw.
+
+    Completions of one prompt move together. Error bars that take them for independent draws are too small, by about
+    the square root of their number; only who drew the prompts knows whether equal ones were drawn once.
+
+    Args:
+        field: name of the batch, for the message.
+        batch: (B, T).
+        calls: how many calls up the library's caller stands, whose line is shown.
+    """
+    if batch.group is not None:
+        return
+    rows, prompts = len(batch.input_ids), len(torch.unique(prompt_index(batch)))
+    if prompts < rows:
+        warnings.warn(
+            f"{field}.group is None and {rows} rows have {prompts} distinct prompts; expected the prompt of each row, "
+            "since completions of one prompt move together. The error bars take every row for a draw of its own and "
+            f"are too small unless it is: pass {field}._replace(group=...), int64 ({rows},), equal where a prompt was "
+            "drawn once, or torch.arange there if every row's prompt was drawn anew",
+            UserWarning,
+            stacklevel=calls + 1,
+        )
+
+
+def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where each row's attended tokens begin and its first completion token is, (B,); the width where there is none."""
+    width = batch.input_ids.shape[1]
+    columns = torch.arange(width, device=batch.input_ids.device)
+    begin, first = (torch.where(mask, columns, width).amin(1) for mask in (batch.attention_mask, batch.completion_mask))
+    return begin, first
+
+
+def _numbers(batch: Batch, begin: Tensor, first: Tensor) -> Tensor:
+    width = batch.input_ids.shape[1]
+    at = begin.unsqueeze(1) + torch.arange(width, device=batch.input_ids.device)
+    inside = at.clamp(max=width - 1)
+    outside = (at >= first.unsqueeze(1)) | ~batch.attention_mask.gather(1, inside)
+    return torch.unique(batch.input_ids.gather(1, inside).masked_fill(outside, -1), dim=0, return_inverse=True)[1]

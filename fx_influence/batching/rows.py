@@ -1,0 +1,43 @@
+"""Selection, deduplication and chunking of the rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK
+from fx_influence.types import Batch
+
+
+def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
+    """The rows of a batch that ``index`` picks, in its order."""
+    return Batch._make(None if field is None else field[index] for field in batch)
+
+
+def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
+    """The rows that differ in some field, each once, and for every row of ``batch`` the index of its equal, (B,).
+
+    A policy of low entropy samples the same completion again and again; what depends on a row alone is then computed
+    once. ``group`` is not compared.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
+        >>> once, index = distinct_rows(Batch(ids, ids > 0, ids > 1))
+        >>> once.input_ids.tolist(), index.tolist()
+        ([[1, 2], [1, 3]], [0, 1, 0])
+    """
+    fields = [field.double() for field in batch._replace(group=None) if field is not None]
+    unique, index = torch.unique(torch.cat(fields, dim=1), dim=0, return_inverse=True)
+    first = torch.full((len(unique),), len(index), dtype=torch.int64, device=index.device)
+    first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
+    return select_rows(batch, first), index
+
+
+def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
+    """Consecutive rows, ``chunk_size`` at a time, or as many as fit ``TOKENS_PER_CHUNK``."""
+    n, t = batch.input_ids.shape
+    size = max(1, TOKENS_PER_CHUNK // max(t, 1)) if chunk_size is None else chunk_size
+    for start in range(0, n, size):
+        yield select_rows(batch, slice(start, start + size))

@@ -1,0 +1,147 @@
+"""Checks of batches before any long computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fx_influence.core.checks import check_tensor, wrong_type
+from fx_influence.types import Apply, Batch, Params
+
+
+def check_is_batch(field: str, batch: object) -> None:
+    """Raise ``TypeError`` for what is no ``Batch`` of tensors: a dictionary, rollouts, one with lists in its fields."""
+    if not isinstance(batch, Batch):
+        if isinstance(batch, Mapping) or hasattr(batch, "data"):
+            remedy = (
+                "Name its fields: fx.Batch(input_ids=..., attention_mask=mask.bool(), completion_mask=...), with True "
+                "in completion_mask on generated tokens"
+            )
+        else:
+            remedy = "Make one by fx.collate(rollouts, pad_id) or fx.Batch(input_ids=..., ...)"
+        raise wrong_type(field, batch, "a fx.Batch", remedy)
+    for name, value in batch._asdict().items():
+        if value is not None or name in Batch._fields[:3]:
+            check_tensor(f"{field}.{name}", value)
+
+
+def check_batch(
+    field: str,
+    batch: Batch,
+    params: Params,
+    apply: Apply,
+    *,
+    coefficients: bool = False,
+    may_be_empty: bool = False,
+) -> None:
+    """Raise ``ValueError`` where a batch cannot be scored.
+
+    Args:
+        field: name of the batch, for messages.
+        batch: (B, T), B at least 1.
+        params: the parameters by name, whose device is the batch's.
+        apply: the policy; ``apply.vocab_size``, where it has one, bounds the ids.
+        coefficients: the batch makes an update, so it needs coefficients, finite at every completion token.
+        may_be_empty: a batch without any completion token is allowed; everything that it makes is 0.
+    """
+    check_fields(field, batch)
+    if not batch.input_ids.numel():
+        raise ValueError(f"{field}.input_ids is of shape {tuple(batch.input_ids.shape)}; pass at least one rollout")
+    device = next(iter(params.values())).device
+    for name, value in batch._asdict().items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{field}.{name} is on {value.device} and the parameters on {device}; move one of them")
+    if _autocast(device.type):
+        raise ValueError(
+            f"{field} is given under torch.autocast({device.type!r}), in whose rounding small steps vanish; make the "
+            "call outside of it, or enter it inside apply and state the tolerance"
+        )
+    _check_positions(field, batch)
+    if not (may_be_empty or batch.completion_mask.any()):
+        raise ValueError(
+            f"{field}.completion_mask has no True at all; a batch needs at least one completion token, since the "
+            "entropy of none is undefined. Sample rollouts that end by a token or by the length limit, and keep both"
+        )
+    _check_vocabulary(field, batch, apply)
+    if coefficients:
+        check_coefficients(field, batch)
+
+
+def check_coefficients(field: str, batch: Batch) -> None:
+    """Raise ``ValueError`` where a batch makes no update: without coefficients, or with some that are not finite.
+
+    Those outside the completion mask are never read and may be anything.
+    """
+    if batch.coefficients is None and batch.entropy_coefficients is None:
+        raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
+    for name in ("coefficients", "entropy_coefficients"):
+        value: Tensor | None = getattr(batch, name)
+        if value is None:
+            continue
+        bad = (~torch.isfinite(value) & batch.completion_mask).any(-1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{field}.{name} is not finite in row {int(bad[0])} ({len(bad)} such rows); drop or repair those "
+                "rollouts"
+            )
+
+
+def _autocast(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except TypeError:
+        # torch before 2.4
+        return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
+
+
+def check_fields(field: str, batch: Batch) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where the fields of a batch do not fit each other; it may have no rows."""
+    check_is_batch(field, batch)
+    ids = batch.input_ids
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"{field}.input_ids is {ids.dtype} of shape {tuple(ids.shape)}; pass int64 (B, T), a row for each rollout"
+        )
+    for name in ("attention_mask", "completion_mask"):
+        mask = getattr(batch, name)
+        if mask.dtype != torch.bool or mask.shape != ids.shape:
+            raise ValueError(
+                f"{field}.{name} is {mask.dtype} of shape {tuple(mask.shape)}; pass bool of the shape of input_ids, "
+                f"{tuple(ids.shape)}{'' if mask.dtype == torch.bool else ': mask.bool()'}"
+            )
+    for name in ("coefficients", "entropy_coefficients"):
+        value = getattr(batch, name)
+        if value is not None and (value.shape != ids.shape or not value.is_floating_point()):
+            raise ValueError(
+                f"{field}.{name} is {value.dtype} of shape {tuple(value.shape)}; pass float {tuple(ids.shape)}"
+            )
+    if batch.group is not None and batch.group.shape != ids.shape[:1]:
+        raise ValueError(f"{field}.group has shape {tuple(batch.group.shape)}; pass ({len(ids)},), one prompt a row")
+
+
+def _check_positions(field: str, batch: Batch) -> None:
+    mask = batch.completion_mask
+    if mask[:, 0].any():
+        row = int(mask[:, 0].nonzero()[0])
+        raise ValueError(
+            f"{field}.completion_mask[{row}, 0] is True; the first column has no logits before it: prepend the prompt"
+        )
+    unseen = (mask[:, 1:] & ~batch.attention_mask[:, :-1]).nonzero()
+    if len(unseen):
+        row, column = (int(i) for i in unseen[0])
+        raise ValueError(
+            f"{field}.attention_mask[{row}, {column}] is False but the token after it is a completion token that it "
+            "scores; make the mask from lengths, not from input_ids != pad_token_id"
+        )
+
+
+def _check_vocabulary(field: str, batch: Batch, apply: Apply) -> None:
+    size = getattr(apply, "vocab_size", None)
+    low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
+    if low < 0 or (size is not None and high >= size):
+        raise ValueError(
+            f"{field}.input_ids has values from {low} to {high} but the model's vocabulary has {size} entries; "
+            "tokenize with the model's own tokenizer"
+        )

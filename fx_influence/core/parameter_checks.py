@@ -1,0 +1,115 @@
+"""Checks of models, policies, parameters and optimizer states before any long computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fx_influence.core.checks import check_tree, did_you_mean, wrong_type
+from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
+from fx_influence.types import AdamWState, Apply, Params
+
+SPLIT = "Pass both as they come: apply, params = fx.make_functional(model)"
+
+
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` for what is no module, such as a path, a trainer or the model's parameters."""
+    if not isinstance(model, nn.Module):
+        remedy = "Pass trainer.model" if hasattr(model, "model") else "Load it first, as from_pretrained does"
+        raise wrong_type("model", model, "a torch.nn.Module", remedy)
+
+
+def check_apply(apply: object) -> None:
+    """Raise ``TypeError`` for a policy that is no function of (params, input_ids, attention_mask)."""
+    expected = "a function of (params, input_ids, attention_mask) that gives logits"
+    if isinstance(apply, nn.Module):
+        raise wrong_type("apply", apply, expected, f"A model reads its own parameters. {SPLIT}")
+    if not callable(apply):
+        swapped = "The two may be swapped. " if isinstance(apply, Mapping) else ""
+        raise wrong_type("apply", apply, expected, swapped + SPLIT)
+
+
+def check_params(params: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless these are floating tensors by name, at least one."""
+    expected = "a dictionary of tensors by parameter name"
+    if not isinstance(params, Mapping):
+        swapped = "The two may be swapped. " if callable(params) and not isinstance(params, nn.Module) else ""
+        raise wrong_type("params", params, expected, swapped + SPLIT)
+    check_tree("params", params, SPLIT)
+    if not params:
+        raise ValueError(f"params is empty; expected at least one trainable parameter. {SPLIT}")
+    for name, p in params.items():
+        if p is None:
+            raise wrong_type(f"params[{name!r}]", p, "a tensor", SPLIT)
+        if not p.is_floating_point():
+            raise ValueError(f"params[{name!r}] is {p.dtype}; expected floating point. Leave out what is not trained")
+
+
+def check_policy(params: Params, apply: Apply) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where the two are not a policy's, or a parameter is not finite.
+
+    A ``Policy`` tells the shapes of its own parameters by name: those given must be all of them and no others, in any
+    order. Parameters that it holds frozen may be given too.
+    """
+    check_apply(apply)
+    check_params(params)
+    shapes: Mapping[str, torch.Size] | None = getattr(apply, "parameter_shapes", None)
+    if shapes is not None:
+        remedy = f"These are another model's. {SPLIT}"
+        for name, p in params.items():
+            if name not in shapes:
+                near = did_you_mean(name, shapes)
+                raise ValueError(f"params[{name!r}] is not among the {len(shapes)} of apply's model{near}. {remedy}")
+            if p.shape != shapes[name]:
+                raise ValueError(
+                    f"params[{name!r}] has shape {tuple(p.shape)}; expected {tuple(shapes[name])}. {remedy}"
+                )
+        missing = [name for name in getattr(apply, "trainable", ()) if name not in params]
+        if missing:
+            raise ValueError(f"params has no {missing[0]!r} ({len(missing)} such); expected all trained ones. {remedy}")
+    spoilt = first_not_finite(params)
+    if spoilt is not None:
+        raise ValueError(
+            f"params[{spoilt!r}] holds NaN or infinity; expected finite weights. The training has diverged: take a "
+            "checkpoint from before"
+        )
+
+
+def first_not_finite(tree: Mapping[str, Tensor | None]) -> str | None:
+    """Return the name of the first entry that holds NaN or infinity; of DTensors the same on every rank."""
+    known = {name: x for name, x in tree.items() if x is not None}
+    counts = reduce_over_shards([_holds_infinities(to_local(x)) for x in known.values()], list(known.values()))
+    return next((name for name, count in zip(known, counts, strict=True) if count), None)
+
+
+def _holds_infinities(x: Tensor) -> Tensor:
+    # A sum is finite only if its terms are; it may overflow where they are.
+    fine = bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return x.new_full((), not fine, dtype=torch.float64)
+
+
+def check_state(state: object) -> None:
+    """Raise ``TypeError`` for what is no ``AdamWState``, such as the optimizer itself or its ``state_dict()``."""
+    if not isinstance(state, AdamWState):
+        raise wrong_type("opt_state", state, "an AdamWState by parameter name", "Pass fx.adamw_state(optimizer, model)")
+
+
+def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, remedy: str) -> None:
+    """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape, sharded where that is."""
+    check_tree(field, tree, remedy)
+    for name, value in tree.items():
+        if name not in params:
+            near = did_you_mean(name, params)
+            raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}{near}")
+        if value is not None and value.shape != params[name].shape:
+            raise ValueError(
+                f"{field}[{name!r}] has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}; {remedy}"
+            )
+        if value is not None and is_sharded(value) != is_sharded(params[name]):
+            kinds = ["a plain tensor", "a DTensor"]
+            raise ValueError(
+                f"{field}[{name!r}] is {kinds[is_sharded(value)]}, the parameter {kinds[is_sharded(params[name])]}; "
+                f"{remedy}"
+            )
