@@ -71,7 +71,7 @@ def per_decision_query(normalize: Normalize) -> Objective:
 def test_entropy_written_by_a_user_is_the_default(
     case: Case, estimator: Any, query: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
-    given_options = {**options(case), "matrix": True}
+    given_options = {**influence_options(case), "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
     objectives = (query(normalize), fx.Entropy(estimator, normalize))
     own, default = (fx.influence(*inputs, **{**given_options, "objective": objective}) for objective in objectives)
