@@ -18,7 +18,7 @@ from helpers.enumeration import (
     replicate,
     take,
 )
-from helpers.strategies import NORMALIZES, Case, cases
+from helpers.strategies import NORMALIZES, Case, cases, influence_options
 from helpers.tolerances import TINY_POLICY, assert_within, central_difference
 from hypothesis import given, settings
 from torch import Tensor
