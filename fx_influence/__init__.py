@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fx_influence.functional import make_functional
     from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
     from fx_influence.interop.optimizers import adamw_state
-    from fx_influence.interop.rollouts.record import Rollout, collate
+    from fx_influence.interop.rollouts.batch import collate
+    from fx_influence.interop.rollouts.record import Rollout
     from fx_influence.losses import clipped_ratio, coefficients, group_advantages
     from fx_influence.objectives import Entropy, expected_reward, kl_to_reference
     from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
@@ -52,7 +53,7 @@ _MODULES = {
     "check_policy": "fx_influence.policy.model.agreement",
     "clipped_ratio": "fx_influence.losses",
     "coefficients": "fx_influence.losses",
-    "collate": "fx_influence.interop.rollouts.record",
+    "collate": "fx_influence.interop.rollouts.batch",
     "entropy_estimate": "fx_influence.estimators.entropy",
     "expected_reward": "fx_influence.objectives",
     "fisher_kernel": "fx_influence.fisher",

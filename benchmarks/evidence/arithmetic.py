@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
 from fx_influence.autodiff.token_values import surrogate
-from fx_influence.interop.checkpoints.optimizer_state import NO_DECAY
+from fx_influence.interop.checkpoints.optimizer_state import NO_DECAY_PATTERNS
 from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.rewards import exact_match
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.sampling import sample_rewarded
 from fx_influence.losses import coefficients
 from fx_influence.types import Batch, TokenValues
@@ -201,7 +202,7 @@ def warm_up(
 
 def fresh_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW with the two parameter groups of the Hugging Face Trainer: norms and biases are not decayed."""
-    decay = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
+    decay = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY_PATTERNS))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if name in decay], "weight_decay": 0.01},

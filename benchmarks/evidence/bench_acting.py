@@ -27,7 +27,8 @@ from benchmarks.evidence.arithmetic import token_scores
 from benchmarks.evidence.trainings import Benchmark, Moment, Policy, moments, started
 from benchmarks.harness import drawn, interval, shown
 from fx_influence.batching.rows import select_rows
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.types import Batch
 
 NAME = "bench_acting"

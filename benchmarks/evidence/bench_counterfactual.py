@@ -39,7 +39,7 @@ from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values, moved_token_values
 from fx_influence.estimators.entropy import entropy_coefficients
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.types import Batch, Params, Preconditioner, TokenValues
 
 NAME = "bench_counterfactual"

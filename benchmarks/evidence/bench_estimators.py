@@ -50,7 +50,7 @@ from fx_influence.estimators.entropy import (
     completion_values,
     entropy_coefficients,
 )
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 NAME = "bench_estimators"

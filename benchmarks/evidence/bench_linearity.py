@@ -20,7 +20,7 @@ import fx_influence as fx
 from benchmarks.harness import PAIRS, README, ROOT, flops, one_thread, ratios, store
 from fx_influence.batching.rows import distinct_rows
 from fx_influence.interop.checkpoints.load import load_checkpoint
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.analysis.finite_steps.figures import finite_figures
 from fx_influence.lab.experiment.entropy import run

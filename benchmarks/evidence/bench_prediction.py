@@ -24,7 +24,7 @@ from benchmarks.evidence.arithmetic import reinforce
 from benchmarks.evidence.trainings import Benchmark, moments, started
 from benchmarks.harness import drawn, interval, shown
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.types import Batch, Params
 
 NAME = "bench_prediction"

@@ -23,7 +23,7 @@ import fx_influence as fx
 from benchmarks.evidence.arithmetic import draw_prompts
 from benchmarks.evidence.trainings import Benchmark, Moment, Policy, moments_at, started
 from benchmarks.harness import interval, shown
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 
 NAME = "bench_selection"
 SEEDS, MAX_NORM = 5, 1.0

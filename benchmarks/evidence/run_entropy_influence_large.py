@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fx_influence.interop.runtime.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name
+from fx_influence.interop.runtime.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_file
 from fx_influence.lab.plan import (
     EntropyInfluencePlan,
     FisherKernelPlan,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fisher_plan(plan: EntropyInfluencePlan, directory: Path) -> FisherKernelPlan:
     """The Fisher plan of the training state and of the rollouts that the run of ``plan`` in ``directory`` stores."""
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in dataclasses.fields(StepPlan)}
-    rollouts = [eval_name(i, "_rollouts.jsonl") for i in range(len(plan.evaluations))]
+    rollouts = [eval_file(i, "_rollouts.jsonl") for i in range(len(plan.evaluations))]
     update, *evaluations = (RolloutFile(str((directory / name).resolve())) for name in (UPDATE_ROLLOUTS, *rollouts))
     return FisherKernelPlan(**{**shared, "update": update, "evaluations": tuple(evaluations)})
 

@@ -34,7 +34,8 @@ from benchmarks.evidence.arithmetic import (
 )
 from benchmarks.harness import EVIDENCE, README, ROOT, one_thread, result, store
 from fx_influence.interop.prompts import Prompt, read_prompts
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.plan import demo_path
 from fx_influence.types import Batch, TokenValues

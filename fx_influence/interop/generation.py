@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
-def neutral_config(eos_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
-    """A request that leaves nothing open which changes the distribution; the temperature is ``draw_tokens``'s.
+def full_softmax_config(end_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
+    """A request that leaves nothing open which changes the distribution; the temperature is ``generate_tokens``'s.
 
     Were the temperature here, it would be applied after the recorder, whose log-probs would not be those sampled from.
     """
@@ -39,12 +39,12 @@ def neutral_config(eos_ids: list[int], pad_id: int, max_new_tokens: int) -> Gene
         use_cache=True,
         disable_compile=True,
         return_dict_in_generate=False,
-        eos_token_id=eos_ids,
+        eos_token_id=end_ids,
         pad_token_id=pad_id,
     )
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """The end-of-sequence ids of the model's generation config, or the tokenizer's where it has none."""
     config = getattr(model, "generation_config", None)
     eos = config.eos_token_id if config is not None and config.eos_token_id is not None else tokenizer.eos_token_id
@@ -57,24 +57,24 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def sampling_from(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[None]:
+def sampling_mode(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[None]:
     """The model in eval mode, under ``config`` alone, on a random state of its own; all put back afterwards."""
-    with eval_mode(model), _only_config(model, config), seeded(seed, next(model.parameters()).device):
+    with eval_mode(model), _only_config(model, config), seeded_rng(seed, next(model.parameters()).device):
         yield
 
 
-def draw_tokens(
+def generate_tokens(
     model: Any, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig, temperature: float
 ) -> list[tuple[list[int], list[float]]]:
     """For each prompt the sampled tokens and their log-probs, as long as the longest completion of this call.
 
-    What follows a row's first end of sequence is padding, its log-prob without meaning. Use within ``sampling_from``.
+    What follows a row's first end of sequence is padding, its log-prob without meaning. Use within ``sampling_mode``.
     """
     width = max(map(len, prompt_ids))
     device = next(model.parameters()).device
     input_ids = torch.tensor([[config.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    recorder = Recorder(temperature)
+    recorder = LogprobRecorder(temperature)
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
@@ -113,7 +113,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
     """A random state of our own; ``generate`` draws from the global one, which is put back."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
@@ -124,7 +124,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class Recorder(LogitsProcessor):
+class LogprobRecorder(LogitsProcessor):
     """Applies the temperature and keeps the log-prob of each sampled token, one step's scores at a time."""
 
     def __init__(self, temperature: float) -> None:

@@ -91,14 +91,14 @@ def make_prompts(records: Sequence[str | dict[str, Any]]) -> list[Prompt]:
     return _prompts([(f"prompt {i}", record) for i, record in enumerate(records)])
 
 
-def conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) -> list[Prompt]:
+def as_conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) -> list[Prompt]:
     """The prompts as a chat model is asked: ``chat`` makes a plain text a user's message, ``system`` goes before all.
 
     Without either they stay as they are. Raises ``ValueError``, naming the prompt, where ``system`` meets a plain text
     or a conversation that has a system message, and where some are plain texts and others conversations.
 
     Example:
-        >>> conversations([Prompt("a", "1+1?")], chat=True, system="Be brief.")[0].messages
+        >>> as_conversations([Prompt("a", "1+1?")], chat=True, system="Be brief.")[0].messages
         ({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '1+1?'})
     """
     if chat:

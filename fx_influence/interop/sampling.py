@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_influence.interop.generation import draw_tokens, eos_ids, neutral_config, sampling_from
+from fx_influence.interop.generation import eos_token_ids, full_softmax_config, generate_tokens, sampling_mode
 from fx_influence.interop.prompts import Prompt, text_for
-from fx_influence.interop.rewards import Conversed, Reward, score
+from fx_influence.interop.rewards import Conversed, Reward
 from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.scoring import score
 from fx_influence.losses import group_advantages
 from fx_influence.types import Batch
 
@@ -52,17 +53,17 @@ def sample(
     out of range.
     """
     _check_counts(prompts, completions_per_prompt, max_new_tokens, temperature, batch_size)
-    prompt_ids = tokenized(model, tokenizer, prompts, max_new_tokens)
-    ends = eos_ids(model, tokenizer)
+    prompt_ids = tokenize_prompts(model, tokenizer, prompts, max_new_tokens)
+    ends = eos_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     texts = [text_for(tokenizer, prompt) for prompt in prompts]
-    config = neutral_config(ends, pad_id, max_new_tokens)
+    config = full_softmax_config(ends, pad_id, max_new_tokens)
     rows = [(g, k) for g in range(len(prompts)) for k in range(completions_per_prompt)]
     rollouts: list[Rollout] = []
-    with sampling_from(model, config, seed):
+    with sampling_mode(model, config, seed):
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
-            drawn = draw_tokens(model, [prompt_ids[g] for g, _ in chunk], config, temperature)
+            drawn = generate_tokens(model, [prompt_ids[g] for g, _ in chunk], config, temperature)
             for (g, k), (tokens, logprobs) in zip(chunk, drawn, strict=True):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
                 args = (texts[g], prompt_ids[g], tokens[:end], logprobs[:end], end is not None)
@@ -72,7 +73,9 @@ def sample(
     return rollouts
 
 
-def tokenized(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[tuple[int, ...]]:
+def tokenize_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[tuple[int, ...]]:
     """The prompts' token ids. Raises ``ValueError`` where ``model`` could not be asked for ``max_new_tokens`` more."""
     texts = [text_for(tokenizer, prompt) for prompt in prompts]
     # A template writes its own special tokens: a tokenizer that adds a bos would put a second one before them.

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from fx_influence.interop.runtime.job import GRACE, REFUSALS, Job, LostRankError, is_launched, launched
+from fx_influence.interop.runtime.job import GRACE, USER_ERRORS, Job, LostRankError, is_launched, join_job
 from fx_influence.lab.analysis.analyze import print_analysis, write_analysis
 from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.run_tables import print_run
@@ -43,12 +43,12 @@ def carry_out(arguments: argparse.Namespace) -> int:
 
 
 def _carry_out(arguments: argparse.Namespace) -> int:
-    with launched() as job:
+    with join_job() as job:
         try:
             {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments, job)
         except BrokenPipeError:
             raise
-        except REFUSALS as error:
+        except USER_ERRORS as error:
             return _ended(job, one_line(error), 1)
         except LostRankError as error:
             status = _ended(job, str(error), 1)
@@ -75,15 +75,15 @@ def one_line(error: Exception) -> str:
 
 
 def _ended(job: Job, message: str, status: int) -> int:
-    job.say_once(message, lambda text: print(f"fx-influence: {text}", file=sys.stderr, flush=True))
+    job.print_once(message, lambda text: print(f"fx-influence: {text}", file=sys.stderr, flush=True))
     return status
 
 
 def _run(arguments: argparse.Namespace, job: Job) -> None:
-    plan, out = job.alike(lambda: _plan(arguments, EntropyInfluencePlan))
+    plan, out = job.raise_on_all(lambda: _plan(arguments, EntropyInfluencePlan))
     with progress_on_stderr(job.rank == 0) as progress:
         results = run(plan, out, progress)
-    job.first(lambda: _show(results))
+    job.on_rank0(lambda: _show(results))
 
 
 def _show(results: EntropyInfluenceResults) -> None:
@@ -96,14 +96,14 @@ def _show(results: EntropyInfluenceResults) -> None:
 
 
 def _fisher(arguments: argparse.Namespace, job: Job) -> None:
-    plan, out = job.alike(lambda: _plan(arguments, FisherKernelPlan))
+    plan, out = job.raise_on_all(lambda: _plan(arguments, FisherKernelPlan))
     with progress_on_stderr(job.rank == 0) as progress:
         results = run_fisher(plan, out, progress)
-    job.first(lambda: print_fisher(results, _console()))
+    job.on_rank0(lambda: print_fisher(results, _console()))
 
 
 def _report(arguments: argparse.Namespace, job: Job) -> None:
-    job.first(lambda: _show_stored(arguments))
+    job.on_rank0(lambda: _show_stored(arguments))
 
 
 def _show_stored(arguments: argparse.Namespace) -> None:
@@ -121,7 +121,7 @@ def _write_page(results: EntropyInfluenceResults) -> None:
 
 
 def _analyze(arguments: argparse.Namespace, job: Job) -> None:
-    job.first(lambda: _show_analysis(arguments))
+    job.on_rank0(lambda: _show_analysis(arguments))
 
 
 def _show_analysis(arguments: argparse.Namespace) -> None:

@@ -21,8 +21,8 @@ from fx_influence.interop.runtime.run_files import (
     SUMMARY,
     UPDATE_ROLLOUTS,
     UPDATE_TOKENS,
-    eval_name,
-    readable,
+    eval_file,
+    raise_if_damaged,
 )
 from fx_influence.lab.analysis.finite_steps.figures import rollout_parts
 from fx_influence.lab.plan.plans import EntropyInfluencePlan
@@ -69,7 +69,7 @@ class EntropyInfluenceResults:
     def baseline(self) -> Params:
         """v_baseline by parameter name, read when asked for: it is as large as the model."""
         directory = RunDirectory(self.path)
-        with readable(self.path):
+        with raise_if_damaged(self.path):
             return directory.read_tensors(BASELINE)
 
     def table(self) -> Any:
@@ -105,7 +105,7 @@ def displayed_prompt(record: dict[str, Any]) -> str:
 def load_run(path: str | Path) -> EntropyInfluenceResults:
     """The finished run in a directory. Raises ``RunDirectoryError`` naming the file that is missing or damaged."""
     directory = RunDirectory.finished(path, SEQUENCES)
-    with readable(directory.path):
+    with raise_if_damaged(directory.path):
         plan = EntropyInfluencePlan.from_dict(directory.read_yaml(PLAN))
         sequences = directory.read_jsonl(SEQUENCES)
         return EntropyInfluenceResults(
@@ -115,7 +115,7 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
             summary=renamed(directory.read_json(SUMMARY), SUMMARY_FIELDS),
             sequences=sequences,
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
-            tokens=directory.read_arrays(UPDATE_TOKENS) if directory.lists(UPDATE_TOKENS) else {},
+            tokens=directory.read_arrays(UPDATE_TOKENS) if directory.was_stored(UPDATE_TOKENS) else {},
             evaluations=tuple(_evaluation(directory, i, len(sequences)) for i in range(len(plan.evaluations))),
         )
 
@@ -127,12 +127,12 @@ def _pandas() -> Any:
 
 
 def _evaluation(directory: RunDirectory, index: int, n_u: int) -> EvaluationResults:
-    arrays, matrix = directory.read_arrays(eval_name(index, ".npz")), eval_name(index, "_delta_matrix.npy")
+    arrays, matrix = directory.read_arrays(eval_file(index, ".npz")), eval_file(index, "_delta_matrix.npy")
     if len(arrays["per_sequence"]) != n_u:
         raise ValueError(f"{SEQUENCES} has {n_u} records for {len(arrays['per_sequence'])} rollouts of U")
     return EvaluationResults(
         arrays=arrays,
-        matrix=directory.read_array(matrix) if directory.lists(matrix) else None,
-        summary=renamed(directory.read_json(eval_name(index, ".json")), SUMMARY_FIELDS),
-        rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
+        matrix=directory.read_array(matrix) if directory.was_stored(matrix) else None,
+        summary=renamed(directory.read_json(eval_file(index, ".json")), SUMMARY_FIELDS),
+        rollouts=directory.read_rollouts(eval_file(index, "_rollouts.jsonl")),
     )

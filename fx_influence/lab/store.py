@@ -12,7 +12,7 @@ import numpy as np
 
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.interop.runtime.job import ALONE, Job
+from fx_influence.interop.runtime.job import SINGLE_PROCESS, Job
 from fx_influence.interop.runtime.run_files import (
     ENVIRONMENT,
     FAILED,
@@ -23,7 +23,7 @@ from fx_influence.interop.runtime.run_files import (
     UPDATE_ROLLOUTS,
     RunDirectoryError,
     RunFiles,
-    readable,
+    raise_if_damaged,
 )
 from fx_influence.lab.plan.errors import PlanError
 from fx_influence.lab.plan.files import plan_text
@@ -36,12 +36,12 @@ class RunDirectory(RunFiles):
     """The files of one run that may be under way."""
 
     @classmethod
-    def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str], job: Job = ALONE) -> RunDirectory:
+    def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str], job: Job = SINGLE_PROCESS) -> RunDirectory:
         """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan.
 
         ``inputs``: SHA-256 by name of what the plan reads. A run that began with other files is not continued.
         """
-        job.first(lambda: cls(path)._begin(plan, inputs))
+        job.on_rank0(lambda: cls(path)._begin(plan, inputs))
         return cls(path, job)
 
     def check_open_to(self, plan: StepPlan) -> None:
@@ -51,7 +51,7 @@ class RunDirectory(RunFiles):
         """
         path = self.path
         if self.has(PLAN):
-            with readable(path):
+            with raise_if_damaged(path):
                 stored = self.read_yaml(PLAN)
             if not _is_plan(stored, plan) and not self._only_failed():
                 raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
@@ -104,12 +104,12 @@ class RunDirectory(RunFiles):
         """
         if not self._only_failed():
             return False
-        with readable(self.path):
+        with raise_if_damaged(self.path):
             stored, before = self.read_yaml(PLAN), self.read_json(ENVIRONMENT)["inputs_sha256"]
         return not _is_plan(stored, plan) or before != dict(inputs) or self.has(UPDATE_ROLLOUTS)
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
-        with readable(self.path):
+        with raise_if_damaged(self.path):
             before = self.read_json(ENVIRONMENT)["inputs_sha256"]
         for name in sorted({*before, *inputs}):
             if before.get(name) != inputs.get(name):
@@ -168,7 +168,7 @@ class Pieces(MutableMapping[int, Piece], Generic[Piece]):
     def __getitem__(self, key: int) -> Piece:
         if not self._directory.has(self._name(key)):
             raise KeyError(key)
-        with readable(self._directory.path / self._name(key)):
+        with raise_if_damaged(self._directory.path / self._name(key)):
             return self._read(self._name(key))
 
     def __setitem__(self, key: int, piece: Piece) -> None:

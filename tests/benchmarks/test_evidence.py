@@ -19,7 +19,7 @@ from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.entropy import entropy_coefficients
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.types import Batch, TokenValues
 
 

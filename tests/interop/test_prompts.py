@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
+from fx_influence.interop.prompts import Prompt, as_conversations, make_prompts, read_prompts
 
 WORKED = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 1,200 + 48 = <<1200+48=1248>>1,248.\n#### 1,248"
 GSM8K = [{"question": "How many clips?", "answer": WORKED}, {"question": "And now?", "answer": "It fell.\n#### -5"}]
@@ -97,15 +97,15 @@ def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypat
 
 def test_chat_makes_a_text_what_a_user_says_and_system_goes_before_it() -> None:
     talk = Prompt("b", "", {"answer": "2"}, tuple(TALK))
-    asked = conversations([Prompt("a", "1+1?", {"answer": "2"}), talk], chat=True, system=None)
+    asked = as_conversations([Prompt("a", "1+1?", {"answer": "2"}), talk], chat=True, system=None)
     assert asked == [Prompt("a", "", {"answer": "2"}, tuple(ASKED)), talk]
-    told = conversations([Prompt("a", "1+1?"), talk], chat=True, system="")
+    told = as_conversations([Prompt("a", "1+1?"), talk], chat=True, system="")
     assert [prompt.messages for prompt in told] == [
         ({"role": "system", "content": ""}, *ASKED),
         ({"role": "system", "content": ""}, *TALK),
     ]
     plain = [Prompt("a", "1+1?")]
-    assert conversations(plain, chat=False, system=None) == plain
+    assert as_conversations(plain, chat=False, system=None) == plain
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_conversation_that_cannot_be_made_names_the_prompt(
     prompts: list[Prompt], system: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        conversations(prompts, chat=False, system=system)
+        as_conversations(prompts, chat=False, system=system)
 
 
 @pytest.mark.parametrize(

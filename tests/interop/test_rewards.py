@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from fx_influence.interop.rewards import RewardError, check_reward, exact_match, math_verify, resolve_reward, score
+from fx_influence.interop.rewards import exact_match, math_verify
+from fx_influence.interop.scoring import RewardError, check_reward, resolve_reward, score
 
 
 def test_exact_match_reads_what_follows_the_last_equals_sign() -> None:

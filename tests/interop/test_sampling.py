@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Q
 
 from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.rewards import exact_match
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.sampling import check_on_policy, sample, sample_rewarded, with_rewards
 from fx_influence.types import Batch
 
@@ -216,7 +217,7 @@ def test_sample_names_the_question_of_a_conversation() -> None:
     )
     for prompt, question in ((Prompt("0", "", {}, talk), "2+2"), (Prompt("0", "1+1="), None)):
         first = sample(model, tokenizer, [prompt], **OPTIONS)[0]
-        assert (first.question, first.asked) == (question, question or "1+1=")
+        assert (first.question, first.display_prompt) == (question, question or "1+1=")
 
 
 def test_a_reward_gets_a_conversation_as_messages() -> None:

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
 from fx_influence.interop.rewards import math_verify
-from fx_influence.interop.rollouts.record import collate, read_rollouts, write_rollouts
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.native_format import read_native_rollouts, write_rollouts
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import entropy as run_module
 from fx_influence.lab.inputs import rollouts as batches
@@ -321,7 +322,7 @@ def test_a_run_of_given_rollouts_holds_a_copy_of_them(tmp_path: Path) -> None:
     )
     write_rollouts(tmp_path / "r.jsonl", first)
     again = rollouts_of(tmp_path / "2", RolloutFile(str(tmp_path / "r.jsonl")))
-    assert read_rollouts(tmp_path / "2" / "run" / "r.jsonl") == again
+    assert read_native_rollouts(tmp_path / "2" / "run" / "r.jsonl") == again
 
 
 def test_a_reward_gets_the_columns_of_all_prompts_however_sampling_is_cut(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fx_influence.interop.rewards import check_columns, exact_match, math_verify
+from fx_influence.interop.rewards import exact_match, math_verify
+from fx_influence.interop.scoring import check_columns
 from fx_influence.lab.inputs.training_state import load_state
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, resolved
 

@@ -14,7 +14,7 @@ from helpers.run_files import read_summary, stored_bytes, write_plan
 from helpers.tolerances import assert_close_to_rounding
 
 import fx_influence as fx
-from fx_influence.interop.runtime.job import _portable
+from fx_influence.interop.runtime.job import picklable_error
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan import DEMO_DIRECTORY
 
@@ -160,11 +160,11 @@ def test_an_error_that_cannot_be_sent_to_others_is_sent_in_words() -> None:
     class Damaged(Exception):
         """Pickles know no class of a function."""
 
-    told = _portable(Damaged("half of a file"))
+    told = picklable_error(Damaged("half of a file"))
     assert type(told) is ValueError
     assert str(told) == "Damaged: half of a file"
     known = FileNotFoundError(2, "absent", "plan.yaml")
-    assert _portable(known) is known
+    assert picklable_error(known) is known
 
 
 @pytest.mark.slow

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from fx_influence.core.dtensor import to_local
 from fx_influence.distributed.fsdp_gather import local_slices
-from fx_influence.interop.checkpoints.dcp import Stored, read_box, stored_part
-from fx_influence.interop.checkpoints.load import (
-    MODEL_PART,
-    MODEL_SHARDS,
-    OPTIMIZER_PART,
-    OPTIMIZER_SHARDS,
-    directory_of,
-    optimizer_state_dict_in,
-    param_names_in,
-    shards_in,
+from fx_influence.interop.checkpoints.dcp.read import StoredValue, locate_values, read_slice
+from fx_influence.interop.checkpoints.directory import (
+    MODEL_KEYS,
+    MODEL_SUBDIRECTORY,
+    OPTIMIZER_KEYS,
+    OPTIMIZER_SUBDIRECTORY,
+    find_dcp_directory,
+    read_param_names,
+    require_directory,
 )
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
+from fx_influence.interop.checkpoints.saved_optimizer import read_dcp_optimizer_state
 from fx_influence.interop.optimizers import on_all_ranks
 
 
@@ -58,7 +58,7 @@ def load_sharded_checkpoint(
         >>> model.weight.tolist()
         [[1.0, 1.0]]
     """
-    return on_all_ranks(model, lambda: _load(directory_of("path", path), model, optimizer, param_names))
+    return on_all_ranks(model, lambda: _load(require_directory("path", path), model, optimizer, param_names))
 
 
 def _load(
@@ -66,19 +66,19 @@ def _load(
 ) -> torch.optim.AdamW | None:
     state_dict = None
     if optimizer:
-        state_dict = optimizer_state_dict_in(_shards(path, OPTIMIZER_SHARDS, OPTIMIZER_PART), stored_part)
-    for stored, value in _wanted(model, _shards(path, MODEL_SHARDS, MODEL_PART)):
-        if isinstance(stored, Stored):
-            read_box(stored, [where.start for where in local_slices(value)], to_local(value))
+        state_dict = read_dcp_optimizer_state(_shards(path, OPTIMIZER_SUBDIRECTORY, OPTIMIZER_KEYS), locate_values)
+    for stored, value in _wanted(model, _shards(path, MODEL_SUBDIRECTORY, MODEL_KEYS)):
+        if isinstance(stored, StoredValue):
+            read_slice(stored, [where.start for where in local_slices(value)], to_local(value))
         else:
             value.copy_(stored)
     if state_dict is None:
         return None
-    return restore_optimizer(state_dict, model, param_names_in(path) if param_names is None else param_names)
+    return restore_optimizer(state_dict, model, read_param_names(path) if param_names is None else param_names)
 
 
 def _shards(path: Path, subdirectory: str, part: Sequence[str]) -> Path:
-    found = shards_in(path, subdirectory, part)
+    found = find_dcp_directory(path, subdirectory, part)
     if found is None:
         raise FileNotFoundError(
             f"neither {path} nor {path / subdirectory} is of torch.distributed.checkpoint with the key "
@@ -87,9 +87,9 @@ def _shards(path: Path, subdirectory: str, part: Sequence[str]) -> Path:
     return found
 
 
-def _wanted(model: nn.Module, shards: Path) -> list[tuple[Stored | Tensor, Tensor]]:
+def _wanted(model: nn.Module, shards: Path) -> list[tuple[StoredValue | Tensor, Tensor]]:
     """What is saved of each parameter and buffer of the model, tied ones once, and the tensor that it is for."""
-    saved = stored_part(shards, MODEL_PART)
+    saved = locate_values(shards, MODEL_KEYS)
     names: dict[Tensor, list[str]] = {}
     for name, value in _values(model):
         names.setdefault(value, []).append(name)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import struct
 import sys
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -103,3 +105,15 @@ class _Window(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def load_values(file: Path | IO[bytes], name: str) -> Any:
+    """What ``torch.save`` wrote, on the CPU. ``ValueError``, with ``name``, for more than tensors and plain values."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        raise ValueError(
+            f"{name} is damaged or holds more than tensors and plain values{f' ({named[1]})' if named else ''}, which "
+            "are never unpickled; save plain state dicts there"
+        ) from error

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fx_influence.core.checks import check_choice, check_count, wrong_type
-from fx_influence.interop.rollouts import record as own
 from fx_influence.interop.rollouts.jsonl import json_object
+from fx_influence.interop.rollouts.native_format import read_native_rollouts
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.rollouts.retokenize import Retokenizer
 from fx_influence.interop.rollouts.text_formats import read_trl, read_verl
@@ -92,7 +92,7 @@ def read_rollouts(
     files = _files(Path(path))
     kind = format or _detected(files[0])
     if kind == "fx_influence":
-        rollouts = own.read_rollouts(path)
+        rollouts = read_native_rollouts(path)
     elif kind == "prime_rl":
         rollouts = read_prime_rl(files, tokenizer)
     elif kind == "nemo_rl":

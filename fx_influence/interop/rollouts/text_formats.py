@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fx_influence.interop.rollouts.jsonl import field, read_all, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, grouped
+from fx_influence.interop.rollouts.record import Rollout, number_prompts
 from fx_influence.interop.rollouts.retokenize import Retokenizer
 from fx_influence.losses import group_advantages
 
@@ -46,7 +46,7 @@ def read_verl(files: Sequence[Path], retokenizer: Retokenizer, scale: bool = Tru
         reward = float(field(record, "score", NUMBER, "a number"))
         return dataclasses.replace(rollout, reward=reward), (step, known[2] if known else uid or rollout.prompt_ids)
 
-    return _with_group_advantages(grouped(read_json_lines(files, parse)), scale)
+    return _with_group_advantages(number_prompts(read_json_lines(files, parse)), scale)
 
 
 def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, float] | None = None) -> list[Rollout]:
@@ -76,7 +76,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
         reward = float(sum(rewards)) if rewards else None
         return dataclasses.replace(rollout, reward=reward, advantage=advantage), (step, rollout.prompt_ids)
 
-    return grouped(read_all(((f"{path}, row {place}", row) for place, row in enumerate(rows)), parse))
+    return number_prompts(read_all(((f"{path}, row {place}", row) for place, row in enumerate(rows)), parse))
 
 
 def _with_group_advantages(rollouts: list[Rollout], scale: bool) -> list[Rollout]:

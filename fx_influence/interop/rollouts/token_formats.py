@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fx_influence.interop.rollouts.jsonl import field, fields, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, grouped
+from fx_influence.interop.rollouts.record import Rollout, number_prompts
 
 NUMBER = (int, float)
 NULLABLE = (int, float, type(None))
@@ -59,7 +59,7 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
         )
         return _rollout(name, recorded, tokenizer)
 
-    return grouped(read_json_lines(files, parse))
+    return number_prompts(read_json_lines(files, parse))
 
 
 def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
@@ -93,7 +93,7 @@ def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
         counts = _flag("sample_loss_mask", _only(record, "sample_loss_mask", FLAG, "0 or 1"))
         return _rollout(str(field(record, "idx", (int,), "an integer")), recorded, tokenizer, counts)
 
-    return grouped(read_json_lines(files, parse))
+    return number_prompts(read_json_lines(files, parse))
 
 
 def _rollout(name: str, recorded: Recorded, tokenizer: Any, counts: bool = True) -> tuple[Rollout, tuple[int, ...]]:

@@ -54,7 +54,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 @contextmanager
-def threads_for(parameters: int) -> Iterator[None]:
+def limit_threads(parameters: int) -> Iterator[None]:
     """One torch thread for a small model, afterwards as many as before.
 
     Where an operation takes microseconds a second thread saves nothing, and on a busy machine waiting for it costs

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from fx_influence.interop.rewards import RewardError
+from fx_influence.interop.scoring import RewardError
 from fx_influence.types import IdentityError, Params
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ TIMEOUT = timedelta(hours=6)
 GRACE = timedelta(seconds=5)
 """How long a process that is about to end waits: for another to say why, or for the launcher to see who ended first."""
 
-REFUSALS = (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError)
+USER_ERRORS = (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError)
 """Errors that tell the user what to do about them; every other one is a fault of the program."""
 
 FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -62,7 +62,7 @@ class Job:
         """This process's number among those of its machine."""
         return int(os.environ.get("LOCAL_RANK", self.rank))
 
-    def first(self, work: Callable[[], Value]) -> Value:
+    def on_rank0(self, work: Callable[[], Value]) -> Value:
         """What ``work`` gives on rank 0, which alone does it; what it raises there is raised on all."""
         if self.group is None:
             return work()
@@ -72,7 +72,7 @@ class Job:
                 value = work()
             except Exception as raised:
                 error = raised
-        value, told = self._broadcast([value, _portable(error)])
+        value, told = self._broadcast([value, picklable_error(error)])
         try:
             if told:
                 raise error or told
@@ -81,16 +81,16 @@ class Job:
             del error, told
         return cast(Value, value)
 
-    def alike(self, work: Callable[[], Value]) -> Value:
+    def raise_on_all(self, work: Callable[[], Value]) -> Value:
         """What ``work`` gives on this rank; where it is refused on any, it is on all, with the words of the lowest."""
         if self.group is None:
             return work()
         error = None
         try:
             value = work()
-        except REFUSALS as raised:
+        except USER_ERRORS as raised:
             error = raised
-        told = next((found for found in self._gather(_portable(error)) if found), None)
+        told = next((found for found in self._gather(picklable_error(error)) if found), None)
         try:
             if told:
                 raise told from error
@@ -98,11 +98,11 @@ class Job:
             del error, told
         return value
 
-    def each(self, work: Callable[[], Value]) -> list[Value]:
-        """What ``work`` gives on every rank, in their order; refused as by ``alike``."""
-        return self._gather(self.alike(work))
+    def all_gather(self, work: Callable[[], Value]) -> list[Value]:
+        """What ``work`` gives on every rank, in their order; refused as by ``raise_on_all``."""
+        return self._gather(self.raise_on_all(work))
 
-    def deal(
+    def map_tasks(
         self,
         works: Sequence[Callable[[], Value]],
         kept: MutableMapping[int, Value] | None = None,
@@ -115,7 +115,7 @@ class Job:
 
         Example:
             >>> kept = {1: "kept"}
-            >>> ALONE.deal([lambda: "a", lambda: "b", lambda: "c"], kept, print), kept
+            >>> SINGLE_PROCESS.map_tasks([lambda: "a", lambda: "b", lambda: "c"], kept, print), kept
             0
             2
             3
@@ -127,14 +127,14 @@ class Job:
             done(missing[start])
             now = missing[start : start + self.size]
             own = [works[k] for k in now[self.rank : self.rank + 1]]
-            made = self.each(partial(_each_called, own))
+            made = self.all_gather(partial(_each_called, own))
             for k, piece in zip(now, (piece for some in made for piece in some), strict=True):
                 kept[k] = piece
         done(len(works))
         return [kept[k] for k in range(len(works))]
 
-    def tensors_of_first(self, read: Callable[[], Params]) -> Params:
-        """``first`` for what is as large as a model: one tensor at a time, on the CPU."""
+    def broadcast_tensors(self, read: Callable[[], Params]) -> Params:
+        """``on_rank0`` for what is as large as a model: one tensor at a time, on the CPU."""
         if self.group is None:
             return read()
         held: Params = {}
@@ -143,7 +143,7 @@ class Job:
             held.update(read())
             return {name: (x.shape, x.dtype) for name, x in held.items()}
 
-        for name, (shape, dtype) in self.first(layout).items():
+        for name, (shape, dtype) in self.on_rank0(layout).items():
             tensor = held[name] if self.rank == 0 else torch.empty(shape, dtype=dtype)
             with _in_touch():
                 dist.broadcast(tensor, dist.get_global_rank(self.group, 0), self.group)
@@ -162,7 +162,7 @@ class Job:
                         "every process the same plan, files and versions"
                     )
 
-    def say_once(self, text: str, say: Callable[[str], object]) -> None:
+    def print_once(self, text: str, say: Callable[[str], object]) -> None:
         """Call ``say`` in the first process that comes with this text; the others, which may end first, wait for it.
 
         The one method that not all processes need to call.
@@ -195,7 +195,7 @@ class Job:
         return values
 
 
-ALONE = Job()
+SINGLE_PROCESS = Job()
 
 
 def is_launched() -> bool:
@@ -204,14 +204,14 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def launched() -> Iterator[Job]:
-    """The processes of the job that this one belongs to, or ``ALONE``; all of them enter this.
+def join_job() -> Iterator[Job]:
+    """The processes of the job that this one belongs to, or ``SINGLE_PROCESS``; all of them enter this.
 
     Where the caller has started a process group already, the job is that group's.
     """
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
-            yield ALONE
+            yield SINGLE_PROCESS
             return
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         try:
@@ -229,7 +229,7 @@ def launched() -> Iterator[Job]:
         finally:
             dist.destroy_process_group()
     else:
-        yield ALONE
+        yield SINGLE_PROCESS
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def _in_touch() -> Iterator[None]:
         ) from error
 
 
-def _portable(error: Exception | None) -> Exception | None:
+def picklable_error(error: Exception | None) -> Exception | None:
     """The error itself where it survives pickling, else its words."""
     if error is None:
         return None

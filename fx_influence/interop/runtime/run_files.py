@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fx_influence.interop.rollouts.record import Rollout, read_rollouts, rollout_lines
-from fx_influence.interop.runtime.job import ALONE, Job
-from fx_influence.types import Batch, Params, TokenValues
+from fx_influence.interop.rollouts.native_format import read_native_rollouts, to_json_lines
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.job import SINGLE_PROCESS, Job
+from fx_influence.types import Params
 
 PLAN, ENVIRONMENT, SUMMARY = "plan.yaml", "environment.json", "summary.json"
 SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
@@ -40,56 +41,9 @@ class RunDirectoryError(ValueError):
     """A directory that cannot hold or does not hold the run asked for."""
 
 
-def eval_name(index: int, what: str) -> str:
+def eval_file(index: int, what: str) -> str:
     """File name of a piece of one evaluation, such as ``eval_00.npz``."""
     return f"eval_{index:02d}{what}"
-
-
-def sequence_records(
-    rollouts: Sequence[Rollout],
-    tokenizer: Any,
-    *,
-    mean_entropy: Sequence[float],
-    mean_logprob: Sequence[float],
-    gradient_norm: Sequence[float] | None,
-    influence: Sequence[float],
-    stderr: Sequence[float],
-) -> list[dict[str, Any]]:
-    """What ``update_sequences.jsonl`` says of each rollout of U; ``gradient_norm`` is null where nobody measured it.
-
-    Each argument holds one number a rollout: nats per token, |g_i|, and nats per unit lr.
-    """
-    return [
-        {
-            "id": r.id,
-            "prompt_id": r.prompt_id,
-            "prompt": r.prompt,
-            **({} if r.question is None else {"question": r.question}),
-            "completion": r.completion,
-            "tokens": [tokenizer.decode([token]) for token in r.completion_ids],
-            "reward": r.reward,
-            "advantage": r.advantage,
-            "prompt_length": len(r.prompt_ids),
-            "completion_length": len(r.completion_ids),
-            "finished": r.finished,
-            "mean_entropy": mean_entropy[i],
-            "mean_logprob": mean_logprob[i],
-            "gradient_norm": None if gradient_norm is None else gradient_norm[i],
-            "influence": influence[i],
-            "stderr": stderr[i],
-        }
-        for i, r in enumerate(rollouts)
-    ]
-
-
-def token_arrays(batch: Batch, values: TokenValues) -> dict[str, np.ndarray]:
-    """What ``update_tokens.npz`` says of U's tokens, (n_u, T) float32: log pi, entropy and the loss's coefficients.
-
-    ``batch``: U as ``collate`` pads it. ``entropy_coefficients`` is there where the loss has them.
-    """
-    found = {"logprobs": values.logprobs, "entropies": values.entropies, "coefficients": batch.coefficients}
-    found["entropy_coefficients"] = batch.entropy_coefficients
-    return {name: x.float().cpu().numpy() for name, x in found.items() if x is not None}
 
 
 class RunFiles:
@@ -103,22 +57,22 @@ class RunFiles:
     all are given what was read, and an error is raised on all.
     """
 
-    def __init__(self, path: Path, job: Job = ALONE) -> None:
+    def __init__(self, path: Path, job: Job = SINGLE_PROCESS) -> None:
         self.path, self.job = path, job
 
     def has(self, name: str) -> bool:
-        return self.job.first(lambda: (self.path / name).is_file() and (name == SUMMARY or name in self._sums()))
+        return self.job.on_rank0(lambda: (self.path / name).is_file() and (name == SUMMARY or name in self._sums()))
 
-    def lists(self, name: str) -> bool:
+    def was_stored(self, name: str) -> bool:
         """Whether the file was stored, be it still there or not."""
-        return self.job.first(lambda: name in self._sums())
+        return self.job.on_rank0(lambda: name in self._sums())
 
     def names(self, pattern: str) -> list[str]:
         """The files that are there, by their names' pattern, stored or not."""
-        return self.job.first(lambda: sorted(file.name for file in self.path.glob(pattern)))
+        return self.job.on_rank0(lambda: sorted(file.name for file in self.path.glob(pattern)))
 
     def remove(self, *names: str) -> None:
-        self.job.first(lambda: self._remove(names))
+        self.job.on_rank0(lambda: self._remove(names))
 
     def write_text(self, name: str, text: str) -> None:
         self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
@@ -147,7 +101,7 @@ class RunFiles:
         self._whole(name, lambda file: save_file({key: x.contiguous().cpu() for key, x in tensors.items()}, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
-        self.write_text(name, rollout_lines(rollouts))
+        self.write_text(name, to_json_lines(rollouts))
 
     def read_yaml(self, name: str) -> Any:
         return yaml.safe_load(self._read(name))
@@ -174,14 +128,14 @@ class RunFiles:
             self._check(name, sha256(self.path / name))
             return load_file(self.path / name)
 
-        return self.job.tensors_of_first(read)
+        return self.job.broadcast_tensors(read)
 
     def read_rollouts(self, name: str) -> list[Rollout]:
         def read() -> list[Rollout]:
             self._check(name, sha256(self.path / name))
-            return read_rollouts(self.path / name)
+            return read_native_rollouts(self.path / name)
 
-        return self.job.first(read)
+        return self.job.on_rank0(read)
 
     def _read(self, name: str) -> bytes:
         def read() -> bytes:
@@ -189,7 +143,7 @@ class RunFiles:
             self._check(name, hashlib.sha256(data).hexdigest())
             return data
 
-        return self.job.first(read)
+        return self.job.on_rank0(read)
 
     def _check(self, name: str, found: str) -> None:
         if not name.endswith(ANNOTATED) and self._sums().get(name) != found:
@@ -220,7 +174,7 @@ class RunFiles:
             if name != SUMMARY:
                 self._write_sums({**self._sums(), name: sha256(self.path / name)})
 
-        self.job.first(replace)
+        self.job.on_rank0(replace)
 
     def _replace(self, name: str, write: Callable[[str], object]) -> None:
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
@@ -246,7 +200,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def raise_if_damaged(path: Path) -> Iterator[None]:
     """What is read of a directory inside, or ``RunDirectoryError`` where it is damaged."""
     try:
         yield

@@ -33,7 +33,8 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import entropy_estimate
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state, require_adamw
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture import Capture, CapturedStep, CaptureError
 from fx_influence.interop.trl.checks import calling_trainer, check_kind, check_scored, check_steps, rounding_bound
 from fx_influence.interop.trl.generation import GenerationError, check_drawn, check_explained, check_generation

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.interop.generation import Recorder, eval_mode, seeded
+from fx_influence.interop.generation import LogprobRecorder, eval_mode, seeded_rng
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.generation import generating_model
 from fx_influence.interop.trl.ranks import of_all, place, share
@@ -85,9 +85,9 @@ def _drawn(trainer: Any, prompts: list[Any]) -> list[_Drawn]:
 
 
 @contextmanager
-def _recorded(model: Any) -> Iterator[list[Recorder]]:
+def _recorded(model: Any) -> Iterator[list[LogprobRecorder]]:
     """Every call of ``generate`` inside with a recorder behind all that it does to logits."""
-    recorders: list[Recorder] = []
+    recorders: list[LogprobRecorder] = []
     original = getattr(model, "_get_logits_processor", None)
     if original is None:
         yield recorders
@@ -95,7 +95,7 @@ def _recorded(model: Any) -> Iterator[list[Recorder]]:
 
     def with_recorder(*args: Any, **kwargs: Any) -> Any:
         processors = original(*args, **kwargs)
-        recorders.append(Recorder(1.0))
+        recorders.append(LogprobRecorder(1.0))
         processors.append(recorders[-1])
         return processors
 
@@ -109,7 +109,7 @@ def _recorded(model: Any) -> Iterator[list[Recorder]]:
             vars(model)["_get_logits_processor"] = before
 
 
-def _logprobs(recorders: list[Recorder], completion_ids: list[list[int]]) -> list[list[float]] | None:
+def _logprobs(recorders: list[LogprobRecorder], completion_ids: list[list[int]]) -> list[list[float]] | None:
     """What the one recorder kept of these completions; None where it is not of them."""
     width = max(map(len, completion_ids), default=0)
     if len(recorders) != 1 or not width:
@@ -132,7 +132,7 @@ def _untouched(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator
     gather = vars(accelerator).get("gather")
     accelerator.gather = lambda tensor: tensor
     try:
-        with random_state(trainer), eval_mode(trainer.model), seeded(seed, accelerator.device):
+        with random_state(trainer), eval_mode(trainer.model), seeded_rng(seed, accelerator.device):
             yield
     finally:
         del accelerator.gather

@@ -17,8 +17,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from fx_influence.interop.checkpoints.load import PARAM_NAMES
-from fx_influence.interop.rollouts.record import Rollout, collate
+from fx_influence.interop.checkpoints.directory import PARAM_NAMES
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import environment, peak_gpu_memory_bytes, peak_memory_bytes
 from fx_influence.interop.runtime.run_files import (
     BASELINE,
@@ -29,10 +30,9 @@ from fx_influence.interop.runtime.run_files import (
     UPDATE_ROLLOUTS,
     UPDATE_TOKENS,
     RunFiles,
-    eval_name,
-    sequence_records,
-    token_arrays,
+    eval_file,
 )
+from fx_influence.interop.runtime.run_records import sequence_records, token_arrays
 from fx_influence.interop.trl.capture import CapturedStep
 from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.interop.trl.sampling import rollout_of
@@ -127,13 +127,13 @@ class StepStore:
         files.write_rollouts(UPDATE_ROLLOUTS, rollouts)
         batch, values = _right_padded(measured.captured, rollouts)
         files.write_arrays(UPDATE_TOKENS, token_arrays(batch, values))
-        files.write_rollouts(eval_name(0, "_rollouts.jsonl"), measured.evaluation)
-        files.write_arrays(eval_name(0, ".npz"), _arrays(measured, batch))
+        files.write_rollouts(eval_file(0, "_rollouts.jsonl"), measured.evaluation)
+        files.write_arrays(eval_file(0, ".npz"), _arrays(measured, batch))
         if measured.influence.matrix is not None:
-            files.write_array(eval_name(0, "_delta_matrix.npy"), measured.influence.matrix.cpu().numpy())
+            files.write_array(eval_file(0, "_delta_matrix.npy"), measured.influence.matrix.cpu().numpy())
         files.write_jsonl(SEQUENCES, _sequences(measured, rollouts, trainer))
         summary = _summary(measured)
-        files.write_json(eval_name(0, ".json"), summary)
+        files.write_json(eval_file(0, ".json"), summary)
         files.write_json(SUMMARY, summary)
         if self._place.exists():
             shutil.rmtree(self._replaced, ignore_errors=True)
@@ -185,7 +185,7 @@ def _inputs() -> dict[str, Any]:
     return {
         "checkpoint": STATE,
         "update": {"rollouts": UPDATE_ROLLOUTS},
-        "evaluations": [{"rollouts": eval_name(0, "_rollouts.jsonl")}],
+        "evaluations": [{"rollouts": eval_file(0, "_rollouts.jsonl")}],
     }
 
 

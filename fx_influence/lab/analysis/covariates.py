@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.lab.analysis.correlation import Column
 from fx_influence.lab.inputs.rollouts import ON_POLICY_TOLERANCE
 from fx_influence.lab.results import EntropyInfluenceResults

@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 
 from fx_influence.interop.runtime.environment import timed
-from fx_influence.interop.runtime.run_files import (
-    BASELINE,
-    SEQUENCES,
-    UPDATE_TOKENS,
-    eval_name,
-    readable,
-    sequence_records,
-    token_arrays,
-)
+from fx_influence.interop.runtime.run_files import BASELINE, SEQUENCES, UPDATE_TOKENS, eval_file, raise_if_damaged
+from fx_influence.interop.runtime.run_records import sequence_records, token_arrays
 from fx_influence.lab.analysis.allocation import allocation_correlations
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.measure import evaluate, first_order
@@ -56,14 +49,14 @@ def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
         step = measure_step(plan, now.state, batch, plan.preconditioner, directory, now.progress)
         directory.write_tensors(BASELINE, step.parts.baseline)
     for i in range(len(plan.evaluations)):
-        if not directory.has(eval_name(i, ".json")):
+        if not directory.has(eval_file(i, ".json")):
             _evaluation(plan, now, step, i)
         for pieces in _pieces(directory, i):
             pieces.clear()
-    with readable(directory.path):
-        arrays = [directory.read_arrays(eval_name(i, ".npz")) for i in range(len(plan.evaluations))]
+    with raise_if_damaged(directory.path):
+        arrays = [directory.read_arrays(eval_file(i, ".npz")) for i in range(len(plan.evaluations))]
         sequences = _sequences(now.state, now.u, step, arrays[0])
-        evaluations = [directory.read_json(eval_name(i, ".json")) for i in range(len(plan.evaluations))]
+        evaluations = [directory.read_json(eval_file(i, ".json")) for i in range(len(plan.evaluations))]
     directory.write_jsonl(SEQUENCES, sequences)
     allocations = [
         allocation_correlations(sequences, found["per_sequence"], evaluation["baseline"])
@@ -80,15 +73,15 @@ def _evaluation(plan: EntropyInfluencePlan, now: Experiment, step: Step, i: int)
         slopes = first_order(plan, now.state, step, e, first, progress)
     with timed(now.seconds, "finite steps"):
         result = evaluate(plan, now.state, step, e, slopes, blocks, progress)
-    directory.write_array(eval_name(i, "_delta_matrix.npy"), result.matrix)
-    directory.write_arrays(eval_name(i, ".npz"), result.arrays)
+    directory.write_array(eval_file(i, "_delta_matrix.npy"), result.matrix)
+    directory.write_arrays(eval_file(i, ".npz"), result.arrays)
     # Written last: its presence says that the evaluation is whole.
-    directory.write_json(eval_name(i, ".json"), result.summary)
+    directory.write_json(eval_file(i, ".json"), result.summary)
 
 
 def _pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arrays]]:
     """What an evaluation keeps while it lasts: the parts of its first order, and the blocks of its sweep."""
-    return directory.array_pieces(eval_name(i, "_first_order")), directory.array_pieces(eval_name(i, "_block"))
+    return directory.array_pieces(eval_file(i, "_first_order")), directory.array_pieces(eval_file(i, "_block"))
 
 
 def _sequences(

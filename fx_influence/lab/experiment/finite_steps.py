@@ -78,7 +78,7 @@ def sweep(
     of_the_step = len(works)
     if any(name in plan.directions for name in ROLLOUT_DIRECTIONS):
         works += [partial(of_rollouts, k, rows) for k, rows in enumerate(row_chunks(once, size))]
-    blocks = state.job.deal(works, kept, lambda done: progress("finite steps", done, len(works)))
+    blocks = state.job.map_tasks(works, kept, lambda done: progress("finite steps", done, len(works)))
     return _assembled(blocks[:of_the_step], blocks[of_the_step:], index.cpu().numpy())
 
 

@@ -117,7 +117,7 @@ def first_order(
     if "rmsprop" in plan.directions and multiple is None:
         works.append(partial(_along_rmsprop, plan, state, step, e))
     arrays = [partial(_arrays, work) for work in works]
-    parts = state.job.deal(arrays, kept, lambda done: progress("first order", done, len(works)))
+    parts = state.job.map_tasks(arrays, kept, lambda done: progress("first order", done, len(works)))
     found = {"rounding_floor": np.array(np.nan)} | {name: value for part in parts for name, value in part.items()}
     if multiple is not None:
         found["per_sequence_rmsprop"] = multiple * found["per_sequence"]

@@ -11,13 +11,13 @@ import torch
 
 from fx_influence.interop.runtime.environment import (
     environment,
+    limit_threads,
     peak_gpu_memory_bytes,
     peak_memory_bytes,
-    threads_for,
     timed,
 )
-from fx_influence.interop.runtime.job import REFUSALS, Job, launched
-from fx_influence.interop.runtime.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_name
+from fx_influence.interop.runtime.job import USER_ERRORS, Job, join_job
+from fx_influence.interop.runtime.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_file
 from fx_influence.lab.experiment.step import STEP_PIECES
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts, load_rollouts
 from fx_influence.lab.inputs.training_state import TrainingState, input_sums, load_state, reference_lr
@@ -41,7 +41,7 @@ class Experiment(NamedTuple):
     def sampled_evaluation(self, plan: StepPlan, i: int) -> ScoredRollouts:
         """E number ``i``."""
         with timed(self.seconds, "sampling"):
-            name = eval_name(i, "_rollouts.jsonl")
+            name = eval_file(i, "_rollouts.jsonl")
             return load_rollouts(plan, self.state, self.directory, i + 1, name, self.progress)
 
 
@@ -63,16 +63,16 @@ def carry_out(
     """
     plan = resolved(plan, Path.cwd())
     path = _own_path(plan) if path is None else Path(path)
-    with launched() as job:
+    with join_job() as job:
         # Before a model is read.
-        job.first(lambda: RunDirectory(path).check_open_to(plan))
+        job.on_rank0(lambda: RunDirectory(path).check_open_to(plan))
         job.check_same({**plan.to_dict(), "packages": environment()["packages"]})
-        if job.first(lambda: RunDirectory(path).has(SUMMARY)):
+        if job.on_rank0(lambda: RunDirectory(path).has(SUMMARY)):
             directory = RunDirectory.start(path, plan, {}, job)
         else:
             directory = _measured(plan, path, measure, progress if job.rank == 0 else _silent, job)
         directory.remove(*STEP_PIECES)
-        return job.first(lambda: load(path))
+        return job.on_rank0(lambda: load(path))
 
 
 def _measured(
@@ -84,15 +84,15 @@ def _measured(
 ) -> RunDirectory:
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        state, inputs = job.alike(lambda: (load_state(plan, job), input_sums(plan)))
+        state, inputs = job.raise_on_all(lambda: (load_state(plan, job), input_sums(plan)))
         job.check_same(inputs)
-    with threads_for(sum(p.numel() for p in state.model.parameters())):
+    with limit_threads(sum(p.numel() for p in state.model.parameters())):
         directory = RunDirectory.start(path, plan, inputs, job)
         try:
             with timed(seconds, "sampling"):
                 u = load_rollouts(plan, state, directory, 0, UPDATE_ROLLOUTS, progress)
             figures = measure(plan, Experiment(state, directory, u, seconds, progress))
-        except REFUSALS as error:
+        except USER_ERRORS as error:
             if job.rank == 0:
                 # Not in step with the other ranks, which may not have come so far.
                 RunDirectory(path).note_failure(error)
@@ -111,7 +111,7 @@ def _own_path(plan: StepPlan) -> Path:
 
 
 def _figures(state: TrainingState, u: ScoredRollouts, seconds: dict[str, float]) -> dict[str, Any]:
-    on_gpu = [peak for peak in state.job.each(peak_gpu_memory_bytes) if peak is not None]
+    on_gpu = [peak for peak in state.job.all_gather(peak_gpu_memory_bytes) if peak is not None]
     return {
         "lr": state.opt_state.lr,
         "reference_lr": reference_lr(state),
@@ -121,7 +121,7 @@ def _figures(state: TrainingState, u: ScoredRollouts, seconds: dict[str, float])
         "trainable_parameters": sum(p.numel() for p in state.params.values()),
         "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
-        "peak_memory_bytes": max(state.job.each(peak_memory_bytes)),
+        "peak_memory_bytes": max(state.job.all_gather(peak_memory_bytes)),
         "peak_gpu_memory_bytes": max(on_gpu, default=None),
         "torch_threads": torch.get_num_threads(),
         "ranks": state.job.size,

@@ -14,7 +14,7 @@ from fx_influence.autodiff.gram import rollout_gradients
 from fx_influence.batching.rows import distinct_rows, row_chunks, select_rows
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
-from fx_influence.interop.runtime.run_files import GRADIENT, readable
+from fx_influence.interop.runtime.run_files import GRADIENT, raise_if_damaged
 from fx_influence.lab.inputs.rollouts import Progress
 from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.plan.plans import STEP_DIRECTIONS, StepPlan
@@ -56,7 +56,7 @@ def measure_step(
     if not directory.has(NORMS):
         directory.write_array(NORMS, _gradient_norms(plan, state, batch).numpy())
     progress("step", 2, 2)
-    with readable(directory.path):
+    with raise_if_damaged(directory.path):
         stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
     gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
     parts = adamw_decompose(gradient, state.opt_state, state.params, preconditioner, plan.max_grad_norm)
@@ -111,4 +111,4 @@ def _gradient_norms(plan: StepPlan, state: TrainingState, batch: Batch) -> Tenso
         return torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0).cpu()
 
     parts = row_chunks(once, rollouts_per_block(plan, state.params))
-    return torch.cat(state.job.deal([partial(norms, part) for part in parts]))[index.cpu()]
+    return torch.cat(state.job.map_tasks([partial(norms, part) for part in parts]))[index.cpu()]

@@ -52,7 +52,7 @@ def self_kernel(plan: FisherKernelPlan, state: TrainingState, batch: Batch, diag
         return torch.stack([square.sum(1, dtype=torch.float64) for square in squares]).sum(0).cpu()
 
     parts = row_chunks(once, rollouts_per_block(plan, state.params))
-    own = torch.cat(state.job.deal([partial(squared, part) for part in parts]))
+    own = torch.cat(state.job.map_tasks([partial(squared, part) for part in parts]))
     dtype = promote(next(iter(state.params.values())).dtype)
     return _numpy(own[index.cpu()].to(dtype))
 
@@ -82,7 +82,7 @@ def kernel(
 def _shared(state: TrainingState, batch: Batch, of_rows: Callable[[Batch], Tensor]) -> Tensor:
     """What ``of_rows`` gives of a batch, on the CPU, each process of the job taking its share of the rows."""
     parts = row_chunks(batch, -(-len(batch.input_ids) // state.job.size))
-    return torch.cat(state.job.deal([partial(_on_cpu, of_rows, part) for part in parts]))
+    return torch.cat(state.job.map_tasks([partial(_on_cpu, of_rows, part) for part in parts]))
 
 
 def _on_cpu(of_rows: Callable[[Batch], Tensor], part: Batch) -> Tensor:

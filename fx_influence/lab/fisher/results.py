@@ -10,7 +10,14 @@ import numpy as np
 
 from fx_influence.core.display import record_line
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.runtime.run_files import ENVIRONMENT, PLAN, SUMMARY, UPDATE_ROLLOUTS, eval_name, readable
+from fx_influence.interop.runtime.run_files import (
+    ENVIRONMENT,
+    PLAN,
+    SUMMARY,
+    UPDATE_ROLLOUTS,
+    eval_file,
+    raise_if_damaged,
+)
 from fx_influence.lab.plan.plans import FisherKernelPlan
 from fx_influence.lab.store import RunDirectory
 
@@ -62,7 +69,7 @@ class FisherKernelResults:
 def load_fisher_run(path: str | Path) -> FisherKernelResults:
     """The finished Fisher run in a directory. Raises ``RunDirectoryError`` naming the file missing or damaged."""
     directory = RunDirectory.finished(path, UPDATE_SELF_KERNEL)
-    with readable(directory.path):
+    with raise_if_damaged(directory.path):
         plan = FisherKernelPlan.from_dict(directory.read_yaml(PLAN))
         return FisherKernelResults(
             path=directory.path,
@@ -77,10 +84,10 @@ def load_fisher_run(path: str | Path) -> FisherKernelResults:
 
 def _evaluation(directory: RunDirectory, index: int) -> FisherEvaluationResults:
     return FisherEvaluationResults(
-        kernel=directory.read_array(eval_name(index, KERNEL)),
-        delta_logprob_matrix=directory.read_array(eval_name(index, CHANGE_MATRIX)),
-        arrays=directory.read_arrays(eval_name(index, ".npz")),
-        summary=directory.read_json(eval_name(index, ".json")),
-        rollouts=directory.read_rollouts(eval_name(index, "_rollouts.jsonl")),
-        top=directory.read_jsonl(eval_name(index, "_top.jsonl")),
+        kernel=directory.read_array(eval_file(index, KERNEL)),
+        delta_logprob_matrix=directory.read_array(eval_file(index, CHANGE_MATRIX)),
+        arrays=directory.read_arrays(eval_file(index, ".npz")),
+        summary=directory.read_json(eval_file(index, ".json")),
+        rollouts=directory.read_rollouts(eval_file(index, "_rollouts.jsonl")),
+        top=directory.read_jsonl(eval_file(index, "_top.jsonl")),
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import timed
-from fx_influence.interop.runtime.run_files import eval_name, readable
+from fx_influence.interop.runtime.run_files import eval_file, raise_if_damaged
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.runner import Experiment, carry_out
 from fx_influence.lab.experiment.step import Step, measure_step
@@ -67,11 +67,11 @@ def _measure(plan: FisherKernelPlan, now: Experiment) -> dict[str, Any]:
         with timed(now.seconds, "self-kernel"):
             directory.write_array(UPDATE_SELF_KERNEL, self_kernel(plan, state, step.batch, diagonal))
     for i in range(len(plan.evaluations)):
-        if not directory.has(eval_name(i, ".json")):
+        if not directory.has(eval_file(i, ".json")):
             _evaluation(plan, now, step, diagonal, i)
         _pieces(directory, i).clear()
-    with readable(directory.path):
-        evaluations = [directory.read_json(eval_name(i, ".json")) for i in range(len(plan.evaluations))]
+    with raise_if_damaged(directory.path):
+        evaluations = [directory.read_json(eval_file(i, ".json")) for i in range(len(plan.evaluations))]
     return {**evaluations[0], "evaluations": evaluations}
 
 
@@ -92,16 +92,16 @@ def _evaluation(plan: FisherKernelPlan, now: Experiment, step: Step, diagonal: P
         now.progress(phase, 1, 1)
     arrays = {name: value for k in range(len(works)) for name, value in kept[k].items()}
     found = Measured(arrays.pop("kernel"), arrays.pop("matrix"), arrays)
-    directory.write_array(eval_name(i, KERNEL), found.kernel)
-    directory.write_array(eval_name(i, CHANGE_MATRIX), found.matrix)
-    directory.write_arrays(eval_name(i, ".npz"), found.arrays)
-    directory.write_jsonl(eval_name(i, "_top.jsonl"), _top(plan.top, e.rollouts, now.u.rollouts, found))
+    directory.write_array(eval_file(i, KERNEL), found.kernel)
+    directory.write_array(eval_file(i, CHANGE_MATRIX), found.matrix)
+    directory.write_arrays(eval_file(i, ".npz"), found.arrays)
+    directory.write_jsonl(eval_file(i, "_top.jsonl"), _top(plan.top, e.rollouts, now.u.rollouts, found))
     # Written last: its presence says that the evaluation is whole.
-    directory.write_json(eval_name(i, ".json"), figures(e, found))
+    directory.write_json(eval_file(i, ".json"), figures(e, found))
 
 
 def _pieces(directory: RunDirectory, i: int) -> Pieces[Arrays]:
-    return directory.array_pieces(eval_name(i, "_part"))
+    return directory.array_pieces(eval_file(i, "_part"))
 
 
 def _top(count: int, of_e: Sequence[Rollout], of_u: Sequence[Rollout], found: Measured) -> list[dict[str, Any]]:

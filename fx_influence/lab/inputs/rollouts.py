@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.core.display import record_line
-from fx_influence.interop.generation import eos_ids
+from fx_influence.interop.generation import eos_token_ids
 from fx_influence.interop.prompts import Prompt
-from fx_influence.interop.rollouts.record import Rollout, collate
-from fx_influence.interop.runtime.run_files import readable
-from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenized
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.run_files import raise_if_damaged
+from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenize_prompts
 from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.plan.batch_request import CustomSequence, RolloutFile, SampledBatch
 from fx_influence.lab.plan.errors import PlanError
@@ -52,7 +53,7 @@ def load_rollouts(
     request, source = plan.requests()[index], state.sources[index]
     pieces = directory.rollout_pieces(name.removesuffix(".jsonl"))
     if directory.has(name):
-        with readable(directory.path / name):
+        with raise_if_damaged(directory.path / name):
             rollouts = directory.read_rollouts(name)
     else:
         if isinstance(request, RolloutFile):
@@ -76,10 +77,10 @@ def load_rollouts(
 
 def _written_out(plan: StepPlan, state: TrainingState, request: CustomSequence) -> Rollout:
     ids = tuple(state.tokenizer(request.completion, add_special_tokens=False)["input_ids"])
-    ids += (eos_ids(state.model, state.tokenizer)[0],) if request.end else ()
+    ids += (eos_token_ids(state.model, state.tokenizer)[0],) if request.end else ()
     if not ids:
         raise PlanError(f"completion is {request.completion!r}, which has no tokens; write at least one, or set end")
-    prompt_ids = tokenized(state.model, state.tokenizer, [Prompt("0", request.prompt)], len(ids))[0]
+    prompt_ids = tokenize_prompts(state.model, state.tokenizer, [Prompt("0", request.prompt)], len(ids))[0]
     rollout = Rollout(
         id="0/0",
         prompt_id="0",
@@ -129,7 +130,7 @@ def _sampled(
         return [dataclasses.replace(r, group=r.group + k * step) for r in drawn]
 
     works = [partial(piece, k) for k in range(math.ceil(len(prompts) / step))]
-    found = state.job.deal(
+    found = state.job.map_tasks(
         works, pieces, lambda done: progress(min(done * step, len(prompts)) * each, len(prompts) * each)
     )
     return [rollout for some in found for rollout in some]

@@ -13,13 +13,14 @@ from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
 from fx_influence.functional import make_functional
 from fx_influence.interop.checkpoints.load import load_checkpoint, load_tokenizer
-from fx_influence.interop.prompts import Prompt, conversations, make_prompts, read_prompts
-from fx_influence.interop.rewards import Reward, check_columns, check_reward, resolve_reward
+from fx_influence.interop.prompts import Prompt, as_conversations, make_prompts, read_prompts
+from fx_influence.interop.rewards import Reward
 from fx_influence.interop.rollouts.read import read_rollouts
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.runtime.job import ALONE, Job
+from fx_influence.interop.runtime.job import SINGLE_PROCESS, Job
 from fx_influence.interop.runtime.run_files import sha256
-from fx_influence.interop.sampling import tokenized
+from fx_influence.interop.sampling import tokenize_prompts
+from fx_influence.interop.scoring import check_columns, check_reward, resolve_reward
 from fx_influence.lab.plan.batch_request import BatchRequest, CustomSequence, RolloutFile, SampledBatch
 from fx_influence.lab.plan.demo import demo_path
 from fx_influence.lab.plan.errors import PlanError
@@ -55,7 +56,7 @@ class TrainingState(NamedTuple):
         return record_line(self)
 
 
-def load_state(plan: StepPlan, job: Job = ALONE) -> TrainingState:
+def load_state(plan: StepPlan, job: Job = SINGLE_PROCESS) -> TrainingState:
     """What the plan names, read and checked, the cheap first. Raises ``PlanError`` and the readers' own errors."""
     from fx_influence.lab.inputs.rollouts import _written_out
 
@@ -80,7 +81,7 @@ def load_state(plan: StepPlan, job: Job = ALONE) -> TrainingState:
     state = TrainingState(model, checkpoint.tokenizer, apply, params, opt_state, sources, reward, job)
     for request, source in zip(plan.requests(), sources, strict=True):
         if isinstance(request, SampledBatch):
-            tokenized(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
+            tokenize_prompts(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
         elif isinstance(request, CustomSequence):
             _written_out(plan, state, request)
         else:
@@ -120,7 +121,7 @@ def _source(plan: StepPlan, request: BatchRequest) -> Source:
     prompts = (
         read_prompts(demo_path(request.prompts)) if isinstance(request.prompts, str) else make_prompts(request.prompts)
     )
-    prompts = conversations(prompts, request.chat, request.system)
+    prompts = as_conversations(prompts, request.chat, request.system)
     if request.prompt_ids is not None:
         if len(set(request.prompt_ids)) < len(request.prompt_ids):
             raise PlanError(f"prompt_ids is {list(request.prompt_ids)}, with an id twice; name each prompt once")

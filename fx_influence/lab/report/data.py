@@ -124,7 +124,7 @@ def _moved(evaluation: EvaluationResults, matrix: np.ndarray) -> dict[str, Any]:
     place = {a: k for k, a in enumerate(used)}
     rollouts = [evaluation.rollouts[a] for a in used]
     return {
-        "texts": [{"id": r.id, "prompt": r.asked, "completion": r.completion} for r in rollouts],
+        "texts": [{"id": r.id, "prompt": r.display_prompt, "completion": r.completion} for r in rollouts],
         "rows": [[place[a] for a in column] for column in chosen.T.tolist()],
         "values": [matrix[column, i].tolist() for i, column in enumerate(chosen.T)],
     }

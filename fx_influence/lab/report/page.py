@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fx_influence.interop.runtime.run_files import readable
+from fx_influence.interop.runtime.run_files import raise_if_damaged
 from fx_influence.lab.report.data import explorer_blobs
 from fx_influence.lab.report.figures import NO_FIGURES, draw_figures
 from fx_influence.lab.report.sections import facts, section, title
@@ -49,7 +49,7 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
 def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
     """The page as text. The same run makes the same text. Arguments and errors are those of ``write_report``."""
     jinja2 = _jinja2()
-    with readable(results.path):
+    with raise_if_damaged(results.path):
         blobs = explorer_blobs(results)
         sections = [section(results, i) for i in range(len(results.evaluations))]
     style, script = (HERE / "explorer.css").read_text(encoding="utf-8"), _script()

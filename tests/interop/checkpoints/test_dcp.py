@@ -23,7 +23,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from transformers import AutoModelForCausalLM
 
-from fx_influence.interop.checkpoints.dcp import has_part, read_part
+from fx_influence.interop.checkpoints.dcp.read import has_values, read_values
 from fx_influence.interop.checkpoints.load import load_checkpoint
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.optimizers import adamw_state
@@ -319,7 +319,7 @@ def test_metadata_names_its_own_classes_only(name: str, directory: Path) -> None
         lambda metadata: metadata.planner_data.update(extra=getattr(__builtins__, name, None) or __builtins__[name]),
     )
     with pytest.raises(ValueError, match=rf"names builtins\.{name}, which no such metadata holds"):
-        read_part(directory, ["model"])
+        read_values(directory, ["model"])
 
 
 def test_what_python_311_names_for_an_enum_is_called_with_nothing(directory: Path) -> None:
@@ -330,9 +330,9 @@ def test_what_python_311_names_for_an_enum_is_called_with_nothing(directory: Pat
     def as_written_there(metadata: Any) -> None:
         metadata.storage_meta = Member()
 
-    expected = read_part(directory, ["model"])
+    expected = read_values(directory, ["model"])
     _rewrite(directory, as_written_there)
-    assert list(read_part(directory, ["model"])) == list(expected)
+    assert list(read_values(directory, ["model"])) == list(expected)
 
 
 def test_values_are_never_unpickled(directory: Path, tmp_path: Path) -> None:
@@ -358,9 +358,9 @@ def test_metadata_of_torch_before_2_4_is_read(directory: Path) -> None:
             if hasattr(stored, "properties"):
                 stored.properties = TensorProperties(dtype=stored.properties.dtype)
 
-    expected = read_part(directory, ["model"])
+    expected = read_values(directory, ["model"])
     _rewrite(directory, older)
-    found = read_part(directory, ["model"])
+    found = read_values(directory, ["model"])
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -382,20 +382,20 @@ DAMAGE: dict[str, Callable[[Any], Any]] = {
 def test_damaged_metadata_is_refused(damage: str, directory: Path) -> None:
     _rewrite(directory, DAMAGE[damage])
     with pytest.raises(ValueError, match=r"\.metadata is damaged or no metadata of torch\.distributed\.checkpoint"):
-        read_part(directory, ["model"])
+        read_values(directory, ["model"])
 
 
 def test_truncated_files_are_refused(directory: Path) -> None:
     data = (directory / "__0_0.distcp").read_bytes()
     (directory / "__0_0.distcp").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"in .*__0_0\.distcp is damaged"):
-        read_part(directory, ["model"])
+        read_values(directory, ["model"])
     (directory / "__0_0.distcp").unlink()
     with pytest.raises(FileNotFoundError, match=r"__0_0\.distcp"):
-        read_part(directory, ["model"])
+        read_values(directory, ["model"])
     (directory / ".metadata").write_bytes((directory / ".metadata").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"\.metadata is damaged"):
-        has_part(directory, ["model"])
+        has_values(directory, ["model"])
 
 
 def test_a_tensor_that_is_not_all_there_is_refused(directory: Path) -> None:
@@ -405,8 +405,8 @@ def test_a_tensor_that_is_not_all_there_is_refused(directory: Path) -> None:
 
     _rewrite(directory, halved)
     with pytest.raises(ValueError, match=r"model\.model\.norm\.weight of shape \(16,\) is not all in"):
-        read_part(directory, ["model"])
+        read_values(directory, ["model"])
 
 
 def test_a_directory_without_metadata_has_no_part(tmp_path: Path) -> None:
-    assert not has_part(tmp_path, ["model"])
+    assert not has_values(tmp_path, ["model"])

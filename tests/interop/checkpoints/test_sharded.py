@@ -16,8 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from fx_influence.interop.checkpoints import dcp as distributed
-from fx_influence.interop.checkpoints.dcp import read_box, read_part, stored_part
+from fx_influence.interop.checkpoints.dcp import read as distributed
+from fx_influence.interop.checkpoints.dcp.read import locate_values, read_slice, read_values
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.optimizers import adamw_state
 
@@ -120,8 +120,8 @@ def test_whole_tensors_of_one_process_are_read_by_three_ranks(
         same(answer[layout]["state"], expected)
     # and it is what one process reads
     plain = tiny()
-    plain.load_state_dict(read_part(directory / layout, ["model"]))
-    again = restore_optimizer(read_part(directory / layout, ["optim"]), plain)
+    plain.load_state_dict(read_values(directory / layout, ["model"]))
+    again = restore_optimizer(read_values(directory / layout, ["optim"]), plain)
     same(whole_state(adamw_state(again, plain)), expected)
 
 
@@ -215,15 +215,15 @@ def test_any_box_of_a_stored_tensor(kind: str, at_once: int, tmp_path: Path, mon
     monkeypatch.setattr(distributed, "BYTES_AT_ONCE", at_once)
     whole = KINDS[kind]
     save_dcp({"model": {"w": whole, "other": torch.zeros(1000)}}, tmp_path)
-    stored = stored_part(tmp_path, ["model"])["w"]
+    stored = locate_values(tmp_path, ["model"])["w"]
     for box in [(slice(0, 7), slice(0, 5), slice(0, 3)), (slice(2, 6), slice(1, 4), slice(2, 3)), (slice(7, 7),) * 3]:
         out = torch.full_like(whole[box], 99, dtype=torch.float64)
-        read_box(stored, [one.start for one in box], out)
+        read_slice(stored, [one.start for one in box], out)
         assert torch.equal(out, whole[box].double())
 
 
 def test_a_box_that_is_not_all_there_is_refused(tmp_path: Path) -> None:
     save_dcp({"model": {"w": torch.zeros(4, 3)}}, tmp_path)
-    stored = stored_part(tmp_path, ["model"])["w"]
+    stored = locate_values(tmp_path, ["model"])["w"]
     with pytest.raises(ValueError, match=r"model\.w of shape \(4, 3\) is not all in"):
-        read_box(stored, [2, 0], torch.empty(3, 3))
+        read_slice(stored, [2, 0], torch.empty(3, 3))

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from helpers.rollout_writers import PAD, ids, make_tokenizer, write_nemo_rl
 
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.native_format import write_rollouts
 from fx_influence.interop.rollouts.read import read_rollouts
-from fx_influence.interop.rollouts.record import Rollout, collate, write_rollouts
+from fx_influence.interop.rollouts.record import Rollout
 
 TOKENIZER = make_tokenizer()
 NAN = math.nan

@@ -22,8 +22,10 @@ from helpers.rollout_writers import (
     write_verl,
 )
 
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.native_format import write_rollouts
 from fx_influence.interop.rollouts.read import read_rollouts
-from fx_influence.interop.rollouts.record import Rollout, collate, write_rollouts
+from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.losses import group_advantages
 
 TOKENIZER = make_tokenizer()

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from fx_influence.interop.rollouts.record import Rollout, collate, read_rollouts, write_rollouts
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.native_format import read_native_rollouts, write_rollouts
+from fx_influence.interop.rollouts.record import Rollout
 
 PAD = EOS = 1
 
@@ -72,7 +74,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     ]
     path = tmp_path / "r.jsonl"
     write_rollouts(path, written)
-    assert read_rollouts(path) == written
+    assert read_native_rollouts(path) == written
     assert len(path.read_bytes().splitlines()) == 2
     assert os.listdir(tmp_path) == ["r.jsonl"]
 
@@ -89,7 +91,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         write_rollouts(path, [rollout("new/0")])
-    assert [r.id for r in read_rollouts(path)] == ["p/0"]
+    assert [r.id for r in read_native_rollouts(path)] == ["p/0"]
     assert os.listdir(tmp_path) == ["r.jsonl"]
 
 
@@ -103,7 +105,7 @@ def test_blank_lines_and_unknown_fields_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     record = {**dataclasses.asdict(rollout()), "note": "ignored"}
     path.write_text(f"\n{json.dumps(record)}\n\n")
-    assert read_rollouts(path) == [rollout()]
+    assert read_native_rollouts(path) == [rollout()]
 
 
 def without(name: str) -> str:
@@ -133,14 +135,14 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, mess
     path = tmp_path / "r.jsonl"
     path.write_text(f"{json.dumps(dataclasses.asdict(rollout()))}\n\n{line}\n")
     with pytest.raises(ValueError, match=f"r.jsonl, line 3.*{message}"):
-        read_rollouts(path)
+        read_native_rollouts(path)
 
 
 def test_every_malformed_line_is_named_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join([altered(), "{", altered(reward=math.nan), altered(group="0"), altered()]))
     with pytest.raises(ValueError, match="line 2: this is not JSON") as caught:
-        read_rollouts(path)
+        read_native_rollouts(path)
     assert [line.split("r.jsonl, ")[1] for line in str(caught.value).splitlines()][1:] == [
         "line 3: field 'reward' holds the number NaN, which is not finite; repair it first",
         "line 4: field 'group' is '0'; that is not the type that write_rollouts gives it",
@@ -149,7 +151,7 @@ def test_every_malformed_line_is_named_in_one_error(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'.*none.jsonl' does not exist"):
-        read_rollouts(tmp_path / "none.jsonl")
+        read_native_rollouts(tmp_path / "none.jsonl")
 
 
 def test_what_the_policy_did_not_sample_does_not_count_and_coefficients_are_collated(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_what_the_policy_did_not_sample_does_not_count_and_coefficients_are_coll
     )
     other = rollout("q/0", prompt_ids=(4,), coefficients=(0.25, -1.0), entropy_coefficients=(0.0, 0.0))
     write_rollouts(tmp_path / "r.jsonl", [tool, other])
-    assert read_rollouts(tmp_path / "r.jsonl") == [tool, other]
+    assert read_native_rollouts(tmp_path / "r.jsonl") == [tool, other]
     batch = collate([tool, other], PAD)
     start = len(tool.prompt_ids)
     assert batch.completion_mask[0].nonzero().flatten().tolist() == [start + 1]

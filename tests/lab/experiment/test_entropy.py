@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 import fx_influence as fx
 from fx_influence.interop.checkpoints.load import load_checkpoint
-from fx_influence.interop.rollouts.record import collate, read_rollouts
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.native_format import read_native_rollouts
 from fx_influence.lab import store
 from fx_influence.lab.analysis.allocation import ALLOCATIONS
 from fx_influence.lab.cli import main
@@ -130,11 +131,11 @@ def rounding_of(params: fx.Params, batch: fx.Batch, size: Any) -> dict[str, Any]
 
 def test_the_stored_numbers_are_those_of_the_library_on_the_stored_rollouts(finished: Path) -> None:
     apply, params, state = _state()
-    rollouts = read_rollouts(finished / "update_rollouts.jsonl")
+    rollouts = read_native_rollouts(finished / "update_rollouts.jsonl")
     u = collate(rollouts, pad_id=0)
     advantages = torch.tensor([r.advantage for r in rollouts])
     c = fx.coefficients("dr_grpo", advantages, u.completion_mask, max_completion_length=20)
-    e = collate(read_rollouts(finished / "eval_00_rollouts.jsonl"), pad_id=0)
+    e = collate(read_native_rollouts(finished / "eval_00_rollouts.jsonl"), pad_id=0)
     out = fx.influence(params, u._replace(coefficients=c), e, state, apply=apply, max_grad_norm=1.0, matrix=True)
     arrays = dict(np.load(finished / "eval_00.npz"))
     near = rounding_of(params, u, out.per_token.abs().sum())
@@ -156,7 +157,7 @@ def test_the_stored_numbers_are_those_of_the_library_on_the_stored_rollouts(fini
 
 def test_the_other_influences_are_those_of_their_gain_and_query(finished: Path) -> None:
     apply, params, state = _state()
-    u, e = (read_rollouts(finished / name) for name in ("update_rollouts.jsonl", "eval_00_rollouts.jsonl"))
+    u, e = (read_native_rollouts(finished / name) for name in ("update_rollouts.jsonl", "eval_00_rollouts.jsonl"))
     batch_u, batch_e = collate(u, pad_id=0), collate(e, pad_id=0)
     advantages = torch.tensor([r.advantage for r in u])
     c = fx.coefficients("dr_grpo", advantages, batch_u.completion_mask, max_completion_length=20)
@@ -255,7 +256,7 @@ def test_another_seed_gives_other_rollouts(finished: Path, tmp_path: Path) -> No
     plan = write_plan(tmp_path, PLAN, evaluations=PLAN["evaluations"][1:], eta_multiples=[1.0])
     assert main(["run", plan, "--seed", "2", "--out", str(tmp_path / "out")]) == 0
     assert yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["seed"] == 2
-    ours, theirs = (read_rollouts(d / "update_rollouts.jsonl") for d in (finished, tmp_path / "out"))
+    ours, theirs = (read_native_rollouts(d / "update_rollouts.jsonl") for d in (finished, tmp_path / "out"))
     assert [r.completion for r in ours] != [r.completion for r in theirs]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.core.tree import shift
 from fx_influence.interop.checkpoints.load import load_checkpoint
-from fx_influence.interop.rollouts.record import collate
+from fx_influence.interop.rollouts.batch import collate
 from fx_influence.lab.cli import main
 from fx_influence.lab.fisher import measure as fisher_measure
 from fx_influence.lab.fisher import run as fisher_module

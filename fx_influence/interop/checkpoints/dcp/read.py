@@ -10,102 +10,35 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fx_influence.interop.checkpoints.torch_save import row_layout
+from fx_influence.interop.checkpoints.dcp.metadata import METADATA, Chunk, read_metadata
+from fx_influence.interop.checkpoints.torch_save import load_values, row_layout
 
-METADATA = ".metadata"
 BYTES_AT_ONCE = 2**24
 
 
-class _Record:
-    """The fields of one of torch's dataclasses; a tuple is what TensorProperties pickles, and of no use here."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-def _unused(*_: object) -> None:
-    """In place of a layout, a memory format, a dtype or a path of the machine that wrote: no value needs them."""
-
-
-_CLASSES = "torch.distributed.checkpoint.metadata"
-_ADMITTED: dict[tuple[str, str], Any] = {
-    (_CLASSES, "Metadata"): _Record,
-    (_CLASSES, "MetadataIndex"): _Record,
-    (_CLASSES, "TensorStorageMetadata"): _Record,
-    (_CLASSES, "ChunkStorageMetadata"): _Record,
-    (_CLASSES, "BytesStorageMetadata"): _Record,
-    (_CLASSES, "TensorProperties"): _Record,
-    (_CLASSES, "StorageMeta"): _Record,
-    (_CLASSES, "_MEM_FORMAT_ENCODING"): _unused,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
-    # of sharded tensors, and of all before torch 2.4
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Record,
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): _unused,
-    ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): _unused,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): _unused,
-    ("pathlib", "WindowsPath"): _unused,
-    ("pathlib._local", "PosixPath"): _unused,
-    ("pathlib._local", "WindowsPath"): _unused,
-    # how Python 3.11.0 to 3.11.3 pickle a member of an enum
-    ("builtins", "getattr"): _unused,
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return _unused
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no such metadata holds")
-        return _ADMITTED[module, name]
-
-
-class _Piece(NamedTuple):
-    """A box of a tensor, or a whole value, and the bytes it stands in."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-class Stored(NamedTuple):
+class StoredValue(NamedTuple):
     """A value in a directory, unread; ``shape`` is None if it is no tensor."""
 
     directory: Path
     name: str
     shape: tuple[int, ...] | None
-    pieces: list[_Piece]
+    pieces: list[Chunk]
 
 
-class _Entry(NamedTuple):
-    """One value: its keys in the saved dict, its shape (None if it is no tensor) and its pieces."""
-
-    path: tuple[str | int, ...]
-    shape: tuple[int, ...] | None
-    pieces: list[_Piece]
-
-
-def has_part(directory: Path, names: Sequence[str]) -> bool:
-    """Whether ``read_part`` would find anything; False where there is no ``.metadata``."""
+def has_values(directory: Path, names: Sequence[str]) -> bool:
+    """Whether ``read_values`` would find anything; False where there is no ``.metadata``."""
     file = directory / METADATA
-    return file.is_file() and any(_below(entry.path, names) for entry in _entries(file))
+    return file.is_file() and any(_below(entry.path, names) for entry in read_metadata(file))
 
 
-def read_part(directory: Path, names: Sequence[str]) -> Any:
+def read_values(directory: Path, names: Sequence[str]) -> Any:
     """What a saved state dict holds under any of ``names``, nested as it was; an empty dict if that is nothing.
 
     ``directory``: of ``torch.distributed.checkpoint.save``, by any number of processes; the shards of a tensor are put
@@ -122,76 +55,27 @@ def read_part(directory: Path, names: Sequence[str]) -> Any:
         >>> with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")  # that this is a single process
         ...     _ = dcp.save(saved, checkpoint_id=directory)
-        ...     read_part(Path(directory), ["model"]), read_part(Path(directory), ["optim", "optimizer"])
+        ...     read_values(Path(directory), ["model"]), read_values(Path(directory), ["optim", "optimizer"])
         ({'w': tensor([0, 1, 2])}, {'param_groups': [{'lr': tensor(0.5000)}]})
     """
     return _part(directory, names, lambda stored: _whole(stored))
 
 
-def stored_part(directory: Path, names: Sequence[str]) -> Any:
-    """``read_part`` with every tensor of one axis or more left unread, as ``Stored``."""
+def locate_values(directory: Path, names: Sequence[str]) -> Any:
+    """``read_values`` with every tensor of one axis or more left unread, as ``StoredValue``."""
     return _part(directory, names, lambda stored: stored if stored.shape else _whole(stored))
 
 
-def _part(directory: Path, names: Sequence[str], found: Callable[[Stored], Any]) -> Any:
+def _part(directory: Path, names: Sequence[str], found: Callable[[StoredValue], Any]) -> Any:
     tree: dict[str | int, Any] = {}
-    for path, shape, pieces in _entries(directory / METADATA):
+    for path, shape, pieces in read_metadata(directory / METADATA):
         below = _below(path, names)
         if below:
             node = tree
             for key in below[:-1]:
                 node = node.setdefault(key, {})
-            node[below[-1]] = found(Stored(directory, ".".join(map(str, path)), shape, pieces))
+            node[below[-1]] = found(StoredValue(directory, ".".join(map(str, path)), shape, pieces))
     return _with_lists(tree)
-
-
-def load_values(file: Path | IO[bytes], name: str) -> Any:
-    """What ``torch.save`` wrote, on the CPU. ``ValueError``, with ``name``, for more than tensors and plain values."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        raise ValueError(
-            f"{name} is damaged or holds more than tensors and plain values{f' ({named[1]})' if named else ''}, which "
-            "are never unpickled; save plain state dicts there"
-        ) from error
-
-
-def _entries(file: Path) -> list[_Entry]:
-    try:
-        with file.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-        spots = {(i.fqn, vars(i).get("offset")): spot for i, spot in metadata.storage_data.items()}
-        paths = metadata.planner_data or {}
-        stored = metadata.state_dict_metadata.items()
-        return [_entry(name, tuple(paths.get(name, (name,))), value, spots) for name, value in stored]
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{file} is damaged or no metadata of torch.distributed.checkpoint, and nothing else is unpickled: "
-            f"{error or type(error).__name__}; save the checkpoint again with torch.distributed.checkpoint.save"
-        ) from error
-
-
-def _entry(name: str, path: tuple[str | int, ...], stored: Any, spots: dict[Any, Any]) -> _Entry:
-    if "chunks" not in vars(stored):
-        return _Entry(path, None, [_piece((), (), spots[name, None])])
-    pieces = [_piece(tuple(c.offsets), tuple(c.sizes), spots[name, c.offsets]) for c in stored.chunks]
-    return _Entry(path, tuple(stored.size), pieces)
-
-
-def _piece(offsets: tuple[int, ...], sizes: tuple[int, ...], spot: Any) -> _Piece:
-    file = spot.relative_path
-    if Path(file).name != file or vars(spot).get("transform_descriptors"):
-        raise ValueError(f"a value stands in {file!r}, transformed by {vars(spot).get('transform_descriptors')}")
-    return _Piece(offsets, sizes, file, spot.offset, spot.length)
 
 
 def _below(path: tuple[str | int, ...], names: Sequence[str]) -> tuple[str | int, ...]:
@@ -199,7 +83,7 @@ def _below(path: tuple[str | int, ...], names: Sequence[str]) -> tuple[str | int
     return next((path[depth + 1 :] for depth in (0, 1) if path[depth : depth + 1] and path[depth] in names), ())
 
 
-def _whole(stored: Stored) -> Any:
+def _whole(stored: StoredValue) -> Any:
     directory, name, shape, pieces = stored
     if shape is None:
         return _read(directory, name, pieces[0])
@@ -215,17 +99,17 @@ def _whole(stored: Stored) -> Any:
     return whole
 
 
-def _not_all_there(stored: Stored) -> ValueError:
+def _not_all_there(stored: StoredValue) -> ValueError:
     return ValueError(
         f"{stored.name} of shape {stored.shape} is not all in {stored.directory}; save the checkpoint again"
     )
 
 
-def read_box(stored: Stored, offsets: Sequence[int], out: Tensor) -> None:
+def read_slice(stored: StoredValue, offsets: Sequence[int], out: Tensor) -> None:
     """Fill ``out`` with the box of its shape that begins at ``offsets`` in a stored tensor, in the dtype of ``out``.
 
     Only files of pieces that reach into the box are opened, and of those the rows that do are read, at most about
-    ``BYTES_AT_ONCE`` at a time. Raises as ``read_part``.
+    ``BYTES_AT_ONCE`` at a time. Raises as ``read_values``.
     """
     found = 0
     for piece in stored.pieces:
@@ -243,7 +127,7 @@ def read_box(stored: Stored, offsets: Sequence[int], out: Tensor) -> None:
         raise _not_all_there(stored)
 
 
-def _rows(stored: Stored, piece: _Piece, rows: slice) -> Iterator[tuple[int, Tensor]]:
+def _rows(stored: StoredValue, piece: Chunk, rows: slice) -> Iterator[tuple[int, Tensor]]:
     """The rows of a piece some at a time, each with the first's index."""
     name = f"{stored.name} in {stored.directory / piece.file}"
     with (stored.directory / piece.file).open("rb") as file:
@@ -264,7 +148,7 @@ def _rows(stored: Stored, piece: _Piece, rows: slice) -> Iterator[tuple[int, Ten
             yield first, part.view(count, *piece.sizes[1:])
 
 
-def _read(directory: Path, name: str, piece: _Piece) -> Any:
+def _read(directory: Path, name: str, piece: Chunk) -> Any:
     with (directory / piece.file).open("rb") as file:
         file.seek(piece.start)
         return load_values(io.BytesIO(file.read(piece.length)), f"{name} in {directory / piece.file}")

@@ -1,0 +1,92 @@
+"""PEFT adapters"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fx_influence.interop.checkpoints.dcp.read import read_values
+from fx_influence.interop.checkpoints.directory import (
+    MODEL_KEYS,
+    reporting_damage,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("a PEFT adapter needs peft: pip install 'fx-influence[peft]'") from error
+
+    with warnings.catch_warnings():
+        # a missing adapter weight is an error below, where peft only warns; the other is peft's own use of transformers
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        try:
+            with reporting_damage("the adapter", path):
+                adapted, saved = (
+                    _adapter_of_files(model, path) if shards is None else _adapter_of_shards(model, path, shards)
+                )
+            misfit = _adapter_misfit(adapted, saved)
+        except RuntimeError as error:
+            misfit = str(error)
+    if misfit:
+        raise ValueError(
+            f"the adapter's weights in {shards or path} do not fit its adapter_config.json: {misfit}; save adapter and "
+            "config together with save_pretrained, or the weights with torch.distributed.checkpoint"
+        )
+    return adapted if dtype is None else adapted.to(dtype)
+
+
+def _adapter_misfit(adapted: Any, saved: dict[str, Tensor]) -> str:
+    """What the saved weights lack, by the model's names or by peft's."""
+    from peft import get_peft_model_state_dict
+
+    names, trained = set(saved), _trained(adapted)
+    if trained <= names:
+        return ""
+    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - names)
+    if missing:
+        return f"missing are {missing[:5]} ({len(missing)} in all)"
+    if len(names) < len(trained):
+        return (
+            f"{len(names)} tensors stand for {len(trained)} trained parameters (peft before 0.21 saves no biases of "
+            "bias='lora_only')"
+        )
+    return ""
+
+
+def _trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _adapter_of_files(model: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True, local_files_only=True)
+    return adapted, load_peft_weights(str(path), device="cpu", local_files_only=True)
+
+
+def _adapter_of_shards(model: Any, path: Path, shards: Path) -> tuple[Any, dict[str, Tensor]]:
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(path), local_files_only=True)
+    # the base of the config may have moved, of which peft would warn
+    config.inference_mode, config.base_model_name_or_path = False, None
+    adapted = get_peft_model(model, config)
+    saved = read_values(shards, MODEL_KEYS)
+    if _trained(adapted) <= set(saved):
+        # of the whole model, where accelerate saves the adapter alone, under peft's names
+        adapted.load_state_dict(saved, strict=False)
+    else:
+        # a copy, as older peft renames in it
+        set_peft_model_state_dict(adapted, dict(saved))
+    return adapted, saved
