@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import gradient_gram
-from fx_influence.autodiff.layer_io import bytes_per_token, factored_names
+from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.consistency import identity_tolerance
 from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
@@ -346,8 +346,8 @@ def _passes(
 def has_factors(t: Task) -> bool:
     """Whether ``HELD`` bytes suffice for U's factors, which decides how ``influence`` goes."""
     p = t.problem
-    names = factored_names(p.params, t.u, p.apply)
-    held = t.u.input_ids[:, :-1].numel() * bytes_per_token(p.params, t.u, p.apply, names)
+    names = supported_names(p.params, t.u, p.apply)
+    held = t.u.input_ids[:, :-1].numel() * layer_io_bytes_per_token(p.params, t.u, p.apply, names)
     return names == p.params.keys() and held <= HELD
 
 

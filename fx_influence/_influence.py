@@ -177,8 +177,8 @@ def influence(
     if tolerance is not None:
         check_number("tolerance", tolerance, "pass a relative residual, or None for the dtype's", lambda x: x >= 0)
     params, engine = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
-    batch_u, batch_e = engine.whole_batch("batch_u", batch_u), engine.whole_batch("batch_e", batch_e)
-    engine.check_agreed(
+    batch_u, batch_e = engine.full_batch("batch_u", batch_u), engine.full_batch("batch_e", batch_e)
+    engine.check_consistent(
         params=params,
         opt_state=opt_state,
         grad=grad,
@@ -192,7 +192,7 @@ def influence(
         tolerance=tolerance,
     )
     if matrix:
-        engine.check_kernel("matrix=True")
+        engine.check_gram("matrix=True")
     _check_batches(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
     if stderr:

@@ -60,15 +60,15 @@ def fisher_kernel(
     check_is_batch("batch_a", batch_a)
     check_is_batch("batch_b", batch_b)
     params, passes = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
-    batch_a, batch_b = passes.whole_batch("batch_a", batch_a), passes.whole_batch("batch_b", batch_b)
-    passes.check_agreed(
+    batch_a, batch_b = passes.full_batch("batch_a", batch_a), passes.full_batch("batch_b", batch_b)
+    passes.check_consistent(
         params=params,
         opt_state=opt_state,
         preconditioner=preconditioner,
         max_grad_norm=max_grad_norm,
         memory_budget=memory_budget,
     )
-    passes.check_kernel("fisher_kernel")
+    passes.check_gram("fisher_kernel")
     check_batch("batch_a", batch_a, params, apply, may_be_empty=True)
     check_batch("batch_b", batch_b, params, apply, may_be_empty=True)
     params, apply = in_float32(params, apply, batch_a)
@@ -88,7 +88,7 @@ def fisher_kernel(
     else:
         raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
     a, b = scored(batch_a), scored(batch_b)
-    return passes.kernel(params, a, b, diagonal, memory_budget, apply)
+    return passes.gram(params, a, b, diagonal, memory_budget, apply)
 
 
 def scored(batch: Batch) -> Batch:

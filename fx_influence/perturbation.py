@@ -85,7 +85,7 @@ def snis_delta(
         check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
     # One rank that refused its direction alone would leave the others waiting.
     passes = make_engine(params, apply, temperature, chunk_size, mesh)
-    passes.check_agreed(direction=direction)
+    passes.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
     measure = _measure(params, batch_e, passes, objective, clip, vmapped=False)
     along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
@@ -140,10 +140,10 @@ def _measure(
     passes = replace(passes, apply=apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
     once, index = distinct_rows(batch_e)
-    together = passes.directions_batch(params, once) if vmapped is None else vmapped
+    together = passes.can_vmap_directions(params, once) if vmapped is None else vmapped
 
     def at(block: Params, eta: float) -> CompletionValues:
-        moved = _at(passes.moved_values(params, block, eta, once, together), index)
+        moved = _at(passes.perturbed_values(params, block, eta, once, together), index)
         return CompletionValues(*vmap(lambda v: completion_values(v, mask))(moved))
 
     # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.
@@ -158,7 +158,7 @@ def _measure(
             raise wrong_type("etas", etas, "a list of numbers", "Pass [eta] for one")
         for eta in etas:
             check_number("etas", eta, "pass finite numbers", math.isfinite)
-        passes.check_agreed(block=block, etas=list(etas))
+        passes.check_consistent(block=block, etas=list(etas))
         _check_direction("block", {name: v[0] for name, v in block.items()}, params)
         return SnisDelta(
             *(torch.stack(field) for field in zip(*(vmap(delta)(at(block, eta)) for eta in etas), strict=True))
@@ -197,7 +197,7 @@ def jvp_delta(
     check_policy(params, apply)
     passes = make_engine(params, with_all_derivatives(apply), temperature, chunk_size, mesh)
     batch_e = _checked(params, batch_e, passes, objective, None)
-    passes.check_agreed(direction=direction)
+    passes.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
     params, apply = in_float32(detached(params), passes.apply, batch_e)
     passes = replace(passes, apply=apply)
@@ -240,7 +240,7 @@ def _checked(params: Params, batch_e: Batch, passes: Engine, objective: Entropy,
     if clip is not None:
         check_number("clip", clip, "pass a positive cumulative log-weight, or None to clip nothing", lambda x: x >= 0)
     check_is_batch("batch_e", batch_e)
-    batch_e = passes.whole_batch("batch_e", batch_e)
-    passes.check_agreed(params=params, objective=objective, clip=clip)
+    batch_e = passes.full_batch("batch_e", batch_e)
+    passes.check_consistent(params=params, objective=objective, clip=clip)
     check_batch("batch_e", batch_e, params, passes.apply)
     return batch_e

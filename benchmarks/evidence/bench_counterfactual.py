@@ -36,8 +36,9 @@ from benchmarks.evidence.trainings import (
 )
 from benchmarks.harness import interval, shown
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import rollout_gradients
-from fx_influence.autodiff.token_values import all_token_values, moved_token_values
+from fx_influence.autodiff.perturbed_values import perturbed_token_values
+from fx_influence.autodiff.rollout_gradients import rollout_gradients
+from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.types import Batch, Params, Preconditioner, TokenValues
@@ -129,7 +130,7 @@ def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[
     before = exact_entropy(all_token_values(params, every, apply), every)
 
     def change(block: Params) -> Tensor:
-        return (exact_entropy(moved_token_values(params, block, 1.0, every, apply), every) - before).unsqueeze(1)
+        return (exact_entropy(perturbed_token_values(params, block, 1.0, every, apply), every) - before).unsqueeze(1)
 
     return change
 

@@ -41,7 +41,7 @@ from benchmarks.evidence.trainings import (
 )
 from benchmarks.harness import interval, shown
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import rollout_gradients
+from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.entropy import (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.gradients import LinearOutputCaches
-from fx_influence.autodiff.token_values import in_place, scored_features, surrogate, token_values
+from fx_influence.autodiff.token_values import scatter_to_batch, scored_features, surrogate, token_values
 from fx_influence.batching.rows import row_chunks
 from fx_influence.core.tree import largest_entry, promote, shift, unit_direction
 from fx_influence.policy.lm_head import head_jvp
@@ -38,7 +38,7 @@ def token_jvp(
             both = policy.backbone_jvp(params, tangent, part, outputs)
             features, toward = (scored_features(x, part) for x in both)
             found.append((part, head_jvp(policy, params, tangent, features, toward, part.targets, temperature)))
-    d = in_place(found, batch)
+    d = scatter_to_batch(found, batch)
     return TokenValues(d.logprobs * scale, d.entropies * scale)
 
 

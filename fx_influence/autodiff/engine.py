@@ -11,7 +11,8 @@ from fx_influence.autodiff.directional import curvature, token_jvp
 from fx_influence.autodiff.ghost import JvpFn, linearize_losses
 from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.gram import gradient_gram
-from fx_influence.autodiff.token_values import all_token_values, directions_batch, moved_token_values
+from fx_influence.autodiff.perturbed_values import can_vmap_directions, perturbed_token_values
+from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 
@@ -26,26 +27,26 @@ class Engine:
     temperature: float = 1.0
     chunk_size: int | None = None
 
-    def whole_batch(self, field: str, batch: Batch) -> Batch:
+    def full_batch(self, field: str, batch: Batch) -> Batch:
         """The batch that the rows given belong to; ``field``: its name, for errors."""
         return batch
 
-    def check_agreed(self, **facts: object) -> None:
+    def check_consistent(self, **facts: object) -> None:
         """Raise ``ValueError`` unless whoever takes part was given the same."""
 
-    def check_kernel(self, asked_by: str) -> None:
+    def check_gram(self, asked_by: str) -> None:
         """Raise ``ValueError`` where ``kernel`` cannot be had, naming what asks for it."""
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
         return all_token_values(params, batch, *self._read)
 
-    def moved_values(
+    def perturbed_values(
         self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
-        return moved_token_values(params, block, eta, batch, *self._read, vmapped)
+        return perturbed_token_values(params, block, eta, batch, *self._read, vmapped)
 
-    def directions_batch(self, params: Params, batch: Batch) -> bool:
-        return directions_batch(params, batch, *self._read)
+    def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
+        return can_vmap_directions(params, batch, *self._read)
 
     def gradient(self, params: Params, batch: Batch) -> Gradients:
         return self.gradient_with_cache(params, batch, 0)[0]
@@ -72,7 +73,7 @@ class Engine:
     ) -> tuple[Gradients, JvpFn] | None:
         return linearize_losses(params, batch, *self._read, memory_budget, at_once)
 
-    def kernel(
+    def gram(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
     ) -> Tensor:
         return gradient_gram(

@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fx_influence.autodiff.gradients import as_leaves
-from fx_influence.autodiff.layer_io import (
-    ENTRIES_AT_ONCE,
-    PIECE,
-    Factor,
-    Factors,
-    bytes_per_token,
-    factored_names,
-    row_factors,
-    write_rows,
+from fx_influence.autodiff.layer_io.collect import collect_layer_io
+from fx_influence.autodiff.layer_io.row_gradients import (
+    BLOCK_COLUMNS,
+    MAX_GRADIENT_ENTRIES,
+    LayerIO,
+    LayerIOs,
+    write_row_gradients,
 )
+from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.core.tree import accumulate, promote, unit_direction
 from fx_influence.policy.split import split_policy
@@ -49,16 +48,16 @@ def linearize_losses(
     where some would be made again for a single direction: a JVP costs as much.
     """
     policy = split_policy(apply)
-    names = factored_names(params, batch, apply)
+    names = supported_names(params, batch, apply)
     pending = micro_batches(batch, chunk_size, policy.left_alignable)
-    per_token = bytes_per_token(params, batch, apply, names)
+    per_token = layer_io_bytes_per_token(params, batch, apply, names)
     sizes = [per_token * part.input_ids.numel() for part in pending]
     if params.keys() - names or (at_once == 1 and sum(sizes) > memory_budget):
         return None
     total: Gradients = dict.fromkeys(params)
-    kept: list[tuple[MicroBatch, Factors | None]] = []
+    kept: list[tuple[MicroBatch, LayerIOs | None]] = []
     for part, size in zip(pending, sizes, strict=True):
-        factors, grads = row_factors(as_leaves(params), batch, part, apply, names, temperature)
+        factors, grads = collect_layer_io(as_leaves(params), batch, part, apply, names, temperature)
         accumulate(total, grads.items())
         memory_budget -= size
         kept.append((part, factors if memory_budget >= 0 else None))
@@ -67,14 +66,14 @@ def linearize_losses(
         scales, units = zip(*(unit_direction(u, params) for u in us), strict=True)
         out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
         for part, factors in kept:
-            own = row_factors(params, batch, part, apply, names, temperature)[0] if factors is None else factors
+            own = collect_layer_io(params, batch, part, apply, names, temperature)[0] if factors is None else factors
             out[:, part.row_index] = inner_products(own, units, len(part.row_index))
         return out * out.new_tensor(scales).unsqueeze(1)
 
     return total, contract
 
 
-def inner_products(factors: Factors, directions: Sequence[Params], rows: int) -> Tensor:
+def inner_products(factors: LayerIOs, directions: Sequence[Params], rows: int) -> Tensor:
     """<g_i, u_k> of every row's gradient with directions u_k over the parameters that have factors, (K, rows) float64.
 
     For one direction no gradient is formed: a linear map's is sum_s g_s . (x_s u^T), one product of the size of its
@@ -93,30 +92,30 @@ def inner_products(factors: Factors, directions: Sequence[Params], rows: int) ->
     return total
 
 
-def _through_gradients(factor: Factor, along: Sequence[Tensor]) -> Tensor:
+def _through_gradients(factor: LayerIO, along: Sequence[Tensor]) -> Tensor:
     u = torch.stack(list(along)).to(promote(factor.grads.dtype))
     count, inner = len(factor.grads), u[0, 0].numel()
-    step = max(1, ENTRIES_AT_ONCE // (count * inner))
+    step = max(1, MAX_GRADIENT_ENTRIES // (count * inner))
     total = torch.zeros(len(u), count, dtype=torch.float64, device=u.device)
     for start in range(0, u.shape[1], step):
         part = slice(start, min(start + step, u.shape[1]))
         own = u.new_empty(count, part.stop - part.start, inner)
-        write_rows(factor, part, own, add=False)
-        total += thin_product(u[:, part].flatten(1), own.flatten(1))
+        write_row_gradients(factor, part, own, add=False)
+        total += thin_matmul(u[:, part].flatten(1), own.flatten(1))
     return total
 
 
-def thin_product(a: Tensor, b: Tensor) -> Tensor:
+def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of few rows and very many columns: cut into short pieces, where BLAS is twice as fast."""
-    whole = a.shape[1] // PIECE * PIECE
+    whole = a.shape[1] // BLOCK_COLUMNS * BLOCK_COLUMNS
     out = a[:, whole:] @ b[:, whole:].T
     if whole:
-        left, right = (x[:, :whole].unflatten(1, (-1, PIECE)).transpose(0, 1) for x in (a, b))
+        left, right = (x[:, :whole].unflatten(1, (-1, BLOCK_COLUMNS)).transpose(0, 1) for x in (a, b))
         out += torch.bmm(left, right.mT).sum(0)
     return out
 
 
-def _inner_product(factor: Factor, u: Tensor) -> Tensor:
+def _inner_product(factor: LayerIO, u: Tensor) -> Tensor:
     kind, x, g = factor
     # Factors in half precision are numbers of float32 too, and their product is made there.
     dtype = promote(g.dtype)

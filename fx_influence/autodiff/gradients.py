@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fx_influence.autodiff.token_values import in_place, scaled_weights, scored_features
+from fx_influence.autodiff.token_values import scaled_loss_weights, scatter_to_batch, scored_features
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import accumulate
@@ -85,7 +85,7 @@ def reweighted_gradient(
             features = scored_features(policy.backbone(leaves, part), part)
         if k == 0:
             graphs[k] = features
-            wanted += _graphs_to_keep(len(pending) - 1, graph.bytes, cache.bytes, memory_budget)
+            wanted += graphs_within_budget(len(pending) - 1, graph.bytes, cache.bytes, memory_budget)
         elif features.requires_grad and graph.bytes <= memory_budget:
             graphs[k] = features
             memory_budget -= graph.bytes
@@ -94,7 +94,7 @@ def reweighted_gradient(
             memory_budget -= cache.bytes
         with torch.no_grad():
             found.append((part, head_token_values(policy, params, features.detach(), part.targets, temperature)))
-    weighted = coefficients_fn(in_place(found, batch))
+    weighted = coefficients_fn(scatter_to_batch(found, batch))
     total: Gradients = dict.fromkeys(params)
     for k, part in enumerate(pending):
         features = graphs.pop(k) if k in graphs else _forward(leaves, part, policy, caches.pop(k, None))
@@ -102,7 +102,7 @@ def reweighted_gradient(
     return weighted, total
 
 
-def _graphs_to_keep(micro_batches: int, graph: int, cache: int, memory_budget: int) -> int:
+def graphs_within_budget(micro_batches: int, graph: int, cache: int, memory_budget: int) -> int:
     """Of so many parts how many, if a graph and a tape take these bytes: all, or what tapes of the others leave."""
     if graph * micro_batches <= memory_budget:
         return micro_batches
@@ -151,7 +151,7 @@ def _reverse(
     leaves: Params, features: Tensor, part: MicroBatch, batch: Batch, policy: SplitPolicy, temperature: float
 ) -> Params:
     """The gradient of the leaves that the part's share of the loss reaches, at least float32."""
-    weights = scaled_weights(batch, part, policy)
+    weights = scaled_loss_weights(batch, part, policy)
     if all(w is None for w in weights):
         return {}
     toward, total = head_vjp(policy, leaves, features, part.targets, weights, temperature)

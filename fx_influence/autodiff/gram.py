@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.ghost import thin_product
-from fx_influence.autodiff.layer_io import bytes_per_token, factored_names, row_factors, row_gradients
-from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss, rows_batch
-from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches
+from fx_influence.autodiff.ghost import thin_matmul
+from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
+from fx_influence.autodiff.rollout_gradients import Rows, _length, _rows, _vmapped
+from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, micro_batches
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import promote
 from fx_influence.policy.split import split_policy
@@ -20,8 +20,6 @@ from fx_influence.types import Apply, Batch, Params
 MEMORY_BUDGET = 3 * 2**28
 """Bytes that ``gradient_gram`` holds at once where the caller names none: 768 MiB."""
 
-Rows = Callable[[str, slice, Tensor], None]
-"""``rows(name, part, out)`` writes every row's gradient of entries of a parameter's first axis to ``out``, (B, n)."""
 
 Slices = dict[str, slice]
 """Parameters by name, with the entries of their first axis that are meant."""
@@ -57,8 +55,8 @@ def gradient_gram(
         return gradient_gram(params, batch_b, batch_a, diagonal, of_b, *options, apply_b=apply).T
     shape = len(batch_a.input_ids), len(batch_b.input_ids)
     total = torch.zeros(shape, dtype=torch.float64, device=batch_a.input_ids.device)
-    factored = factored_names(params, batch_b, apply) & held.keys()
-    per_token = max(1, bytes_per_token(params, batch_b, apply, factored))
+    factored = supported_names(params, batch_b, apply) & held.keys()
+    per_token = max(1, layer_io_bytes_per_token(params, batch_b, apply, factored))
     others = {name: p for name, p in held.items() if name not in factored}
     vmapped = _vmapped(params, batch_b, others, apply, temperature)
     most = memory_budget * 2 // 3
@@ -123,33 +121,6 @@ def _groups(held: Params, room: int) -> Iterator[Slices]:
         yield group
 
 
-def rollout_gradients(params: Params, batch: Batch, apply: Apply, temperature: float = 1.0) -> Params:
-    """The gradient of every row's rollout loss, (B, ...) by name, at least float32; see ``grads.rollout_loss``.
-
-    What ``per_sample_grads(rollout_loss(apply, temperature), params, batch)`` gives, from factors where there are some.
-
-    Example:
-        >>> ids = torch.tensor([[1, 2]])
-        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True]]), coefficients=torch.tensor([[0.0, 1.0]]))
-        >>> apply = lambda params, ids, mask: params["b"].expand(*ids.shape, 4)
-        >>> rollout_gradients({"b": torch.zeros(4)}, batch, apply)["b"].tolist()
-        [[0.25, 0.25, -0.75, 0.25]]
-    """
-    params = {name: p.detach() for name, p in params.items()}
-    factored = factored_names(params, batch, apply)
-    others = {name: p for name, p in params.items() if name not in factored}
-    [part] = micro_batches(batch, len(batch.input_ids), split_policy(apply).left_alignable)
-    vmapped = _vmapped(params, batch, others, apply, temperature)
-    rows_of = _rows(params, batch, part, factored, others, apply, temperature, vmapped)
-    back = part.row_index.argsort()
-    found = {}
-    for name, p in params.items():
-        out = p.new_empty(len(back), p.numel(), dtype=promote(p.dtype))
-        rows_of(name, slice(0, _length(p)), out)
-        found[name] = out[back].reshape(-1, *p.shape)
-    return found
-
-
 def _rows_within(room: int, held: Params) -> int:
     return max(1, room // max(1, sum(p.numel() * promote(p.dtype).itemsize for p in held.values())))
 
@@ -160,40 +131,6 @@ def _row_bytes(held: Params, group: Slices) -> int:
 
 def _numel(p: Tensor, part: slice) -> int:
     return p.numel() // _length(p) * (part.stop - part.start)
-
-
-def _rows(
-    params: Params,
-    batch: Batch,
-    part: MicroBatch,
-    factored: frozenset[str],
-    others: Params,
-    apply: Apply,
-    temperature: float,
-    vmapped: bool,
-) -> Rows:
-    count = len(part.row_index)
-    factors = row_factors(params, batch, part, apply, factored, temperature)[0] if factored else {}
-    loss, chunk_size = _loss(params, apply, temperature), None if vmapped else 1
-    rest = per_sample_grads(loss, others, select_rows(batch, part.row_index), chunk_size) if others else {}
-
-    def rows_of(name: str, part: slice, out: Tensor) -> None:
-        p = params[name]
-        if name in rest:
-            out.copy_(rest[name].reshape(count, _length(p), -1)[:, part].flatten(1))
-        else:
-            row_gradients(factors, name, p, part, count, out.view(count, *p[part].shape))
-
-    return rows_of
-
-
-def _loss(params: Params, apply: Apply, temperature: float) -> Callable[[Params, Batch], Tensor]:
-    return rollout_loss(lambda p, ids, mask: apply({**params, **p}, ids, mask), temperature)
-
-
-def _vmapped(params: Params, batch: Batch, others: Params, apply: Apply, temperature: float) -> bool:
-    """Whether rows go through ``vmap`` for the parameters that have no factors."""
-    return not others or rows_batch(_loss(params, apply, temperature), others, batch)
 
 
 def _weighted(
@@ -231,11 +168,7 @@ def _inner(rows_of: Rows, count: int, weighted: Params, held: Params, group: Sli
             columns = slice((part.start - whole.start) * inner, (part.stop - whole.start) * inner)
             own = scratch[: count * (columns.stop - columns.start)].view(count, -1)
             rows_of(name, part, own)
-            product = thin_product(own, right[:, columns]).double()
+            product = thin_matmul(own, right[:, columns]).double()
             total = product if total is None else total + product
     assert total is not None
     return total
-
-
-def _length(p: Tensor) -> int:
-    return len(p) if p.dim() else 1

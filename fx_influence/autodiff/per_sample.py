@@ -109,7 +109,7 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def rows_batch(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> bool:
+def can_vmap_rows(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> bool:
     """Return whether ``torch.func.vmap`` takes the rows of a batch through ``loss_fn``'s gradient, tried on two.
 
     False as well where torch would go row by row inside, for want of a batching rule, which it warns of.

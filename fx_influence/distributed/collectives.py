@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,9 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from fx_influence.core.dtensor import is_sharded
-from fx_influence.types import AdamWState
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,18 +23,18 @@ if dist.is_available():
     importlib.import_module("torch.distributed.nn.functional")
 
 # torch 2.13 has renamed it, and a torch may be built without any
-gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+all_gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class RankError(RuntimeError):
-    """An exception on another rank, raised on this one by ``failing_together``."""
+    """An exception on another rank, raised on this one by ``propagate_failures``."""
 
 
-_failing_together: ContextVar[bool] = ContextVar("failing_together", default=False)
+_propagating: ContextVar[bool] = ContextVar("propagating", default=False)
 
 
 @contextmanager
-def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
+def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
     """Make an exception on one rank leave the block on all ranks, so that none waits for it in a collective for ever.
 
     Every collective of this module inside the block, and the end of the block, begins with one number from each rank:
@@ -47,10 +43,10 @@ def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
 
     Raises on the failing rank what was raised there, and ``RankError`` with its text on the others.
     """
-    if mesh is None or _failing_together.get():
+    if mesh is None or _propagating.get():
         yield
         return
-    token = _failing_together.set(True)
+    token = _propagating.set(True)
     try:
         yield
         _announce(mesh, None)
@@ -60,7 +56,7 @@ def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
         _announce(mesh, f"{type(error).__name__}: {error}")
         raise
     finally:
-        _failing_together.reset(token)
+        _propagating.reset(token)
 
 
 def _announce(mesh: DeviceMesh, problem: str | None) -> None:
@@ -77,11 +73,11 @@ def _announce(mesh: DeviceMesh, problem: str | None) -> None:
 
 
 def _before_collective(mesh: DeviceMesh) -> None:
-    if _failing_together.get():
+    if _propagating.get():
         _announce(mesh, None)
 
 
-def rank_in(mesh: DeviceMesh) -> int:
+def mesh_rank(mesh: DeviceMesh) -> int:
     """This rank's place in the mesh, counted along its last axis first."""
     return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
 
@@ -108,7 +104,7 @@ def all_gather(mesh: DeviceMesh, own: Tensor) -> Tensor:
     found = (own.to(torch.uint8) if own.dtype == torch.bool else own).contiguous().unsqueeze(0)
     for group in _groups(mesh):
         everyone = found.new_empty(group.size() * len(found), *own.shape)
-        gather_into(everyone, found, group=group)
+        all_gather_into(everyone, found, group=group)
         found = everyone
     return found.to(own.dtype)
 
@@ -126,19 +122,6 @@ def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
     return [mesh.get_group(axis) for axis in reversed(range(mesh.ndim))]
 
 
-def check_agreed(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` on every rank where two differ in a fact, naming it and them."""
-    everyone = all_gather_objects(mesh, dict(facts))
-    for rank, theirs in enumerate(everyone):
-        for name in everyone[0].keys() | theirs.keys():
-            ours, other = everyone[0].get(name), theirs.get(name)
-            if ours != other:
-                raise ValueError(
-                    f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; only the rows "
-                    "of the batches are a rank's own, so give every rank the same"
-                )
-
-
 def raise_on_all_ranks(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
     """What ``call`` gives, which needs no other rank; what is raised on one is raised on all, or they would wait.
 
@@ -154,24 +137,3 @@ def raise_on_all_ranks(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
         if theirs is not None:
             raise theirs[0](f"on rank {rank}: {theirs[1]}")
     return found[0]
-
-
-def facts_of(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """What can be compared of an argument: of tensors their layout and a checksum, of a function that there is one."""
-    if isinstance(value, AdamWState):
-        for field, part in value._asdict().items():
-            yield from facts_of(f"{name}.{field}", part)
-    elif isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
-        for key, x in value.items():
-            yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
-        if not any(x is not None and is_sharded(x) for x in value.values()):
-            yield f"the checksum of {name}", fingerprint(value)
-    else:
-        yield name, "a function" if callable(value) else value
-
-
-def fingerprint(tree: Mapping[str, Tensor | None]) -> str:
-    """A checksum of all bits, whatever the order in which a device adds them up."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [int(x.view(integers[x.element_size()]).sum(dtype=torch.int64)) for x in tree.values() if x is not None]
-    return f"{hash(tuple(sums)) % 2**64:016x}"

@@ -15,19 +15,17 @@ from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK
 from fx_influence.batching.prefix_packing import shared_prompt_index
 from fx_influence.batching.rows import select_rows
-from fx_influence.core.batch_checks import check_fields
 from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.tree import promote, shift
+from fx_influence.distributed.batches import gather_batch
 from fx_influence.distributed.collectives import (
     all_gather,
     all_gather_objects,
-    check_agreed,
-    facts_of,
-    raise_on_all_ranks,
-    rank_in,
+    mesh_rank,
     sum_over_ranks,
 )
+from fx_influence.distributed.consistency import check_consistent, comparable_facts
 from fx_influence.distributed.partition import RowPartition, _blocks_down, _cut, partition_rows
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
@@ -71,29 +69,30 @@ class DataParallelEngine(Engine):
 
     mesh: DeviceMesh
 
-    def whole_batch(self, field: str, batch: Batch) -> Batch:
-        return gathered_batch(self.mesh, field, batch)
+    def full_batch(self, field: str, batch: Batch) -> Batch:
+        return gather_batch(self.mesh, field, batch)
 
-    def check_agreed(self, **facts: object) -> None:
+    def check_consistent(self, **facts: object) -> None:
         facts |= {"temperature": self.temperature, "chunk_size": self.chunk_size}
-        check_agreed(self.mesh, {key: fact for name, value in facts.items() for key, fact in facts_of(name, value)})
+        compared = (pair for name, value in facts.items() for pair in comparable_facts(name, value))
+        check_consistent(self.mesh, dict(compared))
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
         partition, local = self._partition(batch), self._local(params, batch)
         return partition.whole_values(local.passes.values(local.params, partition.own(batch)))
 
-    def moved_values(
+    def perturbed_values(
         self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
         partition, local = self._partition(batch), self._local(params, batch)
         return partition.whole_values(
-            local.passes.moved_values(local.params, block, eta, partition.own(batch), vmapped)
+            local.passes.perturbed_values(local.params, block, eta, partition.own(batch), vmapped)
         )
 
-    def directions_batch(self, params: Params, batch: Batch) -> bool:
+    def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
         # Each rank's own: all have as many rows, and its route is the same for whatever it compares.
         partition, local = self._partition(batch), self._local(params, batch)
-        return local.passes.directions_batch(local.params, partition.own(batch))
+        return local.passes.can_vmap_directions(local.params, partition.own(batch))
 
     def gradient_with_cache(
         self, params: Params, batch: Batch, memory_budget: int
@@ -132,17 +131,17 @@ class DataParallelEngine(Engine):
         gradient, contract = found
         return self._summed(params, gradient), lambda us: partition.whole(contract(us), axis=1)
 
-    def kernel(
+    def gram(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
     ) -> Tensor:
         # Each rank has a block of the matrix, and needs the gradients of the block's rows and columns alone.
-        shape, rank = (len(batch_a.input_ids), len(batch_b.input_ids)), rank_in(self.mesh)
+        shape, rank = (len(batch_a.input_ids), len(batch_b.input_ids)), mesh_rank(self.mesh)
         down = _blocks_down(*shape, self.mesh.size())
         cuts = zip(shape, (down, self.mesh.size() // down), strict=True)
         a, b = (_cut(count, pieces, batch_a.input_ids.device) for count, pieces in cuts)
         own = select_rows(batch_a, a[rank // len(b)]), select_rows(batch_b, b[rank % len(b)])
         local = self._local(params, batch_a).passes
-        blocks = all_gather(self.mesh, local.kernel(params, *own, diagonal, memory_budget, apply_b))
+        blocks = all_gather(self.mesh, local.gram(params, *own, diagonal, memory_budget, apply_b))
         out = blocks.new_empty(shape)
         for k, block in enumerate(blocks):
             out[a[k // len(b)].unsqueeze(1), b[k % len(b)]] = block
@@ -179,16 +178,16 @@ class FsdpEngine(DataParallelEngine):
     and no curvature: rows' gradients and nested derivatives are out of a sharded policy's reach.
     """
 
-    def check_kernel(self, asked_by: str) -> None:
+    def check_gram(self, asked_by: str) -> None:
         raise ValueError(
             f"{asked_by} needs the gradient of every row, which a model sharded by FSDP2 has not; leave it out, "
             "or load the model whole in each process and pass mesh="
         )
 
-    def directions_batch(self, params: Params, batch: Batch) -> bool:
+    def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
         return False
 
-    def moved_values(
+    def perturbed_values(
         self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
         moved = []
@@ -230,31 +229,3 @@ class _LocalInputs(NamedTuple):
     passes: Engine
     params: Params
     direction: Params
-
-
-def gathered_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
-    """The rows of all ranks as one batch, those of rank 0 first; padded on the right to the widest rank's.
-
-    A rank may hold no row: ``input_ids`` of shape (0, T). ``group`` means the same prompt on every rank. Raises
-    ``ValueError`` on every rank where one has fields that do not fit, or others than the rest.
-    """
-    raise_on_all_ranks(mesh, lambda: check_fields(field, batch))
-    present = {name: x for name, x in batch._asdict().items() if x is not None}
-    held = all_gather_objects(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
-    full = [(shape, dtypes) for shape, dtypes in held if shape[0]]
-    if not full:
-        raise ValueError(f"{field}.input_ids has no row on any of {len(held)} ranks; pass at least one rollout")
-    for name in Batch._fields:
-        kinds = [dtypes.get(name) for _, dtypes in full]
-        if len(set(kinds)) > 1:
-            raise ValueError(f"{field}.{name} is {kinds} by rank; pass the same fields of one dtype on every rank")
-    counts, width = [shape[0] for shape, _ in held], max(shape[1] for shape, _ in full)
-
-    def field_of_all(name: str, dtype: torch.dtype) -> Tensor:
-        own, size = getattr(batch, name), (max(counts), width)[: 1 if name == "group" else 2]
-        padded = torch.zeros(size, dtype=dtype, device=batch.input_ids.device)
-        if own is not None:
-            padded[tuple(slice(n) for n in own.shape)] = own
-        return torch.cat([x[:count] for x, count in zip(all_gather(mesh, padded), counts, strict=True)])
-
-    return Batch(**{name: field_of_all(name, dtype) for name, dtype in full[0][1].items()})

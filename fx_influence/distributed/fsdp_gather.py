@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.tree import promote
-from fx_influence.distributed.collectives import gather_into
+from fx_influence.distributed.collectives import all_gather_into
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -58,7 +58,7 @@ def local_slices(x: Tensor) -> list[slice]:
     return where
 
 
-def like_sharded(part: Tensor, like: Tensor) -> Tensor:
+def shard_like(part: Tensor, like: Tensor) -> Tensor:
     """The DTensor of which this rank holds ``part``, sharded as ``like``."""
     from torch.distributed.tensor import DTensor
 
@@ -67,13 +67,13 @@ def like_sharded(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(part, x.device_mesh, x.placements, **how)
 
 
-def group_of(x: Tensor) -> dist.ProcessGroup:
+def shard_group(x: Tensor) -> dist.ProcessGroup:
     """The ranks that hold the shards of a DTensor between them."""
     sharded = cast("DTensor", x)
     return sharded.device_mesh.get_group(sharding_of(x).axis)
 
 
-class Gathering(NamedTuple):
+class PendingGather(NamedTuple):
     """Whole tensors on their way to every rank: ``wait`` for them, or have them ``whole``."""
 
     shards: Sequence[Tensor]
@@ -98,7 +98,7 @@ class Gathering(NamedTuple):
         return out
 
 
-def gather(shards: Sequence[Tensor]) -> Gathering:
+def gather(shards: Sequence[Tensor]) -> PendingGather:
     """Starts the gathering of DTensors that one group of ranks holds, in one collective for each dtype."""
     flat: dict[torch.dtype, Tensor] = {}
     works = []
@@ -107,11 +107,11 @@ def gather(shards: Sequence[Tensor]) -> Gathering:
         joined = torch.cat(own)
         first = next(x for x in shards if x.dtype == dtype)
         flat[dtype] = joined.new_empty(sharding_of(first).ranks, len(joined))
-        works.append(gather_into(flat[dtype].view(-1), joined, group=group_of(first), async_op=True))
-    return Gathering(shards, flat, works)
+        works.append(all_gather_into(flat[dtype].view(-1), joined, group=shard_group(first), async_op=True))
+    return PendingGather(shards, flat, works)
 
 
-def scattered_sums(whole: Sequence[Tensor | None], shards: Sequence[Tensor]) -> list[Tensor | None]:
+def reduce_scatter(whole: Sequence[Tensor | None], shards: Sequence[Tensor]) -> list[Tensor | None]:
     """Each rank's own part of the sums over ranks of whole tensors, at least float32; None where no rank has any.
 
     ``shards``: DTensors that one group of ranks holds and that are sharded as the sums are to be. One collective.
@@ -129,7 +129,7 @@ def scattered_sums(whole: Sequence[Tensor | None], shards: Sequence[Tensor]) -> 
             table[:, starts[k] : starts[k] + sizes[k]] = parts.flatten(1)
             table[:, sum(sizes) + k] = 1
     own = table.new_empty(table.shape[1])
-    _scatter(own, table.view(-1), group=group_of(shards[0]))
+    _scatter(own, table.view(-1), group=shard_group(shards[0]))
     out: list[Tensor | None] = []
     for k, (x, shard, one) in enumerate(zip(whole, shards, how, strict=True)):
         part = own[starts[k] : starts[k] + sizes[k]].view(one.padded)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from fx_influence.distributed.fsdp_gather import Gathering, gather, scattered_sums
+from fx_influence.distributed.fsdp_gather import PendingGather, gather, reduce_scatter
 from fx_influence.types import Params
 
 
@@ -39,7 +39,7 @@ class FsdpPass:
         self._shards = [{name: known[name] for name in unit.names} for unit in units]
         self._moving = [{name: moving[name] for name in unit.names if name in moving} for unit in units]
         self._packed: set[int] = set()
-        self._on_its_way: dict[int, Gathering] = {}
+        self._on_its_way: dict[int, PendingGather] = {}
         self._whole: dict[int, tuple[Params, Params]] = {}
 
     def run(self, k: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ class FsdpPass:
     def free(self, k: int) -> None:
         self._whole.pop(k, None)
 
-    def _started(self, k: int) -> Gathering:
+    def _started(self, k: int) -> PendingGather:
         with torch.no_grad():
             return gather([*self._shards[k].values(), *self._moving[k].values()])
 
@@ -181,5 +181,5 @@ class _Attached(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         ctx.behind()
-        sums = scattered_sums(grads, ctx.shards)
+        sums = reduce_scatter(grads, ctx.shards)
         return None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(sums, ctx.shards, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_influence.batching.rows import select_rows
 from fx_influence.distributed.collectives import (
     all_gather,
-    rank_in,
+    mesh_rank,
 )
 from fx_influence.types import Batch, TokenValues
 
@@ -30,7 +30,7 @@ class RowPartition(NamedTuple):
 
     def own(self, batch: Batch) -> Batch:
         """This rank's rows; one taken a second time has no coefficients but 0, so that no sum counts it twice."""
-        rank = rank_in(self.mesh)
+        rank = mesh_rank(self.mesh)
         mine, once = select_rows(batch, self.table[rank]), self.first[rank].unsqueeze(1)
         c, b = (None if w is None else torch.where(once, w, 0.0) for w in mine[3:5])
         return mine._replace(coefficients=c, entropy_coefficients=b)

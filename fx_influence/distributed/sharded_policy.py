@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.tree import promote
-from fx_influence.distributed.fsdp_gather import gather, like_sharded, scattered_sums, sharding_of
+from fx_influence.distributed.fsdp_gather import gather, reduce_scatter, shard_like, sharding_of
 from fx_influence.distributed.fsdp_units import FsdpPass, Unit, attached, running
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.model.probing import ProbeCase
@@ -82,7 +82,7 @@ class ShardedPolicy(Policy):
         own = {name: None if g is None else to_local(g) for name, g in gradients.items()}
         loose = [name for name in own if name not in self._in_units]
         if loose:
-            sums = scattered_sums([own[name] for name in loose], [params[name] for name in loose])
+            sums = reduce_scatter([own[name] for name in loose], [params[name] for name in loose])
             own |= dict(zip(loose, sums, strict=True))
         return _over_copies(own, params)
 
@@ -161,7 +161,7 @@ def _over_copies(own: Gradients, params: Params) -> Gradients:
             continue
         for group in groups:
             dist.all_reduce(g, group=group)
-        out[name] = like_sharded(g, like)
+        out[name] = shard_like(g, like)
     return out
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 
 import fx_influence as fx
 from fx_influence.autodiff import ghost as contraction
-from fx_influence.autodiff import layer_io as factors
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.layer_io import Factors
+from fx_influence.autodiff.layer_io.row_gradients import LayerIOs
+from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.types import Preconditioner
 
@@ -107,14 +107,14 @@ def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str
 def test_factors_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
     params, u, _, _, apply = problem()
     made: list[int] = []
-    whole = contraction.row_factors
+    whole = contraction.collect_layer_io
 
     def watched(some: fx.Params, batch: fx.Batch, part: MicroBatch, *options: Any) -> Any:
         made.append(len(part.row_index))
         return whole(some, batch, part, *options)
 
-    monkeypatch.setattr(contraction, "row_factors", watched)
-    per_token = factors.bytes_per_token(params, u, apply, frozenset(params))
+    monkeypatch.setattr(contraction, "collect_layer_io", watched)
+    per_token = layer_io_bytes_per_token(params, u, apply, frozenset(params))
     budget = sum(per_token * part.input_ids.numel() for part in micro_batches(u, 2, left_alignable=False)[:fit])
     found = linearize_losses(params, u, apply, 1.0, 2, budget, at_once=2)
     alone = linearize_losses(params, u, apply, 1.0, 2, budget)
@@ -139,13 +139,13 @@ def test_error_bars_are_the_same_however_many_directions_go_together(
     asked: list[int] = []
     whole = contraction.inner_products
 
-    def watched(kept: Factors, directions: list[fx.Params], rows: int) -> torch.Tensor:
+    def watched(kept: LayerIOs, directions: list[fx.Params], rows: int) -> torch.Tensor:
         asked.append(len(directions))
         return whole(kept, directions, rows)
 
     monkeypatch.setattr(contraction, "inner_products", watched)
     # One row of each weight at a time.
-    monkeypatch.setattr(factors, "ENTRIES_AT_ONCE", 100)
+    monkeypatch.setattr(contraction, "MAX_GRADIENT_ENTRIES", 100)
     found = []
     for together, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
         monkeypatch.setattr(MODULE, "max_directions", lambda *_, together=together: together)

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import fx_influence as fx
 from fx_influence.autodiff.gram import gradient_gram
-from fx_influence.autodiff.layer_io import Factors, factored_names, row_factors, row_gradients
+from fx_influence.autodiff.layer_io.collect import collect_layer_io
+from fx_influence.autodiff.layer_io.row_gradients import LayerIOs, row_gradients
+from fx_influence.autodiff.layer_io.support import supported_names
 from fx_influence.batching.microbatch import micro_batches
 from fx_influence.types import Batch, Params
 
@@ -25,14 +27,14 @@ WIDTH, HIDDEN = 7, 6
 Model = Callable[[Params, Tensor, Tensor], Tensor]
 
 
-def factors_of(params: Params, batch: Batch, apply: Model, names: frozenset[str], temperature: float = 1.0) -> Factors:
+def factors_of(params: Params, batch: Batch, apply: Model, names: frozenset[str], temperature: float = 1.0) -> LayerIOs:
     [part] = micro_batches(batch, len(batch.input_ids), left_alignable=False)
-    return row_factors(params, batch, part, apply, names, temperature)[0]
+    return collect_layer_io(params, batch, part, apply, names, temperature)[0]
 
 
 def rows_equal(apply: Model, params: Params, batch: Batch, expected: set[str], terms: int = TINY_POLICY) -> None:
     """``expected`` have factors, and those are what ``vmap(grad)`` gives; the kernel is exact whatever has none."""
-    names = factored_names(params, batch, apply)
+    names = supported_names(params, batch, apply)
     assert names == expected
     slow = fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
     factors = factors_of(params, batch, apply, names)
@@ -59,7 +61,7 @@ def weights(seed: int = 0, **shapes: tuple[int, ...]) -> Params:
 @settings(max_examples=10)
 def test_the_tests_own_policy_has_factors_for_every_parameter(case: Case, tied: bool) -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, HIDDEN, 1, 2, case.batch_u.input_ids.shape[1], tied=tied, seed=3))
-    names = factored_names(params, case.batch_u, apply)
+    names = supported_names(params, case.batch_u, apply)
     # Its position table is added whole to every row and belongs to no row's own tokens.
     assert params.keys() - names <= {"position.weight"}
     factors = factors_of(params, case.batch_u, apply, names, case.temperature)
@@ -113,7 +115,7 @@ def test_a_use_has_factors_or_is_left_to_vmap(what: str) -> None:
     params = {k: v for k, v in BASE.items() if k in {"embed", "head"} or k in uses_of(middle)}
     if what == "a map of one row for all":
         # Per-row gradients of what enters it do not exist, as the other rows' losses depend on row 0.
-        assert factored_names(params, batch_of(), model(middle)) == {"head"}
+        assert supported_names(params, batch_of(), model(middle)) == {"head"}
         return
     rows_equal(model(middle), params, batch_of(), expected | {"embed", "head"})
 
@@ -139,7 +141,7 @@ def test_the_padding_row_of_an_embedding_has_no_gradient() -> None:
 
 def test_an_embedding_that_rescales_itself_or_by_frequency_has_no_factor() -> None:
     params = {name: BASE[name] for name in ("embed", "head")}
-    assert factored_names(params, batch_of(), embedding(scale_grad_by_freq=True)) == {"head"}
+    assert supported_names(params, batch_of(), embedding(scale_grad_by_freq=True)) == {"head"}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, WIDTH])
@@ -159,7 +161,7 @@ def test_a_parameter_without_a_factor_asked_for_by_name_is_refused() -> None:
 def test_factors_in_lower_precision_are_exact_to_its_rounding(dtype: torch.dtype) -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, HIDDEN, 1, 2, WIDTH))
     batch, low = batch_of(), {name: p.to(dtype) for name, p in params.items()}
-    names = factored_names(low, batch, apply)
+    names = supported_names(low, batch, apply)
     factors = factors_of(low, batch, apply, names)
     exact = fx.per_sample_grads(fx.rollout_loss(apply), {n: p.double() for n, p in low.items()}, batch)
     found = {name: row_gradients(factors, name, low[name], slice(0, len(low[name])), 4) for name in names}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fx_influence as fx
 from fx_influence.autodiff.gram import gradient_gram
-from fx_influence.autodiff.layer_io import factored_names
+from fx_influence.autodiff.layer_io.support import supported_names
 from fx_influence.types import Apply, Batch, Params
 
 VOCAB, WIDTH = 9, 6
@@ -111,7 +111,7 @@ ORDERS: dict[str, tuple[Middle, dict[str, tuple[int, ...]]]] = {
 def test_factors_row_gradients_are_exact_in_any_order(order: str, rows: int, width: int) -> None:
     middle, shapes = ORDERS[order]
     params, batch = parameters(**shapes), batch_of(rows, width)
-    assert factored_names(params, batch, policy(middle)) == {"embed", "head"}
+    assert supported_names(params, batch, policy(middle)) == {"embed", "head"}
     assert_rows_equal(policy(middle), params, batch)
 
 
@@ -120,7 +120,7 @@ def test_factors_row_gradients_are_exact_when_rows_are_sorted(padding: Any) -> N
     """``vmap`` has no row to sort by, so only the decision is compared."""
     middle, shapes = ORDERS["by_length"]
     params, batch = parameters(**shapes), batch_of(5, padding=padding)
-    assert factored_names(params, batch, policy(middle)) == {"embed", "head"}
+    assert supported_names(params, batch, policy(middle)) == {"embed", "head"}
     assert_rows_equal(policy(middle), params, batch)
 
 
@@ -182,7 +182,7 @@ def test_factors_row_gradients_are_exact_for_any_use(use: str) -> None:
         return F.linear(x, p["w"]) + USES[use](p, x)
 
     params, batch = parameters(w=(WIDTH, WIDTH)), batch_of(4)
-    assert factored_names(params, batch, policy(middle)) == {"embed", "head"}
+    assert supported_names(params, batch, policy(middle)) == {"embed", "head"}
     assert_rows_equal(policy(middle), params, batch)
 
 
@@ -202,7 +202,7 @@ TIES: dict[str, Apply] = {
 def test_factors_row_gradients_are_exact_for_tied_weights(tie: str) -> None:
     params = {"embed": parameters()["embed"]}
     factored = {"embed"} if tie == "head_by_keyword" else set()
-    assert factored_names(params, batch_of(4), TIES[tie]) == factored
+    assert supported_names(params, batch_of(4), TIES[tie]) == factored
     assert_rows_equal(TIES[tie], params, batch_of(4))
 
 
@@ -220,7 +220,7 @@ KEYWORDS: dict[str, Callable[[Params, Tensor], Tensor]] = {
 def test_factors_are_those_of_a_use_by_keyword(call: str) -> None:
     params, batch = parameters(w=(WIDTH, WIDTH), s=(WIDTH,)), batch_of(4)
     apply = policy(lambda p, x, mask: KEYWORDS[call](p, x))
-    assert factored_names(params, batch, apply) == params.keys()
+    assert supported_names(params, batch, apply) == params.keys()
     assert_rows_equal(apply, params, batch)
 
 
@@ -236,7 +236,7 @@ def test_factors_leave_out_an_input_that_is_changed_later() -> None:
     def apply(p: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return policy(middle)({**frozen, **p}, input_ids, attention_mask)
 
-    assert factored_names(params, batch, apply) == set()
+    assert supported_names(params, batch, apply) == set()
 
 
 def test_factors_leave_out_uses_inside_a_models_own_vmap() -> None:
@@ -244,5 +244,5 @@ def test_factors_leave_out_uses_inside_a_models_own_vmap() -> None:
         return torch.func.vmap(lambda heads: F.linear(heads, p["v"]), -1, -1)(x.unflatten(-1, (2, 3))).flatten(2)
 
     params, batch = parameters(v=(2, 2)), batch_of(3)
-    assert factored_names(params, batch, policy(middle)) == {"embed", "head"}
+    assert supported_names(params, batch, policy(middle)) == {"embed", "head"}
     assert_rows_equal(policy(middle), params, batch)

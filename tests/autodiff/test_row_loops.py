@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import fx_influence as fx
 from fx_influence.autodiff.directional import curvature
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import gradient_gram, rollout_gradients
-from fx_influence.autodiff.per_sample import rows_batch
-from fx_influence.autodiff.token_values import directions_batch
+from fx_influence.autodiff.gram import gradient_gram
+from fx_influence.autodiff.per_sample import can_vmap_rows
+from fx_influence.autodiff.perturbed_values import can_vmap_directions
+from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.core.tree import dot
 from fx_influence.types import Apply, Batch, Params
 
@@ -90,7 +91,7 @@ def looped(apply: Apply, params: Params, batch: Batch) -> Params:
 def test_kernel_goes_row_by_row_when_vmap_cannot(model: str) -> None:
     params, batch = problem()
     apply, ones = policy(model), {name: torch.ones_like(p) for name, p in params.items()}
-    assert not rows_batch(fx.rollout_loss(apply), params, batch)
+    assert not can_vmap_rows(fx.rollout_loss(apply), params, batch)
     expected = looped(apply, params, batch)
     stacked = torch.cat([g.flatten(1) for g in expected.values()], 1)
     bound = BOUND * float(stacked.square().sum(1).max())
@@ -121,7 +122,7 @@ def test_steps_are_the_same_one_by_one_when_vmap_cannot(model: str) -> None:
     params, batch = problem()
     apply, generator = policy(model), torch.Generator().manual_seed(4)
     block = [random_direction(generator, params) for _ in range(3)]
-    assert not directions_batch(params, batch, apply)
+    assert not can_vmap_directions(params, batch, apply)
     measure = fx.snis_sweep(params, batch, apply=apply)
     stacked = {name: torch.stack([v[name] for v in block]) for name in params}
     swept = measure(stacked, [0.0, 0.3]).delta_h
@@ -141,7 +142,7 @@ def test_one_direction_takes_no_vmap() -> None:
 
     params, batch = problem()
     v = random_direction(torch.Generator().manual_seed(4), params)
-    assert directions_batch(params, batch, plain)
+    assert can_vmap_directions(params, batch, plain)
     fx.snis_delta(params, v, 0.1, batch, apply=apply)
     assert seen
     assert all(seen)

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
-from fx_influence.autodiff.token_values import all_token_values, moved_token_values
+from fx_influence.autodiff.perturbed_values import perturbed_token_values
+from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.batching.packed_layout import LengthBucket, PackedLayout
 from fx_influence.batching.prefix_packing import MIN_BUCKET, MIN_LENGTH_RATIO, packed_micro_batches
@@ -170,7 +171,11 @@ def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool)
     for chunk in (None, 4):
         # More than one direction in a pass, and one.
         given_ = params, block, 1e-3, batch
-        alike(moved_token_values(*given_, apply, 1.0, chunk), moved_token_values(*given_, whole, 1.0, chunk), params)
+        alike(
+            perturbed_token_values(*given_, apply, 1.0, chunk),
+            perturbed_token_values(*given_, whole, 1.0, chunk),
+            params,
+        )
 
 
 def test_the_gradient_of_weights_that_hang_on_all_values_is_that_of_whole_rows() -> None:

@@ -240,7 +240,7 @@ def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
 class Watched:
     """A gathering whose buffers and results are watched."""
 
-    def __init__(self, watch: Watch, gathering: gathering.Gathering) -> None:
+    def __init__(self, watch: Watch, gathering: gathering.PendingGather) -> None:
         self.watch, self.gathering = watch, gathering
         self.wait = gathering.wait
         # By the gathering's own life: a worker of gloo drops what it has sent a little later than its user.
@@ -301,7 +301,7 @@ class Watch:
         with (
             mock.patch.object(units, "gather", gather),
             mock.patch.object(units, "_holding", run),
-            mock.patch.object(gathering, "gather_into", spy("gather", gathering.gather_into)),
+            mock.patch.object(gathering, "all_gather_into", spy("gather", gathering.all_gather_into)),
             mock.patch.object(gathering, "_scatter", spy("scatter", gathering._scatter)),
         ):
             yield self

@@ -32,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.layer_io import factored_names, row_factors, row_gradients
+from fx_influence.autodiff.layer_io.collect import collect_layer_io
+from fx_influence.autodiff.layer_io.row_gradients import row_gradients
+from fx_influence.autodiff.layer_io.support import supported_names
 from fx_influence.batching.microbatch import micro_batches
 from fx_influence.batching.rows import select_rows
 from fx_influence.testing import reference
@@ -121,10 +123,10 @@ def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
 ) -> None:
     apply, state = setup(make_model(family, lora=lora, tied=tied).double())
     batch = left_padded(state.batch_u)
-    names = factored_names(state.params, batch, apply)
+    names = supported_names(state.params, batch, apply)
     assert names == state.params.keys()
     [part] = micro_batches(batch, len(batch.input_ids), left_alignable=True)
-    factors, _ = row_factors(state.params, batch, part, apply, names, 0.7)
+    factors, _ = collect_layer_io(state.params, batch, part, apply, names, 0.7)
     back = part.row_index.argsort()
     slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
     for name, p in state.params.items():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Pret
 import fx_influence as fx
 from fx_influence.autodiff import gradients as derivatives
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import _graphs_to_keep, batch_gradient, reweighted_gradient
+from fx_influence.autodiff.gradients import batch_gradient, graphs_within_budget, reweighted_gradient
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.batching.microbatch import micro_batches
 from fx_influence.policy import lm_head as head
@@ -186,10 +186,10 @@ def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora
 
     def kept(micro_batches: int, graph: int, cache: int, budget: int) -> int:
         sizes[:] = micro_batches, graph, cache
-        return _graphs_to_keep(micro_batches, graph, cache, budget)
+        return graphs_within_budget(micro_batches, graph, cache, budget)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(derivatives, "_graphs_to_keep", kept)
+        patch.setattr(derivatives, "graphs_within_budget", kept)
         for budget_of in (lambda: 10**9, lambda: sizes[0] * sizes[2], lambda: 0):
             with FlopCounterMode(display=False) as counter:
                 found.append(reweighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
@@ -205,8 +205,8 @@ def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora
 
 @pytest.mark.parametrize(("budget", "kept"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
 def test_graphs_are_kept_where_tapes_of_the_others_fit_beside(budget: int, kept: int) -> None:
-    assert _graphs_to_keep(10, 100, 40, budget) == kept
-    assert _graphs_to_keep(10, 100, 0, budget) == budget // 100, "a model without linear maps"
+    assert graphs_within_budget(10, 100, 40, budget) == kept
+    assert graphs_within_budget(10, 100, 0, budget) == budget // 100, "a model without linear maps"
 
 
 def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:

@@ -69,7 +69,7 @@ def _own_share(value: Any, parameter: nn.Parameter) -> Any:
     """Of a moment, what this rank's shard of the parameter needs; anything else as it is."""
     if not is_sharded(parameter) or not isinstance(value, (StoredValue, Tensor)) or value.shape == ():
         return value
-    from fx_influence.distributed.fsdp_gather import like_sharded, local_slices
+    from fx_influence.distributed.fsdp_gather import local_slices, shard_like
 
     box = local_slices(parameter)
     if isinstance(value, StoredValue):
@@ -77,7 +77,7 @@ def _own_share(value: Any, parameter: nn.Parameter) -> Any:
         read_slice(value, [where.start for where in box], own)
     else:
         own = value[tuple(box)].to(parameter.device, copy=True)
-    return like_sharded(own, parameter)
+    return shard_like(own, parameter)
 
 
 def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] | None]:

@@ -28,7 +28,8 @@ from fx_influence.autodiff.gram import MEMORY_BUDGET
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import promote
-from fx_influence.distributed.collectives import RankError, check_agreed, failing_together
+from fx_influence.distributed.collectives import RankError, propagate_failures
+from fx_influence.distributed.consistency import check_consistent
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import entropy_estimate
 from fx_influence.functional import make_functional
@@ -170,7 +171,7 @@ class EntropyInfluence(TrainerCallback):
             raise ValueError(f"this EntropyInfluence is attached to this {type(trainer).__name__} already; detach it")
         check_kind(trainer)
         mesh = mesh_of(trainer)
-        with failing_together(mesh), random_state(trainer):
+        with propagate_failures(mesh), random_state(trainer):
             check_steps(trainer)
             check_generation(trainer)
             make_functional(trainer.model, position_ids=False)
@@ -191,7 +192,7 @@ class EntropyInfluence(TrainerCallback):
     def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any]) -> None:
         if mesh is not None:
             own = {"every": self.every, "eval_prompts": prompts, "completions_per_prompt": self._each}
-            check_agreed(mesh, {**own, "seed": self._seed, **self._reading, **self._attributing})
+            check_consistent(mesh, {**own, "seed": self._seed, **self._reading, **self._attributing})
 
     def _free_name(self, trainer: Any) -> str:
         callbacks = trainer.callback_handler.callbacks
@@ -286,7 +287,7 @@ class EntropyInfluence(TrainerCallback):
     def _safely(self, step: int, work: Callable[[], Value | None]) -> Value | None:
         """What ``work`` gives, or None with one warning where it fails on any process; no trace in the training."""
         try:
-            with failing_together(self._capture.mesh), random_state(self._trainer):
+            with propagate_failures(self._capture.mesh), random_state(self._trainer):
                 return work()
         except Exception as error:
             reason, memory = _reason(error), isinstance(error, torch.OutOfMemoryError)

@@ -12,7 +12,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-from fx_influence.distributed.collectives import failing_together
+from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.interop.trl.ranks import mesh_of, of_all
 from fx_influence.types import Batch, Gradients
 
@@ -178,7 +178,7 @@ class Capture:
         """
         step, clipped, problem = self._step, self._clipped, self._problem
         self.stop()
-        with failing_together(self.mesh):
+        with propagate_failures(self.mesh):
             return self._captured(step, clipped, problem)
 
     def _captured(

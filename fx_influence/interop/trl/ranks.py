@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.dtensor import is_sharded
-from fx_influence.distributed.collectives import all_gather_objects, rank_in
+from fx_influence.distributed.collectives import all_gather_objects, mesh_rank
 from fx_influence.types import Batch
 
 Value = TypeVar("Value")
@@ -49,7 +49,7 @@ def of_all(mesh: DeviceMesh | None, value: Value) -> list[Value]:
 
 def place(mesh: DeviceMesh | None) -> tuple[int, int]:
     """How many processes there are, and which of them this one is."""
-    return (1, 0) if mesh is None else (mesh.size(), rank_in(mesh))
+    return (1, 0) if mesh is None else (mesh.size(), mesh_rank(mesh))
 
 
 def share(count: int, mesh: DeviceMesh | None) -> slice:

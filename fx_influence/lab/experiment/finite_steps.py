@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.gram import rollout_gradients
+from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import row_chunks
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.lab.experiment.step import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.autodiff.gram import rollout_gradients
+from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import distinct_rows, row_chunks, select_rows
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote

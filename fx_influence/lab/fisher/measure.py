@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gram import gradient_gram, rollout_gradients
+from fx_influence.autodiff.gram import gradient_gram
+from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import distinct_rows, row_chunks
 from fx_influence.core.tree import promote
 from fx_influence.estimators.consistency import check_identity, identity_tolerance

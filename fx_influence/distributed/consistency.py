@@ -1,0 +1,51 @@
+"""Check that the ranks of a device mesh were given the same arguments."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fx_influence.core.dtensor import is_sharded
+from fx_influence.types import AdamWState
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+from fx_influence.distributed.collectives import all_gather_objects
+
+
+def check_consistent(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` on every rank where two differ in a fact, naming it and them."""
+    everyone = all_gather_objects(mesh, dict(facts))
+    for rank, theirs in enumerate(everyone):
+        for name in everyone[0].keys() | theirs.keys():
+            ours, other = everyone[0].get(name), theirs.get(name)
+            if ours != other:
+                raise ValueError(
+                    f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; only the rows "
+                    "of the batches are a rank's own, so give every rank the same"
+                )
+
+
+def comparable_facts(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """What can be compared of an argument: of tensors their layout and a checksum, of a function that there is one."""
+    if isinstance(value, AdamWState):
+        for field, part in value._asdict().items():
+            yield from comparable_facts(f"{name}.{field}", part)
+    elif isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
+        for key, x in value.items():
+            yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
+        if not any(x is not None and is_sharded(x) for x in value.values()):
+            yield f"the checksum of {name}", checksum(value)
+    else:
+        yield name, "a function" if callable(value) else value
+
+
+def checksum(tree: Mapping[str, Tensor | None]) -> str:
+    """A checksum of all bits, whatever the order in which a device adds them up."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(x.view(integers[x.element_size()]).sum(dtype=torch.int64)) for x in tree.values() if x is not None]
+    return f"{hash(tuple(sums)) % 2**64:016x}"
