@@ -245,7 +245,7 @@ def influence(
     pairwise: Tensor | None = None
     stderrs = _Stderrs.unknown(per_sequence)
     if matrix:
-        pairwise = -engine_e.kernel(params, evaluation.batch, batch_u, step.gain, memory_budget, precision.update_apply)
+        pairwise = -engine_e.gram(params, evaluation.batch, batch_u, step.gain, memory_budget, precision.update_apply)
         columns = pairwise.double().sum(0)
         check_identity("the matrix", by_reverse_mode - columns.sum(), columns, by_reverse_mode, bound)
         if rounding.isnan().any():
