@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fx_influence._influence import Influence, influence
     from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss
     from fx_influence.autodiff.token_values import token_values
+    from fx_influence.derivative_check import DerivativeCheck, DerivativeError, check_derivatives
     from fx_influence.estimators.entropy import entropy_estimate
     from fx_influence.estimators.snis import SnisDelta
     from fx_influence.fisher import fisher_kernel
@@ -35,6 +36,8 @@ _MODULES = {
     "AdamWState": "fx_influence.types",
     "Apply": "fx_influence.types",
     "Batch": "fx_influence.types",
+    "DerivativeCheck": "fx_influence.derivative_check",
+    "DerivativeError": "fx_influence.derivative_check",
     "EntropyInfluencePlan": "fx_influence.lab.plan",
     "EntropyInfluenceResults": "fx_influence.lab.results",
     "FisherKernelPlan": "fx_influence.lab.plan",
@@ -51,6 +54,7 @@ _MODULES = {
     "adamw_state": "fx_influence.interop.optimizers",
     "analyze": "fx_influence.lab.analysis.analyze",
     "check_policy": "fx_influence.policy.model.agreement",
+    "check_derivatives": "fx_influence.derivative_check",
     "clipped_ratio": "fx_influence.losses",
     "coefficients": "fx_influence.losses",
     "collate": "fx_influence.interop.rollouts.batch",
@@ -101,6 +105,8 @@ __all__ = [
     "AdamWState",
     "Apply",
     "Batch",
+    "DerivativeCheck",
+    "DerivativeError",
     "Entropy",
     "EntropyInfluencePlan",
     "EntropyInfluenceResults",
@@ -118,6 +124,7 @@ __all__ = [
     "adamw_decompose",
     "adamw_state",
     "analyze",
+    "check_derivatives",
     "check_policy",
     "clipped_ratio",
     "coefficients",

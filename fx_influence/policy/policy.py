@@ -15,7 +15,7 @@ from torch.func import jvp
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch
 from fx_influence.batching.prefix_packing import packed_micro_batches
 from fx_influence.policy.attention import math_attention
-from fx_influence.policy.autocast import HALF_DTYPES, Autocast
+from fx_influence.policy.autocast import Autocast
 from fx_influence.policy.model.agreement import probed
 from fx_influence.policy.model.forward_arguments import forward_arguments, virtual_tokens
 from fx_influence.policy.model.outputs import ForwardError, logits_of
@@ -173,7 +173,8 @@ class Policy:
 
         A finite step vanishes in the rounding of half precision, wherever in the model that is.
         """
-        if all(_is_at_least(x, dtype) for x in self._frozen.values()) and self.compute_dtype not in HALF_DTYPES:
+        enough = torch.promote_types(self.compute_dtype, dtype) == self.compute_dtype
+        if enough and all(_is_at_least(x, dtype) for x in self._frozen.values()):
             # Itself, because each new one would be compiled anew.
             return self
         frozen = {
@@ -181,13 +182,13 @@ class Policy:
             for name, x in self._frozen.items()
         }
         whole = self.with_all_derivatives()
-        wide = self._with_frozen(frozen)
-        wide._all_derivatives = None if whole is self else whole._with_frozen(frozen)
+        wide = self._with_frozen(frozen, dtype)
+        wide._all_derivatives = None if whole is self else whole._with_frozen(frozen, dtype)
         return wide
 
-    def _with_frozen(self, frozen: Params) -> Policy:
+    def _with_frozen(self, frozen: Params, dtype: torch.dtype) -> Policy:
         policy = copy.copy(self)
-        policy._frozen, policy.compute_dtype = frozen, torch.promote_types(self.compute_dtype, torch.float32)
+        policy._frozen, policy.compute_dtype = frozen, torch.promote_types(self.compute_dtype, dtype)
         policy.autocast = None
         return policy
 

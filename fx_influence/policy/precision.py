@@ -84,6 +84,23 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
     return raised, apply
 
 
+def in_at_least(dtype: torch.dtype, params: Params, apply: Apply, batch: Batch) -> tuple[Params, Apply]:
+    """Return the same policy in at least ``dtype``; as it is given where it is compiled or takes no such parameters.
+
+    Args:
+        dtype: float32 or float64.
+        params: by name, any dtype.
+        apply: of those parameters.
+        batch: its first row is what the policy is tried on.
+    """
+    raised = {name: p.to(torch.promote_types(p.dtype, dtype)) for name, p in params.items()}
+    policy = apply.with_min_precision(dtype) if isinstance(apply, Policy) else apply
+    # Another dtype would be compiled anew.
+    if split_policy(policy).compiled or _refusal(policy, raised, batch) is not None:
+        return params, apply
+    return raised, policy
+
+
 def _refusal(apply: Apply, params: Params, batch: Batch) -> str | None:
     with torch.no_grad():
         try:
