@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import TinyPolicy, random_batch
-from helpers.tiny_models import Attentive, full_batch, make
+from helpers.tiny_models import AttentionModel, full_batch, make_float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +98,7 @@ RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Mixing(Attentive):
+class Mixing(AttentionModel):
     """A linear map and ``operation`` on it beside the stream."""
 
     def __init__(self, operation: Callable[[Tensor], Tensor] = F.relu) -> None:
@@ -113,11 +113,11 @@ UPSTREAM = {"first.weight", "first.bias", "token.weight", "place.weight"}
 
 
 def policy(operation: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float64) -> tuple[fx.Apply, fx.Params]:
-    return fx.make_functional(make(Mixing, operation=operation).to(dtype))
+    return fx.make_functional(make_float64(Mixing, operation=operation).to(dtype))
 
 
 def function(operation: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float64) -> tuple[fx.Apply, fx.Params]:
-    model = make(Mixing, operation=operation)
+    model = make_float64(Mixing, operation=operation)
     params = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     return lambda p, ids, mask: torch.func.functional_call(model, p, (ids, mask)), params
 
@@ -151,7 +151,7 @@ def test_check_derivatives_refuses_a_function_that_detaches(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_check_derivatives_names_the_one_detached_parameter(dtype: torch.dtype) -> None:
-    model = make(Mixing)
+    model = make_float64(Mixing)
 
     def apply(p: fx.Params, ids: Tensor, mask: Tensor) -> Tensor:
         return torch.func.functional_call(model, {**p, "qkv.weight": p["qkv.weight"].detach()}, (ids, mask))

@@ -13,6 +13,7 @@ from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.tree import promote
 from fx_influence.policy.autocast import HALF_DTYPES
 from fx_influence.policy.policy import Policy
+from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params
 
 

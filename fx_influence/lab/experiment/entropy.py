@@ -11,6 +11,7 @@ from fx_influence.interop.runtime.environment import timed
 from fx_influence.interop.runtime.run_files import BASELINE, SEQUENCES, UPDATE_TOKENS, eval_file, raise_if_damaged
 from fx_influence.interop.runtime.run_records import sequence_records, token_arrays
 from fx_influence.lab.analysis.allocation import allocation_correlations
+from fx_influence.lab.experiment.derivatives import derivative_check
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.measure import evaluate, first_order
 from fx_influence.lab.experiment.runner import Experiment, carry_out
@@ -42,9 +43,10 @@ def run(
 
 
 def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
-    directory = now.directory
+    directory, batch = now.directory, update_batch(plan, now.u)
+    with timed(now.seconds, "derivative check"):
+        derivatives = derivative_check(plan, now.state, now.u.batch)
     with timed(now.seconds, "step"):
-        batch = update_batch(plan, now.u)
         directory.write_arrays(UPDATE_TOKENS, token_arrays(batch, now.u.values))
         step = measure_step(plan, now.state, batch, plan.preconditioner, directory, now.progress)
         directory.write_tensors(BASELINE, step.parts.baseline)
@@ -62,7 +64,8 @@ def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
         allocation_correlations(sequences, found["per_sequence"], evaluation["baseline"])
         for found, evaluation in zip(arrays, evaluations, strict=True)
     ]
-    return {**evaluations[0], "evaluations": evaluations, "allocations": allocations}
+    figures = {"evaluations": evaluations, "allocations": allocations, "derivative_check": derivatives}
+    return {**evaluations[0], **figures}
 
 
 def _evaluation(plan: EntropyInfluencePlan, now: Experiment, step: Step, i: int) -> None:
