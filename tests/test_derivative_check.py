@@ -105,7 +105,7 @@ class Mixing(AttentionModel):
         super().__init__()
         self.operation, self.first = operation, nn.Linear(8, 8)
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.operation(self.first(x))
 
 

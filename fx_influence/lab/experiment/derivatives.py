@@ -31,7 +31,7 @@ def derivative_check(plan: StepPlan, state: TrainingState, batch: Batch) -> dict
     no derivative and are right without. Raises ``DerivativeError`` where the policy has no derivative at all, since
     every later pass would fail.
     """
-    return state.job.first(lambda: _record(plan, state, batch))
+    return state.job.on_rank0(lambda: _record(plan, state, batch))
 
 
 def _record(plan: StepPlan, state: TrainingState, batch: Batch) -> dict[str, Any] | None:
