@@ -88,7 +88,7 @@ def check_derivatives(
     """Compare the derivatives that influences are made of with finite differences of the policy along a direction.
 
     The guard of ``influence`` compares the two modes with each other and so cannot see a derivative that is missing or
-    wrong in both: a value that passes through NumPy, ``detach`` or ``no_grad`` in a function of one's own, a rounding
+    wrong in both: a value that engine through NumPy, ``detach`` or ``no_grad`` in a function of one's own, a rounding
     with a straight-through gradient, a custom function with a wrong ``backward`` or ``jvp``. Here the log-prob and the
     entropy z of every completion token are computed at theta + eta v for eta = 0, +-h, +-2h, and
 
@@ -198,18 +198,18 @@ class _Judgement(NamedTuple):
 
 
 def _comparison(
-    passes: Engine, params: Params, batch: Batch, direction: Params, seed: int
+    engine: Engine, params: Params, batch: Batch, direction: Params, seed: int
 ) -> Callable[[Sequence[str]], DerivativeCheck]:
     """Return the comparison along the entries of ``direction`` of given names."""
-    lowest = lowest_precision(params, passes.apply, batch)
+    lowest = lowest_precision(params, engine.apply, batch)
     eps = float(torch.finfo(lowest).eps)
-    rounding = eps * _largest_logit(params, passes, batch)
+    rounding = eps * _largest_logit(params, engine, batch)
     eta = eps ** (1 / 3) * _norm({name: params[name] for name in direction}) / (_norm(direction) or 1.0)
-    base = _flat(passes.values(params, batch), batch)
+    base = _flat(engine.values(params, batch), batch)
     weighted = _combination(batch, seed)
     weights = torch.cat([w[batch.completion_mask] for w in weighted[3:5] if w is not None])
     # Reverse mode, once for all names.
-    gradient = _derived("gradient", lambda: passes.gradient(params, weighted))
+    gradient = _derived("gradient", lambda: engine.gradient(params, weighted))
     along = dot_by_name({name: gradient[name] for name in direction}, direction)
     gradient_bound = GRADIENT_TOLERANCE.get(lowest, eps)
 
@@ -217,7 +217,7 @@ def _comparison(
         block = {name: x.unsqueeze(0) for name, x in v.items()}
 
         def at(k: float) -> Tensor:
-            moved = passes.moved_values(params, block, k * step, batch, vmapped=False)
+            moved = engine.perturbed_values(params, block, k * step, batch, vmapped=False)
             return _flat(TokenValues(*(x[0] for x in moved)), batch)
 
         one, minus_one, two, minus_two = (at(k) for k in (1.0, -1.0, 2.0, -2.0))
@@ -228,7 +228,7 @@ def _comparison(
 
     def compare(names: Sequence[str]) -> DerivativeCheck:
         v = {name: direction[name] for name in names}
-        slopes = _derived("JVP", lambda: passes.jvp(params, v, batch))
+        slopes = _derived("JVP", lambda: engine.jvp(params, v, batch))
         jvp = _flat(slopes, batch)
         best, step = _judgement(jvp, differences(v, eta)), eta
         for multiple in STEPS[1:]:
@@ -321,13 +321,13 @@ def _derived(mode: str, derive: Callable[[], Result]) -> Result:
         ) from error
 
 
-def _largest_logit(params: Params, passes: Engine, batch: Batch) -> float:
+def _largest_logit(params: Params, engine: Engine, batch: Batch) -> float:
     """Return the largest finite |logit| over the temperature among those that score one row, at least 1."""
     row = int(batch.completion_mask.any(-1).nonzero()[0])
     with torch.no_grad():
-        logits = passes.apply(params, batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
+        logits = engine.apply(params, batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
     scored = logits[0, :-1][batch.completion_mask[row, 1:]]
-    return max(1.0, float(scored[scored.isfinite()].abs().amax().double()) / passes.temperature)
+    return max(1.0, float(scored[scored.isfinite()].abs().amax().double()) / engine.temperature)
 
 
 def _combination(batch: Batch, seed: int) -> Batch:
