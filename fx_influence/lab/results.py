@@ -24,7 +24,7 @@ from fx_influence.interop.runtime.run_files import (
     eval_file,
     raise_if_damaged,
 )
-from fx_influence.lab.analysis.finite_steps.figures import rollout_parts
+from fx_influence.lab.analysis.finite_steps.figures import rollout_deltas
 from fx_influence.lab.plan.plans import EntropyInfluencePlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
@@ -89,7 +89,7 @@ class EntropyInfluenceResults:
             "eta": np.repeat(eta, n_u),
             "first_order": np.outer(eta, arrays["per_sequence"]).ravel(),
         }
-        columns |= {name: part.ravel() for name, part in rollout_parts(arrays).items()}
+        columns |= {name: delta.ravel() for name, delta in rollout_deltas(arrays).items()}
         columns |= {name: arrays[name].ravel() for name in ("grad_stderr", "grad_ess") if name in arrays}
         return _pandas().DataFrame(columns)
 

@@ -26,32 +26,33 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 FOLDER = "analysis"
 TITLES = {
-    "rollout_correlations": "Influence of the rollouts, the baseline left out (none) or dealt out, against",
+    "rollout_correlations": "Influence of the rollouts, the baseline omitted (none) or allocated to them, against",
     "token_correlations": "Influence of the tokens against",
-    "proxy": "The covariance proxy (log pi - mean)(A - mean) beside the influence; it foretells a fall of the entropy",
+    "proxy": "The covariance proxy (log pi - mean)(A - mean) beside the influence; it predicts a fall of the entropy",
     "concentration": "Share of the influence in the strongest tokens",
     "advantage_by_probability": "Influence of the tokens by sign of advantage and probability, nats per unit lr",
     "directions": "AdamW's direction beside the RMSProp-style one",
-    "reward_price": "What reward costs in entropy",
-    "pareto": "Rollouts that no other beats both in entropy and in reward, per unit lr",
+    "reward_price": "Entropy price of reward",
+    "pareto": "Pareto set of rollouts in entropy and reward, per unit lr",
 }
-"""The tables in their order: name, as in ``analyze`` and of the CSV file, and title on the console."""
+"""Titles on the console by name of the table, which is its key in ``analyze`` and the stem of its CSV file."""
 
 
 def analyze(results: EntropyInfluenceResults, evaluation: int = 0) -> dict[str, Any]:
-    """The statistics of one E as plain values: ``settings``, and by name of ``TITLES`` a list of rows.
+    """Return the statistics of one E as plain values: ``settings``, and by name of ``TITLES`` a list of rows.
 
     Influences are in nats per unit lr, positive raising the entropy. Intervals are percentiles of a bootstrap over the
-    prompts of U, always with the same draws: they say what other prompts would give, not what another E would, which
-    ``stderr`` of a run does. What is constant or was not stored has None and a note that says so.
+    prompts of U, always with the same draws: they describe the variation over other prompts, not over another E, which
+    ``stderr`` of a run describes. A quantity that is constant or was not stored is None, with a note that says so.
 
-    - ``rollout_correlations``: see ``rollout_statistics.rollout_correlations``
-    - ``token_correlations``, ``proxy``, ``concentration``, ``advantage_by_probability``: see ``token_statistics``,
-      ``token_correlations``, ``proxy_rows``, ``concentration_rows``, ``sign_rows``
-    - ``directions``: see ``rollout_statistics.direction_rows``
-    - ``reward_price``, ``pareto``: see ``rollout_statistics.reward_price``
+    - ``rollout_correlations``: see ``rollout_correlations.rollout_correlations``
+    - ``token_correlations``, ``proxy``, ``concentration``, ``advantage_by_probability``: see ``token_correlations`` and
+      ``proxy_rows`` in ``token_correlations``, ``concentration_rows`` and ``sign_rows`` in ``token_sums``
+    - ``directions``: see ``directions.direction_rows``
+    - ``reward_price``, ``pareto``: see ``reward_price.reward_price``
 
-    Raises ``IndexError`` for an evaluation that the run does not have.
+    Raises:
+        IndexError: For an evaluation that the run does not have.
 
     Example, after ``make demo``: ``analyze(fx.load_run("runs/demo"))["proxy"][0]["measure"]``.
     """
@@ -81,26 +82,26 @@ def analyze(results: EntropyInfluenceResults, evaluation: int = 0) -> dict[str, 
 
 
 def write_analysis(results: EntropyInfluenceResults) -> list[dict[str, Any]]:
-    """``analyze`` for every E, written to ``analysis`` in the run directory; no other file is touched.
+    """Write ``analyze`` of every E to ``analysis`` in the run directory; no other file is touched.
 
-    One CSV for each table, with the column ``evaluation`` first, and all of it in ``analysis.json``. Returns what
-    ``analysis.json`` holds, in the order of the evaluations.
+    One CSV for each table, with the column ``evaluation`` first, and all of it in ``analysis.json``. Returns the
+    content of ``analysis.json``, in the order of the evaluations.
     """
-    found = [analyze(results, i) for i in range(len(results.evaluations))]
+    analyses = [analyze(results, i) for i in range(len(results.evaluations))]
     folder = results.path / FOLDER
     folder.mkdir(exist_ok=True)
     for name in TITLES:
-        rows = [{"evaluation": i, **row} for i, one in enumerate(found) for row in one[name]]
+        rows = [{"evaluation": i, **row} for i, analysis in enumerate(analyses) for row in analysis[name]]
         _write(folder / f"{name}.csv", _csv(rows))
-    _write(folder / "analysis.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found
+    _write(folder / "analysis.json", json.dumps(analyses, indent=1, allow_nan=False) + "\n")
+    return analyses
 
 
-def print_analysis(found: Mapping[str, Any], console: Console) -> None:
-    """Print what ``analyze`` found."""
-    for table in analysis_tables(found):
+def print_analysis(analysis: Mapping[str, Any], console: Console) -> None:
+    """Print the tables and settings that ``analyze`` returned."""
+    for table in analysis_tables(analysis):
         console.print(table)
-    s = found["settings"]
+    s = analysis["settings"]
     console.print(
         Text(
             f"{s['rollouts']} rollouts, {s['tokens']} tokens; {s['confidence']:.0%} intervals over the draw of prompts "
@@ -110,22 +111,22 @@ def print_analysis(found: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def analysis_tables(found: Mapping[str, Any]) -> list[ColumnTable]:
-    """What ``analyze`` found as tables for a rich console; an empty one is left out."""
-    shown = {**found, "rollout_correlations": _side_by_side(found["rollout_correlations"])}
-    return [_table(title, shown[name]) for name, title in TITLES.items() if shown[name]]
+def analysis_tables(analysis: Mapping[str, Any]) -> list[ColumnTable]:
+    """Return the tables of an analysis for a rich console; an empty one is omitted."""
+    tables = {**analysis, "rollout_correlations": _allocations_as_columns(analysis["rollout_correlations"])}
+    return [_table(title, tables[name]) for name, title in TITLES.items() if tables[name]]
 
 
-def _side_by_side(rows: list[Row]) -> list[Row]:
-    """The allocations as columns: a row for each covariate and measure."""
-    found: dict[tuple[str, str], Row] = {}
+def _allocations_as_columns(rows: list[Row]) -> list[Row]:
+    """Return a row for each covariate and measure, with the allocations as columns."""
+    lines: dict[tuple[str, str], Row] = {}
     for row in rows:
-        line = found.setdefault((row["with"], row["measure"]), {"with": row["with"], "measure": row["measure"]})
+        line = lines.setdefault((row["with"], row["measure"]), {"with": row["with"], "measure": row["measure"]})
         if row["influence"] == "none":
             line |= {name: row[name] for name in ("value", "low", "high", "p", "q")} | {"reason": row["note"]}
         else:
             line[row["influence"]] = "not defined" if row["value"] is None and not line["reason"] else row["value"]
-    return [{**{k: v for k, v in line.items() if k != "reason"}, "note": line["reason"]} for line in found.values()]
+    return [{**{k: v for k, v in line.items() if k != "reason"}, "note": line["reason"]} for line in lines.values()]
 
 
 def _table(title: str, rows: list[Row]) -> ColumnTable:
@@ -167,7 +168,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Without NaN and infinity, which neither JSON nor a reader of a table can use."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -6,18 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from einops import einsum
 from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 BLOCK = 2**24
-"""Numbers that a block of resamples holds at once."""
+"""Numbers in memory at once while resampling."""
 NEGLIGIBLE = 1e-12
-"""Variance of standardised values, or of what advantage leaves of them, that is rounding."""
+"""Variance of standardised values, or of their residuals at fixed advantage, below which it is rounding."""
 
 Column = np.ndarray | str
-"""Values (n,), or the reason why there are none."""
+"""Values (n,), or the reason why there are none, as the end of a sentence."""
 Row = dict[str, Any]
 
 
@@ -34,9 +35,15 @@ def cluster_index(clusters: np.ndarray) -> np.ndarray:
 
 
 def cluster_counts(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of C clusters is drawn when C are drawn with replacement; (resamples, C).
+    """Return how often each of C clusters is drawn when C are drawn with replacement.
 
-    ``clusters``: (n,), the cluster of each row, 0 to C-1. The same seed gives the same draws.
+    Args:
+        clusters: (n,), the cluster of each row, 0 to C-1.
+        resamples: Number of draws.
+        seed: The same seed gives the same draws.
+
+    Returns:
+        (resamples, C), counts as floats.
 
     Example:
         >>> cluster_counts(np.array([0, 0, 1, 2]), resamples=5).sum(1).tolist()
@@ -48,10 +55,17 @@ def cluster_counts(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int =
 
 
 def correlations(variables: np.ndarray, weights: np.ndarray) -> Correlations:
-    """Pearson and Spearman correlations of rows that occur ``weights`` times, for many weightings at once.
+    """Return Pearson and Spearman correlations of rows that occur ``weights`` times, for many weightings at once.
 
-    ``variables``: (v, n). ``weights``: (B, n), at least 0, such as 1 for the sample itself or how often a bootstrap
-    drew each row. Ranks are made anew in every weighting, ties share the middle one. Returns (B, v, v).
+    Ranks are recomputed in every weighting; ties share the middle rank.
+
+    Args:
+        variables: (v, n).
+        weights: (B, n), at least 0: 1 for the sample itself, or how often a bootstrap drew each row.
+
+    Returns:
+        Matrices (B, v, v).
+
     Source: Spearman's rho is Pearson's of midranks, Kendall 1970.
 
     Example:
@@ -62,24 +76,26 @@ def correlations(variables: np.ndarray, weights: np.ndarray) -> Correlations:
     weights = weights / weights.sum(1, keepdims=True)
     centred = variables - variables.mean(1, keepdims=True)
     scaled = centred / np.where(np.ptp(variables, 1), centred.std(1), 1.0)[:, None]
-    second = np.stack([weights @ (scaled * one).T for one in scaled], 1)
+    moments = np.stack([weights @ (scaled * variable).T for variable in scaled], 1)
     ranks = np.stack([_midranks(x, weights) for x in variables], 1)
-    of_ranks = (weights[:, None] * ranks) @ ranks.swapaxes(1, 2)
-    return Correlations(_scaled(second, weights @ scaled.T), _scaled(of_ranks, np.einsum("bn,bvn->bv", weights, ranks)))
+    rank_moments = (weights[:, None] * ranks) @ ranks.swapaxes(1, 2)
+    rank_means = einsum(weights, ranks, "resample rollout, resample variable rollout -> resample variable")
+    return Correlations(_normalised(moments, weights @ scaled.T), _normalised(rank_moments, rank_means))
 
 
 def _midranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Ranks in units of the whole weight, centred at 0."""
+    """Return the weighted midranks of (n,) values in units of the total weight, centred at 0; (B, n)."""
     order = np.argsort(values, kind="stable")
     first = np.concatenate([[True], np.diff(values[order]) != 0])
     starts, inverse = np.flatnonzero(first), np.empty(len(values), dtype=int)
     inverse[order] = np.cumsum(first) - 1
-    each = np.add.reduceat(weights[:, order], starts, axis=1)
-    return np.asarray((each.cumsum(1) - 0.5 * each - 0.5)[:, inverse])
+    tied = np.add.reduceat(weights[:, order], starts, axis=1)
+    return np.asarray((tied.cumsum(1) - 0.5 * tied - 0.5)[:, inverse])
 
 
-def _scaled(second: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    covariance = second - mean[:, :, None] * mean[:, None, :]
+def _normalised(moments: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return correlations from second moments (..., v, v) and means (..., v); NaN where a variance is rounding."""
+    covariance = moments - mean[:, :, None] * mean[:, None, :]
     variance = np.einsum("bvv->bv", covariance).copy()
     variance[variance < NEGLIGIBLE] = np.nan
     deviation = np.sqrt(variance)
@@ -87,9 +103,18 @@ def _scaled(second: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 
 def partial(matrix: np.ndarray, x: int, y: int, given: int) -> np.ndarray:
-    """Correlation of x and y at fixed ``given``; (...,) of (..., v, v); NaN where ``given`` determines one of the two.
+    """Return the correlation of x and y at fixed ``given``.
 
     (r_xy - r_xg r_yg) / sqrt((1 - r_xg^2)(1 - r_yg^2)), of ranks where the matrix is Spearman's.
+
+    Args:
+        matrix: (..., v, v), correlations.
+        x: Index of the first variable.
+        y: Index of the second.
+        given: Index of the variable that is fixed.
+
+    Returns:
+        (...,); NaN where ``given`` determines one of the two.
 
     Example:
         >>> matrix = np.array([[1.0, 0.5, 0.6], [0.5, 1.0, 0.8], [0.6, 0.8, 1.0]])
@@ -97,24 +122,39 @@ def partial(matrix: np.ndarray, x: int, y: int, given: int) -> np.ndarray:
         0.041667
     """
     r_xg, r_yg = matrix[..., x, given], matrix[..., y, given]
-    left = (1 - r_xg**2) * (1 - r_yg**2)
+    residual = (1 - r_xg**2) * (1 - r_yg**2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = (matrix[..., x, y] - r_xg * r_yg) / np.sqrt(left)
-    return np.where(left > NEGLIGIBLE, np.clip(found, -1.0, 1.0), np.nan)
+        correlation = (matrix[..., x, y] - r_xg * r_yg) / np.sqrt(residual)
+    return np.where(residual > NEGLIGIBLE, np.clip(correlation, -1.0, 1.0), np.nan)
 
 
-def bootstrap(variables: np.ndarray, clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Correlations:
-    """``correlations`` in every resample of the clusters, (resamples, v, v); (0, v, v) for a single cluster."""
+def bootstrap(
+    variables: np.ndarray, clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, block: int = BLOCK
+) -> Correlations:
+    """Return ``correlations`` in every resample of the clusters.
+
+    Args:
+        variables: (v, n).
+        clusters: (n,), the cluster of each row, 0 to C-1.
+        resamples: Number of resamples.
+        seed: The same seed gives the same resamples.
+        block: Numbers in memory at once.
+
+    Returns:
+        Matrices (resamples, v, v); (0, v, v) for a single cluster.
+    """
     v, n = variables.shape
     counts = cluster_counts(clusters, resamples if clusters.max() else 0, seed)
     empty = Correlations(*[np.zeros((0, v, v))] * 2)
-    parts = [empty, *(correlations(variables, block[:, clusters]) for block in _blocks(counts, v * n))]
-    return Correlations(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+    blocks = [
+        empty,
+        *(correlations(variables, rows[:, clusters]) for rows in _blocks(counts, max(1, block // (v * n)))),
+    ]
+    return Correlations(*(np.concatenate(field) for field in zip(*blocks, strict=True)))
 
 
-def _blocks(counts: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    step = max(1, BLOCK // size)
-    return (counts[k : k + step] for k in range(0, len(counts), step))
+def _blocks(counts: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    return (counts[k : k + rows] for k in range(0, len(counts), rows))
 
 
 def correlation_rows(
@@ -124,13 +164,21 @@ def correlation_rows(
     given: str | None = None,
     measures: Sequence[str] = ("pearson", "spearman"),
 ) -> list[Row]:
-    """A row for each target, covariate and measure, with its percentile interval and p-value; q is left to ``adjust``.
+    """Return a row for each target, covariate and measure, with percentile interval and p-value; ``adjust`` adds q.
 
-    ``measures``: of ``pearson``, ``spearman``, and the two with ``partial_`` before them, at fixed ``given``, a
-    covariate. The p-value is of z = atanh(r) over its bootstrap standard error, Student's t with C-1 degrees of
-    freedom: rollouts of one prompt are no independent draws, as scipy's own p-values would have them.
-    Fields: ``influence``, ``with``, ``measure``, ``value``, ``low``, ``high``, ``p``, ``n``, ``clusters``, ``note``.
-    What is constant or missing has None and a note that begins with "not defined".
+    The p-value is of z = atanh(r) over its bootstrap standard error, Student's t with C-1 degrees of freedom: rollouts
+    of one prompt are not independent draws, which scipy's p-values assume.
+
+    Args:
+        targets: Columns (n,) of influence, by name.
+        covariates: Columns (n,), by name.
+        clusters: (n,), the cluster of each row, 0 to C-1.
+        given: Covariate that is fixed in partial correlations.
+        measures: Of ``pearson``, ``spearman``, ``partial_pearson`` and ``partial_spearman``.
+
+    Returns:
+        Rows with ``influence``, ``with``, ``measure``, ``value``, ``low``, ``high``, ``p``, ``n``, ``clusters``,
+        ``note``. A pair of which one is constant or missing has None and a note that begins with "not defined".
     """
     pool = _Pool(targets, covariates, clusters)
     size = {"n": len(clusters), "clusters": int(clusters.max()) + 1}
@@ -149,18 +197,18 @@ def correlation_rows(
 
 
 class _Pool:
-    """All variables that vary, their correlations, and those of the resamples, computed once for all pairs."""
+    """Correlations of all variables that vary, in the sample and in the resamples, computed once for all pairs."""
 
     def __init__(self, targets: Mapping[str, Column], covariates: Mapping[str, Column], clusters: np.ndarray) -> None:
         columns = {("influence", name): values for name, values in targets.items()}
         columns |= {("with", name): values for name, values in covariates.items()}
-        self._why = {key: reason for key, values in columns.items() if (reason := undefined(values))}
-        self._index = {key: k for k, key in enumerate(key for key in columns if key not in self._why)}
+        self._undefined = {key: reason for key, values in columns.items() if (reason := undefined(values))}
+        self._index = {key: k for k, key in enumerate(key for key in columns if key not in self._undefined)}
         self._clusters = int(clusters.max()) + 1
         if self._index:
             variables = np.stack([np.asarray(columns[key], dtype=float) for key in self._index])
-            self._whole = correlations(variables, np.ones((1, len(clusters))))
-            self._drawn = bootstrap(variables, clusters)
+            self._sample = correlations(variables, np.ones((1, len(clusters))))
+            self._resamples = bootstrap(variables, clusters)
 
     def estimate(self, target: str, covariate: str, measure: str, given: str | None) -> Row:
         kind = measure.removeprefix("partial_")
@@ -168,22 +216,22 @@ class _Pool:
         if kind != measure:
             needed.append(("with", str(given)))
             if covariate == given:
-                return nothing(f"not defined: {given} is what is held fixed")
+                return undefined_row(f"{given} is the fixed covariate")
         for key in needed:
-            if key in self._why:
+            if key in self._undefined:
                 what = "the influence" if key[0] == "influence" else key[1]
-                return nothing(f"not defined: {what} {self._why[key]}")
-        at = [self._index[key] for key in needed]
-        value, draws = (_entry(getattr(m, kind), at) for m in (self._whole, self._drawn))
+                return undefined_row(f"{what} {self._undefined[key]}")
+        index = [self._index[key] for key in needed]
+        value, draws = (_entry(getattr(m, kind), index) for m in (self._sample, self._resamples))
         return estimate(float(value[0]), draws, self._clusters)
 
 
-def _entry(matrix: np.ndarray, at: list[int]) -> np.ndarray:
-    return np.asarray(matrix[:, at[0], at[1]]) if len(at) == 2 else partial(matrix, *at)
+def _entry(matrix: np.ndarray, index: list[int]) -> np.ndarray:
+    return np.asarray(matrix[:, index[0], index[1]]) if len(index) == 2 else partial(matrix, *index)
 
 
 def undefined(values: Column) -> str:
-    """Why a column has no correlation, or an empty string."""
+    """Return why a column has no correlation, as the end of a sentence, or an empty string."""
     if isinstance(values, str):
         return values
     if len(values) < 3:
@@ -191,16 +239,30 @@ def undefined(values: Column) -> str:
     return f"is constant, {values[0]:g}" if np.ptp(values) == 0 else ""
 
 
-def nothing(reason: str) -> Row:
-    return {"value": None, "low": None, "high": None, "p": None, "note": reason}
+def undefined_row(reason: str) -> Row:
+    """Return the row of a correlation that is not defined, for the reason given."""
+    return {**_empty_row(), "note": f"not defined: {reason}"}
+
+
+def _empty_row() -> Row:
+    return {"value": None, "low": None, "high": None, "p": None, "note": ""}
 
 
 def estimate(value: float, draws: np.ndarray, clusters: int) -> Row:
-    """A correlation with its interval and p-value from its values in resamples; None where they say nothing."""
+    """Return a correlation with its interval and p-value; these are None where most resamples are undefined.
+
+    Args:
+        value: The correlation in the sample, NaN where it is not defined.
+        draws: (resamples,), the correlation in each resample.
+        clusters: Number of clusters; the p-value has one degree of freedom less.
+
+    Returns:
+        A row with ``value``, ``low``, ``high``, ``p``, ``note``.
+    """
     if np.isnan(value):
-        return nothing("not defined: determined by what is held fixed")
+        return undefined_row("determined by the fixed covariate")
     known = draws[~np.isnan(draws)]
-    row = {**nothing(""), "value": value}
+    row = {**_empty_row(), "value": value}
     if len(known) < max(2, len(draws) / 2):
         return {**row, "note": "no interval: " + ("constant in most resamples" if len(draws) else "a single prompt")}
     low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -211,16 +273,18 @@ def estimate(value: float, draws: np.ndarray, clusters: int) -> Row:
 
 
 def adjust(rows: list[Row]) -> list[Row]:
-    """The rows with ``q`` behind ``p``: the false discovery rate, Benjamini and Hochberg 1995, over all of them.
+    """Return the rows with ``q`` after ``p``: the false discovery rate over all rows.
 
-    It is not stricter for a family that says one thing several times over, as the allocations of a baseline do;
-    Holm's correction would be.
+    It is not stricter for a family that repeats one hypothesis, as the allocations of a baseline do; Holm's correction
+    would be.
+
+    Source: Benjamini and Hochberg 1995.
     """
     known = [row["p"] for row in rows if row["p"] is not None]
     adjusted = iter(false_discovery_control(known).tolist() if known else [])
-    found = []
+    result = []
     for row in rows:
         q = None if row["p"] is None else next(adjusted)
         head = {name: row[name] for name in row if name not in ("n", "clusters", "note")}
-        found.append({**head, "q": q, **{name: row[name] for name in ("n", "clusters", "note")}})
-    return found
+        result.append({**head, "q": q, **{name: row[name] for name in ("n", "clusters", "note")}})
+    return result

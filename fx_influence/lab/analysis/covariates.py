@@ -1,4 +1,4 @@
-"""What is known of U's rollouts and tokens beside their influence."""
+"""Recorded properties of U's rollouts and tokens, against which their influence is correlated."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ NOT_RECORDED = "was not recorded for every rollout"
 
 
 def prompts(results: EntropyInfluenceResults) -> np.ndarray:
-    """The prompt of each rollout of U, 0 to C-1; (n_u,)."""
+    """Return the prompt of each rollout of U as a number from 0 to C-1; (n_u,)."""
     return np.unique([r.group for r in results.update_rollouts], return_inverse=True)[1]
 
 
 def rollout_covariates(results: EntropyInfluenceResults) -> dict[str, Column]:
-    """By name (n_u,), or why there is none.
+    """Return columns (n_u,) by name, or the reason why there is none.
 
     ``advantage``, ``reward``, ``completion_length`` (tokens), ``mean_entropy``, ``mean_logprob`` (nats per token),
     ``importance_weight`` (pi / pi_behaviour of the whole completion), ``gradient_norm`` (|g_i|),
     ``prompt_difficulty`` (1 - mean reward of the prompt in U).
     """
-    found: dict[str, Column] = {name: recorded(results, name) for name in RECORDED}
-    found["importance_weight"] = importance_weights(results)
-    found["gradient_norm"] = recorded(results, "gradient_norm")
-    found["prompt_difficulty"] = _difficulty(results)
-    return found
+    columns: dict[str, Column] = {name: recorded(results, name) for name in RECORDED}
+    columns["importance_weight"] = importance_weights(results)
+    columns["gradient_norm"] = recorded(results, "gradient_norm")
+    columns["prompt_difficulty"] = _difficulty(results)
+    return columns
 
 
 def recorded(results: EntropyInfluenceResults, name: str) -> Column:
-    """A field of the run's records of U."""
+    """Return a field of the run's records of U as floats (n_u,), or the reason why there is none."""
     values = [record.get(name) for record in results.sequences]
     return NOT_RECORDED if any(value is None for value in values) else np.array(values, dtype=float)
 
 
 def importance_weights(results: EntropyInfluenceResults) -> Column:
-    """exp(sum_t log pi - log pi_behaviour) over the tokens that count; exactly 1 where they differ by rounding only."""
+    """Return exp(sum_t log pi - log pi_behaviour) over the completion mask, exactly 1 where they differ by rounding."""
     behaviour = [r.behaviour_logprobs for r in results.update_rollouts]
     if "logprobs" not in results.tokens or any(b is None for b in behaviour):
         return NOT_RECORDED
@@ -54,7 +54,7 @@ def importance_weights(results: EntropyInfluenceResults) -> Column:
 
 
 def completion_mask(results: EntropyInfluenceResults) -> np.ndarray:
-    """True at the tokens that count; (n_u, T), the columns of ``per_token``."""
+    """Return the completion mask of U, (n_u, T), in the columns of ``per_token``."""
     return np.asarray(collate(results.update_rollouts, pad_id=0).completion_mask.numpy())
 
 
@@ -67,7 +67,7 @@ def _difficulty(results: EntropyInfluenceResults) -> Column:
 
 
 class Tokens:
-    """The tokens of U that count, flat in the order of the rollouts: (m,) each."""
+    """Columns (m,) over the tokens in U's completion mask, in the order of the rollouts."""
 
     def __init__(self, results: EntropyInfluenceResults, evaluation: int = 0) -> None:
         mask = completion_mask(results)
@@ -81,7 +81,7 @@ class Tokens:
         self.advantage: Column = advantage if isinstance(advantage, str) else advantage[self.rollout]
 
     def proxy(self) -> Column:
-        """(log pi - mean)(A - mean), means over tokens: where it is large the entropy falls, arXiv 2505.22617."""
+        """Return (log pi - mean)(A - mean), means over tokens, large where the entropy falls (arXiv 2505.22617)."""
         for needed in (self.logprob, self.advantage):
             if isinstance(needed, str):
                 return needed

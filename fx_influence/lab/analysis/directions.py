@@ -9,12 +9,13 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 
 def direction_rows(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Row]:
-    """AdamW's direction beside the RMSProp-style one, -g / den: no momentum, no weight decay, no clipping.
+    """Return AdamW's direction beside the RMSProp-style one, -g / den: no momentum, no weight decay, no clipping.
 
     Fields: ``quantity``, ``eta`` (a finite step, raw nats; None: first order, nats per unit lr), ``adamw``,
     ``adamw_stderr``, ``rmsprop``, ``rmsprop_stderr``, ``note``. Where all parameters share beta1 and their step, every
-    rollout's influence is the same multiple, (1 - beta1^step) / (clip (1 - beta1)), of AdamW's ``share``: the two
-    directions then differ by momentum and decay alone. ``multiple`` and ``off the multiple`` show how far that holds.
+    rollout's influence is the same multiple, (1 - beta1^step) / (clip (1 - beta1)), under AdamW with a
+    ``frozen`` preconditioner: the two directions then differ by momentum and decay only. ``multiple`` and ``off the
+    multiple`` show how far that holds.
     """
     arrays, summary = results.evaluations[evaluation].arrays, results.evaluations[evaluation].summary
     if "rmsprop_first" not in arrays:
@@ -28,21 +29,21 @@ def direction_rows(results: EntropyInfluenceResults, evaluation: int = 0) -> lis
     if "rmsprop" in arrays and "full" in arrays:
         for k, eta in enumerate(arrays["eta"].tolist()):
             row = _direction("whole step", eta, float(arrays["full"][k]), float(arrays["rmsprop"][k]))
-            errors = {f"{ours}_stderr": float(arrays[f"{name}_stderr"][k]) for ours, name in BOTH}
+            errors = {f"{direction}_stderr": float(arrays[f"{name}_stderr"][k]) for direction, name in DIRECTIONS}
             rows.append(row | errors)
     return rows
 
 
-BOTH = (("adamw", "full"), ("rmsprop", "rmsprop"))
+DIRECTIONS = (("adamw", "full"), ("rmsprop", "rmsprop"))
 
 
-def _per_rollout(share: np.ndarray, rmsprop: np.ndarray) -> list[Row]:
-    rows = [_direction("all rollouts", None, float(share.sum()), float(rmsprop.sum()))]
-    rows.append(_direction("rollouts that raise the entropy", None, int((share > 0).sum()), int((rmsprop > 0).sum())))
-    if undefined(share) or not share.any():
+def _per_rollout(adamw: np.ndarray, rmsprop: np.ndarray) -> list[Row]:
+    rows = [_direction("all rollouts", None, float(adamw.sum()), float(rmsprop.sum()))]
+    rows.append(_direction("rollouts that raise the entropy", None, int((adamw > 0).sum()), int((rmsprop > 0).sum())))
+    if undefined(adamw) or not adamw.any():
         return [*rows, _direction("multiple", note="not defined: the influences are constant")]
-    multiple = float(share @ rmsprop / (share @ share))
-    off = float(np.abs(rmsprop - multiple * share).max() / np.abs(rmsprop).max())
+    multiple = float(adamw @ rmsprop / (adamw @ adamw))
+    off = float(np.abs(rmsprop - multiple * adamw).max() / np.abs(rmsprop).max())
     return [*rows, _direction("multiple", None, 1.0, multiple), _direction("off the multiple", None, 0.0, off)]
 
 

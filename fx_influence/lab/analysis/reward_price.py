@@ -12,28 +12,32 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 
 def reward_price(results: EntropyInfluenceResults, evaluation: int = 0) -> tuple[list[Row], list[Row]]:
-    """The entropy price of reward: delta_i beside r_i, what rollout i adds to E's expected reward, per unit lr.
+    """Return the entropy price of reward: delta_i beside r_i, the influence of rollout i on E's expected reward.
 
-    First the figures (``quantity``, ``value``, ``stderr`` over the draw of E, ``low``, ``high``, ``p``, ``q``,
-    ``note``): the step's change of entropy and of reward, in all and from the rollouts, their ratio in nats per unit of
-    reward (negative: entropy is paid), how many rollouts do what, how many of r_i can be told from 0, and the
-    correlation of delta_i with r_i. Then the Pareto set, see ``pareto``: the rollouts that no other beats in both, a
-    row each with ``id``, ``entropy``, ``reward`` and their standard errors.
+    Both are per unit lr.
+
+    Returns:
+        The figures, rows with ``quantity``, ``value``, ``stderr`` over the draw of E, ``low``, ``high``, ``p``, ``q``,
+        ``note``: the step's change of entropy and of reward, in total and from the rollouts, their ratio in nats per
+        unit of reward (negative: entropy is paid), counts of rollouts by both signs, the number of r_i beyond two
+        standard errors, and the correlation of delta_i with r_i.
+        The Pareto set, see ``pareto``: a row for each of its rollouts with ``id``, ``entropy``, ``reward`` and their
+        standard errors.
     """
     arrays, summary = results.evaluations[evaluation].arrays, results.evaluations[evaluation].summary
     if "per_sequence_reward" not in arrays:
-        missing = "not defined: influences on the reward were not stored; E was not judged, or the run is of a training"
+        missing = "not defined: influences on the reward were not stored (no rewards on E, or a step of a training run)"
         return [_figure("price", note=missing)], []
     entropy, reward, error = (
         arrays[name] for name in ("per_sequence", "per_sequence_reward", "per_sequence_reward_stderr")
     )
     rows = [*_changes(summary, arrays), *_quadrants(entropy, reward)]
     rows.append(_figure("rollouts whose reward is beyond two standard errors", int((np.abs(reward) > 2 * error).sum())))
-    found = adjust(correlation_rows({"none": entropy}, {"reward influence": reward}, prompts(results)))
+    correlated = adjust(correlation_rows({"none": entropy}, {"reward influence": reward}, prompts(results)))
     keys = ("value", "low", "high", "p", "q", "note")
-    rows += [{**_figure(f"{row['measure']} of entropy and reward"), **{k: row[k] for k in keys}} for row in found]
+    rows += [{**_figure(f"{row['measure']} of entropy and reward"), **{k: row[k] for k in keys}} for row in correlated]
     stderr = arrays["stderr"]
-    best = [
+    pareto_set = [
         {
             "id": results.sequences[i]["id"],
             "entropy": float(entropy[i]),
@@ -43,36 +47,36 @@ def reward_price(results: EntropyInfluenceResults, evaluation: int = 0) -> tuple
         }
         for i in pareto(entropy, reward)
     ]
-    return rows, best
+    return rows, pareto_set
 
 
 def pareto(entropy: np.ndarray, reward: np.ndarray) -> list[int]:
-    """Indices that no other one beats: none is at least as high in both and higher in one; by falling reward.
+    """Return indices of the Pareto set, by falling reward: no other point is as high in both and higher in one.
 
-    Equal rollouts are all in the set or all out of it.
+    Equal points are all in the set or all outside.
 
     Example:
         >>> pareto(np.array([1.0, 3.0, 2.0, 0.0]), np.array([5.0, 1.0, 1.0, 4.0]))
         [0, 1]
     """
     order = np.lexsort((-entropy, -reward))
-    chosen: list[int] = []
+    members: list[int] = []
     for i in order:
-        last = chosen[-1] if chosen else None
+        last = members[-1] if members else None
         if last is None or entropy[i] > entropy[last] or (entropy[i] == entropy[last] and reward[i] == reward[last]):
-            chosen.append(int(i))
-    return chosen
+            members.append(int(i))
+    return members
 
 
 def _changes(summary: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[Row]:
-    """Of the whole step and of its rollouts."""
-    entropy, reward = (float(arrays[f"per_sequence{of}"].sum()) for of in ("", "_reward"))
-    total, paid = float(summary["total"]), reward + float(arrays["reward_baseline"])
+    """Return the changes of entropy and reward, and their ratio, for the whole step and for its rollouts."""
+    entropy, reward = (float(arrays[f"per_sequence{suffix}"].sum()) for suffix in ("", "_reward"))
+    total, gained = float(summary["total"]), reward + float(arrays["reward_baseline"])
     errors = summary["total_stderr"], float(arrays["reward_total_stderr"])
     return [
         _figure("entropy, whole step (nats per unit lr)", total, errors[0]),
-        _figure("reward, whole step (per unit lr)", paid, errors[1]),
-        _price("price, whole step (nats per unit of reward)", total, paid),
+        _figure("reward, whole step (per unit lr)", gained, errors[1]),
+        _price("price, whole step (nats per unit of reward)", total, gained),
         _figure("entropy, rollouts (nats per unit lr)", entropy, summary.get("sum_per_sequence_stderr")),
         _figure("reward, rollouts (per unit lr)", reward),
         _price("price, rollouts (nats per unit of reward)", entropy, reward),
@@ -87,7 +91,7 @@ def _quadrants(entropy: np.ndarray, reward: np.ndarray) -> list[Row]:
         "rollouts that raise entropy, lower reward": raising & worse,
         "rollouts that lower entropy and reward": lowering & worse,
     }
-    return [_figure(quantity, int(which.sum())) for quantity, which in counts.items()]
+    return [_figure(quantity, int(mask.sum())) for quantity, mask in counts.items()]
 
 
 def _price(quantity: str, entropy: float, reward: float) -> Row:

@@ -1,4 +1,4 @@
-"""Correlates of the rollouts' influence, the entropy price of reward, and AdamW beside RMSProp."""
+"""Correlations of the rollouts' influence with what is recorded of them, under each allocation of the baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEASURES = ("pearson", "spearman", "partial_pearson", "partial_spearman")
 
 
 def rollout_correlations(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Row]:
-    """delta_i, and delta_i with its share of the baseline under each allocation, against every covariate.
+    """Return correlations of delta_i, and of delta_i with its share of the baseline, with every covariate.
 
     Fields: those of ``correlation_rows``, ``influence`` being the allocation, and ``q``, corrected over all rows.
     """
@@ -23,8 +23,8 @@ def rollout_correlations(results: EntropyInfluenceResults, evaluation: int = 0) 
 
 
 def _allocated(results: EntropyInfluenceResults, evaluation: int) -> dict[str, Column]:
-    found = results.evaluations[evaluation]
-    influence, baseline = found.arrays["per_sequence"].astype(float), float(found.summary["baseline"])
+    evaluated = results.evaluations[evaluation]
+    influence, baseline = evaluated.arrays["per_sequence"].astype(float), float(evaluated.summary["baseline"])
     norms = recorded(results, "gradient_norm")
     return {
         name: f"needs gradient_norm, which {norms}"

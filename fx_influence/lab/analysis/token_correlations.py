@@ -1,4 +1,4 @@
-"""Correlates of the tokens' influence, the covariance proxy, concentration, and the split by sign and probability."""
+"""Correlations of the tokens' influence with what is recorded of them, and with the covariance proxy."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fx_influence.lab.analysis.correlation import (
 from fx_influence.lab.analysis.covariates import Tokens
 
 INTERVAL_TOKENS = 10_000
-"""Tokens that intervals and p-values are made from; of more, this many are drawn."""
+"""Tokens from which intervals and p-values are computed; of more, a random subset of this size is taken."""
 
 
-def token_correlations(tokens: Tokens) -> list[Row]:
-    """delta_it against log pi, entropy, position and the covariance proxy; fields as ``rollout_correlations``.
+def token_correlations(tokens: Tokens, interval_tokens: int = INTERVAL_TOKENS) -> list[Row]:
+    """Return correlations of delta_it with log pi, entropy, position and the covariance proxy.
 
-    With more than ``INTERVAL_TOKENS`` tokens the values are of all, the intervals of that many drawn at random, always
-    the same ones; the note says so. They are then wider than they need be.
+    With more than ``interval_tokens`` tokens the values are of all tokens, the intervals of a random subset, always the
+    same one; the note says so. They are then wider than they need be. Fields: as ``rollout_correlations``.
     """
     covariates = {
         "logprob": tokens.logprob,
@@ -30,27 +30,27 @@ def token_correlations(tokens: Tokens) -> list[Row]:
         "position": tokens.position,
         "covariance_proxy": tokens.proxy(),
     }
-    return adjust(_sampled_rows({"token": tokens.influence}, covariates, tokens.prompt))
+    return adjust(_sampled_rows({"token": tokens.influence}, covariates, tokens.prompt, interval_tokens))
 
 
 def proxy_rows(tokens: Tokens) -> list[Row]:
-    """How well the proxy (log pi - mean)(A - mean) tells delta: R² of the line through all, and rank correlation.
+    """Return how well the proxy (log pi - mean)(A - mean) predicts delta: R² of the linear fit, and rank correlation.
 
-    Once for tokens, and once for rollouts, the sums of both over a rollout's tokens. Fields: ``of``, ``measure``
-    (``r2``, ``spearman``), and those of ``correlation_rows``. The proxy foretells a fall, so that rho is negative where
-    it works.
+    Once for tokens, and once for rollouts, with the sums of both over a rollout's tokens. Fields: ``of``, ``measure``
+    (``r2``, ``spearman``), and those of ``correlation_rows``. The proxy predicts a fall of the entropy, so that rho is
+    negative where it works.
     """
     proxy = tokens.proxy()
     index = np.unique(tokens.rollout, return_inverse=True)[1]
     prompt = tokens.prompt[np.unique(index, return_index=True)[1]]
     by_rollout: Column = proxy if isinstance(proxy, str) else np.bincount(index, proxy)
     rows = []
-    for of, influence, values, clusters in (
+    for level, influence, values, clusters in (
         ("tokens", tokens.influence, proxy, tokens.prompt),
         ("rollouts", np.bincount(index, tokens.influence), by_rollout, prompt),
     ):
-        found = _sampled_rows({"delta": influence}, {"covariance_proxy": values}, clusters)
-        rows += [{"of": of, **(_r2(row) if row["measure"] == "pearson" else row)} for row in found]
+        correlated = _sampled_rows({"delta": influence}, {"covariance_proxy": values}, clusters)
+        rows += [{"of": level, **(_r2(row) if row["measure"] == "pearson" else row)} for row in correlated]
     return [{k: v for k, v in row.items() if k not in ("influence", "with")} for row in adjust(rows)]
 
 
@@ -62,21 +62,27 @@ def _r2(row: Row) -> Row:
     return {**row, "measure": "r2", "value": row["value"] ** 2, "low": low, "high": ends[1]}
 
 
-def _sampled_rows(targets: dict[str, Column], covariates: dict[str, Column], clusters: np.ndarray) -> list[Row]:
+def _sampled_rows(
+    targets: dict[str, Column],
+    covariates: dict[str, Column],
+    clusters: np.ndarray,
+    interval_tokens: int = INTERVAL_TOKENS,
+) -> list[Row]:
+    """Return ``correlation_rows`` whose intervals rest on at most ``interval_tokens`` of the (m,) tokens."""
     n = len(clusters)
-    if n <= INTERVAL_TOKENS:
+    if n <= interval_tokens:
         return correlation_rows(targets, covariates, cluster_index(clusters))
-    drawn = np.sort(np.random.default_rng(0).choice(n, INTERVAL_TOKENS, replace=False))
-    rows = correlation_rows(_at(targets, drawn), _at(covariates, drawn), cluster_index(clusters[drawn]))
-    known = {name: values for name, values in (targets | covariates).items() if not isinstance(values, str)}
-    whole = correlations(np.stack([np.asarray(values) for values in known.values()]), np.ones((1, n)))
-    at = {name: k for k, name in enumerate(known)}
+    subset = np.sort(np.random.default_rng(0).choice(n, interval_tokens, replace=False))
+    rows = correlation_rows(_take(targets, subset), _take(covariates, subset), cluster_index(clusters[subset]))
+    defined = {name: values for name, values in (targets | covariates).items() if not isinstance(values, str)}
+    sample = correlations(np.stack([np.asarray(values) for values in defined.values()]), np.ones((1, n)))
+    index = {name: k for k, name in enumerate(defined)}
     for row in rows:
         if row["value"] is not None:
-            value = getattr(whole, row["measure"])[0, at[row["influence"]], at[row["with"]]]
-            row |= {"value": float(value), "n": n, "note": f"interval and p from {INTERVAL_TOKENS} of {n} tokens"}
+            value = getattr(sample, row["measure"])[0, index[row["influence"]], index[row["with"]]]
+            row |= {"value": float(value), "n": n, "note": f"interval and p from {interval_tokens} of {n} tokens"}
     return rows
 
 
-def _at(columns: dict[str, Column], drawn: np.ndarray) -> dict[str, Column]:
-    return {name: values if isinstance(values, str) else values[drawn] for name, values in columns.items()}
+def _take(columns: dict[str, Column], index: np.ndarray) -> dict[str, Column]:
+    return {name: values if isinstance(values, str) else values[index] for name, values in columns.items()}

@@ -19,10 +19,10 @@ FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 0.5)
 
 
 class Concentration(NamedTuple):
-    """What the k tokens with the largest |delta_it| hold, for k = 1..m; (m,).
+    """Shares of the k tokens with the largest |delta_it|, for k = 1..m; (m,) each.
 
     ``absolute``: of sum |delta|. ``raising``, ``lowering``: of the sum of all positive, of all negative delta.
-    ``net``: their signed sum, nats per unit lr; the last is that of all. NaN where there is nothing to share.
+    ``net``: their signed sum, nats per unit lr; the last is that of all tokens. NaN where the denominator is 0.
     """
 
     absolute: np.ndarray
@@ -32,7 +32,7 @@ class Concentration(NamedTuple):
 
 
 def concentration(influence: np.ndarray) -> Concentration:
-    """Curves of the mass in the strongest tokens.
+    """Return the shares of the influence in the strongest tokens; ``influence``: (m,), nats per unit lr.
 
     Example:
         >>> concentration(np.array([1.0, -4.0, 3.0])).absolute.tolist()
@@ -40,15 +40,15 @@ def concentration(influence: np.ndarray) -> Concentration:
     """
     ordered = influence[np.argsort(-np.abs(influence), kind="stable")]
     absolute, raising, lowering = (
-        np.cumsum(part) for part in (np.abs(ordered), ordered.clip(min=0), -ordered.clip(max=0))
+        np.cumsum(values) for values in (np.abs(ordered), ordered.clip(min=0), -ordered.clip(max=0))
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = [part / part[-1] for part in (absolute, raising, lowering)]
+        shares = [values / values[-1] for values in (absolute, raising, lowering)]
     return Concentration(shares[0], shares[1], shares[2], np.cumsum(ordered))
 
 
 def concentration_rows(influence: np.ndarray) -> list[Row]:
-    """``concentration`` at ``FRACTIONS`` of the tokens, at least one token; ``net_share``: of the sum of all delta.
+    """Return ``concentration`` at ``FRACTIONS`` of the tokens, at least one; ``net_share`` is of the sum of all delta.
 
     The net sum is a small difference of large terms, so that its share may lie outside 0 to 1.
     """
@@ -56,21 +56,23 @@ def concentration_rows(influence: np.ndarray) -> list[Row]:
     for fraction in FRACTIONS:
         k = math.ceil(fraction * len(influence))
         row: Row = {"fraction": fraction, "tokens": k, "of": len(influence)}
-        shares = {f"{name}_share": _known(getattr(curves, name)[k - 1]) for name in ("absolute", "raising", "lowering")}
+        shares = {
+            f"{name}_share": _none_if_nan(getattr(curves, name)[k - 1]) for name in ("absolute", "raising", "lowering")
+        }
         net, total = float(curves.net[k - 1]), float(curves.net[-1])
         rows.append({**row, **shares, "net": net, "net_share": net / total if total else None})
     return rows
 
 
-def _known(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
 def sign_rows(tokens: Tokens) -> list[Row]:
-    """The influence by sign of advantage and high or low probability, under two meanings of high.
+    """Return sums of influence by sign of advantage and high or low probability, under two definitions of high.
 
-    ``split``: ``expected``, log pi >= -h, more probable than the policy's own average of log pi, where theory has the
-    sign turn (d entropy / d logit_y = -pi_y (log pi_y + h)); ``median``, log pi at least its median over the tokens.
+    ``split``: ``expected``, log pi >= -h, more probable than the policy's average of log pi, where by theory the sign
+    changes (d entropy / d logit_y = -pi_y (log pi_y + h)); ``median``, log pi at least its median over the tokens.
     ``sum``: nats per unit lr, with ``low`` and ``high`` over the draw of prompts; ``absolute_share``: of sum |delta|;
     ``mean``: per token. A single row with a note where advantage, log pi or entropy was not stored.
     """
@@ -82,20 +84,21 @@ def sign_rows(tokens: Tokens) -> list[Row]:
     splits = {"expected": logprob >= -entropy, "median": logprob >= np.median(logprob)}
     counts = cluster_counts(cluster_index(tokens.prompt))
     return [
-        {"split": split, "advantage": sign, "probability": name, **_cell(tokens, chosen & which, counts)}
+        {"split": split, "advantage": sign, "probability": name, **_cell(tokens, by_sign & by_probability, counts)}
         for split, high in splits.items()
-        for sign, chosen in signs.items()
-        for name, which in (("high", high), ("low", ~high))
+        for sign, by_sign in signs.items()
+        for name, by_probability in (("high", high), ("low", ~high))
     ]
 
 
 CELL = ("split", "advantage", "probability", "tokens", "sum", "low", "high", "absolute_share", "mean")
 
 
-def _cell(tokens: Tokens, chosen: np.ndarray, counts: np.ndarray) -> Row:
-    part = np.where(chosen, tokens.influence, 0.0)
-    size, count, total = np.abs(tokens.influence).sum(), int(chosen.sum()), float(part.sum())
-    sums = counts @ np.bincount(cluster_index(tokens.prompt), part)
+def _cell(tokens: Tokens, mask: np.ndarray, counts: np.ndarray) -> Row:
+    """Return the figures of the tokens in ``mask`` (m,), with an interval from ``counts`` (resamples, prompts)."""
+    masked = np.where(mask, tokens.influence, 0.0)
+    absolute, count, total = np.abs(tokens.influence).sum(), int(mask.sum()), float(masked.sum())
+    sums = counts @ np.bincount(cluster_index(tokens.prompt), masked)
     low, high = np.quantile(sums, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     single = counts.shape[1] < 2
     return {
@@ -103,7 +106,7 @@ def _cell(tokens: Tokens, chosen: np.ndarray, counts: np.ndarray) -> Row:
         "sum": total,
         "low": None if single else low,
         "high": None if single else high,
-        "absolute_share": float(np.abs(part).sum() / size) if size else None,
+        "absolute_share": float(np.abs(masked).sum() / absolute) if absolute else None,
         "mean": total / count if count else None,
         "note": "no interval: a single prompt" if single else "" if count else "no such tokens",
     }

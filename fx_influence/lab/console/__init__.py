@@ -1,1 +1,1 @@
-"""Tables and sentences for a terminal."""
+"""Tables and sentences of a finished run for a terminal."""

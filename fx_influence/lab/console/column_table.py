@@ -1,4 +1,4 @@
-"""A table for a terminal of any width: numbers and names stay complete, texts give way, columns move below."""
+"""A table for a terminal of any width: numbers and names stay complete, texts are shortened, columns move below."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.text import Text
 
 Kind = Literal["name", "number", "text"]
 
-LEAST_TEXT, LEAST_NAME = 10, 16
-"""Cells that a text, and a name before it is folded, are given at least."""
+MIN_TEXT, MIN_NAME = 10, 16
+"""Smallest width in terminal cells of a text, and of a name before it is folded."""
 PADDING = 3
 """Cells of a column beside its content: a blank on either side and a line; the table has one line more."""
 
 
 def printable(text: str) -> str:
-    """Untrusted text with every character that is not printable (controls, escapes, bidirectional marks) escaped.
+    """Return untrusted text with controls, escapes, bidirectional marks and the like replaced by escape sequences.
 
     Example:
         >>> printable("a\\x1b[31m\\u202eb")
@@ -30,10 +30,10 @@ def printable(text: str) -> str:
 
 
 class Column(NamedTuple):
-    """One column: its title, and what its cells are.
+    """Title of a column and the kind of its cells.
 
-    ``number``: on one line, complete. ``name``: complete, folded where it is long. ``text``: on one line, its end left
-    out where there is no room.
+    ``number``: on one line, complete. ``name``: complete, folded where it is long. ``text``: on one line, shortened
+    at its end to the width that is left.
     """
 
     title: str
@@ -44,8 +44,8 @@ class Column(NamedTuple):
 class ColumnTable:
     """Rows under a title, laid out for the width that they are printed at.
 
-    Where even the least widths of the columns do not fit, those that are too many stand in further tables below, each
-    beginning with the first column again. A column without any content is left out. ``rows``: cells as text, printed
+    If the columns do not fit at their smallest widths, the last of them move to further tables below, each of which
+    begins with the first column again. A column without any content is omitted. ``rows``: cells as text, printed
     literally, or as ``rich`` ``Text``.
 
     Example:
@@ -68,15 +68,15 @@ class ColumnTable:
     rows: Sequence[Sequence[str | Text]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        sizes = [_Size.of(column, [row[k] for row in self.rows]) for k, column in enumerate(self.columns)]
-        shown = [k for k in range(len(sizes)) if k == 0 or any(row[k] for row in self.rows)]
-        for i, part in enumerate(_parts(shown, sizes, options.max_width)):
+        limits = [_WidthLimits.of(column, [row[k] for row in self.rows]) for k, column in enumerate(self.columns)]
+        nonempty = [k for k in range(len(limits)) if k == 0 or any(row[k] for row in self.rows)]
+        for i, group in enumerate(_column_groups(nonempty, limits, options.max_width)):
             title = self.title if i == 0 else f"{self.title} (continued)"
-            yield self._table(title, part, _widths([sizes[k] for k in part], options.max_width))
+            yield self._table(title, group, _widths([limits[k] for k in group], options.max_width))
 
-    def _table(self, title: str, part: Sequence[int], widths: Sequence[int]) -> Table:
+    def _table(self, title: str, group: Sequence[int], widths: Sequence[int]) -> Table:
         table = Table(title=Text(title), title_justify="left")
-        for k, width in zip(part, widths, strict=True):
+        for k, width in zip(group, widths, strict=True):
             column = self.columns[k]
             table.add_column(
                 Text(column.title),
@@ -86,44 +86,43 @@ class ColumnTable:
                 no_wrap=column.kind == "text",
             )
         for row in self.rows:
-            table.add_row(*(_cell(row[k]) for k in part))
+            table.add_row(*(_cell(row[k]) for k in group))
         return table
 
 
-class _Size(NamedTuple):
-    """Cells of a column: those it can do with, and those it would use."""
+class _WidthLimits(NamedTuple):
+    """Width in cells below which a column is unreadable, and beyond which it gains nothing."""
 
-    least: int
-    most: int
+    smallest: int
+    largest: int
 
     @classmethod
-    def of(cls, column: Column, cells: Sequence[str | Text]) -> _Size:
+    def of(cls, column: Column, cells: Sequence[str | Text]) -> _WidthLimits:
         content = max((_cell(cell).cell_len for cell in cells), default=0)
         word = max((cell_len(word) for word in column.title.split()), default=0)
-        most = max(content, cell_len(column.title))
-        least = {"number": content, "name": min(content, LEAST_NAME), "text": min(content, LEAST_TEXT)}[column.kind]
-        return cls(max(least, word), most)
+        smallest = {"number": content, "name": min(content, MIN_NAME), "text": min(content, MIN_TEXT)}[column.kind]
+        return cls(max(smallest, word), max(content, cell_len(column.title)))
 
 
-def _parts(shown: Sequence[int], sizes: Sequence[_Size], width: int) -> list[list[int]]:
-    """The columns of each table that fits ``width``, by number; all begin with the first of them."""
-    step_terms = [[shown[0]]]
-    for k in shown[1:]:
-        room = width - 1 - sum(sizes[j].least + PADDING for j in step_terms[-1])
-        if room < sizes[k].least + PADDING and len(step_terms[-1]) > 1:
-            step_terms.append([shown[0]])
-        step_terms[-1].append(k)
-    return step_terms
+def _column_groups(columns: Sequence[int], limits: Sequence[_WidthLimits], width: int) -> list[list[int]]:
+    """Split column numbers into tables that fit ``width``, each beginning with the first column."""
+    groups = [[columns[0]]]
+    for k in columns[1:]:
+        remaining = width - 1 - sum(limits[j].smallest + PADDING for j in groups[-1])
+        if remaining < limits[k].smallest + PADDING and len(groups[-1]) > 1:
+            groups.append([columns[0]])
+        groups[-1].append(k)
+    return groups
 
 
-def _widths(sizes: Sequence[_Size], width: int) -> list[int]:
-    """Least widths, and what is left over to each column in turn that would use more, a cell at a time."""
-    widths = [size.least for size in sizes]
-    left = width - 1 - sum(w + PADDING for w in widths)
-    while left > 0 and (wanting := [k for k, size in enumerate(sizes) if widths[k] < size.most]):
-        for k in wanting[:left]:
+def _widths(limits: Sequence[_WidthLimits], width: int) -> list[int]:
+    """Return the smallest widths, widened a cell at a time in turn until the table is full or no column gains."""
+    widths = [limit.smallest for limit in limits]
+    remaining = width - 1 - sum(w + PADDING for w in widths)
+    while remaining > 0 and (narrow := [k for k, limit in enumerate(limits) if widths[k] < limit.largest]):
+        for k in narrow[:remaining]:
             widths[k] += 1
-        left -= len(wanting[:left])
+        remaining -= len(narrow[:remaining])
     return widths
 
 

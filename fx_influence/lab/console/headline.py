@@ -1,4 +1,4 @@
-"""What a run says first, in the terminal and on the page: the change of the entropy, and whether E tells its sign."""
+"""The first sentence on a run, in the terminal and on the page: the change of the entropy, and how certain its sign."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fx_influence.lab.console.numbers import with_error
 from fx_influence.lab.health import INVALIDATING, Finding, has_small_ess, health, value_at_lr
 from fx_influence.lab.results import EntropyInfluenceResults
 
-SURE = 2.0
-"""Standard errors from zero beyond which a sign counts as told."""
+CERTAIN = 2.0
+"""Standard errors from zero beyond which a sign counts as determined."""
 
 
 class Change(NamedTuple):
-    """Delta H of the step in nats, by one way to tell it, with its standard error over the draw of E."""
+    """Delta H of the step in nats by one method, with its standard error over the draw of E."""
 
     name: str
     value: float
@@ -24,19 +24,19 @@ class Change(NamedTuple):
     @property
     def sign(self) -> int | None:
         """Return -1, 0 or 1; None where the change is within two standard errors of zero."""
-        if self.stderr is not None and 0 < abs(self.value) <= SURE * self.stderr:
+        if self.stderr is not None and 0 < abs(self.value) <= CERTAIN * self.stderr:
             return None
         return int(np.sign(self.value))
 
     @property
-    def size(self) -> str:
-        """Return the size with its error bar, for a sentence that names the direction."""
+    def magnitude(self) -> str:
+        """Return the absolute value with its error bar, for a sentence that names the direction."""
         return with_error(abs(self.value), self.stderr)
 
     @property
     def signed(self) -> str:
         """Return the value with its sign and its error bar."""
-        return f"{'−' if self.value < 0 else '+'}{self.size}"
+        return f"{'−' if self.value < 0 else '+'}{self.magnitude}"
 
 
 class Headline(NamedTuple):
@@ -48,7 +48,7 @@ class Headline(NamedTuple):
 
 
 class StepTerm(NamedTuple):
-    """A part of the step's total, nats per unit lr; ``kind``: ``sum`` of those above, the ``total``, or neither."""
+    """A term of the step's total, nats per unit lr; ``kind``: ``sum`` of those above, the ``total``, or neither."""
 
     name: str
     value: float
@@ -59,63 +59,69 @@ class StepTerm(NamedTuple):
 def headline(results: EntropyInfluenceResults, evaluation: int = 0) -> Headline:
     """Return what the step does to the entropy over one E, predicted beside measured.
 
-    The direction is told only where the predicted change, and the measured one if there is one, are more than two
-    standard errors from zero and agree; the sentence begins with that doubt otherwise, and with the checks that spoil
-    every figure where one of those fails.
+    The sentence names a direction only if the predicted change, and the measured one if there is one, are more than two
+    standard errors from zero and agree in sign. Otherwise it begins with that doubt; and if one of the checks that
+    invalidate every figure fails, it begins with that check.
     """
-    own, lr = results.evaluations[evaluation].summary, results.summary["lr"]
+    summary, lr = results.evaluations[evaluation].summary, results.summary["lr"]
     findings = health(results, evaluation)
-    predicted = Change("predicted, first order", own["total"] * lr, _scaled(own["total_stderr"], lr))
+    predicted = Change("predicted, first order", summary["total"] * lr, _scaled(summary["total_stderr"], lr))
     measured = _measured(results, evaluation)
-    sentence = _sentence(predicted, None if has_small_ess(findings) else measured, per(results), own["entropy"])
-    spoiled = [finding.name for finding in findings if finding.level == "attention" and finding.name in INVALIDATING]
-    if spoiled:
-        sentence = f"Mistrust these figures ({', '.join(spoiled)}). {sentence}"
-    return Headline(sentence, [predicted, *_curved(own, lr), *([measured] if measured else [])], findings)
+    reliable = None if has_small_ess(findings) else measured
+    sentence = _sentence(predicted, reliable, entropy_unit(results), summary["entropy"])
+    failed = [finding.name for finding in findings if finding.level == "attention" and finding.name in INVALIDATING]
+    if failed:
+        sentence = f"Do not trust these figures ({', '.join(failed)}). {sentence}"
+    changes = [predicted, *_second_order(summary, lr), *([measured] if measured else [])]
+    return Headline(sentence, changes, findings)
 
 
-def per(results: EntropyInfluenceResults) -> str:
-    """Return what an entropy is of: ``per token`` or ``per rollout``."""
+def entropy_unit(results: EntropyInfluenceResults) -> str:
+    """Return what the run's entropies refer to: ``per token`` or ``per rollout``."""
     return "per token" if results.plan.normalize == "token" else "per rollout"
 
 
-def step_terms(own: dict[str, Any]) -> list[StepTerm]:
-    """Return the parts of the step on one E, in the order of a table; those that are no sum add up to the total."""
-    unattributed = own.get("unattributed", 0.0)
+def step_terms(summary: dict[str, Any]) -> list[StepTerm]:
+    """Return the terms of the step on one E in the order of a table; all but the sums add up to the total.
+
+    ``summary``: of one evaluation; nats per unit lr.
+    """
+    unattributed = summary.get("unattributed", 0.0)
     return [
-        StepTerm("momentum", own["momentum"], None),
-        StepTerm("weight decay", own["weight_decay"], None),
-        StepTerm("baseline, both of these", own["baseline"], own.get("baseline_stderr"), "sum"),
-        StepTerm("rollouts, all together", own["sum_per_sequence"], own.get("sum_per_sequence_stderr")),
+        StepTerm("momentum", summary["momentum"], None),
+        StepTerm("weight decay", summary["weight_decay"], None),
+        StepTerm("baseline, sum of both", summary["baseline"], summary.get("baseline_stderr"), "sum"),
+        StepTerm("all rollouts", summary["sum_per_sequence"], summary.get("sum_per_sequence_stderr")),
         *([StepTerm("unattributed", unattributed, None)] if unattributed else []),
-        StepTerm("total", own["total"], own["total_stderr"], "total"),
+        StepTerm("total", summary["total"], summary["total_stderr"], "total"),
     ]
 
 
 def _sentence(predicted: Change, measured: Change | None, unit: str, entropy: float) -> str:
-    now, seen = f"now {entropy:.4f} nats {unit}", "" if measured is None else f", measured {measured.signed}"
+    now = f"now {entropy:.4f} nats {unit}"
     if not predicted.value and (measured is None or not measured.value):
-        return f"To first order this step leaves the policy's entropy as it is, at {entropy:.4f} nats {unit}."
+        return f"To first order this step leaves the policy's entropy unchanged at {entropy:.4f} nats {unit}."
     if predicted.sign is None:
+        beside = "" if measured is None else f", measured {measured.signed}"
         return (
-            f"E does not tell whether this step raises or lowers the policy's entropy, {now}: to first order it "
-            f"changes by {predicted.signed} nats{seen}."
+            f"E does not determine whether this step raises or lowers the policy's entropy, {now}: to first order it "
+            f"changes by {predicted.signed} nats{beside}."
         )
     if measured is not None and measured.sign is None:
         return (
-            f"The sign is not sure: to first order this step {_verb(predicted)} the policy's entropy, {now}, by "
-            f"{predicted.size} nats, but {measured.signed} is measured, which E does not tell from zero."
+            f"The sign is uncertain: to first order this step {_verb(predicted)} the policy's entropy, {now}, by "
+            f"{predicted.magnitude} nats, but {measured.signed} is measured, which E does not distinguish from zero."
         )
     if measured is not None and measured.sign != predicted.sign:
         return (
             f"This step is too long for the first order: it {_verb(measured)} the policy's entropy, {now}, by "
-            f"{measured.size} nats as measured, where {predicted.signed} is predicted."
+            f"{measured.magnitude} nats as measured, where {predicted.signed} is predicted."
         )
-    also = "" if measured is None else f", by {measured.size} as measured"
+    also = "" if measured is None else f", by {measured.magnitude} as measured"
     bar = "" if predicted.stderr is not None else "; E gives no error bar"
     return (
-        f"This step {_verb(predicted)} the policy's entropy by {predicted.size} nats {unit} to first order{also}, from "
-        f"{entropy:.4f}{bar}."
+        f"This step {_verb(predicted)} the policy's entropy by {predicted.magnitude} nats {unit} to first "
+        f"order{also}, from {entropy:.4f}{bar}."
     )
 
 
@@ -123,10 +129,10 @@ def _verb(change: Change) -> str:
     return "lowers" if change.value < 0 else "raises"
 
 
-def _curved(own: dict[str, Any], lr: float) -> list[Change]:
-    if own.get("second_order") is None or not lr:
+def _second_order(summary: dict[str, Any], lr: float) -> list[Change]:
+    if summary.get("second_order") is None or not lr:
         return []
-    return [Change("predicted, second order", own["total"] * lr + own["second_order"] * lr**2 / 2, None)]
+    return [Change("predicted, second order", summary["total"] * lr + summary["second_order"] * lr**2 / 2, None)]
 
 
 def _measured(results: EntropyInfluenceResults, evaluation: int) -> Change | None:

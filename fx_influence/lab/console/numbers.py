@@ -1,4 +1,4 @@
-"""Numbers as a reader compares them: one power of ten and as many decimals for a whole column."""
+"""Formats of numbers that a reader compares: one power of ten and one number of decimals for a whole column."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 DIGITS = 5
-"""Of the largest number of a column."""
+"""Significant digits of the largest number of a column."""
 
 
 class Scale(NamedTuple):
-    """A column's power of ten and its decimals.
+    """Power of ten and number of decimals of a column.
 
     Example:
         >>> scale = Scale.of(4.7e-4)
@@ -24,7 +24,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, largest: float) -> Scale:
-        """The scale on which ``largest`` has five digits; no power where it is within a factor of 10 or 1000 of 1."""
+        """Return the scale on which ``largest`` has five digits; no power of ten where it lies in [0.1, 10,000)."""
         if not largest or not math.isfinite(largest):
             return cls(0, 1)
         digits = math.floor(math.log10(largest))
@@ -32,15 +32,16 @@ class Scale(NamedTuple):
         return cls(power, max(0, DIGITS - 1 - (digits - power)))
 
     def named(self, unit: str) -> str:
+        """Return the unit with the power of ten before it, for the head of the column."""
         return f"10{str(self.power).translate(SUPERSCRIPTS)} {unit}" if self.power else unit
 
     def text(self, value: float, sign: str = "+") -> str:
-        """With a sign as wide as a plus; ``sign=""`` leaves the plus away."""
+        """Return the number with a minus as wide as a plus; ``sign=""`` omits the plus."""
         return format(value / 10.0**self.power, f"{sign}.{self.decimals}f").replace("-", "−")
 
 
 def with_error(value: float, error: float | None) -> str:
-    """A positive number to the digits that its standard error leaves it.
+    """Return a positive number with its standard error, to the digits that the error leaves significant.
 
     Example:
         >>> with_error(0.0004432, 0.00031), with_error(4.432e-7, 3.1e-7), with_error(0.25, None)

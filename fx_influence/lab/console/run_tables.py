@@ -1,4 +1,4 @@
-"""A finished run as a page of text: the step's parts, the checks, the strongest rollouts and tokens."""
+"""Tables of a finished run for a terminal: the step's terms, the checks, the strongest rollouts and tokens."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from rich.text import Text
 from fx_influence.interop.runtime.run_files import PLAN
 from fx_influence.lab.console.column_table import Column, ColumnTable, printable
 from fx_influence.lab.console.finite_step_tables import finite_step_tables
-from fx_influence.lab.console.headline import Change, headline, per, step_terms
+from fx_influence.lab.console.headline import Change, entropy_unit, headline, step_terms
 from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt
 
 STRONGEST = 10
 
 
 def print_run(results: EntropyInfluenceResults, console: Console) -> None:
-    """Print what a run found. Influences are in nats per unit lr and, times the optimizer's lr, in nats per step."""
+    """Print a run. Influences are in nats per unit lr and, times the optimizer's lr, in nats per step."""
     summary, sequences, arrays = results.summary, results.sequences, results.evaluations[0].arrays
     first = headline(results)
     console.print(Text(f"\n{first.sentence}"), soft_wrap=True)
-    console.print(_changes(first.changes, per(results)))
+    console.print(_changes(first.changes, entropy_unit(results)))
     for finding in first.findings:
         if finding.level == "attention":
             console.print(Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
-    console.print(_parts(summary))
-    # A step measured inside a training took one finite step, the real one.
-    for table in (
-        [_realised(summary)] if "in_this_step" in summary else [_checks(summary), *finite_step_tables(summary)]
-    ):
+    console.print(_terms(summary))
+    # A step of a training run has one finite step, the one that the trainer took, and so no sweep to tabulate.
+    for table in [_logged(summary)] if "in_this_step" in summary else [_checks(summary), *finite_step_tables(summary)]:
         console.print(table)
     for verb, sign in (("LOWER", -1), ("RAISE", 1)):
         console.print(_rollouts(verb, sequences, _strongest(sign * arrays["per_sequence"]), summary["lr"]))
     console.print(_tokens(sequences, arrays["per_token"], summary["lr"]))
-    console.print(_blocks(summary["per_parameter"]))
+    console.print(_parameters(summary["per_parameter"]))
     console.print(footer(summary, results.path, f"{summary['rollouts']} in E"), soft_wrap=True)
 
 
 def footer(s: dict[str, Any], path: Path, what: str) -> Text:
-    """The last line of a page: sizes, cost, and where the run is stored."""
+    """Return the last line of a run's output: sizes, cost, and where the run is stored.
+
+    Args:
+        s: Summary of the run.
+        path: Run directory.
+        what: Text on the evaluation batches.
+    """
     return Text(
         f"{s['update_rollouts']} rollouts in U, {what}, {s['trainable_parameters']:,} trainable parameters; "
         f"{s['seconds']:.1f} s, {s['peak_memory_bytes'] / 2**20:.0f} MiB at the peak. Stored in "
@@ -58,19 +62,19 @@ def _changes(changes: Sequence[Change], unit: str) -> ColumnTable:
     )
 
 
-def _parts(s: dict[str, Any]) -> ColumnTable:
-    columns = (Column("part", "name"), *map(Column, ("nats per unit lr", "stderr", "nats in this step")))
+def _terms(s: dict[str, Any]) -> ColumnTable:
+    columns = (Column("term", "name"), *map(Column, ("nats per unit lr", "stderr", "nats in this step")))
     rows = [
-        (p.name, f"{p.value:+.5g}", "" if p.stderr is None else f"{p.stderr:.2g}", f"{p.value * s['lr']:+.3e}")
-        for p in step_terms(s)
+        (t.name, f"{t.value:+.5g}", "" if t.stderr is None else f"{t.stderr:.2g}", f"{t.value * s['lr']:+.3e}")
+        for t in step_terms(s)
     ]
     return ColumnTable("What the step does to the entropy, to first order", columns, rows)
 
 
-def _realised(s: dict[str, Any]) -> ColumnTable:
+def _logged(s: dict[str, Any]) -> ColumnTable:
     logged = s["in_this_step"].items()
     return ColumnTable(
-        f"Step {s['step']} of a training, nats in this step",
+        f"Step {s['step']} of a training run, nats in this step",
         (Column("figure", "name"), Column("")),
         [(name.replace("_", " "), "" if value is None else f"{value:.4g}") for name, value in logged],
     )
@@ -78,22 +82,22 @@ def _realised(s: dict[str, Any]) -> ColumnTable:
 
 def _checks(s: dict[str, Any]) -> ColumnTable:
     rows = [
-        ("identity: residual / sum of |influence|", f"{s['relative_residual']:.1e}"),
-        ("total by JVP less total by parts, relative", f"{_relative(s['total_by_jvp'], s['total']):.1e}"),
+        ("adjoint test: residual / sum of |influence|", f"{s['relative_residual']:.1e}"),
+        ("total by JVP minus sum of its terms, relative", f"{_relative(s['total_by_jvp'], s['total']):.1e}"),
         ("first order is 10% off at eta", _trusted_step(s)),
-        ("sampled against scored log-probs, largest gap", _largest(s["off_policy"], s["update_off_policy"])),
+        ("sampled minus scored log-probs, largest", _largest(s["off_policy"], s["update_off_policy"])),
     ]
     if s["rounding_floor"] is not None:
-        rows.append(("|Delta H| that rounding of the weights makes", f"{s['rounding_floor']:.1e}"))
+        rows.append(("|Delta H| caused by rounding the weights", f"{s['rounding_floor']:.1e}"))
     if "auto_scale" in s and s["auto_scale"]["eta_median"] is not None:
         auto = s["auto_scale"]
         rows += [
             ("auto-scaled steps of the rollouts, median eta", f"{auto['eta_median']:.2e}"),
-            ("  they clear the rounding by, median", _times(auto["median_clearance"])),
-            ("  off the JVP, median", f"{auto['median_relative_error']:.1%}"),
+            ("  their |Delta H| over the rounding, median", _times(auto["median_clearance"])),
+            ("  relative error against the JVP, median", f"{auto['median_relative_error']:.1%}"),
         ]
-    beyond = f"{s['rollouts_beyond_two_stderr']} of {s['update_rollouts']}"
-    rows.append(("rollouts more than two standard errors from 0", beyond))
+    significant = f"{s['rollouts_beyond_two_stderr']} of {s['update_rollouts']}"
+    rows.append(("rollouts more than two standard errors from 0", significant))
     return ColumnTable("Checks", (Column("check", "name"), Column("figure")), rows)
 
 
@@ -118,14 +122,14 @@ def _rollouts(verb: str, sequences: list[dict[str, Any]], order: np.ndarray, lr:
     return ColumnTable(f"Rollouts that {verb} the entropy most", (*texts, *map(Column, numbers)), rows)
 
 
-def _strongest(sizes: np.ndarray) -> np.ndarray:
-    """The places of the positive sizes, the largest first."""
-    order = np.argsort(-sizes, kind="stable")
-    return order[sizes[order] > 0]
+def _strongest(values: np.ndarray) -> np.ndarray:
+    """Return the indices of the positive values, the largest first."""
+    order = np.argsort(-values, kind="stable")
+    return order[values[order] > 0]
 
 
 def _distinct(sequences: list[dict[str, Any]], order: np.ndarray) -> list[tuple[dict[str, Any], int]]:
-    """The first of ``order`` with different texts, and how often each occurs: equal rollouts have equal influence."""
+    """Return the first of ``order`` with distinct texts and the count of each: equal rollouts have equal influence."""
     counts: dict[tuple[str, str], int] = {}
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for i in order:
@@ -153,19 +157,19 @@ def _tokens(sequences: list[dict[str, Any]], per_token: np.ndarray, lr: float) -
     return ColumnTable("Strongest tokens", (*texts, Column("influence"), Column("nats in this step")), rows)
 
 
-def _blocks(per_parameter: dict[str, float]) -> ColumnTable:
-    size = sum(abs(value) for value in per_parameter.values()) or 1.0
+def _parameters(per_parameter: dict[str, float]) -> ColumnTable:
+    norm = sum(abs(value) for value in per_parameter.values()) or 1.0
     strongest = sorted(per_parameter.items(), key=lambda item: -abs(item[1]))[:5]
     return ColumnTable(
-        "Parameters that carry the rollouts' influence",
+        "Parameters through which the rollouts act",
         (Column("parameter", "name"), Column("nats per unit lr"), Column("share of sum |.|")),
-        [(name, f"{value:+.4g}", f"{abs(value) / size:.1%}") for name, value in strongest],
+        [(name, f"{value:+.4g}", f"{abs(value) / norm:.1%}") for name, value in strongest],
     )
 
 
 def _short(text: str, width: int = 60) -> str:
-    shown = printable(text)
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
+    escaped = printable(text)
+    return escaped if len(escaped) <= width else escaped[: width - 1] + "…"
 
 
 def _trusted_step(s: dict[str, Any]) -> str:

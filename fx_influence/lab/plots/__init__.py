@@ -1,7 +1,7 @@
-"""Figures of a run: ``fx.plot.waterfall(run)`` and so on, each a matplotlib figure of its own.
+"""Figures of a run: ``fx.plot.waterfall(run)`` and so on, each a matplotlib figure.
 
 They share one style (``plots.style``): blue raises the entropy, vermilion lowers it, influences are in nats per unit
-lr. Nothing is known to ``pyplot``; show a figure in a notebook by its ``savefig`` or ``IPython.display.display``.
+lr. No figure is registered with ``pyplot``; show it in a notebook by ``IPython.display.display``, or call ``savefig``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# First, for it names the remedy where matplotlib is missing.
+# First, because it raises the error that names the remedy where matplotlib is missing.
 from fx_influence.lab.plots.style import Figure, save  # isort: split
 
 from fx_influence.lab.plots.correlates import correlates, token_correlates
@@ -36,18 +36,18 @@ __all__ = [
 
 
 def save_figures(results: EntropyInfluenceResults, folder: str | Path, evaluation: int = 0) -> list[Path]:
-    """Write every figure that the run holds the values for, as PNG (150 dpi) and SVG; returns the files.
+    """Write every figure that the run has the values for, as PNG (150 dpi) and SVG; return the files.
 
-    ``tokens`` is that of the rollouts that raise and lower the entropy most. A figure that needs what the run did not
-    store, such as M, is left out. The same run gives the same bytes.
+    ``tokens`` is drawn for the rollouts that raise and lower the entropy most. A figure that needs a value that the run
+    did not store, such as M, is omitted. The same run gives the same bytes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return [
-        save(made, folder / f"{name}{ending}")
+        save(drawing, folder / f"{name}{suffix}")
         for name, draw in _figures(results, evaluation).items()
-        if (made := _drawn(draw)) is not None
-        for ending in (".png", ".svg")
+        if (drawing := _drawn_or_none(draw)) is not None
+        for suffix in (".png", ".svg")
     ]
 
 
@@ -67,7 +67,7 @@ def _figures(results: EntropyInfluenceResults, evaluation: int) -> dict[str, Cal
     }
 
 
-def _drawn(draw: Callable[[], Figure]) -> Figure | None:
+def _drawn_or_none(draw: Callable[[], Figure]) -> Figure | None:
     try:
         return draw()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Influences against what is known of rollouts and tokens, with a fitted line."""
+"""Influences of rollouts and tokens against their covariates, with a fitted line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fx_influence.lab.analysis.token_correlations import token_correlations
 from fx_influence.lab.plots.style import BLACK, GREEN, GREY, LOWERS, ORANGE, RAISES, UNIT, figure, styled, zero_line
 from fx_influence.lab.results import EntropyInfluenceResults
 
-MOST_POINTS = 20_000
-"""Points of a panel; of more, this many are drawn."""
+MAX_POINTS = 20_000
+"""Points of a panel; of more, a random subset of this size is drawn."""
 LABELS = {
     "advantage": "advantage",
     "reward": "reward",
@@ -36,29 +36,29 @@ LABELS = {
 
 @styled
 def correlates(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
-    """Each rollout's influence against each covariate, with the least-squares line and Spearman's rho.
+    """Draw each rollout's influence against each covariate, with the least-squares line and Spearman's rho.
 
-    rho stands with its 95% interval over the draw of prompts; a covariate that is constant or missing has none.
+    rho has its 95% interval over the draw of prompts; a covariate that is constant or missing has neither.
     """
     influence = results.evaluations[evaluation].arrays["per_sequence"]
     covariates = rollout_covariates(results)
     rows = correlation_rows({"none": influence}, covariates, prompts(results), measures=("spearman",))
-    made = figure(10.0, 5.2)
-    grid = made.subplots(2, 4, sharey=True)
+    drawing = figure(10.0, 5.2)
+    grid = drawing.subplots(2, 4, sharey=True)
     for axes, row in zip(grid.flat, rows, strict=True):
         _panel(axes, covariates[row["with"]], influence, _colours(recorded(results, "advantage"), influence), row)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"influence ({UNIT})")
-    made.suptitle("Influence of the rollouts: green A > 0, orange A < 0, grey A = 0", x=0.01, ha="left", fontsize=10)
-    return made
+    drawing.suptitle("Influence of the rollouts: green A > 0, orange A < 0, grey A = 0", x=0.01, ha="left", fontsize=10)
+    return drawing
 
 
 @styled
 def token_correlates(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
-    """Each token's influence against log pi, entropy, position and the covariance proxy, as ``correlates``.
+    """Draw each token's influence against log pi, entropy, position and the covariance proxy, as ``correlates``.
 
-    The influence is on a scale that is linear about 0 and logarithmic beyond, so that the fitted line is bent. Of many
-    tokens 20,000 are drawn; rho and the line are of all.
+    The influence is on a scale that is linear about 0 and logarithmic beyond, so that the fitted line is curved. Of
+    more than 20,000 tokens a random subset is drawn; rho and the line are of all.
     """
     tokens = Tokens(results, evaluation)
     columns: Mapping[str, Column] = {
@@ -68,21 +68,21 @@ def token_correlates(results: EntropyInfluenceResults, evaluation: int = 0) -> F
         "covariance_proxy": tokens.proxy(),
     }
     rows = [row for row in token_correlations(tokens) if row["measure"] == "spearman"]
-    made = figure(10.0, 3.2)
-    grid = made.subplots(1, 4, sharey=True)
+    drawing = figure(10.0, 3.2)
+    grid = drawing.subplots(1, 4, sharey=True)
     for axes, row in zip(grid.flat, rows, strict=True):
         _panel(axes, columns[row["with"]], tokens.influence, _colours(tokens.advantage, tokens.influence), row)
     _scale(grid[0], float(np.abs(tokens.influence).max()))
     grid[0].set_ylabel(f"influence ({UNIT})")
     n = len(tokens.influence)
-    drawn = f" ({MOST_POINTS} of {n} drawn)" if n > MOST_POINTS else ""
-    title = f"Influence of the tokens{drawn}: green A > 0, orange A < 0, grey A = 0"
-    made.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return made
+    subset = f" ({MAX_POINTS} of {n} drawn)" if n > MAX_POINTS else ""
+    title = f"Influence of the tokens{subset}: green A > 0, orange A < 0, grey A = 0"
+    drawing.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return drawing
 
 
 def _scale(axes: Axes, largest: float) -> None:
-    """Three decades to each side; asinh has no kink, as symlog has."""
+    """Scale the influence over three decades on each side of 0, by asinh, which has no kink as symlog has."""
     if not largest:
         return
     top = math.floor(math.log10(largest))
@@ -100,6 +100,7 @@ def _colours(advantage: Column, influence: np.ndarray) -> np.ndarray:
 
 
 def _panel(axes: Axes, values: Column, influence: np.ndarray, colours: np.ndarray, row: Row) -> None:
+    """Draw one covariate, or the note of ``row`` where it has no correlation."""
     axes.set_xlabel(LABELS[row["with"]], fontsize=8)
     zero_line(axes)
     if row["value"] is None or isinstance(values, str):
@@ -114,11 +115,11 @@ def _panel(axes: Axes, values: Column, influence: np.ndarray, colours: np.ndarra
         axes.set_xticks([])
         return
     n = len(values)
-    shown = np.random.default_rng(0).choice(n, MOST_POINTS, replace=False) if n > MOST_POINTS else np.arange(n)
-    x, y, c = values[shown], influence[shown], colours[shown]
+    subset = np.random.default_rng(0).choice(n, MAX_POINTS, replace=False) if n > MAX_POINTS else np.arange(n)
+    x, y, c = values[subset], influence[subset], colours[subset]
     axes.scatter(x, y, s=10, c=c, alpha=0.6, linewidths=0, rasterized=n > 2000)
-    slope, start = np.polyfit(values, influence, 1)
+    slope, intercept = np.polyfit(values, influence, 1)
     x = np.linspace(values.min(), values.max(), 200)
-    axes.plot(x, start + slope * x, color=BLACK, linewidth=1.2)
+    axes.plot(x, intercept + slope * x, color=BLACK, linewidth=1.2)
     interval = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     axes.set_title(f"ρ = {row['value']:+.2f}{interval}", fontsize=8.5)

@@ -12,39 +12,41 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 @styled
 def distribution(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
-    """The influences delta_i of U's rollouts: their histogram, and each in order with its standard error."""
+    """Draw the influences delta_i of U's rollouts: their histogram, and each by rank with its standard error."""
     arrays = results.evaluations[evaluation].arrays
     influence, stderr = arrays["per_sequence"], arrays["stderr"]
-    made = figure(8.0, 3.6)
-    left, right = made.subplots(1, 2, width_ratios=[1, 1.4])
+    drawing = figure(8.0, 3.6)
+    left, right = drawing.subplots(1, 2, width_ratios=[1, 1.4])
     edges = np.histogram_bin_edges(influence, bins=min(41, max(9, len(influence) // 4)))
     sides = {"lower": influence < 0, "leave": influence == 0, "raise": influence > 0}
     left.hist(
-        [influence[which] for which in sides.values()],
+        [influence[mask] for mask in sides.values()],
         edges.tolist(),
         stacked=True,
         color=[LOWERS, GREY, RAISES],
-        label=[f"{int(which.sum())} {name} the entropy" for name, which in sides.items()],
+        label=[f"{int(mask.sum())} {name} the entropy" for name, mask in sides.items()],
     )
     left.set_xlabel(f"influence of a rollout ({UNIT})")
     left.set_ylabel("rollouts")
     left.legend(fontsize=8)
     left.set_title("Distribution")
-    _in_order(right, influence, stderr)
-    return made
+    _by_rank(right, influence, stderr)
+    return drawing
 
 
-def _in_order(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
+def _by_rank(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
     order = np.argsort(influence, kind="stable")
-    place, values, errors = np.arange(len(order)), influence[order], stderr[order]
+    rank, values, errors = np.arange(len(order)), influence[order], stderr[order]
     if not np.isnan(errors).any():
         axes.errorbar(
-            place, values, errors, fmt="none", ecolor="#B0B0B0", elinewidth=0.9, label="±1 standard error over E"
+            rank, values, errors, fmt="none", ecolor="#B0B0B0", elinewidth=0.9, label="±1 standard error over E"
         )
-    axes.scatter(place, values, s=9, c=np.where(values > 0, RAISES, np.where(values < 0, LOWERS, GREY)), zorder=3)
-    beyond = int((np.abs(values) > 2 * errors).sum())
-    known = "no standard errors" if np.isnan(errors).any() else f"{beyond} of {len(order)} beyond two standard errors"
-    axes.set_title(f"In order: {known}")
+    axes.scatter(rank, values, s=9, c=np.where(values > 0, RAISES, np.where(values < 0, LOWERS, GREY)), zorder=3)
+    significant = int((np.abs(values) > 2 * errors).sum())
+    note = (
+        "no standard errors" if np.isnan(errors).any() else f"{significant} of {len(order)} beyond two standard errors"
+    )
+    axes.set_title(f"By rank: {note}")
     axes.set_xlabel("rollouts of U by influence (rank)")
     axes.set_ylabel(f"influence ({UNIT})")
     if axes.get_legend_handles_labels()[0]:

@@ -1,4 +1,4 @@
-"""One style for all figures: colours that the colour-blind tell apart, text drawn as it is, bytes that repeat."""
+"""Style of all figures: colours that the colour-blind distinguish, literal text, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ except ImportError as error:
 
 BLACK, GREY, BLUE, VERMILION = "#000000", "#767676", "#0072B2", "#D55E00"
 GREEN, ORANGE = "#009E73", "#E69F00"
-"""Okabe and Ito's palette, jfly.uni-koeln.de/color; grey is theirs of text."""
+"""Okabe and Ito's palette, jfly.uni-koeln.de/color; grey is their colour of text."""
 RAISES, LOWERS = BLUE, VERMILION
-"""What raises the entropy, and what lowers it, in every figure."""
+"""Colours of positive and negative influence in every figure."""
 DIVERGING = LinearSegmentedColormap.from_list("entropy", ["#8A3A00", VERMILION, "#F7F7F7", BLUE, "#00406B"])
 SANS, MONO = "DejaVu Sans", "DejaVu Sans Mono"
-"""They come with matplotlib, so that figures are the same everywhere."""
+"""Fonts that matplotlib installs, so that figures are the same everywhere."""
 UNIT = "nats per unit lr"
 
 RC: dict[str, Any] = {
@@ -51,31 +51,31 @@ P = ParamSpec("P")
 
 
 def style() -> AbstractContextManager[None]:
-    """The style while it lasts, whatever the user's own settings."""
+    """Return a context in which matplotlib has this style, whatever the user's settings."""
     context: AbstractContextManager[None] = matplotlib.style.context(RC, after_reset=True)
     return context
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A figure drawn in the style."""
+    """Decorate a function so that it draws its figure in the style."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with style():
             return draw(*args, **kwargs)
 
-    return drawn
+    return wrapper
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure in inches that no global state knows of."""
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+    """Return an empty figure of this size in inches, not registered in any global state."""
+    empty = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(empty)
+    return empty
 
 
 def drawable(text: str, font: str = SANS) -> str:
-    """Untrusted text with what is no printable character, or has no glyph in ``font``, escaped."""
+    """Return untrusted text with characters escaped that are not printable or have no glyph in ``font``."""
     glyphs = _font(font)
     return "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in printable(text))
 
@@ -86,18 +86,19 @@ def _font(name: str) -> FT2Font:
 
 
 def literal(text: Text) -> Text:
-    """A label whose dollar signs are dollar signs."""
+    """Turn off TeX in a label, so that its dollar signs are drawn."""
     text.set_parse_math(False)
     return text
 
 
 def zero_line(axes: Axes, horizontal: bool = True) -> None:
+    """Draw the axis at 0."""
     (axes.axhline if horizontal else axes.axvline)(0, color=BLACK, linewidth=0.8)
 
 
-def save(made: Figure, path: Path) -> Path:
-    """Write a figure as PNG or SVG, by the ending; the same figure gives the same bytes."""
+def save(drawing: Figure, path: Path) -> Path:
+    """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes."""
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with style():
-        made.savefig(path, metadata=metadata)
+        drawing.savefig(path, metadata=metadata)
     return path

@@ -1,4 +1,4 @@
-"""What the step is made of: the waterfall from momentum to the total, and the rollouts' influences one by one."""
+"""Waterfall of a step: from momentum and weight decay through groups of rollouts to the total."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fx_influence.lab.analysis.covariates import prompts, recorded
 from fx_influence.lab.plots.style import BLACK, GREY, LOWERS, RAISES, UNIT, drawable, figure, styled, zero_line
 from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt
 
-MOST_PROMPTS = 6
-PROMPT = 22
-"""Characters of a prompt that name its column."""
+MAX_PROMPTS = 6
+PROMPT_CHARACTERS = 22
+"""Characters of a prompt in the name of its column."""
 
 
 class WaterfallColumn(NamedTuple):
@@ -31,40 +31,54 @@ class WaterfallColumn(NamedTuple):
 def waterfall_columns(
     results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage"
 ) -> list[WaterfallColumn]:
-    """Momentum, weight decay, groups of rollouts, what is unattributed and the total; all but the last add up to it.
+    """Return momentum, weight decay, groups of rollouts, the unattributed term and the total, which is their sum.
 
-    Nats per unit lr.
+    Standard errors are over the draw of E: of groups from M, of momentum and decay by the jackknife at the smallest
+    finite step; NaN where a run has neither.
 
-    ``by``: ``advantage``, groups by its sign and by mean log-prob above or below U's median; ``prompt``, the six
-    prompts with the largest |sum| and the rest. Standard errors are over the draw of E: those of groups from M, of
-    momentum and decay the jackknife at the smallest finite step; NaN where a run has neither.
-    Raises ``ValueError`` for another ``by``.
+    Args:
+        results: A finished run.
+        evaluation: Index of the evaluation batch.
+        by: ``advantage``, groups by its sign and by mean log-prob above or below U's median; ``prompt``, the six
+            prompts with the largest |sum| and the rest.
+
+    Returns:
+        Columns in nats per unit lr.
+
+    Raises:
+        ValueError: For another ``by``.
     """
-    found = results.evaluations[evaluation]
-    summary, arrays = found.summary, found.arrays
-    still = [
+    evaluated = results.evaluations[evaluation]
+    summary, arrays = evaluated.summary, evaluated.arrays
+    baseline = [
         WaterfallColumn(name.replace("_", " "), float(summary[name]), _finite_error(arrays, name))
         for name in ("momentum", "weight_decay")
     ]
     if summary["baseline"] != summary["momentum"] + summary["weight_decay"]:
-        # Under preconditioner "jacobian" the baseline holds a share of the second moment's response too.
-        still = [WaterfallColumn("baseline", float(summary["baseline"]), _known(summary.get("baseline_stderr")))]
+        # The "jacobian" preconditioner adds a share of the second moment's response to the baseline.
+        baseline = [
+            WaterfallColumn("baseline", float(summary["baseline"]), _nan_if_none(summary.get("baseline_stderr")))
+        ]
     influence = arrays["per_sequence"]
-    moving = [
-        WaterfallColumn(name, float(influence[which].sum()), _group_error(results, evaluation, which))
-        for name, which in _groups(results, influence, by).items()
-        if which.any()
+    groups = [
+        WaterfallColumn(name, float(influence[mask].sum()), _group_error(results, evaluation, mask))
+        for name, mask in _groups(results, influence, by).items()
+        if mask.any()
     ]
     if summary.get("unattributed"):
-        moving.append(WaterfallColumn("unattributed", float(summary["unattributed"]), float("nan")))
-    return [*still, *moving, WaterfallColumn("total", float(summary["total"]), _known(summary.get("total_stderr")))]
+        groups.append(WaterfallColumn("unattributed", float(summary["unattributed"]), float("nan")))
+    return [
+        *baseline,
+        *groups,
+        WaterfallColumn("total", float(summary["total"]), _nan_if_none(summary.get("total_stderr"))),
+    ]
 
 
 def _groups(results: EntropyInfluenceResults, influence: np.ndarray, by: str) -> dict[str, np.ndarray]:
     if by == "prompt":
         return _prompt_groups(results, influence)
     if by != "advantage":
-        raise ValueError(f"by is {by!r}; use 'advantage' or 'prompt'")
+        raise ValueError(f"by is {by!r}; expected 'advantage' or 'prompt'")
     advantage, logprob = recorded(results, "advantage"), recorded(results, "mean_logprob")
     if isinstance(advantage, str) or isinstance(logprob, str):
         return {f"all {len(influence)} rollouts": np.ones(len(influence), dtype=bool)}
@@ -76,86 +90,90 @@ def _groups(results: EntropyInfluenceResults, influence: np.ndarray, by: str) ->
         "A < 0, unlikely": (advantage < 0) & ~likely,
         "A = 0": advantage == 0,
     }
-    return {f"{name} ({int(which.sum())})": which for name, which in cells.items()}
+    return {f"{name} ({int(mask.sum())})": mask for name, mask in cells.items()}
 
 
 def _prompt_groups(results: EntropyInfluenceResults, influence: np.ndarray) -> dict[str, np.ndarray]:
     index = prompts(results)
     order = np.argsort(-np.abs(np.bincount(index, influence)), kind="stable")
     first = np.unique(index, return_index=True)[1]
-    chosen = {k: index == k for k in order[:MOST_PROMPTS].tolist()}
-    named = {f"{_prompt_name(results, int(first[k]))} ({int(w.sum())})": w for k, w in chosen.items()}
-    rest = ~np.isin(index, order[:MOST_PROMPTS])
-    return {**named, f"other prompts ({int(rest.sum())})": rest}
+    masks = {k: index == k for k in order[:MAX_PROMPTS].tolist()}
+    groups = {f"{_prompt_name(results, int(first[k]))} ({int(mask.sum())})": mask for k, mask in masks.items()}
+    rest = ~np.isin(index, order[:MAX_PROMPTS])
+    return {**groups, f"other prompts ({int(rest.sum())})": rest}
 
 
 def _prompt_name(results: EntropyInfluenceResults, i: int) -> str:
     record = results.sequences[i]
     prompt = displayed_prompt(record)
-    return f"{record['prompt_id']}: {prompt if len(prompt) <= PROMPT else prompt[:PROMPT] + '…'}"
+    return f"{record['prompt_id']}: {prompt if len(prompt) <= PROMPT_CHARACTERS else prompt[:PROMPT_CHARACTERS] + '…'}"
 
 
-def _group_error(results: EntropyInfluenceResults, evaluation: int, which: np.ndarray) -> float:
-    found = results.evaluations[evaluation]
-    if found.matrix is None:
+def _group_error(results: EntropyInfluenceResults, evaluation: int, mask: np.ndarray) -> float:
+    """Return the standard error over the draw of E of the summed influence of the rollouts in ``mask`` (n_u,)."""
+    evaluated = results.evaluations[evaluation]
+    if evaluated.matrix is None:
         return float("nan")
-    rows = torch.from_numpy(found.matrix[:, which].sum(1, dtype=float))
-    lengths = torch.tensor([float(_counted(r.completion_mask, len(r.completion_ids))) for r in found.rollouts])
+    rows = torch.from_numpy(evaluated.matrix[:, mask].sum(1, dtype=float))
+    lengths = torch.tensor([float(_tokens(r.completion_mask, len(r.completion_ids))) for r in evaluated.rollouts])
     shares = lengths if results.plan.normalize == "token" else torch.ones_like(lengths)
-    clusters = torch.unique(torch.tensor([r.group for r in found.rollouts]), return_inverse=True)[1]
+    clusters = torch.unique(torch.tensor([r.group for r in evaluated.rollouts]), return_inverse=True)[1]
     return float(cluster_stderr(rows, rows.sum(), shares / shares.sum(), clusters))
 
 
-def _counted(mask: tuple[bool, ...] | None, length: int) -> int:
+def _tokens(mask: tuple[bool, ...] | None, length: int) -> int:
     return length if mask is None else sum(mask)
 
 
 def _finite_error(arrays: dict[str, np.ndarray], name: str) -> float:
+    """Return the standard error of a direction at the smallest finite step, per unit lr."""
     if f"{name}_stderr" not in arrays:
         return float("nan")
     k = int(np.argmin(arrays["eta"]))
     return float(arrays[f"{name}_stderr"][k] / arrays["eta"][k])
 
 
-def _known(value: float | None) -> float:
+def _nan_if_none(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
 @styled
 def waterfall(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> Figure:
-    """From momentum and weight decay through groups of rollouts to the step's total, with standard errors.
+    """Draw the columns from momentum and weight decay through groups of rollouts to the step's total.
 
-    Nats per unit lr, on the right in this step. See ``waterfall_columns`` for ``by`` and the errors.
+    Nats per unit lr, on the right in this step, with standard errors. See ``waterfall_columns`` for ``by``.
     """
     columns = waterfall_columns(results, evaluation, by)
-    made = figure(max(6.5, 1.15 * len(columns)), 4.2)
-    axes = made.subplots()
-    ends = np.cumsum([part.value for part in columns[:-1]]).tolist()
+    drawing = figure(max(6.5, 1.15 * len(columns)), 4.2)
+    axes = drawing.subplots()
+    ends = np.cumsum([column.value for column in columns[:-1]]).tolist()
     starts = [0.0, *ends[:-1], 0.0]
     tops = [*ends, columns[-1].value]
-    for k, part in enumerate(columns):
-        colour = GREY if k == len(columns) - 1 else RAISES if part.value > 0 else LOWERS
-        axes.bar(k, part.value, bottom=starts[k], width=0.62, color=colour)
-        axes.errorbar(k, tops[k], None if np.isnan(part.stderr) else part.stderr, color=BLACK, capsize=3, linewidth=1)
+    for k, column in enumerate(columns):
+        colour = GREY if k == len(columns) - 1 else RAISES if column.value > 0 else LOWERS
+        axes.bar(k, column.value, bottom=starts[k], width=0.62, color=colour)
+        axes.errorbar(
+            k, tops[k], None if np.isnan(column.stderr) else column.stderr, color=BLACK, capsize=3, linewidth=1
+        )
         if k < len(columns) - 1:
             axes.plot([k - 0.31, k + 1.31], [tops[k]] * 2, color=BLACK, linewidth=0.6)
     _label(axes, columns, starts, tops)
     axes.set_title("What the step does to the entropy, to first order")
     _in_this_step(axes, results.summary["lr"])
-    if any(np.isnan(part.stderr) for part in columns):
-        axes.set_xlabel("Where no error is drawn, the run does not hold it.", fontsize=8)
-    return made
+    if any(np.isnan(column.stderr) for column in columns):
+        axes.set_xlabel("Where no error is drawn, the run does not have it.", fontsize=8)
+    return drawing
 
 
 def _label(axes: Axes, columns: list[WaterfallColumn], starts: list[float], tops: list[float]) -> None:
-    errors = np.nan_to_num([part.stderr for part in columns])
+    errors = np.nan_to_num([column.stderr for column in columns])
     span = max(
         np.max(np.maximum(starts, np.add(tops, errors))) - np.min(np.minimum(starts, np.subtract(tops, errors))), 1e-300
     )
-    for k, part in enumerate(columns):
+    for k, column in enumerate(columns):
         top = max(starts[k], tops[k] + errors[k])
-        axes.text(k, top + 0.015 * span, f"{part.value:+.3g}", ha="center", va="bottom", fontsize=8)
-    names = [textwrap.fill(drawable(part.name), 14) for part in columns]
+        axes.text(k, top + 0.015 * span, f"{column.value:+.3g}", ha="center", va="bottom", fontsize=8)
+    names = [textwrap.fill(drawable(column.name), 14) for column in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8, parse_math=False)
     axes.use_sticky_edges = False
     axes.margins(y=0.1)

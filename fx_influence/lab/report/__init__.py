@@ -1,4 +1,4 @@
-"""A finished run as one HTML page: the step in words and figures, and an explorer of its rollouts and tokens."""
+"""A finished run as one HTML page: the step in sentences and figures, and an explorer of its rollouts and tokens."""
 
 from fx_influence.lab.report.page import report_page, write_report
 

@@ -1,4 +1,4 @@
-"""Data inside a page: gzip and base64, so that no text of a rollout can end the element that holds it."""
+"""Data in a page as gzip and base64, so that no text of a rollout can close the element that contains it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def json_blob(value: Any) -> str:
-    """A value as JSON, packed. Lone surrogates stay what they are; NaN is refused with ``ValueError``.
+    """Return a value as packed JSON. Lone surrogates are preserved; NaN raises ``ValueError``.
 
     Example:
         >>> unpack(json_blob(["</script>", "\\ud800"])).decode()
@@ -21,7 +21,7 @@ def json_blob(value: Any) -> str:
 
 
 def array_blob(*arrays: np.ndarray) -> str:
-    """Arrays one behind the other, little-endian, packed.
+    """Return the concatenated bytes of arrays, little-endian, packed.
 
     Example:
         >>> np.frombuffer(unpack(array_blob(np.float32([1.5, -2.0]))), "<f4").tolist()
@@ -31,10 +31,10 @@ def array_blob(*arrays: np.ndarray) -> str:
 
 
 def unpack(blob: str) -> bytes:
-    """The bytes inside a blob."""
+    """Return the bytes in a blob."""
     return gzip.decompress(base64.b64decode(blob))
 
 
 def _packed(data: bytes) -> str:
-    # Without a time of its own: the same run makes the same page.
+    # No time stamp, so that the same run makes the same page.
     return base64.b64encode(gzip.compress(data, compresslevel=6, mtime=0)).decode("ascii")

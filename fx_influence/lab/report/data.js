@@ -1,8 +1,8 @@
-// The packed data of the page. Tokens are unpacked when a rollout is opened, a chunk of rollouts at a time.
+// Packed data of the page. Tokens are unpacked when a rollout is opened, one chunk of rollouts at a time.
 
-const KEPT_CHUNKS = 8;
+const CACHED_CHUNKS = 8;
 
-async function unpacked(id) {
+async function unpack(id) {
   const text = document.getElementById(id).textContent;
   const bytes = Uint8Array.fromBase64
     ? Uint8Array.fromBase64(text)
@@ -11,23 +11,24 @@ async function unpacked(id) {
   return new Response(stream).arrayBuffer();
 }
 
-async function unpackedJson(id) {
-  return JSON.parse(new TextDecoder().decode(await unpacked(id)));
+async function unpackJson(id) {
+  return JSON.parse(new TextDecoder().decode(await unpack(id)));
 }
 
-function remembered(read, limit) {
-  const kept = new Map();
+// Caches the last ``limit`` results of ``read``; a Map iterates in order of insertion, so its first key is the oldest.
+function cached(read, limit) {
+  const cache = new Map();
   return (id) => {
-    const found = kept.get(id) ?? read(id);
-    kept.delete(id);
-    kept.set(id, found);
-    if (kept.size > limit) kept.delete(kept.keys().next().value);
-    return found;
+    const result = cache.get(id) ?? read(id);
+    cache.delete(id);
+    cache.set(id, result);
+    if (cache.size > limit) cache.delete(cache.keys().next().value);
+    return result;
   };
 }
 
-const chunkOf = remembered(unpacked, KEPT_CHUNKS);
-const jsonOf = remembered(unpackedJson, KEPT_CHUNKS);
+const chunkOf = cached(unpack, CACHED_CHUNKS);
+const jsonOf = cached(unpackJson, CACHED_CHUNKS);
 
 async function readRun() {
   const run = await jsonOf("index");
@@ -36,29 +37,30 @@ async function readRun() {
   return { ...run, siblings, count: run.rollouts.id.length };
 }
 
-function placeOf(run, i) {
+// The chunk of a rollout, its first token in the chunk, and the number of tokens of the chunk.
+function chunkPosition(run, i) {
   const chunk = run.chunks.findLastIndex((first) => first <= i);
   const end = run.chunks[chunk + 1] ?? run.count;
   const sum = (from, to) => run.rollouts.length.slice(from, to).reduce((a, b) => a + b, 0);
   return { chunk, offset: sum(run.chunks[chunk], i), total: sum(run.chunks[chunk], end) };
 }
 
-// Of one rollout: its tokens' texts, what the policy gives them, and their shares of its influence on E.
+// The tokens of a rollout: texts, values under the policy, and influence on E.
 async function readTokens(run, i, evaluation) {
-  const { chunk, offset, total } = placeOf(run, i);
-  const [vocabulary, values, shares] = await Promise.all([
+  const { chunk, offset, total } = chunkPosition(run, i);
+  const [vocabulary, values, influences] = await Promise.all([
     jsonOf("vocabulary"),
     chunkOf(`tokens-${chunk}`),
     chunkOf(`influence-${evaluation}-${chunk}`),
   ]);
   const length = run.rollouts.length[i];
-  const part = (k) => new Float32Array(values, 4 * (k * total + offset), length);
+  const column = (k) => new Float32Array(values, 4 * (k * total + offset), length);
   return {
     texts: Array.from(new Uint32Array(values, 4 * offset, length), (number) => vocabulary[number]),
-    logprob: part(1),
-    entropy: part(2),
-    coefficient: part(3),
-    entropyCoefficient: run.values > 3 ? part(4) : null,
-    influence: new Float32Array(shares, 4 * offset, length),
+    logprob: column(1),
+    entropy: column(2),
+    coefficient: column(3),
+    entropyCoefficient: run.values > 3 ? column(4) : null,
+    influence: new Float32Array(influences, 4 * offset, length),
   };
 }

@@ -1,4 +1,4 @@
-"""What the explorer shows of a run, as packed blobs by name; those of tokens are unpacked when a rollout is opened."""
+"""Data of the explorer as packed blobs by name; those of tokens are unpacked when a rollout is opened."""
 
 from __future__ import annotations
 
@@ -11,44 +11,45 @@ from fx_influence.lab.report.blobs import array_blob, json_blob
 from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults, displayed_prompt
 
 TOKENS_PER_CHUNK = 65_536
-MOVED = 5
-"""Rollouts of E shown that a rollout raises most, and as many that it lowers most."""
+AFFECTED = 5
+"""Rollouts of E listed whose entropy a rollout raises most, and as many that it lowers most."""
 COLUMNS = ("id", "completion", "reward", "advantage", "finished", "mean_entropy", "mean_logprob", "gradient_norm")
 
 Blobs = dict[str, str]
 
 
-def explorer_blobs(results: EntropyInfluenceResults) -> Blobs:
-    """Everything that the explorer reads, by the id of its element.
+def explorer_blobs(results: EntropyInfluenceResults, tokens_per_chunk: int = TOKENS_PER_CHUNK) -> Blobs:
+    """Return all data that the explorer reads, by the id of its element.
 
-    ``index``: the rollouts' columns, prompts and figures. ``vocabulary``: the distinct tokens. ``tokens-c``: of chunk c
-    of rollouts the token numbers (uint32), log pi, entropies, coefficients and, with an entropy bonus, their
-    coefficients (float32, NaN where a token was not scored). ``influence-e-c``: the shares of the same tokens on
-    evaluation e (float32). ``moved-e``: the rollouts of E that each rollout moves most, where M was stored.
+    ``index``: the rollouts' columns, prompts and figures. ``vocabulary``: the distinct tokens. ``tokens-c``: for
+    chunk c of rollouts the token numbers (uint32), log pi, entropies, coefficients and, with an entropy bonus, its
+    coefficients (float32, NaN where a token was not scored). ``influence-e-c``: the influence of the same tokens on
+    evaluation e (float32). ``affected-e``: the rollouts of E that each rollout affects most, if M was stored.
 
-    Raises ``ValueError`` where the records do not fit the arrays.
+    Raises:
+        ValueError: If the records do not fit the arrays.
     """
     rows = _completions(results)
     lengths = [len(record["tokens"]) for record in results.sequences]
-    chunks = _chunks(lengths)
-    numbers, vocabulary = _numbered([token for record in results.sequences for token in record["tokens"]])
+    chunks = _chunks(lengths, tokens_per_chunk)
+    numbers, vocabulary = _encode([token for record in results.sequences for token in record["tokens"]])
     values = [np.concatenate([x[row] for x, row in zip(array, rows, strict=True)]) for array in _values(results)]
     blobs = {"index": json_blob(_index(results, lengths, chunks, len(values))), "vocabulary": json_blob(vocabulary)}
     bounds = np.concatenate([[0], np.cumsum(lengths)])[[*chunks, len(lengths)]]
-    parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-    for c, part in enumerate(parts):
-        blobs[f"tokens-{c}"] = array_blob(numbers[part], *(x[part].astype(np.float32) for x in values))
+    slices = [slice(start, end) for start, end in itertools.pairwise(bounds)]
+    for c, tokens in enumerate(slices):
+        blobs[f"tokens-{c}"] = array_blob(numbers[tokens], *(x[tokens].astype(np.float32) for x in values))
     for e, evaluation in enumerate(results.evaluations):
-        shares = [x[row] for x, row in zip(evaluation.arrays["per_token"], rows, strict=True)]
-        flat = np.concatenate(shares).astype(np.float32)
-        blobs |= {f"influence-{e}-{c}": array_blob(flat[part]) for c, part in enumerate(parts)}
+        influences = [x[row] for x, row in zip(evaluation.arrays["per_token"], rows, strict=True)]
+        flat = np.concatenate(influences).astype(np.float32)
+        blobs |= {f"influence-{e}-{c}": array_blob(flat[tokens]) for c, tokens in enumerate(slices)}
         if evaluation.matrix is not None:
-            blobs[f"moved-{e}"] = json_blob(_moved(evaluation, evaluation.matrix))
+            blobs[f"affected-{e}"] = json_blob(_affected(evaluation, evaluation.matrix))
     return blobs
 
 
 def _completions(results: EntropyInfluenceResults) -> list[slice]:
-    """The columns of every rollout's completion in the arrays over tokens."""
+    """Return the columns of every rollout's completion in the arrays over tokens."""
     width = results.evaluations[0].arrays["per_token"].shape[1]
     starts = [(record["prompt_length"], len(record["tokens"])) for record in results.sequences]
     if not all(0 <= start <= start + length <= width for start, length in starts):
@@ -56,29 +57,30 @@ def _completions(results: EntropyInfluenceResults) -> list[slice]:
     return [slice(start, start + length) for start, length in starts]
 
 
-def _chunks(lengths: list[int]) -> list[int]:
-    """The first rollout of every chunk."""
-    first, size = [0], 0
+def _chunks(lengths: list[int], limit: int) -> list[int]:
+    """Return the first rollout of every chunk of at most ``limit`` tokens; a longer rollout is a chunk by itself."""
+    first, tokens = [0], 0
     for i, length in enumerate(lengths):
-        if size and size + length > TOKENS_PER_CHUNK:
+        if tokens and tokens + length > limit:
             first.append(i)
-            size = 0
-        size += length
+            tokens = 0
+        tokens += length
     return first
 
 
-def _numbered(tokens: list[str]) -> tuple[np.ndarray, list[str]]:
-    number: dict[str, int] = {}
-    found = [number.setdefault(token, len(number)) for token in tokens]
-    return np.array(found, dtype=np.uint32), list(number)
+def _encode(tokens: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the number of each token in the vocabulary of distinct tokens, and that vocabulary."""
+    vocabulary: dict[str, int] = {}
+    numbers = [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]
+    return np.array(numbers, dtype=np.uint32), list(vocabulary)
 
 
 def _values(results: EntropyInfluenceResults) -> list[np.ndarray]:
-    """log pi, entropies and coefficients of U's tokens, NaN where a token does not count or nothing was stored."""
-    nothing = np.full(results.evaluations[0].arrays["per_token"].shape, np.nan, dtype=np.float32)
+    """Return log pi, entropies and coefficients of U's tokens, NaN outside the mask or where they were not stored."""
+    missing = np.full(results.evaluations[0].arrays["per_token"].shape, np.nan, dtype=np.float32)
     names = ["logprobs", "entropies", "coefficients"]
     names += ["entropy_coefficients"] if "entropy_coefficients" in results.tokens else []
-    values = [results.tokens.get(name, nothing).copy() for name in names]
+    values = [results.tokens.get(name, missing).copy() for name in names]
     for i, (record, rollout) in enumerate(zip(results.sequences, results.update_rollouts, strict=True)):
         if rollout.completion_mask is not None:
             unscored = record["prompt_length"] + np.flatnonzero(~np.array(rollout.completion_mask, dtype=bool))
@@ -96,7 +98,7 @@ def _index(results: EntropyInfluenceResults, lengths: list[int], chunks: list[in
         "lr": results.summary["lr"],
         "chunks": chunks,
         "values": values,
-        "prompts": [{"id": name, "text": text, "asked": shown} for name, text, shown in prompts],
+        "prompts": [{"id": name, "text": text, "asked": question} for name, text, question in prompts],
         "rollouts": {
             **{name: [record.get(name) for record in results.sequences] for name in COLUMNS},
             "prompt": numbers,
@@ -108,23 +110,24 @@ def _index(results: EntropyInfluenceResults, lengths: list[int], chunks: list[in
                 "stderr": [None if np.isnan(x) else float(x) for x in evaluation.arrays["stderr"]],
                 "rollouts": len(evaluation.rollouts),
                 "largest_token": float(np.abs(evaluation.arrays["per_token"]).max(initial=0.0)),
-                "moved": evaluation.matrix is not None,
+                "affected": evaluation.matrix is not None,
             }
             for evaluation in results.evaluations
         ],
     }
 
 
-def _moved(evaluation: EvaluationResults, matrix: np.ndarray) -> dict[str, Any]:
+def _affected(evaluation: EvaluationResults, matrix: np.ndarray) -> dict[str, Any]:
+    """Return for each rollout of U the rollouts of E with its largest and smallest entries of M (n_e, n_u)."""
     order = np.argsort(matrix, axis=0, kind="stable")
-    most = min(MOVED, len(matrix) // 2)
-    # Raised most first, lowered most last.
-    chosen = np.concatenate([order[::-1][:most], order[:most][::-1]]) if most else order
-    used = sorted(set(chosen.ravel().tolist()))
-    place = {a: k for k, a in enumerate(used)}
-    rollouts = [evaluation.rollouts[a] for a in used]
+    count = min(AFFECTED, len(matrix) // 2)
+    # The most raised rollout comes first, the most lowered last.
+    extremes = np.concatenate([order[::-1][:count], order[:count][::-1]]) if count else order
+    listed = sorted(set(extremes.ravel().tolist()))
+    position = {a: k for k, a in enumerate(listed)}
+    rollouts = [evaluation.rollouts[a] for a in listed]
     return {
         "texts": [{"id": r.id, "prompt": r.display_prompt, "completion": r.completion} for r in rollouts],
-        "rows": [[place[a] for a in column] for column in chosen.T.tolist()],
-        "values": [matrix[column, i].tolist() for i, column in enumerate(chosen.T)],
+        "rows": [[position[a] for a in column] for column in extremes.T.tolist()],
+        "values": [matrix[column, i].tolist() for i, column in enumerate(extremes.T)],
     }

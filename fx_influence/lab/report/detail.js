@@ -1,4 +1,4 @@
-// One opened rollout: its figures, its tokens beside those of the same prompt, and what it moves in E.
+// One opened rollout: its figures, its tokens beside those of the same prompt, and the rollouts of E it affects most.
 
 const READOUT = [
   ["token", "token"],
@@ -15,12 +15,12 @@ function readoutNode(run) {
   const names = run.values > 3 ? [...READOUT, ["entropyCoefficient", "entropy coefficient"]] : READOUT;
   const items = names.map(([field, name]) =>
     make("div", { class: `r-${field}` }, make("dt", { text: name }), make("dd", { "data-field": field, text: " " })));
-  return make("dl", { class: "readout", "aria-live": "polite", "aria-label": "The token pointed at" }, ...items);
+  return make("dl", { class: "readout", "aria-live": "polite", "aria-label": "Selected token" }, ...items);
 }
 
-function tell(readout, run, tokens, k) {
+function updateReadout(readout, run, tokens, k) {
   const total = tokens.influence.reduce((sum, x) => sum + Math.abs(x), 0);
-  const shown = {
+  const texts = {
     position: `${k + 1} of ${tokens.texts.length}`,
     influence: preciseSigned(tokens.influence[k]),
     step: preciseSigned(tokens.influence[k] * run.lr, 4),
@@ -32,21 +32,21 @@ function tell(readout, run, tokens, k) {
   };
   for (const node of readout.querySelectorAll("[data-field]")) {
     const { field } = node.dataset;
-    if (field !== "token") node.textContent = shown[field];
+    if (field !== "token") node.textContent = texts[field];
     else node.replaceChildren(appendToken(make("bdi"), tokens.texts[k].slice(0, 40)));
   }
 }
 
-// The value in the middle of every level, in both units.
+// The legend: the value in the middle of every level, in both units.
 function legendNode(run, largest) {
   const levels = Array.from({ length: 2 * LEVELS + 1 }, (_, k) => k - LEVELS);
   const values = levels.map((level) => Math.sign(level) * (level / LEVELS) ** 2 * largest);
   const line = (name, numbers) => {
     const scale = columnScale(numbers);
-    const cells = numbers.map((x, k) => make("td", { class: `at${Math.abs(levels[k])}`, text: x ? scaled(x, { ...scale, decimals: Math.max(0, scale.decimals - 1) }) : "0" }));
+    const cells = numbers.map((x, k) => make("td", { class: `level${Math.abs(levels[k])}`, text: x ? scaled(x, { ...scale, decimals: Math.max(0, scale.decimals - 1) }) : "0" }));
     return make("tr", {}, make("th", { scope: "row", text: unitOf(scale, name) }), ...cells);
   };
-  const swatches = values.map((x, k) => make("td", { class: `at${Math.abs(levels[k])}` },
+  const swatches = values.map((x, k) => make("td", { class: `level${Math.abs(levels[k])}` },
     make("span", { class: `token swatch ${shade(x, largest)}`, text: x > 0 ? "▲" : x < 0 ? "▼" : " " })));
   return make("div", { class: "scroll" }, make("table", { class: "legend" },
     make("caption", { text: "Shading: ◂ lowers the entropy, raises it ▸" }),
@@ -63,7 +63,7 @@ function factsNode(run, evaluation, i) {
     ["nats in this step", `${preciseSigned(influence[i] * run.lr, 4)}${error(stderr[i] === null ? null : stderr[i] * run.lr)}`],
     ["advantage", r.advantage[i] === null ? "—" : preciseSigned(r.advantage[i], 4)],
     ["reward", r.reward[i] === null ? "—" : precise(r.reward[i], 3)],
-    ["tokens", `${r.length[i]}${r.finished[i] ? "" : ", cut off"}`],
+    ["tokens", `${r.length[i]}${r.finished[i] ? "" : ", truncated"}`],
     ["mean entropy", precise(r.mean_entropy[i], 4)],
     ["mean log π", precise(r.mean_logprob[i], 4)],
   ];
@@ -72,8 +72,8 @@ function factsNode(run, evaluation, i) {
     ...facts.map(([name, text]) => make("div", {}, make("dt", { text: name }), make("dd", { text }))));
 }
 
-// Samples of one prompt are often the same: they are one card.
-function alike(run, evaluation, others) {
+// Samples of one prompt are often equal; equal ones share a card.
+function groupEqual(run, evaluation, others) {
   const { influence } = run.evaluations[evaluation];
   const groups = new Map();
   for (const i of others) {
@@ -83,35 +83,35 @@ function alike(run, evaluation, others) {
   return [...groups.values()];
 }
 
-function cardHead(run, evaluation, same, open) {
-  const buttons = same.map((i) => {
+function cardHead(run, evaluation, rollouts, open) {
+  const buttons = rollouts.map((i) => {
     const text = excerpt(run.rollouts.id[i], 60);
     const button = make("button", { type: "button", class: "link", text, "aria-label": `Open rollout ${text}` });
     button.addEventListener("click", () => open(i));
     return button;
   });
-  const advantage = run.rollouts.advantage[same[0]];
-  const words = [`influence ${preciseSigned(run.evaluations[evaluation].influence[same[0]], 3)}`];
+  const advantage = run.rollouts.advantage[rollouts[0]];
+  const words = [`influence ${preciseSigned(run.evaluations[evaluation].influence[rollouts[0]], 3)}`];
   if (advantage !== null) words.push(`advantage ${preciseSigned(advantage, 3)}`);
   return make("p", { class: "card-head" }, ...buttons, make("span", { text: words.join(", ") }));
 }
 
 function completionCard(run, i, tokens, largest, onToken, head) {
   const name = excerpt(run.rollouts.id[i], 60);
-  const shown = tokenList(tokens, largest, `Tokens of rollout ${name}; arrow keys move between them`);
-  followTokens(shown, tokens.texts.length, (k) => onToken(tokens, k));
-  return make("div", { class: "card", "data-rollout": i }, ...head, shown.list);
+  const tokenNodes = tokenList(tokens, largest, `Tokens of rollout ${name}; arrow keys move between them`);
+  followTokens(tokenNodes, tokens.texts.length, (k) => onToken(tokens, k));
+  return make("div", { class: "card", "data-rollout": i }, ...head, tokenNodes.list);
 }
 
 function largestOf(lists) {
-  let most = 0;
-  for (const { influence } of lists) for (const x of influence) most = Math.max(most, Math.abs(x));
-  return most;
+  let largest = 0;
+  for (const { influence } of lists) for (const x of influence) largest = Math.max(largest, Math.abs(x));
+  return largest;
 }
 
-async function movedNode(run, evaluation, i) {
-  if (!run.evaluations[evaluation].moved) return null;
-  const { texts, rows, values } = await jsonOf(`moved-${evaluation}`);
+async function affectedNode(run, evaluation, i) {
+  if (!run.evaluations[evaluation].affected) return null;
+  const { texts, rows, values } = await jsonOf(`affected-${evaluation}`);
   const scale = columnScale(values[i]);
   const step = columnScale(values[i].map((x) => x * run.lr));
   const lines = rows[i].map((a, k) => make("tr", {},
@@ -121,21 +121,21 @@ async function movedNode(run, evaluation, i) {
     make("td", { class: "n", text: scaled(values[i][k] * run.lr, step) })));
   const titles = ["Rollout of E", "Prompt", "Completion", unitOf(scale, "nats per unit lr"), unitOf(step, "nats in this step")];
   const head = titles.map((text, k) => make("th", { scope: "col", class: k > 2 ? "n" : "", text }));
-  return make("section", { class: "moved" },
-    make("h4", { text: "The rollouts of E that it moves most" }),
-    make("p", { class: "hint", text: `Its influence is the sum over all ${run.evaluations[evaluation].rollouts} rollouts of E; these are the largest terms.` }),
+  return make("section", { class: "affected" },
+    make("h4", { text: "The rollouts of E that it affects most" }),
+    make("p", { class: "hint", text: `Its influence is the sum of terms over all ${run.evaluations[evaluation].rollouts} rollouts of E; these are the largest.` }),
     make("div", { class: "scroll" }, make("table", { class: "figures" }, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines))));
 }
 
-async function compareNode(run, { evaluation, rollout, whole }, readout, open) {
+async function compareNode(run, { evaluation, rollout, runScale }, readout, open) {
   const others = run.siblings[run.rollouts.prompt[rollout]].filter((i) => i !== rollout);
-  const groups = alike(run, evaluation, others);
-  const shown = [rollout, ...groups.map((same) => same[0])];
-  const lists = await Promise.all(shown.map((i) => readTokens(run, i, evaluation)));
-  const largest = whole ? run.evaluations[evaluation].largest_token : largestOf(lists);
-  const onToken = (tokens, k) => tell(readout, run, tokens, k);
-  const card = (k, head) => completionCard(run, shown[k], lists[k], largest, onToken, head);
-  const beside = groups.map((same, k) => card(k + 1, [cardHead(run, evaluation, same, open)]));
+  const groups = groupEqual(run, evaluation, others);
+  const rollouts = [rollout, ...groups.map((equal) => equal[0])];
+  const lists = await Promise.all(rollouts.map((i) => readTokens(run, i, evaluation)));
+  const largest = runScale ? run.evaluations[evaluation].largest_token : largestOf(lists);
+  const onToken = (tokens, k) => updateReadout(readout, run, tokens, k);
+  const card = (k, head) => completionCard(run, rollouts[k], lists[k], largest, onToken, head);
+  const beside = groups.map((equal, k) => card(k + 1, [cardHead(run, evaluation, equal, open)]));
   const heading = `${others.length} other completion${others.length === 1 ? "" : "s"} of this prompt`;
   const pair = make("div", { class: "compare" }, make("section", {}, make("h4", { text: "Completion" }), card(0, [])));
   if (others.length) pair.append(make("section", {}, make("h4", { text: heading }), make("div", { class: "beside" }, ...beside)));
@@ -143,16 +143,16 @@ async function compareNode(run, { evaluation, rollout, whole }, readout, open) {
 }
 
 async function detailNodes(run, state, actions) {
-  const { evaluation, rollout, whole } = state;
+  const { evaluation, rollout, runScale } = state;
   const prompt = make("pre", { class: "prompt", tabindex: "0", "aria-label": "Prompt" });
   appendVisible(prompt, run.prompts[run.rollouts.prompt[rollout]].text);
   const compare = await compareNode(run, state, readoutNode(run), actions.open);
-  const moved = await movedNode(run, evaluation, rollout);
-  return [titleNode(run, rollout, whole, actions), factsNode(run, evaluation, rollout),
-    make("h4", { text: "Prompt" }), prompt, ...compare, ...(moved ? [moved] : [])];
+  const affected = await affectedNode(run, evaluation, rollout);
+  return [titleNode(run, rollout, runScale, actions), factsNode(run, evaluation, rollout),
+    make("h4", { text: "Prompt" }), prompt, ...compare, ...(affected ? [affected] : [])];
 }
 
-function titleNode(run, rollout, whole, { step, close, scale }) {
+function titleNode(run, rollout, runScale, { step, close, scale }) {
   const button = (text, label, act) => {
     const node = make("button", { type: "button", "aria-label": label, text });
     node.addEventListener("click", act);
@@ -160,7 +160,7 @@ function titleNode(run, rollout, whole, { step, close, scale }) {
   };
   const choice = make("select", { id: "scale" },
     make("option", { value: "", text: "this prompt" }), make("option", { value: "run", text: "the whole run" }));
-  choice.value = whole ? "run" : "";
+  choice.value = runScale ? "run" : "";
   choice.addEventListener("change", () => scale(choice.value === "run"));
   return make("header", {},
     make("h3", { id: "detail-title", tabindex: "-1", text: excerpt(run.rollouts.id[rollout], 80) }),

@@ -1,11 +1,11 @@
-// The explorer: what is filtered, sorted and opened, and the events that change it.
+// State of the explorer (filter, sort order, opened rollout) and the events that change it.
 
 const $ = (id) => document.getElementById(id);
 
 function startState(run) {
   const filter = { search: "", sign: "", advantage: "", prompt: "" };
   const sort = { key: "size", descending: true };
-  return { run, evaluation: 0, filter, sort, view: [], active: 0, rollout: null, whole: false, texts: haystacks(run) };
+  return { run, evaluation: 0, filter, sort, view: [], active: 0, rollout: null, runScale: false, texts: searchTexts(run) };
 }
 
 function paint(state, printing = false) {
@@ -25,15 +25,15 @@ function paint(state, printing = false) {
 function refresh(state) {
   const { run, evaluation } = state;
   state.scales = columnScales(run, evaluation);
-  const kept = filtered(run, evaluation, state.texts, state.filter);
-  state.view = sorted(run, evaluation, kept, state.sort);
+  const indices = filtered(run, evaluation, state.texts, state.filter);
+  state.view = sorted(run, evaluation, indices, state.sort);
   state.active = 0;
   const frame = $("rows");
   frame.scrollTop = 0;
   frame.setAttribute("aria-rowcount", state.view.length + 1);
   frame.querySelector("thead").replaceChildren(headNode(state.scales, state.sort, (key) => sortBy(state, key)));
-  $("count").textContent = kept.length === run.count ? `${run.count.toLocaleString("en")} rollouts`
-    : `${kept.length.toLocaleString("en")} of ${run.count.toLocaleString("en")} rollouts`;
+  $("count").textContent = indices.length === run.count ? `${run.count.toLocaleString("en")} rollouts`
+    : `${indices.length.toLocaleString("en")} of ${run.count.toLocaleString("en")} rollouts`;
   paint(state);
 }
 
@@ -51,9 +51,9 @@ async function show(state) {
     open: (i) => open(state, i),
     step: (by) => stepTo(state, by),
     close: () => close(state),
-    scale: (whole) => { state.whole = whole; show(state).then(() => $("scale").focus()); },
+    scale: (runScale) => { state.runScale = runScale; show(state).then(() => $("scale").focus()); },
   });
-  // Another one was opened while this one was unpacked.
+  // Another rollout was opened while this one was unpacked.
   if (rollout !== state.rollout) return;
   $("detail").replaceChildren(...nodes);
   $("detail").hidden = false;
@@ -61,8 +61,8 @@ async function show(state) {
 
 async function open(state, rollout) {
   state.rollout = rollout;
-  const at = state.view.indexOf(rollout);
-  if (at >= 0) state.active = at;
+  const position = state.view.indexOf(rollout);
+  if (position >= 0) state.active = position;
   reveal(state);
   paint(state);
   await show(state);
@@ -81,8 +81,8 @@ function close(state) {
 
 function stepTo(state, by) {
   if (!state.view.length) return;
-  const at = Math.max(0, Math.min(state.view.length - 1, state.active + by));
-  open(state, state.view[at]);
+  const position = Math.max(0, Math.min(state.view.length - 1, state.active + by));
+  open(state, state.view[position]);
 }
 
 function reveal(state) {
@@ -111,11 +111,11 @@ function onRowKey(state, event) {
 
 function wireTable(state) {
   const frame = $("rows");
-  let asked = false;
+  let scheduled = false;
   frame.addEventListener("scroll", () => {
-    if (asked) return;
-    asked = true;
-    requestAnimationFrame(() => { asked = false; paint(state); });
+    if (scheduled) return;
+    scheduled = true;
+    requestAnimationFrame(() => { scheduled = false; paint(state); });
   });
   frame.addEventListener("keydown", (event) => onRowKey(state, event));
   frame.addEventListener("click", (event) => {
@@ -143,7 +143,7 @@ function wireFilters(state) {
   };
   $("filters").addEventListener("input", read);
   $("filters").addEventListener("submit", (event) => event.preventDefault());
-  // The fields are empty only after this event.
+  // The fields are cleared only after this event.
   $("filters").addEventListener("reset", () => setTimeout(read));
 }
 
@@ -165,5 +165,5 @@ readRun().then((run) => {
   wireEvaluations(state);
   refresh(state);
 }).catch((error) => {
-  $("count").textContent = `The rollouts cannot be shown, perhaps for this browser's age: ${error}`;
+  $("count").textContent = `The rollouts cannot be shown, perhaps because this browser is too old: ${error}`;
 });

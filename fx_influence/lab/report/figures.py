@@ -1,4 +1,4 @@
-"""The figures of a run inside its page."""
+"""Figures of a run as images of its page."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import NamedTuple
 from fx_influence.lab.results import EntropyInfluenceResults
 
 TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
-HEAVY = 400_000
-"""Bytes from which a drawing of many marks is embedded as pixels."""
+MAX_SVG_BYTES = 400_000
+"""Bytes beyond which the PNG of a figure is embedded and not its SVG."""
 TITLES = {
     "waterfall": "How the step's change of entropy is made up",
     "waterfall_prompts": "How it is made up, by prompt",
     "distribution": "How the rollouts' influences are distributed",
-    "correlates": "The rollouts' influence against what is known of them",
-    "token_correlates": "The tokens' influence against what is known of them",
+    "correlates": "The rollouts' influence against their covariates",
+    "token_correlates": "The tokens' influence against their covariates",
     "eta_sweep": "The change of entropy at finite steps, beside the first order",
-    "matrix": "The part of every rollout of E in every influence",
-    "concentration": "How few tokens hold most of the influence",
+    "matrix": "The contribution of every rollout of E to every influence",
+    "concentration": "How concentrated the influence is in few tokens",
     "tokens_raising": "The tokens of the rollout that raises the entropy most",
     "tokens_lowering": "The tokens of the rollout that lowers it most",
 }
 
 
 class Figure(NamedTuple):
-    """One image: what it shows, in words, and its bytes as a data URI."""
+    """One image: its caption, and its bytes as a data URI."""
 
     title: str
     source: str
 
 
 class Figures(NamedTuple):
-    """The images, and where there are none for want of a package, the remedy."""
+    """The images or, if a package that draws them is missing, the remedy."""
 
     images: list[Figure]
     missing: str
@@ -44,7 +44,7 @@ NO_FIGURES = Figures([], "")
 
 
 def draw_figures(results: EntropyInfluenceResults, folder: Path) -> Figures:
-    """Draw the figures of the first E into ``folder`` and take up one of each, of the formats that it was saved in."""
+    """Draw the figures of the first E into ``folder`` and return each in one of the formats that it was saved in."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         from fx_influence.lab.plots import save_figures
@@ -56,17 +56,17 @@ def draw_figures(results: EntropyInfluenceResults, folder: Path) -> Figures:
 
 
 def embedded(paths: Iterable[Path]) -> list[Figure]:
-    """Files as figures in their order: of those that differ in the ending the drawing, unless it is heavy."""
-    chosen: dict[str, Path] = {}
+    """Return files as figures in their order: of two formats of one figure the SVG, unless it is large."""
+    by_stem: dict[str, Path] = {}
     for path in sorted((p for p in paths if p.suffix in TYPES), key=_rank):
-        chosen.setdefault(path.stem, path)
-    order = list(dict.fromkeys(path.stem for path in paths if path.stem in chosen))
-    return [Figure(_title(stem), _data_uri(chosen[stem])) for stem in order]
+        by_stem.setdefault(path.stem, path)
+    order = list(dict.fromkeys(path.stem for path in paths if path.stem in by_stem))
+    return [Figure(_title(stem), _data_uri(by_stem[stem])) for stem in order]
 
 
 def _rank(path: Path) -> int:
-    heavy = path.suffix == ".svg" and path.stat().st_size > HEAVY
-    return 2 if heavy else {".svg": 0, ".png": 1}[path.suffix]
+    large = path.suffix == ".svg" and path.stat().st_size > MAX_SVG_BYTES
+    return 2 if large else {".svg": 0, ".png": 1}[path.suffix]
 
 
 def _title(stem: str) -> str:

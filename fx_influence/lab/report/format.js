@@ -1,4 +1,4 @@
-// Texts and numbers as they are shown. Texts of rollouts are untrusted: they only ever become text nodes.
+// Formats of texts and numbers. Texts of rollouts are untrusted: they only ever become text nodes.
 
 const UNPRINTABLE = /[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu;
 const BLANKS = new Map([["\n", "↵"], ["\t", "⇥"]]);
@@ -14,7 +14,7 @@ function printable(text) {
 }
 
 function excerpt(text, length = 120) {
-  // Cut first: a text may be of any length, and only its beginning is seen.
+  // Cut before escaping: a text may be of any length, and only its beginning is shown.
   return text.length > length ? `${printable(text.slice(0, length))}…` : printable(text);
 }
 
@@ -32,8 +32,8 @@ function make(tag, properties = {}, ...children) {
 function appendVisible(node, text) {
   let from = 0;
   for (const match of text.matchAll(UNPRINTABLE)) {
-    const shown = BLANKS.get(match[0]) ?? escaped(match[0]);
-    node.append(text.slice(from, match.index), make("span", { class: "mark", text: shown }));
+    const mark = BLANKS.get(match[0]) ?? escaped(match[0]);
+    node.append(text.slice(from, match.index), make("span", { class: "mark", text: mark }));
     // The mark stands for the newline, which still breaks the line.
     if (match[0] === "\n") node.append("\n");
     from = match.index + match[0].length;
@@ -58,8 +58,8 @@ function withSign(text) {
 
 function precise(x, digits = 6) {
   if (x === null || Number.isNaN(x)) return "—";
-  const size = Math.abs(x);
-  const text = x !== 0 && (size < 1e-3 || size >= 1e6) ? x.toExponential(digits - 1) : x.toPrecision(digits);
+  const magnitude = Math.abs(x);
+  const text = x !== 0 && (magnitude < 1e-3 || magnitude >= 1e6) ? x.toExponential(digits - 1) : x.toPrecision(digits);
   return text.replace(/e([+-])(\d+)$/, "e$1$2").replaceAll("-", "−");
 }
 
@@ -74,7 +74,7 @@ function percent(x) {
 
 // One power of ten and one number of decimals for a whole column, so that its digits line up.
 function columnScale(values) {
-  const largest = values.reduce((most, x) => Math.max(most, Math.abs(x ?? 0)), 0);
+  const largest = values.reduce((max, x) => Math.max(max, Math.abs(x ?? 0)), 0);
   if (!largest) return { unit: 1, power: 0, decimals: 1 };
   const digits = Math.floor(Math.log10(largest));
   const power = digits >= -1 && digits < 4 ? 0 : 3 * Math.floor(digits / 3);

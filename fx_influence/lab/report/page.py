@@ -1,4 +1,4 @@
-"""``report/index.html`` of a run: one file that opens from disk and asks the network for nothing."""
+"""``report/index.html`` of a run: one file that opens from disk and makes no network request."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from fx_influence.lab.report.figures import NO_FIGURES, draw_figures
 from fx_influence.lab.report.sections import facts, section, title
 from fx_influence.lab.results import EntropyInfluenceResults
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parent
 FOLDER, PAGE = "report", "index.html"
 SCRIPTS = ("format.js", "data.js", "table.js", "tokens.js", "detail.js", "explorer.js")
-"""In the order in which they stand in the page, inside one function."""
-MARKS = {"good": "✓ fine", "attention": "! attention", "unknown": "– not known"}
+"""Sources in their order in the page, inside one function."""
+MARKS = {"good": "✓ passed", "attention": "! attention", "unknown": "– unknown"}
 
 
 def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path:
-    """Write the page of a run into ``report/`` of its directory and return its path; the run's own files stay.
+    """Write the page of a run into ``report/`` of its directory and return its path; the run's files are not changed.
 
-    ``figures``: with the figures of the first E, drawn into ``report/figures`` and kept there as files. They take most
-    of the time.
+    Args:
+        results: A finished run.
+        figures: Whether to draw the figures of the first E, which are also written to ``report/figures``. They take
+            most of the time.
 
-    Raises ``ImportError`` naming the remedy where jinja2 is missing, ``RunDirectoryError`` where the run's records do
-    not fit its arrays, and ``OSError`` where the page cannot be written.
+    Raises:
+        ImportError: If jinja2 is missing; the message names the remedy.
+        RunDirectoryError: If the run's records do not fit its arrays.
+        OSError: If the page cannot be written.
 
     Example, after ``make demo``: ``write_report(load_run("runs/demo"))``.
     """
@@ -47,14 +51,14 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
 
 
 def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
-    """The page as text. The same run makes the same text. Arguments and errors are those of ``write_report``."""
+    """Return the page as text, the same for the same run. Arguments and errors: as ``write_report``."""
     jinja2 = _jinja2()
     with raise_if_damaged(results.path):
         blobs = explorer_blobs(results)
         sections = [section(results, i) for i in range(len(results.evaluations))]
-    style, script = (HERE / "explorer.css").read_text(encoding="utf-8"), _script()
+    style, script = (SOURCES / "explorer.css").read_text(encoding="utf-8"), _script()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((HERE / "template.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((SOURCES / "template.html.j2").read_text(encoding="utf-8"))
     markup = importlib.import_module("markupsafe").Markup
     page: str = template.render(
         policy=_policy(style, script),
@@ -71,13 +75,13 @@ def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
 
 
 def _script() -> str:
-    """The sources inside one function, so that nothing of them is global."""
-    sources = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    """Return the scripts inside one function, so that none of their names is global."""
+    sources = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return f'"use strict";\n(() => {{\n{sources}}})();\n'
 
 
 def _policy(style: str, script: str) -> str:
-    """Only this style and this script count, nothing is fetched, and no text can become markup."""
+    """Return a content security policy: only this style and script run, no request is made, no text becomes markup."""
     return "; ".join(
         (
             "default-src 'none'",

@@ -1,4 +1,4 @@
-"""A run in words and small tables: what stands above the explorer, once for every E."""
+"""Sentences and tables of the page above the explorer, one section for every E."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fx_influence.lab.console.column_table import printable
-from fx_influence.lab.console.headline import Change, headline, per, step_terms
+from fx_influence.lab.console.headline import Change, entropy_unit, headline, step_terms
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.health import Finding
 from fx_influence.lab.results import EntropyInfluenceResults
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What the step is made of, and the units of its columns."""
+    """Terms of the step's total, and the units of the columns."""
 
     unit: str
     step_unit: str
@@ -32,33 +32,33 @@ class Totals(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """The step's change of the entropy, foretold and measured: the unit, and (name, value, error bar) a row."""
+    """The step's change of the entropy, predicted and measured: the unit, and rows of (name, value, error bar)."""
 
     unit: str
     rows: list[tuple[str, str, str]]
 
 
 class Section(NamedTuple):
-    """What the page says of one E."""
+    """Section of the page on one E."""
 
     title: str
     headline: str
     changes: Changes
     notes: list[str]
     totals: Totals
-    realised: list[tuple[str, str]]
+    logged: list[tuple[str, str]]
     findings: list[Finding]
 
 
 def title(results: EntropyInfluenceResults) -> str:
-    """The run's name."""
+    """Return the run's name."""
     return printable(results.path.resolve().name)
 
 
 def facts(results: EntropyInfluenceResults) -> list[str]:
-    """Sizes and settings, a few words each."""
+    """Return sizes and settings of the run, a few words each."""
     s = results.summary
-    step = [f"step {s['step']} of a training"] if "step" in s else []
+    step = [f"step {s['step']} of a training run"] if "step" in s else []
     return [
         *step,
         f"{s['update_rollouts']:,} rollouts in U",
@@ -68,42 +68,43 @@ def facts(results: EntropyInfluenceResults) -> list[str]:
 
 
 def section(results: EntropyInfluenceResults, evaluation: int) -> Section:
-    """The words on one E. Raises ``KeyError`` where the run's summary lacks a total."""
-    own, lr = results.evaluations[evaluation].summary, results.summary["lr"]
+    """Return the section on one E. Raises ``KeyError`` if the run's summary has no total."""
+    summary, lr = results.evaluations[evaluation].summary, results.summary["lr"]
     first = headline(results, evaluation)
+    entropy = f"{summary['entropy']:.4f} nats {entropy_unit(results)}"
     return Section(
-        title=f"E {evaluation + 1}: {own['rollouts']:,} rollouts, entropy {own['entropy']:.4f} nats {per(results)}",
+        title=f"E {evaluation + 1}: {summary['rollouts']:,} rollouts, entropy {entropy}",
         headline=first.sentence,
-        changes=_changes(first.changes, per(results)),
+        changes=_changes(first.changes, entropy_unit(results)),
         notes=_notes(results, evaluation),
-        totals=_totals(own, lr),
-        realised=[
+        totals=_totals(summary, lr),
+        logged=[
             (name.replace("_", " "), "" if value is None else f"{value:.4g}".replace("-", "−"))
-            for name, value in own.get("in_this_step", {}).items()
+            for name, value in summary.get("in_this_step", {}).items()
         ],
         findings=first.findings,
     )
 
 
 def _notes(results: EntropyInfluenceResults, evaluation: int) -> list[str]:
-    own, lr = results.evaluations[evaluation].summary, results.summary["lr"]
+    summary, lr = results.evaluations[evaluation].summary, results.summary["lr"]
     delta = results.evaluations[evaluation].arrays["per_sequence"]
     up, down = delta[delta > 0], delta[delta < 0]
     notes = [
-        f"Measured on E, {own['rollouts']:,} rollouts of the same policy, whose entropy is {own['entropy']:.4f} nats "
-        f"{per(results)}.",
-        f"{len(up):,} rollouts raise it, by {up.sum() * lr:.2g} in all; {len(down):,} lower it, by "
+        f"Estimated from E, {summary['rollouts']:,} rollouts of the same policy, whose entropy is "
+        f"{summary['entropy']:.4f} nats {entropy_unit(results)}.",
+        f"{len(up):,} rollouts raise it, by {up.sum() * lr:.2g} in total; {len(down):,} lower it, by "
         f"{-down.sum() * lr:.2g}.",
     ]
     if half := _half(delta):
-        notes.append(f"{half:,} of the {len(delta):,} rollouts hold half of all influence, signs aside.")
+        notes.append(f"{half:,} of the {len(delta):,} rollouts have half of the sum of |influence|.")
     return notes
 
 
 def _half(delta: np.ndarray) -> int:
-    """How few of the values hold half of the sum of sizes; 0 where all are 0."""
-    sizes = np.sort(np.abs(delta))[::-1].cumsum()
-    return int(np.searchsorted(sizes, sizes[-1] / 2)) + 1 if len(sizes) and sizes[-1] else 0
+    """Return the smallest number of values with half of the sum of absolute values; 0 if all are 0."""
+    sums = np.sort(np.abs(delta))[::-1].cumsum()
+    return int(np.searchsorted(sums, sums[-1] / 2)) + 1 if len(sums) and sums[-1] else 0
 
 
 def _changes(changes: list[Change], unit: str) -> Changes:
@@ -112,21 +113,21 @@ def _changes(changes: list[Change], unit: str) -> Changes:
     return Changes(scale.named(f"nats {unit}"), rows)
 
 
-def _totals(own: dict[str, Any], lr: float) -> Totals:
-    rows = step_terms(own)
-    sizes = [abs(x) for part in rows for x in (part.value, part.stderr or 0.0)]
-    unit, step = Scale.of(max(sizes)), Scale.of(max(sizes) * lr)
+def _totals(summary: dict[str, Any], lr: float) -> Totals:
+    terms = step_terms(summary)
+    largest = max(abs(x) for term in terms for x in (term.value, term.stderr or 0.0))
+    unit, step = Scale.of(largest), Scale.of(largest * lr)
     return Totals(
         unit=unit.named("nats per unit lr"),
         step_unit=step.named("nats in this step"),
         rows=[
             Row(
-                part.name.capitalize(),
-                unit.text(part.value),
-                "" if part.stderr is None else f"± {unit.text(part.stderr, '')}",
-                step.text(part.value * lr),
-                part.kind,
+                term.name.capitalize(),
+                unit.text(term.value),
+                "" if term.stderr is None else f"± {unit.text(term.stderr, '')}",
+                step.text(term.value * lr),
+                term.kind,
             )
-            for part in rows
+            for term in terms
         ],
     )

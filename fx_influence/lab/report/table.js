@@ -17,13 +17,13 @@ const COLUMNS = [
   { key: "size", title: "Size", numeric: true },
 ];
 
-// What a column is sorted by; a missing number comes last in either direction.
+// The value that a column is sorted by; a missing number comes last in either direction.
 function sortValue(run, evaluation, key, i) {
-  const found = run.evaluations[evaluation];
+  const { influence, stderr } = run.evaluations[evaluation];
   if (key === "prompt") return run.prompts[run.rollouts.prompt[i]].asked;
-  if (key === "influence" || key === "step") return found.influence[i];
-  if (key === "size") return Math.abs(found.influence[i]);
-  if (key === "stderr") return found.stderr[i];
+  if (key === "influence" || key === "step") return influence[i];
+  if (key === "size") return Math.abs(influence[i]);
+  if (key === "stderr") return stderr[i];
   return run.rollouts[key][i];
 }
 
@@ -37,7 +37,7 @@ function sorted(run, evaluation, indices, { key, descending }) {
   });
 }
 
-function haystacks(run) {
+function searchTexts(run) {
   const { id, prompt, completion } = run.rollouts;
   return id.map((name, i) => `${name}\n${run.prompts[prompt[i]].text}\n${completion[i]}`.toLowerCase());
 }
@@ -54,16 +54,16 @@ const SIGNS = {
 function filtered(run, evaluation, texts, filter) {
   const { influence, stderr } = run.evaluations[evaluation];
   const wanted = filter.search.toLowerCase();
-  const found = [];
+  const indices = [];
   for (let i = 0; i < run.count; i += 1) {
-    const kept =
+    const matches =
       SIGNS[filter.sign](influence[i], stderr[i]) &&
       SIGNS[filter.advantage](run.rollouts.advantage[i]) &&
       (filter.prompt === "" || run.rollouts.prompt[i] === Number(filter.prompt)) &&
       (wanted === "" || texts[i].includes(wanted));
-    if (kept) found.push(i);
+    if (matches) indices.push(i);
   }
-  return found;
+  return indices;
 }
 
 function columnScales(run, evaluation) {
@@ -73,7 +73,7 @@ function columnScales(run, evaluation) {
     influence: perUnit,
     stderr: { ...perUnit, ...columnScale([...stderr, ...influence]) },
     step: columnScale(influence.map((x) => x * run.lr)),
-    largest: influence.reduce((most, x) => Math.max(most, Math.abs(x)), 0),
+    largest: influence.reduce((max, x) => Math.max(max, Math.abs(x)), 0),
   };
 }
 
@@ -93,9 +93,9 @@ function cellText(run, evaluation, scales, key, i) {
 }
 
 function bar(x, largest) {
-  const part = make("span", { class: x < 0 ? "bar down" : "bar up" });
-  part.style.width = `${50 * Math.abs(x) / (largest || 1)}%`;
-  return make("span", { class: "track", "aria-hidden": "true" }, part);
+  const fill = make("span", { class: x < 0 ? "bar down" : "bar up" });
+  fill.style.width = `${50 * Math.abs(x) / (largest || 1)}%`;
+  return make("span", { class: "track", "aria-hidden": "true" }, fill);
 }
 
 function rowNode(run, evaluation, scales, i, position) {
@@ -131,12 +131,12 @@ function spacer(rows) {
   return make("tr", { class: "spacer", "aria-hidden": "true" }, cell);
 }
 
-// The rows of ``view`` that ``frame`` shows, with room for the others above and below.
+// Replaces the rows of ``frame`` by those of ``view`` that are visible, with empty space for the others.
 function fillRows(frame, nodeOf, view, printing) {
   const above = printing ? 0 : Math.max(0, Math.floor(frame.scrollTop / ROW) - SPARE);
-  // By the window: an empty frame has no height yet.
-  const shown = printing ? PRINTED : Math.ceil(innerHeight / ROW) + 2 * SPARE;
-  const end = Math.min(view.length, above + shown);
+  // By the height of the window, because an empty frame has no height yet.
+  const count = printing ? PRINTED : Math.ceil(innerHeight / ROW) + 2 * SPARE;
+  const end = Math.min(view.length, above + count);
   const rows = view.slice(above, end).map((i, k) => nodeOf(i, above + k));
   const below = printing ? 0 : view.length - end;
   frame.querySelector("tbody").replaceChildren(spacer(above), ...rows, spacer(below));

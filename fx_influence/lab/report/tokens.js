@@ -1,13 +1,13 @@
-// A completion with every token shaded by its share of the influence.
+// A completion with every token shaded by its influence.
 
 const LEVELS = 5;
 const BLOCK = 200;
 const AHEAD = "200px";
 
-// By list, what makes all its blocks: on paper nobody comes near them.
+// Functions that make all blocks of a list, for printing, where nothing scrolls into view.
 const completers = new WeakMap();
 
-// Even steps in the square root: influences are heavy-tailed, and a linear scale would show a single token.
+// Levels are equidistant in the square root: influences are heavy-tailed, and a linear scale would show few tokens.
 function levelOf(x, largest) {
   return largest ? Math.round(LEVELS * Math.sqrt(Math.min(1, Math.abs(x) / largest))) : 0;
 }
@@ -23,7 +23,7 @@ function tokenNode(tokens, k, largest) {
   return appendToken(node, tokens.texts[k]);
 }
 
-// Blocks are made as the reader comes near them.
+// Blocks of tokens are made when they are about to scroll into view.
 function tokenList(tokens, largest, label) {
   const list = make("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": label });
   const end = make("span", { class: "end" });
@@ -42,7 +42,7 @@ function tokenList(tokens, largest, label) {
   const watch = new IntersectionObserver((seen) => {
     if (!seen.some((entry) => entry.isIntersecting)) return;
     grow(made + 1);
-    // Observed anew: an end that stays in view would not be reported again.
+    // Observe again, because an end that stays in view is not reported twice.
     watch.unobserve(end);
     if (end.isConnected) watch.observe(end);
   }, { root: list, rootMargin: AHEAD });
@@ -55,11 +55,11 @@ const MOVES = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home:
 
 // Calls onToken(k) for the token under the pointer, or under the cursor that the arrow keys move.
 function followTokens({ list, grow }, count, onToken) {
-  let at = -1;
+  let position = -1;
   const go = (k, byKey) => {
     grow(k + 1);
     list.querySelector(".current")?.classList.remove("current");
-    at = k;
+    position = k;
     const node = list.querySelector(`[data-k="${k}"]`);
     node.classList.add("current");
     if (byKey) node.scrollIntoView({ block: "nearest" });
@@ -72,6 +72,6 @@ function followTokens({ list, grow }, count, onToken) {
   list.addEventListener("keydown", (event) => {
     if (!(event.key in MOVES) || !count) return;
     event.preventDefault();
-    go(Math.max(0, Math.min(count - 1, at + MOVES[event.key])), true);
+    go(Math.max(0, Math.min(count - 1, position + MOVES[event.key])), true);
   });
 }

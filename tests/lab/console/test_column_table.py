@@ -1,4 +1,4 @@
-"""Tables of text at the widths of terminals: what is printed of numbers, names and texts, and how wide."""
+"""Tables at the widths of terminals: numbers and names are complete, and no line is too wide."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_column_table_keeps_numbers_and_names(width: int) -> None:
     numbers = [f"{10.0**k:+.5e}" for k in (-300, -7, 0, 7, 300)]
     names = [f"{LONG_ID}-{k}" for k in range(5)]
     columns = [Column("id", "name"), Column("text", "text"), *(Column(f"a number {k}") for k in range(8))]
-    made = [(name, HOSTILE, *[number] * 8) for name, number in zip(names, numbers, strict=True)]
-    lines = printed(ColumnTable("Figures", columns, made), width)
+    content = [(name, HOSTILE, *[number] * 8) for name, number in zip(names, numbers, strict=True)]
+    lines = printed(ColumnTable("Figures", columns, content), width)
     rows = cells(lines)
     assert max(map(cell_len, lines)) <= width
     for number in numbers:
@@ -94,16 +94,16 @@ def test_print_run_fits_the_terminal(width: int, tmp_path: Path) -> None:
     boxed = [line for line in page.splitlines() if line[:1] in "┏┃┡│└"]
     assert boxed
     assert max(map(cell_len, boxed)) <= width
-    shown = {cell for row in cells(boxed) for cell in row}
+    printed_cells = {cell for row in cells(boxed) for cell in row}
     for sign in (-1, 1):
         strongest = sorted(
             (r for r in results.sequences if r["influence"] * sign > 0), key=lambda r: -abs(r["influence"])
         )
         for record in strongest[:10]:
-            assert f"{record['influence']:+.4g} ± {record['stderr']:.2g}" in shown
-            assert f"{record['influence'] * 1e-3:+.2e}" in shown
+            assert f"{record['influence']:+.4g} ± {record['stderr']:.2g}" in printed_cells
+            assert f"{record['influence'] * 1e-3:+.2e}" in printed_cells
             assert record["id"] in "".join(row[0] for row in cells(boxed))
-    assert "+1.5e-12" in shown
+    assert "+1.5e-12" in printed_cells
     assert not any(c in page for c in ("\x1b", "\u202e", "\ud800"))
 
 
@@ -120,8 +120,8 @@ def test_column_without_content_is_left_out() -> None:
     assert cells(printed(table, 80)) == [["a", "1"], ["b", ""]]
 
 
-def test_rollouts_are_listed_by_the_sign_of_their_influence(tmp_path: Path) -> None:
-    """U of 48 rollouts has few that raise: the table of those holds them alone, though it has room for ten."""
+def test_print_run_lists_rollouts_by_sign_of_influence(tmp_path: Path) -> None:
+    """The table of rollouts that raise the entropy has fewer than ten rows if fewer raise it."""
     results = extreme_run(tmp_path)
     for raising in (3, 0):
         sizes = np.where(np.arange(48) < raising, 1.0, -1.0) * np.linspace(1, 2, 48)
@@ -144,7 +144,7 @@ def test_rollouts_are_listed_by_the_sign_of_their_influence(tmp_path: Path) -> N
         assert ("No rollout RAISES the entropy." in page) == (not raising)
 
 
-def test_tables_and_page_show_the_question_of_a_conversation(tmp_path: Path) -> None:
+def test_tables_and_page_show_a_conversations_question(tmp_path: Path) -> None:
     run = extreme_run(tmp_path)
     template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     questions = [f"{i} apples?" for i in range(48)]
@@ -165,4 +165,4 @@ def test_tables_and_page_show_the_question_of_a_conversation(tmp_path: Path) -> 
     prompts = json.loads(unpack(blobs["index"]))["prompts"]
     assert {prompt["asked"] for prompt in prompts} == set(questions)
     assert all(prompt["text"].startswith(template) for prompt in prompts), "an opened rollout shows all of it"
-    assert {text["prompt"] for text in json.loads(unpack(blobs["moved-0"]))["texts"]} == {"pears?"}
+    assert {text["prompt"] for text in json.loads(unpack(blobs["affected-0"]))["texts"]} == {"pears?"}

@@ -1,4 +1,4 @@
-"""What a run says first: which direction it names, when it names none, and that the checks beside it agree."""
+"""The headline: which direction it names, when it names none, and that the checks beside it agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fx_influence.lab.report import report_page
 from fx_influence.lab.results import EntropyInfluenceResults
 
 LR = 1e-3
-DOUBT = ("does not tell", "not sure", "too long", "Mistrust")
+DOUBT = ("does not determine", "uncertain", "too long", "Do not trust")
 
 
 def run_with(path: Path, total: float, stderr: float | None, measured: float | None, **more: Any) -> Any:
@@ -48,13 +48,13 @@ def run_with(path: Path, total: float, stderr: float | None, measured: float | N
         (4.0, 0.5, 3.5e-3, "This step raises", ["0.00400 ± 0.00050", "0.00350 ± 0.00050 as measured"]),
         (-4.0, 0.5, None, "This step lowers", ["0.00400 ± 0.00050"]),
         (-4.0, None, None, "This step lowers", ["0.004", "E gives no error bar"]),
-        (-4.0, 2.5, -3.5e-3, "E does not tell whether", ["−0.0040 ± 0.0025", "measured −0.00350 ± 0.00050"]),
-        (-4.0, 0.5, -0.9e-3, "The sign is not sure", ["lowers", "0.00400", "−0.00090 ± 0.00050 is measured"]),
+        (-4.0, 2.5, -3.5e-3, "E does not determine whether", ["−0.0040 ± 0.0025", "measured −0.00350 ± 0.00050"]),
+        (-4.0, 0.5, -0.9e-3, "The sign is uncertain", ["lowers", "0.00400", "−0.00090 ± 0.00050 is measured"]),
         (-4.0, 0.5, 3.5e-3, "This step is too long", ["raises", "0.00350", "−0.00400 ± 0.00050 is predicted"]),
         (0.0, 0.0, None, "To first order this step leaves", ["1.0000"]),
     ],
 )
-def test_headline_names_a_direction_only_where_it_is_told(
+def test_headline_names_a_direction_only_if_determined(
     total: float, stderr: float | None, measured: float | None, begins: str, holds: list[str], tmp_path: Path
 ) -> None:
     sentence = headline(run_with(tmp_path, total, stderr, measured)).sentence
@@ -70,24 +70,24 @@ def test_headline_agrees_with_the_check_of_the_sign(
 ) -> None:
     first = headline(run_with(tmp_path, total, stderr, measured))
     [check] = [finding for finding in first.findings if finding.name == "Sign of the total"]
-    assert first.sentence.startswith("E does not tell") == (check.level == "attention")
+    assert first.sentence.startswith("E does not determine") == (check.level == "attention")
 
 
 @pytest.mark.parametrize(("spoils", "name"), [({"residual": 9.0}, "Identity"), ({"off_policy": 0.3}, "Policy of E")])
-def test_headline_begins_with_what_spoils_every_figure(spoils: dict[str, float], name: str, tmp_path: Path) -> None:
+def test_headline_begins_with_a_failed_essential_check(spoils: dict[str, float], name: str, tmp_path: Path) -> None:
     first = headline(run_with(tmp_path, -4.0, 0.5, -3.5e-3, **spoils))
-    assert first.sentence.startswith(f"Mistrust these figures ({name}). This step lowers")
+    assert first.sentence.startswith(f"Do not trust these figures ({name}). This step lowers")
     assert first.findings[0].name == name, "the gravest check is the first"
 
 
-def test_headline_leaves_out_what_too_few_rollouts_measure(tmp_path: Path) -> None:
+def test_headline_omits_measurement_when_ess_is_small(tmp_path: Path) -> None:
     first = headline(run_with(tmp_path, -4.0, 0.5, 3.5e-3, ess=2.0))
     assert first.sentence.startswith("This step lowers")
     assert "measured" not in first.sentence
     assert [change.name for change in first.changes][-1].startswith("measured"), "the table has it, with its check"
 
 
-def test_predicted_and_measured_stand_together(tmp_path: Path) -> None:
+def test_headline_and_page_list_predicted_and_measured(tmp_path: Path) -> None:
     results = run_with(tmp_path, -4.0, 0.5, -3.5e-3, second_order=900.0, in_this_step={"total": -4e-3}, step=1)
     changes = {change.name: (change.value, change.stderr) for change in headline(results).changes}
     assert changes["predicted, first order"] == (pytest.approx(-4e-3), pytest.approx(5e-4))
@@ -103,12 +103,12 @@ def test_predicted_and_measured_stand_together(tmp_path: Path) -> None:
     for figure in ("-4.000e-03", "-3.550e-03", "-3.500e-03"):
         assert text.index(figure) < text.index("What the step does")
     for figure in ("−4.0000", "−3.5500", "−3.5000"):
-        assert page.index(f"<td>{figure}</td>") < page.index("What the step is made of")
+        assert page.index(f"<td>{figure}</td>") < page.index("Terms of the step")
 
 
-def test_parts_that_are_shown_add_up_to_the_total(tmp_path: Path) -> None:
+def test_step_terms_add_up_to_the_total(tmp_path: Path) -> None:
     results: EntropyInfluenceResults = run_with(tmp_path, -4.0, 0.5, None, unattributed=-0.75)
-    rows = {part.name: part.value for part in step_terms(results.summary)}
-    pieces = ("momentum", "weight decay", "rollouts, all together", "unattributed")
-    assert sum(rows[name] for name in pieces) == pytest.approx(rows["total"])
-    assert "unattributed" not in {part.name for part in step_terms({**results.summary, "unattributed": 0.0})}
+    rows = {term.name: term.value for term in step_terms(results.summary)}
+    terms = ("momentum", "weight decay", "all rollouts", "unattributed")
+    assert sum(rows[name] for name in terms) == pytest.approx(rows["total"])
+    assert "unattributed" not in {term.name for term in step_terms({**results.summary, "unattributed": 0.0})}

@@ -1,4 +1,4 @@
-"""What the figures hold: values, labels and units; that bytes repeat; that hostile text is drawn as it is."""
+"""Figures: values, labels and units; reproducible bytes; hostile text drawn literally."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from fx_influence.lab.plots.style import DIVERGING, drawable, save
 from fx_influence.lab.plots.waterfall import waterfall_columns
 from fx_influence.lab.results import EntropyInfluenceResults
 
-WHOLE = ("waterfall", "distribution", "correlates", "token_correlates", "eta_sweep", "matrix", "concentration")
+FIGURES = ("waterfall", "distribution", "correlates", "token_correlates", "eta_sweep", "matrix", "concentration")
 
 
-def a_training_step(path: Path) -> EntropyInfluenceResults:
-    """What ``interop.trl_store`` keeps: no matrix, no sweep but the step's own, no gradient norms."""
+def training_step(path: Path) -> EntropyInfluenceResults:
+    """A run as ``interop.trl`` stores it: no matrix, no finite step but the trainer's, no gradient norms."""
     run = synthetic_run(path)
-    kept = {name: run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")}
-    kept |= {"eta": np.array([1e-3]), "full": np.array([-1e-3]), "full_stderr": np.array([1e-4])}
-    evaluation = dataclasses.replace(run.evaluations[0], arrays=kept, matrix=None)
+    arrays = {name: run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")}
+    arrays |= {"eta": np.array([1e-3]), "full": np.array([-1e-3]), "full_stderr": np.array([1e-4])}
+    evaluation = dataclasses.replace(run.evaluations[0], arrays=arrays, matrix=None)
     sequences = [{**record, "gradient_norm": None} for record in run.sequences]
     summary = {k: v for k, v in run.summary.items() if k != "reference_lr"}
     return dataclasses.replace(run, evaluations=(evaluation,), sequences=sequences, summary=summary)
 
 
-def texts(made: Figure) -> list[str]:
-    made.canvas.draw()
-    return [text.get_text() for text in made.findobj(matplotlib.text.Text) if text.get_text()]
+def texts(figure: Figure) -> list[str]:
+    figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_every_axis_has_a_label_and_a_unit(tmp_path: Path, name: str) -> None:
-    made = getattr(plot, name)(synthetic_run(tmp_path))
-    assert isinstance(made, Figure)
-    assert any("nats" in text or "%" in text for text in texts(made))
-    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in made.axes)
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_has_labels_and_a_unit(tmp_path: Path, name: str) -> None:
+    figure = getattr(plot, name)(synthetic_run(tmp_path))
+    assert isinstance(figure, Figure)
+    assert any("nats" in text or "%" in text for text in texts(figure))
+    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
 
 
-def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_path: Path) -> None:
+def test_waterfall_columns_add_up_to_the_total(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     for by in ("advantage", "prompt"):
         columns = waterfall_columns(run, by=by)
@@ -59,25 +59,25 @@ def test_the_columns_of_the_waterfall_are_the_parts_and_end_at_the_total(tmp_pat
         ends = np.cumsum([c.value for c in columns[:-1]])
         assert [bar.get_y() for bar in bars[1:-1]] == pytest.approx(ends[:-1])
         assert bars[-1].get_y() == 0
-    own = run.evaluations[0].summary
-    more = {**own, "total": own["total"] + 0.75, "unattributed": 0.75}
-    told = dataclasses.replace(run, evaluations=(dataclasses.replace(run.evaluations[0], summary=more),))
-    columns = waterfall_columns(told)
+    summary = run.evaluations[0].summary
+    more = {**summary, "total": summary["total"] + 0.75, "unattributed": 0.75}
+    changed = dataclasses.replace(run, evaluations=(dataclasses.replace(run.evaluations[0], summary=more),))
+    columns = waterfall_columns(changed)
     assert columns[-2].name == "unattributed"
     assert sum(c.value for c in columns[:-1]) == pytest.approx(columns[-1].value)
-    with pytest.raises(ValueError, match="by is 'reward'; use 'advantage' or 'prompt'"):
+    with pytest.raises(ValueError, match="by is 'reward'; expected 'advantage' or 'prompt'"):
         plot.waterfall(run, by="reward")
 
 
-def test_a_groups_error_is_that_of_its_columns_of_the_matrix_by_prompts_of_e(tmp_path: Path) -> None:
+def test_waterfall_group_error_is_clustered_by_prompt_of_e(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     advantage = np.array([r["advantage"] for r in run.sequences])
     logprob = np.array([r["mean_logprob"] for r in run.sequences])
-    which = (advantage > 0) & (logprob < np.median(logprob))
+    mask = (advantage > 0) & (logprob < np.median(logprob))
     [column] = [c for c in waterfall_columns(run) if c.name.startswith("A > 0, unlikely")]
-    assert column.name.endswith(f"({which.sum()})")
-    assert column.value == pytest.approx(run.evaluations[0].arrays["per_sequence"][which].sum())
-    rows = run.evaluations[0].matrix[:, which].sum(1)
+    assert column.name.endswith(f"({mask.sum()})")
+    assert column.value == pytest.approx(run.evaluations[0].arrays["per_sequence"][mask].sum())
+    rows = run.evaluations[0].matrix[:, mask].sum(1)
     pairs = (rows - rows.sum() / 8).reshape(4, 2).sum(1)
     assert column.stderr == pytest.approx(np.sqrt(4 / 3 * (pairs**2).sum()))
     index = torch.arange(8) // 2
@@ -86,10 +86,10 @@ def test_a_groups_error_is_that_of_its_columns_of_the_matrix_by_prompts_of_e(tmp
     assert column.stderr == pytest.approx(expected.item())
     momentum = waterfall_columns(run)[0]
     assert momentum.stderr == pytest.approx(0.1), "the jackknife of Delta H at the smallest eta, over eta"
-    assert all(np.isnan(c.stderr) for c in waterfall_columns(a_training_step(tmp_path))[:-1])
+    assert all(np.isnan(c.stderr) for c in waterfall_columns(training_step(tmp_path))[:-1])
 
 
-def test_the_points_and_the_tangent_of_the_sweep_are_the_runs(tmp_path: Path) -> None:
+def test_eta_sweep_draws_the_runs_points_and_tangent(tmp_path: Path) -> None:
     left, right = plot.eta_sweep(synthetic_run(tmp_path)).axes
     lines = [line for line in left.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 200]
     x, y = lines[0].get_data()
@@ -98,73 +98,73 @@ def test_the_points_and_the_tangent_of_the_sweep_are_the_runs(tmp_path: Path) ->
     assert points[1] == pytest.approx([-2.0, -2.0, -2.0])
 
 
-def test_the_matrix_is_sorted_and_complete(tmp_path: Path) -> None:
+def test_matrix_is_ordered_and_complete(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     rng = np.random.default_rng(3)
     kinds = rng.permutation(np.repeat([0, 1], 24))
     blocks = rng.standard_normal((8, 2))[:, kinds] + 0.01 * rng.standard_normal((8, 48))
     run = dataclasses.replace(run, evaluations=(dataclasses.replace(run.evaluations[0], matrix=blocks),))
     top, body, *_ = plot.matrix(run).axes
-    shown = np.asarray(body.images[0].get_array())
-    assert np.sort(shown.ravel()) == pytest.approx(np.sort(blocks.ravel()))
-    assert np.abs(np.diff(shown, axis=1)).max(0).tolist().count(pytest.approx(0, abs=0.1)) == 46, (
+    image = np.asarray(body.images[0].get_array())
+    assert np.sort(image.ravel()) == pytest.approx(np.sort(blocks.ravel()))
+    assert np.abs(np.diff(image, axis=1)).max(0).tolist().count(pytest.approx(0, abs=0.1)) == 46, (
         "one step between the kinds"
     )
-    assert [bar.get_height() for bar in top.patches] == pytest.approx(shown.sum(0))
+    assert [bar.get_height() for bar in top.patches] == pytest.approx(image.sum(0))
     low, high = body.images[0].get_clim()
     assert low == -high, "white is 0"
 
 
-def test_a_token_has_the_colour_of_its_influence(tmp_path: Path) -> None:
+def test_tokens_have_the_colour_of_their_influence(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     values = run.evaluations[0].arrays["per_token"][5, PROMPT:]
-    made = plot.tokens(run, 5)
-    boxes = made.axes[0].patches
+    figure = plot.tokens(run, 5)
+    boxes = figure.axes[0].patches
     assert len(boxes) == 6
     scale = np.abs(values).max()
     for box, value in zip(boxes, values, strict=True):
         assert box.get_facecolor()[:3] == pytest.approx(DIVERGING((value / scale + 1) / 2)[:3], abs=0.02)
-    assert any("nats per unit lr" in text for text in texts(made))
-    half = [dataclasses.replace(r, completion_mask=(True, False) * 3) for r in run.update_rollouts]
-    assert len(plot.tokens(dataclasses.replace(run, update_rollouts=half), 5).axes[0].patches) == 3
+    assert any("nats per unit lr" in text for text in texts(figure))
+    masked = [dataclasses.replace(r, completion_mask=(True, False) * 3) for r in run.update_rollouts]
+    assert len(plot.tokens(dataclasses.replace(run, update_rollouts=masked), 5).axes[0].patches) == 3
 
 
-def test_hostile_text_is_drawn_as_it_is_and_without_a_warning(tmp_path: Path) -> None:
+def test_tokens_draw_hostile_text_literally(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     words = ["$\\frac{$", "\x1b[31m", "漢", "\u202e", "a\n", "<script>&"]
     run.sequences[5].update(tokens=words, prompt="$\\bad{ 漢", id="$x$", prompt_id="$\\z{")
-    made = plot.tokens(run, 5)
-    path = save(made, tmp_path / "tokens.svg")
-    shown = texts(made)
-    assert {"$\\frac{$", "\\x1b[31m", "\\u6f22", "\\u202e", "a\\n", "<script>&"} <= set(shown)
+    figure = plot.tokens(run, 5)
+    path = save(figure, tmp_path / "tokens.svg")
+    drawn = texts(figure)
+    assert {"$\\frac{$", "\\x1b[31m", "\\u6f22", "\\u202e", "a\\n", "<script>&"} <= set(drawn)
     ElementTree.parse(path)
-    lines = [text.get_position()[1] for text in made.axes[0].texts]
+    lines = [text.get_position()[1] for text in figure.axes[0].texts]
     assert lines[:5] == [0.5] * 5
-    assert lines[5] == 1.5, "a newline begins a line"
+    assert lines[5] == 1.5, "a newline ends a line"
     run.evaluations[0].arrays["per_sequence"][4:8] = 50.0
     save(plot.waterfall(run, by="prompt"), tmp_path / "waterfall.png")
     assert drawable("漢a\x00") == "\\u6f22a\\x00"
 
 
 @pytest.mark.slow
-def test_a_step_of_a_training_has_its_figures_and_names_what_it_lacks(tmp_path: Path) -> None:
-    run = a_training_step(tmp_path)
-    for name in set(WHOLE) - {"matrix"}:
+def test_figures_of_a_training_step_name_what_is_missing(tmp_path: Path) -> None:
+    run = training_step(tmp_path)
+    for name in set(FIGURES) - {"matrix"}:
         texts(getattr(plot, name)(run))
-    with pytest.raises(ValueError, match="the run holds no matrix M"):
+    with pytest.raises(ValueError, match="the run has no matrix M"):
         plot.matrix(run)
     evaluation = dataclasses.replace(run.evaluations[0], arrays={**run.evaluations[0].arrays, "eta": np.array([])})
-    with pytest.raises(ValueError, match="the run holds no finite step"):
+    with pytest.raises(ValueError, match="the run has no finite step"):
         plot.eta_sweep(dataclasses.replace(run, evaluations=(evaluation,)))
-    shown = texts(plot.correlates(run))
-    assert any("gradient norm was not" in text.replace("\n", " ") for text in shown)
+    drawn = texts(plot.correlates(run))
+    assert any("gradient norm was not" in text.replace("\n", " ") for text in drawn)
     names = {path.stem for path in plot.save_figures(run, tmp_path / "figures")}
     assert "waterfall" in names
     assert "matrix" not in names
 
 
 @pytest.mark.slow
-def test_the_same_run_gives_the_same_bytes_whatever_the_users_style(tmp_path: Path) -> None:
+def test_save_figures_is_reproducible_under_any_user_style(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     first = plot.save_figures(run, tmp_path / "one")
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": None}):
@@ -178,7 +178,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_users_style(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_no_figure_is_known_to_pyplot_and_the_error_names_the_remedy() -> None:
+def test_plots_do_not_import_pyplot_and_need_matplotlib() -> None:
     code = "import sys; import fx_influence.lab.plots; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     missing = "import sys; sys.modules['matplotlib'] = None; import fx_influence.lab.plots"

@@ -1,6 +1,6 @@
-"""The page of a run in a real browser: what it shows is what the run stored, by mouse and by keyboard, and it is safe.
+"""The page of a run in Chromium: it shows the stored values, by mouse and by keyboard, and executes no text.
 
-They need Chromium and fail without it; ``-m "not browser"`` leaves them out.
+The tests fail without Chromium; deselect them by ``-m "not browser"``.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ CONTRAST = """() => {
         }
         return null;
     };
-    const found = [];
+    const ratios = [];
     for (const node of document.body.querySelectorAll("*:not(script):not(option):not(noscript)")) {
-        const own = [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-        if (!own || !node.checkVisibility()) continue;
+        const hasText = [...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+        if (!hasText || !node.checkVisibility()) continue;
         const [a, b] = [getComputedStyle(node).color, behind(node)].map(light).sort((x, y) => y - x);
-        found.push([(a + 0.05) / (b + 0.05), `${node.className} ${node.tagName} ${node.textContent.slice(0, 20)}`]);
+        ratios.push([(a + 0.05) / (b + 0.05), `${node.className} ${node.tagName} ${node.textContent.slice(0, 20)}`]);
     }
-    return found.sort((x, y) => x[0] - y[0]);
+    return ratios.sort((x, y) => x[0] - y[0]);
 }"""
 
 
@@ -91,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Watched:
-    """A page and everything that it should not have done."""
+    """A page, and a record of everything that it must not do."""
 
     def __init__(self, browser: Any, path: Path, **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options)
@@ -116,7 +116,7 @@ class Watched:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Any]:
-    """Opens a page, and holds it to silence at the end."""
+    """Open pages; at the end, fail if any of them logged, requested or opened something."""
     visits: list[Watched] = []
 
     def go(path: Path, **options: Any) -> Any:
@@ -139,8 +139,8 @@ def run(finished: Path) -> EntropyInfluenceResults:
     return load_run(finished)
 
 
-def shown(page: Any) -> list[int]:
-    """The rollouts in the table, in their order."""
+def listed(page: Any) -> list[int]:
+    """Return the rollouts in the table, in their order."""
     rows = page.locator("#rows tbody [data-rollout]")
     return [int(x) for x in rows.evaluate_all("rows => rows.map(row => row.dataset.rollout)")]
 
@@ -159,22 +159,22 @@ def opened(page: Any, i: int) -> None:
     page.wait_for_selector(f"#detail .card[data-rollout='{i}'] .token")
 
 
-def test_the_table_is_sorted_by_the_column_asked_for(page: Any, run: EntropyInfluenceResults) -> None:
+def test_table_is_sorted_by_the_selected_column(page: Any, run: EntropyInfluenceResults) -> None:
     delta = run.evaluations[0].arrays["per_sequence"]
-    assert np.abs(delta[shown(page)]).tolist() == sorted(np.abs(delta).tolist(), reverse=True)
+    assert np.abs(delta[listed(page)]).tolist() == sorted(np.abs(delta).tolist(), reverse=True)
     page.click("[data-sort=influence]")
-    assert delta[shown(page)].tolist() == sorted(delta.tolist(), reverse=True)
+    assert delta[listed(page)].tolist() == sorted(delta.tolist(), reverse=True)
     assert page.get_attribute("th.c-influence", "aria-sort") == "descending"
     page.keyboard.press("Enter")
-    assert delta[shown(page)].tolist() == sorted(delta.tolist())
+    assert delta[listed(page)].tolist() == sorted(delta.tolist())
     assert page.get_attribute("th.c-influence", "aria-sort") == "ascending"
     page.click("[data-sort=completion]")
     completions = [record["completion"] for record in run.sequences]
-    assert [completions[i] for i in shown(page)] == sorted(completions)
+    assert [completions[i] for i in listed(page)] == sorted(completions)
     assert page.get_attribute("th.c-influence", "aria-sort") == "none"
 
 
-def test_the_cells_are_the_runs_figures(page: Any, run: EntropyInfluenceResults) -> None:
+def test_table_cells_match_the_run(page: Any, run: EntropyInfluenceResults) -> None:
     for i in (0, 7, 13):
         record, row = run.sequences[i], page.locator(f"#row-{i}")
         cell = {name: row.locator(f".c-{name}").inner_text() for name in ("id", "prompt", "completion", "length")}
@@ -184,12 +184,12 @@ def test_the_cells_are_the_runs_figures(page: Any, run: EntropyInfluenceResults)
         }
         influence = number(row.locator(".c-influence").inner_text())
         assert influence == pytest.approx(
-            record["influence"], abs=1e-3 * abs(run.sequences[shown(page)[0]]["influence"])
+            record["influence"], abs=1e-3 * abs(run.sequences[listed(page)[0]]["influence"])
         )
         assert number(row.locator(".c-advantage").inner_text()) == pytest.approx(record["advantage"], abs=0.005)
 
 
-def test_filters_and_search_leave_the_rollouts_they_name(page: Any, run: EntropyInfluenceResults) -> None:
+def test_filters_and_search_select_rollouts(page: Any, run: EntropyInfluenceResults) -> None:
     delta, stderr = (run.evaluations[0].arrays[name] for name in ("per_sequence", "stderr"))
     advantage = np.array([record["advantage"] for record in run.sequences])
     for name, choice, wanted in (
@@ -201,23 +201,23 @@ def test_filters_and_search_leave_the_rollouts_they_name(page: Any, run: Entropy
         ("#advantage", "zero", advantage == 0),
     ):
         page.select_option(name, choice)
-        assert sorted(shown(page)) == np.flatnonzero(wanted).tolist()
+        assert sorted(listed(page)) == np.flatnonzero(wanted).tolist()
         assert page.inner_text("#count") in (f"{wanted.sum()} of 20 rollouts", "20 rollouts")
         page.select_option(name, "")
     page.select_option("#prompt", label=f"{run.sequences[4]['prompt_id']}: {run.sequences[4]['prompt']}")
-    assert sorted(shown(page)) == [4, 5, 6, 7]
+    assert sorted(listed(page)) == [4, 5, 6, 7]
     page.fill("#search", run.sequences[5]["completion"][:4].upper())
     matching = [i for i in range(4, 8) if run.sequences[5]["completion"][:4] in run.sequences[i]["completion"]]
-    assert sorted(shown(page)) == matching
+    assert sorted(listed(page)) == matching
     page.fill("#search", "no such text")
-    assert shown(page) == []
+    assert listed(page) == []
     assert page.inner_text("#count") == "0 of 20 rollouts"
     page.click("text=Clear")
     expect(page.locator("#count")).to_have_text("20 rollouts")
-    assert len(shown(page)) == 20
+    assert len(listed(page)) == 20
 
 
-def test_every_token_of_an_opened_rollout_has_its_values(page: Any, run: EntropyInfluenceResults) -> None:
+def test_readout_matches_the_values_of_each_token(page: Any, run: EntropyInfluenceResults) -> None:
     arrays, lr = run.evaluations[0].arrays, run.summary["lr"]
     i = int(np.abs(arrays["per_sequence"]).argmax())
     record = run.sequences[i]
@@ -228,17 +228,17 @@ def test_every_token_of_an_opened_rollout_has_its_values(page: Any, run: Entropy
     total = np.abs(arrays["per_token"][i, columns]).sum()
     for k, column in enumerate(columns):
         tokens.nth(k).hover()
-        found, delta = readout(page), arrays["per_token"][i, column]
-        assert found["token"] == record["tokens"][k]
-        assert found["position"] == f"{k + 1} of {len(columns)}"
-        assert number(found["influence"]) == pytest.approx(delta, rel=1e-5, abs=1e-30)
-        assert number(found["step"]) == pytest.approx(delta * lr, rel=1e-3, abs=1e-30)
-        assert number(found["share"]) == pytest.approx(100 * abs(delta) / total, abs=0.051)
+        texts, delta = readout(page), arrays["per_token"][i, column]
+        assert texts["token"] == record["tokens"][k]
+        assert texts["position"] == f"{k + 1} of {len(columns)}"
+        assert number(texts["influence"]) == pytest.approx(delta, rel=1e-5, abs=1e-30)
+        assert number(texts["step"]) == pytest.approx(delta * lr, rel=1e-3, abs=1e-30)
+        assert number(texts["share"]) == pytest.approx(100 * abs(delta) / total, abs=0.051)
         for field, name in (("logprob", "logprobs"), ("entropy", "entropies"), ("coefficient", "coefficients")):
-            assert number(found[field]) == pytest.approx(run.tokens[name][i, column], rel=1e-5)
+            assert number(texts[field]) == pytest.approx(run.tokens[name][i, column], rel=1e-5)
 
 
-def test_the_shading_shows_sign_and_size(page: Any, run: EntropyInfluenceResults) -> None:
+def test_shading_encodes_sign_and_magnitude(page: Any, run: EntropyInfluenceResults) -> None:
     arrays = run.evaluations[0].arrays
     i, column = np.unravel_index(np.abs(arrays["per_token"]).argmax(), arrays["per_token"].shape)
     opened(page, int(i))
@@ -258,7 +258,7 @@ def test_the_shading_shows_sign_and_size(page: Any, run: EntropyInfluenceResults
     assert number(legend[-2]) == pytest.approx(0.64 * largest, rel=0.02)
 
 
-def test_completions_of_the_prompt_stand_beside_and_open(page: Any, run: EntropyInfluenceResults) -> None:
+def test_other_completions_of_the_prompt_can_be_opened(page: Any, run: EntropyInfluenceResults) -> None:
     opened(page, 4)
     links = page.locator(".beside .link")
     assert sorted(links.all_inner_texts()) == sorted(run.sequences[i]["id"] for i in (5, 6, 7))
@@ -268,23 +268,23 @@ def test_completions_of_the_prompt_stand_beside_and_open(page: Any, run: Entropy
     assert page.get_attribute("#row-6", "aria-selected") == "true"
 
 
-def test_the_rollouts_of_e_that_it_moves_most_are_those_of_m(page: Any, run: EntropyInfluenceResults) -> None:
+def test_most_affected_rollouts_match_the_matrix(page: Any, run: EntropyInfluenceResults) -> None:
     [matrix, e] = run.evaluations[0].matrix, run.evaluations[0].rollouts
-    i = shown(page)[0]
+    i = listed(page)[0]
     opened(page, i)
     order = np.argsort(-matrix[:, i], kind="stable")
-    rows = page.locator(".moved tbody tr")
+    rows = page.locator(".affected tbody tr")
     assert rows.count() == 10
     wanted = sorted(matrix[[*order[:5], *order[-5:]], i])[::-1]
     unit = {"nats per unit lr": 1.0, "10⁻³ nats per unit lr": 1e-3, "10⁻⁶ nats per unit lr": 1e-6}
-    scale = unit[page.locator(".moved th").nth(3).inner_text()]
+    scale = unit[page.locator(".affected th").nth(3).inner_text()]
     values = [scale * number(rows.nth(k).locator("td").nth(3).inner_text()) for k in range(10)]
     assert values == pytest.approx(wanted, abs=1e-3 * float(np.abs(wanted).max()))
     assert rows.nth(0).locator("td").nth(0).inner_text() == e[order[0]].id
 
 
-def test_everything_is_done_by_keyboard(page: Any, run: EntropyInfluenceResults) -> None:
-    order = shown(page)
+def test_page_is_usable_by_keyboard(page: Any, run: EntropyInfluenceResults) -> None:
+    order = listed(page)
     page.focus("#filters button")
     page.keyboard.press("Tab")
     expect(page.locator("#rows")).to_be_focused()
@@ -308,14 +308,14 @@ def test_everything_is_done_by_keyboard(page: Any, run: EntropyInfluenceResults)
     assert page.get_attribute("#rows", "aria-activedescendant") == f"row-{order[-1]}"
 
 
-def test_another_evaluation_brings_its_own_words_and_values(page: Any, run: EntropyInfluenceResults) -> None:
+def test_selecting_an_evaluation_updates_the_page(page: Any, run: EntropyInfluenceResults) -> None:
     first = page.inner_text("h1 >> visible=true")
     opened(page, 3)
     page.select_option("#evaluation", "1")
     assert page.inner_text("h1 >> visible=true") != first
     delta = run.evaluations[1].arrays["per_sequence"]
-    assert np.abs(delta[shown(page)]).tolist() == sorted(np.abs(delta).tolist(), reverse=True)
-    expect(page.locator(".moved .hint")).to_contain_text("all 9 rollouts")
+    assert np.abs(delta[listed(page)]).tolist() == sorted(np.abs(delta).tolist(), reverse=True)
+    expect(page.locator(".affected .hint")).to_contain_text("all 9 rollouts")
     page.locator("#detail .tokens .token").nth(0).hover()
     column = run.sequences[3]["prompt_length"]
     wanted = run.evaluations[1].arrays["per_token"][3, column]
@@ -323,32 +323,32 @@ def test_another_evaluation_brings_its_own_words_and_values(page: Any, run: Entr
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_can_be_read(visit: Any, finished: Path, scheme: str) -> None:
+def test_text_has_enough_contrast(visit: Any, finished: Path, scheme: str) -> None:
     page = visit(finished / "report" / "index.html", color_scheme=scheme)
-    opened(page, shown(page)[0])
+    opened(page, listed(page)[0])
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
-    found = page.evaluate(CONTRAST)
-    assert len(found) > 200
-    assert {"swatch"} <= {word for _, name in found for word in name.split()}
-    assert found[0][0] >= 4.5, found[:5]
+    contrasts = page.evaluate(CONTRAST)
+    assert len(contrasts) > 200
+    assert {"swatch"} <= {word for _, name in contrasts for word in name.split()}
+    assert contrasts[0][0] >= 4.5, contrasts[:5]
 
 
 @pytest.mark.parametrize("width", [360, 800])
-def test_a_narrow_window_does_not_scroll_sideways(visit: Any, finished: Path, width: int) -> None:
+def test_narrow_window_does_not_scroll_sideways(visit: Any, finished: Path, width: int) -> None:
     page = visit(finished / "report" / "index.html")
     page.set_viewport_size({"width": width, "height": 800})
-    opened(page, shown(page)[0])
+    opened(page, listed(page)[0])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_printed_it_shows_rollouts_all_tokens_and_no_controls(visit: Any, tmp_path: Path) -> None:
+def test_printed_page_has_all_tokens_and_no_controls(visit: Any, tmp_path: Path) -> None:
     page = visit(write_report(synthetic(Size(100, 16, 900), tmp_path), figures=False))
-    opened(page, shown(page)[0])
+    opened(page, listed(page)[0])
     page.set_viewport_size({"width": 700, "height": 900})
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert len(shown(page)) == 60
+    assert len(listed(page)) == 60
     assert page.locator(".compare > section:first-child .token").count() == 900
     assert page.is_hidden("#filters")
     assert page.evaluate("rows.scrollHeight <= rows.clientHeight + 1")
@@ -358,7 +358,7 @@ def test_printed_it_shows_rollouts_all_tokens_and_no_controls(visit: Any, tmp_pa
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose every text is an attack, each with a row of its own, and its name too."""
+    """A run in which every text, and its name, is an attack."""
     folder = tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     results = synthetic(Size(len(HOSTILE), len(HOSTILE), 2), folder)
@@ -372,10 +372,10 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(changed, figures=False)
 
 
-def test_hostile_texts_are_shown_literally_and_do_nothing(visit: Any, hostile: Path) -> None:
+def test_hostile_texts_are_literal_and_inert(visit: Any, hostile: Path) -> None:
     page = visit(hostile)
     before = page.evaluate("Object.getOwnPropertyNames(window).length")
-    assert sorted(shown(page)) == list(range(len(HOSTILE)))
+    assert sorted(listed(page)) == list(range(len(HOSTILE)))
     for i, text in enumerate(HOSTILE):
         literal, short = printable(text), printable(text[:120]) + ("…" if len(text) > 120 else "")
         assert page.locator(f"#row-{i} .c-completion").text_content() == short
@@ -387,8 +387,8 @@ def test_hostile_texts_are_shown_literally_and_do_nothing(visit: Any, hostile: P
         assert readout(page)["token"] == printable(text[:40])
         page.fill("#search", "y")
         page.fill("#search", "")
-    moved = page.locator(".moved td:nth-child(3)").all_text_contents()
-    assert set(moved) <= {printable(text[:300]) + ("…" if len(text) > 300 else "") for text in HOSTILE}
+    affected = page.locator(".affected td:nth-child(3)").all_text_contents()
+    assert set(affected) <= {printable(text[:300]) + ("…" if len(text) > 300 else "") for text in HOSTILE}
     made = "img:not([src^='data:']), svg, iframe, link, a:not(.skip), b[onmouseover], #explorer script, #explorer style"
     assert page.locator(made).count() == 0
     assert page.evaluate("window.ran") is None
@@ -396,7 +396,7 @@ def test_hostile_texts_are_shown_literally_and_do_nothing(visit: Any, hostile: P
     assert not page.evaluate("/[\\u202a-\\u202e\\u2066-\\u2069\\0\\x1b]/.test(document.body.innerText)")
 
 
-def test_right_to_left_text_stays_in_its_place(visit: Any, hostile: Path) -> None:
+def test_right_to_left_text_is_isolated(visit: Any, hostile: Path) -> None:
     page = visit(hostile)
     page.locator("#rows [data-rollout]").nth(0).dispatch_event("click")
     page.wait_for_selector("#detail .tokens .token")
@@ -405,12 +405,12 @@ def test_right_to_left_text_stays_in_its_place(visit: Any, hostile: Path) -> Non
         "#rows td.c-completion",
         "#detail .prompt",
         "#detail .tokens .token",
-        ".moved td",
+        ".affected td",
     ):
         assert page.locator(node).first.evaluate("n => getComputedStyle(n).unicodeBidi") == "isolate"
 
 
-def test_even_markup_that_got_in_could_neither_run_nor_fetch(browser: Any, finished: Path) -> None:
+def test_policy_blocks_injected_markup(browser: Any, finished: Path) -> None:
     watched = Watched(browser, finished / "report" / "index.html")
     answers: list[str] = []
     watched.page.on("requestfailed", lambda request: answers.append(request.failure))
@@ -434,22 +434,22 @@ def test_even_markup_that_got_in_could_neither_run_nor_fetch(browser: Any, finis
     )
     assert {"innerHTML", "img-src", "style-src-elem", "connect-src", "onerror"} <= set(refused)
     assert watched.page.evaluate("window.ran") is None
-    # The browser tells of the image that was asked for, and that the policy stopped it before the network.
+    # The browser reports that the policy blocked the image before it reached the network.
     assert answers == ["csp"]
     assert [x for x in watched.complaints if x.startswith("dialog")] == []
     watched.context.close()
 
 
-def test_a_large_run_keeps_little_in_the_document(visit: Any, tmp_path: Path) -> None:
+def test_large_run_keeps_few_nodes_in_the_document(visit: Any, tmp_path: Path) -> None:
     results = synthetic(Size(1500, 16, 900), tmp_path)
     page = visit(write_report(results, figures=False))
     delta = results.evaluations[0].arrays["per_sequence"]
     order = np.argsort(-np.abs(delta), kind="stable").tolist()
-    assert shown(page) == order[: len(shown(page))]
-    assert len(shown(page)) < 60
+    assert listed(page) == order[: len(listed(page))]
+    assert len(listed(page)) < 60
     page.evaluate("rows.scrollTop = rows.scrollHeight")
     page.wait_for_selector(f"#row-{order[-1]}")
-    assert len(shown(page)) < 60
+    assert len(listed(page)) < 60
     page.focus("#rows")
     page.keyboard.press("Home")
     page.wait_for_selector(f"#row-{order[0]}")

@@ -1,4 +1,4 @@
-"""The page of a run, read as text: what is in it, that no text of a rollout can act, and that the run stays."""
+"""The page of a run, read as text: its contents, that texts never become markup, that the run is unchanged."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from benchmarks.bench_report import PROMPT, Size, synthetic
 from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import entropy as run_module
-from fx_influence.lab.report import data, figures, report_page, write_report
+from fx_influence.lab.report import figures, report_page, write_report
 from fx_influence.lab.report.blobs import array_blob, json_blob, unpack
+from fx_influence.lab.report.data import explorer_blobs
 from fx_influence.lab.results import EntropyInfluenceResults
 
 SIZE = Size(rollouts=40, evaluation=24, tokens=30)
@@ -43,8 +44,8 @@ def results(tmp_path: Path) -> EntropyInfluenceResults:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures have tests of their own, and take seconds."""
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Omit the figures, which have their own tests and take seconds."""
     monkeypatch.setattr("fx_influence.lab.report.page.draw_figures", lambda *_: figures.NO_FIGURES)
 
 
@@ -57,7 +58,7 @@ def index(page: str) -> dict[str, Any]:
     return json.loads(blob(page, "index"))
 
 
-def test_the_page_allows_its_own_script_and_style_and_nothing_else(results: EntropyInfluenceResults) -> None:
+def test_page_policy_allows_only_its_script_and_style(results: EntropyInfluenceResults) -> None:
     page = report_page(results, figures=False)
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
     rules = dict(rule.split(" ", 1) for rule in policy.replace("&#39;", "'").split("; "))
@@ -71,8 +72,8 @@ def test_the_page_allows_its_own_script_and_style_and_nothing_else(results: Entr
     assert "//" not in re.sub(r"^ *//.*$|<!doctype.*?>", "", re.sub(r"<script type.*?</script>", "", page), flags=re.M)
 
 
-def test_the_same_run_makes_the_same_bytes_and_its_own_files_stay(
-    tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+def test_report_is_reproducible_and_keeps_the_runs_files(
+    tmp_path: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, plan = tmp_path / "out", write_plan(tmp_path, PLAN)
     assert main(["run", plan, "--out", str(out)]) == 0
@@ -85,7 +86,7 @@ def test_the_same_run_makes_the_same_bytes_and_its_own_files_stay(
     assert [path.name for path in (out / "report").iterdir()] == ["index.html"]
 
 
-def test_without_jinja2_a_report_fails_and_a_run_does_not(
+def test_report_fails_but_run_succeeds_without_jinja2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remedy = "the report needs jinja2: pip install 'fx-influence[report]'"
@@ -100,12 +101,12 @@ def test_without_jinja2_a_report_fails_and_a_run_does_not(
     assert capsys.readouterr().err.splitlines() == [f"fx-influence: {remedy}"]
 
 
-def test_the_values_of_tokens_and_rollouts_are_those_of_the_run(results: EntropyInfluenceResults) -> None:
+def test_page_data_match_the_run(results: EntropyInfluenceResults) -> None:
     arrays, page = results.evaluations[0].arrays, report_page(results, figures=False)
-    found, count = index(page), SIZE.rollouts * SIZE.tokens
-    assert found["evaluations"][0]["influence"] == arrays["per_sequence"].tolist()
-    assert found["evaluations"][0]["stderr"] == arrays["stderr"].tolist()
-    assert found["lr"] == results.summary["lr"]
+    data, count = index(page), SIZE.rollouts * SIZE.tokens
+    assert data["evaluations"][0]["influence"] == arrays["per_sequence"].tolist()
+    assert data["evaluations"][0]["stderr"] == arrays["stderr"].tolist()
+    assert data["lr"] == results.summary["lr"]
     numbers = np.frombuffer(blob(page, "tokens-0"), "<u4", count)
     values = np.frombuffer(blob(page, "tokens-0"), "<f4", offset=4 * count).reshape(3, SIZE.rollouts, SIZE.tokens)
     vocabulary = json.loads(blob(page, "vocabulary"))
@@ -116,39 +117,36 @@ def test_the_values_of_tokens_and_rollouts_are_those_of_the_run(results: Entropy
     assert_close_to_rounding(shares, arrays["per_token"][:, PROMPT:], terms=1)
 
 
-def test_rollouts_are_packed_in_chunks_of_whole_rollouts(
-    results: EntropyInfluenceResults, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "TOKENS_PER_CHUNK", 100)
-    page = report_page(results, figures=False)
-    assert index(page)["chunks"] == list(range(0, 40, 3))
-    sizes = [len(blob(page, f"influence-0-{c}")) // 4 for c in range(14)]
-    assert sizes == [90] * 13 + [30]
+def test_explorer_blobs_do_not_split_rollouts(results: EntropyInfluenceResults) -> None:
+    blobs = explorer_blobs(results, tokens_per_chunk=100)
+    assert json.loads(unpack(blobs["index"]))["chunks"] == list(range(0, 40, 3))
+    lengths = [len(unpack(blobs[f"influence-0-{c}"])) // 4 for c in range(14)]
+    assert lengths == [90] * 13 + [30]
 
 
-def test_the_rollouts_of_e_that_each_moves_most_come_in_order(results: EntropyInfluenceResults) -> None:
-    [evaluation], moved = results.evaluations, json.loads(blob(report_page(results, figures=False), "moved-0"))
+def test_page_lists_most_affected_rollouts_in_order(results: EntropyInfluenceResults) -> None:
+    [evaluation], affected = results.evaluations, json.loads(blob(report_page(results, figures=False), "affected-0"))
     assert evaluation.matrix is not None
     for i in (0, 17):
         column = np.sort(evaluation.matrix[:, i])[::-1]
-        assert moved["values"][i] == [*column[:5], *column[-5:]]
-        chosen = [moved["texts"][k]["id"] for k in moved["rows"][i]]
+        assert affected["values"][i] == [*column[:5], *column[-5:]]
+        listed = [affected["texts"][k]["id"] for k in affected["rows"][i]]
         order = np.argsort(-evaluation.matrix[:, i])
-        assert chosen == [evaluation.rollouts[a].id for a in [*order[:5], *order[-5:]]]
+        assert listed == [evaluation.rollouts[a].id for a in [*order[:5], *order[-5:]]]
 
 
-def test_a_run_without_matrix_token_values_or_gradient_norms_has_a_page(results: EntropyInfluenceResults) -> None:
+def test_page_omits_values_that_were_not_stored(results: EntropyInfluenceResults) -> None:
     [evaluation] = results.evaluations
     sequences = [{**record, "gradient_norm": None, "stderr": None} for record in results.sequences]
     bare = dataclasses.replace(evaluation, matrix=None, arrays={**evaluation.arrays, "stderr": np.full(40, np.nan)})
     page = report_page(dataclasses.replace(results, tokens={}, sequences=sequences, evaluations=(bare,)), figures=False)
-    assert 'id="moved-0"' not in page
+    assert 'id="affected-0"' not in page
     assert index(page)["evaluations"][0]["stderr"] == [None] * 40
     values = np.frombuffer(blob(page, "tokens-0"), "<f4", offset=4 * SIZE.rollouts * SIZE.tokens)
     assert np.isnan(values).all()
 
 
-def test_tokens_that_do_not_count_have_no_values_and_an_entropy_bonus_has_its_own(
+def test_page_values_of_masked_tokens_and_entropy_bonus(
     results: EntropyInfluenceResults,
 ) -> None:
     mask = (True, False, *[True] * (SIZE.tokens - 2))
@@ -160,11 +158,11 @@ def test_tokens_that_do_not_count_have_no_values_and_an_entropy_bonus_has_its_ow
     count = SIZE.rollouts * SIZE.tokens
     values = np.frombuffer(blob(page, "tokens-0"), "<f4", offset=4 * count).reshape(4, count)
     assert np.flatnonzero(np.isnan(values).any(0)).tolist() == [1]
-    assert not np.isnan(results.tokens["logprobs"]).any(), "the run's own arrays stay"
+    assert not np.isnan(results.tokens["logprobs"]).any(), "the run's arrays are not changed"
     np.testing.assert_array_equal(values[3, 2:5], tokens["entropy_coefficients"][0, PROMPT + 2 : PROMPT + 5])
 
 
-def test_every_evaluation_has_its_words_and_values(results: EntropyInfluenceResults) -> None:
+def test_page_has_a_section_for_each_evaluation(results: EntropyInfluenceResults) -> None:
     [evaluation] = results.evaluations
     other = dataclasses.replace(evaluation, summary={**evaluation.summary, "total": 12345.0, "total_stderr": None})
     page = report_page(dataclasses.replace(results, evaluations=(evaluation, other)), figures=False)
@@ -174,7 +172,7 @@ def test_every_evaluation_has_its_words_and_values(results: EntropyInfluenceResu
     assert blob(page, "influence-1-0") == blob(page, "influence-0-0")
 
 
-def test_no_text_of_a_rollout_stands_in_the_page_as_it_is(results: EntropyInfluenceResults) -> None:
+def test_page_contains_no_raw_text_of_a_rollout(results: EntropyInfluenceResults) -> None:
     texts = dict.fromkeys(("id", "prompt", "completion"), HOSTILE)
     sequences = [{**record, **texts, "tokens": [HOSTILE] * SIZE.tokens} for record in results.sequences]
     [evaluation] = results.evaluations
@@ -190,7 +188,7 @@ def test_no_text_of_a_rollout_stands_in_the_page_as_it_is(results: EntropyInflue
     assert json.loads(blob(page, "vocabulary")) == [HOSTILE]
 
 
-def test_the_name_of_a_run_is_text(tmp_path: Path) -> None:
+def test_page_escapes_the_name_of_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x>\u202e"
     folder.mkdir()
     page = write_report(synthetic(SIZE, folder), figures=False).read_text(encoding="utf-8")
@@ -198,7 +196,7 @@ def test_the_name_of_a_run_is_text(tmp_path: Path) -> None:
     assert "<img src=x" not in page
 
 
-def test_records_that_do_not_fit_are_an_error_of_the_directory(results: EntropyInfluenceResults) -> None:
+def test_page_rejects_records_that_do_not_fit(results: EntropyInfluenceResults) -> None:
     longer = [{**results.sequences[0], "tokens": ["x"] * 500}, *results.sequences[1:]]
     with pytest.raises(RunDirectoryError, match="do not fit the columns of per_token"):
         report_page(dataclasses.replace(results, sequences=longer))
@@ -206,7 +204,7 @@ def test_records_that_do_not_fit_are_an_error_of_the_directory(results: EntropyI
         report_page(dataclasses.replace(results, sequences=[{"id": "0"}, *results.sequences[1:]]))
 
 
-def test_a_page_that_cannot_be_written_leaves_nothing_half_done(
+def test_write_report_keeps_the_old_page_when_it_fails(
     results: EntropyInfluenceResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_report(results, figures=False)
@@ -218,7 +216,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_half_done(
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]
 
 
-def test_of_a_figure_in_two_formats_the_drawing_is_taken_unless_it_is_heavy(tmp_path: Path) -> None:
+def test_embedded_prefers_svg_unless_large(tmp_path: Path) -> None:
     for name, size in (("waterfall.png", 10), ("waterfall.svg", 20), ("matrix.png", 10), ("matrix.svg", 10**6)):
         (tmp_path / name).write_bytes(b"x" * size)
     paths = [tmp_path / name for name in ("waterfall.png", "waterfall.svg", "matrix.png", "matrix.svg", "notes.txt")]
@@ -228,7 +226,7 @@ def test_of_a_figure_in_two_formats_the_drawing_is_taken_unless_it_is_heavy(tmp_
     assert first.title == figures.TITLES["waterfall"]
 
 
-def test_figures_are_shown_with_their_words_and_kept_as_files(
+def test_page_embeds_figures_and_keeps_their_files(
     results: EntropyInfluenceResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_figures(_: EntropyInfluenceResults, folder: Path) -> list[Path]:
@@ -242,7 +240,7 @@ def test_figures_are_shown_with_their_words_and_kept_as_files(
     assert (results.path / "report" / "figures" / "eta_sweep.svg").read_text() == "<svg/>"
 
 
-def test_without_matplotlib_the_page_says_what_is_missing(
+def test_page_names_the_remedy_without_matplotlib(
     results: EntropyInfluenceResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(*_: object) -> None:
@@ -253,13 +251,13 @@ def test_without_matplotlib_the_page_says_what_is_missing(
     assert "The figures need matplotlib: pip install &#39;fx-influence[report]&#39;" in report_page(results)
 
 
-def test_nan_is_no_json() -> None:
+def test_json_blob_rejects_nan() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_blob([float("nan")])
     assert unpack(array_blob(np.arange(3, dtype=">u4"))) == np.arange(3, dtype="<u4").tobytes()
 
 
-def test_a_step_of_a_training_shows_what_it_logged(results: EntropyInfluenceResults) -> None:
+def test_page_of_a_training_step_lists_logged_metrics(results: EntropyInfluenceResults) -> None:
     [evaluation] = results.evaluations
     logged = {"total": -4e-3, "measured": -3.9e-3, "residual": None}
     summary = {**evaluation.summary, "step": 7, "in_this_step": logged, "unattributed": 0.0}
@@ -267,10 +265,10 @@ def test_a_step_of_a_training_shows_what_it_logged(results: EntropyInfluenceResu
         results, summary=summary, evaluations=(dataclasses.replace(evaluation, summary=summary),)
     )
     page = report_page(step, figures=False)
-    assert "step 7 of a training" in page
+    assert "step 7 of a training run" in page
     assert "<dt>measured</dt><dd>−0.0039</dd>" in page
 
 
-def test_the_module_of_the_run_does_not_need_the_report() -> None:
+def test_run_does_not_import_the_report() -> None:
     """``fx.run`` works where jinja2 is not installed."""
     assert not hasattr(run_module, "write_report")
