@@ -205,7 +205,7 @@ def test_analyze_prints_and_writes_beside_a_run_that_stays_as_it_was(
     shutil.copytree(finished, copy)
     assert main(["analyze", str(copy)]) == 0
     page = capsys.readouterr().out
-    assert page.count("What reward costs in entropy") == 2
+    assert page.count("Entropy price of reward") == 2
     assert json.loads((copy / "analysis" / "analysis.json").read_text())[1]["settings"]["evaluation"] == 1
     assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == {
         path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()
