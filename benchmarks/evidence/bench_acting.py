@@ -6,8 +6,8 @@
 
 The embedded policy's arithmetic before its own GRPO steps ("early"), and longer chains of larger numbers. Every method
 makes the same optimizer steps from the same state on as many rollouts: plain GRPO; an entropy bonus; a higher upper
-clip (DAPO, arXiv 2503.14476); Clip-Cov and KL-Cov (arXiv 2505.22617); rollouts or tokens weighed by ``fx.select`` so
-that the foretold entropy does not fall. Seconds, of the processor, tell what the last cost.
+clip (DAPO, arXiv 2503.14476); Clip-Cov and KL-Cov (arXiv 2505.22617); rollouts or tokens weighed by ``fx.lab.select``
+so that the foretold entropy does not fall. Seconds, of the processor, tell what the last cost.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def weighed(training: Training, policy: Policy, now: Moment) -> Tensor:
     entropy = fx.influence(params, now.batch, e, state, **options)
     query = fx.expected_reward(torch.tensor([r.reward or 0.0 for r in drawn]))
     reward = fx.influence(params, now.batch, e, state, objective=query, **options)
-    weights = fx.select(entropy, reward, floor=0.0, per_token=per_token).weights.float()
+    weights = fx.lab.select(entropy, reward, floor=0.0, per_token=per_token).weights.float()
     return weights if per_token else weights.unsqueeze(1).expand(now.batch.input_ids.shape)
 
 

@@ -1,4 +1,4 @@
-"""Does a selection keep what it promises? Weights by ``fx.select`` from E of two sizes, judged on other rollouts.
+"""Does a selection keep what it promises? Weights by ``fx.lab.select`` from E of two sizes, judged on other rollouts.
 
     python -m benchmarks selection            writes results/selection.json and EVIDENCE.md;
                                               five minutes on two cores, continued where it stopped
@@ -61,9 +61,9 @@ def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, A
     for size in training.sizes:
         own = influences(policy, now, asked[: size // 2], seed + size)
         for unit in ("rollouts", "tokens"):
-            chosen = fx.select(*own, floor=0.0, per_token=unit == "tokens")
+            chosen = fx.lab.select(*own, floor=0.0, per_token=unit == "tokens")
             out = 1 - chosen.weights
-            parts = [x.per_token if unit == "tokens" else x.per_sequence for x in (entropy, reward)]
+            parts: list[Any] = [x.per_token if unit == "tokens" else x.per_sequence for x in (entropy, reward)]
             found.append(
                 {
                     "rollouts": size,

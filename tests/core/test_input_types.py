@@ -461,9 +461,9 @@ def test_models_and_optimizers_are_told_apart() -> None:
 def test_select_names_what_is_no_influence() -> None:
     out = shared().influence()
     with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
-        fx.select(out, out.per_sequence, floor=0.0)
+        fx.lab.select(out, out.per_sequence, floor=0.0)
     with pytest.raises(TypeError, match=r"floor is None; expected a number"):
-        fx.select(out, out, floor=None)
+        fx.lab.select(out, out, floor=None)
 
 
 def test_entropy_estimate_names_what_is_no_token_values() -> None:

@@ -30,9 +30,9 @@ def test_repr_of_a_run_fits_a_screen(tmp_path: Path) -> None:
 
 
 def test_repr_of_a_plan_shows_what_is_not_the_default() -> None:
-    assert repr(fx.EntropyInfluencePlan()) == "EntropyInfluencePlan()"
+    assert repr(fx.lab.EntropyInfluencePlan()) == "EntropyInfluencePlan()"
     long = SampledBatch(("a" * 99,) * 1000, chat=True)
-    assert repr(fx.FisherKernelPlan(seed=3, update=long)) == (
+    assert repr(fx.lab.FisherKernelPlan(seed=3, update=long)) == (
         "FisherKernelPlan(update=SampledBatch(prompts=1000 of str, chat=True), seed=3)"
     )
 

@@ -1,4 +1,4 @@
-"""A process of tests/test_torchrun.py: ``fx.run_fisher`` in a process group of the caller, measured and read again."""
+"""A process of the tests: ``fx.lab.run_fisher`` in a process group of the caller, measured and read again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(folder: str) -> None:
     with global_mesh():
         for _ in range(2):
             path = Path(folder) / "out" if dist.get_rank() == 0 else "/dev/null/nowhere"
-            found = fx.run_fisher(plan, path).evaluations[0]
+            found = fx.lab.run_fisher(plan, path).evaluations[0]
             arrays = {**found.arrays, "kernel": found.kernel, "matrix": found.delta_logprob_matrix}
             answer.append({name: torch.from_numpy(x) for name, x in arrays.items()})
         save_result(folder, answer)

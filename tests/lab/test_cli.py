@@ -62,6 +62,19 @@ def test_every_public_name_is_that_of_its_module() -> None:
         _ = fx.influenc
 
 
+def test_package_tells_where_a_former_name_went() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'functionalize'; it is now make_functional"):
+        _ = fx.functionalize
+    with pytest.raises(AttributeError, match=r"no attribute 'run'; it is now lab\.run"):
+        _ = fx.run
+
+
+def test_rooms_offer_their_own_names() -> None:
+    for room in (fx.interop, fx.lab):
+        assert {name for name in room.__all__ if not hasattr(room, name)} == set()
+        assert set(room.__all__) <= set(dir(room))
+
+
 @pytest.mark.slow
 def test_every_module_can_be_imported_first() -> None:
     """No module may need another to have been imported before it."""

@@ -170,7 +170,7 @@ def test_an_error_that_cannot_be_sent_to_others_is_sent_in_words() -> None:
 @pytest.mark.slow
 def test_processes_of_ones_own_have_the_values_of_one(tmp_path: Path) -> None:
     write_plan(tmp_path, FISHER)
-    expected = fx.run_fisher(fx.FisherKernelPlan.from_dict(FISHER), tmp_path / "alone").evaluations[0]
+    expected = fx.lab.run_fisher(fx.lab.FisherKernelPlan.from_dict(FISHER), tmp_path / "alone").evaluations[0]
     arrays = {**expected.arrays, "kernel": expected.kernel, "matrix": expected.delta_logprob_matrix}
     for answer in run_on_ranks(2, "ranks_fisher.py", tmp_path):
         for found in answer:

@@ -1,4 +1,4 @@
-"""Figures of a run: ``fx.plot.waterfall(run)`` and so on, each a matplotlib figure.
+"""Figures of a run: ``fx.lab.plots.waterfall(run)`` and so on, each a matplotlib figure.
 
 They share one style (``plots.style``): blue raises the entropy, vermilion lowers it, influences are in nats per unit
 lr. No figure is registered with ``pyplot``; show it in a notebook by ``IPython.display.display``, or call ``savefig``.

@@ -193,8 +193,8 @@ def test_a_stored_state_repeats_the_step_from_its_plan(lora: bool, tmp_path: Pat
     training.train()
     place = tmp_path / "entropy_influence" / "step_000002"
     live, again_at = fx.load_run(place), tmp_path / "again"
-    again = fx.run(
-        dataclasses.replace(read_plan(place / "plan.yaml", fx.EntropyInfluencePlan), dtype="float32"), again_at
+    again = fx.lab.run(
+        dataclasses.replace(read_plan(place / "plan.yaml", fx.lab.EntropyInfluencePlan), dtype="float32"), again_at
     )
     assert again.summary["lr"] == live.summary["lr"]
     size = np.abs(live.evaluations[0].matrix).sum() + abs(live.summary["momentum"]) + abs(live.summary["weight_decay"])

@@ -453,9 +453,9 @@ def test_a_table_without_pandas_names_the_remedy(finished: Path, monkeypatch: py
 
 
 def test_a_run_is_a_function_of_its_plan(finished: Path) -> None:
-    plan = read_plan(finished / "plan.yaml", fx.EntropyInfluencePlan)
-    results = fx.run(plan, finished)
-    assert isinstance(results, fx.EntropyInfluenceResults)
+    plan = read_plan(finished / "plan.yaml", fx.lab.EntropyInfluencePlan)
+    results = fx.lab.run(plan, finished)
+    assert isinstance(results, fx.lab.EntropyInfluenceResults)
     assert results.plan == plan
     with pytest.raises(dataclasses.FrozenInstanceError):
         results.plan = plan  # type: ignore[misc]

@@ -228,7 +228,7 @@ def test_the_identity_preconditioner_from_files_of_rollouts_through_the_package(
     results: FisherKernelResults, known: Known, tmp_path: Path
 ) -> None:
     files = {"update": "update_rollouts.jsonl", "evaluation": "eval_00_rollouts.jsonl"}
-    plan = fx.FisherKernelPlan.from_dict(
+    plan = fx.lab.FisherKernelPlan.from_dict(
         {
             **PLAN,
             "preconditioner": "identity",
@@ -236,7 +236,7 @@ def test_the_identity_preconditioner_from_files_of_rollouts_through_the_package(
             "evaluations": [{"rollouts": str(results.path / files["evaluation"])}],
         }
     )
-    again = fx.run_fisher(plan, tmp_path / "out").evaluations[0]
+    again = fx.lab.run_fisher(plan, tmp_path / "out").evaluations[0]
     slow = reference.fisher_kernel(known.apply, known.params, known.e, known.u)
     assert_close(torch.from_numpy(again.kernel), slow)
     own = torch.stack([inner(g, g) for g in score_gradients(known)])

@@ -270,5 +270,5 @@ def test_page_of_a_training_step_lists_logged_metrics(results: EntropyInfluenceR
 
 
 def test_run_does_not_import_the_report() -> None:
-    """``fx.run`` works where jinja2 is not installed."""
+    """``fx.lab.run`` works where jinja2 is not installed."""
     assert not hasattr(run_module, "write_report")
