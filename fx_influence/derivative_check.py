@@ -88,7 +88,7 @@ def check_derivatives(
     """Compare the derivatives that influences are made of with finite differences of the policy along a direction.
 
     The guard of ``influence`` compares the two modes with each other and so cannot see a derivative that is missing or
-    wrong in both: a value that engine through NumPy, ``detach`` or ``no_grad`` in a function of one's own, a rounding
+    wrong in both: a value that passes through NumPy, ``detach`` or ``no_grad`` in a function of one's own, a rounding
     with a straight-through gradient, a custom function with a wrong ``backward`` or ``jvp``. Here the log-prob and the
     entropy z of every completion token are computed at theta + eta v for eta = 0, +-h, +-2h, and
 

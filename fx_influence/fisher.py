@@ -1,4 +1,4 @@
-"""The Fisher kernel: how a step that raises one sequence's probability moves another's."""
+"""The Fisher kernel: the change of one sequence's log-probability in a step that raises another's."""
 
 from __future__ import annotations
 
@@ -38,14 +38,30 @@ def fisher_kernel(
     memory_budget: int = MEMORY_BUDGET,
     mesh: DeviceMesh | None = None,
 ) -> Tensor:
-    """K_ai = <grad S_a, P grad S_i>, S the unnormalised log-probability of a completion; (n_a, n_b).
+    """Return K_ai = <grad S_a, P grad S_i>, with S the unnormalised log-probability of a completion.
 
-    ``preconditioner``: ``"identity"``, P = 1; ``"adam"``, P = 1/den with den of the step that ``batch_b`` makes where
-    it has coefficients, else den = sqrt(s / (1 - beta2^step)) + eps of ``opt_state``, and 0 for parameters that the
-    optimizer does not hold; or a dictionary of diagonals by name, names absent counting as 0. ``opt_state`` is read by
-    ``"adam"`` alone. ``mesh``: as in ``influence``. K is float64 for float64 parameters, else float32; nats^2 per unit
-    of parameter^2 times P.
-    Raises ``ValueError`` for inputs that disagree, and for ``"adam"`` without coefficients before the first step.
+    Args:
+        params: theta by name.
+        batch_a: n_a rows.
+        batch_b: n_b rows.
+        opt_state: AdamW's state before the step, read by ``"adam"`` alone.
+        apply: the policy, from ``make_functional``.
+        preconditioner: the diagonal P. ``"identity"``: 1. ``"adam"``: 1/den, with den of the step that ``batch_b``
+            makes where it has coefficients, else den = sqrt(s / (1 - beta2^step)) + eps of ``opt_state``, and 0 for
+            parameters that the optimizer does not hold. A dictionary: diagonals by name, names absent counting as 0.
+        temperature: divides the logits.
+        max_grad_norm: the trainer's gradient clipping, for den.
+        chunk_size: rows per pass; None chooses by tokens.
+        memory_budget: bytes that blocks of gradients may take.
+        mesh: ranks with rows of their own, as in ``influence``.
+
+    Returns:
+        (n_a, n_b), float64 for float64 parameters, else float32; nats^2 per unit of parameter^2 times P.
+
+    Raises:
+        TypeError: for arguments of another kind.
+        ValueError: for inputs that disagree, and for ``"adam"`` without coefficients before the first step.
+
     Source: the natural-gradient kernel, Amari 1998; empirical Fisher with Adam's diagonal.
 
     Example:
@@ -59,20 +75,20 @@ def fisher_kernel(
     check_options(temperature, chunk_size, memory_budget)
     check_is_batch("batch_a", batch_a)
     check_is_batch("batch_b", batch_b)
-    params, passes = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
-    batch_a, batch_b = passes.full_batch("batch_a", batch_a), passes.full_batch("batch_b", batch_b)
-    passes.check_consistent(
+    params, engine = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
+    batch_a, batch_b = engine.full_batch("batch_a", batch_a), engine.full_batch("batch_b", batch_b)
+    engine.check_consistent(
         params=params,
         opt_state=opt_state,
         preconditioner=preconditioner,
         max_grad_norm=max_grad_norm,
         memory_budget=memory_budget,
     )
-    passes.check_gram("fisher_kernel")
+    engine.check_gram("fisher_kernel")
     check_batch("batch_a", batch_a, params, apply, may_be_empty=True)
     check_batch("batch_b", batch_b, params, apply, may_be_empty=True)
     params, apply = in_float32(params, apply, batch_a)
-    passes = replace(passes, apply=apply)
+    engine = replace(engine, apply=apply)
     if isinstance(preconditioner, dict):
         check_names("preconditioner", preconditioner, params, "pass one diagonal per trainable parameter")
         diagonal = preconditioner
@@ -80,19 +96,19 @@ def fisher_kernel(
         diagonal = {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in params.items()}
     elif preconditioner == "adam":
         opt_state = _checked(params, opt_state, max_grad_norm)
-        steps = batch_b.coefficients is not None or batch_b.entropy_coefficients is not None
-        if steps:
+        makes_a_step = batch_b.coefficients is not None or batch_b.entropy_coefficients is not None
+        if makes_a_step:
             check_coefficients("batch_b", batch_b)
-        gradient = passes.gradient(params, batch_b) if steps else None
+        gradient = engine.gradient(params, batch_b) if makes_a_step else None
         diagonal = adam_diagonal(params, gradient, opt_state, max_grad_norm)
     else:
         raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
-    a, b = scored(batch_a), scored(batch_b)
-    return passes.gram(params, a, b, diagonal, memory_budget, apply)
+    a, b = with_unit_coefficients(batch_a), with_unit_coefficients(batch_b)
+    return engine.gram(params, a, b, diagonal, memory_budget, apply)
 
 
-def scored(batch: Batch) -> Batch:
-    """The batch whose rollout losses are -S: every completion token has coefficient 1."""
+def with_unit_coefficients(batch: Batch) -> Batch:
+    """Return the batch whose rollout losses are -S: every completion token has coefficient 1."""
     return batch._replace(coefficients=batch.completion_mask.to(torch.float32), entropy_coefficients=None)
 
 
@@ -106,7 +122,7 @@ def _checked(params: Params, state: AdamWState | None, max_grad_norm: float | No
 def adam_diagonal(
     params: Params, gradient: Gradients | None, state: AdamWState | None, max_grad_norm: float | None
 ) -> Params:
-    """1/den by name: of the step that ``gradient`` makes, or without one of the state's second moment."""
+    """Return 1/den by name: of the step that ``gradient`` makes, or without one of the state's second moment."""
     state = _checked(params, state, max_grad_norm)
     if gradient is not None:
         # rmsprop's gain is -rho/den, or +rho/den under maximize; the kernel wants 1/den.

@@ -1,4 +1,4 @@
-"""The change of entropy along one direction: at a finite step by importance sampling, and its first two derivatives."""
+"""The change of entropy along one direction: at a finite step by importance sampling, and its derivatives."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from fx_influence.types import Apply, Batch, Params, TokenValues
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-OF_THESE = "pass a direction made from these parameters"
-
 
 class JvpDelta(NamedTuple):
     """Derivatives of the entropy estimate along v at eta = 0, float64.
 
-    ``first``: dH/deta, nats per unit lr, scalar. ``second``: d2H/deta2, without the factor 1/2, scalar; NaN with
-    ``second_order=False`` and for a ``ShardedPolicy``, which has no nested derivatives.
-    ``contributions``: (n_e,), centred, adding up to ``first``.
+    Attributes:
+        first: scalar, dH/deta, nats per unit lr.
+        second: scalar, d2H/deta2, without the factor 1/2; NaN with ``second_order=False`` and for a ``ShardedPolicy``,
+            which has no nested derivatives.
+        contributions: (n_e,), centred, adding up to ``first``.
     """
 
     first: Tensor
@@ -63,14 +63,30 @@ def snis_delta(
     chunk_size: int | None = None,
     mesh: DeviceMesh | None = None,
 ) -> SnisDelta:
-    """Entropy at theta + eta v less that at theta, from rollouts of theta by importance sampling; raw, nats.
+    """Return the entropy at theta + eta v less that at theta, from rollouts of theta by importance sampling.
 
-    ``direction``: v by name; names absent stay put. Estimators, weights, clipping and contributions: see
-    ``importance.snis``. The two forwards run in at least float32 and the weights in float64. Divided by ``eta`` it
-    tends to ``jvp_delta(...).first`` on the same E. At learning rates near 1e-6 one rollout's part is about a rounding
-    unit of a float32 weight: take ``eta`` larger and divide back. ``mesh``: as in ``influence``. ``stderr`` goes by
-    ``batch_e.group``, or without it by rows, with a ``UserWarning`` where these share prompts.
-    Raises ``ValueError`` for a direction of other names or shapes, or a batch that cannot be scored.
+    It is raw, in nats. Divided by ``eta`` it tends to ``jvp_delta(...).first`` on the same E. At learning rates near
+    1e-6 one rollout's part is about a rounding unit of a float32 weight: take ``eta`` larger and divide back.
+
+    Args:
+        params: theta by name.
+        direction: v by name; names absent do not move.
+        eta: the step.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        apply: the policy, from ``make_functional``.
+        objective: how the entropy is estimated.
+        clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
+        temperature: divides the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        mesh: ranks with rows of their own, as in ``influence``.
+
+    Returns:
+        ``SnisDelta``. The two forwards run in at least float32 and the weights in float64. ``stderr`` goes by
+        ``batch_e.group``, or without it by rows, with a ``UserWarning`` where these share prompts.
+
+    Raises:
+        TypeError: for an objective other than ``Entropy``, and arguments of another kind.
+        ValueError: for a direction of other names or shapes, or a batch that cannot be scored.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -84,13 +100,13 @@ def snis_delta(
     if not (isinstance(eta, Tensor) and eta.dim() == 0):
         check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
     # One rank that refused its direction alone would leave the others waiting.
-    passes = make_engine(params, apply, temperature, chunk_size, mesh)
-    passes.check_consistent(direction=direction)
+    engine = make_engine(params, apply, temperature, chunk_size, mesh)
+    engine.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
-    measure = _measure(params, batch_e, passes, objective, clip, vmapped=False)
-    along = direction or {name: torch.zeros_like(p) for name, p in params.items()}
-    moved = measure({name: eta * v.unsqueeze(0) for name, v in along.items()}, [1.0])
-    return SnisDelta(*(field[0, 0] for field in moved))
+    measure = _measure(params, batch_e, engine, objective, clip, vmapped=False)
+    v = direction or {name: torch.zeros_like(p) for name, p in params.items()}
+    change = measure({name: eta * x.unsqueeze(0) for name, x in v.items()}, [1.0])
+    return SnisDelta(*(field[0, 0] for field in change))
 
 
 def snis_sweep(
@@ -104,13 +120,26 @@ def snis_sweep(
     chunk_size: int | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
-    """``snis_delta`` for many directions and etas: ``measure(block, etas)``, with the pass at theta made once, here.
+    """Return ``measure(block, etas)``, which is ``snis_delta`` for many directions and steps with one pass at theta.
 
-    ``block``: a direction tree with a leading axis of K directions, vmapped as far as E leaves room for more than one
-    in a pass and vmap takes the policy, which two directions over a row of E tell first; else each has passes of its
-    own. K may differ from call to call. The fields of the result lead with (n_eta, K). Equal rows of E are scored once.
-    ``chunk_size``: rows of E times directions per forward; None chooses by tokens. ``mesh``: as in ``influence``; every
-    call of ``measure`` is then one of all ranks too, with the same directions. Errors as in ``snis_delta``.
+    ``measure`` takes a direction tree with a leading axis of K directions, and a list of etas; the fields of its result
+    lead with (n_eta, K). Directions go through vmap together as far as E leaves room for more than one in a pass and
+    vmap takes the policy, which two directions over a row of E tell first; else each has passes of its own. K may
+    differ from call to call. Equal rows of E are scored once.
+
+    Args:
+        params: theta by name.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        apply: the policy, from ``make_functional``.
+        objective: how the entropy is estimated.
+        clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
+        temperature: divides the logits.
+        chunk_size: rows of E times directions per forward; None chooses by tokens.
+        mesh: ranks with rows of their own, as in ``influence``; every call of ``measure`` is then one of all ranks too,
+            with the same directions.
+
+    Raises:
+        TypeError, ValueError: as ``snis_delta``, those about directions when ``measure`` is called.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -121,34 +150,34 @@ def snis_sweep(
         [[True, False]]
     """
     check_policy(params, apply)
-    passes = make_engine(params, apply, temperature, chunk_size, mesh)
-    return _measure(params, batch_e, passes, objective, clip, vmapped=None)
+    engine = make_engine(params, apply, temperature, chunk_size, mesh)
+    return _measure(params, batch_e, engine, objective, clip, vmapped=None)
 
 
 def _measure(
     params: Params,
     batch_e: Batch,
-    passes: Engine,
+    engine: Engine,
     objective: Entropy,
     clip: float | None,
     vmapped: bool | None,
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
-    """``snis_sweep``; ``vmapped``: whether directions go through vmap together, None to find out."""
-    batch_e = _checked(params, batch_e, passes, objective, clip)
+    """Return ``snis_sweep``'s function; ``vmapped``: whether directions go through vmap together, None to find out."""
+    batch_e = _checked(params, batch_e, engine, objective, clip)
     warn_of_shared_prompts("batch_e", batch_e, calls=3)
-    params, apply = in_float32(detached(params), passes.apply, batch_e, finite=True)
-    passes = replace(passes, apply=apply)
+    params, apply = in_float32(detached(params), engine.apply, batch_e, finite=True)
+    engine = replace(engine, apply=apply)
     mask, clusters = batch_e.completion_mask, cluster_index(batch_e)
-    once, index = distinct_rows(batch_e)
-    together = passes.can_vmap_directions(params, once) if vmapped is None else vmapped
+    distinct, index = distinct_rows(batch_e)
+    use_vmap = engine.can_vmap_directions(params, distinct) if vmapped is None else vmapped
 
-    def at(block: Params, eta: float) -> CompletionValues:
-        moved = _at(passes.perturbed_values(params, block, eta, once, together), index)
-        return CompletionValues(*vmap(lambda v: completion_values(v, mask))(moved))
+    def values_at(block: Params, eta: float) -> CompletionValues:
+        values = _select(engine.perturbed_values(params, block, eta, distinct, use_vmap), index)
+        return CompletionValues(*vmap(lambda v: completion_values(v, mask))(values))
 
-    # By the route that the directions go, so that a step of 0 gives 0 and what rounds alike cancels.
-    still = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
-    base = CompletionValues(*(field[0] for field in at(still, 0.0)))
+    # Theta is scored by the same operations as the directions, so that a step of 0 gives 0 and equal roundings cancel.
+    no_direction = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
+    base = CompletionValues(*(field[0] for field in values_at(no_direction, 0.0)))
 
     def delta(values: CompletionValues) -> SnisDelta:
         return snis(base, values, *objective, clip, clusters)
@@ -158,10 +187,10 @@ def _measure(
             raise wrong_type("etas", etas, "a list of numbers", "Pass [eta] for one")
         for eta in etas:
             check_number("etas", eta, "pass finite numbers", math.isfinite)
-        passes.check_consistent(block=block, etas=list(etas))
+        engine.check_consistent(block=block, etas=list(etas))
         _check_direction("block", {name: v[0] for name, v in block.items()}, params)
         return SnisDelta(
-            *(torch.stack(field) for field in zip(*(vmap(delta)(at(block, eta)) for eta in etas), strict=True))
+            *(torch.stack(field) for field in zip(*(vmap(delta)(values_at(block, eta)) for eta in etas), strict=True))
         )
 
     return measure
@@ -179,12 +208,25 @@ def jvp_delta(
     second_order: bool = True,
     mesh: DeviceMesh | None = None,
 ) -> JvpDelta:
-    """First and second derivative of the SNIS entropy estimate along v at eta = 0.
+    """Return the first and second derivative of the SNIS entropy estimate along v at eta = 0.
 
     ``first`` = sum_a <grad s_a, v> with the surrogates of ``entropy_coefficients``; on the same E it is the limit of
     ``snis_delta / eta``, with no sampling noise between them. ``second`` gives the step at which the first order is
-    10% off: eta_trust = 0.2 |first / second|. It costs about five times the rest: ``second_order=False`` leaves it out.
-    Other arguments and errors as in ``snis_delta``.
+    10% off: eta_trust = 0.2 |first / second|.
+
+    Args:
+        params: theta by name.
+        direction: v by name; names absent do not move.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        apply: the policy, from ``make_functional``.
+        objective: how the entropy is estimated.
+        temperature: divides the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        second_order: also compute ``second``, at about five times the cost of the rest.
+        mesh: ranks with rows of their own, as in ``influence``.
+
+    Raises:
+        TypeError, ValueError: as ``snis_delta``.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -195,52 +237,53 @@ def jvp_delta(
         (True, torch.Size([2]))
     """
     check_policy(params, apply)
-    passes = make_engine(params, with_all_derivatives(apply), temperature, chunk_size, mesh)
-    batch_e = _checked(params, batch_e, passes, objective, None)
-    passes.check_consistent(direction=direction)
+    engine = make_engine(params, with_all_derivatives(apply), temperature, chunk_size, mesh)
+    batch_e = _checked(params, batch_e, engine, objective, None)
+    engine.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
-    params, apply = in_float32(detached(params), passes.apply, batch_e)
-    passes = replace(passes, apply=apply)
-    once, index = distinct_rows(batch_e)
-    values, slope = _at(passes.values(params, once), index), _at(passes.jvp(params, direction, once), index)
+    params, apply = in_float32(detached(params), engine.apply, batch_e)
+    engine = replace(engine, apply=apply)
+    distinct, index = distinct_rows(batch_e)
+    values = _select(engine.values(params, distinct), index)
+    tangents = _select(engine.jvp(params, direction, distinct), index)
     weight = entropy_coefficients(values, batch_e, *objective)
-    contributions = (weight.logprobs * slope.logprobs + weight.entropies * slope.entropies).sum(-1)
+    contributions = (weight.logprobs * tangents.logprobs + weight.entropies * tangents.entropies).sum(-1)
     if not second_order:
         return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions)
 
-    base, toward = (completion_values(v, batch_e.completion_mask) for v in (values, slope))
+    base, tangent = (completion_values(v, batch_e.completion_mask) for v in (values, tangents))
 
     def estimate(eta: Tensor) -> Tensor:
-        logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], toward[:2], strict=True))
+        logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], tangent[:2], strict=True))
         return snis(base, CompletionValues(logprobs, entropies, base.ok), *objective, clip=None).delta_h
 
-    # H'' over token values z(eta): how H bends along dz/deta, plus how z itself bends, weighted by dH/dz.
-    second_derivative = grad(grad(estimate))(contributions.new_zeros(()))
-    c, b = (torch.zeros_like(w[: len(once.input_ids)]).index_add(0, index, w) for w in weight)
-    weighted = once._replace(coefficients=c, entropy_coefficients=b)
-    second = second_derivative + passes.curvature(params, direction, weighted)
+    # By the chain rule over token values z: H'' = (d2H/dz2)(dz/deta)^2 + dH/dz d2z/deta2.
+    of_estimate = grad(grad(estimate))(contributions.new_zeros(()))
+    c, b = (torch.zeros_like(w[: len(distinct.input_ids)]).index_add(0, index, w) for w in weight)
+    weighted = distinct._replace(coefficients=c, entropy_coefficients=b)
+    second = of_estimate + engine.curvature(params, direction, weighted)
     return JvpDelta(contributions.sum(), second, contributions)
 
 
 def _check_direction(field: str, direction: Params, params: Params) -> None:
-    check_names(field, direction, params, OF_THESE)
+    check_names(field, direction, params, "pass a direction made from these parameters")
     name = first_not_finite(direction)
     if name is not None:
         raise ValueError(f"{field}[{name!r}] holds NaN or infinity; expected a finite direction. Make it anew")
 
 
-def _at(values: TokenValues, index: Tensor) -> TokenValues:
+def _select(values: TokenValues, index: Tensor) -> TokenValues:
     return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
 
 
-def _checked(params: Params, batch_e: Batch, passes: Engine, objective: Entropy, clip: float | None) -> Batch:
-    """The rows of all who take part, once everything that they were given has been checked."""
+def _checked(params: Params, batch_e: Batch, engine: Engine, objective: Entropy, clip: float | None) -> Batch:
+    """Return the rows of all ranks, after everything that these were given has been checked."""
     check_entropy(objective)
-    check_options(passes.temperature, passes.chunk_size)
+    check_options(engine.temperature, engine.chunk_size)
     if clip is not None:
         check_number("clip", clip, "pass a positive cumulative log-weight, or None to clip nothing", lambda x: x >= 0)
     check_is_batch("batch_e", batch_e)
-    batch_e = passes.full_batch("batch_e", batch_e)
-    passes.check_consistent(params=params, objective=objective, clip=clip)
-    check_batch("batch_e", batch_e, params, passes.apply)
+    batch_e = engine.full_batch("batch_e", batch_e)
+    engine.check_consistent(params=params, objective=objective, clip=clip)
+    check_batch("batch_e", batch_e, params, engine.apply)
     return batch_e

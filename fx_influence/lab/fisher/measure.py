@@ -17,7 +17,7 @@ from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import distinct_rows, row_chunks
 from fx_influence.core.tree import promote
 from fx_influence.estimators.consistency import check_identity, identity_tolerance
-from fx_influence.fisher import adam_diagonal, fisher_kernel, scored
+from fx_influence.fisher import adam_diagonal, fisher_kernel
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.step import Step, moving_rows, rollouts_per_block
 from fx_influence.lab.inputs.rollouts import ScoredRollouts
@@ -44,7 +44,7 @@ def kernel_diagonal(plan: FisherKernelPlan, state: TrainingState, step: Step) ->
 
 def self_kernel(plan: FisherKernelPlan, state: TrainingState, batch: Batch, diagonal: Params) -> np.ndarray:
     """K_aa = <grad S_a, P grad S_a>, (n,); a block of gradients at a time."""
-    once, index = distinct_rows(scored(batch))
+    once, index = distinct_rows(with_unit_coefficients(batch))
 
     def squared(part: Batch) -> Tensor:
         gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
@@ -62,7 +62,9 @@ def kernel(
     plan: FisherKernelPlan, state: TrainingState, batch_e: Batch, batch_u: Batch, diagonal: Params
 ) -> np.ndarray:
     """K_ai = <grad S_a, P grad S_i>, (n_e, n_u); equal rollouts are measured once."""
-    (once_e, index_e), (once_u, index_u) = (distinct_rows(scored(batch)) for batch in (batch_e, batch_u))
+    (once_e, index_e), (once_u, index_u) = (
+        distinct_rows(with_unit_coefficients(batch)) for batch in (batch_e, batch_u)
+    )
 
     def of_rows(part: Batch) -> Tensor:
         return fisher_kernel(
@@ -96,7 +98,7 @@ def logprob_change(plan: FisherKernelPlan, state: TrainingState, step: Step, bat
     Raises ``IdentityError`` where the residuals together exceed what rounding can make of the parts together: of a
     single rollout that is all but certain, and so hardly moves, float32 leaves few digits.
     """
-    (once, index), (moving, copies) = distinct_rows(scored(batch_e)), moving_rows(step.batch)
+    (once, index), (moving, copies) = distinct_rows(with_unit_coefficients(batch_e)), moving_rows(step.batch)
     params, apply, temperature, chunk = state.params, state.apply, plan.temperature, plan.chunk_size
 
     def losses(part: Batch) -> Tensor:
