@@ -1,4 +1,4 @@
-"""Every policy-gradient loss as one coefficient per completion token, c_it = -dL/dlog pi(y_it | y_i<t)."""
+"""Policy-gradient losses, each as one coefficient per completion token: c_it = -dL/dlog pi(y_it | y_i<t)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from fx_influence.types import LossType
 
 
 def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """Group-relative advantages A_i = (r_i - mean_group) / (std_group + eps), the std unbiased as in TRL.
+    """Return group-relative advantages A_i = (r_i - mean_group) / (std_group + eps), the std unbiased as in TRL.
 
-    ``rewards``: float (N,). ``group``: int64 (N,). ``scale=False`` leaves the division out (Dr. GRPO).
-    A group whose rewards are all equal, one row included, has advantage exactly 0. Returns (N,) in the dtype of
-    ``rewards``, at least float32.
-    Raises ``ValueError`` for rewards that are not finite, and for shapes that disagree.
-    Source: Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., arXiv 2503.20783.
+    A group whose rewards are all equal, one row included, has advantage exactly 0.
+
+    Args:
+        rewards: float (N,), one per completion.
+        group: int64 (N,), the prompt of each completion.
+        scale: divide by the standard deviation; False leaves the division out (Dr. GRPO).
+        eps: added to the standard deviation.
+
+    Returns:
+        (N,), in the dtype of ``rewards``, at least float32.
+
+    Raises:
+        ValueError: for rewards that are not finite, and for shapes that disagree.
+
+    Source:
+        Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., arXiv 2503.20783.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]), scale=False).tolist()
@@ -40,7 +51,7 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
     lowest, highest = (
         torch.zeros_like(count).scatter_reduce(0, index, rewards, r, include_self=False) for r in ("amin", "amax")
     )
-    # The mean of equal numbers may be rounded, and what that leaves is no advantage.
+    # The mean of equal numbers may be rounded, and the rounding error is no advantage.
     centred = centred.masked_fill((lowest == highest)[index], 0.0)
     if not scale:
         return centred
@@ -51,13 +62,26 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
 def clipped_ratio(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
 ) -> Tensor:
-    """The PPO ratio r = pi/pi_old, set to 0 where clipping cuts the gradient, ready for ``coefficients(ratio=...)``.
+    """Return the PPO ratio r = pi/pi_old, set to 0 where clipping cuts the gradient, for ``coefficients(ratio=...)``.
 
     d/dlog pi of min(r A, clip(r, 1-epsilon_low, 1+epsilon_high) A) is r A where the unclipped branch is the
     smaller and 0 elsewhere: where A > 0 and r > 1+epsilon_high, or A < 0 and r < 1-epsilon_low.
-    ``logprobs``, ``old_logprobs``: (N, T). ``advantages``: (N,) or (N, T). Returns (N, T), at least float32.
-    Raises ``ValueError`` for log-probs whose shapes disagree.
-    Source: Schulman et al., arXiv 1707.06347; asymmetric bounds: Yu et al., DAPO, arXiv 2503.14476.
+
+    Args:
+        logprobs: (N, T), log pi of each token.
+        old_logprobs: (N, T), log pi_old of each token.
+        advantages: (N,) or (N, T).
+        epsilon_low: clip range below 1, at least 0.
+        epsilon_high: clip range above 1, at least 0.
+
+    Returns:
+        (N, T), at least float32.
+
+    Raises:
+        ValueError: for log-probs whose shapes disagree.
+
+    Source:
+        Schulman et al., arXiv 1707.06347; asymmetric bounds: Yu et al., DAPO, arXiv 2503.14476.
 
     Example:
         >>> new, old = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
@@ -86,23 +110,35 @@ def coefficients(
     max_completion_length: int | None = None,
     ratio: Tensor | None = None,
 ) -> Tensor:
-    """Coefficients c_it of a policy-gradient loss, so that dL/dtheta = -sum_it c_it d log pi(y_it)/dtheta.
+    """Return coefficients c_it of a policy-gradient loss, so that dL/dtheta = -sum_it c_it d log pi(y_it)/dtheta.
 
     With advantages A_i, N rows and T_i completion tokens, c_it is
 
     - ``"grpo"``: A_i / (N T_i)
-    - ``"bnpo"``: A_i / sum_j T_j over the rows handed in, a micro-batch
-    - ``"dapo"``: A_i / sum_j T_j over the rows handed in, the whole generation batch
+    - ``"bnpo"``: A_i / sum_j T_j over the rows passed, a micro-batch
+    - ``"dapo"``: A_i / sum_j T_j over the rows passed, the full generation batch
     - ``"dr_grpo"``: A_i / (N max_completion_length)
     - ``"prompt_max"``: A_i / (G longest completion of the row's prompt), G the rows of that prompt
 
-    times ``ratio`` where given (pi/pi_old, already 0 where clipping cuts: see ``clipped_ratio``). Every denominator
-    is at least 1. ``advantages``: (N,), or (N, T) where they differ by token. ``completion_mask``: bool (N, T).
-    ``group``: int64 (N,), needed by ``"prompt_max"``. ``ratio``: (N, T), or (N,) for sequence-level ratios.
-    Returns (N, T), 0 outside the mask, float64 if the advantages are, else float32. Positive c pushes a token up.
+    times ``ratio``, if passed. Every denominator is at least 1. A positive c pushes its token up.
 
-    Raises ``ValueError`` for an unknown loss type, shapes that disagree, a missing argument, or values not finite.
-    Source: DeepSeekMath arXiv 2402.03300, DAPO arXiv 2503.14476, Dr. GRPO arXiv 2503.20783.
+    Args:
+        loss_type: one of the names above.
+        advantages: (N,), or (N, T) where they differ by token.
+        completion_mask: bool (N, T), True on generated tokens that count.
+        group: int64 (N,), the prompt of each row; needed by ``"prompt_max"``.
+        max_completion_length: the trainer's limit in tokens, at least 1; needed by ``"dr_grpo"``.
+        ratio: pi/pi_old, (N, T), or (N,) for sequence-level ratios, already 0 where clipping cuts the gradient: see
+            ``clipped_ratio``.
+
+    Returns:
+        (N, T), 0 outside the mask, float64 if the advantages are, else float32.
+
+    Raises:
+        ValueError: for an unknown loss type, shapes that disagree, a missing argument, or values that are not finite.
+
+    Source:
+        DeepSeekMath arXiv 2402.03300, DAPO arXiv 2503.14476, Dr. GRPO arXiv 2503.20783.
 
     Example:
         >>> mask = torch.tensor([[False, True, True], [False, True, False]])
@@ -130,6 +166,7 @@ def coefficients(
 
 
 def _prompt_max_denominator(lengths: Tensor, group: Tensor) -> Tensor:
+    """Return (N, 1), rows of each row's prompt times the longest of their completions, at least 1."""
     _, index = torch.unique(group, return_inverse=True)
     count = torch.bincount(index).to(lengths)
     longest = torch.zeros_like(count).scatter_reduce(0, index, lengths.squeeze(-1), "amax").clamp(min=1)
@@ -144,9 +181,10 @@ def _check_inputs(
     max_completion_length: int | None,
     ratio: Tensor | None,
 ) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless the arguments of ``coefficients`` fit each other."""
     check_choice("loss_type", loss_type, get_args(LossType))
-    given = {"advantages": advantages, "completion_mask": completion_mask, "group": group, "ratio": ratio}
-    for name, value in given.items():
+    tensors = {"advantages": advantages, "completion_mask": completion_mask, "group": group, "ratio": ratio}
+    for name, value in tensors.items():
         if value is not None or name in ("advantages", "completion_mask"):
             check_tensor(name, value)
     if max_completion_length is not None:
@@ -168,7 +206,7 @@ def _check_inputs(
         raise ValueError(f"group has shape {tuple(group.shape)}; pass ({shape[0]},), one prompt index a row")
     for name, value in (("advantages", advantages), ("ratio", ratio)):
         if value is not None:
-            # What stands where no token counts is never read.
+            # Values where no token counts are never read, so they may be NaN.
             counts = completion_mask.any(-1) if value.dim() == 1 else completion_mask
             _require_finite(name, value.where(counts, value.new_zeros(())))
     if loss_type == "prompt_max" and group is None:
@@ -178,6 +216,7 @@ def _check_inputs(
 
 
 def _per_token(values: Tensor, like: Tensor) -> Tensor:
+    """Return (N,) as (N, 1), and (N, T) unchanged, in at least the dtype of ``like``."""
     values = values.to(torch.promote_types(values.dtype, like.dtype))
     return values.unsqueeze(-1) if values.dim() == 1 else values
 

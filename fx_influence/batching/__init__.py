@@ -1,1 +1,1 @@
-"""Batches cut into micro-batches, and rows packed so that shared prompts go through the model once."""
+"""Batches cut into micro-batches: selection of rows, padding-free alignment, and packing of shared prompts."""

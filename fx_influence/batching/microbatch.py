@@ -1,4 +1,4 @@
-"""A batch in parts that go through the model together, without the tokens on which no score depends."""
+"""Micro-batches: rows that pass through the model in one call, without the tokens on which no score depends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fx_influence.batching.packed_layout import PackedLayout
 from fx_influence.types import Batch
 
 TOKENS_PER_CHUNK = 2048
-"""Rows are taken together up to this many tokens where the caller names no ``chunk_size``."""
+"""Number of tokens up to which rows share a micro-batch if the caller sets no ``chunk_size``."""
 
 
 class MicroBatch(NamedTuple):
-    """Rows of a batch as the model reads them, and where its features score a completion token.
+    """Rows of a batch as the model reads them, and the hidden states that score a completion token.
 
     ``row_index``: (b,), the rows of the batch. ``input_ids``, ``attention_mask``: (b, L). ``row``, ``position``: (n,),
     index into the hidden states (b, L) of the state that scores each completion token, row by row in order.
@@ -37,21 +37,30 @@ def micro_batches(
     batch: Batch,
     chunk_size: int | None,
     left_alignable: bool,
-    tokens: int = TOKENS_PER_CHUNK,
-    at_most: int | None = None,
+    max_tokens: int = TOKENS_PER_CHUNK,
+    max_rows: int | None = None,
 ) -> list[MicroBatch]:
-    """The rows of a batch, ``chunk_size`` at a time, or as many as fit ``tokens``, ``at_most`` so many.
+    """Cut a batch into micro-batches.
 
-    ``left_alignable``: see ``policy.SplitPolicy``. Then rows are sorted by length, moved to begin in column 0 and cut
-    where the longest row of their part ends, the last completion token itself left out, since it is scored and scores
-    nothing. Nothing attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
+    Rows of a left-alignable policy are sorted by length, moved to begin in column 0 and cut where the longest row of
+    their micro-batch ends. The last completion token is left out, since it is scored and scores nothing. Nothing
+    attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
+
+    Args:
+        batch: (B, T).
+        chunk_size: rows per micro-batch; None fits as many as ``max_tokens`` and ``max_rows`` allow.
+        left_alignable: whether rows may be moved, see ``policy.SplitPolicy``.
+        max_tokens: tokens per micro-batch, padding included, where ``chunk_size`` is None.
+        max_rows: rows per micro-batch where ``chunk_size`` is None; None sets no limit.
 
     Example:
         >>> ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 0]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False] * 3 + [True] * 2, [False, True, True, True, False]]))
-        >>> [part] = micro_batches(batch, None, left_alignable=True)
-        >>> part.input_ids.tolist(), part.row_index.tolist(), part.targets.tolist(), part.position.tolist()
-        ([[5, 6, 7], [5, 6, 7]], [1, 0], [6, 7, 8, 6, 7], [0, 1, 2, 0, 1])
+        >>> [micro_batch] = micro_batches(batch, None, left_alignable=True)
+        >>> micro_batch.input_ids.tolist(), micro_batch.row_index.tolist()
+        ([[5, 6, 7], [5, 6, 7]], [1, 0])
+        >>> micro_batch.targets.tolist(), micro_batch.position.tolist()
+        ([6, 7, 8, 6, 7], [0, 1, 2, 0, 1])
     """
     count, width = batch.input_ids.shape
     device = batch.input_ids.device
@@ -61,30 +70,30 @@ def micro_batches(
     else:
         begin = torch.where(batch.attention_mask, columns, width).amin(1).clamp(max=width - 1)
         end = torch.where(batch.completion_mask, columns, 0).amax(1)
-        sizes, order = (end - begin).clamp(min=1).sort(descending=True, stable=True)
-        lengths = sizes.tolist()
-    found, start = [], 0
+        sorted_lengths, order = (end - begin).clamp(min=1).sort(descending=True, stable=True)
+        lengths = sorted_lengths.tolist()
+    chunks, start = [], 0
     while start < count:
         length = max(lengths[start], 1)
-        stop = min(count, start + (chunk_size or max(1, min(tokens // length, at_most or count))))
+        stop = min(count, start + (chunk_size or max(1, min(max_tokens // length, max_rows or count))))
         index = torch.arange(start, stop, device=device) if order is None else order[start:stop]
-        found.append(_part(batch, index, begin[index], columns[:length], left_alignable))
+        chunks.append(_micro_batch(batch, index, begin[index], columns[:length], left_alignable))
         start = stop
-    return found
+    return chunks
 
 
-def _part(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, left_alignable: bool) -> MicroBatch:
+def _micro_batch(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, left_alignable: bool) -> MicroBatch:
+    """Return the rows ``index`` (b,), each from its column ``begin`` (b,) on, L = len(columns) columns of it."""
     width = batch.input_ids.shape[1]
-    at = begin.unsqueeze(1) + columns
-    inside = at.clamp(max=width - 1)
-    ids, attention = (field[index].gather(1, inside) for field in batch[:2])
-    following = (at + 1).clamp(max=width - 1)
-    scored = batch.completion_mask[index].gather(1, following) & (at + 1 < width)
+    source = begin.unsqueeze(1) + columns
+    inside = source.clamp(max=width - 1)
+    ids, attention = (field[index].gather(1, inside) for field in (batch.input_ids, batch.attention_mask))
+    following = (source + 1).clamp(max=width - 1)
+    scored = batch.completion_mask[index].gather(1, following) & (source + 1 < width)
     if left_alignable:
-        # After a row's last attended token nothing attends; gaps before it stay gaps.
-        last = torch.where(batch.attention_mask[index], torch.arange(width, device=at.device), -1).amax(1, keepdim=True)
-        attention = attention | (at > last)
-    row, column = scored.nonzero(as_tuple=True)
-    position = following[row, column]
-    place = index[row] * width + position
-    return MicroBatch(index, ids, attention, row, column, batch.input_ids.flatten()[place], place)
+        # Nothing attends to tokens after a row's last attended one, so they need no mask; gaps before it do.
+        attended = torch.where(batch.attention_mask[index], torch.arange(width, device=source.device), -1)
+        attention = attention | (source > attended.amax(1, keepdim=True))
+    row, position = scored.nonzero(as_tuple=True)
+    flat_index = index[row] * width + following[row, position]
+    return MicroBatch(index, ids, attention, row, position, batch.input_ids.flatten()[flat_index], flat_index)

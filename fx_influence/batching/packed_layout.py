@@ -1,4 +1,4 @@
-"""Layout of sequences that are packed into one row."""
+"""Layout of sequences that are packed into one row, with the prefix that several of them share stored once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class LengthBucket(NamedTuple):
-    """Sequences of about one length: where their tokens lie in a row of N.
+    """Sequences of similar length, as indices of their tokens in a packed row of N tokens.
 
-    ``queries``: (S, Lq), those that are a sequence's own, after which come any. ``keys``: (S, Lk), likewise all that it
-    consists of, those it shares first. ``mask``: bool (S, 1, Lq, Lk), which of these each query sees.
+    ``queries``: (S, Lq), the tokens of each sequence beyond the shared prefix; shorter sequences are padded with
+    arbitrary indices. ``keys``: (S, Lk), all tokens of each sequence, the shared prefix first, padded likewise.
+    ``mask``: bool (S, 1, Lq, Lk), which keys each query attends to.
     """
 
     queries: Tensor
@@ -20,9 +21,10 @@ class LengthBucket(NamedTuple):
 
 
 class PackedLayout(NamedTuple):
-    """Sequences whose tokens lie in one row of N, those that several of them begin with only once.
+    """Sequences packed into one row of N tokens; a prefix that several of them share is there once.
 
-    ``position_ids``: (1, N). ``inverse_index``: (N,), where a token is among the queries of all ``buckets``.
+    ``position_ids``: (1, N). ``buckets``: the sequences by length. ``inverse_index``: (N,), where each token is among
+    the queries of all ``buckets``, flattened and concatenated.
     """
 
     position_ids: Tensor

@@ -1,4 +1,4 @@
-"""Prompts of the rows of a batch: where they lie, which are equal, and whether rows that share one are grouped."""
+"""Prompts of the rows of a batch: where they are, which are equal, and whether rows that share one are grouped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fx_influence.types import Batch
 
 
 def prompt_index(batch: Batch) -> Tensor:
-    """Return for every row the number of its prompt, int64 (B,): rows with equal prompts have equal numbers.
+    """Return the index of every row's prompt, int64 (B,): rows with equal prompts have equal indices.
 
     A prompt is what is attended to before the first completion token, wherever the padding is.
 
@@ -21,20 +21,35 @@ def prompt_index(batch: Batch) -> Tensor:
         >>> prompt_index(Batch(ids, ids > 0, completion)).tolist()
         [0, 0, 1]
     """
-    begin, first = _bounds(batch)
-    return _numbers(batch, begin, first)
+    begin, first = prompt_bounds(batch)
+    width = batch.input_ids.shape[1]
+    columns = begin.unsqueeze(1) + torch.arange(width, device=batch.input_ids.device)
+    inside = columns.clamp(max=width - 1)
+    outside = (columns >= first.unsqueeze(1)) | ~batch.attention_mask.gather(1, inside)
+    return torch.unique(batch.input_ids.gather(1, inside).masked_fill(outside, -1), dim=0, return_inverse=True)[1]
+
+
+def prompt_bounds(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the columns (B,) of each row's first attended token and first completion token.
+
+    A row without such a token has the width of the batch instead.
+    """
+    width = batch.input_ids.shape[1]
+    columns = torch.arange(width, device=batch.input_ids.device)
+    begin, first = (torch.where(mask, columns, width).amin(1) for mask in (batch.attention_mask, batch.completion_mask))
+    return begin, first
 
 
 def warn_of_shared_prompts(field: str, batch: Batch, calls: int = 2) -> None:
-    """Warn where rows share prompts and no ``group`` says whether they are one draw.
+    """Warn if rows share prompts and no ``group`` says whether they are one draw.
 
-    Completions of one prompt move together. Error bars that take them for independent draws are too small, by about
+    Completions of one prompt are dependent. Error bars that take them for independent draws are too small, by about
     the square root of their number; only who drew the prompts knows whether equal ones were drawn once.
 
     Args:
         field: name of the batch, for the message.
         batch: (B, T).
-        calls: how many calls up the library's caller stands, whose line is shown.
+        calls: number of calls up the stack of the library's caller, whose line the warning shows.
     """
     if batch.group is not None:
         return
@@ -48,19 +63,3 @@ def warn_of_shared_prompts(field: str, batch: Batch, calls: int = 2) -> None:
             UserWarning,
             stacklevel=calls + 1,
         )
-
-
-def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Where each row's attended tokens begin and its first completion token is, (B,); the width where there is none."""
-    width = batch.input_ids.shape[1]
-    columns = torch.arange(width, device=batch.input_ids.device)
-    begin, first = (torch.where(mask, columns, width).amin(1) for mask in (batch.attention_mask, batch.completion_mask))
-    return begin, first
-
-
-def _numbers(batch: Batch, begin: Tensor, first: Tensor) -> Tensor:
-    width = batch.input_ids.shape[1]
-    at = begin.unsqueeze(1) + torch.arange(width, device=batch.input_ids.device)
-    inside = at.clamp(max=width - 1)
-    outside = (at >= first.unsqueeze(1)) | ~batch.attention_mask.gather(1, inside)
-    return torch.unique(batch.input_ids.gather(1, inside).masked_fill(outside, -1), dim=0, return_inverse=True)[1]

@@ -12,12 +12,12 @@ from fx_influence.types import Batch
 
 
 def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
-    """The rows of a batch that ``index`` picks, in its order."""
+    """Return the rows of a batch that ``index`` selects, in its order."""
     return Batch._make(None if field is None else field[index] for field in batch)
 
 
 def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
-    """The rows that differ in some field, each once, and for every row of ``batch`` the index of its equal, (B,).
+    """Return the rows that differ in some field, each once, and for every row the index of its equal, (B,).
 
     A policy of low entropy samples the same completion again and again; what depends on a row alone is then computed
     once. ``group`` is not compared.
@@ -36,7 +36,7 @@ def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
-    """Consecutive rows, ``chunk_size`` at a time, or as many as fit ``TOKENS_PER_CHUNK``."""
+    """Yield consecutive rows, ``chunk_size`` at a time, or as many as fit ``TOKENS_PER_CHUNK``."""
     n, t = batch.input_ids.shape
     size = max(1, TOKENS_PER_CHUNK // max(t, 1)) if chunk_size is None else chunk_size
     for start in range(0, n, size):

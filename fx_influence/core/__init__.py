@@ -1,1 +1,1 @@
-"""Small pieces that every room uses: arithmetic on parameter dictionaries, shards, checks of input, display."""
+"""Foundations of every other room: arithmetic on parameter dictionaries, sharded tensors, input checks, display."""

@@ -12,7 +12,7 @@ from fx_influence.types import Apply, Batch, Params
 
 
 def check_is_batch(field: str, batch: object) -> None:
-    """Raise ``TypeError`` for what is no ``Batch`` of tensors: a dictionary, rollouts, one with lists in its fields."""
+    """Raise ``TypeError`` unless ``batch`` is a ``Batch`` whose fields are tensors; a dictionary or rollouts are not."""
     if not isinstance(batch, Batch):
         if isinstance(batch, Mapping) or hasattr(batch, "data"):
             remedy = (
@@ -23,7 +23,7 @@ def check_is_batch(field: str, batch: object) -> None:
             remedy = "Make one by fx.collate(rollouts, pad_id) or fx.Batch(input_ids=..., ...)"
         raise wrong_type(field, batch, "a fx.Batch", remedy)
     for name, value in batch._asdict().items():
-        if value is not None or name in Batch._fields[:3]:
+        if value is not None or name in ("input_ids", "attention_mask", "completion_mask"):
             check_tensor(f"{field}.{name}", value)
 
 
@@ -36,15 +36,15 @@ def check_batch(
     coefficients: bool = False,
     may_be_empty: bool = False,
 ) -> None:
-    """Raise ``ValueError`` where a batch cannot be scored.
+    """Raise ``ValueError`` if a batch cannot be scored.
 
     Args:
         field: name of the batch, for messages.
         batch: (B, T), B at least 1.
-        params: the parameters by name, whose device is the batch's.
-        apply: the policy; ``apply.vocab_size``, where it has one, bounds the ids.
-        coefficients: the batch makes an update, so it needs coefficients, finite at every completion token.
-        may_be_empty: a batch without any completion token is allowed; everything that it makes is 0.
+        params: the parameters by name; the batch must be on their device.
+        apply: the policy; its ``vocab_size``, if it has one, bounds the ids.
+        coefficients: require coefficients, finite at every completion token, as an update batch has.
+        may_be_empty: allow a batch without any completion token, whose results are all 0.
     """
     check_fields(field, batch)
     if not batch.input_ids.numel():
@@ -53,9 +53,9 @@ def check_batch(
     for name, value in batch._asdict().items():
         if value is not None and value.device != device:
             raise ValueError(f"{field}.{name} is on {value.device} and the parameters on {device}; move one of them")
-    if _autocast(device.type):
+    if _autocast_enabled(device.type):
         raise ValueError(
-            f"{field} is given under torch.autocast({device.type!r}), in whose rounding small steps vanish; make the "
+            f"{field} is passed under torch.autocast({device.type!r}), in whose rounding small steps vanish; make the "
             "call outside of it, or enter it inside apply and state the tolerance"
         )
     _check_positions(field, batch)
@@ -70,9 +70,9 @@ def check_batch(
 
 
 def check_coefficients(field: str, batch: Batch) -> None:
-    """Raise ``ValueError`` where a batch makes no update: without coefficients, or with some that are not finite.
+    """Raise ``ValueError`` unless a batch has coefficients, finite at every completion token.
 
-    Those outside the completion mask are never read and may be anything.
+    Coefficients outside the completion mask are never read and may have any value.
     """
     if batch.coefficients is None and batch.entropy_coefficients is None:
         raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
@@ -88,16 +88,17 @@ def check_coefficients(field: str, batch: Batch) -> None:
             )
 
 
-def _autocast(device: str) -> bool:
+def _autocast_enabled(device: str) -> bool:
+    """Return whether autocast is enabled for a device type."""
     try:
         return torch.is_autocast_enabled(device)
     except TypeError:
-        # torch before 2.4
+        # torch before 2.4 takes no argument here
         return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 
 def check_fields(field: str, batch: Batch) -> None:
-    """Raise ``TypeError`` or ``ValueError`` where the fields of a batch do not fit each other; it may have no rows."""
+    """Raise ``TypeError`` or ``ValueError`` if the fields of a batch disagree in dtype or shape; zero rows are fine."""
     check_is_batch(field, batch)
     ids = batch.input_ids
     if ids.dim() != 2 or ids.dtype != torch.int64:
@@ -122,15 +123,16 @@ def check_fields(field: str, batch: Batch) -> None:
 
 
 def _check_positions(field: str, batch: Batch) -> None:
+    """Raise ``ValueError`` if a completion token has no attended token before it, whose logits would score it."""
     mask = batch.completion_mask
     if mask[:, 0].any():
         row = int(mask[:, 0].nonzero()[0])
         raise ValueError(
             f"{field}.completion_mask[{row}, 0] is True; the first column has no logits before it: prepend the prompt"
         )
-    unseen = (mask[:, 1:] & ~batch.attention_mask[:, :-1]).nonzero()
-    if len(unseen):
-        row, column = (int(i) for i in unseen[0])
+    unattended = (mask[:, 1:] & ~batch.attention_mask[:, :-1]).nonzero()
+    if len(unattended):
+        row, column = (int(i) for i in unattended[0])
         raise ValueError(
             f"{field}.attention_mask[{row}, {column}] is False but the token after it is a completion token that it "
             "scores; make the mask from lengths, not from input_ids != pad_token_id"
@@ -138,6 +140,7 @@ def _check_positions(field: str, batch: Batch) -> None:
 
 
 def _check_vocabulary(field: str, batch: Batch, apply: Apply) -> None:
+    """Raise ``ValueError`` if an id lies outside the vocabulary of the policy."""
     size = getattr(apply, "vocab_size", None)
     low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
     if low < 0 or (size is not None and high >= size):

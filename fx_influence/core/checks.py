@@ -1,4 +1,4 @@
-"""What the public functions refuse before any long work, with the field, the value and the remedy."""
+"""Checks of single arguments before any long computation; every error names field, value and remedy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 
 def wrong_type(field: str, value: object, expected: str, remedy: str) -> TypeError:
-    """Return the error for a value of another kind than its field takes; ``remedy``: a sentence, no full stop."""
+    """Return the ``TypeError`` for an argument of the wrong type.
+
+    Args:
+        field: name of the argument.
+        value: the argument itself, whose type is named.
+        expected: description of the right type, a noun phrase.
+        remedy: sentence without its full stop.
+    """
     kind = "None" if value is None else f"of type {type(value).__name__}"
     return TypeError(f"{field} is {kind}; expected {expected}. {remedy[0].upper()}{remedy[1:]}")
 
 
 def check_tree(field: str, tree: object, remedy: str) -> None:
-    """Raise ``TypeError`` unless ``tree`` is a mapping of names to tensors, or to None where something has no value."""
+    """Raise ``TypeError`` unless ``tree`` maps names to tensors, or to None where a name has no value."""
     if not isinstance(tree, Mapping):
         raise wrong_type(field, tree, "a dictionary of tensors by parameter name", remedy)
     for name, value in tree.items():
@@ -26,25 +33,25 @@ def check_tree(field: str, tree: object, remedy: str) -> None:
 
 
 def check_tensor(field: str, value: object) -> None:
-    """Raise ``TypeError`` for a list, an array or anything else that is no tensor."""
+    """Raise ``TypeError`` unless ``value`` is a tensor; a list or an array is not."""
     if not isinstance(value, Tensor):
         raise wrong_type(field, value, "a tensor", "Make it one: torch.as_tensor(...)")
 
 
 def check_function(field: str, value: object, remedy: str) -> None:
-    """Raise ``TypeError`` for what cannot be called, or is a model."""
+    """Raise ``TypeError`` unless ``value`` is callable and not a model."""
     if not callable(value) or isinstance(value, nn.Module):
         raise wrong_type(field, value, "a function", remedy)
 
 
 def check_choice(field: str, value: object, known: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a value that is not among the known ones, with the nearest of them."""
+    """Raise ``ValueError`` unless ``value`` is one of ``known``; the error names the closest of them."""
     if value not in known:
         raise ValueError(f"{field} is {value!r}; use one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def did_you_mean(value: object, known: Mapping[str, object] | Sequence[str]) -> str:
-    """Return words that name the known name most like ``value``, or none where none is like it.
+    """Return a hint that names the entry of ``known`` closest to ``value``, or "" where none is close.
 
     Example:
         >>> did_you_mean("frozn", ["frozen", "jacobian"]), did_you_mean("x", ["frozen"])
@@ -56,7 +63,14 @@ def did_you_mean(value: object, known: Mapping[str, object] | Sequence[str]) -> 
 
 
 def check_number(field: str, value: object, remedy: str, fits: Callable[[float], bool]) -> None:
-    """Raise ``TypeError`` for what is no number, a tensor included, and ``ValueError`` for one that does not fit."""
+    """Raise ``TypeError`` unless ``value`` is a number, which a tensor is not, and ``ValueError`` unless it fits.
+
+    Args:
+        field: name of the argument, for messages.
+        value: the argument.
+        remedy: end of the message, an imperative without its full stop.
+        fits: whether a number is in the allowed range.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         item = "Take the number out of it by .item(), and then " if isinstance(value, Tensor) else ""
         raise wrong_type(field, value, "a number", item + remedy)
@@ -65,7 +79,14 @@ def check_number(field: str, value: object, remedy: str, fits: Callable[[float],
 
 
 def check_count(field: str, value: object, remedy: str, least: int = 1) -> None:
-    """Raise ``TypeError`` for what is no integer, and ``ValueError`` for one below ``least``."""
+    """Raise ``TypeError`` unless ``value`` is an integer, and ``ValueError`` if it is below ``least``.
+
+    Args:
+        field: name of the argument, for messages.
+        value: the argument.
+        remedy: end of the message, an imperative without its full stop.
+        least: smallest integer that is allowed.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise wrong_type(field, value, "an integer", remedy)
     if value < least:
@@ -73,7 +94,13 @@ def check_count(field: str, value: object, remedy: str, least: int = 1) -> None:
 
 
 def check_options(temperature: float, chunk_size: int | None, memory_budget: int = 0) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for numbers with which nothing can be computed."""
+    """Raise ``TypeError`` or ``ValueError`` for options outside their range.
+
+    Args:
+        temperature: divisor of the logits, positive and finite.
+        chunk_size: rows per pass, at least 1; None chooses by size.
+        memory_budget: bytes, at least 0.
+    """
     remedy = "pass the positive one that the rollouts were sampled at"
     check_number("temperature", temperature, remedy, lambda x: 0 < x < math.inf)
     if chunk_size is not None:
@@ -82,7 +109,7 @@ def check_options(temperature: float, chunk_size: int | None, memory_budget: int
 
 
 def check_max_grad_norm(value: float | None) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for a norm to which nothing can be clipped."""
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a positive number or None."""
     if value is not None:
         remedy = "pass a positive number, or None where nothing is clipped"
         check_number("max_grad_norm", value, remedy, lambda x: x > 0)

@@ -1,4 +1,4 @@
-"""How a result shows itself: one line of text, and a small HTML table in notebooks."""
+"""Display of result records in one line of text: shapes of tensors, counts of long collections."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 
 def record_line(record: Any, defaults: Mapping[str, Any] | None = None) -> str:
-    """Return a named tuple or dataclass in a line: shapes for tensors, counts for what is long.
+    """Return a named tuple or dataclass in a line, with shapes for tensors and counts for long collections.
 
-    ``defaults``: values by field that are left out of the line where the record has them.
+    Args:
+        record: the named tuple or dataclass.
+        defaults: values by field; a field that has its default is left out of the line.
 
     Example:
         >>> from fx_influence.types import TokenValues
@@ -28,7 +30,7 @@ def record_line(record: Any, defaults: Mapping[str, Any] | None = None) -> str:
 
 
 def brief(value: Any) -> str:
-    """Return a value in a few words: numbers as they are, texts abridged, of all else what it is and how much.
+    """Return a value in a few words: numbers unchanged, texts abridged, collections by kind and count.
 
     Example:
         >>> brief({"w": 1.0}), brief(list(range(9))), brief("x" * 99)[:7]
@@ -37,7 +39,7 @@ def brief(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     if isinstance(value, (str, PathLike)):
-        return _abridged.repr(str(value))
+        return _ABRIDGED.repr(str(value))
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _array(value)
     if hasattr(value, "_fields") or dataclasses.is_dataclass(value):
@@ -49,33 +51,36 @@ def brief(value: Any) -> str:
     return type(value).__name__
 
 
-_abridged = reprlib.Repr()
-_abridged.maxstring = 60
-FEW = 3
+_ABRIDGED = reprlib.Repr()
+_ABRIDGED.maxstring = 60
+MAX_LISTED = 3
 
 
 def _array(value: Any) -> str:
+    """Return the value of a scalar, else dtype and shape."""
     shape = tuple(value.shape)
     if not shape:
         try:
             return f"{value.item():.6g}"
-        # A scalar of which there are many, under torch.vmap.
+        # Under torch.vmap a scalar has no single value.
         except (RuntimeError, ValueError):
             pass
     return f"{str(value.dtype).removeprefix('torch.')} {shape}"
 
 
 def _mapping(value: Mapping[Any, Any]) -> str:
+    """Return the entries of a short mapping, else their number."""
     arrays = [x for x in value.values() if hasattr(x, "shape")]
     if arrays and len(arrays) == len(value):
-        return f"{len(value)} tensors of {sum(_count(x) for x in arrays):,} numbers"
-    if len(value) <= FEW and all(isinstance(x, (int, float, str, type(None))) for x in value.values()):
+        return f"{len(value)} tensors of {sum(_numel(x) for x in arrays):,} numbers"
+    if len(value) <= MAX_LISTED and all(isinstance(x, (int, float, str, type(None))) for x in value.values()):
         return f"{{{', '.join(f'{brief(name)}: {brief(x)}' for name, x in value.items())}}}"
     return f"{len(value)} by name"
 
 
 def _sequence(value: Sequence[Any]) -> str:
-    if len(value) <= FEW and all(isinstance(x, (int, float, str)) for x in value):
+    """Return the items of a short sequence, else their number and types."""
+    if len(value) <= MAX_LISTED and all(isinstance(x, (int, float, str)) for x in value):
         return f"[{', '.join(map(brief, value))}]"
     if len(value) == 1 and (hasattr(value[0], "_fields") or dataclasses.is_dataclass(value[0])):
         return f"[{value[0]!r}]"
@@ -83,7 +88,8 @@ def _sequence(value: Sequence[Any]) -> str:
     return f"{len(value)} of {' or '.join(sorted(kinds))}" if value else "[]"
 
 
-def _count(x: Any) -> int:
+def _numel(x: Any) -> int:
+    """Return the number of entries of an array of any library."""
     size = 1
     for n in x.shape:
         size *= int(n)

@@ -1,4 +1,4 @@
-"""Tensors of which every rank holds a part: what is one number of a whole tensor is reduced over its parts."""
+"""DTensors, of which every rank holds one shard: reductions to a number of the full tensor."""
 
 from __future__ import annotations
 
@@ -10,41 +10,50 @@ from torch import Tensor
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor; told without importing them, which older torch does not have."""
+    """Return whether ``x`` is a DTensor, without importing that class, which older torch does not have."""
     return hasattr(x, "placements")
 
 
 def to_local(x: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor itself."""
-    part: Any = x
-    return part.to_local() if is_sharded(x) else x
+    """Return the shard of a DTensor that this rank holds; return any other tensor unchanged."""
+    tensor: Any = x
+    return tensor.to_local() if is_sharded(x) else x
 
 
 def reduce_over_shards(values: Sequence[Tensor], of: Sequence[Tensor], *, largest: bool = False) -> list[Tensor]:
-    """Scalars of one dtype, one of each tensor's own part: their sum over the parts of that tensor, or the largest.
+    """Reduce one scalar per tensor, computed from its local shard, to the scalar of the full tensor.
 
-    One all-reduce for all tensors of a mesh, over its sharded axes; ranks that hold the same part count once. The value
-    of a tensor that is not sharded stays. Raises ``ValueError`` for a DTensor that is still to be summed over ranks.
+    All tensors of a mesh share one all-reduce, over the sharded axes of the mesh. Ranks that hold the same shard count
+    once.
+
+    Args:
+        values: scalars of one dtype, ``values[k]`` computed from the local shard of ``of[k]``.
+        of: tensors; the value of one that is not sharded is returned unchanged.
+        largest: take the maximum over shards instead of the sum.
+
+    Raises:
+        ValueError: for a DTensor with a partial placement, which is yet to be summed over ranks.
 
     Example:
         >>> reduce_over_shards([torch.tensor(3.0)], [torch.ones(3)])
         [tensor(3.)]
     """
     out = list(values)
-    places: dict[tuple[Any, int], list[int]] = {}
+    sharded: dict[tuple[Any, int], list[int]] = {}
     for k, x in enumerate(of):
         for mesh, axis in _sharded_axes(x):
-            places.setdefault((mesh, axis), []).append(k)
-    for (mesh, axis), some in places.items():
-        together = torch.stack([out[k] for k in some])
+            sharded.setdefault((mesh, axis), []).append(k)
+    for (mesh, axis), indices in sharded.items():
+        stacked = torch.stack([out[k] for k in indices])
         reduce = torch.distributed.ReduceOp
-        torch.distributed.all_reduce(together, reduce.MAX if largest else reduce.SUM, mesh.get_group(axis))
-        for k, value in zip(some, together.unbind(), strict=True):
+        torch.distributed.all_reduce(stacked, reduce.MAX if largest else reduce.SUM, mesh.get_group(axis))
+        for k, value in zip(indices, stacked.unbind(), strict=True):
             out[k] = value
     return out
 
 
 def _sharded_axes(x: Any) -> list[tuple[Any, int]]:
+    """Return (mesh, axis of the mesh) for every axis that ``x`` is sharded over."""
     if not is_sharded(x):
         return []
     if any(placement.is_partial() for placement in x.placements):

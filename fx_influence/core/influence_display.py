@@ -6,25 +6,25 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-STRONGEST = 5
+MAX_ROLLOUTS_PER_SIGN = 5
 
 
 UNIT = "per unit lr"
 
 
 ILL_CONDITIONED = 0.5
-"""``conditioning`` above which the parts of single rollouts are not to be read."""
+"""Value of ``conditioning`` above which the influences of single rollouts mean nothing."""
 
 
 CONDITIONING_REMEDY = (
     "Read the total and sums over many rollouts, not single rollouts or tokens; or measure a later step, once AdamW's "
     "second moment comes from several steps. preconditioner='rmsprop' has the same denominator"
 )
-"""What to do where ``conditioning`` is above ``ILL_CONDITIONED``."""
+"""Remedy for a ``conditioning`` above ``ILL_CONDITIONED``."""
 
 
 def influence_line(out: Any) -> str:
-    """The totals of an ``Influence`` in a line; the plain fields where they are no numbers, as under ``torch.vmap``."""
+    """Return the totals of an ``Influence`` in a line, or its plain fields under ``torch.vmap``."""
     try:
         figures = {name: f"{value:+.4g}" + _plus_minus(error) for name, value, error in _totals(out)}
     except (RuntimeError, TypeError, ValueError):
@@ -36,16 +36,16 @@ def influence_line(out: Any) -> str:
         sizes["rounding"] = f"{float(out.rounding.nansum()):.1e}"
     sizes["per_token"] = None if out.per_token is None else tuple(out.per_token.shape)
     sizes["matrix"] = None if out.matrix is None else tuple(out.matrix.shape)
-    inside = ", ".join(f"{name}={value}" for name, value in {**figures, **sizes}.items())
-    return f"{type(out).__name__}({inside}; {UNIT})"
+    fields = ", ".join(f"{name}={value}" for name, value in {**figures, **sizes}.items())
+    return f"{type(out).__name__}({fields}; {UNIT})"
 
 
 def influence_html(out: Any) -> str:
-    """The totals of an ``Influence`` and the rollouts that raise and lower most, as an HTML table."""
+    """Return an HTML table of the totals of an ``Influence`` and of the rollouts that raise and lower entropy most."""
     rows = [(name.replace("_", " "), f"{value:+.4g}", _plus_minus(error)) for name, value, error in _totals(out)]
     order = out.per_sequence.argsort(descending=True).tolist()
-    half = min(STRONGEST, len(order) // 2)
-    chosen = order if len(order) <= 2 * STRONGEST else order[:half] + order[-half:]
+    half = min(MAX_ROLLOUTS_PER_SIGN, len(order) // 2)
+    chosen = order if len(order) <= 2 * MAX_ROLLOUTS_PER_SIGN else order[:half] + order[-half:]
     error = out.stderr.tolist()
     rows += [(f"rollout {i}", f"{out.per_sequence[i].item():+.4g}", _plus_minus(error[i])) for i in chosen]
     rows.append(("residual", f"{float(out.residual):.1e}", ""))
@@ -58,11 +58,12 @@ def influence_html(out: Any) -> str:
 
 
 def _ill_conditioned(out: Any) -> bool:
-    """Return whether the parts of single rollouts are not to be read; not where ``conditioning`` was not measured."""
+    """Return whether single rollouts mean nothing; False where ``conditioning`` was not measured and is NaN."""
     return float(out.conditioning) > ILL_CONDITIONED
 
 
 def _totals(out: Any) -> Iterable[tuple[str, float, float]]:
+    """Return (name, value, standard error) of each total; the error is NaN where there is none."""
     nan = float("nan")
     totals = [
         ("total", float(out.total), float(out.total_stderr)),

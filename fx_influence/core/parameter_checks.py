@@ -15,14 +15,14 @@ SPLIT = "Pass both as they come: apply, params = fx.make_functional(model)"
 
 
 def check_model(model: object) -> None:
-    """Raise ``TypeError`` for what is no module, such as a path, a trainer or the model's parameters."""
+    """Raise ``TypeError`` unless ``model`` is a module; a path, a trainer or the model's parameters are not."""
     if not isinstance(model, nn.Module):
         remedy = "Pass trainer.model" if hasattr(model, "model") else "Load it first, as from_pretrained does"
         raise wrong_type("model", model, "a torch.nn.Module", remedy)
 
 
 def check_apply(apply: object) -> None:
-    """Raise ``TypeError`` for a policy that is no function of (params, input_ids, attention_mask)."""
+    """Raise ``TypeError`` unless ``apply`` is a function of (params, input_ids, attention_mask)."""
     expected = "a function of (params, input_ids, attention_mask) that gives logits"
     if isinstance(apply, nn.Module):
         raise wrong_type("apply", apply, expected, f"A model reads its own parameters. {SPLIT}")
@@ -32,7 +32,7 @@ def check_apply(apply: object) -> None:
 
 
 def check_params(params: object) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless these are floating tensors by name, at least one."""
+    """Raise ``TypeError`` or ``ValueError`` unless ``params`` holds at least one floating-point tensor by name."""
     expected = "a dictionary of tensors by parameter name"
     if not isinstance(params, Mapping):
         swapped = "The two may be swapped. " if callable(params) and not isinstance(params, nn.Module) else ""
@@ -48,10 +48,10 @@ def check_params(params: object) -> None:
 
 
 def check_policy(params: Params, apply: Apply) -> None:
-    """Raise ``TypeError`` or ``ValueError`` where the two are not a policy's, or a parameter is not finite.
+    """Raise ``TypeError`` or ``ValueError`` unless the two belong together and every parameter is finite.
 
-    A ``Policy`` tells the shapes of its own parameters by name: those given must be all of them and no others, in any
-    order. Parameters that it holds frozen may be given too.
+    A ``Policy`` knows the names and shapes of its parameters: ``params`` must hold every trained one and none of
+    another model, in any order. Parameters that the policy holds frozen may be passed too.
     """
     check_apply(apply)
     check_params(params)
@@ -69,35 +69,43 @@ def check_policy(params: Params, apply: Apply) -> None:
         missing = [name for name in getattr(apply, "trainable", ()) if name not in params]
         if missing:
             raise ValueError(f"params has no {missing[0]!r} ({len(missing)} such); expected all trained ones. {remedy}")
-    spoilt = first_not_finite(params)
-    if spoilt is not None:
+    not_finite = first_not_finite(params)
+    if not_finite is not None:
         raise ValueError(
-            f"params[{spoilt!r}] holds NaN or infinity; expected finite weights. The training has diverged: take a "
+            f"params[{not_finite!r}] holds NaN or infinity; expected finite weights. The training has diverged: take a "
             "checkpoint from before"
         )
 
 
 def first_not_finite(tree: Mapping[str, Tensor | None]) -> str | None:
-    """Return the name of the first entry that holds NaN or infinity; of DTensors the same on every rank."""
-    known = {name: x for name, x in tree.items() if x is not None}
-    counts = reduce_over_shards([_holds_infinities(to_local(x)) for x in known.values()], list(known.values()))
-    return next((name for name, count in zip(known, counts, strict=True) if count), None)
+    """Return the name of the first entry that holds NaN or infinity, or None; every rank gets the same name."""
+    tensors = {name: x for name, x in tree.items() if x is not None}
+    flags = reduce_over_shards([_is_not_finite(to_local(x)) for x in tensors.values()], list(tensors.values()))
+    return next((name for name, flag in zip(tensors, flags, strict=True) if flag), None)
 
 
-def _holds_infinities(x: Tensor) -> Tensor:
-    # A sum is finite only if its terms are; it may overflow where they are.
-    fine = bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-    return x.new_full((), not fine, dtype=torch.float64)
+def _is_not_finite(x: Tensor) -> Tensor:
+    """Return 1 if ``x`` holds NaN or infinity, else 0, as a float64 scalar."""
+    # The sum alone is cheap and finite only if every term is; the entries are read where it overflows.
+    finite = bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return x.new_full((), not finite, dtype=torch.float64)
 
 
 def check_state(state: object) -> None:
-    """Raise ``TypeError`` for what is no ``AdamWState``, such as the optimizer itself or its ``state_dict()``."""
+    """Raise ``TypeError`` unless ``state`` is an ``AdamWState``; the optimizer and its ``state_dict()`` are not."""
     if not isinstance(state, AdamWState):
         raise wrong_type("opt_state", state, "an AdamWState by parameter name", "Pass fx.adamw_state(optimizer, model)")
 
 
 def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, remedy: str) -> None:
-    """Raise ``ValueError`` unless every entry of ``tree`` is a parameter of the same shape, sharded where that is."""
+    """Raise ``ValueError`` unless every entry of ``tree`` has the name, shape and sharding of a parameter.
+
+    Args:
+        field: name of the argument, for messages.
+        tree: tensors by parameter name; None where a parameter has no value.
+        params: the trainable parameters by name.
+        remedy: end of the message, an imperative without its full stop.
+    """
     check_tree(field, tree, remedy)
     for name, value in tree.items():
         if name not in params:

@@ -1,1 +1,1 @@
-"""Estimators of entropy over sampled rollouts, importance sampling, and their standard errors."""
+"""Estimators of entropy from sampled rollouts, importance sampling, standard errors, and checks of consistency."""

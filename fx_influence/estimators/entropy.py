@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, get_args
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from fx_influence.core.batch_checks import check_is_batch
@@ -13,9 +14,10 @@ from fx_influence.types import Batch, Estimator, Normalize, TokenValues
 
 
 class CompletionValues(NamedTuple):
-    """Token values indexed by rank among a row's completion tokens, float64; one row is one rollout.
+    """Token values of completions by rank, float64: column t holds the t-th completion token of each row.
 
-    ``logprobs``, ``entropies``: (n, R) with R the longest completion, 0 from a row's length on. ``ok``: bool (n, R).
+    ``logprobs``, ``entropies``: (n, R) with R the longest completion, 0 from a row's length on. ``ok``: bool (n, R),
+    whether the row has a token of that rank.
     """
 
     logprobs: Tensor
@@ -24,16 +26,20 @@ class CompletionValues(NamedTuple):
 
 
 class TokenCoefficients(NamedTuple):
-    """ds_a/dlog pi(y_at) and ds_a/dh_at of a surrogate sum_a s_a, each (n, T), float64, 0 outside the mask."""
+    """Derivatives of a surrogate sum_a s_a with respect to log pi(y_at) and h_at.
+
+    ``logprobs``, ``entropies``: (n, T), float64, 0 outside the completion mask.
+    """
 
     logprobs: Tensor
     entropies: Tensor
 
 
 def completion_values(values: TokenValues, completion_mask: Tensor) -> CompletionValues:
-    """Close the gaps of prompts, tool output and padding: the token at rank t of each row moves to column t.
+    """Index token values by rank: the t-th completion token of each row moves to column t.
 
-    The mask is read outside of vmap: only ``values`` may carry a batch dimension of directions.
+    This closes the gaps of prompts, tool output and padding. The mask is read outside of vmap: only ``values`` may
+    carry a batch dimension of directions.
     """
     longest = int(completion_mask.sum(-1).max())
     # A stable sort of "not a completion token" lists each row's completion positions first, in order.
@@ -44,16 +50,25 @@ def completion_values(values: TokenValues, completion_mask: Tensor) -> Completio
 
 
 def check_estimator(estimator: str, normalize: str) -> None:
-    """Raise ``ValueError`` for an estimator or a normalisation that does not exist."""
+    """Raise ``ValueError`` for an unknown estimator or normalisation."""
     check_choice("estimator", estimator, get_args(Estimator))
     check_choice("normalize", normalize, get_args(Normalize))
 
 
 def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "token") -> Tensor:
-    """Entropy of the policy that E was sampled from, at the policy that ``values`` come from being the same.
+    """Return the entropy of the policy from rollouts that were sampled from that same policy.
 
-    ``"token"``: E[sum_t h_t] / E[T], nats per token. ``"sequence"``: E[sum_t h_t], nats per completion; rows without
-    completion tokens count. Returns a float64 scalar. Raises ``ValueError`` for a batch without any completion token.
+    Args:
+        values: log-probabilities and entropies (n, T) of the batch's tokens at the policy that sampled it.
+        batch: (n, T), with at least one completion token.
+        normalize: ``"token"``, E[sum_t h_t] / E[T] in nats per token; or ``"sequence"``, E[sum_t h_t] in nats per
+            completion, where rows without completion tokens count.
+
+    Returns:
+        float64 scalar.
+
+    Raises:
+        ValueError: for a batch without any completion token.
 
     Example:
         >>> mask = torch.tensor([[True, True], [True, False]])
@@ -74,20 +89,27 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
 
 
 def denominator_weights(completion_mask: Tensor, normalize: Normalize) -> Tensor:
-    """f_a, the weight of a rollout in the denominator: T_a per token, 1 per sequence; float64 (n,)."""
+    """Return f_a, the weight of a rollout in the denominator: T_a per token, 1 per sequence; float64 (n,)."""
     lengths = completion_mask.sum(-1).double()
     return lengths if normalize == "token" else torch.ones_like(lengths)
 
 
 def centred_entropies(
-    done: CompletionValues, estimator: Estimator, normalize: Normalize, centre: CompletionValues
+    values: CompletionValues, estimator: Estimator, normalize: Normalize, centre: CompletionValues
 ) -> Tensor:
-    """x, the entropies less what the mean policy would have given, the centre frozen at ``centre``'s values.
+    """Return x, the entropies minus their mean over the policy, with the mean taken from ``centre`` and frozen.
 
-    ``"sequence"``: x_a = h_a - H f_a, (n,). ``"per_decision"``: x_at = (h_at - mean h_t) - H (ok_at - mean ok_t) per
-    token, h_at - mean h_t per sequence, (n, R). H and the means over all rows are those of ``centre``.
+        sequence:      x_a  = h_a - H f_a                                  (n,)
+        per_decision:  x_at = (h_at - mean h_t) - H (ok_at - mean ok_t)    (n, R), per token
+                       x_at = h_at - mean h_t                              (n, R), per sequence
+
+    Args:
+        values: (n, R), the entropies to centre.
+        estimator: which of the formulae.
+        normalize: which of the formulae; f_a is 1 per sequence.
+        centre: (n, R), the values that H and the means over all rows are taken from, those at theta.
     """
-    h, h0, ok = done.entropies, centre.entropies, done.ok.double()
+    h, h0, ok = values.entropies, centre.entropies, values.ok.double()
     per_token = normalize == "token"
     mean = h0.sum() / (ok.sum() if per_token else len(ok))
     if estimator == "sequence":
@@ -99,7 +121,7 @@ def centred_entropies(
 def entropy_coefficients(
     values: TokenValues, batch: Batch, estimator: Estimator = "per_decision", normalize: Normalize = "token"
 ) -> TokenCoefficients:
-    """The gradient of the entropy estimate as one pair of coefficients per token of E.
+    """Return the gradient of the entropy estimate as one pair of coefficients per token of E.
 
     With x frozen at theta, the surrogates whose gradients sum to grad H are
 
@@ -108,14 +130,24 @@ def entropy_coefficients(
 
     with S_a,<t the log-probability of the first t tokens, all of them from t = T_a on. Collected by token, the weight
     of log pi(y_at) is x_a / Z, or sum_{t' > t} x_at' / Z; that of h_at is 1 / Z.
-    Source: score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
+
+    Args:
+        values: (n, T), log-probabilities and entropies of E at theta.
+        batch: (n, T), E.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+
+    Source:
+        Score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
     """
-    done = completion_values(values, batch.completion_mask)
-    x = centred_entropies(done, estimator, normalize, done)
-    whole = estimator == "sequence"
-    later = x.unsqueeze(-1).expand(done.ok.shape) if whole else x.flip(-1).cumsum(-1).flip(-1) - x
+    by_rank = completion_values(values, batch.completion_mask)
+    x = centred_entropies(by_rank, estimator, normalize, by_rank)
+    if estimator == "sequence":
+        score_weight = repeat(x, "row -> row rank", rank=by_rank.ok.shape[1])
+    else:
+        score_weight = x.flip(-1).cumsum(-1).flip(-1) - x
     z = denominator_weights(batch.completion_mask, normalize).sum()
     mask = batch.completion_mask
     rank = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    spread = torch.where(mask, later.gather(-1, rank), torch.zeros((), dtype=later.dtype, device=later.device))
-    return TokenCoefficients(spread / z, mask.double() / z)
+    by_position = torch.where(mask, score_weight.gather(-1, rank), score_weight.new_zeros(()))
+    return TokenCoefficients(by_position / z, mask.double() / z)

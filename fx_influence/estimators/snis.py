@@ -15,7 +15,8 @@ from fx_influence.types import Estimator, Normalize
 class SnisDelta(NamedTuple):
     """Change of the entropy estimate at a finite step, raw (not divided by eta), nats; all float64.
 
-    ``delta_h``: H(theta + eta v) - H(theta), scalar. ``contributions``: (n_e,), its exact sum over E, centred.
+    ``delta_h``: H(theta + eta v) - H(theta), scalar. ``contributions``: (n_e,), centred parts of E's rows, whose sum
+    is ``delta_h`` exactly.
     ``ess``: effective sample size (sum w)^2 / sum w^2, the smallest over t under ``per_decision``.
     ``log_weights``: (n_e,) full-sequence and unclipped. ``clip_fraction``: share of the weights that were clipped.
     ``stderr``: of ``delta_h`` over the draw of E, by the jackknife over its clusters, scalar; NaN with fewer than two.
@@ -40,20 +41,28 @@ def snis(
     clip: float | None = 10.0,
     clusters: Tensor | None = None,
 ) -> SnisDelta:
-    """The SNIS change of entropy from token values at theta (``base``) and at theta + eta v (``moved``).
+    """Return the SNIS change of entropy from token values at theta and at theta + eta v.
 
     ``"sequence"``: w_a = exp(S_a' - S_a) and H' = sum w h / sum w f. ``"per_decision"``: the weight of position t is
     the likelihood ratio of the tokens before it, normalised over all rows at each t; a finished rollout keeps its full
-    weight with h = 0. Cumulative log-weights are clipped to +-``clip`` (None: not at all). The contributions are
-    centred with the centre frozen at theta:
+    weight with h = 0. The contributions are centred with the centre frozen at theta:
 
         sequence:      [w_a x_a' - x_a] / sum_b w_b f_b
         per_decision:  (1/D) sum_t [w_at x_at' - x_at] / W_t,   D = sum_t sum_a w_at ok_at / W_t per token, else 1
 
-    ``clusters``: int64 (n_e,), 0 to C-1, what the jackknife leaves out one at a time; None leaves the jackknife out.
     Works under vmap and forward-mode differentiation over leading axes of ``moved``.
-    Source: Precup, Sutton & Singh 2000 (per-decision weights); Owen, Monte Carlo theory, ch. 9 (SNIS); Efron & Stein
-    1981 (jackknife).
+
+    Args:
+        base: (n, R), values at theta, which E was sampled from.
+        moved: (n, R), values at theta + eta v.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+        clip: bound on |cumulative log-weight|; None does not clip.
+        clusters: int64 (n,), 0 to C-1, the clusters that the jackknife leaves out one at a time; None skips it.
+
+    Source:
+        Precup, Sutton & Singh 2000 (per-decision weights); Owen, Monte Carlo theory, ch. 9 (SNIS); Efron & Stein 1981
+        (jackknife).
     """
     log_ratio = moved.logprobs - base.logprobs
     total = log_ratio.sum(-1)
@@ -61,27 +70,25 @@ def snis(
     counted = torch.ones_like(prefix, dtype=torch.bool) if estimator == "sequence" else base.ok
     clipped = torch.zeros_like(prefix, dtype=torch.bool) if clip is None else prefix.abs() > clip
     w = (prefix if clip is None else prefix.clamp(-clip, clip)).exp()
-    share = w / w.sum(0)
+    normalised = w / w.sum(0)
     ok = base.ok.double()
 
-    before, after = (
-        centred_entropies(base, estimator, normalize, base),
-        centred_entropies(moved, estimator, normalize, base),
-    )
+    before = centred_entropies(base, estimator, normalize, base)
+    after = centred_entropies(moved, estimator, normalize, base)
     if estimator == "sequence":
         length = ok.sum(-1) if normalize == "token" else torch.ones_like(total)
-        scale = (w.squeeze(-1) * length).sum()
-        contributions = (w.squeeze(-1) * after - before) / scale
+        denominator = (w.squeeze(-1) * length).sum()
+        contributions = (w.squeeze(-1) * after - before) / denominator
     else:
-        scale = (share * ok).sum() if normalize == "token" else torch.ones_like(total[0])
-        contributions = ((w * after - before) / w.sum(0)).sum(-1) / scale
+        denominator = (normalised * ok).sum() if normalize == "token" else torch.ones_like(total[0])
+        contributions = ((w * after - before) / w.sum(0)).sum(-1) / denominator
     return SnisDelta(
         delta_h=contributions.sum(),
         contributions=contributions,
-        ess=(1 / share.square().sum(0)).min(),
+        ess=(1 / normalised.square().sum(0)).min(),
         log_weights=total,
         clip_fraction=(clipped & counted).sum().double() / counted.sum().double(),
-        stderr=torch.full_like(scale, torch.nan)
+        stderr=torch.full_like(denominator, torch.nan)
         if clusters is None
         else _jackknife(base, moved, w, estimator, normalize, clusters),
     )
@@ -95,16 +102,17 @@ def _jackknife(
     normalize: Normalize,
     clusters: Tensor,
 ) -> Tensor:
-    """sqrt((C-1)/C sum_c (d_c - mean d)^2), d_c the change of entropy on E without cluster c, weights normalised anew.
+    """Return sqrt((C-1)/C sum_c (d_c - mean d)^2), d_c the change of entropy on E without cluster c.
 
-    H' is a ratio of sums over rows at each position, so leaving a cluster out subtracts its sums.
+    The weights are normalised anew without the cluster. H' is a ratio of sums over rows at each position, so leaving a
+    cluster out subtracts its sums.
     """
     count = int(clusters.max()) + 1
     if count < 2:
         return torch.full_like(w.sum(), torch.nan)
 
-    def left_out(done: CompletionValues, w: Tensor) -> Tensor:
-        h, f = done.entropies, done.ok.double()
+    def without_each_cluster(values: CompletionValues, w: Tensor) -> Tensor:
+        h, f = values.entropies, values.ok.double()
         if estimator == "sequence":
             h, f = h.sum(-1, keepdim=True), f.sum(-1, keepdim=True)
         weight, entropy, length = (
@@ -114,5 +122,5 @@ def _jackknife(
         mean = (entropy / weight).sum(-1)
         return mean / (length / weight).sum(-1) if normalize == "token" else mean
 
-    change = left_out(moved, w) - left_out(base, torch.ones_like(w))
+    change = without_each_cluster(moved, w) - without_each_cluster(base, torch.ones_like(w))
     return ((count - 1) / count * (change - change.mean()).square().sum()).sqrt()
