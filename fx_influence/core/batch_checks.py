@@ -12,7 +12,7 @@ from fx_influence.types import Apply, Batch, Params
 
 
 def check_is_batch(field: str, batch: object) -> None:
-    """Raise ``TypeError`` unless ``batch`` is a ``Batch`` whose fields are tensors; a dictionary or rollouts are not."""
+    """Raise ``TypeError`` unless ``batch`` is a ``Batch`` whose fields are tensors; dictionaries are not."""
     if not isinstance(batch, Batch):
         if isinstance(batch, Mapping) or hasattr(batch, "data"):
             remedy = (

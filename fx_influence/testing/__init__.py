@@ -1,1 +1,1 @@
-"""The slow, literal definition of everything, for tests and benchmarks."""
+"""The slow, literal definition of every quantity, for tests and benchmarks."""

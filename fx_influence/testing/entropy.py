@@ -1,0 +1,201 @@
+"""Entropy estimates by importance sampling, in loops over tokens and sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.testing.gradients import gradient, tracked
+from fx_influence.testing.scores import score_row
+from fx_influence.types import Apply, Batch, Estimator, Gradients, Normalize, Params
+
+
+class Snis(NamedTuple):
+    """Raw change of entropy in nats, not divided by eta, its ``contributions`` (n,), and the weights' diagnostics."""
+
+    delta_h: Tensor
+    contributions: Tensor
+    ess: Tensor
+    log_weights: Tensor
+    clip_fraction: Tensor
+
+
+def weights_at(ratios: Sequence[Sequence[float]], rank: int | None, clip: float | None) -> list[float]:
+    """Return every row's weight exp(sum of its first ``rank`` log ratios), the sum clipped to +-clip.
+
+    All log ratios are summed where a row has fewer than ``rank``, or where ``rank`` is ``None``.
+    """
+    bound = math.inf if clip is None else clip
+    return [math.exp(max(-bound, min(bound, sum(d[:rank])))) for d in ratios]
+
+
+def entropy(
+    entropies: Sequence[Sequence[float]],
+    ratios: Sequence[Sequence[float]],
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    clip: float | None = 10.0,
+) -> tuple[float, float]:
+    """Return (H-hat, D): the weighted entropy estimate, and the denominator of its contributions.
+
+    ``entropies[a][k]`` is h of row a's token of rank k and ``ratios[a][k]`` its log pi_theta'(y) - log pi_theta(y).
+    sequence: sum w_a h_a / D with D = sum w_a f_a. per_decision: sum_k sum_a w_ak h_ak / W_k over D, which is
+    sum_k sum_a w_ak 1[k < T_a] / W_k per token and 1 per sequence.
+
+    Args:
+        entropies: nats by row and rank.
+        ratios: log ratios by row and rank.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+        clip: bound on |cumulative log-weight|; None does not clip.
+    """
+    n, total, d = len(entropies), 0.0, 0.0
+    if estimator == "sequence":
+        w = weights_at(ratios, None, clip)
+        for a in range(n):
+            total += w[a] * sum(entropies[a])
+            d += w[a] * (len(entropies[a]) if normalize == "token" else 1)
+        return total / d, d
+    for k in range(max(len(h) for h in entropies)):
+        w = weights_at(ratios, k, clip)
+        for a in range(n):
+            if k < len(entropies[a]):
+                total += w[a] * entropies[a][k] / sum(w)
+                d += w[a] / sum(w)
+    d = d if normalize == "token" else 1.0
+    return total / d, d
+
+
+class Centre(NamedTuple):
+    """Centre of the contributions, frozen at theta: H-hat, and by rank the means over rows of h and of 1[k < T_a]."""
+
+    h_hat: float
+    h_mean: list[float]
+    ok_mean: list[float]
+
+
+def centre(entropies: Sequence[Sequence[float]], estimator: Estimator, normalize: Normalize) -> Centre:
+    """Return the centre of a batch from its token entropies at theta."""
+    n, ranks = len(entropies), range(max(len(h) for h in entropies))
+    h_mean = [sum(h[k] for h in entropies if k < len(h)) / n for k in ranks]
+    ok_mean = [sum(1 for h in entropies if k < len(h)) / n for k in ranks]
+    return Centre(entropy(entropies, [[0.0] * len(h) for h in entropies], estimator, normalize)[0], h_mean, ok_mean)
+
+
+def centred_sequence(h: Sequence[float], c: Centre, normalize: Normalize) -> float:
+    """Return x_a = h_a - H-hat f_a."""
+    return sum(h) - c.h_hat * (len(h) if normalize == "token" else 1)
+
+
+def centred_token(h: Sequence[float], k: int, c: Centre, normalize: Normalize) -> float:
+    """Return x_ak = h_ak - mean h_k, per token minus H-hat (ok_ak - mean ok_k); h = ok = 0 once finished."""
+    x = (h[k] if k < len(h) else 0.0) - c.h_mean[k]
+    return x - c.h_hat * ((1.0 if k < len(h) else 0.0) - c.ok_mean[k]) if normalize == "token" else x
+
+
+def snis_delta(
+    apply: Apply,
+    params: Params,
+    direction: Mapping[str, Tensor],
+    eta: float,
+    batch: Batch,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    clip: float | None = 10.0,
+    temperature: float = 1.0,
+) -> Snis:
+    """Return H-hat(theta + eta v) - H-hat(theta) on one batch; names absent from ``direction`` are not moved.
+
+    contribution_a = [w_a x_a(theta') - x_a] / D (sequence), sum_k [w_ak x_ak(theta') - x_ak] / (W_k D) (per_decision).
+
+    Args:
+        apply: the policy.
+        params: theta by name.
+        direction: v by name.
+        eta: size of the step.
+        batch: (n, T), sampled at theta.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+        clip: bound on |cumulative log-weight|; None does not clip.
+        temperature: divisor of the logits.
+    """
+    moved = {name: p + eta * direction[name] if name in direction else p for name, p in params.items()}
+    n, before, after, ratios = len(batch.input_ids), [], [], []
+    for a in range(n):
+        with torch.no_grad():
+            old, new = (score_row(apply, theta, batch, a, temperature) for theta in (params, moved))
+        before.append([float(h) for h in old.entropies])
+        after.append([float(h) for h in new.entropies])
+        ratios.append([float(q) - float(p) for p, q in zip(old.logprobs, new.logprobs, strict=True)])
+    c = centre(before, estimator, normalize)
+    h_new, d = entropy(after, ratios, estimator, normalize, clip)
+    contributions, ess, clipped = [0.0] * n, [], []
+    for k in [None] if estimator == "sequence" else range(len(c.h_mean)):
+        w = weights_at(ratios, k, clip)
+        ess.append(sum(w) ** 2 / sum(x * x for x in w))
+        for a in range(n):
+            if k is None:
+                new_x, old_x = (centred_sequence(h[a], c, normalize) for h in (after, before))
+                contributions[a] += (w[a] * new_x - old_x) / d
+            else:
+                new_x, old_x = (centred_token(h[a], k, c, normalize) for h in (after, before))
+                contributions[a] += (w[a] * new_x - old_x) / (d * sum(w))
+            if k is None or k < len(before[a]):
+                clipped.append(clip is not None and abs(sum(ratios[a][:k])) > clip)
+    fraction = sum(clipped) / max(1, len(clipped))
+    values = (h_new - c.h_hat, contributions, min(ess, default=float(n)), [sum(r) for r in ratios], fraction)
+    return Snis(*(torch.tensor(x, dtype=torch.float64) for x in values))
+
+
+def surrogates(
+    apply: Apply,
+    params: Params,
+    batch: Batch,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """Return the differentiable scalar s_a of each row; their gradients sum to that of H-hat, with a frozen centre.
+
+    sequence: s_a = (h_a + S_a x_a) / sum f. per_decision: s_a = (1/Z) sum_k (h_ak + S_a,<k x_ak) with Z = sum T or n;
+    k runs over all ranks of the batch, also those after the row has finished.
+
+    Args:
+        apply: the policy.
+        params: theta by name.
+        batch: (n, T), sampled at theta.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+        temperature: divisor of the logits.
+    """
+    scores = [score_row(apply, params, batch, a, temperature) for a in range(len(batch.input_ids))]
+    frozen = [[float(h.detach()) for h in score.entropies] for score in scores]
+    c = centre(frozen, estimator, normalize)
+    z = sum(len(h) for h in frozen) if normalize == "token" else len(frozen)
+    rows = []
+    for score, h in zip(scores, frozen, strict=True):
+        s = sum(score.entropies, score.zero)
+        if estimator == "sequence":
+            s = s + sum(score.logprobs, score.zero) * centred_sequence(h, c, normalize)
+        else:
+            for k in range(len(c.h_mean)):
+                s = s + sum(score.logprobs[:k], score.zero) * centred_token(h, k, c, normalize)
+        rows.append(s / z)
+    return rows
+
+
+def entropy_gradients(
+    apply: Apply,
+    params: Params,
+    batch: Batch,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    temperature: float = 1.0,
+) -> list[Gradients]:
+    """Return grad s_a for every evaluation row; their sum is the gradient of H-hat."""
+    params = tracked(params)
+    return [gradient(s, params) for s in surrogates(apply, params, batch, estimator, normalize, temperature)]
