@@ -84,7 +84,7 @@ SETS = {
                 "tests/test_halves.py::test_what_changes_logits_after_the_head_is_not_cut_off[capped]",
             ),
             "the test reads the ids as transformers 5 gives them": (
-                "tests/test_sampling.py::test_a_conversation_is_what_the_chat_template_makes_of_it",
+                "tests/interop/test_sampling.py::test_sample_renders_conversation_by_chat_template",
             ),
             "float32 rounds a log weight by 1.6e-5, where the test allows 1e-5": (
                 "tests/test_sweep.py::test_every_direction_is_what_snis_delta_gives_alone",

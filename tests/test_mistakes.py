@@ -20,9 +20,7 @@ HELD_BY = {
     "the published head returned exactly 0 for every delta H": (
         "test_importance_sampling_at_every_step_size_is_the_recorded_one"
     ),
-    "hyperparameters read from the optimizer's defaults": (
-        "test_hyperparameters_are_those_of_the_groups_not_the_defaults"
-    ),
+    "hyperparameters read from the optimizer's defaults": ("test_adamw_state_reads_hyperparameters_of_groups"),
     "dropout active in a model that is training": "test_dropout_of_a_model_in_training_is_off",
     "dropout active whatever the mode": "test_a_policy_that_draws_random_numbers_is_refused",
     "noise at eta = 1e-6 in float32": (
@@ -32,14 +30,14 @@ HELD_BY = {
     "temperature applied to the entropies but not to the weights": (
         "test_a_temperature_is_a_policy_with_divided_logits_to_every_function"
     ),
-    "the end of sequence dropped where it is also the padding": ("test_collate_keeps_an_eos_that_is_also_the_padding"),
-    "the same, of sampled rollouts": "test_the_sampled_eos_stays_where_it_is_also_the_padding",
-    "a crash at an empty completion": "test_collate_takes_a_completion_without_tokens",
+    "the end of sequence dropped where it is also the padding": ("test_collate_keeps_eos_that_is_also_padding"),
+    "the same, of sampled rollouts": "test_sample_keeps_eos_that_is_also_padding",
+    "a crash at an empty completion": "test_collate_accepts_empty_completion",
     "the same, in the mathematics": ("test_a_row_without_a_completion_token_contributes_0_and_counts_in_n"),
     "left padding attended to": ("test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers"),
     "caches by id() that outlived a change of parameters": ("test_results_follow_the_parameters_not_a_cache"),
     "the same, of frozen parameters": "test_frozen_parameters_and_buffers_are_read_live",
-    "top_k=50 in sampling that was called on-policy": ("test_the_draws_have_the_frequencies_of_the_full_softmax"),
+    "top_k=50 in sampling that was called on-policy": ("test_sample_frequencies_match_full_softmax"),
     "a silent fall-back from vmap to a loop": "test_per_sample_gradients_take_one_pass_or_fail",
 }
 

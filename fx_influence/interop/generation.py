@@ -1,7 +1,7 @@
-"""Tokens drawn from exactly pi by Hugging Face's ``generate``, with the log-probs they were drawn with.
+"""Tokens sampled from the policy's full softmax by Hugging Face's ``generate``, with the log-probs of the draws.
 
-``generate`` fills whatever a request leaves open from the checkpoint's own generation config (top-k, penalties,
-suppressed tokens) and then from library defaults (top-k again), so a request alone cannot switch those off.
+``generate`` fills every option that a request leaves open from the checkpoint's own generation config (top-k,
+penalties, suppressed tokens) and then from library defaults (top-k again), so a request alone cannot switch those off.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 def full_softmax_config(end_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
-    """A request that leaves nothing open which changes the distribution; the temperature is ``generate_tokens``'s.
+    """Return a generation config that sets every option which changes the distribution.
 
-    Were the temperature here, it would be applied after the recorder, whose log-probs would not be those sampled from.
+    The temperature is an argument of ``generate_tokens``: were it set here, ``generate`` would apply it after the
+    recorder, whose log-probs would then not be those of the distribution that tokens are sampled from.
+
+    Args:
+        end_ids: ids of the end-of-sequence tokens.
+        pad_id: id of the padding token.
+        max_new_tokens: largest number of tokens per completion.
     """
     return GenerationConfig(
         do_sample=True,
@@ -45,7 +51,7 @@ def full_softmax_config(end_ids: list[int], pad_id: int, max_new_tokens: int) ->
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The end-of-sequence ids of the model's generation config, or the tokenizer's where it has none."""
+    """Return the end-of-sequence ids of the model's generation config, or the tokenizer's if it has none."""
     config = getattr(model, "generation_config", None)
     eos = config.eos_token_id if config is not None and config.eos_token_id is not None else tokenizer.eos_token_id
     if eos is None:
@@ -58,17 +64,25 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def sampling_mode(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """The model in eval mode, under ``config`` alone, on a random state of its own; all put back afterwards."""
-    with eval_mode(model), _only_config(model, config), seeded_rng(seed, next(model.parameters()).device):
+    """Put the model in eval mode, under ``config`` alone and on its own random state; restore all of it afterwards."""
+    with eval_mode(model), _replaced_config(model, config), seeded_rng(seed, next(model.parameters()).device):
         yield
 
 
 def generate_tokens(
     model: Any, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig, temperature: float
 ) -> list[tuple[list[int], list[float]]]:
-    """For each prompt the sampled tokens and their log-probs, as long as the longest completion of this call.
+    """Sample a completion of each prompt; call it within ``sampling_mode``.
 
-    What follows a row's first end of sequence is padding, its log-prob without meaning. Use within ``sampling_mode``.
+    Args:
+        model: a Hugging Face causal LM.
+        prompt_ids: n sequences of token ids.
+        config: the config that ``sampling_mode`` set.
+        temperature: divides the logits.
+
+    Returns:
+        n pairs of sampled tokens and their log-probs, all as long as the longest completion of this call. After a row's
+        first end of sequence follows padding, whose log-probs have no meaning.
     """
     width = max(map(len, prompt_ids))
     device = next(model.parameters()).device
@@ -86,23 +100,23 @@ def generate_tokens(
 
 
 @contextmanager
-def _only_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Every generation config in the model replaced for a while: ``generate`` merges the model's own into a request."""
-    held = {
+def _replaced_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Replace every generation config in the model while inside: ``generate`` merges the model's own into a request."""
+    originals = {
         module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
     }
     try:
-        for module in held:
+        for module in originals:
             vars(module)["generation_config"] = config
         yield
     finally:
-        for module, original in held.items():
+        for module, original in originals.items():
             vars(module)["generation_config"] = original
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of the model in eval mode, and back as each was afterwards."""
+    """Put every module of the model in eval mode, and restore the mode of each afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -114,7 +128,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of our own; ``generate`` draws from the global one, which is put back."""
+    """Seed the global random state, from which ``generate`` draws, and restore it afterwards."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.default_generator.manual_seed(seed)
@@ -125,25 +139,28 @@ def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Applies the temperature and keeps the log-prob of each sampled token, one step's scores at a time."""
+    """Logits processor that applies the temperature and records the log-prob of each sampled token."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
         self._pending: Tensor | None = None
-        self._kept: list[Tensor] = []
+        self._recorded: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._keep(input_ids[:, -1:])
+        self._record(input_ids[:, -1:])
         scores = scores / self._temperature
         self._pending = scores.log_softmax(-1)
         return scores
 
     def logprobs(self, sampled: Tensor) -> Tensor:
-        """(B, new tokens), as ``sampled``; the last token is only known once ``generate`` has returned."""
-        if len(self._kept) < sampled.shape[1]:
-            self._keep(sampled[:, -1:])
-        return torch.cat(self._kept, -1)[:, : sampled.shape[1]]
+        """Return the log-probs of ``sampled``, (B, new tokens).
 
-    def _keep(self, token: Tensor) -> None:
+        The last token is known only after ``generate`` has returned.
+        """
+        if len(self._recorded) < sampled.shape[1]:
+            self._record(sampled[:, -1:])
+        return torch.cat(self._recorded, -1)[:, : sampled.shape[1]]
+
+    def _record(self, token: Tensor) -> None:
         if self._pending is not None:
-            self._kept.append(self._pending.gather(-1, token))
+            self._recorded.append(self._pending.gather(-1, token))

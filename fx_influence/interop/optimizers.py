@@ -1,4 +1,4 @@
-"""AdamW's state read out of a live ``torch.optim`` optimizer as values by parameter name."""
+"""The state of a live AdamW optimizer, read as values by parameter name."""
 
 from __future__ import annotations
 
@@ -23,25 +23,34 @@ SUPPORTED = "supported are torch.optim.AdamW, its subclasses, and torch.optim.Ad
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWState:
-    """The optimizer's moments, step counts and hyperparameters by the names of ``model.named_parameters()``.
+def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: bool = True) -> AdamWState:
+    """Return the optimizer's moments, step counts and hyperparameters by the names of ``model.named_parameters()``.
 
     Hyperparameters come from the ``param_groups``, never from the optimizer's defaults: a scheduler or a caller
     changes the groups only. rho = lr_group / lr_ref with lr_ref the first nonzero lr in group order; where every lr
     is 0, as on the first step of a warm-up, rho is the ratio of the groups' ``initial_lr``, or 1 if they have none.
 
-    ``optimizer``: a ``torch.optim.AdamW`` or an ``Adam`` with decoupled weight decay, bare or inside a wrapper that
-    keeps it as ``.optimizer`` (accelerate). It is read only: no state is created in it.
-    ``model``: the module whose parameters the optimizer holds, or what wraps it (``torch.compile``, data parallelism);
-    names are those of the module inside. Tied parameters appear once.
-    Of a model that FSDP2 has sharded they are DTensors, sharded as the parameters, and every rank makes the call.
-    Returns clones in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros
-    and step 0 for a parameter that has made no step. Trainable parameters that the optimizer does not hold and
-    frozen ones that it does are left out.
+    The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
+    sharded like the parameters, and every rank makes the call.
 
-    Raises ``TypeError`` for any other optimizer. Raises ``ValueError`` for a parameter that is not the model's, a
-    shape that differs from the parameter's, and values that are missing, not finite or out of range.
-    Source: Loshchilov and Hutter, arXiv 1711.05101; ``torch.optim.AdamW``.
+    Args:
+        optimizer: a ``torch.optim.AdamW`` or an ``Adam`` with decoupled weight decay, bare or inside a wrapper that
+            keeps it as ``.optimizer`` (accelerate).
+        model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
+            parallelism); names are those of the inner module. Tied parameters appear once.
+        copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
+            already have the result's dtype and the parameter's device. They are valid until the optimizer's next step,
+            which changes them in place, and must not be written to.
+
+    Returns:
+        Moments in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros and
+        step 0 for a parameter that has made no step. Trainable parameters that the optimizer does not hold and frozen
+        ones that it does hold are left out.
+
+    Raises:
+        TypeError: for any other optimizer.
+        ValueError: for a parameter that is not the model's, a shape that differs from the parameter's, and values that
+            are missing, not finite or out of range.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -50,6 +59,9 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
         >>> state = adamw_state(optimizer, model)
         >>> state.lr, state.step, state.exp_avg["bias"].tolist()
         (0.2, {'weight': 0, 'bias': 0}, [0.0])
+
+    Source:
+        Loshchilov and Hutter, arXiv 1711.05101; ``torch.optim.AdamW``.
     """
     if isinstance(model, torch.optim.Optimizer):
         raise wrong_type("model", model, "a torch.nn.Module", "Swap the two: fx.adamw_state(optimizer, model)")
@@ -58,29 +70,29 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamWStat
         remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
         raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
     model = unwrap_model(model)
-    return on_all_ranks(model, lambda: _state(require_adamw(optimizer), model))
+    return on_all_ranks(model, lambda: _read_state(require_adamw(optimizer), model, copy))
 
 
 def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
-    """What ``call`` gives; of a sharded model, on all ranks ``raise_on_all_ranks``."""
+    """Call ``call`` and return its value; if the model is sharded, what it raises on one rank is raised on all."""
     mesh: Any = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
     return call() if mesh is None else raise_on_all_ranks(mesh, call)
 
 
-def _state(adamw: torch.optim.Optimizer, model: nn.Module) -> AdamWState:
+def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> AdamWState:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    lr, scales = _learning_rates(adamw.param_groups)
+    lr, scales = _reference_lr_and_scales(adamw.param_groups)
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in _MOMENTS}
     steps: dict[str, int] = {}
     hyper: dict[str, AdamWHyper] = {}
     for index, (group, scale) in enumerate(zip(adamw.param_groups, scales, strict=True)):
-        shared = _hyper(group, scale)
-        for name, parameter in _named(group["params"], names, index):
-            # .get, because the state is a defaultdict and indexing it would create an entry
+        group_hyper = _read_hyper(group, scale)
+        for name, parameter in _trainable_by_name(group["params"], names, index):
+            # The state is a defaultdict: indexing it would create an entry.
             state = adamw.state.get(parameter, {})
-            steps[name], hyper[name] = _step(name, state), shared
-            for key in _MOMENTS[: 3 if shared.amsgrad else 2]:
-                moments[key][name] = _moment(name, key, parameter, state)
+            steps[name], hyper[name] = _read_step(name, state), group_hyper
+            for key in _MOMENTS[: 3 if group_hyper.amsgrad else 2]:
+                moments[key][name] = _read_moment(name, key, parameter, state, copy)
     if not steps:
         raise ValueError(
             "optimizer holds no trainable parameter of model; set requires_grad on what was trained "
@@ -90,6 +102,7 @@ def _state(adamw: torch.optim.Optimizer, model: nn.Module) -> AdamWState:
 
 
 def _unwrap(optimizer: Any) -> Any:
+    """Return the optimizer inside wrappers that hold it as ``.optimizer``."""
     while not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and isinstance(
         getattr(optimizer, "optimizer", None), torch.optim.Optimizer
     ):
@@ -98,9 +111,9 @@ def _unwrap(optimizer: Any) -> Any:
 
 
 def require_adamw(optimizer: Any) -> Any:
-    """The AdamW inside any wrappers. Raises ``TypeError`` for another optimizer."""
+    """Return the AdamW inside any wrappers; raise ``TypeError`` for another optimizer."""
     optimizer = _unwrap(optimizer)
-    # AdamW is a subclass of Adam in recent torch only, and Adam's flag is newer than torch 2.1
+    # AdamW is a subclass of Adam only in recent torch, and torch 2.1 has no decoupled_weight_decay in Adam.
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
     if not is_adamw and not isinstance(optimizer, torch.optim.Adam):
@@ -114,8 +127,8 @@ def require_adamw(optimizer: Any) -> Any:
     return optimizer
 
 
-def _learning_rates(groups: list[dict[str, Any]]) -> tuple[float, list[float]]:
-    """lr_ref and each group's rho."""
+def _reference_lr_and_scales(groups: list[dict[str, Any]]) -> tuple[float, list[float]]:
+    """Return lr_ref and the ratio rho of each group."""
     rates = [_number(f"param_groups[{i}]['lr']", group["lr"]) for i, group in enumerate(groups)]
     reference = next((rate for rate in rates if rate != 0.0), 0.0)
     if reference:
@@ -128,7 +141,7 @@ def _learning_rates(groups: list[dict[str, Any]]) -> tuple[float, list[float]]:
     return 0.0, [1.0] * len(groups)
 
 
-def _hyper(group: dict[str, Any], lr_scale: float) -> AdamWHyper:
+def _read_hyper(group: dict[str, Any], lr_scale: float) -> AdamWHyper:
     beta1, beta2 = (_number("betas", beta) for beta in group["betas"])
     return AdamWHyper(
         lr_scale=lr_scale,
@@ -141,7 +154,8 @@ def _hyper(group: dict[str, Any], lr_scale: float) -> AdamWHyper:
     )
 
 
-def _named(parameters: list[Tensor], names: dict[Tensor, str], group: int) -> list[tuple[str, Tensor]]:
+def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group: int) -> list[tuple[str, Tensor]]:
+    """Return the trainable parameters of a group with their names; refuse one that is not the model's."""
     named = []
     for index, parameter in enumerate(parameters):
         if parameter not in names:
@@ -155,7 +169,8 @@ def _named(parameters: list[Tensor], names: dict[Tensor, str], group: int) -> li
     return named
 
 
-def _moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> Tensor:
+def _read_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], copy: bool) -> Tensor:
+    """Return one moment of a parameter in at least float32, checked; zeros before the first step."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if not state:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
@@ -172,18 +187,19 @@ def _moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> Te
             f"optimizer state {key} of {name} and the parameter are not both DTensors; make the optimizer after "
             "fully_shard, or load its state with restore_optimizer"
         )
-    value = value.detach().to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype), copy=True)
-    own = to_local(value)
-    bad = ~torch.isfinite(own) if key == "exp_avg" else ~torch.isfinite(own) | (own < 0)
+    value = value.detach().to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype), copy=copy)
+    local = to_local(value)
+    bad = ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
     if bad.any():
         raise ValueError(
-            f"optimizer state {key} of {name} holds {own[bad][0].item()} ({int(bad.sum())} such values), which AdamW "
+            f"optimizer state {key} of {name} holds {local[bad][0].item()} ({int(bad.sum())} such values), which AdamW "
             "cannot have; take an earlier checkpoint, from before the training diverged"
         )
     return value
 
 
-def _step(name: str, state: dict[str, Any]) -> int:
+def _read_step(name: str, state: dict[str, Any]) -> int:
+    """Return the number of updates of a parameter, 0 before the first."""
     if not state:
         return 0
     step = _number(f"optimizer state step of {name}", state.get("step", math.nan))
@@ -193,6 +209,7 @@ def _step(name: str, state: dict[str, Any]) -> int:
 
 
 def _number(field: str, value: Any) -> float:
+    """Return a finite float, also from a tensor of one element."""
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{field} is {number}; it must be a finite number: set it in the optimizer")

@@ -1,4 +1,4 @@
-"""Prompts from files: what to ask the policy, and the columns that the reward function needs beside it."""
+"""Prompts from files: the text or conversation that the policy answers, and the columns for the reward function."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
-"""One turn of a conversation, ``{"role": "user", "content": "..."}``, and what else a chat template reads."""
+"""One turn of a conversation, ``{"role": "user", "content": "..."}``, with any further fields of a chat template."""
 
-ASKED = ("prompt", "messages", "question")
-"""Fields of a record that can hold what is asked; the first that is there does, and the others are columns."""
+QUESTION_FIELDS = ("prompt", "messages", "question")
+"""Fields of a record that can hold the prompt; the first one present does, and the others are columns."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to complete or a conversation to answer, its name, and the further fields (``columns``) for the reward.
+    """A text to complete or a conversation to answer, with its name and the further fields for the reward.
 
-    ``text``: completed as it stands; empty for a conversation. ``messages``: the conversation, which the tokenizer's
-    chat template makes a text of; None for a plain text.
+    Attributes:
+        id: name, unique among the prompts that are read together.
+        text: the text to complete as it stands; empty for a conversation.
+        columns: the further fields of the record, by name, for the reward function.
+        messages: the conversation, which the tokenizer's chat template turns into a text; None for a plain text.
     """
 
     id: str
@@ -32,26 +35,33 @@ class Prompt:
 
     @property
     def question(self) -> str | None:
-        """Return the last message of a conversation that the user wrote, or else its last; None for a plain text."""
+        """Return the user's last message of a conversation, or its last message; None for a plain text."""
         if self.messages is None:
             return None
-        asked = [message for message in self.messages if message["role"] == "user"] or self.messages
-        return str(asked[-1]["content"])
+        questions = [message for message in self.messages if message["role"] == "user"] or self.messages
+        return str(questions[-1]["content"])
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Prompts of a ``.jsonl``, ``.parquet`` or ``.txt`` file, in order.
+    """Read the prompts of a ``.jsonl``, ``.parquet`` or ``.txt`` file, in order.
 
-    ``.txt``: a prompt a line. ``.jsonl``: an object a line; ``.parquet``: a row each. Such a record holds one of
-    ``"prompt"``, a text or a list of messages ``{"role": ..., "content": ...}`` up to where the policy answers;
-    ``"messages"``, such a list; or GSM8K's ``"question"`` with an ``"answer"`` that ends in ``#### 1,800``: the column
-    ``answer`` is then ``"1800"`` and the column ``solution`` the whole. It may hold an ``"id"``; every other field is a
-    column. Blank lines are skipped; a prompt without id is named by its index, from 0.
+    A ``.txt`` file has one prompt per line, a ``.jsonl`` file one object per line, a ``.parquet`` file one record per
+    row. A record holds one of
 
-    Raises ``FileNotFoundError`` for a missing file, ``ImportError`` for parquet without pyarrow, and ``ValueError`` for
-    another suffix, a file without prompts, text that is not UTF-8, a malformed line or row (by number), a record
-    without anything to ask, messages that are none or end with the assistant's, or an id that occurs twice.
-    Source: the fields of https://huggingface.co/datasets/openai/gsm8k; TRL's conversational format.
+    - ``"prompt"``: a text, or a list of messages ``{"role": ..., "content": ...}`` up to where the policy answers;
+    - ``"messages"``: such a list;
+    - ``"question"`` with an ``"answer"`` that ends in ``#### 1,800``, as in GSM8K: the column ``answer`` is then
+      ``"1800"`` and the column ``solution`` the complete answer.
+
+    It may hold an ``"id"``; every other field is a column. Blank lines are skipped; a prompt without an id is named by
+    its index, from 0.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ImportError: for parquet without pyarrow.
+        ValueError: for another suffix, a file without prompts, text that is not UTF-8, a malformed line or row (by
+            number), a record without a prompt, messages that are empty or end with the assistant's, or an id that
+            occurs twice.
 
     Example:
         >>> import tempfile, pathlib
@@ -60,15 +70,17 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         ...     _ = file.write_text('{"prompt": "1+1=", "answer": "2"}\\n')
         ...     read_prompts(file)
         [Prompt(id='0', text='1+1=', columns={'answer': '2'}, messages=None)]
+
+    Source: the fields of https://huggingface.co/datasets/openai/gsm8k; TRL's conversational format.
     """
     file = Path(path)
     if not file.is_file():
         state = "is a directory" if file.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"prompts file {str(path)!r} {state}; check the path, or give what is asked itself in a list"
+            f"prompts file {str(path)!r} {state}; check the path, or give the prompts themselves in a list"
         )
     if file.suffix == ".jsonl":
-        records = [(where, _object(where, line)) for where, line in _lines(file)]
+        records = [(source, _object(source, line)) for source, line in _lines(file)]
     elif file.suffix in (".parquet", ".txt"):
         records = _rows(file) if file.suffix == ".parquet" else _lines(file)
     else:
@@ -80,9 +92,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
 
 
 def make_prompts(records: Sequence[str | dict[str, Any]]) -> list[Prompt]:
-    """Prompts from values as a ``.txt`` or ``.jsonl`` file holds them, a text or an object each.
+    """Make prompts from values such as a ``.txt`` or ``.jsonl`` file holds: a text or a record each.
 
-    Raises ``ValueError`` as ``read_prompts`` does, naming a prompt by its place, from 0.
+    Raises:
+        ValueError: as ``read_prompts`` does, naming a prompt by its index, from 0.
 
     Example:
         >>> [prompt.id for prompt in make_prompts(["1+1=", {"prompt": "1+2=", "id": "three", "answer": "3"}])]
@@ -92,10 +105,21 @@ def make_prompts(records: Sequence[str | dict[str, Any]]) -> list[Prompt]:
 
 
 def as_conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) -> list[Prompt]:
-    """The prompts as a chat model is asked: ``chat`` makes a plain text a user's message, ``system`` goes before all.
+    """Return the prompts in the form in which a chat model is key.
 
-    Without either they stay as they are. Raises ``ValueError``, naming the prompt, where ``system`` meets a plain text
-    or a conversation that has a system message, and where some are plain texts and others conversations.
+    Without ``chat`` and ``system`` they stay unchanged.
+
+    Args:
+        prompts: n plain texts or conversations.
+        chat: True turns a plain text into one message of the user.
+        system: the text of a system message to put first; None adds none.
+
+    Returns:
+        n prompts in the same order.
+
+    Raises:
+        ValueError: naming the prompt, if ``system`` meets a plain text or a conversation that has a system message, or
+            if some prompts are plain texts and others conversations.
 
     Example:
         >>> as_conversations([Prompt("a", "1+1?")], chat=True, system="Be brief.")[0].messages
@@ -115,10 +139,12 @@ def as_conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) 
 
 
 def text_for(tokenizer: Any, prompt: Prompt) -> str:
-    """The text that the policy goes on from: a conversation as the tokenizer's chat template opens the answer to it.
+    """Return the text that the policy continues: a conversation up to where the chat template opens the answer.
 
-    Such a text has its special tokens in it already. Raises ``ValueError``, naming the prompt, where the tokenizer has
-    no chat template or its template fails.
+    A conversation's text already contains its special tokens.
+
+    Raises:
+        ValueError: naming the prompt, if the tokenizer has no chat template or the template fails.
 
     Example:
         >>> text_for(None, Prompt("a", "1+1="))
@@ -135,7 +161,7 @@ def text_for(tokenizer: Any, prompt: Prompt) -> str:
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in prompt.messages], tokenize=False, add_generation_prompt=True
         )
-    # A template raises what it likes, such as jinja2's own errors.
+    # A template may raise anything, such as jinja2's own errors.
     except Exception as error:
         raise ValueError(
             f"prompt {prompt.id!r}: the tokenizer's chat template fails on roles "
@@ -168,69 +194,71 @@ def _rows(file: Path) -> list[tuple[str, Any]]:
 
 def _prompts(records: Sequence[tuple[str, Any]]) -> list[Prompt]:
     prompts: list[Prompt] = []
-    first: dict[str, str] = {}
-    for where, record in records:
-        prompt = _prompt(where, {"prompt": record} if isinstance(record, str) else dict(record), str(len(prompts)))
-        if prompt.id in first:
-            raise ValueError(f"{where}: id {prompt.id!r} is already the id of {first[prompt.id]}; ids must be unique")
-        first[prompt.id] = where
+    source_of: dict[str, str] = {}
+    for source, record in records:
+        prompt = _prompt(source, {"prompt": record} if isinstance(record, str) else dict(record), str(len(prompts)))
+        if prompt.id in source_of:
+            raise ValueError(
+                f"{source}: id {prompt.id!r} is already the id of {source_of[prompt.id]}; ids must be unique"
+            )
+        source_of[prompt.id] = source
         prompts.append(prompt)
     return prompts
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
+def _object(source: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg}); each line must hold one object") from error
+        raise ValueError(f"{source} is not JSON ({error.msg}); each line must hold one object") from error
     if type(record) is not dict:
         raise ValueError(
-            f'{where} holds {type(record).__name__}; each line must hold an object such as {{"prompt": "..."}}'
+            f'{source} holds {type(record).__name__}; each line must hold an object such as {{"prompt": "..."}}'
         )
     return record
 
 
-def _prompt(where: str, record: dict[str, Any], default_id: str) -> Prompt:
+def _prompt(source: str, record: dict[str, Any], default_id: str) -> Prompt:
     name = record.pop("id", default_id)
     if type(name) not in (str, int):
-        raise ValueError(f'{where}: "id" is {name!r}; give a text or a whole number')
-    # In a parquet file every row has every field, with None for nothing.
-    asked = next((key for key in ASKED if record.get(key) is not None), None)
-    if asked is None:
-        raise ValueError(f'{where} has no "prompt", "messages" or "question" (it has {sorted(record)}); add one')
-    value = record.pop(asked)
-    if isinstance(value, list) and asked != "question":
-        return Prompt(str(name), "", record, _messages(where, asked, value))
-    if not isinstance(value, str) or not value or asked == "messages":
+        raise ValueError(f'{source}: "id" is {name!r}; give a text or a whole number')
+    # In a parquet file every row has every column, None where the record had no such field.
+    key = next((key for key in QUESTION_FIELDS if record.get(key) is not None), None)
+    if key is None:
+        raise ValueError(f'{source} has no "prompt", "messages" or "question" (it has {sorted(record)}); add one')
+    value = record.pop(key)
+    if isinstance(value, list) and key != "question":
+        return Prompt(str(name), "", record, _messages(source, key, value))
+    if not isinstance(value, str) or not value or key == "messages":
         kinds = {"prompt": "a non-empty text or a list of messages", "messages": "a list of messages"}
-        raise ValueError(f'{where}: "{asked}" is {value!r}; give {kinds.get(asked, "a non-empty text")}')
-    return Prompt(str(name), value, _gold_apart(where, record) if asked == "question" else record)
+        raise ValueError(f'{source}: "{key}" is {value!r}; give {kinds.get(key, "a non-empty text")}')
+    return Prompt(str(name), value, _split_gsm8k_answer(source, record) if key == "question" else record)
 
 
-def _gold_apart(where: str, columns: dict[str, Any]) -> dict[str, Any]:
-    """GSM8K's gold answer, which it writes after the worked solution, as a column of its own."""
+def _split_gsm8k_answer(source: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """Move GSM8K's gold answer, which follows the worked solution, into a column of its own."""
     worked = columns.get("answer")
     gold = worked.rpartition("####")[2].strip() if isinstance(worked, str) and "####" in worked else ""
     if not gold:
         raise ValueError(
-            f'{where}: "answer" is {worked!r}, which does not end in "#### 72" as that of a GSM8K "question" does; '
-            'write "prompt" for "question" where the answer is to be taken as it is'
+            f'{source}: "answer" is {worked!r}, which does not end in "#### 72" as that of a GSM8K "question" does; '
+            'write "prompt" for "question" to use the answer as it is'
         )
     return {"solution": worked, **columns, "answer": re.sub(r"(?<=\d),(?=\d{3})", "", gold)}
 
 
-def _messages(where: str, asked: str, values: list[Any]) -> tuple[Message, ...]:
+def _messages(source: str, key: str, values: list[Any]) -> tuple[Message, ...]:
     for i, value in enumerate(values):
         if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
             raise ValueError(
-                f'{where}: message {i} of "{asked}" is {value!r}; give {{"role": "user", "content": "..."}}, both texts'
+                f'{source}: message {i} of "{key}" is {value!r}; give {{"role": "user", "content": "..."}}, both texts'
             )
     if not values or values[-1]["role"] == "assistant":
         raise ValueError(
-            f'{where}: "{asked}" {"ends with the assistant" if values else "is empty"}; end it with the message that '
+            f'{source}: "{key}" {"ends with the assistant" if values else "is empty"}; end it with the message that '
             "the policy is to answer"
         )
-    # In a parquet file every message has the fields of all, with None for nothing; templates ask whether one is there.
+    # In a parquet file every message has the fields of all messages, None where it had none; templates test presence.
     return tuple({key: item for key, item in value.items() if item is not None} for value in values)
 
 

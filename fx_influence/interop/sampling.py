@@ -1,7 +1,7 @@
-"""On-policy rollouts from a Hugging Face model: full-softmax samples, the log-probs they were drawn with, rewards.
+"""On-policy rollouts from a Hugging Face model: full-softmax samples, the log-probs of the draws, rewards.
 
-An estimate over rollouts assumes that they were drawn from pi, so ``check_on_policy`` compares the log-probs recorded
-while sampling with scored ones before anything is built on the rollouts.
+Estimates over rollouts assume that they were sampled from pi, so ``check_on_policy`` compares the log-probs recorded
+while sampling with scored ones before anything is computed from the rollouts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from fx_influence.interop.generation import eos_token_ids, full_softmax_config, generate_tokens, sampling_mode
 from fx_influence.interop.prompts import Prompt, text_for
-from fx_influence.interop.rewards import Conversed, Reward
+from fx_influence.interop.rewards import Reward, TextOrMessages
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.scoring import score
 from fx_influence.losses import group_advantages
 from fx_influence.types import Batch
 
 Progress = Callable[[int, int], None]
-"""Called with (rollouts done, rollouts in all) after each generated chunk."""
+"""Called with (number of rollouts done, number of all rollouts) after each sampled chunk."""
 
 
 def sample(
@@ -39,18 +39,32 @@ def sample(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[Rollout]:
-    """Draw ``completions_per_prompt`` completions of each prompt from the policy's full softmax at ``temperature``.
+    """Sample ``completions_per_prompt`` completions of each prompt from the policy's full softmax at ``temperature``.
 
-    ``model``: a Hugging Face causal LM, or a PEFT model around one; it is in eval mode during the call. Its generation
-    config decides the end-of-sequence ids and nothing else; that object, the training mode of every module and the
-    global random state are afterwards what they were. The same seed and ``batch_size`` (completions at a time) give
-    the same rollouts bit for bit on one machine. Rollout k of a prompt is named ``"{prompt_id}/{k}"``; its group is the
-    prompt's index. Its prompt is what the policy saw: of a conversation, the text that the tokenizer's chat template
-    makes of it. Returns len(prompts) * completions_per_prompt rollouts, unjudged, prompt by prompt.
+    The model's generation config decides the end-of-sequence ids and nothing else; that config, the training mode of
+    every module and the global random state are restored afterwards. The same seed and ``batch_size`` give the same
+    rollouts bit for bit on one machine.
 
-    Raises ``ValueError``, before anything is generated, for a prompt without tokens or too long for the model, a
-    conversation without a chat template, a tokenizer that does not fit the model, no end-of-sequence id, or arguments
-    out of range.
+    Args:
+        model: a Hugging Face causal LM, or a PEFT model around one; it is in eval mode during the call.
+        tokenizer: the model's tokenizer.
+        prompts: texts or conversations, with unique ids.
+        completions_per_prompt: number of rollouts per prompt.
+        max_new_tokens: largest number of tokens per completion.
+        temperature: divides the logits.
+        seed: of the random state.
+        batch_size: number of completions sampled at a time.
+        progress: called after each chunk of ``batch_size`` rollouts.
+
+    Returns:
+        len(prompts) * completions_per_prompt rollouts without rewards, prompt by prompt. Rollout k of a prompt is named
+        ``"{prompt_id}/{k}"``; its group is the prompt's index. Its prompt is what the policy saw: for a conversation,
+        the text that the tokenizer's chat template makes of it.
+
+    Raises:
+        ValueError: before anything is sampled, for a prompt without tokens or too long for the model, a conversation
+            without a chat template, a tokenizer that does not fit the model, no end-of-sequence id, or arguments out of
+            range.
     """
     _check_counts(prompts, completions_per_prompt, max_new_tokens, temperature, batch_size)
     prompt_ids = tokenize_prompts(model, tokenizer, prompts, max_new_tokens)
@@ -63,8 +77,8 @@ def sample(
     with sampling_mode(model, config, seed):
         for start in range(0, len(rows), batch_size):
             chunk = rows[start : start + batch_size]
-            drawn = generate_tokens(model, [prompt_ids[g] for g, _ in chunk], config, temperature)
-            for (g, k), (tokens, logprobs) in zip(chunk, drawn, strict=True):
+            samples = generate_tokens(model, [prompt_ids[g] for g, _ in chunk], config, temperature)
+            for (g, k), (tokens, logprobs) in zip(chunk, samples, strict=True):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
                 args = (texts[g], prompt_ids[g], tokens[:end], logprobs[:end], end is not None)
                 rollouts.append(_rollout(tokenizer, prompts[g], g, k, *args))
@@ -76,9 +90,22 @@ def sample(
 def tokenize_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[tuple[int, ...]]:
-    """The prompts' token ids. Raises ``ValueError`` where ``model`` could not be asked for ``max_new_tokens`` more."""
+    """Tokenize prompts as the policy sees them.
+
+    Args:
+        model: the causal LM.
+        tokenizer: its tokenizer.
+        prompts: n texts or conversations.
+        max_new_tokens: number of tokens that have to fit after each prompt.
+
+    Returns:
+        n tuples of token ids.
+
+    Raises:
+        ValueError: for a prompt without tokens or too long for the model, or a tokenizer that does not fit the model.
+    """
     texts = [text_for(tokenizer, prompt) for prompt in prompts]
-    # A template writes its own special tokens: a tokenizer that adds a bos would put a second one before them.
+    # A chat template writes its own special tokens: a tokenizer that adds a bos would put a second one before them.
     prompt_ids = [
         tuple(tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
         for text, prompt in zip(texts, prompts, strict=True)
@@ -104,23 +131,36 @@ def tokenize_prompts(
 def with_rewards(
     rollouts: Sequence[Rollout], prompts: Sequence[Prompt], reward: Reward, *, scale_advantages: bool = True
 ) -> list[Rollout]:
-    """The rollouts with reward and group-relative advantage, judged by one call of ``reward`` on all of them.
+    """Return the rollouts with rewards and group-relative advantages, from one call of ``reward`` on all of them.
 
-    The prompts' columns go to ``reward``, one value per rollout, None where a prompt lacks a column; of a conversation
-    the messages do, and the completion as one more. A group whose rewards are all equal has advantage exactly 0. As in
-    TRL, a rollout whose reward is None has advantage 0 and no part in its group's mean.
-    Raises as ``rewards.score`` does, and ``ValueError`` for a rollout of an unknown prompt.
+    The prompts' columns go to ``reward``, one value per rollout, None if a prompt lacks a column; for a conversation
+    its messages do, and the completion as one more message. A group whose rewards are all equal has advantage exactly
+    0. As in TRL, a rollout whose reward is None has advantage 0 and no part in its group's mean.
+
+    Args:
+        rollouts: n rollouts of these prompts.
+        prompts: the prompts, found by ``prompt_id``.
+        reward: a function with TRL's signature.
+        scale_advantages: whether advantages are divided by the group's standard deviation.
+
+    Returns:
+        n rollouts in the same order.
+
+    Raises:
+        ValueError: for a rollout of an unknown prompt, and as ``scoring.score`` does.
+        RewardError: if the function itself raises.
     """
     by_id = {prompt.id: prompt for prompt in prompts}
     for rollout in rollouts:
         if rollout.prompt_id not in by_id:
             raise ValueError(
-                f"prompt_id of rollout {rollout.id!r} is {rollout.prompt_id!r}, not among the prompts given"
+                f"prompt_id of rollout {rollout.id!r} is {rollout.prompt_id!r}, not the id of a prompt; pass the "
+                "prompts that it was sampled from"
             )
-    asked = [by_id[r.prompt_id] for r in rollouts]
+    prompt_of_rollout = [by_id[r.prompt_id] for r in rollouts]
     names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-    columns = {name: [prompt.columns.get(name) for prompt in asked] for name in names}
-    exchanges = [_exchange(prompt, r) for prompt, r in zip(asked, rollouts, strict=True)]
+    columns = {name: [prompt.columns.get(name) for prompt in prompt_of_rollout] for name in names}
+    exchanges = [_exchange(prompt, r) for prompt, r in zip(prompt_of_rollout, rollouts, strict=True)]
     ids = [list(r.completion_ids) for r in rollouts]
     rewards = score(reward, [prompt for prompt, _ in exchanges], [answer for _, answer in exchanges], columns, ids)
     advantages = _advantages(rewards, [r.group for r in rollouts], scale_advantages)
@@ -144,11 +184,32 @@ def sample_rewarded(
     scale_advantages: bool = True,
     progress: Progress | None = None,
 ) -> list[Rollout]:
-    """``sample`` and ``with_rewards``; groups whose advantages are all zero are drawn again, a bounded number of times.
+    """Sample rollouts with rewards; groups whose advantages are all zero are sampled again, a bounded number of times.
 
-    Such a group moves the policy nowhere. Each of up to ``resample_zero_advantage`` rounds redraws those that are
-    left, with a seed derived from ``seed`` and the round; the last draw is kept whatever it is. The choice depends on
-    the rewards, so use it for update batches, never for an evaluation batch.
+    A group without advantages moves the policy nowhere. Each of up to ``resample_zero_advantage`` rounds samples the
+    remaining ones again, with a seed derived from ``seed`` and the round; the last sample is used whatever it is. The
+    choice depends on the rewards, so use it for update batches, never for an evaluation batch.
+
+    Args:
+        model: a Hugging Face causal LM, or a PEFT model around one.
+        tokenizer: the model's tokenizer.
+        prompts: texts or conversations, with unique ids.
+        reward: a function with TRL's signature, see ``with_rewards``.
+        completions_per_prompt: number of rollouts per prompt.
+        max_new_tokens: largest number of tokens per completion.
+        temperature: divides the logits.
+        seed: of the random state.
+        batch_size: number of completions sampled at a time.
+        resample_zero_advantage: number of further rounds, 0 or more.
+        scale_advantages: whether advantages are divided by the group's standard deviation.
+        progress: called after each chunk of ``batch_size`` rollouts of the first round.
+
+    Returns:
+        len(prompts) * completions_per_prompt rollouts, prompt by prompt.
+
+    Raises:
+        ValueError: as ``sample`` and ``with_rewards`` do, and for a negative number of rounds.
+        RewardError: if the reward function raises.
     """
     if resample_zero_advantage < 0:
         raise ValueError(f"resample_zero_advantage is {resample_zero_advantage}; give a number of rounds, 0 or more")
@@ -161,26 +222,33 @@ def sample_rewarded(
         temperature=temperature,
         batch_size=batch_size,
     )
-    judge = partial(with_rewards, prompts=prompts, reward=reward, scale_advantages=scale_advantages)
-    rollouts = judge(draw(prompts, seed=seed, progress=progress))
+    add_rewards = partial(with_rewards, prompts=prompts, reward=reward, scale_advantages=scale_advantages)
+    rollouts = add_rewards(draw(prompts, seed=seed, progress=progress))
     for attempt in range(1, resample_zero_advantage + 1):
-        flat = sorted(_flat_groups(rollouts))
+        flat = sorted(_groups_without_advantage(rollouts))
         if not flat:
             break
-        again = draw([prompts[g] for g in flat], seed=_derived_seed(seed, attempt))
-        fresh = {r.id: r for r in judge([dataclasses.replace(r, group=flat[r.group]) for r in again])}
+        redrawn = draw([prompts[g] for g in flat], seed=_derived_seed(seed, attempt))
+        fresh = {r.id: r for r in add_rewards([dataclasses.replace(r, group=flat[r.group]) for r in redrawn])}
         rollouts = [fresh.get(r.id, r) for r in rollouts]
     return rollouts
 
 
 def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch: Batch, tolerance: float) -> float:
-    """The largest |behaviour - scored| log-prob over all completion tokens, refused where above ``tolerance``.
+    """Return the largest |behaviour - scored| log-prob over all completion tokens; refuse one above ``tolerance``.
 
-    NaN where no rollout has behaviour log-probs, so that nobody can tell; those without are passed over.
+    Args:
+        rollouts: n rollouts; those without behaviour log-probs are passed over.
+        scored_logprobs: (n, T), at position t the log-prob of token t under the policy in question, at the temperature
+            that the rollouts were sampled with. Entries outside the completion mask are not read.
+        batch: (n, T), ``collate(rollouts)``.
+        tolerance: the largest difference that is allowed, in nats.
 
-    ``scored_logprobs``: (n, T), at position t the log-prob of token t under the policy in question, at the temperature
-    that the rollouts were sampled with. ``batch``: (n, T), ``collate(rollouts)``. Entries outside the completion mask
-    are not read. Raises ``ValueError`` naming the worst rollout, or where shapes disagree.
+    Returns:
+        The largest difference in nats; NaN if no rollout has behaviour log-probs, so that nothing can be compared.
+
+    Raises:
+        ValueError: naming the worst rollout, or if shapes disagree.
     """
     mask = batch.completion_mask
     if tuple(scored_logprobs.shape) != tuple(mask.shape) or len(rollouts) != mask.shape[0]:
@@ -215,18 +283,19 @@ def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch:
     return worst
 
 
-def _exchange(prompt: Prompt, rollout: Rollout) -> tuple[Conversed, Conversed]:
-    """Prompt and completion as TRL hands them to a reward function."""
+def _exchange(prompt: Prompt, rollout: Rollout) -> tuple[TextOrMessages, TextOrMessages]:
+    """Return the prompt and the completion as TRL passes them to a reward function."""
     if prompt.messages is None:
         return rollout.prompt, rollout.completion
     return [dict(message) for message in prompt.messages], [{"role": "assistant", "content": rollout.completion}]
 
 
 def _advantages(rewards: Sequence[float | None], groups: Sequence[int], scale: bool) -> list[float]:
-    judged = [i for i, reward in enumerate(rewards) if reward is not None]
-    group = torch.tensor([groups[i] for i in judged])
-    found = group_advantages(torch.tensor([rewards[i] for i in judged], dtype=torch.float64), group, scale=scale)
-    advantages = dict(zip(judged, found.tolist(), strict=True))
+    """Return group-relative advantages, 0 where the reward is None."""
+    scored = [i for i, reward in enumerate(rewards) if reward is not None]
+    group = torch.tensor([groups[i] for i in scored])
+    relative = group_advantages(torch.tensor([rewards[i] for i in scored], dtype=torch.float64), group, scale=scale)
+    advantages = dict(zip(scored, relative.tolist(), strict=True))
     return [advantages.get(i, 0.0) for i in range(len(rewards))]
 
 
@@ -241,6 +310,7 @@ def _rollout(
     logprobs: list[float],
     finished: bool,
 ) -> Rollout:
+    """Make the record of one sampled completion."""
     return Rollout(
         id=f"{prompt.id}/{k}",
         prompt_id=prompt.id,
@@ -255,12 +325,13 @@ def _rollout(
     )
 
 
-def _flat_groups(rollouts: Sequence[Rollout]) -> set[int]:
+def _groups_without_advantage(rollouts: Sequence[Rollout]) -> set[int]:
+    """Return the groups all of whose rollouts have advantage zero or None."""
     return {r.group for r in rollouts} - {r.group for r in rollouts if r.advantage}
 
 
 def _derived_seed(seed: int, attempt: int) -> int:
-    # A multiplier far from small numbers, so that the rounds of seed 0 are not the first draws of seeds 1, 2, ...
+    # A large multiplier, so that the rounds of seed 0 are not the first draws of seeds 1, 2, ...
     return (seed + attempt * 0x9E3779B97F4A7C15) % 2**63
 
 

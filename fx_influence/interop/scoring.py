@@ -10,20 +10,21 @@ import math
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from typing import Any
 
-from fx_influence.interop.rewards import RESERVED, Conversed, Reward, _text, math_verify
+from fx_influence.interop.rewards import RESERVED, Reward, TextOrMessages, completion_text, math_verify
 
 _log = logging.getLogger(__name__)
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the original exception is the ``__cause__``."""
+    """Raised when a reward function raises; the original exception is the ``__cause__``."""
 
 
 def resolve_reward(spec: str) -> Reward:
-    """The reward function that ``"module:function"`` names; the module is imported as Python would.
+    """Return the reward function that ``"module:function"`` names, importing the module as Python would.
 
-    Raises ``ValueError`` for a text of another form, a module that cannot be imported, a name that it does not have,
-    or one that cannot be called.
+    Raises:
+        ValueError: for a text of another form, a module that cannot be imported, a name that it does not have, or one
+            that cannot be called.
 
     Example:
         >>> resolve_reward("fx_influence.interop.rewards:exact_match")(["1+1="], ["2"], answer=["2"])
@@ -51,12 +52,14 @@ def resolve_reward(spec: str) -> Reward:
 
 
 def check_reward(reward: Reward, columns: Collection[str]) -> None:
-    """Refuse, before there is anything to judge, a reward that cannot be called with columns of these names.
+    """Refuse, before anything is sampled, a reward that cannot be called with columns of these names.
 
-    Raises ``ValueError`` for an argument that no column fills, a column that the function does not take, or one named
-    as what every function gets; for ``math_verify`` also what it raises itself.
+    Raises:
+        ValueError: for an argument that no column fills, a column that the function does not take, or a column named
+            like an argument of every reward function; for ``math_verify`` also what it raises itself.
 
     Example:
+        >>> from fx_influence.interop.rewards import exact_match
         >>> check_reward(exact_match, ["level"])
         Traceback (most recent call last):
         ValueError: reward fx_influence.interop.rewards:exact_match cannot be called with columns ['level']: missing a
@@ -64,7 +67,7 @@ def check_reward(reward: Reward, columns: Collection[str]) -> None:
     """
     arguments = _arguments(reward, [], [], {name: [] for name in columns}, [])
     try:
-        # Of a wrapper its own, whatever it hands on to what it wraps.
+        # Inspect the wrapper's own signature, not the wrapped function's.
         signature = inspect.signature(reward, follow_wrapped=False)
     except ValueError:
         return
@@ -80,19 +83,21 @@ def check_reward(reward: Reward, columns: Collection[str]) -> None:
 
 
 def check_columns(reward: Reward, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse records that all lack a column which ``reward`` requires, and log a warning where some do.
+    """Refuse records that all lack a column which ``reward`` requires, and log a warning if only some do.
 
-    Such columns are its arguments without a default. A function may give None for what it does not apply to, and so be
-    asked of records without its column; ``exact_match`` compares them with None, which scores 0.
+    Required columns are the function's arguments without a default. A function may return None for prompts that it does
+    not apply to, and so be called with records without its column; ``exact_match`` compares them with None, which
+    scores 0.
 
     Args:
         reward: the function.
         records: the columns of each prompt, by the prompt's id; a value of None counts as missing.
 
     Raises:
-        ValueError: where no record has a value for a column.
+        ValueError: if no record has a value for a column.
 
     Example:
+        >>> from fx_influence.interop.rewards import exact_match
         >>> check_columns(exact_match, {"a": {"answer": None}, "b": {"answer": None}})
         Traceback (most recent call last):
         ValueError: answer is missing in 2 of 2 prompts, the first of them 'a'; expected it in each, since reward
@@ -113,6 +118,7 @@ def check_columns(reward: Reward, records: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def _required_columns(reward: Reward) -> list[str]:
+    """Return the names of the arguments without a default that a column has to fill."""
     try:
         parameters = inspect.signature(reward, follow_wrapped=False).parameters.values()
     except ValueError:
@@ -123,18 +129,29 @@ def _required_columns(reward: Reward) -> list[str]:
 
 def score(
     reward: Reward,
-    prompts: Sequence[Conversed],
-    completions: Sequence[Conversed],
+    prompts: Sequence[TextOrMessages],
+    completions: Sequence[TextOrMessages],
     columns: Mapping[str, Sequence[Any]],
     completion_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[float | None]:
-    """Call ``reward`` once on all completions and check what comes back: one finite number, or None, each.
+    """Call ``reward`` once on all completions and check its values: one finite number, or None, each.
 
-    ``prompts``, ``completions``, ``completion_ids`` and every column: lists of one length n. Returns n values. Raises
-    ``ValueError`` for columns that do not fit or rewards that are missing, not numbers or not finite, and
-    ``RewardError``, with the cause, where the function itself raises.
+    Args:
+        reward: the function, also an asynchronous one.
+        prompts: n texts or conversations.
+        completions: n texts or lists of one message.
+        columns: lists of n values, by name.
+        completion_ids: n sequences of token ids; None if there are none to pass.
+
+    Returns:
+        n rewards.
+
+    Raises:
+        ValueError: for columns that do not fit, or rewards that are missing, not numbers or not finite.
+        RewardError: with the cause, if the function itself raises.
 
     Example:
+        >>> from fx_influence.interop.rewards import exact_match
         >>> score(exact_match, ["1+1="], ["3"], {"answer": ["2"]})
         [0.0]
     """
@@ -143,7 +160,7 @@ def score(
     try:
         values = reward(**arguments)
         if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+            values = asyncio.run(_await(values))
     except Exception as error:
         kind = "texts" if all(isinstance(completion, str) for completion in completions) else "lists of messages"
         raise RewardError(
@@ -159,11 +176,12 @@ def score(
 
 def _arguments(
     reward: Reward,
-    prompts: Sequence[Conversed],
-    completions: Sequence[Conversed],
+    prompts: Sequence[TextOrMessages],
+    completions: Sequence[TextOrMessages],
     columns: Mapping[str, Sequence[Any]],
     completion_ids: Sequence[Sequence[int]] | None,
 ) -> dict[str, list[Any]]:
+    """Return the keyword arguments of the call, each a list of one length."""
     for key in RESERVED:
         if key in columns:
             raise ValueError(f"columns holds {key!r}, an argument of every reward function; rename that field")
@@ -177,8 +195,9 @@ def _arguments(
 
 
 def _takes(reward: Reward, argument: str) -> bool:
+    """Whether a function, and the function that it wraps, accepts an argument."""
     try:
-        # A wrapper has to take it, and so has what it wraps, to which a bare *args, **kwargs hands it on.
+        # The wrapper has to accept it, and so does the wrapped function, which a bare **kwargs passes it to.
         signatures = [inspect.signature(reward, follow_wrapped=follow) for follow in (False, True)]
     except ValueError:
         return False
@@ -188,24 +207,26 @@ def _takes(reward: Reward, argument: str) -> bool:
     )
 
 
-def _number(value: Any, name: str, index: int, completion: Conversed) -> float:
+def _number(value: Any, name: str, index: int, completion: TextOrMessages) -> float:
+    """Return a reward as a float; refuse one that is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"reward {name} returned {value!r} for completion {index} ({_text(completion)[:80]!r}); return a finite "
-            "number, or None where it does not apply"
+            f"reward {name} returned {value!r} for completion {index} ({completion_text(completion)[:80]!r}); return a "
+            "finite number, or None where it does not apply"
         )
     return number
 
 
 def _name(reward: Reward) -> str:
+    """Return ``module:function``, or the repr of a callable without a name."""
     module = getattr(reward, "__module__", None)
     name = getattr(reward, "__qualname__", None) or getattr(reward, "__name__", None)
     return f"{module}:{name}" if module and name else repr(reward)
 
 
-async def _awaited(values: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:
+async def _await(values: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:
     return await values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,7 @@ def plain(tree: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_plain(state: AdamWState) -> list[Any]:
     moments = [plain(tree) for tree in state[:3]]
-    return [*moments, state.step, {name: tuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
+    return [*moments, state.step, {name: dataclasses.astuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
 
 
 class LargestMade(TorchDispatchMode):

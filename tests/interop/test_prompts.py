@@ -27,7 +27,7 @@ def write_rows(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_jsonl_gives_ids_and_columns(tmp_path: Path) -> None:
+def test_read_prompts_jsonl_has_ids_and_columns(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(
         '{"id": "a", "prompt": "1+1=", "answer": "2", "level": {"n": 1}}\n\n'
@@ -40,13 +40,13 @@ def test_jsonl_gives_ids_and_columns(tmp_path: Path) -> None:
     ]
 
 
-def test_txt_gives_a_prompt_a_line(tmp_path: Path) -> None:
+def test_read_prompts_txt_has_one_prompt_per_line(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffTell me \r\n\n  {not json\u2028}\n".encode())
     assert read_prompts(str(path)) == [Prompt("0", "Tell me "), Prompt("1", "  {not json\u2028}")]
 
 
-def test_the_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
+def test_read_prompts_parquet_rows_are_records(tmp_path: Path) -> None:
     records = [{"id": "a", "prompt": "1+1=", "answer": 2}, {"id": "b", "prompt": "x\n=", "answer": 3}]
     assert read_prompts(write_rows(tmp_path / "p.parquet", records)) == [
         Prompt("a", "1+1=", {"answer": 2}),
@@ -55,7 +55,7 @@ def test_the_rows_of_a_parquet_file_are_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["p.parquet", "p.jsonl"])
-def test_the_gold_answer_of_gsm8k_is_a_column_and_the_solution_another(tmp_path: Path, name: str) -> None:
+def test_read_prompts_splits_gsm8k_answer_and_solution(tmp_path: Path, name: str) -> None:
     assert read_prompts(write_rows(tmp_path / name, GSM8K)) == [
         Prompt("0", "How many clips?", {"answer": "1248", "solution": WORKED}),
         Prompt("1", "And now?", {"answer": "-5", "solution": "It fell.\n#### -5"}),
@@ -63,14 +63,14 @@ def test_the_gold_answer_of_gsm8k_is_a_column_and_the_solution_another(tmp_path:
 
 
 @pytest.mark.parametrize("gold", ["1,234,567", "$12", "1,5", "0.5"])
-def test_only_thousands_separators_leave_a_gold_answer(gold: str) -> None:
+def test_gsm8k_answer_loses_only_thousands_separators(gold: str) -> None:
     (prompt,) = make_prompts([{"question": "?", "answer": f"#### 7\n####  {gold} ", "solution": "its own"}])
     assert prompt.columns == {"answer": {"1,234,567": "1234567"}.get(gold, gold), "solution": "its own"}
 
 
 @pytest.mark.parametrize("name", ["p.parquet", "p.jsonl"])
 @pytest.mark.parametrize("field", ["prompt", "messages"])
-def test_messages_are_a_conversation(tmp_path: Path, name: str, field: str) -> None:
+def test_read_prompts_takes_messages_as_conversation(tmp_path: Path, name: str, field: str) -> None:
     """In the parquet file every message has a ``name``, most of them None."""
     named = [{**ASKED[0], "name": "Ann"}]
     path = write_rows(tmp_path / name, [{field: TALK, "answer": 1}, {field: named, "answer": 2}])
@@ -80,7 +80,7 @@ def test_messages_are_a_conversation(tmp_path: Path, name: str, field: str) -> N
     ]
 
 
-def test_the_first_field_that_asks_does_and_the_others_are_columns(tmp_path: Path) -> None:
+def test_read_prompts_uses_first_prompt_field(tmp_path: Path) -> None:
     """In a parquet file one that is not there is None."""
     records = [{"prompt": "a", "messages": TALK, **GSM8K[0]}, {"prompt": None, "messages": None, **GSM8K[1]}]
     first, second = read_prompts(write_rows(tmp_path / "p.parquet", records))
@@ -88,14 +88,14 @@ def test_the_first_field_that_asks_does_and_the_others_are_columns(tmp_path: Pat
     assert (second.text, second.messages, second.columns["answer"]) == ("And now?", None, "-5")
 
 
-def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_prompts_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "p.parquet", GSM8K)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"^reading parquet needs pyarrow: pip install 'fx-influence\[parquet\]'$"):
         read_prompts(path)
 
 
-def test_chat_makes_a_text_what_a_user_says_and_system_goes_before_it() -> None:
+def test_as_conversations_adds_user_and_system_messages() -> None:
     talk = Prompt("b", "", {"answer": "2"}, tuple(TALK))
     asked = as_conversations([Prompt("a", "1+1?", {"answer": "2"}), talk], chat=True, system=None)
     assert asked == [Prompt("a", "", {"answer": "2"}, tuple(ASKED)), talk]
@@ -120,9 +120,7 @@ def test_chat_makes_a_text_what_a_user_says_and_system_goes_before_it() -> None:
         ([Prompt("a", "1+1?"), Prompt("b", "", {}, (*ASKED,))], None, "'b' and prompt 'a' .* set chat: true"),
     ],
 )
-def test_a_conversation_that_cannot_be_made_names_the_prompt(
-    prompts: list[Prompt], system: str | None, message: str
-) -> None:
+def test_as_conversations_names_invalid_prompt(prompts: list[Prompt], system: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_conversations(prompts, chat=False, system=system)
 
@@ -165,13 +163,15 @@ def test_a_conversation_that_cannot_be_made_names_the_prompt(
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "id": 0}', "line 2: id '0' is already .* line 1"),
     ],
 )
-def test_a_bad_file_is_named_with_line_and_remedy(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_read_prompts_names_line_and_remedy_of_bad_file(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
         read_prompts(tmp_path / name)
     assert name in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_read_prompts_names_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.txt' does not exist"):
         read_prompts(tmp_path / "none.txt")

@@ -19,7 +19,7 @@ from fx_influence.interop.rewards import exact_match, math_verify
 from fx_influence.interop.scoring import RewardError, check_reward, resolve_reward, score
 
 
-def test_exact_match_reads_what_follows_the_last_equals_sign() -> None:
+def test_exact_match_reads_text_after_last_equals_sign() -> None:
     completions = ["17+9=26", "26", " 26 ", "26=17", "=26", "2 6", "260", "", "17+9=", "3+5+18=8+18=26"]
     expected = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     n = len(completions)
@@ -53,7 +53,7 @@ def test_math_verify_compares_expressions(conversation: bool) -> None:
     assert found == [expected for _, _, expected in MATHEMATICS]
 
 
-def test_math_verify_takes_the_solution_where_there_is_no_answer() -> None:
+def test_math_verify_uses_solution_without_answer() -> None:
     worked = "He has 9 left, and 9 * 2 = <<9*2=18>>18.\n#### 18"
     assert math_verify(["18", "9"], solution=[worked] * 2) == [1.0, 0.0]
     assert math_verify(["18", "9"], answer=[None, "9"], solution=[worked] * 2) == [1.0, 1.0]
@@ -61,7 +61,7 @@ def test_math_verify_takes_the_solution_where_there_is_no_answer() -> None:
         math_verify(["18"], prompts=["?"], gold=["18"])
 
 
-def test_math_verify_is_limited_in_time_where_signals_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_math_verify_has_timeout_in_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[int | None] = []
     parse, verify = math_verify_package.parse, math_verify_package.verify
 
@@ -83,18 +83,18 @@ def test_math_verify_is_limited_in_time_where_signals_work(monkeypatch: pytest.M
     assert limits[5:] == [None] * 5
 
 
-def test_math_verify_without_the_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_math_verify_needs_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=r"needs math-verify: pip install 'fx-influence\[math\]'$"):
         math_verify(["18"], answer=["18"])
 
 
-def test_exact_match_reads_a_conversation_by_the_same_rule() -> None:
+def test_exact_match_reads_conversations() -> None:
     completions = [[{"role": "assistant", "content": text}] for text in ("17+9=26", "#### 26")]
     assert exact_match([[{"role": "user", "content": "17+9="}]] * 2, completions, answer=["26"] * 2) == [1.0, 0.0]
 
 
-def test_the_functions_of_trl_work_as_they_are() -> None:
+def test_score_calls_trl_rewards_unchanged() -> None:
     completions = [[{"role": "assistant", "content": text}] for text in (r"<think>a</think>\boxed{18}", "18", "?")]
     columns = {"answer": ["18"] * 3, "solution": ["#### 18", "#### 18", "(no gold)"]}
     arguments = ([[{"role": "user", "content": "?"}]] * 3, completions, columns, [[1, 2, 1, 2], [1, 2], [1]])
@@ -110,7 +110,7 @@ def test_the_functions_of_trl_work_as_they_are() -> None:
         score(repetition, ["?"], ["18"], {})
 
 
-def test_the_tokens_go_to_a_function_that_takes_them() -> None:
+def test_score_passes_completion_ids_to_accepting_functions() -> None:
     seen: list[Any] = []
 
     def named(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
@@ -134,7 +134,7 @@ def test_the_tokens_go_to_a_function_that_takes_them() -> None:
         score(named, ["a"], ["b"], {}, [[3], [4]])
 
 
-def test_an_asynchronous_reward_is_awaited() -> None:
+def test_score_awaits_asynchronous_reward() -> None:
     async def judge(completions: list[str], **columns: Any) -> list[float]:
         return [float(len(completion)) for completion in completions]
 
@@ -160,7 +160,7 @@ def test_an_asynchronous_reward_is_awaited() -> None:
         ("my_rewards_c:narrow", ["completion_ids"], "columns holds 'completion_ids', an argument of every reward"),
     ],
 )
-def test_a_reward_that_the_columns_do_not_fit_is_refused_before_it_is_called(
+def test_check_reward_refuses_columns_that_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, columns: list[str], message: str
 ) -> None:
     functions = "def narrow(prompts, completions): 1 / 0\ndef state(completions, trainer_state, **columns): 1 / 0\n"
@@ -171,7 +171,7 @@ def test_a_reward_that_the_columns_do_not_fit_is_refused_before_it_is_called(
         check_reward(reward, columns)
 
 
-def test_a_reward_that_the_columns_fit_is_not_called_to_find_out() -> None:
+def test_check_reward_does_not_call_reward() -> None:
     def costly(completions: list[str], answer: list[str], level: int = 0, **columns: Any) -> list[float]:
         pytest.fail("called")
 
@@ -186,7 +186,7 @@ def test_a_reward_that_the_columns_fit_is_not_called_to_find_out() -> None:
     check_reward(max, ["answer"])
 
 
-def test_resolve_finds_a_function_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_reward_finds_function_in_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards_a.py").write_text("class Box:\n    @staticmethod\n    def f(**_): return [3.0]\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert resolve_reward("fx_influence.interop.rewards:exact_match") is exact_match
@@ -205,14 +205,16 @@ def test_resolve_finds_a_function_in_a_module(tmp_path: Path, monkeypatch: pytes
         ("math:pi", "which is float, not a function"),
     ],
 )
-def test_resolve_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
+def test_resolve_reward_names_the_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
+) -> None:
     (tmp_path / "my_rewards_b.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=f"reward is '{spec}'.*{message}"):
         resolve_reward(spec)
 
 
-def test_score_passes_the_columns_by_name() -> None:
+def test_score_passes_columns_by_name() -> None:
     seen: dict[str, Any] = {}
 
     def reward(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
@@ -225,13 +227,13 @@ def test_score_passes_the_columns_by_name() -> None:
 
 
 @pytest.mark.parametrize("values", [[True, False], np.array([1, 0]), torch.tensor([1.0, 0.0]), (1, 0)])
-def test_score_takes_any_sequence_of_numbers(values: Sequence[float]) -> None:
+def test_score_accepts_any_sequence_of_numbers(values: Sequence[float]) -> None:
     scored = score(lambda **_: values, ["a", "b"], ["c", "d"], {})
     assert scored == [1.0, 0.0]
     assert all(type(value) is float for value in scored)
 
 
-def test_score_names_a_reward_that_raises_and_keeps_the_cause() -> None:
+def test_score_chains_error_of_reward() -> None:
     def picky(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
         raise KeyError("answer")
 
@@ -253,7 +255,7 @@ def test_score_names_a_reward_that_raises_and_keeps_the_cause() -> None:
         (1.0, "returned float for 2 completions"),
     ],
 )
-def test_score_wants_one_finite_number_for_each(returned: Any, message: str) -> None:
+def test_score_refuses_invalid_rewards(returned: Any, message: str) -> None:
     def careless(**_: Any) -> Any:
         return returned
 
@@ -261,7 +263,7 @@ def test_score_wants_one_finite_number_for_each(returned: Any, message: str) -> 
         score(careless, ["a", "b"], ["c", "d"], {})
 
 
-def test_score_refuses_columns_that_do_not_fit() -> None:
+def test_score_refuses_columns_of_other_lengths() -> None:
     calls: list[int] = []
 
     def reward(**_: Any) -> list[float]:

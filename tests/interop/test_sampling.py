@@ -105,7 +105,7 @@ def gap(model: Any, rollouts: Sequence[Rollout], temperature: float = 1.0, toler
     return check_on_policy(rollouts, scored(model, batch, temperature), batch, tolerance)
 
 
-def test_the_draws_have_the_frequencies_of_the_full_softmax() -> None:
+def test_sample_frequencies_match_full_softmax() -> None:
     # More tokens than the library's default top_k of 50, which a request that leaves it open is given.
     model, tokenizer, n = make_model(vocab_size=90), make_tokenizer(), 4000
     model.generation_config.update(top_k=2, top_p=0.5)
@@ -151,7 +151,7 @@ def test_the_draws_have_the_frequencies_of_the_full_softmax() -> None:
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_nothing_of_the_checkpoints_generation_config_survives(kind: str, settings: dict[str, Any]) -> None:
+def test_sample_ignores_generation_config_of_checkpoint(kind: str, settings: dict[str, Any]) -> None:
     model, tokenizer = make_model(kind), make_tokenizer()
     neutral = sample(model, tokenizer, PROMPTS, **OPTIONS)
     inner = model.get_base_model() if kind == "lora" else model
@@ -167,7 +167,7 @@ def test_nothing_of_the_checkpoints_generation_config_survives(kind: str, settin
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "lora"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_recorded_log_probs_are_those_of_a_plain_forward_pass(kind: str, temperature: float) -> None:
+def test_sample_logprobs_match_forward_pass(kind: str, temperature: float) -> None:
     model = make_model(kind).train()
     rollouts = sample(model, make_tokenizer(), PROMPTS, **{**OPTIONS, "temperature": temperature}, batch_size=5)
     assert len({len(r.prompt_ids) for r in rollouts}) == 3
@@ -176,7 +176,7 @@ def test_recorded_log_probs_are_those_of_a_plain_forward_pass(kind: str, tempera
         gap(model, rollouts, temperature + 0.5)
 
 
-def test_every_rollout_is_recorded_with_its_texts_and_ids() -> None:
+def test_sample_records_texts_and_ids() -> None:
     tokenizer = make_tokenizer()
     rollouts = sample(make_model(), tokenizer, PROMPTS, **OPTIONS)
     assert [r.id for r in rollouts] == [f"{p}/{k}" for p in "abc" for k in range(8)]
@@ -193,7 +193,7 @@ def test_every_rollout_is_recorded_with_its_texts_and_ids() -> None:
     assert {r.finished for r in rollouts} == {True, False}
 
 
-def test_a_conversation_is_what_the_chat_template_makes_of_it() -> None:
+def test_sample_renders_conversation_by_chat_template() -> None:
     model, tokenizer = make_model(vocab_size=18), make_chat_tokenizer()
     prompts = [Prompt("talk", "", {}, TALK), Prompt("ask", "", {}, TALK[:1]), Prompt("text", "1+2")]
     rollouts = sample(model, tokenizer, prompts, **OPTIONS)
@@ -207,7 +207,7 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it() -> None:
     assert gap(model, rollouts) < ON_POLICY
 
 
-def test_sample_names_the_question_of_a_conversation() -> None:
+def test_sample_records_question_of_conversation() -> None:
     """What people are shown is what was asked last, not the first words of the template; a plain text has none."""
     model, tokenizer = make_model(vocab_size=18), make_chat_tokenizer()
     talk = (
@@ -220,7 +220,7 @@ def test_sample_names_the_question_of_a_conversation() -> None:
         assert (first.question, first.display_prompt) == (question, question or "1+1=")
 
 
-def test_a_reward_gets_a_conversation_as_messages() -> None:
+def test_with_rewards_passes_conversation_as_messages() -> None:
     prompts = [Prompt("talk", "", {"answer": "4"}, TALK)]
     rollouts = [Rollout("talk/0", "talk", 0, "<bos>...", "4", (2,), (6, EOS), True, (-1.0, -1.0))]
     seen: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def test_a_reward_gets_a_conversation_as_messages() -> None:
         (TEMPLATE, (*TALK, *TALK, *TALK), "'talk' has 32 tokens; with max_new_tokens 8 .* 26 positions"),
     ],
 )
-def test_a_conversation_that_cannot_be_asked_is_refused_before_generating(
+def test_sample_refuses_unusable_conversation_first(
     monkeypatch: pytest.MonkeyPatch, template: str | None, messages: tuple[dict[str, str], ...], message: str
 ) -> None:
     monkeypatch.setattr(Qwen2ForCausalLM, "generate", lambda *_, **__: pytest.fail("generate was called"))
@@ -261,7 +261,7 @@ def test_a_conversation_that_cannot_be_asked_is_refused_before_generating(
 
 
 @pytest.mark.parametrize("pad", ["<eos>", None])
-def test_the_sampled_eos_stays_where_it_is_also_the_padding(pad: str | None) -> None:
+def test_sample_keeps_eos_that_is_also_padding(pad: str | None) -> None:
     tokenizer, model = make_tokenizer(), make_model()
     usual = sample(model, tokenizer, PROMPTS, **OPTIONS)
     tokenizer.pad_token = pad
@@ -271,7 +271,7 @@ def test_the_sampled_eos_stays_where_it_is_also_the_padding(pad: str | None) -> 
     assert all(r.completion_ids.count(EOS) == 1 and r.completion_ids[-1] == EOS for r in rollouts if r.finished)
 
 
-def test_several_ends_of_sequence_end_a_completion() -> None:
+def test_sample_stops_at_every_eos_id() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     model.generation_config.eos_token_id = [EOS, ANOTHER_EOS]
     rollouts = sample(model, tokenizer, PROMPTS, **{**OPTIONS, "completions_per_prompt": 16})
@@ -282,7 +282,7 @@ def test_several_ends_of_sequence_end_a_completion() -> None:
     assert sample(model, tokenizer, PROMPTS, **OPTIONS) == sample(make_model(), tokenizer, PROMPTS, **OPTIONS)
 
 
-def test_the_same_seed_gives_the_same_rollouts_and_another_does_not() -> None:
+def test_sample_repeats_with_equal_seed_only() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     torch.manual_seed(1)
     first = sample(model, tokenizer, PROMPTS, **OPTIONS)
@@ -293,7 +293,7 @@ def test_the_same_seed_gives_the_same_rollouts_and_another_does_not() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_random_state_training_modes_and_config_are_put_back(fails: bool) -> None:
+def test_sample_restores_rng_modes_and_config(fails: bool) -> None:
     model, tokenizer = make_model("gpt2").train(), make_tokenizer()
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
@@ -317,7 +317,7 @@ def test_random_state_training_modes_and_config_are_put_back(fails: bool) -> Non
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
-def test_progress_counts_rollouts_by_chunk() -> None:
+def test_sample_reports_progress_per_chunk() -> None:
     calls: list[tuple[int, int]] = []
     report = lambda done, total: calls.append((done, total))  # noqa: E731
     sample(make_model(), make_tokenizer(), PROMPTS, **OPTIONS, batch_size=10, progress=report)
@@ -343,7 +343,7 @@ def test_progress_counts_rollouts_by_chunk() -> None:
         ({"eos": None}, "eos_token_id is None"),
     ],
 )
-def test_a_request_that_cannot_work_is_refused_before_generating(
+def test_sample_refuses_invalid_request_first(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
@@ -357,12 +357,12 @@ def test_a_request_that_cannot_work_is_refused_before_generating(
         sample(**arguments)
 
 
-def test_the_longest_prompt_that_fits_is_sampled() -> None:
+def test_sample_accepts_longest_fitting_prompt() -> None:
     rollouts = sample(make_model(), make_tokenizer(), [Prompt("long", "1" * 18)], **OPTIONS)
     assert len(rollouts) == 8
 
 
-def test_a_changed_model_is_off_policy() -> None:
+def test_check_on_policy_refuses_changed_model() -> None:
     model = make_model()
     rollouts = sample(model, make_tokenizer(), PROMPTS, **OPTIONS)
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_a_changed_model_is_off_policy() -> None:
         gap(model, rollouts, tolerance=1e-3)
 
 
-def test_the_check_names_the_worst_rollout_and_reads_only_completions() -> None:
+def test_check_on_policy_names_worst_rollout() -> None:
     rollouts = [
         Rollout("a/0", "a", 0, "", "", (2,), (3, 4), False, (-1.0, -2.0)),
         Rollout("b/0", "b", 1, "", "", (2, 3), (4,), False, (-3.0,)),
@@ -406,7 +406,7 @@ def judged(rewards: Sequence[float | None], groups: Sequence[int], **options: An
     return with_rewards(rollouts, prompts, reward, **options)
 
 
-def test_rewards_become_group_relative_advantages() -> None:
+def test_with_rewards_computes_group_relative_advantages() -> None:
     out = judged([1.0, 0.0, 1.0, 4.0, 2.0, 0.1, 0.1, 0.1], [0, 0, 0, 1, 1, 2, 2, 2], scale_advantages=False)
     assert [r.reward for r in out] == [1.0, 0.0, 1.0, 4.0, 2.0, 0.1, 0.1, 0.1]
     assert [r.advantage for r in out[:5]] == pytest.approx([1 / 3, -2 / 3, 1 / 3, 1.0, -1.0])
@@ -416,7 +416,7 @@ def test_rewards_become_group_relative_advantages() -> None:
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_where_a_reward_does_not_apply_the_rollout_is_as_if_it_were_not_in_its_group(scale: bool) -> None:
+def test_with_rewards_leaves_out_none_rewards(scale: bool) -> None:
     out = judged([1.0, None, 0.0, 4.0, 2.0, None, None], [0, 0, 0, 1, 1, 2, 2], scale_advantages=scale)
     without = judged([1.0, 0.0, 4.0, 2.0], [0, 0, 1, 1], scale_advantages=scale)
     assert [r.reward for r in out] == [1.0, None, 0.0, 4.0, 2.0, None, None]
@@ -425,7 +425,7 @@ def test_where_a_reward_does_not_apply_the_rollout_is_as_if_it_were_not_in_its_g
     assert [r.advantage for r in judged([None, None], [0, 0], scale_advantages=scale)] == [0.0, 0.0]
 
 
-def test_a_rollout_of_an_unknown_prompt_is_named() -> None:
+def test_with_rewards_names_rollout_of_unknown_prompt() -> None:
     rollout = Rollout("x/0", "x", 0, "", "", (2,), (3,), False, (-1.0,))
     with pytest.raises(ValueError, match="prompt_id of rollout 'x/0' is 'x'"):
         with_rewards([rollout], PROMPTS, exact_match)
@@ -444,7 +444,7 @@ class Judge:
         ]
 
 
-def test_groups_without_a_signal_are_drawn_again_up_to_the_bound() -> None:
+def test_sample_rewarded_resamples_up_to_the_bound() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     prompts = [Prompt(name, f"{name}=") for name in "123"]
     first = sample_rewarded(model, tokenizer, prompts, Judge("1=3=", 99), **OPTIONS)
@@ -459,7 +459,7 @@ def test_groups_without_a_signal_are_drawn_again_up_to_the_bound() -> None:
     assert gap(model, again) < ON_POLICY
 
 
-def test_drawing_again_stops_once_every_group_has_a_signal() -> None:
+def test_sample_rewarded_stops_when_all_groups_differ() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     once = Judge("3=", 1)
     prompts = [Prompt(name, f"{name}=") for name in "123"]
@@ -474,7 +474,7 @@ def test_drawing_again_stops_once_every_group_has_a_signal() -> None:
         sample_rewarded(model, tokenizer, prompts, once, **OPTIONS, resample_zero_advantage=-1)
 
 
-def test_a_group_that_is_judged_alike_or_not_at_all_is_drawn_again() -> None:
+def test_sample_rewarded_resamples_group_with_none() -> None:
     calls: list[int] = []
 
     def reward(completions: list[str], **_: Any) -> list[float | None]:
@@ -486,7 +486,7 @@ def test_a_group_that_is_judged_alike_or_not_at_all_is_drawn_again() -> None:
     assert calls == [8, 8, 8]
 
 
-def test_every_round_draws_anew_and_none_is_drawn_by_default() -> None:
+def test_sample_rewarded_uses_new_seed_each_round() -> None:
     model, tokenizer, draws = make_model(), make_tokenizer(), list[list[Rollout]]()
     for rounds in ({}, {"resample_zero_advantage": 1}, {"resample_zero_advantage": 2}):
         judge = Judge("1=", 99)
@@ -496,7 +496,7 @@ def test_every_round_draws_anew_and_none_is_drawn_by_default() -> None:
     assert texts[0] != texts[1] != texts[2] != texts[0]
 
 
-def test_without_behaviour_log_probs_nobody_can_tell() -> None:
+def test_check_on_policy_is_nan_without_behaviour_logprobs() -> None:
     rollouts = [Rollout("0/0", "0", 0, "", "", (1,), (2, 3), True), Rollout("1/0", "1", 1, "", "", (1,), (2, 3), True)]
     scored = torch.full((2, 3), -1.0)
     assert math.isnan(check_on_policy(rollouts, scored, collate(rollouts, 0), 1e-3))

@@ -1,10 +1,10 @@
-"""PEFT adapters"""
+"""PEFT adapters loaded onto their base model, with their weights checked against the adapter's config."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,30 @@ from fx_influence.interop.checkpoints.directory import (
     reporting_damage,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:
+    """Put the adapter of a directory on its base model.
+
+    Args:
+        model: the base model.
+        path: directory with ``adapter_config.json``, and with the weights unless ``shards`` is given.
+        shards: directory of ``torch.distributed.checkpoint`` with the weights; None to read those in ``path``.
+        dtype: of all parameters; None leaves them as loaded.
+
+    Returns:
+        The ``PeftModel``, of which only the adapter is trainable.
+
+    Raises:
+        ImportError: without peft.
+        ValueError: for weights that are damaged or do not fit the config.
+    """
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError("a PEFT adapter needs peft: pip install 'fx-influence[peft]'") from error
 
     with warnings.catch_warnings():
-        # a missing adapter weight is an error below, where peft only warns; the other is peft's own use of transformers
+        # peft only warns of a missing adapter weight, an error below; the second is its own use of transformers.
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
@@ -46,28 +58,30 @@ def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype
 
 
 def _adapter_misfit(adapted: Any, saved: dict[str, Tensor]) -> str:
-    """What the saved weights lack, by the model's names or by peft's."""
+    """Return what the saved weights lack, by the model's names or by peft's; an empty string if nothing."""
     from peft import get_peft_model_state_dict
 
-    names, trained = set(saved), _trained(adapted)
-    if trained <= names:
+    names, trainable = set(saved), _trainable_names(adapted)
+    if trainable <= names:
         return ""
     missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - names)
     if missing:
         return f"missing are {missing[:5]} ({len(missing)} in all)"
-    if len(names) < len(trained):
+    if len(names) < len(trainable):
         return (
-            f"{len(names)} tensors stand for {len(trained)} trained parameters (peft before 0.21 saves no biases of "
+            f"{len(names)} tensors stand for {len(trainable)} trained parameters (peft before 0.21 saves no biases of "
             "bias='lora_only')"
         )
     return ""
 
 
-def _trained(model: Any) -> set[str]:
+def _trainable_names(model: Any) -> set[str]:
+    """Return the names of the trainable parameters."""
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _adapter_of_files(model: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Load the adapter and its saved weights with peft."""
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
@@ -76,17 +90,18 @@ def _adapter_of_files(model: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _adapter_of_shards(model: Any, path: Path, shards: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Load the adapter and its saved weights from ``torch.distributed.checkpoint``."""
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(path), local_files_only=True)
-    # the base of the config may have moved, of which peft would warn
+    # peft would warn of a base model that has moved since.
     config.inference_mode, config.base_model_name_or_path = False, None
     adapted = get_peft_model(model, config)
     saved = read_values(shards, MODEL_KEYS)
-    if _trained(adapted) <= set(saved):
-        # of the whole model, where accelerate saves the adapter alone, under peft's names
+    if _trainable_names(adapted) <= set(saved):
+        # These are the weights of the complete model; accelerate saves only the adapter, under peft's names.
         adapted.load_state_dict(saved, strict=False)
     else:
-        # a copy, as older peft renames in it
+        # A copy, since older peft renames keys in its argument.
         set_peft_model_state_dict(adapted, dict(saved))
     return adapted, saved

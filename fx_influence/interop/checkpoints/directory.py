@@ -1,4 +1,4 @@
-"""Files of a checkpoint directory"""
+"""Files of a checkpoint directory: their names, the places where they are looked for, and errors that name them."""
 
 from __future__ import annotations
 
@@ -6,62 +6,48 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from fx_influence.interop.checkpoints.dcp.read import has_values
 
-if TYPE_CHECKING:
-    pass
-
-
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
-
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-
-
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")
-
-
 PARAM_NAMES = "optimizer_param_names.json"
 
-
-# keys of the dict that was saved, and the sub-directories that accelerate saves them in
+# Keys of the dict that was saved, and the subdirectories in which accelerate saves them.
 MODEL_KEYS, MODEL_SUBDIRECTORY = ("model",), "pytorch_model_fsdp_0"
-
-
 OPTIMIZER_KEYS, OPTIMIZER_SUBDIRECTORY = ("optim", "optimizer"), "optimizer_0"
 
 
 def require_directory(field: str, path: str | Path) -> Path:
+    """Return ``path`` as a ``Path``; raise ``FileNotFoundError``, naming ``field``, if it is not a directory."""
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{field} is {str(path)!r}, not a directory; pass a local checkpoint directory")
     return Path(path)
 
 
 @contextmanager
-def reporting_damage(what: str, path: Path) -> Iterator[None]:
-    """Raise what readers of files say inside as ``ValueError`` that names what is damaged, and where it lies.
+def reporting_damage(subject: str, path: Path) -> Iterator[None]:
+    """Raise the errors of file readers inside as ``ValueError`` that names what is damaged and the directory.
 
-    Readers in Rust raise bare ``Exception``, and ``json`` names no file; errors that do name one stay as they are, and
-    so does what is said of pickles, which is no damage.
+    Readers in Rust raise bare ``Exception``, and ``json`` names no file. Errors that name one stay unchanged, and so do
+    those about pickles, which are no damage.
     """
     try:
         yield
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
-        raise ValueError(f"{what} in {path} is damaged: {error}; copy or save it there again") from error
+        raise ValueError(f"{subject} in {path} is damaged: {error}; copy or save it there again") from error
     except Exception as error:
         if type(error) not in (Exception, TypeError, KeyError) and "PytorchStreamReader" not in str(error):
             raise
-        raise ValueError(f"{what} in {path} cannot be read: {error}; copy or save it there again") from error
+        raise ValueError(f"{subject} in {path} cannot be read: {error}; copy or save it there again") from error
 
 
 def base_directory(path: Path, base: str | Path | None) -> Path:
+    """Return the directory of an adapter's base model, by default the one that ``adapter_config.json`` names."""
     if base is not None:
         return require_directory("base", base)
     config = path / "adapter_config.json"
@@ -74,17 +60,21 @@ def base_directory(path: Path, base: str | Path | None) -> Path:
     return Path(name)
 
 
-def find_dcp_directory(path: Path, subdirectory: str, part: Sequence[str]) -> Path | None:
-    """Where ``torch.distributed.checkpoint`` saved a part."""
-    return next((directory for directory in (path / subdirectory, path) if has_values(directory, part)), None)
+def find_dcp_directory(path: Path, subdirectory: str, names: Sequence[str]) -> Path | None:
+    """Return the directory in which ``torch.distributed.checkpoint`` saved a value under one of ``names``.
+
+    It is ``subdirectory`` of ``path``, or else ``path``; None if neither holds one.
+    """
+    return next((directory for directory in (path / subdirectory, path) if has_values(directory, names)), None)
 
 
 def read_param_names(path: Path) -> list[list[str]] | None:
-    """The parameters' names group by group, where they are saved beside the state."""
+    """Return the parameters' names group by group, None if they are not saved beside the state."""
     return json.loads((path / PARAM_NAMES).read_text()) if (path / PARAM_NAMES).is_file() else None
 
 
 def require_model_files(model_path: Path, path: Path, is_adapter: bool, shards: Path | None) -> None:
+    """Raise ``FileNotFoundError`` for a missing config, or weights that are in none of their files."""
     remedy = "save the model there with save_pretrained, or {'model': ...} with torch.distributed.checkpoint.save"
     if shards is not None and not is_adapter:
         require_any_file(model_path, ("config.json",), "save it there with model.config.save_pretrained, or pass base=")
@@ -96,5 +86,6 @@ def require_model_files(model_path: Path, path: Path, is_adapter: bool, shards: 
 
 
 def require_any_file(path: Path, files: tuple[str, ...], remedy: str) -> None:
+    """Raise ``FileNotFoundError`` with a remedy if none of ``files`` is in ``path``."""
     if not any((path / file).is_file() for file in files):
         raise FileNotFoundError(f"{path} has no {' or '.join(files)}; {remedy}")

@@ -1,4 +1,4 @@
-"""A saved training state from a checkpoint directory: policy, tokenizer and AdamW's state by name.
+"""Saved training states of a checkpoint directory: policy, tokenizer and AdamW's state by parameter name.
 
 Nothing is downloaded, and of pickled files nothing is read but tensors and plain values.
 """
@@ -37,9 +37,12 @@ if TYPE_CHECKING:
 class Checkpoint(NamedTuple):
     """A saved training state.
 
-    ``model``: the causal LM or ``PeftModel``, in eval mode. ``tokenizer``: its tokenizer.
-    ``optimizer_state``: AdamW's state by parameter name, None where ``optimizer=False`` was asked.
-    ``eos_token_ids``: every id that ends a completion. ``path``: the directory that was read.
+    Attributes:
+        model: the causal LM or ``PeftModel``, in eval mode.
+        tokenizer: its tokenizer.
+        optimizer_state: AdamW's state by parameter name; None if ``optimizer=False`` was passed.
+        eos_token_ids: every id that ends a completion.
+        path: the directory that was read.
     """
 
     model: Any
@@ -61,28 +64,33 @@ def load_checkpoint(
     optimizer: bool = True,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint directory, without the network: full or PEFT, of one process or many.
+    """Load a checkpoint directory, without the network: full or PEFT, saved by one process or many.
 
-    ``path``: a directory with ``config.json``, tokenizer files, and each of these in the first place that has it:
+    ``path`` holds ``config.json``, tokenizer files, and each of these in the first place that has it:
 
     - weights: a directory of ``torch.distributed.checkpoint`` with the key ``model``, in ``pytorch_model_fsdp_0``,
       where accelerate and ``Trainer`` put it, or in ``path``; or ``model.safetensors``, its shards, or
-      ``pytorch_model.bin``. Where ``adapter_config.json`` is, they are the adapter's (``adapter_model.safetensors`` or
+      ``pytorch_model.bin``. Beside an ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or
       ``.bin``), and only the adapter is trainable.
     - optimizer: such a directory with the key ``optim`` or ``optimizer``, in ``optimizer_0`` or in ``path``; or
       ``optimizer.pt`` (or ``optimizer.bin``, of accelerate), the optimizer's ``state_dict()``.
 
-    ``base``: the directory of an adapter's base model, by default the adapter's ``base_model_name_or_path`` where that
-    is a local directory. Tokenizer files missing from ``path`` are taken from it, and so is ``config.json`` for weights
-    of ``torch.distributed.checkpoint``, which saves none.
-    ``dtype``: of the parameters, by default as saved. The optimizer state is cast to it, as torch does.
-    ``optimizer``: False loads the policy alone.
-    ``param_names``: the parameters' names group by group, where an optimizer state without names does not follow from
-    the rules of ``restore_optimizer``; by default those in ``optimizer_param_names.json``, if there is one.
+    Args:
+        path: the directory.
+        base: directory of an adapter's base model, by default the adapter's ``base_model_name_or_path`` if that is a
+            local directory. Tokenizer files missing from ``path`` are taken from it, and so is ``config.json`` for
+            weights of ``torch.distributed.checkpoint``, which saves none.
+        dtype: of the parameters, by default as saved. The optimizer state is cast to it, as torch does.
+        device: of the model.
+        optimizer: False loads only the policy.
+        param_names: the parameters' names group by group, if an optimizer state without names does not follow the rules
+            of ``restore_optimizer``; by default those in ``optimizer_param_names.json``, if there is one.
 
-    Raises ``FileNotFoundError`` for what is missing, ``ValueError`` for files that disagree with each other or that
-    hold more than tensors, ``TypeError`` for the state of another optimizer; all but a disagreement with the weights
-    before any weights are read.
+    Raises:
+        FileNotFoundError: for missing files.
+        ValueError: for files that disagree with each other or hold more than tensors.
+        TypeError: for the state of another optimizer. All errors but a disagreement with the weights are raised before
+            any weights are read.
 
     Example:
         >>> from importlib.resources import files
@@ -94,10 +102,10 @@ def load_checkpoint(
     is_adapter = (path / "adapter_config.json").is_file()
     base = base_directory(path, base) if is_adapter or base is not None else None
     shards = find_dcp_directory(path, MODEL_SUBDIRECTORY, MODEL_KEYS)
-    elsewhere = is_adapter or (shards is not None and not (path / "config.json").is_file())
-    model_path = base if elsewhere and base is not None else path
+    config_in_base = is_adapter or (shards is not None and not (path / "config.json").is_file())
+    model_path = base if config_in_base and base is not None else path
     require_model_files(model_path, path, is_adapter, shards)
-    tokenizer = _tokenizer(path, base)
+    tokenizer = _load_tokenizer(path, base)
     _check_vocabulary(tokenizer, model_path)
     state_dict = read_optimizer_state_dict(path) if optimizer else None
     param_names = read_param_names(path) if param_names is None else param_names
@@ -110,7 +118,7 @@ def load_checkpoint(
 
 
 def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``load_checkpoint`` gives, without the weights; arguments and errors as there.
+    """Load the tokenizer that ``load_checkpoint`` returns, without the weights; arguments and errors are the same.
 
     Example:
         >>> from importlib.resources import files
@@ -119,10 +127,11 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> PreTr
     """
     path = require_directory("path", path)
     needs_base = base is not None or (path / "adapter_config.json").is_file()
-    return _tokenizer(path, base_directory(path, base) if needs_base else None)
+    return _load_tokenizer(path, base_directory(path, base) if needs_base else None)
 
 
-def _tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from the first of the two directories that has one."""
     from transformers import AutoTokenizer
 
     for directory in (path, base):
@@ -139,6 +148,7 @@ def _tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: Path) -> None:
+    """Raise ``ValueError`` if the tokenizer has more tokens than the model's config has embedding rows."""
     from transformers import AutoConfig
 
     with reporting_damage("config.json", model_path):
@@ -152,6 +162,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: Path) -> N
 
 
 def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every id that ends a completion, of the generation config or else the tokenizer."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, (list, tuple)) else [configured, tokenizer.eos_token_id]
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))

@@ -1,11 +1,11 @@
-"""Causal language models of a checkpoint directory"""
+"""The causal language model of a checkpoint directory, from Hugging Face files or ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
 import functools
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,18 @@ from fx_influence.interop.checkpoints.directory import (
     reporting_damage,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:
+    """Load the causal language model of a directory.
+
+    Args:
+        path: directory with ``config.json``, and with the weights unless ``shards`` is given.
+        shards: directory of ``torch.distributed.checkpoint`` with the weights; None to read those in ``path``.
+        dtype: of the parameters; None for the saved one.
+
+    Raises:
+        ValueError: for weights that are damaged, hold more than tensors, or do not fit the config.
+    """
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
@@ -37,12 +44,12 @@ def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -
         raise ValueError(
             f"the weights in {path} hold more than tensors, which are never unpickled; save the model as safetensors"
         ) from error
-    # transformers fills what is missing or mismatched with random numbers and only warns
-    bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if bad:
+    # transformers fills missing or mismatched weights with random numbers and only warns.
+    misfits = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if misfits:
         raise ValueError(
             f"the weights in {shards or path} do not fit {path / 'config.json'}: missing or of another shape are "
-            f"{bad[:5]} ({len(bad)} in all); save model and config together with save_pretrained"
+            f"{misfits[:5]} ({len(misfits)} in all); save model and config together with save_pretrained"
         )
     return model
 
@@ -50,6 +57,7 @@ def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -
 def _from_shards(
     path: Path, weights: dict[str, Any], dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[Any, Any]:
+    """Build the model of a config, load tensors into it, and return it with the report of misfits."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Saved optimizer states put back over a model: of AdamW or not, and which parameter stands behind each integer id."""
+"""Saved AdamW states restored over a model: which parameter stands behind each integer id."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.interop.checkpoints.adamw_format import nest_flattened, require_adamw_state_dict
 from fx_influence.interop.checkpoints.dcp.read import StoredValue, read_slice
 
-# what transformers' Trainer.get_decay_parameter_names excludes from weight decay, besides the LayerNorm modules
+# Names that transformers' Trainer.get_decay_parameter_names excludes from weight decay, besides LayerNorm modules.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 def restore_optimizer(
     state_dict: dict[str, Any], model: nn.Module, param_names: Sequence[Sequence[str]] | None = None
 ) -> torch.optim.AdamW:
-    """A real ``torch.optim.AdamW`` over ``model``'s parameters, holding a saved state.
-
-    ``state_dict``: from ``optimizer.state_dict()``, whose ids are integers, or one by parameter names, which need no
-    rule: from torch's ``get_optimizer_state_dict``, flattened or not, or ``FSDP.optim_state_dict``, in whole tensors.
-    Its learning rates are those of the *next* step, and 0 at the end of most schedules: see ``adamw_state``.
-    ``model``: where FSDP2 has sharded it, each rank's optimizer takes its own shards of the state.
+    """Return a real ``torch.optim.AdamW`` over ``model``'s parameters, with a saved state.
 
     The names behind integer ids are, group by group and in this order of preference,
 
@@ -33,12 +28,20 @@ def restore_optimizer(
       order, then those without (biases and norms, whose weight decay is 0), either group possibly empty;
     - with one group, ``model.named_parameters()`` order, of the trainable parameters or else of all.
 
-    The rules cannot see a same-shape permutation: give ``param_names`` for an optimizer grouped in another way.
+    The rules cannot see a permutation of parameters of the same shape: give ``param_names`` for an optimizer grouped in
+    another way.
 
-    Raises ``TypeError`` for the state of another optimizer than AdamW, as far as its state dict shows (older torch
-    writes the same fields for ``Adam``, whose weight decay, where it is not 0, is part of the gradient); ``ValueError``
-    where the groups do not match the rule, or counts or shapes the model, with both.
-    Source: ``transformers.Trainer.create_optimizer`` and ``get_decay_parameter_names`` (transformers 5.23).
+    Args:
+        state_dict: from ``optimizer.state_dict()``, whose ids are integers, or by parameter names, which need no rule:
+            from torch's ``get_optimizer_state_dict``, flattened or not, or ``FSDP.optim_state_dict``, in full tensors.
+            Its learning rates are those of the *next* step, and 0 at the end of most schedules: see ``adamw_state``.
+        model: the model that was trained; if FSDP2 has sharded it, each rank's optimizer takes its shards of the state.
+        param_names: the parameters' names, group by group; None to follow the rules.
+
+    Raises:
+        TypeError: for the state of another optimizer than AdamW, as far as its state dict shows (older torch writes the
+            same fields for ``Adam``, whose weight decay, unless it is 0, is part of the gradient).
+        ValueError: if the groups do not match the rule, or counts or shapes the model, with both.
 
     Example:
         >>> from fx_influence.interop.optimizers import adamw_state
@@ -46,46 +49,49 @@ def restore_optimizer(
         >>> saved = torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()
         >>> adamw_state(restore_optimizer(saved, model), model).lr
         0.5
+
+    Source: ``transformers.Trainer.create_optimizer`` and ``get_decay_parameter_names`` (transformers 5.23).
     """
     require_adamw_state_dict(state_dict)
-    state_dict, own_names = _by_id(state_dict)
+    state_dict, stored_names = _by_id(state_dict)
     parameters = dict(model.named_parameters())
-    names, rule = _group_names(state_dict["param_groups"], model, own_names, param_names)
+    names, rule = _group_names(state_dict["param_groups"], model, stored_names, param_names)
     _check_groups(state_dict, names, parameters, rule)
     by_id = {index: parameters[name] for index, name in _ids_and_names(state_dict, names)}
     for index, entry in state_dict["state"].items():
-        state_dict["state"][index] = {field: _own_share(value, by_id[index]) for field, value in entry.items()}
+        state_dict["state"][index] = {field: _local_shard(value, by_id[index]) for field, value in entry.items()}
     optimizer = torch.optim.AdamW([{"params": [parameters[name] for name in group]} for group in names])
     optimizer.load_state_dict(state_dict)
     return optimizer
 
 
 def _ids_and_names(state_dict: dict[str, Any], names: list[list[str]]) -> Iterator[tuple[int, str]]:
-    for group, own in zip(state_dict["param_groups"], names, strict=True):
-        yield from zip(group["params"], own, strict=True)
+    """Yield the integer id and the name of each parameter."""
+    for group, group_names in zip(state_dict["param_groups"], names, strict=True):
+        yield from zip(group["params"], group_names, strict=True)
 
 
-def _own_share(value: Any, parameter: nn.Parameter) -> Any:
-    """Of a moment, what this rank's shard of the parameter needs; anything else as it is."""
+def _local_shard(value: Any, parameter: nn.Parameter) -> Any:
+    """Slice an optimizer moment to the local shard of the parameter; return other values unchanged."""
     if not is_sharded(parameter) or not isinstance(value, (StoredValue, Tensor)) or value.shape == ():
         return value
     from fx_influence.distributed.fsdp_gather import local_slices, shard_like
 
-    box = local_slices(parameter)
+    slices = local_slices(parameter)
     if isinstance(value, StoredValue):
-        own = torch.empty_like(to_local(parameter.detach()))
-        read_slice(value, [where.start for where in box], own)
+        local = torch.empty_like(to_local(parameter.detach()))
+        read_slice(value, [index.start for index in slices], local)
     else:
-        own = value[tuple(box)].to(parameter.device, copy=True)
-    return shard_like(own, parameter)
+        local = value[tuple(slices)].to(parameter.device, copy=True)
+    return shard_like(local, parameter)
 
 
 def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] | None]:
-    """The state dict with integer ids, and the names that it had in their place."""
+    """Return the state dict with integer ids, and the names that it had in their place, group by group."""
     saved = nest_flattened(state_dict)
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
-    # as strings, as which torch.distributed.checkpoint saves ids too
+    # torch.distributed.checkpoint saves ids as strings.
     ids = {str(key): index for index, key in enumerate(keys)}
     if foreign := sorted(str(key) for key in saved["state"] if str(key) not in ids):
         raise ValueError(f"the optimizer's state holds {foreign[:5]}, which are in no group; pass the whole state dict")
@@ -98,22 +104,22 @@ def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] 
 def _group_names(
     groups: list[dict[str, Any]],
     model: nn.Module,
-    own_names: list[list[str]] | None,
+    stored_names: list[list[str]] | None,
     param_names: Sequence[Sequence[str]] | None,
 ) -> tuple[list[list[str]], str]:
-    """The names group by group, and the rule they come from."""
-    if own_names is not None:
-        if param_names is not None and own_names != [list(group) for group in param_names]:
+    """Return the names group by group, and the rule that they follow from."""
+    if stored_names is not None:
+        if param_names is not None and stored_names != [list(group) for group in param_names]:
             raise ValueError("param_names are not the names in the optimizer's state dict; leave them out")
-        return own_names, "the names in place of ids"
+        return stored_names, "the names in place of ids"
     if param_names is not None:
         return [list(group) for group in param_names], "param_names"
     if all("param_names" in group for group in groups):
         return [list(group["param_names"]) for group in groups], "the names stored in param_groups"
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if len(groups) == 1:
-        every = [name for name, _ in model.named_parameters()]
-        return [every if len(groups[0]["params"]) == len(every) else trainable], "named_parameters() order"
+        all_names = [name for name, _ in model.named_parameters()]
+        return [all_names if len(groups[0]["params"]) == len(all_names) else trainable], "named_parameters() order"
     if len(groups) == 2 and float(groups[1]["weight_decay"]) == 0.0:
         from transformers.trainer_pt_utils import get_parameter_names
 
@@ -130,6 +136,7 @@ def _group_names(
 def _check_groups(
     state_dict: dict[str, Any], names: list[list[str]], parameters: dict[str, nn.Parameter], rule: str
 ) -> None:
+    """Raise ``ValueError`` if the names do not fit the saved groups or the model."""
     groups = [group["params"] for group in state_dict["param_groups"]]
     saved, expected = [len(group) for group in groups], [len(group) for group in names]
     remedy = "load the model that it was saved with, or pass param_names=, the names group by group"

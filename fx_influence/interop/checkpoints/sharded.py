@@ -1,4 +1,4 @@
-"""A saved training state read into a model that FSDP2 has sharded, every rank's own shards and nothing else."""
+"""Saved training states read into a model that FSDP2 has sharded, of which every rank reads only its shards."""
 
 from __future__ import annotations
 
@@ -32,19 +32,26 @@ def load_sharded_checkpoint(
     optimizer: bool = True,
     param_names: Sequence[Sequence[str]] | None = None,
 ) -> torch.optim.AdamW | None:
-    """Fill the weights of ``model`` with those of a checkpoint, and give its AdamW; no rank ever holds a whole tensor.
+    """Fill the weights of ``model`` from a checkpoint and return its AdamW; no rank ever holds a complete tensor.
 
-    ``path``: where ``torch.distributed.checkpoint`` saved the model under ``model`` and the optimizer under ``optim``
-    or ``optimizer``, in ``path`` or where accelerate and ``Trainer`` put them, see ``load_checkpoint``; by any number
-    of processes. Every rank reads the rows that its own shards need. ``model``: after ``fully_shard`` (one that is not
-    sharded will do), on its device: after ``to_empty`` where it was made on the meta device, which leaves buffers that
-    are not saved to the caller. Of an adapter saved alone, the base's weights stay. ``optimizer``: False gives None.
-    ``param_names``: see ``load_checkpoint``. Moments are cast to the parameters' dtype, as torch does.
+    Every rank makes the call and reads the rows that its shards need. What is raised on one rank is raised on all;
+    weights are changed only after everything but damage has been looked for. Moments are cast to the parameters' dtype,
+    as torch does. If an adapter was saved alone, the base model's weights stay. Nothing but tensors and plain values is
+    unpickled.
 
-    Every rank makes the call, and what is raised on one is raised on all: ``FileNotFoundError`` for what is missing,
-    ``ValueError`` for files that are damaged or do not fit the model, with names and shapes, and ``TypeError`` for the
-    state of another optimizer; weights are changed only after all but damage has been looked for. Nothing but tensors
-    and plain values is unpickled.
+    Args:
+        path: directory in which ``torch.distributed.checkpoint`` saved the model under ``model`` and the optimizer
+            under ``optim`` or ``optimizer``, or where accelerate and ``Trainer`` put them, see ``load_checkpoint``;
+            saved by any number of processes.
+        model: the model after ``fully_shard`` (an unsharded one also works), on its device: after ``to_empty`` if it
+            was made on the meta device, which leaves buffers that are not saved to the caller.
+        optimizer: False returns None in place of the optimizer.
+        param_names: see ``load_checkpoint``.
+
+    Raises:
+        FileNotFoundError: for missing files.
+        ValueError: for files that are damaged or do not fit the model, with names and shapes.
+        TypeError: for the state of another optimizer.
 
     Example:
         >>> import tempfile, warnings
@@ -66,10 +73,10 @@ def _load(
 ) -> torch.optim.AdamW | None:
     state_dict = None
     if optimizer:
-        state_dict = read_dcp_optimizer_state(_shards(path, OPTIMIZER_SUBDIRECTORY, OPTIMIZER_KEYS), locate_values)
-    for stored, value in _wanted(model, _shards(path, MODEL_SUBDIRECTORY, MODEL_KEYS)):
+        state_dict = read_dcp_optimizer_state(_require_dcp(path, OPTIMIZER_SUBDIRECTORY, OPTIMIZER_KEYS), locate_values)
+    for stored, value in _match_values(model, _require_dcp(path, MODEL_SUBDIRECTORY, MODEL_KEYS)):
         if isinstance(stored, StoredValue):
-            read_slice(stored, [where.start for where in local_slices(value)], to_local(value))
+            read_slice(stored, [index.start for index in local_slices(value)], to_local(value))
         else:
             value.copy_(stored)
     if state_dict is None:
@@ -77,36 +84,39 @@ def _load(
     return restore_optimizer(state_dict, model, read_param_names(path) if param_names is None else param_names)
 
 
-def _shards(path: Path, subdirectory: str, part: Sequence[str]) -> Path:
-    found = find_dcp_directory(path, subdirectory, part)
-    if found is None:
+def _require_dcp(path: Path, subdirectory: str, names: Sequence[str]) -> Path:
+    """Return the directory that holds a value under one of ``names``; raise ``FileNotFoundError`` if none does."""
+    directory = find_dcp_directory(path, subdirectory, names)
+    if directory is None:
         raise FileNotFoundError(
             f"neither {path} nor {path / subdirectory} is of torch.distributed.checkpoint with the key "
-            f"{' or '.join(part)}; save {{'model': ..., 'optim': ...}} there with torch.distributed.checkpoint.save"
+            f"{' or '.join(names)}; save {{'model': ..., 'optim': ...}} there with torch.distributed.checkpoint.save"
         )
-    return found
+    return directory
 
 
-def _wanted(model: nn.Module, shards: Path) -> list[tuple[StoredValue | Tensor, Tensor]]:
-    """What is saved of each parameter and buffer of the model, tied ones once, and the tensor that it is for."""
+def _match_values(model: nn.Module, shards: Path) -> list[tuple[StoredValue | Tensor, Tensor]]:
+    """Return the saved value of each parameter and buffer of the model, tied ones once, and the tensor to fill."""
     saved = locate_values(shards, MODEL_KEYS)
     names: dict[Tensor, list[str]] = {}
     for name, value in _values(model):
         names.setdefault(value, []).append(name)
     keys = {
-        value: [key for name in own for key in _aliases(name, model) if key in saved] for value, own in names.items()
+        value: [key for name in tied for key in _aliases(name, model) if key in saved] for value, tied in names.items()
     }
-    # An adapter may be saved alone.
-    alone = any(p.requires_grad for p in names) and not any(keys[value] for value in names if not value.requires_grad)
+    # An adapter may be saved without its base model.
+    adapter_only = any(p.requires_grad for p in names) and not any(
+        keys[value] for value in names if not value.requires_grad
+    )
     misfits = []
-    for value, own in names.items():
-        there = saved[keys[value][0]].shape if keys[value] else None
+    for value, tied in names.items():
+        saved_shape = saved[keys[value][0]].shape if keys[value] else None
         if value.is_meta:
-            misfits.append(f"{own[0]} is on the meta device, where nothing can be read to")
-        elif there is None and (value.requires_grad or not alone):
-            misfits.append(f"{own[0]} of shape {tuple(value.shape)} is missing")
-        elif there is not None and tuple(there) != tuple(value.shape):
-            misfits.append(f"{own[0]} has shape {tuple(there)} there and {tuple(value.shape)} in the model")
+            misfits.append(f"{tied[0]} is on the meta device, which has no memory to read into")
+        elif saved_shape is None and (value.requires_grad or not adapter_only):
+            misfits.append(f"{tied[0]} of shape {tuple(value.shape)} is missing")
+        elif saved_shape is not None and tuple(saved_shape) != tuple(value.shape):
+            misfits.append(f"{tied[0]} has shape {tuple(saved_shape)} there and {tuple(value.shape)} in the model")
     if misfits:
         raise ValueError(
             f"the weights in {shards} do not fit the model: {'; '.join(misfits[:5])} ({len(misfits)} in all); pass the "
@@ -116,6 +126,7 @@ def _wanted(model: nn.Module, shards: Path) -> list[tuple[StoredValue | Tensor, 
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of all parameters and saved buffers, tied ones under each name."""
     yield from model.named_parameters(remove_duplicate=False)
     for owner, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
@@ -124,7 +135,7 @@ def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _aliases(name: str, model: nn.Module) -> list[str]:
-    """The name, and what peft makes of it."""
+    """Return the name, and the names under which peft saves it."""
     adapters = getattr(model, "peft_config", {})
     short = (name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".") for adapter in adapters)
     return [name, *(other for other in short if other != name)]

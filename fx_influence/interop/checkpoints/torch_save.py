@@ -1,7 +1,7 @@
-"""Where in a file of ``torch.save`` the numbers of a tensor stand, so that some of its rows can be read alone.
+"""Files of ``torch.save`` read without unpickling, complete or only some rows of a tensor.
 
-Such a file is a zip archive that keeps, without compression, a pickle of the tensor's layout and its numbers. torch
-reads the numbers whole. Source: ``torch.serialization`` of torch 2.13; its format has been the same since torch 1.6.
+Such a file is a zip archive that contains, uncompressed, a pickle of the tensor's layout and its numbers. torch reads
+all of the numbers. Source: ``torch.serialization`` of torch 2.13; its format has been the same since torch 1.6.
 """
 
 from __future__ import annotations
@@ -28,10 +28,19 @@ _DTYPES = {
 
 
 def row_layout(file: IO[bytes], start: int, length: int, shape: tuple[int, ...]) -> tuple[torch.dtype, int] | None:
-    """The dtype of the tensor saved in ``length`` bytes from ``start``, and where in the file its first row begins.
+    """Find the numbers of a tensor in a file that contains what ``torch.save`` wrote for it.
 
-    None for what is not a contiguous tensor of ``shape`` and of floating point: ``torch.load`` is for that, and says
-    what is wrong with what is damaged. Nothing but the layout is unpickled, and of classes none.
+    Nothing but the layout is unpickled, and no classes are.
+
+    Args:
+        file: the file, opened for reading bytes.
+        start: offset of the archive in bytes.
+        length: size of the archive in bytes.
+        shape: the shape that the tensor must have.
+
+    Returns:
+        The dtype and the offset in bytes of the first row; None for anything but a contiguous floating-point tensor of
+        ``shape``, which ``torch.load`` reads, and which names what is wrong with a damaged one.
     """
     try:
         with zipfile.ZipFile(_Window(file, start, length)) as archive:
@@ -46,11 +55,13 @@ def row_layout(file: IO[bytes], start: int, length: int, shape: tuple[int, ...])
     if record.compress_type != zipfile.ZIP_STORED or record.file_size < math.prod(shape) * saved.dtype.itemsize:
         return None
     file.seek(start + record.header_offset + 26)
-    # the lengths of the name and of the padding, which stand before the numbers
+    # The local header ends with the lengths of the name and of the padding that precede the numbers.
     return saved.dtype, start + record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
 
 
 class _Layout(NamedTuple):
+    """Position, shape and stride of a tensor in its storage."""
+
     dtype: torch.dtype
     key: str
     offset: int
@@ -67,6 +78,8 @@ def _layout(storage: tuple[torch.dtype, str], offset: int, shape: Any, stride: A
 
 
 class _LayoutUnpickler(pickle.Unpickler):
+    """Unpickler of a tensor's layout, which refuses every other class."""
+
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
         return pid[1], pid[2]
 
@@ -81,10 +94,10 @@ class _LayoutUnpickler(pickle.Unpickler):
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+    """A range of bytes of a file, as a file of its own."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
+        self._file, self._start, self._length, self._position = file, start, length, 0
 
     def readable(self) -> bool:
         return True
@@ -93,22 +106,28 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
-        return self._at
+        self._position = max(
+            0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        )
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        self._file.seek(self._start + self._position)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._position)))
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
 
 def load_values(file: Path | IO[bytes], name: str) -> Any:
-    """What ``torch.save`` wrote, on the CPU. ``ValueError``, with ``name``, for more than tensors and plain values."""
+    """Load what ``torch.save`` wrote, on the CPU.
+
+    Raises:
+        ValueError: with ``name``, for a damaged file or more than tensors and plain values.
+    """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:

@@ -12,12 +12,21 @@ from fx_influence.types import Batch
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device = "cpu") -> Batch:
-    """Rollouts as one right-padded batch on ``device``, with coefficients where every rollout has its own.
+    """Collate rollouts into one right-padded batch, with coefficients if every rollout has its own.
 
-    The masks come from the lengths, so a ``pad_id`` that is also the end of sequence does no harm. Returns a ``Batch``
-    of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the longest rollout, ``group`` (n,), and
-    ``coefficients``, ``entropy_coefficients`` (n, T), float64, or None.
-    Raises ``ValueError`` for no rollouts, or for one without a prompt token: nothing would score its first token.
+    The masks follow from the lengths, so a ``pad_id`` that is also the end of sequence does no harm.
+
+    Args:
+        rollouts: n rollouts.
+        pad_id: id of any token, such as 0; padding is masked.
+        device: of the batch.
+
+    Returns:
+        A ``Batch`` of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the length of the longest
+        rollout, ``group`` (n,), and ``coefficients``, ``entropy_coefficients`` (n, T), float64, or None.
+
+    Raises:
+        ValueError: for no rollouts, or for one without a prompt token, without which nothing scores its first token.
 
     Example:
         >>> batch = collate([Rollout("0/0", "0", 0, "a", "b", (7,), (8, 1), True, (-0.5, -0.25))], pad_id=1)

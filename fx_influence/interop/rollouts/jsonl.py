@@ -1,4 +1,4 @@
-"""Records of a file: parsed and checked one by one, with every bad one named in a single error."""
+"""Records of JSON lines, parsed and checked one by one; one error names every bad record."""
 
 from __future__ import annotations
 
@@ -12,37 +12,46 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-SPELLED_OUT = 10
-"""Bad records whose faults an error spells out; it counts the others."""
+MAX_LISTED_PROBLEMS = 10
+"""Number of bad records whose faults an error lists; it counts the others."""
 
 
 def read_json_lines(files: Sequence[Path], parse: Callable[[int, dict[str, Any]], Value]) -> list[Value]:
-    """``parse(index, object)`` of each line that is not blank, counted from 0 through all files.
+    """Return ``parse(index, object)`` of each line that is not blank, counted from 0 through all files.
 
-    Raises ``ValueError``, naming each line that holds no JSON object or what ``parse`` refuses with a ``ValueError``.
+    Raises:
+        ValueError: naming each line that holds no JSON object or that ``parse`` refuses with a ``ValueError``.
     """
-    return read_all(_lines(files), lambda index, line: parse(index, json_object(line)))
+    return parse_all(_lines(files), lambda index, line: parse(index, json_object(line)))
 
 
-def read_all(items: Iterable[tuple[str, Item]], parse: Callable[[int, Item], Value]) -> list[Value]:
-    """``parse(index, item)`` of each item, given with its place; one ``ValueError`` names all that are refused."""
+def parse_all(items: Iterable[tuple[str, Item]], parse: Callable[[int, Item], Value]) -> list[Value]:
+    """Return ``parse(index, item)`` of each item, which comes with its position.
+
+    Raises:
+        ValueError: one error that names every refused item.
+    """
     values: list[Value] = []
     problems: list[str] = []
-    for index, (place, item) in enumerate(items):
+    for index, (position, item) in enumerate(items):
         try:
             values.append(parse(index, item))
-        # The last two: a number too large for a float, and brackets nested too deep for the parser.
+        # OverflowError: a number too large for a float. RecursionError: brackets nested too deep for the parser.
         except (ValueError, OverflowError, RecursionError) as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{position}: {error}")
     if problems:
-        more = len(problems) - SPELLED_OUT
+        more = len(problems) - MAX_LISTED_PROBLEMS
         rest = [f"and {more} more, {len(problems)} in all"] if more > 0 else []
-        raise ValueError("\n".join(problems[:SPELLED_OUT] + rest))
+        raise ValueError("\n".join(problems[:MAX_LISTED_PROBLEMS] + rest))
     return values
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-    """The object of a line, with ``NotFinite`` for NaN and infinities. Raises ``ValueError`` for anything else."""
+    """Return the object of a line, with ``NotFinite`` for NaN and infinities.
+
+    Raises:
+        ValueError: for anything else.
+    """
     try:
         record = json.loads(line.decode("utf-8-sig"), parse_constant=NotFinite, parse_float=_number)
     except json.JSONDecodeError as error:
@@ -55,10 +64,10 @@ def json_object(line: bytes) -> dict[str, Any]:
 
 
 class NotFinite(float):
-    """NaN or an infinity in a record; its type is not float, so that no field takes it for a number.
+    """NaN or an infinity in a record; its type is not float, so that no field accepts it as a number.
 
-    A trainer may write some where nobody reads: in extras of its reward, in padding, at tokens of the prompt. Only a
-    reader knows whether a value counts, and refuses it then.
+    A trainer may write some in values that nobody reads: in extras of its reward, in padding, at tokens of the prompt.
+    Only a reader knows whether a value counts, and refuses it then.
     """
 
     def __new__(cls, text: str) -> NotFinite:
@@ -70,17 +79,27 @@ class NotFinite(float):
 
 
 def refuse_not_finite(name: str, value: object) -> None:
-    """Raise ``ValueError`` for a ``NotFinite``; ``name``: the field that it counts in."""
+    """Raise ``ValueError`` for a ``NotFinite`` in field ``name``."""
     if isinstance(value, NotFinite):
         raise ValueError(f"field {name!r} holds the number {value.text}, which is not finite; repair it first")
 
 
 def field(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str) -> Any:
-    """``record[name]``. Raises ``ValueError`` if it is missing or of none of ``kinds``, put in words by ``what``."""
+    """Return ``record[name]``.
+
+    Args:
+        record: the parsed object.
+        name: of the field.
+        kinds: accepted types; bool is no int here.
+        what: the accepted values in words, for the error.
+
+    Raises:
+        ValueError: if the field is missing or of none of ``kinds``.
+    """
     if name not in record:
         raise ValueError(f"no field {name!r}, which must be {what}; the record has {sorted(record)}")
     refuse_not_finite(name, record[name])
-    # Not isinstance: True is an int too, and no number here.
+    # Not isinstance: True would pass for an int.
     if type(record[name]) not in kinds:
         raise ValueError(f"field {name!r} is {reprlib.repr(record[name])}; it must be {what}")
     return record[name]
@@ -89,28 +108,38 @@ def field(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str)
 def fields(
     record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str, counts: Sequence[bool] | None = None
 ) -> list[Any]:
-    """The list ``record[name]``, whose items are checked as by ``field``.
+    """Return the list ``record[name]``, whose items are checked as by ``field``.
 
-    ``counts``: which of them count, None for all; elsewhere a number that is not finite is None.
+    Args:
+        record: the parsed object.
+        name: of the field.
+        kinds: accepted types of the items.
+        what: the accepted items in words, for the error.
+        counts: whether each item counts; None if all do. An item that does not count and is not finite becomes None.
+
+    Raises:
+        ValueError: if the field is missing, no list, or holds an item of none of ``kinds``.
     """
     values: list[Any] = list(field(record, name, (list,), f"a list of {what}"))
-    for place, value in enumerate(values):
-        if isinstance(value, NotFinite) and counts is not None and not (place < len(counts) and counts[place]):
-            values[place] = None
+    for index, value in enumerate(values):
+        if isinstance(value, NotFinite) and counts is not None and not (index < len(counts) and counts[index]):
+            values[index] = None
             continue
         refuse_not_finite(name, value)
         if type(value) not in kinds:
-            raise ValueError(f"field {name!r} holds {reprlib.repr(value)} at {place}; it must hold {what} only")
+            raise ValueError(f"field {name!r} holds {reprlib.repr(value)} at {index}; it must hold {what} only")
     return values
 
 
 def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield the position and the bytes of each line that is not blank."""
     for path in files:
-        # As bytes: text mode would also split at a lone carriage return, and fail at the first bad byte of the file.
+        # Bytes: text mode would also split at a lone carriage return, and fail at the first bad byte of the file.
         with open(path, "rb") as file:
             yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def _number(text: str) -> float:
+    """Return a float, or ``NotFinite`` for a literal that overflows."""
     value = float(text)
     return value if math.isfinite(value) else NotFinite(text)

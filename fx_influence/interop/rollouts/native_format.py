@@ -15,10 +15,12 @@ from fx_influence.interop.rollouts.record import PER_TOKEN, Rollout
 
 
 def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) -> None:
-    """Write one JSON object a line; every value, floats to the last bit, is what ``read_native_rollouts`` gives back.
+    """Write one JSON object per line; ``read_rollouts`` returns every value, floats to the last bit.
 
-    The file appears whole or not at all. Raises ``ValueError`` for a number that JSON cannot hold (NaN, infinity),
-    naming the rollout.
+    The file appears complete or not at all.
+
+    Raises:
+        ValueError: for a number that JSON cannot hold (NaN, infinity), naming the rollout.
     """
     target, text = Path(path), to_json_lines(rollouts)
     # Not the tempfile module: its files are private to their owner and would stay so.
@@ -31,14 +33,14 @@ def write_rollouts(path: str | os.PathLike[str], rollouts: Iterable[Rollout]) ->
 
 
 def to_json_lines(rollouts: Iterable[Rollout]) -> str:
-    """The text that ``write_rollouts`` writes."""
+    """Return the text that ``write_rollouts`` writes."""
     return "".join(_to_line(rollout) for rollout in rollouts)
 
 
 def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
-    """Rollouts as ``write_rollouts`` wrote them, UTF-8, one JSON object a line; blank lines are skipped.
+    """Read rollouts as ``write_rollouts`` wrote them, UTF-8, one JSON object per line; blank lines are skipped.
 
-    Fields of other names are ignored. Those of a rollout, with their JSON types:
+    Fields of other names are ignored. The fields of a rollout, with their JSON types:
 
     - ``id``, ``prompt_id``, ``prompt``, ``completion``: string
     - ``group``: integer
@@ -48,12 +50,16 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
       ``completion_ids``, or null; may be left out
     - ``completion_mask``: array of booleans, one for each id in ``completion_ids``, or null; may be left out
     - ``reward``, ``advantage``: number or null; may be left out
-    - ``approximate``: boolean; may be left out, which is false
+    - ``approximate``: boolean; may be left out, which means false
     - ``question``: string or null; may be left out
 
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` naming every line that is not a rollout: no JSON,
-    a field missing or of another type, a number that is not finite. One that does not count is read: at a token where
-    ``completion_mask`` is false it is 0, and a reward beside an advantage is null.
+    A number that is not finite is refused where it counts, and accepted elsewhere: at a token where ``completion_mask``
+    is false it becomes 0, and a reward beside an advantage becomes null.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: naming every line that is not a rollout: no JSON, a field missing or of another type, a number that
+            is not finite where it counts.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"rollouts file {str(path)!r} does not exist; check the path")
@@ -61,6 +67,7 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
 
 
 def _to_line(rollout: Rollout) -> str:
+    """Return the line of one rollout."""
     try:
         return json.dumps(_record(rollout), allow_nan=False) + "\n"
     except ValueError as error:
@@ -68,14 +75,15 @@ def _to_line(rollout: Rollout) -> str:
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
-    """The fields that say something: what is absent has its default when it is read."""
+    """Return the fields that differ from their defaults, which a reader fills in again."""
     fields = dataclasses.fields(Rollout)
     return {f.name: value for f in fields if (value := getattr(rollout, f.name)) != f.default}
 
 
 def _from_record(_: int, record: dict[str, Any]) -> Rollout:
+    """Make a rollout of a parsed line."""
     values: dict[str, Any] = {}
-    record = _counted(record)
+    record = _drop_unused_not_finite(record)
     for field in dataclasses.fields(Rollout):
         if field.name in record:
             values[field.name] = _checked(field.name, record[field.name])
@@ -84,8 +92,11 @@ def _from_record(_: int, record: dict[str, Any]) -> Rollout:
     return Rollout(**values)
 
 
-def _counted(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with 0 for what is not finite at tokens that were not sampled, and no such reward by an advantage."""
+def _drop_unused_not_finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Replace numbers that are not finite where they do not count.
+
+    At tokens that were not sampled they become 0, and such a reward beside an advantage becomes None.
+    """
     mask, out = record.get("completion_mask"), dict(record)
     if isinstance(mask, list):
         for name in PER_TOKEN:
@@ -98,6 +109,7 @@ def _counted(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, value: object) -> object:
+    """Return the value of a field, as a tuple if it is a list; refuse one of another type."""
     for item in value if isinstance(value, list) else [value]:
         refuse_not_finite(name, item)
     if name in ("prompt_ids", "completion_ids"):
@@ -112,5 +124,5 @@ def _checked(name: str, value: object) -> object:
     else:
         valid = type(value) is {"group": int, "finished": bool, "approximate": bool}.get(name, str)
     if not valid:
-        raise ValueError(f"field {name!r} is {reprlib.repr(value)}; that is not the type that write_rollouts gives it")
+        raise ValueError(f"field {name!r} is {reprlib.repr(value)}; expected the type that write_rollouts gives it")
     return tuple(value) if isinstance(value, list) else value

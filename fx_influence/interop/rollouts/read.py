@@ -1,4 +1,4 @@
-"""Rollouts read from the files that trainers write, the format found out from the file itself."""
+"""Rollouts from the files that trainers write, in a format that is detected from the file itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JSON_FIELDS: dict[RolloutFormat, tuple[str, ...]] = {
     "nemo_rl": ("token_ids", "token_loss_mask", "advantages", "generation_logprobs", "input_lengths"),
     "verl": ("input", "output", "score", "step"),
 }
-"""The fields of a record that tell its format."""
+"""Fields of a record by which its format is detected."""
 
 
 def read_rollouts(
@@ -38,9 +38,11 @@ def read_rollouts(
     reward_weights: Mapping[str, float] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Rollout]:
-    """Rollouts from a file of this library or of a trainer, in the order of the file. By ``format``:
+    """Read rollouts from a file of this library or of a trainer, in the order of the file.
 
-    - ``"fx_influence"``: ``.jsonl`` as ``rollouts.write_rollouts`` writes it; ``rollouts.read_rollouts`` has its fields
+    The formats are
+
+    - ``"fx_influence"``: ``.jsonl`` as ``write_rollouts`` writes it; ``native_format`` lists its fields
     - ``"prime_rl"``: ``token_exports/step_<n>/rank_<r>.jsonl``, with ids, masks, log-probs and advantages
     - ``"nemo_rl"``: ``train_data_step<n>.jsonl``, with ids, masks, log-probs, rewards and advantages
     - ``"verl"``: ``<step>.jsonl`` of ``trainer.rollout_data_dir``, with texts and scores
@@ -48,23 +50,31 @@ def read_rollouts(
 
     Rollouts of verl and TRL are ``approximate``: their tokens are those of the texts, not surely those sampled, and
     verl's advantages are ``losses.group_advantages`` of the scores. Texts have lost their end-of-sequence token: the
-    tokenizer's is put back, and the rollout ``finished``, unless a boolean field ``truncated`` of the record says that
-    it was cut off, or without such a field the completion is ``max_completion_length`` tokens or longer. Tokens that a
-    tool or the template wrote are False in ``completion_mask``. Prompts are numbered as they first appear, equal
-    prompts being one unless the file tells them apart.
+    tokenizer's is put back, and the rollout is ``finished``, unless a boolean field ``truncated`` of the record says
+    that it was cut off, or without such a field the completion has ``max_completion_length`` tokens or more. Tokens
+    that a tool or the template wrote are False in ``completion_mask``. Prompts are numbered as they first appear; equal
+    prompts are one unless the file tells them apart. Nothing in a file is executed.
 
-    ``path``: a file, or a directory with the ``rank_*.jsonl`` of a step of prime-rl. ``tokenizer``: the policy's, from
-    transformers; needed for texts, and for ids that which ends a sequence and gives the texts; without it they are ""
-    and no rollout is ``finished``. ``format``: None finds it out from the suffix and the fields. ``scale``: of
-    ``losses.group_advantages``. ``reward_weights``: the columns of TRL that add up to the reward, by name.
-    ``chat_template_kwargs``: what else TRL gave to the chat template, such as ``tools``.
+    Args:
+        path: a file, or a directory with the ``rank_*.jsonl`` of a step of prime-rl.
+        tokenizer: the policy's, from transformers. Texts need it; for ids it tells which one ends a sequence and
+            decodes them: without it texts are "" and no rollout is ``finished``.
+        format: one of the names above; None detects it from the suffix and the fields.
+        scale: whether advantages that are computed are scaled, see ``losses.group_advantages``.
+        max_completion_length: the trainer's limit in tokens; None if unknown.
+        reward_weights: weights by name of TRL's columns that add up to the reward.
+        chat_template_kwargs: further arguments that TRL passed to the chat template, such as ``tools``.
 
-    Raises ``FileNotFoundError`` for a missing file; ``ImportError`` for parquet without pyarrow; ``ValueError`` for an
-    unknown format or layout, texts without a tokenizer, a file without rollouts, ids that occur twice, and, naming
-    every line or row, for records that are malformed or hold a number that is not finite where it counts: not in fields
-    that are not read, in padding, at tokens that were not sampled, or in rewards beside a recorded advantage. Nothing
-    in a file is executed.
-    Source: the readers, in ``rollout_tokens`` and ``rollout_text``, name the code that writes each format.
+    Returns:
+        At least one rollout.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ImportError: for parquet without pyarrow.
+        ValueError: for an unknown format or layout, texts without a tokenizer, a file without rollouts, ids that occur
+            twice, and, naming every line or row, for records that are malformed or hold a number that is not finite
+            where it counts: not in fields that are not read, in padding, at tokens that were not sampled, or in rewards
+            beside a recorded advantage.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -79,6 +89,8 @@ def read_rollouts(
         ...     (rollout,) = read_rollouts(file)
         >>> rollout.id, rollout.prompt_ids, rollout.completion_ids, rollout.advantage
         ('7/0/0', (4, 9), (5, 1), 0.5)
+
+    Source: the readers, in ``token_formats`` and ``text_formats``, name the code that writes each format.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise wrong_type("path", path, "a path", "Give the file first and the tokenizer second")
@@ -90,7 +102,7 @@ def read_rollouts(
     if max_completion_length is not None:
         check_count("max_completion_length", max_completion_length, "pass the trainer's limit in tokens, at least 1")
     files = _files(Path(path))
-    kind = format or _detected(files[0])
+    kind = format or _detect_format(files[0])
     if kind == "fx_influence":
         rollouts = read_native_rollouts(path)
     elif kind == "prime_rl":
@@ -108,6 +120,7 @@ def read_rollouts(
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the file, or the files of all ranks in a directory."""
     if path.is_file():
         return [path]
     # Shorter names first: rank 10 comes after rank 9.
@@ -119,24 +132,26 @@ def _files(path: Path) -> list[Path]:
     return ranks
 
 
-def _detected(file: Path) -> RolloutFormat:
+def _detect_format(file: Path) -> RolloutFormat:
+    """Detect the format from the suffix and the fields of the first record."""
     if file.suffix == ".parquet":
         return "trl"
     if file.suffix != ".jsonl":
-        raise ValueError(f"rollouts file {str(file)!r} is no .jsonl and no .parquet; say what it is with format=")
-    found = _first_fields(file)
+        raise ValueError(f"rollouts file {str(file)!r} is no .jsonl and no .parquet; give its format with format=")
+    names_in_file = _first_fields(file)
     for kind, names in JSON_FIELDS.items():
-        # Without any object it is as good as ours, whose reader names each bad line.
-        if found is None or found.issuperset(names):
+        # A file without any object goes to the native reader, which names each bad line.
+        if names_in_file is None or names_in_file.issuperset(names):
             return kind
     expected = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in JSON_FIELDS.items())
     raise ValueError(
-        f"rollouts file {str(file)!r} is of no known layout: its first record has {sorted(found or ())}; "
+        f"rollouts file {str(file)!r} is of no known layout: its first record has {sorted(names_in_file or ())}; "
         f"expected at least, of {expected}"
     )
 
 
 def _first_fields(file: Path) -> set[str] | None:
+    """Return the field names of the first line that is an object; None if there is none."""
     with open(file, "rb") as lines:
         for line in lines:
             with suppress(ValueError, RecursionError):
@@ -145,6 +160,7 @@ def _first_fields(file: Path) -> set[str] | None:
 
 
 def _require_unique(path: str, rollouts: Sequence[Rollout]) -> None:
+    """Raise ``ValueError`` for no rollouts or for ids that occur twice."""
     if not rollouts:
         raise ValueError(f"rollouts file {path!r} holds no rollout; give one that does")
     twice = [name for name, count in Counter(rollout.id for rollout in rollouts).items() if count > 1]

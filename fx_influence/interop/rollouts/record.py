@@ -1,4 +1,4 @@
-"""Rollouts as records: what was asked, what was sampled and how it was judged, in memory, as a batch and as a file."""
+"""Rollouts as records in memory: the prompt, the sampled completion and its reward."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from fx_influence.core.display import record_line
 class Rollout:
     """One prompt with one sampled completion.
 
-    ``id``: unique among the rollouts it is stored with. ``prompt_id``, ``group``: the prompt, by name and by number.
-    ``prompt``, ``completion``: texts, the completion without special tokens.
-    ``prompt_ids``, ``completion_ids``: the tokens that the policy saw and sampled, a sampled end of sequence included.
-    ``finished``: the completion ended by an end-of-sequence token rather than by the length limit.
-    ``behaviour_logprobs``: log pi of each completion token under the policy that sampled it, at its temperature; None
-    where nobody recorded them. ``reward``, ``advantage``: ``None`` until judged.
-    ``completion_mask``: False at tokens that the policy did not sample, such as a tool's output; None: all count.
-    ``coefficients``, ``entropy_coefficients``: c and b of each completion token, as a trainer's own loss gave them;
-    None: they follow from the advantage. ``approximate``: tokens or advantage were recomputed, not recorded.
-    ``question``: of a conversation what its last user message asks, which is what people are shown; None for a text.
+    Attributes:
+        id: unique among the rollouts that are stored together.
+        prompt_id: name of the prompt.
+        group: index of the prompt.
+        prompt: text of the prompt.
+        completion: text of the completion, without special tokens.
+        prompt_ids: tokens that the policy saw.
+        completion_ids: tokens that the policy sampled, a sampled end of sequence included.
+        finished: whether the completion ended by an end-of-sequence token rather than by the length limit.
+        behaviour_logprobs: log pi of each completion token under the policy that sampled it, at its temperature; None
+            if nobody recorded them.
+        reward: None until it is computed.
+        advantage: None until it is computed.
+        completion_mask: False at tokens that the policy did not sample, such as a tool's output; None if all count.
+        coefficients: c of each completion token, as a trainer's own loss gave them; None if they follow from the
+            advantage. entropy_coefficients: b of each completion token, likewise. approximate: whether tokens or
+            advantage were recomputed, not recorded. question: of a conversation, its last user message, which is shown
+            to people as the prompt; None for a text.
 
-    Raises ``ValueError`` if a value that is given for each token and ``completion_ids`` differ in length.
+    Raises:
+        ValueError: if a per-token value and ``completion_ids`` differ in length.
 
     Example:
         >>> Rollout("0/0", "0", 0, "1+1=", "2", (4, 9, 4, 10), (5, 1), True, (-0.5, -0.25)).finished
@@ -50,7 +59,7 @@ class Rollout:
 
     @property
     def display_prompt(self) -> str:
-        """Return what people are shown as the prompt: the question of a conversation, or else the text itself."""
+        """Return the text that is shown to people as the prompt: the question of a conversation, or else the prompt."""
         return self.question or self.prompt
 
     def __post_init__(self) -> None:
@@ -67,11 +76,15 @@ class Rollout:
 
 
 PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_coefficients")
-"""Fields with a value for each completion token, or None."""
+"""Fields that hold one value per completion token, or None."""
 
 
 def number_prompts(rollouts: Iterable[tuple[Rollout, Hashable]]) -> list[Rollout]:
-    """Rollouts, each given with what tells its prompt from others, with the prompts numbered as they first appear."""
+    """Number the prompts of rollouts as they first appear, and set ``prompt_id`` and ``group`` to that number.
+
+    Args:
+        rollouts: pairs of a rollout and a key that tells its prompt from others.
+    """
     numbers: dict[Hashable, int] = {}
     groups = [(rollout, numbers.setdefault(prompt, len(numbers))) for rollout, prompt in rollouts]
     return [dataclasses.replace(rollout, prompt_id=str(group), group=group) for rollout, group in groups]

@@ -1,4 +1,4 @@
-"""Recorded texts and conversations made tokens again, close to those that were sampled but not surely the same."""
+"""Recorded texts and conversations tokenised again, close to the sampled tokens but not surely the same."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 from fx_influence.interop.rollouts.record import Rollout
 
 Message = dict[str, Any]
-Piece = tuple[str, bool]
-"""A part of a completion, and whether the policy sampled it."""
+Segment = tuple[str, bool]
+"""A segment of a completion, and whether the policy sampled it."""
 
 
 @dataclass(frozen=True)
 class Retokenizer:
-    """How texts become rollouts: ``rollout_files.read_rollouts`` has the arguments of the same names.
+    """Converter of recorded texts to rollouts.
 
-    Raises ``ValueError`` without a tokenizer or its end of sequence.
+    Attributes:
+        tokenizer: the policy's tokenizer.
+        max_completion_length: the trainer's limit in tokens; None if unknown.
+        chat_template_kwargs: further arguments of the chat template.
+
+    Raises:
+        ValueError: without a tokenizer or its end of sequence.
     """
 
     tokenizer: Any
@@ -37,20 +43,27 @@ class Retokenizer:
             )
 
     def rollout(self, name: str, prompt: object, completion: object, truncated: bool | None) -> Rollout:
-        """A rollout of two texts or two lists of messages; ``truncated``: as the record says, None if it says nothing.
+        """Make a rollout of two texts or two lists of messages.
 
-        Raises ``ValueError`` for anything else and for messages that the chat template cannot render piece by piece.
+        Args:
+            name: id of the rollout.
+            prompt: a text or a list of messages.
+            completion: a text or a list of messages.
+            truncated: whether the completion was cut off, as the record says; None if it says nothing.
+
+        Raises:
+            ValueError: for anything else, and for messages that the chat template cannot render one after another.
         """
         messages = None if isinstance(prompt, str) else _messages("prompt", prompt)
         text = prompt if isinstance(prompt, str) else self._render(messages or [], True)
-        ids, mask, finished = self._completion(self._pieces(messages, completion), truncated)
+        ids, mask, finished = self._completion(self._segments(messages, completion), truncated)
         return Rollout(
             id=name,
             prompt_id="",
             group=0,
             prompt=text,
             completion=completion if isinstance(completion, str) else self._decode(ids),
-            # A template writes the beginning of the sequence itself; a bare text gets it from the tokenizer, if at all.
+            # A chat template writes the beginning of the sequence itself; a plain text gets it from the tokenizer.
             prompt_ids=tuple(self._encode(text, special=messages is None)),
             completion_ids=tuple(ids),
             finished=finished,
@@ -58,15 +71,15 @@ class Retokenizer:
             approximate=True,
         )
 
-    def _completion(self, pieces: Sequence[Piece], truncated: bool | None) -> tuple[list[int], list[bool], bool]:
-        """Ids, which of them were sampled, and whether they end the sequence."""
+    def _completion(self, segments: Sequence[Segment], truncated: bool | None) -> tuple[list[int], list[bool], bool]:
+        """Return the ids, whether each was sampled, and whether they end the sequence."""
         ids: list[int] = []
         mask: list[bool] = []
-        for text, sampled in pieces:
-            piece = self._encode(text, special=False)
-            ids += piece
-            mask += [sampled] * len(piece)
-        open_ended = pieces[-1][1]
+        for text, sampled in segments:
+            segment_ids = self._encode(text, special=False)
+            ids += segment_ids
+            mask += [sampled] * len(segment_ids)
+        open_ended = segments[-1][1]
         eos: int = self.tokenizer.eos_token_id
         if open_ended and ids[-1:] == [eos]:
             del ids[-1], mask[-1]
@@ -75,7 +88,7 @@ class Retokenizer:
         finished = open_ended and not truncated
         return ([*ids, eos], [*mask, True], True) if finished else (ids, mask, False)
 
-    def _pieces(self, prompt: list[Message] | None, completion: object) -> list[Piece]:
+    def _segments(self, prompt: list[Message] | None, completion: object) -> list[Segment]:
         if isinstance(completion, str):
             return [(completion, True)]
         messages = _messages("completion", completion)
@@ -85,10 +98,10 @@ class Retokenizer:
             raise ValueError("the completion holds messages but the prompt a text; both must be of one kind")
         return self._turns(prompt, messages)
 
-    def _turns(self, prompt: list[Message], completion: list[Message]) -> list[Piece]:
-        """What the template writes for each assistant's turn, sampled, and between them, not sampled."""
+    def _turns(self, prompt: list[Message], completion: list[Message]) -> list[Segment]:
+        """Return what the template writes for each assistant's turn, sampled, and between the turns, not sampled."""
         turns = [place for place, message in enumerate(completion) if message["role"] == "assistant"]
-        pieces: list[Piece] = []
+        segments: list[Segment] = []
         text = self._render(prompt, True)
         for turn in turns:
             opened = self._render(prompt + completion[:turn], True)
@@ -96,18 +109,18 @@ class Retokenizer:
             answer = _rest(closed, opened)
             eos: str = self.tokenizer.eos_token
             end = answer.rfind(eos) + len(eos) if eos in answer else len(answer)
-            pieces += [(_rest(opened, text), False), (answer[:end], True)]
+            segments += [(_rest(opened, text), False), (answer[:end], True)]
             text = opened + answer[:end]
         if not turns or turns[-1] < len(completion) - 1:
-            pieces.append((_rest(self._render(prompt + completion, False), text), False))
-        return pieces
+            segments.append((_rest(self._render(prompt + completion, False), text), False))
+        return segments
 
     def _render(self, messages: list[Message], generation: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, **self.chat_template_kwargs
             )
-        # A template is a program of its own, and may raise anything at messages that it does not expect.
+        # A template is a program, which may raise anything at messages that it does not expect.
         except Exception as error:
             raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
         return text
@@ -122,6 +135,7 @@ class Retokenizer:
 
 
 def _messages(name: str, value: object) -> list[Message]:
+    """Return a list of messages without null fields; raise ``ValueError`` for anything else."""
     if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
         raise ValueError(
             f"field {name!r} is {reprlib.repr(value)}; it must be a text or a list of messages with a role"
@@ -134,13 +148,14 @@ def _messages(name: str, value: object) -> list[Message]:
 
 
 def _without_nulls(value: Any) -> Any:
-    # A column of parquet gives every message the keys of all others, null where a message had none.
+    # A parquet column gives every message the keys of all others, null where a message had none.
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _rest(text: str, start: str) -> str:
+    """Return ``text`` after its beginning ``start``."""
     if not text.startswith(start):
         raise ValueError(
             "the tokenizer's chat template rewrites earlier turns, so what was sampled cannot be told from the rest; "

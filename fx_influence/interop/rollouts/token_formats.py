@@ -1,4 +1,4 @@
-"""Rollout files of trainers that record token ids, so that nothing has to be guessed: prime-rl and NeMo-RL."""
+"""Rollout files of trainers that record token ids, so that nothing is guessed: prime-rl and NeMo-RL."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FLAG = (bool, int, float)
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A sequence as a trainer recorded it: one value a token of prompt and completion. ``rewards`` may be absent."""
+class TokenRecord:
+    """A sequence as a trainer recorded it: one value per token of prompt and completion. ``rewards`` may be None."""
 
     tokens: list[int]
     sampled: list[bool]
@@ -28,15 +28,17 @@ class Recorded:
 
 
 def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
-    """Rollouts of prime-rl's token exports, ``token_exports/step_<n>/rank_<r>.jsonl`` (``enable_token_export = true``).
+    """Read rollouts of prime-rl's exports, ``token_exports/step_<n>/rank_<r>.jsonl`` (``enable_token_export = true``).
 
     A record is one trained sequence, its lists aligned with ``token_ids``: ``loss_mask``, ``advantages``,
     ``inference_logprobs`` and, in some versions, ``rewards`` and the weights of the loss's components, ``rl_weights``,
     ``ce_weights`` and ``ref_kl_weights``. The prompt ends at the first token that ``loss_mask`` counts. A token that
     the trainer's trust region left out (``is_masked``) counts as any other: the advantage is recorded, not the loss.
 
-    Raises ``ValueError``, by line, for another schema version, a sequence that another loss than the policy gradient
-    trained too, and advantages that differ between tokens.
+    Raises:
+        ValueError: by line, for another schema version, a sequence that another loss than the policy gradient trained
+            too, and advantages that differ between tokens.
+
     Source: PrimeIntellect-ai/prime-rl, src/prime_rl/trainer/rl/token_export.py, ``SCHEMA_VERSION`` 1: commit d2f82fa,
     the first, to those with the weights that skills/configs/SKILL.md lists at 04821ca. Since pull request 3444 prime-rl
     writes traces instead, another format, which this does not read.
@@ -49,7 +51,7 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
         step = "export_step" if "export_step" in record else "step"
         sampled = fields(record, "loss_mask", (bool,), "booleans")
         name = "/".join(str(field(record, n, (int,), "an integer")) for n in (step, "rank", "export_sequence_idx"))
-        recorded = Recorded(
+        recorded = TokenRecord(
             tokens=fields(record, "token_ids", (int,), "integers"),
             sampled=sampled,
             logprobs=fields(record, "inference_logprobs", NULLABLE, "numbers", sampled),
@@ -63,16 +65,18 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
 
 
 def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
-    """Rollouts of NeMo-RL's ``train_data_step<n>.jsonl`` in its log directory.
+    """Read rollouts of NeMo-RL's ``train_data_step<n>.jsonl`` in its log directory.
 
     A record is one sample, each field in a list of one: ``token_ids``, ``token_loss_mask``, ``advantages`` and
     ``generation_logprobs`` over the padded sequence, ``input_lengths`` the length without padding, ``rewards`` (with
     dynamic sampling ``filtered_rewards``, which alone follow the order of the other fields) and ``sample_loss_mask``;
-    ``idx`` alone is bare. The prompt ends at the first token that ``token_loss_mask`` counts. In a sample that
+    only ``idx`` is in no list. The prompt ends at the first token that ``token_loss_mask`` counts. In a sample that
     ``sample_loss_mask`` leaves out of the loss no token counts.
 
-    Raises ``ValueError``, by line, for a record without token ids (older versions log none, nor do runs with
-    ``should_log_nemo_gym_responses``) and for advantages that differ between tokens.
+    Raises:
+        ValueError: by line, for a record without token ids (older versions log none, nor do runs with
+            ``should_log_nemo_gym_responses``) and for advantages that differ between tokens.
+
     Source: NVIDIA-NeMo/RL, nemo_rl/algorithms/grpo.py at commit 002cdc2 (``log_data``) and nemo_rl/utils/logger.py at
     0275e75 (``log_batched_dict_as_jsonl``).
     """
@@ -83,7 +87,7 @@ def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
         sampled = [_flag("token_loss_mask", value) for value in mask]
         # The advantage is recorded, so that no reward counts.
         reward = _only(record, "filtered_rewards" if "filtered_rewards" in record else "rewards", NUMBER, "numbers", ())
-        recorded = Recorded(
+        recorded = TokenRecord(
             tokens=_padded(record, "token_ids", (int,), "integers", length),
             sampled=sampled,
             logprobs=_padded(record, "generation_logprobs", NUMBER, "numbers", length, sampled),
@@ -96,11 +100,11 @@ def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
     return number_prompts(read_json_lines(files, parse))
 
 
-def _rollout(name: str, recorded: Recorded, tokenizer: Any, counts: bool = True) -> tuple[Rollout, tuple[int, ...]]:
-    """A rollout and its prompt; ``counts``: the trainer kept it in its loss."""
+def _rollout(name: str, recorded: TokenRecord, tokenizer: Any, counts: bool = True) -> tuple[Rollout, tuple[int, ...]]:
+    """Return a rollout and its prompt; ``counts``: whether the trainer used it in its loss."""
     tokens = recorded.tokens
-    chosen = _sampled_places(recorded)
-    start = chosen[0] if chosen else len(tokens)
+    sampled_indices = _sampled_indices(recorded)
+    start = sampled_indices[0] if sampled_indices else len(tokens)
     mask = tuple(sampled and counts for sampled in recorded.sampled[start:])
     prompt_ids, completion_ids = tuple(tokens[:start]), tuple(tokens[start:])
     rollout = Rollout(
@@ -111,40 +115,43 @@ def _rollout(name: str, recorded: Recorded, tokenizer: Any, counts: bool = True)
         completion=decode(tokenizer, completion_ids, skip_special_tokens=True),
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
-        finished=tokenizer is not None and bool(chosen) and tokens[chosen[-1]] == tokenizer.eos_token_id,
+        finished=tokenizer is not None
+        and bool(sampled_indices)
+        and tokens[sampled_indices[-1]] == tokenizer.eos_token_id,
         behaviour_logprobs=tuple(float(value or 0.0) for value in recorded.logprobs[start:]),
-        reward=None if recorded.rewards is None else _shared("rewards", recorded.rewards, chosen),
-        advantage=_shared("advantages", recorded.advantages, chosen),
+        reward=None if recorded.rewards is None else _shared("rewards", recorded.rewards, sampled_indices),
+        advantage=_shared("advantages", recorded.advantages, sampled_indices),
         completion_mask=None if all(mask) else mask,
     )
     return rollout, prompt_ids
 
 
-def _sampled_places(recorded: Recorded) -> list[int]:
-    """Where the policy sampled, once the sequence is found to be whole."""
+def _sampled_indices(recorded: TokenRecord) -> list[int]:
+    """Return the indices of the tokens that the policy sampled, after checking that the lists fit together."""
     for name in ("sampled", "logprobs", "advantages", "rewards"):
         values = getattr(recorded, name)
         if values is not None and len(values) != len(recorded.tokens):
             raise ValueError(f"{len(values)} values of {name} for {len(recorded.tokens)} token ids; write one for each")
     if min(recorded.tokens, default=0) < 0:
         raise ValueError(f"token id {min(recorded.tokens)} is negative; no tokenizer has such a token")
-    chosen = [place for place, sampled in enumerate(recorded.sampled) if sampled]
+    sampled_indices = [i for i, sampled in enumerate(recorded.sampled) if sampled]
     for name, values in (("log-prob", recorded.logprobs), ("advantage", recorded.advantages)):
-        if any(values[place] is None for place in chosen):
+        if any(values[i] is None for i in sampled_indices):
             raise ValueError(f"the {name} of a sampled token is null, so it was not finite; drop this record")
-    return chosen
+    return sampled_indices
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text of ``ids``, or none without a tokenizer."""
+    """Return the text of ``ids``, an empty one without a tokenizer."""
     if tokenizer is None:
         return ""
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return cast(str, text)
 
 
-def _shared(name: str, values: list[float | None], chosen: list[int]) -> float | None:
-    distinct = {values[t] for t in chosen} if chosen else set(values)
+def _shared(name: str, values: list[float | None], sampled_indices: list[int]) -> float | None:
+    """Return the one value that all sampled tokens have; raise ``ValueError`` if they differ."""
+    distinct = {values[t] for t in sampled_indices} if sampled_indices else set(values)
     if len(distinct) > 1:
         raise ValueError(
             f"field {name!r} differs between the sampled tokens ({reprlib.repr(sorted(distinct, key=str))}), but a "
@@ -155,6 +162,7 @@ def _shared(name: str, values: list[float | None], chosen: list[int]) -> float |
 
 
 def _require_policy_gradient(record: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if another loss than the policy gradient trained the sequence too."""
     mode = record.get("training_mode", "rl")
     others = [n for n in ("ce_weights", "ref_kl_weights") if any(fields({n: [], **record}, n, NULLABLE, "numbers"))]
     if mode != "rl" or others:
@@ -165,8 +173,9 @@ def _require_policy_gradient(record: dict[str, Any]) -> None:
 
 
 def _weighted_advantages(record: dict[str, Any], sampled: Sequence[bool]) -> list[float | None]:
+    """Return the advantages times the weights of the policy gradient."""
     advantages = fields(record, "advantages", NULLABLE, "numbers", sampled)
-    # The exporter writes null where a stream is not there, which stands for the weight 1.
+    # The exporter writes null for a missing stream, which stands for the weight 1.
     weights = fields({"rl_weights": [None] * len(advantages), **record}, "rl_weights", NULLABLE, "numbers", sampled)
     if len(weights) != len(advantages):
         raise ValueError(f"{len(weights)} rl_weights for {len(advantages)} advantages; give one for each")
@@ -176,7 +185,7 @@ def _weighted_advantages(record: dict[str, Any], sampled: Sequence[bool]) -> lis
 def _only(
     record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str, counts: Sequence[bool] | None = None
 ) -> Any:
-    """The value of a field that NeMo-RL wrote as a batch of one; ``counts``: see ``fields``."""
+    """Return the value of a field that NeMo-RL wrote as a batch of one; ``counts``: see ``fields``."""
     values = fields(record, name, kinds, what, counts)
     if len(values) != 1:
         raise ValueError(f"field {name!r} holds {len(values)} values; NeMo-RL writes a list of one")
@@ -191,7 +200,7 @@ def _padded(
     length: int,
     counts: Sequence[bool] | None = None,
 ) -> list[Any]:
-    """The values of a sequence without its padding, whatever stands there; ``counts``: see ``fields``."""
+    """Return the values of a sequence without its padding, whatever that contains; ``counts``: see ``fields``."""
     values = _only(record, name, (list,), f"a list of {what}")
     if not 0 <= length <= len(values):
         raise ValueError(f"field 'input_lengths' is {length}, but field {name!r} has {len(values)} values")
@@ -199,6 +208,7 @@ def _padded(
 
 
 def _flag(name: str, value: float) -> bool:
+    """Return a 0 or 1 as a bool."""
     if value not in (0, 1):
         raise ValueError(f"field {name!r} holds {value}; it must be 0 or 1")
     return value == 1

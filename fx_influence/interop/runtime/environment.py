@@ -1,4 +1,4 @@
-"""Where a run ran and what it cost, stored beside its numbers."""
+"""The environment of a run and its cost in seconds and bytes, stored beside its numbers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import torch
 PACKAGES = ("fx-influence", "torch", "transformers", "numpy", "scipy", "peft", "trl", "math-verify", "safetensors")
 
 SMALL_MODEL = 10_000_000
+"""Number of parameters below which one thread is fastest."""
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor and threads: what a repeat on another machine may differ by."""
+    """Return versions, processor and threads: everything by which a repeat on another machine may differ."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -33,13 +34,13 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, plus the peak of tensors on the GPU where there is one."""
+    """Return the peak resident memory of this process plus, with a GPU, the peak of tensors on it."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return resident + (peak_gpu_memory_bytes() or 0)
 
 
 def peak_gpu_memory_bytes() -> int | None:
-    """Peak of the tensors on the GPU in this process, None without one."""
+    """Return the peak of the tensors on the GPU in this process; None without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
@@ -55,10 +56,10 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 @contextmanager
 def limit_threads(parameters: int) -> Iterator[None]:
-    """One torch thread for a small model, afterwards as many as before.
+    """Use one torch thread for a small model, and restore the number of threads afterwards.
 
-    Where an operation takes microseconds a second thread saves nothing, and on a busy machine waiting for it costs
-    twenty times the work itself.
+    For operations of microseconds a second thread saves nothing, and on a busy machine waiting for it costs twenty
+    times the work itself.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if parameters < SMALL_MODEL else before)
@@ -69,6 +70,7 @@ def limit_threads(parameters: int) -> Iterator[None]:
 
 
 def _version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

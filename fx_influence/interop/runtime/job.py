@@ -1,7 +1,7 @@
-"""The processes of one job: what each of them does for all, and what all of them know.
+"""The processes of one job, and how they share work, values and errors.
 
-Values travel as pickles through the processors' memory (gloo), whatever device the work is done on: what is sent is
-small beside it, two processes may share a device, and a process that dies is noticed by those that wait for it.
+Values travel as pickles through CPU memory (gloo), whatever device the work is done on: they are small beside the work,
+two processes may share a device, and a process that dies is noticed by those that wait for it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,33 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for another that is not known to have ended: longer than any piece of a run takes."""
+"""Longest wait for another process that is not known to have ended: longer than any task of a run takes."""
 
 GRACE = timedelta(seconds=5)
-"""How long a process that is about to end waits: for another to say why, or for the launcher to see who ended first."""
+"""Wait of a process that is about to end: for another to print why, or for the launcher to see which ended first."""
 
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, IdentityError, RewardError)
-"""Errors that tell the user what to do about them; every other one is a fault of the program."""
+"""Errors that tell users what to do about them; every other error is a fault of the program."""
 
-FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LostRankError(RuntimeError):
-    """Another process of the job has ended, so that nobody will answer."""
+    """Raised when another process of the job has ended, so that nobody will answer."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """This process among those of a job, numbered from 0; alone, unless it has a ``group``.
+    """This process among those of a job; a single process unless it has a ``group``.
 
     Every method is called by all processes, in the same order. One that waits for a process which has ended raises
-    ``LostRankError``, within moments where its end closed the connection and else after ``TIMEOUT``.
+    ``LostRankError``, within moments if its end closed the connection and else after ``TIMEOUT``.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        group: the processes' gloo group; None for a single process.
+        store: the launcher's store; None if the caller started the processes.
     """
 
     rank: int = 0
@@ -59,11 +65,11 @@ class Job:
 
     @property
     def local_rank(self) -> int:
-        """This process's number among those of its machine."""
+        """Return this process's number among those of its machine."""
         return int(os.environ.get("LOCAL_RANK", self.rank))
 
     def on_rank0(self, work: Callable[[], Value]) -> Value:
-        """What ``work`` gives on rank 0, which alone does it; what it raises there is raised on all."""
+        """Run ``work`` on rank 0 only and return its value on all; an error that it raises is raised on all."""
         if self.group is None:
             return work()
         value, error = None, None
@@ -72,17 +78,20 @@ class Job:
                 value = work()
             except Exception as raised:
                 error = raised
-        value, told = self._broadcast([value, picklable_error(error)])
+        value, received = self._broadcast([value, picklable_error(error)])
         try:
-            if told:
-                raise error or told
+            if received:
+                raise error or received
         finally:
-            # An error and the frame that raised it would keep each other, and the group's threads with them.
-            del error, told
+            # An error and the frame that raised it form a cycle, which would keep the group's threads alive.
+            del error, received
         return cast(Value, value)
 
     def raise_on_all(self, work: Callable[[], Value]) -> Value:
-        """What ``work`` gives on this rank; where it is refused on any, it is on all, with the words of the lowest."""
+        """Run ``work`` on every rank and return this rank's value; a ``USER_ERRORS`` on any rank is raised on all.
+
+        Every rank raises the error of the lowest rank that failed.
+        """
         if self.group is None:
             return work()
         error = None
@@ -90,107 +99,113 @@ class Job:
             value = work()
         except USER_ERRORS as raised:
             error = raised
-        told = next((found for found in self._gather(picklable_error(error)) if found), None)
+        first_error = next((e for e in self._gather(picklable_error(error)) if e), None)
         try:
-            if told:
-                raise told from error
+            if first_error:
+                raise first_error from error
         finally:
-            del error, told
+            del error, first_error
         return value
 
     def all_gather(self, work: Callable[[], Value]) -> list[Value]:
-        """What ``work`` gives on every rank, in their order; refused as by ``raise_on_all``."""
+        """Return the values of ``work`` on every rank, in their order; errors as in ``raise_on_all``."""
         return self._gather(self.raise_on_all(work))
 
     def map_tasks(
         self,
-        works: Sequence[Callable[[], Value]],
-        kept: MutableMapping[int, Value] | None = None,
-        done: Callable[[int], object] = lambda count: None,
+        tasks: Sequence[Callable[[], Value]],
+        cache: MutableMapping[int, Value] | None = None,
+        on_progress: Callable[[int], object] = lambda count: None,
     ) -> list[Value]:
-        """The pieces that ``works`` make, dealt to the ranks in turn; those that ``kept`` holds by number are not made.
+        """Return the results of all tasks, which the ranks run in turn; cached tasks are not run.
 
-        ``kept`` is given every further piece once the ranks have made one each, and ``done`` the number of pieces that
-        there are, from the first on. A work must not wait for other ranks.
+        Args:
+            tasks: functions that must not wait for other ranks.
+            cache: results by index of the task; every further result is added once each rank has one.
+            on_progress: called with the number of results that exist, from the first round on.
 
         Example:
-            >>> kept = {1: "kept"}
-            >>> SINGLE_PROCESS.map_tasks([lambda: "a", lambda: "b", lambda: "c"], kept, print), kept
+            >>> cache = {1: "cached"}
+            >>> SINGLE_PROCESS.map_tasks([lambda: "a", lambda: "b", lambda: "c"], cache, print), cache
             0
             2
             3
-            (['a', 'kept', 'c'], {1: 'kept', 0: 'a', 2: 'c'})
+            (['a', 'cached', 'c'], {1: 'cached', 0: 'a', 2: 'c'})
         """
-        kept = {} if kept is None else kept
-        missing = [k for k in range(len(works)) if k not in kept]
+        cache = {} if cache is None else cache
+        missing = [k for k in range(len(tasks)) if k not in cache]
         for start in range(0, len(missing), self.size):
-            done(missing[start])
-            now = missing[start : start + self.size]
-            own = [works[k] for k in now[self.rank : self.rank + 1]]
-            made = self.all_gather(partial(_each_called, own))
-            for k, piece in zip(now, (piece for some in made for piece in some), strict=True):
-                kept[k] = piece
-        done(len(works))
-        return [kept[k] for k in range(len(works))]
+            on_progress(missing[start])
+            round_indices = missing[start : start + self.size]
+            local_tasks = [tasks[k] for k in round_indices[self.rank : self.rank + 1]]
+            results_by_rank = self.all_gather(partial(_call_each, local_tasks))
+            results = (result for rank_results in results_by_rank for result in rank_results)
+            for k, result in zip(round_indices, results, strict=True):
+                cache[k] = result
+        on_progress(len(tasks))
+        return [cache[k] for k in range(len(tasks))]
 
     def broadcast_tensors(self, read: Callable[[], Params]) -> Params:
-        """``on_rank0`` for what is as large as a model: one tensor at a time, on the CPU."""
+        """Run ``read`` on rank 0 and return its tensors on all ranks, on the CPU.
+
+        They are sent one at a time, for values of the size of a model.
+        """
         if self.group is None:
             return read()
-        held: Params = {}
+        tensors: Params = {}
 
         def layout() -> dict[str, tuple[torch.Size, torch.dtype]]:
-            held.update(read())
-            return {name: (x.shape, x.dtype) for name, x in held.items()}
+            tensors.update(read())
+            return {name: (x.shape, x.dtype) for name, x in tensors.items()}
 
         for name, (shape, dtype) in self.on_rank0(layout).items():
-            tensor = held[name] if self.rank == 0 else torch.empty(shape, dtype=dtype)
-            with _in_touch():
+            tensor = tensors[name] if self.rank == 0 else torch.empty(shape, dtype=dtype)
+            with _lost_rank_errors():
                 dist.broadcast(tensor, dist.get_global_rank(self.group, 0), self.group)
-            held[name] = tensor
-        return held
+            tensors[name] = tensor
+        return tensors
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` on every rank where two differ in a fact, naming it as ``update.num_prompts``."""
-        everyone = self._gather(dict(_flat(facts)))
-        for rank, theirs in enumerate(everyone):
-            for name in everyone[0] | theirs:
-                ours, other = everyone[0].get(name), theirs.get(name)
-                if ours != other:
+        """Raise ``ValueError`` on every rank if two differ in a fact, naming it as ``update.num_prompts``."""
+        facts_by_rank = self._gather(dict(_flat(facts)))
+        for rank, rank_facts in enumerate(facts_by_rank):
+            for name in facts_by_rank[0] | rank_facts:
+                expected, actual = facts_by_rank[0].get(name), rank_facts.get(name)
+                if expected != actual:
                     raise ValueError(
-                        f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; give "
+                        f"{name} is {reprlib.repr(expected)} on rank 0 and {reprlib.repr(actual)} on rank {rank}; give "
                         "every process the same plan, files and versions"
                     )
 
-    def print_once(self, text: str, say: Callable[[str], object]) -> None:
-        """Call ``say`` in the first process that comes with this text; the others, which may end first, wait for it.
+    def print_once(self, text: str, output: Callable[[str], object]) -> None:
+        """Call ``output`` in the first process that arrives with this text, while the others wait, which may end first.
 
-        The one method that not all processes need to call.
+        The only method that not all processes need to call.
         """
         if self.store is None:
-            say(text)
+            output(text)
             return
         key = hashlib.sha256(text.encode()).hexdigest()
-        # Without an answer the launcher, which holds the store, or whoever was to speak has ended.
+        # Without an answer the launcher, which holds the store, or the process that was to print has ended.
         with suppress(RuntimeError):
             if self.store.add(key, 1) > 1:
-                self.store.wait([f"{key} said"], GRACE)
+                self.store.wait([f"{key} printed"], GRACE)
                 return
-        say(text)
+        output(text)
         with suppress(RuntimeError):
-            self.store.set(f"{key} said", "")
+            self.store.set(f"{key} printed", "")
 
     def _gather(self, value: Value) -> list[Value]:
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * self.size
-        with _in_touch():
-            dist.all_gather_object(found, value, self.group)
-        return found
+        values: list[Any] = [None] * self.size
+        with _lost_rank_errors():
+            dist.all_gather_object(values, value, self.group)
+        return values
 
     def _broadcast(self, values: list[Any]) -> list[Any]:
         assert self.group is not None
-        with _in_touch():
+        with _lost_rank_errors():
             dist.broadcast_object_list(values, dist.get_global_rank(self.group, 0), self.group)
         return values
 
@@ -199,15 +214,15 @@ SINGLE_PROCESS = Job()
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or another launcher that sets what it sets, has started this process as one of several."""
-    return all(name in os.environ for name in FROM_LAUNCHER) and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
+    return all(name in os.environ for name in LAUNCHER_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager
 def join_job() -> Iterator[Job]:
-    """The processes of the job that this one belongs to, or ``SINGLE_PROCESS``; all of them enter this.
+    """Yield the job that this process belongs to, or ``SINGLE_PROCESS``; all of its processes enter this.
 
-    Where the caller has started a process group already, the job is that group's.
+    If the caller has started a process group already, the job is that group's.
     """
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
@@ -219,7 +234,7 @@ def join_job() -> Iterator[Job]:
         finally:
             dist.destroy_process_group(group)
     elif is_launched():
-        # A torch may be built without it.
+        # torch may be built without torch.distributed.
         from torch.distributed.rendezvous import rendezvous
 
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
@@ -233,7 +248,8 @@ def join_job() -> Iterator[Job]:
 
 
 @contextmanager
-def _in_touch() -> Iterator[None]:
+def _lost_rank_errors() -> Iterator[None]:
+    """Raise ``LostRankError`` for the errors with which gloo reports a process that has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -243,7 +259,7 @@ def _in_touch() -> Iterator[None]:
 
 
 def picklable_error(error: Exception | None) -> Exception | None:
-    """The error itself where it survives pickling, else its words."""
+    """Return the error itself if it survives pickling, else a ``ValueError`` with its type and message."""
     if error is None:
         return None
     try:
@@ -253,11 +269,13 @@ def picklable_error(error: Exception | None) -> Exception | None:
         return ValueError(f"{type(error).__name__}: {error}")
 
 
-def _each_called(works: Sequence[Callable[[], Value]]) -> list[Value]:
-    return [work() for work in works]
+def _call_each(tasks: Sequence[Callable[[], Value]]) -> list[Value]:
+    """Return the results of tasks."""
+    return [task() for task in tasks]
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings with dotted names."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")

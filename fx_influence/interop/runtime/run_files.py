@@ -1,4 +1,4 @@
-"""The files of a run directory: each whole or absent, and what is damaged found when it is read."""
+"""The files of a run directory: each complete or absent, with damage detected when they are read."""
 
 from __future__ import annotations
 
@@ -29,53 +29,54 @@ SEQUENCES, BASELINE = "update_sequences.jsonl", "baseline.safetensors"
 UPDATE_ROLLOUTS, UPDATE_TOKENS = "update_rollouts.jsonl", "update_tokens.npz"
 SUMS = "SHA256SUMS"
 GRADIENT = "step_gradient.safetensors"
-"""U's gradient, there while a run lasts."""
+"""Gradient of the update batch, stored while a run lasts."""
 FAILED = "failed.json"
-"""Why a run could not be started; a corrected plan takes its directory over."""
-UNREADABLE = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
+"""Why a run could not be started; a corrected plan may use its directory."""
+READER_ERRORS = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
 ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
-"""Endings of the reports that people read and may add to once a run is finished: they need only fit the arrays."""
+"""Endings of reports that people may annotate once a run is finished: they need only fit the arrays."""
 
 
 class RunDirectoryError(ValueError):
-    """A directory that cannot hold or does not hold the run asked for."""
+    """Raised for a directory that cannot hold, or does not hold, the run that was asked for."""
 
 
-def eval_file(index: int, what: str) -> str:
-    """File name of a piece of one evaluation, such as ``eval_00.npz``."""
-    return f"eval_{index:02d}{what}"
+def eval_file(index: int, suffix: str) -> str:
+    """Return the file name of an output of one evaluation, such as ``eval_00.npz``."""
+    return f"eval_{index:02d}{suffix}"
 
 
 class RunFiles:
-    """The files of one run by name, see the README for their contents.
+    """The files of one run by name; the README describes their contents.
 
-    A file counts once its SHA-256 stands in ``SHA256SUMS``, which is written after it: what a killed process left
-    half done is as if it were not there, and what was damaged since is found when it is read. Reports that people may
-    annotate are not held to it (``ANNOTATED``).
+    A file counts once its SHA-256 is in ``SHA256SUMS``, which is written after it: a file that a killed process left
+    unfinished counts as absent, and later damage is detected when the file is read. Reports that people may annotate
+    are not checked (``ANNOTATED``).
 
-    Of the processes of a ``job`` the first alone reads and writes, and need alone see the directory: all of them call,
-    all are given what was read, and an error is raised on all.
+    With several processes, rank 0 alone reads and writes, and need alone see the directory: all call, all receive what
+    was read, and an error is raised on all.
     """
 
     def __init__(self, path: Path, job: Job = SINGLE_PROCESS) -> None:
         self.path, self.job = path, job
 
     def has(self, name: str) -> bool:
+        """Whether the file exists and counts."""
         return self.job.on_rank0(lambda: (self.path / name).is_file() and (name == SUMMARY or name in self._sums()))
 
     def was_stored(self, name: str) -> bool:
-        """Whether the file was stored, be it still there or not."""
+        """Whether the file was stored, even if it has been deleted since."""
         return self.job.on_rank0(lambda: name in self._sums())
 
     def names(self, pattern: str) -> list[str]:
-        """The files that are there, by their names' pattern, stored or not."""
+        """Return the names of existing files that match a pattern, stored or not."""
         return self.job.on_rank0(lambda: sorted(file.name for file in self.path.glob(pattern)))
 
     def remove(self, *names: str) -> None:
         self.job.on_rank0(lambda: self._remove(names))
 
     def write_text(self, name: str, text: str) -> None:
-        self._whole(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
+        self._store(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
@@ -88,17 +89,17 @@ class RunFiles:
             with open(file, "wb") as handle:
                 np.savez_compressed(handle, **arrays)
 
-        self._whole(name, write)
+        self._store(name, write)
 
     def write_array(self, name: str, array: np.ndarray) -> None:
         def write(file: str) -> None:
             with open(file, "wb") as handle:
                 np.save(handle, array)
 
-        self._whole(name, write)
+        self._store(name, write)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._whole(name, lambda file: save_file({key: x.contiguous().cpu() for key, x in tensors.items()}, file))
+        self._store(name, lambda file: save_file({key: x.contiguous().cpu() for key, x in tensors.items()}, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         self.write_text(name, to_json_lines(rollouts))
@@ -145,8 +146,8 @@ class RunFiles:
 
         return self.job.on_rank0(read)
 
-    def _check(self, name: str, found: str) -> None:
-        if not name.endswith(ANNOTATED) and self._sums().get(name) != found:
+    def _check(self, name: str, digest: str) -> None:
+        if not name.endswith(ANNOTATED) and self._sums().get(name) != digest:
             raise ValueError(f"{name} is not the file that the run stored")
 
     def _sums(self) -> dict[str, str]:
@@ -156,7 +157,7 @@ class RunFiles:
         return {name: value for value, _, name in (line.partition("  ") for line in lines)}
 
     def _write_sums(self, sums: Mapping[str, str]) -> None:
-        # The order of names, so that an interrupted run ends with the same bytes as any other.
+        # Sorted, so that an interrupted run ends with the same bytes as any other.
         text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         self._replace(SUMS, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
@@ -167,10 +168,10 @@ class RunFiles:
         if present:
             self._write_sums({name: value for name, value in self._sums().items() if name not in present})
 
-    def _whole(self, name: str, write: Callable[[str], object]) -> None:
+    def _store(self, name: str, write: Callable[[str], object]) -> None:
         def replace() -> None:
             self._replace(name, write)
-            # The summary tells of time, so that its sum would make equal runs differ.
+            # The summary contains times, so its sum would make equal runs differ.
             if name != SUMMARY:
                 self._write_sums({**self._sums(), name: sha256(self.path / name)})
 
@@ -191,7 +192,7 @@ class RunFiles:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file of any size."""
+    """Return the SHA-256 of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(2**20):
@@ -201,17 +202,17 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def raise_if_damaged(path: Path) -> Iterator[None]:
-    """What is read of a directory inside, or ``RunDirectoryError`` where it is damaged."""
+    """Raise ``RunDirectoryError`` for the errors of reading a damaged directory inside."""
     try:
         yield
     except RunDirectoryError:
         raise
-    except (OSError, ValueError, EOFError, LookupError, TypeError, *UNREADABLE) as error:
+    except (OSError, ValueError, EOFError, LookupError, TypeError, *READER_ERRORS) as error:
         raise RunDirectoryError(f"{str(path)!r} is damaged: {error}; run its plan.yaml into another --out") from error
 
 
 def _without_nan(value: Any) -> Any:
-    """Figures that do not exist, such as an error bar from one cluster, as null: JSON has no NaN."""
+    """Replace figures that do not exist, such as an error bar from one cluster, by null: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

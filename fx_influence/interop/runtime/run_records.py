@@ -21,9 +21,16 @@ def sequence_records(
     influence: Sequence[float],
     stderr: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """What ``update_sequences.jsonl`` says of each rollout of U; ``gradient_norm`` is null where nobody measured it.
+    """Return the records of ``update_sequences.jsonl``, one per rollout of the update batch.
 
-    Each argument holds one number a rollout: nats per token, |g_i|, and nats per unit lr.
+    Args:
+        rollouts: n rollouts.
+        tokenizer: of the policy.
+        mean_entropy: n numbers, nats per token.
+        mean_logprob: n numbers, nats per token.
+        gradient_norm: n norms |g_i|; None, stored as null, if nobody measured them.
+        influence: n numbers, nats per unit lr.
+        stderr: n numbers, nats per unit lr.
     """
     return [
         {
@@ -49,10 +56,14 @@ def sequence_records(
 
 
 def token_arrays(batch: Batch, values: TokenValues) -> dict[str, np.ndarray]:
-    """What ``update_tokens.npz`` says of U's tokens, (n_u, T) float32: log pi, entropy and the loss's coefficients.
+    """Return the arrays of ``update_tokens.npz``, (n_u, T) float32: log pi, entropy and the loss's coefficients.
 
-    ``batch``: U as ``collate`` pads it. ``entropy_coefficients`` is there where the loss has them.
+    ``entropy_coefficients`` is included if the loss has them.
+
+    Args:
+        batch: the update batch as ``collate`` pads it.
+        values: log-probs and entropies of its tokens.
     """
-    found = {"logprobs": values.logprobs, "entropies": values.entropies, "coefficients": batch.coefficients}
-    found["entropy_coefficients"] = batch.entropy_coefficients
-    return {name: x.float().cpu().numpy() for name, x in found.items() if x is not None}
+    arrays = {"logprobs": values.logprobs, "entropies": values.entropies, "coefficients": batch.coefficients}
+    arrays["entropy_coefficients"] = batch.entropy_coefficients
+    return {name: x.float().cpu().numpy() for name, x in arrays.items() if x is not None}

@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
         ("optimizer.pt", HALF, r"optimizer\.pt is damaged"),
     ],
 )
-def test_damaged_file_of_a_checkpoint_is_named(checkpoint: Path, name: str, data: bytes | int, message: str) -> None:
+def test_load_names_damaged_file(checkpoint: Path, name: str, data: bytes | int, message: str) -> None:
     file = checkpoint / name
     stored = file.read_bytes()
     file.write_bytes(stored[: len(stored) // 2] if isinstance(data, int) else data)
@@ -43,7 +43,7 @@ def test_damaged_file_of_a_checkpoint_is_named(checkpoint: Path, name: str, data
         load_checkpoint(checkpoint)
 
 
-def test_cli_names_a_damaged_checkpoint_in_one_line_and_leaves_no_directory(
+def test_cli_names_damaged_checkpoint_in_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"")
@@ -56,10 +56,8 @@ def test_cli_names_a_damaged_checkpoint_in_one_line_and_leaves_no_directory(
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_that_are_a_directory_or_a_text_are_told_apart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cli_tells_directory_from_missing_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for prompts, said in ((str(tmp_path), "is a directory"), ("What is 1+1?", "does not exist")):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"update": {"prompts": prompts}}))
         assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 1
-        assert f"{said}; check the path, or give what is asked itself in a list" in capsys.readouterr().err
+        assert f"{said}; check the path, or give the prompts themselves in a list" in capsys.readouterr().err

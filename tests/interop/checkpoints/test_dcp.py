@@ -116,7 +116,7 @@ def test_a_peft_directory_is_the_live_state(kind: str, bases: Path, tmp_path: Pa
 
 @FSDP2
 @pytest.mark.parametrize("kind", [None, *LORA])
-def test_what_accelerate_saves_of_fsdp_is_the_live_state(kind: str | None, bases: Path, tmp_path: Path) -> None:
+def test_load_accelerate_fsdp_matches_live_state(kind: str | None, bases: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(bases / "llama")
     if kind is not None:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **LORA[kind]))
@@ -165,7 +165,7 @@ os._exit(0)  # as ranks.end_rank, and for its reason
 
 
 @FSDP2
-def test_the_shards_of_two_processes_are_put_together(tmp_path: Path) -> None:
+def test_load_joins_shards_of_two_processes(tmp_path: Path) -> None:
     config = CONFIGS["qwen2"]()
     config.vocab_size = 13  # rows that two processes cannot share evenly
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -195,7 +195,7 @@ def directory(bases: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_shards_go_before_files_beside_them(directory: Path, bases: Path) -> None:
+def test_load_prefers_dcp_to_files(directory: Path, bases: Path) -> None:
     torch.save(torch.optim.SGD(nn.Linear(1, 1).parameters()).state_dict(), directory / "optimizer.pt")
     loaded = load_checkpoint(directory)
     beside = load_checkpoint(bases / "qwen2", optimizer=False).model
@@ -203,7 +203,7 @@ def test_shards_go_before_files_beside_them(directory: Path, bases: Path) -> Non
     assert set(loaded.optimizer_state.step.values()) == {1}
 
 
-def test_shards_of_the_weights_alone_leave_the_optimizer_to_its_file(directory: Path) -> None:
+def test_load_reads_optimizer_file_beside_dcp_weights(directory: Path) -> None:
     model = load_checkpoint(directory, optimizer=False).model
     save_dcp({"model": get_model_state_dict(model)}, directory)
     torch.save(torch.optim.AdamW(model.parameters(), lr=0.25).state_dict(), directory / "optimizer.pt")
@@ -212,7 +212,7 @@ def test_shards_of_the_weights_alone_leave_the_optimizer_to_its_file(directory: 
     assert_weights(loaded.model, model)
 
 
-def test_an_optimizer_before_its_first_step_has_moments_of_zero(directory: Path) -> None:
+def test_load_dcp_optimizer_before_first_step(directory: Path) -> None:
     model = load_checkpoint(directory, optimizer=False).model
     save_dcp({"optimizer": torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()}, directory)
     loaded = load_checkpoint(directory)
@@ -220,7 +220,7 @@ def test_an_optimizer_before_its_first_step_has_moments_of_zero(directory: Path)
     assert not any(value.any() for value in loaded.optimizer_state.exp_avg.values())
 
 
-def test_no_moments_are_read_for_the_policy_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_reads_no_moments_without_optimizer(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append("") or real(*args, **kwargs))
@@ -248,7 +248,7 @@ def test_a_missing_config_is_named(directory: Path) -> None:
         load_checkpoint(directory)
 
 
-def test_a_missing_part_is_named(directory: Path, bases: Path) -> None:
+def test_load_names_missing_dcp_key(directory: Path, bases: Path) -> None:
     (directory / "model.safetensors").unlink()
     save_dcp({"network": AutoModelForCausalLM.from_pretrained(bases / "qwen2").state_dict()}, directory)
     with pytest.raises(FileNotFoundError, match=r"or \{'model': \.\.\.\} with torch\.distributed\.checkpoint\.save"):
@@ -257,7 +257,7 @@ def test_a_missing_part_is_named(directory: Path, bases: Path) -> None:
         load_checkpoint(shutil.copytree(bases / "qwen2", directory, dirs_exist_ok=True))
 
 
-def test_what_is_no_tensor_is_no_weight(directory: Path) -> None:
+def test_load_refuses_dcp_without_tensors(directory: Path) -> None:
     save_dcp({"model": {"epoch": 3}}, directory)
     with pytest.raises(ValueError, match=r"do not fit .*config\.json: missing"):
         load_checkpoint(directory, optimizer=False)
@@ -313,7 +313,7 @@ def test_metadata_is_never_unpickled(protocol: int, directory: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["eval", "__import__", "setattr"])
-def test_metadata_names_its_own_classes_only(name: str, directory: Path) -> None:
+def test_metadata_admits_only_known_classes(name: str, directory: Path) -> None:
     _rewrite(
         directory,
         lambda metadata: metadata.planner_data.update(extra=getattr(__builtins__, name, None) or __builtins__[name]),
@@ -322,7 +322,7 @@ def test_metadata_names_its_own_classes_only(name: str, directory: Path) -> None
         read_values(directory, ["model"])
 
 
-def test_what_python_311_names_for_an_enum_is_called_with_nothing(directory: Path) -> None:
+def test_metadata_ignores_getattr_of_python_3_11(directory: Path) -> None:
     class Member:
         def __reduce__(self) -> tuple[Any, ...]:
             return getattr, (torch.Size([1]), "__class__")
@@ -335,7 +335,7 @@ def test_what_python_311_names_for_an_enum_is_called_with_nothing(directory: Pat
     assert list(read_values(directory, ["model"])) == list(expected)
 
 
-def test_values_are_never_unpickled(directory: Path, tmp_path: Path) -> None:
+def test_dcp_values_are_never_unpickled(directory: Path, tmp_path: Path) -> None:
     save_dcp(
         {
             "model": {"weight": torch.zeros(1)},
@@ -379,13 +379,13 @@ DAMAGE: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_metadata_is_refused(damage: str, directory: Path) -> None:
+def test_metadata_refuses_damage(damage: str, directory: Path) -> None:
     _rewrite(directory, DAMAGE[damage])
     with pytest.raises(ValueError, match=r"\.metadata is damaged or no metadata of torch\.distributed\.checkpoint"):
         read_values(directory, ["model"])
 
 
-def test_truncated_files_are_refused(directory: Path) -> None:
+def test_read_values_refuses_truncated_files(directory: Path) -> None:
     data = (directory / "__0_0.distcp").read_bytes()
     (directory / "__0_0.distcp").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"in .*__0_0\.distcp is damaged"):
@@ -398,7 +398,7 @@ def test_truncated_files_are_refused(directory: Path) -> None:
         has_values(directory, ["model"])
 
 
-def test_a_tensor_that_is_not_all_there_is_refused(directory: Path) -> None:
+def test_read_values_refuses_incomplete_tensor(directory: Path) -> None:
     def halved(metadata: Any) -> None:
         stored = metadata.state_dict_metadata["model.model.norm.weight"]
         stored.size = torch.Size([16])
@@ -408,5 +408,5 @@ def test_a_tensor_that_is_not_all_there_is_refused(directory: Path) -> None:
         read_values(directory, ["model"])
 
 
-def test_a_directory_without_metadata_has_no_part(tmp_path: Path) -> None:
+def test_has_values_is_false_without_metadata(tmp_path: Path) -> None:
     assert not has_values(tmp_path, ["model"])

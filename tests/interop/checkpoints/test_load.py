@@ -100,7 +100,7 @@ def test_a_peft_trainer_checkpoint_is_the_live_state(kind: str, bases: Path, tmp
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", *LORA])
-def test_a_permutation_of_the_mapping_would_be_seen(kind: str, bases: Path, tmp_path: Path) -> None:
+def test_restore_detects_every_permutation_of_names(kind: str, bases: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(bases / (kind if kind in CONFIGS else "llama"))
     if kind in LORA:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **LORA[kind]))
@@ -124,7 +124,7 @@ def test_a_permutation_of_the_mapping_would_be_seen(kind: str, bases: Path, tmp_
             assert_same_state(state, live)
 
 
-def test_a_finished_schedule_leaves_lr_zero_and_the_ratios_of_initial_lr(bases: Path, tmp_path: Path) -> None:
+def test_load_finished_schedule_has_lr_zero(bases: Path, tmp_path: Path) -> None:
     trainer = train(AutoModelForCausalLM.from_pretrained(bases / "qwen2"), tmp_path, schedule="linear")
     loaded = load_checkpoint(tmp_path / "checkpoint-2").optimizer_state
     assert_same_state(loaded, adamw_state(trainer.optimizer, trainer.model))
@@ -147,7 +147,7 @@ class Scales(nn.Module):
         self.layer0, self.layer1, self.layer2 = Scale(), Scale(), Scale()
 
 
-def test_a_permutation_of_same_shapes_is_mapped_right() -> None:
+def test_restore_maps_parameters_of_equal_shape() -> None:
     model = Scales()
     named = dict(model.named_parameters())
     groups = [[name for name in named if ("bias" in name) == bias] for bias in (False, True)]
@@ -179,7 +179,7 @@ def _shuffled(model: nn.Module, names: bool) -> tuple[torch.optim.AdamW, list[li
     return optimizer, [[name for name, _ in group] for group in groups]
 
 
-def test_explicit_names_map_any_grouping() -> None:
+def test_restore_maps_any_grouping_by_param_names() -> None:
     model = Scales()
     optimizer, names = _shuffled(model, names=False)
     restored = restore_optimizer(optimizer.state_dict(), model, names)
@@ -187,7 +187,7 @@ def test_explicit_names_map_any_grouping() -> None:
 
 
 @STORES_NAMES
-def test_names_that_torch_stored_map_any_grouping() -> None:
+def test_restore_maps_any_grouping_by_stored_names() -> None:
     model = Scales()
     optimizer, _ = _shuffled(model, names=True)
     assert_same_state(
@@ -196,7 +196,7 @@ def test_names_that_torch_stored_map_any_grouping() -> None:
 
 
 @STORES_NAMES
-def test_explicit_names_go_before_stored_ones() -> None:
+def test_restore_prefers_param_names_to_stored_names() -> None:
     model = Scales()
     optimizer, names = _shuffled(model, names=True)
     names[2] = names[2][::-1]
@@ -207,7 +207,7 @@ def test_explicit_names_go_before_stored_ones() -> None:
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["trainable", "all"])
-def test_one_group_is_in_model_order(everything: bool) -> None:
+def test_restore_maps_one_group_in_model_order(everything: bool) -> None:
     model = Scales()
     model.layer0.requires_grad_(False)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad or everything)
@@ -219,7 +219,7 @@ def test_one_group_is_in_model_order(everything: bool) -> None:
     assert_same_state(adamw_state(restore_optimizer(optimizer.state_dict(), model), model), live)
 
 
-def test_a_restored_optimizer_makes_the_same_next_step() -> None:
+def test_restored_optimizer_makes_same_next_step() -> None:
     model = Scales()
     optimizer, names = _shuffled(model, names=False)
     saved, start = optimizer.state_dict(), [p.detach().clone() for p in model.parameters()]
@@ -235,13 +235,13 @@ def test_a_restored_optimizer_makes_the_same_next_step() -> None:
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), expected, strict=True))
 
 
-def test_a_count_that_differs_is_refused_with_both() -> None:
+def test_restore_names_both_counts_when_they_differ() -> None:
     saved = torch.optim.AdamW(list(Scales().parameters())[1:]).state_dict()
     with pytest.raises(ValueError, match=r"groups hold \[5\] parameters.* order gives \[6\].*param_names="):
         restore_optimizer(saved, Scales())
 
 
-def test_a_shape_that_differs_is_refused_with_both() -> None:
+def test_restore_names_both_shapes_when_they_differ() -> None:
     optimizer, names = _shuffled(Scales(), names=False)
     wide = Scales()
     wide.layer1.bias = nn.Parameter(torch.zeros(5))
@@ -250,7 +250,7 @@ def test_a_shape_that_differs_is_refused_with_both() -> None:
 
 
 @pytest.mark.parametrize("name", ["layer9.scale", "layer0.scale"])
-def test_names_must_be_the_models_and_differ(name: str) -> None:
+def test_restore_refuses_unknown_or_repeated_names(name: str) -> None:
     optimizer, names = _shuffled(Scales(), names=False)
     names[0][0] = name
     with pytest.raises(ValueError, match="twice there or not in the model"):
@@ -258,7 +258,7 @@ def test_names_must_be_the_models_and_differ(name: str) -> None:
 
 
 @pytest.mark.parametrize("decays", [(0.1, 0.1), (0.1, 0.0, 0.0)])
-def test_groups_that_no_rule_covers_are_refused(decays: tuple[float, ...]) -> None:
+def test_restore_refuses_groups_without_rule(decays: tuple[float, ...]) -> None:
     model = Scales()
     parameters = list(model.parameters())
     groups = [{"params": parameters[index :: len(decays)], "weight_decay": decay} for index, decay in enumerate(decays)]
@@ -285,7 +285,7 @@ if torch.__version__ < (2, 7):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_states_of_other_optimizers_are_refused_by_name(name: str) -> None:
+def test_restore_names_other_optimizers(name: str) -> None:
     model = Matrix()
     optimizer = OTHERS[name](model.parameters())
     model.weight.grad = torch.ones(4, 4)
@@ -335,7 +335,7 @@ RECORDED: dict[str, tuple[str, set[str], set[str]]] = {
 
 
 @pytest.mark.parametrize("version", RECORDED)
-def test_recorded_states_of_other_libraries_are_refused_by_name(version: str) -> None:
+def test_restore_names_optimizers_of_other_libraries(version: str) -> None:
     of, group, entry = RECORDED[version]
     saved = {
         "param_groups": [dict.fromkeys(group, 0.0) | {"params": [0]}],
@@ -346,7 +346,7 @@ def test_recorded_states_of_other_libraries_are_refused_by_name(version: str) ->
 
 
 @pytest.mark.parametrize("field", [{"momentum": 0.9}, {"betas": (0.9, 0.99, 0.999)}], ids=str)
-def test_fields_that_adamw_does_not_have_are_refused(field: dict[str, Any]) -> None:
+def test_restore_refuses_group_fields_adamw_lacks(field: dict[str, Any]) -> None:
     optimizer, names = _shuffled(Scales(), names=False)
     saved = optimizer.state_dict()
     saved["param_groups"][1].update(field)
@@ -354,7 +354,7 @@ def test_fields_that_adamw_does_not_have_are_refused(field: dict[str, Any]) -> N
         restore_optimizer(saved, Scales(), names)
 
 
-def test_an_8_bit_state_is_refused() -> None:
+def test_restore_refuses_8_bit_state() -> None:
     model = Scales()
     optimizer, names = _shuffled(model, names=False)
     saved = optimizer.state_dict()
@@ -378,7 +378,7 @@ class Quantized(torch.Tensor):
         (torch.zeros(4).to(torch.float8_e4m3fn), r"Tensor of torch\.float8_e4m3fn"),
     ],
 )
-def test_quantized_moments_are_refused(value: torch.Tensor, kind: str) -> None:
+def test_restore_refuses_quantized_moments(value: torch.Tensor, kind: str) -> None:
     optimizer, names = _shuffled(Scales(), names=False)
     saved = optimizer.state_dict()
     saved["state"][3]["exp_avg_sq"] = value
@@ -386,7 +386,7 @@ def test_quantized_moments_are_refused(value: torch.Tensor, kind: str) -> None:
         restore_optimizer(saved, Scales(), names)
 
 
-def test_an_entry_of_another_rule_is_refused() -> None:
+def test_restore_refuses_unknown_state_field() -> None:
     optimizer, names = _shuffled(Scales(), names=False)
     saved = optimizer.state_dict()
     saved["state"][3]["last_grad"] = torch.zeros(4)
@@ -395,7 +395,7 @@ def test_an_entry_of_another_rule_is_refused() -> None:
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-def test_a_state_dict_by_names_needs_no_rule(flatten: bool) -> None:
+def test_restore_reads_state_dict_by_names(flatten: bool) -> None:
     model = Scales()
     optimizer, names = _shuffled(model, names=False)
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
@@ -408,7 +408,7 @@ def test_a_state_dict_by_names_needs_no_rule(flatten: bool) -> None:
         restore_optimizer(saved, model, [group[::-1] for group in names])
 
 
-def test_a_state_that_no_group_holds_is_refused() -> None:
+def test_restore_refuses_state_in_no_group() -> None:
     model = Scales()
     saved = get_optimizer_state_dict(model, _shuffled(model, names=False)[0])
     saved["param_groups"][0]["params"] = []
@@ -416,12 +416,12 @@ def test_a_state_that_no_group_holds_is_refused() -> None:
         restore_optimizer(saved, model)
 
 
-def test_what_is_no_state_dict_is_refused() -> None:
+def test_restore_refuses_other_dicts() -> None:
     with pytest.raises(ValueError, match=r"no 'state' and 'param_groups'; pass optimizer\.state_dict\(\)"):
         restore_optimizer({"optimizer": {}}, Scales())
 
 
-def test_shards_load_as_the_whole(full: Path, tmp_path: Path) -> None:
+def test_load_joins_safetensors_shards(full: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(full)
     (full / "model.safetensors").unlink()
     model.save_pretrained(full, max_shard_size="3KB")
@@ -432,7 +432,7 @@ def test_shards_load_as_the_whole(full: Path, tmp_path: Path) -> None:
 
 
 @READS_PICKLES
-def test_pickled_weights_load_as_tensors_only(full: Path) -> None:
+def test_load_reads_pickled_weights_as_tensors(full: Path) -> None:
     weights = load_file(full / "model.safetensors")
     (full / "model.safetensors").unlink()
     torch.save(weights, full / "pytorch_model.bin")
@@ -449,7 +449,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", pytest.param("pytorch_model.bin", marks=READS_PICKLES)])
-def test_nothing_is_unpickled(file: str, full: Path, tmp_path: Path) -> None:
+def test_load_never_unpickles(file: str, full: Path, tmp_path: Path) -> None:
     (full / "model.safetensors").unlink()
     torch.save({}, full / "pytorch_model.bin")
     torch.save({"state": Bomb(tmp_path / "ran"), "param_groups": []}, full / file)
@@ -466,13 +466,13 @@ class Projector:
     """As GaLore keeps one in its state."""
 
 
-def test_what_is_not_unpickled_is_named(full: Path) -> None:
+def test_load_names_class_that_is_not_unpickled(full: Path) -> None:
     torch.save({"state": {0: {"projector": Projector()}}, "param_groups": []}, full / "optimizer.pt")
     with pytest.raises(ValueError, match=r"optimizer\.pt .*\(.*test_\w+\.Projector\), which are never unpickled"):
         load_checkpoint(full)
 
 
-def test_the_whole_state_that_accelerate_saves_of_fsdp_is_read(full: Path) -> None:
+def test_load_reads_full_state_of_accelerate(full: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(full)
     optimizer = torch.optim.AdamW(reversed(list(model.parameters())), lr=0.1)
     for index, parameter in enumerate(model.parameters()):
@@ -483,7 +483,7 @@ def test_the_whole_state_that_accelerate_saves_of_fsdp_is_read(full: Path) -> No
     assert_same_state(load_checkpoint(full).optimizer_state, adamw_state(optimizer, model))
 
 
-def test_a_damaged_optimizer_file_is_refused(full: Path) -> None:
+def test_load_refuses_damaged_optimizer_file(full: Path) -> None:
     (full / "optimizer.pt").write_bytes((full / "optimizer.pt").read_bytes()[:500])
     with pytest.raises(ValueError, match=r"optimizer\.pt is damaged"):
         load_checkpoint(full)
@@ -496,7 +496,7 @@ def test_another_optimizers_checkpoint_is_refused_before_the_weights_are_read(fu
         load_checkpoint(full)
 
 
-def test_the_policy_alone_needs_no_optimizer(full: Path) -> None:
+def test_load_policy_without_optimizer_file(full: Path) -> None:
     (full / "optimizer.pt").unlink()
     loaded = load_checkpoint(full, optimizer=False)
     assert loaded.optimizer_state is None
@@ -519,9 +519,7 @@ def test_every_id_that_ends_a_completion_is_listed(full: Path) -> None:
     assert load_checkpoint(full).eos_token_ids == (2, 1)
 
 
-def test_an_adapters_base_and_tokenizer_come_from_its_config_or_from_base(
-    adapter: Path, bases: Path, tmp_path: Path
-) -> None:
+def test_load_adapter_takes_base_from_config_or_argument(adapter: Path, bases: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(adapter, optimizer=False, dtype=torch.float64)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float64}
     assert len(loaded.tokenizer) == 12
@@ -544,7 +542,7 @@ def test_an_adapter_with_a_missing_weight_is_refused(adapter: Path) -> None:
         load_checkpoint(adapter, optimizer=False)
 
 
-def test_an_adapter_with_a_weight_of_another_shape_is_refused(adapter: Path) -> None:
+def test_load_refuses_adapter_weight_of_another_shape(adapter: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     save_file(weights | {name: torch.zeros(3, 3)}, adapter / "adapter_model.safetensors")
@@ -552,7 +550,7 @@ def test_an_adapter_with_a_weight_of_another_shape_is_refused(adapter: Path) -> 
         load_checkpoint(adapter, optimizer=False)
 
 
-def test_trained_biases_that_older_peft_does_not_save_are_missed(
+def test_load_reports_biases_older_peft_does_not_save(
     bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(bases / "llama")
@@ -591,38 +589,38 @@ def test_weights_that_do_not_fit_the_config_are_refused(change: str, full: Path)
         ("optimizer.pt", r"has no optimizer\.pt or optimizer\.bin; .*pass optimizer=False"),
     ],
 )
-def test_a_missing_file_is_named(file: str, message: str, full: Path) -> None:
+def test_load_names_missing_file(file: str, message: str, full: Path) -> None:
     (full / file).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         load_checkpoint(full)
 
 
-def test_missing_adapter_weights_are_named(adapter: Path, bases: Path) -> None:
+def test_load_names_missing_adapter_weights(adapter: Path, bases: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors or adapter_model\.bin"):
         load_checkpoint(adapter, base=bases / "llama", optimizer=False)
 
 
 @pytest.mark.parametrize("field", ["path", "base"])
-def test_a_directory_that_is_none_is_named(field: str, full: Path) -> None:
+def test_load_names_path_that_is_no_directory(field: str, full: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"{field} is .*nowhere', not a directory; pass a local checkpoint"):
         load_checkpoint(**{"path": full, field: full / "nowhere"})
 
 
-def test_a_vocabulary_mismatch_is_refused_before_the_weights_are_read(full: Path) -> None:
+def test_load_refuses_vocabulary_mismatch_before_weights(full: Path) -> None:
     make_tokenizer(size=15).save_pretrained(full)
     (full / "model.safetensors").write_bytes(b"not read")
     with pytest.raises(ValueError, match=r"the tokenizer has 15 tokens, the model in .* 12 embedding rows"):
         load_checkpoint(full)
 
 
-def test_a_tokenizer_missing_from_a_full_checkpoint_comes_from_base(full: Path, bases: Path) -> None:
+def test_load_takes_missing_tokenizer_from_base(full: Path, bases: Path) -> None:
     (full / "tokenizer.json").unlink()
     assert len(load_checkpoint(full, base=bases / "llama").tokenizer) == 12
     assert load_checkpoint(full, base=bases / "llama").model.config.model_type == "qwen2"
 
 
-def test_recorded_names_beside_the_optimizer_are_used(tmp_path: Path) -> None:
+def test_load_uses_recorded_param_names(tmp_path: Path) -> None:
     golden = load_golden(torch.float32)
     base, path = tmp_path / "base", tmp_path / "adapter"
     golden.model.save_pretrained(path, save_embedding_layers=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,6 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from fx_influence.interop.checkpoints.dcp import read as distributed
 from fx_influence.interop.checkpoints.dcp.read import locate_values, read_slice, read_values
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.optimizers import adamw_state
@@ -101,7 +101,7 @@ def same(actual: Any, expected: Any) -> None:
 
 @pytest.mark.slow
 @FSDP2
-def test_shards_of_two_ranks_are_read_by_three(written: dict[str, Any], three: list[dict[str, Any]]) -> None:
+def test_load_sharded_from_two_ranks_on_three(written: dict[str, Any], three: list[dict[str, Any]]) -> None:
     for answer in three:
         same(answer["sharded"]["weights"], written["weights"])
         same(answer["sharded"]["state"], written["state"])
@@ -109,7 +109,7 @@ def test_shards_of_two_ranks_are_read_by_three(written: dict[str, Any], three: l
 
 @FSDP2
 @pytest.mark.parametrize("layout", ["by name", "by id"])
-def test_whole_tensors_of_one_process_are_read_by_three_ranks(
+def test_load_sharded_from_one_process_on_three_ranks(
     layout: str, alone: tuple[nn.Module, torch.optim.AdamW], directory: Path, three: list[dict[str, Any]]
 ) -> None:
     model, optimizer = alone
@@ -126,12 +126,12 @@ def test_whole_tensors_of_one_process_are_read_by_three_ranks(
 
 
 def whole_state(state: Any) -> list[Any]:
-    return [*state[:3], state.step, {name: tuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
+    return [*state[:3], state.step, {name: dataclasses.astuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
 
 
 @FSDP2
 @pytest.mark.parametrize("layout", ["sharded", "by name", "by id"])
-def test_no_rank_makes_more_than_a_shard(layout: str, three: list[dict[str, Any]]) -> None:
+def test_load_sharded_allocates_no_more_than_a_shard(layout: str, three: list[dict[str, Any]]) -> None:
     whole = max(p.nbytes for p in tiny().parameters())
     for answer in three:
         assert answer[layout]["placed"]
@@ -139,7 +139,7 @@ def test_no_rank_makes_more_than_a_shard(layout: str, three: list[dict[str, Any]
 
 
 @FSDP2
-def test_a_whole_state_is_dealt_to_the_shards(
+def test_restore_slices_full_state_for_shards(
     alone: tuple[nn.Module, torch.optim.AdamW], three: list[dict[str, Any]]
 ) -> None:
     expected = whole_state(adamw_state(alone[1], alone[0]))
@@ -169,7 +169,7 @@ def test_a_whole_state_is_dealt_to_the_shards(
         ),
     ],
 )
-def test_what_one_rank_finds_wrong_is_raised_on_all(
+def test_load_sharded_raises_errors_on_all_ranks(
     mistake: str, message: str, three: list[dict[str, Any]], directory: Path
 ) -> None:
     for answer in three:
@@ -178,7 +178,7 @@ def test_what_one_rank_finds_wrong_is_raised_on_all(
 
 
 @FSDP2
-def test_an_adapter_saved_alone_leaves_its_base(tmp_path: Path) -> None:
+def test_load_sharded_adapter_leaves_base_weights(tmp_path: Path) -> None:
     def adapted(seed: int) -> nn.Module:
         torch.manual_seed(0)
         config = Qwen2Config(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, pad_token_id=0)
@@ -209,20 +209,19 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("at_once", [1, 70, 2**24])
+@pytest.mark.parametrize("max_read_bytes", [1, 70, 2**24])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_box_of_a_stored_tensor(kind: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "BYTES_AT_ONCE", at_once)
-    whole = KINDS[kind]
-    save_dcp({"model": {"w": whole, "other": torch.zeros(1000)}}, tmp_path)
+def test_read_slice_matches_indexing(kind: str, max_read_bytes: int, tmp_path: Path) -> None:
+    tensor = KINDS[kind]
+    save_dcp({"model": {"w": tensor, "other": torch.zeros(1000)}}, tmp_path)
     stored = locate_values(tmp_path, ["model"])["w"]
     for box in [(slice(0, 7), slice(0, 5), slice(0, 3)), (slice(2, 6), slice(1, 4), slice(2, 3)), (slice(7, 7),) * 3]:
-        out = torch.full_like(whole[box], 99, dtype=torch.float64)
-        read_slice(stored, [one.start for one in box], out)
-        assert torch.equal(out, whole[box].double())
+        out = torch.full_like(tensor[box], 99, dtype=torch.float64)
+        read_slice(stored, [index.start for index in box], out, max_read_bytes)
+        assert torch.equal(out, tensor[box].double())
 
 
-def test_a_box_that_is_not_all_there_is_refused(tmp_path: Path) -> None:
+def test_read_slice_refuses_incomplete_slice(tmp_path: Path) -> None:
     save_dcp({"model": {"w": torch.zeros(4, 3)}}, tmp_path)
     stored = locate_values(tmp_path, ["model"])["w"]
     with pytest.raises(ValueError, match=r"model\.w of shape \(4, 3\) is not all in"):

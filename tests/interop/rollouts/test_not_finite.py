@@ -86,7 +86,7 @@ UNREAD: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", UNREAD)
-def test_numbers_that_do_not_count_are_read_past(tmp_path: Path, case: str) -> None:
+def test_not_finite_is_accepted_where_it_does_not_count(tmp_path: Path, case: str) -> None:
     kind, changes = UNREAD[case]
     (rollout,) = read_rollouts(written(tmp_path, kind, changes), TOKENIZER)
     plain = tmp_path / "plain"
@@ -127,20 +127,20 @@ COUNTS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", COUNTS)
-def test_numbers_that_count_are_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_not_finite_is_refused_where_it_counts(tmp_path: Path, case: str) -> None:
     kind, changes, message = COUNTS[case]
     with pytest.raises(ValueError, match=message):
         read_rollouts(written(tmp_path, kind, changes), TOKENIZER)
 
 
 @pytest.mark.parametrize("names", [{"exact": 1.0}, {"exact": 1.0, "other": 2.0}])
-def test_trl_rewards_leave_out_nan_as_they_do_null(tmp_path: Path, names: dict[str, float]) -> None:
+def test_trl_rewards_leave_out_nan_like_null(tmp_path: Path, names: dict[str, float]) -> None:
     path = written(tmp_path, "trl", {"other": [NAN]})
     (rollout,) = read_rollouts(path, TOKENIZER, reward_weights=names)
     assert rollout.reward == 1.0
 
 
-def test_layout_is_told_when_the_first_record_holds_nan(tmp_path: Path) -> None:
+def test_format_is_detected_when_first_record_has_nan(tmp_path: Path) -> None:
     lines = [{**VERL, "acc": NAN}, VERL]
     (tmp_path / "5.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(read_rollouts(tmp_path / "5.jsonl", TOKENIZER)) == 2

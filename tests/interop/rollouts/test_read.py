@@ -105,7 +105,7 @@ def test_prime_rl_is_read_token_by_token(tmp_path: Path) -> None:
     assert collate([rollout], PAD).completion_mask[0].tolist() == prime_record()["loss_mask"]
 
 
-def test_a_tokenizer_gives_the_texts_and_the_end(tmp_path: Path) -> None:
+def test_prime_rl_tokenizer_gives_texts_and_end(tmp_path: Path) -> None:
     cut = prime_record(1)
     cut["token_ids"] = [*PROMPT, *SAMPLED, *TOOL, *ids("22")]
     whole, cut_off = read_rollouts(write_prime_rl(tmp_path / "r.jsonl", [prime_record(), cut]), TOKENIZER)
@@ -113,7 +113,7 @@ def test_a_tokenizer_gives_the_texts_and_the_end(tmp_path: Path) -> None:
     assert (cut_off.completion, cut_off.finished) == ("2[9]22", False)
 
 
-def test_prime_rl_of_the_first_version_has_rewards_and_one_step(tmp_path: Path) -> None:
+def test_prime_rl_first_version_has_rewards(tmp_path: Path) -> None:
     record = prime_record(rewards=[1.5] * 11, training_mode="rl")
     for name in ("export_step", "run_id", "rl_weights", "ce_weights", "ref_kl_weights"):
         del record[name]
@@ -121,13 +121,13 @@ def test_prime_rl_of_the_first_version_has_rewards_and_one_step(tmp_path: Path) 
     assert (rollout.id, rollout.reward) == ("6/1/0", 1.5)
 
 
-def test_weights_of_the_policy_gradient_scale_the_advantage(tmp_path: Path) -> None:
+def test_prime_rl_weights_scale_the_advantage(tmp_path: Path) -> None:
     record = prime_record(rl_weights=[0.0] * 4 + [3.0] * 2 + [0.0] * 3 + [3.0] * 2, rewards=[None] * 11)
     (rollout,) = read_rollouts(write_prime_rl(tmp_path / "r.jsonl", [record]))
     assert (rollout.advantage, rollout.reward) == (1.5, None)
 
 
-def test_equal_prompts_are_one_group_over_the_ranks_of_a_directory(tmp_path: Path) -> None:
+def test_prime_rl_groups_equal_prompts_of_all_ranks(tmp_path: Path) -> None:
     other = prime_record(rank=10, token_ids=[*ids("2+1="), *prime_record()["token_ids"][4:]])
     write_prime_rl(tmp_path / "rank_10.jsonl", [other, prime_record(1, rank=10)])
     write_prime_rl(tmp_path / "rank_9.jsonl", [prime_record(rank=9)])
@@ -159,7 +159,7 @@ def test_equal_prompts_are_one_group_over_the_ranks_of_a_directory(tmp_path: Pat
         ({"rank": None}, "field 'rank' is None; it must be an integer"),
     ],
 )
-def test_a_token_export_that_is_not_whole_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_prime_rl_refuses_inconsistent_record(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_prime_rl(tmp_path / "r.jsonl", [prime_record(), prime_record(1, **changes)])
     with pytest.raises(ValueError, match=f"r.jsonl, line 2: .*{message}"):
         read_rollouts(path)
@@ -168,7 +168,7 @@ def test_a_token_export_that_is_not_whole_is_refused(tmp_path: Path, changes: di
 # --- NeMo-RL
 
 
-def test_nemo_rl_is_read_without_its_padding(tmp_path: Path) -> None:
+def test_nemo_rl_is_read_without_padding(tmp_path: Path) -> None:
     first, second = read_rollouts(write_nemo_rl(tmp_path / "train_data_step3.jsonl", nemo_batch()), TOKENIZER)
     assert first == Rollout(
         id="0",
@@ -186,19 +186,19 @@ def test_nemo_rl_is_read_without_its_padding(tmp_path: Path) -> None:
     assert (second.id, second.group, second.completion_ids, second.advantage) == ("1", 0, (EOS,), -0.7)
 
 
-def test_a_sample_that_nemo_rl_left_out_counts_no_token(tmp_path: Path) -> None:
+def test_nemo_rl_masks_sample_left_out_of_loss(tmp_path: Path) -> None:
     path = write_nemo_rl(tmp_path / "r.jsonl", nemo_batch(sample_loss_mask=[1.0, 0.0]))
     assert [r.completion_mask for r in read_rollouts(path)] == [None, (False,)]
 
 
-def test_a_sample_of_nemo_rl_without_a_sampled_token_is_a_prompt(tmp_path: Path) -> None:
+def test_nemo_rl_sample_without_sampled_token_is_prompt(tmp_path: Path) -> None:
     batch = nemo_batch(token_loss_mask=[[0] * 8, [0] * 8])
     rollout = read_rollouts(write_nemo_rl(tmp_path / "r.jsonl", batch), TOKENIZER)[0]
     assert (rollout.prompt_ids, rollout.completion_ids) == ((*PROMPT, *SAMPLED), ())
     assert (rollout.finished, rollout.advantage) == (False, 0.7)
 
 
-def test_with_dynamic_sampling_the_filtered_rewards_are_those_of_the_rows(tmp_path: Path) -> None:
+def test_nemo_rl_uses_filtered_rewards(tmp_path: Path) -> None:
     batch = nemo_batch(filtered_rewards=[0.5, 0.25], rewards=[9.0, 9.0, 9.0, 9.0])
     assert [r.reward for r in read_rollouts(write_nemo_rl(tmp_path / "r.jsonl", batch))] == [0.5, 0.25]
 
@@ -213,7 +213,7 @@ def test_with_dynamic_sampling_the_filtered_rewards_are_those_of_the_rows(tmp_pa
         ({"rewards": [1.0]}, "'rewards' holds 0 values; NeMo-RL writes a list of one"),
     ],
 )
-def test_a_nemo_rl_record_that_is_not_whole_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_nemo_rl_refuses_inconsistent_record(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_nemo_rl(tmp_path / "r.jsonl", nemo_batch(**changes))
     with pytest.raises(ValueError, match=f"r.jsonl, line 2: .*{message}"):
         read_rollouts(path)
@@ -222,7 +222,7 @@ def test_a_nemo_rl_record_that_is_not_whole_is_refused(tmp_path: Path, changes: 
 # --- verl
 
 
-def test_verl_is_retokenised_and_judged_within_equal_inputs(tmp_path: Path) -> None:
+def test_verl_groups_equal_inputs(tmp_path: Path) -> None:
     rollouts = read_rollouts(write_verl(tmp_path / "5.jsonl", VERL), TOKENIZER)
     assert rollouts[0] == Rollout(
         id="0",
@@ -242,18 +242,18 @@ def test_verl_is_retokenised_and_judged_within_equal_inputs(tmp_path: Path) -> N
     assert [(r.id, r.group) for r in rollouts] == [("0", 0), ("1", 0), ("2", 1)]
 
 
-def test_scale_leaves_out_the_division(tmp_path: Path) -> None:
+def test_verl_advantages_are_unscaled_on_request(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", VERL)
     assert [r.advantage for r in read_rollouts(path, TOKENIZER, scale=False)] == [0.5, -0.5, 0.0]
 
 
-def test_equal_inputs_of_two_steps_are_two_groups(tmp_path: Path) -> None:
+def test_verl_equal_inputs_of_two_steps_are_two_groups(tmp_path: Path) -> None:
     one, two = (write_verl(tmp_path / f"{step}.jsonl", VERL, step).read_text() for step in (5, 6))
     (tmp_path / "both.jsonl").write_text(one + two)
     assert [r.group for r in read_rollouts(tmp_path / "both.jsonl", TOKENIZER)] == [0, 0, 1, 2, 2, 3]
 
 
-def test_the_uid_of_verl_tells_the_groups_and_its_last_outputs_are_judged(tmp_path: Path) -> None:
+def test_verl_uid_decides_groups_and_last_outputs(tmp_path: Path) -> None:
     uid = ["a_0_0", "a_0_1", "a_1_0", "b_0_0", "b_1_0"]
     batch = {"input": ["1+1="] * 5, "output": ["1", "2", "3", "4", "5"], "score": [9.0, 1.0, 0.0, 1.0, 0.0], "uid": uid}
     rollouts = read_rollouts(write_verl(tmp_path / "5.jsonl", batch), TOKENIZER, scale=False)
@@ -266,12 +266,12 @@ def test_the_uid_of_verl_tells_the_groups_and_its_last_outputs_are_judged(tmp_pa
     ]
 
 
-def test_a_uid_of_the_prompt_alone_tells_the_groups_too(tmp_path: Path) -> None:
+def test_verl_uid_without_session_decides_groups(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", {**VERL, "uid": ["x-1", "x-2", "x-1"]})
     assert [(r.id, r.group) for r in read_rollouts(path, TOKENIZER)] == [("0", 0), ("1", 1), ("2", 0)]
 
 
-def test_a_truncated_completion_gets_no_end(tmp_path: Path) -> None:
+def test_verl_truncated_completion_has_no_eos(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", {**VERL, "output": ["12", "345", "6"], "truncated": [None, False, True]})
     rollouts = read_rollouts(path, TOKENIZER, max_completion_length=2)
     assert [(r.completion_ids, r.finished) for r in rollouts] == [
@@ -281,13 +281,13 @@ def test_a_truncated_completion_gets_no_end(tmp_path: Path) -> None:
     ]
 
 
-def test_the_text_is_kept_where_its_tokens_are_not_all_known(tmp_path: Path) -> None:
+def test_verl_keeps_text_with_unknown_tokens(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", {**VERL, "output": ["é2"] * 3})
     rollout = read_rollouts(path, TOKENIZER)[0]
     assert (rollout.completion, rollout.completion_ids) == ("é2", (PAD, *SAMPLED))
 
 
-def test_an_end_within_the_text_is_not_doubled(tmp_path: Path) -> None:
+def test_verl_does_not_double_eos_in_text(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", {**VERL, "output": ["2<|im_end|>"] * 3})
     assert read_rollouts(path, TOKENIZER)[0].completion_ids == SAMPLED
 
@@ -302,13 +302,13 @@ def test_an_end_within_the_text_is_not_doubled(tmp_path: Path) -> None:
         ({"truncated": [None, "yes", None]}, "field 'truncated' is 'yes'; it must be a boolean"),
     ],
 )
-def test_a_record_of_verl_with_another_type_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_verl_refuses_field_of_another_type(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_verl(tmp_path / "5.jsonl", {**VERL, **changes})
     with pytest.raises(ValueError, match=f"5.jsonl, line 2: .*{message}"):
         read_rollouts(path, TOKENIZER)
 
 
-def test_texts_need_a_tokenizer_with_an_end(tmp_path: Path) -> None:
+def test_verl_needs_tokenizer_with_eos(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", VERL)
     with pytest.raises(ValueError, match="tokenizer is None, but this file holds texts"):
         read_rollouts(path)
@@ -319,7 +319,7 @@ def test_texts_need_a_tokenizer_with_an_end(tmp_path: Path) -> None:
 # --- TRL
 
 
-def test_texts_of_trl_keep_their_advantage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_keeps_recorded_advantage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_trl(
         tmp_path,
         monkeypatch,
@@ -358,7 +358,7 @@ def call(name: str, **arguments: int) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
 
 
-def test_a_conversation_of_trl_goes_through_the_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_renders_conversation_by_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_trl(
         tmp_path,
         monkeypatch,
@@ -376,7 +376,7 @@ def test_a_conversation_of_trl_goes_through_the_chat_template(tmp_path: Path, mo
     assert given[0].prompt == first.prompt + "<think>"
 
 
-def test_what_a_tool_wrote_is_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_masks_output_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [call("add", x=1), chat("tool", "2"), chat("assistant", "two")]
     # In the file's columns, every call has the arguments of all, null where it had none.
     other = [call("neg", y=2)]
@@ -402,7 +402,7 @@ def test_what_a_tool_wrote_is_masked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (single.completion_mask, plain.completion_mask) == (None, None)
 
 
-def test_a_template_that_rewrites_or_refuses_messages_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_refuses_template_that_rewrites_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [chat("assistant", "1"), chat("tool", "2"), chat("assistant", "two")]
     columns = {"prompt": [[chat("user", "1+1?")]], "completion": [turns], "rewards": {}, "advantages": [0.5]}
     path = write_trl(tmp_path, monkeypatch, **columns)
@@ -423,7 +423,7 @@ def test_a_template_that_rewrites_or_refuses_messages_is_named(tmp_path: Path, m
         ("1+1=", [call("add", x=1)], "messages but the prompt a text"),
     ],
 )
-def test_messages_that_cannot_be_tokens_are_refused(
+def test_trl_refuses_messages_without_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: Any, completion: Any, message: str
 ) -> None:
     path = write_trl(tmp_path, monkeypatch, prompt=[prompt], completion=[completion], advantages=[0.0])
@@ -431,7 +431,7 @@ def test_messages_that_cannot_be_tokens_are_refused(
         read_rollouts(path, TOKENIZER)
 
 
-def test_the_rewards_of_trl_add_up_as_the_weights_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_rewards_add_up_by_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_trl(
         tmp_path,
         monkeypatch,
@@ -450,9 +450,7 @@ def test_the_rewards_of_trl_add_up_as_the_weights_say(tmp_path: Path, monkeypatc
         read_rollouts(path, TOKENIZER, reward_weights={"exakt": 1.0})
 
 
-def test_rows_of_trl_with_numbers_that_are_not_finite_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trl_refuses_rows_with_not_finite_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_trl(
         tmp_path,
         monkeypatch,
@@ -467,7 +465,7 @@ def test_rows_of_trl_with_numbers_that_are_not_finite_are_refused(
     assert "field 'advantage' is None; it must be a number; pandas writes NaN as null" in str(caught.value)
 
 
-def test_parquet_of_other_columns_or_none_at_all_is_refused(tmp_path: Path) -> None:
+def test_trl_refuses_other_parquet_or_no_parquet(tmp_path: Path) -> None:
     import pandas
 
     path = tmp_path / "other.parquet"
@@ -479,7 +477,7 @@ def test_parquet_of_other_columns_or_none_at_all_is_refused(tmp_path: Path) -> N
         read_rollouts(path, TOKENIZER)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trl_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "completions_00010.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"^reading parquet needs pyarrow: pip install 'fx-influence\[parquet\]'$"):
@@ -489,14 +487,14 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
 # --- Any format
 
 
-def test_our_own_format_is_known_by_its_fields(tmp_path: Path) -> None:
+def test_native_format_is_detected(tmp_path: Path) -> None:
     write_rollouts(tmp_path / "r.jsonl", [own()])
     assert read_rollouts(tmp_path / "r.jsonl") == [own()]
 
 
-def test_a_format_can_be_forced_whatever_the_suffix(tmp_path: Path) -> None:
+def test_format_argument_overrides_suffix(tmp_path: Path) -> None:
     path = write_prime_rl(tmp_path / "export.log", [prime_record()])
-    with pytest.raises(ValueError, match=r"export.log' is no .jsonl and no .parquet; say what it is with format="):
+    with pytest.raises(ValueError, match=r"export.log' is no .jsonl and no .parquet; give its format with format="):
         read_rollouts(path)
     assert len(read_rollouts(path, format="prime_rl")) == 1
     with pytest.raises(ValueError, match="no field 'input_lengths'"):
@@ -505,13 +503,13 @@ def test_a_format_can_be_forced_whatever_the_suffix(tmp_path: Path) -> None:
         read_rollouts(path, format="slime")  # type: ignore[arg-type]
 
 
-def test_an_unknown_layout_is_refused_with_the_fields_found_and_expected(tmp_path: Path) -> None:
+def test_unknown_format_is_refused_with_fields(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"trace_id": "x", "nodes": []}\n')
     with pytest.raises(ValueError, match=r"first record has \['nodes', 'trace_id'\]; expected .* verl: input, output"):
         read_rollouts(tmp_path / "t.jsonl")
 
 
-def test_every_malformed_line_is_named_and_the_many_are_counted(tmp_path: Path) -> None:
+def test_read_rollouts_names_and_counts_malformed_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     good = json.dumps(prime_record())
     bad = [
@@ -538,20 +536,20 @@ def test_every_malformed_line_is_named_and_the_many_are_counted(tmp_path: Path) 
     assert (len(lines), lines[-1]) == (11, "and 3 more, 13 in all")
 
 
-def test_a_file_without_any_object_names_its_lines(tmp_path: Path) -> None:
+def test_read_rollouts_names_lines_of_file_without_object(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("\nno json\n")
     with pytest.raises(ValueError, match=r"r.jsonl, line 2: this is not JSON"):
         read_rollouts(tmp_path / "r.jsonl")
 
 
 @pytest.mark.parametrize("format", [None, "prime_rl", "nemo_rl", "verl"])
-def test_a_file_without_rollouts_is_refused(tmp_path: Path, format: Any) -> None:
+def test_read_rollouts_refuses_file_without_rollouts(tmp_path: Path, format: Any) -> None:
     (tmp_path / "r.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"r.jsonl' holds no rollout"):
         read_rollouts(tmp_path / "r.jsonl", TOKENIZER, format=format)
 
 
-def test_ids_must_be_unique(tmp_path: Path) -> None:
+def test_read_rollouts_refuses_repeated_ids(tmp_path: Path) -> None:
     path = write_prime_rl(tmp_path / "r.jsonl", [prime_record(0), prime_record(1), prime_record(0)])
     with pytest.raises(ValueError, match="gives 1 ids to more than one rollout: 7/1/0; ids must be unique"):
         read_rollouts(path)
@@ -560,7 +558,7 @@ def test_ids_must_be_unique(tmp_path: Path) -> None:
         read_rollouts(tmp_path / "own.jsonl")
 
 
-def test_a_missing_file_and_a_directory_without_ranks_are_named(tmp_path: Path) -> None:
+def test_read_rollouts_names_missing_file_or_ranks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'.*none.jsonl' does not exist"):
         read_rollouts(tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match="nor is it a directory of rank"):

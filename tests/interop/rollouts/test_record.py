@@ -34,7 +34,7 @@ def rollout(name: str = "p/0", **changes: Any) -> Rollout:
     return Rollout(**{**fields, **changes})
 
 
-def test_collate_keeps_an_eos_that_is_also_the_padding() -> None:
+def test_collate_keeps_eos_that_is_also_padding() -> None:
     short = rollout("a/0", group=3)
     long = rollout("b/0", group=7, prompt_ids=(EOS, 4), completion_ids=(6, 7, 8, EOS), behaviour_logprobs=(-1.0,) * 4)
     batch = collate([short, long], PAD)
@@ -48,25 +48,25 @@ def test_collate_keeps_an_eos_that_is_also_the_padding() -> None:
     assert batch.entropy_coefficients is None
 
 
-def test_collate_takes_a_completion_without_tokens() -> None:
+def test_collate_accepts_empty_completion() -> None:
     batch = collate([rollout(completion_ids=(), behaviour_logprobs=()), rollout()], PAD)
     assert batch.completion_mask.sum(-1).tolist() == [0, 2]
     assert batch.attention_mask.sum(-1).tolist() == [3, 5]
 
 
-def test_collate_refuses_what_cannot_be_scored() -> None:
+def test_collate_refuses_no_rollouts_or_empty_prompt() -> None:
     with pytest.raises(ValueError, match="rollouts is empty"):
         collate([], PAD)
     with pytest.raises(ValueError, match="prompt_ids of rollout 'q/1' is empty"):
         collate([rollout(), rollout("q/1", prompt_ids=())], PAD)
 
 
-def test_log_probs_must_match_the_tokens() -> None:
+def test_rollout_refuses_logprobs_of_another_length() -> None:
     with pytest.raises(ValueError, match="behaviour_logprobs of rollout 'p/0' has 1 values for 2"):
         rollout(behaviour_logprobs=(-0.5,))
 
 
-def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
+def test_native_file_round_trips_every_bit(tmp_path: Path) -> None:
     awkward = (-1 / 3, -math.nextafter(0.1, 1.0))
     written = [
         rollout(behaviour_logprobs=awkward, reward=0.1 + 0.2, advantage=-1e-300),
@@ -79,7 +79,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["r.jsonl"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_rollouts_keeps_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.jsonl"
     write_rollouts(path, [rollout()])
     with pytest.raises(ValueError, match="rollout 'bad/0' holds a number that is not finite"):
@@ -95,13 +95,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == ["r.jsonl"]
 
 
-def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
+def test_write_rollouts_has_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     write_rollouts(tmp_path / "r.jsonl", [rollout()])
     assert (tmp_path / "r.jsonl").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_blank_lines_and_unknown_fields_are_passed_over(tmp_path: Path) -> None:
+def test_read_native_skips_blank_lines_and_unknown_fields(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     record = {**dataclasses.asdict(rollout()), "note": "ignored"}
     path.write_text(f"\n{json.dumps(record)}\n\n")
@@ -131,30 +131,30 @@ def altered(**changes: Any) -> str:
         (altered(behaviour_logprobs=[-1.0]), "behaviour_logprobs of rollout 'p/0' has 1 values"),
     ],
 )
-def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
+def test_read_native_names_malformed_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(f"{json.dumps(dataclasses.asdict(rollout()))}\n\n{line}\n")
     with pytest.raises(ValueError, match=f"r.jsonl, line 3.*{message}"):
         read_native_rollouts(path)
 
 
-def test_every_malformed_line_is_named_in_one_error(tmp_path: Path) -> None:
+def test_read_native_names_all_malformed_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join([altered(), "{", altered(reward=math.nan), altered(group="0"), altered()]))
     with pytest.raises(ValueError, match="line 2: this is not JSON") as caught:
         read_native_rollouts(path)
     assert [line.split("r.jsonl, ")[1] for line in str(caught.value).splitlines()][1:] == [
         "line 3: field 'reward' holds the number NaN, which is not finite; repair it first",
-        "line 4: field 'group' is '0'; that is not the type that write_rollouts gives it",
+        "line 4: field 'group' is '0'; expected the type that write_rollouts gives it",
     ]
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_read_native_names_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'.*none.jsonl' does not exist"):
         read_native_rollouts(tmp_path / "none.jsonl")
 
 
-def test_what_the_policy_did_not_sample_does_not_count_and_coefficients_are_collated(tmp_path: Path) -> None:
+def test_collate_applies_mask_and_coefficients(tmp_path: Path) -> None:
     tool = rollout(
         completion_mask=(False, True), behaviour_logprobs=None, coefficients=(0.0, 0.5), entropy_coefficients=(0.0, 2.0)
     )
@@ -172,11 +172,11 @@ def test_what_the_policy_did_not_sample_does_not_count_and_coefficients_are_coll
     assert batch.entropy_coefficients[0, start + 1].item() == 2.0
 
 
-def test_coefficients_of_some_rollouts_only_are_not_collated() -> None:
+def test_collate_leaves_out_incomplete_coefficients() -> None:
     assert collate([rollout(coefficients=(1.0, 2.0)), rollout("q/0")], PAD).coefficients is None
 
 
 @pytest.mark.parametrize("name", ["completion_mask", "coefficients", "entropy_coefficients"])
-def test_each_value_per_token_must_match_the_tokens(name: str) -> None:
+def test_rollout_refuses_per_token_value_of_another_length(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} of rollout 'p/0' has 1 values for 2"):
         rollout(**{name: (True,)})

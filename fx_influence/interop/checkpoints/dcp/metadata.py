@@ -1,4 +1,9 @@
-"""Metadata of torch.distributed.checkpoint"""
+"""The ``.metadata`` file of a ``torch.distributed.checkpoint`` directory: which bytes of which file hold which value.
+
+It is a pickle, which torch's own reader unpickles whatever it names. This reader admits the few classes of such
+metadata and nothing else, and builds stand-ins in their place, so that torch's are not even needed. Source: torch 2.13,
+``torch.distributed.checkpoint.metadata`` and ``filesystem``; torch 2.1 writes the same.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,14 @@ METADATA = ".metadata"
 
 
 class _Record:
-    """The fields of one of torch's dataclasses; a tuple is what TensorProperties pickles, and of no use here."""
+    """Fields of one of torch's dataclasses; a state that is a tuple, as TensorProperties pickles, is not needed."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
 def _unused(*_: object) -> None:
-    """In place of a layout, a memory format, a dtype or a path of the machine that wrote: no value needs them."""
+    """Stand in for a layout, a memory format, a dtype or a path of the writing machine, which no value needs."""
 
 
 _CLASSES = "torch.distributed.checkpoint.metadata"
@@ -36,7 +41,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     (_CLASSES, "StorageMeta"): _Record,
     (_CLASSES, "_MEM_FORMAT_ENCODING"): _unused,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
-    # of sharded tensors, and of all before torch 2.4
+    # sharded tensors, and all tensors before torch 2.4
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Record,
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): _unused,
     ("torch", "Size"): tuple,
@@ -46,12 +51,14 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("pathlib", "WindowsPath"): _unused,
     ("pathlib._local", "PosixPath"): _unused,
     ("pathlib._local", "WindowsPath"): _unused,
-    # how Python 3.11.0 to 3.11.3 pickle a member of an enum
+    # Python 3.11.0 to 3.11.3 pickle a member of an enum by getattr
     ("builtins", "getattr"): _unused,
 }
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickler that admits only the classes of ``_ADMITTED``."""
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return _unused
@@ -61,7 +68,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, or a whole value, and the bytes it stands in."""
+    """A rectangular chunk of a tensor, or a value that is no tensor, and its bytes in a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -71,21 +78,26 @@ class Chunk(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One value: its keys in the saved dict, its shape (None if it is no tensor) and its pieces."""
+    """A value: its keys in the saved dict, its shape (None if it is no tensor) and its chunks."""
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...] | None
-    pieces: list[Chunk]
+    chunks: list[Chunk]
 
 
 def read_metadata(file: Path) -> list[Entry]:
+    """Read the entries of a ``.metadata`` file without unpickling anything but its own classes.
+
+    Raises:
+        ValueError: for a damaged file, another format, or a pickle that names anything else.
+    """
     try:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
-        spots = {(i.fqn, vars(i).get("offset")): spot for i, spot in metadata.storage_data.items()}
+        locations = {(i.fqn, vars(i).get("offset")): location for i, location in metadata.storage_data.items()}
         paths = metadata.planner_data or {}
         stored = metadata.state_dict_metadata.items()
-        return [_entry(name, tuple(paths.get(name, (name,))), value, spots) for name, value in stored]
+        return [_entry(name, tuple(paths.get(name, (name,))), value, locations) for name, value in stored]
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -101,15 +113,15 @@ def read_metadata(file: Path) -> list[Entry]:
         ) from error
 
 
-def _entry(name: str, path: tuple[str | int, ...], stored: Any, spots: dict[Any, Any]) -> Entry:
+def _entry(name: str, path: tuple[str | int, ...], stored: Any, locations: dict[Any, Any]) -> Entry:
     if "chunks" not in vars(stored):
-        return Entry(path, None, [_piece((), (), spots[name, None])])
-    pieces = [_piece(tuple(c.offsets), tuple(c.sizes), spots[name, c.offsets]) for c in stored.chunks]
-    return Entry(path, tuple(stored.size), pieces)
+        return Entry(path, None, [_chunk((), (), locations[name, None])])
+    chunks = [_chunk(tuple(c.offsets), tuple(c.sizes), locations[name, c.offsets]) for c in stored.chunks]
+    return Entry(path, tuple(stored.size), chunks)
 
 
-def _piece(offsets: tuple[int, ...], sizes: tuple[int, ...], spot: Any) -> Chunk:
-    file = spot.relative_path
-    if Path(file).name != file or vars(spot).get("transform_descriptors"):
-        raise ValueError(f"a value stands in {file!r}, transformed by {vars(spot).get('transform_descriptors')}")
-    return Chunk(offsets, sizes, file, spot.offset, spot.length)
+def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], location: Any) -> Chunk:
+    file = location.relative_path
+    if Path(file).name != file or vars(location).get("transform_descriptors"):
+        raise ValueError(f"a value stands in {file!r}, transformed by {vars(location).get('transform_descriptors')}")
+    return Chunk(offsets, sizes, file, location.offset, location.length)
