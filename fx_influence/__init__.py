@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fx_influence.estimators.entropy import entropy_estimate
     from fx_influence.estimators.snis import SnisDelta
     from fx_influence.fisher import fisher_kernel
-    from fx_influence.functional import make_functional
+    from fx_influence.functional import check_policy, make_functional
     from fx_influence.interop.checkpoints.load import load_checkpoint
     from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
     from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from fx_influence.objectives import Entropy, Objective, expected_reward, kl_to_reference
     from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
     from fx_influence.perturbation import JvpDelta, jvp_delta, snis_delta, snis_sweep
-    from fx_influence.policy.model.agreement import check_policy
     from fx_influence.policy.policy import Policy
     from fx_influence.types import (
         AdamWHyper,
@@ -78,7 +77,7 @@ _MODULES = {
     "adamw_decompose": "fx_influence.optim.adamw",
     "adamw_state": "fx_influence.interop.optimizers",
     "check_derivatives": "fx_influence.derivative_check",
-    "check_policy": "fx_influence.policy.model.agreement",
+    "check_policy": "fx_influence.functional",
     "clipped_ratio": "fx_influence.losses",
     "coefficients": "fx_influence.losses",
     "collate": "fx_influence.interop.rollouts.batch",

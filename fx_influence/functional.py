@@ -1,52 +1,69 @@
-"""Turn a model into a pure function of its trainable parameters."""
+"""Turn a model into a pure function of its trainable parameters, and check later that both still agree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch  # noqa: F401
+import torch
 from torch import Tensor, nn
 
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
-from fx_influence.policy.model.template import (
-    unwrap_model,
+from fx_influence.distributed.sharded_policy import ShardedPolicy
+from fx_influence.policy.model.agreement import (
+    check_padded,
+    comparison_bound,
+    device_of,
+    difference,
+    live_tensors,
+    model_logits,
+    random_state_restored,
+    unpadded_disagreement,
 )
+from fx_influence.policy.model.forward import ForwardError
+from fx_influence.policy.model.probing import LENGTHS, ProbeCase, make_probe
+from fx_influence.policy.model.template import meta_template, unwrap_model
 from fx_influence.policy.policy import Policy
-from fx_influence.types import Params
+from fx_influence.types import Apply, Params
 
 
 def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool = False) -> tuple[Policy, Params]:
     """Split a model into a pure ``apply`` and its trainable parameters, as ``(apply, params)``.
 
-    ``apply(params, input_ids, attention_mask)`` gives the logits, (B, T, V), of the model in eval mode with eager
-    attention, gradient checkpointing off; ``model`` itself, its ``training`` flag included, is left as it is. The
-    forward may return a tensor or an object with ``.logits``. Where it takes ``position_ids`` they are derived from
-    the attention mask, so that padding on the left does not matter under absolute positions; ``position_ids=False``
-    leaves them out, which reproduces a trainer that omits them. Where tokens meet in causal attention alone, which two
-    short forwards here tell, the library's passes take a prompt that several rows begin with once for all of them.
-    ``compiled``: the library's own plain, reverse and forward-mode passes go through ``torch.compile``, which takes
-    half a minute once for every shape and pays where there are many tokens; calls of ``apply`` and passes that need its
-    operations do not, and prompts are not shared.
+    ``apply(params, input_ids, attention_mask)`` returns the logits, (B, T, V), of the model in eval mode with eager
+    attention and without gradient checkpointing; ``model`` itself, its ``training`` flag included, is left as it is.
+    The forward may return a tensor or an object with ``.logits``. A prompt that several rows begin with goes through
+    the model once for all of them in the library's own passes, where two short forwards show that tokens meet in causal
+    attention alone.
 
-    ``params`` holds the parameters with ``requires_grad`` by name, tied ones once, as detached aliases of the live
-    tensors: clone them before an optimizer step if the values before the step are wanted after it. What wraps a model,
-    ``torch.compile`` or data parallelism, is taken off, and names are those of the model inside.
+    The policy's logits are compared with those of the model for a few tokens, of two lengths and padded on either side,
+    on random weights; ``check_policy`` repeats that on the live ones. What the passes may do with rows, move, cut or
+    share them, is read off such forwards too, so that it holds whatever is learned later. Where a position's meaning
+    follows the longest row of a pass (dynamic and long rotary embeddings), rows are neither moved nor cut, and mean in
+    every pass what they mean in an unmasked batch of their width. If the model's forward takes none of those tokens,
+    nothing is compared, and a ``UserWarning`` says so.
 
-    The policy's logits are compared with those that the model gives for a few tokens, of two lengths and padded on
-    either side, on random weights; ``check_policy`` does it again on the live ones. What the passes may do with rows,
-    move, cut or share them, is read off such forwards too, so that it holds whatever is learned later. Where a
-    position's meaning follows the longest row of a pass (dynamic and long rotary embeddings), rows are neither moved
-    nor cut, and mean in every pass what they mean in an unmasked batch of their width. Where the model's forward takes
-    none of those tokens, nothing is compared, and a ``UserWarning`` says so.
+    Args:
+        model: a causal language model. ``torch.compile`` and data parallelism around it are taken off, and names are
+            those of the model inside. If it is sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``), every rank of
+            its mesh makes the call.
+        position_ids: where the forward takes ``position_ids``, derive them from the attention mask, so that padding on
+            the left does not matter under absolute positions. False leaves them out, which reproduces a trainer that
+            omits them.
+        compiled: run the library's own plain, reverse-mode and forward-mode passes through ``torch.compile``, which
+            takes half a minute once for every shape and pays where there are many tokens. Calls of ``apply`` and passes
+            that record its operations are not compiled, and prompts are not shared.
 
-    Of a model sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``) ``apply`` is a ``ShardedPolicy``, see there,
-    and ``params`` are DTensors; every rank of its mesh makes the call.
+    Returns:
+        ``apply``, a ``ShardedPolicy`` for a sharded model, and ``params``, the parameters with ``requires_grad`` by
+        name, tied ones once. They are detached aliases of the live tensors, DTensors for a sharded model: clone them
+        before an optimizer step if the values before the step are wanted after it.
 
-    Raises ``ValueError`` for a model without trainable parameters, with parameters on the meta device, or sharded in
-    another way than by FSDP2; with hooks that may change gradients; whose forward writes to its parameters, gives
-    other logits than the policy or not one for each token, or lets rows see each other.
+    Raises:
+        ValueError: the model has no trainable parameters, has parameters on the meta device or sharded in another way
+            than by FSDP2, or has hooks that may change gradients; or its forward writes to its parameters, gives other
+            logits than the policy or not one for each token, or lets rows see each other.
 
     Example:
         >>> class Bigram(nn.Module):
@@ -71,11 +88,63 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; load its weights first")
     _check_partition(named)
     _check_hooks(model)
-    if any(map(is_sharded, named.values())):
-        from fx_influence.distributed.sharded_policy import ShardedPolicy
+    kind = ShardedPolicy if any(map(is_sharded, named.values())) else Policy
+    return kind(model, position_ids, compiled), params
 
-        return ShardedPolicy(model, position_ids, compiled), params
-    return Policy(model, position_ids, compiled), params
+
+def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
+    """Compare ``apply`` with ``model``'s own forward on a few tokens, at the weights that both have now.
+
+    ``make_functional`` makes this comparison on random weights. Made again later it also shows what has changed in the
+    model since: another active or merged adapter, modules replaced, frozen weights that are no longer the same tensors.
+    The model, its mode, buffers and gradients and the random state stay as they are.
+
+    Args:
+        apply: a policy, as ``make_functional`` returned it.
+        params: its parameters by name.
+        model: the model that both were made of.
+
+    Raises:
+        ValueError: the logits differ, with the difference relative to the largest logit; ``apply`` is no ``Policy``;
+            or the model is sharded by FSDP2, so that its own forward is a collective of all ranks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+        >>> apply, params = make_functional(model)
+        >>> check_policy(apply, params, model)
+    """
+    if not isinstance(apply, Policy):
+        raise ValueError(f"apply is a {type(apply).__name__}; expected the Policy that make_functional returns")
+    model = unwrap_model(model)
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model is sharded by FSDP2; expected whole weights. make_functional compared it when it was made"
+        )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if trained != params.keys():
+        raise ValueError(
+            f"params has {len(params)} names and the model trains {len(trained)}, {min(trained ^ params.keys())!r} in "
+            "one of the two alone; expected the same. Make the policy again with make_functional"
+        )
+    known = live_tensors(model)
+    forward, template, bound = apply.forward, apply.templates.full, comparison_bound(known)
+    cases = [
+        ProbeCase(known, make_probe(model, apply.vocab_size, length, device_of(model)), bound) for length in LENGTHS
+    ]
+    with torch.no_grad(), random_state_restored(model):
+        own = meta_template(model, None).with_stateful(apply.stateful)
+        for case in cases:
+            try:
+                model_logits(forward, own, case, 0)
+            except Exception:
+                if case is cases[-1]:
+                    raise
+                continue
+            mismatch = unpadded_disagreement(forward, template, own, case, params)
+            if mismatch is not None:
+                raise ForwardError(difference(mismatch.actual, mismatch.expected, mismatch.rows))
+            check_padded(forward, template, own, case, params)
+            return
 
 
 def _check_partition(named: Mapping[str, Tensor]) -> None:
@@ -92,8 +161,8 @@ def _check_partition(named: Mapping[str, Tensor]) -> None:
             )
 
 
-_LOOKING_ON = ("wandb.", "torch.distributed.")
-"""Where hooks are defined that look at gradients, or bring them to their owners, and change none."""
+_HARMLESS_HOOKS = ("wandb.", "torch.distributed.")
+"""Packages whose hooks look at gradients, or bring them to their owners, and change none."""
 
 
 def _check_hooks(model: nn.Module) -> None:
@@ -122,4 +191,4 @@ def _check_hooks(model: nn.Module) -> None:
 def _may_change(hook: Any) -> bool:
     while hasattr(hook, "func"):
         hook = hook.func
-    return not (getattr(hook, "__module__", None) or "").startswith(_LOOKING_ON)
+    return not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS_HOOKS)

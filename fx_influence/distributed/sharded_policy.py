@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,9 @@ from fx_influence.core.tree import promote
 from fx_influence.distributed.fsdp_gather import gather, reduce_scatter, shard_like, sharding_of
 from fx_influence.distributed.fsdp_units import FsdpPass, Unit, attached, running
 from fx_influence.policy.attention import math_attention
-from fx_influence.policy.model.probing import ProbeCase
+from fx_influence.policy.model.fitting import FittedForward
+from fx_influence.policy.model.forward import Head, ModelForward
+from fx_influence.policy.model.head import CutModel
 from fx_influence.policy.model.template import Template, output_embeddings
 from fx_influence.policy.modes.forward_ad import forward_mode_jvp
 from fx_influence.policy.policy import Policy
@@ -32,6 +37,50 @@ class Opened(NamedTuple):
     policy: ShardedPolicy
     params: Params
     tangent: Params | None
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedForward(ModelForward):
+    """Rules for calling a sharded model: its tensors are gathered for each call.
+
+    Attributes:
+        units: the FSDP units, whose weights are gathered where each runs.
+        tangents: shards of a direction that are gathered with the units' weights, by name.
+    """
+
+    units: Sequence[Unit] = ()
+    tangents: Params = field(default_factory=dict)
+
+    @functools.cached_property
+    def in_units(self) -> set[str]:
+        """Names of the parameters that some unit holds."""
+        return {name for unit in self.units for _, _, name in unit.places}
+
+    def is_loose(self, name: str, x: Tensor) -> bool:
+        """Return whether a tensor is sharded and in no unit, so that it is gathered apart from the units."""
+        return is_sharded(x) and name not in self.in_units
+
+    def call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        if not any(map(is_sharded, known.values())):
+            return super().call(template, known, args, kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(
+                "a sharded policy stands in no transformation of torch.func, as per-sequence gradients (matrix=True, "
+                "fisher_kernel) and blocks of directions are made by; take matrix=False, or load the model unsharded"
+            )
+        known = self._whole_where_loose(known)
+        with running(template.module, FsdpPass(self.units, known, self.tangents)):
+            whole = {name: x for name, x in known.items() if not is_sharded(x)}
+            return super().call(template, whole, args, kwargs)
+
+    def head_tensors(self, head: Head, params: Params) -> Params:
+        names = set(head.names.values())
+        return self._whole_where_loose({name: x for name, x in {**self.frozen, **params}.items() if name in names})
+
+    def _whole_where_loose(self, known: Params) -> Params:
+        loose = {name: x for name, x in known.items() if self.is_loose(name, x)}
+        whole = dict(zip(loose, _gathered(list(loose.values())), strict=True))
+        return {**known, **(attached(whole, loose) if torch.is_grad_enabled() else whole)}
 
 
 class ShardedPolicy(Policy):
@@ -51,13 +100,12 @@ class ShardedPolicy(Policy):
     ``ValueError``: of matrices and of blocks of directions, it has none.
     """
 
+    forward: ShardedForward
+
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
         if compiled:
             raise ValueError("compiled=True needs whole weights, the model's are sharded; leave compiled out")
         _check_sharding(model)
-        self._units = _units(model)
-        self._in_units = {name for unit in self._units for _, _, name in unit.places}
-        self._moving: Params = {}
         super().__init__(model, position_ids)
 
     def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
@@ -65,13 +113,14 @@ class ShardedPolicy(Policy):
 
     def unsharded(self, params: Params, tangent: Params | None = None) -> Opened:
         """The same with everything gathered that is in no unit, in one collective per dtype."""
-        trees = [self._frozen, params, tangent or {}]
-        wanted = [(k, name) for k, tree in enumerate(trees) for name, x in tree.items() if self._is_loose(name, x)]
+        trees = [self.forward.frozen, params, tangent or {}]
+        wanted = [
+            (k, name) for k, tree in enumerate(trees) for name, x in tree.items() if self.forward.is_loose(name, x)
+        ]
         out = [dict(tree) for tree in trees]
         for (k, name), x in zip(wanted, _gathered([trees[k][name] for k, name in wanted]), strict=True):
             out[k][name] = x
-        policy = copy.copy(self)
-        policy._frozen, policy._all_derivatives = out[0], None
+        policy = self.replace(forward=dataclasses.replace(self.forward, frozen=out[0]))
         return Opened(policy, out[1], None if tangent is None else out[2])
 
     def closed(self, gradients: Gradients, params: Params) -> Gradients:
@@ -80,37 +129,11 @@ class ShardedPolicy(Policy):
         What is None on every rank stays None; on some, it counts as 0.
         """
         own = {name: None if g is None else to_local(g) for name, g in gradients.items()}
-        loose = [name for name in own if name not in self._in_units]
+        loose = [name for name in own if name not in self.forward.in_units]
         if loose:
             sums = reduce_scatter([own[name] for name in loose], [params[name] for name in loose])
             own |= dict(zip(loose, sums, strict=True))
         return _over_copies(own, params)
-
-    def _is_loose(self, name: str, x: Tensor) -> bool:
-        return is_sharded(x) and name not in self._in_units
-
-    def _call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        if not any(map(is_sharded, known.values())):
-            return super()._call(template, known, args, kwargs)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise ValueError(
-                "a sharded policy stands in no transformation of torch.func, as per-sequence gradients (matrix=True, "
-                "fisher_kernel) and blocks of directions are made by; take matrix=False, or load the model unsharded"
-            )
-        known = self._whole_where_loose(known)
-        with running(template.module, FsdpPass(self._units, known, self._moving)):
-            whole = {name: x for name, x in known.items() if not is_sharded(x)}
-            return super()._call(template, whole, args, kwargs)
-
-    def _logits(self, params: Params, features: Tensor) -> Tensor:
-        head_parameters = self._in_head
-        known = {name: x for name, x in {**self._frozen, **params}.items() if name in head_parameters}
-        return super()._logits(self._whole_where_loose(known), features)
-
-    def _whole_where_loose(self, known: Params) -> Params:
-        loose = {name: x for name, x in known.items() if self._is_loose(name, x)}
-        whole = dict(zip(loose, _gathered(list(loose.values())), strict=True))
-        return {**known, **(attached(whole, loose) if torch.is_grad_enabled() else whole)}
 
     def _backbone_jvp(
         self, params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
@@ -118,12 +141,16 @@ class ShardedPolicy(Policy):
         # Gathered before there are tangents: a collective would lose them.
         policy, params, unsharded = self.unsharded(params, tangent)
         assert unsharded is not None
-        policy._moving = {name: v for name, v in unsharded.items() if is_sharded(v)}
+        shards = {name: v for name, v in unsharded.items() if is_sharded(v)}
+        policy = policy.replace(forward=dataclasses.replace(policy.forward, tangents=shards))
         whole = {name: v for name, v in unsharded.items() if not is_sharded(v)}
         with torch.no_grad(), math_attention():
             return forward_mode_jvp(lambda p: policy._backbone(p, part), params, whole, outputs)
 
-    def _supports_prefix_sharing(self, model: nn.Module, case: ProbeCase) -> bool:
+    def _make_forward(self, model: nn.Module, module: nn.Module, position_ids: bool) -> ShardedForward:
+        return ShardedForward.of(model, module, position_ids, units=_units(model))
+
+    def _supports_prefix_sharing(self, model: nn.Module, fitted: FittedForward, cut: CutModel) -> bool:
         # Ranks whose rows share other prompts would make other numbers of passes.
         return False
 

@@ -16,7 +16,7 @@ class Autocast(NamedTuple):
     dtype: torch.dtype
     loss_scale: float = 1.0
 
-    def around(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``f`` under this autocast, on the device of the first tensor that it is given."""
 
         @functools.wraps(f)

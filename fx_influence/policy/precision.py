@@ -42,7 +42,7 @@ def pass_precision(params: Params, apply: Apply, batch: Batch) -> PassPrecision:
 
     Args:
         params: by name, any dtype.
-        apply: of those parameters; a ``Policy`` may stand under a trainer's autocast, see ``Policy.under``.
+        apply: of those parameters; a ``Policy`` may stand under a trainer's autocast, see ``Policy.with_autocast``.
         batch: U, whose first row tells what a forward computes in.
     """
     is_half = any(p.dtype in HALF_DTYPES for p in params.values())

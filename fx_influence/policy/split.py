@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 from torch.func import jvp
@@ -14,20 +15,31 @@ from fx_influence.policy.modes.forward_ad import ForwardMode
 from fx_influence.types import Apply, Batch, Params
 
 
-class SplitPolicy(NamedTuple):
-    """A policy in two: ``features`` up to the vocabulary, and the ``head`` that turns them into logits.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitPolicy:
+    """A policy in two: a ``backbone`` up to the last hidden states, and a ``head`` that turns them into logits.
 
-    ``features(params, part)``: (b, L, d), for plain and reverse passes. ``eager(params, input_ids, attention_mask)``:
-    the same, never compiled, for passes that watch its operations. ``backbone_vmap(params, part)``: for use inside vmap
-    and jvp, of a part without a layout. ``backbone_jvp(params, tangent, part, outputs)``: features and their tangent;
-    ``outputs``: of the linear maps in ``features`` of the same part, see ``forward_mode.LinearOutputCache``, or None.
-    ``head(params, features)``: (..., V). ``head_parameters``: the names of the parameters that it takes.
-    ``vocab_size``: V, None where it is not known.
-    ``left_alignable``: positions come from the attention mask and no token sees a later one, so that rows may be moved
-    to begin in column 0 and cut after their last token. ``prefix_shareable``: tokens meet in attention alone, so that a
-    prompt goes through the model once for all rows that have it, up to ``tokens`` at a time. ``compiled``: passes are.
-    ``loss_scale``: what gradients inside are times, so that none vanishes in float16. A plain ``apply`` is all
-    features, and its head does nothing.
+    A plain ``apply`` is all backbone, and its head returns its input.
+
+    Attributes:
+        backbone: ``backbone(params, micro_batch)`` -> hidden states (b, L, d), for plain and reverse-mode passes.
+        backbone_eager: ``backbone_eager(params, input_ids, attention_mask)``, the same and never compiled, for passes
+            that record its operations.
+        backbone_vmap: ``backbone_vmap(params, micro_batch)``, for use inside vmap and jvp, on a micro-batch without a
+            layout.
+        backbone_jvp: ``backbone_jvp(params, tangent, micro_batch, outputs)`` -> hidden states and their tangent.
+            ``outputs`` are those of the linear layers in ``backbone`` on the same micro-batch, from a
+            ``LinearOutputCache``, or None.
+        head: ``head(params, hidden)`` -> logits (..., V).
+        head_parameters: names of the parameters that the head takes.
+        vocab_size: V, or None where it is not known.
+        left_alignable: positions come from the attention mask and no token sees a later one, so that rows may be moved
+            to begin in column 0 and cut after their last token.
+        prefix_shareable: tokens meet in attention alone, so that a prompt goes through the model once for all rows that
+            begin with it, up to ``tokens_per_pass`` tokens at a time.
+        tokens_per_pass: number of tokens that packed rows have at most.
+        compiled: whether the passes go through ``torch.compile``.
+        loss_scale: factor on the gradients inside, so that none vanishes in float16.
     """
 
     backbone: Callable[[Params, MicroBatch], Tensor]
@@ -35,43 +47,50 @@ class SplitPolicy(NamedTuple):
     backbone_vmap: Callable[[Params, MicroBatch], Tensor]
     backbone_jvp: Callable[[Params, Params, MicroBatch, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
     head: Callable[[Params, Tensor], Tensor]
-    head_parameters: frozenset[str]
-    vocab_size: int | None
-    left_alignable: bool
-    prefix_shareable: bool
-    tokens: int
-    compiled: bool
+    head_parameters: frozenset[str] = frozenset()
+    vocab_size: int | None = None
+    left_alignable: bool = False
+    prefix_shareable: bool = False
+    tokens_per_pass: int = TOKENS_PER_CHUNK
+    compiled: bool = False
     loss_scale: float = 1.0
 
     def micro_batches(self, batch: Batch, chunk_size: int | None) -> list[MicroBatch]:
-        """The batch in parts for passes that need no row for itself: with every prompt once, where that saves."""
-        found = packed_micro_batches(batch, chunk_size, self.tokens) if self.prefix_shareable else None
-        return micro_batches(batch, chunk_size, self.left_alignable) if found is None else found
+        """Return the micro-batches of a batch for passes that need no row for itself.
+
+        Every prompt is in a micro-batch once where that saves tokens. ``chunk_size``: rows at a time, None to choose by
+        size.
+        """
+        packed = packed_micro_batches(batch, chunk_size, self.tokens_per_pass) if self.prefix_shareable else None
+        return micro_batches(batch, chunk_size, self.left_alignable) if packed is None else packed
 
 
 def split_policy(apply: Apply) -> SplitPolicy:
-    """Of a ``Policy`` its own; of any other ``apply`` itself and nothing."""
-    own = getattr(apply, "split", None)
-    if isinstance(own, SplitPolicy):
-        return own
+    """Return the backbone/head split; a plain ``apply`` is all backbone, with a head that returns its input."""
+    split = getattr(apply, "split", None)
+    if isinstance(split, SplitPolicy):
+        return split
 
-    def features(params: Params, part: MicroBatch) -> Tensor:
+    def backbone(params: Params, part: MicroBatch) -> Tensor:
         return apply(params, part.input_ids, part.attention_mask)
 
-    def pushed(
+    def backbone_jvp(
         params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         mode = ForwardMode(outputs)
 
-        def moved(params: Params) -> Tensor:
+        def with_rules(params: Params) -> Tensor:
             with mode:
-                return features(params, part)
+                return backbone(params, part)
 
-        # Not by pushforward: a function may have a jvp of its own inside, and its levels do not nest.
-        both = cast(tuple[Tensor, Tensor], jvp(moved, (params,), (tangent,)))
-        return both if mode.outputs_fit else pushed(params, tangent, part, None)
+        # forward_mode_jvp would not do: a function may have a jvp of its own inside, and dual levels do not nest.
+        both = cast(tuple[Tensor, Tensor], jvp(with_rules, (params,), (tangent,)))
+        return both if mode.outputs_fit else backbone_jvp(params, tangent, part, None)
 
-    own = features, apply, features, pushed, lambda params, x: x.view_as(x)
     return SplitPolicy(
-        *own, frozenset(), None, left_alignable=False, prefix_shareable=False, tokens=TOKENS_PER_CHUNK, compiled=False
+        backbone=backbone,
+        backbone_eager=apply,
+        backbone_vmap=backbone,
+        backbone_jvp=backbone_jvp,
+        head=lambda params, hidden: hidden.view_as(hidden),
     )

@@ -27,8 +27,14 @@ def linear_head(params: Params, x: Tensor) -> Tensor:
 
 def policy(vocab_size: int | None = V) -> SplitPolicy:
     return SplitPolicy(
-        never, never, never, never, linear_head, frozenset({"w", "b"}), vocab_size, False, False, 1, False
-    )  # type: ignore[arg-type]
+        backbone=never,
+        backbone_eager=never,
+        backbone_vmap=never,
+        backbone_jvp=never,  # type: ignore[arg-type]
+        head=linear_head,
+        head_parameters=frozenset({"w", "b"}),
+        vocab_size=vocab_size,
+    )
 
 
 def setting(dtype: torch.dtype = torch.float64, impossible: bool = False) -> tuple[Params, Tensor, Tensor]:

@@ -177,11 +177,11 @@ def test_a_parameter_on_the_meta_device_is_refused_by_name(name: str) -> None:
 def test_no_weight_is_copied() -> None:
     model = PositionalMask()
     apply, params = fx.make_functional(model)
-    template = apply._template.module
+    template = apply.templates.full.module
     assert [name for name, _ in template.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(x.is_meta for x in [*template.parameters(), *template.buffers()])
     live = {x.data_ptr() for x in [*model.parameters(), *model.buffers()]}
-    assert {x.data_ptr() for x in [*apply._frozen.values(), *params.values()]} == live
+    assert {x.data_ptr() for x in [*apply.forward.frozen.values(), *params.values()]} == live
 
 
 @pytest.mark.parametrize("training", [True, False])

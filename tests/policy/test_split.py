@@ -211,9 +211,9 @@ def test_graphs_are_kept_where_tapes_of_the_others_fit_beside(budget: int, kept:
 
 def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
     apply, _ = setup(make_model("qwen2"))
-    held = [x for x in vars(apply._body.module).values() if isinstance(x, Tensor) and not x.is_meta]
+    held = [x for x in vars(apply.templates.backbone.module).values() if isinstance(x, Tensor) and not x.is_meta]
     assert not held
-    assert all(p.is_meta for p in apply._body.module.parameters())
+    assert all(p.is_meta for p in apply.templates.backbone.module.parameters())
 
 
 @pytest.mark.slow

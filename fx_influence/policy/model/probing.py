@@ -36,7 +36,7 @@ class Probe(NamedTuple):
         return self.input_ids.shape[1] // 2
 
 
-def probe_of(model: nn.Module, vocab_size: int | None, length: int, device: torch.device) -> Probe:
+def make_probe(model: nn.Module, vocab_size: int | None, length: int, device: torch.device) -> Probe:
     """Return a probe of ids that a text may hold: neither padding nor other special tokens, where the model names them.
 
     ``vocab_size``: None for a model that does not tell; then the ids are 0 and 1, which any vocabulary has.

@@ -269,3 +269,26 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     base = base_model(model)
     found: nn.Module | None = base.get_output_embeddings() if hasattr(base, "set_output_embeddings") else None
     return found
+
+
+def embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
+    """Yield the embeddings among a module's parts."""
+    return (part for part in module.modules() if isinstance(part, nn.Embedding))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a mixture of experts lets its implementation be chosen."""
+    can_set: Any = getattr(base_model(model), "_can_set_experts_implementation", None)
+    return can_set is not None and bool(can_set())
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return the number of embedding rows, or None where the model does not tell."""
+    get_input_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    return None if get_input_embeddings is None else getattr(get_input_embeddings(), "num_embeddings", None)
+
+
+def lowest_weight_dtype(model: nn.Module) -> torch.dtype:
+    """Return the coarsest floating dtype among a model's weights."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
