@@ -1,4 +1,4 @@
-"""One measured step of a TRL run as a value, and the figures that are logged of it."""
+"""One measured step of a TRL training as a value, and the metrics that are logged of it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from fx_influence._influence import Influence
 from fx_influence.estimators.concentration import top_share
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.trl.capture import CapturedStep
+from fx_influence.interop.trl.capture.step import CapturedStep
 
-TOP = 0.01
-"""The share of U's tokens whose part of all |influence| is logged as ``concentration``."""
+TOP_SHARE = 0.01
+"""Share of U's tokens whose part of all |influence| is logged as ``concentration``."""
 
 
 class MeasuredStep(NamedTuple):
-    """One step of a run, before and after: U as captured, E, the influences, and the entropy's real change.
+    """One step of a training, before and after the optimizer's update.
 
-    ``step``: the optimizer steps made when it is done, from 1. ``lr``: lr_ref of this step; influences times it are in
-    nats. ``entropy``: the estimate of H on E before the step. ``measured_change``: by importance sampling on the same
-    E, None where the optimizer made no step. ``seconds``: duration of measuring. ``step_rounding``: see ``precision``.
+    Attributes:
+        step: number of optimizer steps when it is done, from 1.
+        lr: lr_ref of this step; influences times it are in nats.
+        captured: the update batch U, as the trainer's loss used it.
+        evaluation: the evaluation batch E as records.
+        influence: of U on the entropy over E, per unit lr.
+        entropy: estimate of H on E before the step, nats.
+        measured_change: change of H over the step, by importance sampling on the same E; None where the optimizer made
+            no step.
+        seconds: duration of measuring.
+        step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
     """
 
     step: int
@@ -34,32 +42,35 @@ class MeasuredStep(NamedTuple):
     step_rounding: float = float("nan")
 
     def metrics(self) -> dict[str, float]:
-        """What is logged, by name without prefix: nats in this step, positive raises the entropy; see the README."""
-        out, u = self.influence, self.captured
-        parts, advantages = out.per_sequence.cpu(), u.advantages
-        assert out.per_token is not None
-        if u.token_advantages is not None:
-            parts, advantages = out.per_token.cpu(), u.token_advantages.cpu()
-        figures = {
-            "total": out.total,
-            "momentum": out.momentum,
-            "weight_decay": out.weight_decay,
-            "rollouts": out.per_sequence.sum(),
-            "positive_advantage": parts[advantages > 0].sum(),
-            "negative_advantage": parts[advantages < 0].sum(),
-            "stderr": out.total_stderr,
-            "residual": out.residual,
-            "unattributed": out.unattributed,
-            "rounding": out.rounding.nansum(),
+        """Return what is logged, by name without prefix.
+
+        Changes of entropy are in nats for this step; positive raises the entropy.
+        """
+        influence, captured = self.influence, self.captured
+        by_advantage, advantages = influence.per_sequence.cpu(), captured.advantages
+        assert influence.per_token is not None
+        if captured.token_advantages is not None:
+            by_advantage, advantages = influence.per_token.cpu(), captured.token_advantages.cpu()
+        per_unit_lr = {
+            "total": influence.total,
+            "momentum": influence.momentum,
+            "weight_decay": influence.weight_decay,
+            "rollouts": influence.per_sequence.sum(),
+            "positive_advantage": by_advantage[advantages > 0].sum(),
+            "negative_advantage": by_advantage[advantages < 0].sum(),
+            "stderr": influence.total_stderr,
+            "residual": influence.residual,
+            "unattributed": influence.unattributed,
+            "rounding": influence.rounding.nansum(),
         }
-        nats = {name: self.lr * float(value) for name, value in figures.items()}
-        counted = out.per_token[u.batch.completion_mask]
-        nats["concentration"] = float(top_share(counted, TOP)) if counted.numel() else math.nan
-        nats["conditioning"] = float(out.conditioning)
-        nats |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
+        metrics = {name: self.lr * float(value) for name, value in per_unit_lr.items()}
+        completion_tokens = influence.per_token[captured.batch.completion_mask]
+        concentration = float(top_share(completion_tokens, TOP_SHARE)) if completion_tokens.numel() else math.nan
+        metrics |= {"concentration": concentration, "conditioning": float(influence.conditioning)}
+        metrics |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
         if self.measured_change is not None:
-            nats["measured"] = float(self.measured_change.delta_h)
-            nats["measured_stderr"] = float(self.measured_change.stderr)
-            nats["ess"] = float(self.measured_change.ess)
-            nats["step_rounding"] = self.step_rounding
-        return nats
+            metrics["measured"] = float(self.measured_change.delta_h)
+            metrics["measured_stderr"] = float(self.measured_change.stderr)
+            metrics["ess"] = float(self.measured_change.ess)
+            metrics["step_rounding"] = self.step_rounding
+        return metrics

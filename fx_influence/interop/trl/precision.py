@@ -1,4 +1,4 @@
-"""The precision of a TRL training: its autocast for the passes over U, and what of a step rounding swallows."""
+"""The precision of a TRL training: its autocast, and the share of a step that rounding of the weights swallows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from fx_influence.policy.autocast import HALF_DTYPES
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Params
 
-MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STEP_LOST = 0.1
-"""Share of a step from which its loss to rounding is warned of: the measured change then misses a tenth of what the
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""accelerate's names of mixed precision -> the dtype of its autocast."""
+
+MAX_STEP_ROUNDING = 0.1
+"""Share of a step lost to rounding above which a warning says so: the measured change then misses a tenth of what the
 optimizer meant."""
 
 
 def in_trainers_precision(policy: Policy, accelerator: Any) -> Policy:
     """Return the policy under the autocast of the trainer's forward, with its loss scale in float16."""
-    dtype = MIXED.get(accelerator.mixed_precision) if getattr(accelerator, "native_amp", False) else None
+    dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision) if getattr(accelerator, "native_amp", False) else None
     if dtype is None:
         return policy
     scaler = getattr(accelerator, "scaler", None)
@@ -29,18 +31,29 @@ def in_trainers_precision(policy: Policy, accelerator: Any) -> Policy:
 def step_rounding(moved: Params, direction: Params, lr: float) -> float:
     """Return |moved - lr v| / |lr v| over all parameters, 0 for a step of length 0.
 
+    Args:
+        moved: theta' - theta by name, as the optimizer made it.
+        direction: v by name, per unit lr.
+        lr: the step's learning rate.
+
     Example:
         >>> v = {"w": torch.tensor([3.0, 4.0])}
         >>> step_rounding({"w": torch.tensor([0.0, 2.0])}, v, lr=0.5)
         0.6
     """
-    length = float(dot(direction, direction)) * lr**2
-    off = {name: moved[name].double() - lr * v.double() for name, v in direction.items()}
-    return (float(dot(off, off)) / length) ** 0.5 if length else 0.0
+    squared_norm = float(dot(direction, direction)) * lr**2
+    error = {name: moved[name].double() - lr * v.double() for name, v in direction.items()}
+    return (float(dot(error, error)) / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
 def rounding_warning(step: int, params: Params, lost: float) -> str:
-    """Return the sentence for a step of which rounding swallows the share ``lost``."""
+    """Return the warning for a step of which rounding swallows a tenth or more, with the remedy.
+
+    Args:
+        step: its number.
+        params: the trained weights, whose dtypes decide the remedy.
+        lost: share of the step lost, in [0, 1].
+    """
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
     remedy = (
         "train float32 weights (model_init_kwargs={'dtype': 'float32'}, with bf16=True for speed)"

@@ -1,4 +1,4 @@
-"""The held-out prompts of a live training, from whatever they are given as."""
+"""Read the held-out prompts of a live training from any of the forms users have them in."""
 
 from __future__ import annotations
 
@@ -6,68 +6,77 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-IMAGES = ("image", "images")
+IMAGE_COLUMNS = ("image", "images")
 """Columns of a data set that trl shows to the policy beside the prompt."""
 
 
-class Prompts(NamedTuple):
-    """Texts or conversations, and a sentence on which they are where that is not all that was given, else None."""
+class HeldOutPrompts(NamedTuple):
+    """Prompts of the evaluation batch E.
+
+    Attributes:
+        prompts: texts or conversations.
+        note: a sentence that says which prompts were taken, where not all were; else None.
+    """
 
     prompts: list[Any]
     note: str | None
 
 
-def read_prompts_of(trainer: Any, asked: Any, most: int) -> Prompts:
-    """The prompts of E: ``asked``, or those of the trainer's ``eval_dataset`` where it is None.
+def held_out_prompts(trainer: Any, eval_prompts: Any, max_prompts: int) -> HeldOutPrompts:
+    """Return the prompts of E: ``eval_prompts``, or those of the trainer's ``eval_dataset`` where it is None.
 
-    ``asked``: texts, conversations, or records with a ``prompt``, in any iterable; a data set with a column ``prompt``;
-    or one text or one conversation. ``most``: how many are taken of a trainer's data set, evenly, and of a stream,
-    whose first they are; it is never read any further.
+    Args:
+        trainer: its ``eval_dataset`` is used where there are no ``eval_prompts``.
+        eval_prompts: texts, conversations, or records with a ``prompt``, in any iterable; a data set with a column
+            ``prompt``; or one text or one conversation.
+        max_prompts: number taken of a trainer's data set, evenly, and of a stream, from its start; a stream is not read
+            any further.
 
-    Raises ``ValueError`` for anything else, no prompts, and prompts with images.
+    Raises:
+        ValueError: for anything else, no prompts, and prompts with images.
     """
-    given = trainer.eval_dataset if asked is None else asked
-    if given is None:
+    source = trainer.eval_dataset if eval_prompts is None else eval_prompts
+    if source is None:
         raise ValueError("eval_prompts is None and the trainer has no eval_dataset; give the held-out prompts of E")
-    if isinstance(given, Mapping):
-        raise ValueError(f"eval_dataset holds {sorted(given)}; pass one of them as eval_prompts")
-    if isinstance(given, str) or _is_conversation(given):
-        given = [given]
-    if not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
-        raise ValueError(f"eval_prompts is {given!r}; give texts, conversations or a data set with a column prompt")
-    _check_columns(given)
-    bound = most if asked is None or not _has_length(given) else None
-    items, note = _some(given, bound)
+    if isinstance(source, Mapping):
+        raise ValueError(f"eval_dataset holds {sorted(source)}; pass one of them as eval_prompts")
+    if isinstance(source, str) or _is_conversation(source):
+        source = [source]
+    if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+        raise ValueError(f"eval_prompts is {source!r}; give texts, conversations or a data set with a column prompt")
+    _check_columns(source)
+    bound = max_prompts if eval_prompts is None or not _has_length(source) else None
+    items, note = _take(source, bound)
     prompts = [item["prompt"] if isinstance(item, Mapping) and "prompt" in item else item for item in items]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, (str, list)) or not prompt:
             raise ValueError(f"eval_prompts[{i}] is {prompt!r}; give a text or a conversation as a list of messages")
-        if any(_shows_image(message) for message in prompt):
+        if any(_has_image(message) for message in prompt):
             raise ValueError(f"eval_prompts[{i}] shows an image, which influences do not see; give prompts of text")
     if not prompts:
         raise ValueError("eval_prompts is empty; give the held-out prompts of E")
-    return Prompts(prompts, note)
+    return HeldOutPrompts(prompts, note)
 
 
-def _is_conversation(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and all(isinstance(x, Mapping) and "role" in x for x in given)
+def _is_conversation(source: Any) -> bool:
+    return isinstance(source, list) and bool(source) and all(isinstance(x, Mapping) and "role" in x for x in source)
 
 
-def _has_length(given: Any) -> bool:
+def _has_length(source: Any) -> bool:
     try:
-        len(given)
+        len(source)
     except (TypeError, NotImplementedError):
         return False
     return True
 
 
-def _check_columns(given: Any) -> None:
-    columns = getattr(given, "column_names", None)
+def _check_columns(source: Any) -> None:
+    columns = getattr(source, "column_names", None)
     if columns is None:
         return
     if "prompt" not in columns:
         raise ValueError(f"eval_prompts has the columns {columns}, not prompt; rename the one that is")
-    for name in IMAGES:
+    for name in IMAGE_COLUMNS:
         if name in columns:
             raise ValueError(
                 f"eval_prompts has the column {name!r}, which influences do not see; give prompts of text, and train "
@@ -75,26 +84,26 @@ def _check_columns(given: Any) -> None:
             )
 
 
-def _some(given: Any, bound: int | None) -> tuple[list[Any], str | None]:
-    if not _has_length(given):
-        # One more tells whether there are more, without reading on.
-        items = list(islice(_items(given), bound + 1 if bound is not None else None))
+def _take(source: Any, bound: int | None) -> tuple[list[Any], str | None]:
+    """Return at most ``bound`` items and, where there are more, a sentence that says so."""
+    if not _has_length(source):
+        # One item beyond the bound tells whether there are more, without reading on.
+        items = list(islice(_items(source), bound + 1 if bound is not None else None))
         more = bound is not None and len(items) > bound
         return items[:bound], f"E has the first {bound} prompts of a stream; max_prompts takes more" if more else None
-    count = len(given)
+    count = len(source)
     if bound is None or count <= bound:
-        # A column alone, where there are columns: the others may be costly to read.
-        return list(given["prompt"] if hasattr(given, "column_names") else _items(given)), None
-    indices = [k * count // bound for k in range(bound)]
-    items = [given[k] for k in indices]
+        # Only the one column of a data set is read, because the others may be costly to decode.
+        return list(source["prompt"] if hasattr(source, "column_names") else _items(source)), None
+    items = [source[k * count // bound] for k in range(bound)]
     return items, f"E has {bound} of the {count} prompts of eval_dataset, chosen evenly; max_prompts takes more"
 
 
-def _items(given: Any) -> Iterator[Any]:
-    return iter(given) if isinstance(given, Iterable) else (given[k] for k in range(len(given)))
+def _items(source: Any) -> Iterator[Any]:
+    return iter(source) if isinstance(source, Iterable) else (source[k] for k in range(len(source)))
 
 
-def _shows_image(message: Any) -> bool:
+def _has_image(message: Any) -> bool:
     content = message.get("content") if isinstance(message, Mapping) else None
     return isinstance(content, list) and any(
         isinstance(part, Mapping) and part.get("type") == "image" for part in content

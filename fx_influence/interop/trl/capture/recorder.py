@@ -1,0 +1,200 @@
+"""Record the optimizer steps of a live TRL trainer by wrapping its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from fx_influence.distributed.collectives import failing_together
+from fx_influence.interop.trl.capture.micro_batch import SCORE, CaptureError, MicroBatch, scoring_signature
+from fx_influence.interop.trl.capture.rollout_rows import REWARDS, concatenate, rollout_rows
+from fx_influence.interop.trl.capture.step import CapturedStep, captured_step
+from fx_influence.interop.trl.capture.wrapper import MethodWrapper
+from fx_influence.interop.trl.processes import all_gather_values, mesh_of
+from fx_influence.types import Gradients
+
+METHODS = ("compute_loss", SCORE, "_generate_and_score_completions", "_calculate_rewards")
+"""Methods of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that are wrapped on the instance."""
+
+
+class Capture:
+    """Wrap methods of one trainer and record the steps that are asked for.
+
+    The coefficients are the gradients that reach the log-probabilities and entropies the trainer's loss is made of, so
+    they are exact whatever the loss, its clipping, masks, accumulation or version.
+
+    What goes wrong in recording never reaches the trainer: it is raised by ``finish``. An exception of the trainer's
+    own passes unchanged and ends the recording. Several may wrap one trainer and be detached in any order.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+
+    Attributes:
+        mesh: of the trainer's processes, all of which capture the same steps; None where there is one.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.mesh = mesh_of(trainer)
+        self._micro_batches: list[MicroBatch] | None = None
+        self._current: MicroBatch | None = None
+        self._rewards: Tensor | None = None
+        self._clipped: tuple[float, float] | None = None
+        self._problem: str | None = None
+        self._signature = scoring_signature(trainer)
+        wrappers = (self._compute_loss, self._score, self._generate, self._calculate_rewards)
+        self._wrappers = [MethodWrapper(trainer, name, call) for name, call in zip(METHODS, wrappers, strict=True)]
+        self._wrappers.append(MethodWrapper(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm))
+
+    def detach(self) -> None:
+        """Put the trainer's own methods back."""
+        self.stop()
+        for wrapper in self._wrappers:
+            wrapper.undo()
+
+    @property
+    def recording(self) -> bool:
+        """Whether a step is being recorded."""
+        return self._micro_batches is not None
+
+    def start(self) -> None:
+        """Record from now on, until ``finish`` or ``stop``."""
+        self.stop()
+        self._micro_batches = []
+
+    def stop(self) -> None:
+        """End the recording and free what was recorded."""
+        self._micro_batches, self._current, self._clipped, self._problem = None, None, None, None
+
+    def finish(self) -> CapturedStep:
+        """Return the step recorded since ``start`` by all processes, once its gradient is accumulated and clipped.
+
+        Raises ``CaptureError`` where the trainer's loss never asked for log-probabilities, or for those of other rows
+        than its own, and where recording failed.
+        """
+        micro_batches, clipped, problem = self._micro_batches, self._clipped, self._problem
+        self.stop()
+        with failing_together(self.mesh):
+            if problem is not None:
+                raise CaptureError(problem)
+            return self._step_of(micro_batches, clipped)
+
+    def _step_of(self, micro_batches: list[MicroBatch] | None, clipped: tuple[float, float] | None) -> CapturedStep:
+        if not micro_batches or not all(micro_batch.scorings for micro_batch in micro_batches):
+            raise CaptureError(
+                f"{type(self._trainer).__name__} computed its loss without a call of {SCORE}, so its "
+                "coefficients are unknown; turn off use_liger_kernel, or a compute_loss of your own"
+            )
+        rows_by_process = all_gather_values(self.mesh, concatenate([rollout_rows(x) for x in micro_batches]))
+        norm, max_norm = clipped or (0.0, float("inf"))
+        # The factor of torch.nn.utils.clip_grad_norm_.
+        clip = min(1.0, max_norm / (norm + 1e-6))
+        return captured_step(
+            concatenate(rows_by_process),
+            self._trainer.accelerator.device,
+            gradient=self._gradient(clip * self._remaining_scale()),
+            clip=clip,
+            max_grad_norm=None if max_norm == float("inf") else max_norm,
+        )
+
+    def _gradient(self, scale: float) -> Gradients:
+        return {
+            name: None if p.grad is None else p.grad.detach() if scale == 1.0 else p.grad.detach() / scale
+            for name, p in self._trainer.model.named_parameters()
+            if p.requires_grad
+        }
+
+    def overflowed(self) -> bool:
+        """Whether a loss scaler is about to skip the optimizer's step, because a scaled gradient is not finite."""
+        if getattr(self._trainer.accelerator, "scaler", None) is None:
+            return False
+        gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
+        return any(all_gather_values(self.mesh, not all(bool(g.isfinite().all()) for g in gradients)))
+
+    def gradient_scale(self) -> float:
+        """Return the factor, processes times loss scale, that gradients of this process's loss are too large by."""
+        accelerator = self._trainer.accelerator
+        scaler = getattr(accelerator, "scaler", None)
+        # DistributedDataParallel averages over processes whatever the loss, which trl's normalisations allow for.
+        return accelerator.num_processes * (1.0 if scaler is None else float(scaler.get_scale()))
+
+    def _remaining_scale(self) -> float:
+        """Return the loss scale that is in the gradients: clipping takes it out, or else the optimizer's step."""
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        if scaler is None:
+            return 1.0
+        optimizer = self._trainer.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        state = scaler._per_optimizer_states.get(id(optimizer), {})
+        unscaled = getattr(state.get("stage"), "name", "READY") != "READY"
+        return 1.0 if unscaled else float(scaler.get_scale())
+
+    @contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        """Keep an exception of the recording for ``finish``, so that the trainer does not see it."""
+        try:
+            yield
+        except Exception as error:
+            self._problem = self._problem or f"{type(error).__name__}: {error}"
+
+    def _compute_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._micro_batches is None or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        with self._noting_problems():
+            self._current = MicroBatch(kwargs["inputs"] if "inputs" in kwargs else args[1])
+        try:
+            loss = original(*args, **kwargs)
+        except BaseException:
+            self.stop()
+            raise
+        micro_batch, self._current = self._current, None
+        if micro_batch is not None and self._micro_batches is not None:
+            self._micro_batches.append(micro_batch)
+        return loss
+
+    def _score(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outputs = original(*args, **kwargs)
+        if self._current is not None and torch.is_grad_enabled():
+            with self._noting_problems():
+                known = {name: x for name, x in kwargs.items() if name in self._signature.parameters}
+                arguments = self._signature.bind(*args, **known).arguments
+                self._current.watch({**arguments, **kwargs}, outputs, self._add_gradient)
+        return outputs
+
+    def _add_gradient(self, gradients: dict[int, Tensor], index: int, gradient: Tensor) -> None:
+        with self._noting_problems():
+            unscaled = gradient.detach() / self.gradient_scale()
+            gradients[index] = unscaled if index not in gradients else gradients[index] + unscaled
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._rewards = None
+        output = original(*args, **kwargs)
+        with self._noting_problems():
+            if self._rewards is not None:
+                # The rewards are those of all processes, the output is this one's. The trainer shuffles and splits
+                # every tensor of it in the same way, so that these stay with their rollouts.
+                count, process = len(output["prompt_ids"]), self._trainer.accelerator.process_index
+                output[REWARDS] = self._rewards[process * count : (process + 1) * count]
+        return output
+
+    def _calculate_rewards(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        by_function = original(*args, **kwargs)
+        with self._noting_problems():
+            weights = self._trainer.reward_weights.to(by_function)
+            rewards = (by_function * weights).nansum(dim=1)
+            self._rewards = rewards.masked_fill(by_function.isnan().all(dim=1), torch.nan)
+        return by_function
+
+    def _clip_grad_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        norm = original(*args, **kwargs)
+        if self._micro_batches is not None:
+            with self._noting_problems():
+                max_norm = kwargs["max_norm"] if "max_norm" in kwargs else args[1]
+                self._clipped = float(norm), float(max_norm)
+        return norm

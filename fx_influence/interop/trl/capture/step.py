@@ -1,0 +1,93 @@
+"""A captured optimizer step as a value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.interop.trl.capture.rollout_rows import RolloutRows
+from fx_influence.types import Batch, Gradients
+
+
+class CapturedStep(NamedTuple):
+    """The rollouts of one optimizer step, all its micro-batches, and what the trainer's own loss makes of them.
+
+    In several processes every one has the rollouts of all, rank 0's first, and L is the mean of their losses.
+
+    Attributes:
+        batch: the update batch U with ``coefficients`` c = -dL/dlog pi, ``entropy_coefficients`` b = -dL/dh (None
+            without an entropy bonus), and a ``group`` for every prompt, (n, T). Rows stand as the trainer padded them,
+            so that a model whose positions it leaves to count from the first column sees the same positions.
+        advantages: (n,), on the CPU; the mean over a row's completion tokens where the trainer has one for each.
+        rewards: (n,), on the CPU; NaN where no reward function gave one.
+        logprobs: (n, T), of the completion tokens, from the trainer's own forward at its temperature.
+        entropies: (n, T), likewise; None where the trainer computes none.
+        old_logprobs: (n, T), under the policy that sampled; None where the trainer keeps only their sums.
+        prompt_widths: (n,), columns of each row that hold its prompt and the prompt's padding.
+        gradient: by name, sum_i g_i as the optimizer received it, divided by ``clip``.
+        clip: the factor by which the gradient was clipped.
+        max_grad_norm: the norm it was clipped to; None where nothing clips.
+        token_advantages: (n, T), where the trainer has an advantage for each token, else None.
+    """
+
+    batch: Batch
+    advantages: Tensor
+    rewards: Tensor
+    logprobs: Tensor
+    entropies: Tensor | None
+    old_logprobs: Tensor | None
+    prompt_widths: Tensor
+    gradient: Gradients
+    clip: float
+    max_grad_norm: float | None
+    token_advantages: Tensor | None = None
+
+
+def captured_step(
+    rows: RolloutRows, device: torch.device, gradient: Gradients, clip: float, max_grad_norm: float | None
+) -> CapturedStep:
+    """Return the step with its token values on ``device``, numbering the prompts.
+
+    Args:
+        rows: the rollouts of all processes, on the CPU.
+        device: the trainer's.
+        gradient: by name, unclipped.
+        clip: factor by which the trainer clipped it.
+        max_grad_norm: norm it was clipped to, None where nothing clips.
+    """
+    on_device = RolloutRows._make(None if x is None else x.to(device) for x in rows)
+    batch = Batch(
+        on_device.input_ids,
+        on_device.attention_mask,
+        on_device.completion_mask,
+        on_device.coefficients,
+        on_device.entropy_coefficients if rows.entropy_coefficients.any() else None,
+        _prompt_numbers(rows).to(device),
+    )
+    return CapturedStep(
+        batch=batch,
+        advantages=rows.advantages,
+        rewards=rows.rewards,
+        logprobs=on_device.logprobs,
+        entropies=on_device.entropies,
+        old_logprobs=on_device.old_logprobs,
+        prompt_widths=rows.prompt_widths,
+        gradient=gradient,
+        clip=clip,
+        max_grad_norm=max_grad_norm,
+        token_advantages=on_device.token_advantages,
+    )
+
+
+def _prompt_numbers(rows: RolloutRows) -> Tensor:
+    """Return a number for each row's prompt, int64 (n,), in order of first appearance.
+
+    Prompts are told apart by the tokens that the policy reads, over the rows of all processes, because a prompt's
+    rollouts may be spread over two of them.
+    """
+    tokens = zip(rows.input_ids, rows.attention_mask, rows.prompt_widths.tolist(), strict=True)
+    prompts = [tuple(ids[:width][mask[:width]].tolist()) for ids, mask, width in tokens]
+    number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    return torch.tensor([number[prompt] for prompt in prompts])

@@ -1,0 +1,276 @@
+"""Measure one optimizer step of a TRL training: its influences before the update, the change of entropy after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fx_influence._influence import influence
+from fx_influence.batching.microbatch import rows
+from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.core.tree import promote
+from fx_influence.distributed.engine import make_engine
+from fx_influence.estimators.entropy import entropy_estimate
+from fx_influence.functional import make_functional
+from fx_influence.interop.optimizers import adamw_state
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.trl.capture.step import CapturedStep
+from fx_influence.interop.trl.metrics import MeasuredStep
+from fx_influence.interop.trl.policy_checks import (
+    check_sampled_logprobs,
+    check_scored,
+    check_temperature,
+    rounding_bound,
+)
+from fx_influence.interop.trl.precision import (
+    MAX_STEP_ROUNDING,
+    in_trainers_precision,
+    rounding_warning,
+    step_rounding,
+)
+from fx_influence.interop.trl.processes import local_rows
+from fx_influence.interop.trl.sampling import held_out_rollouts
+from fx_influence.objectives import Entropy
+from fx_influence.optim.adamw import adamw_decompose
+from fx_influence.perturbation import snis_delta
+from fx_influence.policy.policy import Policy
+from fx_influence.policy.precision import in_float32
+from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenValues
+
+logger = logging.getLogger(__name__)
+
+RESCORED_ROWS = 4
+"""About how many rollouts of a step are scored again, to check that the trainer's forward is the policy's."""
+
+
+class MeasurementSettings(NamedTuple):
+    """How the steps of a training are measured; all but the first two are arguments of ``fx.influence``.
+
+    Attributes:
+        completions_per_prompt: of E.
+        seed: of E; the step's number is added to it.
+        objective: how the entropy is estimated.
+        preconditioner: what a rollout's gradient is multiplied with.
+        matrix: whether pairwise influences are computed too.
+        chunk_size: rows per forward, None chooses.
+        memory_budget: bytes.
+    """
+
+    completions_per_prompt: int
+    seed: int
+    objective: Entropy
+    preconditioner: Preconditioner
+    matrix: bool
+    chunk_size: int | None
+    memory_budget: int
+
+
+class PendingStep(NamedTuple):
+    """A step measured up to the optimizer's update.
+
+    Attributes:
+        measured: the step without its change of entropy.
+        params: copies of the parameters before the update, by name.
+        batch_e: this process's rows of E.
+        direction: v by name, the step per unit lr.
+    """
+
+    measured: MeasuredStep
+    params: Params
+    batch_e: Batch
+    direction: Params
+
+
+class StepMeasurement:
+    """Measure the steps of one training.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+        prompts: of E.
+        settings: how steps are measured.
+        mesh: of the trainer's processes, None where there is one.
+        warn: called with a sentence that the user should read.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        prompts: list[Any],
+        settings: MeasurementSettings,
+        mesh: DeviceMesh | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._trainer, self._prompts, self._settings = trainer, prompts, settings
+        self._mesh, self._warn = mesh, warn
+        self._policy: Policy | None = None
+        self._temperature_checked = self._rounding_warned = self._conditioning_logged = False
+
+    def before_update(
+        self, step: int, captured: CapturedStep, store_state: Callable[[Params], None] | None = None
+    ) -> PendingStep:
+        """Attribute a step that the optimizer is about to make.
+
+        Args:
+            step: its number, from 1.
+            captured: its update batch and gradient.
+            store_state: called with v_baseline, by name, before the update.
+
+        Raises:
+            ValueError: for a gradient that is not finite.
+            CaptureError: where the trainer's forward is not the policy's.
+            GenerationError: where E is not sampled from the policy.
+            IdentityError: for influences that do not add up.
+        """
+        start = time.perf_counter()
+        trainer, settings, policy = self._trainer, self._settings, self._functional_policy()
+        params = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        _check_finite(captured.gradient)
+        opt_state = adamw_state(trainer.optimizer, trainer.model)
+        captured = self._with_entropies(captured, params)
+        rollouts = held_out_rollouts(
+            trainer, self._prompts, settings.completions_per_prompt, settings.seed + step, self._mesh
+        )
+        # Padding is masked, so any token will do.
+        batch_e = collate(rollouts, pad_id=0, device=captured.batch.input_ids.device)
+        local_e = local_rows(batch_e, self._mesh)
+        result = influence(
+            params,
+            local_rows(captured.batch, self._mesh),
+            local_e,
+            opt_state,
+            apply=in_trainers_precision(policy, trainer.accelerator),
+            objective=settings.objective,
+            preconditioner=settings.preconditioner,
+            grad=captured.gradient,
+            max_grad_norm=captured.max_grad_norm,
+            temperature=trainer.temperature,
+            matrix=settings.matrix,
+            chunk_size=settings.chunk_size,
+            memory_budget=settings.memory_budget,
+            mesh=self._mesh,
+        )
+        self._log_conditioning(step, float(result.conditioning))
+        raised, exact_policy = in_float32(params, policy, batch_e)
+        engine = make_engine(raised, exact_policy, trainer.temperature, settings.chunk_size, self._mesh)
+        values = engine.values(raised, batch_e)
+        self._check_sampled_from_policy(rollouts, values, batch_e, params)
+        entropy = entropy_estimate(values, batch_e, settings.objective.normalize).item()
+        gradient, max_grad_norm = captured.gradient, captured.max_grad_norm
+        if store_state is not None:
+            chosen = adamw_decompose(gradient, opt_state, params, settings.preconditioner, max_grad_norm)
+            store_state(chosen.baseline)
+        seconds = time.perf_counter() - start
+        # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
+        rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
+        measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds)
+        frozen = adamw_decompose(gradient, opt_state, params, "frozen", max_grad_norm)
+        return PendingStep(measured, {name: p.clone() for name, p in params.items()}, local_e, frozen.direction)
+
+    def after_update(self, pending: PendingStep) -> MeasuredStep:
+        """Measure how much the update changed the entropy, on the same E; nothing where the optimizer skipped it."""
+        trainer, measured = self._trainer, pending.measured
+        if trainer.accelerator.optimizer_step_was_skipped:
+            return measured
+        start = time.perf_counter()
+        live = dict(trainer.model.named_parameters())
+        moved = {name: live[name].detach().to(promote(p.dtype)) - p for name, p in pending.params.items()}
+        measured_change = snis_delta(
+            pending.params,
+            moved,
+            1.0,
+            pending.batch_e,
+            apply=self._functional_policy(),
+            objective=self._settings.objective,
+            temperature=trainer.temperature,
+            chunk_size=self._settings.chunk_size,
+            mesh=self._mesh,
+        )
+        seconds = measured.seconds + time.perf_counter() - start
+        lost = step_rounding(moved, pending.direction, measured.lr)
+        if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
+            self._rounding_warned = True
+            self._warn(rounding_warning(measured.step, pending.params, lost))
+        return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
+
+    def _functional_policy(self) -> Policy:
+        """Return the policy, made at the first step, when the trainer has prepared its model."""
+        if self._policy is None:
+            self._policy = make_functional(self._trainer.model, position_ids=False)[0]
+        return self._policy
+
+    def _token_values(self, params: Params, batch: Batch, temperature_factor: float = 1.0) -> TokenValues:
+        """Score a batch in the weights' own precision, on this process alone."""
+        temperature = temperature_factor * self._trainer.temperature
+        engine = make_engine(params, self._functional_policy(), temperature, self._settings.chunk_size, None)
+        return engine.values(params, batch)
+
+    def _log_conditioning(self, step: int, conditioning: float) -> None:
+        """Log once a training that single rollouts are not to be read, as is the rule in its first steps."""
+        if conditioning > ILL_CONDITIONED and self._trainer.accelerator.is_main_process:
+            if not self._conditioning_logged:
+                logger.warning(
+                    f"step {step}: {conditioning:.0%} of the sum of |influence| rests on denominators that AdamW has "
+                    f"from this very gradient, so parts of rollouts are large and cancel. {CONDITIONING_REMEDY}"
+                )
+            self._conditioning_logged = True
+
+    def _with_entropies(self, captured: CapturedStep, params: Params) -> CapturedStep:
+        """Return the step with entropies where the trainer computes none.
+
+        Raises ``CaptureError`` where the trainer's log-probabilities are not the policy's.
+        """
+        count = len(captured.batch.input_ids)
+        # A few rows are enough for the check; all are scored where their entropies are wanted.
+        step = 1 if captured.entropies is None else max(1, count // RESCORED_ROWS)
+        batch = rows(captured.batch, slice(0, count, step))
+        mask = batch.completion_mask
+        if not mask.any():
+            zeros = torch.zeros_like(captured.logprobs)
+            return captured if captured.entropies is not None else captured._replace(entropies=zeros)
+        values = self._token_values(params, batch)
+        check_scored(captured.logprobs[::step][mask], values.logprobs[mask], rounding_bound(self._trainer))
+        if captured.entropies is not None:
+            return captured
+        return captured._replace(entropies=values.entropies.masked_fill(~mask, 0.0).to(captured.logprobs.dtype))
+
+    def _check_sampled_from_policy(
+        self, rollouts: list[Rollout], values: TokenValues, batch_e: Batch, params: Params
+    ) -> None:
+        """Raise ``GenerationError`` where E's tokens were not sampled from the policy.
+
+        The log-probs they were sampled with tell; where these are not known, the likelihood of other temperatures does,
+        once a training.
+
+        Args:
+            rollouts: E as records.
+            values: of E's tokens, in float32 at least.
+            batch_e: E, (n_e, T).
+            params: by name.
+        """
+        known = [r.behaviour_logprobs for r in rollouts if r.behaviour_logprobs is not None]
+        if len(known) == len(rollouts):
+            behaviour = torch.tensor([x for row in known for x in row], dtype=torch.float64)
+            scored = values.logprobs[batch_e.completion_mask].double().cpu()
+            finite = behaviour.isfinite()
+            check_sampled_logprobs(behaviour[finite], scored[finite], rounding_bound(self._trainer))
+        elif not self._temperature_checked:
+
+            def logprobs_at(factor: float) -> Tensor:
+                return self._token_values(params, batch_e, factor).logprobs
+
+            check_temperature(logprobs_at, batch_e)
+            self._temperature_checked = True
+
+
+def _check_finite(gradient: Gradients) -> None:
+    for name, g in gradient.items():
+        if g is not None and not g.isfinite().all():
+            raise ValueError(f"the gradient of {name} is not finite, so that the step has no direction")

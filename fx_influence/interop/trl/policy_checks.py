@@ -1,0 +1,98 @@
+"""Check a trainer's numbers against its policy: the log-probabilities it scored, and the completions it sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_influence.interop.trl.capture.micro_batch import CaptureError
+from fx_influence.interop.trl.preflight.generation import GenerationError
+from fx_influence.types import Batch
+
+TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
+"""Multiples of the policy's temperature that completions are tested for."""
+
+FALSE_ALARM_RATE = 3e-7
+"""Share of trainings in which completions sampled from the policy are taken for others."""
+
+
+def rounding_bound(trainer: Any) -> float:
+    """Return by how much two forwards of a policy may differ by rounding, in nats a token on average: 2 sqrt(eps).
+
+    eps is that of the lowest precision in use: the weights', the trainer's autocast's or, for float32 on a GPU, TF32's.
+    """
+    dtypes = [p.dtype for p in trainer.model.parameters() if p.is_floating_point()]
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    eps = max(eps, {"fp16": 2.0**-10, "bf16": 2.0**-7}.get(trainer.accelerator.mixed_precision, 0.0))
+    if trainer.accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        eps = max(eps, 2.0**-10)
+    if getattr(trainer, "use_vllm", False):
+        eps = max(eps, 2.0**-7)
+    return float(2 * eps**0.5)
+
+
+def mean_distance(a: Tensor, b: Tensor) -> float:
+    """Return the mean |a - b| over log-probs of the same tokens, in nats; 0 where there are none."""
+    return float((a.double() - b.double()).abs().mean()) if a.numel() else 0.0
+
+
+def check_scored(captured: Tensor, scored: Tensor, bound: float) -> None:
+    """Raise ``CaptureError`` where the trainer's log-probs of completion tokens are not those of the policy.
+
+    Args:
+        captured: log-probs from the trainer's forward, any shape, nats.
+        scored: log-probs of the same tokens by the policy.
+        bound: on their mean distance by rounding, nats.
+    """
+    gap = mean_distance(captured, scored)
+    if not gap <= bound:
+        raise CaptureError(
+            f"the trainer's log-probabilities of its rollouts and those of the model by ids and masks alone differ by "
+            f"{gap:.2g} nats a token on average, rounding by at most {bound:.2g}: something else goes into the "
+            "trainer's forward (images, noise, prompts that are learned, hooks); train without it to measure"
+        )
+
+
+def check_sampled_logprobs(behaviour: Tensor, scored: Tensor, bound: float) -> None:
+    """Raise ``GenerationError`` where the log-probs that tokens were sampled with are not those of the policy.
+
+    Args:
+        behaviour: log-probs that the tokens were sampled with, any shape, nats.
+        scored: log-probs of the same tokens by the policy.
+        bound: on their mean distance by rounding, nats.
+    """
+    gap = mean_distance(behaviour, scored)
+    if not gap <= bound:
+        raise GenerationError(
+            f"the held-out completions were not sampled from the policy: the log-probabilities they were sampled with "
+            f"and its own differ by {gap:.2g} nats a token on average, rounding by at most {bound:.2g}; let the "
+            "trainer sample from the full softmax at its temperature"
+        )
+
+
+def check_temperature(logprobs_at: Callable[[float], Tensor], batch: Batch) -> None:
+    """Raise ``GenerationError`` where another temperature explains completions far better than the policy's own.
+
+    The test is a mixture of likelihood ratios. Such a ratio has mean 1 under the policy, whatever the number of tokens,
+    and so exceeds x with probability 1/x at most (Markov's inequality).
+
+    Args:
+        logprobs_at: returns log-probs (n, T) of the batch's tokens at a multiple of the temperature.
+        batch: the completions, (n, T).
+    """
+    policy_logprobs, mask = logprobs_at(1.0).double(), batch.completion_mask
+    log_ratios = torch.stack(
+        [(logprobs_at(factor).double() - policy_logprobs)[mask].sum() for factor in TEMPERATURE_FACTORS]
+    )
+    evidence = float(log_ratios.logsumexp(0)) - math.log(len(TEMPERATURE_FACTORS))
+    if not evidence <= -math.log(FALSE_ALARM_RATE):
+        likeliest = TEMPERATURE_FACTORS[int(log_ratios.argmax())]
+        raise GenerationError(
+            f"the held-out completions were not sampled from the policy: they are {math.exp(min(evidence, 700)):.1g} "
+            f"times likelier at {likeliest} times its temperature; let the trainer sample from the full softmax at its "
+            "temperature"
+        )

@@ -1,0 +1,1 @@
+"""Refuse, when it is attached to, a TRL trainer whose steps cannot be attributed, naming the remedy."""

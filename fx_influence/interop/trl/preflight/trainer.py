@@ -1,0 +1,124 @@
+"""Check that a live trainer is of a kind whose steps can be attributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from fx_influence.core.dtensor import is_sharded
+from fx_influence.interop.optimizers import require_adamw
+from fx_influence.interop.trl.capture.recorder import METHODS
+from fx_influence.interop.trl.prompts import IMAGE_COLUMNS
+
+
+def check_kind(trainer: Any) -> None:
+    """Check the trainer's class and its processes.
+
+    Raises ``TypeError`` for another trainer than trl's, and ``ValueError`` where the processes do not each hold the
+    full model.
+    """
+    kind = type(trainer).__name__
+    if not all(hasattr(trainer, name) for name in (*METHODS, "_generate", "_metrics", "accelerator")):
+        raise TypeError(f"trainer is {kind}; attach to trl's GRPOTrainer or RLOOTrainer (trl 1.16 or later)")
+    _check_processes(trainer)
+
+
+def _check_processes(trainer: Any) -> None:
+    """Raise ``ValueError`` for processes that do not each hold the full model, naming how they share it."""
+    kind = str(trainer.accelerator.distributed_type.value)
+    shardings = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        kind: kind != "NO" and not kind.startswith("MULTI_"),
+        "tensor parallelism": any(is_sharded(p) for p in trainer.model.parameters()),
+    }
+    for name, in_use in shardings.items():
+        if in_use:
+            raise ValueError(
+                f"the trainer runs in {trainer.accelerator.num_processes} processes under {name}; its steps can be "
+                "attributed where every process holds the full model: launch one process, or several with "
+                "DistributedDataParallel (accelerate launch --multi_gpu)"
+            )
+
+
+def check_steps(trainer: Any) -> None:
+    """Check that the trainer's steps can be attributed to rollouts.
+
+    Raises:
+        TypeError: for another optimizer than AdamW.
+        ValueError: for active dropout, noise on the embeddings, images, a quantised model, and a head in another
+            precision than the model. Each names the remedy.
+    """
+    model = trainer.model
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantised, which has no exact derivatives; attach to one in bfloat16 or float32")
+    if getattr(trainer.args, "cast_lm_head_to_fp32", False) and model.dtype != torch.float32:
+        raise ValueError(f"cast_lm_head_to_fp32 is True over a model in {model.dtype}; load it in float32 instead")
+    for name, p in _active_dropout(model):
+        raise ValueError(
+            f"{name or 'the model'} has dropout {p}, which makes every gradient random; set disable_dropout=True in "
+            "the trainer's config, and the dropouts of the model's config and of LoRA to 0"
+        )
+    for name, alpha in _embedding_noise(trainer):
+        raise ValueError(
+            f"{name} is {alpha}: noise on the embeddings makes every gradient one of another policy than the one that "
+            "samples; leave neftune_noise_alpha out to measure"
+        )
+    _check_no_images(trainer)
+    _check_optimizer(trainer)
+
+
+def _active_dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield the name and probability of every dropout of the model that is not 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            yield name, module.p
+        # Attention of Llama's kind keeps the probability as a number and calls the dropout function.
+        for field, value in vars(module).items():
+            if "dropout" in field and isinstance(value, float) and value > 0:
+                yield f"{name}.{field}", value
+
+
+def _embedding_noise(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every setting of NEFTune that is on."""
+    for owner in (trainer, trainer.args, *trainer.model.modules()):
+        alpha = vars(owner).get("neftune_noise_alpha")
+        if alpha:
+            yield "neftune_noise_alpha", alpha
+
+
+def _check_no_images(trainer: Any) -> None:
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    for name in IMAGE_COLUMNS:
+        if name in columns:
+            raise ValueError(
+                f"train_dataset has the column {name!r}: the policy reads images, which influences do not see; train "
+                "on text to measure"
+            )
+
+
+def _check_optimizer(trainer: Any) -> None:
+    """Raise ``TypeError`` where the trainer's optimizer, or the one that it is going to make, is not AdamW."""
+    optimizer = trainer.optimizer
+    if optimizer is None and type(trainer).create_optimizer is Trainer.create_optimizer:
+        optimizer = _future_optimizer(trainer)
+    if optimizer is not None:
+        require_adamw(optimizer)
+
+
+def _future_optimizer(trainer: Any) -> Any:
+    """Return an optimizer of the kind and settings that the trainer will make, over a parameter of its own.
+
+    None where only the trainer itself can tell.
+    """
+    chosen = trainer.optimizer_cls_and_kwargs
+    try:
+        kind, settings = chosen or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        return kind([nn.Parameter(torch.zeros(1))], **settings)
+    except Exception:
+        # A library that is not installed, or settings by layer: the optimizer is checked when training begins.
+        return None

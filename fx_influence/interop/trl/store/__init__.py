@@ -1,0 +1,1 @@
+"""Store the measured steps of a TRL training as run directories."""

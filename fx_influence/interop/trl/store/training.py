@@ -1,0 +1,71 @@
+"""Identify a training, so that its steps go to one directory over resumptions and no other's are overwritten."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fx_influence.interop.runtime.run_files import ENVIRONMENT
+
+TRAINING = "training"
+"""Field of a step's environment.json that holds the id of its training."""
+
+CHECKPOINT_FILE = "entropy_influence.json"
+"""File in a trainer's checkpoint that holds the id of its training, by the name of each ``EntropyInfluence``."""
+
+
+def training_directory(base: Path, training_id: str) -> Path:
+    """Return the directory for a training's steps: the one that has some of them, or else the first that is empty.
+
+    ``base``, ``base_2``, ``base_3``, ... are tried in turn, so that no training writes over another's steps.
+    """
+    candidates = (base if k == 1 else base.with_name(f"{base.name}_{k}") for k in itertools.count(1))
+    return next(
+        path
+        for path in candidates
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())) or training_id in _training_ids(path)
+    )
+
+
+def _training_ids(path: Path) -> Iterator[str]:
+    for file in path.glob(f"step_*/{ENVIRONMENT}"):
+        with suppress(OSError, ValueError):
+            yield str(json.loads(file.read_text(encoding="utf-8")).get(TRAINING))
+
+
+def write_training_id(checkpoint: Path, name: str, training_id: str) -> None:
+    """Store in a trainer's checkpoint the id of its training.
+
+    Args:
+        checkpoint: its directory.
+        name: of the ``EntropyInfluence`` that measures it.
+        training_id: no other training has it.
+    """
+    file = checkpoint / CHECKPOINT_FILE
+    ids = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps({**ids, name: training_id}), encoding="utf-8")
+
+
+def read_training_id(checkpoint: Path, name: str, log_history: list[Any]) -> str | None:
+    """Return the id of the training that wrote a checkpoint.
+
+    Args:
+        checkpoint: its directory.
+        name: of the ``EntropyInfluence`` that measures it.
+        log_history: of the trainer that resumes.
+
+    Returns:
+        None where the checkpoint has no id, or is not the one with this log.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        ids = json.loads((checkpoint / CHECKPOINT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # Compared as text, because NaN differs from itself.
+    same_log = json.dumps(state.get("log_history")) == json.dumps(log_history)
+    return ids.get(name) if same_log else None
