@@ -24,7 +24,7 @@ from benchmarks.harness import README, one_thread, store
 from benchmarks.trl_variants import LOSSES, Variant, quiet, trainer
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.interop.trl.capture import Capture
+from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.precision import in_trainers_precision
 
 NAME = "bench_trl_mixed"

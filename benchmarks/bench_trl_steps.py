@@ -28,7 +28,7 @@ from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.interop.trl.capture import Capture
+from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.optim.adamw import adamw_decompose
 
 NAME = "bench_trl_steps"

@@ -22,7 +22,7 @@ from benchmarks.harness import result, with_block
 from benchmarks.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
-from fx_influence.interop.trl.capture import CapturedStep
+from fx_influence.interop.trl.capture.step import CapturedStep
 from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan
 

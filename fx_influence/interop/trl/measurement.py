@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence._influence import influence
-from fx_influence.batching.microbatch import rows
-from fx_influence.core.display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import promote
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import entropy_estimate
@@ -230,7 +230,7 @@ class StepMeasurement:
         count = len(captured.batch.input_ids)
         # A few rows are enough for the check; all are scored where their entropies are wanted.
         step = 1 if captured.entropies is None else max(1, count // RESCORED_ROWS)
-        batch = rows(captured.batch, slice(0, count, step))
+        batch = select_rows(captured.batch, slice(0, count, step))
         mask = batch.completion_mask
         if not mask.any():
             zeros = torch.zeros_like(captured.logprobs)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.batching.microbatch import rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.distributed.collectives import all_gather_objects, rank_in
 from fx_influence.types import Batch
 
@@ -45,4 +45,4 @@ def local_slice(count: int, mesh: DeviceMesh | None) -> slice:
 
 def local_rows(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     """Return this process's rows of a batch that every process holds."""
-    return rows(batch, local_slice(len(batch.input_ids), mesh))
+    return select_rows(batch, local_slice(len(batch.input_ids), mesh))

@@ -142,9 +142,7 @@ def _recording_logprobs(model: Any) -> Iterator[list[LogprobRecorder]]:
             vars(model)["_get_logits_processor"] = replaced
 
 
-def _recorded_logprobs(
-    recorders: list[LogprobRecorder], completion_ids: list[list[int]]
-) -> list[list[float]] | None:
+def _recorded_logprobs(recorders: list[LogprobRecorder], completion_ids: list[list[int]]) -> list[list[float]] | None:
     """Return the recorded log-probs of these completions, None unless one recorder has exactly them."""
     width = max(map(len, completion_ids), default=0)
     if len(recorders) != 1 or not width:
