@@ -107,15 +107,15 @@ SETS = {
         },
         left_out={
             "other rollouts are sampled there, on which the tests' bounds do not hold": (
-                "tests/test_trl.py::test_a_measured_step_is_a_run_that_all_readers_read",
-                "tests/test_trl.py::test_what_is_logged_adds_up_and_foretells_the_realised_change",
+                "tests/interop/trl/store/test_step.py::test_stored_step_is_a_readable_run",
+                "tests/interop/trl/test_callback.py::test_logged_metrics_add_up_and_predict_the_change",
             ),
             "the tokenizer of transformers 4 makes token_type_ids, which its model refuses": (
-                "tests/test_trl.py::test_all_conversations_and_the_eval_dataset_serve_as_prompts",
+                "tests/interop/trl/test_callback.py::test_eval_dataset_of_conversations_gives_the_prompts",
             ),
             "TRL itself asks for transformers 5.8": (
-                "tests/test_trl.py::"
-                "test_what_cannot_be_attributed_is_refused_with_the_remedy[change9-casts the weights in place]",
+                "tests/interop/trl/preflight/test_generation.py::test_attach_rejects_biased_options"
+                "[continuous_batching]",
             ),
         },
     ),

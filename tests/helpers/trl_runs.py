@@ -1,0 +1,128 @@
+"""Short TRL trainings of a tiny policy with every step measured, and comparisons between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.trl_variants import Variant, trainer
+from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.capture.recorder import METHODS
+
+PLAIN = Variant("dapo", False, 1, False, {})
+HELD_OUT = ["4+5=", "6=", "70+1="]
+PREFIX = "entropy_influence/"
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
+"""What a trainer logs that differs between two runs of one training."""
+
+
+class MeasuredTraining(NamedTuple):
+    """A finished training, what measured it, and its warnings about steps that are not attributed or measured."""
+
+    trainer: Any
+    influence: EntropyInfluence
+    warnings: list[str]
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return self.influence.history
+
+
+def leave_unchanged(training: Any) -> None:
+    """Prepare a trainer in no way."""
+
+
+def warnings_of(call: Callable[[], Any]) -> list[str]:
+    """Return the texts of all warnings that a call makes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught]
+
+
+def measure_training(
+    out: Path,
+    steps: int = 2,
+    variant: Variant = PLAIN,
+    prepare: Callable[[Any], Any] = leave_unchanged,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> MeasuredTraining:
+    """Train with every step measured.
+
+    Args:
+        out: the trainer's directory.
+        steps: number of optimizer steps.
+        variant: kind of training.
+        prepare: called with the trainer before the attachment.
+        settings: of ``EntropyInfluence``, beside ``every=1``, ``HELD_OUT`` and two completions of each prompt.
+        **options: of the trainer's config, and ``model``.
+    """
+    training = trainer(variant, str(out), steps, **options)
+    prepare(training)
+    influence = EntropyInfluence(
+        **{"every": 1, "eval_prompts": HELD_OUT, "completions_per_prompt": 2, **(settings or {})}
+    )
+
+    def train() -> None:
+        influence.attach(training)
+        training.train()
+
+    texts = warnings_of(train)
+    return MeasuredTraining(training, influence, [x for x in texts if "attributed" in x or "is measured" in x])
+
+
+def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the metrics of measured steps that two runs of one training have in common."""
+    return [{name: x for name, x in metrics.items() if name != "seconds"} for metrics in history]
+
+
+def trainers_own_log(training: Any) -> list[dict[str, Any]]:
+    """Return what a trainer logged itself, without times."""
+    return [
+        {name: x for name, x in entry.items() if not name.startswith(PREFIX) and name not in TIMES}
+        for entry in training.state.log_history
+    ]
+
+
+def weights_of(training: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in training.model.named_parameters()}
+
+
+def assert_training_unchanged(
+    measured: Any,
+    out: Path,
+    steps: int = 2,
+    prepare: Callable[[Any], Any] = leave_unchanged,
+    **options: Any,
+) -> None:
+    """Assert that a measured training equals the same one unmeasured: weights, log and random state, bit for bit."""
+    random_state = torch.get_rng_state()
+    plain = trainer(PLAIN, str(out), steps, **options)
+    prepare(plain)
+    plain.train()
+    weights, expected = weights_of(measured), weights_of(plain)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    # As text, because NaN differs from itself.
+    assert str(trainers_own_log(measured)) == str(trainers_own_log(plain))
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def assert_detached(training: Any) -> None:
+    """Assert that no method of the trainer is wrapped."""
+    assert not set(METHODS) & set(vars(training))
+    assert "clip_grad_norm_" not in vars(training.accelerator)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Return a GPT-2 of one layer, with its default dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "initializer_range": 0.4}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=14, eos_token_id=1, bos_token_id=None, pad_token_id=0, **sizes))
