@@ -19,7 +19,7 @@ from safetensors.torch import save_model
 import fx_influence as fx
 from benchmarks.bench_trl_steps import Errors
 from benchmarks.trl_variants import LOSSES, Variant, policy, quiet, trainer
-from fx_influence.distributed.engine import gathered_batch
+from fx_influence.distributed.batches import gather_batch
 from fx_influence.interop.trl import EntropyInfluence, measurement
 from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.sampling import held_out_rollouts
@@ -90,7 +90,7 @@ def compared_with_one_process(gaps: list[dict[str, float]]) -> Callable[..., Any
 
     def both(params: Any, batch_u: Any, batch_e: Any, opt_state: Any, *, mesh: Any, **options: Any) -> Any:
         out = fx.influence(params, batch_u, batch_e, opt_state, mesh=mesh, **options)
-        u, e = (gathered_batch(mesh, "batch", batch) for batch in (batch_u, batch_e))
+        u, e = (gather_batch(mesh, "batch", batch) for batch in (batch_u, batch_e))
         expected = fx.influence(params, u, e, opt_state, **options)
         scale = expected.per_sequence.abs().sum()
         names = ("per_sequence", "per_token", "stderr", "total", "matrix")

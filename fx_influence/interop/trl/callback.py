@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
 from fx_influence.autodiff.gram import MEMORY_BUDGET
-from fx_influence.distributed.collectives import RankError, check_agreed, failing_together
+from fx_influence.distributed.collectives import RankError, propagate_failures
+from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
@@ -149,7 +150,7 @@ class EntropyInfluence(TrainerCallback):
             raise ValueError(f"this EntropyInfluence is attached to this {type(trainer).__name__} already; detach it")
         check_kind(trainer)
         mesh = mesh_of(trainer)
-        with failing_together(mesh), preserve_random_state(trainer):
+        with propagate_failures(mesh), preserve_random_state(trainer):
             check_steps(trainer)
             check_generation(trainer)
             make_functional(trainer.model, position_ids=False)
@@ -170,7 +171,7 @@ class EntropyInfluence(TrainerCallback):
 
     def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any]) -> None:
         if mesh is not None:
-            check_agreed(mesh, {"every": self.every, "eval_prompts": prompts, **self._settings._asdict()})
+            check_consistent(mesh, {"every": self.every, "eval_prompts": prompts, **self._settings._asdict()})
 
     def detach(self) -> None:
         """Leave the trainer as it was before ``attach``; does nothing where this is not attached."""
@@ -275,7 +276,7 @@ class EntropyInfluence(TrainerCallback):
         Neither leaves a trace in the training's random state.
         """
         try:
-            with failing_together(self._capture.mesh), preserve_random_state(self._trainer):
+            with propagate_failures(self._capture.mesh), preserve_random_state(self._trainer):
                 return work()
         except Exception as error:
             reason, out_of_memory = _reason(error), isinstance(error, torch.OutOfMemoryError)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.batching.rows import select_rows
-from fx_influence.distributed.collectives import all_gather_objects, rank_in
+from fx_influence.distributed.collectives import all_gather_objects, mesh_rank
 from fx_influence.types import Batch
 
 Value = TypeVar("Value")
@@ -33,7 +33,7 @@ def all_gather_values(mesh: DeviceMesh | None, value: Value) -> list[Value]:
 
 def count_and_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
     """Return the number of processes, and this one's rank among them."""
-    return (1, 0) if mesh is None else (mesh.size(), rank_in(mesh))
+    return (1, 0) if mesh is None else (mesh.size(), mesh_rank(mesh))
 
 
 def local_slice(count: int, mesh: DeviceMesh | None) -> slice:

@@ -115,9 +115,11 @@ def assert_stored_once(out: Path) -> None:
 
 
 def assert_plan_repeats_step(out: Path) -> None:
-    plan = read_plan(step_path(out, 2) / "plan.yaml", fx.EntropyInfluencePlan)
+    plan = read_plan(step_path(out, 2) / "plan.yaml", fx.lab.EntropyInfluencePlan)
     live = fx.load_run(step_path(out, 2))
-    again, rounded = (fx.run(dataclasses.replace(plan, dtype=dtype), out / dtype) for dtype in ("float64", "float32"))
+    again, rounded = (
+        fx.lab.run(dataclasses.replace(plan, dtype=dtype), out / dtype) for dtype in ("float64", "float32")
+    )
     scale = sum(abs(record["influence"]) for record in live.sequences)
     for name in ("total", "momentum", "weight_decay", "sum_per_sequence", "total_stderr"):
         bound = rounding_bound(torch.float32, TINY_POLICY, scale)

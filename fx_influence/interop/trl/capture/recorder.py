@@ -10,7 +10,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-from fx_influence.distributed.collectives import failing_together
+from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.interop.trl.capture.micro_batch import SCORE, CaptureError, MicroBatch, scoring_signature
 from fx_influence.interop.trl.capture.rollout_rows import REWARDS, concatenate, rollout_rows
 from fx_influence.interop.trl.capture.step import CapturedStep, captured_step
@@ -79,7 +79,7 @@ class Capture:
         """
         micro_batches, clipped, problem = self._micro_batches, self._clipped, self._problem
         self.stop()
-        with failing_together(self.mesh):
+        with propagate_failures(self.mesh):
             if problem is not None:
                 raise CaptureError(problem)
             return self._step_of(micro_batches, clipped)

@@ -61,8 +61,8 @@ def test_stored_state_repeats_the_step_from_its_plan(lora: bool, tmp_path: Path)
     measure_training(tmp_path, 2, variant, settings=settings, learning_rate=1e-3)
     path = tmp_path / "entropy_influence" / "step_000002"
     live = fx.load_run(path)
-    plan = dataclasses.replace(read_plan(path / "plan.yaml", fx.EntropyInfluencePlan), dtype="float32")
-    again = fx.run(plan, tmp_path / "again")
+    plan = dataclasses.replace(read_plan(path / "plan.yaml", fx.lab.EntropyInfluencePlan), dtype="float32")
+    again = fx.lab.run(plan, tmp_path / "again")
     assert again.summary["lr"] == live.summary["lr"]
     matrix = live.evaluations[0].matrix
     assert matrix is not None
