@@ -20,12 +20,13 @@ from fx_influence.core.batch_checks import check_batch, check_is_batch
 from fx_influence.core.checks import check_number, check_options
 from fx_influence.core.influence_display import influence_html, influence_line
 from fx_influence.core.parameter_checks import check_policy, check_state
-from fx_influence.core.tree import add, detached, dot, dot_by_name, multiply, promote
+from fx_influence.core.tree import Direction, detached, dot, promote
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
 from fx_influence.objectives import Entropy, Objective, check_objective, denominator_shares, surrogate_coefficients
-from fx_influence.optim.adamw import adamw_decompose, check_adamw_inputs, fresh_part
+from fx_influence.optim.adamw import check_adamw_inputs
+from fx_influence.optim.step import AdamWStep, add_inner_products
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import pass_precision
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params, Preconditioner, TokenValues
@@ -57,7 +58,8 @@ class Influence(NamedTuple):
         matrix: (n_e, n_u), M_ai, the part of E's rollout a in delta_i, or None.
         total_stderr: scalar, standard error of ``total``, all three parts included.
         conditioning: scalar in [0, 1], sum_i |delta_i^J| / sum_i (|delta_i^J| + |delta_i - delta_i^J|), with delta_i^J
-            the part on coordinates whose denominator is made by this very gradient or by eps (``adamw.fresh_part``).
+            the part on coordinates whose denominator is made by this very gradient or by eps, see
+            ``AdamWStep.keep_fresh_``.
             Above about 0.5, as in the first steps of an optimizer, the parts of rollouts are large and cancel: read the
             total and sums over many rollouts, or measure a later step. NaN where it was not measured.
         rounding: (n_u,), |delta_i by the JVP - delta_i by ghost products or by the matrix|: two roundings of one
@@ -208,71 +210,75 @@ def influence(
     update = _linearize_losses(
         params, batch_u, grad, engine_u, in_groups or precision.wants_two_methods, per_token, memory_budget
     )
-    step = adamw_decompose(update.gradient, opt_state, params, preconditioner, max_grad_norm)
+    step = AdamWStep.of(update.gradient, opt_state, params, preconditioner, max_grad_norm)
 
-    objective_grad: Params = {}
-    baseline_by_group, derivatives_by_group = [], []
+    products, derivatives_by_group = [], []
+    sum_of_groups: Params = {}
     for block in _blocks(evaluation.gradients, update.max_directions):
+        directions = []
         for g in block:
-            objective_grad = add(objective_grad, g) if objective_grad else g
-            baseline_by_group.append(dot(step.direction, g) if in_groups else _NOT_MEASURED)
-        derivatives_by_group.append(update.jvp([multiply(step.gain, g) for g in block]))
-    derivatives = torch.cat(derivatives_by_group)
+            products.append(step.inner_products(g))
+            # From here on the gradient's memory holds gain * g.
+            step.precondition_(g)
+            directions.append(Direction.of_(g))
+        derivatives_by_group.append(update.jvp(directions))
+        if in_groups:
+            for direction in directions:
+                direction.add_to_(sum_of_groups)
+    u = Direction.of_(sum_of_groups) if in_groups else directions[0]
+    del block, directions
+    derivatives, on_step = torch.cat(derivatives_by_group), add_inner_products(products)
     by_group = derivatives.sum(-1)
-
-    u = multiply(step.gain, objective_grad)
     deltas = _sum_groups(update, derivatives, u, per_token, precision.under_autocast)
     per_sequence, rounding = deltas.per_sequence, deltas.rounding
-    conditioning = _conditioning(update, fresh_part(update.gradient, opt_state, u, step.clip), per_sequence)
-    per_parameter = dot_by_name(update.gradient, u)
-    # What was kept of U's passes may take as much memory as the matrix.
-    del update
 
     bound = tolerance_of(precision.lowest) if tolerance is None else tolerance
-    by_reverse_mode = torch.stack(list(per_parameter.values())).sum()
+    by_reverse_mode = torch.stack(list(on_step.update.values())).sum()
     residual, unattributed = by_reverse_mode - per_sequence.sum(), torch.zeros_like(by_reverse_mode)
     if grad is not None and (
         precision.under_autocast or not agree_within(residual, per_sequence, by_reverse_mode, bound)
     ):
         # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' parts must still add up.
         unattributed = residual
-        by_reverse_mode = dot(engine_u.gradient(params, batch_u), u)
+        by_reverse_mode = u.scale * dot(engine_u.gradient(params, batch_u), u.unit)
         residual = by_reverse_mode - per_sequence.sum()
     check_identity(deltas.method, residual, per_sequence, by_reverse_mode, bound)
     gap, total = per_sequence.sum() - by_group.sum(), per_sequence.sum()
     check_identity("the random groups of E", gap, by_group.sum(0), total, bound, against="all of E at once")
+    conditioning = _conditioning(update, step, u, per_sequence)
+    # What was kept of U's passes may take as much memory as the matrix.
+    del update, u, sum_of_groups
 
     pairwise: Tensor | None = None
     stderrs = _Stderrs.unknown(per_sequence)
     if matrix:
-        pairwise = -engine_e.gram(params, evaluation.batch, batch_u, step.gain, memory_budget, precision.update_apply)
+        pairwise = -engine_e.gram(params, evaluation.batch, batch_u, step.gain(), memory_budget, precision.update_apply)
         columns = pairwise.double().sum(0)
         check_identity("the matrix", by_reverse_mode - columns.sum(), columns, by_reverse_mode, bound)
         if rounding.isnan().any():
             rounding = (per_sequence - columns).abs()
         if stderr:
-            along_step = -_token_derivatives(params, step.direction, evaluation.batch, engine_e, None).sum(-1)
+            along_step = -_token_derivatives(params, step.direction(), evaluation.batch, engine_e, None).sum(-1)
             stderrs = _Stderrs.of(pairwise.double(), along_step, evaluation.shares, cluster_index(batch_e))
     elif stderr:
         shares = evaluation.shares.new_zeros(len(by_group)).index_add(0, evaluation.group, evaluation.shares)
         groups = torch.arange(len(by_group), device=shares.device)
-        stderrs = _Stderrs.of(by_group, torch.stack(baseline_by_group), shares, groups)
+        stderrs = _Stderrs.of(by_group, torch.stack([p.direction for p in products]), shares, groups)
 
     check_rounding(rounding, per_sequence, precision.lowest, bound)
-    momentum, weight_decay = dot(step.momentum, objective_grad), dot(step.weight_decay, objective_grad)
     # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
-    baseline = momentum + weight_decay if preconditioner == "frozen" else dot(step.baseline, objective_grad)
+    baseline = on_step.momentum + on_step.weight_decay if preconditioner == "frozen" else on_step.baseline
     return Influence(
         per_sequence=per_sequence,
         per_token=deltas.per_token,
         stderr=stderrs.per_sequence,
         baseline=baseline,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        momentum=on_step.momentum,
+        weight_decay=on_step.weight_decay,
         total=baseline + per_sequence.sum() + unattributed,
         residual=residual,
         unattributed=unattributed,
-        per_parameter=per_parameter,
+        per_parameter=on_step.update,
         matrix=pairwise,
         total_stderr=stderrs.total,
         conditioning=conditioning,
@@ -309,16 +315,19 @@ def _evaluate_objective(
     shares = denominator_shares(objective, batch_e.completion_mask)
     if not in_groups:
         weighted, gradient = engine.reweighted_gradient(params, batch_e, with_coefficients, memory_budget)
-        return _Evaluation(weighted, shares, torch.zeros_like(batch_e.input_ids[:, 0]), [_ascent(gradient, params)])
+        return _Evaluation(weighted, shares, torch.zeros_like(batch_e.input_ids[:, 0]), [_ascent_(gradient, params)])
     weighted, group = with_coefficients(engine.values(params, batch_e)), random_group_index(batch_e)
     by_group = (engine.gradient(params, select_rows(weighted, group == k)) for k in range(int(group.max()) + 1))
-    return _Evaluation(weighted, shares, group, (_ascent(g, params) for g in by_group))
+    return _Evaluation(weighted, shares, group, (_ascent_(g, params) for g in by_group))
 
 
-def _ascent(gradient: Gradients, params: Params) -> Params:
-    """Return the gradient of an objective from that of its loss, which is minus the objective; None counts as 0."""
+def _ascent_(gradient: Gradients, params: Params) -> Params:
+    """Return the gradient of an objective from that of its loss, which is minus the objective; None counts as 0.
+
+    The tensors given are reused.
+    """
     return {
-        name: torch.zeros_like(p, dtype=promote(p.dtype)) if (g := gradient[name]) is None else -g
+        name: torch.zeros_like(p, dtype=promote(p.dtype)) if (g := gradient[name]) is None else g.neg_()
         for name, p in params.items()
     }
 
@@ -331,8 +340,8 @@ class _LinearizedLosses(NamedTuple):
     """
 
     gradient: Gradients
-    jvp: Callable[[Sequence[Params]], Tensor]
-    token_jvp: Callable[[Params], Tensor]
+    jvp: Callable[[Sequence[Direction]], Tensor]
+    token_jvp: Callable[[Direction], Tensor]
     resolves_tokens: bool
     max_directions: int
 
@@ -348,17 +357,22 @@ def _linearize_losses(
 ) -> _LinearizedLosses:
     """Linearise by ghost products where several directions or no tokens are wanted, else or failing that by JVPs."""
 
-    def token_jvp(u: Params) -> Tensor:
-        return _token_derivatives(params, u, batch_u, engine, None)
+    def token_jvp(u: Direction) -> Tensor:
+        return u.scale * _token_derivatives(params, u.unit, batch_u, engine, None)
 
     if several_directions or not (per_token or grad is not None):
         at_once = max_directions(params, memory_budget) if several_directions else 1
         linearized = engine.linearize(params, batch_u, memory_budget, at_once)
         if linearized is not None:
             gradient, ghost_products = linearized
+
+            def ghost_jvp(directions: Sequence[Direction]) -> Tensor:
+                derivatives = ghost_products([u.unit for u in directions])
+                return (derivatives * derivatives.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
+
             return _LinearizedLosses(
                 gradient=gradient if grad is None else grad,
-                jvp=lambda directions: ghost_products(directions).unsqueeze(-1),
+                jvp=ghost_jvp,
                 token_jvp=token_jvp,
                 resolves_tokens=False,
                 max_directions=max_directions(params, memory_budget),
@@ -367,8 +381,8 @@ def _linearize_losses(
     if grad is None:
         grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
 
-    def cached_token_jvp(u: Params) -> Tensor:
-        return _token_derivatives(params, u, batch_u, engine, caches)
+    def cached_token_jvp(u: Direction) -> Tensor:
+        return u.scale * _token_derivatives(params, u.unit, batch_u, engine, caches)
 
     return _LinearizedLosses(
         gradient=grad,
@@ -402,7 +416,7 @@ class _Deltas(NamedTuple):
 
 
 def _sum_groups(
-    update: _LinearizedLosses, derivatives: Tensor, u: Params, per_token: bool, under_autocast: bool
+    update: _LinearizedLosses, derivatives: Tensor, u: Direction, per_token: bool, under_autocast: bool
 ) -> _Deltas:
     """Add up the derivatives by group, (K, n_u, T) or (K, n_u, 1), and find those of tokens if they are wanted."""
     by_groups = derivatives.sum((0, 2))
@@ -428,11 +442,12 @@ def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
     return tokens + (per_sequence - tokens.sum(-1)).unsqueeze(-1) * weight
 
 
-def _conditioning(update: _LinearizedLosses, fresh: Params, per_sequence: Tensor) -> Tensor:
-    """Return the share of sum |delta| along ``fresh``, u on coordinates of fresh denominators; costs one direction."""
-    if not dot(fresh, fresh):
+def _conditioning(update: _LinearizedLosses, step: AdamWStep, u: Direction, per_sequence: Tensor) -> Tensor:
+    """Return the share of sum |delta| along u on coordinates of fresh denominators; u is 0 elsewhere afterwards."""
+    step.keep_fresh_(u.unit)
+    if not any(bool(x.any()) for x in u.unit.values()):
         return torch.zeros((), dtype=torch.float64, device=per_sequence.device)
-    on_fresh = update.jvp([fresh])[0].sum(-1)
+    on_fresh = update.jvp([u])[0].sum(-1)
     size, rest = on_fresh.abs().sum(), (per_sequence - on_fresh).abs().sum()
     return torch.where(size > 0, size / (size + rest), 0.0)
 

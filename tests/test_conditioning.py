@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fx_influence as fx
 from fx_influence.core.influence_display import ILL_CONDITIONED
-from fx_influence.optim.adamw import fresh_part
+from fx_influence.optim.step import AdamWStep
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
 
 HYPER = AdamWHyper(beta2=0.99)
@@ -155,14 +155,14 @@ def test_conditioning_sees_gradients_that_cancel_in_the_batch() -> None:
     assert out.conditioning > 0.999
 
 
-def test_fresh_part_leaves_out_what_the_optimizer_does_not_hold() -> None:
+def test_keep_fresh_drops_what_the_optimizer_does_not_hold() -> None:
     case = Case()
     u = random_direction(torch.Generator().manual_seed(0), case.params)
     held = {name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")}
     state = case.fresh._replace(**{k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in held.items()})
     grads = {name: torch.ones_like(p) for name, p in case.params.items()} | {"head.weight": None}
-    part = fresh_part(grads, state, u, torch.ones(()))
-    assert part.keys() == u.keys()
+    part = {name: x.clone() for name, x in u.items()}
+    AdamWStep.of(grads, state, case.params, "frozen", None).keep_fresh_(part)
     assert not part["head.bias"].any()
     assert not part["head.weight"].any()
     assert torch.equal(part["norm.bias"], u["norm.bias"])

@@ -54,8 +54,8 @@ def gradient_with_cache(
             features = _forward(leaves, part, policy)
         caches.append(cache.outputs or None)
         memory_budget -= cache.bytes if caches[-1] else 0
-        accumulate(total, _reverse(leaves, features, part, batch, policy, temperature).items())
-    return total, caches
+        _add_gradient(total, leaves, features, part, batch, policy, temperature)
+    return unscaled(total, policy.loss_scale), caches
 
 
 def reweighted_gradient(
@@ -98,8 +98,8 @@ def reweighted_gradient(
     total: Gradients = dict.fromkeys(params)
     for k, part in enumerate(pending):
         features = graphs.pop(k) if k in graphs else _forward(leaves, part, policy, caches.pop(k, None))
-        accumulate(total, _reverse(leaves, features, part, weighted, policy, temperature).items())
-    return weighted, total
+        _add_gradient(total, leaves, features, part, weighted, policy, temperature)
+    return weighted, unscaled(total, policy.loss_scale)
 
 
 def graphs_within_budget(micro_batches: int, graph: int, cache: int, memory_budget: int) -> int:
@@ -147,15 +147,48 @@ def _forward(leaves: Params, part: MicroBatch, policy: SplitPolicy, outputs: Seq
     return features if replay.outputs_fit else _forward(leaves, part, policy)
 
 
-def _reverse(
-    leaves: Params, features: Tensor, part: MicroBatch, batch: Batch, policy: SplitPolicy, temperature: float
-) -> Params:
-    """The gradient of the leaves that the part's share of the loss reaches, at least float32."""
+def _add_gradient(
+    total: Gradients,
+    leaves: Params,
+    features: Tensor,
+    part: MicroBatch,
+    batch: Batch,
+    policy: SplitPolicy,
+    temperature: float,
+) -> None:
+    """Add the gradient of the micro-batch's share of the loss, times the loss scale, to ``total`` in place.
+
+    Each leaf's gradient is added and dropped as soon as backward has made it, so that beside the total there is one
+    parameter's at a time.
+    """
     weights = scaled_loss_weights(batch, part, policy)
     if all(w is None for w in weights):
-        return {}
-    toward, total = head_vjp(policy, leaves, features, part.targets, weights, temperature)
-    if features.requires_grad:
-        grads = torch.autograd.grad(features, list(leaves.values()), toward, allow_unused=True)
-        accumulate(total, zip(leaves, grads, strict=True))
-    return {name: g if policy.loss_scale == 1 else g / policy.loss_scale for name, g in total.items() if g is not None}
+        return
+    toward, of_head = head_vjp(policy, leaves, features, part.targets, weights, temperature)
+    accumulate(total, of_head.items())
+    del of_head
+    if not features.requires_grad:
+        return
+
+    def add_and_drop(name: str) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            grad, leaf.grad = leaf.grad, None
+            accumulate(total, [(name, grad)])
+
+        return hook
+
+    handles = [leaf.register_post_accumulate_grad_hook(add_and_drop(name)) for name, leaf in leaves.items()]
+    try:
+        torch.autograd.backward([features], [toward], inputs=list(leaves.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unscaled(gradient: Gradients, loss_scale: float) -> Gradients:
+    """Divide a gradient by the loss scale, in place, and return it."""
+    if loss_scale != 1:
+        for g in gradient.values():
+            if g is not None:
+                g.div_(loss_scale)
+    return gradient

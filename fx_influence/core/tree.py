@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,14 +106,40 @@ def unit_direction(direction: Params, params: Params) -> tuple[float, Params]:
     """Return the largest entry of ``direction``, and ``direction`` divided by it in the dtypes of ``params``.
 
     Names that are absent in ``direction`` are 0. Scaled before the cast, a huge or tiny direction neither overflows nor
-    vanishes in a narrower dtype.
+    vanishes in a narrower dtype. The unit of a ``Direction`` is not copied.
     """
     scale = largest_entry(direction)
-    unit = {
-        name: (direction[name] / scale).to(p.dtype) if name in direction else torch.zeros_like(p)
-        for name, p in params.items()
-    }
+    unit = {}
+    for name, p in params.items():
+        v = direction.get(name)
+        if v is None:
+            unit[name] = torch.zeros_like(p)
+        else:
+            unit[name] = (v if scale == 1.0 else v / scale).to(p.dtype)
     return scale, unit
+
+
+class Direction(NamedTuple):
+    """A direction in parameter space as scale * unit, with the largest entry of ``unit`` 1 (or all of them 0)."""
+
+    scale: float
+    unit: Params
+
+    @classmethod
+    def of_(cls, v: Params) -> Direction:
+        """Divide v by its largest entry, in place, and return it as a direction."""
+        scale = largest_entry(v)
+        for x in v.values():
+            x.div_(scale)
+        return cls(scale, v)
+
+    def add_to_(self, total: Params) -> None:
+        """Add scale * unit to ``total`` in place; names that are absent there begin with it."""
+        for name, x in self.unit.items():
+            if name in total:
+                total[name].add_(x, alpha=self.scale)
+            else:
+                total[name] = self.scale * x
 
 
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:

@@ -94,13 +94,17 @@ def adamw_decompose(
     check_params(params)
     params = detached(params)
     check_adamw_inputs(grads, opt_state, params, preconditioner, max_grad_norm)
-    clip = _clip_factor(grads, max_grad_norm, params)
+    clip = clip_factor(grads, max_grad_norm, params)
     parts: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}
     for name, p in params.items():
         g = grads.get(name)
         moves = g is not None and name in opt_state.hyper
-        step = _parameter_step(name, p, g, clip, opt_state, preconditioner) if moves and g is not None else _no_step(p)
-        for field, value in step.items():
+        if moves and g is not None:
+            inputs = step_inputs(name, p, g, clip, opt_state)
+            terms = step_terms(inputs, opt_state.hyper[name], opt_state.step[name] + 1, preconditioner)
+        else:
+            terms = _no_step(p)
+        for field, value in terms.items():
             parts[field][name] = value
     return AdamWDecomposition(**parts, clip=clip)
 
@@ -124,84 +128,59 @@ def second_moment_denominator(
     return (torch.maximum(maximum, second) / correction).sqrt() + hyper.eps, r, is_current
 
 
-def fresh_part(grads: Mapping[str, Tensor | None], opt_state: AdamWState, along: Params, clip: Tensor) -> Params:
-    """Return ``along`` on the coordinates where this very gradient makes AdamW's denominator, and 0 elsewhere.
+class StepInputs(NamedTuple):
+    """The inputs of one parameter's step, or of a block of its entries: tensors of one shape and one dtype.
 
-    These are
-
-        J = {j: sqrt(shat_j / B2) <= 10 eps,  or  (1 - beta2) ghat_j^2 > shat_j / 2}
-
-    There gamma is about 1 / |g|: the step has the size of the learning rate whatever the gradient's, and rollouts whose
-    gradients cancel in g have large parts that cancel too. At the first step of a fresh optimizer J is everything.
-
-    Args:
-        grads: g by name, before clipping; None where backward never arrived.
-        opt_state: m, s and step before the step.
-        along: u by name, in parameters' shapes.
-        clip: kappa, scalar, see ``adamw_decompose``.
-
-    Example:
-        >>> hyper, one = AdamWHyper(), torch.ones(2)
-        >>> state = AdamWState({"w": one}, {"w": torch.tensor([0.0, 1.0])}, {}, {"w": 9}, {"w": hyper}, lr=1e-3)
-        >>> fresh_part({"w": one}, state, {"w": torch.tensor([3.0, 1.0])}, torch.ones(()))["w"].tolist()
-        [3.0, 0.0]
+    Attributes:
+        theta: the parameter.
+        m: first moment before the step.
+        s: second moment before the step.
+        maximum: amsgrad's max_exp_avg_sq, or None.
+        g: gradient, before clipping.
+        clip: kappa, scalar.
     """
-    out = {}
-    for name, u in along.items():
-        g = grads.get(name)
-        if g is None or name not in opt_state.hyper:
-            out[name] = torch.zeros_like(u)
-            continue
-        hyper = opt_state.hyper[name]
-        ghat, second, maximum = _second_moment(name, g, clip, opt_state, promote(opt_state.exp_avg_sq[name].dtype))
-        highest = second if maximum is None else torch.maximum(maximum, second)
-        floor = (10 * hyper.eps) ** 2 * (1 - hyper.beta2 ** (opt_state.step[name] + 1))
-        is_fresh = (1 - hyper.beta2) * ghat.square() > highest / 2
-        out[name] = u * ((highest <= floor) | is_fresh)
-    return out
+
+    theta: Tensor
+    m: Tensor
+    s: Tensor
+    maximum: Tensor | None
+    g: Tensor
+    clip: Tensor
+
+    def second_moment(self, hyper: AdamWHyper) -> tuple[Tensor, Tensor]:
+        """Return (ghat, s')."""
+        ghat = ((-1.0 if hyper.maximize else 1.0) * self.clip) * self.g
+        return ghat, torch.addcmul(hyper.beta2 * self.s, ghat, ghat, value=1 - hyper.beta2)
 
 
-def _second_moment(
-    name: str, g: Tensor, clip: Tensor, state: AdamWState, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (ghat, s', max_exp_avg_sq), the last None without amsgrad."""
-    hyper = state.hyper[name]
-    ghat = ((-1.0 if hyper.maximize else 1.0) * clip.to(dtype)) * g.to(dtype)
-    second = torch.addcmul(hyper.beta2 * state.exp_avg_sq[name].to(dtype), ghat, ghat, value=1 - hyper.beta2)
-    return ghat, second, state.max_exp_avg_sq[name].to(dtype) if hyper.amsgrad else None
-
-
-def _parameter_step(
-    name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState, preconditioner: Preconditioner
-) -> dict[str, Tensor]:
-    hyper, tau = state.hyper[name], state.step[name] + 1
-    dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
-    theta, m = p.to(dtype), state.exp_avg[name].to(dtype)
+def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: Preconditioner) -> dict[str, Tensor]:
+    """Return direction, baseline, momentum, weight_decay and gain, elementwise, as ``adamw_decompose`` defines them."""
+    theta, m, _, maximum, g, clip = inputs
+    zero = torch.zeros((), dtype=theta.dtype, device=theta.device).expand_as(theta)
     sign = -1.0 if hyper.maximize else 1.0
-    clip = clip.to(dtype)
-    ghat, s_new, maximum = _second_moment(name, g, clip, state, dtype)
+    ghat, s_new = inputs.second_moment(hyper)
     den, r, is_current = second_moment_denominator(hyper, s_new, tau, maximum)
     b1, rho = 1 - hyper.beta1**tau, hyper.lr_scale
 
     if preconditioner == "rmsprop":
         gamma = -sign * rho / den
-        return {**_no_step(p), "direction": gamma * g.to(dtype), "gain": gamma}
+        return {"direction": gamma * g, "baseline": zero, "momentum": zero, "weight_decay": zero, "gain": gamma}
     inverse = den.reciprocal()
-    momentum = (-rho * hyper.beta1 / b1 * m) * inverse
     decay = -rho * hyper.weight_decay * theta
-    gamma = (-rho * sign * (1 - hyper.beta1) / b1 * clip) * inverse
     if preconditioner == "lifetime":
         gamma = (-rho * sign * clip) * inverse
-        direction = torch.addcmul(decay, gamma, g.to(dtype))
-        return {**_no_step(p), "direction": direction, "baseline": decay, "weight_decay": decay, "gain": gamma}
+        direction = torch.addcmul(decay, gamma, g)
+        return {"direction": direction, "baseline": decay, "momentum": zero, "weight_decay": decay, "gain": gamma}
+    momentum = (-rho * hyper.beta1 / b1 * m) * inverse
+    gamma = (-rho * sign * (1 - hyper.beta1) / b1 * clip) * inverse
     baseline = momentum + decay
-    direction = torch.addcmul(baseline, gamma, g.to(dtype))
+    direction = torch.addcmul(baseline, gamma, g)
     if preconditioner == "jacobian":
         b2 = 1 - hyper.beta2**tau
         m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
         slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
-        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), slope, torch.zeros_like(slope))
-        baseline = direction - gamma * g.to(dtype)
+        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), slope, zero)
+        baseline = direction - gamma * g
     return {
         "direction": direction,
         "baseline": baseline,
@@ -211,12 +190,21 @@ def _parameter_step(
     }
 
 
+def step_inputs(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState) -> StepInputs:
+    """Return the inputs of one parameter's step, in float64 where the parameter or its state is, else in float32."""
+    dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
+    maximum = state.max_exp_avg_sq[name].to(dtype) if state.hyper[name].amsgrad else None
+    m, s = state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)
+    return StepInputs(p.to(dtype), m, s, maximum, g.to(dtype), clip.to(dtype))
+
+
 def _no_step(p: Tensor) -> dict[str, Tensor]:
     zero = torch.zeros_like(p, dtype=promote(p.dtype))
     return dict.fromkeys(("direction", "baseline", "momentum", "weight_decay", "gain"), zero)
 
 
-def _clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
+def clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
+    """Return kappa = min(1, max_grad_norm / (|g| + 1e-6)), scalar; 1 without a gradient or a norm."""
     first = to_local(next(iter(params.values())))
     one = torch.ones((), dtype=promote(first.dtype), device=first.device)
     reached = [g for g in grads.values() if g is not None]

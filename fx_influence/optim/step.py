@@ -1,0 +1,178 @@
+"""AdamW's step met with gradients of an objective, block by block, without vectors of the step's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.core.dtensor import reduce_over_shards, to_local
+from fx_influence.core.tree import promote
+from fx_influence.optim.adamw import StepInputs, clip_factor, step_inputs, step_terms
+from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
+
+BLOCK = 2**20
+"""Entries whose step is made at once; its terms are some ten times as large."""
+
+
+class InnerProducts(NamedTuple):
+    """Inner products <x, .> of a vector x with the terms of a step, float64 scalars, and <x, gain * g> by parameter."""
+
+    direction: Tensor
+    baseline: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    update: dict[str, Tensor]
+
+
+def add_inner_products(parts: Sequence[InnerProducts]) -> InnerProducts:
+    """Return the inner products of a sum of vectors from those of its terms."""
+    direction, baseline, momentum, decay = (torch.stack(field).sum() for field in list(zip(*parts, strict=True))[:4])
+    update = {name: torch.stack([part.update[name] for part in parts]).sum() for name in parts[0].update}
+    return InnerProducts(direction, baseline, momentum, decay, update)
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """One AdamW step as a map of other vectors: ``adamw_decompose`` without its five vectors of the parameters' size.
+
+    Attributes:
+        grads: g by name, before clipping.
+        opt_state: m, s and step before the step.
+        params: theta by name.
+        preconditioner: see ``adamw_decompose``.
+        clip: kappa, scalar.
+    """
+
+    grads: Gradients
+    opt_state: AdamWState
+    params: Params
+    preconditioner: Preconditioner
+    clip: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        grads: Gradients,
+        opt_state: AdamWState,
+        params: Params,
+        preconditioner: Preconditioner,
+        max_grad_norm: float | None,
+    ) -> AdamWStep:
+        """Return the step; the inputs are those of ``adamw_decompose``, checked by its ``check_adamw_inputs``."""
+        return cls(grads, opt_state, params, preconditioner, clip_factor(grads, max_grad_norm, params))
+
+    def inner_products(self, x: Params) -> InnerProducts:
+        """Return <x, direction>, <x, baseline>, <x, momentum>, <x, weight_decay>, and <x, gain * g> by parameter.
+
+        Example:
+            >>> from fx_influence.types import AdamWHyper
+            >>> zero = torch.zeros(2)
+            >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": AdamWHyper(weight_decay=0.1)}, lr=1e-3)
+            >>> step = AdamWStep.of({"w": torch.tensor([3.0, -2.0])}, state, {"w": torch.ones(2)}, "frozen", None)
+            >>> round(step.inner_products({"w": torch.ones(2)}).weight_decay.item(), 6)
+            -0.2
+        """
+        by_name = {name: self._products_of(name, v) for name, v in x.items()}
+        totals = reduce_over_shards(list(by_name.values()), list(x.values()))
+        direction, baseline, momentum, decay, _ = torch.stack(totals).sum(0)
+        return InnerProducts(direction, baseline, momentum, decay, {n: t[4] for n, t in zip(x, totals, strict=True)})
+
+    def precondition_(self, x: Params) -> None:
+        """Multiply x by the step's gain, in place; entries of parameters that the step does not move become 0."""
+        self._rewrite_(x, lambda block, inputs, hyper, tau: block.mul_(self._terms(inputs, hyper, tau)["gain"]))
+
+    def keep_fresh_(self, x: Params) -> None:
+        """Set x to 0, in place, but where this very gradient makes AdamW's denominator. Those coordinates are
+
+            J = {j: sqrt(shat_j / B2) <= 10 eps,  or  (1 - beta2) ghat_j^2 > shat_j / 2}
+
+        There gamma is about 1 / |g|: the step has the size of the learning rate whatever the gradient's, and rollouts
+        whose gradients cancel in g have large parts that cancel too. At the first step of a fresh optimizer J is
+        everything.
+
+        Example:
+            >>> from fx_influence.types import AdamWHyper
+            >>> one, s = torch.ones(2), torch.tensor([0.0, 1.0])
+            >>> state = AdamWState({"w": one}, {"w": s}, {}, {"w": 9}, {"w": AdamWHyper()}, lr=1e-3)
+            >>> x = {"w": torch.tensor([3.0, 1.0])}
+            >>> AdamWStep.of({"w": one}, state, {"w": one}, "frozen", None).keep_fresh_(x)
+            >>> x["w"].tolist()
+            [3.0, 0.0]
+        """
+        self._rewrite_(x, lambda block, inputs, hyper, tau: block.mul_(_is_fresh(inputs, hyper, tau)))
+
+    def gain(self) -> Params:
+        """Return the diagonal gamma by name, a vector of the parameters' size."""
+        gain = self._ones()
+        self.precondition_(gain)
+        return gain
+
+    def direction(self) -> Params:
+        """Return v by name, a vector of the parameters' size."""
+        out = self._ones()
+        self._rewrite_(out, lambda block, inputs, hyper, tau: block.mul_(self._terms(inputs, hyper, tau)["direction"]))
+        return out
+
+    def _ones(self) -> Params:
+        return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in self.params.items()}
+
+    def _terms(self, inputs: StepInputs, hyper: AdamWHyper, tau: int) -> dict[str, Tensor]:
+        return step_terms(inputs, hyper, tau, self.preconditioner)
+
+    def _products_of(self, name: str, x: Tensor) -> Tensor:
+        local = to_local(x)
+        total = torch.zeros(5, dtype=torch.float64, device=local.device)
+        if not self._moves(name):
+            return total
+        hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
+        for block, inputs in self._blocks(name, local):
+            terms = self._terms(inputs, hyper, tau)
+            terms["update"] = terms.pop("gain") * inputs.g
+            wide = block.double().flatten()
+            total += torch.stack([torch.dot(wide, term.double().flatten()) for term in terms.values()])
+        return total
+
+    def _rewrite_(self, x: Params, rewrite: Callable[[Tensor, StepInputs, AdamWHyper, int], object]) -> None:
+        for name, v in x.items():
+            local = to_local(v)
+            if not self._moves(name):
+                local.zero_()
+                continue
+            hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
+            for block, inputs in self._blocks(name, local):
+                rewrite(block, inputs, hyper, tau)
+
+    def _moves(self, name: str) -> bool:
+        return self.grads.get(name) is not None and name in self.opt_state.hyper
+
+    def _blocks(self, name: str, x: Tensor) -> Iterator[tuple[Tensor, StepInputs]]:
+        """Yield views of the local entries of x, some at a time, and the step's inputs there."""
+        g, state = self.grads[name], self.opt_state
+        assert g is not None
+        moments = [state.exp_avg[name], state.exp_avg_sq[name]]
+        if state.hyper[name].amsgrad:
+            moments.append(state.max_exp_avg_sq[name])
+        tensors = [x, *map(to_local, (self.params[name], g, *moments))]
+        if all(t.is_contiguous() for t in tensors):
+            columns = [t.view(-1).split(BLOCK) for t in tensors]
+        else:
+            # Entries of tensors with different strides cannot be paired as flat blocks.
+            columns = [(t,) for t in tensors]
+        for block, p, g_block, *moment_blocks in zip(*columns, strict=True):
+            local = state._replace(
+                exp_avg={name: moment_blocks[0]},
+                exp_avg_sq={name: moment_blocks[1]},
+                max_exp_avg_sq={name: moment_blocks[2]} if len(moment_blocks) == 3 else {},
+            )
+            yield block, step_inputs(name, p, g_block, self.clip, local)
+
+
+def _is_fresh(inputs: StepInputs, hyper: AdamWHyper, tau: int) -> Tensor:
+    ghat, second = inputs.second_moment(hyper)
+    highest = second if inputs.maximum is None else torch.maximum(inputs.maximum, second)
+    floor = (10 * hyper.eps) ** 2 * (1 - hyper.beta2**tau)
+    return (highest <= floor) | ((1 - hyper.beta2) * ghat.square() > highest / 2)

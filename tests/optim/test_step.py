@@ -1,0 +1,88 @@
+"""``AdamWStep`` against the vectors of ``adamw_decompose``, at whatever hyperparameters, state and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_direction
+from helpers.strategies import PRECONDITIONERS
+from helpers.tolerances import assert_close_to_rounding
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence.core.tree import dot, multiply
+from fx_influence.optim import step as step_module
+from fx_influence.optim.step import AdamWStep, add_inner_products
+
+TERMS = 12
+"""Operations in a row that make one entry of a step."""
+
+
+def gradient_of(params: fx.Params, seed: int) -> dict[str, Tensor | None]:
+    """One parameter that backward never reached, and one that the state below does not hold, among the others."""
+    return {**random_direction(torch.Generator().manual_seed(seed), params), "norm.weight": None}
+
+
+@pytest.fixture(params=[{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.3}], ids=str)
+def state(request: pytest.FixtureRequest) -> tuple[fx.Params, fx.AdamWState]:
+    _, params = make_apply(TinyPolicy(5, 4, 1, 2, 6))
+    generator = torch.Generator().manual_seed(3)
+    return params, random_adamw_state(generator, params, absent=("head.bias",), **request.param)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+@pytest.mark.parametrize("block", [7, 2**20])
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_step_matches_the_decomposition(
+    state: tuple[fx.Params, fx.AdamWState],
+    preconditioner: fx.types.Preconditioner,
+    block: int,
+    max_grad_norm: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks of 7 end within rows of every parameter."""
+    monkeypatch.setattr(step_module, "BLOCK", block)
+    params, opt_state = state
+    grads = gradient_of(params, 1)
+    x = random_direction(torch.Generator().manual_seed(2), params)
+    step = AdamWStep.of(grads, opt_state, params, preconditioner, max_grad_norm)
+    whole = fx.adamw_decompose(grads, opt_state, params, preconditioner, max_grad_norm)
+    products = step.inner_products(x)
+    for name in ("direction", "baseline", "momentum", "weight_decay"):
+        vector = getattr(whole, name)
+        size = sum((x[n] * v).abs().sum() for n, v in vector.items())
+        assert_close_to_rounding(getattr(products, name), dot(vector, x), terms=TERMS * 1000, scale=size)
+    update = {n: None if g is None else whole.gain[n] * g for n, g in grads.items()}
+    for name, value in products.update.items():
+        v = update[name]
+        expected = torch.zeros((), dtype=torch.float64) if v is None else (v * x[name]).sum().double()
+        assert_close_to_rounding(value, expected, terms=TERMS * 1000, scale=1 + expected.abs())
+    for name, v in step.gain().items():
+        assert_close_to_rounding(v, whole.gain[name], terms=TERMS, scale=whole.gain[name].abs().max())
+    for name, v in step.direction().items():
+        assert_close_to_rounding(v, whole.direction[name], terms=TERMS, scale=whole.direction[name].abs().max())
+    expected_x = multiply(whole.gain, x)
+    step.precondition_(x)
+    for name, v in x.items():
+        assert_close_to_rounding(v, expected_x[name], terms=TERMS, scale=expected_x[name].abs().max())
+
+
+def test_step_takes_tensors_that_are_not_contiguous(state: tuple[fx.Params, fx.AdamWState]) -> None:
+    params, opt_state = state
+    strided = {name: p.T.contiguous().T if p.dim() == 2 else p for name, p in params.items()}
+    assert any(not p.is_contiguous() for p in strided.values())
+    grads = gradient_of(params, 1)
+    one, other = (AdamWStep.of(grads, opt_state, p, "frozen", None).direction() for p in (params, strided))
+    for name, v in one.items():
+        assert torch.equal(other[name], v)
+
+
+def test_inner_products_add_up_over_terms(state: tuple[fx.Params, fx.AdamWState]) -> None:
+    params, opt_state = state
+    step = AdamWStep.of(gradient_of(params, 1), opt_state, params, "frozen", None)
+    parts = [random_direction(torch.Generator().manual_seed(seed), params) for seed in (4, 5)]
+    total = step.inner_products({name: parts[0][name] + parts[1][name] for name in params})
+    added = add_inner_products([step.inner_products(part) for part in parts])
+    for a, b in zip(total[:4], added[:4], strict=True):
+        assert_close_to_rounding(b, a, terms=TERMS * 1000, scale=1 + a.abs())
+    assert total.update.keys() == added.update.keys()
