@@ -106,7 +106,7 @@ def test_conditioning_is_zero_when_nothing_moves() -> None:
     ],
     ids=str,
 )
-def test_conditioning_is_its_formula(options: dict[str, Any]) -> None:
+def test_conditioning_matches_formula(options: dict[str, Any]) -> None:
     case = Case()
     state = half_fresh(case)
     expected = case.literal(state, **{k: v for k, v in options.items() if k in ("preconditioner", "max_grad_norm")})
@@ -143,7 +143,7 @@ def test_conditioning_falls_when_the_optimizer_warms_up() -> None:
     assert seen[1] < ILL_CONDITIONED
 
 
-def test_conditioning_sees_gradients_that_cancel_in_the_batch() -> None:
+def test_conditioning_is_one_when_gradients_cancel() -> None:
     """Two rollouts that are each other's opposite: g is 0, den is eps, and each part is huge; u g alone is 0."""
     case = Case()
     rows = torch.tensor([0, 0])
@@ -169,13 +169,13 @@ def test_keep_fresh_drops_what_the_optimizer_does_not_hold() -> None:
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.9, True), (0.5, False), (math.nan, False)])
-def test_result_says_when_it_is_ill_conditioned(share: float, said: bool) -> None:
+def test_influence_repr_warns_when_ill_conditioned(share: float, said: bool) -> None:
     out = Case().influence(Case().warm)._replace(conditioning=torch.tensor(share))
     assert ("conditioning=0.90" in repr(out)) == said
     assert ("read no single rollout" in out._repr_html_()) == said
 
 
-def test_health_says_what_to_do_when_ill_conditioned() -> None:
+def test_health_gives_remedy_when_ill_conditioned() -> None:
     figures = {"conditioning": 0.93}
     finding = find_finding("Conditioning", figures)
     assert finding is not None

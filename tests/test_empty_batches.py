@@ -49,7 +49,7 @@ ROUTES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", ROUTES, ids=str)
-def test_influence_of_no_completion_is_zero(options: dict[str, Any]) -> None:
+def test_influence_is_zero_without_completion(options: dict[str, Any]) -> None:
     own = case()
     out = own.influence(**options)
     for name in ("per_sequence", "stderr", "residual", "unattributed"):
@@ -63,7 +63,7 @@ def test_influence_of_no_completion_is_zero(options: dict[str, Any]) -> None:
     assert out.total == out.baseline
 
 
-def test_baseline_is_adamw_on_zero_gradients_when_nothing_completed() -> None:
+def test_influence_baseline_is_adamw_step_without_completion() -> None:
     """The step that a trainer makes then, from torch's own AdamW: momentum and weight decay."""
     own = case()
     lr = 1e-3
@@ -92,7 +92,7 @@ def test_baseline_is_adamw_on_zero_gradients_when_nothing_completed() -> None:
     assert_close_to_rounding(own.influence().baseline, slope, terms=TINY_POLICY, scale=size)
 
 
-def test_trainers_gradient_is_unattributed_when_nothing_completed() -> None:
+def test_influence_grad_is_unattributed_without_completion() -> None:
     own = case()
     extra = random_direction(torch.Generator().manual_seed(0), own.params)
     out = own.influence(grad=extra)
@@ -101,28 +101,28 @@ def test_trainers_gradient_is_unattributed_when_nothing_completed() -> None:
 
 
 @pytest.mark.parametrize("preconditioner", ["adam", "identity"])
-def test_fisher_kernel_of_no_completion_is_zero(preconditioner: Any) -> None:
+def test_fisher_kernel_is_zero_without_completion(preconditioner: Any) -> None:
     own = case()
     for a, b in ((own.batch_u, own.batch_e), (own.batch_e, own.batch_u), (own.batch_u, own.batch_u)):
         kernel = fx.fisher_kernel(own.params, a, b, own.state, apply=own.apply, preconditioner=preconditioner)
         assert torch.equal(kernel, torch.zeros(len(a.input_ids), len(b.input_ids), dtype=kernel.dtype))
 
 
-def test_per_sample_grads_of_no_completion_are_zero() -> None:
+def test_per_sample_grads_are_zero_without_completion() -> None:
     own = case()
     grads = fx.per_sample_grads(fx.rollout_loss(own.apply), own.params, own.batch_u)
     assert not any(g.any() or g.isnan().any() for g in grads.values())
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"])
-def test_coefficients_of_no_completion_are_zero(loss_type: Any) -> None:
+def test_coefficients_are_zero_without_completion(loss_type: Any) -> None:
     mask = torch.zeros(3, 4, dtype=torch.bool)
     c = fx.coefficients(loss_type, torch.ones(3), mask, group=torch.tensor([0, 0, 1]), max_completion_length=4)
     assert torch.equal(c, torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
-def test_entropy_estimate_of_no_completion_is_refused(normalize: Any) -> None:
+def test_entropy_estimate_raises_without_completion(normalize: Any) -> None:
     ids = torch.ones(2, 3, dtype=torch.long)
     values = fx.TokenValues(*(torch.zeros(2, 3) for _ in range(2)))
     batch = Batch(ids, ids > 0, ids < 0)

@@ -84,7 +84,7 @@ def diagonals(case: Case, kind: str) -> Params | None:
 @kinds
 @given(case=cases())
 @settings(max_examples=12)
-def test_the_kernel_agrees_with_its_slow_definition(case: Case, kind: str) -> None:
+def test_fisher_kernel_matches_reference(case: Case, kind: str) -> None:
     slow = reference.fisher_kernel(
         case.apply, case.params, case.batch_e, case.batch_u, diagonals(case, kind), case.temperature
     )
@@ -94,7 +94,7 @@ def test_the_kernel_agrees_with_its_slow_definition(case: Case, kind: str) -> No
 @kinds
 @given(case=cases())
 @settings(max_examples=6)
-def test_a_batch_with_itself_gives_a_symmetric_positive_semidefinite_kernel(case: Case, kind: str) -> None:
+def test_fisher_kernel_is_symmetric_positive_semidefinite(case: Case, kind: str) -> None:
     batch = batch_b(case, kind)
     plain = kernel(case, kind, batch_a=batch)
     assert_close(plain, plain.T)
@@ -107,7 +107,7 @@ def test_a_batch_with_itself_gives_a_symmetric_positive_semidefinite_kernel(case
         assert_close(swapped, kernel(case, kind, batch_a=case.batch_e, batch_b=batch).T)
 
 
-def test_a_dictionary_of_negative_diagonals_is_taken_as_it_is(case: Case) -> None:
+def test_fisher_kernel_accepts_negative_diagonals(case: Case) -> None:
     negative = {name: -torch.ones_like(p) for name, p in case.params.items()}
     assert_close(kernel(case, "identity", preconditioner=negative), -kernel(case, "identity"))
 
@@ -115,7 +115,7 @@ def test_a_dictionary_of_negative_diagonals_is_taken_as_it_is(case: Case) -> Non
 @kinds
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
 @settings(max_examples=2)
-def test_unchanged_by_padding_chunk_size_and_memory_budget(
+def test_fisher_kernel_ignores_padding_chunks_and_budget(
     case: Case, kind: str, left: int, right: int, chunk: int
 ) -> None:
     wide = {"batch_a": add_padding(case.batch_e, left, right), "batch_b": add_padding(batch_b(case, kind), right, left)}
@@ -124,7 +124,7 @@ def test_unchanged_by_padding_chunk_size_and_memory_budget(
         assert_close(kernel(case, kind, chunk_size=chunk, memory_budget=budget, **wide), plain)
 
 
-def test_the_kernel_says_how_raising_one_sequence_moves_another(case: Case) -> None:
+def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
     """K_ai is the slope of S_a along P grad S_i."""
     state = warm(case.opt_state)
     found = kernel(case, KINDS[3])
@@ -144,7 +144,7 @@ def test_the_kernel_says_how_raising_one_sequence_moves_another(case: Case) -> N
         assert_within(found[:, i], slope, bound)
 
 
-def test_batch_bs_step_and_not_batch_as_sets_the_denominator(case: Case) -> None:
+def test_fisher_kernel_takes_denominator_from_batch_b(case: Case) -> None:
     louder = case.batch_u._replace(coefficients=10 * case.batch_u.coefficients)
     plain = kernel(case, KINDS[2])
     assert_close(
@@ -155,7 +155,7 @@ def test_batch_bs_step_and_not_batch_as_sets_the_denominator(case: Case) -> None
     assert clipped.abs().max() > plain.abs().max()
 
 
-def test_learning_rates_and_maximize_are_no_part_of_the_kernel(case: Case) -> None:
+def test_fisher_kernel_ignores_lr_and_maximize(case: Case) -> None:
     hyper = {
         name: dataclasses.replace(h, lr_scale=7.0, maximize=True, weight_decay=0.5)
         for name, h in case.opt_state.hyper.items()
@@ -164,7 +164,7 @@ def test_learning_rates_and_maximize_are_no_part_of_the_kernel(case: Case) -> No
         assert_close(kernel(case, kind, opt_state=case.opt_state._replace(hyper=hyper)), kernel(case, kind))
 
 
-def test_parameters_that_the_optimizer_does_not_hold_are_no_part_of_the_adam_kernel(case: Case) -> None:
+def test_fisher_kernel_skips_params_outside_optimizer(case: Case) -> None:
     last = list(case.params)[-1]
     less = AdamWState(
         *({k: v for k, v in part.items() if k != last} for part in case.opt_state[:-1]), case.opt_state.lr
@@ -177,7 +177,7 @@ def test_parameters_that_the_optimizer_does_not_hold_are_no_part_of_the_adam_ker
         assert_close(without + rest, whole)
 
 
-def test_inputs_are_unchanged_and_live_parameters_have_no_say(case: Case) -> None:
+def test_fisher_kernel_is_pure(case: Case) -> None:
     live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
     before = {name: p.clone() for name, p in case.params.items()}
     first = kernel(case, KINDS[2])
@@ -187,7 +187,7 @@ def test_inputs_are_unchanged_and_live_parameters_have_no_say(case: Case) -> Non
 
 
 @pytest.mark.parametrize(("dtype", "result"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_the_kernel_is_float32_at_least(case: Case, dtype: torch.dtype, result: torch.dtype) -> None:
+def test_fisher_kernel_is_at_least_float32(case: Case, dtype: torch.dtype, result: torch.dtype) -> None:
     assert kernel(case, "identity").dtype == torch.float64
     low = {name: p.to(dtype) for name, p in case.params.items()}
     found, exact = (kernel(case, "identity", params=p) for p in (low, {k: p.double() for k, p in low.items()}))
@@ -213,26 +213,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_bad_arguments_are_refused_by_name(case: Case, what: str) -> None:
+def test_fisher_kernel_names_bad_arguments(case: Case, what: str) -> None:
     changes, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         kernel(case, KINDS[2], **changes)
 
 
 @pytest.mark.parametrize("field", ["batch_a", "batch_b"])
-def test_kernel_is_zero_when_a_batch_has_no_completion(case: Case, field: str) -> None:
+def test_fisher_kernel_is_zero_when_batch_has_no_completion(case: Case, field: str) -> None:
     empty = case.batch_e._replace(completion_mask=torch.zeros_like(case.batch_e.completion_mask))
     assert not kernel(case, "identity", **{field: empty}).any()
 
 
-def test_the_state_of_another_model_is_refused(case: Case) -> None:
+def test_fisher_kernel_rejects_state_of_other_model(case: Case) -> None:
     foreign = random_adamw_state(torch.Generator(), make_apply(TinyPolicy(VOCAB + 1, 6, 1, 2, WIDTH))[1])
     for kind in KINDS[2:]:
         with pytest.raises(ValueError, match=r"opt_state\.exp_avg\['.*'\] has shape .* another model's"):
             kernel(case, kind, opt_state=foreign)
 
 
-def test_before_the_first_step_the_state_alone_is_refused_and_a_step_is_not(case: Case) -> None:
+def test_fisher_kernel_needs_gradient_when_state_is_fresh(case: Case) -> None:
     cold = case.opt_state._replace(
         step=dict.fromkeys(case.opt_state.step, 0),
         exp_avg={k: torch.zeros_like(v) for k, v in case.opt_state.exp_avg.items()},

@@ -80,7 +80,7 @@ def agree(run: Run, name: str, actual: Tensor, expected: Tensor, scale: Any = No
     assert_close_to_rounding(actual, expected, terms=terms, scale=scale, dtype=run.dtype, name=name)
 
 
-def test_token_values_and_the_entropy_are_the_recorded_ones(run: Run) -> None:
+def test_token_values_and_entropy_match_golden(run: Run) -> None:
     batch = run.golden.batch_e
     values = fx.token_values(run.params, batch, run.apply)
     mask = batch.completion_mask
@@ -92,20 +92,20 @@ def test_token_values_and_the_entropy_are_the_recorded_ones(run: Run) -> None:
     agree(run, "H per sequence", per_sequence, run.expect("H_base_per_sequence"))
 
 
-def test_per_sample_gradients_have_the_recorded_norms_and_add_up_to_the_recorded_gradient(run: Run) -> None:
+def test_per_sample_grads_match_golden(run: Run) -> None:
     agree(run, "agg_grad", run.vector({name: g.sum(0) for name, g in run.grads.items()}), run.expect("agg_grad"))
     norms = torch.cat([g.flatten(1) for g in run.grads.values()], dim=1).norm(dim=1)
     agree(run, "seq_grad_norm", norms, run.expect("seq_grad_norm"))
 
 
-def test_the_step_splits_into_the_recorded_parts(run: Run) -> None:
+def test_adamw_decompose_matches_golden(run: Run) -> None:
     agree(run, "v_full", run.vector(run.step.direction), run.expect("v_full"))
     agree(run, "v_base", run.vector(run.step.baseline), run.expect("v_base"))
     for i, expected in enumerate(run.expect("v_seq_first4")):
         agree(run, f"v_{i}", run.vector(run.row(i)), expected)
 
 
-def test_a_clipped_step_is_the_recorded_one(run: Run) -> None:
+def test_adamw_decompose_matches_golden_when_clipped(run: Run) -> None:
     summed = {name: g.sum(0) for name, g in run.grads.items()}
     norm, scale = run.expect("preclip_grad_norm"), run.expect("clip1_scale")
     # recorded with 1e-12 in the divisor where torch has 1e-6
@@ -124,7 +124,7 @@ def test_a_clipped_step_is_the_recorded_one(run: Run) -> None:
 
 
 @normalizes
-def test_first_order_rows_and_columns_are_the_recorded_ones(run: Run, normalize: Normalize) -> None:
+def test_influence_matrix_matches_golden(run: Run, normalize: Normalize) -> None:
     rows = run.expect(f"first_order_centred_per_{normalize}")
     g = run.golden
     options = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
@@ -138,7 +138,7 @@ def test_first_order_rows_and_columns_are_the_recorded_ones(run: Run, normalize:
 
 
 @normalizes
-def test_the_first_order_along_the_step_and_its_baseline_is_the_recorded_one(run: Run, normalize: Normalize) -> None:
+def test_jvp_delta_matches_golden(run: Run, normalize: Normalize) -> None:
     rows = run.expect(f"first_order_centred_per_{normalize}")
     options = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
     for k, name in enumerate(("full", "base")):
@@ -148,7 +148,7 @@ def test_the_first_order_along_the_step_and_its_baseline_is_the_recorded_one(run
 
 
 @pytest.mark.parametrize("directions", [range(0, 66, 13), pytest.param(range(66), marks=pytest.mark.slow)], ids=len)
-def test_importance_sampling_at_every_step_size_is_the_recorded_one(exact: Run, directions: range) -> None:
+def test_snis_delta_matches_golden(exact: Run, directions: range) -> None:
     for normalize in ("token", "sequence"):
         options = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
         for row, eta in enumerate(ETAS):
@@ -166,7 +166,7 @@ def test_importance_sampling_at_every_step_size_is_the_recorded_one(exact: Run, 
 
 
 @normalizes
-def test_contributions_are_the_recorded_rows_centred(exact: Run, normalize: Normalize) -> None:
+def test_snis_contributions_match_centred_golden(exact: Run, normalize: Normalize) -> None:
     """Recorded: u_a = w_a h_a' / sum w f - h_a / sum f. Ours subtract H f_a from both h_a' and h_a.
 
     So contribution_a = u_a + h_a / sum f - (w_a H f_a + h_a - H f_a) / sum w f.
@@ -193,7 +193,7 @@ def test_contributions_are_the_recorded_rows_centred(exact: Run, normalize: Norm
         assert ratio.min() > 50
 
 
-def test_the_fisher_kernel_with_a_dict_of_diagonals_is_the_recorded_one(run: Run) -> None:
+def test_fisher_kernel_matches_golden(run: Run) -> None:
     """Both sides are preconditioned there by 1/(sqrt(s) + eps), so P squared stands between the gradients here."""
     g = run.golden
     diagonals = {
@@ -204,7 +204,7 @@ def test_the_fisher_kernel_with_a_dict_of_diagonals_is_the_recorded_one(run: Run
 
 
 @pytest.mark.parametrize("estimator", ["per_decision", "sequence"])
-def test_the_guards_relative_residual_is_rounding(run: Run, estimator: Estimator) -> None:
+def test_influence_residual_is_rounding_on_golden(run: Run, estimator: Estimator) -> None:
     g = run.golden
     out = fx.influence(
         run.params, g.batch_u, g.batch_e, g.opt_state, apply=run.apply, objective=fx.Entropy(estimator), stderr=False

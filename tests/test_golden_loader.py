@@ -31,7 +31,7 @@ def agree(golden: Golden, value: Tensor, name: str) -> None:
     assert_close_to_rounding(value, golden.expected[name], terms=terms, name=name)
 
 
-def test_the_batches_have_the_recorded_lengths(golden: Golden) -> None:
+def test_load_golden_batches_have_recorded_lengths(golden: Golden) -> None:
     inputs = np.load(DATA / "inputs.npz")
     for batch, side in ((golden.batch_u, "U"), (golden.batch_e, "E")):
         assert batch.input_ids.shape == (32, 48)
@@ -46,7 +46,7 @@ def test_the_batches_have_the_recorded_lengths(golden: Golden) -> None:
     assert len(golden.batch_e.group.unique()) == 32
 
 
-def test_a_plain_forward_over_e_gives_the_recorded_scores(golden: Golden) -> None:
+def test_load_golden_forward_matches_recorded_scores(golden: Golden) -> None:
     with torch.no_grad():
         logp, entropy = _score(golden, golden.batch_e)
     mask = golden.batch_e.completion_mask[:, 1:]
@@ -56,7 +56,7 @@ def test_a_plain_forward_over_e_gives_the_recorded_scores(golden: Golden) -> Non
     agree(golden, (entropy * mask).sum(-1), "h_base")
 
 
-def test_the_coefficients_give_the_recorded_losses_and_gradient(golden: Golden) -> None:
+def test_load_golden_backward_matches_recorded_gradient(golden: Golden) -> None:
     logp, _ = _score(golden, golden.batch_u)
     losses = -(golden.batch_u.coefficients[:, 1:] * logp).sum(-1)
     named = dict(golden.model.named_parameters())
@@ -65,7 +65,7 @@ def test_the_coefficients_give_the_recorded_losses_and_gradient(golden: Golden) 
     agree(golden, flatten(dict(zip(golden.params, gradients, strict=True)), golden), "agg_grad")
 
 
-def test_a_real_adamw_step_from_the_state_gives_the_recorded_direction(golden: Golden) -> None:
+def test_load_golden_torch_step_matches_recorded_direction(golden: Golden) -> None:
     parameters = {name: value.clone().requires_grad_() for name, value in golden.params.items()}
     for name, gradient in unflatten(golden.expected["agg_grad"], golden).items():
         parameters[name].grad = gradient
@@ -85,7 +85,7 @@ def test_a_real_adamw_step_from_the_state_gives_the_recorded_direction(golden: G
     agree(golden, flatten(direction, golden), "v_full")
 
 
-def test_the_state_has_the_recorded_hyperparameters(golden: Golden) -> None:
+def test_load_golden_state_has_recorded_hyperparameters(golden: Golden) -> None:
     recorded = json.loads((DATA / "config.json").read_text())["optimizer"]
     assert golden.opt_state.lr == recorded["lr"]
     assert set(golden.opt_state.step.values()) == {7}
@@ -95,7 +95,7 @@ def test_the_state_has_the_recorded_hyperparameters(golden: Golden) -> None:
     assert list(golden.opt_state.exp_avg) == list(golden.params)
 
 
-def test_vectors_and_parameters_are_each_others_inverse(golden: Golden) -> None:
+def test_flatten_is_inverse_of_unflatten(golden: Golden) -> None:
     vector = golden.expected["v_full"]
     back = flatten(unflatten(vector, golden), golden)
     assert torch.equal(back, torch.from_numpy(vector).to(back.dtype))

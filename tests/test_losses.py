@@ -95,7 +95,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @every_loss
 @pytest.mark.parametrize("by_token", [False, True], ids=["by_row", "by_token"])
-def test_on_policy_coefficients_are_minus_the_gradient_of_the_loss(loss_type: str, by_token: bool) -> None:
+def test_coefficients_match_loss_gradient_on_policy(loss_type: str, by_token: bool) -> None:
     mask, logprobs = make_mask(), normal(N, WIDTH) - 2
     advantages = normal(N, WIDTH, seed=1) if by_token else normal(N, seed=1)
     full = advantages if by_token else advantages[:, None]
@@ -106,7 +106,7 @@ def test_on_policy_coefficients_are_minus_the_gradient_of_the_loss(loss_type: st
 
 @every_loss
 @pytest.mark.parametrize("by_token", [False, True], ids=["by_row", "by_token"])
-def test_stale_and_clipped_coefficients_are_minus_the_gradient_of_the_loss(loss_type: str, by_token: bool) -> None:
+def test_coefficients_match_loss_gradient_when_clipped(loss_type: str, by_token: bool) -> None:
     mask, old = make_mask(), normal(N, WIDTH) - 2
     logprobs = old + 0.4 * normal(N, WIDTH, seed=2)
     advantages = normal(N, WIDTH, seed=1) if by_token else normal(N, seed=1)
@@ -119,7 +119,7 @@ def test_stale_and_clipped_coefficients_are_minus_the_gradient_of_the_loss(loss_
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.5, 0.1)])
-def test_the_clipped_ratio_times_the_advantage_is_the_gradient_of_ppos_objective(low: float, high: float) -> None:
+def test_clipped_ratio_times_advantage_is_ppo_gradient(low: float, high: float) -> None:
     old, logprobs = normal(40, 5), normal(40, 5) + 0.5 * normal(40, 5, seed=1)
     advantages = normal(40, 5, seed=2)
     advantages[0] = 0.0
@@ -138,7 +138,7 @@ def test_the_clipped_ratio_times_the_advantage_is_the_gradient_of_ppos_objective
         assert (found[side] > 1 + high).any() if sign < 0 else (found[side & (found > 0)] < 1 - low).any()
 
 
-def test_a_ratio_of_the_whole_sequence_multiplies_its_tokens() -> None:
+def test_coefficients_accept_sequence_level_ratio() -> None:
     """GSPO: L = -mean_i s_i A_i with s_i = exp(mean_t (log pi - log pi_old)), whose gradient is grpo's times s_i."""
     mask, old = make_mask(), normal(N, WIDTH) - 2
     logprobs, advantages = old + 0.3 * normal(N, WIDTH, seed=2), normal(N, seed=1)
@@ -153,7 +153,7 @@ def test_a_ratio_of_the_whole_sequence_multiplies_its_tokens() -> None:
 
 
 @every_loss
-def test_denominators_are_at_least_one(loss_type: str) -> None:
+def test_coefficients_denominator_is_at_least_one(loss_type: str) -> None:
     nothing = torch.zeros(N, WIDTH, dtype=torch.bool)
     c = fx.coefficients(loss_type, torch.ones(N), nothing, **options(loss_type))
     assert torch.equal(c, torch.zeros(N, WIDTH))
@@ -178,7 +178,7 @@ def test_coefficients_are_float32_at_least(loss_type: str, given: torch.dtype, d
     assert_close_to_rounding(c, exact, terms=c.numel(), dtype=dtype)
 
 
-def test_the_order_and_names_of_prompts_do_not_matter() -> None:
+def test_coefficients_ignore_order_and_labels_of_prompts() -> None:
     advantages, mask = normal(N), make_mask()
     plain = fx.coefficients("prompt_max", advantages, mask, group=GROUP)
     order = torch.tensor([4, 0, 5, 2, 3, 1])
@@ -187,7 +187,7 @@ def test_the_order_and_names_of_prompts_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_group_advantages_are_a_loop_over_groups(scale: bool) -> None:
+def test_group_advantages_match_loop_over_groups(scale: bool) -> None:
     rewards = normal(N)
     found = fx.group_advantages(rewards, GROUP, scale=scale, eps=1e-3)
     for i in range(N):
@@ -199,14 +199,14 @@ def test_group_advantages_are_a_loop_over_groups(scale: bool) -> None:
     assert found[3] == 0, "a group of one"
 
 
-def test_group_advantages_of_half_precision_rewards_are_float32() -> None:
+def test_group_advantages_are_float32_when_rewards_are_half() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.5], dtype=torch.bfloat16)
     found = fx.group_advantages(rewards, torch.tensor([0, 0, 1, 1]))
     assert found.dtype == torch.float32
     close(found, fx.group_advantages(rewards.float(), torch.tensor([0, 0, 1, 1])))
 
 
-def test_what_advantages_and_ratios_cannot_be_made_from_is_refused() -> None:
+def test_group_advantages_and_ratio_reject_invalid_input() -> None:
     with pytest.raises(ValueError, match=r"rewards\[1\] is nan .* must be finite: .*repair their rewards"):
         fx.group_advantages(torch.tensor([1.0, math.nan]), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"group has shape \(2,\); pass \(3,\), one prompt index a reward"):
@@ -241,20 +241,20 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, r"max_completion_length is 0; .*at least 1"),
     ],
 )
-def test_an_error_names_the_field_the_value_and_the_remedy(changes: dict[str, Any], message: str) -> None:
+def test_coefficients_errors_name_field_value_and_remedy(changes: dict[str, Any], message: str) -> None:
     given = {"loss_type": "grpo", "advantages": torch.ones(N), "completion_mask": make_mask(), **changes}
     with pytest.raises(ValueError, match=message):
         fx.coefficients(**given)
 
 
-def test_values_outside_the_completion_may_be_anything() -> None:
+def test_coefficients_ignore_values_outside_completions() -> None:
     mask = make_mask()
     wild = torch.where(mask, 1.0, math.nan)
     c = fx.coefficients("bnpo", wild, mask, ratio=wild)
     assert torch.equal(c, mask / mask.sum())
 
 
-def test_equal_rewards_have_no_advantage_however_their_mean_is_rounded() -> None:
+def test_group_advantages_are_zero_when_rewards_are_equal() -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.7, 0.1], dtype=torch.float64)
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     advantages = fx.group_advantages(rewards, group)

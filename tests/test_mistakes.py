@@ -17,16 +17,14 @@ import fx_influence as fx
 from fx_influence.types import Apply, Batch, Estimator, Params
 
 HELD_BY = {
-    "the published head returned exactly 0 for every delta H": (
-        "test_importance_sampling_at_every_step_size_is_the_recorded_one"
-    ),
+    "the published head returned exactly 0 for every delta H": ("test_snis_delta_matches_golden"),
     "hyperparameters read from the optimizer's defaults": ("test_adamw_state_reads_hyperparameters_of_groups"),
     "dropout active in a model that is training": "test_dropout_of_a_model_in_training_is_off",
     "dropout active whatever the mode": "test_a_policy_that_draws_random_numbers_is_refused",
     "noise at eta = 1e-6 in float32": (
         "test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise"
     ),
-    "uncentred rows": "test_contributions_are_the_recorded_rows_centred",
+    "uncentred rows": "test_snis_contributions_match_centred_golden",
     "temperature applied to the entropies but not to the weights": (
         "test_a_temperature_is_a_policy_with_divided_logits_to_every_function"
     ),

@@ -68,7 +68,7 @@ def per_decision_query(normalize: Normalize) -> Objective:
 @pytest.mark.parametrize(("estimator", "query"), [("sequence", sequence_query), ("per_decision", per_decision_query)])
 @given(case=cases())
 @settings(max_examples=8)
-def test_entropy_written_by_a_user_is_the_default(
+def test_entropy_objective_matches_user_written_one(
     case: Case, estimator: Any, query: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
     given_options = {**influence_options(case), "matrix": True}
@@ -136,7 +136,7 @@ def ones_in(batch: Batch) -> Tensor:
     return ((batch.input_ids == 1) & mask).sum(-1).double() + 2.0 * (mask.sum(-1) == 1)
 
 
-def test_expected_reward_is_exact_on_the_whole_distribution(exact: Exact) -> None:
+def test_expected_reward_is_exact_on_full_distribution(exact: Exact) -> None:
     out = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
     truth = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
     assert truth.abs().min() > 1e-4
@@ -149,7 +149,7 @@ def every(step: int, exact: Exact) -> Exact:
     return exact._replace(batch_e=Batch._make(None if field is None else field[::step] for field in exact.batch_e))
 
 
-def test_a_constant_added_to_every_reward_changes_nothing_and_a_factor_scales(exact: Exact) -> None:
+def test_expected_reward_ignores_constant_and_scales(exact: Exact) -> None:
     some = every(3, exact)
     rewards = ones_in(some.batch_e)
     plain, moved, scaled = (
@@ -161,7 +161,7 @@ def test_a_constant_added_to_every_reward_changes_nothing_and_a_factor_scales(ex
     assert plain.abs().max() > 1e-3
 
 
-def test_kl_to_a_reference_is_exact_on_the_whole_distribution(exact: Exact) -> None:
+def test_kl_to_reference_is_exact_on_full_distribution(exact: Exact) -> None:
     shifted = {"table": exact.params["table"] + 1.0 * torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(4, 3, 3)}
     theirs, everywhere = (
         fx.token_values(shifted, batch, exact.apply, TEMPERATURE).logprobs
@@ -176,7 +176,7 @@ def test_kl_to_a_reference_is_exact_on_the_whole_distribution(exact: Exact) -> N
     assert_close(out.matrix.sum(0), truth, out.matrix.abs().sum())
 
 
-def test_kl_to_the_policy_itself_is_at_its_minimum(exact: Exact) -> None:
+def test_kl_to_reference_is_minimal_at_policy_itself(exact: Exact) -> None:
     own = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
     out = exact.influence(objective=fx.kl_to_reference(own), stderr=False)
     for value in (out.per_sequence, out.baseline):
@@ -185,7 +185,7 @@ def test_kl_to_the_policy_itself_is_at_its_minimum(exact: Exact) -> None:
     assert every(3, exact).influence(objective=fx.kl_to_reference(own[::3])).per_sequence.abs().min() > 1e-4
 
 
-def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_nothing(exact: Exact) -> None:
+def test_kl_to_reference_ignores_constant_at_equal_lengths(exact: Exact) -> None:
     """The weights are centred rank by rank, over a sample too."""
     longest = exact.batch_e.completion_mask.sum(-1) == 3
     batch = Batch._make(None if field is None else field[longest][::3] for field in exact.batch_e)
@@ -196,7 +196,7 @@ def test_a_constant_added_to_the_reference_of_completions_of_one_length_changes_
     assert_close(moved, plain, 50 * plain.abs().max())
 
 
-def test_kl_reads_the_reference_on_completions_only(exact: Exact) -> None:
+def test_kl_to_reference_reads_completions_only(exact: Exact) -> None:
     theirs = fx.token_values({"table": exact.params["table"].flip(0)}, exact.batch_e, exact.apply, TEMPERATURE).logprobs
     noisy = torch.where(exact.batch_e.completion_mask, theirs, torch.nan)
     plain, spoiled = (exact.influence(objective=fx.kl_to_reference(x)) for x in (theirs, noisy))
@@ -205,7 +205,7 @@ def test_kl_reads_the_reference_on_completions_only(exact: Exact) -> None:
 
 @given(case=cases())
 @settings(max_examples=10)
-def test_gaps_do_not_change_what_kl_says_of_the_tokens_between_them(case: Case) -> None:
+def test_kl_to_reference_ignores_gaps_in_completions(case: Case) -> None:
     """The same token values without the columns that hold no completion token, row by row, have the same weights."""
     values = fx.token_values(case.params, case.batch_e, case.apply, case.temperature)
     mask = case.batch_e.completion_mask
@@ -219,7 +219,7 @@ def test_gaps_do_not_change_what_kl_says_of_the_tokens_between_them(case: Case) 
         assert_close(a.gather(-1, order), b)
 
 
-def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact) -> None:
+def test_user_objective_is_exact_on_full_distribution(exact: Exact) -> None:
     """Mean completion length, by the score function; and the entropy of the first token, which needs none."""
 
     def length(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
@@ -238,7 +238,7 @@ def test_a_users_own_functional_is_exact_on_the_whole_distribution(exact: Exact)
     assert firsts.abs().max() > 1e-3
 
 
-def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(exact: Exact) -> None:
+def test_entropy_per_reward_matches_small_step(exact: Exact) -> None:
     entropy = exact.influence(objective=fx.Entropy(normalize="token"))
     reward = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)))
     price = entropy.per_sequence / reward.per_sequence
@@ -269,13 +269,13 @@ def test_a_rollouts_entropy_price_per_unit_of_reward_is_what_a_small_step_pays(e
     assert_paid(step.direction, float(entropy.total / reward.total))
 
 
-def test_the_default_is_exact_too(exact: Exact) -> None:
+def test_entropy_objective_is_exact_on_full_distribution(exact: Exact) -> None:
     for normalize in NORMALIZES:
         truth = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
         assert_close(exact.influence(objective=fx.Entropy(normalize=normalize)).per_sequence, truth)
 
 
-def test_error_bars_of_a_query_are_those_of_a_mean_over_es_clusters(exact: Exact) -> None:
+def test_objective_stderr_matches_reference(exact: Exact) -> None:
     generator = torch.Generator().manual_seed(2)
     rows = torch.randint(len(exact.batch_e.input_ids), (40,), generator=generator)
     some = Batch._make(None if field is None else field[rows] for field in exact.batch_e)
@@ -308,13 +308,13 @@ BAD_QUERIES: dict[str, tuple[Objective, str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_QUERIES)
-def test_a_query_that_cannot_be_attributed_is_refused(exact: Exact, what: str) -> None:
+def test_influence_rejects_unattributable_objective(exact: Exact, what: str) -> None:
     query, message = BAD_QUERIES[what]
     with pytest.raises(ValueError, match=message):
         exact.influence(objective=query)
 
 
-def test_rewards_and_references_of_another_shape_or_not_finite_are_refused_by_name(exact: Exact) -> None:
+def test_objectives_name_bad_rewards_and_references(exact: Exact) -> None:
     n, t = exact.batch_e.input_ids.shape
     for bad in (torch.zeros(n - 1), torch.zeros(n, 1)):
         with pytest.raises(ValueError, match=rf"rewards has shape .*; pass \({n},\), the rows of batch_e in order"):

@@ -47,7 +47,7 @@ def derivatives(case: Case, v: Params, **changes: Any) -> fx.JvpDelta:
 @estimates
 @given(case=cases(), seed=seeds, eta=etas, clip=st.sampled_from([None, 10.0, 0.2]))
 @settings(max_examples=12)
-def test_snis_agrees_with_the_slow_reference(
+def test_snis_delta_matches_reference(
     case: Case, seed: int, eta: float, clip: float | None, estimator: Estimator, normalize: Normalize
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
@@ -67,7 +67,7 @@ def test_snis_agrees_with_the_slow_reference(
 @estimates
 @given(case=cases(), seed=seeds, eta=etas)
 @settings(max_examples=12)
-def test_contributions_add_up_to_the_uncentred_change(
+def test_snis_delta_contributions_add_up_to_raw_change(
     case: Case, seed: int, eta: float, estimator: Estimator, normalize: Normalize
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
@@ -89,7 +89,7 @@ def test_contributions_add_up_to_the_uncentred_change(
 @estimates
 @given(case=cases(), seed=seeds)
 @settings(max_examples=12)
-def test_first_order_contributions_are_the_surrogates_slopes(
+def test_jvp_delta_contributions_match_surrogate_gradients(
     case: Case, seed: int, estimator: Estimator, normalize: Normalize
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
@@ -106,7 +106,7 @@ def test_first_order_contributions_are_the_surrogates_slopes(
 @estimates
 @given(case=cases(), seed=seeds)
 @settings(max_examples=8)
-def test_second_is_the_second_derivative_of_the_estimate(
+def test_jvp_delta_second_matches_finite_difference(
     case: Case, seed: int, estimator: Estimator, normalize: Normalize
 ) -> None:
     """By central differences of SNIS without clipping, on the same E."""
@@ -122,9 +122,7 @@ def test_second_is_the_second_derivative_of_the_estimate(
 
 @estimates
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_snis_over_eta_tends_to_the_derivative_and_the_slope_is_half_the_second(
-    estimator: Estimator, normalize: Normalize, seed: int
-) -> None:
+def test_snis_delta_over_eta_tends_to_jvp_delta(estimator: Estimator, normalize: Normalize, seed: int) -> None:
     case = fixed_case(seed)._replace(estimator=estimator, normalize=normalize)
     v = direction_of(case, seed + 5)
     out = derivatives(case, v)
@@ -142,7 +140,7 @@ def test_snis_over_eta_tends_to_the_derivative_and_the_slope_is_half_the_second(
 
 
 @given(case=cases(), seed=seeds, a=st.sampled_from([-2.0, 0.5, 3.0]), b=st.sampled_from([-1.0, 0.0, 4.0]))
-def test_first_is_linear_and_second_quadratic_in_the_direction(case: Case, seed: int, a: float, b: float) -> None:
+def test_jvp_delta_is_linear_and_quadratic_in_direction(case: Case, seed: int, a: float, b: float) -> None:
     v, w = direction_of(case, seed), direction_of(case, seed + 1)
     mixed = {name: a * v[name] + b * w[name] for name in v}
     one, other, both = (derivatives(case, x) for x in (v, w, mixed))
@@ -157,7 +155,7 @@ def test_first_is_linear_and_second_quadratic_in_the_direction(case: Case, seed:
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-12, 1e12])
-def test_directions_tiny_or_huge_lose_no_digits(factor: float) -> None:
+def test_jvp_delta_is_exact_when_direction_is_tiny_or_huge(factor: float) -> None:
     case = fixed_case()
     v = direction_of(case)
     plain, scaled = derivatives(case, v), derivatives(case, {name: factor * x for name, x in v.items()})
@@ -165,7 +163,7 @@ def test_directions_tiny_or_huge_lose_no_digits(factor: float) -> None:
     assert_close(scaled.second / factor**2, plain.second)
 
 
-def test_names_absent_from_the_direction_stand_still() -> None:
+def test_snis_delta_does_not_move_absent_names() -> None:
     case = fixed_case()
     part = {name: x for name, x in direction_of(case).items() if "blocks" in name}
     filled = {name: part.get(name, torch.zeros_like(p)) for name, p in case.params.items()}
@@ -181,7 +179,7 @@ def test_names_absent_from_the_direction_stand_still() -> None:
 @estimates
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
 @settings(max_examples=6)
-def test_unchanged_by_padding_and_chunk_size(
+def test_perturbations_ignore_padding_and_chunk_size(
     case: Case, left: int, right: int, chunk: int, estimator: Estimator, normalize: Normalize
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
@@ -194,7 +192,7 @@ def test_unchanged_by_padding_and_chunk_size(
 
 @estimates
 @pytest.mark.parametrize("clip", [0.05, 0.5])
-def test_clipping_bounds_every_weight(estimator: Estimator, normalize: Normalize, clip: float) -> None:
+def test_snis_delta_clip_bounds_weights(estimator: Estimator, normalize: Normalize, clip: float) -> None:
     case = fixed_case()._replace(estimator=estimator, normalize=normalize)
     v = direction_of(case)
     out, free = snis(case, v, 6.0, clip=clip), snis(case, v, 6.0, clip=None)
@@ -212,7 +210,7 @@ def test_clipping_bounds_every_weight(estimator: Estimator, normalize: Normalize
 
 
 @estimates
-def test_a_rollout_without_tokens_counts_and_contributes_nothing(estimator: Estimator, normalize: Normalize) -> None:
+def test_perturbations_count_row_without_tokens_as_zero(estimator: Estimator, normalize: Normalize) -> None:
     case = fixed_case()._replace(estimator=estimator, normalize=normalize)
     lengths = case.batch_e.completion_mask.sum(-1)
     assert lengths[0] == 0
@@ -232,7 +230,7 @@ def test_a_rollout_without_tokens_counts_and_contributes_nothing(estimator: Esti
 
 @given(case=cases(), seed=seeds)
 @settings(max_examples=8)
-def test_pure_same_inputs_same_outputs_inputs_unchanged(case: Case, seed: int) -> None:
+def test_perturbations_are_pure(case: Case, seed: int) -> None:
     v = direction_of(case, seed)
     inputs = (case.params, v, case.batch_e)
     before, state = copy.deepcopy(inputs), torch.get_rng_state()
@@ -245,7 +243,7 @@ def test_pure_same_inputs_same_outputs_inputs_unchanged(case: Case, seed: int) -
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_live_parameters_and_no_grad_change_nothing() -> None:
+def test_perturbations_ignore_requires_grad_and_no_grad() -> None:
     case = fixed_case()
     v = direction_of(case)
     live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
@@ -256,7 +254,7 @@ def test_live_parameters_and_no_grad_change_nothing() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_bfloat16_parameters_are_evaluated_in_float32_at_least() -> None:
+def test_perturbations_compute_bfloat16_params_in_float32() -> None:
     """A step of 1e-4 of a weight is far below bfloat16's rounding unit, 4e-3, and must be seen nevertheless."""
     case = fixed_case()
     low = {name: p.bfloat16() for name, p in case.params.items()}
@@ -276,14 +274,14 @@ def test_bfloat16_parameters_are_evaluated_in_float32_at_least() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_results_are_float64(dtype: torch.dtype) -> None:
+def test_perturbations_return_float64(dtype: torch.dtype) -> None:
     case = fixed_case()
     low = {name: p.to(dtype) for name, p in case.params.items()}
     results = (*snis(case, direction_of(case), 0.1, params=low), *derivatives(case, direction_of(case), params=low))
     assert all(x.dtype == torch.float64 for x in results)
 
 
-def test_a_sweep_is_snis_delta_for_every_direction_and_eta() -> None:
+def test_snis_sweep_matches_snis_delta() -> None:
     case = fixed_case()
     directions = [direction_of(case, seed) for seed in range(5)]
     blocks = [
@@ -302,7 +300,7 @@ def test_a_sweep_is_snis_delta_for_every_direction_and_eta() -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["per_decision", "sequence"])
-def test_the_standard_error_is_the_jackknife_over_clusters(estimator: str, normalize: str, grouped: bool) -> None:
+def test_snis_delta_stderr_is_jackknife_over_clusters(estimator: str, normalize: str, grouped: bool) -> None:
     """Each cluster really left out of E, and the change of entropy measured anew on what remains."""
     case = fixed_case()
     group = torch.tensor([4, 4, 9, 9, 9, 2, 7]) if grouped else None
@@ -345,7 +343,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_bad_arguments_are_refused_by_name(what: str) -> None:
+def test_perturbations_name_bad_arguments(what: str) -> None:
     case = fixed_case()
     changes, message = REFUSED[what]
     v = changes.get("direction", direction_of(case))
@@ -356,7 +354,7 @@ def test_bad_arguments_are_refused_by_name(what: str) -> None:
         derivatives(case, v, **rest)
 
 
-def test_a_batch_without_completion_tokens_is_refused() -> None:
+def test_perturbations_reject_batch_without_completion() -> None:
     case = fixed_case()
     nothing = case.batch_e._replace(completion_mask=torch.zeros_like(case.batch_e.completion_mask))
     with pytest.raises(ValueError, match=r"batch_e\.completion_mask has no True at all"):

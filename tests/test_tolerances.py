@@ -32,7 +32,7 @@ def one_after_another(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [2, 64, 1000])
-def test_rounding_bound_holds_a_sum_in_any_order(dtype: torch.dtype, n: int) -> None:
+def test_rounding_bound_covers_sum_in_any_order(dtype: torch.dtype, n: int) -> None:
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
     bound = rounding_bound(dtype, n, x.double().abs().sum())
     for order in (x, x.flip(0), x.sort().values, x[x.abs().argsort()]):
@@ -54,7 +54,7 @@ def test_rounding_bound_is_the_worst_case_to_100_terms() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_policy_terms_bounds_a_policy_and_its_gradients(dtype: torch.dtype) -> None:
+def test_policy_terms_bounds_policy_and_gradients(dtype: torch.dtype) -> None:
     apply, params = make_apply(TinyPolicy(layers=2))
     batch = random_batch(torch.Generator().manual_seed(0), 3, 12, 7)
     low = {name: p.detach().to(dtype) for name, p in params.items()}
@@ -75,7 +75,7 @@ def test_tiny_policy_is_as_deep_as_the_tests_policies() -> None:
     assert 0.3 * TINY_POLICY < widest <= TINY_POLICY
 
 
-def test_assert_close_to_rounding_takes_the_coarser_dtype_and_keeps_nan() -> None:
+def test_assert_close_to_rounding_uses_coarser_dtype_and_nan() -> None:
     nan, infinite = float("nan"), float("inf")
     low = torch.tensor([0.1, nan, infinite])
     assert_close_to_rounding(low, torch.tensor([0.1, nan, infinite], dtype=torch.float64), terms=1)
@@ -90,7 +90,7 @@ def test_assert_close_to_rounding_takes_the_coarser_dtype_and_keeps_nan() -> Non
         assert_close_to_rounding(0.3 + 1e-12, 0.3, terms=1)
 
 
-def test_exact_bound_is_of_the_error_and_never_zero() -> None:
+def test_exact_bound_follows_error_and_is_never_zero() -> None:
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     off = exact.float() + torch.tensor([0.0, 1e-3])
     assert exact_bound(off, exact) == pytest.approx(ROOM * 1e-3, rel=1e-3)

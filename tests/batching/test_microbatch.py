@@ -32,9 +32,7 @@ chunks = st.sampled_from([None, 1, 2, 5])
 
 
 @given(batch=batches(), chunk=chunks, left_alignable=st.booleans())
-def test_every_completion_token_is_scored_once_by_the_place_before_it(
-    batch: Batch, chunk: int | None, left_alignable: bool
-) -> None:
+def test_micro_batches_score_each_token_once(batch: Batch, chunk: int | None, left_alignable: bool) -> None:
     found = micro_batches(batch, chunk, left_alignable)
     assert sorted(torch.cat([part.row_index for part in found]).tolist()) == list(range(len(batch.input_ids)))
     place = torch.cat([part.flat_index for part in found])
@@ -49,7 +47,7 @@ def test_every_completion_token_is_scored_once_by_the_place_before_it(
 
 
 @given(batch=batches(), chunk=chunks)
-def test_aligned_rows_keep_what_a_scored_token_attends_to_at_the_same_distance(batch: Batch, chunk: int | None) -> None:
+def test_micro_batches_preserve_attended_tokens_when_aligned(batch: Batch, chunk: int | None) -> None:
     width = batch.input_ids.shape[1]
     for part in micro_batches(batch, chunk, left_alignable=True):
         for row, column, place in zip(part.row.tolist(), part.position.tolist(), part.flat_index.tolist(), strict=True):
@@ -63,7 +61,7 @@ def attended(ids: Tensor, mask: Tensor, last: int) -> list[tuple[int, int]]:
     return [(int(ids[k]), last - k) for k in range(last, -1, -1) if mask[k]]
 
 
-def test_padding_is_not_computed() -> None:
+def test_micro_batches_drop_padding_when_aligned() -> None:
     lengths = torch.tensor([[2], [30], [3], [31]])
     at = torch.arange(40)
     attention = (at >= 5) & (at < 5 + lengths)
@@ -77,13 +75,13 @@ def test_padding_is_not_computed() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "at_most", "sizes"), [(64, None, [2, 2]), (64, 1, [1] * 4), (1, None, [1] * 4)])
-def test_parts_hold_as_many_tokens_as_allowed(tokens: int, at_most: int | None, sizes: list[int]) -> None:
+def test_micro_batches_respect_token_and_row_limits(tokens: int, at_most: int | None, sizes: list[int]) -> None:
     ids = torch.ones(4, 32, dtype=torch.long)
     batch = Batch(ids, ids > 0, (ids > 0) & (torch.arange(32) > 20))
     assert [len(part.row_index) for part in micro_batches(batch, None, False, tokens, at_most)] == sizes
 
 
-def test_equal_rows_are_found_and_chunks_are_rows_in_order() -> None:
+def test_distinct_rows_and_row_chunks_keep_order() -> None:
     ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
     batch = Batch(ids, ids > 0, ids > 1, group=torch.arange(3))
     once, index = distinct_rows(batch)

@@ -63,7 +63,7 @@ def group_batch(seed: int, prompts: int, rows: int, width: int = WIDTH, gaps: bo
     tokens=st.sampled_from([1, 40, 2048]),
     gaps=st.booleans(),
 )
-def test_every_token_is_scored_once_from_the_text_before_it(
+def test_packed_micro_batches_score_each_token_once(
     seed: int, prompts: int, rows: int, chunk: int | None, tokens: int, gaps: bool
 ) -> None:
     batch = group_batch(seed, prompts, rows, gaps=gaps)
@@ -109,7 +109,7 @@ def seen_from(part: MicroBatch, column: int) -> list[tuple[int, int]]:
 
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(20, 60))
-def test_sequences_that_attend_together_are_of_about_one_length(seed: int, rows: int) -> None:
+def test_length_buckets_hold_similar_lengths(seed: int, rows: int) -> None:
     found = packed_micro_batches(group_batch(seed, 3, rows, width=40), None)
     assume(found is not None)
     for part in found or []:
@@ -150,7 +150,7 @@ def near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, na
 
 @families
 @adapters
-def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool) -> None:
+def test_packing_preserves_values_and_derivatives(family: str, lora: bool) -> None:
     apply, params = fx.make_functional(make_model(family, lora=lora, attention="sdpa").double())
     batch, whole = group_batch(1, 2, 12), alone(apply)
     assert [part.layout is not None for part in split_policy(apply).micro_batches(batch, 5)] == [True] * 3
@@ -178,7 +178,7 @@ def test_values_and_derivatives_are_those_of_whole_rows(family: str, lora: bool)
         )
 
 
-def test_the_gradient_of_weights_that_hang_on_all_values_is_that_of_whole_rows() -> None:
+def test_packing_preserves_reweighted_gradient() -> None:
     apply, params = fx.make_functional(make_model("qwen2", attention="sdpa").double())
     batch = group_batch(2, 3, 20)
 
@@ -195,7 +195,7 @@ def test_the_gradient_of_weights_that_hang_on_all_values_is_that_of_whole_rows()
 
 
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}])
-def test_influences_are_those_of_whole_rows(options: dict[str, Any]) -> None:
+def test_packing_preserves_influences(options: dict[str, Any]) -> None:
     model = make_model("qwen2", attention="sdpa").double()
     apply, params = fx.make_functional(model)
     u, e, state = group_batch(3, 3, 12), group_batch(4, 4, 24), warm_state(model)
@@ -210,7 +210,7 @@ def test_influences_are_those_of_whole_rows(options: dict[str, Any]) -> None:
             near(x, y, params, size, name)
 
 
-def test_a_prompt_is_paid_once() -> None:
+def test_packing_computes_prompt_once() -> None:
     apply, params = fx.make_functional(make_model("qwen2", attention="sdpa"))
     ids = torch.randint(VOCAB, (16, 24), generator=torch.Generator().manual_seed(0))
     other, at = ids.clone(), torch.arange(24)
@@ -226,7 +226,7 @@ def test_a_prompt_is_paid_once() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "sizes"), [(28, [28, 28]), (25, [14] * 4)])
-def test_parts_hold_as_many_tokens_as_allowed(tokens: int, sizes: list[int]) -> None:
+def test_packed_micro_batches_respect_token_limit(tokens: int, sizes: list[int]) -> None:
     prompt, at = torch.arange(8) // 2, torch.arange(13)
     ids = torch.where(at < 10, prompt.unsqueeze(1), 9)
     batch = Batch(ids, torch.ones(8, 13, dtype=torch.bool), (at >= 10).expand(8, 13))
@@ -236,7 +236,7 @@ def test_parts_hold_as_many_tokens_as_allowed(tokens: int, sizes: list[int]) -> 
     assert packed_micro_batches(batch, None, 13) is None, "rows of a prompt that fit in no part together share nothing"
 
 
-def test_off_the_cpu_every_head_has_its_own_keys() -> None:
+def test_packed_attention_repeats_key_heads_off_cpu() -> None:
     found = packed_micro_batches(group_batch(1, 2, 12), None)
     assert found is not None
     part = found[0]._replace(layout=on(found[0].layout, "meta"))
@@ -268,7 +268,7 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
-def test_a_model_with_a_window_takes_whole_rows(kind: str) -> None:
+def test_packing_is_off_when_attention_has_a_window(kind: str) -> None:
     config = WINDOWS[kind]
     small = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     config.update({**small, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8})
@@ -281,7 +281,7 @@ def test_a_model_with_a_window_takes_whole_rows(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_models_of_other_attention_take_whole_rows() -> None:
+def test_packing_is_off_when_attention_is_not_plain_sdpa() -> None:
     for model in (make_model("qwen2", attention="eager"), TinyPolicy(vocab=VOCAB, max_len=WIDTH)):
         assert not split_policy(fx.make_functional(model)[0]).prefix_shareable
     model = make_model("qwen2", attention="sdpa")
@@ -290,14 +290,14 @@ def test_models_of_other_attention_take_whole_rows() -> None:
     assert split_policy(fx.make_functional(model)[0]).prefix_shareable
 
 
-def test_eager_attention_that_gives_nothing_yet_is_still_seen() -> None:
+def test_packing_is_off_when_eager_attention_outputs_zero() -> None:
     model = make_model("qwen2", attention="eager")
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     assert not split_policy(fx.make_functional(model)[0]).prefix_shareable
 
 
-def test_rows_that_do_not_fit_are_taken_whole() -> None:
+def test_packed_micro_batches_is_none_when_rows_do_not_fit() -> None:
     batch = group_batch(1, 2, 12)
     assert packed_micro_batches(batch, None) is not None
     apart = torch.randint(VOCAB, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
@@ -311,7 +311,7 @@ def test_rows_that_do_not_fit_are_taken_whole() -> None:
 
 
 @pytest.mark.parametrize("change", [{"is_causal": False}, {"attn_mask": torch.ones(4, 4)}, {"dropout_p": 0.1}])
-def test_attention_of_another_kind_is_refused(change: dict[str, Any]) -> None:
+def test_packed_attention_rejects_other_arguments(change: dict[str, Any]) -> None:
     found = packed_micro_batches(group_batch(1, 2, 12), None)
     assert found is not None
     assert found[0].layout is not None

@@ -58,7 +58,7 @@ class Case:
 
 @pytest.mark.parametrize("measure", [Case.influence, Case.snis, Case.sweep])
 @pytest.mark.parametrize("padded", [lambda b: b, shifted_right, lambda b: add_padding(b, 1, 2)])
-def test_shared_prompts_without_group_warn(
+def test_shared_prompts_warn_without_group(
     measure: Callable[[Case, Batch], object], padded: Callable[[Batch], Batch]
 ) -> None:
     with pytest.warns(UserWarning, match=MESSAGE):
@@ -66,7 +66,7 @@ def test_shared_prompts_without_group_warn(
 
 
 @pytest.mark.parametrize("measure", [Case.influence, Case.snis, Case.sweep])
-def test_no_warning_when_nothing_is_ambiguous(measure: Callable[[Case, Batch], object]) -> None:
+def test_shared_prompts_do_not_warn_when_unambiguous(measure: Callable[[Case, Batch], object]) -> None:
     case = Case()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -75,7 +75,7 @@ def test_no_warning_when_nothing_is_ambiguous(measure: Callable[[Case, Batch], o
         measure(case, batch_of(((1, 2), (3,), (1,), (2,), (2, 1))))
 
 
-def test_no_warning_when_no_error_bar_is_asked() -> None:
+def test_shared_prompts_do_not_warn_without_stderr() -> None:
     case = Case()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -83,20 +83,20 @@ def test_no_warning_when_no_error_bar_is_asked() -> None:
         fx.jvp_delta(case.params, case.direction, batch_of(PROMPTS), apply=case.apply)
 
 
-def test_warning_is_of_the_callers_line() -> None:
+def test_shared_prompts_warning_shows_caller_line() -> None:
     with pytest.warns(UserWarning, match="distinct prompts") as told:
         Case().influence(batch_of(PROMPTS))
     assert told[0].filename == __file__
 
 
-def test_prompt_numbers_ignore_padding_and_completions() -> None:
+def test_prompt_index_ignores_padding_and_completions() -> None:
     batch = batch_of(PROMPTS)
     for same in (batch, shifted_right(batch), add_padding(batch, 2, 1)):
         numbers = prompt_index(same).tolist()
         assert [numbers.index(x) for x in numbers] == [0, 1, 0, 3, 1]
 
 
-def test_prompt_numbers_tell_rows_apart_when_one_has_no_completion() -> None:
+def test_prompt_index_differs_when_completion_is_missing() -> None:
     """Its prompt is all that is attended to, and not what another row's begins with."""
     batch = batch_of(((1, 2), (1, 2), (1, 2)))
     bare = batch._replace(completion_mask=batch.completion_mask & (torch.arange(3) != 1).unsqueeze(1))

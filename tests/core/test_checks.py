@@ -77,7 +77,7 @@ def refused(call: Call, message: str, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("call", EVERY)
-def test_good_input_is_accepted(call: Call) -> None:
+def test_functions_accept_valid_input(call: Call) -> None:
     given = good()
     apply = given["apply"]
     call(given)
@@ -157,7 +157,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
 
 @pytest.mark.parametrize("call", EVERY)
 @pytest.mark.parametrize("case", BAD_BATCHES)
-def test_a_batch_that_cannot_be_scored_is_refused(call: Call, case: str) -> None:
+def test_check_batch_rejects_unscorable_batch(call: Call, case: str) -> None:
     change, message = BAD_BATCHES[case]
     # The Fisher kernel calls its batches a and b.
     fields = {"batch_e": "batch_a", "batch_u": "batch_b"} if call is fisher else {"batch_e": "batch_e"}
@@ -167,7 +167,7 @@ def test_a_batch_that_cannot_be_scored_is_refused(call: Call, case: str) -> None
 
 
 @pytest.mark.parametrize("call", [influence, snis, along])
-def test_an_evaluation_batch_without_completion_tokens_is_refused(call: Call) -> None:
+def test_check_batch_rejects_eval_batch_without_completion(call: Call) -> None:
     message = (
         r"batch_e\.completion_mask has no True at all; a batch needs at least one completion token, since the entropy"
     )
@@ -199,7 +199,7 @@ def test_an_evaluation_batch_without_completion_tokens_is_refused(call: Call) ->
         ),
     ],
 )
-def test_coefficients_that_make_no_update_are_refused(change: Callable[[Batch], Batch], message: str) -> None:
+def test_check_coefficients_rejects_unusable_values(change: Callable[[Batch], Batch], message: str) -> None:
     refused(influence, message, batch_u=change)
 
 
@@ -214,9 +214,7 @@ def test_coefficients_that_make_no_update_are_refused(change: Callable[[Batch], 
         ("chunk_size", -3, r"chunk_size is -3; pass at least 1"),
     ],
 )
-def test_a_temperature_or_chunk_size_that_is_not_positive_is_refused(
-    call: Call, option: str, value: float, message: str
-) -> None:
+def test_check_options_rejects_nonpositive_number(call: Call, option: str, value: float, message: str) -> None:
     refused(call, message, **{option: value})
 
 
@@ -228,7 +226,7 @@ def test_a_temperature_or_chunk_size_that_is_not_positive_is_refused(
         ("normalize", r"normalize is 'snis'; use one of token, sequence"),
     ],
 )
-def test_entropy_of_an_unknown_kind_is_refused(call: Call, option: str, message: str) -> None:
+def test_check_estimator_rejects_unknown_name(call: Call, option: str, message: str) -> None:
     refused(call, message, objective=fx.Entropy(**{option: "snis"}))
 
 
@@ -277,7 +275,7 @@ def other_names(state: fx.AdamWState) -> fx.AdamWState:
     ids=["names", "shape", "amsgrad shape", "nothing", "missing moment", "missing maximum"],
 )
 @pytest.mark.parametrize("call", [influence, fisher])
-def test_the_optimizer_state_of_another_model_is_refused(
+def test_check_adamw_inputs_rejects_state_of_other_model(
     call: Call, change: Callable[[fx.AdamWState], fx.AdamWState], message: str
 ) -> None:
     refused(call, message, opt_state=change)
@@ -293,25 +291,25 @@ def test_the_optimizer_state_of_another_model_is_refused(
         ({"grad": {"head.bias": torch.ones(1)}}, r"grads\['head\.bias'\] has shape \(1,\).* the parameter \(5,\)"),
     ],
 )
-def test_a_step_that_cannot_be_made_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_influence_rejects_bad_step_options(changes: dict[str, Any], message: str) -> None:
     refused(influence, message, **changes)
 
 
-def test_a_gradient_that_is_not_finite_is_refused_by_name() -> None:
+def test_influence_names_nonfinite_gradient() -> None:
     grads = {"head.bias": torch.full((VOCAB,), math.nan), "head.weight": torch.ones(VOCAB, 6)}
     with pytest.raises(ValueError, match=r"grads\['head\.bias'\] is not finite; .*drop the batch"):
         influence({**good(), "grad": grads})
 
 
 @pytest.mark.parametrize("call", [snis, along])
-def test_a_direction_of_another_model_is_refused(call: Call) -> None:
+def test_check_names_rejects_direction_of_other_model(call: Call) -> None:
     message = r"direction\['lm_head'\] is not among the \d+ trainable parameters; pass a direction made from"
     refused(call, message, direction={"lm_head": torch.ones(1)})
     message = r"direction\['head\.bias'\] has shape \(1,\).* the parameter \(5,\); pass a direction made from"
     refused(call, message, direction={"head.bias": torch.ones(1)})
 
 
-def test_a_preconditioner_that_cannot_be_made_is_refused() -> None:
+def test_fisher_kernel_rejects_bad_preconditioner() -> None:
     refused(fisher, r"preconditioner is 'kfac'; use 'adam', 'identity' or a dictionary", preconditioner="kfac")
     refused(fisher, r"preconditioner\['lm_head'\] is not among", preconditioner={"lm_head": torch.ones(1)})
     refused(fisher, r"opt_state is None; preconditioner 'adam' needs it: pass adamw_state", opt_state=None)
@@ -323,13 +321,13 @@ def test_a_preconditioner_that_cannot_be_made_is_refused() -> None:
     )
 
 
-def test_a_batch_on_another_device_than_the_parameters_is_refused() -> None:
+def test_check_batch_rejects_other_device() -> None:
     given = good()
     elsewhere = given["batch_e"]._replace(input_ids=given["batch_e"].input_ids.to("meta"))
     refused(along, r"batch_e\.input_ids is on meta and the parameters on cpu; move one of them", batch_e=elsewhere)
 
 
-def test_an_apply_that_does_not_know_its_vocabulary_is_still_spared_negative_ids() -> None:
+def test_check_batch_rejects_negative_ids_without_vocab_size() -> None:
     given = good()
     given["apply"].vocab_size = None
     given["batch_e"] = put("input_ids", (0, 0), -1)(given["batch_e"])
@@ -338,6 +336,6 @@ def test_an_apply_that_does_not_know_its_vocabulary_is_still_spared_negative_ids
 
 
 @pytest.mark.parametrize("call", EVERY)
-def test_autocast_around_a_call_is_refused(call: Call) -> None:
+def test_check_batch_rejects_call_under_autocast(call: Call) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         refused(call, r"autocast.*outside of it")

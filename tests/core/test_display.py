@@ -31,7 +31,7 @@ def result(n: int = 20, matrix: bool = False) -> Influence:
     )
 
 
-def test_a_line_holds_the_totals_and_the_sizes() -> None:
+def test_influence_repr_shows_totals_and_sizes() -> None:
     assert repr(result()) == (
         "Influence(total=+9.75 ± 0.25, momentum=-0.5, weight_decay=+0.25, sum_per_sequence=+10, rollouts=20, "
         "residual=2.5e-09, per_token=(20, 7), matrix=None; per unit lr)"
@@ -44,7 +44,7 @@ def test_a_line_holds_the_totals_and_the_sizes() -> None:
     assert "sum_per_sequence=+10, unattributed=+0.5, rollouts=20" in repr(more)
 
 
-def test_a_notebook_shows_the_strongest_rollouts_both_ways() -> None:
+def test_influence_html_shows_strongest_rollouts_of_both_signs() -> None:
     table = ElementTree.fromstring(result()._repr_html_())
     rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
     assert rows[0] == ["part", "per unit lr", "stderr"]
@@ -54,7 +54,7 @@ def test_a_notebook_shows_the_strongest_rollouts_both_ways() -> None:
     assert len(list(ElementTree.fromstring(result(3)._repr_html_()).iter("tr"))) == 1 + 4 + 3 + 1
 
 
-def test_it_is_still_a_tuple_that_vmap_and_pickle_take() -> None:
+def test_influence_supports_vmap_pickle_and_copy() -> None:
     out = result()
     again = pickle.loads(pickle.dumps(out))
     assert type(again) is Influence

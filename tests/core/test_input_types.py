@@ -108,7 +108,7 @@ def refused(call: Call, message: str, kind: type[Exception] = TypeError, **chang
 
 
 @pytest.mark.parametrize("call", PARAMS)
-def test_right_arguments_are_accepted(call: Call) -> None:
+def test_functions_accept_right_types(call: Call) -> None:
     call(shared())
 
 
@@ -132,7 +132,7 @@ def test_right_arguments_are_accepted(call: Call) -> None:
     ],
     ids=["model", "list", "iterator", "policy", "none", "list inside", "none inside"],
 )
-def test_what_is_no_params_is_refused(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
+def test_check_params_rejects_other_types(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
     refused(call, message, params=wrong)
 
 
@@ -147,7 +147,7 @@ def test_what_is_no_params_is_refused(call: Call, wrong: Callable[[Given], Any],
     ],
     ids=["model", "pair", "params", "name"],
 )
-def test_what_is_no_apply_is_refused(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
+def test_check_apply_rejects_other_types(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
     refused(call, message, apply=wrong)
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_apply_is_refused(call: Call, wrong: Callable[[Given], Any], 
     [(lambda g: g.optimizer, "AdamW"), (lambda g: g.optimizer.state_dict(), "dict"), (lambda g: g.model, "TinyPolicy")],
     ids=["optimizer", "state dict", "model"],
 )
-def test_what_is_no_optimizer_state_is_refused(call: Call, wrong: Callable[[Given], Any], name: str) -> None:
+def test_check_state_rejects_other_types(call: Call, wrong: Callable[[Given], Any], name: str) -> None:
     message = rf"opt_state is of type {name}; expected an AdamWState .*Pass fx\.adamw_state\(optimizer, model\)"
     refused(call, message, opt_state=wrong)
 
@@ -177,14 +177,16 @@ def test_what_is_no_optimizer_state_is_refused(call: Call, wrong: Callable[[Give
     ],
     ids=["dict", "encoding", "list", "none", "ids as list", "no mask", "group as array", "coefficient as number"],
 )
-def test_what_is_no_batch_is_refused(call: Call, field: str, wrong: Callable[[Batch], Any], message: str) -> None:
+def test_check_is_batch_rejects_other_types(
+    call: Call, field: str, wrong: Callable[[Batch], Any], message: str
+) -> None:
     of = {"batch_u": "u", "batch_b": "u"}.get(field, "u" if call is Given.per_sample else "e")
     refused(call, message.replace("{f}", field), **{field: lambda g: wrong(getattr(g, of))})
 
 
 @pytest.mark.parametrize("call", [c for c, _ in BATCHES[:1]] + [Given.snis, Given.jvp, Given.fisher, Given.values])
 @pytest.mark.parametrize("name", ["attention_mask", "completion_mask"])
-def test_mask_of_integers_names_its_cast(call: Call, name: str) -> None:
+def test_check_fields_names_cast_of_integer_mask(call: Call, name: str) -> None:
     field = {Given.fisher: "batch_a", Given.values: "batch"}.get(call, "batch_e")
     message = (
         rf"{field}\.{name} is torch\.int64 of shape \(4, 7\); pass bool of the shape of input_ids, .*: mask\.bool\(\)"
@@ -192,12 +194,12 @@ def test_mask_of_integers_names_its_cast(call: Call, name: str) -> None:
     refused(call, message, ValueError, **{field: lambda g: g.e._replace(**{name: getattr(g.e, name).long()})})
 
 
-def test_float_ids_are_refused() -> None:
+def test_check_fields_rejects_float_ids() -> None:
     message = r"batch\.input_ids is torch\.float32 of shape \(4, 7\); pass int64 \(B, T\), a row for each rollout"
     refused(Given.values, message, ValueError, batch=lambda g: g.e._replace(input_ids=g.e.input_ids.float()))
 
 
-def test_swapped_batches_are_named() -> None:
+def test_influence_names_swapped_batches() -> None:
     message = r"batch_u\.coefficients is None and batch_e has some; .*Swap the two batches"
     refused(Given.influence, message, ValueError, batch_u=lambda g: g.e, batch_e=lambda g: g.u)
 
@@ -226,13 +228,13 @@ NUMBERS: list[tuple[str, Any, type[Exception], str]] = [
         if call in (Given.influence, Given.fisher) or case[0] not in ("memory_budget", "max_grad_norm")
     ],
 )
-def test_numbers_of_another_kind_are_refused(call: Call, case: tuple[str, Any, type[Exception], str]) -> None:
+def test_check_number_rejects_other_types(call: Call, case: tuple[str, Any, type[Exception], str]) -> None:
     field, value, kind, message = case
     refused(call, message, kind, **{field: lambda g: value})
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(2.0), 1])
-def test_numbers_of_numpy_are_numbers(value: Any) -> None:
+def test_check_number_accepts_numpy_scalars(value: Any) -> None:
     assert shared().jvp(temperature=value, chunk_size=np.int64(2)).first.isfinite()
 
 
@@ -268,7 +270,7 @@ def test_numbers_of_numpy_are_numbers(value: Any) -> None:
         (Given.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
     ],
 )
-def test_values_out_of_range_are_refused(call: Call, field: str, value: Any, message: str) -> None:
+def test_options_out_of_range_are_rejected(call: Call, field: str, value: Any, message: str) -> None:
     refused(call, message, ValueError, **{field: lambda g: value})
 
 
@@ -297,13 +299,13 @@ def test_values_out_of_range_are_refused(call: Call, field: str, value: Any, mes
         (Given.decompose, "grads", lambda g: g.model, r"grads is of type TinyPolicy; expected a dictionary"),
     ],
 )
-def test_arguments_of_another_kind_are_refused(
+def test_arguments_of_wrong_type_are_rejected(
     call: Call, field: str, wrong: Callable[[Given], Any], message: str
 ) -> None:
     refused(call, message, **{field: wrong})
 
 
-def test_sweep_of_one_number_names_the_list() -> None:
+def test_snis_sweep_names_list_when_eta_is_scalar() -> None:
     given = shared()
     measure = given.sweep()
     block = {name: v.unsqueeze(0) for name, v in given.direction.items()}
@@ -315,7 +317,7 @@ def test_sweep_of_one_number_names_the_list() -> None:
 
 
 @pytest.mark.parametrize("call", POLICY[:-1])
-def test_parameters_of_another_model_are_refused(call: Call) -> None:
+def test_check_policy_rejects_params_of_other_model(call: Call) -> None:
     other = fx.make_functional(TinyPolicy(VOCAB, 8, 1, 2, WIDTH))[1]
     refused(
         call,
@@ -338,13 +340,13 @@ def test_parameters_of_another_model_are_refused(call: Call) -> None:
     )
 
 
-def test_parameters_in_another_order_are_accepted() -> None:
+def test_check_policy_accepts_params_in_any_order() -> None:
     given = shared()
     turned = dict(reversed(given.params.items()))
     torch.testing.assert_close(given.influence(params=turned).per_sequence, given.influence().per_sequence)
 
 
-def test_frozen_parameters_may_be_given() -> None:
+def test_check_policy_accepts_frozen_params() -> None:
     """A policy's own frozen weight that is handed in is read like any other parameter."""
     given = Given()
     given.model.head.bias.requires_grad_(False)
@@ -355,7 +357,7 @@ def test_frozen_parameters_may_be_given() -> None:
 
 @pytest.mark.parametrize("call", POLICY[:-1])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_parameters_that_are_not_finite_are_named(call: Call, value: float) -> None:
+def test_check_policy_names_nonfinite_param(call: Call, value: float) -> None:
     def spoilt(given: Given) -> Any:
         bias = given.params["head.bias"].clone()
         bias[2] = value
@@ -367,7 +369,7 @@ def test_parameters_that_are_not_finite_are_named(call: Call, value: float) -> N
 
 
 @pytest.mark.parametrize("call", [Given.snis, Given.jvp])
-def test_direction_that_is_not_finite_is_named(call: Call) -> None:
+def test_direction_nonfinite_entry_is_named(call: Call) -> None:
     message = r"direction\['head\.bias'\] holds NaN or infinity; expected a finite direction"
     refused(call, message, ValueError, direction=lambda g: {"head.bias": torch.full((VOCAB,), math.nan)})
 
@@ -376,7 +378,7 @@ def test_direction_that_is_not_finite_is_named(call: Call) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[1.0, -1.0], np.ones(2), 0.5, None])
-def test_losses_take_tensors_only(wrong: Any) -> None:
+def test_losses_reject_other_types_than_tensors(wrong: Any) -> None:
     mask, two = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
     kind = "None" if wrong is None else f"of type {type(wrong).__name__}"
     tell = rf" is {kind}; expected a tensor\. Make it one: torch\.as_tensor"
@@ -396,7 +398,7 @@ def test_losses_take_tensors_only(wrong: Any) -> None:
         fx.kl_to_reference(wrong)
 
 
-def test_losses_say_how_a_mask_is_cast() -> None:
+def test_coefficients_names_cast_of_integer_mask() -> None:
     with pytest.raises(ValueError, match=r"completion_mask is torch\.int64 of shape \(2, 3\); .*: mask\.bool\(\)"):
         fx.coefficients("grpo", torch.ones(2), torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"loss_type is 'dr-grpo'; .*the nearest is 'dr_grpo'"):
@@ -406,7 +408,7 @@ def test_losses_say_how_a_mask_is_cast() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_rewards_and_advantages_must_be_finite_where_they_count(bad: float) -> None:
+def test_losses_reject_nonfinite_values_where_they_count(bad: float) -> None:
     mask = torch.tensor([[False, True], [False, False]])
     with pytest.raises(ValueError, match=r"advantages\[0\] is .*drop those rollouts"):
         fx.coefficients("grpo", torch.tensor([bad, 1.0]), mask)
@@ -418,7 +420,7 @@ def test_rewards_and_advantages_must_be_finite_where_they_count(bad: float) -> N
     assert fx.coefficients("grpo", apart, mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]
 
 
-def test_collate_names_what_is_no_rollout() -> None:
+def test_collate_rejects_other_types() -> None:
     one = fx.Rollout("0/0", "0", 0, "a", "b", (7,), (8, 1), True)
     with pytest.raises(TypeError, match=r"rollouts is of type Rollout; expected a list of them\. Pass \[rollout\]"):
         fx.collate(one, 0)  # type: ignore[arg-type]
@@ -428,7 +430,7 @@ def test_collate_names_what_is_no_rollout() -> None:
         fx.collate([one], None)  # type: ignore[arg-type]
 
 
-def test_read_rollouts_names_what_is_no_path_or_tokenizer(tmp_path: Any) -> None:
+def test_read_rollouts_rejects_other_types(tmp_path: Any) -> None:
     class Tokenizer:
         def decode(self) -> str:
             return ""
@@ -439,7 +441,7 @@ def test_read_rollouts_names_what_is_no_path_or_tokenizer(tmp_path: Any) -> None
         fx.read_rollouts(tmp_path, "gpt2")
 
 
-def test_models_and_optimizers_are_told_apart() -> None:
+def test_adamw_state_and_make_functional_reject_other_types() -> None:
     given = shared()
     with pytest.raises(TypeError, match=r"model is of type AdamW; .*Swap the two: fx\.adamw_state\(optimizer, model\)"):
         fx.adamw_state(given.model, given.optimizer)  # type: ignore[arg-type]
@@ -458,7 +460,7 @@ def test_models_and_optimizers_are_told_apart() -> None:
         fx.make_functional(Trainer())  # type: ignore[arg-type]
 
 
-def test_select_names_what_is_no_influence() -> None:
+def test_select_rejects_other_types() -> None:
     out = shared().influence()
     with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
         fx.lab.select(out, out.per_sequence, floor=0.0)
@@ -466,7 +468,7 @@ def test_select_names_what_is_no_influence() -> None:
         fx.lab.select(out, out, floor=None)
 
 
-def test_entropy_estimate_names_what_is_no_token_values() -> None:
+def test_entropy_estimate_rejects_other_types() -> None:
     given = shared()
     values = given.values()
     with pytest.raises(TypeError, match=r"values is of type Tensor; expected TokenValues\. Pass fx\.token_values"):
@@ -479,7 +481,7 @@ def test_entropy_estimate_names_what_is_no_token_values() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}], ids=str)
-def test_coefficients_outside_of_completions_may_be_anything(options: dict[str, Any]) -> None:
+def test_influence_ignores_coefficients_outside_completions(options: dict[str, Any]) -> None:
     given = shared()
     spoilt = given.u._replace(coefficients=given.u.coefficients.masked_fill(~given.u.completion_mask, math.nan))
     plain, out = given.influence(**options), given.influence(batch_u=spoilt, **options)
@@ -490,7 +492,7 @@ def test_coefficients_outside_of_completions_may_be_anything(options: dict[str, 
         assert torch.equal(g, grads[1][name])
 
 
-def test_coefficients_of_the_evaluation_batch_may_be_anything() -> None:
+def test_coefficients_of_eval_batch_are_ignored() -> None:
     given = shared()
     spoilt = given.e._replace(coefficients=torch.full((4, WIDTH), math.nan))
     assert torch.equal(given.influence(batch_e=spoilt).per_sequence, given.influence().per_sequence)
@@ -499,7 +501,7 @@ def test_coefficients_of_the_evaluation_batch_may_be_anything() -> None:
     assert torch.equal(kernel, given.fisher(preconditioner="identity"))
 
 
-def test_fisher_kernel_reads_coefficients_where_it_makes_a_step() -> None:
+def test_fisher_kernel_checks_coefficients_when_adam() -> None:
     def spoilt(given: Given) -> Batch:
         return given.u._replace(coefficients=torch.full((4, WIDTH), math.nan))
 

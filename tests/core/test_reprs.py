@@ -16,20 +16,20 @@ from fx_influence.lab.plan import SampledBatch, demo_path
 SCREEN = 24 * 80
 
 
-def test_repr_of_a_checkpoint_and_its_state_fits_a_screen() -> None:
+def test_checkpoint_repr_fits_screen() -> None:
     checkpoint = fx.load_checkpoint(demo_path("demo"))
     assert len(repr(checkpoint)) < SCREEN
     assert "exp_avg=50 tensors of 174,080 numbers" in repr(checkpoint.optimizer_state)
 
 
-def test_repr_of_a_run_fits_a_screen(tmp_path: Path) -> None:
+def test_run_repr_fits_screen(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     assert len(repr(run)) < SCREEN
     assert len(repr(run.evaluations[0])) < SCREEN
     assert "EntropyInfluencePlan(" in repr(run)
 
 
-def test_repr_of_a_plan_shows_what_is_not_the_default() -> None:
+def test_plan_repr_shows_only_non_defaults() -> None:
     assert repr(fx.lab.EntropyInfluencePlan()) == "EntropyInfluencePlan()"
     long = SampledBatch(("a" * 99,) * 1000, chat=True)
     assert repr(fx.lab.FisherKernelPlan(seed=3, update=long)) == (
@@ -37,14 +37,14 @@ def test_repr_of_a_plan_shows_what_is_not_the_default() -> None:
     )
 
 
-def test_repr_of_a_batch_shows_shapes() -> None:
+def test_batch_repr_shows_shapes() -> None:
     ids = torch.ones(64, 1000, dtype=torch.int64)
     shown = repr(fx.Batch(ids, ids > 0, ids > 0))
     assert shown.startswith("Batch(input_ids=int64 (64, 1000), attention_mask=bool (64, 1000), ")
     assert shown.endswith("coefficients=None, entropy_coefficients=None, group=None)")
 
 
-def test_repr_of_a_batch_works_under_vmap() -> None:
+def test_batch_repr_works_under_vmap() -> None:
     shown: list[str] = []
 
     def seen(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_repr_of_a_batch_works_under_vmap() -> None:
     assert shown == ["TokenValues(logprobs=float32 (3,), entropies=float32 ())"]
 
 
-def test_repr_of_a_rollout_counts_its_tokens() -> None:
+def test_rollout_repr_counts_tokens() -> None:
     rollout = fx.Rollout("0/0", "0", 0, "a" * 5000, "b", tuple(range(5000)), (5, 1), True, reward=1.0)
     assert len(repr(rollout)) < SCREEN
     assert "prompt_ids=5000 of int, completion_ids=[5, 1], finished=True, reward=1.0)" in repr(rollout)
@@ -77,5 +77,5 @@ def test_repr_of_a_rollout_counts_its_tokens() -> None:
         (torch.nn.Linear(2, 2), "Linear"),
     ],
 )
-def test_brief_says_what_a_value_is(value: object, shown: str) -> None:
+def test_brief_describes_value(value: object, shown: str) -> None:
     assert brief(value) == shown

@@ -1,7 +1,7 @@
 """The estimators and their error bars against enumeration: what many draws of E say, next to what is true.
 
 Token values and their derivatives are computed once for every completion there is, and a draw of E picks rows of them;
-``test_a_draw_picked_from_the_space_is_what_the_public_functions_compute`` ties that to the public functions.
+``test_draw_from_space_matches_public_functions`` ties that to the public functions.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def slopes_of(gradient: Params, directions: list[Params]) -> Tensor:
 
 
 @estimates
-def test_a_draw_picked_from_the_space_is_what_the_public_functions_compute(
+def test_draw_from_space_matches_public_functions(
     world: World, update: Update, estimator: Estimator, normalize: Normalize
 ) -> None:
     picked = world.draw_prompts(12, 3, torch.Generator().manual_seed(1))
@@ -203,7 +203,7 @@ def directions(world: World) -> list[Params]:
 
 
 @estimates
-def test_the_gradient_of_both_estimators_is_consistent(
+def test_entropy_gradient_is_consistent(
     world: World, directions: list[Params], estimator: Estimator, normalize: Normalize
 ) -> None:
     """800 draws of 512 rollouts: the mean within 4 standard errors in every direction, and those 1% of the slope."""
@@ -237,7 +237,7 @@ def test_snis_at_a_finite_step_is_consistent(world: World, estimator: Estimator,
 
 
 @pytest.mark.parametrize("kind", ["reward", "kl"])
-def test_queries_are_consistent(world: World, directions: list[Params], kind: str) -> None:
+def test_objectives_are_consistent(world: World, directions: list[Params], kind: str) -> None:
     """Their baselines are taken over E itself, which may cost a bias of order 1/n and no more."""
     generator, slopes = torch.Generator().manual_seed(6), world.along(directions)
     ids, mask = world.space.batch.input_ids, world.space.batch.completion_mask
@@ -265,7 +265,7 @@ def test_queries_are_consistent(world: World, directions: list[Params], kind: st
 
 
 @estimates
-def test_on_the_whole_distribution_every_order_is_exact(estimator: Estimator, normalize: Normalize) -> None:
+def test_every_order_is_exact_on_full_distribution(estimator: Estimator, normalize: Normalize) -> None:
     """E holds each completion as often as it is probable, so nothing is left of the sampling error."""
     generator, temperature = torch.Generator().manual_seed(5), 0.5
     apply, params = make_apply(dyadic_policy(generator))
@@ -304,7 +304,7 @@ def test_on_the_whole_distribution_every_order_is_exact(estimator: Estimator, no
 
 @pytest.mark.parametrize("normalize", NORMALIZES)
 @pytest.mark.parametrize("seed", [1, 3, 6, 7])
-def test_per_decision_has_the_smaller_mean_squared_error_at_a_finite_step(normalize: Normalize, seed: int) -> None:
+def test_snis_per_decision_has_smaller_error_than_sequence(normalize: Normalize, seed: int) -> None:
     """Up to nine tokens, 800 draws of 64 rollouts: smaller by four standard errors of the paired difference."""
     generator = torch.Generator().manual_seed(7)
     world = world_of(seed, [torch.tensor([1]), torch.tensor([2])], 3, 9, 2.0, spread=0.5)
@@ -358,7 +358,7 @@ def within_bounds(share: Tensor) -> bool:
 
 @estimates
 @pytest.mark.parametrize(("prompts", "each"), [(96, 1), (48, 4)], ids=["rows", "prompts"])
-def test_error_bars_hold_the_truth_in_95_of_100_draws(
+def test_cluster_stderr_covers_truth_in_95_percent(
     world: World,
     update: Update,
     estimator: Estimator,
@@ -378,7 +378,7 @@ def test_error_bars_hold_the_truth_in_95_of_100_draws(
     reason="per token, the stated formula leaves out that the H in the centre of E is estimated too: the part of row a "
     "in delta_i's error is M_ai - delta_i f_a / sum f - lambda_i (h_a - H f_a) / sum f, lambda_i = d log E[T] / d eta",
 )
-def test_error_bars_per_token_hold_where_rollouts_change_completion_lengths() -> None:
+def test_cluster_stderr_covers_truth_when_lengths_change() -> None:
     world = world_of(19, PROMPTS, VOCAB, 4, 1.3)
     found = coverage(world, update_of(world), "per_decision", "token", 48, 4)
     assert within_bounds(found.clusters), found.clusters
@@ -386,9 +386,7 @@ def test_error_bars_per_token_hold_where_rollouts_change_completion_lengths() ->
 
 @estimates
 @pytest.mark.parametrize("seed", [4, 19])
-def test_error_bars_of_a_finite_step_hold_the_truth_in_95_of_100_draws(
-    seed: int, estimator: Estimator, normalize: Normalize
-) -> None:
+def test_snis_stderr_covers_truth_in_95_percent(seed: int, estimator: Estimator, normalize: Normalize) -> None:
     """The jackknife, on the policy too whose completion lengths change much: it estimates each E's own centre anew."""
     world, generator = world_of(seed, PROMPTS, VOCAB, 4, 1.3), torch.Generator().manual_seed(9)
     there, moved = world.step(update_of(world).parts[0], 0.4)

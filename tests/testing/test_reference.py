@@ -54,7 +54,7 @@ def policy(**options: Any) -> tuple[Apply, Params]:
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_values_match_one_batched_log_softmax(padding: Any, temperature: float) -> None:
+def test_token_values_match_batched_log_softmax(padding: Any, temperature: float) -> None:
     apply, params = policy()
     batch = random_batch(generator(), 6, 7, 5, padding=padding, gaps=True, min_len=0)
     values = ref.token_values(apply, params, batch, temperature)
@@ -67,7 +67,7 @@ def test_token_values_match_one_batched_log_softmax(padding: Any, temperature: f
     assert not values.entropies[:, 0].any()
 
 
-def test_token_values_survive_minus_infinity_and_refuse_column_zero() -> None:
+def test_token_values_handle_minus_infinity_and_reject_column_0() -> None:
     apply, params = policy()
 
     def barred(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def test_token_values_survive_minus_infinity_and_refuse_column_zero() -> None:
 
 
 @pytest.mark.parametrize("bonus", [False, True])
-def test_sequence_gradients_are_those_of_the_written_out_loss(bonus: bool) -> None:
+def test_sequence_gradients_match_jacobian_of_loss(bonus: bool) -> None:
     apply, params = policy(idle=True)
     batch = random_batch(generator(5), 4, 7, 5, gaps=True, padding="left", entropy_coefficients=bonus, min_len=0)
     rows = ref.sequence_gradients(apply, params, batch, 0.7)
@@ -175,7 +175,7 @@ def torch_step(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_adamw_is_a_real_torch_step(setting: str) -> None:
+def test_adamw_matches_torch_step(setting: str) -> None:
     apply, params = policy(idle=True)
     batch = random_batch(generator(), 4, 6, 5, entropy_coefficients=True)
     rows = ref.sequence_gradients(apply, params, batch)
@@ -195,7 +195,7 @@ def test_adamw_is_a_real_torch_step(setting: str) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_adamw_parts_add_up_and_marginal_is_the_derivative(setting: str) -> None:
+def test_adamw_parts_add_up_and_jacobian_is_derivative(setting: str) -> None:
     apply, params = policy()
     batch = random_batch(generator(1), 3, 6, 5)
     rows = ref.sequence_gradients(apply, params, batch)
@@ -225,7 +225,7 @@ def test_adamw_parts_add_up_and_marginal_is_the_derivative(setting: str) -> None
         assert torch.equal(marginal.direction[name], share.direction[name])
 
 
-def test_rmsprop_gain_and_its_sign() -> None:
+def test_adamw_rmsprop_gain_has_right_sign() -> None:
     apply, params = policy()
     rows = ref.sequence_gradients(apply, params, random_batch(generator(1), 3, 6, 5))
     for maximize in (False, True):
@@ -244,7 +244,9 @@ def test_rmsprop_gain_and_its_sign() -> None:
 
 @estimates
 @pytest.mark.parametrize("clip", [10.0, 0.05, None])
-def test_contributions_sum_to_delta_h(estimator: Estimator, normalize: Normalize, clip: float | None) -> None:
+def test_snis_delta_contributions_sum_to_delta_h(
+    estimator: Estimator, normalize: Normalize, clip: float | None
+) -> None:
     apply, params = policy()
     batch = random_batch(generator(2), 6, 7, 5, gaps=True, min_len=0)
     out = ref.snis_delta(
@@ -259,7 +261,7 @@ def test_contributions_sum_to_delta_h(estimator: Estimator, normalize: Normalize
 
 
 @estimates
-def test_contributions_over_eta_are_the_surrogates_gradients(estimator: Estimator, normalize: Normalize) -> None:
+def test_snis_delta_over_eta_tends_to_surrogate_gradients(estimator: Estimator, normalize: Normalize) -> None:
     apply, params = policy()
     batch = random_batch(generator(3), 6, 7, 5, gaps=True, min_len=0, padding="left")
     v = random_direction(generator(9), params)
@@ -276,7 +278,7 @@ def test_contributions_over_eta_are_the_surrogates_gradients(estimator: Estimato
     assert_within(torch.cat([slopes, slopes.sum().reshape(1)]), expected, bound)
 
 
-def test_snis_diagnostics_by_hand() -> None:
+def test_snis_delta_diagnostics_match_hand_computation() -> None:
     apply, params = policy()
     batch = random_batch(generator(4), 5, 7, 5)
     v = random_direction(generator(9), params)
@@ -307,7 +309,7 @@ def test_snis_diagnostics_by_hand() -> None:
 
 @estimates
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_on_the_whole_distribution_gradient_and_delta_are_exact(
+def test_entropy_estimators_are_exact_on_full_distribution(
     estimator: Estimator, normalize: Normalize, temperature: float
 ) -> None:
     """E *is* the policy's distribution (each completion n p times), so neither estimator has a sampling error."""
@@ -332,7 +334,7 @@ def test_on_the_whole_distribution_gradient_and_delta_are_exact(
 
 
 @estimates
-def test_samples_agree_with_the_exact_answer(estimator: Estimator, normalize: Normalize) -> None:
+def test_entropy_estimators_match_exact_value_on_sample(estimator: Estimator, normalize: Normalize) -> None:
     apply, params = make_apply(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))
     prompts = [torch.tensor([1]), torch.tensor([2, 2])]
     space = enumerate_completions(prompts, eos_id=0, vocab_size=3, max_new_tokens=3, temperature=1.5)
@@ -351,7 +353,7 @@ def test_samples_agree_with_the_exact_answer(estimator: Estimator, normalize: No
     assert (slopes.sum() - slope).abs() < 3 * slopes.std() * math.sqrt(n)
 
 
-def test_sample_follows_the_enumerated_distribution() -> None:
+def test_sample_follows_enumerated_distribution() -> None:
     apply, params = make_apply(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))
     space = enumerate_completions([torch.tensor([1]), torch.tensor([2, 2])], 0, 3, 2, temperature=1.5)
     n, p = 20000, exact_log_probs(apply, params, space).exp()
@@ -368,7 +370,7 @@ def test_sample_follows_the_enumerated_distribution() -> None:
 
 @estimates
 @pytest.mark.parametrize("preconditioner", get_args(Preconditioner))
-def test_influence_is_what_a_small_step_does(
+def test_influence_matches_finite_difference(
     estimator: Estimator, normalize: Normalize, preconditioner: Preconditioner
 ) -> None:
     apply, params = policy()
@@ -417,7 +419,7 @@ def test_influence_is_what_a_small_step_does(
         assert_slope(dict(v), expected)
 
 
-def test_standard_error_by_hand() -> None:
+def test_standard_error_matches_hand_computation() -> None:
     matrix = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]], dtype=torch.float64)
     # Clusters {0, 2} and {1}; lengths 1, 2, 1: shares 1/4, 1/2, 1/4, so each cluster has half. Sums 4.5 and 1.
     # Column 0: 1.5 - 2.25 = -0.75 and 3 - 2.25 = 0.75; column 1: 2 - 0.5 = 1.5 and -1 - 0.5 = -1.5; C/(C-1) = 2.
@@ -428,7 +430,7 @@ def test_standard_error_by_hand() -> None:
     assert ref.standard_error(matrix, [1, 2, 1], torch.zeros(3), "token").isnan().all()
 
 
-def test_fisher_kernel_is_a_product_of_jacobians() -> None:
+def test_fisher_kernel_is_product_of_jacobians() -> None:
     apply, params = policy()
     batch_a, batch_b = random_batch(generator(1), 3, 6, 5), random_batch(generator(2), 4, 7, 5, min_len=0)
     state = random_adamw_state(generator(3), params, absent=("head.bias",))
@@ -456,7 +458,7 @@ def test_fisher_kernel_is_a_product_of_jacobians() -> None:
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_tiny_policy_ignores_padding_and_survives_an_empty_row(padding: Any) -> None:
+def test_tiny_policy_ignores_padding_and_accepts_empty_row(padding: Any) -> None:
     apply, params = make_apply(TinyPolicy(vocab=5, dim=4, layers=2, max_len=8, tied=True))
     assert "token.weight" in params
     assert "head.weight" not in params
