@@ -75,13 +75,13 @@ SETS = {
                 "tests/test_gpu_benchmark.py::test_the_formula_is_what_is_counted_where_nothing_is_computed_twice",
             ),
             "U's reverse pass takes the plain kernel there": (
-                "tests/test_halves.py::test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not[sdpa]",
+                "tests/policy/test_split.py::test_only_reverse_passes_use_fused_attention[sdpa]",
             ),
             "torch 2.5 compiles an embedding's gradient wrongly on some CPUs, which the identity tells": (
-                "tests/test_halves.py::test_compiled_passes_give_the_same_influences[full]",
+                "tests/policy/test_split.py::test_compiled_policy_matches_plain_influences[full]",
             ),
             "transformers 4.56 leaves Gemma 2's cap on the scores out of fused attention": (
-                "tests/test_halves.py::test_what_changes_logits_after_the_head_is_not_cut_off[capped]",
+                "tests/policy/test_split.py::test_cut_model_keeps_head_when_logits_are_scaled_or_capped[capped]",
             ),
             "the test reads the ids as transformers 5 gives them": (
                 "tests/interop/test_sampling.py::test_sample_renders_conversation_by_chat_template",

@@ -19,7 +19,7 @@ from fx_influence.types import Apply, Batch, Estimator, Params
 HELD_BY = {
     "the published head returned exactly 0 for every delta H": ("test_snis_delta_matches_golden"),
     "hyperparameters read from the optimizer's defaults": ("test_adamw_state_reads_hyperparameters_of_groups"),
-    "dropout active in a model that is training": "test_dropout_of_a_model_in_training_is_off",
+    "dropout active in a model that is training": "test_policy_disables_dropout",
     "dropout active whatever the mode": "test_a_policy_that_draws_random_numbers_is_refused",
     "noise at eta = 1e-6 in float32": (
         "test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise"
@@ -32,9 +32,9 @@ HELD_BY = {
     "the same, of sampled rollouts": "test_sample_keeps_eos_that_is_also_padding",
     "a crash at an empty completion": "test_collate_accepts_empty_completion",
     "the same, in the mathematics": ("test_a_row_without_a_completion_token_contributes_0_and_counts_in_n"),
-    "left padding attended to": ("test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers"),
+    "left padding attended to": ("test_influence_is_invariant_to_padding_side"),
     "caches by id() that outlived a change of parameters": ("test_results_follow_the_parameters_not_a_cache"),
-    "the same, of frozen parameters": "test_frozen_parameters_and_buffers_are_read_live",
+    "the same, of frozen parameters": "test_policy_reads_frozen_tensors_live",
     "top_k=50 in sampling that was called on-policy": ("test_sample_frequencies_match_full_softmax"),
     "a silent fall-back from vmap to a loop": "test_per_sample_gradients_take_one_pass_or_fail",
 }

@@ -111,7 +111,7 @@ def graphs_within_budget(micro_batches: int, graph: int, cache: int, memory_budg
 
 def _active(cache: LinearOutputCache, policy: SplitPolicy) -> AbstractContextManager[object]:
     # A compiled pass is seen by no mode, and made anew under one.
-    return nullcontext() if policy.compiled or cache.room == 0 else cache
+    return nullcontext() if policy.compiled or cache.max_bytes == 0 else cache
 
 
 class _Graph(saved_tensors_hooks):

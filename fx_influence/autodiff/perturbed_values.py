@@ -13,7 +13,7 @@ from fx_influence.autodiff.token_values import scatter_to_batch, scored_features
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import shift
-from fx_influence.policy.lm_head import MAX_LOGITS, head_token_values
+from fx_influence.policy.lm_head import head_token_values
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
@@ -48,7 +48,10 @@ def perturbed_token_values(
         for part in pieces:
             scored = scored_features(features(here, part), part)
             found.append(
-                (part, head_token_values(policy, here, scored, part.targets, temperature, MAX_LOGITS // together))
+                (
+                    part,
+                    head_token_values(policy, here, scored, part.targets, temperature, policy.max_logits // together),
+                )
             )
         return scatter_to_batch(found, batch)
 

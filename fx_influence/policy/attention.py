@@ -1,4 +1,4 @@
-"""Attention in blocks of queries, which every transformation of torch.func passes through, and of shared tokens."""
+"""Attention in blocks of queries, which every transformation of torch.func can pass through."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from fx_influence.core.tree import promote
 from fx_influence.policy.autocast import active_autocast_dtype
 
-SCORES_PER_BLOCK = 2**24
-"""Attention scores that are formed at once: 64 MiB of float32, and a few times that with their tangents."""
+MAX_SCORES = 2**24
+"""Attention scores that exist at once: 64 MiB of float32, and a few times that with their tangents."""
 
 
 def blockwise_attention(
@@ -26,13 +26,27 @@ def blockwise_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    max_scores: int = MAX_SCORES,
 ) -> Tensor:
-    """softmax(scale query key^T + mask) value, (..., T, d), a block of queries at a time.
+    """Return softmax(scale query key^T + mask) value, (..., T, d), computed for a block of queries at a time.
 
-    Arguments as in ``torch.nn.functional.scaled_dot_product_attention``, of which it is the plain form: it has all
-    derivatives, forward mode included, and a rule under vmap. Under ``is_causal`` a block does not see the keys after
-    it. At most about ``SCORES_PER_BLOCK`` scores exist at once, so its memory grows with T and not with T^2.
-    A query that sees no key gives 0. Source: Rabe & Staats 2021, arXiv 2112.05682 (blocks of queries alone).
+    The arguments are those of ``torch.nn.functional.scaled_dot_product_attention``, of which this is the plain form: it
+    has all derivatives, forward mode included, and a rule under vmap. Under ``is_causal`` a block does not see the keys
+    after it. A query that sees no key gives 0.
+
+    Args:
+        query: (..., T, d).
+        key: (..., S, d).
+        value: (..., S, d).
+        attn_mask: bool, True where a query may look, or a number to add to each score; broadcast to (..., T, S).
+        dropout_p: probability of dropping a weight.
+        is_causal: whether query t sees keys 0 to t alone; then ``attn_mask`` is not read.
+        scale: factor on the scores, None for d ** -0.5.
+        enable_gqa: whether several heads of queries share keys and values.
+        max_scores: about how many scores exist at once, so that memory grows with T and not with T^2.
+
+    Source:
+        Rabe & Staats 2021, arXiv 2112.05682 (its blocks of queries alone).
 
     Example:
         >>> q = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(1, 1, 4, 3)
@@ -45,33 +59,36 @@ def blockwise_attention(
     if enable_gqa:
         key, value = (repeat_heads(x, query) for x in (key, value))
     queries, keys = query.shape[-2], key.shape[-2]
-    size = max(1, SCORES_PER_BLOCK // max(1, query.shape[:-2].numel() * keys))
-    blocks = []
+    size = max(1, max_scores // max(1, query.shape[:-2].numel() * keys))
+    outputs = []
     for start in range(0, queries, size):
         end = min(start + size, queries)
-        seen = min(end, keys) if is_causal else keys
+        visible = min(end, keys) if is_causal else keys
         mask = attn_mask
         if is_causal:
-            mask = torch.ones(end - start, seen, dtype=torch.bool, device=query.device).tril(start)
+            mask = torch.ones(end - start, visible, dtype=torch.bool, device=query.device).tril(start)
         elif mask is not None and mask.shape[-2] != 1:
             mask = mask[..., start:end, :]
-        block = query[..., start:end, :], key[..., :seen, :], value[..., :seen, :]
+        block = query[..., start:end, :], key[..., :visible, :], value[..., :visible, :]
         if dropout_p == 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in block):
-            blocks.append(_attention_jvp(*block, mask, scale))
+            outputs.append(_attention_jvp(*block, mask, scale))
         else:
             with math_attention():
-                blocks.append(F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+                outputs.append(F.scaled_dot_product_attention(*block, mask, dropout_p, scale=scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 
 def repeat_heads(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values for every head of the queries, several of which have the same."""
+    """Return keys or values (..., H', S, d) repeated for each of the H heads of queries (..., H, T, d)."""
     groups = query.shape[-3] // x.shape[-3]
     return x if groups == 1 else x.repeat_interleave(groups, -3)
 
 
 def math_attention() -> AbstractContextManager[None]:
-    """``scaled_dot_product_attention`` in its plain form: the fused ones have no forward mode and no vmap rule."""
+    """Return a context in which ``scaled_dot_product_attention`` takes its plain form.
+
+    The fused kernels have no forward-mode derivative and no vmap rule (torch 2.14).
+    """
     if hasattr(torch.nn, "attention"):
         return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     # torch before 2.3
@@ -79,14 +96,14 @@ def math_attention() -> AbstractContextManager[None]:
 
 
 def _attention_jvp(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """With its tangent, in half the passes over the scores that the tangents of its single operations take."""
+    """Return attention with its tangent, fused to traverse the scores half as often as the single operations do."""
     shape = *query.shape[:-2], query.shape[-2], key.shape[-2]
     bias = torch.zeros((), dtype=promote(query.dtype), device=query.device)
     if mask is not None:
         bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(bias.dtype)
     bias = bias.expand(shape).reshape(-1, *shape[-2:])
     flat = (x.expand(*query.shape[:-2], *x.shape[-2:]).flatten(0, -3) for x in (query, key, value))
-    # As the fused kernels do, half precision is computed with in float32.
+    # The fused kernels, too, compute in float32 where inputs are in half precision.
     dtype = promote(value.dtype)
     (q, dq), (k, dk), (v, dv) = ((x.to(dtype) for x in _unpack_dual(y)) for y in flat)
     factor = q.shape[-1] ** -0.5 if scale is None else scale

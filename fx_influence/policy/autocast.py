@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
 
 class Autocast(NamedTuple):
     """Precision of a trainer's passes: ``dtype`` of its autocast, ``loss_scale`` that gradients are multiplied by."""
@@ -17,33 +19,30 @@ class Autocast(NamedTuple):
     loss_scale: float = 1.0
 
     def wrap(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``f`` under this autocast, on the device of the first tensor that it is given."""
+        """Return ``f`` under this autocast, on the device of the first tensor among its arguments."""
 
         @functools.wraps(f)
-        def inside(*args: Any) -> Any:
-            with torch.autocast(_device_of(args), self.dtype):
+        def wrapped(*args: Any) -> Any:
+            with torch.autocast(_device_type(args), self.dtype):
                 return f(*args)
 
-        return inside
+        return wrapped
 
 
-def _device_of(args: tuple[Any, ...]) -> str:
+def _device_type(args: tuple[Any, ...]) -> str:
     for x in args:
         values = x.values() if isinstance(x, dict) else [x]
         for value in values:
             if isinstance(value, Tensor):
                 return value.device.type
-    raise TypeError(f"no tensor among {len(args)} arguments")
+    raise TypeError(f"{len(args)} arguments hold no tensor; expected at least one, whose device autocast is for")
 
 
 def active_autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype of the autocast that is on for a type of device, None where none is."""
+    """Return the dtype of the autocast that is active for a type of device, or None."""
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # torch before 2.4
     if device == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-
-
-HALF_DTYPES = (torch.bfloat16, torch.float16)

@@ -29,7 +29,7 @@ from fx_influence.policy.model.template import (
 )
 from fx_influence.policy.modes.forward_ad import ForwardMode, forward_mode_jvp
 from fx_influence.policy.modes.packed_attention import PackedAttention
-from fx_influence.policy.split import SplitPolicy
+from fx_influence.policy.split import MAX_LOGITS, SplitPolicy
 from fx_influence.types import Apply, Params
 
 NARROW = 128
@@ -81,6 +81,7 @@ class Policy:
         parameter_shapes: shape of every parameter by name.
         trainable: names of the parameters that ``params`` holds.
         autocast: a trainer's mixed precision around every pass, or None.
+        max_logits: number of logits that the LM head forms at once.
         forward: rules for calling the model.
         templates: the model's templates.
         stateful: paths of modules that every template puts back as they were after each call.
@@ -89,6 +90,7 @@ class Policy:
     """
 
     autocast: Autocast | None = None
+    max_logits: int = MAX_LOGITS
 
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
         def make_template(attention: str, experts: str) -> Template:
@@ -167,6 +169,7 @@ class Policy:
             # In a narrow model what is done once for a pass weighs more than what its tokens take.
             tokens_per_pass=TOKENS_PER_CHUNK * (1 if head is None else max(1, NARROW // head.width)),
             compiled=self.templates.compiled is not None,
+            max_logits=self.max_logits,
             loss_scale=1.0 if self.autocast is None else self.autocast.loss_scale,
         )
 

@@ -14,6 +14,9 @@ from fx_influence.batching.prefix_packing import packed_micro_batches
 from fx_influence.policy.modes.forward_ad import ForwardMode
 from fx_influence.types import Apply, Batch, Params
 
+MAX_LOGITS = 2**25
+"""Logits that exist at once: 128 MiB of float32, and up to four times that with their derivatives."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SplitPolicy:
@@ -40,6 +43,7 @@ class SplitPolicy:
         tokens_per_pass: number of tokens that packed rows have at most.
         compiled: whether the passes go through ``torch.compile``.
         loss_scale: factor on the gradients inside, so that none vanishes in float16.
+        max_logits: number of logits that the LM head forms at once.
     """
 
     backbone: Callable[[Params, MicroBatch], Tensor]
@@ -54,6 +58,7 @@ class SplitPolicy:
     tokens_per_pass: int = TOKENS_PER_CHUNK
     compiled: bool = False
     loss_scale: float = 1.0
+    max_logits: int = MAX_LOGITS
 
     def micro_batches(self, batch: Batch, chunk_size: int | None) -> list[MicroBatch]:
         """Return the micro-batches of a batch for passes that need no row for itself.

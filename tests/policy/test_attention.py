@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
-from fx_influence.policy import attention
 from fx_influence.policy.attention import blockwise_attention
 
 ROWS, HEADS, T, D = 2, 4, 9, 3
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def drawn(seed: int, heads: int = HEADS) -> Triple:
+def random_qkv(seed: int, heads: int = HEADS) -> Triple:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((ROWS, HEADS, T, D), (ROWS, heads, T, D), (ROWS, heads, T, D))
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -48,65 +47,66 @@ CASES: dict[str, tuple[dict[str, object], Tensor | None, int]] = {
 }
 
 
-@pytest.fixture(params=[1, 2 * ROWS * HEADS * T, 2**24], autouse=True)
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A query at a time, two, or all."""
-    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", request.param)
+@pytest.fixture(params=[1, 2 * ROWS * HEADS * T, 2**24], ids=["1 query", "2 queries", "all queries"])
+def max_scores(request: pytest.FixtureRequest) -> int:
+    """Number of scores that exist at once: those of one query, of two, or of all."""
+    return int(request.param)
 
 
-def pair(case: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Triple, Triple]:
+def pair(case: str, max_scores: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Triple, Triple]:
     options, mask, heads = CASES[case]
     scale = options.get("scale")
     assert scale is None or isinstance(scale, float)
-    ours = lambda *x: blockwise_attention(*x, **options)  # noqa: E731
-    return ours, lambda *x: literal(*x, mask, scale), drawn(0, heads), drawn(1, heads)
+    ours = lambda *x: blockwise_attention(*x, **options, max_scores=max_scores)  # noqa: E731
+    return ours, lambda *x: literal(*x, mask, scale), random_qkv(0, heads), random_qkv(1, heads)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_all_derivatives_are_the_literal_ones(case: str) -> None:
-    ours, slow, at, along = pair(case)
-    assert_close(ours(*at), slow(*at))
-    assert_close(jvp(ours, at, along)[1], jvp(slow, at, along)[1])
+def test_blockwise_attention_matches_literal_definition(case: str, max_scores: int) -> None:
+    ours, slow, point, tangents = pair(case, max_scores)
+    assert_close(ours(*point), slow(*point))
+    assert_close(jvp(ours, point, tangents)[1], jvp(slow, point, tangents)[1])
     for which in range(3):
-        one = [x if k == which else torch.zeros_like(x) for k, x in enumerate(along)]
-        assert_close(jvp(ours, at, tuple(one))[1], jvp(slow, at, tuple(one))[1])
-        g, expected = (grad(lambda *x, f=f: f(*x).sin().sum(), which)(*at) for f in (ours, slow))
+        one = [x if k == which else torch.zeros_like(x) for k, x in enumerate(tangents)]
+        assert_close(jvp(ours, point, tuple(one))[1], jvp(slow, point, tuple(one))[1])
+        g, expected = (grad(lambda *x, f=f: f(*x).sin().sum(), which)(*point) for f in (ours, slow))
         assert_close(g, expected)
-    assert_close(vmap(ours)(*(torch.stack([x, 2 * x]) for x in at))[1], slow(*(2 * x for x in at)))
+    assert_close(vmap(ours)(*(torch.stack([x, 2 * x]) for x in point))[1], slow(*(2 * x for x in point)))
 
 
-def test_a_tangent_of_the_queries_alone_is_enough() -> None:
-    ours, slow, (q, k, v), (dq, _, _) = pair("causal")
+def test_blockwise_attention_has_jvp_of_queries_alone(max_scores: int) -> None:
+    ours, slow, (q, k, v), (dq, _, _) = pair("causal", max_scores)
     assert_close(jvp(lambda q: ours(q, k, v), (q,), (dq,))[1], jvp(lambda q: slow(q, k, v), (q,), (dq,))[1])
 
 
-def test_a_query_that_sees_no_key_gives_0_and_no_nan() -> None:
+def test_blockwise_attention_is_0_where_no_key_is_visible(max_scores: int) -> None:
     mask = CAUSAL & (torch.arange(T) > 1)
-    at, along = drawn(0), drawn(1)
-    value, slope = jvp(lambda *x: blockwise_attention(*x, attn_mask=mask), at, along)
+    point, tangents = random_qkv(0), random_qkv(1)
+    attend = lambda *x: blockwise_attention(*x, attn_mask=mask, max_scores=max_scores)  # noqa: E731
+    value, derivative = jvp(attend, point, tangents)
     assert torch.isfinite(value).all()
-    assert torch.isfinite(slope).all()
+    assert torch.isfinite(derivative).all()
     assert not value[:, :, :2].any()
     assert value[:, :, 2:].all()
 
 
-def test_no_more_scores_exist_at_once_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+def test_blockwise_attention_forms_at_most_max_scores(max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
     softmax = torch.Tensor.softmax
 
     def watched(x: Tensor, dim: int) -> Tensor:
-        seen.append(x.numel())
+        sizes.append(x.numel())
         return softmax(x, dim)
 
     monkeypatch.setattr(torch.Tensor, "softmax", watched)
-    at, along = drawn(0), drawn(1)
-    jvp(lambda *x: blockwise_attention(*x, is_causal=True), at, along)
-    assert sum(seen) <= ROWS * HEADS * T * T
-    assert max(seen) <= max(attention.SCORES_PER_BLOCK, ROWS * HEADS * T)
+    attend = lambda *x: blockwise_attention(*x, is_causal=True, max_scores=max_scores)  # noqa: E731
+    jvp(attend, random_qkv(0), random_qkv(1))
+    assert sum(sizes) <= ROWS * HEADS * T * T
+    assert max(sizes) <= max(max_scores, ROWS * HEADS * T)
 
 
-def test_dropout_is_torchs_own() -> None:
-    q, k, v = drawn(0)
+def test_blockwise_attention_passes_dropout_to_torch() -> None:
+    q, k, v = random_qkv(0)
     torch.manual_seed(3)
-    found = blockwise_attention(q, k, v, dropout_p=0.5)
-    assert not torch.allclose(found, F.scaled_dot_product_attention(q, k, v))
+    out = blockwise_attention(q, k, v, dropout_p=0.5)
+    assert not torch.allclose(out, F.scaled_dot_product_attention(q, k, v))

@@ -65,7 +65,7 @@ def same(a: fx.Influence, b: fx.Influence) -> bool:
 @families
 @adapters
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers(family: str, lora: bool, tied: bool) -> None:
+def test_influence_is_invariant_to_padding_side(family: str, lora: bool, tied: bool) -> None:
     model = make_model(family, lora=lora, tied=tied)
     apply, state = setup(model)
     assert all("lora_" in name for name in state.params) == lora
@@ -87,7 +87,7 @@ def test_the_residual_is_rounding_and_left_padding_gives_the_same_numbers(family
 
 @families
 @adapters
-def test_a_model_in_float64_agrees_with_the_reference(family: str, lora: bool) -> None:
+def test_influence_matches_reference_in_float64(family: str, lora: bool) -> None:
     apply, state = setup(make_model(family, lora=lora).double())
     u, e = (select_rows(batch, torch.tensor([0, 1, 3])) for batch in (state.batch_u, state.batch_e))
     out = fx.influence(state.params, u, e, state.opt_state, apply=apply, temperature=0.7, matrix=True)
@@ -99,7 +99,7 @@ def test_a_model_in_float64_agrees_with_the_reference(family: str, lora: bool) -
 
 
 @families
-def test_a_finite_step_in_float64_is_not_rounded_to_float32_inside_the_model(family: str) -> None:
+def test_float64_steps_are_not_rounded_inside_model(family: str) -> None:
     """Norms and softmax of these models cast to float32: at eta 1e-7 that alone is more than the step changes."""
     apply, state = setup(make_model(family).double())
     generator = torch.Generator().manual_seed(0)
@@ -118,9 +118,7 @@ def test_a_finite_step_in_float64_is_not_rounded_to_float32_inside_the_model(fam
 @families
 @adapters
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
-    family: str, lora: bool, tied: bool
-) -> None:
+def test_layer_io_covers_every_parameter(family: str, lora: bool, tied: bool) -> None:
     apply, state = setup(make_model(family, lora=lora, tied=tied).double())
     batch = left_padded(state.batch_u)
     names = supported_names(state.params, batch, apply)
@@ -138,7 +136,7 @@ def test_every_parameter_has_factors_and_they_are_the_gradients_of_the_rows(
 
 
 @adapters
-def test_flops_can_be_counted_whatever_hooks_the_counter_sets(lora: bool) -> None:
+def test_influence_runs_under_flop_counter(lora: bool) -> None:
     apply, state = setup(make_model("qwen2", lora=lora))
     with FlopCounterMode(display=False) as counter:
         fx.influence(*state, apply=apply, matrix=True)
@@ -147,7 +145,7 @@ def test_flops_can_be_counted_whatever_hooks_the_counter_sets(lora: bool) -> Non
 
 @families
 @adapters
-def test_left_padding_in_float64_gives_the_same_numbers_and_no_nan(family: str, lora: bool) -> None:
+def test_float64_left_padding_gives_no_nan(family: str, lora: bool) -> None:
     """Eager attention adds float64's lowest number as a mask and then takes a float32 softmax: NaN in blind rows."""
     apply, state = setup(make_model(family, lora=lora, attention="sdpa").double())
     moved = state._replace(batch_u=left_padded(state.batch_u), batch_e=left_padded(state.batch_e))
@@ -157,7 +155,7 @@ def test_left_padding_in_float64_gives_the_same_numbers_and_no_nan(family: str, 
 
 
 @families
-def test_positions_come_from_the_mask_unless_a_trainer_omits_them(family: str) -> None:
+def test_position_ids_follow_mask_unless_omitted(family: str) -> None:
     model = make_model(family).eval()
     right, left = make_batches()[1], left_padded(make_batches()[1])
     (apply, params), (omitting, _) = fx.make_functional(model), fx.make_functional(model, position_ids=False)
@@ -189,7 +187,7 @@ def snapshot(model: Any) -> dict[str, Any]:
 
 @families
 @adapters
-def test_the_model_is_left_as_it_was(family: str, lora: bool) -> None:
+def test_influence_leaves_model_unchanged(family: str, lora: bool) -> None:
     model = make_model(family, lora=lora, dropout=0.1, attention="sdpa")
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
@@ -207,7 +205,7 @@ def test_the_model_is_left_as_it_was(family: str, lora: bool) -> None:
 
 @families
 @adapters
-def test_dropout_of_a_model_in_training_is_off(family: str, lora: bool) -> None:
+def test_policy_disables_dropout(family: str, lora: bool) -> None:
     model = make_model(family, lora=lora, dropout=0.5, attention="sdpa")
     plain_apply, state = setup(make_model(family, lora=lora, attention="sdpa"))
     apply, dropping = setup(model)
@@ -220,7 +218,7 @@ def test_dropout_of_a_model_in_training_is_off(family: str, lora: bool) -> None:
 
 @families
 @adapters
-def test_gradient_checkpointing_and_its_hooks_do_not_matter(family: str, lora: bool) -> None:
+def test_policy_ignores_gradient_checkpointing(family: str, lora: bool) -> None:
     plain_apply, state = setup(make_model(family, lora=lora))
     model = make_model(family, lora=lora)
     model.gradient_checkpointing_enable()
@@ -247,7 +245,7 @@ def trainer_gradient(model: nn.Module, batch: Batch) -> Params:
 @families
 @adapters
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_batch_gradient_is_the_trainers_own(family: str, lora: bool, attention: str) -> None:
+def test_batch_gradient_matches_trainer(family: str, lora: bool, attention: str) -> None:
     model = make_model(family, lora=lora, attention=attention)
     apply, state = setup(model)
     handed, ours = trainer_gradient(model, state.batch_u), batch_gradient(state.params, state.batch_u, apply)
@@ -261,7 +259,7 @@ def test_the_batch_gradient_is_the_trainers_own(family: str, lora: bool, attenti
 
 
 @families
-def test_a_model_with_fused_attention_gives_what_an_eager_one_does(family: str) -> None:
+def test_fused_attention_matches_eager(family: str) -> None:
     (fused, state), (eager, _) = (setup(make_model(family, attention=kind)) for kind in ("sdpa", "eager"))
     one, other = (fx.influence(*state, apply=apply, matrix=True) for apply in (fused, eager))
     for field in ("per_sequence", "per_token", "matrix", "stderr"):
@@ -270,7 +268,7 @@ def test_a_model_with_fused_attention_gives_what_an_eager_one_does(family: str) 
 
 @families
 @adapters
-def test_both_derivatives_along_a_direction_are_those_of_finite_steps(family: str, lora: bool) -> None:
+def test_jvp_delta_matches_finite_differences(family: str, lora: bool) -> None:
     apply, state = setup(make_model(family, lora=lora).double())
     g = batch_gradient(state.params, state.batch_u, apply)
     norm = sum(float(x.square().sum()) for x in g.values()) ** 0.5
@@ -288,7 +286,7 @@ def test_both_derivatives_along_a_direction_are_those_of_finite_steps(family: st
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, torch.bfloat16, torch.float32])
-def test_finite_steps_of_a_bfloat16_model_are_taken_in_float32(adapter_dtype: torch.dtype | None) -> None:
+def test_bfloat16_models_take_float32_steps(adapter_dtype: torch.dtype | None) -> None:
     model = make_model("qwen2", lora=adapter_dtype is not None).to(torch.bfloat16)
     model.get_input_embeddings().weight.requires_grad_(False)
     for p in model.parameters():

@@ -1,4 +1,4 @@
-"""The head's closed forms against what autograd makes of the plain formula, piece by piece or at once."""
+"""The LM head's closed forms against autograd of the plain formula, chunk by chunk or at once."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 from torch.func import jvp
 
-from fx_influence.policy import lm_head as head
 from fx_influence.policy.lm_head import head_jvp, head_token_values, head_vjp
-from fx_influence.policy.split import SplitPolicy
+from fx_influence.policy.split import MAX_LOGITS, SplitPolicy
 from fx_influence.types import Params, TokenValues
 
 V, D, N = 11, 5, 7
 
 
 def never(*_: object) -> Tensor:
-    raise AssertionError("only the head is asked")
+    raise AssertionError("only the head may be called")
 
 
 def linear_head(params: Params, x: Tensor) -> Tensor:
     return x @ params["w"].T + params["b"]
 
 
-def policy(vocab_size: int | None = V) -> SplitPolicy:
+def policy(vocab_size: int | None = V, max_logits: int = MAX_LOGITS) -> SplitPolicy:
     return SplitPolicy(
         backbone=never,
         backbone_eager=never,
@@ -34,6 +33,7 @@ def policy(vocab_size: int | None = V) -> SplitPolicy:
         head=linear_head,
         head_parameters=frozenset({"w", "b"}),
         vocab_size=vocab_size,
+        max_logits=max_logits,
     )
 
 
@@ -53,60 +53,56 @@ def plain(params: Params, x: Tensor, targets: Tensor, temperature: float) -> Tok
     return TokenValues(log_pi[torch.arange(N), targets], -(log_pi.exp() * log_pi_or_0).sum(-1))
 
 
-@pytest.fixture(params=[1, 3 * V, 10**6])
-def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """So many logits exist at once: one token's, three tokens', all."""
+@pytest.fixture(params=[1, 3 * V, 10**6], ids=["1 token", "3 tokens", "all tokens"])
+def max_logits(request: pytest.FixtureRequest) -> int:
+    """Number of logits that exist at once."""
     return int(request.param)
-
-
-@pytest.fixture
-def pieces(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = head._pieces
-    monkeypatch.setattr(head, "_pieces", lambda count, policy, *_: original(count, policy, at_once))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("impossible", [False, True])
-def test_scores_are_the_log_softmax_and_its_entropy(at_once: int, temperature: float, impossible: bool) -> None:
+def test_head_token_values_match_log_softmax(max_logits: int, temperature: float, impossible: bool) -> None:
     params, x, targets = setting(impossible=impossible)
-    found = head_token_values(policy(), params, x, targets, temperature, at_once)
-    for value, expected in zip(found, plain(params, x, targets, temperature), strict=True):
+    values = head_token_values(policy(), params, x, targets, temperature, max_logits)
+    for value, expected in zip(values, plain(params, x, targets, temperature), strict=True):
         assert_close(value, expected)
 
 
-@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("present", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("impossible", [False, True])
-def test_the_pull_is_the_gradient_of_the_loss(present: tuple[bool, bool], impossible: bool) -> None:
+def test_head_vjp_matches_autograd(max_logits: int, present: tuple[bool, bool], impossible: bool) -> None:
     params, x, targets = setting(impossible=impossible)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    c, b = (torch.linspace(-1, 2, N, dtype=torch.float64) * (k + 1) if here else None for k, here in enumerate(present))
-    own = x.clone().requires_grad_()
-    values = plain(leaves, own, targets, 0.7)
+    c, b = (
+        torch.linspace(-1, 2, N, dtype=torch.float64) * (k + 1) if given else None for k, given in enumerate(present)
+    )
+    leaf = x.clone().requires_grad_()
+    values = plain(leaves, leaf, targets, 0.7)
     loss = -sum((w * v).sum() for w, v in zip((c, b), values, strict=True) if w is not None)
-    expected = torch.autograd.grad(loss, [own, leaves["w"], leaves["b"]])  # type: ignore[arg-type]
-    d_features, grads = head_vjp(policy(), leaves, x, targets, (c, b), 0.7)
+    expected = torch.autograd.grad(loss, [leaf, leaves["w"], leaves["b"]])  # type: ignore[arg-type]
+    d_hidden, grads = head_vjp(policy(max_logits=max_logits), leaves, x, targets, (c, b), 0.7)
     assert grads["w"] is not None
     assert grads["b"] is not None
-    for found, wanted in zip((d_features, grads["w"], grads["b"]), expected, strict=True):
-        assert_close(found, wanted)
+    for actual, wanted in zip((d_hidden, grads["w"], grads["b"]), expected, strict=True):
+        assert_close(actual, wanted)
         assert wanted.abs().max() > 0.1
 
 
-@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("impossible", [False, True])
-def test_the_slopes_are_the_jvp(impossible: bool) -> None:
+def test_head_jvp_matches_autograd(max_logits: int, impossible: bool) -> None:
     params, x, targets = setting(impossible=impossible)
     generator = torch.Generator().manual_seed(1)
-    along = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in params.items()}
+    tangent = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in params.items()}
     dx = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    expected = jvp(lambda p, x: plain(p, x, targets, 0.7), (params, x), (along, dx))[1]
-    for value, wanted in zip(head_jvp(policy(), params, along, x, dx, targets, 0.7), expected, strict=True):
+    expected = jvp(lambda p, x: plain(p, x, targets, 0.7), (params, x), (tangent, dx))[1]
+    for value, wanted in zip(
+        head_jvp(policy(max_logits=max_logits), params, tangent, x, dx, targets, 0.7), expected, strict=True
+    ):
         assert_close(value, wanted)
         assert wanted.abs().max() > 0.1
 
 
-def test_a_parameter_that_requires_no_gradient_or_is_not_in_the_head_has_none() -> None:
+def test_head_vjp_has_gradients_of_trained_head_parameters() -> None:
     params, x, targets = setting()
     leaves = {"w": params["w"].requires_grad_(), "b": params["b"], "body": torch.ones(2).requires_grad_()}
     grads = head_vjp(policy(), leaves, x, targets, (torch.ones(N), None), 1.0)[1]
@@ -115,17 +111,17 @@ def test_a_parameter_that_requires_no_gradient_or_is_not_in_the_head_has_none() 
     assert grads["body"] is None
 
 
-def test_no_tokens_give_empty_values() -> None:
+def test_head_functions_accept_no_tokens() -> None:
     params, x, targets = setting()
     assert head_token_values(policy(None), params, x[:0], targets[:0], 1.0).logprobs.shape == (0,)
     assert head_vjp(policy(), params, x[:0], targets[:0], (torch.ones(0), None), 1.0)[0].shape == (0, D)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_lower_precision_is_promoted_before_the_softmax(dtype: torch.dtype) -> None:
+def test_head_token_values_promote_before_softmax(dtype: torch.dtype) -> None:
     params, x, targets = setting(dtype)
-    found = head_token_values(policy(), params, x, targets, 1.0)
+    values = head_token_values(policy(), params, x, targets, 1.0)
     wide = linear_head(params, x).float().log_softmax(-1)[torch.arange(N), targets]
-    assert found.logprobs.dtype == torch.float32
+    assert values.logprobs.dtype == torch.float32
     # The maps are the same; only the float32 log-softmax over the vocabulary rounds.
-    assert_close_to_rounding(found.logprobs, wide, terms=wide.numel() + V, dtype=torch.float32)
+    assert_close_to_rounding(values.logprobs, wide, terms=wide.numel() + V, dtype=torch.float32)

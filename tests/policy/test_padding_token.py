@@ -77,7 +77,7 @@ def loss_of(model: Qwen2ForCausalLM, batch: fx.Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_rollouts_have_the_trainers_gradient(tied: bool) -> None:
+def test_batch_gradient_skips_padding_embedding(tied: bool) -> None:
     model, batch = make_model(tied), make_batch(4, 1)
     apply, params = fx.make_functional(model)
     loss_of(model, batch).backward()
@@ -92,7 +92,7 @@ def test_the_rollouts_have_the_trainers_gradient(tied: bool) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_forward_mode_is_the_product_with_that_gradient(tied: bool, compiled: bool) -> None:
+def test_token_jvp_matches_gradient_with_padding_token(tied: bool, compiled: bool) -> None:
     apply, params = fx.make_functional(make_model(tied), compiled=compiled)
     batch = make_batch(4, 1)
     direction = {name: torch.randn(p.shape, dtype=p.dtype) for name, p in params.items()}
@@ -106,7 +106,7 @@ def test_forward_mode_is_the_product_with_that_gradient(tied: bool, compiled: bo
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("given", [True, False])
-def test_every_route_agrees(matrix: bool, per_token: bool, given: bool) -> None:
+def test_influence_methods_agree_with_padding_token(matrix: bool, per_token: bool, given: bool) -> None:
     model = make_model()
     state = make_state(model)
     apply, params = fx.make_functional(model)
@@ -122,7 +122,7 @@ def test_every_route_agrees(matrix: bool, per_token: bool, given: bool) -> None:
         assert_close(out.matrix.sum(0), out.per_sequence, out.matrix.abs().sum(), policy_terms(params, 6))
 
 
-def test_the_entropy_follows_the_padding_tokens_embedding_where_it_moves() -> None:
+def test_jvp_delta_follows_padding_embedding() -> None:
     apply, params = fx.make_functional(make_model(tied=False))
     e = make_batch(6, 2)._replace(coefficients=None, entropy_coefficients=None)
     direction = {name: torch.zeros_like(p) for name, p in params.items()}
@@ -142,7 +142,7 @@ def test_the_entropy_follows_the_padding_tokens_embedding_where_it_moves() -> No
     assert_within(first.second, curvature, bound)
 
 
-def test_a_negative_padding_index_counts_from_the_end() -> None:
+def test_frozen_padding_embedding_accepts_negative_index() -> None:
     ids, weight = torch.tensor([[0, 2]]), torch.eye(3)
     moved = torch.func.jvp(lambda w: frozen_padding_embedding(ids, w, -1), (weight,), (weight,))[1]
     assert moved.tolist() == [[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]

@@ -60,7 +60,7 @@ class ObjectWithLogits(Net):
 
 
 @pytest.mark.parametrize("kind", [PositionalMask, IdsAlone, MaskByName, ObjectWithLogits])
-def test_any_signature_of_forward_gives_the_logits_in_eval_mode(kind: type[Net]) -> None:
+def test_policy_accepts_forward_signatures(kind: type[Net]) -> None:
     model = kind()
     apply, params = fx.make_functional(model)
     assert model.training
@@ -82,14 +82,14 @@ class Positions(nn.Module):
         return given.unsqueeze(-1) * self.weight
 
 
-def test_position_ids_count_the_attended_tokens_from_0() -> None:
+def test_position_ids_count_attended_tokens() -> None:
     apply, params = fx.make_functional(Positions())
     assert apply(params, IDS, MASK)[..., 0].tolist() == [[0, 1, 2, 2], [0, 0, 0, 1]]
     omitting, params = fx.make_functional(Positions(), position_ids=False)
     assert omitting(params, IDS, MASK)[..., 0].tolist() == [[0, 1, 2, 3]] * 2
 
 
-def test_params_are_detached_aliases_of_the_trainable_parameters() -> None:
+def test_params_alias_trainable_parameters() -> None:
     model = PositionalMask()
     _, params = fx.make_functional(model)
     assert list(params) == ["mask_row", "head.weight", "head.bias"]
@@ -103,7 +103,7 @@ def test_params_are_detached_aliases_of_the_trainable_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["table.weight", "scale", "shift"])
-def test_frozen_parameters_and_buffers_are_read_live(name: str) -> None:
+def test_policy_reads_frozen_tensors_live(name: str) -> None:
     model = PositionalMask()
     apply, params = fx.make_functional(model)
     before = apply(params, IDS, MASK)
@@ -114,7 +114,7 @@ def test_frozen_parameters_and_buffers_are_read_live(name: str) -> None:
     torch.testing.assert_close(after, model.eval().logits(IDS, MASK).detach(), rtol=0, atol=0)
 
 
-def test_the_parameters_of_the_call_are_used_not_those_of_the_model() -> None:
+def test_policy_uses_parameters_of_the_call() -> None:
     model = PositionalMask()
     apply, params = fx.make_functional(model)
     moved = {name: p + 1 for name, p in params.items()}
@@ -125,7 +125,7 @@ def test_the_parameters_of_the_call_are_used_not_those_of_the_model() -> None:
     assert not torch.equal(before, other)
 
 
-def test_a_tied_parameter_is_there_once_and_moves_both_its_uses() -> None:
+def test_tied_parameter_moves_both_uses() -> None:
     model = TinyPolicy(vocab=5, tied=True)
     apply, params = fx.make_functional(model)
     assert "token.weight" in params
@@ -140,7 +140,7 @@ def test_a_tied_parameter_is_there_once_and_moves_both_its_uses() -> None:
     assert_close_to_rounding(found, expected, terms=policy_terms(params, IDS.shape[1], 1))
 
 
-def test_a_forward_replaced_on_the_instance_is_passed_over() -> None:
+def test_policy_ignores_forward_patched_on_instance() -> None:
     """As accelerate does to run under autocast, and kernel patches to inner modules."""
     model = PositionalMask()
     expected = model.eval().logits(IDS, MASK).detach()
@@ -156,7 +156,7 @@ def test_a_forward_replaced_on_the_instance_is_passed_over() -> None:
     assert model.head.forward is wrong
 
 
-def test_a_model_without_trainable_parameters_is_refused() -> None:
+def test_make_functional_rejects_model_without_trainable_params() -> None:
     model = PositionalMask().requires_grad_(False)
     with pytest.raises(ValueError, match=r"model has 4 parameters, none with requires_grad.*; unfreeze"):
         fx.make_functional(model)
@@ -165,7 +165,7 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["head.weight", "table.weight"])
-def test_a_parameter_on_the_meta_device_is_refused_by_name(name: str) -> None:
+def test_make_functional_rejects_meta_parameter(name: str) -> None:
     model = PositionalMask()
     owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     p = getattr(owner, leaf)
@@ -174,7 +174,7 @@ def test_a_parameter_on_the_meta_device_is_refused_by_name(name: str) -> None:
         fx.make_functional(model)
 
 
-def test_no_weight_is_copied() -> None:
+def test_policy_copies_no_weight() -> None:
     model = PositionalMask()
     apply, params = fx.make_functional(model)
     template = apply.templates.full.module
@@ -185,7 +185,7 @@ def test_no_weight_is_copied() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_training_mode_is_neither_used_nor_changed(training: bool) -> None:
+def test_policy_ignores_training_mode(training: bool) -> None:
     model = PositionalMask().train(training)
     apply, params = fx.make_functional(model)
     model.dropout.p = 1.0

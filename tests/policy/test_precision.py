@@ -91,7 +91,7 @@ FUNCTIONS: dict[str, Callable[[fx.Apply, fx.Params, Problem], Tensor]] = {
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("kind", ["trained", "frozen", "function"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_half_weights_give_what_float64_gives(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_half_weights_match_float64(name: str, kind: str, dtype: torch.dtype) -> None:
     """The bound is float32's, 7e-5 of the largest value; in the weights' own precision the error is above 1e-3."""
     p = problem(kind, dtype)
     expected = FUNCTIONS[name](*p.exact, p)
@@ -101,7 +101,7 @@ def test_half_weights_give_what_float64_gives(name: str, kind: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_weights_obey_the_identity_of_float32(dtype: torch.dtype) -> None:
+def test_half_weights_satisfy_float32_identity(dtype: torch.dtype) -> None:
     p = problem("trained", dtype)
     out = fx.influence(p.low[1], p.u, p.e, p.state, apply=p.low[0], stderr=False)
     size = out.per_sequence.abs().sum()
@@ -111,7 +111,7 @@ def test_half_weights_obey_the_identity_of_float32(dtype: torch.dtype) -> None:
     assert {x.dtype for x in p.low[1].values()} == {dtype}, "nothing that was given is changed"
 
 
-def test_a_function_in_half_precision_alone_is_warned_of() -> None:
+def test_in_float32_warns_of_function_fixed_to_half() -> None:
     p, generator = problem("trained", torch.bfloat16), torch.Generator().manual_seed(1)
     params = {k: torch.randn(VOCAB, VOCAB, generator=generator).bfloat16() for k in "wv"}
     held = torch.randn(VOCAB, VOCAB, generator=generator).bfloat16()
@@ -128,7 +128,7 @@ def test_a_function_in_half_precision_alone_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(("share", "outcome"), [(0.05, None), (0.2, "warned"), (1.5, "refused")])
-def test_rounding_that_rivals_the_influences_is_told(share: float, outcome: str | None, recwarn: Any) -> None:
+def test_check_rounding_reports_rounding_as_large_as_influence(share: float, outcome: str | None, recwarn: Any) -> None:
     delta = torch.tensor([1.0, -3.0], dtype=torch.float64)
     rounding = torch.tensor([torch.nan, 4 * share], dtype=torch.float64)
     if outcome == "refused":
@@ -140,13 +140,13 @@ def test_rounding_that_rivals_the_influences_is_told(share: float, outcome: str 
     assert [str(w.message)[:8] for w in recwarn] == ([] if outcome is None else ["rounding"])
 
 
-def test_nothing_that_moves_is_no_rounding(recwarn: Any) -> None:
+def test_check_rounding_accepts_zero_influences(recwarn: Any) -> None:
     check_rounding(torch.zeros(2), torch.zeros(2), torch.float32, 1e-4)
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("how", ["error bars", "matrix", "one route"])
-def test_rounding_is_known_where_two_routes_were_taken(how: str) -> None:
+def test_rounding_is_known_when_two_methods_run(how: str) -> None:
     p = problem("trained", torch.float32)
     out = fx.influence(p.low[1], p.u, p.e, p.state, apply=p.low[0], stderr=how == "error bars", matrix=how == "matrix")
     assert out.rounding.shape == out.per_sequence.shape
@@ -168,7 +168,7 @@ class Casting(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:rounding is")
-def test_a_forward_that_enters_autocast_is_held_to_its_precision() -> None:
+def test_forward_that_enters_autocast_has_its_tolerance() -> None:
     apply, params = fx.make_functional(Casting())
     p = problem("trained", torch.float32)
     state = random_adamw_state(torch.Generator().manual_seed(8), params)
@@ -179,7 +179,7 @@ def test_a_forward_that_enters_autocast_is_held_to_its_precision() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**12)])
-def test_autocast_is_for_u_and_tokens_add_up(dtype: torch.dtype, scale: float) -> None:
+def test_autocast_applies_to_update_batch_only(dtype: torch.dtype, scale: float) -> None:
     p = problem("trained", torch.float32)
     apply, params = p.low
     low = apply.with_autocast(dtype, scale)
@@ -198,7 +198,7 @@ def test_autocast_is_for_u_and_tokens_add_up(dtype: torch.dtype, scale: float) -
         assert torch.equal(measure(low), measure(apply)), "of the function itself"
 
 
-def test_a_tiny_loss_keeps_its_gradients_in_float16_by_the_loss_scale() -> None:
+def test_loss_scale_preserves_tiny_float16_gradients() -> None:
     p = problem("trained", torch.float32)
     apply, params = p.low
     tiny = p.u._replace(coefficients=1e-7 * p.u.coefficients, entropy_coefficients=None)

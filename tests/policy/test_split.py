@@ -21,7 +21,6 @@ from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient, graphs_within_budget, reweighted_gradient
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.batching.microbatch import micro_batches
-from fx_influence.policy import lm_head as head
 from fx_influence.policy.split import split_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
@@ -63,7 +62,7 @@ class Watch(TorchDispatchMode):
 @adapters
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, attention: str) -> None:
+def test_split_policy_composes_to_policy(family: str, lora: bool, tied: bool, attention: str) -> None:
     apply, state = setup(make_model(family, lora=lora, tied=tied, attention=attention))
     policy, e = split_policy(apply), state.batch_e
     assert policy.vocab_size == VOCAB
@@ -83,7 +82,7 @@ def test_features_and_head_are_the_policy(family: str, lora: bool, tied: bool, a
 
 
 @pytest.mark.parametrize("kind", AFTER_THE_HEAD)
-def test_what_changes_logits_after_the_head_is_not_cut_off(kind: str) -> None:
+def test_cut_model_keeps_head_when_logits_are_scaled_or_capped(kind: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AFTER_THE_HEAD[kind]).double()
     apply, params = fx.make_functional(model)
@@ -117,12 +116,9 @@ def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:
 @pytest.mark.parametrize("work", ["reverse", "forward mode", "influence", "matrix"])
 @pytest.mark.parametrize("at_once", [3, 10**6])
 @adapters
-def test_completion_tokens_alone_reach_the_vocabulary_a_few_at_a_time(
-    lora: bool, at_once: int, work: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = head._pieces
-    monkeypatch.setattr(head, "_pieces", lambda count, policy, *_: original(count, policy, at_once * VOCAB))
+def test_only_completion_tokens_reach_vocabulary_in_chunks(lora: bool, at_once: int, work: str) -> None:
     apply, state = setup(make_model("qwen2", lora=lora, tied=False))
+    apply = apply.replace(max_logits=at_once * VOCAB)
     with Watch() as watch:
         works(apply, state)[work]()
     masks = [batch.completion_mask for batch in (state.batch_u, state.batch_e)]
@@ -135,7 +131,7 @@ def test_completion_tokens_alone_reach_the_vocabulary_a_few_at_a_time(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not(attention: str) -> None:
+def test_only_reverse_passes_use_fused_attention(attention: str) -> None:
     apply, state = setup(make_model("qwen2", attention=attention))
     seen = {}
     for name, work in works(apply, state).items():
@@ -147,7 +143,7 @@ def test_reverse_passes_take_the_fused_kernel_and_forward_mode_does_not(attentio
 
 
 @pytest.mark.parametrize("budget", [0, 10**9])
-def test_the_graphs_of_e_are_kept_where_there_is_room(budget: int) -> None:
+def test_reweighted_gradient_keeps_graphs_within_budget(budget: int) -> None:
     apply, state = setup(make_model("qwen2"))
     calls = []
 
@@ -175,7 +171,7 @@ def test_the_graphs_of_e_are_kept_where_there_is_room(budget: int) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora: bool) -> None:
+def test_recompute_reuses_cached_linear_outputs(lora: bool) -> None:
     apply, state = setup(make_model("qwen2", lora=lora))
     e = state.batch_e._replace(coefficients=state.batch_e.completion_mask.float())
     flops: list[int] = []
@@ -202,12 +198,12 @@ def test_what_has_no_room_for_its_graph_goes_forward_again_without_products(lora
 
 
 @pytest.mark.parametrize(("budget", "kept"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
-def test_graphs_are_kept_where_tapes_of_the_others_fit_beside(budget: int, kept: int) -> None:
+def test_graphs_to_keep_leaves_room_for_other_caches(budget: int, kept: int) -> None:
     assert graphs_within_budget(10, 100, 40, budget) == kept
     assert graphs_within_budget(10, 100, 0, budget) == budget // 100, "a model without linear maps"
 
 
-def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
+def test_backbone_holds_no_live_tensor() -> None:
     apply, _ = setup(make_model("qwen2"))
     held = [x for x in vars(apply.templates.backbone.module).values() if isinstance(x, Tensor) and not x.is_meta]
     assert not held
@@ -217,7 +213,7 @@ def test_the_model_is_not_kept_alive_by_what_it_was_cut_with() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @adapters
-def test_compiled_passes_give_the_same_influences(lora: bool) -> None:
+def test_compiled_policy_matches_plain_influences(lora: bool) -> None:
     model = make_model("qwen2", lora=lora, attention="sdpa")
     plain, state = setup(model)
     compiled, _ = fx.make_functional(model, compiled=True)

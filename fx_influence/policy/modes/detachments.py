@@ -1,4 +1,4 @@
-"""Derivatives that a model's own code cuts off, by ``detach`` or ``no_grad``: seen, and undone."""
+"""Notice or undo the places where a model's own code cuts off derivatives, by ``detach`` or ``no_grad``."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# In torch a property's getter is a function of its own.
+# In torch a property's getter is a function, which a mode sees.
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 _DETACH = (Tensor.detach, torch.detach, Tensor.detach_)
 _SET_GRAD: Any = torch._C._set_grad_enabled
 
 
 class DetachmentWatch(TorchFunctionMode):
-    """While active, notes whether a tensor that requires a gradient is detached, or used without a graph."""
+    """While active, notes in ``seen`` whether a tensor that requires a gradient is detached, or used under no_grad."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
-        self._off = False
+        self._grad_disabled = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _SET_GRAD:
-            self._off = not args[0]
-        elif (func in _DETACH or _is_data(func) or (self._off and not _is_getter(func))) and not self.seen:
+            self._grad_disabled = not args[0]
+        elif (func in _DETACH or _is_data(func) or (self._grad_disabled and not _is_getter(func))) and not self.seen:
             self.seen = any(isinstance(x, Tensor) and x.requires_grad for x in args)
         return func(*args, **(kwargs or {}))
 
 
 class Undetached(TorchFunctionMode):
-    """While active, ``detach`` and ``.data`` give the tensor itself and ``no_grad`` does nothing.
+    """While active, ``detach`` and ``.data`` return the tensor itself and ``no_grad`` does nothing.
 
-    So the derivatives of a model are those of the function that it is, whatever its training leaves out of them: PEFT's
-    DoRA its norms of weights, a straight-through estimator what it passes by.
+    A model's derivatives are then those of the function that it computes, whatever its training leaves out of them:
+    PEFT's DoRA detaches the norms of its weights, a straight-through estimator what it rounds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

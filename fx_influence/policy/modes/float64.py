@@ -1,4 +1,4 @@
-"""Forwards in float64 of models that cast to float32 in places."""
+"""Run models in float64 that cast to float32 in places."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _NAMES = {"torch.FloatTensor", "torch.cuda.FloatTensor"}
 
 
 class StayFloat64(TorchFunctionMode):
-    """Float64 in place of float32 wherever a model asks for it: in norms, routers, scores and attention's softmax.
+    """While active, a model's requests for float32 give float64: in norms, routers, scores and attention's softmax.
 
     Those casts protect half precision. In float64 they would round every forward to float32, and worse: eager attention
-    masks with the dtype's lowest number, and to a float32 softmax float64's lowest is -inf, so a query that sees
+    masks with the dtype's lowest number, and in a float32 softmax float64's lowest is -inf, so a query that sees
     nothing, as padding on the left does, would be NaN, and through it every gradient. A request for float32, by method,
-    by argument or by default in a tensor that is made new, becomes one for float64; tensors of float32 that the model
-    holds meet float64 in products, and are cast there.
+    by argument or by default in a new tensor, becomes one for float64. Float32 tensors that the model stores are cast
+    where they meet float64 in a product.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,7 +32,7 @@ class StayFloat64(TorchFunctionMode):
             kwargs = {**kwargs, "dtype": torch.float64}
         tensors = [x for x in args if isinstance(x, Tensor)]
         if {x.dtype for x in tensors} >= {torch.float32, torch.float64} and not _writes(func):
-            # Among them rotary embeddings of transformers 4: frequencies, kept as they are, times positions.
+            # Rotary embeddings of transformers 4 are such products: frequencies, stored in float32, times positions.
             args = tuple(x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and not tensors and out.dtype == torch.float32 and not _is_attribute(func):

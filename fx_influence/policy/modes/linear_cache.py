@@ -1,4 +1,4 @@
-"""The outputs of a forward's linear layers, kept so that a second forward of the same rows skips their products."""
+"""Store the outputs of a forward's linear layers, so that a second forward of the same rows skips their products."""
 
 from __future__ import annotations
 
@@ -13,38 +13,45 @@ from fx_influence.policy.modes.level_aware import LevelAwareMode
 
 
 class LinearOutputCache(LevelAwareMode):
-    """While active, keeps what leaves every linear map, in order.
+    """While active, stores the output of every linear layer, in order of the calls.
 
-    A forward-mode pass over the same tokens that is given the ``outputs`` has its own products to make and no others:
-    a third less than without, where the weights move too. A forward made again has none to make, see
+    A forward-mode pass over the same tokens that is given the ``outputs`` makes the products of its tangents and no
+    others: a third fewer than without them, where the weights move too. A recomputed forward makes none, see
     ``ReuseLinearOutputs``.
+
+    Args:
+        max_bytes: size of all outputs at which they are dropped.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         super().__init__()
         self.bytes = 0
-        self.room = room
-        self._kept: list[tuple[Tensor, int]] | None = []
+        self.max_bytes = max_bytes
+        self._stored: list[tuple[Tensor, int]] | None = []
 
     @property
     def outputs(self) -> list[Tensor] | None:
-        """None once they exceed ``room`` bytes, or where one was changed in place after it was made."""
-        if self._kept is None or any(x._version != version for x, version in self._kept):
+        """The outputs in order; None once they exceed ``max_bytes``, or if one was changed in place afterwards."""
+        if self._stored is None or any(x._version != version for x, version in self._stored):
             return None
-        return [x for x, _ in self._kept]
+        return [x for x, _ in self._stored]
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if func is F.linear and self._kept is not None:
+        if func is F.linear and self._stored is not None:
             self.bytes += out.numel() * out.element_size()
-            self._kept.append((out.detach(), out._version))
-            if self.bytes > self.room:
-                self._kept, self.bytes = None, 0
+            self._stored.append((out.detach(), out._version))
+            if self.bytes > self.max_bytes:
+                self._stored, self.bytes = None, 0
         return out
 
 
 class CachedOutputsMode(LevelAwareMode):
-    """Knows what leaves the linear maps of a forward, in order, from a ``LinearOutputCache`` of the same forward."""
+    """A mode that is given the outputs of a forward's linear layers, from a ``LinearOutputCache`` of the same forward.
+
+    Args:
+        outputs: in order of the calls; None for a forward of which no cache is at hand.
+    """
 
     def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:
         super().__init__()
@@ -53,20 +60,22 @@ class CachedOutputsMode(LevelAwareMode):
 
     @property
     def outputs_fit(self) -> bool:
-        """Whether the forward called as many linear maps as there are outputs, and each of the output's shape.
+        """Whether the forward called as many linear layers as there are outputs, each with an output of that shape.
 
-        A custom function's own are seen outside of ``torch.func`` and not inside: results are then of no use.
+        A mode sees the linear layers of a custom ``autograd.Function`` outside ``torch.func`` and not inside it. If the
+        outputs do not fit, the results of the forward are wrong and must be dropped.
         """
         return not self._misfit and not self._outputs
 
-    def _next_output(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def next_output(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """Return the stored output of the next linear layer, or None where there is none of its shape."""
         if self._outputs is None:
             return None
-        known = self._outputs.pop() if self._outputs else None
-        if known is None or known.shape != (*x.shape[:-1], *weight.shape[:-1]):
+        output = self._outputs.pop() if self._outputs else None
+        if output is None or output.shape != (*x.shape[:-1], *weight.shape[:-1]):
             self._misfit = True
             return None
-        return known
+        return output
 
 
 class ReuseLinearOutputs(CachedOutputsMode):
@@ -75,35 +84,36 @@ class ReuseLinearOutputs(CachedOutputsMode):
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not F.linear:
             return func(*args, **kwargs)
-        given = linear_arguments(*args, **kwargs)
-        known = self._next_output(*given[:2])
-        # Under autocast inside a model they differ, and casts are not replayed.
-        if known is None or given[1].dim() != 2 or not all(x is None or x.dtype == known.dtype for x in given):
+        x, weight, bias = linear_arguments(*args, **kwargs)
+        output = self.next_output(x, weight)
+        # Under autocast inside a model the dtypes differ, and the casts are not repeated here.
+        same_dtype = output is not None and all(y is None or y.dtype == output.dtype for y in (x, weight, bias))
+        if output is None or weight.dim() != 2 or not same_dtype:
             return func(*args, **kwargs)
-        return _KnownLinear.apply(known, *given)
+        return _StoredLinear.apply(output, x, weight, bias)
 
 
 def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Arguments of ``F.linear`` in order, however they are passed."""
+    """Return the arguments of ``F.linear`` in order, however they are passed."""
     return input, weight, bias
 
 
-class _KnownLinear(torch.autograd.Function):
-    """x w^T + b where it is known already."""
+class _StoredLinear(torch.autograd.Function):
+    """x w^T + b, whose value is stored already."""
 
     @staticmethod
-    def forward(ctx: Any, known: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return known.detach()
+        return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, toward: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        _, of_x, of_weight, *of_bias = ctx.needs_input_grad
-        flat = toward.reshape(-1, toward.shape[-1])
+        _, needs_x, needs_weight, *needs_bias = ctx.needs_input_grad
+        flat = cotangent.reshape(-1, cotangent.shape[-1])
         return (
             None,
-            (flat @ weight).reshape(x.shape) if of_x else None,
-            flat.T @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-            *(flat.sum(0) if wanted else None for wanted in of_bias),
+            (flat @ weight).reshape(x.shape) if needs_x else None,
+            flat.T @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+            *(flat.sum(0) if needed else None for needed in needs_bias),
         )

@@ -13,10 +13,17 @@ from fx_influence.types import Params
 
 
 class WriteWatch(TorchDispatchMode):
-    """While active, no operation writes into ``tensors``: it is left out, and the tensor's name noted in ``written``.
+    """While active, leaves out every operation that writes to some of ``tensors``, and records it.
 
-    What the forward gives then is worth nothing where something was noted. ``vocabulary``: rows of the table in which
-    ``ids`` were looked up, None where they were not.
+    If something was recorded, the results of the forward are worthless.
+
+    Args:
+        tensors: by name.
+        ids: the tokens that the forward is given.
+
+    Attributes:
+        written: name of a tensor -> the first operation that would have written to it.
+        vocabulary: rows of the smallest table in which ``ids`` were looked up, None if they were not.
     """
 
     def __init__(self, tensors: Params, ids: Tensor) -> None:
@@ -28,8 +35,8 @@ class WriteWatch(TorchDispatchMode):
         for name, x in tensors.items():
             local = to_local(x)
             if local.numel() and not local.is_meta:
-                places = self._names.setdefault(local.untyped_storage().data_ptr(), {})
-                places[int(local.storage_offset())] = name
+                offsets = self._names.setdefault(local.untyped_storage().data_ptr(), {})
+                offsets[int(local.storage_offset())] = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,23 +56,23 @@ class WriteWatch(TorchDispatchMode):
 
     def _name(self, x: Tensor) -> str | None:
         try:
-            places = self._names.get(x.untyped_storage().data_ptr())
+            offsets = self._names.get(x.untyped_storage().data_ptr())
         except (RuntimeError, NotImplementedError):
-            # A wrapper without storage of its own is none of them.
+            # A wrapper without a storage is none of the tensors.
             return None
-        if places is None:
+        if offsets is None:
             return None
-        return places.get(int(x.storage_offset()), next(iter(places.values())))
+        return offsets.get(int(x.storage_offset()), next(iter(offsets.values())))
 
 
 def _binds_itself(func: Any, args: Any) -> bool:
-    """Whether a tensor is given the storage that it has, as parametrizations do that peft makes in a forward."""
+    """Return whether a tensor is given the storage that it has, as in parametrizations that PEFT makes in a forward."""
     if func is not torch.ops.aten.set_.source_Tensor:
         return False
     x, source = args
-    same = x.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    same_storage = x.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
     return (
-        same
+        same_storage
         and x.shape == source.shape
         and x.stride() == source.stride()
         and x.storage_offset() == source.storage_offset()

@@ -53,7 +53,7 @@ class HandedOn(AttentionModel):
 
 
 @pytest.mark.parametrize("kind", [WithSegments, WithTargets, InDict, HandedOn])
-def test_only_what_is_a_mask_is_given_the_mask(kind: type[nn.Module]) -> None:
+def test_policy_passes_mask_only_to_mask_arguments(kind: type[nn.Module]) -> None:
     model = make_float64(kind)
     out = model(IDS)
     own = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else None
@@ -63,7 +63,7 @@ def test_only_what_is_a_mask_is_given_the_mask(kind: type[nn.Module]) -> None:
     assert is_close(apply(params, IDS, MASK), own)
 
 
-def test_a_wrapper_that_hands_everything_on_is_given_the_mask() -> None:
+def test_policy_passes_mask_to_wrapper_of_any_arguments() -> None:
     apply, params = fx.make_functional(make_float64(HandedOn))
     padded = MASK.clone()
     padded[:, 0] = False
@@ -93,7 +93,7 @@ class NoLogits(Summed):
         (NoLogits, r"gives a SimpleNamespace without a tensor of logits"),
     ],
 )
-def test_a_forward_without_logits_of_every_token_is_refused(kind: type[nn.Module], message: str) -> None:
+def test_make_functional_rejects_missing_logits(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fx.make_functional(make_float64(kind))
 
@@ -122,7 +122,7 @@ class Backwards(AttentionModel):
         return super().forward(input_ids, attention_mask, position_ids)
 
 
-def test_positions_begin_where_the_models_own_do() -> None:
+def test_fit_forward_finds_first_position() -> None:
     model = make_float64(FromTwo)
     apply, params = fx.make_functional(model)
     assert is_close(apply(params, IDS, MASK), model(IDS))
@@ -131,7 +131,7 @@ def test_positions_begin_where_the_models_own_do() -> None:
     assert is_close(apply(params, IDS, left)[:, 3:], apply(params, IDS[:, 3:], MASK[:, 3:]))
 
 
-def test_positions_of_another_kind_are_refused_with_the_remedy() -> None:
+def test_make_functional_rejects_other_positions() -> None:
     model = make_float64(Backwards)
     with pytest.raises(ValueError, match=r"It makes other positions .*position_ids=False"):
         fx.make_functional(model)
@@ -159,12 +159,12 @@ class CountsIntegers(AttentionModel):
 
 
 @pytest.mark.parametrize(("kind", "message"), [(Noisy, "a row of tokens"), (CountsIntegers, "padded rows")])
-def test_a_forward_that_differs_is_refused(kind: type[nn.Module], message: str) -> None:
+def test_make_functional_rejects_differing_forward(kind: type[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=rf"apply differs from model's own logits on {message}.*, by"):
         fx.make_functional(make_float64(kind))
 
 
-def test_prompt_tuning_scores_the_given_tokens_alone() -> None:
+def test_policy_drops_logits_of_virtual_tokens() -> None:
     from peft import PromptTuningConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -190,7 +190,7 @@ def test_prompt_tuning_scores_the_given_tokens_alone() -> None:
     assert is_close(found, own)
 
 
-def test_looking_changes_nothing() -> None:
+def test_make_functional_leaves_model_unchanged() -> None:
     model = make_float64(AttentionModel).train()
     model.qkv.eval()
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -207,7 +207,7 @@ def test_looking_changes_nothing() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_check_policy_tells_what_has_changed_since() -> None:
+def test_check_policy_reports_changes() -> None:
     model = make_float64(AttentionModel)
     model.head.bias.requires_grad_(False)
     apply, params = fx.make_functional(model)
@@ -232,7 +232,7 @@ class OfOneWidth(AttentionModel):
         return super().forward(input_ids, **options)
 
 
-def test_functionalize_warns_where_it_compared_nothing() -> None:
+def test_make_functional_warns_when_nothing_was_compared() -> None:
     with pytest.warns(UserWarning, match=r"RuntimeError: expected rows of one width\).*not compared.*check_deriv") as w:
         fx.make_functional(make_float64(OfOneWidth))
     assert w[0].filename == __file__

@@ -73,14 +73,14 @@ class Stretched(AttentionModel):
 MIXING = [Shifted, Convolved, Summing, Normalised, Stretched]
 
 
-def test_plain_attention_shares_prompts() -> None:
+def test_plain_attention_is_prefix_shareable() -> None:
     policy = split_policy(fx.make_functional(make_float64(AttentionModel))[0])
     assert policy.left_alignable
     assert policy.prefix_shareable
 
 
 @pytest.mark.parametrize("kind", MIXING)
-def test_what_is_learned_later_is_seen_at_once(kind: type[nn.Module]) -> None:
+def test_structure_is_found_before_gates_open(kind: type[nn.Module]) -> None:
     model = make_float64(kind)
     apply, params = fx.make_functional(model)
     assert not split_policy(apply).prefix_shareable
@@ -118,7 +118,7 @@ class Capacity(AttentionModel):
 
 
 @pytest.mark.parametrize("kind", [OverRows, Capacity])
-def test_rows_that_see_each_other_are_refused(kind: type[nn.Module]) -> None:
+def test_make_functional_rejects_dependent_rows(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="gives a row other logits in a batch with other rows"):
         fx.make_functional(make_float64(kind))
 
@@ -159,7 +159,7 @@ def rows_on_both_sides(seed: int) -> fx.Batch:
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_positions_mean_what_they_mean_in_the_whole_batch(rope_type: str) -> None:
+def test_dynamic_rope_depends_on_batch_width(rope_type: str) -> None:
     model = long_model(rope_type)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     apply, params = fx.make_functional(model)
@@ -187,7 +187,7 @@ def test_positions_mean_what_they_mean_in_the_whole_batch(rope_type: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_activated_adapters_do_not_share_prompts() -> None:
+def test_activated_lora_is_not_prefix_shareable() -> None:
     """From which token on they act is read from the ids of a row."""
     from helpers.hf_models import make_model
     from peft import LoraConfig, get_peft_model
@@ -197,7 +197,7 @@ def test_activated_adapters_do_not_share_prompts() -> None:
     assert not split_policy(fx.make_functional(model)[0]).prefix_shareable
 
 
-def test_prompts_of_one_token_are_shared() -> None:
+def test_one_token_prompts_are_shared() -> None:
     from helpers.hf_models import make_model
 
     model = make_model("llama", attention="sdpa").double()

@@ -34,7 +34,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
+def test_make_functional_unwraps_model(kind: str) -> None:
     model = make_float64(AttentionModel)
     apply, params = fx.make_functional(model)
     expected = fx.influence(params, U, E, warm_state(model), apply=apply)
@@ -48,7 +48,7 @@ def test_a_wrapped_model_is_the_model_inside(kind: str) -> None:
     assert torch.equal(found.per_sequence, expected.per_sequence)
 
 
-def test_modules_compiled_inside_a_model_keep_their_tangents() -> None:
+def test_inner_compiled_modules_keep_tangents() -> None:
     model = make_float64(CompiledInside)
     apply, params = fx.make_functional(model)
     assert "qkv._orig_mod.weight" in params
@@ -88,7 +88,7 @@ HEADS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_of_another_kind_works(kind: str) -> None:
+def test_policy_supports_wrapped_heads(kind: str) -> None:
     model = HEADS[kind]().eval()
     apply, params = fx.make_functional(model)
     state = warm_state(model)
@@ -123,7 +123,7 @@ class ReadsItsDtype(ReadsItsHead):
 
 
 @pytest.mark.parametrize(("kind", "cut"), [(ReadsItsHead, False), (ReadsItsDtype, True)])
-def test_a_head_read_in_the_forward_is_cut_off_where_it_can_be(kind: type[nn.Module], cut: bool) -> None:
+def test_cut_model_when_forward_reads_its_head(kind: type[nn.Module], cut: bool) -> None:
     class Named(kind):  # type: ignore[valid-type, misc]
         def forward(
             self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -166,7 +166,7 @@ def experts(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
-def test_every_pass_takes_experts_that_have_its_derivatives(kind: str) -> None:
+def test_passes_choose_experts_with_derivatives(kind: str) -> None:
     model = experts(kind)
     apply, params = fx.make_functional(model)
     state, ones = warm_state(model), {name: torch.ones_like(p) for name, p in params.items()}

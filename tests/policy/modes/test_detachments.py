@@ -32,7 +32,7 @@ class Detaching(AttentionModel):
 
 
 @pytest.mark.parametrize("by", ["detach", "no_grad"])
-def test_e_has_the_derivatives_of_the_function(by: str) -> None:
+def test_jvp_delta_ignores_detachments(by: str) -> None:
     apply, params = fx.make_functional(make_float64(Detaching, by=by))
     e = full_batch(2, rows=8)
     direction = {name: torch.zeros_like(p) for name, p in params.items()}
@@ -46,7 +46,7 @@ def test_e_has_the_derivatives_of_the_function(by: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False, "stderr": False}])
-def test_u_has_the_trainers_gradient_and_e_the_functions(options: dict[str, Any]) -> None:
+def test_influence_detaches_update_batch_only(options: dict[str, Any]) -> None:
     model = make_float64(Detaching)
     apply, params = fx.make_functional(model)
     u, e, state = full_batch(1), full_batch(2, rows=8), warm_state(model)
@@ -63,7 +63,7 @@ def test_u_has_the_trainers_gradient_and_e_the_functions(options: dict[str, Any]
     assert (out.total - along).abs() <= 1e-9 * out.per_sequence.abs().sum()
 
 
-def test_dora_has_the_derivatives_of_the_function() -> None:
+def test_jvp_delta_differentiates_dora_norms() -> None:
     from helpers.hf_models import make_model
     from peft import LoraConfig, get_peft_model
 
@@ -99,7 +99,7 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_that_may_change_gradients_are_refused(kind: str) -> None:
+def test_make_functional_rejects_gradient_hooks(kind: str) -> None:
     model = make_float64(AttentionModel)
     handle = HOOKS[kind](model)
     with pytest.raises(ValueError, match=rf"'qkv(.weight)?' has a hook on its .*{kind}.*expected none"):
@@ -108,7 +108,7 @@ def test_hooks_that_may_change_gradients_are_refused(kind: str) -> None:
     fx.make_functional(model)
 
 
-def test_hooks_of_frozen_parameters_and_those_that_look_on_are_let_be() -> None:
+def test_make_functional_accepts_harmless_hooks() -> None:
     def looks(g: Tensor) -> None:
         return None
 

@@ -39,14 +39,14 @@ ASKS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("ask", ASKS)
-def test_float64_stays_whatever_asks_for_float32(ask: str) -> None:
+def test_stay_float64_overrides_float32_requests(ask: str) -> None:
     with StayFloat64():
         found = ASKS[ask]()
     assert found.dtype == torch.float64
     assert torch.equal(found, ONE)
 
 
-def test_softmax_and_linear_maps_stay_float64() -> None:
+def test_stay_float64_covers_softmax_and_linear() -> None:
     with StayFloat64():
         found = torch.nn.functional.softmax(ONE, dim=-1, dtype=torch.float32)
         mapped = torch.nn.functional.linear(ONE, torch.eye(3, dtype=torch.float64).float())
@@ -54,7 +54,7 @@ def test_softmax_and_linear_maps_stay_float64() -> None:
     assert torch.equal(mapped, ONE)
 
 
-def test_what_is_written_in_place_keeps_its_dtype_and_its_place() -> None:
+def test_stay_float64_leaves_in_place_targets() -> None:
     target = torch.zeros(3, dtype=torch.float32)
     with StayFloat64():
         target.copy_(ONE)

@@ -30,7 +30,7 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("taped", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
-def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ...], bias: bool, taped: bool) -> None:
+def test_linear_jvp_matches_torch(moving: tuple[int, ...], bias: bool, taped: bool) -> None:
     if not bias and 2 in moving:
         moving = tuple(k for k in moving if k != 2) or (0,)
     at, along = drawn(0), drawn(1)
@@ -49,7 +49,7 @@ def test_a_linear_map_has_torchs_derivative_whatever_moves(moving: tuple[int, ..
         assert_close(value, wanted)
 
 
-def test_known_outputs_are_used_and_not_computed_again() -> None:
+def test_forward_mode_jvp_uses_cached_outputs() -> None:
     x, w, _ = drawn(0)
     known = torch.full((2, 3, 4), 7.0, dtype=torch.float64)
     value, slope = forward_mode_jvp(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
@@ -72,7 +72,7 @@ FACTORS = {
 
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 @pytest.mark.parametrize("case", FACTORS)
-def test_a_product_has_torchs_derivative_whatever_moves(case: str, moving: tuple[int, ...]) -> None:
+def test_product_jvp_matches_torch(case: str, moving: tuple[int, ...]) -> None:
     at, along = drawn(0), drawn(1)
 
     def f(p: dict[str, Tensor]) -> Tensor:
@@ -85,7 +85,7 @@ def test_a_product_has_torchs_derivative_whatever_moves(case: str, moving: tuple
         assert_close(value, wanted)
 
 
-def test_no_zeros_are_made_for_what_does_not_move() -> None:
+def test_forward_mode_makes_no_zero_tangents() -> None:
     x, w, b = drawn(0)
     seen = []
 
@@ -101,7 +101,7 @@ def test_no_zeros_are_made_for_what_does_not_move() -> None:
 
 
 @pytest.mark.parametrize(("room", "kept"), [(0, None), (95, None), (96 * 2, 1), (96 * 4, 2)])
-def test_a_tape_keeps_all_or_nothing(room: int, kept: int | None) -> None:
+def test_linear_output_cache_stores_all_or_nothing(room: int, kept: int | None) -> None:
     """One output is 2 x 3 x 4 float64, 192 bytes."""
     x, w, _ = drawn(0)
     cache = LinearOutputCache(room)
@@ -119,7 +119,7 @@ def test_a_tape_keeps_all_or_nothing(room: int, kept: int | None) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("still", [None, 0, 1])
-def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | None, bias: bool) -> None:
+def test_reuse_linear_outputs_has_no_products(still: int | None, bias: bool) -> None:
     at = [x if k == still else x.requires_grad_() for k, x in enumerate(drawn(0))]
     leaves = [x for x in at[: 2 + bias] if x.requires_grad]
 
@@ -140,7 +140,7 @@ def test_a_forward_made_again_has_no_products_and_all_derivatives(still: int | N
         assert_close(value, wanted)
 
 
-def test_a_map_under_autocast_is_computed_again() -> None:
+def test_reuse_linear_outputs_recomputes_under_autocast() -> None:
     x, w = (a.float() for a in drawn(0)[:2])
     cache = LinearOutputCache(10**6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,7 +155,7 @@ def test_a_map_under_autocast_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
-def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> None:
+def test_any_number_of_caches_gives_same_derivatives(fit: int) -> None:
     apply, params = make_apply(TinyPolicy(11, 6, 2, 2, 7))
     batch = random_batch(torch.Generator().manual_seed(0), 5, 7, 11)
     along = {name: torch.randn_like(p) for name, p in params.items()}
@@ -173,7 +173,7 @@ def test_tapes_of_any_number_of_parts_give_the_same_derivatives(fit: int) -> Non
         assert_close(value, wanted)
 
 
-def test_what_is_changed_after_it_was_made_is_not_kept() -> None:
+def test_linear_output_cache_drops_changed_outputs() -> None:
     x, w, _ = drawn(0)
     cache = LinearOutputCache(10**6)
     with cache:
@@ -200,7 +200,7 @@ def nested(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("apply", [rowwise, nested])
-def test_a_policy_may_transform_functions_itself(apply: Apply) -> None:
+def test_token_jvp_supports_policies_with_transforms(apply: Apply) -> None:
     params, batch = drawn_tree(torch.float64)
     along = {name: p.cos() for name, p in params.items()}
     gradient, caches = gradient_with_cache(params, batch, apply, memory_budget=10**8)
@@ -220,7 +220,7 @@ def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         return F.linear(x * p["s"], p["b"])
 
 
-def test_a_policy_may_enter_autocast_itself() -> None:
+def test_token_jvp_supports_policies_with_autocast() -> None:
     params, batch = drawn_tree(torch.float32)
     gradient, caches = gradient_with_cache(params, batch, half, memory_budget=10**8)
     found = {name: g for name, g in gradient.items() if g is not None}

@@ -64,7 +64,7 @@ def test_forward_mode_binds_arguments_by_name(call: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["input_weight_bias", "weight", "bias", "weight_of_one_axis"])
-def test_replay_gives_a_taped_output_when_called_by_name(call: str) -> None:
+def test_reuse_linear_outputs_binds_arguments_by_name(call: str) -> None:
     params = weights()
     cache = LinearOutputCache(10**6)
     with cache:
@@ -114,7 +114,7 @@ def hiding(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return F.linear(Doubled.apply(x.tanh(), params["w"]).tanh(), params["w"])
 
 
-def test_tapes_of_a_custom_function_are_not_taken_for_others() -> None:
+def test_token_jvp_ignores_cache_of_custom_function() -> None:
     params = {name: p for name, p in weights().items() if name in ("w", "b")}
     batch = random_batch(torch.Generator().manual_seed(0), 3, 6, WIDTH)
     u = {name: p.flip(0) for name, p in params.items()}
@@ -125,7 +125,7 @@ def test_tapes_of_a_custom_function_are_not_taken_for_others() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=BOUND * float(theirs.abs().max()))
 
 
-def test_outputs_of_another_forward_do_not_fit() -> None:
+def test_outputs_fit_only_their_forward() -> None:
     x, w = torch.ones(2, WIDTH), torch.eye(WIDTH)
     for calls, outputs in ((2, 1), (1, 2), (0, 1)):
         replay = ReuseLinearOutputs([torch.ones(2, WIDTH)] * outputs)
@@ -140,7 +140,7 @@ def test_outputs_of_another_forward_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
-def test_weighted_gradient_goes_forward_anew_when_outputs_do_not_fit(chunk_size: int | None) -> None:
+def test_reweighted_gradient_recomputes_when_outputs_misfit(chunk_size: int | None) -> None:
     """A forward that calls more linear maps under a graph than without one."""
 
     def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def test_weighted_gradient_goes_forward_anew_when_outputs_do_not_fit(chunk_size:
             torch.testing.assert_close(ours, g, rtol=0, atol=BOUND * float(g.abs().max()))
 
 
-def test_a_failed_pass_leaves_no_level_open() -> None:
+def test_forward_mode_jvp_closes_level_when_model_raises() -> None:
     params = weights()
 
     def fails(p: Params) -> Tensor:

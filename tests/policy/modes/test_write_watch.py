@@ -36,7 +36,7 @@ class Rescaling(AttentionModel):
 
 
 @pytest.mark.parametrize("by", ["div_", "data", "set out", "foreach"])
-def test_a_forward_that_writes_to_weights_is_refused(by: str) -> None:
+def test_make_functional_rejects_writes_to_weights(by: str) -> None:
     model = make_float64(Rescaling, by=by).train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"writes to its parameter 'qkv.weight' in a forward .*; expected a forward"):
@@ -63,7 +63,7 @@ class Scratch(AttentionModel):
         return x * self.calls + self.longest
 
 
-def test_no_call_sees_what_another_left() -> None:
+def test_policy_calls_are_independent() -> None:
     model = make_float64(Scratch)
     apply, params = fx.make_functional(model)
     given = params, BATCH.input_ids, BATCH.attention_mask
@@ -105,7 +105,7 @@ class TiedTwice(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Listed, TiedTwice])
-def test_no_meta_tensor_survives_a_call(kind: type[nn.Module]) -> None:
+def test_policy_places_unregistered_tensors(kind: type[nn.Module]) -> None:
     model = make_float64(kind)
     if isinstance(model, Listed):
         model.rows, model.named = [model.head.weight], {"bias": model.head.bias}
@@ -121,7 +121,7 @@ def test_no_meta_tensor_survives_a_call(kind: type[nn.Module]) -> None:
     assert is_close(found, model(BATCH.input_ids))
 
 
-def test_a_parameter_in_a_tuple_is_refused() -> None:
+def test_make_functional_rejects_parameter_in_tuple() -> None:
     model = make_float64(Listed)
     model.rows = (model.head.weight,)
     with pytest.raises(ValueError, match=r"'head.weight' stands in a tuple.*ParameterList"):
