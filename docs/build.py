@@ -1,0 +1,39 @@
+"""Build the API reference from the docstrings into docs/api (``make docs``); a warning ends the build."""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+import fx_influence
+
+OUTPUT = Path(__file__).parent / "api"
+
+
+def public_modules() -> list[str]:
+    """Return the package and every module in it whose path has no private name."""
+    names = [module.name for module in pkgutil.walk_packages(fx_influence.__path__, "fx_influence.")]
+    return ["fx_influence", *(name for name in names if not any(part.startswith("_") for part in name.split(".")))]
+
+
+def build(output: Path) -> None:
+    """Write one page for each public module into ``output``; raise the first warning."""
+    # The package imports its public names when they are first used, and pdoc reads only those that are there.
+    for name in fx_influence.__all__:
+        setattr(fx_influence, name, getattr(fx_influence, name))
+    pdoc.render.configure(docformat="google", footer_text=f"fx_influence {fx_influence.__version__}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # The generated constructor of a NamedTuple has other globals than its module, where pdoc cannot look (16.0).
+        warnings.filterwarnings("ignore", r"Error parsing type annotation .*__init__\. Import of", UserWarning)
+        pdoc.pdoc(*public_modules(), output_directory=output)
+
+
+if __name__ == "__main__":
+    build(OUTPUT)
+    print(f"wrote {OUTPUT / 'index.html'}")
+    sys.exit(0)
