@@ -6,7 +6,7 @@ RUN ?= runs/demo
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope
 
-.PHONY: demo test slow processors browser lint types clean
+.PHONY: demo test slow processors browser docs lint types clean
 
 demo: $(READY)
 	$(BIN)/fx-influence run --out $(RUN)
@@ -26,6 +26,10 @@ processors: $(READY)
 browser: $(READY)
 	$(BIN)/pytest -m "browser and not slow"
 
+# the API reference, from the docstrings; a warning ends the build
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/api *.egg-info

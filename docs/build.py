@@ -30,6 +30,8 @@ def build(output: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         # The generated constructor of a NamedTuple has other globals than its module, where pdoc cannot look (16.0).
         warnings.filterwarnings("ignore", r"Error parsing type annotation .*__init__\. Import of", UserWarning)
+        # A room's own ``__all__`` hides its modules from pdoc, so that each is named here and some come twice.
+        warnings.filterwarnings("ignore", "The module specification .* adds a module named", UserWarning)
         pdoc.pdoc(*public_modules(), output_directory=output)
 
 
