@@ -111,7 +111,7 @@ def test_conditioning_matches_formula(options: dict[str, Any]) -> None:
     state = half_fresh(case)
     expected = case.literal(state, **{k: v for k, v in options.items() if k in ("preconditioner", "max_grad_norm")})
     assert 0.05 < expected < 0.9999
-    # the parts of a rollout cancel among coordinates, by less than a thousand times
+    # A rollout's contributions cancel among coordinates, by less than a factor of a thousand.
     assert_close_to_rounding(case.influence(state, **options).conditioning, expected, terms=TINY_POLICY, scale=1e3)
 
 
@@ -128,23 +128,23 @@ def test_conditioning_follows_the_hyperparameters(changes: dict[str, Any]) -> No
 
 
 def test_conditioning_falls_when_the_optimizer_warms_up() -> None:
-    """What a training sees: high at the first step, low once the second moment has many steps."""
+    """In training it is high at the first step and low once the second moment averages many steps."""
     case, generator = Case(), torch.Generator().manual_seed(2)
     model = TinyPolicy(6, 6, 1, 2, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    seen = []
+    shares = []
     for step in range(31):
         if step in (0, 30):
-            seen.append(case.influence(fx.adamw_state(optimizer, model)).conditioning.item())
+            shares.append(case.influence(fx.adamw_state(optimizer, model)).conditioning.item())
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
-    assert seen[0] > 0.999
-    assert seen[1] < ILL_CONDITIONED
+    assert shares[0] > 0.999
+    assert shares[1] < ILL_CONDITIONED
 
 
 def test_conditioning_is_one_when_gradients_cancel() -> None:
-    """Two rollouts that are each other's opposite: g is 0, den is eps, and each part is huge; u g alone is 0."""
+    """Two rollouts are each other's opposite: g is 0, den is eps, and each part is huge; u g alone is 0."""
     case = Case()
     rows = torch.tensor([0, 0])
     signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
@@ -158,8 +158,8 @@ def test_conditioning_is_one_when_gradients_cancel() -> None:
 def test_keep_fresh_drops_what_the_optimizer_does_not_hold() -> None:
     case = Case()
     u = random_direction(torch.Generator().manual_seed(0), case.params)
-    held = {name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")}
-    state = case.fresh._replace(**{k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in held.items()})
+    by_name = {name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")}
+    state = case.fresh._replace(**{k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in by_name.items()})
     grads = {name: torch.ones_like(p) for name, p in case.params.items()} | {"head.weight": None}
     part = {name: x.clone() for name, x in u.items()}
     AdamWStep.of(grads, state, case.params, "frozen", None).keep_fresh_(part)
@@ -168,11 +168,11 @@ def test_keep_fresh_drops_what_the_optimizer_does_not_hold() -> None:
     assert torch.equal(part["norm.bias"], u["norm.bias"])
 
 
-@pytest.mark.parametrize(("share", "said"), [(0.9, True), (0.5, False), (math.nan, False)])
-def test_influence_repr_warns_when_ill_conditioned(share: float, said: bool) -> None:
+@pytest.mark.parametrize(("share", "warns"), [(0.9, True), (0.5, False), (math.nan, False)])
+def test_influence_repr_warns_when_ill_conditioned(share: float, warns: bool) -> None:
     out = Case().influence(Case().warm)._replace(conditioning=torch.tensor(share))
-    assert ("conditioning=0.90" in repr(out)) == said
-    assert ("read no single rollout" in out._repr_html_()) == said
+    assert ("conditioning=0.90" in repr(out)) == warns
+    assert ("read no single rollout" in out._repr_html_()) == warns
 
 
 def test_health_gives_remedy_when_ill_conditioned() -> None:

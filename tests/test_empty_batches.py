@@ -1,4 +1,4 @@
-"""An update batch without any completion token: results of zeros, as a trainer trains on, and nothing is NaN."""
+"""An update batch without any completion token gives zeros, as a trainer trains on, and never NaN."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case(NamedTuple):
         return fx.influence(self.params, self.batch_u, self.batch_e, self.state, apply=self.apply, **options)
 
 
-def case() -> Case:
+def make_case() -> Case:
     generator = torch.Generator().manual_seed(3)
     model = TinyPolicy(6, 6, 1, 2, 8)
     apply, params = fx.make_functional(model)
@@ -36,7 +36,7 @@ def case() -> Case:
     return Case(model, apply, params, batch_u, batch_e, random_adamw_state(generator, params))
 
 
-ROUTES: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"matrix": True},
     {"per_token": False},
@@ -48,10 +48,10 @@ ROUTES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", ROUTES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_influence_is_zero_without_completion(options: dict[str, Any]) -> None:
-    own = case()
-    out = own.influence(**options)
+    training = make_case()
+    out = training.influence(**options)
     for name in ("per_sequence", "stderr", "residual", "unattributed"):
         value = getattr(out, name)
         assert torch.equal(value, torch.zeros_like(value)) or (name == "stderr" and options.get("stderr") is False), (
@@ -64,11 +64,11 @@ def test_influence_is_zero_without_completion(options: dict[str, Any]) -> None:
 
 
 def test_influence_baseline_is_adamw_step_without_completion() -> None:
-    """The step that a trainer makes then, from torch's own AdamW: momentum and weight decay."""
-    own = case()
+    """A trainer's step, by torch's AdamW, is then momentum and weight decay alone."""
+    training = make_case()
     lr = 1e-3
-    hypers = own.state.hyper
-    named = dict(own.model.named_parameters())
+    hypers = training.state.hyper
+    named = dict(training.model.named_parameters())
     groups = [
         {
             "params": [p],
@@ -81,36 +81,45 @@ def test_influence_baseline_is_adamw_step_without_completion() -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr)
     for name, p in named.items():
-        moments = {"exp_avg": own.state.exp_avg[name].clone(), "exp_avg_sq": own.state.exp_avg_sq[name].clone()}
-        optimizer.state[p] = {"step": torch.tensor(float(own.state.step[name])), **moments}
+        moments = {
+            "exp_avg": training.state.exp_avg[name].clone(),
+            "exp_avg_sq": training.state.exp_avg_sq[name].clone(),
+        }
+        optimizer.state[p] = {"step": torch.tensor(float(training.state.step[name])), **moments}
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    v = {name: (p.detach() - own.params[name]) / lr for name, p in named.items()}
-    slope = fx.jvp_delta(own.params, v, own.batch_e, apply=own.apply).first
-    # theta' - theta carries the rounding of theta, and is divided by lr.
-    size = max(float(p.abs().max()) for p in own.params.values()) / lr
-    assert_close_to_rounding(own.influence().baseline, slope, terms=TINY_POLICY, scale=size)
+    v = {name: (p.detach() - training.params[name]) / lr for name, p in named.items()}
+    slope = fx.jvp_delta(training.params, v, training.batch_e, apply=training.apply).first
+    # theta' - theta has the rounding error of theta, which is divided by lr.
+    size = max(float(p.abs().max()) for p in training.params.values()) / lr
+    assert_close_to_rounding(training.influence().baseline, slope, terms=TINY_POLICY, scale=size)
 
 
 def test_influence_grad_is_unattributed_without_completion() -> None:
-    own = case()
-    extra = random_direction(torch.Generator().manual_seed(0), own.params)
-    out = own.influence(grad=extra)
+    training = make_case()
+    extra = random_direction(torch.Generator().manual_seed(0), training.params)
+    out = training.influence(grad=extra)
     assert not out.per_sequence.any()
     assert out.unattributed != 0
 
 
 @pytest.mark.parametrize("preconditioner", ["adam", "identity"])
 def test_fisher_kernel_is_zero_without_completion(preconditioner: Any) -> None:
-    own = case()
-    for a, b in ((own.batch_u, own.batch_e), (own.batch_e, own.batch_u), (own.batch_u, own.batch_u)):
-        kernel = fx.fisher_kernel(own.params, a, b, own.state, apply=own.apply, preconditioner=preconditioner)
+    training = make_case()
+    for a, b in (
+        (training.batch_u, training.batch_e),
+        (training.batch_e, training.batch_u),
+        (training.batch_u, training.batch_u),
+    ):
+        kernel = fx.fisher_kernel(
+            training.params, a, b, training.state, apply=training.apply, preconditioner=preconditioner
+        )
         assert torch.equal(kernel, torch.zeros(len(a.input_ids), len(b.input_ids), dtype=kernel.dtype))
 
 
 def test_per_sample_grads_are_zero_without_completion() -> None:
-    own = case()
-    grads = fx.per_sample_grads(fx.rollout_loss(own.apply), own.params, own.batch_u)
+    training = make_case()
+    grads = fx.per_sample_grads(fx.rollout_loss(training.apply), training.params, training.batch_u)
     assert not any(g.any() or g.isnan().any() for g in grads.values())
 
 

@@ -39,7 +39,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def warm(state: AdamWState) -> AdamWState:
-    """The same state after one update at least: before it there is no second moment to divide by."""
+    """Return the state with at least one update, since before it there is no second moment to divide by."""
     return state._replace(step={name: max(step, 1) for name, step in state.step.items()})
 
 
@@ -48,7 +48,7 @@ def batch_b(case: Case, kind: str) -> Batch:
 
 
 def dictionary(case: Case) -> Params:
-    """Diagonals of either sign, none for the first parameter."""
+    """Return diagonals of either sign, none for the first parameter."""
     diagonal = random_direction(torch.Generator().manual_seed(1), case.params, 1.0)
     return dict(list(diagonal.items())[1:])
 
@@ -68,7 +68,7 @@ def kernel(case: Case, kind: str, **changes: Any) -> Tensor:
 
 
 def diagonals(case: Case, kind: str) -> Params | None:
-    """P by its definition."""
+    """Return P by its definition."""
     state = warm(case.opt_state)
     if kind == "identity":
         return None
@@ -127,7 +127,7 @@ def test_fisher_kernel_ignores_padding_chunks_and_budget(
 def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
     """K_ai is the slope of S_a along P grad S_i."""
     state = warm(case.opt_state)
-    found = kernel(case, KINDS[3])
+    result = kernel(case, KINDS[3])
     scored = batch_b(case, KINDS[3])._replace(coefficients=case.batch_u.completion_mask.double())
     rows = reference.sequence_gradients(case.apply, case.params, scored, case.temperature)
     diagonal = reference.adam_diagonals(state)
@@ -141,17 +141,17 @@ def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
 
         slope, bound = central_difference(scores, 1e-5, terms=TINY_POLICY)
         assert bound < 1e-2 * slope.abs().max()
-        assert_within(found[:, i], slope, bound)
+        assert_within(result[:, i], slope, bound)
 
 
 def test_fisher_kernel_takes_denominator_from_batch_b(case: Case) -> None:
-    louder = case.batch_u._replace(coefficients=10 * case.batch_u.coefficients)
+    larger = case.batch_u._replace(coefficients=10 * case.batch_u.coefficients)
     plain = kernel(case, KINDS[2])
     assert_close(
-        kernel(case, KINDS[2], batch_a=case.batch_e._replace(coefficients=louder.coefficients[:1].expand(4, -1))), plain
+        kernel(case, KINDS[2], batch_a=case.batch_e._replace(coefficients=larger.coefficients[:1].expand(4, -1))), plain
     )
-    assert kernel(case, KINDS[2], batch_b=louder).abs().max() < 0.8 * plain.abs().max()
-    clipped = kernel(case, KINDS[2], batch_b=louder, max_grad_norm=1e-3)
+    assert kernel(case, KINDS[2], batch_b=larger).abs().max() < 0.8 * plain.abs().max()
+    clipped = kernel(case, KINDS[2], batch_b=larger, max_grad_norm=1e-3)
     assert clipped.abs().max() > plain.abs().max()
 
 
@@ -170,29 +170,31 @@ def test_fisher_kernel_skips_params_outside_optimizer(case: Case) -> None:
         *({k: v for k, v in part.items() if k != last} for part in case.opt_state[:-1]), case.opt_state.lr
     )
     for kind in KINDS[2:]:
-        whole, without = kernel(case, kind), kernel(case, kind, opt_state=less)
-        only = {last: diagonals(case, kind)[last]}
-        rest = reference.fisher_kernel(case.apply, case.params, case.batch_e, case.batch_u, only, case.temperature)
-        assert rest.abs().max() > 1e-3 * whole.abs().max()
-        assert_close(without + rest, whole)
+        full, without = kernel(case, kind), kernel(case, kind, opt_state=less)
+        last_diagonal = {last: diagonals(case, kind)[last]}
+        rest = reference.fisher_kernel(
+            case.apply, case.params, case.batch_e, case.batch_u, last_diagonal, case.temperature
+        )
+        assert rest.abs().max() > 1e-3 * full.abs().max()
+        assert_close(without + rest, full)
 
 
 def test_fisher_kernel_is_pure(case: Case) -> None:
-    live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
+    requires_grad_params = {name: p.clone().requires_grad_() for name, p in case.params.items()}
     before = {name: p.clone() for name, p in case.params.items()}
     first = kernel(case, KINDS[2])
-    torch.testing.assert_close(kernel(case, KINDS[2], params=live), first, rtol=0, atol=0)
-    assert not kernel(case, KINDS[2], params=live).requires_grad
+    torch.testing.assert_close(kernel(case, KINDS[2], params=requires_grad_params), first, rtol=0, atol=0)
+    assert not kernel(case, KINDS[2], params=requires_grad_params).requires_grad
     assert all(torch.equal(p, before[name]) for name, p in case.params.items())
 
 
-@pytest.mark.parametrize(("dtype", "result"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_fisher_kernel_is_at_least_float32(case: Case, dtype: torch.dtype, result: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "result_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_fisher_kernel_is_at_least_float32(case: Case, dtype: torch.dtype, result_dtype: torch.dtype) -> None:
     assert kernel(case, "identity").dtype == torch.float64
     low = {name: p.to(dtype) for name, p in case.params.items()}
-    found, exact = (kernel(case, "identity", params=p) for p in (low, {k: p.double() for k, p in low.items()}))
-    assert found.dtype == result
-    assert_close_to_rounding(found, exact, terms=policy_terms(low, WIDTH), dtype=dtype)
+    result, exact = (kernel(case, "identity", params=p) for p in (low, {k: p.double() for k, p in low.items()}))
+    assert result.dtype == result_dtype
+    assert_close_to_rounding(result, exact, terms=policy_terms(low, WIDTH), dtype=dtype)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -212,9 +214,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_fisher_kernel_names_bad_arguments(case: Case, what: str) -> None:
-    changes, message = REFUSED[what]
+@pytest.mark.parametrize("case_name", REFUSED)
+def test_fisher_kernel_names_bad_arguments(case: Case, case_name: str) -> None:
+    changes, message = REFUSED[case_name]
     with pytest.raises(ValueError, match=message):
         kernel(case, KINDS[2], **changes)
 

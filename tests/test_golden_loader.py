@@ -1,4 +1,4 @@
-"""The golden case is loaded right: a plain forward, backward and step of the loaded model give the recorded numbers."""
+"""The golden case loads right: forward, backward and step of the loaded model match the recorded numbers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _score(golden: Golden, batch: Batch) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
-def agree(golden: Golden, value: Tensor, name: str) -> None:
-    """Equal to the rounding of a forward and a backward of the model."""
+def assert_golden(golden: Golden, value: Tensor, name: str) -> None:
+    """Assert equality up to the rounding of a forward and a backward of the model."""
     terms = policy_terms(golden.params, golden.batch_e.input_ids.shape[1], 2)
     assert_close_to_rounding(value, golden.expected[name], terms=terms, name=name)
 
@@ -36,7 +36,7 @@ def test_load_golden_batches_have_recorded_lengths(golden: Golden) -> None:
     for batch, side in ((golden.batch_u, "U"), (golden.batch_e, "E")):
         assert batch.input_ids.shape == (32, 48)
         assert torch.equal(batch.completion_mask.sum(-1), torch.from_numpy(inputs[f"{side}_gen_lens"]).flatten())
-        # prompts have no padding of their own, so mask = prompt + completion accounts for every attended position
+        # Prompts have no padding inside, so prompt + completion accounts for every attended position.
         prompt = torch.from_numpy(inputs[f"{side}_prompt_lens"]).repeat_interleave(32 // len(inputs[f"{side}_ids"]))
         assert torch.equal(batch.attention_mask.sum(-1), prompt + batch.completion_mask.sum(-1))
         assert not (batch.completion_mask & ~batch.attention_mask).any()
@@ -50,10 +50,10 @@ def test_load_golden_forward_matches_recorded_scores(golden: Golden) -> None:
     with torch.no_grad():
         logp, entropy = _score(golden, golden.batch_e)
     mask = golden.batch_e.completion_mask[:, 1:]
-    agree(golden, logp[mask], "E_tok_logp")
-    agree(golden, entropy[mask], "E_tok_entropy")
-    agree(golden, (logp * mask).sum(-1), "E_seq_logprob")
-    agree(golden, (entropy * mask).sum(-1), "h_base")
+    assert_golden(golden, logp[mask], "E_tok_logp")
+    assert_golden(golden, entropy[mask], "E_tok_entropy")
+    assert_golden(golden, (logp * mask).sum(-1), "E_seq_logprob")
+    assert_golden(golden, (entropy * mask).sum(-1), "h_base")
 
 
 def test_load_golden_backward_matches_recorded_gradient(golden: Golden) -> None:
@@ -61,8 +61,8 @@ def test_load_golden_backward_matches_recorded_gradient(golden: Golden) -> None:
     losses = -(golden.batch_u.coefficients[:, 1:] * logp).sum(-1)
     named = dict(golden.model.named_parameters())
     gradients = torch.autograd.grad(losses.sum(), [named[name] for name in golden.params])
-    agree(golden, losses, "seq_loss")
-    agree(golden, flatten(dict(zip(golden.params, gradients, strict=True)), golden), "agg_grad")
+    assert_golden(golden, losses, "seq_loss")
+    assert_golden(golden, flatten(dict(zip(golden.params, gradients, strict=True)), golden), "agg_grad")
 
 
 def test_load_golden_torch_step_matches_recorded_direction(golden: Golden) -> None:
@@ -82,7 +82,7 @@ def test_load_golden_torch_step_matches_recorded_direction(golden: Golden) -> No
         }
     optimizer.step()
     direction = {name: parameter.detach() - golden.params[name] for name, parameter in parameters.items()}
-    agree(golden, flatten(direction, golden), "v_full")
+    assert_golden(golden, flatten(direction, golden), "v_full")
 
 
 def test_load_golden_state_has_recorded_hyperparameters(golden: Golden) -> None:
@@ -97,5 +97,5 @@ def test_load_golden_state_has_recorded_hyperparameters(golden: Golden) -> None:
 
 def test_flatten_is_inverse_of_unflatten(golden: Golden) -> None:
     vector = golden.expected["v_full"]
-    back = flatten(unflatten(vector, golden), golden)
-    assert torch.equal(back, torch.from_numpy(vector).to(back.dtype))
+    restored = flatten(unflatten(vector, golden), golden)
+    assert torch.equal(restored, torch.from_numpy(vector).to(restored.dtype))

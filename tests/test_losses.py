@@ -1,4 +1,4 @@
-"""Coefficients of every loss against the loss itself, written out as its paper or TRL has it and differentiated."""
+"""Coefficients of every loss against the gradient of that loss, written as in its paper or in TRL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import fx_influence as fx
 
 N, WIDTH, LONGEST = 6, 7, 9
-# Groups of one, two and three rows, in no order; row 2 has no completion token, and neither has the whole of group 4.
+# Groups of one, two and three rows, unordered; row 2 has no completion token, and neither has group 4.
 GROUP = torch.tensor([7, 1, 7, 4, 1, 7])
 LENGTHS = (3, 6, 0, 0, 1, 5)
 LOW, HIGH = 0.2, 0.3
@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's clipped objective as a loss per token: -min(r A, clip(r) A)."""
+    """Return PPO's clipped objective as a loss per token: -min(r A, clip(r) A)."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages)
 
@@ -47,7 +47,7 @@ def bnpo(loss: Tensor, mask: Tensor) -> Tensor:
 
 
 def dapo(loss: Tensor, mask: Tensor) -> Tensor:
-    """TRL divides by the number of tokens in the whole generation batch; here it is one batch."""
+    """Return TRL's loss, which divides by the tokens of the generation batch; here that is one batch."""
     items_in_batch = mask.sum().clamp(min=1.0)
     return (loss * mask).sum() / items_in_batch
 
@@ -59,10 +59,10 @@ def dr_grpo(loss: Tensor, mask: Tensor) -> Tensor:
 def prompt_max(loss: Tensor, mask: Tensor) -> Tensor:
     total = loss.new_zeros(())
     for prompt in set(GROUP.tolist()):
-        members = [i for i in range(len(loss)) if GROUP[i] == prompt]
-        longest = max(max(int(mask[i].sum()) for i in members), 1)
-        for i in members:
-            total = total + (loss[i] * mask[i]).sum() / (len(members) * longest)
+        rows = [i for i in range(len(loss)) if GROUP[i] == prompt]
+        longest = max(max(int(mask[i].sum()) for i in rows), 1)
+        for i in rows:
+            total = total + (loss[i] * mask[i]).sum() / (len(rows) * longest)
     return total
 
 
@@ -82,13 +82,13 @@ def options(loss_type: str) -> dict[str, Any]:
 
 
 def minus_gradient(loss_of: Callable[[Tensor], Tensor], logprobs: Tensor) -> Tensor:
-    """-dL/dlog pi at ``logprobs``."""
+    """Return -dL/dlog pi at ``logprobs``."""
     leaf = logprobs.clone().requires_grad_()
     return -torch.autograd.grad(loss_of(leaf), leaf)[0]
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    """Equal to the roundings of a mean over all tokens and a ratio."""
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Assert equality up to the rounding of a mean over all tokens and a ratio."""
     assert actual.dtype == expected.dtype
     assert_close_to_rounding(actual, expected, terms=actual.numel())
 
@@ -101,7 +101,7 @@ def test_coefficients_match_loss_gradient_on_policy(loss_type: str, by_token: bo
     full = advantages if by_token else advantages[:, None]
     expected = minus_gradient(lambda x: LOSSES[loss_type](surrogate(x, logprobs, full), mask), logprobs)
     assert (expected != 0).equal(mask)
-    close(fx.coefficients(loss_type, advantages, mask, **options(loss_type)), expected)
+    assert_close(fx.coefficients(loss_type, advantages, mask, **options(loss_type)), expected)
 
 
 @every_loss
@@ -115,7 +115,7 @@ def test_coefficients_match_loss_gradient_when_clipped(loss_type: str, by_token:
     cut = mask & (expected == 0)
     assert 0 < cut.sum() < mask.sum()
     ratio = fx.clipped_ratio(logprobs, old, advantages, LOW, HIGH)
-    close(fx.coefficients(loss_type, advantages, mask, ratio=ratio, **options(loss_type)), expected)
+    assert_close(fx.coefficients(loss_type, advantages, mask, ratio=ratio, **options(loss_type)), expected)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.5, 0.1)])
@@ -128,18 +128,18 @@ def test_clipped_ratio_times_advantage_is_ppo_gradient(low: float, high: float) 
         ratio = (x - old).exp()
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages).sum()
 
-    found = fx.clipped_ratio(logprobs, old, advantages, low, high)
-    close(found * advantages, minus_gradient(loss, logprobs))
-    kept = (logprobs - old).exp()
-    assert ((found == 0) | (found == kept)).all()
+    result = fx.clipped_ratio(logprobs, old, advantages, low, high)
+    assert_close(result * advantages, minus_gradient(loss, logprobs))
+    unclipped = (logprobs - old).exp()
+    assert ((result == 0) | (result == unclipped)).all()
     for sign in (1, -1):
         side = advantages.sign() == sign
-        assert (found[side] == 0).any()
-        assert (found[side] > 1 + high).any() if sign < 0 else (found[side & (found > 0)] < 1 - low).any()
+        assert (result[side] == 0).any()
+        assert (result[side] > 1 + high).any() if sign < 0 else (result[side & (result > 0)] < 1 - low).any()
 
 
 def test_coefficients_accept_sequence_level_ratio() -> None:
-    """GSPO: L = -mean_i s_i A_i with s_i = exp(mean_t (log pi - log pi_old)), whose gradient is grpo's times s_i."""
+    """In GSPO L = -mean_i s_i A_i with s_i = exp(mean_t (log pi - log pi_old)): grpo's gradient times s_i."""
     mask, old = make_mask(), normal(N, WIDTH) - 2
     logprobs, advantages = old + 0.3 * normal(N, WIDTH, seed=2), normal(N, seed=1)
 
@@ -147,31 +147,31 @@ def test_coefficients_accept_sequence_level_ratio() -> None:
         return (((x - old) * mask).sum(-1) / mask.sum(-1).clamp(min=1)).exp()
 
     expected = minus_gradient(lambda x: -(importance(x) * advantages).mean(), logprobs)
-    close(fx.coefficients("grpo", advantages, mask, ratio=importance(logprobs)), expected)
+    assert_close(fx.coefficients("grpo", advantages, mask, ratio=importance(logprobs)), expected)
     column = importance(logprobs)[:, None]
-    close(fx.coefficients("grpo", advantages[:, None], mask, ratio=column), expected)
+    assert_close(fx.coefficients("grpo", advantages[:, None], mask, ratio=column), expected)
 
 
 @every_loss
 def test_coefficients_denominator_is_at_least_one(loss_type: str) -> None:
-    nothing = torch.zeros(N, WIDTH, dtype=torch.bool)
-    c = fx.coefficients(loss_type, torch.ones(N), nothing, **options(loss_type))
+    no_tokens = torch.zeros(N, WIDTH, dtype=torch.bool)
+    c = fx.coefficients(loss_type, torch.ones(N), no_tokens, **options(loss_type))
     assert torch.equal(c, torch.zeros(N, WIDTH))
-    one = nothing.clone()
-    one[0, 3] = True
+    one_token = no_tokens.clone()
+    one_token[0, 3] = True
     expected = {"grpo": 1 / N, "bnpo": 1.0, "dapo": 1.0, "dr_grpo": 1 / (N * LONGEST), "prompt_max": 1 / 3}
-    c = fx.coefficients(loss_type, torch.ones(N), one, **options(loss_type))
+    c = fx.coefficients(loss_type, torch.ones(N), one_token, **options(loss_type))
     assert_close_to_rounding(c[0, 3], expected[loss_type], terms=c.numel())
 
 
 @every_loss
 @pytest.mark.parametrize(
-    ("given", "dtype"),
+    ("input_dtype", "dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
     ids=str,
 )
-def test_coefficients_are_float32_at_least(loss_type: str, given: torch.dtype, dtype: torch.dtype) -> None:
-    advantages = torch.full((N,), 1 / 3, dtype=given)
+def test_coefficients_are_float32_at_least(loss_type: str, input_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    advantages = torch.full((N,), 1 / 3, dtype=input_dtype)
     c = fx.coefficients(loss_type, advantages, make_mask(), **options(loss_type))
     assert c.dtype == dtype
     exact = fx.coefficients(loss_type, advantages.double(), make_mask(), **options(loss_type))
@@ -183,27 +183,27 @@ def test_coefficients_ignore_order_and_labels_of_prompts() -> None:
     plain = fx.coefficients("prompt_max", advantages, mask, group=GROUP)
     order = torch.tensor([4, 0, 5, 2, 3, 1])
     moved = fx.coefficients("prompt_max", advantages[order], mask[order], group=100 - GROUP[order])
-    close(moved, plain[order])
+    assert_close(moved, plain[order])
 
 
 @pytest.mark.parametrize("scale", [True, False])
 def test_group_advantages_match_loop_over_groups(scale: bool) -> None:
     rewards = normal(N)
-    found = fx.group_advantages(rewards, GROUP, scale=scale, eps=1e-3)
+    result = fx.group_advantages(rewards, GROUP, scale=scale, eps=1e-3)
     for i in range(N):
         peers = [rewards[j].item() for j in range(N) if GROUP[j] == GROUP[i]]
         mean = sum(peers) / len(peers)
         deviation = math.sqrt(sum((x - mean) ** 2 for x in peers) / max(len(peers) - 1, 1))
         expected = (rewards[i].item() - mean) / (deviation + 1e-3 if scale else 1.0)
-        assert_close_to_rounding(found[i], expected, terms=N, scale=rewards)
-    assert found[3] == 0, "a group of one"
+        assert_close_to_rounding(result[i], expected, terms=N, scale=rewards)
+    assert result[3] == 0, "a group of one"
 
 
 def test_group_advantages_are_float32_when_rewards_are_half() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.5], dtype=torch.bfloat16)
-    found = fx.group_advantages(rewards, torch.tensor([0, 0, 1, 1]))
-    assert found.dtype == torch.float32
-    close(found, fx.group_advantages(rewards.float(), torch.tensor([0, 0, 1, 1])))
+    result = fx.group_advantages(rewards, torch.tensor([0, 0, 1, 1]))
+    assert result.dtype == torch.float32
+    assert_close(result, fx.group_advantages(rewards.float(), torch.tensor([0, 0, 1, 1])))
 
 
 def test_group_advantages_and_ratio_reject_invalid_input() -> None:
@@ -242,9 +242,9 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
     ],
 )
 def test_coefficients_errors_name_field_value_and_remedy(changes: dict[str, Any], message: str) -> None:
-    given = {"loss_type": "grpo", "advantages": torch.ones(N), "completion_mask": make_mask(), **changes}
+    input_dtype = {"loss_type": "grpo", "advantages": torch.ones(N), "completion_mask": make_mask(), **changes}
     with pytest.raises(ValueError, match=message):
-        fx.coefficients(**given)
+        fx.coefficients(**input_dtype)
 
 
 def test_coefficients_ignore_values_outside_completions() -> None:
@@ -258,6 +258,6 @@ def test_group_advantages_are_zero_when_rewards_are_equal() -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.7, 0.1], dtype=torch.float64)
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     advantages = fx.group_advantages(rewards, group)
-    assert rewards[:3].mean() != rewards[0], "the mean is rounded, or this test shows nothing"
+    assert rewards[:3].mean() != rewards[0], "without a rounded mean this test is empty"
     assert advantages[:3].tolist() == [0.0, 0.0, 0.0]
     assert (advantages[3:] != 0).all()

@@ -1,4 +1,4 @@
-"""Queries other than the default entropy, against enumeration where E is the policy's whole distribution."""
+"""Objectives other than the default entropy, against enumeration where E is the full distribution of the policy."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from fx_influence.types import AdamWState, Apply, Batch, Normalize, Params
 TEMPERATURE = 0.5
 
 
-def sequence_query(normalize: Normalize) -> Objective:
-    """Entropy as a user would write it: s_a = (h_a + S_a (h_a - H f_a)) / sum f."""
+def sequence_entropy(normalize: Normalize) -> Objective:
+    """Return entropy as a user would write it: s_a = (h_a + S_a (h_a - H f_a)) / sum f."""
 
-    def query(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+    def objective(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
         f = batch_e.completion_mask.sum(-1).double() if normalize == "token" else torch.ones(len(logprobs)).double()
         h = entropies.sum(-1)
         x = (h - h.sum() / f.sum() * f).detach()
         return (h + logprobs.sum(-1) * x) / f.sum()
 
-    return query
+    return objective
 
 
-def per_decision_query(normalize: Normalize) -> Objective:
-    """s_a = (1/Z) sum_t (h_at + S_a,<t x_at), token by token."""
+def per_decision_entropy(normalize: Normalize) -> Objective:
+    """Return s_a = (1/Z) sum_t (h_at + S_a,<t x_at), computed token by token."""
 
-    def query(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
+    def objective(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
         lp, h = ([row[ok] for row, ok in zip(v, batch_e.completion_mask, strict=True)] for v in (logprobs, entropies))
         n, longest = len(h), max(len(row) for row in h)
         z = sum(len(row) for row in h) if normalize == "token" else n
@@ -61,33 +61,35 @@ def per_decision_query(normalize: Normalize) -> Objective:
                 s[a] = s[a] + lp[a][:t].sum() * x
         return torch.stack(s) / z
 
-    return query
+    return objective
 
 
 @pytest.mark.parametrize("normalize", NORMALIZES)
-@pytest.mark.parametrize(("estimator", "query"), [("sequence", sequence_query), ("per_decision", per_decision_query)])
+@pytest.mark.parametrize(
+    ("estimator", "make_objective"), [("sequence", sequence_entropy), ("per_decision", per_decision_entropy)]
+)
 @given(case=cases())
 @settings(max_examples=8)
 def test_entropy_objective_matches_user_written_one(
-    case: Case, estimator: Any, query: Callable[[Normalize], Objective], normalize: Normalize
+    case: Case, estimator: Any, make_objective: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
     given_options = {**influence_options(case), "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
-    objectives = (query(normalize), fx.Entropy(estimator, normalize))
-    own, default = (fx.influence(*inputs, **{**given_options, "objective": objective}) for objective in objectives)
+    objectives = (make_objective(normalize), fx.Entropy(estimator, normalize))
+    custom, default = (fx.influence(*inputs, **{**given_options, "objective": objective}) for objective in objectives)
     size = default.matrix.abs().sum()
-    assert_close(own.matrix, default.matrix, size)
-    assert_close(own.per_token, default.per_token, size)
+    assert_close(custom.matrix, default.matrix, size)
+    assert_close(custom.per_token, default.per_token, size)
     for name in ("baseline", "momentum", "weight_decay", "total"):
         assert_close(
-            getattr(own, name), getattr(default, name), size + abs(default.momentum) + abs(default.weight_decay)
+            getattr(custom, name), getattr(default, name), size + abs(default.momentum) + abs(default.weight_decay)
         )
     if normalize == "sequence":
-        assert_close(own.stderr, default.stderr, size)
+        assert_close(custom.stderr, default.stderr, size)
 
 
 class Exact(NamedTuple):
-    """A policy that can be enumerated, a step of it, and an E that is its whole distribution."""
+    """A policy that can be enumerated, a step of it, and an E that is its full distribution."""
 
     apply: Apply
     params: Params
@@ -101,16 +103,16 @@ class Exact(NamedTuple):
         return fx.influence(*inputs, apply=self.apply, temperature=TEMPERATURE, **changes)
 
     def parts(self) -> list[Params]:
-        """gamma g_i, every rollout's part of the step."""
+        """Return gamma g_i, every rollout's part of the step."""
         rows = reference.sequence_gradients(self.apply, self.params, self.batch_u, TEMPERATURE)
         gain = fx.adamw_decompose(reference.add(rows), self.opt_state, self.params).gain
         return [{name: gain[name] * g for name, g in row.items() if g is not None} for row in rows]
 
-    def slopes(self, gradient: Params) -> Tensor:
+    def derivatives(self, gradient: Params) -> Tensor:
         return torch.tensor([reference.inner(gradient, part) for part in self.parts()], dtype=torch.float64)
 
     def gradient(self, score: Score) -> Params:
-        """The exact gradient of E[score], through the probabilities and through the score."""
+        """Return the exact gradient of E[score], through the probabilities and through the score."""
         leaves = reference.tracked(self.params)
         return reference.gradient(exact_expected(self.apply, leaves, self.space, score), leaves)
 
@@ -131,31 +133,31 @@ def exact() -> Exact:
 
 
 def ones_in(batch: Batch) -> Tensor:
-    """A reward: how many of a completion's tokens are 1, and two more for one that ends early."""
+    """Return a reward: the number of 1 tokens of a completion, plus two if it ends early."""
     mask = batch.completion_mask
     return ((batch.input_ids == 1) & mask).sum(-1).double() + 2.0 * (mask.sum(-1) == 1)
 
 
 def test_expected_reward_is_exact_on_full_distribution(exact: Exact) -> None:
     out = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
-    truth = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
-    assert truth.abs().min() > 1e-4
-    assert_close(out.per_sequence, truth)
-    assert_close(out.matrix.sum(0), truth, out.matrix.abs().sum())
+    exact_value = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
+    assert exact_value.abs().min() > 1e-4
+    assert_close(out.per_sequence, exact_value)
+    assert_close(out.matrix.sum(0), exact_value, out.matrix.abs().sum())
 
 
-def every(step: int, exact: Exact) -> Exact:
-    """A third of E, say: no longer the whole distribution."""
+def every_nth(step: int, exact: Exact) -> Exact:
+    """Return every ``step``-th row of E, which is no longer the full distribution."""
     return exact._replace(batch_e=Batch._make(None if field is None else field[::step] for field in exact.batch_e))
 
 
 def test_expected_reward_ignores_constant_and_scales(exact: Exact) -> None:
-    some = every(3, exact)
-    rewards = ones_in(some.batch_e)
+    subset = every_nth(3, exact)
+    rewards = ones_in(subset.batch_e)
     plain, moved, scaled = (
-        some.influence(objective=fx.expected_reward(r)).per_token for r in (rewards, rewards + 100.0, -3.0 * rewards)
+        subset.influence(objective=fx.expected_reward(r)).per_token for r in (rewards, rewards + 100.0, -3.0 * rewards)
     )
-    # 100 stands beside rewards of unit size until it is centred away.
+    # Until it is centred away, 100 is added to rewards of unit size.
     assert_close(moved, plain, 100 * plain.abs().max())
     assert_close(scaled, -3.0 * plain)
     assert plain.abs().max() > 1e-3
@@ -163,64 +165,71 @@ def test_expected_reward_ignores_constant_and_scales(exact: Exact) -> None:
 
 def test_kl_to_reference_is_exact_on_full_distribution(exact: Exact) -> None:
     shifted = {"table": exact.params["table"] + 1.0 * torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(4, 3, 3)}
-    theirs, everywhere = (
+    reference_logprobs, reference_of_space = (
         fx.token_values(shifted, batch, exact.apply, TEMPERATURE).logprobs
         for batch in (exact.batch_e, exact.space.batch)
     )
-    out = exact.influence(objective=fx.kl_to_reference(theirs), matrix=True)
-    kl = exact_expected(exact.apply, exact.params, exact.space, lambda lp, h, batch: (lp - everywhere).sum(-1))
+    out = exact.influence(objective=fx.kl_to_reference(reference_logprobs), matrix=True)
+    kl = exact_expected(exact.apply, exact.params, exact.space, lambda lp, h, batch: (lp - reference_of_space).sum(-1))
     assert kl > 0.005
-    truth = exact.slopes(exact.gradient(lambda lp, h, batch: (lp - everywhere).sum(-1)))
-    assert truth.abs().min() > 1e-4
-    assert_close(out.per_sequence, truth)
-    assert_close(out.matrix.sum(0), truth, out.matrix.abs().sum())
+    exact_value = exact.slopes(exact.gradient(lambda lp, h, batch: (lp - reference_of_space).sum(-1)))
+    assert exact_value.abs().min() > 1e-4
+    assert_close(out.per_sequence, exact_value)
+    assert_close(out.matrix.sum(0), exact_value, out.matrix.abs().sum())
 
 
 def test_kl_to_reference_is_minimal_at_policy_itself(exact: Exact) -> None:
-    own = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
-    out = exact.influence(objective=fx.kl_to_reference(own), stderr=False)
+    custom = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
+    out = exact.influence(objective=fx.kl_to_reference(custom), stderr=False)
     for value in (out.per_sequence, out.baseline):
         assert_close(value, torch.zeros_like(value))
-    # Some of the rows do say something; it is over all of them that it comes to nothing.
-    assert every(3, exact).influence(objective=fx.kl_to_reference(own[::3])).per_sequence.abs().min() > 1e-4
+    # A subset of rows has nonzero influence; only the sum over all of them is 0.
+    assert every_nth(3, exact).influence(objective=fx.kl_to_reference(custom[::3])).per_sequence.abs().min() > 1e-4
 
 
 def test_kl_to_reference_ignores_constant_at_equal_lengths(exact: Exact) -> None:
-    """The weights are centred rank by rank, over a sample too."""
+    """The weights are centred by rank, over a sample too."""
     longest = exact.batch_e.completion_mask.sum(-1) == 3
     batch = Batch._make(None if field is None else field[longest][::3] for field in exact.batch_e)
-    some = exact._replace(batch_e=batch)
-    theirs = fx.token_values({"table": exact.params["table"].flip(0)}, batch, exact.apply, TEMPERATURE).logprobs
-    plain, moved = (some.influence(objective=fx.kl_to_reference(x)).per_token for x in (theirs, theirs - 50.0))
-    # 50 stands beside log-probabilities of unit size until it is centred away.
+    subset = exact._replace(batch_e=batch)
+    reference_logprobs = fx.token_values(
+        {"table": exact.params["table"].flip(0)}, batch, exact.apply, TEMPERATURE
+    ).logprobs
+    plain, moved = (
+        subset.influence(objective=fx.kl_to_reference(x)).per_token
+        for x in (reference_logprobs, reference_logprobs - 50.0)
+    )
+    # Until it is centred away, 50 is added to log-probabilities of unit size.
     assert_close(moved, plain, 50 * plain.abs().max())
 
 
 def test_kl_to_reference_reads_completions_only(exact: Exact) -> None:
-    theirs = fx.token_values({"table": exact.params["table"].flip(0)}, exact.batch_e, exact.apply, TEMPERATURE).logprobs
-    noisy = torch.where(exact.batch_e.completion_mask, theirs, torch.nan)
-    plain, spoiled = (exact.influence(objective=fx.kl_to_reference(x)) for x in (theirs, noisy))
+    reference_logprobs = fx.token_values(
+        {"table": exact.params["table"].flip(0)}, exact.batch_e, exact.apply, TEMPERATURE
+    ).logprobs
+    noisy = torch.where(exact.batch_e.completion_mask, reference_logprobs, torch.nan)
+    plain, spoiled = (exact.influence(objective=fx.kl_to_reference(x)) for x in (reference_logprobs, noisy))
     torch.testing.assert_close(spoiled.per_token, plain.per_token, rtol=0, atol=0)
 
 
 @given(case=cases())
 @settings(max_examples=10)
 def test_kl_to_reference_ignores_gaps_in_completions(case: Case) -> None:
-    """The same token values without the columns that hold no completion token, row by row, have the same weights."""
+    """The same token values without the columns that have no completion token have the same weights."""
     values = fx.token_values(case.params, case.batch_e, case.apply, case.temperature)
     mask = case.batch_e.completion_mask
-    theirs = torch.where(mask, values.logprobs * 1.5 - 0.2, 0.0)
+    reference_logprobs = torch.where(mask, values.logprobs * 1.5 - 0.2, 0.0)
     order = (~mask).long().argsort(dim=-1, stable=True)
     packed = case.batch_e._replace(completion_mask=mask.gather(-1, order))
     moved = fx.TokenValues(*(v.gather(-1, order) for v in values))
-    wide = objective_coefficients(fx.kl_to_reference(theirs), values, case.batch_e)
-    tight = objective_coefficients(fx.kl_to_reference(theirs.gather(-1, order)), moved, packed)
+    wide = objective_coefficients(fx.kl_to_reference(reference_logprobs), values, case.batch_e)
+    tight = objective_coefficients(fx.kl_to_reference(reference_logprobs.gather(-1, order)), moved, packed)
     for a, b in zip(wide, tight, strict=True):
         assert_close(a.gather(-1, order), b)
 
 
 def test_user_objective_is_exact_on_full_distribution(exact: Exact) -> None:
-    """Mean completion length, by the score function; and the entropy of the first token, which needs none."""
+    """The objectives are mean completion length, by the score function, and first-token entropy, which needs none."""
 
     def length(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
         t = batch_e.completion_mask.sum(-1).double()
@@ -271,27 +280,27 @@ def test_entropy_per_reward_matches_small_step(exact: Exact) -> None:
 
 def test_entropy_objective_is_exact_on_full_distribution(exact: Exact) -> None:
     for normalize in NORMALIZES:
-        truth = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
-        assert_close(exact.influence(objective=fx.Entropy(normalize=normalize)).per_sequence, truth)
+        exact_value = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
+        assert_close(exact.influence(objective=fx.Entropy(normalize=normalize)).per_sequence, exact_value)
 
 
 def test_objective_stderr_matches_reference(exact: Exact) -> None:
     generator = torch.Generator().manual_seed(2)
     rows = torch.randint(len(exact.batch_e.input_ids), (40,), generator=generator)
-    some = Batch._make(None if field is None else field[rows] for field in exact.batch_e)
-    some = some._replace(group=torch.arange(40) // 3)
-    query = fx.expected_reward(ones_in(some))
-    out = exact._replace(batch_e=some).influence(objective=query, matrix=True)
-    slow = reference.standard_error(out.matrix, some.completion_mask.sum(-1).tolist(), some.group, "sequence")
+    subset = Batch._make(None if field is None else field[rows] for field in exact.batch_e)
+    subset = subset._replace(group=torch.arange(40) // 3)
+    objective = fx.expected_reward(ones_in(subset))
+    out = exact._replace(batch_e=subset).influence(objective=objective, matrix=True)
+    slow = reference.standard_error(out.matrix, subset.completion_mask.sum(-1).tolist(), subset.group, "sequence")
     assert_close(out.stderr, slow)
-    assert_close(exact._replace(batch_e=some).influence(objective=query).per_token, out.per_token)
+    assert_close(exact._replace(batch_e=subset).influence(objective=objective).per_token, out.per_token)
 
 
 def doubled(logprobs: Tensor, entropies: Tensor, batch_e: Batch) -> Tensor:
     return logprobs.sum(-1) * logprobs.mean()
 
 
-BAD_QUERIES: dict[str, tuple[Objective, str]] = {
+BAD_OBJECTIVES: dict[str, tuple[Objective, str]] = {
     "a scalar": (lambda lp, h, batch: lp.sum(), r"objective returned \(\); expected finite values of shape \(256,\)"),
     "one value a token": (lambda lp, h, batch: lp, r"objective returned \(256, \d\)"),
     "one row too few": (lambda lp, h, batch: lp.sum(-1)[1:], r"objective returned \(255,\)"),
@@ -307,11 +316,11 @@ BAD_QUERIES: dict[str, tuple[Objective, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_QUERIES)
+@pytest.mark.parametrize("what", BAD_OBJECTIVES)
 def test_influence_rejects_unattributable_objective(exact: Exact, what: str) -> None:
-    query, message = BAD_QUERIES[what]
+    objective, message = BAD_OBJECTIVES[what]
     with pytest.raises(ValueError, match=message):
-        exact.influence(objective=query)
+        exact.influence(objective=objective)
 
 
 def test_objectives_name_bad_rewards_and_references(exact: Exact) -> None:

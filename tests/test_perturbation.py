@@ -1,4 +1,4 @@
-"""The change of entropy along a direction: importance sampling and derivatives against the reference and each other."""
+"""Change of entropy along a direction: importance sampling and derivatives, against the reference and each other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ estimates = pytest.mark.parametrize(
 etas = st.sampled_from([1e-4, 0.3, 3.0])
 
 
-def chosen(case: Case) -> dict[str, Any]:
-    """What ``snis_delta`` and ``jvp_delta`` share with the options of ``influence``."""
+def shared_options(case: Case) -> dict[str, Any]:
+    """Return the options that ``snis_delta`` and ``jvp_delta`` share with ``influence``."""
     return {k: v for k, v in influence_options(case).items() if k not in ("preconditioner", "max_grad_norm")}
 
 
@@ -37,11 +37,13 @@ def direction_of(case: Case, seed: int = 0) -> Params:
 
 def snis(case: Case, v: Params, eta: float, **changes: Any) -> fx.SnisDelta:
     arguments = {"params": case.params, "direction": v, "eta": eta, "batch_e": case.batch_e}
-    return fx.snis_delta(**{**arguments, **chosen(case), **changes})
+    return fx.snis_delta(**{**arguments, **shared_options(case), **changes})
 
 
 def derivatives(case: Case, v: Params, **changes: Any) -> fx.JvpDelta:
-    return fx.jvp_delta(**{"params": case.params, "direction": v, "batch_e": case.batch_e, **chosen(case), **changes})
+    return fx.jvp_delta(
+        **{"params": case.params, "direction": v, "batch_e": case.batch_e, **shared_options(case), **changes}
+    )
 
 
 @estimates
@@ -73,17 +75,17 @@ def test_snis_delta_contributions_add_up_to_raw_change(
     case = case._replace(estimator=estimator, normalize=normalize)
     v, mask = direction_of(case, seed), case.batch_e.completion_mask
     old, new = (
-        fx.token_values(at, case.batch_e, case.apply, case.temperature)
-        for at in (case.params, {name: p + eta * v[name] for name, p in case.params.items()})
+        fx.token_values(theta, case.batch_e, case.apply, case.temperature)
+        for theta in (case.params, {name: p + eta * v[name] for name, p in case.params.items()})
     )
     after = [row[ok].tolist() for row, ok in zip(new.entropies, mask, strict=True)]
     ratios = [row[ok].tolist() for row, ok in zip(new.logprobs - old.logprobs, mask, strict=True)]
     moved = torch.tensor(reference.entropy(after, ratios, estimator, normalize)[0], dtype=torch.float64)
-    here = fx.entropy_estimate(old, case.batch_e, normalize)
+    entropy_before = fx.entropy_estimate(old, case.batch_e, normalize)
     out = snis(case, v, eta)
-    size = out.contributions.abs().sum() + here
-    assert_close(out.contributions.sum(), moved - here, size)
-    assert_close(out.delta_h, moved - here, size)
+    size = out.contributions.abs().sum() + entropy_before
+    assert_close(out.contributions.sum(), moved - entropy_before, size)
+    assert_close(out.delta_h, moved - entropy_before, size)
 
 
 @estimates
@@ -98,9 +100,9 @@ def test_jvp_delta_contributions_match_surrogate_gradients(
     gradients = reference.entropy_gradients(
         case.apply, case.params, case.batch_e, estimator, normalize, case.temperature
     )
-    slopes = torch.tensor([reference.inner(g, v) for g in gradients], dtype=torch.float64)
-    assert_close(out.contributions, slopes, slopes.abs().sum())
-    assert_close(out.first, slopes.sum(), slopes.abs().sum())
+    gradients_along = torch.tensor([reference.inner(g, v) for g in gradients], dtype=torch.float64)
+    assert_close(out.contributions, gradients_along, gradients_along.abs().sum())
+    assert_close(out.first, gradients_along.sum(), gradients_along.abs().sum())
 
 
 @estimates
@@ -109,7 +111,7 @@ def test_jvp_delta_contributions_match_surrogate_gradients(
 def test_jvp_delta_second_matches_finite_difference(
     case: Case, seed: int, estimator: Estimator, normalize: Normalize
 ) -> None:
-    """By central differences of SNIS without clipping, on the same E."""
+    """The reference is central differences of SNIS without clipping, on the same E."""
     case = case._replace(estimator=estimator, normalize=normalize)
     v = direction_of(case, seed)
     out = derivatives(case, v)
@@ -128,14 +130,14 @@ def test_snis_delta_over_eta_tends_to_jvp_delta(estimator: Estimator, normalize:
     out = derivatives(case, v)
     steps = [4e-3, 2e-3, 1e-3, 5e-4]
     errors = [snis(case, v, eta).delta_h / eta - out.first for eta in steps]
-    assert errors[0].abs() > 1e-4 * out.first.abs(), "the slope is there to be seen"
+    assert errors[0].abs() > 1e-4 * out.first.abs(), "the error is too small to extrapolate"
     for wide, narrow in itertools.pairwise(errors):
         assert (wide / narrow).item() == pytest.approx(2.0, rel=0.05)
-    # Extrapolated once, what is left of the slope is of second order in eta.
+    # After one extrapolation the error of the derivative is of second order in eta.
     slope = 2 * errors[-1] / steps[-1] - errors[-2] / steps[-2]
     assert slope.item() == pytest.approx(out.second.item() / 2, rel=1e-4)
     per_row = [snis(case, v, eta).contributions / eta - out.contributions for eta in steps[-2:]]
-    # What is not linear in eta is as small as eta beside it.
+    # The part that is not linear in eta is smaller by a factor of eta.
     assert_within(per_row[0], 2 * per_row[1], 0.02 * float(per_row[0].abs().sum()))
 
 
@@ -170,9 +172,9 @@ def test_snis_delta_does_not_move_absent_names() -> None:
     assert_close(snis(case, part, 0.5).contributions, snis(case, filled, 0.5).contributions)
     assert_close(derivatives(case, part).contributions, derivatives(case, filled).contributions)
     assert_close(derivatives(case, part).second, derivatives(case, filled).second)
-    nowhere = snis(case, {}, 0.5)
-    assert nowhere.delta_h == 0
-    assert nowhere.ess == len(case.batch_e.input_ids)
+    unmoved = snis(case, {}, 0.5)
+    assert unmoved.delta_h == 0
+    assert unmoved.ess == len(case.batch_e.input_ids)
     assert derivatives(case, {}).first == 0
 
 
@@ -184,7 +186,7 @@ def test_perturbations_ignore_padding_and_chunk_size(
 ) -> None:
     case = case._replace(estimator=estimator, normalize=normalize)
     v, wide = direction_of(case), {"batch_e": add_padding(case.batch_e, left, right), "chunk_size": chunk}
-    same(snis(case, v, 2.0, clip=0.3, **wide), snis(case, v, 2.0, clip=0.3))
+    assert_same(snis(case, v, 2.0, clip=0.3, **wide), snis(case, v, 2.0, clip=0.3))
     plain, padded = derivatives(case, v), derivatives(case, v, **wide)
     assert_close(padded.contributions, plain.contributions, plain.contributions.abs().sum())
     assert_close(padded.second, plain.second, plain.contributions.abs().sum() + plain.second.abs())
@@ -246,16 +248,20 @@ def test_perturbations_are_pure(case: Case, seed: int) -> None:
 def test_perturbations_ignore_requires_grad_and_no_grad() -> None:
     case = fixed_case()
     v = direction_of(case)
-    live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
+    requires_grad_params = {name: p.clone().requires_grad_() for name, p in case.params.items()}
     with torch.no_grad():
         inside = (*snis(case, v, 0.3), *derivatives(case, v))
-    for a, b in zip((*snis(case, v, 0.3, params=live), *derivatives(case, v, params=live)), inside, strict=True):
+    for a, b in zip(
+        (*snis(case, v, 0.3, params=requires_grad_params), *derivatives(case, v, params=requires_grad_params)),
+        inside,
+        strict=True,
+    ):
         assert not a.requires_grad
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_perturbations_compute_bfloat16_params_in_float32() -> None:
-    """A step of 1e-4 of a weight is far below bfloat16's rounding unit, 4e-3, and must be seen nevertheless."""
+    """A step of 1e-4 of a weight is far below bfloat16's rounding unit, 4e-3, and must have an effect nevertheless."""
     case = fixed_case()
     low = {name: p.bfloat16() for name, p in case.params.items()}
     exact = {name: p.double() for name, p in low.items()}
@@ -263,10 +269,10 @@ def test_perturbations_compute_bfloat16_params_in_float32() -> None:
     assert all(
         torch.equal((p.double() + 0.1 * v[name]).bfloat16(), p) for name, p in low.items() if name == "head.bias"
     )
-    wanted, found = snis(case, v, 0.1, params=exact), snis(case, v, 0.1, params=low)
+    exact_result, result = snis(case, v, 0.1, params=exact), snis(case, v, 0.1, params=low)
     near = {"terms": policy_terms(exact, WIDTH, 2), "dtype": torch.float32}
     # Two float32 entropies of unit size are subtracted.
-    assert_close_to_rounding(found.delta_h, wanted.delta_h, scale=math.log(VOCAB), **near)
+    assert_close_to_rounding(result.delta_h, exact_result.delta_h, scale=math.log(VOCAB), **near)
     slope, low_slope = derivatives(case, v, params=exact), derivatives(case, v, params=low)
     size = slope.contributions.abs().sum()
     assert_close_to_rounding(low_slope.contributions, slope.contributions, scale=size, **near)
@@ -290,18 +296,18 @@ def test_snis_sweep_matches_snis_delta() -> None:
     ]
     steps = [0.2, 3.0]
     for chunk_size in (None, 3):
-        measure = fx.snis_sweep(case.params, case.batch_e, clip=0.3, chunk_size=chunk_size, **chosen(case))
+        measure = fx.snis_sweep(case.params, case.batch_e, clip=0.3, chunk_size=chunk_size, **shared_options(case))
         parts = [measure(block, steps) for block in blocks]
-        found = fx.SnisDelta(*(torch.cat(field, dim=1) for field in zip(*parts, strict=True)))
+        result = fx.SnisDelta(*(torch.cat(field, dim=1) for field in zip(*parts, strict=True)))
         for (i, eta), (k, v) in itertools.product(enumerate(steps), enumerate(directions)):
-            same(fx.SnisDelta(*(field[i, k] for field in found)), snis(case, v, eta, clip=0.3))
+            assert_same(fx.SnisDelta(*(field[i, k] for field in result)), snis(case, v, eta, clip=0.3))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["per_decision", "sequence"])
 def test_snis_delta_stderr_is_jackknife_over_clusters(estimator: str, normalize: str, grouped: bool) -> None:
-    """Each cluster really left out of E, and the change of entropy measured anew on what remains."""
+    """The jackknife is recomputed by leaving each cluster out of E and measuring the change on the rest."""
     case = fixed_case()
     group = torch.tensor([4, 4, 9, 9, 9, 2, 7]) if grouped else None
     case = case._replace(batch_e=case.batch_e._replace(group=group), estimator=estimator, normalize=normalize)
@@ -314,14 +320,14 @@ def test_snis_delta_stderr_is_jackknife_over_clusters(estimator: str, normalize:
     expected = ((c - 1) / c * (without - without.mean()).square().sum()).sqrt()
     assert expected > 1e-4
     assert_close(snis(case, v, eta).stderr, expected)
-    alone = case.batch_e._replace(group=torch.zeros(7, dtype=torch.int64))
-    assert snis(case, v, eta, batch_e=alone).stderr.isnan()
+    one_cluster = case.batch_e._replace(group=torch.zeros(7, dtype=torch.int64))
+    assert snis(case, v, eta, batch_e=one_cluster).stderr.isnan()
 
 
-def same(actual: fx.SnisDelta, expected: fx.SnisDelta) -> None:
+def assert_same(actual: fx.SnisDelta, expected: fx.SnisDelta) -> None:
     for name, value in expected._asdict().items():
         if name == "stderr" and value.isnan():
-            assert actual.stderr.isnan(), "one cluster has no standard error, however it is measured"
+            assert actual.stderr.isnan(), "one cluster has no standard error"
         else:
             assert_close(getattr(actual, name), value)
 
@@ -342,10 +348,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_perturbations_name_bad_arguments(what: str) -> None:
+@pytest.mark.parametrize("case_name", REFUSED)
+def test_perturbations_name_bad_arguments(case_name: str) -> None:
     case = fixed_case()
-    changes, message = REFUSED[what]
+    changes, message = REFUSED[case_name]
     v = changes.get("direction", direction_of(case))
     rest = {k: x for k, x in changes.items() if k != "direction"}
     with pytest.raises(ValueError, match=message):
@@ -356,15 +362,15 @@ def test_perturbations_name_bad_arguments(what: str) -> None:
 
 def test_perturbations_reject_batch_without_completion() -> None:
     case = fixed_case()
-    nothing = case.batch_e._replace(completion_mask=torch.zeros_like(case.batch_e.completion_mask))
+    no_completion = case.batch_e._replace(completion_mask=torch.zeros_like(case.batch_e.completion_mask))
     with pytest.raises(ValueError, match=r"batch_e\.completion_mask has no True at all"):
-        snis(case, direction_of(case), 0.1, batch_e=nothing)
+        snis(case, direction_of(case), 0.1, batch_e=no_completion)
     with pytest.raises(ValueError, match=r"batch_e\.completion_mask has no True at all"):
-        derivatives(case, direction_of(case), batch_e=nothing)
+        derivatives(case, direction_of(case), batch_e=no_completion)
 
 
 def fixed_case(seed: int = 0) -> Case:
-    """Seven rollouts with gaps, the first without a token, the padding on the left, at a temperature of 0.8."""
+    """Return seven rollouts with gaps, the first without a token, padded on the left, at a temperature of 0.8."""
     generator = torch.Generator().manual_seed(seed)
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=seed)
     apply, params = make_apply(model)

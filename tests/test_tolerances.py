@@ -1,4 +1,4 @@
-"""Bounds on rounding hold what rounding does, and see what it does not."""
+"""Rounding bounds cover the errors of rounding, and are below the faults that tests look for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import fx_influence as fx
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def one_after_another(x: torch.Tensor) -> torch.Tensor:
+def sequential_sum(x: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=x.dtype)
     for value in x:
         total = total + value
@@ -36,7 +36,7 @@ def test_rounding_bound_covers_sum_in_any_order(dtype: torch.dtype, n: int) -> N
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
     bound = rounding_bound(dtype, n, x.double().abs().sum())
     for order in (x, x.flip(0), x.sort().values, x[x.abs().argsort()]):
-        assert_within(one_after_another(order), x.double().sum(), bound)
+        assert_within(sequential_sum(order), x.double().sum(), bound)
 
 
 def test_rounding_bound_is_below_a_lost_term() -> None:
@@ -92,22 +92,22 @@ def test_assert_close_to_rounding_uses_coarser_dtype_and_nan() -> None:
 
 def test_exact_bound_follows_error_and_is_never_zero() -> None:
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    off = exact.float() + torch.tensor([0.0, 1e-3])
-    assert exact_bound(off, exact) == pytest.approx(ROOM * 1e-3, rel=1e-3)
+    rounded = exact.float() + torch.tensor([0.0, 1e-3])
+    assert exact_bound(rounded, exact) == pytest.approx(ROOM * 1e-3, rel=1e-3)
     assert exact_bound(exact.float(), exact) == rounding_bound(torch.float32, 1, 2.0)
 
 
 @pytest.mark.parametrize("width", [1e-2, 1e-4])
 def test_central_difference_bounds_truncation_and_rounding(width: float) -> None:
-    at = torch.tensor([0.3, 1.2], dtype=torch.float64)
-    slope, bound = central_difference(lambda h: (at + h).exp(), width, terms=3)
-    assert_within(slope, at.exp(), bound)
+    points = torch.tensor([0.3, 1.2], dtype=torch.float64)
+    slope, bound = central_difference(lambda h: (points + h).exp(), width, terms=3)
+    assert_within(slope, points.exp(), bound)
     assert bound < 1e-3
 
 
 @pytest.mark.parametrize("width", [1e-2, 1e-3])
 def test_central_curvature_bounds_truncation_and_rounding(width: float) -> None:
-    at = torch.tensor([0.3, 1.2], dtype=torch.float64)
-    curvature, bound = central_curvature(lambda h: (at + h).exp(), width, terms=3)
-    assert_within(curvature, at.exp(), bound)
+    points = torch.tensor([0.3, 1.2], dtype=torch.float64)
+    curvature, bound = central_curvature(lambda h: (points + h).exp(), width, terms=3)
+    assert_within(curvature, points.exp(), bound)
     assert bound < 1e-3

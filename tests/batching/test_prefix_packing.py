@@ -1,4 +1,4 @@
-"""Prompts that rows share go through the model once: the same results, from fewer tokens."""
+"""Prefix packing: prompts that rows share pass through the model once, with the same results from fewer tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is 
 
 
 def group_batch(seed: int, prompts: int, rows: int, width: int = WIDTH, gaps: bool = False) -> Batch:
-    """Rows in any order that begin anywhere with one of the prompts, and go on as they like."""
+    """Return rows in random order, each one of the prompts at a random column and a random completion."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -67,25 +67,27 @@ def test_packed_micro_batches_score_each_token_once(
     seed: int, prompts: int, rows: int, chunk: int | None, tokens: int, gaps: bool
 ) -> None:
     batch = group_batch(seed, prompts, rows, gaps=gaps)
-    found = packed_micro_batches(batch, chunk, tokens)
-    assume(found is not None)
-    assert found is not None
-    assert sorted(torch.cat([part.row_index for part in found]).tolist()) == list(range(rows))
-    place = torch.cat([part.flat_index for part in found])
-    assert sorted(place.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
-    for part in found:
-        assert chunk is None or len(part.row_index) <= chunk
-        assert chunk is not None or part.input_ids.numel() <= tokens or len(part.row_index) == 1
-        assert len(part.row_index) < 2 or part.input_ids.numel() == tokens_once(batch, part.row_index)
-        assert torch.equal(part.targets, batch.input_ids.flatten()[part.flat_index])
-        for column, at in zip(part.position.tolist(), part.flat_index.tolist(), strict=True):
-            row, position = divmod(at, WIDTH)
+    chunks = packed_micro_batches(batch, chunk, tokens)
+    assume(chunks is not None)
+    assert chunks is not None
+    assert sorted(torch.cat([micro_batch.row_index for micro_batch in chunks]).tolist()) == list(range(rows))
+    flat_index = torch.cat([micro_batch.flat_index for micro_batch in chunks])
+    assert sorted(flat_index.tolist()) == batch.completion_mask.flatten().nonzero().flatten().tolist()
+    for micro_batch in chunks:
+        assert chunk is None or len(micro_batch.row_index) <= chunk
+        assert chunk is not None or micro_batch.input_ids.numel() <= tokens or len(micro_batch.row_index) == 1
+        assert len(micro_batch.row_index) < 2 or micro_batch.input_ids.numel() == packed_token_count(
+            batch, micro_batch.row_index
+        )
+        assert torch.equal(micro_batch.targets, batch.input_ids.flatten()[micro_batch.flat_index])
+        for column, index in zip(micro_batch.position.tolist(), micro_batch.flat_index.tolist(), strict=True):
+            row, position = divmod(index, WIDTH)
             before = batch.input_ids[row, :position][batch.attention_mask[row, :position]].tolist()
-            assert seen_from(part, column) == [(k, token) for k, token in enumerate(before)]
+            assert attended_by(micro_batch, column) == [(k, token) for k, token in enumerate(before)]
 
 
-def tokens_once(batch: Batch, members: torch.Tensor) -> int:
-    """Of each prompt, and of each completion without its last token, which scores nothing."""
+def packed_token_count(batch: Batch, members: torch.Tensor) -> int:
+    """Return the tokens of each distinct prompt and of each completion but its last token, which scores nothing."""
     first = batch.completion_mask.float().argmax(1)
     begin = batch.attention_mask.float().argmax(1)
     prompts = {tuple(batch.input_ids[i, begin[i] : first[i]].tolist()) for i in members.tolist()}
@@ -93,57 +95,64 @@ def tokens_once(batch: Batch, members: torch.Tensor) -> int:
     return sum(map(len, prompts)) + int((last - first)[members].sum())
 
 
-def seen_from(part: MicroBatch, column: int) -> list[tuple[int, int]]:
-    """Position and token of everything that the token in a column attends to, itself last."""
-    assert part.layout is not None
-    at = int(part.layout.inverse_index[column])
-    for block in part.layout.buckets:
-        if at < block.queries.numel():
-            s, i = divmod(at, block.queries.shape[1])
-            assert int(block.queries[s, i]) == column
-            keys = block.keys[s][block.mask[s, 0, i]]
+def attended_by(micro_batch: MicroBatch, column: int) -> list[tuple[int, int]]:
+    """Return position and token of everything that the token in a column attends to, itself last."""
+    assert micro_batch.layout is not None
+    index = int(micro_batch.layout.inverse_index[column])
+    for bucket in micro_batch.layout.buckets:
+        if index < bucket.queries.numel():
+            s, i = divmod(index, bucket.queries.shape[1])
+            assert int(bucket.queries[s, i]) == column
+            keys = bucket.keys[s][bucket.mask[s, 0, i]]
             assert int(keys[-1]) == column
-            return list(zip(part.layout.position_ids[0, keys].tolist(), part.input_ids[0, keys].tolist(), strict=True))
-        at -= block.queries.numel()
-    raise AssertionError(f"column {column} is in no block")
+            return list(
+                zip(
+                    micro_batch.layout.position_ids[0, keys].tolist(),
+                    micro_batch.input_ids[0, keys].tolist(),
+                    strict=True,
+                )
+            )
+        index -= bucket.queries.numel()
+    raise AssertionError(f"column {column} is in no bucket")
 
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(20, 60))
 def test_length_buckets_hold_similar_lengths(seed: int, rows: int) -> None:
-    found = packed_micro_batches(group_batch(seed, 3, rows, width=40), None)
-    assume(found is not None)
-    for part in found or []:
-        assert part.layout is not None
-        behind = 0
-        for block in part.layout.buckets:
-            count, length = block.queries.shape
-            places = part.layout.inverse_index[
-                (part.layout.inverse_index >= behind) & (part.layout.inverse_index < behind + count * length)
+    chunks = packed_micro_batches(group_batch(seed, 3, rows, width=40), None)
+    assume(chunks is not None)
+    for micro_batch in chunks or []:
+        assert micro_batch.layout is not None
+        queries_before = 0
+        for bucket in micro_batch.layout.buckets:
+            count, length = bucket.queries.shape
+            places = micro_batch.layout.inverse_index[
+                (micro_batch.layout.inverse_index >= queries_before)
+                & (micro_batch.layout.inverse_index < queries_before + count * length)
             ]
-            own = torch.bincount((places - behind) // length, minlength=count)
-            assert own.min() > 0
-            assert own.max() == length
-            assert (own < MIN_LENGTH_RATIO * length).sum() < MIN_BUCKET
-            behind += count * length
+            lengths = torch.bincount((places - queries_before) // length, minlength=count)
+            assert lengths.min() > 0
+            assert lengths.max() == length
+            assert (lengths < MIN_LENGTH_RATIO * length).sum() < MIN_BUCKET
+            queries_before += count * length
 
 
-def alone(apply: Apply) -> Apply:
-    """The same function, of which nothing is known: every row goes through it whole."""
+def without_packing(apply: Apply) -> Apply:
+    """Return the same function without its split, so that every row passes through it in full."""
     return lambda params, ids, mask: apply(params, ids, mask)
 
 
-def moved(params: Params, seed: int) -> Params:
+def random_tangent(params: Params, seed: int) -> Params:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
 
 
-def alike(found: TokenValues, expected: TokenValues, params: Params) -> None:
-    for x, y in zip(found, expected, strict=True):
-        near(x, y, params)
+def assert_values_close(actual: TokenValues, expected: TokenValues, params: Params) -> None:
+    for x, y in zip(actual, expected, strict=True):
+        assert_near(x, y, params)
 
 
-def near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, name: str = "") -> None:
-    """Equal to the rounding of float64 passes over rows of a prompt and a completion."""
+def assert_near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, name: str = "") -> None:
+    """Assert equality up to the rounding of float64 passes over rows of a prompt and a completion."""
     terms = policy_terms(params, WIDTH)
     assert_close_to_rounding(actual, expected, terms=terms, scale=scale, dtype=torch.float64, name=name)
 
@@ -152,26 +161,28 @@ def near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, na
 @adapters
 def test_packing_preserves_values_and_derivatives(family: str, lora: bool) -> None:
     apply, params = fx.make_functional(make_model(family, lora=lora, attention="sdpa").double())
-    batch, whole = group_batch(1, 2, 12), alone(apply)
-    assert [part.layout is not None for part in split_policy(apply).micro_batches(batch, 5)] == [True] * 3
-    alike(all_token_values(params, batch, apply), all_token_values(params, batch, whole), params)
+    batch, whole = group_batch(1, 2, 12), without_packing(apply)
+    assert [micro_batch.layout is not None for micro_batch in split_policy(apply).micro_batches(batch, 5)] == [True] * 3
+    assert_values_close(all_token_values(params, batch, apply), all_token_values(params, batch, whole), params)
     expected = batch_gradient(params, batch, whole)
-    found, caches = gradient_with_cache(params, batch, apply, 0.7, 5, memory_budget=2**30)
+    grads, caches = gradient_with_cache(params, batch, apply, 0.7, 5, memory_budget=2**30)
     at_temperature = batch_gradient(params, batch, whole, 0.7)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name in params:
-        near(batch_gradient(params, batch, apply)[name], expected[name], params, largest, name)
-        near(found[name], at_temperature[name], params, largest, name)
-    v = moved(params, 3)
-    alike(token_jvp(params, v, batch, apply), token_jvp(params, v, batch, whole), params)
-    # A full GPT-2 has no plain linear maps.
+        assert_near(batch_gradient(params, batch, apply)[name], expected[name], params, largest, name)
+        assert_near(grads[name], at_temperature[name], params, largest, name)
+    v = random_tangent(params, 3)
+    assert_values_close(token_jvp(params, v, batch, apply), token_jvp(params, v, batch, whole), params)
+    # A full GPT-2 has no plain linear layers.
     assert [cache is not None for cache in caches] == [lora or family != "gpt2"] * 3
-    alike(token_jvp(params, v, batch, apply, 0.7, 5, caches), token_jvp(params, v, batch, whole, 0.7), params)
+    assert_values_close(
+        token_jvp(params, v, batch, apply, 0.7, 5, caches), token_jvp(params, v, batch, whole, 0.7), params
+    )
     block = {name: x.unsqueeze(0) for name, x in v.items()}
     for chunk in (None, 4):
-        # More than one direction in a pass, and one.
+        # Several directions in a pass, and one.
         given_ = params, block, 1e-3, batch
-        alike(
+        assert_values_close(
             perturbed_token_values(*given_, apply, 1.0, chunk),
             perturbed_token_values(*given_, whole, 1.0, chunk),
             params,
@@ -186,12 +197,12 @@ def test_packing_preserves_reweighted_gradient() -> None:
         return batch._replace(coefficients=values.entropies - values.entropies.mean())
 
     for budget in (0, 2**14, 2**30):
-        weighted, found = reweighted_gradient(params, batch, apply, coefficients_fn, 1.0, 6, budget)
-        as_whole, expected = reweighted_gradient(params, batch, alone(apply), coefficients_fn)
-        near(weighted.coefficients, as_whole.coefficients, params)
+        weighted, grads = reweighted_gradient(params, batch, apply, coefficients_fn, 1.0, 6, budget)
+        as_whole, expected = reweighted_gradient(params, batch, without_packing(apply), coefficients_fn)
+        assert_near(weighted.coefficients, as_whole.coefficients, params)
         largest = max(float(g.abs().max()) for g in expected.values())
         for name in params:
-            near(found[name], expected[name], params, largest, name)
+            assert_near(grads[name], expected[name], params, largest, name)
 
 
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}])
@@ -199,49 +210,51 @@ def test_packing_preserves_influences(options: dict[str, Any]) -> None:
     model = make_model("qwen2", attention="sdpa").double()
     apply, params = fx.make_functional(model)
     u, e, state = group_batch(3, 3, 12), group_batch(4, 4, 24), warm_state(model)
-    found = fx.influence(params, u, e, state, apply=apply, **options)
-    expected = fx.influence(params, u, e, state, apply=alone(apply), **options)
-    # Inner products over all weights come to a tenth of their terms, or less.
+    actual = fx.influence(params, u, e, state, apply=apply, **options)
+    expected = fx.influence(params, u, e, state, apply=without_packing(apply), **options)
+    # Inner products over all weights are at most a tenth of their terms.
     size = 10 * expected.per_sequence.abs().sum()
     for name in ("per_sequence", "per_token", "stderr", "total", "total_stderr", "matrix"):
-        x, y = getattr(found, name), getattr(expected, name)
+        x, y = getattr(actual, name), getattr(expected, name)
         assert (x is None) == (y is None)
         if x is not None:
-            near(x, y, params, size, name)
+            assert_near(x, y, params, size, name)
 
 
 def test_packing_computes_prompt_once() -> None:
     apply, params = fx.make_functional(make_model("qwen2", attention="sdpa"))
     ids = torch.randint(VOCAB, (16, 24), generator=torch.Generator().manual_seed(0))
-    other, at = ids.clone(), torch.arange(24)
+    other, index = ids.clone(), torch.arange(24)
     ids[:, :12] = ids[0, :12]
     costs = []
     for some in (ids, other):
-        batch = Batch(some, torch.ones_like(some, dtype=torch.bool), (at >= 12).expand(16, 24))
+        batch = Batch(some, torch.ones_like(some, dtype=torch.bool), (index >= 12).expand(16, 24))
         with FlopCounterMode(display=False) as counter:
             all_token_values(params, batch, apply)
         costs.append(counter.get_total_flops())
-    # Linear maps take 12 + 16 x 11 tokens in place of 16 x 23; of the head and of attention less is saved.
+    # Linear layers take 12 + 16 x 11 tokens in flat_index of 16 x 23; the head and attention save less.
     assert 0.5 < costs[0] / costs[1] < 0.6
 
 
 @pytest.mark.parametrize(("tokens", "sizes"), [(28, [28, 28]), (25, [14] * 4)])
 def test_packed_micro_batches_respect_token_limit(tokens: int, sizes: list[int]) -> None:
-    prompt, at = torch.arange(8) // 2, torch.arange(13)
-    ids = torch.where(at < 10, prompt.unsqueeze(1), 9)
-    batch = Batch(ids, torch.ones(8, 13, dtype=torch.bool), (at >= 10).expand(8, 13))
-    found = packed_micro_batches(batch, None, tokens)
-    assert found is not None
-    assert [part.input_ids.numel() for part in found] == sizes
-    assert packed_micro_batches(batch, None, 13) is None, "rows of a prompt that fit in no part together share nothing"
+    prompt, index = torch.arange(8) // 2, torch.arange(13)
+    ids = torch.where(index < 10, prompt.unsqueeze(1), 9)
+    batch = Batch(ids, torch.ones(8, 13, dtype=torch.bool), (index >= 10).expand(8, 13))
+    chunks = packed_micro_batches(batch, None, tokens)
+    assert chunks is not None
+    assert [micro_batch.input_ids.numel() for micro_batch in chunks] == sizes
+    assert packed_micro_batches(batch, None, 13) is None, (
+        "rows of a prompt that do not fit into one micro-batch share nothing"
+    )
 
 
 def test_packed_attention_repeats_key_heads_off_cpu() -> None:
-    found = packed_micro_batches(group_batch(1, 2, 12), None)
-    assert found is not None
-    part = found[0]._replace(layout=on(found[0].layout, "meta"))
-    assert part.layout is not None
-    q, k = (torch.ones(1, heads, part.input_ids.numel(), 4, device="meta") for heads in (4, 2))
+    chunks = packed_micro_batches(group_batch(1, 2, 12), None)
+    assert chunks is not None
+    micro_batch = chunks[0]._replace(layout=layout_on(chunks[0].layout, "meta"))
+    assert micro_batch.layout is not None
+    q, k = (torch.ones(1, heads, micro_batch.input_ids.numel(), 4, device="meta") for heads in (4, 2))
     seen = []
 
     class Inside(TorchFunctionMode):
@@ -250,13 +263,13 @@ def test_packed_attention_repeats_key_heads_off_cpu() -> None:
                 seen.append(([x.shape[1] for x in args[:3]], kwargs))
             return func(*args, **(kwargs or {}))
 
-    with Inside(), PackedAttention(part.layout):
+    with Inside(), PackedAttention(micro_batch.layout):
         out = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=0.5, enable_gqa=True)
-    assert seen == [([4, 4, 4], {"scale": 0.5})] * len(part.layout.buckets)
+    assert seen == [([4, 4, 4], {"scale": 0.5})] * len(micro_batch.layout.buckets)
     assert out.shape == q.shape
 
 
-def on(layout: Any, device: str) -> Any:
+def layout_on(layout: Any, device: str) -> Any:
     blocks = [LengthBucket(*(x.to(device) for x in block)) for block in layout.buckets]
     return PackedLayout(layout.position_ids.to(device), blocks, layout.inverse_index.to(device))
 
@@ -277,7 +290,9 @@ def test_packing_is_off_when_attention_has_a_window(kind: str) -> None:
     apply, params = fx.make_functional(model)
     assert not split_policy(apply).prefix_shareable
     batch = group_batch(1, 2, 12)
-    alike(all_token_values(params, batch, apply), all_token_values(params, batch, alone(apply)), params)
+    assert_values_close(
+        all_token_values(params, batch, apply), all_token_values(params, batch, without_packing(apply)), params
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -300,8 +315,8 @@ def test_packing_is_off_when_eager_attention_outputs_zero() -> None:
 def test_packed_micro_batches_is_none_when_rows_do_not_fit() -> None:
     batch = group_batch(1, 2, 12)
     assert packed_micro_batches(batch, None) is not None
-    apart = torch.randint(VOCAB, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
-    assert packed_micro_batches(batch._replace(input_ids=apart), None) is None, "nothing is saved"
+    distinct = torch.randint(VOCAB, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
+    assert packed_micro_batches(batch._replace(input_ids=distinct), None) is None, "nothing is saved"
     attention = batch.attention_mask.clone()
     attention[3, int(attention[3].float().argmax()) + 1] = False
     assert packed_micro_batches(batch._replace(attention_mask=attention), None) is None, "a gap"
@@ -312,9 +327,9 @@ def test_packed_micro_batches_is_none_when_rows_do_not_fit() -> None:
 
 @pytest.mark.parametrize("change", [{"is_causal": False}, {"attn_mask": torch.ones(4, 4)}, {"dropout_p": 0.1}])
 def test_packed_attention_rejects_other_arguments(change: dict[str, Any]) -> None:
-    found = packed_micro_batches(group_batch(1, 2, 12), None)
-    assert found is not None
-    assert found[0].layout is not None
-    x = torch.ones(1, 2, found[0].input_ids.numel(), 4)
-    with PackedAttention(found[0].layout), pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
+    chunks = packed_micro_batches(group_batch(1, 2, 12), None)
+    assert chunks is not None
+    assert chunks[0].layout is not None
+    x = torch.ones(1, 2, chunks[0].input_ids.numel(), 4)
+    with PackedAttention(chunks[0].layout), pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
         F.scaled_dot_product_attention(x, x, x, **{"is_causal": True, **change})

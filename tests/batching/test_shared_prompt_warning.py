@@ -1,4 +1,4 @@
-"""Rows of E that share prompts without a group: error bars that take them for independent draws are said to."""
+"""Warning where rows of E share prompts without a group, so that error bars take them for independent draws."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fx_influence.batching.prompts import prompt_index
 from fx_influence.types import Batch
 
 PROMPTS = ((1, 2), (3,), (1, 2), (2,), (3,))
-"""Rows 0 and 2 have one prompt, and so have rows 1 and 4."""
+"""Prompts of five rows; rows 0 and 2 share one, and rows 1 and 4."""
 
 MESSAGE = r"batch_e\.group is None and 5 rows have 3 distinct prompts; .* pass batch_e\._replace\(group="
 
 
 def batch_of(prompts: tuple[tuple[int, ...], ...], group: torch.Tensor | None = None, width: int = 6) -> Batch:
-    """Three completion tokens a row, no two rows with the same."""
+    """Return rows of these prompts with three completion tokens each, no two rows with the same."""
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     lengths = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
     for k, prompt in enumerate(prompts):
@@ -31,11 +31,11 @@ def batch_of(prompts: tuple[tuple[int, ...], ...], group: torch.Tensor | None = 
 
 
 def shifted_right(batch: Batch) -> Batch:
-    """The same rollouts with their padding on the left."""
+    """Return the same rollouts with their padding on the left."""
     gap = batch.input_ids.shape[1] - batch.attention_mask.sum(1)
     rows = zip(batch.input_ids, batch.attention_mask, batch.completion_mask, gap.tolist(), strict=True)
-    moved = [[x.roll(k) for x in fields] for *fields, k in rows]
-    return Batch(*(torch.stack(field) for field in zip(*moved, strict=True)), group=batch.group)
+    rolled = [[x.roll(k) for x in fields] for *fields, k in rows]
+    return Batch(*(torch.stack(field) for field in zip(*rolled, strict=True)), group=batch.group)
 
 
 class Case:
@@ -84,21 +84,21 @@ def test_shared_prompts_do_not_warn_without_stderr() -> None:
 
 
 def test_shared_prompts_warning_shows_caller_line() -> None:
-    with pytest.warns(UserWarning, match="distinct prompts") as told:
+    with pytest.warns(UserWarning, match="distinct prompts") as caught:
         Case().influence(batch_of(PROMPTS))
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
 
 
 def test_prompt_index_ignores_padding_and_completions() -> None:
     batch = batch_of(PROMPTS)
-    for same in (batch, shifted_right(batch), add_padding(batch, 2, 1)):
-        numbers = prompt_index(same).tolist()
+    for padded_batch in (batch, shifted_right(batch), add_padding(batch, 2, 1)):
+        numbers = prompt_index(padded_batch).tolist()
         assert [numbers.index(x) for x in numbers] == [0, 1, 0, 3, 1]
 
 
 def test_prompt_index_differs_when_completion_is_missing() -> None:
-    """Its prompt is all that is attended to, and not what another row's begins with."""
+    """The prompt of a row without a completion is all that is attended to, and no prefix of another row counts."""
     batch = batch_of(((1, 2), (1, 2), (1, 2)))
-    bare = batch._replace(completion_mask=batch.completion_mask & (torch.arange(3) != 1).unsqueeze(1))
-    numbers = prompt_index(bare).tolist()
+    without_completion = batch._replace(completion_mask=batch.completion_mask & (torch.arange(3) != 1).unsqueeze(1))
+    numbers = prompt_index(without_completion).tolist()
     assert numbers[0] == numbers[2] != numbers[1]

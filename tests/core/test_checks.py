@@ -1,4 +1,4 @@
-"""Bad input to the mathematics is refused before any forward, with the field, the value and the remedy."""
+"""Bad input to the mathematics is rejected before any forward, with the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fx_influence.types import Batch, Params
 N, WIDTH, VOCAB = 4, 7, 5
 
 
-class Counted:
-    """A policy that counts its calls; ``vocab_size`` is the one thing that the checks may ask it."""
+class CallCounter:
+    """A policy that counts its calls; ``vocab_size`` is the only attribute that the checks may read."""
 
     def __init__(self, model: nn.Module) -> None:
         self.apply, self.params = fx.make_functional(model)
@@ -31,9 +31,9 @@ class Counted:
         return self.apply(params, input_ids, attention_mask)
 
 
-def good() -> dict[str, Any]:
+def valid_arguments() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    apply = Counted(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
+    apply = CallCounter(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     return {
         "params": apply.params,
         "batch_u": random_batch(generator, N, WIDTH, VOCAB, groups=2, entropy_coefficients=True),
@@ -43,48 +43,48 @@ def good() -> dict[str, Any]:
     }
 
 
-def influence(given: dict[str, Any]) -> Any:
-    return fx.influence(**given)
+def influence(arguments: dict[str, Any]) -> Any:
+    return fx.influence(**arguments)
 
 
-def snis(given: dict[str, Any]) -> Any:
-    batch, direction = given.pop("batch_e"), given.pop("direction", given["params"])
-    del given["batch_u"], given["opt_state"]
-    return fx.snis_delta(given.pop("params"), direction, 0.1, batch, **given)
+def snis(arguments: dict[str, Any]) -> Any:
+    batch, direction = arguments.pop("batch_e"), arguments.pop("direction", arguments["params"])
+    del arguments["batch_u"], arguments["opt_state"]
+    return fx.snis_delta(arguments.pop("params"), direction, 0.1, batch, **arguments)
 
 
-def along(given: dict[str, Any]) -> Any:
-    batch, direction = given.pop("batch_e"), given.pop("direction", given["params"])
-    del given["batch_u"], given["opt_state"]
-    return fx.jvp_delta(given.pop("params"), direction, batch, **given)
+def jvp(arguments: dict[str, Any]) -> Any:
+    batch, direction = arguments.pop("batch_e"), arguments.pop("direction", arguments["params"])
+    del arguments["batch_u"], arguments["opt_state"]
+    return fx.jvp_delta(arguments.pop("params"), direction, batch, **arguments)
 
 
-def fisher(given: dict[str, Any]) -> Any:
-    return fx.fisher_kernel(given.pop("params"), given.pop("batch_e"), given.pop("batch_u"), **given)
+def fisher(arguments: dict[str, Any]) -> Any:
+    return fx.fisher_kernel(arguments.pop("params"), arguments.pop("batch_e"), arguments.pop("batch_u"), **arguments)
 
 
 Call = Callable[[dict[str, Any]], Any]
-EVERY: tuple[Call, ...] = (influence, snis, along, fisher)
+EVERY: tuple[Call, ...] = (influence, snis, jvp, fisher)
 
 
-def refused(call: Call, message: str, **changes: Any) -> None:
-    """``call`` works, and with ``changes`` raises ``ValueError(message)`` before the first forward."""
-    given = good()
-    apply = given["apply"]
+def assert_rejected(call: Call, message: str, **changes: Any) -> None:
+    """Assert that ``call`` with ``changes`` raises ``ValueError(message)`` before the first forward."""
+    arguments = valid_arguments()
+    apply = arguments["apply"]
     with pytest.raises(ValueError, match=message):
-        call({**given, **{name: x(given[name]) if callable(x) else x for name, x in changes.items()}})
+        call({**arguments, **{name: x(arguments[name]) if callable(x) else x for name, x in changes.items()}})
     assert apply.calls == 0, "the check came after a forward"
 
 
 @pytest.mark.parametrize("call", EVERY)
 def test_functions_accept_valid_input(call: Call) -> None:
-    given = good()
-    apply = given["apply"]
-    call(given)
+    arguments = valid_arguments()
+    apply = arguments["apply"]
+    call(arguments)
     assert apply.calls > 0
 
 
-def put(field: str, index: tuple[int, ...], value: Any) -> Callable[[Batch], Batch]:
+def with_entry(field: str, index: tuple[int, ...], value: Any) -> Callable[[Batch], Batch]:
     def change(batch: Batch) -> Batch:
         tensor = getattr(batch, field).clone()
         tensor[index] = value
@@ -93,14 +93,14 @@ def put(field: str, index: tuple[int, ...], value: Any) -> Callable[[Batch], Bat
     return change
 
 
-def replace(**fields: Any) -> Callable[[Batch], Batch]:
+def with_fields(**fields: Any) -> Callable[[Batch], Batch]:
     return lambda batch: batch._replace(**fields)
 
 
 def drop_prompt(batch: Batch) -> Batch:
-    """A token of row 1 that a completion token follows is taken for padding, as where pad and eos share an id."""
+    """Mask a token before a completion token of row 1 as padding, as happens where pad and eos share an id."""
     position = int(batch.completion_mask[1].nonzero()[-1]) - 1
-    return put("attention_mask", (1, position), False)(batch)
+    return with_entry("attention_mask", (1, position), False)(batch)
 
 
 BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
@@ -137,7 +137,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
         r"{batch}\.input_ids is of shape \(0, 7\); pass at least one rollout",
     ),
     "first column completed": (
-        put("completion_mask", (2, 0), True),
+        with_entry("completion_mask", (2, 0), True),
         r"{batch}\.completion_mask\[2, 0\] is True; .*prepend the prompt",
     ),
     "hidden token before a completion token": (
@@ -145,11 +145,11 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
         r"{batch}\.attention_mask\[1, \d\] is False but the token after it .*make the mask from lengths",
     ),
     "id past the vocabulary": (
-        put("input_ids", (3, 2), VOCAB),
+        with_entry("input_ids", (3, 2), VOCAB),
         r"{batch}\.input_ids has values from 0 to 5 but .* 5 entries; tokenize with the model's own tokenizer",
     ),
     "negative id": (
-        put("input_ids", (3, 2), -100),
+        with_entry("input_ids", (3, 2), -100),
         r"{batch}\.input_ids has values from -100 to 4 but .* 5 entries; tokenize",
     ),
 }
@@ -159,48 +159,48 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
 @pytest.mark.parametrize("case", BAD_BATCHES)
 def test_check_batch_rejects_unscorable_batch(call: Call, case: str) -> None:
     change, message = BAD_BATCHES[case]
-    # The Fisher kernel calls its batches a and b.
+    # fisher_kernel names its batches a and b.
     fields = {"batch_e": "batch_a", "batch_u": "batch_b"} if call is fisher else {"batch_e": "batch_e"}
     fields = {**fields, "batch_u": "batch_u"} if call is influence else fields
-    for given, field in fields.items():
-        refused(call, message.replace("{batch}", field), **{given: change})
+    for arguments, field in fields.items():
+        assert_rejected(call, message.replace("{batch}", field), **{arguments: change})
 
 
-@pytest.mark.parametrize("call", [influence, snis, along])
+@pytest.mark.parametrize("call", [influence, snis, jvp])
 def test_check_batch_rejects_eval_batch_without_completion(call: Call) -> None:
     message = (
         r"batch_e\.completion_mask has no True at all; a batch needs at least one completion token, since the entropy"
     )
-    refused(call, message, batch_e=replace(completion_mask=torch.zeros(N, WIDTH, dtype=torch.bool)))
+    assert_rejected(call, message, batch_e=with_fields(completion_mask=torch.zeros(N, WIDTH, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            replace(coefficients=None, entropy_coefficients=None),
+            with_fields(coefficients=None, entropy_coefficients=None),
             r"batch_u\.coefficients is None; fill it with fx\.coefficients\(\.\.\.\)",
         ),
         (
-            put("coefficients", (2, 3), math.nan),
+            with_entry("coefficients", (2, 3), math.nan),
             r"batch_u\.coefficients is not finite in row 2 \(1 such rows\); drop or repair those rollouts",
         ),
         (
-            put("entropy_coefficients", (slice(1, 3), 3), math.inf),
+            with_entry("entropy_coefficients", (slice(1, 3), 3), math.inf),
             r"batch_u\.entropy_coefficients is not finite in row 1 \(2 such rows\); drop or repair",
         ),
         (
-            replace(coefficients=torch.ones(N)),
+            with_fields(coefficients=torch.ones(N)),
             r"batch_u\.coefficients is torch.float32 of shape \(4,\); pass float \(4, 7\)",
         ),
         (
-            replace(coefficients=torch.ones(N, WIDTH, dtype=torch.long)),
+            with_fields(coefficients=torch.ones(N, WIDTH, dtype=torch.long)),
             r"batch_u\.coefficients is torch.int64 of shape \(4, 7\); pass float \(4, 7\)",
         ),
     ],
 )
 def test_check_coefficients_rejects_unusable_values(change: Callable[[Batch], Batch], message: str) -> None:
-    refused(influence, message, batch_u=change)
+    assert_rejected(influence, message, batch_u=change)
 
 
 @pytest.mark.parametrize("call", EVERY)
@@ -215,10 +215,10 @@ def test_check_coefficients_rejects_unusable_values(change: Callable[[Batch], Ba
     ],
 )
 def test_check_options_rejects_nonpositive_number(call: Call, option: str, value: float, message: str) -> None:
-    refused(call, message, **{option: value})
+    assert_rejected(call, message, **{option: value})
 
 
-@pytest.mark.parametrize("call", [influence, snis, along])
+@pytest.mark.parametrize("call", [influence, snis, jvp])
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -227,7 +227,7 @@ def test_check_options_rejects_nonpositive_number(call: Call, option: str, value
     ],
 )
 def test_check_estimator_rejects_unknown_name(call: Call, option: str, message: str) -> None:
-    refused(call, message, objective=fx.Entropy(**{option: "snis"}))
+    assert_rejected(call, message, objective=fx.Entropy(**{option: "snis"}))
 
 
 def drop(name: str) -> Callable[[Params], Params]:
@@ -278,7 +278,7 @@ def other_names(state: fx.AdamWState) -> fx.AdamWState:
 def test_check_adamw_inputs_rejects_state_of_other_model(
     call: Call, change: Callable[[fx.AdamWState], fx.AdamWState], message: str
 ) -> None:
-    refused(call, message, opt_state=change)
+    assert_rejected(call, message, opt_state=change)
 
 
 @pytest.mark.parametrize(
@@ -292,50 +292,52 @@ def test_check_adamw_inputs_rejects_state_of_other_model(
     ],
 )
 def test_influence_rejects_bad_step_options(changes: dict[str, Any], message: str) -> None:
-    refused(influence, message, **changes)
+    assert_rejected(influence, message, **changes)
 
 
 def test_influence_names_nonfinite_gradient() -> None:
     grads = {"head.bias": torch.full((VOCAB,), math.nan), "head.weight": torch.ones(VOCAB, 6)}
     with pytest.raises(ValueError, match=r"grads\['head\.bias'\] is not finite; .*drop the batch"):
-        influence({**good(), "grad": grads})
+        influence({**valid_arguments(), "grad": grads})
 
 
-@pytest.mark.parametrize("call", [snis, along])
+@pytest.mark.parametrize("call", [snis, jvp])
 def test_check_names_rejects_direction_of_other_model(call: Call) -> None:
     message = r"direction\['lm_head'\] is not among the \d+ trainable parameters; pass a direction made from"
-    refused(call, message, direction={"lm_head": torch.ones(1)})
+    assert_rejected(call, message, direction={"lm_head": torch.ones(1)})
     message = r"direction\['head\.bias'\] has shape \(1,\).* the parameter \(5,\); pass a direction made from"
-    refused(call, message, direction={"head.bias": torch.ones(1)})
+    assert_rejected(call, message, direction={"head.bias": torch.ones(1)})
 
 
 def test_fisher_kernel_rejects_bad_preconditioner() -> None:
-    refused(fisher, r"preconditioner is 'kfac'; use 'adam', 'identity' or a dictionary", preconditioner="kfac")
-    refused(fisher, r"preconditioner\['lm_head'\] is not among", preconditioner={"lm_head": torch.ones(1)})
-    refused(fisher, r"opt_state is None; preconditioner 'adam' needs it: pass adamw_state", opt_state=None)
-    refused(
+    assert_rejected(fisher, r"preconditioner is 'kfac'; use 'adam', 'identity' or a dictionary", preconditioner="kfac")
+    assert_rejected(fisher, r"preconditioner\['lm_head'\] is not among", preconditioner={"lm_head": torch.ones(1)})
+    assert_rejected(fisher, r"opt_state is None; preconditioner 'adam' needs it: pass adamw_state", opt_state=None)
+    assert_rejected(
         fisher,
         r"opt_state\.step\['token\.weight'\] is 0, so there is no second moment .*give batch_b coefficients",
-        batch_u=replace(coefficients=None, entropy_coefficients=None),
+        batch_u=with_fields(coefficients=None, entropy_coefficients=None),
         opt_state=lambda s: s._replace(step=dict.fromkeys(s.step, 0)),
     )
 
 
 def test_check_batch_rejects_other_device() -> None:
-    given = good()
-    elsewhere = given["batch_e"]._replace(input_ids=given["batch_e"].input_ids.to("meta"))
-    refused(along, r"batch_e\.input_ids is on meta and the parameters on cpu; move one of them", batch_e=elsewhere)
+    arguments = valid_arguments()
+    other_device = arguments["batch_e"]._replace(input_ids=arguments["batch_e"].input_ids.to("meta"))
+    assert_rejected(
+        jvp, r"batch_e\.input_ids is on meta and the parameters on cpu; move one of them", batch_e=other_device
+    )
 
 
 def test_check_batch_rejects_negative_ids_without_vocab_size() -> None:
-    given = good()
-    given["apply"].vocab_size = None
-    given["batch_e"] = put("input_ids", (0, 0), -1)(given["batch_e"])
+    arguments = valid_arguments()
+    arguments["apply"].vocab_size = None
+    arguments["batch_e"] = with_entry("input_ids", (0, 0), -1)(arguments["batch_e"])
     with pytest.raises(ValueError, match=r"batch_e\.input_ids has values from -1 to 4"):
-        along(given)
+        jvp(arguments)
 
 
 @pytest.mark.parametrize("call", EVERY)
 def test_check_batch_rejects_call_under_autocast(call: Call) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        refused(call, r"autocast.*outside of it")
+        assert_rejected(call, r"autocast.*outside of it")

@@ -1,4 +1,4 @@
-"""How a result shows itself."""
+"""Display of an Influence: its repr and its notebook table."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_influence_repr_shows_totals_and_sizes() -> None:
         "Influence(total=+9.75 ± 0.25, momentum=-0.5, weight_decay=+0.25, sum_per_sequence=+10, rollouts=20, "
         "residual=2.5e-09, per_token=(20, 7), matrix=None; per unit lr)"
     )
-    bare = result(matrix=True)._replace(per_token=None, total_stderr=torch.tensor(torch.nan))
-    assert "total=+9.75, momentum" in repr(bare)
-    assert "per_token=None, matrix=(3, 20)" in repr(bare)
-    more = result()._replace(unattributed=torch.tensor(0.5))
+    with_matrix = result(matrix=True)._replace(per_token=None, total_stderr=torch.tensor(torch.nan))
+    assert "total=+9.75, momentum" in repr(with_matrix)
+    assert "per_token=None, matrix=(3, 20)" in repr(with_matrix)
+    with_unattributed = result()._replace(unattributed=torch.tensor(0.5))
     assert "residual=2.5e-09, rounding=2.0e-01, per_token" in repr(result()._replace(rounding=torch.full((20,), 0.01)))
-    assert "sum_per_sequence=+10, unattributed=+0.5, rollouts=20" in repr(more)
+    assert "sum_per_sequence=+10, unattributed=+0.5, rollouts=20" in repr(with_unattributed)
 
 
 def test_influence_html_shows_strongest_rollouts_of_both_signs() -> None:
@@ -56,18 +56,18 @@ def test_influence_html_shows_strongest_rollouts_of_both_signs() -> None:
 
 def test_influence_supports_vmap_pickle_and_copy() -> None:
     out = result()
-    again = pickle.loads(pickle.dumps(out))
-    assert type(again) is Influence
-    assert torch.equal(again.per_sequence, out.per_sequence)
+    loaded = pickle.loads(pickle.dumps(out))
+    assert type(loaded) is Influence
+    assert torch.equal(loaded.per_sequence, out.per_sequence)
     assert copy.copy(out)._replace(matrix=None).matrix is None
-    shown = []
+    reprs = []
 
     def scaled(factor: torch.Tensor) -> Influence:
-        inside = out._replace(total=out.total * factor, matrix=out.per_sequence)
-        shown.append(repr(inside))
-        return inside
+        scaled_result = out._replace(total=out.total * factor, matrix=out.per_sequence)
+        reprs.append(repr(scaled_result))
+        return scaled_result
 
     mapped = torch.func.vmap(scaled)(torch.tensor([1.0, 2.0]))
     assert mapped.total.tolist() == [9.75, 19.5]
-    assert shown[0].startswith("Influence(per_sequence=tensor(")
+    assert reprs[0].startswith("Influence(per_sequence=tensor(")
     assert repr(mapped).startswith("Influence(per_sequence=")

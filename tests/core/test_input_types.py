@@ -1,4 +1,4 @@
-"""What is given for something else is refused before any forward, with the field, what it is and the remedy."""
+"""Arguments of a wrong type are rejected before any forward, with the field, its type and the remedy."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Counted:
         return self.apply(*args)
 
 
-class Given:
-    """Right arguments of every function, and what is mistaken for them."""
+class Arguments:
+    """Valid arguments of every function, and the objects that users mistake for them."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -46,70 +46,85 @@ class Given:
         self.direction = random_direction(generator, self.params)
 
     def influence(self, **changes: Any) -> Any:
-        given = {"params": self.params, "batch_u": self.u, "batch_e": self.e, "opt_state": self.state}
-        return fx.influence(**{**given, "apply": self.apply, **changes})
+        arguments = {"params": self.params, "batch_u": self.u, "batch_e": self.e, "opt_state": self.state}
+        return fx.influence(**{**arguments, "apply": self.apply, **changes})
 
     def snis(self, **changes: Any) -> Any:
-        given = {"params": self.params, "direction": self.direction, "eta": 0.1, "batch_e": self.e, "apply": self.apply}
-        return fx.snis_delta(**{**given, **changes})
+        arguments = {
+            "params": self.params,
+            "direction": self.direction,
+            "eta": 0.1,
+            "batch_e": self.e,
+            "apply": self.apply,
+        }
+        return fx.snis_delta(**{**arguments, **changes})
 
     def sweep(self, **changes: Any) -> Any:
         return fx.snis_sweep(**{"params": self.params, "batch_e": self.e, "apply": self.apply, **changes})
 
     def jvp(self, **changes: Any) -> Any:
-        given = {"params": self.params, "direction": self.direction, "batch_e": self.e, "apply": self.apply}
-        return fx.jvp_delta(**{**given, **changes})
+        arguments = {"params": self.params, "direction": self.direction, "batch_e": self.e, "apply": self.apply}
+        return fx.jvp_delta(**{**arguments, **changes})
 
     def fisher(self, **changes: Any) -> Any:
-        given = {"params": self.params, "batch_a": self.e, "batch_b": self.u, "opt_state": self.state}
-        return fx.fisher_kernel(**{**given, "apply": self.apply, **changes})
+        arguments = {"params": self.params, "batch_a": self.e, "batch_b": self.u, "opt_state": self.state}
+        return fx.fisher_kernel(**{**arguments, "apply": self.apply, **changes})
 
     def values(self, **changes: Any) -> Any:
         return fx.token_values(**{"params": self.params, "batch": self.e, "apply": self.apply, **changes})
 
     def per_sample(self, **changes: Any) -> Any:
-        given = {"loss_fn": fx.rollout_loss(self.apply), "params": self.params, "batch": self.u}
-        return fx.per_sample_grads(**{**given, **changes})
+        arguments = {"loss_fn": fx.rollout_loss(self.apply), "params": self.params, "batch": self.u}
+        return fx.per_sample_grads(**{**arguments, **changes})
 
     def decompose(self, **changes: Any) -> Any:
-        given = {"grads": self.direction, "opt_state": self.state, "params": self.params}
-        return fx.adamw_decompose(**{**given, **changes})
+        arguments = {"grads": self.direction, "opt_state": self.state, "params": self.params}
+        return fx.adamw_decompose(**{**arguments, **changes})
 
 
 @functools.cache
-def shared() -> Given:
-    """Arguments that no test changes."""
-    return Given()
+def shared_arguments() -> Arguments:
+    """Return arguments that no test changes."""
+    return Arguments()
 
 
 Call = Callable[..., Any]
-POLICY: tuple[Call, ...] = (Given.influence, Given.snis, Given.sweep, Given.jvp, Given.fisher, Given.values)
-PARAMS: tuple[Call, ...] = (*POLICY, Given.per_sample, Given.decompose)
-STATE: tuple[Call, ...] = (Given.influence, Given.fisher, Given.decompose)
+POLICY: tuple[Call, ...] = (
+    Arguments.influence,
+    Arguments.snis,
+    Arguments.sweep,
+    Arguments.jvp,
+    Arguments.fisher,
+    Arguments.values,
+)
+PARAMS: tuple[Call, ...] = (*POLICY, Arguments.per_sample, Arguments.decompose)
+STATE: tuple[Call, ...] = (Arguments.influence, Arguments.fisher, Arguments.decompose)
 BATCHES: tuple[tuple[Call, str], ...] = (
-    (Given.influence, "batch_u"),
-    (Given.influence, "batch_e"),
-    (Given.snis, "batch_e"),
-    (Given.sweep, "batch_e"),
-    (Given.jvp, "batch_e"),
-    (Given.fisher, "batch_a"),
-    (Given.fisher, "batch_b"),
-    (Given.values, "batch"),
-    (Given.per_sample, "batch"),
+    (Arguments.influence, "batch_u"),
+    (Arguments.influence, "batch_e"),
+    (Arguments.snis, "batch_e"),
+    (Arguments.sweep, "batch_e"),
+    (Arguments.jvp, "batch_e"),
+    (Arguments.fisher, "batch_a"),
+    (Arguments.fisher, "batch_b"),
+    (Arguments.values, "batch"),
+    (Arguments.per_sample, "batch"),
 )
 
 
-def refused(call: Call, message: str, kind: type[Exception] = TypeError, **changes: Callable[[Given], Any]) -> None:
-    given = shared()
-    calls = given.apply.calls
+def assert_rejected(
+    call: Call, message: str, kind: type[Exception] = TypeError, **changes: Callable[[Arguments], Any]
+) -> None:
+    arguments = shared_arguments()
+    calls = arguments.apply.calls
     with pytest.raises(kind, match=message):
-        call(given, **{name: change(given) for name, change in changes.items()})
-    assert given.apply.calls == calls, "the check came after a forward"
+        call(arguments, **{name: change(arguments) for name, change in changes.items()})
+    assert arguments.apply.calls == calls, "the check came after a forward"
 
 
 @pytest.mark.parametrize("call", PARAMS)
 def test_functions_accept_right_types(call: Call) -> None:
-    call(shared())
+    call(shared_arguments())
 
 
 @pytest.mark.parametrize("call", PARAMS)
@@ -132,8 +147,8 @@ def test_functions_accept_right_types(call: Call) -> None:
     ],
     ids=["model", "list", "iterator", "policy", "none", "list inside", "none inside"],
 )
-def test_check_params_rejects_other_types(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
-    refused(call, message, params=wrong)
+def test_check_params_rejects_other_types(call: Call, wrong: Callable[[Arguments], Any], message: str) -> None:
+    assert_rejected(call, message, params=wrong)
 
 
 @pytest.mark.parametrize("call", POLICY)
@@ -147,8 +162,8 @@ def test_check_params_rejects_other_types(call: Call, wrong: Callable[[Given], A
     ],
     ids=["model", "pair", "params", "name"],
 )
-def test_check_apply_rejects_other_types(call: Call, wrong: Callable[[Given], Any], message: str) -> None:
-    refused(call, message, apply=wrong)
+def test_check_apply_rejects_other_types(call: Call, wrong: Callable[[Arguments], Any], message: str) -> None:
+    assert_rejected(call, message, apply=wrong)
 
 
 @pytest.mark.parametrize("call", STATE)
@@ -157,9 +172,9 @@ def test_check_apply_rejects_other_types(call: Call, wrong: Callable[[Given], An
     [(lambda g: g.optimizer, "AdamW"), (lambda g: g.optimizer.state_dict(), "dict"), (lambda g: g.model, "TinyPolicy")],
     ids=["optimizer", "state dict", "model"],
 )
-def test_check_state_rejects_other_types(call: Call, wrong: Callable[[Given], Any], name: str) -> None:
+def test_check_state_rejects_other_types(call: Call, wrong: Callable[[Arguments], Any], name: str) -> None:
     message = rf"opt_state is of type {name}; expected an AdamWState .*Pass fx\.adamw_state\(optimizer, model\)"
-    refused(call, message, opt_state=wrong)
+    assert_rejected(call, message, opt_state=wrong)
 
 
 @pytest.mark.parametrize(("call", "field"), BATCHES)
@@ -180,28 +195,32 @@ def test_check_state_rejects_other_types(call: Call, wrong: Callable[[Given], An
 def test_check_is_batch_rejects_other_types(
     call: Call, field: str, wrong: Callable[[Batch], Any], message: str
 ) -> None:
-    of = {"batch_u": "u", "batch_b": "u"}.get(field, "u" if call is Given.per_sample else "e")
-    refused(call, message.replace("{f}", field), **{field: lambda g: wrong(getattr(g, of))})
+    of = {"batch_u": "u", "batch_b": "u"}.get(field, "u" if call is Arguments.per_sample else "e")
+    assert_rejected(call, message.replace("{f}", field), **{field: lambda g: wrong(getattr(g, of))})
 
 
-@pytest.mark.parametrize("call", [c for c, _ in BATCHES[:1]] + [Given.snis, Given.jvp, Given.fisher, Given.values])
+@pytest.mark.parametrize(
+    "call", [c for c, _ in BATCHES[:1]] + [Arguments.snis, Arguments.jvp, Arguments.fisher, Arguments.values]
+)
 @pytest.mark.parametrize("name", ["attention_mask", "completion_mask"])
 def test_check_fields_names_cast_of_integer_mask(call: Call, name: str) -> None:
-    field = {Given.fisher: "batch_a", Given.values: "batch"}.get(call, "batch_e")
+    field = {Arguments.fisher: "batch_a", Arguments.values: "batch"}.get(call, "batch_e")
     message = (
         rf"{field}\.{name} is torch\.int64 of shape \(4, 7\); pass bool of the shape of input_ids, .*: mask\.bool\(\)"
     )
-    refused(call, message, ValueError, **{field: lambda g: g.e._replace(**{name: getattr(g.e, name).long()})})
+    assert_rejected(call, message, ValueError, **{field: lambda g: g.e._replace(**{name: getattr(g.e, name).long()})})
 
 
 def test_check_fields_rejects_float_ids() -> None:
     message = r"batch\.input_ids is torch\.float32 of shape \(4, 7\); pass int64 \(B, T\), a row for each rollout"
-    refused(Given.values, message, ValueError, batch=lambda g: g.e._replace(input_ids=g.e.input_ids.float()))
+    assert_rejected(
+        Arguments.values, message, ValueError, batch=lambda g: g.e._replace(input_ids=g.e.input_ids.float())
+    )
 
 
 def test_influence_names_swapped_batches() -> None:
     message = r"batch_u\.coefficients is None and batch_e has some; .*Swap the two batches"
-    refused(Given.influence, message, ValueError, batch_u=lambda g: g.e, batch_e=lambda g: g.u)
+    assert_rejected(Arguments.influence, message, ValueError, batch_u=lambda g: g.e, batch_e=lambda g: g.u)
 
 
 NUMBERS: list[tuple[str, Any, type[Exception], str]] = [
@@ -223,116 +242,131 @@ NUMBERS: list[tuple[str, Any, type[Exception], str]] = [
     ("call", "case"),
     [
         (call, case)
-        for call in (Given.influence, Given.fisher, Given.snis, Given.jvp)
+        for call in (Arguments.influence, Arguments.fisher, Arguments.snis, Arguments.jvp)
         for case in NUMBERS
-        if call in (Given.influence, Given.fisher) or case[0] not in ("memory_budget", "max_grad_norm")
+        if call in (Arguments.influence, Arguments.fisher) or case[0] not in ("memory_budget", "max_grad_norm")
     ],
 )
 def test_check_number_rejects_other_types(call: Call, case: tuple[str, Any, type[Exception], str]) -> None:
     field, value, kind, message = case
-    refused(call, message, kind, **{field: lambda g: value})
+    assert_rejected(call, message, kind, **{field: lambda g: value})
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(2.0), 1])
 def test_check_number_accepts_numpy_scalars(value: Any) -> None:
-    assert shared().jvp(temperature=value, chunk_size=np.int64(2)).first.isfinite()
+    assert shared_arguments().jvp(temperature=value, chunk_size=np.int64(2)).first.isfinite()
 
 
 @pytest.mark.parametrize(
     ("call", "field", "value", "message"),
     [
         (
-            Given.influence,
+            Arguments.influence,
             "preconditioner",
             "frozn",
             r"preconditioner is 'frozn'; use one of frozen, .* \(the nearest is 'frozen'\)",
         ),
         (
-            Given.influence,
+            Arguments.influence,
             "objective",
             fx.Entropy("per-decision"),  # type: ignore[arg-type]
             r"estimator is 'per-decision'; .*nearest is 'per_decision'\)",
         ),
         (
-            Given.jvp,
+            Arguments.jvp,
             "objective",
             fx.Entropy(normalize="tokens"),  # type: ignore[arg-type]
             r"normalize is 'tokens'; use one of token, sequence \(the nearest is 'tok",
         ),
         (
-            Given.decompose,
+            Arguments.decompose,
             "preconditioner",
             None,
             r"preconditioner is None; use one of frozen, jacobian, rmsprop, lifetime$",
         ),
-        (Given.snis, "clip", -1.0, r"clip is -1\.0; pass a positive cumulative log-weight, or None"),
-        (Given.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
-        (Given.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
+        (Arguments.snis, "clip", -1.0, r"clip is -1\.0; pass a positive cumulative log-weight, or None"),
+        (Arguments.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
+        (Arguments.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
     ],
 )
 def test_options_out_of_range_are_rejected(call: Call, field: str, value: Any, message: str) -> None:
-    refused(call, message, ValueError, **{field: lambda g: value})
+    assert_rejected(call, message, ValueError, **{field: lambda g: value})
 
 
 @pytest.mark.parametrize(
     ("call", "field", "wrong", "message"),
     [
         (
-            Given.influence,
+            Arguments.influence,
             "objective",
             lambda g: torch.ones(4),
             r"objective is of type Tensor; .*fx\.expected_reward",
         ),
-        (Given.influence, "objective", lambda g: "entropy", r"objective is of type str; .*fx\.Entropy\(\)"),
+        (Arguments.influence, "objective", lambda g: "entropy", r"objective is of type str; .*fx\.Entropy\(\)"),
         (
-            Given.snis,
+            Arguments.snis,
             "objective",
             lambda g: fx.expected_reward(torch.ones(4)),
             r"objective is of type function; expected fx\.Entropy\(estimator, normalize\)\. Attribute other",
         ),
-        (Given.influence, "grad", lambda g: list(g.params.values()), r"grads is of type list; expected a dictionary"),
-        (Given.influence, "grad", lambda g: {"head.bias": 0.5}, r"grads\['head\.bias'\] is of type float; .*a tensor"),
-        (Given.snis, "eta", lambda g: [0.1, 0.2], r"eta is of type list; expected a number\. .*snis_sweep"),
-        (Given.snis, "direction", lambda g: g.state, r"direction is of type AdamWState; expected a dictionary"),
-        (Given.jvp, "direction", lambda g: None, r"direction is None; expected a dictionary"),
-        (Given.per_sample, "loss_fn", lambda g: g.model, r"loss_fn is of type TinyPolicy; .*fx\.rollout_loss\(apply\)"),
-        (Given.decompose, "grads", lambda g: g.model, r"grads is of type TinyPolicy; expected a dictionary"),
+        (
+            Arguments.influence,
+            "grad",
+            lambda g: list(g.params.values()),
+            r"grads is of type list; expected a dictionary",
+        ),
+        (
+            Arguments.influence,
+            "grad",
+            lambda g: {"head.bias": 0.5},
+            r"grads\['head\.bias'\] is of type float; .*a tensor",
+        ),
+        (Arguments.snis, "eta", lambda g: [0.1, 0.2], r"eta is of type list; expected a number\. .*snis_sweep"),
+        (Arguments.snis, "direction", lambda g: g.state, r"direction is of type AdamWState; expected a dictionary"),
+        (Arguments.jvp, "direction", lambda g: None, r"direction is None; expected a dictionary"),
+        (
+            Arguments.per_sample,
+            "loss_fn",
+            lambda g: g.model,
+            r"loss_fn is of type TinyPolicy; .*fx\.rollout_loss\(apply\)",
+        ),
+        (Arguments.decompose, "grads", lambda g: g.model, r"grads is of type TinyPolicy; expected a dictionary"),
     ],
 )
 def test_arguments_of_wrong_type_are_rejected(
-    call: Call, field: str, wrong: Callable[[Given], Any], message: str
+    call: Call, field: str, wrong: Callable[[Arguments], Any], message: str
 ) -> None:
-    refused(call, message, **{field: wrong})
+    assert_rejected(call, message, **{field: wrong})
 
 
 def test_snis_sweep_names_list_when_eta_is_scalar() -> None:
-    given = shared()
-    measure = given.sweep()
-    block = {name: v.unsqueeze(0) for name, v in given.direction.items()}
+    arguments = shared_arguments()
+    measure = arguments.sweep()
+    block = {name: v.unsqueeze(0) for name, v in arguments.direction.items()}
     with pytest.raises(TypeError, match=r"etas is of type float; expected a list of numbers\. Pass \[eta\] for one"):
         measure(block, 0.1)
 
 
-# --- Another model's parameters
+# --- Parameters of another model
 
 
 @pytest.mark.parametrize("call", POLICY[:-1])
 def test_check_policy_rejects_params_of_other_model(call: Call) -> None:
     other = fx.make_functional(TinyPolicy(VOCAB, 8, 1, 2, WIDTH))[1]
-    refused(
+    assert_rejected(
         call,
         r"params\['token\.weight'\] has shape \(5, 8\); expected \(5, 6\)\. .*another model's",
         ValueError,
         params=lambda g: other,
     )
-    more = {f"model.{name}": p for name, p in other.items()}
-    refused(
+    extended = {f"model.{name}": p for name, p in other.items()}
+    assert_rejected(
         call,
         r"params\['model\.token\.weight'\] is not among .*the nearest is 'token\.weight'",
         ValueError,
-        params=lambda g: more,
+        params=lambda g: extended,
     )
-    refused(
+    assert_rejected(
         call,
         r"params has no 'head\.bias' \(1 such\); expected all trained ones",
         ValueError,
@@ -341,60 +375,62 @@ def test_check_policy_rejects_params_of_other_model(call: Call) -> None:
 
 
 def test_check_policy_accepts_params_in_any_order() -> None:
-    given = shared()
-    turned = dict(reversed(given.params.items()))
-    torch.testing.assert_close(given.influence(params=turned).per_sequence, given.influence().per_sequence)
+    arguments = shared_arguments()
+    reversed_params = dict(reversed(arguments.params.items()))
+    torch.testing.assert_close(
+        arguments.influence(params=reversed_params).per_sequence, arguments.influence().per_sequence
+    )
 
 
 def test_check_policy_accepts_frozen_params() -> None:
-    """A policy's own frozen weight that is handed in is read like any other parameter."""
-    given = Given()
-    given.model.head.bias.requires_grad_(False)
-    apply, params = fx.make_functional(given.model)
-    more = {**params, "head.bias": given.model.head.bias.detach()}
-    assert fx.jvp_delta(more, {"head.bias": torch.ones(VOCAB)}, given.e, apply=apply).first.isfinite()
+    """A frozen weight of the policy that is passed in ``params`` is read like any other parameter."""
+    arguments = Arguments()
+    arguments.model.head.bias.requires_grad_(False)
+    apply, params = fx.make_functional(arguments.model)
+    extended = {**params, "head.bias": arguments.model.head.bias.detach()}
+    assert fx.jvp_delta(extended, {"head.bias": torch.ones(VOCAB)}, arguments.e, apply=apply).first.isfinite()
 
 
 @pytest.mark.parametrize("call", POLICY[:-1])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_check_policy_names_nonfinite_param(call: Call, value: float) -> None:
-    def spoilt(given: Given) -> Any:
-        bias = given.params["head.bias"].clone()
+    def nonfinite(arguments: Arguments) -> Any:
+        bias = arguments.params["head.bias"].clone()
         bias[2] = value
-        return {**given.params, "head.bias": bias}
+        return {**arguments.params, "head.bias": bias}
 
-    refused(
-        call, r"params\['head\.bias'\] holds NaN or infinity; .*The training has diverged", ValueError, params=spoilt
+    assert_rejected(
+        call, r"params\['head\.bias'\] holds NaN or infinity; .*The training has diverged", ValueError, params=nonfinite
     )
 
 
-@pytest.mark.parametrize("call", [Given.snis, Given.jvp])
+@pytest.mark.parametrize("call", [Arguments.snis, Arguments.jvp])
 def test_direction_nonfinite_entry_is_named(call: Call) -> None:
     message = r"direction\['head\.bias'\] holds NaN or infinity; expected a finite direction"
-    refused(call, message, ValueError, direction=lambda g: {"head.bias": torch.full((VOCAB,), math.nan)})
+    assert_rejected(call, message, ValueError, direction=lambda g: {"head.bias": torch.full((VOCAB,), math.nan)})
 
 
-# --- What is made before
+# --- Values that users prepare before a call
 
 
 @pytest.mark.parametrize("wrong", [[1.0, -1.0], np.ones(2), 0.5, None])
 def test_losses_reject_other_types_than_tensors(wrong: Any) -> None:
     mask, two = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
     kind = "None" if wrong is None else f"of type {type(wrong).__name__}"
-    tell = rf" is {kind}; expected a tensor\. Make it one: torch\.as_tensor"
-    with pytest.raises(TypeError, match="advantages" + tell):
+    rest = rf" is {kind}; expected a tensor\. Make it one: torch\.as_tensor"
+    with pytest.raises(TypeError, match="advantages" + rest):
         fx.coefficients("grpo", wrong, mask)
-    with pytest.raises(TypeError, match="completion_mask" + tell):
+    with pytest.raises(TypeError, match="completion_mask" + rest):
         fx.coefficients("grpo", two, wrong)
-    with pytest.raises(TypeError, match="rewards" + tell):
+    with pytest.raises(TypeError, match="rewards" + rest):
         fx.group_advantages(wrong, two)
-    with pytest.raises(TypeError, match="group" + tell):
+    with pytest.raises(TypeError, match="group" + rest):
         fx.group_advantages(two, wrong)
-    with pytest.raises(TypeError, match="old_logprobs" + tell):
+    with pytest.raises(TypeError, match="old_logprobs" + rest):
         fx.clipped_ratio(torch.zeros(2, 3), wrong, two)
-    with pytest.raises(TypeError, match="rewards" + tell):
+    with pytest.raises(TypeError, match="rewards" + rest):
         fx.expected_reward(wrong)
-    with pytest.raises(TypeError, match="reference_logprobs" + tell):
+    with pytest.raises(TypeError, match="reference_logprobs" + rest):
         fx.kl_to_reference(wrong)
 
 
@@ -414,10 +450,10 @@ def test_losses_reject_nonfinite_values_where_they_count(bad: float) -> None:
         fx.coefficients("grpo", torch.tensor([bad, 1.0]), mask)
     with pytest.raises(ValueError, match=r"rewards\[1\] is .*drop those rollouts or repair their rewards"):
         fx.group_advantages(torch.tensor([1.0, bad]), torch.zeros(2))
-    # A row that nothing was sampled in has no say.
+    # A row without completion tokens is never read.
     assert fx.coefficients("grpo", torch.tensor([1.0, bad]), mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]
-    apart = torch.tensor([[bad, 1.0], [bad, bad]])
-    assert fx.coefficients("grpo", apart, mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]
+    per_token = torch.tensor([[bad, 1.0], [bad, bad]])
+    assert fx.coefficients("grpo", per_token, mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]
 
 
 def test_collate_rejects_other_types() -> None:
@@ -442,26 +478,26 @@ def test_read_rollouts_rejects_other_types(tmp_path: Any) -> None:
 
 
 def test_adamw_state_and_make_functional_reject_other_types() -> None:
-    given = shared()
+    arguments = shared_arguments()
     with pytest.raises(TypeError, match=r"model is of type AdamW; .*Swap the two: fx\.adamw_state\(optimizer, model\)"):
-        fx.adamw_state(given.model, given.optimizer)  # type: ignore[arg-type]
+        fx.adamw_state(arguments.model, arguments.optimizer)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model is of type dict; expected a torch\.nn\.Module"):
-        fx.adamw_state(given.optimizer, given.params)  # type: ignore[arg-type]
+        fx.adamw_state(arguments.optimizer, arguments.params)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"optimizer is of type dict; .*load_state_dict"):
-        fx.adamw_state(given.optimizer.state_dict(), given.model)  # type: ignore[arg-type]
-    for wrong in ("gpt2", given.params):
+        fx.adamw_state(arguments.optimizer.state_dict(), arguments.model)  # type: ignore[arg-type]
+    for wrong in ("gpt2", arguments.params):
         with pytest.raises(TypeError, match=rf"model is of type {type(wrong).__name__}; expected a torch\.nn\.Module"):
             fx.make_functional(wrong)  # type: ignore[arg-type]
 
     class Trainer:
-        model = given.model
+        model = arguments.model
 
     with pytest.raises(TypeError, match=r"model is of type Trainer; expected .*\. Pass trainer\.model"):
         fx.make_functional(Trainer())  # type: ignore[arg-type]
 
 
 def test_select_rejects_other_types() -> None:
-    out = shared().influence()
+    out = shared_arguments().influence()
     with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
         fx.lab.select(out, out.per_sequence, floor=0.0)
     with pytest.raises(TypeError, match=r"floor is None; expected a number"):
@@ -469,42 +505,46 @@ def test_select_rejects_other_types() -> None:
 
 
 def test_entropy_estimate_rejects_other_types() -> None:
-    given = shared()
-    values = given.values()
+    arguments = shared_arguments()
+    values = arguments.values()
     with pytest.raises(TypeError, match=r"values is of type Tensor; expected TokenValues\. Pass fx\.token_values"):
-        fx.entropy_estimate(values.entropies, given.e)
+        fx.entropy_estimate(values.entropies, arguments.e)
     with pytest.raises(ValueError, match=r"normalize is 'batch'; use one of token, sequence"):
-        fx.entropy_estimate(values, given.e, "batch")  # type: ignore[arg-type]
+        fx.entropy_estimate(values, arguments.e, "batch")  # type: ignore[arg-type]
 
 
-# --- What is never read
+# --- Values that are never read
 
 
 @pytest.mark.parametrize("options", [{}, {"matrix": True}, {"per_token": False}, {"memory_budget": 0}], ids=str)
 def test_influence_ignores_coefficients_outside_completions(options: dict[str, Any]) -> None:
-    given = shared()
-    spoilt = given.u._replace(coefficients=given.u.coefficients.masked_fill(~given.u.completion_mask, math.nan))
-    plain, out = given.influence(**options), given.influence(batch_u=spoilt, **options)
+    arguments = shared_arguments()
+    nonfinite = arguments.u._replace(
+        coefficients=arguments.u.coefficients.masked_fill(~arguments.u.completion_mask, math.nan)
+    )
+    plain, out = arguments.influence(**options), arguments.influence(batch_u=nonfinite, **options)
     assert torch.equal(out.per_sequence, plain.per_sequence)
     assert torch.equal(out.total, plain.total)
-    grads = [fx.per_sample_grads(fx.rollout_loss(given.policy), given.params, u) for u in (spoilt, given.u)]
+    grads = [
+        fx.per_sample_grads(fx.rollout_loss(arguments.policy), arguments.params, u) for u in (nonfinite, arguments.u)
+    ]
     for name, g in grads[0].items():
         assert torch.equal(g, grads[1][name])
 
 
 def test_coefficients_of_eval_batch_are_ignored() -> None:
-    given = shared()
-    spoilt = given.e._replace(coefficients=torch.full((4, WIDTH), math.nan))
-    assert torch.equal(given.influence(batch_e=spoilt).per_sequence, given.influence().per_sequence)
-    assert torch.equal(given.jvp(batch_e=spoilt).first, given.jvp().first)
-    kernel = given.fisher(preconditioner="identity", batch_a=spoilt)
-    assert torch.equal(kernel, given.fisher(preconditioner="identity"))
+    arguments = shared_arguments()
+    nonfinite = arguments.e._replace(coefficients=torch.full((4, WIDTH), math.nan))
+    assert torch.equal(arguments.influence(batch_e=nonfinite).per_sequence, arguments.influence().per_sequence)
+    assert torch.equal(arguments.jvp(batch_e=nonfinite).first, arguments.jvp().first)
+    kernel = arguments.fisher(preconditioner="identity", batch_a=nonfinite)
+    assert torch.equal(kernel, arguments.fisher(preconditioner="identity"))
 
 
 def test_fisher_kernel_checks_coefficients_when_adam() -> None:
-    def spoilt(given: Given) -> Batch:
-        return given.u._replace(coefficients=torch.full((4, WIDTH), math.nan))
+    def nonfinite(arguments: Arguments) -> Batch:
+        return arguments.u._replace(coefficients=torch.full((4, WIDTH), math.nan))
 
-    refused(Given.fisher, r"batch_b\.coefficients is not finite in row 0", ValueError, batch_b=spoilt)
-    given = shared()
-    assert given.fisher(preconditioner="identity", batch_b=spoilt(given)).isfinite().all()
+    assert_rejected(Arguments.fisher, r"batch_b\.coefficients is not finite in row 0", ValueError, batch_b=nonfinite)
+    arguments = shared_arguments()
+    assert arguments.fisher(preconditioner="identity", batch_b=nonfinite(arguments)).isfinite().all()

@@ -1,4 +1,4 @@
-"""What a result, a run, a plan or a checkpoint shows of itself fits a screen, however large it is."""
+"""The repr of every result, run, plan and checkpoint fits a screen, however large it is."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def test_batch_repr_shows_shapes() -> None:
 def test_batch_repr_works_under_vmap() -> None:
     shown: list[str] = []
 
-    def seen(x: torch.Tensor) -> torch.Tensor:
+    def record(x: torch.Tensor) -> torch.Tensor:
         shown.append(repr(fx.TokenValues(x, x.sum())))
         return x
 
-    torch.func.vmap(seen)(torch.ones(2, 3))
+    torch.func.vmap(record)(torch.ones(2, 3))
     assert shown == ["TokenValues(logprobs=float32 (3,), entropies=float32 ())"]
 
 

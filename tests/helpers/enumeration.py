@@ -41,12 +41,12 @@ def enumerate_completions(
     """The space of one prompt (1-D ids) or several."""
     prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
     completions: list[list[int]] = []
-    alive: list[list[int]] = [[]]
+    unfinished: list[list[int]] = [[]]
     for _ in range(max_new_tokens):
-        grown = [[*prefix, token] for prefix in alive for token in range(vocab_size)]
-        completions += [c for c in grown if c[-1] == eos_id]
-        alive = [c for c in grown if c[-1] != eos_id]
-    completions += alive
+        extended = [[*prefix, token] for prefix in unfinished for token in range(vocab_size)]
+        completions += [c for c in extended if c[-1] == eos_id]
+        unfinished = [c for c in extended if c[-1] != eos_id]
+    completions += unfinished
     width = max(len(p) for p in prompts) + max_new_tokens
     rows = [(i, p.tolist(), c) for i, p in enumerate(prompts) for c in completions]
     ids = torch.tensor([p + c + [eos_id] * (width - len(p) - len(c)) for _, p, c in rows])
@@ -62,9 +62,9 @@ def token_values(apply: Apply, params: Params, space: Space) -> tuple[Tensor, Te
     batch = space.batch
     logits = apply(params, batch.input_ids, batch.attention_mask)[:, :-1] / space.temperature
     log_pi = logits.log_softmax(-1)
-    taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    chosen = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     mask = batch.completion_mask[:, 1:]
-    values = (taken * mask, torch.special.entr(log_pi.exp()).sum(-1) * mask)
+    values = (chosen * mask, torch.special.entr(log_pi.exp()).sum(-1) * mask)
     return tuple(torch.nn.functional.pad(x, (1, 0)) for x in values)  # type: ignore[return-value]
 
 
@@ -95,8 +95,8 @@ def exact_gradient(apply: Apply, params: Params, space: Space, normalize: Normal
     """Gradient of ``exact_entropy`` by name; zeros where a parameter is not reached."""
     leaves = {name: p.detach().clone().requires_grad_(True) for name, p in params.items()}
     value = exact_entropy(apply, leaves, space, normalize)
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
 
 
 def take(space: Space, rows: Tensor) -> Batch:
@@ -118,7 +118,7 @@ def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
     Estimates on it are exact, with no sampling error. Refused unless every n p is an integer: see ``dyadic_policy``.
     """
     copies = n * exact_log_probs(apply, params, space).detach().exp()
-    whole = copies.round().long()
-    if (copies - whole).abs().max() > rounding_bound(torch.float64, 100, n):
+    counts = copies.round().long()
+    if (copies - counts).abs().max() > rounding_bound(torch.float64, 100, n):
         raise ValueError("the probabilities are not multiples of 1/n")
-    return take(space, torch.arange(len(copies)).repeat_interleave(whole))
+    return take(space, torch.arange(len(copies)).repeat_interleave(counts))

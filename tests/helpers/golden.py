@@ -66,9 +66,9 @@ def flatten(values: Params, golden: Golden) -> Tensor:
 
 def unflatten(vector: np.ndarray, golden: Golden) -> Params:
     """A recorded vector as a dict of parameters, in their dtype."""
-    parts = torch.from_numpy(vector).split([value.numel() for value in golden.params.values()])
-    pairs = zip(golden.params.items(), parts, strict=True)
-    return {name: part.view_as(value).to(value.dtype) for (name, value), part in pairs}
+    vectors = torch.from_numpy(vector).split([value.numel() for value in golden.params.values()])
+    pairs = zip(golden.params.items(), vectors, strict=True)
+    return {name: vector_part.view_as(value).to(value.dtype) for (name, value), vector_part in pairs}
 
 
 class _RMSNorm(qwen2.Qwen2RMSNorm):

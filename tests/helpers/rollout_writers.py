@@ -31,15 +31,15 @@ def make_tokenizer(eos: str | None = "<|im_end|>") -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    made = PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token=eos,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
-    made.chat_template = TEMPLATE
-    return made
+    result.chat_template = TEMPLATE
+    return result
 
 
 def ids(text: str) -> tuple[int, ...]:

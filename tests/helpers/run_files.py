@@ -38,19 +38,19 @@ def kill_and_resume(command: str, plan: Path, out: Path, kills: int) -> dict[str
     Whenever it has ended before it could be killed its bytes must be the same; it then begins anew.
     """
     line = [sys.executable, "-m", "fx_influence.lab.cli", command, str(plan), "--out", str(out)]
-    moments, ends = random.Random(0), []
+    delays, results = random.Random(0), []
     while kills:
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=moments.uniform(3.0, 8.0))
+            process.wait(timeout=delays.uniform(3.0, 8.0))
             assert process.returncode == 0
-            ends.append(stored_bytes(out))
+            results.append(stored_bytes(out))
             shutil.rmtree(out)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills -= 1
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-    ends.append(stored_bytes(out))
-    assert all(end == ends[-1] for end in ends)
-    return ends[-1]
+    results.append(stored_bytes(out))
+    assert all(end == results[-1] for end in results)
+    return results[-1]

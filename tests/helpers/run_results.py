@@ -1,4 +1,4 @@
-"""Results of a run made up of given figures, and the finding of one check on them."""
+"""Results of a run with chosen figures, and the finding of one health check on them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,19 @@ SOUND: dict[str, Any] = {
 
 
 def make_results(
-    own: dict[str, Any] | None = None, run: dict[str, Any] | None = None, dtype: str = "auto", **arrays: Any
+    evaluation: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    **arrays: Any,
 ) -> EntropyInfluenceResults:
-    """Ten rollouts, all sure, and a step at half and at the whole learning rate."""
+    """Return results of ten rollouts with small standard errors, and a step at half and at the full learning rate.
+
+    Args:
+        evaluation: changes to the summary of the evaluation.
+        run: changes to the summary of the run.
+        dtype: that of the plan.
+        arrays: changes to the arrays of the evaluation.
+    """
     defaults = {
         "per_sequence": np.array([1.0, -2.0] * 5),
         "stderr": np.full(10, 0.1),
@@ -37,12 +47,13 @@ def make_results(
         "ess": np.array([64.0, 60.0]),
         "full_clip_fraction": np.array([0.0, 0.0]),
     }
-    summary = {**SOUND, **(own or {})}
-    evaluation = EvaluationResults({**defaults, **arrays}, None, summary, [])
+    summary = {**SOUND, **(evaluation or {})}
+    evaluated = EvaluationResults({**defaults, **arrays}, None, summary, [])
     plan = dataclasses.replace(EntropyInfluencePlan(), dtype=dtype)
-    run = {**summary, "lr": LR, **(run or {})}
-    return EntropyInfluenceResults(Path("run"), plan, {}, run, [], [], {}, (evaluation,))
+    run_summary = {**summary, "lr": LR, **(run or {})}
+    return EntropyInfluenceResults(Path("run"), plan, {}, run_summary, [], [], {}, (evaluated,))
 
 
-def find_finding(name: str, *arguments: Any, **more: Any) -> Finding | None:
-    return next((finding for finding in health(make_results(*arguments, **more)) if finding.name == name), None)
+def find_finding(name: str, *arguments: Any, **options: Any) -> Finding | None:
+    """Return the finding of one health check on ``make_results(*arguments, **options)``, or None without one."""
+    return next((finding for finding in health(make_results(*arguments, **options)) if finding.name == name), None)

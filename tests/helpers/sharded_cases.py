@@ -21,11 +21,11 @@ Answers = dict[str, Tensor]
 def rows_of_rank(batch: Batch, counts: list[int], rank: int) -> Batch:
     """Rows of ``rank``, cut where the longest of them ends: ranks differ in rows and in width."""
     start = sum(counts[:rank])
-    own = select_rows(batch, slice(start, start + counts[rank]))
+    rows = select_rows(batch, slice(start, start + counts[rank]))
     width = (
-        int(torch.where(own.attention_mask, torch.arange(own.input_ids.shape[1]) + 1, 0).max()) if counts[rank] else 0
+        int(torch.where(rows.attention_mask, torch.arange(rows.input_ids.shape[1]) + 1, 0).max()) if counts[rank] else 0
     )
-    return Batch._make(f if f is None or f.dim() == 1 else f[:, :width] for f in own)
+    return Batch._make(f if f is None or f.dim() == 1 else f[:, :width] for f in rows)
 
 
 def tiny_case(seed: int = 0) -> dict[str, Any]:
@@ -62,20 +62,20 @@ def shared_prompt_case() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(41, (2, 8), generator=generator)
     for name, count in (("batch_u", 8), ("batch_e", 12)):
-        own = random_batch(generator, count, 12, 41)
+        rows = random_batch(generator, count, 12, 41)
         group = torch.arange(count) % 2
         before = torch.ones(count, 8, dtype=torch.bool)
-        completion = torch.cat([~before, own.attention_mask], dim=1)
+        completion = torch.cat([~before, rows.attention_mask], dim=1)
         coefficients = completion * torch.randn(completion.shape, generator=generator, dtype=torch.float64)
-        ids = torch.cat([prompts[group], own.input_ids], dim=1)
-        state[name] = Batch(ids, torch.cat([before, own.attention_mask], dim=1), completion, coefficients, group=group)
+        ids = torch.cat([prompts[group], rows.input_ids], dim=1)
+        state[name] = Batch(ids, torch.cat([before, rows.attention_mask], dim=1), completion, coefficients, group=group)
     return state
 
 
 def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
     """Every function that takes a mesh, with every route of ``influence``."""
     params, u, e, optimizer = (state[name] for name in ("params", "batch_u", "batch_e", "opt_state"))
-    on = {"apply": state["apply"], "mesh": mesh}
+    common = {"apply": state["apply"], "mesh": mesh}
     direction = random_direction(torch.Generator().manual_seed(5), params)
     block = {name: torch.stack([v, -0.5 * v, 2 * v]) for name, v in direction.items()}
     influences = {
@@ -86,22 +86,22 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answer
         "small chunks": {"chunk_size": 2, "memory_budget": 0},
         "query": {"query": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
     }
-    found: Answers = {}
+    results: Answers = {}
     for case, options in influences.items():
-        out = fx.influence(params, u, e, optimizer, **on, **options)
+        out = fx.influence(params, u, e, optimizer, **common, **options)
         fields = {**out._asdict(), **out.per_parameter}
-        found |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
+        results |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
     for name, record in {
-        "snis": fx.snis_delta(params, direction, 0.3, e, **on, clip=0.5),
+        "snis": fx.snis_delta(params, direction, 0.3, e, **common, clip=0.5),
         "snis by sequence": fx.snis_delta(
-            params, direction, 0.3, e, **on, objective=fx.Entropy("sequence", "sequence")
+            params, direction, 0.3, e, **common, objective=fx.Entropy("sequence", "sequence")
         ),
-        "sweep": fx.snis_sweep(params, e, **on)(block, [0.1, 1.0]),
-        "jvp": fx.jvp_delta(params, direction, e, **on),
+        "sweep": fx.snis_sweep(params, e, **common)(block, [0.1, 1.0]),
+        "jvp": fx.jvp_delta(params, direction, e, **common),
     }.items():
-        found |= {f"{name}: {field}": x for field, x in record._asdict().items()}
-    found["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **on)
-    return found
+        results |= {f"{name}: {field}": x for field, x in record._asdict().items()}
+    results["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **common)
+    return results
 
 
 def sharded_batches() -> tuple[Batch, Batch]:
@@ -124,10 +124,10 @@ def compute_mesh_functions(
     like: Callable[[Tensor, Any], Tensor] = lambda x, p: x,
 ) -> Answers:
     """What a policy has, sharded or not, of the functions that take a mesh; ``like(x, p)``: x, sharded as p is."""
-    whole = random_direction(
+    full = random_direction(
         torch.Generator().manual_seed(5), {name: torch.empty(p.shape) for name, p in params.items()}
     )
-    direction = {name: like(v.to(params[name].dtype), params[name]) for name, v in whole.items()}
+    direction = {name: like(v.to(params[name].dtype), params[name]) for name, v in full.items()}
     block = {name: torch.stack([v, -0.5 * v]) for name, v in direction.items()}
     records = {
         "adjoint": fx.influence(params, u, e, state, apply=apply, chunk_size=3),
@@ -138,6 +138,6 @@ def compute_mesh_functions(
         "sweep": fx.snis_sweep(params, e, apply=apply)(block, [0.1, 1.0]),
         "jvp": fx.jvp_delta(params, direction, e, apply=apply)._replace(second=torch.zeros(())),
     }
-    found = {f"{case}: {name}": x for case, out in records.items() for name, x in out._asdict().items()}
-    found |= {f"adjoint: {name}": x for name, x in records["adjoint"].per_parameter.items()}
-    return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    results = {f"{case}: {name}": x for case, out in records.items() for name, x in out._asdict().items()}
+    results |= {f"adjoint: {name}": x for name, x in records["adjoint"].per_parameter.items()}
+    return {name: x for name, x in results.items() if isinstance(x, Tensor)}

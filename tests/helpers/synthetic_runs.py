@@ -11,7 +11,7 @@ from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
 
-PROMPT, EACH = 2, 4
+PROMPT, ROLLOUTS_PER_PROMPT = 2, 4
 """Tokens of a prompt, and rollouts of one."""
 
 
@@ -22,21 +22,21 @@ def synthetic_run(
 
     ``arrays`` replaces arrays of the evaluation; None leaves one out.
     """
-    rng, n = np.random.default_rng(seed), prompts * EACH
-    group = np.repeat(np.arange(prompts), EACH)
+    rng, n = np.random.default_rng(seed), prompts * ROLLOUTS_PER_PROMPT
+    group = np.repeat(np.arange(prompts), ROLLOUTS_PER_PROMPT)
     reward = rng.integers(0, 2, n).astype(float)
     advantage = np.round(reward - 0.5 + 0.3 * rng.standard_normal(n), 3)
     logprobs = np.pad(-rng.exponential(1.0, (n, tokens)), ((0, 0), (PROMPT, 0)))
     per_token = np.pad(rng.standard_normal((n, tokens)), ((0, 0), (PROMPT, 0))) - logprobs * advantage[:, None]
     per_token[:, :PROMPT] = 0.0
     entropies = np.where(logprobs != 0, 1.0 + 0.1 * rng.standard_normal(logprobs.shape), 0.0)
-    found = _arrays(rng, per_token) | arrays
+    values = _arrays(rng, per_token) | arrays
     rollouts = [_rollout(i, int(group[i]), tokens, reward[i], advantage[i], logprobs[i]) for i in range(n)]
-    sequences = [_record(r, found["per_sequence"][i], logprobs[i], entropies[i]) for i, r in enumerate(rollouts)]
-    matrix = found.pop("matrix", rng.standard_normal((8, n)))
-    summary = _summary(found)
+    sequences = [_record(r, values["per_sequence"][i], logprobs[i], entropies[i]) for i, r in enumerate(rollouts)]
+    matrix = values.pop("matrix", rng.standard_normal((8, n)))
+    summary = _summary(values)
     evaluated = [_rollout(i, i // 2, 3, 1.0, 0.0, logprobs[0]) for i in range(8)]
-    evaluation = EvaluationResults({k: v for k, v in found.items() if v is not None}, matrix, summary, evaluated)
+    evaluation = EvaluationResults({k: v for k, v in values.items() if v is not None}, matrix, summary, evaluated)
     return EntropyInfluenceResults(
         path=path,
         plan=EntropyInfluencePlan(),

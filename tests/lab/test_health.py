@@ -146,7 +146,7 @@ def test_an_older_policy_of_u_is_mentioned() -> None:
 
 def test_what_a_step_of_a_training_does_not_store_is_left_out() -> None:
     lacking = ("eta_trust", "rounding_floor", "off_policy")
-    stored = make_results(own={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
+    stored = make_results(evaluation={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
     [evaluation] = stored.evaluations
     for name in lacking:
         del evaluation.summary[name]

@@ -1,4 +1,4 @@
-"""The reference against what shares no code with it: torch.optim, finite differences, enumeration, sums by hand."""
+"""The reference against independent code: torch.optim, finite differences, enumeration, sums by hand."""
 
 from __future__ import annotations
 
@@ -129,16 +129,16 @@ def torch_step(
     eps: float = 1e-8,
     betas: tuple[float, float] = (0.9, 0.99),
 ) -> tuple[AdamWState, Params]:
-    """A warm ``torch.optim.AdamW`` of two groups: its state as values, and (theta' - theta) / lr_ref of its next step.
+    """Step a warm ``torch.optim.AdamW`` of two groups; return its state and (theta' - theta) / lr_ref.
 
-    theta' starts at ``params``. The last name is held by no group.
+    The step starts at ``params``. The last name is in no group.
     """
     leaves = {name: torch.nn.Parameter(p.clone()) for name, p in params.items()}
-    held = list(leaves)[:-1]
+    names_held = list(leaves)[:-1]
     shared = {"amsgrad": amsgrad, "maximize": maximize, "eps": eps, "betas": betas}
     groups: list[dict[str, Any]] = [
-        {"params": [leaves[name] for name in held[0::2]], "lr": 0.02, "weight_decay": 0.1},
-        {"params": [leaves[name] for name in held[1::2]], "lr": 0.005, "weight_decay": 0.4},
+        {"params": [leaves[name] for name in names_held[0::2]], "lr": 0.02, "weight_decay": 0.1},
+        {"params": [leaves[name] for name in names_held[1::2]], "lr": 0.005, "weight_decay": 0.4},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=9.0, **shared)  # type: ignore[arg-type]
     noise = generator(3)
@@ -147,7 +147,7 @@ def torch_step(
             p.grad = torch.randn(p.shape, generator=noise, dtype=p.dtype)
         optimizer.step()
     state = AdamWState({}, {}, {}, {}, {}, 0.02)
-    for i, name in enumerate(held):
+    for i, name in enumerate(names_held):
         saved, group = optimizer.state[leaves[name]], groups[i % 2]
         zero = torch.zeros_like(params[name])
         state.exp_avg[name] = saved.get("exp_avg", zero).clone()
@@ -202,27 +202,27 @@ def test_adamw_parts_add_up_and_jacobian_is_derivative(setting: str) -> None:
     options = SETTINGS[setting]
     clip = options.get("max_grad_norm")
     state, _ = torch_step(params, ref.add(rows), **options)
-    share, marginal = (
+    frozen, jacobian_step = (
         ref.adamw(rows, state, params, preconditioner, clip) for preconditioner in ("frozen", "jacobian")
     )
-    assert ref.inner(share.momentum, share.momentum) > 0 or setting == "cold"
+    assert ref.inner(frozen.momentum, frozen.momentum) > 0 or setting == "cold"
     for name in params:
-        shares = [g for g in (ref.scale(share.gain, row)[name] for row in rows) if g is not None]
-        assert_close(share.momentum[name] + share.weight_decay[name] + sum(shares), share.direction[name])
-    # Central differences in log-spaced coordinates: each gradient moved by a share of itself, the clip frozen.
+        shares = [g for g in (ref.scale(frozen.gain, row)[name] for row in rows) if g is not None]
+        assert_close(frozen.momentum[name] + frozen.weight_decay[name] + sum(shares), frozen.direction[name])
+    # Central differences in relative coordinates: each gradient is scaled by 1 + e, with the clip frozen.
     g = ref.add(rows)
     for name in state.exp_avg:
-        expected, g_name = marginal.gain[name], g[name]
+        expected, g_name = jacobian_step.gain[name], g[name]
         assert g_name is not None
 
-        def stepped(e: float, name: str = name) -> Tensor:
-            moved = {k: None if x is None else share.clip * (1 + e) * x for k, x in g.items()}
+        def direction_at(e: float, name: str = name) -> Tensor:
+            moved = {k: None if x is None else frozen.clip * (1 + e) * x for k, x in g.items()}
             return ref.adamw([moved], state, params).direction[name]
 
-        # 1 - beta^step of a first step has lost three digits.
-        slope, bound = central_difference(stepped, 1e-4, terms=1e6)
-        assert_within(expected * g_name, slope, bound)
-        assert torch.equal(marginal.direction[name], share.direction[name])
+        # In a first step 1 - beta^step loses three digits.
+        derivative, bound = central_difference(direction_at, 1e-4, terms=1e6)
+        assert_within(expected * g_name, derivative, bound)
+        assert torch.equal(jacobian_step.direction[name], frozen.direction[name])
 
 
 def test_adamw_rmsprop_gain_has_right_sign() -> None:
@@ -266,16 +266,16 @@ def test_snis_delta_over_eta_tends_to_surrogate_gradients(estimator: Estimator, 
     batch = random_batch(generator(3), 6, 7, 5, gaps=True, min_len=0, padding="left")
     v = random_direction(generator(9), params)
     rows = ref.entropy_gradients(apply, params, batch, estimator, normalize, 0.8)
-    slopes = torch.tensor([ref.inner(row, v) for row in rows], dtype=torch.float64)
-    assert slopes.abs().max() > 1e-2
+    derivatives = torch.tensor([ref.inner(row, v) for row in rows], dtype=torch.float64)
+    assert derivatives.abs().max() > 1e-2
 
     def moved(eta: float) -> Tensor:
         out = ref.snis_delta(apply, params, v, eta, batch, estimator, normalize, temperature=0.8)
         return torch.cat([out.contributions, out.delta_h.reshape(1)])
 
     expected, bound = central_difference(moved, 1e-4, terms=TINY_POLICY, magnitude=math.log(5))
-    assert bound < 1e-3 * slopes.abs().max()
-    assert_within(torch.cat([slopes, slopes.sum().reshape(1)]), expected, bound)
+    assert bound < 1e-3 * derivatives.abs().max()
+    assert_within(torch.cat([derivatives, derivatives.sum().reshape(1)]), expected, bound)
 
 
 def test_snis_delta_diagnostics_match_hand_computation() -> None:
@@ -312,7 +312,7 @@ def test_snis_delta_diagnostics_match_hand_computation() -> None:
 def test_entropy_estimators_are_exact_on_full_distribution(
     estimator: Estimator, normalize: Normalize, temperature: float
 ) -> None:
-    """E *is* the policy's distribution (each completion n p times), so neither estimator has a sampling error."""
+    """E is the policy's distribution, with each completion n p times, so neither estimator has a sampling error."""
     apply, params = make_apply(dyadic_policy(generator(5)))
     params["table"] = params["table"] * temperature
     prompts = [torch.tensor([1]), torch.tensor([2, 1])]
@@ -321,10 +321,10 @@ def test_entropy_estimators_are_exact_on_full_distribution(
     assert_close(exact_log_probs(apply, params, space).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
     batch = replicate(apply, params, space, 256)
     exact = exact_gradient(apply, params, space, normalize)["table"]
-    found = ref.add(ref.entropy_gradients(apply, params, batch, estimator, normalize, temperature))["table"]
-    assert found is not None
+    computed = ref.add(ref.entropy_gradients(apply, params, batch, estimator, normalize, temperature))["table"]
+    assert computed is not None
     assert exact.abs().max() > 0.05
-    assert_close(found, exact)
+    assert_close(computed, exact)
     v, eta = random_direction(generator(9), params), 5.0
     moved = {name: p + eta * v[name] for name, p in params.items()}
     before, after = (exact_entropy(apply, p, space, normalize) for p in (params, moved))
@@ -344,13 +344,13 @@ def test_entropy_estimators_match_exact_value_on_sample(estimator: Estimator, no
     exact = exact_entropy(apply, moved, space, normalize) - exact_entropy(apply, params, space, normalize)
     out = ref.snis_delta(apply, params, v, eta, batch, estimator, normalize, 10.0, 1.5)
     error = out.contributions.std() * math.sqrt(n)
-    assert error < exact.abs() / 4, "the estimate says something"
+    assert error < exact.abs() / 4, "the estimate is more than noise"
     assert (out.delta_h - exact).abs() < 3 * error
     gradients = ref.entropy_gradients(apply, params, batch, estimator, normalize, 1.5)
-    slopes = torch.tensor([ref.inner(row, v) for row in gradients], dtype=torch.float64)
-    slope = ref.inner(v, v)
-    assert slopes.std() * math.sqrt(n) < abs(slope) / 4
-    assert (slopes.sum() - slope).abs() < 3 * slopes.std() * math.sqrt(n)
+    derivatives = torch.tensor([ref.inner(row, v) for row in gradients], dtype=torch.float64)
+    derivative = ref.inner(v, v)
+    assert derivatives.std() * math.sqrt(n) < abs(derivative) / 4
+    assert (derivatives.sum() - derivative).abs() < 3 * derivatives.std() * math.sqrt(n)
 
 
 def test_sample_follows_enumerated_distribution() -> None:
@@ -400,14 +400,14 @@ def test_influence_matches_finite_difference(
     assert (out.momentum != 0) == (preconditioner in ("frozen", "jacobian"))
 
     def assert_slope(v: Gradients, expected: Tensor) -> None:
-        along = {name: x for name, x in v.items() if x is not None}
+        direction = {name: x for name, x in v.items() if x is not None}
 
         def moved(eta: float) -> Tensor:
-            return ref.snis_delta(apply, params, along, eta, batch_e, estimator, normalize, 10.0, 0.8).delta_h
+            return ref.snis_delta(apply, params, direction, eta, batch_e, estimator, normalize, 10.0, 0.8).delta_h
 
-        slope, bound = central_difference(moved, 1e-4, terms=TINY_POLICY, magnitude=math.log(5))
+        derivative, bound = central_difference(moved, 1e-4, terms=TINY_POLICY, magnitude=math.log(5))
         assert bound < 1e-3 * out.total.abs()
-        assert_within(expected, slope, bound)
+        assert_within(expected, derivative, bound)
 
     for i, row in enumerate(rows):
         assert_slope(ref.scale(step.gain, row), out.per_sequence[i])
@@ -423,8 +423,8 @@ def test_standard_error_matches_hand_computation() -> None:
     matrix = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]], dtype=torch.float64)
     # Clusters {0, 2} and {1}; lengths 1, 2, 1: shares 1/4, 1/2, 1/4, so each cluster has half. Sums 4.5 and 1.
     # Column 0: 1.5 - 2.25 = -0.75 and 3 - 2.25 = 0.75; column 1: 2 - 0.5 = 1.5 and -1 - 0.5 = -1.5; C/(C-1) = 2.
-    found = ref.standard_error(matrix, [1, 2, 1], torch.tensor([7, 4, 7]), "token")
-    assert_close(found, torch.tensor([1.5, 3.0], dtype=torch.float64))
+    computed = ref.standard_error(matrix, [1, 2, 1], torch.tensor([7, 4, 7]), "token")
+    assert_close(computed, torch.tensor([1.5, 3.0], dtype=torch.float64))
     # Rows, by sequence: column 0 about its mean 1.5 is -0.5, 1.5, -1, squares sum to 3.5, times 3/2.
     assert ref.standard_error(matrix, [1, 2, 1], None, "sequence")[0].item() == pytest.approx(math.sqrt(5.25))
     assert ref.standard_error(matrix, [1, 2, 1], torch.zeros(3), "token").isnan().all()
@@ -452,9 +452,9 @@ def test_fisher_kernel_is_product_of_jacobians() -> None:
         hyper = state.hyper[name]
         p[name] = 1 / ((s / (1 - hyper.beta2 ** state.step[name])).sqrt() + hyper.eps)
     expected = torch.stack([(a[k] * p[k].flatten()) @ b[k].T for k in p]).sum(0)
-    found = ref.fisher_kernel(apply, params, batch_a, batch_b, ref.adam_diagonals(state), 0.8)
-    assert_close(found, expected)
-    assert not found[:, 0].any()
+    computed = ref.fisher_kernel(apply, params, batch_a, batch_b, ref.adam_diagonals(state), 0.8)
+    assert_close(computed, expected)
+    assert not computed[:, 0].any()
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -467,8 +467,8 @@ def test_tiny_policy_ignores_padding_and_accepts_empty_row(padding: Any) -> None
     wider = Batch(ids, attention, completion)
     plain, padded = (ref.token_values(apply, params, b).logprobs for b in (batch, wider))
     assert_close(padded[:, 1:-1], plain)
-    nothing = torch.zeros_like(batch.attention_mask)
-    assert apply(params, batch.input_ids, nothing).isfinite().all()
+    no_attention = torch.zeros_like(batch.attention_mask)
+    assert apply(params, batch.input_ids, no_attention).isfinite().all()
 
 
 @pytest.mark.parametrize("seed", range(5))
