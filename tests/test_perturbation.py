@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import TinyPolicy, add_padding, assert_close, make_apply, random_batch, random_direction
-from helpers.strategies import ESTIMATORS, NORMALIZES, VOCAB, WIDTH, Case, cases, influence_options, seeds
+from helpers.cases import add_padding, assert_close
+from helpers.perturbations import assert_same, derivatives, direction_of, fixed_case, shared_options, snis
+from helpers.strategies import ESTIMATORS, NORMALIZES, VOCAB, WIDTH, Case, cases, seeds
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, central_curvature, policy_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,32 +19,12 @@ from hypothesis import strategies as st
 import fx_influence as fx
 from fx_influence.batching.rows import select_rows
 from fx_influence.testing import reference
-from fx_influence.types import Batch, Estimator, Normalize, Params
+from fx_influence.types import Batch, Estimator, Normalize
 
 estimates = pytest.mark.parametrize(
     ("estimator", "normalize"), [pytest.param(e, n, id=f"{e}-{n}") for e in ESTIMATORS for n in NORMALIZES]
 )
 etas = st.sampled_from([1e-4, 0.3, 3.0])
-
-
-def shared_options(case: Case) -> dict[str, Any]:
-    """Return the options that ``snis_delta`` and ``jvp_delta`` share with ``influence``."""
-    return {k: v for k, v in influence_options(case).items() if k not in ("preconditioner", "max_grad_norm")}
-
-
-def direction_of(case: Case, seed: int = 0) -> Params:
-    return random_direction(torch.Generator().manual_seed(seed), case.params)
-
-
-def snis(case: Case, v: Params, eta: float, **changes: Any) -> fx.SnisDelta:
-    arguments = {"params": case.params, "direction": v, "eta": eta, "batch_e": case.batch_e}
-    return fx.snis_delta(**{**arguments, **shared_options(case), **changes})
-
-
-def derivatives(case: Case, v: Params, **changes: Any) -> fx.JvpDelta:
-    return fx.jvp_delta(
-        **{"params": case.params, "direction": v, "batch_e": case.batch_e, **shared_options(case), **changes}
-    )
 
 
 @estimates
@@ -324,14 +305,6 @@ def test_snis_delta_stderr_is_jackknife_over_clusters(estimator: str, normalize:
     assert snis(case, v, eta, batch_e=one_cluster).stderr.isnan()
 
 
-def assert_same(actual: fx.SnisDelta, expected: fx.SnisDelta) -> None:
-    for name, value in expected._asdict().items():
-        if name == "stderr" and value.isnan():
-            assert actual.stderr.isnan(), "one cluster has no standard error"
-        else:
-            assert_close(getattr(actual, name), value)
-
-
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a foreign name": ({"direction": {"lm_head": torch.ones(2)}}, r"direction\['lm_head'\] is not among the"),
     "another shape": ({"direction": {"head.bias": torch.ones(2)}}, r"direction\['head.bias'\] has shape \(2,\)"),
@@ -367,12 +340,3 @@ def test_perturbations_reject_batch_without_completion() -> None:
         snis(case, direction_of(case), 0.1, batch_e=no_completion)
     with pytest.raises(ValueError, match=r"batch_e\.completion_mask has no True at all"):
         derivatives(case, direction_of(case), batch_e=no_completion)
-
-
-def fixed_case(seed: int = 0) -> Case:
-    """Return seven rollouts with gaps, the first without a token, padded on the left, at a temperature of 0.8."""
-    generator = torch.Generator().manual_seed(seed)
-    model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=seed)
-    apply, params = make_apply(model)
-    batch = random_batch(generator, 7, WIDTH, VOCAB, gaps=True, min_len=0, padding="left", coefficients=False)
-    return Case(model, apply, params, batch, batch, None, "per_decision", "token", "frozen", 0.8, None)
