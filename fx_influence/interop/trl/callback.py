@@ -194,7 +194,7 @@ class EntropyInfluence(TrainerCallback):
     def _attach_to_caller(self, args: Any, state: Any) -> None:
         trainer = calling_trainer(self) or self._trainer
         if trainer is None:
-            raise ValueError("no trainer is found that this is a callback of; use attach(trainer)")
+            raise ValueError("no trainer found that has this among its callbacks; use attach(trainer)")
         if trainer is not self._trainer:
             self.detach()
             self.attach(trainer)
@@ -226,7 +226,7 @@ class EntropyInfluence(TrainerCallback):
         """Record the micro-batches of a step that is to be measured."""
         if self._trainer is None:
             return
-        # An interrupted step may have left some.
+        # An interrupted step leaves its recording.
         self._pending = None
         self._capture.stop()
         if self._measuring and (state.global_step + 1) % self.every == 0:

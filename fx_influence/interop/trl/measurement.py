@@ -229,14 +229,14 @@ class StepMeasurement:
         """
         count = len(captured.batch.input_ids)
         # A few rows are enough for the check; all are scored where their entropies are wanted.
-        step = 1 if captured.entropies is None else max(1, count // RESCORED_ROWS)
-        batch = select_rows(captured.batch, slice(0, count, step))
+        stride = 1 if captured.entropies is None else max(1, count // RESCORED_ROWS)
+        batch = select_rows(captured.batch, slice(0, count, stride))
         mask = batch.completion_mask
         if not mask.any():
             zeros = torch.zeros_like(captured.logprobs)
             return captured if captured.entropies is not None else captured._replace(entropies=zeros)
         values = self._token_values(params, batch)
-        check_scored(captured.logprobs[::step][mask], values.logprobs[mask], rounding_bound(self._trainer))
+        check_scored(captured.logprobs[::stride][mask], values.logprobs[mask], rounding_bound(self._trainer))
         if captured.entropies is not None:
             return captured
         return captured._replace(entropies=values.entropies.masked_fill(~mask, 0.0).to(captured.logprobs.dtype))
@@ -246,8 +246,8 @@ class StepMeasurement:
     ) -> None:
         """Raise ``GenerationError`` where E's tokens were not sampled from the policy.
 
-        The log-probs they were sampled with tell; where these are not known, the likelihood of other temperatures does,
-        once a training.
+        The log-probs that they were sampled with are compared with the policy's. Where these are not known, the
+        likelihoods at other temperatures are, once a training.
 
         Args:
             rollouts: E as records.

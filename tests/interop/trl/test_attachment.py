@@ -33,10 +33,10 @@ def measured_separately(out: Path, **settings: Any) -> list[dict[str, float]]:
 
 def trainer_with_callbacks(out: Path, *callbacks: Any, **more: Any) -> Any:
     """Return a trainer made with callbacks, otherwise as ``trainer`` makes it."""
-    made = trainer(PLAIN, str(out), 2)
+    plain = trainer(PLAIN, str(out), 2)
     return GRPOTrainer(
-        made.model,
-        args=made.args,
+        plain.model,
+        args=plain.args,
         reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=tokenizer(),

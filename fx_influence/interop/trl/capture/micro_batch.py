@@ -13,7 +13,7 @@ SCORE = "_get_per_token_logps_and_entropies"
 """Method of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that scores rollouts: log-probabilities and entropies."""
 
 FORWARD_ARGUMENTS = ("model", "input_ids", "attention_mask", "logits_to_keep")
-"""Arguments of the scoring method that the policy's forward is made of here."""
+"""Arguments of the scoring method that the library's forward of the policy takes."""
 
 INERT_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
 """Arguments of the scoring method that change no log-probability."""

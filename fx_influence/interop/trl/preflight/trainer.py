@@ -111,9 +111,9 @@ def _check_optimizer(trainer: Any) -> None:
 
 
 def _future_optimizer(trainer: Any) -> Any:
-    """Return an optimizer of the kind and settings that the trainer will make, over a parameter of its own.
+    """Return an optimizer of the kind and settings that the trainer will make, over a parameter that is not trained.
 
-    None where only the trainer itself can tell.
+    None where only the trainer can make it.
     """
     chosen = trainer.optimizer_cls_and_kwargs
     try:

@@ -89,7 +89,7 @@ class StepStore:
         Args:
             measured: the step.
             plan: fields of plan.yaml beside ``INPUTS``.
-            trainer: it made the step.
+            trainer: the one that made the step.
             training_id: of this training, which no other has.
         """
         self._temporary.mkdir(parents=True, exist_ok=True)
