@@ -1,7 +1,8 @@
-"""Fair comparisons: runs interleaved in one process on one thread, flops counted, peak memory in a fresh process."""
+"""Fair comparisons: paired runs interleaved on one thread, flops counted, peak memory measured in a fresh process."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -22,95 +23,104 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README, EVIDENCE = ROOT / "README.md", ROOT / "benchmarks" / "EVIDENCE.md"
+COSTS, EVIDENCE = ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "evidence" / "README.md"
+"""Pages that tables are written into."""
 PAIRS = 11
 
-
-def _product_flop(into: tuple[int, ...], left: tuple[int, ...], *_: object, **__: object) -> int:
-    return 2 * math.prod(into) * left[-1]
-
-
-IN_PLACE = {torch.ops.aten.addmm_: _product_flop, torch.ops.aten.baddbmm_: _product_flop}
-"""Products that the counter of torch passes over."""
-
-GIVEN_BACK = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-"""An environment in which what a process frees is no longer counted as its own."""
-
 Work = Callable[[], object]
+Tables = Mapping[Path, Mapping[str, str]]
+"""Tables in Markdown by page and by the name in their marks."""
+
+
+def _product_flops(out_shape: tuple[int, ...], left: tuple[int, ...], *_: object, **__: object) -> int:
+    return 2 * math.prod(out_shape) * left[-1]
+
+
+IN_PLACE_PRODUCTS = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+"""Products that torch's flop counter does not count."""
+
+RETURN_FREED_MEMORY = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Environment in which glibc returns freed memory to the system, so that it no longer counts as the process's."""
 
 
 def seconds(work: Work) -> float:
-    """Of one call."""
+    """Return the wall-clock seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def flops(work: Work) -> int:
-    """Floating point operations of the matrix products of one call."""
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    """Return the floating-point operations of the matrix products of one call."""
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as counter:
         work()
     return counter.get_total_flops()
 
 
 def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> dict[str, dict[str, float]]:
-    """Each work's seconds over the reference's: median and quartiles of paired runs, every round in another order."""
+    """Return the seconds of each work over the reference's: median and range of paired runs.
+
+    Args:
+        works: What is timed, by name; each is called once before.
+        reference: What is timed right after every work.
+        pairs: Number of rounds. Every round takes the works in another order.
+    """
     names = list(works)
-    found: dict[str, list[float]] = {name: [] for name in works}
+    samples: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     for k in range(pairs):
         for name in names[k % len(names) :] + names[: k % len(names)]:
             gc.collect()
-            found[name].append(seconds(works[name]) / seconds(reference))
+            samples[name].append(seconds(works[name]) / seconds(reference))
     return {
         name: {
             "median": statistics.median(values),
             "lowest": min(values),
             "highest": max(values),
         }
-        for name, values in found.items()
+        for name, values in samples.items()
     }
 
 
-def interval(values: Sequence[float]) -> dict[str, float | None] | None:
-    """Mean and half the width of its 95% interval by Student's t, None of a single value; None of no values."""
+def mean_interval(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Return mean and half width of its 95% interval by Student's t, None for a single value; None for no values."""
     if not values:
         return None
-    found: dict[str, float | None] = {"mean": statistics.fmean(values), "half_width": None}
+    summary: dict[str, float | None] = {"mean": statistics.fmean(values), "half_width": None}
     if len(values) > 1:
         quantile = float(student.ppf(0.975, len(values) - 1))
-        found["half_width"] = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return found
+        summary["half_width"] = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return summary
 
 
-def shown(found: Mapping[str, float | None] | None, spec: str = ".3g", scale: float = 1.0) -> str:
-    """An ``interval`` in a table, or nothing."""
-    if found is None or found["mean"] is None:
+def format_interval(summary: Mapping[str, float | None] | None, spec: str = ".3g", scale: float = 1.0) -> str:
+    """Return a ``mean_interval`` as a cell of a table, empty for None."""
+    if summary is None or summary["mean"] is None:
         return ""
-    mean, width = f"{scale * found['mean']:{spec}}", found["half_width"]
+    mean, width = f"{scale * summary['mean']:{spec}}", summary["half_width"]
     return mean if width is None else f"{mean} ± {scale * width:{spec.lstrip('+')}}"
 
 
-def peak_extra_bytes(name: str, *arguments: str) -> int:
-    """How far ``python -m benchmarks.name --memory arguments`` rises above the memory before its work.
+def peak_extra_bytes(module: str, *arguments: str) -> int:
+    """Return how far ``python -m module --memory arguments`` rises above its memory before the work, in bytes.
 
-    What is freed is given back at once: what is measured is what is alive, and not what the heap of glibc is left with.
+    Freed memory is returned to the system at once, so that live memory is measured, and not glibc's heap.
     """
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=GIVEN_BACK)
+    command = [sys.executable, "-m", module, "--memory", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=RETURN_FREED_MEMORY)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
 
 
 def print_peak_extra(work: Work) -> None:
-    """The other side of ``peak_extra_bytes``: call ``work`` and print how far above the memory before it rose."""
+    """Call ``work`` and print how far memory rose above what it was before, for ``peak_extra_bytes``."""
     print(json.dumps({"peak_extra_bytes": peak_extra(work)}))
 
 
 def peak_extra(work: Work) -> int:
-    """How far this process rises above its memory before ``work``, in bytes."""
+    """Return how far this process rises above its memory before ``work``, in bytes."""
     gc.collect()
-    # What was freed is given back and a new peak begun: memory used before is neither the work's nor a gift to it.
+    # Freed memory is returned and the peak reset, so that memory used before neither counts nor is reused for free.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -124,43 +134,74 @@ def _status(field: str) -> int:
 
 
 def with_block(page: str, name: str, text: str) -> str:
-    """A page with what stands between the marks of the benchmark ``name`` made anew."""
+    """Return a page with ``text`` between the marks ``name``; raise ``ValueError`` if it has no such marks."""
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     if begin not in page or end not in page:
-        raise ValueError(f"the page has no place for {name}; put {begin} and {end} where its table belongs")
+        raise ValueError(f"the page has no marks for {name}; put {begin} and {end} where its table belongs")
     before, _, rest = page.partition(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
-def result(name: str) -> Path:
-    """Where the figures of a benchmark are stored."""
+def result_path(name: str) -> Path:
+    """Return the file that stores the figures of a benchmark."""
     return RESULTS / f"{name.removeprefix('bench_')}.json"
 
 
-def store(name: str, report: dict[str, Any], pages: Mapping[Path, str]) -> None:
-    """The figures in ``results/`` and their tables in the pages."""
-    result(name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for page, markdown in pages.items():
-        page.write_text(with_block(page.read_text(encoding="utf-8"), name, markdown), encoding="utf-8")
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report as JSON, the whole file or nothing: an earlier file stays until the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def store(name: str, report: Mapping[str, Any], tables: Tables) -> None:
+    """Write the figures of a benchmark to ``results/`` and its tables into the pages."""
+    write_json(result_path(name), report)
+    write_tables(tables)
+
+
+def write_tables(tables: Tables) -> None:
+    """Replace the tables between their marks in the pages."""
+    for path, blocks in tables.items():
+        page = path.read_text(encoding="utf-8")
+        for name, text in blocks.items():
+            page = with_block(page, name, text)
+        path.write_text(page, encoding="utf-8")
+
+
+def tables_of(benchmark: Any, report: Mapping[str, Any]) -> Tables:
+    """Return the tables of a benchmark's module from its report: those of its ``BENCHMARK``, or its ``markdown``."""
+    if hasattr(benchmark, "BENCHMARK"):
+        tables: Tables = benchmark.BENCHMARK.tables(report)
+        return tables
+    return {getattr(benchmark, "PAGE", COSTS): {benchmark.NAME: benchmark.markdown(report)}}
 
 
 @contextmanager
-def drawn(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """The axes of a figure that is written as SVG, the same bytes for the same figures."""
+def svg_figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """Yield the axes of a figure of ``size`` inches and write it as SVG, the same bytes for the same figures."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     with pyplot.rc_context({"svg.hashsalt": "fx_influence", "font.size": 9}):
-        figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-        for one in axes.flat:
-            one.spines[["top", "right"]].set_visible(False)
-        yield axes
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for axes in grid.flat:
+            axes.spines[["top", "right"]].set_visible(False)
+        yield grid
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
 
 
+def parser(doc: str | None, quick: str = "a tiny model, written nowhere") -> argparse.ArgumentParser:
+    """Return the command line of a benchmark, with ``--quick`` and its module's docstring."""
+    command = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--quick", action="store_true", help=quick)
+    return command
+
+
 def one_thread() -> None:
-    """What every benchmark begins with: one thread can be compared, two on a shared machine cannot."""
+    """Limit torch to one thread, as every benchmark does: several on a shared machine cannot be compared."""
     torch.set_num_threads(1)

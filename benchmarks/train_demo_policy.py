@@ -29,7 +29,7 @@ from benchmarks.evidence.arithmetic import (
     line,
     measure,
     reinforce,
-    seen,
+    rollout_means,
     update_batch,
     warm_up,
 )
@@ -52,7 +52,7 @@ def train(
         chosen = rng.sample(prompts, PROMPTS_PER_STEP)
         rollouts = draw(model, tokenizer, chosen, COMPLETIONS, args.seed * 100_003 + step)
         found = reinforce(model, optimizer, update_batch(rollouts, tokenizer.pad_token_id))
-        figures = seen(rollouts)
+        figures = rollout_means(rollouts)
         log.append(
             {
                 "step": step + 1,

@@ -18,8 +18,8 @@ import fx_influence as fx
 from benchmarks import harness
 from benchmarks.__main__ import main, module, names
 from benchmarks.evidence import bench_linearity
-from benchmarks.harness import result, with_block
-from benchmarks.problems import Setting, problem
+from benchmarks.harness import result_path, with_block
+from benchmarks.costs.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.trl.capture.step import CapturedStep
@@ -161,10 +161,10 @@ def test_every_function_in_the_table_exists() -> None:
     assert not {name for name in names if not hasattr(fx, name)}
 
 
-@pytest.mark.parametrize("name", [name for name in names() if result(f"bench_{name}").exists()])
+@pytest.mark.parametrize("name", [name for name in names() if result_path(f"bench_{name}").exists()])
 def test_a_table_is_made_from_the_figures_that_are_stored(name: str) -> None:
     bench = module(name)
-    report = json.loads(result(bench.NAME).read_text(encoding="utf-8"))
+    report = json.loads(result_path(bench.NAME).read_text(encoding="utf-8"))
     gathered = getattr(bench, "BENCHMARK", None)
     for path, text in (gathered.pages(report) if gathered else {harness.README: bench.markdown(report)}).items():
         page = path.read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def test_a_table_is_made_from_the_figures_that_are_stored(name: str) -> None:
 
 def test_the_pages_say_nothing_of_a_benchmark_that_is_not_stored() -> None:
     pages = README + harness.EVIDENCE.read_text(encoding="utf-8")
-    assert {name for name in re.findall("begin: bench_(\\w+)", pages) if not result(f"bench_{name}").exists()} == set()
+    assert {name for name in re.findall("begin: bench_(\\w+)", pages) if not result_path(f"bench_{name}").exists()} == set()
 
 
 @pytest.mark.slow
@@ -191,12 +191,12 @@ def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: 
 def test_every_benchmark_works_on_a_tiny_model_and_writes_nothing(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored = {path: path.read_bytes() for path in result(name).parent.iterdir()}
+    stored = {path: path.read_bytes() for path in result_path(name).parent.iterdir()}
     assert main([name, "--quick"]) == 0
     page = capsys.readouterr().out
     assert sum(line.startswith("|") for line in page.splitlines()) >= 3, "a table with at least one row of figures"
     assert "nan" not in page
-    assert {path: path.read_bytes() for path in result(name).parent.iterdir()} == stored
+    assert {path: path.read_bytes() for path in result_path(name).parent.iterdir()} == stored
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_the_costs_in_forwards_are_those_that_are_counted(lora: bool) -> None:
 
 
 def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
-    report = json.loads(result("run_entropy_influence_large").read_text(encoding="utf-8"))
+    report = json.loads(result_path("run_entropy_influence_large").read_text(encoding="utf-8"))
     entropy, fisher = (report["runs"][name] for name in ("entropy_influence", "fisher_kernel"))
     memory = {name: f"{run['peak_memory_bytes'] / 2**20:.0f} MiB" for name, run in report["runs"].items()}
     text = " ".join(README.split())

@@ -1,4 +1,4 @@
-"""A small policy that learns sums: its task, tokenizer, model, warm-up and GRPO step, for whatever trains one here."""
+"""A small policy that learns sums: its task, tokenizer, model, supervised warm-up and GRPO step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from fx_influence.interop.sampling import sample_rewarded
 from fx_influence.losses import coefficients
 from fx_influence.types import Batch, TokenValues
 
-WRITTEN_OUT = 0.8
+CHAIN_SHARE = 0.8
+"""Share of supervised completions that are written out, and not the answer only."""
 
 
 class Task(NamedTuple):
-    """Sums of so many ``operands``, each at most ``largest``, whose partial results stay within 0 and ``within``."""
+    """Sums of as many numbers as in ``operands``, each at most ``largest``, with partial results in 0 to ``within``."""
 
     largest: int = 19
     operands: tuple[int, ...] = (3, 4)
@@ -42,8 +43,8 @@ SIZES = {"toy": (32, 64, 2), "demo": (64, 160, 4), "large": (128, 320, 6)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, with distinct padding and end-of-sequence tokens."""
-    # Qwen2's tokenizer class, which a Qwen2 checkpoint is loaded with, adds this very token where there is none.
+    """Return a tokenizer with one token per character and distinct padding and end-of-sequence tokens."""
+    # Qwen2's tokenizer class, with which a Qwen2 checkpoint is loaded, adds this token if it is missing.
     eos = "<|endoftext|>"
     vocabulary = {token: i for i, token in enumerate(["<pad>", eos, *"0123456789+-="])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -53,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "demo") -> Qwen2ForCausalLM:
-    """A Qwen2 with tied embeddings, randomly initialised: of 20 thousand parameters, 174 thousand, or a million."""
+    """Return a random Qwen2 with tied embeddings, of 20 thousand, 174 thousand or a million parameters."""
     hidden, intermediate, layers = SIZES[size]
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -72,7 +73,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "demo") -> Qwen2
 
 
 def draw_chain(rng: random.Random, task: Task = SHIPPED) -> tuple[str, str, str]:
-    """(prompt, chain that reduces it one operation at a time, answer)."""
+    """Return a random prompt, the chain that reduces it one operation at a time, and its answer."""
     while True:
         numbers = [rng.randint(1, task.largest) for _ in range(rng.choice(task.operands))]
         signs = [rng.choice("+-") for _ in numbers[1:]]
@@ -87,7 +88,7 @@ def draw_chain(rng: random.Random, task: Task = SHIPPED) -> tuple[str, str, str]
 
 
 def draw_prompts(rng: random.Random, count: int, taken: set[str], prefix: str, task: Task = SHIPPED) -> list[Prompt]:
-    """``count`` new prompts, none of them in ``taken``, to which they are added."""
+    """Return ``count`` new prompts, none of them in ``taken``, to which they are added."""
     prompts: list[Prompt] = []
     while len(prompts) < count:
         text, _, answer = draw_chain(rng, task)
@@ -98,25 +99,25 @@ def draw_prompts(rng: random.Random, count: int, taken: set[str], prefix: str, t
 
 
 def supervised_batch(rng: random.Random, tokenizer: Any, size: int, held_out: set[str], task: Task = SHIPPED) -> Batch:
-    """Correct completions of fresh prompts: mostly written out, else the bare answer."""
+    """Return correct completions of fresh prompts: mostly written out, else the answer only."""
     rows: list[Rollout] = []
     while len(rows) < size:
         text, chain, answer = draw_chain(rng, task)
         if text in held_out:
             continue
-        target = chain if rng.random() < WRITTEN_OUT else answer
+        target = chain if rng.random() < CHAIN_SHARE else answer
         ids = (*tokenizer(target)["input_ids"], tokenizer.eos_token_id)
         rows.append(Rollout("", "", 0, text, target, tuple(tokenizer(text)["input_ids"]), ids, True, (0.0,) * len(ids)))
     return collate(rows, tokenizer.pad_token_id)
 
 
-def token_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (B, T) of the tokens, column 0 zero."""
+def score_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and entropies (B, T) of the tokens, with column 0 zero."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, :-1]
     logp = logits.log_softmax(-1)
-    chosen = logp.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    logprobs = logp.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
     entropy = -(logp.exp() * logp).sum(-1)
-    return nn.functional.pad(chosen, (1, 0)), nn.functional.pad(entropy, (1, 0))
+    return nn.functional.pad(logprobs, (1, 0)), nn.functional.pad(entropy, (1, 0))
 
 
 def draw(
@@ -127,7 +128,7 @@ def draw(
     seed: int,
     max_new_tokens: int = SHIPPED.max_new_tokens,
 ) -> list[Rollout]:
-    """On-policy rollouts with exact-match rewards and group advantages."""
+    """Sample on-policy rollouts with exact-match rewards and group advantages."""
     return sample_rewarded(
         model,
         tokenizer,
@@ -149,16 +150,16 @@ def measure(
     seed: int,
     max_new_tokens: int = SHIPPED.max_new_tokens,
 ) -> dict[str, float]:
-    """Accuracy, entropy per token, completion length and the share of prompts with a nonzero advantage."""
+    """Return accuracy, entropy per token, completion length and the share of prompts with a nonzero advantage."""
     rollouts = draw(model, tokenizer, prompts, completions, seed, max_new_tokens)
     batch = collate(rollouts, tokenizer.pad_token_id)
     with torch.no_grad():
-        _, entropy = token_scores(model, batch)
-    return {**seen(rollouts), "entropy": entropy[batch.completion_mask].mean().item()}
+        _, entropy = score_tokens(model, batch)
+    return {**rollout_means(rollouts), "entropy": entropy[batch.completion_mask].mean().item()}
 
 
-def seen(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over rollouts that were judged."""
+def rollout_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return means over rollouts that have rewards."""
     groups = {r.group for r in rollouts}
     return {
         "accuracy": sum(r.reward or 0.0 for r in rollouts) / len(rollouts),
@@ -180,14 +181,14 @@ def warm_up(
     task: Task = SHIPPED,
     probes: int = 128,
 ) -> None:
-    """Supervised steps, at most so many, until the accuracy on ``probes`` fresh prompts reaches ``stop_at``."""
+    """Make at most ``steps`` supervised steps, until the accuracy on ``probes`` fresh prompts reaches ``stop_at``."""
     rng = random.Random(seed + 1)
     probe = draw_prompts(rng, probes, set(held_out), "probe", task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, 1 - step / steps)
         batch = supervised_batch(rng, tokenizer, 128, held_out, task)
-        logp, _ = token_scores(model, batch)
+        logp, _ = score_tokens(model, batch)
         loss = -logp[batch.completion_mask].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -201,7 +202,7 @@ def warm_up(
 
 
 def fresh_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW with the two parameter groups of the Hugging Face Trainer: norms and biases are not decayed."""
+    """Return AdamW with the two parameter groups of the Hugging Face Trainer: norms and biases are not decayed."""
     decay = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY_PATTERNS))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -212,7 +213,7 @@ def fresh_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def update_batch(rollouts: Sequence[Rollout], pad_id: int, max_new_tokens: int = SHIPPED.max_new_tokens) -> Batch:
-    """U with the coefficients of Dr. GRPO."""
+    """Return U with the coefficients of Dr. GRPO."""
     batch = collate(rollouts, pad_id)
     advantages = torch.tensor([r.advantage or 0.0 for r in rollouts])
     c = coefficients("dr_grpo", advantages, batch.completion_mask, max_completion_length=max_new_tokens)
@@ -220,8 +221,8 @@ def update_batch(rollouts: Sequence[Rollout], pad_id: int, max_new_tokens: int =
 
 
 def reinforce(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
-    """One optimizer step on a batch with coefficients, clipped to norm 1; the entropy and norm before it."""
-    logp, entropy = token_scores(model, batch)
+    """Make one optimizer step, clipped to norm 1, on a batch with coefficients; return entropy and norm before it."""
+    logp, entropy = score_tokens(model, batch)
     optimizer.zero_grad()
     surrogate(TokenValues(logp, entropy), batch).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -230,5 +231,5 @@ def reinforce(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) 
 
 
 def line(figures: dict[str, float]) -> str:
-    """Figures on one line."""
+    """Return the figures on one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name != "step")

@@ -1,13 +1,13 @@
-"""Who makes the entropy fall? Influence by advantage, probability, position and prompt, and how concentrated it is.
+"""Which tokens lower the entropy? Influence by advantage, probability, position and prompt, and its concentration.
 
-    python -m benchmarks collapse            writes results/collapse.json and EVIDENCE.md;
-                                             ten minutes on two cores, continued where it stopped
-    python -m benchmarks collapse --quick    one state, written nowhere: it only shows that this works
+    python -m benchmarks collapse            writes results/collapse.json and its table in README.md;
+                                             ten minutes on two cores, resumed where it stopped
+    python -m benchmarks collapse --quick    one state, written nowhere, to check that it works
 
-At several steps of GRPO trainings every token of U gets its influence on the entropy. The claims that are tested: that
-tokens of high covariance of log-probability and advantage make the fall, a few of them most of it (Cui et al., arXiv
-2505.22617, table 1 and figure 8), and that the fifth of the tokens with the highest entropy is what matters (Wang et
-al., arXiv 2506.01939).
+At several steps of GRPO training runs the influence of every token of U on the entropy is computed. Two claims are
+tested: that tokens of high covariance of log-probability and advantage cause the fall, a few of them most of it (Cui et
+al., arXiv 2505.22617, table 1 and figure 8), and that the fifth of the tokens with the highest entropy is what matters
+(Wang et al., arXiv 2506.01939).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from scipy.stats import spearmanr
 
 import fx_influence as fx
-from benchmarks.evidence.trainings import Benchmark, Moment, Policy, moments_at, started
-from benchmarks.harness import interval, shown
+from benchmarks.evidence.training_runs import Benchmark, Policy, StepState, initial_policy, selected_step_states
+from benchmarks.harness import format_interval, mean_interval
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.concentration import top_share
 
@@ -32,8 +32,8 @@ SEEDS, MAX_NORM = 5, 1.0
 FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 0.5)
 
 
-class Training(NamedTuple):
-    """One GRPO run that is stopped at ``steps`` for measuring."""
+class TrainingRun(NamedTuple):
+    """A GRPO run that is measured before each of its ``steps``."""
 
     policy: str
     lr: float
@@ -47,39 +47,39 @@ class Training(NamedTuple):
         return f"{self.policy}-{self.lr:g}-{self.seed}"
 
 
-def train(training: Training) -> list[dict[str, Any]]:
-    """Of each of the ``steps`` what its tokens do."""
-    policy = started(training.policy)
-    chosen = moments_at(policy, training.lr, training.seed, training.steps, training.prompts, 8)
-    return [{"step": now.step, **measure(training, policy, now)} for now in chosen]
+def train(training: TrainingRun) -> list[dict[str, Any]]:
+    """Return the influences of the tokens at each of the ``steps``."""
+    policy = initial_policy(training.policy)
+    states = selected_step_states(policy, training.lr, training.seed, training.steps, training.prompts, 8)
+    return [{"step": step_state.step, **measure(training, policy, step_state)} for step_state in states]
 
 
-def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
-    """Sums are nats in this step; shares of the sum of |influence| over tokens."""
+def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dict[str, Any]:
+    """Return sums in nats in this step, and shares of the sum of |influence| over tokens."""
     apply, params = fx.make_functional(policy.model)
-    e = policy.evaluation(training.evaluated, 16, now.rng.randrange(2**30))
-    state = fx.adamw_state(now.optimizer, policy.model)
-    out = fx.influence(params, now.batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)
+    e = policy.evaluation(training.evaluated, 16, step_state.rng.randrange(2**30))
+    state = fx.adamw_state(step_state.optimizer, policy.model)
+    out = fx.influence(params, step_state.batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)
     assert out.per_token is not None
-    values, mask = all_token_values(params, now.batch, apply), now.batch.completion_mask
+    values, mask = all_token_values(params, step_state.batch, apply), step_state.batch.completion_mask
     delta = training.lr * out.per_token[mask].numpy()
     logprob, entropy = (x[mask].double().numpy() for x in values)
     row = mask.nonzero()[:, 0].numpy()
-    advantage = np.array([r.advantage or 0.0 for r in now.rollouts])[row]
-    place = ((mask.cumsum(1) - 1)[mask] / mask.sum(1)[row]).numpy()
+    advantage = np.array([r.advantage or 0.0 for r in step_state.rollouts])[row]
+    position = ((mask.cumsum(1) - 1)[mask] / mask.sum(1)[row]).numpy()
     proxy = (logprob - logprob.mean()) * (advantage - advantage.mean())
     by = {"covariance": proxy, "entropy": entropy}
-    solved = np.array([r.reward or 0.0 for r in now.rollouts])
-    group = np.array([r.group for r in now.rollouts])
+    solved = np.array([r.reward or 0.0 for r in step_state.rollouts])
+    group = np.array([r.group for r in step_state.rollouts])
     easy = np.array([solved[group == g].mean() >= 0.5 for g in group])[row]
-    # More probable than the policy's own mean log-probability: there theory has the sign turn.
+    # More probable than the policy's mean log-probability, where by theory the sign changes.
     likely = logprob >= -entropy
     cells = {
-        f"A {sign} 0, {kind}": chosen & which
-        for sign, chosen in ((">", advantage > 0), ("<", advantage < 0))
-        for kind, which in (("likely", likely), ("unlikely", ~likely))
+        f"A {sign} 0, {kind}": by_sign & by_probability
+        for sign, by_sign in ((">", advantage > 0), ("<", advantage < 0))
+        for kind, by_probability in (("likely", likely), ("unlikely", ~likely))
     }
-    thirds = {f"{name} third": (3 * place).astype(int) == k for k, name in enumerate(("first", "middle", "last"))}
+    thirds = {f"{name} third": (3 * position).astype(int) == k for k, name in enumerate(("first", "middle", "last"))}
     cells |= thirds | {f"{a}, {b}": cells[a] & thirds[b] for a in cells for b in thirds}
     cells |= {"easy prompts": easy, "hard prompts": ~easy}
     cells |= {f"top {share:.0%} by {name}": _top(x, share) for name, x in by.items() for share in (0.02, 0.2)}
@@ -87,7 +87,7 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
         "tokens": len(delta),
         "rollouts": float(delta.sum()),
         "momentum": training.lr * float(out.momentum),
-        "cells": {name: _cell(delta, chosen) for name, chosen in cells.items()},
+        "cells": {name: _cell(delta, members) for name, members in cells.items()},
         "ranks": {name: float(spearmanr(-x, delta).statistic) for name, x in by.items()},
         "concentration": {
             "influence": [float(top_share(torch.from_numpy(delta), f)) for f in FRACTIONS],
@@ -97,23 +97,23 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
 
 
 def _top(values: np.ndarray, fraction: float) -> np.ndarray:
-    chosen = np.zeros(len(values), dtype=bool)
-    chosen[np.argsort(-values, kind="stable")[: math.ceil(fraction * len(values))]] = True
-    return chosen
+    members = np.zeros(len(values), dtype=bool)
+    members[np.argsort(-values, kind="stable")[: math.ceil(fraction * len(values))]] = True
+    return members
 
 
-def _cell(delta: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
-    part = delta[chosen]
+def _cell(delta: np.ndarray, members: np.ndarray) -> dict[str, float]:
+    values = delta[members]
     return {
-        "of_tokens": float(chosen.mean()),
-        "sum": float(part.sum()),
-        "share": float(np.abs(part).sum() / np.abs(delta).sum()),
-        "of_falls": float(part.clip(max=0).sum() / delta.clip(max=0).sum()),
+        "of_tokens": float(members.mean()),
+        "sum": float(values.sum()),
+        "share": float(np.abs(values).sum() / np.abs(delta).sum()),
+        "of_falls": float(values.clip(max=0).sum() / delta.clip(max=0).sum()),
     }
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By policy and learning rate: each seed's mean over its steps, and over seeds the mean with a 95% interval."""
+    """Return means with 95% intervals over seeds of each seed's mean over its steps, by policy and learning rate."""
     groups: dict[tuple[str, float], list[list[dict[str, Any]]]] = {}
     for run in runs:
         groups.setdefault((run["policy"], run["lr"]), []).append(run["found"])
@@ -123,18 +123,22 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "lr": lr,
             "cells": {
                 name: {
-                    field: interval([float(np.mean([s["cells"][name][field] for s in states])) for states in of_seeds])
+                    field: mean_interval(
+                        [float(np.mean([s["cells"][name][field] for s in states])) for states in of_seeds]
+                    )
                     for field in of_seeds[0][0]["cells"][name]
                 }
                 for name in of_seeds[0][0]["cells"]
             },
             "ranks": {
-                name: interval([float(np.mean([s["ranks"][name] for s in states])) for states in of_seeds])
+                name: mean_interval([float(np.mean([s["ranks"][name] for s in states])) for states in of_seeds])
                 for name in of_seeds[0][0]["ranks"]
             },
             "concentration": {
                 kind: [
-                    interval([float(np.mean([s["concentration"][kind][k] for s in states])) for states in of_seeds])
+                    mean_interval(
+                        [float(np.mean([s["concentration"][kind][k] for s in states])) for states in of_seeds]
+                    )
                     for k in range(len(FRACTIONS))
                 ]
                 for kind in ("influence", "covariance")
@@ -144,41 +148,61 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+SUMMARY_KINDS = (
+    "A > 0, likely",
+    "A > 0, unlikely",
+    "A < 0, likely",
+    "A < 0, unlikely",
+    "top 2% by covariance",
+    "top 20% by entropy",
+)
+"""Kinds of tokens in the short table."""
+
+
 def markdown(report: Mapping[str, Any]) -> str:
-    """A table over kinds of tokens; shares of what is large."""
+    """Return the table of the main kinds of tokens."""
+    return "\n".join(_kinds(report, SUMMARY_KINDS))
+
+
+def appendix(report: Mapping[str, Any]) -> str:
+    """Return the table of all kinds of tokens, rank correlations, and the shares of the largest."""
     rows = report["summary"]
-    titles = " | ".join(f"{row['policy']}, lr {row['lr']:g}" for row in rows)
-    lines = [f"| tokens: share of them, of all influence, of all that lowers; sum in 1e-6 nats a step | {titles} |"]
-    lines.append("|---|" + "---|" * len(rows))
-    for name in rows[0]["cells"]:
-        lines.append(f"| {name} | {' | '.join(_written(row['cells'][name]) for row in rows)} |")
+    lines = _kinds(report, list(rows[0]["cells"]))
     for name in rows[0]["ranks"]:
-        cells = (shown(row["ranks"][name], "+.2f") for row in rows)
+        cells = (format_interval(row["ranks"][name], "+.2f") for row in rows)
         lines.append(f"| Spearman of influence with minus {name} | {' | '.join(cells)} |")
     for kind in ("influence", "covariance"):
         for k, fraction in enumerate(FRACTIONS):
             cells = (_percent(row["concentration"][kind][k]) for row in rows)
-            lines.append(f"| top {100 * fraction:g}% by size of {kind}, share of its sum | {' | '.join(cells)} |")
+            lines.append(f"| top {100 * fraction:g}% by |{kind}|, share of its sum | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _written(cell: Mapping[str, Any]) -> str:
+def _kinds(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    rows = report["summary"]
+    titles = " | ".join(f"{row['policy']}, lr {row['lr']:g}" for row in rows)
+    head = "tokens: share of tokens, of all influence, of all that lowers; sum in 1e-6 nats per step"
+    cells = [f"| {name} | {' | '.join(_cell_text(row['cells'][name]) for row in rows)} |" for name in names]
+    return [f"| {head} | {titles} |", "|---|" + "---|" * len(rows), *cells]
+
+
+def _cell_text(cell: Mapping[str, Any]) -> str:
     shares = ", ".join(_percent(cell[name]) for name in ("of_tokens", "share", "of_falls"))
-    return f"{shares}; {shown(cell['sum'], '+.3g', 1e6)}"
+    return f"{shares}; {format_interval(cell['sum'], '+.3g', 1e6)}"
 
 
-def _percent(found: Mapping[str, float | None] | None) -> str:
-    return f"{shown(found, '.0f', 100)}%"
+def _percent(summary: Mapping[str, float | None] | None) -> str:
+    return f"{format_interval(summary, '.0f', 100)}%"
 
 
-def trainings(quick: bool) -> list[Training]:
-    """All that is run."""
+def training_runs(quick: bool) -> list[TrainingRun]:
+    """Return the training runs of the benchmark."""
     if quick:
-        return [Training("demo", 1e-4, seed, steps=(1,), prompts=4, evaluated=4) for seed in (0, 1)]
-    return [Training(policy, lr, seed) for policy, lr in (("demo", 1e-4), ("early", 1e-4)) for seed in range(SEEDS)]
+        return [TrainingRun("demo", 1e-4, seed, steps=(1,), prompts=4, evaluated=4) for seed in (0, 1)]
+    return [TrainingRun(policy, lr, seed) for policy, lr in (("demo", 1e-4), ("early", 1e-4)) for seed in range(SEEDS)]
 
 
-BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown)
+BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown, appendix)
 main = BENCHMARK.main
 
 

@@ -1,13 +1,14 @@
-"""Does an influence foretell what leaving rollouts out does? The real step redone without each, and on random halves.
+"""Do influences predict the effect of leaving rollouts out? The real step redone without each, and on random halves.
 
-    python -m benchmarks counterfactual            writes results/counterfactual.json and EVIDENCE.md;
-                                                   an hour on two cores, continued where it stopped
-    python -m benchmarks counterfactual --quick    one small state, written nowhere: it only shows that this works
+    python -m benchmarks counterfactual            writes results/counterfactual.json and its tables in README.md;
+                                                   an hour on two cores, resumed where it stopped
+    python -m benchmarks counterfactual --quick    one small state, written nowhere, to check that it works
 
-GRPO trainings are stopped at several steps. There AdamW's step, with clipping and second moment made anew, is redone
-without each rollout and on random halves of U, in float64, and the entropy measured: exactly where all completions can
-be listed ("toy"), else by importance sampling on fresh rollouts, the same for all steps, that the influences have not
-seen. What is compared is rank correlation: with the effect of leaving one out (LOO), and with the entropy after half
+GRPO training runs are measured at several steps. There AdamW's step, with clipping and second moment recomputed, is
+redone without each rollout and on random halves of U, in float64, and the entropy measured: exactly where all
+completions can be enumerated ("toy"), else by importance sampling on fresh rollouts, the same for all steps, which the
+influences have not used. Predictors are compared by rank correlation: with the effect of leaving one out (LOO), and
+with the entropy after half
 the batch (linear datamodelling score, LDS, arXiv 2303.14186).
 """
 
@@ -25,16 +26,16 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.evidence.trainings import (
+from benchmarks.evidence.training_runs import (
     Benchmark,
-    Moment,
     Policy,
-    every_completion,
+    StepState,
+    all_completions,
     exact_entropy,
-    moments_at,
-    started,
+    initial_policy,
+    selected_step_states,
 )
-from benchmarks.harness import interval, shown
+from benchmarks.harness import format_interval, mean_interval
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.perturbed_values import perturbed_token_values
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
@@ -50,8 +51,8 @@ COMPLETIONS = 4
 SEEDS = 5
 
 
-class Training(NamedTuple):
-    """One GRPO run that is stopped at ``steps`` for measuring."""
+class TrainingRun(NamedTuple):
+    """A GRPO run that is measured before each of its ``steps``."""
 
     policy: str
     lr: float
@@ -67,29 +68,32 @@ class Training(NamedTuple):
 
 
 SIGNLESS = ("size of advantage", "gradient norm", "length")
-"""What says how much and not whether up or down: compared with the size of the effect."""
+"""Predictors of the size of an effect without its sign."""
 
 
-def train(training: Training) -> list[dict[str, Any]]:
-    """The run, and what is measured before each of its ``steps``."""
-    policy = started(training.policy, training.kept)
-    chosen = moments_at(policy, training.lr, training.seed, training.steps, training.prompts, COMPLETIONS)
-    return [{"step": now.step, **measure(training, policy, now)} for now in chosen]
+def train(training: TrainingRun) -> list[dict[str, Any]]:
+    """Make the run and return the measurements before each of its ``steps``."""
+    policy = initial_policy(training.policy, training.kept)
+    states = selected_step_states(policy, training.lr, training.seed, training.steps, training.prompts, COMPLETIONS)
+    return [{"step": step_state.step, **measure(training, policy, step_state)} for step_state in states]
 
 
-def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
-    """Correlations of every predictor with what happens, and the ceiling that the truth's own noise sets."""
+def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dict[str, Any]:
+    """Return correlations of every predictor with the measured effects, and the ceiling set by the noise of these."""
     apply, params = fx.make_functional(copy.deepcopy(policy.model).double())
-    state = fx.adamw_state(now.optimizer, policy.model)
+    state = fx.adamw_state(step_state.optimizer, policy.model)
     first, second = ({name: x.double() for name, x in tree.items()} for tree in (state.exp_avg, state.exp_avg_sq))
     state = state._replace(exp_avg=first, exp_avg_sq=second)
-    seed, count = now.rng.randrange(2**30), min(training.evaluated // 2, len(policy.held_out))
-    batch, e = now.batch, policy.evaluation(count, training.evaluated // count, seed)
-    advantages = torch.tensor([r.advantage or 0.0 for r in now.rollouts])
+    seed, count = step_state.rng.randrange(2**30), min(training.evaluated // 2, len(policy.held_out))
+    batch, e = step_state.batch, policy.evaluation(count, training.evaluated // count, seed)
+    advantages = torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
     gradients = rollout_gradients(params, batch, apply)
     n = len(advantages)
     halves = torch.stack(
-        [torch.zeros(n).index_fill(0, torch.tensor(now.rng.sample(range(n), n // 2)), 1.0) for _ in range(HALVES)]
+        [
+            torch.zeros(n).index_fill(0, torch.tensor(step_state.rng.sample(range(n), n // 2)), 1.0)
+            for _ in range(HALVES)
+        ]
     )
     subsets = torch.cat([1 - torch.eye(n), halves, torch.ones(1, n)]).double()
     change = (
@@ -98,26 +102,26 @@ def measure(training: Training, policy: Policy, now: Moment) -> dict[str, Any]:
         else sampled_change(training, policy, params, apply, seed + 1)
     )
 
-    def directions(some: Tensor) -> Params:
-        made = [
+    def directions(weights: Tensor) -> Params:
+        steps = [
             fx.adamw_decompose(
                 {name: torch.tensordot(w, g, 1) for name, g in gradients.items()}, state, params, max_grad_norm=MAX_NORM
             ).direction
-            for w in some
+            for w in weights
         ]
-        return {name: training.lr * torch.stack([v[name] for v in made]) for name in params}
+        return {name: training.lr * torch.stack([v[name] for v in steps]) for name in params}
 
-    changes = torch.cat([change(directions(some)) for some in subsets.split(8)])
+    changes = torch.cat([change(directions(weights)) for weights in subsets.split(8)])
     predicted = predictions(params, batch, e, state, apply, gradients, advantages)
     if training.policy == "toy":
-        every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+        every = collate(all_completions(policy), policy.tokenizer.pad_token_id)
         options: dict[str, Any] = {"objective": entropy_of_all, "max_grad_norm": MAX_NORM, "stderr": False}
         predicted["share, exact"] = fx.influence(params, batch, every, state, apply=apply, **options).per_sequence
     return compared(changes, predicted, halves.double(), n)
 
 
 def entropy_of_all(logprobs: Tensor, entropies: Tensor, every: Batch) -> Tensor:
-    """The query whose gradient is that of ``exact_entropy``, without a draw."""
+    """Return the objective whose gradient is that of ``exact_entropy``, without sampling error."""
     before = exact_entropy(TokenValues(logprobs, entropies), every).detach()
     log_p, h, length = logprobs.sum(-1), entropies.sum(-1), every.completion_mask.sum(-1)
     p = log_p.detach().exp()
@@ -125,8 +129,8 @@ def entropy_of_all(logprobs: Tensor, entropies: Tensor, every: Batch) -> Tensor:
 
 
 def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[Params], Tensor]:
-    """Delta H of a block of steps, (K, 1): a sum over all completions of all prompts."""
-    every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+    """Return the function that gives Delta H of a block of steps, (K, 1), by a sum over all completions."""
+    every = collate(all_completions(policy), policy.tokenizer.pad_token_id)
     before = exact_entropy(all_token_values(params, every, apply), every)
 
     def change(block: Params) -> Tensor:
@@ -136,9 +140,9 @@ def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[
 
 
 def sampled_change(
-    training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int
+    training: TrainingRun, policy: Policy, params: Params, apply: fx.Policy, seed: int
 ) -> Callable[[Params], Tensor]:
-    """The same by importance sampling on fresh rollouts, (K, prompts): what each prompt adds, by their number."""
+    """Return the same by importance sampling on fresh rollouts, (K, prompts): contributions of prompts."""
     prompts = training.evaluated // 2
     sweep = fx.snis_sweep(params, policy.evaluation(prompts, 2, seed), apply=apply)
 
@@ -157,24 +161,24 @@ def predictions(
     gradients: Params,
     advantages: Tensor,
 ) -> dict[str, Tensor]:
-    """One number a rollout of what each predictor says that it adds to the entropy, (n,)."""
-    gains = {
+    """Return each predictor's estimate of the entropy that every rollout adds, (n,)."""
+    influences = {
         key: fx.influence(
             params, batch, e, state, apply=apply, preconditioner=preconditioner, max_grad_norm=MAX_NORM, stderr=False
         ).per_sequence
         for key, preconditioner in PRECONDITIONERS.items()
     }
     values = all_token_values(params, e, apply)
-    wanted = entropy_coefficients(values, e)
-    weighted = e._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
-    # Plain gradient descent moves by -g_i, and what descends the surrogate is minus the entropy's gradient.
+    weights = entropy_coefficients(values, e)
+    weighted = e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
+    # SGD moves by -g_i, and a batch gradient is that of minus the weighted sum, so both signs cancel.
     descent = [(name, g) for name, g in batch_gradient(params, weighted, apply).items() if g is not None]
     logprobs = all_token_values(params, batch, apply).logprobs
     mask = batch.completion_mask
     a = advantages.unsqueeze(1).expand(mask.shape).double()
     proxy = (logprobs - logprobs[mask].mean()) * (a - a[mask].mean()) * mask
     return {
-        **gains,
+        **influences,
         "sgd": torch.stack([gradients[name].flatten(1) @ g.flatten() for name, g in descent]).sum(0),
         "covariance proxy": -proxy.sum(1),
         "advantage": -advantages,
@@ -185,11 +189,11 @@ def predictions(
 
 
 def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor, n: int) -> dict[str, Any]:
-    """Spearman correlations with the effect of leaving one out, its size, and the entropy after half the batch."""
+    """Return rank correlations with the effect of leaving one out, its size, and the entropy after half the batch."""
     effects = changes[-1] - changes[:n]
     after = changes[n:-1]
     effect, signed = effects.mean(1), {k: x for k, x in predicted.items() if k not in SIGNLESS}
-    # Ranks are of differences: what moves all effects alike is neither effect nor error.
+    # Only differences affect ranks, so what is common to all effects is subtracted.
     between, prompts = effects - effects.mean(0), effects.shape[1]
     return {
         "rollouts": n,
@@ -209,34 +213,34 @@ def _rank(a: Tensor, b: Tensor) -> float | None:
 
 
 def _ceiling(truth: Tensor) -> float:
-    """The correlation that the truth itself would have with what is measured of it: the root of its reliability.
+    """Return the correlation of the true effects with their measurement: the root of its reliability.
 
-    From the two halves of the prompts.
+    It is estimated from the two halves of the prompts.
     """
     if truth.shape[1] == 1:
         return 1.0
     r = _rank(truth[:, ::2].mean(1), truth[:, 1::2].mean(1)) or 0.0
-    # Of the mean of two halves, Spearman 1910 and Brown 1910.
+    # Spearman-Brown formula (1910) for the mean of two halves.
     return math.sqrt(max(0.0, 2 * r / (1 + r))) if r > -1 else 0.0
 
 
-def trainings(quick: bool) -> list[Training]:
-    """All that is run."""
+def training_runs(quick: bool) -> list[TrainingRun]:
+    """Return the training runs of the benchmark."""
     if quick:
         return [
-            Training("toy", 1e-3, 0, (1,), evaluated=64, kept=False),
-            Training("demo", 1e-4, 0, (1,), prompts=2, evaluated=16),
+            TrainingRun("toy", 1e-3, 0, (1,), evaluated=64, kept=False),
+            TrainingRun("demo", 1e-4, 0, (1,), prompts=2, evaluated=16),
         ]
     steps = (1, 5, 20, 50, 100)
     return [
-        *(Training("demo", lr, seed, steps) for lr in (1e-5, 1e-4, 1e-3) for seed in range(SEEDS)),
-        *(Training("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
-        *(Training("large", 1e-4, seed, (1, 20, 50), evaluated=256) for seed in range(SEEDS)),
+        *(TrainingRun("demo", lr, seed, steps) for lr in (1e-5, 1e-4, 1e-3) for seed in range(SEEDS)),
+        *(TrainingRun("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
+        *(TrainingRun("large", 1e-4, seed, (1, 20, 50), evaluated=256) for seed in range(SEEDS)),
     ]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of every state, and of the first step and all later ones."""
+    """Return figures of every state, and of the first step and of all later ones."""
     return {"states": of_states(runs), "phases": of_phases(runs)}
 
 
@@ -249,44 +253,44 @@ CANDIDATES = ("share", "marginal", "sgd", "covariance proxy", "advantage")
 
 
 def of_phases(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a training the mean over a phase's states, over trainings of all policies means with intervals.
+    """Return means with intervals over training runs of all policies, of each run's mean over the states of a phase.
 
     ``best``: the predictor with the highest mean, and those below it by no more than the interval of the difference.
     """
-    found = []
+    rows = []
     for regime, (above, to) in REGIMES.items():
         for phase, steps in PHASES.items():
-            trained = [[s for s in run["found"] if s["step"] in steps] for run in runs if above < run["lr"] <= to]
-            if not any(trained):
+            runs_states = [[s for s in run["found"] if s["step"] in steps] for run in runs if above < run["lr"] <= to]
+            if not any(runs_states):
                 continue
-            row: dict[str, Any] = {"regime": regime, "phase": phase, "trainings": sum(map(bool, trained))}
+            row: dict[str, Any] = {"regime": regime, "phase": phase, "trainings": sum(map(bool, runs_states))}
             for kind in ("loo", "lds"):
-                means = {name: _means(trained, kind, name) for name in (*CANDIDATES, "ceiling")}
-                row[kind] = {name: interval(list(values.values())) for name, values in means.items()}
+                means = {name: _means(runs_states, kind, name) for name in (*CANDIDATES, "ceiling")}
+                row[kind] = {name: mean_interval(list(values.values())) for name, values in means.items()}
                 row[kind]["best"] = _best({name: means[name] for name in CANDIDATES})
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
-def _means(trained: Sequence[Sequence[dict[str, Any]]], kind: str, name: str) -> dict[int, float]:
-    known = {k: [s[kind][name] for s in states if s[kind][name] is not None] for k, states in enumerate(trained)}
-    return {k: statistics.fmean(values) for k, values in known.items() if values}
+def _means(runs_states: Sequence[Sequence[dict[str, Any]]], kind: str, name: str) -> dict[int, float]:
+    by_run = {k: [s[kind][name] for s in states if s[kind][name] is not None] for k, states in enumerate(runs_states)}
+    return {k: statistics.fmean(values) for k, values in by_run.items() if values}
 
 
 def _best(means: dict[str, dict[int, float]]) -> list[str]:
-    known = {name: values for name, values in means.items() if values}
-    first = max(known, key=lambda name: statistics.fmean(known[name].values()))
+    defined = {name: values for name, values in means.items() if values}
+    first = max(defined, key=lambda name: statistics.fmean(defined[name].values()))
     best = [first]
-    for name in known.keys() - {first}:
-        below = [x - known[name][k] for k, x in known[first].items() if k in known[name]]
-        gap = interval(below)
+    for name in defined.keys() - {first}:
+        differences = [x - defined[name][k] for k, x in defined[first].items() if k in defined[name]]
+        gap = mean_interval(differences)
         if gap is None or gap["mean"] is None or gap["half_width"] is None or gap["mean"] <= gap["half_width"]:
             best.append(name)
     return sorted(best, key=list(CANDIDATES).index)
 
 
 def of_states(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds with 95% intervals, by policy, learning rate and step."""
+    """Return means over seeds with 95% intervals, by policy, learning rate and step."""
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for run in runs:
         for state in run["found"]:
@@ -297,16 +301,16 @@ def of_states(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "lr": lr,
             "step": step,
             "seeds": len(states),
-            **{name: interval([s[name] for s in states]) for name in ("delta_h", "effect", "effect_stderr")},
+            **{name: mean_interval([s[name] for s in states]) for name in ("delta_h", "effect", "effect_stderr")},
             **{
                 kind: {
-                    name: interval([s[kind][name] for s in states if s[kind][name] is not None])
+                    name: mean_interval([s[kind][name] for s in states if s[kind][name] is not None])
                     for name in states[0][kind]
                 }
                 for kind in KINDS
             },
-            # Of the same states, so that what is common to both does not blur it.
-            **{f"share_less_sgd_{kind}": interval(_differences(states, kind)) for kind in ("loo", "lds")},
+            # Differences by state, so that what is common to both predictors cancels.
+            **{f"share_less_sgd_{kind}": mean_interval(_differences(states, kind)) for kind in ("loo", "lds")},
         }
         for (policy, lr, step), states in sorted(groups.items(), key=lambda item: item[0])
     ]
@@ -318,40 +322,45 @@ def _differences(states: Sequence[dict[str, Any]], kind: str) -> list[float]:
 
 
 KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of leaving one out"}
+LABELS = {"share": "frozen", "share, exact": "frozen, exact", "marginal": "jacobian", "sgd": "plain SGD"}
+"""Titles of predictors by their names in stored results."""
 SIGNED = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advantage", "ceiling")
-SHOWN = {"loo": SIGNED, "lds": SIGNED, "size": (*SIGNED[:5], *SIGNLESS)}
+COLUMNS = {"loo": SIGNED, "lds": SIGNED, "size": (*SIGNED[:5], *SIGNLESS)}
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """What is best in which phase; and for each kind of truth a table by policy, learning rate and step."""
-    tables = [advice(report)]
+def appendix(report: dict[str, Any]) -> str:
+    """Return for each kind of effect a table by policy, learning rate and step."""
+    tables = []
     states = report["summary"]["states"]
     for kind, title in KINDS.items():
-        names = [name for name in SHOWN[kind] if any(name in row[kind] for row in states)]
-        lines = [f"| {title}: policy, lr, step | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        names = [name for name in COLUMNS[kind] if any(name in row[kind] for row in states)]
+        lines = [
+            f"| {title}: policy, lr, step | {' | '.join(LABELS.get(n, n) for n in names)} |",
+            "|---|" + "---|" * len(names),
+        ]
         for row in states:
-            cells = (shown(row[kind].get(name), "+.2f") for name in names)
+            cells = (format_interval(row[kind].get(name), "+.2f") for name in names)
             lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
-def advice(report: dict[str, Any]) -> str:
-    """At the first step and later: rank correlations, and which predictors to use."""
+def markdown(report: dict[str, Any]) -> str:
+    """Return rank correlations at the first step and later, and the predictors to use."""
     lines = [
-        "| steps | truth | share | marginal | plain SGD | covariance proxy | advantage | ceiling | use |",
+        "| steps | effect of | frozen | jacobian | plain SGD | covariance proxy | advantage | ceiling | use |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["summary"]["phases"]:
         for kind in ("loo", "lds"):
-            cells = (shown(row[kind][name], "+.2f") for name in (*CANDIDATES, "ceiling"))
-            use = ", ".join(row[kind]["best"]).replace("sgd", "plain SGD")
-            which = f"{row['phase']}, {row['regime']} ({row['trainings']} trainings)"
-            lines.append(f"| {which} | {KINDS[kind]} | {' | '.join(cells)} | {use} |")
+            cells = (format_interval(row[kind][name], "+.2f") for name in (*CANDIDATES, "ceiling"))
+            use = ", ".join(LABELS.get(name, name) for name in row[kind]["best"])
+            title = f"{row['phase']}, {row['regime']} ({row['trainings']} training runs)"
+            lines.append(f"| {title} | {KINDS[kind]} | {' | '.join(cells)} | {use} |")
     return "\n".join(lines)
 
 
-BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown, readme=advice)
+BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown, appendix)
 main = BENCHMARK.main
 
 

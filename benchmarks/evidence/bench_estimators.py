@@ -1,15 +1,15 @@
-"""How many evaluation rollouts does a ranking need, and which estimator makes the most of them?
+"""How many evaluation rollouts does a ranking need, and which estimator uses them best?
 
-    python -m benchmarks estimators            writes results/estimators.json and EVIDENCE.md;
-                                               a quarter of an hour on two cores, continued where it stopped
-    python -m benchmarks estimators --quick    small and short, written nowhere: it only shows that this works
+    python -m benchmarks estimators            writes results/estimators.json and its table in README.md;
+                                               a quarter of an hour on two cores, resumed where it stopped
+    python -m benchmarks estimators --quick    small and short, written nowhere, to check that it works
 
-At states of GRPO trainings the gradient of the entropy is estimated from evaluation batches of many sizes, and the
-influences of 64 rollouts that follow are held to those of the exact gradient where all completions can be listed
-("toy"), else of 16,384 rollouts of other prompts. An estimator costs a reverse pass over its rollouts, whichever it is.
-Squared errors are sums over rollouts, over the sum of the true influences' squares. A user, who has no truth, has the
-error bars: the rule says up to which share of noise, sum stderr_i^2 / sum delta_i^2, the tenth of the rollouts with the
-largest influences is found, each with its sign.
+At states of GRPO training runs the gradient of the entropy is estimated from evaluation batches of many sizes, and the
+resulting influences of 64 rollouts are compared with those of the exact gradient where all completions can be
+enumerated ("toy"), else of 16,384 rollouts of other prompts. Every estimator costs a reverse pass over its rollouts.
+Squared errors are sums over rollouts, over the sum of the true influences' squares. A user has error bars and not the
+truth: the rule says up to which share of noise, sum stderr_i^2 / sum delta_i^2, the tenth of the rollouts with the
+largest influences is identified, each with its sign.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from torch import Tensor
 
 import fx_influence as fx
 from benchmarks.evidence.arithmetic import draw_prompts
-from benchmarks.evidence.trainings import (
+from benchmarks.evidence.training_runs import (
     Benchmark,
-    Moment,
     Policy,
-    every_completion,
+    StepState,
+    all_completions,
     exact_entropy,
-    moments_at,
-    started,
+    initial_policy,
+    selected_step_states,
 )
-from benchmarks.harness import interval, shown
+from benchmarks.harness import format_interval, mean_interval
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values
@@ -55,17 +55,17 @@ from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 NAME = "bench_estimators"
 SEEDS, MAX_NORM = 5, 1.0
-TOP, FOUND = 0.1, 0.8
-"""The share of the rollouts that is to be found by its influences, and how much of it."""
-MOST = 8192
-"""Rollouts that are drawn for one size of E, all draws together, where one draw does not take more."""
+TOP, TARGET = 0.1, 0.8
+"""Share of the rollouts to be identified by their influences, and the share of these that suffices."""
+MAX_ROLLOUTS = 8192
+"""Rollouts that all draws of one size of E take, unless a single draw takes more."""
 BINS = (0.0, 0.05, 0.2, 0.5, 1.0, 100.0)
-"""Shares of noise between which the rule is looked at."""
+"""Bounds of the bins of noise shares in the table of the rule."""
 STRATIFIED = "per_decision, stratified draw"
 
 
-class Training(NamedTuple):
-    """One GRPO run that is stopped at ``steps`` for measuring."""
+class TrainingRun(NamedTuple):
+    """A GRPO run that is measured before each of its ``steps``."""
 
     policy: str
     seed: int
@@ -83,9 +83,9 @@ class Training(NamedTuple):
 
 
 def by_prompt(values: TokenValues, batch: Batch) -> TokenCoefficients:
-    """``per_decision`` with each prompt's own mean as the centre: what it makes of all its completions is no noise.
+    """Return coefficients of ``per_decision`` centred by prompt, which removes the variance between prompts.
 
-    A baseline may depend on the prompt. The mean is that of the prompt's other completions, so that it is independent.
+    A baseline may depend on the prompt. It is the mean of the prompt's other completions, so that it is independent.
     """
     done = completion_values(values, batch.completion_mask)
     x = centred_entropies(done, "per_decision", "token", done)
@@ -99,114 +99,118 @@ def by_prompt(values: TokenValues, batch: Batch) -> TokenCoefficients:
     return TokenCoefficients(torch.where(mask, later.gather(-1, rank), 0.0) / z, mask.double() / z)
 
 
-def states_alone(values: TokenValues, batch: Batch) -> TokenCoefficients:
-    """Without the score term: as if a rollout changed the entropies of tokens and not which texts are reached."""
-    own = entropy_coefficients(values, batch)
-    return own._replace(logprobs=torch.zeros_like(own.logprobs))
+def without_score_term(values: TokenValues, batch: Batch) -> TokenCoefficients:
+    """Return coefficients without the score term: only the entropies of tokens change, not which texts are sampled."""
+    coefficients = entropy_coefficients(values, batch)
+    return coefficients._replace(logprobs=torch.zeros_like(coefficients.logprobs))
 
 
 Draw = Callable[[int, np.random.Generator], Tensor]
-"""Which rows of its source an E of so many rollouts has."""
+"""Function that draws the rows of an E of the given size from its source."""
 
 ESTIMATORS: dict[str, Callable[[TokenValues, Batch], TokenCoefficients]] = {
     "per_decision": entropy_coefficients,
     "sequence": lambda values, batch: entropy_coefficients(values, batch, "sequence"),
     "per_decision, by prompt": by_prompt,
-    "no score term": states_alone,
+    "no score term": without_score_term,
 }
 
 
-def train(training: Training) -> list[dict[str, Any]]:
-    """Of each of the ``steps`` the errors of every estimator at every size."""
-    policy = started(training.policy, training.kept)
-    chosen = moments_at(policy, training.lr, training.seed, training.steps, 8, 8)
-    return [{"step": now.step, "errors": measure(training, policy, now)} for now in chosen]
+def train(training: TrainingRun) -> list[dict[str, Any]]:
+    """Return the errors of every estimator at every size, at each of the ``steps``."""
+    policy = initial_policy(training.policy, training.kept)
+    states = selected_step_states(policy, training.lr, training.seed, training.steps, 8, 8)
+    return [{"step": step_state.step, "errors": measure(training, policy, step_state)} for step_state in states]
 
 
-def measure(training: Training, policy: Policy, now: Moment) -> list[dict[str, Any]]:
-    """Means over draws of E: squared error over the truth's square, rank correlation, how much of the top is found."""
+def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> list[dict[str, Any]]:
+    """Return means over draws of E: relative squared error, rank correlation, and the share of the top identified."""
     apply, params = fx.make_functional(copy.deepcopy(policy.model))
-    state = fx.adamw_state(now.optimizer, policy.model)
-    gradients = rollout_gradients(params, now.batch, apply)
-    whole: Gradients = {name: g.sum(0) for name, g in gradients.items()}
-    gain = fx.adamw_decompose(whole, state, params, max_grad_norm=MAX_NORM).gain
-    toward = torch.cat([(gain[name] * g).flatten(1) for name, g in gradients.items()], 1)
-    seed = now.rng.randrange(2**30)
-    asked, others = prompts_of_e(training, policy)
-    truth = toward @ true_gradient(training, others, params, apply, seed)
+    state = fx.adamw_state(step_state.optimizer, policy.model)
+    gradients = rollout_gradients(params, step_state.batch, apply)
+    total_grad: Gradients = {name: g.sum(0) for name, g in gradients.items()}
+    gain = fx.adamw_decompose(total_grad, state, params, max_grad_norm=MAX_NORM).gain
+    directions = torch.cat([(gain[name] * g).flatten(1) for name, g in gradients.items()], 1)
+    seed = step_state.rng.randrange(2**30)
+    e_policy, truth_policy = split_held_out(training, policy)
+    truth = directions @ true_gradient(training, truth_policy, params, apply, seed)
     # Many prompts with few completions each, or the reverse.
-    most, count = max(training.sizes), len(asked.held_out)
-    pools = {each: asked.evaluation(asks := min(count, most // each), most // asks, seed + each) for each in (2, 8)}
-    ways: list[tuple[str, int, Batch, Draw]] = [
-        (name, each, pool, partial(_drawn, pool, each))
+    largest, count = max(training.sizes), len(e_policy.held_out)
+    pools = {
+        each: e_policy.evaluation(prompts := min(count, largest // each), largest // prompts, seed + each)
+        for each in (2, 8)
+    }
+    variants: list[tuple[str, int, Batch, Draw]] = [
+        (name, each, pool, partial(_draw_by_prompt, pool, each))
         for each, pool in pools.items()
         for name in ESTIMATORS
         if each == 2 or name.startswith("per_decision")
     ]
     if training.policy == "toy":
-        every = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+        every = collate(all_completions(policy), policy.tokenizer.pad_token_id)
         chances = all_token_values(params, every, apply).logprobs.sum(-1).exp()
-        ways += [(STRATIFIED, each, every, partial(_stratified, chances, count, each)) for each in pools]
-    out = []
-    for name, each, source, draw in ways:
+        variants += [(STRATIFIED, each, every, partial(_stratified, chances, count, each)) for each in pools]
+    errors = []
+    for name, each, source, draw in variants:
         values = all_token_values(params, source, apply)
         for size in training.sizes:
-            draws = max(2, min(training.draws, MOST // size))
-            indices = [draw(size, np.random.default_rng([now.step, size, k])) for k in range(draws)]
-            found = []
+            draws = max(2, min(training.draws, MAX_ROLLOUTS // size))
+            indices = [draw(size, np.random.default_rng([step_state.step, size, k])) for k in range(draws)]
+            figures = []
             for index in indices:
-                some = select_rows(source, index)
-                wanted = ESTIMATORS.get(name, entropy_coefficients)(TokenValues(*(v[index] for v in values)), some)
-                found.append(_against(toward @ _ascent(params, some, wanted, apply), truth))
-            means = {f: float(np.mean([one[f] for one in found])) for f in FIELDS}
+                e = select_rows(source, index)
+                weights = ESTIMATORS.get(name, entropy_coefficients)(TokenValues(*(v[index] for v in values)), e)
+                figures.append(_compare(directions @ _objective_grad(params, e, weights, apply), truth))
+            means = {field: float(np.mean([draw[field] for draw in figures])) for field in FIELDS}
             if name == "per_decision":
                 options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "per_token": False}
-                drawn = [select_rows(source, index) for index in indices[: max(1, draws // 4)]]
-                bars = [fx.influence(params, now.batch, e, state, **options) for e in drawn]
+                batches = [select_rows(source, index) for index in indices[: max(1, draws // 4)]]
+                bars = [fx.influence(params, step_state.batch, e, state, **options) for e in batches]
                 means["noise_share"] = float(np.mean([noise_share(out) for out in bars]))
-            out.append({"estimator": name, "rollouts": size, "each": each, **means})
-    return out
+            errors.append({"estimator": name, "rollouts": size, "each": each, **means})
+    return errors
 
 
 def noise_share(out: fx.Influence) -> float:
-    """How much of the influences' squares is noise by their error bars: 0 without any, 1 without anything else."""
+    """Return the share of noise in the squared influences by their error bars: 0 without noise, 1 without signal."""
     return float((out.stderr**2).sum() / (out.per_sequence**2).sum())
 
 
 def _stratified(chances: Tensor, prompts: int, each: int, size: int, rng: np.random.Generator) -> Tensor:
-    """As ``_drawn``, of all completions of every prompt: one from each of as many equal parts of its distribution."""
-    chosen = rng.choice(prompts, min(size // each, prompts), replace=False)
+    """Draw as ``_draw_by_prompt`` from all completions, one from each of equal strata of a prompt's distribution."""
+    selected = rng.choice(prompts, min(size // each, prompts), replace=False)
     cumulative = chances.reshape(prompts, -1).cumsum(1).numpy()
-    strata = size // len(chosen)
-    found = []
-    for p, c in zip(chosen, cumulative[chosen], strict=True):
+    strata = size // len(selected)
+    rows = []
+    for p, c in zip(selected, cumulative[selected], strict=True):
         uniform = (np.arange(strata) + rng.random(strata)) / strata
-        found.append(p * len(c) + np.searchsorted(c, uniform * c[-1]))
-    return torch.from_numpy(np.concatenate(found))
+        rows.append(p * len(c) + np.searchsorted(c, uniform * c[-1]))
+    return torch.from_numpy(np.concatenate(rows))
 
 
-def _drawn(pool: Batch, each: int, size: int, rng: np.random.Generator) -> Tensor:
-    """``size`` rows, ``each`` of a prompt, or more where there are not as many prompts."""
+def _draw_by_prompt(pool: Batch, each: int, size: int, rng: np.random.Generator) -> Tensor:
+    """Draw ``size`` rows, ``each`` per prompt, or more per prompt if there are not enough prompts."""
     assert pool.group is not None
     groups = pool.group.numpy()
-    known = np.unique(groups)
-    prompts = min(size // each, len(known))
-    chosen = rng.choice(known, prompts, replace=False)
+    labels = np.unique(groups)
+    prompts = min(size // each, len(labels))
+    selected = rng.choice(labels, prompts, replace=False)
     return torch.from_numpy(
-        np.concatenate([rng.permutation(np.flatnonzero(groups == g))[: size // prompts] for g in chosen])
+        np.concatenate([rng.permutation(np.flatnonzero(groups == g))[: size // prompts] for g in selected])
     )
 
 
-def _ascent(params: Params, batch: Batch, wanted: TokenCoefficients, apply: fx.Policy) -> Tensor:
-    weighted = batch._replace(coefficients=wanted.logprobs, entropy_coefficients=wanted.entropies)
-    found = batch_gradient(params, weighted, apply)
+def _objective_grad(params: Params, batch: Batch, weights: TokenCoefficients, apply: fx.Policy) -> Tensor:
+    """Return the flat gradient of the entropy's surrogate with these coefficients."""
+    weighted = batch._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
+    grads = batch_gradient(params, weighted, apply)
     return -torch.cat(
-        [torch.zeros_like(p).flatten() if (g := found[name]) is None else g.flatten() for name, p in params.items()]
+        [torch.zeros_like(p).flatten() if (g := grads[name]) is None else g.flatten() for name, p in params.items()]
     )
 
 
-def prompts_of_e(training: Training, policy: Policy) -> tuple[Policy, Policy]:
-    """Whose held-out prompts E is drawn from, and those of the truth: others, unless all there are."""
+def split_held_out(training: TrainingRun, policy: Policy) -> tuple[Policy, Policy]:
+    """Return the policy with the held-out prompts of E, and with those of the truth: disjoint, except for toy."""
     if training.policy == "toy":
         return policy, policy
     taken = {prompt.text for prompt in policy.train}
@@ -214,43 +218,43 @@ def prompts_of_e(training: Training, policy: Policy) -> tuple[Policy, Policy]:
     return policy._replace(held_out=new[: training.asked]), policy._replace(held_out=new[training.asked :])
 
 
-def true_gradient(training: Training, policy: Policy, params: Params, apply: fx.Policy, seed: int) -> Tensor:
-    """Of the entropy: exactly, or from many other rollouts."""
+def true_gradient(training: TrainingRun, policy: Policy, params: Params, apply: fx.Policy, seed: int) -> Tensor:
+    """Return the flat gradient of the entropy: exact, or from many other rollouts."""
     if training.policy == "toy":
-        batch = collate(every_completion(policy), policy.tokenizer.pad_token_id)
+        batch = collate(all_completions(policy), policy.tokenizer.pad_token_id)
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(exact_entropy(fx.token_values(leaves, batch, apply), batch), list(leaves.values()))
         return torch.cat([g.flatten() for g in grads])
     e = policy.evaluation(len(policy.held_out), 2, seed)
-    return _ascent(params, e, entropy_coefficients(all_token_values(params, e, apply), e), apply)
+    return _objective_grad(params, e, entropy_coefficients(all_token_values(params, e, apply), e), apply)
 
 
-def _against(found: Tensor, truth: Tensor) -> dict[str, float]:
+def _compare(estimate: Tensor, truth: Tensor) -> dict[str, float]:
     k = max(1, round(TOP * len(truth)))
     largest = truth.abs().topk(k).indices
-    among = torch.isin(largest, found.abs().topk(k).indices)
+    identified = torch.isin(largest, estimate.abs().topk(k).indices)
     return {
-        "squared_error": float(((found - truth) ** 2).sum() / (truth**2).sum()),
-        "spearman": float(spearmanr(found.numpy(), truth.numpy()).statistic),
-        "top": float((among & (found[largest].sign() == truth[largest].sign())).double().mean()),
+        "squared_error": float(((estimate - truth) ** 2).sum() / (truth**2).sum()),
+        "spearman": float(spearmanr(estimate.numpy(), truth.numpy()).statistic),
+        "top": float((identified & (estimate[largest].sign() == truth[largest].sign())).double().mean()),
     }
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of all estimators the errors, also beside each other, and the rule."""
-    return {"estimators": errors(runs), "beside": beside(runs), "rule": rule(runs)}
+    """Return the errors of all estimators, their ratios, and the rule."""
+    return {"estimators": errors(runs), "beside": error_ratios(runs), "rule": rule(runs)}
 
 
 def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By policy, estimator, size and completions a prompt, over seeds."""
+    """Return means over seeds by policy, estimator, size and completions per prompt."""
     groups: dict[tuple[str, str, int, int], list[list[dict[str, float]]]] = {}
     for run in runs:
-        of_seed: dict[tuple[str, str, int, int], list[dict[str, float]]] = {}
+        by_key: dict[tuple[str, str, int, int], list[dict[str, float]]] = {}
         for state in run["found"]:
             for x in state["errors"]:
-                of_seed.setdefault((run["policy"], x["estimator"], x["each"], x["rollouts"]), []).append(x)
-        for key, found in of_seed.items():
-            groups.setdefault(key, []).append(found)
+                by_key.setdefault((run["policy"], x["estimator"], x["each"], x["rollouts"]), []).append(x)
+        for key, states in by_key.items():
+            groups.setdefault(key, []).append(states)
     return [
         {
             "policy": policy,
@@ -258,12 +262,12 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "each": each,
             "rollouts": size,
             **{
-                field: interval([float(np.mean([x[field] for x in one])) for one in found])
+                field: mean_interval([float(np.mean([x[field] for x in states])) for states in seeds])
                 for field in (*FIELDS, "noise_share")
-                if field in found[0][0]
+                if field in seeds[0][0]
             },
         }
-        for (policy, estimator, each, size), found in groups.items()
+        for (policy, estimator, each, size), seeds in groups.items()
     ]
 
 
@@ -271,23 +275,23 @@ FIELDS = ("squared_error", "spearman", "top")
 
 
 def geometric(values: Sequence[float]) -> dict[str, float] | None:
-    """Geometric mean with its 95% interval, of what differs by factors; None of fewer than two."""
-    found = interval([math.log(x) for x in values])
-    if found is None or found["mean"] is None or found["half_width"] is None:
+    """Return the geometric mean of ratios with its 95% interval, None for fewer than two."""
+    logs = mean_interval([math.log(x) for x in values])
+    if logs is None or logs["mean"] is None or logs["half_width"] is None:
         return None
-    mean, width = found["mean"], found["half_width"]
+    mean, width = logs["mean"], logs["half_width"]
     return {"mean": math.exp(mean), "low": math.exp(mean - width), "high": math.exp(mean + width)}
 
 
-def beside(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Squared errors over those of ``per_decision`` with two completions a prompt and as many rollouts, by state."""
+def error_ratios(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return squared errors over those of ``per_decision`` with two completions per prompt and as many rollouts."""
     ratios: dict[tuple[str, str, int], list[float]] = {}
     for run in runs:
         for state in run["found"]:
-            own = {(x["each"], x["rollouts"]): x for x in state["errors"] if x["estimator"] == "per_decision"}
+            reference = {(x["each"], x["rollouts"]): x for x in state["errors"] if x["estimator"] == "per_decision"}
             for x in state["errors"]:
                 way = f"{x['estimator']}, {x['each']} a prompt"
-                ratio = x["squared_error"] / own[2, x["rollouts"]]["squared_error"]
+                ratio = x["squared_error"] / reference[2, x["rollouts"]]["squared_error"]
                 if ratio != 1:
                     ratios.setdefault((run["policy"], way, x["rollouts"]), []).append(ratio)
     return [
@@ -297,24 +301,25 @@ def beside(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How much of the top tenth is found at which share of noise, and where it is FOUND, by a line in its logarithm.
+    """Return the share of the top tenth identified by share of noise, and the noise at which it is ``TARGET``.
 
-    Only where prompts are drawn: error bars count their draw too. The line is of each training.
+    The latter by a line in the logarithm of the noise, one for each training run. Only where prompts are drawn, since
+    error bars account for that draw.
     """
-    of_trainings = [
+    by_run = [
         [(x["noise_share"], x["top"]) for state in run["found"] for x in state["errors"] if "noise_share" in x]
         for run in runs
         if run["policy"] != "toy"
     ]
     crossings = []
-    for found in of_trainings:
-        slope, at_one = np.polyfit(np.log([share for share, _ in found]), [top for _, top in found], 1)
-        crossings.append(math.exp((FOUND - at_one) / slope))
+    for points in by_run:
+        slope, intercept = np.polyfit(np.log([share for share, _ in points]), [top for _, top in points], 1)
+        crossings.append(math.exp((TARGET - intercept) / slope))
     bins = [
         {
             "above": low,
             "to": high,
-            "found": interval([t for found in of_trainings for s, t in found if low < s <= high]),
+            "found": mean_interval([top for points in by_run for share, top in points if low < share <= high]),
         }
         for low, high in pairwise(BINS)
     ]
@@ -322,53 +327,57 @@ def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Squared error, and the share of the top tenth that is found; what the error bars foretell; the rule."""
-    found = report["summary"]["estimators"]
-    sizes = sorted({x["rollouts"] for x in found})
+    """Return the rule: the share of the top tenth identified by share of noise."""
+    bins = [row for row in report["summary"]["rule"]["bins"] if row["found"]]
+    if not bins:
+        return ""
+    lines = ["| share of noise | of the top tenth identified, with its sign |", "|---|---|"]
+    for row in bins:
+        to = f"{row['above']:.0%} to {row['to']:.0%}" if row["to"] <= 1 else f"above {row['above']:.0%}"
+        lines.append(f"| {to} | {format_interval(row['found'], '.0f', 100)}% |")
+    at = _factor(report["summary"]["rule"]["at"])
+    return "\n".join([*lines, "", f"{TARGET:.0%} of the top tenth are identified at a share of noise of {at}."])
+
+
+def appendix(report: Mapping[str, Any]) -> str:
+    """Return squared error and share of the top tenth by estimator and size of E, and the ratios of errors."""
+    rows = report["summary"]["estimators"]
+    sizes = sorted({x["rollouts"] for x in rows})
     lines = [f"| E of | {' | '.join(map(str, sizes))} |", "|---|" + "---|" * len(sizes)]
-    for key in dict.fromkeys((x["policy"], x["estimator"], x["each"]) for x in found):
-        row = {x["rollouts"]: x for x in found if (x["policy"], x["estimator"], x["each"]) == key}
+    for key in dict.fromkeys((x["policy"], x["estimator"], x["each"]) for x in rows):
+        row = {x["rollouts"]: x for x in rows if (x["policy"], x["estimator"], x["each"]) == key}
         cells = (
-            f"{shown(row[n]['squared_error'], '.2g')}; {shown(row[n]['top'], '.0f', 100)}%" if n in row else ""
+            f"{format_interval(row[n]['squared_error'], '.2g')}; {format_interval(row[n]['top'], '.0f', 100)}%"
+            if n in row
+            else ""
             for n in sizes
         )
         lines.append(f"| {key[0]}, {key[1]}, {key[2]} a prompt | {' | '.join(cells)} |")
         if any("noise_share" in x for x in row.values()):
-            cells = (f"{shown(row[n].get('noise_share'), '.0f', 100)}%" if n in row else "" for n in sizes)
-            lines.append(f"| its share of noise, by error bars | {' | '.join(cells)} |")
+            cells = (f"{format_interval(row[n].get('noise_share'), '.0f', 100)}%" if n in row else "" for n in sizes)
+            lines.append(f"| share of noise, by error bars | {' | '.join(cells)} |")
     lines += ["", "| squared error over that of per_decision, 2 a prompt | " + " | ".join(map(str, sizes)) + " |"]
     lines.append("|---|" + "---|" * len(sizes))
     compared = report["summary"]["beside"]
     for policy, way in dict.fromkeys((x["policy"], x["way"]) for x in compared):
         ratios = {x["rollouts"]: x["ratio"] for x in compared if (x["policy"], x["way"]) == (policy, way)}
         lines.append(f"| {policy}, {way} | {' | '.join(_factor(ratios.get(n)) for n in sizes)} |")
-    known = [one for one in report["summary"]["rule"]["bins"] if one["found"]]
-    if not known:
-        return "\n".join(lines)
-    lines += ["", "| share of noise | of the top tenth found, with its sign |", "|---|---|"]
-    for one in known:
-        to = f"{one['above']:.0%} to {one['to']:.0%}" if one["to"] <= 1 else f"above {one['above']:.0%}"
-        lines.append(f"| {to} | {shown(one['found'], '.0f', 100)}% |")
-    lines += [
-        "",
-        f"{FOUND:.0%} of the top tenth are found at a share of noise of {_factor(report['summary']['rule']['at'])}.",
-    ]
     return "\n".join(lines)
 
 
-def _factor(found: Mapping[str, float] | None) -> str:
-    return f"{found['mean']:.2g} ({found['low']:.2g} to {found['high']:.2g})" if found else ""
+def _factor(ratio: Mapping[str, float] | None) -> str:
+    return f"{ratio['mean']:.2g} ({ratio['low']:.2g} to {ratio['high']:.2g})" if ratio else ""
 
 
-def trainings(quick: bool) -> list[Training]:
-    """All that is run."""
+def training_runs(quick: bool) -> list[TrainingRun]:
+    """Return the training runs of the benchmark."""
     if quick:
-        return [Training("toy", 0, steps=(1,), sizes=(16,), draws=2, kept=False)]
-    toy = [Training("toy", seed, sizes=(16, 32, 64, 128, 256)) for seed in range(SEEDS)]
-    return [*toy, *(Training("demo", seed) for seed in range(SEEDS))]
+        return [TrainingRun("toy", 0, steps=(1,), sizes=(16,), draws=2, kept=False)]
+    toy = [TrainingRun("toy", seed, sizes=(16, 32, 64, 128, 256)) for seed in range(SEEDS)]
+    return [*toy, *(TrainingRun("demo", seed) for seed in range(SEEDS))]
 
 
-BENCHMARK = Benchmark(NAME, __doc__, trainings, train, summary, markdown)
+BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown, appendix)
 main = BENCHMARK.main
 
 

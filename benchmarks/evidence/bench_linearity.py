@@ -1,11 +1,11 @@
-"""Does the entropy move linearly in eta on the embedded checkpoint, and what does the sweep that shows it cost?
+"""Is the change of entropy linear in eta on the embedded checkpoint, and what does the sweep that measures it cost?
 
-    python -m benchmarks linearity            writes results/linearity.json and README.md; minutes on one core
-    python -m benchmarks linearity --quick    a smaller sweep, written nowhere: it only shows that this works
+    python -m benchmarks linearity            writes results/linearity.json and its table in README.md; minutes
+    python -m benchmarks linearity --quick    a smaller sweep, written nowhere, to check that it works
 
-The sweep is a run like any other and continues where it was interrupted. Its cost is set against the same work one
-direction at a time, `fx.snis_delta` for each: seconds as the median of paired runs, interleaved, one thread; the work
-itself as floating point operations and as forward passes of E.
+The sweep is a run like any other and resumes where it was interrupted. Its cost is compared with the same work one
+direction at a time, `fx.snis_delta` for each: seconds as the median of paired runs, interleaved, on one thread; the
+work as floating-point operations and as forward passes of E.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fx_influence as fx
-from benchmarks.harness import PAIRS, README, ROOT, flops, one_thread, ratios, store
+from benchmarks.harness import EVIDENCE, PAIRS, ROOT, flops, one_thread, parser, ratios, store
 from fx_influence.batching.rows import distinct_rows
 from fx_influence.interop.checkpoints.load import load_checkpoint
 from fx_influence.interop.rollouts.batch import collate
@@ -27,9 +27,9 @@ from fx_influence.lab.experiment.entropy import run
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, demo_path
 from fx_influence.lab.results import EntropyInfluenceResults
 
-NAME = "bench_linearity"
+NAME, PAGE = "bench_linearity", EVIDENCE
 BLOCK = 8
-PARTS = {"grad": "along v_i", "baseline_plus_grad": "beside the baseline"}
+DIRECTIONS = {"grad": "along v_i", "baseline_plus_grad": "beside the baseline"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "plan": results.plan.to_dict(), **figures(results), "cost": cost}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {README: markdown(report)})
+        store(NAME, report, {PAGE: {NAME: markdown(report)}})
     return 0
 
 
 def figures(results: EntropyInfluenceResults) -> dict[str, Any]:
-    """What the run found, as the table needs it."""
+    """Return the figures of the run that the table needs."""
     s = results.summary
-    # From the arrays, not the summary: a figure added later is then there for a sweep made before.
+    # From the arrays, not the stored summary, so that figures added later exist for an earlier sweep.
     s |= finite_figures(results.evaluations[0].arrays, len(results.plan.eta_multiples), s["rounding_floor"])
     return {
         "lr": s["lr"],
@@ -67,7 +67,7 @@ def figures(results: EntropyInfluenceResults) -> dict[str, Any]:
 
 
 def sweep_cost(results: EntropyInfluenceResults, pairs: int) -> dict[str, Any]:
-    """A block of the sweep (v_i and v_baseline + v_i of 8 rollouts at one eta) against one direction at a time."""
+    """Compare a block of the sweep (v_i and v_baseline + v_i of 8 rollouts at one eta) with one direction at a time."""
     checkpoint = load_checkpoint(demo_path(results.plan.checkpoint))
     apply, params = fx.make_functional(checkpoint.model)
     e = collate(results.evaluations[0].rollouts, checkpoint.tokenizer.pad_token_id)
@@ -75,28 +75,28 @@ def sweep_cost(results: EntropyInfluenceResults, pairs: int) -> dict[str, Any]:
     block = {name: torch.randn(2 * BLOCK, *p.shape, generator=generator) for name, p in params.items()}
     eta = results.summary["lr"] * 0.01
 
-    def together() -> None:
+    def as_block() -> None:
         fx.snis_sweep(params, e, apply=apply)(block, [eta])
 
     def one_at_a_time() -> None:
         for k in range(2 * BLOCK):
             fx.snis_delta(params, {name: v[k] for name, v in block.items()}, eta, e, apply=apply)
 
-    ratio = ratios({"together": together}, one_at_a_time, pairs)["together"]
+    ratio = ratios({"block": as_block}, one_at_a_time, pairs)["block"]
     n_eta = len(results.summary["finite_steps"])
-    moving = len({(r["prompt"], r["completion"], r["advantage"]) for r in results.sequences if r["advantage"]})
+    distinct = len({(r["prompt"], r["completion"], r["advantage"]) for r in results.sequences if r["advantage"]})
     scored = len(distinct_rows(e)[0].input_ids) / len(e.input_ids)
     return {
         "pairs": pairs,
         "block_seconds_ratio": ratio["median"],
-        "block_flops_ratio": flops(together) / flops(one_at_a_time),
-        "forwards_of_e_sweep": 1 + (5 + 2 * (moving + 1)) * n_eta * scored,
+        "block_flops_ratio": flops(as_block) / flops(one_at_a_time),
+        "forwards_of_e_sweep": 1 + (5 + 2 * (distinct + 1)) * n_eta * scored,
         "forwards_of_e_one_at_a_time": 2 * (5 + 2 * len(results.sequences)) * n_eta,
     }
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's table."""
+    """Return the table of the page."""
     full, grad, beside = (report["linearity"][name] for name in ("full", "grad", "baseline_plus_grad"))
     lr, cost = report["lr"], report["cost"]
     lines = [
@@ -104,7 +104,7 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|",
         f"| R² of the whole step's ΔH against η | {full['r2']:.3f} | {full['r2_float64']:.3f} |",
         f"| R² of a rollout's ΔH along v_i, median | {grad['median_r2']:.4f} | {grad['median_r2_float64']:.4f} |",
-        f"| the same along v_baseline + v_i, less the baseline's | {beside['median_r2']:.4f} "
+        f"| the same along v_baseline + v_i, minus the baseline's | {beside['median_r2']:.4f} "
         f"| {beside['median_r2_float64']:.4f} |",
         "",
         "| by the second derivative, the first order is 10% off at | η / lr |",
@@ -115,15 +115,15 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "SNIS slope of each rollout at its largest trusted η, beside the JVP's:",
         "",
-        "| measured | Spearman | largest error / largest influence | largest error / own influence |",
+        "| measured | Spearman | largest error / largest influence | largest error / its influence |",
         "|---|---|---|---|",
-        *(_agreement(report, "", name) for name in PARTS),
-        *(_agreement(report, "_float64", name) for name in PARTS if name in report["agreement_float64"]),
+        *(_agreement(report, "", name) for name in DIRECTIONS),
+        *(_agreement(report, "_float64", name) for name in DIRECTIONS if name in report["agreement_float64"]),
         "",
-        f"Steadier over η: v_i alone for {report['steadier']['grad_wins']} rollouts, beside the baseline for "
+        f"More stable over η: v_i only for {report['steadier']['grad_wins']} rollouts, beside the baseline for "
         f"{report['steadier']['baseline_plus_grad_wins']}. Signal and noise of the rollouts along v_i, medians:",
         "",
-        "| η / lr | ΔH whole step | parts miss the whole by | \\|ΔH_i\\| / stderr | beyond 2 stderr "
+        "| η / lr | ΔH whole step | additivity gap | \\|ΔH_i\\| / stderr | above 2 stderr "
         "| \\|ΔH_i\\| / rounding floor | \\|ΔH_i\\| / (float32 − float64) | wrong sign in float32 |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -146,10 +146,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _agreement(report: dict[str, Any], suffix: str, name: str) -> str:
-    found = report["agreement" + suffix][name]
+    agreement = report["agreement" + suffix][name]
     return (
-        f"| {PARTS[name]}, {suffix.strip('_') or 'float32'} | {found['spearman']:.4f} | {found['max_error']:.1%} "
-        f"| {found['max_relative_error']:.0%} |"
+        f"| {DIRECTIONS[name]}, {suffix.strip('_') or 'float32'} | {agreement['spearman']:.4f} "
+        f"| {agreement['max_error']:.1%} | {agreement['max_relative_error']:.0%} |"
     )
 
 
@@ -168,10 +168,9 @@ def _plan(quick: bool) -> EntropyInfluencePlan:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small sweep, written nowhere but in --out")
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/linearity, or runs/linearity-quick)")
-    arguments = parser.parse_args(argv)
+    command = parser(__doc__, "a small sweep, written only into --out")
+    command.add_argument("--out", type=Path, help="run directory (default: runs/linearity, or runs/linearity-quick)")
+    arguments = command.parse_args(argv)
     arguments.out = arguments.out or ROOT / "runs" / ("linearity-quick" if arguments.quick else "linearity")
     return arguments
 

@@ -1,14 +1,14 @@
-"""The entropy-influence run and the Fisher kernel run of one plan, side by side: what each costs.
+"""Compare the costs of an entropy-influence run and a Fisher kernel run of one plan.
 
-Thousands of pairs of a rollout of E with one of U, both runs on the same training state and the same rollouts: those
-that the first stores are given to the second as files, so that its seconds hold no sampling and nothing hangs on a
-sampler repeating itself on another number of threads or another device.
+Both runs take thousands of pairs of a rollout of E with one of U, on the same training state and the same rollouts: the
+second reads those that the first stores, so that its seconds include no sampling and nothing depends on a sampler that
+repeats itself on another number of threads or another device.
 
-    python benchmarks/run_entropy_influence_large.py benchmarks/plans/large.yaml --out runs/large
+    python -m benchmarks.evidence.run_entropy_influence_large benchmarks/evidence/plans/large.yaml --out runs/large
 
-Each run is a process of its own, because a process's peak memory never falls. The same command continues what was
+Each run is a process of its own, because a process's peak memory never falls. The same command resumes what was
 interrupted; seconds and memory are then those of the last process, and the table says so. The Fisher run measures
-equal rollouts once, so it gains where the policy repeats itself.
+equal rollouts once, so it is faster if the policy repeats itself.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ ENTROPY, FISHER = "entropy_influence", "fisher_kernel"
 COMMANDS = {ENTROPY: "run", FISHER: "fisher"}
 RESULTS = Path(__file__).parents[1] / "results"
 PAIR_PHASES = {ENTROPY: ("first order",), FISHER: ("self-kernel", "kernel", "change")}
-"""What is measured of every pair and whatever comes with it: no sampling, no gradient of U, no finite steps."""
+"""Phases that measure pairs: no sampling, no gradient of U, no finite steps."""
 FIGURES = ("seconds", "seconds_by_phase", "peak_memory_bytes", "peak_gpu_memory_bytes", "torch_threads")
 PROCESSES = "processes.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do both runs, print the table, write the JSON; the exit status is 0, or that of the run that failed."""
+    """Make both runs, print the table, write the JSON; return 0, or the exit status of the run that failed."""
     arguments = _arguments(argv)
     try:
         plan, out = read_plan(arguments.plan, EntropyInfluencePlan), arguments.out
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 1
     out.mkdir(parents=True, exist_ok=True)
-    for name, of_run in ((ENTROPY, plan), (FISHER, fisher_plan(plan, out / ENTROPY))):
-        if not _finished(of_run, out / name) and (status := _run(name, of_run, out)):
+    for name, run_plan in ((ENTROPY, plan), (FISHER, fisher_plan(plan, out / ENTROPY))):
+        if not _finished(run_plan, out / name) and (status := _run(name, run_plan, out)):
             return status
     figures = comparison(arguments.plan.stem, out)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fisher_plan(plan: EntropyInfluencePlan, directory: Path) -> FisherKernelPlan:
-    """The Fisher plan of the training state and of the rollouts that the run of ``plan`` in ``directory`` stores."""
+    """Return the Fisher plan with the training state and rollouts that the run of ``plan`` in ``directory`` stores."""
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in dataclasses.fields(StepPlan)}
     rollouts = [eval_file(i, "_rollouts.jsonl") for i in range(len(plan.evaluations))]
     update, *evaluations = (RolloutFile(str((directory / name).resolve())) for name in (UPDATE_ROLLOUTS, *rollouts))
@@ -74,7 +74,7 @@ def fisher_plan(plan: EntropyInfluencePlan, directory: Path) -> FisherKernelPlan
 
 
 def comparison(name: str, out: Path) -> dict[str, Any]:
-    """What the finished runs under ``out`` cost, and the ratios of the Fisher run to the other."""
+    """Return the costs of the finished runs under ``out``, and the ratios of the Fisher run to the other."""
     summaries = {run: RunDirectory(out / run).read_json(SUMMARY) for run in COMMANDS}
     first = summaries[ENTROPY]
     n_u, n_e = first["update_rollouts"], [e["rollouts"] for e in first["evaluations"]]
@@ -119,13 +119,13 @@ def _run(name: str, plan: StepPlan, out: Path) -> int:
     RunDirectory(out).write_json(PROCESSES, {**_processes(out), name: _processes(out)[name] + 1})
     (out / f"{name}.yaml").write_text(plan_text(plan), encoding="utf-8")
     command = [sys.executable, "-m", "fx_influence.lab.cli", COMMANDS[name], str(out / f"{name}.yaml")]
-    # Its page is stored, its progress and its errors are shown.
+    # Its output is stored; progress and errors go to the terminal.
     with open(out / f"{name}.txt", "wb") as page:
         return subprocess.run([*command, "--out", str(out / name)], stdout=page, check=False).returncode
 
 
 def _processes(out: Path) -> dict[str, int]:
-    """How many processes have worked on each run."""
+    """Return how many processes have worked on each run."""
     directory = RunDirectory(out)
     return directory.read_json(PROCESSES) if directory.has(PROCESSES) else dict.fromkeys(COMMANDS, 0)
 

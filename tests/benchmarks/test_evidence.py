@@ -12,9 +12,9 @@ import torch
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
 
 import fx_influence as fx
-from benchmarks.evidence import bench_acting, bench_counterfactual, bench_estimators, trainings
+from benchmarks.evidence import bench_acting, bench_counterfactual, bench_estimators, training_runs
 from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_prompts
-from benchmarks.evidence.trainings import TOY, Policy, every_completion, exact_entropy
+from benchmarks.evidence.training_runs import TOY, Policy, all_completions, exact_entropy
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.rows import select_rows
@@ -33,7 +33,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def every(policy: Policy) -> Batch:
-    return collate(every_completion(policy), policy.tokenizer.pad_token_id)
+    return collate(all_completions(policy), policy.tokenizer.pad_token_id)
 
 
 def values_of(policy: Policy, batch: Batch) -> TokenValues:
@@ -119,7 +119,7 @@ class Sum(NamedTuple):
 
 
 def test_what_was_found_is_kept_for_the_same_plan_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainings, "KEPT", tmp_path)
+    monkeypatch.setattr(training_runs, "KEPT", tmp_path)
     (tmp_path / "bench").mkdir()
     done: list[Sum] = []
 
@@ -127,7 +127,7 @@ def test_what_was_found_is_kept_for_the_same_plan_alone(tmp_path: Path, monkeypa
         done.append(plan)
         return plan.a + plan.b
 
-    assert [trainings._kept("bench", work, plan) for plan in (Sum(1, 2), Sum(1, 2), Sum(1, 3))] == [3, 3, 4]
+    assert [training_runs._cached("bench", work, plan) for plan in (Sum(1, 2), Sum(1, 2), Sum(1, 3))] == [3, 3, 4]
     assert done == [Sum(1, 2), Sum(1, 3)]
 
 

@@ -17,8 +17,8 @@ from accelerate import PartialState
 from safetensors.torch import save_model
 
 import fx_influence as fx
-from benchmarks.bench_trl_steps import Errors
-from benchmarks.trl_variants import LOSSES, Variant, policy, quiet, trainer
+from benchmarks.trl.bench_trl_steps import Errors
+from benchmarks.trl.variants import LOSSES, Variant, policy, quiet, trainer
 from fx_influence.distributed.batches import gather_batch
 from fx_influence.interop.trl import EntropyInfluence, measurement
 from fx_influence.interop.trl.processes import mesh_of

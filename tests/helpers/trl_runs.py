@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.trl_variants import Variant, trainer
+from benchmarks.trl.variants import Variant, trainer
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture.recorder import METHODS
 

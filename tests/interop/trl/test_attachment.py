@@ -19,7 +19,7 @@ from helpers.trl_runs import (
 from trl import GRPOTrainer
 
 import fx_influence as fx
-from benchmarks.trl_variants import PROMPTS, reward, tokenizer, trainer
+from benchmarks.trl.variants import PROMPTS, reward, tokenizer, trainer
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture.recorder import METHODS
 

@@ -22,7 +22,7 @@ from helpers.trl_runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fx_influence as fx
-from benchmarks.trl_variants import PROMPTS, Variant, trainer
+from benchmarks.trl.variants import PROMPTS, Variant, trainer
 from fx_influence.interop.trl import EntropyInfluence
 
 # The warnings that trl, transformers and accelerate give about themselves.

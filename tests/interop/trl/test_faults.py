@@ -23,7 +23,7 @@ from helpers.trl_runs import (
 from transformers import TrainerCallback
 
 import fx_influence as fx
-from benchmarks.trl_variants import trainer
+from benchmarks.trl.variants import trainer
 from fx_influence.interop.trl import EntropyInfluence, measurement
 from fx_influence.interop.trl.capture.recorder import METHODS, Capture
 from fx_influence.interop.trl.store.step import StepStore

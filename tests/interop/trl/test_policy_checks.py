@@ -11,7 +11,7 @@ import torch
 from helpers.trl_runs import HELD_OUT, PLAIN, assert_training_unchanged, measure_training
 from torch import Tensor
 
-from benchmarks.trl_variants import trainer
+from benchmarks.trl.variants import trainer
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.policy_checks import check_temperature
 from fx_influence.types import Batch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.trl_runs import PLAIN, measure_training
 
-from benchmarks.trl_variants import Variant, policy, trainer
+from benchmarks.trl.variants import Variant, policy, trainer
 from fx_influence.functional import make_functional
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.precision import (

@@ -15,7 +15,7 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_wit
 from helpers.trl_runs import HELD_OUT, PREFIX
 
 import fx_influence as fx
-from benchmarks.trl_variants import PROMPTS, reward
+from benchmarks.trl.variants import PROMPTS, reward
 from fx_influence.lab.plan.files import read_plan
 
 ACCELERATE = (

@@ -15,7 +15,7 @@ import pytest
 from helpers.run_files import write_plan
 from playwright.sync_api import expect
 
-from benchmarks.bench_report import Size, chromium, synthetic
+from benchmarks.costs.bench_report import Size, chromium, synthetic
 from fx_influence.lab.cli import main
 from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.report import write_report

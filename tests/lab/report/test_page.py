@@ -16,7 +16,7 @@ import pytest
 from helpers.run_files import write_plan
 from helpers.tolerances import assert_close_to_rounding
 
-from benchmarks.bench_report import PROMPT, Size, synthetic
+from benchmarks.costs.bench_report import PROMPT, Size, synthetic
 from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.cli import main
 from fx_influence.lab.experiment import entropy as run_module

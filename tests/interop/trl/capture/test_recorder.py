@@ -12,8 +12,8 @@ from helpers.tolerances import TINY_POLICY, rounding_bound
 from helpers.trl_runs import HELD_OUT, PLAIN, assert_training_unchanged, gpt2, measure_training
 from torch import Tensor
 
-from benchmarks.bench_trl_steps import Errors, measure
-from benchmarks.trl_variants import Variant, trainer, variants
+from benchmarks.trl.bench_trl_steps import Errors, measure
+from benchmarks.trl.variants import Variant, trainer, variants
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture.micro_batch import SCORE
 

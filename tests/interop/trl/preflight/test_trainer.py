@@ -13,7 +13,7 @@ from helpers.trl_runs import HELD_OUT, PLAIN, assert_detached, gpt2
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.trl_variants import policy, trainer
+from benchmarks.trl.variants import policy, trainer
 from fx_influence.interop.trl import EntropyInfluence
 
 # The warnings that trl, transformers and accelerate give about themselves.

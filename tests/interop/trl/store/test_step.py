@@ -12,7 +12,7 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, rounding_b
 from helpers.trl_runs import HELD_OUT, measure_training
 
 import fx_influence as fx
-from benchmarks.trl_variants import PROMPTS, Variant, reward
+from benchmarks.trl.variants import PROMPTS, Variant, reward
 from fx_influence.lab.cli import main
 from fx_influence.lab.plan.files import read_plan
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.trl_runs import HELD_OUT, PLAIN, measure_training, warnings_of
 from transformers import TrainerCallback
 
-from benchmarks.trl_variants import trainer
+from benchmarks.trl.variants import trainer
 from fx_influence.interop.trl import EntropyInfluence
 
 # The warnings that trl, transformers and accelerate give about themselves.

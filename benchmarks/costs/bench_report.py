@@ -1,7 +1,7 @@
-"""What the page of a large run costs: its size, the time to build it, and how fast it is in a browser.
+"""Measure the page of a large run: its size, the time to build it, and its reaction times in a browser.
 
-    python -m benchmarks report            writes results/report.json and the README's table; two minutes
-    python -m benchmarks report --quick    a few rollouts, written nowhere: it only shows that this works
+    python -m benchmarks report            writes results/report.json and the table in README.md; two minutes
+    python -m benchmarks report --quick    a few rollouts, written nowhere, to check that it works
 
 Both need Chromium (``chromium`` on the path) and ``pip install playwright``. A reaction is timed from the event to the
 second frame after it, when the change is on the screen.
@@ -9,7 +9,6 @@ second frame after it, when the change is on the screen.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import sys
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import README, one_thread, store
+from benchmarks.harness import COSTS, one_thread, parser, store
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.plan import EntropyInfluencePlan
@@ -31,7 +30,7 @@ from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
 
 NAME = "bench_report"
 PROMPT = 100
-EACH = 16
+COMPLETIONS = 16
 WORDS = 30_000
 REACTIONS = {
     "sort": "document.querySelector('[data-sort=advantage]').click()",
@@ -46,7 +45,7 @@ OPENED = """new Promise(done => new MutationObserver((_, seen) => { seen.disconn
 
 
 class Size(NamedTuple):
-    """How many rollouts in U and in E, and tokens in every completion."""
+    """Numbers of rollouts in U and in E, and of tokens in every completion."""
 
     rollouts: int
     evaluation: int
@@ -54,21 +53,21 @@ class Size(NamedTuple):
 
 
 def synthetic(size: Size, folder: Path) -> EntropyInfluenceResults:
-    """A run with heavy-tailed influences, completions of random words and a matrix, as ``load_run`` would give it."""
-    draw = np.random.default_rng(0)
+    """Return a run with heavy-tailed influences, random words and a matrix, as ``load_run`` would return it."""
+    rng = np.random.default_rng(0)
     shape = (size.rollouts, PROMPT + size.tokens)
-    per_token = draw.standard_t(3, shape) * (np.arange(shape[1]) >= PROMPT)
-    per_sequence, matrix = per_token.sum(1), draw.standard_normal((size.evaluation, size.rollouts))
+    per_token = rng.standard_t(3, shape) * (np.arange(shape[1]) >= PROMPT)
+    per_sequence, matrix = per_token.sum(1), rng.standard_normal((size.evaluation, size.rollouts))
     arrays = {"per_sequence": per_sequence, "per_token": per_token, "eta": np.zeros(0)}
-    arrays["stderr"] = np.abs(draw.standard_normal(size.rollouts)) * np.abs(per_sequence).mean()
-    tokens = {name: draw.standard_normal(shape, np.float32) for name in ("logprobs", "entropies")}
+    arrays["stderr"] = np.abs(rng.standard_normal(size.rollouts)) * np.abs(per_sequence).mean()
+    tokens = {name: rng.standard_normal(shape, np.float32) for name in ("logprobs", "entropies")}
     signs = 1.0 - 2 * (np.arange(size.rollouts, dtype=np.float32) % 2)
     tokens["coefficients"] = np.repeat(signs[:, None], shape[1], axis=1)
     total = float(per_sequence.sum())
     summary: dict[str, Any] = dict.fromkeys(("momentum", "weight_decay", "baseline", "residual"), 0.0)
     summary |= {"total": total, "sum_per_sequence": total, "total_stderr": 1.0, "entropy": 1.0, "lr": 1e-6}
     summary |= {"rollouts": size.evaluation, "update_rollouts": size.rollouts, "trainable_parameters": 0}
-    texts = [_words(draw, size.tokens) for _ in range(size.rollouts)]
+    texts = [_words(rng, size.tokens) for _ in range(size.rollouts)]
     rollouts = [_rollout(i, "".join(text)) for i, text in enumerate(texts)]
     sequences = [
         {
@@ -84,14 +83,14 @@ def synthetic(size: Size, folder: Path) -> EntropyInfluenceResults:
     return EntropyInfluenceResults(folder, EntropyInfluencePlan(), {}, summary, sequences, rollouts, tokens, (e,))
 
 
-def _words(draw: np.random.Generator, count: int) -> list[str]:
-    return [f"word{k} " for k in draw.integers(WORDS, size=count).tolist()]
+def _words(rng: np.random.Generator, count: int) -> list[str]:
+    return [f"word{k} " for k in rng.integers(WORDS, size=count).tolist()]
 
 
 def _rollout(i: int, completion: str) -> Rollout:
-    group = i // EACH
+    group = i // COMPLETIONS
     return Rollout(
-        id=f"{group}/{i % EACH}",
+        id=f"{group}/{i % COMPLETIONS}",
         prompt_id=str(group),
         group=group,
         prompt=f"the question {group}?",
@@ -105,7 +104,7 @@ def _rollout(i: int, completion: str) -> Rollout:
 
 
 def measure(size: Size) -> dict[str, Any]:
-    """Bytes of the page without figures, seconds to build and to load it, and milliseconds of every reaction."""
+    """Return bytes of the page without figures, seconds to build and to load it, and milliseconds of every reaction."""
     with tempfile.TemporaryDirectory() as folder:
         results = synthetic(size, Path(folder))
         start = time.perf_counter()
@@ -121,24 +120,24 @@ def _in_browser(path: Path) -> dict[str, Any]:
         page.goto(path.as_uri())
         page.wait_for_selector("#rows tbody [data-rollout]")
         load = time.perf_counter() - start
-        found = {name: _reaction(page, act, ON_SCREEN) for name, act in REACTIONS.items()}
+        reactions = {name: _reaction(page, act, ON_SCREEN) for name, act in REACTIONS.items()}
         opening = "document.querySelectorAll('#rows tbody [data-rollout]')[%d].click()"
         times = [_reaction(page, opening % (3 * k + 1), f"{OPENED}.then(() => {ON_SCREEN})") for k in range(3)]
-        found[f"open a rollout beside {EACH - 1} others"] = statistics.median(times)
-        found["point at a token"] = _reaction(
+        reactions[f"open a rollout beside {COMPLETIONS - 1} others"] = statistics.median(times)
+        reactions["point at a token"] = _reaction(
             page,
             "document.querySelector('.token').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))",
             ON_SCREEN,
         )
         return {
             "load_seconds": load,
-            "reactions_ms": found,
+            "reactions_ms": reactions,
             "nodes": page.evaluate("document.querySelectorAll('*').length"),
         }
 
 
 def _reaction(page: Any, act: str, after: str) -> float:
-    """Milliseconds from the act until ``after`` has come."""
+    """Return the milliseconds from the act until the promise ``after`` is fulfilled."""
     return float(
         page.evaluate(
             f"async () => {{ const t = performance.now(); const done = {after}; {act}; await done;"
@@ -149,21 +148,21 @@ def _reaction(page: Any, act: str, after: str) -> float:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless browser. Raises ``FileNotFoundError`` where none is installed."""
+    """Yield a headless browser; raise ``FileNotFoundError`` if none is installed."""
     from playwright.sync_api import sync_playwright
 
-    found = shutil.which("chromium")
-    if found is None:
+    path = shutil.which("chromium")
+    if path is None:
         raise FileNotFoundError("no chromium on the path: apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's table."""
-    lines = ["| run | page, figures apart | built in | loaded in | reactions |", "|---|---|---|---|---|"]
+    """Return the table of the page."""
+    lines = ["| run | page without figures | built in | loaded in | reactions |", "|---|---|---|---|---|"]
     for x in report["pages"]:
         s = x["size"]
         reactions = ", ".join(f"{name} {ms:.0f} ms" for name, ms in x["reactions_ms"].items())
@@ -176,15 +175,13 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few rollouts, written nowhere")
-    arguments = parser.parse_args(argv)
+    arguments = parser(__doc__, "a few rollouts, written nowhere").parse_args(argv)
     one_thread()
     sizes = [Size(32, 16, 20)] if arguments.quick else [Size(128, 256, 200), Size(2000, 1024, 1000)]
     report = {"environment": environment(), "pages": [measure(size) for size in sizes]}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {README: markdown(report)})
+        store(NAME, report, {COSTS: {NAME: markdown(report)}})
     return 0
 
 

@@ -1,16 +1,15 @@
-"""Real TRL trainings under bfloat16 autocast: what stays unattributed, with U's passes in float32 and in bfloat16.
+"""Real TRL training runs under bfloat16 autocast: the unattributed share, with U's passes in float32 and bfloat16.
 
-    python -m benchmarks trl_mixed            writes results/trl_mixed.json and the README's table; some minutes
-    python -m benchmarks trl_mixed --quick    one variant, written nowhere: it only shows that this works
+    python -m benchmarks trl_mixed            writes results/trl_mixed.json and the table in README.md; some minutes
+    python -m benchmarks trl_mixed --quick    one variant, written nowhere, to check that it works
 
-For every loss, all weights and LoRA, at every step of a short training with ``bf16=True``: |sum_i g_i - g| / |g| with g
-the trainer's accumulated gradient, and |unattributed| and sum_i rounding_i over sum_i |delta_i|, the rollouts of the
-step standing for E.
+For every loss, all weights and LoRA, at every step of a short training run with ``bf16=True``: |sum_i g_i - g| / |g|,
+with g the trainer's accumulated gradient, and |unattributed| and sum_i rounding_i over sum_i |delta_i|, the rollouts of
+the step serving as E.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from itertools import islice
@@ -19,9 +18,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 import fx_influence as fx
-from benchmarks.bench_trl_steps import _off
-from benchmarks.harness import README, one_thread, store
-from benchmarks.trl_variants import LOSSES, Variant, quiet, trainer
+from benchmarks.harness import COSTS, one_thread, parser, store
+from benchmarks.trl.bench_trl_steps import relative_error
+from benchmarks.trl.variants import LOSSES, Variant, quiet, trainer
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.trl.capture.recorder import Capture
@@ -32,7 +31,7 @@ FIGURES = ("gradient", "unattributed", "rounding")
 
 
 class Shares(TrainerCallback):
-    """The figures of every step of a trainer, by the precision of U's passes."""
+    """Callback that records the figures of every step of a trainer, by the precision of U's passes."""
 
     def __init__(self, trainer: Any) -> None:
         self.steps: list[dict[str, dict[str, float]]] = []
@@ -51,7 +50,7 @@ class Shares(TrainerCallback):
     def _figures(self, captured: Any, policy: fx.Policy) -> dict[str, float]:
         model, temperature = self._trainer.model, self._trainer.temperature
         params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        own = batch_gradient(params, captured.batch, policy, temperature)
+        summed = batch_gradient(params, captured.batch, policy, temperature)
         out = fx.influence(
             params,
             captured.batch,
@@ -62,13 +61,13 @@ class Shares(TrainerCallback):
             max_grad_norm=captured.max_grad_norm,
             temperature=temperature,
         )
-        size = float(out.per_sequence.abs().sum())
-        shares = float(out.unattributed.abs()) / size, float(out.rounding.sum()) / size
-        return dict(zip(FIGURES, (_off(own, captured.gradient), *shares), strict=True))
+        absolute = float(out.per_sequence.abs().sum())
+        shares = float(out.unattributed.abs()) / absolute, float(out.rounding.sum()) / absolute
+        return dict(zip(FIGURES, (relative_error(summed, captured.gradient), *shares), strict=True))
 
 
 def measure(variant: Variant) -> dict[str, Any]:
-    """The largest figures over the steps of one training."""
+    """Return the largest figures over the steps of one training run."""
     with tempfile.TemporaryDirectory() as out, quiet():
         training = trainer(variant, out, 3, bf16=True, learning_rate=1e-3)
         shares = Shares(training)
@@ -81,33 +80,31 @@ def measure(variant: Variant) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table of the largest figures."""
+    """Return the table of the largest figures."""
     lines = [
         "| loss | weights | passes | Σgᵢ against the trainer's g | unattributed | rounding |",
         "|---|---|---|---|---|---|",
     ]
     for row in report["variants"]:
-        which = "LoRA" if row["variant"]["lora"] else "full"
+        weights = "LoRA" if row["variant"]["lora"] else "full"
         for precision in ("float32", "bfloat16"):
             figures = " | ".join(f"{row[precision][name]:.1e}" for name in FIGURES)
-            lines.append(f"| {row['variant']['loss']} | {which} | {precision} | {figures} |")
+            lines.append(f"| {row['variant']['loss']} | {weights} | {precision} | {figures} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one variant, written nowhere")
-    arguments = parser.parse_args(argv)
+    arguments = parser(__doc__, "one variant, written nowhere").parse_args(argv)
     one_thread()
-    every = (Variant(loss, lora, 1, False, {}) for loss in [*LOSSES, "rloo"] for lora in (False, True))
-    found = []
-    for variant in islice(every, 1 if arguments.quick else None):
-        found.append(measure(variant))
-        print(markdown({"variants": found[-1:]}).splitlines()[-1], flush=True)
-    report = {"environment": environment(), "variants": found}
+    selected = (Variant(loss, lora, 1, False, {}) for loss in [*LOSSES, "rloo"] for lora in (False, True))
+    measured = []
+    for variant in islice(selected, 1 if arguments.quick else None):
+        measured.append(measure(variant))
+        print(markdown({"variants": measured[-1:]}).splitlines()[-1], flush=True)
+    report = {"environment": environment(), "variants": measured}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {README: markdown(report)})
+        store(NAME, report, {COSTS: {NAME: markdown(report)}})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Real TRL trainings of a tiny policy, one for each way a loss can be put together."""
+"""Real TRL training runs of a tiny policy, one for each combination of a loss and its options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 CHARACTERS = "0123456789+="
 END = "<|endoftext|>"
-"""What the tokenizer class of Qwen2, which a saved policy is read with, would add if it were not there."""
+"""Token that Qwen2's tokenizer class, with which a saved policy is read, would add if it were missing."""
 LOSSES: dict[str, dict[str, Any]] = {
     "grpo": {},
     "bnpo": {},
@@ -32,7 +32,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 class Variant(NamedTuple):
-    """A training to be made: ``options`` are the config's own, beside those that ``trainer`` gives all of them."""
+    """A training run: ``options`` of its config, beside those that ``trainer`` gives to all."""
 
     loss: str
     lora: bool
@@ -42,13 +42,13 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        parts = [self.loss, "LoRA" if self.lora else "full", f"{self.accumulation} micro-batches"]
-        parts += ["off-policy"] if self.off_policy else []
-        return ", ".join([*parts, *(f"{key}={value}" for key, value in self.options.items())])
+        words = [self.loss, "LoRA" if self.lora else "full", f"{self.accumulation} micro-batches"]
+        words += ["off-policy"] if self.off_policy else []
+        return ", ".join([*words, *(f"{key}={value}" for key, value in self.options.items())])
 
 
 def variants() -> Iterator[Variant]:
-    """Every loss by weights trained, accumulation, policy and bonus; then GSPO, KL, masks, clipping and RLOO."""
+    """Yield every loss by trained weights, accumulation, policy and bonus; then GSPO, KL, masks, clipping and RLOO."""
     for loss, lora, accumulation, off_policy, bonus in itertools.product(
         LOSSES, (False, True), (1, 3), (False, True), (0.0, 0.05)
     ):
@@ -69,7 +69,7 @@ def variants() -> Iterator[Variant]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; padding is a token of its own."""
+    """Return a tokenizer with one token per character and a separate padding token."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", END, *CHARACTERS])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -78,7 +78,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def policy(seed: int = 0) -> Any:
-    """A Qwen2 of two layers whose completions end after a few tokens."""
+    """Return a Qwen2 of two layers whose completions end after a few tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = Qwen2Config(
@@ -96,14 +96,14 @@ def policy(seed: int = 0) -> Any:
             pad_token_id=0,
         )
         model = Qwen2ForCausalLM(config)
-        # A new model's padding token is embedded as 0, where the norm after it is far from linear, and this policy,
-        # which nobody trained, samples it.
+        # A new model embeds its padding token as 0, where the following norm is far from linear, and this untrained
+        # policy samples it.
         model.get_input_embeddings().weight.data[0].normal_(std=0.4)
         return model
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:
-    """Something that the completions of a prompt differ in."""
+    """Return rewards that differ between the completions of a prompt."""
     return [0.3 * len(text) + text.count("7") - text.count("3") for text in completions]
 
 
@@ -111,9 +111,14 @@ PROMPTS = ["1+2=", "3+44=", "5=", "60+7=", "8+9+1=", "2+2="]
 
 
 def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **more: Any) -> Any:
-    """A trainer of ``steps`` optimizer steps, ready to train; two of them on every batch where off-policy.
+    """Return a trainer, ready to train; it makes two steps on every batch if off-policy.
 
-    ``model``: instead of ``policy()``. ``more``: of the config.
+    Args:
+        variant: The loss and its options.
+        out: Its output directory.
+        steps: Number of optimizer steps.
+        model: Model to train in place of ``policy()``.
+        more: Further options of the config.
     """
     rloo = variant.loss == "rloo"
     config: dict[str, Any] = {
@@ -137,7 +142,7 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **mor
         **variant.options,
         **more,
     }
-    # The reference model of a loss with a KL term is read from where the policy was.
+    # The reference model of a loss with a KL term is read from the directory of the policy.
     (policy() if model is None else model).save_pretrained(f"{out}/policy")
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
     return (RLOOTrainer if rloo else GRPOTrainer)(
@@ -152,8 +157,8 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **mor
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what trainers print at every step."""
+    """Suppress the output of trainers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
         yield

@@ -1,4 +1,4 @@
-"""What the benchmarks measure on: models from their configuration with a training state, and two batches."""
+"""Problems that the benchmarks measure: random models with a training state, and two batches."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ SIZES = {
 
 
 class Setting(NamedTuple):
-    """``size``: see ``SIZES``. ``rows`` of U and of E, ``width`` tokens each, a third of them prompt.
+    """Size of a problem.
 
-    ``group``: how many rows have the same prompt, as those that GRPO samples have.
+    ``size``: see ``SIZES``. ``rows``: of U and of E, with ``width`` tokens each, a third of them prompt. ``group``:
+    number of rows with the same prompt, as GRPO samples them.
     """
 
     size: str
@@ -38,12 +39,12 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
-        shared = f", {self.group} to a prompt" if self.group > 1 else ""
-        return f"{self.size} {'LoRA' if self.lora else 'full'}, {self.rows} x {self.width}{shared}"
+        per_prompt = f", {self.group} to a prompt" if self.group > 1 else ""
+        return f"{self.size} {'LoRA' if self.lora else 'full'}, {self.rows} x {self.width}{per_prompt}"
 
 
 class Problem(NamedTuple):
-    """A model from its configuration with a training state, and two batches."""
+    """A random model with a training state, and two batches."""
 
     model: nn.Module
     apply: fx.Policy
@@ -56,10 +57,13 @@ class Problem(NamedTuple):
 
 
 def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_rows: int | None = None) -> Problem:
-    """Random weights and rollouts, the same for the same arguments.
+    """Return a problem with random weights and rollouts, the same for the same arguments.
 
-    ``compiled``: see ``make_functional``. ``varied``: prompts and completions of many lengths, padded on both sides.
-    ``e_rows``: rows of E where they are not those of U.
+    Args:
+        setting: Its size.
+        compiled: See ``make_functional``.
+        varied: Whether prompts and completions have many lengths, padded on both sides.
+        e_rows: Number of rows of E, if it differs from U's.
     """
     torch.manual_seed(0)
     hidden, intermediate, layers, vocab = SIZES[setting.size]
@@ -91,14 +95,14 @@ def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_ro
 def _batch(vocab: int, rows: int, setting: Setting, varied: bool) -> Batch:
     width = setting.width
     ids = torch.randint(0, vocab, (rows, width))
-    at, prompt = torch.arange(width).expand(rows, width), width // 3
+    position, prompt = torch.arange(width).expand(rows, width), width // 3
     begin, end = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), width)
     if varied:
         begin, end = torch.randint(0, prompt - 1, (rows, 1)), torch.randint(prompt + 1, width + 1, (rows, 1))
     if setting.group > 1:
-        like = torch.arange(rows) // setting.group * setting.group
-        ids, begin = torch.where(at < prompt, ids[like], ids), begin[like]
-    attended: Tensor = (at >= begin) & (at < end)
-    completion = attended & (at >= prompt)
+        first = torch.arange(rows) // setting.group * setting.group
+        ids, begin = torch.where(position < prompt, ids[first], ids), begin[first]
+    attended: Tensor = (position >= begin) & (position < end)
+    completion = attended & (position >= prompt)
     c = fx.coefficients("grpo", torch.randn(rows), completion)
     return Batch(ids, attended, completion, c, group=torch.arange(rows) // max(2, setting.group))

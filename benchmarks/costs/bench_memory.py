@@ -1,7 +1,7 @@
-"""How far the memory of a process rises above what it holds, for each phase, whatever N, V and T.
+"""Measure the peak memory that each phase adds to a process, as N, V and T grow.
 
-python -m benchmarks memory            writes results/memory.json and the README's table; five minutes
-python -m benchmarks memory --quick    a tiny model, written nowhere: it only shows that this works
+python -m benchmarks memory            writes results/memory.json and the table in README.md; five minutes
+python -m benchmarks memory --quick    a tiny model, written nowhere, to check that it works
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 import fx_influence as fx
-from benchmarks.harness import README, one_thread, peak_extra_bytes, print_peak_extra, store
-from benchmarks.problems import Problem, Setting, problem
+from benchmarks.costs.problems import Problem, Setting, problem
+from benchmarks.harness import COSTS, one_thread, parser, peak_extra_bytes, print_peak_extra, store
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.token_values import token_values
 from fx_influence.interop.runtime.environment import environment
 
-NAME = "bench_memory"
+NAME, MODULE = "bench_memory", "benchmarks.costs.bench_memory"
 CASES: dict[str, tuple[Setting, str]] = {
     "step, 16 rows": (Setting("3M"), "step"),
     "JVP alone, 16 rows": (Setting("3M"), "jvp"),
@@ -40,11 +40,11 @@ CASES: dict[str, tuple[Setting, str]] = {
     "JVP, one row of 4096 tokens": (Setting("3M", lora=True, rows=1, width=4096), "jvp"),
     "JVP, one row of 4096 tokens, all scores at once": (Setting("3M", lora=True, rows=1, width=4096), "jvp_eager"),
 }
-"""Setting and work by title."""
+"""Setting and work by title, which is the key in the stored figures."""
 
 
 def work(p: Problem, name: str) -> Callable[[], object]:
-    """What is done while memory is watched."""
+    """Return the work whose memory is measured."""
 
     def influence(**options: Any) -> object:
         return fx.influence(p.params, p.u, p.e, p.state, apply=p.apply, stderr=False, **options)
@@ -56,7 +56,7 @@ def work(p: Problem, name: str) -> Callable[[], object]:
     works: dict[str, Callable[[], object]] = {
         "step": lambda: [batch_gradient(p.params, batch, p.apply) for batch in (p.u, p.e)],
         "jvp": lambda: token_jvp(p.params, p.gain, p.u, p.apply),
-        # Through a plain function the library's own attention and head are not to be had.
+        # A plain function hides the policy's parts, so the library's blockwise attention and head are not used.
         "jvp_eager": lambda: token_jvp(p.params, p.gain, p.u, lambda params, ids, mask: p.apply(params, ids, mask)),
         "adjoint": influence,
         "adjoint_frugal": lambda: influence(memory_budget=0),
@@ -67,16 +67,19 @@ def work(p: Problem, name: str) -> Callable[[], object]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's table."""
-    rows = [f"| {title} | {size / 2**20:.0f} MiB |" for title, size in report["peak_extra_bytes"].items()]
-    return "\n".join(["| work | extra memory at its peak |", "|---|---|", *rows])
+    """Return the table of the page."""
+    rows = [f"| {_label(title)} | {size / 2**20:.0f} MiB |" for title, size in report["peak_extra_bytes"].items()]
+    return "\n".join(["| work | peak of the extra memory |", "|---|---|", *rows])
+
+
+def _label(title: str) -> str:
+    return title.replace("adjoint that keeps nothing", "adjoint without caches").replace("JVP alone", "JVP only")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, written nowhere")
-    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    command = parser(__doc__)
+    command.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    arguments = command.parse_args(argv)
     one_thread()
     if arguments.memory:
         size, kind, rows, width, name = arguments.memory
@@ -84,17 +87,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tiny = Setting("tiny", rows=4, width=24)
     cases = {name: (tiny, name) for name in ("step", "jvp_eager", "logits")} if arguments.quick else CASES
-    found = {title: _of(setting, name) for title, (setting, name) in cases.items()}
-    report = {"environment": environment(), "peak_extra_bytes": found}
+    extra = {title: _peak_extra(setting, name) for title, (setting, name) in cases.items()}
+    report = {"environment": environment(), "peak_extra_bytes": extra}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {README: markdown(report)})
+        store(NAME, report, {COSTS: {NAME: markdown(report)}})
     return 0
 
 
-def _of(setting: Setting, name: str) -> int:
+def _peak_extra(setting: Setting, name: str) -> int:
     kind = "lora" if setting.lora else "full"
-    return peak_extra_bytes(NAME, setting.size, kind, str(setting.rows), str(setting.width), name)
+    return peak_extra_bytes(MODULE, setting.size, kind, str(setting.rows), str(setting.width), name)
 
 
 if __name__ == "__main__":

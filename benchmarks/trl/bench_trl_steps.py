@@ -1,9 +1,9 @@
-"""Captured steps of real TRL trainings: do the rollouts' gradients add up to the trainer's, and to its step?
+"""Captured steps of real TRL training runs: do the rollouts' gradients add up to the trainer's, and to its step?
 
-    python -m benchmarks trl_steps            writes results/trl_steps.json and the README's table; two minutes
-    python -m benchmarks trl_steps --quick    two variants, written nowhere: it only shows that this works
+    python -m benchmarks trl_steps            writes results/trl_steps.json and the table in README.md; two minutes
+    python -m benchmarks trl_steps --quick    two variants, written nowhere, to check that it works
 
-For every variant of a loss, at every step of a short training on one tiny policy in float32: |sum_i g_i - g| / |g|,
+For every variant of a loss, at every step of a short training run of a tiny policy in float32: |sum_i g_i - g| / |g|,
 with g_i from the captured rollouts and coefficients on the library's template of the model and g the trainer's
 accumulated gradient; and |lr v - (theta' - theta)| / |theta' - theta|, with v from g, its clipping and
 AdamW's state before.
@@ -11,7 +11,6 @@ AdamW's state before.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.harness import README, one_thread, store
-from benchmarks.trl_variants import Variant, quiet, trainer, variants
+from benchmarks.harness import COSTS, one_thread, parser, store
+from benchmarks.trl.variants import Variant, quiet, trainer, variants
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state
@@ -35,7 +34,7 @@ NAME = "bench_trl_steps"
 
 
 class Errors(TrainerCallback):
-    """Both errors of every step of a trainer."""
+    """Callback that records both errors of every step of a trainer."""
 
     def __init__(self, trainer: Any) -> None:
         self.gradient: list[float] = []
@@ -50,8 +49,8 @@ class Errors(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         captured, params = self._capture.finish(), self._params()
-        own = batch_gradient(params, captured.batch, self._policy, self._trainer.temperature)
-        self.gradient.append(_off(own, captured.gradient))
+        summed = batch_gradient(params, captured.batch, self._policy, self._trainer.temperature)
+        self.gradient.append(relative_error(summed, captured.gradient))
         assert captured.batch.coefficients is not None
         self.tokens.append(int(captured.batch.coefficients.count_nonzero()))
         opt_state = adamw_state(self._trainer.optimizer, self._trainer.model)
@@ -60,24 +59,28 @@ class Errors(TrainerCallback):
         self._before = {name: p.clone() for name, p in params.items()}
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step.append(_off(self._expected, {name: p - self._before[name] for name, p in self._params().items()}))
+        self.step.append(
+            relative_error(self._expected, {name: p - self._before[name] for name, p in self._params().items()})
+        )
 
     def _params(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._trainer.model.named_parameters() if p.requires_grad}
 
 
-def _off(found: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]) -> float:
-    def flat(values: Mapping[str, Tensor | None]) -> Tensor:
-        # A name that no gradient reached is absent in both or 0 in one.
-        like = {name: x for both in (found, exact) for name, x in both.items() if x is not None}
-        parts = [torch.zeros_like(like[name]) if (x := values[name]) is None else x for name in like]
-        return torch.cat([x.double().flatten() for x in parts])
+def relative_error(values: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]) -> float:
+    """Return |values - exact| / |exact| over all parameters, with None as 0."""
 
-    return float((flat(found) - flat(exact)).norm() / flat(exact).norm())
+    def flat(tree: Mapping[str, Tensor | None]) -> Tensor:
+        # A parameter that no gradient reaches is None in both or 0 in one of them.
+        templates = {name: x for both in (values, exact) for name, x in both.items() if x is not None}
+        tensors = [torch.zeros_like(templates[name]) if (x := tree[name]) is None else x for name in templates]
+        return torch.cat([x.double().flatten() for x in tensors])
+
+    return float((flat(values) - flat(exact)).norm() / flat(exact).norm())
 
 
 def measure(variant: Variant) -> dict[str, Any]:
-    """The largest errors over the steps of one training."""
+    """Return the largest errors over the steps of one training run."""
     with tempfile.TemporaryDirectory() as out, quiet():
         training = trainer(variant, out)
         errors = Errors(training)
@@ -97,24 +100,22 @@ def markdown(report: dict[str, Any]) -> str:
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in report["variants"]:
         groups.setdefault((row["variant"]["loss"], row["variant"]["lora"]), []).append(row)
-    for (loss, lora), found in groups.items():
-        worst = [max(row[name] for row in found) for name in ("gradient", "step")]
-        steps = sum(row["steps"] for row in found)
-        which = "LoRA" if lora else "full"
-        lines.append(f"| {loss} | {which} | {len(found)} | {steps} | {worst[0]:.1e} | {worst[1]:.1e} |")
+    for (loss, lora), rows in groups.items():
+        worst = [max(row[name] for row in rows) for name in ("gradient", "step")]
+        steps = sum(row["steps"] for row in rows)
+        weights = "LoRA" if lora else "full"
+        lines.append(f"| {loss} | {weights} | {len(rows)} | {steps} | {worst[0]:.1e} | {worst[1]:.1e} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two variants, written nowhere")
-    arguments = parser.parse_args(argv)
+    arguments = parser(__doc__, "two variants, written nowhere").parse_args(argv)
     one_thread()
-    found = [measure(variant) for variant in islice(variants(), 2 if arguments.quick else None)]
-    report = {"environment": environment(), "variants": found}
+    measured = [measure(variant) for variant in islice(variants(), 2 if arguments.quick else None)]
+    report = {"environment": environment(), "variants": measured}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {README: markdown(report)})
+        store(NAME, report, {COSTS: {NAME: markdown(report)}})
     return 0
 
 

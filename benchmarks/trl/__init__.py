@@ -1,0 +1,1 @@
+"""Real TRL training runs: cost of attaching, and checks of the captured steps."""
