@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from pathlib import Path
@@ -16,9 +15,6 @@ from helpers.ranks import launch
 
 import fx_influence as fx
 from benchmarks import harness
-from benchmarks.__main__ import main, module, names
-from benchmarks.evidence import bench_linearity
-from benchmarks.harness import result_path, with_block
 from benchmarks.costs.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
@@ -161,44 +157,6 @@ def test_every_function_in_the_table_exists() -> None:
     assert not {name for name in names if not hasattr(fx, name)}
 
 
-@pytest.mark.parametrize("name", [name for name in names() if result_path(f"bench_{name}").exists()])
-def test_a_table_is_made_from_the_figures_that_are_stored(name: str) -> None:
-    bench = module(name)
-    report = json.loads(result_path(bench.NAME).read_text(encoding="utf-8"))
-    gathered = getattr(bench, "BENCHMARK", None)
-    for path, text in (gathered.pages(report) if gathered else {harness.README: bench.markdown(report)}).items():
-        page = path.read_text(encoding="utf-8")
-        assert with_block(page, bench.NAME, text) == page
-        assert text in page
-
-
-def test_the_pages_say_nothing_of_a_benchmark_that_is_not_stored() -> None:
-    pages = README + harness.EVIDENCE.read_text(encoding="utf-8")
-    assert {name for name in re.findall("begin: bench_(\\w+)", pages) if not result_path(f"bench_{name}").exists()} == set()
-
-
-@pytest.mark.slow
-def test_the_linearity_benchmark_works_on_a_small_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_linearity.main(["--quick", "--out", str(tmp_path / "run")]) == 0
-    page = capsys.readouterr().out
-    assert "R² of the whole step's ΔH against η" in page
-    assert "one direction at a time" in page
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", [name for name in names() if name != "linearity"])
-def test_every_benchmark_works_on_a_tiny_model_and_writes_nothing(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stored = {path: path.read_bytes() for path in result_path(name).parent.iterdir()}
-    assert main([name, "--quick"]) == 0
-    page = capsys.readouterr().out
-    assert sum(line.startswith("|") for line in page.splitlines()) >= 3, "a table with at least one row of figures"
-    assert "nan" not in page
-    assert {path: path.read_bytes() for path in result_path(name).parent.iterdir()} == stored
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -224,22 +182,3 @@ def test_the_costs_in_forwards_are_those_that_are_counted(lora: bool) -> None:
         figure = with_lora or full if lora else full
         decimals = len(figure.partition(".")[2])
         assert f"{harness.flops(works[name]) / forward:.{decimals}f}" == figure, name
-
-
-def test_the_cost_of_the_large_run_is_the_one_that_is_stored() -> None:
-    report = json.loads(result_path("run_entropy_influence_large").read_text(encoding="utf-8"))
-    entropy, fisher = (report["runs"][name] for name in ("entropy_influence", "fisher_kernel"))
-    memory = {name: f"{run['peak_memory_bytes'] / 2**20:.0f} MiB" for name, run in report["runs"].items()}
-    text = " ".join(README.split())
-    assert f"{report['pairs']:,} pairs, took {entropy['seconds']:.0f} s and {memory['entropy_influence']}" in text
-    assert f"the Fisher run {fisher['seconds']:.0f} s and {memory['fisher_kernel']}" in text
-
-
-def test_the_benchmarks_are_listed_and_an_unknown_one_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    listed = capsys.readouterr().out
-    found = {line.split()[0] for line in listed.splitlines()}
-    assert found == set(names())
-    assert found >= {"linearity", "loops", "memory", "precision", "routes", "trl_run", "trl_steps"}
-    assert main(["nothing"]) == 1
-    assert f"no benchmark 'nothing'; there are {', '.join(names())}" in capsys.readouterr().err

@@ -94,8 +94,8 @@ def measured_run(steps: int) -> dict[str, Any]:
         history = attach(training, 1).history
         training.train()
     # The first step of a warm-up, with lr 0, changes nothing.
-    steps = [h for h in history if h["lr"]]
-    total, measured, stderr = (np.array([h[name] for h in steps]) for name in ("total", "measured", "stderr"))
+    changing = [h for h in history if h["lr"]]
+    total, measured, stderr = (np.array([h[name] for h in changing]) for name in ("total", "measured", "stderr"))
     return {
         "history": history,
         "correlation": float(np.corrcoef(total, measured)[0, 1]),

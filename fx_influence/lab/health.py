@@ -27,7 +27,8 @@ DERIVATIVES = "Derivatives"
 INVALIDATING = ("Identity", DERIVATIVES, "Policy of E")
 """Names of the checks without which no figure of the run is to be trusted, the total's included."""
 RANKED = 0.1
-"""Share of noise in the squared influences at which four in five of the top tenth are found: benchmarks/EVIDENCE.md."""
+"""Share of noise in the squared influences at which four in five of the top tenth are identified, from
+benchmarks/evidence/README.md."""
 
 
 class Finding(NamedTuple):

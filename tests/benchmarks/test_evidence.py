@@ -1,4 +1,4 @@
-"""What the evidence rests on: the exact truth, the draws, the estimators, and what is called best."""
+"""Evidence: the exact entropy, the draws of E, the estimators, and the selection of the best predictor."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def values_of(policy: Policy, batch: Batch) -> TokenValues:
     return TokenValues(*(v.double() for v in all_token_values(params, batch, apply)))
 
 
-def test_every_completion_of_a_prompt_is_listed_once(policy: Policy, every: Batch) -> None:
+def test_all_completions_are_enumerated_once(policy: Policy, every: Batch) -> None:
     chances = values_of(policy, every).logprobs.sum(-1).exp().reshape(len(policy.held_out), -1)
-    # Chances of float32's log-probabilities, a few at a time multiplied.
+    # Probabilities are products of a few exponentials of float32 log-probabilities.
     assert_within(chances.sum(1), torch.ones(3), rounding_bound(torch.float32, TINY_POLICY))
 
 
-def test_the_exact_query_has_the_gradient_of_the_exact_entropy(policy: Policy, every: Batch) -> None:
+def test_exact_objective_has_the_gradient_of_exact_entropy(policy: Policy, every: Batch) -> None:
     logprobs, entropies = (v.requires_grad_() for v in values_of(policy, every))
     values = TokenValues(logprobs, entropies)
-    wanted = torch.autograd.grad(exact_entropy(values, every), [logprobs, entropies])
-    found = torch.autograd.grad(bench_counterfactual.entropy_of_all(*values, every).sum(), [logprobs, entropies])
-    torch.testing.assert_close(found, wanted)
+    expected = torch.autograd.grad(exact_entropy(values, every), [logprobs, entropies])
+    grads = torch.autograd.grad(bench_counterfactual.entropy_of_all(*values, every).sum(), [logprobs, entropies])
+    torch.testing.assert_close(grads, expected)
 
 
-def test_a_stratified_draw_is_a_draw_of_the_policy(policy: Policy, every: Batch) -> None:
+def test_stratified_draw_has_the_policys_distribution(policy: Policy, every: Batch) -> None:
     chances = values_of(policy, every).logprobs.sum(-1).exp()
     draws = [bench_estimators._stratified(chances, 3, 4, 12, np.random.default_rng(k)) for k in range(2000)]
     counts = torch.bincount(torch.cat(draws), minlength=len(chances)) / (4 * 2000)
@@ -64,38 +64,38 @@ def test_a_stratified_draw_is_a_draw_of_the_policy(policy: Policy, every: Batch)
 
 
 @pytest.mark.parametrize("name", ["per_decision", "sequence", "per_decision, by prompt"])
-def test_an_estimator_without_bias_tends_to_the_exact_gradient(policy: Policy, every: Batch, name: str) -> None:
+def test_unbiased_estimator_converges_to_exact_gradient(policy: Policy, every: Batch, name: str) -> None:
     values = values_of(policy, every)
     chances = values.logprobs.sum(-1).exp()
     index = bench_estimators._stratified(chances, 3, 4000, 12000, np.random.default_rng(0))
-    drawn = select_rows(every, index)
-    made = bench_estimators.ESTIMATORS[name](TokenValues(*(v[index] for v in values)), drawn)
-    # Summed over the drawn rows of each completion, the weight of its tokens' log-probabilities and entropies.
-    found = [torch.zeros_like(v).index_add(0, index, c) for v, c in zip(values, made, strict=True)]
+    e = select_rows(every, index)
+    weights = bench_estimators.ESTIMATORS[name](TokenValues(*(v[index] for v in values)), e)
+    # Coefficients of each completion's log-probabilities and entropies, summed over the rows that drew it.
+    summed = [torch.zeros_like(v).index_add(0, index, c) for v, c in zip(values, weights, strict=True)]
     leaves = [v.requires_grad_() for v in values]
-    wanted = torch.autograd.grad(exact_entropy(TokenValues(*leaves), every), leaves)
-    slopes = [_slopes(policy, every, *weights) for weights in (found, wanted)]
-    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 0.1
+    expected = torch.autograd.grad(exact_entropy(TokenValues(*leaves), every), leaves)
+    grads = [_gradient(policy, every, *weights) for weights in (summed, expected)]
+    assert float((grads[0] - grads[1]).norm() / grads[1].norm()) < 0.1
 
 
-def _slopes(policy: Policy, every: Batch, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+def _gradient(policy: Policy, every: Batch, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
     apply, params = fx.make_functional(policy.model)
     weighted = every._replace(coefficients=logprobs.float(), entropy_coefficients=entropies.float())
-    found = batch_gradient(params, weighted, apply)
-    return torch.cat([g.flatten() for g in found.values() if g is not None])
+    grads = batch_gradient(params, weighted, apply)
+    return torch.cat([g.flatten() for g in grads.values() if g is not None])
 
 
-def test_leaving_the_score_term_out_leaves_the_entropies_weights() -> None:
+def test_without_score_term_keeps_entropy_coefficients() -> None:
     mask = torch.tensor([[False, True, True], [False, True, False]])
     values = TokenValues(-torch.rand(2, 3) * mask, torch.rand(2, 3) * mask)
     batch = Batch(mask.long(), mask, mask)
-    made, own = bench_estimators.states_alone(values, batch), entropy_coefficients(values, batch)
-    assert not made.logprobs.any()
-    assert own.logprobs.any()
-    torch.testing.assert_close(made.entropies, own.entropies)
+    without, coefficients = bench_estimators.without_score_term(values, batch), entropy_coefficients(values, batch)
+    assert not without.logprobs.any()
+    assert coefficients.logprobs.any()
+    torch.testing.assert_close(without.entropies, coefficients.entropies)
 
 
-def test_what_is_best_is_told_from_what_is_not() -> None:
+def test_phases_list_the_best_predictors() -> None:
     def run(share: float, marginal: float, sgd: float) -> dict[str, Any]:
         ranks = {"share": share, "marginal": marginal, "sgd": sgd, "covariance proxy": 0.0, "advantage": 0.0}
         state = {"step": 5, "loo": {**ranks, "ceiling": 1.0}, "lds": {**ranks, "ceiling": 1.0}}
@@ -107,7 +107,7 @@ def test_what_is_best_is_told_from_what_is_not() -> None:
     assert phase["loo"]["sgd"]["mean"] == pytest.approx(1.37 / 3)
 
 
-def test_a_predictor_that_is_always_behind_is_not_best() -> None:
+def test_best_omits_a_predictor_that_is_always_worse() -> None:
     means = {"share": {0: 0.5, 1: 0.6}, "marginal": {0: 0.25, 1: 0.35}, "sgd": {}}
     assert bench_counterfactual._best(means) == ["share"]
 
@@ -118,8 +118,8 @@ class Sum(NamedTuple):
     name: str = "sum"
 
 
-def test_what_was_found_is_kept_for_the_same_plan_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_runs, "KEPT", tmp_path)
+def test_results_are_cached_for_the_same_plan_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_runs, "CACHE", tmp_path)
     (tmp_path / "bench").mkdir()
     done: list[Sum] = []
 
@@ -131,11 +131,11 @@ def test_what_was_found_is_kept_for_the_same_plan_alone(tmp_path: Path, monkeypa
     assert done == [Sum(1, 2), Sum(1, 3)]
 
 
-def test_the_tokens_of_highest_covariance_are_held_back() -> None:
+def test_covariant_tokens_have_the_highest_covariance() -> None:
     old = -torch.rand(8, 30, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(8, 30, dtype=torch.bool)
     advantages = torch.tensor([1.0, -1.0] * 4)
-    held = bench_acting.covariant(old, advantages, mask)
-    assert held.sum() == round(0.02 * 240)
+    covariant = bench_acting.covariant_tokens(old, advantages, mask)
+    assert covariant.sum() == round(0.02 * 240)
     centred = (old - old.mean()) * advantages.unsqueeze(1)
-    assert centred[held].min() > centred[~held].max() - 1e-3
+    assert centred[covariant].min() > centred[~covariant].max() - 1e-3

@@ -27,14 +27,14 @@ PLAN = {
 
 
 def arguments(folder: Path) -> list[str]:
-    prompts = Path(driver.__file__).parents[1] / "fx_influence" / "lab" / "demo" / "train_prompts.jsonl"
+    prompts = Path(driver.__file__).parents[2] / "fx_influence" / "lab" / "demo" / "train_prompts.jsonl"
     (folder / "train.jsonl").write_text(prompts.read_text())
     (folder / "tiny.yaml").write_text(yaml.safe_dump(PLAN))
     return [str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--json", str(folder / "made" / "tiny.json")]
 
 
 @pytest.mark.slow
-def test_both_runs_see_the_same_rollouts_and_their_costs_stand_side_by_side(
+def test_driver_compares_costs_of_runs_on_the_same_rollouts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert driver.main(arguments(tmp_path)) == 0
