@@ -34,9 +34,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_driver_compares_costs_of_runs_on_the_same_rollouts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_driver_compares_costs_of_runs_on_the_same_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(arguments(tmp_path)) == 0
     out, text = tmp_path / "out", (tmp_path / "made" / "tiny.json").read_text()
     runs = [out / name for name in ("entropy_influence", "fisher_kernel")]
