@@ -1,4 +1,4 @@
-"""Small cases of the tests' own: a float64 causal transformer, a dyadic table policy, random batches, Adam states.
+"""Small cases for tests: a float64 causal transformer, a dyadic table policy, random batches, AdamW states.
 
 Nothing here imports the library beyond ``types``, so the reference can be tested with no other module of it.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -33,25 +34,23 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """x (B, T, D); visible bool (B, T, T), query by key."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.qkv(self.norm_attention(x)).chunk(3, dim=-1)
-        )
+        """Return (B, T, D); ``visible``: bool (B, T, T), query by key."""
+        qkv = self.qkv(self.norm_attention(x))
+        q, k, v = rearrange(qkv, "row pos (three head dim) -> three row head pos dim", three=3, head=self.heads)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        # A finite floor: a query that sees nothing attends evenly, to no NaN; one that sees something is unaffected.
+        # With a finite floor a query without keys attends evenly instead of to NaN; other queries are unaffected.
         scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
-        x = x + self.dropout(self.out(mixed))
-        added: Tensor = self.dropout(self.down(nn.functional.gelu(self.up(self.norm_mlp(x)))))
-        return x + added
+        attended = rearrange(scores.softmax(-1) @ v, "row head pos dim -> row pos (head dim)")
+        x = x + self.dropout(self.out(attended))
+        mlp: Tensor = self.dropout(self.down(nn.functional.gelu(self.up(self.norm_mlp(x)))))
+        return x + mlp
 
 
 class TinyPolicy(nn.Module):
-    """A causal transformer with learned absolute positions, in float64 and with nothing at its default value.
+    """A causal transformer with learned absolute positions, in float64 and with no weight at its default value.
 
     ``tied``: the head's weight is the token embedding (one tensor under two names). ``idle``: one more parameter, which
-    forward never reaches. ``dropout``: acts in training mode only. ``seed`` alone fixes every weight.
+    forward never uses. ``dropout``: acts in training mode only. ``seed`` alone determines every weight.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class TinyPolicy(nn.Module):
             p.data.copy_(centre + spread * noise)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); without ``position_ids`` positions are 0..T-1, whatever the padding."""
+        """Return logits (B, T, V); without ``position_ids`` positions are 0..T-1, whatever the padding."""
         length = input_ids.shape[-1]
         order = torch.arange(length, device=input_ids.device)
         position_ids = order.expand_as(input_ids) if position_ids is None else position_ids
@@ -99,22 +98,22 @@ class TinyPolicy(nn.Module):
 
 
 class TablePolicy(nn.Module):
-    """Next-token logits are a table's row for (position, current token): what it predicts can be written down."""
+    """A policy whose next-token logits are a table's row for (position, current token)."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(table.clone())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits (B, T, V)."""
+        """Return logits (B, T, V)."""
         return self.table[position_ids.clamp(max=len(self.table) - 1), input_ids]
 
 
 def dyadic_policy(generator: torch.Generator, vocab: int = 3, units: Sequence[int] = (4, 8, 4, 4)) -> TablePolicy:
-    """A TablePolicy whose probabilities at position p are positive multiples of 1/units[p], with vocab <= units[p].
+    """Return a TablePolicy whose probabilities at position p are positive multiples of 1/units[p] (vocab <= units[p]).
 
     Completions that start after position p then have probabilities in multiples of 1/(units[p] units[p+1] ...), and so
-    a finite batch can *be* the policy's distribution: see ``enumeration.replicate``. The last units repeat.
+    a finite batch can be the policy's distribution: see ``enumeration.replicate``. The last units repeat.
     """
     table = torch.ones(len(units), vocab, vocab, dtype=torch.float64)
     for position, unit in enumerate(units):
@@ -125,7 +124,7 @@ def dyadic_policy(generator: torch.Generator, vocab: int = 3, units: Sequence[in
 
 
 def make_apply(model: nn.Module) -> tuple[Apply, Params]:
-    """(apply, params) of a module here: detached clones of its parameters, position ids from the attention mask."""
+    """Return (apply, params) of a module: detached clones of its parameters, position ids from the attention mask."""
     params = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -137,12 +136,12 @@ def make_apply(model: nn.Module) -> tuple[Apply, Params]:
 
 
 def _integer(generator: torch.Generator, low: int, high: int) -> int:
-    """One draw from low..high, both included."""
+    """Draw one integer from low..high, both included."""
     return int(torch.randint(low, high + 1, (1,), generator=generator))
 
 
 def _unequal_groups(generator: torch.Generator, n: int, groups: int) -> Tensor:
-    """(n,) labels 0..groups-1 in random order, each used, their counts not all equal where n > groups > 1 allows it."""
+    """Return (n,) labels 0..groups-1 in random order, each used, with unequal counts if n > groups > 1."""
     while True:
         extra = (groups * torch.rand(n - groups, generator=generator) ** 2).long()
         labels = torch.cat([torch.arange(groups), extra])
@@ -165,7 +164,7 @@ def random_batch(
     min_len: int = 1,
     max_len: int | None = None,
 ) -> Batch:
-    """A valid batch (n, t): random ids (the padding's too), prompts of one token or more, completions of varied length.
+    """Return a valid batch (n, t): random ids, also in the padding, prompts of at least one token, varied completions.
 
     Completion lengths run from ``min_len`` (0 gives rows without a completion) to ``max_len`` (default t - 1): row 0 is
     the shortest and row 1 the longest. ``gaps`` cuts tokens out of the completion mask, never the last of a row.
@@ -198,7 +197,7 @@ def random_batch(
 
 
 def random_adamw_state(generator: torch.Generator, params: Params, **hyper: Any) -> AdamWState:
-    """A warm AdamWState of asymmetric random values: parameters alternate between two param_groups and step counts.
+    """Return a warm AdamWState of asymmetric random values; parameters alternate between two groups and step counts.
 
     ``hyper`` overrides, for all parameters: lr_scale, beta1, beta2, eps, weight_decay, amsgrad, maximize, ``step``;
     and ``lr``; and ``absent``, names that the optimizer does not hold.
@@ -223,19 +222,19 @@ def random_adamw_state(generator: torch.Generator, params: Params, **hyper: Any)
 
 
 def max_error(actual: Any, expected: Any) -> float:
-    """The largest |actual - expected| over the largest |expected|, of tensors or arrays of one shape."""
+    """Return the largest |actual - expected| over the largest |expected|, of tensors or arrays of one shape."""
     actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def random_direction(generator: torch.Generator, params: Params, size: float = 0.1) -> Params:
-    """A direction in parameter space: independent normal entries of standard deviation ``size``."""
+    """Return a direction in parameter space: independent normal entries of standard deviation ``size``."""
     return {name: size * torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in params.items()}
 
 
 def add_padding(batch: Batch, left: int, right: int) -> Batch:
-    """More padding on both sides, filled with ids that a careless mask would read."""
+    """Return the batch with more padding on both sides, filled with ids that a careless mask would read."""
 
     def pad(field: Tensor, value: float) -> Tensor:
         return nn.functional.pad(field, (left, right), value=value)
@@ -252,10 +251,10 @@ def add_padding(batch: Batch, left: int, right: int) -> Batch:
 def assert_close(
     actual: Tensor, expected: Tensor, scale: Tensor | float | None = None, terms: int = TINY_POLICY
 ) -> None:
-    """Equal in float64 to the rounding of a small policy's passes: ``tolerances.assert_close_to_rounding``.
+    """Assert equality in float64 up to the rounding of a small policy's passes.
 
-    Beside the largest of ``scale`` (default ``expected``) and unit size, which log-probabilities and entropies have
-    that are added on the way.
+    The magnitude is the largest of ``scale`` (default ``expected``) plus 1, the size of the log-probabilities and
+    entropies that are added on the way; see ``tolerances.assert_close_to_rounding``.
     """
     assert actual.dtype == expected.dtype == torch.float64
     size = torch.as_tensor(expected if scale is None else scale).detach().abs()

@@ -1,4 +1,4 @@
-"""Small models trained by a Trainer and saved, whose checkpoints tests read."""
+"""Small models that a Trainer trains and saves, for tests that read the checkpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-# peft before 0.21 does not save these biases
+# peft before 0.21 does not save these biases.
 BIAS = {"bias": "lora_only"} if Version(peft.__version__) >= Version("0.21") else {}
 
 
@@ -54,6 +54,7 @@ LORA: dict[str, dict[str, Any]] = {
 
 
 def make_tokenizer(size: int = 12) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer of the first ``size`` tokens: three special ones, digits and signs."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="][:size])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -63,7 +64,7 @@ def make_tokenizer(size: int = 12) -> PreTrainedTokenizerFast:
 
 
 def train(model: Any, path: Path, schedule: str = "constant") -> Trainer:
-    """Two steps of transformers' own Trainer, which leaves ``path/checkpoint-2``."""
+    """Train two steps by transformers' Trainer, which saves ``path/checkpoint-2``."""
     rows = torch.randint(3, 12, (4, 6), generator=torch.Generator().manual_seed(1))
     arguments = TrainingArguments(
         output_dir=str(path),
@@ -85,6 +86,7 @@ def train(model: Any, path: Path, schedule: str = "constant") -> Trainer:
 
 
 def assert_same_state(loaded: AdamWState, live: AdamWState) -> None:
+    """Assert that two optimizer states are equal to the bit, with names in the same order."""
     assert list(loaded.step) == list(live.step)
     assert (loaded.step, loaded.hyper, loaded.lr) == (live.step, live.hyper, live.lr)
     for ours, theirs in zip(loaded[:3], live[:3], strict=True):

@@ -10,12 +10,14 @@ from torch.distributed import checkpoint as dcp
 
 
 def save_dcp(saved: dict[str, Any], path: Path) -> None:
-    """Over any older one, of which torch would warn."""
+    """Save over any older checkpoint, about which torch would warn otherwise."""
     (path / ".metadata").unlink(missing_ok=True)
     dcp.save(saved, checkpoint_id=path)
 
 
 class MaliciousPickle:
+    """An object whose unpickling creates a directory, which tests assert not to exist."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 

@@ -20,7 +20,7 @@ from fx_influence.types import Apply, Batch, Normalize, Params
 from helpers.tolerances import rounding_bound
 
 Score = Callable[[Tensor, Tensor, Batch], Tensor]
-"""(token log-probs (N, T), token entropies (N, T), batch) -> one score per completion (N,); both 0 off the mask."""
+"""Function of token log-probs (N, T), token entropies (N, T), both 0 off the mask, and batch, to scores (N,)."""
 
 
 class Space(NamedTuple):
@@ -38,7 +38,15 @@ def enumerate_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> Space:
-    """The space of one prompt (1-D ids) or several."""
+    """List all completions of one prompt (1-D ids) or several.
+
+    Args:
+        prompts: token ids of each prompt.
+        eos_id: token that ends a completion.
+        vocab_size: number of tokens.
+        max_new_tokens: length at which a completion is cut off.
+        temperature: divisor of the logits.
+    """
     prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
     completions: list[list[int]] = []
     unfinished: list[list[int]] = [[]]
@@ -58,7 +66,7 @@ def enumerate_completions(
 
 
 def token_values(apply: Apply, params: Params, space: Space) -> tuple[Tensor, Tensor]:
-    """Token log-probs and entropies of every completion, (N, T), 0 off the completion."""
+    """Return token log-probs and entropies of every completion, (N, T), 0 off the completion."""
     batch = space.batch
     logits = apply(params, batch.input_ids, batch.attention_mask)[:, :-1] / space.temperature
     log_pi = logits.log_softmax(-1)
@@ -69,20 +77,20 @@ def token_values(apply: Apply, params: Params, space: Space) -> tuple[Tensor, Te
 
 
 def exact_log_probs(apply: Apply, params: Params, space: Space) -> Tensor:
-    """log of each row's probability, (N,): its completion's given its prompt, times 1/prompts. They sum to 1."""
+    """Return log p of each row, (N,): p of its completion given its prompt, times 1/prompts. All p sum to 1."""
     log_prompts = torch.tensor(float(space.prompts), dtype=torch.float64).log()
     return token_values(apply, params, space)[0].sum(1) - log_prompts
 
 
 def exact_expected(apply: Apply, params: Params, space: Space, score: Score) -> Tensor:
-    """E[score] over prompts and completions, (): a sum of probability times score, differentiable in both."""
+    """Return E[score] over prompts and completions, (): the sum of probability times score, differentiable in both."""
     logprobs, entropies = token_values(apply, params, space)
     p = exact_log_probs(apply, params, space).exp()
     return (p * score(logprobs, entropies, space.batch)).sum()
 
 
 def exact_entropy(apply: Apply, params: Params, space: Space, normalize: Normalize = "token") -> Tensor:
-    """E[sum_t h_t] / E[T] for "token", E[sum_t h_t] for "sequence"; nats, ()."""
+    """Return E[sum_t h_t] / E[T] for "token", E[sum_t h_t] for "sequence"; nats, ()."""
     entropy = exact_expected(apply, params, space, lambda logprobs, entropies, batch: entropies.sum(1))
     if normalize == "sequence":
         return entropy
@@ -92,7 +100,7 @@ def exact_entropy(apply: Apply, params: Params, space: Space, normalize: Normali
 
 
 def exact_gradient(apply: Apply, params: Params, space: Space, normalize: Normalize = "token") -> Params:
-    """Gradient of ``exact_entropy`` by name; zeros where a parameter is not reached."""
+    """Return the gradient of ``exact_entropy`` by name; zeros where it does not depend on a parameter."""
     leaves = {name: p.detach().clone().requires_grad_(True) for name, p in params.items()}
     value = exact_entropy(apply, leaves, space, normalize)
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -100,22 +108,25 @@ def exact_gradient(apply: Apply, params: Params, space: Space, normalize: Normal
 
 
 def take(space: Space, rows: Tensor) -> Batch:
-    """Those rows of the space as a batch."""
+    """Return rows of the space as a batch."""
     b = space.batch
     group = None if b.group is None else b.group[rows]
     return Batch(b.input_ids[rows], b.attention_mask[rows], b.completion_mask[rows], group=group)
 
 
 def sample(apply: Apply, params: Params, space: Space, n: int, generator: torch.Generator) -> Batch:
-    """n independent draws of (prompt, completion): the prompt uniform, the completion from the policy at ``params``."""
+    """Draw n independent pairs: the prompt uniformly, the completion from the policy at ``params``."""
     p = exact_log_probs(apply, params, space).detach().exp()
     return take(space, torch.multinomial(p, n, replacement=True, generator=generator))
 
 
 def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
-    """A batch of n rows that *is* the policy's distribution: every row of the space exactly n p times.
+    """Return a batch of n rows that is the policy's distribution: every row of the space exactly n p times.
 
-    Estimates on it are exact, with no sampling error. Refused unless every n p is an integer: see ``dyadic_policy``.
+    Estimates on it are exact, with no sampling error. Every n p must be an integer: see ``dyadic_policy``.
+
+    Raises:
+        ValueError: for an n p that is not an integer.
     """
     copies = n * exact_log_probs(apply, params, space).detach().exp()
     counts = copies.round().long()

@@ -30,7 +30,7 @@ DATA = Path(__file__).parents[1] / "data" / "golden"
 
 
 class Golden(NamedTuple):
-    """``params`` are detached clones in optimizer order; ``group`` is the prompt, in E one a row.
+    """The recorded case; ``params`` are detached clones in optimizer order, ``group`` is the prompt, in E one per row.
 
     ``expected``: the recorded arrays by name, float64.
     """
@@ -44,7 +44,7 @@ class Golden(NamedTuple):
 
 
 def load_golden(dtype: torch.dtype = torch.float64) -> Golden:
-    """The case in ``dtype`` (float64 or float32), on the CPU, with eager attention and in eval mode."""
+    """Return the case in ``dtype`` (float64 or float32), on the CPU, with eager attention and in eval mode."""
     config = json.loads((DATA / "config.json").read_text())
     model = _model(config).to(dtype).eval()
     if dtype == torch.float64:
@@ -60,12 +60,12 @@ def load_golden(dtype: torch.dtype = torch.float64) -> Golden:
 
 
 def flatten(values: Params, golden: Golden) -> Tensor:
-    """A dict of parameters as one vector in the recorded order."""
+    """Return a dict of parameters as one vector in the recorded order."""
     return torch.cat([values[name].flatten() for name in golden.params])
 
 
 def unflatten(vector: np.ndarray, golden: Golden) -> Params:
-    """A recorded vector as a dict of parameters, in their dtype."""
+    """Return a recorded vector as a dict of parameters, in their dtype."""
     vectors = torch.from_numpy(vector).split([value.numel() for value in golden.params.values()])
     pairs = zip(golden.params.items(), vectors, strict=True)
     return {name: vector_part.view_as(value).to(value.dtype) for (name, value), vector_part in pairs}
@@ -98,7 +98,7 @@ class _Attention(qwen2.Qwen2Attention):
 
 
 def _compute_in_float64(model: PeftModel) -> None:
-    # by class and not by a forward on the instance, which make_functional drops from its template
+    # Replaced by class, since make_functional drops a forward set on the instance from its template.
     exact = {
         qwen2.Qwen2RMSNorm: _RMSNorm,
         qwen2.Qwen2RotaryEmbedding: _RotaryEmbedding,
@@ -114,10 +114,10 @@ def _model(config: dict[str, Any]) -> PeftModel:
         Qwen2Config(**config["model"], rope_parameters=rope, attn_implementation=config["attn_implementation"])
     )
     loaded = base.load_state_dict(load_file(DATA / "base_model.safetensors"), strict=False)
-    assert loaded.missing_keys == ["lm_head.weight"]  # tied to the embedding
+    assert loaded.missing_keys == ["lm_head.weight"]  # The head is tied to the embedding.
     assert not loaded.unexpected_keys
     with warnings.catch_warnings():
-        # peft reads a property that transformers has deprecated
+        # peft reads a property that transformers deprecates.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         model = get_peft_model(base, LoraConfig(**config["lora"]))
     lora = load_file(DATA / "lora.safetensors")

@@ -62,13 +62,13 @@ def make_config(family: str, tied: bool, dropout: float) -> PretrainedConfig:
 def make_model(
     family: str, *, lora: bool = False, tied: bool = True, dropout: float = 0.0, attention: str = "eager"
 ) -> Any:
-    """A model of two layers in float32 and in training mode; two calls give the same weights."""
+    """Return a model of two layers in float32 and in training mode; two calls give the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(make_config(family, tied, dropout), attn_implementation=attention)
         with torch.no_grad():
             for p in model.parameters():
-                # Norms and biases start at 1 and 0, where a mistake in them would not show.
+                # Norms and biases start at 1 and 0, where an error in them would be invisible.
                 p += 0.2 * torch.randn_like(p) if p.ndim == 1 else 0.0
         if lora:
             options = {"target_modules": "all-linear", "init_lora_weights": False, "fan_in_fan_out": family == "gpt2"}
@@ -77,7 +77,7 @@ def make_model(
 
 
 def warm_state(model: nn.Module) -> AdamWState:
-    """The state of an AdamW with two groups after three steps, which move the model."""
+    """Return the state of an AdamW with two groups after three steps, which change the model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
@@ -94,6 +94,8 @@ def warm_state(model: nn.Module) -> AdamWState:
 
 
 class State(NamedTuple):
+    """The positional arguments of ``fx.influence``."""
+
     params: Params
     batch_u: Batch
     batch_e: Batch
@@ -102,7 +104,7 @@ class State(NamedTuple):
 
 @functools.cache
 def make_batches() -> tuple[Batch, Batch]:
-    """U and E, padded on the right: completions from one token to the most, prompts with unequal numbers of them."""
+    """Return U and E, padded on the right, with completions of 1 to WIDTH - 1 tokens and prompts of unequal count."""
     generator = torch.Generator().manual_seed(5)
     batch_u = random_batch(generator, 6, WIDTH, VOCAB, groups=3, coefficients=False)
     batch_e = random_batch(generator, 8, WIDTH, VOCAB, groups=5, coefficients=False)
@@ -116,7 +118,7 @@ def make_batches() -> tuple[Batch, Batch]:
 
 
 def left_padded(batch: Batch) -> Batch:
-    """The same rows with the padding moved to the left."""
+    """Return the same rows with the padding moved to the left."""
     used = batch.attention_mask.sum(-1, keepdim=True)
     source = (torch.arange(WIDTH) + used) % WIDTH
     fields = [None if x is None else x.gather(1, source) if x.dim() == 2 else x for x in batch]
@@ -124,11 +126,12 @@ def left_padded(batch: Batch) -> Batch:
 
 
 def right_padded(values: Tensor, batch: Batch) -> Tensor:
-    """Values of the tokens of ``left_padded(batch)`` back at the columns of ``batch``."""
+    """Return token values of ``left_padded(batch)`` at the columns of ``batch``."""
     return values.gather(1, (torch.arange(WIDTH) - batch.attention_mask.sum(-1, keepdim=True)) % WIDTH)
 
 
 def setup(model: nn.Module) -> tuple[fx.Policy, State]:
+    """Return the policy of a model, and parameters, batches and a warm optimizer state for it."""
     opt_state = warm_state(model)
     apply, params = fx.make_functional(model)
     return apply, State(params, *make_batches(), opt_state)

@@ -1,4 +1,4 @@
-"""What a script of the tests does on several ranks, started by torch's own launcher, and the answers of each rank."""
+"""Scripts of the tests on several ranks, started by torch's launcher, and the result of each rank."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TESTS = Path(__file__).parents[1]
 TIMEOUT = 300
-"""Seconds after which ranks that wait for each other are ended; what they do takes a few."""
+"""Seconds after which ranks that wait for each other are killed; their work takes a few."""
 
 
 def launch(
     ranks: int, script: str | Path, *args: object, launcher: Sequence[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """``tests/helpers/<script>`` with ``args`` on ``ranks`` processes, and with ``stdout`` what all of them wrote.
+    """Run ``tests/helpers/<script>`` on several processes; ``stdout`` of the result has the output of all.
 
-    ``launcher``: another module than torchrun's, with its options.
+    Args:
+        ranks: number of processes.
+        script: file name of the script.
+        args: arguments of the script.
+        launcher: module and options of another launcher than torchrun.
     """
     torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     command = [sys.executable, "-m", *(launcher or torchrun)]
@@ -41,20 +45,29 @@ def launch(
 
 
 def run_on_ranks(ranks: int, script: str, out: Path, *args: object, launcher: Sequence[str] | None = None) -> list[Any]:
-    """What each rank gave to ``save_result`` in ``out``; fails with what they wrote where one failed."""
+    """Run a script on several ranks; return what each passed to ``save_result``, or fail with their output.
+
+    Args:
+        ranks: number of processes.
+        script: file name of the script, whose first argument is ``out``.
+        out: directory of the results.
+        args: further arguments of the script.
+        launcher: module and options of another launcher than torchrun.
+    """
     done = launch(ranks, script, out, *args, launcher=launcher)
     assert done.returncode == 0, done.stdout
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def save_result(out: str, answer: Any) -> None:
-    torch.save(answer, Path(out) / f"{dist.get_rank()}.pt")
+def save_result(out: str, result: Any) -> None:
+    """Save the result of this rank for ``run_on_ranks``."""
+    torch.save(result, Path(out) / f"{dist.get_rank()}.pt")
 
 
 def end_rank() -> NoReturn:
-    """End the process of a rank that is done, without the end of its interpreter.
+    """Exit the process of a rank without the interpreter's shutdown.
 
-    A gloo thread that lets go of its last tensor while the interpreter ends aborts the process ("terminate called
+    A gloo thread that releases its last tensor during the shutdown aborts the process ("terminate called
     without an active exception"), and where DDP or FSDP hold a group, its threads outlive ``destroy_process_group``.
     """
     sys.stdout.flush()
@@ -64,7 +77,7 @@ def end_rank() -> NoReturn:
 
 @contextmanager
 def global_mesh(*shape: int) -> Iterator[DeviceMesh]:
-    """In a rank's process: the mesh of all ranks, of one axis where no ``shape`` is given."""
+    """Yield, in a rank's process, the mesh of all ranks, with one axis unless ``shape`` says otherwise."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT / 2))
     try:
         yield init_device_mesh("cpu", shape or (dist.get_world_size(),))

@@ -1,6 +1,6 @@
 """Rollout files as the trainers write them, for a tokenizer of single characters with a chat template.
 
-Each ``write_*`` does what the writing code of that trainer does with a batch, cited in the reader's docstring.
+Each ``write_*`` repeats the writing code of that trainer, which the reader's docstring cites.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def make_tokenizer(eos: str | None = "<|im_end|>") -> PreTrainedTokenizerFast:
 
 
 def ids(text: str) -> tuple[int, ...]:
+    """Return the token ids of a text without special tokens."""
     return tuple(make_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
@@ -73,7 +74,7 @@ def write_verl(path: Path, batch: dict[str, list[Any]], step: int = 5) -> Path:
 
 
 def write_trl(directory: Path, monkeypatch: pytest.MonkeyPatch, step: int = 10, **logs: Any) -> Path:
-    """``GRPOTrainer.log`` itself, of a trainer that holds only what it reads."""
+    """Call ``GRPOTrainer.log`` of a trainer that has only the attributes which it reads."""
     from trl.trainer import grpo_trainer
 
     (directory / "completions").mkdir()

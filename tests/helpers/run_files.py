@@ -1,4 +1,4 @@
-"""Run directories, as the tests of both experiments make and compare them."""
+"""Run directories: plans to write, and bytes to compare."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ TIMES = ("seconds", "seconds_by_phase", "peak_memory_bytes", "peak_gpu_memory_by
 
 
 def write_plan(folder: Path, plan: dict[str, Any], **changes: object) -> str:
+    """Write ``plan`` with ``changes`` to ``folder/plan.yaml``; return its path."""
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump({**plan, **changes}))
     return str(path)
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
+    """Return the ``summary.json`` of a run directory."""
     return json.loads((directory / "summary.json").read_text())
 
 
 def stored_bytes(directory: Path) -> dict[str, bytes]:
-    """Every file's bytes, the figures of time and memory left out."""
+    """Return every file's bytes, without the measurements of time and memory."""
     figures = {k: v for k, v in read_summary(directory).items() if k not in TIMES}
     files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     return {**files, "summary.json": json.dumps(figures).encode()}
 
 
 def kill_and_resume(command: str, plan: Path, out: Path, kills: int) -> dict[str, bytes]:
-    """The bytes in ``out`` at the end of ``fx-influence command``, killed and started again at random moments.
+    """Run ``fx-influence command``, kill and resume it at random moments, and return the bytes in ``out`` at the end.
 
-    Whenever it has ended before it could be killed its bytes must be the same; it then begins anew.
+    If it ends before it is killed, its bytes must be the same, and it starts over.
     """
     line = [sys.executable, "-m", "fx_influence.lab.cli", command, str(plan), "--out", str(out)]
     delays, results = random.Random(0), []

@@ -1,4 +1,4 @@
-"""One training state and everything asked of it, by one process with all rows or by ranks with rows of their own."""
+"""Training states and all results on them, by one process with all rows or by ranks with a share of the rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fx_influence.batching.rows import select_rows
 from fx_influence.types import AdamWState, Apply, Batch, Params
 from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
 
-Answers = dict[str, Tensor]
+Results = dict[str, Tensor]
 
 
 def rows_of_rank(batch: Batch, counts: list[int], rank: int) -> Batch:
-    """Rows of ``rank``, cut where the longest of them ends: ranks differ in rows and in width."""
+    """Return the rows of ``rank``, cut where the longest of them ends: ranks differ in rows and in width."""
     start = sum(counts[:rank])
     rows = select_rows(batch, slice(start, start + counts[rank]))
     width = (
@@ -29,6 +29,7 @@ def rows_of_rank(batch: Batch, counts: list[int], rank: int) -> Batch:
 
 
 def tiny_case(seed: int = 0) -> dict[str, Any]:
+    """Return the arguments of ``fx.influence`` for a ``TinyPolicy`` with gaps, groups and an empty completion."""
     generator = torch.Generator().manual_seed(seed)
     apply, params = make_apply(TinyPolicy(tied=True, idle=True))
     u = random_batch(generator, 7, 12, 7, groups=3, gaps=True, entropy_coefficients=True, min_len=0)
@@ -38,6 +39,7 @@ def tiny_case(seed: int = 0) -> dict[str, Any]:
 
 
 def qwen_case(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Return the arguments of ``fx.influence`` for a small Qwen2, padded on the left."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=41,
@@ -57,7 +59,7 @@ def qwen_case(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def shared_prompt_case() -> dict[str, Any]:
-    """As ``qwen_case`` in float64, with two prompts, of which every row has one."""
+    """Return ``qwen_case`` in float64 with batches in which every row has one of two prompts."""
     state = qwen_case(torch.float64)
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(41, (2, 8), generator=generator)
@@ -72,8 +74,8 @@ def shared_prompt_case() -> dict[str, Any]:
     return state
 
 
-def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answers:
-    """Every function that takes a mesh, with every route of ``influence``."""
+def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Results:
+    """Call every function that takes a mesh, ``influence`` by every method; return all results by name."""
     params, u, e, optimizer = (state[name] for name in ("params", "batch_u", "batch_e", "opt_state"))
     common = {"apply": state["apply"], "mesh": mesh}
     direction = random_direction(torch.Generator().manual_seed(5), params)
@@ -86,7 +88,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answer
         "small chunks": {"chunk_size": 2, "memory_budget": 0},
         "query": {"query": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
     }
-    results: Answers = {}
+    results: Results = {}
     for case, options in influences.items():
         out = fx.influence(params, u, e, optimizer, **common, **options)
         fields = {**out._asdict(), **out.per_parameter}
@@ -105,13 +107,14 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Answer
 
 
 def sharded_batches() -> tuple[Batch, Batch]:
-    """U and E for the models of ``ranks_policy``."""
+    """Return U and E for the models of ``ranks_policy``."""
     generator = torch.Generator().manual_seed(1)
     u = random_batch(generator, 9, 14, 41, groups=4, gaps=True, entropy_coefficients=True, min_len=0)
     return u, random_batch(generator, 10, 14, 41, groups=4, coefficients=False)
 
 
 def sharded_opt_state(params: Params) -> AdamWState:
+    """Return a random warm AdamW state, the same on every rank."""
     return random_adamw_state(torch.Generator().manual_seed(2), params)
 
 
@@ -122,8 +125,8 @@ def compute_mesh_functions(
     state: AdamWState,
     apply: Apply,
     like: Callable[[Tensor, Any], Tensor] = lambda x, p: x,
-) -> Answers:
-    """What a policy has, sharded or not, of the functions that take a mesh; ``like(x, p)``: x, sharded as p is."""
+) -> Results:
+    """Call the functions that take a mesh on a policy, sharded or not; ``like(x, p)`` shards x as p is."""
     full = random_direction(
         torch.Generator().manual_seed(5), {name: torch.empty(p.shape) for name, p in params.items()}
     )

@@ -52,7 +52,7 @@ hypers = st.fixed_dictionaries(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Random models, batches (variable lengths, gaps, empty rows, both paddings), Adam states and options."""
+    """Draw random models, batches (variable lengths, gaps, empty rows, both paddings), AdamW states and options."""
     generator = torch.Generator().manual_seed(draw(seeds))
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, tied=draw(st.booleans()), seed=draw(st.integers(0, 20)))
     apply, params = make_apply(model)
@@ -82,7 +82,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def influence_options(case: Case) -> dict[str, object]:
-    """The keyword arguments of ``fx.influence`` that a case names."""
+    """Return the keyword arguments of ``fx.influence`` that a case specifies."""
     return {
         "apply": case.apply,
         "objective": Entropy(case.estimator, case.normalize),

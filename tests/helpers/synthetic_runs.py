@@ -1,4 +1,4 @@
-"""Runs made by hand, whose influences are what a test says they are."""
+"""Synthetic runs, whose influences a test chooses."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
 
 PROMPT, ROLLOUTS_PER_PROMPT = 2, 4
-"""Tokens of a prompt, and rollouts of one."""
+"""Number of tokens and of rollouts of each prompt."""
 
 
 def synthetic_run(
     path: Path, prompts: int = 12, tokens: int = 6, seed: int = 0, **arrays: Any
 ) -> EntropyInfluenceResults:
-    """``prompts`` x 4 rollouts of ``tokens`` tokens; delta_it falls with log pi where A > 0 and rises where A < 0.
+    """Return a run in which delta_it falls with log pi where A > 0 and rises where A < 0.
 
-    ``arrays`` replaces arrays of the evaluation; None leaves one out.
+    Args:
+        path: directory of the run, which is not written.
+        prompts: number of prompts, each with 4 rollouts.
+        tokens: completion tokens of each rollout.
+        seed: of the random numbers.
+        arrays: replacements for arrays of the evaluation; None removes one.
     """
     rng, n = np.random.default_rng(seed), prompts * ROLLOUTS_PER_PROMPT
     group = np.repeat(np.arange(prompts), ROLLOUTS_PER_PROMPT)

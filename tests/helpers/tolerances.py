@@ -1,4 +1,4 @@
-"""Bounds on rounding: the one place from which the tests take every floating tolerance.
+"""Bounds on rounding: the only source of floating-point tolerances in the tests.
 
 Results differ between processors (the width of their vectors decides the order in which sums are added up), numbers of
 threads, ranks and versions. So no test compares with a figure that one machine gave. Each says what was computed, and a
@@ -17,12 +17,12 @@ How to choose:
 - ``terms``: the roundings on the way to one entry: terms of the longest sum, and one for each multiplication or
   function after it. Generous is cheap: a hundredfold count is ten times the bound. For what passes through a policy:
   ``policy_terms(params, width)``, and ``TINY_POLICY`` for the policies of ``cases`` and ``strategies``.
-- ``scale``: the size of what is *added*, not of the sum: ``parts.abs().sum()`` where parts cancel. Left out, the
+- ``scale``: the size of the addends, not of the sum: ``parts.abs().sum()`` where parts cancel. Left out, the
   largest entry of the expected values. Never 1 where values are 1e-6.
 
 Where this bound is not far below the fault that a test looks for (a lost term, a wrong factor), compute in float64, let
 the values be larger, or compare both with a float64 computation beside (``exact_bound``). Differences of finite steps
-have an error of truncation too: ``central_difference`` gives slope and bound.
+have an error of truncation too: ``central_difference`` returns derivative and bound.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fx_influence.types import Params
 
-# Standard deviations between the error to expect and the error refused.
+# Number of standard deviations between the expected error and the largest allowed one.
 ROOM = 10.0
 HALVES = (torch.bfloat16, torch.float16)
 # policy_terms of the widest policy of ``cases`` and ``strategies``, rounded up; test_tolerances holds it to that.
@@ -50,12 +50,12 @@ def as_tensor(x: Any) -> Tensor:
 
 
 def rounding_bound(dtype: torch.dtype, terms: float = 1, magnitude: Any = 1.0) -> float:
-    """Return ROOM * eps * sqrt(terms) * max |magnitude|: how far apart rounding may leave two results of one formula.
+    """Return ROOM * eps * sqrt(terms) * max |magnitude|, the allowed rounding difference of two results of one formula.
 
     Args:
         dtype: of the computation.
         terms: roundings on the way to one entry.
-        magnitude: number, tensor or array: the size of what is added; its largest entry counts.
+        magnitude: number, tensor or array: the size of the addends; its largest entry counts.
     """
     size = as_tensor(magnitude).double().abs()
     return ROOM * torch.finfo(dtype).eps * terms**0.5 * float(size.max() if size.numel() else 0.0)
@@ -69,7 +69,7 @@ def policy_terms(params: Params, width: int, passes: int = 3) -> int:
     operation adds up in float32 and rounds once, so it is one rounding a weight and pass.
 
     Args:
-        params: shapes say the sizes of the sums, dtypes whether they are of half precision.
+        params: shapes determine the sizes of the sums, dtypes whether they are of half precision.
         width: tokens of the longest row.
         passes: 1 for logits, log-probabilities and entropies; 2 for gradients or tangents; 3 for their products, which
             is every influence.
@@ -86,9 +86,9 @@ def assert_close_to_rounding(
         actual: tensor, array or number.
         expected: of the same shape.
         terms: roundings on the way to one entry.
-        scale: the size of what was added, its largest entry; the expected values' where left out.
-        dtype: of the computation; the coarser dtype of the two where left out.
-        name: said where they differ.
+        scale: the size of the addends, by its largest entry; default: the expected values.
+        dtype: of the computation; default: the coarser dtype of the two.
+        name: shown where they differ.
     """
     a, b = as_tensor(actual), as_tensor(expected)
     assert a.shape == b.shape, f"{name}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
@@ -112,13 +112,13 @@ def assert_within(actual: Any, expected: Any, bound: float, name: str = "") -> N
 def exact_bound(rounded: Any, exact: Any, terms: float = 1, dtype: torch.dtype | None = None) -> float:
     """Return ROOM times the error of ``rounded`` beside float64's ``exact``, and ``rounding_bound`` at least.
 
-    For results whose roundings are hard to count: another route in the same dtype errs as much as this one does, beside
-    the same float64 computation. ``exact`` begins with the very same inputs, rounded to the lower dtype first.
+    For results whose roundings are hard to count: another method in the same dtype errs as much as this one does,
+    beside the same float64 computation. ``exact`` begins with the very same inputs, rounded to the lower dtype first.
 
     Args:
-        rounded: what one route gave in the lower dtype.
+        rounded: the result of one method in the lower dtype.
         exact: the same values from a computation in float64.
-        terms, dtype: of the least bound, for one route may be exact by chance; dtype of ``rounded`` where left out.
+        terms, dtype: of the least bound, as one method may be exact by chance; default dtype: that of ``rounded``.
     """
     low, high = as_tensor(rounded), as_tensor(exact)
     error = float((low.double() - high.double()).abs().max())
@@ -126,7 +126,7 @@ def exact_bound(rounded: Any, exact: Any, terms: float = 1, dtype: torch.dtype |
 
 
 class Difference(NamedTuple):
-    """A slope by finite steps, and how far from the derivative truncation and rounding may leave it."""
+    """A derivative by finite steps, and the bound on its errors of truncation and rounding."""
 
     slope: Tensor
     bound: float
@@ -144,8 +144,8 @@ def central_difference(
         f: step -> tensor, smooth within two widths of 0.
         width: h.
         terms: roundings on the way to one entry of f.
-        magnitude: the size of what f adds; its largest value where left out.
-        dtype: in which f computes, its result's where left out.
+        magnitude: the size of the addends of f; default: its largest value.
+        dtype: in which f computes; default: that of its result.
     """
     one, minus_one, two, minus_two = (f(k * width).detach() for k in (1.0, -1.0, 2.0, -2.0))
     near, wide = (one - minus_one) / (2 * width), (two - minus_two) / (4 * width)

@@ -103,7 +103,7 @@ class FromTwo(AttentionModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.place = nn.Embedding(2 + 16, 8, padding_idx=1)
+        self.position = nn.Embedding(2 + 16, 8, padding_idx=1)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
