@@ -11,7 +11,8 @@ from fx_influence.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fx_influence import interop, lab, losses, objectives, optim
-    from fx_influence._influence import Influence, influence
+    from fx_influence.attribution.influence import influence
+    from fx_influence.attribution.result import Influence
     from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss
     from fx_influence.autodiff.token_values import token_values
     from fx_influence.derivative_check import DerivativeCheck, DerivativeError, check_derivatives
@@ -63,7 +64,7 @@ _MODULES = {
     "Estimator": "fx_influence.types",
     "Gradients": "fx_influence.types",
     "IdentityError": "fx_influence.types",
-    "Influence": "fx_influence._influence",
+    "Influence": "fx_influence.attribution.result",
     "JvpDelta": "fx_influence.perturbation",
     "LossType": "fx_influence.types",
     "Normalize": "fx_influence.types",
@@ -85,7 +86,7 @@ _MODULES = {
     "expected_reward": "fx_influence.objectives",
     "fisher_kernel": "fx_influence.fisher",
     "group_advantages": "fx_influence.losses",
-    "influence": "fx_influence._influence",
+    "influence": "fx_influence.attribution.influence",
     "jvp_delta": "fx_influence.perturbation",
     "kl_to_reference": "fx_influence.objectives",
     "load_checkpoint": "fx_influence.interop.checkpoints.load",

@@ -17,7 +17,7 @@ ORDER = (
     {"policy"},
     {"autodiff"},
     {"distributed"},
-    {"objectives", "losses", "functional", "perturbation", "derivative_check", "fisher", "_influence"},
+    {"objectives", "losses", "functional", "perturbation", "derivative_check", "fisher", "attribution"},
     {"interop"},
     {"lab"},
 )

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from fx_influence._influence import Influence
+from fx_influence.attribution.result import Influence
 from fx_influence.core.checks import check_number, wrong_type
 from fx_influence.core.display import record_line
 

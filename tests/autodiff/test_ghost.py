@@ -21,7 +21,7 @@ from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.types import Preconditioner
 
 VOCAB, WIDTH = 11, 7
-MODULE = importlib.import_module("fx_influence._influence")
+MODULE = importlib.import_module("fx_influence.attribution.influence")
 
 
 @given(case=cases())

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import torch
 
-from fx_influence._influence import Influence
+from fx_influence.attribution.result import Influence
 
 
 def result(n: int = 20, matrix: bool = False) -> Influence:

@@ -51,7 +51,7 @@ def test_cli_prints_the_commented_plan(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_influence_is_the_function_after_its_module_is_imported() -> None:
     """Python sets a module as an attribute of its package, over the function of the same name."""
-    code = "import fx_influence._influence, fx_influence as fx; print(type(fx.influence).__name__)"
+    code = "import fx_influence.attribution.influence, fx_influence as fx; print(type(fx.influence).__name__)"
     assert python("-c", code) == "function\n"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence._influence import influence
+from fx_influence.attribution.influence import influence
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import promote

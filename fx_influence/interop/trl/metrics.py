@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fx_influence._influence import Influence
+from fx_influence.attribution.result import Influence
 from fx_influence.estimators.concentration import top_share
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.rollouts.record import Rollout

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fx_influence._influence import Influence, influence
+from fx_influence.attribution.influence import influence
+from fx_influence.attribution.result import Influence
 from fx_influence.estimators.entropy import denominator_weights, entropy_estimate
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.lab.analysis.finite_steps.figures import finite_figures, rollout_fits

@@ -3,90 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.engine import Engine
-from fx_influence.autodiff.ghost import max_directions
-from fx_influence.autodiff.gradients import LinearOutputCaches
+from fx_influence.attribution.linearized_losses import LinearizedLosses, linearize_update, token_derivatives
+from fx_influence.attribution.objective_gradients import evaluate_objective
+from fx_influence.attribution.result import Influence
 from fx_influence.autodiff.gram import MEMORY_BUDGET
 from fx_influence.batching.prompts import warn_of_shared_prompts
-from fx_influence.batching.rows import select_rows
 from fx_influence.core.batch_checks import check_batch, check_is_batch
 from fx_influence.core.checks import check_number, check_options
-from fx_influence.core.influence_display import influence_html, influence_line
 from fx_influence.core.parameter_checks import check_policy, check_state
-from fx_influence.core.tree import Direction, detached, dot, promote
+from fx_influence.core.tree import Direction, detached, dot
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
-from fx_influence.objectives import Entropy, Objective, check_objective, denominator_shares, surrogate_coefficients
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr
+from fx_influence.objectives import Entropy, Objective, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
 from fx_influence.optim.step import AdamWStep, add_inner_products
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import pass_precision
-from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params, Preconditioner, TokenValues
+from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params, Preconditioner
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_NOT_MEASURED = torch.full((), torch.nan, dtype=torch.float64)
-
-
-class Influence(NamedTuple):
-    """First-order influences of one step on an objective, by default entropy: nats per unit lr, positive raises it.
-
-    All tensors are float64, except ``matrix``.
-
-    Attributes:
-        per_sequence: (n_u,), delta_i.
-        per_token: (n_u, T), delta_it, 0 outside completions, adding up to delta_i; None where it was not asked for.
-        stderr: (n_u,), over the draw of E; NaN with ``stderr=False`` or fewer than two clusters. It takes the H that E
-            is centred by as known: per token, where a rollout changes completion lengths much, it can be a third off.
-        baseline: scalar, what the step would do without U's gradients; its parts are ``momentum`` and ``weight_decay``.
-        momentum: scalar, the part of ``baseline`` that the old first moment makes.
-        weight_decay: scalar, the part of ``baseline`` that decay makes.
-        total: scalar, baseline + sum_i delta_i + unattributed, the derivative along the whole step.
-        residual: scalar, <grad H, gain * g> - sum_i delta_i, with g from reverse mode.
-        unattributed: scalar, <grad H, gain * (grad - sum_i g_i)>, the terms of a gradient handed in that no coefficient
-            expresses.
-        per_parameter: scalar by parameter name, the rollouts' part, adding up to sum_i delta_i (and ``unattributed``).
-        matrix: (n_e, n_u), M_ai, the part of E's rollout a in delta_i, or None.
-        total_stderr: scalar, standard error of ``total``, all three parts included.
-        conditioning: scalar in [0, 1], sum_i |delta_i^J| / sum_i (|delta_i^J| + |delta_i - delta_i^J|), with delta_i^J
-            the part on coordinates whose denominator is made by this very gradient or by eps, see
-            ``AdamWStep.keep_fresh_``.
-            Above about 0.5, as in the first steps of an optimizer, the parts of rollouts are large and cancel: read the
-            total and sums over many rollouts, or measure a later step. NaN where it was not measured.
-        rounding: (n_u,), |delta_i by the JVP - delta_i by ghost products or by the matrix|: two roundings of one
-            number, nats per unit lr. NaN where only one of the two was computed: without ``stderr`` and ``matrix`` in
-            float32, without ``per_token``, or where a parameter has no layer inputs and output gradients.
-    """
-
-    per_sequence: Tensor
-    per_token: Tensor | None
-    stderr: Tensor
-    baseline: Tensor
-    momentum: Tensor
-    weight_decay: Tensor
-    total: Tensor
-    residual: Tensor
-    unattributed: Tensor
-    per_parameter: dict[str, Tensor]
-    matrix: Tensor | None
-    total_stderr: Tensor
-    conditioning: Tensor = _NOT_MEASURED
-    rounding: Tensor = _NOT_MEASURED
-
-    def __repr__(self) -> str:
-        return influence_line(self)
-
-    def _repr_html_(self) -> str:
-        return influence_html(self)
 
 
 def influence(
@@ -206,8 +150,8 @@ def influence(
     engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
 
     in_groups = stderr and not matrix
-    evaluation = _evaluate_objective(params, batch_e, objective, in_groups, engine_e, memory_budget)
-    update = _linearize_losses(
+    evaluation = evaluate_objective(params, batch_e, objective, in_groups, engine_e, memory_budget)
+    update = linearize_update(
         params, batch_u, grad, engine_u, in_groups or precision.wants_two_methods, per_token, memory_budget
     )
     step = AdamWStep.of(update.gradient, opt_state, params, preconditioner, max_grad_norm)
@@ -258,7 +202,7 @@ def influence(
         if rounding.isnan().any():
             rounding = (per_sequence - columns).abs()
         if stderr:
-            along_step = -_token_derivatives(params, step.direction(), evaluation.batch, engine_e, None).sum(-1)
+            along_step = -token_derivatives(params, step.direction(), evaluation.batch, engine_e, None).sum(-1)
             stderrs = _Stderrs.of(pairwise.double(), along_step, evaluation.shares, cluster_index(batch_e))
     elif stderr:
         shares = evaluation.shares.new_zeros(len(by_group)).index_add(0, evaluation.group, evaluation.shares)
@@ -286,126 +230,6 @@ def influence(
     )
 
 
-class _Evaluation(NamedTuple):
-    """The objective over E: its surrogates' coefficients, and its gradient by random groups of E's clusters.
-
-    ``batch``: E with coefficients. ``shares``: (n_e,), each row's share of the objective's denominator, adding up to 1.
-    ``group``: int64 (n_e,), the random group of each row. ``gradients``: one for each group, made as they are asked
-    for; they add up to grad H.
-    """
-
-    batch: Batch
-    shares: Tensor
-    group: Tensor
-    gradients: Iterable[Params]
-
-
-def _evaluate_objective(
-    params: Params,
-    batch_e: Batch,
-    objective: Entropy | Objective,
-    in_groups: bool,
-    engine: Engine,
-    memory_budget: int,
-) -> _Evaluation:
-    def with_coefficients(values: TokenValues) -> Batch:
-        weights = surrogate_coefficients(objective, values, batch_e)
-        return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
-
-    shares = denominator_shares(objective, batch_e.completion_mask)
-    if not in_groups:
-        weighted, gradient = engine.reweighted_gradient(params, batch_e, with_coefficients, memory_budget)
-        return _Evaluation(weighted, shares, torch.zeros_like(batch_e.input_ids[:, 0]), [_ascent_(gradient, params)])
-    weighted, group = with_coefficients(engine.values(params, batch_e)), random_group_index(batch_e)
-    by_group = (engine.gradient(params, select_rows(weighted, group == k)) for k in range(int(group.max()) + 1))
-    return _Evaluation(weighted, shares, group, (_ascent_(g, params) for g in by_group))
-
-
-def _ascent_(gradient: Gradients, params: Params) -> Params:
-    """Return the gradient of an objective from that of its loss, which is minus the objective; None counts as 0.
-
-    The tensors given are reused.
-    """
-    return {
-        name: torch.zeros_like(p, dtype=promote(p.dtype)) if (g := gradient[name]) is None else g.neg_()
-        for name, p in params.items()
-    }
-
-
-class _LinearizedLosses(NamedTuple):
-    """The losses of U's rollouts to first order: the gradient of their sum, and their derivatives along directions.
-
-    ``gradient``: of the sum, or the trainer's own. ``jvp``: at most ``max_directions`` u_k -> <u_k, g_i>, (K, n_u, T)
-    by token where ``resolves_tokens``, else (K, n_u, 1), from ghost products. ``token_jvp``: u -> (n_u, T). float64.
-    """
-
-    gradient: Gradients
-    jvp: Callable[[Sequence[Direction]], Tensor]
-    token_jvp: Callable[[Direction], Tensor]
-    resolves_tokens: bool
-    max_directions: int
-
-
-def _linearize_losses(
-    params: Params,
-    batch_u: Batch,
-    grad: Gradients | None,
-    engine: Engine,
-    several_directions: bool,
-    per_token: bool,
-    memory_budget: int,
-) -> _LinearizedLosses:
-    """Linearise by ghost products where several directions or no tokens are wanted, else or failing that by JVPs."""
-
-    def token_jvp(u: Direction) -> Tensor:
-        return u.scale * _token_derivatives(params, u.unit, batch_u, engine, None)
-
-    if several_directions or not (per_token or grad is not None):
-        at_once = max_directions(params, memory_budget) if several_directions else 1
-        linearized = engine.linearize(params, batch_u, memory_budget, at_once)
-        if linearized is not None:
-            gradient, ghost_products = linearized
-
-            def ghost_jvp(directions: Sequence[Direction]) -> Tensor:
-                derivatives = ghost_products([u.unit for u in directions])
-                return (derivatives * derivatives.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
-
-            return _LinearizedLosses(
-                gradient=gradient if grad is None else grad,
-                jvp=ghost_jvp,
-                token_jvp=token_jvp,
-                resolves_tokens=False,
-                max_directions=max_directions(params, memory_budget),
-            )
-    caches: LinearOutputCaches | None = None
-    if grad is None:
-        grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
-
-    def cached_token_jvp(u: Direction) -> Tensor:
-        return u.scale * _token_derivatives(params, u.unit, batch_u, engine, caches)
-
-    return _LinearizedLosses(
-        gradient=grad,
-        jvp=lambda directions: torch.stack([cached_token_jvp(u) for u in directions]),
-        token_jvp=cached_token_jvp,
-        resolves_tokens=True,
-        max_directions=1,
-    )
-
-
-def _token_derivatives(
-    params: Params, u: Params, batch: Batch, engine: Engine, caches: LinearOutputCaches | None
-) -> Tensor:
-    """Return each token's part of <u, g_i>, -(c_it dlogp_it + b_it dh_it), float64 (n, T)."""
-    total = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
-    derivatives = engine.jvp(params, u, batch, caches)
-    for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
-        if weight is not None:
-            # Values outside completion_values may be anything, NaN included.
-            total -= torch.where(batch.completion_mask, weight.double() * d.double(), 0.0)
-    return total
-
-
 class _Deltas(NamedTuple):
     """Influences by rollout (n_u,) and by token (n_u, T), their rounding (n_u,), and the ``method`` for errors."""
 
@@ -416,7 +240,7 @@ class _Deltas(NamedTuple):
 
 
 def _sum_groups(
-    update: _LinearizedLosses, derivatives: Tensor, u: Direction, per_token: bool, under_autocast: bool
+    update: LinearizedLosses, derivatives: Tensor, u: Direction, per_token: bool, under_autocast: bool
 ) -> _Deltas:
     """Add up the derivatives by group, (K, n_u, T) or (K, n_u, 1), and find those of tokens if they are wanted."""
     by_groups = derivatives.sum((0, 2))
@@ -442,7 +266,7 @@ def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
     return tokens + (per_sequence - tokens.sum(-1)).unsqueeze(-1) * weight
 
 
-def _conditioning(update: _LinearizedLosses, step: AdamWStep, u: Direction, per_sequence: Tensor) -> Tensor:
+def _conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, per_sequence: Tensor) -> Tensor:
     """Return the share of sum |delta| along u on coordinates of fresh denominators; u is 0 elsewhere afterwards."""
     step.keep_fresh_(u.unit)
     if not any(bool(x.any()) for x in u.unit.values()):

@@ -1,0 +1,1 @@
+"""The influence of every rollout and token of one optimizer step, and what it is computed from."""

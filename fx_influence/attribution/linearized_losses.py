@@ -1,0 +1,92 @@
+"""The losses of U's rollouts to first order: their gradient, and their derivatives along directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.autodiff.engine import Engine
+from fx_influence.autodiff.ghost import max_directions
+from fx_influence.autodiff.gradients import LinearOutputCaches
+from fx_influence.core.tree import Direction
+from fx_influence.types import Batch, Gradients, Params
+
+if TYPE_CHECKING:
+    pass
+
+
+class LinearizedLosses(NamedTuple):
+    """The losses of U's rollouts to first order: the gradient of their sum, and their derivatives along directions.
+
+    ``gradient``: of the sum, or the trainer's own. ``jvp``: at most ``max_directions`` u_k -> <u_k, g_i>, (K, n_u, T)
+    by token where ``resolves_tokens``, else (K, n_u, 1), from ghost products. ``token_jvp``: u -> (n_u, T). float64.
+    """
+
+    gradient: Gradients
+    jvp: Callable[[Sequence[Direction]], Tensor]
+    token_jvp: Callable[[Direction], Tensor]
+    resolves_tokens: bool
+    max_directions: int
+
+
+def linearize_update(
+    params: Params,
+    batch_u: Batch,
+    grad: Gradients | None,
+    engine: Engine,
+    several_directions: bool,
+    per_token: bool,
+    memory_budget: int,
+) -> LinearizedLosses:
+    """Linearise by ghost products where several directions or no tokens are wanted, else or failing that by JVPs."""
+
+    def token_jvp(u: Direction) -> Tensor:
+        return u.scale * token_derivatives(params, u.unit, batch_u, engine, None)
+
+    if several_directions or not (per_token or grad is not None):
+        at_once = max_directions(params, memory_budget) if several_directions else 1
+        linearized = engine.linearize(params, batch_u, memory_budget, at_once)
+        if linearized is not None:
+            gradient, ghost_products = linearized
+
+            def ghost_jvp(directions: Sequence[Direction]) -> Tensor:
+                derivatives = ghost_products([u.unit for u in directions])
+                return (derivatives * derivatives.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
+
+            return LinearizedLosses(
+                gradient=gradient if grad is None else grad,
+                jvp=ghost_jvp,
+                token_jvp=token_jvp,
+                resolves_tokens=False,
+                max_directions=max_directions(params, memory_budget),
+            )
+    caches: LinearOutputCaches | None = None
+    if grad is None:
+        grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
+
+    def cached_token_jvp(u: Direction) -> Tensor:
+        return u.scale * token_derivatives(params, u.unit, batch_u, engine, caches)
+
+    return LinearizedLosses(
+        gradient=grad,
+        jvp=lambda directions: torch.stack([cached_token_jvp(u) for u in directions]),
+        token_jvp=cached_token_jvp,
+        resolves_tokens=True,
+        max_directions=1,
+    )
+
+
+def token_derivatives(
+    params: Params, u: Params, batch: Batch, engine: Engine, caches: LinearOutputCaches | None
+) -> Tensor:
+    """Return each token's part of <u, g_i>, -(c_it dlogp_it + b_it dh_it), float64 (n, T)."""
+    total = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
+    derivatives = engine.jvp(params, u, batch, caches)
+    for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
+        if weight is not None:
+            # Values outside completion_values may be anything, NaN included.
+            total -= torch.where(batch.completion_mask, weight.double() * d.double(), 0.0)
+    return total

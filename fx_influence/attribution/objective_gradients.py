@@ -1,0 +1,65 @@
+"""The objective over E: its surrogates, and its gradient by random groups of E's clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.autodiff.engine import Engine
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.tree import promote
+from fx_influence.estimators.stderr import random_group_index
+from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
+from fx_influence.types import Batch, Gradients, Params, TokenValues
+
+if TYPE_CHECKING:
+    pass
+
+
+class Evaluation(NamedTuple):
+    """The objective over E: its surrogates' coefficients, and its gradient by random groups of E's clusters.
+
+    ``batch``: E with coefficients. ``shares``: (n_e,), each row's share of the objective's denominator, adding up to 1.
+    ``group``: int64 (n_e,), the random group of each row. ``gradients``: one for each group, made as they are asked
+    for; they add up to grad H.
+    """
+
+    batch: Batch
+    shares: Tensor
+    group: Tensor
+    gradients: Iterable[Params]
+
+
+def evaluate_objective(
+    params: Params,
+    batch_e: Batch,
+    objective: Entropy | Objective,
+    in_groups: bool,
+    engine: Engine,
+    memory_budget: int,
+) -> Evaluation:
+    def with_coefficients(values: TokenValues) -> Batch:
+        weights = surrogate_coefficients(objective, values, batch_e)
+        return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
+
+    shares = denominator_shares(objective, batch_e.completion_mask)
+    if not in_groups:
+        weighted, gradient = engine.reweighted_gradient(params, batch_e, with_coefficients, memory_budget)
+        return Evaluation(weighted, shares, torch.zeros_like(batch_e.input_ids[:, 0]), [_ascent_(gradient, params)])
+    weighted, group = with_coefficients(engine.values(params, batch_e)), random_group_index(batch_e)
+    by_group = (engine.gradient(params, select_rows(weighted, group == k)) for k in range(int(group.max()) + 1))
+    return Evaluation(weighted, shares, group, (_ascent_(g, params) for g in by_group))
+
+
+def _ascent_(gradient: Gradients, params: Params) -> Params:
+    """Return the gradient of an objective from that of its loss, which is minus the objective; None counts as 0.
+
+    The tensors given are reused.
+    """
+    return {
+        name: torch.zeros_like(p, dtype=promote(p.dtype)) if (g := gradient[name]) is None else g.neg_()
+        for name, p in params.items()
+    }
