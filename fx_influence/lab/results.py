@@ -12,7 +12,7 @@ import numpy as np
 
 from fx_influence.core.display import record_line
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.runtime.renamed import SUMMARY_FIELDS, renamed
+from fx_influence.interop.runtime.renamed import current_summary
 from fx_influence.interop.runtime.run_files import (
     BASELINE,
     ENVIRONMENT,
@@ -25,7 +25,7 @@ from fx_influence.interop.runtime.run_files import (
     raise_if_damaged,
 )
 from fx_influence.lab.analysis.finite_steps.figures import rollout_deltas
-from fx_influence.lab.plan.plans import EntropyInfluencePlan
+from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
 
@@ -112,7 +112,7 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
             path=directory.path,
             plan=plan,
             environment=directory.read_json(ENVIRONMENT),
-            summary=renamed(directory.read_json(SUMMARY), SUMMARY_FIELDS),
+            summary=current_summary(directory.read_json(SUMMARY)),
             sequences=sequences,
             update_rollouts=directory.read_rollouts(UPDATE_ROLLOUTS),
             tokens=directory.read_arrays(UPDATE_TOKENS) if directory.was_stored(UPDATE_TOKENS) else {},
@@ -133,6 +133,6 @@ def _evaluation(directory: RunDirectory, index: int, n_u: int) -> EvaluationResu
     return EvaluationResults(
         arrays=arrays,
         matrix=directory.read_array(matrix) if directory.was_stored(matrix) else None,
-        summary=renamed(directory.read_json(eval_file(index, ".json")), SUMMARY_FIELDS),
+        summary=current_summary(directory.read_json(eval_file(index, ".json"))),
         rollouts=directory.read_rollouts(eval_file(index, "_rollouts.jsonl")),
     )

@@ -27,7 +27,7 @@ from fx_influence.interop.runtime.run_files import (
 )
 from fx_influence.lab.plan.errors import PlanError
 from fx_influence.lab.plan.files import plan_text
-from fx_influence.lab.plan.plans import StepPlan
+from fx_influence.lab.plan import StepPlan
 
 Piece = TypeVar("Piece")
 

@@ -1,49 +1,82 @@
-"""Names that version 0.1 stored in plans, summaries and logs, and what they are called now.
+"""Names that version 0.1 stored in plans and summaries, and what they are called now.
 
-The one place where old names are known. Readers of stored files pass what they read through ``renamed``; nothing is
-written under an old name.
+The one place where old names are known. Readers of stored files pass what they read through ``current_plan`` or
+``current_summary``; nothing is written under an old name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-SUMMARY_FIELDS: dict[str, str] = {
-    "realised": "measured",
-    "realised_stderr": "measured_stderr",
-}
+PLAN_FIELDS: dict[str, str] = {"gain": "preconditioner"}
+"""Fields of ``plan.yaml``: old name -> present name."""
+
+PLAN_VALUES: dict[str, dict[str, str]] = {"preconditioner": {"share": "frozen", "marginal": "jacobian"}}
+"""Values of plan fields: present field name -> {old value: present value}."""
+
+SUMMARY_FIELDS: dict[str, str] = {"realised": "measured", "realised_stderr": "measured_stderr"}
 """Fields of ``summary.json`` and ``eval_XX.json``, those of the metrics in ``in_this_step`` included."""
 
-PLAN_FIELDS: dict[str, str] = {"gain": "preconditioner"}
-"""Fields of ``plan.yaml``."""
 
-PLAN_VALUES: dict[str, dict[Any, Any]] = {"preconditioner": {"share": "frozen", "marginal": "jacobian"}}
-"""Values of plan fields, by the field's present name."""
-
-
-def renamed(
-    stored: Mapping[str, Any], fields: Mapping[str, str], values: Mapping[str, Mapping[Any, Any]] | None = None
-) -> dict[str, Any]:
-    """Return a stored mapping, and the mappings inside it, with present names in place of old ones.
+def current_plan(stored: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return a plan's fields with present names and values in place of those of version 0.1.
 
     Args:
-        stored: as read from a file; a present name in it is left as it is.
-        fields: old field name -> present field name.
-        values: present field name -> {old value: present value}.
+        stored: fields of the plan as read from a file.
+        known: names of the fields that a plan of this kind has now; only these are put in place of old names.
+
+    Raises:
+        ValueError: where a field is there under its old and its present name.
 
     Example:
-        >>> renamed({"total": 1.0, "in_this_step": {"realised": 0.5}}, SUMMARY_FIELDS)
-        {'total': 1.0, 'in_this_step': {'measured': 0.5}}
-        >>> renamed({"gain": "share"}, PLAN_FIELDS, PLAN_VALUES)
-        {'preconditioner': 'frozen'}
+        >>> current_plan({"gain": "share", "seed": 1}, ["preconditioner", "seed"])
+        {'preconditioner': 'frozen', 'seed': 1}
     """
     current: dict[str, Any] = {}
-    for old_name, value in stored.items():
-        name = fields.get(old_name, old_name)
-        if isinstance(value, Mapping):
-            current[name] = renamed(value, fields, values)
-        else:
-            present = (values or {}).get(name, {})
-            current[name] = present.get(value, value) if isinstance(value, str) else value
+    for old, value in stored.items():
+        name = _present_name(old, known)
+        if name != old and name in stored:
+            raise ValueError(f"{old} is {value!r} beside {name}, its present name; expected one of them. Remove {old}")
+        current[name] = PLAN_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     return current
+
+
+def plan_notes(stored: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Return a sentence for each field or value of a stored plan that has another name now.
+
+    Args:
+        stored: fields of the plan as read from a file.
+        known: names of the fields that a plan of this kind has now.
+
+    Example:
+        >>> plan_notes({"gain": "share", "seed": 1}, ["preconditioner", "seed"])
+        ['gain: share is called preconditioner: frozen now; it is read as that']
+    """
+    notes = []
+    for old, value in stored.items():
+        [(name, present)] = current_plan({old: value}, known).items()
+        if (name, present) != (old, value):
+            notes.append(f"{old}: {value} is called {name}: {present} now; it is read as that")
+    return notes
+
+
+def current_summary(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary, and the mappings inside it, with present names in place of those of version 0.1.
+
+    Example:
+        >>> current_summary({"total": 1.0, "in_this_step": {"realised": 0.5}})
+        {'total': 1.0, 'in_this_step': {'measured': 0.5}}
+    """
+    return {SUMMARY_FIELDS.get(name, name): _current_value(value) for name, value in stored.items()}
+
+
+def _current_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return current_summary(value)
+    return [_current_value(item) for item in value] if isinstance(value, list) else value
+
+
+def _present_name(old: str, known: Collection[str]) -> str:
+    name = PLAN_FIELDS.get(old, old)
+    return name if name in known else old

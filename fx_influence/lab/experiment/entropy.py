@@ -19,7 +19,7 @@ from fx_influence.lab.experiment.step import Step, measure_step
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts
 from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.inputs.update import update_batch
-from fx_influence.lab.plan.plans import EntropyInfluencePlan
+from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.store import Pieces, RunDirectory
 

@@ -22,7 +22,7 @@ from fx_influence.lab.experiment.step import (
 )
 from fx_influence.lab.inputs.rollouts import Progress
 from fx_influence.lab.inputs.training_state import TrainingState
-from fx_influence.lab.plan.plans import ROLLOUT_DIRECTIONS, STEP_DIRECTIONS, EntropyInfluencePlan
+from fx_influence.lab.plan import ROLLOUT_DIRECTIONS, STEP_DIRECTIONS, EntropyInfluencePlan
 from fx_influence.perturbation import jvp_delta, snis_sweep
 from fx_influence.types import Batch, Params
 

@@ -21,7 +21,7 @@ from fx_influence.lab.experiment.step import Step, step_directions
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts
 from fx_influence.lab.inputs.training_state import TrainingState, reference_lr
 from fx_influence.lab.inputs.update import mean_reward
-from fx_influence.lab.plan.plans import STEP_DIRECTIONS, EntropyInfluencePlan
+from fx_influence.lab.plan import STEP_DIRECTIONS, EntropyInfluencePlan
 from fx_influence.objectives import expected_reward
 from fx_influence.perturbation import jvp_delta
 from fx_influence.types import Batch, Params

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fx_influence.core.tree import promote
 from fx_influence.lab.inputs.training_state import TrainingState
-from fx_influence.lab.plan.plans import EntropyInfluencePlan
+from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.perturbation import snis_sweep
 from fx_influence.types import Batch
 

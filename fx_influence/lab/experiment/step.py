@@ -17,7 +17,7 @@ from fx_influence.core.tree import promote
 from fx_influence.interop.runtime.run_files import GRADIENT, raise_if_damaged
 from fx_influence.lab.inputs.rollouts import Progress
 from fx_influence.lab.inputs.training_state import TrainingState
-from fx_influence.lab.plan.plans import STEP_DIRECTIONS, StepPlan
+from fx_influence.lab.plan import STEP_DIRECTIONS, StepPlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.types import Batch, Gradients, Params, Preconditioner

@@ -23,7 +23,7 @@ from fx_influence.lab.experiment.step import Step, moving_rows, rollouts_per_blo
 from fx_influence.lab.inputs.rollouts import ScoredRollouts
 from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.inputs.update import mean_reward
-from fx_influence.lab.plan.plans import FisherKernelPlan
+from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.types import Batch, Params
 
 

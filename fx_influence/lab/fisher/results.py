@@ -18,7 +18,7 @@ from fx_influence.interop.runtime.run_files import (
     eval_file,
     raise_if_damaged,
 )
-from fx_influence.lab.plan.plans import FisherKernelPlan
+from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.lab.store import RunDirectory
 
 UPDATE_SELF_KERNEL = "update_self_kernel.npy"

@@ -24,7 +24,7 @@ from fx_influence.lab.fisher.results import (
 )
 from fx_influence.lab.inputs.rollouts import Progress
 from fx_influence.lab.inputs.update import update_batch
-from fx_influence.lab.plan.plans import FisherKernelPlan
+from fx_influence.lab.plan import FisherKernelPlan
 from fx_influence.lab.store import Pieces, RunDirectory
 from fx_influence.types import Params
 

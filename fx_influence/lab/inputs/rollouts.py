@@ -20,7 +20,7 @@ from fx_influence.interop.sampling import check_on_policy, sample_rewarded, toke
 from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.plan.batch_request import CustomSequence, RolloutFile, SampledBatch
 from fx_influence.lab.plan.errors import PlanError
-from fx_influence.lab.plan.plans import StepPlan
+from fx_influence.lab.plan import StepPlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch, TokenValues
 

@@ -24,7 +24,7 @@ from fx_influence.interop.scoring import check_columns, check_reward, resolve_re
 from fx_influence.lab.plan.batch_request import BatchRequest, CustomSequence, RolloutFile, SampledBatch
 from fx_influence.lab.plan.demo import demo_path
 from fx_influence.lab.plan.errors import PlanError
-from fx_influence.lab.plan.plans import StepPlan
+from fx_influence.lab.plan import StepPlan
 from fx_influence.losses import group_advantages
 from fx_influence.policy.policy import Policy
 from fx_influence.types import AdamWState, LossType, Params

@@ -9,7 +9,7 @@ import torch
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.lab.inputs.rollouts import ON_POLICY_TOLERANCE, ScoredRollouts
 from fx_influence.lab.plan.errors import PlanError
-from fx_influence.lab.plan.plans import StepPlan
+from fx_influence.lab.plan import StepPlan
 from fx_influence.losses import clipped_ratio, coefficients
 from fx_influence.types import Batch
 

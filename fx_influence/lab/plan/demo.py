@@ -1,32 +1,26 @@
-"""The embedded training: where its files lie, and the values that describe it."""
+"""The embedded training: where its files are, and the plan fields that describe it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, get_args
 
-from fx_influence.lab.plan.batch_request import (
-    SampledBatch,
-)
+from fx_influence.lab.plan.batch_request import SampledBatch
 from fx_influence.types import LossType
 
 DEMO = "demo"
-"""Stands for the embedded checkpoint, or with ``demo/train`` and ``demo/eval`` for its prompt files."""
-
-
+"""Name of the embedded checkpoint; ``demo/train`` and ``demo/eval`` are its prompt files."""
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo"
 
 
-class _OfTheDemo:
-    """The default of a field that describes one training: the demo's value with its checkpoint, none with another."""
+class _DemoDefault:
+    """Default of a field that describes one training: the demo's value with its checkpoint, none with another."""
 
     def __repr__(self) -> str:
         return "<the demo's>"
 
 
-OF_THE_DEMO: Any = _OfTheDemo()
-
-
+DEMO_DEFAULT: Any = _DemoDefault()
 DEMO_FIELDS: dict[str, Any] = {
     "update": SampledBatch("demo/train", num_prompts=16, completions_per_prompt=4, seed=7418624510230548125),
     "evaluations": (SampledBatch("demo/eval", num_prompts=256, completions_per_prompt=2),),
@@ -34,23 +28,21 @@ DEMO_FIELDS: dict[str, Any] = {
     "loss": "dr_grpo",
     "max_new_tokens": 20,
 }
-"""What the embedded training is like; of another training nobody can know these.
+"""Values of the fields that describe the embedded training, which nobody can guess of another training.
 
 U's seed is that of a step whose effect E tells apart from noise, as few single steps of so small a policy are.
 """
-
-
-ADDITIONS = {
+LINES_TO_ADD = {
     "update": "update: {prompts: FILE.jsonl}",
     "evaluations": "evaluations: [{prompts: FILE.jsonl}]",
     "reward": "reward: MODULE:FUNCTION",
     "loss": f"loss: {' | '.join(get_args(LossType))}",
     "max_new_tokens": "max_new_tokens: N",
 }
-"""Lines to add to a plan that lacks them."""
+"""Lines to add to a plan of another training that lacks these fields."""
 
 
 def demo_path(name: str) -> str:
-    """Where ``demo``, ``demo/train`` and ``demo/eval`` lie; any other path unchanged."""
+    """Return the path of ``demo``, ``demo/train`` or ``demo/eval``, and any other path unchanged."""
     known = {DEMO: "policy", f"{DEMO}/train": "train_prompts.jsonl", f"{DEMO}/eval": "eval_prompts.jsonl"}
     return str(DEMO_DIRECTORY / known[name]) if name in known else name

@@ -1,24 +1,24 @@
-"""Plans as YAML files."""
+"""Read and write plans as YAML files."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+import sys
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fx_influence.lab.plan.batch_request import (
-    with_paths,
-)
+from fx_influence.interop.runtime.renamed import plan_notes
+from fx_influence.lab.plan.batch_request import with_paths
 from fx_influence.lab.plan.demo import demo_path
 from fx_influence.lab.plan.errors import PlanError
-from fx_influence.lab.plan.plans import AnyPlan, StepPlan
+from fx_influence.lab.plan.step_plan import AnyPlan, StepPlan
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without objects of Python, where a key that is given twice is an error."""
+class _PlanLoader(yaml.SafeLoader):
+    """Load YAML without Python objects; a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
@@ -31,22 +31,39 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_plan(path: Path, kind: type[AnyPlan]) -> AnyPlan:
-    """A plan from a YAML file; relative paths in it are relative to the file. Raises ``PlanError``."""
-    named = f"plan file {str(path)!r}"
+def print_note(text: str) -> None:
+    """Print a note on standard error, behind the name of the command."""
+    print(f"fx-influence: {text}", file=sys.stderr, flush=True)
+
+
+def read_plan(path: Path, plan_type: type[AnyPlan], note: Callable[[str], object] = print_note) -> AnyPlan:
+    """Return the plan in a YAML file; relative paths in it are taken from the file's folder.
+
+    Args:
+        path: of the YAML file.
+        plan_type: ``EntropyInfluencePlan`` or ``FisherKernelPlan``.
+        note: called with a sentence for each field that the file names as version 0.1 did.
+
+    Raises:
+        PlanError: for a file that cannot be read, is not YAML, or holds no valid plan.
+    """
+    file = f"plan file {str(path)!r}"
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _PlanLoader)
     except FileNotFoundError as error:
-        raise PlanError(f"{named} does not exist; check the path") from error
+        raise PlanError(f"{file} does not exist; check the path") from error
     except OSError as error:
-        raise PlanError(f"{named} cannot be read: {error.strerror}; give a YAML file") from error
+        raise PlanError(f"{file} cannot be read: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PlanError(f"{named} is not YAML: {_yaml_problem(error)}; `fx-influence plan` prints one") from error
-    return resolved(kind.from_dict({} if values is None else values), path.resolve().parent)
+        raise PlanError(f"{file} is not YAML: {_yaml_problem(error)}; `fx-influence plan` prints one") from error
+    plan = resolved(plan_type.from_dict({} if values is None else values), path.resolve().parent)
+    for sentence in plan_notes(values or {}, [field.name for field in dataclasses.fields(plan_type)]):
+        note(f"{file}: {sentence}")
+    return plan
 
 
 def _yaml_problem(error: Exception) -> str:
-    """Return in one line what a reader of YAML has to say, and in which line of the file."""
+    """Return in one line what the YAML reader says, and the line of the file."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     tab = " (indent with spaces, not tabs)" if "\\t" in str(error.problem) else ""
@@ -54,12 +71,12 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def plan_text(plan: StepPlan) -> str:
-    """The plan as YAML."""
+    """Return the plan as YAML."""
     return yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
-    """The plan with its relative paths taken from ``folder``, so that it means the same wherever it is stored."""
+    """Return the plan with its relative paths taken from ``folder``, so that it means the same wherever it is stored."""
 
     def absolute(path: str) -> str:
         return path if demo_path(path) != path else str((folder / Path(path).expanduser()).resolve())

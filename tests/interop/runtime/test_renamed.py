@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from fx_influence.interop.runtime.renamed import PLAN_FIELDS, PLAN_VALUES, SUMMARY_FIELDS, renamed
+from typing import Any
+
+import pytest
+
+from fx_influence.interop.runtime.renamed import current_plan, current_summary, plan_notes
+
+FIELDS = ["preconditioner", "seed", "update"]
 
 
-def test_renamed_translates_nested_summary_fields() -> None:
+def test_current_summary_renames_nested_fields() -> None:
     stored = {"total": 2.0, "in_this_step": {"realised": 0.5, "realised_stderr": 0.1, "total": 0.4}}
     expected = {"total": 2.0, "in_this_step": {"measured": 0.5, "measured_stderr": 0.1, "total": 0.4}}
-    assert renamed(stored, SUMMARY_FIELDS) == expected
-    assert renamed(expected, SUMMARY_FIELDS) == expected
+    assert current_summary({**stored, "evaluations": [stored]}) == {**expected, "evaluations": [expected]}
+    assert current_summary(expected) == expected
 
 
-def test_renamed_translates_plan_values() -> None:
-    stored, present = {"gain": "marginal", "seed": 3}, {"preconditioner": "jacobian", "seed": 3}
-    assert renamed(stored, PLAN_FIELDS, PLAN_VALUES) == present
+@pytest.mark.parametrize(("old", "present"), [("share", "frozen"), ("marginal", "jacobian"), ("rmsprop", "rmsprop")])
+def test_current_plan_renames_fields_and_values(old: str, present: str) -> None:
+    assert current_plan({"gain": old, "seed": 3}, FIELDS) == {"preconditioner": present, "seed": 3}
+
+
+def test_current_plan_leaves_the_columns_of_prompts_alone() -> None:
+    stored: dict[str, Any] = {"update": {"prompts": [{"prompt": "1+1=", "gain": "share"}]}}
+    assert current_plan(stored, FIELDS) == stored
+    assert plan_notes(stored, FIELDS) == []
+
+
+def test_current_plan_leaves_a_name_that_has_no_place() -> None:
+    """A Fisher plan never had the field, so it is refused there under the name that was given."""
+    assert current_plan({"gain": "share"}, ["seed"]) == {"gain": "share"}
+
+
+def test_current_plan_rejects_both_names_of_a_field() -> None:
+    with pytest.raises(ValueError, match="gain is 'share' beside preconditioner, its present name; .*Remove gain"):
+        current_plan({"gain": "share", "preconditioner": "frozen"}, FIELDS)
+
+
+def test_plan_notes_tell_the_present_name() -> None:
+    stored = {"gain": "marginal", "seed": 3}
+    assert plan_notes(stored, FIELDS) == ["gain: marginal is called preconditioner: jacobian now; it is read as that"]
+    assert plan_notes(current_plan(stored, FIELDS), FIELDS) == []

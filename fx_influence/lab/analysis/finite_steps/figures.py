@@ -16,7 +16,7 @@ from fx_influence.lab.analysis.finite_steps.linearity import (
     measured_trust,
 )
 from fx_influence.lab.analysis.finite_steps.noise import signal_to_noise
-from fx_influence.lab.plan.plans import ROLLOUT_DIRECTIONS, STEP_DIRECTIONS
+from fx_influence.lab.plan import ROLLOUT_DIRECTIONS, STEP_DIRECTIONS
 
 Arrays = Mapping[str, np.ndarray]
 FLOAT64 = "_float64"
