@@ -22,8 +22,8 @@ from fx_influence.lab.experiment.progress import progress_on_stderr
 from fx_influence.lab.fisher.results import UPDATE_SELF_KERNEL, load_fisher_run
 from fx_influence.lab.fisher.run import run_fisher
 from fx_influence.lab.fisher.table import print_fisher
-from fx_influence.lab.plan.files import read_plan
 from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan
+from fx_influence.lab.plan.files import read_plan
 from fx_influence.lab.report import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 

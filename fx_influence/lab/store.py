@@ -25,9 +25,9 @@ from fx_influence.interop.runtime.run_files import (
     RunFiles,
     raise_if_damaged,
 )
+from fx_influence.lab.plan import StepPlan
 from fx_influence.lab.plan.errors import PlanError
 from fx_influence.lab.plan.files import plan_text
-from fx_influence.lab.plan import StepPlan
 
 Piece = TypeVar("Piece")
 

@@ -22,8 +22,8 @@ from fx_influence.lab.experiment.step import STEP_PIECES
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts, load_rollouts
 from fx_influence.lab.inputs.training_state import TrainingState, input_sums, load_state, reference_lr
 from fx_influence.lab.inputs.update import mean_reward
-from fx_influence.lab.plan.files import plan_text, resolved
 from fx_influence.lab.plan import AnyPlan, StepPlan
+from fx_influence.lab.plan.files import plan_text, resolved
 from fx_influence.lab.store import RunDirectory
 
 Results = TypeVar("Results")

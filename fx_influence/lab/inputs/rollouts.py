@@ -1,4 +1,4 @@
-"""The rollouts of a run: sampled a piece at a time, written out or read from a file, and checked to be the policy's."""
+"""Make the rollouts of U and of every E: sampled piece by piece, written out, or read; scored by the policy."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ from fx_influence.interop.generation import eos_token_ids
 from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.runtime.job import SINGLE_PROCESS, Job
 from fx_influence.interop.runtime.run_files import raise_if_damaged
 from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenize_prompts
-from fx_influence.lab.inputs.training_state import TrainingState
-from fx_influence.lab.plan.batch_request import CustomSequence, RolloutFile, SampledBatch
-from fx_influence.lab.plan.errors import PlanError
-from fx_influence.lab.plan import StepPlan
+from fx_influence.lab.inputs.training_state import TrainingState, load_training_state
+from fx_influence.lab.plan import CustomSequence, PlanError, RolloutFile, SampledBatch, StepPlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch, TokenValues
 
 Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, in all)."""
+"""Called with the phase, the number of its pieces that are done, and the number of all."""
 
 ROLLOUTS_PER_PIECE = 64
-"""Rollouts that are sampled, judged and stored together."""
+"""Number of rollouts that are sampled, judged and stored together."""
 
 ON_POLICY_TOLERANCE = 1e-3
 """Largest |behaviour - scored| log-probability: cached generation and scoring round differently."""
 
 
 class ScoredRollouts(NamedTuple):
-    """Rollouts, their batch and scores at theta, and how far those are from the log-probs they were drawn with."""
+    """The rollouts of one batch and what the policy says of them.
+
+    Attributes:
+        rollouts: records in the order of the batch.
+        batch: the same as padded tensors, (n, T).
+        values: log-probabilities and entropies at theta.
+        off_policy: largest |behaviour - scored| log-probability, nats; NaN where no behaviour was recorded.
+    """
 
     rollouts: list[Rollout]
     batch: Batch
@@ -46,10 +52,39 @@ class ScoredRollouts(NamedTuple):
         return record_line(self)
 
 
+def load_state(plan: StepPlan, job: Job = SINGLE_PROCESS) -> TrainingState:
+    """Return the plan's training state, after checking that the policy can sample or score each of its batches.
+
+    Raises:
+        PlanError: where it cannot; and the errors of ``load_training_state``.
+    """
+    state = load_training_state(plan, job)
+    for request, source in zip(plan.requests(), state.sources, strict=True):
+        if isinstance(request, SampledBatch):
+            tokenize_prompts(state.model, state.tokenizer, source.prompts, plan.max_new_tokens)
+        elif isinstance(request, CustomSequence):
+            _custom_rollout(plan, state, request)
+        else:
+            _check_vocabulary(request, source.rollouts, state)
+    return state
+
+
 def load_rollouts(
     plan: StepPlan, state: TrainingState, directory: RunDirectory, index: int, name: str, progress: Progress
 ) -> ScoredRollouts:
-    """The rollouts of U (``index`` 0) or of an E, read from the directory's ``name`` or made and stored there."""
+    """Return the rollouts of one batch, read from the run directory, or made and stored there.
+
+    Args:
+        plan: says how the batch is made.
+        state: the training state that samples and scores.
+        directory: of the run; pieces that are stored there are not sampled again.
+        index: 0 for U, i + 1 for evaluation i.
+        name: file that the rollouts are stored in.
+        progress: called as rollouts are sampled.
+
+    Raises:
+        ValueError: where E was not sampled from this policy.
+    """
     request, source = plan.requests()[index], state.sources[index]
     pieces = directory.rollout_pieces(name.removesuffix(".jsonl"))
     if directory.has(name):
@@ -59,23 +94,40 @@ def load_rollouts(
         if isinstance(request, RolloutFile):
             rollouts = source.rollouts
         elif isinstance(request, CustomSequence):
-            rollouts = [_written_out(plan, state, request)]
+            rollouts = [_custom_rollout(plan, state, request)]
         else:
             phase = "sampling U" if index == 0 else "sampling E"
-            seed = _seed(plan.seed, index) if request.seed is None else request.seed
-            rollouts = _sampled(
-                plan, state, request, source.prompts, seed, pieces, lambda *done: progress(phase, *done)
-            )
+            seed = _derived_seed(plan.seed, index) if request.seed is None else request.seed
+            rollouts = _sample(plan, state, request, source.prompts, seed, pieces, partial(progress, phase))
         directory.write_rollouts(name, rollouts)
     pieces.clear()
-    batch, values = _scored(plan, state, rollouts)
-    # U may be of an older policy, as a trainer's later passes over a batch are: its loss has ratios, or coefficients.
-    taken_as_it_is = index == 0 and isinstance(request, RolloutFile)
-    tolerance = math.inf if taken_as_it_is else ON_POLICY_TOLERANCE
+    batch, values = _score(plan, state, rollouts)
+    # A file may hold U of an older policy, as a trainer's later passes over a batch do: its loss then has ratios, or
+    # the rollouts carry coefficients.
+    may_be_off_policy = index == 0 and isinstance(request, RolloutFile)
+    tolerance = math.inf if may_be_off_policy else ON_POLICY_TOLERANCE
     return ScoredRollouts(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, tolerance))
 
 
-def _written_out(plan: StepPlan, state: TrainingState, request: CustomSequence) -> Rollout:
+def mean_reward(rollouts: Sequence[Rollout]) -> float | None:
+    """Return the mean over the rollouts that were judged, None where none was."""
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def _check_vocabulary(request: RolloutFile, rollouts: Sequence[Rollout], state: TrainingState) -> None:
+    size = state.apply.vocab_size
+    for r in rollouts:
+        largest = max((*r.prompt_ids, *r.completion_ids), default=0)
+        if size is not None and (largest >= size or min((*r.prompt_ids, *r.completion_ids), default=0) < 0):
+            raise PlanError(
+                f"rollout {r.id!r} of {request.rollouts!r} has token {largest}, the model {size}; take the rollouts of "
+                "this checkpoint"
+            )
+
+
+def _custom_rollout(plan: StepPlan, state: TrainingState, request: CustomSequence) -> Rollout:
+    """Return a sequence written out as a rollout, with the policy's log-probabilities as those of its sampling."""
     ids = tuple(state.tokenizer(request.completion, add_special_tokens=False)["input_ids"])
     ids += (eos_token_ids(state.model, state.tokenizer)[0],) if request.end else ()
     if not ids:
@@ -93,11 +145,11 @@ def _written_out(plan: StepPlan, state: TrainingState, request: CustomSequence) 
         behaviour_logprobs=(0.0,) * len(ids),
         advantage=request.advantage,
     )
-    batch, values = _scored(plan, state, [rollout])
+    batch, values = _score(plan, state, [rollout])
     return dataclasses.replace(rollout, behaviour_logprobs=tuple(values.logprobs[batch.completion_mask].tolist()))
 
 
-def _sampled(
+def _sample(
     plan: StepPlan,
     state: TrainingState,
     request: SampledBatch,
@@ -106,41 +158,53 @@ def _sampled(
     pieces: MutableMapping[int, Sequence[Rollout]],
     progress: Callable[[int, int], None],
 ) -> list[Rollout]:
+    """Return sampled and judged rollouts; the processes of the job share the pieces, and stored ones are not redone.
+
+    Args:
+        plan: has the settings of sampling.
+        state: the policy, the reward and the job.
+        request: says which prompts, and how many completions of each.
+        prompts: to choose from.
+        seed: of the choice of prompts and of every piece.
+        pieces: stored pieces by number; each further piece is stored there.
+        progress: called with the number of rollouts that are there, and of all.
+    """
     if request.num_prompts is not None:
         prompts = random.Random(seed).sample(list(prompts), request.num_prompts)
-    each = request.completions_per_prompt
-    step = max(1, ROLLOUTS_PER_PIECE // each)
+    completions = request.completions_per_prompt
+    prompts_per_piece = max(1, ROLLOUTS_PER_PIECE // completions)
 
     reward = state.reward
     assert reward is not None
 
-    def piece(k: int) -> Sequence[Rollout]:
-        drawn = sample_rewarded(
+    def sample_piece(k: int) -> Sequence[Rollout]:
+        rollouts = sample_rewarded(
             state.model,
             state.tokenizer,
-            prompts[k * step : (k + 1) * step],
+            prompts[k * prompts_per_piece : (k + 1) * prompts_per_piece],
             reward,
-            completions_per_prompt=each,
+            completions_per_prompt=completions,
             max_new_tokens=plan.max_new_tokens,
             temperature=plan.temperature,
-            seed=_seed(seed, k),
+            seed=_derived_seed(seed, k),
             resample_zero_advantage=request.resample_zero_advantage,
             scale_advantages=plan.scale_advantages,
         )
-        return [dataclasses.replace(r, group=r.group + k * step) for r in drawn]
+        return [dataclasses.replace(r, group=r.group + k * prompts_per_piece) for r in rollouts]
 
-    works = [partial(piece, k) for k in range(math.ceil(len(prompts) / step))]
-    found = state.job.map_tasks(
-        works, pieces, lambda done: progress(min(done * step, len(prompts)) * each, len(prompts) * each)
+    tasks = [partial(sample_piece, k) for k in range(math.ceil(len(prompts) / prompts_per_piece))]
+    all_rollouts = len(prompts) * completions
+    sampled = state.job.map_tasks(
+        tasks, pieces, lambda done: progress(min(done * prompts_per_piece * completions, all_rollouts), all_rollouts)
     )
-    return [rollout for some in found for rollout in some]
+    return [rollout for piece in sampled for rollout in piece]
 
 
-def _scored(plan: StepPlan, state: TrainingState, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
+def _score(plan: StepPlan, state: TrainingState, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:
     pad = state.tokenizer.pad_token_id
     batch = collate(rollouts, state.tokenizer.eos_token_id if pad is None else pad, plan.device)
     return batch, all_token_values(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
 
 
-def _seed(seed: int, index: int) -> int:
+def _derived_seed(seed: int, index: int) -> int:
     return random.Random(f"{seed}/{index}").getrandbits(63)

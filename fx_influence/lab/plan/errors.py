@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fx_influence.core.checks import nearest
+from fx_influence.core.checks import did_you_mean
 
 
 class PlanError(ValueError):
@@ -47,7 +47,7 @@ def unknown_field(field: str, value: Any, known: Iterable[str], remedy: str = ""
         remove it."
     """
     names = list(known)
-    close = "" if remedy else nearest(field.rpartition(".")[2], names)
+    close = "" if remedy else did_you_mean(field.rpartition(".")[2], names)
     return refusal(field, value, f"one of the fields {', '.join(names)}{close}", remedy or "Rename or remove it.")
 
 
@@ -79,7 +79,7 @@ def type_refusal(field: str, error: ValidationError, hidden: Iterable[str]) -> P
     value, context = worst["input"], worst.get("ctx", {})
     if worst["type"] == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        return refusal(where, value, f"one of {', '.join(names)}{nearest(str(value), names)}")
+        return refusal(where, value, f"one of {', '.join(names)}{did_you_mean(str(value), names)}")
     if worst["type"] in ("missing", "too_long"):
         return refusal(field, list(worst["input"]), "two numbers, below and above")
     expected = EXPECTED.get(worst["type"].partition("_")[0], str(context.get("error", worst["msg"])))

@@ -76,7 +76,7 @@ def plan_text(plan: StepPlan) -> str:
 
 
 def resolved(plan: AnyPlan, folder: Path) -> AnyPlan:
-    """Return the plan with its relative paths taken from ``folder``, so that it means the same wherever it is stored."""
+    """Return the plan with its relative paths taken from ``folder``, so that it may be stored anywhere."""
 
     def absolute(path: str) -> str:
         return path if demo_path(path) != path else str((folder / Path(path).expanduser()).resolve())

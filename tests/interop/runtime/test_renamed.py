@@ -35,7 +35,7 @@ def test_current_plan_leaves_a_name_that_has_no_place() -> None:
 
 
 def test_current_plan_rejects_both_names_of_a_field() -> None:
-    with pytest.raises(ValueError, match="gain is 'share' beside preconditioner, its present name; .*Remove gain"):
+    with pytest.raises(ValueError, match=r"gain is 'share' beside preconditioner, its present name; .*Remove gain"):
         current_plan({"gain": "share", "preconditioner": "frozen"}, FIELDS)
 
 
