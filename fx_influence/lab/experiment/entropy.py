@@ -1,4 +1,4 @@
-"""The main job: sample U and E from a saved training state, attribute the step, check it at finite steps, store it."""
+"""Run the main experiment: sample U and E from a saved training state, attribute the step, check it at finite steps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fx_influence.interop.runtime.run_files import BASELINE, SEQUENCES, UPDATE_T
 from fx_influence.interop.runtime.run_records import sequence_records, token_arrays
 from fx_influence.lab.analysis.allocation import allocation_correlations
 from fx_influence.lab.experiment.derivatives import derivative_check
+from fx_influence.lab.experiment.evaluate import evaluate
 from fx_influence.lab.experiment.finite_steps import Arrays
-from fx_influence.lab.experiment.measure import evaluate, first_order
-from fx_influence.lab.experiment.runner import Experiment, carry_out
+from fx_influence.lab.experiment.first_order import first_order
+from fx_influence.lab.experiment.runner import RunContext, run_experiment
 from fx_influence.lab.experiment.step import Step, measure_step
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts
 from fx_influence.lab.inputs.training_state import TrainingState
@@ -29,65 +30,71 @@ def run(
 ) -> EntropyInfluenceResults:
     """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
 
-    ``path``: None stands for a directory in ``runs`` that is the plan's own. ``progress(phase, done, total)`` is called
-    as the work goes on.
-
     Where a launcher has started several processes, or the caller a process group, all of them make the call, share the
-    work and have the results; ``path`` is that of the first, which alone reads and writes there.
+    work and have the results; ``path`` is that of the first, which alone reads and writes there. With one seed a run
+    repeats bit for bit on one machine, figures of time and memory excepted.
 
-    Raises ``PlanError`` and the errors of checkpoints, prompts and rewards before anything is sampled or written, and
-    ``RunDirectoryError`` where ``path`` holds something else. With one seed a run repeats bit for bit on one machine,
-    figures of time and memory apart.
+    Args:
+        plan: what to measure.
+        path: run directory; None: one in ``runs`` that is named after the plan's content.
+        progress: called with (phase, done, total) as the work goes on.
+
+    Returns:
+        What the run directory holds, see ``load_run``.
+
+    Raises:
+        PlanError: and the errors of checkpoints, prompts and rewards, before anything is sampled or written.
+        RunDirectoryError: where ``path`` holds something else.
     """
-    return carry_out(plan, path, _measure, load_run, progress)
+    return run_experiment(plan, path, _measure, load_run, progress)
 
 
-def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
-    directory, batch = now.directory, update_batch(plan, now.u)
-    with timed(now.seconds, "derivative check"):
-        derivatives = derivative_check(plan, now.state, now.u.batch)
-    with timed(now.seconds, "step"):
-        directory.write_arrays(UPDATE_TOKENS, token_arrays(batch, now.u.values))
-        step = measure_step(plan, now.state, batch, plan.preconditioner, directory, now.progress)
-        directory.write_tensors(BASELINE, step.parts.baseline)
+def _measure(plan: EntropyInfluencePlan, context: RunContext) -> dict[str, Any]:
+    directory, batch = context.directory, update_batch(plan, context.u)
+    with timed(context.seconds, "derivative check"):
+        derivatives = derivative_check(plan, context.state, context.u.batch)
+    with timed(context.seconds, "step"):
+        directory.write_arrays(UPDATE_TOKENS, token_arrays(batch, context.u.values))
+        step = measure_step(plan, context.state, batch, plan.preconditioner, directory, context.progress)
+        directory.write_tensors(BASELINE, step.decomposition.baseline)
     for i in range(len(plan.evaluations)):
         if not directory.has(eval_file(i, ".json")):
-            _evaluation(plan, now, step, i)
-        for pieces in _pieces(directory, i):
+            _measure_evaluation(plan, context, step, i)
+        for pieces in _evaluation_pieces(directory, i):
             pieces.clear()
     with raise_if_damaged(directory.path):
         arrays = [directory.read_arrays(eval_file(i, ".npz")) for i in range(len(plan.evaluations))]
-        sequences = _sequences(now.state, now.u, step, arrays[0])
+        sequences = _sequence_records(context.state, context.u, step, arrays[0])
         evaluations = [directory.read_json(eval_file(i, ".json")) for i in range(len(plan.evaluations))]
     directory.write_jsonl(SEQUENCES, sequences)
     allocations = [
-        allocation_correlations(sequences, found["per_sequence"], evaluation["baseline"])
-        for found, evaluation in zip(arrays, evaluations, strict=True)
+        allocation_correlations(sequences, evaluation_arrays["per_sequence"], evaluation["baseline"])
+        for evaluation_arrays, evaluation in zip(arrays, evaluations, strict=True)
     ]
     figures = {"evaluations": evaluations, "allocations": allocations, "derivative_check": derivatives}
     return {**evaluations[0], **figures}
 
 
-def _evaluation(plan: EntropyInfluencePlan, now: Experiment, step: Step, i: int) -> None:
-    directory, progress = now.directory, now.progress
-    e = now.sampled_evaluation(plan, i)
-    first, blocks = _pieces(directory, i)
-    with timed(now.seconds, "first order"):
-        slopes = first_order(plan, now.state, step, e, first, progress)
-    with timed(now.seconds, "finite steps"):
-        result = evaluate(plan, now.state, step, e, slopes, blocks, progress)
+def _measure_evaluation(plan: EntropyInfluencePlan, context: RunContext, step: Step, i: int) -> None:
+    directory, progress = context.directory, context.progress
+    e = context.load_evaluation(plan, i)
+    first_order_pieces, block_pieces = _evaluation_pieces(directory, i)
+    with timed(context.seconds, "first order"):
+        first = first_order(plan, context.state, step, e, first_order_pieces, progress)
+    with timed(context.seconds, "finite steps"):
+        result = evaluate(plan, context.state, step, e, first, block_pieces, progress)
     directory.write_array(eval_file(i, "_delta_matrix.npy"), result.matrix)
     directory.write_arrays(eval_file(i, ".npz"), result.arrays)
-    # Written last: its presence says that the evaluation is whole.
+    # Written last, because its presence says that the evaluation is complete.
     directory.write_json(eval_file(i, ".json"), result.summary)
 
 
-def _pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arrays]]:
-    """What an evaluation keeps while it lasts: the parts of its first order, and the blocks of its sweep."""
+def _evaluation_pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arrays]]:
+    """Return the temporary pieces of an evaluation: the tasks of its first order, and the blocks of its sweep."""
     return directory.array_pieces(eval_file(i, "_first_order")), directory.array_pieces(eval_file(i, "_block"))
 
 
-def _sequences(
+def _sequence_records(
     state: TrainingState, u: ScoredRollouts, step: Step, arrays: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     mask = u.batch.completion_mask

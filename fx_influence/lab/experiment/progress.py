@@ -1,4 +1,4 @@
-"""The progress of long work on standard error: bars in a terminal, a line now and then anywhere else."""
+"""Show the progress of long work on standard error: bars in a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress_on_stderr(shown: bool) -> Iterator[Progress]:
-    """Yield what is to be called with (phase, done, in all); nothing is written unless ``shown``."""
-    if shown and not sys.stderr.isatty():
-        yield Lines(lambda text: print(text, file=sys.stderr, flush=True))
+def progress_on_stderr(enabled: bool) -> Iterator[Progress]:
+    """Yield a function to call with (phase, done, total); it writes nothing unless ``enabled``."""
+    if enabled and not sys.stderr.isatty():
+        yield ProgressLines(lambda text: print(text, file=sys.stderr, flush=True))
         return
     columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with RichProgress(*columns, console=Console(stderr=True), disable=not shown) as bars:
-        yield _Bars(bars)
+    with RichProgress(*columns, console=Console(stderr=True), disable=not enabled) as bars:
+        yield _ProgressBars(bars)
 
 
-class Lines:
-    """Progress in plain lines: as a phase begins and as it ends, and between these every half minute at most.
+class ProgressLines:
+    """Progress in plain lines: where a phase begins, where it ends, and every half minute at most in between.
+
+    Args:
+        write: called with each line.
+        clock: seconds, from any origin.
 
     Example:
-        >>> lines = Lines(print, clock=iter([0.0, 0.1, 31.0, 32.0]).__next__)
+        >>> lines = ProgressLines(print, clock=iter([0.0, 0.1, 31.0, 32.0]).__next__)
         >>> for done in (0, 1, 2, 3):
         ...     lines("sampling", done, 3)
         fx-influence: sampling 0/3
@@ -42,21 +46,21 @@ class Lines:
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock = write, clock
         self._phase = ""
-        self._began = self._written = 0.0
+        self._phase_start = self._last_line = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = self._clock()
         if phase != self._phase:
-            self._phase, self._began = phase, now
-        elif done < total and now - self._written < SECONDS_BETWEEN_LINES:
+            self._phase, self._phase_start = phase, now
+        elif done < total and now - self._last_line < SECONDS_BETWEEN_LINES:
             return
-        self._written = now
-        seconds = f", {now - self._began:.0f} s" if now > self._began else ""
+        self._last_line = now
+        seconds = f", {now - self._phase_start:.0f} s" if now > self._phase_start else ""
         self._write(f"fx-influence: {phase} {done}/{total}{seconds}")
 
 
-class _Bars:
-    """One progress bar a phase."""
+class _ProgressBars:
+    """Progress as one bar per phase."""
 
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars

@@ -1,4 +1,4 @@
-"""The step that U makes from the training state."""
+"""Compute the step that U makes from the training state, and say how many directions fit in memory at once."""
 
 from __future__ import annotations
 
@@ -24,15 +24,22 @@ from fx_influence.types import Batch, Gradients, Params, Preconditioner
 
 NORMS = "step_gradient_norms.npy"
 STEP_PIECES = GRADIENT, NORMS
-"""Kept while a run lasts."""
+"""Files that are stored while a run lasts, and removed when it is finished."""
 
 
 class Step(NamedTuple):
-    """U's batch with coefficients, its gradient and what AdamW makes of it, and |g_i| (n_u,)."""
+    """The step that U makes.
+
+    Attributes:
+        batch: U with coefficients.
+        gradient: of the loss, by parameter name; None where a parameter has none.
+        decomposition: what AdamW makes of the gradient.
+        gradient_norms: (n_u,), |g_i|.
+    """
 
     batch: Batch
     gradient: Gradients
-    parts: AdamWDecomposition
+    decomposition: AdamWDecomposition
     gradient_norms: Tensor
 
     def __repr__(self) -> str:
@@ -47,7 +54,16 @@ def measure_step(
     directory: RunDirectory,
     progress: Progress,
 ) -> Step:
-    """The step that ``batch`` makes from the training state; its gradient is kept in ``directory``, or read there."""
+    """Return the step that ``batch`` makes from the training state.
+
+    Args:
+        plan: has the settings of the passes and the clipping.
+        state: the training state.
+        batch: U with coefficients.
+        preconditioner: see ``adamw_decompose``.
+        directory: stores the gradient and the norms, or has them of an interrupted run.
+        progress: called as the two of them are there.
+    """
     progress("step", 0, 2)
     if not directory.has(GRADIENT):
         g = batch_gradient(state.params, batch, state.apply, plan.temperature, plan.chunk_size)
@@ -59,56 +75,62 @@ def measure_step(
     with raise_if_damaged(directory.path):
         stored, norms = directory.read_tensors(GRADIENT), torch.from_numpy(directory.read_array(NORMS))
     gradient: Gradients = {name: stored[name].to(plan.device) if name in stored else None for name in state.params}
-    parts = adamw_decompose(gradient, state.opt_state, state.params, preconditioner, plan.max_grad_norm)
-    return Step(batch, gradient, parts, norms)
+    decomposition = adamw_decompose(gradient, state.opt_state, state.params, preconditioner, plan.max_grad_norm)
+    return Step(batch, gradient, decomposition, norms)
 
 
 def step_directions(
     plan: StepPlan, state: TrainingState, step: Step, names: Collection[str] = STEP_DIRECTIONS
 ) -> dict[str, Params]:
-    """v by name, for those of ``names`` that are directions of the whole step, in the order of ``STEP_DIRECTIONS``."""
-    parts = step.parts
-    found = {
-        "full": parts.direction,
-        "baseline": parts.baseline,
-        "momentum": parts.momentum,
-        "weight_decay": parts.weight_decay,
+    """Return v by name of direction, for the directions of the whole step.
+
+    Args:
+        plan: has the clipping.
+        state: the training state.
+        step: what U makes of it.
+        names: directions wanted; those of single rollouts among them are passed over.
+    """
+    directions = {
+        "full": step.decomposition.direction,
+        "baseline": step.decomposition.baseline,
+        "momentum": step.decomposition.momentum,
+        "weight_decay": step.decomposition.weight_decay,
     }
     if "rmsprop" in names:
-        decomposed = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm)
-        found["rmsprop"] = decomposed.direction
-    return {name: v for name, v in found.items() if name in names}
+        rmsprop = adamw_decompose(step.gradient, state.opt_state, state.params, "rmsprop", plan.max_grad_norm)
+        directions["rmsprop"] = rmsprop.direction
+    return {name: v for name, v in directions.items() if name in names}
 
 
 def directions_per_block(plan: StepPlan, params: Params) -> int:
-    """How many directions fit the plan's memory budget, with the copies that measuring along one takes."""
+    """Return how many directions fit the plan's memory budget, with the copies that measuring along one takes."""
     size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
     return max(1, plan.memory_budget // (plan.copies_of_a_direction() * size))
 
 
 def rollouts_per_block(plan: StepPlan, params: Params) -> int:
-    """How many rollouts' gradients and finite steps, two directions each, are made together."""
+    """Return how many rollouts have their gradients and finite steps, two directions each, computed at once."""
     return max(1, min(plan.sequences_per_block, directions_per_block(plan, params) // 2))
 
 
-def moving_rows(batch: Batch) -> tuple[Batch, Tensor]:
-    """The rollouts of U that differ, each once, and for every rollout the index of its equal; (n_u,).
+def distinct_update_rows(batch: Batch) -> tuple[Batch, Tensor]:
+    """Return the distinct rollouts of U, and the index among them of every rollout, (n_u,).
 
-    Rollouts without a coefficient move nothing and are all equal to the first of them.
+    Rollouts without a nonzero coefficient move nothing, and all count as copies of the first of them.
     """
     weights = [w for w in (batch.coefficients, batch.entropy_coefficients) if w is not None]
     moves = torch.stack([(w != 0).any(-1) for w in weights]).any(0)
     index = torch.arange(len(moves), device=moves.device)
-    still = index[~moves]
-    return distinct_rows(batch if not len(still) else select_rows(batch, torch.where(moves, index, still[0])))
+    inert = index[~moves]
+    return distinct_rows(batch if not len(inert) else select_rows(batch, torch.where(moves, index, inert[0])))
 
 
 def _gradient_norms(plan: StepPlan, state: TrainingState, batch: Batch) -> Tensor:
-    once, index = moving_rows(batch)
+    distinct, index = distinct_update_rows(batch)
 
-    def norms(part: Batch) -> Tensor:
-        gradients = rollout_gradients(state.params, part, state.apply, plan.temperature)
+    def norms(rows: Batch) -> Tensor:
+        gradients = rollout_gradients(state.params, rows, state.apply, plan.temperature)
         return torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0).cpu()
 
-    parts = row_chunks(once, rollouts_per_block(plan, state.params))
-    return torch.cat(state.job.map_tasks([partial(norms, part) for part in parts]))[index.cpu()]
+    blocks = row_chunks(distinct, rollouts_per_block(plan, state.params))
+    return torch.cat(state.job.map_tasks([partial(norms, rows) for rows in blocks]))[index.cpu()]

@@ -12,9 +12,9 @@ from fx_influence.core.display import record_line
 from fx_influence.interop.checkpoints.load import load_tokenizer
 from fx_influence.interop.prompts import Prompt, as_conversations, make_prompts, read_prompts
 from fx_influence.interop.rewards import Reward
-from fx_influence.interop.scoring import check_columns, check_reward, resolve_reward
 from fx_influence.interop.rollouts.read import read_rollouts
 from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.scoring import check_columns, check_reward, resolve_reward
 from fx_influence.lab.plan import (
     BatchRequest,
     CustomSequence,
