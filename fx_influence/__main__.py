@@ -1,4 +1,7 @@
-"""``python -m fx_influence``: the command line, by name, since the mathematics beside this imports no lab."""
+"""Run the command line for ``python -m fx_influence``.
+
+It is run by name, because no module outside of ``lab`` imports ``lab``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, ``fx-influence``: what can be asked. Nothing heavy is imported before something is to be done."""
+"""Define the command line, ``fx-influence``; nothing heavy is imported before a command is carried out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from fx_influence import __version__
 
 COMMENTED_PLAN = Path(__file__).parent / "demo" / "plan.yaml"
-"""The embedded default with every field and its meaning."""
+"""The embedded default plan, with every field and its meaning."""
 
-BEGINNING = """begin with
+EXAMPLES = """begin with
   fx-influence run                          the embedded demo, into runs/demo
   fx-influence plan > plan.yaml             a plan with every field explained; it runs as it stands
   fx-influence run plan.yaml --out DIR      a plan of your own
@@ -29,23 +29,29 @@ a plan of your own checkpoint needs at least
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 refused or bad input, 130 interrupted.
+    """Run the command line.
 
-    Started several times by torchrun the processes share the work, and the first prints; a refusal is printed once.
+    Started several times by torchrun the processes share the work, and the first prints; an error is printed once.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0 done, 1 bad input, 130 interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "plan":
             print(COMMENTED_PLAN.read_text(encoding="utf-8"), end="", flush=True)
             return 0
-        from fx_influence.lab.commands import carry_out
+        from fx_influence.lab.commands import run_command
 
-        return carry_out(arguments)
+        return run_command(arguments)
     except KeyboardInterrupt:
         print("fx-influence: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output, such as head, has seen enough; Python would complain once more when it ends.
+        # The reader of the output, such as head, has closed it; without this Python would complain when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -54,24 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fx-influence",
         description="Which rollouts and tokens of an optimizer step change a model's entropy, and by how much.",
-        epilog=BEGINNING,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fx-influence {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what, ending in (
+    for name, description, suffix in (
         ("run", "sample, attribute, check, store and print one step", ""),
         ("fisher", "how one step's rollouts move the log-probability of others: kernel and prediction", "-fisher"),
     ):
-        command = commands.add_parser(name, help=what)
+        command = commands.add_parser(name, help=description)
         command.add_argument("plan", nargs="?", type=Path, help="a YAML plan (default: the embedded demo)")
-        command.add_argument("--out", type=Path, help=f"run directory (default: runs/ and the plan's name{ending})")
-        command.add_argument("--seed", type=int, help="instead of the plan's seed")
-        command.set_defaults(ending=ending)
+        command.add_argument("--out", type=Path, help=f"run directory (default: runs/ and the plan's name{suffix})")
+        command.add_argument("--seed", type=int, help="seed to use instead of the plan's")
+        command.set_defaults(suffix=suffix)
     commands.add_parser("plan", help="print a plan with every field explained, to be changed and run")
     command = commands.add_parser("report", help="print a finished run again, and write its page report/index.html")
     command.add_argument("directory", type=Path, help="a run directory")
-    command = commands.add_parser("analyze", help="what a finished run's influences go with; tables and CSV files")
+    command = commands.add_parser("analyze", help="tables and CSV files of what a finished run's influences go with")
     command.add_argument("directory", type=Path, help="a run directory; the files go into its folder analysis")
     return parser
 

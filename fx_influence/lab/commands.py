@@ -1,4 +1,4 @@
-"""What the command line does once it is known what is asked: ``run``, ``fisher``, ``report`` and ``analyze``."""
+"""Carry out the commands of ``fx-influence``: ``run``, ``fisher``, ``report`` and ``analyze``."""
 
 from __future__ import annotations
 
@@ -22,46 +22,47 @@ from fx_influence.lab.experiment.progress import progress_on_stderr
 from fx_influence.lab.fisher.results import UPDATE_SELF_KERNEL, load_fisher_run
 from fx_influence.lab.fisher.run import run_fisher
 from fx_influence.lab.fisher.table import print_fisher
-from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan
-from fx_influence.lab.plan.files import read_plan
+from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan, read_plan
+from fx_influence.lab.plan.files import print_note
 from fx_influence.lab.report import write_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 
 WIDTH = 160
+"""Columns of tables where the output is not a terminal."""
 
 
-def carry_out(arguments: argparse.Namespace) -> int:
-    """Do what ``arguments`` ask, in every process of a job; returns the exit status."""
+def run_command(arguments: argparse.Namespace) -> int:
+    """Carry out the command in ``arguments``, in every process of a job, and return the exit status."""
     disable_progress_bar()
     if not is_launched():
-        return _carry_out(arguments)
-    # Of use under a launcher alone.
+        return _run_command(arguments)
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # What is no refusal is then shown in the launcher's report.
-    return record(_carry_out)(arguments) or 0
+    # Errors other than the user's then appear in the launcher's report.
+    return record(_run_command)(arguments) or 0
 
 
-def _carry_out(arguments: argparse.Namespace) -> int:
+def _run_command(arguments: argparse.Namespace) -> int:
     with join_job() as job:
         try:
             {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments, job)
         except BrokenPipeError:
             raise
         except USER_ERRORS as error:
-            return _ended(job, one_line(error), 1)
+            return _report_end(job, one_line(error), 1)
         except LostRankError as error:
-            status = _ended(job, str(error), 1)
-            # The launcher ends all processes when one has ended, and in its report blames the first that did.
+            status = _report_end(job, str(error), 1)
+            # The launcher ends all processes when one has ended, and its report blames the first that did, which
+            # must not be this one.
             time.sleep(GRACE.total_seconds())
             return status
         except KeyboardInterrupt:
-            return _ended(job, "interrupted; the same command continues where it stopped", 130)
+            return _report_end(job, "interrupted; the same command continues where it stopped", 130)
     return 0
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says in one printable line; of the system's own, which file it is and what to check.
+    """Return an error as one printable line; an error of the operating system names the file and what to check.
 
     Example:
         >>> one_line(PermissionError(13, "Permission denied", "runs"))
@@ -74,39 +75,39 @@ def one_line(error: Exception) -> str:
     return printable(re.sub(r"\s*\n\s*", " ", text.strip()))
 
 
-def _ended(job: Job, message: str, status: int) -> int:
+def _report_end(job: Job, message: str, status: int) -> int:
     job.print_once(message, lambda text: print(f"fx-influence: {text}", file=sys.stderr, flush=True))
     return status
 
 
 def _run(arguments: argparse.Namespace, job: Job) -> None:
-    plan, out = job.raise_on_all(lambda: _plan(arguments, EntropyInfluencePlan))
+    plan, out = job.raise_on_all(lambda: _read_plan(arguments, EntropyInfluencePlan, job))
     with progress_on_stderr(job.rank == 0) as progress:
         results = run(plan, out, progress)
-    job.on_rank0(lambda: _show(results))
+    job.on_rank0(lambda: _print_and_write_page(results))
 
 
-def _show(results: EntropyInfluenceResults) -> None:
+def _print_and_write_page(results: EntropyInfluenceResults) -> None:
     print_run(results, _console())
     try:
         _write_page(results)
     except ImportError as error:
-        # The run is done and stored: what only the page lacks does not fail it.
+        # The run is finished and stored, so a package that only the page needs does not make it fail.
         print(f"no page: {error}", file=sys.stderr)
 
 
 def _fisher(arguments: argparse.Namespace, job: Job) -> None:
-    plan, out = job.raise_on_all(lambda: _plan(arguments, FisherKernelPlan))
+    plan, out = job.raise_on_all(lambda: _read_plan(arguments, FisherKernelPlan, job))
     with progress_on_stderr(job.rank == 0) as progress:
         results = run_fisher(plan, out, progress)
     job.on_rank0(lambda: print_fisher(results, _console()))
 
 
 def _report(arguments: argparse.Namespace, job: Job) -> None:
-    job.on_rank0(lambda: _show_stored(arguments))
+    job.on_rank0(lambda: _print_stored(arguments))
 
 
-def _show_stored(arguments: argparse.Namespace) -> None:
+def _print_stored(arguments: argparse.Namespace) -> None:
     if (arguments.directory / UPDATE_SELF_KERNEL).is_file():
         print_fisher(load_fisher_run(arguments.directory), _console())
     else:
@@ -121,22 +122,28 @@ def _write_page(results: EntropyInfluenceResults) -> None:
 
 
 def _analyze(arguments: argparse.Namespace, job: Job) -> None:
-    job.on_rank0(lambda: _show_analysis(arguments))
+    job.on_rank0(lambda: _print_analyses(arguments))
 
 
-def _show_analysis(arguments: argparse.Namespace) -> None:
-    for found in write_analysis(load_run(arguments.directory)):
-        print_analysis(found, _console())
+def _print_analyses(arguments: argparse.Namespace) -> None:
+    for analysis in write_analysis(load_run(arguments.directory)):
+        print_analysis(analysis, _console())
 
 
-def _plan(arguments: argparse.Namespace, kind: type[AnyPlan]) -> tuple[AnyPlan, Path]:
-    plan = kind() if arguments.plan is None else read_plan(arguments.plan, kind)
+def _read_plan(arguments: argparse.Namespace, plan_type: type[AnyPlan], job: Job) -> tuple[AnyPlan, Path]:
+    """Return the plan that the command names, the embedded demo's without one, and the run directory."""
+    note = print_note if job.rank == 0 else _no_note
+    plan = plan_type() if arguments.plan is None else read_plan(arguments.plan, plan_type, note)
     if arguments.seed is not None:
         plan = dataclasses.replace(plan, seed=arguments.seed)
     name = "demo" if arguments.plan is None else arguments.plan.stem
-    return plan, arguments.out or Path("runs") / f"{name}{arguments.ending}"
+    return plan, arguments.out or Path("runs") / f"{name}{arguments.suffix}"
+
+
+def _no_note(text: str) -> None:
+    """Print nothing: the notes of ranks other than 0."""
 
 
 def _console() -> Console:
-    # Where the output is no terminal, rich would fold its tables to 80 columns.
+    # Where the output is not a terminal, rich would fold its tables to 80 columns.
     return Console() if sys.stdout.isatty() else Console(width=WIDTH)

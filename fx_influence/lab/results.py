@@ -1,4 +1,4 @@
-"""A finished run read back as values."""
+"""Read a finished run back as values."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ from fx_influence.types import Params
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResults:
-    """One evaluation batch E: the arrays of its ``.npz``, M (n_e, n_u) per unit lr, its figures and its rollouts.
+    """One evaluation batch E.
 
-    M is None where it was not stored, as for a step measured inside a training.
-
-    The arrays' names: ``lab.sweep.sweep`` and ``lab.analysis.finite_steps.figures.rollout_fits``.
+    Attributes:
+        arrays: of its ``.npz``; their names are in ``lab.experiment.finite_steps.sweep`` and
+            ``lab.analysis.finite_steps.figures.rollout_fits``.
+        matrix: M (n_e, n_u), nats per unit lr; None where it was not stored, as for a step measured inside a training.
+        summary: figures of the evaluation.
+        rollouts: of E, in the order of every axis over E.
     """
 
     arrays: dict[str, np.ndarray]
@@ -52,9 +55,16 @@ class EvaluationResults:
 class EntropyInfluenceResults:
     """A run as it was stored. Influences are in nats per unit lr; times ``summary["lr"]``, in nats per step.
 
-    ``sequences``: one record per rollout of U, in the order of every array over U. ``tokens``: ``logprobs``,
-    ``entropies``, ``coefficients`` and, with an entropy bonus, ``entropy_coefficients`` of U's tokens, (n_u, T) in the
-    columns of ``per_token``; empty for a run that was stored without them.
+    Attributes:
+        path: the run directory.
+        plan: what was measured.
+        environment: packages, hardware, and hashes of the files that were read.
+        summary: figures of the run.
+        sequences: one record per rollout of U, in the order of every array over U.
+        update_rollouts: of U, in the same order.
+        tokens: ``logprobs``, ``entropies``, ``coefficients`` and, with an entropy bonus, ``entropy_coefficients`` of
+            U's tokens, (n_u, T) in the columns of ``per_token``; empty for a run that was stored without them.
+        evaluations: one for each E.
     """
 
     path: Path
@@ -67,20 +77,31 @@ class EntropyInfluenceResults:
     evaluations: tuple[EvaluationResults, ...]
 
     def baseline(self) -> Params:
-        """v_baseline by parameter name, read when asked for: it is as large as the model."""
+        """Return v_baseline by parameter name; it is read at the call, because it is as large as the model."""
         directory = RunDirectory(self.path)
         with raise_if_damaged(self.path):
             return directory.read_tensors(BASELINE)
 
     def table(self) -> Any:
-        """``sequences`` as a pandas DataFrame. Raises ``ImportError`` naming the remedy where pandas is missing."""
+        """Return ``sequences`` as a pandas DataFrame.
+
+        Raises:
+            ImportError: naming the remedy, where pandas is missing.
+        """
         return _pandas().DataFrame(self.sequences)
 
     def finite_steps(self, evaluation: int = 0) -> Any:
-        """The sweep as a pandas DataFrame, a row for each rollout of U and eta: Delta H of its part, raw, in nats.
+        """Return the sweep as a pandas DataFrame, a row for each rollout of U and eta: Delta H in nats.
 
-        Columns: ``id``, ``eta``, ``first_order`` (eta delta_i) and, as far as they were swept, ``grad``,
-        ``grad_stderr``, ``grad_ess`` and ``baseline_plus_grad`` (less the baseline's). Raises as ``table`` does.
+        Args:
+            evaluation: number of E.
+
+        Returns:
+            Columns ``id``, ``eta``, ``first_order`` (eta delta_i) and, as far as they were measured, ``grad``,
+            ``grad_stderr``, ``grad_ess`` and ``baseline_plus_grad`` (less the baseline's).
+
+        Raises:
+            ImportError: naming the remedy, where pandas is missing.
         """
         arrays = self.evaluations[evaluation].arrays
         eta, n_u = arrays["eta"], len(self.sequences)
@@ -98,12 +119,21 @@ class EntropyInfluenceResults:
 
 
 def displayed_prompt(record: dict[str, Any]) -> str:
-    """Return what people are shown as the prompt of a stored rollout: a conversation's question, or else the text."""
+    """Return the prompt of a stored rollout as people read it: a conversation's question, or else the text."""
     return str(record.get("question") or record["prompt"])
 
 
 def load_run(path: str | Path) -> EntropyInfluenceResults:
-    """The finished run in a directory. Raises ``RunDirectoryError`` naming the file that is missing or damaged."""
+    """Return the finished run, or the step measured inside a training, that a directory holds.
+
+    Directories of version 0.1 are read too, under the present names of fields, see ``interop.runtime.renamed``.
+
+    Args:
+        path: of the run directory.
+
+    Raises:
+        RunDirectoryError: naming the file that is missing or damaged.
+    """
     directory = RunDirectory.finished(path, SEQUENCES)
     with raise_if_damaged(directory.path):
         plan = EntropyInfluencePlan.from_dict(directory.read_yaml(PLAN))

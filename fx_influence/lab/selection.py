@@ -1,4 +1,4 @@
-"""Which rollouts or tokens a step can do without, where it would lower the entropy too far."""
+"""Choose the rollouts or tokens that a step can leave out where it would lower the entropy too far."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from fx_influence.core.display import record_line
 
 
 class Selection(NamedTuple):
-    """Weights for the coefficients of U, and what the step is foretold to do with them, per unit lr.
+    """Weights for the coefficients of U, and the step predicted with them, per unit lr.
 
-    ``weights``: w in [0, 1], float64, (n_u,) or (n_u, T) per token; 1 keeps a rollout as it is. ``entropy``: baseline +
-    sum_i w_i delta_i, nats; ``reward``: the same of the reward. ``lost``: sum_i (1 - w_i) max(reward_i, 0), what the
-    reward gives up. ``reached``: whether ``entropy`` is at least the floor; where no weights do that, all that lowers
-    the entropy has weight 0.
+    Attributes:
+        weights: w in [0, 1], float64, (n_u,) or (n_u, T) per token; 1 leaves a rollout as it is.
+        entropy: baseline + sum_i w_i delta_i, nats.
+        reward: the same of the reward.
+        lost: sum_i (1 - w_i) max(reward_i, 0), the reward that is given up.
+        reached: whether ``entropy`` is at least the floor; where no weights do that, all that lowers the entropy has
+            weight 0.
     """
 
     weights: Tensor
@@ -37,19 +40,27 @@ class Selection(NamedTuple):
 def select(
     influence_entropy: Influence, influence_reward: Influence, *, floor: float, per_token: bool = False
 ) -> Selection:
-    """Weights of U's rollouts that keep the foretold entropy above a floor at the least loss of foretold reward.
+    """Return weights of U that keep the predicted entropy above a floor at the least loss of predicted reward.
 
     With delta_i and r_i the influences of rollout i on entropy and reward, the linear program
 
         minimise sum_i (1 - w_i) max(r_i, 0)   subject to   baseline + sum_i w_i delta_i >= floor,   0 <= w_i <= 1
 
-    where of what costs nothing no more is left out than the floor needs. ``influence_entropy``, ``influence_reward``:
-    of the same step on the same U, the second with ``objective=expected_reward(...)``. ``floor``: nats per unit lr,
-    like the influences: for a fall of at most x nats in a step of learning rate lr, -x / lr. ``per_token``: weights of
-    tokens, not rollouts. The influences are of the step as it is: with other weights its second moment and clipping
-    would be others, to second order in what is left out. Multiply ``batch_u.coefficients`` by the weights.
+    in which no more is left out than the floor needs, even where it costs nothing. The influences are of the step as it
+    is: with other weights its second moment and clipping would be others, to second order in what is left out. Multiply
+    ``batch_u.coefficients`` by the weights.
 
-    Raises ``ValueError`` for influences of different shape, or without tokens where those are asked for.
+    Args:
+        influence_entropy: of the step on the entropy.
+        influence_reward: of the same step on the same U, with ``objective=expected_reward(...)``.
+        floor: nats per unit lr, like the influences: for a fall of at most x nats in a step of learning rate lr,
+            -x / lr.
+        per_token: weigh tokens, not rollouts.
+
+    Raises:
+        TypeError: for what are no influences.
+        ValueError: for influences of different shape, or without tokens where ``per_token`` needs them.
+
     Source: the linear program is a fractional knapsack, Dantzig 1957; solved by HiGHS in ``scipy.optimize``.
 
     Example:
@@ -66,16 +77,16 @@ def select(
         if not isinstance(out, Influence):
             raise wrong_type(field, out, "an Influence", "Pass what fx.influence(...) returns")
     check_number("floor", floor, "pass nats per unit lr, such as -x / lr for a fall of x", lambda x: not math.isnan(x))
-    deltas, rewards = (_parts(out, per_token) for out in (influence_entropy, influence_reward))
+    deltas, rewards = (_influences(out, per_token) for out in (influence_entropy, influence_reward))
     if deltas.shape != rewards.shape:
         raise ValueError(
             f"influence_entropy is of {tuple(deltas.shape)}, influence_reward of {tuple(rewards.shape)}; pass two "
-            "queries of the same step on the same batch_u"
+            "objectives of the same step on the same batch_u"
         )
     weights = _weights(deltas.flatten(), rewards.flatten(), floor - float(influence_entropy.baseline))
     w = torch.from_numpy(weights).to(deltas.device).reshape(deltas.shape)
     entropy = influence_entropy.baseline + (w * deltas).sum()
-    # What HiGHS calls equal.
+    # HiGHS meets constraints to this relative tolerance.
     slack = 1e-6 * float(deltas.abs().sum())
     return Selection(
         weights=w,
@@ -86,28 +97,28 @@ def select(
     )
 
 
-def _parts(out: Influence, per_token: bool) -> Tensor:
-    parts = out.per_token if per_token else out.per_sequence
-    if parts is None:
+def _influences(out: Influence, per_token: bool) -> Tensor:
+    values = out.per_token if per_token else out.per_sequence
+    if values is None:
         raise ValueError(
             "per_token is True but the influences hold no tokens; make them with influence(per_token=True)"
         )
-    return parts.double()
+    return values.double()
 
 
 def _weights(deltas: Tensor, rewards: Tensor, floor: float) -> np.ndarray:
-    """Of the program in 1 - w, over the entries that lower the entropy; all others keep weight 1."""
+    """Solve the program in 1 - w over the entries that lower the entropy; all others have weight 1."""
     delta, reward = deltas.cpu().numpy(), rewards.cpu().numpy()
     weights, lowers = np.ones(len(delta)), delta < 0
     missing = floor - delta.sum()
-    gain = -delta[lowers]
+    rise = -delta[lowers]
     if missing <= 0 or not lowers.any():
         return weights
-    if missing >= gain.sum():
+    if missing >= rise.sum():
         weights[lowers] = 0.0
         return weights
-    # Scaled to 1, since what counts as 0 is absolute there; a millionth for the entropy breaks ties of free entries.
-    cost = np.maximum(reward[lowers], 0) / max(np.abs(reward).max(), 1e-300) + 1e-6 * gain / gain.max()
-    found = linprog(cost, A_ub=-gain[None] / gain.sum(), b_ub=[-missing / gain.sum()], bounds=(0, 1), method="highs")
-    weights[lowers] = 1 - np.clip(found.x, 0, 1)
+    # Costs are scaled to 1, because HiGHS has an absolute zero; a millionth of the entropy breaks ties of free entries.
+    cost = np.maximum(reward[lowers], 0) / max(np.abs(reward).max(), 1e-300) + 1e-6 * rise / rise.max()
+    solution = linprog(cost, A_ub=-rise[None] / rise.sum(), b_ub=[-missing / rise.sum()], bounds=(0, 1), method="highs")
+    weights[lowers] = 1 - np.clip(solution.x, 0, 1)
     return weights

@@ -1,4 +1,4 @@
-"""A run directory: one plan a directory, so that an interrupted run can continue."""
+"""Store one run per directory, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -33,21 +33,28 @@ Piece = TypeVar("Piece")
 
 
 class RunDirectory(RunFiles):
-    """The files of one run that may be under way."""
+    """The files of one run, which may be under way."""
 
     @classmethod
     def start(cls, path: Path, plan: StepPlan, inputs: Mapping[str, str], job: Job = SINGLE_PROCESS) -> RunDirectory:
-        """Make the directory or continue in it. Raises ``RunDirectoryError`` where it holds anything but this plan.
+        """Make the directory, or continue in it.
 
-        ``inputs``: SHA-256 by name of what the plan reads. A run that began with other files is not continued.
+        Args:
+            path: of the directory.
+            plan: of the run.
+            inputs: SHA-256 by name of the files that the plan reads; a run that began with others is not continued.
+            job: the processes of the run, of which the first alone writes.
+
+        Raises:
+            RunDirectoryError: where the directory holds anything but a run of this plan.
         """
         job.on_rank0(lambda: cls(path)._begin(plan, inputs))
         return cls(path, job)
 
     def check_open_to(self, plan: StepPlan) -> None:
-        """Raise ``RunDirectoryError`` unless this plan's run may be stored there.
+        """Raise ``RunDirectoryError`` unless this plan's run may be stored in the directory.
 
-        It may where nothing is there yet, or part of the same run, or a start that failed.
+        It may where the directory is absent or empty, or holds part of the same run, or a start that failed.
         """
         path = self.path
         if self.has(PLAN):
@@ -58,10 +65,10 @@ class RunDirectory(RunFiles):
         elif path.exists() and not (path.is_dir() and _only_begun({file.name for file in path.iterdir()})):
             raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
         if not self.has(SUMMARY):
-            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
                 raise RunDirectoryError(
-                    f"{str(path)!r} cannot be written: {str(above)!r} is no directory that you may write to; choose "
+                    f"{str(path)!r} cannot be written: {str(existing)!r} is no directory that you may write to; choose "
                     "another --out"
                 )
 
@@ -80,7 +87,7 @@ class RunDirectory(RunFiles):
         if self.has(PLAN):
             if self.has(SUMMARY):
                 return
-            if not self._is_to_be_begun_again(plan, inputs):
+            if not self._must_restart(plan, inputs):
                 self._check_inputs(inputs)
                 self.remove(FAILED)
                 for leftover in path.glob(".*.tmp"):
@@ -92,15 +99,15 @@ class RunDirectory(RunFiles):
         self.write_text(PLAN, plan_text(plan))
 
     def _only_failed(self) -> bool:
-        """Whether nothing is there but what a start that failed has stored."""
+        """Return whether the directory holds nothing but the files of a start that failed."""
         names = {file.name for file in self.path.iterdir() if not file.name.endswith(".tmp")}
         return self.has(FAILED) and names <= {SUMS, *self._sums()}
 
-    def _is_to_be_begun_again(self, plan: StepPlan, inputs: Mapping[str, str]) -> bool:
-        """Whether a start failed that this one cannot go on from.
+    def _must_restart(self, plan: StepPlan, inputs: Mapping[str, str]) -> bool:
+        """Return whether the directory holds a start that failed, from which this run cannot continue.
 
-        It can from the pieces of rollouts that are sound where plan and files are the same, but where all of U was
-        there it is U that was refused, as where its rewards are all the same.
+        With the same plan and files it can continue from stored pieces of rollouts. Where all of U was stored, however,
+        it was U that was refused, as where its rewards are all the same, and U must be sampled again.
         """
         if not self._only_failed():
             return False
@@ -120,7 +127,15 @@ class RunDirectory(RunFiles):
 
     @classmethod
     def finished(cls, path: str | Path, *names: str) -> RunDirectory:
-        """The directory of a run that is whole. Raises ``RunDirectoryError`` where one of ``names`` is missing."""
+        """Return the directory of a finished run.
+
+        Args:
+            path: of the directory.
+            names: files that it must have beside those of every run.
+
+        Raises:
+            RunDirectoryError: naming the file that is missing.
+        """
         directory = cls(Path(path))
         for name in (PLAN, ENVIRONMENT, SUMMARY, UPDATE_ROLLOUTS, *names):
             if not directory.has(name):
@@ -131,14 +146,19 @@ class RunDirectory(RunFiles):
         return directory
 
     def array_pieces(self, prefix: str) -> Pieces[dict[str, np.ndarray]]:
+        """Return the numbered pieces ``prefix_00000.npz``, ... as a mapping."""
         return Pieces(self, prefix, ".npz", self.read_arrays, self.write_arrays)
 
     def rollout_pieces(self, prefix: str) -> Pieces[Sequence[Rollout]]:
+        """Return the numbered pieces ``prefix_00000.jsonl``, ... as a mapping."""
         return Pieces(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
 
 
 def _is_plan(stored: Any, plan: StepPlan) -> bool:
-    """Whether ``stored`` is ``plan`` as plain values; fields that came after it was stored have their defaults."""
+    """Return whether ``stored`` is ``plan`` as plain values.
+
+    Fields that are newer than the stored plan have their defaults; those of version 0.1 have their present names.
+    """
     try:
         return type(plan).from_dict(stored) == plan
     except PlanError:
@@ -146,13 +166,16 @@ def _is_plan(stored: Any, plan: StepPlan) -> bool:
 
 
 def _only_begun(names: set[str]) -> bool:
-    """Empty, or what a process leaves that was killed while it made the directory; a lone plan is somebody's own."""
+    """Return whether a directory is empty, or left by a process that was killed while it made the directory.
+
+    A directory with nothing but a plan is the user's.
+    """
     rest = {name for name in names if not name.endswith(".tmp")}
     return rest <= {ENVIRONMENT, SUMS, PLAN} and (ENVIRONMENT in rest or not rest)
 
 
 class Pieces(MutableMapping[int, Piece], Generic[Piece]):
-    """Numbered pieces of a long computation as files of a run directory, until the whole is stored."""
+    """Numbered pieces of a long computation as files of a run directory, until the complete result is stored."""
 
     def __init__(
         self,

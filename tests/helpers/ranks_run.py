@@ -50,7 +50,7 @@ BLOCK = "a block of rollouts is measured"
 
 def in_the_second_block(fault: Callable[[], None]) -> None:
     """Ranks have stored a block each when it happens; each is told of as it begins."""
-    real, count = sweep._of_rollouts, itertools.count(1)
+    real, count = sweep.rollout_gradients, itertools.count(1)
 
     def faulty(*args: Any) -> Any:
         print(BLOCK, flush=True)
@@ -58,7 +58,7 @@ def in_the_second_block(fault: Callable[[], None]) -> None:
             fault()
         return real(*args)
 
-    sweep._of_rollouts = faulty
+    sweep.rollout_gradients = faulty
 
 
 def command_line(fault: str, arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ import yaml
 import fx_influence as fx
 from fx_influence.lab.cli import COMMENTED_PLAN, main
 from fx_influence.lab.commands import one_line
-from fx_influence.lab.experiment.progress import Lines
+from fx_influence.lab.experiment.progress import ProgressLines
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -49,13 +49,13 @@ def test_cli_prints_the_commented_plan(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == COMMENTED_PLAN.read_text(encoding="utf-8")
 
 
-def test_influence_is_the_function_after_its_module_is_imported() -> None:
+def test_influence_is_a_function_after_its_module_is_imported() -> None:
     """Python sets a module as an attribute of its package, over the function of the same name."""
     code = "import fx_influence.attribution.influence, fx_influence as fx; print(type(fx.influence).__name__)"
     assert python("-c", code) == "function\n"
 
 
-def test_every_public_name_is_that_of_its_module() -> None:
+def test_public_names_exist_in_their_modules() -> None:
     assert {name for name in fx.__all__ if not hasattr(fx, name)} == set()
     assert set(fx.__all__) <= set(dir(fx))
     with pytest.raises(AttributeError, match="no attribute 'influenc'"):
@@ -76,7 +76,7 @@ def test_rooms_offer_their_own_names() -> None:
 
 
 @pytest.mark.slow
-def test_every_module_can_be_imported_first() -> None:
+def test_modules_can_each_be_imported_first() -> None:
     """No module may need another to have been imported before it."""
     paths = (ROOT / "fx_influence").rglob("*.py")
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
@@ -93,16 +93,16 @@ print("all")
     assert python("-W", "ignore", "-c", code) == "all\n"
 
 
-def test_lines_come_at_each_phase_and_every_half_minute() -> None:
+def test_progress_lines_mark_phases_and_half_minutes() -> None:
     written: list[str] = []
     times = iter([0.0, 10.0, 29.0, 31.0, 45.0, 60.0, 60.0])
-    lines = Lines(written.append, lambda: next(times))
+    lines = ProgressLines(written.append, lambda: next(times))
     for phase, done in (("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 4), ("a", 5), ("b", 0)):
         lines(phase, done, 5)
     assert written == [f"fx-influence: {what}" for what in ("a 0/5", "a 3/5, 31 s", "a 5/5, 60 s", "b 0/5")]
 
 
-def test_progress_without_a_terminal_leaves_the_table_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_keeps_progress_off_stdout_when_not_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(SMALL))
     assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
     shown = capfd.readouterr()
@@ -115,14 +115,14 @@ def test_progress_without_a_terminal_leaves_the_table_alone(tmp_path: Path, capf
     assert "What the step does to the entropy" in shown.out
 
 
-def test_errors_of_the_system_are_one_line() -> None:
+def test_one_line_names_file_and_reason() -> None:
     assert one_line(ValueError("a is 1;\n  expected 2\x1b[0m")) == "a is 1; expected 2\\x1b[0m"
     assert one_line(FileNotFoundError(2, "No such file or directory", "x")).startswith("'x' cannot be used: No such")
     assert one_line(OSError("no name")) == "no name"
     assert one_line(ValueError()) == "ValueError"
 
 
-def test_cli_ends_quietly_when_nobody_reads_its_output() -> None:
+def test_cli_is_silent_when_its_output_is_closed() -> None:
     command = f"{sys.executable} -m fx_influence plan | true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""

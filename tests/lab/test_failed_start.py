@@ -52,7 +52,7 @@ def run(folder: Path, **changes: Any) -> int:
 
 @pytest.mark.usefixtures("rewards")
 @pytest.mark.parametrize("broken", ["same", "missing"])
-def test_a_corrected_plan_takes_the_directory_over(tmp_path: Path, broken: str) -> None:
+def test_run_reuses_directory_when_plan_is_corrected(tmp_path: Path, broken: str) -> None:
     assert run(tmp_path, reward=f"made_rewards:{broken}") == 1
     assert (tmp_path / "out" / FAILED).is_file()
     assert run(tmp_path, reward="made_rewards:by_length") == 0
@@ -60,7 +60,7 @@ def test_a_corrected_plan_takes_the_directory_over(tmp_path: Path, broken: str) 
     assert fx.load_run(tmp_path / "out").plan.reward == "made_rewards:by_length"
 
 
-def test_a_corrected_reward_is_asked_again_under_the_same_plan(tmp_path: Path, rewards: ModuleType) -> None:
+def test_run_judges_again_when_reward_is_corrected(tmp_path: Path, rewards: ModuleType) -> None:
     assert run(tmp_path) == 1
     rewards.reward = rewards.by_length  # type: ignore[attr-defined]
     assert run(tmp_path) == 0
@@ -68,9 +68,7 @@ def test_a_corrected_reward_is_asked_again_under_the_same_plan(tmp_path: Path, r
 
 
 @pytest.mark.usefixtures("rewards")
-def test_a_file_of_the_users_own_keeps_a_failed_start_in_place(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_leaves_directory_alone_when_user_added_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path) == 1
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert run(tmp_path, reward="made_rewards:by_length") == 1
@@ -78,7 +76,7 @@ def test_a_file_of_the_users_own_keeps_a_failed_start_in_place(
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(
+def test_run_rejects_unwritable_place_before_loading_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(experiment, "load_state", lambda *_: pytest.fail("the model was read"))

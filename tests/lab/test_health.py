@@ -1,4 +1,4 @@
-"""What the health of a run says, and when: each check on figures made to pass and to fail it."""
+"""Check each finding of a run's health on figures that pass and on figures that fail."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from helpers.run_results import LR, find_finding, make_results
 from fx_influence.lab.health import RANKED, Finding, health
 
 
-def test_a_sound_run_is_fine_in_every_respect() -> None:
+def test_health_is_good_for_a_sound_run() -> None:
     findings = health(make_results(run={"update_off_policy": 1e-5}))
     assert {finding.level for finding in findings} == {"good"}
     assert len({finding.name for finding in findings}) == len(findings) == 10
 
 
-def test_noise_is_told_with_its_share_and_its_remedy() -> None:
+def test_health_tells_share_and_remedy_of_noise() -> None:
     noise = np.array([0.1] * 4 + [0.8] * 6)
     finding = find_finding("Standard errors of the rollouts", stderr=noise * np.array([1.0, 2.0] * 5))
     assert finding is not None
@@ -29,7 +29,7 @@ def test_noise_is_told_with_its_share_and_its_remedy() -> None:
     assert "About 2.6 times as many prompts in E" in finding.text
 
 
-def test_an_e_too_small_for_a_ranking_says_how_many_prompts_would_do() -> None:
+def test_ranking_tells_how_many_prompts_would_do() -> None:
     # With a share s of noise in the squares, n times the prompts leave s / n of noise beside 1 - s of influence.
     stderr = np.full(10, np.sqrt(0.5 * 2.5))
     finding = find_finding("Ranking of the rollouts", stderr=stderr)
@@ -40,13 +40,13 @@ def test_an_e_too_small_for_a_ranking_says_how_many_prompts_would_do() -> None:
     assert (0.5 / times) / (0.5 / times + 0.5) == pytest.approx(RANKED, rel=0.05)
 
 
-def test_where_all_is_noise_no_number_of_prompts_is_made_up() -> None:
+def test_ranking_names_no_number_when_all_is_noise() -> None:
     finding = find_finding("Ranking of the rollouts", stderr=np.full(10, 2.0))
     assert finding is not None
     assert "Many times as many prompts" in finding.text
 
 
-def test_rollouts_that_move_nothing_do_not_count_as_noise() -> None:
+def test_rollout_errors_leave_out_rollouts_that_move_nothing() -> None:
     arrays = {"per_sequence": np.array([1.0] * 2 + [0.0] * 8), "stderr": np.array([0.1] * 2 + [0.0] * 8)}
     finding = find_finding("Standard errors of the rollouts", **arrays)
     assert finding is not None
@@ -61,7 +61,7 @@ def test_rollouts_that_move_nothing_do_not_count_as_noise() -> None:
         ({"per_sequence": np.zeros(10), "stderr": np.zeros(10)}, "every influence is zero"),
     ],
 )
-def test_without_error_bars_or_influence_noise_is_unknown(arrays: dict[str, Any], words: str) -> None:
+def test_rollout_errors_are_unknown_without_stderr_or_influence(arrays: dict[str, Any], words: str) -> None:
     finding = find_finding("Standard errors of the rollouts", **arrays)
     assert finding is not None
     assert finding.level == "unknown"
@@ -69,7 +69,7 @@ def test_without_error_bars_or_influence_noise_is_unknown(arrays: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "words"),
+    ("name", "summary", "words"),
     [
         ("Sign of the total", {"total_stderr": 2.5}, "1.6 standard errors from zero"),
         ("First order", {"eta_trust": LR / 4}, "10% off at 0.25 of this step's length, so about 40% off"),
@@ -79,14 +79,14 @@ def test_without_error_bars_or_influence_noise_is_unknown(arrays: dict[str, Any]
         ("Predicted and measured", {"in_this_step": {"total": -4e-3, "measured": -2e-3}}, "100.0% apart"),
     ],
 )
-def test_a_figure_beyond_its_bound_needs_attention(name: str, own: dict[str, Any], words: str) -> None:
-    finding = find_finding(name, own)
+def test_health_needs_attention_when_beyond_bound(name: str, summary: dict[str, Any], words: str) -> None:
+    finding = find_finding(name, summary)
     assert finding is not None
     assert finding.level == "attention"
     assert words in finding.text
 
 
-def test_rollouts_below_the_rounding_are_counted() -> None:
+def test_rounding_floor_counts_rollouts_below_it() -> None:
     arrays = {"per_sequence": np.array([1.0] * 8 + [-2.0] * 2)}
     for floor, level, words in ((1.5 * LR, "attention", "more than 80% of"), (0.5 * LR, "good", "100% of rollouts")):
         finding = find_finding("Rounding of the weights", {"rounding_floor": floor}, **arrays)
@@ -96,20 +96,20 @@ def test_rollouts_below_the_rounding_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "own"),
+    ("name", "summary"),
     [
         ("Unattributed", {"unattributed": 0.1}),
         ("Predicted and measured", {"in_this_step": {"total": -4e-3, "measured": -3.9e-3}}),
         ("First order", {"eta_trust": None}),
     ],
 )
-def test_a_figure_within_its_bound_is_fine(name: str, own: dict[str, Any]) -> None:
-    finding = find_finding(name, own)
+def test_health_is_good_when_within_bound(name: str, summary: dict[str, Any]) -> None:
+    finding = find_finding(name, summary)
     assert finding is not None
     assert finding.level == "good"
 
 
-def test_the_effective_sample_is_that_of_this_steps_length() -> None:
+def test_effective_sample_is_read_at_the_learning_rate() -> None:
     finding = find_finding("Effective sample size", ess=np.array([64.0, 10.0]))
     assert finding is not None
     assert finding.level == "attention"
@@ -122,14 +122,14 @@ def test_the_effective_sample_is_that_of_this_steps_length() -> None:
     assert finding.level == "unknown"
 
 
-def test_clipped_weights_are_counted_at_this_steps_length() -> None:
+def test_clipping_is_read_at_the_learning_rate() -> None:
     finding = find_finding("Clipped weights", full_clip_fraction=np.array([0.0, 0.25]))
     assert finding is not None
     assert finding.level == "attention"
     assert "25.0%" in finding.text
 
 
-def test_the_identity_is_held_to_what_its_precision_allows() -> None:
+def test_identity_bound_depends_on_dtype() -> None:
     sizes = {"residual": 15.0 * 1e-6}
     for dtype, level in (("float32", "good"), ("float64", "attention")):
         finding = find_finding("Identity", sizes, dtype=dtype)
@@ -137,16 +137,16 @@ def test_the_identity_is_held_to_what_its_precision_allows() -> None:
         assert finding.level == level
 
 
-def test_an_older_policy_of_u_is_mentioned() -> None:
+def test_policy_of_u_tells_of_an_older_policy() -> None:
     finding = find_finding("Policy of U", None, {"update_off_policy": 0.3})
     assert finding is not None
     assert "older policy" in finding.text
     assert find_finding("Policy of U", None, {"update_off_policy": None}) is None
 
 
-def test_what_a_step_of_a_training_does_not_store_is_left_out() -> None:
+def test_health_leaves_out_what_a_training_does_not_store() -> None:
     lacking = ("eta_trust", "rounding_floor", "off_policy")
-    stored = make_results(evaluation={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
+    stored = make_results(summary={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
     [evaluation] = stored.evaluations
     for name in lacking:
         del evaluation.summary[name]
@@ -162,7 +162,7 @@ def test_what_a_step_of_a_training_does_not_store_is_left_out() -> None:
     }
 
 
-def test_a_warm_up_step_without_a_learning_rate_says_nothing_of_its_length() -> None:
+def test_health_skips_step_length_when_lr_is_zero() -> None:
     names = {finding.name for finding in health(make_results(run={"lr": 0.0}))}
     assert {"First order", "Rounding of the weights"}.isdisjoint(names)
 
@@ -171,11 +171,13 @@ NO_MOVEMENT = {"per_sequence": np.zeros(10), "stderr": np.zeros(10)}
 
 
 def of_a_step_that_moves_nothing(advantages: list[float | None]) -> Finding | None:
-    still = dataclasses.replace(make_results(**NO_MOVEMENT), sequences=[{"advantage": value} for value in advantages])
-    return next((finding for finding in health(still) if finding.name == "Nothing moved"), None)
+    motionless = dataclasses.replace(
+        make_results(**NO_MOVEMENT), sequences=[{"advantage": value} for value in advantages]
+    )
+    return next((finding for finding in health(motionless) if finding.name == "Nothing moved"), None)
 
 
-def test_health_names_a_step_without_advantages() -> None:
+def test_movement_names_missing_advantages() -> None:
     finding = of_a_step_that_moves_nothing([0.0] * 9 + [None])
     assert finding is not None
     assert finding.level == "attention"
@@ -183,31 +185,31 @@ def test_health_names_a_step_without_advantages() -> None:
     assert "sometimes solved and sometimes not" in finding.text
 
 
-def test_health_names_advantages_that_move_nothing() -> None:
+def test_movement_names_advantages_that_move_nothing() -> None:
     finding = of_a_step_that_moves_nothing([0.5, -0.5] * 5)
     assert finding is not None
     assert finding.level == "attention"
     assert "although rollouts have advantages" in finding.text
 
 
-def test_health_names_a_learning_rate_of_zero() -> None:
+def test_movement_names_a_learning_rate_of_zero() -> None:
     finding = find_finding("Nothing moved", run={"lr": 0.0})
     assert finding is not None
     assert finding.level == "attention"
     assert "learning rate of this step is 0" in finding.text
 
 
-def test_health_says_nothing_of_movement_when_one_rollout_moves() -> None:
+def test_movement_is_left_out_when_one_rollout_moves() -> None:
     assert find_finding("Nothing moved", per_sequence=np.array([1.0] + [0.0] * 9)) is None
 
 
-def test_a_total_of_zero_has_no_sign() -> None:
+def test_sign_is_unknown_when_total_is_zero() -> None:
     finding = find_finding("Sign of the total", {"total": 0.0, "total_stderr": 0.0})
     assert finding is not None
     assert finding.level == "unknown"
 
 
-def test_what_needs_attention_comes_first() -> None:
+def test_health_puts_attention_first() -> None:
     levels = [finding.level for finding in health(make_results({"off_policy": 0.2}, eta=np.zeros(0), ess=np.zeros(0)))]
     assert levels[:2] == ["attention", "unknown"]
     assert set(levels[2:]) == {"good"}

@@ -1,4 +1,4 @@
-"""Faults of the disk: what is stored stays as it is, and the error says what to do."""
+"""Faults of the disk leave what is stored as it is, and the error says what to do."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def finished(plan: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def interrupted(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended in its sweep, with a block stored."""
+    """Return a run that was interrupted in its sweep, with a block stored."""
     real = RunDirectory.write_arrays
 
     def stop(directory: RunDirectory, name: str, arrays: dict) -> None:
@@ -71,10 +71,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "kilobytes", [pytest.param(8, marks=pytest.mark.slow), 40, pytest.param(300, marks=pytest.mark.slow)]
 )
-def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on(
+def test_run_names_full_disk_and_continues_afterwards(
     finished: Path, plan: str, tmp_path: Path, kilobytes: int
 ) -> None:
-    """No file may grow larger than that: the write that would fails half way, as on a disk without room."""
+    """No file may grow beyond a limit, so that a write fails half way, as on a full disk."""
     out = tmp_path / "out"
     command = f"ulimit -f {kilobytes}; exec {sys.executable} -m fx_influence.lab.cli run {plan} --out {out}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -89,8 +89,8 @@ def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on(
     assert main(["run", plan, "--out", str(out)]) == 0
     figures = load_run(out).summary
     assert figures["per_parameter"] == load_run(finished).summary["per_parameter"]
-    kept = {name: data for name, data in contents(out).items() if name in before and name != "SHA256SUMS"}
-    assert kept == {name: before[name] for name in kept}, "what was stored before was not written again"
+    surviving = {name: data for name, data in contents(out).items() if name in before and name != "SHA256SUMS"}
+    assert surviving == {name: before[name] for name in surviving}, "what was stored before was not written again"
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_a_full_disk_is_a_clear_error_and_the_same_command_goes_on(
     ],
 )
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_piece_of_an_unfinished_run_is_named_and_nothing_is_overwritten(
+def test_run_names_damaged_piece_and_overwrites_nothing(
     interrupted: Path, plan: str, capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
-    whole = bytearray((interrupted / name).read_bytes())
-    whole[len(whole) // 2] ^= 0xFF
-    (interrupted / name).write_bytes(whole if damage == "flipped" else whole[: len(whole) // 2])
+    data = bytearray((interrupted / name).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (interrupted / name).write_bytes(data if damage == "flipped" else data[: len(data) // 2])
     before = contents(interrupted)
     assert main(["run", plan, "--out", str(interrupted)]) == 1
     assert re.search(r"out.* is damaged: .*into another --out", capsys.readouterr().err)
@@ -121,9 +121,7 @@ def test_a_damaged_piece_of_an_unfinished_run_is_named_and_nothing_is_overwritte
 
 @pytest.mark.parametrize("name", ["eval_00.npz", "eval_00_delta_matrix.npy", "baseline.safetensors"])
 @pytest.mark.parametrize("at", [0.5, 0.99])
-def test_a_single_wrong_byte_in_the_numbers_of_a_finished_run_is_found(
-    finished: Path, tmp_path: Path, name: str, at: float
-) -> None:
+def test_load_run_detects_one_wrong_byte(finished: Path, tmp_path: Path, name: str, at: float) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     load_run(copy).baseline()
@@ -135,15 +133,15 @@ def test_a_single_wrong_byte_in_the_numbers_of_a_finished_run_is_found(
 
 
 @pytest.mark.parametrize("what", ["optimizer.pt", "model.safetensors", "prompts.jsonl"])
-def test_a_run_that_began_with_other_inputs_is_not_continued(
+def test_run_rejects_inputs_changed_since_it_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Else one directory would hold finite steps of two training states."""
+    """Otherwise one directory would hold finite steps of two training states."""
     shutil.copytree(DEMO_DIRECTORY / "policy", tmp_path / "policy")
     shutil.copy(DEMO_DIRECTORY / "eval_prompts.jsonl", tmp_path / "prompts.jsonl")
     evaluations = [{**PLAN["evaluations"][0], "prompts": "prompts.jsonl"}]
-    own = {"checkpoint": "policy", "reward": "fx_influence.interop.rewards:exact_match", "loss": "dr_grpo"}
-    values = {**PLAN, **own, "max_new_tokens": 20, "evaluations": evaluations}
+    training = {"checkpoint": "policy", "reward": "fx_influence.interop.rewards:exact_match", "loss": "dr_grpo"}
+    values = {**PLAN, **training, "max_new_tokens": 20, "evaluations": evaluations}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
     command = ["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
@@ -185,10 +183,10 @@ def interrupt(*args: object) -> None:
         ("environment.json", b"{}"),
     ],
 )
-def test_a_report_that_no_longer_fits_is_an_error_of_the_directory(
+def test_report_rejects_records_that_do_not_fit_arrays(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: bytes | None
 ) -> None:
-    """None: the last line is missing."""
+    """A damage of None removes the last line."""
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     lines = (copy / name).read_bytes().splitlines(keepends=True)
@@ -197,7 +195,7 @@ def test_a_report_that_no_longer_fits_is_an_error_of_the_directory(
     assert re.search(r"copy' is damaged: ", capsys.readouterr().err)
 
 
-def test_the_sums_are_those_of_sha256sum(finished: Path) -> None:
+def test_sha256sums_are_those_of_sha256sum(finished: Path) -> None:
     done = subprocess.run(
         ["sha256sum", "--check", "SHA256SUMS"], cwd=finished, capture_output=True, text=True, check=False
     )
@@ -205,7 +203,7 @@ def test_the_sums_are_those_of_sha256sum(finished: Path) -> None:
     assert "eval_00_delta_matrix.npy: OK" in done.stdout
 
 
-def test_a_folder_with_a_plan_of_the_users_own_is_left_alone(
+def test_run_leaves_folder_with_a_users_plan_alone(
     plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(plan, tmp_path / "plan.yaml")
@@ -214,9 +212,7 @@ def test_a_folder_with_a_plan_of_the_users_own_is_left_alone(
     assert contents(tmp_path) == {"plan.yaml": Path(plan).read_bytes()}
 
 
-def test_relative_paths_of_a_plan_made_in_python_are_stored_as_absolute_ones(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_stores_relative_paths_as_absolute(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(finished / "update_rollouts.jsonl", tmp_path / "u.jsonl")
     monkeypatch.chdir(tmp_path)
     plan = dataclasses.replace(load_run(finished).plan, update=RolloutFile("u.jsonl"))
@@ -226,7 +222,7 @@ def test_relative_paths_of_a_plan_made_in_python_are_stored_as_absolute_ones(
     assert first.plan.update == RolloutFile(str(tmp_path / "u.jsonl"))
 
 
-def test_pieces_are_kept_by_number_and_a_missing_one_is_no_error_of_the_disk(tmp_path: Path) -> None:
+def test_pieces_are_stored_by_number(tmp_path: Path) -> None:
     directory = RunDirectory.start(tmp_path / "run", EntropyInfluencePlan(), {})
     arrays, rollouts = directory.array_pieces("block"), directory.rollout_pieces("rollouts")
     arrays[3], arrays[0] = {"x": np.arange(2)}, {}
@@ -243,7 +239,7 @@ def test_pieces_are_kept_by_number_and_a_missing_one_is_no_error_of_the_disk(tmp
     assert list(rollouts) == [12]
 
 
-def test_without_a_path_a_run_has_a_directory_of_its_plans_own(
+def test_run_names_directory_after_plan_without_path(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The command line started by torchrun: what one process stores, faults of one process, and going on afterwards."""
+"""Run the command line under torchrun: equal results, faults of one process, and continuing afterwards."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PLAN: dict[str, Any] = {
     "sequences_per_block": 3,
 }
 BLOCKS = 4
-"""Of rollouts, in the sweep."""
+"""Number of blocks of rollouts in the sweep."""
 BLOCK = "a block of rollouts is measured"
-"""What a rank prints as it begins with one."""
+"""Line that a rank prints as it begins with a block."""
 FISHER = {
     "dtype": "float64",
     "update": {"prompts": "demo/train", "num_prompts": 3, "completions_per_prompt": 4},
@@ -40,7 +40,7 @@ FISHER = {
 
 @pytest.fixture(autouse=True)
 def launchers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher leaves an empty folder for each job."""
+    """Give the launcher, which leaves an empty folder for each job, a temporary folder."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
 
@@ -62,19 +62,19 @@ def alone(plan: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byte
 
 
 def of_any_job(out: Path) -> dict[str, bytes]:
-    """What a run stores, but how many processes were there when it was finished."""
+    """Return the bytes that a run stores, whatever the number of processes that finished it."""
     files = stored_bytes(out)
     return {**files, "summary.json": json.dumps({**json.loads(files["summary.json"]), "ranks": 1}).encode()}
 
 
 def pieces(out: Path) -> dict[str, tuple[bytes, int]]:
-    """The rollouts and blocks that are stored, and when they were."""
+    """Return the rollouts and blocks that are stored, and when they were written."""
     files = [*out.glob("*_rollouts.jsonl"), *out.glob("*_first_order_*"), *out.glob("*_block_*")]
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
 @pytest.mark.slow
-def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_run_on_two_processes_stores_the_bytes_of_one(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", "nothing", "run", plan, "--out", out)
     assert done.returncode == 0, done.stdout
@@ -87,9 +87,7 @@ def test_two_processes_store_the_bytes_of_one(plan: str, alone: dict[str, bytes]
 
 
 @pytest.mark.slow
-def test_after_a_process_was_killed_another_number_of_them_goes_on(
-    plan: str, alone: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_run_continues_on_other_ranks_after_kill(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", "killed", "run", plan, "--out", out)
     assert done.returncode == 1
@@ -106,9 +104,7 @@ def test_after_a_process_was_killed_another_number_of_them_goes_on(
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_and_is_in_the_launchers_report(
-    plan: str, alone: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_run_ends_all_ranks_and_reports_the_failing_one(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", "failing", "run", plan, "--out", out)
     assert done.returncode == 1
@@ -121,9 +117,7 @@ def test_an_error_of_one_process_ends_all_and_is_in_the_launchers_report(
 
 
 @pytest.mark.slow
-def test_an_interrupt_of_the_launcher_ends_all_and_the_same_command_goes_on(
-    plan: str, alone: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_run_continues_after_launcher_is_interrupted(plan: str, alone: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", "interrupted", "run", plan, "--out", out)
     assert done.returncode != 0
@@ -142,21 +136,19 @@ def test_an_interrupt_of_the_launcher_ends_all_and_the_same_command_goes_on(
         pytest.param("refusing", "fx-influence: a derivative was lost on the last rank", marks=pytest.mark.slow),
     ],
 )
-def test_what_one_process_refuses_all_do_and_it_is_said_once(
-    plan: str, tmp_path: Path, mistake: str, message: str
-) -> None:
+def test_run_fails_on_all_ranks_with_one_message(plan: str, tmp_path: Path, mistake: str, message: str) -> None:
     out = tmp_path / "out"
     done = launch(2, "ranks_run.py", mistake, "run", plan, "--out", out)
     assert done.returncode == 1
     # Progress is told in lines that begin alike and count.
     said = [line for line in done.stdout.splitlines() if re.match(r"fx-influence: (?!.* \d+/\d+)", line)]
     assert len(said) == done.stdout.count(message) == 1, done.stdout
-    # The launcher has one of its own.
+    # The one traceback is the launcher's.
     assert done.stdout.count("Traceback") == 1, done.stdout
     assert out.exists() == (mistake == "refusing"), "a mistake is found before anything is written"
 
 
-def test_an_error_that_cannot_be_sent_to_others_is_sent_in_words() -> None:
+def test_picklable_error_keeps_text_of_unpicklable() -> None:
     class Damaged(Exception):
         """Pickles know no class of a function."""
 
@@ -168,14 +160,14 @@ def test_an_error_that_cannot_be_sent_to_others_is_sent_in_words() -> None:
 
 
 @pytest.mark.slow
-def test_processes_of_ones_own_have_the_values_of_one(tmp_path: Path) -> None:
+def test_run_fisher_in_callers_processes_equals_one(tmp_path: Path) -> None:
     write_plan(tmp_path, FISHER)
     expected = fx.lab.run_fisher(fx.lab.FisherKernelPlan.from_dict(FISHER), tmp_path / "alone").evaluations[0]
     arrays = {**expected.arrays, "kernel": expected.kernel, "matrix": expected.delta_logprob_matrix}
     for answer in run_on_ranks(2, "ranks_fisher.py", tmp_path):
-        for found in answer:
-            assert found.keys() == arrays.keys()
+        for measured in answer:
+            assert measured.keys() == arrays.keys()
             for name, value in arrays.items():
                 size = abs(value if name != "residual" else arrays["predicted_delta_logprob"]).max()
                 # Products over all 174 000 parameters.
-                assert_close_to_rounding(found[name], value, terms=200_000, scale=size, name=name)
+                assert_close_to_rounding(measured[name], value, terms=200_000, scale=size, name=name)

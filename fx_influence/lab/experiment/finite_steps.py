@@ -111,9 +111,7 @@ def _join_blocks(step_blocks: list[Arrays], rollout_blocks: list[Arrays], index:
     return arrays
 
 
-def _measure(
-    plan: EntropyInfluencePlan, state: TrainingState, batch_e: Batch, etas: list[float]
-) -> MeasureDirections:
+def _measure(plan: EntropyInfluencePlan, state: TrainingState, batch_e: Batch, etas: list[float]) -> MeasureDirections:
     """Make the forward at theta; return the function that measures a block of directions against it."""
     options = plan.estimation()
     measure_snis = snis_sweep(state.params, batch_e, apply=state.apply, **options)
@@ -121,7 +119,7 @@ def _measure(
     measure_float64 = None
     if plan.compare_float64:
         params64 = {name: p.double() for name, p in state.params.items()}
-        measure_float64 = snis_sweep(params64, batch_e, apply=state.apply.widened(torch.float64), **options)
+        measure_float64 = snis_sweep(params64, batch_e, apply=state.apply.with_min_precision(torch.float64), **options)
 
     def measure(directions: Directions, etas_per_rollout: Tensor | None) -> Arrays:
         arrays: Arrays = {}
@@ -158,7 +156,9 @@ def _measure(
             if delta64 is not None:
                 arrays[f"{name}_float64"] = delta64[:, start:end]
             if name in ROLLOUT_DIRECTIONS and plan.second_order_per_sequence:
-                derivatives = [jvp_delta(state.params, v, batch_e, apply=state.apply, **options) for v in _each(direction)]
+                derivatives = [
+                    jvp_delta(state.params, v, batch_e, apply=state.apply, **options) for v in _each(direction)
+                ]
                 arrays[f"{name}_second"] = torch.stack([derivative.second for derivative in derivatives])
         if etas_per_rollout is not None and "grad" in directions:
             scaled = {

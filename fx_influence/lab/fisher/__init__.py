@@ -1,1 +1,1 @@
-"""Run and show the Fisher kernel experiment."""
+"""Run, read and print the Fisher kernel experiment."""

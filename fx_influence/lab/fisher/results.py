@@ -1,4 +1,4 @@
-"""A finished Fisher run read back as values."""
+"""Read a finished Fisher run back as values."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ KERNEL, CHANGE_MATRIX = "_kernel.npy", "_delta_logprob_matrix.npy"
 class FisherEvaluationResults:
     """One evaluation batch E. S_a is the log-probability of its rollout a, unnormalised, in nats.
 
-    ``kernel``: K_ai = <grad S_a, P grad S_i>, (n_e, n_u), see ``fx.fisher_kernel``. ``delta_logprob_matrix``:
-    <grad S_a, v_i>, what rollout i's own part of the step does to S_a, (n_e, n_u), nats per unit lr. ``arrays``, each
-    (n_e,): ``self_kernel``, K_aa; ``predicted_delta_logprob``, <grad S_a, v> along the whole step, nats per unit lr;
-    ``predicted_delta_logprob_baseline``, the part that momentum and weight decay make; ``residual``, the prediction
-    less that part and less the matrix's row. ``top``: for every rollout of E the rollouts of U that move it most.
+    Attributes:
+        kernel: (n_e, n_u), K_ai = <grad S_a, P grad S_i>, see ``fx.fisher_kernel``.
+        delta_logprob_matrix: (n_e, n_u), <grad S_a, v_i>, what rollout i's part of the step does to S_a, nats per unit
+            lr.
+        arrays: each (n_e,). ``self_kernel``: K_aa. ``predicted_delta_logprob``: <grad S_a, v> along the whole step,
+            nats per unit lr. ``predicted_delta_logprob_baseline``: the part that momentum and weight decay make.
+            ``residual``: the prediction less that part and less the matrix's row.
+        summary: figures of the evaluation.
+        rollouts: of E, in the order of every axis over E.
+        top: for every rollout of E the rollouts of U that move it most.
     """
 
     kernel: np.ndarray
@@ -51,7 +56,14 @@ class FisherEvaluationResults:
 class FisherKernelResults:
     """A Fisher run as it was stored. Changes are in nats per unit lr; times ``summary["lr"]``, in nats per step.
 
-    ``update_self_kernel``: K_ii of U's rollouts, (n_u,), in the order of ``update_rollouts`` and of every axis over U.
+    Attributes:
+        path: the run directory.
+        plan: what was measured.
+        environment: packages, hardware, and hashes of the files that were read.
+        summary: figures of the run.
+        update_rollouts: of U, in the order of every axis over U.
+        update_self_kernel: (n_u,), K_ii of U's rollouts.
+        evaluations: one for each E.
     """
 
     path: Path
@@ -67,7 +79,11 @@ class FisherKernelResults:
 
 
 def load_fisher_run(path: str | Path) -> FisherKernelResults:
-    """The finished Fisher run in a directory. Raises ``RunDirectoryError`` naming the file missing or damaged."""
+    """Return the finished Fisher run in a directory.
+
+    Raises:
+        RunDirectoryError: naming the file that is missing or damaged.
+    """
     directory = RunDirectory.finished(path, UPDATE_SELF_KERNEL)
     with raise_if_damaged(directory.path):
         plan = FisherKernelPlan.from_dict(directory.read_yaml(PLAN))

@@ -1,4 +1,4 @@
-"""A finished Fisher run as a page of text: each evaluation's figures, and the rollouts that the step moves most."""
+"""Print a finished Fisher run: each evaluation's figures, and the rollouts that the step moves most."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from fx_influence.lab.fisher.results import FisherKernelResults
 from fx_influence.lab.results import displayed_prompt
 
 STRONGEST = 10
+"""Number of rollouts of E that are listed."""
 TEXT_WIDTH = 36
-"""Characters of a prompt or completion that are shown."""
+"""Number of characters printed of a prompt or completion."""
 
 
 def print_fisher(results: FisherKernelResults, console: Console) -> None:
-    """Print what a Fisher run found; changes of log-probability are in nats per sequence and step."""
+    """Print the results of a Fisher run; changes of log-probability are in nats per sequence and step."""
     summary = results.summary
     console.print(_headline(summary), soft_wrap=True)
-    console.print(_figures(summary))
-    console.print(_moved(results.evaluations[0].top, summary["lr"]))
+    console.print(_figure_table(summary))
+    console.print(_strongest_table(results.evaluations[0].top, summary["lr"]))
     console.print(footer(summary, results.path, f"preconditioner {results.plan.preconditioner}"), soft_wrap=True)
 
 
@@ -34,7 +35,7 @@ def _headline(s: dict[str, Any]) -> Text:
     )
 
 
-def _figures(s: dict[str, Any]) -> ColumnTable:
+def _figure_table(s: dict[str, Any]) -> ColumnTable:
     columns = ("E", "rollouts", "mean", "mean |.|", "median |.|", "largest |.|", "baseline, mean |.|")
     more = ("one rollout of U, mean |.|", "Spearman with K_aa", "residual / sum of |parts|")
     rows = []
@@ -56,17 +57,17 @@ def _figures(s: dict[str, Any]) -> ColumnTable:
     )
 
 
-def _moved(top: list[dict[str, Any]], lr: float) -> ColumnTable:
+def _strongest_table(top: list[dict[str, Any]], lr: float) -> ColumnTable:
     rows = []
     for record in _distinct(top):
         strongest = record["contributors"][0]
         advantage = strongest["advantage"]
         rows.append(
             (
-                *(_short(text) for text in (displayed_prompt(record), record["completion"])),
+                *(_abridged(text) for text in (displayed_prompt(record), record["completion"])),
                 *(f"{record[field] * lr:+.2e}" for field in ("predicted_delta_logprob", "baseline")),
                 strongest["id"],
-                *(_short(text) for text in (displayed_prompt(strongest), strongest["completion"])),
+                *(_abridged(text) for text in (displayed_prompt(strongest), strongest["completion"])),
                 "" if advantage is None else f"{advantage:+.2f}",
                 f"{strongest['contribution'] * lr:+.2e}",
             )
@@ -80,13 +81,13 @@ def _moved(top: list[dict[str, Any]], lr: float) -> ColumnTable:
     )
 
 
-def _short(text: str) -> str:
-    shown = printable(text)
-    return shown if len(shown) <= TEXT_WIDTH else shown[: TEXT_WIDTH - 1] + "…"
+def _abridged(text: str) -> str:
+    line = printable(text)
+    return line if len(line) <= TEXT_WIDTH else line[: TEXT_WIDTH - 1] + "…"
 
 
 def _distinct(top: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most moved of different texts: equal rollouts are moved equally."""
+    """Return the records that move most, one of each text, since equal rollouts are moved equally."""
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for record in sorted(top, key=lambda r: -abs(r["predicted_delta_logprob"])):
         first.setdefault((record["prompt"], record["completion"]), record)

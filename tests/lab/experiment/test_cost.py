@@ -1,4 +1,4 @@
-"""A run computes what its plan asks for, each thing once, and nothing of directions that are zero."""
+"""A run computes what its plan asks for, each quantity once, and nothing along directions that are zero."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 
 import fx_influence as fx
 from fx_influence.lab.experiment import finite_steps as sweep
-from fx_influence.lab.experiment import measure
+from fx_influence.lab.experiment import first_order as first_order_module
 from fx_influence.lab.experiment.derivatives import derivative_check
-from fx_influence.lab.experiment.measure import evaluate, first_order
+from fx_influence.lab.experiment.evaluate import evaluate
+from fx_influence.lab.experiment.first_order import first_order
 from fx_influence.lab.experiment.step import Step, measure_step
-from fx_influence.lab.inputs.rollouts import ScoredRollouts, load_rollouts
-from fx_influence.lab.inputs.training_state import TrainingState, load_state
+from fx_influence.lab.inputs.rollouts import ScoredRollouts, load_rollouts, load_state
+from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.inputs.update import update_batch
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch
 from fx_influence.lab.store import RunDirectory
@@ -39,7 +40,7 @@ def plan_of(**fields: Any) -> EntropyInfluencePlan:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """The demo with an optimizer that has neither moments nor weight decay, as at the first step of a LoRA training."""
+    """Return the demo without moments or weight decay, as at the first step of a LoRA training."""
     plan = plan_of()
     state = load_state(plan)
     opt = state.opt_state
@@ -54,7 +55,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a run calls what its cost consists of."""
+    """Count the calls that a run's cost consists of."""
     counts: Counter[str] = Counter()
 
     def counted(module: Any, name: str) -> None:
@@ -67,9 +68,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(module, name, call)
 
     for module, name in (
-        (measure, "influence"),
-        (measure, "jvp_delta"),
-        (measure, "rounding_floor"),
+        (first_order_module, "influence"),
+        (first_order_module, "jvp_delta"),
+        (first_order_module, "rounding_floor"),
         (sweep, "snis_sweep"),
         (sweep, "rollout_gradients"),
     ):
@@ -77,7 +78,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def test_a_run_without_finite_steps_costs_an_influence_and_one_derivative(fresh: Setting, calls: Counter[str]) -> None:
+def test_run_without_finite_steps_costs_two_calls(fresh: Setting, calls: Counter[str]) -> None:
     _, state, step, e = fresh
     plan = plan_of(directions=(), reward_influence=False)
     first = first_order(plan, state, step, e)
@@ -89,7 +90,7 @@ def test_a_run_without_finite_steps_costs_an_influence_and_one_derivative(fresh:
     assert not {name for name in result.arrays if name.startswith(("grad", "momentum", "rmsprop"))}
 
 
-def test_second_derivatives_are_those_that_the_plan_names(fresh: Setting, calls: Counter[str]) -> None:
+def test_second_derivatives_are_those_of_the_plan(fresh: Setting, calls: Counter[str]) -> None:
     _, state, step, e = fresh
     plan = plan_of(directions=("full", "rmsprop", "baseline", "momentum"), second_order=("rmsprop",))
     first = first_order(plan, state, step, e)
@@ -99,69 +100,69 @@ def test_second_derivatives_are_those_that_the_plan_names(fresh: Setting, calls:
     assert first["momentum_first"] == first["momentum_second"] == 0.0
 
 
-def test_influences_along_rmsprop_are_a_multiple_where_one_factor_serves_all(fresh: Setting) -> None:
+def test_rmsprop_influences_are_a_multiple_of_frozen(fresh: Setting) -> None:
     _, state, step, e = fresh
     plan = plan_of(directions=("rmsprop",), reward_influence=False)
-    found = first_order(plan, state, step, e)["per_sequence_rmsprop"]
+    arrays = first_order(plan, state, step, e)["per_sequence_rmsprop"]
     options = {"grad": step.gradient, "preconditioner": "rmsprop", "max_grad_norm": plan.max_grad_norm, "stderr": False}
     out = fx.influence(state.params, step.batch, e.batch, state.opt_state, apply=state.apply, **options)
     # Both are sums of as many float32 products as there are parameters, by passes that round differently.
     terms = sum(p.numel() for p in state.params.values())
     bound = 8 * torch.finfo(torch.float32).eps * terms**0.5 * out.per_sequence.abs().sum().item()
-    assert np.abs(found - out.per_sequence.numpy()).max() <= bound
-    assert np.abs(found).max() > 10 * bound
+    assert np.abs(arrays - out.per_sequence.numpy()).max() <= bound
+    assert np.abs(arrays).max() > 10 * bound
 
 
-def test_betas_that_differ_between_parameters_have_no_common_multiple(fresh: Setting) -> None:
+def test_rmsprop_multiple_is_none_when_betas_differ(fresh: Setting) -> None:
     plan, state, step, _ = fresh
     hyper = dict(state.opt_state.hyper)
     name = next(iter(hyper))
     hyper[name] = dataclasses.replace(hyper[name], beta1=0.5)
     steps = dict.fromkeys(hyper, 3)
     other = state._replace(opt_state=state.opt_state._replace(hyper=hyper, step=steps))
-    assert measure.rmsprop_multiple(plan, other, step) is None
-    assert measure.rmsprop_multiple(plan_of(preconditioner="jacobian"), state, step) is None
+    assert first_order_module.rmsprop_multiple(plan, other, step) is None
+    assert first_order_module.rmsprop_multiple(plan_of(preconditioner="jacobian"), state, step) is None
 
 
-def test_directions_of_zero_take_one_forward_and_change_nothing(fresh: Setting) -> None:
+def test_sweep_measures_zero_directions_once(fresh: Setting) -> None:
     _, state, step, e = fresh
     plan = plan_of(directions=("full", "baseline", "momentum", "weight_decay"))
-    found = sweep.sweep(plan, state, step, e.batch, sweep.Steps([1e-4, 2e-4], None), {}, quiet)
+    arrays = sweep.sweep(plan, state, step, e.batch, sweep.StepSizes([1e-4, 2e-4], None), {}, quiet)
     n_e = len(e.rollouts)
     for name in ("baseline", "momentum", "weight_decay"):
-        assert found[name].tolist() == [0.0, 0.0]
-        assert found[f"{name}_contributions"].shape == found[f"{name}_log_weights"].shape == (2, n_e)
-        assert found[f"{name}_ess"] == pytest.approx(n_e)
-        assert found[f"{name}_clip_fraction"].tolist() == [0.0, 0.0]
-    alone = fx.snis_delta(state.params, step.parts.direction, 1e-4, e.batch, apply=state.apply)
-    assert found["full"][0] == pytest.approx(alone.delta_h.item(), rel=1e-3)
-    assert found["full"][0] != found["full"][1]
+        assert arrays[name].tolist() == [0.0, 0.0]
+        assert arrays[f"{name}_contributions"].shape == arrays[f"{name}_log_weights"].shape == (2, n_e)
+        assert arrays[f"{name}_ess"] == pytest.approx(n_e)
+        assert arrays[f"{name}_clip_fraction"].tolist() == [0.0, 0.0]
+    single = fx.snis_delta(state.params, step.decomposition.direction, 1e-4, e.batch, apply=state.apply)
+    assert arrays["full"][0] == pytest.approx(single.delta_h.item(), rel=1e-3)
+    assert arrays["full"][0] != arrays["full"][1]
 
 
-def test_few_bytes_measure_one_direction_of_the_step_at_a_time(fresh: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_fits_step_directions_to_memory_budget(fresh: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     _, state, step, e = fresh
     sizes: list[int] = []
-    real = sweep._in_parts
+    real = sweep.measure_in_chunks
 
-    def seen(measure: Any, block: fx.Params, *more: Any) -> Any:
+    def recording(measure: Any, block: fx.Params, *more: Any) -> Any:
         sizes.append(len(next(iter(block.values()))))
         return real(measure, block, *more)
 
-    monkeypatch.setattr(sweep, "_in_parts", seen)
-    steps = sweep.Steps([1e-4], None)
-    found = {}
+    monkeypatch.setattr(sweep, "measure_in_chunks", recording)
+    steps = sweep.StepSizes([1e-4], None)
+    arrays = {}
     for budget in (1, 2**40):
         plan = plan_of(directions=("full", "rmsprop"), memory_budget=budget)
-        found[budget] = sweep.sweep(plan, state, step, e.batch, steps, {}, quiet)
+        arrays[budget] = sweep.sweep(plan, state, step, e.batch, steps, {}, quiet)
     assert sizes == [1, 1, 2]
     for name in ("full", "rmsprop"):
-        assert found[1][name] == pytest.approx(found[2**40][name], rel=1e-3)
+        assert arrays[1][name] == pytest.approx(arrays[2**40][name], rel=1e-3)
 
 
-def test_jvp_delta_without_the_second_derivative_has_the_same_first(fresh: Setting) -> None:
+def test_jvp_delta_has_same_first_without_second(fresh: Setting) -> None:
     _, state, step, e = fresh
     both, first = (
-        fx.jvp_delta(state.params, step.parts.direction, e.batch, apply=state.apply, second_order=second)
+        fx.jvp_delta(state.params, step.decomposition.direction, e.batch, apply=state.apply, second_order=second)
         for second in (True, False)
     )
     assert torch.equal(both.first, first.first)
@@ -170,7 +171,7 @@ def test_jvp_delta_without_the_second_derivative_has_the_same_first(fresh: Setti
     assert both.second.item() != 0.0
 
 
-def test_a_plan_that_asks_for_rollouts_beside_the_baseline_needs_its_bend() -> None:
+def test_second_order_of_rollouts_needs_the_baselines() -> None:
     assert plan_of(second_order_per_sequence=True, second_order=()).second_order_directions() == {"baseline"}
     assert plan_of(directions=("grad",), second_order_per_sequence=True).second_order_directions() == {"full"}
 

@@ -11,45 +11,47 @@ import pytest
 
 from fx_influence.interop.rewards import exact_match, math_verify
 from fx_influence.interop.scoring import check_columns
-from fx_influence.lab.inputs.training_state import load_state
+from fx_influence.lab.inputs.rollouts import load_state
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, resolved
 
 HALF = {"a": {"answer": "2"}, "b": {"answer": None}, "c": {}}
 
 
-def own(prompts: list[str], completions: list[str], gold: list[str], level: int = 0, **columns: Any) -> list[float]:
+def needs_gold(
+    prompts: list[str], completions: list[str], gold: list[str], level: int = 0, **columns: Any
+) -> list[float]:
     """A reward that needs ``gold``."""
     raise AssertionError("called before there is anything to judge")
 
 
-def test_prompts_that_all_lack_a_column_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"gold is missing in 3 of 3 prompts, the first of them 'a'; .*:own needs it"):
-        check_columns(own, HALF)
+def test_check_columns_rejects_column_missing_in_all() -> None:
+    with pytest.raises(
+        ValueError, match=r"gold is missing in 3 of 3 prompts, the first of them 'a'; .*:needs_gold needs it"
+    ):
+        check_columns(needs_gold, HALF)
     nothing = {"a": {"answer": None}}
     with pytest.raises(ValueError, match="answer is missing in 1 of 1 prompts"):
         check_columns(exact_match, nothing)
 
 
-def test_prompts_of_which_some_lack_a_column_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_check_columns_warns_of_column_missing_in_some(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_columns(exact_match, HALF)
     [record] = caplog.records
     assert record.getMessage().startswith("answer is missing in 2 of 3 prompts, the first of them 'b'; expected it")
 
 
-def test_columns_that_a_reward_can_do_without_are_not_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    @functools.wraps(own)
+def test_check_columns_ignores_optional_columns(caplog: pytest.LogCaptureFixture) -> None:
+    @functools.wraps(needs_gold)
     def wrapper(*arguments: Any, **columns: Any) -> list[float]:
-        return own(*arguments, gold=["2"], **columns)
+        return needs_gold(*arguments, gold=["2"], **columns)
 
     for reward in (math_verify, wrapper, lambda completions, **columns: [0.0]):
         check_columns(reward, {"a": {}, "b": {}})
     assert not caplog.records
 
 
-def test_a_plan_whose_prompts_have_a_null_column_is_refused_before_the_model_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_state_rejects_null_column_before_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "fx_influence.lab.inputs.training_state.load_checkpoint", lambda *_, **__: pytest.fail("the model was read")
     )

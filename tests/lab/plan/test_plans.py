@@ -1,4 +1,4 @@
-"""Plans: values that round-trip through YAML and refuse what cannot be run."""
+"""Plans are values that round-trip through YAML and refuse what cannot be run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fx_influence.lab.plan import (
 )
 
 
-def test_a_plan_round_trips_through_yaml(tmp_path: Path) -> None:
+def test_plan_round_trips_through_yaml(tmp_path: Path) -> None:
     plan = EntropyInfluencePlan(
         checkpoint=str(tmp_path / "c"),
         reward="m:f",
@@ -53,7 +53,7 @@ def test_a_plan_round_trips_through_yaml(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan) == plan
 
 
-def test_a_plan_without_conversations_is_stored_as_before_there_were_any() -> None:
+def test_plan_text_omits_default_chat_fields() -> None:
     """A run begun then is continued only by a plan of the same values, and found by the hash of its text."""
     plain = {"prompts": "p.txt", "prompt_ids": None, "num_prompts": None, "completions_per_prompt": 8}
     plain |= {"resample_zero_advantage": 0, "seed": None}
@@ -64,7 +64,7 @@ def test_a_plan_without_conversations_is_stored_as_before_there_were_any() -> No
     assert stored["evaluations"] == [{**plain, "chat": True}]
 
 
-def test_paths_in_a_plan_file_are_relative_to_the_file(tmp_path: Path) -> None:
+def test_read_plan_resolves_paths_from_the_file(tmp_path: Path) -> None:
     values = {"checkpoint": "runs/step-7", "update": {"prompts": "p.txt"}, "base": "../base"}
     values |= {"reward": "m:f", "loss": "grpo", "max_new_tokens": 8}
     values["evaluations"] = [{"prompts": "demo/eval"}, {"rollouts": "r.jsonl"}, {"prompts": ["p.txt"]}]
@@ -81,7 +81,7 @@ def test_paths_in_a_plan_file_are_relative_to_the_file(tmp_path: Path) -> None:
     )
 
 
-def test_a_fisher_plan_round_trips_and_is_no_other_plan(tmp_path: Path) -> None:
+def test_fisher_plan_round_trips_and_is_no_other_plan(tmp_path: Path) -> None:
     plan = FisherKernelPlan(update=RolloutFile(str(tmp_path / "u.jsonl")), preconditioner="identity", top=2)
     (tmp_path / "plan.yaml").write_text(plan_text(plan))
     assert read_plan(tmp_path / "plan.yaml", FisherKernelPlan) == plan
@@ -92,7 +92,7 @@ def test_a_fisher_plan_round_trips_and_is_no_other_plan(tmp_path: Path) -> None:
         read_plan(tmp_path / "bad.yaml", FisherKernelPlan)
 
 
-def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
+def test_read_plan_gives_default_when_file_is_empty(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("")
     plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
     assert plan == EntropyInfluencePlan()
@@ -105,18 +105,18 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sed": 1}, r"sed is 1; expected one of the fields checkpoint, .*\. Did you mean seed\?"),
+        ({"sed": 1}, r"sed is 1; expected one of the fields checkpoint, .*\. the nearest is 'seed'"),
         ({"seed": "x"}, r"seed is 'x'; expected a whole number"),
         ({"seed": True}, r"seed is True; expected a number, not true or false"),
         ({"seed": None}, r"seed is None; expected a whole number\. Give one, or leave the line out"),
         ({"seed": 2**64}, r"seed is 18446744073709551616; expected a whole number of 64 bits"),
         ({"loss": "ppo"}, r"loss is 'ppo'; expected one of .*dr_grpo"),
-        ({"loss": "drgrpo"}, r"loss is 'drgrpo'; .*Did you mean dr_grpo\?"),
+        ({"loss": "drgrpo"}, r"loss is 'drgrpo'; .*the nearest is 'dr_grpo'"),
         ({"num_prompts": 3}, r"num_prompts is 3; .*is a field of a batch: put it into update or evaluations"),
         ({"top": 3}, r"top is 3; .*is a field of the plans of fx-influence fisher"),
         ({"update": {"prompts": "p.txt", "n": 1}}, r"update\.n is 1; expected one of the fields prompts, prompt_ids, "),
-        ({"update": {"promts": "p.txt"}}, r"update\.promts is 'p\.txt'; .*Did you mean prompts\?"),
-        ({"update": {"rolouts": "r.jsonl"}}, r"update\.rolouts is 'r\.jsonl'; .*Did you mean rollouts\?"),
+        ({"update": {"promts": "p.txt"}}, r"update\.promts is 'p\.txt'; .*the nearest is 'prompts'"),
+        ({"update": {"rolouts": "r.jsonl"}}, r"update\.rolouts is 'r\.jsonl'; .*the nearest is 'rollouts'"),
         (
             {"update": {"prompts": "p", "temperature": 1}},
             r"temperature is a field of the plan itself: put it beside up",
@@ -142,7 +142,10 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
         ({"evaluations": []}, r"evaluations is \[\]; expected at least one"),
         ({"evaluations": {"prompts": "p"}}, r"evaluations is \{'prompts': 'p'\}; expected a list of batches"),
         ({"evaluations": ["p"]}, r"evaluations\[0\] is 'p'; expected an object"),
-        ({"evaluations": [{"prompts": "p"}, {"prompts": "p", "sed": 1}]}, r"evaluations\[1\]\.sed is 1; .*mean seed\?"),
+        (
+            {"evaluations": [{"prompts": "p"}, {"prompts": "p", "sed": 1}]},
+            r"evaluations\[1\]\.sed is 1; .*st is \'seed\'",
+        ),
         (
             {"evaluations": [{"prompts": "p", "resample_zero_advantage": 2}]},
             r"resample_zero_advantage is 2; expected 0",
@@ -181,7 +184,7 @@ def test_an_empty_plan_is_the_embedded_default(tmp_path: Path) -> None:
         (False, r"the plan is False; expected fields"),
     ],
 )
-def test_a_bad_plan_names_the_field_and_the_value(tmp_path: Path, values: object, message: str) -> None:
+def test_read_plan_names_field_and_value_when_invalid(tmp_path: Path, values: object, message: str) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(PlanError, match=message) as refused:
         read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
@@ -199,14 +202,14 @@ def test_a_bad_plan_names_the_field_and_the_value(tmp_path: Path, values: object
         ("seed: \x00", r"is not YAML: "),
     ],
 )
-def test_yaml_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_read_plan_names_yaml_error_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(PlanError, match=message) as refused:
         read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
     assert "\n" not in str(refused.value)
 
 
-OWN = {
+TRAINING_FIELDS = {
     "update": {"prompts": "u.jsonl"},
     "evaluations": [{"prompts": "e.jsonl"}],
     "reward": "m:f",
@@ -216,22 +219,22 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind", [EntropyInfluencePlan, FisherKernelPlan])
-@pytest.mark.parametrize("missing", [*((name,) for name in OWN), ("update", "loss"), tuple(OWN)])
-def test_a_plan_of_its_own_checkpoint_needs_what_only_the_demo_knows(
-    kind: type[EntropyInfluencePlan], missing: tuple[str, ...]
-) -> None:
-    values = {name: value for name, value in {"checkpoint": "step-7", **OWN}.items() if name not in missing}
+@pytest.mark.parametrize(
+    "missing", [*((name,) for name in TRAINING_FIELDS), ("update", "loss"), tuple(TRAINING_FIELDS)]
+)
+def test_plan_requires_training_fields_without_demo(kind: type[EntropyInfluencePlan], missing: tuple[str, ...]) -> None:
+    values = {name: value for name, value in {"checkpoint": "step-7", **TRAINING_FIELDS}.items() if name not in missing}
     with pytest.raises(PlanError, match=r"checkpoint is 'step-7' and not the demo") as refused:
         kind.from_dict(values)
     said, remedy = str(refused.value).split("missing; ")
     assert re.findall(r"update|evaluations|reward|loss|max_new_tokens", said) == list(missing)
     assert all(f"{name}: " in remedy for name in missing)
-    plan = kind.from_dict({"checkpoint": "step-7", **OWN})
+    plan = kind.from_dict({"checkpoint": "step-7", **TRAINING_FIELDS})
     assert (plan.loss, plan.max_new_tokens, plan.reward) == ("grpo", 64, "m:f")
     assert kind.from_dict(plan.to_dict()) == plan
 
 
-def test_a_plan_of_stored_rollouts_needs_neither_reward_nor_loss() -> None:
+def test_plan_of_stored_rollouts_needs_no_reward_or_loss() -> None:
     """A live trainer stores such plans: its rollouts have their coefficients, and nothing is judged."""
     files = {"update": {"rollouts": "u.jsonl"}, "evaluations": [{"rollouts": "e.jsonl"}], "max_new_tokens": 64}
     plan = EntropyInfluencePlan.from_dict({"checkpoint": "state", **files})
@@ -243,30 +246,30 @@ def test_a_plan_of_stored_rollouts_needs_neither_reward_nor_loss() -> None:
         EntropyInfluencePlan(reward=None)
 
 
-def test_ids_of_prompts_may_be_numbers_in_yaml(tmp_path: Path) -> None:
+def test_prompt_ids_may_be_numbers_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("update: {prompts: demo/train, prompt_ids: [7, x]}")
     assert read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan).update.prompt_ids == ("7", "x")
 
 
-def test_a_request_made_in_python_is_held_to_the_same_types() -> None:
+def test_batch_made_in_python_is_type_checked() -> None:
     with pytest.raises(PlanError, match=r"update\.num_prompts is '3x'; expected a whole number"):
         EntropyInfluencePlan(update=SampledBatch("p.txt", num_prompts="3x"))  # type: ignore[arg-type]
 
 
-def test_the_commented_plan_is_the_default_and_names_every_field() -> None:
+def test_commented_plan_is_default_and_names_all_fields() -> None:
     assert read_plan(COMMENTED_PLAN, EntropyInfluencePlan) == EntropyInfluencePlan()
     fields = {field.name for field in dataclasses.fields(EntropyInfluencePlan)}
     assert set(yaml.safe_load(COMMENTED_PLAN.read_text())) == fields
 
 
-def test_a_path_in_a_plan_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_plan_expands_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "plan.yaml").write_text("update: {prompts: ~/p.txt}")
     plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
     assert plan.update.prompts == str(tmp_path / "home" / "p.txt")
 
 
-def test_a_missing_or_unreadable_plan_file_is_named(tmp_path: Path) -> None:
+def test_read_plan_names_missing_or_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"absent\.yaml' does not exist; check the path"):
         read_plan(tmp_path / "absent.yaml", EntropyInfluencePlan)
     (tmp_path / "bad.yaml").write_text("a: [")
@@ -276,16 +279,47 @@ def test_a_missing_or_unreadable_plan_file_is_named(tmp_path: Path) -> None:
         read_plan(tmp_path, EntropyInfluencePlan)
 
 
-def test_a_plan_constructs_no_python_objects(tmp_path: Path) -> None:
+def test_read_plan_constructs_no_python_objects(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("checkpoint: !!python/object/apply:os.getcwd []")
     with pytest.raises(PlanError, match="is not YAML"):
         read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
 
 
-def test_a_plan_made_in_python_is_held_to_the_same_types() -> None:
+def test_plan_made_in_python_is_type_checked() -> None:
     plan = EntropyInfluencePlan(eta_multiples=[1, 2.0], directions=["grad"])  # type: ignore[arg-type]
     assert (plan.eta_multiples, plan.directions) == ((1.0, 2.0), ("grad",))
-    with pytest.raises(PlanError, match=r"estimator is 'sequnce'; .*Did you mean sequence"):
+    with pytest.raises(PlanError, match=r"estimator is 'sequnce'; .*the nearest is 'sequence'"):
         EntropyInfluencePlan(estimator="sequnce")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"directions\[0\] is 'gradd'"):
         EntropyInfluencePlan(directions=("gradd",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("old", "present"), [("share", "frozen"), ("marginal", "jacobian"), ("rmsprop", "rmsprop")])
+def test_read_plan_reads_version_0_1_with_a_note(tmp_path: Path, old: str, present: str) -> None:
+    (tmp_path / "plan.yaml").write_text(f"gain: {old}\nseed: 3")
+    notes: list[str] = []
+    plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan, notes.append)
+    assert (plan.preconditioner, plan.seed) == (present, 3)
+    assert len(notes) == 1
+    assert notes[0].endswith(f"plan.yaml': gain: {old} is called preconditioner: {present} now; it is read as that")
+    assert "gain" not in plan.to_dict()
+
+
+def test_read_plan_prints_its_note_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text("gain: share")
+    read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
+    assert capsys.readouterr().err.count("is called preconditioner: frozen now") == 1
+    read_plan(COMMENTED_PLAN, EntropyInfluencePlan)
+    assert capsys.readouterr().err == ""
+
+
+def test_read_plan_rejects_gain_beside_preconditioner(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("gain: share\npreconditioner: frozen")
+    with pytest.raises(PlanError, match="gain is 'share' beside preconditioner, its present name"):
+        read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
+
+
+def test_fisher_plan_has_no_gain() -> None:
+    """The Fisher plan has a preconditioner of other values, and never had the old field."""
+    with pytest.raises(PlanError, match="gain is 'share'; expected one of the fields"):
+        FisherKernelPlan.from_dict({"gain": "share"})
