@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from helpers.run_results import LR, find_finding, make_results
 
-from fx_influence.lab.health import RANKED, Finding, health
+from fx_influence.lab.health import Finding, health
+from fx_influence.lab.health.noise import MAX_RANKING_NOISE
 
 
 def test_health_is_good_for_a_sound_run() -> None:
@@ -37,7 +38,7 @@ def test_ranking_tells_how_many_prompts_would_do() -> None:
     assert finding.level == "attention"
     assert "E is too small for a ranking: 50% of the influences' squares is noise" in finding.text
     times = float(re.findall(r"About (\S+) times", finding.text)[0])
-    assert (0.5 / times) / (0.5 / times + 0.5) == pytest.approx(RANKED, rel=0.05)
+    assert (0.5 / times) / (0.5 / times + 0.5) == pytest.approx(MAX_RANKING_NOISE, rel=0.05)
 
 
 def test_ranking_names_no_number_when_all_is_noise() -> None:

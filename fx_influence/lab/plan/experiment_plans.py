@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from fx_influence.interop.runtime.renamed import PLAN_FIELDS
 from fx_influence.lab.plan.batch_request import Number, WholeNumber
 from fx_influence.lab.plan.errors import refusal
 from fx_influence.lab.plan.step_plan import StepPlan
@@ -52,6 +54,8 @@ class EntropyInfluencePlan(StepPlan):
         >>> plan.seed, plan.eta_multiples
         (3, (0.2, 0.5, 1.0, 2.0, 5.0))
     """
+
+    old_fields: ClassVar[Mapping[str, str]] = PLAN_FIELDS
 
     estimator: Estimator = "per_decision"
     normalize: Normalize = "token"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -66,6 +67,8 @@ class StepPlan:
 
     command: ClassVar[str] = "run"
     """The command of ``fx-influence`` that takes plans of this kind."""
+    old_fields: ClassVar[Mapping[str, str]] = {}
+    """Names of fields in version 0.1 -> present names."""
 
     checkpoint: str = DEMO
     base: str | None = None
@@ -141,7 +144,7 @@ class StepPlan:
         if not isinstance(values, dict):
             raise refusal("the plan", values, f"fields with their values: {', '.join(names)}", "Write checkpoint: DIR")
         try:
-            values = current_plan(values, names)
+            values = current_plan(values, cls.old_fields)
         except ValueError as error:
             raise PlanError(str(error)) from error
         for name, value in values.items():
