@@ -52,7 +52,7 @@ def test_select_meets_floor_at_least_loss(pairs: list[tuple[float, float]], base
     room = -float(deltas.clamp(max=0).sum())
     total = baseline + float(deltas.sum())
     floor = total + share * room
-    out = fx.select(influence(deltas, baseline), influence(rewards), floor=floor)
+    out = fx.lab.select(influence(deltas, baseline), influence(rewards), floor=floor)
     assert ((out.weights >= 0) & (out.weights <= 1)).all()
     assert (out.weights[deltas >= 0] == 1).all()
     torch.testing.assert_close(out.entropy, baseline + (out.weights * deltas).sum())
@@ -70,14 +70,14 @@ def test_select_meets_floor_at_least_loss(pairs: list[tuple[float, float]], base
 
 
 def test_select_leaves_step_alone_above_floor() -> None:
-    out = fx.select(influence(torch.tensor([-1.0, 3.0])), influence(torch.tensor([-1.0, 1.0])), floor=0.0)
+    out = fx.lab.select(influence(torch.tensor([-1.0, 3.0])), influence(torch.tensor([-1.0, 1.0])), floor=0.0)
     assert out.weights.tolist() == [1, 1]
     assert out.lost == 0
 
 
 def test_select_weighs_tokens_per_token() -> None:
     deltas, rewards = torch.tensor([[-4.0, 1.0], [-2.0, -2.0]]), torch.tensor([[0.0, 1.0], [5.0, 1.0]])
-    out = fx.select(influence(deltas), influence(rewards), floor=-2.0, per_token=True)
+    out = fx.lab.select(influence(deltas), influence(rewards), floor=-2.0, per_token=True)
     # The first token costs nothing and gives 4; the last gives the rest.
     torch.testing.assert_close(out.weights, torch.tensor([[0.0, 1.0], [1.0, 0.5]], dtype=torch.float64))
     torch.testing.assert_close(out.lost, torch.tensor(0.5, dtype=torch.float64))
@@ -86,6 +86,6 @@ def test_select_weighs_tokens_per_token() -> None:
 def test_select_rejects_invalid_input() -> None:
     two, three = influence(torch.ones(2)), influence(torch.ones(3))
     with pytest.raises(ValueError, match=r"influence_entropy is of \(2,\), influence_reward of \(3,\); pass two"):
-        fx.select(two, three, floor=0.0)
+        fx.lab.select(two, three, floor=0.0)
     with pytest.raises(ValueError, match=r"hold no tokens; make them with influence\(per_token=True\)"):
-        fx.select(two, two, floor=0.0, per_token=True)
+        fx.lab.select(two, two, floor=0.0, per_token=True)

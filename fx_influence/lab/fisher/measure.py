@@ -17,7 +17,7 @@ from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import distinct_rows, row_chunks
 from fx_influence.core.tree import promote
 from fx_influence.estimators.consistency import check_identity, identity_tolerance
-from fx_influence.fisher import adam_diagonal, fisher_kernel, scored
+from fx_influence.fisher import adam_diagonal, fisher_kernel
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.step import Step, distinct_update_rows, rollouts_per_block
 from fx_influence.lab.inputs.rollouts import ScoredRollouts, mean_reward
@@ -62,7 +62,7 @@ def self_kernel(plan: FisherKernelPlan, state: TrainingState, batch: Batch, diag
         batch: U or E, (n, T).
         diagonal: P, see ``kernel_diagonal``.
     """
-    distinct, index = distinct_rows(scored(batch))
+    distinct, index = distinct_rows(with_unit_coefficients(batch))
 
     def squared_norms(rows: Batch) -> Tensor:
         gradients = rollout_gradients(state.params, rows, state.apply, plan.temperature)
@@ -88,7 +88,9 @@ def kernel(
         batch_u: U.
         diagonal: P, see ``kernel_diagonal``.
     """
-    (distinct_e, index_e), (distinct_u, index_u) = (distinct_rows(scored(batch)) for batch in (batch_e, batch_u))
+    (distinct_e, index_e), (distinct_u, index_u) = (
+        distinct_rows(with_unit_coefficients(batch)) for batch in (batch_e, batch_u)
+    )
 
     def kernel_rows(rows: Batch) -> Tensor:
         return fisher_kernel(
@@ -123,7 +125,10 @@ def logprob_change(plan: FisherKernelPlan, state: TrainingState, step: Step, bat
         IdentityError: where the residuals of all rollouts exceed what rounding can make of the sum of all parts. Of a
             single rollout that is all but certain, and so hardly moves, float32 leaves few digits.
     """
-    (distinct, index), (distinct_u, index_u) = distinct_rows(scored(batch_e)), distinct_update_rows(step.batch)
+    (distinct, index), (distinct_u, index_u) = (
+        distinct_rows(with_unit_coefficients(batch_e)),
+        distinct_update_rows(step.batch),
+    )
     params, apply, temperature, chunk = state.params, state.apply, plan.temperature, plan.chunk_size
 
     def loss_gram(rows: Batch) -> Tensor:

@@ -115,9 +115,9 @@ def test_table_names_remedy_without_pandas(finished: Path, monkeypatch: pytest.M
 
 
 def test_run_returns_results_of_its_plan(finished: Path) -> None:
-    plan = read_plan(finished / "plan.yaml", fx.EntropyInfluencePlan)
-    results = fx.run(plan, finished)
-    assert isinstance(results, fx.EntropyInfluenceResults)
+    plan = read_plan(finished / "plan.yaml", fx.lab.EntropyInfluencePlan)
+    results = fx.lab.run(plan, finished)
+    assert isinstance(results, fx.lab.EntropyInfluenceResults)
     assert results.plan == plan
     with pytest.raises(dataclasses.FrozenInstanceError):
         results.plan = plan  # type: ignore[misc]
