@@ -17,7 +17,7 @@ from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import distinct_rows, row_chunks
 from fx_influence.core.tree import promote
 from fx_influence.estimators.consistency import check_identity, identity_tolerance
-from fx_influence.fisher import adam_diagonal, fisher_kernel
+from fx_influence.fisher import adam_diagonal, fisher_kernel, with_unit_coefficients
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.step import Step, distinct_update_rows, rollouts_per_block
 from fx_influence.lab.inputs.rollouts import ScoredRollouts, mean_reward

@@ -145,6 +145,7 @@ def as_version_0_1(directory: Path) -> None:
     (directory / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     for name in ("summary.json", "eval_00.json"):
         figures = json.loads((directory / name).read_text())
+        figures["step"] = 5
         figures["in_this_step"] = {"total": -2e-3, "realised": -2.1e-3, "realised_stderr": 1e-4}
         (directory / name).write_text(json.dumps(figures))
     files = sorted(

@@ -68,7 +68,7 @@ def test_run_continues_without_redoing_evaluations(
 @pytest.mark.slow
 def test_run_continues_from_every_write(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is interrupted before every single write in turn; what was written is never computed again."""
-    out, real, written, resumed = tmp_path / "out", store.RunDirectory._whole, [], 0
+    out, real, written, resumed = tmp_path / "out", store.RunDirectory._store, [], 0
     monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 8)
 
     def interrupted(directory: store.RunDirectory, name: str, write: Callable[[str], object]) -> None:
@@ -78,7 +78,7 @@ def test_run_continues_from_every_write(finished: Path, tmp_path: Path, monkeypa
         written.append(name)
         real(directory, name, write)
 
-    monkeypatch.setattr(store.RunDirectory, "_whole", interrupted)
+    monkeypatch.setattr(store.RunDirectory, "_store", interrupted)
     allowed: set[str] = {"plan.yaml"}
     while main(["run", str(finished / "plan.yaml"), "--out", str(out)]) == 130:
         resumed += 1
