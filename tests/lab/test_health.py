@@ -147,7 +147,7 @@ def test_policy_of_u_tells_of_an_older_policy() -> None:
 
 def test_health_leaves_out_what_a_training_does_not_store() -> None:
     lacking = ("eta_trust", "rounding_floor", "off_policy")
-    stored = make_results(evaluation_summary={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
+    stored = make_results(evaluation={"unattributed": 0.0, "in_this_step": {"total": -4e-3}})
     [evaluation] = stored.evaluations
     for name in lacking:
         del evaluation.summary[name]
