@@ -28,7 +28,7 @@ from benchmarks.trl.variants import quiet
 from fx_influence.interop.prompts import read_prompts
 from fx_influence.interop.rewards import exact_match
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.interop.runtime.renamed import SUMMARY_FIELDS, renamed
+from fx_influence.interop.runtime.renamed import current_summary
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.lab.plan import demo_path
 
@@ -114,7 +114,7 @@ def measured_run(steps: int) -> dict[str, Any]:
 def plot(run: dict[str, Any], path: Path) -> None:
     """Draw predicted and measured changes step by step, and their sums beside the estimated entropy."""
     # Stored figures of version 0.1 have the old names.
-    history = [renamed(step, SUMMARY_FIELDS) for step in run["history"]]
+    history = [current_summary(step) for step in run["history"]]
     step, total, measured, error, entropy = (
         np.array([h[name] for h in history]) for name in ("step", "total", "measured", "stderr", "entropy")
     )
