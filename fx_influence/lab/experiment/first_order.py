@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fx_influence._influence import Influence, influence
+from fx_influence.attribution.influence import influence
+from fx_influence.attribution.result import Influence
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.rounding import rounding_floor
