@@ -1,4 +1,4 @@
-"""The share of the influences that rests on denominators which AdamW has from this very gradient."""
+"""Conditioning: the share of the influences that rests on denominators made by this very gradient."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ class Case:
         return fx.influence(self.params, self.batch_u, self.batch_e, state, apply=apply or self.apply, **options)
 
     def literal(self, state: AdamWState, **options: Any) -> Tensor:
-        """Its formula, from the gradient of every rollout and a rollout's part coordinate by coordinate."""
+        """Return conditioning by its formula, from every rollout's gradient and its influence by coordinate."""
         grads = fx.per_sample_grads(fx.rollout_loss(self.apply), self.params, self.batch_u)
-        whole = {name: g.sum(0) for name, g in grads.items()}
-        norm = math.sqrt(sum(g.square().sum() for g in whole.values()))
+        total_grads = {name: g.sum(0) for name, g in grads.items()}
+        norm = math.sqrt(sum(g.square().sum() for g in total_grads.values()))
         clip = min(1.0, options.get("max_grad_norm", math.inf) / (norm + 1e-6))
         gain = fx.adamw_decompose(
-            whole, state, self.params, options.get("preconditioner", "frozen"), options.get("max_grad_norm")
+            total_grads, state, self.params, options.get("preconditioner", "frozen"), options.get("max_grad_norm")
         ).gain
-        slope = slope_of(self.apply, self.params, self.batch_e)
-        on, off = (torch.zeros(len(self.batch_u.input_ids), dtype=torch.float64) for _ in range(2))
+        entropy_grad = entropy_gradient(self.apply, self.params, self.batch_e)
+        fresh_part, rest = (torch.zeros(len(self.batch_u.input_ids), dtype=torch.float64) for _ in range(2))
         for name, g in grads.items():
             hyper, tau = state.hyper[name], state.step[name] + 1
-            s = hyper.beta2 * state.exp_avg_sq[name] + (1 - hyper.beta2) * (clip * whole[name]) ** 2
+            s = hyper.beta2 * state.exp_avg_sq[name] + (1 - hyper.beta2) * (clip * total_grads[name]) ** 2
             top = torch.maximum(s, state.max_exp_avg_sq[name]) if hyper.amsgrad else s
-            now = (1 - hyper.beta2) * (clip * whole[name]) ** 2 > top / 2
-            now |= (top / (1 - hyper.beta2**tau)).sqrt() <= 10 * hyper.eps
-            each = (gain[name] * slope[name] * g).flatten(1)
-            on += (each * now.flatten()).sum(1)
-            off += (each * ~now.flatten()).sum(1)
-        return on.abs().sum() / (on.abs().sum() + off.abs().sum())
+            is_fresh = (1 - hyper.beta2) * (clip * total_grads[name]) ** 2 > top / 2
+            is_fresh |= (top / (1 - hyper.beta2**tau)).sqrt() <= 10 * hyper.eps
+            contributions = (gain[name] * entropy_grad[name] * g).flatten(1)
+            fresh_part += (contributions * is_fresh.flatten()).sum(1)
+            rest += (contributions * ~is_fresh.flatten()).sum(1)
+        return fresh_part.abs().sum() / (fresh_part.abs().sum() + rest.abs().sum())
 
 
-def slope_of(apply: Apply, params: Params, batch_e: Batch) -> Params:
-    """grad H by name."""
+def entropy_gradient(apply: Apply, params: Params, batch_e: Batch) -> Params:
+    """Return grad H by name."""
     from fx_influence.autodiff.gradients import batch_gradient
     from fx_influence.estimators.entropy import entropy_coefficients
 
@@ -73,7 +73,7 @@ def slope_of(apply: Apply, params: Params, batch_e: Batch) -> Params:
 
 
 def half_fresh(case: Case) -> AdamWState:
-    """The warm state with every other parameter's replaced by that of no step."""
+    """Return the warm state with every other parameter reset to before its first step."""
     state = case.warm
     zero = {name: torch.zeros_like(x) for k, (name, x) in enumerate(state.exp_avg.items()) if k % 2}
     return state._replace(
@@ -128,7 +128,7 @@ def test_conditioning_follows_the_hyperparameters(changes: dict[str, Any]) -> No
 
 
 def test_conditioning_falls_when_the_optimizer_warms_up() -> None:
-    """In training it is high at the first step and low once the second moment averages many steps."""
+    """Conditioning in training is high at the first step and low once the second moment averages many steps."""
     case, generator = Case(), torch.Generator().manual_seed(2)
     model = TinyPolicy(6, 6, 1, 2, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))

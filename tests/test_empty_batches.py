@@ -68,7 +68,7 @@ def test_influence_baseline_is_adamw_step_without_completion() -> None:
     training = make_case()
     lr = 1e-3
     hypers = training.state.hyper
-    named = dict(training.model.named_parameters())
+    by_name = dict(training.model.named_parameters())
     groups = [
         {
             "params": [p],
@@ -77,10 +77,10 @@ def test_influence_baseline_is_adamw_step_without_completion() -> None:
             "eps": hypers[name].eps,
             "weight_decay": hypers[name].weight_decay,
         }
-        for name, p in named.items()
+        for name, p in by_name.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr)
-    for name, p in named.items():
+    for name, p in by_name.items():
         moments = {
             "exp_avg": training.state.exp_avg[name].clone(),
             "exp_avg_sq": training.state.exp_avg_sq[name].clone(),
@@ -88,7 +88,7 @@ def test_influence_baseline_is_adamw_step_without_completion() -> None:
         optimizer.state[p] = {"step": torch.tensor(float(training.state.step[name])), **moments}
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    v = {name: (p.detach() - training.params[name]) / lr for name, p in named.items()}
+    v = {name: (p.detach() - training.params[name]) / lr for name, p in by_name.items()}
     slope = fx.jvp_delta(training.params, v, training.batch_e, apply=training.apply).first
     # theta' - theta has the rounding error of theta, which is divided by lr.
     size = max(float(p.abs().max()) for p in training.params.values()) / lr

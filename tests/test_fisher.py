@@ -136,8 +136,8 @@ def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
         raised = {name: -p * row[name] for name, p in diagonal.items()}
 
         def scores(h: float, raised: Params = raised) -> Tensor:
-            at = shift(case.params, raised, h)
-            return fx.token_values(at, case.batch_e, case.apply, case.temperature).logprobs.sum(-1)
+            theta = shift(case.params, raised, h)
+            return fx.token_values(theta, case.batch_e, case.apply, case.temperature).logprobs.sum(-1)
 
         slope, bound = central_difference(scores, 1e-5, terms=TINY_POLICY)
         assert bound < 1e-2 * slope.abs().max()

@@ -59,8 +59,8 @@ def test_load_golden_forward_matches_recorded_scores(golden: Golden) -> None:
 def test_load_golden_backward_matches_recorded_gradient(golden: Golden) -> None:
     logp, _ = _score(golden, golden.batch_u)
     losses = -(golden.batch_u.coefficients[:, 1:] * logp).sum(-1)
-    named = dict(golden.model.named_parameters())
-    gradients = torch.autograd.grad(losses.sum(), [named[name] for name in golden.params])
+    by_name = dict(golden.model.named_parameters())
+    gradients = torch.autograd.grad(losses.sum(), [by_name[name] for name in golden.params])
     assert_golden(golden, losses, "seq_loss")
     assert_golden(golden, flatten(dict(zip(golden.params, gradients, strict=True)), golden), "agg_grad")
 

@@ -139,7 +139,7 @@ def test_clipped_ratio_times_advantage_is_ppo_gradient(low: float, high: float) 
 
 
 def test_coefficients_accept_sequence_level_ratio() -> None:
-    """In GSPO L = -mean_i s_i A_i with s_i = exp(mean_t (log pi - log pi_old)): grpo's gradient times s_i."""
+    """GSPO has L = -mean_i s_i A_i with s_i = exp(mean_t (log pi - log pi_old)): grpo's gradient times s_i."""
     mask, old = make_mask(), normal(N, WIDTH) - 2
     logprobs, advantages = old + 0.3 * normal(N, WIDTH, seed=2), normal(N, seed=1)
 

@@ -254,14 +254,14 @@ def test_entropy_per_reward_matches_small_step(exact: Exact) -> None:
     assert price.min() < 0 < price.max()
 
     def assert_paid(direction: Params, expected: float) -> None:
-        def at(eta: float) -> Params:
+        def params_at(eta: float) -> Params:
             return {k: p + eta * direction[k] for k, p in exact.params.items()}
 
         def rewarded(eta: float) -> Tensor:
-            return exact_expected(exact.apply, at(eta), exact.space, lambda lp, h, batch: ones_in(batch))
+            return exact_expected(exact.apply, params_at(eta), exact.space, lambda lp, h, batch: ones_in(batch))
 
         paid, off = central_difference(
-            lambda eta: exact_entropy(exact.apply, at(eta), exact.space, "token"), 1e-5, terms=TINY_POLICY
+            lambda eta: exact_entropy(exact.apply, params_at(eta), exact.space, "token"), 1e-5, terms=TINY_POLICY
         )
         gained, gained_off = central_difference(rewarded, 1e-5, terms=TINY_POLICY)
         bound = (off + abs(expected) * gained_off) / float(gained.abs())

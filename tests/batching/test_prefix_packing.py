@@ -161,22 +161,22 @@ def assert_near(actual: Tensor, expected: Tensor, params: Params, scale: Any = N
 @adapters
 def test_packing_preserves_values_and_derivatives(family: str, lora: bool) -> None:
     apply, params = fx.make_functional(make_model(family, lora=lora, attention="sdpa").double())
-    batch, whole = group_batch(1, 2, 12), without_packing(apply)
+    batch, unpacked = group_batch(1, 2, 12), without_packing(apply)
     assert [micro_batch.layout is not None for micro_batch in split_policy(apply).micro_batches(batch, 5)] == [True] * 3
-    assert_values_close(all_token_values(params, batch, apply), all_token_values(params, batch, whole), params)
-    expected = batch_gradient(params, batch, whole)
+    assert_values_close(all_token_values(params, batch, apply), all_token_values(params, batch, unpacked), params)
+    expected = batch_gradient(params, batch, unpacked)
     grads, caches = gradient_with_cache(params, batch, apply, 0.7, 5, memory_budget=2**30)
-    at_temperature = batch_gradient(params, batch, whole, 0.7)
+    at_temperature = batch_gradient(params, batch, unpacked, 0.7)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name in params:
         assert_near(batch_gradient(params, batch, apply)[name], expected[name], params, largest, name)
         assert_near(grads[name], at_temperature[name], params, largest, name)
     v = random_tangent(params, 3)
-    assert_values_close(token_jvp(params, v, batch, apply), token_jvp(params, v, batch, whole), params)
+    assert_values_close(token_jvp(params, v, batch, apply), token_jvp(params, v, batch, unpacked), params)
     # A full GPT-2 has no plain linear layers.
     assert [cache is not None for cache in caches] == [lora or family != "gpt2"] * 3
     assert_values_close(
-        token_jvp(params, v, batch, apply, 0.7, 5, caches), token_jvp(params, v, batch, whole, 0.7), params
+        token_jvp(params, v, batch, apply, 0.7, 5, caches), token_jvp(params, v, batch, unpacked, 0.7), params
     )
     block = {name: x.unsqueeze(0) for name, x in v.items()}
     for chunk in (None, 4):
@@ -184,7 +184,7 @@ def test_packing_preserves_values_and_derivatives(family: str, lora: bool) -> No
         given_ = params, block, 1e-3, batch
         assert_values_close(
             perturbed_token_values(*given_, apply, 1.0, chunk),
-            perturbed_token_values(*given_, whole, 1.0, chunk),
+            perturbed_token_values(*given_, unpacked, 1.0, chunk),
             params,
         )
 
@@ -227,8 +227,8 @@ def test_packing_computes_prompt_once() -> None:
     other, index = ids.clone(), torch.arange(24)
     ids[:, :12] = ids[0, :12]
     costs = []
-    for some in (ids, other):
-        batch = Batch(some, torch.ones_like(some, dtype=torch.bool), (index >= 12).expand(16, 24))
+    for ids_case in (ids, other):
+        batch = Batch(ids_case, torch.ones_like(ids_case, dtype=torch.bool), (index >= 12).expand(16, 24))
         with FlopCounterMode(display=False) as counter:
             all_token_values(params, batch, apply)
         costs.append(counter.get_total_flops())

@@ -39,20 +39,20 @@ def test_plan_repr_shows_only_non_defaults() -> None:
 
 def test_batch_repr_shows_shapes() -> None:
     ids = torch.ones(64, 1000, dtype=torch.int64)
-    shown = repr(fx.Batch(ids, ids > 0, ids > 0))
-    assert shown.startswith("Batch(input_ids=int64 (64, 1000), attention_mask=bool (64, 1000), ")
-    assert shown.endswith("coefficients=None, entropy_coefficients=None, group=None)")
+    text = repr(fx.Batch(ids, ids > 0, ids > 0))
+    assert text.startswith("Batch(input_ids=int64 (64, 1000), attention_mask=bool (64, 1000), ")
+    assert text.endswith("coefficients=None, entropy_coefficients=None, group=None)")
 
 
 def test_batch_repr_works_under_vmap() -> None:
-    shown: list[str] = []
+    text: list[str] = []
 
     def record(x: torch.Tensor) -> torch.Tensor:
-        shown.append(repr(fx.TokenValues(x, x.sum())))
+        text.append(repr(fx.TokenValues(x, x.sum())))
         return x
 
     torch.func.vmap(record)(torch.ones(2, 3))
-    assert shown == ["TokenValues(logprobs=float32 (3,), entropies=float32 ())"]
+    assert text == ["TokenValues(logprobs=float32 (3,), entropies=float32 ())"]
 
 
 def test_rollout_repr_counts_tokens() -> None:
@@ -62,7 +62,7 @@ def test_rollout_repr_counts_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "text"),
     [
         (None, "None"),
         (np.zeros((2, 3)), "float64 (2, 3)"),
@@ -77,5 +77,5 @@ def test_rollout_repr_counts_tokens() -> None:
         (torch.nn.Linear(2, 2), "Linear"),
     ],
 )
-def test_brief_describes_value(value: object, shown: str) -> None:
-    assert brief(value) == shown
+def test_brief_describes_value(value: object, text: str) -> None:
+    assert brief(value) == text

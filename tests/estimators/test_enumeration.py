@@ -55,7 +55,7 @@ def test_draw_from_space_matches_public_functions(
     rows = world.draw_prompts(12, 3, torch.Generator().manual_seed(1))
     batch, t = world.batch(rows)._replace(group=torch.arange(36) // 3), world.space.temperature
     chosen = {"apply": world.apply, "objective": fx.Entropy(estimator, normalize), "temperature": t}
-    matrix = first_order_rows(world, world.along(update.parts), rows, estimator, normalize)
+    matrix = first_order_rows(world, world.jvp(update.parts), rows, estimator, normalize)
     out = fx.influence(world.params, update.batch, batch, update.state, matrix=True, **chosen)
     assert_close(out.matrix, matrix)
     assert_close(out.per_sequence, matrix.sum(0), matrix.abs().sum(0))
@@ -91,7 +91,7 @@ def test_entropy_gradient_is_consistent(
     world: World, directions: list[Params], estimator: Estimator, normalize: Normalize
 ) -> None:
     """Over 800 draws of 512 rollouts the mean is within 4 standard errors, which are 1% of the derivative."""
-    generator, derivatives = torch.Generator().manual_seed(4), world.along(directions)
+    generator, derivatives = torch.Generator().manual_seed(4), world.jvp(directions)
     truth = derivatives_along(exact_gradient(world.apply, world.params, world.space, normalize), directions)
     draws = torch.stack(
         [
@@ -126,7 +126,7 @@ def test_snis_at_a_finite_step_is_consistent(world: World, estimator: Estimator,
 @pytest.mark.parametrize("kind", ["reward", "kl"])
 def test_objectives_are_consistent(world: World, directions: list[Params], kind: str) -> None:
     """Baselines computed on E itself may cost a bias of order 1/n and no more."""
-    generator, derivatives = torch.Generator().manual_seed(6), world.along(directions)
+    generator, derivatives = torch.Generator().manual_seed(6), world.jvp(directions)
     ids, mask = world.space.batch.input_ids, world.space.batch.completion_mask
     reward = ((ids == 2) & mask).sum(-1).double() - 0.5 * mask.sum(-1)
     other = shift(world.params, directions[2], 1.5)

@@ -43,7 +43,7 @@ def coverage(
     The truth is the exact delta_i under the distribution that both prompts and completions come from. With eight random
     groups 1.96 is replaced by the quantile of Student's t with seven degrees of freedom.
     """
-    generator, derivatives, repeats = torch.Generator().manual_seed(8), world.along(update.parts), 1200
+    generator, derivatives, repeats = torch.Generator().manual_seed(8), world.jvp(update.parts), 1200
     truth = derivatives_along(exact_gradient(world.apply, world.params, world.space, normalize), update.parts)
     covered = torch.zeros(3, len(truth))
     for _ in range(repeats):

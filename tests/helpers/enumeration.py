@@ -24,7 +24,7 @@ Score = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 class Space(NamedTuple):
-    """All completions of all prompts: ``batch`` (N rows, ``group`` = prompt index, padded right with EOS ids)."""
+    """The completions of all prompts: ``batch`` (N rows, ``group`` = prompt index, padded right with EOS ids)."""
 
     batch: Batch
     prompts: int

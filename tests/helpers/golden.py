@@ -51,8 +51,8 @@ def load_golden(dtype: torch.dtype = torch.float64) -> Golden:
         _compute_in_float64(model)
     param_names = json.loads((DATA / "optimizer_param_names.json").read_text())
     optimizer = restore_optimizer(torch.load(DATA / "optimizer.pt", weights_only=True), model, param_names)
-    named = dict(model.named_parameters())
-    params = {name: named[name].detach().clone() for group in param_names for name in group}
+    by_name = dict(model.named_parameters())
+    params = {name: by_name[name].detach().clone() for group in param_names for name in group}
     inputs = dict(np.load(DATA / "inputs.npz"))
     expected = {**np.load(DATA / "expected_step.npz"), **np.load(DATA / "expected_sequences.npz")}
     batch_u = _batch(inputs, "U")._replace(coefficients=_coefficients(inputs, dtype))

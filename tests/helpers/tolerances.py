@@ -118,7 +118,8 @@ def exact_bound(rounded: Any, exact: Any, terms: float = 1, dtype: torch.dtype |
     Args:
         rounded: the result of one method in the lower dtype.
         exact: the same values from a computation in float64.
-        terms, dtype: of the least bound, as one method may be exact by chance; default dtype: that of ``rounded``.
+        terms: roundings on the way to one entry, for the least bound, as one method may be exact by chance.
+        dtype: of the least bound; default: that of ``rounded``.
     """
     low, high = as_tensor(rounded), as_tensor(exact)
     error = float((low.double() - high.double()).abs().max())

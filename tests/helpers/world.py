@@ -64,14 +64,14 @@ class World(NamedTuple):
         """Return those rows as a batch, each row a cluster."""
         return take(self.space, rows)._replace(group=None)
 
-    def along(self, directions: list[Params]) -> fx.TokenValues:
+    def jvp(self, directions: list[Params]) -> fx.TokenValues:
         """Return the derivatives of every token's values in each direction, (k, N, T)."""
         jvps = [token_jvp(self.params, v, self.space.batch, self.apply, self.space.temperature) for v in directions]
         return fx.TokenValues(*(torch.stack(field) for field in zip(*jvps, strict=True)))
 
     def step(self, direction: Params, spread: float) -> tuple[Params, fx.TokenValues]:
         """Return theta + eta v and its values; log-weights have standard deviation ``spread`` to first order."""
-        log_weights = self.along([direction]).logprobs[0].sum(-1)
+        log_weights = self.jvp([direction]).logprobs[0].sum(-1)
         eta = spread / (self.probabilities * log_weights**2).sum().sqrt()
         moved_params = shift(self.params, direction, eta)
         return moved_params, fx.token_values(moved_params, self.space.batch, self.apply, self.space.temperature)

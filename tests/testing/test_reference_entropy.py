@@ -77,11 +77,11 @@ def test_snis_delta_diagnostics_match_hand_computation() -> None:
     old, new = (ref.token_values(apply, p, batch) for p in (params, moved))
     delta = new.logprobs - old.logprobs
     log_w = delta.sum(1)
-    whole = ref.snis_delta(apply, params, v, 3.0, batch, "sequence", clip=0.1)
-    assert_close(whole.log_weights, log_w)
+    by_sequence = ref.snis_delta(apply, params, v, 3.0, batch, "sequence", clip=0.1)
+    assert_close(by_sequence.log_weights, log_w)
     w = log_w.clamp(-0.1, 0.1).exp()
-    assert_close(whole.ess, w.sum() ** 2 / (w**2).sum())
-    assert_close(whole.clip_fraction, (log_w.abs() > 0.1).double().mean())
+    assert_close(by_sequence.ess, w.sum() ** 2 / (w**2).sum())
+    assert_close(by_sequence.clip_fraction, (log_w.abs() > 0.1).double().mean())
     mask = batch.completion_mask
     prefix = delta.cumsum(1) - delta
     out = ref.snis_delta(apply, params, v, 3.0, batch, "per_decision", clip=0.1)
