@@ -240,11 +240,12 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
         ({"loss_type": "dr_grpo"}, r"max_completion_length is None; .*'dr_grpo' needs it, at least 1"),
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, r"max_completion_length is 0; .*at least 1"),
     ],
+    ids=lambda value: " and ".join(value) if isinstance(value, dict) else value.partition(";")[0],
 )
 def test_coefficients_errors_name_field_value_and_remedy(changes: dict[str, Any], message: str) -> None:
-    input_dtype = {"loss_type": "grpo", "advantages": torch.ones(N), "completion_mask": make_mask(), **changes}
+    arguments = {"loss_type": "grpo", "advantages": torch.ones(N), "completion_mask": make_mask(), **changes}
     with pytest.raises(ValueError, match=message):
-        fx.coefficients(**input_dtype)
+        fx.coefficients(**arguments)
 
 
 def test_coefficients_ignore_values_outside_completions() -> None:

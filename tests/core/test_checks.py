@@ -198,6 +198,7 @@ def test_check_batch_rejects_eval_batch_without_completion(call: Call) -> None:
             r"batch_u\.coefficients is torch.int64 of shape \(4, 7\); pass float \(4, 7\)",
         ),
     ],
+    ids=["none", "nan", "infinity", "shape", "dtype"],
 )
 def test_check_coefficients_rejects_unusable_values(change: Callable[[Batch], Batch], message: str) -> None:
     assert_rejected(influence, message, batch_u=change)
@@ -290,6 +291,7 @@ def test_check_adamw_inputs_rejects_state_of_other_model(
         ({"grad": {"lm_head": torch.ones(1)}}, r"grads\['lm_head'\] is not among the \d+ trainable parameters"),
         ({"grad": {"head.bias": torch.ones(1)}}, r"grads\['head\.bias'\] has shape \(1,\).* the parameter \(5,\)"),
     ],
+    ids=["preconditioner", "norm 0", "norm nan", "grad name", "grad shape"],
 )
 def test_influence_rejects_bad_step_options(changes: dict[str, Any], message: str) -> None:
     assert_rejected(influence, message, **changes)

@@ -150,6 +150,7 @@ NUMBERS: list[tuple[str, Any, type[Exception], str]] = [
         for case in NUMBERS
         if call in (Arguments.influence, Arguments.fisher) or case[0] not in ("memory_budget", "max_grad_norm")
     ],
+    ids=lambda value: f"{value[0]}={value[1]!r}" if isinstance(value, tuple) else value.__name__,
 )
 def test_check_number_rejects_other_types(call: Call, case: tuple[str, Any, type[Exception], str]) -> None:
     field, value, kind, message = case
@@ -192,6 +193,7 @@ def test_check_number_accepts_numpy_scalars(value: Any) -> None:
         (Arguments.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
         (Arguments.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
     ],
+    ids=lambda value: getattr(value, "__name__", str(value)).partition(";")[0],
 )
 def test_options_out_of_range_are_rejected(call: Call, field: str, value: Any, message: str) -> None:
     assert_rejected(call, message, ValueError, **{field: lambda g: value})
