@@ -86,7 +86,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
         "per sequence": {"per_token": False, "objective": fx.Entropy("sequence", "sequence")},
         "matrix": {"matrix": True, "preconditioner": "jacobian", "temperature": 0.7},
         "small chunks": {"chunk_size": 2, "memory_budget": 0},
-        "query": {"query": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
+        "objective": {"objective": lambda logprobs, entropies, batch: logprobs.sum(-1) / len(batch.input_ids)},
     }
     results: Results = {}
     for case, options in influences.items():
