@@ -10,6 +10,7 @@ import peft
 import torch
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -85,10 +86,16 @@ def train(model: Any, path: Path, schedule: str = "constant") -> Trainer:
     return trainer
 
 
+def assert_same_weights(loaded: nn.Module, live: nn.Module) -> None:
+    """Assert equal parameters in the same order, bit for bit."""
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in live.named_parameters()]
+    assert all(torch.equal(loaded.get_parameter(name), parameter) for name, parameter in live.named_parameters())
+
+
 def assert_same_state(loaded: AdamWState, live: AdamWState) -> None:
     """Assert that two optimizer states are equal to the bit, with names in the same order."""
     assert list(loaded.step) == list(live.step)
     assert (loaded.step, loaded.hyper, loaded.lr) == (live.step, live.hyper, live.lr)
-    for ours, theirs in zip(loaded[:3], live[:3], strict=True):
-        assert list(ours) == list(theirs)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for actual, expected in zip(loaded[:3], live[:3], strict=True):
+        assert list(expected) == list(actual)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -92,3 +92,42 @@ def write_trl(directory: Path, monkeypatch: pytest.MonkeyPatch, step: int = 10, 
     )
     trainer.log({})
     return directory / "completions" / f"completions_{step:05d}.parquet"
+
+
+TOKENIZER = make_tokenizer()
+
+
+PROMPT = ids("1+1=")
+
+
+SAMPLED = (*ids("2"), EOS)
+
+
+TOOL = ids("[9]")
+
+
+def prime_record(index: int = 0, **changes: Any) -> dict[str, Any]:
+    """What the exporter writes of prompt, answer, a tool's output and a last answer."""
+    tokens = [*PROMPT, *SAMPLED, *TOOL, *SAMPLED]
+    mask = [False] * 4 + [True] * 2 + [False] * 3 + [True] * 2
+    record = {
+        "schema_version": 1,
+        "step": 6,
+        "export_step": 7,
+        "rank": 1,
+        "micro_step": 0,
+        "micro_sequence_idx": 0,
+        "export_sequence_idx": index,
+        "run_id": None,
+        "env_name": "sums",
+        "token_ids": tokens,
+        "position_ids": list(range(len(tokens))),
+        "loss_mask": mask,
+        "advantages": [0.5] * len(tokens),
+        "inference_logprobs": [-0.25 if sampled else 0.0 for sampled in mask],
+        "trainer_logprobs": [None] + [-0.5] * (len(tokens) - 1),
+        "rl_weights": [None] * len(tokens),
+        "ce_weights": [None] * len(tokens),
+        "ref_kl_weights": [None] * len(tokens),
+    }
+    return {**record, **changes}

@@ -1,81 +1,34 @@
-"""Sampling: rollouts come from exactly pi, are recorded as drawn, and nothing of the caller's is left changed."""
+"""Sampling: rollouts follow the full softmax, and the caller's state is restored."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers.tolerances import TINY_POLICY, rounding_bound
-from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from helpers.sampling_models import (
+    ANOTHER_EOS,
+    EOS,
+    ON_POLICY,
+    OPTIONS,
+    PROMPTS,
+    TALK,
+    gap,
+    make_model,
+    make_tokenizer,
+)
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from fx_influence.interop.prompts import Prompt
-from fx_influence.interop.rewards import exact_match
-from fx_influence.interop.rollouts.batch import collate
-from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.sampling import check_on_policy, sample, sample_rewarded, with_rewards
-from fx_influence.types import Batch
+from fx_influence.interop.sampling import sample
 
-EOS, ANOTHER_EOS, POSITIONS = 1, 5, 26
-PROMPTS = [Prompt("a", "1+2="), Prompt("b", "3="), Prompt("c", "11+22+3=")]
-OPTIONS: dict[str, Any] = {"completions_per_prompt": 8, "max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-# Log-probabilities scored one token at a time, with what is kept of the others, and all at once.
-ON_POLICY = rounding_bound(torch.float32, TINY_POLICY, math.log(64))
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}<bos>{% endif %}"
     "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TALK = (
-    {"role": "user", "content": "1+2"},
-    {"role": "assistant", "content": "3"},
-    {"role": "user", "content": "3+1"},
-)
-
-
-def make_tokenizer(pad: str = "<pad>") -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-="])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token="<eos>")
-
-
-def make_model(kind: str = "qwen2", **changes: Any) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        common = {"vocab_size": 15, "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": None, **changes}
-        if kind == "gpt2":
-            return GPT2LMHeadModel(
-                GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=POSITIONS, initializer_range=0.4, **common)
-            )
-        config = Qwen2Config(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=POSITIONS,
-            initializer_range=0.4,
-            tie_word_embeddings=True,
-            **common,
-        )
-        model = Qwen2ForCausalLM(config)
-        return add_lora(model) if kind == "lora" else model
-
-
-def add_lora(model: Any) -> Any:
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property that is about to be renamed.
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
 
 
 def make_chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -88,21 +41,6 @@ def make_chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerF
     )
     tokenizer.chat_template = template
     return tokenizer
-
-
-def scored(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """What one plain forward pass over the right-padded batch says of each token."""
-    training = model.training
-    with torch.no_grad():
-        logits = model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
-    model.train(training)
-    logp = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
-    return torch.nn.functional.pad(logp, (1, 0))
-
-
-def gap(model: Any, rollouts: Sequence[Rollout], temperature: float = 1.0, tolerance: float = ON_POLICY) -> float:
-    batch = collate(rollouts, 0)
-    return check_on_policy(rollouts, scored(model, batch, temperature), batch, tolerance)
 
 
 def test_sample_frequencies_match_full_softmax() -> None:
@@ -218,26 +156,6 @@ def test_sample_records_question_of_conversation() -> None:
     for prompt, question in ((Prompt("0", "", {}, talk), "2+2"), (Prompt("0", "1+1="), None)):
         first = sample(model, tokenizer, [prompt], **OPTIONS)[0]
         assert (first.question, first.display_prompt) == (question, question or "1+1=")
-
-
-def test_with_rewards_passes_conversation_as_messages() -> None:
-    prompts = [Prompt("talk", "", {"answer": "4"}, TALK)]
-    rollouts = [Rollout("talk/0", "talk", 0, "<bos>...", "4", (2,), (6, EOS), True, (-1.0, -1.0))]
-    seen: dict[str, Any] = {}
-
-    def reward(**arguments: Any) -> list[float]:
-        seen.update(arguments)
-        arguments["prompts"][0].append("mine to change")
-        arguments["prompts"][0][0]["content"] = "as well"
-        return [1.0]
-
-    with_rewards(rollouts, prompts, reward)
-    assert seen["prompts"] == [[{"role": "user", "content": "as well"}, *TALK[1:], "mine to change"]]
-    assert seen["completions"] == [[{"role": "assistant", "content": "4"}]]
-    assert seen["completion_ids"] == [[6, EOS]]
-    assert seen["answer"] == ["4"]
-    assert prompts[0].messages is not None
-    assert prompts[0].messages[0]["content"] == "1+2"
 
 
 @pytest.mark.parametrize(
@@ -360,145 +278,3 @@ def test_sample_refuses_invalid_request_first(
 def test_sample_accepts_longest_fitting_prompt() -> None:
     rollouts = sample(make_model(), make_tokenizer(), [Prompt("long", "1" * 18)], **OPTIONS)
     assert len(rollouts) == 8
-
-
-def test_check_on_policy_refuses_changed_model() -> None:
-    model = make_model()
-    rollouts = sample(model, make_tokenizer(), PROMPTS, **OPTIONS)
-    with torch.no_grad():
-        next(model.parameters()).mul_(1.05)
-    worst = gap(model, rollouts, tolerance=math.inf)
-    assert worst > 1e-3
-    assert gap(model, rollouts, tolerance=worst) == worst
-    with pytest.raises(ValueError, match=r"rollout '[abc]/\d' was not sampled .*tolerance 0.001.*sample again"):
-        gap(model, rollouts, tolerance=1e-3)
-
-
-def test_check_on_policy_names_worst_rollout() -> None:
-    rollouts = [
-        Rollout("a/0", "a", 0, "", "", (2,), (3, 4), False, (-1.0, -2.0)),
-        Rollout("b/0", "b", 1, "", "", (2, 3), (4,), False, (-3.0,)),
-    ]
-    batch = collate(rollouts, 0)
-    logp = torch.tensor([[9.0, -1.25, -2.0], [9.0, 9.0, -3.5]])
-    assert check_on_policy(rollouts, logp, batch, 0.5) == 0.5
-    with pytest.raises(ValueError, match=r"rollout 'b/0' was not .* differ by 0.5 .tolerance 0.4"):
-        check_on_policy(rollouts, logp, batch, 0.4)
-    with pytest.raises(ValueError, match="differ by inf"):
-        check_on_policy(rollouts, logp.masked_fill(logp == -1.25, math.nan), batch, 0.5)
-    with pytest.raises(ValueError, match=r"scored_logprobs has shape \(2, 2\) and batch \(2, 3\) for 2"):
-        check_on_policy(rollouts, logp[:, 1:], batch, 0.5)
-    with pytest.raises(ValueError, match="has 2 completion tokens for rollout 'b/0', which has 1"):
-        check_on_policy(rollouts[::-1], logp, batch, 0.5)
-
-
-def judged(rewards: Sequence[float | None], groups: Sequence[int], **options: Any) -> list[Rollout]:
-    prompts = [Prompt(str(g), f"{g}=", {"answer": g, **({"rare": "x"} if g == 1 else {})}) for g in range(3)]
-    rollouts = [Rollout(f"{g}/{i}", str(g), g, f"{g}=", "t", (2,), (3,), False, (-1.0,)) for i, g in enumerate(groups)]
-
-    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        rare = ["x" if g == 1 else None for g in groups]
-        assert columns == {"answer": list(groups), "rare": rare, "completion_ids": [[3]] * len(groups)}
-        assert prompts == [f"{g}=" for g in groups]
-        assert completions == ["t"] * len(groups)
-        return list(rewards)
-
-    return with_rewards(rollouts, prompts, reward, **options)
-
-
-def test_with_rewards_computes_group_relative_advantages() -> None:
-    out = judged([1.0, 0.0, 1.0, 4.0, 2.0, 0.1, 0.1, 0.1], [0, 0, 0, 1, 1, 2, 2, 2], scale_advantages=False)
-    assert [r.reward for r in out] == [1.0, 0.0, 1.0, 4.0, 2.0, 0.1, 0.1, 0.1]
-    assert [r.advantage for r in out[:5]] == pytest.approx([1 / 3, -2 / 3, 1 / 3, 1.0, -1.0])
-    assert [r.advantage for r in out[5:]] == [0.0, 0.0, 0.0]
-    scaled = judged([4.0, 2.0], [1, 1])
-    assert scaled[0].advantage == pytest.approx(1 / (math.sqrt(2) + 1e-4))
-
-
-@pytest.mark.parametrize("scale", [True, False])
-def test_with_rewards_leaves_out_none_rewards(scale: bool) -> None:
-    out = judged([1.0, None, 0.0, 4.0, 2.0, None, None], [0, 0, 0, 1, 1, 2, 2], scale_advantages=scale)
-    without = judged([1.0, 0.0, 4.0, 2.0], [0, 0, 1, 1], scale_advantages=scale)
-    assert [r.reward for r in out] == [1.0, None, 0.0, 4.0, 2.0, None, None]
-    assert [r.advantage for r in out if r.reward is not None] == [r.advantage for r in without]
-    assert [r.advantage for r in out if r.reward is None] == [0.0, 0.0, 0.0]
-    assert [r.advantage for r in judged([None, None], [0, 0], scale_advantages=scale)] == [0.0, 0.0]
-
-
-def test_with_rewards_names_rollout_of_unknown_prompt() -> None:
-    rollout = Rollout("x/0", "x", 0, "", "", (2,), (3,), False, (-1.0,))
-    with pytest.raises(ValueError, match="prompt_id of rollout 'x/0' is 'x'"):
-        with_rewards([rollout], PROMPTS, exact_match)
-
-
-class Judge:
-    """Counts its calls; groups of the prompts in ``flat`` are judged alike until call ``until``."""
-
-    def __init__(self, flat: str, until: int) -> None:
-        self.flat, self.until, self.calls = flat, until, list[list[str]]()
-
-    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        self.calls.append(prompts)
-        return [
-            0.0 if p in self.flat and len(self.calls) <= self.until else float(i % 2) for i, p in enumerate(prompts)
-        ]
-
-
-def test_sample_rewarded_resamples_up_to_the_bound() -> None:
-    model, tokenizer = make_model(), make_tokenizer()
-    prompts = [Prompt(name, f"{name}=") for name in "123"]
-    first = sample_rewarded(model, tokenizer, prompts, Judge("1=3=", 99), **OPTIONS)
-    always = Judge("1=3=", 99)
-    again = sample_rewarded(model, tokenizer, prompts, always, **OPTIONS, resample_zero_advantage=2)
-    assert [sorted(set(call)) for call in always.calls] == [["1=", "2=", "3="], ["1=", "3="], ["1=", "3="]]
-    assert [(r.id, r.group) for r in again] == [(r.id, r.group) for r in first]
-    assert again[8:16] == first[8:16]
-    assert again[:8] != first[:8]
-    assert again[16:] != first[16:]
-    assert all(r.advantage == 0.0 for r in (*again[:8], *again[16:]))
-    assert gap(model, again) < ON_POLICY
-
-
-def test_sample_rewarded_stops_when_all_groups_differ() -> None:
-    model, tokenizer = make_model(), make_tokenizer()
-    once = Judge("3=", 1)
-    prompts = [Prompt(name, f"{name}=") for name in "123"]
-    out = sample_rewarded(model, tokenizer, prompts, once, **OPTIONS, resample_zero_advantage=5)
-    assert len(once.calls) == 2
-    assert all(r.advantage for r in out)
-    assert [r.group for r in out[16:]] == [2] * 8
-    assert out == sample_rewarded(model, tokenizer, prompts, Judge("3=", 1), **OPTIONS, resample_zero_advantage=5)
-    redrawn = {dataclasses.replace(r, group=0, reward=None, advantage=None) for r in out[16:]}
-    assert not redrawn & set(sample(model, tokenizer, prompts[2:], **{**OPTIONS, "seed": OPTIONS["seed"] + 1}))
-    with pytest.raises(ValueError, match="resample_zero_advantage is -1"):
-        sample_rewarded(model, tokenizer, prompts, once, **OPTIONS, resample_zero_advantage=-1)
-
-
-def test_sample_rewarded_resamples_group_with_none() -> None:
-    calls: list[int] = []
-
-    def reward(completions: list[str], **_: Any) -> list[float | None]:
-        calls.append(len(completions))
-        return [1.0 if i % 2 else None for i in range(len(completions))]
-
-    arguments = (make_model(), make_tokenizer(), [Prompt("1", "1=")], reward)
-    sample_rewarded(*arguments, **OPTIONS, resample_zero_advantage=2)
-    assert calls == [8, 8, 8]
-
-
-def test_sample_rewarded_uses_new_seed_each_round() -> None:
-    model, tokenizer, draws = make_model(), make_tokenizer(), list[list[Rollout]]()
-    for rounds in ({}, {"resample_zero_advantage": 1}, {"resample_zero_advantage": 2}):
-        judge = Judge("1=", 99)
-        draws.append(sample_rewarded(model, tokenizer, [Prompt("1", "1=")], judge, **OPTIONS, **rounds))
-        assert len(judge.calls) == len(draws)
-    texts = [[r.completion for r in draw] for draw in draws]
-    assert texts[0] != texts[1] != texts[2] != texts[0]
-
-
-def test_check_on_policy_is_nan_without_behaviour_logprobs() -> None:
-    rollouts = [Rollout("0/0", "0", 0, "", "", (1,), (2, 3), True), Rollout("1/0", "1", 1, "", "", (1,), (2, 3), True)]
-    scored = torch.full((2, 3), -1.0)
-    assert math.isnan(check_on_policy(rollouts, scored, collate(rollouts, 0), 1e-3))
-    known = dataclasses.replace(rollouts[1], behaviour_logprobs=(-9.0, -1.0), completion_mask=(False, True))
-    assert check_on_policy([rollouts[0], known], scored, collate([rollouts[0], known], 0), 1e-3) == 0.0
