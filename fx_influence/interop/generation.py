@@ -64,7 +64,13 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def sampling_mode(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """Put the model in eval mode, under ``config`` alone and on its own random state; restore all of it afterwards."""
+    """Put the model in eval mode, under ``config`` alone and on its own random state; restore all of it afterwards.
+
+    Args:
+        model: a Hugging Face causal LM.
+        config: replaces every generation config in the model.
+        seed: of the random state.
+    """
     with eval_mode(model), _replaced_config(model, config), seeded_rng(seed, next(model.parameters()).device):
         yield
 

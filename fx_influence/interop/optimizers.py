@@ -156,7 +156,7 @@ def _read_hyper(group: dict[str, Any], lr_scale: float) -> AdamWHyper:
 
 def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group: int) -> list[tuple[str, Tensor]]:
     """Return the trainable parameters of a group with their names; refuse one that is not the model's."""
-    named = []
+    trainable = []
     for index, parameter in enumerate(parameters):
         if parameter not in names:
             raise ValueError(
@@ -165,8 +165,8 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
                 "the optimizer was built with"
             )
         if parameter.requires_grad:
-            named.append((names[parameter], parameter))
-    return named
+            trainable.append((names[parameter], parameter))
+    return trainable
 
 
 def _read_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], copy: bool) -> Tensor:

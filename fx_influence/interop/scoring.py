@@ -41,10 +41,10 @@ def resolve_reward(spec: str) -> Reward:
             "install it, or run from the folder that holds it"
         ) from error
     target: Any = module
-    for part in attribute.split("."):
-        if not hasattr(target, part):
+    for name in attribute.split("."):
+        if not hasattr(target, name):
             raise ValueError(f"reward is {spec!r}, but {module_name!r} has no {attribute!r}; check the function's name")
-        target = getattr(target, part)
+        target = getattr(target, name)
     reward: Reward | None = target if callable(target) else None
     if reward is None:
         raise ValueError(f"reward is {spec!r}, which is {type(target).__name__}, not a function; name a function")
@@ -123,8 +123,8 @@ def _required_columns(reward: Reward) -> list[str]:
         parameters = inspect.signature(reward, follow_wrapped=False).parameters.values()
     except ValueError:
         return []
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in named and p.default is p.empty and p.name not in RESERVED]
+    nameable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in nameable and p.default is p.empty and p.name not in RESERVED]
 
 
 def score(

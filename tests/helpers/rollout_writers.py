@@ -107,7 +107,7 @@ TOOL = ids("[9]")
 
 
 def prime_record(index: int = 0, **changes: Any) -> dict[str, Any]:
-    """What the exporter writes of prompt, answer, a tool's output and a last answer."""
+    """Return what the exporter writes for a prompt, an answer, a tool's output and a last answer."""
     tokens = [*PROMPT, *SAMPLED, *TOOL, *SAMPLED]
     mask = [False] * 4 + [True] * 2 + [False] * 3 + [True] * 2
     record = {

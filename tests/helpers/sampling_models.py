@@ -21,18 +21,10 @@ from fx_influence.types import Batch
 from helpers.tolerances import TINY_POLICY, rounding_bound
 
 EOS, ANOTHER_EOS, POSITIONS = 1, 5, 26
-
-
 PROMPTS = [Prompt("a", "1+2="), Prompt("b", "3="), Prompt("c", "11+22+3=")]
-
-
 OPTIONS: dict[str, Any] = {"completions_per_prompt": 8, "max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-
-
-# Log-probabilities scored one token at a time, with what is kept of the others, and all at once.
+# Bound on the rounding between log-probs of one token at a time, with a cache, and of all tokens at once.
 ON_POLICY = rounding_bound(torch.float32, TINY_POLICY, math.log(64))
-
-
 TALK = (
     {"role": "user", "content": "1+2"},
     {"role": "assistant", "content": "3"},
@@ -79,7 +71,7 @@ def add_lora(model: Any) -> Any:
 
 
 def scored(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """What one plain forward pass over the right-padded batch says of each token."""
+    """Return the log-prob of each token by one plain forward pass over the right-padded batch."""
     training = model.training
     with torch.no_grad():
         logits = model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits

@@ -7,6 +7,8 @@ from torch import nn
 
 
 class Scale(nn.Module):
+    """Two parameters of one shape."""
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(4))
@@ -22,11 +24,11 @@ class Scales(nn.Module):
 
 
 def shuffled_groups(model: nn.Module, names: bool) -> tuple[torch.optim.AdamW, list[list[str]]]:
-    """An AdamW over three groups in an order of its own, after a step."""
-    named = list(model.named_parameters())[::-1]
-    groups = [named[:1], named[1:4], named[4:]]
+    """Return an AdamW over three groups in another order than the model's, after a step, and their names."""
+    parameters = list(model.named_parameters())[::-1]
+    groups = [parameters[:1], parameters[1:4], parameters[4:]]
     optimizer = torch.optim.AdamW([{"params": group if names else [p for _, p in group]} for group in groups])
-    for index, (_, parameter) in enumerate(named):
+    for index, (_, parameter) in enumerate(parameters):
         parameter.grad = torch.full_like(parameter, index + 1.0)
     optimizer.step()
     return optimizer, [[name for name, _ in group] for group in groups]

@@ -72,11 +72,11 @@ def test_gsm8k_answer_loses_only_thousands_separators(gold: str) -> None:
 @pytest.mark.parametrize("field", ["prompt", "messages"])
 def test_read_prompts_takes_messages_as_conversation(tmp_path: Path, name: str, field: str) -> None:
     """In the parquet file every message has a ``name``, most of them None."""
-    named = [{**ASKED[0], "name": "Ann"}]
-    path = write_rows(tmp_path / name, [{field: TALK, "answer": 1}, {field: named, "answer": 2}])
+    signed = [{**ASKED[0], "name": "Ann"}]
+    path = write_rows(tmp_path / name, [{field: TALK, "answer": 1}, {field: signed, "answer": 2}])
     assert read_prompts(path) == [
         Prompt("0", "", {"answer": 1}, tuple(TALK)),
-        Prompt("1", "", {"answer": 2}, (*named,)),
+        Prompt("1", "", {"answer": 2}, (*signed,)),
     ]
 
 
@@ -97,8 +97,8 @@ def test_read_prompts_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.
 
 def test_as_conversations_adds_user_and_system_messages() -> None:
     talk = Prompt("b", "", {"answer": "2"}, tuple(TALK))
-    asked = as_conversations([Prompt("a", "1+1?", {"answer": "2"}), talk], chat=True, system=None)
-    assert asked == [Prompt("a", "", {"answer": "2"}, tuple(ASKED)), talk]
+    conversations = as_conversations([Prompt("a", "1+1?", {"answer": "2"}), talk], chat=True, system=None)
+    assert conversations == [Prompt("a", "", {"answer": "2"}, tuple(ASKED)), talk]
     told = as_conversations([Prompt("a", "1+1?"), talk], chat=True, system="")
     assert [prompt.messages for prompt in told] == [
         ({"role": "system", "content": ""}, *ASKED),

@@ -42,8 +42,8 @@ MATHEMATICS = [
 def test_math_verify_compares_expressions(conversation: bool) -> None:
     texts = [text for _, text, _ in MATHEMATICS]
     completions = [[{"role": "assistant", "content": text}] for text in texts] if conversation else texts
-    found = math_verify(completions, answer=[gold for gold, _, _ in MATHEMATICS], prompts=texts)
-    assert found == [expected for _, _, expected in MATHEMATICS]
+    rewards = math_verify(completions, answer=[gold for gold, _, _ in MATHEMATICS], prompts=texts)
+    assert rewards == [expected for _, _, expected in MATHEMATICS]
 
 
 def test_math_verify_uses_solution_without_answer() -> None:
@@ -62,9 +62,9 @@ def test_math_verify_has_timeout_in_main_thread(monkeypatch: pytest.MonkeyPatch)
         limits.append(parsing_timeout)
         return parse(text, parsing_timeout=parsing_timeout)
 
-    def verified(gold: Any, found: Any, timeout_seconds: int | None) -> bool:
+    def verified(gold: Any, answer: Any, timeout_seconds: int | None) -> bool:
         limits.append(timeout_seconds)
-        return verify(gold, found, timeout_seconds=timeout_seconds)
+        return verify(gold, answer, timeout_seconds=timeout_seconds)
 
     monkeypatch.setattr(math_verify_package, "parse", parsed)
     monkeypatch.setattr(math_verify_package, "verify", verified)

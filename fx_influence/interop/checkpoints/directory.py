@@ -61,9 +61,12 @@ def base_directory(path: Path, base: str | Path | None) -> Path:
 
 
 def find_dcp_directory(path: Path, subdirectory: str, names: Sequence[str]) -> Path | None:
-    """Return the directory in which ``torch.distributed.checkpoint`` saved a value under one of ``names``.
+    """Return the directory in which ``torch.distributed.checkpoint`` saved a value, None if there is none.
 
-    It is ``subdirectory`` of ``path``, or else ``path``; None if neither holds one.
+    Args:
+        path: a checkpoint directory.
+        subdirectory: of ``path``, where it is looked for first; then in ``path`` itself.
+        names: keys of the saved dict, any of which counts.
     """
     return next((directory for directory in (path / subdirectory, path) if has_values(directory, names)), None)
 
@@ -74,7 +77,17 @@ def read_param_names(path: Path) -> list[list[str]] | None:
 
 
 def require_model_files(model_path: Path, path: Path, is_adapter: bool, shards: Path | None) -> None:
-    """Raise ``FileNotFoundError`` for a missing config, or weights that are in none of their files."""
+    """Require the config and the weights of a checkpoint.
+
+    Args:
+        model_path: directory of the model's ``config.json``, and of its weights unless they are in ``shards``.
+        path: directory of the adapter's weights, if there is one.
+        is_adapter: whether ``path`` is a PEFT directory.
+        shards: directory of ``torch.distributed.checkpoint`` with the weights, or None.
+
+    Raises:
+        FileNotFoundError: for a missing config, or weights that are in none of their files.
+    """
     remedy = "save the model there with save_pretrained, or {'model': ...} with torch.distributed.checkpoint.save"
     if shards is not None and not is_adapter:
         require_any_file(model_path, ("config.json",), "save it there with model.config.save_pretrained, or pass base=")
@@ -86,6 +99,15 @@ def require_model_files(model_path: Path, path: Path, is_adapter: bool, shards: 
 
 
 def require_any_file(path: Path, files: tuple[str, ...], remedy: str) -> None:
-    """Raise ``FileNotFoundError`` with a remedy if none of ``files`` is in ``path``."""
+    """Require any of some files in a directory.
+
+    Args:
+        path: the directory.
+        files: names of the files.
+        remedy: end of the error's sentence.
+
+    Raises:
+        FileNotFoundError: if there is none of them.
+    """
     if not any((path / file).is_file() for file in files):
         raise FileNotFoundError(f"{path} has no {' or '.join(files)}; {remedy}")

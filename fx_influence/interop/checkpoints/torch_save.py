@@ -131,8 +131,8 @@ def load_values(file: Path | IO[bytes], name: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        class_name = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         raise ValueError(
-            f"{name} is damaged or holds more than tensors and plain values{f' ({named[1]})' if named else ''}, which "
-            "are never unpickled; save plain state dicts there"
+            f"{name} is damaged or holds more than tensors and plain values"
+            f"{f' ({class_name[1]})' if class_name else ''}, which are never unpickled; save plain state dicts there"
         ) from error

@@ -142,7 +142,7 @@ def _messages(name: str, value: object) -> list[Message]:
         )
     for message in value:
         content = message.get("content")
-        if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+        if isinstance(content, list) and any(item.get("type") != "text" for item in content):
             raise ValueError(f"field {name!r} holds something else than text, such as an image; drop this record")
     return [_without_nulls(message) for message in value]
 

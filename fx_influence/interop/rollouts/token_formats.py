@@ -142,7 +142,13 @@ def _sampled_indices(recorded: TokenRecord) -> list[int]:
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """Return the text of ``ids``, an empty one without a tokenizer."""
+    """Return the text of token ids.
+
+    Args:
+        tokenizer: the policy's; None gives an empty text.
+        ids: token ids.
+        skip_special_tokens: whether special tokens are left out of the text.
+    """
     if tokenizer is None:
         return ""
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

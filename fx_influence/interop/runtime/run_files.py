@@ -73,18 +73,24 @@ class RunFiles:
         return self.job.on_rank0(lambda: sorted(file.name for file in self.path.glob(pattern)))
 
     def remove(self, *names: str) -> None:
+        """Delete files that exist, and their checksums."""
         self.job.on_rank0(lambda: self._remove(names))
 
     def write_text(self, name: str, text: str) -> None:
+        """Store a text in UTF-8."""
         self._store(name, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Store an object, with null for numbers that are not finite."""
         self.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
 
     def write_jsonl(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Store one object per line, with null for numbers that are not finite."""
         self.write_text(name, "".join(json.dumps(_without_nan(r), allow_nan=False) + "\n" for r in records))
 
     def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
+        """Store arrays by name, compressed."""
+
         def write(file: str) -> None:
             with open(file, "wb") as handle:
                 np.savez_compressed(handle, **arrays)
@@ -92,6 +98,8 @@ class RunFiles:
         self._store(name, write)
 
     def write_array(self, name: str, array: np.ndarray) -> None:
+        """Store one array."""
+
         def write(file: str) -> None:
             with open(file, "wb") as handle:
                 np.save(handle, array)
@@ -99,32 +107,41 @@ class RunFiles:
         self._store(name, write)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store tensors by name, as safetensors."""
         self._store(name, lambda file: save_file({key: x.contiguous().cpu() for key, x in tensors.items()}, file))
 
     def write_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        """Store rollouts in this library's format."""
         self.write_text(name, to_json_lines(rollouts))
 
     def read_yaml(self, name: str) -> Any:
+        """Return the value of a YAML file."""
         return yaml.safe_load(self._read(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object of a JSON file."""
         value = json.loads(self._read(name))
         if not isinstance(value, dict):
             raise ValueError(f"{name} holds {type(value).__name__}, not an object")
         return value
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        """Return the objects of a file of JSON lines."""
         return [json.loads(line) for line in self._read(name).decode("utf-8").split("\n") if line]
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Return stored arrays by name; nothing is unpickled."""
         with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
             return dict(arrays)
 
     def read_array(self, name: str) -> np.ndarray:
+        """Return one stored array; nothing is unpickled."""
         array: np.ndarray = np.load(io.BytesIO(self._read(name)), allow_pickle=False)
         return array
 
     def read_tensors(self, name: str) -> Params:
+        """Return stored tensors by name."""
+
         def read() -> Params:
             self._check(name, sha256(self.path / name))
             return load_file(self.path / name)
@@ -132,6 +149,8 @@ class RunFiles:
         return self.job.broadcast_tensors(read)
 
     def read_rollouts(self, name: str) -> list[Rollout]:
+        """Return stored rollouts."""
+
         def read() -> list[Rollout]:
             self._check(name, sha256(self.path / name))
             return read_native_rollouts(self.path / name)
@@ -195,8 +214,8 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

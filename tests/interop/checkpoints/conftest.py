@@ -17,7 +17,7 @@ from transformers import (
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory by architecture, each with a model and a tokenizer."""
+    """Save a model and a tokenizer of each architecture, and return their parent directory."""
     root = tmp_path_factory.mktemp("bases")
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
@@ -28,7 +28,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full(bases: Path, tmp_path: Path) -> Path:
-    """A private copy of the Qwen2 directory with an optimizer.pt of its own."""
+    """Return a private copy of the Qwen2 directory with its own optimizer.pt."""
     path = tmp_path / "full"
     shutil.copytree(bases / "qwen2", path)
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -38,7 +38,7 @@ def full(bases: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(bases: Path, tmp_path: Path) -> Path:
-    """A private LoRA directory without an optimizer.pt."""
+    """Return a private LoRA directory without an optimizer.pt."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(bases / "llama"), LoraConfig(task_type="CAUSAL_LM", **LORA["lora"])
     )
@@ -47,8 +47,8 @@ def adapter(bases: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def directory(bases: Path, tmp_path: Path) -> Path:
-    """A full directory with everything beside, of weights that are not those of the safetensors beside."""
+def dcp_directory(bases: Path, tmp_path: Path) -> Path:
+    """Return a DCP directory beside Hugging Face files with other weights."""
     path = shutil.copytree(bases / "qwen2", tmp_path / "dcp")
     model = AutoModelForCausalLM.from_pretrained(path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -136,8 +136,8 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 def test_load_refuses_weights_that_do_not_fit(change: str, saved: Saved) -> None:
     weights = load_file(saved.path / "model.safetensors")
     saved.save_weights(CHANGES[change](weights))
-    named = WEIGHT if change != "other names" else "model.embed_tokens.weight"
-    with pytest.raises(ValueError, match=rf"do not fit .*config\.json: missing or of another shape are .*{named}"):
+    name = WEIGHT if change != "other names" else "model.embed_tokens.weight"
+    with pytest.raises(ValueError, match=rf"do not fit .*config\.json: missing or of another shape are .*{name}"):
         load_checkpoint(saved.path)
 
 
@@ -168,7 +168,7 @@ def test_load_refuses_foreign_optimizer_before_weights(layout: str, full: Path) 
         load_checkpoint(full)
 
 
-def test_load_refuses_adapter_with_missing_weight_by_model_names(bases: Path, tmp_path: Path) -> None:
+def test_load_refuses_dcp_model_with_missing_adapter_weight(bases: Path, tmp_path: Path) -> None:
     """DCP may hold the complete model under its own names, adapter included."""
     config = LoraConfig(task_type="CAUSAL_LM", **LORA["lora"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases / "llama"), config)

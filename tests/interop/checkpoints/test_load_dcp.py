@@ -33,7 +33,7 @@ FSDP2 = pytest.mark.skipif(torch.__version__ < (2, 6), reason="accelerate has it
 
 
 def trained(model: nn.Module, path: Path) -> torch.optim.AdamW:
-    """The optimizer of transformers' Trainer after two steps, with its decay and no-decay groups."""
+    """Make two steps of transformers' Trainer and return its optimizer, with its decay and no-decay groups."""
     return train(model, path).optimizer.optimizer
 
 
@@ -105,49 +105,49 @@ def test_load_joins_shards_of_two_processes(tmp_path: Path) -> None:
     assert {hyper.lr_scale for hyper in loaded.optimizer_state.hyper.values()} == {1.0, 2.0}
 
 
-def test_load_prefers_dcp_to_files(directory: Path, bases: Path) -> None:
-    torch.save(torch.optim.SGD(nn.Linear(1, 1).parameters()).state_dict(), directory / "optimizer.pt")
-    loaded = load_checkpoint(directory)
+def test_load_prefers_dcp_to_files(dcp_directory: Path, bases: Path) -> None:
+    torch.save(torch.optim.SGD(nn.Linear(1, 1).parameters()).state_dict(), dcp_directory / "optimizer.pt")
+    loaded = load_checkpoint(dcp_directory)
     beside = load_checkpoint(bases / "qwen2", optimizer=False).model
     assert all(not torch.equal(p, beside.get_parameter(name)) for name, p in loaded.model.named_parameters())
     assert set(loaded.optimizer_state.step.values()) == {1}
 
 
-def test_load_reads_optimizer_file_beside_dcp_weights(directory: Path) -> None:
-    model = load_checkpoint(directory, optimizer=False).model
-    save_dcp({"model": get_model_state_dict(model)}, directory)
-    torch.save(torch.optim.AdamW(model.parameters(), lr=0.25).state_dict(), directory / "optimizer.pt")
-    loaded = load_checkpoint(directory)
+def test_load_reads_optimizer_file_beside_dcp_weights(dcp_directory: Path) -> None:
+    model = load_checkpoint(dcp_directory, optimizer=False).model
+    save_dcp({"model": get_model_state_dict(model)}, dcp_directory)
+    torch.save(torch.optim.AdamW(model.parameters(), lr=0.25).state_dict(), dcp_directory / "optimizer.pt")
+    loaded = load_checkpoint(dcp_directory)
     assert loaded.optimizer_state.lr == 0.25
     assert_same_weights(loaded.model, model)
 
 
-def test_load_dcp_optimizer_before_first_step(directory: Path) -> None:
-    model = load_checkpoint(directory, optimizer=False).model
-    save_dcp({"optimizer": torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()}, directory)
-    loaded = load_checkpoint(directory)
+def test_load_dcp_optimizer_before_first_step(dcp_directory: Path) -> None:
+    model = load_checkpoint(dcp_directory, optimizer=False).model
+    save_dcp({"optimizer": torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()}, dcp_directory)
+    loaded = load_checkpoint(dcp_directory)
     assert (loaded.optimizer_state.lr, set(loaded.optimizer_state.step.values())) == (0.5, {0})
     assert not any(value.any() for value in loaded.optimizer_state.exp_avg.values())
 
 
-def test_load_reads_no_moments_without_optimizer(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_reads_no_moments_without_optimizer(dcp_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append("") or real(*args, **kwargs))
-    model = load_checkpoint(directory, optimizer=False).model
+    model = load_checkpoint(dcp_directory, optimizer=False).model
     assert len(read) == len(model.state_dict())
 
 
-def test_load_names_missing_dcp_key(directory: Path, bases: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    save_dcp({"network": AutoModelForCausalLM.from_pretrained(bases / "qwen2").state_dict()}, directory)
+def test_load_names_missing_dcp_key(dcp_directory: Path, bases: Path) -> None:
+    (dcp_directory / "model.safetensors").unlink()
+    save_dcp({"network": AutoModelForCausalLM.from_pretrained(bases / "qwen2").state_dict()}, dcp_directory)
     with pytest.raises(FileNotFoundError, match=r"or \{'model': \.\.\.\} with torch\.distributed\.checkpoint\.save"):
-        load_checkpoint(directory, optimizer=False)
+        load_checkpoint(dcp_directory, optimizer=False)
     with pytest.raises(FileNotFoundError, match=r"or \{'optim': \.\.\.\} with torch\.distributed\.checkpoint\.save"):
-        load_checkpoint(shutil.copytree(bases / "qwen2", directory, dirs_exist_ok=True))
+        load_checkpoint(shutil.copytree(bases / "qwen2", dcp_directory, dirs_exist_ok=True))
 
 
-def test_load_refuses_dcp_without_tensors(directory: Path) -> None:
-    save_dcp({"model": {"epoch": 3}}, directory)
+def test_load_refuses_dcp_without_tensors(dcp_directory: Path) -> None:
+    save_dcp({"model": {"epoch": 3}}, dcp_directory)
     with pytest.raises(ValueError, match=r"do not fit .*config\.json: missing"):
-        load_checkpoint(directory, optimizer=False)
+        load_checkpoint(dcp_directory, optimizer=False)

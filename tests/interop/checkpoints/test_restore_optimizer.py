@@ -56,20 +56,20 @@ def test_restore_detects_every_permutation_of_names(kind: str, bases: Path, tmp_
 
 def test_restore_maps_parameters_of_equal_shape() -> None:
     model = Scales()
-    named = dict(model.named_parameters())
-    groups = [[name for name in named if ("bias" in name) == bias] for bias in (False, True)]
+    parameters = dict(model.named_parameters())
+    groups = [[name for name in parameters if ("bias" in name) == bias] for bias in (False, True)]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [named[name] for name in group], "weight_decay": decay}
+            {"params": [parameters[name] for name in group], "weight_decay": decay}
             for group, decay in zip(groups, (0.1, 0.0), strict=True)
         ]
     )
-    for index, parameter in enumerate(named.values()):
+    for index, parameter in enumerate(parameters.values()):
         parameter.grad = torch.full((4,), float(index + 1))
     optimizer.step()
     saved, live = optimizer.state_dict(), adamw_state(optimizer, model)
     # named_parameters() order fits every shape and is wrong
-    plain = dict(zip(named, (entry["exp_avg"] for entry in saved["state"].values()), strict=True))
+    plain = dict(zip(parameters, (entry["exp_avg"] for entry in saved["state"].values()), strict=True))
     assert all(plain[name].shape == value.shape for name, value in live.exp_avg.items())
     assert sum(not torch.equal(plain[name], value) for name, value in live.exp_avg.items()) == 4
     assert_same_state(adamw_state(restore_optimizer(saved, model), model), live)

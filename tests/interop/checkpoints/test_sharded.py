@@ -37,14 +37,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(directory: Path) -> dict[str, Any]:
-    """By two ranks: what was live there, beside states of one process that hold the same or cannot be used."""
+    """Train on two ranks and return the live state there, beside which states are saved that cannot be used."""
     (directory / "out").mkdir()
     return run_on_ranks(2, "ranks_states.py", directory / "out", "write", directory)[0]
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path) -> tuple[nn.Module, torch.optim.AdamW]:
-    """One process's training, saved with whole tensors."""
+def single_process(directory: Path) -> tuple[nn.Module, torch.optim.AdamW]:
+    """Train in one process, and save with full tensors."""
     model = tiny()
     optimizer = trained(model)
     save_dcp(by_name(model, optimizer), directory / "by name")
@@ -53,7 +53,7 @@ def alone(directory: Path) -> tuple[nn.Module, torch.optim.AdamW]:
 
 
 def named_groups(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """The state by ids, which DCP makes strings, with the names of each group."""
+    """Return the state by ids, which DCP turns into strings, with the names of each group."""
     names = {p: name for name, p in model.named_parameters()}
     saved = optimizer.state_dict()
     for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -80,8 +80,8 @@ def unusable(directory: Path, written: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def three(directory: Path, written: Any, alone: Any, unusable: None) -> list[dict[str, Any]]:
-    """What three ranks read of it all."""
+def three_ranks(directory: Path, written: Any, single_process: Any, unusable: None) -> list[dict[str, Any]]:
+    """Return what three ranks read of all saved states."""
     (directory / "read").mkdir()
     return run_on_ranks(3, "ranks_states.py", directory / "read", "read", directory)
 
@@ -101,8 +101,8 @@ def same(actual: Any, expected: Any) -> None:
 
 @pytest.mark.slow
 @FSDP2
-def test_load_sharded_from_two_ranks_on_three(written: dict[str, Any], three: list[dict[str, Any]]) -> None:
-    for answer in three:
+def test_load_sharded_from_two_ranks_on_three(written: dict[str, Any], three_ranks: list[dict[str, Any]]) -> None:
+    for answer in three_ranks:
         same(answer["sharded"]["weights"], written["weights"])
         same(answer["sharded"]["state"], written["state"])
 
@@ -110,40 +110,40 @@ def test_load_sharded_from_two_ranks_on_three(written: dict[str, Any], three: li
 @FSDP2
 @pytest.mark.parametrize("layout", ["by name", "by id"])
 def test_load_sharded_from_one_process_on_three_ranks(
-    layout: str, alone: tuple[nn.Module, torch.optim.AdamW], directory: Path, three: list[dict[str, Any]]
+    layout: str, single_process: tuple[nn.Module, torch.optim.AdamW], directory: Path, three_ranks: list[dict[str, Any]]
 ) -> None:
-    model, optimizer = alone
-    expected = whole_state(adamw_state(optimizer, model))
+    model, optimizer = single_process
+    expected = full_state(adamw_state(optimizer, model))
     assert any(x.any() for x in expected[2].values())  # amsgrad's
-    for answer in three:
+    for answer in three_ranks:
         same(answer[layout]["weights"], {name: p.detach() for name, p in model.named_parameters()})
         same(answer[layout]["state"], expected)
     # and it is what one process reads
     plain = tiny()
     plain.load_state_dict(read_values(directory / layout, ["model"]))
     again = restore_optimizer(read_values(directory / layout, ["optim"]), plain)
-    same(whole_state(adamw_state(again, plain)), expected)
+    same(full_state(adamw_state(again, plain)), expected)
 
 
-def whole_state(state: Any) -> list[Any]:
+def full_state(state: Any) -> list[Any]:
     return [*state[:3], state.step, {name: dataclasses.astuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
 
 
 @FSDP2
 @pytest.mark.parametrize("layout", ["sharded", "by name", "by id"])
-def test_load_sharded_allocates_no_more_than_a_shard(layout: str, three: list[dict[str, Any]]) -> None:
-    whole = max(p.nbytes for p in tiny().parameters())
-    for answer in three:
+def test_load_sharded_allocates_no_more_than_a_shard(layout: str, three_ranks: list[dict[str, Any]]) -> None:
+    largest = max(p.nbytes for p in tiny().parameters())
+    for answer in three_ranks:
         assert answer[layout]["placed"]
-        assert 0 < answer[layout]["largest made"] <= answer[layout]["largest shard"] <= whole / 2
+        assert 0 < answer[layout]["largest made"] <= answer[layout]["largest shard"] <= largest / 2
 
 
 @FSDP2
 def test_restore_slices_full_state_for_shards(
-    alone: tuple[nn.Module, torch.optim.AdamW], three: list[dict[str, Any]]
+    single_process: tuple[nn.Module, torch.optim.AdamW], three_ranks: list[dict[str, Any]]
 ) -> None:
-    expected = whole_state(adamw_state(alone[1], alone[0]))
-    for answer in three:
+    expected = full_state(adamw_state(single_process[1], single_process[0]))
+    for answer in three_ranks:
         same(answer["restored"]["state"], expected)
 
 
@@ -170,9 +170,9 @@ def test_restore_slices_full_state_for_shards(
     ],
 )
 def test_load_sharded_raises_errors_on_all_ranks(
-    mistake: str, message: str, three: list[dict[str, Any]], directory: Path
+    mistake: str, message: str, three_ranks: list[dict[str, Any]], directory: Path
 ) -> None:
-    for answer in three:
+    for answer in three_ranks:
         assert re.search(message, answer["refusals"][mistake]), answer["refusals"][mistake]
     assert not (directory / "ran").exists()
 

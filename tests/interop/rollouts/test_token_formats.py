@@ -25,7 +25,7 @@ from fx_influence.interop.rollouts.record import Rollout
 
 
 def nemo_batch(**changes: Any) -> dict[str, list[Any]]:
-    """Two samples of one prompt, of 6 and 5 tokens, padded to 8."""
+    """Return two samples of one prompt, of 6 and 5 tokens, padded to 8."""
     batch = {
         "content": [["1+1=", "2"], ["1+1=", ""]],
         "rewards": [1.0, 0.0],
@@ -61,8 +61,8 @@ def test_prime_rl_is_read_token_by_token(tmp_path: Path) -> None:
 def test_prime_rl_tokenizer_gives_texts_and_end(tmp_path: Path) -> None:
     cut = prime_record(1)
     cut["token_ids"] = [*PROMPT, *SAMPLED, *TOOL, *ids("22")]
-    whole, cut_off = read_rollouts(write_prime_rl(tmp_path / "r.jsonl", [prime_record(), cut]), TOKENIZER)
-    assert (whole.prompt, whole.completion, whole.finished) == ("1+1=", "2[9]2", True)
+    complete, cut_off = read_rollouts(write_prime_rl(tmp_path / "r.jsonl", [prime_record(), cut]), TOKENIZER)
+    assert (complete.prompt, complete.completion, complete.finished) == ("1+1=", "2[9]2", True)
     assert (cut_off.completion, cut_off.finished) == ("2[9]22", False)
 
 

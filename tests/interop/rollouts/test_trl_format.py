@@ -75,8 +75,8 @@ def test_trl_renders_conversation_by_chat_template(tmp_path: Path, monkeypatch: 
     assert first.prompt_ids == ids(first.prompt)
     assert (first.completion, first.completion_ids) == (" 2", (*ids(" 2"), EOS))
     assert second.prompt.startswith("<|im_start|>system\nsum<|im_end|>\n<|im_start|>user")
-    given = read_rollouts(path, TOKENIZER, chat_template_kwargs={"opening": "<think>"})
-    assert given[0].prompt == first.prompt + "<think>"
+    opened = read_rollouts(path, TOKENIZER, chat_template_kwargs={"opening": "<think>"})
+    assert opened[0].prompt == first.prompt + "<think>"
 
 
 def test_trl_masks_output_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,16 +91,16 @@ def test_trl_masks_output_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         rewards={"exact": [1.0, 0.0, 0.0, 0.0]},
         advantages=[0.5, 0.0, 0.0, -0.5],
     )
-    whole, stopped, single, plain = read_rollouts(path, TOKENIZER)
-    asked, answer = (*ids("[add{'x': 1}]"), EOS), (*ids("two"), EOS)
+    complete, stopped, single, plain = read_rollouts(path, TOKENIZER)
+    request, answer = (*ids("[add{'x': 1}]"), EOS), (*ids("two"), EOS)
     between = ids("\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n")
-    assert whole.completion_ids == (*asked, *between, *answer)
-    assert whole.completion_mask == (True,) * len(asked) + (False,) * len(between) + (True,) * len(answer)
-    assert (whole.finished, stopped.finished) == (True, False)
-    assert whole.completion == "[add{'x': 1}]\ntool\n2\nassistant\ntwo"
+    assert complete.completion_ids == (*request, *between, *answer)
+    assert complete.completion_mask == (True,) * len(request) + (False,) * len(between) + (True,) * len(answer)
+    assert (complete.finished, stopped.finished) == (True, False)
+    assert complete.completion == "[add{'x': 1}]\ntool\n2\nassistant\ntwo"
     left = ids("\n<|im_start|>tool\n2<|im_end|>\n")
-    assert stopped.completion_ids == (*asked, *left)
-    assert stopped.completion_mask == (True,) * len(asked) + (False,) * len(left)
+    assert stopped.completion_ids == (*request, *left)
+    assert stopped.completion_mask == (True,) * len(request) + (False,) * len(left)
     assert (single.completion, single.finished) == ("[neg{'y': 2}]", True)
     assert (single.completion_mask, plain.completion_mask) == (None, None)
 

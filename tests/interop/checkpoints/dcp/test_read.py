@@ -22,29 +22,29 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_metadata_is_never_unpickled(protocol: int, directory: Path, tmp_path: Path) -> None:
-    metadata = pickle.loads((directory / ".metadata").read_bytes())
+def test_metadata_is_never_unpickled(protocol: int, dcp_directory: Path, tmp_path: Path) -> None:
+    metadata = pickle.loads((dcp_directory / ".metadata").read_bytes())
     metadata.planner_data["extra"] = MaliciousPickle(tmp_path / "ran")
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
+    (dcp_directory / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
     with pytest.raises(ValueError, match=r"\.metadata is damaged or no metadata .*names posix\.mkdir, which"):
-        load_checkpoint(directory)
+        load_checkpoint(dcp_directory)
     assert not (tmp_path / "ran").exists()
     # it is a live one: torch's own reader sets it off
-    dcp.FileSystemReader(directory).read_metadata()
+    dcp.FileSystemReader(dcp_directory).read_metadata()
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["eval", "__import__", "setattr"])
-def test_metadata_admits_only_known_classes(name: str, directory: Path) -> None:
+def test_metadata_admits_only_known_classes(name: str, dcp_directory: Path) -> None:
     rewrite_metadata(
-        directory,
+        dcp_directory,
         lambda metadata: metadata.planner_data.update(extra=getattr(__builtins__, name, None) or __builtins__[name]),
     )
     with pytest.raises(ValueError, match=rf"names builtins\.{name}, which no such metadata holds"):
-        read_values(directory, ["model"])
+        read_values(dcp_directory, ["model"])
 
 
-def test_metadata_ignores_getattr_of_python_3_11(directory: Path) -> None:
+def test_metadata_ignores_getattr_of_python_3_11(dcp_directory: Path) -> None:
     class Member:
         def __reduce__(self) -> tuple[Any, ...]:
             return getattr, (torch.Size([1]), "__class__")
@@ -52,25 +52,25 @@ def test_metadata_ignores_getattr_of_python_3_11(directory: Path) -> None:
     def as_written_there(metadata: Any) -> None:
         metadata.storage_meta = Member()
 
-    expected = read_values(directory, ["model"])
-    rewrite_metadata(directory, as_written_there)
-    assert list(read_values(directory, ["model"])) == list(expected)
+    expected = read_values(dcp_directory, ["model"])
+    rewrite_metadata(dcp_directory, as_written_there)
+    assert list(read_values(dcp_directory, ["model"])) == list(expected)
 
 
-def test_dcp_values_are_never_unpickled(directory: Path, tmp_path: Path) -> None:
+def test_dcp_values_are_never_unpickled(dcp_directory: Path, tmp_path: Path) -> None:
     save_dcp(
         {
             "model": {"weight": torch.zeros(1)},
             "optim": {"state": {}, "param_groups": [{"lr": MaliciousPickle(tmp_path / "ran")}]},
         },
-        directory,
+        dcp_directory,
     )
     with pytest.raises(ValueError, match=r"optim\.param_groups\.0\.lr in .*never unpickled"):
-        load_checkpoint(directory)
+        load_checkpoint(dcp_directory)
     assert not (tmp_path / "ran").exists()
 
 
-def test_metadata_of_torch_before_2_4_is_read(directory: Path) -> None:
+def test_metadata_of_torch_before_2_4_is_read(dcp_directory: Path) -> None:
     from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 
     def older(metadata: Any) -> None:
@@ -80,11 +80,11 @@ def test_metadata_of_torch_before_2_4_is_read(directory: Path) -> None:
             if hasattr(stored, "properties"):
                 stored.properties = TensorProperties(dtype=stored.properties.dtype)
 
-    expected = read_values(directory, ["model"])
-    rewrite_metadata(directory, older)
-    found = read_values(directory, ["model"])
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected = read_values(dcp_directory, ["model"])
+    rewrite_metadata(dcp_directory, older)
+    values = read_values(dcp_directory, ["model"])
+    assert list(values) == list(expected)
+    assert all(torch.equal(values[name], value) for name, value in expected.items())
 
 
 def _first_spot(metadata: Any) -> Any:
@@ -101,33 +101,33 @@ DAMAGE: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_metadata_refuses_damage(damage: str, directory: Path) -> None:
-    rewrite_metadata(directory, DAMAGE[damage])
+def test_metadata_refuses_damage(damage: str, dcp_directory: Path) -> None:
+    rewrite_metadata(dcp_directory, DAMAGE[damage])
     with pytest.raises(ValueError, match=r"\.metadata is damaged or no metadata of torch\.distributed\.checkpoint"):
-        read_values(directory, ["model"])
+        read_values(dcp_directory, ["model"])
 
 
-def test_read_values_refuses_truncated_files(directory: Path) -> None:
-    data = (directory / "__0_0.distcp").read_bytes()
-    (directory / "__0_0.distcp").write_bytes(data[:100])
+def test_read_values_refuses_truncated_files(dcp_directory: Path) -> None:
+    data = (dcp_directory / "__0_0.distcp").read_bytes()
+    (dcp_directory / "__0_0.distcp").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"in .*__0_0\.distcp is damaged"):
-        read_values(directory, ["model"])
-    (directory / "__0_0.distcp").unlink()
+        read_values(dcp_directory, ["model"])
+    (dcp_directory / "__0_0.distcp").unlink()
     with pytest.raises(FileNotFoundError, match=r"__0_0\.distcp"):
-        read_values(directory, ["model"])
-    (directory / ".metadata").write_bytes((directory / ".metadata").read_bytes()[:1000])
+        read_values(dcp_directory, ["model"])
+    (dcp_directory / ".metadata").write_bytes((dcp_directory / ".metadata").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"\.metadata is damaged"):
-        has_values(directory, ["model"])
+        has_values(dcp_directory, ["model"])
 
 
-def test_read_values_refuses_incomplete_tensor(directory: Path) -> None:
+def test_read_values_refuses_incomplete_tensor(dcp_directory: Path) -> None:
     def halved(metadata: Any) -> None:
         stored = metadata.state_dict_metadata["model.model.norm.weight"]
         stored.size = torch.Size([16])
 
-    rewrite_metadata(directory, halved)
+    rewrite_metadata(dcp_directory, halved)
     with pytest.raises(ValueError, match=r"model\.model\.norm\.weight of shape \(16,\) is not all in"):
-        read_values(directory, ["model"])
+        read_values(dcp_directory, ["model"])
 
 
 def test_has_values_is_false_without_metadata(tmp_path: Path) -> None:
