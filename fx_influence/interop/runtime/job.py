@@ -88,9 +88,9 @@ class Job:
         return cast(Value, value)
 
     def raise_on_all(self, work: Callable[[], Value]) -> Value:
-        """Run ``work`` on every rank and return this rank's value; a ``USER_ERRORS`` on any rank is raised on all.
+        """Run ``work`` on every rank and return this rank's value; a user's error on any rank is raised on all.
 
-        Every rank raises the error of the lowest rank that failed.
+        Every rank raises the error, one of ``USER_ERRORS``, of the lowest rank that failed.
         """
         if self.group is None:
             return work()
