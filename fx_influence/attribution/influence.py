@@ -167,10 +167,12 @@ def influence(
             directions.append(Direction.of_(g))
         derivatives_by_group.append(update.jvp(directions))
         if in_groups:
-            for direction in directions:
-                direction.add_to_(sum_of_groups)
+            while directions:
+                directions.pop().add_to_(sum_of_groups)
+            # The next group's gradient takes this one's place in memory.
+            block.clear()
+            del g
     u = Direction.of_(sum_of_groups) if in_groups else directions[0]
-    del block, directions
     derivatives, on_step = torch.cat(derivatives_by_group), add_inner_products(products)
     by_group = derivatives.sum(-1)
     deltas = _sum_groups(update, derivatives, u, per_token, precision.under_autocast)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from fx_influence.autodiff.ghost import max_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.core.tree import Direction
 from fx_influence.types import Batch, Gradients, Params
-
-if TYPE_CHECKING:
-    pass
 
 
 class LinearizedLosses(NamedTuple):
@@ -41,7 +38,17 @@ def linearize_update(
     per_token: bool,
     memory_budget: int,
 ) -> LinearizedLosses:
-    """Linearise by ghost products where several directions or no tokens are wanted, else or failing that by JVPs."""
+    """Linearise by ghost products where several directions or no tokens are wanted, else or failing that by JVPs.
+
+    Args:
+        params: theta by name.
+        batch_u: update batch, n_u rows with coefficients.
+        grad: the gradient of the sum where the trainer has it; None makes it here.
+        engine: of the policy as the trainer computes it.
+        several_directions: whether derivatives along more than one direction are wanted.
+        per_token: whether those of tokens are wanted.
+        memory_budget: bytes that the reverse pass may leave for the derivatives.
+    """
 
     def token_jvp(u: Direction) -> Tensor:
         return u.scale * token_derivatives(params, u.unit, batch_u, engine, None)
@@ -87,6 +94,6 @@ def token_derivatives(
     derivatives = engine.jvp(params, u, batch, caches)
     for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
-            # Values outside completion_values may be anything, NaN included.
+            # Values outside completions may be anything, NaN included.
             total -= torch.where(batch.completion_mask, weight.double() * d.double(), 0.0)
     return total

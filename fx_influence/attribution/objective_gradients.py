@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from fx_influence.core.tree import promote
 from fx_influence.estimators.stderr import random_group_index
 from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
 from fx_influence.types import Batch, Gradients, Params, TokenValues
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evaluation(NamedTuple):
@@ -41,6 +38,17 @@ def evaluate_objective(
     engine: Engine,
     memory_budget: int,
 ) -> Evaluation:
+    """Return the objective's coefficients over E and its gradient, whole or by min(8, C) random groups of E's clusters.
+
+    Args:
+        params: theta by name.
+        batch_e: evaluation batch, n_e rows.
+        objective: whose gradient is wanted.
+        in_groups: whether by groups, at a forward over E more, or whole.
+        engine: of the policy with all its derivatives.
+        memory_budget: bytes that forwards may leave for the reverse pass; used by the whole gradient alone.
+    """
+
     def with_coefficients(values: TokenValues) -> Batch:
         weights = surrogate_coefficients(objective, values, batch_e)
         return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
@@ -50,8 +58,12 @@ def evaluate_objective(
         weighted, gradient = engine.reweighted_gradient(params, batch_e, with_coefficients, memory_budget)
         return Evaluation(weighted, shares, torch.zeros_like(batch_e.input_ids[:, 0]), [_ascent_(gradient, params)])
     weighted, group = with_coefficients(engine.values(params, batch_e)), random_group_index(batch_e)
-    by_group = (engine.gradient(params, select_rows(weighted, group == k)) for k in range(int(group.max()) + 1))
-    return Evaluation(weighted, shares, group, (_ascent_(g, params) for g in by_group))
+
+    def gradient_of(k: int) -> Params:
+        return _ascent_(engine.gradient(params, select_rows(weighted, group == k)), params)
+
+    # Not a generator expression, whose frame would hold one gradient while the next is made.
+    return Evaluation(weighted, shares, group, map(gradient_of, range(int(group.max()) + 1)))
 
 
 def _ascent_(gradient: Gradients, params: Params) -> Params:
