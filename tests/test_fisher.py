@@ -125,7 +125,7 @@ def test_fisher_kernel_ignores_padding_chunks_and_budget(
 
 
 def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
-    """K_ai is the derivative of S_a along P grad S_i."""
+    """K_ai is the slope of S_a along P grad S_i."""
     state = warm(case.opt_state)
     result = kernel(case, KINDS[3])
     scored = batch_b(case, KINDS[3])._replace(coefficients=case.batch_u.completion_mask.double())

@@ -31,7 +31,7 @@ HELD_BY = {
     "the end of sequence dropped where it is also the padding": ("test_collate_keeps_eos_that_is_also_padding"),
     "the same, of sampled rollouts": "test_sample_keeps_eos_that_is_also_padding",
     "a crash at an empty completion": "test_collate_accepts_empty_completion",
-    "the same, in the mathematics": ("test_a_row_without_a_completion_token_contributes_0_and_counts_in_n"),
+    "the same, in the mathematics": ("test_empty_completion_contributes_0_and_counts_in_n"),
     "left padding attended to": ("test_influence_is_invariant_to_padding_side"),
     "caches by id() that outlived a change of parameters": ("test_results_follow_the_parameters_not_a_cache"),
     "the same, of frozen parameters": "test_policy_reads_frozen_tensors_live",

@@ -1,9 +1,10 @@
-"""The passes over a batch that every estimate is made of, with the policy and the way it is read kept in one value."""
+"""The passes over a batch that every estimate consists of, bound to one policy, temperature and chunk size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -16,11 +17,23 @@ from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 
+class _Options(TypedDict):
+    apply: Apply
+    temperature: float
+    chunk_size: int | None
+
+
 @dataclass(frozen=True)
 class Engine:
-    """Of ``apply`` over batches that this process holds; ``sharding`` has the same over several ranks.
+    """Single-process evaluation of ``apply``; see ``distributed.engine`` for several ranks.
 
-    Each takes whole batches and gives whole results; see the function of the same name for what it is.
+    Every method takes full batches and returns full results, whatever the number of processes. Its arguments and
+    results are those of the function that it calls, which documents them.
+
+    Args:
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
     """
 
     apply: Apply
@@ -28,69 +41,73 @@ class Engine:
     chunk_size: int | None = None
 
     def full_batch(self, field: str, batch: Batch) -> Batch:
-        """The batch that the rows given belong to; ``field``: its name, for errors."""
+        """Return the rows of all processes, of which ``batch`` holds this process's; ``field`` names it in errors."""
         return batch
 
-    def check_consistent(self, **facts: object) -> None:
-        """Raise ``ValueError`` unless whoever takes part was given the same."""
+    def check_consistent(self, **arguments: object) -> None:
+        """Raise ``ValueError`` unless every process was given the same ``arguments``."""
 
     def check_gram(self, asked_by: str) -> None:
-        """Raise ``ValueError`` where ``kernel`` cannot be had, naming what asks for it."""
+        """Raise ``ValueError`` where ``gram`` is not supported; ``asked_by`` names the option that needs it."""
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
-        return all_token_values(params, batch, *self._read)
+        """Return ``all_token_values`` of the batch."""
+        return all_token_values(params, batch, **self._options)
 
     def perturbed_values(
-        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+        self, params: Params, directions: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
-        return perturbed_token_values(params, block, eta, batch, *self._read, vmapped)
+        """Return ``perturbed_token_values`` for a block of directions."""
+        return perturbed_token_values(params, directions, eta, batch, vmapped=vmapped, **self._options)
 
     def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
-        return can_vmap_directions(params, batch, *self._read)
+        """Return whether ``perturbed_values`` may take several directions in one pass."""
+        return can_vmap_directions(params, batch, **self._options)
 
     def gradient(self, params: Params, batch: Batch) -> Gradients:
+        """Return ``batch_gradient`` of the batch."""
         return self.gradient_with_cache(params, batch, 0)[0]
 
     def gradient_with_cache(
         self, params: Params, batch: Batch, memory_budget: int
     ) -> tuple[Gradients, LinearOutputCaches | None]:
-        return gradient_with_cache(params, batch, *self._read, memory_budget)
+        """Return the gradient and the linear layers' outputs for ``jvp`` of the same batch."""
+        return gradient_with_cache(params, batch, memory_budget=memory_budget, **self._options)
 
     def reweighted_gradient(
         self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
     ) -> tuple[Batch, Gradients]:
+        """Return the batch with coefficients made from its token values, and its gradient."""
         return reweighted_gradient(
-            params, batch, self.apply, coefficients_fn, self.temperature, self.chunk_size, memory_budget
+            params, batch, coefficients_fn=coefficients_fn, memory_budget=memory_budget, **self._options
         )
 
     def jvp(
         self, params: Params, direction: Params, batch: Batch, caches: LinearOutputCaches | None = None
     ) -> TokenValues:
-        return token_jvp(params, direction, batch, *self._read, caches)
+        """Return ``token_jvp`` along ``direction``."""
+        return token_jvp(params, direction, batch, caches=caches, **self._options)
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, at_once: int
+        self, params: Params, batch: Batch, memory_budget: int, num_directions: int
     ) -> tuple[Gradients, JvpFn] | None:
-        return linearize_losses(params, batch, *self._read, memory_budget, at_once)
+        """Return the gradient and a function of directions u that gives <u, g_i>, or None; see ``linearize_losses``."""
+        return linearize_losses(
+            params, batch, memory_budget=memory_budget, num_directions=num_directions, **self._options
+        )
 
     def gram(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
     ) -> Tensor:
+        """Return ``gradient_gram`` of the rows' gradients, those of ``batch_b`` taken through ``apply_b``."""
         return gradient_gram(
-            params,
-            batch_a,
-            batch_b,
-            diagonal,
-            self.apply,
-            self.temperature,
-            memory_budget,
-            self.chunk_size,
-            apply_b=apply_b,
+            params, batch_a, batch_b, diagonal, apply_b=apply_b, memory_budget=memory_budget, **self._options
         )
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
-        return curvature(params, direction, batch, *self._read)
+        """Return the second derivative of the batch's weighted token values along ``direction``."""
+        return curvature(params, direction, batch, **self._options)
 
     @property
-    def _read(self) -> tuple[Apply, float, int | None]:
-        return self.apply, self.temperature, self.chunk_size
+    def _options(self) -> _Options:
+        return {"apply": self.apply, "temperature": self.temperature, "chunk_size": self.chunk_size}

@@ -1,4 +1,4 @@
-"""First derivatives of a batch's token values: the gradient of a loss on them, and their slopes along a direction."""
+"""Gradients of the surrogate loss of a batch by reverse mode, with linear layers' outputs cached for later passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fx_influence.autodiff.token_values import scaled_loss_weights, scatter_to_batch, scored_features
+from fx_influence.autodiff.token_values import scaled_loss_weights, scatter_to_batch, scored_hidden_states
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import accumulate
@@ -19,16 +19,23 @@ from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 LinearOutputCaches = list[list[Tensor] | None]
-"""What leaves the linear maps of each part of a batch, or None where it is not kept."""
+"""Outputs of the linear layers by micro-batch; None for a micro-batch whose outputs are not cached."""
 
 
 def batch_gradient(
     params: Params, batch: Batch, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None
 ) -> Gradients:
-    """g = grad of -sum_it (c_it log pi(y_it) + b_it h_it) by reverse mode, accumulated over parts of the batch.
+    """Return g = grad of -sum_it (c_it log pi(y_it) + b_it h_it) by reverse mode, accumulated over micro-batches.
 
-    ``batch.coefficients`` is c and ``batch.entropy_coefficients`` b, (B, T). Returns one tensor per parameter, at
-    least float32, and None where backward never reaches the parameter, as ``p.grad`` would be.
+    Args:
+        params: theta, by name.
+        batch: rollouts with c = ``coefficients`` and b = ``entropy_coefficients``, (B, T) each.
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+
+    Returns:
+        One tensor per parameter, at least float32, and None where backward never reaches the parameter, as ``p.grad``.
     """
     return gradient_with_cache(params, batch, apply, temperature, chunk_size)[0]
 
@@ -41,20 +48,27 @@ def gradient_with_cache(
     chunk_size: int | None = None,
     memory_budget: int = 0,
 ) -> tuple[Gradients, LinearOutputCaches]:
-    """``batch_gradient``, and for ``token_jvp`` of the same batch what its linear maps put out in the forwards.
+    """Return ``batch_gradient`` and the outputs of the linear layers, which ``token_jvp`` of the same batch reuses.
 
-    As many parts of the batch have their outputs kept as fit ``memory_budget`` bytes.
+    Args:
+        params: theta, by name.
+        batch: rollouts with coefficients, (B, T).
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        memory_budget: bytes of outputs that are cached, for as many micro-batches as fit.
     """
     policy, leaves = split_policy(apply), as_leaves(params)
     total: Gradients = dict.fromkeys(params)
     caches: LinearOutputCaches = []
-    for part in policy.micro_batches(batch, chunk_size):
-        cache = LinearOutputCache(memory_budget)
-        with _active(cache, policy):
-            features = _forward(leaves, part, policy)
+    remaining = memory_budget
+    for micro_batch in policy.micro_batches(batch, chunk_size):
+        cache = LinearOutputCache(remaining)
+        with _activate(cache, remaining, policy):
+            hidden = _forward(leaves, micro_batch, policy)
         caches.append(cache.outputs or None)
-        memory_budget -= cache.bytes if caches[-1] else 0
-        _add_gradient(total, leaves, features, part, batch, policy, temperature)
+        remaining -= cache.bytes if caches[-1] else 0
+        _add_gradient(total, leaves, hidden, micro_batch, batch, policy, temperature)
     return unscaled(total, policy.loss_scale), caches
 
 
@@ -69,53 +83,77 @@ def reweighted_gradient(
 ) -> tuple[Batch, Gradients]:
     """Return ``coefficients_fn(values)``, the batch with coefficients made from its token values, and its gradient.
 
-    The first part goes forward once for both, and so do as many others as have room for their graphs in
-    ``memory_budget`` bytes beside what the linear maps of the rest put out, with which these go forward again.
+    The coefficients need the values of all rows, so every micro-batch goes forward before the first goes backward.
+    The first micro-batch keeps its autograd graph between the two, and so do as many others as fit the budget beside
+    the linear layers' outputs of the rest, which are forwarded a second time with these outputs.
+
+    Args:
+        params: theta, by name.
+        batch: rollouts (B, T).
+        apply: policy, see ``make_functional``.
+        coefficients_fn: maps the batch's token values, (B, T) each, to the batch with coefficients.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        memory_budget: bytes of graphs and cached outputs beside the first micro-batch's graph.
     """
     policy, leaves = split_policy(apply), as_leaves(params)
     pending = policy.micro_batches(batch, chunk_size)
     graphs: dict[int, Tensor] = {}
     caches: dict[int, list[Tensor]] = {}
-    found = []
-    wanted = 1
-    for k, part in enumerate(pending):
-        # That of the first is only measured.
-        cache = LinearOutputCache(0 if 0 < k < wanted or len(pending) == 1 else memory_budget)
-        with _Graph(leaves) as graph, torch.set_grad_enabled(k < wanted), _active(cache, policy):
-            features = scored_features(policy.backbone(leaves, part), part)
+    values = []
+    num_graphs, remaining = 1, memory_budget
+    for k, micro_batch in enumerate(pending):
+        # The first micro-batch keeps its graph; its cache is only sized.
+        budget = 0 if 0 < k < num_graphs or len(pending) == 1 else remaining
+        cache = LinearOutputCache(budget)
+        with _GraphSize(leaves) as graph, torch.set_grad_enabled(k < num_graphs), _activate(cache, budget, policy):
+            hidden = scored_hidden_states(policy.backbone(leaves, micro_batch), micro_batch)
         if k == 0:
-            graphs[k] = features
-            wanted += graphs_within_budget(len(pending) - 1, graph.bytes, cache.bytes, memory_budget)
-        elif features.requires_grad and graph.bytes <= memory_budget:
-            graphs[k] = features
-            memory_budget -= graph.bytes
+            graphs[k] = hidden
+            num_graphs += graphs_within_budget(len(pending) - 1, graph.bytes, cache.bytes, remaining)
+        elif hidden.requires_grad and graph.bytes <= remaining:
+            graphs[k] = hidden
+            remaining -= graph.bytes
         elif cache.outputs:
             caches[k] = cache.outputs
-            memory_budget -= cache.bytes
+            remaining -= cache.bytes
         with torch.no_grad():
-            found.append((part, head_token_values(policy, params, features.detach(), part.targets, temperature)))
-    weighted = coefficients_fn(scatter_to_batch(found, batch))
+            scored = head_token_values(policy, params, hidden.detach(), micro_batch.targets, temperature)
+            values.append((micro_batch, scored))
+    weighted = coefficients_fn(scatter_to_batch(values, batch))
     total: Gradients = dict.fromkeys(params)
-    for k, part in enumerate(pending):
-        features = graphs.pop(k) if k in graphs else _forward(leaves, part, policy, caches.pop(k, None))
-        _add_gradient(total, leaves, features, part, weighted, policy, temperature)
+    for k, micro_batch in enumerate(pending):
+        hidden = graphs.pop(k) if k in graphs else _forward(leaves, micro_batch, policy, caches.pop(k, None))
+        _add_gradient(total, leaves, hidden, micro_batch, weighted, policy, temperature)
     return weighted, unscaled(total, policy.loss_scale)
 
 
 def graphs_within_budget(micro_batches: int, graph: int, cache: int, memory_budget: int) -> int:
-    """Of so many parts how many, if a graph and a tape take these bytes: all, or what tapes of the others leave."""
+    """Number of micro-batches whose graph fits in the budget when the remaining ones keep only linear outputs.
+
+    Args:
+        micro_batches: number of micro-batches.
+        graph: bytes of the autograd graph of one.
+        cache: bytes of the linear layers' outputs of one.
+        memory_budget: bytes for both.
+    """
     if graph * micro_batches <= memory_budget:
         return micro_batches
     return max(0, memory_budget - cache * micro_batches) // max(1, graph - cache)
 
 
-def _active(cache: LinearOutputCache, policy: SplitPolicy) -> AbstractContextManager[object]:
-    # A compiled pass is seen by no mode, and made anew under one.
-    return nullcontext() if policy.compiled or cache.max_bytes == 0 else cache
+def as_leaves(params: Params) -> Params:
+    """Return the parameters as leaves of a new autograd graph."""
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-class _Graph(saved_tensors_hooks):
-    """Counts the bytes that a graph made inside holds besides the leaves."""
+def _activate(cache: LinearOutputCache, budget: int, policy: SplitPolicy) -> AbstractContextManager[object]:
+    # Function modes do not see compiled code, and would trigger a recompile.
+    return nullcontext() if policy.compiled or budget == 0 else cache
+
+
+class _GraphSize(saved_tensors_hooks):
+    """Count the ``bytes`` that an autograd graph built inside the block saves, the leaves left out."""
 
     def __init__(self, leaves: Params) -> None:
         self.bytes = 0
@@ -130,44 +168,51 @@ class _Graph(saved_tensors_hooks):
 
         super().__init__(pack, lambda x: x)
 
-    def __enter__(self) -> _Graph:  # type: ignore[override]
+    def __enter__(self) -> _GraphSize:  # type: ignore[override]
         super().__enter__()
         return self
 
 
-def as_leaves(params: Params) -> Params:
-    """The parameters as leaves of a graph of their own."""
-    return {name: p.detach().requires_grad_() for name, p in params.items()}
-
-
-def _forward(leaves: Params, part: MicroBatch, policy: SplitPolicy, outputs: Sequence[Tensor] | None = None) -> Tensor:
-    replay = ReuseLinearOutputs(outputs or [])
-    with torch.enable_grad(), replay if outputs else nullcontext():
-        features = scored_features(policy.backbone(leaves, part), part)
-    return features if replay.outputs_fit else _forward(leaves, part, policy)
+def _forward(
+    leaves: Params, micro_batch: MicroBatch, policy: SplitPolicy, outputs: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the scored hidden states with their graph, reusing the linear layers' ``outputs`` where they fit."""
+    reuse = ReuseLinearOutputs(outputs or [])
+    with torch.enable_grad(), reuse if outputs else nullcontext():
+        hidden = scored_hidden_states(policy.backbone(leaves, micro_batch), micro_batch)
+    return hidden if reuse.outputs_fit else _forward(leaves, micro_batch, policy)
 
 
 def _add_gradient(
     total: Gradients,
     leaves: Params,
-    features: Tensor,
-    part: MicroBatch,
+    hidden: Tensor,
+    micro_batch: MicroBatch,
     batch: Batch,
     policy: SplitPolicy,
     temperature: float,
 ) -> None:
-    """Add the gradient of the micro-batch's share of the loss, times the loss scale, to ``total`` in place.
+    """Add the gradient of the micro-batch's part of the loss, times the loss scale, to ``total`` in place.
 
     Each leaf's gradient is added and dropped as soon as backward has made it, so that beside the total there is one
     parameter's at a time.
+
+    Args:
+        total: gradients by name, at least float32, None where backward has not reached the parameter.
+        leaves: theta by name, as leaves of the graph of ``hidden``.
+        hidden: hidden states that score the micro-batch's tokens, (n, d).
+        micro_batch: those tokens.
+        batch: rollouts with coefficients, (B, T).
+        policy: the split policy.
+        temperature: divisor of the logits.
     """
-    weights = scaled_loss_weights(batch, part, policy)
+    weights = scaled_loss_weights(batch, micro_batch, policy)
     if all(w is None for w in weights):
         return
-    toward, of_head = head_vjp(policy, leaves, features, part.targets, weights, temperature)
-    accumulate(total, of_head.items())
-    del of_head
-    if not features.requires_grad:
+    d_hidden, head_gradient = head_vjp(policy, leaves, hidden, micro_batch.targets, weights, temperature)
+    accumulate(total, head_gradient.items())
+    del head_gradient
+    if not hidden.requires_grad:
         return
 
     def add_and_drop(name: str) -> Callable[[Tensor], None]:
@@ -179,7 +224,7 @@ def _add_gradient(
 
     handles = [leaf.register_post_accumulate_grad_hook(add_and_drop(name)) for name, leaf in leaves.items()]
     try:
-        torch.autograd.backward([features], [toward], inputs=list(leaves.values()))
+        torch.autograd.backward([hidden], [d_hidden], inputs=list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()

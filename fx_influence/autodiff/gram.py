@@ -1,4 +1,4 @@
-"""Inner products of the gradients of two batches' rows, streamed under a memory budget."""
+"""Gram matrix of the gradients of two batches' rows under a diagonal metric, streamed within a memory budget."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.ghost import thin_matmul
-from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
-from fx_influence.autodiff.rollout_gradients import Rows, _length, _rows, _vmapped
+from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
+from fx_influence.autodiff.rollout_gradients import (
+    RowGradientSource,
+    RowGradientWriter,
+    first_axis_length,
+    row_gradient_source,
+)
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, micro_batches
 from fx_influence.batching.rows import select_rows
-from fx_influence.core.tree import promote
+from fx_influence.core.tree import detached, promote
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params
 
 MEMORY_BUDGET = 3 * 2**28
-"""Bytes that ``gradient_gram`` holds at once where the caller names none: 768 MiB."""
-
+"""Bytes that ``gradient_gram`` holds at once where the caller sets no budget: 768 MiB."""
 
 Slices = dict[str, slice]
-"""Parameters by name, with the entries of their first axis that are meant."""
+"""Parameters by name, with a range of entries of their first axis."""
 
 
 def gradient_gram(
@@ -36,139 +40,168 @@ def gradient_gram(
     chunk_size: int | None = None,
     apply_b: Apply | None = None,
 ) -> Tensor:
-    """K_ai = <g_a, D g_i> for the rollout losses of two batches, D diagonal; (n_a, n_b), at least float32.
+    """Return K_ai = <g_a, D g_i> for the rollout losses of two batches, D diagonal.
 
-    Where a parameter enters as a linear map, an embedding or an affine norm, the rows' gradients are made from factors
-    (see ``factors``); every other parameter goes through ``vmap(grad)``, or where vmap cannot take the policy's rows,
-    which two of them tell first, through a reverse pass a row. Of the batch with fewer rows a block of
-    gradients, weighted by D, is held in up to two thirds of ``memory_budget`` bytes, and the other batch passes by, as
-    many rows at once as the rest of the budget has room for. Where even one row's gradient is larger than that, the
-    parameters are taken in several groups. ``chunk_size``: at most so many rows in one pass. ``apply_b``: of batch b,
-    where its gradients are taken otherwise. Sums over parameters are in float64.
+    Where a parameter enters as a linear map, an embedding or an affine norm, the rows' gradients come from layer IO
+    (see ``layer_io``). Every other parameter goes through ``vmap(grad)``, or through a reverse pass per row where vmap
+    cannot take the policy's rows, which a probe with two of them tells. A block of D-weighted gradients of the batch
+    with fewer rows is held in up to two thirds of the budget; the gradients of the other batch are streamed past it, as
+    many rows at once as the remaining third has space for. Where even one row's gradient exceeds the block, the
+    parameters are taken in several groups. Sums over parameters are in float64.
+
+    Args:
+        params: theta, by name.
+        batch_a: rollouts with coefficients, (n_a, T).
+        batch_b: rollouts with coefficients, (n_b, T).
+        diagonal: D, by name; parameters absent count as 0.
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        memory_budget: bytes for gradients, layer IO and graphs.
+        chunk_size: at most this many rows per pass; None chooses by tokens and memory.
+        apply_b: policy whose derivatives ``batch_b`` takes, None for ``apply``.
+
+    Returns:
+        K, (n_a, n_b), at least float32.
     """
-    of_b = apply if apply_b is None else apply_b
-    params = {name: p.detach() for name, p in params.items()}
-    held = {name: p for name, p in params.items() if name in diagonal}
-    dtype = promote(next(iter(params.values())).dtype)
+    apply_b = apply if apply_b is None else apply_b
     if len(batch_a.input_ids) < len(batch_b.input_ids):
         options = temperature, memory_budget, chunk_size
-        return gradient_gram(params, batch_b, batch_a, diagonal, of_b, *options, apply_b=apply).T
+        return gradient_gram(params, batch_b, batch_a, diagonal, apply_b, *options, apply_b=apply).T
+    params = detached(params)
+    trained = {name: p for name, p in params.items() if name in diagonal}
+    source = row_gradient_source(params, trained, batch_b, apply, temperature)
+    per_token = max(1, layer_io_bytes_per_token(params, batch_b, apply, source.supported))
     shape = len(batch_a.input_ids), len(batch_b.input_ids)
     total = torch.zeros(shape, dtype=torch.float64, device=batch_a.input_ids.device)
-    factored = supported_names(params, batch_b, apply) & held.keys()
-    per_token = max(1, layer_io_bytes_per_token(params, batch_b, apply, factored))
-    others = {name: p for name, p in held.items() if name not in factored}
-    vmapped = _vmapped(params, batch_b, others, apply, temperature)
-    most = memory_budget * 2 // 3
-    for group in _groups(held, most):
-        size = min(shape[1], max(1, most // _row_bytes(held, group)))
-        room = memory_budget - size * _row_bytes(held, group)
-        source = _Source(params, held, group, factored, vmapped, per_token, of_b, temperature, room, chunk_size)
-        for j in range(0, shape[1], size):
-            block = select_rows(batch_b, slice(j, j + size))
-            columns, weighted = _weighted(source.chunks(block), len(block.input_ids), held, group, diagonal)
-            for index, rows_of in source._replace(apply=apply).chunks(batch_a):
-                found = _inner(rows_of, len(index), weighted, held, group, room // 4)
-                total[index.unsqueeze(1), j + columns] += found
-            # Or two blocks would be held while the next is made.
+    block_budget = memory_budget * 2 // 3
+    for group in _groups(trained, block_budget):
+        block_rows = min(shape[1], max(1, block_budget // _row_bytes(trained, group)))
+        stream_budget = memory_budget - block_rows * _row_bytes(trained, group)
+        stream_a = _Stream(source, group, per_token, stream_budget, chunk_size)
+        stream_b = stream_a._replace(source=source._replace(apply=apply_b))
+        for start in range(0, shape[1], block_rows):
+            block = select_rows(batch_b, slice(start, start + block_rows))
+            index_b, weighted = _weighted_gradients(
+                stream_b.chunks(block), len(block.input_ids), trained, group, diagonal
+            )
+            for index_a, write in stream_a.chunks(batch_a):
+                products = _inner_products(write, len(index_a), weighted, trained, group, stream_budget // 4)
+                total[index_a.unsqueeze(1), start + index_b] += products
+            # Released before the next block is made, or two would exist at once.
             del weighted
-    return total.to(dtype)
+    return total.to(promote(next(iter(params.values())).dtype))
 
 
-class _Source(NamedTuple):
-    """Where rows' gradients of a group of parameters come from, within ``room`` bytes of factors and graph."""
+class _Stream(NamedTuple):
+    """Rows' gradients of one group of parameters, a chunk of rows at a time.
 
-    params: Params
-    held: Params
+    ``per_token``: bytes of layer IO per token. ``budget``: bytes for layer IO, graphs and gradients of a chunk.
+    """
+
+    source: RowGradientSource
     group: Slices
-    factored: frozenset[str]
-    vmapped: bool
     per_token: int
-    apply: Apply
-    temperature: float
-    room: int
+    budget: int
     chunk_size: int | None
 
-    def chunks(self, batch: Batch) -> Iterator[tuple[Tensor, Rows]]:
-        """Rows of a batch, as an index, with their gradients."""
-        factored = self.factored & self.group.keys()
-        others = {name: self.held[name] for name in self.group if name not in factored}
-        limit = min(self.chunk_size or len(batch.input_ids), _rows_within(self.room // 2, others))
-        # Besides the inputs and outputs of linear maps that it holds, a graph takes two to three times as much again.
+    def chunks(self, batch: Batch) -> Iterator[tuple[Tensor, RowGradientWriter]]:
+        """Yield the rows of a batch by index (b,), with the writer of their gradients."""
+        others = {name: self.source.params[name] for name in self.group if name not in self.source.supported}
+        max_rows = min(self.chunk_size or len(batch.input_ids), _max_rows(self.budget // 2, others))
+        # A graph takes two to three times as much as the inputs and outputs of the linear maps that it holds.
         wanted = TOKENS_PER_CHUNK if self.chunk_size is None else self.chunk_size * batch.input_ids.shape[1]
-        tokens = min(wanted, int(self.room / (4.5 * self.per_token)))
-        for part in micro_batches(batch, None, split_policy(self.apply).left_alignable, tokens, limit):
-            options = self.apply, self.temperature, self.vmapped
-            yield part.row_index, _rows(self.params, batch, part, factored, others, *options)
+        tokens = min(wanted, int(self.budget / (4.5 * self.per_token)))
+        left_alignable = split_policy(self.source.apply).left_alignable
+        for micro_batch in micro_batches(batch, None, left_alignable, tokens, max_rows):
+            yield micro_batch.row_index, self.source.writer(batch, micro_batch, self.group)
 
 
-def _groups(held: Params, room: int) -> Iterator[Slices]:
-    """All parameters at once where the gradient of a row fits ``room``, else in groups of slices that do."""
+def _groups(trained: Params, budget: int) -> Iterator[Slices]:
+    """Yield all parameters at once where the gradient of a row fits the budget, else groups of slices that do."""
     group: Slices = {}
     used = 0
-    for name, p in held.items():
-        entry = p.numel() // max(1, _length(p)) * promote(p.dtype).itemsize
+    for name, p in trained.items():
+        entry_bytes = p.numel() // max(1, first_axis_length(p)) * promote(p.dtype).itemsize
         start = 0
-        while start < _length(p):
-            step = min(_length(p) - start, max(1, (room - used) // max(1, entry)))
-            if group and (used + step * entry > room or name in group):
+        while start < first_axis_length(p):
+            step = min(first_axis_length(p) - start, max(1, (budget - used) // max(1, entry_bytes)))
+            if group and (used + step * entry_bytes > budget or name in group):
                 yield group
                 group, used = {}, 0
                 continue
             group[name] = slice(start, start + step)
-            start, used = start + step, used + step * entry
+            start, used = start + step, used + step * entry_bytes
     if group:
         yield group
 
 
-def _rows_within(room: int, held: Params) -> int:
-    return max(1, room // max(1, sum(p.numel() * promote(p.dtype).itemsize for p in held.values())))
+def _max_rows(budget: int, params: Params) -> int:
+    """Return the number of rows, at least 1, whose gradients fit the budget."""
+    return max(1, budget // max(1, sum(p.numel() * promote(p.dtype).itemsize for p in params.values())))
 
 
-def _row_bytes(held: Params, group: Slices) -> int:
-    return sum(_numel(held[name], part) * promote(held[name].dtype).itemsize for name, part in group.items())
+def _row_bytes(trained: Params, group: Slices) -> int:
+    """Return the bytes of one row's gradient of a group."""
+    return sum(
+        _numel(trained[name], entries) * promote(trained[name].dtype).itemsize for name, entries in group.items()
+    )
 
 
-def _numel(p: Tensor, part: slice) -> int:
-    return p.numel() // _length(p) * (part.stop - part.start)
+def _numel(p: Tensor, entries: slice) -> int:
+    return p.numel() // first_axis_length(p) * (entries.stop - entries.start)
 
 
-def _weighted(
-    chunks: Iterable[tuple[Tensor, Rows]], count: int, held: Params, group: Slices, diagonal: Params
+def _weighted_gradients(
+    chunks: Iterable[tuple[Tensor, RowGradientWriter]], rows: int, trained: Params, group: Slices, diagonal: Params
 ) -> tuple[Tensor, Params]:
-    """The rows in the order they come, and D g_i of each, (count, numel) by name."""
+    """Return the index of all rows in the order of the chunks, and D g_i of each, (rows, n) by name."""
     out = {
-        name: held[name].new_empty(count, _numel(held[name], part), dtype=promote(held[name].dtype))
-        for name, part in group.items()
+        name: trained[name].new_empty(rows, _numel(trained[name], entries), dtype=promote(trained[name].dtype))
+        for name, entries in group.items()
     }
     order: list[Tensor] = []
     start = 0
-    for index, rows_of in chunks:
-        for name, part in group.items():
-            own = out[name][start : start + len(index)]
-            rows_of(name, part, own)
-            own.mul_(diagonal[name].to(own.dtype).reshape(_length(held[name]), -1)[part].flatten())
+    for index, write in chunks:
+        for name, entries in group.items():
+            grads = out[name][start : start + len(index)]
+            write(name, entries, grads)
+            length = first_axis_length(trained[name])
+            grads.mul_(diagonal[name].to(grads.dtype).reshape(length, -1)[entries].flatten())
         order.append(index)
         start += len(index)
     return torch.cat(order), out
 
 
-def _inner(rows_of: Rows, count: int, weighted: Params, held: Params, group: Slices, room: int) -> Tensor:
-    """(n_a, n_b), float64, of ``count`` rows a; ``room``: bytes that a slice of their gradients may take."""
+def _inner_products(
+    write: RowGradientWriter, rows: int, weighted: Params, trained: Params, group: Slices, budget: int
+) -> Tensor:
+    """Return the inner products of a chunk's gradients with a block of weighted ones.
+
+    Args:
+        write: writer of the chunk's gradients.
+        rows: number of rows n_a of the chunk.
+        weighted: D g_i of the block's n_b rows, (n_b, n) by name.
+        trained: the parameters, by name.
+        group: the entries of each that ``weighted`` covers.
+        budget: bytes for the chunk's gradients, of which a slice of entries is formed at a time.
+
+    Returns:
+        (n_a, n_b), float64.
+    """
     total: Tensor | None = None
     scratch: Tensor | None = None
     for name, right in weighted.items():
-        whole = group[name]
-        inner = held[name].numel() // _length(held[name])
-        step = min(whole.stop - whole.start, max(1, room // (count * inner * right.element_size())))
-        if scratch is None or len(scratch) < count * step * inner or scratch.dtype != right.dtype:
-            scratch = right.new_empty(count * step * inner)
-        for start in range(whole.start, whole.stop, step):
-            part = slice(start, min(start + step, whole.stop))
-            columns = slice((part.start - whole.start) * inner, (part.stop - whole.start) * inner)
-            own = scratch[: count * (columns.stop - columns.start)].view(count, -1)
-            rows_of(name, part, own)
-            product = thin_matmul(own, right[:, columns]).double()
+        covered = group[name]
+        inner = trained[name].numel() // first_axis_length(trained[name])
+        step = min(covered.stop - covered.start, max(1, budget // (rows * inner * right.element_size())))
+        if scratch is None or len(scratch) < rows * step * inner or scratch.dtype != right.dtype:
+            scratch = right.new_empty(rows * step * inner)
+        for start in range(covered.start, covered.stop, step):
+            entries = slice(start, min(start + step, covered.stop))
+            columns = slice((entries.start - covered.start) * inner, (entries.stop - covered.start) * inner)
+            left = scratch[: rows * (columns.stop - columns.start)].view(rows, -1)
+            write(name, entries, left)
+            product = thin_matmul(left, right[:, columns]).double()
             total = product if total is None else total + product
     assert total is not None
     return total

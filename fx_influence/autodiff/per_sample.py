@@ -1,4 +1,4 @@
-"""Per-sample gradients of any loss in one batched pass."""
+"""Per-sample gradients of any loss by ``vmap(grad)``, and the loss of one rollout."""
 
 from __future__ import annotations
 
@@ -17,23 +17,30 @@ from fx_influence.core.parameter_checks import check_apply, check_params
 from fx_influence.core.tree import promote
 from fx_influence.types import Apply, Batch, Params
 
-LossOf = Callable[[Params, tuple[Tensor, ...]], Tensor]
+FieldsLoss = Callable[[Params, tuple[Tensor, ...]], Tensor]
+"""Loss of one row as a function of the parameters and of the fields that the batch has."""
 
 
 def per_sample_grads(
     loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch, chunk_size: int | None = None
 ) -> Params:
-    """The gradient of ``loss_fn`` for every row of ``batch``: ``vmap(grad(loss_fn))`` over rows.
+    """Return the gradient of ``loss_fn`` for every row of ``batch``: ``vmap(grad(loss_fn))`` over rows.
 
-    ``loss_fn(params, row)`` gives a scalar from an unbatched row, a ``Batch`` of (T,) tensors. ``chunk_size`` rows go
-    through one vmap (None: all of them); it bounds the memory of activations and changes nothing else. With
-    ``chunk_size=1`` there is no vmap: rows go one by one in plain reverse mode, which takes losses that look at values,
-    write in place or have no batching rule too, at a pass a row. Nothing chooses that but the caller. Returns (B, ...)
-    per parameter, float64 for float64 parameters, else float32; zeros where the loss does not reach it. Parameters in
-    half precision are raised to float32 for the loss, unless it refuses them, with a ``UserWarning``.
+    Args:
+        loss_fn: ``loss_fn(params, row)`` returns a scalar for an unbatched row, a ``Batch`` of (T,) tensors.
+        params: parameters by name. Those in half precision are raised to float32 for the loss, unless it refuses them,
+            which a ``UserWarning`` tells.
+        batch: (B, T).
+        chunk_size: rows per vmap (None: all of them); bounds the memory of activations and changes nothing else. With 1
+            there is no vmap: rows go one by one in plain reverse mode, at a pass per row, which takes losses too that
+            depend on values in Python, write in place or have no batching rule. Nothing chooses that but the caller.
 
-    Raises ``RuntimeError`` where vmap cannot take ``loss_fn``, and where it draws random numbers (dropout left on),
-    whose per-sample gradients would not add up to the batch's. Source: https://pytorch.org/functorch/stable/notebooks/per_sample_grads.html
+    Returns:
+        (B, ...) per parameter, float64 for float64 parameters, else float32; zeros where the loss does not reach it.
+
+    Raises:
+        RuntimeError: where vmap cannot take ``loss_fn``, and where it draws random numbers (dropout left on), since
+            per-sample gradients would not add up to the batch's.
 
     Example:
         >>> import torch
@@ -42,6 +49,8 @@ def per_sample_grads(
         >>> loss = lambda params, row: params["w"] * row.input_ids.sum()
         >>> per_sample_grads(loss, {"w": torch.tensor(1.0)}, batch)["w"].tolist()
         [3.0, 5.0]
+
+    Source: https://pytorch.org/functorch/stable/notebooks/per_sample_grads.html
     """
     check_function("loss_fn", loss_fn, "Pass fx.rollout_loss(apply), or a function of (params, row)")
     check_params(params)
@@ -49,49 +58,51 @@ def per_sample_grads(
     check_options(1.0, chunk_size)
     present = [name for name, field in zip(batch._fields, batch, strict=True) if field is not None]
 
-    def loss_of(params: Params, fields: tuple[Tensor, ...]) -> Tensor:
-        # vmap refuses None among its inputs, so the fields that are absent are put back inside.
-        given = dict(zip(present, fields, strict=True))
-        return loss_fn(params, Batch._make(given.get(name) for name in Batch._fields))
+    def fields_loss(params: Params, fields: tuple[Tensor, ...]) -> Tensor:
+        # vmap refuses None among its inputs, so absent fields are put back inside.
+        by_name = dict(zip(present, fields, strict=True))
+        return loss_fn(params, Batch._make(by_name.get(name) for name in Batch._fields))
 
     fields = tuple(getattr(batch, name) for name in present)
-    per_row = _one_by_one if chunk_size == 1 else _together
+    per_row = _looped if chunk_size == 1 else _vmapped
     frozen = {name: p.detach() for name, p in params.items()}
     raised = {name: p.to(promote(p.dtype)) for name, p in frozen.items()}
     half = [p.dtype for name, p in frozen.items() if p.dtype != raised[name].dtype]
     try:
-        return per_row(loss_of, raised, fields, chunk_size)
+        return per_row(fields_loss, raised, fields, chunk_size)
     except RuntimeError as error:
         if not half:
             raise
-        found = per_row(loss_of, frozen, fields, chunk_size)
+        grads = per_row(fields_loss, frozen, fields, chunk_size)
         warnings.warn(
             f"params are {half[0]} and loss_fn takes them in no other precision ({str(error).splitlines()[0]}), so the "
-            "gradients are rounded to it; let loss_fn cast what it holds itself to the parameters' dtype",
+            "gradients are rounded to it; let loss_fn cast tensors of its own to the parameters' dtype",
             stacklevel=2,
         )
-        return {name: g.to(promote(g.dtype)) for name, g in found.items()}
+        return {name: g.to(promote(g.dtype)) for name, g in grads.items()}
 
 
-def _together(loss_of: LossOf, params: Params, fields: tuple[Tensor, ...], chunk_size: int | None) -> Params:
+def _vmapped(fields_loss: FieldsLoss, params: Params, fields: tuple[Tensor, ...], chunk_size: int | None) -> Params:
+    """Return the gradient of every row, (B, ...) by name, from one batched pass per chunk."""
     try:
-        return vmap(grad(loss_of), in_dims=(None, 0), chunk_size=chunk_size)(params, fields)
+        return vmap(grad(fields_loss), in_dims=(None, 0), chunk_size=chunk_size)(params, fields)
     except RuntimeError as error:
         raise RuntimeError(
             f"loss_fn fails under torch.func.vmap(grad): {str(error).splitlines()[0]} Expected a loss that neither "
-            "draws random numbers (switch dropout off) nor looks at values nor writes in place. Pass chunk_size=1 for "
-            "the latter two: rows then go one by one, without vmap"
+            "draws random numbers (switch dropout off) nor depends on values in Python nor writes in place. Pass "
+            "chunk_size=1 for the latter two: rows then go one by one, without vmap"
         ) from error
 
 
-def _one_by_one(loss_of: LossOf, params: Params, fields: tuple[Tensor, ...], chunk_size: int | None) -> Params:
+def _looped(fields_loss: FieldsLoss, params: Params, fields: tuple[Tensor, ...], chunk_size: int | None) -> Params:
+    """Return the gradient of every row, (B, ...) by name, from one reverse pass per row."""
     count = len(fields[0])
     out = {name: p.new_zeros(count, *p.shape) for name, p in params.items()}
     for i in range(count):
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         before = _random_state(fields[0].device)
         with torch.enable_grad():
-            loss = loss_of(leaves, tuple(field[i] for field in fields))
+            loss = fields_loss(leaves, tuple(field[i] for field in fields))
         if not torch.equal(_random_state(fields[0].device), before):
             raise RuntimeError(
                 "loss_fn draws random numbers; expected the same loss whenever it is called, or per-sample gradients "
@@ -110,25 +121,34 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def can_vmap_rows(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> bool:
-    """Return whether ``torch.func.vmap`` takes the rows of a batch through ``loss_fn``'s gradient, tried on two.
+    """Return whether ``torch.func.vmap`` takes rows through ``loss_fn``'s gradient, tried on two.
 
-    False as well where torch would go row by row inside, for want of a batching rule, which it warns of.
+    False as well where torch would loop over rows inside, for want of a batching rule, of which it warns.
+
+    Args:
+        loss_fn: loss of one row, see ``per_sample_grads``.
+        params: parameters by name.
+        batch: (B, T); its first and last rows are tried.
     """
     two = select_rows(batch, torch.tensor([0, len(batch.input_ids) - 1], device=batch.input_ids.device))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*performance drop")
         try:
             per_sample_grads(loss_fn, params, two)
-        # Whatever a model raises for want of values or shapes, of its own exceptions too.
+        # A model may raise anything, its own exceptions too, where vmap hides values or shapes.
         except Exception:
             return False
     return True
 
 
 def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Batch], Tensor]:
-    """The loss of one rollout for ``per_sample_grads``: l_i = -sum_t (c_it log pi(y_it) + b_it h_it).
+    """Return the loss of one rollout for ``per_sample_grads``: l_i = -sum_t (c_it log pi(y_it) + b_it h_it).
 
-    The batch's loss is their sum, so the per-sample gradients add up to its gradient.
+    The batch's loss is the sum over rows, so the per-sample gradients add up to its gradient.
+
+    Args:
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
 
     Example:
         >>> import torch
@@ -142,7 +162,7 @@ def rollout_loss(apply: Apply, temperature: float = 1.0) -> Callable[[Params, Ba
     check_options(temperature, None)
 
     def loss(params: Params, row: Batch) -> Tensor:
-        one = Batch._make(None if field is None else field.unsqueeze(0) for field in row)
-        return surrogate(token_values(params, one, apply, temperature), one)
+        batch = Batch._make(None if field is None else field.unsqueeze(0) for field in row)
+        return surrogate(token_values(params, batch, apply, temperature), batch)
 
     return loss

@@ -1,10 +1,11 @@
-"""Log-probabilities and entropies of completion tokens, and the loss that they make."""
+"""Log-probabilities and entropies of completion tokens, and the surrogate loss on them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fx_influence.batching.microbatch import MicroBatch
@@ -19,12 +20,20 @@ from fx_influence.types import Apply, Batch, Params, TokenValues
 
 
 def token_values(params: Params, batch: Batch, apply: Apply, temperature: float = 1.0) -> TokenValues:
-    """Log-probability and entropy of every completion token, log softmax(logits / temperature), in one forward.
+    """Return log-probability and entropy of every completion token under softmax(logits / temperature).
 
-    ``batch``: (B, T). Both results are (B, T), aligned with ``input_ids`` (the token at t is scored by the logits at
-    t-1), float64 for float64 logits, else float32. Weights in half precision are raised to float32 first. Logits of
-    -inf count as probability 0 and give no NaN. It may stand inside any transformation of ``torch.func``; all logits
-    exist at once.
+    One forward; all logits exist at once. The function may stand inside any transformation of ``torch.func``.
+
+    Args:
+        params: trainable parameters by name. Weights in half precision are raised to float32 first.
+        batch: rollouts (B, T); only completion tokens are scored.
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+
+    Returns:
+        ``TokenValues``, (B, T) each, in nats, aligned with ``input_ids`` (the token at t is scored by the logits at
+        t-1) and 0 outside completions; float64 for float64 logits, else float32. Logits of -inf count as probability
+        0 and give no NaN.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3]])
@@ -41,64 +50,80 @@ def token_values(params: Params, batch: Batch, apply: Apply, temperature: float 
     logits = apply(params, batch.input_ids, batch.attention_mask)[:, :-1]
     mask = batch.completion_mask[:, 1:]
     logits = logits.to(promote(logits.dtype)) / temperature
-    # Rows of padding may carry anything: replaced before the softmax, they cannot turn a derivative into NaN.
+    # Logits at padding may be anything: replaced before the softmax, they cannot turn a derivative into NaN.
     log_pi = torch.where(mask.unsqueeze(-1), logits, torch.zeros_like(logits)).log_softmax(-1)
     pi = log_pi.exp()
     entropies = -(pi * torch.where(pi > 0, log_pi, torch.zeros_like(log_pi))).sum(-1)
     logprobs = log_pi.gather(-1, batch.input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    return TokenValues(_scatter(logprobs, mask), _scatter(entropies, mask))
+    return TokenValues(_align_with_tokens(logprobs, mask), _align_with_tokens(entropies, mask))
 
 
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+def _align_with_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Move values (B, T-1) from the positions that score to the tokens scored, (B, T), 0 outside ``mask``."""
     return torch.nn.functional.pad(torch.where(mask, values, torch.zeros_like(values)), (1, 0))
 
 
 def all_token_values(
     params: Params, batch: Batch, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None
 ) -> TokenValues:
-    """``token_values`` of a batch of any size, part by part, without a graph."""
+    """Return ``token_values`` of a batch of any size, by micro-batches and without an autograd graph.
+
+    Args:
+        params: trainable parameters by name.
+        batch: rollouts (B, T).
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+
+    Returns:
+        ``TokenValues``, (B, T) each.
+    """
     policy = split_policy(apply)
+    values = []
     with torch.no_grad():
-        found = []
-        for part in policy.micro_batches(batch, chunk_size):
-            features = scored_features(policy.backbone(params, part), part)
-            found.append((part, head_token_values(policy, params, features, part.targets, temperature)))
-        return scatter_to_batch(found, batch)
+        for micro_batch in policy.micro_batches(batch, chunk_size):
+            hidden = scored_hidden_states(policy.backbone(params, micro_batch), micro_batch)
+            values.append((micro_batch, head_token_values(policy, params, hidden, micro_batch.targets, temperature)))
+        return scatter_to_batch(values, batch)
 
 
-def scored_features(features: Tensor, part: MicroBatch) -> Tensor:
-    """(n, d): the features that score a completion token each, of those at all places (b, L, d)."""
-    return features[part.row, part.position]
+def scored_hidden_states(hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """Return the hidden states that score a completion token each, (n, d), of all hidden states (b, L, d)."""
+    return hidden[micro_batch.row, micro_batch.position]
 
 
-def scatter_to_batch(found: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> TokenValues:
-    """The values (..., n) of every part's tokens where they stand in the batch, (..., B, T)."""
-    place = torch.cat([part.flat_index for part, _ in found])
-    out = []
-    for field in zip(*(values for _, values in found), strict=True):
-        value = torch.cat(field, -1)
-        whole = value.new_zeros(*value.shape[:-1], batch.input_ids.numel())
-        out.append(whole.index_copy(-1, place, value).unflatten(-1, batch.input_ids.shape))
-    return TokenValues(*out)
+def scatter_to_batch(values: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> TokenValues:
+    """Return the values (..., n) of the tokens of all micro-batches at their positions in the batch, (..., B, T)."""
+    flat_index = torch.cat([micro_batch.flat_index for micro_batch, _ in values])
+    fields = []
+    for by_micro_batch in zip(*(field for _, field in values), strict=True):
+        scored = torch.cat(by_micro_batch, -1)
+        flat = scored.new_zeros(*scored.shape[:-1], batch.input_ids.numel()).index_copy(-1, flat_index, scored)
+        fields.append(rearrange(flat, "... (row pos) -> ... row pos", row=len(batch.input_ids)))
+    return TokenValues(*fields)
 
 
-def loss_weights(batch: Batch, part: MicroBatch) -> TokenWeights:
-    """c and b of the tokens that a part scores."""
-    c, b = (None if w is None else w.flatten()[part.flat_index] for w in batch[3:5])
+def loss_weights(batch: Batch, micro_batch: MicroBatch) -> TokenWeights:
+    """Return c and b of the tokens that a micro-batch scores, (n,) each or None."""
+    c, b = (
+        None if w is None else w.flatten()[micro_batch.flat_index]
+        for w in (batch.coefficients, batch.entropy_coefficients)
+    )
     return c, b
 
 
-def scaled_loss_weights(batch: Batch, part: MicroBatch, policy: SplitPolicy) -> TokenWeights:
-    """``loss_weights`` times the policy's loss scale, by which gradients made with them are to be divided."""
-    c, b = (w if w is None or policy.loss_scale == 1 else w * policy.loss_scale for w in loss_weights(batch, part))
+def scaled_loss_weights(batch: Batch, micro_batch: MicroBatch, policy: SplitPolicy) -> TokenWeights:
+    """Return ``loss_weights`` times the policy's loss scale; divide the gradients made with them by that scale."""
+    scale = policy.loss_scale
+    c, b = (w if w is None or scale == 1 else w * scale for w in loss_weights(batch, micro_batch))
     return c, b
 
 
 def surrogate(values: TokenValues, batch: Batch) -> Tensor:
-    """l = -sum_t (c_t log pi(y_t) + b_t h_t), whose gradient is the loss's; terms without coefficients are left out."""
+    """Return l = -sum_t (c_t log pi(y_t) + b_t h_t), whose gradient is the loss's; absent coefficients count as 0."""
     loss = values.logprobs.new_zeros(())
     for value, weight in zip(values, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
-            # What stands outside of completions is never read.
+            # Coefficients outside completions are never read, because a trainer may leave anything in them.
             loss = loss - torch.where(batch.completion_mask, weight.to(value.dtype) * value, 0.0).sum()
     return loss

@@ -1,4 +1,4 @@
-"""What the ranks of a device mesh tell each other, and what they must have been given alike."""
+"""Collectives over all ranks of a device mesh, and exceptions that one rank raises on all."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 if dist.is_available():
-    # Its functions have as a default the group that there is when torch first needs them, as torch.func.jvp does. They
-    # would keep the caller's, and a thread of a group that is alive when the interpreter ends can abort the process.
+    # Imported before any process group exists, because its functions bind the default group of the moment when torch
+    # first imports them, as torch.func.jvp does. They would keep the caller's group alive, and a gloo thread that is
+    # alive when the interpreter ends can abort the process.
     importlib.import_module("torch.distributed.nn.functional")
 
-# torch 2.13 has renamed it, and a torch may be built without any
+# torch 2.13 renamed it, and a torch may be built without any.
 all_gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class RankError(RuntimeError):
-    """An exception on another rank, raised on this one by ``propagate_failures``."""
+    """An exception of another rank, raised on this one by ``propagate_failures``."""
 
 
 _propagating: ContextVar[bool] = ContextVar("propagating", default=False)
@@ -38,10 +39,14 @@ def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
     """Make an exception on one rank leave the block on all ranks, so that none waits for it in a collective for ever.
 
     Every collective of this module inside the block, and the end of the block, begins with one number from each rank:
-    whether it has failed. ``mesh``: all ranks that enter the block; None changes nothing, and neither does a block
-    inside another. Exceptions that are not ``Exception``, such as ``KeyboardInterrupt``, are not announced.
+    whether it has failed. Exceptions that are not ``Exception``, such as ``KeyboardInterrupt``, are not announced.
 
-    Raises on the failing rank what was raised there, and ``RankError`` with its text on the others.
+    Args:
+        mesh: all ranks that enter the block; None changes nothing, and neither does a block inside another.
+
+    Raises:
+        Exception: on the failing rank, its own exception.
+        RankError: on the other ranks, with the text of that exception.
     """
     if mesh is None or _propagating.get():
         yield
@@ -60,15 +65,15 @@ def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
 
 
 def _announce(mesh: DeviceMesh, problem: str | None) -> None:
-    """Tell the other ranks of a problem here, or None; raise ``RankError`` where there is none here but elsewhere."""
+    """Tell the other ranks of this rank's problem, or None; raise ``RankError`` if only other ranks have one."""
     failed = torch.tensor(float(problem is not None), device=mesh.device_type)
     for group in _groups(mesh):
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if not failed:
         return
-    everyone = _collected(mesh, problem)
+    problems = _gather_objects(mesh, problem)
     if problem is None:
-        rank, text = next((rank, text) for rank, text in enumerate(everyone) if text is not None)
+        rank, text = next((rank, text) for rank, text in enumerate(problems) if text is not None)
         raise RankError(f"on rank {rank}: {text}")
 
 
@@ -78,39 +83,39 @@ def _before_collective(mesh: DeviceMesh) -> None:
 
 
 def mesh_rank(mesh: DeviceMesh) -> int:
-    """This rank's place in the mesh, counted along its last axis first."""
+    """Return this process's index in the mesh, whose last axis counts fastest."""
     return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
 
 
 def all_gather_objects(mesh: DeviceMesh, value: Value) -> list[Value]:
-    """Every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
+    """Return every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
     _before_collective(mesh)
-    return _collected(mesh, value)
+    return _gather_objects(mesh, value)
 
 
-def _collected(mesh: DeviceMesh, value: Value) -> list[Value]:
-    found = [value]
+def _gather_objects(mesh: DeviceMesh, value: Value) -> list[Value]:
+    values = [value]
     for group in _groups(mesh):
-        lists: list[list[Value]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(lists, found, group=group)
-        found = [one for some in lists for one in some]
-    return found
+        by_rank: list[list[Value]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(by_rank, values, group=group)
+        values = [value for gathered in by_rank for value in gathered]
+    return values
 
 
-def all_gather(mesh: DeviceMesh, own: Tensor) -> Tensor:
-    """Every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
+def all_gather(mesh: DeviceMesh, local: Tensor) -> Tensor:
+    """Return every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
     _before_collective(mesh)
-    # gloo gathers no bool
-    found = (own.to(torch.uint8) if own.dtype == torch.bool else own).contiguous().unsqueeze(0)
+    # As bytes, because gloo gathers no bool.
+    gathered = (local.to(torch.uint8) if local.dtype == torch.bool else local).contiguous().unsqueeze(0)
     for group in _groups(mesh):
-        everyone = found.new_empty(group.size() * len(found), *own.shape)
-        all_gather_into(everyone, found, group=group)
-        found = everyone
-    return found.to(own.dtype)
+        out = gathered.new_empty(group.size() * len(gathered), *local.shape)
+        all_gather_into(out, gathered, group=group)
+        gathered = out
+    return gathered.to(local.dtype)
 
 
 def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
-    """In place, every rank's sum of the same tensors."""
+    """Replace every tensor by its sum over all ranks, in place."""
     _before_collective(mesh)
     for group in _groups(mesh):
         for work in [dist.all_reduce(x, group=group, async_op=True) for x in tensors]:
@@ -118,22 +123,26 @@ def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    # The last axis first: what is gathered along the others then follows in the order of the mesh.
+    # The last axis first, so that the results gathered along the others follow in the order of the mesh.
     return [mesh.get_group(axis) for axis in reversed(range(mesh.ndim))]
 
 
 def raise_on_all_ranks(mesh: DeviceMesh, call: Callable[[], Value]) -> Value:
-    """What ``call`` gives, which needs no other rank; what is raised on one is raised on all, or they would wait.
+    """Run ``call`` locally and return its result. If it raises on any rank, raise on all, so that no rank deadlocks.
 
-    That holds for ``OSError``, ``TypeError`` and ``ValueError``; the lowest such rank is named.
+    That holds for ``OSError``, ``TypeError`` and ``ValueError``; the lowest rank that raised is named.
+
+    Args:
+        mesh: all ranks that make this call.
+        call: function without collectives.
     """
-    found: list[Value] = []
+    results: list[Value] = []
     problem: tuple[type[Exception], str] | None = None
     try:
-        found.append(call())
+        results.append(call())
     except (OSError, TypeError, ValueError) as error:
         problem = type(error), str(error)
-    for rank, theirs in enumerate(all_gather_objects(mesh, problem)):
-        if theirs is not None:
-            raise theirs[0](f"on rank {rank}: {theirs[1]}")
-    return found[0]
+    for rank, raised in enumerate(all_gather_objects(mesh, problem)):
+        if raised is not None:
+            raise raised[0](f"on rank {rank}: {raised[1]}")
+    return results[0]

@@ -10,19 +10,24 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.dtensor import is_sharded
+from fx_influence.distributed.collectives import all_gather_objects
 from fx_influence.types import AdamWState
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-from fx_influence.distributed.collectives import all_gather_objects
 
 
 def check_consistent(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` on every rank where two differ in a fact, naming it and them."""
-    everyone = all_gather_objects(mesh, dict(facts))
-    for rank, theirs in enumerate(everyone):
-        for name in everyone[0].keys() | theirs.keys():
-            ours, other = everyone[0].get(name), theirs.get(name)
+    """Raise ``ValueError`` on every rank where two ranks differ in a fact, with its name and both values.
+
+    Args:
+        mesh: all ranks that make this call.
+        facts: values to compare by name, see ``comparable_facts``.
+    """
+    by_rank = all_gather_objects(mesh, dict(facts))
+    for rank, theirs in enumerate(by_rank):
+        for name in by_rank[0].keys() | theirs.keys():
+            ours, other = by_rank[0].get(name), theirs.get(name)
             if ours != other:
                 raise ValueError(
                     f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; only the rows "
@@ -31,10 +36,14 @@ def check_consistent(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
 
 
 def comparable_facts(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """What can be compared of an argument: of tensors their layout and a checksum, of a function that there is one."""
+    """Yield what ranks compare of an argument, by name.
+
+    Of tensors by name, that is their layout and one checksum (none of DTensors, whose shards differ by rank); of a
+    function, only that there is one; of anything else, the value.
+    """
     if isinstance(value, AdamWState):
-        for field, part in value._asdict().items():
-            yield from comparable_facts(f"{name}.{field}", part)
+        for field, field_value in value._asdict().items():
+            yield from comparable_facts(f"{name}.{field}", field_value)
     elif isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
         for key, x in value.items():
             yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
@@ -45,7 +54,7 @@ def comparable_facts(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def checksum(tree: Mapping[str, Tensor | None]) -> str:
-    """A checksum of all bits, whatever the order in which a device adds them up."""
+    """Return a checksum of all bits that does not depend on the order in which a device adds them up."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [int(x.view(integers[x.element_size()]).sum(dtype=torch.int64)) for x in tree.values() if x is not None]
     return f"{hash(tuple(sums)) % 2**64:016x}"

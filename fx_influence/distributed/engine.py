@@ -1,4 +1,4 @@
-"""Passes whose rows are dealt to the ranks of a device mesh: every rank takes its own and has the whole result."""
+"""Engines over several ranks: rows partitioned over the ranks of a device mesh, every rank given the full result."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.tree import promote, shift
 from fx_influence.distributed.batches import gather_batch
-from fx_influence.distributed.collectives import (
-    all_gather,
-    all_gather_objects,
-    mesh_rank,
-    sum_over_ranks,
-)
+from fx_influence.distributed.collectives import all_gather, all_gather_objects, mesh_rank, sum_over_ranks
 from fx_influence.distributed.consistency import check_consistent, comparable_facts
-from fx_influence.distributed.partition import RowPartition, _blocks_down, _cut, partition_rows
+from fx_influence.distributed.partition import RowPartition, partition_blocks, partition_rows
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
@@ -37,33 +32,40 @@ if TYPE_CHECKING:
 def make_engine(
     params: Params, apply: Apply, temperature: float, chunk_size: int | None, mesh: DeviceMesh | None
 ) -> Engine:
-    """The passes of this process alone, or with a mesh those of its ranks together.
+    """Return the engine for these parameters: of one process, of a mesh's ranks, or of sharded parameters.
 
-    Sharded parameters bring their own mesh. Raises ``ValueError`` where another is given with them.
+    Args:
+        params: theta, by name. DTensors bring their own mesh.
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        mesh: ranks to share the work with; None for one process, or for the mesh of the parameters.
+
+    Raises:
+        TypeError: where ``mesh`` is no device mesh.
+        ValueError: where it is another one than that of the parameters.
     """
     if mesh is not None and not hasattr(mesh, "get_group"):
         remedy = "Make one by torch.distributed.device_mesh.init_device_mesh, or pass None for a single process"
         raise wrong_type("mesh", mesh, "a DeviceMesh", remedy)
-    first: Any = next(iter(params.values()))
-    if not is_sharded(first):
-        return (
-            Engine(apply, temperature, chunk_size)
-            if mesh is None
-            else DataParallelEngine(apply, temperature, chunk_size, mesh=mesh)
-        )
-    own = first.device_mesh
-    if mesh is not None and not torch.equal(mesh.mesh.flatten(), own.mesh.flatten()):
-        raise ValueError(f"mesh is {mesh}, the parameters are sharded over {own}; pass that one, or None")
-    return FsdpEngine(apply, temperature, chunk_size, mesh=own)
+    first_parameter: Any = next(iter(params.values()))
+    if not is_sharded(first_parameter):
+        if mesh is None:
+            return Engine(apply, temperature, chunk_size)
+        return DataParallelEngine(apply, temperature, chunk_size, mesh=mesh)
+    parameter_mesh = first_parameter.device_mesh
+    if mesh is not None and not torch.equal(mesh.mesh.flatten(), parameter_mesh.mesh.flatten()):
+        raise ValueError(f"mesh is {mesh}; expected {parameter_mesh}, over which the parameters are sharded, or None")
+    return FsdpEngine(apply, temperature, chunk_size, mesh=parameter_mesh)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataParallelEngine(Engine):
     """``Engine`` over the ranks of ``mesh``: batches, parameters and directions are the same on each, the work is not.
 
-    Rows are dealt by length, so that no rank has more to do than another, and by prompt where passes share these; a
-    rank's passes are those of ``Engine`` over its own rows. Gradients are summed by one all-reduce; what belongs to
-    rows or tokens is gathered; a JVP and a kernel need nothing else from other ranks. In float64 results agree with
+    Rows are partitioned by length, so that no rank has more to do than another, and by prompt where passes share
+    prompts; each rank runs the methods of ``Engine`` on its rows. Gradients are summed by one all-reduce; results per
+    row or token are gathered; a JVP and a Gram matrix need nothing else from other ranks. In float64 results agree with
     those of one process to rounding.
     """
 
@@ -72,34 +74,34 @@ class DataParallelEngine(Engine):
     def full_batch(self, field: str, batch: Batch) -> Batch:
         return gather_batch(self.mesh, field, batch)
 
-    def check_consistent(self, **facts: object) -> None:
-        facts |= {"temperature": self.temperature, "chunk_size": self.chunk_size}
-        compared = (pair for name, value in facts.items() for pair in comparable_facts(name, value))
-        check_consistent(self.mesh, dict(compared))
+    def check_consistent(self, **arguments: object) -> None:
+        arguments |= {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        facts = (fact for name, value in arguments.items() for fact in comparable_facts(name, value))
+        check_consistent(self.mesh, dict(facts))
 
     def values(self, params: Params, batch: Batch) -> TokenValues:
         partition, local = self._partition(batch), self._local(params, batch)
-        return partition.whole_values(local.passes.values(local.params, partition.own(batch)))
+        return partition.gather_values(local.engine.values(local.params, partition.local_rows(batch)))
 
     def perturbed_values(
-        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+        self, params: Params, directions: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
         partition, local = self._partition(batch), self._local(params, batch)
-        return partition.whole_values(
-            local.passes.perturbed_values(local.params, block, eta, partition.own(batch), vmapped)
-        )
+        rows = partition.local_rows(batch)
+        return partition.gather_values(local.engine.perturbed_values(local.params, directions, eta, rows, vmapped))
 
     def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
-        # Each rank's own: all have as many rows, and its route is the same for whatever it compares.
+        # Decided by each rank for itself: all have as many rows, and a rank compares only values of its own rows.
         partition, local = self._partition(batch), self._local(params, batch)
-        return local.passes.can_vmap_directions(local.params, partition.own(batch))
+        return local.engine.can_vmap_directions(local.params, partition.local_rows(batch))
 
     def gradient_with_cache(
         self, params: Params, batch: Batch, memory_budget: int
     ) -> tuple[Gradients, LinearOutputCaches | None]:
         partition, local = self._partition(batch), self._local(params, batch)
-        own, caches = local.passes.gradient_with_cache(local.params, partition.own(batch), memory_budget)
-        return self._summed(params, own), caches
+        rows = partition.local_rows(batch)
+        gradient, caches = local.engine.gradient_with_cache(local.params, rows, memory_budget)
+        return self._reduce(params, gradient), caches
 
     def reweighted_gradient(
         self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
@@ -107,60 +109,63 @@ class DataParallelEngine(Engine):
         partition, local = self._partition(batch), self._local(params, batch)
         weighted: list[Batch] = []
 
-        def weigh_own(values: TokenValues) -> Batch:
-            weighted.append(coefficients_fn(partition.whole_values(values)))
-            return partition.own(weighted[0])
+        def local_coefficients_fn(values: TokenValues) -> Batch:
+            weighted.append(coefficients_fn(partition.gather_values(values)))
+            return partition.local_rows(weighted[0])
 
-        _, own = local.passes.reweighted_gradient(local.params, partition.own(batch), weigh_own, memory_budget)
-        return weighted[0], self._summed(params, own)
+        rows = partition.local_rows(batch)
+        _, gradient = local.engine.reweighted_gradient(local.params, rows, local_coefficients_fn, memory_budget)
+        return weighted[0], self._reduce(params, gradient)
 
     def jvp(
         self, params: Params, direction: Params, batch: Batch, caches: LinearOutputCaches | None = None
     ) -> TokenValues:
         partition, local = self._partition(batch), self._local(params, batch, direction)
-        return partition.whole_values(local.passes.jvp(local.params, local.direction, partition.own(batch), caches))
+        rows = partition.local_rows(batch)
+        return partition.gather_values(local.engine.jvp(local.params, local.direction, rows, caches))
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, at_once: int
+        self, params: Params, batch: Batch, memory_budget: int, num_directions: int
     ) -> tuple[Gradients, JvpFn] | None:
         partition, local = self._partition(batch), self._local(params, batch)
-        found = local.passes.linearize(local.params, partition.own(batch), memory_budget, at_once)
-        if not all(all_gather_objects(self.mesh, found is not None)):
+        rows = partition.local_rows(batch)
+        linearized = local.engine.linearize(local.params, rows, memory_budget, num_directions)
+        if not all(all_gather_objects(self.mesh, linearized is not None)):
             return None
-        assert found is not None
-        gradient, contract = found
-        return self._summed(params, gradient), lambda us: partition.whole(contract(us), axis=1)
+        assert linearized is not None
+        gradient, jvp_fn = linearized
+        return self._reduce(params, gradient), lambda us: partition.gather_rows(jvp_fn(us), axis=1)
 
     def gram(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
     ) -> Tensor:
-        # Each rank has a block of the matrix, and needs the gradients of the block's rows and columns alone.
-        shape, rank = (len(batch_a.input_ids), len(batch_b.input_ids)), mesh_rank(self.mesh)
-        down = _blocks_down(*shape, self.mesh.size())
-        cuts = zip(shape, (down, self.mesh.size() // down), strict=True)
-        a, b = (_cut(count, pieces, batch_a.input_ids.device) for count, pieces in cuts)
-        own = select_rows(batch_a, a[rank // len(b)]), select_rows(batch_b, b[rank % len(b)])
-        local = self._local(params, batch_a).passes
-        blocks = all_gather(self.mesh, local.gram(params, *own, diagonal, memory_budget, apply_b))
+        # Each rank computes one block of the matrix, and needs the gradients of that block's rows and columns only.
+        shape = len(batch_a.input_ids), len(batch_b.input_ids)
+        partition = partition_blocks(*shape, self.mesh.size(), batch_a.input_ids.device)
+        index_a, index_b = partition.of_rank(mesh_rank(self.mesh))
+        rows_a, rows_b = select_rows(batch_a, index_a), select_rows(batch_b, index_b)
+        engine = self._local(params, batch_a).engine
+        blocks = all_gather(self.mesh, engine.gram(params, rows_a, rows_b, diagonal, memory_budget, apply_b))
         out = blocks.new_empty(shape)
-        for k, block in enumerate(blocks):
-            out[a[k // len(b)].unsqueeze(1), b[k % len(b)]] = block
+        for rank, block in enumerate(blocks):
+            index_a, index_b = partition.of_rank(rank)
+            out[index_a.unsqueeze(1), index_b] = block
         return out
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
         partition, local = self._partition(batch), self._local(params, batch, direction)
-        return all_gather(self.mesh, local.passes.curvature(local.params, local.direction, partition.own(batch))).sum()
+        rows = partition.local_rows(batch)
+        return all_gather(self.mesh, local.engine.curvature(local.params, local.direction, rows)).sum()
 
     def _partition(self, batch: Batch) -> RowPartition:
-        return partition_rows(
-            batch, self.mesh, shared_prompt_index(batch) if split_policy(self.apply).prefix_shareable else None
-        )
+        prompts = shared_prompt_index(batch) if split_policy(self.apply).prefix_shareable else None
+        return partition_rows(batch, self.mesh, prompts)
 
     def _local(self, params: Params, batch: Batch, direction: Params | None = None) -> _LocalInputs:
         return _LocalInputs(Engine(self.apply, self.temperature, self.chunk_size), params, direction or {})
 
-    def _summed(self, params: Params, gradient: Gradients) -> Gradients:
-        """The sum over ranks, by name; None where no rank's rows reach a parameter."""
+    def _reduce(self, params: Params, gradient: Gradients) -> Gradients:
+        """Return the sum over ranks, by name; None where the rows of no rank reach a parameter."""
         by_rank = all_gather_objects(self.mesh, [g is not None for g in gradient.values()])
         out: Gradients = {}
         for (name, g), reached in zip(gradient.items(), map(any, zip(*by_rank, strict=True)), strict=True):
@@ -172,33 +177,35 @@ class DataParallelEngine(Engine):
 
 @dataclass(frozen=True, kw_only=True)
 class FsdpEngine(DataParallelEngine):
-    """``DataParallelEngine`` over ranks that hold a part of the parameters each; ``apply`` is a ``ShardedPolicy``.
+    """``DataParallelEngine`` over ranks that hold a shard of the parameters each; ``apply`` is a ``ShardedPolicy``.
 
-    Every rank makes the same number of passes, as the collectives inside them need. There is no kernel, no contraction
-    and no curvature: rows' gradients and nested derivatives are out of a sharded policy's reach.
+    Every rank runs the same number of passes, as the collectives inside them need. There is no Gram matrix, no
+    ``linearize`` (None) and no curvature (NaN), because a sharded policy has no gradients per row and no nested
+    derivatives.
     """
 
     def check_gram(self, asked_by: str) -> None:
         raise ValueError(
-            f"{asked_by} needs the gradient of every row, which a model sharded by FSDP2 has not; leave it out, "
-            "or load the model whole in each process and pass mesh="
+            f"{asked_by} needs the gradient of every row, which a model sharded by FSDP2 does not provide; leave it "
+            "out, or load the unsharded model in each process and pass mesh="
         )
 
     def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
         return False
 
     def perturbed_values(
-        self, params: Params, block: Params, eta: float, batch: Batch, vmapped: bool = True
+        self, params: Params, directions: Params, eta: float, batch: Batch, vmapped: bool = True
     ) -> TokenValues:
-        moved = []
-        for k in range(len(next(iter(block.values())))):
-            moved.append(self.values(shift(params, {name: v[k] for name, v in block.items()}, eta), batch))
-        return TokenValues(*(torch.stack(field) for field in zip(*moved, strict=True)))
+        by_direction = []
+        for k in range(len(next(iter(directions.values())))):
+            direction = {name: v[k] for name, v in directions.items()}
+            by_direction.append(self.values(shift(params, direction, eta), batch))
+        return TokenValues(*(torch.stack(field) for field in zip(*by_direction, strict=True)))
 
     def gradient_with_cache(
         self, params: Params, batch: Batch, memory_budget: int
     ) -> tuple[Gradients, LinearOutputCaches | None]:
-        # A budget may be spent at another part on another rank, which would then make other passes.
+        # Budget 0, because ranks could exhaust a budget at different micro-batches and then run different passes.
         return super().gradient_with_cache(params, batch, 0)
 
     def reweighted_gradient(
@@ -206,7 +213,7 @@ class FsdpEngine(DataParallelEngine):
     ) -> tuple[Batch, Gradients]:
         return super().reweighted_gradient(params, batch, coefficients_fn, 0)
 
-    def linearize(self, params: Params, batch: Batch, memory_budget: int, at_once: int) -> None:
+    def linearize(self, params: Params, batch: Batch, memory_budget: int, num_directions: int) -> None:
         return None
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
@@ -214,18 +221,19 @@ class FsdpEngine(DataParallelEngine):
 
     def _local(self, params: Params, batch: Batch, direction: Params | None = None) -> _LocalInputs:
         policy: Any = self.apply
-        unsharded = policy.unsharded(params, direction or {})
+        unsharded = policy.unshard(params, direction or {})
+        # One number for all ranks, because a number chosen by tokens follows each rank's lengths.
         chunk_size = self.chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
         return _LocalInputs(Engine(unsharded.policy, self.temperature, chunk_size), unsharded.params, unsharded.tangent)
 
-    def _summed(self, params: Params, gradient: Gradients) -> Gradients:
+    def _reduce(self, params: Params, gradient: Gradients) -> Gradients:
         policy: Any = self.apply
-        return policy.closed(gradient, params)
+        return policy.reduce_and_reshard(gradient, params)
 
 
 class _LocalInputs(NamedTuple):
-    """A rank's passes over its own rows, and what they are given."""
+    """Engine of this rank alone, with the parameters and the direction to call it with."""
 
-    passes: Engine
+    engine: Engine
     params: Params
     direction: Params

@@ -1,4 +1,4 @@
-"""Many shards gathered in one collective, and gradients summed and scattered to the shards' owners in one."""
+"""All-gather of many FSDP2 shards and reduce-scatter of their gradients, in one collective each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from fx_influence.distributed.collectives import all_gather_into
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# torch 2.13 has renamed it
-_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renamed it.
+reduce_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sharding(NamedTuple):
-    """How FSDP2 shards a tensor: along ``dim``, in chunks of ``chunk`` (the last may be short or missing).
+    """Layout of a tensor that FSDP2 shards along ``dim``, in chunks of ``chunk`` (the last may be short or missing).
 
-    ``axis``: the axis of its mesh over which the ``ranks`` shards are dealt; along another, ranks hold copies.
+    ``shape``: of the full tensor. ``ranks``: number of shards. ``axis``: axis of the mesh over which they are
+    distributed; along another axis, ranks hold copies.
     """
 
     shape: torch.Size
@@ -36,12 +37,12 @@ class Sharding(NamedTuple):
 
     @property
     def padded(self) -> torch.Size:
-        """The shape of every shard, the short ones padded."""
+        """Shape of every shard once the short ones are padded."""
         return torch.Size((*self.shape[: self.dim], self.chunk, *self.shape[self.dim + 1 :]))
 
 
 def sharding_of(x: Tensor) -> Sharding:
-    """Of a DTensor with one sharded axis, the last of its mesh."""
+    """Return the layout of a DTensor that is sharded over the last axis of its mesh only."""
     sharded = cast("DTensor", x)
     mesh, axis = sharded.device_mesh, sharded.device_mesh.ndim - 1
     dim = cast(Any, sharded.placements[axis]).dim
@@ -49,96 +50,108 @@ def sharding_of(x: Tensor) -> Sharding:
 
 
 def local_slices(x: Tensor) -> list[slice]:
-    """Which entries of the whole tensor this rank's part holds."""
-    where = [slice(0, n) for n in x.shape]
+    """Return the slices of the full tensor that this rank's shard holds; all of it for a plain tensor."""
+    slices = [slice(0, n) for n in x.shape]
     if is_sharded(x):
-        how = sharding_of(x)
-        start = min(cast("DTensor", x).device_mesh.get_local_rank(how.axis) * how.chunk, x.shape[how.dim])
-        where[how.dim] = slice(start, start + to_local(x).shape[how.dim])
-    return where
+        sharding = sharding_of(x)
+        rank = cast("DTensor", x).device_mesh.get_local_rank(sharding.axis)
+        start = min(rank * sharding.chunk, x.shape[sharding.dim])
+        slices[sharding.dim] = slice(start, start + to_local(x).shape[sharding.dim])
+    return slices
 
 
-def shard_like(part: Tensor, like: Tensor) -> Tensor:
-    """The DTensor of which this rank holds ``part``, sharded as ``like``."""
+def shard_like(local: Tensor, like: Tensor) -> Tensor:
+    """Return the DTensor whose shard on this rank is ``local``, sharded as ``like``."""
     from torch.distributed.tensor import DTensor
 
     x = cast("DTensor", like)
-    how: dict[str, Any] = {"shape": x.shape, "stride": x.stride(), "run_check": False}
-    return DTensor.from_local(part, x.device_mesh, x.placements, **how)
+    full: dict[str, Any] = {"shape": x.shape, "stride": x.stride(), "run_check": False}
+    return DTensor.from_local(local, x.device_mesh, x.placements, **full)
 
 
 def shard_group(x: Tensor) -> dist.ProcessGroup:
-    """The ranks that hold the shards of a DTensor between them."""
+    """Return the group of ranks that hold the shards of a DTensor between them."""
     sharded = cast("DTensor", x)
     return sharded.device_mesh.get_group(sharding_of(x).axis)
 
 
 class PendingGather(NamedTuple):
-    """Whole tensors on their way to every rank: ``wait`` for them, or have them ``whole``."""
+    """All-gather under way: ``wait`` for it, or get its ``result``.
+
+    ``shards``: the DTensors. ``buffers``: (ranks, n) by dtype, filled by the collectives ``works``.
+    """
 
     shards: Sequence[Tensor]
-    flat: dict[torch.dtype, Tensor]
+    buffers: dict[torch.dtype, Tensor]
     works: list[Any]
 
     def wait(self) -> None:
+        """Wait for the collectives."""
         for work in self.works:
             work.wait()
 
-    def whole(self) -> list[Tensor]:
-        """The tensors in the order of the shards, contiguous."""
+    def result(self) -> list[Tensor]:
+        """Return the full tensors in the order of the shards, contiguous."""
         self.wait()
-        place = dict.fromkeys(self.flat, 0)
-        out = []
+        offsets = dict.fromkeys(self.buffers, 0)
+        full = []
         for shard in self.shards:
-            how, start = sharding_of(shard), place[shard.dtype]
-            place[shard.dtype] = start + math.prod(how.padded)
-            parts = self.flat[shard.dtype][:, start : place[shard.dtype]].unflatten(1, how.padded)
-            joined = parts.movedim(0, how.dim).flatten(how.dim, how.dim + 1)
-            out.append(joined.narrow(how.dim, 0, how.shape[how.dim]).contiguous())
-        return out
+            sharding, start = sharding_of(shard), offsets[shard.dtype]
+            stop = offsets[shard.dtype] = start + math.prod(sharding.padded)
+            by_rank = self.buffers[shard.dtype][:, start:stop].unflatten(1, sharding.padded)
+            joined = by_rank.movedim(0, sharding.dim).flatten(sharding.dim, sharding.dim + 1)
+            full.append(joined.narrow(sharding.dim, 0, sharding.shape[sharding.dim]).contiguous())
+        return full
 
 
-def gather(shards: Sequence[Tensor]) -> PendingGather:
-    """Starts the gathering of DTensors that one group of ranks holds, in one collective for each dtype."""
-    flat: dict[torch.dtype, Tensor] = {}
+def start_all_gather(shards: Sequence[Tensor]) -> PendingGather:
+    """Start the all-gather of DTensors that one group of ranks holds, in one collective per dtype."""
+    buffers: dict[torch.dtype, Tensor] = {}
     works = []
     for dtype in dict.fromkeys(x.dtype for x in shards):
-        own = [_padded(to_local(x), sharding_of(x).padded).flatten() for x in shards if x.dtype == dtype]
-        joined = torch.cat(own)
-        first = next(x for x in shards if x.dtype == dtype)
-        flat[dtype] = joined.new_empty(sharding_of(first).ranks, len(joined))
-        works.append(all_gather_into(flat[dtype].view(-1), joined, group=shard_group(first), async_op=True))
-    return PendingGather(shards, flat, works)
+        same_dtype = [x for x in shards if x.dtype == dtype]
+        local = torch.cat([_pad(to_local(x), sharding_of(x).padded).flatten() for x in same_dtype])
+        buffers[dtype] = local.new_empty(sharding_of(same_dtype[0]).ranks, len(local))
+        group = shard_group(same_dtype[0])
+        works.append(all_gather_into(buffers[dtype].view(-1), local, group=group, async_op=True))
+    return PendingGather(shards, buffers, works)
 
 
-def reduce_scatter(whole: Sequence[Tensor | None], shards: Sequence[Tensor]) -> list[Tensor | None]:
-    """Each rank's own part of the sums over ranks of whole tensors, at least float32; None where no rank has any.
+def reduce_scatter(full: Sequence[Tensor | None], shards: Sequence[Tensor]) -> list[Tensor | None]:
+    """Sum full tensors over ranks, in one collective.
 
-    ``shards``: DTensors that one group of ranks holds and that are sharded as the sums are to be. One collective.
+    Args:
+        full: this rank's terms of the sums, None where it has none.
+        shards: DTensors that one group of ranks holds and that are sharded as the sums are to be.
+
+    Returns:
+        This rank's shard of each sum, at least float32; None where no rank has a term.
     """
-    how = [sharding_of(x) for x in shards]
-    # With the sums goes how many ranks have the tensor; only who lacks it needs to look.
+    shardings = [sharding_of(x) for x in shards]
+    # The number of ranks that have each tensor is summed along with it; only a rank that lacks one needs to look.
     dtype = promote(max((x.dtype for x in shards), key=lambda dtype: dtype.itemsize))
-    sizes = [math.prod(one.padded) for one in how]
-    table = to_local(shards[0]).new_zeros(how[0].ranks, sum(sizes) + len(sizes), dtype=dtype)
+    sizes = [math.prod(sharding.padded) for sharding in shardings]
+    table = to_local(shards[0]).new_zeros(shardings[0].ranks, sum(sizes) + len(sizes), dtype=dtype)
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    for k, (x, one) in enumerate(zip(whole, how, strict=True)):
+    for k, (x, sharding) in enumerate(zip(full, shardings, strict=True)):
         if x is not None:
-            dealt = torch.Size((*one.shape[: one.dim], one.ranks * one.chunk, *one.shape[one.dim + 1 :]))
-            parts = _padded(x, dealt).unflatten(one.dim, (one.ranks, one.chunk)).movedim(one.dim, 0)
-            table[:, starts[k] : starts[k] + sizes[k]] = parts.flatten(1)
+            dim, ranks, chunk = sharding.dim, sharding.ranks, sharding.chunk
+            padded = _pad(x, torch.Size((*sharding.shape[:dim], ranks * chunk, *sharding.shape[dim + 1 :])))
+            by_rank = padded.unflatten(dim, (ranks, chunk)).movedim(dim, 0)
+            table[:, starts[k] : starts[k] + sizes[k]] = by_rank.flatten(1)
             table[:, sum(sizes) + k] = 1
-    own = table.new_empty(table.shape[1])
-    _scatter(own, table.view(-1), group=shard_group(shards[0]))
-    out: list[Tensor | None] = []
-    for k, (x, shard, one) in enumerate(zip(whole, shards, how, strict=True)):
-        part = own[starts[k] : starts[k] + sizes[k]].view(one.padded)
-        length = to_local(shard).shape[one.dim]
-        out.append(None if x is None and not own[sum(sizes) + k] else part.narrow(one.dim, 0, length))
-    return out
+    local = table.new_empty(table.shape[1])
+    reduce_scatter_into(local, table.view(-1), group=shard_group(shards[0]))
+    sums: list[Tensor | None] = []
+    for k, (x, shard, sharding) in enumerate(zip(full, shards, shardings, strict=True)):
+        padded = local[starts[k] : starts[k] + sizes[k]].view(sharding.padded)
+        length = to_local(shard).shape[sharding.dim]
+        sums.append(None if x is None and not local[sum(sizes) + k] else padded.narrow(sharding.dim, 0, length))
+    return sums
 
 
-def _padded(x: Tensor, shape: torch.Size) -> Tensor:
+def _pad(x: Tensor, shape: torch.Size) -> Tensor:
+    """Return x padded with zeros at the end of each axis."""
     if x.shape == shape:
         return x
     return F.pad(x, [n for old, new in zip(reversed(x.shape), reversed(shape), strict=True) for n in (0, new - old)])

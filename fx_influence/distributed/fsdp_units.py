@@ -1,4 +1,4 @@
-"""Modules of a sharded model that are run one by one, each on weights gathered for it, and the passes over them."""
+"""FSDP units of a sharded model: one by one, each runs on weights that are gathered for it and freed afterwards."""
 
 from __future__ import annotations
 
@@ -13,101 +13,115 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from fx_influence.distributed.fsdp_gather import PendingGather, gather, reduce_scatter
+from fx_influence.distributed.fsdp_gather import PendingGather, reduce_scatter, start_all_gather
 from fx_influence.types import Params
 
 
-class Unit(NamedTuple):
-    """A module by its path, and the parameters that it holds: (path of the owner, attribute there, name)."""
+class FsdpUnit(NamedTuple):
+    """A module whose parameters are gathered together.
+
+    ``path``: of the module. ``slots``: of its parameters, each as (path of the owner, attribute there, name).
+    """
 
     path: str
-    places: list[tuple[str, str, str]]
+    slots: list[tuple[str, str, str]]
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(name for _, _, name in self.places))
+        """Names of its parameters, each once."""
+        return list(dict.fromkeys(name for _, _, name in self.slots))
 
 
 class FsdpPass:
-    """One pass over the units and back: what is whole at the moment, and what is on its way.
+    """FSDP schedule of one pass over the units and back: the unit that is unsharded, and the all-gathers under way.
 
-    ``known``: the DTensors of all units by name; those that require a gradient are leaves. ``moving``: their tangents.
+    At most two units are unsharded or under way at a time.
+
+    Args:
+        units: in the order of the forward.
+        known: the DTensors of all units by name; those that require a gradient are leaves.
+        tangents: DTensors by name, gathered with the weights and made dual with them; empty for a plain pass.
     """
 
-    def __init__(self, units: Sequence[Unit], known: Params, moving: Params) -> None:
+    def __init__(self, units: Sequence[FsdpUnit], known: Params, tangents: Params) -> None:
         self.units = units
         self._shards = [{name: known[name] for name in unit.names} for unit in units]
-        self._moving = [{name: moving[name] for name in unit.names if name in moving} for unit in units]
-        self._packed: set[int] = set()
-        self._on_its_way: dict[int, PendingGather] = {}
-        self._whole: dict[int, tuple[Params, Params]] = {}
+        self._tangents = [{name: tangents[name] for name in unit.names if name in tangents} for unit in units]
+        self._saved_by_graph: set[int] = set()
+        self._pending: dict[int, PendingGather] = {}
+        self._unsharded: dict[int, tuple[Params, Params]] = {}
 
     def run(self, k: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward of unit k, a module of meta tensors, on its weights; those of the next arrive meanwhile."""
-        weights, tangents = self.take(k, k + 1 if k + 1 < len(self.units) else None)
+        """Run the forward of unit k, a module of meta tensors, on its weights, while those of the next are gathered."""
+        weights, tangents = self.unshard(k, k + 1 if k + 1 < len(self.units) else None)
         if torch.is_grad_enabled():
-            hooks: contextlib.AbstractContextManager[None] = self._without_weights(k, weights)
-            weights = attached(weights, self._shards[k], functools.partial(self.free, k))
+            hooks: contextlib.AbstractContextManager[None] = self._save_without_weights(k, weights)
+            weights = attach_reduce_scatter(weights, self._shards[k], functools.partial(self.reshard, k))
         else:
             hooks = contextlib.nullcontext()
             weights = weights | {name: forward_ad.make_dual(weights[name], v) for name, v in tangents.items()}
         try:
-            with _holding(module, self.units[k], weights), hooks:
+            with unit_weights(module, self.units[k], weights), hooks:
                 return type(module).forward(module, *args, **kwargs)
         finally:
-            self.free(k)
+            self.reshard(k)
 
-    def take(self, k: int, then: int | None) -> tuple[Params, Params]:
-        """The whole weights of unit k and their tangents; of the others, at most those of ``then`` are on their way."""
-        if k not in self._whole:
-            self._whole.clear()
-            for other in self._on_its_way.keys() - {k}:
-                self._on_its_way.pop(other).wait()
-            self._whole[k] = self._arrived(k)
-            if then is not None:
-                self._on_its_way[then] = self._started(then)
-        return self._whole[k]
+    def unshard(self, k: int, prefetch: int | None) -> tuple[Params, Params]:
+        """Return the full weights of unit k and their tangents, and start to gather those of unit ``prefetch``.
 
-    def free(self, k: int) -> None:
-        self._whole.pop(k, None)
+        All-gathers of other units that are under way are waited for and dropped.
+        """
+        if k not in self._unsharded:
+            self._unsharded.clear()
+            for other in self._pending.keys() - {k}:
+                self._pending.pop(other).wait()
+            self._unsharded[k] = self._result(k)
+            if prefetch is not None:
+                self._pending[prefetch] = self._start(prefetch)
+        return self._unsharded[k]
 
-    def _started(self, k: int) -> PendingGather:
+    def reshard(self, k: int) -> None:
+        """Free the full weights of unit k."""
+        self._unsharded.pop(k, None)
+
+    def _start(self, k: int) -> PendingGather:
         with torch.no_grad():
-            return gather([*self._shards[k].values(), *self._moving[k].values()])
+            return start_all_gather([*self._shards[k].values(), *self._tangents[k].values()])
 
-    def _arrived(self, k: int) -> tuple[Params, Params]:
-        whole = (self._on_its_way.pop(k) if k in self._on_its_way else self._started(k)).whole()
+    def _result(self, k: int) -> tuple[Params, Params]:
+        full = (self._pending.pop(k) if k in self._pending else self._start(k)).result()
         count = len(self._shards[k])
         return (
-            dict(zip(self._shards[k], whole[:count], strict=True)),
-            dict(zip(self._moving[k], whole[count:], strict=True)),
+            dict(zip(self._shards[k], full[:count], strict=True)),
+            dict(zip(self._tangents[k], full[count:], strict=True)),
         )
 
-    def _without_weights(self, k: int, weights: Params) -> contextlib.AbstractContextManager[None]:
-        """A graph made inside keeps no weight: where backward wants one, the unit is gathered again."""
+    def _save_without_weights(self, k: int, weights: Params) -> contextlib.AbstractContextManager[None]:
+        """Return hooks under which a graph saves no weight of unit k; backward unshards the unit when it needs one."""
         names = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()}
-        # Hooks do not add up, and the caller may have some to see what the graph keeps.
-        around = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        outer_pack, outer_unpack = around or (lambda x: x, lambda x: x)
+        # Saved-tensor hooks do not nest, and the caller may have hooks that watch what the graph saves.
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        outer_pack, outer_unpack = outer or (lambda x: x, lambda x: x)
 
         def pack(x: Tensor) -> Any:
             name = names.get(x.untyped_storage().data_ptr())
             if name is None:
                 return outer_pack(x)
-            self._packed.add(k)
-            return _View(name, x.dtype, x.size(), x.stride(), int(x.storage_offset()))
+            self._saved_by_graph.add(k)
+            return _WeightPlaceholder(name, x.dtype, x.size(), x.stride(), int(x.storage_offset()))
 
-        def unpack(kept: Any) -> Tensor:
-            if not isinstance(kept, _View):
-                return outer_unpack(kept)
-            weight = self.take(k, max((j for j in self._packed if j < k), default=None))[0][kept.name]
-            return weight.view(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, _WeightPlaceholder):
+                return outer_unpack(saved)
+            previous = max((j for j in self._saved_by_graph if j < k), default=None)
+            weight = self.unshard(k, previous)[0][saved.name]
+            return weight.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
         return saved_tensors_hooks(pack, unpack)
 
 
-class _View(NamedTuple):
-    """Of a weight, in place of itself in a graph."""
+class _WeightPlaceholder(NamedTuple):
+    """Placeholder saved for backward instead of (a view of) a weight, which is gathered again on unpack."""
 
     name: str
     dtype: torch.dtype
@@ -117,11 +131,11 @@ class _View(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(template: nn.Module, sweep: FsdpPass) -> Iterator[None]:
-    """While active, a call of the template runs its units through the sweep."""
-    modules = [template.get_submodule(unit.path) for unit in sweep.units]
+def run_units_through(template: nn.Module, fsdp_pass: FsdpPass) -> Iterator[None]:
+    """Make calls of the template, inside the block, run its units through the pass."""
+    modules = [template.get_submodule(unit.path) for unit in fsdp_pass.units]
     for k, module in enumerate(modules):
-        vars(module)["forward"] = functools.partial(sweep.run, k, module)
+        vars(module)["forward"] = functools.partial(fsdp_pass.run, k, module)
     try:
         yield
     finally:
@@ -130,56 +144,64 @@ def running(template: nn.Module, sweep: FsdpPass) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _holding(module: nn.Module, unit: Unit, weights: Params) -> Iterator[None]:
+def unit_weights(module: nn.Module, unit: FsdpUnit, weights: Params) -> Iterator[None]:
+    """Put the weights, by name, into the slots of a unit's module for the length of the block."""
     start = len(unit.path)
-    held: list[tuple[dict[str, Any], str, str]] = [
-        (module.get_submodule(owner[start:].lstrip("."))._parameters, leaf, name) for owner, leaf, name in unit.places
+    slots: list[tuple[dict[str, Any], str, str]] = [
+        (module.get_submodule(owner[start:].lstrip("."))._parameters, attribute, name)
+        for owner, attribute, name in unit.slots
     ]
-    meta = [parameters[leaf] for parameters, leaf, _ in held]
-    for parameters, leaf, name in held:
-        parameters[leaf] = weights[name]
+    meta = [parameters[attribute] for parameters, attribute, _ in slots]
+    for parameters, attribute, name in slots:
+        parameters[attribute] = weights[name]
     try:
         yield
     finally:
-        for (parameters, leaf, _), before in zip(held, meta, strict=True):
-            parameters[leaf] = before
+        for (parameters, attribute, _), before in zip(slots, meta, strict=True):
+            parameters[attribute] = before
 
 
-def attached(whole: Params, shards: Params, behind: Callable[[], None] = lambda: None) -> Params:
-    """Whole tensors with the history of their shards, DTensors: the gradient is summed and scattered to these.
+def attach_reduce_scatter(full: Params, shards: Params, on_backward_done: Callable[[], None] = lambda: None) -> Params:
+    """Return full tensors whose gradient backward sums over ranks and scatters to the shards.
 
-    It is the sum over the ranks that hold the shards, still partial over those that hold copies, as its placements say.
-    ``behind`` is called once it has passed.
+    The gradient of a shard is the sum over the ranks that hold the shards between them; it is still partial over ranks
+    that hold copies, as its placements say.
+
+    Args:
+        full: full tensors by name.
+        shards: their DTensors by name; only those that require a gradient get one.
+        on_backward_done: called once backward has reached the full tensors.
     """
-    moving = {name: x for name, x in shards.items() if x.requires_grad}
-    if not moving:
-        return whole
-    own = [_with_partial_gradient(x) for x in moving.values()]
-    detached = [x.detach() for x in moving.values()]
-    return whole | dict(
-        zip(moving, _Attached.apply(behind, detached, [whole[name] for name in moving], *own), strict=True)
-    )
+    trained = {name: x for name, x in shards.items() if x.requires_grad}
+    if not trained:
+        return full
+    local = [_local_with_partial_gradient(x) for x in trained.values()]
+    detached = [x.detach() for x in trained.values()]
+    attached = _AttachReduceScatter.apply(on_backward_done, detached, [full[name] for name in trained], *local)
+    return full | dict(zip(trained, attached, strict=True))
 
 
-def _with_partial_gradient(shard: Any) -> Tensor:
+def _local_with_partial_gradient(shard: Any) -> Tensor:
     from torch.distributed.tensor import Partial
 
-    own: Tensor = shard.to_local(grad_placements=[Partial() if x.is_replicate() else x for x in shard.placements])
-    return own
+    local: Tensor = shard.to_local(grad_placements=[Partial() if x.is_replicate() else x for x in shard.placements])
+    return local
 
 
-class _Attached(torch.autograd.Function):
+class _AttachReduceScatter(torch.autograd.Function):
+    """Return ``full`` unchanged, with the local shards as the inputs that its gradient goes to."""
+
     @staticmethod
     def forward(
-        ctx: Any, behind: Callable[[], None], shards: list[Tensor], whole: list[Tensor], *own: Tensor
+        ctx: Any, on_backward_done: Callable[[], None], shards: list[Tensor], full: list[Tensor], *local: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.behind, ctx.shards = behind, shards
+        ctx.on_backward_done, ctx.shards = on_backward_done, shards
         ctx.set_materialize_grads(False)
-        return tuple(whole)
+        return tuple(full)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        ctx.behind()
+        ctx.on_backward_done()
         sums = reduce_scatter(grads, ctx.shards)
         return None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(sums, ctx.shards, strict=True))

@@ -1,17 +1,15 @@
-"""Which rank takes which rows of a batch."""
+"""Assignment of a batch's rows, and of the blocks of a matrix, to the ranks of a device mesh."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fx_influence.batching.rows import select_rows
-from fx_influence.distributed.collectives import (
-    all_gather,
-    mesh_rank,
-)
+from fx_influence.distributed.collectives import all_gather, mesh_rank
 from fx_influence.types import Batch, TokenValues
 
 if TYPE_CHECKING:
@@ -19,71 +17,114 @@ if TYPE_CHECKING:
 
 
 class RowPartition(NamedTuple):
-    """Which rank takes which rows of a batch, each as many; where they do not go round some are taken a second time.
+    """Assignment of rows to ranks, padded with repeated rows to equal counts.
 
-    ``table``: (ranks, m), the rows by rank. ``first``: bool (ranks, m), False for a row taken a second time.
+    ``table``: (ranks, m), the rows by rank. ``first``: bool (ranks, m), False for a repeated row.
     """
 
     mesh: DeviceMesh
     table: Tensor
     first: Tensor
 
-    def own(self, batch: Batch) -> Batch:
-        """This rank's rows; one taken a second time has no coefficients but 0, so that no sum counts it twice."""
+    def local_rows(self, batch: Batch) -> Batch:
+        """Return this rank's rows; the coefficients of a repeated row are 0, so that no sum counts it twice."""
         rank = mesh_rank(self.mesh)
-        mine, once = select_rows(batch, self.table[rank]), self.first[rank].unsqueeze(1)
-        c, b = (None if w is None else torch.where(once, w, 0.0) for w in mine[3:5])
-        return mine._replace(coefficients=c, entropy_coefficients=b)
+        local, first = select_rows(batch, self.table[rank]), self.first[rank].unsqueeze(1)
+        c, b = (
+            None if w is None else torch.where(first, w, 0.0) for w in (local.coefficients, local.entropy_coefficients)
+        )
+        return local._replace(coefficients=c, entropy_coefficients=b)
 
-    def whole(self, own: Tensor, axis: int = 0) -> Tensor:
-        """What every rank found of its rows along ``axis``, in the order of the batch."""
-        everyone = all_gather(self.mesh, own.movedim(axis, 0)).flatten(0, 1)
-        out = everyone.new_empty(int(self.first.sum()), *everyone.shape[1:])
-        out[self.table[self.first]] = everyone[self.first.flatten()]
+    def gather_rows(self, local: Tensor, axis: int = 0) -> Tensor:
+        """Return the ranks' results for their rows, which lie along ``axis``, in the order of the batch."""
+        by_row = rearrange(all_gather(self.mesh, local.movedim(axis, 0)), "rank row ... -> (rank row) ...")
+        out = by_row.new_empty(int(self.first.sum()), *by_row.shape[1:])
+        out[self.table[self.first]] = by_row[self.first.flatten()]
         return out.movedim(0, axis)
 
-    def whole_values(self, own: TokenValues) -> TokenValues:
-        return TokenValues(*(self.whole(x, axis=-2) for x in own))
+    def gather_values(self, local: TokenValues) -> TokenValues:
+        """Return the token values (..., B, T) of all rows from those of each rank's rows."""
+        return TokenValues(*(self.gather_rows(x, axis=-2) for x in local))
 
 
 def partition_rows(batch: Batch, mesh: DeviceMesh, prompts: Tensor | None) -> RowPartition:
-    """Rows by length in turn, so that ranks have rows of about the same lengths; ``prompts``: see ``_by_prompt``."""
+    """Return an assignment of rows to ranks with equal counts and about the same numbers of tokens.
+
+    Args:
+        batch: rollouts (B, T), the same on every rank.
+        mesh: the ranks.
+        prompts: prompt index per row (B,), by which rows of one prompt go to one rank as far as the counts allow; None
+            assigns rows by length in turn.
+    """
     count, ranks = len(batch.input_ids), mesh.size()
     lengths = batch.attention_mask.sum(-1).tolist()
     order = sorted(range(count), key=lambda k: -lengths[k])
-    each, device = -(-count // ranks), batch.input_ids.device
+    per_rank, device = -(-count // ranks), batch.input_ids.device
     if prompts is None:
         rows_by_rank = [order[rank::ranks] for rank in range(ranks)]
     else:
         rows_by_rank = _by_prompt(order, lengths, prompts.tolist(), ranks)
-    # The shortest is what costs least a second time.
-    table = torch.tensor([hand + order[-1:] * (each - len(hand)) for hand in rows_by_rank], device=device)
-    sizes = torch.tensor([[len(hand)] for hand in rows_by_rank], device=device)
-    return RowPartition(mesh, table, torch.arange(each, device=device) < sizes)
+    # Padded with the shortest row, which costs least a second time.
+    table = torch.tensor([rows + order[-1:] * (per_rank - len(rows)) for rows in rows_by_rank], device=device)
+    sizes = torch.tensor([[len(rows)] for rows in rows_by_rank], device=device)
+    return RowPartition(mesh, table, torch.arange(per_rank, device=device) < sizes)
 
 
 def _by_prompt(order: list[int], lengths: list[int], prompts: list[int], ranks: int) -> list[list[int]]:
-    """Rows by rank, as many on each and about as many tokens, those of a prompt on one rank as far as there is room."""
-    each = -(-len(order) // ranks)
-    members: dict[int, list[int]] = {}
+    """Return the rows by rank: rows of one prompt go to the rank with the fewest tokens, until that is full.
+
+    Args:
+        order: the rows, longest first.
+        lengths: tokens of each row.
+        prompts: prompt index of each row.
+        ranks: number of ranks.
+    """
+    per_rank = -(-len(order) // ranks)
+    rows_by_prompt: dict[int, list[int]] = {}
     for k in order:
-        members.setdefault(prompts[k], []).append(k)
+        rows_by_prompt.setdefault(prompts[k], []).append(k)
     rows_by_rank: list[list[int]] = [[] for _ in range(ranks)]
-    for together in members.values():
-        while together:
-            hand = min((h for h in rows_by_rank if len(h) < each), key=lambda h: sum(lengths[k] for k in h))
-            room = each - len(hand)
-            hand += together[:room]
-            together = together[room:]
+    for remaining in rows_by_prompt.values():
+        while remaining:
+            open_ranks = (rows for rows in rows_by_rank if len(rows) < per_rank)
+            emptiest = min(open_ranks, key=lambda rows: sum(lengths[k] for k in rows))
+            capacity = per_rank - len(emptiest)
+            emptiest += remaining[:capacity]
+            remaining = remaining[capacity:]
     return rows_by_rank
 
 
-def _blocks_down(n_a: int, n_b: int, ranks: int) -> int:
-    """Into how many blocks of rows a matrix is best cut, so that each rank's block has few rows and columns."""
-    return min((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: -(-n_a // d) + -(-n_b * d // ranks))
+class BlockPartition(NamedTuple):
+    """Assignment of the blocks of a matrix (n_a, n_b) to ranks, one block each, by rows of the grid of blocks.
+
+    ``rows``: (blocks down, m), the matrix rows of each block. ``columns``: (blocks across, m'), likewise. Both repeat
+    their last index to equal counts.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def of_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the rows (m,) and columns (m',) of a rank's block."""
+        return self.rows[rank // len(self.columns)], self.columns[rank % len(self.columns)]
 
 
-def _cut(count: int, pieces: int, device: torch.device) -> Tensor:
-    """(pieces, m): every row once, and the last as often again as it takes to make the pieces equal."""
-    each = -(-count // pieces)
-    return torch.arange(each * pieces, device=device).clamp(max=count - 1).view(pieces, each)
+def partition_blocks(n_a: int, n_b: int, ranks: int, device: torch.device) -> BlockPartition:
+    """Return the assignment in which each rank's block has as few rows and columns together as possible.
+
+    Args:
+        n_a: rows of the matrix.
+        n_b: columns of the matrix.
+        ranks: number of ranks, and of blocks.
+        device: device of the index.
+    """
+    divisors = (d for d in range(1, ranks + 1) if ranks % d == 0)
+    down = min(divisors, key=lambda d: -(-n_a // d) + -(-n_b * d // ranks))
+    return BlockPartition(_cut(n_a, down, device), _cut(n_b, ranks // down, device))
+
+
+def _cut(count: int, blocks: int, device: torch.device) -> Tensor:
+    """Return the index of ``count`` rows in equal blocks, (blocks, m), padded with the last row."""
+    per_block = -(-count // blocks)
+    index = torch.arange(per_block * blocks, device=device).clamp(max=count - 1)
+    return rearrange(index, "(block row) -> block row", block=blocks)

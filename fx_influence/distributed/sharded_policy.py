@@ -1,11 +1,10 @@
-"""A policy whose parameters FSDP2 has sharded: each unit's weights are gathered where it runs and freed behind it."""
+"""Policy of a model sharded by FSDP2: each unit's weights are gathered where it runs and freed afterwards."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,22 +15,24 @@ from torch import Tensor, nn
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.tree import promote
-from fx_influence.distributed.fsdp_gather import gather, reduce_scatter, shard_like, sharding_of
-from fx_influence.distributed.fsdp_units import FsdpPass, Unit, attached, running
+from fx_influence.distributed.fsdp_gather import reduce_scatter, shard_like, sharding_of, start_all_gather
+from fx_influence.distributed.fsdp_model import check_sharding, copy_without_fsdp, find_units
+from fx_influence.distributed.fsdp_units import FsdpPass, FsdpUnit, attach_reduce_scatter, run_units_through
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.model.fitting import FittedForward
 from fx_influence.policy.model.forward import Head, ModelForward
 from fx_influence.policy.model.head import CutModel
-from fx_influence.policy.model.template import Template, output_embeddings
+from fx_influence.policy.model.template import Template
 from fx_influence.policy.modes.forward_ad import forward_mode_jvp
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Gradients, Params
 
 
-class Opened(NamedTuple):
-    """A policy for passes over a rank's own rows, its parameters and, if there was one, a direction in their space.
+class Unsharded(NamedTuple):
+    """A sharded policy, its parameters and perhaps a direction, with everything root-managed gathered on every rank.
 
-    What no unit holds is a plain tensor there, whole on every rank; what a unit holds is a DTensor still.
+    Root-managed parameters, which belong to no unit, are plain tensors; those of units are DTensors as before.
+    ``tangent``: the direction by name, or None.
     """
 
     policy: ShardedPolicy
@@ -48,16 +49,16 @@ class ShardedForward(ModelForward):
         tangents: shards of a direction that are gathered with the units' weights, by name.
     """
 
-    units: Sequence[Unit] = ()
+    units: Sequence[FsdpUnit] = ()
     tangents: Params = field(default_factory=dict)
 
     @functools.cached_property
     def in_units(self) -> set[str]:
-        """Names of the parameters that some unit holds."""
-        return {name for unit in self.units for _, _, name in unit.places}
+        """Names of the parameters that belong to a unit."""
+        return {name for unit in self.units for name in unit.names}
 
-    def is_loose(self, name: str, x: Tensor) -> bool:
-        """Return whether a tensor is sharded and in no unit, so that it is gathered apart from the units."""
+    def is_root_managed(self, name: str, x: Tensor) -> bool:
+        """Return whether a tensor is sharded and belongs to no unit, so that it is gathered for the full pass."""
         return is_sharded(x) and name not in self.in_units
 
     def call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,123 +66,132 @@ class ShardedForward(ModelForward):
             return super().call(template, known, args, kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise ValueError(
-                "a sharded policy stands in no transformation of torch.func, as per-sequence gradients (matrix=True, "
-                "fisher_kernel) and blocks of directions are made by; take matrix=False, or load the model unsharded"
+                "ShardedPolicy does not support torch.func transforms, which matrix=True, fisher_kernel and blocks of "
+                "directions need; pass matrix=False or load the model unsharded"
             )
-        known = self._whole_where_loose(known)
-        with running(template.module, FsdpPass(self.units, known, self.tangents)):
-            whole = {name: x for name, x in known.items() if not is_sharded(x)}
-            return super().call(template, whole, args, kwargs)
+        known = self._with_root_gathered(known)
+        with run_units_through(template.module, FsdpPass(self.units, known, self.tangents)):
+            plain = {name: x for name, x in known.items() if not is_sharded(x)}
+            return super().call(template, plain, args, kwargs)
 
     def head_tensors(self, head: Head, params: Params) -> Params:
         names = set(head.names.values())
-        return self._whole_where_loose({name: x for name, x in {**self.frozen, **params}.items() if name in names})
+        return self._with_root_gathered({name: x for name, x in {**self.frozen, **params}.items() if name in names})
 
-    def _whole_where_loose(self, known: Params) -> Params:
-        loose = {name: x for name, x in known.items() if self.is_loose(name, x)}
-        whole = dict(zip(loose, _gathered(list(loose.values())), strict=True))
-        return {**known, **(attached(whole, loose) if torch.is_grad_enabled() else whole)}
+    def _with_root_gathered(self, known: Params) -> Params:
+        """Return tensors by name with the root-managed DTensors among them gathered, differentiably."""
+        shards = {name: x for name, x in known.items() if self.is_root_managed(name, x)}
+        full = dict(zip(shards, _all_gather(list(shards.values())), strict=True))
+        return {**known, **(attach_reduce_scatter(full, shards) if torch.is_grad_enabled() else full)}
 
 
 class ShardedPolicy(Policy):
-    """The ``Policy`` of a model that FSDP2 has sharded: ``params`` are DTensors, and each rank has rows of its own.
+    """The ``Policy`` of a model that FSDP2 has sharded: ``params`` are DTensors, and each rank passes different rows.
 
-    A *unit* is a module that ``fully_shard`` was called on, apart from the model itself and from those that hold the
-    output embeddings (the input's where these are tied) or share a parameter with another. Its weights, frozen ones
-    too, are gathered in one collective per dtype before it runs, while the unit before computes, and freed behind it.
-    Backward gathers them again, in reverse, and scatters the sum over ranks of their gradient to the shards' owners.
-    A direction's shards are gathered with the weights in forward mode. At most two units are whole at a time, nested
-    ones apart, besides what is in no unit: that is gathered for every pass over a part of a batch, or once for many
-    between ``unsharded`` and ``closed``.
+    A *unit* is a module that ``fully_shard`` was called on, except the model itself and modules that hold the output
+    embeddings (the input's where these are tied) or share a parameter with another. Its weights, frozen ones too, are
+    gathered in one collective per dtype before it runs, while the previous unit computes, and freed afterwards.
+    Backward gathers them again, in reverse, and scatters the sum over ranks of their gradient to the shards' owners. In
+    forward mode a direction's shards are gathered with the weights. At most two units are unsharded at a time, units
+    inside others not counted, besides the *root-managed* parameters, which belong to no unit: those are gathered for
+    every pass over a micro-batch, or once for many passes between ``unshard`` and ``reduce_and_reshard``.
 
-    All ranks of the mesh must make the same passes, over as many parts. The derivatives are those of each rank's rows,
-    but gradients of what units hold come summed over the ranks that hold shards between them. Computed in the dtype of
-    the shards: a ``MixedPrecisionPolicy`` of FSDP2 is not followed. Under transformations of ``torch.func`` it raises
-    ``ValueError``: of matrices and of blocks of directions, it has none.
+    All ranks of the mesh must make the same passes, over as many micro-batches. The derivatives are those of each
+    rank's rows, but gradients of units' parameters come summed over the ranks that hold shards between them. Computed
+    in the dtype of the shards: a ``MixedPrecisionPolicy`` of FSDP2 is not followed. Transformations of ``torch.func``
+    raise ``ValueError``, so that there are no pairwise matrices and no blocks of directions.
+
+    Args:
+        model: the sharded model.
+        position_ids: whether its forward is given position ids, see ``make_functional``.
+        compiled: must be False.
+
+    Raises:
+        ValueError: for ``compiled``, and for a model sharded in another way than by FSDP2.
     """
 
     forward: ShardedForward
 
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
         if compiled:
-            raise ValueError("compiled=True needs whole weights, the model's are sharded; leave compiled out")
-        _check_sharding(model)
+            raise ValueError("compiled is True for a sharded model; expected False. Leave compiled out")
+        check_sharding(model)
         super().__init__(model, position_ids)
 
     def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
         raise ValueError(f"autocast is {dtype} for a sharded policy; expected a plain one. Leave it out")
 
-    def unsharded(self, params: Params, tangent: Params | None = None) -> Opened:
-        """The same with everything gathered that is in no unit, in one collective per dtype."""
+    def unshard(self, params: Params, tangent: Params | None = None) -> Unsharded:
+        """Return policy, parameters and direction with everything root-managed gathered, one collective per dtype."""
         trees = [self.forward.frozen, params, tangent or {}]
-        wanted = [
-            (k, name) for k, tree in enumerate(trees) for name, x in tree.items() if self.forward.is_loose(name, x)
-        ]
-        out = [dict(tree) for tree in trees]
-        for (k, name), x in zip(wanted, _gathered([trees[k][name] for k, name in wanted]), strict=True):
-            out[k][name] = x
-        policy = self.replace(forward=dataclasses.replace(self.forward, frozen=out[0]))
-        return Opened(policy, out[1], None if tangent is None else out[2])
+        entries = ((k, name, x) for k, tree in enumerate(trees) for name, x in tree.items())
+        keys = [(k, name) for k, name, x in entries if self.forward.is_root_managed(name, x)]
+        gathered = [dict(tree) for tree in trees]
+        for (k, name), x in zip(keys, _all_gather([trees[k][name] for k, name in keys]), strict=True):
+            gathered[k][name] = x
+        policy = self.replace(forward=dataclasses.replace(self.forward, frozen=gathered[0]))
+        return Unsharded(policy, gathered[1], None if tangent is None else gathered[2])
 
-    def closed(self, gradients: Gradients, params: Params) -> Gradients:
-        """Gradients over ranks' own rows by ``unsharded`` as DTensors sharded as ``params``, summed over all ranks.
+    def reduce_and_reshard(self, gradients: Gradients, params: Params) -> Gradients:
+        """Return gradients summed over all ranks, as DTensors.
 
-        What is None on every rank stays None; on some, it counts as 0.
+        Args:
+            gradients: of each rank's rows, by name, from passes of an ``Unsharded`` policy.
+            params: the sharded parameters, by name.
+
+        Returns:
+            DTensors sharded as ``params``. A gradient that is None on every rank stays None; on some, it counts as 0.
         """
-        own = {name: None if g is None else to_local(g) for name, g in gradients.items()}
-        loose = [name for name in own if name not in self.forward.in_units]
-        if loose:
-            sums = reduce_scatter([own[name] for name in loose], [params[name] for name in loose])
-            own |= dict(zip(loose, sums, strict=True))
-        return _over_copies(own, params)
+        local = {name: None if g is None else to_local(g) for name, g in gradients.items()}
+        root_managed = [name for name in local if name not in self.forward.in_units]
+        if root_managed:
+            sums = reduce_scatter([local[name] for name in root_managed], [params[name] for name in root_managed])
+            local |= dict(zip(root_managed, sums, strict=True))
+        return _sum_over_copies(local, params)
 
     def _backbone_jvp(
         self, params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        # Gathered before there are tangents: a collective would lose them.
-        policy, params, unsharded = self.unsharded(params, tangent)
-        assert unsharded is not None
-        shards = {name: v for name, v in unsharded.items() if is_sharded(v)}
+        # Gathered before any tensor is dual, because a collective would lose the tangents.
+        policy, params, gathered = self.unshard(params, tangent)
+        assert gathered is not None
+        shards = {name: v for name, v in gathered.items() if is_sharded(v)}
         policy = policy.replace(forward=dataclasses.replace(policy.forward, tangents=shards))
-        whole = {name: v for name, v in unsharded.items() if not is_sharded(v)}
+        plain = {name: v for name, v in gathered.items() if not is_sharded(v)}
         with torch.no_grad(), math_attention():
-            return forward_mode_jvp(lambda p: policy._backbone(p, part), params, whole, outputs)
+            return forward_mode_jvp(lambda p: policy._backbone(p, part), params, plain, outputs)
 
     def _make_forward(self, model: nn.Module, module: nn.Module, position_ids: bool) -> ShardedForward:
-        return ShardedForward.of(model, module, position_ids, units=_units(model))
+        return ShardedForward.of(model, module, position_ids, units=find_units(model))
 
     def _supports_prefix_sharing(self, model: nn.Module, fitted: FittedForward, cut: CutModel) -> bool:
-        # Ranks whose rows share other prompts would make other numbers of passes.
+        # Ranks whose rows share different prompts would make different numbers of passes.
         return False
 
     def _copied(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """With the classes that FSDP2 replaced, and without its hooks."""
-        sharded = [module for module in model.modules() if _is_fsdp(module)]
-        for module in sharded:
-            original = _original_class(module)
-            memo[id(module)] = original.__new__(original)
-        for module in sharded:
-            vars(memo[id(module)]).update(copy.deepcopy(_own_state(module), memo))
+        """Deep-copy the model with its original classes and without FSDP hooks."""
+        copy_without_fsdp(model, memo)
         return super()._copied(model, memo)
 
 
-def _gathered(shards: list[Tensor]) -> list[Tensor]:
+def _all_gather(shards: list[Tensor]) -> list[Tensor]:
     with torch.no_grad():
-        return gather(shards).whole() if shards else []
+        return start_all_gather(shards).result() if shards else []
 
 
-def _over_copies(own: Gradients, params: Params) -> Gradients:
-    """The sums over the ranks that hold copies of the same shards, as DTensors."""
-    first: Any = next(iter(params.values()))
-    groups = [first.device_mesh.get_group(axis) for axis in range(sharding_of(first).axis)]
-    reached = torch.tensor([g is not None for g in own.values()], dtype=torch.float32, device=first.device)
+def _sum_over_copies(local: Gradients, params: Params) -> Gradients:
+    """Return the sums over the ranks that hold copies of the same shards, as DTensors sharded as ``params``."""
+    first_parameter: Any = next(iter(params.values()))
+    mesh = first_parameter.device_mesh
+    groups = [mesh.get_group(axis) for axis in range(sharding_of(first_parameter).axis)]
+    reached = torch.tensor([g is not None for g in local.values()], dtype=torch.float32, device=first_parameter.device)
     for group in groups:
         dist.all_reduce(reached, group=group)
     out: Gradients = {}
-    for name, some in zip(own, reached.tolist() if groups else reached, strict=True):
+    for name, by_any_copy in zip(local, reached.tolist() if groups else reached, strict=True):
         like: Any = params[name]
-        g = own[name]
-        if g is None and some:
+        g = local[name]
+        if g is None and by_any_copy:
             g = torch.zeros_like(to_local(like), dtype=promote(like.dtype))
         if g is None:
             out[name] = None
@@ -190,86 +200,3 @@ def _over_copies(own: Gradients, params: Params) -> Gradients:
             dist.all_reduce(g, group=group)
         out[name] = shard_like(g, like)
     return out
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
-
-
-def _original_class(module: nn.Module) -> type[nn.Module]:
-    from torch.distributed.fsdp import FSDPModule
-
-    classes: tuple[Any, ...] = type(module).__mro__
-    return next(cls for cls in classes if not issubclass(cls, FSDPModule))
-
-
-def _own_state(module: nn.Module) -> dict[str, Any]:
-    """Without what torch.distributed left in it: hooks, which gather and free the model's own weights, and records."""
-    state = dict(vars(module))
-    for key, value in state.items():
-        if isinstance(value, dict) and key not in ("_parameters", "_modules"):
-            state[key] = type(value)((k, x) for k, x in value.items() if not _is_distributed(x))
-    return state
-
-
-def _is_distributed(x: Any) -> bool:
-    return (getattr(x, "__module__", None) or "").startswith("torch.distributed")
-
-
-def _units(model: nn.Module) -> list[Unit]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    paths = [path for path, module in model.named_modules() if path and _is_fsdp(module)]
-    head = output_embeddings(model)
-    homes: dict[int, set[str]] = {} if head is None else {id(p): {""} for p in head.parameters()}
-    places: dict[str, list[tuple[str, str, str]]] = {path: [] for path in ["", *paths]}
-    for owner, module in model.named_modules():
-        above = [path for path in paths if f"{owner}.".startswith(f"{path}.")]
-        home = max(above, key=len, default="")
-        for leaf, p in module._parameters.items():
-            if p is not None:
-                homes.setdefault(id(p), set()).add(home)
-                places[home].append((owner, leaf, names[id(p)]))
-    shared = {names[key] for key, where in homes.items() if len(where) > 1}
-    return [
-        Unit(path, places[path])
-        for path in paths
-        if places[path] and not any(name in shared for _, _, name in places[path])
-    ]
-
-
-def _check_sharding(model: nn.Module) -> None:
-    remedy = "shard the model by torch.distributed.fsdp.fully_shard alone, its layers first and then the model itself"
-    modules = dict(model.named_modules())
-    named: dict[str, Any] = dict(model.named_parameters())
-    sharded = {name: p for name, p in named.items() if is_sharded(p)}
-    mesh = next(iter(sharded.values())).device_mesh
-    for name, p in sharded.items():
-        *copies, last = p.placements
-        by_fsdp = any(_is_fsdp(modules[path]) for path in _prefixes(name) if path in modules)
-        if not by_fsdp or len(copies) > 1 or not all(x.is_replicate() for x in copies) or not _is_chunked(last):
-            raise ValueError(
-                f"model parameter {name!r} is a DTensor with {p.placements} on {p.device_mesh}, as tensor parallelism "
-                f"makes them and FSDP2 does not; {remedy}"
-            )
-        if p.device_mesh != mesh or p.device.type != mesh.device_type:
-            raise ValueError(
-                f"model parameter {name!r} is on {p.device.type}, sharded over {p.device_mesh}, another over {mesh}; "
-                "keep all on the devices of one mesh, without CPUOffloadPolicy"
-            )
-    for name in (name for name in named if name not in sharded):
-        raise ValueError(
-            f"model parameter {name!r} is a plain tensor among DTensors: gathered by its last forward, for which call "
-            f"reshard() on the module that fully_shard was called on, or left out of it; {remedy}"
-        )
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:k]) for k in range(len(parts)))
-
-
-def _is_chunked(placement: Any) -> bool:
-    # its subclass for tensor parallelism deals the chunks in another order
-    return type(placement).__name__ == "Shard"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fx_influence.core.checks import check_choice, check_max_grad_norm
 from fx_influence.core.display import record_line
-from fx_influence.core.dtensor import reduce_over_shards, to_local
+from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
 from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
 from fx_influence.core.tree import detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Params, Preconditioner
@@ -156,7 +156,8 @@ class StepInputs(NamedTuple):
 def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: Preconditioner) -> dict[str, Tensor]:
     """Return direction, baseline, momentum, weight_decay and gain, elementwise, as ``adamw_decompose`` defines them."""
     theta, m, _, maximum, g, clip = inputs
-    zero = torch.zeros((), dtype=theta.dtype, device=theta.device).expand_as(theta)
+    # One stored entry for a plain tensor; a DTensor does not mix with plain tensors.
+    zero = torch.zeros_like(theta) if is_sharded(theta) else theta.new_zeros(()).expand_as(theta)
     sign = -1.0 if hyper.maximize else 1.0
     ghat, s_new = inputs.second_moment(hyper)
     den, r, is_current = second_moment_denominator(hyper, s_new, tau, maximum)
@@ -179,7 +180,7 @@ def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: 
         b2 = 1 - hyper.beta2**tau
         m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
         slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
-        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), slope, zero)
+        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), slope, torch.zeros_like(slope))
         baseline = direction - gamma * g
     return {
         "direction": direction,

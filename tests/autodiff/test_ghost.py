@@ -1,4 +1,4 @@
-"""Influences from U's factors against those of the JVP, and when there are none."""
+"""Inner products from layer IO against per-sample gradients and the JVP, and where there is no layer IO."""
 
 from __future__ import annotations
 
@@ -8,57 +8,50 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import assert_close, random_adamw_state, random_batch
-from helpers.strategies import PRECONDITIONERS, Case, cases
+from helpers.strategies import Case, cases
 from hypothesis import given, settings
 
 import fx_influence as fx
-from fx_influence.autodiff import ghost as contraction
+from fx_influence.autodiff import ghost
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io.row_gradients import LayerIOs
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
-from fx_influence.types import Preconditioner
 
 VOCAB, WIDTH = 11, 7
-MODULE = importlib.import_module("fx_influence.attribution.influence")
+LINEARIZED_LOSSES = importlib.import_module("fx_influence.attribution.linearized_losses")
 
 
 @given(case=cases())
 @settings(max_examples=10)
-def test_the_contraction_is_the_inner_product_with_every_rows_gradient(case: Case) -> None:
-    made = linearize_losses(case.params, case.batch_u, case.apply, case.temperature, 2, 10**9)
+def test_linearize_losses_matches_per_sample_grads(case: Case) -> None:
+    linearized = linearize_losses(case.params, case.batch_u, case.apply, case.temperature, 2, 10**9)
     grads = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u)
-    if made is None:
-        # Only a table of positions that is added whole to every row has no factor.
+    if linearized is None:
+        # Only a table of positions that is added as one to every row has no layer IO.
         assert "position.weight" in case.params
         return
-    g, contract = made
+    gradient, jvp_fn = linearized
     u = {name: torch.randn(p.shape, dtype=torch.float64) * 10.0**k for k, (name, p) in enumerate(case.params.items())}
-    expected = sum((grads[name] * u[name]).flatten(1).sum(1) for name in u)
+    expected = torch.as_tensor(sum((grads[name] * u[name]).flatten(1).sum(1) for name in u))
     size = torch.stack([(grads[name] * u[name]).abs().flatten(1).sum(1) for name in u]).sum(0)
-    assert_close(contract([u])[0], torch.as_tensor(expected), size)
+    assert_close(jvp_fn([u])[0], expected, size)
     first = next(iter(u))
-    alone = (grads[first] * u[first]).flatten(1).sum(1)
-    assert_close(contract([{first: u[first]}])[0], alone, size)
-    for found, wanted in zip(contract([u, {first: u[first]}, {}]), (expected, alone, 0 * alone), strict=True):
-        assert_close(found, torch.as_tensor(wanted), size)
+    along_first = (grads[first] * u[first]).flatten(1).sum(1)
+    assert_close(jvp_fn([{first: u[first]}])[0], along_first, size)
+    products = jvp_fn([u, {first: u[first]}, {}])
+    for actual, wanted in zip(products, (expected, along_first, 0 * along_first), strict=True):
+        assert_close(actual, wanted, size)
     for name, value in batch_gradient(case.params, case.batch_u, case.apply, case.temperature).items():
-        own = g[name]
-        assert (own is None) == (value is None)
-        if own is not None and value is not None:
-            assert_close(own, value, value.abs().max())
-
-
-def problem(rows: int = 5) -> tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState, fx.Apply]:
-    apply, params = fx.make_functional(Policy(VOCAB, 6))
-    generator = torch.Generator().manual_seed(4)
-    u, e = (random_batch(generator, rows, WIDTH, VOCAB) for _ in range(2))
-    return params, u, e, random_adamw_state(generator, params), apply
+        g = gradient[name]
+        assert (g is None) == (value is None)
+        if g is not None and value is not None:
+            assert_close(g, value, value.abs().max())
 
 
 class Policy(torch.nn.Module):
-    """Embedding, two linear maps with a bias, a norm: every use has a factor."""
+    """Embedding, norm and two linear maps with a bias: every use of a parameter has layer IO."""
 
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
@@ -73,30 +66,39 @@ class Policy(torch.nn.Module):
         return self.head(torch.tanh(self.mix(self.norm(x.cumsum(1)))))
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def problem(rows: int = 5) -> tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState, fx.Apply]:
+    apply, params = fx.make_functional(Policy(VOCAB, 6))
+    generator = torch.Generator().manual_seed(4)
+    u, e = (random_batch(generator, rows, WIDTH, VOCAB) for _ in range(2))
+    return params, u, e, random_adamw_state(generator, params), apply
+
+
+@pytest.mark.parametrize("preconditioner", ["frozen", "jacobian", "rmsprop"])
 @pytest.mark.parametrize("stderr", [True, False])
-def test_without_tokens_the_influences_are_the_same(preconditioner: Preconditioner, stderr: bool) -> None:
-    *given, apply = problem()
-    whole = fx.influence(*given, apply=apply, preconditioner=preconditioner, stderr=stderr)
-    short = fx.influence(*given, apply=apply, preconditioner=preconditioner, stderr=stderr, per_token=False)
-    assert short.per_token is None
+def test_influence_is_equal_without_per_token(preconditioner: fx.Preconditioner, stderr: bool) -> None:
+    *inputs, apply = problem()
+    by_jvp = fx.influence(*inputs, apply=apply, preconditioner=preconditioner, stderr=stderr)
+    by_products = fx.influence(*inputs, apply=apply, preconditioner=preconditioner, stderr=stderr, per_token=False)
+    assert by_products.per_token is None
     for field in ("per_sequence", "total", "baseline"):
-        assert_close(getattr(short, field), getattr(whole, field))
-    assert whole.per_sequence.abs().max() > 0
+        assert_close(getattr(by_products, field), getattr(by_jvp, field))
+    assert by_jvp.per_sequence.abs().max() > 0
     if stderr:
-        assert_close(short.stderr, whole.stderr)
+        assert_close(by_products.stderr, by_jvp.stderr)
     else:
-        assert short.stderr.isnan().all()
+        assert by_products.stderr.isnan().all()
 
 
 @pytest.mark.parametrize("options", [{"stderr": True}, {"per_token": False, "stderr": False}, {"stderr": False}])
-def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str, bool]) -> None:
-    *given, apply = problem()
-    params, u = given[0], given[1]
+def test_influence_is_equal_with_memory_budget_0(options: dict[str, bool]) -> None:
+    *inputs, apply = problem()
+    params, u = inputs[0], inputs[1]
     assert linearize_losses(params, u, apply, 1.0, None, 0) is None
-    kept, frugal = (fx.influence(*given, apply=apply, chunk_size=2, memory_budget=b, **options) for b in (10**9, 0))
+    cached, recomputed = (
+        fx.influence(*inputs, apply=apply, chunk_size=2, memory_budget=budget, **options) for budget in (10**9, 0)
+    )
     for field in ("per_sequence", "stderr", "per_token", "total"):
-        one, other = getattr(kept, field), getattr(frugal, field)
+        one, other = getattr(cached, field), getattr(recomputed, field)
         if one is None:
             assert other is None
         elif not one.isnan().all():
@@ -104,82 +106,83 @@ def test_a_budget_of_nothing_keeps_nothing_and_changes_nothing(options: dict[str
 
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
-def test_factors_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
+def test_linearize_losses_recomputes_layer_io_beyond_budget(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
     params, u, _, _, apply = problem()
-    made: list[int] = []
-    whole = contraction.collect_layer_io
+    rows_collected: list[int] = []
+    collect_layer_io = ghost.collect_layer_io
 
-    def watched(some: fx.Params, batch: fx.Batch, part: MicroBatch, *options: Any) -> Any:
-        made.append(len(part.row_index))
-        return whole(some, batch, part, *options)
+    def recorded(params: fx.Params, batch: fx.Batch, micro_batch: MicroBatch, *options: Any) -> Any:
+        rows_collected.append(len(micro_batch.row_index))
+        return collect_layer_io(params, batch, micro_batch, *options)
 
-    monkeypatch.setattr(contraction, "collect_layer_io", watched)
+    monkeypatch.setattr(ghost, "collect_layer_io", recorded)
     per_token = layer_io_bytes_per_token(params, u, apply, frozenset(params))
-    budget = sum(per_token * part.input_ids.numel() for part in micro_batches(u, 2, left_alignable=False)[:fit])
-    found = linearize_losses(params, u, apply, 1.0, 2, budget, at_once=2)
-    alone = linearize_losses(params, u, apply, 1.0, 2, budget)
-    assert (alone is None) == (fit < 3)
-    assert found is not None
-    made.clear()
-    along = [{name: p.cos() for name, p in params.items()}, params]
+    pending = micro_batches(u, 2, left_alignable=False)
+    budget = sum(per_token * micro_batch.input_ids.numel() for micro_batch in pending[:fit])
+    linearized = linearize_losses(params, u, apply, 1.0, 2, budget, num_directions=2)
+    for_one_direction = linearize_losses(params, u, apply, 1.0, 2, budget)
+    assert (for_one_direction is None) == (fit < 3)
+    assert linearized is not None
+    rows_collected.clear()
+    directions = [{name: p.cos() for name, p in params.items()}, params]
     grads = fx.per_sample_grads(fx.rollout_loss(apply), params, u)
-    for row, v in zip(found[1](along), along, strict=True):
+    for row, v in zip(linearized[1](directions), directions, strict=True):
         assert_close(row, torch.stack([(grads[name] * v[name]).flatten(1).sum(1) for name in v]).sum(0))
-    assert made == [2, 2, 1][fit:]
+    assert rows_collected == [2, 2, 1][fit:]
+
+
+def test_max_directions_follows_the_memory_budget() -> None:
+    params = problem()[0]
+    size = sum(p.numel() * 8 for p in params.values())
+    assert [ghost.max_directions(params, budget) for budget in (0, 4 * size, 12 * size)] == [1, 1, 3]
 
 
 @pytest.mark.parametrize("per_token", [True, False])
-def test_error_bars_are_the_same_however_many_directions_go_together(
-    monkeypatch: pytest.MonkeyPatch, per_token: bool
-) -> None:
-    *given, apply = problem(rows=12)
-    params = given[0]
-    size = sum(p.numel() * 8 for p in params.values())
-    assert [contraction.max_directions(params, b) for b in (0, 4 * size, 12 * size)] == [1, 1, 3]
-    asked: list[int] = []
-    whole = contraction.inner_products
+def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.MonkeyPatch, per_token: bool) -> None:
+    *inputs, apply = problem(rows=12)
+    counts: list[int] = []
+    ghost_products = ghost.ghost_products
 
-    def watched(kept: LayerIOs, directions: list[fx.Params], rows: int) -> torch.Tensor:
-        asked.append(len(directions))
-        return whole(kept, directions, rows)
+    def recorded(layer_ios: LayerIOs, directions: list[fx.Params], rows: int) -> torch.Tensor:
+        counts.append(len(directions))
+        return ghost_products(layer_ios, directions, rows)
 
-    monkeypatch.setattr(contraction, "inner_products", watched)
+    monkeypatch.setattr(ghost, "ghost_products", recorded)
     # One row of each weight at a time.
-    monkeypatch.setattr(contraction, "MAX_GRADIENT_ENTRIES", 100)
-    found = []
-    for together, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
-        monkeypatch.setattr(MODULE, "max_directions", lambda *_, together=together: together)
-        found.append(fx.influence(*given, apply=apply, per_token=per_token))
-        # And all of them at once, whose difference from the others is the rounding.
-        assert asked == [*blocks, 1]
-        asked.clear()
-    for out in found[1:]:
+    monkeypatch.setattr(ghost, "MAX_GRADIENT_ENTRIES", 100)
+    outputs = []
+    for per_call, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
+        monkeypatch.setattr(LINEARIZED_LOSSES, "max_directions", lambda *_, per_call=per_call: per_call)
+        outputs.append(fx.influence(*inputs, apply=apply, per_token=per_token))
+        # The last product is along the coordinates that ``conditioning`` measures.
+        assert counts == [*blocks, 1]
+        counts.clear()
+    for out in outputs[1:]:
         for field in ("per_sequence", "stderr", "total_stderr"):
-            assert_close(getattr(out, field), getattr(found[0], field))
+            assert_close(getattr(out, field), getattr(outputs[0], field))
 
 
-def test_with_a_parameter_without_factors_the_jvp_serves() -> None:
+def test_influence_takes_the_jvp_where_a_parameter_has_no_layer_io() -> None:
     params, u, e, state, policy = problem()
 
     def apply(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return policy({**params, "mix.weight": 2 * params["mix.weight"]}, ids, mask)
 
     assert linearize_losses(params, u, apply, 1.0, None, 10**9) is None
-    whole, short = (fx.influence(params, u, e, state, apply=apply, per_token=wanted) for wanted in (True, False))
-    assert short.per_token is None
-    assert_close(short.per_sequence, whole.per_sequence)
+    with_tokens, without = (fx.influence(params, u, e, state, apply=apply, per_token=x) for x in (True, False))
+    assert without.per_token is None
+    assert_close(without.per_sequence, with_tokens.per_sequence)
 
 
-def test_a_factor_that_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    *given, apply = problem()
-    whole = contraction.inner_products
+def test_influence_refuses_lost_layer_io(monkeypatch: pytest.MonkeyPatch) -> None:
+    *inputs, apply = problem()
+    ghost_products = ghost.ghost_products
 
-    def without_one(factors: object, directions: list[fx.Params], rows: int) -> torch.Tensor:
-        assert isinstance(factors, dict)
-        return whole({k: v for k, v in factors.items() if k != "mix.weight"}, directions, rows)
+    def without_one(layer_ios: LayerIOs, directions: list[fx.Params], rows: int) -> torch.Tensor:
+        return ghost_products({k: v for k, v in layer_ios.items() if k != "mix.weight"}, directions, rows)
 
-    monkeypatch.setattr(contraction, "inner_products", without_one)
+    monkeypatch.setattr(ghost, "ghost_products", without_one)
     with pytest.raises(fx.IdentityError, match="ghost products over U"):
-        fx.influence(*given, apply=apply, stderr=False, per_token=False)
-    with pytest.raises(fx.IdentityError, match="the random groups of E"):
-        fx.influence(*given, apply=apply)
+        fx.influence(*inputs, apply=apply, stderr=False, per_token=False)
+    with pytest.raises(fx.IdentityError, match="random groups of E"):
+        fx.influence(*inputs, apply=apply)

@@ -18,7 +18,7 @@ from fx_influence.types import Apply, Batch, Params
 
 VOCAB, WIDTH = 9, 6
 BOUND = 2**10 * torch.finfo(torch.float64).eps
-"""Of the largest value: float64 rounds each of fewer than 2**8 terms, with room for their signs."""
+"""Relative to the largest value: float64 rounds each of fewer than 2**8 terms, with a margin for their signs."""
 
 Middle = Callable[[Params, Tensor, Tensor], Tensor]
 
@@ -42,7 +42,7 @@ def batch_of(rows: int, width: int = 7, seed: int = 0, **options: Any) -> Batch:
 
 
 def looped(apply: Apply, params: Params, batch: Batch) -> Tensor:
-    """(B, P): the gradient of each row's loss in the batch's one forward, by one reverse pass a row."""
+    """Return the gradient of each row's loss (B, P) from one forward of the batch and one reverse pass per row."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     log_pi = apply(leaves, batch.input_ids, batch.attention_mask)[:, :-1].log_softmax(-1)
     taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
@@ -57,11 +57,11 @@ def looped(apply: Apply, params: Params, batch: Batch) -> Tensor:
 
 
 def assert_rows_equal(apply: Apply, params: Params, batch: Batch) -> None:
-    """The kernel and the influences without a JVP are made of the loop's gradients."""
+    """Check the Gram matrix and the influences without a JVP against the gradients of the loop."""
     g = looped(apply, params, batch)
     ones = {name: torch.ones_like(p) for name, p in params.items()}
-    kernel = gradient_gram(params, batch, batch, ones, apply)
-    torch.testing.assert_close(kernel, g @ g.T, rtol=0, atol=BOUND * float(g.square().sum(1).max()))
+    gram = gradient_gram(params, batch, batch, ones, apply)
+    torch.testing.assert_close(gram, g @ g.T, rtol=0, atol=BOUND * float(g.square().sum(1).max()))
     state = random_adamw_state(torch.Generator().manual_seed(1), params)
     fast, by_jvp = (
         fx.influence(params, batch, batch, state, apply=apply, per_token=per_token, stderr=False)
@@ -108,7 +108,7 @@ ORDERS: dict[str, tuple[Middle, dict[str, tuple[int, ...]]]] = {
 
 @pytest.mark.parametrize(("rows", "width"), [(3, 7), (4, 4), (3, 3), (7, 6)])
 @pytest.mark.parametrize("order", [name for name in ORDERS if name != "by_length"])
-def test_factors_row_gradients_are_exact_in_any_order(order: str, rows: int, width: int) -> None:
+def test_row_gradients_are_exact_in_any_token_order(order: str, rows: int, width: int) -> None:
     middle, shapes = ORDERS[order]
     params, batch = parameters(**shapes), batch_of(rows, width)
     assert supported_names(params, batch, policy(middle)) == {"embed", "head"}
@@ -116,7 +116,7 @@ def test_factors_row_gradients_are_exact_in_any_order(order: str, rows: int, wid
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_factors_row_gradients_are_exact_when_rows_are_sorted(padding: Any) -> None:
+def test_row_gradients_are_exact_when_rows_are_sorted(padding: Any) -> None:
     """``vmap`` has no row to sort by, so only the decision is compared."""
     middle, shapes = ORDERS["by_length"]
     params, batch = parameters(**shapes), batch_of(5, padding=padding)
@@ -125,7 +125,7 @@ def test_factors_row_gradients_are_exact_when_rows_are_sorted(padding: Any) -> N
 
 
 class Scaled(torch.autograd.Function):
-    """x w^T for a weight that no torch function is given."""
+    """Product x w^T by a custom function, so that no torch function is passed the weight."""
 
     @staticmethod
     def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ USES: dict[str, Callable[[Params, Tensor], Tensor]] = {
     "einsum": lambda p, x: torch.einsum("btd,ed->bte", x, p["w"]),
     "multi_dot": lambda p, x: torch.linalg.multi_dot([x.reshape(-1, WIDTH), p["w"], p["w"]]).view(x.shape),
     "as_input": lambda p, x: x + F.linear(p["w"], p["w"]).sum(0),
-    "by_hand": lambda p, x: Scaled.apply(x, p["w"]),
+    "custom_function": lambda p, x: Scaled.apply(x, p["w"]),
     "from_the_left": lambda p, x: (p["w"] @ x.mT).mT,
     "one_plus": lambda p, x: x * (1 + p["w"][1]),
     "norm": lambda p, x: F.rms_norm(x, (WIDTH,), p["w"][0]),
@@ -177,7 +177,7 @@ USES: dict[str, Callable[[Params, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_factors_row_gradients_are_exact_for_any_use(use: str) -> None:
+def test_row_gradients_are_exact_for_unsupported_uses(use: str) -> None:
     def middle(p: Params, x: Tensor, mask: Tensor) -> Tensor:
         return F.linear(x, p["w"]) + USES[use](p, x)
 
@@ -199,10 +199,10 @@ TIES: dict[str, Apply] = {
 
 
 @pytest.mark.parametrize("tie", TIES)
-def test_factors_row_gradients_are_exact_for_tied_weights(tie: str) -> None:
+def test_row_gradients_are_exact_for_tied_weights(tie: str) -> None:
     params = {"embed": parameters()["embed"]}
-    factored = {"embed"} if tie == "head_by_keyword" else set()
-    assert supported_names(params, batch_of(4), TIES[tie]) == factored
+    supported = {"embed"} if tie == "head_by_keyword" else set()
+    assert supported_names(params, batch_of(4), TIES[tie]) == supported
     assert_rows_equal(TIES[tie], params, batch_of(4))
 
 
@@ -217,14 +217,14 @@ KEYWORDS: dict[str, Callable[[Params, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("call", KEYWORDS)
-def test_factors_are_those_of_a_use_by_keyword(call: str) -> None:
+def test_row_gradients_are_exact_for_keyword_arguments(call: str) -> None:
     params, batch = parameters(w=(WIDTH, WIDTH), s=(WIDTH,)), batch_of(4)
     apply = policy(lambda p, x, mask: KEYWORDS[call](p, x))
     assert supported_names(params, batch, apply) == params.keys()
     assert_rows_equal(apply, params, batch)
 
 
-def test_factors_leave_out_an_input_that_is_changed_later() -> None:
+def test_supported_names_excludes_overwritten_inputs() -> None:
     def middle(p: Params, x: Tensor, mask: Tensor) -> Tensor:
         z = x + 0
         y = F.linear(z, p["w"])
@@ -239,7 +239,7 @@ def test_factors_leave_out_an_input_that_is_changed_later() -> None:
     assert supported_names(params, batch, apply) == set()
 
 
-def test_factors_leave_out_uses_inside_a_models_own_vmap() -> None:
+def test_supported_names_excludes_uses_inside_vmap() -> None:
     def middle(p: Params, x: Tensor, mask: Tensor) -> Tensor:
         return torch.func.vmap(lambda heads: F.linear(heads, p["v"]), -1, -1)(x.unflatten(-1, (2, 3))).flatten(2)
 

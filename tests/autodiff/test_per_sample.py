@@ -1,4 +1,4 @@
-"""Per-sample gradients: each row's own gradient, made in one batched pass per chunk."""
+"""Per-sample gradients in one batched pass per chunk, and the Gram matrix of rows' gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ chunks = st.sampled_from([None, 1, 2, 3, 100])
 
 
 class Counting:
-    """``apply`` that counts its calls, as python sees them: a vmapped call of many rows is one."""
+    """Count calls of ``apply`` as Python sees them: a vmapped call of many rows is one."""
 
     def __init__(self, apply: Apply) -> None:
         self.apply, self.calls = apply, 0
@@ -34,39 +34,43 @@ class Counting:
 
 
 def looped(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> Params:
-    """One ``autograd.grad`` a row."""
+    """Return the gradient of every row by one ``autograd.grad`` per row."""
     rows = []
     for i in range(len(batch.input_ids)):
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         row = Batch._make(None if field is None else field[i] for field in batch)
-        found = torch.autograd.grad(
+        grads = torch.autograd.grad(
             loss_fn(leaves, row), list(leaves.values()), allow_unused=True, materialize_grads=True
         )
-        rows.append(dict(zip(leaves, found, strict=True)))
+        rows.append(dict(zip(leaves, grads, strict=True)))
     return {name: torch.stack([row[name] for row in rows]) for name in params}
 
 
 @given(case=cases(), chunk=chunks)
-def test_a_rollouts_gradient_is_that_of_a_loop_over_rollouts(case: Case, chunk: int | None) -> None:
-    found = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u, chunk)
-    slow = reference.sequence_gradients(case.apply, case.params, case.batch_u, case.temperature)
-    assert found.keys() == case.params.keys()
-    for name, g in found.items():
-        assert g.shape == (len(slow), *case.params[name].shape)
-        assert_close(g, torch.stack([row[name] for row in slow]), torch.stack([row[name] for row in slow]).abs().max())
+def test_per_sample_grads_matches_the_reference(case: Case, chunk: int | None) -> None:
+    grads = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u, chunk)
+    looped_grads = reference.sequence_gradients(case.apply, case.params, case.batch_u, case.temperature)
+    assert grads.keys() == case.params.keys()
+    for name, g in grads.items():
+        assert g.shape == (len(looped_grads), *case.params[name].shape)
+        assert_close(
+            g,
+            torch.stack([row[name] for row in looped_grads]),
+            torch.stack([row[name] for row in looped_grads]).abs().max(),
+        )
 
 
 @given(case=cases(), chunk=chunks)
-def test_the_rows_add_up_to_the_batchs_gradient(case: Case, chunk: int | None) -> None:
+def test_per_sample_grads_add_up_to_batch_gradient(case: Case, chunk: int | None) -> None:
     rows = fx.per_sample_grads(fx.rollout_loss(case.apply, case.temperature), case.params, case.batch_u, chunk)
-    whole = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, chunk)
-    for name, g in whole.items():
+    full = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, chunk)
+    for name, g in full.items():
         assert g is not None
         assert_close(rows[name].sum(0), g, rows[name].abs().sum(0).max())
 
 
 def curved(apply: Apply) -> Callable[[Params, Batch], Tensor]:
-    """A user's loss: not linear in the log-probabilities, and with a penalty that no row's tokens enter."""
+    """Return a user's loss that is not linear in log-probabilities and has a penalty independent of tokens."""
 
     def loss(params: Params, row: Batch) -> Tensor:
         logits = apply(params, row.input_ids[None], row.attention_mask[None])[0, :-1]
@@ -79,17 +83,17 @@ def curved(apply: Apply) -> Callable[[Params, Batch], Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 5, 9])
-def test_any_loss_of_one_row_will_do(chunk: int | None) -> None:
+def test_per_sample_grads_takes_any_loss_of_one_row(chunk: int | None) -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, 6, 2, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(0), 5, WIDTH, VOCAB, groups=4, coefficients=False)
-    found, slow = fx.per_sample_grads(curved(apply), params, batch, chunk), looped(curved(apply), params, batch)
-    for name, g in found.items():
-        assert_close(g, slow[name], slow[name].abs().max())
-    assert (found["head.bias"][0] - found["head.bias"][1]).abs().max() > 1e-3
+    grads, looped_grads = fx.per_sample_grads(curved(apply), params, batch, chunk), looped(curved(apply), params, batch)
+    for name, g in grads.items():
+        assert_close(g, looped_grads[name], looped_grads[name].abs().max())
+    assert (grads["head.bias"][0] - grads["head.bias"][1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("present", [(), ("coefficients",), ("entropy_coefficients", "group")])
-def test_a_row_has_the_batchs_fields_and_none_where_it_has_none(present: tuple[str, ...]) -> None:
+def test_per_sample_grads_passes_the_fields_of_the_batch(present: tuple[str, ...]) -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     full = random_batch(torch.Generator().manual_seed(1), 3, WIDTH, VOCAB, groups=2, entropy_coefficients=True)
     optional = ("coefficients", "entropy_coefficients", "group")
@@ -100,15 +104,15 @@ def test_a_row_has_the_batchs_fields_and_none_where_it_has_none(present: tuple[s
         seen.append(row)
         return curved(apply)(params, row)
 
-    found = fx.per_sample_grads(loss, params, batch)
+    grads = fx.per_sample_grads(loss, params, batch)
     assert [name for name in optional if getattr(seen[0], name) is not None] == list(present)
     assert seen[0].input_ids.shape == seen[0].completion_mask.shape == (WIDTH,)
     for name, g in looped(loss, params, batch).items():
-        assert_close(found[name], g, g.abs().max())
+        assert_close(grads[name], g, g.abs().max())
 
 
 @pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (7, 1), (3, 3), (2, 4), (1, 7)])
-def test_each_chunk_is_one_batched_pass(chunk: int | None, passes: int) -> None:
+def test_per_sample_grads_takes_one_pass_per_chunk(chunk: int | None, passes: int) -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(2), 7, WIDTH, VOCAB)
     counting = Counting(apply)
@@ -116,8 +120,8 @@ def test_each_chunk_is_one_batched_pass(chunk: int | None, passes: int) -> None:
     assert counting.calls == passes
 
 
-def test_an_operation_without_a_batching_rule_is_loud() -> None:
-    """torch falls back to a loop with a warning, and here warnings are errors: so no test above ran a loop."""
+def test_per_sample_grads_warns_of_missing_batching_rules() -> None:
+    """torch falls back to a loop with a warning, which is an error in these tests, so no other test ran a loop."""
 
     def loss(params: Params, row: Batch) -> Tensor:
         return torch.pdist(params["w"][:, None] + row.input_ids.sum()).sum()
@@ -128,7 +132,7 @@ def test_an_operation_without_a_batching_rule_is_loud() -> None:
         fx.per_sample_grads(loss, {"w": torch.ones(2)}, batch)
 
 
-def test_dropout_left_on_is_refused() -> None:
+def test_per_sample_grads_refuses_dropout() -> None:
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, dropout=0.5)
     batch = random_batch(torch.Generator().manual_seed(3), 3, WIDTH, VOCAB)
     apply, params = make_apply(model.train())
@@ -141,7 +145,7 @@ def test_dropout_left_on_is_refused() -> None:
         assert_close(rows[name].sum(0), g, g.abs().max())
 
 
-def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross_terms() -> None:
+def test_gradient_gram_has_cross_terms_of_tied_weights() -> None:
     tied = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, tied=True, seed=4)
     untied = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=5)
     values = tied.state_dict()
@@ -154,88 +158,90 @@ def test_a_tied_weight_has_the_gradient_of_both_its_uses_and_kernels_their_cross
         [fx.per_sample_grads(fx.rollout_loss(f), p, batch) for batch in (batch_a, batch_b)]
         for f, p in ((apply, params), (split_apply, split_params))
     )
-    for whole, parts in zip(one, two, strict=True):
-        assert_close(whole["token.weight"], parts["token.weight"] + parts["head.weight"])
+    for full, parts in zip(one, two, strict=True):
+        assert_close(full["token.weight"], parts["token.weight"] + parts["head.weight"])
         assert parts["token.weight"].abs().max() > 0.1
         assert parts["head.weight"].abs().max() > 0.1
     diagonal = {"token.weight": torch.rand(params["token.weight"].shape, generator=generator, dtype=torch.float64)}
-    kernel = gradient_gram(params, batch_a, batch_b, diagonal, apply)
+    gram = gradient_gram(params, batch_a, batch_b, diagonal, apply)
     embed_a, head_a, embed_b, head_b = (
         part[name].flatten(1) * diagonal["token.weight"].flatten().sqrt()
         for part in two
         for name in ("token.weight", "head.weight")
     )
     crossed = embed_a @ head_b.T + head_a @ embed_b.T
-    assert_close(kernel, embed_a @ embed_b.T + head_a @ head_b.T + crossed)
-    assert crossed.abs().max() > 0.1 * kernel.abs().max()
+    assert_close(gram, embed_a @ embed_b.T + head_a @ head_b.T + crossed)
+    assert crossed.abs().max() > 0.1 * gram.abs().max()
 
 
 @given(case=cases(), chunk=chunks, budget=st.sampled_from([1, 20_000, 2**30]))
 @settings(max_examples=6)
-def test_the_gradient_kernel_is_the_inner_product_of_the_rows_gradients(
-    case: Case, chunk: int | None, budget: int
-) -> None:
+def test_gradient_gram_matches_the_reference(case: Case, chunk: int | None, budget: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    held = list(case.params)[1:]
-    diagonal = {name: torch.randn(case.params[name].shape, generator=generator, dtype=torch.float64) for name in held}
+    trained = list(case.params)[1:]
+    diagonal = {
+        name: torch.randn(case.params[name].shape, generator=generator, dtype=torch.float64) for name in trained
+    }
     other = case.batch_e._replace(coefficients=case.batch_e.completion_mask.double())
-    kernel = gradient_gram(case.params, other, case.batch_u, diagonal, case.apply, case.temperature, budget, chunk)
+    gram = gradient_gram(case.params, other, case.batch_u, diagonal, case.apply, case.temperature, budget, chunk)
     left, right = (
         reference.sequence_gradients(case.apply, case.params, batch, case.temperature)
         for batch in (other, case.batch_u)
     )
-    slow = [[reference.inner(a, reference.scale(diagonal, {k: b[k] for k in held})) for b in right] for a in left]
-    expected = torch.tensor(slow, dtype=torch.float64)
-    assert_close(kernel, expected, expected.abs().max())
+    looped_grads = [
+        [reference.inner(a, reference.scale(diagonal, {k: b[k] for k in trained})) for b in right] for a in left
+    ]
+    expected = torch.tensor(looped_grads, dtype=torch.float64)
+    assert_close(gram, expected, expected.abs().max())
 
 
 @pytest.mark.parametrize(
     ("rows_held", "passes"), [(1, 4 * (1 + 6)), (2, 2 * (2 + 6)), (3, 3 + 6 + 1 + 6), (500, 1 + 1)]
 )
-def test_the_memory_budget_bounds_the_rows_whose_gradients_are_held(rows_held: int, passes: int) -> None:
-    """Two thirds for a block of b, the rest for rows that pass by, after two looks at the model."""
+def test_gradient_gram_rows_follow_the_memory_budget(rows_held: int, passes: int) -> None:
+    """Two thirds of the budget for a block of batch b, the rest for the stream of batch a; two probes of the model."""
     apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     generator = torch.Generator().manual_seed(5)
     batch_a, batch_b = random_batch(generator, 6, WIDTH, VOCAB), random_batch(generator, 4, WIDTH, VOCAB)
     budget = 3 * rows_held * sum(8 * p.numel() for p in params.values()) // 2
     counting = Counting(apply)
     diagonal = {name: torch.ones_like(p) for name, p in params.items()}
-    kernel = gradient_gram(params, batch_a, batch_b, diagonal, counting, memory_budget=budget)
+    gram = gradient_gram(params, batch_a, batch_b, diagonal, counting, memory_budget=budget)
     assert counting.calls == 2 + passes
-    assert_close(kernel, gradient_gram(params, batch_a, batch_b, diagonal, apply))
+    assert_close(gram, gradient_gram(params, batch_a, batch_b, diagonal, apply))
 
 
 @pytest.mark.parametrize(("rows_held", "passes"), [(1, 4 * (1 + 6)), (2, 2 * (2 + 6)), (8, 1 + 2), (50, 1 + 1)])
-def test_parameters_without_factors_are_bounded_on_both_sides(rows_held: int, passes: int) -> None:
-    """Each row's gradients are then held whole: two thirds of the budget for a block of b, half of the rest."""
+def test_gradient_gram_bounds_both_sides_without_layer_io(rows_held: int, passes: int) -> None:
+    """Without layer IO full gradients are held: two thirds of the budget for a block of b, half of the rest for a."""
     generator = torch.Generator().manual_seed(5)
     params = {"w": torch.randn(VOCAB, VOCAB, generator=generator, dtype=torch.float64)}
     counting = Counting(lambda p, ids, mask: p["w"][ids])
     batch_a, batch_b = random_batch(generator, 6, WIDTH, VOCAB), random_batch(generator, 4, WIDTH, VOCAB)
     budget = 3 * rows_held * 8 * VOCAB**2 // 2
-    kernel = gradient_gram(params, batch_a, batch_b, params, counting, memory_budget=budget)
-    # Two probes for factors, and two rows that tell whether vmap takes the others.
+    gram = gradient_gram(params, batch_a, batch_b, params, counting, memory_budget=budget)
+    # Two probes for layer IO, and one with two rows that tells whether vmap takes the other parameters.
     assert counting.calls == 3 + passes
     loss = fx.rollout_loss(lambda p, ids, mask: p["w"][ids])
     left, right = (fx.per_sample_grads(loss, params, batch)["w"].flatten(1) for batch in (batch_a, batch_b))
-    assert_close(kernel, left @ (params["w"].flatten() * right).T)
+    assert_close(gram, left @ (params["w"].flatten() * right).T)
 
 
-def test_a_kernel_over_no_parameter_is_zero() -> None:
+def test_gradient_gram_is_0_without_parameters() -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(6), 3, WIDTH, VOCAB)
     assert torch.equal(gradient_gram(params, batch, batch, {}, apply), torch.zeros(3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_gradients_are_float32_at_least_and_live_parameters_have_no_say(dtype: torch.dtype) -> None:
+def test_per_sample_grads_are_at_least_float32(dtype: torch.dtype) -> None:
     apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH))
     batch = random_batch(torch.Generator().manual_seed(7), 3, WIDTH, VOCAB)
     low = {name: p.to(dtype).requires_grad_() for name, p in params.items()}
-    found = fx.per_sample_grads(fx.rollout_loss(apply), low, batch)
+    grads = fx.per_sample_grads(fx.rollout_loss(apply), low, batch)
     dtype = torch.promote_types(dtype, torch.float32)
-    assert all(g.dtype == dtype and not g.requires_grad for g in found.values())
+    assert all(g.dtype == dtype and not g.requires_grad for g in grads.values())
     exact = fx.per_sample_grads(fx.rollout_loss(apply), {k: p.detach().double() for k, p in low.items()}, batch)
     size = torch.stack([g.abs().max() for g in exact.values()]).max()
-    for name, g in found.items():
+    for name, g in grads.items():
         assert_close_to_rounding(g, exact[name], terms=policy_terms(low, WIDTH, 2), scale=size, name=name)

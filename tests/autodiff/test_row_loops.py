@@ -1,4 +1,4 @@
-"""Models that vmap cannot take have the same per-row gradients and finite steps, row by row, or an error that tells."""
+"""Models that vmap cannot take: the same per-row gradients and finite steps by a loop, or an error with the remedy."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from fx_influence.types import Apply, Batch, Params
 
 VOCAB, WIDTH = 7, 4
 BOUND = 2**10 * torch.finfo(torch.float64).eps
-"""Of the largest value: float64 rounds each of fewer than 2**8 terms, with room for their signs."""
+"""Relative to the largest value: float64 rounds each of fewer than 2**8 terms, with a margin for their signs."""
 
 
-def looks(p: Params, x: Tensor) -> Tensor:
+def value_dependent(p: Params, x: Tensor) -> Tensor:
     return x @ p["w"] if bool((x.sum() > 1e9).item()) else x @ p["w"].T
 
 
-def chooses_tokens(p: Params, x: Tensor) -> Tensor:
+def data_dependent_shape(p: Params, x: Tensor) -> Tensor:
     flat = x.reshape(-1, WIDTH)
     large = (flat[:, 0] > 0).nonzero()[:, 0]
     return (flat @ p["w"].T).index_add(0, large, flat[large] @ p["v"]).view(x.shape)
 
 
-def writes(p: Params, x: Tensor) -> Tensor:
+def in_place_write(p: Params, x: Tensor) -> Tensor:
     out = torch.zeros(x.shape, dtype=x.dtype)
     for k in range(x.shape[1]):
         out[:, k] += x[:, k] @ p["w"].T
     return out
 
 
-def unbatched_operation(p: Params, x: Tensor) -> Tensor:
+def no_batching_rule(p: Params, x: Tensor) -> Tensor:
     return x + torch.stack([torch.pdist(row + row @ p["w"]).mean() for row in x])[:, None, None]
 
 
 MODELS: dict[str, Callable[[Params, Tensor], Tensor]] = {
-    "looks": looks,
-    "chooses_tokens": chooses_tokens,
-    "writes": writes,
-    "unbatched_operation": unbatched_operation,
+    "value_dependent": value_dependent,
+    "data_dependent_shape": data_dependent_shape,
+    "in_place_write": in_place_write,
+    "no_batching_rule": no_batching_rule,
 }
 
 
 def policy(name: str) -> Apply:
-    """The model between an embedding and a head; those of it that are batched over rows alone read the whole row."""
+    """Return a policy with one of ``MODELS`` between embedding and head."""
 
     def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = F.embedding(input_ids, params["embed"])
@@ -79,16 +79,16 @@ def problem(rows: int = 4) -> tuple[Params, Batch]:
 
 def looped(apply: Apply, params: Params, batch: Batch) -> Params:
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    found = []
+    grads = []
     for i in range(len(batch.input_ids)):
         loss = fx.rollout_loss(apply)(leaves, Batch._make(None if field is None else field[i] for field in batch))
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        found.append(dict(zip(leaves, grads, strict=True)))
-    return {name: torch.stack([g[name] for g in found]) for name in params}
+        grads.append(dict(zip(leaves, grads, strict=True)))
+    return {name: torch.stack([g[name] for g in grads]) for name in params}
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_kernel_goes_row_by_row_when_vmap_cannot(model: str) -> None:
+def test_gradient_gram_loops_when_vmap_fails(model: str) -> None:
     params, batch = problem()
     apply, ones = policy(model), {name: torch.ones_like(p) for name, p in params.items()}
     assert not can_vmap_rows(fx.rollout_loss(apply), params, batch)
@@ -96,29 +96,31 @@ def test_kernel_goes_row_by_row_when_vmap_cannot(model: str) -> None:
     stacked = torch.cat([g.flatten(1) for g in expected.values()], 1)
     bound = BOUND * float(stacked.square().sum(1).max())
     for chunk_size in (None, 3):
-        kernel = gradient_gram(params, batch, batch, ones, apply, chunk_size=chunk_size)
-        torch.testing.assert_close(kernel, stacked @ stacked.T, rtol=0, atol=bound)
+        gram = gradient_gram(params, batch, batch, ones, apply, chunk_size=chunk_size)
+        torch.testing.assert_close(gram, stacked @ stacked.T, rtol=0, atol=bound)
     for name, g in rollout_gradients(params, batch, apply).items():
         torch.testing.assert_close(g, expected[name], rtol=0, atol=BOUND * float(stacked.abs().max()))
     assert expected["w"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("model", ["looks", "chooses_tokens"])
+@pytest.mark.parametrize("model", ["value_dependent", "data_dependent_shape"])
 @pytest.mark.parametrize("options", [{"matrix": True}, {"per_token": False}, {}])
-def test_influence_is_that_of_the_loop_when_vmap_cannot(model: str, options: dict[str, bool]) -> None:
+def test_influence_is_equal_when_vmap_fails(model: str, options: dict[str, bool]) -> None:
     params, batch = problem(6)
     state = random_adamw_state(torch.Generator().manual_seed(1), params)
     on: dict[str, Any] = {"apply": policy(model)}
-    out, short = (fx.influence(params, batch, batch, state, **on, **given) for given in (options, {"stderr": False}))
-    scale = float(short.per_sequence.abs().sum())
-    torch.testing.assert_close(out.per_sequence, short.per_sequence, rtol=0, atol=BOUND * scale)
+    out, by_jvp = (
+        fx.influence(params, batch, batch, state, **on, **selected) for selected in (options, {"stderr": False})
+    )
+    scale = float(by_jvp.per_sequence.abs().sum())
+    torch.testing.assert_close(out.per_sequence, by_jvp.per_sequence, rtol=0, atol=BOUND * scale)
     assert scale > 0
     if out.matrix is not None:
-        torch.testing.assert_close(out.matrix.sum(0), short.per_sequence, rtol=0, atol=BOUND * scale)
+        torch.testing.assert_close(out.matrix.sum(0), by_jvp.per_sequence, rtol=0, atol=BOUND * scale)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_steps_are_the_same_one_by_one_when_vmap_cannot(model: str) -> None:
+def test_snis_sweep_loops_when_vmap_fails(model: str) -> None:
     params, batch = problem()
     apply, generator = policy(model), torch.Generator().manual_seed(4)
     block = [random_direction(generator, params) for _ in range(3)]
@@ -128,12 +130,12 @@ def test_steps_are_the_same_one_by_one_when_vmap_cannot(model: str) -> None:
     swept = measure(stacked, [0.0, 0.3]).delta_h
     assert torch.equal(swept[0], torch.zeros(3, dtype=torch.float64))
     for k, v in enumerate(block):
-        alone = fx.snis_delta(params, v, 0.3, batch, apply=apply).delta_h
-        torch.testing.assert_close(alone, swept[1, k], rtol=0, atol=BOUND)
-        assert alone.abs() > 1e-4
+        single = fx.snis_delta(params, v, 0.3, batch, apply=apply).delta_h
+        torch.testing.assert_close(single, swept[1, k], rtol=0, atol=BOUND)
+        assert single.abs() > 1e-4
 
 
-def test_one_direction_takes_no_vmap() -> None:
+def test_snis_delta_takes_no_vmap() -> None:
     seen = []
 
     def apply(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -149,21 +151,21 @@ def test_one_direction_takes_no_vmap() -> None:
     assert fx.snis_delta(params, v, 0.0, batch, apply=plain).delta_h == 0
 
 
-@pytest.mark.parametrize("model", ["looks", "chooses_tokens", "writes"])
+@pytest.mark.parametrize("model", ["value_dependent", "data_dependent_shape", "in_place_write"])
 def test_per_sample_grads_names_the_remedy_when_vmap_fails(model: str) -> None:
     params, batch = problem()
     loss = fx.rollout_loss(policy(model))
     with pytest.raises(RuntimeError, match=r"loss_fn fails under torch.func.vmap.* Pass chunk_size=1"):
         fx.per_sample_grads(loss, params, batch)
-    found, expected = fx.per_sample_grads(loss, params, batch, chunk_size=1), looped(policy(model), params, batch)
+    grads, expected = fx.per_sample_grads(loss, params, batch, chunk_size=1), looped(policy(model), params, batch)
     for name, g in expected.items():
-        assert torch.equal(found[name], g)
+        assert torch.equal(grads[name], g)
 
 
-def test_per_sample_grads_are_zero_for_a_loss_of_no_parameter() -> None:
+def test_per_sample_grads_are_0_for_a_loss_of_no_parameter() -> None:
     params, batch = problem()
-    found = fx.per_sample_grads(lambda p, row: row.input_ids.double().sum(), params, batch, chunk_size=1)
-    assert all(torch.equal(g, torch.zeros_like(g)) and len(g) == 4 for g in found.values())
+    grads = fx.per_sample_grads(lambda p, row: row.input_ids.double().sum(), params, batch, chunk_size=1)
+    assert all(torch.equal(g, torch.zeros_like(g)) and len(g) == 4 for g in grads.values())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
@@ -179,7 +181,7 @@ def test_per_sample_grads_refuses_random_losses(chunk_size: int | None) -> None:
         gradient_gram(params, batch, batch, params, apply)
 
 
-def test_a_failed_pass_leaves_the_policy_as_it_was() -> None:
+def test_failed_passes_leave_no_modes_or_transforms() -> None:
     """The failure is inside the model, in forward mode, under vmap and in reverse mode."""
     params, batch = problem()
     state = random_adamw_state(torch.Generator().manual_seed(1), params)
@@ -210,22 +212,22 @@ def test_a_failed_pass_leaves_the_policy_as_it_was() -> None:
             assert torch.equal(again(), value)
 
 
-@pytest.mark.parametrize("model", ["looks", "chooses_tokens", "writes"])
-def test_second_derivative_needs_no_transformation(model: str) -> None:
+@pytest.mark.parametrize("model", ["value_dependent", "data_dependent_shape", "in_place_write"])
+def test_curvature_matches_central_differences(model: str) -> None:
     """Against the central difference of the first, whose error is of order step^2."""
     params, batch = problem()
     v = random_direction(torch.Generator().manual_seed(4), params, 1.0)
     apply, step = policy(model), 1e-4
-    found = fx.jvp_delta(params, v, batch, apply=apply)
+    grads = fx.jvp_delta(params, v, batch, apply=apply)
     weighted = batch._replace(entropy_coefficients=batch.completion_mask.double())
 
-    def slope(eta: float) -> Tensor:
+    def first_derivative(eta: float) -> Tensor:
         at = {name: p + eta * v[name] for name, p in params.items()}
         return -dot(batch_gradient(at, weighted, apply), v)
 
-    expected = (slope(step) - slope(-step)) / (2 * step)
+    expected = (first_derivative(step) - first_derivative(-step)) / (2 * step)
     second_derivative = curvature(params, v, weighted, apply)
     torch.testing.assert_close(second_derivative, expected, rtol=step, atol=0)
-    assert found.second.isfinite()
-    nothing = curvature(params, {name: torch.zeros_like(p) for name, p in params.items()}, weighted, apply)
-    assert nothing == 0
+    assert grads.second.isfinite()
+    zero = curvature(params, {name: torch.zeros_like(p) for name, p in params.items()}, weighted, apply)
+    assert zero == 0

@@ -1,4 +1,4 @@
-"""Token values and their derivatives: against the literal loop, and where careless arithmetic gives NaN or nothing."""
+"""Token values and their derivatives against the reference, and where careless arithmetic gives NaN or 0."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def finite(tree: dict[str, Tensor | None]) -> bool:
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_token_values_are_the_literal_loops(padding: Any, temperature: float, chunk_size: int | None) -> None:
+def test_all_token_values_matches_the_reference(padding: Any, temperature: float, chunk_size: int | None) -> None:
     apply, params = policy()
     batch = batch_of(padding=padding, gaps=True, min_len=0)
-    slow = reference.token_values(apply, params, batch, temperature)
-    fast = all_token_values(params, batch, apply, temperature, chunk_size)
-    assert_close(fast.logprobs, slow.logprobs)
-    assert_close(fast.entropies, slow.entropies)
-    assert not fast.logprobs[~batch.completion_mask].any()
-    assert not fast.entropies[~batch.completion_mask].any()
+    by_reference = reference.token_values(apply, params, batch, temperature)
+    values = all_token_values(params, batch, apply, temperature, chunk_size)
+    assert_close(values.logprobs, by_reference.logprobs)
+    assert_close(values.entropies, by_reference.entropies)
+    assert not values.logprobs[~batch.completion_mask].any()
+    assert not values.entropies[~batch.completion_mask].any()
 
 
-def test_the_temperature_divides_the_logits_before_both() -> None:
+def test_token_values_divide_logits_by_temperature() -> None:
     apply, params = policy()
     batch = batch_of()
     logits = apply(params, batch.input_ids, batch.attention_mask)
@@ -76,7 +76,7 @@ def test_the_temperature_divides_the_logits_before_both() -> None:
 
 
 def barred(apply: Apply) -> Apply:
-    """The policy with token 0 forbidden, as a grammar or a vocabulary padded to a round number has it."""
+    """Return the policy with token 0 forbidden, as by a grammar or a vocabulary padded to a round number."""
 
     def masked(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         logits = apply(params, input_ids, attention_mask)
@@ -85,7 +85,7 @@ def barred(apply: Apply) -> Apply:
     return masked
 
 
-def test_logits_of_minus_infinity_give_no_nan_in_values_or_derivatives() -> None:
+def test_token_values_and_derivatives_are_finite_with_inf_logits() -> None:
     plain, params = policy()
     apply, batch = barred(plain), batch_of()
     batch = batch._replace(input_ids=batch.input_ids.clamp(min=1), entropy_coefficients=batch.coefficients)
@@ -95,20 +95,20 @@ def test_logits_of_minus_infinity_give_no_nan_in_values_or_derivatives() -> None
 
     values = fx.token_values(params, batch, apply)
     assert values.entropies.max() <= math.log(VOCAB - 1)
-    # The forbidden token is as if it were not there.
+    # The result is that of a vocabulary without the forbidden token.
     shifted = batch._replace(input_ids=batch.input_ids - 1)
     reduced = fx.token_values(params, shifted, lambda p, ids, mask: four_tokens(p, batch.input_ids, mask))
     assert_close(values.logprobs, reduced.logprobs)
     assert_close(values.entropies, reduced.entropies)
     g = batch_gradient(params, batch, apply)
-    slow = reference.add(reference.sequence_gradients(apply, params, batch))
+    by_reference = reference.add(reference.sequence_gradients(apply, params, batch))
     for name in params:
-        assert_close(g[name], slow[name])
+        assert_close(g[name], by_reference[name])
     direction = direction_like(params)
-    slopes = token_jvp(params, direction, batch, apply)
-    along = -sum(float((batch.coefficients * d).sum()) for d in slopes)
-    size = sum(float((slow[name] * v).abs().sum()) for name, v in direction.items())
-    assert_close_to_rounding(along, reference.inner(slow, direction), terms=TINY_POLICY, scale=size)
+    derivatives = token_jvp(params, direction, batch, apply)
+    inner = -sum(float((batch.coefficients * d).sum()) for d in derivatives)
+    size = sum(float((by_reference[name] * v).abs().sum()) for name, v in direction.items())
+    assert_close_to_rounding(inner, reference.inner(by_reference, direction), terms=TINY_POLICY, scale=size)
     per_row = fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
     assert finite(per_row)
     out = fx.jvp_delta(params, direction, batch, apply=apply)
@@ -116,7 +116,7 @@ def test_logits_of_minus_infinity_give_no_nan_in_values_or_derivatives() -> None
     assert out.second.isfinite()
 
 
-def test_rows_without_any_attended_token_give_no_nan() -> None:
+def test_token_values_are_finite_for_unattended_rows() -> None:
     apply, params = policy()
     batch = batch_of(4)
     off = torch.tensor([True, False, False, True])[:, None]
@@ -127,7 +127,7 @@ def test_rows_without_any_attended_token_give_no_nan() -> None:
     )
 
     def attention_gives_nan(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What a softmax over -inf alone leaves in such a row's logits."""
+        """Put NaN into the logits of unattended rows, as a softmax over zero but -inf does."""
         logits = apply(params, input_ids, attention_mask)
         return logits + torch.where(attention_mask.any(-1), 0.0, math.nan)[:, None, None]
 
@@ -137,9 +137,9 @@ def test_rows_without_any_attended_token_give_no_nan() -> None:
         assert_close(values.logprobs[1:3], fx.token_values(params, few, apply).logprobs)
         assert not values.logprobs[[0, 3]].any()
         assert not values.entropies[[0, 3]].any()
-        slopes = token_jvp(params, direction_like(params), blank, policy_)
-        assert slopes.logprobs.isfinite().all()
-        assert slopes.entropies.isfinite().all()
+        derivatives = token_jvp(params, direction_like(params), blank, policy_)
+        assert derivatives.logprobs.isfinite().all()
+        assert derivatives.entropies.isfinite().all()
         state = random_adamw_state(generator(3), params)
         out = fx.influence(params, blank, blank, state, apply=policy_, matrix=True)
         small = fx.influence(params, few, blank, state, apply=apply, matrix=True)
@@ -148,7 +148,7 @@ def test_rows_without_any_attended_token_give_no_nan() -> None:
         assert not out.matrix[:, [0, 3]].any()
 
 
-def test_a_row_without_a_completion_token_contributes_0_and_counts_in_n() -> None:
+def test_empty_completion_contributes_0_and_counts_in_n() -> None:
     apply, params = policy()
     full = batch_of(4)
     empty = Batch(*(torch.cat([x, x[:1]]) for x in full[:4]))
@@ -164,8 +164,8 @@ def test_a_row_without_a_completion_token_contributes_0_and_counts_in_n() -> Non
         out = fx.influence(params, empty, empty, state, matrix=True, **options)
         assert out.per_sequence[-1] == 0
         assert not out.matrix[:, -1].any()
-        slow = reference.influence(apply, params, empty, empty, state, estimator, "sequence")
-        assert_close(out.matrix, slow.matrix)
+        by_reference = reference.influence(apply, params, empty, empty, state, estimator, "sequence")
+        assert_close(out.matrix, by_reference.matrix)
         moved = fx.snis_delta(params, direction, 0.3, empty, **options)
         expected = reference.snis_delta(apply, params, direction, 0.3, empty, estimator, "sequence")
         assert_close(moved.delta_h, expected.delta_h)
@@ -178,26 +178,26 @@ def test_a_row_without_a_completion_token_contributes_0_and_counts_in_n() -> Non
     assert not c[4].any()
 
 
-def test_a_gap_in_the_completion_mask_takes_a_token_out_and_moves_the_ranks_of_the_later_ones() -> None:
+def test_completion_mask_gap_shifts_later_ranks() -> None:
     apply, params = policy()
     batch = batch_of(3, min_len=WIDTH - 1)
     gap = batch.completion_mask.clone()
     gap[0, 3] = False
-    whole, cut = (
+    full, cut = (
         fx.token_values(params, batch, apply),
         fx.token_values(params, batch._replace(completion_mask=gap), apply),
     )
-    assert_close(cut.logprobs, whole.logprobs * gap)
-    assert_close(cut.entropies, whole.entropies * gap)
+    assert_close(cut.logprobs, full.logprobs * gap)
+    assert_close(cut.entropies, full.entropies * gap)
     done = completion_values(cut, gap)
-    kept = whole.logprobs[0, [1, 2, 4, 5, 6]]
+    scored = full.logprobs[0, [1, 2, 4, 5, 6]]
     assert done.logprobs.shape == (3, WIDTH - 1)
-    assert_close(done.logprobs[0], torch.cat([kept, torch.zeros(1, dtype=torch.float64)]))
+    assert_close(done.logprobs[0], torch.cat([scored, torch.zeros(1, dtype=torch.float64)]))
     assert done.ok.sum(-1).tolist() == [5, 6, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_promoted_before_the_softmax(dtype: torch.dtype) -> None:
+def test_token_values_promote_half_precision_logits(dtype: torch.dtype) -> None:
     apply, params = policy()
     batch = batch_of()
 
@@ -208,64 +208,64 @@ def test_half_precision_logits_are_promoted_before_the_softmax(dtype: torch.dtyp
         return rounded(params, input_ids, attention_mask).float()
 
     values, expected = fx.token_values(params, batch, rounded, 0.7), fx.token_values(params, batch, promoted, 0.7)
-    for found, wanted in zip(values, expected, strict=True):
-        assert found.dtype == torch.float32
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(values, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("factor", [1e-36, 1e-30, 1e-5, 1e30])
-def test_a_tiny_or_huge_direction_neither_vanishes_nor_overflows(factor: float) -> None:
+def test_token_jvp_is_exact_for_tiny_and_huge_directions(factor: float) -> None:
     apply, params = policy()
     params = {name: p.float() for name, p in params.items()}
     direction, batch = direction_like(params), batch_of()
     terms = policy_terms(params, batch.input_ids.shape[1], 2)
     plain = token_jvp(params, direction, batch, apply)
     scaled = token_jvp(params, {name: v * factor for name, v in direction.items()}, batch, apply)
-    for found, wanted in zip(scaled, plain, strict=True):
-        assert_close_to_rounding(found.double() / factor, wanted.double(), terms=terms, dtype=torch.float32)
+    for actual, expected in zip(scaled, plain, strict=True):
+        assert_close_to_rounding(actual.double() / factor, expected.double(), terms=terms, dtype=torch.float32)
     one, other = (
         fx.jvp_delta(params, {k: v * f for k, v in direction.items()}, batch, apply=apply) for f in (1, factor)
     )
-    near = {"terms": terms, "scale": one.contributions.abs().sum(), "dtype": torch.float32}
-    assert_close_to_rounding(other.first.item() / factor, one.first, **near)
-    near["scale"] = near["scale"] + one.second.abs()
-    assert_close_to_rounding(other.second.item() / factor**2, one.second, **near)
+    tolerance = {"terms": terms, "scale": one.contributions.abs().sum(), "dtype": torch.float32}
+    assert_close_to_rounding(other.first.item() / factor, one.first, **tolerance)
+    tolerance["scale"] = tolerance["scale"] + one.second.abs()
+    assert_close_to_rounding(other.second.item() / factor**2, one.second, **tolerance)
 
 
-def test_a_direction_beyond_half_precisions_range_is_taken_by_parameters_in_half_precision() -> None:
+def test_token_jvp_takes_directions_beyond_float16() -> None:
     apply, params = policy()
     params, factor = {name: p.half() for name, p in params.items()}, 2.0**20
     direction, batch = {name: v.float() for name, v in direction_like(params).items()}, batch_of()
     plain = token_jvp(params, direction, batch, apply)
     scaled = token_jvp(params, {name: v * factor for name, v in direction.items()}, batch, apply)
-    for found, wanted in zip(scaled, plain, strict=True):
-        assert found.dtype == torch.float32
-        assert torch.equal(found / factor, wanted)
-        assert wanted.any()
+    for actual, expected in zip(scaled, plain, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual / factor, expected)
+        assert expected.any()
 
 
-def test_a_direction_of_zeros_or_of_some_names_only_is_taken_as_it_is() -> None:
+def test_token_jvp_counts_absent_names_as_0() -> None:
     apply, params = policy()
     direction, batch = direction_like(params), batch_of()
-    nothing = token_jvp(params, {name: 0 * v for name, v in direction.items()}, batch, apply)
-    assert not nothing.logprobs.any()
-    assert not nothing.entropies.any()
+    zero = token_jvp(params, {name: 0 * v for name, v in direction.items()}, batch, apply)
+    assert not zero.logprobs.any()
+    assert not zero.entropies.any()
     absent = {name: v for name, v in direction.items() if "token" in name}
     padded = {name: v if name in absent else 0 * v for name, v in direction.items()}
-    for found, wanted in zip(
+    for actual, expected in zip(
         token_jvp(params, absent, batch, apply), token_jvp(params, padded, batch, apply), strict=True
     ):
-        assert torch.equal(found, wanted)
-        assert found.any()
+        assert torch.equal(actual, expected)
+        assert actual.any()
 
 
-def test_the_batch_gradient_is_none_where_backward_never_arrives() -> None:
+def test_batch_gradient_is_none_for_unreached_parameters() -> None:
     apply, params = policy(idle=True)
     batch = batch_of()
     g = batch_gradient(params, batch, apply, chunk_size=2)
     assert [name for name, x in g.items() if x is None] == ["idle"]
-    slow = reference.add(reference.sequence_gradients(apply, params, batch))
-    for name, expected in slow.items():
+    by_reference = reference.add(reference.sequence_gradients(apply, params, batch))
+    for name, expected in by_reference.items():
         assert (g[name] is None) == (expected is None)
         if expected is not None:
             assert_close(g[name], expected)
@@ -274,5 +274,5 @@ def test_the_batch_gradient_is_none_where_backward_never_arrives() -> None:
     step = fx.adamw_decompose(g, state, params)
     assert state.exp_avg["idle"].all()
     assert not step.direction["idle"].any()
-    kernel = gradient_gram(params, batch, batch, step.gain, apply)
-    assert kernel.isfinite().all()
+    gram = gradient_gram(params, batch, batch, step.gain, apply)
+    assert gram.isfinite().all()

@@ -135,7 +135,7 @@ def test_objectives_are_consistent(world: World, directions: list[Params], kind:
     def score(logprobs: Tensor, entropies: Tensor, batch: Batch) -> Tensor:
         return reward if kind == "reward" else (logprobs - theirs).sum(-1)
 
-    def objective(rows: Tensor) -> Objective:
+    def query(rows: Tensor) -> Objective:
         return fx.expected_reward(reward[rows]) if kind == "reward" else fx.kl_to_reference(theirs[rows])
 
     leaves = reference.tracked(world.params)
@@ -146,7 +146,7 @@ def test_objectives_are_consistent(world: World, directions: list[Params], kind:
     for _ in range(500):
         rows = world.draw(512, generator)
         values = select_values(world.values, rows)
-        weight = objective_coefficients(objective(rows), values, world.batch(rows))
+        weight = objective_coefficients(query(rows), values, world.batch(rows))
         draws.append(weighted_rows(weight, select_values(derivatives, rows)).sum(0))
     stacked = torch.stack(draws)
     assert (stacked.std(0) / math.sqrt(len(draws)) / truth.abs()).min() < 0.01

@@ -1,4 +1,4 @@
-"""A rank of tests/test_sharding.py: influences of models that FSDP2 has sharded, from this rank's rows."""
+"""Run on each rank of tests/distributed/test_engine.py: influences of FSDP2 models from this rank's rows."""
 
 from __future__ import annotations
 
@@ -12,31 +12,27 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fx_influence as fx
 from helpers.ranks import end_rank, global_mesh, save_result
-from helpers.ranks_policy import CASES, like, sharded
-from helpers.sharded_cases import Answers, compute_mesh_functions, rows_of_rank, sharded_batches, sharded_opt_state
+from helpers.ranks_policy import CASES, distribute_like, distribute_state, shard_model
+from helpers.sharded_cases import Results, compute_mesh_functions, rows_of_rank, sharded_batches, sharded_opt_state
 
 COUNTS = {2: ([9, 0], [4, 6]), 3: ([2, 3, 4], [1, 9, 0])}
-"""Rows of U and of E by rank."""
+"""Rows of the update and of the evaluation batch, by rank."""
 
 
-def influences(kind: str, mesh: DeviceMesh) -> Answers:
+def influences(kind: str, mesh: DeviceMesh) -> Results:
     make, how = CASES[kind]
-    whole = sharded_opt_state(fx.make_functional(make())[1])
-    apply, params = fx.make_functional(sharded(make(), how, mesh))
-    moments = {
-        field: {name: like(x, params[name]) for name, x in getattr(whole, field).items()}
-        for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    }
+    state = sharded_opt_state(fx.make_functional(make())[1])
+    apply, params = fx.make_functional(shard_model(make(), how, mesh))
     u, e = (
-        rows_of_rank(b, counts, dist.get_rank())
-        for b, counts in zip(sharded_batches(), COUNTS[mesh.size()], strict=True)
+        rows_of_rank(batch, counts, dist.get_rank())
+        for batch, counts in zip(sharded_batches(), COUNTS[mesh.size()], strict=True)
     )
-    return compute_mesh_functions(params, u, e, whole._replace(**moments), apply, like)
+    return compute_mesh_functions(params, u, e, distribute_state(state, params), apply, distribute_like)
 
 
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
     make, how = CASES["tiny float64"]
-    apply, params = fx.make_functional(sharded(make(), how, mesh))
+    apply, params = fx.make_functional(shard_model(make(), how, mesh))
     plain = sharded_opt_state(fx.make_functional(make())[1])
     u, e = sharded_batches()
     calls: dict[str, Callable[[], object]] = {
@@ -45,18 +41,18 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "state": lambda: fx.influence(params, u, e, plain, apply=apply),
         "mesh": lambda: fx.influence(params, u, e, plain, apply=apply, mesh=DeviceMesh("cpu", [dist.get_rank()])),
     }
-    told = {}
+    messages = {}
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r"\S") as raised:
             call()
-        told[name] = str(raised.value)
-    return told
+        messages[name] = str(raised.value)
+    return messages
 
 
 def main(out: str, *kinds: str) -> None:
     with global_mesh() as mesh:
-        answer: dict[str, Any] = {kind: influences(kind, mesh) for kind in kinds}
-        save_result(out, {**answer, "refusals": refusals(mesh)})
+        results: dict[str, Any] = {kind: influences(kind, mesh) for kind in kinds}
+        save_result(out, {**results, "refusals": refusals(mesh)})
 
 
 if __name__ == "__main__":

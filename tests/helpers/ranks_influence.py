@@ -1,4 +1,4 @@
-"""A rank of tests/test_sharding.py: the answers of ``sharded_cases`` from this rank's rows, and what it refuses."""
+"""Run on each rank of tests/distributed/test_engine.py: ``sharded_cases`` from this rank's rows, and its errors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.ranks import end_rank, global_mesh, save_result
 from helpers.sharded_cases import compute_all, qwen_case, rows_of_rank, shared_prompt_case, tiny_case
 
 COUNTS = {2: ([7, 0], [4, 7]), 3: ([2, 0, 5], [1, 8, 2]), 4: ([1, 2, 4, 0], [3, 0, 4, 4])}
-"""Rows of U and of E by rank."""
+"""Rows of the update and of the evaluation batch, by rank."""
 
 
-def sharded(state: dict[str, Any], counts: tuple[list[int], list[int]], rank: int) -> dict[str, Any]:
+def local_case(state: dict[str, Any], counts: tuple[list[int], list[int]], rank: int) -> dict[str, Any]:
     return {
         **state,
         **{f: rows_of_rank(state[f], c, rank) for f, c in zip(("batch_u", "batch_e"), counts, strict=True)},
@@ -27,34 +27,32 @@ def sharded(state: dict[str, Any], counts: tuple[list[int], list[int]], rank: in
 
 
 def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
-    """What every rank is told of a mistake that the last one alone has made."""
-    state, wrong = tiny_case(), rank == mesh.size() - 1
+    """Return the error that every rank gets for a mistake of the last rank only."""
+    state, is_wrong = tiny_case(), rank == mesh.size() - 1
 
     def influence(**changes: Any) -> None:
-        given = {**state, **(changes if wrong else {})}
-        fx.influence(**given, mesh=mesh)
+        fx.influence(**{**state, **(changes if is_wrong else {})}, mesh=mesh)
 
-    alone = dist.new_subgroups(group_size=1)[0]
+    single_rank = dist.new_subgroups(group_size=1)[0]
 
     def summed_activations(params: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # as a tensor-parallel layer of one's own would have it, but with nothing to add
-        return all_reduce(state["apply"](params, ids, mask), "sum", alone)
+        # As in a custom tensor-parallel layer, but over one rank, so that the values stay as they are.
+        return all_reduce(state["apply"](params, ids, mask), "sum", single_rank)
 
     def lost_tangent() -> None:
-        same = {**state, "apply": summed_activations}
-        fx.influence(**same, mesh=mesh, stderr=False)
+        fx.influence(**{**state, "apply": summed_activations}, mesh=mesh, stderr=False)
 
-    moved = {**state["params"], "head.bias": state["params"]["head.bias"] + 1e-9}
+    perturbed = {**state["params"], "head.bias": state["params"]["head.bias"] + 1e-9}
     e = state["batch_e"]
     calls: dict[str, Callable[[], object]] = {
         "temperature": lambda: influence(temperature=0.9),
-        "parameters": lambda: influence(params=moved),
+        "parameters": lambda: influence(params=perturbed),
         "steps": lambda: influence(opt_state=state["opt_state"]._replace(step=dict.fromkeys(state["params"], 1))),
         "shapes": lambda: influence(batch_e=e._replace(completion_mask=e.completion_mask[:, 1:])),
         "fields": lambda: influence(batch_e=e._replace(group=None)),
         "direction": lambda: fx.snis_delta(
             state["params"],
-            {"absent" if wrong else "head.bias": moved["head.bias"]},
+            {"absent" if is_wrong else "head.bias": perturbed["head.bias"]},
             0.1,
             e,
             apply=state["apply"],
@@ -63,26 +61,26 @@ def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
         "nothing": lambda: influence(),
         "lost tangent": lost_tangent,
     }
-    told = {}
+    messages = {}
     for name, call in calls.items():
         try:
             call()
-            told[name] = "no error"
+            messages[name] = "no error"
         except (ValueError, fx.IdentityError) as error:
-            told[name] = f"{type(error).__name__}: {error}"
-    return told
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
 
 
 def main(out: str, *shape: str) -> None:
     with global_mesh(*map(int, shape)) as mesh:
         rank = dist.get_rank()
         counts = COUNTS[mesh.size()]
-        answer: dict[str, Any] = {"tiny": compute_all(sharded(tiny_case(), counts, rank), mesh)}
+        results: dict[str, Any] = {"tiny": compute_all(local_case(tiny_case(), counts, rank), mesh)}
         if mesh.size() == 2:
-            answer["prompts"] = compute_all(sharded(shared_prompt_case(), ([3, 5], [7, 5]), rank), mesh)
-            answer["qwen"] = compute_all(sharded(qwen_case(), ([3, 6], [5, 5]), rank), mesh)
-            answer["refusals"] = refusals(mesh, rank)
-        save_result(out, answer)
+            results["prompts"] = compute_all(local_case(shared_prompt_case(), ([3, 5], [7, 5]), rank), mesh)
+            results["qwen"] = compute_all(local_case(qwen_case(), ([3, 6], [5, 5]), rank), mesh)
+            results["refusals"] = refusals(mesh, rank)
+        save_result(out, results)
 
 
 if __name__ == "__main__":

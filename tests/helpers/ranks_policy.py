@@ -1,4 +1,4 @@
-"""A rank of tests/test_sharded_policy.py: passes over sharded models, and their distance from a whole model's."""
+"""Run on each rank of test_sharded_policy: passes over sharded models, compared with unsharded ones."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
-from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
+from fx_influence.autodiff.gradients import as_leaves, batch_gradient, gradient_with_cache, reweighted_gradient
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import accumulate, dot, dot_by_name, largest_entry, multiply
-from fx_influence.distributed import fsdp_gather as gathering
-from fx_influence.distributed import fsdp_units as units
+from fx_influence.distributed import fsdp_gather, fsdp_units
 from fx_influence.optim.adamw import adamw_decompose
 from fx_influence.types import AdamWState, Batch, Params
 from helpers.cases import TinyPolicy, random_adamw_state, random_batch, random_direction
@@ -40,7 +39,7 @@ VOCAB, LAYERS = 41, 3
 
 
 def qwen(tied: bool) -> nn.Module:
-    """Of dimensions that neither 2 nor 3 ranks divide evenly."""
+    """Return a Qwen2 whose dimensions neither 2 nor 3 ranks divide evenly."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -76,25 +75,25 @@ def tiny() -> nn.Module:
     return TinyPolicy(vocab=VOCAB, dim=4, layers=3, max_len=32, tied=True, idle=True, dropout=0.1)
 
 
-class Fickle(nn.Module):
-    """Not every batch reaches every parameter, in a unit or out of it, and no batch all."""
+class PartlyReached(nn.Module):
+    """Model in which some parameters, in a unit and outside, are reached by long batches only and some by none."""
 
     def __init__(self, inner: bool = False) -> None:
         super().__init__()
         self.token = nn.Embedding(VOCAB, 4)
         self.often, self.rarely, self.never = (nn.Linear(4, 4 if inner else VOCAB) for _ in range(3))
         if not inner:
-            self.block = Fickle(inner=True)
+            self.block = PartlyReached(inner=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.block(ids) if hasattr(self, "block") else self.token(ids)
         return self.often(x) + (self.rarely(x) if ids.shape[1] > 5 else 0)
 
 
-def fickle(mesh: DeviceMesh) -> dict[str, float]:
-    """Rank 0 alone has a batch that reaches some of the parameters."""
+def partly_reached(mesh: DeviceMesh) -> dict[str, float]:
+    """Return gradient error and number of gradients where only rank 0's batch reaches some of the parameters."""
     torch.manual_seed(0)
-    model = Fickle().double()
+    model = PartlyReached().double()
     apply, params = fx.make_functional(copy.deepcopy(model))
     fully_shard(model.block, mesh=mesh)
     policy, shards = fx.make_functional(fully_shard(model, mesh=mesh))
@@ -102,20 +101,21 @@ def fickle(mesh: DeviceMesh) -> dict[str, float]:
     expected: Any = dict.fromkeys(params)
     for batch in batches:
         accumulate(expected, batch_gradient(params, batch, apply).items())
-    unsharded, here, _ = policy.unsharded(shards)
-    found = policy.closed(batch_gradient(here, batches[dist.get_rank()], unsharded), shards)
-    return {"gradient": error(found, expected), "reached": sum(g is not None for g in found.values())}
+    unsharded = policy.unshard(shards)
+    local = batch_gradient(unsharded.params, batches[dist.get_rank()], unsharded.policy)
+    gradient = policy.reduce_and_reshard(local, shards)
+    return {"gradient": error(gradient, expected), "reached": sum(g is not None for g in gradient.values())}
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "qwen2 tied": (lambda: qwen(True), "layers"),
-    "qwen2 untied, its embedding apart": (lambda: qwen(False), "layers and embeddings"),
+    "qwen2 untied, embeddings as units": (lambda: qwen(False), "layers and embeddings"),
     "qwen2 lora": (lambda: lora(qwen(True)), "layers"),
     "qwen2 bfloat16, lora": (lambda: lora(qwen(True).bfloat16()), "layers"),
     "gpt2 float64": (gpt2, "layers"),
     "tiny float64": (tiny, "layers"),
-    "tiny float64, units in units": (tiny, "linear maps too"),
-    "tiny float64, root alone": (tiny, "root"),
+    "tiny float64, nested units": (tiny, "linear maps too"),
+    "tiny float64, root only": (tiny, "root"),
     "tiny float64, by columns": (tiny, "columns"),
 }
 
@@ -124,7 +124,8 @@ def last_axis(p: nn.Parameter) -> Shard:
     return Shard(p.ndim - 1)
 
 
-def sharded(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
+def shard_model(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
+    """Shard the model in place and return it; ``how``: which modules become units, see ``CASES``."""
     for module in reversed(list(model.modules())):
         kind = type(module).__name__
         layer = kind in ("Block", "GPT2Block", "Qwen2DecoderLayer")
@@ -135,33 +136,33 @@ def sharded(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def whole(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def like(x: Tensor, p: DTensor) -> Tensor:
+def distribute_like(x: Tensor, p: DTensor) -> Tensor:
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def error(actual: Any, expected: Any) -> float:
-    """The largest difference over the largest value of all entries; 9 where one is None and the other is not."""
+    """Return the largest difference over the largest value of all entries; 9 where exactly one of two is None."""
     if not isinstance(actual, dict):
         actual, expected = {"": actual}, {"": expected}
     if actual.keys() != expected.keys() or any((actual[k] is None) != (expected[k] is None) for k in actual):
         return 9.0
-    pairs = [(whole(actual[k]).double(), expected[k].double()) for k in actual if actual[k] is not None]
+    pairs = [(full(actual[k]).double(), expected[k].double()) for k in actual if actual[k] is not None]
     return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
 
 
-def all_rows(own: Tensor) -> Tensor:
-    """Of every rank, in the order of the ranks."""
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own)
-    return torch.cat(found)
+def all_rows(local: Tensor) -> Tensor:
+    """Return the rows of every rank, in the order of the ranks."""
+    by_rank = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_rank, local)
+    return torch.cat(by_rank)
 
 
-def moments(model: nn.Module) -> list[Any]:
-    """All that make_functional is to leave as it is."""
+def fingerprint(model: nn.Module) -> list[Any]:
+    """Return everything of the model that make_functional must not change."""
     return [
         [
             (name, type(m), m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks))
@@ -171,206 +172,229 @@ def moments(model: nn.Module) -> list[Any]:
     ]
 
 
-def measured(kind: str, mesh: DeviceMesh) -> dict[str, float]:
-    """Errors of every pass over a sharded model against one process with the whole model and all rows."""
+def pass_errors(kind: str, mesh: DeviceMesh) -> dict[str, float]:
+    """Return the error of every pass over a sharded model against one process with the full model and all rows."""
     make, how = CASES[kind]
-    own = "emb" in kind
     apply, params = fx.make_functional(make())
-    model = sharded(make(), how, mesh)
-    before = moments(model)
+    model = shard_model(make(), how, mesh)
+    before = fingerprint(model)
     policy, shards = fx.make_functional(model)
-    out = {"model changed": float(moments(model) != before)}
+    out = {"model changed": float(fingerprint(model) != before)}
     generator = torch.Generator().manual_seed(1)
-    batch = random_batch(
-        generator, 2 * mesh.size(), 14, VOCAB, entropy_coefficients=True, gaps=True, padding="left" if own else "right"
-    )
+    padding: Any = "left" if "emb" in kind else "right"
+    batch = random_batch(generator, 2 * mesh.size(), 14, VOCAB, entropy_coefficients=True, gaps=True, padding=padding)
     rank = dist.get_rank()
-    mine = select_rows(batch, slice(2 * rank, 2 * rank + 2))
+    local = select_rows(batch, slice(2 * rank, 2 * rank + 2))
     direction = random_direction(generator, params)
-    v = {name: like(x, shards[name]) for name, x in direction.items()}
+    v = {name: distribute_like(x, shards[name]) for name, x in direction.items()}
 
-    # apply itself, and every pass between opened and closed
-    out["logits"] = error(all_rows(policy(shards, *mine[:2])), apply(params, *batch[:2]))
-    unsharded, here, along = policy.unsharded(shards, v)
-    values = all_token_values(here, mine, unsharded, 0.7)
+    # apply, and every pass between unshard and reduce_and_reshard
+    out["logits"] = error(
+        all_rows(policy(shards, local.input_ids, local.attention_mask)),
+        apply(params, batch.input_ids, batch.attention_mask),
+    )
+    unsharded, unsharded_params, tangent = policy.unshard(shards, v)
+    values = all_token_values(unsharded_params, local, unsharded, 0.7)
     out["values"] = max(
         error(all_rows(x), y) for x, y in zip(values, all_token_values(params, batch, apply, 0.7), strict=True)
     )
-    found = policy.closed(batch_gradient(here, mine, unsharded, 0.7, chunk_size=1), shards)
-    g = batch_gradient(params, batch, apply, 0.7, chunk_size=1)
-    out["gradient"] = error(found, g)
+    gradient = batch_gradient(unsharded_params, local, unsharded, 0.7, chunk_size=1)
+    gradient = policy.reduce_and_reshard(gradient, shards)
+    expected_gradient = batch_gradient(params, batch, apply, 0.7, chunk_size=1)
+    out["gradient"] = error(gradient, expected_gradient)
     out["placements"] = float(
-        any(x is not None and x.placements != shards[name].placements for name, x in found.items())
+        any(x is not None and x.placements != shards[name].placements for name, x in gradient.items())
     )
-    for name, budget in {"nothing kept": 0, "graphs kept": 2**30}.items():
-        weighted = reweighted_gradient(here, mine, unsharded, lambda values: mine, 0.7, 1, budget)[1]
-        out[f"weighted, {name}"] = error(policy.closed(weighted, shards), g)
-    slopes = token_jvp(here, along, mine, unsharded, 0.7, chunk_size=1)
+    for name, budget in {"nothing cached": 0, "graphs cached": 2**30}.items():
+        reweighted = reweighted_gradient(unsharded_params, local, unsharded, lambda values: local, 0.7, 1, budget)[1]
+        out[f"reweighted, {name}"] = error(policy.reduce_and_reshard(reweighted, shards), expected_gradient)
+    derivatives = token_jvp(unsharded_params, tangent, local, unsharded, 0.7, chunk_size=1)
     expected = token_jvp(params, direction, batch, apply, 0.7, chunk_size=1)
-    out["jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
-    again, caches = gradient_with_cache(here, mine, unsharded, 0.7, 1, memory_budget=2**30)
-    out["taped gradient"] = error(policy.closed(again, shards), g)
-    all_tapes = gradient_with_cache(params, batch, apply, 0.7, 1, memory_budget=2**30)[1]
-    out["tapes lost"] = float({cache is None for cache in caches} != {cache is None for cache in all_tapes})
-    slopes = token_jvp(here, along, mine, unsharded, 0.7, 1, caches)
-    expected = token_jvp(params, direction, batch, apply, 0.7, 1, all_tapes)
-    out["taped jvp"] = max(error(all_rows(x), y) for x, y in zip(slopes, expected, strict=True))
-    with_all_derivatives, wide = policy.with_all_derivatives(), policy.with_min_precision(torch.float64)
-    out["whole"] = error(
-        policy.closed(batch_gradient(here, mine, with_all_derivatives.unsharded(shards)[0], 0.7, chunk_size=1), shards),
+    out["jvp"] = max(error(all_rows(x), y) for x, y in zip(derivatives, expected, strict=True))
+    cached_gradient, caches = gradient_with_cache(unsharded_params, local, unsharded, 0.7, 1, memory_budget=2**30)
+    out["gradient with cache"] = error(policy.reduce_and_reshard(cached_gradient, shards), expected_gradient)
+    expected_caches = gradient_with_cache(params, batch, apply, 0.7, 1, memory_budget=2**30)[1]
+    out["caches lost"] = float({cache is None for cache in caches} != {cache is None for cache in expected_caches})
+    derivatives = token_jvp(unsharded_params, tangent, local, unsharded, 0.7, 1, caches)
+    expected = token_jvp(params, direction, batch, apply, 0.7, 1, expected_caches)
+    out["jvp with cache"] = max(error(all_rows(x), y) for x, y in zip(derivatives, expected, strict=True))
+    differentiable, wide = policy.with_all_derivatives(), policy.with_min_precision(torch.float64)
+    all_derivatives = batch_gradient(unsharded_params, local, differentiable.unshard(shards)[0], 0.7, chunk_size=1)
+    out["all derivatives"] = error(
+        policy.reduce_and_reshard(all_derivatives, shards),
         batch_gradient(params, batch, apply.with_all_derivatives(), 0.7, chunk_size=1),
     )
-    out["widened"] = float(wide.compute_dtype != apply.with_min_precision(torch.float64).compute_dtype)
+    out["precision"] = float(wide.compute_dtype != apply.with_min_precision(torch.float64).compute_dtype)
 
     # algebra on DTensors
-    optimizer = random_adamw_state(generator, params, absent=[list(params)[1]])
-    dealt = AdamWState(*({n: like(x, shards[n]) for n, x in tree.items()} for tree in optimizer[:3]), *optimizer[3:])
+    state = random_adamw_state(generator, params, absent=[list(params)[1]])
+    sharded_state = distribute_state(state, shards)
     for preconditioner in ("frozen", "jacobian"):
-        step = adamw_decompose(found, dealt, shards, preconditioner, max_grad_norm=0.1)
-        reference = adamw_decompose(g, optimizer, params, preconditioner, max_grad_norm=0.1)
+        step = adamw_decompose(gradient, sharded_state, shards, preconditioner, max_grad_norm=0.1)
+        reference = adamw_decompose(expected_gradient, state, params, preconditioner, max_grad_norm=0.1)
         out[f"adamw {preconditioner}"] = max(error(x, y) for x, y in zip(step, reference, strict=True))
     out["clip"] = error(step.clip, reference.clip)
-    out["dot"] = error(dot(found, v), dot(g, direction))
-    out["dots"] = error(dot_by_name(found, v), dot_by_name(g, direction))
-    out["multiply"] = error(multiply(v, found), multiply(direction, g))
+    out["dot"] = error(dot(gradient, v), dot(expected_gradient, direction))
+    out["dot by name"] = error(dot_by_name(gradient, v), dot_by_name(expected_gradient, direction))
+    out["multiply"] = error(multiply(v, gradient), multiply(direction, expected_gradient))
     out["largest entry"] = abs(largest_entry(v) / largest_entry(direction) - 1)
     return out
 
 
-class Watched:
-    """A gathering whose buffers and results are watched."""
+def distribute_state(state: AdamWState, shards: Params) -> AdamWState:
+    """Return the state with its moments sharded as the parameters."""
+    moments = {
+        field: {name: distribute_like(x, shards[name]) for name, x in getattr(state, field).items()}
+        for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    }
+    return state._replace(**moments)
 
-    def __init__(self, watch: Watch, gathering: gathering.PendingGather) -> None:
-        self.watch, self.gathering = watch, gathering
-        self.wait = gathering.wait
-        # By the gathering's own life: a worker of gloo drops what it has sent a little later than its user.
-        watch.see_buffers(self, sum(x.nbytes for x in gathering.flat.values()))
 
-    def whole(self) -> list[Tensor]:
-        out = self.gathering.whole()
-        self.watch.see(out)
+class RecordedGather:
+    """All-gather whose buffers and results are reported to a ``TrafficRecorder``."""
+
+    def __init__(self, recorder: TrafficRecorder, gather: fsdp_gather.PendingGather) -> None:
+        self.recorder, self.gather = recorder, gather
+        self.wait = gather.wait
+        # Until this object ends, because a worker of gloo drops a buffer a little later than its user.
+        recorder.add_buffers(self, sum(x.nbytes for x in gather.buffers.values()))
+
+    def result(self) -> list[Tensor]:
+        out = self.gather.result()
+        self.recorder.add_results(out)
         return out
 
 
-class Watch:
-    """What is sent, when among the runs of units, and the most bytes of gathered tensors that are alive at once."""
+class TrafficRecorder:
+    """Record collectives, their order among the runs of units, and the peak bytes of gathered tensors.
+
+    ``sent``: kind and bytes of each collective. ``order``: g where an all-gather starts, r where a unit runs forward, s
+    where a unit's gradient is scattered. ``peak``: the most bytes alive at once.
+    """
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
         self.order = ""
-        self.most = 0
-        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._buffers = 0
+        self.peak = 0
+        self._results: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._buffer_bytes = 0
 
-    def see_buffers(self, owner: object, size: int) -> None:
-        self._buffers += size
-        weakref.finalize(owner, self._forget, size)
-        self.most = max(self.most, self.alive())
+    def add_buffers(self, owner: object, size: int) -> None:
+        self._buffer_bytes += size
+        weakref.finalize(owner, self._drop_buffers, size)
+        self.peak = max(self.peak, self.bytes_alive())
 
-    def _forget(self, size: int) -> None:
-        self._buffers -= size
+    def _drop_buffers(self, size: int) -> None:
+        self._buffer_bytes -= size
 
-    def see(self, tensors: list[Tensor]) -> None:
+    def add_results(self, tensors: list[Tensor]) -> None:
         for x in tensors:
             storage = x.untyped_storage()
-            self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.most = max(self.most, self.alive())
+            self._results[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.bytes_alive())
 
-    def alive(self) -> int:
-        return self._buffers + sum(size for ref, size in self._seen.values() if not ref.expired())
+    def bytes_alive(self) -> int:
+        return self._buffer_bytes + sum(size for ref, size in self._results.values() if not ref.expired())
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
-        def spy(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            def sent(out: Tensor, own: Tensor, **kwargs: Any) -> Any:
-                self.sent.append((kind, max(out.nbytes, own.nbytes)))
+    def recording(self) -> Iterator[TrafficRecorder]:
+        def record(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+            def call(out: Tensor, local: Tensor, **kwargs: Any) -> Any:
+                self.sent.append((kind, max(out.nbytes, local.nbytes)))
                 self.order += kind[0]
-                return call(out, own, **kwargs)
+                return collective(out, local, **kwargs)
 
-            return sent
-
-        holding = units._holding
+            return call
 
         def run(*args: Any) -> Any:
             self.order += "r"
-            return holding(*args)
+            return unit_weights(*args)
 
-        def gather(shards: Any) -> Any:
-            return Watched(self, gathering.gather(shards))
+        def start_all_gather(shards: Any) -> Any:
+            return RecordedGather(self, fsdp_gather.start_all_gather(shards))
 
+        unit_weights = fsdp_units.unit_weights
+        all_gather, scatter = fsdp_gather.all_gather_into, fsdp_gather.reduce_scatter_into
         with (
-            mock.patch.object(units, "gather", gather),
-            mock.patch.object(units, "_holding", run),
-            mock.patch.object(gathering, "all_gather_into", spy("gather", gathering.all_gather_into)),
-            mock.patch.object(gathering, "_scatter", spy("scatter", gathering._scatter)),
+            mock.patch.object(fsdp_units, "start_all_gather", start_all_gather),
+            mock.patch.object(fsdp_units, "unit_weights", run),
+            mock.patch.object(fsdp_gather, "all_gather_into", record("gather", all_gather)),
+            mock.patch.object(fsdp_gather, "reduce_scatter_into", record("scatter", scatter)),
         ):
             yield self
 
 
 def graph_bytes(policy: Any, params: Params, batch: Batch) -> int:
-    """Of what a graph keeps besides the parameters, as hooks of a caller's own see it."""
-    kept = {x.untyped_storage()._cdata for x in params.values() if not isinstance(x, DTensor)}
+    """Return the bytes that an autograd graph saves besides the parameters, as a caller's hooks see it."""
+    parameters = {x.untyped_storage()._cdata for x in params.values() if not isinstance(x, DTensor)}
     sizes = []
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        sizes.append(storage.nbytes() if storage._cdata not in kept else 0)
+        sizes.append(storage.nbytes() if storage._cdata not in parameters else 0)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        policy.split.backbone({name: p.detach().requires_grad_() for name, p in params.items()}, as_it_is(batch))
+        policy.split.backbone(as_leaves(params), single_micro_batch(batch))
     return sum(sizes)
 
 
-def frugality(mesh: DeviceMesh) -> dict[str, Any]:
-    """What is sent and kept in each kind of pass over a batch of two parts."""
+def padded_numel(parameters: list[Any], ranks: int) -> list[int]:
+    """Return the entries of each parameter once all shards have equal length."""
+    return [-(-p.shape[0] // ranks) * ranks * p[0].numel() for p in parameters]
+
+
+def traffic(mesh: DeviceMesh) -> dict[str, Any]:
+    """Return what each kind of pass over a batch of two micro-batches sends and holds."""
     torch.manual_seed(0)
     apply, params = fx.make_functional(qwen(True))
-    model = sharded(qwen(True), "layers", mesh)
-    policy, shards = fx.make_functional(model)
-    unit = [p for name, p in shards.items() if ".layers.0." in name]
-    padded = [-(-p.shape[0] // mesh.size()) * mesh.size() * p[0].numel() for p in unit]
-    loose = [p for name, p in shards.items() if ".layers." not in name]
-    padded_loose = [-(-p.shape[0] // mesh.size()) * mesh.size() * p[0].numel() for p in loose]
+    policy, shards = fx.make_functional(shard_model(qwen(True), "layers", mesh))
+    unit = padded_numel([p for name, p in shards.items() if ".layers.0." in name], mesh.size())
+    root = padded_numel([p for name, p in shards.items() if ".layers." not in name], mesh.size())
     out: dict[str, Any] = {
-        "unit": 4 * sum(padded),
-        "unit's gradient": 4 * sum(padded) + 4 * mesh.size() * len(padded),
-        "loose": 4 * sum(padded_loose),
-        "loose gradient": 4 * sum(padded_loose) + 4 * mesh.size() * len(padded_loose),
+        "unit": 4 * sum(unit),
+        "unit's gradient": 4 * sum(unit) + 4 * mesh.size() * len(unit),
+        "root": 4 * sum(root),
+        "root's gradient": 4 * sum(root) + 4 * mesh.size() * len(root),
     }
     generator = torch.Generator().manual_seed(1)
     batch = random_batch(generator, 2, 14, VOCAB)
-    v = {name: like(x, shards[name]) for name, x in random_direction(generator, params).items()}
+    v = {name: distribute_like(x, shards[name]) for name, x in random_direction(generator, params).items()}
     v = {name: x.float() for name, x in v.items()}
     results: list[Any] = []
 
-    def passed(name: str, call: Callable[[], Any]) -> None:
-        with Watch().watching() as watch:
+    def record(name: str, call: Callable[[], Any]) -> None:
+        with TrafficRecorder().recording() as recorder:
             results.append(call())
-        out[name] = {"sent": watch.sent, "order": watch.order, "most": watch.most, "left": watch.alive()}
+        out[name] = {
+            "sent": recorder.sent,
+            "order": recorder.order,
+            "peak": recorder.peak,
+            "left": recorder.bytes_alive(),
+        }
 
-    passed("opened", lambda: policy.unsharded(shards, v))
-    unsharded, here, along = results[-1]
-    passed("values", lambda: all_token_values(here, batch, unsharded, chunk_size=1))
-    passed("gradient", lambda: batch_gradient(here, batch, unsharded, chunk_size=1))
-    passed("closed", lambda: policy.closed(results[-1], shards))
-    passed("jvp", lambda: token_jvp(here, along, batch, unsharded, chunk_size=1))
-    leaves = {name: p.detach().requires_grad_() for name, p in here.items()}
-    passed("a graph that is kept", lambda: unsharded.split.backbone(leaves, as_it_is(batch)))
-    out["graph"] = graph_bytes(unsharded, here, batch), graph_bytes(apply, params, batch)
-    out["contraction"] = linearize_losses(here, batch, unsharded, 1.0, None, 2**30) is not None
+    record("unshard", lambda: policy.unshard(shards, v))
+    unsharded, unsharded_params, tangent = results[-1]
+    record("values", lambda: all_token_values(unsharded_params, batch, unsharded, chunk_size=1))
+    record("gradient", lambda: batch_gradient(unsharded_params, batch, unsharded, chunk_size=1))
+    record("reduce_and_reshard", lambda: policy.reduce_and_reshard(results[-1], shards))
+    record("jvp", lambda: token_jvp(unsharded_params, tangent, batch, unsharded, chunk_size=1))
+    leaves = as_leaves(unsharded_params)
+    record("held graph", lambda: unsharded.split.backbone(leaves, single_micro_batch(batch)))
+    out["graph bytes"] = graph_bytes(unsharded, unsharded_params, batch), graph_bytes(apply, params, batch)
+    out["linearized"] = linearize_losses(unsharded_params, batch, unsharded, 1.0, None, 2**30) is not None
     return out
 
 
-def as_it_is(batch: Batch) -> MicroBatch:
-    [part] = micro_batches(batch, len(batch.input_ids), left_alignable=False)
-    return part
+def single_micro_batch(batch: Batch) -> MicroBatch:
+    [micro_batch] = micro_batches(batch, len(batch.input_ids), left_alignable=False)
+    return micro_batch
 
 
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
-    """What every rank is told of models that cannot be read and of inputs that cannot be used."""
+    """Return the errors that every rank gets for unsupported models and inputs."""
 
-    def parallel(then: bool) -> nn.Module:
+    def parallel(shard_too: bool) -> nn.Module:
         model = tiny()
         plan = {
             f"blocks.{k}.{end}": style
@@ -380,7 +404,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         parallelize_module(model, init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "tp"))["tp"], plan)
         return (
             fully_shard(model, mesh=init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "tp"))["dp"])
-            if then
+            if shard_too
             else model
         )
 
@@ -390,55 +414,57 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         return model
 
     def gathered() -> nn.Module:
-        model = sharded(tiny(), "layers", mesh)
+        model = shard_model(tiny(), "layers", mesh)
         with torch.no_grad():
             model(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
         return model
 
     batch = random_batch(torch.Generator().manual_seed(0), 2, 9, VOCAB)
-    policy, shards = fx.make_functional(sharded(tiny(), "layers", mesh))
-    unsharded, here, _ = policy.unsharded(shards)
+    policy, shards = fx.make_functional(shard_model(tiny(), "layers", mesh))
+    unsharded, unsharded_params, _ = policy.unshard(shards)
     state = random_adamw_state(torch.Generator().manual_seed(0), fx.make_functional(tiny())[1])
-    dealt = AdamWState(*({n: like(x, shards[n]) for n, x in tree.items()} for tree in state[:3]), *state[3:])
+    sharded_state = distribute_state(state, shards)
     broken = {name: p.detach().clone() for name, p in shards.items()}
-    # In the shard of the last rank alone.
+    # Only in the shard of the last rank.
     if broken["norm.weight"].to_local().numel() and dist.get_rank() == mesh.size() - 1:
         broken["norm.weight"].to_local()[-1] = torch.nan
 
     def vmapped() -> None:
-        part, read = as_it_is(batch), unsharded.split.backbone_vmap
-        torch.func.vmap(lambda x: read(here, part._replace(input_ids=x)))(batch.input_ids.unsqueeze(1))
+        micro_batch, backbone = single_micro_batch(batch), unsharded.split.backbone_vmap
+        torch.func.vmap(lambda x: backbone(unsharded_params, micro_batch._replace(input_ids=x)))(
+            batch.input_ids.unsqueeze(1)
+        )
 
     calls: dict[str, Callable[[], object]] = {
         "tensor parallel": lambda: fx.make_functional(parallel(False)),
         "sharded twice": lambda: fx.make_functional(parallel(True)),
         "no root": lambda: fx.make_functional(without_root()),
         "gathered": lambda: fx.make_functional(gathered()),
-        "compiled": lambda: fx.make_functional(sharded(tiny(), "layers", mesh), compiled=True),
+        "compiled": lambda: fx.make_functional(shard_model(tiny(), "layers", mesh), compiled=True),
         "vmapped": vmapped,
-        "not finite": lambda: adamw_decompose(broken, dealt, shards),
+        "not finite": lambda: adamw_decompose(broken, sharded_state, shards),
         "plain state": lambda: adamw_decompose(shards, state, shards),
         "partial": lambda: largest_entry({"w": DTensor.from_local(torch.ones(2), mesh, [Partial()])}),
     }
-    told = {}
+    messages = {}
     for name, call in calls.items():
         try:
             call()
-            told[name] = "no error"
+            messages[name] = "no error"
         except ValueError as error:
-            told[name] = str(error)
-    return told
+            messages[name] = str(error)
+    return messages
 
 
 def main(out: str, shape: str, *kinds: str) -> None:
     with global_mesh() as mesh:
         if shape == "2,2":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        answer: dict[str, Any] = {kind: measured(kind, mesh) for kind in kinds}
-        answer["fickle"] = fickle(mesh)
+        results: dict[str, Any] = {kind: pass_errors(kind, mesh) for kind in kinds}
+        results["partly reached"] = partly_reached(mesh)
         if mesh.size() == 2:
-            answer |= {"frugality": frugality(mesh), "refusals": refusals(mesh)}
-        save_result(out, answer)
+            results |= {"traffic": traffic(mesh), "refusals": refusals(mesh)}
+        save_result(out, results)
 
 
 if __name__ == "__main__":

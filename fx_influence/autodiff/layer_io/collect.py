@@ -1,11 +1,11 @@
-"""Per-row gradients as factors: what enters each linear map and the gradient of what leaves it, from one plain pass."""
+"""Collect the layer IO of a micro-batch in one forward and one reverse pass, as in a training step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.layer_io.recorder import _Recorder, _Use
+from fx_influence.autodiff.layer_io.recorder import LayerRecorder
 from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs
 from fx_influence.autodiff.token_values import scaled_loss_weights
 from fx_influence.batching.microbatch import MicroBatch
@@ -16,123 +16,145 @@ from fx_influence.types import Apply, Batch, Gradients, Params
 
 
 def collect_layer_io(
-    params: Params, batch: Batch, part: MicroBatch, apply: Apply, names: frozenset[str], temperature: float = 1.0
+    params: Params,
+    batch: Batch,
+    micro_batch: MicroBatch,
+    apply: Apply,
+    names: frozenset[str],
+    temperature: float = 1.0,
 ) -> tuple[LayerIOs, Gradients]:
-    """Factors of the gradient of every row's rollout loss, for the parameters ``names``, see ``supported_names``.
+    """Return the layer IO of every row's rollout loss, and the gradient of the micro-batch's loss.
 
-    Rows stand in the order of ``part.row_index``. One forward and one reverse pass, as in a training step. The gradient
-    of the whole part's loss, at least float32, comes along for the parameters that require one; where none does, the
-    reverse pass stops short of the weights. Memory: inputs and output gradients of every use, (b, S, in + out), inputs
-    that uses share only once. Raises ``ValueError`` where a parameter of ``names`` is used in a way that has no factor.
+    One forward and one reverse pass. Memory: inputs and output gradients of every use, (b, S, in + out), inputs that
+    several uses share only once.
+
+    Args:
+        params: theta, by name. The reverse pass stops short of the weights where none requires a gradient.
+        batch: rollouts with coefficients, (B, T).
+        micro_batch: the rows to take, see ``micro_batches``.
+        apply: policy, see ``make_functional``.
+        names: the parameters whose layer IO is wanted, see ``supported_names``.
+        temperature: divisor of the logits.
+
+    Returns:
+        The layer IO by parameter, rows in the order of ``micro_batch.row_index``, and the gradient by name, at least
+        float32, of the parameters that require one.
+
+    Raises:
+        ValueError: where a parameter of ``names`` is used in a way that has no layer IO.
 
     Example:
+        >>> from torch.nn import functional as F
+        >>> from fx_influence.autodiff.layer_io.row_gradients import row_gradients
+        >>> from fx_influence.batching.microbatch import micro_batches
         >>> ids = torch.tensor([[1, 2], [1, 3]])
         >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True]] * 2), coefficients=torch.tensor([[0.0, 1.0]] * 2))
-        >>> from fx_influence.batching.microbatch import micro_batches
-        >>> [part], params = micro_batches(batch, None, left_alignable=False), {"w": torch.zeros(4, 4)}
+        >>> [micro_batch], params = micro_batches(batch, None, left_alignable=False), {"w": torch.zeros(4, 4)}
         >>> table = lambda p, ids, mask: F.embedding(ids, p["w"])
-        >>> factors, _ = collect_layer_io(params, batch, part, table, frozenset({"w"}))
-        >>> row_gradients(factors, "w", params["w"], slice(0, 4), rows=2)[0, 1].tolist()
+        >>> layer_ios, _ = collect_layer_io(params, batch, micro_batch, table, frozenset({"w"}))
+        >>> row_gradients(layer_ios, "w", params["w"], slice(0, 4), rows=2)[0, 1].tolist()
         [0.25, 0.25, -0.75, 0.25]
     """
-    policy, count = split_policy(apply), len(part.row_index)
+    policy, rows = split_policy(apply), len(micro_batch.row_index)
     total: Gradients = dict.fromkeys(params)
-    body = _Recorder(params, part.input_ids.shape, names)
-    with torch.enable_grad(), body:
-        features = policy.backbone_eager(params, part.input_ids, part.attention_mask)
-    weights = scaled_loss_weights(batch, part, policy)
+    backbone = LayerRecorder(params, micro_batch.input_ids.shape, names)
+    with torch.enable_grad(), backbone:
+        hidden = policy.backbone_eager(params, micro_batch.input_ids, micro_batch.attention_mask)
+    weights = scaled_loss_weights(batch, micro_batch, policy)
     if all(w is None for w in weights):
         return {}, total
-    head, toward = _through_head(params, features.detach(), part, weights, policy, names, temperature, total)
-    if body.unfactored() | head.unfactored():
-        name = min(body.unfactored() | head.unfactored())
-        raise ValueError(f"parameter {name!r} is used in a way that has no factor; leave it out of names")
-    factors = _factors(head, count)
-    if features.requires_grad:
-        accumulate(total, _differentiate(features, toward, body, params))
-        for name, uses in _factors(body, count).items():
-            factors[name] = uses + factors.get(name, [])
+    head, d_hidden = _through_head(params, hidden.detach(), micro_batch, weights, policy, names, temperature, total)
+    unsupported = backbone.unsupported() | head.unsupported()
+    if unsupported:
+        raise ValueError(
+            f"no layer-input rule for the operation that uses parameter {min(unsupported)!r}; exclude it from names"
+        )
+    layer_ios = head.layer_ios(rows)
+    if hidden.requires_grad:
+        accumulate(total, _differentiate(hidden, d_hidden, backbone, params))
+        for name, uses in backbone.layer_ios(rows).items():
+            layer_ios[name] = uses + layer_ios.get(name, [])
     if policy.loss_scale != 1:
-        factors = {name: [_unscaled(use, policy.loss_scale) for use in uses] for name, uses in factors.items()}
+        layer_ios = {name: [_unscaled(use, policy.loss_scale) for use in uses] for name, uses in layer_ios.items()}
         total = {name: None if g is None else g / policy.loss_scale for name, g in total.items()}
-    return factors, total
+    return layer_ios, total
 
 
 def _unscaled(use: LayerIO, loss_scale: float) -> LayerIO:
     return use._replace(grads=use.grads.to(promote(use.grads.dtype)) / loss_scale)
 
 
-_FEATURES = "what enters the head"
+_HIDDEN = "hidden states that enter the head"
+"""Key of the hidden states among the parameters of the head's reverse pass; no parameter has this name."""
 
 
 def _through_head(
     params: Params,
-    features: Tensor,
-    part: MicroBatch,
+    hidden: Tensor,
+    micro_batch: MicroBatch,
     weights: TokenWeights,
     policy: SplitPolicy,
     names: frozenset[str],
     temperature: float,
     total: Gradients,
-) -> tuple[_Recorder, Tensor]:
-    """What the head makes of the scored features, recorded, and the loss's gradient by all features."""
-    toward = torch.zeros_like(features)
-    at = part.row, part.position
-    if not _seen_in_head(params, features[:, :1], policy, names).uses:
-        toward[at], found = head_vjp(policy, params, features[at], part.targets, weights, temperature)
-        accumulate(total, found.items())
-        return _Recorder(params, features.shape[:2], frozenset()), toward
-    # Row by row: the scored tokens of each from the left, those of short rows followed by tokens of no weight.
-    counts = torch.bincount(part.row, minlength=len(features))
-    slot = torch.arange(len(part.row), device=part.row.device) - (counts.cumsum(0) - counts)[part.row]
-    shape = len(features), int(counts.max())
-    own = features.new_zeros(*shape, features.shape[-1]).index_put((part.row, slot), features[at]).requires_grad_()
-    targets = part.targets.new_zeros(shape).index_put((part.row, slot), part.targets)
-    c, b = (w if w is None else w.new_zeros(shape).index_put((part.row, slot), w) for w in weights)
-    recorder = _Recorder(params, own.shape[:2], names)
+) -> tuple[LayerRecorder, Tensor]:
+    """Run the head forward and backward on the scored hidden states.
+
+    Args:
+        params: theta, by name.
+        hidden: hidden states (b, L, d), detached.
+        micro_batch: tells which of them score a token.
+        weights: c and b of the scored tokens, (n,) each or None.
+        policy: the split policy.
+        names: the parameters to record.
+        temperature: divisor of the logits.
+        total: gradients by name, to which those through the head are added in place.
+
+    Returns:
+        The recorder of the head's uses, empty where the head uses none of ``names``, and the loss's gradient by all
+        hidden states, (b, L, d).
+    """
+    d_hidden = torch.zeros_like(hidden)
+    scored = micro_batch.row, micro_batch.position
+    if not record_head(params, hidden[:, :1], policy, names).uses:
+        d_hidden[scored], grads = head_vjp(policy, params, hidden[scored], micro_batch.targets, weights, temperature)
+        accumulate(total, grads.items())
+        return LayerRecorder(params, hidden.shape[:2], frozenset()), d_hidden
+    # One row of the head's input per rollout: its scored tokens from the left, then slots of zero weight.
+    counts = torch.bincount(micro_batch.row, minlength=len(hidden))
+    order = torch.arange(len(micro_batch.row), device=micro_batch.row.device)
+    slot = micro_batch.row, order - (counts.cumsum(0) - counts)[micro_batch.row]
+    shape = len(hidden), int(counts.max())
+    inputs = hidden.new_zeros(*shape, hidden.shape[-1]).index_put(slot, hidden[scored]).requires_grad_()
+    targets = micro_batch.targets.new_zeros(shape).index_put(slot, micro_batch.targets)
+    c, b = (w if w is None else w.new_zeros(shape).index_put(slot, w) for w in weights)
+    recorder = LayerRecorder(params, inputs.shape[:2], names)
     with torch.enable_grad(), recorder:
-        logits = policy.head(params, own.view_as(own))
+        # Pass a view: module hooks (e.g. FlopCounterMode) break when a leaf goes to autograd.grad.
+        logits = policy.head(params, inputs.view_as(inputs))
     d_logits = logit_gradient(logits.detach(), targets, (c, b), temperature)
-    found = dict(_differentiate(logits, d_logits, recorder, {_FEATURES: own, **params}))
-    d_own = found.pop(_FEATURES)
-    assert d_own is not None
-    toward[at] = d_own[part.row, slot]
-    accumulate(total, found.items())
-    return recorder, toward
+    by_name = dict(_differentiate(logits, d_logits, recorder, {_HIDDEN: inputs, **params}))
+    d_inputs = by_name.pop(_HIDDEN)
+    assert d_inputs is not None
+    d_hidden[scored] = d_inputs[slot]
+    accumulate(total, by_name.items())
+    return recorder, d_hidden
 
 
-def _seen_in_head(params: Params, features: Tensor, policy: SplitPolicy, names: frozenset[str]) -> _Recorder:
-    recorder = _Recorder(params, features.shape[:2], names)
+def record_head(params: Params, hidden: Tensor, policy: SplitPolicy, names: frozenset[str]) -> LayerRecorder:
+    """Return the recorder of the head's forward on hidden states (b, L, d), without an autograd graph."""
+    recorder = LayerRecorder(params, hidden.shape[:2], names)
     with torch.no_grad(), recorder:
-        policy.head(params, features)
+        policy.head(params, hidden)
     return recorder
 
 
 def _differentiate(
-    output: Tensor, toward: Tensor, recorder: _Recorder, params: Params
+    output: Tensor, d_output: Tensor, recorder: LayerRecorder, params: Params
 ) -> list[tuple[str, Tensor | None]]:
-    """Gradients of the parameters that require one, by name; those of the recorded uses are left with the uses."""
+    """Return gradients by name of the parameters that require one; leave those of the recorded uses in ``recorder``."""
     leaves = {name: p for name, p in params.items() if p.requires_grad}
-    wanted = [use.output for use in recorder.uses]
-    grads = torch.autograd.grad(output, [*wanted, *leaves.values()], toward, allow_unused=True)
-    recorder.grads = grads[: len(wanted)]
-    return list(zip(leaves, grads[len(wanted) :], strict=True))
-
-
-def _factor(use: _Use, g: Tensor, rows: int) -> LayerIO:
-    inputs = use.inputs if use.inputs is None or use.kind == "embedding" else _by_row(use.inputs.detach(), rows)
-    if use.padding is not None and inputs is not None:
-        g = g.masked_fill((inputs == use.padding).unsqueeze(-1), 0.0)
-    return LayerIO(use.kind, inputs, _by_row(g, rows))
-
-
-def _by_row(x: Tensor, rows: int) -> Tensor:
-    return x.reshape(rows, -1, x.shape[-1])
-
-
-def _factors(recorder: _Recorder, rows: int) -> LayerIOs:
-    factors: LayerIOs = {}
-    for use, g in zip(recorder.uses, recorder.grads, strict=True):
-        if g is not None:
-            factors.setdefault(use.name, []).append(_factor(use, g, rows))
-    return factors
+    outputs = [use.output for use in recorder.uses]
+    grads = torch.autograd.grad(output, [*outputs, *leaves.values()], d_output, allow_unused=True)
+    recorder.grads = grads[: len(outputs)]
+    return list(zip(leaves, grads[len(outputs) :], strict=True))

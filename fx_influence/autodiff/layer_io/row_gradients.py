@@ -1,30 +1,24 @@
-"""Gradients of the rows of a batch, as products of layer inputs and output gradients."""
+"""Gradients of a batch's rows, as products of the layer inputs and the output gradients of one plain reverse pass."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from fx_influence.core.tree import promote
-
-MAX_GRADIENT_ENTRIES = 2**24
-"""Entries of rows' gradients that ``inner_products`` forms at once: 64 MiB of float32."""
-
-
-BLOCK_COLUMNS = 1024
-"""Columns that a product of two blocks of gradients sums up at once."""
-
 
 Kind = Literal["linear", "transposed", "embedding", "scale", "shift"]
 
 
 class LayerIO(NamedTuple):
-    """One use of a parameter w in the forward of B rows; S positions each, ``grads`` (B, S, out) of what leaves it.
+    """Input and output gradient of one use of a parameter w in the forward of B rows with S positions each.
 
-    ``linear``: y = x w^T, ``inputs`` x (B, S, in). ``transposed``: y = x w. ``embedding``: ``inputs`` ids (B, S).
-    ``scale``: y = w x elementwise, ``inputs`` x (B, S, out). ``shift``: y = x + w, no inputs.
+    ``kind``: how w is used. ``linear``: y = x w^T, ``inputs`` x (B, S, in). ``transposed``: y = x w. ``embedding``:
+    ``inputs`` ids (B, S). ``scale``: y = w x elementwise, ``inputs`` x (B, S, out). ``shift``: y = x + w, no inputs.
+    ``grads``: (B, S, out), the gradient of the output y.
     """
 
     kind: Kind
@@ -33,45 +27,65 @@ class LayerIO(NamedTuple):
 
 
 LayerIOs = dict[str, list[LayerIO]]
-"""Factors of a batch's rows by parameter; a row's gradient is the sum over the uses."""
+"""Layer IO of a batch's rows by parameter, one per use; a row's gradient is the sum over the uses."""
 
 
 def row_gradients(
-    factors: LayerIOs, name: str, like: Tensor, part: slice, rows: int, out: Tensor | None = None
+    layer_ios: LayerIOs, name: str, like: Tensor, entries: slice, rows: int, out: Tensor | None = None
 ) -> Tensor:
-    """Every row's gradient of the entries ``like[part]`` of a parameter, (rows, ...), at least float32.
+    """Return every row's gradient of some entries of a parameter.
 
-    ``out``: where to write it, of that shape and dtype.
+    Args:
+        layer_ios: layer IO of the rows, by parameter.
+        name: the parameter.
+        like: the parameter's value, for shape, dtype and device.
+        entries: the entries ``like[entries]`` of its first axis.
+        rows: number of rows.
+        out: tensor (rows, ...) of the result's dtype to write into, or None.
+
+    Returns:
+        (rows, ...), at least float32; zeros where the parameter has no use.
     """
     if out is None:
-        out = like.new_empty(rows, *like[part].shape, dtype=promote(like.dtype))
-    uses = factors.get(name, [])
+        out = like.new_empty(rows, *like[entries].shape, dtype=promote(like.dtype))
+    uses = layer_ios.get(name, [])
     if not uses:
         return out.zero_()
-    for k, factor in enumerate(uses):
-        write_row_gradients(factor, part, out, add=k > 0)
+    for k, use in enumerate(uses):
+        write_row_gradients(use, entries, out, add=k > 0)
     return out
 
 
-def write_row_gradients(factor: LayerIO, part: slice, out: Tensor, add: bool) -> None:
-    kind, x, g = factor
+def write_row_gradients(use: LayerIO, entries: slice, out: Tensor, add: bool) -> None:
+    """Write, or ``add``, the rows' gradients through one use to ``out``.
+
+    Args:
+        use: layer IO of one use of the parameter.
+        entries: entries of the parameter's first axis.
+        out: (rows, entries, ...), changed in place.
+        add: whether to add to ``out`` instead of overwriting it.
+    """
+    kind, x, g = use
     if x is not None and kind in ("linear", "transposed"):
-        left, right = (g[..., part], x) if kind == "linear" else (x[..., part], g)
+        # einsum(g, x, "row pos out, row pos in -> row out in"), written straight into ``out``, because for all rows
+        # of a large weight a copy costs as much as the product.
+        left, right = (g[..., entries], x) if kind == "linear" else (x[..., entries], g)
         pair = left.transpose(1, 2).to(out.dtype), right.to(out.dtype)
-        # Into its place at once: for all rows and a large weight a copy costs as much as the product.
         out.baddbmm_(*pair) if add else torch.bmm(*pair, out=out)
         return
-    found = _elementwise(factor, part, out.dtype)
-    out.add_(found) if add else out.copy_(found)
+    grads = _elementwise_gradients(use, entries, out.dtype)
+    out.add_(grads) if add else out.copy_(grads)
 
 
-def _elementwise(factor: LayerIO, part: slice, dtype: torch.dtype) -> Tensor:
-    kind, x, g = factor
+def _elementwise_gradients(use: LayerIO, entries: slice, dtype: torch.dtype) -> Tensor:
+    """Return the rows' gradients through a shift, a scale or an embedding, (rows, entries, ...)."""
+    kind, x, g = use
     if x is None:
-        return g[..., part].to(dtype).sum(1)
+        return reduce(g[..., entries].to(dtype), "row pos out -> row out", "sum")
     if kind == "scale":
-        return (g[..., part].to(dtype) * x[..., part]).sum(1)
-    inside = ((x >= part.start) & (x < part.stop)).unsqueeze(-1)
-    at = (x - part.start).clamp(0, part.stop - part.start - 1).unsqueeze(-1).expand_as(g)
-    out = g.new_zeros(len(g), part.stop - part.start, g.shape[-1], dtype=dtype)
-    return out.scatter_add_(1, at, torch.where(inside, g, 0.0).to(dtype))
+        return reduce(g[..., entries].to(dtype) * x[..., entries], "row pos out -> row out", "sum")
+    inside = ((x >= entries.start) & (x < entries.stop)).unsqueeze(-1)
+    count = entries.stop - entries.start
+    index = (x - entries.start).clamp(0, count - 1).unsqueeze(-1).expand_as(g)
+    out = g.new_zeros(len(g), count, g.shape[-1], dtype=dtype)
+    return out.scatter_add_(1, index, torch.where(inside, g, 0.0).to(dtype))

@@ -33,7 +33,7 @@ class Parametrizing(nn.Module):
         return logits
 
 
-def test_a_forward_that_fails_leaves_nothing_registered() -> None:
+def test_failed_forward_leaves_no_parametrization() -> None:
     torch.manual_seed(0)
     apply, params = fx.make_functional(Parametrizing().double())
     ids = torch.tensor([[1, 2, 3]])

@@ -1,0 +1,118 @@
+"""What FSDP2 did to a model: its units, whether its sharding is supported, and a copy without FSDP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fx_influence.core.dtensor import is_sharded
+from fx_influence.distributed.fsdp_units import FsdpUnit
+from fx_influence.policy.model.template import output_embeddings
+
+
+def find_units(model: nn.Module) -> list[FsdpUnit]:
+    """Return the units of a sharded model, in the order of its modules.
+
+    Left out are the model itself, modules that hold the output embeddings (the input's where these are tied), and those
+    that share a parameter with another unit: their parameters are root-managed.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    paths = [path for path, module in model.named_modules() if path and _is_fsdp(module)]
+    head = output_embeddings(model)
+    homes: dict[int, set[str]] = {} if head is None else {id(p): {""} for p in head.parameters()}
+    slots: dict[str, list[tuple[str, str, str]]] = {path: [] for path in ["", *paths]}
+    for owner, module in model.named_modules():
+        above = [path for path in paths if f"{owner}.".startswith(f"{path}.")]
+        home = max(above, key=len, default="")
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                homes.setdefault(id(p), set()).add(home)
+                slots[home].append((owner, attribute, names[id(p)]))
+    shared = {names[key] for key, units in homes.items() if len(units) > 1}
+    return [
+        FsdpUnit(path, slots[path])
+        for path in paths
+        if slots[path] and not any(name in shared for _, _, name in slots[path])
+    ]
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Raise ``ValueError`` unless every parameter is sharded by FSDP2 alone, over one mesh and on its devices."""
+    remedy = "shard the model by torch.distributed.fsdp.fully_shard alone, its layers first and then the model itself"
+    modules = dict(model.named_modules())
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    sharded = {name: p for name, p in parameters.items() if is_sharded(p)}
+    mesh = next(iter(sharded.values())).device_mesh
+    for name, p in sharded.items():
+        *copies, last = p.placements
+        by_fsdp = any(_is_fsdp(modules[path]) for path in _prefixes(name) if path in modules)
+        if not by_fsdp or len(copies) > 1 or not all(x.is_replicate() for x in copies) or not _is_chunked(last):
+            raise ValueError(
+                f"model parameter {name!r} is a DTensor with {p.placements} on {p.device_mesh}, as tensor parallelism "
+                f"makes them and FSDP2 does not; {remedy}"
+            )
+        if p.device_mesh != mesh or p.device.type != mesh.device_type:
+            raise ValueError(
+                f"model parameter {name!r} is on {p.device.type}, sharded over {p.device_mesh}, another over {mesh}; "
+                "keep all on the devices of one mesh, without CPUOffloadPolicy"
+            )
+    for name in (name for name in parameters if name not in sharded):
+        raise ValueError(
+            f"model parameter {name!r} is a plain tensor among DTensors: gathered by its last forward, for which call "
+            f"reshard() on the module that fully_shard was called on, or left out of it; {remedy}"
+        )
+
+
+def copy_without_fsdp(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put into ``memo``, for ``copy.deepcopy``, copies of FSDP's modules with their original classes and without hooks.
+
+    Args:
+        model: the sharded model.
+        memo: memo of a deep copy by id, changed in place.
+    """
+    sharded = [module for module in model.modules() if _is_fsdp(module)]
+    for module in sharded:
+        original = _original_class(module)
+        memo[id(module)] = original.__new__(original)
+    for module in sharded:
+        vars(memo[id(module)]).update(copy.deepcopy(_state_without_fsdp(module), memo))
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+
+    classes: tuple[Any, ...] = type(module).__mro__
+    return next(cls for cls in classes if not issubclass(cls, FSDPModule))
+
+
+def _state_without_fsdp(module: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes without those of torch.distributed: records, and hooks that gather and free."""
+    state = dict(vars(module))
+    for key, value in state.items():
+        if isinstance(value, dict) and key not in ("_parameters", "_modules"):
+            state[key] = type(value)((k, x) for k, x in value.items() if not _is_distributed(x))
+    return state
+
+
+def _is_distributed(x: Any) -> bool:
+    return (getattr(x, "__module__", None) or "").startswith("torch.distributed")
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the paths of all modules that hold the parameter, the model's own empty path first."""
+    parts = name.split(".")
+    return (".".join(parts[:k]) for k in range(len(parts)))
+
+
+def _is_chunked(placement: Any) -> bool:
+    # By name, because its subclass for tensor parallelism orders the chunks in another way.
+    return type(placement).__name__ == "Shard"
