@@ -116,7 +116,7 @@ def test_mistake_of_one_rank_is_raised_on_all(two: list[dict[str, Any]], mistake
 
 def test_influence_refuses_collectives_that_drop_tangents(two: list[dict[str, Any]]) -> None:
     for result in two:
-        assert result["refusals"]["lost tangent"].startswith("IdentityError: the JVP over U gives")
+        assert re.match(r"IdentityError: .*the JVP over U gives", result["refusals"]["lost tangent"])
 
 
 FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
