@@ -52,8 +52,8 @@ def assert_near(actual: Tensor, expected: Tensor, params: Params, scale: Any = N
 
 
 def relative_residual(out: fx.Influence) -> float:
-    whole = (out.residual + out.per_sequence.sum()).abs()
-    return float(out.residual.abs() / torch.maximum(out.per_sequence.abs().sum(), whole))
+    total = (out.residual + out.per_sequence.sum()).abs()
+    return float(out.residual.abs() / torch.maximum(out.per_sequence.abs().sum(), total))
 
 
 def same(a: fx.Influence, b: fx.Influence) -> bool:
@@ -128,11 +128,11 @@ def test_layer_io_covers_every_parameter(family: str, lora: bool, tied: bool) ->
     back = part.row_index.argsort()
     slow = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), state.params, batch)
     for name, p in state.params.items():
-        found = row_gradients(factors, name, p, slice(0, len(p)), len(back))[back]
-        assert_near(found, slow[name], state.params, name=name)
+        actual = row_gradients(factors, name, p, slice(0, len(p)), len(back))[back]
+        assert_near(actual, slow[name], state.params, name=name)
         half = slice(0, 1 + len(p) // 2)
-        found = row_gradients(factors, name, p, half, len(back))[back]
-        assert_near(found, slow[name][:, half], state.params, name=name)
+        actual = row_gradients(factors, name, p, half, len(back))[back]
+        assert_near(actual, slow[name][:, half], state.params, name=name)
 
 
 @adapters
@@ -149,7 +149,7 @@ def test_float64_left_padding_gives_no_nan(family: str, lora: bool) -> None:
     """Eager attention adds float64's lowest number as a mask and then takes a float32 softmax: NaN in blind rows."""
     apply, state = setup(make_model(family, lora=lora, attention="sdpa").double())
     moved = state._replace(batch_u=left_padded(state.batch_u), batch_e=left_padded(state.batch_e))
-    right, left = (fx.influence(*given, apply=apply, matrix=True) for given in (state, moved))
+    right, left = (fx.influence(*inputs, apply=apply, matrix=True) for inputs in (state, moved))
     for name in ("matrix", "per_sequence"):
         assert_near(getattr(left, name), getattr(right, name), state.params, right.matrix.abs().sum(), name=name)
 
@@ -248,14 +248,14 @@ def trainer_gradient(model: nn.Module, batch: Batch) -> Params:
 def test_batch_gradient_matches_trainer(family: str, lora: bool, attention: str) -> None:
     model = make_model(family, lora=lora, attention=attention)
     apply, state = setup(model)
-    handed, ours = trainer_gradient(model, state.batch_u), batch_gradient(state.params, state.batch_u, apply)
-    assert list(handed) == list(ours)
-    largest = max(float(g.abs().max()) for g in handed.values())
-    for name, g in handed.items():
+    trainer_grads, ours = trainer_gradient(model, state.batch_u), batch_gradient(state.params, state.batch_u, apply)
+    assert list(trainer_grads) == list(ours)
+    largest = max(float(g.abs().max()) for g in trainer_grads.values())
+    for name, g in trainer_grads.items():
         assert_near(ours[name], g, state.params, largest, name=name)
-    plain, given = fx.influence(*state, apply=apply), fx.influence(*state, apply=apply, grad=handed)
-    assert_near(given.per_token, plain.per_token, state.params, plain.per_token.abs().sum())
-    assert given.unattributed == 0
+    plain, with_grad = fx.influence(*state, apply=apply), fx.influence(*state, apply=apply, grad=trainer_grads)
+    assert_near(with_grad.per_token, plain.per_token, state.params, plain.per_token.abs().sum())
+    assert with_grad.unattributed == 0
 
 
 @families

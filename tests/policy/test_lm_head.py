@@ -74,7 +74,8 @@ def test_head_vjp_matches_autograd(max_logits: int, present: tuple[bool, bool], 
     params, x, targets = setting(impossible=impossible)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     c, b = (
-        torch.linspace(-1, 2, N, dtype=torch.float64) * (k + 1) if given else None for k, given in enumerate(present)
+        torch.linspace(-1, 2, N, dtype=torch.float64) * (k + 1) if is_given else None
+        for k, is_given in enumerate(present)
     )
     leaf = x.clone().requires_grad_()
     values = plain(leaves, leaf, targets, 0.7)

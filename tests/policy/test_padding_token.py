@@ -81,12 +81,12 @@ def test_batch_gradient_skips_padding_embedding(tied: bool) -> None:
     model, batch = make_model(tied), make_batch(4, 1)
     apply, params = fx.make_functional(model)
     loss_of(model, batch).backward()
-    own = batch_gradient(params, batch, apply)
+    grads = batch_gradient(params, batch, apply)
     terms, size = policy_terms(params, 6, 2), torch.stack([p.grad.abs().max() for p in model.parameters()])
     for name, p in model.named_parameters():
         # the model itself takes its norms in float32
-        assert_close_to_rounding(own[name], p.grad, terms=terms, scale=size, dtype=torch.float32, name=name)
-    assert tied or not own["model.embed_tokens.weight"][PAD].any()
+        assert_close_to_rounding(grads[name], p.grad, terms=terms, scale=size, dtype=torch.float32, name=name)
+    assert tied or not grads["model.embed_tokens.weight"][PAD].any()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -97,26 +97,26 @@ def test_token_jvp_matches_gradient_with_padding_token(tied: bool, compiled: boo
     batch = make_batch(4, 1)
     direction = {name: torch.randn(p.shape, dtype=p.dtype) for name, p in params.items()}
     derivatives = token_jvp(params, direction, batch, apply)
-    along = (batch.coefficients * derivatives.logprobs + batch.entropy_coefficients * derivatives.entropies).sum()
+    derivative = (batch.coefficients * derivatives.logprobs + batch.entropy_coefficients * derivatives.entropies).sum()
     g = batch_gradient(params, batch, apply)
     size = sum((g[name] * v).abs().sum() for name, v in direction.items())
-    assert_close(-along, dot(g, direction), size, policy_terms(params, 6))
+    assert_close(-derivative, dot(g, direction), size, policy_terms(params, 6))
 
 
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("per_token", [True, False])
-@pytest.mark.parametrize("given", [True, False])
-def test_influence_methods_agree_with_padding_token(matrix: bool, per_token: bool, given: bool) -> None:
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_influence_methods_agree_with_padding_token(matrix: bool, per_token: bool, with_grad: bool) -> None:
     model = make_model()
     state = make_state(model)
     apply, params = fx.make_functional(model)
     u, e = make_batch(4, 1), make_batch(6, 2)._replace(coefficients=None, entropy_coefficients=None)
-    grad = batch_gradient(params, u, apply) if given else None
+    grad = batch_gradient(params, u, apply) if with_grad else None
     out = fx.influence(params, u, e, state, apply=apply, matrix=matrix, per_token=per_token, grad=grad)
     g = batch_gradient(params, u, apply)
     step = fx.adamw_decompose(g, state, params)
-    along = fx.jvp_delta(params, step.direction, e, apply=apply)
-    assert_close(out.total, along.first, along.contributions.abs().sum(), policy_terms(params, 6))
+    derivative = fx.jvp_delta(params, step.direction, e, apply=apply)
+    assert_close(out.total, derivative.first, derivative.contributions.abs().sum(), policy_terms(params, 6))
     assert out.unattributed == 0
     if out.matrix is not None:
         assert_close(out.matrix.sum(0), out.per_sequence, out.matrix.abs().sum(), policy_terms(params, 6))

@@ -1,4 +1,4 @@
-"""make_functional on plain modules: whatever their forward looks like, and whatever was done to the module before."""
+"""Policies of plain modules: signatures of forward, positions, live weights, patched instances, refusals."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Positions(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
         columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        given = columns if position_ids is None else position_ids
-        return given.unsqueeze(-1) * self.weight
+        positions = columns if position_ids is None else position_ids
+        return positions.unsqueeze(-1) * self.weight
 
 
 def test_position_ids_count_attended_tokens() -> None:
@@ -132,12 +132,12 @@ def test_tied_parameter_moves_both_uses() -> None:
     assert "head.weight" not in params
     assert len({p.data_ptr() for p in params.values()}) == len(params)
     moved = {**params, "token.weight": 2 * params["token.weight"]}
-    found = apply(moved, IDS, MASK)
+    actual = apply(moved, IDS, MASK)
     with torch.no_grad():
         model.token.weight.mul_(2)
     positions = (MASK.long().cumsum(-1) - 1).clamp(min=0)
     expected = model(IDS, MASK, positions).detach()
-    assert_close_to_rounding(found, expected, terms=policy_terms(params, IDS.shape[1], 1))
+    assert_close_to_rounding(actual, expected, terms=policy_terms(params, IDS.shape[1], 1))
 
 
 def test_policy_ignores_forward_patched_on_instance() -> None:

@@ -26,11 +26,11 @@ class Mixed(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(4)
 
-        def drawn(*shape: int) -> nn.Parameter:
+        def random_parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, generator=generator))
 
-        self.table, self.head = drawn(VOCAB, 8), drawn(VOCAB, 8)
-        self.up, self.down = drawn(2, 8), drawn(8, 2)
+        self.table, self.head = random_parameter(VOCAB, 8), random_parameter(VOCAB, 8)
+        self.up, self.down = random_parameter(2, 8), random_parameter(8, 2)
         for p in (self.table, self.head):
             p.requires_grad_(False)
             p.data = p.data.to(base)
@@ -52,10 +52,10 @@ class Problem(NamedTuple):
 
 
 def problem(kind: str, dtype: torch.dtype) -> Problem:
-    def made() -> nn.Module:
+    def make_module() -> nn.Module:
         return Mixed(dtype) if kind == "frozen" else TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=2).to(dtype)
 
-    low, exact = fx.make_functional(made()), fx.make_functional(made().double())
+    low, exact = fx.make_functional(make_module()), fx.make_functional(make_module().double())
     if kind == "function":
         low, exact = ((lambda p, ids, mask, a=apply: a(p, ids, mask), params) for apply, params in (low, exact))
     generator = torch.Generator().manual_seed(5)
@@ -70,8 +70,8 @@ def direction(p: Problem) -> fx.Params:
 
 
 def row_gradients(apply: fx.Apply, params: fx.Params, p: Problem) -> Tensor:
-    found = fx.per_sample_grads(fx.rollout_loss(apply), params, p.u)
-    return torch.cat([g.flatten(1) for g in found.values()], 1)
+    grads = fx.per_sample_grads(fx.rollout_loss(apply), params, p.u)
+    return torch.cat([g.flatten(1) for g in grads.values()], 1)
 
 
 FUNCTIONS: dict[str, Callable[[fx.Apply, fx.Params, Problem], Tensor]] = {
@@ -114,10 +114,10 @@ def test_half_weights_satisfy_float32_identity(dtype: torch.dtype) -> None:
 def test_in_float32_warns_of_function_fixed_to_half() -> None:
     p, generator = problem("trained", torch.bfloat16), torch.Generator().manual_seed(1)
     params = {k: torch.randn(VOCAB, VOCAB, generator=generator).bfloat16() for k in "wv"}
-    held = torch.randn(VOCAB, VOCAB, generator=generator).bfloat16()
+    constant = torch.randn(VOCAB, VOCAB, generator=generator).bfloat16()
 
     def apply(params: fx.Params, ids: Tensor, mask: Tensor) -> Tensor:
-        return F.linear(F.linear(F.embedding(ids, params["w"]), held), params["v"])
+        return F.linear(F.linear(F.embedding(ids, params["w"]), constant), params["v"])
 
     state = random_adamw_state(generator, params)
     with pytest.warns(UserWarning, match=r"params are torch.bfloat16 and apply takes them in no other precision"):
@@ -172,8 +172,8 @@ def test_forward_that_enters_autocast_has_its_tolerance() -> None:
     apply, params = fx.make_functional(Casting())
     p = problem("trained", torch.float32)
     state = random_adamw_state(torch.Generator().manual_seed(8), params)
-    for own in (apply, lambda w, ids, mask: apply(w, ids, mask)):
-        out = fx.influence(params, p.u, p.e, state, apply=own, stderr=False)
+    for policy in (apply, lambda w, ids, mask: apply(w, ids, mask)):
+        out = fx.influence(params, p.u, p.e, state, apply=policy, stderr=False)
         assert out.rounding.sum() > 0
         assert out.residual.abs() > 1e-6 * out.per_sequence.abs().sum()
 

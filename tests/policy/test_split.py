@@ -1,4 +1,4 @@
-"""A policy cut before its output embeddings: which are, what reaches the vocabulary, which kernels a pass takes."""
+"""Policies split into backbone and LM head: what is cut, what reaches the vocabulary, which kernels a pass takes."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def test_split_policy_composes_to_policy(family: str, lora: bool, tied: bool, at
     assert policy.vocab_size == VOCAB
     assert policy.left_alignable
     [part] = micro_batches(e, len(e.input_ids), left_alignable=False)
-    given = state.params, e.input_ids, e.attention_mask
+    inputs = state.params, e.input_ids, e.attention_mask
     with torch.no_grad():
-        logits = apply(*given)
+        logits = apply(*inputs)
         for features in (
             policy.backbone(state.params, part),
-            policy.backbone_eager(*given),
+            policy.backbone_eager(*inputs),
             policy.backbone_vmap(state.params, part),
         ):
-            found = policy.head(state.params, features)
+            actual = policy.head(state.params, features)
             terms = policy_terms(state.params, WIDTH, 1)
-            assert_close_to_rounding(found[e.attention_mask], logits[e.attention_mask], terms=terms)
+            assert_close_to_rounding(actual[e.attention_mask], logits[e.attention_mask], terms=terms)
 
 
 @pytest.mark.parametrize("kind", AFTER_THE_HEAD)
@@ -88,18 +88,18 @@ def test_cut_model_keeps_head_when_logits_are_scaled_or_capped(kind: str) -> Non
     apply, params = fx.make_functional(model)
     assert split_policy(apply).vocab_size is None
     batch = random_batch(torch.Generator().manual_seed(0), 3, WIDTH, VOCAB)
-    plain = lambda *given: apply(*given)  # noqa: E731
-    along = {name: torch.randn_like(p) for name, p in params.items()}
+    plain = lambda *inputs: apply(*inputs)  # noqa: E731
+    tangent = {name: torch.randn_like(p) for name, p in params.items()}
     for value, expected in zip(
-        token_jvp(params, along, batch, apply), token_jvp(params, along, batch, plain), strict=True
+        token_jvp(params, tangent, batch, apply), token_jvp(params, tangent, batch, plain), strict=True
     ):
         assert_close(value, expected)
-    found, expected_g = (batch_gradient(params, batch, given) for given in (apply, plain))
+    actual, expected_g = (batch_gradient(params, batch, f) for f in (apply, plain))
     for name, g in expected_g.items():
-        own = found[name]
+        actual_g = actual[name]
         assert g is not None
-        assert own is not None
-        assert_close(own, g)
+        assert actual_g is not None
+        assert_close(actual_g, g)
 
 
 def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:
@@ -164,10 +164,10 @@ def test_reweighted_gradient_keeps_graphs_within_budget(budget: int) -> None:
     expected = batch_gradient(state.params, weighted, apply)
     largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
     for name, value in expected.items():
-        own = g[name]
+        actual_g = g[name]
         assert value is not None
-        assert own is not None
-        assert_close_to_rounding(own, value, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
+        assert actual_g is not None
+        assert_close_to_rounding(actual_g, value, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -175,38 +175,38 @@ def test_recompute_reuses_cached_linear_outputs(lora: bool) -> None:
     apply, state = setup(make_model("qwen2", lora=lora))
     e = state.batch_e._replace(coefficients=state.batch_e.completion_mask.float())
     flops: list[int] = []
-    found: list[Any] = []
+    gradients: list[Any] = []
     sizes = [0, 0, 0]
 
-    def kept(micro_batches: int, graph: int, cache: int, budget: int) -> int:
+    def record_sizes(micro_batches: int, graph: int, cache: int, budget: int) -> int:
         sizes[:] = micro_batches, graph, cache
         return graphs_within_budget(micro_batches, graph, cache, budget)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(derivatives, "graphs_within_budget", kept)
+        patch.setattr(derivatives, "graphs_within_budget", record_sizes)
         for budget_of in (lambda: 10**9, lambda: sizes[0] * sizes[2], lambda: 0):
             with FlopCounterMode(display=False) as counter:
-                found.append(reweighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
+                gradients.append(reweighted_gradient(state.params, e, apply, lambda _: e, 1.0, 2, budget_of())[1])
             flops.append(counter.get_total_flops())
     everything, caches, nothing = flops
-    largest = max(float(g.abs().max()) for g in found[0].values())
+    largest = max(float(g.abs().max()) for g in gradients[0].values())
     # Parts come longest first, so the tapes of all fit; attention is computed again.
     assert caches - everything < 0.2 * (nothing - everything)
-    for other in found[1:]:
-        for name, g in found[0].items():
+    for other in gradients[1:]:
+        for name, g in gradients[0].items():
             assert_close_to_rounding(other[name], g, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
 
 
-@pytest.mark.parametrize(("budget", "kept"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
-def test_graphs_to_keep_leaves_room_for_other_caches(budget: int, kept: int) -> None:
-    assert graphs_within_budget(10, 100, 40, budget) == kept
+@pytest.mark.parametrize(("budget", "graphs"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
+def test_graphs_to_keep_leaves_room_for_other_caches(budget: int, graphs: int) -> None:
+    assert graphs_within_budget(10, 100, 40, budget) == graphs
     assert graphs_within_budget(10, 100, 0, budget) == budget // 100, "a model without linear maps"
 
 
 def test_backbone_holds_no_live_tensor() -> None:
     apply, _ = setup(make_model("qwen2"))
-    held = [x for x in vars(apply.templates.backbone.module).values() if isinstance(x, Tensor) and not x.is_meta]
-    assert not held
+    live = [x for x in vars(apply.templates.backbone.module).values() if isinstance(x, Tensor) and not x.is_meta]
+    assert not live
     assert all(p.is_meta for p in apply.templates.backbone.module.parameters())
 
 

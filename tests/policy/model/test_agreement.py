@@ -56,11 +56,11 @@ class HandedOn(AttentionModel):
 def test_policy_passes_mask_only_to_mask_arguments(kind: type[nn.Module]) -> None:
     model = make_float64(kind)
     out = model(IDS)
-    own = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else None
-    if own is None:
-        own = out["logits"] if isinstance(out, dict) else out.logits
+    expected = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else None
+    if expected is None:
+        expected = out["logits"] if isinstance(out, dict) else out.logits
     apply, params = fx.make_functional(model)
-    assert is_close(apply(params, IDS, MASK), own)
+    assert is_close(apply(params, IDS, MASK), expected)
 
 
 def test_policy_passes_mask_to_wrapper_of_any_arguments() -> None:
@@ -184,10 +184,10 @@ def test_policy_drops_logits_of_virtual_tokens() -> None:
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(LlamaForCausalLM(config), peft_config).eval()
     apply, params = fx.make_functional(model)
-    own = model(input_ids=IDS, attention_mask=MASK.long()).logits[:, 3:]
-    found = apply(params, IDS, MASK)
-    assert found.shape == (*IDS.shape, VOCAB)
-    assert is_close(found, own)
+    expected = model(input_ids=IDS, attention_mask=MASK.long()).logits[:, 3:]
+    actual = apply(params, IDS, MASK)
+    assert actual.shape == (*IDS.shape, VOCAB)
+    assert is_close(actual, expected)
 
 
 def test_make_functional_leaves_model_unchanged() -> None:

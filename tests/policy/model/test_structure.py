@@ -91,7 +91,7 @@ def test_structure_is_found_before_gates_open(kind: type[nn.Module]) -> None:
             p.add_(0.7)
     u, e, state = full_batch(1), full_batch(2, rows=8), warm_state(model)
     out = fx.influence(params, u, e, state, apply=apply)
-    plain = fx.influence(params, u, e, state, apply=lambda *given: model_logits(model, *given))
+    plain = fx.influence(params, u, e, state, apply=lambda *inputs: model_logits(model, *inputs))
     for name in ("per_sequence", "per_token", "stderr"):
         assert max_error(getattr(out, name), getattr(plain, name)) <= 1e-9, name
 
@@ -181,9 +181,9 @@ def test_dynamic_rope_depends_on_batch_width(rope_type: str) -> None:
     grads = torch.autograd.grad(-(u.coefficients[:, 1:] * logprobs).sum(), [*model.parameters()])
     largest = max(g.abs().max() for g in grads)
     for out in outs:
-        for g, own in zip(grads, out.values(), strict=True):
-            assert own is not None
-            assert (g - own).abs().max() <= bound * largest
+        for g, actual in zip(grads, out.values(), strict=True):
+            assert actual is not None
+            assert (g - actual).abs().max() <= bound * largest
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -207,5 +207,5 @@ def test_one_token_prompts_are_shared() -> None:
     u = fx.Batch(ids, torch.ones_like(completion), completion, coefficients=completion * torch.arange(4.0)[:, None])
     assert split_policy(apply).micro_batches(u, None)[0].layout is not None
     shared = all_token_values(params, u, apply)
-    whole = all_token_values(params, u, lambda *given: apply(*given))
-    assert max_error(shared.logprobs, whole.logprobs) <= 1e-11
+    unshared = all_token_values(params, u, lambda *inputs: apply(*inputs))
+    assert max_error(shared.logprobs, unshared.logprobs) <= 1e-11

@@ -39,24 +39,24 @@ def test_make_functional_unwraps_model(kind: str) -> None:
     apply, params = fx.make_functional(model)
     expected = fx.influence(params, U, E, warm_state(model), apply=apply)
     wrapped = WRAPPERS[kind](make_float64(AttentionModel))
-    apply, own = fx.make_functional(wrapped)
-    assert own.keys() == params.keys()
+    apply, wrapped_params = fx.make_functional(wrapped)
+    assert wrapped_params.keys() == params.keys()
     state = warm_state(wrapped)
     assert state.exp_avg.keys() == params.keys()
-    fx.check_policy(apply, own, wrapped)
-    found = fx.influence(params, U, E, state, apply=apply)
-    assert torch.equal(found.per_sequence, expected.per_sequence)
+    fx.check_policy(apply, wrapped_params, wrapped)
+    actual = fx.influence(params, U, E, state, apply=apply)
+    assert torch.equal(actual.per_sequence, expected.per_sequence)
 
 
 def test_inner_compiled_modules_keep_tangents() -> None:
     model = make_float64(CompiledInside)
     apply, params = fx.make_functional(model)
     assert "qkv._orig_mod.weight" in params
-    found = fx.influence(params, U, E, warm_state(model), apply=apply)
+    actual = fx.influence(params, U, E, warm_state(model), apply=apply)
     plain = make_float64(AttentionModel)
     apply, params = fx.make_functional(plain)
     expected = fx.influence(params, U, E, warm_state(plain), apply=apply)
-    assert torch.equal(found.per_sequence, expected.per_sequence)
+    assert torch.equal(actual.per_sequence, expected.per_sequence)
 
 
 class CastToFloat(nn.Sequential):
@@ -92,9 +92,9 @@ def test_policy_supports_wrapped_heads(kind: str) -> None:
     model = HEADS[kind]().eval()
     apply, params = fx.make_functional(model)
     state = warm_state(model)
-    own = model(input_ids=HF.input_ids, attention_mask=HF.attention_mask.long()).logits
-    found = apply(params, HF.input_ids, HF.attention_mask)
-    assert is_close(found, own)
+    expected = model(input_ids=HF.input_ids, attention_mask=HF.attention_mask.long()).logits
+    actual = apply(params, HF.input_ids, HF.attention_mask)
+    assert is_close(actual, expected)
     assert split_policy(apply).vocab_size == 19, "the head is cut off"
     out = fx.influence(params, HF, HF, state, apply=apply, matrix=True)
     assert out.per_sequence.isfinite().all()
@@ -135,7 +135,7 @@ def test_cut_model_when_forward_reads_its_head(kind: type[nn.Module], cut: bool)
     assert (split_policy(apply).vocab_size is not None) == cut
     assert is_close(apply(params, U.input_ids, U.attention_mask), model(U.input_ids))
     state = warm_state(model)
-    plain = fx.influence(params, U, E, state, apply=lambda *given: apply(*given))
+    plain = fx.influence(params, U, E, state, apply=lambda *inputs: apply(*inputs))
     out = fx.influence(params, U, E, state, apply=apply)
     assert (out.per_sequence - plain.per_sequence).abs().max() <= 1e-9 * plain.per_sequence.abs().sum()
 

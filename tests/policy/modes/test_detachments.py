@@ -53,14 +53,14 @@ def test_influence_detaches_update_batch_only(options: dict[str, Any]) -> None:
     logprobs = model(u.input_ids)[:, :-1].log_softmax(-1).gather(-1, u.input_ids[:, 1:, None])[..., 0]
     assert u.coefficients is not None
     grads = torch.autograd.grad(-(u.coefficients[:, 1:] * logprobs).sum(), [*model.parameters()])
-    own = batch_gradient(params, u, apply)
-    for g, (name, x) in zip(grads, own.items(), strict=True):
+    update_grads = batch_gradient(params, u, apply)
+    for g, (name, x) in zip(grads, update_grads.items(), strict=True):
         assert x is not None, name
         torch.testing.assert_close(x, g, rtol=0, atol=1e-12)
     out = fx.influence(params, u, e, state, apply=apply, **options)
-    step = fx.adamw_decompose(own, state, params)
-    along = fx.jvp_delta(params, step.direction, e, apply=apply).first
-    assert (out.total - along).abs() <= 1e-9 * out.per_sequence.abs().sum()
+    step = fx.adamw_decompose(update_grads, state, params)
+    derivative = fx.jvp_delta(params, step.direction, e, apply=apply).first
+    assert (out.total - derivative).abs() <= 1e-9 * out.per_sequence.abs().sum()
 
 
 def test_jvp_delta_differentiates_dora_norms() -> None:

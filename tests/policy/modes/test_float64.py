@@ -41,16 +41,16 @@ ASKS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("ask", ASKS)
 def test_stay_float64_overrides_float32_requests(ask: str) -> None:
     with StayFloat64():
-        found = ASKS[ask]()
-    assert found.dtype == torch.float64
-    assert torch.equal(found, ONE)
+        actual = ASKS[ask]()
+    assert actual.dtype == torch.float64
+    assert torch.equal(actual, ONE)
 
 
 def test_stay_float64_covers_softmax_and_linear() -> None:
     with StayFloat64():
-        found = torch.nn.functional.softmax(ONE, dim=-1, dtype=torch.float32)
+        actual = torch.nn.functional.softmax(ONE, dim=-1, dtype=torch.float32)
         mapped = torch.nn.functional.linear(ONE, torch.eye(3, dtype=torch.float64).float())
-    assert torch.equal(found, ONE.softmax(-1))
+    assert torch.equal(actual, ONE.softmax(-1))
     assert torch.equal(mapped, ONE)
 
 

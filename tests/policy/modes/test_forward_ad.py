@@ -1,4 +1,4 @@
-"""The library's own forward-mode rules against torch's, with and without what an earlier forward put out."""
+"""The library's own forward-mode rules against torch's, with and without cached outputs of linear layers."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from fx_influence.policy.modes.linear_cache import LinearOutputCache, ReuseLinea
 from fx_influence.types import Apply, Batch
 
 
-def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_tensors(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x, w, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 5), (4, 5), (4,)))
     return x, w, b
 
 
-@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
-def test_linear_jvp_matches_torch(moving: tuple[int, ...], bias: bool, taped: bool) -> None:
+def test_linear_jvp_matches_torch(moving: tuple[int, ...], bias: bool, cached: bool) -> None:
     if not bias and 2 in moving:
         moving = tuple(k for k in moving if k != 2) or (0,)
-    at, along = drawn(0), drawn(1)
+    point, tensors = random_tensors(0), random_tensors(1)
 
     def f(p: dict[str, Tensor]) -> Tensor:
-        x, w, b = (p.get(str(k), at[k]) for k in range(3))
+        x, w, b = (p.get(str(k), point[k]) for k in range(3))
         return F.linear(x, w, b if bias else None).sin()
 
-    given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
-    expected = jvp(f, (given,), (tangents,))
+    params, tangents = ({str(k): x[k] for k in moving} for x in (point, tensors))
+    expected = jvp(f, (params,), (tangents,))
     cache = LinearOutputCache(10**6)
     with cache:
-        f(given)
-    found = forward_mode_jvp(f, given, tangents, cache.outputs if taped else None)
-    for value, wanted in zip(found, expected, strict=True):
+        f(params)
+    actual = forward_mode_jvp(f, params, tangents, cache.outputs if cached else None)
+    for value, wanted in zip(actual, expected, strict=True):
         assert_close(value, wanted)
 
 
 def test_forward_mode_jvp_uses_cached_outputs() -> None:
-    x, w, _ = drawn(0)
+    x, w, _ = random_tensors(0)
     known = torch.full((2, 3, 4), 7.0, dtype=torch.float64)
-    value, slope = forward_mode_jvp(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
+    value, derivative = forward_mode_jvp(lambda p: F.linear(x, p["w"]), {"w": w}, {"w": torch.ones_like(w)}, [known])
     assert (value == 7).all()
-    assert_close(slope, x.sum(-1, keepdim=True).expand(2, 3, 4))
+    assert_close(derivative, x.sum(-1, keepdim=True).expand(2, 3, 4))
 
 
 SCALED = torch.tensor(3.0, dtype=torch.float64)
@@ -73,20 +73,20 @@ FACTORS = {
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
 @pytest.mark.parametrize("case", FACTORS)
 def test_product_jvp_matches_torch(case: str, moving: tuple[int, ...]) -> None:
-    at, along = drawn(0), drawn(1)
+    point, tensors = random_tensors(0), random_tensors(1)
 
     def f(p: dict[str, Tensor]) -> Tensor:
-        return FACTORS[case](*(p.get(str(k), at[k]) for k in range(3)))
+        return FACTORS[case](*(p.get(str(k), point[k]) for k in range(3)))
 
-    given, tangents = ({str(k): x[k] for k in moving} for x in (at, along))
-    expected = jvp(f, (given,), (tangents,))
-    for value, wanted in zip(forward_mode_jvp(f, given, tangents), expected, strict=True):
+    params, tangents = ({str(k): x[k] for k in moving} for x in (point, tensors))
+    expected = jvp(f, (params,), (tangents,))
+    for value, wanted in zip(forward_mode_jvp(f, params, tangents), expected, strict=True):
         assert value.dtype == wanted.dtype
         assert_close(value, wanted)
 
 
 def test_forward_mode_makes_no_zero_tangents() -> None:
-    x, w, b = drawn(0)
+    x, w, b = random_tensors(0)
     seen = []
 
     class Watched(TorchDispatchMode):
@@ -100,16 +100,16 @@ def test_forward_mode_makes_no_zero_tangents() -> None:
     assert not any("zeros" in name for name in seen)
 
 
-@pytest.mark.parametrize(("room", "kept"), [(0, None), (95, None), (96 * 2, 1), (96 * 4, 2)])
-def test_linear_output_cache_stores_all_or_nothing(room: int, kept: int | None) -> None:
+@pytest.mark.parametrize(("max_bytes", "stored"), [(0, None), (95, None), (96 * 2, 1), (96 * 4, 2)])
+def test_linear_output_cache_stores_all_or_nothing(max_bytes: int, stored: int | None) -> None:
     """One output is 2 x 3 x 4 float64, 192 bytes."""
-    x, w, _ = drawn(0)
-    cache = LinearOutputCache(room)
+    x, w, _ = random_tensors(0)
+    cache = LinearOutputCache(max_bytes)
     with cache:
-        for _ in range(kept or 1):
+        for _ in range(stored or 1):
             F.linear(x, w)
-    assert (None if cache.outputs is None else len(cache.outputs)) == kept
-    assert cache.bytes == 192 * (kept or 0)
+    assert (None if cache.outputs is None else len(cache.outputs)) == stored
+    assert cache.bytes == 192 * (stored or 0)
     with cache:
         F.linear(x, w)
         F.linear(x, w)
@@ -118,13 +118,13 @@ def test_linear_output_cache_stores_all_or_nothing(room: int, kept: int | None) 
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("still", [None, 0, 1])
-def test_reuse_linear_outputs_has_no_products(still: int | None, bias: bool) -> None:
-    at = [x if k == still else x.requires_grad_() for k, x in enumerate(drawn(0))]
-    leaves = [x for x in at[: 2 + bias] if x.requires_grad]
+@pytest.mark.parametrize("constant", [None, 0, 1])
+def test_reuse_linear_outputs_has_no_products(constant: int | None, bias: bool) -> None:
+    point = [x if k == constant else x.requires_grad_() for k, x in enumerate(random_tensors(0))]
+    leaves = [x for x in point[: 2 + bias] if x.requires_grad]
 
     def f() -> Tensor:
-        x, w, b = at
+        x, w, b = point
         return F.linear(F.linear(x, w, b if bias else None).sin(), w[:, :4]).cos()
 
     cache = LinearOutputCache(10**6)
@@ -141,7 +141,7 @@ def test_reuse_linear_outputs_has_no_products(still: int | None, bias: bool) -> 
 
 
 def test_reuse_linear_outputs_recomputes_under_autocast() -> None:
-    x, w = (a.float() for a in drawn(0)[:2])
+    x, w = (a.float() for a in random_tensors(0)[:2])
     cache = LinearOutputCache(10**6)
     with torch.autocast("cpu", torch.bfloat16):
         with cache:
@@ -158,23 +158,23 @@ def test_reuse_linear_outputs_recomputes_under_autocast() -> None:
 def test_any_number_of_caches_gives_same_derivatives(fit: int) -> None:
     apply, params = make_apply(TinyPolicy(11, 6, 2, 2, 7))
     batch = random_batch(torch.Generator().manual_seed(0), 5, 7, 11)
-    along = {name: torch.randn_like(p) for name, p in params.items()}
+    tangent = {name: torch.randn_like(p) for name, p in params.items()}
     every = gradient_with_cache(params, batch, apply, 1.0, 2, 10**8)[1]
     sizes = [sum(x.numel() * x.element_size() for x in cache or []) for cache in every]
     g, caches = gradient_with_cache(params, batch, apply, 1.0, 2, sum(sizes[:fit]))
     assert [cache is not None for cache in caches] == [k < fit for k in range(3)]
     for name, value in batch_gradient(params, batch, apply, chunk_size=2).items():
         assert value is not None
-        found = g[name]
-        assert found is not None
-        assert_close(found, value, value.abs().max())
-    plain, taped = (token_jvp(params, along, batch, apply, 1.0, 2, given) for given in (None, caches))
-    for value, wanted in zip(taped, plain, strict=True):
+        actual = g[name]
+        assert actual is not None
+        assert_close(actual, value, value.abs().max())
+    plain, cached = (token_jvp(params, tangent, batch, apply, 1.0, 2, outputs) for outputs in (None, caches))
+    for value, wanted in zip(cached, plain, strict=True):
         assert_close(value, wanted)
 
 
 def test_linear_output_cache_drops_changed_outputs() -> None:
-    x, w, _ = drawn(0)
+    x, w, _ = random_tensors(0)
     cache = LinearOutputCache(10**6)
     with cache:
         F.linear(x, w).add_(1)
@@ -202,15 +202,15 @@ def nested(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("apply", [rowwise, nested])
 def test_token_jvp_supports_policies_with_transforms(apply: Apply) -> None:
     params, batch = drawn_tree(torch.float64)
-    along = {name: p.cos() for name, p in params.items()}
+    tangent = {name: p.cos() for name, p in params.items()}
     gradient, caches = gradient_with_cache(params, batch, apply, memory_budget=10**8)
     assert caches[0]
-    slopes = token_jvp(params, along, batch, apply, caches=caches)
+    derivatives = token_jvp(params, tangent, batch, apply, caches=caches)
     assert batch.coefficients is not None
-    loss = -(batch.coefficients * slopes.logprobs).sum()
+    loss = -(batch.coefficients * derivatives.logprobs).sum()
     if batch.entropy_coefficients is not None:
-        loss = loss - (batch.entropy_coefficients * slopes.entropies).sum()
-    assert_close(loss, torch.stack([(g * along[name]).sum() for name, g in gradient.items() if g is not None]).sum())
+        loss = loss - (batch.entropy_coefficients * derivatives.entropies).sum()
+    assert_close(loss, torch.stack([(g * tangent[name]).sum() for name, g in gradient.items() if g is not None]).sum())
 
 
 def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
@@ -223,9 +223,11 @@ def half(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 def test_token_jvp_supports_policies_with_autocast() -> None:
     params, batch = drawn_tree(torch.float32)
     gradient, caches = gradient_with_cache(params, batch, half, memory_budget=10**8)
-    found = {name: g for name, g in gradient.items() if g is not None}
+    direction = {name: g for name, g in gradient.items() if g is not None}
     assert batch.coefficients is not None
-    for kept in (None, caches):
-        slope = -(batch.coefficients * token_jvp(params, found, batch, half, caches=kept).logprobs).sum()
+    for outputs in (None, caches):
+        derivative = -(batch.coefficients * token_jvp(params, direction, batch, half, caches=outputs).logprobs).sum()
         # Three products in bfloat16, forward and back.
-        assert_close_to_rounding(slope, sum(g.square().sum() for g in found.values()), terms=3, dtype=torch.bfloat16)
+        assert_close_to_rounding(
+            derivative, sum(g.square().sum() for g in direction.values()), terms=3, dtype=torch.bfloat16
+        )

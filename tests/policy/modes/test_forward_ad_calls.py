@@ -1,4 +1,4 @@
-"""Forward-mode rules and replays bind arguments as torch does, and know which linear maps they stand for."""
+"""Forward-mode rules and cached outputs bind arguments as torch does, and notice outputs of another forward."""
 
 from __future__ import annotations
 
@@ -44,23 +44,25 @@ def reverse(f: Callable[[Params], Tensor], params: Params, u: Params) -> Tensor:
     """<d f_k / d params, u> of every entry k, by reverse mode."""
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     out = f(leaves)
-    slopes = []
+    derivatives = []
     for entry in out.flatten():
         grads = torch.autograd.grad(
             entry, list(leaves.values()), retain_graph=True, materialize_grads=True, allow_unused=True
         )
-        slopes.append(sum(((g * u[name]).sum() for name, g in zip(leaves, grads, strict=True)), entry.new_zeros(())))
-    return torch.stack(slopes).reshape(out.shape)
+        derivatives.append(
+            sum(((g * u[name]).sum() for name, g in zip(leaves, grads, strict=True)), entry.new_zeros(()))
+        )
+    return torch.stack(derivatives).reshape(out.shape)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_forward_mode_binds_arguments_by_name(call: str) -> None:
     params = weights()
     u = {name: p.flip(0) for name, p in params.items()}
-    value, slope = forward_mode_jvp(CALLS[call], params, u)
+    value, derivative = forward_mode_jvp(CALLS[call], params, u)
     expected = reverse(CALLS[call], params, u)
     torch.testing.assert_close(value, CALLS[call](params))
-    torch.testing.assert_close(slope, expected, rtol=0, atol=BOUND * float(expected.abs().max()))
+    torch.testing.assert_close(derivative, expected, rtol=0, atol=BOUND * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("call", ["input_weight_bias", "weight", "bias", "weight_of_one_axis"])
@@ -70,10 +72,10 @@ def test_reuse_linear_outputs_binds_arguments_by_name(call: str) -> None:
     with cache:
         value = CALLS[call](params)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    replay = ReuseLinearOutputs(cache.outputs or [])
-    with replay:
+    reuse = ReuseLinearOutputs(cache.outputs or [])
+    with reuse:
         again = CALLS[call](leaves)
-    assert replay.outputs_fit
+    assert reuse.outputs_fit
     assert torch.equal(again, value)
     grads = [
         torch.autograd.grad(out.sin().sum(), [leaves["x"], leaves["w"], leaves["b"], leaves["row"]], allow_unused=True)
@@ -120,19 +122,19 @@ def test_token_jvp_ignores_cache_of_custom_function() -> None:
     u = {name: p.flip(0) for name, p in params.items()}
     _, caches = gradient_with_cache(params, batch, hiding, memory_budget=10**9)
     assert [len(cache or []) for cache in caches] == [3]
-    plain, taped = token_jvp(params, u, batch, hiding), token_jvp(params, u, batch, hiding, caches=caches)
-    for ours, theirs in zip(taped, plain, strict=True):
+    plain, cached = token_jvp(params, u, batch, hiding), token_jvp(params, u, batch, hiding, caches=caches)
+    for ours, theirs in zip(cached, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=BOUND * float(theirs.abs().max()))
 
 
 def test_outputs_fit_only_their_forward() -> None:
     x, w = torch.ones(2, WIDTH), torch.eye(WIDTH)
     for calls, outputs in ((2, 1), (1, 2), (0, 1)):
-        replay = ReuseLinearOutputs([torch.ones(2, WIDTH)] * outputs)
-        with replay:
+        reuse = ReuseLinearOutputs([torch.ones(2, WIDTH)] * outputs)
+        with reuse:
             for _ in range(calls):
                 F.linear(x, w)
-        assert not replay.outputs_fit
+        assert not reuse.outputs_fit
     mode = ForwardMode([torch.ones(3, WIDTH)])
     with mode:
         assert torch.equal(F.linear(x, w), x)
@@ -156,9 +158,9 @@ def test_reweighted_gradient_recomputes_when_outputs_misfit(chunk_size: int | No
 
     expected = batch_gradient(params, batch, apply)
     for budget in (0, 4000, 10**9):
-        _, found = reweighted_gradient(params, batch, apply, coefficients_fn, 1.0, chunk_size, budget)
+        _, grads = reweighted_gradient(params, batch, apply, coefficients_fn, 1.0, chunk_size, budget)
         for name, g in expected.items():
-            ours = found[name]
+            ours = grads[name]
             assert ours is not None
             assert g is not None
             torch.testing.assert_close(ours, g, rtol=0, atol=BOUND * float(g.abs().max()))
@@ -174,6 +176,6 @@ def test_forward_mode_jvp_closes_level_when_model_raises() -> None:
     for call in (lambda: forward_mode_jvp(fails, params, params), lambda: jvp(fails, (params,), (params,))):
         with pytest.raises(RuntimeError, match="inside the model"):
             call()
-        value, slope = forward_mode_jvp(CALLS["bias"], params, params)
+        value, derivative = forward_mode_jvp(CALLS["bias"], params, params)
         torch.testing.assert_close(value, CALLS["bias"](params))
-        assert slope.abs().max() > 0
+        assert derivative.abs().max() > 0

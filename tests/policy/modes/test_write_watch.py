@@ -66,13 +66,13 @@ class Scratch(AttentionModel):
 def test_policy_calls_are_independent() -> None:
     model = make_float64(Scratch)
     apply, params = fx.make_functional(model)
-    given = params, BATCH.input_ids, BATCH.attention_mask
-    first = apply(*given)
-    assert torch.equal(apply(*given), first)
+    inputs = params, BATCH.input_ids, BATCH.attention_mask
+    first = apply(*inputs)
+    assert torch.equal(apply(*inputs), first)
     assert model.calls == 0
     assert model.longest is None
     fx.per_sample_grads(fx.rollout_loss(apply), params, BATCH)
-    assert torch.equal(apply(*given), first)
+    assert torch.equal(apply(*inputs), first)
     assert model.last.tolist() == [0.0]
 
 
@@ -82,12 +82,12 @@ class Listed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.token, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
-        self.rows, self.named, self.inside = [self.head.weight], {"bias": self.head.bias}, {"all": [self.token]}
+        self.rows, self.by_name, self.inside = [self.head.weight], {"bias": self.head.bias}, {"all": [self.token]}
         self.constant = torch.full((8,), 0.3, dtype=torch.float64)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = torch.tanh(self.inside["all"][0](ids).cumsum(1)) + self.constant
-        return x @ self.rows[0].T + self.named["bias"]
+        return x @ self.rows[0].T + self.by_name["bias"]
 
 
 class TiedTwice(nn.Module):
@@ -108,17 +108,17 @@ class TiedTwice(nn.Module):
 def test_policy_places_unregistered_tensors(kind: type[nn.Module]) -> None:
     model = make_float64(kind)
     if isinstance(model, Listed):
-        model.rows, model.named = [model.head.weight], {"bias": model.head.bias}
+        model.rows, model.by_name = [model.head.weight], {"bias": model.head.bias}
     apply, params = fx.make_functional(model)
     for _ in range(3):
         assert is_close(apply(params, BATCH.input_ids, BATCH.attention_mask), model(BATCH.input_ids))
     moved = {name: 1.1 * p for name, p in params.items()}
-    found = apply(moved, BATCH.input_ids, BATCH.attention_mask)
+    actual = apply(moved, BATCH.input_ids, BATCH.attention_mask)
     model.load_state_dict({**model.state_dict(), **moved}, strict=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(moved[name])
-    assert is_close(found, model(BATCH.input_ids))
+    assert is_close(actual, model(BATCH.input_ids))
 
 
 def test_make_functional_rejects_parameter_in_tuple() -> None:
