@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and what it promises about the package is there."""
+"""The examples of the pages run as they stand, by name, and what the pages promise about the package is there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,121 +22,187 @@ from fx_influence.interop.trl.capture.step import CapturedStep
 from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+FRONT, MATHEMATICS, INTEROP = ROOT / "README.md", ROOT / "fx_influence/README.md", ROOT / "fx_influence/interop/README.md"
+PAGES = [FRONT, *sorted((ROOT / "fx_influence").rglob("README.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+class Example(NamedTuple):
+    """A block of a page after ``<!-- example: NAME -->``, and the ``text`` block that follows it, its output."""
+
+    page: str
+    language: str
+    source: str
+    output: str
+
+    def run(self, scope: dict[str, Any]) -> None:
+        exec(compile(self.source, self.page, "exec"), scope)
 
 
-def printed_in_the_readme(example: int) -> str:
-    """The output that stands below an example of Python."""
-    return re.findall(r"```python\n.*?```(?:\n\n```text\n(.*?)```)?", README, flags=re.DOTALL)[example]
+@functools.cache
+def examples() -> dict[str, Example]:
+    """Return the examples of all pages by name; a name stands for one of them."""
+    pattern = r"<!-- example: ([\w-]+) -->\n```(\w+)\n(.*?)```(?:\n\n```text\n(.*?)```)?"
+    by_name: dict[str, Example] = {}
+    for page in PAGES:
+        for name, *parts in re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            assert name not in by_name, f"{page} and {by_name[name].page} both have the example {name}"
+            by_name[name] = Example(str(page.relative_to(ROOT)), *parts)
+    return by_name
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def table_rows(text: str, heading: str) -> list[list[str]]:
+    """Return the cells of the table whose first line begins with ``heading``."""
+    lines = text[text.index(heading) :].splitlines()
+    end = next((k for k, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    # A bar in a cell is written "\|".
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:end]]
 
 
 def shape_of(output: str) -> str:
-    """The words of an output, with its numbers and sums left out: which differ between processors."""
+    """Return the words of an output, without its numbers and sums, which differ between processors."""
     return re.sub(r"[-+]?\d[\d.e+=-]*", "#", output)
 
 
 def figures_of(line: str) -> dict[str, float]:
-    """The named numbers of a line."""
+    """Return the named numbers of a line."""
     return {name: float(value) for name, value in re.findall(r"(\w+)[ =]([-+]?\d[\d.]*(?:e[-+]\d+)?)", line)}
 
 
 def unit_of(*values: float) -> float:
-    """A unit of the second digit of the largest: what two digits of each leave unsaid, twice over."""
+    """Return a unit of the second digit of the largest value: the rounding of a sum of figures of two digits."""
     return 10.0 ** (math.floor(math.log10(max(map(abs, values)))) - 1)
 
 
-def test_the_first_example_shows_an_influence(capsys: pytest.CaptureFixture[str]) -> None:
-    example, shown = blocks("python")[0], printed_in_the_readme(0)
-    scope: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), scope)
-    out, u, now = scope["out"], scope["batch_u"], capsys.readouterr().out
-    assert shape_of(now.splitlines()[0]) == shape_of(shown.splitlines()[0])
+def test_front_page_is_one_page() -> None:
+    assert len(read(FRONT).splitlines()) <= 150
+
+
+def test_every_python_block_is_a_named_example() -> None:
+    count = sum(len(re.findall(r"^```(?:python|yaml)$", read(page), flags=re.MULTILINE)) for page in PAGES)
+    assert count == len(examples())
+
+
+def test_influence_example_prints_an_influence(capsys: pytest.CaptureFixture[str]) -> None:
+    example, scope = examples()["influence"], dict[str, Any]()
+    assert len(example.source.splitlines()) <= 15
+    example.run(scope)
+    out, printed = scope["out"], capsys.readouterr().out
+    assert shape_of(printed.splitlines()[0]) == shape_of(example.output.splitlines()[0])
     # The same step by other means: its gradient, AdamW's map, and one derivative along the step.
     params, apply, state = scope["params"], scope["apply"], scope["state"].optimizer_state
+    u = scope["batch_u"]._replace(coefficients=scope["c"])
     gradients = fx.per_sample_grads(fx.rollout_loss(apply), params, u)
-    whole = {name: g.sum(0) for name, g in gradients.items()}
-    step = fx.adamw_decompose(whole, state, params, max_grad_norm=1.0).direction
-    slope = fx.jvp_delta(params, step, scope["batch_e"], apply=apply).first
-    assert float(out.total) == pytest.approx(float(slope), rel=1e-3)
-    for text in (now, shown):
+    total_grad = {name: g.sum(0) for name, g in gradients.items()}
+    step = fx.adamw_decompose(total_grad, state, params, max_grad_norm=1.0).direction
+    derivative = fx.jvp_delta(params, step, scope["batch_e"], apply=apply).first
+    assert float(out.total) == pytest.approx(float(derivative), rel=1e-3)
+    for text in (printed, example.output):
         figures = figures_of(text.splitlines()[0])
         parts = sum(figures[name] for name in ("momentum", "weight_decay", "sum_per_sequence"))
         assert figures["total"] == pytest.approx(parts, abs=4 * unit_of(figures["total"]) / 100)
         assert len(re.findall(r"influence [-+]\d.*? ± \d", text)) == 3
         assert not re.findall(r"influence [-+]0\.000", text)
     # Other processors may draw other rollouts, as another seed would.
-    error = float(re.findall(r"total=\S+ ± (\S+),", shown)[0])
-    assert abs(figures_of(shown)["total"] - float(out.total)) < 4 * (error + float(out.total_stderr))
+    error = float(re.findall(r"total=\S+ ± (\S+),", example.output)[0])
+    assert abs(figures_of(example.output)["total"] - float(out.total)) < 4 * (error + float(out.total_stderr))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_live_training_and_what_it_stored_agree(
+def test_trl_examples_predict_and_repeat_their_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    live, offline = blocks("python")[1:3]
-    assert len(live.splitlines()) <= 25
+    live, offline = examples()["trl"], examples()["offline"]
+    assert len(live.source.splitlines()) <= 25
     scope: dict[str, Any] = {}
-    exec(compile(live, "README.md", "exec"), scope)
-    history, now = scope["influence"].history, capsys.readouterr().out
+    live.run(scope)
+    history, printed = scope["influence"].history, capsys.readouterr().out
     assert [figures["step"] for figures in history] == [4, 8]
-    for text in (now, printed_in_the_readme(1)):
+    for text in (printed, live.output):
         steps = [figures_of(line) for line in text.splitlines() if line.startswith("total")]
         assert [set(step) for step in steps] == [{"total", "stderr", "momentum", "rollouts", "measured"}] * 2
         for step in steps:
             assert all(step.values()), "no figure of the example is zero"
             unit = unit_of(step["momentum"], step["rollouts"])
             assert step["total"] == pytest.approx(step["momentum"] + step["rollouts"], abs=2 * unit)
-            # The same E before and after: what is left is the curvature of a short step.
+            # The same E before and after: the difference is the curvature of a short step.
             assert abs(step["total"] - step["measured"]) < 2 * step["stderr"]
-    exec(compile(offline, "README.md", "exec"), scope)
+    offline.run(scope)
     again, stored = re.findall(r"[-+]\d[\d.]*", capsys.readouterr().out)
     size = sum(abs(x) for x in scope["out"].per_sequence.tolist())
     assert float(again) == pytest.approx(float(stored), abs=1e-3 + 1e-4 * size)
     assert float(stored) * 3e-5 == pytest.approx(history[-1]["total"], rel=1e-3), "per unit lr, and in the step"
-    shown = re.findall(r"[-+]\d[\d.]*", printed_in_the_readme(2))
-    assert float(shown[0]) == pytest.approx(float(shown[1]), rel=1e-3)
-    last = figures_of(printed_in_the_readme(1).splitlines()[-1])
-    assert float(shown[0]) * 3e-5 == pytest.approx(last["total"], abs=unit_of(last["total"]))
+    written = re.findall(r"[-+]\d[\d.]*", offline.output)
+    assert float(written[0]) == pytest.approx(float(written[1]), rel=1e-3)
+    last = figures_of(live.output.splitlines()[-1])
+    assert float(written[0]) * 3e-5 == pytest.approx(last["total"], abs=unit_of(last["total"]))
 
 
-def test_a_loop_of_ones_own_hands_over_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_attach_example_prints_what_trl_example_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The front page's example stands in a script that has a trainer; the script is the one of the ``trl`` example."""
+    monkeypatch.chdir(tmp_path)
+    script, example = examples()["trl"], examples()["attach"]
     scope: dict[str, Any] = {}
-    exec(compile(blocks("python")[3], "README.md", "exec"), scope)
-    out, now = scope["out"], capsys.readouterr().out
+    setup = script.source[: script.source.index("influence = ")]
+    exec(compile(setup, script.page, "exec"), scope)
+    scope |= {"model": scope["demo_path"]("demo"), "reward": scope["exact_match"], "held_out": scope["eval_prompts"]}
+    example.run(scope)
+    assert shape_of(capsys.readouterr().out) == shape_of(example.output)
+    lines = [re.findall(r"[-+]\d[\d.e+-]+", line) for line in example.output.splitlines()]
+    shared = [figures_of(line) for line in script.output.splitlines()]
+    for (predicted, momentum, rollouts, measured), step in zip(lines, shared, strict=True):
+        assert [float(x) for x in (predicted, momentum, rollouts, measured)] == [
+            step[name] for name in ("total", "momentum", "rollouts", "measured")
+        ]
+
+
+def test_loop_example_hands_over_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    example, scope = examples()["loop"], dict[str, Any]()
+    example.run(scope)
+    out, printed = scope["out"], capsys.readouterr().out
     assert abs(out.unattributed) < 1e-3 * out.per_sequence.abs().sum(), "the gradient is the rollouts' own"
-    for text in (now, printed_in_the_readme(3)):
+    for text in (printed, example.output):
         steps = [figures_of(line) for line in text.splitlines()]
         assert len(steps) == 4
         assert steps[0]["momentum"] == 0, "a new optimizer has none"
         assert all(step["momentum"] for step in steps[1:])
         totals, measured = ([step[name] for step in steps] for name in ("total", "measured"))
         assert all(totals)
-        # Of each step the first order predicts what is seen on the same E, but for its curvature.
-        off = sum((x - y) ** 2 for x, y in zip(totals, measured, strict=True))
-        assert off < 0.5 * sum(y**2 for y in measured)
+        # The first order predicts the change on the same E, up to its curvature.
+        squared_error = sum((x - y) ** 2 for x, y in zip(totals, measured, strict=True))
+        assert squared_error < 0.5 * sum(y**2 for y in measured)
 
 
-def test_several_processes_share_the_work(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(blocks("python")[4] + "from ranks import end_rank\nend_rank()\n", encoding="utf-8")
+def test_processes_example_gives_every_rank_the_result(tmp_path: Path) -> None:
+    example, script = examples()["processes"], tmp_path / "two.py"
+    script.write_text(example.source + "from helpers.ranks import end_rank\nend_rank()\n", encoding="utf-8")
     done = launch(2, script)
     assert done.returncode == 0, done.stdout
-    for text in (done.stdout, printed_in_the_readme(4)):
-        found = dict(re.findall(r"rank (\d): (16 influences, total [-+]\d\S* ± \d\S*)", text))
-        assert set(found) == {"0", "1"}
-        assert found["0"] == found["1"], "the result is the same on every rank"
-        assert figures_of(found["0"])["total"] != 0
+    for text in (done.stdout, example.output):
+        lines = dict(re.findall(r"rank (\d): (16 influences, total [-+]\d\S* ± \d\S*)", text))
+        assert set(lines) == {"0", "1"}
+        assert lines["0"] == lines["1"], "the result is the same on every rank"
+        assert figures_of(lines["0"])["total"] != 0
 
 
-def test_every_logged_figure_is_explained() -> None:
-    table = README[README.index("| name | what |") : README.index("Each measured step is a run")]
-    explained = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+def test_yaml_examples_are_plans() -> None:
+    plans = [EntropyInfluencePlan.from_dict(yaml.safe_load(x.source)) for x in examples().values() if x.language == "yaml"]
+    assert [plan.evaluations[0].num_prompts for plan in plans] == [64, 64]
+
+
+def test_logged_figures_are_explained() -> None:
+    rows = table_rows(read(INTEROP), "| name | meaning |")
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     out = {name: torch.ones(()) for name in fx.Influence._fields}
     influence = fx.Influence(**{**out, "per_sequence": torch.ones(2), "per_token": torch.ones(2, 3)})
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
@@ -145,38 +211,61 @@ def test_every_logged_figure_is_explained() -> None:
     assert explained == set(step.metrics())
 
 
-def test_the_plan_in_the_readme_is_a_plan() -> None:
-    plans = [EntropyInfluencePlan.from_dict(yaml.safe_load(text)) for text in blocks("yaml")]
-    assert [plan.evaluations[0].num_prompts for plan in plans] == [64, 64]
+def resolve(name: str) -> bool:
+    """Whether a dotted name exists in the package."""
+    value: Any = fx
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value is not None
 
 
-def test_every_function_in_the_table_exists() -> None:
-    table = README[README.index("| quantity |") : README.index("Works on plain")]
-    names = {name for cell in re.findall(r"\| ([^|]*) \| [^|]* \|\n", table) for name in re.findall(r"`(\w+)", cell)}
-    assert {"influence", "snis_sweep", "fisher_kernel"} <= names
-    assert not {name for name in names if not hasattr(fx, name)}
+def test_functions_of_the_tables_exist() -> None:
+    costs = table_rows(read(MATHEMATICS), "| quantity |")
+    names = {name for row in costs for name in re.findall(r"`([\w.]+)[(`]", row[1])}
+    calls = table_rows(read(FRONT), "| question |")
+    names |= {name for row in calls for name in re.findall(r"`fx\.([\w.]+)[(`]", row[1])}
+    assert {"influence", "snis_sweep", "fisher_kernel", "lab.select", "lab.analyze"} <= names
+    assert not {name for name in names if not resolve(name)}
+
+
+def test_walks_name_files_in_order_without_a_step_back() -> None:
+    """Each step of a walk links a file and names a function or class that the file has; no walk passes a file twice."""
+    text = read(MATHEMATICS)
+    for title in ("### `params` through `influence`", "### `batch_u` through `influence`"):
+        walk = text[text.index(title) :].partition("\n\n#")[0].partition("\nIn each of these passes")[0]
+        steps = re.findall(r"^(\d+)\. \[`([\w/.]+)`\]\(([\w/.]+)\)(.*)$", walk, flags=re.MULTILINE)
+        assert [int(number) for number, *_ in steps] == list(range(1, len(steps) + 1))
+        assert len(steps) >= 10
+        files = [path for _, path, *_ in steps]
+        assert len(set(files)) == len(files)
+        for _, label, path, sentence in steps:
+            assert label == path
+            source = read(MATHEMATICS.parent / path)
+            names = re.findall(r"`(\w+)`", sentence)
+            assert any(re.search(rf"^(?:def|class|    def) {name}\b", source, re.MULTILINE) for name in names), path
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_costs_in_forwards_are_those_that_are_counted(lora: bool) -> None:
+def test_costs_in_forwards_are_those_counted(lora: bool) -> None:
     p = problem(Setting("3M", lora))
-    along = {"apply": p.apply}
-    influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **along)
+    settings = {"apply": p.apply}
+    influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **settings)
     works: dict[str, harness.Work] = {
         "influence(..., stderr=False)": lambda: influence(stderr=False),
         "influence(..., per_token=False, stderr=False)": lambda: influence(per_token=False, stderr=False),
         "influence(..., grad=g, stderr=False)": lambda: influence(grad=p.gradient, stderr=False),
         "influence(...)": influence,
         "influence(..., matrix=True)": lambda: influence(matrix=True),
-        "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **along),
-        "jvp_delta": lambda: fx.jvp_delta(p.params, p.gain, p.e, **along),
+        "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **settings),
+        "jvp_delta": lambda: fx.jvp_delta(p.params, p.gain, p.e, **settings),
         "per_sample_grads": lambda: fx.per_sample_grads(fx.rollout_loss(p.apply), p.params, p.u),
-        "fisher_kernel": lambda: fx.fisher_kernel(p.params, p.e, p.u, p.state, **along),
+        "fisher_kernel": lambda: fx.fisher_kernel(p.params, p.e, p.u, p.state, **settings),
     }
     forward = harness.flops(lambda: all_token_values(p.params, p.u, p.apply))
-    stated = re.findall(r"^\| .* \| `(.*)` \| ([0-9.]+) F(?: / ([0-9.]+) F)? \|$", README, flags=re.MULTILINE)
+    pattern = r"^\| .* \| `(.*)` \| ([0-9.]+) F(?: / ([0-9.]+) F)? \|$"
+    stated = re.findall(pattern, read(MATHEMATICS), flags=re.MULTILINE)
     assert [name for name, *_ in stated] == list(works)
     for name, full, with_lora in stated:
         figure = with_lora or full if lora else full
