@@ -197,7 +197,8 @@ def test_processes_example_gives_every_rank_the_result(tmp_path: Path) -> None:
 
 def test_yaml_examples_are_plans() -> None:
     plans = [EntropyInfluencePlan.from_dict(yaml.safe_load(x.source)) for x in examples().values() if x.language == "yaml"]
-    assert [plan.evaluations[0].num_prompts for plan in plans] == [64, 64]
+    assert plans
+    assert {plan.evaluations[0].num_prompts for plan in plans} == {64}
 
 
 def test_logged_figures_are_explained() -> None:
