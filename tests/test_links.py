@@ -16,7 +16,9 @@ def markdown_pages() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = done.stdout.split() if done.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.md")]
-    return [ROOT / name for name in sorted(names) if not name.startswith((".venv", "docs/api")) and (ROOT / name).exists()]
+    return [
+        ROOT / name for name in sorted(names) if not name.startswith((".venv", "docs/api")) and (ROOT / name).exists()
+    ]
 
 
 def without_code(text: str) -> str:

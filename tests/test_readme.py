@@ -23,7 +23,11 @@ from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan
 
 ROOT = Path(__file__).parents[1]
-FRONT, MATHEMATICS, INTEROP = ROOT / "README.md", ROOT / "fx_influence/README.md", ROOT / "fx_influence/interop/README.md"
+FRONT, MATHEMATICS, INTEROP = (
+    ROOT / "README.md",
+    ROOT / "fx_influence/README.md",
+    ROOT / "fx_influence/interop/README.md",
+)
 PAGES = [FRONT, *sorted((ROOT / "fx_influence").rglob("README.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
 
 
@@ -196,7 +200,9 @@ def test_processes_example_gives_every_rank_the_result(tmp_path: Path) -> None:
 
 
 def test_yaml_examples_are_plans() -> None:
-    plans = [EntropyInfluencePlan.from_dict(yaml.safe_load(x.source)) for x in examples().values() if x.language == "yaml"]
+    plans = [
+        EntropyInfluencePlan.from_dict(yaml.safe_load(x.source)) for x in examples().values() if x.language == "yaml"
+    ]
     assert plans
     assert {plan.evaluations[0].num_prompts for plan in plans} == {64}
 
