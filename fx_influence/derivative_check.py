@@ -22,32 +22,35 @@ from fx_influence.types import Apply, Batch, Params, TokenValues
 
 Result = TypeVar("Result")
 
-ROOM = 10.0
-"""Error estimates between a finite difference and the deviation that is refused."""
+ERROR_MULTIPLE = 10.0
+"""Multiple of a finite difference's estimated error that a deviation may be."""
 SHARPNESS = 0.1
-"""Largest tolerance, over the size of the slopes, at which a token value counts as judged."""
+"""Largest tolerance, over the root mean square of the differences, at which a token value counts as judged."""
 ENOUGH = 0.5
 """Share of the token values that must be judged for an agreement to mean anything."""
 STEPS = (1.0, 0.1, 10.0, 0.01)
 """Multiples of the first step that are tried until ``ENOUGH`` values can be judged."""
 ANOTHER_STEP = 0.7
 """Multiple of a step at which a disagreement must be seen again: two kinks that cancel at one do not at both."""
-NAMED = 4
-"""Parameters that an error names."""
+MAX_NAMES = 4
+"""Number of parameters that an error names."""
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Rounding between the two modes, over the sum of absolute slopes; half precision has its eps."""
 
 
 class DerivativeCheck(NamedTuple):
-    """How far the derivatives of a policy are from finite differences of its token log-probs and entropies.
+    """Deviation of a policy's derivatives from finite differences of its token log-probs and entropies.
 
-    ``deviation``: of the judged values the one nearest to or farthest beyond its bound, |JVP - difference| over the
-    root mean square of the slopes; NaN where none could be judged. ``bound``: what truncation and rounding allow there.
-    ``gradient_deviation``: |<g, v> - sum_it (c_it dlogpi_it + b_it dh_it)| over the sum of absolute terms, for the
-    gradient g of one random combination (c, b) of the values. ``gradient_bound``: what rounding allows. ``judged``:
-    share of the values whose finite differences agree at all steps, [0, 1]. ``parameters``: names, up to ``NAMED``, of
-    those along which alone derivative and function disagree, the last in the model's order first; empty where they
-    agree, and where only several together show it.
+    Attributes:
+        deviation: |JVP - difference| over the root mean square of the differences, for the judged value that is nearest
+            to its bound or farthest beyond it; NaN where none could be judged.
+        bound: the deviation that truncation and rounding allow for that value.
+        gradient_deviation: |<g, v> - sum_it (c_it dlogpi_it + b_it dh_it)| over the sum of absolute terms, for the
+            gradient g of one random combination (c, b) of the values.
+        gradient_bound: the gradient's deviation that rounding allows.
+        judged: share of the values whose finite differences agree at all steps, in [0, 1].
+        parameters: names, up to ``MAX_NAMES``, of those along which alone derivative and function disagree, the last in
+            the model's order first; empty where they agree, and where only several together show it.
     """
 
     deviation: float
@@ -59,7 +62,7 @@ class DerivativeCheck(NamedTuple):
 
     @property
     def conclusive(self) -> bool:
-        """Whether ``ENOUGH`` of the token values could be judged."""
+        """Return whether ``ENOUGH`` of the token values could be judged."""
         return self.judged >= ENOUGH
 
     def __repr__(self) -> str:
@@ -96,7 +99,7 @@ def check_derivatives(
         slope = [4 D(h) - D(2h)] / 3      error = |D(h) - D(2h)| + |2 C(h) - C(2h)| + rounding / h
 
     Both terms vanish as h^2 or faster where z is smooth and are as large as a kink's effect where it is not (ReLU,
-    clamp, top-k routing), at theta itself too. The JVP of a value may be ``ROOM`` times its error and the median error
+    clamp, top-k routing), at theta itself too. The JVP of a value may be ``ERROR_MULTIPLE`` times its error and the median error
     off the slope; values for which this is more than ``SHARPNESS`` of the slopes' size are not judged. h is eps^(1/3)
     of the parameters' size, with eps of the coarsest dtype in the forward; smaller and larger steps follow while less
     than ``ENOUGH`` of the values can be judged, and a disagreement counts where another step repeats it. Then the
@@ -161,7 +164,7 @@ def check_derivatives(
     check = comparison([*direction])
     if not _differs(check):
         return check
-    check = check._replace(parameters=_responsible(lambda some: _differs(comparison(some)), [*direction]))
+    check = check._replace(parameters=_responsible(lambda names: _differs(comparison(names)), [*direction]))
     raise DerivativeError(_message(check), check)
 
 
@@ -185,7 +188,7 @@ class _Differences(NamedTuple):
 
 
 class _Judgement(NamedTuple):
-    """By token value, (2n,): |JVP - slope| and what it may be, over the size of the slopes, and where that is told."""
+    """Judgement by token value, (2n,): |JVP - slope| and its tolerance, over the slopes' size, and which are judged."""
 
     deviation: Tensor
     tolerance: Tensor
@@ -200,36 +203,35 @@ class _Judgement(NamedTuple):
 def _comparison(
     engine: Engine, params: Params, batch: Batch, direction: Params, seed: int
 ) -> Callable[[Sequence[str]], DerivativeCheck]:
-    """Return the comparison along the entries of ``direction`` of given names."""
+    """Return a function from names to the comparison along the entries of ``direction`` of these names."""
     lowest = lowest_precision(params, engine.apply, batch)
     eps = float(torch.finfo(lowest).eps)
     rounding = eps * _largest_logit(params, engine, batch)
     eta = eps ** (1 / 3) * _norm({name: params[name] for name in direction}) / (_norm(direction) or 1.0)
     base = _flat(engine.values(params, batch), batch)
     weighted = _combination(batch, seed)
-    weights = torch.cat([w[batch.completion_mask] for w in weighted[3:5] if w is not None])
-    # Reverse mode, once for all names.
+    pair = (weighted.coefficients, weighted.entropy_coefficients)
+    weights = torch.cat([w[batch.completion_mask] for w in pair if w is not None])
     gradient = _derived("gradient", lambda: engine.gradient(params, weighted))
-    along = dot_by_name({name: gradient[name] for name in direction}, direction)
+    by_reverse_mode = dot_by_name({name: gradient[name] for name in direction}, direction)
     gradient_bound = GRADIENT_TOLERANCE.get(lowest, eps)
 
     def differences(v: Params, step: float) -> _Differences:
         block = {name: x.unsqueeze(0) for name, x in v.items()}
 
-        def at(k: float) -> Tensor:
-            moved = engine.perturbed_values(params, block, k * step, batch, vmapped=False)
-            return _flat(TokenValues(*(x[0] for x in moved)), batch)
+        def values_at(k: float) -> Tensor:
+            values = engine.perturbed_values(params, block, k * step, batch, vmapped=False)
+            return _flat(TokenValues(*(x[0] for x in values)), batch)
 
-        one, minus_one, two, minus_two = (at(k) for k in (1.0, -1.0, 2.0, -2.0))
-        near, wide = (one - minus_one) / (2 * step), (two - minus_two) / (4 * step)
-        bend, wide_bend = (one + minus_one - 2 * base) / step, (two + minus_two - 2 * base) / (2 * step)
-        error = (near - wide).abs() + (2 * bend - wide_bend).abs() + rounding / step
-        return _Differences((4 * near - wide) / 3, error)
+        one, minus_one, two, minus_two = (values_at(k) for k in (1.0, -1.0, 2.0, -2.0))
+        d_h, d_2h = (one - minus_one) / (2 * step), (two - minus_two) / (4 * step)
+        c_h, c_2h = (one + minus_one - 2 * base) / step, (two + minus_two - 2 * base) / (2 * step)
+        error = (d_h - d_2h).abs() + (2 * c_h - c_2h).abs() + rounding / step
+        return _Differences((4 * d_h - d_2h) / 3, error)
 
     def compare(names: Sequence[str]) -> DerivativeCheck:
         v = {name: direction[name] for name in names}
-        slopes = _derived("JVP", lambda: engine.jvp(params, v, batch))
-        jvp = _flat(slopes, batch)
+        jvp = _flat(_derived("JVP", lambda: engine.jvp(params, v, batch)), batch)
         best, step = _judgement(jvp, differences(v, eta)), eta
         for multiple in STEPS[1:]:
             if best.judged.double().mean() >= ENOUGH:
@@ -241,9 +243,9 @@ def _comparison(
             again = _judgement(jvp, differences(v, ANOTHER_STEP * step))
             best = best._replace(judged=best.judged & (~best.beyond | again.beyond))
         terms = weights * jvp
-        size = max(float(terms.abs().sum()), sum(abs(float(along[name])) for name in names))
+        size = max(float(terms.abs().sum()), sum(abs(float(by_reverse_mode[name])) for name in names))
         # The gradient is that of -sum (c log pi + b h).
-        gap = abs(float(terms.sum()) + sum(float(along[name]) for name in names))
+        gap = abs(float(terms.sum()) + sum(float(by_reverse_mode[name]) for name in names))
         deviation, bound = _nearest(best)
         judged = float(best.judged.double().mean())
         return DerivativeCheck(deviation, bound, gap / size if size else 0.0, gradient_bound, judged)
@@ -251,15 +253,15 @@ def _comparison(
     return compare
 
 
-def _judgement(jvp: Tensor, found: _Differences) -> _Judgement:
-    finite = found.slope.isfinite() & found.error.isfinite()
+def _judgement(jvp: Tensor, differences: _Differences) -> _Judgement:
+    finite = differences.slope.isfinite() & differences.error.isfinite()
     # A value that jumps within the step has an error like its slope, and would make the slopes look large.
-    clear = finite & (found.error * ROOM <= found.slope.abs())
-    size = max(_rms(jvp[jvp.isfinite()]), _rms(found.slope[clear]))
+    clear = finite & (differences.error * ERROR_MULTIPLE <= differences.slope.abs())
+    size = max(_rms(jvp[jvp.isfinite()]), _rms(differences.slope[clear]))
     if not size or not finite.any():
         return _Judgement(jvp.new_zeros(jvp.shape), jvp.new_zeros(jvp.shape), torch.zeros_like(finite))
-    tolerance = ROOM * (found.error + found.error[finite].median()) / size
-    return _Judgement((jvp - found.slope).abs() / size, tolerance, finite & (tolerance <= SHARPNESS))
+    tolerance = ERROR_MULTIPLE * (differences.error + differences.error[finite].median()) / size
+    return _Judgement((jvp - differences.slope).abs() / size, tolerance, finite & (tolerance <= SHARPNESS))
 
 
 def _nearest(judgement: _Judgement) -> tuple[float, float]:
@@ -276,18 +278,18 @@ def _differs(check: DerivativeCheck) -> bool:
 
 
 def _responsible(differs: Callable[[Sequence[str]], bool], names: Sequence[str]) -> tuple[str, ...]:
-    """Return up to ``NAMED`` of ``names`` along which alone something differs, from the last, by bisection.
+    """Return up to ``MAX_NAMES`` of ``names`` along which alone something differs, from the last, by bisection.
 
     None where nothing differs along single ones, as where few values are smooth along these.
     """
     if len(names) == 1:
         return tuple(names)
     middle = len(names) // 2
-    found: tuple[str, ...] = ()
-    for some in (names[middle:], names[:middle]):
-        if len(found) < NAMED and differs(some):
-            found += _responsible(differs, some)
-    return found[:NAMED]
+    responsible: tuple[str, ...] = ()
+    for half in (names[middle:], names[:middle]):
+        if len(responsible) < MAX_NAMES and differs(half):
+            responsible += _responsible(differs, half)
+    return responsible[:MAX_NAMES]
 
 
 def _message(check: DerivativeCheck) -> str:
@@ -309,7 +311,7 @@ def _message(check: DerivativeCheck) -> str:
 
 
 def _derived(mode: str, derive: Callable[[], Result]) -> Result:
-    """Return what ``derive`` gives; raise ``DerivativeError`` where the policy has no derivative in that mode."""
+    """Return the result of ``derive``; raise ``DerivativeError`` where the policy has no derivative in that mode."""
     try:
         return derive()
     except torch.OutOfMemoryError:

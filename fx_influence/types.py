@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class TokenValues(NamedTuple):
-    """What a policy says of each completion token, (..., B, T), 0 outside the completion mask.
+    """Log-probability and entropy of each completion token, (..., B, T), 0 outside the completion mask.
 
     ``logprobs``: log pi(y_t | y_<t). ``entropies``: h_t = -sum_y pi log pi over the full vocabulary. In nats.
     """
