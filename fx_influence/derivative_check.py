@@ -99,12 +99,12 @@ def check_derivatives(
         slope = [4 D(h) - D(2h)] / 3      error = |D(h) - D(2h)| + |2 C(h) - C(2h)| + rounding / h
 
     Both terms vanish as h^2 or faster where z is smooth and are as large as a kink's effect where it is not (ReLU,
-    clamp, top-k routing), at theta itself too. The JVP of a value may be ``ERROR_MULTIPLE`` times its error and the median error
-    off the slope; values for which this is more than ``SHARPNESS`` of the slopes' size are not judged. h is eps^(1/3)
-    of the parameters' size, with eps of the coarsest dtype in the forward; smaller and larger steps follow while less
-    than ``ENOUGH`` of the values can be judged, and a disagreement counts where another step repeats it. Then the
-    gradient of a random combination of the values is compared with the JVP. What differs is traced to the parameters
-    along which alone it differs. A few rows are enough; the cost is six forwards, a JVP and a gradient.
+    clamp, top-k routing), at theta itself too. The JVP of a value may be ``ERROR_MULTIPLE`` times its error and the
+    median error off the slope; values for which this is more than ``SHARPNESS`` of the slopes' size are not judged. h
+    is eps^(1/3) of the parameters' size, with eps of the coarsest dtype in the forward; smaller and larger steps follow
+    while less than ``ENOUGH`` of the values can be judged, and a disagreement counts where another step repeats it.
+    Then the gradient of a random combination of the values is compared with the JVP. What differs is traced to the
+    parameters along which alone it differs. A few rows are enough; the cost is six forwards, a JVP and a gradient.
 
     As for E in ``influence`` and ``jvp_delta``, derivatives are the function's: what a model of ``make_functional``
     detaches in code that the library sees is not detached here.

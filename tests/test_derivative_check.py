@@ -109,7 +109,7 @@ class Mixing(AttentionModel):
         return x + self.operation(self.first(x))
 
 
-UPSTREAM = {"first.weight", "first.bias", "token.weight", "place.weight"}
+UPSTREAM = {"first.weight", "first.bias", "token.weight", "position.weight"}
 
 
 def policy(operation: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float64) -> tuple[fx.Apply, fx.Params]:
