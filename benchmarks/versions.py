@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "versions.json"
 CORE = {"torch", "numpy", "pytest", "hypothesis"}
 NOT_RUN = {"mypy", "pdoc", "pytest-xdist", "ruff", "setuptools", "trl"}
-CALL_TRL = {"test_readme.py", "test_rewards.py"}
+CALL_TRL = {"test_readme.py", "test_scoring.py"}
 CALL_SCIPY = {"test_select.py"}
 NO_FSDP2 = "FSDP2 is torch.distributed.fsdp.fully_shard, which torch 2.6 brought"
 

@@ -1,7 +1,7 @@
 """On-policy rollouts from a Hugging Face model: full-softmax samples, the log-probs of the draws, rewards.
 
-Estimates over rollouts assume that they were sampled from pi, so ``check_on_policy`` compares the log-probs recorded
-while sampling with scored ones before anything is computed from the rollouts.
+Estimates over rollouts assume that they were sampled from pi, so ``on_policy.check_on_policy`` compares the log-probs
+recorded while sampling with scored ones before anything is computed from the rollouts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fx_influence.interop.generation import eos_token_ids, full_softmax_config, generate_tokens, sampling_mode
 from fx_influence.interop.prompts import Prompt, text_for
@@ -21,7 +21,6 @@ from fx_influence.interop.rewards import Reward, TextOrMessages
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.scoring import score
 from fx_influence.losses import group_advantages
-from fx_influence.types import Batch
 
 Progress = Callable[[int, int], None]
 """Called with (number of rollouts done, number of all rollouts) after each sampled chunk."""
@@ -232,55 +231,6 @@ def sample_rewarded(
         fresh = {r.id: r for r in add_rewards([dataclasses.replace(r, group=flat[r.group]) for r in redrawn])}
         rollouts = [fresh.get(r.id, r) for r in rollouts]
     return rollouts
-
-
-def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch: Batch, tolerance: float) -> float:
-    """Return the largest |behaviour - scored| log-prob over all completion tokens; refuse one above ``tolerance``.
-
-    Args:
-        rollouts: n rollouts; those without behaviour log-probs are passed over.
-        scored_logprobs: (n, T), at position t the log-prob of token t under the policy in question, at the temperature
-            that the rollouts were sampled with. Entries outside the completion mask are not read.
-        batch: (n, T), ``collate(rollouts)``.
-        tolerance: the largest difference that is allowed, in nats.
-
-    Returns:
-        The largest difference in nats; NaN if no rollout has behaviour log-probs, so that nothing can be compared.
-
-    Raises:
-        ValueError: naming the worst rollout, or if shapes disagree.
-    """
-    mask = batch.completion_mask
-    if tuple(scored_logprobs.shape) != tuple(mask.shape) or len(rollouts) != mask.shape[0]:
-        raise ValueError(
-            f"scored_logprobs has shape {tuple(scored_logprobs.shape)} and batch {tuple(mask.shape)} for "
-            f"{len(rollouts)} rollouts; pass the scores of collate(rollouts)"
-        )
-    if all(rollout.behaviour_logprobs is None for rollout in rollouts):
-        return math.nan
-    worst, worst_index = 0.0, 0
-    for i, rollout in enumerate(rollouts):
-        if rollout.behaviour_logprobs is None:
-            continue
-        scored = scored_logprobs[i][mask[i]].detach().to("cpu", torch.float64)
-        behaviour = torch.tensor(rollout.behaviour_logprobs, dtype=torch.float64)
-        if rollout.completion_mask is not None:
-            behaviour = behaviour[torch.tensor(rollout.completion_mask)]
-        if len(scored) != len(behaviour):
-            raise ValueError(
-                f"batch has {len(scored)} completion tokens for rollout {rollout.id!r}, which has "
-                f"{len(behaviour)}; pass collate(rollouts), in the same order"
-            )
-        gap = (scored - behaviour).abs().nan_to_num(nan=math.inf)
-        if len(gap) and gap.max().item() > worst:
-            worst, worst_index = gap.max().item(), i
-    if worst > tolerance:
-        raise ValueError(
-            f"rollout {rollouts[worst_index].id!r} was not sampled from this policy: its behaviour and scored "
-            f"log-probs differ by {worst:.3g} (tolerance {tolerance:.3g}); sample again from this model, with the "
-            "temperature that scores it and no top-k, top-p or penalties"
-        )
-    return worst
 
 
 def _exchange(prompt: Prompt, rollout: Rollout) -> tuple[TextOrMessages, TextOrMessages]:

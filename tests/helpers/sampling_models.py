@@ -13,10 +13,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from fx_influence.interop.on_policy import check_on_policy
 from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.sampling import check_on_policy
 from fx_influence.types import Batch
 from helpers.tolerances import TINY_POLICY, rounding_bound
 

@@ -15,9 +15,10 @@ from helpers.sampling_models import (
     make_tokenizer,
 )
 
+from fx_influence.interop.on_policy import check_on_policy
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.sampling import check_on_policy, sample
+from fx_influence.interop.sampling import sample
 
 
 def test_check_on_policy_refuses_changed_model() -> None:

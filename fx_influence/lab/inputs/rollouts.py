@@ -12,12 +12,13 @@ from typing import NamedTuple
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.core.display import record_line
 from fx_influence.interop.generation import eos_token_ids
+from fx_influence.interop.on_policy import check_on_policy
 from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.job import SINGLE_PROCESS, Job
 from fx_influence.interop.runtime.run_files import raise_if_damaged
-from fx_influence.interop.sampling import check_on_policy, sample_rewarded, tokenize_prompts
+from fx_influence.interop.sampling import sample_rewarded, tokenize_prompts
 from fx_influence.lab.inputs.training_state import TrainingState, load_training_state
 from fx_influence.lab.plan import CustomSequence, PlanError, RolloutFile, SampledBatch, StepPlan
 from fx_influence.lab.store import RunDirectory
