@@ -1,4 +1,4 @@
-"""The precision that passes run in: parameters in half precision are raised to float32, and what then stays lower."""
+"""Choose the precision that passes run in, and tell what in a forward stays in a lower one."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
     """Return the same policy with parameters, and the frozen weights of a ``Policy``, in at least float32.
 
     Its weights define theta, as rounded as they are; every pass over it is then as exact as one in float32. A half
-    weight is a float32 number too, so raising it changes nothing. An ``apply`` of one's own that takes no float32
+    precision weight is a float32 number too, so raising it changes nothing. A plain ``apply`` that takes no float32
     parameters runs in the precision it has, with a ``UserWarning``.
 
     Args:
         params: by name, any dtype.
         apply: of those parameters.
-        batch: its first row is what an ``apply`` of one's own is tried on.
-        finite: the passes compare the policy at two points, whose difference half precision would swallow.
+        batch: its first row is what a plain ``apply`` is tried on.
+        finite: whether the passes compare the policy at two points, whose difference half precision would swallow.
 
     Raises:
         ValueError: under ``finite``, for an ``apply`` that takes no float32 parameters.
@@ -76,7 +76,7 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
     if lowest and (error := _refusal(apply, raised, batch)) is not None:
         message = (
             f"params are {', '.join(map(str, lowest))} and apply takes them in no other precision ({error}), so every "
-            "pass is rounded to it; let apply cast what it holds itself to the parameters' dtype"
+            "pass is rounded to it; let apply cast the tensors that it holds to the parameters' dtype"
         )
         if finite:
             raise ValueError(message)
@@ -86,7 +86,7 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
 
 
 def in_at_least(dtype: torch.dtype, params: Params, apply: Apply, batch: Batch) -> tuple[Params, Apply]:
-    """Return the same policy in at least ``dtype``; as it is given where it is compiled or takes no such parameters.
+    """Return the same policy in at least ``dtype``; unchanged if it is compiled or takes no such parameters.
 
     Args:
         dtype: float32 or float64.
@@ -96,13 +96,14 @@ def in_at_least(dtype: torch.dtype, params: Params, apply: Apply, batch: Batch) 
     """
     raised = {name: p.to(torch.promote_types(p.dtype, dtype)) for name, p in params.items()}
     policy = apply.with_min_precision(dtype) if isinstance(apply, Policy) else apply
-    # Another dtype would be compiled anew.
+    # A compiled policy would be compiled again for another dtype.
     if split_policy(policy).compiled or _refusal(policy, raised, batch) is not None:
         return params, apply
     return raised, policy
 
 
 def _refusal(apply: Apply, params: Params, batch: Batch) -> str | None:
+    """Return the first line of the error with which ``apply`` rejects parameters of this dtype, or None."""
     with torch.no_grad():
         try:
             apply(params, batch.input_ids[:1], batch.attention_mask[:1])
@@ -112,32 +113,37 @@ def _refusal(apply: Apply, params: Params, batch: Batch) -> str | None:
 
 
 def lowest_precision(params: Params, apply: Apply, batch: Batch) -> torch.dtype:
-    """Return the coarsest floating dtype among the weights and all that a forward makes of them.
+    """Return the coarsest floating dtype among the weights and all that a forward computes from them.
 
     A forward may cast to half precision whatever the weights are, as one that enters autocast does.
+
+    Args:
+        params: by name.
+        apply: of those parameters.
+        batch: its first row is what the forward is tried on.
     """
-    seen = _Seen()
+    watch = _DtypeWatch()
     for p in params.values():
-        seen.add(p)
+        watch.add(p)
     if isinstance(apply, Policy):
-        seen.dtypes.add(apply.compute_dtype)
-        # Two tokens tell; of sharded weights even they would gather the whole model.
+        watch.dtypes.add(apply.compute_dtype)
+        # Two tokens suffice; with sharded weights even they would gather the full model.
         width = 0 if any(map(is_sharded, params.values())) else 2
     else:
-        # A function may be made for rows of one width.
+        # A function may accept rows of one width only.
         width = batch.input_ids.shape[1]
     if width:
-        with torch.no_grad(), seen:
+        with torch.no_grad(), watch:
             apply(params, batch.input_ids[:1, :width], batch.attention_mask[:1, :width])
-    return max(seen.dtypes, key=_eps)
+    return max(watch.dtypes, key=_eps)
 
 
 def _eps(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
 
 
-class _Seen(TorchFunctionMode):
-    """Notes the floating dtypes of what is made inside."""
+class _DtypeWatch(TorchFunctionMode):
+    """While active, collects the floating dtypes of all results in ``dtypes``."""
 
     def __init__(self) -> None:
         super().__init__()

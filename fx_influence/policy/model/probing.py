@@ -1,4 +1,4 @@
-"""Forwards of a few tokens on random weights, which show what a model's structure does whatever its weights are."""
+"""Probes: a few tokens and random weights, on which forwards show what a model's structure does."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.core.dtensor import is_sharded, to_local
-from fx_influence.policy.model.template import Template, base_model, state_of
+from fx_influence.policy.model.template import Template, base_model, module_state, restore_state
 from fx_influence.types import Params
 
 LENGTHS = (8, 4)
-"""Tokens of a row of a probe; the shorter one where a model has fewer positions."""
+"""Number of tokens of a probe's rows; the second for models with fewer positions."""
 
 _STEPS = (1, 3, 101, 1009, 10007)
 
 
 class Probe(NamedTuple):
-    """Four rows of T tokens that belong together, T even and at least 4.
+    """Four rows of T tokens, T even and at least 4.
 
     Row 0 has no padding. Row 1 is the start of row 0, padded on the right. Row 2 is row 1, padded on the left. Row 3
-    begins with half of row 0 and goes on otherwise.
-    ``input_ids``: (4, T). ``attention_mask``: bool (4, T). ``short``: tokens of rows 1 and 2.
+    begins with half of row 0 and continues with other tokens.
+    ``input_ids``: (4, T). ``attention_mask``: bool (4, T). ``short``: number of tokens of rows 1 and 2.
     """
 
     input_ids: Tensor
@@ -32,14 +32,18 @@ class Probe(NamedTuple):
 
     @property
     def half(self) -> int:
-        """Tokens that rows 0 and 3 have in common."""
+        """Number of tokens that rows 0 and 3 have in common."""
         return self.input_ids.shape[1] // 2
 
 
 def make_probe(model: nn.Module, vocab_size: int | None, length: int, device: torch.device) -> Probe:
     """Return a probe of ids that a text may hold: neither padding nor other special tokens, where the model names them.
 
-    ``vocab_size``: None for a model that does not tell; then the ids are 0 and 1, which any vocabulary has.
+    Args:
+        model: its configuration names the special tokens.
+        vocab_size: None for a model that does not tell; the ids are then 0 and 1, which any vocabulary has.
+        length: T.
+        device: of the ids.
     """
     if vocab_size is None:
         row = torch.tensor([1, 0, 0, 1, 0, 1, 1, 0][:length], device=device)
@@ -65,11 +69,13 @@ def make_probe(model: nn.Module, vocab_size: int | None, length: int, device: to
 def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
     """Return random values for all parameters by name, of their shapes, in memory that hardly depends on their size.
 
-    All are views of a few short vectors, every row of a matrix some entries further on than the one before. What a
-    training has yet to learn, a gate that starts at 0 or an adapter's second map, is random too. Parameters whose
-    values only their own kernels can read, as quantised ones, are the live ones.
+    All are views of a few short vectors, each row of a matrix shifted by some entries against the row before. What
+    training has yet to learn, a gate that starts at 0 or an adapter's second map, is random too. Quantised parameters,
+    whose values only their own kernels can read, are the live ones.
 
-    ``widest``: half precision is raised to it; None keeps every dtype.
+    Args:
+        model: its parameters' names, shapes, dtypes and devices are read.
+        widest: half precision is raised to it; None leaves every dtype.
     """
     generator = torch.Generator().manual_seed(0)
     vectors: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
@@ -86,33 +92,30 @@ def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
         key = dtype, to_local(value).device, width
         vector = vectors.get(key)
         if vector is None or len(vector) < size:
-            drawn = torch.rand(2 * size, generator=generator, dtype=torch.float32, device="cpu")
-            # Norms and biases are positive and of order 1; a matrix keeps the size of what it is applied to.
-            drawn = 0.5 + drawn if not width else (2 * drawn - 1) * (3 / width) ** 0.5
-            vector = vectors[key] = drawn.to(key[1], dtype)
+            uniform = torch.rand(2 * size, generator=generator, dtype=torch.float32, device="cpu")
+            # Norms and biases are positive and of order 1; a matrix preserves the size of what it is applied to.
+            scaled = 0.5 + uniform if not width else (2 * uniform - 1) * (3 / width) ** 0.5
+            vector = vectors[key] = scaled.to(key[1], dtype)
         out[name] = vector.as_strided(p.shape, steps, k)
     return out
 
 
 def stateful_modules(template: Template, call: Callable[[], object]) -> list[nn.Module]:
-    """Return the modules of a template whose attributes are bound to something else after ``call`` than before."""
+    """Return the modules of a template whose attributes ``call`` binds to other objects; they are bound back."""
     modules = list(template.module.modules())
-    before = [state_of(module) for module in modules]
+    before = [module_state(module) for module in modules]
     call()
-    found = []
+    changed = []
     for module, old in zip(modules, before, strict=True):
-        new = state_of(module)
+        new = module_state(module)
         if any(a.keys() != b.keys() or any(a[key] is not b[key] for key in a) for a, b in zip(old, new, strict=True)):
-            found.append(module)
-            vars(module).clear()
-            vars(module).update(old[0])
-            module._buffers.clear()
-            module._buffers.update(old[1])
-    return found
+            changed.append(module)
+            restore_state(module, old)
+    return changed
 
 
 def agree(actual: Tensor, expected: Tensor, bound: float) -> bool:
-    """Return whether two tensors differ by at most ``bound`` times the largest entry of ``expected``; NaN never does.
+    """Return whether two tensors differ by at most ``bound`` times the largest entry of ``expected``; NaN never agrees.
 
     Example:
         >>> agree(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 0.1), agree(torch.ones(1), torch.ones(2), 0.1)
@@ -127,15 +130,20 @@ def agree(actual: Tensor, expected: Tensor, bound: float) -> bool:
 def rounding_bound(dtypes: Sequence[torch.dtype]) -> float:
     """Return the relative difference that rounding in the coarsest of ``dtypes`` may make of two forwards.
 
-    The square root of its machine epsilon: errors of a forward grow with the root of the number of operations in a
-    row, and 1 / sqrt(eps) of them leave room for a model of any depth, while a mistake in what is computed shows.
+    It is the square root of that machine epsilon. Errors of a forward grow with the root of the number of successive
+    operations, and 1 / sqrt(eps) of them leave room for a model of any depth, while a mistake in what is computed
+    shows.
     """
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     return float(coarsest**0.5)
 
 
 class ProbeCase(NamedTuple):
-    """A setting in which a policy and its model run: weights and buffers by name, tokens, and what rounding may do."""
+    """A setting in which a policy and its model run.
+
+    ``known``: weights and buffers by name. ``probe``: the tokens. ``bound``: relative difference that rounding may
+    make.
+    """
 
     known: Params
     probe: Probe

@@ -1,4 +1,4 @@
-"""A model's structure without its weights, called on tensors that are handed to it by name."""
+"""A model's structure without its weights, called on tensors that are passed to it by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fx_influence.types import Params
 
 Copy = Callable[[nn.Module, dict[int, Any]], nn.Module]
-"""``copied(model, memo)``: ``copy.deepcopy``, or one that leaves out what a sharding put into the model."""
+"""``copied(model, memo)``: ``copy.deepcopy``, or a copy without what FSDP2 put into the model."""
 
 _REGISTERED = frozenset(vars(nn.Module())) | {"_orig_mod"}
 
@@ -27,11 +27,15 @@ class Place(NamedTuple):
 
 
 class Template(NamedTuple):
-    """A module on the meta device, and where the tensors that it is called on belong.
+    """A module on the meta device, and the places of the tensors that it is called on.
 
-    ``slots``: path in the module -> name of the tensor, one for every attribute that holds it, so that a tied weight
-    has several. ``places``: the same for lists, dicts and plain attributes. ``stateful``: modules whose attributes a
-    forward binds anew; they are put back after each call, so that no call sees what another left.
+    Attributes:
+        module: in eval mode, without weights.
+        slots: path in the module -> name of the tensor, one for every registered attribute that holds it, so that a
+            tied weight has several.
+        places: the same for lists, dicts and plain attributes.
+        stateful: modules whose attributes a forward binds anew; they are restored after each call, so that no call sees
+            what another left.
     """
 
     module: nn.Module
@@ -40,38 +44,38 @@ class Template(NamedTuple):
     stateful: list[nn.Module]
 
     def with_stateful(self, paths: Iterable[str]) -> Template:
-        """Return the template with the modules at these paths as ``stateful``, those of them that it has."""
+        """Return the template with the modules at these paths as ``stateful``; other paths are ignored."""
         modules = dict(self.module.named_modules())
         return self._replace(stateful=[modules[path] for path in paths if path in modules])
 
     def __call__(self, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the module makes of ``args`` and ``kwargs`` with the tensors ``known``, by name."""
-        own = {path: known[name] for path, name in self.slots.items() if name in known}
-        before = [_registered_in(module) for module in self.module.modules()]
+        """Return what the module's forward returns for ``args`` and ``kwargs`` with the tensors ``known``, by name."""
+        tensors = {path: known[name] for path, name in self.slots.items() if name in known}
+        before = [_snapshot(module) for module in self.module.modules()]
         try:
-            return self._called(own, known, args, kwargs)
+            return self._call(tensors, known, args, kwargs)
         except BaseException:
-            # What a forward takes back itself, as peft does parametrizations, it may not get to when it fails.
+            # A forward that fails may not get to undo what it would undo itself, such as PEFT's parametrizations.
             for state in before:
-                _put_back(*state)
+                _restore(*state)
             raise
 
-    def _called(self, own: Params, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, tensors: Params, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.places and not self.stateful:
-            return _functional_call(self.module, own, args, kwargs)
+            return _functional_call(self.module, tensors, args, kwargs)
         with _restored(self.stateful), _placed(self.places, known):
-            return _functional_call(self.module, own, args, kwargs)
+            return _functional_call(self.module, tensors, args, kwargs)
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
-def _registered_in(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], list[dict[str, Any]]]:
+def _snapshot(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], list[dict[str, Any]]]:
     """Return a module with its class, its attributes and what it has registered."""
     return module, type(module), dict(vars(module)), [dict(vars(module)[key]) for key in _REGISTRIES]
 
 
-def _put_back(module: nn.Module, kind: type, attributes: dict[str, Any], registered: list[dict[str, Any]]) -> None:
+def _restore(module: nn.Module, kind: type, attributes: dict[str, Any], registered: list[dict[str, Any]]) -> None:
     module.__class__ = kind
     vars(module).clear()
     vars(module).update(attributes)
@@ -81,12 +85,12 @@ def _put_back(module: nn.Module, kind: type, attributes: dict[str, Any], registe
 
 
 def _functional_call(module: nn.Module, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Every slot is given its tensor here: torch ties modules of two names wrongly (pytorch#164759).
+    # Every slot gets its tensor here, because torch ties modules of two names wrongly (pytorch#164759).
     return torch.func.functional_call(module, known, args, kwargs, tie_weights=False)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile``, data parallelism or an engine wraps, whose names its parameters have.
+    """Return the module inside ``torch.compile``, data parallelism or an engine, by whose names parameters are known.
 
     Example:
         >>> linear = nn.Linear(2, 2)
@@ -108,18 +112,22 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 def meta_template(
     model: nn.Module, attention: str | None, copied: Copy = copy.deepcopy, experts: str | None = None
 ) -> Template:
-    """Return the model in eval mode with eager or another ``attention``, and meta tensors for its weights.
+    """Return the model in eval mode as a template, with meta tensors for its weights.
 
     Args:
-        model: anything that ``unwrap_model`` gives; neither changed nor copied, weights least of all.
-        attention: name of an implementation of transformers; None leaves the model's.
+        model: anything that ``unwrap_model`` returns; it is not changed, and no weight is copied.
+        attention: name of an attention implementation of transformers; None leaves the model's.
         copied: how the structure is copied.
-        experts: the same of a mixture's experts; "eager" has all derivatives and "batched_mm" a rule under vmap too.
+        experts: name of an implementation of a mixture's experts; "eager" has all derivatives, "batched_mm" a rule
+            under vmap too. None leaves the model's.
+
+    Raises:
+        ValueError: a parameter stands in a tuple.
     """
     # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
     memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
     memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    # What is no parameter is shared and not copied: it may be large, and is read live as buffers are.
+    # Tensors that are no parameters are shared and not copied: they may be large, and are read live as buffers are.
     memo |= {id(x): x for _, _, x in _unregistered(model) if id(x) not in memo}
     module = copied(model, memo).eval()
     _undo_patches(module)
@@ -127,7 +135,7 @@ def meta_template(
         try:
             base_model(module).set_attn_implementation(attention)
         except ValueError:
-            # This architecture has no such attention, and every one has this.
+            # The architecture lacks this attention; each has the eager one.
             base_model(module).set_attn_implementation("eager")
     if experts is not None and hasattr(base_model(module), "set_experts_implementation"):
         base_model(module).set_experts_implementation(experts)
@@ -149,16 +157,16 @@ def tensor_names(module: nn.Module) -> dict[int, str]:
 
 def slots_of(module: nn.Module, names: dict[int, str]) -> dict[str, str]:
     """Return path -> name for every registered attribute that holds a tensor of ``names``."""
-    found = {}
+    slots = {}
     for path, owner in module.named_modules():
         for leaf, x in [*owner._parameters.items(), *owner._buffers.items()]:
             if x is not None:
-                found[f"{path}.{leaf}" if path else leaf] = names[id(x)]
-    return found
+                slots[f"{path}.{leaf}" if path else leaf] = names[id(x)]
+    return slots
 
 
 def module_paths(module: nn.Module, parts: Iterable[nn.Module]) -> set[str]:
-    """Return the paths of some of a module's parts."""
+    """Return the paths in ``module`` of some of its submodules."""
     wanted = {id(part) for part in parts}
     return {path for path, part in module.named_modules() if id(part) in wanted}
 
@@ -177,8 +185,8 @@ def _unregistered(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
             elif isinstance(value, nn.Module) and id(value) not in seen:
                 for module in value.modules():
                     seen.add(id(module))
-                    for own in (module._parameters, module._buffers, _plain(module)):
-                        yield from inside(own if own is not None else {}, list(own.items()))
+                    for registry in (module._parameters, module._buffers, _plain(module)):
+                        yield from inside(registry if registry is not None else {}, list(registry.items()))
 
     for module in model.modules():
         attributes = vars(module)
@@ -204,29 +212,35 @@ def _placed(places: list[Place], known: Params) -> Iterator[None]:
 
 @contextmanager
 def _restored(modules: list[nn.Module]) -> Iterator[None]:
-    before = [state_of(module) for module in modules]
+    before = [module_state(module) for module in modules]
     try:
         yield
     finally:
-        for module, (attributes, buffers) in zip(modules, before, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for module, state in zip(modules, before, strict=True):
+            restore_state(module, state)
 
 
-def state_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+def module_state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a module's attributes and buffers as they are bound now."""
     return dict(vars(module)), dict(module._buffers)
 
 
+def restore_state(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Bind a module's attributes and buffers as they were when ``module_state`` returned ``state``."""
+    attributes, buffers = state
+    vars(module).clear()
+    vars(module).update(attributes)
+    module._buffers.clear()
+    module._buffers.update(buffers)
+
+
 def _meta_parameter(p: Tensor) -> nn.Parameter:
-    # By shape and not by empty_like: of a DTensor that would be a DTensor.
+    # By shape, because empty_like of a DTensor would be a DTensor.
     return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
 
 
 class _Uncompiled(nn.Module):
-    """A module that ``torch.compile`` returned, as it was before: a compiled one loses tangents (torch 2.13)."""
+    """The class of a module that ``torch.compile`` returned, uncompiled: a compiled one loses tangents (torch 2.13)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._orig_mod(*args, **kwargs)
@@ -239,8 +253,9 @@ class _Uncompiled(nn.Module):
 
 
 def _undo_patches(module: nn.Module) -> None:
+    """Undo what trainers and kernel libraries did to a model's modules, in a copy of it."""
     for part in module.modules():
-        # accelerate and kernel patches replace `forward` on the instance; torch.func needs the class's own.
+        # accelerate and kernel patches replace `forward` on the instance; torch.func needs that of the class.
         part.__dict__.pop("forward", None)
         part.__dict__["_compiled_call_impl"] = None
         if "_orig_mod" in part._modules:
@@ -260,19 +275,19 @@ def base_model(model: nn.Module) -> Any:
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Return whether it has attention implementations to choose from, as models of transformers have."""
+    """Return whether a model lets its attention implementation be chosen, as those of transformers do."""
     return hasattr(base_model(model), "set_attn_implementation")
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the module that turns features into logits, where the model tells."""
+    """Return the module that turns hidden states into logits, where the model tells."""
     base = base_model(model)
-    found: nn.Module | None = base.get_output_embeddings() if hasattr(base, "set_output_embeddings") else None
-    return found
+    head: nn.Module | None = base.get_output_embeddings() if hasattr(base, "set_output_embeddings") else None
+    return head
 
 
 def embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
-    """Yield the embeddings among a module's parts."""
+    """Yield the embeddings among a module's submodules."""
     return (part for part in module.modules() if isinstance(part, nn.Embedding))
 
 

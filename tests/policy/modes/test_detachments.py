@@ -1,15 +1,13 @@
-"""The entropy over E has the derivatives of the function that the model is; gradients that hooks change are refused."""
+"""Models that detach: the update batch has the trainer's gradient, the entropy the derivatives of the function."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.tiny_models import AttentionModel, full_batch, make_float64, warm_state
-from torch import Tensor, nn
+from torch import Tensor
 
 import fx_influence as fx
 from fx_influence.autodiff.gradients import batch_gradient
@@ -22,7 +20,7 @@ class Detaching(AttentionModel):
         super().__init__()
         self.by = by
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         if self.by == "no_grad":
             with torch.no_grad():
                 size = self.qkv.weight.norm()
@@ -77,44 +75,3 @@ def test_jvp_delta_differentiates_dora_norms() -> None:
     eta = 1e-6
     ahead, behind = (fx.snis_delta(params, direction, x, e, apply=apply).delta_h for x in (eta, -eta))
     assert ((ahead - behind) / (2 * eta) - first).abs() <= 1e-6 * first.abs()
-
-
-def halved(g: Tensor) -> Tensor:
-    return g / 2
-
-
-def stepping(p: Tensor) -> None:
-    p.grad = None
-
-
-def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-    return None
-
-
-HOOKS: dict[str, Callable[[Any], Any]] = {
-    "register_hook": lambda m: m.qkv.weight.register_hook(halved),
-    "register_post_accumulate_grad_hook": lambda m: m.qkv.weight.register_post_accumulate_grad_hook(stepping),
-    "backward pass": lambda m: m.qkv.register_full_backward_hook(backward),
-}
-
-
-@pytest.mark.parametrize("kind", HOOKS)
-def test_make_functional_rejects_gradient_hooks(kind: str) -> None:
-    model = make_float64(AttentionModel)
-    handle = HOOKS[kind](model)
-    with pytest.raises(ValueError, match=rf"'qkv(.weight)?' has a hook on its .*{kind}.*expected none"):
-        fx.make_functional(model)
-    handle.remove()
-    fx.make_functional(model)
-
-
-def test_make_functional_accepts_harmless_hooks() -> None:
-    def looks(g: Tensor) -> None:
-        return None
-
-    looks.__module__ = "wandb.integration.torch"
-    model = make_float64(AttentionModel)
-    model.qkv.weight.register_hook(functools.partial(looks))
-    model.head.weight.register_hook(halved)
-    model.head.weight.requires_grad_(False)
-    fx.make_functional(model)

@@ -19,7 +19,7 @@ class Rescaling(AttentionModel):
         super().__init__()
         self.rescaled, self.by = False, by
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         if not self.training and not self.rescaled:
             with torch.no_grad():
                 weight = self.qkv.weight
@@ -55,7 +55,7 @@ class Scratch(AttentionModel):
         self.register_buffer("last", torch.zeros(1))
         self.longest: Tensor | None = None
 
-    def mixed(self, x: Tensor) -> Tensor:
+    def transform_stream(self, x: Tensor) -> Tensor:
         self.calls.add_(1)
         self.last = x.detach().sum()
         if self.longest is None:
