@@ -1,4 +1,4 @@
-"""A process of the tests: ``fx.lab.run_fisher`` in a process group of the caller, measured and read again."""
+"""Run on each rank: ``fx.lab.run_fisher`` in the caller's process group, first measured, then read back."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from helpers.ranks import end_rank, global_mesh, save_result
 
 def main(folder: str) -> None:
     plan = read_plan(Path(folder) / "plan.yaml", FisherKernelPlan)
-    answer = []
+    results = []
     with global_mesh():
         for _ in range(2):
             path = Path(folder) / "out" if dist.get_rank() == 0 else "/dev/null/nowhere"
-            found = fx.lab.run_fisher(plan, path).evaluations[0]
-            arrays = {**found.arrays, "kernel": found.kernel, "matrix": found.delta_logprob_matrix}
-            answer.append({name: torch.from_numpy(x) for name, x in arrays.items()})
-        save_result(folder, answer)
+            evaluation = fx.lab.run_fisher(plan, path).evaluations[0]
+            arrays = {**evaluation.arrays, "kernel": evaluation.kernel, "matrix": evaluation.delta_logprob_matrix}
+            results.append({name: torch.from_numpy(x) for name, x in arrays.items()})
+        save_result(folder, results)
 
 
 if __name__ == "__main__":

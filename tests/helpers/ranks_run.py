@@ -1,6 +1,6 @@
-"""A process of tests/test_torchrun.py: the command line, with a fault of the last rank where one is asked for.
+"""Run on each rank: the command line, with a fault of the last rank where one is asked for.
 
-No rank but the first is told the run directory.
+Only the first rank is passed the real run directory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import fx_influence as fx
 from fx_influence.lab.cli import main
-from fx_influence.lab.experiment import finite_steps as sweep
+from fx_influence.lab.experiment import finite_steps
 from fx_influence.lab.plan import demo
 
 RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -39,7 +39,7 @@ def refusing() -> None:
 
 
 def interrupted() -> None:
-    # As by Ctrl-C: a terminal's signal reaches the launcher alone, whose processes have sessions of their own.
+    # As by Ctrl-C, whose signal reaches the launcher only, because its processes run in other sessions.
     os.kill(os.getppid(), signal.SIGINT)
     signal.pause()
 
@@ -49,16 +49,16 @@ BLOCK = "a block of rollouts is measured"
 
 
 def in_the_second_block(fault: Callable[[], None]) -> None:
-    """Ranks have stored a block each when it happens; each is told of as it begins."""
-    real, count = sweep.rollout_gradients, itertools.count(1)
+    """Make the fault happen in the second block, when each rank has stored one; print when a block begins."""
+    rollout_gradients, count = finite_steps.rollout_gradients, itertools.count(1)
 
     def faulty(*args: Any) -> Any:
         print(BLOCK, flush=True)
         if next(count) == 2:
             fault()
-        return real(*args)
+        return rollout_gradients(*args)
 
-    sweep.rollout_gradients = faulty
+    finite_steps.rollout_gradients = faulty
 
 
 def command_line(fault: str, arguments: list[str]) -> int:
@@ -74,13 +74,13 @@ def command_line(fault: str, arguments: list[str]) -> int:
     return main(arguments)
 
 
-def threads_of_groups() -> list[str]:
-    """Those that would see the interpreter end, which can abort the process."""
+def gloo_threads() -> list[str]:
+    """Return threads of process groups; one that is alive when the interpreter ends can abort the process."""
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     return [name for name in names if "gloo" in name]
 
 
 if __name__ == "__main__":
     status = command_line(sys.argv[1], sys.argv[2:])
-    assert not threads_of_groups()
+    assert not gloo_threads()
     sys.exit(status)

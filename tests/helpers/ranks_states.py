@@ -1,4 +1,4 @@
-"""A rank of tests/test_sharded_states.py: training states of sharded models written, read and refused."""
+"""Run on each rank: training states of sharded models written, read and refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 
 def trained(model: nn.Module) -> torch.optim.AdamW:
-    """Two steps over the gradients of a batch that every rank has."""
+    """Return the optimizer after two steps on a batch that is the same on every rank."""
     optimizer = adamw(model)
     ids = torch.randint(41, (3, 7), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
@@ -63,7 +63,7 @@ def on_meta(dim: int = 4) -> nn.Module:
 
 
 def unfilled(mesh: DeviceMesh, dim: int = 4) -> nn.Module:
-    """Made without ever a whole weight."""
+    """Return a sharded model of NaN, made without any full weight."""
     model = sharded(on_meta(dim), mesh).to_empty(device="cpu")
     for p in model.parameters():
         nn.init.constant_(p, torch.nan)
@@ -83,21 +83,21 @@ def as_plain(state: AdamWState) -> list[Any]:
     return [*moments, state.step, {name: dataclasses.astuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
 
 
-class LargestMade(TorchDispatchMode):
-    """The most bytes of a tensor that an operation gave."""
+class LargestOutput(TorchDispatchMode):
+    """Record the bytes of the largest tensor that an operation returns."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not isinstance(x, DTensor)]
-        self.bytes = max([self.bytes, *(x.nbytes for x in made)])
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not isinstance(x, DTensor)]
+        self.bytes = max([self.bytes, *(x.nbytes for x in outputs)])
         return out
 
 
 def read(directory: Path, mesh: DeviceMesh) -> dict[str, Any]:
     model = unfilled(mesh)
-    with LargestMade() as made:
+    with LargestOutput() as recorder:
         optimizer = load_sharded_checkpoint(directory, model)
     state = adamw_state(optimizer, model)
     shards = [p.to_local().nbytes for p in model.parameters()]
@@ -106,13 +106,13 @@ def read(directory: Path, mesh: DeviceMesh) -> dict[str, Any]:
         "weights": plain(dict(model.named_parameters())),
         "state": as_plain(state),
         "placed": placed,
-        "largest made": made.bytes,
+        "largest made": recorder.bytes,
         "largest shard": max(shards),
     }
 
 
 def write(directory: Path, mesh: DeviceMesh) -> dict[str, Any]:
-    """A state by this job's ranks, and what is live."""
+    """Write a state from this job's ranks; return the live weights and optimizer state."""
     model = sharded(tiny(), mesh)
     optimizer = trained(model)
     dcp.save(by_name(model, optimizer), checkpoint_id=directory / "sharded")
@@ -154,7 +154,7 @@ def refusals(directory: Path, mesh: DeviceMesh) -> dict[str, str]:
 
 
 def restored(mesh: DeviceMesh) -> dict[str, Any]:
-    """A whole state dict over a sharded model."""
+    """Restore a full state dict into a sharded model."""
     model = tiny()
     saved = trained(model).state_dict()
     names = [[n for n, p in model.named_parameters() if (p.ndim == 1) is one] for one in (False, True)]
