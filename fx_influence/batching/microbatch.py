@@ -44,7 +44,7 @@ def micro_batches(
 
     Rows of a left-alignable policy are sorted by length, moved to begin in column 0 and cut where the longest row of
     their micro-batch ends. The last completion token is left out, since it is scored and scores nothing. Nothing
-    attends to what pads the shorter rows, so it is not masked either, and fused kernels need no mask.
+    attends to the padding after shorter rows, so it is not masked either, and fused kernels need no mask.
 
     Args:
         batch: (B, T).

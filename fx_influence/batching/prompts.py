@@ -13,7 +13,7 @@ from fx_influence.types import Batch
 def prompt_index(batch: Batch) -> Tensor:
     """Return the index of every row's prompt, int64 (B,): rows with equal prompts have equal indices.
 
-    A prompt is what is attended to before the first completion token, wherever the padding is.
+    A prompt is the attended tokens before the first completion token, wherever the padding is.
 
     Example:
         >>> ids = torch.tensor([[0, 7, 8, 1], [7, 8, 2, 0], [7, 9, 1, 0]])

@@ -19,7 +19,7 @@ def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
 def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
     """Return the rows that differ in some field, each once, and for every row the index of its equal, (B,).
 
-    A policy of low entropy samples the same completion again and again; what depends on a row alone is then computed
+    A policy of low entropy samples the same completion again and again; a quantity of a row alone is then computed
     once. ``group`` is not compared.
 
     Example:
