@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -78,11 +79,9 @@ def sweep() -> Iterator[Variant]:
 @contextmanager
 def replaced_influence(replacement: Callable[..., Any]) -> Iterator[None]:
     """Put ``replacement`` in the place of the function that a measured step calls."""
-    measurement.influence = replacement
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "influence", replacement)
         yield
-    finally:
-        measurement.influence = fx.influence
 
 
 def compared_with_one_process(gaps: list[dict[str, float]]) -> Callable[..., Any]:
@@ -111,7 +110,7 @@ def measured(out: Path) -> dict[str, Any]:
     plain = rank_trainer(variant, out / "plain", 3)
     plain.train()
     training, gaps = rank_trainer(variant, out / "measured", 3), list[dict[str, float]]()
-    options = {"completions_per_prompt": 3, "save_state": True, "matrix": True}
+    options: dict[str, Any] = {"completions_per_prompt": 3, "save_state": True, "matrix": True}
     with replaced_influence(compared_with_one_process(gaps)):
         influence = EntropyInfluence(1, HELD_OUT, **options).attach(training)
         training.train()
@@ -177,12 +176,15 @@ def failed(out: Path) -> dict[str, Any]:
         write_step(self, measured, *args)
 
     training._generate_single_turn = fail_to_generate
-    with replaced_influence(fail_in_passes), warnings.catch_warnings(record=True) as caught:
+    with (
+        replaced_influence(fail_in_passes),
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always")
-        StepStore.write = fail_to_write
+        patch.setattr(StepStore, "write", fail_to_write)
         influence = EntropyInfluence(1, HELD_OUT, completions_per_prompt=2).attach(training)
         training.train()
-        StepStore.write = write_step
     return {
         "weights": [weights_of(plain), weights_of(training)],
         "log": [log_of(plain), log_of(training)],

@@ -81,8 +81,8 @@ def test_logged_metrics_add_up_and_predict_the_change(tmp_path: Path) -> None:
 
 def test_step_with_lr_zero_changes_nothing(tmp_path: Path) -> None:
     """A warm-up's first step has a learning rate of 0."""
-    options = {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"}
-    first, second = measured_on_twelve(tmp_path, 2, **options).history
+    warm_up: dict[str, Any] = {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"}
+    first, second = measured_on_twelve(tmp_path, 2, **warm_up).history
     assert first["lr"] == first["total"] == first["measured"] == first["stderr"] == 0
     assert second["lr"] > 0
     assert second["total"] != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fx_influence.interop.trl.precision import (
     step_rounding,
 )
 
-SETTINGS = {"eval_prompts": ["4+5=", "6=", "70+1=", "1+1+1="], "completions_per_prompt": 3}
+SETTINGS: dict[str, Any] = {"eval_prompts": ["4+5=", "6=", "70+1=", "1+1+1="], "completions_per_prompt": 3}
 # A product of bfloat16 numbers, each rounded once on the way forward and once on the way back.
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 
@@ -27,8 +28,8 @@ BFLOAT16 = torch.finfo(torch.bfloat16).eps
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lora", [False, True])
 def test_unattributed_is_rounding_under_autocast(lora: bool, tmp_path: Path) -> None:
-    variant, options = Variant("dapo", lora, 1, False, {}), {"bf16": True, "learning_rate": 1e-4}
-    history = measure_training(tmp_path, 2, variant, settings=SETTINGS, **options).history
+    variant = Variant("dapo", lora, 1, False, {})
+    history = measure_training(tmp_path, 2, variant, settings=SETTINGS, bf16=True, learning_rate=1e-4).history
     assert len(history) == 2
     for metrics in history:
         parts = sum(metrics[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed"))

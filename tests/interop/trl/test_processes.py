@@ -93,8 +93,11 @@ def assert_rollouts_of_all_ranks(results: list[Any], out: Path) -> None:
     assert [r.prompt for r in evaluation] == [prompt for prompt in HELD_OUT for _ in range(3)]
     assert [r.group for r in evaluation] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len(update) == 12
-    prompts_and_ranks, advantages = defaultdict(set), defaultdict(list)
+    prompts_and_ranks: dict[int, set[tuple[str, bool]]] = defaultdict(set)
+    advantages: dict[int, list[float]] = defaultdict(list)
     for k, rollout in enumerate(update):
+        assert rollout.group is not None
+        assert rollout.advantage is not None
         prompts_and_ranks[rollout.group].add((rollout.prompt, k < 6))
         advantages[rollout.group].append(rollout.advantage)
         assert rollout.reward == pytest.approx(reward([rollout.completion])[0])
@@ -102,9 +105,9 @@ def assert_rollouts_of_all_ranks(results: list[Any], out: Path) -> None:
     assert all(len({prompt for prompt, _ in group}) == 1 for group in prompts_and_ranks.values())
     assert sorted(len(group) for group in prompts_and_ranks.values()) == [1, 1, 2]
     assert {prompt for group in prompts_and_ranks.values() for prompt, _ in group} <= set(PROMPTS)
-    for group in advantages.values():
-        assert len(group) == 4
-        assert abs(sum(group)) <= rounding_bound(torch.float32, 4, group)
+    for values in advantages.values():
+        assert len(values) == 4
+        assert abs(sum(values)) <= rounding_bound(torch.float32, 4, values)
 
 
 def assert_stored_once(out: Path) -> None:

@@ -47,8 +47,8 @@ def test_skipped_steps_are_missing_with_one_warning(max_grad_norm: float, tmp_pa
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "unclipped"])
 def test_loss_scaler_leaves_the_metrics(max_grad_norm: float, tmp_path: Path) -> None:
     """Powers of two scale without rounding, so the metrics are those without a scaler, unscaled by clipping or not."""
-    options = {"steps": 1, "max_grad_norm": max_grad_norm}
-    [scaled] = measure_training(tmp_path / "a", prepare=with_loss_scaler(2.0**10), **options).history
-    [plain] = measure_training(tmp_path / "b", **options).history
+    prepare = with_loss_scaler(2.0**10)
+    [scaled] = measure_training(tmp_path / "a", 1, prepare=prepare, max_grad_norm=max_grad_norm).history
+    [plain] = measure_training(tmp_path / "b", 1, max_grad_norm=max_grad_norm).history
     for name in ("total", "rollouts", "residual", "unattributed"):
         assert scaled[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-12)

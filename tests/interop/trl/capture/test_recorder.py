@@ -140,10 +140,10 @@ def test_capture_fails_on_more_forward_inputs(name: str, shape: tuple[int, int],
         def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
             score = self._get_per_token_logps_and_entropies
             try:
-                self._get_per_token_logps_and_entropies = lambda *a, **k: score(*a, **{**k, **more})
+                setattr(self, SCORE, lambda *a, **k: score(*a, **{**k, **more}))
                 return super()._compute_loss(model, inputs)
             finally:
-                self._get_per_token_logps_and_entropies = score
+                setattr(self, SCORE, score)
 
     training.__class__ = WithMoreInputs
     influence = EntropyInfluence(1, HELD_OUT).attach(training)

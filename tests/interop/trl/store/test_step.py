@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_stored_step_is_a_readable_run(tmp_path: Path) -> None:
     assert results.summary["in_this_step"]["measured"] == metrics["measured"]
     arrays = results.evaluations[0].arrays
     scale = np.abs(arrays["per_token"]).sum()
-    summed = {"terms": arrays["per_token"].size, "dtype": torch.float32}
+    summed: dict[str, Any] = {"terms": arrays["per_token"].size, "dtype": torch.float32}
     assert_close_to_rounding(arrays["per_sequence"].sum() * lr, metrics["rollouts"], scale=scale * lr, **summed)
     assert_close_to_rounding(arrays["per_token"].sum(1), arrays["per_sequence"], scale=scale, **summed)
     assert arrays["full"].tolist() == [metrics["measured"]]
@@ -67,7 +68,7 @@ def test_stored_state_repeats_the_step_from_its_plan(lora: bool, tmp_path: Path)
     matrix = live.evaluations[0].matrix
     assert matrix is not None
     scale = np.abs(matrix).sum() + abs(live.summary["momentum"]) + abs(live.summary["weight_decay"])
-    rounding = {"terms": TINY_POLICY, "dtype": torch.float32}
+    rounding: dict[str, Any] = {"terms": TINY_POLICY, "dtype": torch.float32}
     for name in ("total", "momentum", "weight_decay", "sum_per_sequence", "total_stderr"):
         assert_close_to_rounding(again.summary[name], live.summary[name], scale=scale, name=name, **rounding)
     stored, repeated = live.evaluations[0].arrays, again.evaluations[0].arrays

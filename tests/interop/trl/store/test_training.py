@@ -44,7 +44,7 @@ def test_second_training_stores_in_another_directory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resumed_training_continues_in_its_directory(tmp_path: Path) -> None:
     """Another training that ran in between has its own directory, which is not written to."""
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_only_model": False}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_only_model": False}
     train_once(tmp_path, 2, **saving)
     first = training_ids(tmp_path)
     (tmp_path / "entropy_influence" / "step_000002" / "note.txt").write_text("of the first time")
