@@ -1,4 +1,4 @@
-"""What FSDP2 did to a model: its units, whether its sharding is supported, and a copy without FSDP."""
+"""Inspect a model sharded by FSDP2: find its units, check its sharding, and copy it without FSDP."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import run_on_ranks
-from helpers.ranks_policy import CASES
 from helpers.sharded_cases import (
     Results,
     compute_all,
@@ -20,6 +19,7 @@ from helpers.sharded_cases import (
     shared_prompt_case,
     tiny_case,
 )
+from helpers.sharded_models import CASES
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 

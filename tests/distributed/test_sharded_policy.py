@@ -36,7 +36,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def assert_passes_agree(result: dict[str, Any], kind: str) -> None:
     """Bound errors relative to the largest entry by rounding, for sums too that cancel to a tenth of their terms."""
-    from helpers.ranks_policy import CASES
+    from helpers.sharded_models import CASES
 
     params = dict(CASES[kind][0]().named_parameters())
     dtype = torch.float64 if "float64" in kind else torch.float32

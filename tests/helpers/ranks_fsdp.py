@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fx_influence as fx
 from helpers.ranks import end_rank, global_mesh, save_result
-from helpers.ranks_policy import CASES, distribute_like, distribute_state, shard_model
 from helpers.sharded_cases import Results, compute_mesh_functions, rows_of_rank, sharded_batches, sharded_opt_state
+from helpers.sharded_models import CASES, distribute_like, distribute_state, shard_model
 
 COUNTS = {2: ([9, 0], [4, 6]), 3: ([2, 3, 4], [1, 9, 0])}
 """Rows of the update and of the evaluation batch, by rank."""

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
@@ -29,65 +23,21 @@ from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import accumulate, dot, dot_by_name, largest_entry, multiply
-from fx_influence.distributed import fsdp_gather, fsdp_units
 from fx_influence.optim.adamw import adamw_decompose
-from fx_influence.types import AdamWState, Batch, Params
-from helpers.cases import TinyPolicy, random_adamw_state, random_batch, random_direction
+from fx_influence.types import Batch, Params
+from helpers.cases import random_adamw_state, random_batch, random_direction
+from helpers.fsdp_traffic import TrafficRecorder
 from helpers.ranks import end_rank, global_mesh, save_result
-
-VOCAB, LAYERS = 41, 3
-
-
-def qwen(tied: bool) -> nn.Module:
-    """Return a Qwen2 whose dimensions neither 2 nor 3 ranks divide evenly."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=20,
-        intermediate_size=35,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config).train()
-
-
-def lora(model: nn.Module) -> nn.Module:
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(3)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB, n_embd=12, n_layer=2, n_head=2, n_positions=64)
-    return AutoModelForCausalLM.from_config(config).double()
-
-
-def tiny() -> nn.Module:
-    return TinyPolicy(vocab=VOCAB, dim=4, layers=3, max_len=32, tied=True, idle=True, dropout=0.1)
-
-
-class PartlyReached(nn.Module):
-    """Model in which some parameters, in a unit and outside, are reached by long batches only and some by none."""
-
-    def __init__(self, inner: bool = False) -> None:
-        super().__init__()
-        self.token = nn.Embedding(VOCAB, 4)
-        self.often, self.rarely, self.never = (nn.Linear(4, 4 if inner else VOCAB) for _ in range(3))
-        if not inner:
-            self.block = PartlyReached(inner=True)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.block(ids) if hasattr(self, "block") else self.token(ids)
-        return self.often(x) + (self.rarely(x) if ids.shape[1] > 5 else 0)
+from helpers.sharded_models import (
+    CASES,
+    VOCAB,
+    PartlyReached,
+    distribute_like,
+    distribute_state,
+    qwen,
+    shard_model,
+    tiny,
+)
 
 
 def partly_reached(mesh: DeviceMesh) -> dict[str, float]:
@@ -107,41 +57,8 @@ def partly_reached(mesh: DeviceMesh) -> dict[str, float]:
     return {"gradient": error(gradient, expected), "reached": sum(g is not None for g in gradient.values())}
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "qwen2 tied": (lambda: qwen(True), "layers"),
-    "qwen2 untied, embeddings as units": (lambda: qwen(False), "layers and embeddings"),
-    "qwen2 lora": (lambda: lora(qwen(True)), "layers"),
-    "qwen2 bfloat16, lora": (lambda: lora(qwen(True).bfloat16()), "layers"),
-    "gpt2 float64": (gpt2, "layers"),
-    "tiny float64": (tiny, "layers"),
-    "tiny float64, nested units": (tiny, "linear maps too"),
-    "tiny float64, root only": (tiny, "root"),
-    "tiny float64, by columns": (tiny, "columns"),
-}
-
-
-def last_axis(p: nn.Parameter) -> Shard:
-    return Shard(p.ndim - 1)
-
-
-def shard_model(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
-    """Shard the model in place and return it; ``how``: which modules become units, see ``CASES``."""
-    for module in reversed(list(model.modules())):
-        kind = type(module).__name__
-        layer = kind in ("Block", "GPT2Block", "Qwen2DecoderLayer")
-        embedding = isinstance(module, nn.Embedding) or (kind == "Linear" and module.out_features == VOCAB)
-        linear = kind == "Linear" and module.out_features != VOCAB
-        if (layer and how != "root") or (embedding and "emb" in how) or (linear and how == "linear maps too"):
-            fully_shard(module, mesh=mesh, shard_placement_fn=last_axis if how == "columns" else None)
-    return fully_shard(model, mesh=mesh)
-
-
 def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def distribute_like(x: Tensor, p: DTensor) -> Tensor:
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def error(actual: Any, expected: Any) -> float:
@@ -239,89 +156,6 @@ def pass_errors(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     out["multiply"] = error(multiply(v, gradient), multiply(direction, expected_gradient))
     out["largest entry"] = abs(largest_entry(v) / largest_entry(direction) - 1)
     return out
-
-
-def distribute_state(state: AdamWState, shards: Params) -> AdamWState:
-    """Return the state with its moments sharded as the parameters."""
-    moments = {
-        field: {name: distribute_like(x, shards[name]) for name, x in getattr(state, field).items()}
-        for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    }
-    return state._replace(**moments)
-
-
-class RecordedGather:
-    """All-gather whose buffers and results are reported to a ``TrafficRecorder``."""
-
-    def __init__(self, recorder: TrafficRecorder, gather: fsdp_gather.PendingGather) -> None:
-        self.recorder, self.gather = recorder, gather
-        self.wait = gather.wait
-        # Until this object ends, because a worker of gloo drops a buffer a little later than its user.
-        recorder.add_buffers(self, sum(x.nbytes for x in gather.buffers.values()))
-
-    def result(self) -> list[Tensor]:
-        out = self.gather.result()
-        self.recorder.add_results(out)
-        return out
-
-
-class TrafficRecorder:
-    """Record collectives, their order among the runs of units, and the peak bytes of gathered tensors.
-
-    ``sent``: kind and bytes of each collective. ``order``: g where an all-gather starts, r where a unit runs forward, s
-    where a unit's gradient is scattered. ``peak``: the most bytes alive at once.
-    """
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, int]] = []
-        self.order = ""
-        self.peak = 0
-        self._results: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._buffer_bytes = 0
-
-    def add_buffers(self, owner: object, size: int) -> None:
-        self._buffer_bytes += size
-        weakref.finalize(owner, self._drop_buffers, size)
-        self.peak = max(self.peak, self.bytes_alive())
-
-    def _drop_buffers(self, size: int) -> None:
-        self._buffer_bytes -= size
-
-    def add_results(self, tensors: list[Tensor]) -> None:
-        for x in tensors:
-            storage = x.untyped_storage()
-            self._results[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.bytes_alive())
-
-    def bytes_alive(self) -> int:
-        return self._buffer_bytes + sum(size for ref, size in self._results.values() if not ref.expired())
-
-    @contextmanager
-    def recording(self) -> Iterator[TrafficRecorder]:
-        def record(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-            def call(out: Tensor, local: Tensor, **kwargs: Any) -> Any:
-                self.sent.append((kind, max(out.nbytes, local.nbytes)))
-                self.order += kind[0]
-                return collective(out, local, **kwargs)
-
-            return call
-
-        def run(*args: Any) -> Any:
-            self.order += "r"
-            return unit_weights(*args)
-
-        def start_all_gather(shards: Any) -> Any:
-            return RecordedGather(self, fsdp_gather.start_all_gather(shards))
-
-        unit_weights = fsdp_units.unit_weights
-        all_gather, scatter = fsdp_gather.all_gather_into, fsdp_gather.reduce_scatter_into
-        with (
-            mock.patch.object(fsdp_units, "start_all_gather", start_all_gather),
-            mock.patch.object(fsdp_units, "unit_weights", run),
-            mock.patch.object(fsdp_gather, "all_gather_into", record("gather", all_gather)),
-            mock.patch.object(fsdp_gather, "reduce_scatter_into", record("scatter", scatter)),
-        ):
-            yield self
 
 
 def graph_bytes(policy: Any, params: Params, batch: Batch) -> int:
