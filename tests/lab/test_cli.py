@@ -70,9 +70,9 @@ def test_package_tells_where_a_former_name_went() -> None:
 
 
 def test_rooms_offer_their_own_names() -> None:
-    for room in (fx.interop, fx.lab):
-        assert {name for name in room.__all__ if not hasattr(room, name)} == set()
-        assert set(room.__all__) <= set(dir(room))
+    for module in (fx.interop, fx.lab):
+        assert {name for name in module.__all__ if not hasattr(module, name)} == set()
+        assert set(module.__all__) <= set(dir(module))
 
 
 @pytest.mark.slow
@@ -105,14 +105,14 @@ def test_progress_lines_mark_phases_and_half_minutes() -> None:
 def test_run_keeps_progress_off_stdout_when_not_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(SMALL))
     assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
-    shown = capfd.readouterr()
-    lines = [line for line in shown.err.splitlines() if line.startswith("fx-influence: ")]
+    output = capfd.readouterr()
+    lines = [line for line in output.err.splitlines() if line.startswith("fx-influence: ")]
     phases = {line.removeprefix("fx-influence: ").rpartition(" ")[0].partition(" 0/")[0] for line in lines}
     assert any(line.startswith("fx-influence: sampling E 4/4") for line in lines)
     assert any(line.startswith("fx-influence: first order ") for line in lines), phases
-    assert "\x1b" not in shown.err
-    assert "fx-influence: " not in shown.out
-    assert "What the step does to the entropy" in shown.out
+    assert "\x1b" not in output.err
+    assert "fx-influence: " not in output.out
+    assert "What the step does to the entropy" in output.out
 
 
 def test_one_line_names_file_and_reason() -> None:

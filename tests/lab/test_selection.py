@@ -49,9 +49,9 @@ numbers = st.lists(st.tuples(eighths, eighths), min_size=1, max_size=12)
 @given(numbers, eighths, st.floats(0.05, 1.2))
 def test_select_meets_floor_at_least_loss(pairs: list[tuple[float, float]], baseline: float, share: float) -> None:
     deltas, rewards = torch.tensor(pairs, dtype=torch.float64).T
-    room = -float(deltas.clamp(max=0).sum())
+    capacity = -float(deltas.clamp(max=0).sum())
     total = baseline + float(deltas.sum())
-    floor = total + share * room
+    floor = total + share * capacity
     out = fx.lab.select(influence(deltas, baseline), influence(rewards), floor=floor)
     assert ((out.weights >= 0) & (out.weights <= 1)).all()
     assert (out.weights[deltas >= 0] == 1).all()
@@ -61,7 +61,7 @@ def test_select_meets_floor_at_least_loss(pairs: list[tuple[float, float]], base
     if share <= 1:
         assert out.reached
         assert out.entropy >= floor - 1e-6 * size
-        assert out.lost <= cheapest(deltas, rewards, share * room) + 1e-5 * float(rewards.abs().sum()) + 1e-9
+        assert out.lost <= cheapest(deltas, rewards, share * capacity) + 1e-5 * float(rewards.abs().sum()) + 1e-9
         # No more is left out than it takes.
         assert out.entropy <= max(floor, total) + 1e-5 * size
     else:

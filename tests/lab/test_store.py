@@ -80,11 +80,11 @@ def test_run_names_full_disk_and_continues_afterwards(
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     message = r"fx-influence: (\S+) could not be written in .*out'.*File too large.*make room there"
-    named = re.search(message, done.stderr)
-    assert named, done.stderr
+    file_name = re.search(message, done.stderr)
+    assert file_name, done.stderr
     before = contents(out)
     assert "plan.yaml" in before
-    assert named.group(1) not in before
+    assert file_name.group(1) not in before
     assert not [name for name in before if name.endswith(".tmp")]
     assert main(["run", plan, "--out", str(out)]) == 0
     figures = load_run(out).summary
@@ -120,13 +120,13 @@ def test_run_names_damaged_piece_and_overwrites_nothing(
 
 
 @pytest.mark.parametrize("name", ["eval_00.npz", "eval_00_delta_matrix.npy", "baseline.safetensors"])
-@pytest.mark.parametrize("at", [0.5, 0.99])
-def test_load_run_detects_one_wrong_byte(finished: Path, tmp_path: Path, name: str, at: float) -> None:
+@pytest.mark.parametrize("position", [0.5, 0.99])
+def test_load_run_detects_one_wrong_byte(finished: Path, tmp_path: Path, name: str, position: float) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     load_run(copy).baseline()
     data = bytearray((copy / name).read_bytes())
-    data[int(at * len(data))] ^= 0x01
+    data[int(position * len(data))] ^= 0x01
     (copy / name).write_bytes(data)
     with pytest.raises(RunDirectoryError, match=r"copy' is damaged: .*run its plan\.yaml into another --out"):
         load_run(copy).baseline()

@@ -81,8 +81,8 @@ def test_run_on_two_processes_stores_the_bytes_of_one(plan: str, alone: dict[str
     assert read_summary(out)["ranks"] == 2
     assert done.stdout.count(BLOCK) == BLOCKS, "shared, not repeated"
     assert of_any_job(out) == alone
-    for once in ("Stored in", "The page with every rollout and token", "finite steps 5/5"):
-        assert done.stdout.count(once) == 1, done.stdout
+    for line in ("Stored in", "The page with every rollout and token", "finite steps 5/5"):
+        assert done.stdout.count(line) == 1, done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tmp"]
 
 

@@ -21,7 +21,7 @@ from fx_influence.lab.plan import STEP_DIRECTIONS, EntropyInfluencePlan
 
 
 class Evaluation(NamedTuple):
-    """What a run stores of one E.
+    """Results of a run on one E, as they are stored.
 
     Attributes:
         matrix: M (n_e, n_u), nats per unit lr.

@@ -39,7 +39,7 @@ OVER_E = ("_contributions", "_log_weights")
 
 
 class StepSizes(NamedTuple):
-    """How far to go along the directions.
+    """Step sizes along the directions.
 
     Attributes:
         etas: along every direction.

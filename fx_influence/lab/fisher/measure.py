@@ -27,7 +27,7 @@ from fx_influence.types import Batch, Params
 
 
 class FisherEvaluation(NamedTuple):
-    """What a Fisher run stores of one E.
+    """Results of a Fisher run on one E, as they are stored.
 
     Attributes:
         kernel: K (n_e, n_u).

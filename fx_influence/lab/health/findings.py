@@ -24,7 +24,7 @@ class Finding(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the checks read.
+    """Figures of a run that the checks read.
 
     Attributes:
         run_summary: ``summary.json``.
@@ -53,5 +53,5 @@ def value_at_lr(arrays: dict[str, np.ndarray], name: str, lr: float) -> float | 
     """
     if name not in arrays:
         return None
-    [at] = np.nonzero(np.isclose(arrays["eta"], lr, rtol=1e-6, atol=0.0))
-    return float(arrays[name][at[0]]) if len(at) else None
+    [index] = np.nonzero(np.isclose(arrays["eta"], lr, rtol=1e-6, atol=0.0))
+    return float(arrays[name][index[0]]) if len(index) else None

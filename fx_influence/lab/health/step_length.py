@@ -8,7 +8,7 @@ from fx_influence.lab.health.findings import Figures, Finding, value_at_lr
 
 EFFECTIVE_SAMPLE = "Effective sample size"
 MAX_DEVIATION = 0.1
-"""How far off the first order may be."""
+"""Largest relative deviation of the first order."""
 MAX_CLIPPED = 0.01
 """Largest share of importance weights that may be clipped."""
 MIN_ESS = 0.5

@@ -29,7 +29,7 @@ from fx_influence.types import LossType
 
 
 class Source(NamedTuple):
-    """What a batch request starts from: prompts to be sampled, or rollouts; neither for a sequence written out."""
+    """Prompts to be sampled, or rollouts, that a batch request starts from; neither for a sequence written out."""
 
     prompts: list[Prompt]
     rollouts: list[Rollout]

@@ -62,7 +62,7 @@ EXPECTED = {
     "tuple": "a list",
     "dict": "an object",
 }
-"""What a value should have been, by the first word of pydantic's kind of error."""
+"""Words for the expected kind of value, by the first word of pydantic's kind of error."""
 
 
 def type_refusal(field: str, error: ValidationError, hidden: Iterable[str]) -> PlanError:

@@ -25,7 +25,7 @@ STEP_DIRECTIONS: tuple[str, ...] = get_args(StepDirection)
 
 @dataclass(frozen=True, repr=False)
 class EntropyInfluencePlan(StepPlan):
-    """Which rollouts and tokens of U move the entropy over each E, to first order and at finite steps.
+    """Plan of the main experiment: influences of U on the entropy over each E, to first order and at finite steps.
 
     Units are nats, and multiples of the optimizer's learning rate.
 
@@ -108,7 +108,7 @@ class EntropyInfluencePlan(StepPlan):
 
 @dataclass(frozen=True, repr=False)
 class FisherKernelPlan(StepPlan):
-    """How U's rollouts, and the step that they make, move the log-probability of each rollout of E.
+    """Plan of the Fisher experiment: effects of U's rollouts and of their step on E's log-probabilities.
 
     Args:
         preconditioner: P of the kernel, see ``fx.fisher_kernel``.

@@ -84,7 +84,7 @@ def test_run_directory_holds_every_file(finished: Path) -> None:
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
     pieces = ("update_rollouts.jsonl", "eval_00_rollouts.jsonl", "eval_01_rollouts.jsonl", "update_sequences.jsonl")
     evaluations = [f"eval_0{i}{what}" for i in (0, 1) for what in (".json", ".npz", "_delta_matrix.npy")]
-    named = {
+    expected_names = {
         "SHA256SUMS",
         "plan.yaml",
         "environment.json",
@@ -95,7 +95,9 @@ def test_run_directory_holds_every_file(finished: Path) -> None:
         *pieces,
         *evaluations,
     }
-    assert {path.name for path in finished.iterdir()} == named, "nothing that only a run in progress needs is left"
+    assert {path.name for path in finished.iterdir()} == expected_names, (
+        "nothing that only a run in progress needs is left"
+    )
 
 
 def rounding_of(params: fx.Params, batch: fx.Batch, size: Any) -> dict[str, Any]:

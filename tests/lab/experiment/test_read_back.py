@@ -76,9 +76,9 @@ def test_report_prints_hostile_text_literally(
 @pytest.mark.slow
 def test_command_prints_help_and_rejects_nonsense(finished: Path) -> None:
     command = [sys.executable, "-m", "fx_influence.lab.cli"]
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "run" in shown
-    assert "report" in shown
+    help_text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "run" in help_text
+    assert "report" in help_text
     wrong = subprocess.run([*command, "report", "/nonexistent"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "has no plan.yaml" in wrong.stderr

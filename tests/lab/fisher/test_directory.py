@@ -104,13 +104,13 @@ def test_print_fisher_shows_changes_in_nats_per_step(
     page, lr = capsys.readouterr().out, results.summary["lr"]
     for e in results.evaluations:
         assert f"{e.summary['largest_abs_predicted_delta_logprob'] * lr:.3e}" in page
-    most = max(results.evaluations[0].top, key=lambda r: abs(r["predicted_delta_logprob"]))
+    most_moved = max(results.evaluations[0].top, key=lambda r: abs(r["predicted_delta_logprob"]))
     least = min(results.evaluations[0].top, key=lambda r: abs(r["predicted_delta_logprob"]))
-    first, last = (f"{r['predicted_delta_logprob'] * lr:+.2e}" for r in (most, least))
+    first, last = (f"{r['predicted_delta_logprob'] * lr:+.2e}" for r in (most_moved, least))
     assert page.index(first) < page.index(last)
-    strongest = most["contributors"][0]
-    row = next(line for line in page.splitlines() if most["completion"] in line and strongest["id"] in line)
-    assert f"{most['predicted_delta_logprob'] * lr:+.2e}" in row
+    strongest = most_moved["contributors"][0]
+    row = next(line for line in page.splitlines() if most_moved["completion"] in line and strongest["id"] in line)
+    assert f"{most_moved['predicted_delta_logprob'] * lr:+.2e}" in row
     assert f"{strongest['contribution'] * lr:+.2e}" in row
 
 

@@ -58,8 +58,8 @@ def chat_checkpoint(tmp_path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    named = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special[4:], **named)
+    special_tokens = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special[4:], **special_tokens)
     fast.chat_template = CHAT_TEMPLATE
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
