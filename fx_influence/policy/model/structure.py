@@ -14,7 +14,7 @@ from fx_influence.policy.modes.detachments import DetachmentWatch
 
 
 class Structure(NamedTuple):
-    """What a model does with the tokens of a batch, whatever its weights.
+    """Behaviour of a model towards the rows and tokens of a batch, whatever its weights.
 
     ``rows_independent``: no row sees another. ``left_alignable``: see ``SplitPolicy``. ``detaches_gradients``: the
     model's own code cuts off some derivative.
