@@ -23,7 +23,7 @@ def run(case: Case, **changes: object) -> fx.Influence:
 
 
 @given(case=cases())
-def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
+def test_influence_matches_the_reference(case: Case) -> None:
     out = run(case, matrix=True)
     adjoint = run(case)
     slow = reference.influence(
@@ -43,8 +43,8 @@ def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
     assert_close(adjoint.per_sequence, slow.per_sequence, size)
     assert_close(adjoint.per_token, slow.per_token, size)
     for name in ("baseline", "momentum", "weight_decay", "total"):
-        whole = max(float(size), abs(float(slow.momentum)), abs(float(slow.weight_decay)), abs(float(slow.total)))
-        assert_close(getattr(adjoint, name), getattr(slow, name), whole)
+        scale = max(float(size), abs(float(slow.momentum)), abs(float(slow.weight_decay)), abs(float(slow.total)))
+        assert_close(getattr(adjoint, name), getattr(slow, name), scale)
     if not slow.stderr.isnan().any():
         assert_close(out.stderr, slow.stderr, size)
         assert_close(adjoint.stderr, slow.stderr, size)
@@ -54,7 +54,7 @@ def test_adjoint_kernel_and_reference_agree(case: Case) -> None:
 
 
 @given(case=cases())
-def test_the_parts_add_up(case: Case) -> None:
+def test_influence_parts_add_up(case: Case) -> None:
     out = run(case, matrix=True)
     size = float(out.per_sequence.abs().sum() + out.baseline.abs())
     assert_close(out.per_token.sum(-1), out.per_sequence, size)
@@ -68,7 +68,7 @@ def test_the_parts_add_up(case: Case) -> None:
 
 
 @given(case=cases())
-def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> None:
+def test_total_is_the_derivative_along_the_step(case: Case) -> None:
     if case.preconditioner in ("rmsprop", "lifetime"):
         case = case._replace(preconditioner="frozen")
     out = run(case)
@@ -76,7 +76,7 @@ def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> Non
         reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
     )
     step = fx.adamw_decompose(gradient, case.opt_state, case.params, max_grad_norm=case.max_grad_norm)
-    along = fx.jvp_delta(
+    change = fx.jvp_delta(
         case.params,
         step.direction,
         case.batch_e,
@@ -84,7 +84,7 @@ def test_the_total_is_the_derivative_along_the_real_direction(case: Case) -> Non
         objective=fx.Entropy(case.estimator, case.normalize),
         temperature=case.temperature,
     )
-    assert_close(out.total, along.first, along.contributions.abs().sum() + out.per_sequence.abs().sum())
+    assert_close(out.total, change.first, change.contributions.abs().sum() + out.per_sequence.abs().sum())
 
 
 def permuted(batch: Batch, order: torch.Tensor) -> Batch:
@@ -92,7 +92,7 @@ def permuted(batch: Batch, order: torch.Tensor) -> Batch:
 
 
 @given(case=cases(), seed=st.integers(0, 100))
-def test_equivariant_to_the_order_of_rows(case: Case, seed: int) -> None:
+def test_influence_is_equivariant_to_row_order(case: Case, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     order_u = torch.randperm(len(case.batch_u.input_ids), generator=generator)
     order_e = torch.randperm(len(case.batch_e.input_ids), generator=generator)
@@ -106,7 +106,7 @@ def test_equivariant_to_the_order_of_rows(case: Case, seed: int) -> None:
 
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
 @settings(max_examples=3)
-def test_unchanged_by_padding_and_chunk_size(case: Case, left: int, right: int, chunk: int) -> None:
+def test_influence_ignores_padding_and_chunk_size(case: Case, left: int, right: int, chunk: int) -> None:
     plain = run(case, matrix=True)
     wide = run(
         case,
@@ -123,7 +123,7 @@ def test_unchanged_by_padding_and_chunk_size(case: Case, left: int, right: int, 
 
 @given(case=cases())
 @settings(max_examples=10)
-def test_pure_same_inputs_same_outputs_inputs_unchanged(case: Case) -> None:
+def test_influence_is_pure(case: Case) -> None:
     before = [{k: v.clone() for k, v in case.params.items()}, {k: v.clone() for k, v in case.opt_state.exp_avg.items()}]
     ids = case.batch_u.input_ids.clone()
     state = torch.get_rng_state()
@@ -139,7 +139,7 @@ def test_pure_same_inputs_same_outputs_inputs_unchanged(case: Case) -> None:
 
 @given(case=cases())
 @settings(max_examples=10)
-def test_a_gradient_handed_in_gives_the_same_result(case: Case) -> None:
+def test_influence_is_equal_with_the_gradient_given(case: Case) -> None:
     handed = reference.add(
         reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
     )
@@ -159,9 +159,9 @@ def case() -> Case:
     return Case(model, apply, params, batch_u, batch_e, state, "per_decision", "token", "frozen", 1.0, None)
 
 
-def test_terms_that_coefficients_cannot_express_are_reported_apart(case: Case) -> None:
-    own = reference.add(reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u))
-    handed = {name: g + 0.1 * torch.ones_like(g) for name, g in own.items()}
+def test_unattributed_holds_terms_without_coefficients(case: Case) -> None:
+    gradient = reference.add(reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u))
+    handed = {name: g + 0.1 * torch.ones_like(g) for name, g in gradient.items()}
     out = run(case, grad=handed)
     step = fx.adamw_decompose(handed, case.opt_state, case.params)
     slope = reference.add(reference.entropy_gradients(case.apply, reference.tracked(case.params), case.batch_e))
@@ -198,7 +198,7 @@ class LosesTangent(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("lost", ["blocks.0.qkv.weight", "blocks.0.down.weight", "token.weight"])
-def test_a_lost_tangent_is_refused_with_the_figure(case: Case, lost: str) -> None:
+def test_influence_refuses_a_lost_tangent(case: Case, lost: str) -> None:
     def lossy(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return case.apply({**params, lost: LosesTangent.apply(params[lost])}, ids, mask)
 
@@ -210,7 +210,7 @@ def test_a_lost_tangent_is_refused_with_the_figure(case: Case, lost: str) -> Non
         run(case, apply=lossy, grad=fx.adamw_decompose({}, case.opt_state, case.params).gain)
 
 
-def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
+def test_stderr_of_random_groups_is_near_that_of_clusters(case: Case) -> None:
     exact, unions = run(case, matrix=True).stderr, run(case).stderr
     assert torch.all(unions > 0)
     ratio = unions / exact
@@ -222,7 +222,7 @@ def test_union_error_bars_come_near_the_clusters_own(case: Case) -> None:
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("more", [0.0, 0.1])
-def test_the_totals_error_bar_is_that_of_the_steps_direction(
+def test_total_stderr_is_that_of_the_step(
     case: Case, preconditioner: fx.types.Preconditioner, matrix: bool, more: float
 ) -> None:
     """``more``: what a trainer's gradient holds beyond the rollouts'."""
@@ -232,24 +232,24 @@ def test_the_totals_error_bar_is_that_of_the_steps_direction(
     assert bool(out.unattributed) == bool(more)
     step = fx.adamw_decompose(g, case.opt_state, case.params, preconditioner, case.max_grad_norm)
     how = {"apply": case.apply, "temperature": case.temperature, "objective": fx.Entropy(case.estimator)}
-    along = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
-    assert_close(out.total, along.sum(), along.abs().sum())
+    change = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
+    assert_close(out.total, change.sum(), change.abs().sum())
     lengths = case.batch_e.completion_mask.sum(-1).double()
     index = cluster_index(case.batch_e) if matrix else random_group_index(case.batch_e)
     assert_close(
-        out.total_stderr, cluster_stderr(along, along.sum(), lengths / lengths.sum(), index), along.abs().sum()
+        out.total_stderr, cluster_stderr(change, change.sum(), lengths / lengths.sum(), index), change.abs().sum()
     )
     assert run(case, stderr=False, matrix=matrix, grad=g).total_stderr.isnan()
 
 
-def test_one_cluster_has_no_error_bar(case: Case) -> None:
+def test_stderr_is_nan_for_one_cluster(case: Case) -> None:
     one = case.batch_e._replace(group=torch.zeros(20, dtype=torch.long))
     assert run(case, batch_e=one).stderr.isnan().all()
     assert run(case, batch_e=one).total_stderr.isnan()
     assert run(case, batch_e=one, matrix=True).stderr.isnan().all()
 
 
-def test_usable_inside_a_loop_without_gradients_or_with_them(case: Case) -> None:
+def test_influence_runs_with_and_without_grad_mode(case: Case) -> None:
     plain = run(case)
     with torch.no_grad():
         assert_close(run(case).per_token, plain.per_token, plain.per_sequence)
@@ -259,7 +259,7 @@ def test_usable_inside_a_loop_without_gradients_or_with_them(case: Case) -> None
     assert not any(x.requires_grad for x in out if isinstance(x, torch.Tensor))
 
 
-def test_results_follow_the_parameters_not_a_cache(case: Case) -> None:
+def test_influence_follows_changed_parameters(case: Case) -> None:
     first = run(case)
     with torch.no_grad():
         for p in case.params.values():
@@ -267,7 +267,7 @@ def test_results_follow_the_parameters_not_a_cache(case: Case) -> None:
     assert (run(case).per_sequence - first.per_sequence).abs().max() > 1e-3 * first.per_sequence.abs().max()
 
 
-def test_dtypes(case: Case) -> None:
+def test_influence_dtypes_follow_params(case: Case) -> None:
     assert run(case).per_sequence.dtype == torch.float64
     single = {name: p.float() for name, p in case.params.items()}
     state = case.opt_state._replace(

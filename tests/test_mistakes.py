@@ -20,28 +20,26 @@ HELD_BY = {
     "the published head returned exactly 0 for every delta H": ("test_snis_delta_matches_golden"),
     "hyperparameters read from the optimizer's defaults": ("test_adamw_state_reads_hyperparameters_of_groups"),
     "dropout active in a model that is training": "test_policy_disables_dropout",
-    "dropout active whatever the mode": "test_a_policy_that_draws_random_numbers_is_refused",
-    "noise at eta = 1e-6 in float32": (
-        "test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise"
-    ),
+    "dropout active whatever the mode": "test_influence_refuses_a_random_policy",
+    "noise at eta = 1e-6 in float32": ("test_first_order_is_right_where_a_float32_step_is_noise"),
     "uncentred rows": "test_snis_contributions_match_centred_golden",
     "temperature applied to the entropies but not to the weights": (
-        "test_a_temperature_is_a_policy_with_divided_logits_to_every_function"
+        "test_temperature_equals_divided_logits_everywhere"
     ),
     "the end of sequence dropped where it is also the padding": ("test_collate_keeps_eos_that_is_also_padding"),
     "the same, of sampled rollouts": "test_sample_keeps_eos_that_is_also_padding",
     "a crash at an empty completion": "test_collate_accepts_empty_completion",
     "the same, in the mathematics": ("test_empty_completion_contributes_0_and_counts_in_n"),
     "left padding attended to": ("test_influence_is_invariant_to_padding_side"),
-    "caches by id() that outlived a change of parameters": ("test_results_follow_the_parameters_not_a_cache"),
+    "caches by id() that outlived a change of parameters": ("test_influence_follows_changed_parameters"),
     "the same, of frozen parameters": "test_policy_reads_frozen_tensors_live",
     "top_k=50 in sampling that was called on-policy": ("test_sample_frequencies_match_full_softmax"),
-    "a silent fall-back from vmap to a loop": "test_per_sample_gradients_take_one_pass_or_fail",
+    "a silent fall-back from vmap to a loop": "test_per_sample_grads_take_one_pass_or_fail",
 }
 
 
 @pytest.mark.parametrize("mistake", HELD_BY)
-def test_the_test_that_holds_a_mistake_exists(mistake: str) -> None:
+def test_every_mistake_has_an_existing_test(mistake: str) -> None:
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in Path(__file__).parent.rglob("test_*.py")]
     assert HELD_BY[mistake] in {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -72,7 +70,7 @@ class Case:
         )
 
 
-def test_a_policy_that_draws_random_numbers_is_refused() -> None:
+def test_influence_refuses_a_random_policy() -> None:
     """Additivity was off by 42% there: the parts and the whole saw other networks."""
     case = Case()
 
@@ -90,7 +88,7 @@ def test_a_policy_that_draws_random_numbers_is_refused() -> None:
         fx.per_sample_grads(fx.rollout_loss(dropping), case.params, case.batch_u)
 
 
-def test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noise() -> None:
+def test_first_order_is_right_where_a_float32_step_is_noise() -> None:
     """Column i of the recorded float64 matrix is by how much each rollout of E moves per unit lr along v_i."""
     golden = load_golden(torch.float32)
     exact = torch.from_numpy(np.asarray(golden.expected["first_order_centred_per_token"][2:])).T
@@ -104,13 +102,13 @@ def test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noi
 
     grads = fx.per_sample_grads(fx.rollout_loss(apply), params, golden.batch_u)
     step = fx.adamw_decompose({name: g.sum(0) for name, g in grads.items()}, golden.opt_state, params)
-    eta, some = 1e-6, range(0, 32, 4)
+    eta, sampled = 1e-6, range(0, 32, 4)
     moved = [
         fx.snis_delta(params, {k: gain * grads[k][i] for k, gain in step.gain.items()}, eta, golden.batch_e, **options)
-        for i in some
+        for i in sampled
     ]
     literal = torch.stack([m.contributions for m in moved], dim=1) / eta
-    part = exact[:, list(some)]
+    part = exact[:, list(sampled)]
     error, wrong = max_error(literal, part), (literal.sign() != part.sign()).double().mean().item()
     ours = (out.matrix.sign() != exact.sign()).double().mean().item()
     print(f"literal step: error {error:.2g}, {wrong:.0%} of signs wrong; first order: {ours:.2%} of signs wrong")
@@ -120,7 +118,7 @@ def test_in_float32_the_first_order_is_right_where_a_literal_step_of_1e_6_is_noi
 
 
 @pytest.mark.parametrize("estimator", ["per_decision", "sequence"])
-def test_a_temperature_is_a_policy_with_divided_logits_to_every_function(estimator: Estimator) -> None:
+def test_temperature_equals_divided_logits_everywhere(estimator: Estimator) -> None:
     case, temperature = Case(), 0.4
 
     def divided(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -128,10 +126,10 @@ def test_a_temperature_is_a_policy_with_divided_logits_to_every_function(estimat
 
     def everything(apply: Apply, temperature: float) -> list[Tensor]:
         options = {"apply": apply, "temperature": temperature}
-        along = {"objective": fx.Entropy(estimator), **options}
+        jvp_options = {"objective": fx.Entropy(estimator), **options}
         out = case.influence(apply, estimator, temperature)
-        moved = fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, **along)
-        slope = fx.jvp_delta(case.params, case.direction, case.batch_e, **along)
+        moved = fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, **jvp_options)
+        slope = fx.jvp_delta(case.params, case.direction, case.batch_e, **jvp_options)
         kernel = fx.fisher_kernel(case.params, case.batch_e, case.batch_u, case.state, **options)
         results = [out.per_token, out.stderr, out.matrix, out.total, *moved, *slope, kernel]
         return [*results, *fx.token_values(case.params, case.batch_e, apply, temperature)]
@@ -145,7 +143,7 @@ def test_a_temperature_is_a_policy_with_divided_logits_to_every_function(estimat
     assert (weights[1] - weights[0]).abs().max() > 0.1
 
 
-def test_per_sample_gradients_take_one_pass_or_fail() -> None:
+def test_per_sample_grads_take_one_pass_or_fail() -> None:
     case, calls = Case(), []
 
     def counted(params: Params, row: Batch) -> Tensor:

@@ -90,13 +90,13 @@ def trainings(draw: st.DrawFn) -> Training:
 
     shapes = draw(st.lists(st.sampled_from([(3,), (2, 3), (2, 1, 2), (5,)]), min_size=4, max_size=6))
     model = nn.ParameterDict({f"p{i}": nn.Parameter(normal(shape)) for i, shape in enumerate(shapes)})
-    held = list(model.values())[:-1]
-    optimizer = torch.optim.AdamW([{"params": held[0::2]}, {"params": held[1::2]}], **DEFAULTS)
+    in_optimizer = list(model.values())[:-1]
+    optimizer = torch.optim.AdamW([{"params": in_optimizer[0::2]}, {"params": in_optimizer[1::2]}], **DEFAULTS)
     for group in optimizer.param_groups:
         group.update(draw(group_settings))
     warm_size = draw(st.sampled_from([0.1, 1.0, 20.0]))
     for step in range(draw(st.integers(0, 4))):
-        for i, p in enumerate(held):
+        for i, p in enumerate(in_optimizer):
             # Parameter 0 misses the first step, so step counts differ.
             p.grad = None if (step, i) == (0, 0) else gradient(p.shape, warm_size)
         optimizer.step()
@@ -150,7 +150,7 @@ def plus(a: Params, gain: Params, g: Gradients) -> Params:
 
 @given(training=trainings())
 @settings(max_examples=100)
-def test_the_direction_is_a_real_torch_step_per_unit_lr(training: Training) -> None:
+def test_direction_matches_torch_adamw(training: Training) -> None:
     step = training.decompose()
     assert_made(step.direction, training, real_step(training, reference.add(training.grads), training.max_grad_norm))
     assert (step.clip < 1) == (training.max_grad_norm == 0.3)
@@ -158,7 +158,7 @@ def test_the_direction_is_a_real_torch_step_per_unit_lr(training: Training) -> N
 
 @given(training=trainings(), preconditioner=st.sampled_from(["frozen", "jacobian"]), split=st.integers(0, 4))
 @settings(max_examples=100)
-def test_baseline_and_sequences_add_up_to_the_real_step_however_they_are_grouped(
+def test_parts_add_up_to_torch_step_for_any_grouping(
     training: Training, preconditioner: Preconditioner, split: int
 ) -> None:
     step = training.decompose(preconditioner)
@@ -178,9 +178,7 @@ def test_baseline_and_sequences_add_up_to_the_real_step_however_they_are_grouped
 
 @given(training=trainings(), weights=st.lists(st.sampled_from([0.0, 1.0, -1.5, 2.0]), min_size=4, max_size=4))
 @settings(max_examples=50)
-def test_shares_are_linear_in_the_sequences_of_a_real_step_whose_denominator_stands(
-    training: Training, weights: list[float]
-) -> None:
+def test_frozen_gain_is_linear_in_sequences(training: Training, weights: list[float]) -> None:
     """amsgrad's maximum, set out of reach, holds the denominator: then reweighting the batch is affine, exactly."""
     training = training._replace(max_grad_norm=None)
     for group in training.optimizer.param_groups:
@@ -202,7 +200,7 @@ def test_shares_are_linear_in_the_sequences_of_a_real_step_whose_denominator_sta
 
 @given(training=trainings())
 @settings(max_examples=100)
-def test_the_marginal_gain_is_the_derivative_of_the_real_step_with_the_clip_frozen(training: Training) -> None:
+def test_jacobian_gain_matches_finite_differences(training: Training) -> None:
     """Every coordinate's step depends on its own gradient alone, so one central difference gives the whole diagonal.
 
     From theta = 0 the step is exact to a rounding unit of itself. Each coordinate moves by 1e-4 of its gradient; one
@@ -211,10 +209,10 @@ def test_the_marginal_gain_is_the_derivative_of_the_real_step_with_the_clip_froz
     step, share = training.decompose("jacobian"), training.decompose("frozen")
     same(step.direction, share.direction, 0.0)
     g = {name: None if x is None else step.clip * x for name, x in reference.add(training.grads).items()}
-    held = {id(p): group for group in training.optimizer.param_groups for p in group["params"]}
+    group_of = {id(p): group for group in training.optimizer.param_groups for p in group["params"]}
     widths = {}
     for name, p in training.model.named_parameters():
-        eps, x = held.get(id(p), {"eps": 1.0})["eps"], g[name]
+        eps, x = group_of.get(id(p), {"eps": 1.0})["eps"], g[name]
         widths[name] = torch.zeros_like(p) if x is None else torch.where(x == 0, 1e-8 * eps, 1e-4 * x.abs())
     up, down = (
         real_step(training, {k: None if x is None else x + sign * widths[k] for k, x in g.items()}, None, at_zero=True)
@@ -258,7 +256,7 @@ def one_coordinate(
         pytest.param(0.3, 0.0, 0.4, 0.0, False, id="r = 0 under amsgrad"),
     ],
 )
-def test_the_marginal_gain_bends_only_where_the_denominator_moves(
+def test_jacobian_gain_is_frozen_where_denominator_is(
     m: float, s: float, maximum: float | None, g: float, bends: bool, maximize: bool
 ) -> None:
     share, marginal, slope = one_coordinate(m, s, maximum, g=g, maximize=maximize)
@@ -271,7 +269,7 @@ def test_the_marginal_gain_bends_only_where_the_denominator_moves(
 
 @given(training=trainings())
 @settings(max_examples=80)
-def test_the_rmsprop_gain_is_minus_rho_over_the_real_denominator(training: Training) -> None:
+def test_rmsprop_gain_is_minus_rho_over_denominator(training: Training) -> None:
     step = training.decompose("rmsprop")
     model, optimizer = copy.deepcopy((training.model, training.optimizer))
     total = reference.add(training.grads)
@@ -297,9 +295,7 @@ def test_the_rmsprop_gain_is_minus_rho_over_the_real_denominator(training: Train
 
 
 @given(training=trainings(), preconditioner=st.sampled_from(PRECONDITIONERS))
-def test_a_parameter_not_held_or_not_reached_stands_still_its_decay_included(
-    training: Training, preconditioner: Preconditioner
-) -> None:
+def test_parameters_without_gradient_or_group_do_not_move(training: Training, preconditioner: Preconditioner) -> None:
     last = list(training.params)[-1]
     grads = [{**g, "p0": None} for g in training.grads]
     step = training._replace(grads=grads).decompose(preconditioner)
@@ -316,7 +312,7 @@ def test_a_parameter_not_held_or_not_reached_stands_still_its_decay_included(
 
 
 @pytest.mark.parametrize(("betas", "rate"), [((0.8, 0.9), 0.02), ((0.95, 0.999), 0.3)])
-def test_hyperparameters_are_those_of_the_param_groups_at_the_step(betas: tuple[float, float], rate: float) -> None:
+def test_hyperparameters_follow_param_groups(betas: tuple[float, float], rate: float) -> None:
     model = nn.ParameterDict({"p": nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))})
     optimizer = torch.optim.AdamW(model.parameters(), **DEFAULTS)
     training = Training(model, optimizer, [{"p": torch.tensor([0.5, 3.0], dtype=torch.float64)}], None)
@@ -326,7 +322,7 @@ def test_hyperparameters_are_those_of_the_param_groups_at_the_step(betas: tuple[
     assert (training.decompose().direction["p"] - as_built["p"]).abs().min() > 0.1
 
 
-def test_on_the_first_step_of_a_warm_up_v_is_the_step_at_the_initial_rates() -> None:
+def test_direction_uses_initial_lr_when_all_lr_are_0() -> None:
     values = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = nn.ParameterDict({"p0": nn.Parameter(values[0].clone()), "p1": nn.Parameter(values[1].clone())})
     groups = [{"params": [model["p0"]], "lr": 0.02}, {"params": [model["p1"]], "lr": 0.005}]
@@ -346,7 +342,7 @@ def test_on_the_first_step_of_a_warm_up_v_is_the_step_at_the_initial_rates() -> 
 
 @given(training=trainings(), preconditioner=st.sampled_from(PRECONDITIONERS))
 @settings(max_examples=50)
-def test_every_part_agrees_with_the_slow_reference(training: Training, preconditioner: Preconditioner) -> None:
+def test_adamw_decompose_matches_the_reference(training: Training, preconditioner: Preconditioner) -> None:
     fast = training.decompose(preconditioner)
     slow = reference.adamw(training.grads, training.state, training.params, preconditioner, training.max_grad_norm)
     assert float(fast.clip) == pytest.approx(slow.clip, abs=rounding_bound(torch.float64, STEP, slow.clip))
@@ -357,7 +353,7 @@ def test_every_part_agrees_with_the_slow_reference(training: Training, precondit
 
 @given(case=cases())
 @settings(max_examples=10)
-def test_a_policys_own_gradients_agree_with_the_slow_reference(case: Case) -> None:
+def test_adamw_decompose_matches_the_reference_on_a_policy(case: Case) -> None:
     rows = reference.sequence_gradients(case.apply, case.params, case.batch_u, case.temperature)
     arguments = (case.opt_state, case.params, case.preconditioner, case.max_grad_norm)
     fast, slow = fx.adamw_decompose(reference.add(rows), *arguments), reference.adamw(rows, *arguments)
@@ -368,7 +364,7 @@ def test_a_policys_own_gradients_agree_with_the_slow_reference(case: Case) -> No
 
 @given(training=trainings(), preconditioner=st.sampled_from(PRECONDITIONERS))
 @settings(max_examples=10)
-def test_nothing_that_is_given_is_changed(training: Training, preconditioner: Preconditioner) -> None:
+def test_adamw_decompose_is_pure(training: Training, preconditioner: Preconditioner) -> None:
     grads, state, params = reference.add(training.grads), training.state, training.params
     given_values = (grads, state, params)
     before = copy.deepcopy(given_values)
@@ -382,7 +378,7 @@ def test_nothing_that_is_given_is_changed(training: Training, preconditioner: Pr
     assert before[1][3:] == state[3:]
 
 
-def test_live_parameters_leave_no_history_in_the_result(
+def test_adamw_decompose_drops_autograd_history(
     warm: Warm,
 ) -> None:
     grads, state, params = warm
@@ -392,7 +388,7 @@ def test_live_parameters_leave_no_history_in_the_result(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_low_precision_parameters_step_in_float32(warm: Warm, dtype: torch.dtype) -> None:
+def test_half_precision_parameters_step_in_float32(warm: Warm, dtype: torch.dtype) -> None:
     grads, state, params = warm
     low = {name: p.to(dtype) for name, p in params.items()}
     given_grads = {name: None if g is None else g.float() for name, g in grads.items()}
@@ -427,14 +423,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_arguments_that_make_no_step_are_refused(warm: Warm, what: str) -> None:
+def test_adamw_decompose_rejects_bad_arguments(warm: Warm, what: str) -> None:
     grads, state, params = warm
     changes, message = BROKEN[what]
     with pytest.raises(ValueError, match=message):
         fx.adamw_decompose(**{"grads": grads, "opt_state": state, "params": params, **changes})
 
 
-def test_the_state_of_another_model_is_refused(warm: Warm) -> None:
+def test_adamw_decompose_rejects_another_models_state(warm: Warm) -> None:
     grads, state, params = warm
     wider = make_apply(TinyPolicy(6, 4, 1, 2, 6))[1]
     remedy = r"the optimizer state is another model's: make it with adamw_state\(optimizer, model\)"
@@ -448,14 +444,14 @@ def test_the_state_of_another_model_is_refused(warm: Warm) -> None:
 
 
 @pytest.mark.parametrize("field", ["exp_avg", "exp_avg_sq", "step"])
-def test_a_state_with_a_part_missing_is_refused_by_name(warm: Warm, field: str) -> None:
+def test_adamw_decompose_names_a_missing_moment(warm: Warm, field: str) -> None:
     grads, state, params = warm
     part = {name: x for name, x in getattr(state, field).items() if name != "norm.bias"}
     with pytest.raises(ValueError, match=r"opt_state has no .* for 'norm.bias'"):
         fx.adamw_decompose(grads, state._replace(**{field: part}), params)
 
 
-def test_amsgrad_without_its_maximum_is_refused_by_name(
+def test_adamw_decompose_names_a_missing_amsgrad_maximum(
     warm: Warm,
 ) -> None:
     grads, state, params = warm

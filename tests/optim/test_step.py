@@ -46,22 +46,24 @@ def test_step_matches_the_decomposition(
     grads = gradient_of(params, 1)
     x = random_direction(torch.Generator().manual_seed(2), params)
     step = AdamWStep.of(grads, opt_state, params, preconditioner, max_grad_norm)
-    whole = fx.adamw_decompose(grads, opt_state, params, preconditioner, max_grad_norm)
+    decomposition = fx.adamw_decompose(grads, opt_state, params, preconditioner, max_grad_norm)
     products = step.inner_products(x)
     for name in ("direction", "baseline", "momentum", "weight_decay"):
-        vector = getattr(whole, name)
+        vector = getattr(decomposition, name)
         size = sum((x[n] * v).abs().sum() for n, v in vector.items())
         assert_close_to_rounding(getattr(products, name), dot(vector, x), terms=TERMS * 1000, scale=size)
-    update = {n: None if g is None else whole.gain[n] * g for n, g in grads.items()}
+    update = {n: None if g is None else decomposition.gain[n] * g for n, g in grads.items()}
     for name, value in products.update.items():
         v = update[name]
         expected = torch.zeros((), dtype=torch.float64) if v is None else (v * x[name]).sum().double()
         assert_close_to_rounding(value, expected, terms=TERMS * 1000, scale=1 + expected.abs())
     for name, v in step.gain().items():
-        assert_close_to_rounding(v, whole.gain[name], terms=TERMS, scale=whole.gain[name].abs().max())
+        assert_close_to_rounding(v, decomposition.gain[name], terms=TERMS, scale=decomposition.gain[name].abs().max())
     for name, v in step.direction().items():
-        assert_close_to_rounding(v, whole.direction[name], terms=TERMS, scale=whole.direction[name].abs().max())
-    expected_x = multiply(whole.gain, x)
+        assert_close_to_rounding(
+            v, decomposition.direction[name], terms=TERMS, scale=decomposition.direction[name].abs().max()
+        )
+    expected_x = multiply(decomposition.gain, x)
     step.precondition_(x)
     for name, v in x.items():
         assert_close_to_rounding(v, expected_x[name], terms=TERMS, scale=expected_x[name].abs().max())
