@@ -68,8 +68,8 @@ SETS = {
         left_out={
             NO_FSDP2: ("tests/distributed/test_engine.py",),
             "the version in the metadata of a wheel for CUDA is not torch.__version__": (
-                "tests/test_fisher_run.py::test_the_directory_holds_everything_that_is_promised",
-                "tests/test_run.py::test_the_directory_holds_everything_that_is_promised",
+                "tests/lab/fisher/test_run.py::test_fisher_directory_holds_every_file",
+                "tests/lab/experiment/test_entropy.py::test_run_directory_holds_every_file",
             ),
             "what is counted and moved is that of newer versions": (
                 "tests/test_gpu_benchmark.py::test_every_tensor_is_made_where_the_inputs_are[error_bars]",
@@ -88,7 +88,7 @@ SETS = {
                 "tests/interop/test_sampling.py::test_sample_renders_conversation_by_chat_template",
             ),
             "float32 rounds a log weight by 1.6e-5, where the test allows 1e-5": (
-                "tests/test_sweep.py::test_sweep_equals_snis_delta_along_every_direction",
+                "tests/lab/experiment/test_finite_steps.py::test_sweep_equals_snis_delta_along_every_direction",
             ),
         },
     ),
