@@ -1,4 +1,4 @@
-"""Build the API reference from the docstrings into docs/api (``make docs``); a warning ends the build."""
+"""Build the API reference from the docstrings, into docs/api or a folder given (``make docs``); a warning ends it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def build(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(OUTPUT)
-    print(f"wrote {OUTPUT / 'index.html'}")
-    sys.exit(0)
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT
+    build(output)
+    print(f"wrote {output / 'index.html'}")
