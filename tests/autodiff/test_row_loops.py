@@ -78,13 +78,14 @@ def problem(rows: int = 4) -> tuple[Params, Batch]:
 
 
 def looped(apply: Apply, params: Params, batch: Batch) -> Params:
+    """Return the gradient of every row by one reverse pass per row."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    grads = []
+    by_row = []
     for i in range(len(batch.input_ids)):
         loss = fx.rollout_loss(apply)(leaves, Batch._make(None if field is None else field[i] for field in batch))
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        grads.append(dict(zip(leaves, grads, strict=True)))
-    return {name: torch.stack([g[name] for g in grads]) for name in params}
+        by_row.append(dict(zip(leaves, grads, strict=True)))
+    return {name: torch.stack([g[name] for g in by_row]) for name in params}
 
 
 @pytest.mark.parametrize("model", MODELS)
