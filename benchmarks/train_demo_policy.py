@@ -1,8 +1,8 @@
 """Train the demo policy that ships with the package: a tiny Qwen2 doing sums, stopped in the middle of a GRPO run.
 
-Two phases. A supervised warm-up on written-out chains ("3+14+9=" -> "17+9=26") and on bare answers ("26"), stopped
-while the policy is still often wrong; then GRPO on the exact-match reward with a fresh AdamW. What is saved is a
-training state: weights, tokenizer and the optimizer as it stands before its next step.
+It has two phases: a supervised warm-up on written-out chains ("3+14+9=" -> "17+9=26") and on answers only ("26"),
+stopped while the policy is often wrong; then GRPO on the exact-match reward with a new AdamW. The training state is
+saved: weights, tokenizer and the optimizer before its next step.
 
     python -m benchmarks.train_demo_policy --out fx_influence/lab/demo
 """
@@ -45,20 +45,20 @@ def train(
     prompts: Sequence[Prompt],
     args: argparse.Namespace,
 ) -> list[dict[str, float]]:
-    """GRPO steps, one on-policy batch each; returns what each step saw before its update."""
+    """Make GRPO steps, one on-policy batch each; return the figures of each step before its update."""
     rng = random.Random(args.seed + 2)
     log: list[dict[str, float]] = []
     for step in range(args.steps):
-        chosen = rng.sample(prompts, PROMPTS_PER_STEP)
-        rollouts = draw(model, tokenizer, chosen, COMPLETIONS, args.seed * 100_003 + step)
-        found = reinforce(model, optimizer, update_batch(rollouts, tokenizer.pad_token_id))
+        batch_prompts = rng.sample(prompts, PROMPTS_PER_STEP)
+        rollouts = draw(model, tokenizer, batch_prompts, COMPLETIONS, args.seed * 100_003 + step)
+        step_figures = reinforce(model, optimizer, update_batch(rollouts, tokenizer.pad_token_id))
         figures = rollout_means(rollouts)
         log.append(
             {
                 "step": step + 1,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "reward": figures["accuracy"],
-                **found,
+                **step_figures,
                 "completion_length": figures["mean_length"],
                 "groups_with_advantage": figures["groups_with_advantage"],
             }
@@ -68,7 +68,7 @@ def train(
 
 
 def save(out: Path, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, log: list[dict[str, float]]) -> None:
-    """The checkpoint in the Hugging Face layout, with the training log beside it."""
+    """Save the checkpoint in the Hugging Face layout, with the training log beside it."""
     policy = out / "policy"
     model.save_pretrained(policy)
     tokenizer.save_pretrained(policy)
@@ -77,7 +77,7 @@ def save(out: Path, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer
 
 
 def save_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """One ``{"id", "prompt", "answer"}`` a line."""
+    """Write prompts as JSON lines with ``id``, ``prompt`` and ``answer``."""
     path.write_text("".join(json.dumps({"id": p.id, "prompt": p.text, **p.columns}) + "\n" for p in prompts))
 
 
@@ -87,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60, help="GRPO steps")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of the GRPO steps")
-    parser.add_argument("--warmup-steps", type=int, default=2400, help="most supervised steps")
+    parser.add_argument("--warmup-steps", type=int, default=2400, help="maximal number of supervised steps")
     parser.add_argument("--warmup-lr", type=float, default=4e-3)
     parser.add_argument("--stop-at", type=float, default=0.4, help="accuracy at which the warm-up ends")
     parser.add_argument("--quick", action="store_true", help="a few steps of each phase, to try the script")
@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, measure before and after the GRPO steps on the evaluation prompts, save."""
+    """Train, measure before and after the GRPO steps on the evaluation prompts, and save."""
     args = _arguments()
     started = time.perf_counter()
     torch.set_num_threads(1)

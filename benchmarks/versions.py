@@ -1,13 +1,13 @@
-"""Pass the tests on other versions than those of constraints.txt, each set in a virtual environment of its own.
+"""Run the tests on other versions than those of constraints.txt, each set in a separate virtual environment.
 
     python -m benchmarks.versions [SET ...] [--folder DIR] [--out FILE]
 
 Three sets have the oldest versions that pyproject.toml claims, read from there and pinned. They divide the tests and
-the docstrings' examples by what they import: ``mathematics`` needs torch and numpy alone, ``trl`` TRL, ``models`` the
-rest. The other sets install the project with all that its development takes, as pip resolves it today, and pass all
-tests: on every other Python that the project supports, and with a newer torch. A set takes the Python that it names,
-which has to be on the PATH as ``python3.10`` or so. Where there is no wheel for the CPU alone, pip takes torch's for
-CUDA, some gigabytes each. Warnings are no errors here: what other versions of libraries warn of is their own.
+the docstrings' examples by what they import: ``mathematics`` needs torch, numpy and einops, ``trl`` TRL, ``models``
+the rest. The other sets install the project with its development packages, as pip resolves them today, and run all
+tests: on every other Python that the project supports, and with a newer torch. A set uses the Python that it names,
+which has to be on the PATH as ``python3.10`` or similar. If there is no CPU wheel of torch, pip takes the one for CUDA,
+some gigabytes each. Warnings are not errors here, because other versions of libraries warn of other things.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "versions.json"
-CORE = {"torch", "numpy", "pytest", "hypothesis"}
+CORE = {"torch", "numpy", "einops", "pytest", "hypothesis"}
+ROOMS = {"core", "estimators", "optim", "batching", "policy", "autodiff", "distributed", "testing"}
+"""Rooms of the mathematics, beside the modules at the top."""
 NOT_RUN = {"mypy", "pdoc", "pytest-xdist", "ruff", "setuptools", "trl"}
 CALL_TRL = {"test_readme.py", "test_scoring.py"}
-CALL_SCIPY = {"test_select.py"}
 NO_FSDP2 = "FSDP2 is torch.distributed.fsdp.fully_shard, which torch 2.6 brought"
 
 
 class Set(NamedTuple):
-    """``packages``: whose claims are pinned, None for all but NOT_RUN. ``instead``: what is pinned in place of a claim.
-    ``left_out``: by reason, the tests, or whole files of them, that do not pass there. ``today``: the sets whose
-    tests this one passes with nothing else pinned."""
+    """A set of versions to test.
+
+    ``packages``: those pinned to their lower bounds, None for all but NOT_RUN. ``instead``: versions pinned in place of
+    the lower bounds. ``left_out``: tests, or whole files, that do not pass, by reason. ``today``: the sets whose tests
+    this one runs with nothing else pinned.
+    """
 
     python: str
     packages: set[str] | None = None
@@ -71,9 +75,9 @@ SETS = {
                 "tests/lab/fisher/test_run.py::test_fisher_directory_holds_every_file",
                 "tests/lab/experiment/test_entropy.py::test_run_directory_holds_every_file",
             ),
-            "what is counted and moved is that of newer versions": (
-                "tests/test_gpu_benchmark.py::test_every_tensor_is_made_where_the_inputs_are[error_bars]",
-                "tests/test_gpu_benchmark.py::test_the_formula_is_what_is_counted_where_nothing_is_computed_twice",
+            "the counts are those of newer versions": (
+                "tests/benchmarks/test_gpu.py::test_methods_create_tensors_on_the_inputs_device[error_bars]",
+                "tests/benchmarks/test_gpu.py::test_operations_match_counted_flops_of_more_rows",
             ),
             "U's reverse pass takes the plain kernel there": (
                 "tests/policy/test_split.py::test_only_reverse_passes_use_fused_attention[sdpa]",
@@ -129,35 +133,35 @@ SETS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sets, write what they had and passed; 1 if a test failed."""
+    """Run the sets, write their versions and results; return 1 if a test failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all by default")
-    parser.add_argument("--folder", type=Path, help="where the environments are kept and used again")
+    parser.add_argument("--folder", type=Path, help="folder in which the environments are kept and reused")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
     names = arguments.sets or list(SETS)
     if unknown := set(names) - set(SETS):
         parser.error(f"no set {sorted(unknown)}; there are {', '.join(SETS)}")
-    found = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            found[name] = run(name, arguments.folder or Path(temporary))
-            arguments.out.write_text(json.dumps(found, indent=2) + "\n")
-    return int(any(found[name]["tests"]["failed"] for name in names))
+            results[name] = run(name, arguments.folder or Path(temporary))
+            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    return int(any(results[name]["tests"]["failed"] for name in names))
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """One set: its versions and how its tests went."""
+    """Run the tests of a set; return its versions and results."""
     chosen, start = SETS[name], time.monotonic()
     python = environment(folder / name, chosen)
-    given_up = {test for tests in chosen.left_out.values() for test in tests}
+    excluded = {test for tests in chosen.left_out.values() for test in tests}
     files = [str(file.relative_to(ROOT)) for file in candidates() if set_of(file) in (chosen.today or (name,))]
-    files = [file for file in files if file not in given_up]
+    files = [file for file in files if file not in excluded]
     print(f"{name}: {len(files)} files on {versions(python, chosen)}", flush=True)
     report = folder / f"{name}.xml"
     options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow and not browser", "--tb=short"]
     options += ["-n", "2", "--dist", "loadscope"] if chosen.today else []
-    left_out = [f"--deselect={test}" for test in sorted(given_up)]
+    left_out = [f"--deselect={test}" for test in sorted(excluded)]
     ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)
     if ended.returncode not in (0, 1):
         raise SystemExit(f"{name}: pytest ended with {ended.returncode} before its tests; see what it printed")
@@ -177,7 +181,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def environment(folder: Path, chosen: Set) -> Path:
-    """The Python of a virtual environment with the set's versions."""
+    """Return the Python of a virtual environment with the set's versions."""
     python = folder / "bin" / "python"
     if not python.is_file():
         subprocess.run([interpreter(chosen.python), "-m", "venv", folder], check=True)
@@ -198,68 +202,74 @@ def interpreter(version: str) -> str:
 
 
 def claims() -> dict[str, str]:
-    """Lower bound by package, extras included, as pyproject.toml has them."""
+    """Return the lower bounds of pyproject.toml by package, extras included."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return dict(re.findall(r'"([\w.-]+(?:\[\w+\])?)>=([\d.]+)"', text))
 
 
 def pinned(chosen: Set) -> list[str]:
-    """Requirements of the set."""
+    """Return the pinned requirements of the set."""
     if chosen.today:
         return [f"{name}=={version}" for name, version in chosen.instead.items()]
-    wanted = {name: bound for name, bound in claims().items() if name in (chosen.packages or {*claims()} - NOT_RUN)}
-    return [f"{name}=={version}" for name, version in sorted({**wanted, **chosen.instead}.items())]
+    bounds = {name: bound for name, bound in claims().items() if name in (chosen.packages or {*claims()} - NOT_RUN)}
+    return [f"{name}=={version}" for name, version in sorted({**bounds, **chosen.instead}.items())]
 
 
 def versions(python: Path, chosen: Set) -> dict[str, str]:
-    """What is installed of the pinned packages, and the Python."""
+    """Return the installed versions of the pinned packages, and of Python."""
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True).stdout
-    of = {package["name"].lower(): package["version"] for package in json.loads(listed)}
-    own = subprocess.run(
+    installed = {package["name"].lower(): package["version"] for package in json.loads(listed)}
+    interpreter_version = subprocess.run(
         [python, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True
     )
     names = sorted({re.sub(r"\[.*", "", name) for name in claims()} if chosen.today else map(package, pinned(chosen)))
-    return {"python": own.stdout.strip(), **{name: of[name.lower()] for name in names if name.lower() in of}}
+    return {
+        "python": interpreter_version.stdout.strip(),
+        **{name: installed[name.lower()] for name in names if name.lower() in installed},
+    }
 
 
 def package(requirement: str) -> str:
-    """Name of the package that a requirement asks for."""
+    """Return the name of the package that a requirement asks for."""
     return re.split(r"[\[=]", requirement)[0]
 
 
 def candidates() -> Iterator[Path]:
-    """Test files, and modules whose docstrings have examples."""
+    """Yield the test files, and the modules whose docstrings have examples."""
     yield from sorted((ROOT / "tests").rglob("test_*.py"))
     yield from (file for file in sorted((ROOT / "fx_influence").rglob("*.py")) if ">>>" in file.read_text("utf-8"))
 
 
 def set_of(file: Path) -> str:
-    """The set that has all that a file needs: what is no mathematics may import more than it says at its top."""
+    """Return the set that has all packages that a file needs.
+
+    Only the mathematics imports at its top all that it uses; the other rooms may import more inside functions.
+    """
     packages = imported(file, set())
-    core = file.parent in (ROOT / "tests", ROOT / "fx_influence") and packages <= CORE | {"einops"}
-    core = core and file.name not in CALL_SCIPY
+    room = file.relative_to(ROOT).parts[1:-1][:1]
+    core = set(room) <= ROOMS and packages <= CORE
     return "trl" if "trl" in packages or file.name in CALL_TRL else "mathematics" if core else "models"
 
 
 def imported(file: Path, seen: set[Path]) -> set[str]:
-    """Packages that a file imports, those of our own files that it imports included; inside functions in tests only."""
+    """Return the packages that a file and its imports within the project import; inside functions only in tests."""
     seen.add(file)
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree) if file.parent.name == "tests" else tree.body:
+    packages = set()
+    for node in ast.walk(tree) if file.is_relative_to(ROOT / "tests") else tree.body:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
-            for own in own_files(name):
-                found |= set() if own in seen else imported(own, seen)
+            for local in project_files(name):
+                packages |= set() if local in seen else imported(local, seen)
             root = name.partition(".")[0]
-            found |= set() if own_files(root) else {root} - set(sys.stdlib_module_names)
-    return found
+            packages |= set() if project_files(root) else {root} - set(sys.stdlib_module_names)
+    return packages
 
 
-def own_files(name: str) -> list[Path]:
-    """The files of this project that importing ``name`` runs."""
+def project_files(name: str) -> list[Path]:
+    """Return the files of this project that importing ``name`` runs."""
     parts = name.split(".")
     stems = [base.joinpath(*parts[:k]) for base in (ROOT, ROOT / "tests") for k in range(1, len(parts) + 1)]
     return [file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()]
