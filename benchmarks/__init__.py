@@ -1,1 +1,1 @@
-"""What is measured: `python -m benchmarks` lists and runs it."""
+"""Benchmarks and experiments: `python -m benchmarks` lists and runs it."""

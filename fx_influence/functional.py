@@ -132,18 +132,18 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
         ProbeCase(known, make_probe(model, apply.vocab_size, length, device_of(model)), bound) for length in LENGTHS
     ]
     with torch.no_grad(), random_state_restored(model):
-        own = meta_template(model, None).with_stateful(apply.stateful)
+        model_template = meta_template(model, None).with_stateful(apply.stateful)
         for case in cases:
             try:
-                model_logits(forward, own, case, 0)
+                model_logits(forward, model_template, case, 0)
             except Exception:
                 if case is cases[-1]:
                     raise
                 continue
-            mismatch = unpadded_disagreement(forward, template, own, case, params)
+            mismatch = unpadded_disagreement(forward, template, model_template, case, params)
             if mismatch is not None:
                 raise ForwardError(difference(mismatch.actual, mismatch.expected, mismatch.rows))
-            check_padded(forward, template, own, case, params)
+            check_padded(forward, template, model_template, case, params)
             return
 
 

@@ -184,7 +184,7 @@ def test_check_derivatives_passes_kinks_and_switches(kind: str, make_apply: Call
 
 
 def test_check_derivatives_judges_nothing_at_a_kink_itself() -> None:
-    """With slopes of a and b on both sides the central difference is (a + b) / 2 at every step."""
+    """Given slopes of a and b on both sides, the central difference is (a + b) / 2 at every step."""
     generator = torch.Generator().manual_seed(0)
     params = {"table": torch.randn(7, 7, generator=generator).double(), "bias": torch.zeros(7, dtype=torch.float64)}
     batch = random_batch(generator, 4, 6, 7, coefficients=False)
@@ -225,9 +225,9 @@ def test_check_derivatives_says_that_nothing_can_be_judged() -> None:
     apply, params = function(lambda x: x.round(decimals=2))
     check = fx.check_derivatives({n: p.float() for n, p in params.items()}, BATCH, apply=apply, dtype=torch.float32)
     assert not check.conclusive
-    still = fx.check_derivatives(params, BATCH, apply=apply, direction={})
-    assert still.judged == 0
-    assert math.isnan(still.deviation)
+    unmoved = fx.check_derivatives(params, BATCH, apply=apply, direction={})
+    assert unmoved.judged == 0
+    assert math.isnan(unmoved.deviation)
 
 
 def test_check_derivatives_refuses_a_direction_of_other_names() -> None:

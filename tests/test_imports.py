@@ -94,7 +94,7 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in PLACE], ids=relative)
 def test_modules_import_earlier_rooms_only(path: Path) -> None:
-    later = {room for room in rooms_imported(path) if room in PLACE and PLACE[room] > PLACE[room_of(path)]}
+    later = {name for name in rooms_imported(path) if name in PLACE and PLACE[name] > PLACE[room_of(path)]}
     assert not later, f"{relative(path)} imports {sorted(later)}, which come after it"
 
 
@@ -112,7 +112,7 @@ def test_only_tests_and_benchmarks_import_the_reference(path: Path) -> None:
 
 def test_reference_imports_only_types_of_the_package() -> None:
     testing = [path for path in FILES if room_of(path) == "testing"]
-    assert {room for path in testing for room in rooms_imported(path)} <= {"types", "testing"}
+    assert {name for path in testing for name in rooms_imported(path)} <= {"types", "testing"}
     assert any("types" in rooms_imported(path) for path in testing)
 
 

@@ -50,7 +50,7 @@ class TrainingRun(NamedTuple):
     every: int = 20
     prompts: int = 16
     judged: int = 128
-    kept: bool = True
+    is_stored: bool = True
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class TrainingRun(NamedTuple):
 
 def train(training: TrainingRun) -> list[dict[str, float]]:
     """Return entropy, accuracy and elapsed seconds at the beginning and after every ``every`` steps."""
-    policy = initial_policy(training.policy, training.kept)
+    policy = initial_policy(training.policy, training.is_stored)
     figures, seconds = [{"step": 0, "seconds": 0.0, **evaluate(training, policy)}], 0.0
     start = time.process_time()
     for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, 8):

@@ -1,4 +1,4 @@
-"""Which tokens lower the entropy? Influence by advantage, probability, position and prompt, and its concentration.
+"""Measure which tokens lower the entropy: influence by advantage, probability, position and prompt, and concentration.
 
     python -m benchmarks collapse            writes results/collapse.json and its table in README.md;
                                              ten minutes on two cores, resumed where it stopped

@@ -60,7 +60,7 @@ class TrainingRun(NamedTuple):
     steps: tuple[int, ...]
     prompts: int = 8
     evaluated: int = 512
-    kept: bool = True
+    is_stored: bool = True
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ SIGNLESS = ("size of advantage", "gradient norm", "length")
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
     """Make the run and return the measurements before each of its ``steps``."""
-    policy = initial_policy(training.policy, training.kept)
+    policy = initial_policy(training.policy, training.is_stored)
     states = selected_step_states(policy, training.lr, training.seed, training.steps, training.prompts, COMPLETIONS)
     return [{"step": step_state.step, **measure(training, policy, step_state)} for step_state in states]
 
@@ -228,7 +228,7 @@ def training_runs(quick: bool) -> list[TrainingRun]:
     """Return the training runs of the benchmark."""
     if quick:
         return [
-            TrainingRun("toy", 1e-3, 0, (1,), evaluated=64, kept=False),
+            TrainingRun("toy", 1e-3, 0, (1,), evaluated=64, is_stored=False),
             TrainingRun("demo", 1e-4, 0, (1,), prompts=2, evaluated=16),
         ]
     steps = (1, 5, 20, 50, 100)

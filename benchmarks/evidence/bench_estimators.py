@@ -1,4 +1,4 @@
-"""How many evaluation rollouts does a ranking need, and which estimator uses them best?
+"""Measure how many evaluation rollouts a ranking needs, and which estimator uses them best.
 
     python -m benchmarks estimators            writes results/estimators.json and its table in README.md;
                                                a quarter of an hour on two cores, resumed where it stopped
@@ -75,7 +75,7 @@ class TrainingRun(NamedTuple):
     draws: int = 10
     asked: int = 2048
     true_prompts: int = 8192
-    kept: bool = True
+    is_stored: bool = True
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ ESTIMATORS: dict[str, Callable[[TokenValues, Batch], TokenCoefficients]] = {
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
     """Return the errors of every estimator at every size, at each of the ``steps``."""
-    policy = initial_policy(training.policy, training.kept)
+    policy = initial_policy(training.policy, training.is_stored)
     states = selected_step_states(policy, training.lr, training.seed, training.steps, 8, 8)
     return [{"step": step_state.step, "errors": measure(training, policy, step_state)} for step_state in states]
 
@@ -335,8 +335,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for row in bins:
         to = f"{row['above']:.0%} to {row['to']:.0%}" if row["to"] <= 1 else f"above {row['above']:.0%}"
         lines.append(f"| {to} | {format_interval(row['found'], '.0f', 100)}% |")
-    at = _factor(report["summary"]["rule"]["at"])
-    return "\n".join([*lines, "", f"{TARGET:.0%} of the top tenth are identified at a share of noise of {at}."])
+    factor = _factor(report["summary"]["rule"]["at"])
+    return "\n".join([*lines, "", f"{TARGET:.0%} of the top tenth are identified at a share of noise of {factor}."])
 
 
 def appendix(report: Mapping[str, Any]) -> str:
@@ -372,7 +372,7 @@ def _factor(ratio: Mapping[str, float] | None) -> str:
 def training_runs(quick: bool) -> list[TrainingRun]:
     """Return the training runs of the benchmark."""
     if quick:
-        return [TrainingRun("toy", 0, steps=(1,), sizes=(16,), draws=2, kept=False)]
+        return [TrainingRun("toy", 0, steps=(1,), sizes=(16,), draws=2, is_stored=False)]
     toy = [TrainingRun("toy", seed, sizes=(16, 32, 64, 128, 256)) for seed in range(SEEDS)]
     return [*toy, *(TrainingRun("demo", seed) for seed in range(SEEDS))]
 

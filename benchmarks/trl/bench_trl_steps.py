@@ -95,7 +95,7 @@ def measure(variant: Variant) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The README's table: the largest error over all variants that share a loss and the weights trained."""
+    """Return the table of the page: the largest error over all variants that share a loss and the weights trained."""
     lines = ["| loss | weights | variants | steps | Σgᵢ against the trainer's g | Δθ |", "|---|---|---|---|---|---|"]
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in report["variants"]:

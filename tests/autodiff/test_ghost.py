@@ -162,7 +162,7 @@ def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.Monkey
             assert_close(getattr(out, field), getattr(outputs[0], field))
 
 
-def test_influence_takes_the_jvp_where_a_parameter_has_no_layer_io() -> None:
+def test_influence_takes_the_jvp_without_layer_io() -> None:
     params, u, e, state, policy = problem()
 
     def apply(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -223,8 +223,8 @@ def test_curvature_matches_central_differences(model: str) -> None:
     weighted = batch._replace(entropy_coefficients=batch.completion_mask.double())
 
     def first_derivative(eta: float) -> Tensor:
-        at = {name: p + eta * v[name] for name, p in params.items()}
-        return -dot(batch_gradient(at, weighted, apply), v)
+        moved = {name: p + eta * v[name] for name, p in params.items()}
+        return -dot(batch_gradient(moved, weighted, apply), v)
 
     expected = (first_derivative(step) - first_derivative(-step)) / (2 * step)
     second_derivative = curvature(params, v, weighted, apply)

@@ -111,9 +111,9 @@ def test_measure_reports_seconds_if_float32_does_not_fit(monkeypatch: pytest.Mon
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("benchmarks.gpu.measure.in_float32", fails)
-    [found] = run(cases("adjoint"), "cpu", 8.0, None)
-    assert found["seconds"] > 0
-    assert found["correctness"] == {"error": "OutOfMemoryError: CUDA out of memory."}
+    [record] = run(cases("adjoint"), "cpu", 8.0, None)
+    assert record["seconds"] > 0
+    assert record["correctness"] == {"error": "OutOfMemoryError: CUDA out of memory."}
 
 
 def test_run_keeps_finished_cases_when_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

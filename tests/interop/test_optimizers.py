@@ -55,7 +55,7 @@ def test_adamw_state_copies_moments() -> None:
 
 
 def test_adamw_state_aliases_moments_when_not_copied() -> None:
-    """With ``copy=False`` the moments are the optimizer's tensors, so its next step changes them."""
+    """The moments with ``copy=False`` are the optimizer's tensors, so its next step changes them."""
     model, optimizer = make_stepped(amsgrad=True)
     state = adamw_state(optimizer, model, copy=False)
     before = copy.deepcopy(state)

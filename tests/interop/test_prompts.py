@@ -71,7 +71,7 @@ def test_gsm8k_answer_loses_only_thousands_separators(gold: str) -> None:
 @pytest.mark.parametrize("name", ["p.parquet", "p.jsonl"])
 @pytest.mark.parametrize("field", ["prompt", "messages"])
 def test_read_prompts_takes_messages_as_conversation(tmp_path: Path, name: str, field: str) -> None:
-    """In the parquet file every message has a ``name``, most of them None."""
+    """Every message has a ``name``, most of them None."""
     signed = [{**ASKED[0], "name": "Ann"}]
     path = write_rows(tmp_path / name, [{field: TALK, "answer": 1}, {field: signed, "answer": 2}])
     assert read_prompts(path) == [
@@ -81,7 +81,7 @@ def test_read_prompts_takes_messages_as_conversation(tmp_path: Path, name: str, 
 
 
 def test_read_prompts_uses_first_prompt_field(tmp_path: Path) -> None:
-    """In a parquet file one that is not there is None."""
+    """An absent field of a parquet file is None."""
     records = [{"prompt": "a", "messages": TALK, **GSM8K[0]}, {"prompt": None, "messages": None, **GSM8K[1]}]
     first, second = read_prompts(write_rows(tmp_path / "p.parquet", records))
     assert first == Prompt("0", "a", {"messages": TALK, **GSM8K[0]})

@@ -32,7 +32,7 @@ TEMPLATE = (
 
 
 def make_chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """Puts a bos before every text, as Llama's does, and its template writes one too."""
+    """Put a bos before every text, as Llama's does, and its template writes one too."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>", "<user>", "<assistant>"]})
     bos = tokenizer.convert_tokens_to_ids("<bos>")
@@ -146,7 +146,7 @@ def test_sample_renders_conversation_by_chat_template() -> None:
 
 
 def test_sample_records_question_of_conversation() -> None:
-    """What people are shown is what was asked last, not the first words of the template; a plain text has none."""
+    """The question shown is what was asked last, not the first words of the template; a plain text has none."""
     model, tokenizer = make_model(vocab_size=18), make_chat_tokenizer()
     talk = (
         {"role": "user", "content": "1+1"},

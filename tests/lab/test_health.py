@@ -253,6 +253,6 @@ def test_health_says_whether_derivatives_are_confirmed(figures: dict[str, Any], 
     assert re.search(text, finding.text)
 
 
-def test_health_leaves_out_derivatives_of_a_run_without_the_check() -> None:
+def test_health_omits_derivatives_that_were_not_checked() -> None:
     assert find_finding("Derivatives") is None
     assert find_finding("Derivatives", run={"derivative_check": None}) is None

@@ -231,7 +231,7 @@ def test_policy_ignores_gradient_checkpointing(family: str, lora: bool) -> None:
 
 
 def trainer_gradient(model: nn.Module, batch: Batch) -> Params:
-    """What backward on the model itself leaves in ``p.grad``, the loss written out."""
+    """Return what backward on the model itself leaves in ``p.grad``, the loss written out."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, :-1]
     log_pi = logits.log_softmax(-1)
     taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]

@@ -141,7 +141,7 @@ def test_tied_parameter_moves_both_uses() -> None:
 
 
 def test_policy_ignores_forward_patched_on_instance() -> None:
-    """As accelerate does to run under autocast, and kernel patches to inner modules."""
+    """Patch forward as accelerate does to run under autocast, and kernel patches to inner modules."""
     model = PositionalMask()
     expected = model.eval().logits(IDS, MASK).detach()
 

@@ -52,7 +52,7 @@ RESCORED_ROWS = 4
 
 
 class MeasurementSettings(NamedTuple):
-    """How the steps of a training are measured; all but the first two are arguments of ``fx.influence``.
+    """Settings by which the steps of a training are measured; all but the first two are arguments of ``fx.influence``.
 
     Attributes:
         completions_per_prompt: of E.

@@ -1,1 +1,1 @@
-"""What the stored arrays of a run say: pure functions over numpy arrays."""
+"""Statistics of the stored arrays of a run: pure functions over numpy arrays."""

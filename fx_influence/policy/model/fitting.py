@@ -108,12 +108,12 @@ def _settle(
     a table.
     """
     forward = fitted.forward
-    own = meta_template(model, None, copied)
+    model_template = meta_template(model, None, copied)
     watch = WriteWatch({**live_tensors(model), **case.known}, case.probe.input_ids[:1])
-    own = own._replace(stateful=list(own.module.modules()))
+    model_template = model_template._replace(stateful=list(model_template.module.modules()))
     try:
         with watch:
-            model_logits(forward, own, case, 0)
+            model_logits(forward, model_template, case, 0)
     except Exception:
         # The rest of the forward may need a write that was left out.
         if not watch.written:
@@ -127,23 +127,23 @@ def _settle(
                 "config.rescale_every = 0) before training starts"
             )
     forward = dataclasses.replace(forward, scratch=frozenset(watch.written))
-    own = own._replace(stateful=[])
-    modules = stateful_modules(own, lambda: model_logits(forward, own, case, 0))
-    paths = frozenset(module_paths(own.module, modules) | rope_paths(own.module))
+    model_template = model_template._replace(stateful=[])
+    modules = stateful_modules(model_template, lambda: model_logits(forward, model_template, case, 0))
+    paths = frozenset(module_paths(model_template.module, modules) | rope_paths(model_template.module))
     settled = FittedForward(forward, fitted.template.with_stateful(paths), paths, None)
-    return settled, own.with_stateful(paths), watch.vocabulary
+    return settled, model_template.with_stateful(paths), watch.vocabulary
 
 
-def _agreeing(fitted: FittedForward, own: Template, case: ProbeCase) -> FittedForward:
+def _agreeing(fitted: FittedForward, model_template: Template, case: ProbeCase) -> FittedForward:
     """Return rules under which the policy agrees with the model, if need be with another first position."""
     forward, template, params = fitted.forward, fitted.template, case.known
-    mismatch = unpadded_disagreement(forward, template, own, case, params)
+    mismatch = unpadded_disagreement(forward, template, model_template, case, params)
     if mismatch is not None:
         forward = _with_first_position(forward, template, case, mismatch)
-        mismatch = unpadded_disagreement(forward, template, own, case, params)
+        mismatch = unpadded_disagreement(forward, template, model_template, case, params)
         if mismatch is not None:
             raise ForwardError(difference(mismatch.actual, mismatch.expected, mismatch.rows))
-    check_padded(forward, template, own, case, params)
+    check_padded(forward, template, model_template, case, params)
     return fitted._replace(forward=forward, case=case)
 
 

@@ -124,7 +124,7 @@ def test_restore_refuses_8_bit_state() -> None:
 
 
 class Quantized(torch.Tensor):
-    """As torchao keeps its 8-bit states."""
+    """An 8-bit tensor as torchao keeps its 8-bit states."""
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_load_never_unpickles(file: str, full: Path, tmp_path: Path) -> None:
 
 
 class Projector:
-    """As GaLore keeps one in its state."""
+    """A projector as GaLore keeps one in its state."""
 
 
 def test_load_names_class_that_is_not_unpickled(full: Path) -> None:

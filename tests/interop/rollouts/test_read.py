@@ -21,13 +21,13 @@ from fx_influence.interop.rollouts.read import read_rollouts
 from fx_influence.interop.rollouts.record import Rollout
 
 
-def own() -> Rollout:
+def native_rollout() -> Rollout:
     return Rollout("p/0", "p", 0, "1+1=", "2", PROMPT, SAMPLED, True, (-0.5, -0.25))
 
 
 def test_native_format_is_detected(tmp_path: Path) -> None:
-    write_rollouts(tmp_path / "r.jsonl", [own()])
-    assert read_rollouts(tmp_path / "r.jsonl") == [own()]
+    write_rollouts(tmp_path / "r.jsonl", [native_rollout()])
+    assert read_rollouts(tmp_path / "r.jsonl") == [native_rollout()]
 
 
 def test_format_argument_overrides_suffix(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_read_rollouts_refuses_repeated_ids(tmp_path: Path) -> None:
     path = write_prime_rl(tmp_path / "r.jsonl", [prime_record(0), prime_record(1), prime_record(0)])
     with pytest.raises(ValueError, match="gives 1 ids to more than one rollout: 7/1/0; ids must be unique"):
         read_rollouts(path)
-    write_rollouts(tmp_path / "own.jsonl", [own(), dataclasses.replace(own(), group=1)])
+    write_rollouts(tmp_path / "own.jsonl", [native_rollout(), dataclasses.replace(native_rollout(), group=1)])
     with pytest.raises(ValueError, match="more than one rollout: p/0"):
         read_rollouts(tmp_path / "own.jsonl")
 

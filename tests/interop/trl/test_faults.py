@@ -1,4 +1,4 @@
-"""Whatever goes wrong in measuring a live training is one warning: the training goes on bit for bit."""
+"""A fault in measuring a live training is one warning: the training goes on bit for bit."""
 
 from __future__ import annotations
 

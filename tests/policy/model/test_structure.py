@@ -1,4 +1,4 @@
-"""What passes may do with rows and tokens follows from the model's structure, not from what it has learned so far."""
+"""Passes may do with rows and tokens what the structure of a model allows, not what it has learned so far."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_dynamic_rope_depends_on_batch_width(rope_type: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_activated_lora_is_not_prefix_shareable() -> None:
-    """From which token on they act is read from the ids of a row."""
+    """The token from which they act is read from the ids of a row."""
     from helpers.hf_models import make_model
     from peft import LoraConfig, get_peft_model
 
