@@ -81,6 +81,6 @@ def test_links_of_a_page_resolve(page: Path) -> None:
 
 
 def test_every_room_has_a_sign() -> None:
-    """A folder is a folder of modules at the top of the package; ``testing`` is one too."""
+    """A room is a folder of modules at the top of the package; ``testing`` is one too."""
     rooms = {path.parent for path in (ROOT / "fx_influence").glob("*/__init__.py")}
     assert {str(folder.relative_to(ROOT)) for folder in rooms if not (folder / "README.md").exists()} == set()
