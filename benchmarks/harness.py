@@ -32,8 +32,9 @@ Tables = Mapping[Path, Mapping[str, str]]
 """Tables in Markdown by page and by the name in their marks."""
 
 
-def _product_flops(out_shape: tuple[int, ...], left: tuple[int, ...], *_: object, **__: object) -> int:
-    return 2 * math.prod(out_shape) * left[-1]
+def _product_flops(target: tuple[int, ...], left: tuple[int, ...], *_: object, **__: object) -> int:
+    # torch's counter passes out_shape by keyword, so no positional parameter may have that name.
+    return 2 * math.prod(target) * left[-1]
 
 
 IN_PLACE_PRODUCTS = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
