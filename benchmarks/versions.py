@@ -246,8 +246,8 @@ def set_of(file: Path) -> str:
     Only the mathematics imports at its top all that it uses; the other rooms may import more inside functions.
     """
     packages = imported(file, set())
-    room = file.relative_to(ROOT).parts[1:-1][:1]
-    core = set(room) <= ROOMS and packages <= CORE
+    folder = file.relative_to(ROOT).parts[1:-1][:1]
+    core = set(folder) <= ROOMS and packages <= CORE
     return "trl" if "trl" in packages or file.name in CALL_TRL else "mathematics" if core else "models"
 
 
