@@ -129,7 +129,7 @@ def reweighted_gradient(
 
 
 def graphs_within_budget(micro_batches: int, graph: int, cache: int, memory_budget: int) -> int:
-    """Number of micro-batches whose graph fits in the budget when the remaining ones keep only linear outputs.
+    """Return how many micro-batches' graphs fit in the budget when the remaining ones keep only linear outputs.
 
     Args:
         micro_batches: number of micro-batches.

@@ -26,7 +26,7 @@ PLAN: dict[str, Any] = {
 
 @pytest.fixture
 def rewards(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of rewards, whose ``reward`` gives every completion the same."""
+    """Make a module of rewards, whose ``reward`` gives every completion the same."""
     module = ModuleType("made_rewards")
 
     def same(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

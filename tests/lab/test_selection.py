@@ -33,7 +33,7 @@ def influence(parts: Tensor, baseline: float = 0.0) -> fx.Influence:
 
 
 def cheapest(deltas: Tensor, rewards: Tensor, missing: float) -> float:
-    """The fractional knapsack by hand: what gives most entropy for its reward goes first."""
+    """Solve the fractional knapsack by hand: what gives most entropy for its reward goes first."""
     pairs = sorted((max(r, 0.0) / -d, -d) for d, r in zip(deltas.tolist(), rewards.tolist(), strict=True) if d < 0)
     cost = 0.0
     for price, gain in pairs:

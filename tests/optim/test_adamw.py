@@ -144,7 +144,7 @@ def assert_made(actual: Params, training: Training, step: Params) -> None:
 
 
 def plus(a: Params, gain: Params, g: Gradients) -> Params:
-    """a + gain * g, where g is None nothing."""
+    """Return a + gain * g, where None adds nothing."""
     return {name: x if (y := g[name]) is None else x + gain[name] * y for name, x in a.items()}
 
 

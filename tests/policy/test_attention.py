@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, object], Tensor | None, int]] = {
 
 @pytest.fixture(params=[1, 2 * ROWS * HEADS * T, 2**24], ids=["1 query", "2 queries", "all queries"])
 def max_scores(request: pytest.FixtureRequest) -> int:
-    """Number of scores that exist at once: those of one query, of two, or of all."""
+    """Return the number of scores that exist at once: those of one query, of two, or of all."""
     return int(request.param)
 
 

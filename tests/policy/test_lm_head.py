@@ -55,7 +55,7 @@ def plain(params: Params, x: Tensor, targets: Tensor, temperature: float) -> Tok
 
 @pytest.fixture(params=[1, 3 * V, 10**6], ids=["1 token", "3 tokens", "all tokens"])
 def max_logits(request: pytest.FixtureRequest) -> int:
-    """Number of logits that exist at once."""
+    """Return the number of logits that exist at once."""
     return int(request.param)
 
 

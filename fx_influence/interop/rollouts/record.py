@@ -80,7 +80,7 @@ PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_c
 
 
 def number_prompts(rollouts: Iterable[tuple[Rollout, Hashable]]) -> list[Rollout]:
-    """Number the prompts of rollouts as they first appear, and set ``prompt_id`` and ``group`` to that number.
+    """Give the prompts of rollouts numbers in order of appearance, and set ``prompt_id`` and ``group`` to that number.
 
     Args:
         rollouts: pairs of a rollout and a key that tells its prompt from others.

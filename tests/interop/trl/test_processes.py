@@ -151,7 +151,7 @@ def assert_refused_step_ends_nothing(results: list[Any]) -> None:
 
 
 def assert_failures_reach_all_ranks(results: list[Any]) -> None:
-    """A failure on one rank is one on both, neither of which waits for the other; the first rank warns."""
+    """Treat a failure on one rank as one on both, neither of which waits for the other; the first rank warns."""
     for result in results:
         assert [metrics["step"] for metrics in result["failed"]["history"]] == [4]
     assert results[0]["failed"]["history"] == results[1]["failed"]["history"]

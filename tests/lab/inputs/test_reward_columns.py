@@ -20,7 +20,7 @@ HALF = {"a": {"answer": "2"}, "b": {"answer": None}, "c": {}}
 def needs_gold(
     prompts: list[str], completions: list[str], gold: list[str], level: int = 0, **columns: Any
 ) -> list[float]:
-    """A reward that needs ``gold``."""
+    """Give a reward that needs ``gold``."""
     raise AssertionError("called before there is anything to judge")
 
 

@@ -25,7 +25,7 @@ FIGURES = ("waterfall", "distribution", "correlates", "token_correlates", "eta_s
 
 
 def training_step(path: Path) -> EntropyInfluenceResults:
-    """A run as ``interop.trl`` stores it: no matrix, no finite step but the trainer's, no gradient norms."""
+    """Return a run as ``interop.trl`` stores it: no matrix, no finite step but the trainer's, no gradient norms."""
     run = synthetic_run(path)
     arrays = {name: run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")}
     arrays |= {"eta": np.array([1e-3]), "full": np.array([-1e-3]), "full_stderr": np.array([1e-4])}

@@ -358,7 +358,7 @@ def test_printed_page_has_all_tokens_and_no_controls(visit: Any, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in which every text, and its name, is an attack."""
+    """Return a run in which every text, and its name, is an attack."""
     folder = tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     results = synthetic(Size(len(HOSTILE), len(HOSTILE), 2), folder)

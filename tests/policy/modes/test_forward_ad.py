@@ -189,7 +189,7 @@ def drawn_tree(dtype: torch.dtype) -> tuple[dict[str, Tensor], Batch]:
 
 
 def rowwise(p: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-    """Some linear maps inside a vmap, and some outside."""
+    """Apply some linear maps inside a vmap, and some outside."""
     x = vmap(lambda row: F.linear(p["e"][row].cumsum(0), p["a"]).tanh() * p["s"])(ids)
     return F.linear(x, p["b"])
 

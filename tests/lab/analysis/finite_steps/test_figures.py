@@ -16,7 +16,7 @@ FIT = rounding_bound(torch.float64, 100, 1e3)
 
 
 def swept() -> dict[str, np.ndarray]:
-    """A sweep over three rollouts, the last of which changes nothing, along known curves."""
+    """Return a sweep over three rollouts, the last of which changes nothing, along known curves."""
     first, second_derivative = np.array([2.0, -1.0, 0.0]), np.array([100.0, 400.0, 0.0])
     grad = first * ETA[:, None] + 0.5 * second_derivative * ETA[:, None] ** 2
     baseline = 3.0 * ETA + 500 * ETA**2
