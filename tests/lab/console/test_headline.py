@@ -22,7 +22,7 @@ DOUBT = ("does not determine", "uncertain", "too long", "Do not trust")
 
 
 def run_with(path: Path, total: float, stderr: float | None, measured: float | None, **more: Any) -> Any:
-    """Return a run whose step changes the entropy by ``total`` a unit lr, and by ``measured`` +- 5e-4 nats as measured."""
+    """Return a run whose step changes the entropy by ``total`` a unit lr, and by ``measured`` +- 5e-4 nats."""
     results = synthetic_run(path)
     [evaluation] = results.evaluations
     eta = np.array([LR])

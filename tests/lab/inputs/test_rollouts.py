@@ -51,7 +51,7 @@ def rollouts_of(tmp_path: Path, request: BatchRequest, update: bool = False, **f
 
 @pytest.fixture
 def chat_checkpoint(tmp_path: Path) -> Path:
-    """Make an untrained policy that writes digits and spaces; its tokenizer puts a bos before every text, like Llama's."""
+    """Make an untrained policy of digits and spaces; its tokenizer puts a bos before every text, like Llama's."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<system>", "<user>", "<assistant>"]
     vocabulary = {token: i for i, token in enumerate([*special, *"0123456789 "])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
