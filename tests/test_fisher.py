@@ -112,6 +112,7 @@ def test_fisher_kernel_accepts_negative_diagonals(case: Case) -> None:
     assert_close(kernel(case, "identity", preconditioner=negative), -kernel(case, "identity"))
 
 
+@pytest.mark.slow
 @kinds
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
 @settings(max_examples=2)

@@ -104,6 +104,7 @@ def test_influence_is_equivariant_to_row_order(case: Case, seed: int) -> None:
     assert_close(moved.stderr, plain.stderr[order_u], size)
 
 
+@pytest.mark.slow
 @given(case=cases(), left=st.integers(0, 2), right=st.integers(0, 2), chunk=st.sampled_from([1, 2, 3]))
 @settings(max_examples=3)
 def test_influence_ignores_padding_and_chunk_size(case: Case, left: int, right: int, chunk: int) -> None:

@@ -140,7 +140,7 @@ def ones_in(batch: Batch) -> Tensor:
 
 def test_expected_reward_is_exact_on_full_distribution(exact: Exact) -> None:
     out = exact.influence(objective=fx.expected_reward(ones_in(exact.batch_e)), matrix=True)
-    exact_value = exact.slopes(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
+    exact_value = exact.derivatives(exact.gradient(lambda logprobs, entropies, batch: ones_in(batch)))
     assert exact_value.abs().min() > 1e-4
     assert_close(out.per_sequence, exact_value)
     assert_close(out.matrix.sum(0), exact_value, out.matrix.abs().sum())
@@ -172,7 +172,7 @@ def test_kl_to_reference_is_exact_on_full_distribution(exact: Exact) -> None:
     out = exact.influence(objective=fx.kl_to_reference(reference_logprobs), matrix=True)
     kl = exact_expected(exact.apply, exact.params, exact.space, lambda lp, h, batch: (lp - reference_of_space).sum(-1))
     assert kl > 0.005
-    exact_value = exact.slopes(exact.gradient(lambda lp, h, batch: (lp - reference_of_space).sum(-1)))
+    exact_value = exact.derivatives(exact.gradient(lambda lp, h, batch: (lp - reference_of_space).sum(-1)))
     assert exact_value.abs().min() > 1e-4
     assert_close(out.per_sequence, exact_value)
     assert_close(out.matrix.sum(0), exact_value, out.matrix.abs().sum())
@@ -239,9 +239,9 @@ def test_user_objective_is_exact_on_full_distribution(exact: Exact) -> None:
         mask = batch_e.completion_mask
         return (entropies * (mask & (mask.cumsum(-1) == 1))).sum(-1) / len(mask)
 
-    longer = exact.slopes(exact.gradient(lambda lp, h, batch: batch.completion_mask.sum(-1).double()))
+    longer = exact.derivatives(exact.gradient(lambda lp, h, batch: batch.completion_mask.sum(-1).double()))
     assert_close(exact.influence(objective=length).per_sequence, longer)
-    firsts = exact.slopes(exact.gradient(lambda lp, h, batch: first_entropy(lp, h, batch) * len(h)))
+    firsts = exact.derivatives(exact.gradient(lambda lp, h, batch: first_entropy(lp, h, batch) * len(h)))
     assert_close(exact.influence(objective=first_entropy).per_sequence, firsts)
     assert longer.abs().min() > 1e-3
     assert firsts.abs().max() > 1e-3
@@ -280,7 +280,7 @@ def test_entropy_per_reward_matches_small_step(exact: Exact) -> None:
 
 def test_entropy_objective_is_exact_on_full_distribution(exact: Exact) -> None:
     for normalize in NORMALIZES:
-        exact_value = exact.slopes(exact_gradient(exact.apply, exact.params, exact.space, normalize))
+        exact_value = exact.derivatives(exact_gradient(exact.apply, exact.params, exact.space, normalize))
         assert_close(exact.influence(objective=fx.Entropy(normalize=normalize)).per_sequence, exact_value)
 
 

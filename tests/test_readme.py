@@ -187,6 +187,7 @@ def test_loop_example_hands_over_its_gradient(capsys: pytest.CaptureFixture[str]
         assert squared_error < 0.5 * sum(y**2 for y in measured)
 
 
+@pytest.mark.slow
 def test_processes_example_gives_every_rank_the_result(tmp_path: Path) -> None:
     example, script = examples()["processes"], tmp_path / "two.py"
     script.write_text(example.source + "from helpers.ranks import end_rank\nend_rank()\n", encoding="utf-8")

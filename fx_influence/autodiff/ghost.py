@@ -33,7 +33,7 @@ JvpFn = Callable[[Sequence[Params]], Tensor]
 
 
 def max_directions(params: Params, memory_budget: int) -> int:
-    """Return how many directions a ``JvpFn`` takes at once: they and their scaled copies take half of ``memory_budget``."""
+    """Return how many directions a ``JvpFn`` takes: they and scaled copies take half of ``memory_budget``."""
     return max(1, memory_budget // (4 * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())))
 
 

@@ -76,6 +76,7 @@ def test_main_fails_without_cuda_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_run_skips_a_case_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "made" / "gpu.json"
     small, large = cases("step")[0], Case(FULL, "step", 10**9, 10**9, 12)
@@ -88,6 +89,7 @@ def test_run_skips_a_case_that_takes_too_long(tmp_path: Path, monkeypatch: pytes
     assert all("skipped" in o for o in run(cases("step", "adjoint"), "cpu", 0.2, None))
 
 
+@pytest.mark.slow
 def test_run_reports_a_failed_case_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +108,7 @@ def test_run_reports_a_failed_case_and_continues(
     assert "adjoint 10 x 10 x 12: OutOfMemoryError" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_measure_reports_seconds_if_float32_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(half: Problem) -> Problem:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -116,6 +119,7 @@ def test_measure_reports_seconds_if_float32_does_not_fit(monkeypatch: pytest.Mon
     assert record["correctness"] == {"error": "OutOfMemoryError: CUDA out of memory."}
 
 
+@pytest.mark.slow
 def test_run_keeps_finished_cases_when_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(batches: Task) -> Work:
         raise KeyboardInterrupt
@@ -156,7 +160,7 @@ def test_operations_match_counted_flops_of_more_rows(setting: Setting, rel: floa
     counts, formula = [], []
     for case in (few, few._replace(n_u=3 * few.n_u, n_e=3 * few.n_e)):
         batches = task(case, problem(setting, "cpu"), "cpu")
-        work = METHODS[route](task)
+        work = METHODS[route](batches)
         # Torch's counter does not count in-place products.
         in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), product)
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:

@@ -11,7 +11,10 @@ import torch
 from helpers.ranks import run_on_ranks
 from helpers.tolerances import policy_terms, rounding_bound
 
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6"),
+]
 
 TWO_RANKS = [
     "tiny float64, nested units",
@@ -55,7 +58,6 @@ def test_sharded_policy_passes_match_unsharded_on_two_ranks(two: list[dict[str, 
         assert_passes_agree(result, kind)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", THREE_RANKS)
 def test_sharded_policy_passes_match_unsharded_on_three_ranks(three: list[dict[str, Any]], kind: str) -> None:
     """Three ranks divide no dimension evenly, so that some have no shard of a small parameter."""
@@ -63,7 +65,6 @@ def test_sharded_policy_passes_match_unsharded_on_three_ranks(three: list[dict[s
         assert_passes_agree(result, kind)
 
 
-@pytest.mark.slow
 def test_tree_reductions_are_equal_on_every_rank(three: list[dict[str, Any]]) -> None:
     for result in three[1:]:
         for kind in THREE_RANKS:
@@ -71,7 +72,6 @@ def test_tree_reductions_are_equal_on_every_rank(three: list[dict[str, Any]]) ->
             assert result[kind]["largest entry"] == three[0][kind]["largest entry"]
 
 
-@pytest.mark.slow
 def test_sharded_policy_counts_copies_once_under_hsdp(tmp_path: Path) -> None:
     """Copies over two pairs of ranks, sharded within each pair (HSDP)."""
     for result in run_on_ranks(4, "ranks_policy.py", tmp_path, "2,2", "tiny float64", "qwen2 lora"):

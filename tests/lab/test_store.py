@@ -48,19 +48,26 @@ def finished(plan: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def interrupted(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def interrupted_run(plan: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run that was interrupted in its sweep, with a block stored."""
-    real = RunDirectory.write_arrays
+    out, real = tmp_path_factory.mktemp("interrupted") / "out", RunDirectory.write_arrays
 
     def stop(directory: RunDirectory, name: str, arrays: dict) -> None:
         if "block_00002" in name:
             raise KeyboardInterrupt
         real(directory, name, arrays)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunDirectory, "write_arrays", stop)
-        assert main(["run", plan, "--out", str(tmp_path / "out")]) == 130
+        assert main(["run", plan, "--out", str(out)]) == 130
+    return out
+
+
+@pytest.fixture
+def interrupted(interrupted_run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the interrupted run, to be damaged or continued."""
+    shutil.copytree(interrupted_run, tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -68,9 +75,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    "kilobytes", [pytest.param(8, marks=pytest.mark.slow), 40, pytest.param(300, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [8, 40, 300])
 def test_run_names_full_disk_and_continues_afterwards(
     finished: Path, plan: str, tmp_path: Path, kilobytes: int
 ) -> None:

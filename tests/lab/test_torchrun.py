@@ -127,13 +127,14 @@ def test_run_continues_after_launcher_is_interrupted(plan: str, alone: dict[str,
     assert of_any_job(out) == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
         ("other seed", "fx-influence: seed is 0 on rank 0 and 7 on rank 1; give every process the same"),
-        pytest.param("other prompts", "fx-influence: evaluations[0].prompts is '", marks=pytest.mark.slow),
-        pytest.param("no plan", "fx-influence: plan file 'absent.yaml' does not exist", marks=pytest.mark.slow),
-        pytest.param("refusing", "fx-influence: a derivative was lost on the last rank", marks=pytest.mark.slow),
+        ("other prompts", "fx-influence: evaluations[0].prompts is '"),
+        ("no plan", "fx-influence: plan file 'absent.yaml' does not exist"),
+        ("refusing", "fx-influence: a derivative was lost on the last rank"),
     ],
 )
 def test_run_fails_on_all_ranks_with_one_message(plan: str, tmp_path: Path, mistake: str, message: str) -> None:

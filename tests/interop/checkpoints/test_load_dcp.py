@@ -87,6 +87,7 @@ os._exit(0)  # as ranks.end_rank, and for its reason
 """
 
 
+@pytest.mark.slow
 @FSDP2
 def test_load_joins_shards_of_two_processes(tmp_path: Path) -> None:
     config = CONFIGS["qwen2"]()

@@ -107,6 +107,7 @@ def test_load_sharded_from_two_ranks_on_three(written: dict[str, Any], three_ran
         same(answer["sharded"]["state"], written["state"])
 
 
+@pytest.mark.slow
 @FSDP2
 @pytest.mark.parametrize("layout", ["by name", "by id"])
 def test_load_sharded_from_one_process_on_three_ranks(
@@ -129,6 +130,7 @@ def full_state(state: Any) -> list[Any]:
     return [*state[:3], state.step, {name: dataclasses.astuple(hyper) for name, hyper in state.hyper.items()}, state.lr]
 
 
+@pytest.mark.slow
 @FSDP2
 @pytest.mark.parametrize("layout", ["sharded", "by name", "by id"])
 def test_load_sharded_allocates_no_more_than_a_shard(layout: str, three_ranks: list[dict[str, Any]]) -> None:
@@ -138,6 +140,7 @@ def test_load_sharded_allocates_no_more_than_a_shard(layout: str, three_ranks: l
         assert 0 < answer[layout]["largest made"] <= answer[layout]["largest shard"] <= largest / 2
 
 
+@pytest.mark.slow
 @FSDP2
 def test_restore_slices_full_state_for_shards(
     single_process: tuple[nn.Module, torch.optim.AdamW], three_ranks: list[dict[str, Any]]
@@ -147,6 +150,7 @@ def test_restore_slices_full_state_for_shards(
         same(answer["restored"]["state"], expected)
 
 
+@pytest.mark.slow
 @FSDP2
 @pytest.mark.parametrize(
     ("mistake", "message"),
