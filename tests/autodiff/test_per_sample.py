@@ -174,6 +174,7 @@ def test_gradient_gram_has_cross_terms_of_tied_weights() -> None:
     assert crossed.abs().max() > 0.1 * gram.abs().max()
 
 
+@pytest.mark.slow
 @given(case=cases(), chunk=chunks, budget=st.sampled_from([1, 20_000, 2**30]))
 @settings(max_examples=4)
 def test_gradient_gram_matches_the_reference(case: Case, chunk: int | None, budget: int) -> None:

@@ -67,6 +67,7 @@ def within_bounds(share: Tensor) -> bool:
     return bool(share.min() >= 0.90 and share.max() <= 0.98)
 
 
+@pytest.mark.slow
 @estimates
 @pytest.mark.parametrize(("prompts", "each"), [(96, 1), (48, 4)], ids=["rows", "prompts"])
 def test_cluster_stderr_covers_truth_in_95_percent(

@@ -19,6 +19,7 @@ from fx_influence.lab.experiment import entropy as run_module
 from fx_influence.lab.inputs import rollouts as batches
 
 
+@pytest.mark.slow
 def test_run_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     stored = str(finished / "plan.yaml")
     assert main(["run", stored, "--out", str(tmp_path / "again")]) == 0
@@ -34,6 +35,7 @@ def test_run_repeats_bit_for_bit(finished: Path, tmp_path: Path) -> None:
             assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_run_gives_other_rollouts_with_another_seed(finished: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path, ENTROPY_PLAN, evaluations=ENTROPY_PLAN["evaluations"][1:], eta_multiples=[1.0])
     assert main(["run", plan, "--seed", "2", "--out", str(tmp_path / "out")]) == 0
