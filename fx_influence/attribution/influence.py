@@ -81,13 +81,13 @@ def influence(
         stderr: also return standard errors over E's clusters, which are ``batch_e.group`` or without it the rows, with
             a ``UserWarning`` where these share prompts. They are exact with ``matrix``, else from min(8, C) random
             groups of E's clusters: the reverse pass over U leaves layer inputs and output gradients, and each group
-            costs a product with them. Those that ``memory_budget`` has no room for are made again; where it has none
-            for several directions either, each group costs a JVP.
-        per_token: also return influences of tokens. Without them those of rollouts come from ghost products where these
-            can be had, without the JVP.
+            costs a product with them. Those that do not fit ``memory_budget`` are recomputed; where several directions
+            do not fit it either, each group costs a JVP.
+        per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
+            parameters have layer inputs and output gradients, without the JVP.
         chunk_size: rows per forward; None chooses by tokens.
-        memory_budget: bytes that the matrix, what is kept of U's reverse pass and of E's forward may take, each in its
-            turn, beside the pass at hand; 0 keeps nothing.
+        memory_budget: bytes for the cache of E's forward, then for that of U's reverse pass, then for the gradients of
+            the matrix, beside the pass that runs; 0 caches nothing.
         tolerance: relative residual above which the result is refused; None takes 1e-4 for float32 models, 1e-9 for
             float64, 3e-2 where ``apply`` itself computes in half precision.
         mesh: a ``torch.distributed`` device mesh whose ranks all make this call, each with rows of its own in
@@ -145,7 +145,7 @@ def influence(
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u)
     params = precision.params
-    # U's losses have the derivatives that a trainer takes of them, in its precision; the objective over E its own.
+    # U's losses are differentiated as the trainer does, in its precision; the objective over E with all derivatives.
     engine_u = replace(engine, apply=precision.update_apply)
     engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
 
@@ -184,7 +184,7 @@ def influence(
     if grad is not None and (
         precision.under_autocast or not agree_within(residual, per_sequence, by_reverse_mode, bound)
     ):
-        # The trainer's gradient may hold terms that no coefficient expresses; the rollouts' parts must still add up.
+        # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
         unattributed = residual
         by_reverse_mode = u.scale * dot(engine_u.gradient(params, batch_u), u.unit)
         residual = by_reverse_mode - per_sequence.sum()
@@ -192,7 +192,7 @@ def influence(
     gap, total = per_sequence.sum() - by_group.sum(), per_sequence.sum()
     check_identity("the random groups of E", gap, by_group.sum(0), total, bound, against="all of E at once")
     conditioning = _conditioning(update, step, u, per_sequence)
-    # What was kept of U's passes may take as much memory as the matrix.
+    # The caches of U's passes may take as much memory as the matrix.
     del update, u, sum_of_groups
 
     pairwise: Tensor | None = None
@@ -212,7 +212,7 @@ def influence(
         stderrs = _Stderrs.of(by_group, torch.stack([p.direction for p in products]), shares, groups)
 
     check_rounding(rounding, per_sequence, precision.lowest, bound)
-    # Added up in float64 the parts are exactly additive; the sum of two float32 directions is rounded.
+    # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
     baseline = on_step.momentum + on_step.weight_decay if preconditioner == "frozen" else on_step.baseline
     return Influence(
         per_sequence=per_sequence,
@@ -244,7 +244,7 @@ class _Deltas(NamedTuple):
 def _sum_groups(
     update: LinearizedLosses, derivatives: Tensor, u: Direction, per_token: bool, under_autocast: bool
 ) -> _Deltas:
-    """Add up the derivatives by group, (K, n_u, T) or (K, n_u, 1), and find those of tokens if they are wanted."""
+    """Add up the derivatives by group, (K, n_u, T) or (K, n_u, 1), and compute those of tokens if they are wanted."""
     by_groups = derivatives.sum((0, 2))
     unknown = torch.full_like(by_groups, torch.nan)
     if update.resolves_tokens:
@@ -279,6 +279,8 @@ def _conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, per_s
 
 
 class _Stderrs(NamedTuple):
+    """Standard errors of the influences, (n_u,), and of the total, a scalar."""
+
     per_sequence: Tensor
     total: Tensor
 
@@ -287,10 +289,17 @@ class _Stderrs(NamedTuple):
         return cls(torch.full_like(per_sequence, torch.nan), torch.full_like(per_sequence.sum(), torch.nan))
 
     @classmethod
-    def of(cls, parts: Tensor, along_step: Tensor, shares: Tensor, cluster: Tensor) -> _Stderrs:
-        """Return those of influences with ``parts`` (n, n_u), and of the total with ``along_step`` (n,)."""
+    def of(cls, pairwise: Tensor, along_step: Tensor, shares: Tensor, cluster: Tensor) -> _Stderrs:
+        """Return the standard errors of the influences and of the total.
+
+        Args:
+            pairwise: (n, n_u), contributions of E's rows or random groups to each influence.
+            along_step: (n,), their contributions to the total.
+            shares: (n,), their shares of the objective's denominator.
+            cluster: int64 (n,), the cluster of each.
+        """
         return cls(
-            cluster_stderr(parts, parts.sum(0), shares, cluster),
+            cluster_stderr(pairwise, pairwise.sum(0), shares, cluster),
             cluster_stderr(along_step, along_step.sum(), shares, cluster),
         )
 

@@ -38,16 +38,19 @@ def linearize_update(
     per_token: bool,
     memory_budget: int,
 ) -> LinearizedLosses:
-    """Linearise by ghost products where several directions or no tokens are wanted, else or failing that by JVPs.
+    """Return U's losses to first order, by ghost products or by JVPs.
+
+    Ghost products serve where several directions are wanted, or neither tokens nor a given gradient; JVPs serve
+    elsewhere, and where a parameter has no layer IO.
 
     Args:
         params: theta by name.
         batch_u: update batch, n_u rows with coefficients.
-        grad: the gradient of the sum where the trainer has it; None makes it here.
-        engine: of the policy as the trainer computes it.
+        grad: the gradient of the sum where the trainer has it; None computes it here.
+        engine: engine of the policy as the trainer computes it.
         several_directions: whether derivatives along more than one direction are wanted.
         per_token: whether those of tokens are wanted.
-        memory_budget: bytes that the reverse pass may leave for the derivatives.
+        memory_budget: bytes of the reverse pass to cache for the derivatives.
     """
 
     def token_jvp(u: Direction) -> Tensor:
@@ -89,7 +92,15 @@ def linearize_update(
 def token_derivatives(
     params: Params, u: Params, batch: Batch, engine: Engine, caches: LinearOutputCaches | None
 ) -> Tensor:
-    """Return each token's part of <u, g_i>, -(c_it dlogp_it + b_it dh_it), float64 (n, T)."""
+    """Return each token's term of <u, g_i>, -(c_it dlogp_it + b_it dh_it), float64 (n, T).
+
+    Args:
+        params: theta by name.
+        u: direction by name; names absent count as 0.
+        batch: (n, T), with coefficients.
+        engine: engine of the policy.
+        caches: linear layers' outputs over the same batch, from ``gradient_with_cache``, or None.
+    """
     total = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
     derivatives = engine.jvp(params, u, batch, caches)
     for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):

@@ -20,8 +20,8 @@ class Evaluation(NamedTuple):
     """The objective over E: its surrogates' coefficients, and its gradient by random groups of E's clusters.
 
     ``batch``: E with coefficients. ``shares``: (n_e,), each row's share of the objective's denominator, adding up to 1.
-    ``group``: int64 (n_e,), the random group of each row. ``gradients``: one for each group, made as they are asked
-    for; they add up to grad H.
+    ``group``: int64 (n_e,), the random group of each row. ``gradients``: one for each group, computed when
+    iterated over; they add up to grad H.
     """
 
     batch: Batch
@@ -38,15 +38,15 @@ def evaluate_objective(
     engine: Engine,
     memory_budget: int,
 ) -> Evaluation:
-    """Return the objective's coefficients over E and its gradient, whole or by min(8, C) random groups of E's clusters.
+    """Return the objective's coefficients over E and its gradient, in total or by min(8, C) random groups of clusters.
 
     Args:
         params: theta by name.
         batch_e: evaluation batch, n_e rows.
         objective: whose gradient is wanted.
-        in_groups: whether by groups, at a forward over E more, or whole.
-        engine: of the policy with all its derivatives.
-        memory_budget: bytes that forwards may leave for the reverse pass; used by the whole gradient alone.
+        in_groups: whether the gradient is split by groups, which costs one more forward over E.
+        engine: engine of the policy with all its derivatives.
+        memory_budget: bytes of the forward to cache for the reverse pass; not used with ``in_groups``.
     """
 
     def with_coefficients(values: TokenValues) -> Batch:

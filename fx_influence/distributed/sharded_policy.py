@@ -150,7 +150,7 @@ class ShardedPolicy(Policy):
         return _sum_over_copies(local, params)
 
     def _backbone_jvp(
-        self, params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
+        self, params: Params, tangent: Params, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         # Gathered before any tensor is dual, because a collective would lose the tangents.
         policy, params, gathered = self.unshard(params, tangent)
@@ -159,7 +159,7 @@ class ShardedPolicy(Policy):
         policy = policy.replace(forward=dataclasses.replace(policy.forward, tangents=shards))
         plain = {name: v for name, v in gathered.items() if not is_sharded(v)}
         with torch.no_grad(), math_attention():
-            return forward_mode_jvp(lambda p: policy._backbone(p, part), params, plain, outputs)
+            return forward_mode_jvp(lambda p: policy._backbone(p, micro_batch), params, plain, outputs)
 
     def _make_forward(self, model: nn.Module, module: nn.Module, position_ids: bool) -> ShardedForward:
         return ShardedForward.of(model, module, position_ids, units=find_units(model))

@@ -1,4 +1,4 @@
-"""AdamW as a stateless map from a batch's gradient to a direction, split into the parts of each sequence."""
+"""AdamW as a stateless map from a batch's gradient to a direction, split into a term for each sequence."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class AdamWDecomposition(NamedTuple):
 
     Attributes:
         direction: v.
-        baseline: the part of v without the batch's gradients; v = baseline + sum_i gain * g_i.
-        momentum: the part of v that the old first moment makes.
-        weight_decay: the part of v that decay makes.
-        gain: gamma, the diagonal that maps a sequence's gradient to its part of v.
+        baseline: v without the batch's gradients; v = baseline + sum_i gain * g_i.
+        momentum: the term of v from the first moment before the step.
+        weight_decay: the term of v from weight decay.
+        gain: gamma, the diagonal that maps a sequence's gradient to its term of v.
         clip: kappa, scalar.
     """
 
@@ -60,8 +60,8 @@ def adamw_decompose(
     - ``"frozen"``: gamma = -rho kappa (1 - beta1) / (B1 den); baseline = momentum + weight decay, exactly.
     - ``"jacobian"``: gamma = dv/dg with kappa frozen, den's dependence on g included; baseline = v - gamma g.
     - ``"rmsprop"``: gamma = -rho / den; v is replaced by gamma g, and baseline, momentum and decay by 0.
-    - ``"lifetime"``: gamma = -rho kappa / den, what a gradient does now and through momentum in later steps if these
-      are alike (sum_k beta1^k (1 - beta1) = 1); v is replaced by gamma g plus weight decay, momentum by 0.
+    - ``"lifetime"``: gamma = -rho kappa / den, the effect of a gradient now and, through momentum, in later steps if
+      these are equal (sum_k beta1^k (1 - beta1) = 1); v is replaced by gamma g plus weight decay, momentum by 0.
 
     It departs from ``torch.optim.AdamW`` in nothing: v = (theta' - theta) / lr for the hyperparameters of its
     param_groups. The clip is ``torch.nn.utils.clip_grad_norm_`` over all of ``grads``.
@@ -95,7 +95,7 @@ def adamw_decompose(
     params = detached(params)
     check_adamw_inputs(grads, opt_state, params, preconditioner, max_grad_norm)
     clip = clip_factor(grads, max_grad_norm, params)
-    parts: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}
+    by_field: dict[str, Params] = {field: {} for field in AdamWDecomposition._fields if field != "clip"}
     for name, p in params.items():
         g = grads.get(name)
         moves = g is not None and name in opt_state.hyper
@@ -105,8 +105,8 @@ def adamw_decompose(
         else:
             terms = _no_step(p)
         for field, value in terms.items():
-            parts[field][name] = value
-    return AdamWDecomposition(**parts, clip=clip)
+            by_field[field][name] = value
+    return AdamWDecomposition(**by_field, clip=clip)
 
 
 def second_moment_denominator(
@@ -154,7 +154,14 @@ class StepInputs(NamedTuple):
 
 
 def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: Preconditioner) -> dict[str, Tensor]:
-    """Return direction, baseline, momentum, weight_decay and gain, elementwise, as ``adamw_decompose`` defines them."""
+    """Return direction, baseline, momentum, weight_decay and gain, elementwise, as ``adamw_decompose`` defines them.
+
+    Args:
+        inputs: tensors of one parameter, or of a block of its entries.
+        hyper: hyperparameters of the parameter.
+        tau: number of the step, from 1.
+        preconditioner: see ``adamw_decompose``.
+    """
     theta, m, _, maximum, g, clip = inputs
     # One stored entry for a plain tensor; a DTensor does not mix with plain tensors.
     zero = torch.zeros_like(theta) if is_sharded(theta) else theta.new_zeros(()).expand_as(theta)
@@ -179,8 +186,8 @@ def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: 
     if preconditioner == "jacobian":
         b2 = 1 - hyper.beta2**tau
         m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
-        slope = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
-        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), slope, torch.zeros_like(slope))
+        change = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
+        gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), change, torch.zeros_like(change))
         baseline = direction - gamma * g
     return {
         "direction": direction,
@@ -192,7 +199,15 @@ def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: 
 
 
 def step_inputs(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState) -> StepInputs:
-    """Return the inputs of one parameter's step, in float64 where the parameter or its state is, else in float32."""
+    """Return the inputs of one parameter's step, in float64 where the parameter or its state is, else in float32.
+
+    Args:
+        name: of the parameter.
+        p: its value.
+        g: its gradient, before clipping.
+        clip: kappa, scalar.
+        state: AdamW's state before the step.
+    """
     dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
     maximum = state.max_exp_avg_sq[name].to(dtype) if state.hyper[name].amsgrad else None
     m, s = state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)
@@ -205,7 +220,16 @@ def _no_step(p: Tensor) -> dict[str, Tensor]:
 
 
 def clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
-    """Return kappa = min(1, max_grad_norm / (|g| + 1e-6)), scalar; 1 without a gradient or a norm."""
+    """Return kappa = min(1, max_grad_norm / (|g| + 1e-6)), scalar; 1 without a gradient or a norm.
+
+    Args:
+        grads: g by name, None where backward never reached the parameter.
+        max_grad_norm: the trainer's; None clips nothing.
+        params: theta by name, for dtype and device.
+
+    Raises:
+        ValueError: for a gradient whose norm is not finite.
+    """
     first = to_local(next(iter(params.values())))
     one = torch.ones((), dtype=promote(first.dtype), device=first.device)
     reached = [g for g in grads.values() if g is not None]
@@ -213,7 +237,9 @@ def clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None,
         return one
     norm = torch.stack([n.to(one) for n in _norms(reached)]).norm()
     if not torch.isfinite(norm):
-        raise ValueError(f"the norm of grads is {norm.item()}; the step has no direction: drop the batch")
+        raise ValueError(
+            f"grads has norm {norm.item()}; expected a finite norm, or the step has no direction. Drop the batch"
+        )
     return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -229,14 +255,16 @@ def check_adamw_inputs(
     preconditioner: str,
     max_grad_norm: float | None,
 ) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for what ``adamw_decompose`` could not use, before anything is computed."""
+    """Raise ``TypeError`` or ``ValueError`` for arguments, all named as there, that ``adamw_decompose`` cannot use."""
     check_choice("preconditioner", preconditioner, get_args(Preconditioner))
     check_max_grad_norm(max_grad_norm)
     check_state(opt_state)
     check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
     name = first_not_finite(grads)
     if name is not None:
-        raise ValueError(f"grads[{name!r}] is not finite; the step that it makes has no direction: drop the batch")
+        raise ValueError(
+            f"grads[{name!r}] is not finite; expected finite entries, or the step has no direction. Drop the batch"
+        )
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)

@@ -1,4 +1,4 @@
-"""AdamW's step met with gradients of an objective, block by block, without vectors of the step's own."""
+"""AdamW's step applied to gradients of an objective, block by block, so that the step itself takes little memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fx_influence.optim.adamw import StepInputs, clip_factor, step_inputs, step_
 from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
 
 BLOCK = 2**20
-"""Entries whose step is made at once; its terms are some ten times as large."""
+"""Entries whose step is computed at once; its terms take about ten times their memory."""
 
 
 class InnerProducts(NamedTuple):
@@ -28,10 +28,10 @@ class InnerProducts(NamedTuple):
     update: dict[str, Tensor]
 
 
-def add_inner_products(parts: Sequence[InnerProducts]) -> InnerProducts:
+def add_inner_products(products: Sequence[InnerProducts]) -> InnerProducts:
     """Return the inner products of a sum of vectors from those of its terms."""
-    direction, baseline, momentum, decay = (torch.stack(field).sum() for field in list(zip(*parts, strict=True))[:4])
-    update = {name: torch.stack([part.update[name] for part in parts]).sum() for name in parts[0].update}
+    direction, baseline, momentum, decay = (torch.stack(field).sum() for field in list(zip(*products, strict=True))[:4])
+    update = {name: torch.stack([x.update[name] for x in products]).sum() for name in products[0].update}
     return InnerProducts(direction, baseline, momentum, decay, update)
 
 
@@ -86,12 +86,12 @@ class AdamWStep:
         self._rewrite_(x, lambda block, inputs, hyper, tau: block.mul_(self._terms(inputs, hyper, tau)["gain"]))
 
     def keep_fresh_(self, x: Params) -> None:
-        """Set x to 0, in place, but where this very gradient makes AdamW's denominator. Those coordinates are
+        """Set x to 0, in place, except on coordinates J, whose denominator comes from this very gradient or eps.
 
             J = {j: sqrt(shat_j / B2) <= 10 eps,  or  (1 - beta2) ghat_j^2 > shat_j / 2}
 
         There gamma is about 1 / |g|: the step has the size of the learning rate whatever the gradient's, and rollouts
-        whose gradients cancel in g have large parts that cancel too. At the first step of a fresh optimizer J is
+        whose gradients cancel in g have large influences that cancel too. At the first step of a fresh optimizer J is
         everything.
 
         Example:

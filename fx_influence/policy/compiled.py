@@ -37,7 +37,7 @@ def compile_passes(eager_backbone: Template) -> CompiledPasses:
 
 
 class _FrozenPaddingEmbedding(nn.Embedding):
-    """An embedding with the rule of ``ForwardMode`` built in, because compiled code is seen by no function mode."""
+    """An embedding with the rule of ``ForwardMode`` built in, because function modes do not see compiled code."""
 
     def forward(self, input: Tensor) -> Tensor:
         return frozen_padding_embedding(input, self.weight, self.padding_idx)

@@ -32,7 +32,7 @@ def head_token_values(
         hidden: (n, d).
         targets: int64 (n,), the tokens y.
         temperature: divisor of the logits.
-        max_logits: logits that exist at once, None for the policy's own number.
+        max_logits: logits that exist at once, None for the policy's ``max_logits``.
     """
     chunks = []
     for tokens in _chunks(len(targets), policy, max_logits):
@@ -45,7 +45,9 @@ def head_token_values(
 def head_vjp(
     policy: SplitPolicy, params: Params, hidden: Tensor, targets: Tensor, weights: TokenWeights, temperature: float
 ) -> tuple[Tensor, Gradients]:
-    """Return the gradients of -sum (c log pi(y) + b h) by the hidden states and, through the head alone, by parameters.
+    """Return the loss's gradients with respect to the hidden states and, through the head alone, the parameters.
+
+    The loss is -sum (c log pi(y) + b h).
 
     Args:
         policy: its head and vocabulary size are used.
@@ -56,7 +58,7 @@ def head_vjp(
         temperature: divisor of the logits.
 
     Returns:
-        (n, d), and a gradient for every parameter that requires one, None for those that the head does not take.
+        (n, d), and a gradient for every parameter that requires one, None for those that the head does not use.
     """
     leaves = {name: p for name, p in params.items() if p.requires_grad}
     total: Gradients = dict.fromkeys(leaves)
@@ -99,7 +101,7 @@ def head_jvp(
     names = policy.head_parameters
     head_params, head_tangent = ({name: x for name, x in tree.items() if name in names} for tree in (params, tangent))
     for tokens in _chunks(len(targets), policy):
-        # The hidden states move with the parameters, under a name that none of them has.
+        # The head is differentiated with respect to both; the hidden states take a name that no parameter has.
         point, direction = {**head_params, "": hidden[tokens]}, {**head_tangent, "": d_hidden[tokens]}
         logits, d_logits = forward_mode_jvp(lambda p: policy.head(p, p[""]), point, direction)
         log_pi = _log_softmax(logits, temperature)
@@ -115,7 +117,7 @@ def head_jvp(
 
 
 def logit_gradient(logits: Tensor, targets: Tensor, weights: TokenWeights, temperature: float) -> Tensor:
-    """Return the gradient of -sum (c log pi(y) + b h) by the logits, (..., V).
+    """Return the gradient of -sum (c log pi(y) + b h) with respect to the logits, (..., V).
 
     It is [c (pi - 1_y) + b pi (log pi + h)] / temperature.
 
@@ -163,7 +165,7 @@ def _concatenate(chunks: list[TokenValues]) -> TokenValues:
 
 
 def _chunks(count: int, policy: SplitPolicy, max_logits: int | None = None) -> Iterator[slice]:
-    """Yield slices of ``count`` tokens, each with at most ``max_logits`` logits; all at once for an unknown V."""
+    """Yield slices of ``count`` tokens, each with at most ``max_logits`` logits; a single slice where V is unknown."""
     limit = policy.max_logits if max_logits is None else max_logits
     size = max(1, count) if policy.vocab_size is None else max(1, limit // policy.vocab_size)
     for start in range(0, max(1, count), size):

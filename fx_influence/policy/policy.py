@@ -154,7 +154,7 @@ class Policy:
 
     @property
     def split(self) -> SplitPolicy:
-        """The policy cut before its output embeddings, or uncut where its logits are not simply what these give."""
+        """The policy cut before its output embeddings, or uncut where its logits are not simply their output."""
         head = self.templates.head
         return SplitPolicy(
             backbone=self._cast(self._backbone),
@@ -166,7 +166,7 @@ class Policy:
             vocab_size=None if head is None else self.vocab_size,
             left_alignable=self.structure.left_alignable,
             prefix_shareable=self.prefix_shareable,
-            # In a narrow model what is done once for a pass weighs more than what its tokens take.
+            # In a narrow model the fixed cost of a pass outweighs the cost of its tokens.
             tokens_per_pass=TOKENS_PER_CHUNK * (1 if head is None else max(1, NARROW // head.width)),
             compiled=self.templates.compiled is not None,
             max_logits=self.max_logits,
@@ -174,11 +174,11 @@ class Policy:
         )
 
     def with_all_derivatives(self) -> Policy:
-        """Return the same policy with all its derivatives, those that a training leaves out included.
+        """Return the same policy with all its derivatives, including those that training leaves out.
 
-        A Hugging Face model gives the padding token's embedding no gradient, so a training never moves it by one. But
-        tied to the output embeddings, or by weight decay, it does move, and the entropy with it. PEFT's DoRA detaches
-        the norms of its weights, which move as the weights do.
+        A Hugging Face model gives the padding token's embedding no gradient, so training moves it by none. It moves all
+        the same where it is tied to the output embeddings, and under weight decay, and the entropy moves with it.
+        PEFT's DoRA detaches the norms of its weights, which move as the weights do.
         """
         padding = any(module.padding_idx is not None for module in embeddings(self.templates.full.module))
         if not padding and not self.structure.detaches_gradients:
@@ -197,7 +197,7 @@ class Policy:
     def with_min_precision(self, dtype: torch.dtype = torch.float32) -> Policy:
         """Return the same policy with its frozen weights in at least ``dtype``, copied where they are not.
 
-        A finite step vanishes in the rounding of half precision, wherever in the model that is.
+        Half precision anywhere in the model would round a finite step away.
         """
         frozen = self.forward.frozen
         enough = torch.promote_types(self.compute_dtype, dtype) == self.compute_dtype
@@ -223,29 +223,31 @@ class Policy:
     def _cast(self, f: Callable[..., Any]) -> Callable[..., Any]:
         return f if self.autocast is None else self.autocast.wrap(f)
 
-    def _backbone(self, params: Params, part: MicroBatch) -> Tensor:
+    def _backbone(self, params: Params, micro_batch: MicroBatch) -> Tensor:
         backbone, passes = self.templates.backbone, self.templates.compiled
         if passes is not None:
-            return passes.run(self.forward, backbone, params, part.input_ids, part.attention_mask)
-        packed = None if part.layout is None else PackedAttention(part.layout)
-        return self.forward.run(backbone, params, part.input_ids, part.attention_mask, packed)
+            return passes.run(self.forward, backbone, params, micro_batch.input_ids, micro_batch.attention_mask)
+        packed = None if micro_batch.layout is None else PackedAttention(micro_batch.layout)
+        return self.forward.run(backbone, params, micro_batch.input_ids, micro_batch.attention_mask, packed)
 
     def _backbone_eager(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.forward.run(self.templates.backbone, params, input_ids, attention_mask)
 
-    def _backbone_vmap(self, params: Params, part: MicroBatch) -> Tensor:
+    def _backbone_vmap(self, params: Params, micro_batch: MicroBatch) -> Tensor:
         with math_attention(), ForwardMode():
-            return self.forward.run(self.templates.backbone_vmap, params, part.input_ids, part.attention_mask)
+            return self.forward.run(
+                self.templates.backbone_vmap, params, micro_batch.input_ids, micro_batch.attention_mask
+            )
 
     def _backbone_jvp(
-        self, params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
+        self, params: Params, tangent: Params, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         passes = self.templates.compiled
         if passes is not None:
-            rows = part.input_ids, part.attention_mask
+            rows = micro_batch.input_ids, micro_batch.attention_mask
             return passes.jvp(self.forward, passes.eager_backbone, params, tangent, *rows)
         with math_attention():
-            return forward_mode_jvp(lambda p: self._backbone(p, part), params, tangent, outputs)
+            return forward_mode_jvp(lambda p: self._backbone(p, micro_batch), params, tangent, outputs)
 
     def _logits(self, params: Params, hidden: Tensor) -> Tensor:
         return self.forward.run_head(self.templates.head, params, hidden)
@@ -273,8 +275,8 @@ def _structure(fitted: FittedForward, cut: CutModel) -> Structure:
     structure = Structure(True, False, False) if case is None else structure_of(forward, cut, case)
     if not structure.rows_independent:
         raise ForwardError(
-            "model gives a row other logits in a batch with other rows, as experts of limited capacity or statistics "
-            "of a batch make it; expected rows that do not see each other. Switch that off in the model"
+            "model gives a row other logits in a batch with other rows, as experts of limited capacity and batch "
+            "statistics do; expected rows that do not see each other. Switch that off in the model"
         )
     movable = forward.reads_positions and not forward.follows_longest_row
     return structure._replace(left_alignable=structure.left_alignable and movable)

@@ -1,4 +1,4 @@
-"""Choose the precision that passes run in, and tell what in a forward stays in a lower one."""
+"""Choose the precision that passes run in, and detect which lower precision a forward computes in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PassPrecision(NamedTuple):
         update_apply: the policy as the trainer computes it, under its autocast, for passes over U.
         lowest: the coarsest dtype that U's passes compute in.
         under_autocast: whether ``update_apply`` runs under autocast.
-        wants_two_methods: whether rounding may rival influences, so that each is wanted by two methods.
+        wants_two_methods: whether rounding may rival influences, so that each is to be computed by two methods.
     """
 
     params: Params
@@ -42,8 +42,8 @@ def pass_precision(params: Params, apply: Apply, batch: Batch) -> PassPrecision:
 
     Args:
         params: by name, any dtype.
-        apply: of those parameters; a ``Policy`` may stand under a trainer's autocast, see ``Policy.with_autocast``.
-        batch: U, whose first row tells what a forward computes in.
+        apply: policy of those parameters; a ``Policy`` may be under a trainer's autocast, see ``Policy.with_autocast``.
+        batch: U; its first row is run to find the dtypes of a forward.
     """
     is_half = any(p.dtype in HALF_DTYPES for p in params.values())
     autocast = apply.autocast if isinstance(apply, Policy) else None
@@ -56,13 +56,13 @@ def pass_precision(params: Params, apply: Apply, batch: Batch) -> PassPrecision:
 def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False) -> tuple[Params, Apply]:
     """Return the same policy with parameters, and the frozen weights of a ``Policy``, in at least float32.
 
-    Its weights define theta, as rounded as they are; every pass over it is then as exact as one in float32. A half
-    precision weight is a float32 number too, so raising it changes nothing. A plain ``apply`` that takes no float32
-    parameters runs in the precision it has, with a ``UserWarning``.
+    Every half-precision number is a float32 number too, so raising the weights does not change theta, and every pass
+    is as exact as in float32. A plain ``apply`` that takes no float32 parameters runs in the precision it has, with a
+    ``UserWarning``.
 
     Args:
         params: by name, any dtype.
-        apply: of those parameters.
+        apply: policy of those parameters.
         batch: its first row is what a plain ``apply`` is tried on.
         finite: whether the passes compare the policy at two points, whose difference half precision would swallow.
 
@@ -91,7 +91,7 @@ def in_at_least(dtype: torch.dtype, params: Params, apply: Apply, batch: Batch) 
     Args:
         dtype: float32 or float64.
         params: by name, any dtype.
-        apply: of those parameters.
+        apply: policy of those parameters.
         batch: its first row is what the policy is tried on.
     """
     raised = {name: p.to(torch.promote_types(p.dtype, dtype)) for name, p in params.items()}
@@ -119,7 +119,7 @@ def lowest_precision(params: Params, apply: Apply, batch: Batch) -> torch.dtype:
 
     Args:
         params: by name.
-        apply: of those parameters.
+        apply: policy of those parameters.
         batch: its first row is what the forward is tried on.
     """
     watch = _DtypeWatch()

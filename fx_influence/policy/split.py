@@ -36,11 +36,11 @@ class SplitPolicy:
         head: ``head(params, hidden)`` -> logits (..., V).
         head_parameters: names of the parameters that the head takes.
         vocab_size: V, or None where it is not known.
-        left_alignable: positions come from the attention mask and no token sees a later one, so that rows may be moved
-            to begin in column 0 and cut after their last token.
-        prefix_shareable: tokens meet in attention alone, so that a prompt goes through the model once for all rows that
-            begin with it, up to ``tokens_per_pass`` tokens at a time.
-        tokens_per_pass: number of tokens that packed rows have at most.
+        left_alignable: whether positions come from the attention mask and no token sees a later one, so that rows may
+            be moved to begin in column 0 and cut after their last token.
+        prefix_shareable: whether tokens meet in attention alone, so that a prompt goes through the model once for all
+            rows that begin with it, up to ``tokens_per_pass`` tokens at a time.
+        tokens_per_pass: largest number of tokens in a packed row.
         compiled: whether the passes go through ``torch.compile``.
         loss_scale: factor on the gradients inside, so that none vanishes in float16.
         max_logits: number of logits that the LM head forms at once.
@@ -61,10 +61,10 @@ class SplitPolicy:
     max_logits: int = MAX_LOGITS
 
     def micro_batches(self, batch: Batch, chunk_size: int | None) -> list[MicroBatch]:
-        """Return the micro-batches of a batch for passes that need no row for itself.
+        """Return the micro-batches of a batch, for passes that do not need each rollout in a row of its own.
 
-        Every prompt is in a micro-batch once where that saves tokens. ``chunk_size``: rows at a time, None to choose by
-        size.
+        Rows that begin with one prompt are packed, where that saves tokens. ``chunk_size``: rows at a time, None to
+        choose by size.
         """
         packed = packed_micro_batches(batch, chunk_size, self.tokens_per_pass) if self.prefix_shareable else None
         return micro_batches(batch, chunk_size, self.left_alignable) if packed is None else packed
@@ -76,21 +76,21 @@ def split_policy(apply: Apply) -> SplitPolicy:
     if isinstance(split, SplitPolicy):
         return split
 
-    def backbone(params: Params, part: MicroBatch) -> Tensor:
-        return apply(params, part.input_ids, part.attention_mask)
+    def backbone(params: Params, micro_batch: MicroBatch) -> Tensor:
+        return apply(params, micro_batch.input_ids, micro_batch.attention_mask)
 
     def backbone_jvp(
-        params: Params, tangent: Params, part: MicroBatch, outputs: Sequence[Tensor] | None
+        params: Params, tangent: Params, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         mode = ForwardMode(outputs)
 
         def with_rules(params: Params) -> Tensor:
             with mode:
-                return backbone(params, part)
+                return backbone(params, micro_batch)
 
         # forward_mode_jvp would not do: a function may have a jvp of its own inside, and dual levels do not nest.
         both = cast(tuple[Tensor, Tensor], jvp(with_rules, (params,), (tangent,)))
-        return both if mode.outputs_fit else backbone_jvp(params, tangent, part, None)
+        return both if mode.outputs_fit else backbone_jvp(params, tangent, micro_batch, None)
 
     return SplitPolicy(
         backbone=backbone,

@@ -299,7 +299,7 @@ def test_influence_rejects_bad_step_options(changes: dict[str, Any], message: st
 
 def test_influence_names_nonfinite_gradient() -> None:
     grads = {"head.bias": torch.full((VOCAB,), math.nan), "head.weight": torch.ones(VOCAB, 6)}
-    with pytest.raises(ValueError, match=r"grads\['head\.bias'\] is not finite; .*drop the batch"):
+    with pytest.raises(ValueError, match=r"grads\['head\.bias'\] is not finite; .*Drop the batch"):
         influence({**valid_arguments(), "grad": grads})
 
 

@@ -20,8 +20,8 @@ from fx_influence.types import Params
 class Disagreement(NamedTuple):
     """One unpadded row for which policy and model differ.
 
-    ``input_ids``: (1, L). ``actual``: logits of the policy. ``expected``: logits of the model. ``rows``: words for the
-    row.
+    ``input_ids``: (1, L). ``actual``: logits of the policy. ``expected``: logits of the model. ``rows``:
+    description of the row, for the message.
     """
 
     input_ids: Tensor
@@ -76,14 +76,29 @@ def check_padded(forward: ModelForward, template: Template, model: Template, cas
 
 
 def unpadded_logits(forward: ModelForward, template: Template, params: Params, input_ids: Tensor) -> Tensor:
-    """Return the policy's logits (B, L, V) for rows (B, L) without padding."""
+    """Return the policy's logits (B, L, V) for rows without padding.
+
+    Args:
+        forward: the policy's rules.
+        template: the policy's full template.
+        params: the weights, by name.
+        input_ids: (B, L).
+    """
     return forward.run(template, params, input_ids, torch.ones_like(input_ids, dtype=torch.bool))
 
 
 def model_logits(
     forward: ModelForward, model: Template, case: ProbeCase, row: int, length: int | None = None
 ) -> Tensor:
-    """Return the model's own logits (1, L, V) for one unpadded row, called with no more than it requires."""
+    """Return the model's own logits (1, L, V) for one unpadded row, called with the required arguments only.
+
+    Args:
+        forward: the policy's rules.
+        model: the model's own forward as a template.
+        case: the probe, and the weights that the model runs on.
+        row: index of the probe's row.
+        length: L, how much of the row is taken; None for all of it.
+    """
     args, kwargs = forward.arguments.unpadded(case.probe.input_ids[row : row + 1, :length])
     return logits_of(model(forward.with_scratch(case.known), args, kwargs))
 
@@ -117,7 +132,14 @@ DEFAULT_REMEDY = (
 
 
 def difference(actual: Tensor, expected: Tensor, rows: str, remedy: str = DEFAULT_REMEDY) -> str:
-    """Return the message for logits that differ, with the gap relative to the largest expected logit."""
+    """Return the message for logits that differ, with the gap relative to the largest expected logit.
+
+    Args:
+        actual: logits of the policy.
+        expected: logits of the model.
+        rows: description of the rows, a noun phrase.
+        remedy: end of the message, sentences without the last full stop.
+    """
     if actual.shape == expected.shape:
         gap = float((actual - expected).abs().max() / expected.abs().max())
         amount = f"by {gap:.2g} of the largest"
@@ -132,7 +154,7 @@ def live_tensors(model: nn.Module) -> Params:
 
 
 def comparison_bound(known: Params) -> float:
-    """Return the relative difference that rounding may make of two forwards on these tensors."""
+    """Return the largest relative difference that rounding may cause between two forwards on these tensors."""
     dtypes = {x.dtype for x in known.values() if x.is_floating_point()}
     # Hugging Face models take norms and softmax in float32 whatever the dtype of their weights.
     return rounding_bound([*dtypes, torch.float32])

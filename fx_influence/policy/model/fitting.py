@@ -49,15 +49,15 @@ def fit_forward(
 ) -> FittedForward:
     """Compare a policy that is being made with its model, and return the rules under which they agree.
 
-    The weights are random, so that what training has yet to learn shows, and no live weight is read or written where
-    that can be had. Where the model's own forward runs in no setting, ``case`` is None and a ``UserWarning`` says so.
+    The weights are random, so that even weights which start at 0 show their effect; the live ones are read only where
+    the forward does not run on random ones. Where it runs on neither, ``case`` is None and a ``UserWarning`` says so.
 
     Args:
         forward: the rules to begin with.
         template: the full model, eager.
         model: neither changed nor copied.
         vocab_size: number of embedding rows, None where the model does not tell.
-        copied: how the model's structure is copied.
+        copied: function that copies the model's structure.
 
     Raises:
         ForwardError: policy and model differ, or a forward writes to a parameter.
@@ -82,7 +82,7 @@ def fit_forward(
             except Exception as error:
                 # The model has fewer positions than the probe has tokens, or kernels that take no such weights.
                 last = error
-    # Three calls up, past the policy's constructor and make_functional, is the line that called the latter.
+    # Levels 2 and 3 are the policy's constructor and make_functional; 4 is the user's call.
     warnings.warn(_not_compared(last), stacklevel=4)
     return fitted
 
@@ -94,15 +94,15 @@ def _not_compared(error: Exception | None) -> str:
         f"model's forward runs on none of the few tokens that it was tried on (last {reason}), so apply was not "
         "compared with the model, no code that detaches was looked for, and no row is moved, cut or shared; expected "
         "logits for random tokens. On rows that it takes compare apply(params, input_ids, attention_mask) with the "
-        "model, and its derivatives by fx.check_derivatives(params, batch_e, apply=apply); what is mended in the model "
-        "fx.check_policy(apply, params, model) tries again"
+        "model, and its derivatives by fx.check_derivatives(params, batch_e, apply=apply); once the model is "
+        "repaired, fx.check_policy(apply, params, model) compares them"
     )
 
 
 def _settle(
     fitted: FittedForward, model: nn.Module, case: ProbeCase, copied: Copy
 ) -> tuple[FittedForward, Template, int | None]:
-    """Find the buffers that the model's own forward writes and the modules whose attributes it binds anew.
+    """Find the buffers that the model's own forward writes and the modules whose attributes it rebinds.
 
     Returns the rules with both, the model's own forward as a template, and the vocabulary where it looks tokens up in
     a table.
@@ -173,7 +173,7 @@ def _with_first_position(
 
 def _first_positions(module: nn.Module) -> list[int]:
     # The RoBERTa family counts from behind the padding index of its table of positions.
-    tables = (part for part in module.modules() if isinstance(part, nn.Embedding))
+    tables = (submodule for submodule in module.modules() if isinstance(submodule, nn.Embedding))
     return sorted({table.padding_idx + 1 for table in tables if table.padding_idx is not None})
 
 

@@ -1,4 +1,4 @@
-"""Run a template of a model on tensors handed over by name, and read its logits."""
+"""Run a template of a model on tensors passed by name, and read its logits."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ModelForward:
         attention_mask: Tensor,
         packed: PackedAttention | None = None,
     ) -> Tensor:
-        """Return what a template puts out for some rows.
+        """Return the output of a template for some rows.
 
         Args:
             template: the full model, or its backbone.
@@ -134,7 +134,7 @@ class ModelForward:
         return template(known, args, kwargs)
 
     def head_tensors(self, head: Head, params: Params) -> Params:
-        """Return the tensors, by name, among which the head's are; a sharded model gathers them here."""
+        """Return tensors by name that include those of the head; a sharded model gathers them here."""
         return {**self.frozen, **params}
 
     def call_arguments(
@@ -145,7 +145,7 @@ class ModelForward:
         if self.reads_positions:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             if self.follows_longest_row:
-                # Every pass then has the longest row that its width allows, as an unmasked one of a trainer has.
+                # Padding gets the last position, so that the longest row is as long as in an unmasked pass.
                 positions = positions.masked_fill(~attention_mask, input_ids.shape[1] - 1)
             if packed is not None:
                 positions = packed.layout.position_ids

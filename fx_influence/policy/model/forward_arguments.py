@@ -85,7 +85,7 @@ def virtual_token_count(model: nn.Module) -> int:
 
 def rope_paths(module: nn.Module) -> set[str]:
     """Return the paths of modules of dynamic rotary embeddings, some of whose state changes only in long texts."""
-    return {path for path, part in module.named_modules() if _is_dynamic(getattr(part, "rope_type", None))}
+    return {path for path, submodule in module.named_modules() if _is_dynamic(getattr(submodule, "rope_type", None))}
 
 
 def follows_longest_row(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Cut a model before its output embeddings, where its logits are simply what these give."""
+"""Cut a model before its output embeddings, where its logits are simply their output."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def cut_model(
 ) -> CutModel:
     """Return the backbone up to the last hidden states, and the output embeddings.
 
-    A forward in which the output embeddings return their input decides: whatever scales or caps logits after them makes
-    another tensor of it, and the model stays uncut. Where the fused attention gives other logits than the eager one,
-    the eager one is taken.
+    The cut is tested by a forward in which the output embeddings return their input: a model that scales or caps logits
+    afterwards does not return that very tensor, and stays uncut. Where the fused attention gives other logits than the
+    eager one, the eager one is taken.
 
     Args:
         fitted: rules of the forward, and the setting to try the cut in.
@@ -44,7 +44,7 @@ def cut_model(
     for kind in kinds:
         uncut = CutModel(make_template(kind, experts).with_stateful(fitted.stateful), None)
         cut = _without_head(fitted, make_template(kind, experts)) or uncut
-        if fitted.case is None or _gives_the_logits(fitted, cut):
+        if fitted.case is None or _reproduces_logits(fitted, cut):
             break
     return cut
 
@@ -67,12 +67,12 @@ def _without_head(fitted: FittedForward, full: Template) -> CutModel | None:
         # A captured tensor would stay alive, and a compiled pass may not keep what it makes.
         base.set_output_embeddings(_CaptureInput(module, keeps=False))
     except Exception:
-        # The head is more to this model than a module that it calls.
+        # This model does more with its head than call it, so it stays uncut.
         return None
     return CutModel(backbone, Head(module, head_names, hidden.shape[-1]))
 
 
-def _gives_the_logits(fitted: FittedForward, cut: CutModel) -> bool:
+def _reproduces_logits(fitted: FittedForward, cut: CutModel) -> bool:
     forward, case = fitted.forward, fitted.case
     assert case is not None
     ids, mask, _ = case.probe

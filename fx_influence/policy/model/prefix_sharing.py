@@ -1,4 +1,4 @@
-"""Try whether a prompt may go through a model once for all rows that begin with it."""
+"""Test whether a prompt may go through a model once for all rows that begin with it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from fx_influence.types import Batch
 
 
 def supports_prefix_sharing(forward: ModelForward, backbone: Template, model: nn.Module, case: ProbeCase) -> bool:
-    """Return whether two rows that begin alike have the same hidden states packed as they have apart.
+    """Return whether two rows with a common beginning have the same hidden states packed as unpacked.
 
     Args:
         forward: rules of the forward of a policy that may be left-aligned.
-        backbone: the template that is tried.
+        backbone: the template to test.
         model: the live model, of which only the configuration is read.
-        case: the setting to try in; rows 0 and 3 of its probe begin alike.
+        case: the setting to try in; rows 0 and 3 of its probe have a common beginning.
     """
     if not _attends_to_all(model) or _reads_invocations(model):
         return False
     ids, half = case.probe.input_ids[[0, 3]], case.probe.half
     mask = torch.ones_like(ids, dtype=torch.bool)
     completion = (torch.arange(ids.shape[1], device=ids.device) >= half).expand_as(ids)
-    [part] = packed_micro_batches(Batch(ids, mask, completion), None) or []
-    assert part.layout is not None
-    attention = PackedAttention(part.layout)
+    [micro_batch] = packed_micro_batches(Batch(ids, mask, completion), None) or []
+    assert micro_batch.layout is not None
+    attention = PackedAttention(micro_batch.layout)
     with torch.no_grad():
-        expected = forward.run(backbone, case.known, ids, mask).flatten(0, 1)[part.flat_index - 1]
+        expected = forward.run(backbone, case.known, ids, mask).flatten(0, 1)[micro_batch.flat_index - 1]
         try:
-            packed = forward.run(backbone, case.known, part.input_ids, part.attention_mask, attention)
+            packed = forward.run(backbone, case.known, micro_batch.input_ids, micro_batch.attention_mask, attention)
         except Exception:
             # The attention is not plainly causal, or shapes follow the length of a row.
             return False
-    return attention.calls > 0 and agree(packed[part.row, part.position], expected, case.bound)
+    return attention.calls > 0 and agree(packed[micro_batch.row, micro_batch.position], expected, case.bound)
 
 
 def _attends_to_all(model: nn.Module) -> bool:

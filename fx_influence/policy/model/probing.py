@@ -16,6 +16,7 @@ LENGTHS = (8, 4)
 """Number of tokens of a probe's rows; the second for models with fewer positions."""
 
 _STEPS = (1, 3, 101, 1009, 10007)
+"""Strides of ``random_weights`` by axis, the last axis first."""
 
 
 class Probe(NamedTuple):
@@ -69,8 +70,8 @@ def make_probe(model: nn.Module, vocab_size: int | None, length: int, device: to
 def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
     """Return random values for all parameters by name, of their shapes, in memory that hardly depends on their size.
 
-    All are views of a few short vectors, each row of a matrix shifted by some entries against the row before. What
-    training has yet to learn, a gate that starts at 0 or an adapter's second map, is random too. Quantised parameters,
+    All are views of a few short vectors, each row of a matrix shifted by some entries against the row before. Weights
+    that start at 0, as a gate or an adapter's second map, are random too. Quantised parameters,
     whose values only their own kernels can read, are the live ones.
 
     Args:
@@ -101,7 +102,7 @@ def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
 
 
 def stateful_modules(template: Template, call: Callable[[], object]) -> list[nn.Module]:
-    """Return the modules of a template whose attributes ``call`` binds to other objects; they are bound back."""
+    """Return the modules of a template whose attributes ``call`` rebinds; the old values are restored."""
     modules = list(template.module.modules())
     before = [module_state(module) for module in modules]
     call()
@@ -128,7 +129,7 @@ def agree(actual: Tensor, expected: Tensor, bound: float) -> bool:
 
 
 def rounding_bound(dtypes: Sequence[torch.dtype]) -> float:
-    """Return the relative difference that rounding in the coarsest of ``dtypes`` may make of two forwards.
+    """Return the relative difference that rounding in the coarsest of ``dtypes`` may cause between two forwards.
 
     It is the square root of that machine epsilon. Errors of a forward grow with the root of the number of successive
     operations, and 1 / sqrt(eps) of them leave room for a model of any depth, while a mistake in what is computed
@@ -142,7 +143,7 @@ class ProbeCase(NamedTuple):
     """A setting in which a policy and its model run.
 
     ``known``: weights and buffers by name. ``probe``: the tokens. ``bound``: relative difference that rounding may
-    make.
+    cause.
     """
 
     known: Params

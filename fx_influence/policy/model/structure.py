@@ -1,4 +1,4 @@
-"""Tell from a few forwards what a model's structure allows to do with rows and tokens, whatever its weights."""
+"""Tell from a few forwards how a model's structure lets passes treat rows and tokens, whatever its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Structure(NamedTuple):
 
 
 def structure_of(forward: ModelForward, cut: CutModel, case: ProbeCase) -> Structure:
-    """Return what the tokens of a probe do to each other in the hidden states of a policy.
+    """Return the structure of a policy, from how the tokens of a probe affect each other's hidden states.
 
     Args:
         forward: rules of the forward.

@@ -165,10 +165,10 @@ def slots_of(module: nn.Module, names: dict[int, str]) -> dict[str, str]:
     return slots
 
 
-def module_paths(module: nn.Module, parts: Iterable[nn.Module]) -> set[str]:
+def module_paths(module: nn.Module, submodules: Iterable[nn.Module]) -> set[str]:
     """Return the paths in ``module`` of some of its submodules."""
-    wanted = {id(part) for part in parts}
-    return {path for path, part in module.named_modules() if id(part) in wanted}
+    wanted = {id(submodule) for submodule in submodules}
+    return {path for path, submodule in module.named_modules() if id(submodule) in wanted}
 
 
 def _unregistered(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
@@ -254,18 +254,18 @@ class _Uncompiled(nn.Module):
 
 def _undo_patches(module: nn.Module) -> None:
     """Undo what trainers and kernel libraries did to a model's modules, in a copy of it."""
-    for part in module.modules():
+    for submodule in module.modules():
         # accelerate and kernel patches replace `forward` on the instance; torch.func needs that of the class.
-        part.__dict__.pop("forward", None)
-        part.__dict__["_compiled_call_impl"] = None
-        if "_orig_mod" in part._modules:
-            part.__class__ = _Uncompiled
-        if hasattr(part, "gradient_checkpointing"):
-            vars(part)["gradient_checkpointing"] = False
-        for key, hook in list(part._forward_hooks.items()):
+        submodule.__dict__.pop("forward", None)
+        submodule.__dict__["_compiled_call_impl"] = None
+        if "_orig_mod" in submodule._modules:
+            submodule.__class__ = _Uncompiled
+        if hasattr(submodule, "gradient_checkpointing"):
+            vars(submodule)["gradient_checkpointing"] = False
+        for key, hook in list(submodule._forward_hooks.items()):
             # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del part._forward_hooks[key]
+                del submodule._forward_hooks[key]
 
 
 def base_model(model: nn.Module) -> Any:
@@ -288,7 +288,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 def embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
     """Yield the embeddings among a module's submodules."""
-    return (part for part in module.modules() if isinstance(part, nn.Embedding))
+    return (submodule for submodule in module.modules() if isinstance(submodule, nn.Embedding))
 
 
 def has_experts(model: nn.Module) -> bool:

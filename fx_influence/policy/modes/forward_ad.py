@@ -21,8 +21,8 @@ def forward_mode_jvp(
 ) -> tuple[Tensor, Tensor]:
     """Return f(params) and its derivative along a direction, by the rules of ``ForwardMode``.
 
-    The result is that of ``torch.func.jvp``, sooner: the wrapping of tensors there takes a twelfth of a pass of 2,000
-    tokens.
+    The result equals that of ``torch.func.jvp`` in less time: wrapping tensors there takes a twelfth of a pass of
+    2,000 tokens.
 
     Args:
         f: a function of the parameters.
@@ -42,7 +42,7 @@ class ForwardMode(CachedOutputsMode):
     """While active, the operations that a model spends its time on have forward-mode rules of the library's own.
 
     Attention goes by ``blockwise_attention``. Linear layers and products of tensors compute only the tangents that
-    exist, where torch multiplies by zeros for a missing tangent, as that of a frozen weight. An embedding leaves its
+    exist, where torch multiplies by zeros for a missing tangent, such as a frozen weight's. An embedding leaves its
     ``padding_idx`` out, see ``frozen_padding_embedding``. Without any tangent, results are torch's own. The mode is for
     passes without an autograd graph. ``torch.compile`` does not see these rules: compile without it.
 

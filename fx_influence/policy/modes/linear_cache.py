@@ -15,8 +15,8 @@ from fx_influence.policy.modes.level_aware import LevelAwareMode
 class LinearOutputCache(LevelAwareMode):
     """While active, stores the output of every linear layer, in order of the calls.
 
-    A forward-mode pass over the same tokens that is given the ``outputs`` makes the products of its tangents and no
-    others: a third fewer than without them, where the weights move too. A recomputed forward makes none, see
+    A forward-mode pass over the same tokens that is given the ``outputs`` computes only the products of its tangents, a
+    third fewer than without them where the weights move too. A recomputed forward computes none, see
     ``ReuseLinearOutputs``.
 
     Args:
@@ -50,7 +50,7 @@ class CachedOutputsMode(LevelAwareMode):
     """A mode that is given the outputs of a forward's linear layers, from a ``LinearOutputCache`` of the same forward.
 
     Args:
-        outputs: in order of the calls; None for a forward of which no cache is at hand.
+        outputs: in order of the calls; None where there is no cache.
     """
 
     def __init__(self, outputs: Sequence[Tensor] | None = None) -> None:

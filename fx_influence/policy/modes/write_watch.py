@@ -1,4 +1,4 @@
-"""A dispatch mode that keeps a forward from writing to live tensors, and tells which it would have written."""
+"""A dispatch mode that keeps a forward from writing to live tensors, and records which it would have written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fx_influence.types import Params
 
 
 class WriteWatch(TorchDispatchMode):
-    """While active, leaves out every operation that writes to some of ``tensors``, and records it.
+    """While active, skips every operation that writes to one of ``tensors``, and records it.
 
     If something was recorded, the results of the forward are worthless.
 
