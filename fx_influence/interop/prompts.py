@@ -105,7 +105,7 @@ def make_prompts(records: Sequence[str | dict[str, Any]]) -> list[Prompt]:
 
 
 def as_conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) -> list[Prompt]:
-    """Return the prompts in the form in which a chat model is key.
+    """Return the prompts in the form that a chat model expects.
 
     Without ``chat`` and ``system`` they stay unchanged.
 
@@ -241,7 +241,7 @@ def _split_gsm8k_answer(source: str, columns: dict[str, Any]) -> dict[str, Any]:
     gold = worked.rpartition("####")[2].strip() if isinstance(worked, str) and "####" in worked else ""
     if not gold:
         raise ValueError(
-            f'{source}: "answer" is {worked!r}, which does not end in "#### 72" as that of a GSM8K "question" does; '
+            f'{source}: "answer" is {worked!r}, which does not end in "#### 72" as the answers of GSM8K do; '
             'write "prompt" for "question" to use the answer as it is'
         )
     return {"solution": worked, **columns, "answer": re.sub(r"(?<=\d),(?=\d{3})", "", gold)}

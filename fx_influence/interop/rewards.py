@@ -11,9 +11,8 @@ Reward = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]
 
 Columns are lists of the same length. For a conversation the prompt is a list of messages and the completion a list of
 one message, the assistant's; otherwise both are texts. ``completion_ids`` is passed to a function that names it or
-takes
-``**columns``; TRL's ``trainer_state``, ``log_extra`` and ``log_metric`` are not passed. None means that the reward does
-not apply to this completion.
+takes ``**columns``; TRL's ``trainer_state``, ``log_extra`` and ``log_metric`` are not passed. None means that the
+reward does not apply to this completion.
 """
 
 TextOrMessages = str | Sequence[Mapping[str, Any]]
@@ -60,7 +59,7 @@ def math_verify(
 
     The gold answer is ``answer``, an expression, plain or LaTeX; if it is missing, the answer that math-verify finds in
     the text ``solution``. In a completion math-verify takes a boxed or announced answer, or else the last expression.
-    ``trl.rewards:accuracy_reward`` returns None in the same cases, but wants LaTeX in the completion.
+    ``trl.rewards:accuracy_reward`` returns None in the same cases, but requires LaTeX in the completion.
 
     Args:
         completions: n texts or lists of one message.

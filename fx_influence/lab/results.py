@@ -37,7 +37,7 @@ class EvaluationResults:
     Attributes:
         arrays: of its ``.npz``; their names are in ``lab.experiment.finite_steps.sweep`` and
             ``lab.analysis.finite_steps.figures.rollout_fits``.
-        matrix: M (n_e, n_u), nats per unit lr; None where it was not stored, as for a step measured inside a training.
+        matrix: M (n_e, n_u), nats per unit lr; None where it was not stored, as for a step of a training run.
         summary: figures of the evaluation.
         rollouts: of E, in the order of every axis over E.
     """
@@ -91,7 +91,7 @@ class EntropyInfluenceResults:
         return _pandas().DataFrame(self.sequences)
 
     def finite_steps(self, evaluation: int = 0) -> Any:
-        """Return the sweep as a pandas DataFrame, a row for each rollout of U and eta: Delta H in nats.
+        """Return the finite steps as a pandas DataFrame, a row for each rollout of U and eta: Delta H in nats.
 
         Args:
             evaluation: number of E.
@@ -124,7 +124,7 @@ def displayed_prompt(record: dict[str, Any]) -> str:
 
 
 def load_run(path: str | Path) -> EntropyInfluenceResults:
-    """Return the finished run, or the step measured inside a training, that a directory holds.
+    """Return the finished run, or the measured step of a training run, that a directory holds.
 
     Directories of version 0.1 are read too, under the present names of fields, see ``interop.runtime.renamed``.
 

@@ -21,9 +21,9 @@ class Selection(NamedTuple):
     Attributes:
         weights: w in [0, 1], float64, (n_u,) or (n_u, T) per token; 1 leaves a rollout as it is.
         entropy: baseline + sum_i w_i delta_i, nats.
-        reward: the same of the reward.
+        reward: the same for the reward.
         lost: sum_i (1 - w_i) max(reward_i, 0), the reward that is given up.
-        reached: whether ``entropy`` is at least the floor; where no weights do that, all that lowers the entropy has
+        reached: whether ``entropy`` is at least the floor; if no weights reach it, all that lowers the entropy has
             weight 0.
     """
 
@@ -46,8 +46,8 @@ def select(
 
         minimise sum_i (1 - w_i) max(r_i, 0)   subject to   baseline + sum_i w_i delta_i >= floor,   0 <= w_i <= 1
 
-    in which no more is left out than the floor needs, even where it costs nothing. The influences are of the step as it
-    is: with other weights its second moment and clipping would be others, to second order in what is left out. Multiply
+    Among solutions of equal cost it leaves out the least. The influences are of the step as it is: other weights would
+    also change its second moment and clipping, to second order in what is left out. Multiply
     ``batch_u.coefficients`` by the weights.
 
     Args:
@@ -58,7 +58,7 @@ def select(
         per_token: weigh tokens, not rollouts.
 
     Raises:
-        TypeError: for what are no influences.
+        TypeError: for arguments that are not influences.
         ValueError: for influences of different shape, or without tokens where ``per_token`` needs them.
 
     Source: the linear program is a fractional knapsack, Dantzig 1957; solved by HiGHS in ``scipy.optimize``.

@@ -46,7 +46,7 @@ class RunDirectory(RunFiles):
             job: the processes of the run, of which the first alone writes.
 
         Raises:
-            RunDirectoryError: where the directory holds anything but a run of this plan.
+            RunDirectoryError: if the directory holds anything but a run of this plan.
         """
         job.on_rank0(lambda: cls(path)._begin(plan, inputs))
         return cls(path, job)
@@ -54,7 +54,7 @@ class RunDirectory(RunFiles):
     def check_open_to(self, plan: StepPlan) -> None:
         """Raise ``RunDirectoryError`` unless this plan's run may be stored in the directory.
 
-        It may where the directory is absent or empty, or holds part of the same run, or a start that failed.
+        It may if the directory is absent or empty, or holds part of the same run, or a start that failed.
         """
         path = self.path
         if self.has(PLAN):
@@ -73,9 +73,9 @@ class RunDirectory(RunFiles):
                 )
 
     def note_failure(self, error: Exception) -> None:
-        """Record that the run could not be started, so that a corrected plan may have the directory.
+        """Record that the run could not be started, so that a corrected plan may use the directory.
 
-        Nothing is recorded once U's step is measured, nor of what went wrong with the directory itself.
+        Nothing is recorded once U's step is measured, or for an error of the directory itself.
         """
         if not isinstance(error, RunDirectoryError) and not self.has(GRADIENT):
             with suppress(RunDirectoryError):

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.interop.checkpoints.dcp.read import read_values
-from fx_influence.interop.checkpoints.directory import (
-    MODEL_KEYS,
-    reporting_damage,
-)
+from fx_influence.interop.checkpoints.directory import MODEL_KEYS, reporting_damage
 
 
 def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:
@@ -38,7 +35,7 @@ def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype
         raise ImportError("a PEFT adapter needs peft: pip install 'fx-influence[peft]'") from error
 
     with warnings.catch_warnings():
-        # peft only warns of a missing adapter weight, an error below; the second is its own use of transformers.
+        # The first is an error below; the second is about peft's own use of transformers.
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:

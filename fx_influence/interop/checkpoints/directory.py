@@ -17,7 +17,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "sp
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")
 PARAM_NAMES = "optimizer_param_names.json"
 
-# Keys of the dict that was saved, and the subdirectories in which accelerate saves them.
+# Keys of the dict that was saved, and the subdirectories that accelerate saves their values in.
 MODEL_KEYS, MODEL_SUBDIRECTORY = ("model",), "pytorch_model_fsdp_0"
 OPTIMIZER_KEYS, OPTIMIZER_SUBDIRECTORY = ("optim", "optimizer"), "optimizer_0"
 
@@ -31,10 +31,10 @@ def require_directory(field: str, path: str | Path) -> Path:
 
 @contextmanager
 def reporting_damage(subject: str, path: Path) -> Iterator[None]:
-    """Raise the errors of file readers inside as ``ValueError`` that names what is damaged and the directory.
+    """Raise the errors of file readers inside as a ``ValueError`` that names the damaged file and its directory.
 
-    Readers in Rust raise bare ``Exception``, and ``json`` names no file. Errors that name one stay unchanged, and so do
-    those about pickles, which are no damage.
+    Readers in Rust raise bare ``Exception``, and ``json`` names no file. Errors that name a file stay unchanged, and so
+    do errors about pickles, which do not mean damage.
     """
     try:
         yield

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.interop.checkpoints.dcp.read import read_values
-from fx_influence.interop.checkpoints.directory import (
-    MODEL_KEYS,
-    reporting_damage,
-)
+from fx_influence.interop.checkpoints.directory import MODEL_KEYS, reporting_damage
 
 
 def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:

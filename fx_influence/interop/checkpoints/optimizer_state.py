@@ -145,7 +145,7 @@ def _check_groups(
     flat = [name for group in names for name in group]
     unknown = [name for name in flat if name not in parameters]
     if unknown or len(set(flat)) < len(flat):
-        raise ValueError(f"{rule} has names that are twice there or not in the model: {unknown[:5]}; {remedy}")
+        raise ValueError(f"{rule} has names that occur twice or are not in the model: {unknown[:5]}; {remedy}")
     for index, name in _ids_and_names(state_dict, names):
         shape = tuple(state_dict["state"].get(index, {}).get("exp_avg", parameters[name]).shape)
         if shape != tuple(parameters[name].shape):

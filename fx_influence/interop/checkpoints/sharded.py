@@ -35,9 +35,9 @@ def load_sharded_checkpoint(
     """Fill the weights of ``model`` from a checkpoint and return its AdamW; no rank ever holds a complete tensor.
 
     Every rank makes the call and reads the rows that its shards need. What is raised on one rank is raised on all;
-    weights are changed only after everything but damage has been looked for. Moments are cast to the parameters' dtype,
-    as torch does. If an adapter was saved alone, the base model's weights stay. Nothing but tensors and plain values is
-    unpickled.
+    weights are changed only after every check except the one for damaged data. Moments are cast to the parameters'
+    dtype, as torch does. If an adapter was saved alone, the base model's weights stay. Nothing but tensors and plain
+    values is unpickled.
 
     Args:
         path: directory in which ``torch.distributed.checkpoint`` saved the model under ``model`` and the optimizer

@@ -95,7 +95,7 @@ def _from_record(_: int, record: dict[str, Any]) -> Rollout:
 def _drop_unused_not_finite(record: dict[str, Any]) -> dict[str, Any]:
     """Replace numbers that are not finite where they do not count.
 
-    At tokens that were not sampled they become 0, and such a reward beside an advantage becomes None.
+    At tokens that were not sampled they become 0; a reward that is not finite becomes None if there is an advantage.
     """
     mask, out = record.get("completion_mask"), dict(record)
     if isinstance(mask, list):

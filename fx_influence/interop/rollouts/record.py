@@ -28,9 +28,10 @@ class Rollout:
         advantage: None until it is computed.
         completion_mask: False at tokens that the policy did not sample, such as a tool's output; None if all count.
         coefficients: c of each completion token, as a trainer's own loss gave them; None if they follow from the
-            advantage. entropy_coefficients: b of each completion token, likewise. approximate: whether tokens or
-            advantage were recomputed, not recorded. question: of a conversation, its last user message, which is shown
-            to people as the prompt; None for a text.
+            advantage.
+        entropy_coefficients: b of each completion token, likewise.
+        approximate: whether tokens or advantage were recomputed, not recorded.
+        question: last user message of a conversation, which is shown to people as the prompt; None for a text.
 
     Raises:
         ValueError: if a per-token value and ``completion_ids`` differ in length.

@@ -99,7 +99,7 @@ class Retokenizer:
         return self._turns(prompt, messages)
 
     def _turns(self, prompt: list[Message], completion: list[Message]) -> list[Segment]:
-        """Return what the template writes for each assistant's turn, sampled, and between the turns, not sampled."""
+        """Return the template's text in segments: each assistant's turn (sampled) and the text between turns (not)."""
         turns = [place for place, message in enumerate(completion) if message["role"] == "assistant"]
         segments: list[Segment] = []
         text = self._render(prompt, True)

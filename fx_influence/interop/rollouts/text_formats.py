@@ -97,7 +97,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
 
 
 def _with_group_advantages(rollouts: list[Rollout], scale: bool) -> list[Rollout]:
-    """Return the rollouts with advantages; the last output of a session decides that of the session."""
+    """Return the rollouts with advantages; the last output of a session determines the session's."""
     sessions = [uid_match[1] if (uid_match := VERL_UID.fullmatch(r.id)) else r.id for r in rollouts]
     # verl sorts by prompt, session and output, so the last row of a session is its last output.
     last = dict(zip(sessions, rollouts, strict=True))

@@ -56,7 +56,7 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
             sampled=sampled,
             logprobs=fields(record, "inference_logprobs", NULLABLE, "numbers", sampled),
             advantages=_weighted_advantages(record, sampled),
-            # The advantage is recorded, so that no reward counts.
+            # Rewards are not used, because the advantage is recorded.
             rewards=fields(record, "rewards", NULLABLE, "numbers", ()) if "rewards" in record else None,
         )
         return _rollout(name, recorded, tokenizer)
@@ -85,7 +85,7 @@ def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
         length = cast(int, _only(record, "input_lengths", (int,), "integers"))
         mask = _padded(record, "token_loss_mask", FLAG, "0 or 1", length)
         sampled = [_flag("token_loss_mask", value) for value in mask]
-        # The advantage is recorded, so that no reward counts.
+        # Rewards are not used, because the advantage is recorded.
         reward = _only(record, "filtered_rewards" if "filtered_rewards" in record else "rewards", NUMBER, "numbers", ())
         recorded = TokenRecord(
             tokens=_padded(record, "token_ids", (int,), "integers", length),

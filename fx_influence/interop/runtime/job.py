@@ -178,15 +178,16 @@ class Job:
                     )
 
     def print_once(self, text: str, output: Callable[[str], object]) -> None:
-        """Call ``output`` in the first process that arrives with this text, while the others wait, which may end first.
+        """Call ``output`` in the first process that arrives with this text; the others wait until it has printed.
 
-        The only method that not all processes need to call.
+        Without the wait, one that ends first would make the launcher end the process that prints. This is the only
+        method that not all processes need to call.
         """
         if self.store is None:
             output(text)
             return
         key = hashlib.sha256(text.encode()).hexdigest()
-        # Without an answer the launcher, which holds the store, or the process that was to print has ended.
+        # The store raises if the launcher, which holds it, has ended, or if the printing process does not answer.
         with suppress(RuntimeError):
             if self.store.add(key, 1) > 1:
                 self.store.wait([f"{key} printed"], GRACE)

@@ -31,8 +31,9 @@ SUMS = "SHA256SUMS"
 GRADIENT = "step_gradient.safetensors"
 """Gradient of the update batch, stored while a run lasts."""
 FAILED = "failed.json"
-"""Why a run could not be started; a corrected plan may use its directory."""
+"""File that says why a run could not be started; a corrected plan may use its directory."""
 READER_ERRORS = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
+"""Errors of file readers that are no ``ValueError``."""
 ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
 """Endings of reports that people may annotate once a run is finished: they need only fit the arrays."""
 
@@ -53,8 +54,8 @@ class RunFiles:
     unfinished counts as absent, and later damage is detected when the file is read. Reports that people may annotate
     are not checked (``ANNOTATED``).
 
-    With several processes, rank 0 alone reads and writes, and need alone see the directory: all call, all receive what
-    was read, and an error is raised on all.
+    With several processes, only rank 0 reads and writes, and only it needs to see the directory. All ranks call, all
+    receive the values that were read, and an error is raised on all.
     """
 
     def __init__(self, path: Path, job: Job = SINGLE_PROCESS) -> None:

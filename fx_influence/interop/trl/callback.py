@@ -1,8 +1,8 @@
-"""Attach entropy influence to a live TRL training: measured steps are logged with its metrics and stored.
+"""Attach entropy influence to a live TRL training run: measured steps are logged with its metrics and stored.
 
-The mathematics runs on a template of the model fed the live tensors, never on the trainer's own module, and E is
-sampled on a random state of its own, so that a training goes exactly as it would without. In several processes each has
-the full model; they share the work, and only the first warns and writes.
+The mathematics runs on a template of the model with the live tensors, never on the trainer's own module, and E is
+sampled on a separate random state, so training proceeds exactly as without the callback. With several processes, each
+holds the full model and does a share of the work; only the first warns and writes.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class EntropyInfluence(TrainerCallback):
     clipping, and AdamW's state, samples fresh completions of ``eval_prompts`` as the evaluation batch E, and calls
     ``fx.influence``. After the step it measures the change of entropy on the same E. Both are logged through the
     trainer as ``entropy_influence/...``, appended to ``history``, and stored as a run directory for each measured step,
-    which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own precision, so that what
-    stays ``unattributed`` is rounding; E's are the function's. Where rounding swallows more than a tenth of a step, as
-    it does with weights trained in bfloat16, a warning says so, once.
+    which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own precision, so that
+    only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued if rounding swallows
+    more than a tenth of a step, as it does with weights trained in bfloat16.
 
-    In several processes (DistributedDataParallel) U and E are the rollouts of all: every process attaches one of these,
-    with the same settings, samples its share of E and has the full ``history``; the first stores.
+    With several processes (DistributedDataParallel), U and E are the rollouts of all: every process attaches a callback
+    with the same settings, samples its share of E and has the full ``history``; the first process stores.
 
-    Whatever goes wrong in measuring, parts that do not add up included, is one warning with the step and the reason:
-    the training goes on as it would without, and the step is missing from ``history``. ``KeyboardInterrupt`` passes. A
-    step that a loss scaler skips is missing too. Completions that are not sampled from the policy end the measuring,
-    not the training.
+    A failure while measuring, such as influences that do not add up, becomes one warning with the step and the reason:
+    training continues as without the callback, and the step is missing from ``history``. ``KeyboardInterrupt`` passes.
+    A step that a loss scaler skips is missing too. Completions that are not sampled from the policy end the measuring,
+    not the training run.
 
     Args:
         every: steps n, 2n, ... are measured, as ``logging_steps`` counts.
@@ -77,15 +77,15 @@ class EntropyInfluence(TrainerCallback):
         matrix: as for ``fx.influence``; also store pairwise influences.
         chunk_size: rows per forward, as for ``fx.influence``.
         memory_budget: bytes, as for ``fx.influence``.
-        out: directory of the stored steps, by default ``entropy_influence`` in the trainer's ``output_dir``. Where
-            another training's steps are in it, the next of ``..._2``, ``..._3`` that is free; a training that is
-            resumed goes on in its own.
-        save_state: also store the model, its optimizer and v_baseline before each measured step, so that the step's
-            plan.yaml repeats it from nothing.
+        out: directory of the stored steps, by default ``entropy_influence`` in the trainer's ``output_dir``. If it
+            holds steps of another training run, the first free one of ``..._2``, ``..._3`` is used; a resumed training
+            run continues in its own directory.
+        save_state: also store the model, its optimizer and v_baseline before each measured step, so that the step can
+            be repeated from its plan.yaml.
         seed: of E; the step's number is added to it.
-        name: stands between ``entropy_influence/`` and the metrics' names in the log; the second of a trainer's is "2"
-            by default, and its directory ``entropy_influence-2``.
-        max_prompts: number of prompts taken of the trainer's ``eval_dataset``, evenly, and of a stream, from its start.
+        name: stands between ``entropy_influence/`` and the metrics' names in the log; a trainer's second callback is
+            named "2" by default, and its directory ``entropy_influence-2``.
+        max_prompts: number of prompts taken from the trainer's ``eval_dataset``, evenly, or from the start of a stream.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.
@@ -134,17 +134,17 @@ class EntropyInfluence(TrainerCallback):
         self._directory: Path | None = None
 
     def attach(self, trainer: Any) -> EntropyInfluence:
-        """Measure this trainer's steps from now on; returns itself.
+        """Measure this trainer's steps from now on, and return this callback.
 
         Several may be attached to one trainer, each under its own name, and detached in any order. One that is in
-        ``GRPOTrainer(callbacks=[...])`` attaches itself when training begins; what is refused here is a warning there.
+        ``GRPOTrainer(callbacks=[...])`` attaches itself when training begins; errors of this method are warnings there.
 
         Raises:
             TypeError: for a trainer of another kind or with another optimizer than AdamW.
             ValueError: for a trainer whose steps cannot be attributed (active dropout, noise or images in its forward,
                 a model that ``make_functional`` refuses or that DeepSpeed or FSDP shards) or whose completions are not
-                sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts; where it is
-                attached already or its name is taken; and where processes attach with different settings.
+                sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts; if it is
+                attached already or its name is taken; and if processes attach with different settings.
         """
         if trainer is self._trainer:
             raise ValueError(f"this EntropyInfluence is attached to this {type(trainer).__name__} already; detach it")
@@ -174,7 +174,7 @@ class EntropyInfluence(TrainerCallback):
             check_consistent(mesh, {"every": self.every, "eval_prompts": prompts, **self._settings._asdict()})
 
     def detach(self) -> None:
-        """Leave the trainer as it was before ``attach``; does nothing where this is not attached."""
+        """Leave the trainer as it was before ``attach``; do nothing if this callback is not attached."""
         if self._trainer is None:
             return
         self._capture.detach()
@@ -183,13 +183,13 @@ class EntropyInfluence(TrainerCallback):
         self._trainer, self._pending = None, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the calling trainer where that has not been done, and check what it makes only now."""
+        """Attach to the calling trainer if not yet attached, and check the optimizer, which it creates only now."""
         try:
             self._attach_to_caller(args, state)
         except Exception as error:
             self._measuring = False
             if state.is_world_process_zero:
-                warn(f"nothing of this training is measured: {_reason(error)}")
+                warn(f"no step of this training run is measured: {_reason(error)}")
 
     def _attach_to_caller(self, args: Any, state: Any) -> None:
         trainer = calling_trainer(self) or self._trainer
@@ -213,11 +213,11 @@ class EntropyInfluence(TrainerCallback):
         self._capture.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Store the training's id in the checkpoint, so that a resumption continues its steps."""
+        """Store the training run's id in the checkpoint, so that a resumption continues in the same directory."""
         if self._trainer is None or not self._is_main:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        # If this fails, a resumption stores its steps in another directory, which is no reason to end the training.
+        # If this fails, a resumption stores its steps in another directory, which is no reason to end the training run.
         with suppress(OSError, ValueError):
             if checkpoint.is_dir():
                 write_training_id(checkpoint, self.name, self._training_id)
@@ -240,7 +240,7 @@ class EntropyInfluence(TrainerCallback):
         self._pending = self._guarded(step, lambda: self._before_update(step))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure what the step did to the entropy; store and log."""
+        """Measure the change of entropy over the step; store and log it."""
         if self._trainer is None or self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -271,9 +271,9 @@ class EntropyInfluence(TrainerCallback):
         return metrics
 
     def _guarded(self, step: int, work: Callable[[], Value | None]) -> Value | None:
-        """Return the result of ``work``, or None with one warning where it fails on any process.
+        """Return the result of ``work``, or None with one warning if it fails on any process.
 
-        Neither leaves a trace in the training's random state.
+        The training run's random state is restored in both cases.
         """
         try:
             with propagate_failures(self._capture.mesh), preserve_random_state(self._trainer):
@@ -294,7 +294,7 @@ class EntropyInfluence(TrainerCallback):
         return None
 
     def _skipped_by_scaler(self, step: int) -> bool:
-        """Whether a loss scaler skips this step, which then has no influences; warned of once a training."""
+        """Whether a loss scaler skips this step, which then has no influences; warn once per training run."""
         if not self._capture.overflowed():
             return False
         self._capture.stop()
@@ -318,7 +318,7 @@ class EntropyInfluence(TrainerCallback):
             base = Path(self._trainer.args.output_dir) / name if self._out is None else Path(self._out)
             self._directory = training_directory(base, self._training_id)
             if self._directory != base:
-                self._warn(f"{base} holds steps of another training; those of this one go to {self._directory}")
+                self._warn(f"{base} holds steps of another training run; those of this one go to {self._directory}")
         return StepStore(self._directory, step)
 
     def _plan(self, measured: MeasuredStep) -> dict[str, Any]:
@@ -335,7 +335,7 @@ class EntropyInfluence(TrainerCallback):
 
 
 def warn(text: str) -> None:
-    """Warn in a way that ends no training: where warnings are errors, log instead."""
+    """Warn without ending a training run: where warnings are errors, log instead."""
     try:
         warnings.warn(text, stacklevel=3)
     except Exception:
@@ -343,6 +343,6 @@ def warn(text: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's text, with its class where the text may not say what to do."""
+    """Return an error's text, preceded by its class unless errors of the class explain themselves."""
     explained = isinstance(error, (ValueError, TypeError, CaptureError, RankError, IdentityError)) and str(error)
     return str(error) if explained else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Measure one optimizer step of a TRL training: its influences before the update, the change of entropy after it."""
+"""Measure one optimizer step of a TRL training run: influences before the update, change of entropy after it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RESCORED_ROWS = 4
 
 
 class MeasurementSettings(NamedTuple):
-    """Settings by which the steps of a training are measured; all but the first two are arguments of ``fx.influence``.
+    """Settings for measuring the steps of a training run; all but the first two are arguments of ``fx.influence``.
 
     Attributes:
         completions_per_prompt: of E.
@@ -90,7 +90,7 @@ class PendingStep(NamedTuple):
 
 
 class StepMeasurement:
-    """Measure the steps of one training.
+    """Measure the steps of one training run.
 
     Args:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
@@ -213,7 +213,7 @@ class StepMeasurement:
         return engine.values(params, batch)
 
     def _log_conditioning(self, step: int, conditioning: float) -> None:
-        """Log once a training that single rollouts are not to be read, as is the rule in its first steps."""
+        """Log once per training run that single influences are ill-conditioned, as is the rule in its first steps."""
         if conditioning > ILL_CONDITIONED and self._trainer.accelerator.is_main_process:
             if not self._conditioning_logged:
                 logger.warning(
@@ -246,8 +246,8 @@ class StepMeasurement:
     ) -> None:
         """Raise ``GenerationError`` where E's tokens were not sampled from the policy.
 
-        The log-probs that they were sampled with are compared with the policy's. Where these are not known, the
-        likelihoods at other temperatures are, once a training.
+        The log-probs that they were sampled with are compared with the policy's. If they are not known, likelihoods at
+        other temperatures are compared instead, once per training run.
 
         Args:
             rollouts: E as records.
@@ -273,4 +273,4 @@ class StepMeasurement:
 def _check_finite(gradient: Gradients) -> None:
     for name, g in gradient.items():
         if g is not None and not g.isfinite().all():
-            raise ValueError(f"the gradient of {name} is not finite, so that the step has no direction")
+            raise ValueError(f"the gradient of {name} is not finite, so the step has no direction")

@@ -1,4 +1,4 @@
-"""One measured step of a TRL training as a value, and the metrics that are logged of it."""
+"""One measured step of a TRL training run as a value, and its logged metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOP_SHARE = 0.01
 
 
 class MeasuredStep(NamedTuple):
-    """One step of a training, before and after the optimizer's update.
+    """One step of a training run, before and after the optimizer's update.
 
     Attributes:
         step: number of optimizer steps when it is done, from 1.
@@ -42,7 +42,7 @@ class MeasuredStep(NamedTuple):
     step_rounding: float = float("nan")
 
     def metrics(self) -> dict[str, float]:
-        """Return what is logged, by name without prefix.
+        """Return the logged metrics, by name without prefix.
 
         Changes of entropy are in nats for this step; positive raises the entropy.
         """

@@ -17,11 +17,11 @@ TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 """Multiples of the policy's temperature that completions are tested for."""
 
 FALSE_ALARM_RATE = 3e-7
-"""Share of trainings in which completions sampled from the policy are taken for others."""
+"""Share of training runs in which completions sampled from the policy are refused all the same."""
 
 
 def rounding_bound(trainer: Any) -> float:
-    """Return by how much two forwards of a policy may differ by rounding, in nats a token on average: 2 sqrt(eps).
+    """Return the largest mean difference between two forwards by rounding alone, in nats per token: 2 sqrt(eps).
 
     eps is that of the lowest precision in use: the weights', the trainer's autocast's or, for float32 on a GPU, TF32's.
     """

@@ -1,4 +1,4 @@
-"""The precision of a TRL training: its autocast, and the share of a step that rounding of the weights swallows."""
+"""The precision of a TRL training run: its autocast, and the share of a step that rounding of the weights swallows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """accelerate's names of mixed precision -> the dtype of its autocast."""
 
 MAX_STEP_ROUNDING = 0.1
-"""Share of a step lost to rounding above which a warning says so: the measured change then misses a tenth of what the
-optimizer meant."""
+"""Share of a step lost to rounding above which a warning is issued: a tenth of the optimizer's step is then missing."""
 
 
 def in_trainers_precision(policy: Policy, accelerator: Any) -> Policy:

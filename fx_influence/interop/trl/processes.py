@@ -1,4 +1,4 @@
-"""The processes of a TRL training, each with the full model: how work is divided and values are gathered."""
+"""The processes of a TRL training run, each with the full model: how work is divided and values are gathered."""
 
 from __future__ import annotations
 

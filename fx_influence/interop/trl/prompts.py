@@ -1,4 +1,4 @@
-"""Read the held-out prompts of a live training from any of the forms users have them in."""
+"""Read the held-out prompts of a live training run from any of the forms that users have."""
 
 from __future__ import annotations
 

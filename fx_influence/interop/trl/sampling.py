@@ -1,4 +1,4 @@
-"""Sample held-out rollouts with a TRL trainer's own generation, leaving no trace in the training."""
+"""Sample held-out rollouts with a TRL trainer's own generation, leaving no trace in the training run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.processes import all_gather_values, count_and_rank, local_slice
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Distance between the seeds of two processes, so that no process draws what another does at a later step."""
+"""Distance between the seeds of two processes, so that no process repeats another's draws at a later step."""
 
 
 class SampledCompletion(NamedTuple):
@@ -34,7 +34,7 @@ def held_out_rollouts(
 ) -> list[Rollout]:
     """Sample completions of each prompt by the trainer's own generation in eval mode.
 
-    The trainer's random state, training mode and metrics are as before afterwards.
+    The trainer's random state, training mode and metrics are restored afterwards.
 
     Args:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
@@ -182,7 +182,7 @@ def _restored(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator[
 
 @contextmanager
 def preserve_random_state(trainer: Any) -> Iterator[None]:
-    """Restore afterwards every random state that a training draws from."""
+    """Restore afterwards every random state that a training run draws from."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     device = trainer.accelerator.device
     try:

@@ -1,4 +1,4 @@
-"""Correlations of the rollouts' influence with what is recorded of them, under each allocation of the baseline."""
+"""Correlations of the rollouts' influence with their recorded properties, under each allocation of the baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Correlations of the tokens' influence with what is recorded of them, and with the covariance proxy."""
+"""Correlations of the tokens' influence with their recorded properties, and with the covariance proxy."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ INTERVAL_TOKENS = 10_000
 def token_correlations(tokens: Tokens, interval_tokens: int = INTERVAL_TOKENS) -> list[Row]:
     """Return correlations of delta_it with log pi, entropy, position and the covariance proxy.
 
-    With more than ``interval_tokens`` tokens the values are of all tokens, the intervals of a random subset, always the
-    same one; the note says so. They are then wider than they need be. Fields: as ``rollout_correlations``.
+    With more than ``interval_tokens`` tokens, values are of all tokens and intervals of a fixed random subset, which
+    makes them wider than necessary; the note says so. Fields: as ``rollout_correlations``.
     """
     covariates = {
         "logprob": tokens.logprob,
@@ -36,9 +36,9 @@ def token_correlations(tokens: Tokens, interval_tokens: int = INTERVAL_TOKENS) -
 def proxy_rows(tokens: Tokens) -> list[Row]:
     """Return how well the proxy (log pi - mean)(A - mean) predicts delta: R² of the linear fit, and rank correlation.
 
-    Once for tokens, and once for rollouts, with the sums of both over a rollout's tokens. Fields: ``of``, ``measure``
-    (``r2``, ``spearman``), and those of ``correlation_rows``. The proxy predicts a fall of the entropy, so that rho is
-    negative where it works.
+    There are rows for tokens, and rows for rollouts, with both summed over a rollout's tokens. Fields: ``of``,
+    ``measure`` (``r2``, ``spearman``), and those of ``correlation_rows``. The proxy predicts a fall of the entropy, so
+    that rho is negative where it works.
     """
     proxy = tokens.proxy()
     index = np.unique(tokens.rollout, return_inverse=True)[1]

@@ -7,12 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fx_influence.lab.analysis.correlation import (
-    CONFIDENCE,
-    Row,
-    cluster_counts,
-    cluster_index,
-)
+from fx_influence.lab.analysis.correlation import CONFIDENCE, Row, cluster_counts, cluster_index
 from fx_influence.lab.analysis.covariates import Tokens
 
 FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 0.5)

@@ -28,11 +28,11 @@ from fx_influence.lab.store import Pieces, RunDirectory
 def run(
     plan: EntropyInfluencePlan, path: str | Path | None = None, progress: Progress = lambda phase, done, total: None
 ) -> EntropyInfluenceResults:
-    """Do what ``plan`` says and store it in ``path``; a directory that holds part of the same run is continued.
+    """Run ``plan`` and store the results in ``path``; a directory that holds part of the same run is continued.
 
-    Where a launcher has started several processes, or the caller a process group, all of them make the call, share the
-    work and have the results; ``path`` is that of the first, which alone reads and writes there. With one seed a run
-    repeats bit for bit on one machine, figures of time and memory excepted.
+    If a launcher has started several processes, or the caller a process group, all of them make the call, share the
+    work and receive the results; only the first reads and writes, in the ``path`` that it was given. With one seed a
+    run repeats bit for bit on one machine, figures of time and memory excepted.
 
     Args:
         plan: what to measure.
@@ -43,7 +43,7 @@ def run(
         What the run directory holds, see ``load_run``.
 
     Raises:
-        PlanError: and the errors of checkpoints, prompts and rewards, before anything is sampled or written.
+        PlanError: before anything is sampled or written; so are the errors of checkpoints, prompts and rewards.
         RunDirectoryError: where ``path`` holds something else.
     """
     return run_experiment(plan, path, _measure, load_run, progress)
@@ -90,7 +90,7 @@ def _measure_evaluation(plan: EntropyInfluencePlan, context: RunContext, step: S
 
 
 def _evaluation_pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arrays]]:
-    """Return the temporary pieces of an evaluation: the tasks of its first order, and the blocks of its sweep."""
+    """Return the temporary pieces of an evaluation: first-order tasks, and blocks of finite steps."""
     return directory.array_pieces(eval_file(i, "_first_order")), directory.array_pieces(eval_file(i, "_block"))
 
 

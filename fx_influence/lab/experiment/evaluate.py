@@ -1,4 +1,4 @@
-"""Put together what is measured on one E: the first order, finite steps, and the figures of both."""
+"""Measure one E: influences to first order, finite steps, and the figures of both."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def evaluate(
         step: the step that U makes.
         e: the rollouts of E, scored.
         first: what ``first_order`` returned for this E.
-        stored: blocks of the sweep that are measured, see ``sweep``.
+        stored: blocks of finite steps that are already measured, see ``sweep``.
         progress: called as blocks are measured.
     """
     lr = state.reference_lr

@@ -66,8 +66,8 @@ def sweep(
         state: the training state.
         step: the step that U makes.
         batch_e: E.
-        sizes: how far to go.
-        stored: blocks that are measured, by number; each further one is put there as soon as it is measured. With a
+        sizes: step sizes along each direction.
+        stored: measured blocks, by number; each further one is added as soon as it is measured. With a
             mapping onto files, an interrupted sweep continues at the block where it stopped.
         progress: called as blocks are measured.
 
@@ -76,7 +76,7 @@ def sweep(
         ``d_ess``, ``d_clip_fraction``, ``d_stderr`` and ``d_float64`` (n_eta,). For a direction of every rollout the
         same with an axis n_u behind n_eta, but of the log-weights only ``d_log_weight_mean`` and ``d_log_weight_max``
         (of |log w|), and ``d_second`` (n_u,), d2H/deta2 at 0. At ``sizes.per_rollout``: ``auto_eta``, ``auto_grad``
-        (n_u,) and its statistics. What the plan does not ask for is absent.
+        (n_u,) and its statistics. Anything that the plan does not ask for is absent.
     """
     distinct, index = distinct_update_rows(step.batch)
     # Equal rollouts have equal step sizes, so the first stands for its copies.

@@ -1,4 +1,4 @@
-"""Compute what the step and its rollouts do to the entropy over one E to first order, task by task."""
+"""Compute the first-order effects of the step and its rollouts on the entropy over one E, task by task."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def first_order(
     stored: MutableMapping[int, Arrays] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Arrays:
-    """Return the influences with their matrix, and what else the plan asks for to first order, by name.
+    """Return the influences with their matrix, and the plan's other first-order figures, by name.
 
     Args:
         plan: says what is computed.
@@ -58,7 +58,7 @@ def first_order(
         whole step, the first of ``full``, ``baseline`` and those of ``plan.directions``, the second of
         ``plan.second_order`` (NaN for the rest). ``full_error``, ``baseline_error``, ``rollouts_error``: standard
         errors of the totals. ``rounding_floor`` where there are finite steps, else NaN. The influences on the reward;
-        those along ``rmsprop`` where they cost nothing or it is one of the directions.
+        those along ``rmsprop`` if they cost nothing or it is one of the plan's directions.
     """
     wanted = {"full", "baseline", *plan.directions, *plan.second_order_directions()}
     directions = step_directions(plan, state, step, wanted)

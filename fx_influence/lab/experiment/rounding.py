@@ -1,4 +1,4 @@
-"""Estimate the change of entropy that float32 rounding alone makes, and choose steps that exceed it."""
+"""Estimate the change of entropy caused by float32 rounding alone, and choose steps that exceed it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST_MULTIPLE = 1e4
 
 
 def rounding_floor(plan: EntropyInfluencePlan, state: TrainingState, batch_e: Batch) -> float:
-    """Return |Delta H| in nats that rounding the weights of theta + eta v makes, whatever v.
+    """Return the |Delta H| in nats caused by rounding the weights of theta + eta v, for any v.
 
     It is the root mean square of 8 random roundings. Rounding moves a weight by an amount uniform within half a unit
     in the last place. Less than a whole unit cannot be added to a weight, so each is moved by one unit up or down with
@@ -49,12 +49,12 @@ def etas_above_rounding(per_sequence: Tensor, floor: float, factor: float, lr: f
 
     Args:
         per_sequence: (n_u,), delta_i, nats per unit lr.
-        floor: |Delta H| that rounding makes, nats.
+        floor: |Delta H| caused by rounding, nats.
         factor: how far above the floor.
         lr: learning rate.
 
     Returns:
-        (n_u,), at most 1e4 lr; 0 where delta_i is.
+        (n_u,), at most 1e4 lr; 0 where delta_i is 0.
 
     Example:
         >>> etas_above_rounding(torch.tensor([-0.5, 2.0, 0.0]), floor=2**-20, factor=8.0, lr=2**-10).tolist()

@@ -60,14 +60,14 @@ def run_experiment(
 ) -> Results:
     """Store what ``measure`` measures in ``path``, or continue there; a finished directory is left as it is.
 
-    The processes of a job all make the call, see ``interop.job``, and all have the results; the first alone touches
+    All processes of a job make the call, see ``interop.runtime.job``, and receive the results; only the first touches
     ``path`` and reports progress.
 
     Args:
         plan: what to measure.
         path: run directory; None: one in ``runs`` that is named after the plan's content.
-        measure: stores its pieces and results, and returns its figures. With the figures common to all experiments they
-            become ``summary.json``, which is written last of all: its presence says that the run is complete.
+        measure: stores its results, and returns its figures. With the figures common to all experiments they become
+            ``summary.json``, which is written last: its presence says that the run is complete.
         load: reads the results in ``path``.
         progress: called as the work goes on.
 
@@ -111,7 +111,7 @@ def _measure_and_store(
             figures = measure(plan, RunContext(state, directory, u, seconds, progress))
         except USER_ERRORS as error:
             if job.rank == 0:
-                # Without the job's collectives, because the other ranks may not have come so far.
+                # Without the job's collectives, because other ranks may not have reached this line.
                 RunDirectory(path).note_failure(error)
             raise
         directory.write_json(SUMMARY, {**figures, **_common_figures(state, u, seconds)})

@@ -33,7 +33,7 @@ class Step(NamedTuple):
     Attributes:
         batch: U with coefficients.
         gradient: of the loss, by parameter name; None where a parameter has none.
-        decomposition: what AdamW makes of the gradient.
+        decomposition: AdamW's step with this gradient, split into its terms.
         gradient_norms: (n_u,), |g_i|.
     """
 
@@ -61,8 +61,8 @@ def measure_step(
         state: the training state.
         batch: U with coefficients.
         preconditioner: see ``adamw_decompose``.
-        directory: stores the gradient and the norms, or has them of an interrupted run.
-        progress: called as the two of them are there.
+        directory: stores the gradient and the norms, or has those of an interrupted run.
+        progress: called as each of the two is ready.
     """
     progress("step", 0, 2)
     if not directory.has(GRADIENT):
@@ -87,8 +87,8 @@ def step_directions(
     Args:
         plan: has the clipping.
         state: the training state.
-        step: what U makes of it.
-        names: directions wanted; those of single rollouts among them are passed over.
+        step: the step that U makes.
+        names: directions wanted; those of single rollouts among them are ignored.
     """
     directions = {
         "full": step.decomposition.direction,
@@ -103,7 +103,7 @@ def step_directions(
 
 
 def directions_per_block(plan: StepPlan, params: Params) -> int:
-    """Return how many directions fit the plan's memory budget, with the copies that measuring along one takes."""
+    """Return how many directions fit the plan's memory budget, with the copies that a measurement needs."""
     size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
     return max(1, plan.memory_budget // (plan.copies_of_a_direction() * size))
 

@@ -66,7 +66,7 @@ def self_kernel(plan: FisherKernelPlan, state: TrainingState, batch: Batch, diag
 
     def squared_norms(rows: Batch) -> Tensor:
         gradients = rollout_gradients(state.params, rows, state.apply, plan.temperature)
-        # Parameters that the optimizer does not hold are no part of the kernel.
+        # The kernel is over the parameters that the optimizer holds.
         squares = [(diagonal[name] * g * g).flatten(1) for name, g in gradients.items() if name in diagonal]
         return torch.stack([square.sum(1, dtype=torch.float64) for square in squares]).sum(0).cpu()
 
@@ -109,7 +109,7 @@ def kernel(
 
 
 def logprob_change(plan: FisherKernelPlan, state: TrainingState, step: Step, batch_e: Batch) -> Arrays:
-    """Return the changes of E's log-probabilities along the step and its parts, per unit lr.
+    """Return the changes of E's log-probabilities along the step and its terms, per unit lr.
 
     Args:
         plan: has the settings of the passes.
@@ -122,7 +122,7 @@ def logprob_change(plan: FisherKernelPlan, state: TrainingState, step: Step, bat
         ``predicted_delta_logprob_baseline``, <grad S_a, v_baseline>, and their ``residual``, (n_e,).
 
     Raises:
-        IdentityError: where the residuals of all rollouts exceed what rounding can make of the sum of all parts. Of a
+        IdentityError: where the residuals of all rollouts exceed what rounding can make of the sum of all terms. For a
             single rollout that is all but certain, and so hardly moves, float32 leaves few digits.
     """
     (distinct, index), (distinct_u, index_u) = (

@@ -31,11 +31,11 @@ class FisherEvaluationResults:
 
     Attributes:
         kernel: (n_e, n_u), K_ai = <grad S_a, P grad S_i>, see ``fx.fisher_kernel``.
-        delta_logprob_matrix: (n_e, n_u), <grad S_a, v_i>, what rollout i's part of the step does to S_a, nats per unit
+        delta_logprob_matrix: (n_e, n_u), <grad S_a, v_i>, effect on S_a of rollout i's part of the step, nats per unit
             lr.
         arrays: each (n_e,). ``self_kernel``: K_aa. ``predicted_delta_logprob``: <grad S_a, v> along the whole step,
-            nats per unit lr. ``predicted_delta_logprob_baseline``: the part that momentum and weight decay make.
-            ``residual``: the prediction less that part and less the matrix's row.
+            nats per unit lr. ``predicted_delta_logprob_baseline``: the contribution of momentum and weight
+            decay. ``residual``: the prediction less that contribution and less the sum of the matrix's row.
         summary: figures of the evaluation.
         rollouts: of E, in the order of every axis over E.
         top: for every rollout of E the rollouts of U that move it most.

@@ -39,15 +39,15 @@ from fx_influence.types import Params
 def run_fisher(
     plan: FisherKernelPlan, path: str | Path | None = None, progress: Progress = lambda phase, done, total: None
 ) -> FisherKernelResults:
-    """Do what ``plan`` says and store it in ``path``, see ``run``; a directory with part of the same run is continued.
+    """Run ``plan`` and store the results in ``path``, see ``run``; a directory with part of the same run is continued.
 
     With S_a the log-probability of E's rollout a, P the preconditioner and v = v_baseline + sum_i v_i the step of U,
 
         K_ai = <grad S_a, P grad S_i>        <grad S_a, v> = <grad S_a, v_baseline> + sum_i <grad S_a, v_i>
 
-    K says how raising rollout i's probability would move a's, whatever its advantage; <grad S_a, v_i> what it does in
-    this step, in nats per unit lr. The left side of the second is one JVP, the right per-sequence gradients. With one
-    seed a run repeats bit for bit on one machine, figures of time and memory excepted.
+    K_ai is the effect on S_a of raising rollout i's probability, whatever its advantage; <grad S_a, v_i> is rollout i's
+    effect on S_a in this step, in nats per unit lr. The left side of the second equation is one JVP, the right side
+    per-sequence gradients. With one seed a run repeats bit for bit on one machine, figures of time and memory excepted.
 
     Args:
         plan: what to measure.
@@ -58,7 +58,7 @@ def run_fisher(
         What the run directory holds, see ``load_fisher_run``.
 
     Raises:
-        PlanError: and the errors of checkpoints, prompts and rewards, before anything is sampled or written.
+        PlanError: before anything is sampled or written; so are the errors of checkpoints, prompts and rewards.
         RunDirectoryError: where ``path`` holds something else.
         IdentityError: where the two sides differ by more than rounding.
 

@@ -37,7 +37,7 @@ def _headline(s: dict[str, Any]) -> Text:
 
 def _figure_table(s: dict[str, Any]) -> ColumnTable:
     columns = ("E", "rollouts", "mean", "mean |.|", "median |.|", "largest |.|", "baseline, mean |.|")
-    more = ("one rollout of U, mean |.|", "Spearman with K_aa", "residual / sum of |parts|")
+    more = ("one rollout of U, mean |.|", "Spearman with K_aa", "residual / sum of |terms|")
     rows = []
     for i, e in enumerate(s["evaluations"]):
         sizes = [e[f"{name}_predicted_delta_logprob"] for name in ("mean_abs", "median_abs", "largest_abs")]
@@ -73,7 +73,7 @@ def _strongest_table(top: list[dict[str, Any]], lr: float) -> ColumnTable:
             )
         )
     texts = (Column("prompt", "text"), Column("completion", "text"))
-    by = (Column("by U's rollout", "name"), *texts, Column("advantage"), Column("its part"))
+    by = (Column("by U's rollout", "name"), *texts, Column("advantage"), Column("its contribution"))
     return ColumnTable(
         "Rollouts of E 00 that the step moves most, and what in U moves them",
         (*texts, Column("change"), Column("baseline"), *by),

@@ -59,7 +59,7 @@ CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
 
 
 def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Finding]:
-    """Return the findings on one E, those that need attention first, and of these the gravest first.
+    """Return the findings on one E, those that need attention first, the gravest at the head.
 
     A check whose figures the run did not store, such as the effective sample size of a run without a sweep, is
     ``unknown`` where its absence matters, and left out where it does not apply.
@@ -82,5 +82,5 @@ def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Findin
 
 
 def has_small_ess(findings: list[Finding]) -> bool:
-    """Return whether the importance weights leave too little of E for what is measured at this step's length."""
+    """Return whether the importance weights leave too few rollouts of E to measure a step of this length."""
     return any(finding.name == EFFECTIVE_SAMPLE and finding.level == "attention" for finding in findings)

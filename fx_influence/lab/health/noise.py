@@ -16,11 +16,11 @@ Source: benchmarks/evidence/README.md.
 
 
 def check_movement(f: Figures) -> Finding | None:
-    """Tell why nothing moves, where nothing does."""
+    """Explain why nothing moves, if nothing does."""
     name = "Nothing moved"
     if not f.arrays["per_sequence"].any():
         return Finding(
-            name, "attention", f"{_why_unmoved(f.advantages)} The total is that of momentum and weight decay alone."
+            name, "attention", f"{_why_unmoved(f.advantages)} The total comes from momentum and weight decay alone."
         )
     if not f.lr:
         text = "The learning rate of this step is 0: influences are per unit lr, and the step itself changes nothing."

@@ -12,7 +12,7 @@ MAX_DEVIATION = 0.1
 MAX_CLIPPED = 0.01
 """Largest share of importance weights that may be clipped."""
 MIN_ESS = 0.5
-"""Least effective sample, over the rollouts of E."""
+"""Smallest effective sample size, as a share of the rollouts of E."""
 MAX_LOST = 0.5
 """Largest share of rollouts whose effect may be below the rounding of the weights."""
 
@@ -34,7 +34,7 @@ def check_first_order(f: Figures) -> Finding | None:
 
 
 def check_prediction(f: Figures) -> Finding | None:
-    """Compare the predicted change with the measured one, of a step inside a training."""
+    """Compare the predicted change with the measured one, for a step of a training run."""
     step = f.summary.get("in_this_step", {})
     if "measured" not in step or not step["measured"]:
         return None
@@ -69,7 +69,7 @@ def check_clipping(f: Figures) -> Finding | None:
 
 
 def check_rounding_floor(f: Figures) -> Finding | None:
-    """Compare single rollouts' effects with what rounding the weights makes."""
+    """Compare single rollouts' effects with that of rounding the weights."""
     if f.summary.get("rounding_floor") is None or not f.lr:
         return None
     name, floor = "Rounding of the weights", f.summary["rounding_floor"]

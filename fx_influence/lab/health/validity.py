@@ -1,4 +1,4 @@
-"""Check that the figures of a run are right: derivatives, modes, policies and what is left out."""
+"""Check that the figures of a run are right: derivatives, modes, policies and the unattributed term."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def check_derivatives_agree(f: Figures) -> Finding | None:
         return Finding(
             DERIVATIVES,
             "attention",
-            f"Derivatives and finite differences of the policy differ by {max(shares):.1g} of the slopes' size along "
-            f"{names}: first-order figures are not those of this policy. Mend what is detached, rounded or has a wrong "
-            "backward between these and the logits.",
+            f"Derivatives and finite differences of the policy differ by {max(shares):.1g} of the derivatives' size "
+            f"along {names}: first-order figures are not those of this policy. Mend what is detached, rounded or "
+            "has a wrong backward between these and the logits.",
         )
     if not check["conclusive"]:
         text = (
@@ -94,13 +94,13 @@ def check_policy_of_u(f: Figures) -> Finding | None:
 
 def check_unattributed(f: Figures) -> Finding | None:
     """Compare what the trainer's gradient holds beyond its rollouts with their influences."""
-    # A run takes the gradient from its rollouts, so only a step measured inside a training can have more.
+    # A run takes the gradient from its rollouts, so only a step of a training run can have more.
     unattributed = f.summary.get("unattributed", 0.0)
     if not unattributed and "in_this_step" not in f.summary:
         return None
     name, size = "Unattributed", float(np.abs(f.arrays["per_sequence"]).sum())
     share = abs(unattributed) / size if size else 0.0
-    text = f"The trainer's gradient beyond that of the rollouts makes {share:.2g} of the sum of |influence|"
+    text = f"The trainer's gradient outside of the rollouts accounts for {share:.2g} of the sum of |influence|"
     if share <= MAX_UNATTRIBUTED:
         return Finding(name, "good", f"{text}.")
     return Finding(name, "attention", f"{text}: rounding in half precision, or a loss that is no sum over tokens.")

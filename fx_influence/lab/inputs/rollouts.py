@@ -1,4 +1,4 @@
-"""Make the rollouts of U and of every E: sampled piece by piece, written out, or read; scored by the policy."""
+"""Make the rollouts of U and of every E: sample, tokenize or read them, and score them by the policy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch, TokenValues
 
 Progress = Callable[[str, int, int], None]
-"""Called with the phase, the number of its pieces that are done, and the number of all."""
+"""Called with the phase, and how many of its tasks are done, of how many."""
 
 ROLLOUTS_PER_PIECE = 64
 """Number of rollouts that are sampled, judged and stored together."""
@@ -35,7 +35,7 @@ ON_POLICY_TOLERANCE = 1e-3
 
 
 class ScoredRollouts(NamedTuple):
-    """The rollouts of one batch and what the policy says of them.
+    """The rollouts of one batch with the policy's scores of them.
 
     Attributes:
         rollouts: records in the order of the batch.
@@ -168,7 +168,7 @@ def _sample(
         prompts: to choose from.
         seed: of the choice of prompts and of every piece.
         pieces: stored pieces by number; each further piece is stored there.
-        progress: called with the number of rollouts that are there, and of all.
+        progress: called with the number of rollouts sampled so far, and of all.
     """
     if request.num_prompts is not None:
         prompts = random.Random(seed).sample(list(prompts), request.num_prompts)

@@ -1,4 +1,4 @@
-"""Read what a batch of a plan starts from, prompts or rollouts, before any model is loaded."""
+"""Read the prompts or rollouts that a plan's batches start from, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def read_sources(plan: StepPlan) -> list[Source]:
-    """Return what U and each E start from, in the order of ``plan.requests()``.
+    """Return the prompts or rollouts that U and each E start from, in the order of ``plan.requests()``.
 
     Raises:
         PlanError: where the files do not hold what the plan asks for.
@@ -55,7 +55,7 @@ def read_sources(plan: StepPlan) -> list[Source]:
 
 
 def load_reward(plan: StepPlan, sources: Sequence[Source]) -> Reward | None:
-    """Return the plan's reward function, None without one, checked to find the columns that it needs in all prompts.
+    """Return the plan's reward function, None without one, after checking that all prompts have the columns it needs.
 
     Raises:
         RewardError, ValueError, ImportError: of ``interop.scoring``.

@@ -1,4 +1,4 @@
-"""Load the training state that a plan names: policy, optimizer state, and what its batches start from."""
+"""Load the training state that a plan names: policy, optimizer state, and the sources of its batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainingState(NamedTuple):
         apply: the policy as a function of its parameters.
         params: trainable parameters by name.
         opt_state: AdamW's state, at least float32.
-        sources: what U and each E start from, in the order of ``plan.requests()``.
+        sources: prompts or rollouts of U and each E, in the order of ``plan.requests()``.
         reward: the plan's reward function, None without one.
         job: the processes that share the work.
     """
@@ -45,7 +45,7 @@ class TrainingState(NamedTuple):
 
     @property
     def reference_lr(self) -> float:
-        """Return the learning rate that etas are multiples of; 1e-6 where a saved schedule stands at 0."""
+        """Return the learning rate that etas are multiples of; 1e-6 if the saved schedule is at 0."""
         return self.opt_state.lr or 1e-6
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Plans: what a run measures, as values that are written to and read from YAML; a stored plan repeats its run."""
+"""Plans of runs, as values that are written to and read from YAML; a stored plan repeats its run."""
 
 from fx_influence.lab.plan.batch_request import BatchRequest, CustomSequence, RolloutFile, SampledBatch
 from fx_influence.lab.plan.demo import DEMO_DIRECTORY, demo_path

@@ -40,7 +40,7 @@ PromptId = Annotated[str, BeforeValidator(_id_as_text)]
 
 @dataclass(frozen=True, repr=False)
 class SampledBatch:
-    """Rollouts to be sampled from the policy: of all prompts, of those with given ids, or of some drawn at random.
+    """Rollouts to be sampled from the policy, for all prompts, those with given ids, or some drawn at random.
 
     Args:
         prompts: a .jsonl, .parquet or .txt file, see ``interop.prompts.read_prompts``, or the prompts themselves, each

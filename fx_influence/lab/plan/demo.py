@@ -1,4 +1,4 @@
-"""The embedded training: where its files are, and the plan fields that describe it."""
+"""The embedded training run: paths of its files, and the plan fields that describe it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEMO_DIRECTORY = Path(__file__).parents[1] / "demo"
 
 
 class _DemoDefault:
-    """Default of a field that describes one training: the demo's value with its checkpoint, none with another."""
+    """Default of a field that describes one training run: the demo's value with its checkpoint, none with another."""
 
     def __repr__(self) -> str:
         return "<the demo's>"
@@ -28,9 +28,9 @@ DEMO_FIELDS: dict[str, Any] = {
     "loss": "dr_grpo",
     "max_new_tokens": 20,
 }
-"""Values of the fields that describe the embedded training, which nobody can guess of another training.
+"""Values of the fields that describe the embedded training run; those of another run cannot be guessed.
 
-U's seed is that of a step whose effect E tells apart from noise, as few single steps of so small a policy are.
+U's seed is chosen so that E distinguishes the step's effect from noise, which is rare for a policy this small.
 """
 LINES_TO_ADD = {
     "update": "update: {prompts: FILE.jsonl}",
@@ -39,7 +39,7 @@ LINES_TO_ADD = {
     "loss": f"loss: {' | '.join(get_args(LossType))}",
     "max_new_tokens": "max_new_tokens: N",
 }
-"""Lines to add to a plan of another training that lacks these fields."""
+"""Lines to add to a plan of another training run that lacks these fields."""
 
 
 def demo_path(name: str) -> str:

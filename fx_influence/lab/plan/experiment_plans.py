@@ -85,7 +85,7 @@ class EntropyInfluencePlan(StepPlan):
     def second_order_directions(self) -> set[str]:
         """Return the directions of the whole step whose second derivative is needed.
 
-        The baseline's is needed where those of rollouts beside the baseline are, which are read less the baseline's.
+        The baseline's is also needed if it has to be subtracted from that along each v_baseline + v_i.
         """
         needs_baseline = self.second_order_per_sequence and "baseline_plus_grad" in self.directions
         return {*self.second_order, *(("baseline",) if needs_baseline else ())}
@@ -93,12 +93,12 @@ class EntropyInfluencePlan(StepPlan):
     def copies_of_a_direction(self) -> int:
         """Return the memory that measuring along a direction takes, in sizes of the direction.
 
-        Finite steps in float64 take two copies more, twice as wide.
+        Finite steps in float64 take two more copies, each twice as large.
         """
         return super().copies_of_a_direction() + (4 if self.compare_float64 else 0)
 
     def estimation(self) -> dict[str, Any]:
-        """Return the arguments of ``influence``, ``jvp_delta`` and ``snis_sweep`` that say how E is estimated on."""
+        """Return the arguments of ``influence``, ``jvp_delta`` and ``snis_sweep`` that define the estimate."""
         return {
             "objective": Entropy(self.estimator, self.normalize),
             "temperature": self.temperature,

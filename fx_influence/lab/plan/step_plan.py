@@ -36,11 +36,12 @@ AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
 class StepPlan:
     """One training state and its batches: what every experiment begins with.
 
-    ``update``, ``evaluations``, ``reward``, ``loss`` and ``max_new_tokens`` have the embedded training's values where
-    ``checkpoint`` is ``demo``. With any other checkpoint they must be given, except ``reward`` where nothing is sampled
-    and ``loss`` where ``update`` is a file, whose rollouts may have coefficients: both are None then. The defaults of
-    ``scale_advantages``, ``clip_range``, ``max_grad_norm`` and ``temperature`` are those of trainers (TRL, verl); the
-    other defaults say nothing of a training. Learning rates, betas and weight decay are the optimizer state's own.
+    ``update``, ``evaluations``, ``reward``, ``loss`` and ``max_new_tokens`` have the embedded training run's values
+    where ``checkpoint`` is ``demo``. With any other checkpoint they must be given, except ``reward`` where nothing is
+    sampled and ``loss`` where ``update`` is a file, whose rollouts may have coefficients: both are None then. The
+    defaults of ``scale_advantages``, ``clip_range``, ``max_grad_norm`` and ``temperature`` are those of trainers (TRL,
+    verl); the other defaults do not depend on the training run. Learning rates, betas and weight decay are the
+    optimizer state's own.
 
     Args:
         checkpoint: directory of the training state, or ``demo``.
@@ -48,10 +49,10 @@ class StepPlan:
         dtype: of the weights as they are read; half precision is raised to float32 for computing.
         device: ``cpu``, or ``cuda``.
         reward: ``module:function``, see ``interop.rewards``.
-        loss: the training's, see ``fx.coefficients``.
+        loss: the trainer's, see ``fx.coefficients``.
         scale_advantages: advantages are divided by the standard deviation of the prompt's rewards.
         clip_range: epsilon below and above; counts where U is of an older policy.
-        max_grad_norm: norm that the training clips gradients to; None: nothing is clipped.
+        max_grad_norm: norm that the trainer clips gradients to; None: nothing is clipped.
         temperature: that completions are sampled and scored with.
         max_new_tokens: length of the longest completion.
         update: U, the rollouts of the step.
@@ -122,7 +123,7 @@ class StepPlan:
     def copies_of_a_direction(self) -> int:
         """Return the memory that measuring along a direction takes, in sizes of the direction.
 
-        It is there alone, among the others of its block, and added to the weights.
+        Its copies are the direction itself, its row in a block of directions, and its sum with the weights.
         """
         return 3
 
@@ -158,7 +159,7 @@ class StepPlan:
                 object.__setattr__(self, name, value)
 
     def _check_types(self) -> None:
-        """Require of values given in Python the types of those in a file, and turn lists into tuples.
+        """Require the same types of values given in Python as in a file, and turn lists into tuples.
 
         A field that was not given and has no default stays as it is, for ``_check_present``.
         """
@@ -184,7 +185,7 @@ class StepPlan:
         return value
 
     def _check_present(self) -> None:
-        """Raise ``PlanError`` where fields that describe another training are left to the demo's values."""
+        """Raise ``PlanError`` if fields that describe another training run are left to the demo's values."""
         batches = (self.update, *self.evaluations) if DEMO_DEFAULT not in (self.update, self.evaluations) else ()
         needed = {
             "reward": not batches or any(isinstance(request, SampledBatch) for request in batches),

@@ -71,7 +71,7 @@ def test_callback_warns_when_it_cannot_attach(tmp_path: Path) -> None:
     influence = EntropyInfluence(1)
     training = trainer_with_callbacks(tmp_path, influence)
     texts = warnings_of(training.train)
-    assert any("nothing of this training is measured: eval_prompts is None" in text for text in texts)
+    assert any("no step of this training run is measured: eval_prompts is None" in text for text in texts)
     assert training.state.global_step == 2
     assert not influence.history
 

@@ -1,6 +1,6 @@
 """The ``.metadata`` file of a ``torch.distributed.checkpoint`` directory: which bytes of which file hold which value.
 
-It is a pickle, which torch's own reader unpickles whatever it names. This reader admits the few classes of such
+It is a pickle, and torch's own reader unpickles whatever it names. This reader admits the few classes of such
 metadata and nothing else, and builds stand-ins in their place, so that torch's are not even needed. Source: torch 2.13,
 ``torch.distributed.checkpoint.metadata`` and ``filesystem``; torch 2.1 writes the same.
 """
@@ -30,7 +30,6 @@ def _unused(*_: object) -> None:
 
 _CLASSES = "torch.distributed.checkpoint.metadata"
 
-
 _ADMITTED: dict[tuple[str, str], Any] = {
     (_CLASSES, "Metadata"): _Record,
     (_CLASSES, "MetadataIndex"): _Record,
@@ -41,7 +40,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     (_CLASSES, "StorageMeta"): _Record,
     (_CLASSES, "_MEM_FORMAT_ENCODING"): _unused,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
-    # sharded tensors, and all tensors before torch 2.4
+    # Sharded tensors, and all tensors before torch 2.4.
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Record,
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): _unused,
     ("torch", "Size"): tuple,
@@ -51,7 +50,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("pathlib", "WindowsPath"): _unused,
     ("pathlib._local", "PosixPath"): _unused,
     ("pathlib._local", "WindowsPath"): _unused,
-    # Python 3.11.0 to 3.11.3 pickle a member of an enum by getattr
+    # Python 3.11.0 to 3.11.3 pickle a member of an enum by getattr.
     ("builtins", "getattr"): _unused,
 }
 

@@ -18,6 +18,7 @@ from fx_influence.interop.checkpoints.dcp.metadata import METADATA, Chunk, read_
 from fx_influence.interop.checkpoints.torch_save import load_values, row_layout
 
 MAX_READ_BYTES = 2**24
+"""About how many bytes of a stored tensor are read at a time."""
 
 
 class StoredValue(NamedTuple):
@@ -36,7 +37,7 @@ def has_values(directory: Path, names: Sequence[str]) -> bool:
 
 
 def read_values(directory: Path, names: Sequence[str]) -> Any:
-    """Read what a saved state dict holds under any of ``names``, nested as it was; an empty dict if there is nothing.
+    """Read the values of a saved state dict under any of ``names``, nested as saved; an empty dict if there are none.
 
     Args:
         directory: written by ``torch.distributed.checkpoint.save``, from any number of processes; the shards of a
@@ -150,7 +151,7 @@ def _incomplete(stored: StoredValue) -> ValueError:
 
 
 def _read_rows(stored: StoredValue, chunk: Chunk, rows: slice, max_read_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the rows of a chunk, some at a time, each time with the index of the first one."""
+    """Yield the rows of a chunk in groups, each with the index of its first row."""
     name = f"{stored.name} in {stored.directory / chunk.file}"
     with (stored.directory / chunk.file).open("rb") as file:
         layout = row_layout(file, chunk.start, chunk.length, chunk.sizes)

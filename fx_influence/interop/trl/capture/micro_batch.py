@@ -23,7 +23,7 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class CaptureError(RuntimeError):
-    """A step whose loss is not a function of the log-probabilities and entropies of its own rollouts alone."""
+    """Raised for a step whose loss depends on more than the log-probabilities and entropies of its own rollouts."""
 
 
 class Scoring(NamedTuple):

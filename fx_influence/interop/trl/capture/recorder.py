@@ -28,8 +28,8 @@ class Capture:
     The coefficients are the gradients that reach the log-probabilities and entropies the trainer's loss is made of, so
     they are exact whatever the loss, its clipping, masks, accumulation or version.
 
-    What goes wrong in recording never reaches the trainer: it is raised by ``finish``. An exception of the trainer's
-    own passes unchanged and ends the recording. Several may wrap one trainer and be detached in any order.
+    Errors of the recording never reach the trainer: ``finish`` raises them. An exception of the trainer's own methods
+    passes unchanged and ends the recording. Several instances may wrap one trainer and be detached in any order.
 
     Args:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
@@ -74,8 +74,8 @@ class Capture:
     def finish(self) -> CapturedStep:
         """Return the step recorded since ``start`` by all processes, once its gradient is accumulated and clipped.
 
-        Raises ``CaptureError`` where the trainer's loss never asked for log-probabilities, or for those of other rows
-        than its own, and where recording failed.
+        Raises ``CaptureError`` if the trainer's loss never asked for log-probabilities or asked for those of other rows
+        than its own, or if recording failed.
         """
         micro_batches, clipped, problem = self._micro_batches, self._clipped, self._problem
         self.stop()
@@ -117,7 +117,7 @@ class Capture:
         return any(all_gather_values(self.mesh, not all(bool(g.isfinite().all()) for g in gradients)))
 
     def gradient_scale(self) -> float:
-        """Return the factor, processes times loss scale, that gradients of this process's loss are too large by."""
+        """Return the factor by which gradients of this process's loss are too large: processes times loss scale."""
         accelerator = self._trainer.accelerator
         scaler = getattr(accelerator, "scaler", None)
         # DistributedDataParallel averages over processes whatever the loss, which trl's normalisations allow for.

@@ -18,7 +18,7 @@ REWARDS = "entropy_influence_rewards"
 
 
 class RolloutRows(NamedTuple):
-    """Rollouts of a micro-batch, of a process or of all: those fields of ``CapturedStep`` that have a row for each.
+    """Rollouts of a micro-batch, of a process or of all: the fields of ``CapturedStep`` with one row per rollout.
 
     All are on the CPU. ``prompt_widths``: (n,), columns of each row that hold its prompt and the prompt's padding.
     """

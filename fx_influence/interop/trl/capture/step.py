@@ -12,14 +12,14 @@ from fx_influence.types import Batch, Gradients
 
 
 class CapturedStep(NamedTuple):
-    """The rollouts of one optimizer step, all its micro-batches, and what the trainer's own loss makes of them.
+    """The rollouts of all micro-batches of one optimizer step, with coefficients and gradient of the trainer's loss.
 
-    In several processes every one has the rollouts of all, rank 0's first, and L is the mean of their losses.
+    With several processes, each has the rollouts of all, rank 0's first, and L is the mean of their losses.
 
     Attributes:
         batch: the update batch U with ``coefficients`` c = -dL/dlog pi, ``entropy_coefficients`` b = -dL/dh (None
-            without an entropy bonus), and a ``group`` for every prompt, (n, T). Rows stand as the trainer padded them,
-            so that a model whose positions it leaves to count from the first column sees the same positions.
+            without an entropy bonus), and a ``group`` for every prompt, (n, T). Rows are padded as
+            by the trainer, because without position ids the model counts positions from the first column.
         advantages: (n,), on the CPU; the mean over a row's completion tokens where the trainer has one for each.
         rewards: (n,), on the CPU; NaN where no reward function gave one.
         logprobs: (n, T), of the completion tokens, from the trainer's own forward at its temperature.

@@ -1,1 +1,1 @@
-"""Refuse, when it is attached to, a TRL trainer whose steps cannot be attributed, naming the remedy."""
+"""Refuse a TRL trainer whose steps cannot be attributed, before attachment, naming the remedy."""

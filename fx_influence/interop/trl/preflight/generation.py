@@ -86,7 +86,7 @@ VLLM_INERT = frozenset(
 
 
 class GenerationError(ValueError):
-    """Completions that are not sampled from the policy."""
+    """Raised for completions that are not sampled from the policy."""
 
 
 def check_generation(trainer: Any) -> None:

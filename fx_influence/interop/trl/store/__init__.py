@@ -1,1 +1,1 @@
-"""Store the measured steps of a TRL training as run directories."""
+"""Store the measured steps of a TRL training run as run directories."""

@@ -1,4 +1,4 @@
-"""Write a measured step of a TRL training as a run directory, which the readers of all runs read."""
+"""Write a measured step of a TRL training run as a run directory, which ``fx.load_run`` reads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StepStore:
     """The directory of one step, written under a temporary name and renamed when it is complete.
 
     Args:
-        out: directory of the training's steps.
+        out: directory of the training run's steps.
         step: the step's number.
     """
 
@@ -62,7 +62,7 @@ class StepStore:
         self._replaced = out / f".step_{step:06d}.replaced"
 
     def discard(self) -> None:
-        """Remove what has been written of a step that failed, and the training's directory where it is then empty."""
+        """Remove the files of a step that failed, and the training run's directory if it is then empty."""
         shutil.rmtree(self._temporary, ignore_errors=True)
         with suppress(OSError):
             self._temporary.parent.rmdir()
@@ -84,13 +84,13 @@ class StepStore:
     def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, training_id: str) -> None:
         """Write all files of the step.
 
-        A directory of the same step of the same training, from before a resumption, is replaced.
+        A directory of the same step of the same training run, from before a resumption, is replaced.
 
         Args:
             measured: the step.
             plan: fields of plan.yaml beside ``INPUTS``.
             trainer: the one that made the step.
-            training_id: of this training, which no other has.
+            training_id: id of this training run, which no other has.
         """
         self._temporary.mkdir(parents=True, exist_ok=True)
         files = RunFiles(self._temporary)
@@ -112,7 +112,7 @@ class StepStore:
         self._publish()
 
     def _publish(self) -> None:
-        """Rename the temporary directory; the one it replaces is moved aside first, so that no half is ever seen."""
+        """Rename the temporary directory; an older one is moved aside first, so that no reader sees a partial one."""
         if self._path.exists():
             shutil.rmtree(self._replaced, ignore_errors=True)
             os.replace(self._path, self._replaced)

@@ -1,4 +1,4 @@
-"""Identify a training, so that its steps go to one directory over resumptions and no other's are overwritten."""
+"""Identify a training run, so that its steps go to one directory over resumptions and overwrite no other's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from fx_influence.interop.runtime.run_files import ENVIRONMENT
 
 TRAINING = "training"
-"""Field of a step's environment.json that holds the id of its training."""
+"""Field of a step's environment.json that holds the id of its training run."""
 
 CHECKPOINT_FILE = "entropy_influence.json"
-"""File in a trainer's checkpoint that holds the id of its training, by the name of each ``EntropyInfluence``."""
+"""File in a trainer's checkpoint that holds the id of its training run, by the name of each ``EntropyInfluence``."""
 
 
 def training_directory(base: Path, training_id: str) -> Path:
-    """Return the directory for a training's steps: the one that has some of them, or else the first that is empty.
+    """Return the directory for a training run's steps: the one that has some of them, or else the first that is empty.
 
-    ``base``, ``base_2``, ``base_3``, ... are tried in turn, so that no training writes over another's steps.
+    ``base``, ``base_2``, ``base_3``, ... are tried in turn, so that no training run overwrites another's steps.
     """
     candidates = (base if k == 1 else base.with_name(f"{base.name}_{k}") for k in itertools.count(1))
     return next(
@@ -38,12 +38,12 @@ def _training_ids(path: Path) -> Iterator[str]:
 
 
 def write_training_id(checkpoint: Path, name: str, training_id: str) -> None:
-    """Store in a trainer's checkpoint the id of its training.
+    """Store in a trainer's checkpoint the id of its training run.
 
     Args:
         checkpoint: its directory.
         name: of the ``EntropyInfluence`` that measures it.
-        training_id: no other training has it.
+        training_id: id of the training run, which no other has.
     """
     file = checkpoint / CHECKPOINT_FILE
     ids = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -51,7 +51,7 @@ def write_training_id(checkpoint: Path, name: str, training_id: str) -> None:
 
 
 def read_training_id(checkpoint: Path, name: str, log_history: list[Any]) -> str | None:
-    """Return the id of the training that wrote a checkpoint.
+    """Return the id of the training run that wrote a checkpoint.
 
     Args:
         checkpoint: its directory.

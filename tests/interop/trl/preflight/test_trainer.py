@@ -87,7 +87,7 @@ def test_training_warns_of_other_optimizer_known_late(tmp_path: Path) -> None:
 
     training.__class__ = Late
     influence = EntropyInfluence(1, HELD_OUT).attach(training)
-    with pytest.warns(UserWarning, match="nothing of this training is measured: optimizer is .*SGD"):
+    with pytest.warns(UserWarning, match="no step of this training run is measured: optimizer is .*SGD"):
         training.train()
     assert training.state.global_step == 2
     assert not influence.history

@@ -38,7 +38,7 @@ def test_second_training_stores_in_another_directory(tmp_path: Path) -> None:
     assert list(after) == ["entropy_influence/step_000001", "entropy_influence_2/step_000001"]
     assert after[next(iter(before))] == next(iter(before.values()))
     assert len(set(after.values())) == 2
-    assert any("holds steps of another training" in text for text in texts)
+    assert any("holds steps of another training run" in text for text in texts)
 
 
 @pytest.mark.slow
