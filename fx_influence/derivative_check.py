@@ -1,4 +1,4 @@
-"""The comparison of a policy's derivatives, in both modes, with finite differences of its own token values."""
+"""Comparison of a policy's derivatives, in both modes, with finite differences of its own token values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ANOTHER_STEP = 0.7
 MAX_NAMES = 4
 """Number of parameters that an error names."""
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Rounding between the two modes, over the sum of absolute slopes; half precision has its eps."""
+"""Rounding between the two modes, over the sum of absolute terms; half precision has its eps."""
 
 
 class DerivativeCheck(NamedTuple):
@@ -103,8 +103,8 @@ def check_derivatives(
     median error off the slope; values for which this is more than ``SHARPNESS`` of the slopes' size are not judged. h
     is eps^(1/3) of the parameters' size, with eps of the coarsest dtype in the forward; smaller and larger steps follow
     while less than ``ENOUGH`` of the values can be judged, and a disagreement counts where another step repeats it.
-    Then the gradient of a random combination of the values is compared with the JVP. What differs is traced to the
-    parameters along which alone it differs. A few rows are enough; the cost is six forwards, a JVP and a gradient.
+    Then the gradient of a random combination of the values is compared with the JVP. A difference is traced to the
+    parameters along which alone it shows. A few rows are enough; the cost is six forwards, a JVP and a gradient.
 
     As for E in ``influence`` and ``jvp_delta``, derivatives are the function's: what a model of ``make_functional``
     detaches in code that the library sees is not detached here.
@@ -113,9 +113,9 @@ def check_derivatives(
         params: by name, whole; those of a model sharded by FSDP2 are refused.
         batch_e: rows to compare on, as in ``jvp_delta``.
         apply: the policy.
-        direction: v by name, names absent stay put; None for a random one, normal, as large in every parameter as that
-            is (where it is all 0, as the parameters are together).
-        seed: of the random direction, and of the combination.
+        direction: v by name, parameters absent there do not move; None for normal random numbers with the root mean
+            square of each parameter, or of all parameters where that is 0.
+        seed: for the random direction and the combination.
         temperature: divides the logits.
         chunk_size: rows per pass; None chooses by tokens.
         dtype: precision of the comparison, at least; where ``apply`` does not take it, that of ``params``, raised to
@@ -152,7 +152,9 @@ def check_derivatives(
         check_names("direction", direction, params, "pass a direction made from these parameters")
         name = first_not_finite(direction)
         if name is not None:
-            raise ValueError(f"direction[{name!r}] holds NaN or infinity; expected a finite direction. Make it anew")
+            raise ValueError(
+                f"direction[{name!r}] holds NaN or infinity; expected a finite direction. Compute it again"
+            )
     params, apply = in_float32(detached(params), with_all_derivatives(apply), batch_e, finite=True)
     params, apply = in_at_least(dtype, params, apply, batch_e)
     direction = random_direction(params, seed) if direction is None else direction
@@ -280,7 +282,7 @@ def _differs(check: DerivativeCheck) -> bool:
 def _responsible(differs: Callable[[Sequence[str]], bool], names: Sequence[str]) -> tuple[str, ...]:
     """Return up to ``MAX_NAMES`` of ``names`` along which alone something differs, from the last, by bisection.
 
-    None where nothing differs along single ones, as where few values are smooth along these.
+    Empty where nothing differs along single names, for example because few values are smooth along these.
     """
     if len(names) == 1:
         return tuple(names)
@@ -306,7 +308,7 @@ def _message(check: DerivativeCheck) -> str:
         )
     return (
         f"{cause}. Between these parameters and the logits something is detached, rounded, computed outside of torch, "
-        "or has a backward or jvp of its own that is wrong: mend that, or freeze these parameters"
+        "or has a backward or jvp of its own that is wrong: repair that, or freeze these parameters"
     )
 
 

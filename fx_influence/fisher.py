@@ -46,8 +46,8 @@ def fisher_kernel(
         batch_b: n_b rows.
         opt_state: AdamW's state before the step, read by ``"adam"`` alone.
         apply: the policy, from ``make_functional``.
-        preconditioner: the diagonal P. ``"identity"``: 1. ``"adam"``: 1/den, with den of the step that ``batch_b``
-            makes where it has coefficients, else den = sqrt(s / (1 - beta2^step)) + eps of ``opt_state``, and 0 for
+        preconditioner: the diagonal P. ``"identity"``: 1. ``"adam"``: 1/den, with den of the step on ``batch_b``
+            where it has coefficients, else den = sqrt(s / (1 - beta2^step)) + eps of ``opt_state``, and 0 for
             parameters that the optimizer does not hold. A dictionary: diagonals by name, names absent counting as 0.
         temperature: divides the logits.
         max_grad_norm: the trainer's gradient clipping, for den.
@@ -122,7 +122,17 @@ def _checked(params: Params, state: AdamWState | None, max_grad_norm: float | No
 def adam_diagonal(
     params: Params, gradient: Gradients | None, state: AdamWState | None, max_grad_norm: float | None
 ) -> Params:
-    """Return 1/den by name: of the step that ``gradient`` makes, or without one of the state's second moment."""
+    """Return 1/den by name, for a step with ``gradient`` or, without one, from the state's second moment.
+
+    Args:
+        params: theta by name.
+        gradient: the batch's gradient by name, or None.
+        state: AdamW's state before the step.
+        max_grad_norm: the trainer's gradient clipping.
+
+    Raises:
+        ValueError: without a gradient before the first step.
+    """
     state = _checked(params, state, max_grad_norm)
     if gradient is not None:
         # rmsprop's gain is -rho/den, or +rho/den under maximize; the kernel wants 1/den.

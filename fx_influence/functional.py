@@ -45,7 +45,7 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     nothing is compared, and a ``UserWarning`` says so.
 
     Args:
-        model: a causal language model. ``torch.compile`` and data parallelism around it are taken off, and names are
+        model: a causal language model. ``torch.compile`` and data parallelism around it are removed, and names are
             those of the model inside. If it is sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``), every rank of
             its mesh makes the call.
         position_ids: where the forward takes ``position_ids``, derive them from the attention mask, so that padding on
@@ -63,7 +63,7 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     Raises:
         ValueError: the model has no trainable parameters, has parameters on the meta device or sharded in another way
             than by FSDP2, or has hooks that may change gradients; or its forward writes to its parameters, gives other
-            logits than the policy or not one for each token, or lets rows see each other.
+            logits than the policy or none for some tokens, or lets rows see each other.
 
     Example:
         >>> class Bigram(nn.Module):

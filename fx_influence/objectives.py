@@ -58,7 +58,13 @@ def check_entropy(objective: object) -> None:
 
 
 def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
-    """Return ds_a/dlog pi and ds_a/dh of the objective's surrogates at every token of E, each (n_e, T), float64."""
+    """Return ds_a/dlog pi and ds_a/dh of the objective's surrogates at every token of E, each (n_e, T), float64.
+
+    Args:
+        objective: ``Entropy`` or a function of token values.
+        values: (n_e, T), token values of E at theta.
+        batch_e: evaluation batch, n_e rows.
+    """
     if isinstance(objective, Entropy):
         return entropy_coefficients(values, batch_e, objective.estimator, objective.normalize)
     return objective_coefficients(objective, values, batch_e)
@@ -105,7 +111,7 @@ def expected_reward(rewards: Tensor) -> Objective:
 def kl_to_reference(reference_logprobs: Tensor) -> Objective:
     """Return the objective KL(pi || pi_ref), E[sum_t log pi(y_t) - log pi_ref(y_t)], in nats per completion.
 
-    It is per completion. The entropy part is exact over the vocabulary, the reference part sampled: with
+    The entropy term is exact over the vocabulary, the reference term sampled: with
     k_t = -h_t - log pi_ref(y_t), grad KL = -E[sum_t grad h_t + grad S_<t h_t + grad S_<=t log pi_ref(y_t)], each
     weight centred by its mean over E at the same rank-to-go.
 
@@ -148,8 +154,14 @@ def kl_to_reference(reference_logprobs: Tensor) -> Objective:
 def objective_coefficients(objective: Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
     """Return ds_a/dlog pi and ds_a/dh of a function's surrogates at every token of E, each (n_e, T), float64.
 
-    Raises ``ValueError`` unless the objective returns (n_e,) finite numbers that depend on the two inputs, each s_a on
-    its own row only: the rows are E's independent draws, and error bars and the matrix need them apart.
+    Args:
+        objective: function of token values.
+        values: (n_e, T), token values of E at theta.
+        batch_e: evaluation batch, n_e rows.
+
+    Raises:
+        ValueError: unless the objective returns (n_e,) finite numbers that depend on the two inputs, each s_a on its
+            own row only, since error bars and the matrix take the rows as independent draws.
     """
     inputs = [v.detach().double().requires_grad_() for v in values]
     with torch.enable_grad():

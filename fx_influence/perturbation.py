@@ -63,10 +63,10 @@ def snis_delta(
     chunk_size: int | None = None,
     mesh: DeviceMesh | None = None,
 ) -> SnisDelta:
-    """Return the entropy at theta + eta v less that at theta, from rollouts of theta by importance sampling.
+    """Return the change of entropy from theta to theta + eta v, by importance sampling on rollouts from theta.
 
     It is raw, in nats. Divided by ``eta`` it tends to ``jvp_delta(...).first`` on the same E. At learning rates near
-    1e-6 one rollout's part is about a rounding unit of a float32 weight: take ``eta`` larger and divide back.
+    1e-6 one rollout's share of a step is about a rounding unit of a float32 weight: take a larger ``eta`` and divide.
 
     Args:
         params: theta by name.
@@ -99,7 +99,7 @@ def snis_delta(
     check_policy(params, apply)
     if not (isinstance(eta, Tensor) and eta.dim() == 0):
         check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
-    # One rank that refused its direction alone would leave the others waiting.
+    # Ranks compare directions first: one that refused its own alone would leave the others waiting.
     engine = make_engine(params, apply, temperature, chunk_size, mesh)
     engine.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
@@ -123,9 +123,9 @@ def snis_sweep(
     """Return ``measure(block, etas)``, which is ``snis_delta`` for many directions and steps with one pass at theta.
 
     ``measure`` takes a direction tree with a leading axis of K directions, and a list of etas; the fields of its result
-    lead with (n_eta, K). Directions go through vmap together as far as E leaves room for more than one in a pass and
-    vmap takes the policy, which two directions over a row of E tell first; else each has passes of its own. K may
-    differ from call to call. Equal rows of E are scored once.
+    lead with (n_eta, K). Directions share passes by vmap where E is small enough for several to fit and vmap takes
+    the policy, as a probe of two directions on one row decides; else each has passes of its own. K may differ from call
+    to call. Equal rows of E are scored once.
 
     Args:
         params: theta by name.
@@ -162,7 +162,7 @@ def _measure(
     clip: float | None,
     vmapped: bool | None,
 ) -> Callable[[Params, Sequence[float]], SnisDelta]:
-    """Return ``snis_sweep``'s function; ``vmapped``: whether directions go through vmap together, None to find out."""
+    """Return ``snis_sweep``'s function; ``vmapped``: whether directions share passes by vmap, None to probe."""
     batch_e = _checked(params, batch_e, engine, objective, clip)
     warn_of_shared_prompts("batch_e", batch_e, calls=3)
     params, apply = in_float32(detached(params), engine.apply, batch_e, finite=True)
@@ -258,10 +258,10 @@ def jvp_delta(
         return snis(base, CompletionValues(logprobs, entropies, base.ok), *objective, clip=None).delta_h
 
     # By the chain rule over token values z: H'' = (d2H/dz2)(dz/deta)^2 + dH/dz d2z/deta2.
-    of_estimate = grad(grad(estimate))(contributions.new_zeros(()))
+    through_values = grad(grad(estimate))(contributions.new_zeros(()))
     c, b = (torch.zeros_like(w[: len(distinct.input_ids)]).index_add(0, index, w) for w in weight)
     weighted = distinct._replace(coefficients=c, entropy_coefficients=b)
-    second = of_estimate + engine.curvature(params, direction, weighted)
+    second = through_values + engine.curvature(params, direction, weighted)
     return JvpDelta(contributions.sum(), second, contributions)
 
 
@@ -269,7 +269,7 @@ def _check_direction(field: str, direction: Params, params: Params) -> None:
     check_names(field, direction, params, "pass a direction made from these parameters")
     name = first_not_finite(direction)
     if name is not None:
-        raise ValueError(f"{field}[{name!r}] holds NaN or infinity; expected a finite direction. Make it anew")
+        raise ValueError(f"{field}[{name!r}] holds NaN or infinity; expected a finite direction. Compute it again")
 
 
 def _select(values: TokenValues, index: Tensor) -> TokenValues:
@@ -277,11 +277,13 @@ def _select(values: TokenValues, index: Tensor) -> TokenValues:
 
 
 def _checked(params: Params, batch_e: Batch, engine: Engine, objective: Entropy, clip: float | None) -> Batch:
-    """Return the rows of all ranks, after everything that these were given has been checked."""
+    """Check the arguments; return the rows of E of all ranks."""
     check_entropy(objective)
     check_options(engine.temperature, engine.chunk_size)
     if clip is not None:
-        check_number("clip", clip, "pass a positive cumulative log-weight, or None to clip nothing", lambda x: x >= 0)
+        check_number(
+            "clip", clip, "pass a cumulative log-weight of at least 0, or None to clip nothing", lambda x: x >= 0
+        )
     check_is_batch("batch_e", batch_e)
     batch_e = engine.full_batch("batch_e", batch_e)
     engine.check_consistent(params=params, objective=objective, clip=clip)

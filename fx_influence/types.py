@@ -1,4 +1,4 @@
-"""The values every other module passes around: batches, optimizer state, the policy's call signature, and the refusal.
+"""Values that every module passes around: batches, optimizer state, the policy's signature, and ``IdentityError``.
 
 Everything here is a plain value without behaviour, so the slow reference can share it without sharing a bug.
 """
@@ -114,4 +114,4 @@ class AdamWState(NamedTuple):
 
 
 class IdentityError(ArithmeticError):
-    """The parts do not add up to the whole: a derivative was lost or the inputs disagree, so no result is given."""
+    """Two methods disagree on a total: a derivative was lost or the inputs disagree, so no result is given."""

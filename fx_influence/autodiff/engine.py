@@ -91,7 +91,7 @@ class Engine:
     def linearize(
         self, params: Params, batch: Batch, memory_budget: int, num_directions: int
     ) -> tuple[Gradients, JvpFn] | None:
-        """Return the gradient and a function of directions u that gives <u, g_i>, or None; see ``linearize_losses``."""
+        """Return the gradient and a function from directions u to <u, g_i>, or None; see ``linearize_losses``."""
         return linearize_losses(
             params, batch, memory_budget=memory_budget, num_directions=num_directions, **self._options
         )
@@ -99,7 +99,7 @@ class Engine:
     def gram(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
     ) -> Tensor:
-        """Return ``gradient_gram`` of the rows' gradients, those of ``batch_b`` taken through ``apply_b``."""
+        """Return ``gradient_gram`` of the rows' gradients, with ``apply_b`` for the rows of ``batch_b``."""
         return gradient_gram(
             params, batch_a, batch_b, diagonal, apply_b=apply_b, memory_budget=memory_budget, **self._options
         )

@@ -46,9 +46,9 @@ def linearize_losses(
     memory_budget: int,
     num_directions: int = 1,
 ) -> tuple[Gradients, JvpFn] | None:
-    """Return ``batch_gradient`` and a function that gives <u_k, g_i> of every row, from one forward and reverse pass.
+    """Return ``batch_gradient`` and the function ``JvpFn`` of the rows' losses, from one forward and reverse pass.
 
-    The layer IO of as many micro-batches is cached as fits the budget. That of the others is recomputed, short of the
+    The layer IO of as many micro-batches is cached as fits the budget. That of the others is recomputed, without the
     weights' gradients, in every call of the function.
 
     Args:
@@ -62,7 +62,7 @@ def linearize_losses(
 
     Returns:
         The gradient and the ``JvpFn``; None where a parameter has no layer IO, and where some of it would be
-        recomputed for a single direction, since a JVP costs as much.
+        recomputed for a single direction, since a JVP costs no more.
     """
     policy = split_policy(apply)
     names = supported_names(params, batch, apply)

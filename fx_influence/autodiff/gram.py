@@ -44,9 +44,9 @@ def gradient_gram(
 
     Where a parameter enters as a linear map, an embedding or an affine norm, the rows' gradients come from layer IO
     (see ``layer_io``). Every other parameter goes through ``vmap(grad)``, or through a reverse pass per row where vmap
-    cannot take the policy's rows, which a probe with two of them tells. A block of D-weighted gradients of the batch
+    cannot take the policy's rows, as a probe of two rows decides. A block of D-weighted gradients of the batch
     with fewer rows is held in up to two thirds of the budget; the gradients of the other batch are streamed past it, as
-    many rows at once as the remaining third has space for. Where even one row's gradient exceeds the block, the
+    many rows at once as fit the remaining third. Where even one row's gradient exceeds the block, the
     parameters are taken in several groups. Sums over parameters are in float64.
 
     Args:

@@ -32,8 +32,8 @@ def per_sample_grads(
             which a ``UserWarning`` tells.
         batch: (B, T).
         chunk_size: rows per vmap (None: all of them); bounds the memory of activations and changes nothing else. With 1
-            there is no vmap: rows go one by one in plain reverse mode, at a pass per row, which takes losses too that
-            depend on values in Python, write in place or have no batching rule. Nothing chooses that but the caller.
+            there is no vmap: rows go one by one in plain reverse mode, at a pass per row. That also takes losses which
+            depend on values in Python, write in place or have no batching rule; it is never chosen automatically.
 
     Returns:
         (B, ...) per parameter, float64 for float64 parameters, else float32; zeros where the loss does not reach it.

@@ -113,7 +113,7 @@ def loss_weights(batch: Batch, micro_batch: MicroBatch) -> TokenWeights:
 
 
 def scaled_loss_weights(batch: Batch, micro_batch: MicroBatch, policy: SplitPolicy) -> TokenWeights:
-    """Return ``loss_weights`` times the policy's loss scale; divide the gradients made with them by that scale."""
+    """Return ``loss_weights`` times the policy's loss scale; their gradients must be divided by it."""
     scale = policy.loss_scale
     c, b = (w if w is None or scale == 1 else w * scale for w in loss_weights(batch, micro_batch))
     return c, b

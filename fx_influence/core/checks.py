@@ -24,7 +24,13 @@ def wrong_type(field: str, value: object, expected: str, remedy: str) -> TypeErr
 
 
 def check_tree(field: str, tree: object, remedy: str) -> None:
-    """Raise ``TypeError`` unless ``tree`` maps names to tensors, or to None where a name has no value."""
+    """Raise ``TypeError`` unless ``tree`` maps names to tensors, or to None where a name has no value.
+
+    Args:
+        field: name of the argument, for messages.
+        tree: the argument.
+        remedy: end of the message, a sentence without its full stop.
+    """
     if not isinstance(tree, Mapping):
         raise wrong_type(field, tree, "a dictionary of tensors by parameter name", remedy)
     for name, value in tree.items():
@@ -39,13 +45,25 @@ def check_tensor(field: str, value: object) -> None:
 
 
 def check_function(field: str, value: object, remedy: str) -> None:
-    """Raise ``TypeError`` unless ``value`` is callable and not a model."""
+    """Raise ``TypeError`` unless ``value`` is callable and not a model.
+
+    Args:
+        field: name of the argument, for messages.
+        value: the argument.
+        remedy: end of the message, a sentence without its full stop.
+    """
     if not callable(value) or isinstance(value, nn.Module):
         raise wrong_type(field, value, "a function", remedy)
 
 
 def check_choice(field: str, value: object, known: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``known``; the error names the closest of them."""
+    """Raise ``ValueError`` unless ``value`` is one of ``known``; the error names the closest of them.
+
+    Args:
+        field: name of the argument, for messages.
+        value: the argument.
+        known: the allowed values.
+    """
     if value not in known:
         raise ValueError(f"{field} is {value!r}; use one of {', '.join(known)}{did_you_mean(value, known)}")
 

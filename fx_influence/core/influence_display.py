@@ -7,14 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 MAX_ROLLOUTS_PER_SIGN = 5
-
+"""Rollouts of each sign in the HTML table."""
 
 UNIT = "per unit lr"
 
-
 ILL_CONDITIONED = 0.5
 """Value of ``conditioning`` above which the influences of single rollouts mean nothing."""
-
 
 CONDITIONING_REMEDY = (
     "Read the total and sums over many rollouts, not single rollouts or tokens; or measure a later step, once AdamW's "

@@ -15,9 +15,9 @@ def lazy_attributes(
 
     Args:
         package: its ``__name__``.
-        modules: by name of an attribute the module that defines it.
+        modules: name of an attribute -> the module that defines it.
         rooms: names of the package's own modules that are attributes themselves.
-        renamed: by former name the present one, which the error tells.
+        renamed: former name -> present name, for the error.
 
     Example:
         >>> get, names = lazy_attributes("fx_influence.core", {"Fraction": "fractions"}, renamed={"Ratio": "Fraction"})

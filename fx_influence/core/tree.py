@@ -134,7 +134,7 @@ class Direction(NamedTuple):
         return cls(scale, v)
 
     def add_to_(self, total: Params) -> None:
-        """Add scale * unit to ``total`` in place; names that are absent there begin with it."""
+        """Add scale * unit to ``total`` in place; names that are absent there are put in."""
         for name, x in self.unit.items():
             if name in total:
                 total[name].add_(x, alpha=self.scale)
@@ -143,5 +143,11 @@ class Direction(NamedTuple):
 
 
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
-    """Return theta + eta v in the dtype of theta; names that are absent in ``direction`` are unchanged."""
+    """Return theta + eta v in the dtype of theta.
+
+    Args:
+        params: theta by name.
+        direction: v by name; parameters absent there are unchanged.
+        eta: step size.
+    """
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}

@@ -36,7 +36,7 @@ _propagating: ContextVar[bool] = ContextVar("propagating", default=False)
 
 @contextmanager
 def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
-    """Make an exception on one rank leave the block on all ranks, so that none waits for it in a collective for ever.
+    """Make an exception on one rank leave the block on all ranks, so that no rank waits forever in a collective.
 
     Every collective of this module inside the block, and the end of the block, begins with one number from each rank:
     whether it has failed. Exceptions that are not ``Exception``, such as ``KeyboardInterrupt``, are not announced.
@@ -65,7 +65,7 @@ def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
 
 
 def _announce(mesh: DeviceMesh, problem: str | None) -> None:
-    """Tell the other ranks of this rank's problem, or None; raise ``RankError`` if only other ranks have one."""
+    """Send this rank's problem, or None, to the other ranks; raise ``RankError`` if only other ranks have one."""
     failed = torch.tensor(float(problem is not None), device=mesh.device_type)
     for group in _groups(mesh):
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)

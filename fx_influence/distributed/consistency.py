@@ -30,16 +30,16 @@ def check_consistent(mesh: DeviceMesh, facts: Mapping[str, object]) -> None:
             ours, other = by_rank[0].get(name), theirs.get(name)
             if ours != other:
                 raise ValueError(
-                    f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; only the rows "
-                    "of the batches are a rank's own, so give every rank the same"
+                    f"{name} is {reprlib.repr(ours)} on rank 0 and {reprlib.repr(other)} on rank {rank}; expected the "
+                    "same on every rank, as for all but the rows of batches. Pass equal values"
                 )
 
 
 def comparable_facts(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """Yield what ranks compare of an argument, by name.
+    """Yield the facts of an argument that ranks compare, as (name, fact).
 
-    Of tensors by name, that is their layout and one checksum (none of DTensors, whose shards differ by rank); of a
-    function, only that there is one; of anything else, the value.
+    A dictionary of tensors gives the layout of each and one checksum of all, except that DTensors, whose shards differ
+    by rank, give no checksum. A function gives only that it is one; anything else gives its value.
     """
     if isinstance(value, AdamWState):
         for field, field_value in value._asdict().items():

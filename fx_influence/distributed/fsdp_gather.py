@@ -70,7 +70,7 @@ def shard_like(local: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_group(x: Tensor) -> dist.ProcessGroup:
-    """Return the group of ranks that hold the shards of a DTensor between them."""
+    """Return the group of ranks over which the shards of a DTensor are distributed."""
     sharded = cast("DTensor", x)
     return sharded.device_mesh.get_group(sharding_of(x).axis)
 
@@ -128,7 +128,7 @@ def reduce_scatter(full: Sequence[Tensor | None], shards: Sequence[Tensor]) -> l
         This rank's shard of each sum, at least float32; None where no rank has a term.
     """
     shardings = [sharding_of(x) for x in shards]
-    # The number of ranks that have each tensor is summed along with it; only a rank that lacks one needs to look.
+    # The number of ranks that have each tensor is summed along with it; only a rank without it reads that number.
     dtype = promote(max((x.dtype for x in shards), key=lambda dtype: dtype.itemsize))
     sizes = [math.prod(sharding.padded) for sharding in shardings]
     table = to_local(shards[0]).new_zeros(shardings[0].ranks, sum(sizes) + len(sizes), dtype=dtype)

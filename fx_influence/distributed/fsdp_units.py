@@ -1,4 +1,4 @@
-"""FSDP units of a sharded model: one by one, each runs on weights that are gathered for it and freed afterwards."""
+"""FSDP units of a sharded model, which run one by one on weights that are gathered for each and freed afterwards."""
 
 from __future__ import annotations
 
@@ -145,7 +145,13 @@ def run_units_through(template: nn.Module, fsdp_pass: FsdpPass) -> Iterator[None
 
 @contextlib.contextmanager
 def unit_weights(module: nn.Module, unit: FsdpUnit, weights: Params) -> Iterator[None]:
-    """Put the weights, by name, into the slots of a unit's module for the length of the block."""
+    """Put the weights, by name, into the slots of a unit's module for the length of the block.
+
+    Args:
+        module: the unit's module, on the meta device.
+        unit: the unit.
+        weights: full weights by name.
+    """
     start = len(unit.path)
     slots: list[tuple[dict[str, Any], str, str]] = [
         (module.get_submodule(owner[start:].lstrip("."))._parameters, attribute, name)
@@ -164,8 +170,8 @@ def unit_weights(module: nn.Module, unit: FsdpUnit, weights: Params) -> Iterator
 def attach_reduce_scatter(full: Params, shards: Params, on_backward_done: Callable[[], None] = lambda: None) -> Params:
     """Return full tensors whose gradient backward sums over ranks and scatters to the shards.
 
-    The gradient of a shard is the sum over the ranks that hold the shards between them; it is still partial over ranks
-    that hold copies, as its placements say.
+    The gradient of a shard is the sum over the ranks among which the shards are distributed; it is still partial over
+    ranks that hold copies, as its placements say.
 
     Args:
         full: full tensors by name.

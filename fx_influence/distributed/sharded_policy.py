@@ -97,9 +97,9 @@ class ShardedPolicy(Policy):
     every pass over a micro-batch, or once for many passes between ``unshard`` and ``reduce_and_reshard``.
 
     All ranks of the mesh must make the same passes, over as many micro-batches. The derivatives are those of each
-    rank's rows, but gradients of units' parameters come summed over the ranks that hold shards between them. Computed
-    in the dtype of the shards: a ``MixedPrecisionPolicy`` of FSDP2 is not followed. Transformations of ``torch.func``
-    raise ``ValueError``, so that there are no pairwise matrices and no blocks of directions.
+    rank's rows, but gradients of units' parameters are already summed over the ranks that share its shards. Passes
+    compute in the dtype of the shards: a ``MixedPrecisionPolicy`` of FSDP2 is not followed. Transformations of
+    ``torch.func`` raise ``ValueError``, so that there are no pairwise matrices and no blocks of directions.
 
     Args:
         model: the sharded model.

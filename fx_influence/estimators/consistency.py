@@ -30,32 +30,39 @@ def identity_tolerance(params: Params, apply: Apply) -> float:
     return max(map(tolerance_of, dtypes))
 
 
-def agree_within(residual: Tensor, parts: Tensor, reference: Tensor, bound: float) -> bool:
-    """Return whether |residual| <= bound * max(sum |parts|, |reference|)."""
-    return bool(residual.abs() <= bound * torch.maximum(parts.abs().sum(), reference.abs()))
+def agree_within(residual: Tensor, terms: Tensor, reference: Tensor, bound: float) -> bool:
+    """Return whether |residual| <= bound * max(sum |terms|, |reference|).
+
+    Args:
+        residual: scalar.
+        terms: any shape.
+        reference: scalar, the sum of the terms by another method.
+        bound: relative tolerance.
+    """
+    return bool(residual.abs() <= bound * torch.maximum(terms.abs().sum(), reference.abs()))
 
 
 def check_identity(
-    method: str, residual: Tensor, parts: Tensor, reference: Tensor, bound: float, against: str = "reverse mode"
+    method: str, residual: Tensor, terms: Tensor, reference: Tensor, bound: float, against: str = "reverse mode"
 ) -> None:
-    """Raise ``IdentityError`` where ``parts`` and ``reference``, by two methods, differ by more than rounding can make.
+    """Raise ``IdentityError`` where ``terms`` and ``reference``, by two methods, differ by more than rounding can make.
 
     This is the adjoint (dot-product) test: reverse mode computes <u, J^T w> and forward mode <J u, w>, which are one
     number unless a derivative is lost in one of them.
 
     Args:
-        method: how the parts were computed, for the message.
-        residual: scalar, reference - sum(parts).
-        parts: any shape.
+        method: how the terms were computed, for the message.
+        residual: scalar, reference - sum(terms).
+        terms: any shape.
         reference: scalar, their sum by the other method.
-        bound: the share of max(sum |parts|, |reference|) that the residual may be.
+        bound: the share of max(sum |terms|, |reference|) that the residual may be.
         against: how the reference was computed, for the message.
     """
-    if not agree_within(residual, parts, reference, bound):
-        size = torch.maximum(parts.abs().sum(), reference.abs()).item()
+    if not agree_within(residual, terms, reference, bound):
+        size = torch.maximum(terms.abs().sum(), reference.abs()).item()
         raise IdentityError(
             f"residual is {residual.item():.3g}, {abs(residual.item()) / size:.3g} of {size:.3g}; expected at most "
-            f"{bound:.1g} of it: {method} gives {parts.sum().item():.6g} and {against} {reference.item():.6g}, so a "
+            f"{bound:.1g} of it: {method} gives {terms.sum().item():.6g} and {against} {reference.item():.6g}, so a "
             "derivative is lost or inexact. Check that apply is differentiable in forward mode (eager attention, no "
             "compiled or custom kernels), deterministic, and free of dropout"
         )
@@ -65,10 +72,10 @@ def check_rounding(rounding: Tensor, per_sequence: Tensor, lowest: torch.dtype, 
     """Warn where rounding rivals the influences, and raise ``IdentityError`` where it is as large as they are.
 
     Args:
-        rounding: (n_u,), see ``Influence``; NaN is passed over.
+        rounding: (n_u,), see ``Influence``; NaN is ignored.
         per_sequence: (n_u,), the influences.
         lowest: the precision that the passes ran in, for the message.
-        bound: that of the identity; one above ``ROUNDING_REFUSED``, as infinity, allows so much rounding too.
+        bound: tolerance of the identity; where it exceeds ``ROUNDING_REFUSED`` it is the share that is refused instead.
     """
     size = per_sequence.abs().sum()
     share = float(rounding.nansum() / size) if size > 0 else 0.0

@@ -15,7 +15,7 @@ from fx_influence.types import Estimator, Normalize
 class SnisDelta(NamedTuple):
     """Change of the entropy estimate at a finite step, raw (not divided by eta), nats; all float64.
 
-    ``delta_h``: H(theta + eta v) - H(theta), scalar. ``contributions``: (n_e,), centred parts of E's rows, whose sum
+    ``delta_h``: H(theta + eta v) - H(theta), scalar. ``contributions``: (n_e,), centred terms of E's rows, whose sum
     is ``delta_h`` exactly.
     ``ess``: effective sample size (sum w)^2 / sum w^2, the smallest over t under ``per_decision``.
     ``log_weights``: (n_e,) full-sequence and unclipped. ``clip_fraction``: share of the weights that were clipped.
@@ -104,7 +104,7 @@ def _jackknife(
 ) -> Tensor:
     """Return sqrt((C-1)/C sum_c (d_c - mean d)^2), d_c the change of entropy on E without cluster c.
 
-    The weights are normalised anew without the cluster. H' is a ratio of sums over rows at each position, so leaving a
+    The weights are normalised again without the cluster. H' is a ratio of sums over rows at each position, so leaving a
     cluster out subtracts its sums.
     """
     count = int(clusters.max()) + 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from fx_influence.types import Batch
 
 MAX_RANDOM_GROUPS = 8
-"""Number of random groups that replace the clusters where there is no matrix; each costs a product or a JVP."""
+"""Number of random groups that replace the clusters where there is no matrix; each costs a ghost product or a JVP."""
 
 
 def cluster_index(batch: Batch) -> Tensor:

@@ -189,7 +189,7 @@ def test_check_number_accepts_numpy_scalars(value: Any) -> None:
             None,
             r"preconditioner is None; use one of frozen, jacobian, rmsprop, lifetime$",
         ),
-        (Arguments.snis, "clip", -1.0, r"clip is -1\.0; pass a positive cumulative log-weight, or None"),
+        (Arguments.snis, "clip", -1.0, r"clip is -1\.0; pass a cumulative log-weight of at least 0, or None"),
         (Arguments.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
         (Arguments.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
     ],

@@ -25,8 +25,8 @@ def collect_layer_io(
 ) -> tuple[LayerIOs, Gradients]:
     """Return the layer IO of every row's rollout loss, and the gradient of the micro-batch's loss.
 
-    One forward and one reverse pass. Memory: inputs and output gradients of every use, (b, S, in + out), inputs that
-    several uses share only once.
+    One forward and one reverse pass. Memory: inputs and output gradients of every use, (b, S, in + out), where
+    inputs that several uses share count once.
 
     Args:
         params: theta, by name. The reverse pass stops short of the weights where none requires a gradient.
@@ -142,7 +142,14 @@ def _through_head(
 
 
 def record_head(params: Params, hidden: Tensor, policy: SplitPolicy, names: frozenset[str]) -> LayerRecorder:
-    """Return the recorder of the head's forward on hidden states (b, L, d), without an autograd graph."""
+    """Return the recorder of the head's forward, without an autograd graph.
+
+    Args:
+        params: theta, by name.
+        hidden: hidden states (b, L, d).
+        policy: the split policy.
+        names: the parameters to record.
+    """
     recorder = LayerRecorder(params, hidden.shape[:2], names)
     with torch.no_grad(), recorder:
         policy.head(params, hidden)

@@ -189,7 +189,7 @@ class LayerRecorder(LevelAwareMode):
     def _rows_first(self, x: Tensor) -> bool:
         rows, positions = self._shape
         if x.dim() == 2:
-            # All tokens in one axis, and a view: tokens gathered in an order that depends on the data are none.
+            # A view has all tokens in order; tokens gathered in an order that depends on the data are no view.
             return x._is_view() and len(x) == rows * positions
         return x.dim() > 2 and len(x) == rows
 
