@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     available = modules()
     selected = list(available) if arguments.names == ["all"] else arguments.names
     if unknown := [name for name in selected if name not in available]:
-        print(f"no benchmark {unknown[0]!r}; there are {', '.join(available)}", file=sys.stderr)
+        print(f"NAME is {unknown[0]!r}; expected all, or one of {', '.join(available)}", file=sys.stderr)
         return 1
     if not selected:
         for name in available:

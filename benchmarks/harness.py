@@ -26,6 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COSTS, EVIDENCE = ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "evidence" / "README.md"
 """Pages that tables are written into."""
 PAIRS = 11
+"""Paired runs of which a comparison takes the median."""
 
 Work = Callable[[], object]
 Tables = Mapping[Path, Mapping[str, str]]
@@ -96,7 +97,13 @@ def mean_interval(values: Sequence[float]) -> dict[str, float | None] | None:
 
 
 def format_interval(summary: Mapping[str, float | None] | None, spec: str = ".3g", scale: float = 1.0) -> str:
-    """Return a ``mean_interval`` as a cell of a table, empty for None."""
+    """Return a ``mean_interval`` as a cell of a table, empty for None.
+
+    Args:
+        summary: mean and half width of the interval.
+        spec: format of the mean; a ``+`` in it is not repeated in the half width.
+        scale: factor on both.
+    """
     if summary is None or summary["mean"] is None:
         return ""
     mean, width = f"{scale * summary['mean']:{spec}}", summary["half_width"]
@@ -135,10 +142,19 @@ def _status(field: str) -> int:
 
 
 def with_block(page: str, name: str, text: str) -> str:
-    """Return a page with ``text`` between the marks ``name``; raise ``ValueError`` if it has no such marks."""
+    """Return a page with another table between two marks.
+
+    Args:
+        page: text of the page.
+        name: name in the marks.
+        text: the table.
+
+    Raises:
+        ValueError: if the page has no such marks.
+    """
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     if begin not in page or end not in page:
-        raise ValueError(f"the page has no marks for {name}; put {begin} and {end} where its table belongs")
+        raise ValueError(f"page has no marks {name}; expected {begin} and {end}. Put them where the table belongs")
     before, _, rest = page.partition(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
@@ -149,7 +165,7 @@ def result_path(name: str) -> Path:
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as JSON, the whole file or nothing: an earlier file stays until the new one is complete."""
+    """Write a report as JSON; an earlier file stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -157,7 +173,13 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def store(name: str, report: Mapping[str, Any], tables: Tables) -> None:
-    """Write the figures of a benchmark to ``results/`` and its tables into the pages."""
+    """Write the figures of a benchmark to ``results/`` and its tables into the pages.
+
+    Args:
+        name: name of the benchmark.
+        report: its figures, as JSON values.
+        tables: its tables by page and mark.
+    """
     write_json(result_path(name), report)
     write_tables(tables)
 
@@ -181,7 +203,14 @@ def tables_of(benchmark: Any, report: Mapping[str, Any]) -> Tables:
 
 @contextmanager
 def svg_figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """Yield the axes of a figure of ``size`` inches and write it as SVG, the same bytes for the same figures."""
+    """Yield the axes of a figure, then write it as SVG; equal figures give equal bytes.
+
+    Args:
+        path: the file.
+        rows: rows of axes.
+        columns: columns of axes.
+        size: width and height in inches.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -204,5 +233,5 @@ def parser(doc: str | None, quick: str = "a tiny model, written nowhere") -> arg
 
 
 def one_thread() -> None:
-    """Limit torch to one thread, as every benchmark does: several on a shared machine cannot be compared."""
+    """Limit torch to one thread: on a shared machine, times of several threads cannot be compared."""
     torch.set_num_threads(1)

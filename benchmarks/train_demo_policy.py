@@ -45,7 +45,15 @@ def train(
     prompts: Sequence[Prompt],
     args: argparse.Namespace,
 ) -> list[dict[str, float]]:
-    """Make GRPO steps, one on-policy batch each; return the figures of each step before its update."""
+    """Make GRPO steps, one on-policy batch each; return the figures of each step before its update.
+
+    Args:
+        model: the policy after the warm-up.
+        tokenizer: its tokenizer.
+        optimizer: a new AdamW.
+        prompts: prompts to draw from.
+        args: ``steps`` and ``seed`` of the command line.
+    """
     rng = random.Random(args.seed + 2)
     log: list[dict[str, float]] = []
     for step in range(args.steps):
@@ -68,7 +76,15 @@ def train(
 
 
 def save(out: Path, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, log: list[dict[str, float]]) -> None:
-    """Save the checkpoint in the Hugging Face layout, with the training log beside it."""
+    """Save the checkpoint in the Hugging Face layout, with the training log beside it.
+
+    Args:
+        out: folder of ``policy/``.
+        model: the policy.
+        tokenizer: its tokenizer.
+        optimizer: the optimizer before its next step.
+        log: figures of every step.
+    """
     policy = out / "policy"
     model.save_pretrained(policy)
     tokenizer.save_pretrained(policy)

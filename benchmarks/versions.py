@@ -65,7 +65,7 @@ SETS = {
             ),
         },
     ),
-    # to older torch, transformers 4.56 makes its masks by vmap, which torch forbids where graphs are kept
+    # Below torch 2.5, transformers 4.56 makes its masks by vmap, which torch forbids where graphs are kept.
     "models": Set(
         "3.10",
         instead={"torch": "2.5"},
@@ -96,7 +96,7 @@ SETS = {
             ),
         },
     ),
-    # its own lower bounds, and its Python
+    # TRL has higher lower bounds than this project, and needs Python 3.11.
     "trl": Set(
         "3.11",
         instead={
@@ -124,7 +124,7 @@ SETS = {
             ),
         },
     ),
-    # TRL 1.16 asks for Python 3.11
+    # No test of TRL runs on Python 3.10, since TRL 1.16 needs 3.11.
     "python3.10": Set("3.10", instead={"torch": "2.13.0"}, today=("mathematics", "models")),
     "python3.12": Set("3.12", instead={"torch": "2.13.0"}, today=("mathematics", "models", "trl")),
     "python3.13": Set("3.13", instead={"torch": "2.13.0"}, today=("mathematics", "models", "trl")),
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     names = arguments.sets or list(SETS)
     if unknown := set(names) - set(SETS):
-        parser.error(f"no set {sorted(unknown)}; there are {', '.join(SETS)}")
+        parser.error(f"SET is {', '.join(sorted(unknown))}; expected some of {', '.join(SETS)}")
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
@@ -164,7 +164,9 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     left_out = [f"--deselect={test}" for test in sorted(excluded)]
     ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)
     if ended.returncode not in (0, 1):
-        raise SystemExit(f"{name}: pytest ended with {ended.returncode} before its tests; see what it printed")
+        raise SystemExit(
+            f"exit status of pytest for {name} is {ended.returncode}; expected 0 or 1. See what it printed"
+        )
     counts = {key: int(ET.parse(report).getroot()[0].attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
     return {
@@ -194,10 +196,10 @@ def environment(folder: Path, chosen: Set) -> Path:
 
 
 def interpreter(version: str) -> str:
-    """Return the path of ``python3.10`` or so. Raises ``SystemExit`` where there is none that works."""
+    """Return the path of the interpreter of a version such as ``3.10``; raise ``SystemExit`` if none works."""
     path = shutil.which(f"python{version}")
     if path is None or subprocess.run([path, "--version"], capture_output=True).returncode != 0:
-        raise SystemExit(f"python{version} is not on the PATH or does not start; expected an interpreter. Install it")
+        raise SystemExit(f"python{version} is not on the PATH or does not start; expected Python {version}. Install it")
     return path
 
 

@@ -28,9 +28,9 @@ def build(output: Path) -> None:
     pdoc.render.configure(docformat="google", footer_text=f"fx_influence {fx_influence.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # The generated constructor of a NamedTuple has other globals than its module, where pdoc cannot look (16.0).
+        # pdoc 16.0 resolves annotations of a NamedTuple's generated constructor in the wrong globals.
         warnings.filterwarnings("ignore", r"Error parsing type annotation .*__init__\. Import of", UserWarning)
-        # A room's own ``__all__`` hides its modules from pdoc, so that each is named here and some come twice.
+        # A package's ``__all__`` hides its modules from pdoc, so every module is named, and some are found twice.
         warnings.filterwarnings("ignore", "The module specification .* adds a module named", UserWarning)
         pdoc.pdoc(*public_modules(), output_directory=output)
 

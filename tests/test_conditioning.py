@@ -14,7 +14,9 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.core.influence_display import ILL_CONDITIONED
+from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.optim.step import AdamWStep
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params
 
@@ -61,9 +63,6 @@ class Case:
 
 def entropy_gradient(apply: Apply, params: Params, batch_e: Batch) -> Params:
     """Return grad H by name."""
-    from fx_influence.autodiff.gradients import batch_gradient
-    from fx_influence.estimators.entropy import entropy_coefficients
-
     weights = entropy_coefficients(fx.token_values(params, batch_e, apply), batch_e)
     surrogate = batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
     return {
@@ -144,7 +143,7 @@ def test_conditioning_falls_when_the_optimizer_warms_up() -> None:
 
 
 def test_conditioning_is_one_when_gradients_cancel() -> None:
-    """Two rollouts are each other's opposite: g is 0, den is eps, and each part is huge; u g alone is 0."""
+    """Two rollouts are each other's opposite: g is 0, den is eps, and each influence is huge, but their sum is 0."""
     case = Case()
     rows = torch.tensor([0, 0])
     signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Derivatives that are not the function's are refused with the parameters named; what is merely kinked is not."""
+"""Wrong derivatives are refused and their parameters named; kinks of a function are not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fx_influence.derivative_check import ENOUGH, random_direction
 
 
 class Squared(torch.autograd.Function):
-    """x^2 with the derivatives of it that subclasses claim, in units of x."""
+    """x^2, whose derivative in each mode is a factor times x; subclasses make the factors wrong."""
 
     generate_vmap_rule = True
     backward_factor, jvp_factor = 2.0, 2.0
@@ -54,7 +54,7 @@ class WrongBoth(Squared):
 
 
 class StraightThrough(Squared):
-    """Rounds, with the derivative of the identity."""
+    """Rounding, with the derivative of the identity."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:

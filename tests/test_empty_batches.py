@@ -1,4 +1,4 @@
-"""An update batch without any completion token gives zeros, as a trainer trains on, and never NaN."""
+"""An update batch without any completion token has influences of 0, never NaN; a trainer makes such a step too."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_influence_is_zero_without_completion(options: dict[str, Any]) -> None:
-    training = make_case()
-    out = training.influence(**options)
+    case = make_case()
+    out = case.influence(**options)
     for name in ("per_sequence", "stderr", "residual", "unattributed"):
         value = getattr(out, name)
         assert torch.equal(value, torch.zeros_like(value)) or (name == "stderr" and options.get("stderr") is False), (
             name
         )
-    for tokens in (out.per_token, out.matrix):
-        assert tokens is None or not tokens.any()
+    for influences in (out.per_token, out.matrix):
+        assert influences is None or not influences.any()
     assert out.baseline != 0
     assert out.total == out.baseline
 
 
 def test_influence_baseline_is_adamw_step_without_completion() -> None:
     """A trainer's step, by torch's AdamW, is then momentum and weight decay alone."""
-    training = make_case()
+    case = make_case()
     lr = 1e-3
-    hypers = training.state.hyper
-    by_name = dict(training.model.named_parameters())
+    hypers = case.state.hyper
+    by_name = dict(case.model.named_parameters())
     groups = [
         {
             "params": [p],
@@ -82,44 +82,42 @@ def test_influence_baseline_is_adamw_step_without_completion() -> None:
     optimizer = torch.optim.AdamW(groups, lr=lr)
     for name, p in by_name.items():
         moments = {
-            "exp_avg": training.state.exp_avg[name].clone(),
-            "exp_avg_sq": training.state.exp_avg_sq[name].clone(),
+            "exp_avg": case.state.exp_avg[name].clone(),
+            "exp_avg_sq": case.state.exp_avg_sq[name].clone(),
         }
-        optimizer.state[p] = {"step": torch.tensor(float(training.state.step[name])), **moments}
+        optimizer.state[p] = {"step": torch.tensor(float(case.state.step[name])), **moments}
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    v = {name: (p.detach() - training.params[name]) / lr for name, p in by_name.items()}
-    slope = fx.jvp_delta(training.params, v, training.batch_e, apply=training.apply).first
+    v = {name: (p.detach() - case.params[name]) / lr for name, p in by_name.items()}
+    slope = fx.jvp_delta(case.params, v, case.batch_e, apply=case.apply).first
     # theta' - theta has the rounding error of theta, which is divided by lr.
-    size = max(float(p.abs().max()) for p in training.params.values()) / lr
-    assert_close_to_rounding(training.influence().baseline, slope, terms=TINY_POLICY, scale=size)
+    size = max(float(p.abs().max()) for p in case.params.values()) / lr
+    assert_close_to_rounding(case.influence().baseline, slope, terms=TINY_POLICY, scale=size)
 
 
 def test_influence_grad_is_unattributed_without_completion() -> None:
-    training = make_case()
-    extra = random_direction(torch.Generator().manual_seed(0), training.params)
-    out = training.influence(grad=extra)
+    case = make_case()
+    extra = random_direction(torch.Generator().manual_seed(0), case.params)
+    out = case.influence(grad=extra)
     assert not out.per_sequence.any()
     assert out.unattributed != 0
 
 
 @pytest.mark.parametrize("preconditioner", ["adam", "identity"])
 def test_fisher_kernel_is_zero_without_completion(preconditioner: Any) -> None:
-    training = make_case()
+    case = make_case()
     for a, b in (
-        (training.batch_u, training.batch_e),
-        (training.batch_e, training.batch_u),
-        (training.batch_u, training.batch_u),
+        (case.batch_u, case.batch_e),
+        (case.batch_e, case.batch_u),
+        (case.batch_u, case.batch_u),
     ):
-        kernel = fx.fisher_kernel(
-            training.params, a, b, training.state, apply=training.apply, preconditioner=preconditioner
-        )
+        kernel = fx.fisher_kernel(case.params, a, b, case.state, apply=case.apply, preconditioner=preconditioner)
         assert torch.equal(kernel, torch.zeros(len(a.input_ids), len(b.input_ids), dtype=kernel.dtype))
 
 
 def test_per_sample_grads_are_zero_without_completion() -> None:
-    training = make_case()
-    grads = fx.per_sample_grads(fx.rollout_loss(training.apply), training.params, training.batch_u)
+    case = make_case()
+    grads = fx.per_sample_grads(fx.rollout_loss(case.apply), case.params, case.batch_u)
     assert not any(g.any() or g.isnan().any() for g in grads.values())
 
 

@@ -24,6 +24,8 @@ normalizes = pytest.mark.parametrize("normalize", ["token", "sequence"])
 
 
 class Run(NamedTuple):
+    """The golden case in one dtype, with its gradients and step computed by the library."""
+
     golden: Golden
     apply: fx.Policy
     params: Params

@@ -1,4 +1,4 @@
-"""The order of rooms, read from the source: core first, lab last, and the reference apart from all of them."""
+"""The order of rooms, read from the source: core first, lab last; tests and benchmarks alone import the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORDER = (
     {"interop"},
     {"lab"},
 )
-"""Rooms and top modules; each may import those of earlier places, and its own place."""
+"""Rooms and top modules; each may import from its own set and from earlier ones."""
 
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 OUTSIDE_THE_ORDER = {"__init__", "__main__", "testing"}

@@ -54,7 +54,7 @@ def test_influence_matches_the_reference(case: Case) -> None:
 
 
 @given(case=cases())
-def test_influence_parts_add_up(case: Case) -> None:
+def test_influence_terms_add_up(case: Case) -> None:
     out = run(case, matrix=True)
     size = float(out.per_sequence.abs().sum() + out.baseline.abs())
     assert_close(out.per_token.sum(-1), out.per_sequence, size)
@@ -141,10 +141,10 @@ def test_influence_is_pure(case: Case) -> None:
 @given(case=cases())
 @settings(max_examples=10)
 def test_influence_is_equal_with_the_gradient_given(case: Case) -> None:
-    handed = reference.add(
+    total_grad = reference.add(
         reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
     )
-    plain, given_grad = run(case), run(case, grad=handed)
+    plain, given_grad = run(case), run(case, grad=total_grad)
     assert_close(given_grad.per_token, plain.per_token, plain.per_sequence.abs().sum())
     assert given_grad.unattributed == 0
 
@@ -162,17 +162,17 @@ def case() -> Case:
 
 def test_unattributed_holds_terms_without_coefficients(case: Case) -> None:
     gradient = reference.add(reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u))
-    handed = {name: g + 0.1 * torch.ones_like(g) for name, g in gradient.items()}
-    out = run(case, grad=handed)
-    step = fx.adamw_decompose(handed, case.opt_state, case.params)
-    slope = reference.add(reference.entropy_gradients(case.apply, reference.tracked(case.params), case.batch_e))
-    extra = sum(float((slope[k] * step.gain[k] * 0.1).sum()) for k in slope)
-    size = sum(float((slope[k] * step.gain[k]).abs().sum()) for k in slope)
+    total_grad = {name: g + 0.1 * torch.ones_like(g) for name, g in gradient.items()}
+    out = run(case, grad=total_grad)
+    step = fx.adamw_decompose(total_grad, case.opt_state, case.params)
+    entropy_grad = reference.add(reference.entropy_gradients(case.apply, reference.tracked(case.params), case.batch_e))
+    extra = sum(float((g * step.gain[k] * 0.1).sum()) for k, g in entropy_grad.items())
+    size = sum(float((g * step.gain[k]).abs().sum()) for k, g in entropy_grad.items())
     assert_close_to_rounding(out.unattributed, extra, terms=TINY_POLICY, scale=size)
     assert_close(out.residual, torch.zeros_like(out.residual), out.per_sequence)
-    direction = sum(float((slope[k] * step.direction[k]).sum()) for k in slope)
-    size += sum(float((slope[k] * step.direction[k]).abs().sum()) for k in slope)
-    assert_close_to_rounding(out.total, direction, terms=TINY_POLICY, scale=size)
+    change = sum(float((g * step.direction[k]).sum()) for k, g in entropy_grad.items())
+    size += sum(float((g * step.direction[k]).abs().sum()) for k, g in entropy_grad.items())
+    assert_close_to_rounding(out.total, change, terms=TINY_POLICY, scale=size)
     assert_close(out.total, out.baseline + out.per_sequence.sum() + out.unattributed, size)
 
 
@@ -223,10 +223,10 @@ def test_stderr_of_random_groups_is_near_that_of_clusters(case: Case) -> None:
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("more", [0.0, 0.1])
-def test_total_stderr_is_that_of_the_step(
+def test_total_stderr_matches_derivative_along_step(
     case: Case, preconditioner: fx.types.Preconditioner, matrix: bool, more: float
 ) -> None:
-    """``more``: what a trainer's gradient holds beyond the rollouts'."""
+    """A trainer's gradient exceeds the sum of the rollouts' by ``more``."""
     g = batch_gradient(case.params, case.batch_u, case.apply, case.temperature, None)
     g = {name: None if x is None else x + more for name, x in g.items()}
     out = run(case, preconditioner=preconditioner, matrix=matrix, objective=fx.Entropy(case.estimator), grad=g)

@@ -1,4 +1,4 @@
-"""The first implementation's mistakes, one by one: each has a test that would have caught it, here or elsewhere."""
+"""The first implementation's mistakes, each with a test that would have caught it, in this file or another."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ import fx_influence as fx
 from fx_influence.types import Apply, Batch, Estimator, Params
 
 HELD_BY = {
-    "the published head returned exactly 0 for every delta H": ("test_snis_delta_matches_golden"),
-    "hyperparameters read from the optimizer's defaults": ("test_adamw_state_reads_hyperparameters_of_groups"),
+    "the published head returned exactly 0 for every delta H": "test_snis_delta_matches_golden",
+    "hyperparameters read from the optimizer's defaults": "test_adamw_state_reads_hyperparameters_of_groups",
     "dropout active in a model that is training": "test_policy_disables_dropout",
     "dropout active whatever the mode": "test_influence_refuses_a_random_policy",
-    "noise at eta = 1e-6 in float32": ("test_first_order_is_right_where_a_float32_step_is_noise"),
+    "noise at eta = 1e-6 in float32": "test_first_order_is_right_where_a_float32_step_is_noise",
     "uncentred rows": "test_snis_contributions_match_centred_golden",
-    "temperature applied to the entropies but not to the weights": (
-        "test_temperature_equals_divided_logits_everywhere"
-    ),
-    "the end of sequence dropped where it is also the padding": ("test_collate_keeps_eos_that_is_also_padding"),
+    "temperature applied to the entropies but not to the weights": "test_temperature_equals_divided_logits_everywhere",
+    "the end of sequence dropped where it is also the padding": "test_collate_keeps_eos_that_is_also_padding",
     "the same, of sampled rollouts": "test_sample_keeps_eos_that_is_also_padding",
     "a crash at an empty completion": "test_collate_accepts_empty_completion",
-    "the same, in the mathematics": ("test_empty_completion_contributes_0_and_counts_in_n"),
-    "left padding attended to": ("test_influence_is_invariant_to_padding_side"),
-    "caches by id() that outlived a change of parameters": ("test_influence_follows_changed_parameters"),
+    "the same, in the mathematics": "test_empty_completion_contributes_0_and_counts_in_n",
+    "left padding attended to": "test_influence_is_invariant_to_padding_side",
+    "caches by id() that outlived a change of parameters": "test_influence_follows_changed_parameters",
     "the same, of frozen parameters": "test_policy_reads_frozen_tensors_live",
-    "top_k=50 in sampling that was called on-policy": ("test_sample_frequencies_match_full_softmax"),
+    "top_k=50 in sampling that was called on-policy": "test_sample_frequencies_match_full_softmax",
     "a silent fall-back from vmap to a loop": "test_per_sample_grads_take_one_pass_or_fail",
 }
 
@@ -71,7 +69,7 @@ class Case:
 
 
 def test_influence_refuses_a_random_policy() -> None:
-    """Additivity was off by 42% there: the parts and the whole saw other networks."""
+    """Additivity was off by 42% with dropout: rollouts and total saw different networks."""
     case = Case()
 
     def dropping(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -89,7 +87,7 @@ def test_influence_refuses_a_random_policy() -> None:
 
 
 def test_first_order_is_right_where_a_float32_step_is_noise() -> None:
-    """Column i of the recorded float64 matrix is by how much each rollout of E moves per unit lr along v_i."""
+    """Column i of the recorded float64 matrix has the change of each rollout of E per unit lr along v_i."""
     golden = load_golden(torch.float32)
     exact = torch.from_numpy(np.asarray(golden.expected["first_order_centred_per_token"][2:])).T
     apply, params = fx.make_functional(golden.model)

@@ -73,10 +73,10 @@ def per_decision_entropy(normalize: Normalize) -> Objective:
 def test_entropy_objective_matches_user_written_one(
     case: Case, estimator: Any, make_objective: Callable[[Normalize], Objective], normalize: Normalize
 ) -> None:
-    given_options = {**influence_options(case), "matrix": True}
+    options = {**influence_options(case), "matrix": True}
     inputs = (case.params, case.batch_u, case.batch_e, case.opt_state)
     objectives = (make_objective(normalize), fx.Entropy(estimator, normalize))
-    custom, default = (fx.influence(*inputs, **{**given_options, "objective": objective}) for objective in objectives)
+    custom, default = (fx.influence(*inputs, **{**options, "objective": objective}) for objective in objectives)
     size = default.matrix.abs().sum()
     assert_close(custom.matrix, default.matrix, size)
     assert_close(custom.per_token, default.per_token, size)
@@ -179,12 +179,12 @@ def test_kl_to_reference_is_exact_on_full_distribution(exact: Exact) -> None:
 
 
 def test_kl_to_reference_is_minimal_at_policy_itself(exact: Exact) -> None:
-    custom = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
-    out = exact.influence(objective=fx.kl_to_reference(custom), stderr=False)
+    logprobs = fx.token_values(exact.params, exact.batch_e, exact.apply, TEMPERATURE).logprobs
+    out = exact.influence(objective=fx.kl_to_reference(logprobs), stderr=False)
     for value in (out.per_sequence, out.baseline):
         assert_close(value, torch.zeros_like(value))
     # A subset of rows has nonzero influence; only the sum over all of them is 0.
-    assert every_nth(3, exact).influence(objective=fx.kl_to_reference(custom[::3])).per_sequence.abs().min() > 1e-4
+    assert every_nth(3, exact).influence(objective=fx.kl_to_reference(logprobs[::3])).per_sequence.abs().min() > 1e-4
 
 
 def test_kl_to_reference_ignores_constant_at_equal_lengths(exact: Exact) -> None:

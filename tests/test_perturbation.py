@@ -272,14 +272,13 @@ def test_snis_sweep_matches_snis_delta() -> None:
     case = fixed_case()
     directions = [direction_of(case, seed) for seed in range(5)]
     blocks = [
-        {name: torch.stack([v[name] for v in part]) for name in case.params}
-        for part in (directions[:2], directions[2:])
+        {name: torch.stack([v[name] for v in vs]) for name in case.params} for vs in (directions[:2], directions[2:])
     ]
     steps = [0.2, 3.0]
     for chunk_size in (None, 3):
         measure = fx.snis_sweep(case.params, case.batch_e, clip=0.3, chunk_size=chunk_size, **shared_options(case))
-        parts = [measure(block, steps) for block in blocks]
-        result = fx.SnisDelta(*(torch.cat(field, dim=1) for field in zip(*parts, strict=True)))
+        results = [measure(block, steps) for block in blocks]
+        result = fx.SnisDelta(*(torch.cat(field, dim=1) for field in zip(*results, strict=True)))
         for (i, eta), (k, v) in itertools.product(enumerate(steps), enumerate(directions)):
             assert_same(fx.SnisDelta(*(field[i, k] for field in result)), snis(case, v, eta, clip=0.3))
 

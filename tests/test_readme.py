@@ -1,4 +1,4 @@
-"""The examples of the pages run as they stand, by name, and what the pages promise about the package is there."""
+"""The examples of the pages run and print what the pages show; functions and files that the pages name exist."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Example(NamedTuple):
 
 @functools.cache
 def examples() -> dict[str, Example]:
-    """Return the examples of all pages by name; a name stands for one of them."""
+    """Return the examples of all pages by name; no two have the same name."""
     pattern = r"<!-- example: ([\w-]+) -->\n```(\w+)\n(.*?)```(?:\n\n```text\n(.*?)```)?"
     by_name: dict[str, Example] = {}
     for page in PAGES:
-        for name, *parts in re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        for name, *blocks in re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.DOTALL):
             assert name not in by_name, f"{page} and {by_name[name].page} both have the example {name}"
-            by_name[name] = Example(str(page.relative_to(ROOT)), *parts)
+            by_name[name] = Example(str(page.relative_to(ROOT)), *blocks)
     return by_name
 
 
@@ -107,8 +107,8 @@ def test_influence_example_prints_an_influence(capsys: pytest.CaptureFixture[str
     assert float(out.total) == pytest.approx(float(derivative), rel=1e-3)
     for text in (printed, example.output):
         figures = figures_of(text.splitlines()[0])
-        parts = sum(figures[name] for name in ("momentum", "weight_decay", "sum_per_sequence"))
-        assert figures["total"] == pytest.approx(parts, abs=4 * unit_of(figures["total"]) / 100)
+        terms = sum(figures[name] for name in ("momentum", "weight_decay", "sum_per_sequence"))
+        assert figures["total"] == pytest.approx(terms, abs=4 * unit_of(figures["total"]) / 100)
         assert len(re.findall(r"influence [-+]\d.*? ± \d", text)) == 3
         assert not re.findall(r"influence [-+]0\.000", text)
     # Other processors may draw other rollouts, as another seed would.
@@ -153,7 +153,7 @@ def test_trl_examples_predict_and_repeat_their_steps(
 def test_attach_example_prints_what_trl_example_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The front page's example stands in a script that has a trainer; the script is the one of the ``trl`` example."""
+    """The front page's example needs a trainer, which the script of the ``trl`` example sets up."""
     monkeypatch.chdir(tmp_path)
     script, example = examples()["trl"], examples()["attach"]
     scope: dict[str, Any] = {}
@@ -170,7 +170,7 @@ def test_attach_example_prints_what_trl_example_does(
         assert figures == [step[name] for name in names]
 
 
-def test_loop_example_hands_over_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+def test_loop_example_passes_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
     example, scope = examples()["loop"], dict[str, Any]()
     example.run(scope)
     out, printed = scope["out"], capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_logged_figures_are_explained() -> None:
 
 
 def resolve(name: str) -> bool:
-    """Whether a dotted name exists in the package."""
+    """Return whether a dotted name exists in the package."""
     value: Any = fx
     for part in name.split("."):
         value = getattr(value, part, None)

@@ -40,7 +40,13 @@ def directions(p: Problem, count: int) -> Params:
 
 
 def measure(setting: Setting, e_rows: int, pairs: int) -> dict[str, Any]:
-    """Return seconds and flops of the loop over the library's, and of the sweep over plain forward passes."""
+    """Return seconds and flops of the loop over the library's, and of the sweep over plain forward passes.
+
+    Args:
+        setting: size of the problem.
+        e_rows: rows of E.
+        pairs: paired runs.
+    """
     p = problem(setting, varied=True, e_rows=e_rows)
     base = by_hand.score(p, p.params)
     sweep = fx.snis_sweep(p.params, p.e, apply=p.apply, objective=fx.Entropy("sequence"))

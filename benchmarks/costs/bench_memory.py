@@ -56,7 +56,7 @@ def work(p: Problem, name: str) -> Callable[[], object]:
     works: dict[str, Callable[[], object]] = {
         "step": lambda: [batch_gradient(p.params, batch, p.apply) for batch in (p.u, p.e)],
         "jvp": lambda: token_jvp(p.params, p.gain, p.u, p.apply),
-        # A plain function hides the policy's parts, so the library's blockwise attention and head are not used.
+        # A plain function hides backbone and head, so the library's blockwise attention and chunked head are not used.
         "jvp_eager": lambda: token_jvp(p.params, p.gain, p.u, lambda params, ids, mask: p.apply(params, ids, mask)),
         "adjoint": influence,
         "adjoint_frugal": lambda: influence(memory_budget=0),

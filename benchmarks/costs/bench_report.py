@@ -153,7 +153,7 @@ def chromium() -> Iterator[Any]:
 
     path = shutil.which("chromium")
     if path is None:
-        raise FileNotFoundError("no chromium on the path: apt-get install chromium")
+        raise FileNotFoundError("chromium is not on the PATH; expected a browser. Run apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

@@ -90,7 +90,13 @@ def works(setting: Setting, names: tuple[str, ...]) -> dict[str, Callable[[], ob
 
 
 def measure(setting: Setting, names: tuple[str, ...], pairs: int) -> dict[str, Any]:
-    """Return seconds and flops of every method in units of its step, and what it adds to the peak memory."""
+    """Return seconds and flops of every method in units of its step, and what it adds to the peak memory.
+
+    Args:
+        setting: size of the problem.
+        names: methods, see ``METHODS``.
+        pairs: paired runs of each method and the step.
+    """
     by_step = works(setting, names)
     step, step_u = by_step.pop("step"), by_step.pop("step_u")
     by_step_u = {name: by_step.pop(name) for name in ("grad_eighth",) if name in by_step}

@@ -51,7 +51,13 @@ def matrix(p: Problem) -> Tensor:
 
 
 def score(p: Problem, params: Params, rows: int = ROWS_AT_ONCE) -> tuple[Tensor, Tensor]:
-    """Return float64 log-probabilities and entropies of every token of E, by passes over ``rows`` at a time."""
+    """Return float64 log-probabilities and entropies of every token of E, (n_e, T).
+
+    Args:
+        p: the problem, with E.
+        params: parameters by name.
+        rows: rows per pass.
+    """
     with torch.no_grad():
         values = [token_values(p.model, params, chunk) for chunk in row_chunks(p.e, rows)]
     logprobs, entropies = (torch.cat(x).double() for x in zip(*values, strict=True))
@@ -59,7 +65,15 @@ def score(p: Problem, params: Params, rows: int = ROWS_AT_ONCE) -> tuple[Tensor,
 
 
 def finite(p: Problem, direction: Params, eta: float, base: tuple[Tensor, Tensor], rows: int = ROWS_AT_ONCE) -> Tensor:
-    """Return Delta H at theta + eta v by importance sampling, ``sequence`` per token; ``base``: ``score`` at theta."""
+    """Return Delta H at theta + eta v by importance sampling, the estimator ``sequence`` normalized by token.
+
+    Args:
+        p: the problem, with E.
+        direction: v by name.
+        eta: length of the step.
+        base: ``score`` at theta.
+        rows: rows per pass.
+    """
     stepped = score(p, {n: x + eta * direction[n] for n, x in p.params.items()}, rows)
     lengths = p.e.completion_mask.sum(-1).double()
     w = (stepped[0].sum(-1) - base[0].sum(-1)).clamp(-10, 10).exp()
@@ -67,7 +81,18 @@ def finite(p: Problem, direction: Params, eta: float, base: tuple[Tensor, Tensor
 
 
 def loop(p: Problem, indices: range, eta: float, base: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    """Loop over rollouts of U as one would write it first: a backward, its direction, and a perturbed pass over E."""
+    """Loop over rollouts of U as one would write it first: a backward, its direction, and a perturbed pass over E.
+
+    Args:
+        p: the problem.
+        indices: rollouts of U.
+        eta: length of the steps.
+        base: ``score`` at theta.
+        rows: rows per pass over E.
+
+    Returns:
+        Delta H of each rollout.
+    """
     gain, changes = gain_of(p, p.gradient), []
     for i in indices:
         row = Batch._make(None if field is None else field[i : i + 1] for field in p.u)

@@ -88,7 +88,15 @@ def draw_chain(rng: random.Random, task: Task = SHIPPED) -> tuple[str, str, str]
 
 
 def draw_prompts(rng: random.Random, count: int, taken: set[str], prefix: str, task: Task = SHIPPED) -> list[Prompt]:
-    """Return ``count`` new prompts, none of them in ``taken``, to which they are added."""
+    """Return new random prompts.
+
+    Args:
+        rng: source of the draws.
+        count: number of prompts.
+        taken: texts that are not drawn again; the new ones are added to it.
+        prefix: beginning of the prompts' ids.
+        task: kind of sums.
+    """
     prompts: list[Prompt] = []
     while len(prompts) < count:
         text, _, answer = draw_chain(rng, task)
@@ -99,7 +107,15 @@ def draw_prompts(rng: random.Random, count: int, taken: set[str], prefix: str, t
 
 
 def supervised_batch(rng: random.Random, tokenizer: Any, size: int, held_out: set[str], task: Task = SHIPPED) -> Batch:
-    """Return correct completions of fresh prompts: mostly written out, else the answer only."""
+    """Return correct completions of fresh prompts, ``CHAIN_SHARE`` of them written out and the others the answer only.
+
+    Args:
+        rng: source of the draws.
+        tokenizer: one token per character.
+        size: number of rows.
+        held_out: texts of prompts that do not occur.
+        task: kind of sums.
+    """
     rows: list[Rollout] = []
     while len(rows) < size:
         text, chain, answer = draw_chain(rng, task)
@@ -128,7 +144,16 @@ def draw(
     seed: int,
     max_new_tokens: int = SHIPPED.max_new_tokens,
 ) -> list[Rollout]:
-    """Sample on-policy rollouts with exact-match rewards and group advantages."""
+    """Sample on-policy rollouts with exact-match rewards and group advantages.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        prompts: prompts with answers.
+        completions: completions of each prompt.
+        seed: of the sampling.
+        max_new_tokens: length at which a completion is cut off.
+    """
     return sample_rewarded(
         model,
         tokenizer,
@@ -150,7 +175,10 @@ def measure(
     seed: int,
     max_new_tokens: int = SHIPPED.max_new_tokens,
 ) -> dict[str, float]:
-    """Return accuracy, entropy per token, completion length and the share of prompts with a nonzero advantage."""
+    """Return accuracy, entropy per token, completion length and the share of prompts with a nonzero advantage.
+
+    The arguments are those of ``draw``.
+    """
     rollouts = draw(model, tokenizer, prompts, completions, seed, max_new_tokens)
     batch = collate(rollouts, tokenizer.pad_token_id)
     with torch.no_grad():
@@ -181,7 +209,19 @@ def warm_up(
     task: Task = SHIPPED,
     probes: int = 128,
 ) -> None:
-    """Make at most ``steps`` supervised steps, until the accuracy on ``probes`` fresh prompts reaches ``stop_at``."""
+    """Train the model by supervised steps until its accuracy on fresh prompts suffices.
+
+    Args:
+        model: a random model.
+        tokenizer: its tokenizer.
+        held_out: texts of prompts that are not trained on.
+        steps: largest number of steps.
+        lr: peak of the learning rate.
+        stop_at: accuracy that suffices.
+        seed: of the draws.
+        task: kind of sums.
+        probes: number of fresh prompts.
+    """
     rng = random.Random(seed + 1)
     probe = draw_prompts(rng, probes, set(held_out), "probe", task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
@@ -221,7 +261,7 @@ def update_batch(rollouts: Sequence[Rollout], pad_id: int, max_new_tokens: int =
 
 
 def reinforce(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
-    """Make one optimizer step, clipped to norm 1, on a batch with coefficients; return entropy and norm before it."""
+    """Make one optimizer step on a batch with coefficients, clipped to norm 1; return entropy and gradient norm."""
     logp, entropy = score_tokens(model, batch)
     optimizer.zero_grad()
     surrogate(TokenValues(logp, entropy), batch).backward()

@@ -4,21 +4,19 @@
                                                    an hour on two cores, resumed where it stopped
     python -m benchmarks counterfactual --quick    one small state, written nowhere, to check that it works
 
-GRPO training runs are measured at several steps. There AdamW's step, with clipping and second moment recomputed, is
+GRPO training runs are measured at several steps. At each, AdamW's step, with clipping and second moment recomputed, is
 redone without each rollout and on random halves of U, in float64, and the entropy measured: exactly where all
 completions can be enumerated ("toy"), else by importance sampling on fresh rollouts, the same for all steps, which the
 influences have not used. Predictors are compared by rank correlation: with the effect of leaving one out (LOO), and
-with the entropy after half
-the batch (linear datamodelling score, LDS, arXiv 2303.14186).
+with the entropy after half the batch (linear datamodelling score, LDS, arXiv 2303.14186).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import fx_influence as fx
+from benchmarks.evidence.counterfactual_tables import SIGNLESS, appendix, markdown, summary
 from benchmarks.evidence.training_runs import (
     Benchmark,
     Policy,
@@ -35,7 +34,6 @@ from benchmarks.evidence.training_runs import (
     initial_policy,
     selected_step_states,
 )
-from benchmarks.harness import format_interval, mean_interval
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.perturbed_values import perturbed_token_values
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
@@ -67,8 +65,8 @@ class TrainingRun(NamedTuple):
         return f"{self.policy}-{self.lr:g}-{self.seed}"
 
 
-SIGNLESS = ("size of advantage", "gradient norm", "length")
-"""Predictors of the size of an effect without its sign."""
+PRECONDITIONERS: dict[str, Preconditioner] = {"share": "frozen", "marginal": "jacobian", "rmsprop": "rmsprop"}
+"""Preconditioners by the names of their predictors in stored results."""
 
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
@@ -121,7 +119,7 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dic
 
 
 def entropy_of_all(logprobs: Tensor, entropies: Tensor, every: Batch) -> Tensor:
-    """Return the objective whose gradient is that of ``exact_entropy``, without sampling error."""
+    """Return s_a of an objective over all completions, whose gradient is the gradient of ``exact_entropy``."""
     before = exact_entropy(TokenValues(logprobs, entropies), every).detach()
     log_p, h, length = logprobs.sum(-1), entropies.sum(-1), every.completion_mask.sum(-1)
     p = log_p.detach().exp()
@@ -142,7 +140,18 @@ def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[
 def sampled_change(
     training: TrainingRun, policy: Policy, params: Params, apply: fx.Policy, seed: int
 ) -> Callable[[Params], Tensor]:
-    """Return the same by importance sampling on fresh rollouts, (K, prompts): contributions of prompts."""
+    """Return the function that estimates Delta H of a block of steps by importance sampling on fresh rollouts.
+
+    Args:
+        training: the run, which says how many rollouts.
+        policy: the policy before the steps.
+        params: its parameters by name.
+        apply: its function.
+        seed: of the sampling.
+
+    Returns:
+        Function of steps by name, (K, ...), to contributions of prompts, (K, prompts), whose mean is Delta H.
+    """
     prompts = training.evaluated // 2
     sweep = fx.snis_sweep(params, policy.evaluation(prompts, 2, seed), apply=apply)
 
@@ -161,7 +170,17 @@ def predictions(
     gradients: Params,
     advantages: Tensor,
 ) -> dict[str, Tensor]:
-    """Return each predictor's estimate of the entropy that every rollout adds, (n,)."""
+    """Return each predictor's estimate of the entropy that every rollout adds, (n,).
+
+    Args:
+        params: parameters by name, float64.
+        batch: U.
+        e: E.
+        state: the optimizer's state before the step.
+        apply: the policy.
+        gradients: of the loss of each rollout, (n, ...) by name.
+        advantages: (n,).
+    """
     influences = {
         key: fx.influence(
             params, batch, e, state, apply=apply, preconditioner=preconditioner, max_grad_norm=MAX_NORM, stderr=False
@@ -171,7 +190,7 @@ def predictions(
     values = all_token_values(params, e, apply)
     weights = entropy_coefficients(values, e)
     weighted = e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
-    # SGD moves by -g_i, and a batch gradient is that of minus the weighted sum, so both signs cancel.
+    # SGD moves by -g_i and ``batch_gradient`` differentiates minus the weighted sum, so the two signs cancel.
     descent = [(name, g) for name, g in batch_gradient(params, weighted, apply).items() if g is not None]
     logprobs = all_token_values(params, batch, apply).logprobs
     mask = batch.completion_mask
@@ -189,11 +208,18 @@ def predictions(
 
 
 def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor, n: int) -> dict[str, Any]:
-    """Return rank correlations with the effect of leaving one out, its size, and the entropy after half the batch."""
+    """Return rank correlations with the effect of leaving one out, its size, and the entropy after half the batch.
+
+    Args:
+        changes: Delta H of the steps without each rollout, on each half and on all, (n + HALVES + 1, prompts).
+        predicted: the estimates (n,) by predictor.
+        halves: 1 for the rollouts in a half, (HALVES, n).
+        n: number of rollouts.
+    """
     effects = changes[-1] - changes[:n]
     after = changes[n:-1]
     effect, signed = effects.mean(1), {k: x for k, x in predicted.items() if k not in SIGNLESS}
-    # Only differences affect ranks, so what is common to all effects is subtracted.
+    # Only differences affect ranks, so the mean effect is subtracted.
     between, prompts = effects - effects.mean(0), effects.shape[1]
     return {
         "rollouts": n,
@@ -237,127 +263,6 @@ def training_runs(quick: bool) -> list[TrainingRun]:
         *(TrainingRun("toy", lr, seed, steps) for lr in (1e-4, 1e-3) for seed in range(SEEDS)),
         *(TrainingRun("large", 1e-4, seed, (1, 20, 50), evaluated=256) for seed in range(SEEDS)),
     ]
-
-
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return figures of every state, and of the first step and of all later ones."""
-    return {"states": of_states(runs), "phases": of_phases(runs)}
-
-
-PHASES = {"step 1": range(1, 2), "later": range(2, 10**6)}
-REGIMES = {"lr to 1e-4": (0.0, 1e-4), "lr 1e-3": (1e-4, 1.0)}
-PRECONDITIONERS: dict[str, Preconditioner] = {"share": "frozen", "marginal": "jacobian", "rmsprop": "rmsprop"}
-"""Preconditioners by the names of their predictors in stored results."""
-
-CANDIDATES = ("share", "marginal", "sgd", "covariance proxy", "advantage")
-
-
-def of_phases(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return means with intervals over training runs of all policies, of each run's mean over the states of a phase.
-
-    ``best``: the predictor with the highest mean, and those below it by no more than the interval of the difference.
-    """
-    rows = []
-    for regime, (above, to) in REGIMES.items():
-        for phase, steps in PHASES.items():
-            runs_states = [[s for s in run["found"] if s["step"] in steps] for run in runs if above < run["lr"] <= to]
-            if not any(runs_states):
-                continue
-            row: dict[str, Any] = {"regime": regime, "phase": phase, "trainings": sum(map(bool, runs_states))}
-            for kind in ("loo", "lds"):
-                means = {name: _means(runs_states, kind, name) for name in (*CANDIDATES, "ceiling")}
-                row[kind] = {name: mean_interval(list(values.values())) for name, values in means.items()}
-                row[kind]["best"] = _best({name: means[name] for name in CANDIDATES})
-            rows.append(row)
-    return rows
-
-
-def _means(runs_states: Sequence[Sequence[dict[str, Any]]], kind: str, name: str) -> dict[int, float]:
-    by_run = {k: [s[kind][name] for s in states if s[kind][name] is not None] for k, states in enumerate(runs_states)}
-    return {k: statistics.fmean(values) for k, values in by_run.items() if values}
-
-
-def _best(means: dict[str, dict[int, float]]) -> list[str]:
-    defined = {name: values for name, values in means.items() if values}
-    first = max(defined, key=lambda name: statistics.fmean(defined[name].values()))
-    best = [first]
-    for name in defined.keys() - {first}:
-        differences = [x - defined[name][k] for k, x in defined[first].items() if k in defined[name]]
-        gap = mean_interval(differences)
-        if gap is None or gap["mean"] is None or gap["half_width"] is None or gap["mean"] <= gap["half_width"]:
-            best.append(name)
-    return sorted(best, key=list(CANDIDATES).index)
-
-
-def of_states(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return means over seeds with 95% intervals, by policy, learning rate and step."""
-    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    for run in runs:
-        for state in run["found"]:
-            groups.setdefault((run["policy"], run["lr"], state["step"]), []).append(state)
-    return [
-        {
-            "policy": policy,
-            "lr": lr,
-            "step": step,
-            "seeds": len(states),
-            **{name: mean_interval([s[name] for s in states]) for name in ("delta_h", "effect", "effect_stderr")},
-            **{
-                kind: {
-                    name: mean_interval([s[kind][name] for s in states if s[kind][name] is not None])
-                    for name in states[0][kind]
-                }
-                for kind in KINDS
-            },
-            # Differences by state, so that what is common to both predictors cancels.
-            **{f"share_less_sgd_{kind}": mean_interval(_differences(states, kind)) for kind in ("loo", "lds")},
-        }
-        for (policy, lr, step), states in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
-def _differences(states: Sequence[dict[str, Any]], kind: str) -> list[float]:
-    pairs = [(s[kind]["share"], s[kind]["sgd"]) for s in states]
-    return [share - sgd for share, sgd in pairs if share is not None and sgd is not None]
-
-
-KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of leaving one out"}
-LABELS = {"share": "frozen", "share, exact": "frozen, exact", "marginal": "jacobian", "sgd": "plain SGD"}
-"""Titles of predictors by their names in stored results."""
-SIGNED = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advantage", "ceiling")
-COLUMNS = {"loo": SIGNED, "lds": SIGNED, "size": (*SIGNED[:5], *SIGNLESS)}
-
-
-def appendix(report: dict[str, Any]) -> str:
-    """Return for each kind of effect a table by policy, learning rate and step."""
-    tables = []
-    states = report["summary"]["states"]
-    for kind, title in KINDS.items():
-        names = [name for name in COLUMNS[kind] if any(name in row[kind] for row in states)]
-        lines = [
-            f"| {title}: policy, lr, step | {' | '.join(LABELS.get(n, n) for n in names)} |",
-            "|---|" + "---|" * len(names),
-        ]
-        for row in states:
-            cells = (format_interval(row[kind].get(name), "+.2f") for name in names)
-            lines.append(f"| {row['policy']}, {row['lr']:g}, {row['step']} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Return rank correlations at the first step and later, and the predictors to use."""
-    lines = [
-        "| steps | effect of | frozen | jacobian | plain SGD | covariance proxy | advantage | ceiling | use |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["summary"]["phases"]:
-        for kind in ("loo", "lds"):
-            cells = (format_interval(row[kind][name], "+.2f") for name in (*CANDIDATES, "ceiling"))
-            use = ", ".join(LABELS.get(name, name) for name in row[kind]["best"])
-            title = f"{row['phase']}, {row['regime']} ({row['trainings']} training runs)"
-            lines.append(f"| {title} | {KINDS[kind]} | {' | '.join(cells)} | {use} |")
-    return "\n".join(lines)
 
 
 BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown, appendix)

@@ -15,12 +15,10 @@ largest influences is identified, each with its sign.
 from __future__ import annotations
 
 import copy
-import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +28,7 @@ from torch import Tensor
 
 import fx_influence as fx
 from benchmarks.evidence.arithmetic import draw_prompts
+from benchmarks.evidence.estimator_tables import FIELDS, appendix, markdown, summary
 from benchmarks.evidence.training_runs import (
     Benchmark,
     Policy,
@@ -39,7 +38,6 @@ from benchmarks.evidence.training_runs import (
     initial_policy,
     selected_step_states,
 )
-from benchmarks.harness import format_interval, mean_interval
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values
@@ -55,12 +53,10 @@ from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 NAME = "bench_estimators"
 SEEDS, MAX_NORM = 5, 1.0
-TOP, TARGET = 0.1, 0.8
-"""Share of the rollouts to be identified by their influences, and the share of these that suffices."""
+TOP = 0.1
+"""Share of the rollouts to be identified by their influences."""
 MAX_ROLLOUTS = 8192
 """Rollouts that all draws of one size of E take, unless a single draw takes more."""
-BINS = (0.0, 0.05, 0.2, 0.5, 1.0, 100.0)
-"""Bounds of the bins of noise shares in the table of the rule."""
 STRATIFIED = "per_decision, stratified draw"
 
 
@@ -85,7 +81,7 @@ class TrainingRun(NamedTuple):
 def by_prompt(values: TokenValues, batch: Batch) -> TokenCoefficients:
     """Return coefficients of ``per_decision`` centred by prompt, which removes the variance between prompts.
 
-    A baseline may depend on the prompt. It is the mean of the prompt's other completions, so that it is independent.
+    The baseline of a completion is the mean over the prompt's other completions, which it is independent of.
     """
     done = completion_values(values, batch.completion_mask)
     x = centred_entropies(done, "per_decision", "token", done)
@@ -219,7 +215,15 @@ def split_held_out(training: TrainingRun, policy: Policy) -> tuple[Policy, Polic
 
 
 def true_gradient(training: TrainingRun, policy: Policy, params: Params, apply: fx.Policy, seed: int) -> Tensor:
-    """Return the flat gradient of the entropy: exact, or from many other rollouts."""
+    """Return the flat gradient of the entropy: exact for toy, else from many other rollouts.
+
+    Args:
+        training: the run.
+        policy: the policy before the step, with the prompts of the truth.
+        params: its parameters by name.
+        apply: its function.
+        seed: of the sampling.
+    """
     if training.policy == "toy":
         batch = collate(all_completions(policy), policy.tokenizer.pad_token_id)
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
@@ -238,135 +242,6 @@ def _compare(estimate: Tensor, truth: Tensor) -> dict[str, float]:
         "spearman": float(spearmanr(estimate.numpy(), truth.numpy()).statistic),
         "top": float((identified & (estimate[largest].sign() == truth[largest].sign())).double().mean()),
     }
-
-
-def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the errors of all estimators, their ratios, and the rule."""
-    return {"estimators": errors(runs), "beside": error_ratios(runs), "rule": rule(runs)}
-
-
-def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return means over seeds by policy, estimator, size and completions per prompt."""
-    groups: dict[tuple[str, str, int, int], list[list[dict[str, float]]]] = {}
-    for run in runs:
-        by_key: dict[tuple[str, str, int, int], list[dict[str, float]]] = {}
-        for state in run["found"]:
-            for x in state["errors"]:
-                by_key.setdefault((run["policy"], x["estimator"], x["each"], x["rollouts"]), []).append(x)
-        for key, states in by_key.items():
-            groups.setdefault(key, []).append(states)
-    return [
-        {
-            "policy": policy,
-            "estimator": estimator,
-            "each": each,
-            "rollouts": size,
-            **{
-                field: mean_interval([float(np.mean([x[field] for x in states])) for states in seeds])
-                for field in (*FIELDS, "noise_share")
-                if field in seeds[0][0]
-            },
-        }
-        for (policy, estimator, each, size), seeds in groups.items()
-    ]
-
-
-FIELDS = ("squared_error", "spearman", "top")
-
-
-def geometric(values: Sequence[float]) -> dict[str, float] | None:
-    """Return the geometric mean of ratios with its 95% interval, None for fewer than two."""
-    logs = mean_interval([math.log(x) for x in values])
-    if logs is None or logs["mean"] is None or logs["half_width"] is None:
-        return None
-    mean, width = logs["mean"], logs["half_width"]
-    return {"mean": math.exp(mean), "low": math.exp(mean - width), "high": math.exp(mean + width)}
-
-
-def error_ratios(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return squared errors over those of ``per_decision`` with two completions per prompt and as many rollouts."""
-    ratios: dict[tuple[str, str, int], list[float]] = {}
-    for run in runs:
-        for state in run["found"]:
-            reference = {(x["each"], x["rollouts"]): x for x in state["errors"] if x["estimator"] == "per_decision"}
-            for x in state["errors"]:
-                way = f"{x['estimator']}, {x['each']} a prompt"
-                ratio = x["squared_error"] / reference[2, x["rollouts"]]["squared_error"]
-                if ratio != 1:
-                    ratios.setdefault((run["policy"], way, x["rollouts"]), []).append(ratio)
-    return [
-        {"policy": policy, "way": way, "rollouts": size, "ratio": geometric(values)}
-        for (policy, way, size), values in ratios.items()
-    ]
-
-
-def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the share of the top tenth identified by share of noise, and the noise at which it is ``TARGET``.
-
-    The latter by a line in the logarithm of the noise, one for each training run. Only where prompts are drawn, since
-    error bars account for that draw.
-    """
-    by_run = [
-        [(x["noise_share"], x["top"]) for state in run["found"] for x in state["errors"] if "noise_share" in x]
-        for run in runs
-        if run["policy"] != "toy"
-    ]
-    crossings = []
-    for points in by_run:
-        slope, intercept = np.polyfit(np.log([share for share, _ in points]), [top for _, top in points], 1)
-        crossings.append(math.exp((TARGET - intercept) / slope))
-    bins = [
-        {
-            "above": low,
-            "to": high,
-            "found": mean_interval([top for points in by_run for share, top in points if low < share <= high]),
-        }
-        for low, high in pairwise(BINS)
-    ]
-    return {"at": geometric(crossings), "bins": bins}
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """Return the rule: the share of the top tenth identified by share of noise."""
-    bins = [row for row in report["summary"]["rule"]["bins"] if row["found"]]
-    if not bins:
-        return ""
-    lines = ["| share of noise | of the top tenth identified, with its sign |", "|---|---|"]
-    for row in bins:
-        to = f"{row['above']:.0%} to {row['to']:.0%}" if row["to"] <= 1 else f"above {row['above']:.0%}"
-        lines.append(f"| {to} | {format_interval(row['found'], '.0f', 100)}% |")
-    factor = _factor(report["summary"]["rule"]["at"])
-    return "\n".join([*lines, "", f"{TARGET:.0%} of the top tenth are identified at a share of noise of {factor}."])
-
-
-def appendix(report: Mapping[str, Any]) -> str:
-    """Return squared error and share of the top tenth by estimator and size of E, and the ratios of errors."""
-    rows = report["summary"]["estimators"]
-    sizes = sorted({x["rollouts"] for x in rows})
-    lines = [f"| E of | {' | '.join(map(str, sizes))} |", "|---|" + "---|" * len(sizes)]
-    for key in dict.fromkeys((x["policy"], x["estimator"], x["each"]) for x in rows):
-        row = {x["rollouts"]: x for x in rows if (x["policy"], x["estimator"], x["each"]) == key}
-        cells = (
-            f"{format_interval(row[n]['squared_error'], '.2g')}; {format_interval(row[n]['top'], '.0f', 100)}%"
-            if n in row
-            else ""
-            for n in sizes
-        )
-        lines.append(f"| {key[0]}, {key[1]}, {key[2]} a prompt | {' | '.join(cells)} |")
-        if any("noise_share" in x for x in row.values()):
-            cells = (f"{format_interval(row[n].get('noise_share'), '.0f', 100)}%" if n in row else "" for n in sizes)
-            lines.append(f"| share of noise, by error bars | {' | '.join(cells)} |")
-    lines += ["", "| squared error over that of per_decision, 2 a prompt | " + " | ".join(map(str, sizes)) + " |"]
-    lines.append("|---|" + "---|" * len(sizes))
-    compared = report["summary"]["beside"]
-    for policy, way in dict.fromkeys((x["policy"], x["way"]) for x in compared):
-        ratios = {x["rollouts"]: x["ratio"] for x in compared if (x["policy"], x["way"]) == (policy, way)}
-        lines.append(f"| {policy}, {way} | {' | '.join(_factor(ratios.get(n)) for n in sizes)} |")
-    return "\n".join(lines)
-
-
-def _factor(ratio: Mapping[str, float] | None) -> str:
-    return f"{ratio['mean']:.2g} ({ratio['low']:.2g} to {ratio['high']:.2g})" if ratio else ""
 
 
 def training_runs(quick: bool) -> list[TrainingRun]:

@@ -53,7 +53,7 @@ def train(training: TrainingRun) -> list[dict[str, Any]]:
 
 
 def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> list[dict[str, Any]]:
-    """Return the changes of entropy, in nats per unit lr, and of reward, by the E of the selection and by another."""
+    """Return the changes of entropy and reward, per unit lr, as estimated on the E of the selection and on another."""
     prompts = draw_prompts(random.Random(step_state.rng.randrange(2**30)), training.judged, set(), "", policy.task)
     half, seed = training.judged // 2, step_state.rng.randrange(2**30)
     entropy, reward = influences(policy, step_state, prompts[half:], seed)
@@ -84,7 +84,14 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> lis
 def influences(
     policy: Policy, step_state: StepState, prompts: Sequence[Any], seed: int
 ) -> tuple[fx.Influence, fx.Influence]:
-    """Return the influences of U on entropy and reward, from two completions of every prompt."""
+    """Return the influences of U on entropy and reward, from two completions of every prompt.
+
+    Args:
+        policy: the policy before the step.
+        step_state: optimizer and U before the step.
+        prompts: prompts of E.
+        seed: of the sampling.
+    """
     rollouts = policy.sample(prompts, 2, seed)
     e = collate(rollouts, policy.tokenizer.pad_token_id)
     apply, params = fx.make_functional(policy.model)
@@ -96,7 +103,7 @@ def influences(
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return by size of E and unit the means over seeds of a seed's mean over steps, entropy in nats in this step."""
+    """Return means over seeds by size of E and unit; a seed counts with its mean over steps, in nats per step."""
     groups: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for run in runs:
         by_key: dict[tuple[str, int, str], list[dict[str, float]]] = {}

@@ -77,7 +77,16 @@ class StepState(NamedTuple):
 def step_states(
     policy: Policy, lr: float, seed: int, steps: int, prompts: int, completions: int
 ) -> Iterator[StepState]:
-    """Yield the states of a GRPO run with a new optimizer; the caller makes each step, by ``arithmetic.reinforce``."""
+    """Yield the states of a GRPO run with a new optimizer; the caller makes each step, by ``arithmetic.reinforce``.
+
+    Args:
+        policy: the policy, which the steps change.
+        lr: learning rate.
+        seed: of the prompts and the sampling.
+        steps: number of steps.
+        prompts: prompts per step.
+        completions: completions of each prompt.
+    """
     optimizer, rng = fresh_optimizer(policy.model, lr), random.Random(seed)
     for step in range(1, steps + 1):
         rollouts = policy.sample(rng.sample(policy.train, prompts), completions, seed * 100_003 + step)
@@ -88,7 +97,10 @@ def step_states(
 def selected_step_states(
     policy: Policy, lr: float, seed: int, steps: Sequence[int], prompts: int, completions: int
 ) -> Iterator[StepState]:
-    """Yield the ``step_states`` in ``steps`` that have a nonzero advantage; the steps are made by this function."""
+    """Yield those ``step_states`` that have a nonzero advantage, and make every step up to the last of ``steps``.
+
+    The arguments are those of ``step_states``, but ``steps`` has the numbers of the steps to yield, from 1.
+    """
     for step_state in step_states(policy, lr, seed, max(steps), prompts, completions):
         if step_state.step in steps and any(r.advantage for r in step_state.rollouts):
             yield step_state
@@ -156,7 +168,14 @@ def initial_policy(policy: str, keep: bool = True) -> Policy:
 
 
 def run_all(benchmark: str, work: Callable[[Any], Any], plans: Sequence[Plan], jobs: int) -> list[Any]:
-    """Return the result of ``work`` for each plan, ``jobs`` at a time; finished ones are read from the cache."""
+    """Return the result of each plan; finished ones are read from the cache.
+
+    Args:
+        benchmark: name of the folder in the cache.
+        work: function of a plan, importable by name.
+        plans: what to run.
+        jobs: processes at a time.
+    """
     results = []
     (CACHE / benchmark).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -168,7 +187,7 @@ def run_all(benchmark: str, work: Callable[[Any], Any], plans: Sequence[Plan], j
 
 def _cached(benchmark: str, work: Callable[[Any], Any], plan: Plan) -> Any:
     path, fields = CACHE / benchmark / f"{plan.name}.json", json.loads(json.dumps(plan._asdict()))
-    # The result of another plan of this name is not reused.
+    # The name does not hold every field, so a file of this name may hold the result of another plan.
     if not path.exists() or json.loads(path.read_text())["plan"] != fields:
         one_thread()
         temporary = path.with_suffix(".tmp")
@@ -180,9 +199,9 @@ def _cached(benchmark: str, work: Callable[[Any], Any], plan: Plan) -> Any:
 class Benchmark(NamedTuple):
     """A benchmark over training runs.
 
-    ``training_runs(quick)``: what is run. ``work(run)``: the result of one. ``summary(runs)``: figures over seeds, of
-    the runs with their results under ``found``. ``markdown(report)``: its table; ``appendix(report)``: long tables for
-    the end of the page. ``plot(report, path)``: its figure.
+    ``training_runs(quick)`` returns the runs, ``work(run)`` the result of one, ``summary(runs)`` figures over seeds of
+    the runs with their results under ``found``. ``markdown(report)`` returns the table, ``appendix(report)`` the long
+    tables for the end of the page; ``plot(report, path)`` draws the figure.
     """
 
     name: str

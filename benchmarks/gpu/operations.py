@@ -40,12 +40,14 @@ def operations(case: Case, layer_io_fits: bool) -> float:
     """Return the operations that the method needs, two per weight and token, without attention and recomputation.
 
     With f weights frozen and t trained, a token costs f + t in a forward, f + 2t in a reverse pass, as much again for a
-    forward that carries a tangent, and t for a ghost product with one direction or, beside a product with every row's
-    gradient for each, with several. All tokens but a row's last pass the body, and those that score a completion the
-    head. If all is trained and |U| = |E|, in forwards: step 6, adjoint 9, with the gradient 6, per sequence 7 if all of
-    U's layer inputs and output gradients fit (``layer_io_fits``), error bars 11, 13 if they do not fit, and 31 if two
-    directions do not fit, matrix 6 and the products of the rows' gradients, sweep one for each direction and one more.
-    If little is trained, reverse and tangent cost half.
+    forward that carries a tangent, and t for a ghost product with one direction. With several directions it costs t
+    once, and every row's gradient is multiplied by each of them. All tokens but a row's last pass the body, and those
+    that score a completion the head.
+
+    If all weights are trained and |U| = |E|, the methods need, in forwards: step 6; adjoint 9; adjoint with the
+    gradient given 6; per sequence 7 if all of U's layer inputs and output gradients fit (``layer_io_fits``); error bars
+    11, or 13 if those do not fit, or 31 if two directions do not fit; matrix 6 and the products of the rows' gradients;
+    sweep one for each direction and one more. If few weights are trained, reverse passes and tangents cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
     groups = min(MAX_RANDOM_GROUPS, (case.n_e + 1) // 2)
@@ -55,15 +57,15 @@ def operations(case: Case, layer_io_fits: bool) -> float:
     products = 2.0 * case.n_u * groups * trained if directions > 1 else 0.0
     # If they do not fit, they are recomputed by a forward and a reverse pass without the weight gradients.
     recomputed = 0 if layer_io_fits else 2
-    contractions = math.ceil(groups / directions) * u(forward=recomputed, contraction=1) + products
-    push = u(forward=1, tangent=1)
+    ghost_products = math.ceil(groups / directions) * u(forward=recomputed, ghost=1) + products
+    jvp = u(forward=1, tangent=1)
     step = u(forward=1, reverse=1) + e(forward=1, reverse=1)
     by_route = {
         "step": step,
-        "adjoint": step + push,
-        "adjoint_grad": e(forward=1, reverse=1) + push,
-        "per_sequence": step + (u(contraction=1) if layer_io_fits else push),
-        "error_bars": step + e(forward=1) + (contractions + push if layer_io_fits or directions > 1 else groups * push),
+        "adjoint": step + jvp,
+        "adjoint_grad": e(forward=1, reverse=1) + jvp,
+        "per_sequence": step + (u(ghost=1) if layer_io_fits else jvp),
+        "error_bars": step + e(forward=1) + (ghost_products + jvp if layer_io_fits or directions > 1 else groups * jvp),
         "matrix": step + 2.0 * case.n_u * case.n_e * trained,
         "sweep": (1 + DIRECTIONS) * e(forward=1),
     }
@@ -71,13 +73,13 @@ def operations(case: Case, layer_io_fits: bool) -> float:
 
 
 def _passes(
-    w: Weights, count: int, width: int, forward: int = 0, reverse: int = 0, tangent: int = 0, contraction: int = 0
+    w: Weights, count: int, width: int, forward: int = 0, reverse: int = 0, tangent: int = 0, ghost: int = 0
 ) -> float:
     tokens = (
         (w.body_frozen, w.body_trained, count * (width - 1)),
         (w.head_frozen, w.head_trained, count * (width - width // 3)),
     )
-    terms = (n * (forward * (f + t) + (reverse + tangent) * (f + 2 * t) + contraction * t) for f, t, n in tokens)
+    terms = (n * (forward * (f + t) + (reverse + tangent) * (f + 2 * t) + ghost * t) for f, t, n in tokens)
     return 2.0 * sum(terms)
 
 

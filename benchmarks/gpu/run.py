@@ -96,7 +96,14 @@ def line(o: dict[str, Any]) -> str:
 
 
 def report(device: str, rates: dict[str, float], minutes: float, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the report of a run: environment, device, rates and outcomes."""
+    """Return the report of a run.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        rates: operations per second of matrix products by dtype.
+        minutes: time limit of the run.
+        outcomes: measured, skipped and failed cases.
+    """
     return {
         "environment": environment(),
         "device": _card() if device == "cuda" else {"name": "cpu"},

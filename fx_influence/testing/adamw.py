@@ -15,7 +15,7 @@ from fx_influence.types import AdamWState, Gradients, Params, Preconditioner
 class Step(NamedTuple):
     """One AdamW step, by parameter name.
 
-    ``direction``: v. ``momentum``, ``weight_decay``: its parts. ``gain``: the diagonal gamma. ``den``: the denominator
+    ``direction``: v. ``momentum``, ``weight_decay``: terms of v. ``gain``: the diagonal gamma. ``den``: the denominator
     sqrt(s/B2) + eps. ``clip``: kappa.
     """
 
@@ -34,12 +34,12 @@ def adamw(
     preconditioner: Preconditioner = "frozen",
     max_grad_norm: float | None = None,
 ) -> Step:
-    """Return AdamW's direction v = (theta' - theta) / eta and its parts, v = momentum + weight_decay + sum_i gamma g_i.
+    """Return AdamW's direction v = (theta' - theta) / eta and its terms, v = momentum + weight_decay + sum_i gamma g_i.
 
     That split holds for "frozen". For "jacobian", gamma is dv/dg with the clip frozen and v is the same. For
-    "rmsprop", gamma = -rho/den, v = gamma g and the other parts are 0. For "lifetime", gamma = -rho kappa/den and
-    v = gamma g + weight decay. A parameter that the optimizer does not hold, or
-    that no sequence's gradient reaches, has 0 everywhere. ``maximize``: the optimizer sees -g, so gamma changes sign.
+    "rmsprop", gamma = -rho/den, v = gamma g and the other terms are 0. For "lifetime", gamma = -rho kappa/den and
+    v = gamma g + weight decay. A parameter that the optimizer does not hold, or that no sequence's gradient reaches,
+    has 0 everywhere. ``maximize``: the optimizer sees -g, so gamma changes sign.
 
     Args:
         grads_per_sequence: g_i by parameter name.
@@ -54,8 +54,8 @@ def adamw(
     step = Step({}, {}, {}, {}, {}, clip)
     for name, theta in params.items():
         grad_name = g.get(name)
-        for part in (step.direction, step.momentum, step.weight_decay, step.gain):
-            part[name] = torch.zeros_like(theta)
+        for tree in (step.direction, step.momentum, step.weight_decay, step.gain):
+            tree[name] = torch.zeros_like(theta)
         step.den[name] = torch.full_like(theta, math.inf)
         if name not in state.exp_avg or grad_name is None:
             continue

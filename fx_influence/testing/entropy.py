@@ -27,7 +27,12 @@ class Snis(NamedTuple):
 def weights_at(ratios: Sequence[Sequence[float]], rank: int | None, clip: float | None) -> list[float]:
     """Return every row's weight exp(sum of its first ``rank`` log ratios), the sum clipped to +-clip.
 
-    All log ratios are summed where a row has fewer than ``rank``, or where ``rank`` is ``None``.
+    All log ratios are summed where a row has fewer than ``rank``.
+
+    Args:
+        ratios: log ratios by row and rank.
+        rank: number of log ratios; ``None``: all of the row.
+        clip: bound on |cumulative log-weight|; None does not clip.
     """
     bound = math.inf if clip is None else clip
     return [math.exp(max(-bound, min(bound, sum(d[:rank])))) for d in ratios]
@@ -79,7 +84,13 @@ class Centre(NamedTuple):
 
 
 def centre(entropies: Sequence[Sequence[float]], estimator: Estimator, normalize: Normalize) -> Centre:
-    """Return the centre of a batch from its token entropies at theta."""
+    """Return the centre of a batch from its token entropies at theta.
+
+    Args:
+        entropies: nats by row and rank.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+    """
     n, ranks = len(entropies), range(max(len(h) for h in entropies))
     h_mean = [sum(h[k] for h in entropies if k < len(h)) / n for k in ranks]
     ok_mean = [sum(1 for h in entropies if k < len(h)) / n for k in ranks]
@@ -87,12 +98,25 @@ def centre(entropies: Sequence[Sequence[float]], estimator: Estimator, normalize
 
 
 def centred_sequence(h: Sequence[float], c: Centre, normalize: Normalize) -> float:
-    """Return x_a = h_a - H-hat f_a."""
+    """Return x_a = h_a - H-hat f_a.
+
+    Args:
+        h: the row's token entropies by rank.
+        c: the centre of the batch.
+        normalize: ``"token"`` (f_a is the length) or ``"sequence"`` (f_a is 1).
+    """
     return sum(h) - c.h_hat * (len(h) if normalize == "token" else 1)
 
 
 def centred_token(h: Sequence[float], k: int, c: Centre, normalize: Normalize) -> float:
-    """Return x_ak = h_ak - mean h_k, per token minus H-hat (ok_ak - mean ok_k); h = ok = 0 once finished."""
+    """Return x_ak = h_ak - mean h_k, minus H-hat (ok_ak - mean ok_k) if per token; h = ok = 0 once finished.
+
+    Args:
+        h: the row's token entropies by rank.
+        k: the rank.
+        c: the centre of the batch.
+        normalize: ``"token"`` or ``"sequence"``.
+    """
     x = (h[k] if k < len(h) else 0.0) - c.h_mean[k]
     return x - c.h_hat * ((1.0 if k < len(h) else 0.0) - c.ok_mean[k]) if normalize == "token" else x
 
@@ -196,6 +220,9 @@ def entropy_gradients(
     normalize: Normalize = "token",
     temperature: float = 1.0,
 ) -> list[Gradients]:
-    """Return grad s_a for every evaluation row; their sum is the gradient of H-hat."""
+    """Return grad s_a for every evaluation row; their sum is the gradient of H-hat.
+
+    The arguments are those of ``surrogates``.
+    """
     params = tracked(params)
     return [gradient(s, params) for s in surrogates(apply, params, batch, estimator, normalize, temperature)]

@@ -48,7 +48,14 @@ def tracked(params: Params) -> Params:
 
 
 def sequence_gradients(apply: Apply, params: Params, batch: Batch, temperature: float = 1.0) -> list[Gradients]:
-    """Return g_i = grad l_i for each row, l_i = -sum_t (c_it log pi(y_it) + b_it h_it), with L's sign and no 1/n."""
+    """Return g_i = grad l_i for each row, l_i = -sum_t (c_it log pi(y_it) + b_it h_it), with L's sign and no 1/n.
+
+    Args:
+        apply: the policy.
+        params: theta by name.
+        batch: (n, T), with coefficients.
+        temperature: divisor of the logits.
+    """
     params, rows = tracked(params), []
     for i in range(len(batch.input_ids)):
         score = score_row(apply, params, batch, i, temperature)

@@ -36,7 +36,13 @@ class Influence(NamedTuple):
 def standard_error(matrix: Tensor, lengths: Sequence[int], group: Tensor | None, normalize: Normalize) -> Tensor:
     """Return stderr_i of delta_i = sum_a M_ai over the draw of E, by clusters c: E's groups, or its rows without any.
 
-    stderr_i^2 = C/(C-1) sum_c (sum_{a in c} (M_ai - delta_i f_a / sum f))^2; NaN if C < 2. M is (n_e, n_u).
+    stderr_i^2 = C/(C-1) sum_c (sum_{a in c} (M_ai - delta_i f_a / sum f))^2; NaN if C < 2.
+
+    Args:
+        matrix: M, (n_e, n_u).
+        lengths: completion tokens of each row of E.
+        group: (n_e,), the cluster of each row; None: every row is one.
+        normalize: ``"token"`` (f_a is the length) or ``"sequence"`` (f_a is 1).
     """
     f = [float(length) if normalize == "token" else 1.0 for length in lengths]
     labels = list(range(len(f))) if group is None else group.tolist()
@@ -92,7 +98,7 @@ def influence(
         score = score_row(apply, params, batch_u, i, temperature)
         for t, loss in zip(score.positions, token_losses(batch_u, i, score), strict=True):
             per_token[i, t] = inner(u, gradient(loss, params))
-    total, momentum, decay = (inner(grad_h, part) for part in (step.direction, step.momentum, step.weight_decay))
+    total, momentum, decay = (inner(grad_h, v) for v in (step.direction, step.momentum, step.weight_decay))
     baseline = total - float(matrix.sum()) if preconditioner == "jacobian" else momentum + decay
     stderr = standard_error(matrix, batch_e.completion_mask.sum(1).tolist(), batch_e.group, normalize)
     scalars = [torch.tensor(x, dtype=torch.float64) for x in (baseline, momentum, decay, total)]

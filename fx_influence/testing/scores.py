@@ -49,7 +49,9 @@ def score_row(apply: Apply, params: Params, batch: Batch, row: int, temperature:
         if not batch.completion_mask[row, t]:
             continue
         if t == 0:
-            raise ValueError("the token in column 0 has no logits that score it")
+            raise ValueError(
+                f"batch.completion_mask[{row}, 0] is True; expected False: no logits score column 0. Clear it"
+            )
         z = logits[t - 1].double() / temperature
         possible = z[z > -math.inf]
         log_pi = possible - possible.logsumexp(0)
@@ -60,7 +62,14 @@ def score_row(apply: Apply, params: Params, batch: Batch, row: int, temperature:
 
 
 def token_values(apply: Apply, params: Params, batch: Batch, temperature: float = 1.0) -> TokenValues:
-    """Return every row's ``score_row``, padded with zeros to the batch's (n, T)."""
+    """Return every row's ``score_row``, padded with zeros to the batch's (n, T).
+
+    Args:
+        apply: the policy.
+        params: theta by name.
+        batch: (n, T).
+        temperature: divisor of the logits.
+    """
     n, width = batch.input_ids.shape
     logprobs, entropies = torch.zeros(n, width, dtype=torch.float64), torch.zeros(n, width, dtype=torch.float64)
     for i in range(n):
@@ -71,9 +80,15 @@ def token_values(apply: Apply, params: Params, batch: Batch, temperature: float 
 
 
 def token_losses(batch: Batch, row: int, score: RowScore) -> list[Tensor]:
-    """Return one row's token losses l_it = -(c_it log pi(y_it) + b_it h_it), by rank."""
+    """Return one row's token losses l_it = -(c_it log pi(y_it) + b_it h_it), by rank.
+
+    Args:
+        batch: (n, T), with coefficients c and, if there is an entropy bonus, b.
+        row: i, which row of the batch.
+        score: ``score_row`` of that row.
+    """
     if batch.coefficients is None:
-        raise ValueError("an update batch needs coefficients")
+        raise ValueError("batch.coefficients is None; expected (n, T). Pass an update batch")
     losses = []
     for t, log_pi, h in zip(score.positions, score.logprobs, score.entropies, strict=True):
         b = 0.0 if batch.entropy_coefficients is None else float(batch.entropy_coefficients[row, t])

@@ -36,7 +36,7 @@ def test_pages_have_marks_of_stored_benchmarks_only(page: Path) -> None:
 
 
 def test_with_block_rejects_a_page_without_marks() -> None:
-    with pytest.raises(ValueError, match="the page has no marks for routes"):
+    with pytest.raises(ValueError, match="page has no marks routes; expected"):
         with_block("# A page", "routes", "| a |")
 
 
@@ -55,7 +55,7 @@ def test_main_lists_benchmarks_and_names_an_unknown_one(capsys: pytest.CaptureFi
     assert listed == set(NAMES)
     assert listed >= {"linearity", "loops", "memory", "precision", "routes", "trl_run", "trl_steps"}
     assert main(["nothing"]) == 1
-    assert f"no benchmark 'nothing'; there are {', '.join(NAMES)}" in capsys.readouterr().err
+    assert f"NAME is 'nothing'; expected all, or one of {', '.join(NAMES)}" in capsys.readouterr().err
 
 
 def test_versions_leave_out_tests_that_exist() -> None:

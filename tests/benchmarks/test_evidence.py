@@ -12,7 +12,13 @@ import torch
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
 
 import fx_influence as fx
-from benchmarks.evidence import bench_acting, bench_counterfactual, bench_estimators, training_runs
+from benchmarks.evidence import (
+    bench_acting,
+    bench_counterfactual,
+    bench_estimators,
+    counterfactual_tables,
+    training_runs,
+)
 from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_prompts
 from benchmarks.evidence.training_runs import TOY, Policy, all_completions, exact_entropy
 from fx_influence.autodiff.gradients import batch_gradient
@@ -101,7 +107,7 @@ def test_phases_list_the_best_predictors() -> None:
         state = {"step": 5, "loo": {**ranks, "ceiling": 1.0}, "lds": {**ranks, "ceiling": 1.0}}
         return {"policy": "demo", "lr": 1e-4, "found": [state]}
 
-    [phase] = bench_counterfactual.of_phases([run(0.9, 0.89, 0.5), run(0.8, 0.81, 0.4), run(0.85, 0.84, 0.47)])
+    [phase] = counterfactual_tables.of_phases([run(0.9, 0.89, 0.5), run(0.8, 0.81, 0.4), run(0.85, 0.84, 0.47)])
     assert (phase["phase"], phase["trainings"]) == ("later", 3)
     assert phase["loo"]["best"] == ["share", "marginal"]
     assert phase["loo"]["sgd"]["mean"] == pytest.approx(1.37 / 3)
@@ -109,7 +115,7 @@ def test_phases_list_the_best_predictors() -> None:
 
 def test_best_omits_a_predictor_that_is_always_worse() -> None:
     means = {"share": {0: 0.5, 1: 0.6}, "marginal": {0: 0.25, 1: 0.35}, "sgd": {}}
-    assert bench_counterfactual._best(means) == ["share"]
+    assert counterfactual_tables._best(means) == ["share"]
 
 
 class Sum(NamedTuple):

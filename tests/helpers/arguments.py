@@ -86,7 +86,6 @@ def shared_arguments() -> Arguments:
 
 Call = Callable[..., Any]
 
-
 POLICY: tuple[Call, ...] = (
     Arguments.influence,
     Arguments.snis,
@@ -96,12 +95,9 @@ POLICY: tuple[Call, ...] = (
     Arguments.values,
 )
 
-
 PARAMS: tuple[Call, ...] = (*POLICY, Arguments.per_sample, Arguments.decompose)
 
-
 STATE: tuple[Call, ...] = (Arguments.influence, Arguments.fisher, Arguments.decompose)
-
 
 BATCHES: tuple[tuple[Call, str], ...] = (
     (Arguments.influence, "batch_u"),

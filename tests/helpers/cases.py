@@ -164,11 +164,20 @@ def random_batch(
     min_len: int = 1,
     max_len: int | None = None,
 ) -> Batch:
-    """Return a valid batch (n, t): random ids, also in the padding, prompts of at least one token, varied completions.
+    """Return a valid batch: random ids, also in the padding, prompts of at least one token, varied completions.
 
-    Completion lengths run from ``min_len`` (0 gives rows without a completion) to ``max_len`` (default t - 1): row 0 is
-    the shortest and row 1 the longest. ``gaps`` cuts tokens out of the completion mask, never the last of a row.
-    Coefficients are asymmetric, and 0 outside the completion mask. ``groups`` labels are of unequal count.
+    Args:
+        generator: source of all draws.
+        n: number of rows.
+        t: width.
+        vocab: number of token ids.
+        groups: number of groups, of unequal sizes; None: the batch has no group.
+        padding: side of the padding.
+        gaps: whether tokens are cut out of the completion mask, never the last of a row.
+        coefficients: whether there are coefficients: asymmetric, and 0 outside the completion mask.
+        entropy_coefficients: whether there are those of an entropy bonus.
+        min_len: completion tokens of row 0, the shortest; 0 allows rows without a completion.
+        max_len: completion tokens of row 1, the longest; default t - 1.
     """
     max_len = t - 1 if max_len is None else max_len
     lengths = [_integer(generator, min_len, max_len) for _ in range(n)]

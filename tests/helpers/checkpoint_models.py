@@ -35,17 +35,14 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
-
 CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
     "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False, attention_bias=True),
     "gpt2": lambda: GPT2Config(vocab_size=12, n_positions=32, n_embd=8, n_layer=2, n_head=2, eos_token_id=1),
 }
 
-
 # peft before 0.21 does not save these biases.
 BIAS = {"bias": "lora_only"} if Version(peft.__version__) >= Version("0.21") else {}
-
 
 LORA: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},

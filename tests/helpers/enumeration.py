@@ -131,5 +131,7 @@ def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
     copies = n * exact_log_probs(apply, params, space).detach().exp()
     counts = copies.round().long()
     if (copies - counts).abs().max() > rounding_bound(torch.float64, 100, n):
-        raise ValueError("the probabilities are not multiples of 1/n")
+        raise ValueError(
+            f"n is {n}; expected n p integer for every row. Use a dyadic_policy and a multiple of its units"
+        )
     return take(space, torch.arange(len(copies)).repeat_interleave(counts))

@@ -2,9 +2,9 @@
 
 The numbers were recorded in float64 throughout, from float32 inputs upcast exactly. transformers runs norms, rotary
 embeddings and softmax in float32 whatever the dtype, so the float64 model here has them replaced; the float32 one is
-transformers' own. There pad == eos == 0 and a sampled EOS was not
-scored, so ``completion_mask`` ends before it; the loss is l_i = -sum_t A_i log pi / (G * longest of the prompt + 1e-8),
-summed over sequences. Vectors in ``expected`` are flat in the order of ``Golden.params``.
+transformers' own. In the recording pad == eos == 0 and a sampled EOS was not scored, so ``completion_mask`` ends before
+it. Its loss is l_i = -sum_t A_i log pi / (G * longest of the prompt + 1e-8), summed over sequences. Vectors in
+``expected`` are flat in the order of ``Golden.params``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def unflatten(vector: np.ndarray, golden: Golden) -> Params:
     """Return a recorded vector as a dict of parameters, in their dtype."""
     vectors = torch.from_numpy(vector).split([value.numel() for value in golden.params.values()])
     pairs = zip(golden.params.items(), vectors, strict=True)
-    return {name: vector_part.view_as(value).to(value.dtype) for (name, value), vector_part in pairs}
+    return {name: flat.view_as(value).to(value.dtype) for (name, value), flat in pairs}
 
 
 class _RMSNorm(qwen2.Qwen2RMSNorm):

@@ -24,9 +24,7 @@ from helpers.cases import random_batch
 
 VOCAB, WIDTH = 19, 12
 
-
 FAMILIES = ("qwen2", "qwen3", "llama", "gpt2")
-
 
 SLOW_FAMILIES = ("qwen3", "llama")
 """Families whose layers differ little from those of the others."""
@@ -35,7 +33,6 @@ families = pytest.mark.parametrize(
     "family",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW_FAMILIES else ()) for name in FAMILIES],
 )
-
 
 adapters = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 

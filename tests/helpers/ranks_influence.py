@@ -27,7 +27,7 @@ def local_case(state: dict[str, Any], counts: tuple[list[int], list[int]], rank:
 
 
 def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
-    """Return the error that every rank gets for a mistake of the last rank only."""
+    """Return the error that every rank raises after a mistake of the last rank only."""
     state, is_wrong = tiny_case(), rank == mesh.size() - 1
 
     def influence(**changes: Any) -> None:
@@ -36,7 +36,7 @@ def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
     single_rank = dist.new_subgroups(group_size=1)[0]
 
     def summed_activations(params: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # As in a custom tensor-parallel layer, but over one rank, so that the values stay as they are.
+        # A tensor-parallel layer calls it; over one rank it leaves the values as they are.
         return all_reduce(state["apply"](params, ids, mask), "sum", single_rank)
 
     def lost_tangent() -> None:

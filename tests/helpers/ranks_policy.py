@@ -1,4 +1,4 @@
-"""Run on each rank of test_sharded_policy: passes over sharded models, compared with unsharded ones."""
+"""Run on each rank of tests/distributed/test_sharded_policy.py: passes over sharded models, compared with unsharded ones."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def padded_numel(parameters: list[Any], ranks: int) -> list[int]:
 
 
 def traffic(mesh: DeviceMesh) -> dict[str, Any]:
-    """Return what each kind of pass over a batch of two micro-batches sends and holds."""
+    """Return the collectives and the gathered bytes of each kind of pass over a batch of two micro-batches."""
     torch.manual_seed(0)
     apply, params = fx.make_functional(qwen(True))
     policy, shards = fx.make_functional(shard_model(qwen(True), "layers", mesh))
@@ -259,7 +259,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     state = random_adamw_state(torch.Generator().manual_seed(0), fx.make_functional(tiny())[1])
     sharded_state = distribute_state(state, shards)
     broken = {name: p.detach().clone() for name, p in shards.items()}
-    # Only in the shard of the last rank.
+    # The other ranks must refuse it too.
     if broken["norm.weight"].to_local().numel() and dist.get_rank() == mesh.size() - 1:
         broken["norm.weight"].to_local()[-1] = torch.nan
 

@@ -39,7 +39,7 @@ def refusing() -> None:
 
 
 def interrupted() -> None:
-    # As by Ctrl-C, whose signal reaches the launcher only, because its processes run in other sessions.
+    # Ctrl-C too reaches the launcher only, because its processes run in other sessions.
     os.kill(os.getppid(), signal.SIGINT)
     signal.pause()
 

@@ -57,7 +57,7 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def on_meta(dim: int = 4) -> nn.Module:
     model = tiny(dim).to("meta")
-    # which unties them
+    # ``to`` makes two tensors of the tied one.
     model.head.weight = model.token.weight
     return model
 
@@ -119,7 +119,8 @@ def write(directory: Path, mesh: DeviceMesh) -> dict[str, Any]:
     return {"weights": plain(dict(model.named_parameters())), "state": as_plain(adamw_state(optimizer, model))}
 
 
-def told(call: Callable[[], object]) -> str:
+def error_of(call: Callable[[], object]) -> str:
+    """Return the type and text of the error that a call raises."""
     try:
         call()
     except (OSError, TypeError, ValueError) as error:
@@ -150,7 +151,7 @@ def refusals(directory: Path, mesh: DeviceMesh) -> dict[str, str]:
         "one bad value": with_one_bad_value,
         "whole state": whole_state_in_a_sharded_model,
     }
-    return {name: told(call) for name, call in calls.items()}
+    return {name: error_of(call) for name, call in calls.items()}
 
 
 def restored(mesh: DeviceMesh) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Script of one rank of tests/interop/trl/test_processes.py: TRL trainings in several processes."""
+"""Script of one rank of tests/interop/trl/test_processes.py: TRL training runs in several processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from helpers.trl_runs import HELD_OUT, TIMES, weights_of
 
 
 def three_prompts(accumulation: int) -> dict[str, int]:
-    """Return options for three prompts on two ranks, of which the middle one's rollouts are half on either."""
+    """Return options for three prompts on two ranks; each rank has half of the second prompt's rollouts."""
     return {"per_device_train_batch_size": 3, "num_generations": 2 * accumulation}
 
 
@@ -78,7 +78,7 @@ def sweep() -> Iterator[Variant]:
 
 @contextmanager
 def replaced_influence(replacement: Callable[..., Any]) -> Iterator[None]:
-    """Put ``replacement`` in the place of the function that a measured step calls."""
+    """Replace the ``influence`` that a measured step calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measurement, "influence", replacement)
         yield
@@ -125,7 +125,7 @@ def measured(out: Path) -> dict[str, Any]:
 
 
 def refused(out: Path) -> dict[str, Any]:
-    """Attach with settings that differ by rank; then train where the first step's parts do not add up."""
+    """Attach with settings that differ by rank; then train with a first step whose influences do not add up."""
     calls: list[dict[str, Any]] = []
 
     def fail_once(*args: Any, **options: Any) -> Any:
@@ -153,7 +153,7 @@ def refused(out: Path) -> dict[str, Any]:
 
 
 def failed(out: Path) -> dict[str, Any]:
-    """Train where one rank alone fails to generate, then in the passes that ranks share, then to write."""
+    """Train while one rank fails to generate at the first step, fails in the passes, and all fail to write the third."""
     variant = Variant("dapo", False, 1, False, {**three_prompts(1), "learning_rate": 1e-4})
     plain = rank_trainer(variant, out / "plain", 4)
     plain.train()
@@ -193,7 +193,7 @@ def failed(out: Path) -> dict[str, Any]:
     }
 
 
-TRAININGS: dict[str, Callable[[Path], Any]] = {
+RUNS: dict[str, Callable[[Path], Any]] = {
     "losses": lambda out: largest_errors(losses(), out),
     "sweep": lambda out: largest_errors(sweep(), out),
     "measured": lambda out: {
@@ -204,11 +204,11 @@ TRAININGS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def main(out: str, trainings: str) -> None:
+def main(out: str, kind: str) -> None:
     warnings.simplefilter("ignore")
     state = PartialState(cpu=True)
     with quiet():
-        result = TRAININGS[trainings](Path(out))
+        result = RUNS[kind](Path(out))
     save_result(out, result)
     state.destroy_process_group()
 

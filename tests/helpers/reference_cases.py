@@ -7,19 +7,10 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from fx_influence.types import (
-    Apply,
-    Estimator,
-    Normalize,
-    Params,
-)
-from helpers.cases import (
-    TinyPolicy,
-    make_apply,
-)
+from fx_influence.types import Apply, Estimator, Normalize, Params
+from helpers.cases import TinyPolicy, make_apply
 
 ESTIMATES = [(e, n) for e in get_args(Estimator) for n in get_args(Normalize)]
-
 
 estimates = pytest.mark.parametrize(("estimator", "normalize"), ESTIMATES)
 

@@ -96,12 +96,9 @@ def write_trl(directory: Path, monkeypatch: pytest.MonkeyPatch, step: int = 10, 
 
 TOKENIZER = make_tokenizer()
 
-
 PROMPT = ids("1+1=")
 
-
 SAMPLED = (*ids("2"), EOS)
-
 
 TOOL = ids("[9]")
 

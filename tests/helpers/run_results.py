@@ -14,7 +14,6 @@ from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults
 
 LR = 1e-3
 
-
 SOUND: dict[str, Any] = {
     "total": -4.0,
     "total_stderr": 0.5,

@@ -23,7 +23,7 @@ from helpers.tolerances import TINY_POLICY, rounding_bound
 EOS, ANOTHER_EOS, POSITIONS = 1, 5, 26
 PROMPTS = [Prompt("a", "1+2="), Prompt("b", "3="), Prompt("c", "11+22+3=")]
 OPTIONS: dict[str, Any] = {"completions_per_prompt": 8, "max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-# Bound on the rounding between log-probs of one token at a time, with a cache, and of all tokens at once.
+# Log-probs of one token at a time, with a cache, round otherwise than those of all tokens at once.
 ON_POLICY = rounding_bound(torch.float32, TINY_POLICY, math.log(64))
 TALK = (
     {"role": "user", "content": "1+2"},

@@ -1,4 +1,4 @@
-"""Training states and all results on them, by one process with all rows or by ranks with a share of the rows."""
+"""Training states, and the results of all functions on them: of one process with all rows, or of ranks with a share."""
 
 from __future__ import annotations
 
@@ -126,7 +126,16 @@ def compute_mesh_functions(
     apply: Apply,
     like: Callable[[Tensor, Any], Tensor] = lambda x, p: x,
 ) -> Results:
-    """Call the functions that take a mesh on a policy, sharded or not; ``like(x, p)`` shards x as p is."""
+    """Call the functions that take a mesh on a policy, sharded or not.
+
+    Args:
+        params: parameters by name, or their shards.
+        u: rows of U on this rank.
+        e: rows of E on this rank.
+        state: AdamW state, sharded as the parameters.
+        apply: the policy.
+        like: ``like(x, p)`` shards x as p is.
+    """
     full = random_direction(
         torch.Generator().manual_seed(5), {name: torch.empty(p.shape) for name, p in params.items()}
     )

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: a whole training state of a small float64 policy, with every choice that a user has."""
+"""Hypothesis strategies for a training state of a small float64 policy and every option of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB, WIDTH = 6, 7
 
 
 class Case(NamedTuple):
-    """One training state with the options of a call, as a failing example prints it."""
+    """One training state with the options of a call; a failing example prints it."""
 
     model: TinyPolicy
     apply: Apply

@@ -44,7 +44,7 @@ TINY_POLICY = 4000
 
 
 def as_tensor(x: Any) -> Tensor:
-    """Return a floating tensor without a graph: numbers, and what is no float, in float64."""
+    """Return a detached floating-point tensor; numbers and integer tensors become float64."""
     tensor = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.array(x))
     return tensor if tensor.is_floating_point() else tensor.double()
 
@@ -66,7 +66,7 @@ def policy_terms(params: Params, width: int, passes: int = 3) -> int:
 
     Every weight adds over one of its axes forward and over another backward, and each is followed by what adds over the
     ``width`` tokens of a row (attention, a gradient) and by one function (a norm, an activation). In half precision an
-    operation adds up in float32 and rounds once, so it is one rounding a weight and pass.
+    operation adds up in float32 and rounds once, so each weight counts as one rounding per pass.
 
     Args:
         params: shapes determine the sizes of the sums, dtypes whether they are of half precision.

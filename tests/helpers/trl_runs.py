@@ -1,4 +1,4 @@
-"""Short TRL trainings of a tiny policy with every step measured, and comparisons between them."""
+"""Short TRL training runs of a tiny policy with every step measured, and comparisons between them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PLAIN = Variant("dapo", False, 1, False, {})
 HELD_OUT = ["4+5=", "6=", "70+1="]
 PREFIX = "entropy_influence/"
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
-"""What a trainer logs that differs between two runs of one training."""
+"""Names that a trainer logs and whose values differ between two equal training runs."""
 
 
 class MeasuredTraining(NamedTuple):
-    """A finished training, what measured it, and its warnings about steps that are not attributed or measured."""
+    """A finished training run, its measurement, and its warnings about steps that are not attributed or measured."""
 
     trainer: Any
     influence: EntropyInfluence
@@ -35,7 +35,7 @@ class MeasuredTraining(NamedTuple):
 
 
 def leave_unchanged(training: Any) -> None:
-    """Prepare a trainer in no way."""
+    """Do nothing: the default of ``prepare``."""
 
 
 def warnings_of(call: Callable[[], Any]) -> list[str]:
@@ -59,7 +59,7 @@ def measure_training(
     Args:
         out: the trainer's directory.
         steps: number of optimizer steps.
-        variant: kind of training.
+        variant: kind of training run.
         prepare: called with the trainer before the attachment.
         settings: of ``EntropyInfluence``, beside ``every=1``, ``HELD_OUT`` and two completions of each prompt.
         **options: of the trainer's config, and ``model``.
@@ -79,7 +79,7 @@ def measure_training(
 
 
 def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Return the metrics of measured steps that two runs of one training have in common."""
+    """Return the metrics of measured steps that are equal in two equal training runs."""
     return [{name: x for name, x in metrics.items() if name != "seconds"} for metrics in history]
 
 
@@ -102,7 +102,7 @@ def assert_training_unchanged(
     prepare: Callable[[Any], Any] = leave_unchanged,
     **options: Any,
 ) -> None:
-    """Assert that a measured training equals the same one unmeasured: weights, log and random state, bit for bit."""
+    """Assert that measuring changes no bit of a training run: of its weights, its log or the random state."""
     random_state = torch.get_rng_state()
     plain = trainer(PLAIN, str(out), steps, **options)
     prepare(plain)

@@ -15,28 +15,15 @@ from fx_influence.estimators.entropy import completion_values, entropy_coefficie
 from fx_influence.estimators.snis import snis
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params
-from helpers.cases import (
-    TinyPolicy,
-    make_apply,
-    random_adamw_state,
-    random_batch,
-)
-from helpers.enumeration import (
-    Space,
-    enumerate_completions,
-    exact_entropy,
-    exact_log_probs,
-    take,
-)
+from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch
+from helpers.enumeration import Space, enumerate_completions, exact_entropy, exact_log_probs, take
 from helpers.strategies import ESTIMATORS, NORMALIZES
 
 estimates = pytest.mark.parametrize(
     ("estimator", "normalize"), [pytest.param(e, n, id=f"{e}-{n}") for e in ESTIMATORS for n in NORMALIZES]
 )
 
-
 VOCAB, EOS = 4, 0
-
 
 PROMPTS = [torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([3, 0, 2])]
 
@@ -123,7 +110,7 @@ def weighted_rows(weight: fx.TokenValues, derivatives: fx.TokenValues) -> Tensor
 
 
 class Update(NamedTuple):
-    """A step of four rollouts with their parts gamma g_i."""
+    """A step of four rollouts, with each rollout's part of it, gamma g_i."""
 
     batch: Batch
     state: AdamWState
