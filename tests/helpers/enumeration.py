@@ -132,6 +132,6 @@ def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
     counts = copies.round().long()
     if (copies - counts).abs().max() > rounding_bound(torch.float64, 100, n):
         raise ValueError(
-            f"n is {n}; expected n p integer for every row. Use a dyadic_policy and a multiple of its units"
+            f"n is {n}; expected integers n p. Use dyadic_policy and a multiple of its units"
         )
     return take(space, torch.arange(len(copies)).repeat_interleave(counts))

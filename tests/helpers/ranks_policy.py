@@ -1,4 +1,4 @@
-"""Run on each rank of tests/distributed/test_sharded_policy.py: passes over sharded models, compared with unsharded ones."""
+"""Run on each rank of tests/distributed/test_sharded_policy.py: passes over sharded and unsharded models."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def refused(out: Path) -> dict[str, Any]:
 
 
 def failed(out: Path) -> dict[str, Any]:
-    """Train while one rank fails to generate at the first step, fails in the passes, and all fail to write the third."""
+    """Train while one rank fails to generate, then one fails in the passes, then all fail to write."""
     variant = Variant("dapo", False, 1, False, {**three_prompts(1), "learning_rate": 1e-4})
     plain = rank_trainer(variant, out / "plain", 4)
     plain.train()
