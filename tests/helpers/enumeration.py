@@ -131,7 +131,5 @@ def replicate(apply: Apply, params: Params, space: Space, n: int) -> Batch:
     copies = n * exact_log_probs(apply, params, space).detach().exp()
     counts = copies.round().long()
     if (copies - counts).abs().max() > rounding_bound(torch.float64, 100, n):
-        raise ValueError(
-            f"n is {n}; expected integers n p. Use dyadic_policy and a multiple of its units"
-        )
+        raise ValueError(f"n is {n}; expected integers n p. Use dyadic_policy and a multiple of its units")
     return take(space, torch.arange(len(copies)).repeat_interleave(counts))
