@@ -229,6 +229,6 @@ def _require_finite(name: str, values: Tensor) -> None:
     bad = (~torch.isfinite(values)).nonzero().tolist()
     if bad:
         raise ValueError(
-            f"{name}{bad[0]} is {values[tuple(bad[0])].item()} ({len(bad)} such values); every value must be finite: "
-            "drop those rollouts or repair their rewards"
+            f"{name}{bad[0]} is {values[tuple(bad[0])].item()} ({len(bad)} such values); expected finite values. "
+            "Drop those rollouts or repair their rewards"
         )

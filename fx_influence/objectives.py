@@ -182,7 +182,8 @@ def objective_coefficients(objective: Objective, values: TokenValues, batch_e: B
         weighted = _gradient((weight * s).sum(), inputs, retain=False)
     if not all(torch.isfinite(g).all() for g in gradients):
         raise ValueError(
-            "objective's derivative is not finite; keep roots and logarithms away from 0, as in empty rows"
+            "objective's derivative is not finite; expected finite values. Keep roots and logarithms away "
+            "from 0, as in empty rows"
         )
     for plain, scaled in zip(gradients, weighted, strict=True):
         # Two derivatives of one float64 sum: what rounding makes is far below any dependence on other rows.
@@ -200,7 +201,7 @@ def _gradient(scalar: Tensor, inputs: list[Tensor], retain: bool) -> list[Tensor
 
 def _check_finite(field: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise ValueError(f"{field} has values that are not finite; drop those rollouts from E")
+        raise ValueError(f"{field} has values that are not finite; expected finite ones. Drop those rollouts from E")
 
 
 def _check_rows(field: str, values: Tensor, shape: torch.Size) -> None:

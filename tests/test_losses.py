@@ -231,7 +231,7 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
         ({"advantages": torch.ones(6, 8)}, r"advantages has shape \(6, 8\); pass \(6,\) or \(6, 7\)"),
         ({"ratio": torch.ones(1, 7)}, r"ratio has shape \(1, 7\); pass \(6,\) or \(6, 7\)"),
         ({"group": torch.zeros(5, dtype=torch.long)}, r"group has shape \(5,\); pass \(6,\), one prompt index a row"),
-        ({"advantages": with_value((N,), (4,), math.nan)}, r"advantages\[4\] is nan \(1 such values\).*drop"),
+        ({"advantages": with_value((N,), (4,), math.nan)}, r"advantages\[4\] is nan \(1 such values\).*Drop"),
         ({"advantages": with_value((N,), (0,), -math.inf)}, r"advantages\[0\] is -inf .*finite: drop"),
         ({"advantages": with_value((N, WIDTH), (1, 2), math.nan)}, r"advantages\[1, 2\] is nan .*finite: drop"),
         ({"ratio": with_value((N, WIDTH), (5, 6), math.inf)}, r"ratio\[5, 6\] is inf .*finite: drop"),

@@ -55,8 +55,8 @@ def check_batch(
             raise ValueError(f"{field}.{name} is on {value.device} and the parameters on {device}; move one of them")
     if _autocast_enabled(device.type):
         raise ValueError(
-            f"{field} is passed under torch.autocast({device.type!r}), in whose rounding small steps vanish; make the "
-            "call outside of it, or enter it inside apply and state the tolerance"
+            f"{field} is passed under torch.autocast({device.type!r}); expected no autocast, in whose rounding small "
+            "steps vanish. Make the call outside of it, or enter it inside apply and state the tolerance"
         )
     _check_positions(field, batch)
     if not (may_be_empty or batch.completion_mask.any()):
@@ -93,7 +93,7 @@ def _autocast_enabled(device: str) -> bool:
     try:
         return torch.is_autocast_enabled(device)
     except TypeError:
-        # torch before 2.4 takes no argument here
+        # torch before 2.4 takes no argument.
         return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
 
 

@@ -57,5 +57,7 @@ def _sharded_axes(x: Any) -> list[tuple[Any, int]]:
     if not is_sharded(x):
         return []
     if any(placement.is_partial() for placement in x.placements):
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} is {x.placements}; sum it over the ranks first")
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} is {x.placements}; expected no partial. Sum it over the ranks"
+        )
     return [(x.device_mesh, axis) for axis, placement in enumerate(x.placements) if placement.is_shard()]

@@ -52,9 +52,9 @@ def test_coefficients_names_cast_of_integer_mask() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_losses_reject_nonfinite_values_where_they_count(bad: float) -> None:
     mask = torch.tensor([[False, True], [False, False]])
-    with pytest.raises(ValueError, match=r"advantages\[0\] is .*drop those rollouts"):
+    with pytest.raises(ValueError, match=r"advantages\[0\] is .*Drop those rollouts"):
         fx.coefficients("grpo", torch.tensor([bad, 1.0]), mask)
-    with pytest.raises(ValueError, match=r"rewards\[1\] is .*drop those rollouts or repair their rewards"):
+    with pytest.raises(ValueError, match=r"rewards\[1\] is .*Drop those rollouts or repair their rewards"):
         fx.group_advantages(torch.tensor([1.0, bad]), torch.zeros(2))
     # A row without completion tokens is never read.
     assert fx.coefficients("grpo", torch.tensor([1.0, bad]), mask).tolist() == [[0.0, 0.5], [0.0, 0.0]]

@@ -49,8 +49,8 @@ class PackedAttention(TorchFunctionMode):
         # A single query sees every key, causal or not, and Hugging Face models do not call it causal.
         if attn_mask is not None or dropout_p != 0 or not (is_causal or query.shape[-2] == 1):
             raise NotImplementedError(
-                "the model's attention is not plainly causal over a row of tokens; load it with "
-                "attn_implementation='eager', and every row goes through it unpacked"
+                "the model's attention is not plainly causal over a row of tokens; expected no mask and no "
+                "dropout. Load it with attn_implementation='eager', and every row goes through it unpacked"
             )
         if self._biases is None:
             # A mask of bools would be turned into one of numbers in every layer.
