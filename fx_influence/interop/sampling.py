@@ -134,7 +134,7 @@ def with_rewards(
 
     The prompts' columns go to ``reward``, one value per rollout, None if a prompt lacks a column; for a conversation
     its messages do, and the completion as one more message. A group whose rewards are all equal has advantage exactly
-    0. As in TRL, a rollout whose reward is None has advantage 0 and no part in its group's mean.
+    0. As in TRL, a rollout whose reward is None has advantage 0 and does not count in its group's mean.
 
     Args:
         rollouts: n rollouts of these prompts.

@@ -47,8 +47,8 @@ def select(
         minimise sum_i (1 - w_i) max(r_i, 0)   subject to   baseline + sum_i w_i delta_i >= floor,   0 <= w_i <= 1
 
     Among solutions of equal cost it leaves out the least. The influences are of the step as it is: other weights would
-    also change its second moment and clipping, to second order in what is left out. Multiply
-    ``batch_u.coefficients`` by the weights.
+    also change its second moment and clipping, to second order in 1 - w. To use the
+    weights, multiply ``batch_u.coefficients`` by them.
 
     Args:
         influence_entropy: of the step on the entropy.

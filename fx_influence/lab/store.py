@@ -208,6 +208,7 @@ class Pieces(MutableMapping[int, Piece], Generic[Piece]):
         return len(list(iter(self)))
 
     def clear(self) -> None:
+        """Delete all pieces."""
         self._directory.remove(*map(self._name, self))
 
     def _name(self, key: int) -> str:

@@ -96,7 +96,7 @@ class StepMeasurement:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
         prompts: of E.
         settings: how steps are measured.
-        mesh: of the trainer's processes, None where there is one.
+        mesh: of the trainer's processes, None for a single process.
         warn: called with a sentence that the user should read.
     """
 
@@ -218,7 +218,7 @@ class StepMeasurement:
             if not self._conditioning_logged:
                 logger.warning(
                     f"step {step}: {conditioning:.0%} of the sum of |influence| rests on denominators that AdamW has "
-                    f"from this very gradient, so parts of rollouts are large and cancel. {CONDITIONING_REMEDY}"
+                    f"from this very gradient, so single influences are large and cancel. {CONDITIONING_REMEDY}"
                 )
             self._conditioning_logged = True
 

@@ -12,7 +12,7 @@ from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture.step import CapturedStep
 
 TOP_SHARE = 0.01
-"""Share of U's tokens whose part of all |influence| is logged as ``concentration``."""
+"""Share of U's tokens whose share of the sum of |influence| is logged as ``concentration``."""
 
 
 class MeasuredStep(NamedTuple):

@@ -23,7 +23,7 @@ FALSE_ALARM_RATE = 3e-7
 def rounding_bound(trainer: Any) -> float:
     """Return the largest mean difference between two forwards by rounding alone, in nats per token: 2 sqrt(eps).
 
-    eps is that of the lowest precision in use: the weights', the trainer's autocast's or, for float32 on a GPU, TF32's.
+    eps belongs to the lowest precision in use: the weights', the autocast's, TF32's (float32 on a GPU), or vLLM's.
     """
     dtypes = [p.dtype for p in trainer.model.parameters() if p.is_floating_point()]
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 def mesh_of(trainer: Any) -> DeviceMesh | None:
-    """Return the mesh of the trainer's processes, None where there is one."""
+    """Return the mesh of the trainer's processes, None for a single process."""
     if trainer.accelerator.num_processes == 1:
         return None
     world = dist.group.WORLD

@@ -156,7 +156,7 @@ def _recorded_logprobs(recorders: list[LogprobRecorder], completion_ids: list[li
 
 @contextmanager
 def _restored(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator[None]:
-    """Put the trainer in eval mode on a random state of its own, generating for this process only; then restore it."""
+    """Put the trainer in eval mode on a separate random state, generating for this process only; then restore it."""
     metrics = {mode: {name: list(x) for name, x in values.items()} for mode, values in trainer._metrics.items()}
     num_generations, model, accelerator = trainer.num_generations_eval, generating_model(trainer), trainer.accelerator
     checkpointing = {module: x for module in model.modules() if (x := vars(module).get("gradient_checkpointing"))}

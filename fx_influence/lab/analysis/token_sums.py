@@ -17,7 +17,7 @@ class Concentration(NamedTuple):
     """Shares of the k tokens with the largest |delta_it|, for k = 1..m; (m,) each.
 
     ``absolute``: of sum |delta|. ``raising``, ``lowering``: of the sum of all positive, of all negative delta.
-    ``net``: their signed sum, nats per unit lr; the last is that of all tokens. NaN where the denominator is 0.
+    ``net``: their signed sum, nats per unit lr; its last entry sums all tokens. NaN where the denominator is 0.
     """
 
     absolute: np.ndarray

@@ -128,7 +128,7 @@ def _top_records(
     count: int, e_rollouts: Sequence[Rollout], u_rollouts: Sequence[Rollout], evaluation: FisherEvaluation
 ) -> list[dict[str, Any]]:
     """Return a record for each rollout of E, with the ``count`` rollouts of U that move it most."""
-    # A stable sort, so that of equal contributions the first in U comes first on every machine.
+    # A stable sort, so that equal contributions stay in the order of U on every machine.
     order = np.argsort(-np.abs(evaluation.matrix), axis=1, kind="stable")[:, :count]
     return [
         {

@@ -69,7 +69,7 @@ def check_clipping(f: Figures) -> Finding | None:
 
 
 def check_rounding_floor(f: Figures) -> Finding | None:
-    """Compare single rollouts' effects with that of rounding the weights."""
+    """Compare single rollouts' effects with the effect of rounding the weights."""
     if f.summary.get("rounding_floor") is None or not f.lr:
         return None
     name, floor = "Rounding of the weights", f.summary["rounding_floor"]

@@ -114,5 +114,5 @@ def check_conditioning(f: Figures) -> Finding | None:
     text = f"{share:.0%} of the sum of |influence| rests on denominators that AdamW has from this very gradient"
     if share <= ILL_CONDITIONED:
         return Finding("Conditioning", "good", f"{text}.")
-    text = f"{text}: parts of rollouts are large and cancel. {CONDITIONING_REMEDY}."
+    text = f"{text}: single influences are large and cancel. {CONDITIONING_REMEDY}."
     return Finding("Conditioning", "attention", text)

@@ -80,7 +80,7 @@ def _read_source(plan: StepPlan, request: BatchRequest) -> Source:
 
 
 def _read_prompts(request: SampledBatch) -> list[Prompt]:
-    """Return the prompts of a request, those with given ids where it has some, each with the columns of all."""
+    """Return the prompts of a request, each with the columns of all; only those with the given ids, if it names ids."""
     file = request.prompts if isinstance(request.prompts, str) else "prompts"
     prompts = (
         read_prompts(demo_path(request.prompts)) if isinstance(request.prompts, str) else make_prompts(request.prompts)
@@ -118,7 +118,10 @@ def _with_advantages(plan: StepPlan, path: str, rollouts: list[Rollout]) -> list
         return rollouts
     for r in rollouts:
         if r.group in incomplete and r.reward is None:
-            raise PlanError(f"rollout {r.id!r} of {path!r} has no reward, which group {r.group} lacks advantages for")
+            raise PlanError(
+                f"reward of rollout {r.id!r} of {path!r} is None; expected a number, since group {r.group} lacks "
+                "advantages. Add rewards, or all advantages"
+            )
     rewards = torch.tensor([r.reward or 0.0 for r in rollouts], dtype=torch.float64)
     group = torch.tensor([r.group for r in rollouts])
     advantages = group_advantages(rewards, group, scale=plan.scale_advantages).tolist()

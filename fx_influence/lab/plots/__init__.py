@@ -40,6 +40,11 @@ def save_figures(results: EntropyInfluenceResults, folder: str | Path, evaluatio
 
     ``tokens`` is drawn for the rollouts that raise and lower the entropy most. A figure that needs a value that the run
     did not store, such as M, is omitted. The same run gives the same bytes.
+
+    Args:
+        results: A finished run.
+        folder: Directory of the files; it is created if missing.
+        evaluation: Index of the evaluation batch.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,11 @@ def tokens(results: EntropyInfluenceResults, i: int, evaluation: int = 0) -> Fig
     Characters that are not printable are escaped. Colours end at the rollout's largest |influence|; of a longer
     completion the first 1,500 tokens are drawn.
 
+    Args:
+        results: A finished run.
+        i: Index of the rollout in U.
+        evaluation: Index of the evaluation batch.
+
     Raises:
         IndexError: For a rollout that U does not have.
     """

@@ -141,7 +141,12 @@ def _nan_if_none(value: float | None) -> float:
 def waterfall(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "advantage") -> Figure:
     """Draw the columns from momentum and weight decay through groups of rollouts to the step's total.
 
-    Nats per unit lr, on the right in this step, with standard errors. See ``waterfall_columns`` for ``by``.
+    The left axis is in nats per unit lr, the right one in nats in this step; bars have standard errors.
+
+    Args:
+        results: A finished run.
+        evaluation: Index of the evaluation batch.
+        by: ``advantage`` or ``prompt``, see ``waterfall_columns``.
     """
     columns = waterfall_columns(results, evaluation, by)
     drawing = figure(max(6.5, 1.15 * len(columns)), 4.2)

@@ -39,7 +39,7 @@ from fx_influence.lab.plan import (
         ({"rollouts": "absent.jsonl"}, r"rollouts file .*absent\.jsonl' does not exist"),
         ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds no rollout"),
         ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' gives 1 ids to more than one rollout: x; ids must be unique"),
-        ({"rollouts": "unjudged.jsonl"}, r"rollout 'x' of .*unjudged\.jsonl' has no reward, which group 0 lacks"),
+        ({"rollouts": "unjudged.jsonl"}, r"reward of rollout 'x' of .*unjudged\.jsonl' is None; .*group 0 lacks"),
         ({"rollouts": "foreign.jsonl"}, r"rollout 'x' of .*foreign\.jsonl' has token 999, the model 15"),
     ],
 )

@@ -35,7 +35,7 @@ class Capture:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
 
     Attributes:
-        mesh: of the trainer's processes, all of which capture the same steps; None where there is one.
+        mesh: of the trainer's processes, all of which capture the same steps; None for a single process.
     """
 
     def __init__(self, trainer: Any) -> None:

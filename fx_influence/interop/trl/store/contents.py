@@ -105,7 +105,13 @@ def evaluation_arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
 
 
 def update_sequences(measured: MeasuredStep, rollouts: list[Rollout], trainer: Any) -> list[dict[str, Any]]:
-    """Return the records of ``update_sequences.jsonl``, one for each rollout of U."""
+    """Return the records of ``update_sequences.jsonl``, one for each rollout of U.
+
+    Args:
+        measured: the step.
+        rollouts: U as records, from ``update_rollouts``.
+        trainer: has the tokenizer.
+    """
     captured, influence = measured.captured, measured.influence
     count = captured.batch.completion_mask.sum(-1).clamp(min=1)
     assert captured.entropies is not None
