@@ -36,6 +36,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -167,9 +167,8 @@ def test_fisher_kernel_ignores_lr_and_maximize(case: Case) -> None:
 
 def test_fisher_kernel_skips_params_outside_optimizer(case: Case) -> None:
     last = list(case.params)[-1]
-    less = AdamWState(
-        *({k: v for k, v in tree.items() if k != last} for tree in case.opt_state[:-1]), case.opt_state.lr
-    )
+    parts = [{k: v for k, v in part.items() if k != last} for part in case.opt_state[:-1]]
+    less = AdamWState._make([*parts, case.opt_state.lr])
     for kind in KINDS[2:]:
         full, without = kernel(case, kind), kernel(case, kind, opt_state=less)
         last_diagonal = {last: diagonals(case, kind)[last]}

@@ -77,7 +77,7 @@ every_loss = pytest.mark.parametrize("loss_type", LOSSES)
 
 
 def options(loss_type: str) -> dict[str, Any]:
-    needed = {"dr_grpo": {"max_completion_length": LONGEST}, "prompt_max": {"group": GROUP}}
+    needed: dict[str, dict[str, Any]] = {"dr_grpo": {"max_completion_length": LONGEST}, "prompt_max": {"group": GROUP}}
     return needed.get(loss_type, {})
 
 

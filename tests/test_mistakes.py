@@ -122,7 +122,7 @@ def test_temperature_equals_divided_logits_everywhere(estimator: Estimator) -> N
     def divided(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return case.apply(params, input_ids, attention_mask) / temperature
 
-    def everything(apply: Apply, temperature: float) -> list[Tensor]:
+    def everything(apply: Apply, temperature: float) -> list[Tensor | None]:
         options = {"apply": apply, "temperature": temperature}
         jvp_options = {"objective": fx.Entropy(estimator), **options}
         out = case.influence(apply, estimator, temperature)

@@ -26,7 +26,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.objectives import Objective, objective_coefficients
 from fx_influence.testing import reference
-from fx_influence.types import AdamWState, Apply, Batch, Normalize, Params
+from fx_influence.types import AdamWState, Apply, Batch, Gradients, Normalize, Params
 
 TEMPERATURE = 0.5
 
@@ -108,10 +108,10 @@ class Exact(NamedTuple):
         gain = fx.adamw_decompose(reference.add(rows), self.opt_state, self.params).gain
         return [{name: gain[name] * g for name, g in row.items() if g is not None} for row in rows]
 
-    def derivatives(self, gradient: Params) -> Tensor:
+    def derivatives(self, gradient: Gradients) -> Tensor:
         return torch.tensor([reference.inner(gradient, part) for part in self.parts()], dtype=torch.float64)
 
-    def gradient(self, score: Score) -> Params:
+    def gradient(self, score: Score) -> Gradients:
         """Return the exact gradient of E[score], through the probabilities and through the score."""
         leaves = reference.tracked(self.params)
         return reference.gradient(exact_expected(self.apply, leaves, self.space, score), leaves)
@@ -304,7 +304,7 @@ BAD_OBJECTIVES: dict[str, tuple[Objective, str]] = {
     "a scalar": (lambda lp, h, batch: lp.sum(), r"objective returned \(\); expected finite values of shape \(256,\)"),
     "one value a token": (lambda lp, h, batch: lp, r"objective returned \(256, \d\)"),
     "one row too few": (lambda lp, h, batch: lp.sum(-1)[1:], r"objective returned \(255,\)"),
-    "no tensor": (lambda lp, h, batch: 0.5, r"objective returned float"),
+    "no tensor": (lambda lp, h, batch: 0.5, r"objective returned float"),  # type: ignore[return-value]  # refused
     "NaN": (lambda lp, h, batch: lp.sum(-1) * torch.nan, r"objective returned \(256,\); expected finite values"),
     "an infinite value": (lambda lp, h, batch: lp.sum(-1) + torch.inf, r"expected finite values"),
     "detached": (lambda lp, h, batch: (lp * h).sum(-1).detach(), r"objective's result depends on neither input"),

@@ -61,10 +61,10 @@ def test_policy_terms_bounds_policy_and_gradients(dtype: torch.dtype) -> None:
     exact = {name: p.double() for name, p in low.items()}
     ours, theirs = (apply(p, batch.input_ids, batch.attention_mask) for p in (low, exact))
     assert_close_to_rounding(ours, theirs, terms=policy_terms(low, 12, 1))
-    ours, theirs = (fx.per_sample_grads(fx.rollout_loss(apply), p, batch) for p in (low, exact))
-    size = torch.stack([g.abs().max() for g in theirs.values()])
-    for name, g in ours.items():
-        assert_close_to_rounding(g, theirs[name], terms=policy_terms(low, 12, 2), scale=size, name=name)
+    grads, exact_grads = (fx.per_sample_grads(fx.rollout_loss(apply), p, batch) for p in (low, exact))
+    size = torch.stack([g.abs().max() for g in exact_grads.values()])
+    for name, g in grads.items():
+        assert_close_to_rounding(g, exact_grads[name], terms=policy_terms(low, 12, 2), scale=size, name=name)
 
 
 def test_tiny_policy_is_as_deep_as_the_tests_policies() -> None:

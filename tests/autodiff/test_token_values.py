@@ -151,8 +151,9 @@ def test_token_values_are_finite_for_unattended_rows() -> None:
 def test_empty_completion_contributes_0_and_counts_in_n() -> None:
     apply, params = policy()
     full = batch_of(4)
-    empty = Batch(*(torch.cat([x, x[:1]]) for x in full[:4]))
+    empty = Batch(*(torch.cat([x, x[:1]]) for x in full[:4] if x is not None))
     empty.completion_mask[-1] = False
+    assert empty.coefficients is not None
     empty.coefficients[-1] = 0
     values, fewer = (fx.token_values(params, batch, apply) for batch in (empty, full))
     per_token, per_sequence = (fx.entropy_estimate(values, empty, kind) for kind in ("token", "sequence"))
@@ -173,8 +174,8 @@ def test_empty_completion_contributes_0_and_counts_in_n() -> None:
         without = fx.snis_delta(params, direction, 0.3, full, **options)
         assert abs(moved.delta_h - without.delta_h) > 1e-3 * abs(without.delta_h)
     c = fx.coefficients("grpo", torch.ones(5), empty.completion_mask)
-    expected = fx.coefficients("grpo", torch.ones(4), full.completion_mask) * 4 / 5
-    assert_close_to_rounding(c[:4], expected, terms=4)
+    expected_c = fx.coefficients("grpo", torch.ones(4), full.completion_mask) * 4 / 5
+    assert_close_to_rounding(c[:4], expected_c, terms=4)
     assert not c[4].any()
 
 

@@ -133,7 +133,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
         r"{batch}\.group has shape \(3,\); pass \(4,\), one prompt a row",
     ),
     "no row": (
-        lambda b: b._make(None if field is None else field[:0] for field in b),
+        lambda b: fx.Batch._make(None if field is None else field[:0] for field in b),
         r"{batch}\.input_ids is of shape \(0, 7\); pass at least one rollout",
     ),
     "first column completed": (

@@ -236,11 +236,9 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
             for end, style in (("up", ColwiseParallel()), ("down", RowwiseParallel()))
         }
         parallelize_module(model, init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "tp"))["tp"], plan)
-        return (
+        if shard_too:
             fully_shard(model, mesh=init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "tp"))["dp"])
-            if shard_too
-            else model
-        )
+        return model
 
     def without_root() -> nn.Module:
         model = tiny()

@@ -58,7 +58,7 @@ def in_the_second_block(fault: Callable[[], None]) -> None:
             fault()
         return rollout_gradients(*args)
 
-    finite_steps.rollout_gradients = faulty
+    finite_steps.rollout_gradients = faulty  # type: ignore[assignment]  # it passes on whatever it is called with
 
 
 def command_line(fault: str, arguments: list[str]) -> int:

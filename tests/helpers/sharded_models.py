@@ -96,7 +96,8 @@ def shard_model(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
         linear = kind == "Linear" and module.out_features != VOCAB
         if (layer and how != "root") or (embedding and "emb" in how) or (linear and how == "linear maps too"):
             fully_shard(module, mesh=mesh, shard_placement_fn=last_axis if how == "columns" else None)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def distribute_like(x: Tensor, p: DTensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, Adafactor, Lion], ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
-def test_adamw_state_refuses_other_optimizers(kind: type[torch.optim.Optimizer]) -> None:
+def test_adamw_state_refuses_other_optimizers(kind: Callable[..., torch.optim.Optimizer]) -> None:
     model = make_net()
     optimizer = kind([model[0].weight])
     with pytest.raises(TypeError, match=rf"\.{kind.__name__}, whose step is not.*supported are torch\.optim\.AdamW"):

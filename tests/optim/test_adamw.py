@@ -392,8 +392,9 @@ def test_half_precision_parameters_step_in_float32(warm: Warm, dtype: torch.dtyp
     grads, state, params = warm
     low = {name: p.to(dtype) for name, p in params.items()}
     given_grads = {name: None if g is None else g.float() for name, g in grads.items()}
-    moments = ({name: x.float() for name, x in part.items()} for part in state[:2])
-    step = fx.adamw_decompose(given_grads, AdamWState(*moments, *state[2:]), low, max_grad_norm=0.5)
+    moments = [{name: x.float() for name, x in part.items()} for part in state[:2]]
+    given_state = AdamWState._make([*moments, *state[2:]])
+    step = fx.adamw_decompose(given_grads, given_state, low, max_grad_norm=0.5)
     exact = fx.adamw_decompose(grads, state, {name: p.double() for name, p in low.items()}, max_grad_norm=0.5)
     for name, x in step.direction.items():
         assert x.dtype == torch.float32

@@ -58,7 +58,7 @@ def pair(case: str, max_scores: int) -> tuple[Callable[..., Tensor], Callable[..
     scale = options.get("scale")
     assert scale is None or isinstance(scale, float)
     ours = lambda *x: blockwise_attention(*x, **options, max_scores=max_scores)  # noqa: E731
-    return ours, lambda *x: literal(*x, mask, scale), random_qkv(0, heads), random_qkv(1, heads)
+    return ours, lambda q, k, v: literal(q, k, v, mask, scale), random_qkv(0, heads), random_qkv(1, heads)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -55,7 +55,8 @@ def problem(kind: str, dtype: torch.dtype) -> Problem:
     def make_module() -> nn.Module:
         return Mixed(dtype) if kind == "frozen" else TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=2).to(dtype)
 
-    low, exact = fx.make_functional(make_module()), fx.make_functional(make_module().double())
+    low: tuple[fx.Apply, fx.Params] = fx.make_functional(make_module())
+    exact: tuple[fx.Apply, fx.Params] = fx.make_functional(make_module().double())
     if kind == "function":
         low, exact = ((lambda p, ids, mask, a=apply: a(p, ids, mask), params) for apply, params in (low, exact))
     generator = torch.Generator().manual_seed(5)
@@ -74,7 +75,7 @@ def row_gradients(apply: fx.Apply, params: fx.Params, p: Problem) -> Tensor:
     return torch.cat([g.flatten(1) for g in grads.values()], 1)
 
 
-FUNCTIONS: dict[str, Callable[[fx.Apply, fx.Params, Problem], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[fx.Apply, fx.Params, Problem], Tensor | None]] = {
     "influence": lambda a, w, p: fx.influence(w, p.u, p.e, p.state, apply=a).per_token,
     "influence, no error bars": lambda a, w, p: fx.influence(w, p.u, p.e, p.state, apply=a, stderr=False).per_token,
     "influence, products": lambda a, w, p: fx.influence(w, p.u, p.e, p.state, apply=a, per_token=False).per_sequence,
@@ -96,6 +97,7 @@ def test_half_weights_match_float64(name: str, kind: str, dtype: torch.dtype) ->
     p = problem(kind, dtype)
     expected = FUNCTIONS[name](*p.exact, p)
     actual = FUNCTIONS[name](*p.low, p)
+    assert expected is not None
     # What cancels in one entry is of the size of the others.
     assert_within(actual, expected, rounding_bound(torch.float32, TINY_POLICY, expected.abs().sum()), name)
 

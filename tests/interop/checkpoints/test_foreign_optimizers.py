@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ class Matrix(nn.Module):
         self.weight = nn.Parameter(torch.ones(4, 4))
 
 
-OTHERS: dict[str, type[torch.optim.Optimizer]] = {
+OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     f"torch.optim.{name}": kind
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "AdamW")
@@ -46,7 +47,7 @@ def test_restore_names_other_optimizers(name: str) -> None:
     optimizer = OTHERS[name](model.parameters())
     model.weight.grad = torch.ones(4, 4)
     if name != "torch.optim.SparseAdam":
-        optimizer.step(lambda: model.weight.sum())
+        optimizer.step(lambda: model.weight.sum().item())
     of = "not AdamW's" if name in UNNAMED else re.escape(name.replace("torch.optim.Muon", "Muon"))
     with pytest.raises(TypeError, match=rf"the optimizer's state.*{of}.*supported are torch\.optim\.AdamW"):
         restore_optimizer(optimizer.state_dict(), model)

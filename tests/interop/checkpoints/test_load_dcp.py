@@ -134,7 +134,12 @@ def test_load_dcp_optimizer_before_first_step(dcp_directory: Path) -> None:
 def test_load_reads_no_moments_without_optimizer(dcp_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append("") or real(*args, **kwargs))
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        read.append("")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", recorded)
     model = load_checkpoint(dcp_directory, optimizer=False).model
     assert len(read) == len(model.state_dict())
 

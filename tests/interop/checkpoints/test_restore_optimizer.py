@@ -178,7 +178,7 @@ def test_restore_reads_state_dict_by_names(flatten: bool) -> None:
 
 def test_restore_refuses_state_in_no_group() -> None:
     model = Scales()
-    saved = get_optimizer_state_dict(model, shuffled_groups(model, names=False)[0])
+    saved: dict[str, Any] = get_optimizer_state_dict(model, shuffled_groups(model, names=False)[0])
     saved["param_groups"][0]["params"] = []
     with pytest.raises(ValueError, match=r"state holds \['layer2\.bias'\], which are in no group"):
         restore_optimizer(saved, model)

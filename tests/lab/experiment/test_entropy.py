@@ -162,7 +162,7 @@ def test_run_skips_reward_influence_when_not_judged(finished: Path, tmp_path: Pa
         if name == "eval_00":
             records[3]["reward"] = None
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    files = {"update": {"rollouts": str(tmp_path / "update.jsonl")}}
+    files: dict[str, Any] = {"update": {"rollouts": str(tmp_path / "update.jsonl")}}
     files["evaluations"] = [{"rollouts": str(tmp_path / "eval_00.jsonl")}]
     plan = write_plan(
         tmp_path, ENTROPY_PLAN, **files, directions=["full"], eta_multiples=[1.0], scaled_eta_multiples=[]

@@ -162,9 +162,9 @@ def test_sweep_second_derivatives_are_those_of_jvp_delta(setting: Setting, swept
     for name in ("grad", "grad_contributions", "grad_float64"):
         assert not swept[name][:, inert].any()
     assert not swept["grad_second"][inert].any()
-    expected = swept["baseline"][:, None].repeat(inert.sum(), 1)
+    repeated = swept["baseline"][:, None].repeat(inert.sum(), 1)
     floor = rounding_floor(setting.plan, setting.state, setting.e.batch)
-    assert_within(swept["baseline_plus_grad"][:, inert], expected, ROOM * floor)
+    assert_within(swept["baseline_plus_grad"][:, inert], repeated, ROOM * floor)
 
 
 def test_sweep_auto_step_is_along_v_i(exact: tuple[Setting, Arrays]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -65,7 +66,7 @@ def test_plan_text_omits_default_chat_fields() -> None:
 
 
 def test_read_plan_resolves_paths_from_the_file(tmp_path: Path) -> None:
-    values = {"checkpoint": "runs/step-7", "update": {"prompts": "p.txt"}, "base": "../base"}
+    values: dict[str, Any] = {"checkpoint": "runs/step-7", "update": {"prompts": "p.txt"}, "base": "../base"}
     values |= {"reward": "m:f", "loss": "grpo", "max_new_tokens": 8}
     values["evaluations"] = [{"prompts": "demo/eval"}, {"rollouts": "r.jsonl"}, {"prompts": ["p.txt"]}]
     text = yaml.safe_dump(values)

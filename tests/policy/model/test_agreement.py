@@ -208,10 +208,10 @@ def test_make_functional_leaves_model_unchanged() -> None:
 
 
 class OfOneWidth(AttentionModel):
-    def forward(self, input_ids: Tensor, **options: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, *args: Any, **options: Any) -> Tensor:
         if input_ids.shape[1] != WIDTH - 1:
             raise RuntimeError("expected rows of one width\nand no others")
-        return super().forward(input_ids, **options)
+        return super().forward(input_ids, *args, **options)
 
 
 def test_make_functional_warns_when_nothing_was_compared() -> None:

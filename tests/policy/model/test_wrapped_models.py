@@ -25,9 +25,14 @@ class CompiledInside(AttentionModel):
         self.qkv = torch.compile(self.qkv, backend="eager")  # type: ignore[assignment]
 
 
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "compiled": lambda m: torch.compile(m, backend="eager"),
-    "compiled in place": lambda m: (m.compile(backend="eager"), m)[1],
+    "compiled in place": compiled_in_place,
     "data parallel": nn.DataParallel,
     "both": lambda m: torch.compile(nn.DataParallel(m), backend="eager"),
 }
