@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fx_influence.agreement import check_policy
     from fx_influence.delta import JvpDelta, jvp_delta, snis_delta, snis_sweep
     from fx_influence.entropy import entropy_estimate
+    from fx_influence.finite_check import DerivativeCheck, DerivativeError, check_derivatives
     from fx_influence.fisher import fisher_kernel
     from fx_influence.grads import per_sample_grads, rollout_loss
     from fx_influence.importance import SnisDelta
@@ -34,6 +35,8 @@ _MODULES = {
     "AdamWState": "fx_influence.types",
     "Apply": "fx_influence.types",
     "Batch": "fx_influence.types",
+    "DerivativeCheck": "fx_influence.finite_check",
+    "DerivativeError": "fx_influence.finite_check",
     "EntropyInfluencePlan": "fx_influence.lab.plan",
     "EntropyInfluenceResults": "fx_influence.lab.results",
     "FisherKernelPlan": "fx_influence.lab.plan",
@@ -49,6 +52,7 @@ _MODULES = {
     "adamw_decompose": "fx_influence.adamw",
     "adamw_state": "fx_influence.interop.optim",
     "analyze": "fx_influence.lab.analyze",
+    "check_derivatives": "fx_influence.finite_check",
     "check_policy": "fx_influence.agreement",
     "clipped_ratio": "fx_influence.losses",
     "coefficients": "fx_influence.losses",
@@ -110,6 +114,8 @@ __all__ = [
     "AdamWState",
     "Apply",
     "Batch",
+    "DerivativeCheck",
+    "DerivativeError",
     "EntropyInfluencePlan",
     "EntropyInfluenceResults",
     "FisherKernelPlan",
@@ -126,6 +132,7 @@ __all__ = [
     "adamw_decompose",
     "adamw_state",
     "analyze",
+    "check_derivatives",
     "check_policy",
     "clipped_ratio",
     "coefficients",

@@ -235,7 +235,8 @@ class Policy:
 
         A finite step vanishes in the rounding of half precision, wherever in the model that is.
         """
-        if all(_is_at_least(x, dtype) for x in self._frozen.values()) and self.computes_in not in HALF:
+        enough = torch.promote_types(self.computes_in, dtype) == self.computes_in
+        if enough and all(_is_at_least(x, dtype) for x in self._frozen.values()):
             # Itself, because each new one would be compiled anew.
             return self
         frozen = {
@@ -243,13 +244,13 @@ class Policy:
             for name, x in self._frozen.items()
         }
         whole = self.whole()
-        wide = self._with_frozen(frozen)
-        wide._whole = None if whole is self else whole._with_frozen(frozen)
+        wide = self._with_frozen(frozen, dtype)
+        wide._whole = None if whole is self else whole._with_frozen(frozen, dtype)
         return wide
 
-    def _with_frozen(self, frozen: Params) -> Policy:
+    def _with_frozen(self, frozen: Params, dtype: torch.dtype) -> Policy:
         policy = copy.copy(self)
-        policy._frozen, policy.computes_in = frozen, torch.promote_types(self.computes_in, torch.float32)
+        policy._frozen, policy.computes_in = frozen, torch.promote_types(self.computes_in, dtype)
         policy.autocast = None
         return policy
 

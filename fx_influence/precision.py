@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fx_influence.policy import HALF, Policy
+from fx_influence.policy import HALF, Policy, halves
 from fx_influence.shards import is_sharded
 from fx_influence.tree import promote
 from fx_influence.types import Apply, Batch, Params
@@ -45,6 +45,23 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
         warnings.warn(message, stacklevel=3)
         return params, apply
     return raised, apply
+
+
+def in_at_least(dtype: torch.dtype, params: Params, apply: Apply, batch: Batch) -> tuple[Params, Apply]:
+    """Return the same policy in at least ``dtype``; as it is given where it is compiled or takes no such parameters.
+
+    Args:
+        dtype: float32 or float64.
+        params: by name, any dtype.
+        apply: of those parameters.
+        batch: its first row is what the policy is tried on.
+    """
+    raised = {name: p.to(torch.promote_types(p.dtype, dtype)) for name, p in params.items()}
+    policy = apply.widened(dtype) if isinstance(apply, Policy) else apply
+    # Another dtype would be compiled anew.
+    if halves(policy).compiled or _refusal(policy, raised, batch) is not None:
+        return params, apply
+    return raised, policy
 
 
 def _refusal(apply: Apply, params: Params, batch: Batch) -> str | None:

@@ -1,0 +1,347 @@
+"""The comparison of a policy's derivatives, in both modes, with finite differences of its own token values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fx_influence.checks import check_batch, check_count, check_options, check_policy, first_not_finite
+from fx_influence.display import record_line
+from fx_influence.passes import Passes
+from fx_influence.policy import whole_policy
+from fx_influence.precision import in_at_least, in_float32, lowest_precision
+from fx_influence.shards import is_sharded
+from fx_influence.tree import check_names, detached, dots
+from fx_influence.types import Apply, Batch, Params, TokenValues
+
+Result = TypeVar("Result")
+
+ROOM = 10.0
+"""Error estimates between a finite difference and the deviation that is refused."""
+SHARPNESS = 0.1
+"""Largest tolerance, over the size of the slopes, at which a token value counts as judged."""
+ENOUGH = 0.5
+"""Share of the token values that must be judged for an agreement to mean anything."""
+STEPS = (1.0, 0.1, 10.0, 0.01)
+"""Multiples of the first step that are tried until ``ENOUGH`` values can be judged."""
+ANOTHER_STEP = 0.7
+"""Multiple of a step at which a disagreement must be seen again: two kinks that cancel at one do not at both."""
+NAMED = 4
+"""Parameters that an error names."""
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Rounding between the two modes, over the sum of absolute slopes; half precision has its eps."""
+
+
+class DerivativeCheck(NamedTuple):
+    """How far the derivatives of a policy are from finite differences of its token log-probs and entropies.
+
+    ``deviation``: of the judged values the one nearest to or farthest beyond its bound, |JVP - difference| over the
+    root mean square of the slopes; NaN where none could be judged. ``bound``: what truncation and rounding allow there.
+    ``gradient_deviation``: |<g, v> - sum_it (c_it dlogpi_it + b_it dh_it)| over the sum of absolute terms, for the
+    gradient g of one random combination (c, b) of the values. ``gradient_bound``: what rounding allows. ``judged``:
+    share of the values whose finite differences agree at all steps, [0, 1]. ``parameters``: names, up to ``NAMED``, of
+    those along which alone derivative and function disagree, the last in the model's order first; empty where they
+    agree, and where only several together show it.
+    """
+
+    deviation: float
+    bound: float
+    gradient_deviation: float
+    gradient_bound: float
+    judged: float
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether ``ENOUGH`` of the token values could be judged."""
+        return self.judged >= ENOUGH
+
+    def __repr__(self) -> str:
+        return record_line(self)
+
+
+class DerivativeError(ValueError):
+    """A derivative that is not the function's; ``check``: the figures, None where there is no derivative at all."""
+
+    def __init__(self, message: str, check: DerivativeCheck | None = None) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+def check_derivatives(
+    params: Params,
+    batch_e: Batch,
+    *,
+    apply: Apply,
+    direction: Params | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> DerivativeCheck:
+    """Compare the derivatives that influences are made of with finite differences of the policy along a direction.
+
+    The guard of ``influence`` compares the two modes with each other and so cannot see a derivative that is missing or
+    wrong in both: a value that passes through NumPy, ``detach`` or ``no_grad`` in a function of one's own, a rounding
+    with a straight-through gradient, a custom function with a wrong ``backward`` or ``jvp``. Here the log-prob and the
+    entropy z of every completion token are computed at theta + eta v for eta = 0, +-h, +-2h, and
+
+        D(h) = [z(h) - z(-h)] / 2h        C(h) = [z(h) - 2 z(0) + z(-h)] / h
+        slope = [4 D(h) - D(2h)] / 3      error = |D(h) - D(2h)| + |2 C(h) - C(2h)| + rounding / h
+
+    Both terms vanish as h^2 or faster where z is smooth and are as large as a kink's effect where it is not (ReLU,
+    clamp, top-k routing), at theta itself too. The JVP of a value may be ``ROOM`` times its error and the median error
+    off the slope; values for which this is more than ``SHARPNESS`` of the slopes' size are not judged. h is eps^(1/3)
+    of the parameters' size, with eps of the coarsest dtype in the forward; smaller and larger steps follow while less
+    than ``ENOUGH`` of the values can be judged, and a disagreement counts where another step repeats it. Then the
+    gradient of a random combination of the values is compared with the JVP. What differs is traced to the parameters
+    along which alone it differs. A few rows are enough; the cost is six forwards, a JVP and a gradient.
+
+    As for E in ``influence`` and ``jvp_delta``, derivatives are the function's: what a model of ``functionalize``
+    detaches in code that the library sees is not detached here.
+
+    Args:
+        params: by name, whole; those of a model sharded by FSDP2 are refused.
+        batch_e: rows to compare on, as in ``jvp_delta``.
+        apply: the policy.
+        direction: v by name, names absent stay put; None for a random one, normal, as large in every parameter as that
+            is (where it is all 0, as the parameters are together).
+        seed: of the random direction, and of the combination.
+        temperature: divides the logits.
+        chunk_size: rows per pass; None chooses by tokens.
+        dtype: precision of the comparison, at least; where ``apply`` does not take it, that of ``params``, raised to
+            float32. In float64 the bound is about 1e-6, in float32 about 1e-2.
+
+    Returns:
+        The figures. Nothing is shown by them where ``conclusive`` is False: less than ``ENOUGH`` was smooth enough.
+
+    Raises:
+        DerivativeError: where a derivative and the function differ, or the policy has none.
+        ValueError: for sharded parameters, a direction of other names or shapes, or a batch that cannot be scored.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
+        >>> batch = Batch(ids, ids > 0, torch.tensor([[False, True, True], [False, True, False]]))
+        >>> table = torch.linspace(-1, 1, 16).reshape(4, 4)
+        >>> check_derivatives({"w": table}, batch, apply=lambda p, ids, mask: p["w"][ids]).judged
+        1.0
+        >>> wrong = lambda p, ids, mask: p["w"][ids] * p["w"].detach().norm()
+        >>> check_derivatives({"w": table}, batch, apply=wrong)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        fx_influence.finite_check.DerivativeError: apply has a JVP that is ... off its finite differences ...
+    """
+    check_policy(params, apply)
+    check_options(temperature, chunk_size)
+    check_count("seed", seed, "pass a whole number from 0", least=0)
+    if any(map(is_sharded, params.values())):
+        raise ValueError(
+            "params are sharded by FSDP2; expected whole ones. Check the model before it is sharded, or a small one of "
+            "the same classes"
+        )
+    check_batch("batch_e", batch_e, params, apply)
+    if direction is not None:
+        check_names("direction", direction, params, "pass a direction made from these parameters")
+        name = first_not_finite(direction)
+        if name is not None:
+            raise ValueError(f"direction[{name!r}] holds NaN or infinity; expected a finite direction. Make it anew")
+    params, apply = in_float32(detached(params), whole_policy(apply), batch_e, finite=True)
+    params, apply = in_at_least(dtype, params, apply, batch_e)
+    direction = random_direction(params, seed) if direction is None else direction
+    # A direction in half precision would be rounded again by the factor of a step.
+    direction = {name: v.to(params[name].dtype) for name, v in direction.items() if v.any()}
+    if not direction:
+        return DerivativeCheck(math.nan, math.nan, math.nan, math.nan, 0.0)
+    comparison = _comparison(Passes(apply, temperature, chunk_size), params, batch_e, direction, seed)
+    check = comparison([*direction])
+    if not _differs(check):
+        return check
+    check = check._replace(parameters=_responsible(lambda some: _differs(comparison(some)), [*direction]))
+    raise DerivativeError(_message(check), check)
+
+
+def random_direction(params: Params, seed: int) -> Params:
+    """Return normal entries by name, with the root mean square of each parameter, or of all where it is 0."""
+    squares = {name: float(p.double().square().sum()) for name, p in params.items()}
+    overall = math.sqrt(sum(squares.values()) / max(1, sum(p.numel() for p in params.values()))) or 1.0
+    generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in params.values()}
+    out = {}
+    for name, p in params.items():
+        size = math.sqrt(squares[name] / max(1, p.numel())) or overall
+        out[name] = size * torch.randn(p.shape, generator=generators[p.device], dtype=p.dtype, device=p.device)
+    return out
+
+
+class _Differences(NamedTuple):
+    """Slopes of the token values by finite differences, (2n,) float64, and estimates of their errors."""
+
+    slope: Tensor
+    error: Tensor
+
+
+class _Judgement(NamedTuple):
+    """By token value, (2n,): |JVP - slope| and what it may be, over the size of the slopes, and where that is told."""
+
+    deviation: Tensor
+    tolerance: Tensor
+    judged: Tensor
+
+    @property
+    def beyond(self) -> Tensor:
+        # A JVP that is NaN is beyond every tolerance.
+        return self.judged & ~(self.deviation <= self.tolerance)
+
+
+def _comparison(
+    passes: Passes, params: Params, batch: Batch, direction: Params, seed: int
+) -> Callable[[Sequence[str]], DerivativeCheck]:
+    """Return the comparison along the entries of ``direction`` of given names."""
+    lowest = lowest_precision(params, passes.apply, batch)
+    eps = float(torch.finfo(lowest).eps)
+    rounding = eps * _largest_logit(params, passes, batch)
+    eta = eps ** (1 / 3) * _norm({name: params[name] for name in direction}) / (_norm(direction) or 1.0)
+    base = _flat(passes.values(params, batch), batch)
+    weighted = _combination(batch, seed)
+    weights = torch.cat([w[batch.completion_mask] for w in weighted[3:5] if w is not None])
+    # Reverse mode, once for all names.
+    gradient = _derived("gradient", lambda: passes.gradient(params, weighted))
+    along = dots({name: gradient[name] for name in direction}, direction)
+    gradient_bound = GRADIENT_TOLERANCE.get(lowest, eps)
+
+    def differences(v: Params, step: float) -> _Differences:
+        block = {name: x.unsqueeze(0) for name, x in v.items()}
+
+        def at(k: float) -> Tensor:
+            moved = passes.moved_values(params, block, k * step, batch, vmapped=False)
+            return _flat(TokenValues(*(x[0] for x in moved)), batch)
+
+        one, minus_one, two, minus_two = (at(k) for k in (1.0, -1.0, 2.0, -2.0))
+        near, wide = (one - minus_one) / (2 * step), (two - minus_two) / (4 * step)
+        bend, wide_bend = (one + minus_one - 2 * base) / step, (two + minus_two - 2 * base) / (2 * step)
+        error = (near - wide).abs() + (2 * bend - wide_bend).abs() + rounding / step
+        return _Differences((4 * near - wide) / 3, error)
+
+    def compare(names: Sequence[str]) -> DerivativeCheck:
+        v = {name: direction[name] for name in names}
+        slopes = _derived("JVP", lambda: passes.jvp(params, v, batch))
+        jvp = _flat(slopes, batch)
+        best, step = _judgement(jvp, differences(v, eta)), eta
+        for multiple in STEPS[1:]:
+            if best.judged.double().mean() >= ENOUGH:
+                break
+            other = _judgement(jvp, differences(v, multiple * eta))
+            if other.judged.sum() > best.judged.sum():
+                best, step = other, multiple * eta
+        if best.beyond.any():
+            again = _judgement(jvp, differences(v, ANOTHER_STEP * step))
+            best = best._replace(judged=best.judged & (~best.beyond | again.beyond))
+        terms = weights * jvp
+        size = max(float(terms.abs().sum()), sum(abs(float(along[name])) for name in names))
+        # The gradient is that of -sum (c log pi + b h).
+        gap = abs(float(terms.sum()) + sum(float(along[name]) for name in names))
+        deviation, bound = _nearest(best)
+        judged = float(best.judged.double().mean())
+        return DerivativeCheck(deviation, bound, gap / size if size else 0.0, gradient_bound, judged)
+
+    return compare
+
+
+def _judgement(jvp: Tensor, found: _Differences) -> _Judgement:
+    finite = found.slope.isfinite() & found.error.isfinite()
+    # A value that jumps within the step has an error like its slope, and would make the slopes look large.
+    clear = finite & (found.error * ROOM <= found.slope.abs())
+    size = max(_rms(jvp[jvp.isfinite()]), _rms(found.slope[clear]))
+    if not size or not finite.any():
+        return _Judgement(jvp.new_zeros(jvp.shape), jvp.new_zeros(jvp.shape), torch.zeros_like(finite))
+    tolerance = ROOM * (found.error + found.error[finite].median()) / size
+    return _Judgement((jvp - found.slope).abs() / size, tolerance, finite & (tolerance <= SHARPNESS))
+
+
+def _nearest(judgement: _Judgement) -> tuple[float, float]:
+    """Return deviation and tolerance of the judged value that is nearest to or farthest beyond its tolerance."""
+    if not judgement.judged.any():
+        return math.nan, math.nan
+    deviation = judgement.deviation.nan_to_num(nan=math.inf)
+    worst = torch.where(judgement.judged, deviation / judgement.tolerance, -1.0).argmax()
+    return float(deviation[worst]), float(judgement.tolerance[worst])
+
+
+def _differs(check: DerivativeCheck) -> bool:
+    return check.deviation > check.bound or not check.gradient_deviation <= check.gradient_bound
+
+
+def _responsible(differs: Callable[[Sequence[str]], bool], names: Sequence[str]) -> tuple[str, ...]:
+    """Return up to ``NAMED`` of ``names`` along which alone something differs, from the last, by bisection.
+
+    None where nothing differs along single ones, as where few values are smooth along these.
+    """
+    if len(names) == 1:
+        return tuple(names)
+    middle = len(names) // 2
+    found: tuple[str, ...] = ()
+    for some in (names[middle:], names[:middle]):
+        if len(found) < NAMED and differs(some):
+            found += _responsible(differs, some)
+    return found[:NAMED]
+
+
+def _message(check: DerivativeCheck) -> str:
+    names = ", ".join(map(repr, check.parameters)) or "all parameters together"
+    if check.deviation > check.bound:
+        cause = (
+            f"apply has a JVP that is {check.deviation:.2g} of the slopes' size off its finite differences along "
+            f"{names}; expected at most {check.bound:.1g}"
+        )
+    else:
+        cause = (
+            f"apply has a gradient that is {check.gradient_deviation:.2g} of the slopes' size off its JVP along "
+            f"{names}; expected at most {check.gradient_bound:.1g}"
+        )
+    return (
+        f"{cause}. Between these parameters and the logits something is detached, rounded, computed outside of torch, "
+        "or has a backward or jvp of its own that is wrong: mend that, or freeze these parameters"
+    )
+
+
+def _derived(mode: str, derive: Callable[[], Result]) -> Result:
+    """Return what ``derive`` gives; raise ``DerivativeError`` where the policy has no derivative in that mode."""
+    try:
+        return derive()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DerivativeError(
+            f"apply has no {mode} ({str(error).splitlines()[0]}); expected a policy that torch can differentiate in "
+            "both modes. Write what the error names in torch's own functions, or give it a backward and a jvp"
+        ) from error
+
+
+def _largest_logit(params: Params, passes: Passes, batch: Batch) -> float:
+    """Return the largest finite |logit| over the temperature among those that score one row, at least 1."""
+    row = int(batch.completion_mask.any(-1).nonzero()[0])
+    with torch.no_grad():
+        logits = passes.apply(params, batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
+    scored = logits[0, :-1][batch.completion_mask[row, 1:]]
+    return max(1.0, float(scored[scored.isfinite()].abs().amax().double()) / passes.temperature)
+
+
+def _combination(batch: Batch, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    c, b = torch.randn(2, *batch.input_ids.shape, generator=generator, dtype=torch.float64)
+    mask = batch.completion_mask
+    return batch._replace(coefficients=c.to(mask.device) * mask, entropy_coefficients=b.to(mask.device) * mask)
+
+
+def _flat(values: TokenValues, batch: Batch) -> Tensor:
+    return torch.cat([x[batch.completion_mask].double() for x in values])
+
+
+def _norm(tree: Params) -> float:
+    return math.sqrt(sum(float(x.double().square().sum()) for x in tree.values()))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
