@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,9 +111,10 @@ def probed(policy: Policy, model: nn.Module) -> Case | None:
     """Compare a policy that is being made with its model, and return the setting that they were compared in.
 
     On random weights, so that what training has yet to learn shows, and no live weight is read or written where that
-    can be had. None where the model's own forward runs in no setting: then the policy's will say why. Raises
-    ``ForwardError`` where the two differ, and where a forward writes to a parameter.
+    can be had. None, with a ``UserWarning``, where the model's own forward runs in no setting. Raises ``ForwardError``
+    where the two differ, and where a forward writes to a parameter.
     """
+    last: Exception | None = None
     for kind in ("random, at least float32", "random", "live"):
         if kind == "live" and any(map(is_sharded, model.parameters())):
             break
@@ -128,10 +130,24 @@ def probed(policy: Policy, model: nn.Module) -> Case | None:
                 return case
             except ForwardError:
                 raise
-            except Exception:
+            except Exception as error:
                 # Fewer positions than the probe has tokens, or kernels that take no such weights: the next may do.
-                continue
+                last = error
+    # At what called functionalize: beyond the policy's constructor and functionalize.
+    warnings.warn(_unprobed(last), stacklevel=4)
     return None
+
+
+def _unprobed(error: Exception | None) -> str:
+    """Return the warning where no forward of a few tokens ran, with what the last attempt raised."""
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    return (
+        f"model's forward runs on none of the few tokens that it was tried on (last {reason}), so apply was not "
+        "compared with the model, no code that detaches was looked for, and no row is moved, cut or shared; expected "
+        "logits for random tokens. On rows that it takes compare apply(params, input_ids, attention_mask) with the "
+        "model, and its derivatives by fx.check_derivatives(params, batch_e, apply=apply); what is mended in the model "
+        "fx.check_policy(apply, params, model) tries again"
+    )
 
 
 def structure_of(policy: Policy, case: Case) -> Structure:

@@ -114,7 +114,7 @@ def check_derivatives(
         temperature: divides the logits.
         chunk_size: rows per pass; None chooses by tokens.
         dtype: precision of the comparison, at least; where ``apply`` does not take it, that of ``params``, raised to
-            float32. In float64 the bound is about 1e-6, in float32 about 1e-2.
+            float32. The bound is about 1e-8 in float64 and 1e-2 in float32.
 
     Returns:
         The figures. Nothing is shown by them where ``conclusive`` is False: less than ``ENOUGH`` was smooth enough.

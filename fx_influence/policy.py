@@ -491,7 +491,8 @@ def functionalize(model: nn.Module, position_ids: bool = True, compiled: bool = 
     either side, on random weights; ``check_policy`` does it again on the live ones. What the passes may do with rows,
     move, cut or share them, is read off such forwards too, so that it holds whatever is learned later. Where a
     position's meaning follows the longest row of a pass (dynamic and long rotary embeddings), rows are neither moved
-    nor cut, and mean in every pass what they mean in an unmasked batch of their width.
+    nor cut, and mean in every pass what they mean in an unmasked batch of their width. Where the model's forward takes
+    none of those tokens, nothing is compared, and a ``UserWarning`` says so.
 
     Of a model sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``) ``apply`` is a ``ShardedPolicy``, see there,
     and ``params`` are DTensors; every rank of its mesh makes the call.

@@ -246,3 +246,45 @@ def test_what_needs_attention_comes_first() -> None:
     levels = [finding.level for finding in health(results({"off_policy": 0.2}, eta=np.zeros(0), ess=np.zeros(0)))]
     assert levels[:2] == ["attention", "unknown"]
     assert set(levels[2:]) == {"good"}
+
+
+CONFIRMED: dict[str, Any] = {
+    "agrees": True,
+    "conclusive": True,
+    "deviation": 1e-9,
+    "bound": 1e-7,
+    "gradient_deviation": 1e-16,
+    "gradient_bound": 1e-9,
+    "judged": 0.9,
+    "parameters": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("figures", "level", "text"),
+    [
+        ({}, "good", "confirm the derivatives: 90%"),
+        (
+            {"conclusive": False, "judged": 0.2, "deviation": None, "bound": None},
+            "unknown",
+            "Only 20% .* nothing shows",
+        ),
+        (
+            {"agrees": False, "deviation": 0.3, "parameters": ["a.w"]},
+            "attention",
+            r"differ by 0\.3 .* along 'a\.w'.*Mend",
+        ),
+        ({"agrees": False, "gradient_deviation": 0.4}, "attention", r"by 0\.4 .* all parameters together"),
+        ({"agrees": False, "deviation": None}, "attention", r"differ by 1 of"),
+    ],
+)
+def test_health_says_whether_derivatives_are_confirmed(figures: dict[str, Any], level: str, text: str) -> None:
+    finding = found("Derivatives", run={"derivative_check": {**CONFIRMED, **figures}})
+    assert finding is not None
+    assert finding.level == level
+    assert re.search(text, finding.text)
+
+
+def test_health_leaves_out_derivatives_of_a_run_without_the_check() -> None:
+    assert found("Derivatives") is None
+    assert found("Derivatives", run={"derivative_check": None}) is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, Attentive, full_batch, make, nearly
+from tiny_models import VOCAB, WIDTH, Attentive, full_batch, make, nearly
 from torch import Tensor, nn
 
 import fx_influence as fx
@@ -223,3 +223,16 @@ def test_check_policy_tells_what_has_changed_since() -> None:
         fx.check_policy(apply, params, model)
     with pytest.raises(ValueError, match="apply is a function; expected the Policy"):
         fx.check_policy(lambda params, ids, mask: ids, params, model)  # type: ignore[arg-type]
+
+
+class OfOneWidth(Attentive):
+    def forward(self, input_ids: Tensor, **options: Any) -> Tensor:
+        if input_ids.shape[1] != WIDTH - 1:
+            raise RuntimeError("expected rows of one width\nand no others")
+        return super().forward(input_ids, **options)
+
+
+def test_functionalize_warns_where_it_compared_nothing() -> None:
+    with pytest.warns(UserWarning, match=r"RuntimeError: expected rows of one width\).*not compared.*check_deriv") as w:
+        fx.functionalize(make(OfOneWidth))
+    assert w[0].filename == __file__

@@ -95,6 +95,9 @@ def test_the_directory_holds_everything_that_is_promised(finished: Path) -> None
     required = {"total", "baseline", "momentum", "weight_decay", "sum_per_sequence", "residual", *TIMES}
     assert required <= set(summary(finished))
     assert set(load_file(finished / "baseline.safetensors")) == set(_state()[1])
+    derivatives = summary(finished)["derivative_check"]
+    assert (derivatives["agrees"], derivatives["conclusive"], derivatives["parameters"]) == (True, True, [])
+    assert derivatives["deviation"] <= derivatives["bound"]
     assert [set(found["advantage"]) for found in summary(finished)["allocations"]] == [set(ALLOCATIONS)] * 2
     auto = summary(finished)["auto_scale"]
     assert auto["capped"] == int((arrays["auto_eta"] >= 1e4 * summary(finished)["lr"]).sum())

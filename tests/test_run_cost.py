@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import fx_influence as fx
 from fx_influence.lab import measure, sweep
 from fx_influence.lab.batches import Sampled, State, load_state, sampled, update_batch
+from fx_influence.lab.derivatives import derivative_check
 from fx_influence.lab.measure import evaluate, first_order
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.requests import SampledBatch
@@ -168,3 +170,30 @@ def test_jvp_delta_without_the_second_derivative_has_the_same_first(fresh: Setti
 def test_a_plan_that_asks_for_rollouts_beside_the_baseline_needs_its_bend() -> None:
     assert plan_of(second_order_per_sequence=True, second_order=()).bent_directions() == {"baseline"}
     assert plan_of(directions=("grad",), second_order_per_sequence=True).bent_directions() == {"full"}
+
+
+def test_derivative_check_warns_of_a_detached_parameter(fresh: Setting) -> None:
+    plan, state, step, _ = fresh
+    record = derivative_check(plan, state, step.batch)
+    assert record is not None
+    assert record["agrees"]
+    assert record["conclusive"]
+    assert record == derivative_check(plan, state, step.batch)
+
+    def detached(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return state.apply({**params, name: params[name].detach()}, ids, mask)
+
+    name = next(name for name in state.params if name.endswith("norm.weight"))
+    with pytest.warns(UserWarning, match=rf"JVP that is .* along '{re.escape(name)}'; .*The run goes on"):
+        record = derivative_check(plan, state._replace(apply=cast(Any, detached)), step.batch)
+    assert record is not None
+    assert not record["agrees"]
+    assert record["parameters"] == [name]
+
+    def numpy(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(state.apply(params, ids, mask).detach().numpy())
+
+    with pytest.raises(fx.DerivativeError, match="has no"):
+        derivative_check(plan, state._replace(apply=cast(Any, numpy)), step.batch)
+    blank = step.batch._replace(completion_mask=torch.zeros_like(step.batch.completion_mask))
+    assert derivative_check(plan, state, blank) is None

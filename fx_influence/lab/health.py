@@ -23,7 +23,8 @@ FEW, MANY, ENOUGH_ESS = 0.01, 0.5, 0.5
 STRAIGHT = 0.1
 """How far off the first order may be."""
 EFFECTIVE = "Effective sample size"
-SPOILING = ("Identity", "Policy of E")
+DERIVATIVES = "Derivatives"
+SPOILING = ("Identity", DERIVATIVES, "Policy of E")
 """Names of the checks without which no figure of the run is to be trusted, the total's included."""
 RANKED = 0.1
 """Share of noise in the squared influences at which four in five of the top tenth are found: benchmarks/EVIDENCE.md."""
@@ -158,6 +159,33 @@ def _identity(f: Figures) -> Finding:
     return Finding(name, "good", text)
 
 
+def _derivatives(f: Figures) -> Finding | None:
+    check = f.run.get("derivative_check")
+    if check is None:
+        return None
+    if not check["agrees"]:
+        off = [(check["deviation"], check["bound"]), (check["gradient_deviation"], check["gradient_bound"])]
+        names = ", ".join(map(repr, check["parameters"])) or "all parameters together"
+        # A deviation beyond all bounds, as of a derivative that is NaN, is stored as null.
+        shares = [1.0 if gap is None else gap for gap, bound in off if gap is None or bound is None or gap > bound]
+        return Finding(
+            DERIVATIVES,
+            "attention",
+            f"Derivatives and finite differences of the policy differ by {max(shares):.1g} of the slopes' size along "
+            f"{names}: first-order figures are not those of this policy. Mend what is detached, rounded or has a wrong "
+            "backward between these and the logits.",
+        )
+    if not check["conclusive"]:
+        text = (
+            f"Only {check['judged']:.0%} of the token values were smooth enough for their derivatives to be compared "
+            "with finite differences: nothing shows that these are right. Run fx.check_derivatives in float64 on more "
+            "rows."
+        )
+        return Finding(DERIVATIVES, "unknown", text)
+    text = f"Finite differences confirm the derivatives: {check['judged']:.0%} of the token values compared agree."
+    return Finding(DERIVATIVES, "good", text)
+
+
 def _two_routes(f: Figures) -> Finding | None:
     if "rounding" not in f.arrays or np.isnan(f.arrays["rounding"]).all():
         return None
@@ -289,6 +317,7 @@ def few_effective(findings: list[Finding]) -> bool:
 
 CHECKS: tuple[Callable[[Figures], Finding | None], ...] = (
     _identity,
+    _derivatives,
     _two_routes,
     _policy_of_e,
     _movement,

@@ -19,6 +19,7 @@ from fx_influence.interop.run_files import (
 )
 from fx_influence.lab.analysis.allocation import allocation_correlations
 from fx_influence.lab.batches import Progress, Sampled, State, update_batch
+from fx_influence.lab.derivatives import derivative_check
 from fx_influence.lab.experiment import Experiment, carry_out
 from fx_influence.lab.measure import evaluate, first_order
 from fx_influence.lab.plan import EntropyInfluencePlan
@@ -47,9 +48,10 @@ def run(
 
 
 def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
-    directory = now.directory
+    directory, batch = now.directory, update_batch(plan, now.u)
+    with timed(now.seconds, "derivative check"):
+        derivatives = derivative_check(plan, now.state, now.u.batch)
     with timed(now.seconds, "step"):
-        batch = update_batch(plan, now.u)
         directory.write_arrays(UPDATE_TOKENS, token_arrays(batch, now.u.values))
         step = measure_step(plan, now.state, batch, plan.gain, directory, now.progress)
         directory.write_tensors(BASELINE, step.parts.baseline)
@@ -67,7 +69,8 @@ def _measure(plan: EntropyInfluencePlan, now: Experiment) -> dict[str, Any]:
         allocation_correlations(sequences, found["per_sequence"], evaluation["baseline"])
         for found, evaluation in zip(arrays, evaluations, strict=True)
     ]
-    return {**evaluations[0], "evaluations": evaluations, "allocations": allocations}
+    figures = {"evaluations": evaluations, "allocations": allocations, "derivative_check": derivatives}
+    return {**evaluations[0], **figures}
 
 
 def _evaluation(plan: EntropyInfluencePlan, now: Experiment, step: Step, i: int) -> None:
