@@ -233,7 +233,7 @@ class Benchmark(NamedTuple):
             results = run_all(self.name, self.work, plans, arguments.jobs)
         runs = [{**plan._asdict(), "found": result} for plan, result in zip(plans, results, strict=True)]
         report = {"environment": environment(), "summary": self.summary(runs), "runs": runs}
-        print(self.markdown(report))
+        print("\n\n".join(self.tables(report)[EVIDENCE].values()))
         if not arguments.quick:
             store(self.name, report, self.tables(report))
             if self.plot:
