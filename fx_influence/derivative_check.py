@@ -15,7 +15,7 @@ from fx_influence.core.checks import check_count, check_options
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_names, check_policy, first_not_finite
-from fx_influence.core.tree import detached, dot_by_name
+from fx_influence.core.tree import detached, dot_by_name, random_direction
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_at_least, in_float32, lowest_precision
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -168,18 +168,6 @@ def check_derivatives(
         return check
     check = check._replace(parameters=_responsible(lambda names: _differs(comparison(names)), [*direction]))
     raise DerivativeError(_message(check), check)
-
-
-def random_direction(params: Params, seed: int) -> Params:
-    """Return normal entries by name, with the root mean square of each parameter, or of all where it is 0."""
-    squares = {name: float(p.double().square().sum()) for name, p in params.items()}
-    overall = math.sqrt(sum(squares.values()) / max(1, sum(p.numel() for p in params.values()))) or 1.0
-    generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in params.values()}
-    out = {}
-    for name, p in params.items():
-        size = math.sqrt(squares[name] / max(1, p.numel())) or overall
-        out[name] = size * torch.randn(p.shape, generator=generators[p.device], dtype=p.dtype, device=p.device)
-    return out
 
 
 class _Differences(NamedTuple):

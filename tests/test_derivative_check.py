@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fx_influence as fx
-from fx_influence.derivative_check import ENOUGH, random_direction
+from fx_influence.core.tree import random_direction
+from fx_influence.derivative_check import ENOUGH
 
 
 class Squared(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
+from fx_influence.core.tree import detached, dot_by_name
 from fx_influence.types import Gradients, Params
 
 
@@ -151,3 +153,15 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
         eta: step size.
     """
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
+
+
+def random_direction(params: Params, seed: int) -> Params:
+    """Return normal entries by name, with the root mean square of each parameter, or of all where it is 0."""
+    squares = {name: float(p.double().square().sum()) for name, p in params.items()}
+    overall = math.sqrt(sum(squares.values()) / max(1, sum(p.numel() for p in params.values()))) or 1.0
+    generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in params.values()}
+    out = {}
+    for name, p in params.items():
+        size = math.sqrt(squares[name] / max(1, p.numel())) or overall
+        out[name] = size * torch.randn(p.shape, generator=generators[p.device], dtype=p.dtype, device=p.device)
+    return out
