@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
-from fx_influence.core.tree import detached, dot_by_name
 from fx_influence.types import Gradients, Params
 
 
