@@ -132,7 +132,7 @@ def test_check_derivatives_names_what_a_wrong_one_spoils(kind: str, make_apply: 
     apply, params = make_apply(WRONG[kind])
     mode = "gradient" if kind == "backward" else "JVP"
     with pytest.raises(
-        fx.DerivativeError, match=rf"apply has a {mode} that is .* off .*; expected at most .*mend"
+        fx.DerivativeError, match=rf"apply has a {mode} that is .* off .*; expected at most .*repair"
     ) as e:
         fx.check_derivatives(params, BATCH, apply=apply)
     assert e.value.check is not None
