@@ -207,7 +207,7 @@ def test_group_advantages_are_float32_when_rewards_are_half() -> None:
 
 
 def test_group_advantages_and_ratio_reject_invalid_input() -> None:
-    with pytest.raises(ValueError, match=r"rewards\[1\] is nan .* must be finite: .*repair their rewards"):
+    with pytest.raises(ValueError, match=r"rewards\[1\] is nan .* expected finite values\. .*repair their rewards"):
         fx.group_advantages(torch.tensor([1.0, math.nan]), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"group has shape \(2,\); pass \(3,\), one prompt index a reward"):
         fx.group_advantages(torch.ones(3), torch.tensor([0, 0]))
@@ -232,10 +232,10 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
         ({"ratio": torch.ones(1, 7)}, r"ratio has shape \(1, 7\); pass \(6,\) or \(6, 7\)"),
         ({"group": torch.zeros(5, dtype=torch.long)}, r"group has shape \(5,\); pass \(6,\), one prompt index a row"),
         ({"advantages": with_value((N,), (4,), math.nan)}, r"advantages\[4\] is nan \(1 such values\).*Drop"),
-        ({"advantages": with_value((N,), (0,), -math.inf)}, r"advantages\[0\] is -inf .*finite: drop"),
-        ({"advantages": with_value((N, WIDTH), (1, 2), math.nan)}, r"advantages\[1, 2\] is nan .*finite: drop"),
-        ({"ratio": with_value((N, WIDTH), (5, 6), math.inf)}, r"ratio\[5, 6\] is inf .*finite: drop"),
-        ({"ratio": with_value((N,), (5,), math.nan)}, r"ratio\[5\] is nan .*finite: drop"),
+        ({"advantages": with_value((N,), (0,), -math.inf)}, r"advantages\[0\] is -inf .*finite values\. Drop"),
+        ({"advantages": with_value((N, WIDTH), (1, 2), math.nan)}, r"advantages\[1, 2\] is nan .*finite values\. Drop"),
+        ({"ratio": with_value((N, WIDTH), (5, 6), math.inf)}, r"ratio\[5, 6\] is inf .*finite values\. Drop"),
+        ({"ratio": with_value((N,), (5,), math.nan)}, r"ratio\[5\] is nan .*finite values\. Drop"),
         ({"loss_type": "prompt_max", "group": None}, r"group is None; .*'prompt_max' needs group="),
         ({"loss_type": "dr_grpo"}, r"max_completion_length is None; .*'dr_grpo' needs it, at least 1"),
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, r"max_completion_length is 0; .*at least 1"),

@@ -100,7 +100,7 @@ def test_data_parallel_engine_takes_empty_ranks_on_any_mesh(ranks: int, shape: t
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("temperature", r"ValueError: temperature is 1.0 on rank 0 and 0.9 on rank 1; only the rows"),
+        ("temperature", r"ValueError: temperature is 1.0 on rank 0 and 0.9 on rank 1; expected the same on every rank"),
         ("parameters", r"ValueError: the checksum of params is '\w+' on rank 0 and '\w+' on rank 1"),
         ("steps", r"ValueError: opt_state.step"),
         ("shapes", r"ValueError: on rank 1: batch_e.completion_mask is torch.bool of shape"),

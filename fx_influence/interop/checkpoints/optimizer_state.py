@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -143,9 +144,10 @@ def _check_groups(
     if saved != expected:
         raise ValueError(f"the optimizer's groups hold {saved} parameters, {rule} gives {expected}; {remedy}")
     flat = [name for group in names for name in group]
-    unknown = [name for name in flat if name not in parameters]
-    if unknown or len(set(flat)) < len(flat):
-        raise ValueError(f"{rule} has names that occur twice or are not in the model: {unknown[:5]}; {remedy}")
+    counts = Counter(flat)
+    wrong = [name for name in counts if name not in parameters or counts[name] > 1]
+    if wrong:
+        raise ValueError(f"{rule} has names that occur twice or are not in the model: {wrong[:5]}; {remedy}")
     for index, name in _ids_and_names(state_dict, names):
         shape = tuple(state_dict["state"].get(index, {}).get("exp_avg", parameters[name]).shape)
         if shape != tuple(parameters[name].shape):

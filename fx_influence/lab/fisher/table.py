@@ -73,7 +73,7 @@ def _strongest_table(top: list[dict[str, Any]], lr: float) -> ColumnTable:
             )
         )
     texts = (Column("prompt", "text"), Column("completion", "text"))
-    by = (Column("by U's rollout", "name"), *texts, Column("advantage"), Column("its contribution"))
+    by = (Column("by U's rollout", "name"), *texts, Column("advantage"), Column("its part"))
     return ColumnTable(
         "Rollouts of E 00 that the step moves most, and what in U moves them",
         (*texts, Column("change"), Column("baseline"), *by),

@@ -149,7 +149,7 @@ def test_restore_names_both_shapes_when_they_differ() -> None:
 def test_restore_refuses_unknown_or_repeated_names(name: str) -> None:
     optimizer, names = shuffled_groups(Scales(), names=False)
     names[0][0] = name
-    with pytest.raises(ValueError, match="twice there or not in the model"):
+    with pytest.raises(ValueError, match="occur twice or are not in the model"):
         restore_optimizer(optimizer.state_dict(), Scales(), names)
 
 
