@@ -269,11 +269,12 @@ def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, per_sequence: Tensor) -> Tensor:
-    """Return the share of sum |delta| along u on coordinates of fresh denominators; u is 0 elsewhere afterwards."""
+    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory is reused."""
     step.keep_fresh_(u.unit)
-    if not any(bool(x.any()) for x in u.unit.values()):
+    if not dot(u.unit, u.unit):
         return torch.zeros((), dtype=torch.float64, device=per_sequence.device)
-    on_fresh = update.jvp([u])[0].sum(-1)
+    fresh = Direction.of_(u.unit)
+    on_fresh = u.scale * update.jvp([fresh])[0].sum(-1)
     size, rest = on_fresh.abs().sum(), (per_sequence - on_fresh).abs().sum()
     return torch.where(size > 0, size / (size + rest), 0.0)
 
