@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -100,7 +100,7 @@ def adamw_decompose(
         g = grads.get(name)
         moves = g is not None and name in opt_state.hyper
         if moves and g is not None:
-            inputs = step_inputs(name, p, g, clip, opt_state)
+            inputs = StepInputs.promoted(p, moments_of(name, opt_state), g, clip)
             terms = step_terms(inputs, opt_state.hyper[name], opt_state.step[name] + 1, preconditioner)
         else:
             terms = _no_step(p)
@@ -147,10 +147,30 @@ class StepInputs(NamedTuple):
     g: Tensor
     clip: Tensor
 
+    @classmethod
+    def promoted(cls, theta: Tensor, moments: Sequence[Tensor], g: Tensor, clip: Tensor) -> StepInputs:
+        """Return the inputs in float64 where the parameter or its first moment is, else in float32.
+
+        Args:
+            theta: the parameter.
+            moments: m and s, and with amsgrad max_exp_avg_sq; see ``moments_of``.
+            g: gradient, before clipping.
+            clip: kappa, scalar.
+        """
+        dtype = promote(torch.promote_types(theta.dtype, moments[0].dtype))
+        m, s, *maximum = (x.to(dtype) for x in moments)
+        return cls(theta.to(dtype), m, s, maximum[0] if maximum else None, g.to(dtype), clip.to(dtype))
+
     def second_moment(self, hyper: AdamWHyper) -> tuple[Tensor, Tensor]:
         """Return (ghat, s')."""
         ghat = ((-1.0 if hyper.maximize else 1.0) * self.clip) * self.g
         return ghat, torch.addcmul(hyper.beta2 * self.s, ghat, ghat, value=1 - hyper.beta2)
+
+
+def moments_of(name: str, state: AdamWState) -> list[Tensor]:
+    """Return m and s of a parameter, and max_exp_avg_sq where its group has amsgrad."""
+    moments = [state.exp_avg[name], state.exp_avg_sq[name]]
+    return [*moments, state.max_exp_avg_sq[name]] if state.hyper[name].amsgrad else moments
 
 
 def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: Preconditioner) -> dict[str, Tensor]:
@@ -196,22 +216,6 @@ def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: 
         "weight_decay": decay,
         "gain": gamma,
     }
-
-
-def step_inputs(name: str, p: Tensor, g: Tensor, clip: Tensor, state: AdamWState) -> StepInputs:
-    """Return the inputs of one parameter's step, in float64 where the parameter or its state is, else in float32.
-
-    Args:
-        name: of the parameter.
-        p: its value.
-        g: its gradient, before clipping.
-        clip: kappa, scalar.
-        state: AdamW's state before the step.
-    """
-    dtype = promote(torch.promote_types(p.dtype, state.exp_avg[name].dtype))
-    maximum = state.max_exp_avg_sq[name].to(dtype) if state.hyper[name].amsgrad else None
-    m, s = state.exp_avg[name].to(dtype), state.exp_avg_sq[name].to(dtype)
-    return StepInputs(p.to(dtype), m, s, maximum, g.to(dtype), clip.to(dtype))
 
 
 def _no_step(p: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.core.tree import promote
-from fx_influence.optim.adamw import StepInputs, clip_factor, step_inputs, step_terms
+from fx_influence.optim.adamw import StepInputs, clip_factor, moments_of, step_terms
 from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
 
 BLOCK = 2**20
@@ -151,24 +151,16 @@ class AdamWStep:
 
     def _blocks(self, name: str, x: Tensor) -> Iterator[tuple[Tensor, StepInputs]]:
         """Yield views of the local entries of x, some at a time, and the step's inputs there."""
-        g, state = self.grads[name], self.opt_state
+        g = self.grads[name]
         assert g is not None
-        moments = [state.exp_avg[name], state.exp_avg_sq[name]]
-        if state.hyper[name].amsgrad:
-            moments.append(state.max_exp_avg_sq[name])
-        tensors = [x, *map(to_local, (self.params[name], g, *moments))]
+        tensors = [x, *map(to_local, (self.params[name], g, *moments_of(name, self.opt_state)))]
         if all(t.is_contiguous() for t in tensors):
             columns = [t.view(-1).split(BLOCK) for t in tensors]
         else:
             # Entries of tensors with different strides cannot be paired as flat blocks.
             columns = [(t,) for t in tensors]
-        for block, p, g_block, *moment_blocks in zip(*columns, strict=True):
-            local = state._replace(
-                exp_avg={name: moment_blocks[0]},
-                exp_avg_sq={name: moment_blocks[1]},
-                max_exp_avg_sq={name: moment_blocks[2]} if len(moment_blocks) == 3 else {},
-            )
-            yield block, step_inputs(name, p, g_block, self.clip, local)
+        for block, theta, g_block, *moments in zip(*columns, strict=True):
+            yield block, StepInputs.promoted(theta, moments, g_block, self.clip)
 
 
 def _is_fresh(inputs: StepInputs, hyper: AdamWHyper, tau: int) -> Tensor:
