@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ def linearize_update(
         memory_budget: bytes of the reverse pass to cache for the derivatives.
     """
 
-    def token_jvp(u: Direction) -> Tensor:
-        return u.scale * token_derivatives(params, u.unit, batch_u, engine, None)
+    def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
+        return u.scale * token_derivatives(params, u.unit, batch_u, engine, caches)
 
     if several_directions or not (per_token or grad is not None):
         at_once = max_directions(params, memory_budget) if several_directions else 1
@@ -71,15 +72,12 @@ def linearize_update(
                 jvp=ghost_jvp,
                 token_jvp=token_jvp,
                 resolves_tokens=False,
-                max_directions=max_directions(params, memory_budget),
+                max_directions=at_once,
             )
     caches: LinearOutputCaches | None = None
     if grad is None:
         grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
-
-    def cached_token_jvp(u: Direction) -> Tensor:
-        return u.scale * token_derivatives(params, u.unit, batch_u, engine, caches)
-
+    cached_token_jvp = partial(token_jvp, caches=caches)
     return LinearizedLosses(
         gradient=grad,
         jvp=lambda directions: torch.stack([cached_token_jvp(u) for u in directions]),
