@@ -90,7 +90,7 @@ RECORDED: dict[str, tuple[str, set[str], set[str]]] = {
         {"s", "p0", "exp_avg", "exp_avg_sq"},
     ),
 }
-"""What each writes of an optimizer, and fields of its groups and states, from their ``state_dict()`` or source."""
+"""Each library's format of an optimizer, and fields of its groups and states, from ``state_dict()`` or source."""
 
 
 @pytest.mark.parametrize("version", RECORDED)

@@ -78,8 +78,8 @@ for _ in range(2):
     optimizer.step()
     optimizer.zero_grad()
 dcp.save({"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=out)
-whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-weights, state = (get_model_state_dict(model, options=whole), get_optimizer_state_dict(model, optimizer, options=whole))
+full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+weights, state = (get_model_state_dict(model, options=full), get_optimizer_state_dict(model, optimizer, options=full))
 if rank == 0:
     torch.save({"model": weights, "optim": state}, f"{out}.pt")
 distributed.destroy_process_group()
