@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.gram import MEMORY_BUDGET
+from fx_influence.autodiff.ghost import MEMORY_BUDGET
 from fx_influence.core.batch_checks import check_batch, check_coefficients, check_is_batch
 from fx_influence.core.checks import check_options
 from fx_influence.core.parameter_checks import check_names, check_policy

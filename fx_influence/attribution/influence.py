@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fx_influence.attribution.group_derivatives import GroupDerivatives, differentiate_by_group
 from fx_influence.attribution.linearized_losses import LinearizedLosses, linearize_update, token_derivatives
 from fx_influence.attribution.objective_gradients import evaluate_objective
 from fx_influence.attribution.result import Influence
-from fx_influence.autodiff.gram import MEMORY_BUDGET
+from fx_influence.autodiff.ghost import default_budget
 from fx_influence.batching.prompts import warn_of_shared_prompts
 from fx_influence.core.batch_checks import check_batch, check_is_batch
-from fx_influence.core.checks import check_number, check_options
+from fx_influence.core.checks import check_dtypes, check_number, check_options
 from fx_influence.core.parameter_checks import check_policy, check_state
 from fx_influence.core.tree import Direction, detached, dot
 from fx_influence.distributed.engine import make_engine
@@ -24,9 +23,9 @@ from fx_influence.estimators.consistency import agree_within, check_identity, ch
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.objectives import Entropy, Objective, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
-from fx_influence.optim.step import AdamWStep, add_inner_products
+from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
-from fx_influence.policy.precision import pass_precision
+from fx_influence.policy.precision import PassPrecision, pass_precision
 from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params, Preconditioner
 
 if TYPE_CHECKING:
@@ -49,7 +48,10 @@ def influence(
     stderr: bool = True,
     per_token: bool = True,
     chunk_size: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    direction_dtype: torch.dtype | None = None,
+    offload: torch.device | str | None = None,
     tolerance: float | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Influence:
@@ -80,14 +82,23 @@ def influence(
         matrix: also return M_ai = <grad s_a, gamma * g_i>, from per-sequence gradients in blocks.
         stderr: also return standard errors over E's clusters, which are ``batch_e.group`` or without it the rows, with
             a ``UserWarning`` where these share prompts. They are exact with ``matrix``, else from min(8, C) random
-            groups of E's clusters: the reverse pass over U leaves layer inputs and output gradients, and each group
-            costs a product with them. Those that do not fit ``memory_budget`` are recomputed; where several directions
-            do not fit it either, each group costs a JVP.
+            groups of E's clusters: the reverse pass over U leaves layer inputs and output gradients, from which all
+            groups together cost about one more forward. Those that do not fit ``memory_budget`` are recomputed. The
+            groups' directions are rounded to bfloat16 where they do not fit it, which moves the error bars by less
+            than their noise; where not even two fit, each group costs a JVP.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
         chunk_size: rows per forward; None chooses by tokens.
-        memory_budget: bytes for the cache of E's forward, then for that of U's reverse pass, then for the gradients of
-            the matrix, beside the pass that runs; 0 caches nothing.
+        memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
+            for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs;
+            0 caches nothing. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
+        compute_dtype: bfloat16 or float16 for the matrix products of all passes, as under ``torch.autocast``; the
+            parameters, gradients, directions, softmaxes and sums stay as they are. None computes in the parameters'
+            precision, and U's losses in that of the policy's own autocast.
+        direction_dtype: of grad H and of u, both as large as the parameters; bfloat16 halves them and rounds each
+            entry to 3 digits. None takes at least float32.
+        offload: device to hold u on, ``"cpu"`` for host memory, from where the JVP brings it a parameter at a time.
+            None leaves it where the parameters are.
         tolerance: relative residual above which the result is refused; None takes 1e-4 for float32 models, 1e-9 for
             float64, 3e-2 where ``apply`` itself computes in half precision.
         mesh: a ``torch.distributed`` device mesh whose ranks all make this call, each with rows of its own in
@@ -120,6 +131,7 @@ def influence(
     """
     _check_types(params, apply, batch_u, batch_e, opt_state, objective)
     check_options(temperature, chunk_size, memory_budget)
+    check_dtypes(compute_dtype, direction_dtype)
     if tolerance is not None:
         check_number("tolerance", tolerance, "pass a relative residual, or None for the dtype's", lambda x: x >= 0)
     params, engine = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
@@ -135,65 +147,54 @@ def influence(
         stderr=stderr,
         per_token=per_token,
         memory_budget=memory_budget,
+        compute_dtype=compute_dtype,
+        direction_dtype=direction_dtype,
+        offload=offload,
         tolerance=tolerance,
     )
+    memory_budget = default_budget(params) if memory_budget is None else memory_budget
     if matrix:
         engine.check_gram("matrix=True")
     _check_batches(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
     if stderr:
         warn_of_shared_prompts("batch_e", batch_e)
-    precision = pass_precision(params, apply, batch_u)
+    precision = pass_precision(params, apply, batch_u, compute_dtype)
     params = precision.params
     # U's losses are differentiated as the trainer does, in its precision; the objective over E with all derivatives.
     engine_u = replace(engine, apply=precision.update_apply)
     engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
 
     in_groups = stderr and not matrix
-    evaluation = evaluate_objective(params, batch_e, objective, in_groups, engine_e, memory_budget)
-    update = linearize_update(
-        params, batch_u, grad, engine_u, in_groups or precision.wants_two_methods, per_token, memory_budget
-    )
+    evaluation = evaluate_objective(params, batch_e, objective, in_groups, engine_e, memory_budget, direction_dtype)
+    num_directions = evaluation.num_groups if in_groups or precision.wants_two_methods else 0
+    update = linearize_update(params, batch_u, grad, engine_u, num_directions, per_token, memory_budget)
     step = AdamWStep.of(update.gradient, opt_state, params, preconditioner, max_grad_norm)
 
-    products, derivatives_by_group = [], []
-    sum_of_groups: Params = {}
-    for block in _blocks(evaluation.gradients, update.max_directions):
-        directions = []
-        for g in block:
-            products.append(step.inner_products(g))
-            # From here on the gradient's memory holds gain * g.
-            step.precondition_(g)
-            directions.append(Direction.of_(g))
-        derivatives_by_group.append(update.jvp(directions))
-        if in_groups:
-            while directions:
-                directions.pop().add_to_(sum_of_groups)
-            # The next group's gradient takes this one's place in memory.
-            block.clear()
-            del g
-    u = Direction.of_(sum_of_groups) if in_groups else directions[0]
-    derivatives, on_step = torch.cat(derivatives_by_group), add_inner_products(products)
-    by_group = derivatives.sum(-1)
-    deltas = _sum_groups(update, derivatives, u, per_token, precision.under_autocast)
+    groups = differentiate_by_group(evaluation, update, step, direction_dtype, offload)
+    u, on_step, update_products = groups.u, groups.on_step, groups.update_products
+    deltas = _sum_groups(update, groups, per_token, precision)
     per_sequence, rounding = deltas.per_sequence, deltas.rounding
 
     bound = tolerance_of(precision.lowest) if tolerance is None else tolerance
-    by_reverse_mode = torch.stack(list(on_step.update.values())).sum()
+    by_reverse_mode = torch.stack(list(update_products.values())).sum()
     residual, unattributed = by_reverse_mode - per_sequence.sum(), torch.zeros_like(by_reverse_mode)
     if grad is not None and (
         precision.under_autocast or not agree_within(residual, per_sequence, by_reverse_mode, bound)
     ):
         # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
         unattributed = residual
-        by_reverse_mode = u.scale * dot(engine_u.gradient(params, batch_u), u.unit)
+        by_reverse_mode = (u.scale * dot(engine_u.gradient(params, batch_u), u.unit)).to(per_sequence.device)
         residual = by_reverse_mode - per_sequence.sum()
     check_identity(deltas.method, residual, per_sequence, by_reverse_mode, bound)
+    by_group = groups.derivatives.sum(-1)
     gap, total = per_sequence.sum() - by_group.sum(), per_sequence.sum()
-    check_identity("the random groups of E", gap, by_group.sum(0), total, bound, against="all of E at once")
+    group_bound = max(bound, tolerance_of(torch.bfloat16)) if groups.narrowed else bound
+    check_identity("the random groups of E", gap, by_group.sum(0), total, group_bound, against="all of E at once")
     conditioning = _conditioning(update, step, u, per_sequence)
     # The caches of U's passes may take as much memory as the matrix.
-    del update, u, sum_of_groups
+    del update, u
+    groups = groups._replace(u=Direction(1.0, {}))
 
     pairwise: Tensor | None = None
     stderrs = _Stderrs.unknown(per_sequence)
@@ -206,10 +207,10 @@ def influence(
         if stderr:
             along_step = -token_derivatives(params, step.direction(), evaluation.batch, engine_e, None).sum(-1)
             stderrs = _Stderrs.of(pairwise.double(), along_step, evaluation.shares, cluster_index(batch_e))
-    elif stderr:
+    elif in_groups:
         shares = evaluation.shares.new_zeros(len(by_group)).index_add(0, evaluation.group, evaluation.shares)
-        groups = torch.arange(len(by_group), device=shares.device)
-        stderrs = _Stderrs.of(by_group, torch.stack([p.direction for p in products]), shares, groups)
+        index = torch.arange(len(by_group), device=shares.device)
+        stderrs = _Stderrs.of(by_group, groups.along_step, shares, index)
 
     check_rounding(rounding, per_sequence, precision.lowest, bound)
     # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
@@ -224,7 +225,7 @@ def influence(
         total=baseline + per_sequence.sum() + unattributed,
         residual=residual,
         unattributed=unattributed,
-        per_parameter=on_step.update,
+        per_parameter=update_products,
         matrix=pairwise,
         total_stderr=stderrs.total,
         conditioning=conditioning,
@@ -242,9 +243,12 @@ class _Deltas(NamedTuple):
 
 
 def _sum_groups(
-    update: LinearizedLosses, derivatives: Tensor, u: Direction, per_token: bool, under_autocast: bool
+    update: LinearizedLosses, groups: GroupDerivatives, per_token: bool, precision: PassPrecision
 ) -> _Deltas:
-    """Add up the derivatives by group, (K, n_u, T) or (K, n_u, 1), and compute those of tokens if they are wanted."""
+    """Add up the derivatives by group, and compute those of tokens if they are wanted."""
+    derivatives, exact = groups.derivatives, not groups.narrowed
+    if groups.narrowed and (precision.wants_two_methods or not per_token):
+        derivatives, exact = update.jvp([groups.u]), True
     by_groups = derivatives.sum((0, 2))
     unknown = torch.full_like(by_groups, torch.nan)
     if update.resolves_tokens:
@@ -252,10 +256,10 @@ def _sum_groups(
         return _Deltas(tokens.sum(-1), tokens if per_token else None, unknown, "the JVP over U")
     if not per_token:
         return _Deltas(by_groups, None, unknown, "ghost products over U")
-    tokens = update.token_jvp(u)
+    tokens = update.token_jvp(groups.u)
     by_tokens = tokens.sum(-1)
-    rounding = (by_tokens - by_groups).abs()
-    if under_autocast:
+    rounding = (by_tokens - by_groups).abs() if exact else unknown
+    if precision.under_autocast:
         # Ghost products hold the very gradient that the optimizer meets; the JVP is rounded another way.
         return _Deltas(by_groups, _adding_up_to(by_groups, tokens), rounding, "ghost products over U")
     return _Deltas(by_tokens, tokens, rounding, "the JVP over U")
@@ -303,12 +307,6 @@ class _Stderrs(NamedTuple):
             cluster_stderr(pairwise, pairwise.sum(0), shares, cluster),
             cluster_stderr(along_step, along_step.sum(), shares, cluster),
         )
-
-
-def _blocks(gradients: Iterable[Params], size: int) -> Iterator[list[Params]]:
-    remaining = iter(gradients)
-    while block := list(itertools.islice(remaining, size)):
-        yield block
 
 
 def _check_types(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.autodiff.ghost import max_directions
+from fx_influence.autodiff.ghost import DirectionPlan, plan_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.core.tree import Direction
 from fx_influence.types import Batch, Gradients, Params
@@ -19,15 +19,16 @@ from fx_influence.types import Batch, Gradients, Params
 class LinearizedLosses(NamedTuple):
     """The losses of U's rollouts to first order: the gradient of their sum, and their derivatives along directions.
 
-    ``gradient``: of the sum, or the trainer's own. ``jvp``: at most ``max_directions`` u_k -> <u_k, g_i>, (K, n_u, T)
+    ``gradient``: of the sum, or the trainer's own. ``jvp``: at most ``plan.at_once`` u_k -> <u_k, g_i>, (K, n_u, T)
     by token where ``resolves_tokens``, else (K, n_u, 1), from ghost products. ``token_jvp``: u -> (n_u, T). float64.
+    ``plan``: how the directions are to be held.
     """
 
     gradient: Gradients
     jvp: Callable[[Sequence[Direction]], Tensor]
     token_jvp: Callable[[Direction], Tensor]
     resolves_tokens: bool
-    max_directions: int
+    plan: DirectionPlan
 
 
 def linearize_update(
@@ -35,7 +36,7 @@ def linearize_update(
     batch_u: Batch,
     grad: Gradients | None,
     engine: Engine,
-    several_directions: bool,
+    num_directions: int,
     per_token: bool,
     memory_budget: int,
 ) -> LinearizedLosses:
@@ -49,17 +50,17 @@ def linearize_update(
         batch_u: update batch, n_u rows with coefficients.
         grad: the gradient of the sum where the trainer has it; None computes it here.
         engine: engine of the policy as the trainer computes it.
-        several_directions: whether derivatives along more than one direction are wanted.
+        num_directions: number of directions along which derivatives are wanted by row; 0 where those by token do.
         per_token: whether those of tokens are wanted.
-        memory_budget: bytes of the reverse pass to cache for the derivatives.
+        memory_budget: bytes of directions, and bytes of the reverse pass to cache for the derivatives.
     """
 
     def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
         return u.scale * token_derivatives(params, u.unit, batch_u, engine, caches)
 
-    if several_directions or not (per_token or grad is not None):
-        at_once = max_directions(params, memory_budget) if several_directions else 1
-        linearized = engine.linearize(params, batch_u, memory_budget, at_once)
+    if num_directions or not (per_token or grad is not None):
+        plan = plan_directions(params, max(1, num_directions), memory_budget)
+        linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, with_gradient=grad is None)
         if linearized is not None:
             gradient, ghost_products = linearized
 
@@ -72,7 +73,7 @@ def linearize_update(
                 jvp=ghost_jvp,
                 token_jvp=token_jvp,
                 resolves_tokens=False,
-                max_directions=at_once,
+                plan=plan,
             )
     caches: LinearOutputCaches | None = None
     if grad is None:
@@ -83,7 +84,7 @@ def linearize_update(
         jvp=lambda directions: torch.stack([cached_token_jvp(u) for u in directions]),
         token_jvp=cached_token_jvp,
         resolves_tokens=True,
-        max_directions=1,
+        plan=DirectionPlan(1, None),
     )
 
 

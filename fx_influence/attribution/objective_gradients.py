@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import promote
 from fx_influence.estimators.stderr import random_group_index
 from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
@@ -20,13 +20,14 @@ class Evaluation(NamedTuple):
     """The objective over E: its surrogates' coefficients, and its gradient by random groups of E's clusters.
 
     ``batch``: E with coefficients. ``shares``: (n_e,), each row's share of the objective's denominator, adding up to 1.
-    ``group``: int64 (n_e,), the random group of each row. ``gradients``: one for each group, computed when
-    iterated over; they add up to grad H.
+    ``group``: int64 (n_e,), the random group of each row. ``num_groups``: number of these groups. ``gradients``: one
+    for each group, computed when iterated over; they add up to grad H.
     """
 
     batch: Batch
     shares: Tensor
     group: Tensor
+    num_groups: int
     gradients: Iterable[Params]
 
 
@@ -37,6 +38,7 @@ def evaluate_objective(
     in_groups: bool,
     engine: Engine,
     memory_budget: int,
+    dtype: torch.dtype | None,
 ) -> Evaluation:
     """Return the objective's coefficients over E and its gradient, in total or by min(8, C) random groups of clusters.
 
@@ -44,9 +46,10 @@ def evaluate_objective(
         params: theta by name.
         batch_e: evaluation batch, n_e rows.
         objective: whose gradient is wanted.
-        in_groups: whether the gradient is split by groups, which costs one more forward over E.
+        in_groups: whether the gradient is split by groups.
         engine: engine of the policy with all its derivatives.
-        memory_budget: bytes of the forward to cache for the reverse pass; not used with ``in_groups``.
+        memory_budget: bytes of the forward to cache for the reverse pass.
+        dtype: of the gradients; None takes at least float32.
     """
 
     def with_coefficients(values: TokenValues) -> Batch:
@@ -54,24 +57,19 @@ def evaluate_objective(
         return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
 
     shares = denominator_shares(objective, batch_e.completion_mask)
-    if not in_groups:
-        weighted, gradient = engine.reweighted_gradient(params, batch_e, with_coefficients, memory_budget)
-        return Evaluation(weighted, shares, torch.zeros_like(batch_e.input_ids[:, 0]), [_ascent_(gradient, params)])
-    weighted, group = with_coefficients(engine.values(params, batch_e)), random_group_index(batch_e)
-
-    def gradient_of(k: int) -> Params:
-        return _ascent_(engine.gradient(params, select_rows(weighted, group == k)), params)
-
+    group = random_group_index(batch_e) if in_groups else torch.zeros_like(batch_e.input_ids[:, 0])
+    rows = [(group == k).nonzero().squeeze(-1) for k in range(int(group.max()) + 1)]
+    weighted, gradients = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
     # Not a generator expression, whose frame would hold one gradient while the next is made.
-    return Evaluation(weighted, shares, group, map(gradient_of, range(int(group.max()) + 1)))
+    return Evaluation(weighted, shares, group, len(rows), map(partial(_ascent_, params, dtype), gradients))
 
 
-def _ascent_(gradient: Gradients, params: Params) -> Params:
+def _ascent_(params: Params, dtype: torch.dtype | None, gradient: Gradients) -> Params:
     """Return the gradient of an objective from that of its loss, which is minus the objective; None counts as 0.
 
     The tensors given are reused.
     """
     return {
-        name: torch.zeros_like(p, dtype=promote(p.dtype)) if (g := gradient[name]) is None else g.neg_()
+        name: torch.zeros_like(p, dtype=dtype or promote(p.dtype)) if (g := gradient[name]) is None else g.neg_()
         for name, p in params.items()
     }

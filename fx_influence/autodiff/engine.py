@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 from fx_influence.autodiff.directional import curvature, token_jvp
 from fx_influence.autodiff.ghost import JvpFn, linearize_losses
-from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradient
+from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradients
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.perturbed_values import can_vmap_directions, perturbed_token_values
 from fx_influence.autodiff.token_values import all_token_values
@@ -74,12 +75,24 @@ class Engine:
         """Return the gradient and the linear layers' outputs for ``jvp`` of the same batch."""
         return gradient_with_cache(params, batch, memory_budget=memory_budget, **self._options)
 
-    def reweighted_gradient(
-        self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
-    ) -> tuple[Batch, Gradients]:
-        """Return the batch with coefficients made from its token values, and its gradient."""
-        return reweighted_gradient(
-            params, batch, coefficients_fn=coefficients_fn, memory_budget=memory_budget, **self._options
+    def reweighted_gradients(
+        self,
+        params: Params,
+        batch: Batch,
+        groups: Sequence[Tensor],
+        coefficients_fn: Callable[[TokenValues], Batch],
+        memory_budget: int,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Batch, Iterator[Gradients]]:
+        """Return the batch with coefficients made from its token values, and its gradient by group of rows."""
+        return reweighted_gradients(
+            params,
+            batch,
+            groups,
+            coefficients_fn=coefficients_fn,
+            memory_budget=memory_budget,
+            dtype=dtype,
+            **self._options,
         )
 
     def jvp(
@@ -89,11 +102,16 @@ class Engine:
         return token_jvp(params, direction, batch, caches=caches, **self._options)
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, num_directions: int
+        self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True
     ) -> tuple[Gradients, JvpFn] | None:
         """Return the gradient and a function from directions u to <u, g_i>, or None; see ``linearize_losses``."""
         return linearize_losses(
-            params, batch, memory_budget=memory_budget, num_directions=num_directions, **self._options
+            params,
+            batch,
+            memory_budget=memory_budget,
+            num_directions=num_directions,
+            with_gradient=with_gradient,
+            **self._options,
         )
 
     def gram(

@@ -7,6 +7,7 @@ a forward pass, many directions together little more than one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -18,7 +19,8 @@ from fx_influence.autodiff.layer_io.collect import collect_layer_io
 from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs, write_row_gradients
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
-from fx_influence.core.tree import accumulate, promote, unit_direction
+from fx_influence.core.dtensor import to_local
+from fx_influence.core.tree import accumulate, cast_like, promote, unit_direction
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params
 
@@ -28,13 +30,35 @@ MAX_GRADIENT_ENTRIES = 2**24
 BLOCK_COLUMNS = 1024
 """Columns per block of ``thin_matmul``."""
 
+MEMORY_BUDGET = 3 * 2**28
+"""Bytes of a call's caches where the caller sets no budget: 768 MiB."""
+
+BYTES_PER_PARAMETER = 16
+"""Bytes of a call's caches for each trainable parameter where that is more: eight directions in bfloat16."""
+
 JvpFn = Callable[[Sequence[Params]], Tensor]
 """``jvp_fn(us)``: <u_k, g_i> for every row of the batch, (K, B) float64; names absent in a u count as 0."""
 
 
-def max_directions(params: Params, memory_budget: int) -> int:
-    """Return how many directions a ``JvpFn`` takes: they and scaled copies take half of ``memory_budget``."""
-    return max(1, memory_budget // (4 * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())))
+def default_budget(params: Params) -> int:
+    """Return the bytes of a call's caches where the caller sets no budget."""
+    return max(MEMORY_BUDGET, BYTES_PER_PARAMETER * sum(to_local(p).numel() for p in params.values()))
+
+
+class DirectionPlan(NamedTuple):
+    """Number of directions that are in memory ``at_once``, and their ``dtype``; None leaves it as it is."""
+
+    at_once: int
+    dtype: torch.dtype | None
+
+
+def plan_directions(params: Params, count: int, memory_budget: int) -> DirectionPlan:
+    """Return the plan for ``count`` directions: in bfloat16 where they do not fit ``memory_budget`` bytes otherwise."""
+    local = [to_local(p) for p in params.values()]
+    if count * sum(p.numel() * promote(p.dtype).itemsize for p in local) <= memory_budget:
+        return DirectionPlan(count, None)
+    at_once = min(count, memory_budget // sum(2 * p.numel() for p in local))
+    return DirectionPlan(at_once, torch.bfloat16) if at_once > 1 else DirectionPlan(1, None)
 
 
 def linearize_losses(
@@ -45,6 +69,7 @@ def linearize_losses(
     chunk_size: int | None,
     memory_budget: int,
     num_directions: int = 1,
+    with_gradient: bool = True,
 ) -> tuple[Gradients, JvpFn] | None:
     """Return ``batch_gradient`` and the function ``JvpFn`` of the rows' losses, from one forward and reverse pass.
 
@@ -59,6 +84,8 @@ def linearize_losses(
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes of layer IO to cache.
         num_directions: number of directions that the function will be given per call.
+        with_gradient: whether the gradient is wanted; without it the reverse pass stops short of the weights, and all
+            gradients are None.
 
     Returns:
         The gradient and the ``JvpFn``; None where a parameter has no layer IO, and where some of it would be
@@ -72,12 +99,16 @@ def linearize_losses(
     if params.keys() - names or (num_directions == 1 and sum(sizes) > memory_budget):
         return None
     total: Gradients = dict.fromkeys(params)
+    differentiated = as_leaves(params) if with_gradient else params
     cached: list[tuple[MicroBatch, LayerIOs | None]] = []
     remaining = memory_budget
     for micro_batch, size in zip(pending, sizes, strict=True):
-        layer_ios, grads = collect_layer_io(as_leaves(params), batch, micro_batch, apply, names, temperature)
-        accumulate(total, grads.items())
         remaining -= size
+        if remaining < 0 and not with_gradient:
+            cached.append((micro_batch, None))
+            continue
+        layer_ios, grads = collect_layer_io(differentiated, batch, micro_batch, apply, names, temperature)
+        accumulate(total, grads.items())
         cached.append((micro_batch, layer_ios if remaining >= 0 else None))
 
     def jvp_fn(us: Sequence[Params]) -> Tensor:
@@ -86,7 +117,8 @@ def linearize_losses(
         for micro_batch, layer_ios in cached:
             if layer_ios is None:
                 layer_ios = collect_layer_io(params, batch, micro_batch, apply, names, temperature)[0]
-            out[:, micro_batch.row_index] = ghost_products(layer_ios, units, len(micro_batch.row_index))
+            if layer_ios:
+                out[:, micro_batch.row_index] = ghost_products(layer_ios, units, len(micro_batch.row_index))
             # Released before the next micro-batch is recomputed, or two would exist at once.
             del layer_ios
         return out * out.new_tensor(scales).unsqueeze(1)
@@ -111,10 +143,13 @@ def ghost_products(layer_ios: LayerIOs, directions: Sequence[Params], rows: int)
 
     Source: the ghost dot product, Wang et al. 2024, arXiv 2406.11011.
     """
-    device = next(iter(directions[0].values())).device
+    device = next((use.grads.device for uses in layer_ios.values() for use in uses), None)
     total = torch.zeros(len(directions), rows, dtype=torch.float64, device=device)
     for name, uses in layer_ios.items():
-        us = [u[name] for u in directions]
+        like = next((u[name] for u in directions if name in u), None)
+        if like is None:
+            continue
+        us = [u[name] if name in u else torch.zeros_like(like) for u in directions]
         for use in uses:
             if len(us) > 1 and use.kind in ("linear", "transposed"):
                 total += _products_through_gradients(use, us)
@@ -125,15 +160,15 @@ def ghost_products(layer_ios: LayerIOs, directions: Sequence[Params], rows: int)
 
 def _products_through_gradients(use: LayerIO, directions: Sequence[Tensor]) -> Tensor:
     """Return <g_i, u_k>, (K, rows) float64, from the rows' gradients of some entries of the first axis at a time."""
-    u = torch.stack(list(directions)).to(promote(use.grads.dtype))
-    rows, inner = len(use.grads), u[0, 0].numel()
-    step = max(1, MAX_GRADIENT_ENTRIES // (rows * inner))
-    total = torch.zeros(len(u), rows, dtype=torch.float64, device=u.device)
-    for start in range(0, u.shape[1], step):
-        entries = slice(start, min(start + step, u.shape[1]))
-        grads = u.new_empty(rows, entries.stop - entries.start, inner)
+    rows, (length, inner) = len(use.grads), directions[0].shape
+    step = max(1, MAX_GRADIENT_ENTRIES // (max(rows, len(directions)) * inner))
+    total = torch.zeros(len(directions), rows, dtype=torch.float64, device=use.grads.device)
+    for start in range(0, length, step):
+        entries = slice(start, min(start + step, length))
+        grads = use.grads.new_empty(rows, entries.stop - entries.start, inner, dtype=promote(use.grads.dtype))
         write_row_gradients(use, entries, grads, add=False)
-        total += thin_matmul(u[:, entries].flatten(1), grads.flatten(1))
+        u = torch.stack([cast_like(direction[entries], grads) for direction in directions])
+        total += thin_matmul(u.flatten(1), grads.flatten(1))
     return total
 
 
@@ -156,11 +191,12 @@ def _product_without_gradient(use: LayerIO, u: Tensor) -> Tensor:
     kind, x, g = use
     # Layer IO in half precision is exact in float32, and the product is taken there.
     dtype = promote(g.dtype)
-    u = u.to(dtype)
+    if x is not None and kind == "embedding":
+        # Only the rows that are looked up are cast.
+        return (F.embedding(x, u.to(x.device)).to(dtype) * g).sum((1, 2), dtype=dtype).double()
+    u = u.to(g.device, dtype)
     if x is None:
         mapped = u
-    elif kind == "embedding":
-        mapped = F.embedding(x, u)
     elif kind == "scale":
         mapped = x * u
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fx_influence.autodiff.token_values import scaled_loss_weights, scatter_to_batch, scored_hidden_states
 from fx_influence.batching.microbatch import MicroBatch
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import accumulate
 from fx_influence.policy.lm_head import head_token_values, head_vjp
@@ -72,16 +74,18 @@ def gradient_with_cache(
     return unscaled(total, policy.loss_scale), caches
 
 
-def reweighted_gradient(
+def reweighted_gradients(
     params: Params,
     batch: Batch,
+    groups: Sequence[Tensor],
     apply: Apply,
     coefficients_fn: Callable[[TokenValues], Batch],
     temperature: float = 1.0,
     chunk_size: int | None = None,
     memory_budget: int = 0,
-) -> tuple[Batch, Gradients]:
-    """Return ``coefficients_fn(values)``, the batch with coefficients made from its token values, and its gradient.
+    dtype: torch.dtype | None = None,
+) -> tuple[Batch, Iterator[Gradients]]:
+    """Return ``coefficients_fn(values)``, the batch with coefficients made from its token values, and its gradients.
 
     The coefficients need the values of all rows, so every micro-batch goes forward before the first goes backward.
     The first micro-batch keeps its autograd graph between the two, and so do as many others as fit the budget beside
@@ -90,14 +94,26 @@ def reweighted_gradient(
     Args:
         params: theta, by name.
         batch: rollouts (B, T).
+        groups: K index tensors into the rows; every row is in one of them.
         apply: policy, see ``make_functional``.
         coefficients_fn: maps the batch's token values, (B, T) each, to the batch with coefficients.
         temperature: divisor of the logits.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes of graphs and cached outputs beside the first micro-batch's graph.
+        dtype: in which gradients are accumulated; None takes at least float32.
+
+    Returns:
+        The batch with coefficients, and an iterator over the gradients of the K groups, each computed when it is asked
+        for. They add up to the gradient of the batch.
     """
     policy, leaves = split_policy(apply), as_leaves(params)
-    pending = policy.micro_batches(batch, chunk_size)
+    by_group = [
+        [x.of_rows(index, batch) for x in policy.micro_batches(select_rows(batch, index), chunk_size)]
+        if len(index)
+        else []
+        for index in groups
+    ]
+    pending = [micro_batch for group_batches in by_group for micro_batch in group_batches]
     graphs: dict[int, Tensor] = {}
     caches: dict[int, list[Tensor]] = {}
     values = []
@@ -121,11 +137,21 @@ def reweighted_gradient(
             scored = head_token_values(policy, params, hidden.detach(), micro_batch.targets, temperature)
             values.append((micro_batch, scored))
     weighted = coefficients_fn(scatter_to_batch(values, batch))
-    total: Gradients = dict.fromkeys(params)
-    for k, micro_batch in enumerate(pending):
-        hidden = graphs.pop(k) if k in graphs else _forward(leaves, micro_batch, policy, caches.pop(k, None))
-        _add_gradient(total, leaves, hidden, micro_batch, weighted, policy, temperature)
-    return weighted, unscaled(total, policy.loss_scale)
+
+    def gradients() -> Iterator[Gradients]:
+        order = itertools.count()
+        for group_batches in by_group:
+            total: Gradients = dict.fromkeys(params)
+            for micro_batch in group_batches:
+                k = next(order)
+                hidden = graphs.pop(k) if k in graphs else _forward(leaves, micro_batch, policy, caches.pop(k, None))
+                _add_gradient(total, leaves, hidden, micro_batch, weighted, policy, temperature, dtype)
+                del hidden
+            yield unscaled(total, policy.loss_scale)
+            # Freed before the next one is made.
+            del total
+
+    return weighted, gradients()
 
 
 def graphs_within_budget(micro_batches: int, graph: int, cache: int, memory_budget: int) -> int:
@@ -191,6 +217,7 @@ def _add_gradient(
     batch: Batch,
     policy: SplitPolicy,
     temperature: float,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Add the gradient of the micro-batch's part of the loss, times the loss scale, to ``total`` in place.
 
@@ -198,19 +225,20 @@ def _add_gradient(
     parameter's at a time.
 
     Args:
-        total: gradients by name, at least float32, None where backward has not reached the parameter.
+        total: gradients by name, None where backward has not reached the parameter.
         leaves: theta by name, as leaves of the graph of ``hidden``.
         hidden: hidden states that score the micro-batch's tokens, (n, d).
         micro_batch: those tokens.
         batch: rollouts with coefficients, (B, T).
         policy: the split policy.
         temperature: divisor of the logits.
+        dtype: of the total; None takes at least float32.
     """
     weights = scaled_loss_weights(batch, micro_batch, policy)
     if all(w is None for w in weights):
         return
     d_hidden, head_gradient = head_vjp(policy, leaves, hidden, micro_batch.targets, weights, temperature)
-    accumulate(total, head_gradient.items())
+    accumulate(total, head_gradient.items(), dtype)
     del head_gradient
     if not hidden.requires_grad:
         return
@@ -218,7 +246,7 @@ def _add_gradient(
     def add_and_drop(name: str) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            accumulate(total, [(name, grad)])
+            accumulate(total, [(name, grad)], dtype)
 
         return hook
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.ghost import thin_matmul
+from fx_influence.autodiff.ghost import MEMORY_BUDGET, thin_matmul
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
 from fx_influence.autodiff.rollout_gradients import (
     RowGradientSource,
@@ -21,9 +21,6 @@ from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import detached, promote
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Params
-
-MEMORY_BUDGET = 3 * 2**28
-"""Bytes that ``gradient_gram`` holds at once where the caller sets no budget: 768 MiB."""
 
 Slices = dict[str, slice]
 """Parameters by name, with a range of entries of their first axis."""

@@ -32,6 +32,12 @@ class MicroBatch(NamedTuple):
     flat_index: Tensor
     layout: PackedLayout | None = None
 
+    def of_rows(self, index: Tensor, batch: Batch) -> MicroBatch:
+        """Return the micro-batch of ``select_rows(batch, index)`` as one of ``batch``."""
+        width = batch.input_ids.shape[1]
+        flat_index = index[self.flat_index // width] * width + self.flat_index % width
+        return self._replace(row_index=index[self.row_index], flat_index=flat_index)
+
 
 def micro_batches(
     batch: Batch,

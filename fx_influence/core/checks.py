@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -111,19 +112,31 @@ def check_count(field: str, value: object, remedy: str, least: int = 1) -> None:
         raise ValueError(f"{field} is {value}; {remedy}")
 
 
-def check_options(temperature: float, chunk_size: int | None, memory_budget: int = 0) -> None:
+def check_options(temperature: float, chunk_size: int | None, memory_budget: int | None = None) -> None:
     """Raise ``TypeError`` or ``ValueError`` for options outside their range.
 
     Args:
         temperature: divisor of the logits, positive and finite.
         chunk_size: rows per pass, at least 1; None chooses by size.
-        memory_budget: bytes, at least 0.
+        memory_budget: bytes, at least 0; None chooses by the number of parameters.
     """
     remedy = "pass the positive one that the rollouts were sampled at"
     check_number("temperature", temperature, remedy, lambda x: 0 < x < math.inf)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size, "pass at least 1, or None to choose by size")
-    check_count("memory_budget", memory_budget, "pass a number of bytes as an int, or 0 to keep nothing", least=0)
+    if memory_budget is not None:
+        check_count("memory_budget", memory_budget, "pass a number of bytes as an int, or 0 to keep nothing", least=0)
+
+
+def check_dtypes(compute_dtype: object, direction_dtype: object) -> None:
+    """Raise ``ValueError`` unless each is ``torch.bfloat16`` or None."""
+    reasons = {
+        "compute_dtype": "Pass bfloat16, whose range is float32's, or None for the parameters' precision",
+        "direction_dtype": "Pass bfloat16 to halve the directions, or None for the gradients' precision",
+    }
+    for (field, remedy), value in zip(reasons.items(), (compute_dtype, direction_dtype), strict=True):
+        if value not in (None, torch.bfloat16):
+            raise ValueError(f"{field} is {value!r}; expected torch.bfloat16 or None. {remedy}")
 
 
 def check_max_grad_norm(value: float | None) -> None:

@@ -44,11 +44,11 @@ def dot_by_name(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor]) -> dict
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the float64 inner product of two vectors, widened block by block."""
+    """Return the float64 inner product of two vectors on the device of b, whose blocks are moved to that of a."""
     # A block of 2**16 entries fits a CPU's cache in float64; a GPU is fastest with the fewest blocks.
     size = 2**16 if a.device.type == "cpu" else 2**26
     blocks = zip(a.split(size), b.split(size), strict=True)
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in blocks]).sum()
+    return torch.stack([torch.dot(x.double(), y.to(x.device).double()) for x, y in blocks]).sum().to(b.device)
 
 
 def add(a: Params, b: Mapping[str, Tensor | None]) -> Params:
@@ -69,16 +69,21 @@ def multiply(a: Params, b: Mapping[str, Tensor | None]) -> Params:
     return out
 
 
-def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Add gradients to those of ``total`` in place, in at least float32; None adds nothing.
+def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]], dtype: torch.dtype | None = None) -> None:
+    """Add gradients to those of ``total`` in place; None adds nothing.
 
     Autograd may return one tensor under two names, or an expanded tensor whose entries share memory. Both are copied
     before anything is added to them.
+
+    Args:
+        total: gradients by name.
+        more: names with what to add.
+        dtype: of the sums; None takes at least float32.
     """
     addresses = {_address(x) for x in total.values() if x is not None}
     for name, g in more:
         if g is not None:
-            g, old = g.to(promote(g.dtype)), total[name]
+            g, old = g.to(dtype or promote(g.dtype)), total[name]
             if old is not None:
                 old.add_(g)
                 continue
@@ -104,20 +109,32 @@ def _max_abs(x: Tensor) -> Tensor:
 
 
 def unit_direction(direction: Params, params: Params) -> tuple[float, Params]:
-    """Return the largest entry of ``direction``, and ``direction`` divided by it in the dtypes of ``params``.
+    """Return the largest entry of ``direction``, and ``direction`` divided by it in the dtypes of ``params`` at most.
 
-    Names that are absent in ``direction`` are 0. Scaled before the cast, a huge or tiny direction neither overflows nor
-    vanishes in a narrower dtype. The unit of a ``Direction`` is not copied.
+    Names that are absent in ``params`` are left out. Scaled before the cast, a huge or tiny direction neither overflows
+    nor vanishes in a narrower dtype. The unit of a ``Direction`` is not copied, and where it is narrower than the
+    parameters, or on another device, it stays so: each pass casts it where it is used, see ``cast_like``.
     """
     scale = largest_entry(direction)
     unit = {}
     for name, p in params.items():
         v = direction.get(name)
-        if v is None:
-            unit[name] = torch.zeros_like(p)
-        else:
-            unit[name] = (v if scale == 1.0 else v / scale).to(p.dtype)
+        if v is not None:
+            v = v if scale == 1.0 else v / scale
+            unit[name] = v.to(p.dtype) if v.element_size() > p.element_size() else v
     return scale, unit
+
+
+def cast_like(v: Tensor, p: Tensor) -> Tensor:
+    """Return v in the dtype and on the device of p; v itself if it is there already."""
+    return v.to(device=p.device, dtype=p.dtype)
+
+
+def full_tangent(direction: Params, params: Params) -> Params:
+    """Return a tangent for every parameter in its dtype and on its device, 0 where ``direction`` has none."""
+    return {
+        name: cast_like(direction[name], p) if name in direction else torch.zeros_like(p) for name, p in params.items()
+    }
 
 
 class Direction(NamedTuple):
@@ -134,13 +151,20 @@ class Direction(NamedTuple):
             x.div_(scale)
         return cls(scale, v)
 
-    def add_to_(self, total: Params) -> None:
-        """Add scale * unit to ``total`` in place; names that are absent there are put in."""
+    def to_(self, dtype: torch.dtype | None, device: torch.device | str | None) -> Direction:
+        """Cast and move the unit in place, each parameter freed before the next, and return this direction."""
+        if dtype is not None or device is not None:
+            for name, x in self.unit.items():
+                self.unit[name] = x.to(device=device, dtype=dtype)
+        return self
+
+    def add_to_(self, total: Params, device: torch.device | str | None = None) -> None:
+        """Add scale * unit to ``total``, on ``device``, in place; names that are absent there are put in."""
         for name, x in self.unit.items():
             if name in total:
-                total[name].add_(x, alpha=self.scale)
+                total[name].add_(x.to(total[name].device), alpha=self.scale)
             else:
-                total[name] = self.scale * x
+                total[name] = (self.scale * x).to(x.device if device is None else device)
 
 
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -103,9 +104,15 @@ class DataParallelEngine(Engine):
         gradient, caches = local.engine.gradient_with_cache(local.params, rows, memory_budget)
         return self._reduce(params, gradient), caches
 
-    def reweighted_gradient(
-        self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
-    ) -> tuple[Batch, Gradients]:
+    def reweighted_gradients(
+        self,
+        params: Params,
+        batch: Batch,
+        groups: Sequence[Tensor],
+        coefficients_fn: Callable[[TokenValues], Batch],
+        memory_budget: int,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Batch, Iterator[Gradients]]:
         partition, local = self._partition(batch), self._local(params, batch)
         weighted: list[Batch] = []
 
@@ -113,9 +120,11 @@ class DataParallelEngine(Engine):
             weighted.append(coefficients_fn(partition.gather_values(values)))
             return partition.local_rows(weighted[0])
 
-        rows = partition.local_rows(batch)
-        _, gradient = local.engine.reweighted_gradient(local.params, rows, local_coefficients_fn, memory_budget)
-        return weighted[0], self._reduce(params, gradient)
+        rows, local_groups = partition.local_rows(batch), [partition.local_index(index) for index in groups]
+        _, gradients = local.engine.reweighted_gradients(
+            local.params, rows, local_groups, local_coefficients_fn, memory_budget, dtype
+        )
+        return weighted[0], map(partial(self._reduce, params, dtype=dtype), gradients)
 
     def jvp(
         self, params: Params, direction: Params, batch: Batch, caches: LinearOutputCaches | None = None
@@ -125,11 +134,11 @@ class DataParallelEngine(Engine):
         return partition.gather_values(local.engine.jvp(local.params, local.direction, rows, caches))
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, num_directions: int
+        self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True
     ) -> tuple[Gradients, JvpFn] | None:
         partition, local = self._partition(batch), self._local(params, batch)
         rows = partition.local_rows(batch)
-        linearized = local.engine.linearize(local.params, rows, memory_budget, num_directions)
+        linearized = local.engine.linearize(local.params, rows, memory_budget, num_directions, with_gradient)
         if not all(all_gather_objects(self.mesh, linearized is not None)):
             return None
         assert linearized is not None
@@ -164,13 +173,13 @@ class DataParallelEngine(Engine):
     def _local(self, params: Params, batch: Batch, direction: Params | None = None) -> _LocalInputs:
         return _LocalInputs(Engine(self.apply, self.temperature, self.chunk_size), params, direction or {})
 
-    def _reduce(self, params: Params, gradient: Gradients) -> Gradients:
-        """Return the sum over ranks, by name; None where the rows of no rank reach a parameter."""
+    def _reduce(self, params: Params, gradient: Gradients, dtype: torch.dtype | None = None) -> Gradients:
+        """Return the sum over ranks, by name, in ``dtype``; None where the rows of no rank reach a parameter."""
         by_rank = all_gather_objects(self.mesh, [g is not None for g in gradient.values()])
         out: Gradients = {}
         for (name, g), reached in zip(gradient.items(), map(any, zip(*by_rank, strict=True)), strict=True):
             p = params[name]
-            out[name] = torch.zeros_like(p, dtype=promote(p.dtype)) if g is None and reached else g
+            out[name] = torch.zeros_like(p, dtype=dtype or promote(p.dtype)) if g is None and reached else g
         sum_over_ranks(self.mesh, [g for g in out.values() if g is not None])
         return out
 
@@ -208,12 +217,29 @@ class FsdpEngine(DataParallelEngine):
         # Budget 0, because ranks could exhaust a budget at different micro-batches and then run different passes.
         return super().gradient_with_cache(params, batch, 0)
 
-    def reweighted_gradient(
-        self, params: Params, batch: Batch, coefficients_fn: Callable[[TokenValues], Batch], memory_budget: int
-    ) -> tuple[Batch, Gradients]:
-        return super().reweighted_gradient(params, batch, coefficients_fn, 0)
+    def reweighted_gradients(
+        self,
+        params: Params,
+        batch: Batch,
+        groups: Sequence[Tensor],
+        coefficients_fn: Callable[[TokenValues], Batch],
+        memory_budget: int,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Batch, Iterator[Gradients]]:
+        if len(groups) == 1:
+            return super().reweighted_gradients(params, batch, groups, coefficients_fn, 0, dtype)
+        # Each group is partitioned by itself, so that all ranks make as many passes for it.
+        weighted = coefficients_fn(self.values(params, batch))
 
-    def linearize(self, params: Params, batch: Batch, memory_budget: int, num_directions: int) -> None:
+        def gradient_of(index: Tensor) -> Gradients:
+            gradient = self.gradient(params, select_rows(weighted, index))
+            return {name: None if g is None else g.to(dtype or g.dtype) for name, g in gradient.items()}
+
+        return weighted, map(gradient_of, groups)
+
+    def linearize(
+        self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True
+    ) -> None:
         return None
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
@@ -226,7 +252,7 @@ class FsdpEngine(DataParallelEngine):
         chunk_size = self.chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
         return _LocalInputs(Engine(unsharded.policy, self.temperature, chunk_size), unsharded.params, unsharded.tangent)
 
-    def _reduce(self, params: Params, gradient: Gradients) -> Gradients:
+    def _reduce(self, params: Params, gradient: Gradients, dtype: torch.dtype | None = None) -> Gradients:
         policy: Any = self.apply
         return policy.reduce_and_reshard(gradient, params)
 

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from fx_influence.core.tree import cast_like
 from fx_influence.distributed.fsdp_gather import PendingGather, reduce_scatter, start_all_gather
 from fx_influence.types import Params
 
@@ -59,7 +60,9 @@ class FsdpPass:
             weights = attach_reduce_scatter(weights, self._shards[k], functools.partial(self.reshard, k))
         else:
             hooks = contextlib.nullcontext()
-            weights = weights | {name: forward_ad.make_dual(weights[name], v) for name, v in tangents.items()}
+            weights = weights | {
+                name: forward_ad.make_dual(weights[name], cast_like(v, weights[name])) for name, v in tangents.items()
+            }
         try:
             with unit_weights(module, self.units[k], weights), hooks:
                 return type(module).forward(module, *args, **kwargs)

@@ -35,6 +35,10 @@ class RowPartition(NamedTuple):
         )
         return local._replace(coefficients=c, entropy_coefficients=b)
 
+    def local_index(self, index: Tensor) -> Tensor:
+        """Return which of this rank's rows are among the rows ``index`` of the batch."""
+        return torch.isin(self.table[mesh_rank(self.mesh)], index).nonzero().squeeze(-1)
+
     def gather_rows(self, local: Tensor, axis: int = 0) -> Tensor:
         """Return the ranks' results for their rows, which lie along ``axis``, in the order of the batch."""
         by_row = rearrange(all_gather(self.mesh, local.movedim(axis, 0)), "rank row ... -> (rank row) ...")

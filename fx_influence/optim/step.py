@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
-from fx_influence.core.tree import promote
+from fx_influence.core.tree import Direction, dot_by_name, promote
 from fx_influence.optim.adamw import StepInputs, clip_factor, moments_of, step_terms
 from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
 
@@ -19,20 +19,20 @@ BLOCK = 2**20
 
 
 class InnerProducts(NamedTuple):
-    """Inner products <x, .> of a vector x with the terms of a step, float64 scalars, and <x, gain * g> by parameter."""
+    """Inner products <x, .> of a vector x with the terms of a step that U's gradient is not in, float64 scalars.
+
+    ``direction``: with the step itself.
+    """
 
     direction: Tensor
     baseline: Tensor
     momentum: Tensor
     weight_decay: Tensor
-    update: dict[str, Tensor]
 
 
 def add_inner_products(products: Sequence[InnerProducts]) -> InnerProducts:
     """Return the inner products of a sum of vectors from those of its terms."""
-    direction, baseline, momentum, decay = (torch.stack(field).sum() for field in list(zip(*products, strict=True))[:4])
-    update = {name: torch.stack([x.update[name] for x in products]).sum() for name in products[0].update}
-    return InnerProducts(direction, baseline, momentum, decay, update)
+    return InnerProducts(*(torch.stack(field).sum() for field in zip(*products, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AdamWStep:
         return cls(grads, opt_state, params, preconditioner, clip_factor(grads, max_grad_norm, params))
 
     def inner_products(self, x: Params) -> InnerProducts:
-        """Return <x, direction>, <x, baseline>, <x, momentum>, <x, weight_decay>, and <x, gain * g> by parameter.
+        """Return <x, direction>, <x, baseline>, <x, momentum> and <x, weight_decay>.
 
         Example:
             >>> from fx_influence.types import AdamWHyper
@@ -76,14 +76,17 @@ class AdamWStep:
             >>> round(step.inner_products({"w": torch.ones(2)}).weight_decay.item(), 6)
             -0.2
         """
-        by_name = {name: self._products_of(name, v) for name, v in x.items()}
-        totals = reduce_over_shards(list(by_name.values()), list(x.values()))
-        direction, baseline, momentum, decay, _ = torch.stack(totals).sum(0)
-        return InnerProducts(direction, baseline, momentum, decay, {n: t[4] for n, t in zip(x, totals, strict=True)})
+        totals = reduce_over_shards([self._products_of(name, v) for name, v in x.items()], list(x.values()))
+        return InnerProducts(*torch.stack(totals).sum(0))
+
+    def update_products(self, u: Direction) -> dict[str, Tensor]:
+        """Return <u, g> by parameter, float64 scalars: with u = gain * x the terms of <x, gain * g>."""
+        products = dot_by_name(self.grads, u.unit)
+        return {name: (u.scale * product).to(self.params[name].device) for name, product in products.items()}
 
     def precondition_(self, x: Params) -> None:
         """Multiply x by the step's gain, in place; entries of parameters that the step does not move become 0."""
-        self._rewrite_(x, lambda block, inputs, hyper, tau: block.mul_(self._terms(inputs, hyper, tau)["gain"]))
+        self._scale_(x, lambda inputs, hyper, tau: self._terms(inputs, hyper, tau)["gain"])
 
     def keep_fresh_(self, x: Params) -> None:
         """Set x to 0, in place, except on coordinates J, whose denominator comes from this very gradient or eps.
@@ -103,7 +106,7 @@ class AdamWStep:
             >>> x["w"].tolist()
             [3.0, 0.0]
         """
-        self._rewrite_(x, lambda block, inputs, hyper, tau: block.mul_(_is_fresh(inputs, hyper, tau)))
+        self._scale_(x, _is_fresh)
 
     def gain(self) -> Params:
         """Return the diagonal gamma by name, a vector of the parameters' size."""
@@ -114,7 +117,7 @@ class AdamWStep:
     def direction(self) -> Params:
         """Return v by name, a vector of the parameters' size."""
         out = self._ones()
-        self._rewrite_(out, lambda block, inputs, hyper, tau: block.mul_(self._terms(inputs, hyper, tau)["direction"]))
+        self._scale_(out, lambda inputs, hyper, tau: self._terms(inputs, hyper, tau)["direction"])
         return out
 
     def _ones(self) -> Params:
@@ -125,18 +128,18 @@ class AdamWStep:
 
     def _products_of(self, name: str, x: Tensor) -> Tensor:
         local = to_local(x)
-        total = torch.zeros(5, dtype=torch.float64, device=local.device)
+        total = torch.zeros(4, dtype=torch.float64, device=local.device)
         if not self._moves(name):
             return total
         hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
         for block, inputs in self._blocks(name, local):
             terms = self._terms(inputs, hyper, tau)
-            terms["update"] = terms.pop("gain") * inputs.g
+            del terms["gain"]
             wide = block.double().flatten()
             total += torch.stack([torch.dot(wide, term.double().flatten()) for term in terms.values()])
         return total
 
-    def _rewrite_(self, x: Params, rewrite: Callable[[Tensor, StepInputs, AdamWHyper, int], object]) -> None:
+    def _scale_(self, x: Params, factor: Callable[[StepInputs, AdamWHyper, int], Tensor]) -> None:
         for name, v in x.items():
             local = to_local(v)
             if not self._moves(name):
@@ -144,7 +147,7 @@ class AdamWStep:
                 continue
             hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
             for block, inputs in self._blocks(name, local):
-                rewrite(block, inputs, hyper, tau)
+                block.mul_(factor(inputs, hyper, tau).to(block.device))
 
     def _moves(self, name: str) -> bool:
         return self.grads.get(name) is not None and name in self.opt_state.hyper

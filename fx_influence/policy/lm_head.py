@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fx_influence.core.tree import accumulate, promote
+from fx_influence.core.tree import accumulate, cast_like, promote
 from fx_influence.policy.modes.forward_ad import forward_mode_jvp
 from fx_influence.policy.split import SplitPolicy
 from fx_influence.types import Gradients, Params, TokenValues
@@ -99,7 +99,9 @@ def head_jvp(
     """
     chunks = []
     names = policy.head_parameters
-    head_params, head_tangent = ({name: x for name, x in tree.items() if name in names} for tree in (params, tangent))
+    head_params = {name: p for name, p in params.items() if name in names}
+    # Cast once for all chunks.
+    head_tangent = {name: cast_like(tangent[name], p) for name, p in head_params.items() if name in tangent}
     for tokens in _chunks(len(targets), policy):
         # The head is differentiated with respect to both; the hidden states take a name that no parameter has.
         point, direction = {**head_params, "": hidden[tokens]}, {**head_tangent, "": d_hidden[tokens]}

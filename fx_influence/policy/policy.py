@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch
+from fx_influence.core.tree import full_tangent
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.autocast import Autocast
 from fx_influence.policy.compiled import CompiledPasses, compile_passes
@@ -245,7 +246,7 @@ class Policy:
         passes = self.templates.compiled
         if passes is not None:
             rows = micro_batch.input_ids, micro_batch.attention_mask
-            return passes.jvp(self.forward, passes.eager_backbone, params, tangent, *rows)
+            return passes.jvp(self.forward, passes.eager_backbone, params, full_tangent(tangent, params), *rows)
         with math_attention():
             return forward_mode_jvp(lambda p: self._backbone(p, micro_batch), params, tangent, outputs)
 

@@ -22,7 +22,8 @@ class PassPrecision(NamedTuple):
 
     Attributes:
         params: trainable parameters in at least float32.
-        exact_apply: the policy with weights in at least float32 and no autocast, for passes over E.
+        exact_apply: the policy with weights in at least float32, for passes over E; under autocast only where the
+            caller asks for a lower ``compute_dtype``.
         update_apply: the policy as the trainer computes it, under its autocast, for passes over U.
         lowest: the coarsest dtype that U's passes compute in.
         under_autocast: whether ``update_apply`` runs under autocast.
@@ -37,18 +38,32 @@ class PassPrecision(NamedTuple):
     wants_two_methods: bool
 
 
-def pass_precision(params: Params, apply: Apply, batch: Batch) -> PassPrecision:
+def pass_precision(
+    params: Params, apply: Apply, batch: Batch, compute_dtype: torch.dtype | None = None
+) -> PassPrecision:
     """Return the precision of passes over U and E for these parameters and this policy.
 
     Args:
         params: by name, any dtype.
         apply: policy of those parameters; a ``Policy`` may be under a trainer's autocast, see ``Policy.with_autocast``.
         batch: U; its first row is run to find the dtypes of a forward.
+        compute_dtype: of the matrix products of all passes, by autocast; None for the parameters' dtype.
+
+    Raises:
+        ValueError: under ``compute_dtype``, for a plain ``apply``.
     """
+    if compute_dtype is not None and not isinstance(apply, Policy):
+        raise ValueError(
+            f"compute_dtype is {compute_dtype} for a plain apply; expected a policy from make_functional. Make one, or "
+            "enter torch.autocast inside the function"
+        )
     is_half = any(p.dtype in HALF_DTYPES for p in params.values())
     autocast = apply.autocast if isinstance(apply, Policy) else None
-    params, exact = in_float32(params, apply, batch)
-    update = exact.with_autocast(*autocast) if autocast is not None and isinstance(exact, Policy) else exact
+    params, raised = in_float32(params, apply, batch)
+    exact = update = raised
+    if isinstance(raised, Policy):
+        exact = raised if compute_dtype is None else raised.with_autocast(compute_dtype)
+        update = exact if autocast is None else raised.with_autocast(*autocast)
     lowest = lowest_precision(params, update, batch)
     return PassPrecision(params, exact, update, lowest, autocast is not None, is_half or lowest in HALF_DTYPES)
 

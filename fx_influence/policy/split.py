@@ -11,6 +11,7 @@ from torch.func import jvp
 
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro_batches
 from fx_influence.batching.prefix_packing import packed_micro_batches
+from fx_influence.core.tree import full_tangent
 from fx_influence.policy.modes.forward_ad import ForwardMode
 from fx_influence.types import Apply, Batch, Params
 
@@ -89,7 +90,7 @@ def split_policy(apply: Apply) -> SplitPolicy:
                 return backbone(params, micro_batch)
 
         # forward_mode_jvp would not do: a function may have a jvp of its own inside, and dual levels do not nest.
-        both = cast(tuple[Tensor, Tensor], jvp(with_rules, (params,), (tangent,)))
+        both = cast(tuple[Tensor, Tensor], jvp(with_rules, (params,), (full_tangent(tangent, params),)))
         return both if mode.outputs_fit else backbone_jvp(params, tangent, micro_batch, None)
 
     return SplitPolicy(

@@ -131,10 +131,12 @@ def test_linearize_losses_recomputes_layer_io_beyond_budget(monkeypatch: pytest.
     assert rows_collected == [2, 2, 1][fit:]
 
 
-def test_max_directions_follows_the_memory_budget() -> None:
-    params = problem()[0]
-    size = sum(p.numel() * 8 for p in params.values())
-    assert [ghost.max_directions(params, budget) for budget in (0, 4 * size, 12 * size)] == [1, 1, 3]
+def test_plan_directions_rounds_those_beyond_the_budget() -> None:
+    params = {"w": torch.zeros(3, 4), "b": torch.zeros(4, dtype=torch.float64)}
+    full, narrow = 3 * 4 * 4 + 4 * 8, 2 * (3 * 4 + 4)
+    plans = [ghost.plan_directions(params, 8, budget) for budget in (8 * full, 8 * full - 1, 5 * narrow, narrow, 0)]
+    half = torch.bfloat16
+    assert plans == [(8, None), (8, half), (5, half), (1, None), (1, None)]
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -152,7 +154,8 @@ def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ghost, "MAX_GRADIENT_ENTRIES", 100)
     outputs = []
     for per_call, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
-        monkeypatch.setattr(LINEARIZED_LOSSES, "max_directions", lambda *_, per_call=per_call: per_call)
+        plan = ghost.DirectionPlan(per_call, None)
+        monkeypatch.setattr(LINEARIZED_LOSSES, "plan_directions", lambda *_, plan=plan: plan)
         outputs.append(fx.influence(*inputs, apply=apply, per_token=per_token))
         # The last product is along the coordinates that ``conditioning`` measures.
         assert counts == [*blocks, 1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.cases import TinyPolicy
 from helpers.hf_models import VOCAB, WIDTH, adapters, families, make_model, warm_state
+from helpers.reweighted import reweighted_gradient
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
+from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache
 from fx_influence.autodiff.perturbed_values import perturbed_token_values
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.microbatch import MicroBatch

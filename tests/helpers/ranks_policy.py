@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
-from fx_influence.autodiff.gradients import as_leaves, batch_gradient, gradient_with_cache, reweighted_gradient
+from fx_influence.autodiff.gradients import as_leaves, batch_gradient, gradient_with_cache
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.batching.rows import select_rows
@@ -28,6 +28,7 @@ from fx_influence.types import Batch, Params
 from helpers.cases import random_adamw_state, random_batch, random_direction
 from helpers.fsdp_traffic import TrafficRecorder
 from helpers.ranks import end_rank, global_mesh, save_result
+from helpers.reweighted import reweighted_gradient
 from helpers.sharded_models import (
     CASES,
     VOCAB,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.cases import assert_close, random_batch
 from helpers.hf_models import VOCAB, WIDTH, adapters, families, make_model, setup
+from helpers.reweighted import reweighted_gradient
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Pret
 import fx_influence as fx
 from fx_influence.autodiff import gradients as derivatives
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import batch_gradient, graphs_within_budget, reweighted_gradient
+from fx_influence.autodiff.gradients import batch_gradient, graphs_within_budget
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.batching.microbatch import micro_batches
 from fx_influence.policy.split import split_policy

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
-from fx_influence.autodiff.gram import MEMORY_BUDGET
+from fx_influence.autodiff.ghost import MEMORY_BUDGET
 from fx_influence.distributed.collectives import RankError, propagate_failures
 from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional

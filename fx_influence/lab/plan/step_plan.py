@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from fx_influence.autodiff.gram import MEMORY_BUDGET
+from fx_influence.autodiff.ghost import MEMORY_BUDGET
 from fx_influence.core.display import record_line
 from fx_influence.interop.runtime.renamed import current_plan
 from fx_influence.lab.plan.batch_request import (

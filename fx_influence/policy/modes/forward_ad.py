@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fx_influence.core.tree import cast_like
 from fx_influence.policy.attention import blockwise_attention, math_attention
 from fx_influence.policy.modes.linear_cache import CachedOutputsMode, linear_arguments
 from fx_influence.types import Params
@@ -27,15 +29,59 @@ def forward_mode_jvp(
     Args:
         f: a function of the parameters.
         params: by name.
-        tangent: the direction, by name; parameters that it leaves out do not move.
+        tangent: the direction, by name; parameters that it leaves out do not move. An entry in another dtype than its
+            parameter, or on another device, is cast in each operation that uses the parameter and freed afterwards, so
+            that no cast copy of the full direction exists.
         outputs: of the linear layers that f calls, in order. If they do not fit, they are computed again.
     """
-    with forward_ad.dual_level(), ForwardMode(outputs) as mode:
-        duals = {name: forward_ad.make_dual(p, tangent[name]) if name in tangent else p for name, p in params.items()}
+    deferred = DeferredTangents()
+    with forward_ad.dual_level(), ForwardMode(outputs, deferred) as mode:
+        duals = {name: deferred.attach(p, tangent[name]) if name in tangent else p for name, p in params.items()}
         value, derivative = forward_ad.unpack_dual(f(duals))
+    if deferred.used_in_nested_call:
+        return forward_mode_jvp(f, params, {name: cast_like(v, params[name]) for name, v in tangent.items()}, outputs)
     if not mode.outputs_fit:
         return forward_mode_jvp(f, params, tangent)
     return value, torch.zeros_like(value) if derivative is None else derivative
+
+
+class DeferredTangents:
+    """Tangents of parameters that become dual in the operations that use them, because a dual needs a cast copy.
+
+    ``used_in_nested_call``: whether a parameter was an argument inside a transformation of the model's own, where it
+    cannot become dual, so that the result lacks its tangent.
+    """
+
+    # Queries that give no tensor, and so have no derivative.
+    _QUERIES = frozenset({"size", "dim", "numel", "stride", "is_floating_point", "element_size", "data_ptr"})
+
+    def __init__(self) -> None:
+        self.used_in_nested_call = False
+        self._by_id: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_id)
+
+    def attach(self, p: Tensor, tangent: Tensor) -> Tensor:
+        """Return p as a dual, or p itself where the tangent has to be cast first: its uses then make the dual."""
+        if tangent.dtype == p.dtype and tangent.device == p.device:
+            return forward_ad.make_dual(p, tangent)
+        self._by_id[id(p)] = p, tangent
+        return p
+
+    def note_nested_call(self, args: Any, kwargs: Any) -> None:
+        """Take note of the arguments of a call inside a transformation of the model's own."""
+        self.used_in_nested_call |= any(id(x) in self._by_id for x in tree_leaves((args, kwargs)))
+
+    def make_dual(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments of a call with the parameters among them as duals."""
+        name = getattr(func, "__name__", "")
+        is_query = name in self._QUERIES or (name == "__get__" and not isinstance(func(*args), Tensor))
+        return (args, kwargs) if is_query else tree_map_only(Tensor, self._dual, (args, kwargs))
+
+    def _dual(self, x: Tensor) -> Tensor:
+        p, tangent = self._by_id.get(id(x), (x, None))
+        return x if tangent is None else forward_ad.make_dual(p, cast_like(tangent, p))
 
 
 class ForwardMode(CachedOutputsMode):
@@ -48,9 +94,16 @@ class ForwardMode(CachedOutputsMode):
 
     Args:
         outputs: of the linear layers, in order, from a ``LinearOutputCache`` of the same forward; or None.
+        deferred: parameters that become dual in the calls they are arguments of.
     """
 
+    def __init__(self, outputs: Sequence[Tensor] | None = None, deferred: DeferredTangents | None = None) -> None:
+        super().__init__(outputs)
+        self._deferred = deferred
+
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._deferred:
+            args, kwargs = self._deferred.make_dual(func, args, kwargs)
         if func is F.scaled_dot_product_attention:
             return blockwise_attention(*args, **kwargs)
         if func is F.embedding:
@@ -63,6 +116,8 @@ class ForwardMode(CachedOutputsMode):
         return func(*args, **kwargs)
 
     def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._deferred:
+            self._deferred.note_nested_call(args, kwargs)
         if func is F.embedding:
             return frozen_padding_embedding(*args, **kwargs)
         with math_attention() if func is F.scaled_dot_product_attention else nullcontext():

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import random_batch
+from helpers.reweighted import reweighted_gradient
 from torch import Tensor
 from torch.func import jvp
 from torch.nn import functional as F
 
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache, reweighted_gradient
+from fx_influence.autodiff.gradients import batch_gradient, gradient_with_cache
 from fx_influence.policy.modes.forward_ad import ForwardMode, forward_mode_jvp
 from fx_influence.policy.modes.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.types import Batch, Params, TokenValues

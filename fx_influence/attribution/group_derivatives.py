@@ -1,0 +1,82 @@
+"""Derivatives of the rollouts' losses along the objective's preconditioned gradient, by random groups of E."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.attribution.linearized_losses import LinearizedLosses
+from fx_influence.attribution.objective_gradients import Evaluation
+from fx_influence.core.tree import Direction
+from fx_influence.optim.step import AdamWStep, InnerProducts, add_inner_products
+from fx_influence.types import Params
+
+
+class GroupDerivatives(NamedTuple):
+    """Derivatives of the rollouts' losses, and of the step, along u_k = gain * grad H_k of the K groups of E.
+
+    Attributes:
+        u: the sum of the u_k.
+        derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.jvp``.
+        along_step: (K,), <grad H_k, v>, float64.
+        on_step: inner products of grad H with the step's terms.
+        update_products: <u, g> by parameter name, float64 scalars.
+        narrowed: whether the u_k, or their sum u, were rounded in half precision, so that ``derivatives`` are along
+            other directions than u and serve error bars alone.
+    """
+
+    u: Direction
+    derivatives: Tensor
+    along_step: Tensor
+    on_step: InnerProducts
+    update_products: dict[str, Tensor]
+    narrowed: bool
+
+
+def differentiate_by_group(
+    evaluation: Evaluation,
+    update: LinearizedLosses,
+    step: AdamWStep,
+    dtype: torch.dtype | None,
+    offload: torch.device | str | None,
+) -> GroupDerivatives:
+    """Return the derivatives along each group's direction, with no more directions in memory than ``update`` plans for.
+
+    Args:
+        evaluation: the objective's gradients by group, which are used up.
+        update: U's losses to first order.
+        step: the optimizer's step.
+        dtype: of u; None keeps that of the gradients.
+        offload: device that holds the directions; None leaves them where the gradients are.
+    """
+    several = evaluation.num_groups > 1
+    products: list[InnerProducts] = []
+    derivatives: list[Tensor] = []
+    pending: list[Direction] = []
+    total: Params = {}
+    for gradient in evaluation.gradients:
+        products.append(step.inner_products(gradient))
+        # From here on the gradient's memory holds gain * gradient.
+        step.precondition_(gradient)
+        direction = Direction.of_(gradient)
+        if several:
+            direction.add_to_(total, offload)
+        pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
+        if len(pending) == update.plan.at_once:
+            derivatives.append(update.jvp(pending))
+            pending = [] if several else pending
+        # Freed before the next group's gradient is made.
+        del gradient, direction
+    if several and pending:
+        derivatives.append(update.jvp(pending))
+    u = Direction.of_(total) if several else pending[0]
+    return GroupDerivatives(
+        u=u,
+        derivatives=torch.cat(derivatives),
+        along_step=torch.stack([p.direction for p in products]),
+        on_step=add_inner_products(products),
+        update_products=step.update_products(u),
+        narrowed=several and (dtype or update.plan.dtype) is not None,
+    )
