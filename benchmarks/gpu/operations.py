@@ -46,14 +46,15 @@ def operations(case: Case, layer_io_fits: bool) -> float:
 
     If all weights are trained and |U| = |E|, the methods need, in forwards: step 6; adjoint 9; adjoint with the
     gradient given 6; per sequence 7 if all of U's layer inputs and output gradients fit (``layer_io_fits``); error bars
-    11, or 13 if those do not fit, or 31 if two directions do not fit; matrix 6 and the products of the rows' gradients;
+    10, or 12 if those do not fit, or 30 if two directions do not fit; matrix 6 and the products of the rows' gradients;
     sweep one for each direction and one more. If few weights are trained, reverse passes and tangents cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
     groups = min(MAX_RANDOM_GROUPS, (case.n_e + 1) // 2)
     trained = weights(case.setting).trained
-    # Directions in one float32 block, as the ghost products choose them.
-    directions = max(1, MEMORY_BUDGET // (4 * 4 * trained))
+    # As ``plan_directions`` chooses them, in bfloat16 where those of float32 do not fit.
+    fits = 4 * groups * trained <= MEMORY_BUDGET
+    directions = groups if fits else max(1, min(groups, int(MEMORY_BUDGET // (2 * trained))))
     products = 2.0 * case.n_u * groups * trained if directions > 1 else 0.0
     # If they do not fit, they are recomputed by a forward and a reverse pass without the weight gradients.
     recomputed = 0 if layer_io_fits else 2
@@ -65,7 +66,7 @@ def operations(case: Case, layer_io_fits: bool) -> float:
         "adjoint": step + jvp,
         "adjoint_grad": e(forward=1, reverse=1) + jvp,
         "per_sequence": step + (u(ghost=1) if layer_io_fits else jvp),
-        "error_bars": step + e(forward=1) + (ghost_products + jvp if layer_io_fits or directions > 1 else groups * jvp),
+        "error_bars": step + (ghost_products + jvp if layer_io_fits or directions > 1 else groups * jvp),
         "matrix": step + 2.0 * case.n_u * case.n_e * trained,
         "sweep": (1 + DIRECTIONS) * e(forward=1),
     }
