@@ -92,7 +92,7 @@ def influence(
         memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
             for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs;
             0 caches nothing. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
-        compute_dtype: bfloat16 or float16 for the matrix products of all passes, as under ``torch.autocast``; the
+        compute_dtype: bfloat16 for the matrix products of all passes, as under ``torch.autocast``; the
             parameters, gradients, directions, softmaxes and sums stay as they are. None computes in the parameters'
             precision, and U's losses in that of the policy's own autocast.
         direction_dtype: of grad H and of u, both as large as the parameters; bfloat16 halves them and rounds each
@@ -192,9 +192,9 @@ def influence(
     group_bound = max(bound, tolerance_of(torch.bfloat16)) if groups.narrowed else bound
     check_identity("the random groups of E", gap, by_group.sum(0), total, group_bound, against="all of E at once")
     conditioning = _conditioning(update, step, u, per_sequence)
+    along_step = groups.along_step
     # The caches of U's passes may take as much memory as the matrix.
-    del update, u
-    groups = groups._replace(u=Direction(1.0, {}))
+    del update, u, groups
 
     pairwise: Tensor | None = None
     stderrs = _Stderrs.unknown(per_sequence)
@@ -210,7 +210,7 @@ def influence(
     elif in_groups:
         shares = evaluation.shares.new_zeros(len(by_group)).index_add(0, evaluation.group, evaluation.shares)
         index = torch.arange(len(by_group), device=shares.device)
-        stderrs = _Stderrs.of(by_group, groups.along_step, shares, index)
+        stderrs = _Stderrs.of(by_group, along_step, shares, index)
 
     check_rounding(rounding, per_sequence, precision.lowest, bound)
     # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
@@ -246,9 +246,9 @@ def _sum_groups(
     update: LinearizedLosses, groups: GroupDerivatives, per_token: bool, precision: PassPrecision
 ) -> _Deltas:
     """Add up the derivatives by group, and compute those of tokens if they are wanted."""
-    derivatives, exact = groups.derivatives, not groups.narrowed
-    if groups.narrowed and (precision.wants_two_methods or not per_token):
-        derivatives, exact = update.jvp([groups.u]), True
+    # With tokens still to come along u, derivatives along rounded directions are left to the error bars.
+    awaits_tokens = per_token and not (update.resolves_tokens or precision.wants_two_methods)
+    derivatives = update.jvp([groups.u]) if groups.narrowed and not awaits_tokens else groups.derivatives
     by_groups = derivatives.sum((0, 2))
     unknown = torch.full_like(by_groups, torch.nan)
     if update.resolves_tokens:
@@ -258,7 +258,7 @@ def _sum_groups(
         return _Deltas(by_groups, None, unknown, "ghost products over U")
     tokens = update.token_jvp(groups.u)
     by_tokens = tokens.sum(-1)
-    rounding = (by_tokens - by_groups).abs() if exact else unknown
+    rounding = unknown if groups.narrowed and awaits_tokens else (by_tokens - by_groups).abs()
     if precision.under_autocast:
         # Ghost products hold the very gradient that the optimizer meets; the JVP is rounded another way.
         return _Deltas(by_groups, _adding_up_to(by_groups, tokens), rounding, "ghost products over U")

@@ -41,7 +41,8 @@ class Influence(NamedTuple):
             where it was not measured.
         rounding: (n_u,), |delta_i by the JVP - delta_i by ghost products or by the matrix|: two roundings of one
             number, nats per unit lr. NaN where only one of the two was computed: without ``stderr`` and ``matrix`` in
-            float32, without ``per_token``, or where a parameter has no layer inputs and output gradients.
+            float32, without ``per_token``, where a parameter has no layer inputs and output gradients, or where the
+            directions of the error bars were rounded to bfloat16.
     """
 
     per_sequence: Tensor

@@ -80,11 +80,19 @@ def test_stderr_in_bfloat16_is_within_its_rounding(inputs: Inputs) -> None:
     assert not exact.rounding.isnan().any()
 
 
+@pytest.mark.parametrize("memory_budget", [0, None])
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("stderr", [True, False])
-def test_direction_dtype_rounds_within_bfloat16(inputs: Inputs, stderr: bool, per_token: bool) -> None:
+def test_direction_dtype_rounds_within_bfloat16(
+    inputs: Inputs, stderr: bool, per_token: bool, memory_budget: int | None
+) -> None:
     """grad H is rounded once for each micro-batch that adds to it, then by gain, scale and cast."""
-    options: dict[str, Any] = {"stderr": stderr, "per_token": per_token, "chunk_size": 4}
+    options: dict[str, Any] = {
+        "stderr": stderr,
+        "per_token": per_token,
+        "chunk_size": 4,
+        "memory_budget": memory_budget,
+    }
     exact, narrow = inputs.call(**options), inputs.call(direction_dtype=torch.bfloat16, **options)
     sizes = torch.stack([absolute_terms(inputs, g) for g in inputs.group_gradients()]).sum(0)
     difference = (narrow.per_sequence - exact.per_sequence).abs()
@@ -102,7 +110,7 @@ def test_direction_dtype_rounds_within_bfloat16(inputs: Inputs, stderr: bool, pe
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("stderr", [True, False])
 def test_offload_changes_nothing(inputs: Inputs, stderr: bool, grad: bool) -> None:
-    """On a CPU both devices are one; tests/accelerator moves directions for real."""
+    """Both devices are one on a CPU, so this shows the arithmetic and no move between devices."""
     gradient = batch_gradient(inputs.params, inputs.u, inputs.apply) if grad else None
     plain, offloaded = (inputs.call(stderr=stderr, grad=gradient, offload=x) for x in (None, "cpu"))
     for field in ("per_sequence", "per_token", "stderr", "total", "conditioning"):
