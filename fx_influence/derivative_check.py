@@ -141,7 +141,7 @@ def check_derivatives(
     """
     check_policy(params, apply)
     check_options(temperature, chunk_size)
-    check_count("seed", seed, "pass a whole number from 0", least=0)
+    check_count("seed", seed, "pass another", least=0)
     if any(map(is_sharded, params.values())):
         raise ValueError(
             "params are sharded by FSDP2; expected whole ones. Check the model before it is sharded, or a small one of "

@@ -102,7 +102,9 @@ def fisher_kernel(
         gradient = engine.gradient(params, batch_b) if makes_a_step else None
         diagonal = adam_diagonal(params, gradient, opt_state, max_grad_norm)
     else:
-        raise ValueError(f"preconditioner is {preconditioner!r}; use 'adam', 'identity' or a dictionary of diagonals")
+        raise ValueError(
+            f"preconditioner is {preconditioner!r}; expected 'adam', 'identity' or a dictionary of diagonals"
+        )
     a, b = with_unit_coefficients(batch_a), with_unit_coefficients(batch_b)
     return engine.gram(params, a, b, diagonal, memory_budget, apply)
 
@@ -114,7 +116,10 @@ def with_unit_coefficients(batch: Batch) -> Batch:
 
 def _checked(params: Params, state: AdamWState | None, max_grad_norm: float | None) -> AdamWState:
     if state is None:
-        raise ValueError("opt_state is None; preconditioner 'adam' needs it: pass adamw_state(optimizer, model)")
+        raise ValueError(
+            "opt_state is None; expected an AdamWState, which preconditioner='adam' needs. Pass "
+            "fx.adamw_state(optimizer, model)"
+        )
     check_adamw_inputs({}, state, params, "rmsprop", max_grad_norm)
     return state
 
@@ -143,8 +148,8 @@ def adam_diagonal(
     for name, hyper in state.hyper.items():
         if state.step[name] == 0:
             raise ValueError(
-                f"opt_state.step[{name!r}] is 0, so there is no second moment to divide by; "
-                "give batch_b coefficients, or use preconditioner='identity'"
+                f"opt_state.step[{name!r}] is 0; expected at least one update, whose second moment divides. Give "
+                "batch_b coefficients, or use preconditioner='identity'"
             )
         maximum = state.max_exp_avg_sq.get(name) if hyper.amsgrad else None
         diagonal[name] = 1 / second_moment_denominator(hyper, state.exp_avg_sq[name], state.step[name], maximum)[0]

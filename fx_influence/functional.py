@@ -82,10 +82,13 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:
-        raise ValueError(f"model has {len(named)} parameters, none with requires_grad; unfreeze what the step trains")
+        raise ValueError(
+            f"model has {len(named)} parameters, none with requires_grad; expected at least one. Unfreeze what the "
+            "step trains"
+        )
     meta = [name for name, p in named.items() if p.is_meta]
     if meta:
-        raise ValueError(f"model parameter {meta[0]!r} is on the meta device; load its weights first")
+        raise ValueError(f"model parameter {meta[0]!r} is on the meta device; expected loaded weights. Load them first")
     _check_partition(named)
     _check_hooks(model)
     kind = ShardedPolicy if any(map(is_sharded, named.values())) else Policy

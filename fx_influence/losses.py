@@ -39,10 +39,10 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
     check_tensor("group", group)
     rewards = _at_least_float32(rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; pass (N,), one reward a completion")
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected (N,), one reward a completion")
     if group.shape != rewards.shape:
         raise ValueError(
-            f"group has shape {tuple(group.shape)}; pass {tuple(rewards.shape)}, one prompt index a reward"
+            f"group has shape {tuple(group.shape)}; expected {tuple(rewards.shape)}, one prompt index a reward"
         )
     _require_finite("rewards", rewards)
     _, index = torch.unique(group, return_inverse=True)
@@ -91,10 +91,10 @@ def clipped_ratio(
     for name, value in (("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages)):
         check_tensor(name, value)
     for name, epsilon in (("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
-        check_number(name, epsilon, "pass the trainer's clip range, at least 0", lambda x: x >= 0)
+        check_number(name, epsilon, "pass the trainer's clip range", lambda x: x >= 0, "at least 0")
     if old_logprobs.shape != logprobs.shape:
         raise ValueError(
-            f"old_logprobs has shape {tuple(old_logprobs.shape)}; pass that of logprobs, {tuple(logprobs.shape)}"
+            f"old_logprobs has shape {tuple(old_logprobs.shape)}; expected that of logprobs, {tuple(logprobs.shape)}"
         )
     ratio = (_at_least_float32(logprobs) - _at_least_float32(old_logprobs)).exp()
     advantages = _per_token(advantages, ratio)
@@ -188,11 +188,11 @@ def _check_inputs(
         if value is not None or name in ("advantages", "completion_mask"):
             check_tensor(name, value)
     if max_completion_length is not None:
-        check_count("max_completion_length", max_completion_length, "pass the trainer's, at least 1", least=0)
+        check_count("max_completion_length", max_completion_length, "pass the trainer's", least=0)
     if completion_mask.dim() != 2 or completion_mask.dtype != torch.bool:
         raise ValueError(
-            f"completion_mask is {completion_mask.dtype} of shape {tuple(completion_mask.shape)}; pass bool (N, T): "
-            "mask.bool(), a row for each completion"
+            f"completion_mask is {completion_mask.dtype} of shape {tuple(completion_mask.shape)}; expected bool "
+            "(N, T), a row for each completion. Pass mask.bool()"
         )
     shape = tuple(completion_mask.shape)
     for name, value in (("advantages", advantages), ("ratio", ratio)):
@@ -200,19 +200,23 @@ def _check_inputs(
             continue
         if tuple(value.shape) not in (shape, shape[:1], (shape[0], 1)):
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; pass ({shape[0]},) or {shape}, a row a completion"
+                f"{name} has shape {tuple(value.shape)}; expected ({shape[0]},) or {shape}, a row a completion"
             )
     if group is not None and tuple(group.shape) != shape[:1]:
-        raise ValueError(f"group has shape {tuple(group.shape)}; pass ({shape[0]},), one prompt index a row")
+        raise ValueError(f"group has shape {tuple(group.shape)}; expected ({shape[0]},), one prompt index a row")
     for name, value in (("advantages", advantages), ("ratio", ratio)):
         if value is not None:
             # Values where no token counts are never read, so they may be NaN.
             counts = completion_mask.any(-1) if value.dim() == 1 else completion_mask
             _require_finite(name, value.where(counts, value.new_zeros(())))
     if loss_type == "prompt_max" and group is None:
-        raise ValueError("group is None; loss_type 'prompt_max' needs group=, the prompt index of each row")
+        raise ValueError(
+            "group is None; expected the prompt index of each row, which loss_type 'prompt_max' needs. Pass group="
+        )
     if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
-        raise ValueError(f"max_completion_length is {max_completion_length}; loss_type 'dr_grpo' needs it, at least 1")
+        raise ValueError(
+            f"max_completion_length is {max_completion_length}; expected at least 1, which loss_type 'dr_grpo' needs"
+        )
 
 
 def _per_token(values: Tensor, like: Tensor) -> Tensor:

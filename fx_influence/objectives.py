@@ -175,7 +175,8 @@ def objective_coefficients(objective: Objective, values: TokenValues, batch_e: B
             )
         if not s.requires_grad:
             raise ValueError(
-                "objective's result depends on neither input; make it from token_logprobs or token_entropies"
+                "objective's result depends on neither input; expected a function of token_logprobs or "
+                "token_entropies. Make it from them"
             )
         weight = torch.linspace(1.0, 2.0, n, dtype=s.dtype, device=s.device)
         gradients = _gradient(s.sum(), inputs, retain=True)
@@ -189,7 +190,8 @@ def objective_coefficients(objective: Objective, values: TokenValues, batch_e: B
         # Two derivatives of one float64 sum: what rounding makes is far below any dependence on other rows.
         if not torch.allclose(scaled, plain * weight.unsqueeze(-1).to(plain), rtol=1e-6, atol=1e-12):
             raise ValueError(
-                "objective's s_a depends on other rows than a; .detach() what it takes over the whole batch"
+                "objective's s_a depends on other rows than a; expected row a alone. Detach what it takes over the "
+                "whole batch"
             )
     return TokenCoefficients(*(torch.where(batch_e.completion_mask, g, 0.0) for g in gradients))
 
@@ -206,4 +208,6 @@ def _check_finite(field: str, values: Tensor) -> None:
 
 def _check_rows(field: str, values: Tensor, shape: torch.Size) -> None:
     if values.shape != shape:
-        raise ValueError(f"{field} has shape {tuple(values.shape)}; pass {tuple(shape)}, the rows of batch_e in order")
+        raise ValueError(
+            f"{field} has shape {tuple(values.shape)}; expected {tuple(shape)}, the rows of batch_e in order"
+        )

@@ -98,7 +98,7 @@ def snis_delta(
     """
     check_policy(params, apply)
     if not (isinstance(eta, Tensor) and eta.dim() == 0):
-        check_number("eta", eta, "pass a finite number; for several there is snis_sweep", math.isfinite)
+        check_number("eta", eta, "call snis_sweep for several", math.isfinite, "a finite number")
     # Ranks compare directions first: one that refused its own alone would leave the others waiting.
     engine = make_engine(params, apply, temperature, chunk_size, mesh)
     engine.check_consistent(direction=direction)
@@ -186,7 +186,7 @@ def _measure(
         if not isinstance(etas, Sequence):
             raise wrong_type("etas", etas, "a list of numbers", "Pass [eta] for one")
         for eta in etas:
-            check_number("etas", eta, "pass finite numbers", math.isfinite)
+            check_number("etas", eta, "leave it out", math.isfinite, "finite numbers")
         engine.check_consistent(block=block, etas=list(etas))
         _check_direction("block", {name: v[0] for name, v in block.items()}, params)
         return SnisDelta(
@@ -282,7 +282,7 @@ def _checked(params: Params, batch_e: Batch, engine: Engine, objective: Entropy,
     check_options(engine.temperature, engine.chunk_size)
     if clip is not None:
         check_number(
-            "clip", clip, "pass a cumulative log-weight of at least 0, or None to clip nothing", lambda x: x >= 0
+            "clip", clip, "pass None to clip nothing", lambda x: x >= 0, "a cumulative log-weight of at least 0"
         )
     check_is_batch("batch_e", batch_e)
     batch_e = engine.full_batch("batch_e", batch_e)

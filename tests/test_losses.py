@@ -209,9 +209,9 @@ def test_group_advantages_are_float32_when_rewards_are_half() -> None:
 def test_group_advantages_and_ratio_reject_invalid_input() -> None:
     with pytest.raises(ValueError, match=r"rewards\[1\] is nan .* expected finite values\. .*repair their rewards"):
         fx.group_advantages(torch.tensor([1.0, math.nan]), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match=r"group has shape \(2,\); pass \(3,\), one prompt index a reward"):
+    with pytest.raises(ValueError, match=r"group has shape \(2,\); expected \(3,\), one prompt index a reward"):
         fx.group_advantages(torch.ones(3), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match=r"old_logprobs has shape \(2, 1\); pass that of logprobs, \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \(2, 1\); expected that of logprobs, \(2, 3\)"):
         fx.clipped_ratio(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2))
 
 
@@ -224,20 +224,29 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_type": "ppo"}, r"loss_type is 'ppo'; use one of grpo, bnpo, dapo, dr_grpo, prompt_max"),
-        ({"completion_mask": torch.ones(N, WIDTH)}, r"completion_mask is torch.float32 of shape \(6, 7\); pass bool"),
-        ({"completion_mask": make_mask()[0]}, r"completion_mask is torch.bool of shape \(7,\); pass bool \(N, T\)"),
-        ({"advantages": torch.ones(5)}, r"advantages has shape \(5,\); pass \(6,\) or \(6, 7\)"),
-        ({"advantages": torch.ones(6, 8)}, r"advantages has shape \(6, 8\); pass \(6,\) or \(6, 7\)"),
-        ({"ratio": torch.ones(1, 7)}, r"ratio has shape \(1, 7\); pass \(6,\) or \(6, 7\)"),
-        ({"group": torch.zeros(5, dtype=torch.long)}, r"group has shape \(5,\); pass \(6,\), one prompt index a row"),
+        ({"loss_type": "ppo"}, r"loss_type is 'ppo'; expected one of grpo, bnpo, dapo, dr_grpo, prompt_max"),
+        (
+            {"completion_mask": torch.ones(N, WIDTH)},
+            r"completion_mask is torch.float32 of shape \(6, 7\); expected bool",
+        ),
+        ({"completion_mask": make_mask()[0]}, r"completion_mask is torch.bool of shape \(7,\); expected bool \(N, T\)"),
+        ({"advantages": torch.ones(5)}, r"advantages has shape \(5,\); expected \(6,\) or \(6, 7\)"),
+        ({"advantages": torch.ones(6, 8)}, r"advantages has shape \(6, 8\); expected \(6,\) or \(6, 7\)"),
+        ({"ratio": torch.ones(1, 7)}, r"ratio has shape \(1, 7\); expected \(6,\) or \(6, 7\)"),
+        (
+            {"group": torch.zeros(5, dtype=torch.long)},
+            r"group has shape \(5,\); expected \(6,\), one prompt index a row",
+        ),
         ({"advantages": with_value((N,), (4,), math.nan)}, r"advantages\[4\] is nan \(1 such values\).*Drop"),
         ({"advantages": with_value((N,), (0,), -math.inf)}, r"advantages\[0\] is -inf .*finite values\. Drop"),
         ({"advantages": with_value((N, WIDTH), (1, 2), math.nan)}, r"advantages\[1, 2\] is nan .*finite values\. Drop"),
         ({"ratio": with_value((N, WIDTH), (5, 6), math.inf)}, r"ratio\[5, 6\] is inf .*finite values\. Drop"),
         ({"ratio": with_value((N,), (5,), math.nan)}, r"ratio\[5\] is nan .*finite values\. Drop"),
         ({"loss_type": "prompt_max", "group": None}, r"group is None; .*'prompt_max' needs group="),
-        ({"loss_type": "dr_grpo"}, r"max_completion_length is None; .*'dr_grpo' needs it, at least 1"),
+        (
+            {"loss_type": "dr_grpo"},
+            r"max_completion_length is None; expected at least 1, which loss_type 'dr_grpo' needs",
+        ),
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, r"max_completion_length is 0; .*at least 1"),
     ],
     ids=lambda value: " and ".join(value) if isinstance(value, dict) else value.partition(";")[0],

@@ -305,18 +305,18 @@ def test_snis_delta_stderr_is_jackknife_over_clusters(estimator: str, normalize:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a foreign name": ({"direction": {"lm_head": torch.ones(2)}}, r"direction\['lm_head'\] is not among the"),
+    "a foreign name": ({"direction": {"lm_head": torch.ones(2)}}, r"direction\['lm_head'\] is unknown; expected names"),
     "another shape": ({"direction": {"head.bias": torch.ones(2)}}, r"direction\['head.bias'\] has shape \(2,\)"),
     "an unknown estimator": (
         {"objective": fx.Entropy("naive")},
-        r"estimator is 'naive'; use one of per_decision, sequence",
+        r"estimator is 'naive'; expected one of per_decision, sequence",
     ),
     "an unknown normalisation": (
         {"objective": fx.Entropy(normalize="batch")},
-        r"normalize is 'batch'; use one of token, sequence",
+        r"normalize is 'batch'; expected one of token, sequence",
     ),
-    "a temperature of 0": ({"temperature": 0.0}, r"temperature is 0\.0; pass the positive one"),
-    "chunks of nothing": ({"chunk_size": 0}, r"chunk_size is 0; pass at least 1"),
+    "a temperature of 0": ({"temperature": 0.0}, r"temperature is 0\.0; expected a positive number"),
+    "chunks of nothing": ({"chunk_size": 0}, r"chunk_size is 0; expected at least 1"),
 }
 
 

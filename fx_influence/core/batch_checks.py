@@ -48,11 +48,13 @@ def check_batch(
     """
     check_fields(field, batch)
     if not batch.input_ids.numel():
-        raise ValueError(f"{field}.input_ids is of shape {tuple(batch.input_ids.shape)}; pass at least one rollout")
+        raise ValueError(f"{field}.input_ids is of shape {tuple(batch.input_ids.shape)}; expected at least one rollout")
     device = next(iter(params.values())).device
     for name, value in batch._asdict().items():
         if value is not None and value.device != device:
-            raise ValueError(f"{field}.{name} is on {value.device} and the parameters on {device}; move one of them")
+            raise ValueError(
+                f"{field}.{name} is on {value.device}; expected {device}, where the parameters are. Move one of them"
+            )
     if _autocast_enabled(device.type):
         raise ValueError(
             f"{field} is passed under torch.autocast({device.type!r}); expected no autocast, in whose rounding small "
@@ -61,8 +63,9 @@ def check_batch(
     _check_positions(field, batch)
     if not (may_be_empty or batch.completion_mask.any()):
         raise ValueError(
-            f"{field}.completion_mask has no True at all; a batch needs at least one completion token, since the "
-            "entropy of none is undefined. Sample rollouts that end by a token or by the length limit, and keep both"
+            f"{field}.completion_mask has no True at all; expected at least one completion token, since the "
+            "entropy of none is undefined. Sample rollouts that end by a token or by the length limit, and keep "
+            "both"
         )
     _check_vocabulary(field, batch, apply)
     if coefficients:
@@ -75,7 +78,10 @@ def check_coefficients(field: str, batch: Batch) -> None:
     Coefficients outside the completion mask are never read and may have any value.
     """
     if batch.coefficients is None and batch.entropy_coefficients is None:
-        raise ValueError(f"{field}.coefficients is None; fill it with fx.coefficients(...) or the captured -dL/dlog pi")
+        raise ValueError(
+            f"{field}.coefficients is None; expected -dL/dlog pi of each token. Fill it with fx.coefficients(...) "
+            "or what the trainer used"
+        )
     for name in ("coefficients", "entropy_coefficients"):
         value: Tensor | None = getattr(batch, name)
         if value is None:
@@ -83,8 +89,8 @@ def check_coefficients(field: str, batch: Batch) -> None:
         bad = (~torch.isfinite(value) & batch.completion_mask).any(-1).nonzero()
         if len(bad):
             raise ValueError(
-                f"{field}.{name} is not finite in row {int(bad[0])} ({len(bad)} such rows); drop or repair those "
-                "rollouts"
+                f"{field}.{name} is not finite in row {int(bad[0])} ({len(bad)} such rows); expected finite "
+                "values. Drop or repair those rollouts"
             )
 
 
@@ -103,23 +109,26 @@ def check_fields(field: str, batch: Batch) -> None:
     ids = batch.input_ids
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(
-            f"{field}.input_ids is {ids.dtype} of shape {tuple(ids.shape)}; pass int64 (B, T), a row for each rollout"
+            f"{field}.input_ids is {ids.dtype} of shape {tuple(ids.shape)}; expected int64 (B, T), a row for each "
+            "rollout"
         )
     for name in ("attention_mask", "completion_mask"):
         mask = getattr(batch, name)
         if mask.dtype != torch.bool or mask.shape != ids.shape:
             raise ValueError(
-                f"{field}.{name} is {mask.dtype} of shape {tuple(mask.shape)}; pass bool of the shape of input_ids, "
-                f"{tuple(ids.shape)}{'' if mask.dtype == torch.bool else ': mask.bool()'}"
+                f"{field}.{name} is {mask.dtype} of shape {tuple(mask.shape)}; expected bool of the shape of "
+                f"input_ids, {tuple(ids.shape)}{'' if mask.dtype == torch.bool else '. Pass mask.bool()'}"
             )
     for name in ("coefficients", "entropy_coefficients"):
         value = getattr(batch, name)
         if value is not None and (value.shape != ids.shape or not value.is_floating_point()):
             raise ValueError(
-                f"{field}.{name} is {value.dtype} of shape {tuple(value.shape)}; pass float {tuple(ids.shape)}"
+                f"{field}.{name} is {value.dtype} of shape {tuple(value.shape)}; expected float {tuple(ids.shape)}"
             )
     if batch.group is not None and batch.group.shape != ids.shape[:1]:
-        raise ValueError(f"{field}.group has shape {tuple(batch.group.shape)}; pass ({len(ids)},), one prompt a row")
+        raise ValueError(
+            f"{field}.group has shape {tuple(batch.group.shape)}; expected ({len(ids)},), one prompt a row"
+        )
 
 
 def _check_positions(field: str, batch: Batch) -> None:
@@ -128,14 +137,15 @@ def _check_positions(field: str, batch: Batch) -> None:
     if mask[:, 0].any():
         row = int(mask[:, 0].nonzero()[0])
         raise ValueError(
-            f"{field}.completion_mask[{row}, 0] is True; the first column has no logits before it: prepend the prompt"
+            f"{field}.completion_mask[{row}, 0] is True; expected False, since no logits score the first column. "
+            "Prepend the prompt"
         )
     unattended = (mask[:, 1:] & ~batch.attention_mask[:, :-1]).nonzero()
     if len(unattended):
         row, column = (int(i) for i in unattended[0])
         raise ValueError(
-            f"{field}.attention_mask[{row}, {column}] is False but the token after it is a completion token that it "
-            "scores; make the mask from lengths, not from input_ids != pad_token_id"
+            f"{field}.attention_mask[{row}, {column}] is False; expected True, since its logits score the "
+            "completion token after it. Make the mask from lengths, not from input_ids != pad_token_id"
         )
 
 
@@ -145,6 +155,7 @@ def _check_vocabulary(field: str, batch: Batch, apply: Apply) -> None:
     low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
     if low < 0 or (size is not None and high >= size):
         raise ValueError(
-            f"{field}.input_ids has values from {low} to {high} but the model's vocabulary has {size} entries; "
-            "tokenize with the model's own tokenizer"
+            f"{field}.input_ids has values from {low} to {high}; expected at least 0"
+            f"{'' if size is None else f' and below {size}, the size of the vocabulary'}. Tokenize with the model's "
+            "own tokenizer"
         )

@@ -21,7 +21,12 @@ def wrong_type(field: str, value: object, expected: str, remedy: str) -> TypeErr
         remedy: sentence without its full stop.
     """
     kind = "None" if value is None else f"of type {type(value).__name__}"
-    return TypeError(f"{field} is {kind}; expected {expected}. {remedy[0].upper()}{remedy[1:]}")
+    return TypeError(f"{field} is {kind}; expected {expected}. {capitalized(remedy)}")
+
+
+def capitalized(sentence: str) -> str:
+    """Return a sentence with a capital first letter; the other letters, unlike ``str.capitalize``, stay."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def check_tree(field: str, tree: object, remedy: str) -> None:
@@ -66,7 +71,7 @@ def check_choice(field: str, value: object, known: Sequence[str]) -> None:
         known: the allowed values.
     """
     if value not in known:
-        raise ValueError(f"{field} is {value!r}; use one of {', '.join(known)}{did_you_mean(value, known)}")
+        raise ValueError(f"{field} is {value!r}; expected one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
 def did_you_mean(value: object, known: Mapping[str, object] | Sequence[str]) -> str:
@@ -81,7 +86,9 @@ def did_you_mean(value: object, known: Mapping[str, object] | Sequence[str]) -> 
     return f" (the nearest is {names[close[0]]!r})" if close else ""
 
 
-def check_number(field: str, value: object, remedy: str, fits: Callable[[float], bool]) -> None:
+def check_number(
+    field: str, value: object, remedy: str, fits: Callable[[float], bool], expected: str = "a number in its range"
+) -> None:
     """Raise ``TypeError`` unless ``value`` is a number, which a tensor is not, and ``ValueError`` unless it fits.
 
     Args:
@@ -89,12 +96,13 @@ def check_number(field: str, value: object, remedy: str, fits: Callable[[float],
         value: the argument.
         remedy: end of the message, an imperative without its full stop.
         fits: whether a number is in the allowed range.
+        expected: the allowed range, a noun phrase.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         item = "Take the number out of it by .item(), and then " if isinstance(value, Tensor) else ""
         raise wrong_type(field, value, "a number", item + remedy)
     if not fits(float(value)):
-        raise ValueError(f"{field} is {value}; {remedy}")
+        raise ValueError(f"{field} is {value}; expected {expected}. {capitalized(remedy)}")
 
 
 def check_count(field: str, value: object, remedy: str, least: int = 1) -> None:
@@ -109,7 +117,7 @@ def check_count(field: str, value: object, remedy: str, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise wrong_type(field, value, "an integer", remedy)
     if value < least:
-        raise ValueError(f"{field} is {value}; {remedy}")
+        raise ValueError(f"{field} is {value}; expected at least {least}. {capitalized(remedy)}")
 
 
 def check_options(temperature: float, chunk_size: int | None, memory_budget: int | None = None) -> None:
@@ -120,12 +128,12 @@ def check_options(temperature: float, chunk_size: int | None, memory_budget: int
         chunk_size: rows per pass, at least 1; None chooses by size.
         memory_budget: bytes, at least 0; None chooses by the number of parameters.
     """
-    remedy = "pass the positive one that the rollouts were sampled at"
-    check_number("temperature", temperature, remedy, lambda x: 0 < x < math.inf)
+    remedy = "pass the one that the rollouts were sampled at"
+    check_number("temperature", temperature, remedy, lambda x: 0 < x < math.inf, "a positive number")
     if chunk_size is not None:
-        check_count("chunk_size", chunk_size, "pass at least 1, or None to choose by size")
+        check_count("chunk_size", chunk_size, "pass None to choose by size")
     if memory_budget is not None:
-        check_count("memory_budget", memory_budget, "pass a number of bytes as an int, or 0 to keep nothing", least=0)
+        check_count("memory_budget", memory_budget, "pass a number of bytes, or 0 to keep nothing", least=0)
 
 
 def check_dtypes(compute_dtype: object, direction_dtype: object) -> None:
@@ -142,5 +150,5 @@ def check_dtypes(compute_dtype: object, direction_dtype: object) -> None:
 def check_max_grad_norm(value: float | None) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a positive number or None."""
     if value is not None:
-        remedy = "pass a positive number, or None where nothing is clipped"
-        check_number("max_grad_norm", value, remedy, lambda x: x > 0)
+        remedy = "pass the trainer's, or None where nothing is clipped"
+        check_number("max_grad_norm", value, remedy, lambda x: x > 0, "a positive number")

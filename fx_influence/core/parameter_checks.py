@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.checks import check_tree, did_you_mean, wrong_type
+from fx_influence.core.checks import capitalized, check_tree, did_you_mean, wrong_type
 from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
 from fx_influence.types import AdamWState, Apply, Params
 
@@ -61,7 +61,10 @@ def check_policy(params: Params, apply: Apply) -> None:
         for name, p in params.items():
             if name not in shapes:
                 near = did_you_mean(name, shapes)
-                raise ValueError(f"params[{name!r}] is not among the {len(shapes)} of apply's model{near}. {remedy}")
+                raise ValueError(
+                    f"params[{name!r}] is unknown; expected names of the {len(shapes)} parameters of apply's "
+                    f"model{near}. {remedy}"
+                )
             if p.shape != shapes[name]:
                 raise ValueError(
                     f"params[{name!r}] has shape {tuple(p.shape)}; expected {tuple(shapes[name])}. {remedy}"
@@ -110,14 +113,18 @@ def check_names(field: str, tree: Mapping[str, Tensor | None], params: Params, r
     for name, value in tree.items():
         if name not in params:
             near = did_you_mean(name, params)
-            raise ValueError(f"{field}[{name!r}] is not among the {len(params)} trainable parameters; {remedy}{near}")
+            raise ValueError(
+                f"{field}[{name!r}] is unknown; expected names of the {len(params)} trainable parameters{near}. "
+                f"{capitalized(remedy)}"
+            )
         if value is not None and value.shape != params[name].shape:
             raise ValueError(
-                f"{field}[{name!r}] has shape {tuple(value.shape)}, the parameter {tuple(params[name].shape)}; {remedy}"
+                f"{field}[{name!r}] has shape {tuple(value.shape)}; expected the parameter's, "
+                f"{tuple(params[name].shape)}. {capitalized(remedy)}"
             )
         if value is not None and is_sharded(value) != is_sharded(params[name]):
             kinds = ["a plain tensor", "a DTensor"]
             raise ValueError(
-                f"{field}[{name!r}] is {kinds[is_sharded(value)]}, the parameter {kinds[is_sharded(params[name])]}; "
-                f"{remedy}"
+                f"{field}[{name!r}] is {kinds[is_sharded(value)]}; expected {kinds[is_sharded(params[name])]}, as the "
+                f"parameter is. {capitalized(remedy)}"
             )

@@ -32,11 +32,11 @@ def gather_batch(mesh: DeviceMesh, field: str, batch: Batch) -> Batch:
     by_rank = all_gather_objects(mesh, (batch.input_ids.shape, {name: x.dtype for name, x in present.items()}))
     nonempty = [(shape, dtypes) for shape, dtypes in by_rank if shape[0]]
     if not nonempty:
-        raise ValueError(f"{field}.input_ids has no row on any of {len(by_rank)} ranks; pass at least one rollout")
+        raise ValueError(f"{field}.input_ids has no row on any of {len(by_rank)} ranks; expected at least one rollout")
     for name in Batch._fields:
         kinds = [dtypes.get(name) for _, dtypes in nonempty]
         if len(set(kinds)) > 1:
-            raise ValueError(f"{field}.{name} is {kinds} by rank; pass the same fields of one dtype on every rank")
+            raise ValueError(f"{field}.{name} is {kinds} by rank; expected the same fields of one dtype on every rank")
     counts, width = [shape[0] for shape, _ in by_rank], max(shape[1] for shape, _ in nonempty)
 
     def gather_field(name: str, dtype: torch.dtype) -> Tensor:

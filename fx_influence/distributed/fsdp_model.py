@@ -51,18 +51,20 @@ def check_sharding(model: nn.Module) -> None:
         by_fsdp = any(_is_fsdp(modules[path]) for path in _prefixes(name) if path in modules)
         if not by_fsdp or len(copies) > 1 or not all(x.is_replicate() for x in copies) or not _is_chunked(last):
             raise ValueError(
-                f"model parameter {name!r} is a DTensor with {p.placements} on {p.device_mesh}, as tensor parallelism "
-                f"makes them and FSDP2 does not; {remedy}"
+                f"model parameter {name!r} is a DTensor with {p.placements} on {p.device_mesh}, as tensor "
+                f"parallelism makes them; expected shards of FSDP2. {remedy}"
             )
         if p.device_mesh != mesh or p.device.type != mesh.device_type:
             raise ValueError(
-                f"model parameter {name!r} is on {p.device.type}, sharded over {p.device_mesh}, another over {mesh}; "
-                "keep all on the devices of one mesh, without CPUOffloadPolicy"
+                f"model parameter {name!r} is on {p.device.type} and sharded over {p.device_mesh}; expected the "
+                f"devices of one mesh, {mesh}, as for the first parameter. Shard all over it, without "
+                "CPUOffloadPolicy"
             )
     for name in (name for name in parameters if name not in sharded):
         raise ValueError(
-            f"model parameter {name!r} is a plain tensor among DTensors: gathered by its last forward, for which call "
-            f"reshard() on the module that fully_shard was called on, or left out of it; {remedy}"
+            f"model parameter {name!r} is a plain tensor among DTensors; expected a DTensor. Its last forward "
+            "gathered it (call reshard() on the module that fully_shard was called on), or it was left out of it. "
+            f"{remedy}"
         )
 
 

@@ -66,8 +66,8 @@ class ShardedForward(ModelForward):
             return super().call(template, known, args, kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise ValueError(
-                "ShardedPolicy does not support torch.func transforms, which matrix=True, fisher_kernel and blocks of "
-                "directions need; pass matrix=False or load the model unsharded"
+                "apply is a ShardedPolicy; expected an unsharded one, since matrix=True, fisher_kernel and blocks "
+                "of directions need transforms of torch.func. Pass matrix=False or load the model unsharded"
             )
         known = self._with_root_gathered(known)
         with run_units_through(template.module, FsdpPass(self.units, known, self.tangents)):

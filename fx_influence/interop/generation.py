@@ -56,8 +56,8 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     eos = config.eos_token_id if config is not None and config.eos_token_id is not None else tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
-            "eos_token_id is None in both the model's generation config and the tokenizer; set one, "
-            "or completions never end"
+            "eos_token_id is None in both the model's generation config and the tokenizer; expected at least one, "
+            "or completions never end. Set it in the generation config"
         )
     return [eos] if isinstance(eos, int) else [int(token) for token in eos]
 

@@ -31,8 +31,8 @@ def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch:
     mask = batch.completion_mask
     if tuple(scored_logprobs.shape) != tuple(mask.shape) or len(rollouts) != mask.shape[0]:
         raise ValueError(
-            f"scored_logprobs has shape {tuple(scored_logprobs.shape)} and batch {tuple(mask.shape)} for "
-            f"{len(rollouts)} rollouts; pass the scores of collate(rollouts)"
+            f"scored_logprobs has shape {tuple(scored_logprobs.shape)}; expected that of batch, "
+            f"{tuple(mask.shape)}, a row for each of {len(rollouts)} rollouts. Pass the scores of collate(rollouts)"
         )
     if all(rollout.behaviour_logprobs is None for rollout in rollouts):
         return math.nan
@@ -46,8 +46,8 @@ def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch:
             behaviour = behaviour[torch.tensor(rollout.completion_mask)]
         if len(scored) != len(behaviour):
             raise ValueError(
-                f"batch has {len(scored)} completion tokens for rollout {rollout.id!r}, which has "
-                f"{len(behaviour)}; pass collate(rollouts), in the same order"
+                f"batch has {len(scored)} completion tokens for rollout {rollout.id!r}; expected {len(behaviour)}, "
+                "as the rollout has. Pass collate(rollouts), in the same order"
             )
         gap = (scored - behaviour).abs().nan_to_num(nan=math.inf)
         if len(gap) and gap.max().item() > worst:
@@ -55,7 +55,7 @@ def check_on_policy(rollouts: Sequence[Rollout], scored_logprobs: Tensor, batch:
     if worst > tolerance:
         raise ValueError(
             f"rollout {rollouts[worst_index].id!r} was not sampled from this policy: its behaviour and scored "
-            f"log-probs differ by {worst:.3g} (tolerance {tolerance:.3g}); sample again from this model, with the "
-            "temperature that scores it and no top-k, top-p or penalties"
+            f"log-probs differ by {worst:.3g}; expected at most {tolerance:.3g}. Sample again from this model, "
+            "with the temperature that scores it and no top-k, top-p or penalties"
         )
     return worst

@@ -18,7 +18,7 @@ from fx_influence.types import AdamWHyper, AdamWState
 
 Value = TypeVar("Value")
 
-SUPPORTED = "supported are torch.optim.AdamW, its subclasses, and torch.optim.Adam with decoupled_weight_decay=True"
+SUPPORTED = "expected torch.optim.AdamW, a subclass of it, or torch.optim.Adam with decoupled_weight_decay=True"
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -95,8 +95,8 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
                 moments[key][name] = _read_moment(name, key, parameter, state, copy)
     if not steps:
         raise ValueError(
-            "optimizer holds no trainable parameter of model; set requires_grad on what was trained "
-            "(PEFT: load the adapter with is_trainable=True)"
+            "optimizer holds no trainable parameter of model; expected at least one. Set requires_grad on what was "
+            "trained (PEFT: load the adapter with is_trainable=True)"
         )
     return AdamWState(moments["exp_avg"], moments["exp_avg_sq"], moments["max_exp_avg_sq"], steps, hyper, lr)
 
@@ -160,9 +160,9 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
     for index, parameter in enumerate(parameters):
         if parameter not in names:
             raise ValueError(
-                f"param_groups[{group}]['params'][{index}] of shape {tuple(parameter.shape)} is not in "
-                "model.named_parameters(): optimizer state of another model; pass the very module whose parameters "
-                "the optimizer was built with"
+                f"param_groups[{group}]['params'][{index}] of shape {tuple(parameter.shape)} is no parameter of "
+                "model; expected those of model.named_parameters(). Pass the very module whose parameters the "
+                "optimizer was built with"
             )
         if parameter.requires_grad:
             trainable.append((names[parameter], parameter))
@@ -179,21 +179,22 @@ def _read_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], 
         raise ValueError(f"optimizer state of {name} has no {key!r} (it has {sorted(state)}); {SUPPORTED}")
     if value.shape != parameter.shape:
         raise ValueError(
-            f"optimizer state {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: "
-            "optimizer state of another model; pass the state saved with these weights"
+            f"optimizer state {key} of {name} has shape {tuple(value.shape)}; expected the parameter's, "
+            f"{tuple(parameter.shape)}. This is the state of another model: pass the one saved with these weights"
         )
     if is_sharded(value) != is_sharded(parameter):
         raise ValueError(
-            f"optimizer state {key} of {name} and the parameter are not both DTensors; make the optimizer after "
-            "fully_shard, or load its state with restore_optimizer"
+            f"optimizer state {key} of {name} and the parameter are a DTensor and a plain tensor; expected both of "
+            "one kind. Make the optimizer after fully_shard, or load its state with restore_optimizer"
         )
     value = value.detach().to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype), copy=copy)
     local = to_local(value)
     bad = ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
     if bad.any():
         raise ValueError(
-            f"optimizer state {key} of {name} holds {local[bad][0].item()} ({int(bad.sum())} such values), which AdamW "
-            "cannot have; take an earlier checkpoint, from before the training diverged"
+            f"optimizer state {key} of {name} holds {local[bad][0].item()} ({int(bad.sum())} such values); "
+            "expected what AdamW can hold, finite values. Take an earlier checkpoint, from before the training "
+            "diverged"
         )
     return value
 
@@ -204,7 +205,9 @@ def _read_step(name: str, state: dict[str, Any]) -> int:
         return 0
     step = _number(f"optimizer state step of {name}", state.get("step", math.nan))
     if step < 0 or step != int(step):
-        raise ValueError(f"optimizer state step of {name} is {step}; it counts updates, so pass a whole number >= 0")
+        raise ValueError(
+            f"optimizer state step of {name} is {step}; expected a whole number >= 0, the count of updates"
+        )
     return int(step)
 
 
@@ -212,5 +215,5 @@ def _number(field: str, value: Any) -> float:
     """Return a finite float, also from a tensor of one element."""
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{field} is {number}; it must be a finite number: set it in the optimizer")
+        raise ValueError(f"{field} is {number}; expected a finite number. Set it in the optimizer")
     return number

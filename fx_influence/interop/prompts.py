@@ -77,17 +77,20 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     if not file.is_file():
         state = "is a directory" if file.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"prompts file {str(path)!r} {state}; check the path, or give the prompts themselves in a list"
+            f"prompts file {str(path)!r} {state}; expected a file of prompts. Check the path, or give the prompts "
+            "themselves in a list"
         )
     if file.suffix == ".jsonl":
         records = [(source, _object(source, line)) for source, line in _lines(file)]
     elif file.suffix in (".parquet", ".txt"):
         records = _rows(file) if file.suffix == ".parquet" else _lines(file)
     else:
-        raise ValueError(f"prompts file {str(path)!r} ends in {file.suffix!r}; give a .jsonl, .parquet or .txt file")
+        raise ValueError(
+            f"prompts file {str(path)!r} ends in {file.suffix!r}; expected a .jsonl, .parquet or .txt file"
+        )
     prompts = _prompts(records)
     if not prompts:
-        raise ValueError(f"prompts file {str(path)!r} holds no prompt; put at least one in")
+        raise ValueError(f"prompts file {str(path)!r} holds no prompt; expected at least one")
     return prompts
 
 
@@ -132,8 +135,8 @@ def as_conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) 
     for prompt in prompts:
         if (prompt.messages is None) != (prompts[0].messages is None):
             raise ValueError(
-                f"prompt {prompt.id!r} and prompt {prompts[0].id!r} are a text and a conversation, which no reward "
-                "function takes together; set chat: true, or keep them apart"
+                f"prompt {prompt.id!r} and prompt {prompts[0].id!r} are a text and a conversation; expected "
+                "prompts of one kind, since no reward function takes both. Set chat: true, or use two files"
             )
     return list(prompts)
 
@@ -154,8 +157,8 @@ def text_for(tokenizer: Any, prompt: Prompt) -> str:
         return prompt.text
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"prompt {prompt.id!r} is a conversation, but the tokenizer has no chat template; save the tokenizer with "
-            "one (chat_template.jinja beside it), or give plain texts and chat: false"
+            f"prompt {prompt.id!r} is a conversation and the tokenizer has no chat template; expected one. Save "
+            "the tokenizer with it (chat_template.jinja beside it), or give plain texts and chat: false"
         )
     try:
         text: str = tokenizer.apply_chat_template(
@@ -165,7 +168,7 @@ def text_for(tokenizer: Any, prompt: Prompt) -> str:
     except Exception as error:
         raise ValueError(
             f"prompt {prompt.id!r}: the tokenizer's chat template fails on roles "
-            f"{[message['role'] for message in prompt.messages]} ({error}); give messages that it takes"
+            f"{[message['role'] for message in prompt.messages]} ({error}); expected messages that it takes"
         ) from error
     return text
 
@@ -175,7 +178,9 @@ def _lines(file: Path) -> list[tuple[str, Any]]:
         # Not splitlines(): it would also split at characters that are legal inside a JSON string.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts file {str(file)!r} is not UTF-8 ({error}); convert it first") from error
+        raise ValueError(
+            f"prompts file {str(file)!r} is not UTF-8 ({error}); expected UTF-8. Convert it first"
+        ) from error
     return [(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -188,7 +193,9 @@ def _rows(file: Path) -> list[tuple[str, Any]]:
         with parquet.ParquetFile(file) as table:
             rows = table.read().to_pylist()
     except (OSError, ValueError) as error:
-        raise ValueError(f"prompts file {str(file)!r} cannot be read as parquet ({error}); write it again") from error
+        raise ValueError(
+            f"prompts file {str(file)!r} cannot be read as parquet ({error}); expected a parquet file. Write it again"
+        ) from error
     return [(f"{file}, row {number}", row) for number, row in enumerate(rows)]
 
 
@@ -199,7 +206,7 @@ def _prompts(records: Sequence[tuple[str, Any]]) -> list[Prompt]:
         prompt = _prompt(source, {"prompt": record} if isinstance(record, str) else dict(record), str(len(prompts)))
         if prompt.id in source_of:
             raise ValueError(
-                f"{source}: id {prompt.id!r} is already the id of {source_of[prompt.id]}; ids must be unique"
+                f"{source}: id {prompt.id!r} is already the id of {source_of[prompt.id]}; expected unique ids"
             )
         source_of[prompt.id] = source
         prompts.append(prompt)
@@ -210,10 +217,10 @@ def _object(source: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON ({error.msg}); each line must hold one object") from error
+        raise ValueError(f"{source} is not JSON ({error.msg}); expected one object on each line") from error
     if type(record) is not dict:
         raise ValueError(
-            f'{source} holds {type(record).__name__}; each line must hold an object such as {{"prompt": "..."}}'
+            f'{source} holds {type(record).__name__}; expected an object on each line, such as {{"prompt": "..."}}'
         )
     return record
 
@@ -221,17 +228,20 @@ def _object(source: str, line: str) -> dict[str, Any]:
 def _prompt(source: str, record: dict[str, Any], default_id: str) -> Prompt:
     name = record.pop("id", default_id)
     if type(name) not in (str, int):
-        raise ValueError(f'{source}: "id" is {name!r}; give a text or a whole number')
+        raise ValueError(f'{source}: "id" is {name!r}; expected a text or a whole number')
     # In a parquet file every row has every column, None where the record had no such field.
     key = next((key for key in QUESTION_FIELDS if record.get(key) is not None), None)
     if key is None:
-        raise ValueError(f'{source} has no "prompt", "messages" or "question" (it has {sorted(record)}); add one')
+        raise ValueError(
+            f'{source} has no "prompt", "messages" or "question" (it has {sorted(record)}); expected one of them. '
+            "Add it"
+        )
     value = record.pop(key)
     if isinstance(value, list) and key != "question":
         return Prompt(str(name), "", record, _messages(source, key, value))
     if not isinstance(value, str) or not value or key == "messages":
         kinds = {"prompt": "a non-empty text or a list of messages", "messages": "a list of messages"}
-        raise ValueError(f'{source}: "{key}" is {value!r}; give {kinds.get(key, "a non-empty text")}')
+        raise ValueError(f'{source}: "{key}" is {value!r}; expected {kinds.get(key, "a non-empty text")}')
     return Prompt(str(name), value, _split_gsm8k_answer(source, record) if key == "question" else record)
 
 
@@ -241,8 +251,8 @@ def _split_gsm8k_answer(source: str, columns: dict[str, Any]) -> dict[str, Any]:
     gold = worked.rpartition("####")[2].strip() if isinstance(worked, str) and "####" in worked else ""
     if not gold:
         raise ValueError(
-            f'{source}: "answer" is {worked!r}, which does not end in "#### 72" as the answers of GSM8K do; '
-            'write "prompt" for "question" to use the answer as it is'
+            f'{source}: "answer" is {worked!r}; expected an end such as "#### 72", as the answers of GSM8K have. '
+            'Write "prompt" for "question" to use the answer as it is'
         )
     return {"solution": worked, **columns, "answer": re.sub(r"(?<=\d),(?=\d{3})", "", gold)}
 
@@ -251,12 +261,13 @@ def _messages(source: str, key: str, values: list[Any]) -> tuple[Message, ...]:
     for i, value in enumerate(values):
         if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
             raise ValueError(
-                f'{source}: message {i} of "{key}" is {value!r}; give {{"role": "user", "content": "..."}}, both texts'
+                f'{source}: message {i} of "{key}" is {value!r}; expected {{"role": "user", "content": "..."}}, '
+                "both texts"
             )
     if not values or values[-1]["role"] == "assistant":
         raise ValueError(
-            f'{source}: "{key}" {"ends with the assistant" if values else "is empty"}; end it with the message that '
-            "the policy is to answer"
+            f'{source}: "{key}" {"ends with the assistant" if values else "is empty"}; expected a last message '
+            "that the policy is to answer"
         )
     # In a parquet file every message has the fields of all messages, None where it had none; templates test presence.
     return tuple({key: item for key, item in value.items() if item is not None} for value in values)
@@ -268,9 +279,12 @@ def _message(role: str, content: str) -> Message:
 
 def _with_system(prompt: Prompt, system: str) -> Prompt:
     if prompt.messages is None:
-        raise ValueError(f"system is {system!r}, but prompt {prompt.id!r} is a plain text; set chat: true")
+        raise ValueError(
+            f"system is {system!r} and prompt {prompt.id!r} a plain text; expected a conversation. Set chat: true"
+        )
     if prompt.messages[0]["role"] == "system":
         raise ValueError(
-            f"system is {system!r}, but prompt {prompt.id!r} begins with a system message of its own; remove one"
+            f"system is {system!r} and prompt {prompt.id!r} begins with a system message of its own; expected one "
+            "system message. Remove the other"
         )
     return replace(prompt, messages=(_message("system", system), *prompt.messages))

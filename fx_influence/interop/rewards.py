@@ -89,7 +89,9 @@ def math_verify(
         raise ImportError("the reward math_verify needs math-verify: pip install 'fx-influence[math]'") from error
     if answer is None and solution is None:
         names = sorted(set(columns) - set(RESERVED))
-        raise ValueError(f'reward math_verify needs a column "answer" or "solution", not {names}; add one')
+        raise ValueError(
+            f'the columns of reward math_verify are {names}; expected "answer" or "solution" among them. Add one'
+        )
     limit = TIMEOUT if threading.current_thread() is threading.main_thread() else None
     absent = [None] * len(completions)
     rows = zip(absent if answer is None else answer, absent if solution is None else solution, strict=True)

@@ -112,17 +112,18 @@ def tokenize_prompts(
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
-            f"tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; use the tokenizer of this "
-            "checkpoint, or resize_token_embeddings"
+            f"tokenizer has {len(tokenizer)} tokens; expected at most {rows}, the rows of the model's embedding. "
+            "Use the tokenizer of this checkpoint, or resize_token_embeddings"
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for prompt, text, ids in zip(prompts, texts, prompt_ids, strict=True):
         if not ids:
-            raise ValueError(f"prompt {prompt.id!r} ({text[:80]!r}) has no tokens; give a text that has some")
+            raise ValueError(f"prompt {prompt.id!r} ({text[:80]!r}) has no tokens; expected at least one")
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that passes the "
-                f"model's {limit} positions; shorten the prompt or lower max_new_tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens; expected at most {limit - max_new_tokens}, since the "
+                f"model has {limit} positions and max_new_tokens is {max_new_tokens}. Shorten the prompt or lower "
+                "max_new_tokens"
             )
     return prompt_ids
 
@@ -153,8 +154,8 @@ def with_rewards(
     for rollout in rollouts:
         if rollout.prompt_id not in by_id:
             raise ValueError(
-                f"prompt_id of rollout {rollout.id!r} is {rollout.prompt_id!r}, not the id of a prompt; pass the "
-                "prompts that it was sampled from"
+                f"prompt_id of rollout {rollout.id!r} is {rollout.prompt_id!r}; expected the id of a prompt. Pass "
+                "the prompts that it was sampled from"
             )
     prompt_of_rollout = [by_id[r.prompt_id] for r in rollouts]
     names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
@@ -211,7 +212,9 @@ def sample_rewarded(
         RewardError: if the reward function raises.
     """
     if resample_zero_advantage < 0:
-        raise ValueError(f"resample_zero_advantage is {resample_zero_advantage}; give a number of rounds, 0 or more")
+        raise ValueError(
+            f"resample_zero_advantage is {resample_zero_advantage}; expected a number of rounds, 0 or more"
+        )
     draw = partial(
         sample,
         model,
@@ -289,12 +292,12 @@ def _check_counts(
     prompts: Sequence[Prompt], completions_per_prompt: int, max_new_tokens: int, temperature: float, batch_size: int
 ) -> None:
     if not prompts:
-        raise ValueError("prompts is empty; give at least one prompt")
+        raise ValueError("prompts is empty; expected at least one prompt")
     ids = [prompt.id for prompt in prompts]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(
-            f"prompts hold id {twice!r} more than once; ids must be unique, since rollouts are named by them"
+            f"prompts hold id {twice!r} more than once; expected unique ids, since rollouts are named by them"
         )
     counts = {
         "completions_per_prompt": completions_per_prompt,
@@ -303,6 +306,6 @@ def _check_counts(
     }
     for name, value in counts.items():
         if value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
+            raise ValueError(f"{name} is {value}; expected at least 1")
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; give a positive number (1.0 samples the policy as it is)")
+        raise ValueError(f"temperature is {temperature}; expected a positive number (1.0 samples the policy as it is)")

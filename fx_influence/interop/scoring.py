@@ -32,22 +32,25 @@ def resolve_reward(spec: str) -> Reward:
     """
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
-        raise ValueError(f"reward is {spec!r}; write it as 'module:function', such as 'my_rewards:exact'")
+        raise ValueError(f"reward is {spec!r}; expected 'module:function', such as 'my_rewards:exact'")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(
-            f"reward is {spec!r}, but module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
-            "install it, or run from the folder that holds it"
+            f"reward is {spec!r} and module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
+            "expected one that can. Install it, or run from the folder that holds it"
         ) from error
     target: Any = module
     for name in attribute.split("."):
         if not hasattr(target, name):
-            raise ValueError(f"reward is {spec!r}, but {module_name!r} has no {attribute!r}; check the function's name")
+            raise ValueError(
+                f"reward is {spec!r} and {module_name!r} has no {attribute!r}; expected a function of that name. "
+                "Check it"
+            )
         target = getattr(target, name)
     reward: Reward | None = target if callable(target) else None
     if reward is None:
-        raise ValueError(f"reward is {spec!r}, which is {type(target).__name__}, not a function; name a function")
+        raise ValueError(f"reward is {spec!r}, of type {type(target).__name__}; expected a function")
     return reward
 
 
@@ -75,8 +78,8 @@ def check_reward(reward: Reward, columns: Collection[str]) -> None:
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(
-            f"reward {_name(reward)} cannot be called with columns {sorted(columns)}: {error}; give the prompts the "
-            "fields that it names, and let it take **columns"
+            f"reward {_name(reward)} cannot be called with columns {sorted(columns)}: {error}; expected columns "
+            "that it takes. Give the prompts the fields that it names, and let it take **columns"
         ) from error
     if reward is math_verify:
         math_verify(**arguments)
@@ -170,7 +173,7 @@ def score(
         ) from error
     if not hasattr(values, "__len__") or len(values) != len(completions):
         got = f"{len(values)} values" if hasattr(values, "__len__") else type(values).__name__
-        raise ValueError(f"reward {name} returned {got} for {len(completions)} completions; return one number for each")
+        raise ValueError(f"reward {name} returned {got}; expected {len(completions)} numbers, one for each completion")
     return [None if value is None else _number(value, name, i, completions[i]) for i, value in enumerate(values)]
 
 
@@ -184,13 +187,15 @@ def _arguments(
     """Return the keyword arguments of the call, each a list of one length."""
     for key in RESERVED:
         if key in columns:
-            raise ValueError(f"columns holds {key!r}, an argument of every reward function; rename that field")
+            raise ValueError(
+                f"columns holds {key!r}, an argument of every reward function; expected other names. Rename that field"
+            )
     arguments = {"prompts": prompts, "completions": completions, **columns}
     if completion_ids is not None and _takes(reward, "completion_ids"):
         arguments["completion_ids"] = completion_ids
     for key, value in arguments.items():
         if len(value) != len(completions):
-            raise ValueError(f"{key} has {len(value)} values for {len(completions)} completions; give one for each")
+            raise ValueError(f"{key} has {len(value)} values; expected {len(completions)}, one for each completion")
     return {key: list(value) for key, value in arguments.items()}
 
 
@@ -215,8 +220,8 @@ def _number(value: Any, name: str, index: int, completion: TextOrMessages) -> fl
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"reward {name} returned {value!r} for completion {index} ({completion_text(completion)[:80]!r}); return a "
-            "finite number, or None where it does not apply"
+            f"reward {name} returned {value!r} for completion {index} ({completion_text(completion)[:80]!r}); "
+            "expected a finite number, or None where it does not apply"
         )
     return number
 

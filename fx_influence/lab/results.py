@@ -159,7 +159,8 @@ def _pandas() -> Any:
 def _evaluation(directory: RunDirectory, index: int, n_u: int) -> EvaluationResults:
     arrays, matrix = directory.read_arrays(eval_file(index, ".npz")), eval_file(index, "_delta_matrix.npy")
     if len(arrays["per_sequence"]) != n_u:
-        raise ValueError(f"{SEQUENCES} has {n_u} records for {len(arrays['per_sequence'])} rollouts of U")
+        rollouts = len(arrays["per_sequence"])
+        raise ValueError(f"{SEQUENCES} has {n_u} records; expected {rollouts}, one for each rollout of U")
     return EvaluationResults(
         arrays=arrays,
         matrix=directory.read_array(matrix) if directory.was_stored(matrix) else None,

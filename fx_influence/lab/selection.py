@@ -76,12 +76,13 @@ def select(
     for field, out in (("influence_entropy", influence_entropy), ("influence_reward", influence_reward)):
         if not isinstance(out, Influence):
             raise wrong_type(field, out, "an Influence", "Pass what fx.influence(...) returns")
-    check_number("floor", floor, "pass nats per unit lr, such as -x / lr for a fall of x", lambda x: not math.isnan(x))
+    remedy = "pass -x / lr for a fall of x"
+    check_number("floor", floor, remedy, lambda x: not math.isnan(x), "nats per unit lr")
     deltas, rewards = (_influences(out, per_token) for out in (influence_entropy, influence_reward))
     if deltas.shape != rewards.shape:
         raise ValueError(
-            f"influence_entropy is of {tuple(deltas.shape)}, influence_reward of {tuple(rewards.shape)}; pass two "
-            "objectives of the same step on the same batch_u"
+            f"influence_reward has shape {tuple(rewards.shape)}; expected that of influence_entropy, "
+            f"{tuple(deltas.shape)}. Pass two objectives of the same step on the same batch_u"
         )
     weights = _weights(deltas.flatten(), rewards.flatten(), floor - float(influence_entropy.baseline))
     w = torch.from_numpy(weights).to(deltas.device).reshape(deltas.shape)
@@ -101,7 +102,8 @@ def _influences(out: Influence, per_token: bool) -> Tensor:
     values = out.per_token if per_token else out.per_sequence
     if values is None:
         raise ValueError(
-            "per_token is True but the influences hold no tokens; make them with influence(per_token=True)"
+            "per_token is True and the influences hold no tokens; expected influences of tokens. Make them with "
+            "influence(per_token=True)"
         )
     return values.double()
 

@@ -61,15 +61,20 @@ class RunDirectory(RunFiles):
             with raise_if_damaged(path):
                 stored = self.read_yaml(PLAN)
             if not _is_plan(stored, plan) and not self._only_failed():
-                raise RunDirectoryError(f"{str(path)!r} holds a run of another plan; choose another --out or remove it")
+                raise RunDirectoryError(
+                    f"{str(path)!r} holds a run of another plan; expected one of this plan, or nothing. Choose "
+                    "another --out or remove it"
+                )
         elif path.exists() and not (path.is_dir() and _only_begun({file.name for file in path.iterdir()})):
-            raise RunDirectoryError(f"{str(path)!r} exists and is not a run directory; choose another --out")
+            raise RunDirectoryError(
+                f"{str(path)!r} exists and is not a run directory; expected one, or nothing. Choose another --out"
+            )
         if not self.has(SUMMARY):
             existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
             if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
                 raise RunDirectoryError(
-                    f"{str(path)!r} cannot be written: {str(existing)!r} is no directory that you may write to; choose "
-                    "another --out"
+                    f"{str(path)!r} cannot be written: expected a directory that you may write to, not "
+                    f"{str(existing)!r}. Choose another --out"
                 )
 
     def note_failure(self, error: Exception) -> None:
@@ -121,8 +126,8 @@ class RunDirectory(RunFiles):
         for name in sorted({*before, *inputs}):
             if before.get(name) != inputs.get(name):
                 raise RunDirectoryError(
-                    f"{name} is no longer the file that the run in {str(self.path)!r} began with; put it back, or "
-                    "choose another --out"
+                    f"{name} has changed since the run in {str(self.path)!r} began; expected the file that it "
+                    "began with. Put it back, or choose another --out"
                 )
 
     @classmethod
@@ -140,8 +145,8 @@ class RunDirectory(RunFiles):
         for name in (PLAN, ENVIRONMENT, SUMMARY, UPDATE_ROLLOUTS, *names):
             if not directory.has(name):
                 raise RunDirectoryError(
-                    f"{str(path)!r} has no {name}, so it is no finished run of that kind; finish it with the command "
-                    "that began it, or check the path"
+                    f"{str(path)!r} has no {name}; expected a finished run of that kind. Finish it with the "
+                    "command that began it, or check the path"
                 )
         return directory
 

@@ -74,7 +74,7 @@ def test_a_run_that_is_refused_ends_the_driver_without_figures(tmp_path: Path, c
     (tmp_path / "out" / "entropy_influence").mkdir(parents=True)
     (tmp_path / "out" / "entropy_influence" / "thesis.tex").write_text("precious")
     assert driver.main(given) == 1
-    assert "is not a run directory; choose another --out" in capfd.readouterr().err
+    assert "is not a run directory; expected one, or nothing. Choose another --out" in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
     assert not (tmp_path / "out" / "fisher_kernel").exists()
 

@@ -106,51 +106,51 @@ def drop_prompt(batch: Batch) -> Batch:
 BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
     "ids of one row": (
         lambda b: b._replace(input_ids=b.input_ids[0]),
-        r"{batch}\.input_ids is torch.int64 of shape \(7,\); pass int64 \(B, T\)",
+        r"{batch}\.input_ids is torch.int64 of shape \(7,\); expected int64 \(B, T\)",
     ),
     "int32 ids": (
         lambda b: b._replace(input_ids=b.input_ids.int()),
-        r"{batch}\.input_ids is torch.int32 of shape \(4, 7\); pass int64 \(B, T\)",
+        r"{batch}\.input_ids is torch.int32 of shape \(4, 7\); expected int64 \(B, T\)",
     ),
     "attention mask of numbers": (
         lambda b: b._replace(attention_mask=b.attention_mask.long()),
-        r"{batch}\.attention_mask is torch.int64 of shape \(4, 7\); pass bool of the shape of input_ids, \(4, 7\)",
+        r"{batch}\.attention_mask is torch.int64 of shape \(4, 7\); expected bool of the shape of input_ids, \(4, 7\)",
     ),
     "completion mask of numbers": (
         lambda b: b._replace(completion_mask=b.completion_mask.float()),
-        r"{batch}\.completion_mask is torch.float32 of shape \(4, 7\); pass bool",
+        r"{batch}\.completion_mask is torch.float32 of shape \(4, 7\); expected bool",
     ),
     "attention mask of fewer columns": (
         lambda b: b._replace(attention_mask=b.attention_mask[:, :-1]),
-        r"{batch}\.attention_mask is torch.bool of shape \(4, 6\); pass bool of the shape of input_ids, \(4, 7\)",
+        r"{batch}\.attention_mask is torch.bool of shape \(4, 6\); expected bool of the shape of input_ids, \(4, 7\)",
     ),
     "completion mask of more rows": (
         lambda b: b._replace(completion_mask=torch.cat([b.completion_mask] * 2)),
-        r"{batch}\.completion_mask is torch.bool of shape \(8, 7\); pass bool of the shape",
+        r"{batch}\.completion_mask is torch.bool of shape \(8, 7\); expected bool of the shape",
     ),
     "group of fewer rows": (
         lambda b: b._replace(group=b.group[:3]),
-        r"{batch}\.group has shape \(3,\); pass \(4,\), one prompt a row",
+        r"{batch}\.group has shape \(3,\); expected \(4,\), one prompt a row",
     ),
     "no row": (
         lambda b: fx.Batch._make(None if field is None else field[:0] for field in b),
-        r"{batch}\.input_ids is of shape \(0, 7\); pass at least one rollout",
+        r"{batch}\.input_ids is of shape \(0, 7\); expected at least one rollout",
     ),
     "first column completed": (
         with_entry("completion_mask", (2, 0), True),
-        r"{batch}\.completion_mask\[2, 0\] is True; .*prepend the prompt",
+        r"{batch}\.completion_mask\[2, 0\] is True; expected False.* Prepend the prompt",
     ),
     "hidden token before a completion token": (
         drop_prompt,
-        r"{batch}\.attention_mask\[1, \d\] is False but the token after it .*make the mask from lengths",
+        r"{batch}\.attention_mask\[1, \d\] is False; expected True.* Make the mask from lengths",
     ),
     "id past the vocabulary": (
         with_entry("input_ids", (3, 2), VOCAB),
-        r"{batch}\.input_ids has values from 0 to 5 but .* 5 entries; tokenize with the model's own tokenizer",
+        r"{batch}\.input_ids has values from 0 to 5; expected .* 5, .*Tokenize with the model's own tokenizer",
     ),
     "negative id": (
         with_entry("input_ids", (3, 2), -100),
-        r"{batch}\.input_ids has values from -100 to 4 but .* 5 entries; tokenize",
+        r"{batch}\.input_ids has values from -100 to 4; expected at least 0.* Tokenize",
     ),
 }
 
@@ -168,9 +168,7 @@ def test_check_batch_rejects_unscorable_batch(call: Call, case: str) -> None:
 
 @pytest.mark.parametrize("call", [influence, snis, jvp])
 def test_check_batch_rejects_eval_batch_without_completion(call: Call) -> None:
-    message = (
-        r"batch_e\.completion_mask has no True at all; a batch needs at least one completion token, since the entropy"
-    )
+    message = r"batch_e\.completion_mask has no True at all; expected at least one completion token, since the entropy"
     assert_rejected(call, message, batch_e=with_fields(completion_mask=torch.zeros(N, WIDTH, dtype=torch.bool)))
 
 
@@ -179,23 +177,23 @@ def test_check_batch_rejects_eval_batch_without_completion(call: Call) -> None:
     [
         (
             with_fields(coefficients=None, entropy_coefficients=None),
-            r"batch_u\.coefficients is None; fill it with fx\.coefficients\(\.\.\.\)",
+            r"batch_u\.coefficients is None; expected .*Fill it with fx\.coefficients\(\.\.\.\)",
         ),
         (
             with_entry("coefficients", (2, 3), math.nan),
-            r"batch_u\.coefficients is not finite in row 2 \(1 such rows\); drop or repair those rollouts",
+            r"batch_u\.coefficients is not finite in row 2 \(1 such rows\); expected finite values. Drop",
         ),
         (
             with_entry("entropy_coefficients", (slice(1, 3), 3), math.inf),
-            r"batch_u\.entropy_coefficients is not finite in row 1 \(2 such rows\); drop or repair",
+            r"batch_u\.entropy_coefficients is not finite in row 1 \(2 such rows\); expected finite values",
         ),
         (
             with_fields(coefficients=torch.ones(N)),
-            r"batch_u\.coefficients is torch.float32 of shape \(4,\); pass float \(4, 7\)",
+            r"batch_u\.coefficients is torch.float32 of shape \(4,\); expected float \(4, 7\)",
         ),
         (
             with_fields(coefficients=torch.ones(N, WIDTH, dtype=torch.long)),
-            r"batch_u\.coefficients is torch.int64 of shape \(4, 7\); pass float \(4, 7\)",
+            r"batch_u\.coefficients is torch.int64 of shape \(4, 7\); expected float \(4, 7\)",
         ),
     ],
     ids=["none", "nan", "infinity", "shape", "dtype"],
@@ -208,11 +206,15 @@ def test_check_coefficients_rejects_unusable_values(change: Callable[[Batch], Ba
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("temperature", 0.0, r"temperature is 0\.0; pass the positive one that the rollouts were sampled at"),
-        ("temperature", -1.0, r"temperature is -1\.0; pass the positive one"),
-        ("temperature", math.nan, r"temperature is nan; pass the positive one"),
-        ("chunk_size", 0, r"chunk_size is 0; pass at least 1, or None to choose by size"),
-        ("chunk_size", -3, r"chunk_size is -3; pass at least 1"),
+        (
+            "temperature",
+            0.0,
+            r"temperature is 0\.0; expected a positive number. Pass the one that the rollouts were sampled at",
+        ),
+        ("temperature", -1.0, r"temperature is -1\.0; expected a positive number"),
+        ("temperature", math.nan, r"temperature is nan; expected a positive number"),
+        ("chunk_size", 0, r"chunk_size is 0; expected at least 1. Pass None to choose by size"),
+        ("chunk_size", -3, r"chunk_size is -3; expected at least 1"),
     ],
 )
 def test_check_options_rejects_nonpositive_number(call: Call, option: str, value: float, message: str) -> None:
@@ -223,8 +225,8 @@ def test_check_options_rejects_nonpositive_number(call: Call, option: str, value
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("estimator", r"estimator is 'snis'; use one of per_decision, sequence"),
-        ("normalize", r"normalize is 'snis'; use one of token, sequence"),
+        ("estimator", r"estimator is 'snis'; expected one of per_decision, sequence"),
+        ("normalize", r"normalize is 'snis'; expected one of token, sequence"),
     ],
 )
 def test_check_estimator_rejects_unknown_name(call: Call, option: str, message: str) -> None:
@@ -247,7 +249,7 @@ def other_names(state: fx.AdamWState) -> fx.AdamWState:
     [
         (
             other_names,
-            r"opt_state\.exp_avg\['model\.token\.weight'\] is not among the \d+ trainable parameters; "
+            r"opt_state\.exp_avg\['model\.token\.weight'\] is unknown; expected names of the \d+ trainable parameters; "
             r".*another model's: make it with adamw_state\(optimizer, model\)",
         ),
         (
@@ -285,10 +287,13 @@ def test_check_adamw_inputs_rejects_state_of_other_model(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preconditioner": "loo"}, r"preconditioner is 'loo'; use one of frozen, jacobian, rmsprop, lifetime"),
-        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; pass a positive number, or None where nothing is clipped"),
-        ({"max_grad_norm": math.nan}, r"max_grad_norm is nan; pass a positive number"),
-        ({"grad": {"lm_head": torch.ones(1)}}, r"grads\['lm_head'\] is not among the \d+ trainable parameters"),
+        ({"preconditioner": "loo"}, r"preconditioner is 'loo'; expected one of frozen, jacobian, rmsprop, lifetime"),
+        (
+            {"max_grad_norm": 0.0},
+            r"max_grad_norm is 0\.0; expected a positive number. Pass the trainer's, or None where nothing is clipped",
+        ),
+        ({"max_grad_norm": math.nan}, r"max_grad_norm is nan; expected a positive number"),
+        ({"grad": {"lm_head": torch.ones(1)}}, r"grads\['lm_head'\] is unknown the \d+ trainable parameters"),
         ({"grad": {"head.bias": torch.ones(1)}}, r"grads\['head\.bias'\] has shape \(1,\).* the parameter \(5,\)"),
     ],
     ids=["preconditioner", "norm 0", "norm nan", "grad name", "grad shape"],
@@ -305,19 +310,23 @@ def test_influence_names_nonfinite_gradient() -> None:
 
 @pytest.mark.parametrize("call", [snis, jvp])
 def test_check_names_rejects_direction_of_other_model(call: Call) -> None:
-    message = r"direction\['lm_head'\] is not among the \d+ trainable parameters; pass a direction made from"
+    message = r"direction\['lm_head'\] is unknown; expected names of the \d+ trainable parameters.* Pass a direction"
     assert_rejected(call, message, direction={"lm_head": torch.ones(1)})
-    message = r"direction\['head\.bias'\] has shape \(1,\).* the parameter \(5,\); pass a direction made from"
+    message = (
+        r"direction\['head\.bias'\] has shape \(1,\); expected the parameter's, \(5,\). Pass a direction made from"
+    )
     assert_rejected(call, message, direction={"head.bias": torch.ones(1)})
 
 
 def test_fisher_kernel_rejects_bad_preconditioner() -> None:
-    assert_rejected(fisher, r"preconditioner is 'kfac'; use 'adam', 'identity' or a dictionary", preconditioner="kfac")
-    assert_rejected(fisher, r"preconditioner\['lm_head'\] is not among", preconditioner={"lm_head": torch.ones(1)})
-    assert_rejected(fisher, r"opt_state is None; preconditioner 'adam' needs it: pass adamw_state", opt_state=None)
+    assert_rejected(
+        fisher, r"preconditioner is 'kfac'; expected 'adam', 'identity' or a dictionary", preconditioner="kfac"
+    )
+    assert_rejected(fisher, r"preconditioner\['lm_head'\] is unknown", preconditioner={"lm_head": torch.ones(1)})
+    assert_rejected(fisher, r"opt_state is None; expected an AdamWState.* Pass fx.adamw_state", opt_state=None)
     assert_rejected(
         fisher,
-        r"opt_state\.step\['token\.weight'\] is 0, so there is no second moment .*give batch_b coefficients",
+        r"opt_state\.step\['token\.weight'\] is 0; expected at least one update.* Give batch_b coefficients",
         batch_u=with_fields(coefficients=None, entropy_coefficients=None),
         opt_state=lambda s: s._replace(step=dict.fromkeys(s.step, 0)),
     )
@@ -326,9 +335,7 @@ def test_fisher_kernel_rejects_bad_preconditioner() -> None:
 def test_check_batch_rejects_other_device() -> None:
     arguments = valid_arguments()
     other_device = arguments["batch_e"]._replace(input_ids=arguments["batch_e"].input_ids.to("meta"))
-    assert_rejected(
-        jvp, r"batch_e\.input_ids is on meta and the parameters on cpu; move one of them", batch_e=other_device
-    )
+    assert_rejected(jvp, r"batch_e\.input_ids is on meta; expected cpu.* Move one of them", batch_e=other_device)
 
 
 def test_check_batch_rejects_negative_ids_without_vocab_size() -> None:

@@ -109,14 +109,12 @@ def test_check_is_batch_rejects_other_types(
 @pytest.mark.parametrize("name", ["attention_mask", "completion_mask"])
 def test_check_fields_names_cast_of_integer_mask(call: Call, name: str) -> None:
     field = {Arguments.fisher: "batch_a", Arguments.values: "batch"}.get(call, "batch_e")
-    message = (
-        rf"{field}\.{name} is torch\.int64 of shape \(4, 7\); pass bool of the shape of input_ids, .*: mask\.bool\(\)"
-    )
+    message = rf"{field}\.{name} is torch\.int64 of shape \(4, 7\); expected bool of .*Pass mask\.bool\(\)"
     assert_rejected(call, message, ValueError, **{field: lambda g: g.e._replace(**{name: getattr(g.e, name).long()})})
 
 
 def test_check_fields_rejects_float_ids() -> None:
-    message = r"batch\.input_ids is torch\.float32 of shape \(4, 7\); pass int64 \(B, T\), a row for each rollout"
+    message = r"batch\.input_ids is torch\.float32 of shape \(4, 7\); expected int64 \(B, T\), a row for each rollout"
     assert_rejected(
         Arguments.values, message, ValueError, batch=lambda g: g.e._replace(input_ids=g.e.input_ids.float())
     )
@@ -128,16 +126,21 @@ def test_influence_names_swapped_batches() -> None:
 
 
 NUMBERS: list[tuple[str, Any, type[Exception], str]] = [
-    ("temperature", None, TypeError, r"temperature is None; expected a number\. Pass the positive one"),
+    ("temperature", None, TypeError, r"temperature is None; expected a number\. Pass the one"),
     ("temperature", "1", TypeError, r"temperature is of type str; expected a number"),
     ("temperature", torch.tensor(1.0), TypeError, r"temperature is of type Tensor; .* by \.item\(\)"),
     ("temperature", True, TypeError, r"temperature is of type bool; expected a number"),
-    ("temperature", math.inf, ValueError, r"temperature is inf; pass the positive one"),
+    ("temperature", math.inf, ValueError, r"temperature is inf; expected a positive number"),
     ("chunk_size", 2.0, TypeError, r"chunk_size is of type float; expected an integer\. .*None to choose by size"),
-    ("memory_budget", -1, ValueError, r"memory_budget is -1; pass a number of bytes"),
+    ("memory_budget", -1, ValueError, r"memory_budget is -1; expected at least 0"),
     ("memory_budget", 1e9, TypeError, r"memory_budget is of type float; expected an integer\. Pass a number of bytes"),
     ("max_grad_norm", "1.0", TypeError, r"max_grad_norm is of type str; .* None where nothing is clipped"),
-    ("max_grad_norm", -1.0, ValueError, r"max_grad_norm is -1\.0; pass a positive number, or None"),
+    (
+        "max_grad_norm",
+        -1.0,
+        ValueError,
+        r"max_grad_norm is -1\.0; expected a positive number. Pass the trainer's, or None",
+    ),
     ("mesh", "cpu", TypeError, r"mesh is of type str; expected a DeviceMesh"),
 ]
 
@@ -169,7 +172,7 @@ def test_check_number_accepts_numpy_scalars(value: Any) -> None:
             Arguments.influence,
             "preconditioner",
             "frozn",
-            r"preconditioner is 'frozn'; use one of frozen, .* \(the nearest is 'frozen'\)",
+            r"preconditioner is 'frozn'; expected one of frozen, .* \(the nearest is 'frozen'\)",
         ),
         (
             Arguments.influence,
@@ -181,17 +184,22 @@ def test_check_number_accepts_numpy_scalars(value: Any) -> None:
             Arguments.jvp,
             "objective",
             fx.Entropy(normalize="tokens"),  # type: ignore[arg-type]
-            r"normalize is 'tokens'; use one of token, sequence \(the nearest is 'tok",
+            r"normalize is 'tokens'; expected one of token, sequence \(the nearest is 'tok",
         ),
         (
             Arguments.decompose,
             "preconditioner",
             None,
-            r"preconditioner is None; use one of frozen, jacobian, rmsprop, lifetime$",
+            r"preconditioner is None; expected one of frozen, jacobian, rmsprop, lifetime$",
         ),
-        (Arguments.snis, "clip", -1.0, r"clip is -1\.0; pass a cumulative log-weight of at least 0, or None"),
-        (Arguments.snis, "eta", math.nan, r"eta is nan; pass a finite number"),
-        (Arguments.influence, "tolerance", math.nan, r"tolerance is nan; pass a relative residual"),
+        (Arguments.snis, "clip", -1.0, r"clip is -1\.0; expected a cumulative log-weight of at least 0. Pass None"),
+        (Arguments.snis, "eta", math.nan, r"eta is nan; expected a finite number"),
+        (
+            Arguments.influence,
+            "tolerance",
+            math.nan,
+            r"tolerance is nan; expected a number in its range. Pass a relative residual",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).partition(";")[0],
 )

@@ -33,7 +33,7 @@ def test_check_policy_rejects_params_of_other_model(call: Call) -> None:
     extended = {f"model.{name}": p for name, p in other.items()}
     assert_rejected(
         call,
-        r"params\['model\.token\.weight'\] is not among .*the nearest is 'token\.weight'",
+        r"params\['model\.token\.weight'\] is unknown; .*the nearest is 'token\.weight'",
         ValueError,
         params=lambda g: extended,
     )

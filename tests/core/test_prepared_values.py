@@ -115,7 +115,7 @@ def test_entropy_estimate_rejects_other_types() -> None:
     values = arguments.values()
     with pytest.raises(TypeError, match=r"values is of type Tensor; expected TokenValues\. Pass fx\.token_values"):
         fx.entropy_estimate(values.entropies, arguments.e)
-    with pytest.raises(ValueError, match=r"normalize is 'batch'; use one of token, sequence"):
+    with pytest.raises(ValueError, match=r"normalize is 'batch'; expected one of token, sequence"):
         fx.entropy_estimate(values, arguments.e, "batch")  # type: ignore[arg-type]
 
 

@@ -104,7 +104,7 @@ def test_data_parallel_engine_takes_empty_ranks_on_any_mesh(ranks: int, shape: t
         ("parameters", r"ValueError: the checksum of params is '\w+' on rank 0 and '\w+' on rank 1"),
         ("steps", r"ValueError: opt_state.step"),
         ("shapes", r"ValueError: on rank 1: batch_e.completion_mask is torch.bool of shape"),
-        ("fields", r"ValueError: batch_e.group is \[torch.int64, None\] by rank; pass the same"),
+        ("fields", r"ValueError: batch_e.group is \[torch.int64, None\] by rank; expected the same"),
         ("direction", r"ValueError: the layout of direction\['(absent|head.bias)'\] is .*None.* on rank"),
         ("nothing", "no error"),
     ],
@@ -142,5 +142,5 @@ def test_fsdp_engine_matches_one_process(ranks: int, tmp_path: Path) -> None:
         messages = result["refusals"]
         assert messages["matrix"].startswith("matrix=True needs the gradient of every row")
         assert messages["kernel"].startswith("fisher_kernel needs the gradient of every row")
-        assert "opt_state.exp_avg['idle'] is a plain tensor, the parameter a DTensor" in messages["state"]
+        assert "opt_state.exp_avg['idle'] is a plain tensor; expected a DTensor" in messages["state"]
         assert messages["mesh"].startswith("mesh is ")

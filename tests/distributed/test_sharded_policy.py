@@ -150,11 +150,14 @@ def test_linearize_is_none_for_a_sharded_policy(traffic: dict[str, Any]) -> None
         ),
         ("sharded twice", r"'blocks.0.up.weight' is a DTensor with \(_StridedShard.*tensor parallelism"),
         ("no root", r"'idle' is a plain tensor among DTensors.*layers first and then the model itself"),
-        ("gathered", r"'idle' is a plain tensor among DTensors: gathered by its last forward, for which call reshard"),
+        (
+            "gathered",
+            r"'idle' is a plain tensor among DTensors; expected a DTensor. Its last forward gathered it (call reshard",
+        ),
         ("compiled", r"compiled is True for a sharded model; expected False"),
-        ("vmapped", r"does not support torch.func transforms.*matrix=False"),
+        ("vmapped", r"need transforms of torch.func. Pass matrix=False"),
         ("not finite", r"grads\['norm.weight'\] is not finite"),
-        ("plain state", r"opt_state.exp_avg\['idle'\] is a plain tensor, the parameter a DTensor"),
+        ("plain state", r"opt_state.exp_avg\['idle'\] is a plain tensor; expected a DTensor"),
         ("partial", r"a tensor of shape \(2,\) is \(Partial\(sum\),\); expected no partial. Sum it"),
     ],
 )

@@ -92,7 +92,9 @@ def test_adamw_state_refuses_state_of_another_model() -> None:
 def test_adamw_state_names_both_shapes_when_they_differ() -> None:
     model, optimizer = make_stepped()
     optimizer.state[model[1].weight]["exp_avg_sq"] = torch.zeros(4, 2)
-    with pytest.raises(ValueError, match=r"exp_avg_sq of 1\.weight has shape \(4, 2\), the parameter \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg_sq of 1\.weight has shape \(4, 2\); expected the parameter's, \(2, 4\)"
+    ):
         adamw_state(optimizer, model)
 
 

@@ -111,13 +111,17 @@ def test_as_conversations_adds_user_and_system_messages() -> None:
 @pytest.mark.parametrize(
     ("prompts", "system", "message"),
     [
-        ([Prompt("a", "1+1?")], "Be brief.", "system is 'Be brief.', but prompt 'a' is a plain text; set chat: true"),
+        (
+            [Prompt("a", "1+1?")],
+            "Be brief.",
+            "system is 'Be brief.' and prompt 'a' a plain text; expected a conversation. Set chat: true",
+        ),
         (
             [Prompt("a", "", {}, ({"role": "system", "content": "s"}, *ASKED))],
             "Be brief.",
-            "prompt 'a' begins with a system message of its own; remove one",
+            "prompt 'a' begins with a system message of its own; expected one",
         ),
-        ([Prompt("a", "1+1?"), Prompt("b", "", {}, (*ASKED,))], None, "'b' and prompt 'a' .* set chat: true"),
+        ([Prompt("a", "1+1?"), Prompt("b", "", {}, (*ASKED,))], None, "'b' and prompt 'a' .* Set chat: true"),
     ],
 )
 def test_as_conversations_names_invalid_prompt(prompts: list[Prompt], system: str | None, message: str) -> None:
@@ -140,22 +144,22 @@ def test_as_conversations_names_invalid_prompt(prompts: list[Prompt], system: st
             b'{"text": "a", "answer": 1}',
             r"line 1 has no \"prompt\", \"messages\" or \"question\" .it has \['answer', 'text'\]",
         ),
-        ("p.jsonl", b'{"question": "a", "answer": 1}', 'line 1: "answer" is 1, which does not .*; write "prompt" for'),
-        ("p.jsonl", b'{"question": "a", "answer": "72"}', "line 1: \"answer\" is '72', which does not end in"),
-        ("p.jsonl", b'{"question": "a", "answer": "72 ####"}', "line 1: \"answer\" is '72 ####', which does not end"),
+        ("p.jsonl", b'{"question": "a", "answer": 1}', 'line 1: "answer" is 1; expected .*Write "prompt" for'),
+        ("p.jsonl", b'{"question": "a", "answer": "72"}', "line 1: \"answer\" is '72'; expected an end"),
+        ("p.jsonl", b'{"question": "a", "answer": "72 ####"}', "line 1: \"answer\" is '72 ####'; expected an end"),
         (
             "p.jsonl",
             b'{"question": ["a"], "answer": "#### 1"}',
-            r"line 1: \"question\" is \['a'\]; give a non-empty text",
+            r"line 1: \"question\" is \['a'\]; expected a non-empty text",
         ),
-        ("p.jsonl", b'{"messages": "a"}', "line 1: \"messages\" is 'a'; give a list of messages"),
-        ("p.jsonl", b'{"prompt": []}', 'line 1: "prompt" is empty; end it with the message'),
+        ("p.jsonl", b'{"messages": "a"}', "line 1: \"messages\" is 'a'; expected a list of messages"),
+        ("p.jsonl", b'{"prompt": []}', 'line 1: "prompt" is empty; expected a last message'),
         ("p.jsonl", b'{"prompt": [{"role": "user"}]}', 'line 1: message 0 of "prompt" is .*"content"'),
         ("p.jsonl", b'{"prompt": ["a"]}', "line 1: message 0 of \"prompt\" is 'a'"),
         (
             "p.jsonl",
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            'line 1: "messages" ends with the assistant; end it with the message that the policy is to answer',
+            'line 1: "messages" ends with the assistant; expected a last message that the policy is to answer',
         ),
         ("p.jsonl", b'{"prompt": ""}', "line 1: \"prompt\" is ''"),
         ("p.jsonl", b'{"prompt": "a", "id": null}', 'line 1: "id" is None'),

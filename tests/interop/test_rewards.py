@@ -50,7 +50,7 @@ def test_math_verify_uses_solution_without_answer() -> None:
     worked = "He has 9 left, and 9 * 2 = <<9*2=18>>18.\n#### 18"
     assert math_verify(["18", "9"], solution=[worked] * 2) == [1.0, 0.0]
     assert math_verify(["18", "9"], answer=[None, "9"], solution=[worked] * 2) == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"needs a column \"answer\" or \"solution\", not \['gold'\]; add one"):
+    with pytest.raises(ValueError, match=r"are \['gold'\]; expected \"answer\" or"):
         math_verify(["18"], prompts=["?"], gold=["18"])
 
 

@@ -164,10 +164,10 @@ def test_sample_records_question_of_conversation() -> None:
         (
             None,
             TALK,
-            "prompt 'talk' is a conversation, but the tokenizer has no chat template; save the tokenizer with",
+            "prompt 'talk' is a conversation and the tokenizer has no chat template; expected one. Save the tokenizer",
         ),
         (TEMPLATE, ({"role": "tool", "content": "1"},), r"'talk': .* template fails on roles \['tool'\] \(no tools\)"),
-        (TEMPLATE, (*TALK, *TALK, *TALK), "'talk' has 32 tokens; with max_new_tokens 8 .* 26 positions"),
+        (TEMPLATE, (*TALK, *TALK, *TALK), "'talk' has 32 tokens; expected at most 18, .* 26 positions"),
     ],
 )
 def test_sample_refuses_unusable_conversation_first(
@@ -249,10 +249,10 @@ def test_sample_reports_progress_per_chunk() -> None:
         ({"prompts": [PROMPTS[0], Prompt("a", "4=")]}, "id 'a' more than once"),
         (
             {"prompts": [*PROMPTS, Prompt("long", "1" * 19)]},
-            "'long' has 19 tokens; with max_new_tokens 8 .* 26 positions",
+            "'long' has 19 tokens; expected at most 18, .* 26 positions",
         ),
         ({"prompts": [PROMPTS[0], Prompt("none", "")]}, "prompt 'none' .* has no tokens"),
-        ({"model": make_model(vocab_size=14)}, "tokenizer has 15 tokens but the model's embedding 14 rows"),
+        ({"model": make_model(vocab_size=14)}, "tokenizer has 15 tokens; expected at most 14, the rows"),
         ({"completions_per_prompt": 0}, "completions_per_prompt is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": 0}, "batch_size is 0"),

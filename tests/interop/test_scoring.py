@@ -69,13 +69,13 @@ def test_score_awaits_asynchronous_reward() -> None:
         (
             "fx_influence.interop.rewards:exact_match",
             ["gold"],
-            r"columns \['gold'\]: missing .* 'answer'; give the prompts",
+            r"columns \['gold'\]: missing .* 'answer'; expected columns that it takes. Give the prompts",
         ),
         ("trl.rewards:accuracy_reward", ["answer"], r"accuracy_reward cannot be called .* missing .* 'solution'"),
         (
             "fx_influence.interop.rewards:math_verify",
             ["gold"],
-            r"needs a column \"answer\" or \"solution\", not \['gold'\]",
+            r"are \['gold'\]; expected \"answer\" or \"solution\"",
         ),
         ("my_rewards_c:narrow", ["level"], r"my_rewards_c:narrow cannot be called .* 'level'.*let it take \*\*columns"),
         ("my_rewards_c:state", [], r"missing a required .* 'trainer_state'"),
@@ -118,13 +118,13 @@ def test_resolve_reward_finds_function_in_module(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("exact_match", "write it as 'module:function'"),
-        (":exact_match", "write it as 'module:function'"),
-        ("fx_influence.interop.rewards:", "write it as 'module:function'"),
+        ("exact_match", "expected 'module:function'"),
+        (":exact_match", "expected 'module:function'"),
+        ("fx_influence.interop.rewards:", "expected 'module:function'"),
         ("no_such_module_here:f", "module 'no_such_module_here' cannot be imported .ModuleNotFoundError"),
         ("my_rewards_b:f", "module 'my_rewards_b' cannot be imported .ZeroDivisionError"),
         ("fx_influence.interop.rewards:exact", "has no 'exact'"),
-        ("math:pi", "which is float, not a function"),
+        ("math:pi", "of type float; expected a function"),
     ],
 )
 def test_resolve_reward_names_the_problem(
@@ -167,7 +167,7 @@ def test_score_chains_error_of_reward() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0, []], r"returned \[\] for completion 1 \('d'\); return a finite number, or None"),
+        ([1.0, []], r"returned \[\] for completion 1 \('d'\); expected a finite number, or None"),
         ([math.nan, 1.0], "returned nan for completion 0"),
         ([1.0, -math.inf], "returned -inf for completion 1"),
         ([1.0, "good"], "returned 'good' for completion 1"),

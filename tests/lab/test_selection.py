@@ -85,7 +85,11 @@ def test_select_weighs_tokens_per_token() -> None:
 
 def test_select_rejects_invalid_input() -> None:
     two, three = influence(torch.ones(2)), influence(torch.ones(3))
-    with pytest.raises(ValueError, match=r"influence_entropy is of \(2,\), influence_reward of \(3,\); pass two"):
+    with pytest.raises(
+        ValueError, match=r"influence_reward has shape \(3,\); expected that of influence_entropy, \(2,\). Pass two"
+    ):
         fx.lab.select(two, three, floor=0.0)
-    with pytest.raises(ValueError, match=r"hold no tokens; make them with influence\(per_token=True\)"):
+    with pytest.raises(
+        ValueError, match=r"hold no tokens; expected influences of tokens. Make them with influence\(per_token=True\)"
+    ):
         fx.lab.select(two, two, floor=0.0, per_token=True)

@@ -165,7 +165,7 @@ def test_run_rejects_inputs_changed_since_it_began(
         file.write_text(file.read_text() + '{"prompt": "1+1=", "answer": "2"}\n')
     before = contents(tmp_path / "out")
     assert main(command) == 1
-    assert re.search(rf"{re.escape(what.replace('.jsonl', ''))}.* is no longer the file", capsys.readouterr().err)
+    assert re.search(rf"{re.escape(what.replace('.jsonl', ''))}.* has changed since", capsys.readouterr().err)
     assert contents(tmp_path / "out") == before
     file.write_bytes(original)
     assert main(command) == 0

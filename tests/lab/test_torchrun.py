@@ -131,7 +131,10 @@ def test_run_continues_after_launcher_is_interrupted(plan: str, alone: dict[str,
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("other seed", "fx-influence: seed is 0 on rank 0 and 7 on rank 1; give every process the same"),
+        (
+            "other seed",
+            "fx-influence: seed is 0 on rank 0 and 7 on rank 1; expected the same. Give every process the same",
+        ),
         ("other prompts", "fx-influence: evaluations[0].prompts is '"),
         ("no plan", "fx-influence: plan file 'absent.yaml' does not exist"),
         ("refusing", "fx-influence: a derivative was lost on the last rank"),

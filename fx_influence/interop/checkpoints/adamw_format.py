@@ -44,7 +44,9 @@ def require_adamw_state_dict(state_dict: Any) -> None:
     """
     saved = nest_flattened(state_dict)
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= set(saved):
-        raise ValueError("the optimizer's state dict has no 'state' and 'param_groups'; pass optimizer.state_dict()")
+        raise ValueError(
+            "the optimizer's state dict has no 'state' and 'param_groups'; expected both. Pass optimizer.state_dict()"
+        )
     groups = {
         f"param_groups[{i}] of the optimizer's state dict": group for i, group in enumerate(saved["param_groups"])
     }
@@ -54,7 +56,7 @@ def require_adamw_state_dict(state_dict: Any) -> None:
         if set(fields) - {"step"} == {"exp_avg"}:
             owner = "Lion"
         if owner is not None:
-            raise TypeError(f"{subject} has the fields {sorted(fields)}, so it seems to be of {owner}; {SUPPORTED}")
+            raise TypeError(f"{subject} has the fields {sorted(fields)}, as of {owner}; {SUPPORTED}")
     for subject, group in groups.items():
         _require_adamw_group(subject, group)
     for subject, entry in entries.items():
@@ -65,7 +67,7 @@ def _require_adamw_group(subject: str, group: dict[str, Any]) -> None:
     """Raise ``TypeError`` for a parameter group with fields that are not AdamW's."""
     absent = {"lr", "betas", "eps", "weight_decay", "amsgrad"} - set(group)
     if absent or len(group["betas"]) != 2 or {"momentum", "nesterov"} & set(group):
-        raise TypeError(f"{subject} has the fields {sorted(group)}, not AdamW's; {SUPPORTED}")
+        raise TypeError(f"{subject} has the fields {sorted(group)}; {SUPPORTED}")
     if not group.get("decoupled_weight_decay", True):
         raise TypeError(f"{subject} has decoupled_weight_decay=False, as torch.optim.Adam; {SUPPORTED}")
 
@@ -73,7 +75,7 @@ def _require_adamw_group(subject: str, group: dict[str, Any]) -> None:
 def _require_adamw_entry(subject: str, entry: dict[str, Any]) -> None:
     """Raise ``TypeError`` for a parameter's state with fields that are not AdamW's, or quantised ones."""
     if not {"step", "exp_avg", "exp_avg_sq"} <= set(entry) <= _STATE_FIELDS:
-        raise TypeError(f"{subject} has the fields {sorted(entry)}, not AdamW's; {SUPPORTED}")
+        raise TypeError(f"{subject} has the fields {sorted(entry)}; {SUPPORTED}")
     for field in sorted(_STATE_FIELDS & set(entry) - {"step"}):
         value = entry[field]
         if isinstance(value, StoredValue):
@@ -82,7 +84,7 @@ def _require_adamw_entry(subject: str, entry: dict[str, Any]) -> None:
             kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')}"
             raise TypeError(
                 f"{subject} has a {kind} as {field}, so it seems to be 8-bit, 4-bit or one process's share; "
-                f"{SUPPORTED}, its state in full tensors of floating-point numbers"
+                f"{SUPPORTED}, and its state in full tensors of floating-point numbers"
             )
 
 

@@ -48,8 +48,9 @@ def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype
             misfit = str(error)
     if misfit:
         raise ValueError(
-            f"the adapter's weights in {shards or path} do not fit its adapter_config.json: {misfit}; save adapter and "
-            "config together with save_pretrained, or the weights with torch.distributed.checkpoint"
+            f"the adapter's weights in {shards or path} do not fit its adapter_config.json: {misfit}; expected the "
+            "weights that it describes. Save adapter and config together with save_pretrained, or the weights with "
+            "torch.distributed.checkpoint"
         )
     return adapted if dtype is None else adapted.to(dtype)
 

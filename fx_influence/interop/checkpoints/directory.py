@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fx_influence.core.checks import capitalized
 from fx_influence.interop.checkpoints.dcp.read import has_values
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -25,7 +26,7 @@ OPTIMIZER_KEYS, OPTIMIZER_SUBDIRECTORY = ("optim", "optimizer"), "optimizer_0"
 def require_directory(field: str, path: str | Path) -> Path:
     """Return ``path`` as a ``Path``; raise ``FileNotFoundError``, naming ``field``, if it is not a directory."""
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"{field} is {str(path)!r}, not a directory; pass a local checkpoint directory")
+        raise FileNotFoundError(f"{field} is {str(path)!r}; expected a local checkpoint directory")
     return Path(path)
 
 
@@ -39,11 +40,11 @@ def reporting_damage(subject: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
-        raise ValueError(f"{subject} in {path} is damaged: {error}; copy or save it there again") from error
+        raise ValueError(f"{subject} in {path} is damaged: {error}. Copy or save it there again") from error
     except Exception as error:
         if type(error) not in (Exception, TypeError, KeyError) and "PytorchStreamReader" not in str(error):
             raise
-        raise ValueError(f"{subject} in {path} cannot be read: {error}; copy or save it there again") from error
+        raise ValueError(f"{subject} in {path} cannot be read: {error}. Copy or save it there again") from error
 
 
 def base_directory(path: Path, base: str | Path | None) -> Path:
@@ -54,8 +55,8 @@ def base_directory(path: Path, base: str | Path | None) -> Path:
     name = json.loads(config.read_text()).get("base_model_name_or_path")
     if not name or not Path(name).is_dir():
         raise FileNotFoundError(
-            f"base_model_name_or_path in {config} is {name!r}, which is not a local directory; "
-            "pass base=, the directory of the base model (nothing is downloaded)"
+            f"base_model_name_or_path in {config} is {name!r}; expected a local directory, since nothing is "
+            "downloaded. Pass base=, the directory of the base model"
         )
     return Path(name)
 
@@ -104,10 +105,10 @@ def require_any_file(path: Path, files: tuple[str, ...], remedy: str) -> None:
     Args:
         path: the directory.
         files: names of the files.
-        remedy: end of the error's sentence.
+        remedy: what to do, a sentence without its full stop.
 
     Raises:
         FileNotFoundError: if there is none of them.
     """
     if not any((path / file).is_file() for file in files):
-        raise FileNotFoundError(f"{path} has no {' or '.join(files)}; {remedy}")
+        raise FileNotFoundError(f"{path} has no {' or '.join(files)}; expected one of these. {capitalized(remedy)}")

@@ -142,8 +142,8 @@ def _load_tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
                 )
             return tokenizer
     raise FileNotFoundError(
-        f"no tokenizer in {path}{f' nor in {base}' if base else ''} (none of {', '.join(TOKENIZER)}); "
-        "save it there with tokenizer.save_pretrained"
+        f"no tokenizer in {path}{f' nor in {base}' if base else ''}; expected one of {', '.join(TOKENIZER)}. Save it "
+        "there with tokenizer.save_pretrained"
     )
 
 
@@ -156,8 +156,9 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: Path) -> N
     rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
-            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens, the model in {model_path} {rows} "
-            "embedding rows; take the tokenizer of its training, or save the model after resize_token_embeddings"
+            f"the tokenizer has {len(tokenizer)} tokens; expected at most {rows}, the rows of the embedding of the "
+            f"model in {model_path}. Take the tokenizer of its training, or save the model after "
+            "resize_token_embeddings"
         )
 
 

@@ -39,14 +39,16 @@ def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -
                 model, report = _from_shards(path, read_values(shards, MODEL_KEYS), dtype, options)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"the weights in {path} hold more than tensors, which are never unpickled; save the model as safetensors"
+            f"the weights in {path} hold more than tensors, which are never unpickled; expected tensors alone. "
+            "Save the model as safetensors"
         ) from error
     # transformers fills missing or mismatched weights with random numbers and only warns.
     misfits = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if misfits:
         raise ValueError(
             f"the weights in {shards or path} do not fit {path / 'config.json'}: missing or of another shape are "
-            f"{misfits[:5]} ({len(misfits)} in all); save model and config together with save_pretrained"
+            f"{misfits[:5]} ({len(misfits)} in all); expected the weights that it describes. Save model and config "
+            "together with save_pretrained"
         )
     return model
 

@@ -95,7 +95,10 @@ def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] 
     # torch.distributed.checkpoint saves ids as strings.
     ids = {str(key): index for index, key in enumerate(keys)}
     if foreign := sorted(str(key) for key in saved["state"] if str(key) not in ids):
-        raise ValueError(f"the optimizer's state holds {foreign[:5]}, which are in no group; pass the whole state dict")
+        raise ValueError(
+            f"the optimizer's state holds {foreign[:5]}, which are in no group; expected parameters of its groups. "
+            "Pass the whole state dict"
+        )
     numbered = [{**group, "params": [ids[str(key)] for key in group["params"]]} for group in groups]
     state = {ids[str(key)]: entry for key, entry in saved["state"].items()}
     by_name = any(isinstance(key, str) for key in keys)
@@ -111,7 +114,9 @@ def _group_names(
     """Return the names group by group, and the rule that they follow from."""
     if stored_names is not None:
         if param_names is not None and stored_names != [list(group) for group in param_names]:
-            raise ValueError("param_names are not the names in the optimizer's state dict; leave them out")
+            raise ValueError(
+                "param_names differ from the names in the optimizer's state dict; expected the same. Leave them out"
+            )
         return stored_names, "the names in place of ids"
     if param_names is not None:
         return [list(group) for group in param_names], "param_names"
@@ -129,8 +134,8 @@ def _group_names(
         return split, "the decay and no-decay groups of transformers' Trainer"
     raise ValueError(
         f"the optimizer's state dict has {len(groups)} groups with weight_decay "
-        f"{[group['weight_decay'] for group in groups]}, which no rule maps to names; pass param_names=, the names "
-        "group by group"
+        f"{[group['weight_decay'] for group in groups]}; expected a grouping that has a known order of names. Pass "
+        "param_names=, the names group by group"
     )
 
 
@@ -142,16 +147,19 @@ def _check_groups(
     saved, expected = [len(group) for group in groups], [len(group) for group in names]
     remedy = "load the model that it was saved with, or pass param_names=, the names group by group"
     if saved != expected:
-        raise ValueError(f"the optimizer's groups hold {saved} parameters, {rule} gives {expected}; {remedy}")
+        raise ValueError(f"the optimizer's groups hold {saved} parameters; expected {expected}, by {rule}. {remedy}")
     flat = [name for group in names for name in group]
     counts = Counter(flat)
     wrong = [name for name in counts if name not in parameters or counts[name] > 1]
     if wrong:
-        raise ValueError(f"{rule} has names that occur twice or are not in the model: {wrong[:5]}; {remedy}")
+        raise ValueError(
+            f"{rule} has {wrong[:5]} twice, or the model lacks them; expected each name of the model at most once. "
+            f"{remedy}"
+        )
     for index, name in _ids_and_names(state_dict, names):
         shape = tuple(state_dict["state"].get(index, {}).get("exp_avg", parameters[name]).shape)
         if shape != tuple(parameters[name].shape):
             raise ValueError(
-                f"by {rule}, the optimizer's parameter {index} is {name}, but its exp_avg has shape {shape} and the "
-                f"parameter {tuple(parameters[name].shape)}; {remedy}"
+                f"exp_avg of the optimizer's parameter {index} has shape {shape}; expected "
+                f"{tuple(parameters[name].shape)}, that of {name} by {rule}. {remedy}"
             )

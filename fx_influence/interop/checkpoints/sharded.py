@@ -89,8 +89,8 @@ def _require_dcp(path: Path, subdirectory: str, names: Sequence[str]) -> Path:
     directory = find_dcp_directory(path, subdirectory, names)
     if directory is None:
         raise FileNotFoundError(
-            f"neither {path} nor {path / subdirectory} is of torch.distributed.checkpoint with the key "
-            f"{' or '.join(names)}; save {{'model': ..., 'optim': ...}} there with torch.distributed.checkpoint.save"
+            f"neither {path} nor {path / subdirectory} is of torch.distributed.checkpoint; expected one with the key "
+            f"{' or '.join(names)}. Save {{'model': ..., 'optim': ...}} there with torch.distributed.checkpoint.save"
         )
     return directory
 
@@ -119,8 +119,9 @@ def _match_values(model: nn.Module, shards: Path) -> list[tuple[StoredValue | Te
             misfits.append(f"{tied[0]} has shape {tuple(saved_shape)} there and {tuple(value.shape)} in the model")
     if misfits:
         raise ValueError(
-            f"the weights in {shards} do not fit the model: {'; '.join(misfits[:5])} ({len(misfits)} in all); pass the "
-            "model that was saved, sharded by fully_shard, on its device"
+            f"the weights in {shards} do not fit the model: {'; '.join(misfits[:5])} ({len(misfits)} in all); "
+            "expected weights of its names and shapes. Pass the model that was saved, sharded by fully_shard, on "
+            "its device"
         )
     return [(saved[key[0]], value.detach()) for value, key in keys.items() if key]
 

@@ -133,6 +133,7 @@ def load_values(file: Path | IO[bytes], name: str) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         class_name = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         raise ValueError(
-            f"{name} is damaged or holds more than tensors and plain values"
-            f"{f' ({class_name[1]})' if class_name else ''}, which are never unpickled; save plain state dicts there"
+            f"{name} is damaged or holds more than tensors and plain "
+            f"values{f' ({class_name[1]})' if class_name else ''}, which are never unpickled; expected plain state "
+            "dicts. Save these there"
         ) from error

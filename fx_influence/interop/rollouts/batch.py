@@ -41,12 +41,12 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device
             raise wrong_type(f"rollouts[{k}]", rollout, "a fx.Rollout", remedy)
     check_count("pad_id", pad_id, "pass any token's id, such as 0: what pads is masked", least=0)
     if not rollouts:
-        raise ValueError("rollouts is empty; a batch needs at least one rollout")
+        raise ValueError("rollouts is empty; expected at least one rollout")
     for rollout in rollouts:
         if not rollout.prompt_ids:
             raise ValueError(
-                f"prompt_ids of rollout {rollout.id!r} is empty; give at least one token (such as bos), "
-                "which scores the first sampled one"
+                f"prompt_ids of rollout {rollout.id!r} is empty; expected at least one token (such as bos), which "
+                "scores the first sampled one"
             )
     prompt = torch.tensor([len(r.prompt_ids) for r in rollouts]).unsqueeze(1)
     total = prompt + torch.tensor([len(r.completion_ids) for r in rollouts]).unsqueeze(1)

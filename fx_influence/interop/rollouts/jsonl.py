@@ -55,11 +55,11 @@ def json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"), parse_constant=NotFinite, parse_float=_number)
     except json.JSONDecodeError as error:
-        raise ValueError(f"this is not JSON ({error.msg}); each line must hold one object") from error
+        raise ValueError(f"this is not JSON ({error.msg}); expected one object on each line") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"this is not UTF-8 ({error}); convert the file first") from error
+        raise ValueError(f"this is not UTF-8 ({error}); expected UTF-8. Convert the file first") from error
     if type(record) is not dict:
-        raise ValueError(f"this holds {type(record).__name__}; each line must hold one object")
+        raise ValueError(f"this holds {type(record).__name__}; expected one object on each line")
     return record
 
 
@@ -81,7 +81,7 @@ class NotFinite(float):
 def refuse_not_finite(name: str, value: object) -> None:
     """Raise ``ValueError`` for a ``NotFinite`` in field ``name``."""
     if isinstance(value, NotFinite):
-        raise ValueError(f"field {name!r} holds the number {value.text}, which is not finite; repair it first")
+        raise ValueError(f"field {name!r} holds the number {value.text}; expected a finite one. Repair it first")
 
 
 def field(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str) -> Any:
@@ -97,11 +97,11 @@ def field(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str)
         ValueError: if the field is missing or of none of ``kinds``.
     """
     if name not in record:
-        raise ValueError(f"no field {name!r}, which must be {what}; the record has {sorted(record)}")
+        raise ValueError(f"no field {name!r} among {sorted(record)}; expected it to be {what}")
     refuse_not_finite(name, record[name])
     # Not isinstance: True would pass for an int.
     if type(record[name]) not in kinds:
-        raise ValueError(f"field {name!r} is {reprlib.repr(record[name])}; it must be {what}")
+        raise ValueError(f"field {name!r} is {reprlib.repr(record[name])}; expected {what}")
     return record[name]
 
 
@@ -127,7 +127,7 @@ def fields(
             continue
         refuse_not_finite(name, value)
         if type(value) not in kinds:
-            raise ValueError(f"field {name!r} holds {reprlib.repr(value)} at {index}; it must hold {what} only")
+            raise ValueError(f"field {name!r} holds {reprlib.repr(value)} at {index}; expected {what} only")
     return values
 
 

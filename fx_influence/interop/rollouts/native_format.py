@@ -62,7 +62,9 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
             is not finite where it counts.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"rollouts file {str(path)!r} does not exist; check the path")
+        raise FileNotFoundError(
+            f"rollouts file {str(path)!r} does not exist; expected a file that write_rollouts wrote. Check the path"
+        )
     return read_json_lines([Path(path)], _from_record)
 
 
@@ -71,7 +73,9 @@ def _to_line(rollout: Rollout) -> str:
     try:
         return json.dumps(_record(rollout), allow_nan=False) + "\n"
     except ValueError as error:
-        raise ValueError(f"rollout {rollout.id!r} holds a number that is not finite; repair it first") from error
+        raise ValueError(
+            f"rollout {rollout.id!r} holds a number that is not finite; expected finite ones. Repair it first"
+        ) from error
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def _from_record(_: int, record: dict[str, Any]) -> Rollout:
         if field.name in record:
             values[field.name] = _checked(field.name, record[field.name])
         elif field.default is dataclasses.MISSING:
-            raise ValueError(f"no field {field.name!r} among {sorted(record)}; a rollout needs it")
+            raise ValueError(f"no field {field.name!r} among {sorted(record)}; expected it in every rollout")
     return Rollout(**values)
 
 

@@ -100,7 +100,7 @@ def read_rollouts(
     if format is not None:
         check_choice("format", format, get_args(RolloutFormat))
     if max_completion_length is not None:
-        check_count("max_completion_length", max_completion_length, "pass the trainer's limit in tokens, at least 1")
+        check_count("max_completion_length", max_completion_length, "pass the trainer's limit in tokens")
     files = _files(Path(path))
     kind = format or _detect_format(files[0])
     if kind == "fx_influence":
@@ -127,7 +127,8 @@ def _files(path: Path) -> list[Path]:
     ranks = sorted(path.glob("rank_*.jsonl"), key=lambda file: (len(file.name), file.name))
     if not ranks:
         raise FileNotFoundError(
-            f"rollouts file {str(path)!r} does not exist, nor is it a directory of rank_*.jsonl; check the path"
+            f"rollouts file {str(path)!r} does not exist; expected a file, or a directory of rank_*.jsonl. Check "
+            "the path"
         )
     return ranks
 
@@ -137,7 +138,10 @@ def _detect_format(file: Path) -> RolloutFormat:
     if file.suffix == ".parquet":
         return "trl"
     if file.suffix != ".jsonl":
-        raise ValueError(f"rollouts file {str(file)!r} is no .jsonl and no .parquet; give its format with format=")
+        raise ValueError(
+            f"rollouts file {str(file)!r} ends in {file.suffix!r}; expected .jsonl or .parquet. Give its format "
+            "with format="
+        )
     names_in_file = _first_fields(file)
     for kind, names in JSON_FIELDS.items():
         # A file without any object goes to the native reader, which names each bad line.
@@ -162,10 +166,10 @@ def _first_fields(file: Path) -> set[str] | None:
 def _require_unique(path: str, rollouts: Sequence[Rollout]) -> None:
     """Raise ``ValueError`` for no rollouts or for ids that occur twice."""
     if not rollouts:
-        raise ValueError(f"rollouts file {path!r} holds no rollout; give one that does")
+        raise ValueError(f"rollouts file {path!r} holds no rollout; expected at least one")
     twice = [name for name, count in Counter(rollout.id for rollout in rollouts).items() if count > 1]
     if twice:
         raise ValueError(
             f"rollouts file {path!r} gives {len(twice)} ids to more than one rollout: {', '.join(twice[:10])}; "
-            "ids must be unique"
+            "expected unique ids"
         )

@@ -68,8 +68,8 @@ class Rollout:
             values = getattr(self, name)
             if values is not None and len(values) != len(self.completion_ids):
                 raise ValueError(
-                    f"{name} of rollout {self.id!r} has {len(values)} values for {len(self.completion_ids)} completion "
-                    "tokens; give one for each token"
+                    f"{name} of rollout {self.id!r} has {len(values)} values; expected {len(self.completion_ids)}, "
+                    "one for each completion token"
                 )
 
     def __repr__(self) -> str:

@@ -34,12 +34,12 @@ class Retokenizer:
     def __post_init__(self) -> None:
         if self.tokenizer is None:
             raise ValueError(
-                "tokenizer is None, but this file holds texts without token ids; pass the policy's own, such as "
+                "tokenizer is None; expected the policy's own, since this file holds texts without token ids. Pass "
                 "tokenizer=AutoTokenizer.from_pretrained(checkpoint)"
             )
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
-                "tokenizer.eos_token is None, so the end that every finished completion had cannot be put back; set it"
+                "tokenizer.eos_token is None; expected the token that ends a completion, to put it back. Set it"
             )
 
     def rollout(self, name: str, prompt: object, completion: object, truncated: bool | None) -> Rollout:
@@ -95,7 +95,7 @@ class Retokenizer:
         if len(messages) == 1 and set(messages[0]) == {"role", "content"} and isinstance(messages[0]["content"], str):
             return [(messages[0]["content"], messages[0]["role"] == "assistant")]
         if prompt is None:
-            raise ValueError("the completion holds messages but the prompt a text; both must be of one kind")
+            raise ValueError("the completion holds messages and the prompt a text; expected both of one kind")
         return self._turns(prompt, messages)
 
     def _turns(self, prompt: list[Message], completion: list[Message]) -> list[Segment]:
@@ -122,7 +122,9 @@ class Retokenizer:
             )
         # A template is a program, which may raise anything at messages that it does not expect.
         except Exception as error:
-            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+            raise ValueError(
+                f"the tokenizer's chat template fails on the messages ({error}); expected messages that it takes"
+            ) from error
         return text
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -137,13 +139,14 @@ class Retokenizer:
 def _messages(name: str, value: object) -> list[Message]:
     """Return a list of messages without null fields; raise ``ValueError`` for anything else."""
     if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
-        raise ValueError(
-            f"field {name!r} is {reprlib.repr(value)}; it must be a text or a list of messages with a role"
-        )
+        raise ValueError(f"field {name!r} is {reprlib.repr(value)}; expected a text or a list of messages with a role")
     for message in value:
         content = message.get("content")
         if isinstance(content, list) and any(item.get("type") != "text" for item in content):
-            raise ValueError(f"field {name!r} holds something else than text, such as an image; drop this record")
+            raise ValueError(
+                f"field {name!r} holds something else than text, such as an image; expected text alone. Drop this "
+                "record"
+            )
     return [_without_nulls(message) for message in value]
 
 
@@ -158,7 +161,7 @@ def _rest(text: str, start: str) -> str:
     """Return ``text`` after its beginning ``start``."""
     if not text.startswith(start):
         raise ValueError(
-            "the tokenizer's chat template rewrites earlier turns, so what was sampled cannot be told from the rest; "
-            "use a file with token ids, or a template that only appends"
+            "the tokenizer's chat template rewrites earlier turns; expected one that only appends, so that the "
+            "sampled tokens can be told from the rest. Use a file with token ids, or a template that only appends"
         )
     return text[len(start) :]

@@ -85,7 +85,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
         values = {name: row[name] for name in weights if row[name] is not None and not math.isnan(row[name])}
         for name, value in {"advantage": row["advantage"], **values}.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"column {name!r} holds {value}, which is not finite; repair it first")
+                raise ValueError(f"column {name!r} holds {value}; expected finite numbers. Repair it first")
         step = field(row, "step", (int,), "an integer")
         advantage = float(field(row, "advantage", NUMBER, "a number; pandas writes NaN as null"))
         rollout = retokenizer.rollout(str(index), row["prompt"], row["completion"], _truncated(row))
@@ -126,12 +126,12 @@ def _parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         # Not read_table, which also makes columns from the names of directories.
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"rollouts file {str(path)!r} is not parquet ({error}); give TRL's own file") from error
+        raise ValueError(f"rollouts file {str(path)!r} is not parquet ({error}); expected TRL's own file") from error
     missing = [name for name in TRL_COLUMNS if name not in table.column_names]
     if missing:
         raise ValueError(
-            f"rollouts file {str(path)!r} has the columns {table.column_names}; TRL's completions have "
-            f"{list(TRL_COLUMNS)} (missing: {missing})"
+            f"rollouts file {str(path)!r} has the columns {table.column_names}; expected those of TRL's "
+            f"completions, {list(TRL_COLUMNS)} (missing: {missing})"
         )
     kinds = pyarrow.types
     numeric = [f.name for f in table.schema if kinds.is_floating(f.type) or kinds.is_integer(f.type)]
@@ -144,5 +144,5 @@ def _reward_columns(numeric: list[str], weights: Mapping[str, float] | None) -> 
         return {numeric[0]: 1.0} if len(numeric) == 1 else {}
     unknown = [name for name in weights if name not in numeric]
     if unknown:
-        raise ValueError(f"reward_weights names {unknown}; the file's columns of numbers are {numeric}")
+        raise ValueError(f"reward_weights has {unknown}; expected the file's columns of numbers, {numeric}")
     return weights

@@ -46,7 +46,9 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
 
     def parse(_: int, record: dict[str, Any]) -> tuple[Rollout, tuple[int, ...]]:
         if record.get("schema_version") != 1:
-            raise ValueError(f"field 'schema_version' is {record.get('schema_version')!r}; only version 1 is known")
+            raise ValueError(
+                f"field 'schema_version' is {record.get('schema_version')!r}; expected 1, the only known version"
+            )
         _require_policy_gradient(record)
         step = "export_step" if "export_step" in record else "step"
         sampled = fields(record, "loss_mask", (bool,), "booleans")
@@ -131,13 +133,16 @@ def _sampled_indices(recorded: TokenRecord) -> list[int]:
     for name in ("sampled", "logprobs", "advantages", "rewards"):
         values = getattr(recorded, name)
         if values is not None and len(values) != len(recorded.tokens):
-            raise ValueError(f"{len(values)} values of {name} for {len(recorded.tokens)} token ids; write one for each")
+            raise ValueError(f"{name} has {len(values)} values; expected {len(recorded.tokens)}, one for each token id")
     if min(recorded.tokens, default=0) < 0:
-        raise ValueError(f"token id {min(recorded.tokens)} is negative; no tokenizer has such a token")
+        raise ValueError(f"token id {min(recorded.tokens)} is negative; expected at least 0")
     sampled_indices = [i for i, sampled in enumerate(recorded.sampled) if sampled]
     for name, values in (("log-prob", recorded.logprobs), ("advantage", recorded.advantages)):
         if any(values[i] is None for i in sampled_indices):
-            raise ValueError(f"the {name} of a sampled token is null, so it was not finite; drop this record")
+            raise ValueError(
+                f"the {name} of a sampled token is null, as one that was not finite; expected a number. Drop this "
+                "record"
+            )
     return sampled_indices
 
 
@@ -160,8 +165,9 @@ def _shared(name: str, values: list[float | None], sampled_indices: list[int]) -
     distinct = {values[t] for t in sampled_indices} if sampled_indices else set(values)
     if len(distinct) > 1:
         raise ValueError(
-            f"field {name!r} differs between the sampled tokens ({reprlib.repr(sorted(distinct, key=str))}), but a "
-            "rollout has one; write these rollouts in fx_influence's own format, with the coefficients of each token"
+            f"field {name!r} differs between the sampled tokens ({reprlib.repr(sorted(distinct, key=str))}); "
+            "expected one, as a rollout has. Write these rollouts in fx_influence's own format, with the "
+            "coefficients of each token"
         )
     value = next(iter(distinct), None)
     return None if value is None else float(value)
@@ -173,8 +179,8 @@ def _require_policy_gradient(record: dict[str, Any]) -> None:
     others = [n for n in ("ce_weights", "ref_kl_weights") if any(fields({n: [], **record}, n, NULLABLE, "numbers"))]
     if mode != "rl" or others:
         raise ValueError(
-            f"field {others[0] if others else 'training_mode'!r} says that another loss than the policy gradient "
-            "trained this sequence too, which an advantage does not express; drop this record"
+            f"field {others[0] if others else 'training_mode'!r} says that another loss trained this sequence too; "
+            "expected the policy gradient alone, which an advantage expresses. Drop this record"
         )
 
 
@@ -184,7 +190,7 @@ def _weighted_advantages(record: dict[str, Any], sampled: Sequence[bool]) -> lis
     # The exporter writes null for a missing stream, which stands for the weight 1.
     weights = fields({"rl_weights": [None] * len(advantages), **record}, "rl_weights", NULLABLE, "numbers", sampled)
     if len(weights) != len(advantages):
-        raise ValueError(f"{len(weights)} rl_weights for {len(advantages)} advantages; give one for each")
+        raise ValueError(f"rl_weights has {len(weights)} values; expected {len(advantages)}, one for each advantage")
     return [a if w is None or a is None else a * w for a, w in zip(advantages, weights, strict=True)]
 
 
@@ -194,7 +200,7 @@ def _only(
     """Return the value of a field that NeMo-RL wrote as a batch of one; ``counts``: see ``fields``."""
     values = fields(record, name, kinds, what, counts)
     if len(values) != 1:
-        raise ValueError(f"field {name!r} holds {len(values)} values; NeMo-RL writes a list of one")
+        raise ValueError(f"field {name!r} holds {len(values)} values; expected a list of one, as NeMo-RL writes it")
     return values[0]
 
 
@@ -209,12 +215,14 @@ def _padded(
     """Return the values of a sequence without its padding, whatever that contains; ``counts``: see ``fields``."""
     values = _only(record, name, (list,), f"a list of {what}")
     if not 0 <= length <= len(values):
-        raise ValueError(f"field 'input_lengths' is {length}, but field {name!r} has {len(values)} values")
+        raise ValueError(
+            f"field {name!r} has {len(values)} values; expected at least {length}, as field 'input_lengths' says"
+        )
     return fields({name: values[:length]}, name, kinds, what, counts)
 
 
 def _flag(name: str, value: float) -> bool:
     """Return a 0 or 1 as a bool."""
     if value not in (0, 1):
-        raise ValueError(f"field {name!r} holds {value}; it must be 0 or 1")
+        raise ValueError(f"field {name!r} holds {value}; expected 0 or 1")
     return value == 1

@@ -173,8 +173,8 @@ class Job:
                 expected, actual = facts_by_rank[0].get(name), rank_facts.get(name)
                 if expected != actual:
                     raise ValueError(
-                        f"{name} is {reprlib.repr(expected)} on rank 0 and {reprlib.repr(actual)} on rank {rank}; give "
-                        "every process the same plan, files and versions"
+                        f"{name} is {reprlib.repr(expected)} on rank 0 and {reprlib.repr(actual)} on rank {rank}; "
+                        "expected the same. Give every process the same plan, files and versions"
                     )
 
     def print_once(self, text: str, output: Callable[[str], object]) -> None:

@@ -123,7 +123,7 @@ class RunFiles:
         """Return the object of a JSON file."""
         value = json.loads(self._read(name))
         if not isinstance(value, dict):
-            raise ValueError(f"{name} holds {type(value).__name__}, not an object")
+            raise ValueError(f"{name} holds {type(value).__name__}; expected an object")
         return value
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ def free_name(requested: str | None, taken: Collection[str]) -> str:
         return next(name for name in itertools.chain([""], map(str, itertools.count(2))) if name not in taken)
     if requested in taken:
         raise ValueError(
-            f"name is {requested!r}, as of another EntropyInfluence of this trainer; give another, or detach that one"
+            f"name is {requested!r}, as of another EntropyInfluence of this trainer; expected a name of its own. "
+            "Give one, or detach the other"
         )
     return requested

@@ -51,9 +51,10 @@ def check_scored(captured: Tensor, scored: Tensor, bound: float) -> None:
     gap = mean_distance(captured, scored)
     if not gap <= bound:
         raise CaptureError(
-            f"the trainer's log-probabilities of its rollouts and those of the model by ids and masks alone differ by "
-            f"{gap:.2g} nats a token on average, rounding by at most {bound:.2g}: something else goes into the "
-            "trainer's forward (images, noise, prompts that are learned, hooks); train without it to measure"
+            "the trainer's log-probabilities of its rollouts and those of the model by ids and masks alone differ "
+            f"by {gap:.2g} nats a token on average; expected at most {bound:.2g}, the bound of rounding. Something "
+            "else goes into the trainer's forward (images, noise, prompts that are learned, hooks); train without "
+            "it to measure"
         )
 
 
@@ -68,9 +69,9 @@ def check_sampled_logprobs(behaviour: Tensor, scored: Tensor, bound: float) -> N
     gap = mean_distance(behaviour, scored)
     if not gap <= bound:
         raise GenerationError(
-            f"the held-out completions were not sampled from the policy: the log-probabilities they were sampled with "
-            f"and its own differ by {gap:.2g} nats a token on average, rounding by at most {bound:.2g}; let the "
-            "trainer sample from the full softmax at its temperature"
+            "the held-out completions were not sampled from the policy: the log-probabilities they were sampled "
+            f"with and its own differ by {gap:.2g} nats a token on average; expected at most {bound:.2g}, the "
+            "bound of rounding. Let the trainer sample from the full softmax at its temperature"
         )
 
 
@@ -92,7 +93,7 @@ def check_temperature(logprobs_at: Callable[[float], Tensor], batch: Batch) -> N
     if not evidence <= -math.log(FALSE_ALARM_RATE):
         likeliest = TEMPERATURE_FACTORS[int(log_ratios.argmax())]
         raise GenerationError(
-            f"the held-out completions were not sampled from the policy: they are {math.exp(min(evidence, 700)):.1g} "
-            f"times likelier at {likeliest} times its temperature; let the trainer sample from the full softmax at its "
-            "temperature"
+            "the held-out completions were not sampled from the policy: they are "
+            f"{math.exp(min(evidence, 700)):.1g} times likelier at {likeliest} times its temperature; expected "
+            "likeliest at 1. Let the trainer sample from the full softmax at its temperature"
         )

@@ -37,24 +37,30 @@ def held_out_prompts(trainer: Any, eval_prompts: Any, max_prompts: int) -> HeldO
     """
     source = trainer.eval_dataset if eval_prompts is None else eval_prompts
     if source is None:
-        raise ValueError("eval_prompts is None and the trainer has no eval_dataset; give the held-out prompts of E")
+        raise ValueError("eval_prompts is None and the trainer has no eval_dataset; expected the held-out prompts of E")
     if isinstance(source, Mapping):
-        raise ValueError(f"eval_dataset holds {sorted(source)}; pass one of them as eval_prompts")
+        raise ValueError(
+            f"eval_dataset holds {sorted(source)}; expected one data set. Pass one of them as eval_prompts"
+        )
     if isinstance(source, str) or _is_conversation(source):
         source = [source]
     if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
-        raise ValueError(f"eval_prompts is {source!r}; give texts, conversations or a data set with a column prompt")
+        raise ValueError(
+            f"eval_prompts is {source!r}; expected texts, conversations or a data set with a column prompt"
+        )
     _check_columns(source)
     bound = max_prompts if eval_prompts is None or not _has_length(source) else None
     items, note = _take(source, bound)
     prompts = [item["prompt"] if isinstance(item, Mapping) and "prompt" in item else item for item in items]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, (str, list)) or not prompt:
-            raise ValueError(f"eval_prompts[{i}] is {prompt!r}; give a text or a conversation as a list of messages")
+            raise ValueError(
+                f"eval_prompts[{i}] is {prompt!r}; expected a text or a conversation as a list of messages"
+            )
         if any(_has_image(message) for message in prompt):
-            raise ValueError(f"eval_prompts[{i}] shows an image, which influences do not see; give prompts of text")
+            raise ValueError(f"eval_prompts[{i}] shows an image; expected text, since influences do not see images")
     if not prompts:
-        raise ValueError("eval_prompts is empty; give the held-out prompts of E")
+        raise ValueError("eval_prompts is empty; expected the held-out prompts of E")
     return HeldOutPrompts(prompts, note)
 
 
@@ -75,12 +81,14 @@ def _check_columns(source: Any) -> None:
     if columns is None:
         return
     if "prompt" not in columns:
-        raise ValueError(f"eval_prompts has the columns {columns}, not prompt; rename the one that is")
+        raise ValueError(
+            f"eval_prompts has the columns {columns}; expected prompt. Rename the one that holds the prompts"
+        )
     for name in IMAGE_COLUMNS:
         if name in columns:
             raise ValueError(
-                f"eval_prompts has the column {name!r}, which influences do not see; give prompts of text, and train "
-                "on text, to measure"
+                f"eval_prompts has the column {name!r}; expected text alone, since influences do not see images. "
+                "Give prompts of text, and train on text, to measure"
             )
 
 

@@ -122,8 +122,8 @@ def _check_vocabulary(request: RolloutFile, rollouts: Sequence[Rollout], state: 
         largest = max((*r.prompt_ids, *r.completion_ids), default=0)
         if size is not None and (largest >= size or min((*r.prompt_ids, *r.completion_ids), default=0) < 0):
             raise PlanError(
-                f"rollout {r.id!r} of {request.rollouts!r} has token {largest}, the model {size}; take the rollouts of "
-                "this checkpoint"
+                f"rollout {r.id!r} of {request.rollouts!r} has token {largest}; expected ids below {size}, the "
+                "model's vocabulary. Take the rollouts of this checkpoint"
             )
 
 
@@ -132,7 +132,9 @@ def _custom_rollout(plan: StepPlan, state: TrainingState, request: CustomSequenc
     ids = tuple(state.tokenizer(request.completion, add_special_tokens=False)["input_ids"])
     ids += (eos_token_ids(state.model, state.tokenizer)[0],) if request.end else ()
     if not ids:
-        raise PlanError(f"completion is {request.completion!r}, which has no tokens; write at least one, or set end")
+        raise PlanError(
+            f"completion is {request.completion!r}, which has no tokens; expected at least one. Write it, or set end"
+        )
     prompt_ids = tokenize_prompts(state.model, state.tokenizer, [Prompt("0", request.prompt)], len(ids))[0]
     rollout = Rollout(
         id="0/0",

@@ -88,14 +88,16 @@ def _read_prompts(request: SampledBatch) -> list[Prompt]:
     prompts = as_conversations(prompts, request.chat, request.system)
     if request.prompt_ids is not None:
         if len(set(request.prompt_ids)) < len(request.prompt_ids):
-            raise PlanError(f"prompt_ids is {list(request.prompt_ids)}, with an id twice; name each prompt once")
+            raise PlanError(f"prompt_ids is {list(request.prompt_ids)}; expected each prompt once")
         by_id = {prompt.id: prompt for prompt in prompts}
         for name in request.prompt_ids:
             if name not in by_id:
-                raise PlanError(f"prompt_ids has {name!r}, which is not among the {len(prompts)} ids of {file!r}")
+                raise PlanError(f"prompt_ids has {name!r}; expected one of the {len(prompts)} ids of {file!r}")
         prompts = [by_id[name] for name in request.prompt_ids]
     if request.num_prompts is not None and request.num_prompts > len(prompts):
-        raise PlanError(f"num_prompts is {request.num_prompts} but {file!r} holds {len(prompts)}; ask for fewer")
+        raise PlanError(
+            f"num_prompts is {request.num_prompts}; expected at most {len(prompts)}, as {file!r} holds. Ask for fewer"
+        )
     # A reward function is called once per stored piece, and must get the same columns whichever prompts are in it.
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return [dataclasses.replace(p, columns={**columns, **p.columns}) for p in prompts]

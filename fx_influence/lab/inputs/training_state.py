@@ -70,7 +70,10 @@ def load_training_state(plan: StepPlan, job: Job = SINGLE_PROCESS) -> TrainingSt
     _check_device(plan.device, job)
     checkpoint = load_checkpoint(demo_path(plan.checkpoint), base=base, dtype=dtype, device=plan.device)
     if checkpoint.optimizer_state is None:
-        raise PlanError(f"checkpoint {plan.checkpoint!r} has no optimizer state; save optimizer.pt beside the model")
+        raise PlanError(
+            f"checkpoint {plan.checkpoint!r} has no optimizer state; expected optimizer.pt beside the model. Save "
+            "it there"
+        )
     # In half precision the change by a finite step or a single rollout would be lost in rounding, so the same weights
     # are computed with in float32.
     model = checkpoint.model if plan.dtype == "float64" else checkpoint.model.float()
@@ -104,7 +107,7 @@ def _check_device(device: str, job: Job) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise PlanError(
-            f"device is {device!r}, which cannot be used here ({error}); use cpu, or cuda with a GPU"
+            f"device is {device!r}, which cannot be used here ({error}); expected cpu, or cuda with a GPU"
         ) from error
 
 

@@ -29,9 +29,9 @@ def update_batch(plan: StepPlan, u: ScoredRollouts) -> Batch:
         rewards = {r.reward for r in u.rollouts}
         equal = f" (every reward is {next(iter(rewards))}: check that reward reads columns that the prompts have)"
         raise PlanError(
-            f"every advantage in U is 0{equal if len(rewards) == 1 else ''}, so its rollouts make no update; choose "
-            "prompts that are sometimes solved and sometimes not, more completions_per_prompt, or "
-            "update.resample_zero_advantage"
+            f"every advantage in U is 0{equal if len(rewards) == 1 else ''}; expected some that are not, since "
+            "these rollouts make no update. Choose prompts that are sometimes solved and sometimes not, more "
+            "completions_per_prompt, or update.resample_zero_advantage"
         )
     ratio = None
     if u.off_policy > ON_POLICY_TOLERANCE:

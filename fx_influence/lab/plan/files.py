@@ -51,9 +51,9 @@ def read_plan(path: Path, plan_type: type[AnyPlan], note: Callable[[str], object
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _PlanLoader)
     except FileNotFoundError as error:
-        raise PlanError(f"{file} does not exist; check the path") from error
+        raise PlanError(f"{file} does not exist; expected a YAML file. Check the path") from error
     except OSError as error:
-        raise PlanError(f"{file} cannot be read: {error.strerror}; give a YAML file") from error
+        raise PlanError(f"{file} cannot be read: {error.strerror}; expected a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise PlanError(f"{file} is not YAML: {_yaml_problem(error)}; `fx-influence plan` prints one") from error
     plan = resolved(plan_type.from_dict({} if values is None else values), path.resolve().parent)

@@ -26,7 +26,10 @@ def eta_sweep(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
     """
     arrays = results.evaluations[evaluation].arrays
     if not len(arrays["eta"]) or "full" not in arrays:
-        raise ValueError("the run has no finite step of the whole update; give directions 'full' and eta_multiples")
+        raise ValueError(
+            "the run has no finite step of the full update; expected at least one. Give directions 'full' and "
+            "eta_multiples"
+        )
     derivatives = _derivatives(results, evaluation)
     fitted = len(results.plan.eta_multiples) if len(arrays["eta"]) > 1 else 1
     unit = results.summary.get("reference_lr") or results.summary["lr"] or 1.0

@@ -32,7 +32,9 @@ def matrix(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
     """
     m = results.evaluations[evaluation].matrix
     if m is None:
-        raise ValueError("the run has no matrix M; measure the step with matrix=True, or with fx-influence run")
+        raise ValueError(
+            "the run has no matrix M; expected one. Measure the step with matrix=True, or with fx-influence run"
+        )
     m = m.astype(float)
     rows, columns = _order(m), _order(m.T)
     largest = float(np.quantile(np.abs(m[m != 0]), COLOUR_QUANTILE)) if m.any() else 1.0

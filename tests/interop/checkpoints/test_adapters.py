@@ -29,7 +29,9 @@ def test_load_adapter_takes_base_from_config_or_argument(adapter: Path, bases: P
     moved = shutil.copytree(bases / "llama", tmp_path / "moved")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/model"}))
-    with pytest.raises(FileNotFoundError, match=r"is 'some/model', which is not a local directory; pass base="):
+    with pytest.raises(
+        FileNotFoundError, match=r"is 'some/model'; expected a local directory, since nothing is downloaded. Pass base="
+    ):
         load_checkpoint(adapter, optimizer=False)
     loaded = load_checkpoint(adapter, base=moved, optimizer=False)
     assert isinstance(loaded.model, PeftModel)

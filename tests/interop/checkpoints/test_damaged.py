@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("model.safetensors", HALF, r"the weights in .*checkpoint is damaged: .*; copy or save it there again"),
+        ("model.safetensors", HALF, r"the weights in .*checkpoint is damaged: .*Copy or save it there again"),
         ("model.safetensors", b"", r"the weights in .*checkpoint is damaged"),
         ("model.safetensors", b"garbage" * 9, r"the weights in .*checkpoint is damaged"),
         ("tokenizer.json", HALF, r"the tokenizer or config\.json in .*checkpoint is damaged"),
@@ -60,4 +60,7 @@ def test_cli_tells_directory_from_missing_prompts(tmp_path: Path, capsys: pytest
     for prompts, said in ((str(tmp_path), "is a directory"), ("What is 1+1?", "does not exist")):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"update": {"prompts": prompts}}))
         assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 1
-        assert f"{said}; check the path, or give the prompts themselves in a list" in capsys.readouterr().err
+        assert (
+            f"{said}; expected a file of prompts. Check the path, or give the prompts themselves in a list"
+            in capsys.readouterr().err
+        )

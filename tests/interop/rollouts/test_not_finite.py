@@ -121,8 +121,8 @@ COUNTS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "prime-rl's advantage": ("prime_rl", {"advantages": [0.5, 0.5, NAN, NAN]}, "field 'advantages' holds the number"),
     "NeMo-RL's advantage": ("nemo_rl", {"advantages": [[0.5, 0.5, NAN, NAN, 0.5]]}, "field 'advantages' holds the num"),
-    "TRL's advantage": ("trl", {"advantage": [NAN]}, "column 'advantage' holds nan, which is not finite"),
-    "TRL's infinite reward": ("trl", {"exact": [math.inf]}, "column 'exact' holds inf, which is not finite"),
+    "TRL's advantage": ("trl", {"advantage": [NAN]}, "column 'advantage' holds nan; expected finite"),
+    "TRL's infinite reward": ("trl", {"exact": [math.inf]}, "column 'exact' holds inf; expected finite"),
 }
 
 

@@ -32,12 +32,16 @@ def test_native_format_is_detected(tmp_path: Path) -> None:
 
 def test_format_argument_overrides_suffix(tmp_path: Path) -> None:
     path = write_prime_rl(tmp_path / "export.log", [prime_record()])
-    with pytest.raises(ValueError, match=r"export.log' is no .jsonl and no .parquet; give its format with format="):
+    with pytest.raises(
+        ValueError, match=r"export.log' ends in '.log'; expected .jsonl or .parquet. Give its format with format="
+    ):
         read_rollouts(path)
     assert len(read_rollouts(path, format="prime_rl")) == 1
     with pytest.raises(ValueError, match="no field 'input_lengths'"):
         read_rollouts(path, format="nemo_rl")
-    with pytest.raises(ValueError, match=r"format is 'slime'; use one of fx_influence, prime_rl, nemo_rl, verl, trl"):
+    with pytest.raises(
+        ValueError, match=r"format is 'slime'; expected one of fx_influence, prime_rl, nemo_rl, verl, trl"
+    ):
         read_rollouts(path, format="slime")  # type: ignore[arg-type]
 
 
@@ -89,7 +93,7 @@ def test_read_rollouts_refuses_file_without_rollouts(tmp_path: Path, format: Any
 
 def test_read_rollouts_refuses_repeated_ids(tmp_path: Path) -> None:
     path = write_prime_rl(tmp_path / "r.jsonl", [prime_record(0), prime_record(1), prime_record(0)])
-    with pytest.raises(ValueError, match="gives 1 ids to more than one rollout: 7/1/0; ids must be unique"):
+    with pytest.raises(ValueError, match="gives 1 ids to more than one rollout: 7/1/0; expected unique ids"):
         read_rollouts(path)
     write_rollouts(tmp_path / "own.jsonl", [native_rollout(), dataclasses.replace(native_rollout(), group=1)])
     with pytest.raises(ValueError, match="more than one rollout: p/0"):
@@ -99,5 +103,5 @@ def test_read_rollouts_refuses_repeated_ids(tmp_path: Path) -> None:
 def test_read_rollouts_names_missing_file_or_ranks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"'.*none.jsonl' does not exist"):
         read_rollouts(tmp_path / "none.jsonl")
-    with pytest.raises(FileNotFoundError, match="nor is it a directory of rank"):
+    with pytest.raises(FileNotFoundError, match="or a directory of rank"):
         read_rollouts(tmp_path)

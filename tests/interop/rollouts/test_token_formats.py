@@ -95,7 +95,7 @@ def test_prime_rl_groups_equal_prompts_of_all_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "'schema_version' is 2; only version 1"),
+        ({"schema_version": 2}, "'schema_version' is 2; expected 1"),
         ({"training_mode": "sft"}, "'training_mode' says that another loss"),
         ({"ce_weights": [0.0] * 10 + [0.1]}, "'ce_weights' says that another loss"),
         ({"ref_kl_weights": [0.1] * 11}, "'ref_kl_weights' says that another loss"),
@@ -104,12 +104,12 @@ def test_prime_rl_groups_equal_prompts_of_all_ranks(tmp_path: Path) -> None:
         ({"inference_logprobs": [None] * 11}, "the log-prob of a sampled token is null"),
         ({"inference_logprobs": [-0.5] * 10}, "10 values of logprobs for 11 token ids"),
         ({"rl_weights": [1.0]}, "1 rl_weights for 11 advantages"),
-        ({"loss_mask": [1] * 11}, "field 'loss_mask' holds 1 at 0; it must hold booleans only"),
+        ({"loss_mask": [1] * 11}, "field 'loss_mask' holds 1 at 0; expected booleans only"),
         ({"token_ids": [*PROMPT, *SAMPLED, *TOOL, 4.0, 5]}, "field 'token_ids' holds 4.0 at 9"),
-        ({"token_ids": [True] * 11}, "field 'token_ids' holds True at 0; it must hold integers only"),
+        ({"token_ids": [True] * 11}, "field 'token_ids' holds True at 0; expected integers only"),
         ({"token_ids": [-1] * 11}, "token id -1 is negative"),
-        ({"token_ids": "2"}, "field 'token_ids' is '2'; it must be a list of integers"),
-        ({"rank": None}, "field 'rank' is None; it must be an integer"),
+        ({"token_ids": "2"}, "field 'token_ids' is '2'; expected a list of integers"),
+        ({"rank": None}, "field 'rank' is None; expected an integer"),
     ],
 )
 def test_prime_rl_refuses_inconsistent_record(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -157,10 +157,10 @@ def test_nemo_rl_uses_filtered_rewards(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"advantages": [[0.7] * 8, [0.1] * 4 + [0.2] * 4], "token_loss_mask": [[1] * 8] * 2}, "'advantages' differs"),
-        ({"input_lengths": [6, 9]}, "'input_lengths' is 9, but field 'token_loss_mask' has 8 values"),
-        ({"token_loss_mask": [[0] * 8, [0, 0, 0, 0, 2, 0, 0, 0]]}, "'token_loss_mask' holds 2; it must be 0 or 1"),
-        ({"sample_loss_mask": [1.0, 0.5]}, "'sample_loss_mask' holds 0.5; it must be 0 or 1"),
-        ({"rewards": [1.0]}, "'rewards' holds 0 values; NeMo-RL writes a list of one"),
+        ({"input_lengths": [6, 9]}, "'token_loss_mask' has 8 values; expected at least 9"),
+        ({"token_loss_mask": [[0] * 8, [0, 0, 0, 0, 2, 0, 0, 0]]}, "'token_loss_mask' holds 2; expected 0 or 1"),
+        ({"sample_loss_mask": [1.0, 0.5]}, "'sample_loss_mask' holds 0.5; expected 0 or 1"),
+        ({"rewards": [1.0]}, "'rewards' holds 0 values; expected a list of one"),
     ],
 )
 def test_nemo_rl_refuses_inconsistent_record(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

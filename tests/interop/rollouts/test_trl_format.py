@@ -114,7 +114,7 @@ def test_trl_refuses_template_that_rewrites_messages(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="row 0: the tokenizer's chat template rewrites earlier turns"):
         read_rollouts(path, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no tools') }}"
-    with pytest.raises(ValueError, match="row 0: the tokenizer's chat template refuses the messages: no tools"):
+    with pytest.raises(ValueError, match=r"row 0: the tokenizer's chat template fails on the messages \(no tools"):
         read_rollouts(path, tokenizer)
 
 
@@ -123,7 +123,7 @@ def test_trl_refuses_template_that_rewrites_messages(tmp_path: Path, monkeypatch
     [
         ([chat("user", "?")], [{"content": "2"}], "field 'completion' is .*a list of messages with a role"),
         ([{"role": "user", "content": [{"type": "image"}]}], [chat("assistant", "2")], "'prompt' holds something else"),
-        ("1+1=", [call("add", x=1)], "messages but the prompt a text"),
+        ("1+1=", [call("add", x=1)], "messages and the prompt a text"),
     ],
 )
 def test_trl_refuses_messages_without_text(
@@ -165,7 +165,7 @@ def test_trl_refuses_rows_with_not_finite_numbers(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="column 'exact' holds inf") as caught:
         read_rollouts(path, TOKENIZER)
     assert [line.partition(": ")[0][-5:] for line in str(caught.value).splitlines()] == ["row 1", "row 2"]
-    assert "field 'advantage' is None; it must be a number; pandas writes NaN as null" in str(caught.value)
+    assert "field 'advantage' is None; expected a number; pandas writes NaN as null" in str(caught.value)
 
 
 def test_trl_refuses_other_parquet_or_no_parquet(tmp_path: Path) -> None:

@@ -99,11 +99,11 @@ def test_verl_does_not_double_eos_in_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": [1.0, "high", 0.0]}, "field 'score' is 'high'; it must be a number"),
+        ({"score": [1.0, "high", 0.0]}, "field 'score' is 'high'; expected a number"),
         ({"score": [1.0, True, 0.0]}, "field 'score' is True"),
         ({"score": [1.0, 10**400, 0.0]}, "int too large"),
-        ({"output": ["2", None, "3"]}, "field 'output' is None; it must be a string"),
-        ({"truncated": [None, "yes", None]}, "field 'truncated' is 'yes'; it must be a boolean"),
+        ({"output": ["2", None, "3"]}, "field 'output' is None; expected a string"),
+        ({"truncated": [None, "yes", None]}, "field 'truncated' is 'yes'; expected a boolean"),
     ],
 )
 def test_verl_refuses_field_of_another_type(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -114,7 +114,7 @@ def test_verl_refuses_field_of_another_type(tmp_path: Path, changes: dict[str, A
 
 def test_verl_needs_tokenizer_with_eos(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", VERL)
-    with pytest.raises(ValueError, match="tokenizer is None, but this file holds texts"):
+    with pytest.raises(ValueError, match="tokenizer is None; expected the policy's own"):
         read_rollouts(path)
     with pytest.raises(ValueError, match=r"tokenizer.eos_token is None"):
         read_rollouts(path, make_tokenizer(eos=None))

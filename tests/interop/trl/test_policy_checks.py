@@ -95,6 +95,6 @@ def test_forward_that_is_not_the_policys_is_warned_of(tmp_path: Path) -> None:
 
     measured = measure_training(tmp_path / "a", 1, prepare=hook)
     assert len(measured.warnings) == 1
-    assert "something else goes into the trainer's forward" in measured.warnings[0]
+    assert "Something else goes into the trainer's forward" in measured.warnings[0]
     assert not measured.history
     assert_training_unchanged(measured.trainer, tmp_path / "b", 1, hook)

@@ -64,10 +64,10 @@ def test_prompts_accept_other_forms(eval_prompts: Any, expected: list[Any]) -> N
     [
         (None, "eval_prompts is None and the trainer has no eval_dataset"),
         ([], "eval_prompts is empty"),
-        (["1+1=", 7], r"eval_prompts\[1\] is 7; give a text or a conversation"),
+        (["1+1=", 7], r"eval_prompts\[1\] is 7; expected a text or a conversation"),
         (["1+1=", ""], r"eval_prompts\[1\] is ''"),
         (Dataset.from_list([{"question": "1+1="}]), r"has the columns \['question'\], not prompt"),
-        ({"a": ["1="]}, r"holds \['a'\]; pass one of them"),
+        ({"a": ["1="]}, r"holds \['a'\]; expected one data set"),
         (7, "eval_prompts is 7; give texts"),
         ([[{"role": "user", "content": [{"type": "image"}]}]], r"eval_prompts\[0\] shows an image"),
         (Dataset.from_list([{"prompt": "1=", "image": "x"}]), "eval_prompts has the column 'image'"),

@@ -215,13 +215,16 @@ def equal(prompts, completions, **columns):
     ("changes", "message"),
     [
         ({"checkpoint": "absent"}, r"absent"),
-        ({"reward": "no_such_module:f"}, r"reward is 'no_such_module:f', but module"),
+        ({"reward": "no_such_module:f"}, r"reward is 'no_such_module:f' and module"),
         ({"reward": "bad_rewards:raises"}, r"reward bad_rewards:raises raised RuntimeError: boom"),
         ({"reward": "bad_rewards:nan"}, r"reward bad_rewards:nan returned nan"),
         ({"reward": "bad_rewards:equal"}, r"every advantage in U is 0"),
         ({"update": {"prompts": "absent.jsonl"}}, r"absent\.jsonl' does not exist"),
-        ({"update": {"prompts": "demo/train", "num_prompts": 10**6}}, r"num_prompts is 1000000 but .* ask for fewer"),
-        ({"max_new_tokens": 63}, r"63 .* passes the model's 64 positions"),
+        (
+            {"update": {"prompts": "demo/train", "num_prompts": 10**6}},
+            r"num_prompts is 1000000; expected .* Ask for fewer",
+        ),
+        ({"max_new_tokens": 63}, r"63 .* model has 64 positions"),
     ],
 )
 def test_run_rejects_bad_input_before_passes(

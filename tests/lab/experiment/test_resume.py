@@ -109,12 +109,15 @@ def test_run_rejects_directory_of_another_plan(
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     assert main(["run", write_plan(tmp_path, ENTROPY_PLAN), "--seed", "9", "--out", str(copy)]) == 1
-    assert "holds a run of another plan; choose another --out" in capsys.readouterr().err
+    assert (
+        "holds a run of another plan; expected one of this plan, or nothing. Choose another --out"
+        in capsys.readouterr().err
+    )
     assert (copy / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert main(["run", write_plan(tmp_path, ENTROPY_PLAN), "--out", str(tmp_path / "mine")]) == 1
-    assert "is not a run directory; choose another --out" in capsys.readouterr().err
+    assert "is not a run directory; expected one, or nothing. Choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_run_fisher_continues_with_the_same_bytes(
     assert (out / "eval_00.json").exists()
     assert not (out / "eval_01.json").exists()
     assert main(["report", str(out)]) == 1
-    message = "has no summary.json, so it is no finished run of that kind; finish it with the command"
+    message = "has no summary.json; expected a finished run of that kind. Finish it with the command"
     assert message in capsys.readouterr().err
     assert main(command) == 0
     assert len(calls) == 3, "the first evaluation was measured once"
@@ -54,15 +54,21 @@ def test_run_fisher_rejects_directory_of_another_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fisher", str(finished / "plan.yaml"), "--seed", "9", "--out", str(finished)]) == 1
-    assert "holds a run of another plan; choose another --out" in capsys.readouterr().err
+    assert (
+        "holds a run of another plan; expected one of this plan, or nothing. Choose another --out"
+        in capsys.readouterr().err
+    )
     entropy = {name: value for name, value in FISHER_PLAN.items() if name != "top"}
     (tmp_path / "entropy.yaml").write_text(yaml.safe_dump(entropy))
     assert main(["run", str(tmp_path / "entropy.yaml"), "--out", str(finished)]) == 1
-    assert "holds a run of another plan; choose another --out" in capsys.readouterr().err
+    assert (
+        "holds a run of another plan; expected one of this plan, or nothing. Choose another --out"
+        in capsys.readouterr().err
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert main(["fisher", write_plan(tmp_path, FISHER_PLAN), "--out", str(tmp_path / "mine")]) == 1
-    assert "is not a run directory; choose another --out" in capsys.readouterr().err
+    assert "is not a run directory; expected one, or nothing. Choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

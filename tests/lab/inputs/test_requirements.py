@@ -28,19 +28,19 @@ from fx_influence.lab.plan import (
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"prompts": ["1+1="], "prompt_ids": ["7"]}, r"prompt_ids has '7', which is not among the 1 ids of 'prompts'"),
-        ({"prompts": ["1+1="], "prompt_ids": ["0", "0"]}, r"prompt_ids is \['0', '0'\], with an id twice"),
-        ({"prompts": ["1+1="], "num_prompts": 2}, r"num_prompts is 2 but 'prompts' holds 1; ask for fewer"),
+        ({"prompts": ["1+1="], "prompt_ids": ["7"]}, r"prompt_ids has '7'; expected one of the 1 ids of 'prompts'"),
+        ({"prompts": ["1+1="], "prompt_ids": ["0", "0"]}, r"prompt_ids is \['0', '0'\]; expected each prompt once"),
+        ({"prompts": ["1+1="], "num_prompts": 2}, r"num_prompts is 2; expected at most 1, as 'prompts' holds"),
         ({"prompts": ["1+1=", {"prompt": "2+2=", "id": "0"}]}, r"prompt 1: id '0' is already the id of prompt 0"),
         ({"prompts": [{"text": "1"}]}, r'prompt 0 has no "prompt", "messages" or "question"'),
         ({"prompt": "1+1=", "completion": "", "end": False}, r"completion is '', which has no tokens"),
-        ({"prompt": "", "completion": "2"}, r"has no tokens; give a text that has some"),
-        ({"prompt": "1+1=", "completion": "2" * 70}, r"passes the model's 64 positions"),
+        ({"prompt": "", "completion": "2"}, r"has no tokens; expected at least one"),
+        ({"prompt": "1+1=", "completion": "2" * 70}, r"model has 64 positions"),
         ({"rollouts": "absent.jsonl"}, r"rollouts file .*absent\.jsonl' does not exist"),
         ({"rollouts": "empty.jsonl"}, r"empty\.jsonl' holds no rollout"),
-        ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' gives 1 ids to more than one rollout: x; ids must be unique"),
+        ({"rollouts": "twice.jsonl"}, r"twice\.jsonl' gives 1 ids to more than one rollout: x; expected unique ids"),
         ({"rollouts": "unjudged.jsonl"}, r"reward of rollout 'x' of .*unjudged\.jsonl' is None; .*group 0 lacks"),
-        ({"rollouts": "foreign.jsonl"}, r"rollout 'x' of .*foreign\.jsonl' has token 999, the model 15"),
+        ({"rollouts": "foreign.jsonl"}, r"rollout 'x' of .*foreign\.jsonl' has token 999; expected ids below 15"),
     ],
 )
 def test_run_rejects_impossible_batch_before_passes(
@@ -67,16 +67,21 @@ def test_run_rejects_impossible_batch_before_passes(
     ("request_", "reward", "absent", "message"),
     [
         ({"prompts": [{"prompt": "1+1=", "gold": "2"}]}, "exact_match", "", r"columns \['gold'\]: missing .* 'answer'"),
-        ({"prompts": [{"prompt": "1+1=", "gold": "2"}]}, "math_verify", "", r'needs a column "answer" or "solution"'),
+        ({"prompts": [{"prompt": "1+1=", "gold": "2"}]}, "math_verify", "", r'expected "answer" or "solution"'),
         ({"prompts": "g.parquet"}, "math_verify", "math_verify", r"pip install 'fx-influence\[math\]'"),
         ({"prompts": "g.parquet"}, "math_verify", "pyarrow", r"pip install 'fx-influence\[parquet\]'"),
-        ({"prompts": "g.parquet", "system": "s"}, "math_verify", "", r"'0' is a plain text; set chat: true"),
-        ({"prompts": "g.parquet", "chat": True}, "math_verify", "", r"'0' is a conversation, but the tokenizer has no"),
+        (
+            {"prompts": "g.parquet", "system": "s"},
+            "math_verify",
+            "",
+            r"'0' a plain text; expected a conversation. Set chat: true",
+        ),
+        ({"prompts": "g.parquet", "chat": True}, "math_verify", "", r"'0' is a conversation and the tokenizer has no"),
         (
             {"prompts": [{"messages": [{"role": "user", "content": "?"}]}, "?"]},
             "exact_match",
             "",
-            r"set chat: true, or",
+            r"Set chat: true, or",
         ),
     ],
 )

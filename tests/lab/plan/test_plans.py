@@ -271,12 +271,12 @@ def test_read_plan_expands_home_folder(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_read_plan_names_missing_or_unreadable_file(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"absent\.yaml' does not exist; check the path"):
+    with pytest.raises(PlanError, match=r"absent\.yaml' does not exist; expected a YAML file. Check the path"):
         read_plan(tmp_path / "absent.yaml", EntropyInfluencePlan)
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(PlanError, match=r"bad\.yaml' is not YAML"):
         read_plan(tmp_path / "bad.yaml", EntropyInfluencePlan)
-    with pytest.raises(PlanError, match=r"cannot be read: Is a directory; give a YAML file"):
+    with pytest.raises(PlanError, match=r"cannot be read: Is a directory; expected a YAML file"):
         read_plan(tmp_path, EntropyInfluencePlan)
 
 

@@ -107,8 +107,9 @@ def read_metadata(file: Path) -> list[Entry]:
         ValueError,
     ) as error:
         raise ValueError(
-            f"{file} is damaged or no metadata of torch.distributed.checkpoint, and nothing else is unpickled: "
-            f"{error or type(error).__name__}; save the checkpoint again with torch.distributed.checkpoint.save"
+            f"{file} is damaged or of another kind ({error or type(error).__name__}); expected metadata of "
+            "torch.distributed.checkpoint, since nothing else is unpickled. Save the checkpoint again with "
+            "torch.distributed.checkpoint.save"
         ) from error
 
 

@@ -167,7 +167,7 @@ def _read_rows(stored: StoredValue, chunk: Chunk, rows: slice, max_read_bytes: i
             file.seek(start + first * width * dtype.itemsize)
             buffer: Any = values.view(torch.uint8).numpy()
             if file.readinto(buffer) != values.nbytes:
-                raise ValueError(f"{name} is damaged: it ends too early; save the checkpoint again")
+                raise ValueError(f"{name} is damaged: it ends too early. Save the checkpoint again")
             yield first, values.view(count, *chunk.sizes[1:])
 
 

@@ -91,6 +91,6 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             continue
         if name not in (*FORWARD_ARGUMENTS, *INERT_ARGUMENTS) and value is not None:
             raise CaptureError(
-                f"{name} went into the trainer's forward, which is more than ids and masks: influences are of a policy "
-                "that reads these alone; train without it"
+                f"{name} went into the trainer's forward; expected ids and masks alone, since influences are of a "
+                "policy that reads these. Train without it"
             )

@@ -87,8 +87,8 @@ class Capture:
     def _step_of(self, micro_batches: list[MicroBatch] | None, clipped: tuple[float, float] | None) -> CapturedStep:
         if not micro_batches or not all(micro_batch.scorings for micro_batch in micro_batches):
             raise CaptureError(
-                f"{type(self._trainer).__name__} computed its loss without a call of {SCORE}, so its "
-                "coefficients are unknown; turn off use_liger_kernel, or a compute_loss of your own"
+                f"{type(self._trainer).__name__} computed its loss without a call of {SCORE}; expected one, which "
+                "gives the coefficients. Turn off use_liger_kernel, or a compute_loss of your own"
             )
         rows_by_process = all_gather_values(self.mesh, concatenate([rollout_rows(x) for x in micro_batches]))
         norm, max_norm = clipped or (0.0, float("inf"))

@@ -94,8 +94,8 @@ def _check_scored_tokens(micro_batch: MicroBatch, input_ids: Tensor, attention_m
         same = scoring.values[0].shape == completions.shape and torch.equal(scoring.input_ids, input_ids)
         if not same or not torch.equal(scoring.attention_mask.bool(), attention_mask):
             raise CaptureError(
-                "the loss asked for log-probabilities of other tokens than its batch's completions, so its "
-                "coefficients are unknown; use the trainer's own compute_loss"
+                "the loss asked for log-probabilities of other tokens than its batch's completions; expected "
+                "these, which give the coefficients. Use the trainer's own compute_loss"
             )
 
 

@@ -94,13 +94,13 @@ def check_generation(trainer: Any) -> None:
     for field in ("tools", "environment_factories", "rollout_func"):
         if getattr(trainer, field, None):
             raise GenerationError(
-                f"trainer.{field} is set: its completions are not sampled from the policy alone, so they estimate no "
-                "entropy of it; measure a trainer without it"
+                f"trainer.{field} is set; expected completions from the policy alone, since others do not estimate "
+                "its entropy. Measure a trainer without it"
             )
     if getattr(trainer, "use_transformers_continuous_batching", False):
         raise GenerationError(
-            "use_transformers_continuous_batching is True, which casts the weights in place before it generates; "
-            "set it to False"
+            "use_transformers_continuous_batching is True; expected False, since it casts the weights in place "
+            "before it generates"
         )
     requested = trainer.args.generation_kwargs or {}
     if getattr(trainer, "use_vllm", False):
@@ -148,9 +148,9 @@ def _check_settings(
             expected = (sorted(eos_ids),)
         if value not in expected:
             raise GenerationError(
-                f"{name} is {value!r} in the trainer's generation: its completions are not sampled from the policy's "
-                f"full softmax, so they would estimate another entropy; set {name} to "
-                f"{expected[0] if expected else None!r}"
+                f"{name} is {value!r} in the trainer's generation; expected "
+                f"{expected[0] if expected else None!r}. Other "
+                "completions are not sampled from the policy's full softmax, so they would estimate another entropy"
             )
 
 
@@ -168,9 +168,9 @@ def _check_effect(trainer: Any) -> None:
         # A division and two softmaxes round by about 1e-6; the bound leaves two orders of magnitude.
         if not torch.allclose(processed.after, processed.before, rtol=0, atol=1e-4):
             raise GenerationError(
-                f"the trainer's generation changes the policy's distribution by {processed.processors}: its "
-                "completions would estimate another entropy; generate from the full softmax at temperature "
-                f"{trainer.temperature}"
+                f"the trainer's generation changes the policy's distribution by {processed.processors}; expected "
+                "no change, since its completions would estimate another entropy. Generate from the full softmax "
+                f"at temperature {trainer.temperature}"
             )
 
 

@@ -23,7 +23,7 @@ def check_kind(trainer: Any) -> None:
     """
     kind = type(trainer).__name__
     if not all(hasattr(trainer, name) for name in (*METHODS, "_generate", "_metrics", "accelerator")):
-        raise TypeError(f"trainer is {kind}; attach to trl's GRPOTrainer or RLOOTrainer (trl 1.16 or later)")
+        raise TypeError(f"trainer is {kind}; expected trl's GRPOTrainer or RLOOTrainer (trl 1.16 or later)")
     _check_processes(trainer)
 
 
@@ -39,9 +39,9 @@ def _check_processes(trainer: Any) -> None:
     for name, in_use in shardings.items():
         if in_use:
             raise ValueError(
-                f"the trainer runs in {trainer.accelerator.num_processes} processes under {name}; its steps can be "
-                "attributed where every process holds the full model: launch one process, or several with "
-                "DistributedDataParallel (accelerate launch --multi_gpu)"
+                f"the trainer runs in {trainer.accelerator.num_processes} processes under {name}; expected the "
+                "full model in every process. Launch one process, or several with DistributedDataParallel "
+                "(accelerate launch --multi_gpu)"
             )
 
 
@@ -55,18 +55,23 @@ def check_steps(trainer: Any) -> None:
     """
     model = trainer.model
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("the model is quantised, which has no exact derivatives; attach to one in bfloat16 or float32")
+        raise ValueError(
+            "the model is quantised; expected bfloat16 or float32, since the quantised one has no exact derivatives"
+        )
     if getattr(trainer.args, "cast_lm_head_to_fp32", False) and model.dtype != torch.float32:
-        raise ValueError(f"cast_lm_head_to_fp32 is True over a model in {model.dtype}; load it in float32 instead")
+        raise ValueError(
+            f"cast_lm_head_to_fp32 is True over a model in {model.dtype}; expected False. Load the model in "
+            "float32 instead"
+        )
     for name, p in _active_dropout(model):
         raise ValueError(
-            f"{name or 'the model'} has dropout {p}, which makes every gradient random; set disable_dropout=True in "
-            "the trainer's config, and the dropouts of the model's config and of LoRA to 0"
+            f"{name or 'the model'} has dropout {p}; expected 0, since it makes every gradient random. Set "
+            "disable_dropout=True in the trainer's config, and the dropouts of the model's config and of LoRA to 0"
         )
     for name, alpha in _embedding_noise(trainer):
         raise ValueError(
-            f"{name} is {alpha}: noise on the embeddings makes every gradient one of another policy than the one that "
-            "samples; leave neftune_noise_alpha out to measure"
+            f"{name} is {alpha}; expected None, since noise on the embeddings makes every gradient one of another "
+            "policy than the one that samples. Leave neftune_noise_alpha out to measure"
         )
     _check_no_images(trainer)
     _check_optimizer(trainer)
@@ -96,8 +101,8 @@ def _check_no_images(trainer: Any) -> None:
     for name in IMAGE_COLUMNS:
         if name in columns:
             raise ValueError(
-                f"train_dataset has the column {name!r}: the policy reads images, which influences do not see; train "
-                "on text to measure"
+                f"train_dataset has the column {name!r}; expected text alone, since influences do not see the "
+                "images that the policy reads. Train on text to measure"
             )
 
 

@@ -55,7 +55,7 @@ def test_attach_rejects_model(make_model: Any, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"is_deepspeed_enabled": True}, "under DeepSpeed; .*launch one process, or several with DistributedData"),
+        ({"is_deepspeed_enabled": True}, "under DeepSpeed; .*Launch one process, or several with DistributedData"),
         ({"is_fsdp_enabled": True}, "under FSDP; "),
         ({"accelerator": SimpleNamespace(num_processes=8, distributed_type=DistributedType.XLA)}, "8 .* under XLA; "),
         ({"model": SimpleNamespace(parameters=lambda: [SimpleNamespace(placements=[])])}, "under tensor parallelism"),
@@ -95,7 +95,7 @@ def test_training_warns_of_other_optimizer_known_late(tmp_path: Path) -> None:
 
 def test_attach_rejects_other_trainer(tmp_path: Path) -> None:
     other = Trainer(policy(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
-    with pytest.raises(TypeError, match="trainer is Trainer; attach to trl's GRPOTrainer or RLOOTrainer"):
+    with pytest.raises(TypeError, match="trainer is Trainer; expected trl's GRPOTrainer or RLOOTrainer"):
         EntropyInfluence(1, HELD_OUT).attach(other)
 
 
@@ -115,5 +115,5 @@ def test_attach_rejects_images(column: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["every", "completions_per_prompt", "max_prompts"])
 def test_counts_below_one_are_rejected(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
+    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
         EntropyInfluence(**{name: 0})  # type: ignore[arg-type]
