@@ -27,7 +27,7 @@ LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"]
 class Apply(Protocol):
     """A policy as a pure function: ``apply(params, input_ids, attention_mask) -> logits (B, T, V)``."""
 
-    def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def __call__(self, params: Params, input_ids: Tensor, attention_mask: Tensor, /) -> Tensor: ...
 
 
 class Batch(NamedTuple):

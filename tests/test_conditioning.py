@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
+from helpers.present import present
 from helpers.run_results import find_finding
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
@@ -148,7 +149,7 @@ def test_conditioning_is_one_when_gradients_cancel() -> None:
     rows = torch.tensor([0, 0])
     signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     twice = Batch._make(None if x is None else x[rows] for x in case.batch_u)
-    case.batch_u = twice._replace(coefficients=twice.coefficients * signs, entropy_coefficients=None)
+    case.batch_u = twice._replace(coefficients=present(twice.coefficients) * signs, entropy_coefficients=None)
     out = case.influence(case.fresh, tolerance=1.0)
     assert out.per_sequence.abs().max() > 1e6 * out.per_sequence.sum().abs()
     assert out.conditioning > 0.999
@@ -157,8 +158,11 @@ def test_conditioning_is_one_when_gradients_cancel() -> None:
 def test_keep_fresh_drops_what_the_optimizer_does_not_hold() -> None:
     case = Case()
     u = random_direction(torch.Generator().manual_seed(0), case.params)
-    by_name = {name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")}
-    state = case.fresh._replace(**{k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in by_name.items()})
+    by_name: dict[str, dict[str, Any]] = {
+        name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")
+    }
+    held: dict[str, Any] = {k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in by_name.items()}
+    state = case.fresh._replace(**held)
     grads = {name: torch.ones_like(p) for name, p in case.params.items()} | {"head.weight": None}
     part = {name: x.clone() for name, x in u.items()}
     AdamWStep.of(grads, state, case.params, "frozen", None).keep_fresh_(part)

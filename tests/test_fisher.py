@@ -16,6 +16,7 @@ from helpers.cases import (
     random_batch,
     random_direction,
 )
+from helpers.present import present
 from helpers.strategies import VOCAB, WIDTH, Case, cases
 from helpers.tolerances import (
     TINY_POLICY,
@@ -134,7 +135,7 @@ def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
     diagonal = reference.adam_diagonals(state)
     for i, row in enumerate(rows):
         # The rollout loss falls as S_i rises.
-        raised = {name: -p * row[name] for name, p in diagonal.items()}
+        raised = {name: -p * present(row[name]) for name, p in diagonal.items()}
 
         def scores(h: float, raised: Params = raised) -> Tensor:
             theta = shift(case.params, raised, h)
@@ -146,10 +147,13 @@ def test_fisher_kernel_matches_finite_difference(case: Case) -> None:
 
 
 def test_fisher_kernel_takes_denominator_from_batch_b(case: Case) -> None:
-    larger = case.batch_u._replace(coefficients=10 * case.batch_u.coefficients)
+    larger = case.batch_u._replace(coefficients=10 * present(case.batch_u.coefficients))
     plain = kernel(case, KINDS[2])
     assert_close(
-        kernel(case, KINDS[2], batch_a=case.batch_e._replace(coefficients=larger.coefficients[:1].expand(4, -1))), plain
+        kernel(
+            case, KINDS[2], batch_a=case.batch_e._replace(coefficients=present(larger.coefficients)[:1].expand(4, -1))
+        ),
+        plain,
     )
     assert kernel(case, KINDS[2], batch_b=larger).abs().max() < 0.8 * plain.abs().max()
     clipped = kernel(case, KINDS[2], batch_b=larger, max_grad_norm=1e-3)
@@ -171,7 +175,7 @@ def test_fisher_kernel_skips_params_outside_optimizer(case: Case) -> None:
     less = AdamWState._make([*parts, case.opt_state.lr])
     for kind in KINDS[2:]:
         full, without = kernel(case, kind), kernel(case, kind, opt_state=less)
-        last_diagonal = {last: diagonals(case, kind)[last]}
+        last_diagonal = {last: present(diagonals(case, kind))[last]}
         rest = reference.fisher_kernel(
             case.apply, case.params, case.batch_e, case.batch_u, last_diagonal, case.temperature
         )

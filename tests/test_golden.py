@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.golden import Golden, flatten, load_golden
+from helpers.present import present
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 
@@ -132,11 +133,11 @@ def test_adamw_decompose_matches_golden_when_clipped(run: Run) -> None:
 def test_influence_matrix_matches_golden(run: Run, normalize: Normalize) -> None:
     rows = run.expect(f"first_order_centred_per_{normalize}")
     g = run.golden
-    options = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
+    options: dict[str, Any] = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
     out = fx.influence(run.params, g.batch_u, g.batch_e, g.opt_state, matrix=True, **options)
     columns = rows.sum(1)
-    assert_golden(run, f"matrix per {normalize}", out.matrix.T, rows[2:])
-    assert_golden(run, f"matrix columns per {normalize}", out.matrix.double().sum(0), columns[2:])
+    assert_golden(run, f"matrix per {normalize}", present(out.matrix).T, rows[2:])
+    assert_golden(run, f"matrix columns per {normalize}", present(out.matrix).double().sum(0), columns[2:])
     assert_golden(run, f"per_sequence per {normalize}", out.per_sequence, columns[2:])
     assert_golden(run, f"total per {normalize}", out.total, columns[0])
     assert_golden(run, f"baseline per {normalize}", out.baseline, columns[1])
@@ -145,7 +146,7 @@ def test_influence_matrix_matches_golden(run: Run, normalize: Normalize) -> None
 @normalizes
 def test_jvp_delta_matches_golden(run: Run, normalize: Normalize) -> None:
     rows = run.expect(f"first_order_centred_per_{normalize}")
-    options = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
+    options: dict[str, Any] = {"apply": run.apply, "objective": fx.Entropy("sequence", normalize)}
     for k, name in enumerate(("full", "base")):
         out = fx.jvp_delta(run.params, run.direction(k), run.golden.batch_e, **options)
         assert_golden(run, f"jvp {name} per {normalize}", out.contributions, rows[k])
@@ -155,7 +156,7 @@ def test_jvp_delta_matches_golden(run: Run, normalize: Normalize) -> None:
 @pytest.mark.parametrize("directions", [range(0, 66, 13), pytest.param(range(66), marks=pytest.mark.slow)], ids=len)
 def test_snis_delta_matches_golden(exact: Run, directions: range) -> None:
     for normalize in ("token", "sequence"):
-        options = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
+        options: dict[str, Any] = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
         for row, eta in enumerate(ETAS):
             batch = exact.golden.batch_e
             outs = [fx.snis_delta(exact.params, exact.direction(k), eta, batch, **options) for k in directions]
@@ -185,7 +186,7 @@ def test_snis_contributions_match_centred_golden(exact: Run, normalize: Normaliz
     f = lengths if normalize == "token" else torch.ones_like(lengths)
     mean = h.sum() / f.sum()
     expected = u + h / f.sum() - (w * mean * f + h - mean * f) / (w * f).sum(1, keepdim=True)
-    options = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
+    options: dict[str, Any] = {"apply": exact.apply, "objective": fx.Entropy("sequence", normalize)}
     batch = exact.golden.batch_e
     outs = [fx.snis_delta(exact.params, exact.direction(k), eta, batch, **options) for k in directions]
     contributions = torch.stack([o.contributions for o in outs])

@@ -121,7 +121,7 @@ def test_no_import_cycle_between_modules() -> None:
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
-        top = [
+        top: list[ast.stmt] = [
             n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.Import, ast.ImportFrom))
         ]
         package = ".".join(path.relative_to(ROOT).parent.parts)

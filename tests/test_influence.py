@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.cases import TinyPolicy, add_padding, assert_close, make_apply, random_adamw_state, random_batch
+from helpers.present import present
 from helpers.strategies import PRECONDITIONERS, VOCAB, WIDTH, Case, cases, influence_options
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 from hypothesis import given, settings
@@ -17,8 +20,13 @@ from fx_influence.testing import reference
 from fx_influence.types import Batch
 
 
-def run(case: Case, **changes: object) -> fx.Influence:
-    arguments = {"params": case.params, "batch_u": case.batch_u, "batch_e": case.batch_e, "opt_state": case.opt_state}
+def run(case: Case, **changes: Any) -> fx.Influence:
+    arguments: dict[str, Any] = {
+        "params": case.params,
+        "batch_u": case.batch_u,
+        "batch_e": case.batch_e,
+        "opt_state": case.opt_state,
+    }
     return fx.influence(**{**arguments, **influence_options(case), **changes})
 
 
@@ -39,9 +47,9 @@ def test_influence_matches_the_reference(case: Case) -> None:
         case.max_grad_norm,
     )
     size = slow.matrix.abs().sum()
-    assert_close(out.matrix, slow.matrix, size)
+    assert_close(present(out.matrix), slow.matrix, size)
     assert_close(adjoint.per_sequence, slow.per_sequence, size)
-    assert_close(adjoint.per_token, slow.per_token, size)
+    assert_close(present(adjoint.per_token), slow.per_token, size)
     for name in ("baseline", "momentum", "weight_decay", "total"):
         scale = max(float(size), abs(float(slow.momentum)), abs(float(slow.weight_decay)), abs(float(slow.total)))
         assert_close(getattr(adjoint, name), getattr(slow, name), scale)
@@ -57,14 +65,14 @@ def test_influence_matches_the_reference(case: Case) -> None:
 def test_influence_terms_add_up(case: Case) -> None:
     out = run(case, matrix=True)
     size = float(out.per_sequence.abs().sum() + out.baseline.abs())
-    assert_close(out.per_token.sum(-1), out.per_sequence, size)
-    assert_close(out.matrix.sum(0), out.per_sequence, size)
+    assert_close(present(out.per_token).sum(-1), out.per_sequence, size)
+    assert_close(present(out.matrix).sum(0), out.per_sequence, size)
     assert_close(out.baseline + out.per_sequence.sum(), out.total, size)
-    assert_close(sum(out.per_parameter.values()), out.per_sequence.sum(), size)
-    assert_close(out.residual, torch.zeros_like(out.residual), out.matrix.abs().sum())
+    assert_close(torch.stack(list(out.per_parameter.values())).sum(0), out.per_sequence.sum(), size)
+    assert_close(out.residual, torch.zeros_like(out.residual), present(out.matrix).abs().sum())
     if case.preconditioner != "jacobian":
         assert_close(out.momentum + out.weight_decay, out.baseline, abs(out.momentum) + abs(out.weight_decay))
-    assert not out.per_token[~case.batch_u.completion_mask].any()
+    assert not present(out.per_token)[~case.batch_u.completion_mask].any()
 
 
 @given(case=cases())
@@ -98,9 +106,9 @@ def test_influence_is_equivariant_to_row_order(case: Case, seed: int) -> None:
     order_e = torch.randperm(len(case.batch_e.input_ids), generator=generator)
     plain = run(case, matrix=True)
     moved = run(case, matrix=True, batch_u=permuted(case.batch_u, order_u), batch_e=permuted(case.batch_e, order_e))
-    size = plain.matrix.abs().sum()
-    assert_close(moved.per_token, plain.per_token[order_u], size)
-    assert_close(moved.matrix, plain.matrix[order_e][:, order_u], size)
+    size = present(plain.matrix).abs().sum()
+    assert_close(present(moved.per_token), present(plain.per_token)[order_u], size)
+    assert_close(present(moved.matrix), present(plain.matrix)[order_e][:, order_u], size)
     assert_close(moved.stderr, plain.stderr[order_u], size)
 
 
@@ -117,9 +125,9 @@ def test_influence_ignores_padding_and_chunk_size(case: Case, left: int, right: 
         batch_u=add_padding(case.batch_u, left, right),
         batch_e=add_padding(case.batch_e, right, left),
     )
-    size = plain.matrix.abs().sum()
-    assert_close(wide.per_token[:, left : left + WIDTH], plain.per_token, size)
-    assert_close(wide.matrix, plain.matrix, size)
+    size = present(plain.matrix).abs().sum()
+    assert_close(present(wide.per_token)[:, left : left + WIDTH], present(plain.per_token), size)
+    assert_close(present(wide.matrix), present(plain.matrix), size)
 
 
 @given(case=cases())
@@ -145,7 +153,7 @@ def test_influence_is_equal_with_the_gradient_given(case: Case) -> None:
         reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u, case.temperature)
     )
     plain, given_grad = run(case), run(case, grad=total_grad)
-    assert_close(given_grad.per_token, plain.per_token, plain.per_sequence.abs().sum())
+    assert_close(present(given_grad.per_token), present(plain.per_token), plain.per_sequence.abs().sum())
     assert given_grad.unattributed == 0
 
 
@@ -162,16 +170,16 @@ def case() -> Case:
 
 def test_unattributed_holds_terms_without_coefficients(case: Case) -> None:
     gradient = reference.add(reference.sequence_gradients(case.apply, reference.tracked(case.params), case.batch_u))
-    total_grad = {name: g + 0.1 * torch.ones_like(g) for name, g in gradient.items()}
+    total_grad = {name: present(g) + 0.1 * torch.ones_like(present(g)) for name, g in gradient.items()}
     out = run(case, grad=total_grad)
     step = fx.adamw_decompose(total_grad, case.opt_state, case.params)
     entropy_grad = reference.add(reference.entropy_gradients(case.apply, reference.tracked(case.params), case.batch_e))
-    extra = sum(float((g * step.gain[k] * 0.1).sum()) for k, g in entropy_grad.items())
-    size = sum(float((g * step.gain[k]).abs().sum()) for k, g in entropy_grad.items())
+    extra = sum(float((present(g) * step.gain[k] * 0.1).sum()) for k, g in entropy_grad.items())
+    size = sum(float((present(g) * step.gain[k]).abs().sum()) for k, g in entropy_grad.items())
     assert_close_to_rounding(out.unattributed, extra, terms=TINY_POLICY, scale=size)
     assert_close(out.residual, torch.zeros_like(out.residual), out.per_sequence)
-    change = sum(float((g * step.direction[k]).sum()) for k, g in entropy_grad.items())
-    size += sum(float((g * step.direction[k]).abs().sum()) for k, g in entropy_grad.items())
+    change = sum(float((present(g) * step.direction[k]).sum()) for k, g in entropy_grad.items())
+    size += sum(float((present(g) * step.direction[k]).abs().sum()) for k, g in entropy_grad.items())
     assert_close_to_rounding(out.total, change, terms=TINY_POLICY, scale=size)
     assert_close(out.total, out.baseline + out.per_sequence.sum() + out.unattributed, size)
 
@@ -232,7 +240,11 @@ def test_total_stderr_matches_derivative_along_step(
     out = run(case, preconditioner=preconditioner, matrix=matrix, objective=fx.Entropy(case.estimator), grad=g)
     assert bool(out.unattributed) == bool(more)
     step = fx.adamw_decompose(g, case.opt_state, case.params, preconditioner, case.max_grad_norm)
-    how = {"apply": case.apply, "temperature": case.temperature, "objective": fx.Entropy(case.estimator)}
+    how: dict[str, Any] = {
+        "apply": case.apply,
+        "temperature": case.temperature,
+        "objective": fx.Entropy(case.estimator),
+    }
     change = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
     assert_close(out.total, change.sum(), change.abs().sum())
     lengths = case.batch_e.completion_mask.sum(-1).double()
@@ -253,10 +265,10 @@ def test_stderr_is_nan_for_one_cluster(case: Case) -> None:
 def test_influence_runs_with_and_without_grad_mode(case: Case) -> None:
     plain = run(case)
     with torch.no_grad():
-        assert_close(run(case).per_token, plain.per_token, plain.per_sequence)
+        assert_close(present(run(case).per_token), present(plain.per_token), plain.per_sequence)
     live = {name: p.clone().requires_grad_() for name, p in case.params.items()}
     out = run(case, params=live)
-    assert_close(out.per_token, plain.per_token, plain.per_sequence)
+    assert_close(present(out.per_token), present(plain.per_token), plain.per_sequence)
     assert not any(x.requires_grad for x in out if isinstance(x, torch.Tensor))
 
 
@@ -277,7 +289,7 @@ def test_influence_dtypes_follow_params(case: Case) -> None:
     )
     out = run(case, params=single, opt_state=state)
     reference_out = run(case)
-    near = {"terms": policy_terms(single, WIDTH), "dtype": torch.float32}
-    size = reference_out.per_token.abs().sum()
+    near: dict[str, Any] = {"terms": policy_terms(single, WIDTH), "dtype": torch.float32}
+    size = present(reference_out.per_token).abs().sum()
     assert_close_to_rounding(out.per_sequence, reference_out.per_sequence, scale=size, **near)
     assert_close_to_rounding(out.residual, 0.0, scale=size, **near)

@@ -30,8 +30,9 @@ def relative(path: Path) -> str:
 def openings(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield the name of everything with a docstring, and that docstring's first word."""
     for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and (docstring := ast.get_docstring(node)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if docstring := ast.get_docstring(node):
             yield getattr(node, "name", "the module"), docstring.split()[0].strip("`,.;:")
 
 

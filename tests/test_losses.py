@@ -12,6 +12,7 @@ from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.losses import LossType
 
 N, WIDTH, LONGEST = 6, 7, 9
 # Groups of one, two and three rows, unordered; row 2 has no completion token, and neither has group 4.
@@ -76,7 +77,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 every_loss = pytest.mark.parametrize("loss_type", LOSSES)
 
 
-def options(loss_type: str) -> dict[str, Any]:
+def options(loss_type: LossType) -> dict[str, Any]:
     needed: dict[str, dict[str, Any]] = {"dr_grpo": {"max_completion_length": LONGEST}, "prompt_max": {"group": GROUP}}
     return needed.get(loss_type, {})
 
@@ -95,7 +96,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @every_loss
 @pytest.mark.parametrize("by_token", [False, True], ids=["by_row", "by_token"])
-def test_coefficients_match_loss_gradient_on_policy(loss_type: str, by_token: bool) -> None:
+def test_coefficients_match_loss_gradient_on_policy(loss_type: LossType, by_token: bool) -> None:
     mask, logprobs = make_mask(), normal(N, WIDTH) - 2
     advantages = normal(N, WIDTH, seed=1) if by_token else normal(N, seed=1)
     full = advantages if by_token else advantages[:, None]
@@ -106,7 +107,7 @@ def test_coefficients_match_loss_gradient_on_policy(loss_type: str, by_token: bo
 
 @every_loss
 @pytest.mark.parametrize("by_token", [False, True], ids=["by_row", "by_token"])
-def test_coefficients_match_loss_gradient_when_clipped(loss_type: str, by_token: bool) -> None:
+def test_coefficients_match_loss_gradient_when_clipped(loss_type: LossType, by_token: bool) -> None:
     mask, old = make_mask(), normal(N, WIDTH) - 2
     logprobs = old + 0.4 * normal(N, WIDTH, seed=2)
     advantages = normal(N, WIDTH, seed=1) if by_token else normal(N, seed=1)
@@ -153,7 +154,7 @@ def test_coefficients_accept_sequence_level_ratio() -> None:
 
 
 @every_loss
-def test_coefficients_denominator_is_at_least_one(loss_type: str) -> None:
+def test_coefficients_denominator_is_at_least_one(loss_type: LossType) -> None:
     no_tokens = torch.zeros(N, WIDTH, dtype=torch.bool)
     c = fx.coefficients(loss_type, torch.ones(N), no_tokens, **options(loss_type))
     assert torch.equal(c, torch.zeros(N, WIDTH))
@@ -170,7 +171,7 @@ def test_coefficients_denominator_is_at_least_one(loss_type: str) -> None:
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
     ids=str,
 )
-def test_coefficients_are_float32_at_least(loss_type: str, input_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def test_coefficients_are_float32_at_least(loss_type: LossType, input_dtype: torch.dtype, dtype: torch.dtype) -> None:
     advantages = torch.full((N,), 1 / 3, dtype=input_dtype)
     c = fx.coefficients(loss_type, advantages, make_mask(), **options(loss_type))
     assert c.dtype == dtype

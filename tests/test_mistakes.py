@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.cases import TinyPolicy, assert_close, make_apply, max_error, random_adamw_state, random_batch
 from helpers.golden import load_golden
+from helpers.present import present
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor
 
@@ -91,7 +93,7 @@ def test_first_order_is_right_where_a_float32_step_is_noise() -> None:
     golden = load_golden(torch.float32)
     exact = torch.from_numpy(np.asarray(golden.expected["first_order_centred_per_token"][2:])).T
     apply, params = fx.make_functional(golden.model)
-    options = {"apply": apply, "objective": fx.Entropy("sequence")}
+    options: dict[str, Any] = {"apply": apply, "objective": fx.Entropy("sequence")}
     out = fx.influence(params, golden.batch_u, golden.batch_e, golden.opt_state, matrix=True, **options)
     terms, size = policy_terms(params, golden.batch_e.input_ids.shape[1]), exact.abs().sum(0)
     assert_close_to_rounding(out.per_sequence, exact.sum(0), terms=terms, scale=size, dtype=torch.float32)
@@ -108,7 +110,7 @@ def test_first_order_is_right_where_a_float32_step_is_noise() -> None:
     literal = torch.stack([m.contributions for m in moved], dim=1) / eta
     part = exact[:, list(sampled)]
     error, wrong = max_error(literal, part), (literal.sign() != part.sign()).double().mean().item()
-    ours = (out.matrix.sign() != exact.sign()).double().mean().item()
+    ours = (present(out.matrix).sign() != exact.sign()).double().mean().item()
     print(f"literal step: error {error:.2g}, {wrong:.0%} of signs wrong; first order: {ours:.2%} of signs wrong")
     assert error > 0.3
     assert wrong > 0.1
@@ -123,8 +125,8 @@ def test_temperature_equals_divided_logits_everywhere(estimator: Estimator) -> N
         return case.apply(params, input_ids, attention_mask) / temperature
 
     def everything(apply: Apply, temperature: float) -> list[Tensor | None]:
-        options = {"apply": apply, "temperature": temperature}
-        jvp_options = {"objective": fx.Entropy(estimator), **options}
+        options: dict[str, Any] = {"apply": apply, "temperature": temperature}
+        jvp_options: dict[str, Any] = {"objective": fx.Entropy(estimator), **options}
         out = case.influence(apply, estimator, temperature)
         moved = fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, **jvp_options)
         slope = fx.jvp_delta(case.params, case.direction, case.batch_e, **jvp_options)
@@ -133,7 +135,7 @@ def test_temperature_equals_divided_logits_everywhere(estimator: Estimator) -> N
         return [*results, *fx.token_values(case.params, case.batch_e, apply, temperature)]
 
     for ours, expected in zip(everything(case.apply, temperature), everything(divided, 1.0), strict=True):
-        assert_close(ours, expected)
+        assert_close(present(ours), present(expected))
     weights = [
         fx.snis_delta(case.params, case.direction, 0.5, case.batch_e, apply=case.apply, temperature=x).log_weights
         for x in (1.0, temperature)

@@ -20,7 +20,7 @@ from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.trl.capture.step import CapturedStep
 from fx_influence.interop.trl.metrics import MeasuredStep
-from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch
 
 ROOT = Path(__file__).parents[1]
 FRONT, MATHEMATICS, INTEROP = (
@@ -205,13 +205,14 @@ def test_yaml_examples_are_plans() -> None:
         EntropyInfluencePlan.from_dict(yaml.safe_load(x.source)) for x in examples().values() if x.language == "yaml"
     ]
     assert plans
-    assert {plan.evaluations[0].num_prompts for plan in plans} == {64}
+    sampled = [plan.evaluations[0] for plan in plans if isinstance(plan.evaluations[0], SampledBatch)]
+    assert [request.num_prompts for request in sampled] == [64] * len(plans)
 
 
 def test_logged_figures_are_explained() -> None:
     rows = table_rows(read(INTEROP), "| name | meaning |")
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    out = {name: torch.ones(()) for name in fx.Influence._fields}
+    out: dict[str, Any] = {name: torch.ones(()) for name in fx.Influence._fields}
     influence = fx.Influence(**{**out, "per_sequence": torch.ones(2), "per_token": torch.ones(2, 3)})
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
     captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None, None])
@@ -258,12 +259,12 @@ def test_walks_name_files_in_order_without_a_step_back() -> None:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_costs_in_forwards_are_those_counted(lora: bool) -> None:
     p = problem(Setting("3M", lora))
-    settings = {"apply": p.apply}
+    settings: dict[str, Any] = {"apply": p.apply}
     influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **settings)
     works: dict[str, harness.Work] = {
         "influence(..., stderr=False)": lambda: influence(stderr=False),
         "influence(..., per_token=False, stderr=False)": lambda: influence(per_token=False, stderr=False),
-        "influence(..., grad=g, stderr=False)": lambda: influence(grad=p.gradient, stderr=False),
+        "influence(..., grad=g, stderr=False)": lambda: influence(grad=dict(p.gradient), stderr=False),
         "influence(...)": influence,
         "influence(..., matrix=True)": lambda: influence(matrix=True),
         "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **settings),

@@ -66,17 +66,20 @@ class Policy(torch.nn.Module):
         return self.head(torch.tanh(self.mix(self.norm(x.cumsum(1)))))
 
 
-def problem(rows: int = 5) -> tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState, fx.Apply]:
+Inputs = tuple[fx.Params, fx.Batch, fx.Batch, fx.AdamWState]
+
+
+def problem(rows: int = 5) -> tuple[Inputs, fx.Apply]:
     apply, params = fx.make_functional(Policy(VOCAB, 6))
     generator = torch.Generator().manual_seed(4)
     u, e = (random_batch(generator, rows, WIDTH, VOCAB) for _ in range(2))
-    return params, u, e, random_adamw_state(generator, params), apply
+    return (params, u, e, random_adamw_state(generator, params)), apply
 
 
 @pytest.mark.parametrize("preconditioner", ["frozen", "jacobian", "rmsprop"])
 @pytest.mark.parametrize("stderr", [True, False])
 def test_influence_is_equal_without_per_token(preconditioner: fx.Preconditioner, stderr: bool) -> None:
-    *inputs, apply = problem()
+    inputs, apply = problem()
     by_jvp = fx.influence(*inputs, apply=apply, preconditioner=preconditioner, stderr=stderr)
     by_products = fx.influence(*inputs, apply=apply, preconditioner=preconditioner, stderr=stderr, per_token=False)
     assert by_products.per_token is None
@@ -90,8 +93,8 @@ def test_influence_is_equal_without_per_token(preconditioner: fx.Preconditioner,
 
 
 @pytest.mark.parametrize("options", [{"stderr": True}, {"per_token": False, "stderr": False}, {"stderr": False}])
-def test_influence_is_equal_with_memory_budget_0(options: dict[str, bool]) -> None:
-    *inputs, apply = problem()
+def test_influence_is_equal_with_memory_budget_0(options: dict[str, Any]) -> None:
+    inputs, apply = problem()
     params, u = inputs[0], inputs[1]
     assert linearize_losses(params, u, apply, 1.0, None, 0) is None
     cached, recomputed = (
@@ -107,7 +110,7 @@ def test_influence_is_equal_with_memory_budget_0(options: dict[str, bool]) -> No
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
 def test_linearize_losses_recomputes_layer_io_beyond_budget(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
-    params, u, _, _, apply = problem()
+    (params, u, _, _), apply = problem()
     rows_collected: list[int] = []
     collect_layer_io = ghost.collect_layer_io
 
@@ -141,7 +144,7 @@ def test_plan_directions_rounds_those_beyond_the_budget() -> None:
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.MonkeyPatch, per_token: bool) -> None:
-    *inputs, apply = problem(rows=12)
+    inputs, apply = problem(rows=12)
     counts: list[int] = []
     ghost_products = ghost.ghost_products
 
@@ -166,7 +169,7 @@ def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.Monkey
 
 
 def test_influence_takes_the_jvp_without_layer_io() -> None:
-    params, u, e, state, policy = problem()
+    (params, u, e, state), policy = problem()
 
     def apply(params: fx.Params, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return policy({**params, "mix.weight": 2 * params["mix.weight"]}, ids, mask)
@@ -178,7 +181,7 @@ def test_influence_takes_the_jvp_without_layer_io() -> None:
 
 
 def test_influence_refuses_lost_layer_io(monkeypatch: pytest.MonkeyPatch) -> None:
-    *inputs, apply = problem()
+    inputs, apply = problem()
     ghost_products = ghost.ghost_products
 
     def without_one(layer_ios: LayerIOs, directions: list[fx.Params], rows: int) -> torch.Tensor:

@@ -106,7 +106,7 @@ def test_gradient_gram_loops_when_vmap_fails(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["value_dependent", "data_dependent_shape"])
 @pytest.mark.parametrize("options", [{"matrix": True}, {"per_token": False}, {}])
-def test_influence_is_equal_when_vmap_fails(model: str, options: dict[str, bool]) -> None:
+def test_influence_is_equal_when_vmap_fails(model: str, options: dict[str, Any]) -> None:
     params, batch = problem(6)
     state = random_adamw_state(torch.Generator().manual_seed(1), params)
     on: dict[str, Any] = {"apply": policy(model)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from helpers.cases import TinyPolicy, assert_close, make_apply, random_adamw_state, random_batch
+from helpers.present import present
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, policy_terms
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def direction_like(params: Params) -> Params:
     return {name: torch.randn(p.shape, generator=noise, dtype=torch.float64).to(p.dtype) for name, p in params.items()}
 
 
-def finite(tree: dict[str, Tensor | None]) -> bool:
+def finite(tree: Mapping[str, Tensor | None]) -> bool:
     return all(x is None or bool(x.isfinite().all()) for x in tree.values())
 
 
@@ -103,11 +105,11 @@ def test_token_values_and_derivatives_are_finite_with_inf_logits() -> None:
     g = batch_gradient(params, batch, apply)
     by_reference = reference.add(reference.sequence_gradients(apply, params, batch))
     for name in params:
-        assert_close(g[name], by_reference[name])
+        assert_close(present(g[name]), present(by_reference[name]))
     direction = direction_like(params)
     derivatives = token_jvp(params, direction, batch, apply)
-    inner = -sum(float((batch.coefficients * d).sum()) for d in derivatives)
-    size = sum(float((by_reference[name] * v).abs().sum()) for name, v in direction.items())
+    inner = -sum(float((present(batch.coefficients) * d).sum()) for d in derivatives)
+    size = sum(float((present(by_reference[name]) * v).abs().sum()) for name, v in direction.items())
     assert_close_to_rounding(inner, reference.inner(by_reference, direction), terms=TINY_POLICY, scale=size)
     per_row = fx.per_sample_grads(fx.rollout_loss(apply), params, batch)
     assert finite(per_row)
@@ -123,7 +125,7 @@ def test_token_values_are_finite_for_unattended_rows() -> None:
     blank = batch._replace(
         attention_mask=batch.attention_mask & ~off,
         completion_mask=batch.completion_mask & ~off,
-        coefficients=batch.coefficients * ~off,
+        coefficients=present(batch.coefficients) * ~off,
     )
 
     def attention_gives_nan(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ def test_token_values_are_finite_for_unattended_rows() -> None:
         small = fx.influence(params, few, blank, state, apply=apply, matrix=True)
         assert_close(out.per_sequence[1:3], small.per_sequence)
         assert not out.per_sequence[[0, 3]].any()
-        assert not out.matrix[:, [0, 3]].any()
+        assert not present(out.matrix)[:, [0, 3]].any()
 
 
 def test_empty_completion_contributes_0_and_counts_in_n() -> None:
@@ -161,12 +163,12 @@ def test_empty_completion_contributes_0_and_counts_in_n() -> None:
     assert_close(per_sequence, fx.entropy_estimate(fewer, full, "sequence") * 4 / 5)
     state, direction = random_adamw_state(generator(3), params), direction_like(params)
     for estimator in ("per_decision", "sequence"):
-        options = {"apply": apply, "objective": fx.Entropy(estimator, "sequence")}
+        options: dict[str, Any] = {"apply": apply, "objective": fx.Entropy(estimator, "sequence")}
         out = fx.influence(params, empty, empty, state, matrix=True, **options)
         assert out.per_sequence[-1] == 0
-        assert not out.matrix[:, -1].any()
+        assert not present(out.matrix)[:, -1].any()
         by_reference = reference.influence(apply, params, empty, empty, state, estimator, "sequence")
-        assert_close(out.matrix, by_reference.matrix)
+        assert_close(present(out.matrix), by_reference.matrix)
         moved = fx.snis_delta(params, direction, 0.3, empty, **options)
         expected = reference.snis_delta(apply, params, direction, 0.3, empty, estimator, "sequence")
         assert_close(moved.delta_h, expected.delta_h)
@@ -227,7 +229,7 @@ def test_token_jvp_is_exact_for_tiny_and_huge_directions(factor: float) -> None:
     one, other = (
         fx.jvp_delta(params, {k: v * f for k, v in direction.items()}, batch, apply=apply) for f in (1, factor)
     )
-    tolerance = {"terms": terms, "scale": one.contributions.abs().sum(), "dtype": torch.float32}
+    tolerance: dict[str, Any] = {"terms": terms, "scale": one.contributions.abs().sum(), "dtype": torch.float32}
     assert_close_to_rounding(other.first.item() / factor, one.first, **tolerance)
     tolerance["scale"] = tolerance["scale"] + one.second.abs()
     assert_close_to_rounding(other.second.item() / factor**2, one.second, **tolerance)
@@ -269,7 +271,7 @@ def test_batch_gradient_is_none_for_unreached_parameters() -> None:
     for name, expected in by_reference.items():
         assert (g[name] is None) == (expected is None)
         if expected is not None:
-            assert_close(g[name], expected)
+            assert_close(present(g[name]), expected)
     # AdamW skips such a parameter, decay included, and the influence does as well.
     state = random_adamw_state(generator(3), params)
     step = fx.adamw_decompose(g, state, params)

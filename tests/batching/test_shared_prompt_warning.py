@@ -35,7 +35,8 @@ def shifted_right(batch: Batch) -> Batch:
     gap = batch.input_ids.shape[1] - batch.attention_mask.sum(1)
     rows = zip(batch.input_ids, batch.attention_mask, batch.completion_mask, gap.tolist(), strict=True)
     rolled = [[x.roll(k) for x in fields] for *fields, k in rows]
-    return Batch(*(torch.stack(field) for field in zip(*rolled, strict=True)), group=batch.group)
+    ids, attention_mask, completion_mask = (torch.stack(field) for field in zip(*rolled, strict=True))
+    return Batch(ids, attention_mask, completion_mask, group=batch.group)
 
 
 class Case:

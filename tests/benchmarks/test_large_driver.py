@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.present import present
 
 from benchmarks.evidence import run_entropy_influence_large as driver
-from fx_influence.lab.plan import EntropyInfluencePlan, read_plan
+from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, read_plan
 
 PLAN = {
     "update": {"prompts": "train.jsonl", "num_prompts": 3, "completions_per_prompt": 4},
@@ -81,6 +82,6 @@ def test_a_run_that_is_refused_ends_the_driver_without_figures(tmp_path: Path, c
 
 def test_the_plan_that_ships_has_a_hundred_thousand_pairs() -> None:
     plan = read_plan(Path(driver.__file__).parent / "plans" / "large.yaml", EntropyInfluencePlan)
-    sizes = [request.num_prompts * request.completions_per_prompt for request in plan.requests()]
-    assert sizes == [128, 256, 256, 256, 256]
-    assert len({request.seed for request in plan.evaluations}) == 4
+    requests = [request for request in plan.requests() if isinstance(request, SampledBatch)]
+    assert [present(r.num_prompts) * r.completions_per_prompt for r in requests] == [128, 256, 256, 256, 256]
+    assert len({request.seed for request in requests[1:]}) == 4

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import TinyPolicy, random_adamw_state, random_batch
+from helpers.present import present
 from torch import Tensor, nn
 
 import fx_influence as fx
@@ -84,7 +85,7 @@ def test_functions_accept_valid_input(call: Call) -> None:
     assert apply.calls > 0
 
 
-def with_entry(field: str, index: tuple[int, ...], value: Any) -> Callable[[Batch], Batch]:
+def with_entry(field: str, index: tuple[int | slice, ...], value: Any) -> Callable[[Batch], Batch]:
     def change(batch: Batch) -> Batch:
         tensor = getattr(batch, field).clone()
         tensor[index] = value
@@ -129,7 +130,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Batch], Batch], str]] = {
         r"{batch}\.completion_mask is torch.bool of shape \(8, 7\); expected bool of the shape",
     ),
     "group of fewer rows": (
-        lambda b: b._replace(group=b.group[:3]),
+        lambda b: b._replace(group=present(b.group)[:3]),
         r"{batch}\.group has shape \(3,\); expected \(4,\), one prompt a row",
     ),
     "no row": (
@@ -230,7 +231,8 @@ def test_check_options_rejects_nonpositive_number(call: Call, option: str, value
     ],
 )
 def test_check_estimator_rejects_unknown_name(call: Call, option: str, message: str) -> None:
-    assert_rejected(call, message, objective=fx.Entropy(**{option: "snis"}))
+    unknown: dict[str, Any] = {option: "snis"}
+    assert_rejected(call, message, objective=fx.Entropy(**unknown))
 
 
 def drop(name: str) -> Callable[[Params], Params]:
@@ -238,10 +240,9 @@ def drop(name: str) -> Callable[[Params], Params]:
 
 
 def other_names(state: fx.AdamWState) -> fx.AdamWState:
-    fields = state._asdict()
-    return fx.AdamWState(
-        **{k: {f"model.{name}": x for name, x in v.items()} if isinstance(v, dict) else v for k, v in fields.items()}
-    )
+    trees = {field: tree for field, tree in state._asdict().items() if isinstance(tree, dict)}
+    renamed: dict[str, Any] = {field: {f"model.{k}": x for k, x in tree.items()} for field, tree in trees.items()}
+    return state._replace(**renamed)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_check_is_batch_rejects_other_types(
     call: Call, field: str, wrong: Callable[[Batch], Any], message: str
 ) -> None:
     of = {"batch_u": "u", "batch_b": "u"}.get(field, "u" if call is Arguments.per_sample else "e")
-    assert_rejected(call, message.replace("{f}", field), **{field: lambda g: wrong(getattr(g, of))})
+    assert_rejected(call, message.replace("{f}", field), TypeError, **{field: lambda g: wrong(getattr(g, of))})
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_options_out_of_range_are_rejected(call: Call, field: str, value: Any, m
 def test_arguments_of_wrong_type_are_rejected(
     call: Call, field: str, wrong: Callable[[Arguments], Any], message: str
 ) -> None:
-    assert_rejected(call, message, **{field: wrong})
+    assert_rejected(call, message, TypeError, **{field: wrong})
 
 
 def test_snis_sweep_names_list_when_eta_is_scalar() -> None:

@@ -14,6 +14,7 @@ from helpers.arguments import (
     assert_rejected,
     shared_arguments,
 )
+from helpers.present import present
 
 import fx_influence as fx
 from fx_influence.types import Batch
@@ -78,7 +79,7 @@ def test_read_rollouts_rejects_other_types(tmp_path: Any) -> None:
             return ""
 
     with pytest.raises(TypeError, match=r"path is of type Tokenizer; expected a path\. Give the file first"):
-        fx.read_rollouts(Tokenizer(), tmp_path)
+        fx.read_rollouts(Tokenizer(), tmp_path)  # type: ignore[arg-type]  # refused
     with pytest.raises(TypeError, match=r"tokenizer is of type str; .*AutoTokenizer\.from_pretrained"):
         fx.read_rollouts(tmp_path, "gpt2")
 
@@ -107,7 +108,7 @@ def test_select_rejects_other_types() -> None:
     with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
         fx.lab.select(out, out.per_sequence, floor=0.0)
     with pytest.raises(TypeError, match=r"floor is None; expected a number"):
-        fx.lab.select(out, out, floor=None)
+        fx.lab.select(out, out, floor=None)  # type: ignore[arg-type]  # refused
 
 
 def test_entropy_estimate_rejects_other_types() -> None:
@@ -123,7 +124,7 @@ def test_entropy_estimate_rejects_other_types() -> None:
 def test_influence_ignores_coefficients_outside_completions(options: dict[str, Any]) -> None:
     arguments = shared_arguments()
     nonfinite = arguments.u._replace(
-        coefficients=arguments.u.coefficients.masked_fill(~arguments.u.completion_mask, math.nan)
+        coefficients=present(arguments.u.coefficients).masked_fill(~arguments.u.completion_mask, math.nan)
     )
     plain, out = arguments.influence(**options), arguments.influence(batch_u=nonfinite, **options)
     assert torch.equal(out.per_sequence, plain.per_sequence)

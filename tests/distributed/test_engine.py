@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_on_ranks(2, "ranks_influence.py", tmp_path_factory.mktemp("two"))
 
 
-TWO_RANK_CASES = {"tiny": tiny_case, "qwen": qwen_case, "prompts": shared_prompt_case}
+TWO_RANK_CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "tiny": tiny_case,
+    "qwen": qwen_case,
+    "prompts": shared_prompt_case,
+}
 
 
 @pytest.mark.parametrize("case", TWO_RANK_CASES)

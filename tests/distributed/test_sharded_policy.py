@@ -10,10 +10,13 @@ import pytest
 import torch
 from helpers.ranks import run_on_ranks
 from helpers.tolerances import policy_terms, rounding_bound
+from helpers.versions import TORCH
+
+from fx_influence.types import Params
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6"),
+    pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is of torch 2.6"),
 ]
 
 TWO_RANKS = [
@@ -41,7 +44,7 @@ def assert_passes_agree(result: dict[str, Any], kind: str) -> None:
     """Bound errors relative to the largest entry by rounding, for sums too that cancel to a tenth of their terms."""
     from helpers.sharded_models import CASES
 
-    params = dict(CASES[kind][0]().named_parameters())
+    params: Params = dict(CASES[kind][0]().named_parameters())
     dtype = torch.float64 if "float64" in kind else torch.float32
     shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in params.items()}
     bounds = dict.fromkeys(result[kind], rounding_bound(dtype, policy_terms(shapes, 14), 10))

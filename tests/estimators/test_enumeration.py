@@ -7,6 +7,7 @@ Token values and their derivatives are computed once for every completion there 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from helpers.enumeration import (
     exact_gradient,
     replicate,
 )
+from helpers.present import present
 from helpers.strategies import ESTIMATORS, NORMALIZES
 from helpers.world import (
     EOS,
@@ -54,10 +56,10 @@ def test_draw_from_space_matches_public_functions(
 ) -> None:
     rows = world.draw_prompts(12, 3, torch.Generator().manual_seed(1))
     batch, t = world.batch(rows)._replace(group=torch.arange(36) // 3), world.space.temperature
-    chosen = {"apply": world.apply, "objective": fx.Entropy(estimator, normalize), "temperature": t}
+    chosen: dict[str, Any] = {"apply": world.apply, "objective": fx.Entropy(estimator, normalize), "temperature": t}
     matrix = first_order_rows(world, world.jvp(update.parts), rows, estimator, normalize)
     out = fx.influence(world.params, update.batch, batch, update.state, matrix=True, **chosen)
-    assert_close(out.matrix, matrix)
+    assert_close(present(out.matrix), matrix)
     assert_close(out.per_sequence, matrix.sum(0), matrix.abs().sum(0))
     shares = denominator_weights(batch.completion_mask, normalize)
     assert_close(out.stderr, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), cluster_index(batch)))
@@ -161,7 +163,7 @@ def test_every_order_is_exact_on_full_distribution(estimator: Estimator, normali
     params = {"table": params["table"] * temperature}
     space = enumerate_completions([torch.tensor([1]), torch.tensor([2, 1])], EOS, 3, 3, temperature)
     batch = replicate(apply, params, space, 256)
-    chosen = {"apply": apply, "objective": fx.Entropy(estimator, normalize), "temperature": temperature}
+    chosen: dict[str, Any] = {"apply": apply, "objective": fx.Entropy(estimator, normalize), "temperature": temperature}
     values = fx.token_values(params, batch, apply, temperature)
     assert_close(fx.entropy_estimate(values, batch, normalize), exact_entropy(apply, params, space, normalize))
 
@@ -189,10 +191,10 @@ def test_every_order_is_exact_on_full_distribution(estimator: Estimator, normali
     g = reference.sequence_gradients(apply, params, update, temperature)
     gain = fx.adamw_decompose(reference.add(g), state, params).gain
     truth = derivatives_along(
-        exact_gradient(apply, params, space, normalize), [{"table": gain["table"] * row["table"]} for row in g]
+        exact_gradient(apply, params, space, normalize), [{"table": gain["table"] * present(row["table"])} for row in g]
     )
     assert truth.abs().max() > 1e-3
-    assert_close(out.per_sequence, truth, out.matrix.abs().sum())
+    assert_close(out.per_sequence, truth, present(out.matrix).abs().sum())
 
 
 @pytest.mark.parametrize("normalize", NORMALIZES)

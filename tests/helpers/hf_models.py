@@ -21,6 +21,7 @@ from transformers import (
 import fx_influence as fx
 from fx_influence.types import AdamWState, Batch, Params
 from helpers.cases import random_batch
+from helpers.present import present
 
 VOCAB, WIDTH = 19, 12
 
@@ -112,7 +113,7 @@ def make_batches() -> tuple[Batch, Batch]:
     batch_u = random_batch(generator, 6, WIDTH, VOCAB, groups=3, coefficients=False)
     batch_e = random_batch(generator, 8, WIDTH, VOCAB, groups=5, coefficients=False)
     for batch in (batch_u, batch_e):
-        lengths, counts = batch.completion_mask.sum(-1), torch.bincount(batch.group)
+        lengths, counts = batch.completion_mask.sum(-1), torch.bincount(present(batch.group))
         assert (lengths.min(), lengths.max()) == (1, WIDTH - 1)
         assert counts.min() < counts.max()
     rewards = torch.randn(6, generator=generator)

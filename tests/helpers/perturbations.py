@@ -8,7 +8,7 @@ import torch
 
 import fx_influence as fx
 from fx_influence.types import Params
-from helpers.cases import TinyPolicy, assert_close, make_apply, random_batch, random_direction
+from helpers.cases import TinyPolicy, assert_close, make_apply, random_adamw_state, random_batch, random_direction
 from helpers.strategies import VOCAB, WIDTH, Case, influence_options
 
 
@@ -46,4 +46,5 @@ def fixed_case(seed: int = 0) -> Case:
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=seed)
     apply, params = make_apply(model)
     batch = random_batch(generator, 7, WIDTH, VOCAB, gaps=True, min_len=0, padding="left", coefficients=False)
-    return Case(model, apply, params, batch, batch, None, "per_decision", "token", "frozen", 0.8, None)
+    state = random_adamw_state(generator, params)
+    return Case(model, apply, params, batch, batch, state, "per_decision", "token", "frozen", 0.8, None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
@@ -23,10 +23,12 @@ from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import accumulate, dot, dot_by_name, largest_entry, multiply
+from fx_influence.distributed.sharded_policy import ShardedPolicy
 from fx_influence.optim.adamw import adamw_decompose
 from fx_influence.types import Batch, Params
 from helpers.cases import random_adamw_state, random_batch, random_direction
 from helpers.fsdp_traffic import TrafficRecorder
+from helpers.present import present
 from helpers.ranks import end_rank, global_mesh, save_result
 from helpers.reweighted import reweighted_gradient
 from helpers.sharded_models import (
@@ -47,7 +49,8 @@ def partly_reached(mesh: DeviceMesh) -> dict[str, float]:
     model = PartlyReached().double()
     apply, params = fx.make_functional(copy.deepcopy(model))
     fully_shard(model.block, mesh=mesh)
-    policy, shards = fx.make_functional(fully_shard(model, mesh=mesh))
+    fully_shard(model, mesh=mesh)
+    policy, shards = sharded_policy(model)
     batches = [random_batch(torch.Generator().manual_seed(k), 2, 5 if k else 8, VOCAB) for k in range(mesh.size())]
     expected: Any = dict.fromkeys(params)
     for batch in batches:
@@ -56,6 +59,13 @@ def partly_reached(mesh: DeviceMesh) -> dict[str, float]:
     local = batch_gradient(unsharded.params, batches[dist.get_rank()], unsharded.policy)
     gradient = policy.reduce_and_reshard(local, shards)
     return {"gradient": error(gradient, expected), "reached": sum(g is not None for g in gradient.values())}
+
+
+def sharded_policy(model: nn.Module) -> tuple[ShardedPolicy, dict[str, Any]]:
+    """Return the policy of a sharded model with its parameters, which are DTensors."""
+    policy, shards = fx.make_functional(model)
+    assert isinstance(policy, ShardedPolicy)
+    return policy, shards
 
 
 def full(x: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ def pass_errors(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     apply, params = fx.make_functional(make())
     model = shard_model(make(), how, mesh)
     before = fingerprint(model)
-    policy, shards = fx.make_functional(model)
+    policy, shards = sharded_policy(model)
     out = {"model changed": float(fingerprint(model) != before)}
     generator = torch.Generator().manual_seed(1)
     padding: Any = "left" if "emb" in kind else "right"
@@ -104,20 +114,21 @@ def pass_errors(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     rank = dist.get_rank()
     local = select_rows(batch, slice(2 * rank, 2 * rank + 2))
     direction = random_direction(generator, params)
-    v = {name: distribute_like(x, shards[name]) for name, x in direction.items()}
+    v: Params = {name: distribute_like(x, shards[name]) for name, x in direction.items()}
 
     # apply, and every pass between unshard and reduce_and_reshard
     out["logits"] = error(
         all_rows(policy(shards, local.input_ids, local.attention_mask)),
         apply(params, batch.input_ids, batch.attention_mask),
     )
-    unsharded, unsharded_params, tangent = policy.unshard(shards, v)
+    unsharded, unsharded_params, unsharded_v = policy.unshard(shards, v)
+    tangent = present(unsharded_v)
     values = all_token_values(unsharded_params, local, unsharded, 0.7)
     out["values"] = max(
         error(all_rows(x), y) for x, y in zip(values, all_token_values(params, batch, apply, 0.7), strict=True)
     )
-    gradient = batch_gradient(unsharded_params, local, unsharded, 0.7, chunk_size=1)
-    gradient = policy.reduce_and_reshard(gradient, shards)
+    local_gradient = batch_gradient(unsharded_params, local, unsharded, 0.7, chunk_size=1)
+    gradient: dict[str, Any] = dict(policy.reduce_and_reshard(local_gradient, shards))
     expected_gradient = batch_gradient(params, batch, apply, 0.7, chunk_size=1)
     out["gradient"] = error(gradient, expected_gradient)
     out["placements"] = float(
@@ -136,7 +147,8 @@ def pass_errors(kind: str, mesh: DeviceMesh) -> dict[str, float]:
     derivatives = token_jvp(unsharded_params, tangent, local, unsharded, 0.7, 1, caches)
     expected = token_jvp(params, direction, batch, apply, 0.7, 1, expected_caches)
     out["jvp with cache"] = max(error(all_rows(x), y) for x, y in zip(derivatives, expected, strict=True))
-    differentiable, wide = policy.with_all_derivatives(), policy.with_min_precision(torch.float64)
+    differentiable: Any = policy.with_all_derivatives()
+    wide = policy.with_min_precision(torch.float64)
     all_derivatives = batch_gradient(unsharded_params, local, differentiable.unshard(shards)[0], 0.7, chunk_size=1)
     out["all derivatives"] = error(
         policy.reduce_and_reshard(all_derivatives, shards),
@@ -183,7 +195,7 @@ def traffic(mesh: DeviceMesh) -> dict[str, Any]:
     """Return the collectives and the gathered bytes of each kind of pass over a batch of two micro-batches."""
     torch.manual_seed(0)
     apply, params = fx.make_functional(qwen(True))
-    policy, shards = fx.make_functional(shard_model(qwen(True), "layers", mesh))
+    policy, shards = sharded_policy(shard_model(qwen(True), "layers", mesh))
     unit = padded_numel([p for name, p in shards.items() if ".layers.0." in name], mesh.size())
     root = padded_numel([p for name, p in shards.items() if ".layers." not in name], mesh.size())
     out: dict[str, Any] = {
@@ -194,8 +206,8 @@ def traffic(mesh: DeviceMesh) -> dict[str, Any]:
     }
     generator = torch.Generator().manual_seed(1)
     batch = random_batch(generator, 2, 14, VOCAB)
-    v = {name: distribute_like(x, shards[name]) for name, x in random_direction(generator, params).items()}
-    v = {name: x.float() for name, x in v.items()}
+    direction = random_direction(generator, params)
+    v: Params = {name: distribute_like(x, shards[name]).float() for name, x in direction.items()}
     results: list[Any] = []
 
     def record(name: str, call: Callable[[], Any]) -> None:
@@ -231,7 +243,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
     def parallel(shard_too: bool) -> nn.Module:
         model = tiny()
-        plan = {
+        plan: dict[str, ParallelStyle] = {
             f"blocks.{k}.{end}": style
             for k in range(3)
             for end, style in (("up", ColwiseParallel()), ("down", RowwiseParallel()))
@@ -243,7 +255,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
     def without_root() -> nn.Module:
         model = tiny()
-        fully_shard(model.blocks[0], mesh=mesh)
+        fully_shard(next(iter(model.get_submodule("blocks").children())), mesh=mesh)
         return model
 
     def gathered() -> nn.Module:
@@ -253,7 +265,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         return model
 
     batch = random_batch(torch.Generator().manual_seed(0), 2, 9, VOCAB)
-    policy, shards = fx.make_functional(shard_model(tiny(), "layers", mesh))
+    policy, shards = sharded_policy(shard_model(tiny(), "layers", mesh))
     unsharded, unsharded_params, _ = policy.unshard(shards)
     state = random_adamw_state(torch.Generator().manual_seed(0), fx.make_functional(tiny())[1])
     sharded_state = distribute_state(state, shards)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.types import AdamWState
 from helpers.cases import TinyPolicy
+from helpers.present import present
 from helpers.ranks import end_rank, global_mesh, save_result
 
 
@@ -50,7 +52,7 @@ def trained(model: nn.Module) -> torch.optim.AdamW:
 
 
 def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -59,7 +61,7 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def on_meta(dim: int = 4) -> nn.Module:
     model = tiny(dim).to("meta")
     # ``to`` makes two tensors of the tied one.
-    model.head.weight = model.token.weight
+    model.get_submodule("head").weight = model.get_submodule("token").weight
     return model
 
 
@@ -75,7 +77,7 @@ def by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     return {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
 
 
-def plain(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain(tree: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: x.detach().full_tensor() for name, x in tree.items()}
 
 
@@ -99,10 +101,12 @@ class LargestOutput(TorchDispatchMode):
 def read(directory: Path, mesh: DeviceMesh) -> dict[str, Any]:
     model = unfilled(mesh)
     with LargestOutput() as recorder:
-        optimizer = load_sharded_checkpoint(directory, model)
+        optimizer = present(load_sharded_checkpoint(directory, model))
     state = adamw_state(optimizer, model)
-    shards = [p.to_local().nbytes for p in model.parameters()]
-    placed = all(x.placements == model.get_parameter(name).placements for tree in state[:3] for name, x in tree.items())
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    shards = [p.to_local().nbytes for p in parameters.values()]
+    moments: list[dict[str, Any]] = [dict(tree) for tree in state[:3]]
+    placed = all(x.placements == parameters[name].placements for tree in moments for name, x in tree.items())
     return {
         "weights": plain(dict(model.named_parameters())),
         "state": as_plain(state),
@@ -134,7 +138,7 @@ def refusals(directory: Path, mesh: DeviceMesh) -> dict[str, str]:
         model = sharded(tiny(), mesh)
         optimizer = trained(model)
         if dist.get_rank() == 0:
-            optimizer.state[model.head.bias]["exp_avg"].to_local()[0] = torch.nan
+            optimizer.state[model.get_parameter("head.bias")]["exp_avg"].to_local()[0] = torch.nan
         adamw_state(optimizer, model)
 
     def whole_state_in_a_sharded_model() -> None:
@@ -145,7 +149,7 @@ def refusals(directory: Path, mesh: DeviceMesh) -> dict[str, str]:
         adamw_state(optimizer, model)
 
     names = ["truncated", "missing file", "bomb", "sgd", "model alone", "nowhere"]
-    calls = {name: lambda name=name: load_sharded_checkpoint(directory / name, unfilled(mesh)) for name in names}
+    calls: dict[str, Callable[[], object]] = {name: functools.partial(read, directory / name, mesh) for name in names}
     calls |= {
         "another shape": lambda: load_sharded_checkpoint(directory / "sharded", unfilled(mesh, 8)),
         "on meta": lambda: load_sharded_checkpoint(directory / "sharded", sharded(on_meta(), mesh)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def make_results(
     }
     summary = {**SOUND, **(evaluation or {})}
     evaluated = EvaluationResults({**defaults, **arrays}, None, summary, [])
-    plan = dataclasses.replace(EntropyInfluencePlan(), dtype=dtype)
+    plan = EntropyInfluencePlan.from_dict({"dtype": dtype})
     run_summary = {**summary, "lr": LR, **(run or {})}
     return EntropyInfluenceResults(Path("run"), plan, {}, run_summary, [], [], {}, (evaluated,))
 

@@ -80,7 +80,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
     common = {"apply": state["apply"], "mesh": mesh}
     direction = random_direction(torch.Generator().manual_seed(5), params)
     block = {name: torch.stack([v, -0.5 * v, 2 * v]) for name, v in direction.items()}
-    influences = {
+    influences: dict[str, dict[str, Any]] = {
         "adjoint": {},
         "no stderr": {"stderr": False, "max_grad_norm": 0.1},
         "per sequence": {"per_token": False, "objective": fx.Entropy("sequence", "sequence")},
@@ -93,14 +93,15 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
         out = fx.influence(params, u, e, optimizer, **common, **options)
         fields = {**out._asdict(), **out.per_parameter}
         results |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
-    for name, record in {
+    records: dict[str, Any] = {
         "snis": fx.snis_delta(params, direction, 0.3, e, **common, clip=0.5),
         "snis by sequence": fx.snis_delta(
             params, direction, 0.3, e, **common, objective=fx.Entropy("sequence", "sequence")
         ),
         "sweep": fx.snis_sweep(params, e, **common)(block, [0.1, 1.0]),
         "jvp": fx.jvp_delta(params, direction, e, **common),
-    }.items():
+    }
+    for name, record in records.items():
         results |= {f"{name}: {field}": x for field, x in record._asdict().items()}
     results["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **common)
     return results
@@ -141,7 +142,7 @@ def compute_mesh_functions(
     )
     direction = {name: like(v.to(params[name].dtype), params[name]) for name, v in full.items()}
     block = {name: torch.stack([v, -0.5 * v]) for name, v in direction.items()}
-    records = {
+    records: dict[str, Any] = {
         "adjoint": fx.influence(params, u, e, state, apply=apply, chunk_size=3),
         "clipped": fx.influence(
             params, u, e, state, apply=apply, max_grad_norm=0.1, preconditioner="jacobian", stderr=False

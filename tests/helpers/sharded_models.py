@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -100,13 +101,14 @@ def shard_model(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def distribute_like(x: Tensor, p: DTensor) -> Tensor:
+def distribute_like(x: Tensor, p: Any) -> DTensor:
+    """Return ``x`` sharded as the DTensor ``p`` is."""
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def distribute_state(state: AdamWState, shards: Params) -> AdamWState:
     """Return the state with its moments sharded as the parameters."""
-    moments = {
+    moments: dict[str, Any] = {
         field: {name: distribute_like(x, shards[name]) for name, x in getattr(state, field).items()}
         for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     }

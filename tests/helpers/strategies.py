@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
     generator = torch.Generator().manual_seed(draw(seeds))
     model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, tied=draw(st.booleans()), seed=draw(st.integers(0, 20)))
     apply, params = make_apply(model)
-    shape = {
+    shape: dict[str, Any] = {
         "padding": draw(st.sampled_from(["left", "right"])),
         "gaps": draw(st.booleans()),
         "min_len": draw(st.integers(0, 1)),
@@ -81,7 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def influence_options(case: Case) -> dict[str, object]:
+def influence_options(case: Case) -> dict[str, Any]:
     """Return the keyword arguments of ``fx.influence`` that a case specifies."""
     return {
         "apply": case.apply,

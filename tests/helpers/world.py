@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.core.tree import shift
-from fx_influence.estimators.entropy import completion_values, entropy_coefficients
+from fx_influence.estimators.entropy import TokenCoefficients, completion_values, entropy_coefficients
 from fx_influence.estimators.snis import snis
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params
@@ -105,7 +106,7 @@ def first_order_rows(
     return weighted_rows(weight, select_values(derivatives, rows))
 
 
-def weighted_rows(weight: fx.TokenValues, derivatives: fx.TokenValues) -> Tensor:
+def weighted_rows(weight: TokenCoefficients, derivatives: fx.TokenValues) -> Tensor:
     return (weight.logprobs * derivatives.logprobs + weight.entropies * derivatives.entropies).sum(-1).T
 
 
@@ -125,5 +126,5 @@ def make_update(world: World) -> Update:
     return Update(batch, state, [{name: gain[name] * x for name, x in row.items() if x is not None} for row in g])
 
 
-def derivatives_along(gradient: Params, directions: list[Params]) -> Tensor:
+def derivatives_along(gradient: Mapping[str, Tensor | None], directions: Sequence[Params]) -> Tensor:
     return torch.tensor([reference.inner(gradient, v) for v in directions], dtype=torch.float64)

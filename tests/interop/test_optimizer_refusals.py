@@ -91,7 +91,7 @@ def test_adamw_state_refuses_state_of_another_model() -> None:
 
 def test_adamw_state_names_both_shapes_when_they_differ() -> None:
     model, optimizer = make_stepped()
-    optimizer.state[model[1].weight]["exp_avg_sq"] = torch.zeros(4, 2)
+    optimizer.state[model.get_parameter("1.weight")]["exp_avg_sq"] = torch.zeros(4, 2)
     with pytest.raises(
         ValueError, match=r"exp_avg_sq of 1\.weight has shape \(4, 2\); expected the parameter's, \(2, 4\)"
     ):
@@ -104,7 +104,7 @@ def test_adamw_state_names_both_shapes_when_they_differ() -> None:
 )
 def test_adamw_state_refuses_impossible_moments(key: str, value: float) -> None:
     model, optimizer = make_stepped()
-    optimizer.state[model[1].bias][key][1] = value
+    optimizer.state[model.get_parameter("1.bias")][key][1] = value
     with pytest.raises(ValueError, match=rf"{key} of 1\.bias holds {value} \(1 such values\).*earlier checkpoint"):
         adamw_state(optimizer, model)
 
@@ -119,7 +119,7 @@ def test_adamw_state_refuses_missing_moment() -> None:
 @pytest.mark.parametrize("step", [torch.tensor(-1.0), 1.5, float("nan")])
 def test_adamw_state_refuses_invalid_step(step: Any) -> None:
     model, optimizer = make_stepped()
-    optimizer.state[model[0].bias]["step"] = step
+    optimizer.state[model.get_parameter("0.bias")]["step"] = step
     with pytest.raises(ValueError, match=r"step of 0\.bias is"):
         adamw_state(optimizer, model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_adamw_state_is_zero_before_first_step() -> None:
 def test_adamw_state_is_zero_for_unstepped_parameter() -> None:
     model = make_net()
     optimizer = torch.optim.AdamW(model.parameters())
-    model[0].weight.grad = torch.ones_like(model[0].weight)
+    weight = model.get_parameter("0.weight")
+    weight.grad = torch.ones_like(weight)
     optimizer.step()
     state = adamw_state(optimizer, model)
     assert state.step == {"0.weight": 1, "0.bias": 0, "1.weight": 0, "1.bias": 0}
@@ -117,7 +119,14 @@ def test_adamw_state_reads_hyperparameters_of_groups() -> None:
     state = adamw_state(optimizer, model)
     first, second = state.hyper["0.weight"], state.hyper["1.bias"]
     assert first == AdamWHyper(lr_scale=1.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2)
-    others = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-3, "weight_decay": 0.25, "amsgrad": True, "maximize": True}
+    others: dict[str, Any] = {
+        "beta1": 0.5,
+        "beta2": 0.7,
+        "eps": 1e-3,
+        "weight_decay": 0.25,
+        "amsgrad": True,
+        "maximize": True,
+    }
     assert second == AdamWHyper(lr_scale=second.lr_scale, **others)
     assert second.lr_scale == pytest.approx(3.0)
     assert set(state.max_exp_avg_sq) == {"1.weight", "1.bias"}
@@ -196,7 +205,7 @@ def test_adamw_state_reads_amsgrad_maximum() -> None:
 def test_adamw_state_omits_frozen_and_unheld_parameters() -> None:
     model = make_net()
     model[0].weight.requires_grad_(False)
-    optimizer = torch.optim.AdamW([*model[0].parameters(), model[1].weight])
+    optimizer = torch.optim.AdamW([*model[0].parameters(), model.get_parameter("1.weight")])
     assert list(adamw_state(optimizer, model).step) == ["0.bias", "1.weight"]
 
 
@@ -212,4 +221,4 @@ def test_adamw_state_lists_tied_parameter_once() -> None:
 def test_adamw_state_unwraps_optimizer() -> None:
     model, optimizer = make_stepped()
     state = adamw_state(wrap_by_accelerate(optimizer), model)
-    assert torch.equal(state.exp_avg["0.weight"], optimizer.state[model[0].weight]["exp_avg"])
+    assert torch.equal(state.exp_avg["0.weight"], optimizer.state[model.get_parameter("0.weight")]["exp_avg"])

@@ -82,7 +82,10 @@ def test_read_prompts_takes_messages_as_conversation(tmp_path: Path, name: str, 
 
 def test_read_prompts_uses_first_prompt_field(tmp_path: Path) -> None:
     """An absent field of a parquet file is None."""
-    records = [{"prompt": "a", "messages": TALK, **GSM8K[0]}, {"prompt": None, "messages": None, **GSM8K[1]}]
+    records: list[dict[str, Any]] = [
+        {"prompt": "a", "messages": TALK, **GSM8K[0]},
+        {"prompt": None, "messages": None, **GSM8K[1]},
+    ]
     first, second = read_prompts(write_rows(tmp_path / "p.parquet", records))
     assert first == Prompt("0", "a", {"messages": TALK, **GSM8K[0]})
     assert (second.text, second.messages, second.columns["answer"]) == ("And now?", None, "-5")

@@ -49,7 +49,7 @@ def judged(rewards: Sequence[float | None], groups: Sequence[int], **options: An
     prompts = [Prompt(str(g), f"{g}=", {"answer": g, **({"rare": "x"} if g == 1 else {})}) for g in range(3)]
     rollouts = [Rollout(f"{g}/{i}", str(g), g, f"{g}=", "t", (2,), (3,), False, (-1.0,)) for i, g in enumerate(groups)]
 
-    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         rare = ["x" if g == 1 else None for g in groups]
         assert columns == {"answer": list(groups), "rare": rare, "completion_ids": [[3]] * len(groups)}
         assert prompts == [f"{g}=" for g in groups]
@@ -141,9 +141,11 @@ def test_sample_rewarded_resamples_group_with_none() -> None:
 
 def test_sample_rewarded_uses_new_seed_each_round() -> None:
     model, tokenizer, draws = make_model(), make_tokenizer(), list[list[Rollout]]()
-    for rounds in ({}, {"resample_zero_advantage": 1}, {"resample_zero_advantage": 2}):
+    for rounds in range(3):
         judge = Judge("1=", 99)
-        draws.append(sample_rewarded(model, tokenizer, [Prompt("1", "1=")], judge, **OPTIONS, **rounds))
+        draws.append(
+            sample_rewarded(model, tokenizer, [Prompt("1", "1=")], judge, **OPTIONS, resample_zero_advantage=rounds)
+        )
         assert len(judge.calls) == len(draws)
     texts = [[r.completion for r in draw] for draw in draws]
     assert texts[0] != texts[1] != texts[2] != texts[0]

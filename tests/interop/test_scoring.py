@@ -24,7 +24,8 @@ def test_score_calls_trl_rewards_unchanged() -> None:
     check_reward(accuracy, columns)
     assert score(accuracy, *arguments) == [1.0, 0.0, None]
     assert score(resolve_reward("trl.rewards:think_format_reward"), *arguments) == [1.0, 0.0, 0.0]
-    repetition = resolve_reward("trl.rewards:get_repetition_penalty_reward")(ngram_size=1, max_penalty=-1.0)
+    make_repetition: Any = resolve_reward("trl.rewards:get_repetition_penalty_reward")
+    repetition = make_repetition(ngram_size=1, max_penalty=-1.0)
     assert score(repetition, *arguments) == [-0.5, 0.0, 0.0]
     with pytest.raises(RewardError, match=r"accuracy_reward raised .* completions as texts \(chat and the form"):
         score(accuracy, ["?"], ["18"], {"solution": ["18"]})

@@ -168,7 +168,7 @@ def test_health_skips_step_length_when_lr_is_zero() -> None:
     assert {"First order", "Rounding of the weights"}.isdisjoint(names)
 
 
-NO_MOVEMENT = {"per_sequence": np.zeros(10), "stderr": np.zeros(10)}
+NO_MOVEMENT: dict[str, Any] = {"per_sequence": np.zeros(10), "stderr": np.zeros(10)}
 
 
 def of_a_step_that_moves_nothing(advantages: list[float | None]) -> Finding | None:

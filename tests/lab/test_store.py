@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from fx_influence.lab.plan import DEMO_DIRECTORY, EntropyInfluencePlan, RolloutF
 from fx_influence.lab.results import load_run
 from fx_influence.lab.store import RunDirectory
 
-PLAN = {
+PLAN: dict[str, Any] = {
     "update": {"prompts": "demo/train", "num_prompts": 2, "completions_per_prompt": 4},
     "evaluations": [{"prompts": "demo/eval", "num_prompts": 2, "completions_per_prompt": 2}],
     "directions": ["full", "grad"],

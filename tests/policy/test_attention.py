@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def literal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: 
 
 CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
 PADDED = CAUSAL & (torch.arange(T) > 0)[None, None, None, :] | torch.eye(T, dtype=torch.bool)
-CASES: dict[str, tuple[dict[str, object], Tensor | None, int]] = {
+CASES: dict[str, tuple[dict[str, Any], Tensor | None, int]] = {
     "all": ({}, None, HEADS),
     "causal": ({"is_causal": True}, CAUSAL, HEADS),
     "causal, fewer keys than queries": ({"is_causal": True, "enable_gqa": True}, CAUSAL, 2),
@@ -55,10 +56,13 @@ def max_scores(request: pytest.FixtureRequest) -> int:
 
 def pair(case: str, max_scores: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Triple, Triple]:
     options, mask, heads = CASES[case]
-    scale = options.get("scale")
-    assert scale is None or isinstance(scale, float)
-    ours = lambda *x: blockwise_attention(*x, **options, max_scores=max_scores)  # noqa: E731
-    return ours, lambda q, k, v: literal(q, k, v, mask, scale), random_qkv(0, heads), random_qkv(1, heads)
+    ours = lambda q, k, v: blockwise_attention(q, k, v, **options, max_scores=max_scores)  # noqa: E731
+    return (
+        ours,
+        lambda q, k, v: literal(q, k, v, mask, options.get("scale")),
+        random_qkv(0, heads),
+        random_qkv(1, heads),
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,8 +86,9 @@ def test_blockwise_attention_has_jvp_of_queries_alone(max_scores: int) -> None:
 def test_blockwise_attention_is_0_where_no_key_is_visible(max_scores: int) -> None:
     mask = CAUSAL & (torch.arange(T) > 1)
     point, tangents = random_qkv(0), random_qkv(1)
-    attend = lambda *x: blockwise_attention(*x, attn_mask=mask, max_scores=max_scores)  # noqa: E731
-    value, derivative = jvp(attend, point, tangents)
+    attend = lambda q, k, v: blockwise_attention(q, k, v, attn_mask=mask, max_scores=max_scores)  # noqa: E731
+    both: tuple[Tensor, ...] = jvp(attend, point, tangents)
+    value, derivative = both
     assert torch.isfinite(value).all()
     assert torch.isfinite(derivative).all()
     assert not value[:, :, :2].any()
@@ -99,7 +104,7 @@ def test_blockwise_attention_forms_at_most_max_scores(max_scores: int, monkeypat
         return softmax(x, dim)
 
     monkeypatch.setattr(torch.Tensor, "softmax", watched)
-    attend = lambda *x: blockwise_attention(*x, is_causal=True, max_scores=max_scores)  # noqa: E731
+    attend = lambda q, k, v: blockwise_attention(q, k, v, is_causal=True, max_scores=max_scores)  # noqa: E731
     jvp(attend, random_qkv(0), random_qkv(1))
     assert sum(sizes) <= ROWS * HEADS * T * T
     assert max(sizes) <= max(max_scores, ROWS * HEADS * T)

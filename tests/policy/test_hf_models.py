@@ -19,6 +19,7 @@ from helpers.hf_models import (
     setup,
     warm_state,
 )
+from helpers.present import present
 from helpers.tolerances import (
     assert_close_to_rounding,
     assert_within,
@@ -58,8 +59,8 @@ def relative_residual(out: fx.Influence) -> float:
 
 def same(a: fx.Influence, b: fx.Influence) -> bool:
     """Bit for bit."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, Tensor)]
-    return all(torch.equal(x, y) for x, y in pairs)
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, Tensor) and isinstance(y, Tensor)]
+    return len(pairs) > 5 and all(torch.equal(x, y) for x, y in pairs)
 
 
 @families
@@ -76,13 +77,20 @@ def test_influence_is_invariant_to_padding_side(family: str, lora: bool, tied: b
     left = fx.influence(*moved, apply=apply, matrix=True)
     for out in (right, left):
         print(f"residual {relative_residual(out):.2g}")
-        size = out.matrix.abs().sum(0)
+        size = present(out.matrix).abs().sum(0)
         assert_near(out.residual, torch.zeros_like(out.residual), state.params, size.sum())
-        assert_near(out.matrix.sum(0), out.per_sequence, state.params, size)
+        assert_near(present(out.matrix).sum(0), out.per_sequence, state.params, size)
         assert torch.all(out.stderr > 0)
     for name in ("per_sequence", "matrix", "baseline", "stderr"):
-        assert_near(getattr(left, name), getattr(right, name), state.params, right.matrix.abs().sum(), name=name)
-    assert_near(right_padded(left.per_token, state.batch_u), right.per_token, state.params, right.matrix.abs().sum())
+        assert_near(
+            getattr(left, name), getattr(right, name), state.params, present(right.matrix).abs().sum(), name=name
+        )
+    assert_near(
+        right_padded(present(left.per_token), state.batch_u),
+        present(right.per_token),
+        state.params,
+        present(right.matrix).abs().sum(),
+    )
 
 
 @families
@@ -92,7 +100,7 @@ def test_influence_matches_reference_in_float64(family: str, lora: bool) -> None
     u, e = (select_rows(batch, torch.tensor([0, 1, 3])) for batch in (state.batch_u, state.batch_e))
     out = fx.influence(state.params, u, e, state.opt_state, apply=apply, temperature=0.7, matrix=True)
     slow = reference.influence(apply, state.params, u, e, state.opt_state, temperature=0.7)
-    assert out.matrix.dtype == torch.float64
+    assert present(out.matrix).dtype == torch.float64
     for name in ("matrix", "per_sequence", "per_token", "baseline", "stderr"):
         assert_near(getattr(out, name), getattr(slow, name), state.params, slow.matrix.abs().sum(), name=name)
     assert_near(out.residual, torch.zeros_like(out.residual), state.params, slow.matrix.abs().sum())
@@ -151,7 +159,9 @@ def test_float64_left_padding_gives_no_nan(family: str, lora: bool) -> None:
     moved = state._replace(batch_u=left_padded(state.batch_u), batch_e=left_padded(state.batch_e))
     right, left = (fx.influence(*inputs, apply=apply, matrix=True) for inputs in (state, moved))
     for name in ("matrix", "per_sequence"):
-        assert_near(getattr(left, name), getattr(right, name), state.params, right.matrix.abs().sum(), name=name)
+        assert_near(
+            getattr(left, name), getattr(right, name), state.params, present(right.matrix).abs().sum(), name=name
+        )
 
 
 @families
@@ -230,16 +240,16 @@ def test_policy_ignores_gradient_checkpointing(family: str, lora: bool) -> None:
     )
 
 
-def trainer_gradient(model: nn.Module, batch: Batch) -> Params:
+def trainer_gradient(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what backward on the model itself leaves in ``p.grad``, the loss written out."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, :-1]
     log_pi = logits.log_softmax(-1)
     taken = log_pi.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     entropies = -(log_pi.exp() * log_pi).sum(-1)
-    loss = -(batch.coefficients[:, 1:] * taken + batch.entropy_coefficients[:, 1:] * entropies).sum()
+    loss = -(present(batch.coefficients)[:, 1:] * taken + present(batch.entropy_coefficients)[:, 1:] * entropies).sum()
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: present(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @families
@@ -252,9 +262,11 @@ def test_batch_gradient_matches_trainer(family: str, lora: bool, attention: str)
     assert list(trainer_grads) == list(ours)
     largest = max(float(g.abs().max()) for g in trainer_grads.values())
     for name, g in trainer_grads.items():
-        assert_near(ours[name], g, state.params, largest, name=name)
+        assert_near(present(ours[name]), g, state.params, largest, name=name)
     plain, with_grad = fx.influence(*state, apply=apply), fx.influence(*state, apply=apply, grad=trainer_grads)
-    assert_near(with_grad.per_token, plain.per_token, state.params, plain.per_token.abs().sum())
+    assert_near(
+        present(with_grad.per_token), present(plain.per_token), state.params, present(plain.per_token).abs().sum()
+    )
     assert with_grad.unattributed == 0
 
 
@@ -263,7 +275,9 @@ def test_fused_attention_matches_eager(family: str) -> None:
     (fused, state), (eager, _) = (setup(make_model(family, attention=kind)) for kind in ("sdpa", "eager"))
     one, other = (fx.influence(*state, apply=apply, matrix=True) for apply in (fused, eager))
     for field in ("per_sequence", "per_token", "matrix", "stderr"):
-        assert_near(getattr(one, field), getattr(other, field), state.params, other.matrix.abs().sum(), name=field)
+        assert_near(
+            getattr(one, field), getattr(other, field), state.params, present(other.matrix).abs().sum(), name=field
+        )
 
 
 @families
@@ -271,11 +285,11 @@ def test_fused_attention_matches_eager(family: str) -> None:
 def test_jvp_delta_matches_finite_differences(family: str, lora: bool) -> None:
     apply, state = setup(make_model(family, lora=lora).double())
     g = batch_gradient(state.params, state.batch_u, apply)
-    norm = sum(float(x.square().sum()) for x in g.values()) ** 0.5
-    direction = {name: -x / norm for name, x in g.items()}
+    norm = sum(float(present(x).square().sum()) for x in g.values()) ** 0.5
+    direction = {name: -present(x) / norm for name, x in g.items()}
     out = fx.jvp_delta(state.params, direction, state.batch_e, apply=apply)
     assert abs(out.second) > 0.05
-    steps = {"terms": policy_terms(state.params, WIDTH), "magnitude": math.log(VOCAB)}
+    steps: dict[str, Any] = {"terms": policy_terms(state.params, WIDTH), "magnitude": math.log(VOCAB)}
     moved = lambda eta: fx.snis_delta(state.params, direction, eta, state.batch_e, apply=apply).delta_h  # noqa: E731
     slope, bound = central_difference(moved, 1e-3, **steps)
     assert bound < 0.01 * out.first.abs()

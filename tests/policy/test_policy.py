@@ -20,6 +20,9 @@ MASK = torch.tensor([[True, True, True, False], [False, False, True, True]])
 class Net(nn.Module):
     """Logits that depend on the ids, the mask, a trainable and a frozen matrix, and two buffers."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -98,7 +101,7 @@ def test_params_alias_trainable_parameters() -> None:
         assert p.data_ptr() == live[name].data_ptr()
         assert not p.requires_grad
     with torch.no_grad():
-        model.head.bias += 1
+        model.head.bias.add_(1)
     assert torch.equal(params["head.bias"], model.head.bias)
 
 
@@ -148,8 +151,8 @@ def test_policy_ignores_forward_patched_on_instance() -> None:
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
         raise AssertionError("the replaced forward was called")
 
-    model.forward = wrong
-    model.head.forward = wrong
+    for module in (model, model.head):
+        vars(module)["forward"] = wrong
     apply, params = fx.make_functional(model)
     torch.testing.assert_close(apply(params, IDS, MASK), expected, rtol=0, atol=0)
     assert model.forward is wrong

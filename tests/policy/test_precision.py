@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.cases import TinyPolicy, random_adamw_state, random_batch
+from helpers.present import present
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -184,11 +185,12 @@ def test_forward_that_enters_autocast_has_its_tolerance() -> None:
 def test_autocast_applies_to_update_batch_only(dtype: torch.dtype, scale: float) -> None:
     p = problem("trained", torch.float32)
     apply, params = p.low
+    assert isinstance(apply, fx.Policy)
     low = apply.with_autocast(dtype, scale)
     exact = fx.influence(params, p.u, p.e, p.state, apply=apply)
     out = fx.influence(params, p.u, p.e, p.state, apply=low)
-    size = float(exact.matrix.abs().sum()) if exact.matrix is not None else float(exact.per_token.abs().sum())
-    assert_within(out.per_token.sum(-1), out.per_sequence, rounding_bound(torch.float64, WIDTH, size))
+    size = float(exact.matrix.abs().sum()) if exact.matrix is not None else float(present(exact.per_token).abs().sum())
+    assert_within(present(out.per_token).sum(-1), out.per_sequence, rounding_bound(torch.float64, WIDTH, size))
     assert_within(out.per_sequence, exact.per_sequence, rounding_bound(dtype, WIDTH, size))
     assert out.rounding.sum() > exact.rounding.sum()
     assert out.baseline == pytest.approx(float(exact.baseline), rel=1e-1)
@@ -203,8 +205,9 @@ def test_autocast_applies_to_update_batch_only(dtype: torch.dtype, scale: float)
 def test_loss_scale_preserves_tiny_float16_gradients() -> None:
     p = problem("trained", torch.float32)
     apply, params = p.low
-    tiny = p.u._replace(coefficients=1e-7 * p.u.coefficients, entropy_coefficients=None)
+    assert isinstance(apply, fx.Policy)
+    tiny = p.u._replace(coefficients=1e-7 * present(p.u.coefficients), entropy_coefficients=None)
     exact = fx.influence(params, tiny, p.e, p.state, apply=apply, stderr=False)
     scaled = fx.influence(params, tiny, p.e, p.state, apply=apply.with_autocast(torch.float16, 2.0**20), stderr=False)
-    size = exact.per_token.abs().sum()
+    size = present(exact.per_token).abs().sum()
     assert_within(scaled.per_sequence, exact.per_sequence, rounding_bound(torch.float16, WIDTH, size))

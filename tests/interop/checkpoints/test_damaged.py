@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,7 +48,11 @@ def test_cli_names_damaged_checkpoint_in_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"")
-    plan = {"checkpoint": "checkpoint", "reward": "fx_influence.interop.rewards:exact_match", "loss": "grpo"}
+    plan: dict[str, Any] = {
+        "checkpoint": "checkpoint",
+        "reward": "fx_influence.interop.rewards:exact_match",
+        "loss": "grpo",
+    }
     plan |= {"max_new_tokens": 4, "update": {"prompts": "demo/train"}, "evaluations": [{"prompts": "demo/eval"}]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     assert main(["run", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.scales_model import Scales, shuffled_groups
+from helpers.versions import TORCH
 from torch import nn
 from transformers.optimization import Adafactor
 
@@ -36,7 +37,7 @@ OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 UNNAMED = {"torch.optim.SparseAdam", "torch.optim.RAdam"}
 
 
-if torch.__version__ < (2, 7):
+if TORCH < (2, 7):
     # there its state dict cannot be told from AdamW's
     del OTHERS["torch.optim.Adam"]
 

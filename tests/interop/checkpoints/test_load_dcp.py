@@ -14,6 +14,8 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
 from helpers.checkpoint_models import CONFIGS, LORA, assert_same_state, assert_same_weights, make_tokenizer, train
 from helpers.dcp_files import save_dcp
+from helpers.present import present
+from helpers.versions import TORCH
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-FSDP2 = pytest.mark.skipif(torch.__version__ < (2, 6), reason="accelerate has it from torch 2.6")
+FSDP2 = pytest.mark.skipif(TORCH < (2, 6), reason="accelerate has it from torch 2.6")
 
 
 def trained(model: nn.Module, path: Path) -> torch.optim.AdamW:
@@ -53,7 +55,7 @@ def test_load_accelerate_fsdp_matches_live_state(kind: str | None, bases: Path, 
     if kind is not None:
         shutil.copy(tmp_path / "trainer" / "checkpoint-2" / "adapter_config.json", path)
     loaded = load_checkpoint(path, base=bases / "llama")
-    assert_same_state(loaded.optimizer_state, adamw_state(optimizer, model))
+    assert_same_state(present(loaded.optimizer_state), adamw_state(optimizer, model))
     assert_same_weights(loaded.model, model)
 
 
@@ -102,8 +104,10 @@ def test_load_joins_shards_of_two_processes(tmp_path: Path) -> None:
     live = torch.load(f"{out}.pt")
     loaded = load_checkpoint(out, base=tmp_path / "base")
     assert all(torch.equal(loaded.model.state_dict()[name], value) for name, value in live["model"].items())
-    assert_same_state(loaded.optimizer_state, adamw_state(restore_optimizer(live["optim"], loaded.model), loaded.model))
-    assert {hyper.lr_scale for hyper in loaded.optimizer_state.hyper.values()} == {1.0, 2.0}
+    assert_same_state(
+        present(loaded.optimizer_state), adamw_state(restore_optimizer(live["optim"], loaded.model), loaded.model)
+    )
+    assert {hyper.lr_scale for hyper in present(loaded.optimizer_state).hyper.values()} == {1.0, 2.0}
 
 
 def test_load_prefers_dcp_to_files(dcp_directory: Path, bases: Path) -> None:
@@ -111,7 +115,7 @@ def test_load_prefers_dcp_to_files(dcp_directory: Path, bases: Path) -> None:
     loaded = load_checkpoint(dcp_directory)
     beside = load_checkpoint(bases / "qwen2", optimizer=False).model
     assert all(not torch.equal(p, beside.get_parameter(name)) for name, p in loaded.model.named_parameters())
-    assert set(loaded.optimizer_state.step.values()) == {1}
+    assert set(present(loaded.optimizer_state).step.values()) == {1}
 
 
 def test_load_reads_optimizer_file_beside_dcp_weights(dcp_directory: Path) -> None:
@@ -119,7 +123,7 @@ def test_load_reads_optimizer_file_beside_dcp_weights(dcp_directory: Path) -> No
     save_dcp({"model": get_model_state_dict(model)}, dcp_directory)
     torch.save(torch.optim.AdamW(model.parameters(), lr=0.25).state_dict(), dcp_directory / "optimizer.pt")
     loaded = load_checkpoint(dcp_directory)
-    assert loaded.optimizer_state.lr == 0.25
+    assert present(loaded.optimizer_state).lr == 0.25
     assert_same_weights(loaded.model, model)
 
 
@@ -127,8 +131,8 @@ def test_load_dcp_optimizer_before_first_step(dcp_directory: Path) -> None:
     model = load_checkpoint(dcp_directory, optimizer=False).model
     save_dcp({"optimizer": torch.optim.AdamW(model.parameters(), lr=0.5).state_dict()}, dcp_directory)
     loaded = load_checkpoint(dcp_directory)
-    assert (loaded.optimizer_state.lr, set(loaded.optimizer_state.step.values())) == (0.5, {0})
-    assert not any(value.any() for value in loaded.optimizer_state.exp_avg.values())
+    assert (present(loaded.optimizer_state).lr, set(present(loaded.optimizer_state).step.values())) == (0.5, {0})
+    assert not any(value.any() for value in present(loaded.optimizer_state).exp_avg.values())
 
 
 def test_load_reads_no_moments_without_optimizer(dcp_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.checkpoint_models import CONFIGS, LORA, assert_same_state, train
 from helpers.scales_model import Scales, shuffled_groups
+from helpers.versions import TORCH
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-STORES_NAMES = pytest.mark.skipif(torch.__version__ < (2, 6), reason="an optimizer stores names since torch 2.6")
+STORES_NAMES = pytest.mark.skipif(TORCH < (2, 6), reason="an optimizer stores names since torch 2.6")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", *LORA])

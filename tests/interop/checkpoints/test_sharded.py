@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.dcp_files import MaliciousPickle, save_dcp
 from helpers.ranks import run_on_ranks
+from helpers.versions import TORCH
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from fx_influence.interop.checkpoints.dcp.read import locate_values, read_slice,
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.optimizers import adamw_state
 
-FSDP2 = pytest.mark.skipif(torch.__version__ < (2, 6), reason="fully_shard is of torch 2.6")
-if torch.__version__ >= (2, 6):
+FSDP2 = pytest.mark.skipif(TORCH < (2, 6), reason="fully_shard is of torch 2.6")
+if TORCH >= (2, 6):
     from helpers.ranks_states import by_name, tiny, trained
 
     from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint

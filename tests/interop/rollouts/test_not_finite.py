@@ -32,7 +32,7 @@ PRIME = {
     "trainer_logprobs": [0.0] * 4,
     "rewards": [1.0] * 4,
 }
-NEMO = {
+NEMO: dict[str, list[Any]] = {
     "rewards": [1.0],
     "input_lengths": [4],
     "token_ids": [[4, 5, 6, 7, 0]],

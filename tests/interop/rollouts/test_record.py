@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from helpers.made_rollouts import rollout
 
@@ -14,4 +16,4 @@ def test_rollout_refuses_logprobs_of_another_length() -> None:
 @pytest.mark.parametrize("name", ["completion_mask", "coefficients", "entropy_coefficients"])
 def test_rollout_refuses_per_token_value_of_another_length(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} of rollout 'p/0' has 1 values for 2"):
-        rollout(**{name: (True,)})
+        dataclasses.replace(rollout(), **{name: (True,)})  # type: ignore[arg-type]  # any of the fields

@@ -107,7 +107,12 @@ def test_trl_masks_output_of_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_trl_refuses_template_that_rewrites_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [chat("assistant", "1"), chat("tool", "2"), chat("assistant", "two")]
-    columns = {"prompt": [[chat("user", "1+1?")]], "completion": [turns], "rewards": {}, "advantages": [0.5]}
+    columns: dict[str, Any] = {
+        "prompt": [[chat("user", "1+1?")]],
+        "completion": [turns],
+        "rewards": {},
+        "advantages": [0.5],
+    }
     path = write_trl(tmp_path, monkeypatch, **columns)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}"

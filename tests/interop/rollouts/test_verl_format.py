@@ -23,7 +23,7 @@ from fx_influence.interop.rollouts.read import read_rollouts
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.losses import group_advantages
 
-VERL = {"input": ["1+1=", "1+1=", "3="], "output": ["2", "3", "3"], "score": [1.0, 0.0, 0.25]}
+VERL: dict[str, list[Any]] = {"input": ["1+1=", "1+1=", "3="], "output": ["2", "3", "3"], "score": [1.0, 0.0, 0.25]}
 
 
 def test_verl_groups_equal_inputs(tmp_path: Path) -> None:
@@ -59,7 +59,13 @@ def test_verl_equal_inputs_of_two_steps_are_two_groups(tmp_path: Path) -> None:
 
 def test_verl_uid_decides_groups_and_last_outputs(tmp_path: Path) -> None:
     uid = ["a_0_0", "a_0_1", "a_1_0", "b_0_0", "b_1_0"]
-    batch = {"input": ["1+1="] * 5, "output": ["1", "2", "3", "4", "5"], "score": [9.0, 1.0, 0.0, 1.0, 0.0], "uid": uid}
+    outputs = ["1", "2", "3", "4", "5"]
+    batch: dict[str, list[Any]] = {
+        "input": ["1+1="] * 5,
+        "output": outputs,
+        "score": [9.0, 1.0, 0.0, 1.0, 0.0],
+        "uid": uid,
+    }
     rollouts = read_rollouts(write_verl(tmp_path / "5.jsonl", batch), TOKENIZER, scale=False)
     assert [(r.id, r.group, r.advantage) for r in rollouts] == [
         ("a_0_0", 0, 0.5),

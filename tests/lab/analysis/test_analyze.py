@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_covariates_match_the_rollouts(tmp_path: Path) -> None:
     columns = rollout_covariates(run)
     rewards = np.array([r.reward for r in run.update_rollouts])
     assert columns["prompt_difficulty"][4:8] == pytest.approx(1 - rewards[4:8].mean())
-    assert (columns["importance_weight"] == 1).all()
+    assert np.array_equal(columns["importance_weight"], np.ones(len(rewards)))
     older = [
         dataclasses.replace(r, behaviour_logprobs=tuple(x - 0.25 for x in r.behaviour_logprobs or ()))
         for r in run.update_rollouts
@@ -206,7 +207,9 @@ def test_analyze_notes_what_a_training_step_lacks(tmp_path: Path) -> None:
 
 def test_analyze_has_no_nan_when_all_influences_are_zero(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
-    zeros = {name: 0 * run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")}
+    zeros: dict[str, Any] = {
+        name: 0 * run.evaluations[0].arrays[name] for name in ("per_sequence", "per_token", "stderr")
+    }
     analysis = analyze(synthetic_run(tmp_path, **zeros, per_sequence_rmsprop=zeros["per_sequence"]))
     assert all(row["value"] is None for row in analysis["rollout_correlations"] if row["influence"] == "none")
     json.dumps(analysis, allow_nan=False)

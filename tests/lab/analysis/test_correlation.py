@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,12 @@ def test_adjust_matches_scipys_false_discovery_rate() -> None:
 
 def test_correlation_rows_note_why_a_value_is_undefined() -> None:
     x, clusters = np.arange(8.0), np.arange(8) // 2
-    covariates = {"advantage": x**2, "flat": np.full(8, 2.0), "absent": "was not recorded", "twice": 2 * x**2}
+    covariates: dict[str, Any] = {
+        "advantage": x**2,
+        "flat": np.full(8, 2.0),
+        "absent": "was not recorded",
+        "twice": 2 * x**2,
+    }
     rows = correlation_rows({"d": x}, covariates, clusters, "advantage", ("pearson", "partial_pearson"))
     assert {(row["with"], row["measure"]): row["note"] for row in rows if row["value"] is None} == {
         ("advantage", "partial_pearson"): "not defined: advantage is the fixed covariate",

@@ -104,7 +104,12 @@ def test_rmsprop_influences_are_a_multiple_of_frozen(fresh: Setting) -> None:
     _, state, step, e = fresh
     plan = plan_of(directions=("rmsprop",), reward_influence=False)
     arrays = first_order(plan, state, step, e)["per_sequence_rmsprop"]
-    options = {"grad": step.gradient, "preconditioner": "rmsprop", "max_grad_norm": plan.max_grad_norm, "stderr": False}
+    options: dict[str, Any] = {
+        "grad": step.gradient,
+        "preconditioner": "rmsprop",
+        "max_grad_norm": plan.max_grad_norm,
+        "stderr": False,
+    }
     out = fx.influence(state.params, step.batch, e.batch, state.opt_state, apply=state.apply, **options)
     # Both are sums of as many float32 products as there are parameters, by passes that round differently.
     terms = sum(p.numel() for p in state.params.values())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.present import present
 from helpers.run_files import (
     demo_state,
     read_summary,
@@ -88,7 +89,7 @@ def test_command_prints_help_and_rejects_nonsense(finished: Path) -> None:
 def test_load_run_returns_stored_values(finished: Path) -> None:
     results = fx.load_run(finished)
     assert results.plan.to_dict() == yaml.safe_load((finished / "plan.yaml").read_text())
-    assert [e.matrix.shape for e in results.evaluations] == [(16, 20), (9, 20)]
+    assert [present(e.matrix).shape for e in results.evaluations] == [(16, 20), (9, 20)]
     assert [r["id"] for r in results.sequences] == [r.id for r in results.update_rollouts]
     assert [r["influence"] for r in results.sequences] == results.evaluations[0].arrays["per_sequence"].tolist()
     assert set(results.baseline()) == set(demo_state()[1])

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_run_continues_without_redoing_evaluations(
     out = tmp_path / "out"
     real, calls = run_module.evaluate, []
 
-    def interrupted(*args: object) -> object:
+    def interrupted(*args: Any) -> object:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.cases import assert_close
+from helpers.present import present
 from helpers.run_files import FISHER_PLAN, TIMES, write_plan
 from helpers.tolerances import assert_close_to_rounding, assert_within, central_difference, policy_terms
 from torch import Tensor
@@ -23,6 +24,7 @@ from fx_influence.lab.fisher import measure as fisher_measure
 from fx_influence.lab.fisher.results import FisherKernelResults
 from fx_influence.lab.plan import demo_path
 from fx_influence.testing import reference
+from fx_influence.types import Gradients
 
 N_U, N_E = 20, 12
 
@@ -36,7 +38,7 @@ class Known(NamedTuple):
     u: fx.Batch
     e: fx.Batch
     step: reference.Step
-    gradients: list[fx.Params]
+    gradients: list[Gradients]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,8 @@ def known(results: FisherKernelResults) -> Known:
         coefficients=fx.coefficients("dr_grpo", advantages, u.completion_mask, max_completion_length=20).double()
     )
     gradients = reference.sequence_gradients(apply, params, u)
-    step = reference.adamw(gradients, checkpoint.optimizer_state, params, max_grad_norm=1.0)
-    return Known(apply, params, checkpoint.optimizer_state, u, e, step, gradients)
+    step = reference.adamw(gradients, present(checkpoint.optimizer_state), params, max_grad_norm=1.0)
+    return Known(apply, params, present(checkpoint.optimizer_state), u, e, step, gradients)
 
 
 def logprobs(known: Known, params: fx.Params) -> Tensor:
@@ -105,7 +107,7 @@ def test_kernel_and_diagonals_match_reference(results: FisherKernelResults, know
 
 
 def test_logprob_change_by_rollout_matches_reference(results: FisherKernelResults, known: Known) -> None:
-    directions = [{name: known.step.gain[name] * g[name] for name in g} for g in known.gradients]
+    directions = [{name: known.step.gain[name] * present(g[name]) for name in g} for g in known.gradients]
     expected = torch.stack([torch.stack([inner(s, v) for v in directions]) for s in score_gradients(known)])
     assert_close(torch.from_numpy(results.evaluations[0].delta_logprob_matrix), expected)
     for rollouts in (results.update_rollouts, results.evaluations[0].rollouts):
@@ -125,7 +127,7 @@ def test_predicted_change_is_finite_difference_slope(
     results: FisherKernelResults, known: Known, name: str, field: str
 ) -> None:
     step = fx.adamw_decompose(
-        {name: sum(g[name] for g in known.gradients) for name in known.params},
+        {name: torch.stack([present(g[name]) for g in known.gradients]).sum(0) for name in known.params},
         known.state,
         known.params,
         max_grad_norm=1.0,

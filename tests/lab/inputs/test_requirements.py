@@ -89,7 +89,7 @@ def test_load_state_names_missing_requirements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: dict[str, Any], reward: str, absent: str, message: str
 ) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(GSM8K), tmp_path / "g.parquet")
-    values = {"update": CustomSequence("1+1=", "2"), "evaluations": [request_]}
+    values: dict[str, Any] = {"update": CustomSequence("1+1=", "2"), "evaluations": [request_]}
     plan = EntropyInfluencePlan(**values, reward=f"fx_influence.interop.rewards:{reward}")
     if absent:
         monkeypatch.setitem(sys.modules, absent, None)

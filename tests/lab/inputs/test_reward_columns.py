@@ -14,7 +14,7 @@ from fx_influence.interop.scoring import check_columns
 from fx_influence.lab.inputs.rollouts import load_state
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch, resolved
 
-HALF = {"a": {"answer": "2"}, "b": {"answer": None}, "c": {}}
+HALF: dict[str, dict[str, Any]] = {"a": {"answer": "2"}, "b": {"answer": None}, "c": {}}
 
 
 def needs_gold(
@@ -29,7 +29,7 @@ def test_check_columns_rejects_column_missing_in_all() -> None:
         ValueError, match=r"gold is missing in 3 of 3 prompts, the first of them 'a'; .*:needs_gold needs it"
     ):
         check_columns(needs_gold, HALF)
-    nothing = {"a": {"answer": None}}
+    nothing: dict[str, dict[str, Any]] = {"a": {"answer": None}}
     with pytest.raises(ValueError, match="answer is missing in 1 of 1 prompts"):
         check_columns(exact_match, nothing)
 
@@ -43,8 +43,8 @@ def test_check_columns_warns_of_column_missing_in_some(caplog: pytest.LogCapture
 
 def test_check_columns_ignores_optional_columns(caplog: pytest.LogCaptureFixture) -> None:
     @functools.wraps(needs_gold)
-    def wrapper(*arguments: Any, **columns: Any) -> list[float]:
-        return needs_gold(*arguments, gold=["2"], **columns)
+    def wrapper(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return needs_gold(prompts, completions, gold=["2"], **columns)
 
     for reward in (math_verify, wrapper, lambda completions, **columns: [0.0]):
         check_columns(reward, {"a": {}, "b": {}})

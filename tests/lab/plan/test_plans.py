@@ -73,7 +73,7 @@ def test_read_plan_resolves_paths_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
     assert plan.checkpoint == str(tmp_path / "runs/step-7")
-    assert plan.update.prompts == str(tmp_path / "p.txt")
+    assert plan.update == SampledBatch(str(tmp_path / "p.txt"))
     assert plan.base == str(tmp_path.parent / "base")
     assert plan.evaluations == (
         SampledBatch("demo/eval"),
@@ -97,10 +97,10 @@ def test_read_plan_gives_default_when_file_is_empty(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("")
     plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
     assert plan == EntropyInfluencePlan()
-    assert (plan.update.num_prompts, plan.update.completions_per_prompt) == (16, 4)
-    assert [(e.num_prompts, e.completions_per_prompt) for e in plan.evaluations] == [(256, 2)]
-    for name in (plan.checkpoint, plan.update.prompts, plan.evaluations[0].prompts):
-        assert Path(demo_path(name)).exists()
+    requests = [request for request in plan.requests() if isinstance(request, SampledBatch)]
+    assert [(r.num_prompts, r.completions_per_prompt) for r in requests] == [(16, 4), (256, 2)]
+    for name in (plan.checkpoint, *(r.prompts for r in requests)):
+        assert Path(demo_path(str(name))).exists()
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,9 @@ def test_plan_of_stored_rollouts_needs_no_reward_or_loss() -> None:
 
 def test_prompt_ids_may_be_numbers_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("update: {prompts: demo/train, prompt_ids: [7, x]}")
-    assert read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan).update.prompt_ids == ("7", "x")
+    assert read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan).update == SampledBatch(
+        "demo/train", prompt_ids=("7", "x")
+    )
 
 
 def test_batch_made_in_python_is_type_checked() -> None:
@@ -267,7 +269,7 @@ def test_read_plan_expands_home_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "plan.yaml").write_text("update: {prompts: ~/p.txt}")
     plan = read_plan(tmp_path / "plan.yaml", EntropyInfluencePlan)
-    assert plan.update.prompts == str(tmp_path / "home" / "p.txt")
+    assert plan.update == SampledBatch(str(tmp_path / "home" / "p.txt"))
 
 
 def test_read_plan_names_missing_or_unreadable_file(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers.present import present
 from helpers.synthetic_runs import PROMPT, synthetic_run
 from matplotlib.figure import Figure
 
@@ -54,7 +56,7 @@ def test_waterfall_columns_add_up_to_the_total(tmp_path: Path) -> None:
         columns = waterfall_columns(run, by=by)
         assert [c.name for c in columns[:2]] + [columns[-1].name] == ["momentum", "weight decay", "total"]
         assert sum(c.value for c in columns[:-1]) == pytest.approx(columns[-1].value)
-        bars = plot.waterfall(run, by=by).axes[0].patches
+        bars: Any = plot.waterfall(run, by=by).axes[0].patches
         assert [bar.get_height() for bar in bars] == pytest.approx([c.value for c in columns])
         ends = np.cumsum([c.value for c in columns[:-1]])
         assert [bar.get_y() for bar in bars[1:-1]] == pytest.approx(ends[:-1])
@@ -77,7 +79,7 @@ def test_waterfall_group_error_is_clustered_by_prompt_of_e(tmp_path: Path) -> No
     [column] = [c for c in waterfall_columns(run) if c.name.startswith("A > 0, unlikely")]
     assert column.name.endswith(f"({mask.sum()})")
     assert column.value == pytest.approx(run.evaluations[0].arrays["per_sequence"][mask].sum())
-    rows = run.evaluations[0].matrix[:, mask].sum(1)
+    rows = present(run.evaluations[0].matrix)[:, mask].sum(1)
     pairs = (rows - rows.sum() / 8).reshape(4, 2).sum(1)
     assert column.stderr == pytest.approx(np.sqrt(4 / 3 * (pairs**2).sum()))
     index = torch.arange(8) // 2
@@ -91,10 +93,13 @@ def test_waterfall_group_error_is_clustered_by_prompt_of_e(tmp_path: Path) -> No
 
 def test_eta_sweep_draws_the_runs_points_and_tangent(tmp_path: Path) -> None:
     left, right = plot.eta_sweep(synthetic_run(tmp_path)).axes
-    lines = [line for line in left.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 200]
+    x: Any
+    y: Any
+    bars: Any = right.containers[0]
+    lines = [line for line in left.lines if line.get_linestyle() == "-" and np.size(line.get_xdata()) == 200]
     x, y = lines[0].get_data()
     assert y[-1] / x[-1] == pytest.approx(-2.0 * 1e-3), "the tangent, per lr"
-    points = right.containers[0].lines[0].get_data()
+    points = bars.lines[0].get_data()
     assert points[1] == pytest.approx([-2.0, -2.0, -2.0])
 
 
@@ -105,12 +110,13 @@ def test_matrix_is_ordered_and_complete(tmp_path: Path) -> None:
     blocks = rng.standard_normal((8, 2))[:, kinds] + 0.01 * rng.standard_normal((8, 48))
     run = dataclasses.replace(run, evaluations=(dataclasses.replace(run.evaluations[0], matrix=blocks),))
     top, body, *_ = plot.matrix(run).axes
+    bars: Any = top.patches
     image = np.asarray(body.images[0].get_array())
     assert np.sort(image.ravel()) == pytest.approx(np.sort(blocks.ravel()))
     assert np.abs(np.diff(image, axis=1)).max(0).tolist().count(pytest.approx(0, abs=0.1)) == 46, (
         "one step between the kinds"
     )
-    assert [bar.get_height() for bar in top.patches] == pytest.approx(image.sum(0))
+    assert [bar.get_height() for bar in bars] == pytest.approx(image.sum(0))
     low, high = body.images[0].get_clim()
     assert low == -high, "white is 0"
 

@@ -173,7 +173,7 @@ def test_page_has_a_section_for_each_evaluation(results: EntropyInfluenceResults
 
 
 def test_page_contains_no_raw_text_of_a_rollout(results: EntropyInfluenceResults) -> None:
-    texts = dict.fromkeys(("id", "prompt", "completion"), HOSTILE)
+    texts: dict[str, Any] = dict.fromkeys(("id", "prompt", "completion"), HOSTILE)
     sequences = [{**record, **texts, "tokens": [HOSTILE] * SIZE.tokens} for record in results.sequences]
     [evaluation] = results.evaluations
     rollouts = [dataclasses.replace(r, **texts) for r in evaluation.rollouts]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import max_error
+from helpers.present import present
 from helpers.tiny_models import AttentionModel, full_batch, make_float64, warm_state
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ class Convolved(AttentionModel):
         super().__init__()
         self.short = nn.Conv1d(8, 8, 3, groups=8)
         nn.init.zeros_(self.short.weight)
-        nn.init.zeros_(self.short.bias)
+        nn.init.zeros_(present(self.short.bias))
 
     def transform_stream(self, x: Tensor) -> Tensor:
         return x + self.short(F.pad(x.mT, (2, 0))).mT
@@ -168,7 +169,7 @@ def test_dynamic_rope_depends_on_batch_width(rope_type: str) -> None:
     outs = [batch_gradient(params, u, apply, chunk_size=c) for c in (None, 1, 2)]
     values = all_token_values(params, u, apply, chunk_size=1)
     fx.jvp_delta(params, {name: torch.ones_like(p) for name, p in params.items()}, e, apply=apply)
-    influences = [fx.influence(params, u, e, state, apply=apply, **k).per_sequence for k in ({}, {"chunk_size": 1})]
+    influences = [fx.influence(params, u, e, state, apply=apply, chunk_size=k).per_sequence for k in (None, 1)]
     assert max_error(influences[1], influences[0]) <= 1e-9
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
     z = model(input_ids=u.input_ids, attention_mask=u.attention_mask.long()).logits[:, :-1].log_softmax(-1)

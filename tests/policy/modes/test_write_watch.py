@@ -49,6 +49,9 @@ def test_make_functional_rejects_writes_to_weights(by: str) -> None:
 class Scratch(AttentionModel):
     """Leaves things behind: in a buffer that it writes, in one that it binds anew, in an attribute."""
 
+    calls: Tensor
+    last: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_metadata_is_never_unpickled(protocol: int, dcp_directory: Path, tmp_pat
 def test_metadata_admits_only_known_classes(name: str, dcp_directory: Path) -> None:
     rewrite_metadata(
         dcp_directory,
-        lambda metadata: metadata.planner_data.update(extra=getattr(__builtins__, name, None) or __builtins__[name]),
+        lambda metadata: metadata.planner_data.update(extra=getattr(builtins, name)),
     )
     with pytest.raises(ValueError, match=rf"names builtins\.{name}, which no such metadata holds"):
         read_values(dcp_directory, ["model"])

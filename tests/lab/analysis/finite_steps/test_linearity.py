@@ -47,7 +47,7 @@ def test_fit_lines_minimises_squares_through_the_origin(values: list[float]) -> 
     def squares(slope: float) -> float:
         return float(((delta - slope * ETA) ** 2).sum())
 
-    assert squares(float(fit.slope)) <= min(squares(fit.slope * 1.01 + 1), squares(fit.slope * 0.99 - 1))
+    assert squares(float(fit.slope)) <= min(squares(float(fit.slope) * 1.01 + 1), squares(float(fit.slope) * 0.99 - 1))
     if np.ptp(delta) > 1e-3:
         assert fit.r2 == pytest.approx(1 - squares(float(fit.slope)) / (delta.var() * 5), rel=FIT, abs=FIT)
         free = linregress(ETA, delta).rvalue ** 2
