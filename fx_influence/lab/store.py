@@ -29,7 +29,7 @@ from fx_influence.lab.plan import StepPlan
 from fx_influence.lab.plan.errors import PlanError
 from fx_influence.lab.plan.files import plan_text
 
-Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 
 class RunDirectory(RunFiles):
@@ -111,8 +111,8 @@ class RunDirectory(RunFiles):
     def _must_restart(self, plan: StepPlan, inputs: Mapping[str, str]) -> bool:
         """Return whether the directory holds a start that failed, from which this run cannot continue.
 
-        With the same plan and files it can continue from stored pieces of rollouts. Where all of U was stored, however,
-        it was U that was refused, as where its rewards are all the same, and U must be sampled again.
+        With the same plan and files it can continue from the rollouts sampled so far. Where all of U was stored,
+        however, it was U that was refused, as where its rewards are all the same, and U must be sampled again.
         """
         if not self._only_failed():
             return False
@@ -150,13 +150,13 @@ class RunDirectory(RunFiles):
                 )
         return directory
 
-    def array_pieces(self, prefix: str) -> Pieces[dict[str, np.ndarray]]:
-        """Return the numbered pieces ``prefix_00000.npz``, ... as a mapping."""
-        return Pieces(self, prefix, ".npz", self.read_arrays, self.write_arrays)
+    def partial_arrays(self, prefix: str) -> PartialResults[dict[str, np.ndarray]]:
+        """Return the partial results ``prefix_00000.npz``, ... as a mapping."""
+        return PartialResults(self, prefix, ".npz", self.read_arrays, self.write_arrays)
 
-    def rollout_pieces(self, prefix: str) -> Pieces[Sequence[Rollout]]:
-        """Return the numbered pieces ``prefix_00000.jsonl``, ... as a mapping."""
-        return Pieces(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
+    def partial_rollouts(self, prefix: str) -> PartialResults[Sequence[Rollout]]:
+        """Return the partial results ``prefix_00000.jsonl``, ... as a mapping."""
+        return PartialResults(self, prefix, ".jsonl", self.read_rollouts, self.write_rollouts)
 
 
 def _is_plan(stored: Any, plan: StepPlan) -> bool:
@@ -179,28 +179,28 @@ def _only_begun(names: set[str]) -> bool:
     return rest <= {ENVIRONMENT, SUMS, PLAN} and (ENVIRONMENT in rest or not rest)
 
 
-class Pieces(MutableMapping[int, Piece], Generic[Piece]):
-    """Numbered pieces of a long computation as files of a run directory, until the complete result is stored."""
+class PartialResults(MutableMapping[int, Result], Generic[Result]):
+    """Results of the tasks of a long computation, by number: files of a run directory until all are done."""
 
     def __init__(
         self,
         directory: RunDirectory,
         prefix: str,
         suffix: str,
-        read: Callable[[str], Piece],
-        write: Callable[[str, Piece], None],
+        read: Callable[[str], Result],
+        write: Callable[[str, Result], None],
     ) -> None:
         self._directory, self._prefix, self._suffix = directory, prefix, suffix
         self._read, self._write = read, write
 
-    def __getitem__(self, key: int) -> Piece:
+    def __getitem__(self, key: int) -> Result:
         if not self._directory.has(self._name(key)):
             raise KeyError(key)
         with raise_if_damaged(self._directory.path / self._name(key)):
             return self._read(self._name(key))
 
-    def __setitem__(self, key: int, piece: Piece) -> None:
-        self._write(self._name(key), piece)
+    def __setitem__(self, key: int, result: Result) -> None:
+        self._write(self._name(key), result)
 
     def __delitem__(self, key: int) -> None:
         self._directory.remove(self._name(key))
@@ -213,7 +213,7 @@ class Pieces(MutableMapping[int, Piece], Generic[Piece]):
         return len(list(iter(self)))
 
     def clear(self) -> None:
-        """Delete all pieces."""
+        """Delete all of them."""
         self._directory.remove(*map(self._name, self))
 
     def _name(self, key: int) -> str:

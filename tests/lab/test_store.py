@@ -229,9 +229,9 @@ def test_run_stores_relative_paths_as_absolute(finished: Path, tmp_path: Path, m
     assert first.plan.update == RolloutFile(str(tmp_path / "u.jsonl"))
 
 
-def test_pieces_are_stored_by_number(tmp_path: Path) -> None:
+def test_partial_results_are_stored_by_number(tmp_path: Path) -> None:
     directory = RunDirectory.start(tmp_path / "run", EntropyInfluencePlan(), {})
-    arrays, rollouts = directory.array_pieces("block"), directory.rollout_pieces("rollouts")
+    arrays, rollouts = directory.partial_arrays("block"), directory.partial_rollouts("rollouts")
     arrays[3], arrays[0] = {"x": np.arange(2)}, {}
     rollouts[12] = [Rollout("0/0", "0", 0, "a", "b", (1,), (2,), True, (-0.5,))]
     assert list(arrays) == [0, 3]

@@ -67,7 +67,7 @@ def of_any_job(out: Path) -> dict[str, bytes]:
     return {**files, "summary.json": json.dumps({**json.loads(files["summary.json"]), "ranks": 1}).encode()}
 
 
-def pieces(out: Path) -> dict[str, tuple[bytes, int]]:
+def partial_results(out: Path) -> dict[str, tuple[bytes, int]]:
     """Return the rollouts and blocks that are stored, and when they were written."""
     files = [*out.glob("*_rollouts.jsonl"), *out.glob("*_first_order_*"), *out.glob("*_block_*")]
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
@@ -92,7 +92,7 @@ def test_run_continues_on_other_ranks_after_kill(plan: str, alone: dict[str, byt
     done = launch(2, "ranks_run.py", "killed", "run", plan, "--out", out)
     assert done.returncode == 1
     assert "Signal 9 (SIGKILL)" in done.stdout.partition("Root Cause")[2]
-    before = pieces(out)
+    before = partial_results(out)
     assert {"eval_00_block_00000.npz", "eval_00_block_00001.npz"} <= before.keys()
     assert not list(out.glob("*_block_00003*"))
     again = launch(3, "ranks_run.py", "nothing", "run", plan, "--out", out)
@@ -111,7 +111,7 @@ def test_run_ends_all_ranks_and_reports_the_failing_one(plan: str, alone: dict[s
     report = done.stdout.partition("Root Cause")[2]
     assert "RuntimeError: the device is on fire" in report
     assert "rank      : 1" in report
-    assert "eval_00_block_00001.npz" in pieces(out)
+    assert "eval_00_block_00001.npz" in partial_results(out)
     assert main(["run", plan, "--out", str(out)]) == 0
     assert of_any_job(out) == alone
 
@@ -122,7 +122,7 @@ def test_run_continues_after_launcher_is_interrupted(plan: str, alone: dict[str,
     done = launch(2, "ranks_run.py", "interrupted", "run", plan, "--out", out)
     assert done.returncode != 0
     assert done.stdout.count("interrupted; the same command continues where it stopped") == 1, done.stdout
-    assert "eval_00_block_00001.npz" in pieces(out)
+    assert "eval_00_block_00001.npz" in partial_results(out)
     assert main(["run", plan, "--out", str(out)]) == 0
     assert of_any_job(out) == alone
 

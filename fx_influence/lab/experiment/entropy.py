@@ -22,7 +22,7 @@ from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.inputs.update import update_batch
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
-from fx_influence.lab.store import Pieces, RunDirectory
+from fx_influence.lab.store import PartialResults, RunDirectory
 
 
 def run(
@@ -60,8 +60,8 @@ def _measure(plan: EntropyInfluencePlan, context: RunContext) -> dict[str, Any]:
     for i in range(len(plan.evaluations)):
         if not directory.has(eval_file(i, ".json")):
             _measure_evaluation(plan, context, step, i)
-        for pieces in _evaluation_pieces(directory, i):
-            pieces.clear()
+        for results in _partial_results(directory, i):
+            results.clear()
     with raise_if_damaged(directory.path):
         arrays = [directory.read_arrays(eval_file(i, ".npz")) for i in range(len(plan.evaluations))]
         sequences = _sequence_records(context.state, context.u, step, arrays[0])
@@ -78,20 +78,20 @@ def _measure(plan: EntropyInfluencePlan, context: RunContext) -> dict[str, Any]:
 def _measure_evaluation(plan: EntropyInfluencePlan, context: RunContext, step: Step, i: int) -> None:
     directory, progress = context.directory, context.progress
     e = context.load_evaluation(plan, i)
-    first_order_pieces, block_pieces = _evaluation_pieces(directory, i)
+    first_order_results, block_results = _partial_results(directory, i)
     with timed(context.seconds, "first order"):
-        first = first_order(plan, context.state, step, e, first_order_pieces, progress)
+        first = first_order(plan, context.state, step, e, first_order_results, progress)
     with timed(context.seconds, "finite steps"):
-        result = evaluate(plan, context.state, step, e, first, block_pieces, progress)
+        result = evaluate(plan, context.state, step, e, first, block_results, progress)
     directory.write_array(eval_file(i, "_delta_matrix.npy"), result.matrix)
     directory.write_arrays(eval_file(i, ".npz"), result.arrays)
     # Written last, because its presence says that the evaluation is complete.
     directory.write_json(eval_file(i, ".json"), result.summary)
 
 
-def _evaluation_pieces(directory: RunDirectory, i: int) -> tuple[Pieces[Arrays], Pieces[Arrays]]:
-    """Return the temporary pieces of an evaluation: first-order tasks, and blocks of finite steps."""
-    return directory.array_pieces(eval_file(i, "_first_order")), directory.array_pieces(eval_file(i, "_block"))
+def _partial_results(directory: RunDirectory, i: int) -> tuple[PartialResults[Arrays], PartialResults[Arrays]]:
+    """Return what is stored while an evaluation lasts: results of first-order tasks, and of blocks of finite steps."""
+    return directory.partial_arrays(eval_file(i, "_first_order")), directory.partial_arrays(eval_file(i, "_block"))
 
 
 def _sequence_records(

@@ -32,7 +32,7 @@ from fx_influence.lab.fisher.results import (
 from fx_influence.lab.inputs.rollouts import Progress
 from fx_influence.lab.inputs.update import update_batch
 from fx_influence.lab.plan import FisherKernelPlan
-from fx_influence.lab.store import Pieces, RunDirectory
+from fx_influence.lab.store import PartialResults, RunDirectory
 from fx_influence.types import Params
 
 
@@ -86,7 +86,7 @@ def _measure(plan: FisherKernelPlan, context: RunContext) -> dict[str, Any]:
     for i in range(len(plan.evaluations)):
         if not directory.has(eval_file(i, ".json")):
             _measure_evaluation(plan, context, step, diagonal, i)
-        _evaluation_pieces(directory, i).clear()
+        _partial_results(directory, i).clear()
     with raise_if_damaged(directory.path):
         evaluations = [directory.read_json(eval_file(i, ".json")) for i in range(len(plan.evaluations))]
     return {**evaluations[0], "evaluations": evaluations}
@@ -100,14 +100,14 @@ def _measure_evaluation(plan: FisherKernelPlan, context: RunContext, step: Step,
         "kernel": lambda: {"kernel": kernel(plan, state, e.batch, step.batch, diagonal)},
         "change": lambda: logprob_change(plan, state, step, e.batch),
     }
-    pieces = _evaluation_pieces(directory, i)
+    results = _partial_results(directory, i)
     for k, (phase, task) in enumerate(tasks.items()):
         context.progress(phase, 0, 1)
         with timed(context.seconds, phase):
-            if k not in pieces:
-                pieces[k] = task()
+            if k not in results:
+                results[k] = task()
         context.progress(phase, 1, 1)
-    arrays = {name: value for k in range(len(tasks)) for name, value in pieces[k].items()}
+    arrays = {name: value for k in range(len(tasks)) for name, value in results[k].items()}
     evaluation = FisherEvaluation(arrays.pop("kernel"), arrays.pop("matrix"), arrays)
     directory.write_array(eval_file(i, KERNEL), evaluation.kernel)
     directory.write_array(eval_file(i, CHANGE_MATRIX), evaluation.matrix)
@@ -119,9 +119,9 @@ def _measure_evaluation(plan: FisherKernelPlan, context: RunContext, step: Step,
     directory.write_json(eval_file(i, ".json"), fisher_figures(e, evaluation))
 
 
-def _evaluation_pieces(directory: RunDirectory, i: int) -> Pieces[Arrays]:
-    """Return the temporary pieces of an evaluation, one for each of its tasks."""
-    return directory.array_pieces(eval_file(i, "_part"))
+def _partial_results(directory: RunDirectory, i: int) -> PartialResults[Arrays]:
+    """Return what is stored while an evaluation lasts: the result of each of its tasks."""
+    return directory.partial_arrays(eval_file(i, "_part"))
 
 
 def _top_records(

@@ -27,7 +27,7 @@ from fx_influence.types import Batch, TokenValues
 Progress = Callable[[str, int, int], None]
 """Called with the phase, and how many of its tasks are done, of how many."""
 
-ROLLOUTS_PER_PIECE = 64
+ROLLOUTS_PER_TASK = 64
 """Number of rollouts that are sampled, judged and stored together."""
 
 ON_POLICY_TOLERANCE = 1e-3
@@ -78,7 +78,7 @@ def load_rollouts(
     Args:
         plan: says how the batch is made.
         state: the training state that samples and scores.
-        directory: of the run; pieces that are stored there are not sampled again.
+        directory: of the run; rollouts that are stored there are not sampled again.
         index: 0 for U, i + 1 for evaluation i.
         name: file that the rollouts are stored in.
         progress: called as rollouts are sampled.
@@ -87,7 +87,7 @@ def load_rollouts(
         ValueError: where E was not sampled from this policy.
     """
     request, source = plan.requests()[index], state.sources[index]
-    pieces = directory.rollout_pieces(name.removesuffix(".jsonl"))
+    stored = directory.partial_rollouts(name.removesuffix(".jsonl"))
     if directory.has(name):
         with raise_if_damaged(directory.path / name):
             rollouts = directory.read_rollouts(name)
@@ -99,9 +99,9 @@ def load_rollouts(
         else:
             phase = "sampling U" if index == 0 else "sampling E"
             seed = _derived_seed(plan.seed, index) if request.seed is None else request.seed
-            rollouts = _sample(plan, state, request, source.prompts, seed, pieces, partial(progress, phase))
+            rollouts = _sample(plan, state, request, source.prompts, seed, stored, partial(progress, phase))
         directory.write_rollouts(name, rollouts)
-    pieces.clear()
+    stored.clear()
     batch, values = _score(plan, state, rollouts)
     # A file may hold U of an older policy, as a trainer's later passes over a batch do: its loss then has ratios, or
     # the rollouts carry coefficients.
@@ -158,33 +158,33 @@ def _sample(
     request: SampledBatch,
     prompts: Sequence[Prompt],
     seed: int,
-    pieces: MutableMapping[int, Sequence[Rollout]],
+    stored: MutableMapping[int, Sequence[Rollout]],
     progress: Callable[[int, int], None],
 ) -> list[Rollout]:
-    """Return sampled and judged rollouts; the processes of the job share the pieces, and stored ones are not redone.
+    """Return sampled and judged rollouts; the processes of the job share the tasks, and stored ones are not redone.
 
     Args:
         plan: has the settings of sampling.
         state: the policy, the reward and the job.
         request: says which prompts, and how many completions of each.
         prompts: to choose from.
-        seed: of the choice of prompts and of every piece.
-        pieces: stored pieces by number; each further piece is stored there.
+        seed: of the choice of prompts and of every task.
+        stored: rollouts of finished tasks by number; those of each further task are stored there.
         progress: called with the number of rollouts sampled so far, and of all.
     """
     if request.num_prompts is not None:
         prompts = random.Random(seed).sample(list(prompts), request.num_prompts)
     completions = request.completions_per_prompt
-    prompts_per_piece = max(1, ROLLOUTS_PER_PIECE // completions)
+    prompts_per_task = max(1, ROLLOUTS_PER_TASK // completions)
 
     reward = state.reward
     assert reward is not None
 
-    def sample_piece(k: int) -> Sequence[Rollout]:
+    def sample_task(k: int) -> Sequence[Rollout]:
         rollouts = sample_rewarded(
             state.model,
             state.tokenizer,
-            prompts[k * prompts_per_piece : (k + 1) * prompts_per_piece],
+            prompts[k * prompts_per_task : (k + 1) * prompts_per_task],
             reward,
             completions_per_prompt=completions,
             max_new_tokens=plan.max_new_tokens,
@@ -193,14 +193,14 @@ def _sample(
             resample_zero_advantage=request.resample_zero_advantage,
             scale_advantages=plan.scale_advantages,
         )
-        return [dataclasses.replace(r, group=r.group + k * prompts_per_piece) for r in rollouts]
+        return [dataclasses.replace(r, group=r.group + k * prompts_per_task) for r in rollouts]
 
-    tasks = [partial(sample_piece, k) for k in range(math.ceil(len(prompts) / prompts_per_piece))]
+    tasks = [partial(sample_task, k) for k in range(math.ceil(len(prompts) / prompts_per_task))]
     all_rollouts = len(prompts) * completions
     sampled = state.job.map_tasks(
-        tasks, pieces, lambda done: progress(min(done * prompts_per_piece * completions, all_rollouts), all_rollouts)
+        tasks, stored, lambda done: progress(min(done * prompts_per_task * completions, all_rollouts), all_rollouts)
     )
-    return [rollout for piece in sampled for rollout in piece]
+    return [rollout for rollouts in sampled for rollout in rollouts]
 
 
 def _score(plan: StepPlan, state: TrainingState, rollouts: list[Rollout]) -> tuple[Batch, TokenValues]:

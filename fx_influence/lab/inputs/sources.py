@@ -98,7 +98,7 @@ def _read_prompts(request: SampledBatch) -> list[Prompt]:
         raise PlanError(
             f"num_prompts is {request.num_prompts}; expected at most {len(prompts)}, as {file!r} holds. Ask for fewer"
         )
-    # A reward function is called once per stored piece, and must get the same columns whichever prompts are in it.
+    # A reward function is called once per task, and must get the same columns whichever prompts the task has.
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return [dataclasses.replace(p, columns={**columns, **p.columns}) for p in prompts]
 

@@ -83,7 +83,12 @@ def test_run_directory_holds_every_file(finished: Path) -> None:
     assert auto["capped"] == int((arrays["auto_eta"] >= 1e4 * read_summary(finished)["lr"]).sum())
     assert 0 < auto["smallest_clearance"] <= auto["median_clearance"]
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
-    pieces = ("update_rollouts.jsonl", "eval_00_rollouts.jsonl", "eval_01_rollouts.jsonl", "update_sequences.jsonl")
+    sequence_files = (
+        "update_rollouts.jsonl",
+        "eval_00_rollouts.jsonl",
+        "eval_01_rollouts.jsonl",
+        "update_sequences.jsonl",
+    )
     evaluations = [f"eval_0{i}{what}" for i in (0, 1) for what in (".json", ".npz", "_delta_matrix.npy")]
     expected_names = {
         "SHA256SUMS",
@@ -93,7 +98,7 @@ def test_run_directory_holds_every_file(finished: Path) -> None:
         "baseline.safetensors",
         "update_tokens.npz",
         "report",
-        *pieces,
+        *sequence_files,
         *evaluations,
     }
     assert {path.name for path in finished.iterdir()} == expected_names, (

@@ -72,7 +72,7 @@ def test_run_continues_without_redoing_evaluations(
 def test_run_continues_from_every_write(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is interrupted before every single write in turn; what was written is never computed again."""
     out, real, written, resumed = tmp_path / "out", store.RunDirectory._store, [], 0
-    monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 8)
+    monkeypatch.setattr(batches, "ROLLOUTS_PER_TASK", 8)
 
     def interrupted(directory: store.RunDirectory, name: str, write: Callable[[str], object]) -> None:
         if name not in allowed:
@@ -88,8 +88,8 @@ def test_run_continues_from_every_write(finished: Path, tmp_path: Path, monkeypa
     assert resumed == len(allowed) - 1
     assert {"eval_00_block_00001.npz", "eval_01_first_order_00000.npz", "step_gradient.safetensors"} < allowed
     assert {"update_rollouts_00002.jsonl", "eval_00_rollouts_00001.jsonl"} < allowed
-    pieces = [name for name in written if re.search(r"_block_|_first_order_|_rollouts|step_gradient", name)]
-    assert len(pieces) == len(set(pieces)), "a piece was measured twice"
+    results = [name for name in written if re.search(r"_block_|_first_order_|_rollouts|step_gradient", name)]
+    assert len(results) == len(set(results)), "a result was measured twice"
 
 
 @pytest.mark.slow

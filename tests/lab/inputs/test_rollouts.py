@@ -135,8 +135,8 @@ def test_batch_seed_overrides_plan_seed(tmp_path: Path) -> None:
     assert by_batch_seed[0] not in plans
 
 
-def test_load_rollouts_joins_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 5)
+def test_load_rollouts_joins_tasks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "ROLLOUTS_PER_TASK", 5)
     rollouts = rollouts_of(tmp_path, SampledBatch("demo/eval", completions_per_prompt=2, num_prompts=7))
     assert [r.group for r in rollouts] == [k // 2 for k in range(14)]
     assert len({r.id for r in rollouts}) == 14
@@ -282,8 +282,8 @@ def test_load_rollouts_stores_copy_of_rollout_file(tmp_path: Path) -> None:
 
 
 def test_reward_gets_all_columns_in_every_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first prompt has no answer, and is alone in its piece."""
-    monkeypatch.setattr(batches, "ROLLOUTS_PER_PIECE", 2)
+    """The first prompt has no answer, and is alone in its task."""
+    monkeypatch.setattr(batches, "ROLLOUTS_PER_TASK", 2)
     rollouts = rollouts_of(
         tmp_path, SampledBatch(("1+2=", {"prompt": "3+4=", "answer": "7"}), completions_per_prompt=2)
     )
