@@ -161,8 +161,8 @@ def test_keep_fresh_drops_what_the_optimizer_does_not_hold() -> None:
     by_name: dict[str, dict[str, Any]] = {
         name: getattr(case.fresh, name) for name in ("exp_avg", "exp_avg_sq", "step", "hyper")
     }
-    held: dict[str, Any] = {k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in by_name.items()}
-    state = case.fresh._replace(**held)
+    trees: dict[str, Any] = {k: {n: x for n, x in v.items() if n != "head.bias"} for k, v in by_name.items()}
+    state = case.fresh._replace(**trees)
     grads = {name: torch.ones_like(p) for name, p in case.params.items()} | {"head.weight": None}
     part = {name: x.clone() for name, x in u.items()}
     AdamWStep.of(grads, state, case.params, "frozen", None).keep_fresh_(part)

@@ -243,7 +243,7 @@ def with_value(shape: tuple[int, ...], index: tuple[int, ...], value: float) -> 
         ({"advantages": with_value((N, WIDTH), (1, 2), math.nan)}, r"advantages\[1, 2\] is nan .*finite values\. Drop"),
         ({"ratio": with_value((N, WIDTH), (5, 6), math.inf)}, r"ratio\[5, 6\] is inf .*finite values\. Drop"),
         ({"ratio": with_value((N,), (5,), math.nan)}, r"ratio\[5\] is nan .*finite values\. Drop"),
-        ({"loss_type": "prompt_max", "group": None}, r"group is None; .*'prompt_max' needs group="),
+        ({"loss_type": "prompt_max", "group": None}, r"group is None; .*'prompt_max' needs. Pass group="),
         (
             {"loss_type": "dr_grpo"},
             r"max_completion_length is None; expected at least 1, which loss_type 'dr_grpo' needs",

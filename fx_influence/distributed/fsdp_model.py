@@ -41,7 +41,7 @@ def find_units(model: nn.Module) -> list[FsdpUnit]:
 
 def check_sharding(model: nn.Module) -> None:
     """Raise ``ValueError`` unless every parameter is sharded by FSDP2 alone, over one mesh and on its devices."""
-    remedy = "shard the model by torch.distributed.fsdp.fully_shard alone, its layers first and then the model itself"
+    remedy = "Shard the model by torch.distributed.fsdp.fully_shard alone, its layers first and then the model itself"
     modules = dict(model.named_modules())
     parameters: dict[str, Any] = dict(model.named_parameters())
     sharded = {name: p for name, p in parameters.items() if is_sharded(p)}

@@ -42,7 +42,7 @@ def test_losses_reject_other_types_than_tensors(wrong: Any) -> None:
 
 
 def test_coefficients_names_cast_of_integer_mask() -> None:
-    with pytest.raises(ValueError, match=r"completion_mask is torch\.int64 of shape \(2, 3\); .*: mask\.bool\(\)"):
+    with pytest.raises(ValueError, match=r"completion_mask is torch\.int64 of shape \(2, 3\); .*Pass mask\.bool\(\)"):
         fx.coefficients("grpo", torch.ones(2), torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"loss_type is 'dr-grpo'; .*the nearest is 'dr_grpo'"):
         fx.coefficients("dr-grpo", torch.ones(2), torch.ones(2, 3, dtype=torch.bool))  # type: ignore[arg-type]

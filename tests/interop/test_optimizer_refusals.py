@@ -51,7 +51,7 @@ OTHERS = [
 def test_adamw_state_refuses_other_optimizers(kind: Callable[..., torch.optim.Optimizer]) -> None:
     model = make_net()
     optimizer = kind([model[0].weight])
-    with pytest.raises(TypeError, match=rf"\.{kind.__name__}, whose step is not.*supported are torch\.optim\.AdamW"):
+    with pytest.raises(TypeError, match=rf"\.{kind.__name__}, whose step is not.*expected torch\.optim\.AdamW"):
         adamw_state(optimizer, model)
 
 
@@ -64,13 +64,13 @@ def test_adamw_state_refuses_decoupled_nadam_and_radam(kind: Any) -> None:
 
 def test_adamw_state_names_wrapped_foreign_optimizer() -> None:
     model = make_net()
-    with pytest.raises(TypeError, match=r"SGD, whose step is not.*supported are torch\.optim\.AdamW"):
+    with pytest.raises(TypeError, match=r"SGD, whose step is not.*expected torch\.optim\.AdamW"):
         adamw_state(wrap_by_accelerate(torch.optim.SGD(model.parameters(), lr=0.1)), model)
 
 
 def test_adamw_state_refuses_adam_with_l2_decay() -> None:
     model = make_net()
-    with pytest.raises(TypeError, match=r"Adam with decoupled_weight_decay=False.*supported are torch\.optim\.AdamW"):
+    with pytest.raises(TypeError, match=r"Adam with decoupled_weight_decay=False.*expected torch\.optim\.AdamW"):
         adamw_state(torch.optim.Adam(model.parameters()), model)
 
 
@@ -85,7 +85,9 @@ def test_adamw_state_refuses_one_group_with_l2_decay() -> None:
 
 def test_adamw_state_refuses_state_of_another_model() -> None:
     _, optimizer = make_stepped()
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\].*optimizer state of another model"):
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]\['params'\]\[0\].*expected those of model.named_parameters"
+    ):
         adamw_state(optimizer, make_net())
 
 

@@ -53,7 +53,7 @@ def test_score_passes_completion_ids_to_accepting_functions() -> None:
     for reward in (named, any_of_them, narrow, handed_on):
         score(reward, ["a"], ["b"], {}, [[3, 4]])
     assert seen == [[[3, 4]], [[3, 4]]]
-    with pytest.raises(ValueError, match="completion_ids has 2 values for 1 completions"):
+    with pytest.raises(ValueError, match="completion_ids has 2 values; expected 1"):
         score(named, ["a"], ["b"], {}, [[3], [4]])
 
 
@@ -172,10 +172,10 @@ def test_score_chains_error_of_reward() -> None:
         ([math.nan, 1.0], "returned nan for completion 0"),
         ([1.0, -math.inf], "returned -inf for completion 1"),
         ([1.0, "good"], "returned 'good' for completion 1"),
-        ([1.0], "returned 1 values for 2 completions"),
-        ([1.0] * 3, "returned 3 values for 2 completions"),
-        (None, "returned NoneType for 2 completions"),
-        (1.0, "returned float for 2 completions"),
+        ([1.0], "returned 1 values; expected 2"),
+        ([1.0] * 3, "returned 3 values; expected 2"),
+        (None, "returned NoneType; expected 2"),
+        (1.0, "returned float; expected 2"),
     ],
 )
 def test_score_refuses_invalid_rewards(returned: Any, message: str) -> None:
@@ -193,9 +193,9 @@ def test_score_refuses_columns_of_other_lengths() -> None:
         calls.append(1)
         return [0.0]
 
-    with pytest.raises(ValueError, match="answer has 2 values for 1 completions"):
+    with pytest.raises(ValueError, match="answer has 2 values; expected 1"):
         score(reward, ["a"], ["b"], {"answer": [1, 2]})
-    with pytest.raises(ValueError, match="prompts has 2 values for 1 completions"):
+    with pytest.raises(ValueError, match="prompts has 2 values; expected 1"):
         score(reward, ["a", "b"], ["b"], {})
     with pytest.raises(ValueError, match="columns holds 'completions'"):
         score(reward, ["a"], ["b"], {"completions": ["c"]})

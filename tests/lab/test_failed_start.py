@@ -83,4 +83,4 @@ def test_run_rejects_unwritable_place_before_loading_model(
     (tmp_path / "file").write_text("")
     assert main(["run", "--out", str(tmp_path / "file" / "out")]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "file' Choose another --out" in line
+    assert "file'. Choose another --out" in line

@@ -111,4 +111,5 @@ def require_any_file(path: Path, files: tuple[str, ...], remedy: str) -> None:
         FileNotFoundError: if there is none of them.
     """
     if not any((path / file).is_file() for file in files):
-        raise FileNotFoundError(f"{path} has no {' or '.join(files)}; expected one of these. {capitalized(remedy)}")
+        expected = "it" if len(files) == 1 else "one of them"
+        raise FileNotFoundError(f"{path} has no {' or '.join(files)}; expected {expected}. {capitalized(remedy)}")

@@ -145,7 +145,7 @@ def _check_groups(
     """Raise ``ValueError`` if the names do not fit the saved groups or the model."""
     groups = [group["params"] for group in state_dict["param_groups"]]
     saved, expected = [len(group) for group in groups], [len(group) for group in names]
-    remedy = "load the model that it was saved with, or pass param_names=, the names group by group"
+    remedy = "Load the model that it was saved with, or pass param_names=, the names group by group"
     if saved != expected:
         raise ValueError(f"the optimizer's groups hold {saved} parameters; expected {expected}, by {rule}. {remedy}")
     flat = [name for group in names for name in group]

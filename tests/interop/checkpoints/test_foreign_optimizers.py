@@ -49,8 +49,8 @@ def test_restore_names_other_optimizers(name: str) -> None:
     model.weight.grad = torch.ones(4, 4)
     if name != "torch.optim.SparseAdam":
         optimizer.step(lambda: model.weight.sum().item())
-    of = "not AdamW's" if name in UNNAMED else re.escape(name.replace("torch.optim.Muon", "Muon"))
-    with pytest.raises(TypeError, match=rf"the optimizer's state.*{of}.*supported are torch\.optim\.AdamW"):
+    of = "has the fields" if name in UNNAMED else re.escape(name.replace("torch.optim.Muon", "Muon"))
+    with pytest.raises(TypeError, match=rf"the optimizer's state.*{of}.*expected torch\.optim\.AdamW"):
         restore_optimizer(optimizer.state_dict(), model)
 
 
@@ -101,7 +101,7 @@ def test_restore_names_optimizers_of_other_libraries(version: str) -> None:
         "param_groups": [dict.fromkeys(group, 0.0) | {"params": [0]}],
         "state": {0: dict.fromkeys(entry, torch.zeros(4, 4))},
     }
-    with pytest.raises(TypeError, match=rf"as of {of}.*; supported are torch\.optim\.AdamW"):
+    with pytest.raises(TypeError, match=rf"as of {of}.*; expected torch\.optim\.AdamW"):
         restore_optimizer(saved, Matrix())
 
 
@@ -110,7 +110,7 @@ def test_restore_refuses_group_fields_adamw_lacks(field: dict[str, Any]) -> None
     optimizer, names = shuffled_groups(Scales(), names=False)
     saved = optimizer.state_dict()
     saved["param_groups"][1].update(field)
-    with pytest.raises(TypeError, match=r"param_groups\[1\].*supported are torch\.optim\.AdamW"):
+    with pytest.raises(TypeError, match=r"param_groups\[1\].*expected torch\.optim\.AdamW"):
         restore_optimizer(saved, Scales(), names)
 
 
@@ -120,7 +120,7 @@ def test_restore_refuses_8_bit_state() -> None:
     saved = optimizer.state_dict()
     saved["state"][3] = {"step": 1, "state1": torch.zeros(4, dtype=torch.uint8), "state2": torch.zeros(4)}
     with pytest.raises(
-        TypeError, match=r"parameter 3 has .*'state1', 'state2', 'step'\], .*bitsandbytes.*supported are"
+        TypeError, match=r"parameter 3 has .*'state1', 'state2', 'step'\], .*bitsandbytes.*expected torch"
     ):
         restore_optimizer(saved, model, names)
 
@@ -142,7 +142,7 @@ def test_restore_refuses_quantized_moments(value: torch.Tensor, kind: str) -> No
     optimizer, names = shuffled_groups(Scales(), names=False)
     saved = optimizer.state_dict()
     saved["state"][3]["exp_avg_sq"] = value
-    with pytest.raises(TypeError, match=rf"parameter 3 has a {kind} as exp_avg_sq, .*8-bit.*; supported are"):
+    with pytest.raises(TypeError, match=rf"parameter 3 has a {kind} as exp_avg_sq, .*8-bit.*; expected torch"):
         restore_optimizer(saved, Scales(), names)
 
 

@@ -120,7 +120,7 @@ def test_load_lists_every_eos_id(saved: Saved) -> None:
 
 
 def test_load_names_missing_config(saved: Saved) -> None:
-    remedy = {"files": "save the model there with save_pretrained", "dcp": ".*pass base="}[saved.layout]
+    remedy = {"files": ".*Save the model there with save_pretrained", "dcp": ".*pass base="}[saved.layout]
     (saved.path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=rf"has no config\.json; {remedy}"):
         load_checkpoint(saved.path)

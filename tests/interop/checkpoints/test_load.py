@@ -108,7 +108,7 @@ def test_load_policy_without_optimizer_file(full: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("config.json", r"has no config\.json; save the model there with save_pretrained"),
+        ("config.json", r"has no config\.json; expected it\. Save the model there with save_pretrained"),
         ("model.safetensors", r"has no model\.safetensors or model\.safetensors\.index\.json .*save_pretrained"),
         ("tokenizer.json", r"no tokenizer in .*tokenizer\.save_pretrained"),
         ("optimizer.pt", r"has no optimizer\.pt or optimizer\.bin; .*pass optimizer=False"),

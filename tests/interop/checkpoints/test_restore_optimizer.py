@@ -134,7 +134,7 @@ def test_restored_optimizer_makes_same_next_step() -> None:
 
 def test_restore_names_both_counts_when_they_differ() -> None:
     saved = torch.optim.AdamW(list(Scales().parameters())[1:]).state_dict()
-    with pytest.raises(ValueError, match=r"groups hold \[5\] parameters.* order gives \[6\].*param_names="):
+    with pytest.raises(ValueError, match=r"groups hold \[5\] parameters; expected \[6\].*param_names="):
         restore_optimizer(saved, Scales())
 
 
@@ -159,7 +159,7 @@ def test_restore_refuses_groups_without_rule(decays: tuple[float, ...]) -> None:
     model = Scales()
     parameters = list(model.parameters())
     groups = [{"params": parameters[index :: len(decays)], "weight_decay": decay} for index, decay in enumerate(decays)]
-    with pytest.raises(ValueError, match=rf"has {len(decays)} groups .*pass param_names="):
+    with pytest.raises(ValueError, match=rf"has {len(decays)} groups .*Pass param_names="):
         restore_optimizer(torch.optim.AdamW(groups).state_dict(), model)
 
 

@@ -93,7 +93,7 @@ def test_read_native_names_all_malformed_lines(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 2: this is not JSON") as caught:
         read_native_rollouts(path)
     assert [line.split("r.jsonl, ")[1] for line in str(caught.value).splitlines()][1:] == [
-        "line 3: field 'reward' holds the number NaN; expected a finite one",
+        "line 3: field 'reward' holds the number NaN; expected a finite one. Repair it first",
         "line 4: field 'group' is '0'; expected the type that write_rollouts gives it",
     ]
 

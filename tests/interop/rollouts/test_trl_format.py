@@ -154,7 +154,7 @@ def test_trl_rewards_add_up_by_weights(tmp_path: Path, monkeypatch: pytest.Monke
         4.0,
         1.0,
     ]
-    with pytest.raises(ValueError, match=r"reward_weights names \['exakt'\]; .*\['exact', 'format', 'length'\]"):
+    with pytest.raises(ValueError, match=r"reward_weights has \['exakt'\]; .*\['exact', 'format', 'length'\]"):
         read_rollouts(path, TOKENIZER, reward_weights={"exakt": 1.0})
 
 

@@ -230,7 +230,7 @@ def equal(prompts, completions, **columns):
             {"update": {"prompts": "demo/train", "num_prompts": 10**6}},
             r"num_prompts is 1000000; expected .* Ask for fewer",
         ),
-        ({"max_new_tokens": 63}, r"63 .* model has 64 positions"),
+        ({"max_new_tokens": 63}, r"model has 64 positions and max_new_tokens is 63"),
     ],
 )
 def test_run_rejects_bad_input_before_passes(

@@ -37,7 +37,7 @@ def frozen() -> Any:
 @pytest.mark.parametrize(
     ("make_model", "message"),
     [
-        (gpt2, r"drop has dropout 0.1, .*disable_dropout=True"),
+        (gpt2, r"drop has dropout 0.1; expected 0.*disable_dropout=True"),
         (with_lora_dropout, r"lora_dropout.default has dropout 0.1"),
         (with_attention_dropout, r"layers.1.self_attn.attention_dropout has dropout 0.2"),
         (frozen, "none with requires_grad"),
@@ -115,5 +115,5 @@ def test_attach_rejects_images(column: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["every", "completions_per_prompt", "max_prompts"])
 def test_counts_below_one_are_rejected(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
         EntropyInfluence(**{name: 0})  # type: ignore[arg-type]
