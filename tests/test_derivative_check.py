@@ -233,7 +233,7 @@ def test_check_derivatives_says_that_nothing_can_be_judged() -> None:
 
 def test_check_derivatives_refuses_a_direction_of_other_names() -> None:
     apply, params = policy(F.relu)
-    with pytest.raises(ValueError, match=r"'other'.*pass a direction made from these parameters"):
+    with pytest.raises(ValueError, match=r"'other'.*Pass a direction made from these parameters"):
         fx.check_derivatives(params, BATCH, apply=apply, direction={"other": torch.ones(1)})
     with pytest.raises(ValueError, match=r"NaN or infinity; expected a finite direction"):
         fx.check_derivatives(params, BATCH, apply=apply, direction={"first.bias": torch.full((8,), math.nan)})

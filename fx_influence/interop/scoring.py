@@ -66,7 +66,8 @@ def check_reward(reward: Reward, columns: Collection[str]) -> None:
         >>> check_reward(exact_match, ["level"])
         Traceback (most recent call last):
         ValueError: reward fx_influence.interop.rewards:exact_match cannot be called with columns ['level']: missing a
-        required argument: 'answer'; give the prompts the fields that it names, and let it take **columns
+        required argument: 'answer'; expected columns that it takes. Give the prompts the fields that it names, and let
+        it take **columns
     """
     arguments = _arguments(reward, [], [], {name: [] for name in columns}, [])
     try:
