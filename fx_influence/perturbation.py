@@ -31,6 +31,9 @@ from fx_influence.types import Apply, Batch, Params, TokenValues
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+MAX_LOG_WEIGHT = 10.0
+"""Default bound on cumulative log-weights: beyond it one rollout would outweigh 20,000."""
+
 
 class JvpDelta(NamedTuple):
     """Derivatives of the entropy estimate along v at eta = 0, float64.
@@ -58,7 +61,7 @@ def snis_delta(
     *,
     apply: Apply,
     objective: Entropy = Entropy(),
-    clip: float | None = 10.0,
+    clip: float | None = MAX_LOG_WEIGHT,
     temperature: float = 1.0,
     chunk_size: int | None = None,
     mesh: DeviceMesh | None = None,
@@ -115,7 +118,7 @@ def snis_sweep(
     *,
     apply: Apply,
     objective: Entropy = Entropy(),
-    clip: float | None = 10.0,
+    clip: float | None = MAX_LOG_WEIGHT,
     temperature: float = 1.0,
     chunk_size: int | None = None,
     mesh: DeviceMesh | None = None,

@@ -178,6 +178,16 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
 
 
+def every_nth(x: Params, stride: int) -> Params:
+    """Return copies of every ``stride``-th entry of each tensor, flat.
+
+    Example:
+        >>> every_nth({"w": torch.arange(6).reshape(2, 3)}, 2)
+        {'w': tensor([0, 2, 4])}
+    """
+    return {name: v.detach().flatten()[::stride].clone() for name, v in x.items()}
+
+
 def random_direction(params: Params, seed: int) -> Params:
     """Return normal entries by name, with the root mean square of each parameter, or of all where it is 0."""
     squares = {name: float(p.double().square().sum()) for name, p in params.items()}

@@ -13,14 +13,13 @@ from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
+from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState
 
 Value = TypeVar("Value")
 
 SUPPORTED = "expected torch.optim.AdamW, a subclass of it, or torch.optim.Adam with decoupled_weight_decay=True"
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: bool = True) -> AdamWState:
@@ -82,7 +81,7 @@ def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
 def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> AdamWState:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     lr, scales = _reference_lr_and_scales(adamw.param_groups)
-    moments: dict[str, dict[str, Tensor]] = {key: {} for key in _MOMENTS}
+    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
     steps: dict[str, int] = {}
     hyper: dict[str, AdamWHyper] = {}
     for index, (group, scale) in enumerate(zip(adamw.param_groups, scales, strict=True)):
@@ -91,7 +90,7 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
             # The state is a defaultdict: indexing it would create an entry.
             state = adamw.state.get(parameter, {})
             steps[name], hyper[name] = _read_step(name, state), group_hyper
-            for key in _MOMENTS[: 3 if group_hyper.amsgrad else 2]:
+            for key in MOMENTS[: 3 if group_hyper.amsgrad else 2]:
                 moments[key][name] = _read_moment(name, key, parameter, state, copy)
     if not steps:
         raise ValueError(

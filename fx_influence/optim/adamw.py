@@ -15,6 +15,9 @@ from fx_influence.core.parameter_checks import check_names, check_params, check_
 from fx_influence.core.tree import detached, promote
 from fx_influence.types import AdamWHyper, AdamWState, Params, Preconditioner
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""Fields of ``AdamWState`` that hold a tensor of each parameter's shape."""
+
 
 class AdamWDecomposition(NamedTuple):
     """One AdamW step per unit learning rate, split; every dictionary has all names of ``params``.
@@ -270,7 +273,7 @@ def check_adamw_inputs(
             f"grads[{name!r}] is not finite; expected finite entries, or the step has no direction. Drop the batch"
         )
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
-    for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    for field in MOMENTS:
         check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
     if not any(name in opt_state.hyper for name in params):
         raise ValueError(f"opt_state.hyper has none of the {len(params)} trainable parameters; {remedy}")

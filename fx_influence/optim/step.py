@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
-from fx_influence.core.tree import Direction, dot_by_name, promote
+from fx_influence.core.tree import Direction, dot_by_name, every_nth, promote
 from fx_influence.optim.adamw import StepInputs, clip_factor, moments_of, step_terms
 from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
 
@@ -110,18 +110,48 @@ class AdamWStep:
 
     def gain(self) -> Params:
         """Return the diagonal gamma by name, a vector of the parameters' size."""
-        gain = self._ones()
-        self.precondition_(gain)
-        return gain
+        return self._term("gain")
 
     def direction(self) -> Params:
         """Return v by name, a vector of the parameters' size."""
-        out = self._ones()
-        self._scale_(out, lambda inputs, hyper, tau: self._terms(inputs, hyper, tau)["direction"])
-        return out
+        return self._term("direction")
+
+    def baseline(self) -> Params:
+        """Return v_baseline by name, a vector of the parameters' size."""
+        return self._term("baseline")
+
+    def sample(self, stride: int) -> AdamWStep:
+        """Return the step of every ``stride``-th entry of each parameter, in tensors of its own.
+
+        Clipping stays that of the full gradient.
+
+        Example:
+            >>> from fx_influence.types import AdamWHyper
+            >>> zero = torch.zeros(9)
+            >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": AdamWHyper()}, lr=1e-3)
+            >>> step = AdamWStep.of({"w": torch.ones(9)}, state, {"w": torch.arange(9.0)}, "frozen", None)
+            >>> step.sample(3).params["w"].tolist()
+            [0.0, 3.0, 6.0]
+        """
+        state = self.opt_state
+        exp_avg, exp_avg_sq, maximum = (
+            every_nth(x, stride) for x in (state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq)
+        )
+        reached = {name: g for name, g in self.grads.items() if g is not None}
+        return replace(
+            self,
+            grads={**every_nth(reached, stride)},
+            opt_state=state._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=maximum),
+            params=every_nth(self.params, stride),
+        )
 
     def _ones(self) -> Params:
         return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in self.params.items()}
+
+    def _term(self, term: str) -> Params:
+        out = self._ones()
+        self._scale_(out, lambda inputs, hyper, tau: self._terms(inputs, hyper, tau)[term])
+        return out
 
     def _terms(self, inputs: StepInputs, hyper: AdamWHyper, tau: int) -> dict[str, Tensor]:
         return step_terms(inputs, hyper, tau, self.preconditioner)

@@ -45,7 +45,9 @@ def test_check_on_policy_names_worst_rollout() -> None:
         check_on_policy(rollouts, logp, batch, 0.4)
     with pytest.raises(ValueError, match="differ by inf"):
         check_on_policy(rollouts, logp.masked_fill(logp == -1.25, math.nan), batch, 0.5)
-    with pytest.raises(ValueError, match=r"scored_logprobs has shape \(2, 2\); expected .* \(2, 3\), a row for each of 2"):
+    with pytest.raises(
+        ValueError, match=r"scored_logprobs has shape \(2, 2\); expected .* \(2, 3\), a row for each of 2"
+    ):
         check_on_policy(rollouts, logp[:, 1:], batch, 0.5)
     with pytest.raises(ValueError, match="has 2 completion tokens for rollout 'b/0'; expected 1"):
         check_on_policy(rollouts[::-1], logp, batch, 0.5)

@@ -10,7 +10,7 @@ from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.core.tree import Direction, dot, multiply
+from fx_influence.core.tree import Direction, dot, every_nth, multiply
 from fx_influence.optim import step as step_module
 from fx_influence.optim.step import AdamWStep, add_inner_products
 
@@ -86,3 +86,17 @@ def test_inner_products_add_up_over_terms(state: tuple[fx.Params, fx.AdamWState]
     added = add_inner_products([step.inner_products(part) for part in parts])
     for a, b in zip(total, added, strict=True):
         assert_close_to_rounding(b, a, terms=TERMS * 1000, scale=1 + a.abs())
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_sample_of_the_step_is_the_step_of_the_sample(
+    state: tuple[fx.Params, fx.AdamWState], preconditioner: fx.types.Preconditioner
+) -> None:
+    params, opt_state = state
+    step = AdamWStep.of(gradient_of(params, 4), opt_state, params, preconditioner, 0.1)
+    expected = every_nth(step.direction(), 3)
+    sample = step.sample(3)
+    for moment in opt_state.exp_avg.values():
+        moment.zero_()
+    for name, v in sample.direction().items():
+        assert torch.equal(v, expected[name]), name

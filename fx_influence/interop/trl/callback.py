@@ -20,7 +20,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
-from fx_influence.autodiff.ghost import MEMORY_BUDGET
 from fx_influence.distributed.collectives import RankError, propagate_failures
 from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
@@ -108,7 +107,7 @@ class EntropyInfluence(TrainerCallback):
         preconditioner: Preconditioner = "frozen",
         matrix: bool = False,
         chunk_size: int | None = None,
-        memory_budget: int = MEMORY_BUDGET,
+        memory_budget: int | None = None,
         out: str | Path | None = None,
         save_state: bool = False,
         seed: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from fx_influence.attribution.influence import influence
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
-from fx_influence.core.tree import promote
+from fx_influence.core.tree import every_nth, promote
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.entropy import entropy_estimate
+from fx_influence.estimators.entropy import completion_values, entropy_estimate
+from fx_influence.estimators.snis import snis
+from fx_influence.estimators.stderr import cluster_index
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.batch import collate
@@ -39,8 +42,8 @@ from fx_influence.interop.trl.precision import (
 from fx_influence.interop.trl.processes import local_rows
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.objectives import Entropy
-from fx_influence.optim.adamw import adamw_decompose
-from fx_influence.perturbation import snis_delta
+from fx_influence.optim.step import AdamWStep
+from fx_influence.perturbation import MAX_LOG_WEIGHT
 from fx_influence.policy.policy import Policy
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenValues
@@ -49,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 RESCORED_ROWS = 4
 """About how many rollouts of a step are scored again, to check that the trainer's forward is the policy's."""
+
+SAMPLED_ENTRIES = 2**22
+"""About how many entries of the parameters tell the share of a step that rounding swallows."""
 
 
 class MeasurementSettings(NamedTuple):
@@ -61,7 +67,7 @@ class MeasurementSettings(NamedTuple):
         preconditioner: what a rollout's gradient is multiplied with.
         matrix: whether pairwise influences are computed too.
         chunk_size: rows per forward, None chooses.
-        memory_budget: bytes.
+        memory_budget: bytes, None for the default.
     """
 
     completions_per_prompt: int
@@ -70,7 +76,7 @@ class MeasurementSettings(NamedTuple):
     preconditioner: Preconditioner
     matrix: bool
     chunk_size: int | None
-    memory_budget: int
+    memory_budget: int | None
 
 
 class PendingStep(NamedTuple):
@@ -78,15 +84,15 @@ class PendingStep(NamedTuple):
 
     Attributes:
         measured: the step without its change of entropy.
-        params: copies of the parameters before the update, by name.
-        batch_e: this process's rows of E.
-        direction: v by name, the step per unit lr.
+        batch_e: the rows of E of all processes.
+        values: of E's tokens before the update, in float32 at least.
+        sampled: the optimizer's step on some entries of the parameters.
     """
 
     measured: MeasuredStep
-    params: Params
     batch_e: Batch
-    direction: Params
+    values: TokenValues
+    sampled: AdamWStep
 
 
 class StepMeasurement:
@@ -131,9 +137,10 @@ class StepMeasurement:
         """
         start = time.perf_counter()
         trainer, settings, policy = self._trainer, self._settings, self._functional_policy()
-        params = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        params = self._trainable()
         _check_finite(captured.gradient)
-        opt_state = adamw_state(trainer.optimizer, trainer.model)
+        # Live moments: all that reads them is done before the optimizer steps.
+        opt_state = adamw_state(trainer.optimizer, trainer.model, copy=False)
         captured = self._with_entropies(captured, params)
         rollouts = held_out_rollouts(
             trainer, self._prompts, settings.completions_per_prompt, settings.seed + step, self._mesh
@@ -158,21 +165,18 @@ class StepMeasurement:
             mesh=self._mesh,
         )
         self._log_conditioning(step, float(result.conditioning))
-        raised, exact_policy = in_float32(params, policy, batch_e)
-        engine = make_engine(raised, exact_policy, trainer.temperature, settings.chunk_size, self._mesh)
-        values = engine.values(raised, batch_e)
+        values = self._exact_values(params, batch_e)
         self._check_sampled_from_policy(rollouts, values, batch_e, params)
         entropy = entropy_estimate(values, batch_e, settings.objective.normalize).item()
-        gradient, max_grad_norm = captured.gradient, captured.max_grad_norm
+        step_of = functools.partial(AdamWStep.of, captured.gradient, opt_state, params)
         if store_state is not None:
-            chosen = adamw_decompose(gradient, opt_state, params, settings.preconditioner, max_grad_norm)
-            store_state(chosen.baseline)
+            store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
+        sampled = step_of("frozen", captured.max_grad_norm).sample(_stride(params))
         seconds = time.perf_counter() - start
         # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
         rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
         measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds)
-        frozen = adamw_decompose(gradient, opt_state, params, "frozen", max_grad_norm)
-        return PendingStep(measured, {name: p.clone() for name, p in params.items()}, local_e, frozen.direction)
+        return PendingStep(measured, batch_e, values, sampled)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E; nothing where the optimizer skipped it."""
@@ -180,24 +184,19 @@ class StepMeasurement:
         if trainer.accelerator.optimizer_step_was_skipped:
             return measured
         start = time.perf_counter()
-        live = dict(trainer.model.named_parameters())
-        moved = {name: live[name].detach().to(promote(p.dtype)) - p for name, p in pending.params.items()}
-        measured_change = snis_delta(
-            pending.params,
-            moved,
-            1.0,
-            pending.batch_e,
-            apply=self._functional_policy(),
-            objective=self._settings.objective,
-            temperature=trainer.temperature,
-            chunk_size=self._settings.chunk_size,
-            mesh=self._mesh,
+        params = self._trainable()
+        base, moved = (
+            completion_values(values, pending.batch_e.completion_mask)
+            for values in (pending.values, self._exact_values(params, pending.batch_e))
         )
+        measured_change = snis(base, moved, *self._settings.objective, MAX_LOG_WEIGHT, cluster_index(pending.batch_e))
+        before, after = pending.sampled.params, every_nth(params, _stride(params))
+        change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
+        lost = step_rounding(change, pending.sampled.direction(), measured.lr)
         seconds = measured.seconds + time.perf_counter() - start
-        lost = step_rounding(moved, pending.direction, measured.lr)
         if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
             self._rounding_warned = True
-            self._warn(rounding_warning(measured.step, pending.params, lost))
+            self._warn(rounding_warning(measured.step, params, lost))
         return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
 
     def _functional_policy(self) -> Policy:
@@ -205,6 +204,16 @@ class StepMeasurement:
         if self._policy is None:
             self._policy = make_functional(self._trainer.model, position_ids=False)[0]
         return self._policy
+
+    def _trainable(self) -> Params:
+        """Return the trainer's own parameters, by name, as they are now."""
+        return {name: p.detach() for name, p in self._trainer.model.named_parameters() if p.requires_grad}
+
+    def _exact_values(self, params: Params, batch_e: Batch) -> TokenValues:
+        """Score E, the rows of all processes, in float32 at least."""
+        raised, exact_policy = in_float32(params, self._functional_policy(), batch_e)
+        engine = make_engine(raised, exact_policy, self._trainer.temperature, self._settings.chunk_size, self._mesh)
+        return engine.values(raised, batch_e)
 
     def _token_values(self, params: Params, batch: Batch, temperature_factor: float = 1.0) -> TokenValues:
         """Score a batch in the weights' own precision, on this process alone."""
@@ -268,6 +277,11 @@ class StepMeasurement:
 
             check_temperature(logprobs_at, batch_e)
             self._temperature_checked = True
+
+
+def _stride(params: Params) -> int:
+    # An odd stride meets every column of a matrix whose rows have a power of two of entries.
+    return sum(p.numel() for p in params.values()) // SAMPLED_ENTRIES | 1
 
 
 def _check_finite(gradient: Gradients) -> None:

@@ -70,7 +70,7 @@ def _check(plan: StepPlan, state: TrainingState, batch: Batch) -> dict[str, Any]
 
 def _precision(plan: StepPlan, params: Params) -> torch.dtype:
     size = sum(p.numel() for p in params.values()) * torch.float64.itemsize
-    return torch.float64 if COPIES_IN_FLOAT64 * size <= plan.memory_budget else torch.float32
+    return torch.float64 if COPIES_IN_FLOAT64 * size <= plan.budget(params) else torch.float32
 
 
 def _figures(check: DerivativeCheck, agrees: bool) -> dict[str, Any]:

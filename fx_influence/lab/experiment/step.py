@@ -105,7 +105,7 @@ def step_directions(
 def directions_per_block(plan: StepPlan, params: Params) -> int:
     """Return how many directions fit the plan's memory budget, with the copies that a measurement needs."""
     size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
-    return max(1, plan.memory_budget // (plan.copies_of_a_direction() * size))
+    return max(1, plan.budget(params) // (plan.copies_of_a_direction() * size))
 
 
 def rollouts_per_block(plan: StepPlan, params: Params) -> int:

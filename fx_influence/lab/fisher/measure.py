@@ -102,7 +102,7 @@ def kernel(
             preconditioner=diagonal,
             temperature=plan.temperature,
             chunk_size=plan.chunk_size,
-            memory_budget=plan.memory_budget,
+            memory_budget=plan.budget(state.params),
         )
 
     return _numpy(_map_rows(state, distinct_e, kernel_rows)[index_e.cpu()][:, index_u.cpu()])
@@ -133,7 +133,7 @@ def logprob_change(plan: FisherKernelPlan, state: TrainingState, step: Step, bat
 
     def loss_gram(rows: Batch) -> Tensor:
         gain = step.decomposition.gain
-        return gradient_gram(params, rows, distinct_u, gain, apply, temperature, plan.memory_budget, chunk)
+        return gradient_gram(params, rows, distinct_u, gain, apply, temperature, plan.budget(params), chunk)
 
     def sequence_jvp(rows: Batch, v: Params) -> Tensor:
         return token_jvp(params, v, rows, apply, temperature, chunk).logprobs.double().sum(-1)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from fx_influence.autodiff.ghost import MEMORY_BUDGET
+from fx_influence.autodiff.ghost import default_budget
 from fx_influence.core.display import record_line
 from fx_influence.interop.runtime.renamed import current_plan
 from fx_influence.lab.plan.batch_request import (
@@ -26,7 +26,7 @@ from fx_influence.lab.plan.batch_request import (
 )
 from fx_influence.lab.plan.demo import DEMO, DEMO_DEFAULT, DEMO_FIELDS, LINES_TO_ADD
 from fx_influence.lab.plan.errors import PlanError, refusal, type_refusal, unknown_field
-from fx_influence.types import LossType
+from fx_influence.types import LossType, Params
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
 AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
@@ -59,7 +59,7 @@ class StepPlan:
         evaluations: one or more E, fresh rollouts that are measured on.
         chunk_size: rows per forward; None chooses by the number of tokens.
         sequences_per_block: number of rollouts of U, at most, whose finite steps are taken and stored together.
-        memory_budget: bytes of per-sequence gradients and directions in memory at once.
+        memory_budget: bytes of per-sequence gradients and directions in memory at once; None as ``fx.influence``.
         seed: of all sampling.
 
     Raises:
@@ -86,7 +86,7 @@ class StepPlan:
     evaluations: tuple[BatchRequest, ...] = DEMO_DEFAULT
     chunk_size: WholeNumber | None = None
     sequences_per_block: WholeNumber = 8
-    memory_budget: WholeNumber = MEMORY_BUDGET
+    memory_budget: WholeNumber | None = None
     seed: WholeNumber = 0
 
     def __post_init__(self) -> None:
@@ -119,6 +119,10 @@ class StepPlan:
     def requests(self) -> tuple[BatchRequest, ...]:
         """Return U's request, then those of the evaluations."""
         return (self.update, *self.evaluations)
+
+    def budget(self, params: Params) -> int:
+        """Return ``memory_budget``, or the default for these parameters, bytes."""
+        return default_budget(params) if self.memory_budget is None else self.memory_budget
 
     def copies_of_a_direction(self) -> int:
         """Return the memory that measuring along a direction takes, in sizes of the direction.
