@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-GROUPS = ("costs", "trl", "evidence")
+GROUPS = ("costs", "trl", "real", "evidence")
 PREFIX = "bench_"
 
 

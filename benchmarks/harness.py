@@ -127,13 +127,25 @@ def print_peak_extra(work: Work) -> None:
 
 def peak_extra(work: Work) -> int:
     """Return how far this process rises above its memory before ``work``, in bytes."""
+    before = reset_peak()
+    work()
+    return peak_bytes() - before
+
+
+def reset_peak() -> int:
+    """Return freed memory to the system, start the peak anew, and return the resident bytes of this process.
+
+    Memory used before then neither counts nor is reused for free.
+    """
     gc.collect()
-    # Freed memory is returned and the peak reset, so that memory used before neither counts nor is reused for free.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Return the largest number of resident bytes of this process since ``reset_peak``."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

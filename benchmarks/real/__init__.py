@@ -1,0 +1,1 @@
+"""Benchmarks on a pretrained chat model: SmolLM2-135M-Instruct."""

