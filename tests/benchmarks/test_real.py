@@ -25,8 +25,13 @@ def step(attribution: float, total: float, measured: float) -> dict[str, Any]:
     return {
         "processor_seconds": seconds,
         "peak_bytes": dict.fromkeys(seconds, 1),
-        **{"total": total, "measured": measured, "stderr": 0.5, "sum_absolute": 2.0},
-        **{"residual": -1.0, "unattributed": 0.5, "rounding": 0.25},
+        "total": total,
+        "measured": measured,
+        "stderr": 0.5,
+        "sum_absolute": 2.0,
+        "residual": -1.0,
+        "unattributed": 0.5,
+        "rounding": 0.25,
     }
 
 
