@@ -6,10 +6,15 @@ RUN ?= runs/demo
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope
 
-.PHONY: demo test slow processors browser docs lint types clean
+.PHONY: demo real test slow processors browser docs lint types clean
 
 demo: $(READY)
 	$(BIN)/fx-influence run --out $(RUN)
+
+# a chat model of 135M parameters from PyPI, some steps of GRPO, and which rollouts and tokens moved its entropy; minutes
+real: $(READY)
+	$(BIN)/python -m benchmarks.real runs/smollm2
+	$(BIN)/fx-influence run runs/smollm2/smollm2.yaml --out runs/smollm2/run
 
 test: lint types
 	$(PYTEST) -m "not slow and not browser"

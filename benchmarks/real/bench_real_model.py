@@ -14,6 +14,7 @@ step.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,8 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
     complete = [a + b for a, b in zip(seconds[SAMPLING], seconds[TRAINING], strict=True)]
     shares = [a / b for a, b in zip(seconds[ATTRIBUTION], complete, strict=True)]
     total, measured = (np.array([step[name] for step in steps]) for name in ("total", "measured"))
+    # A step whose prompts all have equal rewards has no influences to compare with.
+    informative = [step for step in steps if step["sum_absolute"] > 0]
     scatter = float(((measured - measured.mean()) ** 2).sum())
     return {
         "attribution_over_training": statistics.median(
@@ -110,13 +113,18 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "every_10": 1 + statistics.median(shares) / 10,
         "processor_seconds": {phase: statistics.median(values) for phase, values in seconds.items()},
         "peak_bytes": {phase: max(step["peak_bytes"][phase] for step in steps) for phase in PHASES},
-        **{name: max(abs(step[name]) / step["sum_absolute"] for step in steps) for name in CHECKS},
+        "informative": len(informative),
+        **{
+            name: max((abs(step[name]) / step["sum_absolute"] for step in informative), default=math.nan)
+            for name in CHECKS
+        },
         "correlation": float(np.corrcoef(total, measured)[0, 1]) if len(steps) > 2 else None,
         "r2": 1 - float(((measured - total) ** 2).sum()) / scatter if len(steps) > 2 else None,
-        "median_relative_error": float(np.median(np.abs(total - measured) / np.abs(measured))),
         "sum_total": float(total.sum()),
         "sum_measured": float(measured.sum()),
-        "noise": statistics.median(step["stderr"] / abs(step["total"]) for step in steps),
+        "noise": statistics.median(
+            [step["stderr"] / abs(step["total"]) for step in informative if step["total"]] or [math.nan]
+        ),
     }
 
 
@@ -139,7 +147,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         row(f"{report['model']}", [run["name"] for run, _ in runs]),
         row("---", ["---"] * len(runs)),
-        row("steps measured", [str(len(run["measured"])) for run, _ in runs]),
+        row(
+            "steps measured, those with unequal rewards",
+            [f"{len(run['measured'])}, {s['informative']}" for run, s in runs],
+        ),
         row("processor seconds of sampling, training step, attribution", [seconds(s) for _, s in runs]),
         row("attribution / training step", [f"{s['attribution_over_training']:.2f}" for _, s in runs]),
         row("step with sampling, `every=1` / without", [f"{s['every_1']:.2f}" for _, s in runs]),

@@ -46,6 +46,12 @@ def test_summary_compares_each_step_with_itself() -> None:
     assert figures["r2"] == pytest.approx(1 - 0.75 / 2.0)
 
 
+def test_summary_leaves_out_steps_without_influences() -> None:
+    equal_rewards = {**step(5.0, 0.0, 0.0), "sum_absolute": 0.0, "residual": 0.0}
+    figures = summary([step(5.0, 1.0, 1.5), equal_rewards, step(5.0, 1.0, 0.5)])
+    assert (figures["informative"], figures["residual"], figures["noise"]) == (2, 0.5, 0.5)
+
+
 def test_tasks_are_in_one_split_only() -> None:
     texts = {split: [str(task.question) for task in tasks(split)] for split in FILES}
     assert {split: len(set(values)) for split, values in texts.items()} == {"train": 64, "eval": 64}
