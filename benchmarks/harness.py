@@ -110,14 +110,20 @@ def format_interval(summary: Mapping[str, float | None] | None, spec: str = ".3g
     return mean if width is None else f"{mean} ± {scale * width:{spec.lstrip('+')}}"
 
 
-def peak_extra_bytes(module: str, *arguments: str) -> int:
-    """Return how far ``python -m module --memory arguments`` rises above its memory before the work, in bytes.
+def figures_of_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Return the JSON object in the last line that ``python -m module arguments`` prints.
 
-    Freed memory is returned to the system at once, so that live memory is measured, and not glibc's heap.
+    Freed memory is returned to the system at once, so that peaks are those of live memory, and not of glibc's heap.
     """
-    command = [sys.executable, "-m", module, "--memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=RETURN_FREED_MEMORY)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env=RETURN_FREED_MEMORY)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def peak_extra_bytes(module: str, *arguments: str) -> int:
+    """Return how far ``python -m module --memory arguments`` rises above its memory before the work, in bytes."""
+    return int(figures_of_process(module, "--memory", *arguments)["peak_extra_bytes"])
 
 
 def print_peak_extra(work: Work) -> None:

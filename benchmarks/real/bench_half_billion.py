@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
@@ -22,8 +21,7 @@ from benchmarks.gpu.cases import Case, Setting
 from benchmarks.gpu.problems import problem, task
 from benchmarks.harness import (
     COSTS,
-    RETURN_FREED_MEMORY,
-    ROOT,
+    figures_of_process,
     one_thread,
     parser,
     peak_bytes,
@@ -86,9 +84,7 @@ def measure(case: Attribution) -> dict[str, Any]:
 
 def measured_apart(case: Attribution) -> dict[str, Any]:
     """Return ``measure(case)`` of a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.real.bench_half_billion", "--case", json.dumps(case)]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=RETURN_FREED_MEMORY)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    figures = figures_of_process("benchmarks.real.bench_half_billion", "--case", json.dumps(case))
     return {**case._asdict(), "name": case.name, **figures}
 
 

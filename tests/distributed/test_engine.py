@@ -145,7 +145,7 @@ def test_fsdp_engine_matches_one_process(ranks: int, tmp_path: Path) -> None:
             assert_agree(padded_like(fields, expected), expected, params, u.input_ids.shape[1])
     for result in results:
         messages = result["refusals"]
-        assert messages["matrix"].startswith("matrix=True needs the gradient of every row")
-        assert messages["kernel"].startswith("fisher_kernel needs the gradient of every row")
+        assert "matrix=True needs the gradient of every row" in messages["matrix"]
+        assert "fisher_kernel needs the gradient of every row" in messages["kernel"]
         assert "opt_state.exp_avg['idle'] is a plain tensor; expected a DTensor" in messages["state"]
         assert messages["mesh"].startswith("mesh is ")

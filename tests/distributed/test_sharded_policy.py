@@ -155,7 +155,7 @@ def test_linearize_is_none_for_a_sharded_policy(traffic: dict[str, Any]) -> None
         ("no root", r"'idle' is a plain tensor among DTensors.*layers first and then the model itself"),
         (
             "gathered",
-            r"'idle' is a plain tensor among DTensors; expected a DTensor. Its last forward gathered it (call reshard",
+            r"'idle' is a plain tensor among DTensors; expected a DTensor. Its last forward gathered it \(call reshard",
         ),
         ("compiled", r"compiled is True for a sharded model; expected False"),
         ("vmapped", r"need transforms of torch.func. Pass matrix=False"),

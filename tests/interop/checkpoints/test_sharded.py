@@ -159,7 +159,7 @@ def test_restore_slices_full_state_for_shards(
         ("truncated", r"ValueError: on rank \d: .*__1_0\.distcp is damaged"),
         ("missing file", r"FileNotFoundError: on rank \d: .*__1_0\.distcp"),
         ("bomb", r"ValueError: on rank 0: optim\.param_groups\.0\.lr in .*never unpickled"),
-        ("sgd", r"TypeError: on rank 0: .*torch\.optim\.SGD; supported"),
+        ("sgd", r"TypeError: on rank 0: .*torch\.optim\.SGD; expected torch\.optim\.AdamW"),
         (
             "model alone",
             r"FileNotFoundError: on rank 0: neither .*model alone nor .*optimizer_0.*key optim or optimizer",
