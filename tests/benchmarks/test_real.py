@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.real.language_model import prepare_model, tiny_model
 from benchmarks.real.tasks import FILES, SYSTEM, tasks
 from fx_influence.interop.prompts import text_for
 from fx_influence.lab.plan import EntropyInfluencePlan
+from fx_influence.lab.plan.batch_request import SampledBatch
 
 
 def step(attribution: float, total: float, measured: float) -> dict[str, Any]:
@@ -74,8 +76,10 @@ def test_plan_asks_for_the_tasks_of_the_benchmark() -> None:
     stored = {split: path.read_text(encoding="utf-8").splitlines() for split, path in FILES.items()}
     answers = {split: {r["prompt"]: r["answer"] for r in map(json.loads, lines)} for split, lines in stored.items()}
     for request, split in ((plan.update, "train"), (plan.evaluations[0], "eval")):
+        assert isinstance(request, SampledBatch)
         assert request.system == SYSTEM
         for record in request.prompts:
+            assert isinstance(record, Mapping)
             assert answers[split][record["prompt"]] == record["answer"]
 
 
