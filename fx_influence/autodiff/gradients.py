@@ -14,7 +14,7 @@ from fx_influence.autodiff.token_values import scaled_loss_weights, scatter_to_b
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.dtensor import to_local
-from fx_influence.core.tree import accumulate
+from fx_influence.core.tree import accumulate, addresses_of
 from fx_influence.policy.lm_head import head_token_values, head_vjp
 from fx_influence.policy.modes.linear_cache import LinearOutputCache, ReuseLinearOutputs
 from fx_influence.policy.split import SplitPolicy, split_policy
@@ -238,7 +238,8 @@ def _add_gradient(
     if all(w is None for w in weights):
         return
     d_hidden, head_gradient = head_vjp(policy, leaves, hidden, micro_batch.targets, weights, temperature)
-    accumulate(total, head_gradient.items(), dtype)
+    addresses = addresses_of(total)
+    accumulate(total, head_gradient.items(), dtype, addresses)
     del head_gradient
     if not hidden.requires_grad:
         return
@@ -246,7 +247,7 @@ def _add_gradient(
     def add_and_drop(name: str) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            accumulate(total, [(name, grad)], dtype)
+            accumulate(total, [(name, grad)], dtype, addresses)
 
         return hook
 

@@ -69,7 +69,12 @@ def multiply(a: Params, b: Mapping[str, Tensor | None]) -> Params:
     return out
 
 
-def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]], dtype: torch.dtype | None = None) -> None:
+def accumulate(
+    total: Gradients,
+    more: Iterable[tuple[str, Tensor | None]],
+    dtype: torch.dtype | None = None,
+    addresses: set[int] | None = None,
+) -> None:
     """Add gradients to those of ``total`` in place; None adds nothing.
 
     Autograd may return one tensor under two names, or an expanded tensor whose entries share memory. Both are copied
@@ -79,8 +84,9 @@ def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]], dtyp
         total: gradients by name.
         more: names with what to add.
         dtype: of the sums; None takes at least float32.
+        addresses: ``addresses_of(total)``, kept up to date here, for a caller that adds many times; None makes it.
     """
-    addresses = {_address(x) for x in total.values() if x is not None}
+    addresses = addresses_of(total) if addresses is None else addresses
     for name, g in more:
         if g is not None:
             g, old = g.to(dtype or promote(g.dtype)), total[name]
@@ -89,6 +95,11 @@ def accumulate(total: Gradients, more: Iterable[tuple[str, Tensor | None]], dtyp
                 continue
             total[name] = g.clone() if _address(g) in addresses or not g.is_contiguous() else g
             addresses.add(_address(g))
+
+
+def addresses_of(total: Gradients) -> set[int]:
+    """Return the memory addresses of the entries of ``total``."""
+    return {_address(x) for x in total.values() if x is not None}
 
 
 def _address(x: Tensor) -> int:

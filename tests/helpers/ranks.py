@@ -36,7 +36,8 @@ def launch(
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     return subprocess.run(
         [*command, str(TESTS / "helpers" / script), *map(str, args)],
-        env={**os.environ, "PYTHONPATH": path},
+        # Ranks share the cores: with more threads they would wait for each other in turns.
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         timeout=TIMEOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
