@@ -32,7 +32,7 @@ from fx_influence.types import Batch
 
 NAME, MODULE = "bench_bytes", "benchmarks.costs.bench_bytes"
 LAYERS, WIDTH, ROWS = 4, 8, 8
-HIDDEN, QUICK_HIDDEN = (1024, 2048), (64, 128)
+HIDDEN, QUICK_HIDDEN = (768, 1536), (64, 128)
 """The two sizes of models trained in full."""
 LORA_HIDDEN, RANKS, QUICK_RANKS = 1024, (64, 256), (2, 8)
 """Size of the model with adapters, and their two ranks."""

@@ -57,9 +57,8 @@ def differentiate_by_group(
     pending: list[Direction] = []
     total: Params = {}
     for gradient in evaluation.gradients:
-        products.append(step.inner_products(gradient))
         # From here on the gradient's memory holds gain * gradient.
-        step.precondition_(gradient)
+        products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
         if several:
             direction.add_to_(total, offload)

@@ -14,8 +14,9 @@ from fx_influence.core.tree import Direction, dot_by_name, every_nth, promote
 from fx_influence.optim.adamw import StepInputs, clip_factor, moments_of, step_terms
 from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
 
-BLOCK = 2**20
-"""Entries whose step is computed at once; its terms take about ten times their memory."""
+BLOCK, CPU_BLOCK = 2**20, 2**16
+"""Entries whose step is computed at once, on an accelerator and on a CPU, whose caches hold the terms of so many: about
+ten times their memory."""
 
 
 class InnerProducts(NamedTuple):
@@ -65,28 +66,27 @@ class AdamWStep:
         """Return the step; the inputs are those of ``adamw_decompose``, checked by its ``check_adamw_inputs``."""
         return cls(grads, opt_state, params, preconditioner, clip_factor(grads, max_grad_norm, params))
 
-    def inner_products(self, x: Params) -> InnerProducts:
-        """Return <x, direction>, <x, baseline>, <x, momentum> and <x, weight_decay>.
+    def update_products(self, u: Direction) -> dict[str, Tensor]:
+        """Return <u, g> by parameter, float64 scalars: with u = gain * x the terms of <x, gain * g>."""
+        products = dot_by_name(self.grads, u.unit)
+        return {name: (u.scale * product).to(self.params[name].device) for name, product in products.items()}
+
+    def precondition_(self, x: Params) -> InnerProducts:
+        """Return <x, .> with the step and its terms, and multiply x by the step's gain, in place: one pass does both.
+
+        Entries of parameters that the step does not move become 0.
 
         Example:
             >>> from fx_influence.types import AdamWHyper
             >>> zero = torch.zeros(2)
             >>> state = AdamWState({"w": zero}, {"w": zero}, {}, {"w": 0}, {"w": AdamWHyper(weight_decay=0.1)}, lr=1e-3)
             >>> step = AdamWStep.of({"w": torch.tensor([3.0, -2.0])}, state, {"w": torch.ones(2)}, "frozen", None)
-            >>> round(step.inner_products({"w": torch.ones(2)}).weight_decay.item(), 6)
-            -0.2
+            >>> x = {"w": torch.ones(2)}
+            >>> round(step.precondition_(x).weight_decay.item(), 6), torch.equal(x["w"], step.gain()["w"])
+            (-0.2, True)
         """
-        totals = reduce_over_shards([self._products_of(name, v) for name, v in x.items()], list(x.values()))
+        totals = reduce_over_shards([self._precondition_(name, v) for name, v in x.items()], list(x.values()))
         return InnerProducts(*torch.stack(totals).sum(0))
-
-    def update_products(self, u: Direction) -> dict[str, Tensor]:
-        """Return <u, g> by parameter, float64 scalars: with u = gain * x the terms of <x, gain * g>."""
-        products = dot_by_name(self.grads, u.unit)
-        return {name: (u.scale * product).to(self.params[name].device) for name, product in products.items()}
-
-    def precondition_(self, x: Params) -> None:
-        """Multiply x by the step's gain, in place; entries of parameters that the step does not move become 0."""
-        self._scale_(x, lambda inputs, hyper, tau: self._terms(inputs, hyper, tau)["gain"])
 
     def keep_fresh_(self, x: Params) -> None:
         """Set x to 0, in place, except on coordinates J, whose denominator comes from this very gradient or eps.
@@ -156,17 +156,19 @@ class AdamWStep:
     def _terms(self, inputs: StepInputs, hyper: AdamWHyper, tau: int) -> dict[str, Tensor]:
         return step_terms(inputs, hyper, tau, self.preconditioner)
 
-    def _products_of(self, name: str, x: Tensor) -> Tensor:
+    def _precondition_(self, name: str, x: Tensor) -> Tensor:
         local = to_local(x)
         total = torch.zeros(4, dtype=torch.float64, device=local.device)
         if not self._moves(name):
+            local.zero_()
             return total
         hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
         for block, inputs in self._blocks(name, local):
             terms = self._terms(inputs, hyper, tau)
-            del terms["gain"]
+            gain = terms.pop("gain")
             wide = block.double().flatten()
             total += torch.stack([torch.dot(wide, term.double().flatten()) for term in terms.values()])
+            block.mul_(gain)
         return total
 
     def _scale_(self, x: Params, factor: Callable[[StepInputs, AdamWHyper, int], Tensor]) -> None:
@@ -188,7 +190,8 @@ class AdamWStep:
         assert g is not None
         tensors = [x, *map(to_local, (self.params[name], g, *moments_of(name, self.opt_state)))]
         if all(t.is_contiguous() for t in tensors):
-            columns = [t.view(-1).split(BLOCK) for t in tensors]
+            size = CPU_BLOCK if x.device.type == "cpu" else BLOCK
+            columns = [t.view(-1).split(size) for t in tensors]
         else:
             # Entries of tensors with different strides cannot be paired as flat blocks.
             columns = [(t,) for t in tensors]
