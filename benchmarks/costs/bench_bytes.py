@@ -74,8 +74,8 @@ CALLS = {
 }
 
 
-def model(hidden: int, rank: int | None) -> Any:
-    """Return a random Qwen2 of a few wide layers, with adapters of a rank unless it is None."""
+def model(hidden: int, rank: int = 0) -> Any:
+    """Return a random Qwen2 of a few wide layers, with adapters unless their rank is 0."""
     config = Qwen2Config(
         vocab_size=len(CHARACTERS) + 2,
         hidden_size=hidden,
@@ -91,7 +91,7 @@ def model(hidden: int, rank: int | None) -> Any:
     )
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(config)
-    if rank is None:
+    if rank == 0:
         return base
     lora = LoraConfig(r=rank, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     return get_peft_model(base, lora)
@@ -106,7 +106,7 @@ def batch(seed: int) -> Batch:
     return Batch(ids, torch.ones_like(completion), completion, c, group=torch.arange(ROWS))
 
 
-def attribution(name: str, hidden: int, rank: int | None) -> tuple[int, Callable[[], object]]:
+def attribution(name: str, hidden: int, rank: int) -> tuple[int, Callable[[], object]]:
     """Return the number of trained parameters, and the call beside a training state."""
     call, trained = CALLS[name], model(hidden, rank)
     apply, params = fx.make_functional(trained)
@@ -144,7 +144,7 @@ def in_trl(hidden: int, clipped: bool) -> tuple[int, int]:
     variant = Variant("dapo", False, 1, False, {})
     with tempfile.TemporaryDirectory() as out, quiet():
         training = trainer(
-            variant, out, TRL_STEPS, model(hidden, None), learning_rate=1e-5, max_grad_norm=1e-3 if clipped else 0.0
+            variant, out, TRL_STEPS, model(hidden), learning_rate=1e-5, max_grad_norm=1e-3 if clipped else 0.0
         )
         prompts = [f"{i}+1=" for i in range(ROWS)]
         influence = PeakOfMeasuring(
@@ -156,17 +156,17 @@ def in_trl(hidden: int, clipped: bool) -> tuple[int, int]:
     return sum(p.numel() for p in training.model.parameters()), influence.extra_bytes
 
 
-def sizes_of(call: Call, quick: bool) -> list[tuple[int, int | None]]:
-    """Return hidden size and rank of the two models."""
+def sizes_of(call: Call, quick: bool) -> list[tuple[int, int]]:
+    """Return hidden size and rank of the two models, 0 for models without adapters."""
     if call.weights == "lora":
         return [(QUICK_HIDDEN[0] if quick else LORA_HIDDEN, rank) for rank in (QUICK_RANKS if quick else RANKS)]
-    return [(hidden, None) for hidden in (QUICK_HIDDEN if quick else HIDDEN)]
+    return [(hidden, 0) for hidden in (QUICK_HIDDEN if quick else HIDDEN)]
 
 
 def slope(name: str, quick: bool) -> dict[str, Any]:
     """Return the two measurements of a call, and the bytes that it takes for each parameter more."""
     points = [
-        figures_of_process(MODULE, "--case", name, str(hidden), str(rank or 0))
+        figures_of_process(MODULE, "--case", name, str(hidden), str(rank))
         for hidden, rank in sizes_of(CALLS[name], quick)
     ]
     (n, low), (m, high) = [(point["parameters"], point["peak_extra_bytes"]) for point in points]
@@ -180,7 +180,7 @@ def measure(name: str, hidden: int, rank: int) -> None:
     if call.clipped is not None:
         parameters, extra = in_trl(hidden, call.clipped)
     else:
-        parameters, work = attribution(name, hidden, rank or None)
+        parameters, work = attribution(name, hidden, rank)
         extra = peak_extra(work)
     print(json.dumps({"parameters": parameters, "peak_extra_bytes": extra}))
 

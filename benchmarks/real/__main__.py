@@ -16,12 +16,12 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT
 from benchmarks.real.language_model import FOLDER, prepare_model
-from benchmarks.real.training_run import trainer
+from benchmarks.real.training_run import TOKENS, trainer
 from benchmarks.trl.variants import quiet
 from fx_influence.interop.rewards import math_verify
 
 PLAN = ROOT / "docs" / "smollm2.yaml"
-STEPS, TOKENS = 8, 24
+STEPS = 8
 
 
 def prepare_policy(folder: Path, model: Path, steps: int = STEPS) -> Path:

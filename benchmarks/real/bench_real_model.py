@@ -27,11 +27,20 @@ import numpy as np
 
 from benchmarks.harness import COSTS, RETURN_FREED_MEMORY, ROOT, one_thread, parser, store
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
-from benchmarks.real.training_run import ATTRIBUTION, COMPLETIONS, EVALUATED, PHASES, PROMPTS, SAMPLING, TRAINING
+from benchmarks.real.training_run import (
+    ATTRIBUTION,
+    COMPLETIONS,
+    EVALUATED,
+    PHASES,
+    PROMPTS,
+    SAMPLING,
+    TOKENS,
+    TRAINING,
+)
 from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_real_model"
-TOKENS, QUICK_TOKENS = 24, 6
+QUICK_TOKENS = 6
 CHECKS = ("residual", "unattributed", "rounding")
 
 

@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.harness import one_thread, peak_bytes, reset_peak, write_json
 from benchmarks.real.language_model import prepare_verifiers
 from benchmarks.real.tasks import by_length, messages, tasks, verified
-from benchmarks.trl.variants import quiet
+from benchmarks.trl.variants import QUIET_ON_CPU, quiet
 from fx_influence.interop.trl import EntropyInfluence
 
 SAMPLING, TRAINING, ATTRIBUTION = PHASES = ("sampling", "training", "attribution")
@@ -38,6 +38,8 @@ PROMPTS, COMPLETIONS = 2, 4
 """Prompts of a step and completions of each."""
 EVALUATED = 8
 """Prompts of E, one completion of each: as many rollouts as in U."""
+TOKENS = 24
+"""Length of the longest completion."""
 
 
 class PhaseClock:
@@ -142,12 +144,7 @@ def trainer(model: Path, out: str, weights: str, steps: int, reward: Any, max_ne
         "num_generations": COMPLETIONS,
         "max_completion_length": max_new_tokens,
         "max_steps": steps,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
+        **QUIET_ON_CPU,
         # TRL's default computes every forward twice, which would make attributing look cheaper.
         "gradient_checkpointing": False,
         **more,
@@ -181,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the autocast")
     command.add_argument("--steps", type=int, default=20)
     command.add_argument("--minutes", type=float, default=60.0, help="no step begins later")
-    command.add_argument("--tokens", type=int, default=24, help="length of the longest completion")
+    command.add_argument("--tokens", type=int, default=TOKENS, help="length of the longest completion")
     command.add_argument("--reward", choices=["verified", "by_length"], default="verified")
     arguments = command.parse_args(argv)
     one_thread()

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.harness import COSTS, RESULTS, one_thread, parser, ratios, store, svg_figure
-from benchmarks.trl.variants import quiet
+from benchmarks.trl.variants import QUIET_ON_CPU, quiet
 from fx_influence.interop.prompts import read_prompts
 from fx_influence.interop.rewards import exact_match
 from fx_influence.interop.runtime.environment import environment
@@ -49,12 +49,7 @@ def trainer(out: str, steps: int) -> GRPOTrainer:
         "num_generations": 8,
         "max_completion_length": 20,
         "max_steps": steps,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
+        **QUIET_ON_CPU,
     }
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),

@@ -110,6 +110,17 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
 PROMPTS = ["1+2=", "3+44=", "5=", "60+7=", "8+9+1=", "2+2="]
 
 
+QUIET_ON_CPU: dict[str, Any] = {
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+"""Options of every trainer of the benchmarks: float32 on a CPU, every step logged, nothing written or shown."""
+
+
 def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **more: Any) -> Any:
     """Return a trainer, ready to train; it makes two steps on every batch if off-policy.
 
@@ -131,12 +142,7 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **mor
         "num_iterations": 2 if variant.off_policy else 1,
         "max_completion_length": 6,
         "max_steps": steps,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
+        **QUIET_ON_CPU,
         "optim": "adamw_torch",
         **({} if rloo else {"loss_type": variant.loss, **LOSSES[variant.loss]}),
         **variant.options,

@@ -189,14 +189,14 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
 
 
-def every_nth(x: Params, stride: int) -> Params:
-    """Return copies of every ``stride``-th entry of each tensor, flat.
+def every_nth(x: Mapping[str, Tensor | None], stride: int) -> Params:
+    """Return copies of every ``stride``-th entry of each tensor, flat; None is left out.
 
     Example:
         >>> every_nth({"w": torch.arange(6).reshape(2, 3)}, 2)
         {'w': tensor([0, 2, 4])}
     """
-    return {name: v.detach().flatten()[::stride].clone() for name, v in x.items()}
+    return {name: v.detach().flatten()[::stride].clone() for name, v in x.items() if v is not None}
 
 
 def random_direction(params: Params, seed: int) -> Params:

@@ -137,10 +137,9 @@ class AdamWStep:
         exp_avg, exp_avg_sq, maximum = (
             every_nth(x, stride) for x in (state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq)
         )
-        reached = {name: g for name, g in self.grads.items() if g is not None}
         return replace(
             self,
-            grads={**every_nth(reached, stride)},
+            grads={**every_nth(self.grads, stride)},
             opt_state=state._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=maximum),
             params=every_nth(self.params, stride),
         )

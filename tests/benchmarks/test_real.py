@@ -13,10 +13,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness import ROOT
-from benchmarks.real.__main__ import PLAN, TOKENS
+from benchmarks.real.__main__ import PLAN
 from benchmarks.real.bench_real_model import summary
 from benchmarks.real.language_model import prepare_model, tiny_model
 from benchmarks.real.tasks import FILES, SYSTEM, tasks
+from benchmarks.real.training_run import TOKENS
 from fx_influence.interop.prompts import text_for
 from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.plan.batch_request import SampledBatch
