@@ -20,10 +20,16 @@ from fx_influence.core.display import record_line
 from fx_influence.core.parameter_checks import check_names, check_policy, first_not_finite
 from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.entropy import CompletionValues, completion_values, entropy_coefficients
+from fx_influence.estimators.entropy import (
+    CompletionValues,
+    completion_values,
+    entropy_coefficients,
+    excess_entropies,
+    length_coefficients,
+)
 from fx_influence.estimators.snis import SnisDelta, snis
-from fx_influence.estimators.stderr import cluster_index
-from fx_influence.objectives import Entropy, check_entropy
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr
+from fx_influence.objectives import Entropy, check_entropy, denominator_shares
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -43,11 +49,13 @@ class JvpDelta(NamedTuple):
         second: scalar, d2H/deta2, without the factor 1/2; NaN with ``second_order=False`` and for a ``ShardedPolicy``,
             which has no nested derivatives.
         contributions: (n_e,), centred, adding up to ``first``.
+        stderr: scalar, standard error of ``first`` over the draw of E's clusters; NaN with fewer than two.
     """
 
     first: Tensor
     second: Tensor
     contributions: Tensor
+    stderr: Tensor
 
     def __repr__(self) -> str:
         return record_line(self)
@@ -251,8 +259,14 @@ def jvp_delta(
     tangents = _select(engine.jvp(params, direction, distinct), index)
     weight = entropy_coefficients(values, batch_e, *objective)
     contributions = (weight.logprobs * tangents.logprobs + weight.entropies * tangents.entropies).sum(-1)
+    deviating = contributions
+    if objective.normalize == "token":
+        slope = (length_coefficients(batch_e.completion_mask, objective.estimator) * tangents.logprobs).sum()
+        deviating = contributions - excess_entropies(values, batch_e.completion_mask) * slope
+    shares = denominator_shares(objective, batch_e.completion_mask)
+    stderr = cluster_stderr(deviating, deviating.sum(), shares, cluster_index(batch_e))
     if not second_order:
-        return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions)
+        return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions, stderr)
 
     base, tangent = (completion_values(v, batch_e.completion_mask) for v in (values, tangents))
 
@@ -265,7 +279,7 @@ def jvp_delta(
     c, b = (torch.zeros_like(w[: len(distinct.input_ids)]).index_add(0, index, w) for w in weight)
     weighted = distinct._replace(coefficients=c, entropy_coefficients=b)
     second = through_values + engine.curvature(params, direction, weighted)
-    return JvpDelta(contributions.sum(), second, contributions)
+    return JvpDelta(contributions.sum(), second, contributions, stderr)
 
 
 def _check_direction(field: str, direction: Params, params: Params) -> None:

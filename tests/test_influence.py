@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fx_influence as fx
+from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.estimators.entropy import excess_entropies, length_coefficients
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
 from fx_influence.testing import reference
 from fx_influence.types import Batch
@@ -247,6 +249,10 @@ def test_total_stderr_matches_derivative_along_step(
     }
     change = fx.jvp_delta(case.params, step.direction, case.batch_e, **how).contributions
     assert_close(out.total, change.sum(), change.abs().sum())
+    slopes = token_jvp(case.params, step.direction, case.batch_e, case.apply, case.temperature)
+    values = fx.token_values(case.params, case.batch_e, case.apply, case.temperature)
+    slope = (length_coefficients(case.batch_e.completion_mask, case.estimator) * slopes.logprobs).sum()
+    change -= excess_entropies(values, case.batch_e.completion_mask) * slope
     lengths = case.batch_e.completion_mask.sum(-1).double()
     index = cluster_index(case.batch_e) if matrix else random_group_index(case.batch_e)
     assert_close(

@@ -261,11 +261,13 @@ def test_costs_in_forwards_are_those_counted(lora: bool) -> None:
     p = problem(Setting("3M", lora))
     settings: dict[str, Any] = {"apply": p.apply}
     influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **settings)
+    grouped = p.u._replace(group=torch.arange(len(p.u.input_ids)))
     works: dict[str, harness.Work] = {
         "influence(..., stderr=False)": lambda: influence(stderr=False),
         "influence(..., per_token=False, stderr=False)": lambda: influence(per_token=False, stderr=False),
         "influence(..., grad=g, stderr=False)": lambda: influence(grad=dict(p.gradient), stderr=False),
         "influence(...)": influence,
+        "influence(params, u, None, ...)": lambda: fx.influence(p.params, grouped, None, p.state, **settings),
         "influence(..., matrix=True)": lambda: influence(matrix=True),
         "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **settings),
         "jvp_delta": lambda: fx.jvp_delta(p.params, p.gain, p.e, **settings),

@@ -1,4 +1,4 @@
-"""Derivatives of the rollouts' losses along the objective's preconditioned gradient, by random groups of E."""
+"""Derivatives of the rollouts' losses along the objective's preconditioned gradient, by groups of E."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.attribution.linearized_losses import LinearizedLosses
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.core.tree import Direction
@@ -20,6 +21,7 @@ class GroupDerivatives(NamedTuple):
     Attributes:
         u: the sum of the u_k.
         derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.jvp``.
+        own_tokens: <u_k, g_it> of each row's own group k by token, (n_u, T), 0 where it has none.
         along_step: (K,), <grad H_k, v>, float64.
         on_step: inner products of grad H with the step's terms.
         update_products: <u, g> by parameter name, float64 scalars.
@@ -29,6 +31,7 @@ class GroupDerivatives(NamedTuple):
 
     u: Direction
     derivatives: Tensor
+    own_tokens: Tensor
     along_step: Tensor
     on_step: InnerProducts
     update_products: dict[str, Tensor]
@@ -39,6 +42,8 @@ def differentiate_by_group(
     evaluation: Evaluation,
     update: LinearizedLosses,
     step: AdamWStep,
+    groups: EvaluationGroups,
+    per_token: bool,
     dtype: torch.dtype | None,
     offload: torch.device | str | None,
 ) -> GroupDerivatives:
@@ -48,18 +53,24 @@ def differentiate_by_group(
         evaluation: the objective's gradients by group, which are used up.
         update: U's losses to first order.
         step: the optimizer's step.
+        groups: of E's rows, and the one that each row of U leaves out.
+        per_token: whether the derivatives along that one are wanted by token.
         dtype: of u; None keeps that of the gradients.
         offload: device that holds the directions; None leaves them where the gradients are.
     """
-    several = evaluation.num_groups > 1
+    several = groups.num_groups > 1
+    own_by_token = groups.leave_out and per_token and not update.resolves_tokens
     products: list[InnerProducts] = []
     derivatives: list[Tensor] = []
     pending: list[Direction] = []
     total: Params = {}
-    for gradient in evaluation.gradients:
+    own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
+    for k, gradient in enumerate(evaluation.gradients):
         # From here on the gradient's memory holds gain * gradient.
         products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
+        if own_by_token and len(rows := (groups.own == k).nonzero().squeeze(-1)):
+            own_tokens[rows] = update.token_jvp_of(direction, rows)
         if several:
             direction.add_to_(total, offload)
         pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
@@ -74,6 +85,7 @@ def differentiate_by_group(
     return GroupDerivatives(
         u=u,
         derivatives=torch.cat(derivatives),
+        own_tokens=own_tokens,
         along_step=torch.stack([p.direction for p in products]),
         on_step=add_inner_products(products),
         update_products=step.update_products(u),

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fx_influence.attribution.cross_fitting import EvaluationGroups, evaluation_rows, split_into_groups
+from fx_influence.attribution.error_bars import (
+    PartsOfE,
+    leave_own_rows_out,
+    length_slopes,
+    parts_of_clusters,
+    self_influence,
+)
 from fx_influence.attribution.group_derivatives import GroupDerivatives, differentiate_by_group
-from fx_influence.attribution.linearized_losses import LinearizedLosses, linearize_update, token_derivatives
+from fx_influence.attribution.linearized_losses import linearize_update
 from fx_influence.attribution.objective_gradients import evaluate_objective
 from fx_influence.attribution.result import Influence
+from fx_influence.attribution.row_influences import RowInfluences, conditioning, sum_groups
+from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import default_budget
 from fx_influence.batching.prompts import warn_of_shared_prompts
 from fx_influence.core.batch_checks import check_batch, check_is_batch
 from fx_influence.core.checks import check_dtypes, check_number, check_options
 from fx_influence.core.parameter_checks import check_policy, check_state
-from fx_influence.core.tree import Direction, detached, dot
+from fx_influence.core.tree import detached, dot
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.objectives import Entropy, Objective, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
 from fx_influence.optim.step import AdamWStep
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
 def influence(
     params: Params,
     batch_u: Batch,
-    batch_e: Batch,
+    batch_e: Batch | None,
     opt_state: AdamWState,
     *,
     apply: Apply,
@@ -64,13 +73,24 @@ def influence(
     by the adjoint method: a reverse pass over E for grad H, one over U for gamma, and a JVP of U's log-probabilities in
     direction u; no per-sequence gradient is stored. E must be sampled from the policy at ``params``.
 
+    Without an E the rollouts of U are their own (cross-fitting): each influence is taken over the other prompts,
+
+        delta_i = sum_{a not in fold k(i)} <grad s_a - x_a grad log E[T], gamma * g_i> / (1 - f_k(i))
+
+    with k(i) one of at most eight folds of prompts, or with ``matrix`` i's prompt alone; f_k its share of the
+    objective's denominator; and x_a the excess of row a's entropy over H per token, which puts the H of the other folds
+    in place of H. The means by rank that reduce the variance are over all folds, and bias nothing.
+
     Args:
         params: trainable parameters by name, from ``make_functional``. In bfloat16 or float16 they are raised to
             float32, with the frozen weights of a ``Policy``: the result is that of the function that these weights
             define, to float32's rounding, and obeys float32's tolerance.
         batch_u: update batch, n_u rows, with coefficients (see ``coefficients``). Where no row has a completion token
             every influence is 0 and the baseline remains.
-        batch_e: evaluation batch, n_e rows.
+        batch_e: evaluation batch, n_e rows of fresh rollouts. None takes those of U, which must then be sampled from
+            the policy at ``params`` and have four prompts at least (``group``, or without it equal prompt tokens). One
+            that holds all rows of U under the same ``group``, such as the generation batch of several optimizer
+            steps, leaves each row's prompt out as well.
         opt_state: AdamW's state before the step.
         apply: the policy, from ``make_functional``.
         objective: ``Entropy(estimator, normalize)``, or surrogates of another functional of the policy, such as
@@ -82,10 +102,11 @@ def influence(
         matrix: also return M_ai = <grad s_a, gamma * g_i>, from per-sequence gradients in blocks.
         stderr: also return standard errors over E's clusters, which are ``batch_e.group`` or without it the rows, with
             a ``UserWarning`` where these share prompts. They are exact with ``matrix``, else from min(8, C) random
-            groups of E's clusters: the reverse pass over U leaves layer inputs and output gradients, from which all
-            groups together cost about one more forward. Those that do not fit ``memory_budget`` are recomputed. The
-            groups' directions are rounded to bfloat16 where they do not fit it, which moves the error bars by less
-            than their noise; where not even two fit, each group costs a JVP.
+            groups of E's clusters or from the folds: the reverse pass over U leaves layer inputs and output gradients,
+            from which all groups together cost about one more forward. Those that do not fit ``memory_budget`` are
+            recomputed. The groups' directions are rounded to bfloat16 where they do not fit it, which moves the error
+            bars by less than their noise; where not even two fit, each group costs a JVP. Per token E goes backward
+            once more, for the gradient of its length.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
         chunk_size: rows per forward; None chooses by tokens.
@@ -112,7 +133,7 @@ def influence(
         IdentityError: if the residual exceeds ``tolerance`` times max(sum |delta_i|, |<u, g>|), so that a derivative
             was lost on the way, or if ``rounding`` exceeds sum |delta_i|. Beyond a tenth of it there is a warning.
         TypeError: for an argument of another kind, with the remedy.
-        ValueError: for inputs that disagree.
+        ValueError: for inputs that disagree, and for fewer than four prompts where U is part of E.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -127,7 +148,8 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
 
-    Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020.
+    Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020; cross-fitting,
+    Chernozhukov et al. 2018.
     """
     _check_types(params, apply, batch_u, batch_e, opt_state, objective)
     check_options(temperature, chunk_size, memory_budget)
@@ -135,9 +157,9 @@ def influence(
     if tolerance is not None:
         check_number("tolerance", tolerance, "pass a relative residual, or None for the dtype's", lambda x: x >= 0)
     params, engine = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
-    batch_u, batch_e = engine.full_batch("batch_u", batch_u), engine.full_batch("batch_e", batch_e)
     engine.check_consistent(
         params=params,
+        cross_fitted=batch_e is None,
         opt_state=opt_state,
         grad=grad,
         objective=objective,
@@ -152,177 +174,168 @@ def influence(
         offload=offload,
         tolerance=tolerance,
     )
-    memory_budget = default_budget(params) if memory_budget is None else memory_budget
+    batch_u = engine.full_batch("batch_u", batch_u)
+    batch_e = None if batch_e is None else engine.full_batch("batch_e", batch_e)
     if matrix:
         engine.check_gram("matrix=True")
     _check_batches(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
-    if stderr:
+    rows = evaluation_rows(batch_u, batch_e)
+    if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)
-    params = precision.params
-    # U's losses are differentiated as the trainer does, in its precision; the objective over E with all derivatives.
-    engine_u = replace(engine, apply=precision.update_apply)
-    engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
-
-    in_groups = stderr and not matrix
-    evaluation = evaluate_objective(params, batch_e, objective, in_groups, engine_e, memory_budget, direction_dtype)
-    num_directions = evaluation.num_groups if in_groups or precision.wants_two_methods else 0
-    update = linearize_update(params, batch_u, grad, engine_u, num_directions, per_token, memory_budget)
-    step = AdamWStep.of(update.gradient, opt_state, params, preconditioner, max_grad_norm)
-
-    groups = differentiate_by_group(evaluation, update, step, direction_dtype, offload)
-    u, on_step, update_products = groups.u, groups.on_step, groups.update_products
-    deltas = _sum_groups(update, groups, per_token, precision)
-    per_sequence, rounding = deltas.per_sequence, deltas.rounding
-
-    bound = tolerance_of(precision.lowest) if tolerance is None else tolerance
-    by_reverse_mode = torch.stack(list(update_products.values())).sum()
-    residual, unattributed = by_reverse_mode - per_sequence.sum(), torch.zeros_like(by_reverse_mode)
-    if grad is not None and (
-        precision.under_autocast or not agree_within(residual, per_sequence, by_reverse_mode, bound)
-    ):
-        # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
-        unattributed = residual
-        by_reverse_mode = (u.scale * dot(engine_u.gradient(params, batch_u), u.unit)).to(per_sequence.device)
-        residual = by_reverse_mode - per_sequence.sum()
-    check_identity(deltas.method, residual, per_sequence, by_reverse_mode, bound)
-    by_group = groups.derivatives.sum(-1)
-    gap, total = per_sequence.sum() - by_group.sum(), per_sequence.sum()
-    group_bound = max(bound, tolerance_of(torch.bfloat16)) if groups.narrowed else bound
-    check_identity("the random groups of E", gap, by_group.sum(0), total, group_bound, against="all of E at once")
-    conditioning = _conditioning(update, step, u, per_sequence)
-    along_step = groups.along_step
-    # The caches of U's passes may take as much memory as the matrix.
-    del update, u, groups
-
-    pairwise: Tensor | None = None
-    stderrs = _Stderrs.unknown(per_sequence)
-    if matrix:
-        pairwise = -engine_e.gram(params, evaluation.batch, batch_u, step.gain(), memory_budget, precision.update_apply)
-        columns = pairwise.double().sum(0)
-        check_identity("the matrix", by_reverse_mode - columns.sum(), columns, by_reverse_mode, bound)
-        if rounding.isnan().any():
-            rounding = (per_sequence - columns).abs()
-        if stderr:
-            along_step = -token_derivatives(params, step.direction(), evaluation.batch, engine_e, None).sum(-1)
-            stderrs = _Stderrs.of(pairwise.double(), along_step, evaluation.shares, cluster_index(batch_e))
-    elif in_groups:
-        shares = evaluation.shares.new_zeros(len(by_group)).index_add(0, evaluation.group, evaluation.shares)
-        index = torch.arange(len(by_group), device=shares.device)
-        stderrs = _Stderrs.of(by_group, along_step, shares, index)
-
-    check_rounding(rounding, per_sequence, precision.lowest, bound)
-    # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
-    baseline = on_step.momentum + on_step.weight_decay if preconditioner == "frozen" else on_step.baseline
-    return Influence(
-        per_sequence=per_sequence,
-        per_token=deltas.per_token,
-        stderr=stderrs.per_sequence,
-        baseline=baseline,
-        momentum=on_step.momentum,
-        weight_decay=on_step.weight_decay,
-        total=baseline + per_sequence.sum() + unattributed,
-        residual=residual,
-        unattributed=unattributed,
-        per_parameter=update_products,
-        matrix=pairwise,
-        total_stderr=stderrs.total,
-        conditioning=conditioning,
-        rounding=rounding,
+    return _attribute(
+        _Inputs(
+            params=precision.params,
+            batch_u=batch_u,
+            batch_e=rows.batch,
+            groups=split_into_groups(rows, stderr, matrix),
+            opt_state=opt_state,
+            objective=objective,
+            preconditioner=preconditioner,
+            max_grad_norm=max_grad_norm,
+            grad=grad,
+            matrix=matrix,
+            stderr=stderr,
+            per_token=per_token,
+            memory_budget=default_budget(params) if memory_budget is None else memory_budget,
+            direction_dtype=direction_dtype,
+            offload=offload,
+            bound=tolerance_of(precision.lowest) if tolerance is None else tolerance,
+            precision=precision,
+            # U's losses are differentiated as the trainer does, in its precision; E's objective with all derivatives.
+            engine_u=replace(engine, apply=precision.update_apply),
+            engine_e=replace(engine, apply=with_all_derivatives(precision.exact_apply)),
+        )
     )
 
 
-class _Deltas(NamedTuple):
-    """Influences by rollout (n_u,) and by token (n_u, T), their rounding (n_u,), and the ``method`` for errors."""
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """The checked arguments of ``influence``; ``groups`` of E's rows, ``bound`` of the identity's relative residual."""
 
-    per_sequence: Tensor
-    per_token: Tensor | None
-    rounding: Tensor
-    method: str
-
-
-def _sum_groups(
-    update: LinearizedLosses, groups: GroupDerivatives, per_token: bool, precision: PassPrecision
-) -> _Deltas:
-    """Add up the derivatives by group, and compute those of tokens if they are wanted."""
-    # With tokens still to come along u, derivatives along rounded directions are left to the error bars.
-    awaits_tokens = per_token and not (update.resolves_tokens or precision.wants_two_methods)
-    derivatives = update.jvp([groups.u]) if groups.narrowed and not awaits_tokens else groups.derivatives
-    by_groups = derivatives.sum((0, 2))
-    unknown = torch.full_like(by_groups, torch.nan)
-    if update.resolves_tokens:
-        tokens = derivatives.sum(0)
-        return _Deltas(tokens.sum(-1), tokens if per_token else None, unknown, "the JVP over U")
-    if not per_token:
-        return _Deltas(by_groups, None, unknown, "ghost products over U")
-    tokens = update.token_jvp(groups.u)
-    by_tokens = tokens.sum(-1)
-    rounding = unknown if groups.narrowed and awaits_tokens else (by_tokens - by_groups).abs()
-    if precision.under_autocast:
-        # Ghost products hold the very gradient that the optimizer meets; the JVP is rounded another way.
-        return _Deltas(by_groups, _adding_up_to(by_groups, tokens), rounding, "ghost products over U")
-    return _Deltas(by_tokens, tokens, rounding, "the JVP over U")
+    params: Params
+    batch_u: Batch
+    batch_e: Batch
+    groups: EvaluationGroups
+    opt_state: AdamWState
+    objective: Entropy | Objective
+    preconditioner: Preconditioner
+    max_grad_norm: float | None
+    grad: Gradients | None
+    matrix: bool
+    stderr: bool
+    per_token: bool
+    memory_budget: int
+    direction_dtype: torch.dtype | None
+    offload: torch.device | str | None
+    bound: float
+    precision: PassPrecision
+    engine_u: Engine
+    engine_e: Engine
 
 
-def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
-    """Return the tokens' values with each row's gap to ``per_sequence`` distributed in proportion to their sizes."""
-    size = tokens.abs()
-    weight = size / size.sum(-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
-    return tokens + (per_sequence - tokens.sum(-1)).unsqueeze(-1) * weight
+def _attribute(x: _Inputs) -> Influence:
+    """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
+    with_deviations, several = x.stderr or x.groups.leave_out, x.groups.num_groups > 1
+    evaluation = evaluate_objective(
+        x.params, x.batch_e, x.objective, x.groups, with_deviations, x.engine_e, x.memory_budget, x.direction_dtype
+    )
+    num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 0
+    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, num_directions, x.per_token, x.memory_budget)
+    step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm)
 
+    groups = differentiate_by_group(evaluation, update, step, x.groups, x.per_token, x.direction_dtype, x.offload)
+    rows = sum_groups(update, groups, evaluation.group_shares, x.groups.own, x.per_token, x.precision)
+    identity = _check_sums(x, groups, rows)
+    conditioned = conditioning(update, step, groups.u, rows.over_all)
+    slopes = length_slopes(evaluation, update, step) if x.matrix else None
+    on_step, along_step, update_products = groups.on_step, groups.along_step, groups.update_products
+    by_group = groups.derivatives.sum(-1)
+    # The caches of U's passes may take as much memory as the matrix.
+    del update, groups
 
-def _conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, per_sequence: Tensor) -> Tensor:
-    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory is reused."""
-    step.keep_fresh_(u.unit)
-    if not dot(u.unit, u.unit):
-        return torch.zeros((), dtype=torch.float64, device=per_sequence.device)
-    fresh = Direction.of_(u.unit)
-    on_fresh = u.scale * update.jvp([fresh])[0].sum(-1)
-    size, rest = on_fresh.abs().sum(), (per_sequence - on_fresh).abs().sum()
-    return torch.where(size > 0, size / (size + rest), 0.0)
-
-
-class _Stderrs(NamedTuple):
-    """Standard errors of the influences, (n_u,), and of the total, a scalar."""
-
-    per_sequence: Tensor
-    total: Tensor
-
-    @classmethod
-    def unknown(cls, per_sequence: Tensor) -> _Stderrs:
-        return cls(torch.full_like(per_sequence, torch.nan), torch.full_like(per_sequence.sum(), torch.nan))
-
-    @classmethod
-    def of(cls, pairwise: Tensor, along_step: Tensor, shares: Tensor, cluster: Tensor) -> _Stderrs:
-        """Return the standard errors of the influences and of the total.
-
-        Args:
-            pairwise: (n, n_u), contributions of E's rows or random groups to each influence.
-            along_step: (n,), their contributions to the total.
-            shares: (n,), their shares of the objective's denominator.
-            cluster: int64 (n,), the cluster of each.
-        """
-        return cls(
-            cluster_stderr(pairwise, pairwise.sum(0), shares, cluster),
-            cluster_stderr(along_step, along_step.sum(), shares, cluster),
+    parts = PartsOfE(by_group, along_step, evaluation.group_shares, x.groups.own) if x.stderr and several else None
+    pairwise, rounding = None, rows.rounding
+    if slopes is not None:
+        pairwise = -x.engine_e.gram(
+            x.params, evaluation.batch, x.batch_u, step.gain(), x.memory_budget, x.precision.update_apply
         )
+        columns = pairwise.double().sum(0)
+        check_identity("the matrix", identity.expected - columns.sum(), columns, identity.expected, x.bound)
+        rounding = torch.where(rounding.isnan(), (rows.over_all - columns).abs(), rounding)
+        if x.stderr and not several:
+            parts = parts_of_clusters(x.params, pairwise, slopes, evaluation, step, x.engine_e, x.groups)
+        pairwise = leave_own_rows_out(pairwise, slopes, evaluation, x.groups)
+    check_rounding(rounding, rows.over_all, x.precision.lowest, x.bound)
+    # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
+    baseline = on_step.momentum + on_step.weight_decay if x.preconditioner == "frozen" else on_step.baseline
+    return Influence(
+        per_sequence=rows.per_sequence,
+        per_token=rows.per_token,
+        stderr=torch.full_like(rows.per_sequence, torch.nan) if parts is None else parts.deviations().stderr(),
+        baseline=baseline,
+        momentum=on_step.momentum,
+        weight_decay=on_step.weight_decay,
+        total=baseline + rows.per_sequence.sum() + identity.unattributed,
+        residual=identity.residual,
+        unattributed=identity.unattributed,
+        per_parameter=update_products,
+        matrix=pairwise,
+        total_stderr=torch.full_like(baseline, torch.nan) if parts is None else parts.total_stderr(),
+        conditioning=conditioned,
+        rounding=rounding,
+        self_influence=self_influence(by_group, evaluation, x.groups),
+        deviations=None if parts is None else parts.deviations(),
+    )
+
+
+class _Identity(NamedTuple):
+    """The identity's sides, scalars: ``expected`` <u, g>, its ``residual``, and what is ``unattributed`` to a row."""
+
+    expected: Tensor
+    residual: Tensor
+    unattributed: Tensor
+
+
+def _check_sums(x: _Inputs, groups: GroupDerivatives, rows: RowInfluences) -> _Identity:
+    """Return <u, g> beside the rows' sum; raise ``IdentityError`` where they differ by more than rounding can make."""
+    expected = torch.stack(list(groups.update_products.values())).sum()
+    residual, unattributed = expected - rows.over_all.sum(), torch.zeros_like(expected)
+    if x.grad is not None and (
+        x.precision.under_autocast or not agree_within(residual, rows.over_all, expected, x.bound)
+    ):
+        # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
+        unattributed = residual
+        gradient = x.engine_u.gradient(x.params, x.batch_u)
+        expected = (groups.u.scale * dot(gradient, groups.u.unit)).to(expected.device)
+        residual = expected - rows.over_all.sum()
+    check_identity(rows.method, residual, rows.over_all, expected, x.bound)
+    by_group = groups.derivatives.sum((0, 2))
+    gap, bound = rows.over_all.sum() - by_group.sum(), x.bound
+    if groups.narrowed:
+        bound = max(bound, tolerance_of(torch.bfloat16))
+    check_identity("the groups of E", gap, by_group, rows.over_all.sum(), bound, against="all of E at once")
+    return _Identity(expected, residual, unattributed)
 
 
 def _check_types(
-    params: Params, apply: Apply, batch_u: Batch, batch_e: Batch, opt_state: AdamWState, objective: object
+    params: Params, apply: Apply, batch_u: Batch, batch_e: Batch | None, opt_state: AdamWState, objective: object
 ) -> None:
     check_policy(params, apply)
     check_state(opt_state)
     check_is_batch("batch_u", batch_u)
-    check_is_batch("batch_e", batch_e)
+    if batch_e is not None:
+        check_is_batch("batch_e", batch_e)
     check_objective(objective)
 
 
-def _check_batches(params: Params, batch_u: Batch, batch_e: Batch, apply: Apply) -> None:
-    if batch_e.coefficients is not None and batch_u.coefficients is None and batch_u.entropy_coefficients is None:
+def _check_batches(params: Params, batch_u: Batch, batch_e: Batch | None, apply: Apply) -> None:
+    given = batch_u.coefficients is not None or batch_u.entropy_coefficients is not None
+    if batch_e is not None and batch_e.coefficients is not None and not given:
         raise ValueError(
             "batch_u.coefficients is None and batch_e has some; expected them in batch_u. Swap the two batches"
         )
-    check_batch("batch_u", batch_u, params, apply, coefficients=True, may_be_empty=True)
-    check_batch("batch_e", batch_e, params, apply)
+    check_batch("batch_u", batch_u, params, apply, coefficients=True, may_be_empty=batch_e is not None)
+    if batch_e is not None:
+        check_batch("batch_e", batch_e, params, apply)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, plan_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import Direction
 from fx_influence.types import Batch, Gradients, Params
 
@@ -20,15 +21,18 @@ class LinearizedLosses(NamedTuple):
     """The losses of U's rollouts to first order: the gradient of their sum, and their derivatives along directions.
 
     ``gradient``: of the sum, or the trainer's own. ``jvp``: at most ``plan.at_once`` u_k -> <u_k, g_i>, (K, n_u, T)
-    by token where ``resolves_tokens``, else (K, n_u, 1), from ghost products. ``token_jvp``: u -> (n_u, T). float64.
-    ``plan``: how the directions are to be held.
+    by token where ``resolves_tokens``, else (K, n_u, 1), from ghost products. ``token_jvp``: u -> (n_u, T).
+    ``token_jvp_of``: (u, rows) -> (len(rows), T), those of some rows. float64. ``plan``: how the directions are to be
+    held. ``shape``: (n_u, T).
     """
 
     gradient: Gradients
     jvp: Callable[[Sequence[Direction]], Tensor]
     token_jvp: Callable[[Direction], Tensor]
+    token_jvp_of: Callable[[Direction, Tensor], Tensor]
     resolves_tokens: bool
     plan: DirectionPlan
+    shape: torch.Size
 
 
 def linearize_update(
@@ -58,6 +62,9 @@ def linearize_update(
     def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
         return u.scale * token_derivatives(params, u.unit, batch_u, engine, caches)
 
+    def token_jvp_of(u: Direction, rows: Tensor) -> Tensor:
+        return u.scale * token_derivatives(params, u.unit, select_rows(batch_u, rows), engine, None)
+
     if num_directions or not (per_token or grad is not None):
         plan = plan_directions(params, max(1, num_directions), memory_budget)
         linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, with_gradient=grad is None)
@@ -72,8 +79,10 @@ def linearize_update(
                 gradient=gradient if grad is None else grad,
                 jvp=ghost_jvp,
                 token_jvp=token_jvp,
+                token_jvp_of=token_jvp_of,
                 resolves_tokens=False,
                 plan=plan,
+                shape=batch_u.input_ids.shape,
             )
     caches: LinearOutputCaches | None = None
     if grad is None:
@@ -83,8 +92,10 @@ def linearize_update(
         gradient=grad,
         jvp=lambda directions: torch.stack([cached_token_jvp(u) for u in directions]),
         token_jvp=cached_token_jvp,
+        token_jvp_of=token_jvp_of,
         resolves_tokens=True,
         plan=DirectionPlan(1, None),
+        shape=batch_u.input_ids.shape,
     )
 
 

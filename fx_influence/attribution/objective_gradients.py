@@ -1,33 +1,43 @@
-"""The objective over E: its surrogates, and its gradient by random groups of E's clusters."""
+"""The objective over E: its surrogates, and its gradient by groups of E's clusters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.autodiff.engine import Engine
+from fx_influence.autodiff.ghost import plan_directions
 from fx_influence.core.tree import promote
-from fx_influence.estimators.stderr import random_group_index
+from fx_influence.estimators.entropy import excess_entropies, length_coefficients
 from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 
 class Evaluation(NamedTuple):
-    """The objective over E: its surrogates' coefficients, and its gradient by random groups of E's clusters.
+    """The objective over E: its surrogates' coefficients, and its gradient by groups of E's clusters.
 
-    ``batch``: E with coefficients. ``shares``: (n_e,), each row's share of the objective's denominator, adding up to 1.
-    ``group``: int64 (n_e,), the random group of each row. ``num_groups``: number of these groups. ``gradients``: one
-    for each group, computed when iterated over; they add up to grad H.
+    Attributes:
+        batch: E with coefficients.
+        shares: (n_e,), each row's share of the objective's denominator, adding up to 1.
+        excess: (n_e,), see ``excess_entropies``; 0 where the denominator is known.
+        group_shares: (K,), the groups' shares of the denominator.
+        length_gradient: gradient of log E[T], the objective's denominator, by name; None where it is known or no
+            deviations are wanted.
+        gradients: one for each group, computed when iterated over; they add up to grad H. With ``length_gradient`` L
+            that of group k is sum_a grad s_a - x_k L, x_k the group's excess: what the group contributes to the
+            deviation of grad H from its expectation, the H that its centre is estimated by included.
     """
 
     batch: Batch
     shares: Tensor
-    group: Tensor
-    num_groups: int
+    excess: Tensor
+    group_shares: Tensor
+    length_gradient: Params | None
     gradients: Iterable[Params]
 
 
@@ -35,33 +45,66 @@ def evaluate_objective(
     params: Params,
     batch_e: Batch,
     objective: Entropy | Objective,
-    in_groups: bool,
+    groups: EvaluationGroups,
+    with_deviations: bool,
     engine: Engine,
     memory_budget: int,
     dtype: torch.dtype | None,
 ) -> Evaluation:
-    """Return the objective's coefficients over E and its gradient, in total or by min(8, C) random groups of clusters.
+    """Return the objective's coefficients over E and its gradient by groups of rows.
 
     Args:
         params: theta by name.
         batch_e: evaluation batch, n_e rows.
         objective: whose gradient is wanted.
-        in_groups: whether the gradient is split by groups.
+        groups: of E's rows.
+        with_deviations: whether the deviation of each row's or group's part from its expectation is wanted.
         engine: engine of the policy with all its derivatives.
         memory_budget: bytes of the forward to cache for the reverse pass.
         dtype: of the gradients; None takes at least float32.
     """
-
-    def with_coefficients(values: TokenValues) -> Batch:
-        weights = surrogate_coefficients(objective, values, batch_e)
-        return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
-
+    estimates_length = with_deviations and isinstance(objective, Entropy) and objective.normalize == "token"
     shares = denominator_shares(objective, batch_e.completion_mask)
-    group = random_group_index(batch_e) if in_groups else torch.zeros_like(batch_e.input_ids[:, 0])
-    rows = [(group == k).nonzero().squeeze(-1) for k in range(int(group.max()) + 1)]
-    weighted, gradients = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
-    # Not a generator expression, whose frame would hold one gradient while the next is made.
-    return Evaluation(weighted, shares, group, len(rows), map(partial(_ascent_, params, dtype), gradients))
+    scored: list[TokenValues] = []
+
+    def with_coefficients(values: TokenValues) -> Sequence[Batch]:
+        scored.append(values)
+        weights = surrogate_coefficients(objective, values, batch_e)
+        weighted = batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
+        if not (estimates_length and isinstance(objective, Entropy)):
+            return [weighted]
+        lengths = length_coefficients(batch_e.completion_mask, objective.estimator)
+        return [weighted, batch_e._replace(coefficients=lengths, entropy_coefficients=None)]
+
+    rows = [(groups.group == k).nonzero().squeeze(-1) for k in range(groups.num_groups)]
+    weighted, losses = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
+    excess = excess_entropies(scored[0], batch_e.completion_mask) if estimates_length else torch.zeros_like(shares)
+    length_gradient = _ascent_(params, dtype, next(losses)) if estimates_length else None
+    if length_gradient is not None:
+        # It only corrects deviations, so it may be rounded wherever their directions are.
+        narrow = plan_directions(params, groups.num_groups, memory_budget).dtype
+        length_gradient = {name: x if narrow is None else x.to(narrow) for name, x in length_gradient.items()}
+    excess_by_group = excess.new_zeros(groups.num_groups).index_add(0, groups.group, excess).tolist()
+    return Evaluation(
+        batch=weighted[0],
+        shares=shares,
+        excess=excess,
+        group_shares=shares.new_zeros(groups.num_groups).index_add(0, groups.group, shares),
+        length_gradient=length_gradient,
+        # Not a generator expression, whose frame would hold one gradient while the next is made.
+        gradients=map(partial(_deviating_ascent_, params, dtype, length_gradient), losses, excess_by_group),
+    )
+
+
+def _deviating_ascent_(
+    params: Params, dtype: torch.dtype | None, length_gradient: Params | None, gradient: Gradients, excess: float
+) -> Params:
+    """Return ``_ascent_`` of a group, less the group's excess times the gradient of log E[T]."""
+    ascent = _ascent_(params, dtype, gradient)
+    if length_gradient is not None and excess != 0:
+        for name, x in ascent.items():
+            x.sub_(length_gradient[name], alpha=excess)
+    return ascent
 
 
 def _ascent_(params: Params, dtype: torch.dtype | None, gradient: Gradients) -> Params:

@@ -80,11 +80,11 @@ class Engine:
         params: Params,
         batch: Batch,
         groups: Sequence[Tensor],
-        coefficients_fn: Callable[[TokenValues], Batch],
+        coefficients_fn: Callable[[TokenValues], Sequence[Batch]],
         memory_budget: int,
         dtype: torch.dtype | None = None,
-    ) -> tuple[Batch, Iterator[Gradients]]:
-        """Return the batch with coefficients made from its token values, and its gradient by group of rows."""
+    ) -> tuple[Sequence[Batch], Iterator[Gradients]]:
+        """Return the batch with coefficients made from its token values, and its gradients; see the function."""
         return reweighted_gradients(
             params,
             batch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -79,12 +78,12 @@ def reweighted_gradients(
     batch: Batch,
     groups: Sequence[Tensor],
     apply: Apply,
-    coefficients_fn: Callable[[TokenValues], Batch],
+    coefficients_fn: Callable[[TokenValues], Sequence[Batch]],
     temperature: float = 1.0,
     chunk_size: int | None = None,
     memory_budget: int = 0,
     dtype: torch.dtype | None = None,
-) -> tuple[Batch, Iterator[Gradients]]:
+) -> tuple[Sequence[Batch], Iterator[Gradients]]:
     """Return ``coefficients_fn(values)``, the batch with coefficients made from its token values, and its gradients.
 
     The coefficients need the values of all rows, so every micro-batch goes forward before the first goes backward.
@@ -96,15 +95,17 @@ def reweighted_gradients(
         batch: rollouts (B, T).
         groups: K index tensors into the rows; every row is in one of them.
         apply: policy, see ``make_functional``.
-        coefficients_fn: maps the batch's token values, (B, T) each, to the batch with coefficients.
+        coefficients_fn: maps the batch's token values, (B, T) each, to the batch with coefficients, or to several such
+            batches.
         temperature: divisor of the logits.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes of graphs and cached outputs beside the first micro-batch's graph.
         dtype: in which gradients are accumulated; None takes at least float32.
 
     Returns:
-        The batch with coefficients, and an iterator over the gradients of the K groups, each computed when it is asked
-        for. They add up to the gradient of the batch.
+        The batches with coefficients, and an iterator over gradients, each computed when it is asked for: those of all
+        rows with the coefficients of the second batch and of any further one, then with those of the first the
+        gradients of the K groups, which add up to that of all rows.
     """
     policy, leaves = split_policy(apply), as_leaves(params)
     by_group = [
@@ -138,18 +139,25 @@ def reweighted_gradients(
             values.append((micro_batch, scored))
     weighted = coefficients_fn(scatter_to_batch(values, batch))
 
+    def gradient_of(order: Sequence[int], batch: Batch, is_last: bool) -> Gradients:
+        total: Gradients = dict.fromkeys(params)
+        for k in order:
+            # A compiled graph cannot be differentiated twice, since its backward reuses the buffers.
+            keeps_graph = not is_last and not policy.compiled
+            hidden = graphs.pop(k, None) if is_last else graphs.get(k) if keeps_graph else None
+            outputs = caches.pop(k, None) if is_last else caches.get(k)
+            if hidden is None:
+                hidden = _forward(leaves, pending[k], policy, outputs)
+            _add_gradient(total, leaves, hidden, pending[k], batch, policy, temperature, dtype, keeps_graph)
+            del hidden, outputs
+        return unscaled(total, policy.loss_scale)
+
     def gradients() -> Iterator[Gradients]:
-        order = itertools.count()
+        for further in weighted[1:]:
+            yield gradient_of(range(len(pending)), further, is_last=False)
+        order = iter(range(len(pending)))
         for group_batches in by_group:
-            total: Gradients = dict.fromkeys(params)
-            for micro_batch in group_batches:
-                k = next(order)
-                hidden = graphs.pop(k) if k in graphs else _forward(leaves, micro_batch, policy, caches.pop(k, None))
-                _add_gradient(total, leaves, hidden, micro_batch, weighted, policy, temperature, dtype)
-                del hidden
-            yield unscaled(total, policy.loss_scale)
-            # Freed before the next one is made.
-            del total
+            yield gradient_of([next(order) for _ in group_batches], weighted[0], is_last=True)
 
     return weighted, gradients()
 
@@ -218,6 +226,7 @@ def _add_gradient(
     policy: SplitPolicy,
     temperature: float,
     dtype: torch.dtype | None = None,
+    retain_graph: bool = False,
 ) -> None:
     """Add the gradient of the micro-batch's part of the loss, times the loss scale, to ``total`` in place.
 
@@ -233,6 +242,7 @@ def _add_gradient(
         policy: the split policy.
         temperature: divisor of the logits.
         dtype: of the total; None takes at least float32.
+        retain_graph: whether the graph will be differentiated again.
     """
     weights = scaled_loss_weights(batch, micro_batch, policy)
     if all(w is None for w in weights):
@@ -253,7 +263,7 @@ def _add_gradient(
 
     handles = [leaf.register_post_accumulate_grad_hook(add_and_drop(name)) for name, leaf in leaves.items()]
     try:
-        torch.autograd.backward([hidden], [d_hidden], inputs=list(leaves.values()))
+        torch.autograd.backward([hidden], [d_hidden], retain_graph, inputs=list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()

@@ -109,22 +109,22 @@ class DataParallelEngine(Engine):
         params: Params,
         batch: Batch,
         groups: Sequence[Tensor],
-        coefficients_fn: Callable[[TokenValues], Batch],
+        coefficients_fn: Callable[[TokenValues], Sequence[Batch]],
         memory_budget: int,
         dtype: torch.dtype | None = None,
-    ) -> tuple[Batch, Iterator[Gradients]]:
+    ) -> tuple[Sequence[Batch], Iterator[Gradients]]:
         partition, local = self._partition(batch), self._local(params, batch)
         weighted: list[Batch] = []
 
-        def local_coefficients_fn(values: TokenValues) -> Batch:
-            weighted.append(coefficients_fn(partition.gather_values(values)))
-            return partition.local_rows(weighted[0])
+        def local_coefficients_fn(values: TokenValues) -> Sequence[Batch]:
+            weighted.extend(coefficients_fn(partition.gather_values(values)))
+            return [partition.local_rows(batch) for batch in weighted]
 
         rows, local_groups = partition.local_rows(batch), [partition.local_index(index) for index in groups]
         _, gradients = local.engine.reweighted_gradients(
             local.params, rows, local_groups, local_coefficients_fn, memory_budget, dtype
         )
-        return weighted[0], map(partial(self._reduce, params, dtype=dtype), gradients)
+        return weighted, map(partial(self._reduce, params, dtype=dtype), gradients)
 
     def jvp(
         self, params: Params, direction: Params, batch: Batch, caches: LinearOutputCaches | None = None
@@ -222,20 +222,21 @@ class FsdpEngine(DataParallelEngine):
         params: Params,
         batch: Batch,
         groups: Sequence[Tensor],
-        coefficients_fn: Callable[[TokenValues], Batch],
+        coefficients_fn: Callable[[TokenValues], Sequence[Batch]],
         memory_budget: int,
         dtype: torch.dtype | None = None,
-    ) -> tuple[Batch, Iterator[Gradients]]:
+    ) -> tuple[Sequence[Batch], Iterator[Gradients]]:
         if len(groups) == 1:
             return super().reweighted_gradients(params, batch, groups, coefficients_fn, 0, dtype)
         # Each group is partitioned by itself, so that all ranks make as many passes for it.
         weighted = coefficients_fn(self.values(params, batch))
 
-        def gradient_of(index: Tensor) -> Gradients:
-            gradient = self.gradient(params, select_rows(weighted, index))
+        def gradient_of(rows: Batch) -> Gradients:
+            gradient = self.gradient(params, rows)
             return {name: None if g is None else g.to(dtype or g.dtype) for name, g in gradient.items()}
 
-        return weighted, map(gradient_of, groups)
+        by_group = [select_rows(weighted[0], index) for index in groups]
+        return weighted, map(gradient_of, [*weighted[1:], *by_group])
 
     def linearize(
         self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True

@@ -140,14 +140,58 @@ def entropy_coefficients(
     Source:
         Score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
     """
-    by_rank = completion_values(values, batch.completion_mask)
-    x = centred_entropies(by_rank, estimator, normalize, by_rank)
-    if estimator == "sequence":
-        score_weight = repeat(x, "row -> row rank", rank=by_rank.ok.shape[1])
-    else:
-        score_weight = x.flip(-1).cumsum(-1).flip(-1) - x
-    z = denominator_weights(batch.completion_mask, normalize).sum()
     mask = batch.completion_mask
-    rank = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    by_position = torch.where(mask, score_weight.gather(-1, rank), score_weight.new_zeros(()))
-    return TokenCoefficients(by_position / z, mask.double() / z)
+    by_rank = completion_values(values, mask)
+    x = centred_entropies(by_rank, estimator, normalize, by_rank)
+    z = denominator_weights(mask, normalize).sum()
+    return TokenCoefficients(_score_weights(x, by_rank.ok, mask) / z, mask.double() / z)
+
+
+def length_coefficients(completion_mask: Tensor, estimator: Estimator = "per_decision") -> Tensor:
+    """Return the gradient of log E[T], of the expected completion length, as a coefficient per token of E.
+
+    The surrogates are those of the entropy with ok, 1 where a row has a token of that rank, in place of h:
+
+        sequence:      s_a = S_a (T_a - mean T) / sum_b T_b
+        per_decision:  s_a = sum_t S_a,<t (ok_at - mean ok_t) / sum_b T_b
+
+    Args:
+        completion_mask: (n, T), of E.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+
+    Returns:
+        The weights of log pi(y_at), float64 (n, T), 0 outside the mask.
+
+    Example:
+        >>> length_coefficients(torch.tensor([[True, True], [True, False]]), "sequence").tolist()
+        [[0.16666666666666666, 0.16666666666666666], [-0.16666666666666666, 0.0]]
+    """
+    lengths = completion_mask.sum(-1)
+    ok = torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(-1)
+    f = lengths.double() if estimator == "sequence" else ok.double()
+    return _score_weights(f - f.mean(0), ok, completion_mask) / lengths.sum()
+
+
+def excess_entropies(values: TokenValues, completion_mask: Tensor) -> Tensor:
+    """Return (h_a - H T_a) / sum_b T_b, how much each row raises the entropy per token; float64 (n,), adding up to 0.
+
+    The entropy of all rows but those of a set p is H - x / (1 - share), with x the excess and share the share of sum T
+    of the rows of p.
+    """
+    lengths = denominator_weights(completion_mask, "token")
+    h = torch.where(completion_mask, values.entropies.double(), 0.0).sum(-1)
+    return (h - h.sum() / lengths.sum() * lengths) / lengths.sum()
+
+
+def _score_weights(x: Tensor, ok: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the weight of log pi(y_at) in sum_a S_a x_a or sum_at S_a,<t x_at, at the token's position, (n, T).
+
+    Args:
+        x: (n,) of rows, or (n, R) of ranks.
+        ok: (n, R), whether the row has a token of that rank.
+        completion_mask: (n, T).
+    """
+    by_row = x.ndim == 1
+    weights = repeat(x, "row -> row rank", rank=ok.shape[1]) if by_row else x.flip(-1).cumsum(-1).flip(-1) - x
+    rank = (completion_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.where(completion_mask, weights.gather(-1, rank), weights.new_zeros(()))

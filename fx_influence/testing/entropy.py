@@ -226,3 +226,34 @@ def entropy_gradients(
     """
     params = tracked(params)
     return [gradient(s, params) for s in surrogates(apply, params, batch, estimator, normalize, temperature)]
+
+
+def length_gradients(
+    apply: Apply, params: Params, batch: Batch, estimator: Estimator = "per_decision", temperature: float = 1.0
+) -> list[Gradients]:
+    """Return each row's term of the gradient of log E[T], by the score function with the batch's mean as baseline.
+
+    sequence: S_a (T_a - mean T) / sum T. per_decision: sum_k S_a,<k (1[k < T_a] - mean_b 1[k < T_b]) / sum T.
+
+    Args:
+        apply: the policy.
+        params: theta by name.
+        batch: (n, T), sampled at theta.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        temperature: divisor of the logits.
+    """
+    params = tracked(params)
+    n = len(batch.input_ids)
+    scores = [score_row(apply, params, batch, a, temperature) for a in range(n)]
+    lengths = [len(score.entropies) for score in scores]
+    gradients = []
+    for score, length in zip(scores, lengths, strict=True):
+        s = score.zero
+        if estimator == "sequence":
+            s = s + sum(score.logprobs, score.zero) * (length - sum(lengths) / n)
+        else:
+            for k in range(max(lengths)):
+                mean = sum(1 for other in lengths if k < other) / n
+                s = s + sum(score.logprobs[:k], score.zero) * ((1.0 if k < length else 0.0) - mean)
+        gradients.append(gradient(s / sum(lengths), params))
+    return gradients

@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from fx_influence.testing.adamw import adamw
-from fx_influence.testing.entropy import entropy_gradients
+from fx_influence.testing.entropy import entropy_gradients, length_gradients
 from fx_influence.testing.gradients import add, gradient, inner, scale, sequence_gradients, tracked
 from fx_influence.testing.scores import score_row, token_losses
-from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params, Preconditioner
+from fx_influence.types import AdamWState, Apply, Batch, Estimator, Gradients, Normalize, Params, Preconditioner
 
 
 class Influence(NamedTuple):
     """Influences in nats per unit learning rate.
 
-    ``per_sequence``: (n_u,). ``per_token``: (n_u, T). ``matrix``: (n_e, n_u). ``baseline``, ``momentum``,
-    ``weight_decay``, ``total``: scalars. ``stderr``: (n_u,).
+    ``per_sequence``: (n_u,). ``per_token``: (n_u, T). ``matrix``, ``parts``: (n_e, n_u), see
+    ``deviating_parts``. ``baseline``, ``momentum``, ``weight_decay``, ``total``: scalars. ``stderr``: (n_u,).
     """
 
     per_sequence: Tensor
     per_token: Tensor
     matrix: Tensor
+    parts: Tensor
     baseline: Tensor
     momentum: Tensor
     weight_decay: Tensor
@@ -33,13 +34,48 @@ class Influence(NamedTuple):
     stderr: Tensor
 
 
-def standard_error(matrix: Tensor, lengths: Sequence[int], group: Tensor | None, normalize: Normalize) -> Tensor:
-    """Return stderr_i of delta_i = sum_a M_ai over the draw of E, by clusters c: E's groups, or its rows without any.
+def deviating_parts(
+    apply: Apply,
+    params: Params,
+    batch_e: Batch,
+    matrix: Tensor,
+    parts_of_step: Sequence[Gradients],
+    estimator: Estimator,
+    normalize: Normalize,
+    temperature: float,
+) -> Tensor:
+    """Return M_ai - lambda_i x_a, what row a carries to delta_i with its part in the H that centres E, (n_e, n_u).
 
-    stderr_i^2 = C/(C-1) sum_c (sum_{a in c} (M_ai - delta_i f_a / sum f))^2; NaN if C < 2.
+    lambda_i = d log E[T] / d eta along v_i and x_a = (h_a - H-hat T_a) / sum T per token; both are 0 per sequence.
 
     Args:
+        apply: the policy.
+        params: theta by name.
+        batch_e: (n_e, T), the evaluation batch.
         matrix: M, (n_e, n_u).
+        parts_of_step: v_i by name, of every row of U.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        normalize: ``"token"`` or ``"sequence"``.
+        temperature: divisor of the logits.
+    """
+    if normalize == "sequence":
+        return matrix
+    lengths = add(length_gradients(apply, params, batch_e, estimator, temperature))
+    rows = [score_row(apply, params, batch_e, a, temperature).entropies for a in range(len(matrix))]
+    h, t = [sum(float(x.detach()) for x in row) for row in rows], [len(row) for row in rows]
+    excess = [(h[a] - sum(h) / sum(t) * t[a]) / sum(t) for a in range(len(rows))]
+    slopes = [inner(lengths, v) for v in parts_of_step]
+    moved = [[excess[a] * slopes[i] for i in range(matrix.shape[1])] for a in range(len(rows))]
+    return matrix - torch.tensor(moved, dtype=torch.float64)
+
+
+def standard_error(parts: Tensor, lengths: Sequence[int], group: Tensor | None, normalize: Normalize) -> Tensor:
+    """Return stderr_i of delta_i = sum_a parts_ai over the draw of E, by its clusters c: groups, or rows without any.
+
+    stderr_i^2 = C/(C-1) sum_c (sum_{a in c} (parts_ai - delta_i f_a / sum f))^2; NaN if C < 2.
+
+    Args:
+        parts: (n_e, n_u), see ``deviating_parts``.
         lengths: completion tokens of each row of E.
         group: (n_e,), the cluster of each row; None: every row is one.
         normalize: ``"token"`` (f_a is the length) or ``"sequence"`` (f_a is 1).
@@ -48,13 +84,51 @@ def standard_error(matrix: Tensor, lengths: Sequence[int], group: Tensor | None,
     labels = list(range(len(f))) if group is None else group.tolist()
     count = len(set(labels))
     errors = []
-    for i in range(matrix.shape[1]):
-        column, total = matrix[:, i].tolist(), 0.0
+    for i in range(parts.shape[1]):
+        column, total = parts[:, i].tolist(), 0.0
         for label in set(labels):
             members = [a for a in range(len(f)) if labels[a] == label]
             total += sum(column[a] - sum(column) * f[a] / sum(f) for a in members) ** 2
         errors.append(math.sqrt(count / (count - 1) * total) if count >= 2 else math.nan)
     return torch.tensor(errors, dtype=torch.float64)
+
+
+class CrossFitted(NamedTuple):
+    """Influences over the other folds: ``per_sequence`` (n,), ``stderr`` (n,), in nats per unit learning rate."""
+
+    per_sequence: Tensor
+    stderr: Tensor
+
+
+def cross_fitted(
+    parts: Tensor, lengths: Sequence[int], fold: Sequence[int], own: Sequence[int], normalize: Normalize
+) -> CrossFitted:
+    """Return delta_i over the rows of E outside i's own fold, and its standard error over the other folds.
+
+    delta_i = sum_{a not in fold} parts_ai / (1 - share of the fold); with C the number of other folds,
+    stderr_i^2 = C/(C-1) sum_{k other} (sum_{a in k} (parts_ai - delta_i share_a) / (1 - share of the fold))^2.
+
+    Args:
+        parts: (n_e, n_u), see ``deviating_parts``.
+        lengths: completion tokens of each row of E.
+        fold: the fold of each row of E.
+        own: the fold that each row of U leaves out.
+        normalize: ``"token"`` (shares by length) or ``"sequence"`` (by row).
+    """
+    f = [float(length) if normalize == "token" else 1.0 for length in lengths]
+    share = [x / sum(f) for x in f]
+    deltas, errors = [], []
+    for i in range(parts.shape[1]):
+        others = [a for a in range(len(f)) if fold[a] != own[i]]
+        left = sum(share[a] for a in others)
+        delta = sum(float(parts[a, i]) for a in others) / left
+        squares = []
+        for k in set(fold) - {own[i]}:
+            members = [a for a in others if fold[a] == k]
+            squares.append(sum((float(parts[a, i]) - delta * share[a]) / left for a in members) ** 2)
+        deltas.append(delta)
+        errors.append(math.sqrt(len(squares) / (len(squares) - 1) * sum(squares)))
+    return CrossFitted(torch.tensor(deltas, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64))
 
 
 def influence(
@@ -100,6 +174,8 @@ def influence(
             per_token[i, t] = inner(u, gradient(loss, params))
     total, momentum, decay = (inner(grad_h, v) for v in (step.direction, step.momentum, step.weight_decay))
     baseline = total - float(matrix.sum()) if preconditioner == "jacobian" else momentum + decay
-    stderr = standard_error(matrix, batch_e.completion_mask.sum(1).tolist(), batch_e.group, normalize)
+    v = [scale(step.gain, g_i) for g_i in g]
+    parts = deviating_parts(apply, params, batch_e, matrix, v, estimator, normalize, temperature)
+    stderr = standard_error(parts, batch_e.completion_mask.sum(1).tolist(), batch_e.group, normalize)
     scalars = [torch.tensor(x, dtype=torch.float64) for x in (baseline, momentum, decay, total)]
-    return Influence(matrix.sum(0), per_token, matrix, scalars[0], scalars[1], scalars[2], scalars[3], stderr)
+    return Influence(matrix.sum(0), per_token, matrix, parts, scalars[0], scalars[1], scalars[2], scalars[3], stderr)

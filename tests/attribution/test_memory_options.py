@@ -13,6 +13,7 @@ from helpers.tolerances import ROOM, assert_close_to_rounding, policy_terms
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.attribution.cross_fitting import evaluation_rows, split_into_groups
 from fx_influence.attribution.objective_gradients import evaluate_objective
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.gradients import batch_gradient
@@ -44,7 +45,9 @@ class Inputs:
 
     def group_gradients(self) -> list[fx.Params]:
         """Return grad H by random group of E."""
-        return list(evaluate_objective(self.params, self.e, fx.Entropy(), True, Engine(self.apply), 0, None).gradients)
+        groups = split_into_groups(evaluation_rows(self.u, self.e), stderr=True, matrix=False)
+        engine = Engine(self.apply)
+        return list(evaluate_objective(self.params, self.e, fx.Entropy(), groups, True, engine, 0, None).gradients)
 
 
 @pytest.fixture(scope="module")

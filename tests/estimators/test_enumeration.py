@@ -33,6 +33,7 @@ from helpers.world import (
     Update,
     World,
     derivatives_along,
+    deviating_rows,
     estimates,
     first_order_rows,
     make_world,
@@ -62,11 +63,10 @@ def test_draw_from_space_matches_public_functions(
     assert_close(present(out.matrix), matrix)
     assert_close(out.per_sequence, matrix.sum(0), matrix.abs().sum(0))
     shares = denominator_weights(batch.completion_mask, normalize)
-    assert_close(out.stderr, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), cluster_index(batch)))
+    parts = deviating_rows(world, world.jvp(update.parts), rows, estimator, normalize)
+    assert_close(out.stderr, cluster_stderr(parts, parts.sum(0), shares / shares.sum(), cluster_index(batch)))
     by_random_group = fx.influence(world.params, update.batch, batch, update.state, **chosen).stderr
-    assert_close(
-        by_random_group, cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), random_group_index(batch))
-    )
+    assert_close(by_random_group, cluster_stderr(parts, parts.sum(0), shares / shares.sum(), random_group_index(batch)))
     v, eta = update.parts[0], 0.05
     single = fx.jvp_delta(world.params, v, batch, **chosen)
     assert_close(single.contributions, matrix[:, 0])

@@ -16,6 +16,8 @@ def reweighted_gradient(
 ) -> tuple[Batch, Gradients]:
     """Return what ``reweighted_gradients`` gives for all rows as one group; ``options``: those from temperature on."""
     rows = [torch.arange(len(batch.input_ids))]
-    weighted, gradients = reweighted_gradients(params, batch, rows, apply, coefficients_fn, *options)
+    [weighted], gradients = reweighted_gradients(
+        params, batch, rows, apply, lambda values: [coefficients_fn(values)], *options
+    )
     [gradient] = gradients
     return weighted, gradient

@@ -12,7 +12,13 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.core.tree import shift
-from fx_influence.estimators.entropy import TokenCoefficients, completion_values, entropy_coefficients
+from fx_influence.estimators.entropy import (
+    TokenCoefficients,
+    completion_values,
+    entropy_coefficients,
+    excess_entropies,
+    length_coefficients,
+)
 from fx_influence.estimators.snis import snis
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params
@@ -108,6 +114,19 @@ def first_order_rows(
 
 def weighted_rows(weight: TokenCoefficients, derivatives: fx.TokenValues) -> Tensor:
     return (weight.logprobs * derivatives.logprobs + weight.entropies * derivatives.entropies).sum(-1).T
+
+
+def deviating_rows(
+    world: World, derivatives: fx.TokenValues, rows: Tensor, estimator: Estimator, normalize: Normalize
+) -> Tensor:
+    """Return what each row of one draw carries to <grad H, v_k> with its part in the H that centres E, (n, k)."""
+    matrix = first_order_rows(world, derivatives, rows, estimator, normalize)
+    if normalize == "sequence":
+        return matrix
+    mask, values = world.batch(rows).completion_mask, select_values(world.values, rows)
+    lengths = TokenCoefficients(length_coefficients(mask, estimator), torch.zeros(mask.shape, dtype=torch.float64))
+    slopes = weighted_rows(lengths, select_values(derivatives, rows)).sum(0)
+    return matrix - excess_entropies(values, mask).unsqueeze(1) * slopes
 
 
 class Update(NamedTuple):

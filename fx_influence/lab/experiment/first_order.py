@@ -12,19 +12,18 @@ from torch import Tensor
 
 from fx_influence.attribution.influence import influence
 from fx_influence.attribution.result import Influence
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.lab.experiment.finite_steps import Arrays
 from fx_influence.lab.experiment.rounding import rounding_floor
 from fx_influence.lab.experiment.step import Step, step_directions
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts
 from fx_influence.lab.inputs.training_state import TrainingState
 from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.objectives import Entropy, denominator_shares, expected_reward
+from fx_influence.objectives import expected_reward
 from fx_influence.perturbation import jvp_delta
-from fx_influence.types import Batch, Params
+from fx_influence.types import Params
 
 FIRST_ORDER_FIGURES = ("total", "baseline", "momentum", "weight_decay", "residual", "unattributed", "conditioning")
-FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr", "rounding")
+FIRST_ORDER_ARRAYS = ("per_sequence", "per_token", "stderr", "rounding", "deviations")
 OTHER_INFLUENCES = (
     "per_sequence_rmsprop",
     "per_sequence_reward",
@@ -107,8 +106,11 @@ def _entropy_influences(
 ) -> dict[str, Tensor]:
     out = _influence(plan, state, step, e, matrix=True)
     assert out.matrix is not None
-    tensors = {name: getattr(out, name) for name in (*FIRST_ORDER_ARRAYS, *FIRST_ORDER_FIGURES, "matrix")}
-    tensors["rollouts_error"] = _stderr(plan, out.matrix.double().sum(1), e.batch)
+    names = (*FIRST_ORDER_ARRAYS, *FIRST_ORDER_FIGURES, "matrix")
+    tensors = {name: getattr(out, name) for name in names if name != "deviations"}
+    assert out.deviations is not None
+    tensors["deviations"] = out.deviations.by_part
+    tensors["rollouts_error"] = out.deviations.stderr_of_sums(torch.ones_like(out.deviations.own[None]).bool())[0]
     return tensors | {"per_parameter": torch.stack(list(out.per_parameter.values()))}
 
 
@@ -123,7 +125,7 @@ def _direction_derivatives(
     delta = jvp_delta(state.params, v, e.batch, apply=state.apply, second_order=second, **plan.estimation())
     tensors = {f"{name}_first": delta.first, f"{name}_second": delta.second}
     if name in ("full", "baseline"):
-        tensors[f"{name}_error"] = _stderr(plan, delta.contributions, e.batch)
+        tensors[f"{name}_error"] = delta.stderr
     return tensors
 
 
@@ -165,9 +167,3 @@ def _influence(
         **plan.estimation(),
     }
     return influence(state.params, step.batch, e.batch, state.opt_state, apply=state.apply, **(defaults | options))
-
-
-def _stderr(plan: EntropyInfluencePlan, contributions: Tensor, batch: Batch) -> Tensor:
-    """Return the standard error of the sum of E's contributions, (n_e,), over the draw of E's clusters."""
-    shares = denominator_shares(Entropy(plan.estimator, plan.normalize), batch.completion_mask)
-    return cluster_stderr(contributions, contributions.sum(), shares, cluster_index(batch))

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, Deviations
 from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab.analysis.covariates import prompts, recorded
 from fx_influence.lab.plots.style import BLACK, GREY, LOWERS, RAISES, UNIT, drawable, figure, styled, zero_line
@@ -112,6 +113,11 @@ def _prompt_name(results: EntropyInfluenceResults, i: int) -> str:
 def _group_error(results: EntropyInfluenceResults, evaluation: int, mask: np.ndarray) -> float:
     """Return the standard error over the draw of E of the summed influence of the rollouts in ``mask`` (n_u,)."""
     evaluated = results.evaluations[evaluation]
+    if "deviations" in evaluated.arrays:
+        deviations = torch.from_numpy(evaluated.arrays["deviations"])
+        nothing_left_out = torch.full((deviations.shape[1],), NOTHING_LEFT_OUT)
+        return float(Deviations(deviations, nothing_left_out).stderr_of_sums(torch.from_numpy(mask)[None])[0])
+    # Runs of version 0.2 and before have the matrix alone, which leaves out that the H in E's centre is estimated.
     if evaluated.matrix is None:
         return float("nan")
     rows = torch.from_numpy(evaluated.matrix[:, mask].sum(1, dtype=float))

@@ -1,0 +1,93 @@
+"""Influences of rollouts and tokens from the derivatives by group of E, each over the groups that are not its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fx_influence.attribution.group_derivatives import GroupDerivatives
+from fx_influence.attribution.linearized_losses import LinearizedLosses
+from fx_influence.core.tree import Direction, dot
+from fx_influence.estimators.deviations import own_parts, share_left
+from fx_influence.optim.step import AdamWStep
+from fx_influence.policy.precision import PassPrecision
+
+
+class RowInfluences(NamedTuple):
+    """Influences of U's rows, all float64.
+
+    Attributes:
+        per_sequence: (n_u,), over the groups of E that are not the row's own.
+        per_token: (n_u, T) or None, likewise.
+        over_all: (n_u,), over all groups: the terms of the identity.
+        rounding: (n_u,), between two methods, NaN where there was one.
+        method: how ``over_all`` was computed, for errors.
+    """
+
+    per_sequence: Tensor
+    per_token: Tensor | None
+    over_all: Tensor
+    rounding: Tensor
+    method: str
+
+
+def sum_groups(
+    update: LinearizedLosses,
+    groups: GroupDerivatives,
+    shares: Tensor,
+    own_group: Tensor,
+    per_token: bool,
+    precision: PassPrecision,
+) -> RowInfluences:
+    """Add up the derivatives by group, less each row's own, and compute those of tokens if they are wanted.
+
+    Args:
+        update: U's losses to first order.
+        groups: derivatives along the direction of each group.
+        shares: (K,), the groups' shares of the objective's denominator.
+        own_group: int64 (n_u,), the group to leave out of each row's influence, or -1.
+        per_token: whether those of tokens are wanted.
+        precision: of the passes over U.
+    """
+    left = share_left(shares, own_group)
+    # With tokens still to come along u, derivatives along rounded directions are left to the error bars.
+    awaits_tokens = per_token and not (update.resolves_tokens or precision.wants_two_methods)
+    derivatives = update.jvp([groups.u]) if groups.narrowed and not awaits_tokens else groups.derivatives
+    by_groups = derivatives.sum((0, 2))
+    others_by_groups = (by_groups - own_parts(groups.derivatives.sum(-1), own_group)) / left
+    unknown = torch.full_like(by_groups, torch.nan)
+    if update.resolves_tokens:
+        over_all, own = derivatives.sum(0), own_parts(groups.derivatives, own_group)
+        tokens = (over_all - own) / left.unsqueeze(-1)
+        return RowInfluences(tokens.sum(-1), tokens if per_token else None, over_all.sum(-1), unknown, "the JVP over U")
+    if not per_token:
+        return RowInfluences(others_by_groups, None, by_groups, unknown, "ghost products over U")
+    over_all = update.token_jvp(groups.u)
+    tokens = (over_all - groups.own_tokens) / left.unsqueeze(-1)
+    by_tokens = over_all.sum(-1)
+    rounding = unknown if groups.narrowed and awaits_tokens else (by_tokens - by_groups).abs()
+    if precision.under_autocast:
+        # Ghost products hold the very gradient that the optimizer meets; the JVP is rounded another way.
+        adding_up = _adding_up_to(others_by_groups, tokens)
+        return RowInfluences(others_by_groups, adding_up, by_groups, rounding, "ghost products over U")
+    return RowInfluences(tokens.sum(-1), tokens, by_tokens, rounding, "the JVP over U")
+
+
+def conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, over_all: Tensor) -> Tensor:
+    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory is reused."""
+    step.keep_fresh_(u.unit)
+    if not dot(u.unit, u.unit):
+        return torch.zeros((), dtype=torch.float64, device=over_all.device)
+    fresh = Direction.of_(u.unit)
+    on_fresh = u.scale * update.jvp([fresh])[0].sum(-1)
+    size, rest = on_fresh.abs().sum(), (over_all - on_fresh).abs().sum()
+    return torch.where(size > 0, size / (size + rest), 0.0)
+
+
+def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
+    """Return the tokens' values with each row's gap to ``per_sequence`` distributed in proportion to their sizes."""
+    size = tokens.abs()
+    weight = size / size.sum(-1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+    return tokens + (per_sequence - tokens.sum(-1)).unsqueeze(-1) * weight

@@ -1,0 +1,151 @@
+"""Influences of rollouts over the other prompts of their own batch, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.cases import TinyPolicy, add_padding, assert_close, make_apply, random_adamw_state, random_batch
+from helpers.present import present
+from helpers.strategies import VOCAB, WIDTH, Case, cases, influence_options, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fx_influence as fx
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.batching.rows import select_rows
+from fx_influence.estimators.entropy import denominator_weights
+from fx_influence.testing import reference
+from fx_influence.testing.influence import cross_fitted
+from fx_influence.types import Batch
+
+
+def run(case: Case, batch_u: Batch, batch_e: Batch | None, **changes: Any) -> fx.Influence:
+    return fx.influence(case.params, batch_u, batch_e, case.opt_state, **{**influence_options(case), **changes})
+
+
+def batch_of_prompts(seed: int, rows: int, prompts: int) -> Batch:
+    """Return rows with coefficients, the prompts' rows interleaved and no prompt without tokens."""
+    batch = random_batch(torch.Generator().manual_seed(seed), rows, WIDTH, VOCAB, min_len=1)
+    return batch._replace(group=5 + 3 * (torch.arange(rows) % prompts))
+
+
+def slow_parts(case: Case, batch_u: Batch, batch_e: Batch) -> Tensor:
+    options = (case.estimator, case.normalize, case.preconditioner, case.temperature, case.max_grad_norm)
+    return reference.influence(case.apply, case.params, batch_u, batch_e, case.opt_state, *options).parts
+
+
+@given(case=cases(), seed=seeds, prompts=st.sampled_from([4, 5, 10]))
+def test_cross_fitted_influence_matches_the_reference(case: Case, seed: int, prompts: int) -> None:
+    u = batch_of_prompts(seed, 11, prompts)
+    parts, lengths = slow_parts(case, u, u), u.completion_mask.sum(-1).tolist()
+    clusters = [(int(g) - 5) // 3 for g in present(u.group)]
+    size = parts.abs().sum()
+    for exact in (False, True):
+        fold = clusters if exact else [cluster % 8 for cluster in clusters]
+        expected = cross_fitted(parts, lengths, fold, fold, case.normalize)
+        out = run(case, u, None, matrix=exact)
+        assert_close(out.per_sequence, expected.per_sequence, size)
+        assert_close(out.stderr, expected.stderr, size)
+        assert_close(present(out.per_token).sum(-1), out.per_sequence, size)
+        assert_close(out.total, out.baseline + out.per_sequence.sum(), size + out.baseline.abs())
+        rows_only = run(case, u, None, matrix=exact, per_token=False, stderr=False)
+        assert_close(rows_only.per_sequence, expected.per_sequence, size)
+        assert rows_only.stderr.isnan().all()
+    own = torch.tensor(clusters).unsqueeze(1) == torch.tensor(clusters)
+    matrix = present(out.matrix)
+    assert_close(matrix.sum(0), out.per_sequence, size)
+    assert not matrix[own].any()
+
+
+@given(case=cases(), seed=seeds)
+def test_self_influence_is_that_of_the_own_prompt(case: Case, seed: int) -> None:
+    u = batch_of_prompts(seed, 11, 5)
+    parts, own = slow_parts(case, u, u), present(u.group).unsqueeze(1) == present(u.group)
+    shares = denominator_weights(u.completion_mask, case.normalize)
+    expected = torch.where(own, parts, 0.0).sum(0) / (own * (shares / shares.sum()).unsqueeze(1)).sum(0)
+    assert_close(run(case, u, None).self_influence, expected, 5 * parts.abs().sum())
+    assert run(case, u, u._replace(group=None)).self_influence.isnan().all()
+
+
+def test_self_influence_of_a_fold_takes_other_prompts_out() -> None:
+    """With more prompts than folds the fold holds others, which move as everything outside it does."""
+    case = make_case()
+    u = batch_of_prompts(3, 24, 12)
+    shares = denominator_weights(u.completion_mask, "token")
+    shares = shares / shares.sum()
+    parts, cluster = slow_parts(case, u, u), torch.arange(24) % 12
+    out = run(case, u, None)
+    for i in range(24):
+        fold, prompt = cluster % 8 == cluster[i] % 8, cluster == cluster[i]
+        others = parts[~fold, i].sum() / shares[~fold].sum()
+        expected = (parts[fold, i].sum() - shares[fold & ~prompt].sum() * others) / shares[prompt].sum()
+        assert_close(out.self_influence[i], expected, parts[:, i].abs().sum() / shares[prompt].sum())
+
+
+@given(case=cases(), seed=seeds)
+def test_rows_of_a_generation_batch_leave_their_prompts_out(case: Case, seed: int) -> None:
+    """U is part of E, in another order and padded otherwise; a row of another prompt changes nothing in kind."""
+    e = batch_of_prompts(seed, 12, 6)
+    index = torch.tensor([7, 1, 2, 8])
+    u = add_padding(select_rows(e, index), 2, 1)
+    out = run(case, u, e._replace(coefficients=None))
+    fold = (torch.arange(12) % 6).tolist()
+    expected = cross_fitted(
+        slow_parts(case, select_rows(e, index), e),
+        e.completion_mask.sum(-1).tolist(),
+        fold,
+        [fold[i] for i in index.tolist()],
+        case.normalize,
+    )
+    size = slow_parts(case, select_rows(e, index), e).abs().sum()
+    assert_close(out.per_sequence, expected.per_sequence, size)
+    assert_close(out.stderr, expected.stderr, size)
+
+
+def make_case() -> Case:
+    generator = torch.Generator().manual_seed(0)
+    model = TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=2)
+    apply, params = make_apply(model)
+    u = batch_of_prompts(1, 12, 6)
+    state = random_adamw_state(generator, params)
+    return Case(model, apply, params, u, u, state, "per_decision", "token", "frozen", 1.0, None)
+
+
+def test_fresh_rollouts_of_the_same_prompts_are_kept() -> None:
+    """Equal groups alone leave nothing out: the rollouts of E are not those of U."""
+    case = make_case()
+    fresh = batch_of_prompts(9, 12, 6)._replace(coefficients=None)
+    renamed = fresh._replace(group=present(fresh.group) + 100)
+    a, b = run(case, case.batch_u, fresh), run(case, case.batch_u, renamed)
+    assert torch.equal(a.per_sequence, b.per_sequence)
+    assert a.self_influence.isnan().all()
+
+
+def test_rows_without_group_are_folded_by_their_prompts() -> None:
+    case = make_case()
+    ids = present(case.batch_u.input_ids).clone()
+    mask = torch.zeros_like(case.batch_u.completion_mask)
+    mask[:, 3:] = True
+    ids[:, :3] = torch.tensor([[1, 2, k % 6] for k in range(12)])
+    u = Batch(ids, torch.ones_like(mask), mask, coefficients=torch.linspace(-1, 1, 84, dtype=torch.float64).view(12, 7))
+    grouped = u._replace(group=torch.arange(12) % 6)
+    assert_close(run(case, u, None).per_sequence, run(case, grouped, None).per_sequence)
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_cross_fitting_refuses_few_prompts(prompts: int) -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match=rf"{prompts} prompts.*at least 4.*pass fresh rollouts as batch_e"):
+        run(case, batch_of_prompts(1, 12, prompts), None)
+
+
+def test_cross_fitting_takes_the_trainers_gradient() -> None:
+    case = make_case()
+    plain = run(case, case.batch_u, None)
+    step_gradient = batch_gradient(case.params, case.batch_u, case.apply)
+    given_gradient = run(case, case.batch_u, None, grad=step_gradient)
+    assert_close(given_gradient.per_sequence, plain.per_sequence, plain.per_sequence.abs().sum())
+    assert_close(present(given_gradient.per_token), present(plain.per_token), plain.per_sequence.abs().sum())
