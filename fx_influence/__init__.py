@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fx_influence.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from fx_influence import interop, lab, losses, objectives, optim
+    from fx_influence import interop, lab, labels, losses, objectives, optim
     from fx_influence.attribution.influence import influence
     from fx_influence.attribution.result import Influence
     from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss
@@ -103,7 +103,7 @@ _MODULES = {
     "token_values": "fx_influence.autodiff.token_values",
 }
 
-_ROOMS = ("interop", "lab", "losses", "objectives", "optim")
+_ROOMS = ("interop", "lab", "labels", "losses", "objectives", "optim")
 
 _RENAMED = {
     "functionalize": "make_functional",
@@ -155,6 +155,7 @@ __all__ = [
     "jvp_delta",
     "kl_to_reference",
     "lab",
+    "labels",
     "load_checkpoint",
     "load_run",
     "load_sharded_checkpoint",

@@ -17,7 +17,7 @@ ORDER = (
     {"policy"},
     {"autodiff"},
     {"distributed"},
-    {"objectives", "losses", "functional", "perturbation", "derivative_check", "fisher", "attribution"},
+    {"objectives", "labels", "losses", "functional", "perturbation", "derivative_check", "fisher", "attribution"},
     {"interop"},
     {"lab"},
 )

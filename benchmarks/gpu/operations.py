@@ -46,7 +46,7 @@ def operations(case: Case, layer_io_fits: bool) -> float:
 
     If all weights are trained and |U| = |E|, the methods need, in forwards: step 6; adjoint 9; adjoint with the
     gradient given 6; per sequence 7 if all of U's layer inputs and output gradients fit (``layer_io_fits``); error bars
-    10, or 12 if those do not fit, or 30 if two directions do not fit; matrix 6 and the products of the rows' gradients;
+    12, E's length going backward too, or 14 if those do not fit, or 32 if two directions do not fit; matrix 6 and the products of the rows' gradients;
     sweep one for each direction and one more. If few weights are trained, reverse passes and tangents cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
@@ -66,7 +66,7 @@ def operations(case: Case, layer_io_fits: bool) -> float:
         "adjoint": step + jvp,
         "adjoint_grad": e(forward=1, reverse=1) + jvp,
         "per_sequence": step + (u(ghost=1) if layer_io_fits else jvp),
-        "error_bars": step + (ghost_products + jvp if layer_io_fits or directions > 1 else groups * jvp),
+        "error_bars": step + e(reverse=1) + (ghost_products + jvp if layer_io_fits or directions > 1 else groups * jvp),
         "matrix": step + 2.0 * case.n_u * case.n_e * trained,
         "sweep": (1 + DIRECTIONS) * e(forward=1),
     }

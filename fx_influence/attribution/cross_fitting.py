@@ -38,7 +38,7 @@ class EvaluationGroups(NamedTuple):
         group: int64 (n_e,), the group of each row of E, a union of clusters, 0 to ``num_groups`` - 1.
         num_groups: number of groups.
         own_cluster: int64 (n_u,), the cluster that is the row's own prompt, or -1.
-        own: int64 (n_u,), the group that holds it, or -1.
+        left_out: int64 (n_u,), the group that holds it, or -1.
         leave_out: whether any row leaves a group out.
     """
 
@@ -46,7 +46,7 @@ class EvaluationGroups(NamedTuple):
     group: Tensor
     num_groups: int
     own_cluster: Tensor
-    own: Tensor
+    left_out: Tensor
     leave_out: bool
 
 
@@ -61,63 +61,54 @@ def split_into_groups(rows: EvaluationRows, stderr: bool, matrix: bool) -> Evalu
     cluster, own_cluster = cluster_index(rows.batch), rows.own_cluster
     leave_out = bool((own_cluster != NOTHING_LEFT_OUT).any())
     if matrix and leave_out:
-        group, own = cluster, own_cluster
+        group, left_out = cluster, own_cluster
     elif (stderr and not matrix) or leave_out:
         group = cluster % MAX_RANDOM_GROUPS
-        own = torch.where(own_cluster == NOTHING_LEFT_OUT, own_cluster, own_cluster % MAX_RANDOM_GROUPS)
+        left_out = torch.where(own_cluster == NOTHING_LEFT_OUT, own_cluster, own_cluster % MAX_RANDOM_GROUPS)
     else:
-        group, own = torch.zeros_like(cluster), own_cluster
-    return EvaluationGroups(cluster, group, int(group.max()) + 1, own_cluster, own, leave_out)
+        group, left_out = torch.zeros_like(cluster), own_cluster
+    return EvaluationGroups(cluster, group, int(group.max()) + 1, own_cluster, left_out, leave_out)
 
 
-def evaluation_rows(batch_u: Batch, batch_e: Batch | None) -> EvaluationRows:
+def evaluation_rows(batch_u: Batch, batch_e: Batch | None, cross_fit: bool) -> EvaluationRows:
     """Return E, which is U itself where ``batch_e`` is None, and the clusters to leave out.
-
-    Rows are left out where ``batch_e`` holds all rollouts of U under U's groups, as the generation batch of several
-    optimizer steps does. Fresh rollouts of the same prompts are no reason.
 
     Args:
         batch_u: update batch, n_u rows.
         batch_e: evaluation batch, or None.
+        cross_fit: whether groups of ``batch_e`` that U has too are the same rollouts of the same prompts.
 
     Raises:
-        ValueError: where U is part of E and there are fewer than four prompts.
+        ValueError: where U is part of E, for fewer than four prompts, and for a batch without ``group``.
     """
     if batch_e is None:
         group = prompt_index(batch_u) if batch_u.group is None else batch_u.group
         batch_e = batch_u._replace(coefficients=None, entropy_coefficients=None, group=group)
-        own = cluster_index(batch_e)
-    elif _holds_rows_of(batch_e, batch_u):
-        own = torch.searchsorted(torch.unique(_groups(batch_e)), _groups(batch_u))
+        own_cluster = cluster_index(batch_e)
+    elif cross_fit:
+        own_cluster = _shared_clusters(batch_u, batch_e)
     else:
         return EvaluationRows(batch_e, torch.full_like(batch_u.input_ids[:, 0], NOTHING_LEFT_OUT))
-    prompts = int(cluster_index(batch_e).max()) + 1 if len(batch_e.input_ids) else 0
+    prompts = int(cluster_index(batch_e).max()) + 1
     if prompts < MIN_PROMPTS:
         raise ValueError(
             f"batch_e has rollouts of {prompts} prompts, those of batch_u among them; expected at least {MIN_PROMPTS}, "
             "since each rollout's influence is taken over the other prompts. Use more prompts in a step, or pass "
             "fresh rollouts as batch_e"
         )
-    return EvaluationRows(batch_e, own)
+    return EvaluationRows(batch_e, own_cluster)
 
 
-def _holds_rows_of(batch_e: Batch, batch_u: Batch) -> bool:
-    """Return whether every rollout of U is one of E, with the same group and tokens."""
-    if batch_u.group is None or batch_e.group is None:
-        return False
-    known = torch.isin(_groups(batch_u), _groups(batch_e))
-    return bool(known.all()) and _rollouts(batch_u) <= _rollouts(batch_e)
-
-
-def _groups(batch: Batch) -> Tensor:
-    assert batch.group is not None
-    return batch.group.long()
-
-
-def _rollouts(batch: Batch) -> set[tuple[int, tuple[int, ...], tuple[bool, ...]]]:
-    """Return each row's group, its tokens and which of them count, without padding."""
-    rows = zip(_groups(batch).tolist(), batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True)
-    return {
-        (group, tuple(ids[attended].tolist()), tuple(counts[attended].tolist()))
-        for group, ids, attended, counts in rows
-    }
+def _shared_clusters(batch_u: Batch, batch_e: Batch) -> Tensor:
+    """Return the cluster of E that has the group of each row of U, int64 (n_u,), -1 where none has."""
+    for field, batch in (("batch_u", batch_u), ("batch_e", batch_e)):
+        if batch.group is None:
+            raise ValueError(
+                f"{field}.group is None with cross_fit=True; expected int64 (n,), equal for rollouts of one prompt in "
+                "both batches. Pass the prompts' indices"
+            )
+    assert batch_u.group is not None
+    assert batch_e.group is not None
+    known, wanted = torch.unique(batch_e.group.long()), batch_u.group.long()
+    index = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+    return torch.where(known[index] == wanted, index, NOTHING_LEFT_OUT)

@@ -1,4 +1,4 @@
-"""What each part of E contributes to the influences and to the step, and the error bars that follow."""
+"""Contributions of each part of E to the influences and to the step, and the error bars that follow."""
 
 from __future__ import annotations
 
@@ -9,39 +9,51 @@ from einops import einsum
 from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
+from fx_influence.attribution.group_derivatives import GroupDerivatives
 from fx_influence.attribution.linearized_losses import LinearizedLosses, token_derivatives
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.autodiff.engine import Engine
 from fx_influence.core.tree import Direction
-from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, Deviations, leave_own_out, own_parts, share_left
+from fx_influence.estimators.deviations import (
+    NOTHING_LEFT_OUT,
+    Deviations,
+    LabelDeviations,
+    deviations_of,
+    estimate_over_others,
+    is_left_out,
+    left_out_parts,
+    share_left,
+)
+from fx_influence.labels import Labels
 from fx_influence.optim.step import AdamWStep
 from fx_influence.types import Params
 
 
 class PartsOfE(NamedTuple):
-    """Contributions of E's groups or clusters, each a draw of its own.
+    """Contributions of E's groups or clusters, each a draw of its left_out.
 
     Attributes:
         influences: (C, n_u), to the influence of each rollout, the deviation of estimated denominators included.
         along_step: (C,), to the derivative along the whole step, likewise.
         shares: (C,), of the objective's denominator, adding up to 1.
-        own: int64 (n_u,), the part that is left out of each influence, or -1.
+        left_out: int64 (n_u,), the part that is left out of each influence, or -1.
     """
 
     influences: Tensor
     along_step: Tensor
     shares: Tensor
-    own: Tensor
+    left_out: Tensor
 
     def deviations(self) -> Deviations:
         """Return the deviation of each part from its expectation."""
-        return Deviations.of(self.influences, self.shares, self.own)
+        estimate = estimate_over_others(self.influences, self.shares, self.left_out)
+        return Deviations(deviations_of(self.influences, estimate, self.shares, self.left_out), self.left_out)
 
     def total_stderr(self) -> Tensor:
         """Return the standard error of the derivative along the step, of which each influence is over its own parts."""
         rest = self.along_step - self.influences.sum(-1)
         deviations = self.deviations().by_part.sum(-1) + rest - self.shares * rest.sum()
-        return Deviations(deviations.unsqueeze(-1), torch.full_like(self.own[:1], NOTHING_LEFT_OUT)).stderr()[0]
+        return Deviations(deviations.unsqueeze(-1), torch.full_like(self.left_out[:1], NOTHING_LEFT_OUT)).stderr()[0]
 
 
 class LengthSlopes(NamedTuple):
@@ -87,7 +99,7 @@ def parts_of_clusters(
         influences=rows.new_zeros(count, rows.shape[1]).index_add(0, cluster, rows),
         along_step=rows.new_zeros(count).index_add(0, cluster, along_step - evaluation.excess * slopes.along_step),
         shares=rows.new_zeros(count).index_add(0, cluster, evaluation.shares),
-        own=torch.full_like(groups.own, NOTHING_LEFT_OUT),
+        left_out=torch.full_like(groups.left_out, NOTHING_LEFT_OUT),
     )
 
 
@@ -98,12 +110,12 @@ def leave_own_rows_out(
     if not groups.leave_out:
         return pairwise
     rows = pairwise - einsum(evaluation.excess, slopes.rows, "a, i -> a i").to(pairwise.dtype)
-    is_own = groups.group.unsqueeze(1) == groups.own
-    return torch.where(is_own, 0.0, rows / share_left(evaluation.group_shares, groups.own).to(pairwise.dtype))
+    is_left_out = groups.group.unsqueeze(1) == groups.left_out
+    return torch.where(is_left_out, 0.0, rows / share_left(evaluation.group_shares, groups.left_out).to(pairwise.dtype))
 
 
-def self_influence(parts: Tensor, evaluation: Evaluation, groups: EvaluationGroups) -> Tensor:
-    """Return the influence of each rollout on its own prompt's entropy, float64 (n_u,), NaN where none is left out.
+def self_influence(parts: Tensor, evaluation: Evaluation, groups: EvaluationGroups) -> Tensor | None:
+    """Return the influence of each rollout on its own prompt's entropy, float64 (n_u,); None where none is left out.
 
     The group that is left out, of influence O_i and share f, may hold other prompts, which move as all others do:
 
@@ -112,13 +124,49 @@ def self_influence(parts: Tensor, evaluation: Evaluation, groups: EvaluationGrou
     Args:
         parts: (K, n_u), contributions of E's groups.
         evaluation: the objective over E.
-        groups: which groups and clusters are the rows' own.
+        groups: which groups and clusters are the rows' left_out.
     """
+    if not groups.leave_out:
+        return None
     shares = evaluation.shares
-    own_cluster, is_own = groups.own_cluster.clamp(min=0), groups.own_cluster != NOTHING_LEFT_OUT
+    own_cluster, is_left_out = groups.own_cluster.clamp(min=0), groups.own_cluster != NOTHING_LEFT_OUT
     of_prompt = shares.new_zeros(int(groups.cluster.max()) + 1).index_add(0, groups.cluster, shares)[own_cluster]
-    of_group = 1 - share_left(evaluation.group_shares, groups.own)
-    others = leave_own_out(parts, evaluation.group_shares, groups.own)
-    derivative = (own_parts(parts, groups.own) - (of_group - of_prompt) * others) / of_prompt
+    of_group = 1 - share_left(evaluation.group_shares, groups.left_out)
+    others = estimate_over_others(parts, evaluation.group_shares, groups.left_out)
+    derivative = (left_out_parts(parts, groups.left_out) - (of_group - of_prompt) * others) / of_prompt
     # A prompt without completion tokens has no entropy per token.
-    return torch.where(is_own & (of_prompt > 0), derivative, torch.nan)
+    return torch.where(is_left_out & (of_prompt > 0), derivative, torch.nan)
+
+
+def with_token_deviations(
+    deviations: Deviations,
+    tokens: Tensor,
+    groups: GroupDerivatives,
+    shares: Tensor,
+    labels: Labels | None,
+) -> Deviations:
+    """Return the deviations with those of tokens, or of the labels' sums, where the passes made what they need.
+
+    Per label l and group k it is sum of (<u_k, g_it> - f_k delta_it) / (1 - f_i) over its tokens outside rows
+    whose own group k is: the product with the label's gradient, whose rows are divided by 1 - f_i, less the own
+    rows' part.
+
+    Args:
+        deviations: of rollouts.
+        tokens: (n_u, T), the influences of tokens.
+        groups: derivatives by group, ``token_derivatives`` or ``label_products`` among them.
+        shares: (K,), the groups' shares of the denominator.
+        labels: of tokens, or None.
+    """
+    left_out = deviations.left_out
+    if groups.token_derivatives is not None:
+        return deviations._replace(tokens=deviations_of(groups.token_derivatives, tokens, shares, left_out))
+    if labels is None or groups.label_products is None:
+        return deviations
+    left, count = share_left(shares, left_out).unsqueeze(-1), len(deviations.by_part)
+    one_hot = torch.stack([labels.index == k for k in range(len(labels.names))]).double()
+    own_rows = is_left_out(count, left_out).double()
+    left_out = einsum(own_rows, one_hot, groups.own_tokens / left, "part row, label row pos, row pos -> part label")
+    expected = einsum(1 - own_rows, one_hot, tokens / left, "part row, label row pos, row pos -> part label")
+    by_part = groups.label_products - left_out - shares.unsqueeze(-1) * expected
+    return deviations._replace(by_label=LabelDeviations(labels.index, by_part))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
+from fx_influence.attribution.labelled_losses import LabelledLosses
 from fx_influence.attribution.linearized_losses import LinearizedLosses
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.core.tree import Direction
@@ -21,6 +22,8 @@ class GroupDerivatives(NamedTuple):
     Attributes:
         u: the sum of the u_k.
         derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.jvp``.
+        token_derivatives: <u_k, g_it>, (K, n_u, T), float64; None where they are not known.
+        label_products: <u_k, .> with the gradients of labels, (K, L), float64; None without labels.
         own_tokens: <u_k, g_it> of each row's own group k by token, (n_u, T), 0 where it has none.
         along_step: (K,), <grad H_k, v>, float64.
         on_step: inner products of grad H with the step's terms.
@@ -31,6 +34,8 @@ class GroupDerivatives(NamedTuple):
 
     u: Direction
     derivatives: Tensor
+    token_derivatives: Tensor | None
+    label_products: Tensor | None
     own_tokens: Tensor
     along_step: Tensor
     on_step: InnerProducts
@@ -44,6 +49,7 @@ def differentiate_by_group(
     step: AdamWStep,
     groups: EvaluationGroups,
     per_token: bool,
+    labelled: LabelledLosses,
     dtype: torch.dtype | None,
     offload: torch.device | str | None,
 ) -> GroupDerivatives:
@@ -55,6 +61,7 @@ def differentiate_by_group(
         step: the optimizer's step.
         groups: of E's rows, and the one that each row of U leaves out.
         per_token: whether the derivatives along that one are wanted by token.
+        labelled: how the sums over labels of tokens are differentiated.
         dtype: of u; None keeps that of the gradients.
         offload: device that holds the directions; None leaves them where the gradients are.
     """
@@ -64,13 +71,20 @@ def differentiate_by_group(
     derivatives: list[Tensor] = []
     pending: list[Direction] = []
     total: Params = {}
+    by_token: list[Tensor] = []
+    by_label: list[Tensor] = []
     own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
     for k, gradient in enumerate(evaluation.gradients):
         # From here on the gradient's memory holds gain * gradient.
         products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
-        if own_by_token and len(rows := (groups.own == k).nonzero().squeeze(-1)):
+        rows = (groups.left_out == k).nonzero().squeeze(-1)
+        if labelled.by_token and not update.resolves_tokens:
+            by_token.append(update.token_jvp(direction))
+            own_tokens[rows] = by_token[-1][rows]
+        elif own_by_token and len(rows):
             own_tokens[rows] = update.token_jvp_of(direction, rows)
+        by_label.extend([direction.scale * labelled.products(direction.unit)] if labelled.gradients else [])
         if several:
             direction.add_to_(total, offload)
         pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
@@ -82,9 +96,12 @@ def differentiate_by_group(
     if several and pending:
         derivatives.append(update.jvp(pending))
     u = Direction.of_(total) if several else pending[0]
+    by_group = torch.cat(derivatives)
     return GroupDerivatives(
         u=u,
-        derivatives=torch.cat(derivatives),
+        derivatives=by_group,
+        token_derivatives=by_group if update.resolves_tokens else torch.stack(by_token) if by_token else None,
+        label_products=torch.stack(by_label) if by_label else None,
         own_tokens=own_tokens,
         along_step=torch.stack([p.direction for p in products]),
         on_step=add_inner_products(products),

@@ -15,8 +15,10 @@ from fx_influence.attribution.error_bars import (
     length_slopes,
     parts_of_clusters,
     self_influence,
+    with_token_deviations,
 )
 from fx_influence.attribution.group_derivatives import GroupDerivatives, differentiate_by_group
+from fx_influence.attribution.labelled_losses import labelled_losses
 from fx_influence.attribution.linearized_losses import linearize_update
 from fx_influence.attribution.objective_gradients import evaluate_objective
 from fx_influence.attribution.result import Influence
@@ -30,6 +32,8 @@ from fx_influence.core.parameter_checks import check_policy, check_state
 from fx_influence.core.tree import detached, dot
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
+from fx_influence.estimators.deviations import share_left
+from fx_influence.labels import Labels, as_labels
 from fx_influence.objectives import Entropy, Objective, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
 from fx_influence.optim.step import AdamWStep
@@ -48,6 +52,7 @@ def influence(
     opt_state: AdamWState,
     *,
     apply: Apply,
+    cross_fit: bool = False,
     objective: Entropy | Objective = Entropy(),
     preconditioner: Preconditioner = "frozen",
     temperature: float = 1.0,
@@ -56,6 +61,7 @@ def influence(
     matrix: bool = False,
     stderr: bool = True,
     per_token: bool = True,
+    labels: Tensor | Labels | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -88,11 +94,12 @@ def influence(
         batch_u: update batch, n_u rows, with coefficients (see ``coefficients``). Where no row has a completion token
             every influence is 0 and the baseline remains.
         batch_e: evaluation batch, n_e rows of fresh rollouts. None takes those of U, which must then be sampled from
-            the policy at ``params`` and have four prompts at least (``group``, or without it equal prompt tokens). One
-            that holds all rows of U under the same ``group``, such as the generation batch of several optimizer
-            steps, leaves each row's prompt out as well.
+            the policy at ``params`` and have four prompts at least (``group``, or without it equal prompt tokens).
         opt_state: AdamW's state before the step.
         apply: the policy, from ``make_functional``.
+        cross_fit: leave the prompt of each row of U out of ``batch_e``, where its rollouts have the same ``group``: for
+            an E that holds U, such as the generation batch of several optimizer steps. With ``batch_e=None`` it is so
+            anyway.
         objective: ``Entropy(estimator, normalize)``, or surrogates of another functional of the policy, such as
             ``expected_reward(rewards)``; see ``objectives``.
         preconditioner: what a rollout's gradient is multiplied with; see ``adamw_decompose``.
@@ -109,6 +116,8 @@ def influence(
             once more, for the gradient of its length.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
+        labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
+            label, or with more labels than groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
             for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs;
@@ -159,7 +168,7 @@ def influence(
     params, engine = detached(params), make_engine(params, apply, temperature, chunk_size, mesh)
     engine.check_consistent(
         params=params,
-        cross_fitted=batch_e is None,
+        cross_fit=(cross_fit, batch_e is None),
         opt_state=opt_state,
         grad=grad,
         objective=objective,
@@ -168,19 +177,21 @@ def influence(
         matrix=matrix,
         stderr=stderr,
         per_token=per_token,
+        labelled=labels is not None,
         memory_budget=memory_budget,
         compute_dtype=compute_dtype,
         direction_dtype=direction_dtype,
         offload=offload,
         tolerance=tolerance,
     )
+    token_labels = _token_labels(batch_u, labels, stderr, per_token, matrix, engine)
     batch_u = engine.full_batch("batch_u", batch_u)
     batch_e = None if batch_e is None else engine.full_batch("batch_e", batch_e)
     if matrix:
         engine.check_gram("matrix=True")
     _check_batches(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
-    rows = evaluation_rows(batch_u, batch_e)
+    rows = evaluation_rows(batch_u, batch_e, cross_fit)
     if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)
@@ -198,6 +209,7 @@ def influence(
             matrix=matrix,
             stderr=stderr,
             per_token=per_token,
+            labels=token_labels,
             memory_budget=default_budget(params) if memory_budget is None else memory_budget,
             direction_dtype=direction_dtype,
             offload=offload,
@@ -226,6 +238,7 @@ class _Inputs:
     matrix: bool
     stderr: bool
     per_token: bool
+    labels: Labels | None
     memory_budget: int
     direction_dtype: torch.dtype | None
     offload: torch.device | str | None
@@ -245,17 +258,33 @@ def _attribute(x: _Inputs) -> Influence:
     update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, num_directions, x.per_token, x.memory_budget)
     step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm)
 
-    groups = differentiate_by_group(evaluation, update, step, x.groups, x.per_token, x.direction_dtype, x.offload)
-    rows = sum_groups(update, groups, evaluation.group_shares, x.groups.own, x.per_token, x.precision)
+    shares = evaluation.group_shares
+    labelled = labelled_losses(
+        x.params,
+        x.batch_u,
+        None if update.resolves_tokens else x.labels,
+        share_left(shares, x.groups.left_out),
+        x.groups.num_groups,
+        x.engine_u,
+        x.memory_budget,
+        x.direction_dtype or update.plan.dtype,
+    )
+    groups = differentiate_by_group(
+        evaluation, update, step, x.groups, x.per_token, labelled, x.direction_dtype, x.offload
+    )
+    rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
     identity = _check_sums(x, groups, rows)
     conditioned = conditioning(update, step, groups.u, rows.over_all)
     slopes = length_slopes(evaluation, update, step) if x.matrix else None
     on_step, along_step, update_products = groups.on_step, groups.along_step, groups.update_products
     by_group = groups.derivatives.sum(-1)
+    parts = PartsOfE(by_group, along_step, shares, x.groups.left_out) if x.stderr and several else None
+    deviations = None if parts is None else parts.deviations()
+    if deviations is not None and rows.per_token is not None:
+        deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels)
     # The caches of U's passes may take as much memory as the matrix.
-    del update, groups
+    del update, groups, labelled
 
-    parts = PartsOfE(by_group, along_step, evaluation.group_shares, x.groups.own) if x.stderr and several else None
     pairwise, rounding = None, rows.rounding
     if slopes is not None:
         pairwise = -x.engine_e.gram(
@@ -266,6 +295,7 @@ def _attribute(x: _Inputs) -> Influence:
         rounding = torch.where(rounding.isnan(), (rows.over_all - columns).abs(), rounding)
         if x.stderr and not several:
             parts = parts_of_clusters(x.params, pairwise, slopes, evaluation, step, x.engine_e, x.groups)
+            deviations = parts.deviations()
         pairwise = leave_own_rows_out(pairwise, slopes, evaluation, x.groups)
     check_rounding(rounding, rows.over_all, x.precision.lowest, x.bound)
     # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
@@ -273,7 +303,7 @@ def _attribute(x: _Inputs) -> Influence:
     return Influence(
         per_sequence=rows.per_sequence,
         per_token=rows.per_token,
-        stderr=torch.full_like(rows.per_sequence, torch.nan) if parts is None else parts.deviations().stderr(),
+        stderr=torch.full_like(rows.per_sequence, torch.nan) if deviations is None else deviations.stderr(),
         baseline=baseline,
         momentum=on_step.momentum,
         weight_decay=on_step.weight_decay,
@@ -286,7 +316,7 @@ def _attribute(x: _Inputs) -> Influence:
         conditioning=conditioned,
         rounding=rounding,
         self_influence=self_influence(by_group, evaluation, x.groups),
-        deviations=None if parts is None else parts.deviations(),
+        deviations=deviations,
     )
 
 
@@ -339,3 +369,23 @@ def _check_batches(params: Params, batch_u: Batch, batch_e: Batch | None, apply:
     check_batch("batch_u", batch_u, params, apply, coefficients=True, may_be_empty=batch_e is not None)
     if batch_e is not None:
         check_batch("batch_e", batch_e, params, apply)
+
+
+def _token_labels(
+    batch_u: Batch, labels: Tensor | Labels | None, stderr: bool, per_token: bool, matrix: bool, engine: Engine
+) -> Labels | None:
+    """Return the labels of the tokens of all processes, or None."""
+    if labels is None:
+        return None
+    chosen = as_labels(labels)
+    if chosen.index.shape != batch_u.input_ids.shape:
+        raise ValueError(
+            f"labels has shape {tuple(chosen.index.shape)}; expected {tuple(batch_u.input_ids.shape)}, one for each "
+            "token of batch_u. Labels of rollouts need not be given here: pass them to the result's sums"
+        )
+    if not (stderr and per_token) or matrix:
+        raise ValueError(
+            f"labels are given with stderr={stderr}, per_token={per_token} and matrix={matrix}; expected True, True "
+            "and False, since they are for standard errors of sums of tokens. Leave them out"
+        )
+    return replace(chosen, index=engine.full_tokens(batch_u, chosen.index))

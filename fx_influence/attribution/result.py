@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,37 @@ from torch import Tensor
 
 from fx_influence.core.influence_display import influence_html, influence_line
 from fx_influence.estimators.deviations import Deviations
+from fx_influence.labels import Labels, as_labels
 
 NOT_MEASURED = torch.full((), torch.nan, dtype=torch.float64)
 """Default of the fields that an older result does not have."""
+
+
+@dataclass(frozen=True, repr=False)
+class Sums:
+    """Influences added up by label: nats per unit lr, positive raises the objective; float64, one entry a label.
+
+    Attributes:
+        names: of the labels.
+        influence: (L,), the sums.
+        stderr: (L,), their standard errors over the draw of E; NaN where they are not known.
+        count: int64 (L,), rollouts or tokens with the label.
+        share: (L,), of the sum of |influence| over all rollouts or tokens.
+    """
+
+    names: tuple[str, ...]
+    influence: Tensor
+    stderr: Tensor
+    count: Tensor
+    share: Tensor
+
+    def __repr__(self) -> str:
+        columns = (x.tolist() for x in (self.influence, self.stderr, self.count, self.share))
+        lines = (
+            f"{name}: {value:+.4g}{'' if error != error else f' ± {error:.2g}'} ({count}, {share:.0%})"
+            for name, value, error, count, share in zip(self.names, *columns, strict=True)
+        )
+        return "\n".join(lines)
 
 
 class Influence(NamedTuple):
@@ -44,8 +73,8 @@ class Influence(NamedTuple):
             float32, without ``per_token``, where a parameter has no layer inputs and output gradients, or where the
             directions of the error bars were rounded to bfloat16.
         self_influence: (n_u,), where U is part of E: the influence on the entropy of the rollout's own prompt, which
-            ``per_sequence`` leaves out; see ``error_bars.self_influence``. NaN with an E of fresh rollouts, and for a
-            prompt without completion tokens.
+            ``per_sequence`` leaves out; see ``error_bars.self_influence``. NaN for a prompt that is not in E or has no
+            completion token; None with an E of fresh rollouts.
         deviations: how far each part of E carries each influence, from which ``stderr`` and the standard errors of
             sums follow; None without error bars.
     """
@@ -64,8 +93,52 @@ class Influence(NamedTuple):
     total_stderr: Tensor
     conditioning: Tensor = NOT_MEASURED
     rounding: Tensor = NOT_MEASURED
-    self_influence: Tensor = NOT_MEASURED
+    self_influence: Tensor | None = None
     deviations: Deviations | None = None
+
+    def sums(self, labels: Tensor | Labels) -> Sums:
+        """Return the influences added up by label, with the standard errors of the sums.
+
+            sum_l = sum_{i in l} delta_i,   stderr_l^2 = C / (C - 1) sum_k (sum_{i in l} deviation_ki)^2
+
+        over the C parts of E. Influences on one E err together, so this is not the root of their summed squares.
+        Sums of a partition add up to ``per_sequence.sum()``.
+
+        Args:
+            labels: (n_u,) of rollouts or (n_u, T) of tokens: integers or booleans, each value a label and negative ones
+                in no sum; or ``Labels``, such as those of ``fx.labels``.
+
+        Returns:
+            ``Sums``. Those over labels of tokens have standard errors where ``influence`` was given the same ``labels``
+            or had to go by JVPs.
+
+        Raises:
+            TypeError: for labels of another kind.
+            ValueError: for labels of another shape, and of tokens without ``per_token``.
+
+        Example:
+            >>> rest = dict.fromkeys(Influence._fields, torch.tensor(0.0))
+            >>> out = Influence(**{**rest, "per_sequence": torch.tensor([1.0, -3.0, 1.0]), "deviations": None})
+            >>> out.sums(torch.tensor([True, False, True]))
+            False: -3 (1, 60%)
+            True: +2 (2, 40%)
+        """
+        chosen = as_labels(labels)
+        values = self.per_sequence if chosen.index.ndim == 1 else self.per_token
+        if values is None or chosen.index.shape != values.shape:
+            shape = tuple(self.per_sequence.shape)
+            of_tokens = "no influences of tokens" if self.per_token is None else tuple(self.per_token.shape)
+            raise ValueError(
+                f"labels has shape {tuple(chosen.index.shape)}; expected {shape} for rollouts or {of_tokens} for "
+                "tokens. Give one label for each"
+            )
+        index, count = chosen.index.to(values.device), len(chosen.names)
+        one_hot = index.flatten().unsqueeze(-1) == torch.arange(count, device=values.device)
+        flat = values.double().flatten().unsqueeze(-1)
+        sums, sizes = (torch.where(one_hot, x, 0.0).sum(0) for x in (flat, flat.abs()))
+        unknown = torch.full_like(sums, torch.nan)
+        stderr = unknown if self.deviations is None else self.deviations.stderr_of_sums(index, count)
+        return Sums(chosen.names, sums, stderr, one_hot.sum(0), sizes / flat.abs().sum())
 
     def __repr__(self) -> str:
         return influence_line(self)

@@ -1,4 +1,4 @@
-"""Influences of rollouts and tokens from the derivatives by group of E, each over the groups that are not its own."""
+"""Influences of rollouts and tokens from the derivatives by group of E, less the group that each leaves out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_influence.attribution.group_derivatives import GroupDerivatives
 from fx_influence.attribution.linearized_losses import LinearizedLosses
 from fx_influence.core.tree import Direction, dot
-from fx_influence.estimators.deviations import own_parts, share_left
+from fx_influence.estimators.deviations import left_out_parts, share_left
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.precision import PassPrecision
 
@@ -19,7 +19,7 @@ class RowInfluences(NamedTuple):
     """Influences of U's rows, all float64.
 
     Attributes:
-        per_sequence: (n_u,), over the groups of E that are not the row's own.
+        per_sequence: (n_u,), over the groups of E that are not the row's left_out.
         per_token: (n_u, T) or None, likewise.
         over_all: (n_u,), over all groups: the terms of the identity.
         rounding: (n_u,), between two methods, NaN where there was one.
@@ -41,7 +41,7 @@ def sum_groups(
     per_token: bool,
     precision: PassPrecision,
 ) -> RowInfluences:
-    """Add up the derivatives by group, less each row's own, and compute those of tokens if they are wanted.
+    """Add up the derivatives by group, less each row's left_out, and compute those of tokens if they are wanted.
 
     Args:
         update: U's losses to first order.
@@ -56,11 +56,11 @@ def sum_groups(
     awaits_tokens = per_token and not (update.resolves_tokens or precision.wants_two_methods)
     derivatives = update.jvp([groups.u]) if groups.narrowed and not awaits_tokens else groups.derivatives
     by_groups = derivatives.sum((0, 2))
-    others_by_groups = (by_groups - own_parts(groups.derivatives.sum(-1), own_group)) / left
+    others_by_groups = (by_groups - left_out_parts(groups.derivatives.sum(-1), own_group)) / left
     unknown = torch.full_like(by_groups, torch.nan)
     if update.resolves_tokens:
-        over_all, own = derivatives.sum(0), own_parts(groups.derivatives, own_group)
-        tokens = (over_all - own) / left.unsqueeze(-1)
+        over_all, left_out = derivatives.sum(0), left_out_parts(groups.derivatives, own_group)
+        tokens = (over_all - left_out) / left.unsqueeze(-1)
         return RowInfluences(tokens.sum(-1), tokens if per_token else None, over_all.sum(-1), unknown, "the JVP over U")
     if not per_token:
         return RowInfluences(others_by_groups, None, by_groups, unknown, "ghost products over U")

@@ -45,6 +45,10 @@ class Engine:
         """Return the rows of all processes, of which ``batch`` holds this process's; ``field`` names it in errors."""
         return batch
 
+    def full_tokens(self, batch: Batch, values: Tensor) -> Tensor:
+        """Return the values (n, T) of the tokens of all processes, of which those given belong to ``batch``."""
+        return values
+
     def check_consistent(self, **arguments: object) -> None:
         """Raise ``ValueError`` unless every process was given the same ``arguments``."""
 

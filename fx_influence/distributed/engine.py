@@ -75,6 +75,12 @@ class DataParallelEngine(Engine):
     def full_batch(self, field: str, batch: Batch) -> Batch:
         return gather_batch(self.mesh, field, batch)
 
+    def full_tokens(self, batch: Batch, values: Tensor) -> Tensor:
+        # Fields of a batch travel together, padded to the widest; this one takes the place of the coefficients.
+        gathered = gather_batch(self.mesh, "batch_u", batch._replace(coefficients=values)).coefficients
+        assert gathered is not None
+        return gathered
+
     def check_consistent(self, **arguments: object) -> None:
         arguments |= {"temperature": self.temperature, "chunk_size": self.chunk_size}
         facts = (fact for name, value in arguments.items() for fact in comparable_facts(name, value))

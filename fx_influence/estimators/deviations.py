@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 NOTHING_LEFT_OUT = -1
-"""Value of ``own`` for a rollout whose influence is taken over all parts of E."""
+"""Value of ``left_out`` for a rollout whose influence is taken over all parts of E."""
 
 
 class Deviations(NamedTuple):
-    """How far each part of E carries each influence from its expectation, over the draw of E.
+    """Deviation of each influence from its expectation, over the draw of E, by the part of E that it comes from.
 
     The parts, which are E's clusters or groups of them, are drawn independently of one another, so that the squares of
     any sum of a part's deviations add up to the variance of that sum of influences.
@@ -21,44 +20,76 @@ class Deviations(NamedTuple):
     Attributes:
         by_part: (C, n), nats per unit lr, float64, adding up to 0 over the parts; 0 for the part that is left out of
             an influence.
-        own: int64 (n,), the part that is left out of each influence, or -1.
+        left_out: int64 (n,), the part that is left out of each influence, or -1.
+        tokens: (C, n, T), those of the influences of tokens, where these are known by part; or None.
+        by_label: those of the sums of tokens' influences over some labels, where these are known; or None.
     """
 
     by_part: Tensor
-    own: Tensor
-
-    @classmethod
-    def of(cls, parts: Tensor, shares: Tensor, own: Tensor) -> Deviations:
-        """Return the deviations of the influences that ``leave_own_out`` makes of the same arguments."""
-        estimate = leave_own_out(parts, shares, own)
-        deviations = (parts.double() - einsum(shares, estimate, "part, row -> part row")) / share_left(shares, own)
-        return cls(torch.where(_is_own(parts, own), 0.0, deviations), own)
+    left_out: Tensor
+    tokens: Tensor | None = None
+    by_label: LabelDeviations | None = None
 
     def stderr(self) -> Tensor:
         """Return the standard error of each influence, float64 (n,); NaN with fewer than two parts."""
-        return _root_of_squares(self.by_part, len(self.by_part) - (self.own != NOTHING_LEFT_OUT).long())
+        return _root_of_squares(self.by_part, len(self.by_part) - (self.left_out != NOTHING_LEFT_OUT).long())
 
-    def stderr_of_sums(self, membership: Tensor) -> Tensor:
+    def stderr_of_sums(self, index: Tensor, num_labels: int) -> Tensor:
         """Return the standard errors of sums of influences, float64 (L,): the root of the parts' summed squares.
 
         The deviations of a part are added up before they are squared, as influences over one E err together.
 
         Args:
-            membership: bool (L, n), the influences in each sum.
+            index: int64 (n,) of rollouts or (n, T) of tokens, the label of each, -1 for none.
+            num_labels: number of labels L.
+
+        Returns:
+            NaN for labels of tokens whose deviations are not known, and with fewer than two parts.
         """
-        sums = einsum(self.by_part, membership.double(), "part row, label row -> part label")
-        counted = ~_is_own(self.by_part, self.own)
-        used = (membership.unsqueeze(0) & counted.unsqueeze(1)).any(-1).sum(0)
+        labels = torch.arange(num_labels, device=index.device)
+        in_label = (index.flatten(1 if index.ndim == 2 else 0).reshape(len(index), -1, 1) == labels).any(1)
+        if index.ndim == 1:
+            sums = _sums_by_label(self.by_part, index, num_labels)
+        elif self.tokens is not None:
+            sums = _sums_by_label(self.tokens.flatten(1), index.flatten(), num_labels)
+        elif self.by_label is not None and torch.equal(self.by_label.labels, index):
+            sums = self.by_label.by_part
+        else:
+            return torch.full((num_labels,), torch.nan, dtype=torch.float64, device=index.device)
+        counted = ~is_left_out(len(self.by_part), self.left_out)
+        used = (in_label.T.unsqueeze(0) & counted.unsqueeze(1)).any(-1).sum(0)
         return _root_of_squares(sums, used)
 
 
-def leave_own_out(parts: Tensor, shares: Tensor, own: Tensor) -> Tensor:
-    """Return sum_{k != own_i} parts_ki / (1 - share_own_i), each influence over the parts of E that are not its own.
+class LabelDeviations(NamedTuple):
+    """Deviations ``by_part`` (C, L) of the sums of tokens' influences over L ``labels``, int64 (n, T)."""
+
+    labels: Tensor
+    by_part: Tensor
+
+
+def deviations_of(parts: Tensor, estimate: Tensor, shares: Tensor, left_out: Tensor) -> Tensor:
+    """Return (parts_k - share_k estimate) / (1 - share_own), 0 for k = left_out: (C, n, ...), float64.
+
+    Args:
+        parts: (C, n, ...), what each part of E contributes to each influence.
+        estimate: (n, ...), the influences over the parts that are not their left_out.
+        shares: (C,), the parts' shares of the objective's denominator, adding up to 1.
+        left_out: int64 (n,), the part that is left out, or -1.
+    """
+    further = [1] * (parts.ndim - 2)
+    expected = shares.double().reshape(-1, 1, *further) * estimate
+    deviations = (parts.double() - expected) / share_left(shares, left_out).reshape(-1, *further)
+    return torch.where(is_left_out(len(parts), left_out).reshape(len(parts), -1, *further), 0.0, deviations)
+
+
+def estimate_over_others(parts: Tensor, shares: Tensor, left_out: Tensor) -> Tensor:
+    """Return sum_{k != p} parts_ki / (1 - share_p), p = left_out_i: each influence over the parts that it may have.
 
     Args:
         parts: (C, n), what each part of E contributes to each influence.
         shares: (C,), the parts' shares of the objective's denominator, adding up to 1.
-        own: int64 (n,), the part to leave out, or -1 for none.
+        left_out: int64 (n,), the part to leave out, or -1 for none.
 
     Returns:
         float64 (n,).
@@ -67,26 +98,32 @@ def leave_own_out(parts: Tensor, shares: Tensor, own: Tensor) -> Tensor:
 
     Example:
         >>> parts, shares = torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([0.5, 0.5])
-        >>> leave_own_out(parts, shares, torch.tensor([0, -1])).tolist()
+        >>> estimate_over_others(parts, shares, torch.tensor([0, -1])).tolist()
         [6.0, 4.0]
     """
-    return torch.where(_is_own(parts, own), 0.0, parts.double()).sum(0) / share_left(shares, own)
+    return torch.where(is_left_out(len(parts), left_out), 0.0, parts.double()).sum(0) / share_left(shares, left_out)
 
 
-def own_parts(parts: Tensor, own: Tensor) -> Tensor:
-    """Return parts[own_i, i], the part that is left out of each influence; float64 (n, ...), 0 where none is."""
-    is_own = _is_own(parts, own).reshape(*parts.shape[:2], *[1] * (parts.ndim - 2))
-    return torch.where(is_own, parts.double(), 0.0).sum(0)
+def left_out_parts(parts: Tensor, left_out: Tensor) -> Tensor:
+    """Return parts[left_out_i, i], the part that is left out of each influence; float64 (n, ...), 0 where none is."""
+    chosen = is_left_out(len(parts), left_out).reshape(len(parts), -1, *[1] * (parts.ndim - 2))
+    return torch.where(chosen, parts.double(), 0.0).sum(0)
 
 
-def _is_own(parts: Tensor, own: Tensor) -> Tensor:
-    """Return whether part k is the one left out of influence i, (C, n)."""
-    return torch.arange(len(parts), device=own.device).unsqueeze(1) == own
+def is_left_out(count: int, left_out: Tensor) -> Tensor:
+    """Return whether part k of ``count`` is the one left out of influence i, (C, n)."""
+    return torch.arange(count, device=left_out.device).unsqueeze(1) == left_out
 
 
-def share_left(shares: Tensor, own: Tensor) -> Tensor:
-    """Return 1 - share_own_i, the denominator's share of the parts that each influence is over; float64 (n,)."""
-    return torch.where(own == NOTHING_LEFT_OUT, 1.0, 1 - shares.double()[own.clamp(min=0)])
+def share_left(shares: Tensor, left_out: Tensor) -> Tensor:
+    """Return 1 - share_left_out_i, the denominator's share of the parts that each influence is over; float64 (n,)."""
+    return torch.where(left_out == NOTHING_LEFT_OUT, 1.0, 1 - shares.double()[left_out.clamp(min=0)])
+
+
+def _sums_by_label(values: Tensor, index: Tensor, num_labels: int) -> Tensor:
+    """Return the sums (C, L) of values (C, m) by label (m,); label -1 is in none."""
+    sums = values.new_zeros(len(values), num_labels + 1).index_add(1, index + 1, values)
+    return sums[:, 1:]
 
 
 def _root_of_squares(deviations: Tensor, count: Tensor) -> Tensor:

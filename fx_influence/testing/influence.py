@@ -101,7 +101,7 @@ class CrossFitted(NamedTuple):
 
 
 def cross_fitted(
-    parts: Tensor, lengths: Sequence[int], fold: Sequence[int], own: Sequence[int], normalize: Normalize
+    parts: Tensor, lengths: Sequence[int], fold: Sequence[int], left_out: Sequence[int], normalize: Normalize
 ) -> CrossFitted:
     """Return delta_i over the rows of E outside i's own fold, and its standard error over the other folds.
 
@@ -112,18 +112,18 @@ def cross_fitted(
         parts: (n_e, n_u), see ``deviating_parts``.
         lengths: completion tokens of each row of E.
         fold: the fold of each row of E.
-        own: the fold that each row of U leaves out.
+        left_out: the fold that each row of U leaves out.
         normalize: ``"token"`` (shares by length) or ``"sequence"`` (by row).
     """
     f = [float(length) if normalize == "token" else 1.0 for length in lengths]
     share = [x / sum(f) for x in f]
     deltas, errors = [], []
     for i in range(parts.shape[1]):
-        others = [a for a in range(len(f)) if fold[a] != own[i]]
+        others = [a for a in range(len(f)) if fold[a] != left_out[i]]
         left = sum(share[a] for a in others)
         delta = sum(float(parts[a, i]) for a in others) / left
         squares = []
-        for k in set(fold) - {own[i]}:
+        for k in set(fold) - {left_out[i]}:
             members = [a for a in others if fold[a] == k]
             squares.append(sum((float(parts[a, i]) - delta * share[a]) / left for a in members) ** 2)
         deltas.append(delta)

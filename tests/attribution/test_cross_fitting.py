@@ -54,24 +54,24 @@ def test_cross_fitted_influence_matches_the_reference(case: Case, seed: int, pro
         rows_only = run(case, u, None, matrix=exact, per_token=False, stderr=False)
         assert_close(rows_only.per_sequence, expected.per_sequence, size)
         assert rows_only.stderr.isnan().all()
-    own = torch.tensor(clusters).unsqueeze(1) == torch.tensor(clusters)
+    left_out = torch.tensor(clusters).unsqueeze(1) == torch.tensor(clusters)
     matrix = present(out.matrix)
     assert_close(matrix.sum(0), out.per_sequence, size)
-    assert not matrix[own].any()
+    assert not matrix[left_out].any()
 
 
 @given(case=cases(), seed=seeds)
 def test_self_influence_is_that_of_the_own_prompt(case: Case, seed: int) -> None:
     u = batch_of_prompts(seed, 11, 5)
-    parts, own = slow_parts(case, u, u), present(u.group).unsqueeze(1) == present(u.group)
+    parts, left_out = slow_parts(case, u, u), present(u.group).unsqueeze(1) == present(u.group)
     shares = denominator_weights(u.completion_mask, case.normalize)
-    expected = torch.where(own, parts, 0.0).sum(0) / (own * (shares / shares.sum()).unsqueeze(1)).sum(0)
-    assert_close(run(case, u, None).self_influence, expected, 5 * parts.abs().sum())
-    assert run(case, u, u._replace(group=None)).self_influence.isnan().all()
+    expected = torch.where(left_out, parts, 0.0).sum(0) / (left_out * (shares / shares.sum()).unsqueeze(1)).sum(0)
+    assert_close(present(run(case, u, None).self_influence), expected, 5 * parts.abs().sum())
+    assert run(case, u, u).self_influence is None
 
 
 def test_self_influence_of_a_fold_takes_other_prompts_out() -> None:
-    """With more prompts than folds the fold holds others, which move as everything outside it does."""
+    """A fold holds other prompts where there are more than folds; they move as everything outside it does."""
     case = make_case()
     u = batch_of_prompts(3, 24, 12)
     shares = denominator_weights(u.completion_mask, "token")
@@ -82,7 +82,7 @@ def test_self_influence_of_a_fold_takes_other_prompts_out() -> None:
         fold, prompt = cluster % 8 == cluster[i] % 8, cluster == cluster[i]
         others = parts[~fold, i].sum() / shares[~fold].sum()
         expected = (parts[fold, i].sum() - shares[fold & ~prompt].sum() * others) / shares[prompt].sum()
-        assert_close(out.self_influence[i], expected, parts[:, i].abs().sum() / shares[prompt].sum())
+        assert_close(present(out.self_influence)[i], expected, parts[:, i].abs().sum() / shares[prompt].sum())
 
 
 @given(case=cases(), seed=seeds)
@@ -91,7 +91,7 @@ def test_rows_of_a_generation_batch_leave_their_prompts_out(case: Case, seed: in
     e = batch_of_prompts(seed, 12, 6)
     index = torch.tensor([7, 1, 2, 8])
     u = add_padding(select_rows(e, index), 2, 1)
-    out = run(case, u, e._replace(coefficients=None))
+    out = run(case, u, e._replace(coefficients=None), cross_fit=True)
     fold = (torch.arange(12) % 6).tolist()
     expected = cross_fitted(
         slow_parts(case, select_rows(e, index), e),
@@ -114,14 +114,30 @@ def make_case() -> Case:
     return Case(model, apply, params, u, u, state, "per_decision", "token", "frozen", 1.0, None)
 
 
-def test_fresh_rollouts_of_the_same_prompts_are_kept() -> None:
-    """Equal groups alone leave nothing out: the rollouts of E are not those of U."""
+def test_rows_of_other_prompts_leave_nothing_out() -> None:
+    """Only rows whose group is in E leave a part of it out; without ``cross_fit`` none does."""
     case = make_case()
-    fresh = batch_of_prompts(9, 12, 6)._replace(coefficients=None)
-    renamed = fresh._replace(group=present(fresh.group) + 100)
-    a, b = run(case, case.batch_u, fresh), run(case, case.batch_u, renamed)
-    assert torch.equal(a.per_sequence, b.per_sequence)
-    assert a.self_influence.isnan().all()
+    e = batch_of_prompts(9, 12, 6)._replace(coefficients=None)
+    renamed = e._replace(group=present(e.group) + 100)
+    plain, same_groups = run(case, case.batch_u, renamed), run(case, case.batch_u, e)
+    assert torch.equal(plain.per_sequence, same_groups.per_sequence)
+    elsewhere = run(case, case.batch_u, renamed, cross_fit=True)
+    assert torch.equal(plain.per_sequence, elsewhere.per_sequence)
+    assert elsewhere.self_influence is None
+    half = e._replace(group=torch.where(present(e.group) > 10, present(e.group) + 100, present(e.group)))
+    mixed = run(case, case.batch_u, half, cross_fit=True)
+    kept_whole = present(case.batch_u.group) > 10
+    assert_close(mixed.per_sequence[kept_whole], plain.per_sequence[kept_whole])
+    assert torch.equal(present(mixed.self_influence).isnan(), kept_whole)
+
+
+@pytest.mark.parametrize("field", ["batch_u", "batch_e"])
+def test_cross_fitting_refuses_batches_without_group(field: str) -> None:
+    case = make_case()
+    batches = {"batch_u": case.batch_u, "batch_e": case.batch_u}
+    batches[field] = batches[field]._replace(group=None)
+    with pytest.raises(ValueError, match=rf"{field}.group is None with cross_fit=True"):
+        run(case, **batches, cross_fit=True)
 
 
 def test_rows_without_group_are_folded_by_their_prompts() -> None:

@@ -45,7 +45,7 @@ class Inputs:
 
     def group_gradients(self) -> list[fx.Params]:
         """Return grad H by random group of E."""
-        groups = split_into_groups(evaluation_rows(self.u, self.e), stderr=True, matrix=False)
+        groups = split_into_groups(evaluation_rows(self.u, self.e, cross_fit=False), stderr=True, matrix=False)
         engine = Engine(self.apply)
         return list(evaluate_objective(self.params, self.e, fx.Entropy(), groups, True, engine, 0, None).gradients)
 

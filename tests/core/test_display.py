@@ -63,7 +63,9 @@ def test_influence_supports_vmap_pickle_and_copy() -> None:
     reprs = []
 
     def scaled(factor: torch.Tensor) -> Influence:
-        scaled_result = out._replace(total=out.total * factor, matrix=out.per_sequence)
+        # vmap takes no None
+        tensors = dict.fromkeys(("matrix", "self_influence", "deviations"), out.per_sequence)
+        scaled_result = out._replace(total=out.total * factor, **tensors)
         reprs.append(repr(scaled_result))
         return scaled_result
 

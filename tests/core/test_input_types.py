@@ -88,19 +88,24 @@ def test_check_state_rejects_other_types(call: Call, wrong: Callable[[Arguments]
         (lambda b: b._asdict(), r"{f} is of type dict; expected a fx\.Batch\. Name its fields: fx\.Batch\(input_ids="),
         (lambda b: BatchEncoding(b._asdict()), r"{f} is of type BatchEncoding; .*mask\.bool\(\)"),
         (lambda b: [], r"{f} is of type list; expected a fx\.Batch\. Make one by fx\.collate\(rollouts, pad_id\)"),
-        (lambda b: None, r"{f} is None; expected a fx\.Batch"),
         (lambda b: b._replace(input_ids=b.input_ids.tolist()), r"{f}\.input_ids is of type list; .*torch\.as_tensor"),
         (lambda b: b._replace(completion_mask=None), r"{f}\.completion_mask is None; expected a tensor"),
         (lambda b: b._replace(group=np.arange(4)), r"{f}\.group is of type ndarray; expected a tensor"),
         (lambda b: b._replace(coefficients=0.5), r"{f}\.coefficients is of type float; expected a tensor"),
     ],
-    ids=["dict", "encoding", "list", "none", "ids as list", "no mask", "group as array", "coefficient as number"],
+    ids=["dict", "encoding", "list", "ids as list", "no mask", "group as array", "coefficient as number"],
 )
 def test_check_is_batch_rejects_other_types(
     call: Call, field: str, wrong: Callable[[Batch], Any], message: str
 ) -> None:
     of = {"batch_u": "u", "batch_b": "u"}.get(field, "u" if call is Arguments.per_sample else "e")
     assert_rejected(call, message.replace("{f}", field), TypeError, **{field: lambda g: wrong(getattr(g, of))})
+
+
+@pytest.mark.parametrize(("call", "field"), [c for c in BATCHES if c != (Arguments.influence, "batch_e")])
+def test_check_is_batch_rejects_none(call: Call, field: str) -> None:
+    """All but ``influence``, which then takes U for E."""
+    assert_rejected(call, f"{field} is None; expected a fx.Batch", TypeError, **{field: lambda g: None})
 
 
 @pytest.mark.parametrize(

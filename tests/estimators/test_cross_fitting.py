@@ -11,7 +11,7 @@ from helpers.enumeration import exact_gradient
 from helpers.world import World, derivatives_along, estimates, select_values
 from torch import Tensor
 
-from fx_influence.estimators.deviations import Deviations, leave_own_out
+from fx_influence.estimators.deviations import Deviations, estimate_over_others
 from fx_influence.estimators.entropy import (
     denominator_weights,
     entropy_coefficients,
@@ -96,7 +96,7 @@ def test_cross_fitting_is_unbiased_and_covers_the_truth(
         draw = draw_update(world, slopes, estimator, normalize, generator)
         parts = draw.parts.new_zeros(8, len(fold)).index_add(0, fold, draw.parts)
         shares = draw.shares.new_zeros(8).index_add(0, fold, draw.shares)
-        delta = leave_own_out(parts, shares, fold)
+        delta = estimate_over_others(parts, shares, fold)
         errors.append(torch.stack([delta.sum(), draw.parts.sum()]) - draw.truth.sum())
         within = (delta - draw.truth).abs() <= 2.447 * Deviations.of(parts, shares, fold).stderr()
         covered.append(within[draw.moves].double())

@@ -110,7 +110,7 @@ def _entropy_influences(
     tensors = {name: getattr(out, name) for name in names if name != "deviations"}
     assert out.deviations is not None
     tensors["deviations"] = out.deviations.by_part
-    tensors["rollouts_error"] = out.deviations.stderr_of_sums(torch.ones_like(out.deviations.own[None]).bool())[0]
+    tensors["rollouts_error"] = out.deviations.stderr_of_sums(torch.zeros_like(out.deviations.left_out), 1)[0]
     return tensors | {"per_parameter": torch.stack(list(out.per_parameter.values()))}
 
 

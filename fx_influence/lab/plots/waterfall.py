@@ -116,7 +116,7 @@ def _group_error(results: EntropyInfluenceResults, evaluation: int, mask: np.nda
     if "deviations" in evaluated.arrays:
         deviations = torch.from_numpy(evaluated.arrays["deviations"])
         nothing_left_out = torch.full((deviations.shape[1],), NOTHING_LEFT_OUT)
-        return float(Deviations(deviations, nothing_left_out).stderr_of_sums(torch.from_numpy(mask)[None])[0])
+        return float(Deviations(deviations, nothing_left_out).stderr_of_sums(torch.from_numpy(mask).long() - 1, 1)[0])
     # Runs of version 0.2 and before have the matrix alone, which leaves out that the H in E's centre is estimated.
     if evaluated.matrix is None:
         return float("nan")
