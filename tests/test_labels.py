@@ -13,7 +13,7 @@ from helpers.present import present
 import fx_influence as fx
 from fx_influence import labels
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
-from fx_influence.types import Batch
+from fx_influence.types import Apply, Batch
 
 
 class Inputs:
@@ -22,8 +22,9 @@ class Inputs:
     def __init__(self, hugging_face: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         if hugging_face:
-            self.apply, self.params = fx.make_functional(make_model("qwen2", lora=False).double())
-            vocab: int = present(getattr(self.apply, "vocab_size", None))
+            policy, self.params = fx.make_functional(make_model("qwen2", lora=False).double())
+            self.apply: Apply = policy
+            vocab = present(policy.vocab_size)
         else:
             vocab = 6
             self.apply, self.params = make_apply(TinyPolicy(vocab, 6, 1, 2, 9, seed=2))

@@ -46,8 +46,9 @@ def operations(case: Case, layer_io_fits: bool) -> float:
 
     If all weights are trained and |U| = |E|, the methods need, in forwards: step 6; adjoint 9; adjoint with the
     gradient given 6; per sequence 7 if all of U's layer inputs and output gradients fit (``layer_io_fits``); error bars
-    12, E's length going backward too, or 14 if those do not fit, or 32 if two directions do not fit; matrix 6 and the products of the rows' gradients;
-    sweep one for each direction and one more. If few weights are trained, reverse passes and tangents cost half.
+    12, E's length going backward too, or 14 if those do not fit, or 32 if two directions do not fit; matrix 6 and the
+    products of the rows' gradients; sweep one for each direction and one more. If few weights are trained, reverse
+    passes and tangents cost half.
     """
     u, e = (functools.partial(_passes, weights(case.setting), n, case.width) for n in (case.n_u, case.n_e))
     groups = min(MAX_RANDOM_GROUPS, (case.n_e + 1) // 2)

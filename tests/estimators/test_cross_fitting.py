@@ -11,7 +11,7 @@ from helpers.enumeration import exact_gradient
 from helpers.world import World, derivatives_along, estimates, select_values
 from torch import Tensor
 
-from fx_influence.estimators.deviations import Deviations, estimate_over_others
+from fx_influence.estimators.deviations import Deviations, deviations_of, estimate_over_others
 from fx_influence.estimators.entropy import (
     denominator_weights,
     entropy_coefficients,
@@ -98,7 +98,8 @@ def test_cross_fitting_is_unbiased_and_covers_the_truth(
         shares = draw.shares.new_zeros(8).index_add(0, fold, draw.shares)
         delta = estimate_over_others(parts, shares, fold)
         errors.append(torch.stack([delta.sum(), draw.parts.sum()]) - draw.truth.sum())
-        within = (delta - draw.truth).abs() <= 2.447 * Deviations.of(parts, shares, fold).stderr()
+        stderr = Deviations(deviations_of(parts, delta, shares, fold), fold).stderr()
+        within = (delta - draw.truth).abs() <= 2.447 * stderr
         covered.append(within[draw.moves].double())
     by_update = torch.stack(errors)
     cross_fitted, plug_in = (by_update.mean(0) / (by_update.std(0) / math.sqrt(UPDATES))).tolist()
