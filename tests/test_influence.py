@@ -101,6 +101,7 @@ def permuted(batch: Batch, order: torch.Tensor) -> Batch:
     return Batch._make(None if field is None else field[order] for field in batch)
 
 
+@pytest.mark.slow
 @given(case=cases(), seed=st.integers(0, 100))
 def test_influence_is_equivariant_to_row_order(case: Case, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -38,6 +38,7 @@ HELD_BY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", HELD_BY)
 def test_every_mistake_has_an_existing_test(mistake: str) -> None:
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in Path(__file__).parent.rglob("test_*.py")]

@@ -65,6 +65,7 @@ def per_decision_entropy(normalize: Normalize) -> Objective:
     return objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", NORMALIZES)
 @pytest.mark.parametrize(
     ("estimator", "make_objective"), [("sequence", sequence_entropy), ("per_decision", per_decision_entropy)]

@@ -123,6 +123,7 @@ def test_snis_delta_over_eta_tends_to_jvp_delta(estimator: Estimator, normalize:
     assert_within(per_row[0], 2 * per_row[1], 0.02 * float(per_row[0].abs().sum()))
 
 
+@pytest.mark.slow
 @given(case=cases(), seed=seeds, a=st.sampled_from([-2.0, 0.5, 3.0]), b=st.sampled_from([-1.0, 0.0, 4.0]))
 def test_jvp_delta_is_linear_and_quadratic_in_direction(case: Case, seed: int, a: float, b: float) -> None:
     v, w = direction_of(case, seed), direction_of(case, seed + 1)

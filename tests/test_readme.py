@@ -170,6 +170,7 @@ def test_attach_example_prints_what_trl_example_does(
         assert figures == [step[name] for name in names]
 
 
+@pytest.mark.slow
 def test_loop_example_passes_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
     example, scope = examples()["loop"], dict[str, Any]()
     example.run(scope)

@@ -89,13 +89,14 @@ def works(setting: Setting, names: tuple[str, ...]) -> dict[str, Callable[[], ob
     return {name: available[name] for name in ("step", "step_u", *names)}
 
 
-def measure(setting: Setting, names: tuple[str, ...], pairs: int) -> dict[str, Any]:
+def measure(setting: Setting, names: tuple[str, ...], pairs: int, with_memory: bool = True) -> dict[str, Any]:
     """Return seconds and flops of every method in units of its step, and what it adds to the peak memory.
 
     Args:
         setting: size of the problem.
         names: methods, see ``METHODS``.
         pairs: paired runs of each method and the step.
+        with_memory: whether to measure the memory of every method, in a process each, and not of the step alone.
     """
     by_step = works(setting, names)
     step, step_u = by_step.pop("step"), by_step.pop("step_u")
@@ -108,7 +109,7 @@ def measure(setting: Setting, names: tuple[str, ...], pairs: int) -> dict[str, A
         # The counter does not see the products of a compiled pass, which are those of the eager one.
         counted = {} if name == "adjoint_compiled" else {"flops": flops(work) / unit.get(name, step_flops)}
         routes[name] = {**counted, "seconds": times[name]}
-    for name in ("step", *names):
+    for name in ("step", *names) if with_memory else ("step",):
         routes.setdefault(name, {})["peak_extra_bytes"] = peak_extra_bytes(MODULE, json.dumps(setting), name)
     trained = sum(x.numel() for x in problem(setting).params.values())
     return {"setting": setting._asdict(), "title": setting.title, "trained": trained, "routes": routes}
@@ -128,7 +129,8 @@ def _cell(method: dict[str, Any] | None) -> str:
         return ""
     cells = [f"{method['seconds']['median']:.2f} s"] if "seconds" in method else []
     cells += [f"{method['flops']:.2f} f"] if "flops" in method else []
-    return ", ".join([*cells, f"{method['peak_extra_bytes'] / 2**20:.0f} MiB"])
+    cells += [f"{method['peak_extra_bytes'] / 2**20:.0f} MiB"] if "peak_extra_bytes" in method else []
+    return ", ".join(cells)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.quick:
         names = tuple(name for name in METHODS if name != "adjoint_compiled")
-        tiny = [measure(Setting("tiny", lora, 4, 24), names, pairs=1) for lora in (False, True)]
+        tiny = [measure(Setting("tiny", lora, 4, 24), names, pairs=1, with_memory=False) for lora in (False, True)]
         print(markdown({"settings": tiny}))
         return 0
     stored = _stored()

@@ -60,6 +60,7 @@ def test_cross_fitted_influence_matches_the_reference(case: Case, seed: int, pro
     assert not matrix[left_out].any()
 
 
+@pytest.mark.slow
 @given(case=cases(), seed=seeds)
 def test_self_influence_is_that_of_the_own_prompt(case: Case, seed: int) -> None:
     u = batch_of_prompts(seed, 11, 5)
@@ -85,6 +86,7 @@ def test_self_influence_of_a_fold_takes_other_prompts_out() -> None:
         assert_close(present(out.self_influence)[i], expected, parts[:, i].abs().sum() / shares[prompt].sum())
 
 
+@pytest.mark.slow
 @given(case=cases(), seed=seeds)
 def test_rows_of_a_generation_batch_leave_their_prompts_out(case: Case, seed: int) -> None:
     """U is part of E, in another order and padded otherwise; a row of another prompt changes nothing in kind."""

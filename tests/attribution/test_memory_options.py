@@ -83,6 +83,7 @@ def test_stderr_in_bfloat16_is_within_its_rounding(inputs: Inputs) -> None:
     assert not exact.rounding.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_budget", [0, None])
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("stderr", [True, False])

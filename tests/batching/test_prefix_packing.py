@@ -159,6 +159,7 @@ def assert_near(actual: Tensor, expected: Tensor, params: Params, scale: Any = N
     assert_close_to_rounding(actual, expected, terms=terms, scale=scale, dtype=torch.float64, name=name)
 
 
+@pytest.mark.slow
 @families
 @adapters
 def test_packing_preserves_values_and_derivatives(family: str, lora: bool) -> None:

@@ -132,6 +132,7 @@ def test_run_keeps_finished_cases_when_interrupted(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
+@pytest.mark.slow
 def test_report_has_all_figures_of_a_case(tmp_path: Path) -> None:
     timed = Case(LORA, "adjoint", 10, 10, 12, goal_seconds=1e-9)
     run([*cases("step", setting=LORA), timed], "cpu", 8.0, tmp_path / "gpu.json")
@@ -151,6 +152,7 @@ def test_report_has_all_figures_of_a_case(tmp_path: Path) -> None:
     assert adjoint["within_tolerance"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "rel"), [(FULL, 0.05), (LORA, 0.15)], ids=["full", "lora"])
 @pytest.mark.parametrize("route", METHODS)
 def test_operations_match_counted_flops_of_more_rows(setting: Setting, rel: float, route: str) -> None:

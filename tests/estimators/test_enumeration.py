@@ -197,6 +197,7 @@ def test_every_order_is_exact_on_full_distribution(estimator: Estimator, normali
     assert_close(out.per_sequence, truth, present(out.matrix).abs().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", NORMALIZES)
 @pytest.mark.parametrize("seed", [1, 3, 6, 7])
 def test_snis_per_decision_has_smaller_error_than_sequence(normalize: Normalize, seed: int) -> None:

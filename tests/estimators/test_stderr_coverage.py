@@ -87,6 +87,7 @@ def test_cluster_stderr_covers_truth_in_95_percent(
         )
 
 
+@pytest.mark.slow
 def test_cluster_stderr_covers_truth_when_lengths_change() -> None:
     """The H in E's centre is estimated too, which matters where a rollout changes lengths."""
     world = make_world(19, PROMPTS, VOCAB, 4, 1.3)
@@ -94,6 +95,7 @@ def test_cluster_stderr_covers_truth_when_lengths_change() -> None:
     assert within_bounds(covered_share.clusters), covered_share.clusters
 
 
+@pytest.mark.slow
 @estimates
 @pytest.mark.parametrize("seed", [4, 19])
 def test_snis_stderr_covers_truth_in_95_percent(seed: int, estimator: Estimator, normalize: Normalize) -> None:

@@ -49,6 +49,7 @@ def test_cli_prints_the_commented_plan(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == COMMENTED_PLAN.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_influence_is_a_function_after_its_module_is_imported() -> None:
     """Python sets a module as an attribute of its package, over the function of the same name."""
     code = "import fx_influence.attribution.influence, fx_influence as fx; print(type(fx.influence).__name__)"

@@ -50,6 +50,7 @@ def run(folder: Path, **changes: Any) -> int:
     return main(["run", str(folder / "plan.yaml"), "--out", str(folder / "out")])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rewards")
 @pytest.mark.parametrize("broken", ["same", "missing"])
 def test_run_reuses_directory_when_plan_is_corrected(tmp_path: Path, broken: str) -> None:
@@ -60,6 +61,7 @@ def test_run_reuses_directory_when_plan_is_corrected(tmp_path: Path, broken: str
     assert fx.load_run(tmp_path / "out").plan.reward == "made_rewards:by_length"
 
 
+@pytest.mark.slow
 def test_run_judges_again_when_reward_is_corrected(tmp_path: Path, rewards: ModuleType) -> None:
     assert run(tmp_path) == 1
     rewards.reward = rewards.by_length  # type: ignore[attr-defined]

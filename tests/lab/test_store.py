@@ -100,6 +100,7 @@ def test_run_names_full_disk_and_continues_afterwards(
     assert surviving == {name: before[name] for name in surviving}, "what was stored before was not written again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -126,6 +127,7 @@ def test_run_names_damaged_piece_and_overwrites_nothing(
     assert contents(interrupted) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eval_00.npz", "eval_00_delta_matrix.npy", "baseline.safetensors"])
 @pytest.mark.parametrize("position", [0.5, 0.99])
 def test_load_run_detects_one_wrong_byte(finished: Path, tmp_path: Path, name: str, position: float) -> None:
@@ -139,6 +141,7 @@ def test_load_run_detects_one_wrong_byte(finished: Path, tmp_path: Path, name: s
         load_run(copy).baseline()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["optimizer.pt", "model.safetensors", "prompts.jsonl"])
 def test_run_rejects_inputs_changed_since_it_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
@@ -219,6 +222,7 @@ def test_run_leaves_folder_with_a_users_plan_alone(
     assert contents(tmp_path) == {"plan.yaml": Path(plan).read_bytes()}
 
 
+@pytest.mark.slow
 def test_run_stores_relative_paths_as_absolute(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(finished / "update_rollouts.jsonl", tmp_path / "u.jsonl")
     monkeypatch.chdir(tmp_path)

@@ -143,6 +143,7 @@ def test_layer_io_covers_every_parameter(family: str, lora: bool, tied: bool) ->
         assert_near(actual, slow[name][:, half], state.params, name=name)
 
 
+@pytest.mark.slow
 @adapters
 def test_influence_runs_under_flop_counter(lora: bool) -> None:
     apply, state = setup(make_model("qwen2", lora=lora))
@@ -213,6 +214,7 @@ def test_influence_leaves_model_unchanged(family: str, lora: bool) -> None:
     assert set(before["modes"].values()) == {True, False}
 
 
+@pytest.mark.slow
 @families
 @adapters
 def test_policy_disables_dropout(family: str, lora: bool) -> None:
@@ -226,6 +228,7 @@ def test_policy_disables_dropout(family: str, lora: bool) -> None:
     assert model.training
 
 
+@pytest.mark.slow
 @families
 @adapters
 def test_policy_ignores_gradient_checkpointing(family: str, lora: bool) -> None:
@@ -252,6 +255,7 @@ def trainer_gradient(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return {name: present(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @families
 @adapters
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

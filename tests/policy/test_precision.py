@@ -90,6 +90,7 @@ FUNCTIONS: dict[str, Callable[[fx.Apply, fx.Params, Problem], Tensor | None]] = 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("kind", ["trained", "frozen", "function"])
 @pytest.mark.parametrize("name", FUNCTIONS)

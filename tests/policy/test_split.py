@@ -115,6 +115,7 @@ def works(apply: fx.Policy, state: Any) -> dict[str, Callable[[], object]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["reverse", "forward mode", "influence", "matrix"])
 @pytest.mark.parametrize("at_once", [3, 10**6])
 @adapters
@@ -172,6 +173,7 @@ def test_reweighted_gradient_keeps_graphs_within_budget(budget: int) -> None:
         assert_close_to_rounding(actual_g, value, terms=policy_terms(state.params, WIDTH), scale=largest, name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_recompute_reuses_cached_linear_outputs(lora: bool) -> None:
     apply, state = setup(make_model("qwen2", lora=lora))

@@ -85,6 +85,7 @@ def test_sequence_gradients_match_jacobian_of_loss(bonus: bool) -> None:
             assert_close(g, expected[name][i])
 
 
+@pytest.mark.slow
 @estimates
 @pytest.mark.parametrize("preconditioner", get_args(Preconditioner))
 def test_influence_matches_finite_difference(

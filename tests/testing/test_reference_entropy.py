@@ -124,6 +124,7 @@ def test_entropy_estimators_are_exact_on_full_distribution(
     assert_close(out.delta_h, after - before)
 
 
+@pytest.mark.slow
 @estimates
 def test_entropy_estimators_match_exact_value_on_sample(estimator: Estimator, normalize: Normalize) -> None:
     apply, params = make_apply(TinyPolicy(vocab=3, dim=4, max_len=6, seed=3))

@@ -57,6 +57,7 @@ def saved(request: pytest.FixtureRequest, full: Path) -> Saved:
     return checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["files", *DCP_LAYOUTS])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_load_full_matches_live_state(architecture: str, layout: str, bases: Path, tmp_path: Path) -> None:
@@ -79,6 +80,7 @@ def test_load_full_matches_live_state(architecture: str, layout: str, bases: Pat
     assert loaded.eos_token_ids == load_checkpoint(bases / architecture, optimizer=False).eos_token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["files", "dcp by name"])
 @pytest.mark.parametrize("kind", LORA)
 def test_load_peft_matches_live_state(kind: str, layout: str, bases: Path, tmp_path: Path) -> None:

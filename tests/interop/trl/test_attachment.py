@@ -45,6 +45,7 @@ def trainer_with_callbacks(out: Path, *callbacks: Any, **more: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_callback_instance_attaches_itself(tmp_path: Path) -> None:
     influence = EntropyInfluence(1, HELD_OUT, completions_per_prompt=2)
     training = trainer_with_callbacks(tmp_path / "a", influence)
@@ -55,6 +56,7 @@ def test_callback_instance_attaches_itself(tmp_path: Path) -> None:
     assert_detached(training)
 
 
+@pytest.mark.slow
 def test_callback_class_attaches_itself(tmp_path: Path) -> None:
     class EveryStep(EntropyInfluence):
         def __init__(self) -> None:

@@ -49,6 +49,7 @@ class BreakOnTrainBegin(TrainerCallback):
         self._patch.setattr(self._owner, self._name, failing(self._error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
@@ -128,6 +129,7 @@ def test_warning_as_error_does_not_end_the_training(tmp_path: Path, monkeypatch:
     assert not influence.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "clip_grad_norm_"])
 def test_trainers_own_exception_passes_unchanged(name: str, tmp_path: Path) -> None:
     training = trainer(PLAIN, str(tmp_path), 2)
@@ -193,6 +195,7 @@ def test_batch_without_completion_tokens_is_measured_or_warned(tmp_path: Path) -
     assert_training_unchanged(measured.trainer, tmp_path / "b", prepare=mask_completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_infinite_rewards_do_not_end_the_training(value: float, tmp_path: Path) -> None:
     def judge(training: Any) -> None:

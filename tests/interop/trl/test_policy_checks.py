@@ -45,6 +45,7 @@ def sample_elsewhere(training: Any) -> None:
     training._generate = generate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("replace_sampler", "message"),
     [(sample_hotter, "differ by .* nats a token"), (sample_elsewhere, "times likelier at .* times its temperature")],

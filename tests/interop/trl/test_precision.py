@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {"eval_prompts": ["4+5=", "6=", "70+1=", "1+1+1="], "
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lora", [False, True])
 def test_unattributed_is_rounding_under_autocast(lora: bool, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_interval_is_unchanged_when_rows_are_copied() -> None:
     assert stats.pearsonr(*many).pvalue < 1e-3 < once[0]["p"]
 
 
+@pytest.mark.slow
 def test_intervals_cover_and_p_is_uniform_under_the_null() -> None:
     rng, inside, values = np.random.default_rng(11), 0, []
     for _ in range(150):

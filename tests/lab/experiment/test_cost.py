@@ -181,6 +181,7 @@ def test_second_order_of_rollouts_needs_the_baselines() -> None:
     assert plan_of(directions=("grad",), second_order_per_sequence=True).second_order_directions() == {"full"}
 
 
+@pytest.mark.slow
 def test_derivative_check_warns_of_a_detached_parameter(fresh: Setting) -> None:
     plan, state, step, _ = fresh
     record = derivative_check(plan, state, step.batch)

@@ -120,6 +120,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Arrays]:
     }
 
 
+@pytest.mark.slow
 def test_sweep_equals_snis_delta_along_every_direction(exact: tuple[Setting, Arrays]) -> None:
     setting, swept = exact
     baseline, near = setting.step.decomposition.baseline, depth(setting, torch.float64, math.log(14))
@@ -151,6 +152,7 @@ def test_sweep_float64_differs_by_rounding_only(setting: Setting, swept: Arrays)
     assert_within(swept["grad_float64"][0, 0], exact, bound)
 
 
+@pytest.mark.slow
 def test_sweep_second_derivatives_are_those_of_jvp_delta(setting: Setting, swept: Arrays) -> None:
     seconds_by_name = {"grad_second": rollout_directions(setting)}
     for name, directions in seconds_by_name.items():
@@ -178,6 +180,7 @@ def test_sweep_auto_step_is_along_v_i(exact: tuple[Setting, Arrays]) -> None:
     assert swept["auto_grad_contributions"].shape == (12, 12)
 
 
+@pytest.mark.slow
 def test_sweep_does_not_measure_stored_blocks(setting: Setting, swept: Arrays) -> None:
     stored: dict[int, Arrays] = {}
     done: list[int] = []

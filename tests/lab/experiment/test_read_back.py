@@ -26,6 +26,7 @@ from fx_influence.lab.health import health
 from fx_influence.lab.plan import read_plan
 
 
+@pytest.mark.slow
 def test_analyze_leaves_run_files_unchanged(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)

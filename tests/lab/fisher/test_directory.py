@@ -18,6 +18,7 @@ from fx_influence.lab.fisher import run as fisher_module
 from fx_influence.lab.fisher.results import FisherKernelResults
 
 
+@pytest.mark.slow
 def test_run_fisher_continues_with_the_same_bytes(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,4 +149,4 @@ def test_fisher_default_directory_is_named_after_plan(
 
 @pytest.mark.slow
 def test_run_fisher_same_bytes_when_killed_at_random(finished: Path, tmp_path: Path) -> None:
-    assert kill_and_resume("fisher", finished / "plan.yaml", tmp_path / "out", 20) == stored_bytes(finished)
+    assert kill_and_resume("fisher", finished / "plan.yaml", tmp_path / "out", 8) == stored_bytes(finished)

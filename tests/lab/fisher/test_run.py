@@ -73,6 +73,7 @@ def inner(a: fx.Params, b: fx.Params) -> Tensor:
     return torch.stack([(a[name] * b[name]).sum() for name in b]).sum()
 
 
+@pytest.mark.slow
 def test_fisher_directory_holds_every_file(finished: Path, results: FisherKernelResults) -> None:
     names = {"plan.yaml", "environment.json", "summary.json", "update_rollouts.jsonl", "update_self_kernel.npy"}
     ends = ("_kernel.npy", "_delta_logprob_matrix.npy", ".npz", "_top.jsonl", "_rollouts.jsonl", ".json")
@@ -91,6 +92,7 @@ def test_fisher_directory_holds_every_file(finished: Path, results: FisherKernel
     assert results.environment["packages"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_kernel_and_diagonals_match_reference(results: FisherKernelResults, known: Known) -> None:
     diagonals = reference.adam_diagonals(known.state, known.step)
     stored = results.evaluations[0]
@@ -151,6 +153,7 @@ def test_baseline_and_rollouts_sum_to_prediction(results: FisherKernelResults, k
         assert evaluation.summary["relative_residual"] == pytest.approx(np.abs(arrays["residual"]).sum() / size, abs=0)
 
 
+@pytest.mark.slow
 def test_run_fisher_rejects_a_lost_derivative(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +204,7 @@ def test_top_lists_rollouts_that_move_e_most(results: FisherKernelResults) -> No
             assert (c["contribution"], c["kernel"]) == (e.delta_logprob_matrix[a, i], e.kernel[a, i])
 
 
+@pytest.mark.slow
 def test_run_fisher_with_identity_from_rollout_files(
     results: FisherKernelResults, known: Known, tmp_path: Path
 ) -> None:

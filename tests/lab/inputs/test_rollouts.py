@@ -183,6 +183,7 @@ def test_rollout_file_fills_in_missing_advantages(tmp_path: Path) -> None:
     assert [r.advantage for r in mixed[4:]] == [r.advantage for r in judged[4:]]
 
 
+@pytest.mark.slow
 def test_run_attributes_custom_sequences(tmp_path: Path) -> None:
     """Two steps: one taught answer moved along its own tokens; U and E need no sampling and no rewards."""
     values = {

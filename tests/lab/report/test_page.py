@@ -72,6 +72,7 @@ def test_page_policy_allows_only_its_script_and_style(results: EntropyInfluenceR
     assert "//" not in re.sub(r"^ *//.*$|<!doctype.*?>", "", re.sub(r"<script type.*?</script>", "", page), flags=re.M)
 
 
+@pytest.mark.slow
 def test_report_is_reproducible_and_keeps_the_runs_files(
     tmp_path: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_report_is_reproducible_and_keeps_the_runs_files(
     assert [path.name for path in (out / "report").iterdir()] == ["index.html"]
 
 
+@pytest.mark.slow
 def test_report_fails_but_run_succeeds_without_jinja2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def with_loss_scaler(init_scale: float) -> Callable[[Any], None]:
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "unclipped"])
 def test_skipped_steps_are_missing_with_one_warning(max_grad_norm: float, tmp_path: Path) -> None:
     prepare = with_loss_scaler(3e38)
@@ -44,6 +45,7 @@ def test_skipped_steps_are_missing_with_one_warning(max_grad_norm: float, tmp_pa
     assert_training_unchanged(measured.trainer, tmp_path / "b", 4, with_loss_scaler(3e38), max_grad_norm=max_grad_norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "unclipped"])
 def test_loss_scaler_leaves_the_metrics(max_grad_norm: float, tmp_path: Path) -> None:
     """Powers of two scale without rounding, so the metrics are those without a scaler, unscaled by clipping or not."""

@@ -34,6 +34,7 @@ def is_quick(variant: Variant) -> bool:
     return all(choices) or not any(choices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [pytest.param(v, id=v.name, marks=[] if is_quick(v) else pytest.mark.slow) for v in variants()],
@@ -73,6 +74,7 @@ def with_token_advantages(training: Any) -> None:
     training._generate_and_score_completions = generate
 
 
+@pytest.mark.slow
 def test_token_advantages_are_attributed(tmp_path: Path) -> None:
     measured = measure_training(tmp_path / "a", prepare=with_token_advantages, learning_rate=1e-4)
     assert not measured.warnings
@@ -100,6 +102,7 @@ def reinforce(training: Any, scorings: int = 1) -> Callable[..., Tensor]:
     return compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorings", [1, 2])
 def test_users_loss_is_attributed(scorings: int, tmp_path: Path) -> None:
     """Entropies are None then, as the loss needs none; scored twice, log-probabilities have two coefficients."""

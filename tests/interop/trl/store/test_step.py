@@ -54,6 +54,7 @@ def test_stored_step_is_a_readable_run(tmp_path: Path) -> None:
     assert_close_to_rounding(advantages, 0.0, terms=12, scale=12, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_stored_state_repeats_the_step_from_its_plan(lora: bool, tmp_path: Path) -> None:
     """Off-policy, with an entropy bonus and clipping: what is stored of U is enough without the trainer's loss."""

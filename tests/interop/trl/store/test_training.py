@@ -30,6 +30,7 @@ def train_once(out: Path, steps: int, resume: str | None = None, **options: Any)
     training.train(resume_from_checkpoint=resume)
 
 
+@pytest.mark.slow
 def test_second_training_stores_in_another_directory(tmp_path: Path) -> None:
     train_once(tmp_path, 1)
     before = training_ids(tmp_path)
