@@ -32,7 +32,7 @@ from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.interop.trl.preflight.generation import GenerationError, check_generation
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import all_gather_values, mesh_of
-from fx_influence.interop.trl.prompts import held_out_prompts
+from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
 from fx_influence.interop.trl.sampling import preserve_random_state
 from fx_influence.interop.trl.store.step import StepStore
 from fx_influence.interop.trl.store.training import read_training_id, training_directory, write_training_id
@@ -50,12 +50,12 @@ class EntropyInfluence(TrainerCallback):
     """Measure every ``every``-th optimizer step of a ``GRPOTrainer`` or ``RLOOTrainer``: why its entropy changes.
 
     Before the step it takes the update batch U with the coefficients of the trainer's own loss, its gradient and
-    clipping, and AdamW's state, samples fresh completions of ``eval_prompts`` as the evaluation batch E, and calls
-    ``fx.influence``. After the step it measures the change of entropy on the same E. Both are logged through the
-    trainer as ``entropy_influence/...``, appended to ``history``, and stored as a run directory for each measured step,
-    which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own precision, so that
-    only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued if rounding swallows
-    more than a tenth of a step, as it does with weights trained in bfloat16.
+    clipping, and AdamW's state, and calls ``fx.influence``. The evaluation batch E is U itself, cross-fitted, or fresh
+    completions of ``eval_prompts``. After the step it measures the change of entropy on the same E. Both are logged
+    through the trainer as ``entropy_influence/...``, appended to ``history``, and stored as a run directory for each
+    measured step, which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own
+    precision, so that only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued
+    if rounding swallows more than a tenth of a step, as it does with weights trained in bfloat16.
 
     With several processes (DistributedDataParallel), U and E are the rollouts of all: every process attaches a callback
     with the same settings, samples its share of E and has the full ``history``; the first process stores.
@@ -67,9 +67,10 @@ class EntropyInfluence(TrainerCallback):
 
     Args:
         every: steps n, 2n, ... are measured, as ``logging_steps`` counts.
-        eval_prompts: texts or conversations in the trainer's own format, or a data set with a column ``prompt``; None
-            takes the trainer's ``eval_dataset``. Many prompts with few completions each give smaller errors than the
-            reverse.
+        eval_prompts: ``"batch"`` generates nothing: the rollouts of the step are E, and each one's influence is taken
+            over the other prompts, of which a step needs four. Else held-out texts or conversations in the trainer's
+            own format, or a data set with a column ``prompt``; None takes the trainer's ``eval_dataset``. Many prompts
+            with few completions each give smaller errors than the reverse.
         completions_per_prompt: number of completions of each prompt.
         objective: how the entropy is estimated, as for ``fx.influence``.
         preconditioner: as for ``fx.influence``.
@@ -100,7 +101,7 @@ class EntropyInfluence(TrainerCallback):
     def __init__(
         self,
         every: int = 10,
-        eval_prompts: Any = None,
+        eval_prompts: Any = BATCH,
         *,
         completions_per_prompt: int = 4,
         objective: Entropy = Entropy(),
@@ -153,7 +154,7 @@ class EntropyInfluence(TrainerCallback):
             check_steps(trainer)
             check_generation(trainer)
             make_functional(trainer.model, position_ids=False)
-            prompts, note = held_out_prompts(trainer, self._eval_prompts, self._max_prompts)
+            prompts, note = self._evaluation_prompts(trainer)
             self._check_processes_agree(mesh, prompts)
             attached = (x for x in trainer.callback_handler.callbacks if isinstance(x, EntropyInfluence))
             name = free_name(self._requested_name, {x.name for x in attached if x._trainer is trainer})
@@ -168,7 +169,14 @@ class EntropyInfluence(TrainerCallback):
             self._warn(note)
         return self
 
-    def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any]) -> None:
+    def _evaluation_prompts(self, trainer: Any) -> tuple[list[Any] | None, str | None]:
+        """Return the prompts of E, None where the batch is E, and a sentence for the user or None."""
+        if not (isinstance(self._eval_prompts, str) and self._eval_prompts == BATCH):
+            return held_out_prompts(trainer, self._eval_prompts, self._max_prompts)
+        check_batch_is_evaluation(trainer, self._save_state)
+        return None, None
+
+    def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any] | None) -> None:
         if mesh is not None:
             check_consistent(mesh, {"every": self.every, "eval_prompts": prompts, **self._settings._asdict()})
 

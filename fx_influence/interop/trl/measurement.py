@@ -41,6 +41,7 @@ from fx_influence.interop.trl.precision import (
 )
 from fx_influence.interop.trl.processes import local_rows
 from fx_influence.interop.trl.sampling import held_out_rollouts
+from fx_influence.interop.trl.store.contents import update_rollouts
 from fx_influence.objectives import Entropy
 from fx_influence.optim.step import AdamWStep
 from fx_influence.perturbation import MAX_LOG_WEIGHT
@@ -100,7 +101,7 @@ class StepMeasurement:
 
     Args:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
-        prompts: of E.
+        prompts: of E; None where E is the update batch, cross-fitted.
         settings: how steps are measured.
         mesh: of the trainer's processes, None for a single process.
         warn: called with a sentence that the user should read.
@@ -109,7 +110,7 @@ class StepMeasurement:
     def __init__(
         self,
         trainer: Any,
-        prompts: list[Any],
+        prompts: list[Any] | None,
         settings: MeasurementSettings,
         mesh: DeviceMesh | None,
         warn: Callable[[str], None],
@@ -142,16 +143,11 @@ class StepMeasurement:
         # Live moments: all that reads them is done before the optimizer steps.
         opt_state = adamw_state(trainer.optimizer, trainer.model, copy=False)
         captured = self._with_entropies(captured, params)
-        rollouts = held_out_rollouts(
-            trainer, self._prompts, settings.completions_per_prompt, settings.seed + step, self._mesh
-        )
-        # Padding is masked, so any token will do.
-        batch_e = collate(rollouts, pad_id=0, device=captured.batch.input_ids.device)
-        local_e = local_rows(batch_e, self._mesh)
+        rollouts, batch_e = self._evaluation(step, captured)
         result = influence(
             params,
             local_rows(captured.batch, self._mesh),
-            local_e,
+            None if self._prompts is None else local_rows(batch_e, self._mesh),
             opt_state,
             apply=in_trainers_precision(policy, trainer.accelerator),
             objective=settings.objective,
@@ -166,7 +162,8 @@ class StepMeasurement:
         )
         self._log_conditioning(step, float(result.conditioning))
         values = self._exact_values(params, batch_e)
-        self._check_sampled_from_policy(rollouts, values, batch_e, params)
+        drawn = _drawn_logprobs(rollouts) if self._prompts is not None else _captured_logprobs(captured)
+        self._check_sampled_from_policy(drawn, values, batch_e, params)
         entropy = entropy_estimate(values, batch_e, settings.objective.normalize).item()
         step_of = functools.partial(AdamWStep.of, captured.gradient, opt_state, params)
         if store_state is not None:
@@ -198,6 +195,18 @@ class StepMeasurement:
             self._rounding_warned = True
             self._warn(rounding_warning(measured.step, params, lost))
         return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
+
+    def _evaluation(self, step: int, captured: CapturedStep) -> tuple[list[Rollout], Batch]:
+        """Return E as records and as the rows of all processes: the rollouts of U, or fresh ones."""
+        if self._prompts is None:
+            batch_e = captured.batch._replace(coefficients=None, entropy_coefficients=None)
+            return update_rollouts(captured, self._trainer), batch_e
+        settings = self._settings
+        rollouts = held_out_rollouts(
+            self._trainer, self._prompts, settings.completions_per_prompt, settings.seed + step, self._mesh
+        )
+        # Padding is masked, so any token will do.
+        return rollouts, collate(rollouts, pad_id=0, device=captured.batch.input_ids.device)
 
     def _functional_policy(self) -> Policy:
         """Return the policy, made at the first step, when the trainer has prepared its model."""
@@ -251,7 +260,7 @@ class StepMeasurement:
         return captured._replace(entropies=values.entropies.masked_fill(~mask, 0.0).to(captured.logprobs.dtype))
 
     def _check_sampled_from_policy(
-        self, rollouts: list[Rollout], values: TokenValues, batch_e: Batch, params: Params
+        self, drawn: Tensor | None, values: TokenValues, batch_e: Batch, params: Params
     ) -> None:
         """Raise ``GenerationError`` where E's tokens were not sampled from the policy.
 
@@ -259,17 +268,15 @@ class StepMeasurement:
         other temperatures are compared instead, once per training run.
 
         Args:
-            rollouts: E as records.
+            drawn: (m,), the log-probs of E's completion tokens as they were drawn, or None.
             values: of E's tokens, in float32 at least.
             batch_e: E, (n_e, T).
             params: by name.
         """
-        known = [r.behaviour_logprobs for r in rollouts if r.behaviour_logprobs is not None]
-        if len(known) == len(rollouts):
-            behaviour = torch.tensor([x for row in known for x in row], dtype=torch.float64)
+        if drawn is not None:
             scored = values.logprobs[batch_e.completion_mask].double().cpu()
-            finite = behaviour.isfinite()
-            check_sampled_logprobs(behaviour[finite], scored[finite], rounding_bound(self._trainer))
+            finite = drawn.isfinite()
+            check_sampled_logprobs(drawn[finite], scored[finite], rounding_bound(self._trainer))
         elif not self._temperature_checked:
 
             def logprobs_at(factor: float) -> Tensor:
@@ -277,6 +284,21 @@ class StepMeasurement:
 
             check_temperature(logprobs_at, batch_e)
             self._temperature_checked = True
+
+
+def _drawn_logprobs(rollouts: list[Rollout]) -> Tensor | None:
+    """Return the log-probs that all rollouts' tokens were drawn with, float64 (m,), or None where some are unknown."""
+    known = [r.behaviour_logprobs for r in rollouts if r.behaviour_logprobs is not None]
+    if len(known) < len(rollouts):
+        return None
+    return torch.tensor([x for row in known for x in row], dtype=torch.float64)
+
+
+def _captured_logprobs(captured: CapturedStep) -> Tensor | None:
+    """Return the log-probs under the policy that sampled U, float64 (m,), or None where the trainer keeps none."""
+    if captured.old_logprobs is None:
+        return None
+    return captured.old_logprobs[captured.batch.completion_mask].double().cpu()
 
 
 def _stride(params: Params) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from fx_influence.attribution.result import Influence
 from fx_influence.estimators.concentration import top_share
 from fx_influence.estimators.snis import SnisDelta
@@ -22,11 +24,11 @@ class MeasuredStep(NamedTuple):
         step: number of optimizer steps when it is done, from 1.
         lr: lr_ref of this step; influences times it are in nats.
         captured: the update batch U, as the trainer's loss used it.
-        evaluation: the evaluation batch E as records.
+        evaluation: the evaluation batch E as records; U's own where the influences are cross-fitted.
         influence: of U on the entropy over E, per unit lr.
         entropy: estimate of H on E before the step, nats.
-        measured_change: change of H over the step, by importance sampling on the same E; None where the optimizer made
-            no step.
+        measured_change: change of H over the step, by importance sampling on the same E, nothing left out; None where
+            the optimizer made no step.
         seconds: duration of measuring.
         step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
     """
@@ -40,6 +42,17 @@ class MeasuredStep(NamedTuple):
     measured_change: SnisDelta | None
     seconds: float
     step_rounding: float = float("nan")
+
+    def through_own_prompts(self) -> float:
+        """Return what leaving out the rollouts' own prompts takes off the sum of their influences, per unit lr.
+
+        It is 0 with an E of fresh rollouts. Importance sampling on U has it too, to first order in lr.
+        """
+        influence = self.influence
+        if influence.self_influence is None:
+            return 0.0
+        over_all = torch.stack(list(influence.per_parameter.values())).sum() - influence.unattributed
+        return float(over_all - influence.per_sequence.sum())
 
     def metrics(self) -> dict[str, float]:
         """Return the logged metrics, by name without prefix.
@@ -67,9 +80,11 @@ class MeasuredStep(NamedTuple):
         completion_tokens = influence.per_token[captured.batch.completion_mask]
         concentration = float(top_share(completion_tokens, TOP_SHARE)) if completion_tokens.numel() else math.nan
         metrics |= {"concentration": concentration, "conditioning": float(influence.conditioning)}
+        if influence.self_influence is not None:
+            metrics["self_influence"] = self.lr * self.through_own_prompts()
         metrics |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
         if self.measured_change is not None:
-            metrics["measured"] = float(self.measured_change.delta_h)
+            metrics["measured"] = float(self.measured_change.delta_h) - self.lr * self.through_own_prompts()
             metrics["measured_stderr"] = float(self.measured_change.stderr)
             metrics["ess"] = float(self.measured_change.ess)
             metrics["step_rounding"] = self.step_rounding

@@ -6,6 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+from fx_influence.attribution.cross_fitting import MIN_PROMPTS
+
+BATCH = "batch"
+"""``eval_prompts`` where the rollouts of the step are E, each without its own prompt."""
+
 IMAGE_COLUMNS = ("image", "images")
 """Columns of a data set that trl shows to the policy beside the prompt."""
 
@@ -20,6 +25,39 @@ class HeldOutPrompts(NamedTuple):
 
     prompts: list[Any]
     note: str | None
+
+
+def check_batch_is_evaluation(trainer: Any, save_state: bool) -> None:
+    """Raise ``ValueError`` unless the rollouts of every optimizer step can be E: all of its policy, of four prompts."""
+    args, remedy = trainer.args, "Pass held-out prompts as eval_prompts"
+    if save_state:
+        raise ValueError(
+            f"save_state is True with eval_prompts={BATCH!r}; expected False, since a stored plan has an E of its own. "
+            + remedy
+        )
+    generations = {
+        "num_iterations": (getattr(args, "num_iterations", 1), 1),
+        "steps_per_generation": (args.steps_per_generation, args.gradient_accumulation_steps),
+    }
+    for name, (value, most) in generations.items():
+        if value > most:
+            raise ValueError(
+                f"{name} is {value} with eval_prompts={BATCH!r}; expected {most} at most, since the rollouts of a "
+                f"later optimizer step are an older policy's. {remedy}"
+            )
+    if getattr(args, "mask_truncated_completions", False):
+        raise ValueError(
+            f"mask_truncated_completions is True with eval_prompts={BATCH!r}; expected False, since an E without "
+            f"truncated completions is not the policy's. {remedy}"
+        )
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    prompts = rollouts // trainer.num_generations
+    if prompts < MIN_PROMPTS:
+        raise ValueError(
+            f"an optimizer step has {rollouts} rollouts of {prompts} prompts with eval_prompts={BATCH!r}; expected at "
+            f"least {MIN_PROMPTS} prompts, since each rollout's influence is taken over the others. {remedy}, or use "
+            "more prompts in a step"
+        )
 
 
 def held_out_prompts(trainer: Any, eval_prompts: Any, max_prompts: int) -> HeldOutPrompts:

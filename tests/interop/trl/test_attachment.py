@@ -60,7 +60,7 @@ def test_callback_instance_attaches_itself(tmp_path: Path) -> None:
 def test_callback_class_attaches_itself(tmp_path: Path) -> None:
     class EveryStep(EntropyInfluence):
         def __init__(self) -> None:
-            super().__init__(1, completions_per_prompt=2)
+            super().__init__(1, None, completions_per_prompt=2)
 
     held_out = Dataset.from_list([{"prompt": prompt} for prompt in HELD_OUT])
     training = trainer_with_callbacks(tmp_path / "a", EveryStep, eval_dataset=held_out)
@@ -70,7 +70,7 @@ def test_callback_class_attaches_itself(tmp_path: Path) -> None:
 
 
 def test_callback_warns_when_it_cannot_attach(tmp_path: Path) -> None:
-    influence = EntropyInfluence(1)
+    influence = EntropyInfluence(1, None)
     training = trainer_with_callbacks(tmp_path, influence)
     texts = warnings_of(training.train)
     assert any("no step of this training run is measured: eval_prompts is None" in text for text in texts)

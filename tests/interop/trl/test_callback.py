@@ -107,7 +107,7 @@ def test_eval_dataset_of_conversations_gives_the_prompts(tmp_path: Path) -> None
     training.processing_class.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     training.train_dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p[:-1]}]} for p in PROMPTS])
     training.eval_dataset = training.train_dataset
-    influence = EntropyInfluence(1, completions_per_prompt=2).attach(training)
+    influence = EntropyInfluence(1, None, completions_per_prompt=2).attach(training)
     training.reward_funcs = [lambda completions, **_: [float(len(c[0]["content"])) for c in completions]]
     training.train()
     rollouts = fx.load_run(tmp_path / "entropy_influence" / "step_000001").evaluations[0].rollouts
