@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_function, check_tensor, wrong_type
+from fx_influence.core.checks import check_choice, check_function, check_tensor, wrong_type
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
     check_estimator,
     denominator_weights,
     entropy_coefficients,
 )
-from fx_influence.types import Batch, Estimator, Normalize, TokenValues
+from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 Objective = Callable[[Tensor, Tensor, Batch], Tensor]
 """(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad objective."""
@@ -29,32 +29,58 @@ class Entropy(NamedTuple):
     Attributes:
         estimator: "per_decision" weights the token at rank t by its prefix alone; "sequence" weights a whole rollout.
         normalize: "token" for H = E[sum_t h_t] / E[T]; "sequence" for E[sum_t h_t].
+        baseline: what is taken off the entropies in the score term, to reduce the noise of the derivative: "batch", the
+            mean over E at each rank; "prompt", the mean over the other completions of the row's prompt
+            (``batch_e.group``), and over E where it has one alone. Neither biases it; which has less noise depends on
+            how much prompts differ and on how many completions each has. Finite steps know "batch" alone.
 
-    Source: per-decision importance sampling, Precup et al. 2000; see ``estimators.entropy`` for the formulas.
+    Source: per-decision importance sampling, Precup et al. 2000; the leave-one-out baseline, Kool et al. 2019; see
+    ``estimators.entropy`` for the formulas.
 
     Example:
         >>> Entropy(normalize="sequence")
-        Entropy(estimator='per_decision', normalize='sequence')
+        Entropy(estimator='per_decision', normalize='sequence', baseline='batch')
     """
 
     estimator: Estimator = "per_decision"
     normalize: Normalize = "token"
+    baseline: Baseline = "batch"
 
 
 def check_objective(objective: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` for what is neither a valid ``Entropy`` nor a function of token values."""
     if isinstance(objective, Entropy):
         check_estimator(objective.estimator, objective.normalize)
+        check_choice("baseline", objective.baseline, get_args(Baseline))
     else:
         check_function("objective", objective, _REMEDY)
 
 
-def check_entropy(objective: object) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for what is no valid ``Entropy``; finite steps measure nothing else."""
+def check_entropy(objective: object, finite_step: bool = True) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what is no valid ``Entropy``, all that is measured along a direction.
+
+    Args:
+        objective: to check.
+        finite_step: whether a finite step is measured, which takes no other baseline than "batch".
+    """
     if not isinstance(objective, Entropy):
         remedy = "Attribute other objectives by fx.influence; along a direction only the entropy is measured"
         raise wrong_type("objective", objective, "fx.Entropy(estimator, normalize)", remedy)
     check_objective(objective)
+    if finite_step and objective.baseline != "batch":
+        raise ValueError(
+            f"objective.baseline is {objective.baseline!r}; expected 'batch', since it is for derivatives and a finite "
+            "step has none. Leave it out, or use fx.influence or fx.jvp_delta"
+        )
+
+
+def check_baseline(objective: Entropy | Objective, batch_e: Batch) -> None:
+    """Raise ``ValueError`` where the prompt's baseline is wanted and E does not say which rows share a prompt."""
+    if isinstance(objective, Entropy) and objective.baseline == "prompt" and batch_e.group is None:
+        raise ValueError(
+            "batch_e.group is None with baseline='prompt'; expected int64 (n_e,), equal for completions of one prompt. "
+            "Pass the prompts' indices, or baseline='batch'"
+        )
 
 
 def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
@@ -66,7 +92,7 @@ def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, 
         batch_e: evaluation batch, n_e rows.
     """
     if isinstance(objective, Entropy):
-        return entropy_coefficients(values, batch_e, objective.estimator, objective.normalize)
+        return entropy_coefficients(values, batch_e, *objective)
     return objective_coefficients(objective, values, batch_e)
 
 

@@ -29,7 +29,7 @@ from fx_influence.estimators.entropy import (
 )
 from fx_influence.estimators.snis import SnisDelta, snis
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
-from fx_influence.objectives import Entropy, check_entropy, denominator_shares
+from fx_influence.objectives import Entropy, check_baseline, check_entropy, denominator_shares
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -191,7 +191,7 @@ def _measure(
     base = CompletionValues(*(field[0] for field in values_at(no_direction, 0.0)))
 
     def delta(values: CompletionValues) -> SnisDelta:
-        return snis(base, values, *objective, clip, clusters)
+        return snis(base, values, objective.estimator, objective.normalize, clip, clusters)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
         if not isinstance(etas, Sequence):
@@ -223,7 +223,7 @@ def jvp_delta(
 
     ``first`` = sum_a <grad s_a, v> with the surrogates of ``entropy_coefficients``; on the same E it is the limit of
     ``snis_delta / eta``, with no sampling noise between them. ``second`` gives the step at which the first order is
-    10% off: eta_trust = 0.2 |first / second|.
+    10% off: eta_trust = 0.2 |first / second|; it takes the batch's baseline whatever the objective's.
 
     Args:
         params: theta by name.
@@ -249,7 +249,7 @@ def jvp_delta(
     """
     check_policy(params, apply)
     engine = make_engine(params, with_all_derivatives(apply), temperature, chunk_size, mesh)
-    batch_e = _checked(params, batch_e, engine, objective, None)
+    batch_e = _checked(params, batch_e, engine, objective, None, finite_step=False)
     engine.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
     params, apply = in_float32(detached(params), engine.apply, batch_e)
@@ -272,7 +272,8 @@ def jvp_delta(
 
     def estimate(eta: Tensor) -> Tensor:
         logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], tangent[:2], strict=True))
-        return snis(base, CompletionValues(logprobs, entropies, base.ok), *objective, clip=None).delta_h
+        moved = CompletionValues(logprobs, entropies, base.ok)
+        return snis(base, moved, objective.estimator, objective.normalize, clip=None).delta_h
 
     # By the chain rule over token values z: H'' = (d2H/dz2)(dz/deta)^2 + dH/dz d2z/deta2.
     through_values = grad(grad(estimate))(contributions.new_zeros(()))
@@ -293,9 +294,11 @@ def _select(values: TokenValues, index: Tensor) -> TokenValues:
     return TokenValues(values.logprobs[..., index, :], values.entropies[..., index, :])
 
 
-def _checked(params: Params, batch_e: Batch, engine: Engine, objective: Entropy, clip: float | None) -> Batch:
+def _checked(
+    params: Params, batch_e: Batch, engine: Engine, objective: Entropy, clip: float | None, finite_step: bool = True
+) -> Batch:
     """Check the arguments; return the rows of E of all ranks."""
-    check_entropy(objective)
+    check_entropy(objective, finite_step)
     check_options(engine.temperature, engine.chunk_size)
     if clip is not None:
         check_number(
@@ -305,4 +308,5 @@ def _checked(params: Params, batch_e: Batch, engine: Engine, objective: Entropy,
     batch_e = engine.full_batch("batch_e", batch_e)
     engine.check_consistent(params=params, objective=objective, clip=clip)
     check_batch("batch_e", batch_e, params, engine.apply)
+    check_baseline(objective, batch_e)
     return batch_e

@@ -20,6 +20,7 @@ Gradients = dict[str, Tensor | None]
 
 Estimator = Literal["per_decision", "sequence"]
 Normalize = Literal["token", "sequence"]
+Baseline = Literal["batch", "prompt"]
 Preconditioner = Literal["frozen", "jacobian", "rmsprop", "lifetime"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"]
 

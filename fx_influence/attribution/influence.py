@@ -34,7 +34,7 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels, as_labels
-from fx_influence.objectives import Entropy, Objective, check_objective
+from fx_influence.objectives import Entropy, Objective, check_baseline, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
@@ -100,8 +100,8 @@ def influence(
         cross_fit: leave the prompt of each row of U out of ``batch_e``, where its rollouts have the same ``group``: for
             an E that holds U, such as the generation batch of several optimizer steps. With ``batch_e=None`` it is so
             anyway.
-        objective: ``Entropy(estimator, normalize)``, or surrogates of another functional of the policy, such as
-            ``expected_reward(rewards)``; see ``objectives``.
+        objective: ``Entropy(estimator, normalize, baseline)``, or surrogates of another functional of the policy, such
+            as ``expected_reward(rewards)``; see ``objectives``.
         preconditioner: what a rollout's gradient is multiplied with; see ``adamw_decompose``.
         temperature: divides the logits before log-probabilities and entropies.
         max_grad_norm: the trainer's gradient clipping; see ``adamw_decompose``.
@@ -192,6 +192,7 @@ def influence(
     _check_batches(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
     rows = evaluation_rows(batch_u, batch_e, cross_fit)
+    check_baseline(objective, rows.batch)
     if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fx_influence.core.batch_checks import check_is_batch
 from fx_influence.core.checks import check_choice, wrong_type
-from fx_influence.types import Batch, Estimator, Normalize, TokenValues
+from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 
 class CompletionValues(NamedTuple):
@@ -95,7 +95,11 @@ def denominator_weights(completion_mask: Tensor, normalize: Normalize) -> Tensor
 
 
 def centred_entropies(
-    values: CompletionValues, estimator: Estimator, normalize: Normalize, centre: CompletionValues
+    values: CompletionValues,
+    estimator: Estimator,
+    normalize: Normalize,
+    centre: CompletionValues,
+    siblings: Tensor | None = None,
 ) -> Tensor:
     """Return x, the entropies minus their mean over the policy, with the mean taken from ``centre`` and frozen.
 
@@ -108,18 +112,37 @@ def centred_entropies(
         estimator: which of the formulae.
         normalize: which of the formulae; f_a is 1 per sequence.
         centre: (n, R), the values that H and the means over all rows are taken from, those at theta.
+        siblings: int64 (n,), 0 to C-1, equal for completions of one prompt: means are over the row's siblings without
+            itself, and over all rows where it has none. None takes the mean over all rows.
     """
     h, h0, ok = values.entropies, centre.entropies, values.ok.double()
     per_token = normalize == "token"
     mean = h0.sum() / (ok.sum() if per_token else len(ok))
     if estimator == "sequence":
-        return h.sum(-1) - mean * (ok.sum(-1) if per_token else 1.0)
-    x = h - h0.mean(0)
-    return x - mean * (ok - ok.mean(0)) if per_token else x
+        h, h0, ok = h.sum(-1), h0.sum(-1), ok.sum(-1)
+        if siblings is None:
+            return h - mean * (ok if per_token else 1.0)
+    x = h - _baseline(h0, siblings)
+    return x - mean * (ok - _baseline(ok, siblings)) if per_token else x
+
+
+def _baseline(x: Tensor, siblings: Tensor | None) -> Tensor:
+    """Return the mean of x (n, ...) over rows, or over each row's siblings without itself."""
+    mean = x.mean(0)
+    if siblings is None:
+        return mean
+    count = torch.bincount(siblings)
+    sums = x.new_zeros(len(count), *x.shape[1:]).index_add(0, siblings, x)
+    others = (count - 1)[siblings].reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(others > 0, (sums[siblings] - x) / others.clamp(min=1), mean)
 
 
 def entropy_coefficients(
-    values: TokenValues, batch: Batch, estimator: Estimator = "per_decision", normalize: Normalize = "token"
+    values: TokenValues,
+    batch: Batch,
+    estimator: Estimator = "per_decision",
+    normalize: Normalize = "token",
+    baseline: Baseline = "batch",
 ) -> TokenCoefficients:
     """Return the gradient of the entropy estimate as one pair of coefficients per token of E.
 
@@ -136,13 +159,19 @@ def entropy_coefficients(
         batch: (n, T), E.
         estimator: ``"per_decision"`` or ``"sequence"``.
         normalize: ``"token"`` or ``"sequence"``.
+        baseline: ``"batch"`` or ``"prompt"``, whose means over rows x is centred by, see ``centred_entropies``; the
+            latter needs ``batch.group``.
 
     Source:
         Score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
     """
     mask = batch.completion_mask
     by_rank = completion_values(values, mask)
-    x = centred_entropies(by_rank, estimator, normalize, by_rank)
+    siblings = None
+    if baseline == "prompt":
+        assert batch.group is not None
+        siblings = torch.unique(batch.group, return_inverse=True)[1]
+    x = centred_entropies(by_rank, estimator, normalize, by_rank, siblings)
     z = denominator_weights(mask, normalize).sum()
     return TokenCoefficients(_score_weights(x, by_rank.ok, mask) / z, mask.double() / z)
 

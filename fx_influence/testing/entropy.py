@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.testing.gradients import gradient, tracked
 from fx_influence.testing.scores import score_row
-from fx_influence.types import Apply, Batch, Estimator, Gradients, Normalize, Params
+from fx_influence.types import Apply, Baseline, Batch, Estimator, Gradients, Normalize, Params
 
 
 class Snis(NamedTuple):
@@ -182,6 +182,7 @@ def surrogates(
     estimator: Estimator = "per_decision",
     normalize: Normalize = "token",
     temperature: float = 1.0,
+    baseline: Baseline = "batch",
 ) -> list[Tensor]:
     """Return the differentiable scalar s_a of each row; their gradients sum to that of H-hat, with a frozen centre.
 
@@ -195,16 +196,31 @@ def surrogates(
         estimator: ``"per_decision"`` or ``"sequence"``.
         normalize: ``"token"`` or ``"sequence"``.
         temperature: divisor of the logits.
+        baseline: ``"batch"``, or ``"prompt"`` for means over the group's other rows.
     """
     scores = [score_row(apply, params, batch, a, temperature) for a in range(len(batch.input_ids))]
     frozen = [[float(h.detach()) for h in score.entropies] for score in scores]
-    c = centre(frozen, estimator, normalize)
+    everything = centre(frozen, estimator, normalize)
     z = sum(len(h) for h in frozen) if normalize == "token" else len(frozen)
     rows = []
-    for score, h in zip(scores, frozen, strict=True):
+    for a, (score, h) in enumerate(zip(scores, frozen, strict=True)):
+        c = everything
+        f = len(h) if normalize == "token" else 1
+        x = centred_sequence(h, c, normalize)
+        if baseline == "prompt":
+            assert batch.group is not None
+            groups = batch.group.tolist()
+            others = [frozen[b] for b in range(len(frozen)) if b != a and groups[b] == groups[a]] or frozen
+            c = Centre(
+                everything.h_hat,
+                [sum(o[k] for o in others if k < len(o)) / len(others) for k in range(len(everything.h_mean))],
+                [sum(1 for o in others if k < len(o)) / len(others) for k in range(len(everything.h_mean))],
+            )
+            of_others = [sum(o) - everything.h_hat * (len(o) if normalize == "token" else f) for o in others]
+            x = x - sum(of_others) / len(others)
         s = sum(score.entropies, score.zero)
         if estimator == "sequence":
-            s = s + sum(score.logprobs, score.zero) * centred_sequence(h, c, normalize)
+            s = s + sum(score.logprobs, score.zero) * x
         else:
             for k in range(len(c.h_mean)):
                 s = s + sum(score.logprobs[:k], score.zero) * centred_token(h, k, c, normalize)
@@ -219,13 +235,14 @@ def entropy_gradients(
     estimator: Estimator = "per_decision",
     normalize: Normalize = "token",
     temperature: float = 1.0,
+    baseline: Baseline = "batch",
 ) -> list[Gradients]:
     """Return grad s_a for every evaluation row; their sum is the gradient of H-hat.
 
     The arguments are those of ``surrogates``.
     """
     params = tracked(params)
-    return [gradient(s, params) for s in surrogates(apply, params, batch, estimator, normalize, temperature)]
+    return [gradient(s, params) for s in surrogates(apply, params, batch, estimator, normalize, temperature, baseline)]
 
 
 def length_gradients(

@@ -13,7 +13,17 @@ from fx_influence.testing.adamw import adamw
 from fx_influence.testing.entropy import entropy_gradients, length_gradients
 from fx_influence.testing.gradients import add, gradient, inner, scale, sequence_gradients, tracked
 from fx_influence.testing.scores import score_row, token_losses
-from fx_influence.types import AdamWState, Apply, Batch, Estimator, Gradients, Normalize, Params, Preconditioner
+from fx_influence.types import (
+    AdamWState,
+    Apply,
+    Baseline,
+    Batch,
+    Estimator,
+    Gradients,
+    Normalize,
+    Params,
+    Preconditioner,
+)
 
 
 class Influence(NamedTuple):
@@ -142,6 +152,7 @@ def influence(
     preconditioner: Preconditioner = "frozen",
     temperature: float = 1.0,
     max_grad_norm: float | None = None,
+    baseline: Baseline = "batch",
 ) -> Influence:
     """Return delta_i = <grad H-hat, gamma g_i> for every update row i, M_ai = <grad s_a, gamma g_i> and delta_it.
 
@@ -159,11 +170,12 @@ def influence(
         preconditioner: which diagonal gamma.
         temperature: divisor of the logits.
         max_grad_norm: bound on the norm of the gradient; None does not clip.
+        baseline: of the score term, ``"batch"`` or ``"prompt"``.
     """
     params = tracked(params)
     g = sequence_gradients(apply, params, batch_u, temperature)
     step = adamw(g, state, params, preconditioner, max_grad_norm)
-    grad_s = entropy_gradients(apply, params, batch_e, estimator, normalize, temperature)
+    grad_s = entropy_gradients(apply, params, batch_e, estimator, normalize, temperature, baseline)
     grad_h = add(grad_s)
     u = scale(step.gain, grad_h)
     matrix = torch.tensor([[inner(s, scale(step.gain, g_i)) for g_i in g] for s in grad_s], dtype=torch.float64)
@@ -173,9 +185,9 @@ def influence(
         for t, loss in zip(score.positions, token_losses(batch_u, i, score), strict=True):
             per_token[i, t] = inner(u, gradient(loss, params))
     total, momentum, decay = (inner(grad_h, v) for v in (step.direction, step.momentum, step.weight_decay))
-    baseline = total - float(matrix.sum()) if preconditioner == "jacobian" else momentum + decay
+    without_u = total - float(matrix.sum()) if preconditioner == "jacobian" else momentum + decay
     v = [scale(step.gain, g_i) for g_i in g]
     parts = deviating_parts(apply, params, batch_e, matrix, v, estimator, normalize, temperature)
     stderr = standard_error(parts, batch_e.completion_mask.sum(1).tolist(), batch_e.group, normalize)
-    scalars = [torch.tensor(x, dtype=torch.float64) for x in (baseline, momentum, decay, total)]
+    scalars = [torch.tensor(x, dtype=torch.float64) for x in (without_u, momentum, decay, total)]
     return Influence(matrix.sum(0), per_token, matrix, parts, scalars[0], scalars[1], scalars[2], scalars[3], stderr)

@@ -186,7 +186,9 @@ class StepMeasurement:
             completion_values(values, pending.batch_e.completion_mask)
             for values in (pending.values, self._exact_values(params, pending.batch_e))
         )
-        measured_change = snis(base, moved, *self._settings.objective, MAX_LOG_WEIGHT, cluster_index(pending.batch_e))
+        objective = self._settings.objective
+        clusters = cluster_index(pending.batch_e)
+        measured_change = snis(base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters)
         before, after = pending.sampled.params, every_nth(params, _stride(params))
         change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
         lost = step_rounding(change, pending.sampled.direction(), measured.lr)

@@ -1,0 +1,71 @@
+"""The baseline of the score term: of the prompt's other completions, against the reference and enumeration."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.cases import assert_close
+from helpers.enumeration import exact_gradient
+from helpers.present import present
+from helpers.strategies import Case, cases, influence_options
+from helpers.world import Update, World, derivatives_along, estimates, select_values, weighted_rows
+from hypothesis import given
+
+import fx_influence as fx
+from fx_influence.estimators.entropy import entropy_coefficients
+from fx_influence.testing import reference
+from fx_influence.types import Estimator, Normalize
+
+
+@given(case=cases())
+def test_influence_with_prompt_baseline_matches_reference(case: Case) -> None:
+    n = len(case.batch_e.input_ids)
+    e = case.batch_e._replace(group=torch.arange(n) // 2)
+    objective = fx.Entropy(case.estimator, case.normalize, baseline="prompt")
+    options = {**influence_options(case), "objective": objective}
+    out = fx.influence(case.params, case.batch_u, e, case.opt_state, **options)
+    slow = reference.influence(
+        case.apply,
+        case.params,
+        case.batch_u,
+        e,
+        case.opt_state,
+        case.estimator,
+        case.normalize,
+        case.preconditioner,
+        case.temperature,
+        case.max_grad_norm,
+        baseline="prompt",
+    )
+    size = slow.matrix.abs().sum()
+    assert_close(out.per_sequence, slow.per_sequence, size)
+    assert_close(present(out.per_token), slow.per_token, size)
+
+
+@estimates
+def test_prompt_baseline_is_unbiased(world: World, update: Update, estimator: Estimator, normalize: Normalize) -> None:
+    """Over 1500 draws of 12 prompts x 4 the mean is within 4 standard errors of the truth."""
+    generator, derivatives = torch.Generator().manual_seed(6), world.jvp(update.parts)
+    truth = derivatives_along(exact_gradient(world.apply, world.params, world.space, normalize), update.parts)
+    estimates_of_draws = []
+    for _ in range(1500):
+        rows = world.draw_prompts(12, 4, generator)
+        batch = world.batch(rows)._replace(group=torch.arange(12).repeat_interleave(4))
+        weight = entropy_coefficients(select_values(world.values, rows), batch, estimator, normalize, "prompt")
+        estimates_of_draws.append(weighted_rows(weight, select_values(derivatives, rows)).sum(0))
+    draws = torch.stack(estimates_of_draws)
+    assert ((draws.mean(0) - truth) / (draws.std(0) / math.sqrt(1500))).abs().max() < 4
+
+
+def test_prompt_baseline_needs_groups_and_derivatives(world: World) -> None:
+    batch = world.batch(torch.arange(6))
+    options = {"apply": world.apply, "objective": fx.Entropy(baseline="prompt")}
+    direction = {name: torch.ones_like(p) for name, p in world.params.items()}
+    with pytest.raises(ValueError, match=r"batch_e\.group is None with baseline='prompt'"):
+        fx.jvp_delta(world.params, direction, batch, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"objective\.baseline is 'prompt'; expected 'batch'"):
+        fx.snis_delta(world.params, direction, 1e-3, batch, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="baseline is 'batches'; expected one of"):
+        fx.jvp_delta(world.params, direction, batch, apply=world.apply, objective=fx.Entropy(baseline="batches"))  # type: ignore[arg-type]
