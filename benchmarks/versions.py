@@ -60,9 +60,6 @@ SETS = {
             "torch 2.1 has no layer norm of float16 on the CPU": (
                 "tests/autodiff/test_token_values.py::test_token_jvp_takes_directions_beyond_float16",
             ),
-            "warnings are no errors here": (
-                "tests/autodiff/test_per_sample.py::test_per_sample_grads_warns_of_missing_batching_rules",
-            ),
         },
     ),
     # Below torch 2.5, transformers 4.56 makes its masks by vmap, which torch forbids where graphs are kept.
@@ -71,10 +68,6 @@ SETS = {
         instead={"torch": "2.5"},
         left_out={
             NO_FSDP2: ("tests/distributed/test_engine.py",),
-            "the version in the metadata of a wheel for CUDA is not torch.__version__": (
-                "tests/lab/fisher/test_run.py::test_fisher_directory_holds_every_file",
-                "tests/lab/experiment/test_entropy.py::test_run_directory_holds_every_file",
-            ),
             "the counts are those of newer versions": (
                 "tests/benchmarks/test_gpu.py::test_methods_create_tensors_on_the_inputs_device[error_bars]",
                 "tests/benchmarks/test_gpu.py::test_operations_match_counted_flops_of_more_rows",

@@ -131,7 +131,7 @@ def test_per_sample_grads_warns_of_missing_batching_rules() -> None:
 
     ids = torch.ones(3, 2, dtype=torch.long)
     batch = Batch(ids, ids > 0, ids > 0)
-    with pytest.raises(UserWarning, match="batching rule"):
+    with pytest.warns(UserWarning, match="batching rule"):
         fx.per_sample_grads(loss, {"w": torch.ones(2)}, batch)
 
 

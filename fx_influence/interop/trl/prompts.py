@@ -39,10 +39,10 @@ def check_batch_is_evaluation(trainer: Any, save_state: bool) -> None:
         "num_iterations": (getattr(args, "num_iterations", 1), 1),
         "steps_per_generation": (args.steps_per_generation, args.gradient_accumulation_steps),
     }
-    for name, (value, most) in generations.items():
-        if value > most:
+    for name, (value, limit) in generations.items():
+        if value > limit:
             raise ValueError(
-                f"{name} is {value} with eval_prompts={BATCH!r}; expected {most} at most, since the rollouts of a "
+                f"{name} is {value} with eval_prompts={BATCH!r}; expected {limit} at most, since the rollouts of a "
                 f"later optimizer step are an older policy's. {remedy}"
             )
     if getattr(args, "mask_truncated_completions", False):

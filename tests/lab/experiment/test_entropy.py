@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_run_directory_holds_every_file(finished: Path) -> None:
     auto = read_summary(finished)["auto_scale"]
     assert auto["capped"] == int((arrays["auto_eta"] >= 1e4 * read_summary(finished)["lr"]).sum())
     assert 0 < auto["smallest_clearance"] <= auto["median_clearance"]
-    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"] == version("torch")
     sequence_files = (
         "update_rollouts.jsonl",
         "eval_00_rollouts.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ def test_fisher_directory_holds_every_file(finished: Path, results: FisherKernel
     assert {*TIMES, "torch_threads", "reference_lr", "lr", "update_rollouts", "relative_residual"} <= set(summary)
     assert summary["evaluations"] == [e.summary for e in results.evaluations]
     assert {"load", "sampling", "step", "self-kernel", "kernel", "change"} == set(summary["seconds_by_phase"])
-    assert results.environment["packages"]["torch"] == torch.__version__
+    assert results.environment["packages"]["torch"] == version("torch")
 
 
 @pytest.mark.slow
