@@ -24,7 +24,7 @@ slow: $(READY)
 
 # the tests with a tolerance with other processors' kernels: torch's plain ones on two threads, and those of AVX2
 processors: $(READY)
-	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -m "tolerance and not slow"
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m "tolerance and not slow"
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "tolerance and not slow"
 
 # needs Chromium, Debian's package chromium

@@ -214,7 +214,8 @@ def test_logged_figures_are_explained() -> None:
     rows = table_rows(read(INTEROP), "| name | meaning |")
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     out: dict[str, Any] = {name: torch.ones(()) for name in fx.Influence._fields}
-    influence = fx.Influence(**{**out, "per_sequence": torch.ones(2), "per_token": torch.ones(2, 3)})
+    out |= {"per_sequence": torch.ones(2), "per_token": torch.ones(2, 3), "per_parameter": {"w": torch.ones(())}}
+    influence = fx.Influence(**out)
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
     captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None, None])
     step = MeasuredStep(1, 0.1, captured, [], influence, 1.0, SnisDelta(*[torch.ones(())] * 6), 0.5)
