@@ -46,7 +46,7 @@ class Engine:
         return batch
 
     def full_tokens(self, batch: Batch, values: Tensor) -> Tensor:
-        """Return the values (n, T) of the tokens of all processes, of which those given belong to ``batch``."""
+        """Return int64 values (n, T) of the tokens of all processes, -1 in padding; those given belong to ``batch``."""
         return values
 
     def check_consistent(self, **arguments: object) -> None:

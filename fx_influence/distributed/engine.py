@@ -77,9 +77,9 @@ class DataParallelEngine(Engine):
 
     def full_tokens(self, batch: Batch, values: Tensor) -> Tensor:
         # Fields of a batch travel together, padded to the widest; this one takes the place of the coefficients.
-        gathered = gather_batch(self.mesh, "batch_u", batch._replace(coefficients=values)).coefficients
+        gathered = gather_batch(self.mesh, "batch_u", batch._replace(coefficients=values + 1.0)).coefficients
         assert gathered is not None
-        return gathered
+        return gathered.long() - 1
 
     def check_consistent(self, **arguments: object) -> None:
         arguments |= {"temperature": self.temperature, "chunk_size": self.chunk_size}

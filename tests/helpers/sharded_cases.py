@@ -93,6 +93,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
         out = fx.influence(params, u, e, optimizer, **common, **options)
         fields = {**out._asdict(), **out.per_parameter}
         results |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
+    results |= cross_fitted(params, u, optimizer, **common)
     records: dict[str, Any] = {
         "snis": fx.snis_delta(params, direction, 0.3, e, **common, clip=0.5),
         "snis by sequence": fx.snis_delta(
@@ -104,6 +105,26 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
     for name, record in records.items():
         results |= {f"{name}: {field}": x for field, x in record._asdict().items()}
     results["fisher"] = fx.fisher_kernel(params, e, u, optimizer, **common)
+    return results
+
+
+def cross_fitted(params: Params, u: Batch, state: AdamWState, **common: Any) -> Results:
+    """Return the influences of U's rows over the others, each row a prompt, and deviations of labels of tokens."""
+    # The same for a row on whichever rank it is.
+    u = u._replace(group=(u.input_ids * u.attention_mask).sum(-1))
+    labels = (torch.arange(u.input_ids.shape[1]) % 3).expand(u.input_ids.shape)
+    out = fx.influence(params, u, None, state, **common, labels=labels)
+    deviations = out.deviations
+    assert deviations is not None
+    results = {f"cross-fitted: {name}": x for name, x in out._asdict().items() if isinstance(x, Tensor)}
+    # Divided by the share of a row, so that rounding of the other terms in float32 is larger than its own size tells;
+    # NaN, which has no size at all, for a row without completion tokens.
+    self_influence = results.pop("cross-fitted: self_influence").nan_to_num()
+    if all(p.dtype == torch.float64 for p in params.values()):
+        results["cross-fitted: self_influence"] = self_influence
+    results["cross-fitted: deviations"] = deviations.by_part
+    if deviations.by_label is not None:
+        results["cross-fitted: labels"] = deviations.by_label.by_part
     return results
 
 
@@ -153,4 +174,7 @@ def compute_mesh_functions(
     }
     results = {f"{case}: {name}": x for case, out in records.items() for name, x in out._asdict().items()}
     results |= {f"adjoint: {name}": x for name, x in records["adjoint"].per_parameter.items()}
+    results |= {
+        name: x for name, x in cross_fitted(params, u, state, apply=apply).items() if not name.endswith("labels")
+    }
     return {name: x for name, x in results.items() if isinstance(x, Tensor)}
