@@ -277,6 +277,8 @@ def jvp_delta(
 
     # By the chain rule over token values z: H'' = (d2H/dz2)(dz/deta)^2 + dH/dz d2z/deta2.
     through_values = grad(grad(estimate))(contributions.new_zeros(()))
+    # The weights are those of the estimate, which knows the batch's baseline alone.
+    weight = entropy_coefficients(values, batch_e, objective.estimator, objective.normalize)
     c, b = (torch.zeros_like(w[: len(distinct.input_ids)]).index_add(0, index, w) for w in weight)
     weighted = distinct._replace(coefficients=c, entropy_coefficients=b)
     second = through_values + engine.curvature(params, direction, weighted)

@@ -30,7 +30,7 @@ from fx_influence.types import Params
 
 
 class PartsOfE(NamedTuple):
-    """Contributions of E's groups or clusters, each a draw of its left_out.
+    """Contributions of E's groups or clusters, drawn independently of one another.
 
     Attributes:
         influences: (C, n_u), to the influence of each rollout, the deviation of estimated denominators included.
@@ -110,8 +110,8 @@ def leave_own_rows_out(
     if not groups.leave_out:
         return pairwise
     rows = pairwise - einsum(evaluation.excess, slopes.rows, "a, i -> a i").to(pairwise.dtype)
-    is_left_out = groups.group.unsqueeze(1) == groups.left_out
-    return torch.where(is_left_out, 0.0, rows / share_left(evaluation.group_shares, groups.left_out).to(pairwise.dtype))
+    own_rows = groups.group.unsqueeze(1) == groups.left_out
+    return torch.where(own_rows, 0.0, rows / share_left(evaluation.group_shares, groups.left_out).to(pairwise.dtype))
 
 
 def self_influence(parts: Tensor, evaluation: Evaluation, groups: EvaluationGroups) -> Tensor | None:
@@ -124,18 +124,18 @@ def self_influence(parts: Tensor, evaluation: Evaluation, groups: EvaluationGrou
     Args:
         parts: (K, n_u), contributions of E's groups.
         evaluation: the objective over E.
-        groups: which groups and clusters are the rows' left_out.
+        groups: the groups and clusters of E, and those that each row of U leaves out.
     """
     if not groups.leave_out:
         return None
     shares = evaluation.shares
-    own_cluster, is_left_out = groups.own_cluster.clamp(min=0), groups.own_cluster != NOTHING_LEFT_OUT
+    own_cluster, in_e = groups.own_cluster.clamp(min=0), groups.own_cluster != NOTHING_LEFT_OUT
     of_prompt = shares.new_zeros(int(groups.cluster.max()) + 1).index_add(0, groups.cluster, shares)[own_cluster]
     of_group = 1 - share_left(evaluation.group_shares, groups.left_out)
     others = estimate_over_others(parts, evaluation.group_shares, groups.left_out)
     derivative = (left_out_parts(parts, groups.left_out) - (of_group - of_prompt) * others) / of_prompt
     # A prompt without completion tokens has no entropy per token.
-    return torch.where(is_left_out & (of_prompt > 0), derivative, torch.nan)
+    return torch.where(in_e & (of_prompt > 0), derivative, torch.nan)
 
 
 def with_token_deviations(
@@ -166,7 +166,7 @@ def with_token_deviations(
     left, count = share_left(shares, left_out).unsqueeze(-1), len(deviations.by_part)
     one_hot = torch.stack([labels.index == k for k in range(len(labels.names))]).double()
     own_rows = is_left_out(count, left_out).double()
-    left_out = einsum(own_rows, one_hot, groups.own_tokens / left, "part row, label row pos, row pos -> part label")
+    of_own_rows = einsum(own_rows, one_hot, groups.own_tokens / left, "part row, label row pos, row pos -> part label")
     expected = einsum(1 - own_rows, one_hot, tokens / left, "part row, label row pos, row pos -> part label")
-    by_part = groups.label_products - left_out - shares.unsqueeze(-1) * expected
+    by_part = groups.label_products - of_own_rows - shares.unsqueeze(-1) * expected
     return deviations._replace(by_label=LabelDeviations(labels.index, by_part))

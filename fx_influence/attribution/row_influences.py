@@ -19,7 +19,7 @@ class RowInfluences(NamedTuple):
     """Influences of U's rows, all float64.
 
     Attributes:
-        per_sequence: (n_u,), over the groups of E that are not the row's left_out.
+        per_sequence: (n_u,), over the groups of E that the row does not leave out.
         per_token: (n_u, T) or None, likewise.
         over_all: (n_u,), over all groups: the terms of the identity.
         rounding: (n_u,), between two methods, NaN where there was one.
@@ -41,7 +41,7 @@ def sum_groups(
     per_token: bool,
     precision: PassPrecision,
 ) -> RowInfluences:
-    """Add up the derivatives by group, less each row's left_out, and compute those of tokens if they are wanted.
+    """Add up the derivatives by group, less the one that each row leaves out; compute those of tokens if wanted.
 
     Args:
         update: U's losses to first order.

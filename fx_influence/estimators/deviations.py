@@ -69,11 +69,11 @@ class LabelDeviations(NamedTuple):
 
 
 def deviations_of(parts: Tensor, estimate: Tensor, shares: Tensor, left_out: Tensor) -> Tensor:
-    """Return (parts_k - share_k estimate) / (1 - share_own), 0 for k = left_out: (C, n, ...), float64.
+    """Return (parts_k - share_k estimate) / (1 - share_p), 0 for k = p = left_out_i: (C, n, ...), float64.
 
     Args:
         parts: (C, n, ...), what each part of E contributes to each influence.
-        estimate: (n, ...), the influences over the parts that are not their left_out.
+        estimate: (n, ...), the influences, each over the parts that it does not leave out.
         shares: (C,), the parts' shares of the objective's denominator, adding up to 1.
         left_out: int64 (n,), the part that is left out, or -1.
     """
