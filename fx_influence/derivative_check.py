@@ -23,15 +23,15 @@ from fx_influence.types import Apply, Batch, Params, TokenValues
 Result = TypeVar("Result")
 
 ERROR_MULTIPLE = 10.0
-"""Multiple of a finite difference's estimated error that a deviation may be."""
+"""Largest accepted deviation, as a multiple of the finite difference's estimated error."""
 SHARPNESS = 0.1
 """Largest tolerance, over the root mean square of the differences, at which a token value counts as judged."""
-ENOUGH = 0.5
-"""Share of the token values that must be judged for an agreement to mean anything."""
+MIN_JUDGED = 0.5
+"""Smallest share of judged token values at which an agreement is conclusive."""
 STEPS = (1.0, 0.1, 10.0, 0.01)
-"""Multiples of the first step that are tried until ``ENOUGH`` values can be judged."""
-ANOTHER_STEP = 0.7
-"""Multiple of a step at which a disagreement must be seen again: two kinks that cancel at one do not at both."""
+"""Multiples of the first step that are tried until a share ``MIN_JUDGED`` of the values can be judged."""
+CONFIRMING_STEP = 0.7
+"""Multiple of a step at which a disagreement must show again, since kinks that cancel at one step do not at both."""
 MAX_NAMES = 4
 """Number of parameters that an error names."""
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -49,8 +49,8 @@ class DerivativeCheck(NamedTuple):
             gradient g of one random combination (c, b) of the values.
         gradient_bound: the gradient's deviation that rounding allows.
         judged: share of the values whose finite differences agree at all steps, in [0, 1].
-        parameters: names, up to ``MAX_NAMES``, of those along which alone derivative and function disagree, the last in
-            the model's order first; empty where they agree, and where only several together show it.
+        parameters: names of up to ``MAX_NAMES`` parameters along each of which derivative and function disagree, the
+            last in the model's order first; empty where they agree, and where they disagree only along several at once.
     """
 
     deviation: float
@@ -62,8 +62,8 @@ class DerivativeCheck(NamedTuple):
 
     @property
     def conclusive(self) -> bool:
-        """Return whether ``ENOUGH`` of the token values could be judged."""
-        return self.judged >= ENOUGH
+        """Return whether a share ``MIN_JUDGED`` of the token values could be judged."""
+        return self.judged >= MIN_JUDGED
 
     def __repr__(self) -> str:
         return record_line(self)
@@ -90,27 +90,28 @@ def check_derivatives(
 ) -> DerivativeCheck:
     """Compare the derivatives that influences are made of with finite differences of the policy along a direction.
 
-    The guard of ``influence`` compares the two modes with each other and so cannot see a derivative that is missing or
-    wrong in both: a value that passes through NumPy, ``detach`` or ``no_grad`` in a function of one's own, a rounding
-    with a straight-through gradient, a custom function with a wrong ``backward`` or ``jvp``. Here the log-prob and the
-    entropy z of every completion token are computed at theta + eta v for eta = 0, +-h, +-2h, and
+    The identity that ``influence`` checks compares the two modes with each other, and so cannot see a derivative that
+    is missing or wrong in both: a value that passes through NumPy, ``detach`` or ``no_grad`` in a user's function, a
+    rounding with a straight-through gradient, a custom function with a wrong ``backward`` or ``jvp``. Here the log-prob
+    and the entropy z of every completion token are computed at theta + eta v for eta = 0, +-h, +-2h, and
 
         D(h) = [z(h) - z(-h)] / 2h        C(h) = [z(h) - 2 z(0) + z(-h)] / h
         slope = [4 D(h) - D(2h)] / 3      error = |D(h) - D(2h)| + |2 C(h) - C(2h)| + rounding / h
 
     Both terms vanish as h^2 or faster where z is smooth and are as large as a kink's effect where it is not (ReLU,
-    clamp, top-k routing), at theta itself too. The JVP of a value may be ``ERROR_MULTIPLE`` times its error and the
-    median error off the slope; values for which this is more than ``SHARPNESS`` of the slopes' size are not judged. h
-    is eps^(1/3) of the parameters' size, with eps of the coarsest dtype in the forward; smaller and larger steps follow
-    while less than ``ENOUGH`` of the values can be judged, and a disagreement counts where another step repeats it.
-    Then the gradient of a random combination of the values is compared with the JVP. A difference is traced to the
-    parameters along which alone it shows. A few rows are enough; the cost is six forwards, a JVP and a gradient.
+    clamp, top-k routing), at theta itself too. The JVP of a value may differ from its slope by ``ERROR_MULTIPLE`` times
+    the sum of its error and the median error; values for which this is more than ``SHARPNESS`` of the slopes' size are
+    not judged. h is eps^(1/3) of the parameters' size, with eps of the coarsest dtype in the forward; smaller and
+    larger steps follow while less than a share ``MIN_JUDGED`` of the values can be judged, and a disagreement counts
+    only if it shows at another step too. Then the gradient of a random combination of the values is compared with the
+    JVP. A difference is traced to the single parameters along which it shows. A few rows are enough; the cost is six
+    forwards, a JVP and a gradient.
 
     As for E in ``influence`` and ``jvp_delta``, derivatives are the function's: what a model of ``make_functional``
     detaches in code that the library sees is not detached here.
 
     Args:
-        params: by name, whole; those of a model sharded by FSDP2 are refused.
+        params: parameters by name, unsharded; those of a model sharded by FSDP2 are refused.
         batch_e: rows to compare on, as in ``jvp_delta``.
         apply: the policy.
         direction: v by name, parameters absent there do not move; None for normal random numbers with the root mean
@@ -122,7 +123,7 @@ def check_derivatives(
             float32. The bound is about 1e-8 in float64 and 1e-2 in float32.
 
     Returns:
-        The figures. Nothing is shown by them where ``conclusive`` is False: less than ``ENOUGH`` was smooth enough.
+        The figures. They show nothing where ``conclusive`` is False, because too few values were smooth enough.
 
     Raises:
         DerivativeError: where a derivative and the function differ, or the policy has none.
@@ -144,8 +145,8 @@ def check_derivatives(
     check_count("seed", seed, "pass another", least=0)
     if any(map(is_sharded, params.values())):
         raise ValueError(
-            "params are sharded by FSDP2; expected whole ones. Check the model before it is sharded, or a small one of "
-            "the same classes"
+            "params are sharded by FSDP2; expected unsharded ones. Check the model before it is sharded, or a small "
+            "one of the same classes"
         )
     check_batch("batch_e", batch_e, params, apply)
     if direction is not None:
@@ -224,13 +225,13 @@ def _comparison(
         jvp = _flat(_derived("JVP", lambda: engine.jvp(params, v, batch)), batch)
         best, step = _judgement(jvp, differences(v, eta)), eta
         for multiple in STEPS[1:]:
-            if best.judged.double().mean() >= ENOUGH:
+            if best.judged.double().mean() >= MIN_JUDGED:
                 break
             other = _judgement(jvp, differences(v, multiple * eta))
             if other.judged.sum() > best.judged.sum():
                 best, step = other, multiple * eta
         if best.beyond.any():
-            again = _judgement(jvp, differences(v, ANOTHER_STEP * step))
+            again = _judgement(jvp, differences(v, CONFIRMING_STEP * step))
             best = best._replace(judged=best.judged & (~best.beyond | again.beyond))
         terms = weights * jvp
         size = max(float(terms.abs().sum()), sum(abs(float(by_reverse_mode[name])) for name in names))
@@ -268,9 +269,9 @@ def _differs(check: DerivativeCheck) -> bool:
 
 
 def _responsible(differs: Callable[[Sequence[str]], bool], names: Sequence[str]) -> tuple[str, ...]:
-    """Return up to ``MAX_NAMES`` of ``names`` along which alone something differs, from the last, by bisection.
+    """Return up to ``MAX_NAMES`` of the ``names`` along each of which something differs, from the last, by bisection.
 
-    Empty where nothing differs along single names, for example because few values are smooth along these.
+    It is empty where nothing differs along single names, for example because few values are smooth along these.
     """
     if len(names) == 1:
         return tuple(names)

@@ -110,7 +110,7 @@ def fisher_kernel(
 
 
 def with_unit_coefficients(batch: Batch) -> Batch:
-    """Return the batch whose rollout losses are -S: every completion token has coefficient 1."""
+    """Return the batch with coefficient 1 at every completion token, so that its rollout losses are -S."""
     return batch._replace(coefficients=batch.completion_mask.to(torch.float32), entropy_coefficients=None)
 
 

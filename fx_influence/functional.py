@@ -38,10 +38,10 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     attention alone.
 
     The policy's logits are compared with those of the model for a few tokens, of two lengths and padded on either side,
-    on random weights; ``check_policy`` repeats that on the live ones. What the passes may do with rows, move, cut or
-    share them, is read off such forwards too, so that it holds whatever is learned later. Where a position's meaning
-    follows the longest row of a pass (dynamic and long rotary embeddings), rows are neither moved nor cut, and mean in
-    every pass what they mean in an unmasked batch of their width. If the model's forward takes none of those tokens,
+    on random weights; ``check_policy`` repeats that on the live ones. Such forwards also decide whether the passes may
+    move, cut or share rows, so that this holds for any weights. Where a position's meaning depends on the longest row
+    of a pass (dynamic and long rotary embeddings), rows are neither moved nor cut, and positions have in every pass the
+    meaning that they have in an unmasked batch of the rows' width. If the model's forward fails on all of those tokens,
     nothing is compared, and a ``UserWarning`` says so.
 
     Args:
@@ -108,7 +108,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
         model: the model that both were made of.
 
     Raises:
-        ValueError: the logits differ, with the difference relative to the largest logit; ``apply`` is no ``Policy``;
+        ValueError: the logits differ, with the difference relative to the largest logit; ``apply`` is not a ``Policy``;
             or the model is sharded by FSDP2, so that its own forward is a collective of all ranks.
 
     Example:
@@ -117,11 +117,13 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
         >>> check_policy(apply, params, model)
     """
     if not isinstance(apply, Policy):
-        raise ValueError(f"apply is a {type(apply).__name__}; expected the Policy that make_functional returns")
+        raise ValueError(
+            f"apply is a {type(apply).__name__}; expected a Policy. Make one: apply, params = fx.make_functional(model)"
+        )
     model = unwrap_model(model)
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
-            "model is sharded by FSDP2; expected whole weights. make_functional compared it when it was made"
+            "model is sharded by FSDP2; expected unsharded weights. make_functional compared the two already"
         )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if trained != params.keys():

@@ -51,7 +51,7 @@ def group_advantages(rewards: Tensor, group: Tensor, scale: bool = True, eps: fl
     lowest, highest = (
         torch.zeros_like(count).scatter_reduce(0, index, rewards, r, include_self=False) for r in ("amin", "amax")
     )
-    # The mean of equal numbers may be rounded, and the rounding error is no advantage.
+    # The mean of equal numbers may be rounded, and the rounding error must not become an advantage.
     centred = centred.masked_fill((lowest == highest)[index], 0.0)
     if not scale:
         return centred

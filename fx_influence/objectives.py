@@ -29,10 +29,11 @@ class Entropy(NamedTuple):
     Attributes:
         estimator: "per_decision" weights the token at rank t by its prefix alone; "sequence" weights a whole rollout.
         normalize: "token" for H = E[sum_t h_t] / E[T]; "sequence" for E[sum_t h_t].
-        baseline: what is taken off the entropies in the score term, to reduce the noise of the derivative: "batch", the
+        baseline: subtracted from the entropies in the score term, to reduce the noise of the derivative: "batch", the
             mean over E at each rank; "prompt", the mean over the other completions of the row's prompt
-            (``batch_e.group``), and over E where it has one alone. Neither biases it; which has less noise depends on
-            how much prompts differ and on how many completions each has. Finite steps know "batch" alone.
+            (``batch_e.group``), or over E where the prompt has no other. Neither biases the derivative; which has less
+            noise depends on how much prompts differ and on how many completions each has. Finite steps support "batch"
+            only.
 
     Source: per-decision importance sampling, Precup et al. 2000; the leave-one-out baseline, Kool et al. 2019; see
     ``estimators.entropy`` for the formulas.
@@ -57,11 +58,11 @@ def check_objective(objective: object) -> None:
 
 
 def check_entropy(objective: object, finite_step: bool = True) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for what is no valid ``Entropy``, all that is measured along a direction.
+    """Raise ``TypeError`` or ``ValueError`` unless ``objective`` is an ``Entropy`` that calls along a direction take.
 
     Args:
-        objective: to check.
-        finite_step: whether a finite step is measured, which takes no other baseline than "batch".
+        objective: the argument.
+        finite_step: whether a finite step is measured, which supports the baseline "batch" only.
     """
     if not isinstance(objective, Entropy):
         remedy = "Attribute other objectives by fx.influence; along a direction only the entropy is measured"
@@ -113,7 +114,7 @@ def expected_reward(rewards: Tensor) -> Objective:
         An objective whose influences are in reward units per unit lr; positive raises the reward.
 
     Raises:
-        TypeError, ValueError: for rewards that are no tensor or not finite.
+        TypeError, ValueError: for rewards that are not a tensor or not finite.
 
     Source: REINFORCE with a baseline, Williams 1992.
 
@@ -149,7 +150,7 @@ def kl_to_reference(reference_logprobs: Tensor) -> Objective:
         An objective whose influences are in nats per completion and unit lr; positive moves away from the reference.
 
     Raises:
-        TypeError, ValueError: for values that are no tensor or whose shape is not that of E.
+        TypeError, ValueError: for values that are not a tensor or whose shape is not that of E.
 
     Example:
         >>> mask = torch.tensor([[False, True], [False, True]])

@@ -92,8 +92,8 @@ def snis_delta(
         mesh: ranks with rows of their own, as in ``influence``.
 
     Returns:
-        ``SnisDelta``. The two forwards run in at least float32 and the weights in float64. ``stderr`` goes by
-        ``batch_e.group``, or without it by rows, with a ``UserWarning`` where these share prompts.
+        ``SnisDelta``. The two forwards run in at least float32 and the weights in float64. The clusters of ``stderr``
+        are ``batch_e.group``, or without it the rows, with a ``UserWarning`` where these share prompts.
 
     Raises:
         TypeError: for an objective other than ``Entropy``, and arguments of another kind.
@@ -110,7 +110,7 @@ def snis_delta(
     check_policy(params, apply)
     if not (isinstance(eta, Tensor) and eta.dim() == 0):
         check_number("eta", eta, "call snis_sweep for several", math.isfinite, "a finite number")
-    # Ranks compare directions first: one that refused its own alone would leave the others waiting.
+    # Ranks compare directions first, because a rank that refused its direction alone would leave the others waiting.
     engine = make_engine(params, apply, temperature, chunk_size, mesh)
     engine.check_consistent(direction=direction)
     _check_direction("direction", direction, params)
@@ -134,9 +134,9 @@ def snis_sweep(
     """Return ``measure(block, etas)``, which is ``snis_delta`` for many directions and steps with one pass at theta.
 
     ``measure`` takes a direction tree with a leading axis of K directions, and a list of etas; the fields of its result
-    lead with (n_eta, K). Directions share passes by vmap where E is small enough for several to fit and vmap takes
-    the policy, as a probe of two directions on one row decides; else each has passes of its own. K may differ from call
-    to call. Equal rows of E are scored once.
+    have the leading axes (n_eta, K). Directions share passes by vmap where E is small enough for several to fit and
+    vmap takes the policy, as a probe of two directions on one row decides; else each direction has separate passes. K
+    may differ between calls. Equal rows of E are scored once.
 
     Args:
         params: theta by name.
@@ -146,11 +146,11 @@ def snis_sweep(
         clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
         temperature: divides the logits.
         chunk_size: rows of E times directions per forward; None chooses by tokens.
-        mesh: ranks with rows of their own, as in ``influence``; every call of ``measure`` is then one of all ranks too,
-            with the same directions.
+        mesh: ranks with rows of their own, as in ``influence``; every call of ``measure`` is then made by all ranks
+            too, with the same directions.
 
     Raises:
-        TypeError, ValueError: as ``snis_delta``, those about directions when ``measure`` is called.
+        TypeError, ValueError: as ``snis_delta``; errors about directions are raised when ``measure`` is called.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -223,7 +223,7 @@ def jvp_delta(
 
     ``first`` = sum_a <grad s_a, v> with the surrogates of ``entropy_coefficients``; on the same E it is the limit of
     ``snis_delta / eta``, with no sampling noise between them. ``second`` gives the step at which the first order is
-    10% off: eta_trust = 0.2 |first / second|; it takes the batch's baseline whatever the objective's.
+    10% off: eta_trust = 0.2 |first / second|; it uses the baseline "batch" whatever the objective's baseline is.
 
     Args:
         params: theta by name.
@@ -277,7 +277,7 @@ def jvp_delta(
 
     # By the chain rule over token values z: H'' = (d2H/dz2)(dz/deta)^2 + dH/dz d2z/deta2.
     through_values = grad(grad(estimate))(contributions.new_zeros(()))
-    # The weights are those of the estimate, which knows the batch's baseline alone.
+    # The weights are those of the estimate, which supports the baseline "batch" only.
     weight = entropy_coefficients(values, batch_e, objective.estimator, objective.normalize)
     c, b = (torch.zeros_like(w[: len(distinct.input_ids)]).index_add(0, index, w) for w in weight)
     weighted = distinct._replace(coefficients=c, entropy_coefficients=b)

@@ -71,7 +71,7 @@ def test_check_policy_reports_changes() -> None:
     model.head.bias.requires_grad_()
     with pytest.raises(ValueError, match=r"'head.bias' in one of the two alone"):
         fx.check_policy(apply, params, model)
-    with pytest.raises(ValueError, match="apply is a function; expected the Policy"):
+    with pytest.raises(ValueError, match="apply is a function; expected a Policy"):
         fx.check_policy(lambda params, ids, mask: ids, params, model)  # type: ignore[arg-type]
 
 

@@ -78,8 +78,8 @@ def curvature(
     eta = torch.zeros((), dtype=promote(first_parameter.dtype), device=first_parameter.device, requires_grad=True)
     total = torch.zeros((), dtype=torch.float64, device=first_parameter.device)
     # Reverse over reverse, because forward mode over either mode fails at SiLU and is silently wrong at LayerNorm
-    # (torch 2.13), whose jvp treats its saved mean and deviation as constants. By autograd rather than torch.func,
-    # which refuses models that write to tensors of their own.
+    # (torch 2.13), whose jvp treats its saved mean and deviation as constants. It goes by autograd, because torch.func
+    # refuses models that write to their own tensors.
     for chunk in row_chunks(batch, chunk_size):
         with torch.enable_grad():
             value = -surrogate(token_values(shift(params, unit, eta), chunk, apply, temperature), chunk)

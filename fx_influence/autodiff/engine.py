@@ -88,7 +88,7 @@ class Engine:
         memory_budget: int,
         dtype: torch.dtype | None = None,
     ) -> tuple[Sequence[Batch], Iterator[Gradients]]:
-        """Return the batch with coefficients made from its token values, and its gradients; see the function."""
+        """Return the batch with coefficients made from its token values, and its gradients by group of rows."""
         return reweighted_gradients(
             params,
             batch,

@@ -25,7 +25,7 @@ from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params
 
 MAX_GRADIENT_ENTRIES = 2**24
-"""Entries of rows' gradients that exist at once in ``ghost_products``: 64 MiB of float32."""
+"""Largest number of entries of row gradients that exist at once in ``ghost_products``: 64 MiB of float32."""
 
 BLOCK_COLUMNS = 1024
 """Columns per block of ``thin_matmul``."""
@@ -34,7 +34,7 @@ MEMORY_BUDGET = 3 * 2**28
 """Bytes of a call's caches where the caller sets no budget: 768 MiB."""
 
 BYTES_PER_PARAMETER = 16
-"""Bytes of a call's caches for each trainable parameter where that is more: eight directions in bfloat16."""
+"""Bytes of a call's caches for each trainable parameter, used where that is more: eight directions in bfloat16."""
 
 JvpFn = Callable[[Sequence[Params]], Tensor]
 """``jvp_fn(us)``: <u_k, g_i> for every row of the batch, (K, B) float64; names absent in a u count as 0."""
@@ -119,7 +119,7 @@ def linearize_losses(
                 layer_ios = collect_layer_io(params, batch, micro_batch, apply, names, temperature)[0]
             if layer_ios:
                 out[:, micro_batch.row_index] = ghost_products(layer_ios, units, len(micro_batch.row_index))
-            # Released before the next micro-batch is recomputed, or two would exist at once.
+            # Released before the next micro-batch is recomputed, so that two never exist at once.
             del layer_ios
         return out * out.new_tensor(scales).unsqueeze(1)
 

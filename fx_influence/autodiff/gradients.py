@@ -103,9 +103,9 @@ def reweighted_gradients(
         dtype: in which gradients are accumulated; None takes at least float32.
 
     Returns:
-        The batches with coefficients, and an iterator over gradients, each computed when it is asked for: those of all
-        rows with the coefficients of the second batch and of any further one, then with those of the first the
-        gradients of the K groups, which add up to that of all rows.
+        The batches with coefficients, and an iterator over gradients, each computed when the iterator reaches it: first
+        those of all rows with the coefficients of the second and any further batch, then those of the K groups with the
+        coefficients of the first batch, which add up to the gradient of all rows.
     """
     policy, leaves = split_policy(apply), as_leaves(params)
     by_group = [

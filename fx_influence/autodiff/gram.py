@@ -84,7 +84,7 @@ def gradient_gram(
             for index_a, write in stream_a.chunks(batch_a):
                 products = _inner_products(write, len(index_a), weighted, trained, group, stream_budget // 4)
                 total[index_a.unsqueeze(1), start + index_b] += products
-            # Released before the next block is made, or two would exist at once.
+            # Released before the next block is made, so that two never exist at once.
             del weighted
     return total.to(promote(next(iter(params.values())).dtype))
 

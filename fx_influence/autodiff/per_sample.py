@@ -76,7 +76,8 @@ def per_sample_grads(
         grads = per_row(fields_loss, frozen, fields, chunk_size)
         warnings.warn(
             f"params are {half[0]} and loss_fn takes them in no other precision ({str(error).splitlines()[0]}), so the "
-            "gradients are rounded to it; let loss_fn cast tensors of its own to the parameters' dtype",
+            "gradients are rounded to it; expected a loss in any precision. Let loss_fn cast its own tensors to the "
+            "parameters' dtype",
             stacklevel=2,
         )
         return {name: g.to(promote(g.dtype)) for name, g in grads.items()}
@@ -88,7 +89,7 @@ def _vmapped(fields_loss: FieldsLoss, params: Params, fields: tuple[Tensor, ...]
         return vmap(grad(fields_loss), in_dims=(None, 0), chunk_size=chunk_size)(params, fields)
     except RuntimeError as error:
         raise RuntimeError(
-            f"loss_fn fails under torch.func.vmap(grad): {str(error).splitlines()[0]} Expected a loss that neither "
+            f"loss_fn fails under torch.func.vmap(grad) ({str(error).splitlines()[0]}); expected a loss that neither "
             "draws random numbers (switch dropout off) nor depends on values in Python nor writes in place. Pass "
             "chunk_size=1 for the latter two: rows then go one by one, without vmap"
         ) from error
@@ -123,7 +124,7 @@ def _random_state(device: torch.device) -> Tensor:
 def can_vmap_rows(loss_fn: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> bool:
     """Return whether ``torch.func.vmap`` takes rows through ``loss_fn``'s gradient, tried on two.
 
-    False as well where torch would loop over rows inside, for want of a batching rule, of which it warns.
+    It is False too where an operation has no batching rule, so that torch would loop over rows with a warning.
 
     Args:
         loss_fn: loss of one row, see ``per_sample_grads``.

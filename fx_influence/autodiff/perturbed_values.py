@@ -82,7 +82,7 @@ def can_vmap_directions(
 ) -> bool:
     """Return whether several directions fit one pass and ``vmap`` takes them through the policy, tried with two.
 
-    False as well where torch would loop over directions inside, for want of a batching rule, of which it warns.
+    It is False too where an operation has no batching rule, so that torch would loop over directions with a warning.
 
     Args:
         params: theta, by name.

@@ -22,7 +22,7 @@ from fx_influence.types import Apply, Batch, Params, TokenValues
 def token_values(params: Params, batch: Batch, apply: Apply, temperature: float = 1.0) -> TokenValues:
     """Return log-probability and entropy of every completion token under softmax(logits / temperature).
 
-    One forward; all logits exist at once. The function may stand inside any transformation of ``torch.func``.
+    One forward; all logits exist at once. The function may be called inside any transformation of ``torch.func``.
 
     Args:
         params: trainable parameters by name. Weights in half precision are raised to float32 first.

@@ -97,7 +97,7 @@ def _micro_batch(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, le
     following = (source + 1).clamp(max=width - 1)
     scored = batch.completion_mask[index].gather(1, following) & (source + 1 < width)
     if left_alignable:
-        # Nothing attends to tokens after a row's last attended one, so they need no mask; gaps before it do.
+        # Nothing attends to tokens after a row's last attended one, so they need no mask; gaps before it need one.
         attended = torch.where(batch.attention_mask[index], torch.arange(width, device=source.device), -1)
         attention = attention | (source > attended.amax(1, keepdim=True))
     row, position = scored.nonzero(as_tuple=True)

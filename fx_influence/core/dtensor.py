@@ -58,6 +58,7 @@ def _sharded_axes(x: Any) -> list[tuple[Any, int]]:
         return []
     if any(placement.is_partial() for placement in x.placements):
         raise ValueError(
-            f"a tensor of shape {tuple(x.shape)} is {x.placements}; expected no partial. Sum it over the ranks"
+            f"a tensor of shape {tuple(x.shape)} is {x.placements}; expected no partial placement. Sum it over "
+            "the ranks"
         )
     return [(x.device_mesh, axis) for axis, placement in enumerate(x.placements) if placement.is_shard()]

@@ -82,7 +82,7 @@ def accumulate(
 
     Args:
         total: gradients by name.
-        more: names with what to add.
+        more: (name, gradient) pairs to add.
         dtype: of the sums; None takes at least float32.
         addresses: ``addresses_of(total)``, kept up to date here, for a caller that adds many times; None makes it.
     """

@@ -43,7 +43,7 @@ def make_engine(
         mesh: ranks to share the work with; None for one process, or for the mesh of the parameters.
 
     Raises:
-        TypeError: where ``mesh`` is no device mesh.
+        TypeError: where ``mesh`` is not a device mesh.
         ValueError: where it is another one than that of the parameters.
     """
     if mesh is not None and not hasattr(mesh, "get_group"):
@@ -98,7 +98,7 @@ class DataParallelEngine(Engine):
         return partition.gather_values(local.engine.perturbed_values(local.params, directions, eta, rows, vmapped))
 
     def can_vmap_directions(self, params: Params, batch: Batch) -> bool:
-        # Decided by each rank for itself: all have as many rows, and a rank compares only values of its own rows.
+        # Each rank decides for itself, because all have as many rows and a rank compares values of its own rows only.
         partition, local = self._partition(batch), self._local(params, batch)
         return local.engine.can_vmap_directions(local.params, partition.local_rows(batch))
 
@@ -201,7 +201,7 @@ class FsdpEngine(DataParallelEngine):
 
     def check_gram(self, asked_by: str) -> None:
         raise ValueError(
-            f"params are sharded by FSDP2; expected whole ones, since {asked_by} needs the gradient of every row. "
+            f"params are sharded by FSDP2; expected unsharded ones, since {asked_by} needs the gradient of every row. "
             "Leave it out, or load the unsharded model in each process and pass mesh="
         )
 
@@ -255,7 +255,7 @@ class FsdpEngine(DataParallelEngine):
     def _local(self, params: Params, batch: Batch, direction: Params | None = None) -> _LocalInputs:
         policy: Any = self.apply
         unsharded = policy.unshard(params, direction or {})
-        # One number for all ranks, because a number chosen by tokens follows each rank's lengths.
+        # One number for all ranks, because a number chosen by tokens depends on each rank's lengths.
         chunk_size = self.chunk_size or max(1, TOKENS_PER_CHUNK // batch.input_ids.shape[1])
         return _LocalInputs(Engine(unsharded.policy, self.temperature, chunk_size), unsharded.params, unsharded.tangent)
 

@@ -99,7 +99,7 @@ class ShardedPolicy(Policy):
     All ranks of the mesh must make the same passes, over as many micro-batches. The derivatives are those of each
     rank's rows, but gradients of units' parameters are already summed over the ranks that share its shards. Passes
     compute in the dtype of the shards: a ``MixedPrecisionPolicy`` of FSDP2 is not followed. Transformations of
-    ``torch.func`` raise ``ValueError``, so that there are no pairwise matrices and no blocks of directions.
+    ``torch.func`` raise ``ValueError``, so pairwise matrices and blocks of directions are not available.
 
     Args:
         model: the sharded model.

@@ -152,7 +152,7 @@ def test_supported_names_tells_rows_from_positions(rows: int) -> None:
 
 def test_collect_layer_io_refuses_unsupported_names() -> None:
     params = {name: BASE[name] for name in ("embed", "head", "w")}
-    with pytest.raises(ValueError, match=r"no layer-input rule for the operation that uses parameter 'w'"):
+    with pytest.raises(ValueError, match=r"names has 'w'; expected .* a layer-input rule. Exclude it"):
         collect(params, batch_of(), model(lambda p, x: x @ p["w"]), frozenset(params))
 
 

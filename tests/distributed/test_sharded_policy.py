@@ -161,7 +161,7 @@ def test_linearize_is_none_for_a_sharded_policy(traffic: dict[str, Any]) -> None
         ("vmapped", r"need transforms of torch.func. Pass matrix=False"),
         ("not finite", r"grads\['norm.weight'\] is not finite"),
         ("plain state", r"opt_state.exp_avg\['idle'\] is a plain tensor; expected a DTensor"),
-        ("partial", r"a tensor of shape \(2,\) is \(Partial\(sum\),\); expected no partial. Sum it"),
+        ("partial", r"a tensor of shape \(2,\) is \(Partial\(sum\),\); expected no partial placement. Sum it"),
     ],
 )
 def test_unsupported_input_is_refused_on_every_rank(two: list[dict[str, Any]], mistake: str, message: str) -> None:

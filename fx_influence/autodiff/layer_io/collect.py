@@ -67,7 +67,7 @@ def collect_layer_io(
     unsupported = backbone.unsupported() | head.unsupported()
     if unsupported:
         raise ValueError(
-            f"no layer-input rule for the operation that uses parameter {min(unsupported)!r}; exclude it from names"
+            f"names has {min(unsupported)!r}; expected parameters whose uses all have a layer-input rule. Exclude it"
         )
     layer_ios = head.layer_ios(rows)
     if hidden.requires_grad:

@@ -81,7 +81,7 @@ class LayerRecorder(LevelAwareMode):
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         names = self._names_in((args, kwargs))
-        # Reading an attribute (shape, dtype, device) is no use of a parameter; a view by ``.T`` shows in the graph.
+        # Reading an attribute (shape, dtype, device) is not a use of a parameter; a view by ``.T`` shows in the graph.
         if not names or getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
         out = self._record(func, args, kwargs)
@@ -189,7 +189,7 @@ class LayerRecorder(LevelAwareMode):
     def _rows_first(self, x: Tensor) -> bool:
         rows, positions = self._shape
         if x.dim() == 2:
-            # A view has all tokens in order; tokens gathered in an order that depends on the data are no view.
+            # A view has all tokens in order; tokens gathered in an order that depends on the data are not a view.
             return x._is_view() and len(x) == rows * positions
         return x.dim() > 2 and len(x) == rows
 

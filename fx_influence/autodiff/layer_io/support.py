@@ -20,7 +20,8 @@ def supported_names(params: Params, batch: Batch, apply: Apply) -> frozenset[str
     A probe of three short rows decides, with the batch's tokens and padding. A parameter w has layer IO where
 
     - every differentiable path from w to the logits is a use of a kind of ``LayerIO``: recorded uses take w detached,
-      so a path that remains in the graph (``w.T``, a slice, w in a list, a custom function) is one that none records;
+      so a path that remains in the graph (``w.T``, a slice, w in a list, a custom function) is one that was not
+      recorded;
     - d logits[i] / d y[j] is exactly 0 for rows i != j and the output y of every use, split as ``LayerIO`` splits it:
       tokens in another order than that of the batch, an axis that has the length of the rows by chance, and rows that
       see one another all break this.
