@@ -18,7 +18,7 @@ from fx_influence.core.display import record_line
 from fx_influence.types import Batch, TokenValues
 
 UNLABELLED = -1
-"""Index of positions that count in no sum, such as prompts and padding."""
+"""Index of what is in no sum, such as prompts and padding."""
 
 REGIONS = ("A>0 likely", "A>0 unlikely", "A<0 likely", "A<0 unlikely", "A=0")
 THIRDS = ("first third", "middle third", "last third")

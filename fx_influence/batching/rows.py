@@ -17,9 +17,9 @@ def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
 
 
 def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
-    """Return the distinct rows, and for every row of the batch the index of the distinct row that equals it, (B,).
+    """Return the rows that differ in some field, each once, and for every row the index of its equal, (B,).
 
-    A policy of low entropy samples the same completion many times; a quantity that depends on one row is then computed
+    A policy of low entropy samples the same completion again and again; a quantity of a row alone is then computed
     once. ``group`` is not compared.
 
     Example:

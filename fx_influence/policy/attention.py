@@ -1,4 +1,4 @@
-"""Attention in blocks of queries, which every transformation of torch.func can pass through."""
+"""Attention in blocks of queries, which supports every transformation of torch.func."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def blockwise_attention(
         query: (..., T, d).
         key: (..., S, d).
         value: (..., S, d).
-        attn_mask: bool, True where a query may look, or a number to add to each score; broadcast to (..., T, S).
+        attn_mask: bool, True where a query may attend, or a number to add to each score; broadcast to (..., T, S).
         dropout_p: probability of dropping a weight.
         is_causal: whether query t sees keys 0 to t alone; then ``attn_mask`` is not read.
         scale: factor on the scores, None for d ** -0.5.

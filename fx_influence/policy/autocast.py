@@ -35,7 +35,7 @@ def _device_type(args: tuple[Any, ...]) -> str:
         for value in values:
             if isinstance(value, Tensor):
                 return value.device.type
-    raise TypeError(f"{len(args)} arguments hold no tensor; expected at least one, whose device autocast is for")
+    raise TypeError(f"args hold no tensor among {len(args)}; expected one, whose device autocast needs. Pass one")
 
 
 def active_autocast_dtype(device: str) -> torch.dtype | None:

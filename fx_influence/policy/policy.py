@@ -73,7 +73,7 @@ class Policy:
     """The ``apply`` of ``make_functional``: ``policy(params, input_ids, attention_mask) -> logits (B, T, V)``.
 
     It holds templates of the model on the meta device and references to the frozen weights and buffers, so a forward
-    neither reads nor changes the model's own modules. A call may stand inside any transformation of ``torch.func``;
+    neither reads nor changes the model's own modules. A call may be made inside any transformation of ``torch.func``;
     ``split`` is the same policy cut before its output embeddings, each pass with the kernels that suit it.
 
     Attributes:
@@ -85,7 +85,7 @@ class Policy:
         max_logits: number of logits that the LM head forms at once.
         forward: rules for calling the model.
         templates: the model's templates.
-        stateful: paths of modules that every template puts back as they were after each call.
+        stateful: paths of modules that every template restores after each call.
         structure: what the model does with the tokens of a batch.
         prefix_shareable: see ``SplitPolicy``.
     """
@@ -139,8 +139,8 @@ class Policy:
     def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
         """Return the same policy as a trainer computes it under ``torch.autocast``.
 
-        ``influence`` takes the derivatives of the update batch's losses in that precision, and those of the entropy
-        over the evaluation batch of the function itself.
+        ``influence`` takes the derivatives of the update batch's losses in that precision; those of the entropy over
+        the evaluation batch are the derivatives of the function itself.
 
         Args:
             dtype: of autocast.
@@ -177,9 +177,9 @@ class Policy:
     def with_all_derivatives(self) -> Policy:
         """Return the same policy with all its derivatives, including those that training leaves out.
 
-        A Hugging Face model gives the padding token's embedding no gradient, so training moves it by none. It moves all
-        the same where it is tied to the output embeddings, and under weight decay, and the entropy moves with it.
-        PEFT's DoRA detaches the norms of its weights, which move as the weights do.
+        A Hugging Face model gives the padding token's embedding no gradient, so the loss does not move it. It still
+        moves where it is tied to the output embeddings, and under weight decay, and the entropy moves with it. PEFT's
+        DoRA detaches the norms of its weights, which move as the weights do.
         """
         padding = any(module.padding_idx is not None for module in embeddings(self.templates.full.module))
         if not padding and not self.structure.detaches_gradients:

@@ -91,7 +91,8 @@ def in_float32(params: Params, apply: Apply, batch: Batch, finite: bool = False)
     if lowest and (error := _refusal(apply, raised, batch)) is not None:
         message = (
             f"params are {', '.join(map(str, lowest))} and apply takes them in no other precision ({error}), so every "
-            "pass is rounded to it; let apply cast the tensors that it holds to the parameters' dtype"
+            "pass is rounded to it; expected a policy in any precision. Let apply cast its own tensors to the "
+            "parameters' dtype"
         )
         if finite:
             raise ValueError(message)
@@ -158,7 +159,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 class _DtypeWatch(TorchFunctionMode):
-    """While active, collects the floating dtypes of all results in ``dtypes``."""
+    """Collect, while active, the floating dtypes of all results in ``dtypes``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def random_qkv(seed: int, heads: int = HEADS) -> Triple:
 
 
 def literal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """One query at a time; ``mask`` True where a query may look."""
+    """Return attention, computed one query at a time; ``mask``: True where a query may attend."""
     k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
     out = []
     for t in range(q.shape[2]):

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is 
 
 
 def assert_near(actual: Tensor, expected: Tensor, params: Params, scale: Any = None, *, name: str = "") -> None:
-    """Equal to the rounding of a model's passes in the dtype of its parameters."""
+    """Assert equality up to the rounding of a model's passes in the dtype of its parameters."""
     dtype = next(iter(params.values())).dtype
     terms = policy_terms(params, WIDTH)
     assert_close_to_rounding(actual, expected, terms=terms, scale=scale, dtype=dtype, name=name)
@@ -58,7 +58,7 @@ def relative_residual(out: fx.Influence) -> float:
 
 
 def same(a: fx.Influence, b: fx.Influence) -> bool:
-    """Bit for bit."""
+    """Return whether both are equal bit for bit."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, Tensor) and isinstance(y, Tensor)]
     return len(pairs) > 5 and all(torch.equal(x, y) for x, y in pairs)
 

@@ -125,11 +125,11 @@ def test_only_completion_tokens_reach_vocabulary_in_chunks(lora: bool, at_once: 
     with Watch() as watch:
         works(apply, state)[work]()
     masks = [batch.completion_mask for batch in (state.batch_u, state.batch_e)]
-    # Factors of a head that is trained are made for the completion tokens of one part at once.
-    factors = not lora and work in ("influence", "matrix")
+    # The layer IO of a trained head is made for the completion tokens of one micro-batch at once.
+    head_layer_io = not lora and work in ("influence", "matrix")
     largest = max(int(m.sum(-1).max()) * (len(m) if work == "influence" else 1) for m in masks)
-    allowed = largest if factors else min(at_once, max(int(m.sum()) for m in masks))
-    # The looks at the model, two or three rows of four tokens, and the weights themselves.
+    allowed = largest if head_layer_io else min(at_once, max(int(m.sum()) for m in masks))
+    # The probes of the model have two or three rows of four tokens; the weights themselves have 16.
     assert 0 < watch.rows <= max(allowed, 12, 16)
 
 
@@ -162,7 +162,7 @@ def test_reweighted_gradient_keeps_graphs_within_budget(budget: int) -> None:
     weighted, g = reweighted_gradient(state.params, e, counting, coefficients_fn, 1.0, 2, budget)
     count = -(-len(e.input_ids) // 2)
     assert count > 2
-    # The first is kept in any case.
+    # The first micro-batch keeps its graph in any case.
     assert calls == ([True] * count if budget else [True] + [False] * (count - 1) + [True] * (count - 1))
     expected = batch_gradient(state.params, weighted, apply)
     largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
@@ -194,7 +194,7 @@ def test_recompute_reuses_cached_linear_outputs(lora: bool) -> None:
             flops.append(counter.get_total_flops())
     everything, caches, nothing = flops
     largest = max(float(g.abs().max()) for g in gradients[0].values())
-    # Parts come longest first, so the tapes of all fit; attention is computed again.
+    # Micro-batches come longest first, so the caches of all fit; attention is recomputed.
     assert caches - everything < 0.2 * (nothing - everything)
     for other in gradients[1:]:
         for name, g in gradients[0].items():
@@ -202,7 +202,7 @@ def test_recompute_reuses_cached_linear_outputs(lora: bool) -> None:
 
 
 @pytest.mark.parametrize(("budget", "graphs"), [(1000, 10), (999, 9), (460, 1), (459, 0), (400, 0), (0, 0)])
-def test_graphs_to_keep_leaves_room_for_other_caches(budget: int, graphs: int) -> None:
+def test_graphs_within_budget_leaves_bytes_for_caches(budget: int, graphs: int) -> None:
     assert graphs_within_budget(10, 100, 40, budget) == graphs
     assert graphs_within_budget(10, 100, 0, budget) == budget // 100, "a model without linear maps"
 

@@ -64,7 +64,7 @@ def unpadded_disagreement(
 def check_padded(forward: ModelForward, template: Template, model: Template, case: ProbeCase, params: Params) -> None:
     """Raise ``ForwardError`` where policy and model differ for padded rows; arguments as ``unpadded_disagreement``.
 
-    A forward that takes neither a mask nor positions is not told of padding, so nothing is compared.
+    A forward that takes neither a mask nor positions cannot know of padding, so nothing is compared.
     """
     if forward.arguments.mask is None and not forward.reads_positions:
         return
@@ -120,14 +120,14 @@ def _check_shape(forward: ModelForward, logits: Tensor, input_ids: Tensor) -> No
         return
     raise ForwardError(
         f"model(input_ids) returns logits of shape {tuple(logits.shape)} for ids of shape {tuple(input_ids.shape)}; "
-        "expected (B, T, V), those of every token. A forward that gives the last token's alone, or puts tokens of its "
-        "own before them, needs a wrapper whose forward returns those of the given tokens"
+        "expected (B, T, V), those of every token. If the forward gives those of the last token only, or puts its own "
+        "tokens before them, wrap the model in a module whose forward returns those of the given tokens"
     )
 
 
 DEFAULT_REMEDY = (
-    "Its forward reads something besides tokens, mask and positions, depends on how it is called, or is not the same "
-    "twice; pass an apply of your own that calls it as your trainer does"
+    "Its forward reads something besides tokens, mask and positions, depends on how it is called, or is random; pass "
+    "your own apply that calls it as your trainer does"
 )
 
 

@@ -34,8 +34,8 @@ class FittedForward(NamedTuple):
     """Rules that reproduce the model's own logits.
 
     ``forward``: the rules. ``template``: the full model, eager. ``stateful``: paths of the modules that every template
-    puts back as they were after each call. ``case``: the setting in which policy and model were compared, None where
-    the model's own forward runs in no setting.
+    restores after each call. ``case``: the setting in which policy and model were compared, None where the model's own
+    forward runs in no setting.
     """
 
     forward: ModelForward
@@ -93,8 +93,8 @@ def _not_compared(error: Exception | None) -> str:
     return (
         f"model's forward runs on none of the few tokens that it was tried on (last {reason}), so apply was not "
         "compared with the model, no code that detaches was looked for, and no row is moved, cut or shared; expected "
-        "logits for random tokens. On rows that it takes compare apply(params, input_ids, attention_mask) with the "
-        "model, and its derivatives by fx.check_derivatives(params, batch_e, apply=apply); once the model is "
+        "logits for random tokens. On rows that it accepts compare apply(params, input_ids, attention_mask) with "
+        "the model, and its derivatives by fx.check_derivatives(params, batch_e, apply=apply); once the model is "
         "repaired, fx.check_policy(apply, params, model) compares them"
     )
 

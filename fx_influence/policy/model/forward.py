@@ -120,7 +120,13 @@ class ModelForward:
         return out[:, self.virtual_tokens :] if self.virtual_tokens else out
 
     def run_head(self, head: Head | None, params: Params, hidden: Tensor) -> Tensor:
-        """Return the logits (..., V) of hidden states (..., d); the hidden states themselves where there is no head."""
+        """Return the logits (..., V) of hidden states; the hidden states themselves where there is no head.
+
+        Args:
+            head: the output embeddings, or None.
+            params: trainable parameters by name; the frozen ones are added.
+            hidden: hidden states, (..., d).
+        """
         if head is None:
             return hidden.view_as(hidden)
         known = self.head_tensors(head, params)
@@ -130,7 +136,14 @@ class ModelForward:
             return cast(Tensor, torch.func.functional_call(head.module, named, (hidden,), tie_weights=False))
 
     def call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a template on the tensors ``known``, by name; a sharded model gathers them here."""
+        """Call a template and return its output; a sharded model gathers its tensors here.
+
+        Args:
+            template: the full model, or its backbone.
+            known: its parameters and buffers by name.
+            args: positional arguments of its forward.
+            kwargs: keyword arguments of its forward.
+        """
         return template(known, args, kwargs)
 
     def head_tensors(self, head: Head, params: Params) -> Params:
@@ -140,7 +153,13 @@ class ModelForward:
     def call_arguments(
         self, input_ids: Tensor, attention_mask: Tensor, packed: PackedAttention | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Return (args, kwargs) of the model's forward for rows (B, L) that may be padded."""
+        """Return (args, kwargs) of the model's forward for rows that may be padded.
+
+        Args:
+            input_ids: int64 (B, L).
+            attention_mask: bool (B, L).
+            packed: attention over rows that share prompts, which has their position ids; None for plain rows.
+        """
         args, kwargs = self.arguments.padded(input_ids, attention_mask)
         if self.reads_positions:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

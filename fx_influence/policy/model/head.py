@@ -64,8 +64,9 @@ def _without_head(fitted: FittedForward, full: Template) -> CutModel | None:
             hidden = fitted.forward.run(backbone, case.known, case.probe.input_ids[:1], case.probe.attention_mask[:1])
         if hidden is not capture.last:
             return None
-        # A captured tensor would stay alive, and a compiled pass may not keep what it makes.
-        base.set_output_embeddings(_CaptureInput(module, keeps=False))
+        # Later calls capture nothing: a captured tensor would stay alive, and a compiled pass may not store its
+        # results.
+        base.set_output_embeddings(_CaptureInput(module, captures=False))
     except Exception:
         # This model does more with its head than call it, so it stays uncut.
         return None
@@ -91,15 +92,15 @@ class _CaptureInput(nn.Module):
     A forward may read attributes of the module that it replaces; their tensors are on the meta device.
     """
 
-    def __init__(self, module: nn.Module, keeps: bool = True) -> None:
+    def __init__(self, module: nn.Module, captures: bool = True) -> None:
         super().__init__()
         self.last: Tensor | None = None
-        self._keeps = keeps
-        # Registered, the module's parameters would have names in the backbone.
+        self._captures = captures
+        # Not registered, because the module's parameters would then have names in the backbone.
         self.__dict__["_replaced"] = (module,)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self._keeps:
+        if self._captures:
             self.last = hidden
         return hidden
 
@@ -110,5 +111,5 @@ class _CaptureInput(nn.Module):
 
 
 def _is_eager(model: nn.Module) -> bool:
-    # Whoever set a model to eager attention may have had reasons in the model's own classes.
+    # A model that was set to eager attention may need it because of its own classes.
     return getattr(getattr(base_model(model), "config", None), "_attn_implementation", None) == "eager"

@@ -43,7 +43,7 @@ def supports_prefix_sharing(forward: ModelForward, backbone: Template, model: nn
 
 
 def _attends_to_all(model: nn.Module) -> bool:
-    # A sliding window shows in its mask only once there are more tokens than it is wide.
+    # A sliding window shows in its mask only if there are more tokens than its width.
     config: Any = getattr(base_model(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(config, "layer_types", None)

@@ -42,7 +42,7 @@ def make_probe(model: nn.Module, vocab_size: int | None, length: int, device: to
 
     Args:
         model: its configuration names the special tokens.
-        vocab_size: None for a model that does not tell; the ids are then 0 and 1, which any vocabulary has.
+        vocab_size: none for a model that does not tell; the ids are then 0 and 1, which any vocabulary has.
         length: T.
         device: of the ids.
     """
@@ -117,6 +117,11 @@ def stateful_modules(template: Template, call: Callable[[], object]) -> list[nn.
 
 def agree(actual: Tensor, expected: Tensor, bound: float) -> bool:
     """Return whether two tensors differ by at most ``bound`` times the largest entry of ``expected``; NaN never agrees.
+
+    Args:
+        actual: tensor of any shape; one of another shape than ``expected`` never agrees.
+        expected: tensor with at least one entry.
+        bound: relative difference that is allowed.
 
     Example:
         >>> agree(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), 0.1), agree(torch.ones(1), torch.ones(2), 0.1)

@@ -35,7 +35,7 @@ def structure_of(forward: ModelForward, cut: CutModel, case: ProbeCase) -> Struc
     """
     ids, mask, short = case.probe
     half, bound = case.probe.half, case.bound
-    # Rows that have little in common with the first, then many of one token: one or the other uses up what is scarce.
+    # Rows that share few tokens with the first, then many rows of one token, either of which fills a limited capacity.
     others = torch.stack([ids[0], ids[0].flip(0), ids[3].flip(0), ids[0, -1].expand_as(ids[0])])
     crowds = [others, *(torch.cat([ids[:1], token.expand(7, ids.shape[1])]) for token in (ids[0, 0], ids[0, 1]))]
     unmasked = torch.ones_like(mask)

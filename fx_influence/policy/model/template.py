@@ -34,8 +34,8 @@ class Template(NamedTuple):
         slots: path in the module -> name of the tensor, one for every registered attribute that holds it, so that a
             tied weight has several.
         places: the same for lists, dicts and plain attributes.
-        stateful: modules whose attributes a forward binds anew; they are restored after each call, so that no call sees
-            what another left.
+        stateful: modules whose attributes a forward rebinds; they are restored after each call, so that no call sees
+            the changes of another.
     """
 
     module: nn.Module
@@ -55,7 +55,7 @@ class Template(NamedTuple):
         try:
             return self._call(tensors, known, args, kwargs)
         except BaseException:
-            # A forward that fails may not get to undo what it would undo itself, such as PEFT's parametrizations.
+            # A forward that fails may leave changes that it would have undone, such as PEFT's parametrizations.
             for state in before:
                 _restore(*state)
             raise
@@ -122,12 +122,12 @@ def meta_template(
             under vmap too. None leaves the model's.
 
     Raises:
-        ValueError: a parameter stands in a tuple.
+        ValueError: a parameter is in a tuple.
     """
     # The memo makes deepcopy put meta tensors where the weights are, so no weight is copied and ties stay ties.
     memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
     memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    # Tensors that are no parameters are shared and not copied: they may be large, and are read live as buffers are.
+    # Tensors that are not parameters are shared, not copied: they may be large, and are read live as buffers are.
     memo |= {id(x): x for _, _, x in _unregistered(model) if id(x) not in memo}
     module = copied(model, memo).eval()
     _undo_patches(module)
@@ -144,8 +144,8 @@ def meta_template(
     for container, _, name in places:
         if isinstance(container, tuple):
             raise ValueError(
-                f"model parameter {name!r} stands in a tuple, where no other value can take its place; expected a "
-                "registered attribute. Keep it in an nn.ParameterList, or read it from the module that owns it"
+                f"model parameter {name!r} is in a tuple, whose entries cannot be replaced; expected a registered "
+                "attribute. Keep it in an nn.ParameterList, or read it from the module that owns it"
             )
     return Template(module, slots_of(module, names), places, [])
 

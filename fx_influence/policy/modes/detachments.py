@@ -15,7 +15,7 @@ _SET_GRAD: Any = torch._C._set_grad_enabled
 
 
 class DetachmentWatch(TorchFunctionMode):
-    """While active, notes in ``seen`` whether a tensor that requires a gradient is detached, or used under no_grad."""
+    """Record in ``seen``, while active, whether a tensor that requires a gradient is detached or used under no_grad."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -127,11 +127,18 @@ class ForwardMode(CachedOutputsMode):
 def frozen_padding_embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: object, **kwargs: Any
 ) -> Tensor:
-    """``F.embedding`` whose forward-mode derivative is that of reverse mode: none at ``padding_idx``.
+    """Return ``F.embedding``, with the forward-mode derivative of reverse mode: none at ``padding_idx``.
 
     torch's own forward mode moves that row with the others, although no gradient ever reaches it. The derivative of a
     loss along a direction and its gradient's product with the direction then differ wherever a text holds the padding
     token.
+
+    Args:
+        input: int64 ids, any shape.
+        weight: (V, d), perhaps dual.
+        padding_idx: row without a derivative; None for none.
+        args: further arguments of ``F.embedding``.
+        kwargs: likewise.
     """
     out = F.embedding(input, weight, padding_idx, *args, **kwargs)  # type: ignore[arg-type]
     if padding_idx is None:

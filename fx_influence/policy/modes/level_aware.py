@@ -11,7 +11,7 @@ Mode = TypeVar("Mode", bound="LevelAwareMode")
 
 
 class LevelAwareMode(TorchFunctionMode):
-    """Passes calls at the ``torch.func`` level where it was entered to ``on_call``, deeper ones to ``on_nested_call``.
+    """Pass calls at the ``torch.func`` level where it was entered to ``on_call``, deeper ones to ``on_nested_call``.
 
     A model may transform functions itself, by a ``vmap`` or ``jvp`` of its own. Inside those, tensors are wrapped once
     more, and the rules of a mode for plain tensors would not hold.
@@ -26,11 +26,11 @@ class LevelAwareMode(TorchFunctionMode):
         return (self.on_call if _level() == self._level else self.on_nested_call)(func, args, kwargs or {})
 
     def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return what ``func`` is to return at the mode's own level."""
+        """Return the result of a call at the mode's own level."""
         return func(*args, **kwargs)
 
     def on_nested_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return what ``func`` is to return inside a transformation that the model itself makes."""
+        """Return the result of a call inside a transformation that the model itself makes."""
         return func(*args, **kwargs)
 
 

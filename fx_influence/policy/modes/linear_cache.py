@@ -13,7 +13,7 @@ from fx_influence.policy.modes.level_aware import LevelAwareMode
 
 
 class LinearOutputCache(LevelAwareMode):
-    """While active, stores the output of every linear layer, in order of the calls.
+    """Store, while active, the output of every linear layer, in order of the calls.
 
     A forward-mode pass over the same tokens that is given the ``outputs`` computes only the products of its tangents, a
     third fewer than without them where the weights move too. A recomputed forward computes none, see
@@ -60,7 +60,7 @@ class CachedOutputsMode(LevelAwareMode):
 
     @property
     def outputs_fit(self) -> bool:
-        """Whether the forward called as many linear layers as there are outputs, each with an output of that shape.
+        """Return whether the forward called as many linear layers as there are outputs, each of the output's shape.
 
         A mode sees the linear layers of a custom ``autograd.Function`` outside ``torch.func`` and not inside it. If the
         outputs do not fit, the results of the forward are wrong and must be dropped.
@@ -94,7 +94,13 @@ class ReuseLinearOutputs(CachedOutputsMode):
 
 
 def linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the arguments of ``F.linear`` in order, however they are passed."""
+    """Return the arguments of ``F.linear`` in order, however they are passed.
+
+    Args:
+        input: x, (..., in).
+        weight: w, (out, in).
+        bias: b, (out,), or None.
+    """
     return input, weight, bias
 
 

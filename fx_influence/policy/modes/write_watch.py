@@ -13,7 +13,7 @@ from fx_influence.types import Params
 
 
 class WriteWatch(TorchDispatchMode):
-    """While active, skips every operation that writes to one of ``tensors``, and records it.
+    """Skip, while active, every operation that writes to one of ``tensors``, and record it.
 
     If something was recorded, the results of the forward are worthless.
 

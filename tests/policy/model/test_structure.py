@@ -149,7 +149,7 @@ def long_model(rope_type: str) -> Any:
 
 
 def rows_on_both_sides(seed: int) -> fx.Batch:
-    """Rows of 7 to 14 tokens; what a position means changes at 10."""
+    """Return rows of 7 to 14 tokens; the meaning of a position changes at 10."""
     generator = torch.Generator().manual_seed(seed)
     lengths, columns = torch.tensor([14, 13, 9, 8, 9, 7])[:, None], torch.arange(14).expand(6, 14)
     real = columns < lengths

@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[[Params], Tensor]] = {
 
 
 def reverse(f: Callable[[Params], Tensor], params: Params, u: Params) -> Tensor:
-    """<d f_k / d params, u> of every entry k, by reverse mode."""
+    """Return <d f_k / d params, u> of every entry k, by reverse mode."""
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     out = f(leaves)
     derivatives = []
@@ -112,7 +112,7 @@ class Doubled(torch.autograd.Function):
 
 
 def hiding(params: Params, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Logits (B, T, 5) of maps of one shape, so that outputs of others would fit."""
+    """Return logits (B, T, 5) of maps of one shape, so that outputs of others would fit."""
     x = F.linear(F.embedding(input_ids, params["w"]).cumsum(1).tanh(), params["w"], params["b"])
     return F.linear(Doubled.apply(x.tanh(), params["w"]).tanh(), params["w"])
 

@@ -127,5 +127,5 @@ def test_policy_places_unregistered_tensors(kind: type[nn.Module]) -> None:
 def test_make_functional_rejects_parameter_in_tuple() -> None:
     model = make_float64(Listed)
     model.rows = (model.head.weight,)
-    with pytest.raises(ValueError, match=r"'head.weight' stands in a tuple.*ParameterList"):
+    with pytest.raises(ValueError, match=r"'head.weight' is in a tuple.*ParameterList"):
         fx.make_functional(model)
