@@ -37,7 +37,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
             keeps it as ``.optimizer`` (accelerate).
         model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
             parallelism); names are those of the inner module. Tied parameters appear once.
-        copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
+        copy: true clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
             already have the result's dtype and the parameter's device. They are valid until the optimizer's next step,
             which changes them in place, and must not be written to.
 
@@ -159,7 +159,7 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
     for index, parameter in enumerate(parameters):
         if parameter not in names:
             raise ValueError(
-                f"param_groups[{group}]['params'][{index}] of shape {tuple(parameter.shape)} is no parameter of "
+                f"param_groups[{group}]['params'][{index}] of shape {tuple(parameter.shape)} is not a parameter of "
                 "model; expected those of model.named_parameters(). Pass the very module whose parameters the "
                 "optimizer was built with"
             )

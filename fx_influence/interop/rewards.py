@@ -68,7 +68,7 @@ def math_verify(
         columns: further columns, not used.
 
     Returns:
-        n numbers, 1.0 or 0.0; None where the gold answer is missing or is no mathematics.
+        n numbers, 1.0 or 0.0; None where the gold answer is missing or cannot be parsed.
 
     Raises:
         ImportError: without math-verify.

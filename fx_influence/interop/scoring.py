@@ -201,7 +201,7 @@ def _arguments(
 
 
 def _takes(reward: Reward, argument: str) -> bool:
-    """Whether a function, and the function that it wraps, accepts an argument."""
+    """Return whether a function, and the function that it wraps, accept an argument."""
     try:
         # The wrapper has to accept it, and so does the wrapped function, which a bare **kwargs passes it to.
         signatures = [inspect.signature(reward, follow_wrapped=follow) for follow in (False, True)]

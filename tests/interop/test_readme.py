@@ -15,7 +15,7 @@ README = (Path(str(interop.__file__)).parent / "README.md").read_text(encoding="
 
 
 def names_in_table(header: str) -> set[str]:
-    """Names in code style in the first column of the table with this header."""
+    """Return the names in code style in the first column of the table with this header."""
     table = README[README.index(header) :].partition("\n\n")[0]
     return {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
 

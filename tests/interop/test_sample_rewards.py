@@ -85,7 +85,7 @@ def test_with_rewards_names_rollout_of_unknown_prompt() -> None:
 
 
 class Judge:
-    """Counts its calls; groups of the prompts in ``flat`` are judged alike until call ``until``."""
+    """Reward that counts its calls; groups of the prompts in ``flat`` have equal rewards until call ``until``."""
 
     def __init__(self, flat: str, until: int) -> None:
         self.flat, self.until, self.calls = flat, until, list[list[str]]()

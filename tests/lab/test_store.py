@@ -86,7 +86,7 @@ def test_run_names_full_disk_and_continues_afterwards(
     command = f"ulimit -f {kilobytes}; exec {sys.executable} -m fx_influence.lab.cli run {plan} --out {out}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    message = r"fx-influence: (\S+) could not be written in .*out'.*File too large.*make room there"
+    message = r"fx-influence: (\S+) could not be written in .*out'.*File too large.*Make room"
     file_name = re.search(message, done.stderr)
     assert file_name, done.stderr
     before = contents(out)
@@ -115,7 +115,7 @@ def test_run_names_full_disk_and_continues_afterwards(
     ],
 )
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_run_names_damaged_piece_and_overwrites_nothing(
+def test_run_names_damaged_result_and_overwrites_nothing(
     interrupted: Path, plan: str, capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
     data = bytearray((interrupted / name).read_bytes())
@@ -137,7 +137,7 @@ def test_load_run_detects_one_wrong_byte(finished: Path, tmp_path: Path, name: s
     data = bytearray((copy / name).read_bytes())
     data[int(position * len(data))] ^= 0x01
     (copy / name).write_bytes(data)
-    with pytest.raises(RunDirectoryError, match=r"copy' is damaged: .*run its plan\.yaml into another --out"):
+    with pytest.raises(RunDirectoryError, match=r"copy' is damaged: .*Run its plan\.yaml into another --out"):
         load_run(copy).baseline()
 
 

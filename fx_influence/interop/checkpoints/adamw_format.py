@@ -40,7 +40,7 @@ def require_adamw_state_dict(state_dict: Any) -> None:
 
     Raises:
         TypeError: for another optimizer's state dict, naming the optimizer where a field tells it.
-        ValueError: for anything that is no optimizer's state dict.
+        ValueError: for anything that is not an optimizer's state dict.
     """
     saved = nest_flattened(state_dict)
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= set(saved):

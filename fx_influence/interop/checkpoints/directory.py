@@ -32,7 +32,7 @@ def require_directory(field: str, path: str | Path) -> Path:
 
 @contextmanager
 def reporting_damage(subject: str, path: Path) -> Iterator[None]:
-    """Raise the errors of file readers inside as a ``ValueError`` that names the damaged file and its directory.
+    """Raise errors of file readers inside the block as a ``ValueError`` that names the damaged file and its directory.
 
     Readers in Rust raise bare ``Exception``, and ``json`` names no file. Errors that name a file stay unchanged, and so
     do errors about pickles, which do not mean damage.
@@ -40,11 +40,13 @@ def reporting_damage(subject: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
-        raise ValueError(f"{subject} in {path} is damaged: {error}. Copy or save it there again") from error
+        message = f"{subject} in {path} is damaged: {error}; expected a complete file. Copy or save it there again"
+        raise ValueError(message) from error
     except Exception as error:
         if type(error) not in (Exception, TypeError, KeyError) and "PytorchStreamReader" not in str(error):
             raise
-        raise ValueError(f"{subject} in {path} cannot be read: {error}. Copy or save it there again") from error
+        message = f"{subject} in {path} cannot be read: {error}; expected a complete file. Copy or save it there again"
+        raise ValueError(message) from error
 
 
 def base_directory(path: Path, base: str | Path | None) -> Path:

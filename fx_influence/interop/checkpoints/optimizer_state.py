@@ -97,7 +97,7 @@ def _by_id(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]] 
     if foreign := sorted(str(key) for key in saved["state"] if str(key) not in ids):
         raise ValueError(
             f"the optimizer's state holds {foreign[:5]}, which are in no group; expected parameters of its groups. "
-            "Pass the whole state dict"
+            "Pass the complete state dict"
         )
     numbered = [{**group, "params": [ids[str(key)] for key in group["params"]]} for group in groups]
     state = {ids[str(key)]: entry for key, entry in saved["state"].items()}

@@ -66,8 +66,8 @@ def json_object(line: bytes) -> dict[str, Any]:
 class NotFinite(float):
     """NaN or an infinity in a record; its type is not float, so that no field accepts it as a number.
 
-    A trainer may write some in values that nobody reads: in extras of its reward, in padding, at tokens of the prompt.
-    Only a reader knows whether a value counts, and refuses it then.
+    A trainer may write some in values that are never used: in extras of its reward, in padding, at tokens of the
+    prompt. Only the reader of a format knows which values count, and refuses those.
     """
 
     def __new__(cls, text: str) -> NotFinite:
@@ -90,7 +90,7 @@ def field(record: dict[str, Any], name: str, kinds: tuple[type, ...], what: str)
     Args:
         record: the parsed object.
         name: of the field.
-        kinds: accepted types; bool is no int here.
+        kinds: accepted types; a bool does not count as an int.
         what: the accepted values in words, for the error.
 
     Raises:
@@ -118,7 +118,7 @@ def fields(
         counts: whether each item counts; None if all do. An item that does not count and is not finite becomes None.
 
     Raises:
-        ValueError: if the field is missing, no list, or holds an item of none of ``kinds``.
+        ValueError: if the field is missing, is not a list, or holds an item of none of ``kinds``.
     """
     values: list[Any] = list(field(record, name, (list,), f"a list of {what}"))
     for index, value in enumerate(values):

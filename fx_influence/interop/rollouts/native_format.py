@@ -58,8 +58,8 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
 
     Raises:
         FileNotFoundError: for a missing file.
-        ValueError: naming every line that is not a rollout: no JSON, a field missing or of another type, a number that
-            is not finite where it counts.
+        ValueError: naming every line that is not a rollout: one that is not JSON, lacks a field or has one of another
+            type, or holds a number that is not finite where it counts.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(

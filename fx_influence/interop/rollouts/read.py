@@ -48,12 +48,12 @@ def read_rollouts(
     - ``"verl"``: ``<step>.jsonl`` of ``trainer.rollout_data_dir``, with texts and scores
     - ``"trl"``: ``completions/completions_<step>.parquet``, with texts, rewards and advantages
 
-    Rollouts of verl and TRL are ``approximate``: their tokens are those of the texts, not surely those sampled, and
-    verl's advantages are ``losses.group_advantages`` of the scores. Texts have lost their end-of-sequence token: the
-    tokenizer's is put back, and the rollout is ``finished``, unless a boolean field ``truncated`` of the record says
-    that it was cut off, or without such a field the completion has ``max_completion_length`` tokens or more. Tokens
-    that a tool or the template wrote are False in ``completion_mask``. Prompts are numbered as they first appear; equal
-    prompts are one unless the file tells them apart. Nothing in a file is executed.
+    Rollouts of verl and TRL are ``approximate``: their tokens are those of the texts, which may differ from those
+    sampled, and verl's advantages are ``losses.group_advantages`` of the scores. Texts have lost their end-of-sequence
+    token: the tokenizer's is put back, and the rollout is ``finished``, unless a boolean field ``truncated`` of the
+    record says that it was cut off, or without such a field the completion has ``max_completion_length`` tokens or
+    more. Tokens that a tool or the template wrote are False in ``completion_mask``. Prompts are numbered as they first
+    appear; equal prompts are one unless the file tells them apart. Nothing in a file is executed.
 
     Args:
         path: a file, or a directory with the ``rank_*.jsonl`` of a step of prime-rl.

@@ -1,4 +1,4 @@
-"""Recorded texts and conversations tokenised again, close to the sampled tokens but not surely the same."""
+"""Recorded texts and conversations tokenised again, which may give other tokens than those sampled."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _shared(name: str, values: list[float | None], sampled_indices: list[int]) -
 
 
 def _require_policy_gradient(record: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if another loss than the policy gradient trained the sequence too."""
+    """Raise ``ValueError`` if the sequence was also trained by another loss than the policy gradient."""
     mode = record.get("training_mode", "rl")
     others = [n for n in ("ce_weights", "ref_kl_weights") if any(fields({n: [], **record}, n, NULLABLE, "numbers"))]
     if mode != "rl" or others:

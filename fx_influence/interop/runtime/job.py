@@ -41,7 +41,7 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LostRankError(RuntimeError):
-    """Raised when another process of the job has ended, so that nobody will answer."""
+    """Raised when another process of the job has ended, so that it will never answer."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ SINGLE_PROCESS = Job()
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
     return all(name in os.environ for name in LAUNCHER_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
@@ -255,7 +255,8 @@ def _lost_rank_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRankError(
-            "another process of the run has ended, or cannot be reached; the same command continues with what is stored"
+            "another process of the run has ended or cannot be reached; expected all processes until the end. The same "
+            "command continues with the stored results"
         ) from error
 
 

@@ -33,7 +33,7 @@ GRADIENT = "step_gradient.safetensors"
 FAILED = "failed.json"
 """File that says why a run could not be started; a corrected plan may use its directory."""
 READER_ERRORS = (zipfile.BadZipFile, yaml.YAMLError, SafetensorError)
-"""Errors of file readers that are no ``ValueError``."""
+"""Errors of file readers that are not a ``ValueError``."""
 ANNOTATED = (SUMMARY, SEQUENCES, "_top.jsonl")
 """Endings of reports that people may annotate once a run is finished: they need only fit the arrays."""
 
@@ -62,11 +62,11 @@ class RunFiles:
         self.path, self.job = path, job
 
     def has(self, name: str) -> bool:
-        """Whether the file exists and counts."""
+        """Return whether the file exists and counts."""
         return self.job.on_rank0(lambda: (self.path / name).is_file() and (name == SUMMARY or name in self._sums()))
 
     def was_stored(self, name: str) -> bool:
-        """Whether the file was stored, even if it has been deleted since."""
+        """Return whether the file was stored, even if it has been deleted since."""
         return self.job.on_rank0(lambda: name in self._sums())
 
     def names(self, pattern: str) -> list[str]:
@@ -204,8 +204,8 @@ class RunFiles:
             os.replace(temporary, self.path / name)
         except (OSError, SafetensorError) as error:
             raise RunDirectoryError(
-                f"{name} could not be written in {str(self.path)!r}: {error}; make room there, and the same command "
-                "continues with what is stored, or choose another --out"
+                f"{name} could not be written in {str(self.path)!r}: {error}; expected a directory with room for it. "
+                "Make room, and the same command continues with the stored results, or choose another --out"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -222,13 +222,16 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def raise_if_damaged(path: Path) -> Iterator[None]:
-    """Raise ``RunDirectoryError`` for the errors of reading a damaged directory inside."""
+    """Raise ``RunDirectoryError`` for errors inside the block that reading a damaged directory causes."""
     try:
         yield
     except RunDirectoryError:
         raise
     except (OSError, ValueError, EOFError, LookupError, TypeError, *READER_ERRORS) as error:
-        raise RunDirectoryError(f"{str(path)!r} is damaged: {error}; run its plan.yaml into another --out") from error
+        raise RunDirectoryError(
+            f"{str(path)!r} is damaged: {error}; expected the files as they were stored. Run its plan.yaml into "
+            "another --out"
+        ) from error
 
 
 def _without_nan(value: Any) -> Any:

@@ -17,7 +17,7 @@ TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 """Multiples of the policy's temperature that completions are tested for."""
 
 FALSE_ALARM_RATE = 3e-7
-"""Share of training runs in which completions sampled from the policy are refused all the same."""
+"""Share of training runs in which completions that are sampled from the policy are wrongly refused."""
 
 
 def rounding_bound(trainer: Any) -> float:

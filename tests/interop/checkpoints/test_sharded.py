@@ -38,7 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(directory: Path) -> dict[str, Any]:
-    """Train on two ranks and return the live state there, beside which states are saved that cannot be used."""
+    """Train on two ranks and return the live state; unusable states are saved in the same directory."""
     (directory / "out").mkdir()
     return run_on_ranks(2, "ranks_states.py", directory / "out", "write", directory)[0]
 
@@ -229,5 +229,5 @@ def test_read_slice_matches_indexing(kind: str, max_read_bytes: int, tmp_path: P
 def test_read_slice_refuses_incomplete_slice(tmp_path: Path) -> None:
     save_dcp({"model": {"w": torch.zeros(4, 3)}}, tmp_path)
     stored = locate_values(tmp_path, ["model"])["w"]
-    with pytest.raises(ValueError, match=r"model\.w of shape \(4, 3\) is not all in"):
+    with pytest.raises(ValueError, match=r"model\.w of shape \(4, 3\) is not complete in"):
         read_slice(stored, [2, 0], torch.empty(3, 3))

@@ -1,4 +1,4 @@
-"""Trainings measured on their own rollouts, each without its own prompt: nothing is generated for E."""
+"""Training runs measured on their own rollouts, each without its own prompt: nothing is generated for E."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real GRPO and RLOO trainings: measuring changes nothing of them, and what is logged adds up."""
+"""Real GRPO and RLOO training runs: measuring does not change them, and the logged terms add up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARTS = ("momentum", "weight_decay", "rollouts", "unattributed")
 def measured_on_twelve(
     out: Path, steps: int, variant: Variant = PLAIN, every: int = 1, **options: Any
 ) -> MeasuredTraining:
-    """Measure a training on 12 rollouts of 4 prompts."""
+    """Measure a training run on 12 rollouts of 4 prompts."""
     settings = {"every": every, "eval_prompts": [*HELD_OUT, "1+1+1="], "completions_per_prompt": 3}
     return measure_training(out, steps, variant, settings=settings, **options)
 

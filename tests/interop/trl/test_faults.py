@@ -1,4 +1,4 @@
-"""A fault in measuring a live training is one warning: the training goes on bit for bit."""
+"""A fault in measuring a live training run is one warning: the run continues bit for bit."""
 
 from __future__ import annotations
 

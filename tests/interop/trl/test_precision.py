@@ -1,4 +1,5 @@
-"""Trainings in mixed precision: influences are in the trainer's own; steps that rounding swallows are warned of."""
+"""Training runs in mixed precision: influences are in the trainer's precision; steps lost to rounding give a
+warning."""
 
 from __future__ import annotations
 

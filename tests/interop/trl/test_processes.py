@@ -1,4 +1,4 @@
-"""TRL trainings in two processes: rollouts add up to the averaged gradient, and measuring changes nothing."""
+"""TRL training runs in two processes: rollouts add up to the averaged gradient, and measuring changes nothing."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class Chunk(NamedTuple):
-    """A rectangular chunk of a tensor, or a value that is no tensor, and its bytes in a file."""
+    """A rectangular chunk of a tensor, or a value that is not a tensor, and its bytes in a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -77,7 +77,7 @@ class Chunk(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A value: its keys in the saved dict, its shape (None if it is no tensor) and its chunks."""
+    """A value: its keys in the saved dict, its shape (None if it is not a tensor) and its chunks."""
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...] | None
@@ -123,5 +123,5 @@ def _entry(name: str, path: tuple[str | int, ...], stored: Any, locations: dict[
 def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], location: Any) -> Chunk:
     file = location.relative_path
     if Path(file).name != file or vars(location).get("transform_descriptors"):
-        raise ValueError(f"a value stands in {file!r}, transformed by {vars(location).get('transform_descriptors')}")
+        raise ValueError(f"a value is in {file!r}, transformed by {vars(location).get('transform_descriptors')}")
     return Chunk(offsets, sizes, file, location.offset, location.length)

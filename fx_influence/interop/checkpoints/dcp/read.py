@@ -18,11 +18,11 @@ from fx_influence.interop.checkpoints.dcp.metadata import METADATA, Chunk, read_
 from fx_influence.interop.checkpoints.torch_save import load_values, row_layout
 
 MAX_READ_BYTES = 2**24
-"""About how many bytes of a stored tensor are read at a time."""
+"""Approximate number of bytes of a stored tensor that are read at a time."""
 
 
 class StoredValue(NamedTuple):
-    """A value of a directory that has not been read; ``shape`` is None if it is no tensor."""
+    """A value of a directory that has not been read; ``shape`` is None if it is not a tensor."""
 
     directory: Path
     name: str
@@ -31,7 +31,7 @@ class StoredValue(NamedTuple):
 
 
 def has_values(directory: Path, names: Sequence[str]) -> bool:
-    """Whether ``read_values`` finds anything; False if there is no ``.metadata``."""
+    """Return whether ``read_values`` finds anything; False if there is no ``.metadata``."""
     file = directory / METADATA
     return file.is_file() and any(_keys_below(entry.path, names) for entry in read_metadata(file))
 
@@ -79,7 +79,7 @@ def read_slice(stored: StoredValue, offsets: Sequence[int], out: Tensor, max_rea
         stored: the tensor.
         offsets: index per axis at which the slice begins.
         out: the tensor to fill, of the shape of the slice.
-        max_read_bytes: about how many bytes are read at a time.
+        max_read_bytes: approximate number of bytes that are read at a time.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -146,7 +146,8 @@ def _read_value(stored: StoredValue) -> Any:
 def _incomplete(stored: StoredValue) -> ValueError:
     """Return the error for a tensor that the chunks of a directory do not cover."""
     return ValueError(
-        f"{stored.name} of shape {stored.shape} is not all in {stored.directory}; save the checkpoint again"
+        f"{stored.name} of shape {stored.shape} is not complete in {stored.directory}; expected chunks that cover it. "
+        "Save the checkpoint again"
     )
 
 
@@ -167,7 +168,9 @@ def _read_rows(stored: StoredValue, chunk: Chunk, rows: slice, max_read_bytes: i
             file.seek(start + first * width * dtype.itemsize)
             buffer: Any = values.view(torch.uint8).numpy()
             if file.readinto(buffer) != values.nbytes:
-                raise ValueError(f"{name} is damaged: it ends too early. Save the checkpoint again")
+                raise ValueError(
+                    f"{name} is damaged: it ends too early; expected all of its bytes. Save the checkpoint again"
+                )
             yield first, values.view(count, *chunk.sizes[1:])
 
 

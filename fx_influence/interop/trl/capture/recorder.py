@@ -59,7 +59,7 @@ class Capture:
 
     @property
     def recording(self) -> bool:
-        """Whether a step is being recorded."""
+        """Return whether a step is being recorded."""
         return self._micro_batches is not None
 
     def start(self) -> None:
@@ -110,7 +110,7 @@ class Capture:
         }
 
     def overflowed(self) -> bool:
-        """Whether a loss scaler is about to skip the optimizer's step, because a scaled gradient is not finite."""
+        """Return whether a loss scaler will skip the optimizer's step, because a scaled gradient is not finite."""
         if getattr(self._trainer.accelerator, "scaler", None) is None:
             return False
         gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]

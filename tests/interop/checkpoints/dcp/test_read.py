@@ -130,7 +130,7 @@ def test_read_values_refuses_incomplete_tensor(dcp_directory: Path) -> None:
         stored.size = torch.Size([16])
 
     rewrite_metadata(dcp_directory, halved)
-    with pytest.raises(ValueError, match=r"model\.model\.norm\.weight of shape \(16,\) is not all in"):
+    with pytest.raises(ValueError, match=r"model\.model\.norm\.weight of shape \(16,\) is not complete in"):
         read_values(dcp_directory, ["model"])
 
 

@@ -27,7 +27,7 @@ STEP = rounding_bound(torch.float32, 1, 1e3)
 
 
 def is_quick(variant: Variant) -> bool:
-    """Whether a loss has all other choices or none; such variants run always, the rest are slow tests."""
+    """Return whether a variant has all other options or none; such variants always run, the others are slow tests."""
     choices = [variant.lora, variant.off_policy]
     if set(variant.options) <= {"entropy_coef"} and variant.loss != "rloo":
         choices += [variant.accumulation == 3, bool(variant.options)]

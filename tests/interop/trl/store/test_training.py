@@ -1,4 +1,4 @@
-"""Each training has its own directory of steps, over resumptions too."""
+"""Each training run has its own directory of steps, over resumptions too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
 def training_ids(out: Path) -> dict[str, str]:
-    """Return the id of the training of each stored step."""
+    """Return the id of the training run of each stored step."""
     files = sorted(out.glob("entropy_influence*/step_*/environment.json"))
     return {str(file.parent.relative_to(out)): json.loads(file.read_text())["training"] for file in files}
 
@@ -44,7 +44,7 @@ def test_second_training_stores_in_another_directory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resumed_training_continues_in_its_directory(tmp_path: Path) -> None:
-    """Another training that ran in between has its own directory, which is not written to."""
+    """Another training run in between has its own directory, which is not written to."""
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_only_model": False}
     train_once(tmp_path, 2, **saving)
     first = training_ids(tmp_path)
