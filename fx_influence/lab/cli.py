@@ -31,7 +31,7 @@ a plan of your own checkpoint needs at least
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Started several times by torchrun the processes share the work, and the first prints; an error is printed once.
+    If torchrun has started several processes, they share the work, and the first prints; an error is printed once.
 
     Args:
         argv: arguments; None: those of the process.

@@ -1,4 +1,4 @@
-"""A start that fails leaves nothing that keeps the corrected one out of the directory."""
+"""A start that fails leaves nothing that would prevent a corrected plan from using the directory."""
 
 from __future__ import annotations
 

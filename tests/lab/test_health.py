@@ -240,7 +240,7 @@ CONFIRMED: dict[str, Any] = {
         (
             {"agrees": False, "deviation": 0.3, "parameters": ["a.w"]},
             "attention",
-            r"differ by 0\.3 .* along 'a\.w'.*Mend",
+            r"differ by 0\.3 .* along 'a\.w'.*Repair",
         ),
         ({"agrees": False, "gradient_deviation": 0.4}, "attention", r"by 0\.4 .* all parameters together"),
         ({"agrees": False, "deviation": None}, "attention", r"differ by 1 of"),

@@ -1,4 +1,4 @@
-"""Weights that hold the entropy: feasible, no dearer than any others, and untouched where nothing is wanted."""
+"""Weights that keep the entropy: feasible, at the least cost, and all 1 where nothing has to be left out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def influence(parts: Tensor, baseline: float = 0.0) -> fx.Influence:
 
 
 def cheapest(deltas: Tensor, rewards: Tensor, missing: float) -> float:
-    """Solve the fractional knapsack by hand: what gives most entropy for its reward goes first."""
+    """Solve the fractional knapsack by hand, the largest ratio of entropy to reward first."""
     pairs = sorted((max(r, 0.0) / -d, -d) for d, r in zip(deltas.tolist(), rewards.tolist(), strict=True) if d < 0)
     cost = 0.0
     for price, gain in pairs:
@@ -62,7 +62,7 @@ def test_select_meets_floor_at_least_loss(pairs: list[tuple[float, float]], base
         assert out.reached
         assert out.entropy >= floor - 1e-6 * size
         assert out.lost <= cheapest(deltas, rewards, share * capacity) + 1e-5 * float(rewards.abs().sum()) + 1e-9
-        # No more is left out than it takes.
+        # No more is left out than the floor requires.
         assert out.entropy <= max(floor, total) + 1e-5 * size
     else:
         assert (out.weights[deltas < 0] == 0).all()

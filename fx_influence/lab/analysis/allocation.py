@@ -1,4 +1,4 @@
-"""Allocations to the rollouts of the baseline, which is due to none of them, and their effect on correlations."""
+"""Allocations of the baseline, which no rollout of U causes, to the rollouts, and their effect on correlations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def allocate(influence: np.ndarray, baseline: float, gradient_norms: np.ndarray,
 
     Args:
         influence: (n_u,), nats per unit lr, delta_i.
-        baseline: Nats per unit lr, the change due to momentum and weight decay.
+        baseline: nats per unit lr, the change due to momentum and weight decay.
         gradient_norms: (n_u,), |g_i|.
         allocation: ``none``, delta_i unchanged; ``uniform``, w_i = 1/n_u; ``grad_norm``, w_i = |g_i| / sum |g|;
             ``abs_influence``, w_i = |delta_i| / sum |delta|. Weights that would all be 0 are uniform.
@@ -27,7 +27,7 @@ def allocate(influence: np.ndarray, baseline: float, gradient_norms: np.ndarray,
         (n_u,), nats per unit lr.
 
     Raises:
-        ValueError: For another allocation.
+        ValueError: for another allocation.
 
     Example:
         >>> allocate(np.array([1.0, -3.0]), 8.0, np.array([1.0, 1.0]), "abs_influence").tolist()
@@ -48,9 +48,9 @@ def allocation_correlations(
     """Return Pearson and Spearman correlations of the allocated influence with each covariate, by allocation.
 
     Args:
-        sequences: The run's records of U.
+        sequences: the run's records of U.
         influence: (n_u,), nats per unit lr.
-        baseline: Nats per unit lr.
+        baseline: nats per unit lr.
 
     Returns:
         ``{covariate: {allocation: {"pearson", "spearman"}}}`` for those of ``COVARIATES`` that every record has; None

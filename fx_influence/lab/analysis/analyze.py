@@ -52,7 +52,7 @@ def analyze(results: EntropyInfluenceResults, evaluation: int = 0) -> dict[str, 
     - ``reward_price``, ``pareto``: see ``reward_price.reward_price``
 
     Raises:
-        IndexError: For an evaluation that the run does not have.
+        IndexError: for an evaluation that the run does not have.
 
     Example, after ``make demo``: ``analyze(fx.load_run("runs/demo"))["proxy"][0]["measure"]``.
     """

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 BLOCK = 2**24
-"""Numbers in memory at once while resampling."""
+"""Largest number of values in memory while resampling."""
 NEGLIGIBLE = 1e-12
 """Variance of standardised values, or of their residuals at fixed advantage, below which it is rounding."""
 
@@ -39,8 +39,8 @@ def cluster_counts(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int =
 
     Args:
         clusters: (n,), the cluster of each row, 0 to C-1.
-        resamples: Number of draws.
-        seed: The same seed gives the same draws.
+        resamples: number of draws.
+        seed: the same seed gives the same draws.
 
     Returns:
         (resamples, C), counts as floats.
@@ -109,9 +109,9 @@ def partial(matrix: np.ndarray, x: int, y: int, given: int) -> np.ndarray:
 
     Args:
         matrix: (..., v, v), correlations.
-        x: Index of the first variable.
-        y: Index of the second.
-        given: Index of the variable that is fixed.
+        x: index of the first variable.
+        y: index of the second.
+        given: index of the variable that is fixed.
 
     Returns:
         (...,); NaN where ``given`` determines one of the two.
@@ -136,9 +136,9 @@ def bootstrap(
     Args:
         variables: (v, n).
         clusters: (n,), the cluster of each row, 0 to C-1.
-        resamples: Number of resamples.
-        seed: The same seed gives the same resamples.
-        block: Numbers in memory at once.
+        resamples: number of resamples.
+        seed: the same seed gives the same resamples.
+        block: largest number of values in memory.
 
     Returns:
         Matrices (resamples, v, v); (0, v, v) for a single cluster.
@@ -170,11 +170,11 @@ def correlation_rows(
     of one prompt are not independent draws, which scipy's p-values assume.
 
     Args:
-        targets: Columns (n,) of influence, by name.
-        covariates: Columns (n,), by name.
+        targets: columns (n,) of influence, by name.
+        covariates: columns (n,), by name.
         clusters: (n,), the cluster of each row, 0 to C-1.
-        given: Covariate that is fixed in partial correlations.
-        measures: Of ``pearson``, ``spearman``, ``partial_pearson`` and ``partial_spearman``.
+        given: covariate that is fixed in partial correlations.
+        measures: some of ``pearson``, ``spearman``, ``partial_pearson`` and ``partial_spearman``.
 
     Returns:
         Rows with ``influence``, ``with``, ``measure``, ``value``, ``low``, ``high``, ``p``, ``n``, ``clusters``,
@@ -252,9 +252,9 @@ def estimate(value: float, draws: np.ndarray, clusters: int) -> Row:
     """Return a correlation with its interval and p-value; these are None where most resamples are undefined.
 
     Args:
-        value: The correlation in the sample, NaN where it is not defined.
+        value: the correlation in the sample, NaN where it is not defined.
         draws: (resamples,), the correlation in each resample.
-        clusters: Number of clusters; the p-value has one degree of freedom less.
+        clusters: number of clusters; the p-value has one degree of freedom less.
 
     Returns:
         A row with ``value``, ``low``, ``high``, ``p``, ``note``.

@@ -1,4 +1,4 @@
-"""Formats of numbers that a reader compares: one power of ten and one number of decimals for a whole column."""
+"""Formats of numbers that a reader compares: one power of ten and one number of decimals for a column."""
 
 from __future__ import annotations
 

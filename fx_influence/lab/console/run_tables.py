@@ -43,9 +43,9 @@ def footer(s: dict[str, Any], path: Path, what: str) -> Text:
     """Return the last line of a run's output: sizes, cost, and where the run is stored.
 
     Args:
-        s: Summary of the run.
-        path: Run directory.
-        what: Text on the evaluation batches.
+        s: summary of the run.
+        path: run directory.
+        what: text on the evaluation batches.
     """
     return Text(
         f"{s['update_rollouts']} rollouts in U, {what}, {s['trainable_parameters']:,} trainable parameters; "

@@ -31,7 +31,8 @@ OTHER_INFLUENCES = (
     "reward_baseline",
     "reward_total_stderr",
 )
-"""Influences along the RMSProp-style direction, and on E's expected reward per unit lr, where all of E is judged."""
+"""Influences along the RMSProp-style direction, and on E's expected reward per unit lr, where every rollout of E has a
+reward."""
 
 
 def first_order(

@@ -21,7 +21,7 @@ def rounding_floor(plan: EntropyInfluencePlan, state: TrainingState, batch_e: Ba
     """Return the |Delta H| in nats caused by rounding the weights of theta + eta v, for any v.
 
     It is the root mean square of 8 random roundings. Rounding moves a weight by an amount uniform within half a unit
-    in the last place. Less than a whole unit cannot be added to a weight, so each is moved by one unit up or down with
+    in the last place. Less than one unit cannot be added to a weight, so each is moved by one unit up or down with
     probability 1/24 each, which has that variance.
 
     Args:

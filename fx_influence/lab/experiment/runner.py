@@ -18,7 +18,7 @@ from fx_influence.interop.runtime.environment import (
 )
 from fx_influence.interop.runtime.job import USER_ERRORS, Job, join_job
 from fx_influence.interop.runtime.run_files import SUMMARY, UPDATE_ROLLOUTS, eval_file
-from fx_influence.lab.experiment.step import STEP_PIECES
+from fx_influence.lab.experiment.step import STEP_FILES
 from fx_influence.lab.inputs.rollouts import Progress, ScoredRollouts, load_rollouts, load_state, mean_reward
 from fx_influence.lab.inputs.training_state import TrainingState, input_hashes
 from fx_influence.lab.plan import AnyPlan, StepPlan, plan_text, resolved
@@ -88,7 +88,7 @@ def run_experiment(
             directory = RunDirectory.start(path, plan, {}, job)
         else:
             directory = _measure_and_store(plan, path, measure, progress if job.rank == 0 else _no_progress, job)
-        directory.remove(*STEP_PIECES)
+        directory.remove(*STEP_FILES)
         return job.on_rank0(lambda: load(path))
 
 

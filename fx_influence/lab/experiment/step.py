@@ -23,7 +23,7 @@ from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
 from fx_influence.types import Batch, Gradients, Params, Preconditioner
 
 NORMS = "step_gradient_norms.npy"
-STEP_PIECES = GRADIENT, NORMS
+STEP_FILES = GRADIENT, NORMS
 """Files that are stored while a run lasts, and removed when it is finished."""
 
 

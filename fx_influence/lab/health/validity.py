@@ -43,7 +43,7 @@ def check_derivatives_agree(f: Figures) -> Finding | None:
             DERIVATIVES,
             "attention",
             f"Derivatives and finite differences of the policy differ by {max(shares):.1g} of the derivatives' size "
-            f"along {names}: first-order figures are not those of this policy. Mend what is detached, rounded or "
+            f"along {names}: first-order figures are not those of this policy. Repair what is detached, rounded or "
             "has a wrong backward between these and the logits.",
         )
     if not check["conclusive"]:
@@ -103,7 +103,7 @@ def check_unattributed(f: Figures) -> Finding | None:
     text = f"The trainer's gradient outside of the rollouts accounts for {share:.2g} of the sum of |influence|"
     if share <= MAX_UNATTRIBUTED:
         return Finding(name, "good", f"{text}.")
-    return Finding(name, "attention", f"{text}: rounding in half precision, or a loss that is no sum over tokens.")
+    return Finding(name, "attention", f"{text}: rounding in half precision, or a loss that is not a sum over tokens.")
 
 
 def check_conditioning(f: Figures) -> Finding | None:

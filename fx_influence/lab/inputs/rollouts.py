@@ -25,10 +25,10 @@ from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch, TokenValues
 
 Progress = Callable[[str, int, int], None]
-"""Called with the phase, and how many of its tasks are done, of how many."""
+"""Function called with the phase, the number of its tasks that are done, and the number of all."""
 
 ROLLOUTS_PER_TASK = 64
-"""Number of rollouts that are sampled, judged and stored together."""
+"""Number of rollouts that are sampled, rewarded and stored together."""
 
 ON_POLICY_TOLERANCE = 1e-3
 """Largest |behaviour - scored| log-probability: cached generation and scoring round differently."""
@@ -103,15 +103,15 @@ def load_rollouts(
         directory.write_rollouts(name, rollouts)
     stored.clear()
     batch, values = _score(plan, state, rollouts)
-    # A file may hold U of an older policy, as a trainer's later passes over a batch do: its loss then has ratios, or
-    # the rollouts carry coefficients.
+    # A file may hold U of an older policy, as in a trainer's later passes over a batch: its loss then has ratios, or
+    # the rollouts have coefficients.
     may_be_off_policy = index == 0 and isinstance(request, RolloutFile)
     tolerance = math.inf if may_be_off_policy else ON_POLICY_TOLERANCE
     return ScoredRollouts(rollouts, batch, values, check_on_policy(rollouts, values.logprobs, batch, tolerance))
 
 
 def mean_reward(rollouts: Sequence[Rollout]) -> float | None:
-    """Return the mean over the rollouts that were judged, None where none was."""
+    """Return the mean over the rollouts that have a reward, None where none has."""
     rewards = [r.reward for r in rollouts if r.reward is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
@@ -161,7 +161,7 @@ def _sample(
     stored: MutableMapping[int, Sequence[Rollout]],
     progress: Callable[[int, int], None],
 ) -> list[Rollout]:
-    """Return sampled and judged rollouts; the processes of the job share the tasks, and stored ones are not redone.
+    """Return sampled rollouts with rewards; the processes of the job share the tasks, and stored ones are not redone.
 
     Args:
         plan: has the settings of sampling.

@@ -48,7 +48,7 @@ def read_sources(plan: StepPlan) -> list[Source]:
     sources = [_read_source(plan, request) for request in plan.requests()]
     if plan.loss is None and any(r.coefficients is None for r in sources[0].rollouts):
         raise PlanError(
-            "loss is missing; expected the training's, since not all rollouts of update carry coefficients. "
+            "loss is missing; expected the training run's, since not all rollouts of update have coefficients. "
             f"Add loss: {' | '.join(get_args(LossType))}"
         )
     return sources

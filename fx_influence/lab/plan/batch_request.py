@@ -157,10 +157,11 @@ def plain_request(name: str, value: Any, plan_fields: Iterable[str]) -> dict[str
     Args:
         name: field of the plan that the request is the value of.
         value: an object with the fields, or a request already made.
-        plan_fields: names of the plan's own fields, for the remedy where one stands in the request.
+        plan_fields: names of the plan's own fields, for the remedy where the request has one of them.
 
     Raises:
-        PlanError: for what is no object, for fields of no kind or of two kinds, for a required field that is missing.
+        PlanError: for a value that is not an object, for fields of no kind or of two kinds, and for a required field
+            that is missing.
 
     Example:
         >>> plain_request("update", {"rolouts": "r.jsonl"}, ["seed"])

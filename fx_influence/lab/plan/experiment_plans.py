@@ -40,12 +40,12 @@ class EntropyInfluencePlan(StepPlan):
             in rounding.
         auto_scale: a step size is also chosen for each rollout so that its |Delta H| is this many times the one that
             float32 rounding of the weights causes; None: no such step.
-        compare_float64: take every finite step once more in float64, which shows the rounding.
+        compare_float64: repeat every finite step in float64, which shows the rounding.
         second_order: directions of the whole step whose d2H/deta2 is computed, about 13 forwards of E each; the one
             along ``full`` says how far the first order holds (``eta_trust``).
         second_order_per_sequence: compute d2H/deta2 along each rollout's directions too, at the same cost for each.
-        reward_influence: compute the influences on E's expected reward too, where all of E is judged, at about the
-            cost of those on the entropy.
+        reward_influence: compute the influences on E's expected reward too, where every rollout of E has a reward, at
+            about the cost of those on the entropy.
 
     The other fields are those of ``StepPlan``.
 

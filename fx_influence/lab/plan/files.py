@@ -55,7 +55,8 @@ def read_plan(path: Path, plan_type: type[AnyPlan], note: Callable[[str], object
     except OSError as error:
         raise PlanError(f"{file} cannot be read: {error.strerror}; expected a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise PlanError(f"{file} is not YAML: {_yaml_problem(error)}; `fx-influence plan` prints one") from error
+        problem = _yaml_problem(error)
+        raise PlanError(f"{file} is not YAML: {problem}; expected a plan. `fx-influence plan` prints one") from error
     plan = resolved(plan_type.from_dict({} if values is None else values), path.resolve().parent)
     for sentence in plan_notes(values or {}, plan_type.old_fields):
         note(f"{file}: {sentence}")

@@ -211,7 +211,7 @@ class StepPlan:
 
 
 def _place_of_field(name: str, plan_type: type[StepPlan]) -> str:
-    """Return a sentence that says where a field unknown to ``plan_type`` belongs; empty where it belongs nowhere."""
+    """Return a sentence that says where a field unknown to ``plan_type`` belongs; empty where nothing has it."""
     if name in REQUEST_FIELDS:
         return f"{name} is a field of a batch: put it into update or evaluations."
     for other in StepPlan.__subclasses__():

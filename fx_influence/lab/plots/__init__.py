@@ -42,9 +42,9 @@ def save_figures(results: EntropyInfluenceResults, folder: str | Path, evaluatio
     did not store, such as M, is omitted. The same run gives the same bytes.
 
     Args:
-        results: A finished run.
-        folder: Directory of the files; it is created if missing.
-        evaluation: Index of the evaluation batch.
+        results: a finished run.
+        folder: directory of the files; it is created if missing.
+        evaluation: index of the evaluation batch.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def eta_sweep(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
     horizontal.
 
     Raises:
-        ValueError: For a run without finite steps.
+        ValueError: for a run without finite steps.
     """
     arrays = results.evaluations[evaluation].arrays
     if not len(arrays["eta"]) or "full" not in arrays:

@@ -28,7 +28,7 @@ def matrix(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
     sum of each column, which is the influence of that rollout, and the sign of its advantage.
 
     Raises:
-        ValueError: For a run that stored no matrix.
+        ValueError: for a run that stored no matrix.
     """
     m = results.evaluations[evaluation].matrix
     if m is None:

@@ -43,11 +43,11 @@ def concentration(results: EntropyInfluenceResults, evaluation: int = 0) -> Figu
     """Draw the share of influence in the strongest tokens: of |delta|, and of positive and of negative delta.
 
     Raises:
-        ValueError: Where every influence is 0.
+        ValueError: where every influence is 0.
     """
     influence = Tokens(results, evaluation).influence
     if not influence.any():
-        raise ValueError("every token's influence is 0: shares of their sum are not defined")
+        raise ValueError("per_token is 0 throughout; expected some influence, to take shares of. Omit this figure")
     curves, n = curves_of(influence), len(influence)
     # More points than these are not distinguishable on a logarithmic axis.
     index = np.unique(np.concatenate([np.geomspace(1, n, 2000).astype(int), [n]])) - 1
@@ -93,12 +93,12 @@ def tokens(results: EntropyInfluenceResults, i: int, evaluation: int = 0) -> Fig
     completion the first 1,500 tokens are drawn.
 
     Args:
-        results: A finished run.
-        i: Index of the rollout in U.
-        evaluation: Index of the evaluation batch.
+        results: a finished run.
+        i: index of the rollout in U.
+        evaluation: index of the evaluation batch.
 
     Raises:
-        IndexError: For a rollout that U does not have.
+        IndexError: for a rollout that U does not have.
     """
     record = results.sequences[i]
     start, texts = record["prompt_length"], record["tokens"]

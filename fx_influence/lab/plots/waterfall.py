@@ -38,8 +38,8 @@ def waterfall_columns(
     finite step; NaN where a run has neither.
 
     Args:
-        results: A finished run.
-        evaluation: Index of the evaluation batch.
+        results: a finished run.
+        evaluation: index of the evaluation batch.
         by: ``advantage``, groups by its sign and by mean log-prob above or below U's median; ``prompt``, the six
             prompts with the largest |sum| and the rest.
 
@@ -47,7 +47,7 @@ def waterfall_columns(
         Columns in nats per unit lr.
 
     Raises:
-        ValueError: For another ``by``.
+        ValueError: for another ``by``.
     """
     evaluated = results.evaluations[evaluation]
     summary, arrays = evaluated.summary, evaluated.arrays
@@ -150,8 +150,8 @@ def waterfall(results: EntropyInfluenceResults, evaluation: int = 0, by: str = "
     The left axis is in nats per unit lr, the right one in nats in this step; bars have standard errors.
 
     Args:
-        results: A finished run.
-        evaluation: Index of the evaluation batch.
+        results: a finished run.
+        evaluation: index of the evaluation batch.
         by: ``advantage`` or ``prompt``, see ``waterfall_columns``.
     """
     columns = waterfall_columns(results, evaluation, by)

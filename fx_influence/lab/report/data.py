@@ -1,4 +1,4 @@
-"""Data of the explorer as packed blobs by name; those of tokens are unpacked when a rollout is opened."""
+"""Data of the explorer as packed blobs by name; blobs of tokens are unpacked when a rollout is opened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def explorer_blobs(results: EntropyInfluenceResults, tokens_per_chunk: int = TOK
     evaluation e (float32). ``affected-e``: the rollouts of E that each rollout affects most, if M was stored.
 
     Raises:
-        ValueError: If the records do not fit the arrays.
+        ValueError: if the records do not fit the arrays.
     """
     rows = _completions(results)
     lengths = [len(record["tokens"]) for record in results.sequences]

@@ -27,14 +27,14 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
     """Write the page of a run into ``report/`` of its directory and return its path; the run's files are not changed.
 
     Args:
-        results: A finished run.
-        figures: Whether to draw the figures of the first E, which are also written to ``report/figures``. They take
+        results: a finished run.
+        figures: whether to draw the figures of the first E, which are also written to ``report/figures``. They take
             most of the time.
 
     Raises:
-        ImportError: If jinja2 is missing; the message names the remedy.
-        RunDirectoryError: If the run's records do not fit its arrays.
-        OSError: If the page cannot be written.
+        ImportError: if jinja2 is missing; the message names the remedy.
+        RunDirectoryError: if the run's records do not fit its arrays.
+        OSError: if the page cannot be written.
 
     Example, after ``make demo``: ``write_report(load_run("runs/demo"))``.
     """
@@ -51,7 +51,7 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
 
 
 def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
-    """Return the page as text, the same for the same run. Arguments and errors: as ``write_report``."""
+    """Return the page as text, the same for the same run. Arguments and errors are those of ``write_report``."""
     jinja2 = _jinja2()
     with raise_if_damaged(results.path):
         blobs = explorer_blobs(results)

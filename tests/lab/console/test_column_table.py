@@ -39,7 +39,7 @@ def cells(lines: list[str]) -> list[list[str]]:
 
 
 def extreme_run(path: Path) -> EntropyInfluenceResults:
-    """Influences from 1e-150 to 1e150, ids of 70 characters, wide and control characters in texts."""
+    """Return a run with influences from 1e-150 to 1e150, ids of 70 characters, wide and control characters in texts."""
     results = synthetic_run(path)
     sizes = 10.0 ** np.linspace(-150, 150, len(results.sequences)) * np.resize([1.2345678, -1.2345678], 48)
     records = [

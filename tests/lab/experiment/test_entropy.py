@@ -164,7 +164,7 @@ def test_run_stores_rmsprop_and_reward_influences(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_skips_reward_influence_when_not_judged(finished: Path, tmp_path: Path) -> None:
+def test_run_skips_reward_influence_without_rewards(finished: Path, tmp_path: Path) -> None:
     for name in ("update", "eval_00"):
         records = [json.loads(line) for line in (finished / f"{name}_rollouts.jsonl").read_text().splitlines()]
         if name == "eval_00":

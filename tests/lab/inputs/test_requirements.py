@@ -1,4 +1,4 @@
-"""Batches that a plan asks for in vain are refused before anything is sampled."""
+"""Batches that cannot be made as a plan asks are refused before anything is sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of prompts without what the reward needs is told of before anything is sampled."""
+"""Prompts without a column that the reward needs are refused or warned of before anything is sampled."""
 
 from __future__ import annotations
 

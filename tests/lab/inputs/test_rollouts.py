@@ -282,7 +282,7 @@ def test_load_rollouts_stores_copy_of_rollout_file(tmp_path: Path) -> None:
     assert read_native_rollouts(tmp_path / "2" / "run" / "r.jsonl") == again
 
 
-def test_reward_gets_all_columns_in_every_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_gets_all_columns_in_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first prompt has no answer, and is alone in its task."""
     monkeypatch.setattr(batches, "ROLLOUTS_PER_TASK", 2)
     rollouts = rollouts_of(

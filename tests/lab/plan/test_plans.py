@@ -198,7 +198,7 @@ def test_read_plan_names_field_and_value_when_invalid(tmp_path: Path, values: ob
         ("seed: 1\nloss: grpo\nseed: 2", r"seed of line 1 is given again, in line 3"),
         ("update: {prompts: p, prompts: q}", r"prompts of line 1 is given again, in line 1"),
         ("update:\n\tprompts: p", r"in line 2 \(indent with spaces, not tabs\)"),
-        ("update: {prompts: p", r"is not YAML: .*in line 1; `fx-influence plan` prints one"),
+        ("update: {prompts: p", r"is not YAML: .*in line 1; expected a plan. `fx-influence plan` prints one"),
         ("seed: 1\n---\nseed: 2", r"is not YAML: but found another document, in line 2"),
         ("seed: \x00", r"is not YAML: "),
     ],
@@ -236,14 +236,14 @@ def test_plan_requires_training_fields_without_demo(kind: type[EntropyInfluenceP
 
 
 def test_plan_of_stored_rollouts_needs_no_reward_or_loss() -> None:
-    """A live trainer stores such plans: its rollouts have their coefficients, and nothing is judged."""
+    """A live trainer stores such plans: its rollouts have their coefficients, and nothing is rewarded."""
     files = {"update": {"rollouts": "u.jsonl"}, "evaluations": [{"rollouts": "e.jsonl"}], "max_new_tokens": 64}
     plan = EntropyInfluencePlan.from_dict({"checkpoint": "state", **files})
     assert (plan.reward, plan.loss) == (None, None)
     assert EntropyInfluencePlan.from_dict(plan.to_dict()) == plan
     with pytest.raises(PlanError, match="reward is missing"):
         EntropyInfluencePlan.from_dict({"checkpoint": "state", **files, "evaluations": [{"prompts": "e.jsonl"}]})
-    with pytest.raises(PlanError, match="reward is None; expected the training's"):
+    with pytest.raises(PlanError, match="reward is None; expected the training run's"):
         EntropyInfluencePlan(reward=None)
 
 

@@ -63,9 +63,9 @@ def finite_figures(arrays: Arrays, fitted: int, floor: float) -> dict[str, Any]:
     """Return the entries of ``summary.json`` on finite steps.
 
     Args:
-        arrays: Arrays of ``eval_00.npz`` with their ``rollout_fits``.
-        fitted: Number of etas that lines are fitted to.
-        floor: Nats, |Delta H| caused by rounding the weights.
+        arrays: arrays of ``eval_00.npz`` with their ``rollout_fits``.
+        fitted: number of etas that lines are fitted to.
+        floor: nats, |Delta H| caused by rounding the weights.
 
     ``finite_steps``: per eta, SNIS beside eta times the JVP, raw nats. ``linearity``: the fits of every direction.
     ``additivity_gap``: per eta, see ``linearity.additivity_gap``. ``agreement`` and ``agreement_float64``: SNIS slopes

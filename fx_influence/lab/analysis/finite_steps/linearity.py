@@ -162,8 +162,8 @@ def compare_stability(grad: LineFit, baseline_plus_grad: LineFit) -> dict[str, A
     verdict is the one that is more stable for more rollouts.
 
     Args:
-        grad: Fits along v_i, one for each rollout.
-        baseline_plus_grad: Fits of the difference.
+        grad: fits along v_i, one for each rollout.
+        baseline_plus_grad: fits of the difference.
 
     Example:
         >>> eta = np.array([1.0, 2.0, 4.0])[:, None]

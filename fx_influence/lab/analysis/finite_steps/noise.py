@@ -14,8 +14,8 @@ def signal_to_noise(
         eta: (n_eta,).
         delta: (n_eta, n_u), nats, raw Delta H along v_i.
         stderr: (n_eta, n_u), nats, its standard error by the jackknife over E's clusters.
-        floor: Nats, |Delta H| caused by rounding the weights.
-        float64: The same as ``delta``, computed in float64.
+        floor: nats, |Delta H| caused by rounding the weights.
+        float64: the same as ``delta``, computed in float64.
 
     Returns:
         ``eta``; ``sampling_median``, median of |dH_i| / stderr_i; ``sampling_above_2``, share of rollouts where that
@@ -54,7 +54,7 @@ def signal_to_noise(
 def _median(signal: np.ndarray, noise: np.ndarray) -> float | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = signal / noise
-    # 0 / 0 is no ratio; a signal without noise is infinite and counts as such in the median.
+    # 0 / 0 is not a ratio; a signal without noise is infinite and counts as such in the median.
     defined = ratio[~np.isnan(ratio)]
     median = float(np.median(defined)) if len(defined) else np.nan
     return median if np.isfinite(median) else None
