@@ -63,9 +63,9 @@ def ratios(works: Mapping[str, Work], reference: Work, pairs: int = PAIRS) -> di
     """Return the seconds of each work over the reference's: median and range of paired runs.
 
     Args:
-        works: What is timed, by name; each is called once before.
-        reference: What is timed right after every work.
-        pairs: Number of rounds. Every round takes the works in another order.
+        works: what is timed, by name; each is called once before.
+        reference: what is timed right after every work.
+        pairs: number of rounds. Every round takes the works in another order.
     """
     names = list(works)
     samples: dict[str, list[float]] = {name: [] for name in works}

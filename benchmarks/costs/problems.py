@@ -60,10 +60,10 @@ def problem(setting: Setting, compiled: bool = False, varied: bool = False, e_ro
     """Return a problem with random weights and rollouts, the same for the same arguments.
 
     Args:
-        setting: Its size.
-        compiled: See ``make_functional``.
-        varied: Whether prompts and completions have many lengths, padded on both sides.
-        e_rows: Number of rows of E, if it differs from U's.
+        setting: its size.
+        compiled: see ``make_functional``.
+        varied: whether prompts and completions have many lengths, padded on both sides.
+        e_rows: number of rows of E, if it differs from U's.
     """
     torch.manual_seed(0)
     hidden, intermediate, layers, vocab = SIZES[setting.size]

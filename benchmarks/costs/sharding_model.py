@@ -29,8 +29,8 @@ def extrapolate(matmul_share: float, bytes_a_parameter: float, assumed: Assumpti
     The model is replicated on every GPU or, if too large, sharded over all of them; None if it does not fit either way.
 
     Args:
-        matmul_share: Share of the matmul rate that is reached.
-        bytes_a_parameter: Bytes per parameter at the peak of a rank.
+        matmul_share: share of the matmul rate that is reached.
+        bytes_a_parameter: bytes per parameter at the peak of a rank.
         assumed: GPUs and batch.
     """
     table = []

@@ -1,7 +1,7 @@
 """Do influences predict the effect of leaving rollouts out? The real step redone without each, and on random halves.
 
     python -m benchmarks counterfactual            writes results/counterfactual.json and its tables in README.md;
-                                                   an hour on two cores, resumed where it stopped
+                                                   45 minutes on two cores, resumed where it stopped
     python -m benchmarks counterfactual --quick    one small state, written nowhere, to check that it works
 
 GRPO training runs are measured at several steps. At each, AdamW's step, with clipping and second moment recomputed, is

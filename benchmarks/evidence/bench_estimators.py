@@ -1,7 +1,7 @@
 """Measure how many evaluation rollouts a ranking needs, and which estimator uses them best.
 
     python -m benchmarks estimators            writes results/estimators.json and its table in README.md;
-                                               a quarter of an hour on two cores, resumed where it stopped
+                                               ten minutes on two cores, resumed where it stopped
     python -m benchmarks estimators --quick    small and short, written nowhere, to check that it works
 
 At states of GRPO training runs the gradient of the entropy is estimated from evaluation batches of many sizes, and the

@@ -139,7 +139,7 @@ def initial_policy(policy: str, keep: bool = True) -> Policy:
     Args:
         policy: "demo"; "toy"; "early", of demo's size and task, where a third is solved; "large"; "harder", of demo's
             size.
-        keep: Whether to store and reuse the weights after the warm-up.
+        keep: whether to store and reuse the weights after the warm-up.
     """
     if policy == "demo":
         checkpoint = fx.load_checkpoint(demo_path("demo"))

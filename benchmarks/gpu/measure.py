@@ -57,10 +57,10 @@ def measure(case: Case, prepared: Problem, device: str, rate: float) -> dict[str
     """Return the seconds and derived figures of a method, without its preparation and warm-up.
 
     Args:
-        case: The method and its size.
-        prepared: Model and training state.
-        device: Device of both.
-        rate: Operations per second of the device's matrix products.
+        case: the method and its size.
+        prepared: model and training state.
+        device: device of both.
+        rate: operations per second of the device's matrix products.
     """
     full, method = task(case, prepared, device), METHODS[case.route]
     method(first_rows(full, full.rows_at_once(compute_dtype(case))))()

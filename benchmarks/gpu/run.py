@@ -23,10 +23,10 @@ def run(cases: Sequence[Case], device: str, minutes: float, out: Path | None) ->
     """Measure every case, print a line for each, and write the report so far to ``out``.
 
     Args:
-        cases: By importance.
+        cases: by importance.
         device: ``cuda`` or ``cpu``.
-        minutes: Time after which no case is running.
-        out: File of the report; None: it is not written.
+        minutes: time after which no case is running.
+        out: file of the report; None: it is not written.
 
     Returns:
         An outcome for each case: measured, skipped or failed.

@@ -4,7 +4,7 @@
     python -m benchmarks half_billion --quick    a tiny model, written nowhere
 
 The process holds what a training run in float32 holds, weights, gradient and both moments: 8 GB if all parameters are
-trained. Measured are the seconds of one ``fx.influence`` that is handed the gradient, and the peak of resident memory
+trained. It measures the seconds of one ``fx.influence`` that is passed the gradient, and the peak of resident memory
 above that state, each in a fresh process. Peaks include the activations of the passes.
 """
 
@@ -82,7 +82,7 @@ def measure(case: Attribution) -> dict[str, Any]:
     }
 
 
-def measured_apart(case: Attribution) -> dict[str, Any]:
+def measure_in_fresh_process(case: Attribution) -> dict[str, Any]:
     """Return ``measure(case)`` of a fresh process."""
     figures = figures_of_process("benchmarks.real.bench_half_billion", "--case", json.dumps(case))
     return {**case._asdict(), "name": case.name, **figures}
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     report: dict[str, Any] = {"environment": environment(), "attributions": []}
     if arguments.quick:
-        report["attributions"] = [measured_apart(case) for case in QUICK]
+        report["attributions"] = [measure_in_fresh_process(case) for case in QUICK]
         print(markdown(report))
         return 0
     for case in ATTRIBUTIONS:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{case.name} needs {MEMORY_NEEDED / 1e9:.0f} GB of free memory; run it when there are", file=sys.stderr
             )
             return 1
-        report["attributions"].append(measured_apart(case))
+        report["attributions"].append(measure_in_fresh_process(case))
         write_json(result_path(NAME), report)
         print(markdown(report).splitlines()[-1], flush=True)
     store(NAME, report, {COSTS: {NAME: markdown(report)}})

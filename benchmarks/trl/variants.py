@@ -125,11 +125,11 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **mor
     """Return a trainer, ready to train; it makes two steps on every batch if off-policy.
 
     Args:
-        variant: The loss and its options.
-        out: Its output directory.
-        steps: Number of optimizer steps.
-        model: Model to train in place of ``policy()``.
-        more: Further options of the config.
+        variant: the loss and its options.
+        out: its output directory.
+        steps: number of optimizer steps.
+        model: model to train in place of ``policy()``.
+        more: further options of the config.
     """
     rloo = variant.loss == "rloo"
     config: dict[str, Any] = {
