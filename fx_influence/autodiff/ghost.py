@@ -53,7 +53,13 @@ class DirectionPlan(NamedTuple):
 
 
 def plan_directions(params: Params, count: int, memory_budget: int) -> DirectionPlan:
-    """Return the plan for ``count`` directions: in bfloat16 where they do not fit ``memory_budget`` bytes otherwise."""
+    """Return the plan for ``count`` directions: in bfloat16 where they do not fit ``memory_budget`` bytes otherwise.
+
+    Args:
+        params: the parameters, whose shapes and dtypes the directions have.
+        count: number of directions that are wanted.
+        memory_budget: bytes of directions in memory at once.
+    """
     local = [to_local(p) for p in params.values()]
     if count * sum(p.numel() * promote(p.dtype).itemsize for p in local) <= memory_budget:
         return DirectionPlan(count, None)

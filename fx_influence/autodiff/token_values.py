@@ -113,7 +113,13 @@ def loss_weights(batch: Batch, micro_batch: MicroBatch) -> TokenWeights:
 
 
 def scaled_loss_weights(batch: Batch, micro_batch: MicroBatch, policy: SplitPolicy) -> TokenWeights:
-    """Return ``loss_weights`` times the policy's loss scale; their gradients must be divided by it."""
+    """Return ``loss_weights`` times the policy's loss scale; their gradients must be divided by it.
+
+    Args:
+        batch: rollouts with coefficients, (B, T).
+        micro_batch: some of its rows.
+        policy: the split policy, whose ``loss_scale`` is used.
+    """
     scale = policy.loss_scale
     c, b = (w if w is None or scale == 1 else w * scale for w in loss_weights(batch, micro_batch))
     return c, b

@@ -28,7 +28,7 @@ class Use(NamedTuple):
 
     @property
     def overwritten(self) -> bool:
-        """Whether input or output was written to in place after the use, so that they no longer hold its values."""
+        """Return whether input or output was written to in place after the use, so that its values are lost."""
         return _versions(self.inputs, self.output) != self.versions
 
 
