@@ -34,7 +34,7 @@ def names_in(code: CodeType) -> Iterator[str]:
 
 
 def compares_within_bounds(function: Callable[..., Any], seen: set[Callable[..., Any]]) -> bool:
-    """Whether a test, or a helper of the tests that it names, uses a bound of ``tolerances``."""
+    """Return whether a test, or a helper of the tests that it names, uses a bound of ``tolerances``."""
     function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
     seen.add(function)
     values = [function.__globals__.get(name) for name in names_in(function.__code__)]
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def pages_without_figures() -> Iterator[None]:
-    """Drawing takes longer than the small runs of most tests; what is drawn has tests of its own."""
+    """Skip drawing, which takes longer than the small runs of most tests; figures have their own tests."""
     with pytest.MonkeyPatch.context() as patch:
         # the mathematics alone is tested without what a page needs
         with suppress(ImportError):

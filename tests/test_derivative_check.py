@@ -128,7 +128,7 @@ BATCH = full_batch(2, rows=4)
 
 @pytest.mark.parametrize("make_apply", [policy, function])
 @pytest.mark.parametrize("kind", WRONG)
-def test_check_derivatives_names_what_a_wrong_one_spoils(kind: str, make_apply: Callable[..., Any]) -> None:
+def test_check_derivatives_names_affected_parameters(kind: str, make_apply: Callable[..., Any]) -> None:
     apply, params = make_apply(WRONG[kind])
     mode = "gradient" if kind == "backward" else "JVP"
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_check_derivatives_names_the_one_detached_parameter(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("make_apply", [policy, function])
-def test_check_derivatives_refuses_what_has_none(make_apply: Callable[..., Any]) -> None:
+def test_check_derivatives_refuses_policy_without_derivative(make_apply: Callable[..., Any]) -> None:
     apply, params = make_apply(lambda x: torch.from_numpy(x.detach().numpy() ** 2))
     with pytest.raises(fx.DerivativeError, match=r"apply has no (JVP|gradient) .*differentiate in both modes") as e:
         fx.check_derivatives(params, BATCH, apply=apply)
@@ -222,7 +222,7 @@ def test_check_derivatives_passes_adapters_with_a_zero_factor() -> None:
     assert fx.check_derivatives(params, batch, apply=apply).judged == 1.0
 
 
-def test_check_derivatives_says_that_nothing_can_be_judged() -> None:
+def test_check_derivatives_is_inconclusive_if_nothing_is_judged() -> None:
     apply, params = function(lambda x: x.round(decimals=2))
     check = fx.check_derivatives({n: p.float() for n, p in params.items()}, BATCH, apply=apply, dtype=torch.float32)
     assert not check.conclusive

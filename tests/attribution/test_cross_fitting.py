@@ -89,7 +89,7 @@ def test_self_influence_of_a_fold_takes_other_prompts_out() -> None:
 @pytest.mark.slow
 @given(case=cases(), seed=seeds)
 def test_rows_of_a_generation_batch_leave_their_prompts_out(case: Case, seed: int) -> None:
-    """U is part of E, in another order and padded otherwise; a row of another prompt changes nothing in kind."""
+    """U is part of E, in another order and with other padding; E may also have rows of other prompts."""
     e = batch_of_prompts(seed, 12, 6)
     index = torch.tensor([7, 1, 2, 8])
     u = add_padding(select_rows(e, index), 2, 1)

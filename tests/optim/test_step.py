@@ -19,7 +19,7 @@ TERMS = 12
 
 
 def gradient_of(params: fx.Params, seed: int) -> dict[str, Tensor | None]:
-    """One parameter that backward never reached, and one that the state below does not hold, among the others."""
+    """Return a gradient that is None for one parameter and has one that the state below does not hold."""
     return {**random_direction(torch.Generator().manual_seed(seed), params), "norm.weight": None}
 
 
