@@ -13,8 +13,7 @@ from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS, cluster_index
 from fx_influence.types import Batch
 
 MIN_PROMPTS = 4
-"""Prompts below which nothing is cross-fitted: the others of three are two, whose error bars have one degree of
-freedom."""
+"""Smallest number of prompts for cross-fitting; with three, the other two give error bars of one degree of freedom."""
 
 
 class EvaluationRows(NamedTuple):

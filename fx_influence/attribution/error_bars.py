@@ -50,7 +50,7 @@ class PartsOfE(NamedTuple):
         return Deviations(deviations_of(self.influences, estimate, self.shares, self.left_out), self.left_out)
 
     def total_stderr(self) -> Tensor:
-        """Return the standard error of the derivative along the step, of which each influence is over its own parts."""
+        """Return the standard error of the derivative along the step, whose influences leave out different parts."""
         rest = self.along_step - self.influences.sum(-1)
         deviations = self.deviations().by_part.sum(-1) + rest - self.shares * rest.sum()
         return Deviations(deviations.unsqueeze(-1), torch.full_like(self.left_out[:1], NOTHING_LEFT_OUT)).stderr()[0]
@@ -90,7 +90,7 @@ def parts_of_clusters(
         evaluation: the objective over E.
         step: the optimizer's step.
         engine: engine of the policy with all its derivatives.
-        groups: of which the clusters are taken.
+        groups: the groups of E, whose clusters are used.
     """
     along_step = -token_derivatives(params, step.direction(), evaluation.batch, engine, None).sum(-1)
     rows = pairwise.double() - einsum(evaluation.excess, slopes.rows, "a, i -> a i")

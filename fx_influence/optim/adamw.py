@@ -66,8 +66,8 @@ def adamw_decompose(
     - ``"lifetime"``: gamma = -rho kappa / den, the effect of a gradient now and, through momentum, in later steps if
       these are equal (sum_k beta1^k (1 - beta1) = 1); v is replaced by gamma g plus weight decay, momentum by 0.
 
-    It departs from ``torch.optim.AdamW`` in nothing: v = (theta' - theta) / lr for the hyperparameters of its
-    param_groups. The clip is ``torch.nn.utils.clip_grad_norm_`` over all of ``grads``.
+    It is the step of ``torch.optim.AdamW``: v = (theta' - theta) / lr for the hyperparameters of its param_groups. The
+    clip is ``torch.nn.utils.clip_grad_norm_`` over all of ``grads``.
 
     Args:
         grads: g by name, the parameter's shape. Parameters with None or without an entry (backward never reached them)
@@ -262,7 +262,7 @@ def check_adamw_inputs(
     preconditioner: str,
     max_grad_norm: float | None,
 ) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for arguments, all named as there, that ``adamw_decompose`` cannot use."""
+    """Raise ``TypeError`` or ``ValueError`` for arguments, those of ``adamw_decompose``, that it cannot use."""
     check_choice("preconditioner", preconditioner, get_args(Preconditioner))
     check_max_grad_norm(max_grad_norm)
     check_state(opt_state)

@@ -20,7 +20,7 @@ ten times their memory."""
 
 
 class InnerProducts(NamedTuple):
-    """Inner products <x, .> of a vector x with the terms of a step that U's gradient is not in, float64 scalars.
+    """Inner products <x, .> of a vector x with the terms of a step that do not contain U's gradient, float64 scalars.
 
     ``direction``: with the step itself.
     """

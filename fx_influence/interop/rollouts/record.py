@@ -23,7 +23,7 @@ class Rollout:
         completion_ids: tokens that the policy sampled, a sampled end of sequence included.
         finished: whether the completion ended by an end-of-sequence token rather than by the length limit.
         behaviour_logprobs: log pi of each completion token under the policy that sampled it, at its temperature; None
-            if nobody recorded them.
+            if they were not recorded.
         reward: None until it is computed.
         advantage: None until it is computed.
         completion_mask: False at tokens that the policy did not sample, such as a tool's output; None if all count.

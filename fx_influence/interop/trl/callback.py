@@ -118,9 +118,9 @@ class EntropyInfluence(TrainerCallback):
         counts = {"every": every, "completions_per_prompt": completions_per_prompt, "max_prompts": max_prompts}
         for field, value in counts.items():
             if value < 1:
-                raise ValueError(f"{field} is {value}; give at least 1")
+                raise ValueError(f"{field} is {value}; expected at least 1. Pass a positive number")
         if name is not None and not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"name is {name!r}; give letters, digits, dots, hyphens and underscores")
+            raise ValueError(f"name is {name!r}; expected letters, digits, dots, hyphens and underscores. Rename it")
         self.every = every
         self.history: list[dict[str, float]] = []
         self.name, self._requested_name = name or "", name
@@ -147,7 +147,9 @@ class EntropyInfluence(TrainerCallback):
                 attached already or its name is taken; and if processes attach with different settings.
         """
         if trainer is self._trainer:
-            raise ValueError(f"this EntropyInfluence is attached to this {type(trainer).__name__} already; detach it")
+            raise ValueError(
+                f"this EntropyInfluence is attached to this {type(trainer).__name__} already; expected once. Detach it"
+            )
         check_kind(trainer)
         mesh = mesh_of(trainer)
         with propagate_failures(mesh), preserve_random_state(trainer):
@@ -201,7 +203,7 @@ class EntropyInfluence(TrainerCallback):
     def _attach_to_caller(self, args: Any, state: Any) -> None:
         trainer = calling_trainer(self) or self._trainer
         if trainer is None:
-            raise ValueError("no trainer found that has this among its callbacks; use attach(trainer)")
+            raise ValueError("the trainer of this callback is unknown; expected one. Call attach(trainer)")
         if trainer is not self._trainer:
             self.detach()
             self.attach(trainer)
@@ -301,7 +303,7 @@ class EntropyInfluence(TrainerCallback):
         return None
 
     def _skipped_by_scaler(self, step: int) -> bool:
-        """Whether a loss scaler skips this step, which then has no influences; warn once per training run."""
+        """Return whether a loss scaler skips this step, which then has no influences; warn once per training run."""
         if not self._capture.overflowed():
             return False
         self._capture.stop()
@@ -312,7 +314,7 @@ class EntropyInfluence(TrainerCallback):
 
     @property
     def _is_main(self) -> bool:
-        """Whether this process is the one that warns and writes."""
+        """Return whether this process is the one that warns and writes."""
         return bool(self._trainer.accelerator.is_main_process)
 
     def _warn(self, text: str) -> None:

@@ -52,10 +52,10 @@ from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenVa
 logger = logging.getLogger(__name__)
 
 RESCORED_ROWS = 4
-"""About how many rollouts of a step are scored again, to check that the trainer's forward is the policy's."""
+"""Approximate number of rollouts of a step that are scored again, to check the trainer's forward by the policy's."""
 
 SAMPLED_ENTRIES = 2**22
-"""About how many entries of the parameters tell the share of a step that rounding swallows."""
+"""Approximate number of parameter entries from which the share of a step lost to rounding is estimated."""
 
 
 class MeasurementSettings(NamedTuple):

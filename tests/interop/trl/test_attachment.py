@@ -116,7 +116,7 @@ def test_name_prefixes_metrics_and_is_taken_once(tmp_path: Path) -> None:
     EntropyInfluence(1, HELD_OUT, completions_per_prompt=1, name="arith").attach(training)
     with pytest.raises(ValueError, match="name is 'arith', as of another"):
         EntropyInfluence(1, HELD_OUT, name="arith").attach(training)
-    with pytest.raises(ValueError, match="name is 'a/b'; give letters"):
+    with pytest.raises(ValueError, match="name is 'a/b'; expected letters"):
         EntropyInfluence(1, HELD_OUT, name="a/b")
     training.train()
     assert PREFIX + "arith/total" in training.state.log_history[0]

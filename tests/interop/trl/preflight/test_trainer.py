@@ -115,5 +115,5 @@ def test_attach_rejects_images(column: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["every", "completions_per_prompt", "max_prompts"])
 def test_counts_below_one_are_rejected(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; give at least 1"):
+    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
         EntropyInfluence(**{name: 0})  # type: ignore[arg-type]
