@@ -37,7 +37,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
             keeps it as ``.optimizer`` (accelerate).
         model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
             parallelism); names are those of the inner module. Tied parameters appear once.
-        copy: true clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
+        copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
             already have the result's dtype and the parameter's device. They are valid until the optimizer's next step,
             which changes them in place, and must not be written to.
 

@@ -114,7 +114,7 @@ def as_conversations(prompts: Sequence[Prompt], chat: bool, system: str | None) 
 
     Args:
         prompts: n plain texts or conversations.
-        chat: true turns a plain text into one message of the user.
+        chat: True turns a plain text into one message of the user.
         system: the text of a system message to put first; None adds none.
 
     Returns:

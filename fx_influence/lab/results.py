@@ -133,6 +133,8 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
 
     Raises:
         RunDirectoryError: naming the file that is missing or damaged.
+
+    Example, after ``make demo``: ``load_run("runs/demo").summary["total"]``.
     """
     directory = RunDirectory.finished(path, SEQUENCES)
     with raise_if_damaged(directory.path):

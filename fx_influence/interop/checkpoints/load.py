@@ -82,9 +82,12 @@ def load_checkpoint(
             weights of ``torch.distributed.checkpoint``, which saves none.
         dtype: of the parameters, by default as saved. The optimizer state is cast to it, as torch does.
         device: of the model.
-        optimizer: false loads only the policy.
+        optimizer: False loads only the policy.
         param_names: the parameters' names group by group, if an optimizer state without names does not follow the rules
             of ``restore_optimizer``; by default those in ``optimizer_param_names.json``, if there is one.
+
+    Returns:
+        ``Checkpoint``: model, tokenizer, AdamW's state by parameter name, and end-of-sequence ids.
 
     Raises:
         FileNotFoundError: for missing files.

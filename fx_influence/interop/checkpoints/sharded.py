@@ -45,8 +45,11 @@ def load_sharded_checkpoint(
             saved by any number of processes.
         model: the model after ``fully_shard`` (an unsharded one also works), on its device: after ``to_empty`` if it
             was made on the meta device, which leaves buffers that are not saved to the caller.
-        optimizer: false returns None in place of the optimizer.
+        optimizer: False returns None in place of the optimizer.
         param_names: see ``load_checkpoint``.
+
+    Returns:
+        A ``torch.optim.AdamW`` over the model's parameters with this rank's shards of the state, or None.
 
     Raises:
         FileNotFoundError: for missing files.

@@ -45,6 +45,8 @@ def run(
     Raises:
         PlanError: before anything is sampled or written; so are the errors of checkpoints, prompts and rewards.
         RunDirectoryError: where ``path`` holds something else.
+
+    Example, some minutes long: ``run(EntropyInfluencePlan(), "runs/demo").summary["total"]``.
     """
     return run_experiment(plan, path, _measure, load_run, progress)
 

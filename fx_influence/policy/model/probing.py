@@ -42,7 +42,7 @@ def make_probe(model: nn.Module, vocab_size: int | None, length: int, device: to
 
     Args:
         model: its configuration names the special tokens.
-        vocab_size: none for a model that does not tell; the ids are then 0 and 1, which any vocabulary has.
+        vocab_size: None for a model that does not tell; the ids are then 0 and 1, which any vocabulary has.
         length: T.
         device: of the ids.
     """
