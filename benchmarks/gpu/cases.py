@@ -50,18 +50,18 @@ class Setting(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A measurement: a method (``route``) at a size, and the seconds that it should take on a card like the H200."""
+    """A measurement: a ``method`` at a size, and the seconds that it should take on a card like the H200."""
 
     setting: Setting
-    route: str
+    method: str
     n_u: int
     n_e: int
     width: int
     goal_seconds: float | None = None
 
 
-def _cases(setting: Setting, n: int, width: int, *routes: str) -> tuple[Case, ...]:
-    return tuple(Case(setting, route, n, n, width) for route in routes)
+def _cases(setting: Setting, n: int, width: int, *methods: str) -> tuple[Case, ...]:
+    return tuple(Case(setting, method, n, n, width) for method in methods)
 
 
 _BIG, _BIG_LORA = Setting("1.5B", False, "bfloat16"), Setting("1.5B", True, "bfloat16")

@@ -19,7 +19,7 @@ from fx_influence.estimators.consistency import identity_tolerance
 
 def compute_dtype(case: Case) -> str:
     """Return the dtype that the case computes in."""
-    return "float32" if case.route == "sweep" else case.setting.dtype
+    return "float32" if case.method == "sweep" else case.setting.dtype
 
 
 def matmul_rate(dtype: str, device: str) -> float:
@@ -62,9 +62,9 @@ def measure(case: Case, prepared: Problem, device: str, rate: float) -> dict[str
         device: device of both.
         rate: operations per second of the device's matrix products.
     """
-    full, method = task(case, prepared, device), METHODS[case.route]
-    method(first_rows(full, full.rows_at_once(compute_dtype(case))))()
-    work, layer_io_fits = method(full), has_layer_io(full)
+    full, prepare = task(case, prepared, device), METHODS[case.method]
+    prepare(first_rows(full, full.rows_at_once(compute_dtype(case))))()
+    work, layer_io_fits = prepare(full), has_layer_io(full)
     collect(device)
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     if device == "cuda":
@@ -75,7 +75,7 @@ def measure(case: Case, prepared: Problem, device: str, rate: float) -> dict[str
     needed = operations(case, layer_io_fits)
     return {
         "seconds": seconds,
-        "tokens_per_second": (case.n_u * (case.route != "sweep") + case.n_e) * case.width / seconds,
+        "tokens_per_second": (case.n_u * (case.method != "sweep") + case.n_e) * case.width / seconds,
         "flops": needed,
         "fraction_of_matmul_rate": needed / seconds / rate,
         "peak_memory_bytes": peak,
@@ -84,7 +84,7 @@ def measure(case: Case, prepared: Problem, device: str, rate: float) -> dict[str
         "within_tolerance": _within(result, prepared),
         "goal_met": None if case.goal_seconds is None else seconds <= case.goal_seconds,
         # In a separate attempt, so that the seconds are reported if float32 does not fit.
-        "correctness": attempt(lambda: correctness(case.route, first_rows(full, SUBSET)), device),
+        "correctness": attempt(lambda: correctness(case.method, first_rows(full, SUBSET)), device),
     }
 
 
@@ -101,16 +101,16 @@ def _within(result: Result, prepared: Problem) -> bool | None:
     return result.residual <= identity_tolerance(prepared.params, prepared.apply)
 
 
-def correctness(route: str, subset: Task) -> dict[str, Any] | None:
+def correctness(method: str, subset: Task) -> dict[str, Any] | None:
     """Return the largest error in half precision, relative to the largest value in float32; None if not comparable."""
     half = subset.problem
     # A compiled pass would be recompiled for this subset, twice.
     if half.setting.dtype == "float32" or half.setting.compiled:
         return None
-    result = METHODS[route](subset)()
+    result = METHODS[method](subset)()
     if result.values is None:
         return None
-    exact = METHODS[route](subset._replace(problem=in_float32(half)))()
+    exact = METHODS[method](subset._replace(problem=in_float32(half)))()
     assert exact.values is not None
     return {
         "rows": len(subset.u.input_ids),

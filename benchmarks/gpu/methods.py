@@ -89,4 +89,4 @@ METHODS: dict[str, Callable[[Task], Work]] = {
     "matrix": _matrix,
     "sweep": _sweep,
 }
-"""Functions that prepare a method, unmeasured, and return the work to measure, by ``Case.route``."""
+"""Functions that prepare a method, unmeasured, and return the work to measure, by ``Case.method``."""

@@ -62,7 +62,7 @@ def operations(case: Case, layer_io_fits: bool) -> float:
     ghost_products = math.ceil(groups / directions) * u(forward=recomputed, ghost=1) + products
     jvp = u(forward=1, tangent=1)
     step = u(forward=1, reverse=1) + e(forward=1, reverse=1)
-    by_route = {
+    by_method = {
         "step": step,
         "adjoint": step + jvp,
         "adjoint_grad": e(forward=1, reverse=1) + jvp,
@@ -71,7 +71,7 @@ def operations(case: Case, layer_io_fits: bool) -> float:
         "matrix": step + 2.0 * case.n_u * case.n_e * trained,
         "sweep": (1 + DIRECTIONS) * e(forward=1),
     }
-    return by_route[case.route]
+    return by_method[case.method]
 
 
 def _passes(

@@ -73,7 +73,7 @@ def _outcomes(cases: Sequence[Case], device: str, rates: dict[str, float], end: 
 def beside_step(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the outcomes with seconds over those of the uncompiled step on the same batches, if that was measured."""
     same = "model", "lora", "dtype", "n_u", "n_e", "width"
-    plain = (o for o in outcomes if o["route"] == "step" and not o["compiled"] and "seconds" in o)
+    plain = (o for o in outcomes if o["method"] == "step" and not o["compiled"] and "seconds" in o)
     steps = {tuple(o[k] for k in same): o["seconds"] for o in plain}
     return [
         {**o, "seconds_over_step": o["seconds"] / steps[key]}
@@ -86,7 +86,7 @@ def beside_step(outcomes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def line(o: dict[str, Any]) -> str:
     """Return an outcome in one line."""
     kind = ("LoRA" if o["lora"] else "full") + (" compiled" if o["compiled"] else "")
-    name = f"{o['model']} {kind} {o['dtype']} {o['route']} {o['n_u']} x {o['n_e']} x {o['width']}"
+    name = f"{o['model']} {kind} {o['dtype']} {o['method']} {o['n_u']} x {o['n_e']} x {o['width']}"
     if "seconds" not in o:
         return f"{name}: " + (f"skipped, {o['skipped']}" if "skipped" in o else o["error"])
     memory = "" if o["peak_memory_bytes"] is None else f", {o['peak_memory_bytes'] / 2**30:.1f} GiB"

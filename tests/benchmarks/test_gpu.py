@@ -33,8 +33,8 @@ FIELDS = {
 }
 
 
-def cases(*routes: str, setting: Setting = FULL) -> list[Case]:
-    return [Case(setting, route, 10, 10, 12) for route in routes]
+def cases(*methods: str, setting: Setting = FULL) -> list[Case]:
+    return [Case(setting, method, 10, 10, 12) for method in methods]
 
 
 def product(_: object, left: list[int], right: list[int], **others: object) -> int:
@@ -54,12 +54,12 @@ def test_quick_measures_every_method_and_writes_nothing(tmp_path: Path, capsys: 
 
 
 def test_cases_have_goals_first_and_every_method() -> None:
-    goals = [(c.setting.model, c.setting.lora, c.route, c.n_u, c.n_e, c.width, c.goal_seconds) for c in CASES[:2]]
+    goals = [(c.setting.model, c.setting.lora, c.method, c.n_u, c.n_e, c.width, c.goal_seconds) for c in CASES[:2]]
     assert goals == [
         ("1.5B", False, "adjoint", 512, 512, 512, 26.0),
         ("1.5B", True, "matrix", 512, 512, 512, 12.0),
     ]
-    assert {case.route for case in CASES} == set(METHODS)
+    assert {case.method for case in CASES} == set(METHODS)
     trained = [weights(Setting(model, False, "bfloat16")).trained for model in ("0.5B", "1.5B")]
     assert trained == [494_032_768, 1_543_714_304], "as Qwen2 counts them"
 
@@ -128,7 +128,7 @@ def test_run_keeps_finished_cases_when_interrupted(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         run(cases("step", "matrix", "sweep"), "cpu", 8.0, tmp_path / "gpu.json")
     stored = json.loads((tmp_path / "gpu.json").read_text())
-    assert [o["route"] for o in stored["cases"]] == ["step", "matrix"]
+    assert [o["method"] for o in stored["cases"]] == ["step", "matrix"]
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
@@ -154,15 +154,15 @@ def test_report_has_all_figures_of_a_case(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "rel"), [(FULL, 0.05), (LORA, 0.15)], ids=["full", "lora"])
-@pytest.mark.parametrize("route", METHODS)
-def test_operations_match_counted_flops_of_more_rows(setting: Setting, rel: float, route: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_match_counted_flops_of_more_rows(setting: Setting, rel: float, method: str) -> None:
     """Compares the difference between two sizes, since probing forwards of a few tokens cost the same for both."""
     setting = setting._replace(dtype="float32")
-    [few] = cases(route, setting=setting)
+    [few] = cases(method, setting=setting)
     counts, formula = [], []
     for case in (few, few._replace(n_u=3 * few.n_u, n_e=3 * few.n_e)):
         batches = task(case, problem(setting, "cpu"), "cpu")
-        work = METHODS[route](batches)
+        work = METHODS[method](batches)
         # Torch's counter does not count in-place products.
         in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), product)
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
@@ -173,10 +173,10 @@ def test_operations_match_counted_flops_of_more_rows(setting: Setting, rel: floa
     assert counts[1] - counts[0] == pytest.approx(formula[1] - formula[0], rel=rel)
 
 
-@pytest.mark.parametrize("route", METHODS)
-def test_methods_create_tensors_on_the_inputs_device(route: str) -> None:
-    [case] = cases(route)
-    work: Any = METHODS[route](task(case, problem(LORA, "cpu"), "cpu"))
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_create_tensors_on_the_inputs_device(method: str) -> None:
+    [case] = cases(method)
+    work: Any = METHODS[method](task(case, problem(LORA, "cpu"), "cpu"))
     # A tensor created without a device would be on meta, and fail beside those on the CPU.
     with torch.device("meta"):
         work()
@@ -185,4 +185,4 @@ def test_methods_create_tensors_on_the_inputs_device(route: str) -> None:
 def test_operations_without_layer_io_are_those_of_the_jvp() -> None:
     [case] = cases("per_sequence")
     assert not has_layer_io(task(case, problem(FULL, "cpu"), "cpu"), budget=0)
-    assert operations(case, layer_io_fits=False) == operations(case._replace(route="adjoint"), layer_io_fits=False)
+    assert operations(case, layer_io_fits=False) == operations(case._replace(method="adjoint"), layer_io_fits=False)

@@ -135,7 +135,7 @@ def _measure(plan: EntropyInfluencePlan, state: TrainingState, batch_e: Batch, e
                 for key, value in at_zero.items():
                     arrays[name + key.removeprefix(zero[0])] = np.repeat(value, len(etas), 0)
         rest = [name for name in directions if name not in zero]
-        # Of the whole step's directions, as many are measured at once as fit the memory budget.
+        # As many of the whole step's directions are measured at once as fit the memory budget.
         count = max_directions if all(name in STEP_DIRECTIONS for name in rest) else max(1, len(rest))
         for start in range(0, len(rest), count):
             chunk = {name: directions[name] for name in rest[start : start + count]}
