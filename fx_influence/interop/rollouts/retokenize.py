@@ -162,6 +162,6 @@ def _rest(text: str, start: str) -> str:
     if not text.startswith(start):
         raise ValueError(
             "the tokenizer's chat template rewrites earlier turns; expected one that only appends, so that the "
-            "sampled tokens can be told from the rest. Use a file with token ids, or a template that only appends"
+            "sampled tokens can be separated from the rest. Use a file with token ids, or a template that only appends"
         )
     return text[len(start) :]

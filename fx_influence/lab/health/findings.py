@@ -14,7 +14,7 @@ class Finding(NamedTuple):
 
     Attributes:
         name: of the check.
-        level: "good", "attention" where something is to be done, "unknown" where it cannot be told.
+        level: "good", "attention" where something is to be done, "unknown" where the figures do not decide it.
         text: the result in a sentence or two, with the remedy.
     """
 

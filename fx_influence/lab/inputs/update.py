@@ -11,7 +11,7 @@ from fx_influence.types import Batch
 
 
 def update_batch(plan: StepPlan, u: ScoredRollouts) -> Batch:
-    """Return U with the coefficients that its rollouts carry, or else those of the plan's loss.
+    """Return U with the coefficients of its rollouts, or else those of the plan's loss.
 
     Rollouts of an older policy enter the loss by their clipped ratio to it.
 

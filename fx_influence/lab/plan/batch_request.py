@@ -107,8 +107,8 @@ class CustomSequence:
 class RolloutFile:
     """Rollouts sampled from this policy elsewhere.
 
-    As U, a rollout without an advantage gets the group-relative one of its reward, rollouts that all carry
-    coefficients keep those, and rollouts of an older policy enter the loss by their ratio to it.
+    As U, a rollout without an advantage gets the group-relative one of its reward, rollouts that all have coefficients
+    keep them, and rollouts of an older policy enter the loss by their ratio to it.
 
     Args:
         rollouts: path of a file in any format of ``fx.read_rollouts``.

@@ -84,7 +84,7 @@ def captured_step(
 def _prompt_numbers(rows: RolloutRows) -> Tensor:
     """Return a number for each row's prompt, int64 (n,), in order of first appearance.
 
-    Prompts are told apart by the tokens that the policy reads, over the rows of all processes, because a prompt's
+    Prompts are distinguished by the tokens that the policy reads, over the rows of all processes, because a prompt's
     rollouts may be spread over two of them.
     """
     tokens = zip(rows.input_ids, rows.attention_mask, rows.prompt_widths.tolist(), strict=True)
