@@ -152,7 +152,7 @@ def in_trl(hidden: int, clipped: bool) -> tuple[int, int]:
         ).attach(training)
         training.train()
     if len(influence.history) != TRL_STEPS:
-        raise RuntimeError(f"{len(influence.history)} of {TRL_STEPS} steps were measured; the warnings say why")
+        raise RuntimeError(f"history has {len(influence.history)} steps; expected {TRL_STEPS}. Read the warnings")
     return sum(p.numel() for p in training.model.parameters()), influence.extra_bytes
 
 

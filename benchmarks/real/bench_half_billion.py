@@ -125,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for case in ATTRIBUTIONS:
         if not case.lora and available_bytes() < MEMORY_NEEDED:
-            print(
-                f"{case.name} needs {MEMORY_NEEDED / 1e9:.0f} GB of free memory; run it when there are", file=sys.stderr
-            )
+            free = f"{available_bytes() / 1e9:.0f} GB"
+            needed = f"{MEMORY_NEEDED / 1e9:.0f} GB for {case.name}"
+            print(f"free memory is {free}; expected {needed}. Run it when there is more", file=sys.stderr)
             return 1
         report["attributions"].append(measure_in_fresh_process(case))
         write_json(result_path(NAME), report)

@@ -114,7 +114,7 @@ class StepRecords(TrainerCallback):
         self._clock.stop()
         metrics = self._influence.history[-1]
         if metrics["step"] != state.global_step:
-            raise RuntimeError(f"step {state.global_step} was not attributed; its warning says why")
+            raise RuntimeError(f"history has no step {state.global_step}; expected every step. Read its warning")
         step = self._stored / f"step_{state.global_step:06}"
         with np.load(step / "eval_00.npz") as arrays:
             absolute = float(metrics["lr"] * np.abs(arrays["per_sequence"]).sum())
