@@ -147,9 +147,7 @@ class EntropyInfluence(TrainerCallback):
                 attached already or its name is taken; and if processes attach with different settings.
         """
         if trainer is self._trainer:
-            raise ValueError(
-                f"this EntropyInfluence is attached to this {type(trainer).__name__} already; expected once. Detach it"
-            )
+            raise ValueError(f"callback is attached to this {type(trainer).__name__} already; expected once. Detach it")
         check_kind(trainer)
         mesh = mesh_of(trainer)
         with propagate_failures(mesh), preserve_random_state(trainer):
