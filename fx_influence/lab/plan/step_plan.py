@@ -197,7 +197,7 @@ class StepPlan:
         }
         for name, is_needed in needed.items():
             if getattr(self, name) is None and is_needed:
-                raise refusal(name, None, "the training's", f"Add {LINES_TO_ADD[name]}")
+                raise refusal(name, None, "the training run's", f"Add {LINES_TO_ADD[name]}")
             if getattr(self, name) is DEMO_DEFAULT and not is_needed:
                 object.__setattr__(self, name, None)
         missing = [name for name in DEMO_FIELDS if getattr(self, name) is DEMO_DEFAULT]
