@@ -5,6 +5,7 @@ READY := $(VENV)/.ready
 RUN ?= runs/demo
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope
+TOLERANCES := $(PYTEST) --hypothesis-profile=kernels -m "tolerance and not slow"
 
 .PHONY: demo real test slow processors browser docs lint types clean
 
@@ -22,10 +23,11 @@ test: lint types
 slow: $(READY)
 	$(PYTEST) -m slow
 
-# the tests with a tolerance with other processors' kernels: torch's plain ones on two threads, and those of AVX2
+# the tests with a tolerance with other processors' kernels: torch's plain ones on two threads, and those of AVX2.
+# Threads wait passively, since those of two test processes share the cores.
 processors: $(READY)
-	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest -m "tolerance and not slow"
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "tolerance and not slow"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(TOLERANCES)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(TOLERANCES)
 
 # needs Chromium, Debian's package chromium
 browser: $(READY)

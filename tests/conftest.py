@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # torch's first call takes seconds, so a deadline would fail a test at random.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+# Other processors' kernels round differently; the shapes and options that are drawn are those of the default profile.
+hypothesis.settings.register_profile("kernels", hypothesis.settings.get_profile("default"), max_examples=8)
 hypothesis.settings.load_profile("default")
 
 

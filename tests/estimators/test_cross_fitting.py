@@ -21,7 +21,7 @@ from fx_influence.estimators.entropy import (
 from fx_influence.testing import reference
 from fx_influence.types import Estimator, Normalize
 
-PROMPTS, EACH, UPDATES = 12, 3, 1500
+PROMPTS, EACH, UPDATES = 12, 3, 800
 
 
 class RowSlopes(NamedTuple):
