@@ -111,7 +111,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for row in bins:
         to = f"{row['above']:.0%} to {row['to']:.0%}" if row["to"] <= 1 else f"above {row['above']:.0%}"
         lines.append(f"| {to} | {format_interval(row['found'], '.0f', 100)}% |")
-    factor = _factor(report["summary"]["rule"]["at"])
+    factor = format_factor(report["summary"]["rule"]["at"])
     return "\n".join([*lines, "", f"{TARGET:.0%} of the top tenth are identified at a share of noise of {factor}."])
 
 
@@ -137,9 +137,10 @@ def appendix(report: Mapping[str, Any]) -> str:
     compared = report["summary"]["beside"]
     for policy, way in dict.fromkeys((x["policy"], x["way"]) for x in compared):
         ratios = {x["rollouts"]: x["ratio"] for x in compared if (x["policy"], x["way"]) == (policy, way)}
-        lines.append(f"| {policy}, {way} | {' | '.join(_factor(ratios.get(n)) for n in sizes)} |")
+        lines.append(f"| {policy}, {way} | {' | '.join(format_factor(ratios.get(n)) for n in sizes)} |")
     return "\n".join(lines)
 
 
-def _factor(ratio: Mapping[str, float] | None) -> str:
+def format_factor(ratio: Mapping[str, float] | None) -> str:
+    """Return a geometric mean with its interval, empty for None."""
     return f"{ratio['mean']:.2g} ({ratio['low']:.2g} to {ratio['high']:.2g})" if ratio else ""
