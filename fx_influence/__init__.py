@@ -1,6 +1,7 @@
 """fx_influence: which rollouts and tokens of one optimizer step change a language model's entropy, and by how much.
 
-The mathematics is at the top; ``losses``, ``objectives``, ``optim``, ``interop`` and ``lab`` are rooms of their own.
+The mathematics is at the top; ``losses``, ``objectives``, ``labels``, ``proxies``, ``optim``, ``interop`` and ``lab``
+have names of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from fx_influence.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from fx_influence import interop, lab, labels, losses, objectives, optim
+    from fx_influence import interop, lab, labels, losses, objectives, optim, proxies
     from fx_influence.attribution.influence import influence
     from fx_influence.attribution.result import Influence
     from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         Normalize,
         Params,
         Preconditioner,
+        TokenMoments,
         TokenValues,
     )
 
@@ -74,6 +76,7 @@ _MODULES = {
     "Preconditioner": "fx_influence.types",
     "Rollout": "fx_influence.interop.rollouts.record",
     "SnisDelta": "fx_influence.estimators.snis",
+    "TokenMoments": "fx_influence.types",
     "TokenValues": "fx_influence.types",
     "adamw_decompose": "fx_influence.optim.adamw",
     "adamw_state": "fx_influence.interop.optimizers",
@@ -103,7 +106,7 @@ _MODULES = {
     "token_values": "fx_influence.autodiff.token_values",
 }
 
-_ROOMS = ("interop", "lab", "labels", "losses", "objectives", "optim")
+_ROOMS = ("interop", "lab", "labels", "losses", "objectives", "optim", "proxies")
 
 _RENAMED = {
     "functionalize": "make_functional",
@@ -137,6 +140,7 @@ __all__ = [
     "Preconditioner",
     "Rollout",
     "SnisDelta",
+    "TokenMoments",
     "TokenValues",
     "__version__",
     "adamw_decompose",
@@ -164,6 +168,7 @@ __all__ = [
     "objectives",
     "optim",
     "per_sample_grads",
+    "proxies",
     "read_rollouts",
     "restore_optimizer",
     "rollout_loss",

@@ -6,7 +6,7 @@ Everything here is a plain value without behaviour, so the slow reference can sh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -73,6 +73,27 @@ class TokenValues(NamedTuple):
 
     def __repr__(self) -> str:
         return record_line(self)
+
+
+class TokenMoments(NamedTuple):
+    """``TokenValues`` with two second moments of each completion token's softmax, (..., B, T), 0 outside the mask.
+
+    ``logprobs``: log pi(y_t | y_<t), in nats. ``entropies``: h_t = -sum_j pi_j log pi_j, in nats.
+    ``collision``: P2 = sum_j pi_j^2 = E[pi], the collision probability: the chance that two draws are the same token.
+    ``collision_logprobs``: Q2 = sum_j pi_j^2 log pi_j = E[pi log pi], in nats; never positive.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    collision: Tensor
+    collision_logprobs: Tensor
+
+    def __repr__(self) -> str:
+        return record_line(self)
+
+
+TokenStatistics = TypeVar("TokenStatistics", TokenValues, TokenMoments)
+"""Either record of completion tokens, for the functions that return the one they are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,10 @@ ORDER = (
     {"policy"},
     {"autodiff"},
     {"distributed"},
-    {"objectives", "labels", "losses", "functional", "perturbation", "derivative_check", "fisher", "attribution"},
+    {
+        *("objectives", "labels", "losses", "functional", "perturbation", "derivative_check", "fisher", "proxies"),
+        "attribution",
+    },
     {"interop"},
     {"lab"},
 )

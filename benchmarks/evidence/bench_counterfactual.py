@@ -192,18 +192,33 @@ def predictions(
     weighted = e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
     # SGD moves by -g_i and ``batch_gradient`` differentiates minus the weighted sum, so the two signs cancel.
     descent = [(name, g) for name, g in batch_gradient(params, weighted, apply).items() if g is not None]
-    logprobs = all_token_values(params, batch, apply).logprobs
-    mask = batch.completion_mask
-    a = advantages.unsqueeze(1).expand(mask.shape).double()
-    proxy = (logprobs - logprobs[mask].mean()) * (a - a[mask].mean()) * mask
     return {
         **influences,
         "sgd": torch.stack([gradients[name].flatten(1) @ g.flatten() for name, g in descent]).sum(0),
-        "covariance proxy": -proxy.sum(1),
+        **proxies(fx.proxies.token_moments(params, batch, apply=apply), batch, advantages.double()),
         "advantage": -advantages,
         "size of advantage": advantages.abs(),
         "gradient norm": torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0),
-        "length": mask.sum(1).double(),
+        "length": batch.completion_mask.sum(1).double(),
+    }
+
+
+def proxies(moments: fx.TokenMoments, batch: Batch, advantages: Tensor) -> dict[str, Tensor]:
+    """Return the field's proxies by name, those of tokens added up over each rollout, (n,).
+
+    Relative surprisal r has no sign, so that its predictor is the sum of A (r - 1), which changes sign where r does.
+    """
+    c, mask, group = batch.coefficients, batch.completion_mask, batch.group
+    assert c is not None
+    assert group is not None
+    above_mean = torch.where(mask, fx.proxies.relative_surprisal(moments, mask) - 1, 0.0)
+    return {
+        "covariance proxy": fx.proxies.covariance(moments, advantages, mask).sum(1),
+        "exact tabular": fx.proxies.exact_tabular(moments, c, mask).sum(1),
+        "STEER": fx.proxies.steer(moments, c, mask).sum(1),
+        "REPO": fx.proxies.repo(moments, advantages, mask).sum(1),
+        "relative surprisal": advantages * above_mean.sum(1),
+        "GRPODropout": fx.proxies.grpo_dropout(moments, advantages, mask, group),
     }
 
 

@@ -17,8 +17,11 @@ SIGNLESS = ("size of advantage", "gradient norm", "length")
 KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of leaving one out"}
 LABELS = {"share": "frozen", "share, exact": "frozen, exact", "marginal": "jacobian", "sgd": "plain SGD"}
 """Titles of predictors by their names in stored results."""
-SIGNED = ("share", "share, exact", "marginal", "sgd", "covariance proxy", "advantage", "ceiling")
-COLUMNS = {"loo": SIGNED, "lds": SIGNED, "size": (*SIGNED[:5], *SIGNLESS)}
+INFLUENCES = ("share", "share, exact", "marginal", "sgd")
+PROXIES = ("covariance proxy", "exact tabular", "STEER", "REPO", "relative surprisal", "GRPODropout")
+"""Predictors from ``fx.proxies``; a table has the columns of those that its results hold."""
+SIGNED = (*INFLUENCES, *PROXIES, "advantage", "ceiling")
+COLUMNS = {"loo": SIGNED, "lds": SIGNED, "size": (*INFLUENCES, *PROXIES, *SIGNLESS)}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

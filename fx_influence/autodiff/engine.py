@@ -14,8 +14,8 @@ from fx_influence.autodiff.ghost import JvpFn, linearize_losses
 from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradients
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.perturbed_values import can_vmap_directions, perturbed_token_values
-from fx_influence.autodiff.token_values import all_token_values
-from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
+from fx_influence.autodiff.token_values import all_token_moments, all_token_values
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenMoments, TokenValues
 
 
 class _Options(TypedDict):
@@ -58,6 +58,10 @@ class Engine:
     def values(self, params: Params, batch: Batch) -> TokenValues:
         """Return ``all_token_values`` of the batch."""
         return all_token_values(params, batch, **self._options)
+
+    def moments(self, params: Params, batch: Batch) -> TokenMoments:
+        """Return ``all_token_moments`` of the batch."""
+        return all_token_moments(params, batch, **self._options)
 
     def perturbed_values(
         self, params: Params, directions: Params, eta: float, batch: Batch, vmapped: bool = True

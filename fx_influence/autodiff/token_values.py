@@ -1,8 +1,8 @@
-"""Log-probabilities and entropies of completion tokens, and the surrogate loss on them."""
+"""Log-probabilities, entropies and moments of completion tokens, and the surrogate loss on them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -13,10 +13,10 @@ from fx_influence.core.batch_checks import check_fields
 from fx_influence.core.checks import check_options
 from fx_influence.core.parameter_checks import check_apply, check_params
 from fx_influence.core.tree import promote
-from fx_influence.policy.lm_head import TokenWeights, head_token_values
+from fx_influence.policy.lm_head import TokenWeights, head_token_moments, head_token_values
 from fx_influence.policy.precision import in_float32
 from fx_influence.policy.split import SplitPolicy, split_policy
-from fx_influence.types import Apply, Batch, Params, TokenValues
+from fx_influence.types import Apply, Batch, Params, TokenMoments, TokenStatistics, TokenValues
 
 
 def token_values(params: Params, batch: Batch, apply: Apply, temperature: float = 1.0) -> TokenValues:
@@ -78,12 +78,42 @@ def all_token_values(
     Returns:
         ``TokenValues``, (B, T) each.
     """
+    return _by_micro_batches(head_token_values, params, batch, apply, temperature, chunk_size)
+
+
+def all_token_moments(
+    params: Params, batch: Batch, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None
+) -> TokenMoments:
+    """Return ``all_token_values`` with sum pi^2 and sum pi^2 log pi of every completion token.
+
+    Args:
+        params: trainable parameters by name.
+        batch: rollouts (B, T).
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+
+    Returns:
+        ``TokenMoments``, (B, T) each.
+    """
+    return _by_micro_batches(head_token_moments, params, batch, apply, temperature, chunk_size)
+
+
+def _by_micro_batches(
+    head_fn: Callable[[SplitPolicy, Params, Tensor, Tensor, float], TokenStatistics],
+    params: Params,
+    batch: Batch,
+    apply: Apply,
+    temperature: float,
+    chunk_size: int | None,
+) -> TokenStatistics:
+    """Return what ``head_fn(policy, params, hidden, targets, temperature)`` gives for every completion token."""
     policy = split_policy(apply)
     values = []
     with torch.no_grad():
         for micro_batch in policy.micro_batches(batch, chunk_size):
             hidden = scored_hidden_states(policy.backbone(params, micro_batch), micro_batch)
-            values.append((micro_batch, head_token_values(policy, params, hidden, micro_batch.targets, temperature)))
+            values.append((micro_batch, head_fn(policy, params, hidden, micro_batch.targets, temperature)))
         return scatter_to_batch(values, batch)
 
 
@@ -92,7 +122,7 @@ def scored_hidden_states(hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
     return hidden[micro_batch.row, micro_batch.position]
 
 
-def scatter_to_batch(values: Sequence[tuple[MicroBatch, TokenValues]], batch: Batch) -> TokenValues:
+def scatter_to_batch(values: Sequence[tuple[MicroBatch, TokenStatistics]], batch: Batch) -> TokenStatistics:
     """Return the values (..., n) of the tokens of all micro-batches at their positions in the batch, (..., B, T)."""
     flat_index = torch.cat([micro_batch.flat_index for micro_batch, _ in values])
     fields = []
@@ -100,7 +130,7 @@ def scatter_to_batch(values: Sequence[tuple[MicroBatch, TokenValues]], batch: Ba
         scored = torch.cat(by_micro_batch, -1)
         flat = scored.new_zeros(*scored.shape[:-1], batch.input_ids.numel()).index_copy(-1, flat_index, scored)
         fields.append(rearrange(flat, "... (row pos) -> ... row pos", row=len(batch.input_ids)))
-    return TokenValues(*fields)
+    return type(values[0][1])(*fields)
 
 
 def loss_weights(batch: Batch, micro_batch: MicroBatch) -> TokenWeights:

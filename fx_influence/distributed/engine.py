@@ -24,7 +24,7 @@ from fx_influence.distributed.collectives import all_gather, all_gather_objects,
 from fx_influence.distributed.consistency import check_consistent, comparable_facts
 from fx_influence.distributed.partition import RowPartition, partition_blocks, partition_rows
 from fx_influence.policy.split import split_policy
-from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenMoments, TokenValues
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -89,6 +89,10 @@ class DataParallelEngine(Engine):
     def values(self, params: Params, batch: Batch) -> TokenValues:
         partition, local = self._partition(batch), self._local(params, batch)
         return partition.gather_values(local.engine.values(local.params, partition.local_rows(batch)))
+
+    def moments(self, params: Params, batch: Batch) -> TokenMoments:
+        partition, local = self._partition(batch), self._local(params, batch)
+        return partition.gather_values(local.engine.moments(local.params, partition.local_rows(batch)))
 
     def perturbed_values(
         self, params: Params, directions: Params, eta: float, batch: Batch, vmapped: bool = True

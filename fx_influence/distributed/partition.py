@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fx_influence.batching.rows import select_rows
 from fx_influence.distributed.collectives import all_gather, mesh_rank
-from fx_influence.types import Batch, TokenValues
+from fx_influence.types import Batch, TokenStatistics
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,9 +46,9 @@ class RowPartition(NamedTuple):
         out[self.table[self.first]] = by_row[self.first.flatten()]
         return out.movedim(0, axis)
 
-    def gather_values(self, local: TokenValues) -> TokenValues:
-        """Return the token values (..., B, T) of all rows from those of each rank's rows."""
-        return TokenValues(*(self.gather_rows(x, axis=-2) for x in local))
+    def gather_values(self, local: TokenStatistics) -> TokenStatistics:
+        """Return the token values or moments (..., B, T) of all rows from those of each rank's rows."""
+        return type(local)(*(self.gather_rows(x, axis=-2) for x in local))
 
 
 def partition_rows(batch: Batch, mesh: DeviceMesh, prompts: Tensor | None) -> RowPartition:

@@ -1,8 +1,8 @@
-"""Token values of an LM head and their derivatives in closed form, a chunk of logits at a time."""
+"""Token values and moments of an LM head and their derivatives in closed form, a chunk of logits at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_influence.core.tree import accumulate, cast_like, promote
 from fx_influence.policy.modes.forward_ad import forward_mode_jvp
 from fx_influence.policy.split import SplitPolicy
-from fx_influence.types import Gradients, Params, TokenValues
+from fx_influence.types import Gradients, Params, TokenMoments, TokenStatistics, TokenValues
 
 TokenWeights = tuple[Tensor | None, Tensor | None]
 """c and b of the loss -sum (c log pi(y) + b h), (n,) each."""
@@ -34,12 +34,52 @@ def head_token_values(
         temperature: divisor of the logits.
         max_logits: logits that exist at once, None for the policy's ``max_logits``.
     """
-    chunks = []
-    for tokens in _chunks(len(targets), policy, max_logits):
-        log_pi = _log_softmax(policy.head(params, hidden[tokens]), temperature)
-        entropies = -_sum_of_products(log_pi.exp(), _finite(log_pi))
-        chunks.append(TokenValues(_select(log_pi, targets[tokens]), entropies))
-    return _concatenate(chunks)
+    return _by_chunks(_values, policy, params, hidden, targets, temperature, max_logits)
+
+
+def head_token_moments(
+    policy: SplitPolicy, params: Params, hidden: Tensor, targets: Tensor, temperature: float
+) -> TokenMoments:
+    """Return ``head_token_values`` with sum pi^2 and sum pi^2 log pi, (n,) each, at least float32; for no_grad alone.
+
+    Args:
+        policy: its head, vocabulary size and ``max_logits`` are used.
+        params: by name.
+        hidden: (n, d).
+        targets: int64 (n,), the tokens y.
+        temperature: divisor of the logits.
+    """
+    return _by_chunks(_moments, policy, params, hidden, targets, temperature)
+
+
+def _by_chunks(
+    statistics_fn: Callable[[Tensor, Tensor], TokenStatistics],
+    policy: SplitPolicy,
+    params: Params,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    max_logits: int | None = None,
+) -> TokenStatistics:
+    """Return ``statistics_fn(log_pi, targets)`` of all tokens, evaluated on a chunk of logits at a time."""
+    return _concatenate(
+        [
+            statistics_fn(_log_softmax(policy.head(params, hidden[tokens]), temperature), targets[tokens])
+            for tokens in _chunks(len(targets), policy, max_logits)
+        ]
+    )
+
+
+def _values(log_pi: Tensor, targets: Tensor) -> TokenValues:
+    return TokenValues(_select(log_pi, targets), -_sum_of_products(log_pi.exp(), _finite(log_pi)))
+
+
+def _moments(log_pi: Tensor, targets: Tensor) -> TokenMoments:
+    selected, log_pi, pi = _select(log_pi, targets), _finite(log_pi), log_pi.exp()
+    entropies = -_sum_of_products(pi, log_pi)
+    # In place, so that no more tensors of the size of the logits exist than for the values alone.
+    squares = pi.square_()
+    return TokenMoments(selected, entropies, squares.sum(-1), _sum_of_products(squares, log_pi))
 
 
 def head_vjp(
@@ -162,8 +202,8 @@ def _select(values: Tensor, targets: Tensor) -> Tensor:
     return values.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def _concatenate(chunks: list[TokenValues]) -> TokenValues:
-    return TokenValues(*(torch.cat(field, -1) for field in zip(*chunks, strict=True)))
+def _concatenate(chunks: list[TokenStatistics]) -> TokenStatistics:
+    return type(chunks[0])(*(torch.cat(field, -1) for field in zip(*chunks, strict=True)))
 
 
 def _chunks(count: int, policy: SplitPolicy, max_logits: int | None = None) -> Iterator[slice]:

@@ -101,6 +101,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
         ),
         "sweep": fx.snis_sweep(params, e, **common)(block, [0.1, 1.0]),
         "jvp": fx.jvp_delta(params, direction, e, **common),
+        "moments": fx.proxies.token_moments(params, u, **common, temperature=0.7),
     }
     for name, record in records.items():
         results |= {f"{name}: {field}": x for field, x in record._asdict().items()}
@@ -171,6 +172,7 @@ def compute_mesh_functions(
         "snis": fx.snis_delta(params, direction, 0.3, e, apply=apply),
         "sweep": fx.snis_sweep(params, e, apply=apply)(block, [0.1, 1.0]),
         "jvp": fx.jvp_delta(params, direction, e, apply=apply)._replace(second=torch.zeros(())),
+        "moments": fx.proxies.token_moments(params, u, apply=apply),
     }
     results = {f"{case}: {name}": x for case, out in records.items() for name, x in out._asdict().items()}
     results |= {f"adjoint: {name}": x for name, x in records["adjoint"].per_parameter.items()}

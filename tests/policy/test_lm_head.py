@@ -9,7 +9,7 @@ from helpers.tolerances import assert_close_to_rounding
 from torch import Tensor
 from torch.func import jvp
 
-from fx_influence.policy.lm_head import head_jvp, head_token_values, head_vjp
+from fx_influence.policy.lm_head import head_jvp, head_token_moments, head_token_values, head_vjp
 from fx_influence.policy.split import MAX_LOGITS, SplitPolicy
 from fx_influence.types import Params, TokenValues
 
@@ -68,6 +68,21 @@ def test_head_token_values_match_log_softmax(max_logits: int, temperature: float
         assert_close(value, expected)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("impossible", [False, True])
+def test_head_token_moments_match_direct_sums(max_logits: int, temperature: float, impossible: bool) -> None:
+    params, x, targets = setting(impossible=impossible)
+    moments = head_token_moments(policy(max_logits=max_logits), params, x, targets, temperature)
+    z = linear_head(params, x) / temperature
+    # Of squares of probabilities by the log-sum-exp of the doubled logits.
+    assert_close(moments.collision, ((2 * z).logsumexp(-1) - 2 * z.logsumexp(-1)).exp())
+    pi = z.softmax(-1)
+    expected = torch.stack([sum((p * p * p.log() for p in row if p > 0), torch.zeros(()).double()) for row in pi])
+    assert_close(moments.collision_logprobs, expected)
+    for value, wanted in zip(moments[:2], plain(params, x, targets, temperature), strict=True):
+        assert_close(value, wanted)
+
+
 @pytest.mark.parametrize("present", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("impossible", [False, True])
 def test_head_vjp_matches_autograd(max_logits: int, present: tuple[bool, bool], impossible: bool) -> None:
@@ -115,6 +130,7 @@ def test_head_vjp_has_gradients_of_trained_head_parameters() -> None:
 def test_head_functions_accept_no_tokens() -> None:
     params, x, targets = setting()
     assert head_token_values(policy(None), params, x[:0], targets[:0], 1.0).logprobs.shape == (0,)
+    assert head_token_moments(policy(None), params, x[:0], targets[:0], 1.0).collision.shape == (0,)
     assert head_vjp(policy(), params, x[:0], targets[:0], (torch.ones(0), None), 1.0)[0].shape == (0, D)
 
 
