@@ -60,8 +60,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     - ``"question"`` with an ``"answer"`` that ends in ``#### 1,800``, as in GSM8K: the column ``answer`` is then
       ``"1800"`` and the column ``solution`` the complete answer.
 
-    It may hold an ``"id"``; every other field is a column, ``"source"`` or ``"data_source"`` among them. Blank lines are skipped; a prompt without an id is named by
-    its index, from 0.
+    It may hold an ``"id"``; every other field is a column, such as ``"source"``. Blank lines are skipped; a prompt
+    without an id is named by its index, from 0.
 
     Raises:
         FileNotFoundError: for a missing file.

@@ -86,7 +86,7 @@ SOURCE_COLUMNS = ("source", "data_source", "environment")
 """Columns of data sets that can name the source of a prompt; the first one that does is taken."""
 
 MAX_SOURCE = 100
-"""Characters of the longest name of a source: a longer text in such a column is content, such as a text to summarise."""
+"""Characters of the longest name of a source: a longer text in such a column is content, as one to summarise."""
 
 
 def source_of(columns: Mapping[str, Any]) -> str | None:

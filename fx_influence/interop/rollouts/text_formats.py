@@ -92,8 +92,8 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
         rollout = retokenizer.rollout(str(index), row["prompt"], row["completion"], _truncated(row))
         rewards = [weights[name] * value for name, value in values.items()]
         reward = float(sum(rewards)) if rewards else None
-        known = {"reward": reward, "advantage": advantage, "source": source_of(row)}
-        return dataclasses.replace(rollout, **known), (step, rollout.prompt_ids)
+        rollout = dataclasses.replace(rollout, reward=reward, advantage=advantage, source=source_of(row))
+        return rollout, (step, rollout.prompt_ids)
 
     return number_prompts(parse_all(((f"{path}, row {i}", row) for i, row in enumerate(rows)), parse))
 

@@ -52,10 +52,10 @@ class EntropyInfluence(TrainerCallback):
     Before the step it takes the update batch U with the coefficients of the trainer's own loss, its gradient and
     clipping, and AdamW's state, and calls ``fx.influence``. The evaluation batch E is U itself, cross-fitted, or fresh
     completions of ``eval_prompts``. After the step it measures the change of entropy on the same E. Up to 16 figures
-    are logged through the trainer as ``entropy_influence/...``; all are appended to ``history`` and stored as a run
-    directory for each measured step, which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own
-    precision, so that only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued
-    if rounding swallows more than a tenth of a step, as it does with weights trained in bfloat16.
+    are logged through the trainer as ``entropy_influence/...``; all go to ``history`` and into a run directory of the
+    step, which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own precision, so that
+    only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued if rounding swallows
+    more than a tenth of a step, as it does with weights trained in bfloat16.
 
     With several processes (DistributedDataParallel), U and E are the rollouts of all: every process attaches a callback
     with the same settings, samples its share of E and has the full ``history``; the first process stores.
@@ -86,8 +86,8 @@ class EntropyInfluence(TrainerCallback):
         name: stands between ``entropy_influence/`` and the metrics' names in the log; a trainer's second callback is
             named "2" by default, and its directory ``entropy_influence-2``.
         max_prompts: number of prompts taken from the trainer's ``eval_dataset``, evenly, or from the start of a stream.
-        region_stderr: also compute standard errors of the sums over the four regions of tokens (not with ``matrix``),
-            which cost two more reverse passes over U.
+        region_stderr: also give the sums over the four regions of tokens standard errors, at the cost of two reverse
+            passes over U; they have none with ``matrix``.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.

@@ -121,5 +121,5 @@ def concatenate(batches: Sequence[RolloutRows]) -> RolloutRows:
         return torch.cat(padded) if len(padded) == len(values) else None
 
     sources = tuple(name for batch in batches for name in batch.sources)
-    tensors = (joined(values) for values in zip(*(batch[:-1] for batch in batches), strict=True))
-    return RolloutRows(*tensors, sources=sources)
+    tensors = [joined(values) for values in zip(*(batch[:-1] for batch in batches), strict=True)]
+    return RolloutRows._make([*tensors, sources])
