@@ -92,12 +92,12 @@ def test_sums_of_tokens_are_the_same_by_both_methods(cross_fitted: bool) -> None
     batch_e = None if cross_fitted else inputs.e
     few = torch.where(inputs.u.completion_mask, torch.arange(9) % 3, -1)
     many = torch.where(inputs.u.completion_mask, 9 * (torch.arange(12) % 2).unsqueeze(1) + torch.arange(9), -1)
-    some = few.where(few != 1, -1)
+    unlabelled = few.where(few != 1, -1)
     regions = few.where(few == 0, 1).where(inputs.u.completion_mask, -1)
     regions = torch.where(regions >= 0, regions + 2 * (torch.arange(12) % 3).unsqueeze(1), -1)
     by_jvps = inputs.call(batch_e, labels=many)
     assert present(by_jvps.deviations).tokens is not None
-    for index in (few, some, regions):
+    for index in (few, unlabelled, regions):
         by_gradients = inputs.call(batch_e, labels=index)
         assert present(by_gradients.deviations).tokens is None
         assert_close(by_gradients.sums(index).stderr, by_jvps.sums(index).stderr, by_jvps.per_sequence.abs().sum())

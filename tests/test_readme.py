@@ -277,11 +277,14 @@ def test_costs_in_forwards_are_those_counted(lora: bool) -> None:
     settings: dict[str, Any] = {"apply": p.apply}
     influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **settings)
     grouped = p.u._replace(group=torch.arange(len(p.u.input_ids)))
+    signs = torch.where(torch.arange(len(p.u.input_ids)) % 2 == 0, 1.0, -1.0)
+    regions = fx.labels.regions(p.u, all_token_values(p.params, p.u, p.apply), signs)
     works: dict[str, harness.Work] = {
         "influence(..., stderr=False)": lambda: influence(stderr=False),
         "influence(..., per_token=False, stderr=False)": lambda: influence(per_token=False, stderr=False),
         "influence(..., grad=g, stderr=False)": lambda: influence(grad=dict(p.gradient), stderr=False),
         "influence(...)": influence,
+        "influence(..., labels=regions)": lambda: influence(labels=regions),
         "influence(params, u, None, ...)": lambda: fx.influence(p.params, grouped, None, p.state, **settings),
         "influence(..., matrix=True)": lambda: influence(matrix=True),
         "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **settings),

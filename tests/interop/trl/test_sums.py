@@ -58,7 +58,7 @@ def regions_by_hand(run: Any) -> torch.Tensor:
 
 
 def test_log_has_regions_and_sources_of_the_step(tmp_path: Path, results: list[fx.Influence]) -> None:
-    """What is logged are the result's sums over labels made by hand from the stored step; a partition adds up."""
+    """The log has the result's sums over labels made by hand from the stored step, and a partition adds up."""
     measured = measure_training(
         tmp_path, 2, prepare=name_sources, settings={"eval_prompts": "batch"}, per_device_train_batch_size=15
     )
@@ -130,7 +130,7 @@ def test_log_selection_takes_sixteen_and_keeps_sources() -> None:
 
 @pytest.mark.slow
 def test_metrics_have_the_strongest_of_many_sources(tmp_path: Path, results: list[fx.Influence]) -> None:
-    """With a source for each prompt and more rollouts than places, the strongest have metrics."""
+    """Each prompt has a source of its own, more than there are places: the strongest have metrics."""
 
     def name_each(training: Any) -> None:
         training.train_dataset = Dataset.from_list([{"prompt": f"{k}=", "source": f"s{k}"} for k in range(20)])
