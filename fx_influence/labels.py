@@ -20,6 +20,9 @@ from fx_influence.types import Batch, TokenValues
 UNLABELLED = -1
 """Index of what is in no sum, such as prompts and padding."""
 
+UNKNOWN_SOURCE = "unknown"
+"""Name of the label of rollouts whose source nobody recorded."""
+
 REGIONS = ("A>0 likely", "A>0 unlikely", "A<0 likely", "A<0 unlikely", "A=0")
 THIRDS = ("first third", "middle third", "last third")
 DEFAULT_BANDS = (0.5, 0.8)
@@ -81,18 +84,33 @@ def by(values: Sequence[Hashable]) -> Labels:
     return Labels(torch.tensor([names.index(text) for text in texts], dtype=torch.int64), names)
 
 
-def regions(batch: Batch, values: TokenValues) -> Labels:
-    """Return labels of tokens by the sign of the advantage and by whether the token is likely.
-
-    The advantage has the sign of c. A token is likely if log pi(y) > -h, so that raising its probability lowers the
-    entropy of a softmax: the field's four regions. Tokens with c = 0 are a fifth.
+def sources(values: Sequence[str | None]) -> Labels:
+    """Return labels of rollouts by their data source or environment, those without one as "unknown".
 
     Args:
-        batch: update batch with ``coefficients``, (n, T).
+        values: the ``source`` of each rollout, in order.
+
+    Example:
+        >>> sources(["math", None, "code"])
+        Labels(index=int64 (3,), names=['code', 'math', 'unknown'])
+    """
+    return by([UNKNOWN_SOURCE if value is None else value for value in values])
+
+
+def regions(batch: Batch, values: TokenValues, advantages: Tensor | None = None) -> Labels:
+    """Return labels of tokens by the sign of the advantage and by whether the token is likely.
+
+    A token is likely if log pi(y) > -h, so that raising its probability lowers the entropy of a softmax: the field's
+    four regions. Tokens with an advantage of 0 are a fifth.
+
+    Args:
+        batch: update batch, (n, T).
         values: (n, T), token values of the batch, from ``token_values``.
+        advantages: (n,) or (n, T). None takes the sign of ``batch.coefficients``, which is another one where a KL
+            term outweighs the advantage, and 0 where the loss clips.
 
     Raises:
-        ValueError: for a batch without coefficients.
+        ValueError: for a batch without coefficients where there are no advantages, and for advantages of another shape.
 
     Source: Cui et al. 2025, arXiv 2505.22617.
 
@@ -104,14 +122,9 @@ def regions(batch: Batch, values: TokenValues) -> Labels:
         ['A>0 likely', 'A<0 unlikely']
     """
     check_is_batch("batch", batch)
-    if batch.coefficients is None:
-        raise ValueError(
-            "batch.coefficients is None; expected (n, T), whose signs are those of the advantages. Fill it by "
-            "fx.coefficients"
-        )
-    c = batch.coefficients
+    signs = _signs(batch, advantages)
     unlikely = (values.logprobs <= -values.entropies).long()
-    index = torch.where(c > 0, unlikely, torch.where(c < 0, 2 + unlikely, 4))
+    index = torch.where(signs > 0, unlikely, torch.where(signs < 0, 2 + unlikely, 4))
     return Labels(_of_completions(index, batch), REGIONS)
 
 
@@ -225,6 +238,24 @@ def clipped(is_clipped: Tensor, batch: Batch) -> Labels:
     """
     check_tensor("is_clipped", is_clipped)
     return Labels(_of_completions(is_clipped.long(), batch), ("not clipped", "clipped"))
+
+
+def _signs(batch: Batch, advantages: Tensor | None) -> Tensor:
+    """Return what has the sign of each token's advantage, (n, T) or (n, 1)."""
+    shape = tuple(batch.input_ids.shape)
+    if advantages is not None:
+        check_tensor("advantages", advantages)
+        if tuple(advantages.shape) not in (shape, shape[:1]):
+            raise ValueError(
+                f"advantages has shape {tuple(advantages.shape)}; expected {shape[:1]} or {shape}, a row a completion"
+            )
+        return advantages.to(batch.input_ids.device).reshape(shape[0], -1)
+    if batch.coefficients is None:
+        raise ValueError(
+            "batch.coefficients is None; expected (n, T), whose signs are those of the advantages. Fill it by "
+            "fx.coefficients, or pass advantages="
+        )
+    return batch.coefficients
 
 
 def _of_completions(index: Tensor, batch: Batch) -> Tensor:

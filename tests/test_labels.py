@@ -12,6 +12,7 @@ from helpers.present import present
 
 import fx_influence as fx
 from fx_influence import labels
+from fx_influence.attribution.labelled_losses import complements_of
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.types import Apply, Batch
 
@@ -71,9 +72,9 @@ def test_sums_of_a_partition_add_up(inputs: Inputs, cross_fitted: bool) -> None:
 
 
 @pytest.mark.parametrize("cross_fitted", [False, True])
-@pytest.mark.parametrize("num_labels", [3, 10], ids=["gradient a label", "JVP a group"])
+@pytest.mark.parametrize("num_labels", [3, 10])
 def test_sums_of_tokens_match_those_of_rollouts(inputs: Inputs, cross_fitted: bool, num_labels: int) -> None:
-    """Labels that a rollout's tokens share give the sums, and the errors, of labels of rollouts."""
+    """Labels that a rollout's tokens share give the sums, and the errors, of labels of rollouts, without a gradient."""
     by_row = torch.arange(12) % num_labels
     index = torch.where(inputs.u.completion_mask, by_row.unsqueeze(1), -1)
     out = inputs.call(None if cross_fitted else inputs.e, labels=index)
@@ -91,11 +92,44 @@ def test_sums_of_tokens_are_the_same_by_both_methods(cross_fitted: bool) -> None
     batch_e = None if cross_fitted else inputs.e
     few = torch.where(inputs.u.completion_mask, torch.arange(9) % 3, -1)
     many = torch.where(inputs.u.completion_mask, 9 * (torch.arange(12) % 2).unsqueeze(1) + torch.arange(9), -1)
-    by_gradients, by_jvps = (inputs.call(batch_e, labels=index) for index in (few, many))
-    assert present(by_gradients.deviations).tokens is None
+    unlabelled = few.where(few != 1, -1)
+    regions = few.where(few == 0, 1).where(inputs.u.completion_mask, -1)
+    regions = torch.where(regions >= 0, regions + 2 * (torch.arange(12) % 3).unsqueeze(1), -1)
+    by_jvps = inputs.call(batch_e, labels=many)
     assert present(by_jvps.deviations).tokens is not None
-    assert_close(by_gradients.sums(few).stderr, by_jvps.sums(few).stderr, by_jvps.per_sequence.abs().sum())
-    assert by_gradients.sums(many).stderr.isnan().all(), "other labels than those of the call"
+    for index in (few, unlabelled, regions):
+        by_gradients = inputs.call(batch_e, labels=index)
+        assert present(by_gradients.deviations).tokens is None
+        assert_close(by_gradients.sums(index).stderr, by_jvps.sums(index).stderr, by_jvps.per_sequence.abs().sum())
+        assert by_gradients.sums(many).stderr.isnan().all(), "other labels than those of the call"
+
+
+def test_one_label_of_each_set_needs_no_gradient(batch: Batch) -> None:
+    """Labels that share rows, directly or by another row, are a set; with tokens of no label it has no complement."""
+    mask = batch.completion_mask
+
+    def derived(index: torch.Tensor) -> list[tuple[int, tuple[int, ...]]]:
+        index = torch.where(mask, index, -1)
+        return [(x.label, x.others) for x in complements_of(labels.Labels(index, ("a", "b", "c", "d", "e")), mask)]
+
+    columns, rows = torch.arange(9).expand(12, 9), torch.arange(12).unsqueeze(1)
+    likely = (columns % 2 == 0).long()
+    assert derived(likely + 2 * (rows % 2)) == [(1, (0,)), (3, (2,))]
+    assert derived(likely + rows % 2) == [(2, (0, 1))]
+    assert derived(likely - 1) == []
+    assert derived(torch.where(rows < 6, likely - 1, 3)) == [(3, ())]
+
+
+def test_regions_take_the_sign_of_advantages(batch: Batch) -> None:
+    """Coefficients may have another sign than the advantage, from a KL term, or none, where the loss clips."""
+    values = fx.TokenValues(torch.full((12, 9), -1.0), torch.full((12, 9), 2.0))
+    advantages, mask = torch.tensor([1.0, -1.0, 0.0]).repeat(4), batch.completion_mask
+    index = labels.regions(batch._replace(coefficients=None), values, advantages).index
+    assert torch.equal(index, torch.where(mask, torch.tensor([0, 2, 4]).repeat(4).unsqueeze(1), -1))
+    by_token = labels.regions(batch, values, advantages.unsqueeze(1).expand(12, 9)).index
+    assert torch.equal(by_token, index)
+    with pytest.raises(ValueError, match=r"advantages has shape \(3,\); expected \(12,\) or \(12, 9\)"):
+        labels.regions(batch, values, advantages[:3])
 
 
 def test_sums_refuse_other_shapes_and_types(inputs: Inputs) -> None:
@@ -151,6 +185,7 @@ def test_rollout_labels_name_what_they_count() -> None:
     assert labels.rewards(torch.arange(8.0)).index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert labels.difficulty(reward, group).index.tolist() == [2, 2, 2, 2, 2, 0]
     assert labels.by(["b", "a", "b"]).index.tolist() == [1, 0, 1]
+    assert labels.sources(["b", None, "unknown"]).names == ("b", "unknown")
     assert labels.completion_end(torch.tensor([False, True])).names == ("truncated", "finished")
     assert labels.as_labels(torch.tensor([-2, 5, 3, -1])).index.tolist() == [-1, 1, 0, -1]
     assert labels.as_labels(torch.tensor([True, False])).names == ("False", "True")

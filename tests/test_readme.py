@@ -19,8 +19,9 @@ from benchmarks.costs.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.trl.capture.step import CapturedStep
-from fx_influence.interop.trl.metrics import MeasuredStep
+from fx_influence.interop.trl.metrics import LOGGED_FIRST, LOGGED_LAST, REGION_METRICS, MeasuredStep
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch
+from fx_influence.labels import REGIONS, Labels
 
 ROOT = Path(__file__).parents[1]
 FRONT, MATHEMATICS, INTEROP = (
@@ -211,15 +212,27 @@ def test_yaml_examples_are_plans() -> None:
 
 
 def test_logged_figures_are_explained() -> None:
-    rows = table_rows(read(INTEROP), "| name | meaning |")
+    rows = table_rows(read(INTEROP), "| name | in the log | meaning |")
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     out: dict[str, Any] = {name: torch.ones(()) for name in fx.Influence._fields}
-    out |= {"per_sequence": torch.ones(2), "per_token": torch.ones(2, 3), "per_parameter": {"w": torch.ones(())}}
+    out |= {
+        "deviations": None,
+        "per_sequence": torch.ones(2),
+        "per_token": torch.ones(2, 3),
+        "per_parameter": {"w": torch.ones(())},
+    }
     influence = fx.Influence(**out)
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
-    captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None, None])
-    step = MeasuredStep(1, 0.1, captured, [], influence, 1.0, SnisDelta(*[torch.ones(())] * 6), 0.5)
-    assert explained == set(step.metrics())
+    captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None, None, ("a", "b")])
+    regions = Labels(torch.zeros(2, 3, dtype=torch.int64), REGIONS)
+    delta = SnisDelta(*[torch.ones(())] * 6)
+    metrics = MeasuredStep(1, 0.1, captured, [], influence, 1.0, delta, 0.5, regions=regions).metrics()
+    of_sources = {"source/a", "source/b"}
+    assert explained == set(metrics) - of_sources
+    assert of_sources < set(metrics)
+    assert "`source/NAME`" in rows[-1][0]
+    logged = {name for row in rows if row[1] for name in re.findall(r"`(\w+)`", row[0])}
+    assert logged == {*LOGGED_FIRST, *LOGGED_LAST} - {f"{name}_stderr" for name in REGION_METRICS}
 
 
 def resolve(name: str) -> bool:
@@ -264,11 +277,14 @@ def test_costs_in_forwards_are_those_counted(lora: bool) -> None:
     settings: dict[str, Any] = {"apply": p.apply}
     influence = functools.partial(fx.influence, p.params, p.u, p.e, p.state, **settings)
     grouped = p.u._replace(group=torch.arange(len(p.u.input_ids)))
+    signs = torch.where(torch.arange(len(p.u.input_ids)) % 2 == 0, 1.0, -1.0)
+    regions = fx.labels.regions(p.u, all_token_values(p.params, p.u, p.apply), signs)
     works: dict[str, harness.Work] = {
         "influence(..., stderr=False)": lambda: influence(stderr=False),
         "influence(..., per_token=False, stderr=False)": lambda: influence(per_token=False, stderr=False),
         "influence(..., grad=g, stderr=False)": lambda: influence(grad=dict(p.gradient), stderr=False),
         "influence(...)": influence,
+        "influence(..., labels=regions)": lambda: influence(labels=regions),
         "influence(params, u, None, ...)": lambda: fx.influence(p.params, grouped, None, p.state, **settings),
         "influence(..., matrix=True)": lambda: influence(matrix=True),
         "snis_delta": lambda: fx.snis_delta(p.params, p.gain, 1e-6, p.e, **settings),

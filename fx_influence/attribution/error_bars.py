@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.attribution.group_derivatives import GroupDerivatives
+from fx_influence.attribution.labelled_losses import LabelledLosses
 from fx_influence.attribution.linearized_losses import LinearizedLosses, token_derivatives
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.autodiff.engine import Engine
@@ -144,12 +145,13 @@ def with_token_deviations(
     groups: GroupDerivatives,
     shares: Tensor,
     labels: Labels | None,
+    labelled: LabelledLosses,
 ) -> Deviations:
     """Return the deviations with those of tokens, or of the labels' sums, where the passes made what they need.
 
     Per label l and group k it is sum of (<u_k, g_it> - f_k delta_it) / (1 - f_i) over its tokens outside rows
     whose own group k is: the product with the label's gradient, whose rows are divided by 1 - f_i, less the own
-    rows' part.
+    rows' part. That of a complement is the sum of its rows' deviations less those of the other labels.
 
     Args:
         deviations: of rollouts.
@@ -157,16 +159,22 @@ def with_token_deviations(
         groups: derivatives by group, ``token_derivatives`` or ``label_products`` among them.
         shares: (K,), the groups' shares of the denominator.
         labels: of tokens, or None.
+        labelled: which of them have ``label_products``.
     """
     left_out = deviations.left_out
     if groups.token_derivatives is not None:
         return deviations._replace(tokens=deviations_of(groups.token_derivatives, tokens, shares, left_out))
-    if labels is None or groups.label_products is None:
+    if labels is None:
         return deviations
     left, count = share_left(shares, left_out).unsqueeze(-1), len(deviations.by_part)
-    one_hot = torch.stack([labels.index == k for k in range(len(labels.names))]).double()
+    chosen = torch.tensor(labelled.labels, dtype=torch.int64, device=labels.index.device)
+    one_hot = (labels.index == chosen.reshape(-1, 1, 1)).double()
     own_rows = is_left_out(count, left_out).double()
     of_own_rows = einsum(own_rows, one_hot, groups.own_tokens / left, "part row, label row pos, row pos -> part label")
     expected = einsum(1 - own_rows, one_hot, tokens / left, "part row, label row pos, row pos -> part label")
-    by_part = groups.label_products - of_own_rows - shares.unsqueeze(-1) * expected
+    by_part = deviations.by_part.new_zeros(count, len(labels.names))
+    products = 0.0 if groups.label_products is None else groups.label_products
+    by_part[:, chosen] = products - of_own_rows - shares.unsqueeze(-1) * expected
+    for label, others, rows in labelled.complements:
+        by_part[:, label] = deviations.by_part[:, rows].sum(-1) - by_part[:, list(others)].sum(-1)
     return deviations._replace(by_label=LabelDeviations(labels.index, by_part))

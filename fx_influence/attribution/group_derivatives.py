@@ -23,7 +23,7 @@ class GroupDerivatives(NamedTuple):
         u: the sum of the u_k.
         derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.jvp``.
         token_derivatives: <u_k, g_it>, (K, n_u, T), float64; None where they are not known.
-        label_products: <u_k, .> with the gradients of labels, (K, L), float64; None without labels.
+        label_products: <u_k, .> with the gradients of labels, (K, number of them), float64; None where there are none.
         own_tokens: <u_k, g_it> of each row's own group k by token, (n_u, T), 0 where it has none.
         along_step: (K,), <grad H_k, v>, float64.
         on_step: inner products of grad H with the step's terms.

@@ -117,7 +117,8 @@ def influence(
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
         labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
-            label, or with more labels than groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
+            label, but for one of each set of labels that share rows and have all their tokens; or with more labels than
+            groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
             for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs;
@@ -282,7 +283,7 @@ def _attribute(x: _Inputs) -> Influence:
     parts = PartsOfE(by_group, along_step, shares, x.groups.left_out) if x.stderr and several else None
     deviations = None if parts is None else parts.deviations()
     if deviations is not None and rows.per_token is not None:
-        deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels)
+        deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels, labelled)
     # The caches of U's passes may take as much memory as the matrix.
     del update, groups, labelled
 

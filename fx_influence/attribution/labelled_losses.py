@@ -10,25 +10,43 @@ from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
 from fx_influence.core.tree import dot
-from fx_influence.labels import Labels
+from fx_influence.labels import UNLABELLED, Labels
 from fx_influence.types import Batch, Gradients, Params, TokenValues
+
+
+class Complement(NamedTuple):
+    """A label that all completion tokens of some rows have but for those of some other labels.
+
+    Attributes:
+        label: its place among the names.
+        others: places of the other labels of these rows.
+        rows: bool (n_u,), the rows.
+    """
+
+    label: int
+    others: tuple[int, ...]
+    rows: Tensor
 
 
 class LabelledLosses(NamedTuple):
     """Gradients of the losses of U's tokens by label, to meet the direction of each group of E.
 
     Attributes:
-        gradients: of the sum of each label's losses, rows divided by the share of E that they are over; none without
+        labels: places of the labels that are differentiated.
+        gradients: of the sum of each of their losses, rows divided by the share of E that they are over; none without
             labels of tokens, or where ``by_token``.
+        complements: labels whose sums are those of rollouts less those of ``labels``.
         by_token: whether each group's direction is put through a JVP of all tokens instead, as pays with more labels
             than groups.
     """
 
+    labels: tuple[int, ...]
     gradients: Sequence[Gradients]
+    complements: tuple[Complement, ...]
     by_token: bool
 
     def products(self, direction: Params) -> Tensor:
-        """Return the inner products of a direction with the labels' gradients, float64 (L,)."""
+        """Return the inner products of a direction with the labels' gradients, float64."""
         return torch.stack([dot(gradient, direction) for gradient in self.gradients])
 
 
@@ -44,6 +62,9 @@ def labelled_losses(
 ) -> LabelledLosses:
     """Return the cheaper way to the labels' sums by group: a gradient a label, or a JVP a group.
 
+    A label that no token has needs no gradient, nor does one of each set of labels that share rows: sums over rollouts
+    are known, so it is what the others leave of them.
+
     Args:
         params: theta by name.
         batch_u: update batch, n_u rows with coefficients.
@@ -55,9 +76,14 @@ def labelled_losses(
         dtype: of the gradients; None takes at least float32.
     """
     if labels is None:
-        return LabelledLosses((), by_token=False)
-    if len(labels.names) > num_groups:
-        return LabelledLosses((), by_token=True)
+        return LabelledLosses((), (), (), by_token=False)
+    complements = complements_of(labels, batch_u.completion_mask)
+    derived = {x.label for x in complements}
+    chosen = tuple(k for k in range(len(labels.names)) if k not in derived and bool((labels.index == k).any()))
+    if len(chosen) > num_groups:
+        return LabelledLosses((), (), (), by_token=True)
+    if not chosen:
+        return LabelledLosses((), (), complements, by_token=False)
 
     def weighted(label: int) -> Batch:
         weight = (labels.index == label) / share_left.unsqueeze(-1)
@@ -68,9 +94,38 @@ def labelled_losses(
         return batch_u._replace(coefficients=c, entropy_coefficients=b)
 
     def weightings(_: TokenValues) -> Sequence[Batch]:
-        return [weighted(label) for label in range(len(labels.names))]
+        return [weighted(label) for label in chosen]
 
     all_rows = [torch.arange(len(batch_u.input_ids), device=batch_u.input_ids.device)]
     _, gradients = engine.reweighted_gradients(params, batch_u, all_rows, weightings, memory_budget, dtype)
     *others, first = gradients
-    return LabelledLosses((first, *others), by_token=False)
+    return LabelledLosses(chosen, (first, *others), complements, by_token=False)
+
+
+def complements_of(labels: Labels, completion_mask: Tensor) -> tuple[Complement, ...]:
+    """Return the last label of each set of labels that share rows, where they have all completion tokens of these rows.
+
+    Args:
+        labels: of tokens, (n_u, T).
+        completion_mask: bool (n_u, T).
+
+    Example:
+        >>> index, mask = torch.tensor([[-1, 0, 1], [-1, 2, 2]]), torch.tensor([[False, True, True]] * 2)
+        >>> [(x.label, x.others) for x in complements_of(Labels(index, ("a", "b", "c")), mask)]
+        [(1, (0,)), (2, ())]
+    """
+    count = len(labels.names)
+    # Completion tokens without a label are one more, which is never differentiated.
+    index = torch.where(labels.index == UNLABELLED, count, labels.index)
+    in_row = torch.stack([((index == k) & completion_mask).any(-1) for k in range(count + 1)])
+    result = []
+    remaining = {k for k in range(count + 1) if bool(in_row[k].any())}
+    while remaining:
+        members, rows = {min(remaining)}, in_row[min(remaining)]
+        while len(joined := {k for k in remaining if bool((in_row[k] & rows).any())}) > len(members):
+            members, rows = joined, in_row[sorted(joined)].any(0)
+        remaining -= members
+        if count not in members:
+            *others, label = sorted(members)
+            result.append(Complement(label, tuple(others), rows))
+    return tuple(result)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fx_influence.interop.rollouts.record import source_of
+
 Message = dict[str, Any]
 """One turn of a conversation, ``{"role": "user", "content": "..."}``, with any further fields of a chat template."""
 
@@ -41,6 +43,11 @@ class Prompt:
         questions = [message for message in self.messages if message["role"] == "user"] or self.messages
         return str(questions[-1]["content"])
 
+    @property
+    def source(self) -> str | None:
+        """Return the data source or environment that a column names, see ``source_of``."""
+        return source_of(self.columns)
+
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Read the prompts of a ``.jsonl``, ``.parquet`` or ``.txt`` file, in order.
@@ -53,8 +60,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     - ``"question"`` with an ``"answer"`` that ends in ``#### 1,800``, as in GSM8K: the column ``answer`` is then
       ``"1800"`` and the column ``solution`` the complete answer.
 
-    It may hold an ``"id"``; every other field is a column. Blank lines are skipped; a prompt without an id is named by
-    its index, from 0.
+    It may hold an ``"id"``; every other field is a column, such as ``"source"``. Blank lines are skipped; a prompt
+    without an id is named by its index, from 0.
 
     Raises:
         FileNotFoundError: for a missing file.

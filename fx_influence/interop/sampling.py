@@ -275,6 +275,7 @@ def _rollout(
         finished=finished,
         behaviour_logprobs=tuple(logprobs),
         question=prompt.question,
+        source=prompt.source,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import warnings
@@ -19,14 +20,17 @@ from safetensors.torch import save_model
 
 import fx_influence as fx
 from benchmarks.trl.bench_trl_steps import Errors
-from benchmarks.trl.variants import LOSSES, Variant, policy, quiet, trainer
+from benchmarks.trl.variants import LOSSES, PROMPTS, Variant, policy, quiet, trainer
 from fx_influence.distributed.batches import gather_batch
 from fx_influence.interop.trl import EntropyInfluence, measurement
-from fx_influence.interop.trl.processes import mesh_of
+from fx_influence.interop.trl.processes import all_gather_values, mesh_of
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store.step import StepStore
 from helpers.ranks import end_rank, save_result
 from helpers.trl_runs import HELD_OUT, TIMES, weights_of
+
+SOURCES = dict(zip(PROMPTS, ["a", "b", "c", "a", "b", "c"], strict=True))
+"""Data sources by prompt."""
 
 
 def three_prompts(accumulation: int) -> dict[str, int]:
@@ -110,6 +114,7 @@ def measured(out: Path) -> dict[str, Any]:
     plain = rank_trainer(variant, out / "plain", 3)
     plain.train()
     training, gaps = rank_trainer(variant, out / "measured", 3), list[dict[str, float]]()
+    training.train_dataset = training.train_dataset.add_column("source", list(SOURCES.values()))
     options: dict[str, Any] = {"completions_per_prompt": 3, "save_state": True, "matrix": True}
     with replaced_influence(compared_with_one_process(gaps)):
         influence = EntropyInfluence(1, HELD_OUT, **options).attach(training)
@@ -122,6 +127,28 @@ def measured(out: Path) -> dict[str, Any]:
         "gaps": gaps,
         "sampled": [rollout.completion for rollout in sampled],
     }
+
+
+def summed(out: Path) -> dict[str, Any]:
+    """Train with the regions' standard errors, and compute them by one process too, from the rows of all ranks."""
+    training, expected = rank_trainer(Variant("grpo", False, 2, False, three_prompts(2)), out, 2), list[Any]()
+
+    def record(
+        params: Any, batch_u: Any, batch_e: Any, opt_state: Any, *, mesh: Any, labels: Any, **options: Any
+    ) -> Any:
+        u, e = (gather_batch(mesh, "batch", batch) for batch in (batch_u, batch_e))
+        index = torch.cat(all_gather_values(mesh, labels.index))
+        alone = dataclasses.replace(labels, index=index)
+        result = fx.influence(params, u, e, opt_state, labels=alone, **options)
+        sums = result.sums(alone)
+        size = float(result.per_sequence.abs().sum())
+        expected.append((opt_state.lr, sums.influence, sums.stderr, size))
+        return fx.influence(params, batch_u, batch_e, opt_state, mesh=mesh, labels=labels, **options)
+
+    with replaced_influence(record):
+        influence = EntropyInfluence(1, HELD_OUT, completions_per_prompt=3).attach(training)
+        training.train()
+    return {"history": influence.history, "expected": expected}
 
 
 def refused(out: Path) -> dict[str, Any]:
@@ -198,6 +225,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "sweep": lambda out: largest_errors(sweep(), out),
     "measured": lambda out: {
         "measured": measured(out),
+        "summed": summed(out / "summed"),
         "refused": refused(out / "refused"),
         "failed": failed(out / "failed"),
     },

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.trl.variants import Variant, trainer
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture.recorder import METHODS
+from fx_influence.interop.trl.metrics import REGION_METRICS
 
 PLAIN = Variant("dapo", False, 1, False, {})
 HELD_OUT = ["4+5=", "6=", "70+1="]
@@ -93,6 +94,14 @@ def trainers_own_log(training: Any) -> list[dict[str, Any]]:
 
 def weights_of(training: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in training.model.named_parameters()}
+
+
+def assert_logged(entry: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Assert that an entry of a log has at most 16 of a step's metrics, the total and the regions among them."""
+    logged = {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
+    assert logged == {name: metrics[name] for name in logged}
+    assert {"total", "stderr", "measured", *REGION_METRICS[:4]} <= set(logged)
+    assert len(logged) <= 16
 
 
 def assert_training_unchanged(

@@ -145,6 +145,14 @@ def test_sample_renders_conversation_by_chat_template() -> None:
     assert gap(model, rollouts) < ON_POLICY
 
 
+def test_sample_records_source_of_prompt() -> None:
+    columns: list[dict[str, Any]] = [{"source": "a"}, {"source": None, "data_source": "b/c"}, {"source": "x" * 101}]
+    prompts = [Prompt(str(k), "1+", columns=column) for k, column in enumerate(columns)]
+    rollouts = sample(make_model(), make_tokenizer(), prompts, **OPTIONS)
+    per_prompt = len(rollouts) // 3
+    assert [r.source for r in rollouts[::per_prompt]] == ["a", "b/c", None], "a long text is no name"
+
+
 def test_sample_records_question_of_conversation() -> None:
     """The question shown is what was asked last, not the first words of the template; a plain text has none."""
     model, tokenizer = make_model(vocab_size=18), make_chat_tokenizer()

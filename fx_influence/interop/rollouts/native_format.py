@@ -51,7 +51,7 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
     - ``completion_mask``: array of booleans, one for each id in ``completion_ids``, or null; may be left out
     - ``reward``, ``advantage``: number or null; may be left out
     - ``approximate``: boolean; may be left out, which means false
-    - ``question``: string or null; may be left out
+    - ``question``, ``source``: string or null; may be left out
 
     A number that is not finite is refused where it counts, and accepted elsewhere: at a token where ``completion_mask``
     is false it becomes 0, and a reward beside an advantage becomes null.
@@ -123,7 +123,7 @@ def _checked(name: str, value: object) -> object:
         valid = value is None or (isinstance(value, list) and all(type(item) in kinds for item in value))
     elif name in ("reward", "advantage"):
         valid = value is None or type(value) in (int, float)
-    elif name == "question":
+    elif name in ("question", "source"):
         valid = value is None or type(value) is str
     else:
         valid = type(value) is {"group": int, "finished": bool, "approximate": bool}.get(name, str)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fx_influence.core.display import record_line
 
@@ -32,6 +33,7 @@ class Rollout:
         entropy_coefficients: b of each completion token, likewise.
         approximate: whether tokens or advantage were recomputed, not recorded.
         question: last user message of a conversation, which is shown to people as the prompt; None for a text.
+        source: name of the data set or environment that the prompt comes from; None if nobody recorded it.
 
     Raises:
         ValueError: if a per-token value and ``completion_ids`` differ in length.
@@ -57,6 +59,7 @@ class Rollout:
     entropy_coefficients: tuple[float, ...] | None = None
     approximate: bool = False
     question: str | None = None
+    source: str | None = None
 
     @property
     def display_prompt(self) -> str:
@@ -78,6 +81,28 @@ class Rollout:
 
 PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_coefficients")
 """Fields that hold one value per completion token, or None."""
+
+SOURCE_COLUMNS = ("source", "data_source", "environment")
+"""Columns of data sets that can name the source of a prompt; the first one that does is taken."""
+
+MAX_SOURCE = 100
+"""Characters of the longest name of a source: a longer text in such a column is content, as one to summarise."""
+
+
+def source_of(columns: Mapping[str, Any]) -> str | None:
+    """Return the data source or environment that a record names, or None.
+
+    Only a printable text of 1 to ``MAX_SOURCE`` characters is a name.
+
+    Args:
+        columns: of the record, by name.
+
+    Example:
+        >>> source_of({"prompt": "1+1=", "data_source": "openai/gsm8k"})
+        'openai/gsm8k'
+    """
+    values = (columns.get(name) for name in SOURCE_COLUMNS)
+    return next((x for x in values if isinstance(x, str) and 0 < len(x) <= MAX_SOURCE and x.isprintable()), None)
 
 
 def number_prompts(rollouts: Iterable[tuple[Rollout, Hashable]]) -> list[Rollout]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fx_influence.interop.rollouts.jsonl import field, parse_all, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, number_prompts
+from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
 from fx_influence.interop.rollouts.retokenize import Retokenizer
 from fx_influence.losses import group_advantages
 
@@ -30,7 +30,8 @@ def read_verl(files: Sequence[Path], retokenizer: Retokenizer, scale: bool = Tru
     of a step are one group. If a session has several outputs, its last one is compared in the group and all share its
     advantage, as in verl. verl decodes with ``skip_special_tokens=True`` and without its masks: the markers of a chat
     template are missing from both texts, so the prompt is not quite what the policy saw, and what a tool wrote inside
-    ``output`` cannot be told from what was sampled.
+    ``output`` cannot be told from what was sampled. Where the reward function returns ``data_source`` among its extra
+    information, verl writes it to the record, and it is the rollout's ``source``.
 
     Args:
         files: the files of a step.
@@ -49,7 +50,7 @@ def read_verl(files: Sequence[Path], retokenizer: Retokenizer, scale: bool = Tru
         uid_match = VERL_UID.fullmatch(uid)
         rollout = retokenizer.rollout(uid if uid_match else str(index), prompt, completion, _truncated(record))
         reward = float(field(record, "score", NUMBER, "a number"))
-        return dataclasses.replace(rollout, reward=reward), (
+        return dataclasses.replace(rollout, reward=reward, source=source_of(record)), (
             step,
             uid_match[2] if uid_match else uid or rollout.prompt_ids,
         )
@@ -64,7 +65,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
     function, those of ``log_extra``, and ``advantage``, which is taken as it is. Equal prompts of a step are one group.
     The reward is the one column of numbers beside these, or the sum over ``reward_weights``, of each row's columns that
     are neither null nor NaN (a function that returned ``None``); with several columns and no ``reward_weights`` it is
-    None.
+    None. A text in ``source`` or ``data_source``, as ``log_extra`` may write it, is the rollout's ``source``.
 
     Args:
         path: the file.
@@ -91,7 +92,8 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
         rollout = retokenizer.rollout(str(index), row["prompt"], row["completion"], _truncated(row))
         rewards = [weights[name] * value for name, value in values.items()]
         reward = float(sum(rewards)) if rewards else None
-        return dataclasses.replace(rollout, reward=reward, advantage=advantage), (step, rollout.prompt_ids)
+        rollout = dataclasses.replace(rollout, reward=reward, advantage=advantage, source=source_of(row))
+        return rollout, (step, rollout.prompt_ids)
 
     return number_prompts(parse_all(((f"{path}, row {i}", row) for i, row in enumerate(rows)), parse))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fx_influence.interop.rollouts.jsonl import field, fields, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, number_prompts
+from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
 
 NUMBER = (int, float)
 NULLABLE = (int, float, type(None))
@@ -34,6 +35,7 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
     ``inference_logprobs`` and, in some versions, ``rewards`` and the weights of the loss's components, ``rl_weights``,
     ``ce_weights`` and ``ref_kl_weights``. The prompt ends at the first token that ``loss_mask`` counts. A token that
     the trainer's trust region left out (``is_masked``) counts as any other: the advantage is recorded, not the loss.
+    ``env_name`` is the rollout's ``source``.
 
     Raises:
         ValueError: by line, for another schema version, a sequence that another loss than the policy gradient trained
@@ -61,7 +63,8 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
             # Rewards are not used, because the advantage is recorded.
             rewards=fields(record, "rewards", NULLABLE, "numbers", ()) if "rewards" in record else None,
         )
-        return _rollout(name, recorded, tokenizer)
+        rollout, prompt = _rollout(name, recorded, tokenizer)
+        return dataclasses.replace(rollout, source=source_of({"environment": record.get("env_name")})), prompt
 
     return number_prompts(read_json_lines(files, parse))
 

@@ -38,6 +38,7 @@ def sequence_records(
             "prompt_id": r.prompt_id,
             "prompt": r.prompt,
             **({} if r.question is None else {"question": r.question}),
+            **({} if r.source is None else {"source": r.source}),
             "completion": r.completion,
             "tokens": [tokenizer.decode([token]) for token in r.completion_ids],
             "reward": r.reward,

@@ -28,7 +28,7 @@ from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.micro_batch import CaptureError
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import MeasurementSettings, PendingStep, StepMeasurement
-from fx_influence.interop.trl.metrics import MeasuredStep
+from fx_influence.interop.trl.metrics import LogSelection, MeasuredStep
 from fx_influence.interop.trl.preflight.generation import GenerationError, check_generation
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import all_gather_values, mesh_of
@@ -51,11 +51,11 @@ class EntropyInfluence(TrainerCallback):
 
     Before the step it takes the update batch U with the coefficients of the trainer's own loss, its gradient and
     clipping, and AdamW's state, and calls ``fx.influence``. The evaluation batch E is U itself, cross-fitted, or fresh
-    completions of ``eval_prompts``. After the step it measures the change of entropy on the same E. Both are logged
-    through the trainer as ``entropy_influence/...``, appended to ``history``, and stored as a run directory for each
-    measured step, which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own
-    precision, so that only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued
-    if rounding swallows more than a tenth of a step, as it does with weights trained in bfloat16.
+    completions of ``eval_prompts``. After the step it measures the change of entropy on the same E. Up to 16 figures
+    are logged through the trainer as ``entropy_influence/...``; all go to ``history`` and into a run directory of the
+    step, which ``fx.load_run`` and ``fx-influence report`` read. U's passes run in the trainer's own precision, so that
+    only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued if rounding swallows
+    more than a tenth of a step, as it does with weights trained in bfloat16.
 
     With several processes (DistributedDataParallel), U and E are the rollouts of all: every process attaches a callback
     with the same settings, samples its share of E and has the full ``history``; the first process stores.
@@ -86,6 +86,8 @@ class EntropyInfluence(TrainerCallback):
         name: stands between ``entropy_influence/`` and the metrics' names in the log; a trainer's second callback is
             named "2" by default, and its directory ``entropy_influence-2``.
         max_prompts: number of prompts taken from the trainer's ``eval_dataset``, evenly, or from the start of a stream.
+        region_stderr: also give the sums over the four regions of tokens standard errors, at the cost of two reverse
+            passes over U; they have none with ``matrix``.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.
@@ -114,6 +116,7 @@ class EntropyInfluence(TrainerCallback):
         seed: int = 0,
         name: str | None = None,
         max_prompts: int = 64,
+        region_stderr: bool = True,
     ) -> None:
         counts = {"every": every, "completions_per_prompt": completions_per_prompt, "max_prompts": max_prompts}
         for field, value in counts.items():
@@ -126,7 +129,7 @@ class EntropyInfluence(TrainerCallback):
         self.name, self._requested_name = name or "", name
         self._eval_prompts, self._max_prompts = eval_prompts, max_prompts
         self._settings = MeasurementSettings(
-            completions_per_prompt, seed, objective, preconditioner, matrix, chunk_size, memory_budget
+            completions_per_prompt, seed, objective, preconditioner, matrix, chunk_size, memory_budget, region_stderr
         )
         self._out, self._save_state = out, save_state
         self._trainer: Any = None
@@ -214,7 +217,7 @@ class EntropyInfluence(TrainerCallback):
         self._measurement = StepMeasurement(
             self._trainer, self._prompts, self._settings, self._capture.mesh, warn=self._warn
         )
-        self._pending, self._directory = None, None
+        self._pending, self._directory, self._log_selection = None, None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
         self._measuring, self._overflow_warned = True, False
         self._capture.stop()
@@ -256,7 +259,7 @@ class EntropyInfluence(TrainerCallback):
         if metrics is None:
             return
         prefix = f"{PREFIX}{self.name}/" if self.name else PREFIX
-        for name, value in metrics.items():
+        for name, value in self._log_selection.of_step(metrics).items():
             self._trainer._metrics["train"][prefix + name].append(value)
         self.history.append({"step": step, **metrics})
 

@@ -26,7 +26,7 @@ from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture.step import CapturedStep
-from fx_influence.interop.trl.metrics import MeasuredStep
+from fx_influence.interop.trl.metrics import MeasuredStep, regions_of
 from fx_influence.interop.trl.policy_checks import (
     check_sampled_logprobs,
     check_scored,
@@ -39,9 +39,10 @@ from fx_influence.interop.trl.precision import (
     rounding_warning,
     step_rounding,
 )
-from fx_influence.interop.trl.processes import local_rows
+from fx_influence.interop.trl.processes import local_rows, local_slice
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store.contents import update_rollouts
+from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy
 from fx_influence.optim.step import AdamWStep
 from fx_influence.perturbation import MAX_LOG_WEIGHT
@@ -59,7 +60,7 @@ SAMPLED_ENTRIES = 2**22
 
 
 class MeasurementSettings(NamedTuple):
-    """Settings for measuring the steps of a training run; all but the first two are arguments of ``fx.influence``.
+    """Settings for measuring the steps of a training run; most are arguments of ``fx.influence``.
 
     Attributes:
         completions_per_prompt: of E.
@@ -69,6 +70,7 @@ class MeasurementSettings(NamedTuple):
         matrix: whether pairwise influences are computed too.
         chunk_size: rows per forward, None chooses.
         memory_budget: bytes, None for the default.
+        region_stderr: whether the sums over regions of tokens get standard errors.
     """
 
     completions_per_prompt: int
@@ -78,6 +80,7 @@ class MeasurementSettings(NamedTuple):
     matrix: bool
     chunk_size: int | None
     memory_budget: int | None
+    region_stderr: bool
 
 
 class PendingStep(NamedTuple):
@@ -144,6 +147,7 @@ class StepMeasurement:
         opt_state = adamw_state(trainer.optimizer, trainer.model, copy=False)
         captured = self._with_entropies(captured, params)
         rollouts, batch_e = self._evaluation(step, captured)
+        regions = regions_of(captured)
         result = influence(
             params,
             local_rows(captured.batch, self._mesh),
@@ -158,6 +162,7 @@ class StepMeasurement:
             matrix=settings.matrix,
             chunk_size=settings.chunk_size,
             memory_budget=settings.memory_budget,
+            labels=self._local_labels(regions) if settings.region_stderr and not settings.matrix else None,
             mesh=self._mesh,
         )
         self._log_conditioning(step, float(result.conditioning))
@@ -172,7 +177,7 @@ class StepMeasurement:
         seconds = time.perf_counter() - start
         # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
         rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
-        measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds)
+        measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds, regions=regions)
         return PendingStep(measured, batch_e, values, sampled)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
@@ -209,6 +214,10 @@ class StepMeasurement:
         )
         # Padding is masked, so any token will do.
         return rollouts, collate(rollouts, pad_id=0, device=captured.batch.input_ids.device)
+
+    def _local_labels(self, labels: Labels) -> Labels:
+        """Return the labels of this process's rows."""
+        return dataclasses.replace(labels, index=labels.index[local_slice(len(labels.index), self._mesh)])
 
     def _functional_policy(self) -> Policy:
         """Return the policy, made at the first step, when the trainer has prepared its model."""

@@ -1,4 +1,4 @@
-"""One measured step of a TRL training run as a value, and its logged metrics."""
+"""One measured step of a TRL training run as a value, its metrics, and those that go to the trainer's log."""
 
 from __future__ import annotations
 
@@ -6,15 +6,41 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from fx_influence.attribution.result import Influence
+from fx_influence import labels
+from fx_influence.attribution.result import Influence, Sums
 from fx_influence.estimators.concentration import top_share
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture.step import CapturedStep
+from fx_influence.labels import Labels
+from fx_influence.types import TokenValues
 
 TOP_SHARE = 0.01
-"""Share of U's tokens whose share of the sum of |influence| is logged as ``concentration``."""
+"""Share of U's tokens whose share of the sum of |influence| is the metric ``concentration``."""
+
+REGION_METRICS = ("positive_likely", "positive_unlikely", "negative_likely", "negative_unlikely", "zero_advantage")
+"""Metrics of the sums over ``labels.REGIONS``, in their order."""
+
+SOURCE, SOURCE_STDERR = "source/", "source_stderr/"
+"""Prefixes of the metrics of a source: its sum, and the standard error of that."""
+
+MAX_SOURCES = 16
+"""Sources of a step that have metrics, those with the largest shares of the sum of |influence|."""
+
+MAX_LOGGED = 16
+"""Metrics of a step that go to the trainer's log."""
+
+MAX_LOGGED_SOURCES = 2
+"""Sources in the trainer's log; two leave space for the four regions and the total beside them."""
+
+LOGGED_FIRST = (
+    *("total", "stderr", "measured", "self_influence"),
+    *(name + end for name in REGION_METRICS[:4] for end in ("", "_stderr")),
+)
+LOGGED_LAST = ("momentum", "rollouts", "entropy", "conditioning", "measured_stderr")
+"""Metrics that go to the trainer's log before and after those of sources, as far as there is space."""
 
 
 class MeasuredStep(NamedTuple):
@@ -31,6 +57,7 @@ class MeasuredStep(NamedTuple):
             the optimizer made no step.
         seconds: duration of measuring.
         step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
+        regions: labels of U's tokens, from ``regions_of``; None where they were not made.
     """
 
     step: int
@@ -42,6 +69,7 @@ class MeasuredStep(NamedTuple):
     measured_change: SnisDelta | None
     seconds: float
     step_rounding: float = float("nan")
+    regions: Labels | None = None
 
     def through_own_prompts(self) -> float:
         """Return what leaving out the rollouts' own prompts takes off the sum of their influences, per unit lr.
@@ -55,9 +83,10 @@ class MeasuredStep(NamedTuple):
         return float(over_all - influence.per_sequence.sum())
 
     def metrics(self) -> dict[str, float]:
-        """Return the logged metrics, by name without prefix.
+        """Return the metrics, by name without prefix.
 
-        Changes of entropy are in nats for this step; positive raises the entropy.
+        Changes of entropy are in nats for this step; positive raises the entropy. Standard errors that are not known
+        are left out. Those of sources come last, the one with the largest share of the sum of |influence| first.
         """
         influence, captured = self.influence, self.captured
         by_advantage, advantages = influence.per_sequence.cpu(), captured.advantages
@@ -88,4 +117,61 @@ class MeasuredStep(NamedTuple):
             metrics["measured_stderr"] = float(self.measured_change.stderr)
             metrics["ess"] = float(self.measured_change.ess)
             metrics["step_rounding"] = self.step_rounding
+        return metrics | self._sums_by_region() | self._sums_by_source()
+
+    def _sums_by_region(self) -> dict[str, float]:
+        if self.regions is None:
+            return {}
+        sums = self.influence.sums(self.regions)
+        values, errors = self._in_this_step(sums.influence), self._in_this_step(sums.stderr)
+        known = {f"{name}_stderr": x for name, x in zip(REGION_METRICS, errors, strict=True) if math.isfinite(x)}
+        return dict(zip(REGION_METRICS, values, strict=True)) | known
+
+    def _sums_by_source(self) -> dict[str, float]:
+        if not any(self.captured.sources):
+            return {}
+        sums = self.influence.sums(labels.sources(self.captured.sources))
+        values, errors = self._in_this_step(sums.influence), self._in_this_step(sums.stderr)
+        metrics = {}
+        for k in _by_share(sums)[:MAX_SOURCES]:
+            metrics[SOURCE + sums.names[k]] = values[k]
+            if math.isfinite(errors[k]):
+                metrics[SOURCE_STDERR + sums.names[k]] = errors[k]
         return metrics
+
+    def _in_this_step(self, per_unit_lr: Tensor) -> list[float]:
+        return [self.lr * x for x in per_unit_lr.tolist()]
+
+
+class LogSelection:
+    """Choose the metrics of each step that go to the trainer's log: at most ``MAX_LOGGED``, the others are in history.
+
+    Sources get a place as they first have metrics, the strongest first, and keep it for the rest of the training run,
+    so that a curve has no gaps but the steps in which its source has no rollouts.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[str] = []
+
+    def of_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return those of a step's ``metrics`` that are logged."""
+        sources = [name.removeprefix(SOURCE) for name in metrics if name.startswith(SOURCE)]
+        self._sources += [name for name in sources if name not in self._sources]
+        del self._sources[MAX_LOGGED_SOURCES:]
+        of_sources = [prefix + name for name in self._sources for prefix in (SOURCE, SOURCE_STDERR)]
+        # A source without rollouts in this step keeps its place, so that no other metric comes and goes with it.
+        space = MAX_LOGGED - len(of_sources)
+        others = [name for name in (*LOGGED_FIRST, *LOGGED_LAST) if name in metrics][:space]
+        return {name: metrics[name] for name in (*others, *of_sources) if name in metrics}
+
+
+def regions_of(captured: CapturedStep) -> Labels:
+    """Return the region of each of U's tokens: sign of its advantage, likely or not."""
+    assert captured.entropies is not None
+    advantages = captured.advantages if captured.token_advantages is None else captured.token_advantages
+    return labels.regions(captured.batch, TokenValues(captured.logprobs, captured.entropies), advantages)
+
+
+def _by_share(sums: Sums) -> list[int]:
+    """Return the places of the labels, the one with the largest share of the sum of |influence| first."""
+    return sorted(range(len(sums.names)), key=lambda k: (-float(sums.share[k].nan_to_num()), sums.names[k]))

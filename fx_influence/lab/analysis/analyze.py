@@ -20,7 +20,7 @@ from fx_influence.lab.analysis.directions import direction_rows
 from fx_influence.lab.analysis.reward_price import reward_price
 from fx_influence.lab.analysis.rollout_correlations import rollout_correlations
 from fx_influence.lab.analysis.token_correlations import proxy_rows, token_correlations
-from fx_influence.lab.analysis.token_sums import concentration_rows, sign_rows
+from fx_influence.lab.analysis.token_sums import concentration_rows, sign_rows, source_rows
 from fx_influence.lab.console.column_table import Column, ColumnTable, printable
 from fx_influence.lab.results import EntropyInfluenceResults
 
@@ -31,6 +31,7 @@ TITLES = {
     "proxy": "The covariance proxy (log pi - mean)(A - mean) beside the influence; it predicts a fall of the entropy",
     "concentration": "Share of the influence in the strongest tokens",
     "advantage_by_probability": "Influence of the tokens by sign of advantage and probability, nats per unit lr",
+    "source": "Influence by data source, nats per unit lr",
     "directions": "AdamW's direction beside the RMSProp-style one",
     "reward_price": "Entropy price of reward",
     "pareto": "Pareto set of rollouts in entropy and reward, per unit lr",
@@ -48,6 +49,7 @@ def analyze(results: EntropyInfluenceResults, evaluation: int = 0) -> dict[str, 
     - ``rollout_correlations``: see ``rollout_correlations.rollout_correlations``
     - ``token_correlations``, ``proxy``, ``concentration``, ``advantage_by_probability``: see ``token_correlations`` and
       ``proxy_rows`` in ``token_correlations``, ``concentration_rows`` and ``sign_rows`` in ``token_sums``
+    - ``source``: see ``token_sums.source_rows``; empty where no source was recorded
     - ``directions``: see ``directions.direction_rows``
     - ``reward_price``, ``pareto``: see ``reward_price.reward_price``
 
@@ -64,6 +66,7 @@ def analyze(results: EntropyInfluenceResults, evaluation: int = 0) -> dict[str, 
         "proxy": proxy_rows(tokens),
         "concentration": concentration_rows(tokens.influence),
         "advantage_by_probability": sign_rows(tokens),
+        "source": source_rows(tokens),
         "directions": direction_rows(results, evaluation),
         "reward_price": price,
         "pareto": best,

@@ -10,6 +10,7 @@ from fx_influence.interop.rollouts.batch import collate
 from fx_influence.lab.analysis.correlation import Column
 from fx_influence.lab.inputs.rollouts import ON_POLICY_TOLERANCE
 from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.labels import UNKNOWN_SOURCE
 
 RECORDED = ("advantage", "reward", "completion_length", "mean_entropy", "mean_logprob")
 NOT_RECORDED = "was not recorded for every rollout"
@@ -53,6 +54,13 @@ def importance_weights(results: EntropyInfluenceResults) -> Column:
     return np.ones(len(gap)) if np.abs(gap).max() <= ON_POLICY_TOLERANCE else np.exp(gap.sum(1))
 
 
+def sources(results: EntropyInfluenceResults) -> list[str]:
+    """Return the source of each rollout of U, "unknown" where it was not recorded; all empty where none was."""
+    values = [rollout.source for rollout in results.update_rollouts]
+    known = any(value is not None for value in values)
+    return [(UNKNOWN_SOURCE if value is None else value) if known else "" for value in values]
+
+
 def completion_mask(results: EntropyInfluenceResults) -> np.ndarray:
     """Return the completion mask of U, (n_u, T), in the columns of ``per_token``."""
     return np.asarray(collate(results.update_rollouts, pad_id=0).completion_mask.numpy())
@@ -79,6 +87,7 @@ class Tokens:
         self.entropy = _stored(results, "entropies", mask)
         advantage = recorded(results, "advantage")
         self.advantage: Column = advantage if isinstance(advantage, str) else advantage[self.rollout]
+        self.source = np.array(sources(results), dtype=object)[self.rollout]
 
     def proxy(self) -> Column:
         """Return (log pi - mean)(A - mean), means over tokens, large where the entropy falls (arXiv 2505.22617)."""

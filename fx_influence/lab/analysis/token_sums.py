@@ -1,4 +1,4 @@
-"""Sums of token influence: how concentrated they are, and their split by sign of advantage and probability."""
+"""Sums of token influence: how concentrated they are, and their split by sign of advantage, probability and source."""
 
 from __future__ import annotations
 
@@ -84,6 +84,21 @@ def sign_rows(tokens: Tokens) -> list[Row]:
         for sign, by_sign in signs.items()
         for name, by_probability in (("high", high), ("low", ~high))
     ]
+
+
+def source_rows(tokens: Tokens) -> list[Row]:
+    """Return sums of influence by data source, as ``sign_rows``, the largest share of sum |delta| first.
+
+    There are no rows where no source was recorded.
+    """
+    counts = cluster_counts(cluster_index(tokens.prompt))
+    names = sorted(set(tokens.source.tolist()) - {""})
+    rows = [
+        {"source": name, "rollouts": len(set(tokens.rollout[tokens.source == name].tolist()))}
+        | _cell(tokens, tokens.source == name, counts)
+        for name in names
+    ]
+    return sorted(rows, key=lambda row: -(row["absolute_share"] or 0.0))
 
 
 CELL = ("split", "advantage", "probability", "tokens", "sum", "low", "high", "absolute_share", "mean")

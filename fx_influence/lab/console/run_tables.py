@@ -76,7 +76,7 @@ def _logged(s: dict[str, Any]) -> ColumnTable:
     return ColumnTable(
         f"Step {s['step']} of a training run, nats in this step",
         (Column("figure", "name"), Column("")),
-        [(name.replace("_", " "), "" if value is None else f"{value:.4g}") for name, value in logged],
+        [(printable(name.replace("_", " ")), "" if value is None else f"{value:.4g}") for name, value in logged],
     )
 
 

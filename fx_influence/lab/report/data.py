@@ -94,13 +94,16 @@ def _index(results: EntropyInfluenceResults, lengths: list[int], chunks: list[in
     numbers = [
         prompts.setdefault((r["prompt_id"], r["prompt"], displayed_prompt(r)), len(prompts)) for r in results.sequences
     ]
+    columns = {name: [record.get(name) for record in results.sequences] for name in COLUMNS}
+    if any(record.get("source") is not None for record in results.sequences):
+        columns["source"] = [record.get("source") for record in results.sequences]
     return {
         "lr": results.summary["lr"],
         "chunks": chunks,
         "values": values,
         "prompts": [{"id": name, "text": text, "asked": question} for name, text, question in prompts],
         "rollouts": {
-            **{name: [record.get(name) for record in results.sequences] for name in COLUMNS},
+            **columns,
             "prompt": numbers,
             "length": lengths,
         },

@@ -67,6 +67,7 @@ function factsNode(run, evaluation, i) {
     ["mean entropy", precise(r.mean_entropy[i], 4)],
     ["mean log π", precise(r.mean_logprob[i], 4)],
   ];
+  if (r.source && r.source[i] !== null) facts.push(["source", excerpt(r.source[i])]);
   if (r.gradient_norm[i] !== null) facts.push(["gradient norm", precise(r.gradient_norm[i], 4)]);
   return make("dl", { class: "quantities" },
     ...facts.map(([name, text]) => make("div", {}, make("dt", { text: name }), make("dd", { text }))));

@@ -79,7 +79,7 @@ def section(results: EntropyInfluenceResults, evaluation: int) -> Section:
         notes=_notes(results, evaluation),
         totals=_totals(summary, lr),
         logged=[
-            (name.replace("_", " "), "" if value is None else f"{value:.4g}".replace("-", "−"))
+            (printable(name.replace("_", " ")), "" if value is None else f"{value:.4g}".replace("-", "−"))
             for name, value in summary.get("in_this_step", {}).items()
         ],
         findings=first.findings,

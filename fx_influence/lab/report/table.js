@@ -38,8 +38,9 @@ function sorted(run, evaluation, indices, { key, descending }) {
 }
 
 function searchTexts(run) {
-  const { id, prompt, completion } = run.rollouts;
-  return id.map((name, i) => `${name}\n${run.prompts[prompt[i]].text}\n${completion[i]}`.toLowerCase());
+  const { id, prompt, completion, source } = run.rollouts;
+  const texts = (i) => [id[i], run.prompts[prompt[i]].text, completion[i], source?.[i] ?? ""];
+  return id.map((_, i) => texts(i).join("\n").toLowerCase());
 }
 
 const SIGNS = {

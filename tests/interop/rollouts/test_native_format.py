@@ -19,7 +19,7 @@ def test_native_file_round_trips_every_bit(tmp_path: Path) -> None:
     awkward = (-1 / 3, -math.nextafter(0.1, 1.0))
     written = [
         rollout(behaviour_logprobs=awkward, reward=0.1 + 0.2, advantage=-1e-300),
-        rollout("ü/\u2028", completion='line\nbreak \u2028 "quote" \ud800 \x00', finished=False),
+        rollout("ü/\u2028", completion='line\nbreak \u2028 "quote" \ud800 \x00', finished=False, source="<b>\n"),
     ]
     path = tmp_path / "r.jsonl"
     write_rollouts(path, written)
@@ -75,6 +75,7 @@ def altered(**changes: Any) -> str:
         (altered(prompt_ids=[1.5]), r"field 'prompt_ids' is \[1.5\]"),
         (altered(finished=1), "field 'finished' is 1"),
         (altered(group=True), "field 'group' is True"),
+        (altered(source=5), "field 'source' is 5"),
         (altered(reward="high"), "field 'reward' is 'high'"),
         (altered(behaviour_logprobs=[None, -1.0]), r"field 'behaviour_logprobs' is \[None"),
         (altered(behaviour_logprobs=[-1.0]), "behaviour_logprobs of rollout 'p/0' has 1 values"),

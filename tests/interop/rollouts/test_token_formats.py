@@ -54,6 +54,7 @@ def test_prime_rl_is_read_token_by_token(tmp_path: Path) -> None:
         behaviour_logprobs=(-0.25, -0.25, 0.0, 0.0, 0.0, -0.25, -0.25),
         advantage=0.5,
         completion_mask=(True, True, False, False, False, True, True),
+        source="sums",
     )
     assert collate([rollout], PAD).completion_mask[0].tolist() == prime_record()["loss_mask"]
 

@@ -45,10 +45,11 @@ def test_trl_keeps_recorded_advantage(tmp_path: Path, monkeypatch: pytest.Monkey
         reward=1.0,
         advantage=0.7,
         approximate=True,
+        source="a",
     )
-    assert [(r.group, r.completion_ids, r.reward) for r in rollouts[1:]] == [
-        (1, (*ids("3"), EOS), None),
-        (0, (EOS,), 0.0),
+    assert [(r.group, r.completion_ids, r.reward, r.source) for r in rollouts[1:]] == [
+        (1, (*ids("3"), EOS), None, "b"),
+        (0, (EOS,), 0.0, "c"),
     ]
 
 

@@ -46,6 +46,12 @@ def test_verl_groups_equal_inputs(tmp_path: Path) -> None:
     assert [(r.id, r.group) for r in rollouts] == [("0", 0), ("1", 0), ("2", 1)]
 
 
+def test_verl_extra_information_names_the_source(tmp_path: Path) -> None:
+    batch = {**VERL, "data_source": ["openai/gsm8k", "", None]}
+    rollouts = read_rollouts(write_verl(tmp_path / "5.jsonl", batch), TOKENIZER)
+    assert [r.source for r in rollouts] == ["openai/gsm8k", None, None]
+
+
 def test_verl_advantages_are_unscaled_on_request(tmp_path: Path) -> None:
     path = write_verl(tmp_path / "5.jsonl", VERL)
     assert [r.advantage for r in read_rollouts(path, TOKENIZER, scale=False)] == [0.5, -0.5, 0.0]

@@ -15,6 +15,7 @@ from helpers.trl_runs import (
     PLAIN,
     PREFIX,
     MeasuredTraining,
+    assert_logged,
     measure_training,
     trainers_own_log,
     weights_of,
@@ -24,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fx_influence as fx
 from benchmarks.trl.variants import PROMPTS, Variant, trainer
 from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.metrics import LogSelection
 
 # The warnings that trl, transformers and accelerate give about themselves.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -62,7 +64,7 @@ def test_logged_metrics_add_up_and_predict_the_change(tmp_path: Path) -> None:
     logged = [entry for entry in measured.trainer.state.log_history if PREFIX + "total" in entry]
     assert len(logged) == len(measured.history) == 4
     for entry, metrics in zip(logged, measured.history, strict=True):
-        assert all(entry[PREFIX + name] == value for name, value in metrics.items() if name != "step")
+        assert_logged(entry, metrics)
         assert_parts_add_up(metrics)
         by_sign = metrics["positive_advantage"], metrics["negative_advantage"]
         scale = sum(map(abs, by_sign))
@@ -120,11 +122,9 @@ def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
     history = measured_on_twelve(tmp_path / "run", 2, report_to=["tensorboard"]).history
     [file] = tmp_path.rglob("events.out.tfevents*")
     events = EventAccumulator(str(file.parent)).Reload()
-    for name, value in history[-1].items():
-        if name != "step":
-            assert events.Scalars(f"train/{PREFIX}{name}")[-1].value == pytest.approx(
-                value, rel=rounding_bound(torch.float32)
-            )
+    for name, value in LogSelection().of_step(history[-1]).items():
+        logged = events.Scalars(f"train/{PREFIX}{name}")[-1].value
+        assert logged == pytest.approx(value, rel=rounding_bound(torch.float32))
 
 
 def test_bfloat16_autocast_leaves_part_unattributed(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import run_on_ranks
+from helpers.ranks_trl import SOURCES
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, exact_bound, rounding_bound
-from helpers.trl_runs import HELD_OUT, PREFIX
+from helpers.trl_runs import HELD_OUT, PREFIX, assert_logged
 
 import fx_influence as fx
 from benchmarks.trl.variants import PROMPTS, reward
+from fx_influence.interop.trl.metrics import REGION_METRICS
 from fx_influence.lab.plan.files import read_plan
 
 ACCELERATE = (
@@ -51,6 +53,7 @@ def test_two_ranks_measure_as_one_process(tmp_path: Path) -> None:
     assert_rollouts_of_all_ranks(results, tmp_path)
     assert_stored_once(tmp_path)
     assert_plan_repeats_step(tmp_path)
+    assert_sums_match_one_process(results)
     assert_refused_step_ends_nothing(results)
     assert_failures_reach_all_ranks(results)
 
@@ -71,7 +74,7 @@ def assert_logs_equal(results: list[Any]) -> None:
     assert [metrics["step"] for metrics in first["history"]] == [1, 2, 3]
     largest = max(abs(metrics["total"]) for metrics in first["history"])
     for entry, metrics in zip(first["log"][1], first["history"], strict=False):
-        assert all(entry[PREFIX + name] == value for name, value in metrics.items() if name != "step")
+        assert_logged(entry, metrics)
         assert metrics["unattributed"] == 0
         assert metrics["measured"] == pytest.approx(metrics["total"], abs=0.1 * largest)
         assert 8 < metrics["ess"] <= 9
@@ -101,6 +104,7 @@ def assert_rollouts_of_all_ranks(results: list[Any], out: Path) -> None:
         prompts_and_ranks[rollout.group].add((rollout.prompt, k < 6))
         advantages[rollout.group].append(rollout.advantage)
         assert rollout.reward == pytest.approx(reward([rollout.completion])[0])
+        assert rollout.source == SOURCES[rollout.prompt]
     # Each group has one prompt, and one group has rollouts of both ranks.
     assert all(len({prompt for prompt, _ in group}) == 1 for group in prompts_and_ranks.values())
     assert sorted(len(group) for group in prompts_and_ranks.values()) == [1, 1, 2]
@@ -111,7 +115,7 @@ def assert_rollouts_of_all_ranks(results: list[Any], out: Path) -> None:
 
 
 def assert_stored_once(out: Path) -> None:
-    expected = ("failed/measured/0", [4]), ("measured/0", [1, 2, 3]), ("refused/0", [2])
+    expected = ("failed/measured/0", [4]), ("measured/0", [1, 2, 3]), ("refused/0", [2]), ("summed/0", [1, 2])
     paths = [step_path(out, step, training) for training, steps in expected for step in steps]
     assert sorted(out.rglob("*step_*")) == paths
     assert {path.parent for path in paths} == set(out.rglob("entropy_influence"))
@@ -133,6 +137,19 @@ def assert_plan_repeats_step(out: Path) -> None:
         bound = exact_bound(in_float32, exact, TINY_POLICY, torch.float32)
         assert bound <= 1e-2 * scale, name
         assert_within(measured, exact, bound, name)
+
+
+def assert_sums_match_one_process(results: list[Any]) -> None:
+    first, second = (result["summed"]["history"] for result in results)
+    assert first == second
+    assert len(first) == 2
+    for metrics, (lr, influence, stderr, size) in zip(first, results[0]["summed"]["expected"], strict=True):
+        bound = rounding_bound(torch.float32, TINY_POLICY, lr * size)
+        for k, name in enumerate(REGION_METRICS):
+            assert_within(metrics[name], lr * influence[k], bound, name)
+            if f"{name}_stderr" in metrics:
+                assert_within(metrics[f"{name}_stderr"], lr * stderr[k], bound, name)
+        assert any(f"{name}_stderr" in metrics for name in REGION_METRICS)
 
 
 def arrays_of(run: Any) -> dict[str, Any]:

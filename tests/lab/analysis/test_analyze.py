@@ -24,7 +24,7 @@ from fx_influence.lab.analysis.directions import direction_rows
 from fx_influence.lab.analysis.reward_price import pareto, reward_price
 from fx_influence.lab.analysis.rollout_correlations import rollout_correlations
 from fx_influence.lab.analysis.token_correlations import proxy_rows, token_correlations
-from fx_influence.lab.analysis.token_sums import FRACTIONS, concentration_rows, sign_rows
+from fx_influence.lab.analysis.token_sums import FRACTIONS, concentration_rows, sign_rows, source_rows
 
 RNG = np.random.default_rng(5)
 # Correlations are sums over at most some hundred values, which are centred and ranked by sums as long.
@@ -215,6 +215,26 @@ def test_analyze_has_no_nan_when_all_influences_are_zero(tmp_path: Path) -> None
     json.dumps(analysis, allow_nan=False)
 
 
+def test_sums_by_source_match_loops(tmp_path: Path) -> None:
+    """A rollout without a source is of the unknown one; where none has a source there is no table."""
+    run = synthetic_run(tmp_path)
+    assert source_rows(Tokens(run)) == []
+    names = [("math", "code", None)[i % 3] for i in range(len(run.update_rollouts))]
+    rollouts = [dataclasses.replace(r, source=name) for r, name in zip(run.update_rollouts, names, strict=True)]
+    rows = source_rows(Tokens(dataclasses.replace(run, update_rollouts=rollouts)))
+    per_token = run.evaluations[0].arrays["per_token"]
+    for name in ("math", "code", "unknown"):
+        chosen = [i for i, source in enumerate(names) if (source or "unknown") == name]
+        row = row_of(rows, source=name)
+        assert row["rollouts"] == len(chosen)
+        assert row["sum"] == pytest.approx(
+            sum(per_token[i].sum() for i in chosen), abs=ROUNDING * np.abs(per_token).sum()
+        )
+        assert row["low"] < row["sum"] < row["high"]
+    assert sum(row["absolute_share"] for row in rows) == pytest.approx(1.0)
+    assert [row["absolute_share"] for row in rows] == sorted((row["absolute_share"] for row in rows), reverse=True)
+
+
 def test_write_analysis_writes_reproducible_tables(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     analyses = write_analysis(run)
@@ -232,9 +252,14 @@ def test_write_analysis_writes_reproducible_tables(tmp_path: Path) -> None:
 def test_print_analysis_escapes_text_and_prints_all_tables(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path)
     run.sequences[int(np.argmax(run.evaluations[0].arrays["per_sequence_reward"]))]["id"] = "[red]\x1b[31m"
+    run = dataclasses.replace(
+        run, update_rollouts=[dataclasses.replace(r, source="\x1b[2m") for r in run.update_rollouts]
+    )
     console = Console(width=200, file=io.StringIO())
     with console.capture() as captured:
         print_analysis(analyze(run), console)
     page = " ".join(captured.get().split())
     assert "[red]\\x1b[31m" in page
+    assert "\\x1b[2m" in page
+    assert "\x1b[2m" not in page
     assert all(title in page for title in TITLES.values())

@@ -44,7 +44,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     results = synthetic(Size(len(HOSTILE), len(HOSTILE), 2), folder)
-    texts: list[dict[str, Any]] = [dict.fromkeys(("id", "prompt_id", "prompt", "completion"), text) for text in HOSTILE]
+    names = ("id", "prompt_id", "prompt", "completion", "source")
+    texts: list[dict[str, Any]] = [dict.fromkeys(names, text) for text in HOSTILE]
     records = [
         {**record, **text, "tokens": [text["id"]] * 2} for record, text in zip(results.sequences, texts, strict=True)
     ]
@@ -64,6 +65,7 @@ def test_hostile_texts_are_literal_and_inert(visit: Any, hostile: Path) -> None:
         page.evaluate(f"document.querySelector(\"#rows [data-rollout='{i}']\").click()")
         page.wait_for_selector(f"#detail .card[data-rollout='{i}'] .token")
         assert page.locator("#detail .prompt").text_content() == literal
+        assert short in page.locator("#detail .quantities dd").all_text_contents()
         assert page.locator("#detail .card >> nth=0").locator(".token").all_text_contents() == [literal] * 2
         page.locator("#detail .tokens .token").nth(0).dispatch_event("pointerover")
         assert readout(page)["token"] == printable(text[:40])

@@ -175,7 +175,7 @@ def test_page_has_a_section_for_each_evaluation(results: EntropyInfluenceResults
 
 
 def test_page_contains_no_raw_text_of_a_rollout(results: EntropyInfluenceResults) -> None:
-    texts: dict[str, Any] = dict.fromkeys(("id", "prompt", "completion"), HOSTILE)
+    texts: dict[str, Any] = dict.fromkeys(("id", "prompt", "completion", "source"), HOSTILE)
     sequences = [{**record, **texts, "tokens": [HOSTILE] * SIZE.tokens} for record in results.sequences]
     [evaluation] = results.evaluations
     rollouts = [dataclasses.replace(r, **texts) for r in evaluation.rollouts]
@@ -186,7 +186,8 @@ def test_page_contains_no_raw_text_of_a_rollout(results: EntropyInfluenceResults
     assert page.encode(), "no broken surrogate is left"
     assert "alert(1)" not in page
     assert not any(c in page for c in "\u202e\x00")
-    assert index(page)["rollouts"]["completion"] == [HOSTILE] * SIZE.rollouts
+    for name in ("completion", "source"):
+        assert index(page)["rollouts"][name] == [HOSTILE] * SIZE.rollouts
     assert json.loads(blob(page, "vocabulary")) == [HOSTILE]
 
 

@@ -11,8 +11,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from fx_influence.distributed.collectives import propagate_failures
+from fx_influence.interop.rollouts.record import source_of
 from fx_influence.interop.trl.capture.micro_batch import SCORE, CaptureError, MicroBatch, scoring_signature
-from fx_influence.interop.trl.capture.rollout_rows import REWARDS, concatenate, rollout_rows
+from fx_influence.interop.trl.capture.rollout_rows import REWARDS, SOURCES, concatenate, rollout_rows
 from fx_influence.interop.trl.capture.step import CapturedStep, captured_step
 from fx_influence.interop.trl.capture.wrapper import MethodWrapper
 from fx_influence.interop.trl.processes import all_gather_values, mesh_of
@@ -181,6 +182,12 @@ class Capture:
                 # every tensor of it in the same way, so that these stay with their rollouts.
                 count, process = len(output["prompt_ids"]), self._trainer.accelerator.process_index
                 output[REWARDS] = self._rewards[process * count : (process + 1) * count]
+        with self._noting_problems():
+            # One row of the data set for each rollout, with all its columns.
+            rows = kwargs["inputs"] if "inputs" in kwargs else args[0]
+            sources = [source_of(row) for row in rows]
+            if any(sources) and len(sources) == len(output["prompt_ids"]):
+                output[SOURCES] = sources
         return output
 
     def _calculate_rewards(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

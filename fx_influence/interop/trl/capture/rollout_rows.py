@@ -16,11 +16,15 @@ OLD_LOGPROBS = "old_per_token_logps"
 REWARDS = "entropy_influence_rewards"
 """Key of the rewards in a generation batch, which the trainer shuffles and splits with its other tensors."""
 
+SOURCES = "entropy_influence_sources"
+"""Key of the list of the rollouts' sources in a generation batch, which is shuffled and split likewise."""
+
 
 class RolloutRows(NamedTuple):
     """Rollouts of a micro-batch, of a process or of all: the fields of ``CapturedStep`` with one row per rollout.
 
     All are on the CPU. ``prompt_widths``: (n,), columns of each row that hold its prompt and the prompt's padding.
+    ``sources``: n names, None where the data set has none.
     """
 
     input_ids: Tensor
@@ -35,6 +39,11 @@ class RolloutRows(NamedTuple):
     token_advantages: Tensor | None
     rewards: Tensor
     prompt_widths: Tensor
+    sources: tuple[str | None, ...]
+
+    def to(self, device: torch.device | str) -> RolloutRows:
+        """Return the rows with their tensors on ``device``."""
+        return RolloutRows._make(x.to(device) if isinstance(x, Tensor) else x for x in self)
 
 
 def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
@@ -71,7 +80,7 @@ def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
     if advantages.dim() == 2 and advantages.shape[1] > 1:
         token_advantages = on_completions(advantages)
         advantages = token_advantages.sum(1) / completion_mask.sum(1).clamp(min=1)
-    rows = RolloutRows(
+    return RolloutRows(
         input_ids=input_ids,
         attention_mask=attention_mask,
         completion_mask=completion_mask,
@@ -84,8 +93,8 @@ def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
         token_advantages=token_advantages,
         rewards=inputs.get(REWARDS, torch.full((count,), torch.nan)).flatten(),
         prompt_widths=torch.full((count,), width),
-    )
-    return RolloutRows._make(None if x is None else x.cpu() for x in rows)
+        sources=tuple(inputs.get(SOURCES, [None] * count)),
+    ).to("cpu")
 
 
 def _check_scored_tokens(micro_batch: MicroBatch, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -111,4 +120,6 @@ def concatenate(batches: Sequence[RolloutRows]) -> RolloutRows:
         padded = [x if x.dim() == 1 else torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in present]
         return torch.cat(padded) if len(padded) == len(values) else None
 
-    return RolloutRows._make(joined(values) for values in zip(*batches, strict=True))
+    sources = tuple(name for batch in batches for name in batch.sources)
+    tensors = [joined(values) for values in zip(*(batch[:-1] for batch in batches), strict=True)]
+    return RolloutRows._make([*tensors, sources])

@@ -30,6 +30,7 @@ class CapturedStep(NamedTuple):
         clip: the factor by which the gradient was clipped.
         max_grad_norm: the norm it was clipped to; None where nothing clips.
         token_advantages: (n, T), where the trainer has an advantage for each token, else None.
+        sources: n names of data sources or environments, None where the data set has none.
     """
 
     batch: Batch
@@ -43,6 +44,7 @@ class CapturedStep(NamedTuple):
     clip: float
     max_grad_norm: float | None
     token_advantages: Tensor | None = None
+    sources: tuple[str | None, ...] = ()
 
 
 def captured_step(
@@ -57,7 +59,7 @@ def captured_step(
         clip: factor by which the trainer clipped it.
         max_grad_norm: norm it was clipped to, None where nothing clips.
     """
-    on_device = RolloutRows._make(None if x is None else x.to(device) for x in rows)
+    on_device = rows.to(device)
     batch = Batch(
         on_device.input_ids,
         on_device.attention_mask,
@@ -78,6 +80,7 @@ def captured_step(
         clip=clip,
         max_grad_norm=max_grad_norm,
         token_advantages=on_device.token_advantages,
+        sources=rows.sources,
     )
 
 

@@ -68,6 +68,7 @@ def _update_rollout(captured: CapturedStep, trainer: Any, i: int, group: int, k:
         completion_mask=None if bool(trained.all()) else tuple(trained.tolist()),
         coefficients=values(batch.coefficients),
         entropy_coefficients=values(batch.entropy_coefficients),
+        source=captured.sources[i] if captured.sources else None,
     )
 
 
