@@ -19,6 +19,7 @@ from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITI
 from fx_influence.core.tree import every_nth, promote
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import completion_values, entropy_estimate
+from fx_influence.estimators.importance import MAX_LOG_WEIGHT
 from fx_influence.estimators.snis import snis
 from fx_influence.estimators.stderr import cluster_index
 from fx_influence.functional import make_functional
@@ -44,7 +45,6 @@ from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store.contents import update_rollouts
 from fx_influence.objectives import Entropy
 from fx_influence.optim.step import AdamWStep
-from fx_influence.perturbation import MAX_LOG_WEIGHT
 from fx_influence.policy.policy import Policy
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenValues
