@@ -68,17 +68,17 @@ def check_batch_is_evaluation(trainer: Any, save_state: bool, pairwise: bool) ->
 
 def _check_older_policy(trainer: Any, pairwise: bool, remedy: str) -> None:
     """Raise ``ValueError`` where rollouts of an older policy cannot be E."""
-    one_step = "num_iterations=1 and steps_per_generation=gradient_accumulation_steps"
+    several = f"several optimizer steps a generation with eval_prompts={BATCH!r}"
     if any(kind.__name__ == "RLOOTrainer" for kind in type(trainer).__mro__):
         raise ValueError(
-            f"{type(trainer).__name__} makes several optimizer steps a generation with eval_prompts={BATCH!r}; "
-            f"expected {one_step}, since later steps have rollouts of an older policy, and it keeps no log-probabilities of "
-            f"their tokens. {remedy}"
+            f"{type(trainer).__name__} makes {several}; expected one, since later steps have rollouts of an older "
+            "policy, and it keeps no log-probabilities of their tokens. Set num_iterations=1 and "
+            f"steps_per_generation=gradient_accumulation_steps. {remedy} otherwise"
         )
     if pairwise:
         raise ValueError(
-            f"matrix is True with eval_prompts={BATCH!r} and several optimizer steps a generation; expected "
-            f"{one_step}, since no row can be left out of weights that are normalised at each rank. Leave the matrix out. {remedy}"
+            f"matrix is True and the trainer makes {several}; expected False, since no prompt can be left out of "
+            f"weights that are normalised at each rank. Leave the matrix out. {remedy} otherwise"
         )
 
 
