@@ -84,10 +84,11 @@ def snis_delta(
         params: theta by name.
         direction: v by name; names absent do not move.
         eta: the step.
-        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``, or with ``behaviour_logprobs``.
         apply: the policy, from ``make_functional``.
         objective: how the entropy is estimated.
-        clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
+        clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing. Derivatives clip weights of
+            another policy's rollouts at the default, so the two agree where no other weight is clipped.
         temperature: divides the logits.
         chunk_size: rows per forward; None chooses by tokens.
         mesh: ranks with rows of their own, as in ``influence``.
@@ -98,7 +99,8 @@ def snis_delta(
 
     Raises:
         TypeError: for an objective other than ``Entropy``, and arguments of another kind.
-        ValueError: for a direction of other names or shapes, or a batch that cannot be scored.
+        ValueError: for a direction of other names or shapes, a batch that cannot be scored, and an effective sample
+            size below a quarter of its rows at theta.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -141,7 +143,7 @@ def snis_sweep(
 
     Args:
         params: theta by name.
-        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``, or with ``behaviour_logprobs``.
         apply: the policy, from ``make_functional``.
         objective: how the entropy is estimated.
         clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
@@ -232,7 +234,7 @@ def jvp_delta(
     Args:
         params: theta by name.
         direction: v by name; names absent do not move.
-        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``, or with ``behaviour_logprobs``.
         apply: the policy, from ``make_functional``.
         objective: how the entropy is estimated.
         temperature: divides the logits.

@@ -129,8 +129,7 @@ def entropy_estimate(
     if weights is None:
         return values.entropies.double().sum() / denominator_weights(batch.completion_mask, normalize).sum()
     by_rank = completion_values(values, batch.completion_mask)
-    h, f = _by_weight(by_rank.entropies, estimator), _by_weight(by_rank.ok.double(), estimator)
-    return (weights.shares * h).sum() / (_expected_length(weights, f) if normalize == "token" else 1.0)
+    return weights.mean(by_rank.entropies) / (weights.mean(by_rank.ok) if normalize == "token" else 1.0)
 
 
 def denominator_weights(completion_mask: Tensor, normalize: Normalize) -> Tensor:
@@ -170,7 +169,7 @@ def centred_entropies(
         if siblings is None and weights is None:
             return h - mean * (ok if per_token else 1.0)
     if weights is not None:
-        mean = (weights.shares * h0).sum() / (_expected_length(weights, ok) if per_token else 1.0)
+        mean = weights.mean(centre.entropies) / (weights.mean(centre.ok) if per_token else 1.0)
     x = h - _baseline(h0, siblings, weights)
     return x - mean * (ok - _baseline(ok, siblings, weights)) if per_token else x
 
@@ -183,24 +182,14 @@ def _baseline(x: Tensor, siblings: Tensor | None, weights: ImportanceWeights | N
     count = torch.bincount(siblings)
     others = (count - 1)[siblings].reshape(-1, *[1] * (x.ndim - 1))
 
-    def oversibling_index(values: Tensor) -> Tensor:
+    def over_siblings(values: Tensor) -> Tensor:
         sums = values.new_zeros(len(count), *values.shape[1:]).index_add(0, siblings, values)
         return sums[siblings] - values
 
     if weights is None:
-        return torch.where(others > 0, oversibling_index(x) / others.clamp(min=1), mean)
+        return torch.where(others > 0, over_siblings(x) / others.clamp(min=1), mean)
     w = weights.shares
-    return torch.where(others > 0, oversibling_index(w * x) / torch.where(others > 0, oversibling_index(w), 1.0), mean)
-
-
-def _by_weight(x: Tensor, estimator: Estimator) -> Tensor:
-    """Return x (n, R) as the weights are: by rank, or added up by row, (n,), under "sequence"."""
-    return x.sum(-1) if estimator == "sequence" else x
-
-
-def _expected_length(weights: ImportanceWeights, f: Tensor) -> Tensor:
-    """Return the weighted estimate of E[T] from ok (n, R), or from lengths (n,) under "sequence"."""
-    return (weights.shares * f).sum()
+    return torch.where(others > 0, over_siblings(w * x) / torch.where(others > 0, over_siblings(w), 1.0), mean)
 
 
 def entropy_coefficients(
@@ -236,7 +225,7 @@ def entropy_coefficients(
     weights = behaviour_weights(values, batch, estimator)
     x = centred_entropies(by_rank, estimator, normalize, by_rank, sibling_index(batch, baseline), weights)
     if weights is not None:
-        return weighted_coefficients(x, weights, weights.shares, by_rank.ok, mask, estimator, normalize)
+        return weighted_coefficients(x, weights, weights.shares, by_rank.ok, mask, normalize)
     z = denominator_weights(mask, normalize).sum()
     return TokenCoefficients(_score_weights(x, by_rank.ok, mask) / z, mask.double() / z)
 
@@ -255,7 +244,6 @@ def weighted_coefficients(
     multiples: Tensor,
     ok: Tensor,
     completion_mask: Tensor,
-    estimator: Estimator,
     normalize: Normalize,
 ) -> TokenCoefficients:
     """Return the coefficients of sum_at m_at [h_at + S_a,<t x_at] / D, the log-weights' clipping included.
@@ -266,10 +254,9 @@ def weighted_coefficients(
         multiples: m, shape of x; ``weights.shares`` for the estimate itself.
         ok: (n, R), whether the row has a token of that rank.
         completion_mask: (n, T).
-        estimator: ``"per_decision"`` or ``"sequence"``.
         normalize: ``"token"`` or ``"sequence"``.
     """
-    d = _expected_length(weights, _by_weight(ok.double(), estimator)) if normalize == "token" else 1.0
+    d = weights.mean(ok) if normalize == "token" else 1.0
     scores = _score_weights(torch.where(weights.within, multiples * x, 0.0), ok, completion_mask)
     m = multiples.unsqueeze(-1).expand(ok.shape) if multiples.ndim == 1 else multiples
     return TokenCoefficients(scores / d, _at_positions(m, completion_mask) / d)
@@ -302,7 +289,7 @@ def length_coefficients(
     f = lengths.double() if estimator == "sequence" else ok.double()
     if weights is not None:
         x = f - (weights.shares * f).sum(0)
-        return weighted_coefficients(x, weights, weights.shares, ok, completion_mask, estimator, "token").logprobs
+        return weighted_coefficients(x, weights, weights.shares, ok, completion_mask, "token").logprobs
     return _score_weights(f - f.mean(0), ok, completion_mask) / lengths.sum()
 
 
@@ -327,8 +314,7 @@ def excess_entropies(
     if weights is not None:
         by_rank = completion_values(values, completion_mask)
         x = centred_entropies(by_rank, estimator, "token", by_rank, None, weights)
-        f = _by_weight(by_rank.ok.double(), estimator)
-        rows = weights.shares * x / _expected_length(weights, f)
+        rows = weights.shares * x / weights.mean(by_rank.ok)
         return rows if rows.ndim == 1 else rows.sum(-1)
     lengths = denominator_weights(completion_mask, "token")
     h = torch.where(completion_mask, values.entropies.double(), 0.0).sum(-1)

@@ -28,6 +28,10 @@ class ImportanceWeights(NamedTuple):
     shares: Tensor
     within: Tensor
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the weighted estimate of E[sum_t x_t] from values x (n, R) by rank; scalar."""
+        return (self.shares * (x.double().sum(-1) if self.shares.ndim == 1 else x)).sum()
+
     def ess(self) -> Tensor:
         """Return the effective sample size (sum w)^2 / sum w^2, the smallest over ranks; scalar."""
         return (1 / self.shares.square().sum(0)).min()

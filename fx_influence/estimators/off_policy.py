@@ -52,9 +52,7 @@ def coefficients_by_group(
         member = (group == k).unsqueeze(-1).double()
         share = (member * weights.shares).sum(0)
         multiples = (member - share + (share * of_ranks).sum() / of_ranks.sum()) * weights.shares
-        results.append(
-            weighted_coefficients(x, weights, multiples, by_rank.ok, batch.completion_mask, "per_decision", normalize)
-        )
+        results.append(weighted_coefficients(x, weights, multiples, by_rank.ok, batch.completion_mask, normalize))
     return results
 
 
