@@ -125,22 +125,20 @@ def test_jvp_matches_finite_differences_of_weighted_entropy(estimator: Estimator
 
 @estimates
 def test_clipped_weights_have_no_derivative(estimator: Estimator, normalize: Normalize) -> None:
-    """Row 1, the longest, was certain to its sampler, so that its log-weight is below -10 and its weight constant."""
+    """All log-weights are 11 from a row's first token on, so that no weight beyond it changes with the policy."""
     case = make_case()
-    # A colder policy has log-probabilities far enough below 0.
-    params = {name: 2 * p for name, p in case.params.items()}
-    behaviour = fx.token_values(params, case.batch, case.apply, TEMPERATURE).logprobs
-    behaviour[1] = 0.0
-    batch = case.batch._replace(behaviour_logprobs=behaviour)
-    case = case._replace(batch=batch, params=params)
-    weights = present(behaviour_weights(fx.token_values(params, batch, case.apply, TEMPERATURE), batch, estimator))
+    values, rows = fx.token_values(case.params, case.batch, case.apply, TEMPERATURE), torch.arange(12)
+    behaviour = values.logprobs.clone()
+    behaviour[rows, case.batch.completion_mask.int().argmax(-1)] -= 11.0
+    case = case._replace(batch=case.batch._replace(behaviour_logprobs=behaviour))
+    weights = present(behaviour_weights(values, case.batch, estimator))
     assert not weights.within.all()
 
     def estimate(eta: float) -> Tensor:
         return slow_entropy(case, eta, estimator, normalize)
 
     first = central_difference(estimate, 1e-3, terms=TINY_POLICY, magnitude=math.log(VOCAB) * WIDTH)
-    out = fx.jvp_delta(params, case.direction, batch, **options(case, estimator, normalize))
+    out = fx.jvp_delta(case.params, case.direction, case.batch, **options(case, estimator, normalize))
     assert_within(out.first, first.slope, first.bound)
 
 
@@ -166,9 +164,9 @@ def test_influences_match_derivatives_along_each_part(estimator: Estimator, norm
         assert_close(present(pairwise.matrix)[:, i], expected.contributions, size)
     assert_close(present(adjoint.per_token).sum(-1), adjoint.per_sequence, adjoint.per_sequence.abs().sum())
     step = fx.adamw_decompose(reference.add(g), case.opt_state, case.params).direction
-    whole = fx.jvp_delta(case.params, step, e, second_order=False, **chosen)
-    assert_close(adjoint.total, whole.first, whole.contributions.abs().sum())
-    assert_close(adjoint.total_stderr, whole.stderr, whole.contributions.abs().sum())
+    along_step = fx.jvp_delta(case.params, step, e, second_order=False, **chosen)
+    assert_close(adjoint.total, along_step.first, along_step.contributions.abs().sum())
+    assert_close(adjoint.total_stderr, along_step.stderr, along_step.contributions.abs().sum())
     values = fx.token_values(case.params, e, case.apply, TEMPERATURE)
     weights = present(behaviour_weights(values, e, estimator))
     assert_close(present(adjoint.ess), weights.ess())
@@ -184,8 +182,8 @@ def test_cross_fitted_influences_leave_weights_out(estimator: Estimator, normali
     e = case.batch._replace(coefficients=None)
     plug_in = fx.influence(case.params, case.batch, e, case.opt_state, **chosen)
     deviations = present(plug_in.deviations).by_part
-    own = present(case.batch.group)
-    expected = plug_in.per_sequence - _over_share(deviations, case, own, estimator, normalize)
+    prompt_of = present(case.batch.group)
+    expected = plug_in.per_sequence - _over_share(deviations, case, prompt_of, estimator, normalize)
     assert_close(out.per_sequence, expected, plug_in.per_sequence.abs().sum())
     assert_close(present(out.per_token).sum(-1), out.per_sequence, out.per_sequence.abs().sum())
     padded = add_padding(case.batch, 2, 1)
@@ -196,7 +194,9 @@ def test_cross_fitted_influences_leave_weights_out(estimator: Estimator, normali
     )
 
 
-def _over_share(deviations: Tensor, case: OffPolicy, own: Tensor, estimator: Estimator, normalize: Normalize) -> Tensor:
+def _over_share(
+    deviations: Tensor, case: OffPolicy, prompt_of: Tensor, estimator: Estimator, normalize: Normalize
+) -> Tensor:
     """Return the deviation of each row's own fold over 1 - the fold's share, the share from loops over the weights."""
     values = fx.token_values(case.params, case.batch, case.apply, TEMPERATURE)
     w = present(behaviour_weights(values, case.batch, estimator)).shares
@@ -212,8 +212,8 @@ def _over_share(deviations: Tensor, case: OffPolicy, own: Tensor, estimator: Est
                 shares[a] = sum(float(w[a, t]) for t in range(lengths[a])) / sum(active)
             else:
                 shares[a] = sum(float(w[a, t]) * active[t] for t in range(longest)) / sum(active)
-    of_fold = [sum(s for s, g in zip(shares, own.tolist(), strict=True) if g == k) for k in range(6)]
-    return torch.stack([deviations[k, i] / (1 - of_fold[k]) for i, k in enumerate(own.tolist())])
+    of_fold = [sum(s for s, g in zip(shares, prompt_of.tolist(), strict=True) if g == k) for k in range(6)]
+    return torch.stack([deviations[k, i] / (1 - of_fold[k]) for i, k in enumerate(prompt_of.tolist())])
 
 
 @estimates
@@ -250,9 +250,9 @@ def test_deviations_are_derivatives_by_multiplicity(estimator: Estimator, normal
     else:
         for t in range(int(mask.sum(-1).max())):
             w = count * (ratios * (rank < t)).sum(-1).exp()
-            here = mask & (rank == t)
-            numerator = numerator + (w * (h * here).sum(-1)).sum() / w.sum()
-            length = length + (w * here.any(-1)).sum() / w.sum()
+            at_rank = mask & (rank == t)
+            numerator = numerator + (w * (h * at_rank).sum(-1)).sum() / w.sum()
+            length = length + (w * at_rank.any(-1)).sum() / w.sum()
     estimate = numerator / length if normalize == "token" else numerator
     slope = torch.autograd.grad(estimate, eta, create_graph=True)[0]
     by_row = torch.autograd.grad(slope, count)[0]

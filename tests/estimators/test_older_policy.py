@@ -86,7 +86,7 @@ def test_weighted_derivative_is_consistent(
 def test_weighted_stderr_covers_truth_in_95_percent(
     older: World, update: Update, estimator: Estimator, normalize: Normalize
 ) -> None:
-    """By E's groups, and by eight random groups of them, whose quantile of Student's t has seven degrees of freedom."""
+    """Take E's groups, and eight random groups of them, where Student's t has seven degrees of freedom."""
     generator, derivatives, repeats = torch.Generator().manual_seed(8), older.jvp(update.parts), 1000
     truth = derivatives_along(exact_gradient(older.apply, older.params, older.space, normalize), update.parts)
     covered = torch.zeros(2, len(truth))

@@ -62,8 +62,8 @@ def draw_update(
     reward = ((batch.input_ids == 2) & mask).sum(-1).double() - 0.3 * mask.sum(-1)
     by_prompt = reward.view(PROMPTS, EACH)
     advantages = (by_prompt - by_prompt.mean(-1, keepdim=True)).flatten()
-    along = fx.TokenValues(slopes.values.logprobs[rows], slopes.values.entropies[rows])
-    parts = deviating_rows(world, along, rows, estimator, normalize)
+    derivatives = fx.TokenValues(slopes.values.logprobs[rows], slopes.values.entropies[rows])
+    parts = deviating_rows(world, derivatives, rows, estimator, normalize)
     weights = behaviour_weights(select_values(world.values, rows), batch, estimator)
     if weights is None:
         f = denominator_weights(mask, normalize)

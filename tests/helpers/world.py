@@ -138,16 +138,16 @@ def deviating_rows(
 ) -> Tensor:
     """Return what each row of one draw carries to <grad H, v_k> with its part in the H that centres E, (n, k)."""
     parts = first_order_rows(world, derivatives, rows, estimator, normalize)
-    batch, values, along = world.batch(rows), select_values(world.values, rows), select_values(derivatives, rows)
+    batch, values, tangents = world.batch(rows), select_values(world.values, rows), select_values(derivatives, rows)
     weights, mask = behaviour_weights(values, batch, estimator), batch.completion_mask
     if weights is not None and estimator == "per_decision":
-        spread = vmap(lambda *along: spread_by_rank(values, fx.TokenValues(*along), batch, normalize, "batch"))
-        parts = parts + spread(*along).T
+        spread = vmap(lambda *tangents: spread_by_rank(values, fx.TokenValues(*tangents), batch, normalize, "batch"))
+        parts = parts + spread(*tangents).T
     if normalize == "sequence":
         return parts
     c = length_coefficients(mask, estimator, weights)
     lengths = TokenCoefficients(c, torch.zeros(mask.shape, dtype=torch.float64))
-    slopes = weighted_rows(lengths, along).sum(0)
+    slopes = weighted_rows(lengths, tangents).sum(0)
     return parts - excess_entropies(values, mask, estimator, weights).unsqueeze(1) * slopes
 
 
