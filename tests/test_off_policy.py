@@ -22,14 +22,16 @@ from helpers.cases import (
 )
 from helpers.enumeration import enumerate_completions, exact_gradient, replicate
 from helpers.present import present
+from helpers.strategies import ESTIMATORS
 from helpers.tolerances import TINY_POLICY, assert_within, central_curvature, central_difference
 from helpers.world import EOS, derivatives_along, estimates
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.autodiff.directional import token_jvp
 from fx_influence.batching.rows import distinct_rows, select_rows
 from fx_influence.core.tree import shift
-from fx_influence.estimators.entropy import behaviour_weights
+from fx_influence.estimators.entropy import behaviour_weights, length_coefficients
 from fx_influence.estimators.stderr import random_group_index
 from fx_influence.testing import reference
 from fx_influence.testing.entropy import entropy
@@ -66,8 +68,19 @@ def options(case: OffPolicy, estimator: Estimator, normalize: Normalize) -> dict
     return {"apply": case.apply, "objective": fx.Entropy(estimator, normalize), "temperature": TEMPERATURE}
 
 
+class Estimate(NamedTuple):
+    """The weighted entropy, and the weighted mean completion length, by the reference's loops."""
+
+    entropy: Tensor
+    length: Tensor
+
+
 def slow_entropy(case: OffPolicy, eta: float, estimator: Estimator, normalize: Normalize) -> Tensor:
-    """Return the weighted entropy at theta + eta v by the reference's loops."""
+    return slow_estimate(case, eta, estimator, normalize).entropy
+
+
+def slow_estimate(case: OffPolicy, eta: float, estimator: Estimator, normalize: Normalize) -> Estimate:
+    """Return the estimate at theta + eta v."""
     moved, batch = shift(case.params, case.direction, eta), case.batch
     entropies, ratios = [], []
     for a in range(len(batch.input_ids)):
@@ -75,7 +88,9 @@ def slow_entropy(case: OffPolicy, eta: float, estimator: Estimator, normalize: N
         behaviour = present(batch.behaviour_logprobs)[a, batch.completion_mask[a]].tolist()
         entropies.append([float(h) for h in score.entropies])
         ratios.append([float(p) - q for p, q in zip(score.logprobs, behaviour, strict=True)])
-    return torch.tensor(entropy(entropies, ratios, estimator, normalize)[0], dtype=torch.float64)
+    per_token, per_sequence = (entropy(entropies, ratios, estimator, n)[1] for n in ("token", "sequence"))
+    both = (entropy(entropies, ratios, estimator, normalize)[0], per_token / per_sequence)
+    return Estimate(*(torch.tensor(x, dtype=torch.float64) for x in both))
 
 
 @estimates
@@ -121,6 +136,19 @@ def test_jvp_matches_finite_differences_of_weighted_entropy(estimator: Estimator
 
     by_row = central_difference(contributions, 1e-3, terms=TINY_POLICY, magnitude=size)
     assert_within(out.contributions, by_row.slope, by_row.bound)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_length_coefficients_match_finite_differences(estimator: Estimator) -> None:
+    case = make_case()
+    values = fx.token_values(case.params, case.batch, case.apply, TEMPERATURE)
+    c = length_coefficients(case.batch.completion_mask, estimator, behaviour_weights(values, case.batch, estimator))
+    slopes = token_jvp(case.params, case.direction, case.batch, case.apply, TEMPERATURE)
+    expected = central_difference(
+        lambda eta: slow_estimate(case, eta, estimator, "token").length.log(), 1e-3, terms=TINY_POLICY, magnitude=WIDTH
+    )
+    assert expected.slope.abs() > 10 * expected.bound
+    assert_within((c * slopes.logprobs).sum(), expected.slope, expected.bound)
 
 
 @estimates
