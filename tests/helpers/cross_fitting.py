@@ -55,12 +55,13 @@ def draw_update(
     estimator: Estimator,
     normalize: Normalize,
     generator: torch.Generator,
+    prompts: int = PROMPTS,
 ) -> Draw:
     """Return an update whose advantages are rewards minus the prompt's mean, so that siblings depend on one another."""
-    rows = world.draw_prompts(PROMPTS, EACH, generator)
+    rows = world.draw_prompts(prompts, EACH, generator)
     batch, mask = world.batch(rows), world.space.batch.completion_mask[rows]
     reward = ((batch.input_ids == 2) & mask).sum(-1).double() - 0.3 * mask.sum(-1)
-    by_prompt = reward.view(PROMPTS, EACH)
+    by_prompt = reward.view(prompts, EACH)
     advantages = (by_prompt - by_prompt.mean(-1, keepdim=True)).flatten()
     derivatives = fx.TokenValues(slopes.values.logprobs[rows], slopes.values.entropies[rows])
     parts = deviating_rows(world, derivatives, rows, estimator, normalize)
