@@ -15,6 +15,8 @@ from fx_influence.estimators.entropy import (
     denominator_weights,
     entropy_coefficients,
 )
+from fx_influence.estimators.importance import ImportanceWeights
+from fx_influence.estimators.off_policy import weighted_denominator_shares
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 Objective = Callable[[Tensor, Tensor, Batch], Tensor]
@@ -75,8 +77,17 @@ def check_entropy(objective: object, finite_step: bool = True) -> None:
         )
 
 
-def check_baseline(objective: Entropy | Objective, batch_e: Batch) -> None:
-    """Raise ``ValueError`` where the prompt's baseline is wanted and E does not say which rows share a prompt."""
+def check_evaluation(objective: Entropy | Objective, batch_e: Batch) -> None:
+    """Raise ``ValueError`` where E does not have what the objective needs of it, or has what it cannot use.
+
+    The prompt's baseline needs to know which rows share a prompt; only the entropy is weighted over rollouts of another
+    policy.
+    """
+    if not isinstance(objective, Entropy) and batch_e.behaviour_logprobs is not None:
+        raise ValueError(
+            "batch_e.behaviour_logprobs is given with another objective than fx.Entropy; expected None, since only the "
+            "entropy is weighted over rollouts of another policy. Pass rollouts of the policy itself, without it"
+        )
     if isinstance(objective, Entropy) and objective.baseline == "prompt" and batch_e.group is None:
         raise ValueError(
             "batch_e.group is None with baseline='prompt'; expected int64 (n_e,), equal for completions of one prompt. "
@@ -97,11 +108,22 @@ def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, 
     return objective_coefficients(objective, values, batch_e)
 
 
-def denominator_shares(objective: Entropy | Objective, completion_mask: Tensor) -> Tensor:
-    """Return each row's share of the objective's denominator, float64 (n_e,), adding up to 1."""
+def denominator_shares(
+    objective: Entropy | Objective, completion_mask: Tensor, weights: ImportanceWeights | None = None
+) -> Tensor:
+    """Return each row's share of the objective's denominator, float64 (n_e,), adding up to 1.
+
+    Args:
+        objective: whose denominator.
+        completion_mask: (n_e, T).
+        weights: of the rows where another policy sampled them.
+    """
+    if weights is not None:
+        assert isinstance(objective, Entropy)
+        return weighted_denominator_shares(weights, completion_mask, objective.estimator, objective.normalize)
     normalize = objective.normalize if isinstance(objective, Entropy) else "sequence"
-    weights = denominator_weights(completion_mask, normalize)
-    return weights / weights.sum()
+    f = denominator_weights(completion_mask, normalize)
+    return f / f.sum()
 
 
 def expected_reward(rewards: Tensor) -> Objective:

@@ -22,23 +22,24 @@ from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import (
     CompletionValues,
+    behaviour_log_ratios,
+    behaviour_weights,
     completion_values,
     entropy_coefficients,
     excess_entropies,
     length_coefficients,
 )
+from fx_influence.estimators.importance import MAX_LOG_WEIGHT, check_ess, importance_weights
+from fx_influence.estimators.off_policy import spread_by_rank
 from fx_influence.estimators.snis import SnisDelta, snis
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
-from fx_influence.objectives import Entropy, check_baseline, check_entropy, denominator_shares
+from fx_influence.objectives import Entropy, check_entropy, check_evaluation, denominator_shares
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Apply, Batch, Params, TokenValues
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-MAX_LOG_WEIGHT = 10.0
-"""Default bound on cumulative log-weights: beyond it one rollout would outweigh 20,000."""
 
 
 class JvpDelta(NamedTuple):
@@ -83,10 +84,11 @@ def snis_delta(
         params: theta by name.
         direction: v by name; names absent do not move.
         eta: the step.
-        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``, or with ``behaviour_logprobs``.
         apply: the policy, from ``make_functional``.
         objective: how the entropy is estimated.
-        clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
+        clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing. Derivatives clip weights of
+            another policy's rollouts at the default, so the two agree where no other weight is clipped.
         temperature: divides the logits.
         chunk_size: rows per forward; None chooses by tokens.
         mesh: ranks with rows of their own, as in ``influence``.
@@ -97,7 +99,8 @@ def snis_delta(
 
     Raises:
         TypeError: for an objective other than ``Entropy``, and arguments of another kind.
-        ValueError: for a direction of other names or shapes, or a batch that cannot be scored.
+        ValueError: for a direction of other names or shapes, a batch that cannot be scored, and an effective sample
+            size below a quarter of its rows at theta.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -140,7 +143,7 @@ def snis_sweep(
 
     Args:
         params: theta by name.
-        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``, or with ``behaviour_logprobs``.
         apply: the policy, from ``make_functional``.
         objective: how the entropy is estimated.
         clip: bound on cumulative log-weights, see ``estimators.snis``; None clips nothing.
@@ -189,9 +192,12 @@ def _measure(
     # Theta is scored by the same operations as the directions, so that a step of 0 gives 0 and equal roundings cancel.
     no_direction = {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
     base = CompletionValues(*(field[0] for field in values_at(no_direction, 0.0)))
+    behaviour = behaviour_log_ratios(base, batch_e)
+    if behaviour is not None:
+        check_ess(importance_weights(behaviour, objective.estimator, clip))
 
     def delta(values: CompletionValues) -> SnisDelta:
-        return snis(base, values, objective.estimator, objective.normalize, clip, clusters)
+        return snis(base, values, objective.estimator, objective.normalize, clip, clusters, behaviour)
 
     def measure(block: Params, etas: Sequence[float]) -> SnisDelta:
         if not isinstance(etas, Sequence):
@@ -228,7 +234,7 @@ def jvp_delta(
     Args:
         params: theta by name.
         direction: v by name; names absent do not move.
-        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``.
+        batch_e: evaluation batch, n_e rows sampled from the policy at ``params``, or with ``behaviour_logprobs``.
         apply: the policy, from ``make_functional``.
         objective: how the entropy is estimated.
         temperature: divides the logits.
@@ -257,23 +263,31 @@ def jvp_delta(
     distinct, index = distinct_rows(batch_e)
     values = _select(engine.values(params, distinct), index)
     tangents = _select(engine.jvp(params, direction, distinct), index)
+    importance = behaviour_weights(values, batch_e, objective.estimator)
+    check_ess(importance)
     weight = entropy_coefficients(values, batch_e, *objective)
     contributions = (weight.logprobs * tangents.logprobs + weight.entropies * tangents.entropies).sum(-1)
-    deviating = contributions
+    mask, deviating = batch_e.completion_mask, contributions
     if objective.normalize == "token":
-        slope = (length_coefficients(batch_e.completion_mask, objective.estimator) * tangents.logprobs).sum()
-        deviating = contributions - excess_entropies(values, batch_e.completion_mask) * slope
-    shares = denominator_shares(objective, batch_e.completion_mask)
+        lengths = length_coefficients(mask, objective.estimator, importance)
+        excess = excess_entropies(values, mask, objective.estimator, importance)
+        deviating = contributions - excess * (lengths * tangents.logprobs).sum()
+    if importance is not None and objective.estimator == "per_decision":
+        deviating = deviating + spread_by_rank(values, tangents, batch_e, objective.normalize, objective.baseline)
+    shares = denominator_shares(objective, mask, importance)
     stderr = cluster_stderr(deviating, deviating.sum(), shares, cluster_index(batch_e))
     if not second_order:
         return JvpDelta(contributions.sum(), torch.full_like(contributions.sum(), torch.nan), contributions, stderr)
 
-    base, tangent = (completion_values(v, batch_e.completion_mask) for v in (values, tangents))
+    base, tangent = (completion_values(v, mask) for v in (values, tangents))
+    behaviour = behaviour_log_ratios(base, batch_e)
+    # Weights at theta are 1 on-policy, far from the bound.
+    clip = None if behaviour is None else MAX_LOG_WEIGHT
 
     def estimate(eta: Tensor) -> Tensor:
         logprobs, entropies = (x + eta * dx for x, dx in zip(base[:2], tangent[:2], strict=True))
         moved = CompletionValues(logprobs, entropies, base.ok)
-        return snis(base, moved, objective.estimator, objective.normalize, clip=None).delta_h
+        return snis(base, moved, objective.estimator, objective.normalize, clip, behaviour=behaviour).delta_h
 
     # By the chain rule over token values z: H'' = (d2H/dz2)(dz/deta)^2 + dH/dz d2z/deta2.
     through_values = grad(grad(estimate))(contributions.new_zeros(()))
@@ -310,5 +324,5 @@ def _checked(
     batch_e = engine.full_batch("batch_e", batch_e)
     engine.check_consistent(params=params, objective=objective, clip=clip)
     check_batch("batch_e", batch_e, params, engine.apply)
-    check_baseline(objective, batch_e)
+    check_evaluation(objective, batch_e)
     return batch_e

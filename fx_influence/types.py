@@ -42,6 +42,9 @@ class Batch(NamedTuple):
     ``entropy_coefficients``: float (B, T), b_it = -dL/dh_it, for losses with an entropy bonus.
     ``group``: int64 (B,), the prompt that a row belongs to; error bars over E take rows of one group for one draw, and
     without it every row for a draw of its own.
+    ``behaviour_logprobs``: float32 or float64 (B, T), log pi of each completion token under the policy that sampled it,
+    at its temperature. An evaluation batch that has them is weighted by pi_theta / pi_behaviour, see ``influence``;
+    None says that its rollouts are of the policy itself.
 
     Example:
         >>> import torch
@@ -57,6 +60,7 @@ class Batch(NamedTuple):
     coefficients: Tensor | None = None
     entropy_coefficients: Tensor | None = None
     group: Tensor | None = None
+    behaviour_logprobs: Tensor | None = None
 
     def __repr__(self) -> str:
         return record_line(self)

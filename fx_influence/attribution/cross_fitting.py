@@ -49,19 +49,32 @@ class EvaluationGroups(NamedTuple):
     leave_out: bool
 
 
-def split_into_groups(rows: EvaluationRows, stderr: bool, matrix: bool) -> EvaluationGroups:
+def split_into_groups(
+    rows: EvaluationRows, stderr: bool, matrix: bool, normalised_by_rank: bool = False
+) -> EvaluationGroups:
     """Return E's groups: one, or min(8, C) of its C clusters for error bars and folds, or with a matrix every fold.
 
     Args:
         rows: E, and the clusters to leave out.
         stderr: whether error bars are wanted.
         matrix: whether the matrix is wanted, which gives the error bars, and folds of one prompt each.
+        normalised_by_rank: whether rows share the normalisation of their weights at each rank, so that the matrix gives
+            no error bars and no row can be left out of it.
+
+    Raises:
+        ValueError: for a matrix with rows to leave out that it cannot leave out.
     """
     cluster, own_cluster = cluster_index(rows.batch), rows.own_cluster
     leave_out = bool((own_cluster != NOTHING_LEFT_OUT).any())
+    if matrix and leave_out and normalised_by_rank:
+        raise ValueError(
+            "matrix is True with behaviour_logprobs, rollouts of U in E and the estimator 'per_decision'; expected "
+            "False, since the weights of a prompt that is left out have a part in every other row's. Leave the matrix "
+            "out, or take objective=fx.Entropy('sequence')"
+        )
     if matrix and leave_out:
         group, left_out = cluster, own_cluster
-    elif (stderr and not matrix) or leave_out:
+    elif (stderr and (not matrix or normalised_by_rank)) or leave_out:
         group = cluster % MAX_RANDOM_GROUPS
         left_out = torch.where(own_cluster == NOTHING_LEFT_OUT, own_cluster, own_cluster % MAX_RANDOM_GROUPS)
     else:

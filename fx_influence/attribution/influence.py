@@ -20,7 +20,7 @@ from fx_influence.attribution.error_bars import (
 from fx_influence.attribution.group_derivatives import GroupDerivatives, differentiate_by_group
 from fx_influence.attribution.labelled_losses import labelled_losses
 from fx_influence.attribution.linearized_losses import linearize_update
-from fx_influence.attribution.objective_gradients import evaluate_objective
+from fx_influence.attribution.objective_gradients import evaluate_objective, normalises_by_rank
 from fx_influence.attribution.result import Influence
 from fx_influence.attribution.row_influences import RowInfluences, conditioning, sum_groups
 from fx_influence.autodiff.engine import Engine
@@ -34,7 +34,7 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels, as_labels
-from fx_influence.objectives import Entropy, Objective, check_baseline, check_objective
+from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
@@ -77,7 +77,10 @@ def influence(
         delta_i = <grad H, gamma * g_i> = -sum_t (c_it <u, grad log pi(y_it)> + b_it <u, grad h_it>), u = gamma * grad H
 
     by the adjoint method: a reverse pass over E for grad H, one over U for gamma, and a JVP of U's log-probabilities in
-    direction u; no per-sequence gradient is stored. E must be sampled from the policy at ``params``.
+    direction u; no per-sequence gradient is stored. E must be sampled from the policy at ``params``: a batch without
+    ``behaviour_logprobs`` says so. Rollouts of another policy carry their log-probabilities under it. They then have
+    weights pi_theta / pi_behaviour, self-normalised, of each token's prefix ("per_decision") or of the rollout
+    ("sequence"), in H, its gradient, what is left out, and the error bars.
 
     Without an E the rollouts of U are their own (cross-fitting): each influence is taken over the other prompts,
 
@@ -94,7 +97,8 @@ def influence(
         batch_u: update batch, n_u rows, with coefficients (see ``coefficients``). Where no row has a completion token
             every influence is 0 and the baseline remains.
         batch_e: evaluation batch, n_e rows of fresh rollouts. None takes those of U, which must then be sampled from
-            the policy at ``params`` and have four prompts at least (``group``, or without it equal prompt tokens).
+            the policy at ``params``, or carry ``behaviour_logprobs``, and have four prompts at least (``group``, or
+            without it equal prompt tokens).
         opt_state: AdamW's state before the step.
         apply: the policy, from ``make_functional``.
         cross_fit: leave the prompt of each row of U out of ``batch_e``, where its rollouts have the same ``group``: for
@@ -113,7 +117,8 @@ def influence(
             from which all groups together cost about one more forward. Those that do not fit ``memory_budget`` are
             recomputed. The groups' directions are rounded to bfloat16 where they do not fit it, which moves the error
             bars by less than their noise; where not even two fit, each group costs a JVP. Per token E goes backward
-            once more, for the gradient of its length.
+            once more, for the gradient of its length. With "per_decision" weights of another policy's rollouts each
+            group costs a reverse pass over all of E, with ``matrix`` too.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
         labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
@@ -143,7 +148,8 @@ def influence(
         IdentityError: if the residual exceeds ``tolerance`` times max(sum |delta_i|, |<u, g>|), so that a derivative
             was lost on the way, or if ``rounding`` exceeds sum |delta_i|. Beyond a tenth of it there is a warning.
         TypeError: for an argument of another kind, with the remedy.
-        ValueError: for inputs that disagree, and for fewer than four prompts where U is part of E.
+        ValueError: for inputs that disagree, for fewer than four prompts where U is part of E, and for an effective
+            sample size below a quarter of E's rows.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
@@ -193,7 +199,7 @@ def influence(
     _check_batches(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
     rows = evaluation_rows(batch_u, batch_e, cross_fit)
-    check_baseline(objective, rows.batch)
+    check_evaluation(objective, rows.batch)
     if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)
@@ -202,7 +208,7 @@ def influence(
             params=precision.params,
             batch_u=batch_u,
             batch_e=rows.batch,
-            groups=split_into_groups(rows, stderr, matrix),
+            groups=split_into_groups(rows, stderr, matrix, normalises_by_rank(objective, rows.batch)),
             opt_state=opt_state,
             objective=objective,
             preconditioner=preconditioner,
@@ -319,6 +325,7 @@ def _attribute(x: _Inputs) -> Influence:
         rounding=rounding,
         self_influence=self_influence(by_group, evaluation, x.groups),
         deviations=deviations,
+        ess=evaluation.ess,
     )
 
 

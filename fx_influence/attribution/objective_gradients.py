@@ -13,7 +13,14 @@ from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import plan_directions
 from fx_influence.core.tree import promote
-from fx_influence.estimators.entropy import excess_entropies, length_coefficients
+from fx_influence.estimators.entropy import (
+    TokenCoefficients,
+    behaviour_weights,
+    excess_entropies,
+    length_coefficients,
+)
+from fx_influence.estimators.importance import ImportanceWeights, check_ess
+from fx_influence.estimators.off_policy import coefficients_by_group
 from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
@@ -28,9 +35,11 @@ class Evaluation(NamedTuple):
         group_shares: (K,), the groups' shares of the denominator.
         length_gradient: gradient of log E[T], the objective's denominator, by name; None where it is known or no
             deviations are wanted.
+        ess: effective sample size, scalar; None where E was sampled from the policy itself.
         gradients: one for each group, computed when iterated over; they add up to grad H. With ``length_gradient`` L
             that of group k is sum_a grad s_a - x_k L, x_k the group's excess: what the group contributes to the
-            deviation of grad H from its expectation, the H that its centre is estimated by included.
+            deviation of grad H from its expectation, the H that its centre is estimated by included. Where weights are
+            normalised at each rank, it is over all rows, see ``coefficients_by_group``.
     """
 
     batch: Batch
@@ -38,6 +47,7 @@ class Evaluation(NamedTuple):
     excess: Tensor
     group_shares: Tensor
     length_gradient: Params | None
+    ess: Tensor | None
     gradients: Iterable[Params]
 
 
@@ -62,23 +72,42 @@ def evaluate_objective(
         engine: engine of the policy with all its derivatives.
         memory_budget: bytes of the forward to cache for the reverse pass.
         dtype: of the gradients; None takes at least float32.
+
+    Raises:
+        ValueError: where E is of another policy and its effective sample size is too small.
     """
     estimates_length = with_deviations and isinstance(objective, Entropy) and objective.normalize == "token"
-    shares = denominator_shares(objective, batch_e.completion_mask)
+    by_group = with_deviations and groups.num_groups > 1 and normalises_by_rank(objective, batch_e)
     scored: list[TokenValues] = []
+
+    def batch_of(weights: TokenCoefficients) -> Batch:
+        return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
 
     def with_coefficients(values: TokenValues) -> Sequence[Batch]:
         scored.append(values)
-        weights = surrogate_coefficients(objective, values, batch_e)
-        weighted = batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
-        if not (estimates_length and isinstance(objective, Entropy)):
-            return [weighted]
-        lengths = length_coefficients(batch_e.completion_mask, objective.estimator)
-        return [weighted, batch_e._replace(coefficients=lengths, entropy_coefficients=None)]
+        importance = _importance(objective, values, batch_e)
+        check_ess(importance)
+        further: list[Batch] = []
+        if estimates_length and isinstance(objective, Entropy):
+            lengths = length_coefficients(batch_e.completion_mask, objective.estimator, importance)
+            further.append(batch_e._replace(coefficients=lengths, entropy_coefficients=None))
+        if by_group and isinstance(objective, Entropy):
+            options = (objective.normalize, objective.baseline, groups.group, groups.num_groups)
+            *others, last = map(batch_of, coefficients_by_group(values, batch_e, *options))
+            return [last, *further, *others]
+        return [batch_of(surrogate_coefficients(objective, values, batch_e)), *further]
 
+    # The contribution of a group to a weighted estimate takes all rows, and is that of the only "group" of the passes.
     rows = [(groups.group == k).nonzero().squeeze(-1) for k in range(groups.num_groups)]
-    weighted, losses = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
-    excess = excess_entropies(scored[0], batch_e.completion_mask) if estimates_length else torch.zeros_like(shares)
+    if by_group:
+        rows = [torch.arange(len(groups.group), device=groups.group.device)]
+    _, losses = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
+    values = scored[0]
+    importance = _importance(objective, values, batch_e)
+    shares = denominator_shares(objective, batch_e.completion_mask, importance)
+    excess = torch.zeros_like(shares)
+    if estimates_length and isinstance(objective, Entropy):
+        excess = excess_entropies(values, batch_e.completion_mask, objective.estimator, importance)
     length_gradient = _ascent_(params, dtype, next(losses)) if estimates_length else None
     if length_gradient is not None:
         # It only corrects deviations, so it may be rounded wherever their directions are.
@@ -86,14 +115,25 @@ def evaluate_objective(
         length_gradient = {name: x if narrow is None else x.to(narrow) for name, x in length_gradient.items()}
     excess_by_group = excess.new_zeros(groups.num_groups).index_add(0, groups.group, excess).tolist()
     return Evaluation(
-        batch=weighted[0],
+        batch=batch_of(surrogate_coefficients(objective, values, batch_e)),
         shares=shares,
         excess=excess,
         group_shares=shares.new_zeros(groups.num_groups).index_add(0, groups.group, shares),
         length_gradient=length_gradient,
+        ess=None if importance is None else importance.ess(),
         # Not a generator expression, whose frame would hold one gradient while the next is made.
         gradients=map(partial(_deviating_ascent_, params, dtype, length_gradient), losses, excess_by_group),
     )
+
+
+def normalises_by_rank(objective: Entropy | Objective, batch_e: Batch) -> bool:
+    """Return whether rows of E share the normalisation of their weights at each rank, so that none is a part alone."""
+    weighted = batch_e.behaviour_logprobs is not None
+    return weighted and isinstance(objective, Entropy) and objective.estimator == "per_decision"
+
+
+def _importance(objective: Entropy | Objective, values: TokenValues, batch_e: Batch) -> ImportanceWeights | None:
+    return behaviour_weights(values, batch_e, objective.estimator) if isinstance(objective, Entropy) else None
 
 
 def _deviating_ascent_(

@@ -75,6 +75,8 @@ class Influence(NamedTuple):
         self_influence: (n_u,), where U is part of E: the influence on the entropy of the rollout's own prompt, which
             ``per_sequence`` leaves out; see ``error_bars.self_influence``. NaN for a prompt that is not in E or has no
             completion token; None with an E of fresh rollouts.
+        ess: scalar, effective sample size of E in rows, (sum w)^2 / sum w^2 of its weights pi_theta / pi_behaviour, the
+            smallest over ranks under "per_decision"; None where E has no ``behaviour_logprobs``.
         deviations: how far each part of E carries each influence, from which ``stderr`` and the standard errors of
             sums follow; None without error bars.
     """
@@ -95,6 +97,7 @@ class Influence(NamedTuple):
     rounding: Tensor = NOT_MEASURED
     self_influence: Tensor | None = None
     deviations: Deviations | None = None
+    ess: Tensor | None = None
 
     def sums(self, labels: Tensor | Labels) -> Sums:
         """Return the influences added up by label, with the standard errors of the sums.

@@ -20,7 +20,7 @@ def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
     """Return the rows that differ in some field, each once, and for every row the index of its equal, (B,).
 
     A policy of low entropy samples the same completion again and again; a quantity of a row alone is then computed
-    once. ``group`` is not compared.
+    once. ``group`` and ``behaviour_logprobs``, which no quantity of a row alone depends on, are not compared.
 
     Example:
         >>> ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
@@ -28,7 +28,7 @@ def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
         >>> once.input_ids.tolist(), index.tolist()
         ([[1, 2], [1, 3]], [0, 1, 0])
     """
-    fields = [field.double() for field in batch._replace(group=None) if field is not None]
+    fields = [field.double() for field in batch._replace(group=None, behaviour_logprobs=None) if field is not None]
     unique, index = torch.unique(torch.cat(fields, dim=1), dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(index), dtype=torch.int64, device=index.device)
     first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")

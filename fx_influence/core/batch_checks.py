@@ -68,6 +68,7 @@ def check_batch(
             "both"
         )
     _check_vocabulary(field, batch, apply)
+    _check_behaviour(field, batch)
     if coefficients:
         check_coefficients(field, batch)
 
@@ -125,6 +126,14 @@ def check_fields(field: str, batch: Batch) -> None:
             raise ValueError(
                 f"{field}.{name} is {value.dtype} of shape {tuple(value.shape)}; expected float {tuple(ids.shape)}"
             )
+    behaviour = batch.behaviour_logprobs
+    if behaviour is not None and (
+        behaviour.shape != ids.shape or behaviour.dtype not in (torch.float32, torch.float64)
+    ):
+        raise ValueError(
+            f"{field}.behaviour_logprobs is {behaviour.dtype} of shape {tuple(behaviour.shape)}; expected float32 or "
+            f"float64 {tuple(ids.shape)}. Pass log-probabilities that were computed in float32 at least"
+        )
     if batch.group is not None and batch.group.shape != ids.shape[:1]:
         raise ValueError(
             f"{field}.group has shape {tuple(batch.group.shape)}; expected ({len(ids)},), one prompt a row"
@@ -146,6 +155,21 @@ def _check_positions(field: str, batch: Batch) -> None:
         raise ValueError(
             f"{field}.attention_mask[{row}, {column}] is False; expected True, since its logits score the "
             "completion token after it. Make the mask from lengths, not from input_ids != pad_token_id"
+        )
+
+
+def _check_behaviour(field: str, batch: Batch) -> None:
+    """Raise ``ValueError`` unless behaviour log-probabilities, if any, are finite and at most 0 where they count."""
+    if batch.behaviour_logprobs is None:
+        return
+    values = torch.where(batch.completion_mask, batch.behaviour_logprobs, 0.0)
+    # A token that is certain may have a log-probability of 0 and a rounding.
+    bad = (~torch.isfinite(values) | (values > 1e-3)).any(-1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{field}.behaviour_logprobs has values that are no finite log-probabilities in row {int(bad[0])} "
+            f"({len(bad)} such rows); expected at most 0 at every completion token. Pass log pi of the sampled tokens "
+            "under the policy that sampled them, or None where that is the policy itself"
         )
 
 

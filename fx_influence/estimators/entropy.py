@@ -8,8 +8,9 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from fx_influence.core.batch_checks import check_is_batch
+from fx_influence.core.batch_checks import check_fields, check_is_batch
 from fx_influence.core.checks import check_choice, wrong_type
+from fx_influence.estimators.importance import MAX_LOG_WEIGHT, ImportanceWeights, importance_weights
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 
@@ -41,12 +42,45 @@ def completion_values(values: TokenValues, completion_mask: Tensor) -> Completio
     This closes the gaps of prompts, tool output and padding. The mask is read outside of vmap: only ``values`` may
     carry a batch dimension of directions.
     """
-    longest = int(completion_mask.sum(-1).max())
-    # A stable sort of "not a completion token" lists each row's completion positions first, in order.
-    order = (~completion_mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :longest]
+    order = _completion_order(completion_mask)
     ok = completion_mask.gather(-1, order)
     logprobs, entropies = (torch.where(ok, v.double().gather(-1, order), 0.0) for v in values)
     return CompletionValues(logprobs, entropies, ok)
+
+
+def behaviour_log_ratios(base: CompletionValues, batch: Batch) -> Tensor | None:
+    """Return log pi_theta - log pi_behaviour by rank, float64 (n, R), 0 from a row's length on; None on-policy.
+
+    Args:
+        base: (n, R), values at theta.
+        batch: (n, T), E; without ``behaviour_logprobs`` theta itself sampled it.
+    """
+    if batch.behaviour_logprobs is None:
+        return None
+    behaviour = batch.behaviour_logprobs.double().gather(-1, _completion_order(batch.completion_mask))
+    return torch.where(base.ok, base.logprobs - behaviour, 0.0)
+
+
+def behaviour_weights(
+    values: TokenValues, batch: Batch, estimator: Estimator, clip: float | None = MAX_LOG_WEIGHT
+) -> ImportanceWeights | None:
+    """Return the weights pi_theta / pi_behaviour of E's rows; None where theta itself sampled them.
+
+    Args:
+        values: (n, T), of E at theta.
+        batch: (n, T), E.
+        estimator: ``"per_decision"`` or ``"sequence"``.
+        clip: bound on |cumulative log-weight|; None does not clip.
+    """
+    ratios = behaviour_log_ratios(completion_values(values, batch.completion_mask), batch)
+    return None if ratios is None else importance_weights(ratios, estimator, clip)
+
+
+def _completion_order(completion_mask: Tensor) -> Tensor:
+    """Return the columns of each row's completion tokens in order, int64 (n, R), further ones from its length on."""
+    longest = int(completion_mask.sum(-1).max())
+    # A stable sort of "not a completion token" lists each row's completion positions first, in order.
+    return (~completion_mask).to(torch.int8).argsort(dim=-1, stable=True)[:, :longest]
 
 
 def check_estimator(estimator: str, normalize: str) -> None:
@@ -55,14 +89,19 @@ def check_estimator(estimator: str, normalize: str) -> None:
     check_choice("normalize", normalize, get_args(Normalize))
 
 
-def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "token") -> Tensor:
-    """Return the entropy of the policy from rollouts that were sampled from that same policy.
+def entropy_estimate(
+    values: TokenValues, batch: Batch, normalize: Normalize = "token", estimator: Estimator = "per_decision"
+) -> Tensor:
+    """Return the entropy of the policy from rollouts of that same policy, or of another by importance weights.
 
     Args:
-        values: log-probabilities and entropies (n, T) of the batch's tokens at the policy that sampled it.
-        batch: (n, T), with at least one completion token.
+        values: log-probabilities and entropies (n, T) of the batch's tokens at the policy.
+        batch: (n, T), with at least one completion token; sampled from the policy itself, or with
+            ``behaviour_logprobs``.
         normalize: ``"token"``, E[sum_t h_t] / E[T] in nats per token; or ``"sequence"``, E[sum_t h_t] in nats per
             completion, where rows without completion tokens count.
+        estimator: ``"per_decision"`` or ``"sequence"`` weights of rollouts with ``behaviour_logprobs``, self-normalised
+            and clipped as in ``snis_delta``; the two are one without.
 
     Returns:
         float64 scalar.
@@ -76,7 +115,7 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
         >>> entropy_estimate(values, Batch(mask.long(), mask, mask)).item()
         2.0
     """
-    check_choice("normalize", normalize, get_args(Normalize))
+    check_estimator(estimator, normalize)
     if not isinstance(values, TokenValues):
         raise wrong_type("values", values, "TokenValues", "Pass fx.token_values(params, batch, apply)")
     check_is_batch("batch", batch)
@@ -85,7 +124,12 @@ def entropy_estimate(values: TokenValues, batch: Batch, normalize: Normalize = "
             f"batch.completion_mask of shape {tuple(batch.completion_mask.shape)} has no True at all; expected at "
             "least one completion token, since the entropy of none is undefined. Give rollouts with tokens"
         )
-    return values.entropies.double().sum() / denominator_weights(batch.completion_mask, normalize).sum()
+    check_fields("batch", batch)
+    weights = behaviour_weights(values, batch, estimator)
+    if weights is None:
+        return values.entropies.double().sum() / denominator_weights(batch.completion_mask, normalize).sum()
+    by_rank = completion_values(values, batch.completion_mask)
+    return weights.mean(by_rank.entropies) / (weights.mean(by_rank.ok) if normalize == "token" else 1.0)
 
 
 def denominator_weights(completion_mask: Tensor, normalize: Normalize) -> Tensor:
@@ -100,6 +144,7 @@ def centred_entropies(
     normalize: Normalize,
     centre: CompletionValues,
     siblings: Tensor | None = None,
+    weights: ImportanceWeights | None = None,
 ) -> Tensor:
     """Return x, the entropies minus their mean over the policy, with the mean taken from ``centre`` and frozen.
 
@@ -114,27 +159,37 @@ def centred_entropies(
         centre: (n, R), the values that H and the means over all rows are taken from, those at theta.
         siblings: int64 (n,), 0 to C-1, equal for completions of one prompt: means are over the row's siblings without
             itself, and over all rows where it has none. None takes the mean over all rows.
+        weights: of the rows at ``centre``, in all means, where another policy sampled them.
     """
     h, h0, ok = values.entropies, centre.entropies, values.ok.double()
     per_token = normalize == "token"
     mean = h0.sum() / (ok.sum() if per_token else len(ok))
     if estimator == "sequence":
         h, h0, ok = h.sum(-1), h0.sum(-1), ok.sum(-1)
-        if siblings is None:
+        if siblings is None and weights is None:
             return h - mean * (ok if per_token else 1.0)
-    x = h - _baseline(h0, siblings)
-    return x - mean * (ok - _baseline(ok, siblings)) if per_token else x
+    if weights is not None:
+        mean = weights.mean(centre.entropies) / (weights.mean(centre.ok) if per_token else 1.0)
+    x = h - _baseline(h0, siblings, weights)
+    return x - mean * (ok - _baseline(ok, siblings, weights)) if per_token else x
 
 
-def _baseline(x: Tensor, siblings: Tensor | None) -> Tensor:
-    """Return the mean of x (n, ...) over rows, or over each row's siblings without itself."""
-    mean = x.mean(0)
+def _baseline(x: Tensor, siblings: Tensor | None, weights: ImportanceWeights | None) -> Tensor:
+    """Return the (weighted) mean of x (n, ...) over rows, or over each row's siblings without itself."""
+    mean = x.mean(0) if weights is None else (weights.shares * x).sum(0)
     if siblings is None:
         return mean
     count = torch.bincount(siblings)
-    sums = x.new_zeros(len(count), *x.shape[1:]).index_add(0, siblings, x)
     others = (count - 1)[siblings].reshape(-1, *[1] * (x.ndim - 1))
-    return torch.where(others > 0, (sums[siblings] - x) / others.clamp(min=1), mean)
+
+    def over_siblings(values: Tensor) -> Tensor:
+        sums = values.new_zeros(len(count), *values.shape[1:]).index_add(0, siblings, values)
+        return sums[siblings] - values
+
+    if weights is None:
+        return torch.where(others > 0, over_siblings(x) / others.clamp(min=1), mean)
+    w = weights.shares
+    return torch.where(others > 0, over_siblings(w * x) / torch.where(others > 0, over_siblings(w), 1.0), mean)
 
 
 def entropy_coefficients(
@@ -167,16 +222,49 @@ def entropy_coefficients(
     """
     mask = batch.completion_mask
     by_rank = completion_values(values, mask)
-    siblings = None
-    if baseline == "prompt":
-        assert batch.group is not None
-        siblings = torch.unique(batch.group, return_inverse=True)[1]
-    x = centred_entropies(by_rank, estimator, normalize, by_rank, siblings)
+    weights = behaviour_weights(values, batch, estimator)
+    x = centred_entropies(by_rank, estimator, normalize, by_rank, sibling_index(batch, baseline), weights)
+    if weights is not None:
+        return weighted_coefficients(x, weights, weights.shares, by_rank.ok, mask, normalize)
     z = denominator_weights(mask, normalize).sum()
     return TokenCoefficients(_score_weights(x, by_rank.ok, mask) / z, mask.double() / z)
 
 
-def length_coefficients(completion_mask: Tensor, estimator: Estimator = "per_decision") -> Tensor:
+def sibling_index(batch: Batch, baseline: Baseline) -> Tensor | None:
+    """Return the prompt of each row, int64 (n,), 0 to C-1, where means are over siblings; None where over all rows."""
+    if baseline == "batch":
+        return None
+    assert batch.group is not None
+    return torch.unique(batch.group, return_inverse=True)[1]
+
+
+def weighted_coefficients(
+    x: Tensor,
+    weights: ImportanceWeights,
+    multiples: Tensor,
+    ok: Tensor,
+    completion_mask: Tensor,
+    normalize: Normalize,
+) -> TokenCoefficients:
+    """Return the coefficients of sum_at m_at [h_at + S_a,<t x_at] / D, the log-weights' clipping included.
+
+    Args:
+        x: (n, R) by rank, or (n,) under "sequence".
+        weights: of the rows, which D is of.
+        multiples: m, shape of x; ``weights.shares`` for the estimate itself.
+        ok: (n, R), whether the row has a token of that rank.
+        completion_mask: (n, T).
+        normalize: ``"token"`` or ``"sequence"``.
+    """
+    d = weights.mean(ok) if normalize == "token" else 1.0
+    scores = _score_weights(torch.where(weights.within, multiples * x, 0.0), ok, completion_mask)
+    m = multiples.unsqueeze(-1).expand(ok.shape) if multiples.ndim == 1 else multiples
+    return TokenCoefficients(scores / d, _at_positions(m, completion_mask) / d)
+
+
+def length_coefficients(
+    completion_mask: Tensor, estimator: Estimator = "per_decision", weights: ImportanceWeights | None = None
+) -> Tensor:
     """Return the gradient of log E[T], of the expected completion length, as a coefficient per token of E.
 
     The surrogates are those of the entropy with ok, 1 where a row has a token of that rank, in place of h:
@@ -187,6 +275,7 @@ def length_coefficients(completion_mask: Tensor, estimator: Estimator = "per_dec
     Args:
         completion_mask: (n, T), of E.
         estimator: ``"per_decision"`` or ``"sequence"``.
+        weights: of the rows where another policy sampled them; means are then weighted, as in ``entropy_coefficients``.
 
     Returns:
         The weights of log pi(y_at), float64 (n, T), 0 outside the mask.
@@ -196,17 +285,37 @@ def length_coefficients(completion_mask: Tensor, estimator: Estimator = "per_dec
         [[0.16666666666666666, 0.16666666666666666], [-0.16666666666666666, 0.0]]
     """
     lengths = completion_mask.sum(-1)
-    ok = torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(-1)
+    ok = ranks_in_use(completion_mask)
     f = lengths.double() if estimator == "sequence" else ok.double()
+    if weights is not None:
+        x = f - (weights.shares * f).sum(0)
+        return weighted_coefficients(x, weights, weights.shares, ok, completion_mask, "token").logprobs
     return _score_weights(f - f.mean(0), ok, completion_mask) / lengths.sum()
 
 
-def excess_entropies(values: TokenValues, completion_mask: Tensor) -> Tensor:
+def excess_entropies(
+    values: TokenValues,
+    completion_mask: Tensor,
+    estimator: Estimator = "per_decision",
+    weights: ImportanceWeights | None = None,
+) -> Tensor:
     """Return (h_a - H T_a) / sum_b T_b, how much each row raises the entropy per token; float64 (n,), adding up to 0.
 
     The entropy of all rows but those of a set p is H - x / (1 - share), with x the excess and share the share of sum T
-    of the rows of p.
+    of the rows of p. Where another policy sampled the rows it is w_a (h_a - H T_a) / sum_b w_b T_b, or
+    sum_t w_at x_at / (W_t E[T]) with the centred entropies x.
+
+    Args:
+        values: (n, T), of E at theta.
+        completion_mask: (n, T), of E.
+        estimator: ``"per_decision"`` or ``"sequence"`` weights.
+        weights: of the rows where another policy sampled them.
     """
+    if weights is not None:
+        by_rank = completion_values(values, completion_mask)
+        x = centred_entropies(by_rank, estimator, "token", by_rank, None, weights)
+        rows = weights.shares * x / weights.mean(by_rank.ok)
+        return rows if rows.ndim == 1 else rows.sum(-1)
     lengths = denominator_weights(completion_mask, "token")
     h = torch.where(completion_mask, values.entropies.double(), 0.0).sum(-1)
     return (h - h.sum() / lengths.sum() * lengths) / lengths.sum()
@@ -222,5 +331,16 @@ def _score_weights(x: Tensor, ok: Tensor, completion_mask: Tensor) -> Tensor:
     """
     by_row = x.ndim == 1
     weights = repeat(x, "row -> row rank", rank=ok.shape[1]) if by_row else x.flip(-1).cumsum(-1).flip(-1) - x
+    return _at_positions(weights, completion_mask)
+
+
+def ranks_in_use(completion_mask: Tensor) -> Tensor:
+    """Return ok, whether each row has a token of each rank, bool (n, R)."""
+    lengths = completion_mask.sum(-1)
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def _at_positions(by_rank: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return values (n, R) by rank at their tokens' positions, (n, T), 0 outside the completion mask."""
     rank = (completion_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.where(completion_mask, weights.gather(-1, rank), weights.new_zeros(()))
+    return torch.where(completion_mask, by_rank.gather(-1, rank), by_rank.new_zeros(()))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fx_influence.core.display import record_line
 from fx_influence.estimators.entropy import CompletionValues, centred_entropies
+from fx_influence.estimators.importance import cumulative_log_weights, importance_weights
 from fx_influence.types import Estimator, Normalize
 
 
@@ -18,7 +19,8 @@ class SnisDelta(NamedTuple):
     ``delta_h``: H(theta + eta v) - H(theta), scalar. ``contributions``: (n_e,), centred terms of E's rows, whose sum
     is ``delta_h`` exactly.
     ``ess``: effective sample size (sum w)^2 / sum w^2, the smallest over t under ``per_decision``.
-    ``log_weights``: (n_e,) full-sequence and unclipped. ``clip_fraction``: share of the weights that were clipped.
+    ``log_weights``: (n_e,) full-sequence and unclipped, relative to the policy that sampled E. ``clip_fraction``: share
+    of the weights that were clipped.
     ``stderr``: of ``delta_h`` over the draw of E, by the jackknife over its clusters, scalar; NaN with fewer than two.
     """
 
@@ -40,6 +42,7 @@ def snis(
     normalize: Normalize,
     clip: float | None = 10.0,
     clusters: Tensor | None = None,
+    behaviour: Tensor | None = None,
 ) -> SnisDelta:
     """Return the SNIS change of entropy from token values at theta and at theta + eta v.
 
@@ -50,38 +53,51 @@ def snis(
         sequence:      [w_a x_a' - x_a] / sum_b w_b f_b
         per_decision:  (1/D) sum_t [w_at x_at' - x_at] / W_t,   D = sum_t sum_a w_at ok_at / W_t per token, else 1
 
+    Where another policy sampled E, w is relative to that policy, w at theta multiplies x_a and x_at, and H and the
+    centres at theta are weighted by it.
+
     Works under vmap and forward-mode differentiation over leading axes of ``moved``.
 
     Args:
-        base: (n, R), values at theta, which E was sampled from.
+        base: (n, R), values at theta, which E was sampled from unless ``behaviour`` is given.
         moved: (n, R), values at theta + eta v.
         estimator: ``"per_decision"`` or ``"sequence"``.
         normalize: ``"token"`` or ``"sequence"``.
         clip: bound on |cumulative log-weight|; None does not clip.
         clusters: int64 (n,), 0 to C-1, the clusters that the jackknife leaves out one at a time; None skips it.
+        behaviour: (n, R), log pi_theta - log pi_behaviour by rank; None where theta sampled E.
 
     Source:
         Precup, Sutton & Singh 2000 (per-decision weights); Owen, Monte Carlo theory, ch. 9 (SNIS); Efron & Stein 1981
         (jackknife).
     """
     log_ratio = moved.logprobs - base.logprobs
-    total = log_ratio.sum(-1)
-    prefix = total.unsqueeze(-1) if estimator == "sequence" else log_ratio.cumsum(-1) - log_ratio
+    if behaviour is not None:
+        log_ratio = log_ratio + behaviour
+    total, prefix = log_ratio.sum(-1), cumulative_log_weights(log_ratio, estimator)
     counted = torch.ones_like(prefix, dtype=torch.bool) if estimator == "sequence" else base.ok
     clipped = torch.zeros_like(prefix, dtype=torch.bool) if clip is None else prefix.abs() > clip
-    w = (prefix if clip is None else prefix.clamp(-clip, clip)).exp()
+
+    def weight_of(log_weight: Tensor) -> Tensor:
+        return (log_weight if clip is None else log_weight.clamp(-clip, clip)).exp()
+
+    w, w0 = weight_of(prefix), torch.ones_like(cumulative_log_weights(base.logprobs, estimator))
+    at_theta = None
+    if behaviour is not None:
+        w0 = weight_of(cumulative_log_weights(behaviour, estimator))
+        at_theta = importance_weights(behaviour, estimator, clip)
     normalised = w / w.sum(0)
     ok = base.ok.double()
 
-    before = centred_entropies(base, estimator, normalize, base)
-    after = centred_entropies(moved, estimator, normalize, base)
+    before = centred_entropies(base, estimator, normalize, base, weights=at_theta)
+    after = centred_entropies(moved, estimator, normalize, base, weights=at_theta)
     if estimator == "sequence":
         length = ok.sum(-1) if normalize == "token" else torch.ones_like(total)
         denominator = (w.squeeze(-1) * length).sum()
-        contributions = (w.squeeze(-1) * after - before) / denominator
+        contributions = (w.squeeze(-1) * after - w0.squeeze(-1) * before) / denominator
     else:
         denominator = (normalised * ok).sum() if normalize == "token" else torch.ones_like(total[0])
-        contributions = ((w * after - before) / w.sum(0)).sum(-1) / denominator
+        contributions = ((w * after - w0 * before) / w.sum(0)).sum(-1) / denominator
     return SnisDelta(
         delta_h=contributions.sum(),
         contributions=contributions,
@@ -90,13 +106,14 @@ def snis(
         clip_fraction=(clipped & counted).sum().double() / counted.sum().double(),
         stderr=torch.full_like(denominator, torch.nan)
         if clusters is None
-        else _jackknife(base, moved, w, estimator, normalize, clusters),
+        else _jackknife(base, moved, w0, w, estimator, normalize, clusters),
     )
 
 
 def _jackknife(
     base: CompletionValues,
     moved: CompletionValues,
+    w0: Tensor,
     w: Tensor,
     estimator: Estimator,
     normalize: Normalize,
@@ -122,5 +139,5 @@ def _jackknife(
         mean = (entropy / weight).sum(-1)
         return mean / (length / weight).sum(-1) if normalize == "token" else mean
 
-    change = without_each_cluster(moved, w) - without_each_cluster(base, torch.ones_like(w))
+    change = without_each_cluster(moved, w) - without_each_cluster(base, w0)
     return ((count - 1) / count * (change - change.mean()).square().sum()).sqrt()

@@ -3,81 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.enumeration import exact_gradient
-from helpers.world import World, derivatives_along, estimates, select_values
-from torch import Tensor
+from helpers.cross_fitting import EACH, PROMPTS, draw_update, row_slopes
+from helpers.world import World, estimates
 
 from fx_influence.estimators.deviations import Deviations, deviations_of, estimate_over_others
-from fx_influence.estimators.entropy import (
-    denominator_weights,
-    entropy_coefficients,
-    excess_entropies,
-    length_coefficients,
-)
-from fx_influence.testing import reference
 from fx_influence.types import Estimator, Normalize
 
-PROMPTS, EACH, UPDATES = 12, 3, 800
-
-
-class RowSlopes(NamedTuple):
-    """Derivatives along the score of each completion i, the gradient of its log-probability, of everything else.
-
-    ``logprobs``, ``entropies``: (N, T, N), of every token's values. ``exact``: (N,), of the exact entropy.
-    """
-
-    logprobs: Tensor
-    entropies: Tensor
-    exact: Tensor
-
-
-def row_slopes(world: World, normalize: Normalize) -> RowSlopes:
-    space = world.space.batch
-    weighted = space._replace(coefficients=-space.completion_mask.double())
-    gradients = reference.sequence_gradients(world.apply, world.params, weighted, world.space.temperature)
-    scores = [{name: x for name, x in g.items() if x is not None} for g in gradients]
-    derivatives = world.jvp(scores)
-    exact = derivatives_along(exact_gradient(world.apply, world.params, world.space, normalize), scores)
-    return RowSlopes(derivatives.logprobs.movedim(0, -1), derivatives.entropies.movedim(0, -1), exact)
-
-
-class Draw(NamedTuple):
-    """One update: ``parts`` (n, n) of its rows in the influences of its rows, ``shares`` (n,), and the ``truth`` (n,).
-
-    ``moves``: whether the row has an advantage, (n,).
-    """
-
-    parts: Tensor
-    shares: Tensor
-    truth: Tensor
-    moves: Tensor
-
-
-def draw_update(
-    world: World,
-    slopes: RowSlopes,
-    estimator: Estimator,
-    normalize: Normalize,
-    generator: torch.Generator,
-) -> Draw:
-    """Return an update whose advantages are rewards minus the prompt's mean, so that siblings depend on one another."""
-    rows = world.draw_prompts(PROMPTS, EACH, generator)
-    batch, values = world.batch(rows), select_values(world.values, rows)
-    mask, logprobs, entropies = batch.completion_mask, *(x[rows][..., rows] for x in slopes[:2])
-    reward = ((batch.input_ids == 2) & mask).sum(-1).double() - 0.3 * mask.sum(-1)
-    by_prompt = reward.view(PROMPTS, EACH)
-    advantages = (by_prompt - by_prompt.mean(-1, keepdim=True)).flatten()
-    weights = entropy_coefficients(values, batch, estimator, normalize)
-    parts = (weights.logprobs.unsqueeze(-1) * logprobs + weights.entropies.unsqueeze(-1) * entropies).sum(1)
-    if normalize == "token":
-        of_lengths = (length_coefficients(mask, estimator).unsqueeze(-1) * logprobs).sum((0, 1))
-        parts = parts - excess_entropies(values, mask).unsqueeze(1) * of_lengths
-    f = denominator_weights(mask, normalize)
-    return Draw(-advantages * parts, f / f.sum(), -advantages * slopes.exact[rows], advantages.abs() > 1e-9)
+UPDATES = 800
 
 
 @pytest.mark.slow

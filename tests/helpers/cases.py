@@ -254,6 +254,7 @@ def add_padding(batch: Batch, left: int, right: int) -> Batch:
         completion_mask=pad(batch.completion_mask, False),
         coefficients=None if batch.coefficients is None else pad(batch.coefficients, 0.0),
         entropy_coefficients=None if batch.entropy_coefficients is None else pad(batch.entropy_coefficients, 0.0),
+        behaviour_logprobs=None if batch.behaviour_logprobs is None else pad(batch.behaviour_logprobs, float("nan")),
     )
 
 

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fx_influence as fx
 from fx_influence.batching.rows import select_rows
+from fx_influence.core.tree import shift
 from fx_influence.types import AdamWState, Apply, Batch, Params
 from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
 
@@ -29,12 +30,17 @@ def rows_of_rank(batch: Batch, counts: list[int], rank: int) -> Batch:
 
 
 def tiny_case(seed: int = 0) -> dict[str, Any]:
-    """Return the arguments of ``fx.influence`` for a ``TinyPolicy`` with gaps, groups and an empty completion."""
+    """Return the arguments of ``fx.influence`` for a ``TinyPolicy`` with gaps, groups and an empty completion.
+
+    U is of another policy, which matters where U is E.
+    """
     generator = torch.Generator().manual_seed(seed)
     apply, params = make_apply(TinyPolicy(tied=True, idle=True))
     u = random_batch(generator, 7, 12, 7, groups=3, gaps=True, entropy_coefficients=True, min_len=0)
     e = random_batch(generator, 11, 12, 7, groups=5, coefficients=False)
     state = random_adamw_state(generator, params)
+    sampler = shift(params, random_direction(generator, params), 0.5)
+    u = u._replace(behaviour_logprobs=fx.token_values(sampler, u, apply).logprobs)
     return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
 
 

@@ -8,17 +8,21 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.core.tree import shift
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
+    behaviour_log_ratios,
+    behaviour_weights,
     completion_values,
     entropy_coefficients,
     excess_entropies,
     length_coefficients,
 )
+from fx_influence.estimators.off_policy import spread_by_rank
 from fx_influence.estimators.snis import snis
 from fx_influence.testing import reference
 from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params
@@ -36,13 +40,18 @@ PROMPTS = [torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([3, 0, 2])]
 
 
 class World(NamedTuple):
-    """A policy with all of its completions: those that end by EOS, of unequal length by prompt, and truncated ones."""
+    """A policy with all of its completions: those that end by EOS, of unequal length by prompt, and truncated ones.
+
+    ``values`` are those of the policy; ``probabilities`` those of the policy that samples, and ``behaviour`` its token
+    log-probabilities where it is another one.
+    """
 
     apply: Apply
     params: Params
     space: Space
     values: fx.TokenValues
     probabilities: Tensor
+    behaviour: Tensor | None = None
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n independent rows of the space, prompt and completion."""
@@ -56,7 +65,14 @@ class World(NamedTuple):
 
     def batch(self, rows: Tensor) -> Batch:
         """Return those rows as a batch, each row a cluster."""
-        return take(self.space, rows)._replace(group=None)
+        behaviour = None if self.behaviour is None else self.behaviour[rows]
+        return take(self.space, rows)._replace(group=None, behaviour_logprobs=behaviour)
+
+    def sampled_by(self, sampler: Params) -> World:
+        """Return the same policy with completions that another one samples."""
+        behaviour = fx.token_values(sampler, self.space.batch, self.apply, self.space.temperature).logprobs
+        probabilities = exact_log_probs(self.apply, sampler, self.space).exp()
+        return self._replace(probabilities=probabilities, behaviour=behaviour)
 
     def jvp(self, directions: list[Params]) -> fx.TokenValues:
         """Return the derivatives of every token's values in each direction, (k, N, T)."""
@@ -84,9 +100,10 @@ class World(NamedTuple):
         clusters: Tensor | None = None,
     ) -> fx.SnisDelta:
         """Return the estimate of the change of entropy from one draw."""
-        mask = self.space.batch.completion_mask[rows]
-        base, after = (completion_values(select_values(x, rows), mask) for x in (self.values, moved))
-        return snis(base, after, estimator, normalize, clusters=clusters)
+        batch = self.batch(rows)
+        base, after = (completion_values(select_values(x, rows), batch.completion_mask) for x in (self.values, moved))
+        behaviour = behaviour_log_ratios(base, batch)
+        return snis(base, after, estimator, normalize, clusters=clusters, behaviour=behaviour)
 
 
 def make_world(
@@ -120,13 +137,18 @@ def deviating_rows(
     world: World, derivatives: fx.TokenValues, rows: Tensor, estimator: Estimator, normalize: Normalize
 ) -> Tensor:
     """Return what each row of one draw carries to <grad H, v_k> with its part in the H that centres E, (n, k)."""
-    matrix = first_order_rows(world, derivatives, rows, estimator, normalize)
+    parts = first_order_rows(world, derivatives, rows, estimator, normalize)
+    batch, values, tangents = world.batch(rows), select_values(world.values, rows), select_values(derivatives, rows)
+    weights, mask = behaviour_weights(values, batch, estimator), batch.completion_mask
+    if weights is not None and estimator == "per_decision":
+        spread = vmap(lambda *tangents: spread_by_rank(values, fx.TokenValues(*tangents), batch, normalize, "batch"))
+        parts = parts + spread(*tangents).T
     if normalize == "sequence":
-        return matrix
-    mask, values = world.batch(rows).completion_mask, select_values(world.values, rows)
-    lengths = TokenCoefficients(length_coefficients(mask, estimator), torch.zeros(mask.shape, dtype=torch.float64))
-    slopes = weighted_rows(lengths, select_values(derivatives, rows)).sum(0)
-    return matrix - excess_entropies(values, mask).unsqueeze(1) * slopes
+        return parts
+    c = length_coefficients(mask, estimator, weights)
+    lengths = TokenCoefficients(c, torch.zeros(mask.shape, dtype=torch.float64))
+    slopes = weighted_rows(lengths, tangents).sum(0)
+    return parts - excess_entropies(values, mask, estimator, weights).unsqueeze(1) * slopes
 
 
 class Update(NamedTuple):

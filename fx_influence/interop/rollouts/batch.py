@@ -11,7 +11,9 @@ from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.types import Batch
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device = "cpu") -> Batch:
+def collate(
+    rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device = "cpu", *, off_policy: bool = False
+) -> Batch:
     """Collate rollouts into one right-padded batch, with coefficients if every rollout has its own.
 
     The masks follow from the lengths, so a ``pad_id`` that is also the end of sequence does no harm.
@@ -20,13 +22,18 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device
         rollouts: n rollouts.
         pad_id: id of any token, such as 0; padding is masked.
         device: of the batch.
+        off_policy: whether another policy sampled them than the one that they will be used with, so that the batch gets
+            their ``behaviour_logprobs``. Not from files of the policy's own rollouts: what sampled and what scores
+            round differently, and weights would be made of that.
 
     Returns:
         A ``Batch`` of ``input_ids``, ``attention_mask``, ``completion_mask`` (n, T) with T the length of the longest
-        rollout, ``group`` (n,), and ``coefficients``, ``entropy_coefficients`` (n, T), float64, or None.
+        rollout, ``group`` (n,), and ``coefficients``, ``entropy_coefficients``, ``behaviour_logprobs`` (n, T), float64,
+        or None.
 
     Raises:
-        ValueError: for no rollouts, or for one without a prompt token, without which nothing scores its first token.
+        ValueError: for no rollouts, for one without a prompt token, without which nothing scores its first token, and
+            with ``off_policy`` for one without ``behaviour_logprobs``.
 
     Example:
         >>> batch = collate([Rollout("0/0", "0", 0, "a", "b", (7,), (8, 1), True, (-0.5, -0.25))], pad_id=1)
@@ -48,6 +55,12 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device
                 f"prompt_ids of rollout {rollout.id!r} is empty; expected at least one token (such as bos), which "
                 "scores the first sampled one"
             )
+        if off_policy and rollout.behaviour_logprobs is None:
+            raise ValueError(
+                f"behaviour_logprobs of rollout {rollout.id!r} is None with off_policy=True; expected log pi of its "
+                "tokens under the policy that sampled it. Record it when sampling, or use rollouts of the policy itself"
+            )
+    per_token = ["coefficients", "entropy_coefficients", *(["behaviour_logprobs"] if off_policy else [])]
     prompt = torch.tensor([len(r.prompt_ids) for r in rollouts]).unsqueeze(1)
     total = prompt + torch.tensor([len(r.completion_ids) for r in rollouts]).unsqueeze(1)
     input_ids = torch.full((len(rollouts), int(total.max())), pad_id, dtype=torch.int64)
@@ -69,7 +82,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: str | torch.device
         name: torch.zeros(completion_mask.shape, dtype=torch.float64).masked_scatter(
             completion_mask, torch.tensor([x for r in rollouts for x in getattr(r, name)], dtype=torch.float64)
         )
-        for name in ("coefficients", "entropy_coefficients")
+        for name in per_token
         if all(getattr(r, name) is not None for r in rollouts)
     }
     batch = batch._replace(**weights)

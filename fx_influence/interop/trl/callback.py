@@ -68,9 +68,12 @@ class EntropyInfluence(TrainerCallback):
     Args:
         every: steps n, 2n, ... are measured, as ``logging_steps`` counts.
         eval_prompts: ``"batch"`` generates nothing: the rollouts of the step are E, and each one's influence is taken
-            over the other prompts, of which a step needs four. Else held-out texts or conversations in the trainer's
-            own format, or a data set with a column ``prompt``; None takes the trainer's ``eval_dataset``. Many prompts
-            with few completions each give smaller errors than the reverse.
+            over the other prompts, of which a step needs four. Where a generation serves several optimizer steps, its
+            rollouts are weighted by the policy over the one that sampled them, whose log-probabilities the trainer
+            keeps; with ``num_iterations`` above 1 the policy was trained on these very rollouts before, which weights
+            do not correct. Else held-out texts or conversations in the trainer's own format, or a data set with a
+            column ``prompt``; None takes the trainer's ``eval_dataset``. Many prompts with few completions each give
+            smaller errors than the reverse.
         completions_per_prompt: number of completions of each prompt.
         objective: how the entropy is estimated, as for ``fx.influence``.
         preconditioner: as for ``fx.influence``.
@@ -176,7 +179,8 @@ class EntropyInfluence(TrainerCallback):
         """Return the prompts of E, None where the batch is E, and a sentence for the user or None."""
         if not (isinstance(self._eval_prompts, str) and self._eval_prompts == BATCH):
             return held_out_prompts(trainer, self._eval_prompts, self._max_prompts)
-        check_batch_is_evaluation(trainer, self._save_state)
+        pairwise = self._settings.matrix and self._settings.objective.estimator == "per_decision"
+        check_batch_is_evaluation(trainer, self._save_state, pairwise)
         return None, None
 
     def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any] | None) -> None:

@@ -18,13 +18,15 @@ from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import every_nth, promote
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.entropy import completion_values, entropy_estimate
+from fx_influence.estimators.entropy import behaviour_log_ratios, completion_values, entropy_estimate
+from fx_influence.estimators.importance import MAX_LOG_WEIGHT
 from fx_influence.estimators.snis import snis
 from fx_influence.estimators.stderr import cluster_index
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.trl.capture.rollout_rows import OLD_LOGPROBS
 from fx_influence.interop.trl.capture.step import CapturedStep
 from fx_influence.interop.trl.metrics import MeasuredStep, regions_of
 from fx_influence.interop.trl.policy_checks import (
@@ -39,13 +41,14 @@ from fx_influence.interop.trl.precision import (
     rounding_warning,
     step_rounding,
 )
+from fx_influence.interop.trl.preflight.generation import GenerationError
 from fx_influence.interop.trl.processes import local_rows, local_slice
+from fx_influence.interop.trl.prompts import makes_several_steps
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store.contents import update_rollouts
 from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy
 from fx_influence.optim.step import AdamWStep
-from fx_influence.perturbation import MAX_LOG_WEIGHT
 from fx_influence.policy.policy import Policy
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenValues
@@ -145,7 +148,7 @@ class StepMeasurement:
         _check_finite(captured.gradient)
         # Live moments: all that reads them is done before the optimizer steps.
         opt_state = adamw_state(trainer.optimizer, trainer.model, copy=False)
-        captured = self._with_entropies(captured, params)
+        captured = self._with_behaviour(self._with_entropies(captured, params))
         rollouts, batch_e = self._evaluation(step, captured)
         regions = regions_of(captured)
         result = influence(
@@ -167,16 +170,18 @@ class StepMeasurement:
         )
         self._log_conditioning(step, float(result.conditioning))
         values = self._exact_values(params, batch_e)
-        drawn = _drawn_logprobs(rollouts) if self._prompts is not None else _captured_logprobs(captured)
-        self._check_sampled_from_policy(drawn, values, batch_e, params)
-        entropy = entropy_estimate(values, batch_e, settings.objective.normalize).item()
+        if batch_e.behaviour_logprobs is None:
+            drawn = _drawn_logprobs(rollouts) if self._prompts is not None else _captured_logprobs(captured)
+            self._check_sampled_from_policy(drawn, values, batch_e, params)
+            # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
+            rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
+        objective = settings.objective
+        entropy = entropy_estimate(values, batch_e, objective.normalize, objective.estimator).item()
         step_of = functools.partial(AdamWStep.of, captured.gradient, opt_state, params)
         if store_state is not None:
             store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
         sampled = step_of("frozen", captured.max_grad_norm).sample(_stride(params))
         seconds = time.perf_counter() - start
-        # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
-        rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
         measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds, regions=regions)
         return PendingStep(measured, batch_e, values, sampled)
 
@@ -192,8 +197,10 @@ class StepMeasurement:
             for values in (pending.values, self._exact_values(params, pending.batch_e))
         )
         objective = self._settings.objective
-        clusters = cluster_index(pending.batch_e)
-        measured_change = snis(base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters)
+        clusters, behaviour = cluster_index(pending.batch_e), behaviour_log_ratios(base, pending.batch_e)
+        measured_change = snis(
+            base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters, behaviour
+        )
         before, after = pending.sampled.params, every_nth(params, _stride(params))
         change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
         lost = step_rounding(change, pending.sampled.direction(), measured.lr)
@@ -202,6 +209,21 @@ class StepMeasurement:
             self._rounding_warned = True
             self._warn(rounding_warning(measured.step, params, lost))
         return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
+
+    def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
+        """Return the step with U's log-probabilities under an older policy, where U is E and may be of one.
+
+        Raises ``GenerationError`` where the trainer does not keep them.
+        """
+        if self._prompts is not None or not makes_several_steps(self._trainer):
+            return captured
+        if captured.old_logprobs is None:
+            raise GenerationError(
+                "the trainer keeps no log-probabilities of its rollouts under the policy that sampled them; expected "
+                f"{OLD_LOGPROBS}, since it makes several optimizer steps a generation. Pass held-out prompts as "
+                "eval_prompts"
+            )
+        return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
 
     def _evaluation(self, step: int, captured: CapturedStep) -> tuple[list[Rollout], Batch]:
         """Return E as records and as the rows of all processes: the rollouts of U, or fresh ones."""

@@ -27,24 +27,30 @@ class HeldOutPrompts(NamedTuple):
     note: str | None
 
 
-def check_batch_is_evaluation(trainer: Any, save_state: bool) -> None:
-    """Raise ``ValueError`` unless the rollouts of every optimizer step can be E: all of its policy, of four prompts."""
+def makes_several_steps(trainer: Any) -> bool:
+    """Return whether a trainer makes several optimizer steps a generation, so that later ones are off-policy."""
+    args = trainer.args
+    return bool(args.steps_per_generation * getattr(args, "num_iterations", 1) > args.gradient_accumulation_steps)
+
+
+def check_batch_is_evaluation(trainer: Any, save_state: bool, pairwise: bool) -> None:
+    """Raise ``ValueError`` unless the rollouts of every optimizer step can be E: none left out, of four prompts.
+
+    They are the policy's own, or an older one's whose log-probabilities the trainer keeps by token.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+        save_state: whether the state before each step is stored.
+        pairwise: whether a matrix of per-decision estimates is wanted.
+    """
     args, remedy = trainer.args, "Pass held-out prompts as eval_prompts"
     if save_state:
         raise ValueError(
             f"save_state is True with eval_prompts={BATCH!r}; expected False, since a stored plan has an E of its own. "
             + remedy
         )
-    generations = {
-        "num_iterations": (getattr(args, "num_iterations", 1), 1),
-        "steps_per_generation": (args.steps_per_generation, args.gradient_accumulation_steps),
-    }
-    for name, (value, limit) in generations.items():
-        if value > limit:
-            raise ValueError(
-                f"{name} is {value} with eval_prompts={BATCH!r}; expected {limit} at most, since the rollouts of a "
-                f"later optimizer step are an older policy's. {remedy}"
-            )
+    if makes_several_steps(trainer):
+        _check_older_policy(trainer, pairwise, remedy)
     if getattr(args, "mask_truncated_completions", False):
         raise ValueError(
             f"mask_truncated_completions is True with eval_prompts={BATCH!r}; expected False, since an E without "
@@ -57,6 +63,22 @@ def check_batch_is_evaluation(trainer: Any, save_state: bool) -> None:
             f"an optimizer step has {rollouts} rollouts of {prompts} prompts with eval_prompts={BATCH!r}; expected at "
             f"least {MIN_PROMPTS} prompts, since each rollout's influence is taken over the others. {remedy}, or use "
             "more prompts in a step"
+        )
+
+
+def _check_older_policy(trainer: Any, pairwise: bool, remedy: str) -> None:
+    """Raise ``ValueError`` where rollouts of an older policy cannot be E."""
+    several = f"several optimizer steps a generation with eval_prompts={BATCH!r}"
+    if any(kind.__name__ == "RLOOTrainer" for kind in type(trainer).__mro__):
+        raise ValueError(
+            f"{type(trainer).__name__} makes {several}; expected one, since later steps have rollouts of an older "
+            "policy, and it keeps no log-probabilities of their tokens. Set num_iterations=1 and "
+            f"steps_per_generation=gradient_accumulation_steps. {remedy} otherwise"
+        )
+    if pairwise:
+        raise ValueError(
+            f"matrix is True and the trainer makes {several}; expected False, since no prompt can be left out of "
+            f"weights that are normalised at each rank. Leave the matrix out. {remedy} otherwise"
         )
 
 

@@ -57,5 +57,19 @@ def test_collate_applies_mask_and_coefficients(tmp_path: Path) -> None:
     assert batch.entropy_coefficients[0, start + 1].item() == 2.0
 
 
+def test_collate_takes_behaviour_logprobs_off_policy() -> None:
+    first, other = (
+        rollout(),
+        rollout("q/0", prompt_ids=(4,), completion_ids=(5, 6, EOS), behaviour_logprobs=(-1, -2, -3)),
+    )
+    assert collate([first, other], PAD).behaviour_logprobs is None
+    behaviour = collate([first, other], PAD, off_policy=True).behaviour_logprobs
+    assert behaviour is not None
+    assert behaviour.dtype == torch.float64
+    assert behaviour[1, 1:4].tolist() == [-1.0, -2.0, -3.0]
+    with pytest.raises(ValueError, match=r"behaviour_logprobs of rollout 'a/1' is None with off_policy=True"):
+        collate([first, rollout("a/1", behaviour_logprobs=None)], PAD, off_policy=True)
+
+
 def test_collate_leaves_out_incomplete_coefficients() -> None:
     assert collate([rollout(coefficients=(1.0, 2.0)), rollout("q/0")], PAD).coefficients is None

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from helpers.present import present
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from helpers.trl_runs import PLAIN, assert_training_unchanged, measure_training
 
@@ -58,12 +60,11 @@ def test_measuring_on_the_batch_leaves_the_training_unchanged(tmp_path: Path) ->
     ("options", "settings", "message"),
     [
         ({"per_device_train_batch_size": 9}, {}, "has 9 rollouts of 3 prompts.*at least 4 prompts"),
-        ({"num_iterations": 2}, {}, "num_iterations is 2 .*expected 1 at most.*Pass held-out prompts as eval_prompts"),
-        ({"steps_per_generation": 2}, {}, "steps_per_generation is 2 .*expected 1 at most"),
+        ({"num_iterations": 2}, {"matrix": True}, "matrix is True .*Leave the matrix out"),
         ({"mask_truncated_completions": True}, {}, "mask_truncated_completions is True"),
         ({}, {"save_state": True}, "save_state is True with eval_prompts='batch'"),
     ],
-    ids=["few prompts", "iterations", "generations", "masked", "state"],
+    ids=["few prompts", "matrix", "masked", "state"],
 )
 def test_attach_refuses_batches_that_are_no_evaluation(
     options: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
@@ -71,3 +72,38 @@ def test_attach_refuses_batches_that_are_no_evaluation(
     training = trainer(Variant("grpo", False, 1, False, {}), str(tmp_path), 1, **{**FIVE_PROMPTS, **options})
     with pytest.raises(ValueError, match=message):
         EntropyInfluence(1, **settings).attach(training)
+
+
+def test_attach_refuses_older_rollouts_without_logprobs(tmp_path: Path) -> None:
+    training = trainer(Variant("rloo", False, 1, False, {}), str(tmp_path), 1, **{**FIVE_PROMPTS, "num_iterations": 2})
+    with pytest.raises(ValueError, match=r"several optimizer steps a generation .*Pass held-out prompts"):
+        EntropyInfluence(1).attach(training)
+
+
+def with_more_prompts(training: Any) -> None:
+    training.train_dataset = Dataset.from_list([{"prompt": f"{k}+{k + 1}="} for k in range(12)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=["again", "in parts"])
+def test_rollouts_of_an_older_policy_are_weighted(options: dict[str, Any], tmp_path: Path) -> None:
+    """The second step is on rollouts of the policy before the first; predicted and measured have the same weights."""
+    run = measure_training(
+        tmp_path,
+        2,
+        prepare=with_more_prompts,
+        settings={"eval_prompts": "batch"},
+        learning_rate=3e-4,
+        per_device_train_batch_size=12,
+        **options,
+    )
+    assert not run.warnings
+    assert len(run.history) == 2
+    for metrics in run.history:
+        assert metrics["measured"] == pytest.approx(metrics["total"], rel=0.2)
+        assert 6 < metrics["ess"] < 12
+    stored = [fx.load_run(tmp_path / "entropy_influence" / f"step_00000{k}") for k in (1, 2)]
+    sampled = [fx.collate(x.evaluations[0].rollouts, 0, off_policy=True).behaviour_logprobs for x in stored]
+    scored = [torch.as_tensor(x.tokens["logprobs"]) for x in stored]
+    gaps = [float((present(b) - s).abs().max()) for b, s in zip(sampled, scored, strict=True)]
+    assert gaps[0] < 1e-4 < 1e-3 < gaps[1]
