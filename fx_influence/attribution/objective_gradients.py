@@ -12,6 +12,7 @@ from torch import Tensor
 from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import plan_directions
+from fx_influence.batching.rows import rows_by_group
 from fx_influence.core.tree import promote
 from fx_influence.estimators.entropy import excess_entropies, length_coefficients
 from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
@@ -76,7 +77,7 @@ def evaluate_objective(
         lengths = length_coefficients(batch_e.completion_mask, objective.estimator)
         return [weighted, batch_e._replace(coefficients=lengths, entropy_coefficients=None)]
 
-    rows = [(groups.group == k).nonzero().squeeze(-1) for k in range(groups.num_groups)]
+    rows = rows_by_group(groups.group, groups.num_groups)
     weighted, losses = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
     excess = excess_entropies(scored[0], batch_e.completion_mask) if estimates_length else torch.zeros_like(shares)
     length_gradient = _ascent_(params, dtype, next(losses)) if estimates_length else None

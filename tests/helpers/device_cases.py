@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +40,12 @@ class Outcome(NamedTuple):
     transfers: list[Transfer]
 
 
+@cache
 def make_case(device: str, family: str) -> Case:
-    """Return the case of ``family``: "plain" for a module in float64, or one of ``hf_models``; the same numbers on
-    every device."""
+    """Return the case with the same numbers on every device.
+
+    ``family``: "plain" for a module in float64, or one of ``hf_models`` in float32.
+    """
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float64
     if family == "plain":
