@@ -36,7 +36,7 @@ def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def rows_by_group(group: Tensor, num_groups: int) -> list[Tensor]:
-    """Return the rows of each group 0..num_groups-1, ascending, with one wait of the host; rows of group -1 are left out.
+    """Return the rows of each group 0..num_groups-1, ascending, with one wait of the host; those of -1 are left out.
 
     Example:
         >>> [rows.tolist() for rows in rows_by_group(torch.tensor([1, 0, -1, 1]), 3)]

@@ -1,7 +1,7 @@
 """A simulated accelerator: tensors that compute on the CPU, report a device of another type and count host reads.
 
 ``register`` adds the device to the process it is called in, for good, and torch then takes it for the machine's
-accelerator: call it in a process of its own, see ``device_process``.
+accelerator: call it in a process of its own, as ``tests/test_simulated_device.py`` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import fx_influence
 
@@ -111,7 +111,7 @@ class SimulatedTensor(torch.Tensor):
 
 def register() -> None:
     """Add the simulated device to this process; once only."""
-    _setup_privateuseone_for_python_backend(DEVICE_TYPE)
+    _setup_privateuseone_for_python_backend(DEVICE_TYPE, _Backend())
     library = torch.library.Library("aten", "IMPL")
     # Kept alive by the module, since a library's kernels go with it.
     globals()["_library"] = library
@@ -146,6 +146,16 @@ def to_device(x: Any) -> Any:
     return type(x)._make(map(to_device, x)) if hasattr(x, "_fields") else x
 
 
+class _Backend(_DummyBackendModule):
+    """The module ``torch.simulated``, whose random numbers are the CPU's."""
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+
 class _Generator(torch.Generator):
     """A generator whose simulated device draws on the CPU, as its tensors compute."""
 
@@ -175,17 +185,11 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if device is not None:
         result_on_device = torch.device(device).type == DEVICE_TYPE
         kwargs = {**kwargs, "device": torch.device("cpu") if result_on_device else device}
-    if name == "aten::copy_":
-        if not isinstance(args[1], SimulatedTensor):
-            _note("write", name)
-        elif not isinstance(args[0], SimulatedTensor):
-            _note("read", name)
-    elif len(simulated) != len(given) and simulated and any(_is_on_host(x) for x in given):
+    if name != "aten::copy_" and simulated and any(map(_is_on_host, given)):
         raise MixedDevices(f"{func} was given tensors on {[str(x.device) for x in given]}; expected one device")
-    elif name in READING or (name in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])):
-        _note("read", name)
-    elif simulated and device is not None and torch.device(device).type == "cpu":
-        _note("read", name)
+    kind = _kind(name, args, device)
+    if kind is not None:
+        _note(kind, name)
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     values_args, values_kwargs = tree_map(lambda x: x.value if isinstance(x, SimulatedTensor) else x, (args, kwargs))
     wrappers = {id(x.value): x for x in simulated}
@@ -199,6 +203,16 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         return SimulatedTensor(x) if result_on_device else x
 
     return tree_map(wrap, func(*values_args, **values_kwargs))
+
+
+def _kind(name: str, args: Any, device: Any) -> str | None:
+    """Return the kind of the transfer that an operation with tensors of the device is, or None."""
+    if name == "aten::copy_":
+        target, source = (isinstance(x, SimulatedTensor) for x in args[:2])
+        return "write" if not source else "read" if not target else None
+    by_mask = name in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
+    to_host = name == "aten::_to_copy" and device is not None and torch.device(device).type == "cpu"
+    return "read" if name in READING or by_mask or to_host else None
 
 
 def _is_on_host(x: Tensor) -> bool:
