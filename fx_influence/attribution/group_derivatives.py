@@ -11,6 +11,7 @@ from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.attribution.labelled_losses import LabelledLosses
 from fx_influence.attribution.linearized_losses import LinearizedLosses
 from fx_influence.attribution.objective_gradients import Evaluation
+from fx_influence.batching.rows import rows_by_group
 from fx_influence.core.tree import Direction
 from fx_influence.optim.step import AdamWStep, InnerProducts, add_inner_products
 from fx_influence.types import Params
@@ -74,16 +75,16 @@ def differentiate_by_group(
     by_token: list[Tensor] = []
     by_label: list[Tensor] = []
     own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
+    rows_left_out = rows_by_group(groups.left_out, groups.num_groups)
     for k, gradient in enumerate(evaluation.gradients):
         # From here on the gradient's memory holds gain * gradient.
         products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
-        rows = (groups.left_out == k).nonzero().squeeze(-1)
         if labelled.by_token and not update.resolves_tokens:
             by_token.append(update.token_jvp(direction))
-            own_tokens[rows] = by_token[-1][rows]
-        elif own_by_token and len(rows):
-            own_tokens[rows] = update.token_jvp_of(direction, rows)
+            own_tokens[rows_left_out[k]] = by_token[-1][rows_left_out[k]]
+        elif own_by_token and len(rows_left_out[k]):
+            own_tokens[rows_left_out[k]] = update.token_jvp_of(direction, rows_left_out[k])
         by_label.extend([direction.scale * labelled.products(direction.unit)] if labelled.gradients else [])
         if several:
             direction.add_to_(total, offload)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import plan_directions
+from fx_influence.batching.rows import rows_by_group
 from fx_influence.core.tree import promote
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
@@ -98,7 +99,7 @@ def evaluate_objective(
         return [batch_of(surrogate_coefficients(objective, values, batch_e)), *further]
 
     # The contribution of a group to a weighted estimate takes all rows, and is that of the only "group" of the passes.
-    rows = [(groups.group == k).nonzero().squeeze(-1) for k in range(groups.num_groups)]
+    rows = rows_by_group(groups.group, groups.num_groups)
     if by_group:
         rows = [torch.arange(len(groups.group), device=groups.group.device)]
     _, losses = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)

@@ -72,34 +72,48 @@ def micro_batches(
     device = batch.input_ids.device
     columns = torch.arange(width, device=device)
     if not left_alignable:
-        lengths, begin, order = [width] * count, torch.zeros(count, dtype=torch.long, device=device), None
+        begin, order = torch.zeros(count, dtype=torch.long, device=device), torch.arange(count, device=device)
+        sorted_lengths = torch.full_like(begin, width)
     else:
         begin = torch.where(batch.attention_mask, columns, width).amin(1).clamp(max=width - 1)
         end = torch.where(batch.completion_mask, columns, 0).amax(1)
         sorted_lengths, order = (end - begin).clamp(min=1).sort(descending=True, stable=True)
-        lengths = sorted_lengths.tolist()
-    chunks, start = [], 0
+    # Read for all micro-batches at once, since the host waits for the device each time.
+    lengths, scored = torch.stack([sorted_lengths, batch.completion_mask.sum(1)[order]]).tolist()
+    row, column = batch.completion_mask[order].nonzero(as_tuple=True)
+    chunks, start, first = [], 0, 0
     while start < count:
         length = max(lengths[start], 1)
         stop = min(count, start + (chunk_size or max(1, min(max_tokens // length, max_rows or count))))
-        index = torch.arange(start, stop, device=device) if order is None else order[start:stop]
-        chunks.append(_micro_batch(batch, index, begin[index], columns[:length], left_alignable))
-        start = stop
+        last = first + sum(scored[start:stop])
+        index, tokens = order[start:stop], (row[first:last] - start, column[first:last])
+        chunks.append(_micro_batch(batch, index, begin[index], columns[:length], tokens, left_alignable))
+        start, first = stop, last
     return chunks
 
 
-def _micro_batch(batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, left_alignable: bool) -> MicroBatch:
-    """Return the rows ``index`` (b,), each from its column ``begin`` (b,) on, L = len(columns) columns of it."""
+def _micro_batch(
+    batch: Batch, index: Tensor, begin: Tensor, columns: Tensor, tokens: tuple[Tensor, Tensor], left_alignable: bool
+) -> MicroBatch:
+    """Return a micro-batch of some rows.
+
+    Args:
+        batch: (B, T).
+        index: (b,), the rows.
+        begin: (b,), the column that each begins at.
+        columns: (L,), 0..L-1, as many as are taken of each.
+        tokens: row of the micro-batch and column of the batch of every completion token, (n,) each, row by row.
+        left_alignable: whether rows may be moved.
+    """
     width = batch.input_ids.shape[1]
     source = begin.unsqueeze(1) + columns
     inside = source.clamp(max=width - 1)
     ids, attention = (field[index].gather(1, inside) for field in (batch.input_ids, batch.attention_mask))
-    following = (source + 1).clamp(max=width - 1)
-    scored = batch.completion_mask[index].gather(1, following) & (source + 1 < width)
     if left_alignable:
         # Nothing attends to tokens after a row's last attended one, so they need no mask; gaps before it need one.
         attended = torch.where(batch.attention_mask[index], torch.arange(width, device=source.device), -1)
         attention = attention | (source > attended.amax(1, keepdim=True))
-    row, position = scored.nonzero(as_tuple=True)
-    flat_index = index[row] * width + following[row, position]
-    return MicroBatch(index, ids, attention, row, position, batch.input_ids.flatten()[flat_index], flat_index)
+    row, column = tokens
+    flat_index = index[row] * width + column
+    targets = batch.input_ids.flatten()[flat_index]
+    return MicroBatch(index, ids, attention, row, column - 1 - begin[row], targets, flat_index)

@@ -35,6 +35,17 @@ def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
     return select_rows(batch, first), index
 
 
+def rows_by_group(group: Tensor, num_groups: int) -> list[Tensor]:
+    """Return the rows of each group 0..num_groups-1, ascending, with one wait of the host; those of -1 are left out.
+
+    Example:
+        >>> [rows.tolist() for rows in rows_by_group(torch.tensor([1, 0, -1, 1]), 3)]
+        [[1], [0, 3], []]
+    """
+    counts = (group == torch.arange(-1, num_groups, device=group.device).unsqueeze(1)).sum(1)
+    return list(group.argsort(stable=True).split(counts.tolist())[1:])
+
+
 def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:
     """Yield consecutive rows, ``chunk_size`` at a time, or as many as fit ``TOKENS_PER_CHUNK``."""
     n, t = batch.input_ids.shape

@@ -176,7 +176,7 @@ def _check_behaviour(field: str, batch: Batch) -> None:
 def _check_vocabulary(field: str, batch: Batch, apply: Apply) -> None:
     """Raise ``ValueError`` if an id lies outside the vocabulary of the policy."""
     size = getattr(apply, "vocab_size", None)
-    low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
+    low, high = torch.stack(batch.input_ids.aminmax()).tolist()
     if low < 0 or (size is not None and high >= size):
         raise ValueError(
             f"{field}.input_ids has values from {low} to {high}; expected at least 0"

@@ -52,6 +52,23 @@ def reduce_over_shards(values: Sequence[Tensor], of: Sequence[Tensor], *, larges
     return out
 
 
+def to_numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of scalars as floats in their order, with one wait of the host for each device.
+
+    Example:
+        >>> to_numbers([torch.tensor(3.0), torch.tensor(True)])
+        [3.0, 1.0]
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for k, x in enumerate(scalars):
+        by_device.setdefault(x.device, []).append(k)
+    out = [0.0] * len(scalars)
+    for indices in by_device.values():
+        for k, value in zip(indices, torch.stack([scalars[k].double() for k in indices]).tolist(), strict=True):
+            out[k] = value
+    return out
+
+
 def _sharded_axes(x: Any) -> list[tuple[Any, int]]:
     """Return (mesh, axis of the mesh) for every axis that ``x`` is sharded over."""
     if not is_sharded(x):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.core.checks import capitalized, check_tree, did_you_mean, wrong_type
-from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
+from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local, to_numbers
 from fx_influence.types import AdamWState, Apply, Params
 
 SPLIT = "Pass both as they come: apply, params = fx.make_functional(model)"
@@ -83,15 +83,13 @@ def check_policy(params: Params, apply: Apply) -> None:
 def first_not_finite(tree: Mapping[str, Tensor | None]) -> str | None:
     """Return the name of the first entry that holds NaN or infinity, or None; every rank gets the same name."""
     tensors = {name: x for name, x in tree.items() if x is not None}
-    flags = reduce_over_shards([_is_not_finite(to_local(x)) for x in tensors.values()], list(tensors.values()))
-    return next((name for name, flag in zip(tensors, flags, strict=True) if flag), None)
-
-
-def _is_not_finite(x: Tensor) -> Tensor:
-    """Return 1 if ``x`` holds NaN or infinity, else 0, as a float64 scalar."""
+    local = [to_local(x) for x in tensors.values()]
     # The sum alone is cheap and finite only if every term is; the entries are read where it overflows.
-    finite = bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-    return x.new_full((), not finite, dtype=torch.float64)
+    finite_sums = to_numbers([torch.isfinite(x.sum()) for x in local])
+    finite = [bool(known) or bool(torch.isfinite(x).all()) for x, known in zip(local, finite_sums, strict=True)]
+    flags = [x.new_full((), not known, dtype=torch.float64) for x, known in zip(local, finite, strict=True)]
+    flagged = to_numbers(reduce_over_shards(flags, list(tensors.values())))
+    return next((name for name, flag in zip(tensors, flagged, strict=True) if flag), None)
 
 
 def check_state(state: object) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.core.dtensor import reduce_over_shards, to_local
+from fx_influence.core.dtensor import reduce_over_shards, to_local, to_numbers
 from fx_influence.types import Gradients, Params
 
 
@@ -110,7 +110,7 @@ def _address(x: Tensor) -> int:
 def largest_entry(direction: Params) -> float:
     """Return max |v| over all entries, or 1.0 where that is 0: the divisor before a cast to a narrower dtype."""
     local = [_max_abs(to_local(v)) for v in direction.values()]
-    largest = max(map(float, reduce_over_shards(local, list(direction.values()), largest=True)), default=0.0)
+    largest = max(to_numbers(reduce_over_shards(local, list(direction.values()), largest=True)), default=0.0)
     return largest if largest > 0 else 1.0
 
 

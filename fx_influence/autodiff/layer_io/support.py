@@ -76,12 +76,12 @@ def _probe_rows(batch: Batch, left_alignable: bool) -> tuple[Tensor, Tensor]:
     """Return ids and attention mask (3, L <= 4) of the batch's tokens, of three lengths where the batch is padded."""
     width = min(PROBE_COLUMNS, batch.input_ids.shape[1])
     columns = torch.arange(width, device=batch.input_ids.device)
-    probe = []
-    for i in range(PROBE_ROWS):
-        row, attended = (field[i % len(batch.input_ids)] for field in (batch.input_ids, batch.attention_mask))
-        tokens = row[attended] if bool(attended.any()) else row
-        probe.append(tokens[columns % len(tokens)])
-    ids = torch.stack(probe)
+    rows = torch.arange(PROBE_ROWS, device=columns.device) % len(batch.input_ids)
+    attended = batch.attention_mask[rows]
+    # The attended columns first, in order; their number stays on the device, as reading it would hold up the host.
+    order, count = (~attended).byte().argsort(dim=1, stable=True), attended.sum(1, keepdim=True)
+    source = order.gather(1, columns % torch.where(count > 0, count, attended.shape[1]))
+    ids = batch.input_ids[rows].gather(1, source)
     if left_alignable or bool(batch.attention_mask.all()):
         return ids, torch.ones_like(ids, dtype=torch.bool)
     # Neither ascending nor descending, so that a model which sorts rows by length changes their order.
@@ -117,13 +117,13 @@ def _row_mixing_uses(output: Tensor, recorder: LayerRecorder) -> set[str]:
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
     mixes = [torch.zeros((), dtype=torch.bool, device=output.device)] * len(outputs)
     for i in range(rows):
-        row = torch.tensor([i], device=cotangent.device)
+        row = torch.arange(i, i + 1, device=cotangent.device)
         row_cotangent = torch.zeros_like(cotangent).index_copy(0, row, cotangent[i : i + 1])
         grads = torch.autograd.grad(output, outputs, row_cotangent, allow_unused=True, retain_graph=True)
         for k, g in enumerate(grads):
             if g is not None:
                 # NaN differs from 0, so it counts as dependence too.
-                others = split_rows(g, rows)[torch.arange(rows, device=g.device) != i]
+                others = split_rows(g, rows).index_fill(0, row, 0.0)
                 mixes[k] = mixes[k] | (others != 0).any()
     flags = torch.stack(mixes).tolist()
     return {use.name for use, flag in zip(recorder.uses, flags, strict=True) if flag}
