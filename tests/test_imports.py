@@ -18,6 +18,7 @@ ORDER = (
     {"autodiff"},
     {"distributed"},
     {"objectives", "labels", "losses", "functional", "perturbation", "derivative_check", "fisher", "attribution"},
+    {"trajectory"},
     {"interop"},
     {"lab"},
 )
@@ -25,7 +26,7 @@ ORDER = (
 
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 OUTSIDE_THE_ORDER = {"__init__", "__main__", "testing"}
-MATHEMATICS = {name for names in ORDER[:6] for name in names}
+MATHEMATICS = {name for names in ORDER[:7] for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
 THIRD_PARTY = {"torch", "einops", "numpy"}
 

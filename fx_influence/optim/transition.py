@@ -156,11 +156,13 @@ class TransposedStep(NamedTuple):
     Attributes:
         before: cotangent of the state before the step, through the optimizer alone: the gradient counts as given.
         g: cotangent of the gradient before clipping, by name; without the parameters that the step does not move.
+        weight_decay: derivative along the step's decay, <l_theta, -lr rho lambda theta>, float64 scalar.
         eps: sum over parameters of eps times its cotangent, float64 scalar.
     """
 
     before: StateCotangent
     g: Params
+    weight_decay: Tensor
     eps: Tensor
 
 
@@ -213,17 +215,19 @@ def transpose(step: AdamWStep, lr: float, after: StateCotangent, clip: Clip = "f
     """
     preconditioner: Literal["frozen", "jacobian"] = "frozen" if step.preconditioner == "frozen" else "jacobian"
     theta, m, s, maximum = dict(after.theta), dict(after.m), dict(after.s), dict(after.maximum)
-    of_g, of_eps = {}, torch.zeros((), dtype=torch.float64, device=step.clip.device)
+    of_g, decay, of_eps = {}, *torch.zeros(2, dtype=torch.float64, device=step.clip.device)
     for name in filter(step.moves, step.params):
         hyper, tau = step.opt_state.hyper[name], step.opt_state.step[name] + 1
         out = step_vjp(step.inputs(name), hyper, tau, lr, after.of_parameter(name), preconditioner)
         theta[name], m[name], s[name], of_g[name] = out.before.theta, out.before.m, out.before.s, out.g
         if out.before.maximum is not None:
             maximum[name] = out.before.maximum
-        of_eps += out.eps.to(of_eps.device)
+        size = dot({name: after.theta[name]}, {name: step.params[name]})
+        decay -= lr * hyper.lr_scale * hyper.weight_decay * size.to(decay.device)
+        of_eps += hyper.eps * out.eps.to(of_eps.device)
     if clip == "differentiated" and step.clip < 1 and of_g:
         _add_clipping_(of_g, step)
-    return TransposedStep(StateCotangent(theta, m, s, maximum), of_g, of_eps)
+    return TransposedStep(StateCotangent(theta, m, s, maximum), of_g, decay, of_eps)
 
 
 def _add_clipping_(of_g: Params, step: AdamWStep) -> None:

@@ -56,7 +56,7 @@ def assert_product_matches(
         params, v, recorded, apply, temperature, chunk_size, slopes=recorded.coefficients if ratio else None
     )
     flat = torch.cat([(torch.zeros_like(p) if (x := product[n]) is None else x).flatten() for n, p in params.items()])
-    slope = central_difference(at, 2e-4, terms=policy_terms(params, batch.input_ids.shape[1]))
+    slope = central_difference(at, 1e-4, terms=policy_terms(params, batch.input_ids.shape[1]))
     assert_within(flat, slope.slope, slope.bound)
     assert slope.bound < 1e-4 * float(slope.slope.abs().max())
 

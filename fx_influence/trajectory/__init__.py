@@ -1,0 +1,1 @@
+"""Influence over several optimizer steps: derivatives through a recorded window of the training run."""
