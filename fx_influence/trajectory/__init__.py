@@ -1,1 +1,1 @@
-"""Influence over several optimizer steps: derivatives through a recorded window of the training run."""
+"""The influence of every rollout and token of several recorded steps on the objective after the last."""
