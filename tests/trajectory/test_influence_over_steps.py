@@ -10,7 +10,7 @@ import torch
 from helpers.cases import make_apply
 from helpers.strategies import seeds
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, central_difference
-from helpers.windows import Run, Scales, random_run
+from helpers.windows import WIDTH, Run, Scales, random_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,9 +19,11 @@ import fx_influence as fx
 from fx_influence.optim.transition import Clip
 from fx_influence.types import IdentityError
 
-WIDTH_OF_STEP = 3e-4
+WIDTHS = (1e-4, 1e-5)
+"""Changes of weights; the second is for windows in which amsgrad's maximum changes hands within the first."""
+
 SHARP = 1e-6
-"""Relative to the sum of |delta_i|, a bound that a lost term cannot hide below."""
+"""Largest bound relative to the sum of |delta_i|, so that no lost term hides below it."""
 
 clips: st.SearchStrategy[Clip] = st.sampled_from(["frozen", "differentiated"])
 
@@ -55,11 +57,14 @@ def scaled(run: Run, eta: float, step: int | None = None, row: int | None = None
 def assert_derivative(run: Run, actual: Tensor, size: Tensor, **which: int) -> None:
     """Compare with the change of entropy as the window is made with other weights."""
     entropy_change = run.entropy_change()
-    change = central_difference(
-        lambda eta: entropy_change(scaled(run, eta, **which)), WIDTH_OF_STEP, terms=TINY_POLICY, magnitude=1e-2
-    )
-    print("BOUND", change.bound / float(size), float((actual - change.slope).abs() / size))
-    assert_within(actual, change.slope, change.bound + SHARP * float(size))
+    for width in WIDTHS:
+        change = central_difference(
+            lambda eta: entropy_change(scaled(run, eta, **which)), width, terms=TINY_POLICY, magnitude=1e-2
+        )
+        if change.bound <= SHARP * float(size):
+            break
+    assert_within(actual, change.slope, change.bound)
+    assert change.bound <= SHARP * float(size)
 
 
 def size_of(out: fx.InfluenceOverSteps) -> Tensor:
@@ -169,7 +174,7 @@ def test_frozen_parts_add_up_to_the_windows_movement(max_grad_norm: float | None
 
 @given(seed=seeds, steps=st.integers(1, 4), max_grad_norm=st.sampled_from([None, 0.5]), hyper=hypers)
 @settings(max_examples=8)
-def test_scaling_everything_alike_leaves_the_window(
+def test_scaling_of_gradients_and_moments_cancels(
     seed: int, steps: int, max_grad_norm: float | None, hyper: dict[str, Any]
 ) -> None:
     out = over_steps(random_run(seed, steps, max_grad_norm=max_grad_norm, **hyper))
@@ -198,11 +203,8 @@ def test_result_is_pure_and_tokens_add_up() -> None:
     assert all(torch.equal(window.params[name], p) for name, p in before.items())
     assert out.per_token is not None
     for tokens, rows in zip(out.per_token, out.per_sequence, strict=True):
-        assert_close_to_rounding(tokens.sum(-1), rows, terms=WIDTH_OF_TOKENS)
+        assert_close_to_rounding(tokens.sum(-1), rows, terms=WIDTH)
     assert over_steps(run).per_token is None
-
-
-WIDTH_OF_TOKENS = 10
 
 
 def test_float32_matches_float64() -> None:
