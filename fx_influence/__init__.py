@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
     from fx_influence.perturbation import JvpDelta, jvp_delta, snis_delta, snis_sweep
     from fx_influence.policy.policy import Policy
+    from fx_influence.trajectory.influence_over_steps import influence_over_steps
+    from fx_influence.trajectory.result import InfluenceOverSteps
+    from fx_influence.trajectory.window import RecordedStep, Window
     from fx_influence.types import (
         AdamWHyper,
         AdamWState,
@@ -67,6 +70,7 @@ _MODULES = {
     "Gradients": "fx_influence.types",
     "IdentityError": "fx_influence.types",
     "Influence": "fx_influence.attribution.result",
+    "InfluenceOverSteps": "fx_influence.trajectory.result",
     "JvpDelta": "fx_influence.perturbation",
     "LossType": "fx_influence.types",
     "Normalize": "fx_influence.types",
@@ -74,10 +78,12 @@ _MODULES = {
     "Params": "fx_influence.types",
     "Policy": "fx_influence.policy.policy",
     "Preconditioner": "fx_influence.types",
+    "RecordedStep": "fx_influence.trajectory.window",
     "Rollout": "fx_influence.interop.rollouts.record",
     "SnisDelta": "fx_influence.estimators.snis",
     "TokenMoments": "fx_influence.types",
     "TokenValues": "fx_influence.types",
+    "Window": "fx_influence.trajectory.window",
     "adamw_decompose": "fx_influence.optim.adamw",
     "adamw_state": "fx_influence.interop.optimizers",
     "check_derivatives": "fx_influence.derivative_check",
@@ -90,6 +96,7 @@ _MODULES = {
     "fisher_kernel": "fx_influence.fisher",
     "group_advantages": "fx_influence.losses",
     "influence": "fx_influence.attribution.influence",
+    "influence_over_steps": "fx_influence.trajectory.influence_over_steps",
     "jvp_delta": "fx_influence.perturbation",
     "kl_to_reference": "fx_influence.objectives",
     "load_checkpoint": "fx_influence.interop.checkpoints.load",
@@ -131,6 +138,7 @@ __all__ = [
     "Gradients",
     "IdentityError",
     "Influence",
+    "InfluenceOverSteps",
     "JvpDelta",
     "LossType",
     "Normalize",
@@ -138,10 +146,12 @@ __all__ = [
     "Params",
     "Policy",
     "Preconditioner",
+    "RecordedStep",
     "Rollout",
     "SnisDelta",
     "TokenMoments",
     "TokenValues",
+    "Window",
     "__version__",
     "adamw_decompose",
     "adamw_state",
@@ -155,6 +165,7 @@ __all__ = [
     "fisher_kernel",
     "group_advantages",
     "influence",
+    "influence_over_steps",
     "interop",
     "jvp_delta",
     "kl_to_reference",

@@ -21,6 +21,7 @@ ORDER = (
         *("objectives", "labels", "losses", "functional", "perturbation", "derivative_check", "fisher", "proxies"),
         "attribution",
     },
+    {"trajectory"},
     {"interop"},
     {"lab"},
 )
@@ -28,7 +29,7 @@ ORDER = (
 
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 OUTSIDE_THE_ORDER = {"__init__", "__main__", "testing"}
-MATHEMATICS = {name for names in ORDER[:6] for name in names}
+MATHEMATICS = {name for names in ORDER[:7] for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
 THIRD_PARTY = {"torch", "einops", "numpy"}
 

@@ -1,17 +1,24 @@
-"""Directional derivatives of token values: the JVP, and the second derivative of a loss along one direction."""
+"""Directional derivatives: of token values, by a JVP; of a loss's gradient; and of a loss twice."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.gradients import LinearOutputCaches
-from fx_influence.autodiff.token_values import scatter_to_batch, scored_hidden_states, surrogate, token_values
+from fx_influence.autodiff.gradients import LinearOutputCaches, as_leaves
+from fx_influence.autodiff.token_values import (
+    scaled_loss_weights,
+    scatter_to_batch,
+    scored_hidden_states,
+    surrogate,
+    token_values,
+)
 from fx_influence.batching.rows import row_chunks
-from fx_influence.core.tree import largest_entry, promote, shift, unit_direction
-from fx_influence.policy.lm_head import head_jvp
+from fx_influence.core.tree import accumulate, cast_like, largest_entry, promote, shift, unit_direction
+from fx_influence.policy.attention import math_attention
+from fx_influence.policy.lm_head import head_hessian_product, head_jvp, head_vjp
 from fx_influence.policy.split import split_policy
-from fx_influence.types import Apply, Batch, Params, TokenValues
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 
 def token_jvp(
@@ -51,6 +58,91 @@ def token_jvp(
             derivatives.append((micro_batch, d_values))
     d = scatter_to_batch(derivatives, batch)
     return TokenValues(d.logprobs * scale, d.entropies * scale)
+
+
+def hessian_product(
+    params: Params,
+    direction: Params,
+    batch: Batch,
+    apply: Apply,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    slopes: Tensor | None = None,
+) -> Gradients:
+    """Return the derivative along v of the batch's gradient g = -sum_it (c_it grad log pi(y_it) + b_it grad h_it).
+
+    It is that of g as a function of theta: b is constant, and c_it follows the policy by its slope e_it,
+
+        -sum_it [c_it Hess log pi + e_it grad log pi (grad log pi)^T + b_it Hess h] v
+
+    so e = c for an importance ratio with a fixed denominator, c = a pi / pi_old, and e = 0 for c that is the same
+    whatever the policy. Either way the matrix is symmetric.
+
+    The backbone's hidden states x(theta) and the loss F of the head give J^T (d/dv of dF/dx) + d/dtheta <J^T dF/dx, v>,
+    the latter with dF/dx fixed: a JVP of the backbone, and a reverse pass over a reverse pass. Logits exist a chunk of
+    tokens at a time.
+
+    Args:
+        params: theta, by name.
+        direction: v, by name, any float dtype; names absent count as 0.
+        batch: rollouts with c = ``coefficients`` and b = ``entropy_coefficients``, (B, T) each.
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        slopes: e_it = dc_it / dlog pi(y_it), (B, T), read at completion tokens alone; None for 0.
+
+    Returns:
+        One tensor per parameter, at least float32, and None where no derivative reaches the parameter.
+    """
+    policy, leaves = split_policy(apply), as_leaves(params)
+    scale, tangent = unit_direction(direction, params)
+    total: Gradients = dict.fromkeys(params)
+    for micro_batch in policy.micro_batches(batch, chunk_size):
+        weights = scaled_loss_weights(batch, micro_batch, policy)
+        slope = None if slopes is None else slopes.flatten()[micro_batch.flat_index] * policy.loss_scale
+        with torch.no_grad():
+            _, d_hidden = policy.backbone_jvp(params, tangent, micro_batch, None)
+            d_hidden = scored_hidden_states(d_hidden, micro_batch)
+        # Fused attention kernels and compiled graphs have no second backward pass.
+        with torch.enable_grad(), math_attention():
+            if policy.compiled:
+                states = policy.backbone_eager(leaves, micro_batch.input_ids, micro_batch.attention_mask)
+            else:
+                states = policy.backbone(leaves, micro_batch)
+            hidden = scored_hidden_states(states, micro_batch)
+        head = policy, leaves, tangent, hidden.detach(), d_hidden, micro_batch.targets, weights, slope, temperature
+        d_cotangent, d_head = head_hessian_product(*head)
+        accumulate(total, d_head.items())
+        if hidden.requires_grad:
+            cotangent, _ = head_vjp(policy, leaves, hidden, micro_batch.targets, weights, temperature)
+            accumulate(total, _backbone_product(hidden, cotangent, d_cotangent, leaves, tangent).items())
+    return {name: x if x is None else x.mul_(scale / policy.loss_scale) for name, x in total.items()}
+
+
+def _backbone_product(
+    hidden: Tensor, cotangent: Tensor, d_cotangent: Tensor, leaves: Params, tangent: Params
+) -> Gradients:
+    """Return J^T d_cotangent + d/dtheta <J^T cotangent, v>, J that of hidden states with respect to the leaves.
+
+    Args:
+        hidden: (n, d), with its graph.
+        cotangent: (n, d), held fixed.
+        d_cotangent: (n, d), its derivative along v.
+        leaves: theta by name.
+        tangent: v by name; names absent count as 0.
+    """
+    # Reverse over reverse; forward mode over reverse mode is silently wrong at LayerNorm, see ``curvature``.
+    with torch.enable_grad():
+        gradient = torch.autograd.grad(hidden, list(leaves.values()), cotangent, create_graph=True, allow_unused=True)
+        terms = [
+            (g * cast_like(tangent[name], leaf)).sum()
+            for (name, leaf), g in zip(leaves.items(), gradient, strict=True)
+            if g is not None and name in tangent and g.requires_grad
+        ]
+    outputs, cotangents = [hidden, *terms], [d_cotangent, *map(torch.ones_like, terms)]
+    return dict(
+        zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True), strict=True)
+    )
 
 
 def curvature(

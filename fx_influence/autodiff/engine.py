@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from fx_influence.autodiff.directional import curvature, token_jvp
+from fx_influence.autodiff.directional import curvature, hessian_product, token_jvp
 from fx_influence.autodiff.ghost import JvpFn, linearize_losses
 from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradients
 from fx_influence.autodiff.gram import gradient_gram
@@ -129,6 +129,12 @@ class Engine:
         return gradient_gram(
             params, batch_a, batch_b, diagonal, apply_b=apply_b, memory_budget=memory_budget, **self._options
         )
+
+    def hessian_product(
+        self, params: Params, direction: Params, batch: Batch, slopes: Tensor | None = None
+    ) -> Gradients:
+        """Return the derivative of the batch's gradient along ``direction``; see the function."""
+        return hessian_product(params, direction, batch, slopes=slopes, **self._options)
 
     def curvature(self, params: Params, direction: Params, batch: Batch) -> Tensor:
         """Return the second derivative of the batch's weighted token values along ``direction``."""

@@ -169,6 +169,10 @@ class StepInputs(NamedTuple):
         ghat = ((-1.0 if hyper.maximize else 1.0) * self.clip) * self.g
         return ghat, torch.addcmul(hyper.beta2 * self.s, ghat, ghat, value=1 - hyper.beta2)
 
+    def first_moment(self, ghat: Tensor, hyper: AdamWHyper) -> Tensor:
+        """Return m'."""
+        return hyper.beta1 * self.m + (1 - hyper.beta1) * ghat
+
 
 def moments_of(name: str, state: AdamWState) -> list[Tensor]:
     """Return m and s of a parameter, and max_exp_avg_sq where its group has amsgrad."""
@@ -208,7 +212,7 @@ def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: 
     direction = torch.addcmul(baseline, gamma, g)
     if preconditioner == "jacobian":
         b2 = 1 - hyper.beta2**tau
-        m_hat = (hyper.beta1 * m + (1 - hyper.beta1) * ghat) / b1
+        m_hat = inputs.first_moment(ghat, hyper) / b1
         change = m_hat * (1 - hyper.beta2) * ghat / (b2 * r * den.square())
         gamma = gamma + rho * sign * clip * torch.where(is_current & (r > 0), change, torch.zeros_like(change))
         baseline = direction - gamma * g

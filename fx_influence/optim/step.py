@@ -144,6 +144,12 @@ class AdamWStep:
             params=every_nth(self.params, stride),
         )
 
+    def inputs(self, name: str) -> StepInputs:
+        """Return the inputs of a parameter that the step moves."""
+        g = self.grads[name]
+        assert g is not None
+        return StepInputs.promoted(self.params[name], moments_of(name, self.opt_state), g, self.clip)
+
     def _ones(self) -> Params:
         return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in self.params.items()}
 
@@ -158,7 +164,7 @@ class AdamWStep:
     def _precondition_(self, name: str, x: Tensor) -> Tensor:
         local = to_local(x)
         total = torch.zeros(4, dtype=torch.float64, device=local.device)
-        if not self._moves(name):
+        if not self.moves(name):
             local.zero_()
             return total
         hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
@@ -173,14 +179,15 @@ class AdamWStep:
     def _scale_(self, x: Params, factor: Callable[[StepInputs, AdamWHyper, int], Tensor]) -> None:
         for name, v in x.items():
             local = to_local(v)
-            if not self._moves(name):
+            if not self.moves(name):
                 local.zero_()
                 continue
             hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
             for block, inputs in self._blocks(name, local):
                 block.mul_(factor(inputs, hyper, tau).to(block.device))
 
-    def _moves(self, name: str) -> bool:
+    def moves(self, name: str) -> bool:
+        """Return whether the step moves a parameter: backward reached it, and the optimizer holds it."""
         return self.grads.get(name) is not None and name in self.opt_state.hyper
 
     def _blocks(self, name: str, x: Tensor) -> Iterator[tuple[Tensor, StepInputs]]:

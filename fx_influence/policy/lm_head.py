@@ -158,6 +158,66 @@ def head_jvp(
     return _concatenate(chunks)
 
 
+def head_hessian_product(
+    policy: SplitPolicy,
+    params: Params,
+    tangent: Params,
+    hidden: Tensor,
+    d_hidden: Tensor,
+    targets: Tensor,
+    weights: TokenWeights,
+    slopes: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Gradients]:
+    """Return the derivative of ``head_vjp``'s results along a direction of parameters and hidden states.
+
+    With logits z(x), x the hidden states and parameters, and q = dF/dz the gradient of the loss F, the gradient of F is
+    J(x)^T q. Its derivative along v is J^T dq, with dq by the closed form, plus that of <J(x)^T q, v> with q fixed.
+
+    Args:
+        policy: its head and vocabulary size are used.
+        params: by name, leaves of a graph.
+        tangent: the direction of the parameters, by name.
+        hidden: (n, d).
+        d_hidden: (n, d), the direction of ``hidden``.
+        targets: int64 (n,), the tokens y.
+        weights: c and b, (n,) each or None.
+        slopes: dc / dlog pi(y), (n,), or None where c does not depend on the policy.
+        temperature: divisor of the logits.
+
+    Returns:
+        (n, d), and a tensor for every parameter that requires a gradient, None for those that the head does not use.
+    """
+    leaves = {name: p for name, p in params.items() if p.requires_grad}
+    total: Gradients = dict.fromkeys(leaves)
+    dd_hidden = torch.empty_like(hidden)
+    head_tangent = {name: cast_like(tangent[name], params[name]) for name in leaves if name in tangent}
+    for tokens in _chunks(len(hidden), policy):
+        chunk = hidden[tokens].detach().requires_grad_()
+        c, b, slope = (w if w is None else w[tokens] for w in (*weights, slopes))
+        with torch.enable_grad():
+            logits = policy.head(params, chunk.view_as(chunk))
+            inputs, directions = [chunk, *leaves.values()], [d_hidden[tokens], *map(head_tangent.get, leaves)]
+            z = logits.detach()
+            q = logit_gradient(z, targets[tokens], (c, b), temperature)
+            gradient = torch.autograd.grad(logits, inputs, q, create_graph=True, allow_unused=True)
+            through_head = [
+                (g * v).sum()
+                for g, v in zip(gradient, directions, strict=True)
+                if g is not None and v is not None and g.requires_grad
+            ]
+        point = {**{name: p.detach() for name, p in leaves.items()}, "": chunk.detach()}
+        with torch.no_grad():
+            d_logits = forward_mode_jvp(
+                lambda p: policy.head({**params, **p}, p[""]), point, {**head_tangent, "": d_hidden[tokens]}
+            )[1]
+            dq = logit_gradient_jvp(z, d_logits, targets[tokens], (c, b), slope, temperature)
+        outputs, cotangents = [logits, *through_head], [dq, *map(torch.ones_like, through_head)]
+        dd_hidden[tokens], *grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+        accumulate(total, zip(leaves, grads, strict=True))
+    return dd_hidden, total
+
+
 def logit_gradient(logits: Tensor, targets: Tensor, weights: TokenWeights, temperature: float) -> Tensor:
     """Return the gradient of -sum (c log pi(y) + b h) with respect to the logits, (..., V).
 
@@ -181,6 +241,48 @@ def logit_gradient(logits: Tensor, targets: Tensor, weights: TokenWeights, tempe
     if c is not None:
         out.scatter_add_(-1, targets.unsqueeze(-1), -c)
     return out.to(logits.dtype)
+
+
+def logit_gradient_jvp(
+    logits: Tensor,
+    d_logits: Tensor,
+    targets: Tensor,
+    weights: TokenWeights,
+    slopes: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Return the derivative of ``logit_gradient`` along ``d_logits``, (..., V).
+
+    With r = dlog pi = (dz - <pi, dz>) / temperature and dh = -<pi r, log pi> it is
+
+        [c pi r + dc (pi - 1_y) + b pi (r (log pi + h + 1) + dh)] / temperature,  dc = slope r_y
+
+    Args:
+        logits: (..., V), not divided by the temperature.
+        d_logits: (..., V), their derivative.
+        targets: int64 (...), the tokens y.
+        weights: c and b, (...) each or None.
+        slopes: dc / dlog pi(y), (...), or None for c that does not depend on the policy.
+        temperature: divisor of the logits.
+    """
+    log_pi = _log_softmax(logits, temperature)
+    pi, log_pi = log_pi.exp(), _finite(log_pi)
+    d_logits = d_logits.to(pi.dtype) / temperature
+    r = d_logits - _sum_of_products(pi, d_logits).unsqueeze(-1)
+    out = torch.zeros_like(pi)
+    c, b, slope = (None if w is None else w.to(pi.dtype).unsqueeze(-1) for w in (*weights, slopes))
+    if c is not None:
+        out += c * pi * r
+    if b is not None:
+        h = -_sum_of_products(pi, log_pi).unsqueeze(-1)
+        dh = -_sum_of_products(pi * r, log_pi).unsqueeze(-1)
+        out += b * pi * (r * (log_pi + h + 1) + dh)
+    if slope is not None:
+        index = targets.unsqueeze(-1)
+        dc = slope * r.gather(-1, index)
+        out += dc * pi
+        out.scatter_add_(-1, index, -dc)
+    return (out / temperature).to(logits.dtype)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,106 @@
+"""Replay a recorded window: the states on the way, recomputed from the first, in a memory budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fx_influence.autodiff.engine import Engine
+from fx_influence.core.tree import promote
+from fx_influence.optim.step import AdamWStep
+from fx_influence.optim.transition import advance
+from fx_influence.trajectory.window import RecordedStep
+from fx_influence.types import AdamWState, Params
+
+VECTORS = 4
+"""Vectors of the parameters' size that a stored step refers to: theta, m, s, and g."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The steps of a window, computed one after the other and given back from the last.
+
+    Attributes:
+        params: theta_K by name, after the last step.
+        opt_state: AdamW's state after the last step.
+        segment: number of steps that are in memory at once.
+    """
+
+    params: Params
+    opt_state: AdamWState
+    segment: int
+    _steps: Sequence[RecordedStep]
+    _engine: Engine
+    _preconditioner: Literal["frozen", "jacobian"]
+    _checkpoints: Sequence[tuple[Params, AdamWState]]
+    _last: Sequence[AdamWStep]
+
+    def backward(self) -> Iterator[tuple[int, AdamWStep]]:
+        """Yield (k, step k) from the last step to the first, replaying each segment from its checkpoint."""
+        for index in reversed(range(len(self._checkpoints))):
+            start = index * self.segment
+            steps = self._last
+            if index < len(self._checkpoints) - 1:
+                recorded = self._steps[start : start + self.segment]
+                steps = [
+                    x for x, _, _ in _forward(self._checkpoints[index], recorded, self._engine, self._preconditioner)
+                ]
+            for offset in reversed(range(len(steps))):
+                yield start + offset, steps[offset]
+
+
+def replay(
+    params: Params,
+    opt_state: AdamWState,
+    steps: Sequence[RecordedStep],
+    engine: Engine,
+    preconditioner: Literal["frozen", "jacobian"],
+    memory_budget: int,
+) -> Replay:
+    """Return the window replayed: every step is stored where all fit the budget, else segments of sqrt(K) of them.
+
+    With segments the first state of each is stored, and all but the last segment are computed a second time.
+
+    Args:
+        params: theta_0 by name.
+        opt_state: AdamW's state before the first step.
+        steps: the K recorded steps.
+        engine: engine of the policy as the trainer computes it.
+        preconditioner: of the steps' derivatives.
+        memory_budget: bytes for stored states.
+    """
+    size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
+    segment = len(steps) if VECTORS * size * len(steps) <= memory_budget else math.ceil(math.sqrt(len(steps)))
+    point, checkpoints = (params, opt_state), []
+    last: list[AdamWStep] = []
+    for start in range(0, len(steps), segment):
+        checkpoints.append(point)
+        is_last, last = start + segment >= len(steps), []
+        for step, after_params, after_state in _forward(point, steps[start : start + segment], engine, preconditioner):
+            point = after_params, after_state
+            if is_last:
+                last.append(step)
+    return Replay(*point, segment, steps, engine, preconditioner, checkpoints, last)
+
+
+def _forward(
+    point: tuple[Params, AdamWState],
+    steps: Sequence[RecordedStep],
+    engine: Engine,
+    preconditioner: Literal["frozen", "jacobian"],
+) -> Iterator[tuple[AdamWStep, Params, AdamWState]]:
+    """Yield each step with the parameters and the optimizer's state after it.
+
+    Raises:
+        ValueError: for a gradient that is not finite.
+    """
+    params, state = point
+    for recorded in steps:
+        if recorded.hyper is not None:
+            state = state._replace(hyper=dict(recorded.hyper))
+        grads = engine.gradient(params, recorded.batch)
+        step = AdamWStep.of(grads, state, params, preconditioner, recorded.max_grad_norm)
+        params, state = advance(step, recorded.lr)
+        yield step, params, state
