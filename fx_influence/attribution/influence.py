@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,23 +17,23 @@ from fx_influence.attribution.error_bars import (
     self_influence,
     with_token_deviations,
 )
-from fx_influence.attribution.group_derivatives import GroupDerivatives, differentiate_by_group
-from fx_influence.attribution.labelled_losses import labelled_losses
+from fx_influence.attribution.group_derivatives import differentiate_by_group
+from fx_influence.attribution.labelled_losses import labelled_losses, token_labels
 from fx_influence.attribution.linearized_losses import linearize_update
 from fx_influence.attribution.objective_gradients import evaluate_objective, normalises_by_rank
 from fx_influence.attribution.result import Influence
-from fx_influence.attribution.row_influences import RowInfluences, conditioning, sum_groups
+from fx_influence.attribution.row_influences import check_sums, conditioning, sum_groups
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import default_budget
 from fx_influence.batching.prompts import warn_of_shared_prompts
 from fx_influence.core.batch_checks import check_batch, check_is_batch
 from fx_influence.core.checks import check_dtypes, check_number, check_options
 from fx_influence.core.parameter_checks import check_policy, check_state
-from fx_influence.core.tree import detached, dot
+from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.consistency import agree_within, check_identity, check_rounding, tolerance_of
+from fx_influence.estimators.consistency import check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.deviations import share_left
-from fx_influence.labels import Labels, as_labels
+from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs
 from fx_influence.optim.step import AdamWStep
@@ -191,7 +191,7 @@ def influence(
         offload=offload,
         tolerance=tolerance,
     )
-    token_labels = _token_labels(batch_u, labels, stderr, per_token, matrix, engine)
+    of_tokens = token_labels(batch_u, labels, engine, stderr=stderr, per_token=per_token, matrix=matrix)
     batch_u = engine.full_batch("batch_u", batch_u)
     batch_e = None if batch_e is None else engine.full_batch("batch_e", batch_e)
     if matrix:
@@ -217,7 +217,7 @@ def influence(
             matrix=matrix,
             stderr=stderr,
             per_token=per_token,
-            labels=token_labels,
+            labels=of_tokens,
             memory_budget=default_budget(params) if memory_budget is None else memory_budget,
             direction_dtype=direction_dtype,
             offload=offload,
@@ -265,7 +265,6 @@ def _attribute(x: _Inputs) -> Influence:
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 0
     update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, num_directions, x.per_token, x.memory_budget)
     step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm)
-
     shares = evaluation.group_shares
     labelled = labelled_losses(
         x.params,
@@ -281,7 +280,7 @@ def _attribute(x: _Inputs) -> Influence:
         evaluation, update, step, x.groups, x.per_token, labelled, x.direction_dtype, x.offload
     )
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
-    identity = _check_sums(x, groups, rows)
+    identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
     conditioned = conditioning(update, step, groups.u, rows.over_all)
     slopes = length_slopes(evaluation, update, step) if x.matrix else None
     on_step, along_step, update_products = groups.on_step, groups.along_step, groups.update_products
@@ -329,35 +328,6 @@ def _attribute(x: _Inputs) -> Influence:
     )
 
 
-class _Identity(NamedTuple):
-    """The identity's sides, scalars: ``expected`` <u, g>, its ``residual``, and what is ``unattributed`` to a row."""
-
-    expected: Tensor
-    residual: Tensor
-    unattributed: Tensor
-
-
-def _check_sums(x: _Inputs, groups: GroupDerivatives, rows: RowInfluences) -> _Identity:
-    """Return <u, g> beside the rows' sum; raise ``IdentityError`` where they differ by more than rounding can make."""
-    expected = torch.stack(list(groups.update_products.values())).sum()
-    residual, unattributed = expected - rows.over_all.sum(), torch.zeros_like(expected)
-    if x.grad is not None and (
-        x.precision.under_autocast or not agree_within(residual, rows.over_all, expected, x.bound)
-    ):
-        # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
-        unattributed = residual
-        gradient = x.engine_u.gradient(x.params, x.batch_u)
-        expected = (groups.u.scale * dot(gradient, groups.u.unit)).to(expected.device)
-        residual = expected - rows.over_all.sum()
-    check_identity(rows.method, residual, rows.over_all, expected, x.bound)
-    by_group = groups.derivatives.sum((0, 2))
-    gap, bound = rows.over_all.sum() - by_group.sum(), x.bound
-    if groups.narrowed:
-        bound = max(bound, tolerance_of(torch.bfloat16))
-    check_identity("the groups of E", gap, by_group, rows.over_all.sum(), bound, against="all of E at once")
-    return _Identity(expected, residual, unattributed)
-
-
 def _check_types(
     params: Params, apply: Apply, batch_u: Batch, batch_e: Batch | None, opt_state: AdamWState, objective: object
 ) -> None:
@@ -378,23 +348,3 @@ def _check_batches(params: Params, batch_u: Batch, batch_e: Batch | None, apply:
     check_batch("batch_u", batch_u, params, apply, coefficients=True, may_be_empty=batch_e is not None)
     if batch_e is not None:
         check_batch("batch_e", batch_e, params, apply)
-
-
-def _token_labels(
-    batch_u: Batch, labels: Tensor | Labels | None, stderr: bool, per_token: bool, matrix: bool, engine: Engine
-) -> Labels | None:
-    """Return the labels of the tokens of all processes, or None."""
-    if labels is None:
-        return None
-    chosen = as_labels(labels)
-    if chosen.index.shape != batch_u.input_ids.shape:
-        raise ValueError(
-            f"labels has shape {tuple(chosen.index.shape)}; expected {tuple(batch_u.input_ids.shape)}, one for each "
-            "token of batch_u. Labels of rollouts need not be given here: pass them to the result's sums"
-        )
-    if not (stderr and per_token) or matrix:
-        raise ValueError(
-            f"labels are given with stderr={stderr}, per_token={per_token} and matrix={matrix}; expected True, True "
-            "and False, since they are for standard errors of sums of tokens. Leave them out"
-        )
-    return replace(chosen, index=engine.full_tokens(batch_u, chosen.index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
 from fx_influence.core.tree import dot
-from fx_influence.labels import UNLABELLED, Labels
+from fx_influence.labels import UNLABELLED, Labels, as_labels
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 
@@ -48,6 +49,39 @@ class LabelledLosses(NamedTuple):
     def products(self, direction: Params) -> Tensor:
         """Return the inner products of a direction with the labels' gradients, float64."""
         return torch.stack([dot(gradient, direction) for gradient in self.gradients])
+
+
+def token_labels(
+    batch_u: Batch, labels: Tensor | Labels | None, engine: Engine, *, stderr: bool, per_token: bool, matrix: bool
+) -> Labels | None:
+    """Return the labels of the tokens of all processes, or None.
+
+    Args:
+        batch_u: update batch of this process.
+        labels: of its tokens, (n_u, T), or None.
+        engine: knows the other processes.
+        stderr: whether standard errors are wanted.
+        per_token: whether influences of tokens are wanted.
+        matrix: whether the matrix is.
+
+    Raises:
+        TypeError: for labels of another kind.
+        ValueError: for labels of another shape, and where nothing comes of them.
+    """
+    if labels is None:
+        return None
+    chosen = as_labels(labels)
+    if chosen.index.shape != batch_u.input_ids.shape:
+        raise ValueError(
+            f"labels has shape {tuple(chosen.index.shape)}; expected {tuple(batch_u.input_ids.shape)}, one for each "
+            "token of batch_u. Labels of rollouts need not be given here: pass them to the result's sums"
+        )
+    if not (stderr and per_token) or matrix:
+        raise ValueError(
+            f"labels are given with stderr={stderr}, per_token={per_token} and matrix={matrix}; expected True, True "
+            "and False, since they are for standard errors of sums of tokens. Leave them out"
+        )
+    return replace(chosen, index=engine.full_tokens(batch_u, chosen.index))
 
 
 def labelled_losses(

@@ -1,4 +1,4 @@
-"""Influences of rollouts and tokens from the derivatives by group of E, less the group that each leaves out."""
+"""Influences of rollouts and tokens from the derivatives by group of E, and the identity that their sum must obey."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor
 
 from fx_influence.attribution.group_derivatives import GroupDerivatives
 from fx_influence.attribution.linearized_losses import LinearizedLosses
+from fx_influence.autodiff.engine import Engine
 from fx_influence.core.tree import Direction, dot
+from fx_influence.estimators.consistency import agree_within, check_identity, tolerance_of
 from fx_influence.estimators.deviations import left_out_parts, share_left
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.precision import PassPrecision
+from fx_influence.types import Batch, Gradients, Params
 
 
 class RowInfluences(NamedTuple):
@@ -73,6 +76,52 @@ def sum_groups(
         adding_up = _adding_up_to(others_by_groups, tokens)
         return RowInfluences(others_by_groups, adding_up, by_groups, rounding, "ghost products over U")
     return RowInfluences(tokens.sum(-1), tokens, by_tokens, rounding, "the JVP over U")
+
+
+class Identity(NamedTuple):
+    """The identity's sides, scalars: ``expected`` <u, g>, its ``residual``, and what is ``unattributed`` to a row."""
+
+    expected: Tensor
+    residual: Tensor
+    unattributed: Tensor
+
+
+def check_sums(
+    params: Params,
+    batch_u: Batch,
+    grad: Gradients | None,
+    groups: GroupDerivatives,
+    rows: RowInfluences,
+    engine: Engine,
+    under_autocast: bool,
+    bound: float,
+) -> Identity:
+    """Return <u, g> beside the rows' sum; raise ``IdentityError`` where they differ by more than rounding can make.
+
+    Args:
+        params: theta by name.
+        batch_u: update batch.
+        grad: the trainer's gradient, which may hold more than the rows' losses, or None.
+        groups: the derivatives, with <u, g>.
+        rows: their sums.
+        engine: engine of the policy as the trainer computes it.
+        under_autocast: whether it computes in lower precision, so that ``grad`` differs from the rows' gradients.
+        bound: of the residual over the size of the terms.
+    """
+    expected = torch.stack(list(groups.update_products.values())).sum()
+    residual, unattributed = expected - rows.over_all.sum(), torch.zeros_like(expected)
+    if grad is not None and (under_autocast or not agree_within(residual, rows.over_all, expected, bound)):
+        # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
+        unattributed = residual
+        expected = (groups.u.scale * dot(engine.gradient(params, batch_u), groups.u.unit)).to(expected.device)
+        residual = expected - rows.over_all.sum()
+    check_identity(rows.method, residual, rows.over_all, expected, bound)
+    by_group = groups.derivatives.sum((0, 2))
+    gap = rows.over_all.sum() - by_group.sum()
+    if groups.narrowed:
+        bound = max(bound, tolerance_of(torch.bfloat16))
+    check_identity("the groups of E", gap, by_group, rows.over_all.sum(), bound, against="all of E at once")
+    return Identity(expected, residual, unattributed)
 
 
 def conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, over_all: Tensor) -> Tensor:

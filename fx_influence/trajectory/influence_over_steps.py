@@ -19,7 +19,7 @@ from fx_influence.core.checks import check_choice, check_number, check_options
 from fx_influence.core.tree import add, detached, dot
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, tolerance_of
-from fx_influence.objectives import Entropy, Objective, check_baseline, check_objective
+from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
 from fx_influence.optim.step import AdamWStep
 from fx_influence.optim.transition import Clip, StateCotangent, transpose
 from fx_influence.policy.policy import with_all_derivatives
@@ -124,7 +124,7 @@ def influence_over_steps(
     check_is_batch("batch_e", batch_e)
     check_objective(objective)
     check_batch("batch_e", batch_e, window.params, apply)
-    check_baseline(objective, batch_e)
+    check_evaluation(objective, batch_e)
     first = window.steps[0].batch
     precision = pass_precision(detached(window.params), apply, first)
     engine = make_engine(precision.params, apply, temperature, chunk_size, None)

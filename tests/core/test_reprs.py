@@ -41,7 +41,7 @@ def test_batch_repr_shows_shapes() -> None:
     ids = torch.ones(64, 1000, dtype=torch.int64)
     text = repr(fx.Batch(ids, ids > 0, ids > 0))
     assert text.startswith("Batch(input_ids=int64 (64, 1000), attention_mask=bool (64, 1000), ")
-    assert text.endswith("coefficients=None, entropy_coefficients=None, group=None)")
+    assert text.endswith("coefficients=None, entropy_coefficients=None, group=None, behaviour_logprobs=None)")
 
 
 def test_batch_repr_works_under_vmap() -> None:

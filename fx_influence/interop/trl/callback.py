@@ -7,10 +7,8 @@ holds the full model and does a share of the work; only the first warns and writ
 
 from __future__ import annotations
 
-import logging
 import re
 import uuid
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,12 +18,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
-from fx_influence.distributed.collectives import RankError, propagate_failures
+from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
 from fx_influence.interop.optimizers import require_adamw
-from fx_influence.interop.trl.attachment import calling_trainer, free_name
-from fx_influence.interop.trl.capture.micro_batch import CaptureError
+from fx_influence.interop.trl.attachment import calling_trainer, free_name, reason, warn
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import MeasurementSettings, PendingStep, StepMeasurement
 from fx_influence.interop.trl.metrics import LogSelection, MeasuredStep
@@ -37,9 +34,8 @@ from fx_influence.interop.trl.sampling import preserve_random_state
 from fx_influence.interop.trl.store.step import StepStore
 from fx_influence.interop.trl.store.training import read_training_id, training_directory, write_training_id
 from fx_influence.objectives import Entropy
-from fx_influence.types import IdentityError, Params, Preconditioner
+from fx_influence.types import Params, Preconditioner
 
-logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 PREFIX = "entropy_influence/"
@@ -203,7 +199,7 @@ class EntropyInfluence(TrainerCallback):
         except Exception as error:
             self._measuring = False
             if state.is_world_process_zero:
-                warn(f"no step of this training run is measured: {_reason(error)}")
+                warn(f"no step of this training run is measured: {reason(error)}")
 
     def _attach_to_caller(self, args: Any, state: Any) -> None:
         trainer = calling_trainer(self) or self._trainer
@@ -293,7 +289,7 @@ class EntropyInfluence(TrainerCallback):
             with propagate_failures(self._capture.mesh), preserve_random_state(self._trainer):
                 return work()
         except Exception as error:
-            reason, out_of_memory = _reason(error), isinstance(error, torch.OutOfMemoryError)
+            text, out_of_memory = reason(error), isinstance(error, torch.OutOfMemoryError)
             self._measuring = self._measuring and not isinstance(error, GenerationError)
         # Outside of the except clause, where the error's frames no longer refer to tensors.
         self._capture.stop()
@@ -302,9 +298,9 @@ class EntropyInfluence(TrainerCallback):
         if self._is_main and self._directory is not None:
             StepStore(self._directory, step).discard()
         if self._measuring:
-            self._warn(f"step {step} is not attributed: {reason}")
+            self._warn(f"step {step} is not attributed: {text}")
         else:
-            self._warn(f"step {step} and those after it are not attributed: {reason}")
+            self._warn(f"step {step} and those after it are not attributed: {text}")
         return None
 
     def _skipped_by_scaler(self, step: int) -> bool:
@@ -347,17 +343,3 @@ class EntropyInfluence(TrainerCallback):
             "chunk_size": self._settings.chunk_size,
             "memory_budget": self._settings.memory_budget,
         }
-
-
-def warn(text: str) -> None:
-    """Warn without ending a training run: where warnings are errors, log instead."""
-    try:
-        warnings.warn(text, stacklevel=3)
-    except Exception:
-        logger.warning(text)
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's text, preceded by its class unless errors of the class explain themselves."""
-    explained = isinstance(error, (ValueError, TypeError, CaptureError, RankError, IdentityError)) and str(error)
-    return str(error) if explained else f"{type(error).__name__}: {error}"
