@@ -39,7 +39,7 @@ def gradient(apply: Apply, params: Params, batch: Batch, old: Tensor | None, tem
 def assert_product_matches(
     apply: Apply, params: Params, batch: Batch, ratio: bool, temperature: float = 1.3, chunk_size: int | None = 2
 ) -> None:
-    """With a ratio the old policy is that of other parameters, so c = a pi / pi_old is not a."""
+    """Compare with differences of gradients; under ``ratio`` pi_old is not pi, so c = a pi / pi_old is not a."""
     generator = torch.Generator().manual_seed(5)
     v, old, recorded = random_direction(generator, params), None, batch
     if ratio:
@@ -49,14 +49,14 @@ def assert_product_matches(
         assert batch.coefficients is not None
         recorded = batch._replace(coefficients=batch.coefficients * torch.exp(-shift))
 
-    def at(eta: float) -> Tensor:
+    def gradient_at(eta: float) -> Tensor:
         return gradient(apply, {name: p + eta * v[name] for name, p in params.items()}, batch, old, temperature)
 
     product = hessian_product(
         params, v, recorded, apply, temperature, chunk_size, slopes=recorded.coefficients if ratio else None
     )
     flat = torch.cat([(torch.zeros_like(p) if (x := product[n]) is None else x).flatten() for n, p in params.items()])
-    slope = central_difference(at, 1e-4, terms=policy_terms(params, batch.input_ids.shape[1]))
+    slope = central_difference(gradient_at, 1e-4, terms=policy_terms(params, batch.input_ids.shape[1]))
     assert_within(flat, slope.slope, slope.bound)
     assert slope.bound < 1e-4 * float(slope.slope.abs().max())
 

@@ -162,7 +162,7 @@ def test_one_step_is_lr_times_influence(preconditioner: Any, max_grad_norm: floa
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_frozen_parts_add_up_to_the_windows_movement(max_grad_norm: float | None) -> None:
-    """With denominators and gradients held fixed and no decay theta_K - theta_0 is a sum of rollouts and momentum."""
+    """Without decay, denominators and gradients held fixed, theta_K - theta_0 is a sum of rollouts and momentum."""
     run = random_run(4, 3, max_grad_norm=max_grad_norm, weight_decay=0.0)
     out = over_steps(run, preconditioner="frozen", curvature=False)
     end, points, _ = run.made(run.ones())
