@@ -71,7 +71,8 @@ def test_results_on_device_equal_those_on_the_cpu(in_process: Call, name: str) -
     assert actual.devices <= {DEVICE_TYPE}
     assert actual.results.keys() == expected.results.keys()
     for path, value in expected.results.items():
-        assert_close(*(torch.from_numpy(x).nan_to_num() for x in (actual.results[path], value)))
+        result, reference = (torch.from_numpy(x).nan_to_num() for x in (actual.results[path], value))
+        assert_close(result, reference)
 
 
 @pytest.mark.slow

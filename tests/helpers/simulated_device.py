@@ -81,7 +81,9 @@ class SimulatedTensor(torch.Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -161,7 +163,9 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         on_device = torch.device(device).type == DEVICE_TYPE
-        return super().__new__(cls, device="cpu" if on_device else device)
+        make: Any = super().__new__
+        generator: _Generator = make(cls, device="cpu" if on_device else device)
+        return generator
 
 
 def _kernel(op: Any) -> Callable[..., Any]:
