@@ -76,7 +76,9 @@ def differentiate_by_group(
     by_label: list[Tensor] = []
     own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
     rows_left_out = rows_by_group(groups.left_out, groups.num_groups)
-    for k, gradient in enumerate(evaluation.gradients):
+    for gradient in evaluation.gradients:
+        # Not by enumerate, whose tuple would hold one gradient while the next is made.
+        k = len(products)
         # From here on the gradient's memory holds gain * gradient.
         products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
