@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.cases import assert_close
+from helpers.cases import assert_close, random_direction
 from helpers.enumeration import exact_gradient
 from helpers.present import present
 from helpers.strategies import Case, cases, influence_options
@@ -42,6 +42,26 @@ def test_influence_with_prompt_baseline_matches_reference(case: Case) -> None:
     size = slow.matrix.abs().sum()
     assert_close(out.per_sequence, slow.per_sequence, size)
     assert_close(present(out.per_token), slow.per_token, size)
+
+
+@given(case=cases())
+def test_second_derivative_takes_the_batch_baseline(case: Case) -> None:
+    """Only the first derivative follows the baseline, as ``jvp_delta`` says."""
+    n = len(case.batch_e.input_ids)
+    e = case.batch_e._replace(group=torch.arange(n) // 2)
+    v = random_direction(torch.Generator().manual_seed(3), case.params)
+    by_batch, by_prompt = (
+        fx.jvp_delta(
+            case.params,
+            v,
+            e,
+            apply=case.apply,
+            objective=fx.Entropy(case.estimator, case.normalize, baseline=baseline),
+            temperature=case.temperature,
+        )
+        for baseline in ("batch", "prompt")
+    )
+    assert torch.equal(by_batch.second, by_prompt.second)
 
 
 @estimates
