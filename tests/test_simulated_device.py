@@ -58,7 +58,7 @@ def test_simulated_device_counts_reads_and_refuses_mixing(in_process: Call) -> N
     assert [transfer.kind for transfer in transfers] == 7 * ["read"] + ["write"]
 
 
-QUICK = {"influence", "influence, cross-fitted", "snis_delta", "adamw_decompose", "coefficients", "collate"}
+QUICK = {"influence", "snis_delta", "adamw_decompose", "coefficients", "collate"}
 
 calls = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CALLS]

@@ -250,6 +250,7 @@ def test_partial_results_are_stored_by_number(tmp_path: Path) -> None:
     assert list(rollouts) == [12]
 
 
+@pytest.mark.slow
 def test_run_names_directory_after_plan_without_path(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
