@@ -24,7 +24,7 @@ READS = {
     "influence, matrix": 51,
     "influence, matrix, per_token=False": 46,
     "influence, cross-fitted": 70,
-    "influence, labels": 66,
+    "influence, labels": 69,
     "snis_delta": 19,
     "snis_sweep": 21,
     "jvp_delta": 22,

@@ -113,7 +113,8 @@ def labelled_losses(
         return LabelledLosses((), (), (), by_token=False)
     complements = complements_of(labels, batch_u.completion_mask)
     derived = {x.label for x in complements}
-    chosen = tuple(k for k in range(len(labels.names)) if k not in derived and bool((labels.index == k).any()))
+    used = torch.stack([(labels.index == k).any() for k in range(len(labels.names))]).tolist()
+    chosen = tuple(k for k in range(len(labels.names)) if k not in derived and used[k])
     if len(chosen) > num_groups:
         return LabelledLosses((), (), (), by_token=True)
     if not chosen:
@@ -151,7 +152,7 @@ def complements_of(labels: Labels, completion_mask: Tensor) -> tuple[Complement,
     count = len(labels.names)
     # Completion tokens without a label are one more, which is never differentiated.
     index = torch.where(labels.index == UNLABELLED, count, labels.index)
-    in_row = torch.stack([((index == k) & completion_mask).any(-1) for k in range(count + 1)])
+    in_row = torch.stack([((index == k) & completion_mask).any(-1) for k in range(count + 1)]).cpu()
     result = []
     remaining = {k for k in range(count + 1) if bool(in_row[k].any())}
     while remaining:
@@ -161,5 +162,5 @@ def complements_of(labels: Labels, completion_mask: Tensor) -> tuple[Complement,
         remaining -= members
         if count not in members:
             *others, label = sorted(members)
-            result.append(Complement(label, tuple(others), rows))
+            result.append(Complement(label, tuple(others), rows.to(labels.index.device)))
     return tuple(result)

@@ -80,12 +80,14 @@ def evaluate_objective(
     estimates_length = with_deviations and isinstance(objective, Entropy) and objective.normalize == "token"
     by_group = with_deviations and groups.num_groups > 1 and normalises_by_rank(objective, batch_e)
     scored: list[TokenValues] = []
+    weighted: list[Batch] = []
 
     def batch_of(weights: TokenCoefficients) -> Batch:
         return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
 
     def with_coefficients(values: TokenValues) -> Sequence[Batch]:
         scored.append(values)
+        weighted.append(batch_of(surrogate_coefficients(objective, values, batch_e)))
         importance = _importance(objective, values, batch_e)
         check_ess(importance)
         further: list[Batch] = []
@@ -96,7 +98,7 @@ def evaluate_objective(
             options = (objective.normalize, objective.baseline, groups.group, groups.num_groups)
             *others, last = map(batch_of, coefficients_by_group(values, batch_e, *options))
             return [last, *further, *others]
-        return [batch_of(surrogate_coefficients(objective, values, batch_e)), *further]
+        return [weighted[0], *further]
 
     # The contribution of a group to a weighted estimate takes all rows, and is that of the only "group" of the passes.
     rows = rows_by_group(groups.group, groups.num_groups)
@@ -116,7 +118,7 @@ def evaluate_objective(
         length_gradient = {name: x if narrow is None else x.to(narrow) for name, x in length_gradient.items()}
     excess_by_group = excess.new_zeros(groups.num_groups).index_add(0, groups.group, excess).tolist()
     return Evaluation(
-        batch=batch_of(surrogate_coefficients(objective, values, batch_e)),
+        batch=weighted[0],
         shares=shares,
         excess=excess,
         group_shares=shares.new_zeros(groups.num_groups).index_add(0, groups.group, shares),

@@ -72,8 +72,11 @@ def behaviour_weights(
         estimator: ``"per_decision"`` or ``"sequence"``.
         clip: bound on |cumulative log-weight|; None does not clip.
     """
+    if batch.behaviour_logprobs is None:
+        return None
     ratios = behaviour_log_ratios(completion_values(values, batch.completion_mask), batch)
-    return None if ratios is None else importance_weights(ratios, estimator, clip)
+    assert ratios is not None
+    return importance_weights(ratios, estimator, clip)
 
 
 def _completion_order(completion_mask: Tensor) -> Tensor:
