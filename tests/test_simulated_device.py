@@ -39,6 +39,9 @@ LANGUAGE_MODEL = 10_000
 
 Call = Callable[..., Any]
 
+# The process with the device takes seconds to start.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[Call]:
@@ -58,11 +61,7 @@ def test_simulated_device_counts_reads_and_refuses_mixing(in_process: Call) -> N
     assert [transfer.kind for transfer in transfers] == 7 * ["read"] + ["write"]
 
 
-QUICK = {"influence", "snis_delta", "adamw_decompose", "coefficients", "collate"}
-
-calls = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CALLS]
-)
+calls = pytest.mark.parametrize("name", CALLS)
 
 
 @calls
@@ -75,7 +74,6 @@ def test_results_on_device_equal_those_on_the_cpu(in_process: Call, name: str) -
         assert_close(result, reference)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["influence", "influence, matrix", "snis_delta", "fisher_kernel"])
 def test_language_model_on_device_gives_the_cpu_results(in_process: Call, name: str) -> None:
     expected, actual = (in_process(compute, name, device, "qwen2", None) for device in ("cpu", DEVICE_TYPE))
@@ -87,7 +85,6 @@ def test_language_model_on_device_gives_the_cpu_results(in_process: Call, name: 
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_host_reads_do_not_grow(in_process: Call, name: str) -> None:
     few, many = (host_reads(in_process, name, chunk_size) for chunk_size in (2, 1))

@@ -37,7 +37,7 @@ def slow_parts(case: Case, batch_u: Batch, batch_e: Batch) -> Tensor:
     return reference.influence(case.apply, case.params, batch_u, batch_e, case.opt_state, *options).parts
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(case=cases(), seed=seeds, prompts=st.sampled_from([4, 5, 10]))
 def test_cross_fitted_influence_matches_the_reference(case: Case, seed: int, prompts: int) -> None:
     u = batch_of_prompts(seed, 11, prompts)

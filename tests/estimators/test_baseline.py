@@ -11,7 +11,7 @@ from helpers.enumeration import exact_gradient
 from helpers.present import present
 from helpers.strategies import Case, cases, influence_options
 from helpers.world import Update, World, derivatives_along, estimates, select_values, weighted_rows
-from hypothesis import given
+from hypothesis import given, settings
 
 import fx_influence as fx
 from fx_influence.estimators.entropy import entropy_coefficients
@@ -19,6 +19,7 @@ from fx_influence.testing import reference
 from fx_influence.types import Estimator, Normalize
 
 
+@pytest.mark.slow
 @given(case=cases())
 def test_influence_with_prompt_baseline_matches_reference(case: Case) -> None:
     n = len(case.batch_e.input_ids)
@@ -44,6 +45,7 @@ def test_influence_with_prompt_baseline_matches_reference(case: Case) -> None:
     assert_close(present(out.per_token), slow.per_token, size)
 
 
+@settings(max_examples=5)
 @given(case=cases())
 def test_second_derivative_takes_the_batch_baseline(case: Case) -> None:
     """Only the first derivative follows the baseline, as ``jvp_delta`` says."""

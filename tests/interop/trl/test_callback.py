@@ -46,7 +46,7 @@ def assert_parts_add_up(metrics: dict[str, float]) -> None:
     assert_close_to_rounding(metrics["total"], parts, terms=TINY_POLICY, scale=scale, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "LoRA"])
 def test_measuring_leaves_the_training_unchanged(lora: bool, tmp_path: Path) -> None:
     variant = Variant("grpo", lora, 2, True, {"entropy_coef": 0.05})
     plain = trainer(variant, str(tmp_path / "plain"), 6)
@@ -90,6 +90,7 @@ def test_step_with_lr_zero_changes_nothing(tmp_path: Path) -> None:
     assert second["total"] != 0
 
 
+@pytest.mark.slow
 def test_every_counts_as_logging_steps_does(tmp_path: Path) -> None:
     measured = measured_on_twelve(tmp_path, 5, every=2)
     assert [metrics["step"] for metrics in measured.history] == [2, 4]

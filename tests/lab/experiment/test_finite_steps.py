@@ -170,6 +170,7 @@ def test_sweep_second_derivatives_are_those_of_jvp_delta(setting: Setting, swept
     assert_within(swept["baseline_plus_grad"][:, inert], repeated, ROOM * floor)
 
 
+@pytest.mark.slow
 def test_sweep_auto_step_is_along_v_i(exact: tuple[Setting, Arrays]) -> None:
     setting, swept = exact
     near = depth(setting, torch.float64, math.log(14))

@@ -44,6 +44,7 @@ def test_run_fisher_continues_with_the_same_bytes(
     assert stored_bytes(out) == stored_bytes(finished)
 
 
+@pytest.mark.slow
 def test_run_fisher_does_not_recompute_finished_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fisher_module, "measure_step", lambda *args: pytest.fail("computed again"))
     before = (finished / "summary.json").read_bytes()
