@@ -79,17 +79,17 @@ def evaluate_objective(
     """
     estimates_length = with_deviations and isinstance(objective, Entropy) and objective.normalize == "token"
     by_group = with_deviations and groups.num_groups > 1 and normalises_by_rank(objective, batch_e)
-    scored: list[TokenValues] = []
+    scored: list[tuple[TokenValues, ImportanceWeights | None]] = []
     weighted: list[Batch] = []
 
     def batch_of(weights: TokenCoefficients) -> Batch:
         return batch_e._replace(coefficients=weights.logprobs, entropy_coefficients=weights.entropies)
 
     def with_coefficients(values: TokenValues) -> Sequence[Batch]:
-        scored.append(values)
-        weighted.append(batch_of(surrogate_coefficients(objective, values, batch_e)))
         importance = _importance(objective, values, batch_e)
         check_ess(importance)
+        scored.append((values, importance))
+        weighted.append(batch_of(surrogate_coefficients(objective, values, batch_e)))
         further: list[Batch] = []
         if estimates_length and isinstance(objective, Entropy):
             lengths = length_coefficients(batch_e.completion_mask, objective.estimator, importance)
@@ -105,8 +105,7 @@ def evaluate_objective(
     if by_group:
         rows = [torch.arange(len(groups.group), device=groups.group.device)]
     _, losses = engine.reweighted_gradients(params, batch_e, rows, with_coefficients, memory_budget, dtype)
-    values = scored[0]
-    importance = _importance(objective, values, batch_e)
+    values, importance = scored[0]
     shares = denominator_shares(objective, batch_e.completion_mask, importance)
     excess = torch.zeros_like(shares)
     if estimates_length and isinstance(objective, Entropy):
