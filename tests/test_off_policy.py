@@ -1,4 +1,4 @@
-"""E of another policy: estimate, first order, finite step and error bars agree, and what cannot be weighted is refused.
+"""E of another policy: estimate, first order, finite step and error bars agree.
 
 The weighted entropy that they are held to is the reference's, from loops over rows and ranks.
 """
@@ -6,21 +6,19 @@ The weighted entropy that they are held to is the reference's, from loops over r
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from helpers.cases import (
-    TinyPolicy,
     add_padding,
     assert_close,
     dyadic_policy,
     make_apply,
-    random_adamw_state,
-    random_batch,
     random_direction,
 )
 from helpers.enumeration import enumerate_completions, exact_gradient, replicate
+from helpers.off_policy import TEMPERATURE, VOCAB, WIDTH, OffPolicy, make_case, options
 from helpers.present import present
 from helpers.strategies import ESTIMATORS
 from helpers.tolerances import TINY_POLICY, assert_within, central_curvature, central_difference
@@ -29,43 +27,14 @@ from torch import Tensor
 
 import fx_influence as fx
 from fx_influence.autodiff.directional import token_jvp
-from fx_influence.batching.rows import distinct_rows, select_rows
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import shift
 from fx_influence.estimators.entropy import behaviour_weights, length_coefficients
 from fx_influence.estimators.stderr import random_group_index
 from fx_influence.testing import reference
 from fx_influence.testing.entropy import entropy
 from fx_influence.testing.scores import score_row
-from fx_influence.types import AdamWState, Apply, Batch, Estimator, Normalize, Params
-
-VOCAB, WIDTH, TEMPERATURE = 6, 7, 1.3
-
-
-class OffPolicy(NamedTuple):
-    """Rollouts of another policy, with coefficients, at theta."""
-
-    apply: Apply
-    params: Params
-    batch: Batch
-    direction: Params
-    opt_state: AdamWState
-
-
-def make_case(distance: float = 1.0, rows: int = 12) -> OffPolicy:
-    generator = torch.Generator().manual_seed(0)
-    apply, params = make_apply(TinyPolicy(VOCAB, 6, 1, 2, WIDTH, seed=2))
-    batch = random_batch(generator, rows, WIDTH, VOCAB, min_len=1, gaps=True)._replace(group=torch.arange(rows) % 6)
-    sampler = shift(params, random_direction(generator, params), distance)
-    behaviour = fx.token_values(sampler, batch, apply, TEMPERATURE).logprobs
-    state = random_adamw_state(generator, params)
-    direction = random_direction(generator, params)
-    # Outside completions the values may be anything.
-    behaviour = torch.where(batch.completion_mask, behaviour, torch.nan)
-    return OffPolicy(apply, params, batch._replace(behaviour_logprobs=behaviour), direction, state)
-
-
-def options(case: OffPolicy, estimator: Estimator, normalize: Normalize) -> dict[str, Any]:
-    return {"apply": case.apply, "objective": fx.Entropy(estimator, normalize), "temperature": TEMPERATURE}
+from fx_influence.types import Estimator, Normalize
 
 
 class Estimate(NamedTuple):
@@ -365,68 +334,3 @@ def test_sweep_matches_single_steps_off_policy(normalize: Normalize) -> None:
         assert_close(swept.delta_h[0, k], single.delta_h)
         assert_close(swept.stderr[0, k], single.stderr)
         assert_close(swept.contributions[0, k], single.contributions)
-
-
-def test_rows_carry_their_behaviour() -> None:
-    case = make_case()
-    chosen = select_rows(case.batch, torch.tensor([4, 1]))
-    assert torch.equal(
-        present(chosen.behaviour_logprobs).nan_to_num(), present(case.batch.behaviour_logprobs)[[4, 1]].nan_to_num()
-    )
-    twice = select_rows(case.batch, torch.tensor([2, 2]))
-    behaviour = present(twice.behaviour_logprobs).clone()
-    behaviour[1] -= 1.0
-    once, index = distinct_rows(twice._replace(behaviour_logprobs=behaviour))
-    assert len(once.input_ids) == 1
-    assert index.tolist() == [0, 0]
-
-
-def test_small_effective_sample_size_is_refused() -> None:
-    case = make_case()
-    behaviour = present(case.batch.behaviour_logprobs).clone()
-    behaviour[2] -= 8.0
-    case = case._replace(batch=case.batch._replace(behaviour_logprobs=behaviour))
-    chosen = options(case, "per_decision", "token")
-    message = r"effective sample size of batch_e is .* of 12 rows .*at least 0.25 of the rows, 3,.* newer policy"
-    e = case.batch._replace(coefficients=None)
-    with pytest.raises(ValueError, match=message):
-        fx.influence(case.params, case.batch, e, case.opt_state, **chosen)
-    with pytest.raises(ValueError, match=message):
-        fx.influence(case.params, case.batch, None, case.opt_state, **chosen)
-    with pytest.raises(ValueError, match=message):
-        fx.snis_delta(case.params, case.direction, 0.1, e, **chosen)
-    with pytest.raises(ValueError, match=message):
-        fx.jvp_delta(case.params, case.direction, e, **chosen)
-
-
-def test_what_cannot_be_weighted_is_refused() -> None:
-    case = make_case()
-    e = case.batch._replace(coefficients=None)
-    reward = fx.expected_reward(torch.arange(12.0))
-    with pytest.raises(ValueError, match=r"behaviour_logprobs is given with another objective than fx.Entropy"):
-        fx.influence(case.params, case.batch, e, case.opt_state, apply=case.apply, objective=reward)
-    with pytest.raises(ValueError, match=r"behaviour_logprobs is given with another objective than fx.Entropy"):
-        fx.influence(case.params, case.batch, None, case.opt_state, apply=case.apply, objective=reward)
-    with pytest.raises(ValueError, match=r"matrix is True with behaviour_logprobs, .*Leave the matrix out"):
-        fx.influence(case.params, case.batch, None, case.opt_state, matrix=True, apply=case.apply)
-    by_sequence = fx.influence(
-        case.params, case.batch, None, case.opt_state, matrix=True, **options(case, "sequence", "token")
-    )
-    assert_close(present(by_sequence.matrix).sum(0), by_sequence.per_sequence, by_sequence.per_sequence.abs().sum())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda b: b[:, 1:], r"behaviour_logprobs is torch.float64 of shape \(12, 6\); expected float32 or float64"),
-        (lambda b: b.half(), r"behaviour_logprobs is torch.float16 .* computed in float32 at least"),
-        (lambda b: torch.full_like(b, torch.nan), r"no finite log-probabilities in row 0 \(12 such rows\)"),
-        (lambda b: b.exp(), r"no finite log-probabilities in row 0 .*at most 0"),
-    ],
-    ids=["shape", "half", "nan", "probabilities"],
-)
-def test_behaviour_logprobs_are_checked(change: Any, message: str) -> None:
-    case = make_case()
-    wrong = case.batch._replace(coefficients=None, behaviour_logprobs=change(present(case.batch.behaviour_logprobs)))
-    with pytest.raises(ValueError, match=message):
-        fx.jvp_delta(case.params, case.direction, wrong, apply=case.apply)
