@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         name, hidden, rank = arguments.case
         measure(name, int(hidden), int(rank))
         return 0
-    names = ("grad", "lora", "trl") if arguments.quick else tuple(CALLS)
+    names = ("lora", "trl") if arguments.quick else tuple(CALLS)
     report: dict[str, Any] = {"environment": environment(), "calls": {}}
     for name in names:
         report["calls"][name] = slope(name, arguments.quick)

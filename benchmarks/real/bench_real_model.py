@@ -63,7 +63,7 @@ VARIANTS = (
     Variant("lora", "bfloat16", 5, 30.0),
     Variant("full", "bfloat16", 5, 30.0),
 )
-QUICK = (Variant("lora", "float32", 2, 5.0), Variant("full", "bfloat16", 2, 5.0))
+QUICK = (Variant("full", "bfloat16", 2, 5.0),)
 
 
 def steps_file(variant: Variant, folder: Path) -> Path:

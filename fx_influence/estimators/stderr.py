@@ -9,7 +9,8 @@ from torch import Tensor
 from fx_influence.types import Batch
 
 MAX_RANDOM_GROUPS = 8
-"""Number of random groups that replace the clusters where there is no matrix; each costs a ghost product or a JVP."""
+"""Largest number of groups that replace the clusters where there is no matrix, each at the cost of a ghost product or a
+JVP: cluster k is in group k % 8, the same whenever the batch is."""
 
 
 def cluster_index(batch: Batch) -> Tensor:
@@ -17,14 +18,6 @@ def cluster_index(batch: Batch) -> Tensor:
     if batch.group is None:
         return torch.arange(len(batch.input_ids), device=batch.input_ids.device)
     return torch.unique(batch.group, return_inverse=True)[1]
-
-
-def random_group_index(batch: Batch) -> Tensor:
-    """Return the random group of each row, int64 (n,): clusters are assigned in turn to min(8, C) groups.
-
-    The assignment is deterministic, so a batch always has the same groups.
-    """
-    return cluster_index(batch) % MAX_RANDOM_GROUPS
 
 
 def cluster_stderr(parts: Tensor, total: Tensor, shares: Tensor, index: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import fx_influence as fx
 from fx_influence.estimators.deviations import Deviations, deviations_of, estimate_over_others
 from fx_influence.estimators.entropy import behaviour_weights
 from fx_influence.estimators.off_policy import weighted_denominator_shares
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS, cluster_index, cluster_stderr
 from fx_influence.types import Batch, Estimator, Normalize
 
 
@@ -56,7 +56,9 @@ def test_draws_match_public_functions(older: World, update: Update, estimator: E
     size = parts.abs().sum()
     assert_close(out.per_sequence, parts.sum(0), size)
     shares = shares_of(older, rows, batch, estimator, normalize)
-    assert_close(out.stderr, cluster_stderr(parts, parts.sum(0), shares, random_group_index(batch)), size)
+    assert_close(
+        out.stderr, cluster_stderr(parts, parts.sum(0), shares, cluster_index(batch) % MAX_RANDOM_GROUPS), size
+    )
 
 
 @pytest.mark.slow
@@ -95,8 +97,9 @@ def test_weighted_stderr_covers_truth_in_95_percent(
         batch = older.batch(rows)._replace(group=torch.arange(64).repeat_interleave(3))
         parts = deviating_rows(older, derivatives, rows, estimator, normalize)
         shares = shares_of(older, rows, batch, estimator, normalize)
-        for k, (index, quantile) in enumerate(((cluster_index(batch), 1.96), (random_group_index(batch), 2.365))):
-            error = cluster_stderr(parts, parts.sum(0), shares, index)
+        index = cluster_index(batch)
+        for k, (groups, quantile) in enumerate(((index, 1.96), (index % MAX_RANDOM_GROUPS, 2.365))):
+            error = cluster_stderr(parts, parts.sum(0), shares, groups)
             covered[k] += (parts.sum(0) - truth).abs() <= quantile * error
     share = covered / repeats
     # With true coverage 95% the standard deviation of a share of 1000 draws is 0.7%.

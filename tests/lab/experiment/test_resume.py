@@ -95,7 +95,7 @@ def test_run_continues_from_every_write(finished: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_run_stores_same_bytes_when_killed_at_random(finished: Path, tmp_path: Path) -> None:
-    assert kill_and_resume("run", finished / "plan.yaml", tmp_path / "out", 8) == stored_bytes(finished)
+    assert kill_and_resume("run", finished / "plan.yaml", tmp_path / "out", 4) == stored_bytes(finished)
 
 
 def test_run_does_not_recompute_finished_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,4 +150,4 @@ def test_fisher_default_directory_is_named_after_plan(
 
 @pytest.mark.slow
 def test_run_fisher_same_bytes_when_killed_at_random(finished: Path, tmp_path: Path) -> None:
-    assert kill_and_resume("fisher", finished / "plan.yaml", tmp_path / "out", 8) == stored_bytes(finished)
+    assert kill_and_resume("fisher", finished / "plan.yaml", tmp_path / "out", 4) == stored_bytes(finished)
