@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.cross_fitting import RowSlopes, row_slopes
 from helpers.world import PROMPTS, VOCAB, Update, World, make_update, make_world
 
 
@@ -19,3 +20,8 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def update(world: World) -> Update:
     return make_update(world)
+
+
+@pytest.fixture(scope="module")
+def slopes(world: World) -> RowSlopes:
+    return row_slopes(world)

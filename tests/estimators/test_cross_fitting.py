@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.cross_fitting import EACH, PROMPTS, draw_update, row_slopes
+from helpers.cross_fitting import EACH, PROMPTS, RowSlopes, draw_update
 from helpers.world import World, estimates
 
 from fx_influence.estimators.deviations import Deviations, deviations_of, estimate_over_others
@@ -18,14 +18,13 @@ UPDATES = 800
 @pytest.mark.slow
 @estimates
 def test_cross_fitting_is_unbiased_and_covers_the_truth(
-    world: World, estimator: Estimator, normalize: Normalize
+    world: World, slopes: RowSlopes, estimator: Estimator, normalize: Normalize
 ) -> None:
     """The plug-in, which leaves nothing out, is biased over the same updates.
 
     One of eight folds is left out, so 1.96 is replaced by the quantile of Student's t with six degrees of freedom.
     """
-    generator, slopes = torch.Generator().manual_seed(5), row_slopes(world, normalize)
-    fold = torch.arange(PROMPTS).repeat_interleave(EACH) % 8
+    generator, fold = torch.Generator().manual_seed(5), torch.arange(PROMPTS).repeat_interleave(EACH) % 8
     errors, covered = [], []
     for _ in range(UPDATES):
         draw = draw_update(world, slopes, estimator, normalize, generator)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import assert_close
-from helpers.cross_fitting import EACH, draw_update, row_slopes
+from helpers.cross_fitting import EACH, RowSlopes, draw_update
 from helpers.enumeration import exact_gradient
 from helpers.present import present
 from helpers.strategies import ESTIMATORS, NORMALIZES
@@ -130,7 +130,7 @@ def test_weighted_snis_is_consistent(older: World, update: Update, estimator: Es
 @pytest.mark.slow
 @estimates
 def test_weighted_cross_fitting_takes_bias_off_and_covers(
-    older: World, estimator: Estimator, normalize: Normalize
+    older: World, slopes: RowSlopes, estimator: Estimator, normalize: Normalize
 ) -> None:
     """U is E and both are of the older policy; the plug-in, which leaves nothing out, is biased over the same updates.
 
@@ -142,7 +142,7 @@ def test_weighted_cross_fitting_takes_bias_off_and_covers(
     28, the error bars of ("sequence", "token") cover 0.913, and with 32 prompts 0.940: it is the smallness of the
     sample that a linearised ratio does not see.
     """
-    generator, slopes = torch.Generator().manual_seed(5), row_slopes(older, normalize)
+    generator = torch.Generator().manual_seed(5)
     prompts, updates = (32, 1000) if (estimator, normalize) == ("sequence", "token") else (12, 1500)
     fold = torch.arange(prompts).repeat_interleave(EACH) % 8
     errors, covered = [], []

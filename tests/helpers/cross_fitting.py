@@ -13,6 +13,7 @@ from fx_influence.estimators.off_policy import weighted_denominator_shares
 from fx_influence.testing import reference
 from fx_influence.types import Estimator, Normalize
 from helpers.enumeration import exact_gradient
+from helpers.strategies import NORMALIZES
 from helpers.world import World, derivatives_along, deviating_rows, select_values
 
 PROMPTS, EACH = 12, 3
@@ -21,20 +22,20 @@ PROMPTS, EACH = 12, 3
 class RowSlopes(NamedTuple):
     """Derivatives along the score of each completion, the gradient of its log-probability, of everything else.
 
-    ``values``: (N, N, T), of every token's values, by direction. ``exact``: (N,), of the exact entropy.
+    ``values``: (N, N, T), of every token's values, by direction. ``exact``: (N,), of the exact entropy, by its mean.
     """
 
     values: fx.TokenValues
-    exact: Tensor
+    exact: dict[Normalize, Tensor]
 
 
-def row_slopes(world: World, normalize: Normalize) -> RowSlopes:
+def row_slopes(world: World) -> RowSlopes:
     space = world.space.batch
     weighted = space._replace(coefficients=-space.completion_mask.double())
     gradients = reference.sequence_gradients(world.apply, world.params, weighted, world.space.temperature)
     scores = [{name: x for name, x in g.items() if x is not None} for g in gradients]
-    exact = derivatives_along(exact_gradient(world.apply, world.params, world.space, normalize), scores)
-    return RowSlopes(world.jvp(scores), exact)
+    by_mean = {mean: exact_gradient(world.apply, world.params, world.space, mean) for mean in NORMALIZES}
+    return RowSlopes(world.jvp(scores), {mean: derivatives_along(g, scores) for mean, g in by_mean.items()})
 
 
 class Draw(NamedTuple):
@@ -71,4 +72,4 @@ def draw_update(
         shares = f / f.sum()
     else:
         shares = weighted_denominator_shares(weights, mask, estimator, normalize)
-    return Draw(-advantages * parts, shares, -advantages * slopes.exact[rows], advantages.abs() > 1e-9)
+    return Draw(-advantages * parts, shares, -advantages * slopes.exact[normalize][rows], advantages.abs() > 1e-9)
