@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,10 @@ HELD_BY = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", HELD_BY)
-def test_every_mistake_has_an_existing_test(mistake: str) -> None:
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in Path(__file__).parent.rglob("test_*.py")]
-    assert HELD_BY[mistake] in {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+def test_every_mistake_has_an_existing_test() -> None:
+    texts = [file.read_text(encoding="utf-8") for file in Path(__file__).parent.rglob("test_*.py")]
+    defined = {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+    assert set(HELD_BY.values()) <= defined
 
 
 class Case:

@@ -23,7 +23,7 @@ from helpers.world import (
 from torch import Tensor
 
 from fx_influence.estimators.entropy import denominator_weights
-from fx_influence.estimators.stderr import cluster_index, cluster_stderr, random_group_index
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS, cluster_index, cluster_stderr
 from fx_influence.types import Estimator, Normalize
 
 
@@ -54,7 +54,7 @@ def coverage(
         clusterings = (
             (cluster_index(batch), 1.96),
             (torch.arange(len(rows)), 1.96),
-            (random_group_index(batch), 2.365),
+            (cluster_index(batch) % MAX_RANDOM_GROUPS, 2.365),
         )
         for k, (index, quantile) in enumerate(clusterings):
             error = cluster_stderr(matrix, matrix.sum(0), shares / shares.sum(), index)
