@@ -15,7 +15,7 @@ from fx_influence.core.checks import check_count, check_options
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_names, check_policy, first_not_finite
-from fx_influence.core.tree import detached, dot_by_name, random_direction
+from fx_influence.core.tree import detached, dot, dot_by_name, random_direction
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_at_least, in_float32, lowest_precision
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -160,7 +160,9 @@ def check_derivatives(
     params, apply = in_at_least(dtype, params, apply, batch_e)
     direction = random_direction(params, seed) if direction is None else direction
     # A direction in half precision would be rounded again by the factor of a step.
-    direction = {name: v.to(params[name].dtype) for name, v in direction.items() if v.any()}
+    moves = torch.stack([v.any() for v in direction.values()]).tolist() if direction else []
+    moving = [name for name, moved in zip(direction, moves, strict=True) if moved]
+    direction = {name: direction[name].to(params[name].dtype) for name in moving}
     if not direction:
         return DerivativeCheck(math.nan, math.nan, math.nan, math.nan, 0.0)
     comparison = _comparison(Engine(apply, temperature, chunk_size), params, batch_e, direction, seed)
@@ -204,7 +206,8 @@ def _comparison(
     pair = (weighted.coefficients, weighted.entropy_coefficients)
     weights = torch.cat([w[batch.completion_mask] for w in pair if w is not None])
     gradient = _derived("gradient", lambda: engine.gradient(params, weighted))
-    by_reverse_mode = dot_by_name({name: gradient[name] for name in direction}, direction)
+    products = dot_by_name({name: gradient[name] for name in direction}, direction)
+    by_reverse_mode = dict(zip(products, torch.stack(list(products.values())).tolist(), strict=True))
     gradient_bound = GRADIENT_TOLERANCE.get(lowest, eps)
 
     def differences(v: Params, step: float) -> _Differences:
@@ -234,9 +237,9 @@ def _comparison(
             again = _judgement(jvp, differences(v, CONFIRMING_STEP * step))
             best = best._replace(judged=best.judged & (~best.beyond | again.beyond))
         terms = weights * jvp
-        size = max(float(terms.abs().sum()), sum(abs(float(by_reverse_mode[name])) for name in names))
+        size = max(float(terms.abs().sum()), sum(abs(by_reverse_mode[name]) for name in names))
         # The gradient is that of -sum (c log pi + b h).
-        gap = abs(float(terms.sum()) + sum(float(by_reverse_mode[name]) for name in names))
+        gap = abs(float(terms.sum()) + sum(by_reverse_mode[name] for name in names))
         deviation, bound = _nearest(best)
         judged = float(best.judged.double().mean())
         return DerivativeCheck(deviation, bound, gap / size if size else 0.0, gradient_bound, judged)
@@ -335,7 +338,7 @@ def _flat(values: TokenValues, batch: Batch) -> Tensor:
 
 
 def _norm(tree: Params) -> float:
-    return math.sqrt(sum(float(x.double().square().sum()) for x in tree.values()))
+    return math.sqrt(float(dot(tree, tree)))
 
 
 def _rms(x: Tensor) -> float:

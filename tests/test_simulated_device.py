@@ -29,6 +29,7 @@ READS = {
     "snis_sweep": 21,
     "jvp_delta": 22,
     "fisher_kernel": 13,
+    "check_derivatives": 78,
     "adamw_decompose": 3,
     "token_values": 0,
 }
