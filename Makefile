@@ -31,7 +31,7 @@ processors: $(READY)
 
 # needs Chromium, Debian's package chromium
 browser: $(READY)
-	$(BIN)/pytest -m "browser and not slow"
+	$(PYTEST) -m "browser and not slow"
 
 # the API reference, from the docstrings; a warning ends the build
 docs: $(READY)

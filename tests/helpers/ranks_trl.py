@@ -74,9 +74,13 @@ def losses() -> Iterator[Variant]:
 
 
 def sweep() -> Iterator[Variant]:
-    """Yield every loss by trained weights and micro-batches, off-policy; KL terms, bonuses, masked rows in turn."""
-    for k, (loss, lora, accumulation) in enumerate(itertools.product([*LOSSES, "rloo"], (False, True), (1, 2))):
-        more = {"entropy_coef": 0.05, "mask_truncated_completions": True} if k % 2 and loss != "rloo" else {}
+    """Yield every loss, off-policy; pairs of trained weights and micro-batches, KL terms, bonuses, masks in turn.
+
+    ``losses`` has the other pairs of each loss.
+    """
+    for k, (loss, lora) in enumerate(itertools.product([*LOSSES, "rloo"], (False, True))):
+        accumulation = 1 + (k // 2 + lora + 1) % 2
+        more = {"entropy_coef": 0.05, "mask_truncated_completions": True} if k // 2 % 2 and loss != "rloo" else {}
         yield Variant(loss, lora, accumulation, True, {**three_prompts(accumulation), "beta": 0.1 * (k % 3), **more})
 
 
