@@ -83,6 +83,16 @@ def test_stderr_in_bfloat16_is_within_its_rounding(inputs: Inputs) -> None:
     assert not exact.rounding.isnan().any()
 
 
+def test_directions_one_at_a_time_round_error_bars_alone() -> None:
+    """In float32 the gradient of log E[T] beside them is in bfloat16."""
+    inputs = Inputs(torch.float32)
+    exact, narrow = inputs.call(memory_budget=10**9), inputs.call(memory_budget=0)
+    groups = [absolute_terms(inputs, g) for g in inputs.group_gradients()]
+    assert (narrow.stderr - exact.stderr).norm() <= EPS * torch.stack(groups).square().sum(0).sqrt().norm()
+    size, terms = exact.per_sequence.abs().sum(), policy_terms(inputs.params, WIDTH)
+    assert_close_to_rounding(narrow.per_sequence, exact.per_sequence, terms=terms, scale=size, dtype=torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_budget", [0, None])
 @pytest.mark.parametrize("per_token", [True, False])
