@@ -18,8 +18,8 @@ from benchmarks import harness
 from benchmarks.costs.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
-from fx_influence.interop.trl.capture.step import CapturedStep
-from fx_influence.interop.trl.metrics import LOGGED_FIRST, LOGGED_LAST, REGION_METRICS, MeasuredStep
+from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST, REGION_METRICS, MeasuredStep
+from fx_influence.interop.live.step import CapturedStep
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch
 from fx_influence.labels import REGIONS, Labels
 

@@ -12,8 +12,8 @@ from helpers.trl_runs import HELD_OUT, PLAIN, assert_training_unchanged, measure
 from torch import Tensor
 
 from benchmarks.trl.variants import trainer
+from fx_influence.interop.live.policy_checks import check_temperature
 from fx_influence.interop.trl import EntropyInfluence
-from fx_influence.interop.trl.policy_checks import check_temperature
 from fx_influence.types import Batch
 
 # The warnings that trl, transformers and accelerate give about themselves.
