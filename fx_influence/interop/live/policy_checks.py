@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from fx_influence.interop.live.errors import CaptureError, GenerationError
+from fx_influence.interop.live.guard import CaptureError, GenerationError
 from fx_influence.types import Batch
 
 TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)

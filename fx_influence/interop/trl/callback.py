@@ -14,15 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
 from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
-from fx_influence.interop.live.errors import GenerationError
-from fx_influence.interop.live.guard import preserve_random_state, reason, warn
+from fx_influence.interop.live.guard import Failure, attempt, preserve_random_state, reason, warn
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
 from fx_influence.interop.live.metrics import PREFIX, LogSelection, MeasuredStep
 from fx_influence.interop.live.processes import all_gather_values
@@ -285,26 +283,15 @@ class EntropyInfluence(TrainerCallback):
         return metrics
 
     def _guarded(self, step: int, work: Callable[[], Value | None]) -> Value | None:
-        """Return the result of ``work``, or None with one warning if it fails on any process.
-
-        The training run's random state is restored in both cases.
-        """
-        try:
-            with propagate_failures(self._capture.mesh), preserve_random_state(self._trainer.accelerator.device):
-                return work()
-        except Exception as error:
-            text, out_of_memory = reason(error), isinstance(error, torch.OutOfMemoryError)
-            self._measuring = self._measuring and not isinstance(error, GenerationError)
-        # Outside of the except clause, where the error's frames no longer refer to tensors.
+        """Return the result of ``work``, or None with one warning if it fails on any process."""
+        result = attempt(work, self._trainer.accelerator.device, self._capture.mesh)
+        if not isinstance(result, Failure):
+            return result
+        self._measuring = self._measuring and not result.ends_measuring
         self._capture.stop()
-        if out_of_memory:
-            torch.cuda.empty_cache()
         if self._is_main and self._directory is not None:
             StepStore(self._directory, step).discard()
-        if self._measuring:
-            self._warn(f"step {step} is not attributed: {text}")
-        else:
-            self._warn(f"step {step} and those after it are not attributed: {text}")
+        self._warn(result.sentence(step))
         return None
 
     def _skipped_by_scaler(self, step: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.interop.live.errors import GenerationError
+from fx_influence.interop.live.guard import GenerationError
 from fx_influence.interop.live.measurement import Evaluation, MeasurementSettings, PendingStep, StepMeasurement
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.live.policy_checks import rounding_bound

@@ -15,11 +15,11 @@ from benchmarks.trl.variants import Variant, policy, trainer
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.precision import (
     MAX_STEP_ROUNDING,
-    in_trainers_precision,
     rounding_warning,
     step_rounding,
 )
 from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.precision import in_trainers_precision
 
 SETTINGS: dict[str, Any] = {"eval_prompts": ["4+5=", "6=", "70+1=", "1+1+1="], "completions_per_prompt": 3}
 # A product of bfloat16 numbers, each rounded once on the way forward and once on the way back.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fx_influence.interop.live.errors import CaptureError
+from fx_influence.interop.live.guard import CaptureError
 
 SCORE = "_get_per_token_logps_and_entropies"
 """Method of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that scores rollouts: log-probabilities and entropies."""

@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from fx_influence.distributed.collectives import propagate_failures
-from fx_influence.interop.live.errors import CaptureError
+from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.live.rows import concatenate
 from fx_influence.interop.live.step import CapturedStep, captured_step

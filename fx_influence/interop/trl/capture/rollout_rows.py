@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fx_influence.interop.live.errors import CaptureError
+from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.live.rows import RolloutRows
 from fx_influence.interop.trl.capture.micro_batch import MicroBatch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from fx_influence.interop.live.errors import GenerationError
+from fx_influence.interop.live.guard import GenerationError
 from fx_influence.interop.trl.sampling import generating_model
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {

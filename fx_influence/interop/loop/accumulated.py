@@ -1,0 +1,108 @@
+"""The gradient as the backward passes leave it, and what happens to it before the optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fx_influence.interop.live.guard import CaptureError
+
+UNIFORM = 1e-4
+"""Relative error up to which the gradients of all parameters have been multiplied by one factor; in half precision the
+rounding of their dtype is allowed for too."""
+
+
+class AccumulatedGradient:
+    """Record the norm of each parameter's gradient after every backward pass, before clipping changes it.
+
+    A hook on each parameter queues one reading for the end of its backward pass, when data parallelism has averaged
+    too. Nothing is waited for and no gradient is copied.
+
+    Args:
+        parameters: the trained ones, by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._handles: list[Any] = []
+        self._norms: dict[str, Tensor] = {}
+        self._is_queued = False
+
+    def start(self) -> None:
+        """Record from now on, until ``stop``."""
+        self.stop()
+        self._handles = [p.register_post_accumulate_grad_hook(self._queue) for p in self._parameters.values()]
+
+    def stop(self) -> None:
+        """Record no longer, and forget what was recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._norms, self._is_queued = [], {}, False
+
+    def is_reset(self) -> bool:
+        """Return whether no gradient is left of the backward passes that were made: all are None."""
+        return all(p.grad is None for p in self._parameters.values())
+
+    def is_zero(self) -> bool:
+        """Return whether every gradient is 0 or None."""
+        return not any(bool(p.grad.any()) for p in self._parameters.values() if p.grad is not None)
+
+    def factor(self, loss_scale: float) -> float:
+        """Return the factor by which the gradient was multiplied since the last backward pass, as by clipping.
+
+        Args:
+            loss_scale: factor by which the loss was multiplied, which is taken out of the recorded norms.
+
+        Raises:
+            CaptureError: where parameters have different factors, or one above 1.
+        """
+        names = [name for name, p in self._parameters.items() if p.grad is not None]
+        if set(names) != self._norms.keys():
+            raise CaptureError(
+                f"{len(names)} parameters have gradients at the optimizer's step and {len(self._norms)} had them after "
+                "the last backward pass; expected the same. Zero gradients before the backward passes of a step"
+            )
+        if not names:
+            raise CaptureError("no parameter has a gradient; expected a backward pass of a loss of the rollouts")
+        before = torch.stack([self._norms[name].double().cpu() for name in names]) / loss_scale
+        after = torch.stack([x.double().cpu() for x in norms_of(self._parameters, names)])
+        if not float(before.norm()):
+            return 1.0
+        factor = float(after.norm() / before.norm())
+        rounding = max(torch.finfo(self._parameters[name].dtype).eps for name in names)
+        error = float((after - factor * before).norm() / after.norm().clamp(min=torch.finfo(torch.float64).tiny))
+        if not error <= max(UNIFORM, 4 * rounding):
+            raise CaptureError(
+                "the gradient was changed between its backward pass and the optimizer's step by other factors for some "
+                "parameters than for others; expected one factor for all, as clip_grad_norm_ has. Clip by the norm "
+                "over all parameters, and add no gradient without a backward pass"
+            )
+        if factor > 1 + max(UNIFORM, 4 * rounding):
+            raise CaptureError(
+                f"the gradient was multiplied by {factor:.4g} between its backward pass and the optimizer's step; "
+                "expected at most 1, as clipping has. Scale the loss, and pass loss_scale= to add"
+            )
+        return min(factor, 1.0)
+
+    def _queue(self, _: Tensor) -> None:
+        if self._is_queued:
+            return
+        self._is_queued = True
+        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        # A callback that a callback queues runs after those that data parallelism has queued by then.
+        engine.queue_callback(lambda: engine.queue_callback(self._read))
+
+    def _read(self) -> None:
+        self._is_queued = False
+        # A backward pass that began before ``stop`` may end after it.
+        if self._handles:
+            names = [name for name, p in self._parameters.items() if p.grad is not None]
+            self._norms = dict(zip(names, norms_of(self._parameters, names), strict=True))
+
+
+def norms_of(parameters: dict[str, nn.Parameter], names: list[str]) -> list[Tensor]:
+    """Return the norms of the gradients of the named parameters, scalars on their devices."""
+    grads = [g for name in names if (g := parameters[name].grad) is not None]
+    return [torch.linalg.vector_norm(g.detach(), dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
