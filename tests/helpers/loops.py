@@ -66,6 +66,14 @@ def grpo_loss(logprobs: Tensor, rollouts: Rollouts) -> Tensor:
     return (per_token.sum(1) / rollouts.completion_mask.sum(1)).sum() / COUNT
 
 
+def closed_form(rollouts: Rollouts, logprobs: Tensor) -> Tensor:
+    """Return GRPO's coefficients, (n, T_c), 0 where clipping cuts the gradient."""
+    ratio = (logprobs - rollouts.behaviour).exp()
+    cut = torch.where(rollouts.advantages[:, None] > 0, ratio > 1 + CLIP, ratio < 1 - CLIP)
+    mask = rollouts.completion_mask
+    return rollouts.advantages[:, None] * ratio * ~cut * mask / mask.sum(1, keepdim=True) / COUNT
+
+
 @dataclass
 class Loop:
     """A training loop; ``change`` is called with the model between backward pass and step, ``loss`` makes the loss.

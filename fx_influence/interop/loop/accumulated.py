@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fx_influence.core.dtensor import reduce_over_shards, to_local, to_numbers
 from fx_influence.interop.live.guard import CaptureError
 
 UNIFORM = 1e-4
 """Relative error up to which the gradients of all parameters have been multiplied by one factor; in half precision the
 rounding of their dtype is allowed for too."""
+
+
+class Clipped(NamedTuple):
+    """What was done to the gradient between the last backward pass and the optimizer's step.
+
+    Attributes:
+        factor: that it was multiplied by, at most 1.
+        norm: of the gradient afterwards.
+    """
+
+    factor: float
+    norm: float
 
 
 class AccumulatedGradient:
@@ -47,9 +60,9 @@ class AccumulatedGradient:
 
     def is_zero(self) -> bool:
         """Return whether every gradient is 0 or None."""
-        return not any(bool(p.grad.any()) for p in self._parameters.values() if p.grad is not None)
+        return not any(bool(to_local(p.grad).any()) for p in self._parameters.values() if p.grad is not None)
 
-    def factor(self, loss_scale: float) -> float:
+    def clipped(self, loss_scale: float) -> Clipped:
         """Return the factor by which the gradient was multiplied since the last backward pass, as by clipping.
 
         Args:
@@ -66,25 +79,31 @@ class AccumulatedGradient:
             )
         if not names:
             raise CaptureError("no parameter has a gradient; expected a backward pass of a loss of the rollouts")
-        before = torch.stack([self._norms[name].double().cpu() for name in names]) / loss_scale
-        after = torch.stack([x.double().cpu() for x in norms_of(self._parameters, names)])
+        before = self._full_norms(names, [self._norms[name] for name in names]) / loss_scale
+        after = self._full_norms(names, norms_of(self._parameters, names))
+        norm = float(after.norm())
         if not float(before.norm()):
-            return 1.0
-        factor = float(after.norm() / before.norm())
-        rounding = max(torch.finfo(self._parameters[name].dtype).eps for name in names)
-        error = float((after - factor * before).norm() / after.norm().clamp(min=torch.finfo(torch.float64).tiny))
-        if not error <= max(UNIFORM, 4 * rounding):
+            return Clipped(1.0, norm)
+        factor = norm / float(before.norm())
+        error = float((after - factor * before).norm()) / norm if norm else 0.0
+        bound = max(UNIFORM, 4 * max(torch.finfo(self._parameters[name].dtype).eps for name in names))
+        if not error <= bound:
             raise CaptureError(
                 "the gradient was changed between its backward pass and the optimizer's step by other factors for some "
                 "parameters than for others; expected one factor for all, as clip_grad_norm_ has. Clip by the norm "
                 "over all parameters, and add no gradient without a backward pass"
             )
-        if factor > 1 + max(UNIFORM, 4 * rounding):
+        if factor > 1 + bound:
             raise CaptureError(
                 f"the gradient was multiplied by {factor:.4g} between its backward pass and the optimizer's step; "
                 "expected at most 1, as clipping has. Scale the loss, and pass loss_scale= to add"
             )
-        return min(factor, 1.0)
+        return Clipped(min(factor, 1.0), norm)
+
+    def _full_norms(self, names: list[str], local: list[Tensor]) -> Tensor:
+        """Return the norms of the full gradients from those of their local shards, float64 on the CPU."""
+        squares = reduce_over_shards([x.double().square() for x in local], [self._parameters[name] for name in names])
+        return torch.tensor(to_numbers(squares), dtype=torch.float64).sqrt()
 
     def _queue(self, _: Tensor) -> None:
         if self._is_queued:
@@ -103,6 +122,6 @@ class AccumulatedGradient:
 
 
 def norms_of(parameters: dict[str, nn.Parameter], names: list[str]) -> list[Tensor]:
-    """Return the norms of the gradients of the named parameters, scalars on their devices."""
-    grads = [g for name in names if (g := parameters[name].grad) is not None]
-    return [torch.linalg.vector_norm(g.detach(), dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    """Return the norms of the named parameters' gradients, of their local shards, scalars on their devices."""
+    grads = [to_local(g.detach()) for name in names if (g := parameters[name].grad) is not None]
+    return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.attribution.result import Influence
 from fx_influence.core.checks import check_count, check_options
 from fx_influence.core.dtensor import is_sharded
+from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.measurement import MeasurementSettings
 from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
@@ -52,6 +55,9 @@ def attach(
     number and the reason, and the step is missing from ``history``. Steps are numbered as the optimizer counts them;
     those that a loss scaler skips are not counted.
 
+    With several processes (DistributedDataParallel, or a model sharded by FSDP2) every one makes the same calls with
+    its own micro-batches, and the loss is the mean of theirs. All have the ``history``; the first one warns and logs.
+
     Args:
         optimizer: a ``torch.optim.AdamW``, or as for ``fx.adamw_state``; its hooks are called by ``step``.
         model: the policy, or a wrapper of it, whose parameters the optimizer holds; without dropout.
@@ -59,7 +65,8 @@ def attach(
         temperature: divides the logits, in the rollouts' sampling and in the loop's log-probabilities.
         objective: how the entropy is estimated, as for ``fx.influence``.
         preconditioner: as for ``fx.influence``.
-        autocast: dtype of the ``torch.autocast`` around the loop's forward; None without one.
+        autocast: dtype of the ``torch.autocast`` around the loop's forward, or of FSDP2's mixed precision; None without
+            one. The passes of a sharded model stay in its shards' dtype, and the difference is ``unattributed``.
         position_ids: whether the loop's forward counts positions from the first real token. False where it passes no
             ``position_ids``, which matters with padding on the left.
         chunk_size: rows per forward, as for ``fx.influence``.
@@ -75,8 +82,8 @@ def attach(
     Raises:
         TypeError: for another optimizer than AdamW.
         ValueError: for a parameter of the optimizer that is not the model's; for a model with dropout, noise on its
-            embeddings, quantised or sharded weights, or that ``make_functional`` refuses; for several processes; and
-            for numbers out of range.
+            embeddings or quantised weights, or that ``make_functional`` refuses; for numbers out of range; and if
+            processes attach with different settings.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
@@ -99,22 +106,26 @@ def attach(
     # Only read, and dropped again: it checks that the parameters are the model's and that the state can be AdamW's.
     adamw_state(adamw, model, copy=False)
     inner = unwrap_model(model)
-    _check_processes(inner)
     _check_exact(inner)
     make_functional(inner, position_ids=position_ids)
     training = LoopTraining(inner, adamw, temperature, position_ids, autocast)
     settings = MeasurementSettings(objective, preconditioner, False, chunk_size, memory_budget, region_stderr)
-    return StepCapture(training, settings, every, log, on_step)
+    mesh = _mesh_of(inner)
+    if mesh is not None:
+        check_consistent(mesh, {"every": every, "temperature": temperature, **settings._asdict()})
+    return StepCapture(training, settings, every, log, on_step, mesh)
 
 
-def _check_processes(model: nn.Module) -> None:
-    """Raise ``ValueError`` for several processes, or a model that is sharded."""
-    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if processes > 1 or any(map(is_sharded, model.parameters())):
-        raise ValueError(
-            f"the training runs in {processes} processes, or its model is sharded; expected one process with all "
-            "weights. Call fx.influence(..., mesh=mesh) in the loop itself"
-        )
+def _mesh_of(model: nn.Module) -> DeviceMesh | None:
+    """Return the mesh of the training run's processes, over which a sharded model is; None for a single process."""
+    meshes = [cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)]
+    if meshes:
+        return cast(DeviceMesh, meshes[0])
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    return DeviceMesh.from_group(world, next(model.parameters()).device.type)
 
 
 def _check_exact(model: nn.Module) -> None:

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.attribution.result import Influence
+from fx_influence.distributed.sharded_policy import ShardedPolicy
 from fx_influence.interop.live.guard import CaptureError, Failure, attempt, reason, warn
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep, StepMeasurement
 from fx_influence.interop.live.metrics import PREFIX, LogSelection
 from fx_influence.interop.live.policy_checks import rounding_bound
+from fx_influence.interop.live.processes import all_gather_values, count_and_rank
 from fx_influence.interop.live.rows import concatenate
 from fx_influence.interop.live.step import CapturedStep, captured_step
 from fx_influence.interop.loop.accumulated import AccumulatedGradient
@@ -49,8 +52,10 @@ class LoopTraining:
     )
 
     def in_own_precision(self, policy: Policy) -> Policy:
-        """Return the policy under the autocast of the loop's forward."""
-        return policy if self.autocast is None else policy.with_autocast(self.autocast, self.loss_scale)
+        """Return the policy under the autocast of the loop's forward; a sharded one stays in its shards' dtype."""
+        if self.autocast is None or isinstance(policy, ShardedPolicy):
+            return policy
+        return policy.with_autocast(self.autocast, self.loss_scale)
 
     def rounding_bound(self) -> float:
         """Return the bound on the mean difference of two forwards in the lowest precision in use."""
@@ -66,6 +71,7 @@ class StepCapture:
         every: steps n, 2n, ... of the optimizer are measured.
         log: called with at most 16 figures of each measured step, by name.
         on_step: called with the number of each measured step and its influences.
+        mesh: of the training run's processes, None for a single process.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.
@@ -79,11 +85,13 @@ class StepCapture:
         every: int,
         log: Callable[[dict[str, float]], object] | None,
         on_step: Callable[[int, Influence], object] | None,
+        mesh: DeviceMesh | None,
     ) -> None:
         self.history: list[dict[str, float]] = []
         self.step = steps_made(training.optimizer)
         self._training, self._every, self._log, self._on_step = training, every, log, on_step
-        self._measurement = StepMeasurement(training, settings, None, warn)
+        self._mesh, self._is_main = mesh, count_and_rank(mesh)[1] == 0
+        self._measurement = StepMeasurement(training, settings, mesh, self._warn)
         self._device = next(training.model.parameters()).device
         self._gradient = AccumulatedGradient({n: p for n, p in training.model.named_parameters() if p.requires_grad})
         self._log_selection = LogSelection()
@@ -216,10 +224,10 @@ class StepCapture:
 
     def _metrics_after(self, pending: PendingStep) -> dict[str, float]:
         measured = self._measurement.after_update(pending)
-        metrics = measured.metrics()
+        metrics = all_gather_values(self._mesh, measured.metrics())[0]
         if self._on_step is not None:
             self._on_step(measured.step, measured.influence)
-        if self._log is not None:
+        if self._log is not None and self._is_main:
             self._log({PREFIX + name: value for name, value in self._log_selection.of_step(metrics).items()})
         return metrics
 
@@ -244,7 +252,7 @@ class StepCapture:
             )
         if unreached and not self._unreached_warned:
             self._unreached_warned = True
-            warn(
+            self._warn(
                 f"step {self.step + 1}: no backward pass reached the logprobs of {unreached} of {len(added)} "
                 "micro-batches, whose coefficients are taken to be 0, as in other steps without a warning"
             )
@@ -258,28 +266,34 @@ class StepCapture:
         return captured
 
     def _captured_step(self, added: list[AddedRollouts]) -> CapturedStep:
-        clip = self._gradient.factor(self._training.loss_scale)
+        # Data parallelism averages over processes whatever the loss.
+        share = 1.0 / count_and_rank(self._mesh)[0]
+        rows = concatenate(all_gather_values(self._mesh, concatenate([rollouts.rows(share) for rollouts in added])))
+        clip, norm = self._gradient.clipped(self._training.loss_scale)
         gradient = {
             name: None if p.grad is None else p.grad.detach() if clip == 1.0 else p.grad.detach() / clip
             for name, p in self._training.model.named_parameters()
             if p.requires_grad
         }
-        norm = torch.stack([torch.linalg.vector_norm(g.double()) for g in gradient.values() if g is not None]).norm()
-        # The bound that clips by this very factor.
-        max_grad_norm = None if clip == 1.0 else clip * (float(norm) + 1e-6)
-        rows = concatenate([rollouts.rows() for rollouts in added])
+        # The bound that clips by this very factor, as clip_grad_norm_ does.
+        max_grad_norm = None if clip == 1.0 else norm + 1e-6 * clip
         captured = captured_step(rows, self._device, gradient, clip, max_grad_norm)
         return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
 
     def _guarded(self, step: int, work: Callable[[], Value]) -> Value | None:
         """Return the result of ``work``, or None with one warning if it fails."""
-        result = attempt(work, self._device, None)
+        result = attempt(work, self._device, self._mesh)
         self._stop()
         if not isinstance(result, Failure):
             return result
         self._measuring = self._measuring and not result.ends_measuring
-        warn(result.sentence(step))
+        self._warn(result.sentence(step))
         return None
+
+    def _warn(self, text: str) -> None:
+        """Warn on the first process."""
+        if self._is_main:
+            warn(text)
 
 
 def steps_made(optimizer: torch.optim.Optimizer) -> int:

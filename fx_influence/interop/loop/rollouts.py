@@ -82,9 +82,12 @@ class AddedRollouts:
             if value is not None and value.requires_grad:
                 value.register_hook(functools.partial(arrive, index))
 
-    def rows(self) -> RolloutRows:
-        """Return the rollouts with the coefficients of the loss, 0 where no backward pass has reached them."""
-        coefficients, entropy_coefficients = (self._coefficients(index) for index in (LOGPROBS, ENTROPIES))
+    def rows(self, share: float = 1.0) -> RolloutRows:
+        """Return the rollouts with the coefficients of the loss, 0 where no backward pass has reached them.
+
+        ``share``: of this process's loss in that of all.
+        """
+        coefficients, entropy_coefficients = (share * self._coefficients(index) for index in (LOGPROBS, ENTROPIES))
         token_advantages, advantages = self._token_advantages, self._advantages
         if advantages is None:
             # The sign of an advantage that is not known is that of the coefficient.

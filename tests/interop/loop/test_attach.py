@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.loops import CLIP, COUNT, MAX_NORM, Loop, Rollouts, batch_of, named
+from helpers.loops import COUNT, MAX_NORM, Loop, Rollouts, batch_of, closed_form, completion_values, named
 from helpers.tiny_models import AttentionModel, make_float64
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor, nn
@@ -30,14 +30,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.Batch, dict[str, Any
     return recorded
 
 
-def closed_form(rollouts: Rollouts, logprobs: Tensor) -> Tensor:
-    """Return GRPO's coefficients, (n, T_c), 0 where clipping cuts the gradient."""
-    ratio = (logprobs - rollouts.behaviour).exp()
-    cut = torch.where(rollouts.advantages[:, None] > 0, ratio > 1 + CLIP, ratio < 1 - CLIP)
-    mask = rollouts.completion_mask
-    return rollouts.advantages[:, None] * ratio * ~cut * mask / mask.sum(1, keepdim=True) / COUNT
-
-
 class ByHand:
     """``fx.influence`` called by hand before each step of a loop, with the gradient before clipping."""
 
@@ -45,8 +37,6 @@ class ByHand:
         self.results: list[fx.Influence] = []
 
     def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rollouts: Rollouts) -> None:
-        from helpers.loops import completion_values
-
         apply, params = fx.make_functional(model)
         with torch.no_grad():
             coefficients = closed_form(rollouts, completion_values(model, rollouts)[0])
