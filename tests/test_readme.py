@@ -172,6 +172,26 @@ def test_attach_example_prints_what_trl_example_does(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_own_loop_example_predicts_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    example, scope = examples()["own_loop"], dict[str, Any]()
+    assert len(example.source.splitlines()) <= 30
+    example.run(scope)
+    history, printed = scope["capture"].history, capsys.readouterr().out
+    assert [figures["step"] for figures in history] == [2, 4]
+    for figures in history:
+        assert abs(figures["unattributed"]) < 1e-3 * abs(figures["rollouts"]), "the gradient is the rollouts' own"
+    for text in (printed, example.output):
+        steps = [figures_of(line) for line in text.splitlines() if line.startswith("total")]
+        assert len(steps) == 2
+        for step in steps:
+            assert all(step.values()), "no figure of the example is zero"
+            unit = unit_of(step["momentum"], step["rollouts"])
+            assert step["total"] == pytest.approx(step["momentum"] + step["rollouts"], abs=2 * unit)
+            assert abs(step["total"] - step["measured"]) < 2 * step["stderr"]
+
+
+@pytest.mark.slow
 def test_loop_example_passes_its_gradient(capsys: pytest.CaptureFixture[str]) -> None:
     example, scope = examples()["loop"], dict[str, Any]()
     example.run(scope)

@@ -109,7 +109,7 @@ class AccumulatedGradient:
         if self._is_queued:
             return
         self._is_queued = True
-        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine: Any = torch.autograd.Variable._execution_engine
         # A callback that a callback queues runs after those that data parallelism has queued by then.
         engine.queue_callback(lambda: engine.queue_callback(self._read))
 

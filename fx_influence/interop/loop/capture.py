@@ -92,7 +92,6 @@ class StepCapture:
         self._training, self._every, self._log, self._on_step = training, every, log, on_step
         self._mesh, self._is_main = mesh, count_and_rank(mesh)[1] == 0
         self._measurement = StepMeasurement(training, settings, mesh, self._warn)
-        self._device = next(training.model.parameters()).device
         self._gradient = AccumulatedGradient({n: p for n, p in training.model.named_parameters() if p.requires_grad})
         self._log_selection = LogSelection()
         self._added: list[AddedRollouts] | None = None
@@ -289,6 +288,11 @@ class StepCapture:
         self._measuring = self._measuring and not result.ends_measuring
         self._warn(result.sentence(step))
         return None
+
+    @property
+    def _device(self) -> torch.device:
+        """Return the model's device, which offloading changes between steps."""
+        return next(self._training.model.parameters()).device
 
     def _warn(self, text: str) -> None:
         """Warn on the first process."""

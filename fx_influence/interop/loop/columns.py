@@ -16,14 +16,14 @@ class PaddedColumns(NamedTuple):
         [[0.0, 0.0, 1.0, 2.0]]
     """
 
-    count: int
+    num_rows: int
     width: int
 
     def to_rows(self, values: Tensor) -> Tensor:
         """Return values of tokens as rows (B, T), 0 where there are none."""
-        if values.dim() != 2 or len(values) != self.count or values.shape[1] > self.width:
+        if values.dim() != 2 or len(values) != self.num_rows or values.shape[1] > self.width:
             raise ValueError(
-                f"a value for each token has shape {tuple(values.shape)}; expected ({self.count}, T_c) with T_c at "
+                f"a value for each token has shape {tuple(values.shape)}; expected ({self.num_rows}, T_c) with T_c at "
                 f"most {self.width}, the columns of input_ids. Pass those of the tokens on the right"
             )
         return torch.nn.functional.pad(values, (self.width - values.shape[1], 0))
@@ -58,11 +58,6 @@ class PackedColumns(NamedTuple):
         positions = position_ids.flatten()
         starts = (positions == 0).nonzero().flatten().cpu()
         return cls.from_starts(torch.cat([starts, torch.tensor([len(positions)])]), len(positions))
-
-    @property
-    def count(self) -> int:
-        """Number of rollouts."""
-        return len(self.starts) - 1
 
     def to_rows(self, values: Tensor) -> Tensor:
         """Return values of tokens as rows (R, T), 0 where there are none; fewer than N are those on the right."""

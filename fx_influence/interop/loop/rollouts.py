@@ -47,9 +47,10 @@ class AddedRollouts:
         loss_scale: float,
     ) -> None:
         count = len(ids)
-        for name, of_rows in {"group": group, "sources": sources}.items():
-            if of_rows is not None and len(of_rows) != count:
-                raise ValueError(f"{name} has {len(of_rows)} entries; expected {count}, one for each rollout")
+        lengths = {"group": count if group is None else len(group), "sources": len(sources or [None] * count)}
+        for name, length in lengths.items():
+            if length != count:
+                raise ValueError(f"{name} has {length} entries; expected {count}. Pass one for each rollout")
         self._columns, self._ids, self._attended, self._completions = columns, ids, attended, completions
         self._logprobs, self._dtype = self._to_rows(values[0]), torch.promote_types(values[0].dtype, torch.float32)
         self._entropies = None if values[1] is None else self._to_rows(values[1])

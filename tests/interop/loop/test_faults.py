@@ -21,7 +21,8 @@ EVERY_STEP: dict[str, Any] = {"every": 1}
 
 
 def random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    numpy_state: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist()
 
 
 def run(loop: Loop) -> tuple[fx.interop.StepCapture | None, list[str]]:
@@ -168,6 +169,14 @@ def test_micro_batch_without_backward_is_warned_of(monkeypatch: pytest.MonkeyPat
     assert capture.history[0]["unattributed"] != 0
 
 
+def count_rows(counts: list[int], _: int, out: fx.Influence) -> None:
+    counts.append(len(out.per_sequence))
+
+
+def keep(results: list[fx.Influence], _: int, out: fx.Influence) -> None:
+    results.append(out)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_step_skipped_by_a_scaler_leaves_no_recording(set_to_none: bool, fused: bool) -> None:
@@ -227,8 +236,7 @@ def test_packed_rollouts_give_the_same_result(how: str, shifted: bool) -> None:
     for is_packed in (True, False):
         outs: list[fx.Influence] = []
         loop = Loop()
-        keep = functools.partial(lambda outs, _, out: outs.append(out), outs)
-        capture = fx.attach(loop.optimizer, loop.model, every=1, on_step=keep)
+        capture = fx.attach(loop.optimizer, loop.model, every=1, on_step=functools.partial(keep, outs))
         rollouts = sample_rollouts(loop.model, 0)
         logprobs, _ = completion_values(loop.model, rollouts)
         if is_packed:
