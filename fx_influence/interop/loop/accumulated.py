@@ -16,7 +16,7 @@ rounding of their dtype is allowed for too."""
 
 
 class Clipped(NamedTuple):
-    """What was done to the gradient between the last backward pass and the optimizer's step.
+    """Change of the gradient between the last backward pass and the optimizer's step.
 
     Attributes:
         factor: that it was multiplied by, at most 1.

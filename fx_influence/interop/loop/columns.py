@@ -1,4 +1,4 @@
-"""Where the rollouts of a micro-batch stand in its tensors: rows padded to one width, or packed one after another."""
+"""Layouts of a micro-batch's rollouts in its tensors: rows padded to one width, or packed one after another."""
 
 from __future__ import annotations
 

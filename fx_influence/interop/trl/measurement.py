@@ -64,7 +64,7 @@ class TrlTraining:
 
 
 class HeldOutSampling(NamedTuple):
-    """How E is sampled.
+    """Settings for the sampling of E.
 
     Attributes:
         prompts: of E; None where E is the update batch, cross-fitted.
