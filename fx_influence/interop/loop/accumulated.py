@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +36,13 @@ class AccumulatedGradient:
     too. Nothing is waited for and no gradient is copied.
 
     Args:
-        parameters: the trained ones, by name.
+        model: whose trained parameters are looked at.
+        guard: context of what runs inside a backward pass, which lets no exception pass.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, model: nn.Module, guard: Callable[[], AbstractContextManager[None]]) -> None:
+        self._model, self._guard = model, guard
+        self._parameters: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
         self._norms: dict[str, Tensor] = {}
         self._is_queued = False
@@ -46,6 +50,7 @@ class AccumulatedGradient:
     def start(self) -> None:
         """Record from now on, until ``stop``."""
         self.stop()
+        self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._handles = [p.register_post_accumulate_grad_hook(self._queue) for p in self._parameters.values()]
 
     def stop(self) -> None:
@@ -109,16 +114,18 @@ class AccumulatedGradient:
         if self._is_queued:
             return
         self._is_queued = True
-        engine: Any = torch.autograd.Variable._execution_engine
-        # A callback that a callback queues runs after those that data parallelism has queued by then.
-        engine.queue_callback(lambda: engine.queue_callback(self._read))
+        with self._guard():
+            engine: Any = torch.autograd.Variable._execution_engine
+            # A callback that a callback queues runs after those that data parallelism has queued by then.
+            engine.queue_callback(lambda: engine.queue_callback(self._read))
 
     def _read(self) -> None:
         self._is_queued = False
         # A backward pass that began before ``stop`` may end after it.
         if self._handles:
-            names = [name for name, p in self._parameters.items() if p.grad is not None]
-            self._norms = dict(zip(names, norms_of(self._parameters, names), strict=True))
+            with self._guard():
+                names = [name for name, p in self._parameters.items() if p.grad is not None]
+                self._norms = dict(zip(names, norms_of(self._parameters, names), strict=True))
 
 
 def norms_of(parameters: dict[str, nn.Parameter], names: list[str]) -> list[Tensor]:

@@ -92,7 +92,7 @@ class StepCapture:
         self._training, self._every, self._log, self._on_step = training, every, log, on_step
         self._mesh, self._is_main = mesh, count_and_rank(mesh)[1] == 0
         self._measurement = StepMeasurement(training, settings, mesh, self._warn)
-        self._gradient = AccumulatedGradient({n: p for n, p in training.model.named_parameters() if p.requires_grad})
+        self._gradient = AccumulatedGradient(training.model, self._noting_problems)
         self._log_selection = LogSelection()
         self._added: list[AddedRollouts] | None = None
         self._problem: str | None = None
@@ -178,7 +178,8 @@ class StepCapture:
         self._stop()
         if self._measuring and (self.step + 1) % self._every == 0:
             self._added = []
-            self._gradient.start()
+            with self._noting_problems():
+                self._gradient.start()
 
     def _stop(self) -> None:
         self._added, self._problem = None, None
@@ -265,17 +266,21 @@ class StepCapture:
         return captured
 
     def _captured_step(self, added: list[AddedRollouts]) -> CapturedStep:
+        """Return the step of all processes from this process's rollouts."""
         # Data parallelism averages over processes whatever the loss.
         share = 1.0 / count_and_rank(self._mesh)[0]
         rows = concatenate(all_gather_values(self._mesh, concatenate([rollouts.rows(share) for rollouts in added])))
-        clip, norm = self._gradient.clipped(self._training.loss_scale)
+        # A fused optimizer may take the loss scale out itself.
+        remaining_scale = float(getattr(self._training.optimizer, "grad_scale", None) or 1.0)
+        clip, norm = self._gradient.clipped(self._training.loss_scale / remaining_scale)
+        divisor = clip * remaining_scale
         gradient = {
-            name: None if p.grad is None else p.grad.detach() if clip == 1.0 else p.grad.detach() / clip
+            name: None if p.grad is None else p.grad.detach() if divisor == 1.0 else p.grad.detach() / divisor
             for name, p in self._training.model.named_parameters()
             if p.requires_grad
         }
         # The bound that clips by this very factor, as clip_grad_norm_ does.
-        max_grad_norm = None if clip == 1.0 else norm + 1e-6 * clip
+        max_grad_norm = None if clip == 1.0 else norm / remaining_scale + 1e-6 * clip
         captured = captured_step(rows, self._device, gradient, clip, max_grad_norm)
         return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
 

@@ -178,30 +178,29 @@ def keep(results: list[fx.Influence], _: int, out: fx.Influence) -> None:
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("fused", [True, False])
-def test_step_skipped_by_a_scaler_leaves_no_recording(set_to_none: bool, fused: bool) -> None:
+@pytest.mark.parametrize(("fused", "clips"), [(False, True), (True, True), (True, False)])
+def test_step_skipped_by_a_scaler_leaves_no_recording(set_to_none: bool, fused: bool, clips: bool) -> None:
     """The second of three steps overflows; the third is measured on its own rollouts, as the optimizer's second."""
     histories = []
     for scale in (2.0**12, None):
-        loop = Loop()
-        model = loop.model.float()
+        model = Loop().model.float()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=100, enabled=scale is not None)
         rows: list[int] = []
-        capture = fx.attach(
-            optimizer, model, every=1, on_step=lambda _, out, rows=rows: rows.append(len(out.per_sequence))
-        )
+        capture = fx.attach(optimizer, model, every=1, on_step=functools.partial(count_rows, rows))
         for step in range(3):
             rollouts = sample_rollouts(model, step)
             logprobs, _ = completion_values(model, rollouts)
-            if not (scale is None and step == 1):
-                capture.add(**named(rollouts, logprobs), loss_scale=scaler.get_scale())
-                overflow = torch.inf if step == 1 else 1.0
-                scaler.scale(grpo_loss(logprobs, rollouts).float() * overflow).backward()
+            if scale is None and step == 1:
+                continue
+            capture.add(**named(rollouts, logprobs), loss_scale=scaler.get_scale())
+            overflow = torch.inf if step == 1 else 1.0
+            scaler.scale(grpo_loss(logprobs, rollouts).float() * overflow).backward()
+            if clips:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-                scaler.step(optimizer)
-                scaler.update()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=set_to_none)
         assert rows == [COUNT, COUNT]
         assert [metrics["step"] for metrics in capture.history] == [1, 2]
@@ -209,6 +208,14 @@ def test_step_skipped_by_a_scaler_leaves_no_recording(set_to_none: bool, fused: 
     for metrics, expected in zip(*histories, strict=True):
         for name in ("total", "measured", "rollouts", "stderr"):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-8)
+
+
+def test_parameters_may_be_frozen_meanwhile() -> None:
+    loop = Loop(3, 1, EVERY_STEP)
+    loop.before_step = lambda model, *_: model.position.weight.requires_grad_(False)
+    capture, _ = run(loop)
+    assert capture is not None
+    assert 3 in [metrics["step"] for metrics in capture.history]
 
 
 def packed(rollouts: Rollouts, logprobs: Tensor, how: str) -> dict[str, Any]:
