@@ -68,7 +68,7 @@ class Training(Protocol):
     @property
     def forward_remedy(self) -> str: ...
 
-    def in_own_precision(self, policy: Policy) -> Policy:
+    def in_forward_precision(self, policy: Policy) -> Policy:
         """Return the policy in the precision of the training run's forward."""
 
     def rounding_bound(self) -> float:
@@ -180,7 +180,7 @@ class StepMeasurement:
             local_rows(captured.batch, self._mesh),
             None if evaluation.is_update else local_rows(batch_e, self._mesh),
             opt_state,
-            apply=training.in_own_precision(policy),
+            apply=training.in_forward_precision(policy),
             objective=settings.objective,
             preconditioner=settings.preconditioner,
             grad=captured.gradient,

@@ -51,7 +51,7 @@ class LoopTraining:
         "of the loop's forward to attach; anything else in that forward (images, noise, hooks) cannot be measured"
     )
 
-    def in_own_precision(self, policy: Policy) -> Policy:
+    def in_forward_precision(self, policy: Policy) -> Policy:
         """Return the policy under the autocast of the loop's forward; a sharded one stays in its shards' dtype."""
         if self.autocast is None or isinstance(policy, ShardedPolicy):
             return policy

@@ -52,7 +52,7 @@ class TrlTraining:
     def temperature(self) -> float:
         return float(self._trainer.temperature)
 
-    def in_own_precision(self, policy: Policy) -> Policy:
+    def in_forward_precision(self, policy: Policy) -> Policy:
         """Return the policy under the autocast of the trainer's forward."""
         return in_trainers_precision(policy, self._trainer.accelerator)
 

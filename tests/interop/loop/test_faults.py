@@ -178,7 +178,9 @@ def keep(results: list[fx.Influence], _: int, out: fx.Influence) -> None:
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize(("fused", "clips"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    ("fused", "clips"), [(False, True), pytest.param(True, True, marks=pytest.mark.slow), (True, False)]
+)
 def test_step_skipped_by_a_scaler_leaves_no_recording(set_to_none: bool, fused: bool, clips: bool) -> None:
     """The second of three steps overflows; the third is measured on its own rollouts, as the optimizer's second."""
     histories = []
