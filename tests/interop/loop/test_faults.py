@@ -48,11 +48,16 @@ def assert_unchanged(measured: Loop, plain: Loop) -> None:
         assert all(torch.equal(states[k][name], state[name]) for name in state)
 
 
+def draw(*_: object) -> None:
+    """Draw from every random state, as a measurement may."""
+    torch.rand(2), random.random(), np.random.rand(2)
+
+
 def test_measuring_leaves_the_training_unchanged() -> None:
     plain = Loop(3, 3)
     plain.run()
     before = random_states()
-    measured = Loop(3, 3, EVERY_STEP)
+    measured = Loop(3, 3, {**EVERY_STEP, "on_step": draw})
     capture, texts = run(measured)
     assert capture is not None
     assert [metrics["step"] for metrics in capture.history] == [1, 2, 3]
