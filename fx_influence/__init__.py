@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fx_influence.interop.checkpoints.load import load_checkpoint
     from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
     from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint
+    from fx_influence.interop.loop.attach import attach
     from fx_influence.interop.optimizers import adamw_state
     from fx_influence.interop.rollouts.batch import collate
     from fx_influence.interop.rollouts.read import read_rollouts
@@ -86,6 +87,7 @@ _MODULES = {
     "Window": "fx_influence.trajectory.window",
     "adamw_decompose": "fx_influence.optim.adamw",
     "adamw_state": "fx_influence.interop.optimizers",
+    "attach": "fx_influence.interop.loop.attach",
     "check_derivatives": "fx_influence.derivative_check",
     "check_policy": "fx_influence.functional",
     "clipped_ratio": "fx_influence.losses",
@@ -155,6 +157,7 @@ __all__ = [
     "__version__",
     "adamw_decompose",
     "adamw_state",
+    "attach",
     "check_derivatives",
     "check_policy",
     "clipped_ratio",

@@ -166,7 +166,7 @@ def _check_partition(named: Mapping[str, Tensor]) -> None:
             )
 
 
-_HARMLESS_HOOKS = ("wandb.", "torch.distributed.")
+_HARMLESS_HOOKS = ("wandb.", "torch.distributed.", "fx_influence.")
 """Packages whose hooks look at gradients, or bring them to their owners, and change none."""
 
 

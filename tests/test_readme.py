@@ -18,8 +18,8 @@ from benchmarks import harness
 from benchmarks.costs.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.snis import SnisDelta
-from fx_influence.interop.trl.capture.step import CapturedStep
-from fx_influence.interop.trl.metrics import LOGGED_FIRST, LOGGED_LAST, REGION_METRICS, MeasuredStep
+from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST, REGION_METRICS, MeasuredStep
+from fx_influence.interop.live.step import CapturedStep
 from fx_influence.lab.plan import EntropyInfluencePlan, SampledBatch
 from fx_influence.labels import REGIONS, Labels
 
@@ -169,6 +169,26 @@ def test_attach_example_prints_what_trl_example_does(
     for line, step in zip(example.output.splitlines(), history, strict=True):
         figures = [float(x) for x in re.findall(r"[-+]?\d\.\de[-+]\d+", line)]
         assert figures == [step[name] for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_own_loop_example_predicts_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    example, scope = examples()["own_loop"], dict[str, Any]()
+    assert len(example.source.splitlines()) <= 30
+    example.run(scope)
+    history, printed = scope["capture"].history, capsys.readouterr().out
+    assert [figures["step"] for figures in history] == [2, 4]
+    for figures in history:
+        assert abs(figures["unattributed"]) < 1e-3 * abs(figures["rollouts"]), "the gradient is the rollouts' own"
+    for text in (printed, example.output):
+        steps = [figures_of(line) for line in text.splitlines() if line.startswith("total")]
+        assert len(steps) == 2
+        for step in steps:
+            assert all(step.values()), "no figure of the example is zero"
+            unit = unit_of(step["momentum"], step["rollouts"])
+            assert step["total"] == pytest.approx(step["momentum"] + step["rollouts"], abs=2 * unit)
+            assert abs(step["total"] - step["measured"]) < 2 * step["stderr"]
 
 
 @pytest.mark.slow

@@ -190,13 +190,13 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
 
 
 def every_nth(x: Mapping[str, Tensor | None], stride: int) -> Params:
-    """Return copies of every ``stride``-th entry of each tensor, flat; None is left out.
+    """Return copies of every ``stride``-th entry of each tensor, of a DTensor's local shard, flat; None is left out.
 
     Example:
         >>> every_nth({"w": torch.arange(6).reshape(2, 3)}, 2)
         {'w': tensor([0, 2, 4])}
     """
-    return {name: v.detach().flatten()[::stride].clone() for name, v in x.items() if v is not None}
+    return {name: to_local(v.detach()).flatten()[::stride].clone() for name, v in x.items() if v is not None}
 
 
 def random_direction(params: Params, seed: int) -> Params:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from fx_influence.interop.checkpoints.load import load_checkpoint
     from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
     from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint
+    from fx_influence.interop.loop.attach import attach
+    from fx_influence.interop.loop.capture import StepCapture
     from fx_influence.interop.optimizers import adamw_state
     from fx_influence.interop.rollouts.batch import collate
     from fx_influence.interop.rollouts.read import read_rollouts
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Rollout": "fx_influence.interop.rollouts.record",
+    "StepCapture": "fx_influence.interop.loop.capture",
     "adamw_state": "fx_influence.interop.optimizers",
+    "attach": "fx_influence.interop.loop.attach",
     "collate": "fx_influence.interop.rollouts.batch",
     "load_checkpoint": "fx_influence.interop.checkpoints.load",
     "load_sharded_checkpoint": "fx_influence.interop.checkpoints.sharded",
@@ -31,7 +35,9 @@ __getattr__, __dir__ = lazy_attributes(__name__, _MODULES)
 
 __all__ = [
     "Rollout",
+    "StepCapture",
     "adamw_state",
+    "attach",
     "collate",
     "load_checkpoint",
     "load_sharded_checkpoint",

@@ -22,8 +22,10 @@ import fx_influence as fx
 from benchmarks.trl.bench_trl_steps import Errors
 from benchmarks.trl.variants import LOSSES, PROMPTS, Variant, policy, quiet, trainer
 from fx_influence.distributed.batches import gather_batch
-from fx_influence.interop.trl import EntropyInfluence, measurement
-from fx_influence.interop.trl.processes import all_gather_values, mesh_of
+from fx_influence.interop.live import measurement
+from fx_influence.interop.live.processes import all_gather_values
+from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store.step import StepStore
 from helpers.ranks import end_rank, save_result

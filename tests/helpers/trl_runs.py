@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.trl.variants import Variant, trainer
+from fx_influence.interop.live.metrics import REGION_METRICS
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture.recorder import METHODS
-from fx_influence.interop.trl.metrics import REGION_METRICS
 
 PLAIN = Variant("dapo", False, 1, False, {})
 HELD_OUT = ["4+5=", "6=", "70+1="]

@@ -1,21 +1,13 @@
-"""Find the trainer that a callback belongs to and a free name among its callbacks; warn without ending its run."""
+"""Find the trainer that a callback belongs to, and a free name among its callbacks."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
-import warnings
 from collections.abc import Collection
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
-
-from fx_influence.distributed.collectives import RankError
-from fx_influence.interop.trl.capture.micro_batch import CaptureError
-from fx_influence.types import IdentityError
-
-logger = logging.getLogger(__name__)
 
 
 def calling_trainer(callback: TrainerCallback) -> Any:
@@ -49,17 +41,3 @@ def free_name(requested: str | None, taken: Collection[str]) -> str:
             "Give one, or detach the other"
         )
     return requested
-
-
-def warn(text: str) -> None:
-    """Warn without ending a training run: where warnings are errors, log instead."""
-    try:
-        warnings.warn(text, stacklevel=3)
-    except Exception:
-        logger.warning(text)
-
-
-def reason(error: Exception) -> str:
-    """Return an error's text, preceded by its class unless errors of the class explain themselves."""
-    explained = isinstance(error, (ValueError, TypeError, CaptureError, RankError, IdentityError)) and str(error)
-    return str(error) if explained else f"{type(error).__name__}: {error}"

@@ -14,32 +14,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback
 
 from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
+from fx_influence.interop.live.guard import Failure, attempt, preserve_random_state, reason, warn
+from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
+from fx_influence.interop.live.metrics import PREFIX, LogSelection, MeasuredStep
+from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.optimizers import require_adamw
-from fx_influence.interop.trl.attachment import calling_trainer, free_name, reason, warn
+from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
-from fx_influence.interop.trl.measurement import MeasurementSettings, PendingStep, StepMeasurement
-from fx_influence.interop.trl.metrics import LogSelection, MeasuredStep
-from fx_influence.interop.trl.preflight.generation import GenerationError, check_generation
+from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
+from fx_influence.interop.trl.preflight.generation import check_generation
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
-from fx_influence.interop.trl.processes import all_gather_values, mesh_of
+from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
-from fx_influence.interop.trl.sampling import preserve_random_state
 from fx_influence.interop.trl.store.step import StepStore
 from fx_influence.interop.trl.store.training import read_training_id, training_directory, write_training_id
 from fx_influence.objectives import Entropy
 from fx_influence.types import Params, Preconditioner
 
 Value = TypeVar("Value")
-
-PREFIX = "entropy_influence/"
-"""Prefix of the metrics' names in the trainer's log."""
 
 
 class EntropyInfluence(TrainerCallback):
@@ -127,8 +125,9 @@ class EntropyInfluence(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.name, self._requested_name = name or "", name
         self._eval_prompts, self._max_prompts = eval_prompts, max_prompts
+        self._completions_per_prompt, self._seed = completions_per_prompt, seed
         self._settings = MeasurementSettings(
-            completions_per_prompt, seed, objective, preconditioner, matrix, chunk_size, memory_budget, region_stderr
+            objective, preconditioner, matrix, chunk_size, memory_budget, region_stderr
         )
         self._out, self._save_state = out, save_state
         self._trainer: Any = None
@@ -152,7 +151,7 @@ class EntropyInfluence(TrainerCallback):
             raise ValueError(f"callback is attached to this {type(trainer).__name__} already; expected once. Detach it")
         check_kind(trainer)
         mesh = mesh_of(trainer)
-        with propagate_failures(mesh), preserve_random_state(trainer):
+        with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
             check_steps(trainer)
             check_generation(trainer)
             make_functional(trainer.model, position_ids=False)
@@ -181,7 +180,9 @@ class EntropyInfluence(TrainerCallback):
 
     def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any] | None) -> None:
         if mesh is not None:
-            check_consistent(mesh, {"every": self.every, "eval_prompts": prompts, **self._settings._asdict()})
+            sampling = {"completions_per_prompt": self._completions_per_prompt, "seed": self._seed}
+            settings = {**sampling, **self._settings._asdict()}
+            check_consistent(mesh, {"every": self.every, "eval_prompts": prompts, **settings})
 
     def detach(self) -> None:
         """Leave the trainer as it was before ``attach``; do nothing if this callback is not attached."""
@@ -214,8 +215,9 @@ class EntropyInfluence(TrainerCallback):
         require_adamw(trainer.optimizer)
 
     def _begin_training(self, resumed_id: str | None) -> None:
-        self._measurement = StepMeasurement(
-            self._trainer, self._prompts, self._settings, self._capture.mesh, warn=self._warn
+        sampling = HeldOutSampling(self._prompts, self._completions_per_prompt, self._seed)
+        self._measurement = TrlStepMeasurement(
+            self._trainer, sampling, self._settings, self._capture.mesh, warn=self._warn
         )
         self._pending, self._directory, self._log_selection = None, None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
@@ -281,26 +283,15 @@ class EntropyInfluence(TrainerCallback):
         return metrics
 
     def _guarded(self, step: int, work: Callable[[], Value | None]) -> Value | None:
-        """Return the result of ``work``, or None with one warning if it fails on any process.
-
-        The training run's random state is restored in both cases.
-        """
-        try:
-            with propagate_failures(self._capture.mesh), preserve_random_state(self._trainer):
-                return work()
-        except Exception as error:
-            text, out_of_memory = reason(error), isinstance(error, torch.OutOfMemoryError)
-            self._measuring = self._measuring and not isinstance(error, GenerationError)
-        # Outside of the except clause, where the error's frames no longer refer to tensors.
+        """Return the result of ``work``, or None with one warning if it fails on any process."""
+        result = attempt(work, self._trainer.accelerator.device, self._capture.mesh)
+        if not isinstance(result, Failure):
+            return result
+        self._measuring = self._measuring and not result.ends_measuring
         self._capture.stop()
-        if out_of_memory:
-            torch.cuda.empty_cache()
         if self._is_main and self._directory is not None:
             StepStore(self._directory, step).discard()
-        if self._measuring:
-            self._warn(f"step {step} is not attributed: {text}")
-        else:
-            self._warn(f"step {step} and those after it are not attributed: {text}")
+        self._warn(result.sentence(step))
         return None
 
     def _skipped_by_scaler(self, step: int) -> bool:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.interop.generation import LogprobRecorder, eval_mode, seeded_rng
+from fx_influence.interop.live.guard import preserve_random_state
+from fx_influence.interop.live.processes import all_gather_values, count_and_rank, local_slice
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.trl.processes import all_gather_values, count_and_rank, local_slice
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Distance between the seeds of two processes, so that no process repeats another's draws at a later step."""
@@ -165,7 +164,7 @@ def _restored(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator[
     gather = vars(accelerator).get("gather")
     accelerator.gather = lambda tensor: tensor
     try:
-        with preserve_random_state(trainer), eval_mode(trainer.model), seeded_rng(seed, accelerator.device):
+        with preserve_random_state(accelerator.device), eval_mode(trainer.model), seeded_rng(seed, accelerator.device):
             yield
     finally:
         del accelerator.gather
@@ -178,16 +177,3 @@ def _restored(trainer: Any, seed: int, completions_per_prompt: int) -> Iterator[
         for mode, values in metrics.items():
             trainer._metrics[mode].clear()
             trainer._metrics[mode].update(values)
-
-
-@contextmanager
-def preserve_random_state(trainer: Any) -> Iterator[None]:
-    """Restore afterwards every random state that a training run draws from."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    device = trainer.accelerator.device
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

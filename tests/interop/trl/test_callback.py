@@ -24,8 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fx_influence as fx
 from benchmarks.trl.variants import PROMPTS, Variant, trainer
+from fx_influence.interop.live.metrics import LogSelection
 from fx_influence.interop.trl import EntropyInfluence
-from fx_influence.interop.trl.metrics import LogSelection
 
 # The warnings that trl, transformers and accelerate give about themselves.
 pytestmark = [pytest.mark.filterwarnings("ignore")]

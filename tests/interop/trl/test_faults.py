@@ -24,7 +24,9 @@ from transformers import TrainerCallback
 
 import fx_influence as fx
 from benchmarks.trl.variants import trainer
-from fx_influence.interop.trl import EntropyInfluence, measurement
+from fx_influence.interop.live import measurement
+from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl import measurement as trl_measurement
 from fx_influence.interop.trl.capture.recorder import METHODS, Capture
 from fx_influence.interop.trl.store.step import StepStore
 
@@ -55,8 +57,8 @@ class BreakOnTrainBegin(TrainerCallback):
     [
         (measurement, "make_functional"),
         pytest.param(measurement, "adamw_state", marks=pytest.mark.slow),
-        pytest.param(measurement, "held_out_rollouts", marks=pytest.mark.slow),
-        pytest.param(measurement, "collate", marks=pytest.mark.slow),
+        pytest.param(trl_measurement, "held_out_rollouts", marks=pytest.mark.slow),
+        pytest.param(trl_measurement, "collate", marks=pytest.mark.slow),
         (measurement, "influence"),
         pytest.param(measurement, "entropy_estimate", marks=pytest.mark.slow),
         pytest.param(measurement, "snis", marks=pytest.mark.slow),

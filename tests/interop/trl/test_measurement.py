@@ -14,14 +14,15 @@ from helpers.trl_runs import PLAIN, measure_training
 import fx_influence as fx
 from fx_influence.core.tree import promote
 from fx_influence.functional import make_functional
-from fx_influence.interop.trl import measurement
-from fx_influence.interop.trl.measurement import PendingStep, StepMeasurement
-from fx_influence.interop.trl.metrics import MeasuredStep
+from fx_influence.interop.live import measurement
+from fx_influence.interop.live.measurement import PendingStep
+from fx_influence.interop.live.metrics import MeasuredStep
+from fx_influence.interop.trl.measurement import TrlStepMeasurement
 
 SAMPLED = 500
 
 
-class CopyingMeasurement(StepMeasurement):
+class CopyingMeasurement(TrlStepMeasurement):
     """Measurement of the change of entropy a second time, by ``snis_delta`` on copies of the parameters."""
 
     deltas: ClassVar[list[tuple[fx.SnisDelta, fx.SnisDelta]]] = []
@@ -51,7 +52,7 @@ def test_measured_change_needs_no_copy_of_the_parameters(tmp_path: Path, monkeyp
     monkeypatch.setattr(measurement, "SAMPLED_ENTRIES", SAMPLED)
     monkeypatch.setattr(CopyingMeasurement, "deltas", [])
     monkeypatch.setattr(CopyingMeasurement, "num_bytes", [])
-    monkeypatch.setattr("fx_influence.interop.trl.callback.StepMeasurement", CopyingMeasurement)
+    monkeypatch.setattr("fx_influence.interop.trl.callback.TrlStepMeasurement", CopyingMeasurement)
     training = measure_training(tmp_path, 2, PLAIN, learning_rate=1e-3)
     assert len(training.history) == 2, training.warnings
     trained = {name: p for name, p in training.trainer.model.named_parameters() if p.requires_grad}

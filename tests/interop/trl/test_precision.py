@@ -13,13 +13,9 @@ from helpers.trl_runs import PLAIN, measure_training
 
 from benchmarks.trl.variants import Variant, policy, trainer
 from fx_influence.functional import make_functional
+from fx_influence.interop.live.precision import MAX_STEP_ROUNDING
 from fx_influence.interop.trl import EntropyInfluence
-from fx_influence.interop.trl.precision import (
-    MAX_STEP_ROUNDING,
-    in_trainers_precision,
-    rounding_warning,
-    step_rounding,
-)
+from fx_influence.interop.trl.precision import in_trainers_precision
 
 SETTINGS: dict[str, Any] = {"eval_prompts": ["4+5=", "6=", "70+1=", "1+1+1="], "completions_per_prompt": 3}
 # A product of bfloat16 numbers, each rounded once on the way forward and once on the way back.
@@ -55,18 +51,6 @@ def test_step_lost_to_bfloat16_weights_is_warned_of_once(tmp_path: Path) -> None
     assert all(abs(metrics["measured"]) < abs(metrics["total"]) for metrics in influence.history)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_rounding_is_the_lost_share_of_the_step(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    theta = {"w": torch.randn(1000, generator=generator).to(dtype)}
-    v = {"w": torch.randn(1000, generator=generator)}
-    moved = {"w": (theta["w"] + (1e-4 * v["w"]).to(dtype)).float() - theta["w"].float()}
-    share = step_rounding(moved, v, 1e-4)
-    # A weight of size 1 is rounded by at most half a unit, to a step of 1e-4.
-    assert share <= torch.finfo(dtype).eps / 1e-4 if dtype == torch.float32 else share > 0.5
-    assert step_rounding(moved, v, 0.0) == 0.0
-
-
 def test_policy_runs_in_the_accelerators_precision() -> None:
     apply, _ = make_functional(policy())
     scaler = SimpleNamespace(get_scale=lambda: 1024.0)
@@ -78,12 +62,3 @@ def test_policy_runs_in_the_accelerators_precision() -> None:
     assert in_trainers_precision(apply, fp16).autocast == (torch.float16, 1024.0)
     assert apply.autocast is None
     assert in_trainers_precision(apply, bf16).with_min_precision().autocast is None
-
-
-@pytest.mark.parametrize(
-    ("dtype", "remedy"), [(torch.bfloat16, "train float32 weights"), (torch.float32, "at this lea")]
-)
-def test_rounding_warning_depends_on_the_weights_dtype(dtype: torch.dtype, remedy: str) -> None:
-    text = rounding_warning(3, {"w": torch.ones(1, dtype=dtype)}, 0.25)
-    assert text.startswith("step 3: 25% of the step is lost")
-    assert f"; {remedy}" in text

@@ -17,7 +17,7 @@ from helpers.trl_runs import HELD_OUT, PREFIX, assert_logged
 
 import fx_influence as fx
 from benchmarks.trl.variants import PROMPTS, reward
-from fx_influence.interop.trl.metrics import REGION_METRICS
+from fx_influence.interop.live.metrics import REGION_METRICS
 from fx_influence.lab.plan.files import read_plan
 
 ACCELERATE = (

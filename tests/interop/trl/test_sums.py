@@ -15,8 +15,8 @@ from helpers.trl_runs import PREFIX, assert_logged, measure_training
 
 import fx_influence as fx
 from benchmarks.trl.variants import PROMPTS
-from fx_influence.interop.trl import measurement
-from fx_influence.interop.trl.metrics import MAX_SOURCES, REGION_METRICS, LogSelection
+from fx_influence.interop.live import measurement
+from fx_influence.interop.live.metrics import MAX_SOURCES, REGION_METRICS, LogSelection
 from fx_influence.labels import REGIONS, Labels
 
 # The warnings that trl, transformers and accelerate give about themselves.

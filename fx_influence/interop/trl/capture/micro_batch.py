@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fx_influence.interop.live.guard import CaptureError
+
 SCORE = "_get_per_token_logps_and_entropies"
 """Method of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that scores rollouts: log-probabilities and entropies."""
 
@@ -20,10 +22,6 @@ INERT_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """Arguments that say which tokens stand for an image; 0 throughout is what a forward without them assumes."""
-
-
-class CaptureError(RuntimeError):
-    """Raised for a step whose loss depends on more than the log-probabilities and entropies of its own rollouts."""
 
 
 class Scoring(NamedTuple):

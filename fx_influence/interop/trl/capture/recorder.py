@@ -11,12 +11,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from fx_influence.distributed.collectives import propagate_failures
+from fx_influence.interop.live.guard import CaptureError
+from fx_influence.interop.live.processes import all_gather_values
+from fx_influence.interop.live.rows import concatenate
+from fx_influence.interop.live.step import CapturedStep, captured_step
 from fx_influence.interop.rollouts.record import source_of
-from fx_influence.interop.trl.capture.micro_batch import SCORE, CaptureError, MicroBatch, scoring_signature
-from fx_influence.interop.trl.capture.rollout_rows import REWARDS, SOURCES, concatenate, rollout_rows
-from fx_influence.interop.trl.capture.step import CapturedStep, captured_step
+from fx_influence.interop.trl.capture.micro_batch import SCORE, MicroBatch, scoring_signature
+from fx_influence.interop.trl.capture.rollout_rows import REWARDS, SOURCES, rollout_rows
 from fx_influence.interop.trl.capture.wrapper import MethodWrapper
-from fx_influence.interop.trl.processes import all_gather_values, mesh_of
+from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.types import Gradients
 
 METHODS = ("compute_loss", SCORE, "_generate_and_score_completions", "_calculate_rewards")

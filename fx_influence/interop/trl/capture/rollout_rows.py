@@ -1,14 +1,13 @@
-"""Rollouts of a captured micro-batch as tensors on the CPU, which are joined over micro-batches and processes."""
+"""Rollouts of a micro-batch of TRL, from the trainer's inputs and what the loss asked for."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fx_influence.interop.trl.capture.micro_batch import CaptureError, MicroBatch
+from fx_influence.interop.live.guard import CaptureError
+from fx_influence.interop.live.rows import RolloutRows
+from fx_influence.interop.trl.capture.micro_batch import MicroBatch
 
 OLD_LOGPROBS = "old_per_token_logps"
 """Trainer's input: log-probabilities of the completions under the policy that sampled them."""
@@ -18,32 +17,6 @@ REWARDS = "entropy_influence_rewards"
 
 SOURCES = "entropy_influence_sources"
 """Key of the list of the rollouts' sources in a generation batch, which is shuffled and split likewise."""
-
-
-class RolloutRows(NamedTuple):
-    """Rollouts of a micro-batch, of a process or of all: the fields of ``CapturedStep`` with one row per rollout.
-
-    All are on the CPU. ``prompt_widths``: (n,), columns of each row that hold its prompt and the prompt's padding.
-    ``sources``: n names, None where the data set has none.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    coefficients: Tensor
-    entropy_coefficients: Tensor
-    logprobs: Tensor
-    entropies: Tensor | None
-    old_logprobs: Tensor | None
-    advantages: Tensor
-    token_advantages: Tensor | None
-    rewards: Tensor
-    prompt_widths: Tensor
-    sources: tuple[str | None, ...]
-
-    def to(self, device: torch.device | str) -> RolloutRows:
-        """Return the rows with their tensors on ``device``."""
-        return RolloutRows._make(x.to(device) if isinstance(x, Tensor) else x for x in self)
 
 
 def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
@@ -93,6 +66,7 @@ def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
         token_advantages=token_advantages,
         rewards=inputs.get(REWARDS, torch.full((count,), torch.nan)).flatten(),
         prompt_widths=torch.full((count,), width),
+        group=None,
         sources=tuple(inputs.get(SOURCES, [None] * count)),
     ).to("cpu")
 
@@ -106,20 +80,3 @@ def _check_scored_tokens(micro_batch: MicroBatch, input_ids: Tensor, attention_m
                 "the loss asked for log-probabilities of other tokens than its batch's completions; expected "
                 "these, which give the coefficients. Use the trainer's own compute_loss"
             )
-
-
-def concatenate(batches: Sequence[RolloutRows]) -> RolloutRows:
-    """Return all rows as one, padded on the right to the widest, which moves no token.
-
-    A field that is None in one of them is None in the result.
-    """
-    width = max(batch.input_ids.shape[1] for batch in batches)
-
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-        present = [x for x in values if x is not None]
-        padded = [x if x.dim() == 1 else torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in present]
-        return torch.cat(padded) if len(padded) == len(values) else None
-
-    sources = tuple(name for batch in batches for name in batch.sources)
-    tensors = [joined(values) for values in zip(*(batch[:-1] for batch in batches), strict=True)]
-    return RolloutRows._make([*tensors, sources])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fx_influence.interop.live.guard import GenerationError
 from fx_influence.interop.trl.sampling import generating_model
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -83,10 +84,6 @@ VLLM_INERT = frozenset(
     )
 )
 """Fields of vLLM's ``SamplingParams`` that change no probability, whatever their value."""
-
-
-class GenerationError(ValueError):
-    """Raised for completions that are not sampled from the policy."""
 
 
 def check_generation(trainer: Any) -> None:

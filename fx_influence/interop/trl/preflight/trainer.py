@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from fx_influence.core.dtensor import is_sharded
+from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
 from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.capture.recorder import METHODS
 from fx_influence.interop.trl.prompts import IMAGE_COLUMNS
@@ -54,46 +54,24 @@ def check_steps(trainer: Any) -> None:
             precision than the model. Each names the remedy.
     """
     model = trainer.model
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "the model is quantised; expected bfloat16 or float32, since the quantised one has no exact derivatives"
-        )
+    check_not_quantised(model)
     if getattr(trainer.args, "cast_lm_head_to_fp32", False) and model.dtype != torch.float32:
         raise ValueError(
             f"cast_lm_head_to_fp32 is True over a model in {model.dtype}; expected False. Load the model in "
             "float32 instead"
         )
-    for name, p in _active_dropout(model):
+    for name, p in active_dropout(model):
         raise ValueError(
             f"{name or 'the model'} has dropout {p}; expected 0, since it makes every gradient random. Set "
             "disable_dropout=True in the trainer's config, and the dropouts of the model's config and of LoRA to 0"
         )
-    for name, alpha in _embedding_noise(trainer):
+    for name, alpha in embedding_noise(trainer, trainer.args, *model.modules()):
         raise ValueError(
             f"{name} is {alpha}; expected None, since noise on the embeddings makes every gradient one of another "
             "policy than the one that samples. Leave neftune_noise_alpha out to measure"
         )
     _check_no_images(trainer)
     _check_optimizer(trainer)
-
-
-def _active_dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
-    """Yield the name and probability of every dropout of the model that is not 0."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            yield name, module.p
-        # Attention of Llama's kind keeps the probability as a number and calls the dropout function.
-        for field, value in vars(module).items():
-            if "dropout" in field and isinstance(value, float) and value > 0:
-                yield f"{name}.{field}", value
-
-
-def _embedding_noise(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every setting of NEFTune that is on."""
-    for owner in (trainer, trainer.args, *trainer.model.modules()):
-        alpha = vars(owner).get("neftune_noise_alpha")
-        if alpha:
-            yield "neftune_noise_alpha", alpha
 
 
 def _check_no_images(trainer: Any) -> None:

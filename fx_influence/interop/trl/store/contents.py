@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fx_influence.interop.live.metrics import MeasuredStep
+from fx_influence.interop.live.step import CapturedStep
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import peak_gpu_memory_bytes, peak_memory_bytes
 from fx_influence.interop.runtime.run_records import sequence_records
-from fx_influence.interop.trl.capture.step import CapturedStep
-from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.interop.trl.sampling import rollout_record
 from fx_influence.types import Batch, TokenValues
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from fx_influence.interop.checkpoints.directory import PARAM_NAMES
+from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.runtime.run_files import (
     BASELINE,
@@ -26,7 +27,6 @@ from fx_influence.interop.runtime.run_files import (
     eval_file,
 )
 from fx_influence.interop.runtime.run_records import token_arrays
-from fx_influence.interop.trl.metrics import MeasuredStep
 from fx_influence.interop.trl.store.contents import (
     evaluation_arrays,
     right_padded,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.interop.trl.capture.rollout_rows import RolloutRows
+from fx_influence.interop.live.rows import RolloutRows
 from fx_influence.types import Batch, Gradients
 
 
@@ -85,11 +85,13 @@ def captured_step(
 
 
 def _prompt_numbers(rows: RolloutRows) -> Tensor:
-    """Return a number for each row's prompt, int64 (n,), in order of first appearance.
+    """Return a number for each row's prompt, int64 (n,), from 0.
 
-    Prompts are distinguished by the tokens that the policy reads, over the rows of all processes, because a prompt's
-    rollouts may be spread over two of them.
+    Prompts without a number are distinguished by the tokens that the policy reads, over the rows of all processes,
+    because a prompt's rollouts may be spread over two of them.
     """
+    if rows.group is not None:
+        return torch.unique(rows.group, return_inverse=True)[1]
     tokens = zip(rows.input_ids, rows.attention_mask, rows.prompt_widths.tolist(), strict=True)
     prompts = [tuple(ids[:width][mask[:width]].tolist()) for ids, mask, width in tokens]
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}

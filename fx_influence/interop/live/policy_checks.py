@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fx_influence.interop.trl.capture.micro_batch import CaptureError
-from fx_influence.interop.trl.preflight.generation import GenerationError
+from fx_influence.interop.live.guard import CaptureError, GenerationError
 from fx_influence.types import Batch
 
 TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
@@ -20,19 +18,18 @@ FALSE_ALARM_RATE = 3e-7
 """Share of training runs in which completions that are sampled from the policy are wrongly refused."""
 
 
-def rounding_bound(trainer: Any) -> float:
+def rounding_bound(model: nn.Module, lower: Iterable[torch.dtype] = ()) -> float:
     """Return the largest mean difference between two forwards by rounding alone, in nats per token: 2 sqrt(eps).
 
-    eps belongs to the lowest precision in use: the weights', the autocast's, TF32's (float32 on a GPU), or vLLM's.
+    eps belongs to the lowest precision in use: the weights', TF32's (float32 on a GPU), or one of ``lower``, such as
+    an autocast's.
     """
-    dtypes = [p.dtype for p in trainer.model.parameters() if p.is_floating_point()]
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    eps = max(eps, {"fp16": 2.0**-10, "bf16": 2.0**-7}.get(trainer.accelerator.mixed_precision, 0.0))
-    if trainer.accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        eps = max(eps, 2.0**-10)
-    if getattr(trainer, "use_vllm", False):
-        eps = max(eps, 2.0**-7)
-    return float(2 * eps**0.5)
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = {*lower, *(p.dtype for p in parameters)}
+    if any(p.device.type == "cuda" for p in parameters) and torch.get_float32_matmul_precision() != "highest":
+        # TF32 has the mantissa of float16.
+        dtypes.add(torch.float16)
+    return float(2 * max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
 def mean_distance(a: Tensor, b: Tensor) -> float:
@@ -40,21 +37,20 @@ def mean_distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().mean()) if a.numel() else 0.0
 
 
-def check_scored(captured: Tensor, scored: Tensor, bound: float) -> None:
+def check_scored(captured: Tensor, scored: Tensor, bound: float, remedy: str) -> None:
     """Raise ``CaptureError`` where the trainer's log-probs of completion tokens are not those of the policy.
 
     Args:
         captured: log-probs from the trainer's forward, any shape, nats.
         scored: log-probs of the same tokens by the policy.
         bound: on their mean distance by rounding, nats.
+        remedy: a sentence for the user, the last one of the error.
     """
     gap = mean_distance(captured, scored)
     if not gap <= bound:
         raise CaptureError(
             "the trainer's log-probabilities of its rollouts and those of the model by ids and masks alone differ "
-            f"by {gap:.2g} nats a token on average; expected at most {bound:.2g}, the bound of rounding. Something "
-            "else goes into the trainer's forward (images, noise, prompts that are learned, hooks); train without "
-            "it to measure"
+            f"by {gap:.2g} nats a token on average; expected at most {bound:.2g}, the bound of rounding. {remedy}"
         )
 
 
@@ -69,9 +65,9 @@ def check_sampled_logprobs(behaviour: Tensor, scored: Tensor, bound: float) -> N
     gap = mean_distance(behaviour, scored)
     if not gap <= bound:
         raise GenerationError(
-            "the held-out completions were not sampled from the policy: the log-probabilities they were sampled "
+            "the completions of E were not sampled from the policy: the log-probabilities they were sampled "
             f"with and its own differ by {gap:.2g} nats a token on average; expected at most {bound:.2g}, the "
-            "bound of rounding. Let the trainer sample from the full softmax at its temperature"
+            "bound of rounding. Sample from the full softmax at its temperature"
         )
 
 
@@ -93,7 +89,7 @@ def check_temperature(logprobs_at: Callable[[float], Tensor], batch: Batch) -> N
     if not evidence <= -math.log(FALSE_ALARM_RATE):
         likeliest = TEMPERATURE_FACTORS[int(log_ratios.argmax())]
         raise GenerationError(
-            "the held-out completions were not sampled from the policy: they are "
+            "the completions of E were not sampled from the policy: they are "
             f"{math.exp(min(evidence, 700)):.1g} times likelier at {likeliest} times its temperature; expected "
-            "likeliest at 1. Let the trainer sample from the full softmax at its temperature"
+            "likeliest at 1. Sample from the full softmax at its temperature"
         )

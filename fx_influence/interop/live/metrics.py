@@ -1,4 +1,4 @@
-"""One measured step of a TRL training run as a value, its metrics, and those that go to the trainer's log."""
+"""One measured step of a training run as a value, its metrics, and those that go to its log."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from fx_influence import labels
 from fx_influence.attribution.result import Influence, Sums
 from fx_influence.estimators.concentration import top_share
 from fx_influence.estimators.snis import SnisDelta
+from fx_influence.interop.live.step import CapturedStep
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.trl.capture.step import CapturedStep
 from fx_influence.labels import Labels
 from fx_influence.types import TokenValues
+
+PREFIX = "entropy_influence/"
+"""Prefix of the metrics' names in a training run's log."""
 
 TOP_SHARE = 0.01
 """Share of U's tokens whose share of the sum of |influence| is the metric ``concentration``."""

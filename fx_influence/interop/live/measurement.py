@@ -1,0 +1,341 @@
+"""Measure one optimizer step of a training run: influences before the update, change of entropy after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fx_influence.attribution.influence import influence
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.core.tree import every_nth, promote
+from fx_influence.distributed.engine import make_engine
+from fx_influence.estimators.entropy import behaviour_log_ratios, completion_values, entropy_estimate
+from fx_influence.estimators.importance import MAX_LOG_WEIGHT
+from fx_influence.estimators.snis import snis
+from fx_influence.estimators.stderr import cluster_index
+from fx_influence.functional import make_functional
+from fx_influence.interop.live.metrics import MeasuredStep, regions_of
+from fx_influence.interop.live.policy_checks import check_sampled_logprobs, check_scored, check_temperature
+from fx_influence.interop.live.precision import MAX_STEP_ROUNDING, rounding_warning, step_rounding
+from fx_influence.interop.live.processes import count_and_rank, local_rows, local_slice
+from fx_influence.interop.live.step import CapturedStep
+from fx_influence.interop.optimizers import adamw_state
+from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.labels import Labels
+from fx_influence.objectives import Entropy
+from fx_influence.optim.step import AdamWStep
+from fx_influence.policy.policy import Policy
+from fx_influence.policy.precision import in_float32
+from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenValues
+
+logger = logging.getLogger(__name__)
+
+RESCORED_ROWS = 4
+"""Approximate number of rollouts of a step that are scored again, to check the trainer's forward by the policy's."""
+
+SAMPLED_ENTRIES = 2**22
+"""Approximate number of parameter entries from which the share of a step lost to rounding is estimated."""
+
+
+class Training(Protocol):
+    """A live training run, as the measurement of its steps reads it.
+
+    Attributes:
+        model: the policy that is trained.
+        optimizer: an AdamW over its parameters.
+        temperature: of the policy.
+        position_ids: whether the forward has position ids, as for ``make_functional``.
+        forward_remedy: the sentence for a user whose log-probabilities are not those of the model.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def position_ids(self) -> bool: ...
+    @property
+    def forward_remedy(self) -> str: ...
+
+    def in_forward_precision(self, policy: Policy) -> Policy:
+        """Return the policy in the precision of the training run's forward."""
+
+    def rounding_bound(self) -> float:
+        """Return the largest mean difference between two forwards by rounding alone, in nats per token."""
+
+
+class MeasurementSettings(NamedTuple):
+    """Settings for measuring the steps of a training run: arguments of ``fx.influence``.
+
+    Attributes:
+        objective: how the entropy is estimated.
+        preconditioner: what a rollout's gradient is multiplied with.
+        matrix: whether pairwise influences are computed too.
+        chunk_size: rows per forward, None chooses.
+        memory_budget: bytes, None for the default.
+        region_stderr: whether the sums over regions of tokens get standard errors.
+    """
+
+    objective: Entropy
+    preconditioner: Preconditioner
+    matrix: bool
+    chunk_size: int | None
+    memory_budget: int | None
+    region_stderr: bool
+
+
+class Evaluation(NamedTuple):
+    """The evaluation batch E of a step.
+
+    Attributes:
+        batch: the rows of all processes.
+        rollouts: the same as records; empty where nothing stores them.
+        is_update: whether E is the update batch, so that prompts are left out.
+        drawn: (m,), log-probs that E's completion tokens were drawn with; None where they are not known.
+    """
+
+    batch: Batch
+    rollouts: list[Rollout]
+    is_update: bool
+    drawn: Tensor | None
+
+
+class PendingStep(NamedTuple):
+    """A step measured up to the optimizer's update.
+
+    Attributes:
+        measured: the step without its change of entropy.
+        batch_e: the rows of E of all processes.
+        values: of E's tokens before the update, in float32 at least.
+        sampled: the optimizer's step on some entries of the parameters.
+    """
+
+    measured: MeasuredStep
+    batch_e: Batch
+    values: TokenValues
+    sampled: AdamWStep
+
+
+class StepMeasurement:
+    """Measure the steps of one training run on their own rollouts; a subclass may have another E.
+
+    Args:
+        training: its model, optimizer and forward.
+        settings: how steps are measured.
+        mesh: of the training run's processes, None for a single process.
+        warn: called with a sentence that the user should read.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        settings: MeasurementSettings,
+        mesh: DeviceMesh | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._training, self._settings = training, settings
+        self._mesh, self._warn = mesh, warn
+        self._policy: Policy | None = None
+        self._temperature_checked = self._rounding_warned = self._conditioning_logged = False
+
+    def before_update(
+        self, step: int, captured: CapturedStep, store_state: Callable[[Params], None] | None = None
+    ) -> PendingStep:
+        """Attribute a step that the optimizer is about to make.
+
+        Args:
+            step: its number, from 1.
+            captured: its update batch and gradient.
+            store_state: called with v_baseline, by name, before the update.
+
+        Raises:
+            ValueError: for a gradient that is not finite.
+            CaptureError: where the trainer's forward is not the policy's.
+            GenerationError: where E is not sampled from the policy.
+            IdentityError: for influences that do not add up.
+        """
+        start = time.perf_counter()
+        training, settings, policy = self._training, self._settings, self._functional_policy()
+        params = self._trainable()
+        _check_finite(captured.gradient)
+        # Live moments: all that reads them is done before the optimizer steps.
+        opt_state = adamw_state(training.optimizer, training.model, copy=False)
+        captured = self._with_behaviour(self._with_entropies(captured, params))
+        evaluation = self._evaluation(step, captured)
+        batch_e, rollouts = evaluation.batch, evaluation.rollouts
+        regions = regions_of(captured)
+        result = influence(
+            params,
+            local_rows(captured.batch, self._mesh),
+            None if evaluation.is_update else local_rows(batch_e, self._mesh),
+            opt_state,
+            apply=training.in_forward_precision(policy),
+            objective=settings.objective,
+            preconditioner=settings.preconditioner,
+            grad=captured.gradient,
+            max_grad_norm=captured.max_grad_norm,
+            temperature=training.temperature,
+            matrix=settings.matrix,
+            chunk_size=settings.chunk_size,
+            memory_budget=settings.memory_budget,
+            labels=self._local_labels(regions) if settings.region_stderr and not settings.matrix else None,
+            mesh=self._mesh,
+        )
+        self._log_conditioning(step, float(result.conditioning))
+        values = self._exact_values(params, batch_e)
+        if batch_e.behaviour_logprobs is None:
+            self._check_sampled_from_policy(evaluation.drawn, values, batch_e, params)
+            # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
+            rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
+        objective = settings.objective
+        entropy = entropy_estimate(values, batch_e, objective.normalize, objective.estimator).item()
+        step_of = functools.partial(AdamWStep.of, captured.gradient, opt_state, params)
+        if store_state is not None:
+            store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
+        sampled = step_of("frozen", captured.max_grad_norm).sample(_stride(params))
+        seconds = time.perf_counter() - start
+        measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds, regions=regions)
+        return PendingStep(measured, batch_e, values, sampled)
+
+    def after_update(self, pending: PendingStep) -> MeasuredStep:
+        """Measure how much the update changed the entropy, on the same E."""
+        measured = pending.measured
+        start = time.perf_counter()
+        params = self._trainable()
+        base, moved = (
+            completion_values(values, pending.batch_e.completion_mask)
+            for values in (pending.values, self._exact_values(params, pending.batch_e))
+        )
+        objective = self._settings.objective
+        clusters, behaviour = cluster_index(pending.batch_e), behaviour_log_ratios(base, pending.batch_e)
+        measured_change = snis(
+            base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters, behaviour
+        )
+        before, after = pending.sampled.params, every_nth(params, _stride(params))
+        change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
+        lost = step_rounding(change, pending.sampled.direction(), measured.lr)
+        seconds = measured.seconds + time.perf_counter() - start
+        if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
+            self._rounding_warned = True
+            self._warn(rounding_warning(measured.step, params, lost))
+        return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
+
+    def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
+        """Return the step with U's log-probabilities under an older policy, where U is E and may be of one."""
+        return captured
+
+    def _evaluation(self, step: int, captured: CapturedStep) -> Evaluation:
+        """Return E: the rollouts of U, each without its own prompt."""
+        batch_e = captured.batch._replace(coefficients=None, entropy_coefficients=None)
+        return Evaluation(batch_e, [], True, _sampled_logprobs(captured))
+
+    def _local_labels(self, labels: Labels) -> Labels:
+        """Return the labels of this process's rows."""
+        return dataclasses.replace(labels, index=labels.index[local_slice(len(labels.index), self._mesh)])
+
+    def _functional_policy(self) -> Policy:
+        """Return the policy, made at the first step, when the trainer has prepared its model."""
+        if self._policy is None:
+            self._policy = make_functional(self._training.model, position_ids=self._training.position_ids)[0]
+        return self._policy
+
+    def _trainable(self) -> Params:
+        """Return the training run's own parameters, by name, as they are now."""
+        return {name: p.detach() for name, p in self._training.model.named_parameters() if p.requires_grad}
+
+    def _exact_values(self, params: Params, batch_e: Batch) -> TokenValues:
+        """Score E, the rows of all processes, in float32 at least."""
+        raised, exact_policy = in_float32(params, self._functional_policy(), batch_e)
+        engine = make_engine(raised, exact_policy, self._training.temperature, self._settings.chunk_size, self._mesh)
+        return engine.values(raised, batch_e)
+
+    def _token_values(self, params: Params, batch: Batch, temperature_factor: float = 1.0) -> TokenValues:
+        """Score a batch in the weights' own precision, on this process alone."""
+        temperature = temperature_factor * self._training.temperature
+        engine = make_engine(params, self._functional_policy(), temperature, self._settings.chunk_size, None)
+        return engine.values(params, batch)
+
+    def _log_conditioning(self, step: int, conditioning: float) -> None:
+        """Log once per training run that single influences are ill-conditioned, as is the rule in its first steps."""
+        if conditioning > ILL_CONDITIONED and count_and_rank(self._mesh)[1] == 0:
+            if not self._conditioning_logged:
+                logger.warning(
+                    f"step {step}: {conditioning:.0%} of the sum of |influence| rests on denominators that AdamW has "
+                    f"from this very gradient, so single influences are large and cancel. {CONDITIONING_REMEDY}"
+                )
+            self._conditioning_logged = True
+
+    def _with_entropies(self, captured: CapturedStep, params: Params) -> CapturedStep:
+        """Return the step with entropies where the trainer computes none.
+
+        Raises ``CaptureError`` where the trainer's log-probabilities are not the policy's.
+        """
+        count = len(captured.batch.input_ids)
+        # A few rows are enough for the check; all are scored where their entropies are wanted.
+        stride = 1 if captured.entropies is None else max(1, count // RESCORED_ROWS)
+        batch = select_rows(captured.batch, slice(0, count, stride))
+        mask = batch.completion_mask
+        if not mask.any():
+            zeros = torch.zeros_like(captured.logprobs)
+            return captured if captured.entropies is not None else captured._replace(entropies=zeros)
+        values = self._token_values(params, batch)
+        bound, remedy = self._training.rounding_bound(), self._training.forward_remedy
+        check_scored(captured.logprobs[::stride][mask], values.logprobs[mask], bound, remedy)
+        if captured.entropies is not None:
+            return captured
+        return captured._replace(entropies=values.entropies.masked_fill(~mask, 0.0).to(captured.logprobs.dtype))
+
+    def _check_sampled_from_policy(
+        self, drawn: Tensor | None, values: TokenValues, batch_e: Batch, params: Params
+    ) -> None:
+        """Raise ``GenerationError`` where E's tokens were not sampled from the policy.
+
+        The log-probs that they were sampled with are compared with the policy's. If they are not known, likelihoods at
+        other temperatures are compared instead, once per training run.
+
+        Args:
+            drawn: (m,), the log-probs of E's completion tokens as they were drawn, or None.
+            values: of E's tokens, in float32 at least.
+            batch_e: E, (n_e, T).
+            params: by name.
+        """
+        if drawn is not None:
+            scored = values.logprobs[batch_e.completion_mask].double().cpu()
+            finite = drawn.isfinite()
+            check_sampled_logprobs(drawn[finite], scored[finite], self._training.rounding_bound())
+        elif not self._temperature_checked:
+
+            def logprobs_at(factor: float) -> Tensor:
+                return self._token_values(params, batch_e, factor).logprobs
+
+            check_temperature(logprobs_at, batch_e)
+            self._temperature_checked = True
+
+
+def _sampled_logprobs(captured: CapturedStep) -> Tensor | None:
+    """Return the log-probs under the policy that sampled U, float64 (m,), or None where the trainer keeps none."""
+    if captured.old_logprobs is None:
+        return None
+    return captured.old_logprobs[captured.batch.completion_mask].double().cpu()
+
+
+def _stride(params: Params) -> int:
+    # An odd stride meets every column of a matrix whose rows have a power of two of entries.
+    return sum(p.numel() for p in params.values()) // SAMPLED_ENTRIES | 1
+
+
+def _check_finite(gradient: Gradients) -> None:
+    for name, g in gradient.items():
+        if g is not None and not g.isfinite().all():
+            raise ValueError(f"the gradient of {name} is not finite, so the step has no direction")

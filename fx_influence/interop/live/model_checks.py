@@ -1,0 +1,35 @@
+"""Find what makes a model's gradients random or inexact, so that its steps cannot be attributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def check_not_quantised(model: Any) -> None:
+    """Raise ``ValueError`` for a quantised model of Hugging Face."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantised; expected bfloat16 or float32, since the quantised one has no exact derivatives"
+        )
+
+
+def active_dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield the name and probability of every dropout of the model that is not 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            yield name, module.p
+        # Attention of Llama's kind keeps the probability as a number and calls the dropout function.
+        for field, value in vars(module).items():
+            if "dropout" in field and isinstance(value, float) and value > 0:
+                yield f"{name}.{field}", value
+
+
+def embedding_noise(*owners: object) -> Iterator[tuple[str, Any]]:
+    """Yield every setting of NEFTune that is on in modules, a trainer or its settings."""
+    for owner in owners:
+        alpha = vars(owner).get("neftune_noise_alpha")
+        if alpha:
+            yield "neftune_noise_alpha", alpha
