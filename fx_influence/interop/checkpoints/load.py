@@ -13,17 +13,15 @@ import torch
 
 from fx_influence.core.display import record_line
 from fx_influence.interop.checkpoints.adapter import load_adapter
-from fx_influence.interop.checkpoints.directory import (
-    MODEL_KEYS,
-    MODEL_SUBDIRECTORY,
+from fx_influence.interop.checkpoints.files.directory import (
     TOKENIZER,
     base_directory,
-    find_dcp_directory,
     read_param_names,
     reporting_damage,
     require_directory,
     require_model_files,
 )
+from fx_influence.interop.checkpoints.layout import find_layout
 from fx_influence.interop.checkpoints.model import load_causal_lm
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.checkpoints.saved_optimizer import read_optimizer_state_dict
@@ -101,20 +99,21 @@ def load_checkpoint(
         >>> checkpoint.model.config.model_type, checkpoint.optimizer_state.lr, checkpoint.eos_token_ids
         ('qwen2', 0.0001, (1,))
     """
-    path = require_directory("path", path)
+    layout = find_layout(require_directory("path", path), optimizer)
+    path, weights = layout.path, layout.weights
     is_adapter = (path / "adapter_config.json").is_file()
     base = base_directory(path, base) if is_adapter or base is not None else None
-    shards = find_dcp_directory(path, MODEL_SUBDIRECTORY, MODEL_KEYS)
-    config_in_base = is_adapter or (shards is not None and not (path / "config.json").is_file())
-    model_path = base if config_in_base and base is not None else path
-    require_model_files(model_path, path, is_adapter, shards)
-    tokenizer = _load_tokenizer(path, base)
+    config_in_base = is_adapter or (weights is not None and not (layout.config / "config.json").is_file())
+    model_path = base if config_in_base and base is not None else layout.config
+    layout = layout._replace(config=model_path)
+    require_model_files(model_path, path, is_adapter, weights is not None)
+    tokenizer = _load_tokenizer(layout.tokenizer, base)
     _check_vocabulary(tokenizer, model_path)
-    state_dict = read_optimizer_state_dict(path) if optimizer else None
+    state_dict = read_optimizer_state_dict(layout) if optimizer else None
     param_names = read_param_names(path) if param_names is None else param_names
-    model = load_causal_lm(model_path, None if is_adapter else shards, dtype)
+    model = load_causal_lm(model_path, None if is_adapter else weights, dtype)
     if is_adapter:
-        model = load_adapter(model, path, shards, dtype)
+        model = load_adapter(model, path, weights, dtype)
     model = model.to(device).eval()
     state = None if state_dict is None else adamw_state(restore_optimizer(state_dict, model, param_names), model)
     return Checkpoint(model, tokenizer, state, _eos_token_ids(model, tokenizer), path)
@@ -129,8 +128,9 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> PreTr
         '<|endoftext|>'
     """
     path = require_directory("path", path)
-    needs_base = base is not None or (path / "adapter_config.json").is_file()
-    return _load_tokenizer(path, base_directory(path, base) if needs_base else None)
+    layout = find_layout(path, optimizer=False)
+    needs_base = base is not None or (layout.path / "adapter_config.json").is_file()
+    return _load_tokenizer(layout.tokenizer, base_directory(layout.path, base) if needs_base else None)
 
 
 def _load_tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:
