@@ -47,9 +47,10 @@ def load_adapter(model: Any, path: Path, weights: SavedWeights | None, dtype: to
         except RuntimeError as error:
             misfit = str(error)
     if misfit:
+        place = weights.path if weights else path
         raise ValueError(
-            f"the adapter's weights in {weights.path if weights else path} do not fit its adapter_config.json: {misfit}; expected the "
-            "weights that it describes. Save adapter and config together with save_pretrained, or the weights with "
+            f"the adapter's weights in {place} do not fit its adapter_config.json: {misfit}; expected the weights that "
+            "it describes. Save adapter and config together with save_pretrained, or the weights with "
             "torch.distributed.checkpoint"
         )
     return adapted if dtype is None else adapted.to(dtype)

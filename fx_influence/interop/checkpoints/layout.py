@@ -56,8 +56,8 @@ class Layout(NamedTuple):
         config: directory of ``config.json``, and of transformers' weights.
         tokenizer: directory of the tokenizer.
         weights: None for files of transformers or peft.
-        read_optimizer: function of the directory of ``config.json`` that reads the optimizer's state dict; None if there
-            is none.
+        read_optimizer: function of the directory of ``config.json`` that reads the optimizer's state dict; None
+            without one.
     """
 
     path: Path

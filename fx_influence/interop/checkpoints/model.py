@@ -45,8 +45,9 @@ def load_causal_lm(path: Path, weights: SavedWeights | None, dtype: torch.dtype 
     # transformers fills missing or mismatched weights with random numbers and only warns.
     misfits = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if misfits:
+        place = weights.path if weights else path
         raise ValueError(
-            f"the weights in {weights.path if weights else path} do not fit {path / 'config.json'}: missing or of another shape are "
+            f"the weights in {place} do not fit {path / 'config.json'}: missing or of another shape are "
             f"{misfits[:5]} ({len(misfits)} in all); expected the weights that it describes. Save model and config "
             "together with save_pretrained"
         )

@@ -84,8 +84,8 @@ def read_top_level_tensors(directory: Path) -> dict[str, Tensor]:
     if "tok_embeddings.weight" in names:
         raise ValueError(
             f"{directory} has the weight tok_embeddings.weight, as torchtitan's own models; expected the names of "
-            "transformers. Convert the weights with torchtitan's scripts/checkpoint_conversion/convert_to_hf.py and pass "
-            "optimizer=False, or train its transformers_modeling_backend"
+            "transformers. Convert the weights with torchtitan's scripts/checkpoint_conversion/convert_to_hf.py and "
+            "pass optimizer=False, or train its transformers_modeling_backend"
         )
     return {
         str(entry.path[0]): _read_value(StoredValue(directory, str(entry.path[0]), *entry[1:])) for entry in entries

@@ -64,6 +64,6 @@ def join_shares(partitions: Sequence[Tensor], shapes: Shapes, subject: str) -> d
 
 def _misfit(subject: str, sizes: list[int], expected: int) -> ValueError:
     return ValueError(
-        f"{subject} has partitions of {sizes} elements; expected {expected} in all, as param_shapes says. Take the files "
-        "of all ranks from one save"
+        f"{subject} has partitions of {sizes} elements; expected {expected} in all, as param_shapes says. Take the "
+        "files of all ranks from one save"
     )

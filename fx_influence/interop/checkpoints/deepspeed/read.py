@@ -89,8 +89,8 @@ def read_zero_optimizer(directory: Path) -> dict[str, Any]:
     ids = [index for group in groups for index in group["params"]]
     if len(ids) != len(shapes):
         raise ValueError(
-            f"the optimizer in {directory} has {len(ids)} flat parameters; expected {len(shapes)}, as param_shapes says. "
-            "Take the files of all ranks from one save"
+            f"the optimizer in {directory} has {len(ids)} flat parameters; expected {len(shapes)}, as param_shapes "
+            "says. Take the files of all ranks from one save"
         )
     by_id = dict(zip(ids, shapes, strict=True))
     join: Join = join_shares if stage == 3 else join_vector
@@ -112,8 +112,8 @@ def _by_name(
     steps = {float(entry.get("step", group.get("step", -1))) for entry in entries}
     if len(steps) > 1 or -1.0 in steps:
         raise ValueError(
-            f"{subject} has the steps {sorted(steps)}; expected one, the same on all ranks. Take the files of all ranks "
-            "from one save"
+            f"{subject} has the steps {sorted(steps)}; expected one, the same on all ranks. Take the files of all "
+            "ranks from one save"
         )
     unknown = {field for entry in entries for field in entry} - {"step", *MOMENTS}
     moments = {
@@ -180,8 +180,8 @@ def _require_decoupled(file: Path, config: Any) -> None:
     coupled = str((optimizer or {}).get("type", "")).lower() == "adam" and parameters.get("adam_w_mode") is False
     if coupled and float(parameters.get("weight_decay", 0.0)):
         raise TypeError(
-            f"{file} is of DeepSpeed's Adam with adam_w_mode=false; expected AdamW, or weight_decay 0. Its weight decay "
-            "is part of the gradient"
+            f"{file} is of DeepSpeed's Adam with adam_w_mode=false; expected AdamW, or weight_decay 0. Its weight "
+            "decay is part of the gradient"
         )
 
 

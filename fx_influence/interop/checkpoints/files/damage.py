@@ -10,7 +10,7 @@ from pathlib import Path
 _LFS = b"version https://git-lfs"
 _PAGE = (b"<!doctype", b"<html", b"<?xml")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".txt")
-_ZIP = b"PK\x03\x04"
+ZIP = b"PK\x03\x04"
 
 
 def cause_of_damage(file: Path) -> str | None:
@@ -35,7 +35,7 @@ def cause_of_damage(file: Path) -> str | None:
     size = file.stat().st_size
     if file.suffix == ".safetensors":
         return _short_safetensors(file, head, size)
-    if head.startswith(_ZIP) and not zipfile.is_zipfile(file):
+    if head.startswith(ZIP) and not zipfile.is_zipfile(file):
         return f"cut off after {size} bytes; expected the complete file. Copy or save it there again"
     return None
 

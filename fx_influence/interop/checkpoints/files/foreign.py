@@ -33,7 +33,8 @@ _FOREIGN: list[tuple[str, Callable[[Path], bool], str]] = [
     (
         "DeepSpeed without ZeRO",
         _any("mp_rank_*_model_states.pt", "global_step*/mp_rank_*_model_states.pt"),
-        "Train with zero_optimization.stage 1, 2 or 3, or save the weights with save_pretrained and pass optimizer=False",
+        "Train with zero_optimization.stage 1, 2 or 3, or save the weights with save_pretrained and pass "
+        "optimizer=False",
     ),
     ("accelerate, one file a rank", _any("pytorch_model_fsdp*_rank*.bin", "optimizer*_rank*.bin"), _RANK_FILES),
     (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_parameter, _rebuild_tensor, _rebuild_tensor_v2
 
-from fx_influence.interop.checkpoints.files.damage import cause_of_damage
+from fx_influence.interop.checkpoints.files.damage import ZIP, cause_of_damage
 
 
 class LocalShard(NamedTuple):
@@ -141,8 +141,8 @@ def load_inert(file: Path) -> Any:
         file: of ``torch.save``.
 
     Returns:
-        The value, with a ``LocalShard`` in place of every DTensor and ``Inert`` objects in place of all that is neither a
-        tensor nor a plain value.
+        The value, with a ``LocalShard`` in place of every DTensor and ``Inert`` objects in place of all that is neither
+        a tensor nor a plain value.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -153,8 +153,10 @@ def load_inert(file: Path) -> Any:
     if cause := cause_of_damage(file):
         raise ValueError(f"{file} is {cause}")
     try:
-        options = {"map_location": "cpu", "pickle_module": _MODULE, "weights_only": False}
-        return torch.load(file, mmap=torch.serialization._is_zipfile(file.open("rb")), **options)
+        with file.open("rb") as stream:
+            mapped = stream.read(4) == ZIP
+        options: dict[str, Any] = {"map_location": "cpu", "pickle_module": _MODULE, "weights_only": False}
+        return torch.load(file, mmap=mapped, **options)
     except (
         pickle.UnpicklingError,
         ArithmeticError,

@@ -2,8 +2,8 @@
 
 FSDP1 without ``use_orig_params`` puts the parameters of each unit, in the order of its modules, into one vector, padded
 so that ranks have equal shares. verl wraps the classes that the model names in ``_no_split_modules``, and then the
-root, whose vector is the first parameter. Source: torch 2.13, ``torch.distributed.fsdp._flat_param``; verl-project/verl,
-verl/utils/fsdp_utils.py at commit 1dda039 (``get_fsdp_wrap_policy``).
+root, whose vector is the first parameter. Source: torch 2.13, ``torch.distributed.fsdp._flat_param``;
+verl-project/verl, verl/utils/fsdp_utils.py at commit 1dda039 (``get_fsdp_wrap_policy``).
 """
 
 from __future__ import annotations
