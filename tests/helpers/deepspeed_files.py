@@ -80,7 +80,7 @@ def write_zero(
     fused: bool = False,
     sub_group: int = 10**9,
     frozen: Sequence[str] = (),
-    **config: Any,
+    config: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint as ZeRO of a stage would on some ranks.
 
@@ -93,7 +93,7 @@ def write_zero(
         fused: whether the optimizer is DeepSpeed's FusedAdam, which has no ``amsgrad`` and counts a group's steps.
         sub_group: of ZeRO-3, its largest number of elements but for a single larger parameter.
         frozen: names of parameters that are not trained.
-        config: further entries of ``ds_config``.
+        config: ``ds_config``; None for an empty one.
     """
     directory = path / "global_step2"
     directory.mkdir(parents=True)
@@ -136,7 +136,9 @@ def write_zero(
                 lean = [_without_padding(parts, part, rank) for parts, (_, part) in zip(masters, flat, strict=True)]
                 saved |= {"base_optimizer_state": base, "single_partition_of_fp32_groups": lean}
             file = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            torch.save({"optimizer_state_dict": saved, "ds_config": config, "ds_version": "0.18"}, directory / file)
+            torch.save(
+                {"optimizer_state_dict": saved, "ds_config": config or {}, "ds_version": "0.18"}, directory / file
+            )
         for rank in range(ranks if stage == 3 else 1):
             prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
             torch.save(

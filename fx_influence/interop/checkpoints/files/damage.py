@@ -44,7 +44,7 @@ def first_damaged_file(directory: Path) -> str | None:
     """Return the path and the cause of the first file of a checkpoint directory that is visibly damaged, or None."""
     for file in sorted(directory.iterdir()):
         if file.is_file() and file.suffix in _SUFFIXES and (cause := cause_of_damage(file)):
-            return f"{file} is {cause}"
+            return f"{file} is damaged: {cause}"
     return None
 
 

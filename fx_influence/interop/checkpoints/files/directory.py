@@ -43,7 +43,7 @@ def reporting_damage(subject: str, path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if cause := first_damaged_file(path):
-            raise ValueError(f"{subject} in {path} is damaged: {cause}") from error
+            raise ValueError(f"{subject} in {path} cannot be read: {cause}") from error
         _raise_damage(subject, path, error)
         raise
 

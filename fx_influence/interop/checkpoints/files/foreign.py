@@ -27,7 +27,7 @@ _FOREIGN: list[tuple[str, Callable[[Path], bool], str]] = [
     ),
     (
         "DeepSpeed's pipeline parallelism",
-        _any("layer_*-model_*_model_states.pt", "layer_*_model_states.pt"),
+        _any("layer_*-model_states.pt", "layer_*-model_*_model_states.pt"),
         "Train without pipeline parallelism, or save the weights with save_pretrained and pass optimizer=False",
     ),
     (

@@ -151,7 +151,7 @@ def load_inert(file: Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected a file of this checkpoint. Copy it there")
     if cause := cause_of_damage(file):
-        raise ValueError(f"{file} is {cause}")
+        raise ValueError(f"{file} is damaged: {cause}")
     try:
         with file.open("rb") as stream:
             mapped = stream.read(4) == ZIP

@@ -93,12 +93,12 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "git-lfs": (
         lambda d: (d / "mp_rank_00_model_states.pt").write_text("version https://git-lfs.github.com/spec/v1\n"),
         ValueError,
-        r"mp_rank_00_model_states\.pt is a pointer of git-lfs.*git lfs pull",
+        r"mp_rank_00_model_states\.pt is damaged: a pointer of git-lfs.*git lfs pull",
     ),
     "cut off": (
         lambda d: (d / "mp_rank_00_model_states.pt").write_bytes((d / "mp_rank_00_model_states.pt").read_bytes()[:900]),
         ValueError,
-        r"mp_rank_00_model_states\.pt is cut off after 900 bytes",
+        r"mp_rank_00_model_states\.pt is damaged: cut off after 900 bytes",
     ),
     "tensor parallel": (
         lambda d: (d / "mp_rank_01_model_states.pt").write_bytes(b""),
@@ -129,6 +129,6 @@ def test_load_refuses_partitions_of_another_model(live: Any, bases: Path, tmp_pa
 
 def test_load_refuses_adam_with_coupled_decay(live: Any, bases: Path, tmp_path: Path) -> None:
     config = {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False, "weight_decay": 0.1}}}
-    write_zero(tmp_path, live, trained(live), 1, 1, **config)
+    write_zero(tmp_path, live, trained(live), 1, 1, config=config)
     with pytest.raises(TypeError, match="adam_w_mode=false; expected AdamW"):
         load_checkpoint(tmp_path, base=bases / "qwen2")
