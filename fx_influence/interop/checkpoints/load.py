@@ -64,20 +64,27 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint directory, without the network: full or PEFT, saved by one process or many.
 
-    ``path`` holds ``config.json``, tokenizer files, and each of these in the first place that has it:
+    ``path`` holds ``config.json``, tokenizer files (or has them in ``huggingface`` or ``tokenizer``), and each of these in
+    the first form that it has:
 
-    - weights: a directory of ``torch.distributed.checkpoint`` with the key ``model``, in ``pytorch_model_fsdp_0``,
-      where accelerate and ``Trainer`` put it, or in ``path``; or ``model.safetensors``, its shards, or
-      ``pytorch_model.bin``. Beside an ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or
-      ``.bin``), and only the adapter is trainable.
-    - optimizer: such a directory with the key ``optim`` or ``optimizer``, in ``optimizer_0`` or in ``path``; or
-      ``optimizer.pt`` (or ``optimizer.bin``, of accelerate), the optimizer's ``state_dict()``.
+    - weights: ``model_world_size_<N>_rank_<R>.pt`` of verl and SkyRL; ``global_step<N>`` of DeepSpeed's ZeRO, whose
+      float32 masters they are; a directory of ``torch.distributed.checkpoint`` with the key ``model``, in
+      ``pytorch_model_fsdp_0`` (accelerate), ``weights`` (NeMo-RL) or ``path``, or with the weights beside its keys
+      (torchtitan); ``pytorch_model_fsdp.bin``; ``model.safetensors``, its shards, or ``pytorch_model.bin``. Beside an
+      ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or ``.bin``), and only the adapter is
+      trainable.
+    - optimizer: ``optim_world_size_<N>_rank_<R>.pt``; ``global_step<N>``; such a directory with the key ``optim``,
+      ``optimizer`` or ``optimizers``, in ``optimizer_0``, ``optimizer`` or ``path``; or ``optimizer.pt`` (or
+      ``optimizer.bin``, of accelerate), the optimizer's ``state_dict()``.
+
+    If ``path`` has none of these, or weights without the optimizer, the checkpoint is looked for below it: the last
+    ``checkpoint-<N>``, ``global_step_<N>`` or ``step_<N>``, and ``actor``, ``policy`` or ``trainer`` in that.
 
     Args:
         path: the directory.
         base: directory of an adapter's base model, by default the adapter's ``base_model_name_or_path`` if that is a
             local directory. Tokenizer files missing from ``path`` are taken from it, and so is ``config.json`` for
-            weights of ``torch.distributed.checkpoint``, which saves none.
+            weights that are in other files than those of transformers.
         dtype: of the parameters, by default as saved. The optimizer state is cast to it, as torch does.
         device: of the model.
         optimizer: False loads only the policy.
@@ -88,8 +95,9 @@ def load_checkpoint(
         ``Checkpoint``: model, tokenizer, AdamW's state by parameter name, and end-of-sequence ids.
 
     Raises:
-        FileNotFoundError: for missing files.
-        ValueError: for files that disagree with each other or hold more than tensors.
+        FileNotFoundError: for missing files, those of single ranks by name.
+        ValueError: for files that are damaged or disagree with each other, and for a format that is known by name and is
+            not read, with the conversion to make.
         TypeError: for the state of another optimizer. All errors but a disagreement with the weights are raised before
             any weights are read.
 

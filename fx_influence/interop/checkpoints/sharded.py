@@ -94,9 +94,8 @@ def _require_dcp(path: Path, subdirectories: Sequence[str], names: Sequence[str]
     directory = find_dcp_directory(path, subdirectories, names)
     if directory is None:
         raise FileNotFoundError(
-            f"neither {path} nor {path / subdirectories[0]} is of torch.distributed.checkpoint; expected one "
-            f"with the key {' or '.join(names)}. Save {{'model': ..., 'optim': ...}} there with
-            torch.distributed.checkpoint.save"
+            f"neither {path} nor {path / subdirectories[0]} is of torch.distributed.checkpoint; expected one with the "
+            f"key {' or '.join(names)}. Save {{'model': ..., 'optim': ...}} there by torch.distributed.checkpoint.save"
         )
     return directory
 

@@ -74,8 +74,8 @@ def lines(path: Path) -> Iterator[bytes]:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     if path.suffix == ".gz":
-        with gzip.open(path, "rb") as file:
-            yield file
+        with gzip.open(path, "rb") as unzipped:
+            yield io.BufferedReader(unzipped)
     elif path.suffix == ".zst":
         with open(path, "rb") as raw:
             yield _zstandard(path, raw)

@@ -38,8 +38,8 @@ class Rollout:
             recorded none.
 
     Raises:
-        ValueError: if a per-token value and ``completion_ids`` differ in length, for a token id that no tokenizer has,
-            and for a text with half of a surrogate pair, which no file can hold.
+        ValueError: if a per-token value and ``completion_ids`` differ in length, and for a token id or a group that no
+            tokenizer or file has.
 
     Example:
         >>> Rollout("0/0", "0", 0, "1+1=", "2", (4, 9, 4, 10), (5, 1), True, (-0.5, -0.25)).finished
@@ -88,8 +88,6 @@ class Rollout:
             raise ValueError(
                 f"group of rollout {self.id!r} is {self.group}; expected a number of 64 bits. Repair it first"
             )
-        for name in TEXTS:
-            require_unicode(name, getattr(self, name))
 
     def __repr__(self) -> str:
         return record_line(self, {f.name: f.default for f in dataclasses.fields(self)})
@@ -97,9 +95,6 @@ class Rollout:
 
 MAX_TOKEN_ID = 2**31
 """A number that no token id reaches; torch has no integers from 2^63 on."""
-
-TEXTS = ("id", "prompt_id", "prompt", "completion", "question", "source")
-"""Fields that are texts, or None."""
 
 PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_coefficients")
 """Fields that hold one value per completion token, or None."""
@@ -140,10 +135,10 @@ def extras_of(record: Mapping[str, Any], known: Sequence[str]) -> dict[str, str 
     return extras or None
 
 
-def require_unicode(name: str, text: str | None) -> None:
+def require_unicode(name: str, text: str) -> None:
     """Raise ``ValueError`` for half of a surrogate pair in a text."""
     try:
-        (text or "").encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"field {name!r} holds half of a surrogate pair at {error.start}; expected valid Unicode. Repair it first"

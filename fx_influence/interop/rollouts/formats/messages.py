@@ -37,7 +37,8 @@ def read_verifiers(files: Sequence[Path], retokenizer: Retokenizer, scale: bool 
         truncated = field({"is_truncated": None, **record}, "is_truncated", (bool, type(None)), "a boolean")
         rollout = retokenizer.rollout(str(index), prompt, completion, truncated)
         reward = float(field(record, "reward", NUMBER, "a number"))
-        source = source_of(record) or source_of(record.get("info") if isinstance(record.get("info"), dict) else {})
+        info = record.get("info")
+        source = source_of(record) or source_of(info if isinstance(info, dict) else {})
         return dataclasses.replace(rollout, reward=reward, source=source), example
 
     return with_group_advantages(number_prompts(read_json_lines(files, parse)), scale)
