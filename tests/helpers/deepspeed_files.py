@@ -35,7 +35,7 @@ def deepspeed_classes() -> Iterator[tuple[Any, Any]]:
         weights = 3
 
     places = {"deepspeed.runtime.fp16.loss_scaler": LossScaler, "deepspeed.runtime.zero.config": ZeroStageEnum}
-    modules = {}
+    modules: dict[str, types.ModuleType] = {}
     for module, kind in places.items():
         kind.__module__, kind.__qualname__ = module, kind.__name__
         parts = module.split(".")

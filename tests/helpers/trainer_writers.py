@@ -185,10 +185,10 @@ def verifiers_record(example: int, reward: float, **changes: Any) -> dict[str, A
     }
 
 
-def write_rllm(directory: Path, number: int, reward: float, **changes: Any) -> Path:
+def write_rllm(directory: Path, number: int, reward: float | None, **changes: Any) -> Path:
     """Write the file of ``EpisodeLogger.log_episode``."""
     steps = [{"chat_completions": QUESTION + ANSWERS[:1]}, {"chat_completions": QUESTION + ANSWERS}]
-    trajectory = {"name": "solver", "uid": f"u{number}", "reward": reward, "num_steps": 2, "steps": steps, **changes}
+    trajectory = {"name": "solver", "uid": f"u{number}", "reward": reward, "num_steps": 2, "steps": steps} | changes
     record = {"training_step": 1, "epoch": 0, "episode_id": f"t:{number}", "task": {"data_source": "aime"}}
     record |= {"task_hash": "0a1b", "termination_reason": "env_done", "trajectories": [trajectory]}
     directory.mkdir(parents=True, exist_ok=True)

@@ -64,15 +64,15 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint directory, without the network: full or PEFT, saved by one process or many.
 
-    ``path`` holds ``config.json``, tokenizer files (or has them in ``huggingface`` or ``tokenizer``), and each of these in
-    the first form that it has:
+    ``path`` holds ``config.json``, tokenizer files (or has them in ``huggingface`` or ``tokenizer``), and each of these
+    in the first form that it has:
 
     - weights: ``model_world_size_<N>_rank_<R>.pt`` of verl and SkyRL; ``global_step<N>`` of DeepSpeed's ZeRO, whose
       float32 masters they are; a directory of ``torch.distributed.checkpoint`` with the key ``model``, in
       ``pytorch_model_fsdp_0`` (accelerate), ``weights`` (NeMo-RL) or ``path``, or with the weights beside its keys
       (torchtitan); ``pytorch_model_fsdp.bin``; ``model.safetensors``, its shards, or ``pytorch_model.bin``. Beside an
-      ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or ``.bin``), and only the adapter is
-      trainable.
+      ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or ``.bin``), and only the adapter
+      is trainable.
     - optimizer: ``optim_world_size_<N>_rank_<R>.pt``; ``global_step<N>``; such a directory with the key ``optim``,
       ``optimizer`` or ``optimizers``, in ``optimizer_0``, ``optimizer`` or ``path``; or ``optimizer.pt`` (or
       ``optimizer.bin``, of accelerate), the optimizer's ``state_dict()``.
@@ -96,8 +96,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: for missing files, those of single ranks by name.
-        ValueError: for files that are damaged or disagree with each other, and for a format that is known by name and is
-            not read, with the conversion to make.
+        ValueError: for files that are damaged or disagree with each other, and for a format that is known by name and
+            is not read, with the conversion to make.
         TypeError: for the state of another optimizer. All errors but a disagreement with the weights are raised before
             any weights are read.
 

@@ -79,11 +79,7 @@ class Rollout:
                     "one for each completion token"
                 )
         for name in ("prompt_ids", "completion_ids"):
-            bad = next((i for i in getattr(self, name) if not 0 <= i < MAX_TOKEN_ID), None)
-            if bad is not None:
-                raise ValueError(
-                    f"{name} of rollout {self.id!r} holds {bad}; expected token ids from 0 to 2^31 - 1. Repair it first"
-                )
+            require_token_ids(f"{name} of rollout {self.id!r}", getattr(self, name))
         if not -(2**63) <= self.group < 2**63:
             raise ValueError(
                 f"group of rollout {self.id!r} is {self.group}; expected a number of 64 bits. Repair it first"
@@ -133,6 +129,13 @@ def extras_of(record: Mapping[str, Any], known: Sequence[str]) -> dict[str, str 
         name: value for name, value in record.items() if name not in known and type(value) in (str, int, float, bool)
     }
     return extras or None
+
+
+def require_token_ids(subject: str, ids: Sequence[int]) -> None:
+    """Raise ``ValueError``, naming ``subject``, for a number that is no token id."""
+    bad = next((i for i in ids if not 0 <= i < MAX_TOKEN_ID), None)
+    if bad is not None:
+        raise ValueError(f"{subject} holds {bad}; expected token ids from 0 to 2^31 - 1. Repair it first")
 
 
 def require_unicode(name: str, text: str) -> None:

@@ -6,6 +6,7 @@ import gzip
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from helpers.rollout_writers import TOKENIZER, write_verl
@@ -13,7 +14,7 @@ from helpers.trainer_writers import open_instruct_record, slime_sample, write_li
 
 from fx_influence.interop.rollouts.read import read_rollouts
 
-BATCH = {"input": ["1="] * 2, "output": ["1", "2"], "score": [1.0, 0.0]}
+BATCH: dict[str, list[Any]] = {"input": ["1="] * 2, "output": ["1", "2"], "score": [1.0, 0.0]}
 
 
 def test_gzip_file_reads_as_its_contents(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def bare(text: str) -> str:
 def record(tmp_path: Path, *texts: str, **columns: Any) -> Path:
     """Write verl's file of completions to the first prompt, as texts of the chat template."""
     n = len(texts)
-    batch = {"input": [bare(rendered(PROMPTS[0]))] * n, "output": [bare(t) for t in texts], "score": [1.0] * n}
+    inputs, outputs = [bare(rendered(PROMPTS[0]))] * n, [bare(text) for text in texts]
+    batch: dict[str, Any] = {"input": inputs, "output": outputs, "score": [1.0] * n}
     return write_verl(tmp_path / "5.jsonl", {**batch, **columns})
 
 

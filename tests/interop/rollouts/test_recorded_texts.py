@@ -122,14 +122,14 @@ def test_rllm_values_are_those_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("reward", "changes", "message"),
     [
-        ({"steps": [{"chat_completions": [{"role": "user", "content": "x"}]}] * 1}, "has no answer"),
-        ({"reward": None}, "field 'reward' is None"),
+        (0.0, {"steps": [{"chat_completions": [{"role": "user", "content": "x"}]}]}, "has no answer"),
+        (None, {}, "field 'reward' is None"),
     ],
 )
-def test_rllm_refuses_by_file(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write_rllm(tmp_path, 3, 0.0, **changes)
+def test_rllm_refuses_by_file(reward: float | None, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_rllm(tmp_path, 3, reward, **changes)
     with pytest.raises(ValueError, match=rf"{path.name}: .*{message}"):
         read_rollouts(path, TOKENIZER)
 

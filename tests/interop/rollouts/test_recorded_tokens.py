@@ -38,7 +38,7 @@ def test_open_instruct_values_are_those_written(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"request_info": {"tool_calleds": True}}, "says that a tool was called"),
-        ({"response_tokens": [5, 2**63]}, r"completion_ids of rollout '4/0' holds 9223372036854775808; expected token"),
+        ({"response_tokens": [5, 2**63]}, r"field 'response_tokens' holds 9223372036854775808; expected token"),
         ({"response_tokens": [5, -1]}, "holds -1; expected token ids"),
         ({"logprobs": [-0.5]}, "behaviour_logprobs of rollout '4/0' has 1 values; expected 2"),
         ({"advantage": float("nan")}, "'advantage' holds the number NaN"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode
+from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode, token_ids
 from fx_influence.interop.rollouts.jsonl import field, fields, read_json_lines
 from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
 
@@ -34,8 +34,8 @@ def read_open_instruct(files: Sequence[Path], tokenizer: Any = None) -> list[Rol
                 "field 'request_info' says that a tool was called; expected no tool, since open-instruct does not "
                 "record which tokens the policy sampled. Drop this record"
             )
-        prompt_ids = tuple(fields(record, "prompt_tokens", (int,), "integers"))
-        completion_ids = tuple(fields(record, "response_tokens", (int,), "integers"))
+        prompt_ids = token_ids(record, "prompt_tokens")
+        completion_ids = token_ids(record, "response_tokens")
         logprobs = record.get("logprobs")
         dataset = record.get("dataset")
         rollout = Rollout(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fx_influence.interop.checkpoints.files.unpickle import load_inert
 from fx_influence.interop.rollouts.advantages import with_group_advantages
-from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode
+from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode, token_ids
 from fx_influence.interop.rollouts.jsonl import field, fields, parse_all
 from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
 
@@ -43,7 +43,7 @@ def read_slime(
 
     def parse(_: int, sample: tuple[Any, Any]) -> tuple[Rollout, tuple[Any, ...]]:
         step, record = sample[0], _plain(sample[1])
-        tokens = fields(record, "tokens", (int,), "integers")
+        tokens = token_ids(record, "tokens")
         length = field(record, "response_length", (int,), "an integer")
         if not 0 <= length <= len(tokens):
             raise ValueError(f"field 'response_length' is {length}; expected 0 to {len(tokens)}, the number of tokens")
@@ -51,7 +51,7 @@ def read_slime(
         mask = [1] * length if record.get("loss_mask") is None else fields(record, "loss_mask", (int,), "0 or 1")
         counts = tuple(value == 1 and record.get("remove_sample") is not True for value in mask)
         logprobs = record.get("rollout_log_probs")
-        prompt_ids, completion_ids = tuple(tokens[:start]), tuple(tokens[start:])
+        prompt_ids, completion_ids = tokens[:start], tokens[start:]
         rollout = Rollout(
             id=f"{step}/{field(record, 'index', (int,), 'an integer')}",
             prompt_id="",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fx_influence.interop.rollouts.jsonl import field, fields, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
+from fx_influence.interop.rollouts.record import Rollout, number_prompts, require_token_ids, source_of
 
 NUMBER = (int, float)
 NULLABLE = (int, float, type(None))
@@ -149,8 +149,7 @@ def _sampled_indices(recorded: TokenRecord) -> list[int]:
         values = getattr(recorded, name)
         if values is not None and len(values) != len(recorded.tokens):
             raise ValueError(f"{name} has {len(values)} values; expected {len(recorded.tokens)}, one for each token id")
-    if min(recorded.tokens, default=0) < 0:
-        raise ValueError(f"token id {min(recorded.tokens)} is negative; expected at least 0")
+    require_token_ids("the sequence", recorded.tokens)
     sampled_indices = [i for i, sampled in enumerate(recorded.sampled) if sampled]
     for name, values in (("log-prob", recorded.logprobs), ("advantage", recorded.advantages)):
         if values is not None and any(values[i] is None for i in sampled_indices):
@@ -159,6 +158,13 @@ def _sampled_indices(recorded: TokenRecord) -> list[int]:
                 "record"
             )
     return sampled_indices
+
+
+def token_ids(record: dict[str, Any], name: str) -> tuple[int, ...]:
+    """Return the token ids of a field; raise ``ValueError`` for anything else."""
+    ids = fields(record, name, (int,), "integers")
+    require_token_ids(f"field {name!r}", ids)
+    return tuple(ids)
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
