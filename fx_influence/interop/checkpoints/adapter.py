@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_influence.interop.checkpoints.dcp.read import read_values
-from fx_influence.interop.checkpoints.directory import MODEL_KEYS, reporting_damage
+from fx_influence.interop.checkpoints.files.directory import reporting_damage
+from fx_influence.interop.checkpoints.layout import SavedWeights
 
 
-def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:
+def load_adapter(model: Any, path: Path, weights: SavedWeights | None, dtype: torch.dtype | None) -> Any:
     """Put the adapter of a directory on its base model.
 
     Args:
         model: the base model.
-        path: directory with ``adapter_config.json``, and with the weights unless ``shards`` is given.
-        shards: directory of ``torch.distributed.checkpoint`` with the weights; None to read those in ``path``.
+        path: directory with ``adapter_config.json``, and with the weights unless these are given.
+        weights: in other files than those of peft; None to read these in ``path``.
         dtype: of all parameters; None leaves them as loaded.
 
     Returns:
@@ -41,15 +41,16 @@ def load_adapter(model: Any, path: Path, shards: Path | None, dtype: torch.dtype
         try:
             with reporting_damage("the adapter", path):
                 adapted, saved = (
-                    _adapter_of_files(model, path) if shards is None else _adapter_of_shards(model, path, shards)
+                    _adapter_of_files(model, path) if weights is None else _adapter_of_tensors(model, path, weights)
                 )
             misfit = _adapter_misfit(adapted, saved)
         except RuntimeError as error:
             misfit = str(error)
     if misfit:
+        place = weights.path if weights else path
         raise ValueError(
-            f"the adapter's weights in {shards or path} do not fit its adapter_config.json: {misfit}; expected the "
-            "weights that it describes. Save adapter and config together with save_pretrained, or the weights with "
+            f"the adapter's weights in {place} do not fit its adapter_config.json: {misfit}; expected the weights that "
+            "it describes. Save adapter and config together with save_pretrained, or the weights with "
             "torch.distributed.checkpoint"
         )
     return adapted if dtype is None else adapted.to(dtype)
@@ -87,15 +88,15 @@ def _adapter_of_files(model: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
     return adapted, load_peft_weights(str(path), device="cpu", local_files_only=True)
 
 
-def _adapter_of_shards(model: Any, path: Path, shards: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Load the adapter and its saved weights from ``torch.distributed.checkpoint``."""
+def _adapter_of_tensors(model: Any, path: Path, weights: SavedWeights) -> tuple[Any, dict[str, Tensor]]:
+    """Load the adapter and its saved weights from tensors by name."""
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(path), local_files_only=True)
     # peft would warn of a base model that has moved since.
     config.inference_mode, config.base_model_name_or_path = False, None
     adapted = get_peft_model(model, config)
-    saved = read_values(shards, MODEL_KEYS)
+    saved = weights.read()
     if _trainable_names(adapted) <= set(saved):
         # These are the weights of the complete model; accelerate saves only the adapter, under peft's names.
         adapted.load_state_dict(saved, strict=False)

@@ -13,17 +13,15 @@ import torch
 
 from fx_influence.core.display import record_line
 from fx_influence.interop.checkpoints.adapter import load_adapter
-from fx_influence.interop.checkpoints.directory import (
-    MODEL_KEYS,
-    MODEL_SUBDIRECTORY,
+from fx_influence.interop.checkpoints.files.directory import (
     TOKENIZER,
     base_directory,
-    find_dcp_directory,
     read_param_names,
     reporting_damage,
     require_directory,
     require_model_files,
 )
+from fx_influence.interop.checkpoints.layout import find_layout
 from fx_influence.interop.checkpoints.model import load_causal_lm
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.checkpoints.saved_optimizer import read_optimizer_state_dict
@@ -66,20 +64,27 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint directory, without the network: full or PEFT, saved by one process or many.
 
-    ``path`` holds ``config.json``, tokenizer files, and each of these in the first place that has it:
+    ``path`` holds ``config.json``, tokenizer files (or has them in ``huggingface`` or ``tokenizer``), and each of these
+    in the first form that it has:
 
-    - weights: a directory of ``torch.distributed.checkpoint`` with the key ``model``, in ``pytorch_model_fsdp_0``,
-      where accelerate and ``Trainer`` put it, or in ``path``; or ``model.safetensors``, its shards, or
-      ``pytorch_model.bin``. Beside an ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or
-      ``.bin``), and only the adapter is trainable.
-    - optimizer: such a directory with the key ``optim`` or ``optimizer``, in ``optimizer_0`` or in ``path``; or
-      ``optimizer.pt`` (or ``optimizer.bin``, of accelerate), the optimizer's ``state_dict()``.
+    - weights: ``model_world_size_<N>_rank_<R>.pt`` of verl and SkyRL; ``global_step<N>`` of DeepSpeed's ZeRO, whose
+      float32 masters they are; a directory of ``torch.distributed.checkpoint`` with the key ``model``, in
+      ``pytorch_model_fsdp_0`` (accelerate), ``weights`` (NeMo-RL) or ``path``, or with the weights beside its keys
+      (torchtitan); ``pytorch_model_fsdp.bin``; ``model.safetensors``, its shards, or ``pytorch_model.bin``. Beside an
+      ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or ``.bin``), and only the adapter
+      is trainable.
+    - optimizer: ``optim_world_size_<N>_rank_<R>.pt``; ``global_step<N>``; such a directory with the key ``optim``,
+      ``optimizer`` or ``optimizers``, in ``optimizer_0``, ``optimizer`` or ``path``; or ``optimizer.pt`` (or
+      ``optimizer.bin``, of accelerate), the optimizer's ``state_dict()``.
+
+    If ``path`` has none of these, or weights without the optimizer, the checkpoint is looked for below it: the last
+    ``checkpoint-<N>``, ``global_step_<N>`` or ``step_<N>``, and ``actor``, ``policy`` or ``trainer`` in that.
 
     Args:
         path: the directory.
         base: directory of an adapter's base model, by default the adapter's ``base_model_name_or_path`` if that is a
             local directory. Tokenizer files missing from ``path`` are taken from it, and so is ``config.json`` for
-            weights of ``torch.distributed.checkpoint``, which saves none.
+            weights that are in other files than those of transformers.
         dtype: of the parameters, by default as saved. The optimizer state is cast to it, as torch does.
         device: of the model.
         optimizer: False loads only the policy.
@@ -90,8 +95,9 @@ def load_checkpoint(
         ``Checkpoint``: model, tokenizer, AdamW's state by parameter name, and end-of-sequence ids.
 
     Raises:
-        FileNotFoundError: for missing files.
-        ValueError: for files that disagree with each other or hold more than tensors.
+        FileNotFoundError: for missing files, those of single ranks by name.
+        ValueError: for files that are damaged or disagree with each other, and for a format that is known by name and
+            is not read, with the conversion to make.
         TypeError: for the state of another optimizer. All errors but a disagreement with the weights are raised before
             any weights are read.
 
@@ -101,20 +107,21 @@ def load_checkpoint(
         >>> checkpoint.model.config.model_type, checkpoint.optimizer_state.lr, checkpoint.eos_token_ids
         ('qwen2', 0.0001, (1,))
     """
-    path = require_directory("path", path)
+    layout = find_layout(require_directory("path", path), optimizer)
+    path, weights = layout.path, layout.weights
     is_adapter = (path / "adapter_config.json").is_file()
     base = base_directory(path, base) if is_adapter or base is not None else None
-    shards = find_dcp_directory(path, MODEL_SUBDIRECTORY, MODEL_KEYS)
-    config_in_base = is_adapter or (shards is not None and not (path / "config.json").is_file())
-    model_path = base if config_in_base and base is not None else path
-    require_model_files(model_path, path, is_adapter, shards)
-    tokenizer = _load_tokenizer(path, base)
+    config_in_base = is_adapter or (weights is not None and not (layout.config / "config.json").is_file())
+    model_path = base if config_in_base and base is not None else layout.config
+    layout = layout._replace(config=model_path)
+    require_model_files(model_path, path, is_adapter, weights is not None)
+    tokenizer = _load_tokenizer(layout.tokenizer, base)
     _check_vocabulary(tokenizer, model_path)
-    state_dict = read_optimizer_state_dict(path) if optimizer else None
+    state_dict = read_optimizer_state_dict(layout) if optimizer else None
     param_names = read_param_names(path) if param_names is None else param_names
-    model = load_causal_lm(model_path, None if is_adapter else shards, dtype)
+    model = load_causal_lm(model_path, None if is_adapter else weights, dtype)
     if is_adapter:
-        model = load_adapter(model, path, shards, dtype)
+        model = load_adapter(model, path, weights, dtype)
     model = model.to(device).eval()
     state = None if state_dict is None else adamw_state(restore_optimizer(state_dict, model, param_names), model)
     return Checkpoint(model, tokenizer, state, _eos_token_ids(model, tokenizer), path)
@@ -129,8 +136,9 @@ def load_tokenizer(path: str | Path, *, base: str | Path | None = None) -> PreTr
         '<|endoftext|>'
     """
     path = require_directory("path", path)
-    needs_base = base is not None or (path / "adapter_config.json").is_file()
-    return _load_tokenizer(path, base_directory(path, base) if needs_base else None)
+    layout = find_layout(path, optimizer=False)
+    needs_base = base is not None or (layout.path / "adapter_config.json").is_file()
+    return _load_tokenizer(layout.tokenizer, base_directory(layout.path, base) if needs_base else None)
 
 
 def _load_tokenizer(path: Path, base: Path | None) -> PreTrainedTokenizerBase:

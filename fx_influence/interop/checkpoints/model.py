@@ -1,4 +1,4 @@
-"""The causal language model of a checkpoint directory, from Hugging Face files or ``torch.distributed.checkpoint``."""
+"""The causal language model of a checkpoint directory, from Hugging Face files or from tensors by name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_influence.interop.checkpoints.dcp.read import read_values
-from fx_influence.interop.checkpoints.directory import MODEL_KEYS, reporting_damage
+from fx_influence.interop.checkpoints.files.directory import reporting_damage
+from fx_influence.interop.checkpoints.layout import SavedWeights
 
 
-def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -> Any:
+def load_causal_lm(path: Path, weights: SavedWeights | None, dtype: torch.dtype | None) -> Any:
     """Load the causal language model of a directory.
 
     Args:
-        path: directory with ``config.json``, and with the weights unless ``shards`` is given.
-        shards: directory of ``torch.distributed.checkpoint`` with the weights; None to read those in ``path``.
+        path: directory with ``config.json``, and with the weights unless these are given.
+        weights: in other files than those of transformers; None to read these in ``path``.
         dtype: of the parameters; None for the saved one.
 
     Raises:
@@ -31,12 +31,12 @@ def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -
     options = {"local_files_only": True, "weights_only": True, "ignore_mismatched_sizes": True}
     try:
         with reporting_damage("the weights", path):
-            if shards is None:
+            if weights is None:
                 model, report = loader.from_pretrained(
                     path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
                 )
             else:
-                model, report = _from_shards(path, read_values(shards, MODEL_KEYS), dtype, options)
+                model, report = _from_tensors(path, weights.read(), dtype, options)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights in {path} hold more than tensors, which are never unpickled; expected tensors alone. "
@@ -45,15 +45,16 @@ def load_causal_lm(path: Path, shards: Path | None, dtype: torch.dtype | None) -
     # transformers fills missing or mismatched weights with random numbers and only warns.
     misfits = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if misfits:
+        place = weights.path if weights else path
         raise ValueError(
-            f"the weights in {shards or path} do not fit {path / 'config.json'}: missing or of another shape are "
+            f"the weights in {place} do not fit {path / 'config.json'}: missing or of another shape are "
             f"{misfits[:5]} ({len(misfits)} in all); expected the weights that it describes. Save model and config "
             "together with save_pretrained"
         )
     return model
 
 
-def _from_shards(
+def _from_tensors(
     path: Path, weights: dict[str, Any], dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     """Build the model of a config, load tensors into it, and return it with the report of misfits."""

@@ -16,6 +16,9 @@ from fx_influence.interop.checkpoints.dcp.read import StoredValue, read_slice
 # Names that transformers' Trainer.get_decay_parameter_names excludes from weight decay, besides LayerNorm modules.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
+OLD_NO_DECAY_PATTERNS = [r"bias"]
+"""The same before pull request 35927 of transformers (2025)."""
+
 
 def restore_optimizer(
     state_dict: dict[str, Any], model: nn.Module, param_names: Sequence[Sequence[str]] | None = None
@@ -26,7 +29,9 @@ def restore_optimizer(
 
     - ``param_names``, or those that torch stored in the groups (an optimizer built from ``named_parameters()``);
     - with two groups, the rule of transformers' ``Trainer``: the trainable parameters with weight decay in model
-      order, then those without (biases and norms, whose weight decay is 0), either group possibly empty;
+      order, then those without (biases and norms, whose weight decay is 0), either group possibly empty; where the
+      counts fit only the rule of transformers before its pull request 35927 (2025), that one, by which norms other
+      than ``LayerNorm`` decay;
     - with one group, ``model.named_parameters()`` order, of the trainable parameters or else of all.
 
     The rules cannot see a permutation of parameters of the same shape: give ``param_names`` for an optimizer grouped in
@@ -129,8 +134,13 @@ def _group_names(
     if len(groups) == 2 and float(groups[1]["weight_decay"]) == 0.0:
         from transformers.trainer_pt_utils import get_parameter_names
 
-        decay = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY_PATTERNS))
-        split = [[n for n in trainable if n in decay], [n for n in trainable if n not in decay]]
+        saved = [len(group["params"]) for group in groups]
+        splits = []
+        for patterns in (NO_DECAY_PATTERNS, OLD_NO_DECAY_PATTERNS):
+            decay = set(get_parameter_names(model, [nn.LayerNorm], patterns))
+            splits.append([[n for n in trainable if n in decay], [n for n in trainable if n not in decay]])
+        # What decays by today's rule also does by the older one, so equal counts mean equal groups.
+        split = next((split for split in splits if [*map(len, split)] == saved), splits[0])
         return split, "the decay and no-decay groups of transformers' Trainer"
     raise ValueError(
         f"the optimizer's state dict has {len(groups)} groups with weight_decay "

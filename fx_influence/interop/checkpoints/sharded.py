@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fx_influence.core.dtensor import to_local
 from fx_influence.distributed.fsdp_gather import local_slices
 from fx_influence.interop.checkpoints.dcp.read import StoredValue, locate_values, read_slice
-from fx_influence.interop.checkpoints.directory import (
+from fx_influence.interop.checkpoints.files.directory import (
     MODEL_KEYS,
-    MODEL_SUBDIRECTORY,
+    MODEL_SUBDIRECTORIES,
     OPTIMIZER_KEYS,
-    OPTIMIZER_SUBDIRECTORY,
+    OPTIMIZER_SUBDIRECTORIES,
     find_dcp_directory,
     read_param_names,
     require_directory,
@@ -76,8 +76,10 @@ def _load(
 ) -> torch.optim.AdamW | None:
     state_dict = None
     if optimizer:
-        state_dict = read_dcp_optimizer_state(_require_dcp(path, OPTIMIZER_SUBDIRECTORY, OPTIMIZER_KEYS), locate_values)
-    for stored, value in _match_values(model, _require_dcp(path, MODEL_SUBDIRECTORY, MODEL_KEYS)):
+        state_dict = read_dcp_optimizer_state(
+            _require_dcp(path, OPTIMIZER_SUBDIRECTORIES, OPTIMIZER_KEYS), locate_values
+        )
+    for stored, value in _match_values(model, _require_dcp(path, MODEL_SUBDIRECTORIES, MODEL_KEYS)):
         if isinstance(stored, StoredValue):
             read_slice(stored, [index.start for index in local_slices(value)], to_local(value))
         else:
@@ -87,13 +89,13 @@ def _load(
     return restore_optimizer(state_dict, model, read_param_names(path) if param_names is None else param_names)
 
 
-def _require_dcp(path: Path, subdirectory: str, names: Sequence[str]) -> Path:
+def _require_dcp(path: Path, subdirectories: Sequence[str], names: Sequence[str]) -> Path:
     """Return the directory that holds a value under one of ``names``; raise ``FileNotFoundError`` if none does."""
-    directory = find_dcp_directory(path, subdirectory, names)
+    directory = find_dcp_directory(path, subdirectories, names)
     if directory is None:
         raise FileNotFoundError(
-            f"neither {path} nor {path / subdirectory} is of torch.distributed.checkpoint; expected one with the key "
-            f"{' or '.join(names)}. Save {{'model': ..., 'optim': ...}} there with torch.distributed.checkpoint.save"
+            f"neither {path} nor {path / subdirectories[0]} is of torch.distributed.checkpoint; expected one with the "
+            f"key {' or '.join(names)}. Save {{'model': ..., 'optim': ...}} there by torch.distributed.checkpoint.save"
         )
     return directory
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fx_influence.interop.rollouts.files import lines
+
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -134,9 +136,7 @@ def fields(
 def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """Yield the position and the bytes of each line that is not blank."""
     for path in files:
-        # Bytes: text mode would also split at a lone carriage return, and fail at the first bad byte of the file.
-        with open(path, "rb") as file:
-            yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        yield from ((f"{path}, line {number}", line) for number, line in enumerate(lines(path), 1) if line.strip())
 
 
 def _number(text: str) -> float:

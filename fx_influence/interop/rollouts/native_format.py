@@ -37,7 +37,7 @@ def to_json_lines(rollouts: Iterable[Rollout]) -> str:
     return "".join(_to_line(rollout) for rollout in rollouts)
 
 
-def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
+def read_native_rollouts(*files: str | os.PathLike[str]) -> list[Rollout]:
     """Read rollouts as ``write_rollouts`` wrote them, UTF-8, one JSON object per line; blank lines are skipped.
 
     Fields of other names are ignored. The fields of a rollout, with their JSON types:
@@ -52,6 +52,7 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
     - ``reward``, ``advantage``: number or null; may be left out
     - ``approximate``: boolean; may be left out, which means false
     - ``question``, ``source``: string or null; may be left out
+    - ``extras``: object of strings, numbers and booleans, or null; may be left out
 
     A number that is not finite is refused where it counts, and accepted elsewhere: at a token where ``completion_mask``
     is false it becomes 0, and a reward beside an advantage becomes null.
@@ -61,11 +62,12 @@ def read_native_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
         ValueError: naming every line that is not a rollout: one that is not JSON, lacks a field or has one of another
             type, or holds a number that is not finite where it counts.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"rollouts file {str(path)!r} does not exist; expected a file that write_rollouts wrote. Check the path"
-        )
-    return read_json_lines([Path(path)], _from_record)
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"rollouts file {str(file)!r} does not exist; expected a file that write_rollouts wrote. Check the path"
+            )
+    return read_json_lines([Path(file) for file in files], _from_record)
 
 
 def _to_line(rollout: Rollout) -> str:
@@ -114,7 +116,7 @@ def _drop_unused_not_finite(record: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, value: object) -> object:
     """Return the value of a field, as a tuple if it is a list; refuse one of another type."""
-    for item in value if isinstance(value, list) else [value]:
+    for item in value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]:
         refuse_not_finite(name, item)
     if name in ("prompt_ids", "completion_ids"):
         valid = isinstance(value, list) and all(type(item) is int for item in value)
@@ -123,6 +125,10 @@ def _checked(name: str, value: object) -> object:
         valid = value is None or (isinstance(value, list) and all(type(item) in kinds for item in value))
     elif name in ("reward", "advantage"):
         valid = value is None or type(value) in (int, float)
+    elif name == "extras":
+        valid = value is None or (
+            isinstance(value, dict) and all(type(item) in (str, int, float, bool) for item in value.values())
+        )
     elif name in ("question", "source"):
         valid = value is None or type(value) is str
     else:

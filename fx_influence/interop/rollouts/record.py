@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,12 @@ class Rollout:
         approximate: whether tokens or advantage were recomputed, not recorded.
         question: last user message of a conversation, which is shown to people as the prompt; None for a text.
         source: name of the data set or environment that the prompt comes from; None if nobody recorded it.
+        extras: further values by name that the trainer recorded, such as what its reward function returned; None if it
+            recorded none.
 
     Raises:
-        ValueError: if a per-token value and ``completion_ids`` differ in length.
+        ValueError: if a per-token value and ``completion_ids`` differ in length, and for a token id or a group that no
+            tokenizer or file has.
 
     Example:
         >>> Rollout("0/0", "0", 0, "1+1=", "2", (4, 9, 4, 10), (5, 1), True, (-0.5, -0.25)).finished
@@ -60,6 +63,7 @@ class Rollout:
     approximate: bool = False
     question: str | None = None
     source: str | None = None
+    extras: Mapping[str, str | int | float | bool] | None = dataclasses.field(default=None, hash=False)
 
     @property
     def display_prompt(self) -> str:
@@ -74,10 +78,19 @@ class Rollout:
                     f"{name} of rollout {self.id!r} has {len(values)} values; expected {len(self.completion_ids)}, "
                     "one for each completion token"
                 )
+        for name in ("prompt_ids", "completion_ids"):
+            require_token_ids(f"{name} of rollout {self.id!r}", getattr(self, name))
+        if not -(2**63) <= self.group < 2**63:
+            raise ValueError(
+                f"group of rollout {self.id!r} is {self.group}; expected a number of 64 bits. Repair it first"
+            )
 
     def __repr__(self) -> str:
         return record_line(self, {f.name: f.default for f in dataclasses.fields(self)})
 
+
+MAX_TOKEN_ID = 2**31
+"""A number that no token id reaches; torch has no integers from 2^63 on."""
 
 PER_TOKEN = ("behaviour_logprobs", "completion_mask", "coefficients", "entropy_coefficients")
 """Fields that hold one value per completion token, or None."""
@@ -103,6 +116,36 @@ def source_of(columns: Mapping[str, Any]) -> str | None:
     """
     values = (columns.get(name) for name in SOURCE_COLUMNS)
     return next((x for x in values if isinstance(x, str) and 0 < len(x) <= MAX_SOURCE and x.isprintable()), None)
+
+
+def extras_of(record: Mapping[str, Any], known: Sequence[str]) -> dict[str, str | int | float | bool] | None:
+    """Return the fields of a record beside ``known`` ones that hold a text, a finite number or a boolean; None if none.
+
+    Example:
+        >>> extras_of({"score": 1.0, "acc": 0.5, "pred": None}, ["score"])
+        {'acc': 0.5}
+    """
+    extras = {
+        name: value for name, value in record.items() if name not in known and type(value) in (str, int, float, bool)
+    }
+    return extras or None
+
+
+def require_token_ids(subject: str, ids: Sequence[int]) -> None:
+    """Raise ``ValueError``, naming ``subject``, for a number that is no token id."""
+    bad = next((i for i in ids if not 0 <= i < MAX_TOKEN_ID), None)
+    if bad is not None:
+        raise ValueError(f"{subject} holds {bad}; expected token ids from 0 to 2^31 - 1. Repair it first")
+
+
+def require_unicode(name: str, text: str) -> None:
+    """Raise ``ValueError`` for half of a surrogate pair in a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"field {name!r} holds half of a surrogate pair at {error.start}; expected valid Unicode. Repair it first"
+        ) from error
 
 
 def number_prompts(rollouts: Iterable[tuple[Rollout, Hashable]]) -> list[Rollout]:

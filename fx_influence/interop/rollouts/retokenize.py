@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fx_influence.interop.rollouts.record import Rollout
+from fx_influence.interop.rollouts.record import Rollout, require_unicode
 
 Message = dict[str, Any]
 Segment = tuple[str, bool]
@@ -55,19 +56,60 @@ class Retokenizer:
             ValueError: for anything else, and for messages that the chat template cannot render one after another.
         """
         messages = None if isinstance(prompt, str) else _messages("prompt", prompt)
-        text = prompt if isinstance(prompt, str) else self._render(messages or [], True)
-        ids, mask, finished = self._completion(self._segments(messages, completion), truncated)
+        text = prompt if isinstance(prompt, str) else self.render(messages or [], True)
+        # A chat template writes the beginning of the sequence itself; a plain text gets it from the tokenizer.
+        prompt_ids = self.encode("prompt", text, special=messages is None)
+        rollout = self.continued(name, text, prompt_ids, self._segments(messages, completion), truncated)
+        return dataclasses.replace(rollout, completion=completion) if isinstance(completion, str) else rollout
+
+    def continued(
+        self, name: str, prompt: str, prompt_ids: Sequence[int], segments: Sequence[Segment], truncated: bool | None
+    ) -> Rollout:
+        """Make a rollout of a tokenised prompt and the segments of its completion.
+
+        Args:
+            name: id of the rollout.
+            prompt: text of the prompt.
+            prompt_ids: its tokens.
+            segments: of the completion, without the end of a sequence that the policy finished.
+            truncated: whether the completion was cut off, as the record says; None if it says nothing.
+
+        Raises:
+            ValueError: for a text that its tokens do not give back.
+        """
+        ids, mask, finished = self._completion(segments, truncated)
         return Rollout(
             id=name,
             prompt_id="",
             group=0,
-            prompt=text,
-            completion=completion if isinstance(completion, str) else self._decode(ids),
-            # A chat template writes the beginning of the sequence itself; a plain text gets it from the tokenizer.
-            prompt_ids=tuple(self._encode(text, special=messages is None)),
+            prompt=prompt,
+            completion=self._decode(ids),
+            prompt_ids=tuple(prompt_ids),
             completion_ids=tuple(ids),
             finished=finished,
             completion_mask=None if all(mask) else tuple(mask),
+            approximate=True,
+        )
+
+    def decoded(self, name: str, prompt: str, completion: str) -> Rollout:
+        """Make a rollout of two texts that were decoded with their special tokens, to which nothing is added.
+
+        Raises:
+            ValueError: for a text that its tokens do not give back.
+        """
+        prompt_ids, ids = (
+            tuple(self.encode(field_name, text, special=False, exact=True))
+            for field_name, text in (("prompt", prompt), ("completion", completion))
+        )
+        return Rollout(
+            id=name,
+            prompt_id="",
+            group=0,
+            prompt=prompt,
+            completion=self._decode(list(ids)),
+            prompt_ids=prompt_ids,
+            completion_ids=ids,
+            finished=ids[-1:] == (self.tokenizer.eos_token_id,),
             approximate=True,
         )
 
@@ -76,7 +118,7 @@ class Retokenizer:
         ids: list[int] = []
         mask: list[bool] = []
         for text, sampled in segments:
-            segment_ids = self._encode(text, special=False)
+            segment_ids = self.encode("completion", text, special=False, exact=sampled)
             ids += segment_ids
             mask += [sampled] * len(segment_ids)
         open_ended = segments[-1][1]
@@ -102,20 +144,21 @@ class Retokenizer:
         """Return the template's text in segments: each assistant's turn (sampled) and the text between turns (not)."""
         turns = [place for place, message in enumerate(completion) if message["role"] == "assistant"]
         segments: list[Segment] = []
-        text = self._render(prompt, True)
+        text = self.render(prompt, True)
         for turn in turns:
-            opened = self._render(prompt + completion[:turn], True)
-            closed = self._render(prompt + completion[: turn + 1], False)
+            opened = self.render(prompt + completion[:turn], True)
+            closed = self.render(prompt + completion[: turn + 1], False)
             answer = _rest(closed, opened)
             eos: str = self.tokenizer.eos_token
             end = answer.rfind(eos) + len(eos) if eos in answer else len(answer)
             segments += [(_rest(opened, text), False), (answer[:end], True)]
             text = opened + answer[:end]
         if not turns or turns[-1] < len(completion) - 1:
-            segments.append((_rest(self._render(prompt + completion, False), text), False))
+            segments.append((_rest(self.render(prompt + completion, False), text), False))
         return segments
 
-    def _render(self, messages: list[Message], generation: bool) -> str:
+    def render(self, messages: list[Message], generation: bool) -> str:
+        """Return the chat template's text of messages, with or without the beginning of an answer."""
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, **self.chat_template_kwargs
@@ -127,8 +170,31 @@ class Retokenizer:
             ) from error
         return text
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, name: str, text: str, special: bool, exact: bool = False) -> list[int]:
+        """Return the tokens of a text.
+
+        Args:
+            name: of the field, for errors.
+            text: the text.
+            special: whether the tokenizer adds its special tokens.
+            exact: whether the text was decoded from tokens, which these must then give back.
+
+        Raises:
+            ValueError: for a text that is no Unicode, or that its tokens do not give back.
+        """
+        require_unicode(name, text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        if exact:
+            back = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if back != text:
+                place = next(
+                    (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back))
+                )
+                raise ValueError(
+                    f"field {name!r} does not survive the tokenizer: {text[place : place + 20]!r} at character {place} "
+                    f"becomes {back[place : place + 20]!r}; expected a text that it decoded. Pass the tokenizer of "
+                    "this training, or a file with token ids"
+                )
         return ids
 
     def _decode(self, ids: list[int]) -> str:

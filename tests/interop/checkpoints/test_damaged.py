@@ -25,12 +25,20 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("model.safetensors", HALF, r"the weights in .*checkpoint is damaged: .*Copy or save it there again"),
-        ("model.safetensors", b"", r"the weights in .*checkpoint is damaged"),
-        ("model.safetensors", b"garbage" * 9, r"the weights in .*checkpoint is damaged"),
+        (
+            "model.safetensors",
+            HALF,
+            r"the weights in .*checkpoint cannot be read: .*model\.safetensors is damaged: cut off",
+        ),
+        (
+            "model.safetensors",
+            b"",
+            r"the weights in .*checkpoint cannot be read: .*model\.safetensors is damaged: empty",
+        ),
+        ("model.safetensors", b"garbage" * 9, r"the weights in .*model\.safetensors is damaged: .*no safetensors"),
         ("tokenizer.json", HALF, r"the tokenizer or config\.json in .*checkpoint is damaged"),
         ("tokenizer.json", b"{}", r"the tokenizer or config\.json in .*checkpoint cannot be read"),
-        ("tokenizer_config.json", b"", r"the tokenizer or config\.json in .*checkpoint is damaged"),
+        ("tokenizer_config.json", b"", r"the tokenizer or config\.json in .*tokenizer_config\.json is damaged: empty"),
         ("config.json", b"[]", r"the tokenizer or config\.json in .*checkpoint cannot be read"),
         ("config.json", HALF, r"checkpoint/config\.json' is not a valid JSON file"),
         ("optimizer.pt", HALF, r"optimizer\.pt is damaged"),

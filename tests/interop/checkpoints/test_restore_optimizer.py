@@ -190,3 +190,22 @@ def test_restore_refuses_other_dicts() -> None:
         ValueError, match=r"no 'state' and 'param_groups'; expected both. Pass optimizer\.state_dict\(\)"
     ):
         restore_optimizer({"optimizer": {}}, Scales())
+
+
+def test_restore_follows_older_decay_rule_by_counts(bases: Path) -> None:
+    """Before pull request 35927 transformers let the norms of Qwen2 decay: names had no part in its rule."""
+    model = AutoModelForCausalLM.from_pretrained(bases / "qwen2")
+    parameters = dict(model.named_parameters())
+    groups = [[name for name in parameters if name.endswith("bias") == bias] for bias in (False, True)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameters[name] for name in group], "weight_decay": decay}
+            for group, decay in zip(groups, (0.1, 0.0), strict=True)
+        ]
+    )
+    for index, parameter in enumerate(parameters.values()):
+        parameter.grad = torch.full_like(parameter, index + 1.0)
+    optimizer.step()
+    live = adamw_state(optimizer, model)
+    assert live.hyper["model.norm.weight"].weight_decay == 0.1
+    assert_same_state(adamw_state(restore_optimizer(optimizer.state_dict(), model), model), live)

@@ -33,21 +33,20 @@ def test_native_format_is_detected(tmp_path: Path) -> None:
 def test_format_argument_overrides_suffix(tmp_path: Path) -> None:
     path = write_prime_rl(tmp_path / "export.log", [prime_record()])
     with pytest.raises(
-        ValueError, match=r"export.log' ends in '.log'; expected .jsonl or .parquet. Give its format with format="
+        ValueError,
+        match=r"export.log' ends in '.log'; expected .jsonl, .json, .parquet or .pt. Give its format with format=",
     ):
         read_rollouts(path)
     assert len(read_rollouts(path, format="prime_rl")) == 1
     with pytest.raises(ValueError, match="no field 'input_lengths'"):
         read_rollouts(path, format="nemo_rl")
-    with pytest.raises(
-        ValueError, match=r"format is 'slime'; expected one of fx_influence, prime_rl, nemo_rl, verl, trl"
-    ):
-        read_rollouts(path, format="slime")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"format is 'axolotl'; expected one of fx_influence, prime_rl, .*, trl"):
+        read_rollouts(path, format="axolotl")  # type: ignore[arg-type]
 
 
 def test_unknown_format_is_refused_with_fields(tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"trace_id": "x", "nodes": []}\n')
-    with pytest.raises(ValueError, match=r"first record has \['nodes', 'trace_id'\]; expected .* verl: input, output"):
+    (tmp_path / "t.jsonl").write_text('{"trace_id": "x", "spans": []}\n')
+    with pytest.raises(ValueError, match=r"first record has \['spans', 'trace_id'\]; expected .* verl: input, output"):
         read_rollouts(tmp_path / "t.jsonl")
 
 

@@ -108,7 +108,7 @@ def test_prime_rl_groups_equal_prompts_of_all_ranks(tmp_path: Path) -> None:
         ({"loss_mask": [1] * 11}, "field 'loss_mask' holds 1 at 0; expected booleans only"),
         ({"token_ids": [*PROMPT, *SAMPLED, *TOOL, 4.0, 5]}, "field 'token_ids' holds 4.0 at 9"),
         ({"token_ids": [True] * 11}, "field 'token_ids' holds True at 0; expected integers only"),
-        ({"token_ids": [-1] * 11}, "token id -1 is negative"),
+        ({"token_ids": [-1] * 11}, "the sequence holds -1; expected token ids"),
         ({"token_ids": "2"}, "field 'token_ids' is '2'; expected a list of integers"),
         ({"rank": None}, "field 'rank' is None; expected an integer"),
     ],

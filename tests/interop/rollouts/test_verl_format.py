@@ -10,7 +10,6 @@ import torch
 from helpers.rollout_writers import (
     BOS,
     EOS,
-    PAD,
     PROMPT,
     SAMPLED,
     TOKENIZER,
@@ -97,10 +96,17 @@ def test_verl_truncated_completion_has_no_eos(tmp_path: Path) -> None:
     ]
 
 
-def test_verl_keeps_text_with_unknown_tokens(tmp_path: Path) -> None:
-    path = write_verl(tmp_path / "5.jsonl", {**VERL, "output": ["é2"] * 3})
-    rollout = read_rollouts(path, TOKENIZER)[0]
-    assert (rollout.completion, rollout.completion_ids) == ("é2", (PAD, *SAMPLED))
+def test_verl_refuses_text_with_unknown_tokens(tmp_path: Path) -> None:
+    path = write_verl(tmp_path / "5.jsonl", {**VERL, "output": ["2", "1é2", "2"]})
+    with pytest.raises(ValueError, match=r"5\.jsonl, line 2: .*does not survive the tokenizer: 'é2' at character 1"):
+        read_rollouts(path, TOKENIZER)
+
+
+def test_verl_refuses_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    path = tmp_path / "5.jsonl"
+    path.write_text('{"input": "1", "output": "2\\ud800", "score": 1, "step": 1}\n')
+    with pytest.raises(ValueError, match="line 1: field 'completion' holds half of a surrogate pair at 1"):
+        read_rollouts(path, TOKENIZER)
 
 
 def test_verl_does_not_double_eos_in_text(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.interop.checkpoints.dcp.metadata import METADATA, Chunk, read_metadata
-from fx_influence.interop.checkpoints.torch_save import load_values, row_layout
+from fx_influence.interop.checkpoints.dcp.metadata import METADATA, Chunk, Entry, read_metadata
+from fx_influence.interop.checkpoints.files.torch_save import load_values, row_layout
 
 MAX_READ_BYTES = 2**24
 """Approximate number of bytes of a stored tensor that are read at a time."""
@@ -63,6 +63,37 @@ def read_values(directory: Path, names: Sequence[str]) -> Any:
         ({'w': tensor([0, 1, 2])}, {'param_groups': [{'lr': tensor(0.5000)}]})
     """
     return _read_tree(directory, names, _read_value)
+
+
+def has_top_level_tensors(directory: Path) -> bool:
+    """Return whether the saved dict has tensors beside its dicts, as torchtitan saves the weights."""
+    return (directory / METADATA).is_file() and any(
+        _is_top_level(entry) for entry in read_metadata(directory / METADATA)
+    )
+
+
+def read_top_level_tensors(directory: Path) -> dict[str, Tensor]:
+    """Read the tensors that the saved dict has beside its dicts, by name.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for damaged files, and for the names of torchtitan's models, which are not those of transformers.
+    """
+    entries = [entry for entry in read_metadata(directory / METADATA) if _is_top_level(entry)]
+    names = {str(entry.path[0]) for entry in entries}
+    if "tok_embeddings.weight" in names:
+        raise ValueError(
+            f"{directory} has the weight tok_embeddings.weight, as torchtitan's own models; expected the names of "
+            "transformers. Convert the weights with torchtitan's scripts/checkpoint_conversion/convert_to_hf.py and "
+            "pass optimizer=False, or train its transformers_modeling_backend"
+        )
+    return {
+        str(entry.path[0]): _read_value(StoredValue(directory, str(entry.path[0]), *entry[1:])) for entry in entries
+    }
+
+
+def _is_top_level(entry: Entry) -> bool:
+    return len(entry.path) == 1 and bool(entry.shape)
 
 
 def locate_values(directory: Path, names: Sequence[str]) -> Any:
@@ -121,8 +152,12 @@ def _read_tree(directory: Path, names: Sequence[str], read: Callable[[StoredValu
 
 
 def _keys_below(path: tuple[str | int, ...], names: Sequence[str]) -> tuple[str | int, ...]:
-    """Return the keys after the first or second one if that is one of ``names``, else nothing."""
-    return next((path[depth + 1 :] for depth in (0, 1) if path[depth : depth + 1] and path[depth] in names), ())
+    """Return the keys after the first or second one if that is one of ``names``, else nothing.
+
+    NeMo-RL saves the optimizer under ``optim.optim``, beside ``optim.sched``.
+    """
+    keys = next((path[depth + 1 :] for depth in (0, 1) if path[depth : depth + 1] and path[depth] in names), ())
+    return keys[1:] if keys[1:] and keys[0] in names else keys
 
 
 def _read_value(stored: StoredValue) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from fx_influence.interop.checkpoints.directory import PARAM_NAMES
+from fx_influence.interop.checkpoints.files.directory import PARAM_NAMES
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.runtime.run_files import (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fx_influence.interop.rollouts.jsonl import field, fields, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
+from fx_influence.interop.rollouts.record import Rollout, number_prompts, require_token_ids, source_of
 
 NUMBER = (int, float)
 NULLABLE = (int, float, type(None))
@@ -19,12 +19,15 @@ FLAG = (bool, int, float)
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """A sequence as a trainer recorded it: one value per token of prompt and completion. ``rewards`` may be None."""
+    """A sequence as a trainer recorded it: one value per token of prompt and completion.
+
+    ``advantages`` and ``rewards`` may be None.
+    """
 
     tokens: list[int]
     sampled: list[bool]
     logprobs: list[float | None]
-    advantages: list[float | None]
+    advantages: list[float | None] | None
     rewards: list[float | None] | None
 
 
@@ -63,7 +66,7 @@ def read_prime_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]
             # Rewards are not used, because the advantage is recorded.
             rewards=fields(record, "rewards", NULLABLE, "numbers", ()) if "rewards" in record else None,
         )
-        rollout, prompt = _rollout(name, recorded, tokenizer)
+        rollout, prompt = recorded_rollout(name, recorded, tokenizer)
         return dataclasses.replace(rollout, source=source_of({"environment": record.get("env_name")})), prompt
 
     return number_prompts(read_json_lines(files, parse))
@@ -100,13 +103,22 @@ def read_nemo_rl(files: Sequence[Path], tokenizer: Any = None) -> list[Rollout]:
             rewards=[reward] * length,
         )
         counts = _flag("sample_loss_mask", _only(record, "sample_loss_mask", FLAG, "0 or 1"))
-        return _rollout(str(field(record, "idx", (int,), "an integer")), recorded, tokenizer, counts)
+        return recorded_rollout(str(field(record, "idx", (int,), "an integer")), recorded, tokenizer, counts)
 
     return number_prompts(read_json_lines(files, parse))
 
 
-def _rollout(name: str, recorded: TokenRecord, tokenizer: Any, counts: bool = True) -> tuple[Rollout, tuple[int, ...]]:
-    """Return a rollout and its prompt; ``counts``: whether the trainer used it in its loss."""
+def recorded_rollout(
+    name: str, recorded: TokenRecord, tokenizer: Any, counts: bool = True
+) -> tuple[Rollout, tuple[int, ...]]:
+    """Return a rollout and its prompt.
+
+    Args:
+        name: id of the rollout.
+        recorded: its tokens and their values.
+        tokenizer: the policy's; None leaves texts empty.
+        counts: whether the trainer used it in its loss.
+    """
     tokens = recorded.tokens
     sampled_indices = _sampled_indices(recorded)
     start = sampled_indices[0] if sampled_indices else len(tokens)
@@ -125,7 +137,7 @@ def _rollout(name: str, recorded: TokenRecord, tokenizer: Any, counts: bool = Tr
         and tokens[sampled_indices[-1]] == tokenizer.eos_token_id,
         behaviour_logprobs=tuple(float(value or 0.0) for value in recorded.logprobs[start:]),
         reward=None if recorded.rewards is None else _shared("rewards", recorded.rewards, sampled_indices),
-        advantage=_shared("advantages", recorded.advantages, sampled_indices),
+        advantage=None if recorded.advantages is None else _shared("advantages", recorded.advantages, sampled_indices),
         completion_mask=None if all(mask) else mask,
     )
     return rollout, prompt_ids
@@ -137,16 +149,22 @@ def _sampled_indices(recorded: TokenRecord) -> list[int]:
         values = getattr(recorded, name)
         if values is not None and len(values) != len(recorded.tokens):
             raise ValueError(f"{name} has {len(values)} values; expected {len(recorded.tokens)}, one for each token id")
-    if min(recorded.tokens, default=0) < 0:
-        raise ValueError(f"token id {min(recorded.tokens)} is negative; expected at least 0")
+    require_token_ids("the sequence", recorded.tokens)
     sampled_indices = [i for i, sampled in enumerate(recorded.sampled) if sampled]
     for name, values in (("log-prob", recorded.logprobs), ("advantage", recorded.advantages)):
-        if any(values[i] is None for i in sampled_indices):
+        if values is not None and any(values[i] is None for i in sampled_indices):
             raise ValueError(
                 f"the {name} of a sampled token is null, as one that was not finite; expected a number. Drop this "
                 "record"
             )
     return sampled_indices
+
+
+def token_ids(record: dict[str, Any], name: str) -> tuple[int, ...]:
+    """Return the token ids of a field; raise ``ValueError`` for anything else."""
+    ids = fields(record, name, (int,), "integers")
+    require_token_ids(f"field {name!r}", ids)
+    return tuple(ids)
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:

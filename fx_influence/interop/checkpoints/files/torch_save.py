@@ -19,6 +19,8 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from fx_influence.interop.checkpoints.files.damage import cause_of_damage
+
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -128,6 +130,8 @@ def load_values(file: Path | IO[bytes], name: str) -> Any:
     Raises:
         ValueError: with ``name``, for a damaged file or more than tensors and plain values.
     """
+    if isinstance(file, Path) and (cause := cause_of_damage(file)):
+        raise ValueError(f"{name} is damaged: {cause}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:

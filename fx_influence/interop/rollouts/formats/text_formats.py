@@ -9,20 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fx_influence.interop.rollouts.advantages import with_group_advantages
+from fx_influence.interop.rollouts.given_prompts import GivenPrompts
 from fx_influence.interop.rollouts.jsonl import field, parse_all, read_json_lines
-from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
+from fx_influence.interop.rollouts.record import Rollout, extras_of, number_prompts, source_of
 from fx_influence.interop.rollouts.retokenize import Retokenizer
-from fx_influence.losses import group_advantages
 
 NUMBER = (int, float)
 TRL_COLUMNS = ("step", "prompt", "completion", "advantage")
+VERL = ("input", "output", "gts", "score", "step", "uid", "truncated")
+"""Fields of verl's records that are no extra information."""
+
 VERL_UID = re.compile(r"((.+)_\d+)_\d+", re.DOTALL)
 """Matches a ``uid`` ``<prompt>_<session>_<output>``; group 1 is the session, group 2 the prompt."""
 
 
-def read_verl(files: Sequence[Path], retokenizer: Retokenizer, scale: bool = True) -> list[Rollout]:
+def read_verl(
+    files: Sequence[Path], retokenizer: Retokenizer, scale: bool = True, prompts: GivenPrompts | None = None
+) -> list[Rollout]:
     """Read rollouts of verl's ``trainer.rollout_data_dir``, ``<step>.jsonl``: retokenised, with group advantages.
 
     A record has the texts ``input`` and ``output``, the reward ``score`` and ``step``. The trainers of
@@ -30,13 +34,20 @@ def read_verl(files: Sequence[Path], retokenizer: Retokenizer, scale: bool = Tru
     of a step are one group. If a session has several outputs, its last one is compared in the group and all share its
     advantage, as in verl. verl decodes with ``skip_special_tokens=True`` and without its masks: the markers of a chat
     template are missing from both texts, so the prompt is not quite what the policy saw, and what a tool wrote inside
-    ``output`` cannot be told from what was sampled. Where the reward function returns ``data_source`` among its extra
-    information, verl writes it to the record, and it is the rollout's ``source``.
+    ``output`` cannot be told from what was sampled. With ``prompts``, those that were trained on, the tokens of prompts
+    are exactly those that verl made, and turns of tools or users inside ``output`` are told by the template's text
+    between turns and masked. Where the reward function returns ``data_source`` among its extra information, verl writes
+    it to the record, and it is the rollout's ``source``; all extra information that is a number, a text or a boolean is
+    in ``extras``.
 
     Args:
         files: the files of a step.
         retokenizer: of the texts.
         scale: whether advantages are scaled, see ``losses.group_advantages``.
+        prompts: that were trained on, or None.
+
+    Raises:
+        ValueError: by line, also for an input that is none of ``prompts``.
 
     Source: verl-project/verl, verl/trainer/ppo/v1/trainer_base.py at commit 39574b5 (``_log_rollout_data``,
     ``_write_generations``), v1/utils.py at 1117b4a (``compute_advantage_for_multi_trajectories``) and
@@ -48,17 +59,29 @@ def read_verl(files: Sequence[Path], retokenizer: Retokenizer, scale: bool = Tru
         step = field(record, "step", (int,), "an integer")
         uid = field({"uid": "", **record}, "uid", (str,), "a string")
         uid_match = VERL_UID.fullmatch(uid)
-        rollout = retokenizer.rollout(uid if uid_match else str(index), prompt, completion, _truncated(record))
+        name = uid if uid_match else str(index)
+        if prompts is None:
+            rollout = retokenizer.rollout(name, prompt, completion, _truncated(record))
+        else:
+            rollout = prompts.rollout(name, prompt, completion, _truncated(record))
         reward = float(field(record, "score", NUMBER, "a number"))
-        return dataclasses.replace(rollout, reward=reward, source=source_of(record)), (
+        rollout = dataclasses.replace(
+            rollout, reward=reward, source=source_of(record) or rollout.source, extras=extras_of(record, VERL)
+        )
+        return rollout, (
             step,
             uid_match[2] if uid_match else uid or rollout.prompt_ids,
         )
 
-    return _with_group_advantages(number_prompts(read_json_lines(files, parse)), scale)
+    rollouts = number_prompts(read_json_lines(files, parse))
+    # verl sorts by prompt, session and output, so the last row of a session is its last output.
+    sessions = [uid_match[1] if (uid_match := VERL_UID.fullmatch(r.id)) else r.id for r in rollouts]
+    return with_group_advantages(rollouts, scale, sessions)
 
 
-def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, float] | None = None) -> list[Rollout]:
+def read_trl(
+    files: Sequence[Path], retokenizer: Retokenizer, reward_weights: Mapping[str, float] | None = None
+) -> list[Rollout]:
     """Read rollouts of TRL's ``completions/completions_<step>.parquet`` (``log_completions=True``): retokenised.
 
     The columns are ``step``, ``prompt`` and ``completion`` (texts, or lists of messages), one for each reward
@@ -68,7 +91,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
     None. A text in ``source`` or ``data_source``, as ``log_extra`` may write it, is the rollout's ``source``.
 
     Args:
-        path: the file.
+        files: the files, of one set of columns.
         retokenizer: of the texts.
         reward_weights: weights by column name; None takes the only column of numbers.
 
@@ -78,8 +101,18 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
 
     Source: trl 1.16.0, trl/trainer/grpo_trainer.py, ``GRPOTrainer.log``.
     """
-    rows, numeric = _parquet(path)
-    weights = _reward_columns(numeric, reward_weights)
+    tables = [_parquet(path) for path in files]
+    numeric = tables[0][1]
+    for path, (_, columns) in zip(files, tables, strict=True):
+        if columns != numeric:
+            raise ValueError(
+                f"rollouts file {str(path)!r} has the columns of numbers {columns}; expected {numeric}, as in "
+                f"{str(files[0])!r}. Pass one of them"
+            )
+    weights = reward_columns(numeric, reward_weights)
+    rows = [
+        (f"{path}, row {i}", row) for path, (table, _) in zip(files, tables, strict=True) for i, row in enumerate(table)
+    ]
 
     def parse(index: int, row: dict[str, Any]) -> tuple[Rollout, tuple[Any, ...]]:
         # NaN, like null, stands for a reward function that returned None.
@@ -95,18 +128,7 @@ def read_trl(path: Path, retokenizer: Retokenizer, reward_weights: Mapping[str, 
         rollout = dataclasses.replace(rollout, reward=reward, advantage=advantage, source=source_of(row))
         return rollout, (step, rollout.prompt_ids)
 
-    return number_prompts(parse_all(((f"{path}, row {i}", row) for i, row in enumerate(rows)), parse))
-
-
-def _with_group_advantages(rollouts: list[Rollout], scale: bool) -> list[Rollout]:
-    """Return the rollouts with advantages; the last output of a session determines the session's."""
-    sessions = [uid_match[1] if (uid_match := VERL_UID.fullmatch(r.id)) else r.id for r in rollouts]
-    # verl sorts by prompt, session and output, so the last row of a session is its last output.
-    last = dict(zip(sessions, rollouts, strict=True))
-    rewards = torch.tensor([r.reward for r in last.values()], dtype=torch.float64)
-    group = torch.tensor([r.group for r in last.values()], dtype=torch.int64)
-    advantages = dict(zip(last, group_advantages(rewards, group, scale).tolist(), strict=True))
-    return [dataclasses.replace(r, advantage=advantages[s]) for s, r in zip(sessions, rollouts, strict=True)]
+    return number_prompts(parse_all(rows, parse))
 
 
 def _truncated(record: dict[str, Any]) -> bool | None:
@@ -140,7 +162,7 @@ def _parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return table.to_pylist(), [name for name in numeric if name not in TRL_COLUMNS]
 
 
-def _reward_columns(numeric: list[str], weights: Mapping[str, float] | None) -> Mapping[str, float]:
+def reward_columns(numeric: list[str], weights: Mapping[str, float] | None) -> Mapping[str, float]:
     """Return the weight of each column that adds up to the reward."""
     if weights is None:
         return {numeric[0]: 1.0} if len(numeric) == 1 else {}

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from fx_influence.core.checks import capitalized
 from fx_influence.interop.checkpoints.dcp.read import has_values
+from fx_influence.interop.checkpoints.files.damage import first_damaged_file
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -18,9 +19,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "sp
 OPTIMIZER = ("optimizer.pt", "optimizer.bin")
 PARAM_NAMES = "optimizer_param_names.json"
 
-# Keys of the dict that was saved, and the subdirectories that accelerate saves their values in.
-MODEL_KEYS, MODEL_SUBDIRECTORY = ("model",), "pytorch_model_fsdp_0"
-OPTIMIZER_KEYS, OPTIMIZER_SUBDIRECTORY = ("optim", "optimizer"), "optimizer_0"
+# Keys of the dict that was saved, and the subdirectories that accelerate and NeMo-RL save their values in.
+MODEL_KEYS, MODEL_SUBDIRECTORIES = ("model",), ("pytorch_model_fsdp_0", "weights", "weights/model")
+OPTIMIZER_KEYS = ("optim", "optimizer", "optimizers")
+OPTIMIZER_SUBDIRECTORIES = ("optimizer_0", "optimizer", "optimizer/optim")
 
 
 def require_directory(field: str, path: str | Path) -> Path:
@@ -35,16 +37,23 @@ def reporting_damage(subject: str, path: Path) -> Iterator[None]:
     """Raise errors of file readers inside the block as a ``ValueError`` that names the damaged file and its directory.
 
     Readers in Rust raise bare ``Exception``, and ``json`` names no file. Errors that name a file stay unchanged, and so
-    do errors about pickles, which do not mean damage.
+    do errors about pickles, which do not mean damage. A file that is visibly no checkpoint is named with the cause.
     """
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError, EOFError) as error:
+    except Exception as error:
+        if cause := first_damaged_file(path):
+            raise ValueError(f"{subject} in {path} cannot be read: {cause}") from error
+        _raise_damage(subject, path, error)
+        raise
+
+
+def _raise_damage(subject: str, path: Path, error: Exception) -> None:
+    """Raise an error of a file reader as one that names subject and directory, unless it names its file."""
+    if isinstance(error, (SafetensorError, json.JSONDecodeError, EOFError)):
         message = f"{subject} in {path} is damaged: {error}; expected a complete file. Copy or save it there again"
         raise ValueError(message) from error
-    except Exception as error:
-        if type(error) not in (Exception, TypeError, KeyError) and "PytorchStreamReader" not in str(error):
-            raise
+    if type(error) in (Exception, TypeError, KeyError) or "PytorchStreamReader" in str(error):
         message = f"{subject} in {path} cannot be read: {error}; expected a complete file. Copy or save it there again"
         raise ValueError(message) from error
 
@@ -63,15 +72,16 @@ def base_directory(path: Path, base: str | Path | None) -> Path:
     return Path(name)
 
 
-def find_dcp_directory(path: Path, subdirectory: str, names: Sequence[str]) -> Path | None:
+def find_dcp_directory(path: Path, subdirectories: Sequence[str], names: Sequence[str]) -> Path | None:
     """Return the directory in which ``torch.distributed.checkpoint`` saved a value, None if there is none.
 
     Args:
         path: a checkpoint directory.
-        subdirectory: of ``path``, where it is looked for first; then in ``path`` itself.
+        subdirectories: of ``path``, where it is looked for first; then in ``path`` itself.
         names: keys of the saved dict, any of which counts.
     """
-    return next((directory for directory in (path / subdirectory, path) if has_values(directory, names)), None)
+    directories = (*(path / name for name in subdirectories), path)
+    return next((directory for directory in directories if has_values(directory, names)), None)
 
 
 def read_param_names(path: Path) -> list[list[str]] | None:
@@ -79,25 +89,25 @@ def read_param_names(path: Path) -> list[list[str]] | None:
     return json.loads((path / PARAM_NAMES).read_text()) if (path / PARAM_NAMES).is_file() else None
 
 
-def require_model_files(model_path: Path, path: Path, is_adapter: bool, shards: Path | None) -> None:
+def require_model_files(model_path: Path, path: Path, is_adapter: bool, elsewhere: bool) -> None:
     """Require the config and the weights of a checkpoint.
 
     Args:
-        model_path: directory of the model's ``config.json``, and of its weights unless they are in ``shards``.
+        model_path: directory of the model's ``config.json``, and of its weights unless they are ``elsewhere``.
         path: directory of the adapter's weights, if there is one.
         is_adapter: whether ``path`` is a PEFT directory.
-        shards: directory of ``torch.distributed.checkpoint`` with the weights, or None.
+        elsewhere: whether the weights, of the adapter if there is one, are in other files than those of transformers.
 
     Raises:
         FileNotFoundError: for a missing config, or weights that are in none of their files.
     """
     remedy = "save the model there with save_pretrained, or {'model': ...} with torch.distributed.checkpoint.save"
-    if shards is not None and not is_adapter:
+    if elsewhere and not is_adapter:
         require_any_file(model_path, ("config.json",), "save it there with model.config.save_pretrained, or pass base=")
         return
     require_any_file(model_path, ("config.json",), "save the model there with save_pretrained")
     require_any_file(model_path, WEIGHTS, remedy)
-    if is_adapter and shards is None:
+    if is_adapter and not elsewhere:
         require_any_file(path, ADAPTER_WEIGHTS, "save the adapter there with save_pretrained")
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints of DeepSpeed's ZeRO, whose tensors are partitioned over ranks."""
