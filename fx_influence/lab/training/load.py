@@ -11,7 +11,7 @@ import numpy as np
 
 from fx_influence.core.display import record_line
 from fx_influence.interop.ledger.file import LEDGER, STEP, read_ledger
-from fx_influence.interop.runtime.run_files import RunDirectoryError, raise_if_damaged
+from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.results import require_pandas
 
 SPLITS_OF_A_STEP = ("frozen", "jacobian")
@@ -102,7 +102,7 @@ def load_training(path: str | Path) -> Training:
         raise RunDirectoryError(
             f"{str(directory / LEDGER)!r} has no complete line; expected at least one measured step. Wait for the first"
         )
-    with raise_if_damaged(directory / LEDGER):
+    try:
         return Training(
             path=directory,
             steps=_step_columns(entries),
@@ -110,6 +110,11 @@ def load_training(path: str | Path) -> Training:
             strongest=[{STEP: e[STEP], **rollout} for e in entries for rollout in e.get("strongest", [])],
             settings={name: str(entries[-1][name]) for name in ("preconditioner", "normalize") if name in entries[-1]},
         )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunDirectoryError(
+            f"{str(directory / LEDGER)!r} has entries of another form: {error!r}; expected figures, sums and strongest "
+            "rollouts, as append_entry stores them. Read it with the version that wrote it"
+        ) from error
 
 
 def _step_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -101,7 +101,7 @@ def _terms(training: Training, summed: Account) -> str:
     if not named:
         return "No term of the predicted change differs from 0."
     words = {
-        "momentum": "came through momentum, from the rollouts of earlier steps",
+        "momentum": "came through momentum (the rollouts of earlier steps)",
         "rollouts": "from the rollouts of the measured steps themselves",
         "weight decay": "from weight decay",
         "unattributed": "from what the gradient holds beyond the rollouts",
@@ -132,7 +132,8 @@ def _of_kinds(training: Training) -> str:
 
 def _unexplained(summed: Account, findings: list[Finding]) -> str:
     term = summed.unexplained
-    beyond = "more than its error bar" if term.sign else "within its error bar"
+    unknown = "with an error that is not known" if math.isnan(term.stderr) else "within two standard errors of zero"
+    beyond = "beyond two standard errors" if term.sign else unknown
     return f"Unexplained, measured minus predicted, are {signed(term)} nats, {beyond}; {_clause(_trust(findings))}"
 
 

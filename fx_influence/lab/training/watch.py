@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,12 @@ INTERVAL = 2.0
 """Seconds between two looks at the file."""
 
 
-def watch_training(path: Path, console: Console, once: bool = False) -> None:
+def sleep() -> None:
+    """Wait for the time between two looks at the file."""
+    time.sleep(INTERVAL)
+
+
+def watch_training(path: Path, console: Console, once: bool = False, wait: Callable[[], None] = sleep) -> None:
     """Print the steps of a ledger and its account, then each step as it is added, until interrupted.
 
     A check that begins to need attention is printed after the step with which it does.
@@ -27,6 +33,7 @@ def watch_training(path: Path, console: Console, once: bool = False) -> None:
         path: directory of the measured steps.
         console: where to print.
         once: whether to end after what the ledger has now.
+        wait: called before each further look.
 
     Raises:
         RunDirectoryError: where there is no ledger yet, or a damaged one.
@@ -37,7 +44,7 @@ def watch_training(path: Path, console: Console, once: bool = False) -> None:
     print_training(training, console)
     alerts = _alerts(training)
     while not once:
-        time.sleep(INTERVAL)
+        wait()
         if _size(path) == size:
             continue
         # After a resumption the ledger may have lost steps; those that it has measured again are new.
