@@ -48,6 +48,7 @@ def made_entry(
         "evaluation_count": 128,
         "update_count": 128,
         "seconds": 3.0,
+        "lifetime_factor": 10 * (1 - 0.9**step),
     }
     return {
         "step": step,

@@ -13,7 +13,7 @@ from fx_influence import labels
 from fx_influence.attribution.result import Influence
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
-from fx_influence.types import Batch, TokenValues
+from fx_influence.types import AdamWHyper, AdamWState, Batch, TokenValues
 
 STRONGEST = 3
 """Rollouts of a step in its entry that raise the entropy most, and as many that lower it most."""
@@ -78,6 +78,29 @@ def rollout_figures(influence: Influence, batch: Batch, rollouts: Sequence[Rollo
         "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
         "update_count": len(rollouts),
     }
+
+
+def lifetime_factor(state: AdamWState) -> float:
+    """Return what the influences of a step are multiplied with to have their lifetime effects.
+
+    The preconditioners ``lifetime`` and ``frozen`` differ by (1 - beta1^tau) / (1 - beta1) alone: what a gradient does
+    now and through momentum in later steps, if these were alike, over what it does now.
+
+    Args:
+        state: AdamW's after step tau.
+
+    Returns:
+        NaN where the parameters that have been updated differ in beta1 or in tau.
+
+    Example:
+        >>> lifetime_factor(AdamWState({}, {}, {}, {"w": 2}, {"w": AdamWHyper(beta1=0.5)}, 1e-3))
+        1.5
+    """
+    known = {(state.hyper[name].beta1, step) for name, step in state.step.items() if step}
+    if len(known) != 1:
+        return math.nan
+    [(beta1, tau)] = known
+    return (1 - beta1**tau) / (1 - beta1)
 
 
 def ledger_entry(

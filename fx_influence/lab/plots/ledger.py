@@ -59,20 +59,22 @@ def ledger(training: Training, kind: str | None = None) -> Figure:
     drawing = figure(7.2, 4.0)
     axes = drawing.subplots()
     steps = training.steps[STEP]
-    parts = {name: values.cumsum() for name, values in causes(training, kind).items()}
+    edges = after_last(steps)
+    parts = {name: _extended(values.cumsum()) for name, values in causes(training, kind).items()}
     parts = dict(sorted(parts.items(), key=lambda item: _rank(item[0])))
     colours = _colours(list(parts), CAUSES)
     for sign in (1, -1):
-        base = np.zeros(len(steps))
+        base = np.zeros(len(edges))
         for name, values in parts.items():
             top = base + np.where(sign * values > 0, values, 0.0)
-            axes.fill_between(steps, base, top, step="post" if len(steps) > 1 else None, color=colours[name], lw=0)
+            axes.fill_between(edges, base, top, step="post", color=colours[name], lw=0)
             base = top
     for name, colour, line in (("total", BLACK, "-"), ("measured", BLACK, ":")):
         known = np.isfinite(training.steps[name])
         if name == "measured" and not (training.splits_the_step and known.any()):
             continue
         error = training.steps["stderr" if name == "total" else "measured_stderr"]
+        # An unknown change adds nothing, and an unknown error makes those of the following sums unknown.
         series = Series(np.where(known, training.steps[name], 0.0), np.where(known, error, 0.0)).cumulative()
         _line(axes, steps, series, colour, line, "predicted, ±1 std. error" if name == "total" else "measured")
     names = [name for name in parts if np.abs(parts[name]).max() > 0]
@@ -122,12 +124,21 @@ def _colours(names: list[str], fixed: dict[str, str]) -> dict[str, str]:
     return {name: fixed[name] if name in fixed else OTHERS[others.index(name) % len(OTHERS)] for name in names}
 
 
+def after_last(steps: np.ndarray) -> np.ndarray:
+    """Return the steps and one beyond the last, up to which the last sum is drawn."""
+    return np.append(steps, steps[-1] + 1)
+
+
+def _extended(values: np.ndarray) -> np.ndarray:
+    """Return the values with the last one once more, for ``after_last``."""
+    return np.append(values, values[-1])
+
+
 def _line(axes: Axes, steps: np.ndarray, series: Series, colour: str, line: str, label: str) -> None:
-    marker = "o" if len(steps) == 1 else None
-    axes.step(steps, series.values, where="post", color=colour, linestyle=line, marker=marker, label=label)
-    if np.isfinite(series.stderr).any():
-        low, high = series.values - series.stderr, series.values + series.stderr
-        axes.fill_between(steps, low, high, step="post", color=colour, alpha=BAND, lw=0)
+    edges, values, stderr = after_last(steps), _extended(series.values), _extended(series.stderr)
+    axes.step(edges, values, where="post", color=colour, linestyle=line, label=label)
+    if np.isfinite(stderr).any():
+        axes.fill_between(edges, values - stderr, values + stderr, step="post", color=colour, alpha=BAND, lw=0)
 
 
 def _label(axes: Axes, training: Training) -> None:

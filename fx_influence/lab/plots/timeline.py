@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fx_influence.interop.ledger.file import STEP
+from fx_influence.lab.plots.ledger import after_last
 from fx_influence.lab.plots.style import BLACK, BLUE, ORANGE, figure, styled, zero_line
 from fx_influence.lab.training.account import Series
 from fx_influence.lab.training.load import Training
@@ -50,8 +51,7 @@ def timeline(training: Training) -> Figure:
     points = {"marker": "o", "markersize": 2.5} if len(steps) <= MAX_BARS else {}
     above.plot(steps, entropy, color=BLACK, linewidth=1.2, label="entropy on E before the step", **points)
     above.set_ylabel("entropy (nats)")
-    share = "" if training.coverage == 1 else f", sums over {training.coverage:.0%} of the steps"
-    above.set_title(f"Entropy{share}")
+    above.set_title("Entropy, and what the measured steps changed of it")
     above.legend(fontsize=7.5)
     for name, error, colour, offset in (
         ("total", "stderr", PREDICTED, -0.15),
@@ -98,8 +98,8 @@ def health_over_steps(training: Training) -> Figure:
 
 def _laid_over(axes: Axes, training: Training) -> None:
     """Draw the first entropy plus the sums of changes, from before the first measured step to after the last one."""
-    columns = training.steps
-    first = columns["entropy"][0]
+    columns, edges = training.steps, after_last(training.steps[STEP])
+    first, share = columns["entropy"][0], f", {training.coverage:.0%} of the steps" if training.coverage < 1 else ""
     for name, error, colour, label in (
         ("total", "stderr", PREDICTED, "first entropy + predicted changes"),
         ("measured", "measured_stderr", MEASURED, "first entropy + measured changes"),
@@ -110,11 +110,10 @@ def _laid_over(axes: Axes, training: Training) -> None:
         # An unknown change adds nothing, and an unknown error makes those of the following sums unknown.
         values, stderr = np.where(known, columns[name], 0.0), np.where(known, columns[error], 0.0)
         sums = Series(np.append(0.0, values), np.append(0.0, stderr)).cumulative()
-        x = np.append(columns[STEP], columns[STEP][-1] + 1)
-        axes.step(x, first + sums.values, where="post", color=colour, linewidth=1.2, label=label)
+        axes.step(edges, first + sums.values, where="post", color=colour, linewidth=1.2, label=f"{label}{share}")
         if np.isfinite(sums.stderr).any():
             low, high = first + sums.values - sums.stderr, first + sums.values + sums.stderr
-            axes.fill_between(x, low, high, step="post", color=colour, alpha=0.18, lw=0)
+            axes.fill_between(edges, low, high, step="post", color=colour, alpha=0.18, lw=0)
 
 
 def _changes(axes: Axes, steps: np.ndarray, values: np.ndarray, errors: np.ndarray, colour: str) -> None:

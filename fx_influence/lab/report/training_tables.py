@@ -16,6 +16,7 @@ from fx_influence.lab.training.account import (
     Term,
     account,
     label_sums,
+    lifetime,
     strongest_labels,
 )
 from fx_influence.lab.training.load import Training
@@ -99,6 +100,18 @@ def sources_table(training: Training) -> SumTable | None:
     if SOURCE_KIND not in training.kinds:
         return None
     return _label_table(label_sums(training, SOURCE_KIND)[:MAX_SOURCES])
+
+
+def lifetime_table(training: Training) -> SumTable | None:
+    """Return the lifetime effects of the labels of one kind, their sum, and what rollouts and momentum did; or None."""
+    summed = lifetime(training)
+    if summed is None or not training.kinds:
+        return None
+    kind = "region" if "region" in training.kinds else training.kinds[0]
+    labels = label_sums(training, kind, over_lifetime=True)[:MAX_KINDS]
+    rows = [(_label_name(x), x.term, "", "") for x in labels]
+    sums = [(summed.effects, "total"), (summed.realised, "total"), (summed.difference, "")]
+    return _table([*rows, *((term.name, term, "", mark) for term, mark in sums)])
 
 
 def strongest_rollouts(training: Training) -> tuple[str, list[dict[str, Any]]]:

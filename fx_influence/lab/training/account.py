@@ -60,6 +60,23 @@ class Account(NamedTuple):
     factor: float
 
 
+class Lifetime(NamedTuple):
+    """The rollouts' effects now and through momentum later, beside what rollouts and momentum did.
+
+    Attributes:
+        effects: sum over the measured steps of what their rollouts do in their step and, through momentum, in later
+            ones, if these were like it.
+        realised: sum of the terms rollouts and momentum of the same steps.
+        difference: effects - realised, with an upper bound of its standard error, which takes both as independent.
+            Momentum that came from before the first step and goes on after the last one is in it, and so are the steps
+            that are not measured.
+    """
+
+    effects: Term
+    realised: Term
+    difference: Term
+
+
 class LabelSum(NamedTuple):
     """The sum of one label over the measured steps.
 
@@ -133,12 +150,40 @@ def account(training: Training, scale: bool = False) -> Account:
     return Account(measured, predicted, terms, unexplained, int(rows.sum()), coverage, factor)
 
 
-def label_series(training: Training, kind: str) -> dict[str, Series]:
+def lifetime(training: Training) -> Lifetime | None:
+    """Return how well the rollouts' effects over their lifetimes account for rollouts and momentum over the run.
+
+    Args:
+        training: from ``load_training``.
+
+    Returns:
+        None where a step has no lifetime effects: measured with another preconditioner than ``frozen``, or with
+        parameters that differ in beta1 or in the number of their updates.
+    """
+    columns = training.steps
+    factor = columns["lifetime_factor"]
+    if not np.isfinite(factor).all():
+        return None
+    effects = Term(
+        "lifetime effects",
+        float((factor * columns["rollouts"]).sum()),
+        _root_of_squares(factor * columns["rollouts_stderr"]),
+    )
+    realised = float((columns["rollouts"] + columns["momentum"]).sum())
+    # The error of the complete step stands for that of these two terms, which nearly always are all of it.
+    error = _root_of_squares(columns["stderr"])
+    difference = Term("difference", effects.value - realised, float(np.hypot(effects.stderr, error)))
+    return Lifetime(effects, Term("rollouts and momentum", realised, error), difference)
+
+
+def label_series(training: Training, kind: str, over_lifetime: bool = False) -> dict[str, Series]:
     """Return the sum and standard error of each label of a kind at every measured step, 0 where it does not occur.
 
     Args:
         training: from ``load_training``.
         kind: one of ``training.kinds``.
+        over_lifetime: whether to take the effects in this and, through momentum, in later steps; NaN where a step has
+            none, see ``lifetime``.
 
     Returns:
         By label, the one whose sum over the run is largest in size first.
@@ -151,30 +196,32 @@ def label_series(training: Training, kind: str) -> dict[str, Series]:
     columns = training.labels
     rows = columns["kind"] == kind
     place = np.searchsorted(training.steps[STEP], columns[STEP][rows])
+    factor = training.steps["lifetime_factor"][place] if over_lifetime else np.ones(len(place))
     series: dict[str, Series] = {}
     for label in dict.fromkeys(columns["label"][rows].tolist()):
         chosen = columns["label"][rows] == label
         values, stderr = np.zeros((2, len(training.steps[STEP])))
-        values[place[chosen]] = columns["influence"][rows][chosen]
-        stderr[place[chosen]] = columns["stderr"][rows][chosen]
+        values[place[chosen]] = (factor * columns["influence"][rows])[chosen]
+        stderr[place[chosen]] = (factor * columns["stderr"][rows])[chosen]
         series[label] = Series(values, stderr)
     return dict(sorted(series.items(), key=lambda item: -abs(item[1].values.sum())))
 
 
-def label_sums(training: Training, kind: str, scale: bool = False) -> list[LabelSum]:
+def label_sums(training: Training, kind: str, scale: bool = False, over_lifetime: bool = False) -> list[LabelSum]:
     """Return the sums of a kind's labels over the measured steps, the largest in size first.
 
     Args:
         training: from ``load_training``.
         kind: one of ``training.kinds``.
         scale: as for ``account``.
+        over_lifetime: as for ``label_series``.
 
     Raises:
         ValueError: for a kind that the ledger does not have.
     """
     factor = 1 / training.coverage if scale else 1.0
     columns, sums = training.labels, []
-    for label, series in label_series(training, kind).items():
+    for label, series in label_series(training, kind, over_lifetime).items():
         rows = (columns["kind"] == kind) & (columns["label"] == label)
         term = Term(label, factor * float(series.values.sum()), factor * _root_of_squares(series.stderr))
         share = float(np.nansum(columns["share"][rows])) / len(training.steps[STEP])

@@ -21,6 +21,7 @@ EXPECTED = (
     *("total", "stderr", "measured", "measured_stderr", "rollouts", "rollouts_stderr", "momentum", "weight_decay"),
     *("unattributed", "entropy", "absolute", "residual", "rounding", "conditioning", "step_rounding", "ess", "lr"),
     *("reward", "length", "truncated", "clip_fraction", "evaluation_count", "update_count", "seconds"),
+    "lifetime_factor",
 )
 """Columns that ``Training.steps`` always has, NaN where no step has them."""
 

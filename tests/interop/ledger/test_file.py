@@ -95,6 +95,6 @@ def test_missing_ledger_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [0, -1, True, None, 1.5])
 def test_entry_without_a_step_is_refused(tmp_path: Path, step: object) -> None:
-    with pytest.raises(ValueError, match="step is .*; expected a number from 1"):
+    with pytest.raises(ValueError, match=r"step is .*; expected a number from 1"):
         append_entry(tmp_path, {"step": step})
     assert not (tmp_path / LEDGER).exists()

@@ -35,8 +35,8 @@ def texts(figure: Figure) -> list[str]:
 def test_ledger_draws_the_sums_of_the_steps(training: fx.lab.Training) -> None:
     drawn = plot.ledger(training)
     by_label = lines(drawn)
-    assert_close_to_rounding(by_label["predicted, ±1 std. error"], training.steps["total"].cumsum(), terms=20)
-    assert_close_to_rounding(by_label["measured"], training.steps["measured"].cumsum(), terms=20)
+    assert_close_to_rounding(by_label["predicted, ±1 std. error"][:-1], training.steps["total"].cumsum(), terms=20)
+    assert_close_to_rounding(by_label["measured"][:-1], training.steps["measured"].cumsum(), terms=20)
     # Stacks above and below 0 end where the predicted sum is.
     filled = [c for c in drawn.axes[0].collections if c.get_alpha() is None and len(c.get_paths())]
     ends = [np.asarray(c.get_paths()[0].vertices)[:, 1] for c in filled if len(c.get_paths()[0].vertices)]
@@ -48,7 +48,7 @@ def test_ledger_draws_the_sums_of_the_steps(training: fx.lab.Training) -> None:
 def test_label_sums_are_drawn_with_their_labels(training: fx.lab.Training) -> None:
     by_label = lines(plot.label_sums(training, "end"))
     for name, series in label_series(training, "end").items():
-        assert_close_to_rounding(by_label[name], series.values.cumsum(), terms=20)
+        assert_close_to_rounding(by_label[name][:-1], series.values.cumsum(), terms=20)
 
 
 def test_timeline_lays_the_changes_over_the_entropy(training: fx.lab.Training) -> None:
@@ -57,7 +57,7 @@ def test_timeline_lays_the_changes_over_the_entropy(training: fx.lab.Training) -
     assert by_label["entropy on E before the step"].tolist() == steps["entropy"].tolist()
     for name, column in (("predicted", "total"), ("measured", "measured")):
         expected = steps["entropy"][0] + np.append(0.0, steps[column]).cumsum()
-        assert_close_to_rounding(by_label[f"first entropy + {name} changes"], expected, terms=20)
+        assert_close_to_rounding(by_label[f"first entropy + {name} changes, 50% of the steps"], expected, terms=20)
 
 
 @pytest.mark.parametrize("name", ["ledger", "timeline", "health_over_steps"])

@@ -117,5 +117,5 @@ def test_report_writes_the_page_of_a_training_run(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "The account" in out
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<img src=\"data:image/") == 2 + 4 + 1
+    assert page.count('<img src="data:image/') == 2 + 4 + 1
     assert "Influence by region, summed up" in page

@@ -17,7 +17,7 @@ from helpers.tolerances import assert_close_to_rounding
 import fx_influence as fx
 from fx_influence.interop.ledger.file import LEDGER, append_entry
 from fx_influence.interop.runtime.run_files import RunDirectoryError
-from fx_influence.lab.training.account import account, causes, label_series, label_sums, strongest_labels
+from fx_influence.lab.training.account import account, causes, label_series, label_sums, lifetime, strongest_labels
 
 COUNT = 12
 
@@ -159,6 +159,30 @@ def test_causes_name_what_no_label_has(tmp_path: Path) -> None:
     parts = causes(training)
     assert parts["other rollouts"][2] == training.steps["rollouts"][2]
     assert_close_to_rounding(sum(parts.values()), training.steps["total"], terms=100, scale=1e-3)
+
+
+def test_lifetime_effects_are_those_of_the_lines(training: fx.lab.Training) -> None:
+    """Beside a loop over the lines, with the errors of independent steps."""
+    expected = realised = squares = 0.0
+    regions: dict[str, float] = defaultdict(float)
+    for entry in lines(training.path):
+        figures = entry["figures"]
+        factor = sum(0.9**k for k in range(entry["step"]))
+        expected += factor * figures["rollouts"]
+        squares += (factor * figures["rollouts_stderr"]) ** 2
+        realised += figures["rollouts"] + figures["momentum"]
+        for name, value, *_ in entry["sums"]["region"]:
+            regions[name] += factor * value
+    summed = lifetime(training)
+    assert summed is not None
+    close(summed.effects.value, expected)
+    close(summed.effects.stderr, math.sqrt(squares))
+    close(summed.realised.value, realised)
+    close(summed.difference.value, expected - realised)
+    for x in label_sums(training, "region", over_lifetime=True):
+        close(x.term.value, regions[x.term.name])
+    training.steps["lifetime_factor"][0] = np.nan
+    assert lifetime(training) is None
 
 
 def test_response_of_the_denominator_is_a_term(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_watch_prints_steps_and_account_once(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert re.findall(r"^step (\d+) ", out, flags=re.MULTILINE) == ["10", "20", "30"]
     assert "The 3 measured steps of 30 (10%)" in out
-    for words in ("The account", "momentum", "unexplained", "A<0 likely", "Sources"):
+    for words in ("The account", "momentum", "unexplained", "A<0 unlikely", "Sources"):
         assert words in out
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fx_influence.interop.ledger.entry import ledger_entry, rollout_figures, step_labels
+from fx_influence.interop.ledger.entry import ledger_entry, lifetime_factor, rollout_figures, step_labels
+from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture.step import CapturedStep
 from fx_influence.interop.trl.metrics import REGION_METRICS, SOURCE, SOURCE_STDERR, MeasuredStep
@@ -40,6 +41,8 @@ def step_entry(
     figures |= rollout_figures(influence, captured.batch, rollouts, lr)
     figures |= {"clip_fraction": clip_fraction(captured, trainer), "gradient_clip": captured.clip}
     figures["evaluation_count"] = len(measured.evaluation)
+    if plan["preconditioner"] == "frozen":
+        figures["lifetime_factor"] = lifetime_factor(adamw_state(trainer.optimizer, trainer.model, copy=False))
     settings = {TRAINING: training_id, **{name: str(plan[name]) for name in SETTINGS}}
     return ledger_entry(measured.step, lr, influence, kinds, figures, rollouts, settings)
 
