@@ -13,7 +13,7 @@ from fx_influence import labels
 from fx_influence.attribution.result import Influence
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
-from fx_influence.types import AdamWHyper, AdamWState, Batch, TokenValues
+from fx_influence.types import AdamWState, Batch, TokenValues
 
 STRONGEST = 3
 """Rollouts of a step in its entry that raise the entropy most, and as many that lower it most."""
@@ -93,6 +93,7 @@ def lifetime_factor(state: AdamWState) -> float:
         NaN where the parameters that have been updated differ in beta1 or in tau.
 
     Example:
+        >>> from fx_influence.types import AdamWHyper
         >>> lifetime_factor(AdamWState({}, {}, {}, {"w": 2}, {"w": AdamWHyper(beta1=0.5)}, 1e-3))
         1.5
     """

@@ -46,7 +46,7 @@ class Account(NamedTuple):
             denominator.
         unexplained: measured - predicted, with an upper bound of its standard error: both are on the same E, so that
             the errors, which are taken as independent, partly cancel.
-        count: measured steps that are added up.
+        num_steps: measured steps that are added up.
         coverage: their share of the run's steps up to the last measured one.
         factor: by which all sums are multiplied, 1 unless they were to be scaled.
     """
@@ -55,7 +55,7 @@ class Account(NamedTuple):
     predicted: Term
     terms: list[Term]
     unexplained: Term
-    count: int
+    num_steps: int
     coverage: float
     factor: float
 
@@ -83,14 +83,14 @@ class LabelSum(NamedTuple):
     Attributes:
         kind: that the label is one of.
         term: label, nats, standard error.
-        count: rollouts or tokens.
+        members: rollouts or tokens with the label.
         steps: measured steps in which the label occurs.
         share: of the sum of |influence|, the mean over the measured steps.
     """
 
     kind: str
     term: Term
-    count: int
+    members: int
     steps: int
     share: float
 

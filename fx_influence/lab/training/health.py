@@ -111,6 +111,8 @@ def check_first_orders(training: Training) -> Finding | None:
 def check_sign_of_sum(training: Training) -> Finding | None:
     """Tell whether the sum of the predicted changes is clear of its standard error."""
     steps, name = training.steps, "Sign of the change"
+    if not training.splits_the_step:
+        return None
     error, total = float(np.sqrt(np.square(steps["stderr"]).sum())), float(steps["total"].sum())
     if not np.isfinite(error):
         return Finding(name, "unknown", "Not every measured step has a standard error, so the sum has none.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,9 @@ def case() -> tuple[fx.Influence, Batch, TokenValues, list[fx.Rollout]]:
     per_token = torch.randn(COUNT, WIDTH, generator=generator, dtype=torch.float64) * mask
     by_part = torch.randn(PARTS, COUNT, generator=generator, dtype=torch.float64)
     deviations = Deviations(by_part - by_part.mean(0), torch.full((COUNT,), NOTHING_LEFT_OUT))
-    zeros = dict.fromkeys(fx.Influence._fields, torch.zeros((), dtype=torch.float64))
-    values = {"per_sequence": per_token.sum(-1), "per_token": per_token, "stderr": torch.ones(COUNT)}
-    influence = fx.Influence(**{**zeros, **values, "deviations": deviations})
+    fields: dict[str, Any] = dict.fromkeys(fx.Influence._fields, torch.zeros((), dtype=torch.float64))
+    fields |= {"per_sequence": per_token.sum(-1), "per_token": per_token, "stderr": torch.ones(COUNT)}
+    influence = fx.Influence(**{**fields, "deviations": deviations})
     batch = Batch(mask.long(), mask | True, mask, coefficients=per_token)
     logprobs = -torch.rand(COUNT, WIDTH, generator=generator, dtype=torch.float64)
     rollouts = [rollout(i, float(i % 2), None if i == 3 else "ab"[i % 2]) for i in range(COUNT)]

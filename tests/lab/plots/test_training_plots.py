@@ -39,7 +39,7 @@ def test_ledger_draws_the_sums_of_the_steps(training: fx.lab.Training) -> None:
     assert_close_to_rounding(by_label["measured"][:-1], training.steps["measured"].cumsum(), terms=20)
     # Stacks above and below 0 end where the predicted sum is.
     filled = [c for c in drawn.axes[0].collections if c.get_alpha() is None and len(c.get_paths())]
-    ends = [np.asarray(c.get_paths()[0].vertices)[:, 1] for c in filled if len(c.get_paths()[0].vertices)]
+    ends = [x for c in filled if (x := np.asarray(c.get_paths()[0].vertices)[:, 1]).size]
     lowest, highest = min(x.min() for x in ends), max(x.max() for x in ends)
     assert_close_to_rounding(lowest + highest, training.steps["total"].sum(), terms=1000, scale=0.01)
     assert any("50% of the steps" in text for text in texts(drawn))

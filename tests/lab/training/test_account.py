@@ -73,7 +73,7 @@ def test_account_adds_up_the_lines(training: fx.lab.Training) -> None:
     close(sum(term.value for term in summed.terms), summed.predicted.value)
     close(summed.unexplained.value, sums["measured"] - sums["total"])
     close(summed.unexplained.stderr, math.sqrt(squares["measured_stderr"] + squares["stderr"]))
-    assert (summed.count, summed.coverage, summed.factor) == (COUNT, COUNT / 60, 1.0)
+    assert (summed.num_steps, summed.coverage, summed.factor) == (COUNT, COUNT / 60, 1.0)
 
 
 def test_account_scales_only_where_asked(training: fx.lab.Training) -> None:
@@ -114,7 +114,7 @@ def test_labels_add_up_the_lines(training: fx.lab.Training) -> None:
         assert [abs(x.term.value) for x in results] == sorted((abs(x.term.value) for x in results), reverse=True)
         for x in results:
             close(x.term.value, sums[x.term.name])
-            assert (x.count, x.steps) == (counts[x.term.name], COUNT)
+            assert (x.members, x.steps) == (counts[x.term.name], COUNT)
             if math.isnan(squares[x.term.name]):
                 assert math.isnan(x.term.stderr)
                 assert x.term.sign == 0
@@ -201,7 +201,7 @@ def test_account_leaves_out_steps_without_a_measured_change(tmp_path: Path) -> N
         append_entry(tmp_path, entry)
     training = fx.load_training(tmp_path)
     summed = account(training)
-    assert (summed.count, summed.measured.value) == (1, -1.0)
+    assert (summed.num_steps, summed.measured.value) == (1, -1.0)
     assert summed.predicted.value == training.steps["total"][1]
     training.steps["measured"][:] = np.nan
     with pytest.raises(ValueError, match="measured is unknown in every step"):
