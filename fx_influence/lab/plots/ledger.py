@@ -49,8 +49,8 @@ BAND = 0.18
 def ledger(training: Training, kind: str | None = None) -> Figure:
     """Draw the causes of the predicted change, summed up over the measured steps and stacked, and the measured change.
 
-    What raises the entropy is stacked above 0 and what lowers it below; the stacks' sum is the predicted change. Bands
-    are ±1 standard error of the predicted and measured sums over the draws of E.
+    What raises the entropy is stacked above 0 and what lowers it below; the stacks' sum is the predicted change, drawn
+    between thin lines one standard error away, over the draws of E.
 
     Args:
         training: from ``load_training``.
@@ -69,19 +69,10 @@ def ledger(training: Training, kind: str | None = None) -> Figure:
             top = base + np.where(sign * values > 0, values, 0.0)
             axes.fill_between(edges, base, top, step="post", color=colours[name], lw=0)
             base = top
-    for name, colour, line in (("total", BLACK, "-"), ("measured", BLACK, ":")):
-        known = np.isfinite(training.steps[name])
-        if name == "measured" and not (training.splits_the_step and known.any()):
-            continue
-        error = training.steps["stderr" if name == "total" else "measured_stderr"]
-        # An unknown change adds nothing, and an unknown error makes those of the following sums unknown.
-        series = Series(np.where(known, training.steps[name], 0.0), np.where(known, error, 0.0)).cumulative()
-        _line(axes, steps, series, colour, line, "predicted, ±1 std. error" if name == "total" else "measured")
-    names = [name for name in parts if np.abs(parts[name]).max() > 0]
-    handles = [axes.fill_between([], [], [], color=colours[name], label=drawable(name)) for name in names]
-    lines, _ = axes.get_legend_handles_labels()
-    legend = axes.legend(handles=[*lines[: -len(handles) or None], *handles], fontsize=7.5, ncols=1, **BESIDE)
-    for text in legend.get_texts():
+    _sum_lines(axes, training)
+    for name in parts:
+        axes.fill_between([], [], [], color=colours[name], label=drawable(name))
+    for text in axes.legend(fontsize=7.5, **BESIDE).get_texts():
         literal(text)
     axes.set_title("How the change of entropy is made up, summed up over the measured steps")
     _label(axes, training)
@@ -101,7 +92,7 @@ def label_sums(training: Training, kind: str) -> Figure:
     series = dict(list(label_series(training, kind).items())[:MAX_LABELS])
     colours = _colours(list(series), CAUSES)
     for name, values in series.items():
-        _line(axes, training.steps[STEP], values.cumulative(), colours[name], "-", drawable(name))
+        _line(axes, training.steps[STEP], values.cumulative(), colours[name], drawable(name))
     for text in axes.legend(fontsize=7.5, **BESIDE).get_texts():
         literal(text)
     axes.set_title(f"Influence by {kind}, summed up over the measured steps")
@@ -111,6 +102,22 @@ def label_sums(training: Training, kind: str) -> Figure:
 
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
 """Place of a legend at the right of the axes, where it covers nothing."""
+
+
+def _sum_lines(axes: Axes, training: Training) -> None:
+    """Draw the predicted sum between lines one standard error away, and the measured sum, over the stacks."""
+    columns, edges = training.steps, after_last(training.steps[STEP])
+    predicted = Series(columns["total"], columns["stderr"]).cumulative()
+    label = "predicted, ±1 std. error" if np.isfinite(predicted.stderr).any() else "predicted"
+    axes.step(edges, _extended(predicted.values), where="post", color=BLACK, label=label)
+    for sign in (1, -1):
+        # Lines and not a band, which would darken the colours of the stacks.
+        edge = _extended(predicted.values + sign * predicted.stderr)
+        axes.step(edges, edge, where="post", color=BLACK, linewidth=0.5)
+    known = np.isfinite(columns["measured"])
+    if training.splits_the_step and known.any():
+        measured = np.where(known, columns["measured"], 0.0).cumsum()
+        axes.step(edges, _extended(measured), where="post", color=BLACK, linestyle=":", label="measured")
 
 
 def _rank(name: str) -> int:
@@ -134,9 +141,10 @@ def _extended(values: np.ndarray) -> np.ndarray:
     return np.append(values, values[-1])
 
 
-def _line(axes: Axes, steps: np.ndarray, series: Series, colour: str, line: str, label: str) -> None:
+def _line(axes: Axes, steps: np.ndarray, series: Series, colour: str, label: str) -> None:
+    """Draw sums with a band of ±1 standard error where it is known."""
     edges, values, stderr = after_last(steps), _extended(series.values), _extended(series.stderr)
-    axes.step(edges, values, where="post", color=colour, linestyle=line, label=label)
+    axes.step(edges, values, where="post", color=colour, label=label)
     if np.isfinite(stderr).any():
         axes.fill_between(edges, values - stderr, values + stderr, step="post", color=colour, alpha=BAND, lw=0)
 

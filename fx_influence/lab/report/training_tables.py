@@ -22,7 +22,7 @@ from fx_influence.lab.training.account import (
 from fx_influence.lab.training.load import Training
 from fx_influence.lab.training.sentences import steps_measured
 
-MAX_KINDS, MAX_SOURCES, MAX_ROLLOUTS = 8, 5, 20
+MAX_KINDS, MAX_SOURCES, MAX_ROLLOUTS = 6, 5, 20
 """Rows of the tables of kinds, sources and rollouts."""
 
 STEP_COLUMNS = {

@@ -16,6 +16,7 @@ from fx_influence.interop.ledger.file import append_entry
 from fx_influence.lab.cli import main
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.report import training_page
+from fx_influence.lab.report.training_tables import MAX_KINDS
 from fx_influence.lab.training.account import account, label_sums, strongest_labels
 from fx_influence.lab.training.sentences import training_sentences
 
@@ -73,7 +74,7 @@ def test_page_shows_the_sentences_and_the_account(training: fx.lab.Training) -> 
     for term in terms:
         assert rows[term.name][1] == scale.text(term.value)
         assert (rows[term.name][2] == "") == np.isnan(term.stderr)
-    for label in [*strongest_labels(training), *label_sums(training, "source")]:
+    for label in [*strongest_labels(training)[:MAX_KINDS], *label_sums(training, "source")]:
         name = label.term.name if label.kind in ("region", "source", "third") else f"{label.kind}: {label.term.name}"
         assert abs(number(rows[name][1]) * 10.0**scale.power - label.term.value) < 1e-6
 
