@@ -37,7 +37,7 @@ class Term(NamedTuple):
 
 
 class Account(NamedTuple):
-    """How the measured change of entropy is made up.
+    """The measured change of entropy, and what it is made of.
 
     Attributes:
         measured: sum of the changes measured after the steps.

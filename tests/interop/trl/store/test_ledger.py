@@ -68,7 +68,7 @@ def rows_of(training: fx.lab.Training, step: int, kind: str) -> np.ndarray:
 
 @pytest.mark.slow
 def test_clip_fraction_counts_the_tokens_that_the_loss_cuts(tmp_path: Path) -> None:
-    """With a range so narrow that every ratio of an older policy leaves it, and without knowledge under a KL term."""
+    """The range is so narrow that ratios of an older policy leave it; under a KL term the share is not known."""
     options = {"epsilon": 1e-6, "epsilon_high": 1e-6}
     measure_training(tmp_path / "clipped", 3, Variant("grpo", False, 1, True, options), learning_rate=1e-3)
     training = fx.load_training(tmp_path / "clipped" / "entropy_influence")
