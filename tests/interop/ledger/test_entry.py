@@ -141,7 +141,7 @@ def test_figures_are_means_over_the_rollouts(case: tuple[fx.Influence, Batch, To
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_lifetime_factor_is_the_ratio_of_two_preconditioners(step: int) -> None:
-    """It maps AdamW's gain of one to that of the other, for parameters in groups of other learning rates and second-moment decays."""
+    """The parameters are in groups of other learning rates and second-moment decays."""
     generator = torch.Generator().manual_seed(step)
 
     def random() -> dict[str, torch.Tensor]:
