@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fx_influence.interop.ledger.entry import ledger_entry, lifetime_factor, rollout_figures, step_labels
+from fx_influence.interop.live.metrics import REGION_METRICS, SOURCE, SOURCE_STDERR, MeasuredStep
+from fx_influence.interop.live.step import CapturedStep
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.interop.trl.capture.step import CapturedStep
-from fx_influence.interop.trl.metrics import REGION_METRICS, SOURCE, SOURCE_STDERR, MeasuredStep
 from fx_influence.interop.trl.store.training import TRAINING
 from fx_influence.types import TokenValues
 
