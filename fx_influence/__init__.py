@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fx_influence.interop.rollouts.record import Rollout
     from fx_influence.interop.sampling import sample
     from fx_influence.lab.results import load_run
+    from fx_influence.lab.training.load import load_training
     from fx_influence.losses import clipped_ratio, coefficients, group_advantages
     from fx_influence.objectives import Entropy, Objective, expected_reward, kl_to_reference
     from fx_influence.optim.adamw import AdamWDecomposition, adamw_decompose
@@ -104,6 +105,7 @@ _MODULES = {
     "load_checkpoint": "fx_influence.interop.checkpoints.load",
     "load_run": "fx_influence.lab.results",
     "load_sharded_checkpoint": "fx_influence.interop.checkpoints.sharded",
+    "load_training": "fx_influence.lab.training.load",
     "make_functional": "fx_influence.functional",
     "per_sample_grads": "fx_influence.autodiff.per_sample",
     "read_rollouts": "fx_influence.interop.rollouts.read",
@@ -177,6 +179,7 @@ __all__ = [
     "load_checkpoint",
     "load_run",
     "load_sharded_checkpoint",
+    "load_training",
     "losses",
     "make_functional",
     "objectives",

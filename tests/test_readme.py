@@ -138,6 +138,13 @@ def test_trl_examples_predict_and_repeat_their_steps(
             assert step["total"] == pytest.approx(step["momentum"] + step["rollouts"], abs=2 * unit)
             # The same E before and after: the difference is the curvature of a short step.
             assert abs(step["total"] - step["measured"]) < 2 * step["stderr"]
+    added_up = examples()["training"]
+    added_up.run({})
+    assert shape_of(capsys.readouterr().out) == shape_of(added_up.output)
+    sums = {line.split()[0]: float(line.split()[1]) for line in added_up.output.splitlines() if "±" in line}
+    for name, column in (("predicted", "total"), ("momentum", "momentum"), ("measured", "measured")):
+        written = [figures_of(line)[column] for line in live.output.splitlines()]
+        assert sums[name] == pytest.approx(sum(written), abs=2 * unit_of(*written))
     offline.run(scope)
     again, stored = re.findall(r"[-+]\d[\d.]*", capsys.readouterr().out)
     size = sum(abs(x) for x in scope["out"].per_sequence.tolist())

@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from fx_influence.lab.plan import EntropyInfluencePlan, FisherKernelPlan
     from fx_influence.lab.results import EntropyInfluenceResults, load_run
     from fx_influence.lab.selection import select
+    from fx_influence.lab.training.account import account, label_sums
+    from fx_influence.lab.training.load import Training, load_training
 
 _MODULES = {
     "EntropyInfluencePlan": "fx_influence.lab.plan",
     "EntropyInfluenceResults": "fx_influence.lab.results",
     "FisherKernelPlan": "fx_influence.lab.plan",
     "FisherKernelResults": "fx_influence.lab.fisher.results",
+    "Training": "fx_influence.lab.training.load",
+    "account": "fx_influence.lab.training.account",
     "analyze": "fx_influence.lab.analysis.analyze",
+    "label_sums": "fx_influence.lab.training.account",
     "load_fisher_run": "fx_influence.lab.fisher.results",
     "load_run": "fx_influence.lab.results",
+    "load_training": "fx_influence.lab.training.load",
     "run": "fx_influence.lab.experiment.entropy",
     "run_fisher": "fx_influence.lab.fisher.run",
     "select": "fx_influence.lab.selection",
@@ -36,9 +42,13 @@ __all__ = [
     "EntropyInfluenceResults",
     "FisherKernelPlan",
     "FisherKernelResults",
+    "Training",
+    "account",
     "analyze",
+    "label_sums",
     "load_fisher_run",
     "load_run",
+    "load_training",
     "plots",
     "run",
     "run_fisher",

@@ -75,8 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, help="seed to use instead of the plan's")
         command.set_defaults(suffix=suffix)
     commands.add_parser("plan", help="print a plan with every field explained, to be changed and run")
-    command = commands.add_parser("report", help="print a finished run again, and write its page report/index.html")
-    command.add_argument("directory", type=Path, help="a run directory")
+    command = commands.add_parser("report", help="print a run or a training run, and write its page report/index.html")
+    command.add_argument("directory", type=Path, help="a run directory, or a training run's directory of steps")
+    command = commands.add_parser("watch", help="follow a training run: its measured steps and their account")
+    command.add_argument("directory", type=Path, help="a training run's directory of steps")
+    command.add_argument("--once", action="store_true", help="print what there is now, and end")
     command = commands.add_parser("analyze", help="tables and CSV files of what a finished run's influences go with")
     command.add_argument("directory", type=Path, help="a run directory; the files go into its folder analysis")
     return parser

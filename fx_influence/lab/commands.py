@@ -1,4 +1,4 @@
-"""Carry out the commands of ``fx-influence``: ``run``, ``fisher``, ``report`` and ``analyze``."""
+"""Carry out the commands of ``fx-influence``: ``run``, ``fisher``, ``report``, ``watch`` and ``analyze``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from fx_influence.interop.ledger.file import LEDGER
 from fx_influence.interop.runtime.job import GRACE, USER_ERRORS, Job, LostRankError, is_launched, join_job
 from fx_influence.lab.analysis.analyze import print_analysis, write_analysis
 from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.run_tables import print_run
+from fx_influence.lab.console.training_tables import print_training
 from fx_influence.lab.experiment.entropy import run
 from fx_influence.lab.experiment.progress import progress_on_stderr
 from fx_influence.lab.fisher.results import UPDATE_SELF_KERNEL, load_fisher_run
@@ -24,8 +26,10 @@ from fx_influence.lab.fisher.run import run_fisher
 from fx_influence.lab.fisher.table import print_fisher
 from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan, read_plan
 from fx_influence.lab.plan.files import print_note
-from fx_influence.lab.report import write_report
+from fx_influence.lab.report import write_report, write_training_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
+from fx_influence.lab.training.load import load_training
+from fx_influence.lab.training.watch import watch_training
 
 WIDTH = 160
 """Columns of tables where the output is not a terminal."""
@@ -45,7 +49,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _run_command(arguments: argparse.Namespace) -> int:
     with join_job() as job:
         try:
-            {"run": _run, "fisher": _fisher, "report": _report, "analyze": _analyze}[arguments.command](arguments, job)
+            commands = {"run": _run, "fisher": _fisher, "report": _report, "watch": _watch, "analyze": _analyze}
+            commands[arguments.command](arguments, job)
         except BrokenPipeError:
             raise
         except USER_ERRORS as error:
@@ -110,6 +115,10 @@ def _report(arguments: argparse.Namespace, job: Job) -> None:
 def _print_stored(arguments: argparse.Namespace) -> None:
     if (arguments.directory / UPDATE_SELF_KERNEL).is_file():
         print_fisher(load_fisher_run(arguments.directory), _console())
+    elif (arguments.directory / LEDGER).is_file():
+        training = load_training(arguments.directory)
+        print_training(training, _console())
+        _print_page("The page of the training run", write_training_report(training))
     else:
         results = load_run(arguments.directory)
         print_run(results, _console())
@@ -117,8 +126,23 @@ def _print_stored(arguments: argparse.Namespace) -> None:
 
 
 def _write_page(results: EntropyInfluenceResults) -> None:
-    page = printable(str(write_report(results)))
-    _console().print(Text(f"The page with every rollout and token: {page}"), soft_wrap=True)
+    _print_page("The page with every rollout and token", write_report(results))
+
+
+def _print_page(title: str, page: Path) -> None:
+    _console().print(Text(f"{title}: {printable(str(page))}"), soft_wrap=True)
+
+
+def _watch(arguments: argparse.Namespace, job: Job) -> None:
+    job.on_rank0(lambda: _follow(arguments))
+
+
+def _follow(arguments: argparse.Namespace) -> None:
+    try:
+        watch_training(arguments.directory, _console(), arguments.once)
+    except KeyboardInterrupt:
+        # The way to end it, and nothing is left undone.
+        return
 
 
 def _analyze(arguments: argparse.Namespace, job: Job) -> None:

@@ -88,7 +88,7 @@ class EntropyInfluenceResults:
         Raises:
             ImportError: naming the remedy, where pandas is missing.
         """
-        return _pandas().DataFrame(self.sequences)
+        return require_pandas().DataFrame(self.sequences)
 
     def finite_steps(self, evaluation: int = 0) -> Any:
         """Return the finite steps as a pandas DataFrame, a row for each rollout of U and eta: Delta H in nats.
@@ -112,7 +112,7 @@ class EntropyInfluenceResults:
         }
         columns |= {name: delta.ravel() for name, delta in rollout_deltas(arrays).items()}
         columns |= {name: arrays[name].ravel() for name in ("grad_stderr", "grad_ess") if name in arrays}
-        return _pandas().DataFrame(columns)
+        return require_pandas().DataFrame(columns)
 
     def __repr__(self) -> str:
         return record_line(self)
@@ -152,9 +152,10 @@ def load_run(path: str | Path) -> EntropyInfluenceResults:
         )
 
 
-def _pandas() -> Any:
+def require_pandas() -> Any:
+    """Return pandas. Raises ``ImportError``, naming the remedy, where it is missing."""
     if importlib.util.find_spec("pandas") is None:
-        raise ImportError("a table needs pandas: pip install pandas, or read .sequences and .evaluations[0].arrays")
+        raise ImportError("a table needs pandas: pip install pandas, or read the values that the table is made of")
     return importlib.import_module("pandas")
 
 

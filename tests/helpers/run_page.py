@@ -9,7 +9,7 @@ from typing import Any
 class Watched:
     """A page, and a record of everything that it must not do."""
 
-    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+    def __init__(self, browser: Any, path: Path, ready: str = "#rows tbody [data-rollout]", **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
@@ -19,7 +19,7 @@ class Watched:
         self.page.on("popup", lambda _: self.complaints.append("popup"))
         self.page.on("request", self._request)
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("#rows tbody [data-rollout]")
+        self.page.wait_for_selector(ready)
 
     def _dialog(self, dialog: Any) -> None:
         self.complaints.append(f"dialog: {dialog.message}")

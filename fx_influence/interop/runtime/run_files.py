@@ -83,11 +83,11 @@ class RunFiles:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Store an object, with null for numbers that are not finite."""
-        self.write_text(name, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n")
 
     def write_jsonl(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Store one object per line, with null for numbers that are not finite."""
-        self.write_text(name, "".join(json.dumps(_without_nan(r), allow_nan=False) + "\n" for r in records))
+        self.write_text(name, "".join(json.dumps(without_nan(r), allow_nan=False) + "\n" for r in records))
 
     def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
         """Store arrays by name, compressed."""
@@ -234,10 +234,10 @@ def raise_if_damaged(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Replace figures that do not exist, such as an error bar from one cluster, by null: JSON has no NaN."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ lr. No figure is registered with ``pyplot``; show it in a notebook by ``IPython.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,18 +18,26 @@ from fx_influence.lab.plots.style import Figure, save  # isort: split
 from fx_influence.lab.plots.correlates import correlates, token_correlates
 from fx_influence.lab.plots.distribution import distribution
 from fx_influence.lab.plots.eta_sweep import eta_sweep
+from fx_influence.lab.plots.ledger import label_sums, ledger
 from fx_influence.lab.plots.matrix import matrix
+from fx_influence.lab.plots.timeline import health_over_steps, timeline
 from fx_influence.lab.plots.tokens import concentration, tokens
 from fx_influence.lab.plots.waterfall import waterfall
 from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.training.load import Training
 
 __all__ = [
     "concentration",
     "correlates",
     "distribution",
     "eta_sweep",
+    "health_over_steps",
+    "label_sums",
+    "ledger",
     "matrix",
     "save_figures",
+    "save_training_figures",
+    "timeline",
     "token_correlates",
     "tokens",
     "waterfall",
@@ -46,11 +55,31 @@ def save_figures(results: EntropyInfluenceResults, folder: str | Path, evaluatio
         folder: directory of the files; it is created if missing.
         evaluation: index of the evaluation batch.
     """
-    folder = Path(folder)
+    return _save_all(_figures(results, evaluation), Path(folder))
+
+
+def save_training_figures(training: Training, folder: str | Path) -> list[Path]:
+    """Write ``timeline``, ``ledger``, ``health_over_steps`` and ``label_sums`` of every kind, as PNG and SVG.
+
+    Args:
+        training: from ``load_training``.
+        folder: directory of the files; it is created if missing.
+    """
+    figures: dict[str, Callable[[], Figure]] = {
+        "timeline": lambda: timeline(training),
+        "ledger": lambda: ledger(training),
+        # By number, since a kind may have any name.
+        **{f"kind_{k:02d}": functools.partial(label_sums, training, kind) for k, kind in enumerate(training.kinds)},
+        "health_over_steps": lambda: health_over_steps(training),
+    }
+    return _save_all(figures, Path(folder))
+
+
+def _save_all(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     return [
         save(drawing, folder / f"{name}{suffix}")
-        for name, draw in _figures(results, evaluation).items()
+        for name, draw in figures.items()
         if (drawing := _drawn_or_none(draw)) is not None
         for suffix in (".png", ".svg")
     ]

@@ -24,6 +24,7 @@ except ImportError as error:
 
 BLACK, GREY, BLUE, VERMILION = "#000000", "#767676", "#0072B2", "#D55E00"
 GREEN, ORANGE = "#009E73", "#E69F00"
+SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
 """Okabe and Ito's palette, jfly.uni-koeln.de/color; grey is their colour of text."""
 RAISES, LOWERS = BLUE, VERMILION
 """Colours of positive and negative influence in every figure."""

@@ -1,5 +1,6 @@
-"""A finished run as one HTML page: the step in sentences and figures, and an explorer of its rollouts and tokens."""
+"""A finished run as one HTML page, with an explorer of its rollouts and tokens; a training run as another."""
 
 from fx_influence.lab.report.page import report_page, write_report
+from fx_influence.lab.report.training_page import training_page, write_training_report
 
-__all__ = ["report_page", "write_report"]
+__all__ = ["report_page", "training_page", "write_report", "write_training_report"]

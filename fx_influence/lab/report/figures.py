@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.training.load import Training
 
 TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 MAX_SVG_BYTES = 400_000
@@ -23,14 +24,18 @@ TITLES = {
     "concentration": "How concentrated the influence is in few tokens",
     "tokens_raising": "The tokens of the rollout that raises the entropy most",
     "tokens_lowering": "The tokens of the rollout that lowers it most",
+    "timeline": "The entropy over the steps, with predicted and measured changes",
+    "ledger": "What changed the entropy, summed up over the measured steps",
+    "health_over_steps": "What tells how far to trust each step, and what the trainer did",
 }
 
 
 class Figure(NamedTuple):
-    """One image: its caption, and its bytes as a data URI."""
+    """One image: its caption, its bytes as a data URI, and the name of its file."""
 
     title: str
     source: str
+    stem: str = ""
 
 
 class Figures(NamedTuple):
@@ -41,6 +46,7 @@ class Figures(NamedTuple):
 
 
 NO_FIGURES = Figures([], "")
+MISSING = Figures([], "The figures need matplotlib: pip install 'fx-influence[report]'")
 
 
 def draw_figures(results: EntropyInfluenceResults, folder: Path) -> Figures:
@@ -51,7 +57,18 @@ def draw_figures(results: EntropyInfluenceResults, folder: Path) -> Figures:
 
         paths = save_figures(results, folder)
     except ImportError:
-        return Figures([], "The figures need matplotlib: pip install 'fx-influence[report]'")
+        return MISSING
+    return Figures(embedded(paths), "")
+
+
+def draw_training_figures(training: Training, folder: Path) -> Figures:
+    """Draw the figures of a training run into ``folder``, as ``draw_figures`` does those of a run."""
+    try:
+        from fx_influence.lab.plots import save_training_figures
+
+        paths = save_training_figures(training, folder)
+    except ImportError:
+        return MISSING
     return Figures(embedded(paths), "")
 
 
@@ -61,7 +78,7 @@ def embedded(paths: Iterable[Path]) -> list[Figure]:
     for path in sorted((p for p in paths if p.suffix in TYPES), key=_rank):
         by_stem.setdefault(path.stem, path)
     order = list(dict.fromkeys(path.stem for path in paths if path.stem in by_stem))
-    return [Figure(_title(stem), _data_uri(by_stem[stem])) for stem in order]
+    return [Figure(_title(stem), _data_uri(by_stem[stem]), stem) for stem in order]
 
 
 def _rank(path: Path) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,22 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
 
     Example, after ``make demo``: ``write_report(load_run("runs/demo"))``.
     """
-    _jinja2()
-    folder = results.path / FOLDER
+    return write_page(results.path, lambda: report_page(results, figures))
+
+
+def write_page(directory: Path, make: Callable[[], str]) -> Path:
+    """Write a page into ``report/`` of a directory, complete or not at all, and return its path.
+
+    Raises:
+        ImportError: if jinja2 is missing; the message names the remedy.
+        OSError: if the page cannot be written.
+    """
+    require_jinja2()
+    folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     path, temporary = folder / PAGE, folder / f".{PAGE}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(report_page(results, figures), encoding="utf-8", newline="\n")
+        temporary.write_text(make(), encoding="utf-8", newline="\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -52,24 +63,37 @@ def write_report(results: EntropyInfluenceResults, figures: bool = True) -> Path
 
 def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
     """Return the page as text, the same for the same run. Arguments and errors are those of ``write_report``."""
-    jinja2 = _jinja2()
     with raise_if_damaged(results.path):
         blobs = explorer_blobs(results)
         sections = [section(results, i) for i in range(len(results.evaluations))]
     style, script = (SOURCES / "explorer.css").read_text(encoding="utf-8"), _script()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((SOURCES / "template.html.j2").read_text(encoding="utf-8"))
-    markup = importlib.import_module("markupsafe").Markup
-    page: str = template.render(
-        policy=_policy(style, script),
-        style=markup(style),
-        script=markup(script),
+    return render(
+        "template.html.j2",
+        style,
+        script,
         title=title(results),
         facts=facts(results),
         sections=sections,
         marks=MARKS,
         figures=draw_figures(results, results.path / FOLDER / "figures") if figures else NO_FIGURES,
         blobs=blobs,
+    )
+
+
+def render(template: str, style: str, script: str | None, **values: Any) -> str:
+    """Return a page from one of this folder's templates; every value in it is escaped.
+
+    Args:
+        template: name of the file.
+        style: style sheet of the page.
+        script: script of the page, None where it has none.
+        **values: what the template shows.
+    """
+    jinja2 = require_jinja2()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    markup = importlib.import_module("markupsafe").Markup
+    page: str = environment.from_string((SOURCES / template).read_text(encoding="utf-8")).render(
+        policy=_policy(style, script), style=markup(style), script=markup(script or ""), **values
     )
     return page
 
@@ -80,12 +104,12 @@ def _script() -> str:
     return f'"use strict";\n(() => {{\n{sources}}})();\n'
 
 
-def _policy(style: str, script: str) -> str:
+def _policy(style: str, script: str | None) -> str:
     """Return a content security policy: only this style and script run, no request is made, no text becomes markup."""
     return "; ".join(
         (
             "default-src 'none'",
-            f"script-src '{_hash(script)}'",
+            "script-src 'none'" if script is None else f"script-src '{_hash(script)}'",
             f"style-src '{_hash(style)}'",
             "img-src data:",
             "base-uri 'none'",
@@ -100,7 +124,8 @@ def _hash(source: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}"
 
 
-def _jinja2() -> Any:
+def require_jinja2() -> Any:
+    """Return jinja2. Raises ``ImportError``, naming the remedy, where it is missing."""
     if importlib.util.find_spec("jinja2") is None:
         raise ImportError("the report needs jinja2: pip install 'fx-influence[report]'")
     return importlib.import_module("jinja2")

@@ -119,6 +119,11 @@ def assert_stored_once(out: Path) -> None:
     paths = [step_path(out, step, training) for training, steps in expected for step in steps]
     assert sorted(out.rglob("*step_*")) == paths
     assert {path.parent for path in paths} == set(out.rglob("entropy_influence"))
+    for training, steps in expected:
+        ledger = fx.load_training(step_path(out, steps[0], training).parent)
+        assert ledger.steps["step"].tolist() == steps
+        stored = [fx.load_run(step_path(out, step, training)).summary["in_this_step"]["total"] for step in steps]
+        assert ledger.steps["total"].tolist() == stored
 
 
 def assert_plan_repeats_step(out: Path) -> None:

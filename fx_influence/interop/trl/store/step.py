@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from fx_influence.interop.checkpoints.files.directory import PARAM_NAMES
+from fx_influence.interop.ledger.file import append_entry
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.runtime.run_files import (
@@ -34,6 +35,7 @@ from fx_influence.interop.trl.store.contents import (
     update_rollouts,
     update_sequences,
 )
+from fx_influence.interop.trl.store.ledger import step_entry
 from fx_influence.interop.trl.store.training import TRAINING
 from fx_influence.types import Params
 
@@ -82,7 +84,7 @@ class StepStore:
         RunFiles(self._temporary).write_tensors(BASELINE, baseline)
 
     def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, training_id: str) -> None:
-        """Write all files of the step.
+        """Write all files of the step, and append it to the training run's ledger.
 
         A directory of the same step of the same training run, from before a resumption, is replaced.
 
@@ -109,7 +111,9 @@ class StepStore:
         summary = step_summary(measured)
         files.write_json(eval_file(0, ".json"), summary)
         files.write_json(SUMMARY, summary)
+        entry = step_entry(measured, rollouts, plan, trainer, training_id)
         self._publish()
+        append_entry(self._path.parent, entry)
 
     def _publish(self) -> None:
         """Rename the temporary directory; an older one is moved aside first, so that no reader sees a partial one."""

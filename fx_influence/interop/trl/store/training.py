@@ -9,10 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fx_influence.interop.ledger.file import LEDGER, read_ledger
 from fx_influence.interop.runtime.run_files import ENVIRONMENT
 
 TRAINING = "training"
-"""Field of a step's environment.json that holds the id of its training run."""
+"""Field of a step's environment.json, and of its entry in the ledger, that holds the id of its training run."""
 
 CHECKPOINT_FILE = "entropy_influence.json"
 """File in a trainer's checkpoint that holds the id of its training run, by the name of each ``EntropyInfluence``."""
@@ -35,6 +36,10 @@ def _training_ids(path: Path) -> Iterator[str]:
     for file in path.glob(f"step_*/{ENVIRONMENT}"):
         with suppress(OSError, ValueError):
             yield str(json.loads(file.read_text(encoding="utf-8")).get(TRAINING))
+    # The ledger stays where the directories of steps have been deleted to free space.
+    if (path / LEDGER).is_file():
+        with suppress(OSError, ValueError):
+            yield from {str(entry.get(TRAINING)) for entry in read_ledger(path)}
 
 
 def write_training_id(checkpoint: Path, name: str, training_id: str) -> None:

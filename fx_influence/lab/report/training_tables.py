@@ -1,0 +1,192 @@
+"""Tables of a training run's page, as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fx_influence.interop.ledger.file import STEP
+from fx_influence.lab.console.column_table import printable
+from fx_influence.lab.console.numbers import Scale
+from fx_influence.lab.training.account import (
+    SOURCE_KIND,
+    LabelSum,
+    Term,
+    account,
+    label_sums,
+    lifetime,
+    strongest_labels,
+)
+from fx_influence.lab.training.load import Training
+from fx_influence.lab.training.sentences import steps_measured
+
+MAX_KINDS, MAX_SOURCES, MAX_ROLLOUTS = 6, 5, 20
+"""Rows of the tables of kinds, sources and rollouts."""
+
+STEP_COLUMNS = {
+    "entropy": "entropy",
+    "total": "predicted",
+    "stderr": "± std. error",
+    "measured": "measured",
+    "rollouts": "rollouts",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+    "unattributed": "unattributed",
+    "reward": "reward",
+    "length": "length",
+    "truncated": "truncated",
+    "lr": "lr",
+    "conditioning": "conditioning",
+    "ess": "ess",
+    "seconds": "seconds",
+}
+"""Columns of the table of steps, with their heads."""
+
+
+class SumRow(NamedTuple):
+    """A sum over the run as text; ``kind`` says how a table marks it: ``total``, ``unsure`` or nothing."""
+
+    name: str
+    value: str
+    stderr: str
+    note: str
+    kind: str
+
+
+class SumTable(NamedTuple):
+    """Rows of sums in one unit."""
+
+    unit: str
+    rows: list[SumRow]
+
+
+def training_facts(training: Training) -> list[str]:
+    """Return sizes and settings of a training run, a few words each."""
+    steps = training.steps
+    lr, preconditioner = steps["lr"], training.settings.get("preconditioner", "frozen")
+    rates = f"learning rate {lr.max():g}" if lr.min() == lr.max() else f"learning rate {lr.min():g} to {lr.max():g}"
+    return [
+        steps_measured(training),
+        *([rates] if np.isfinite(lr).all() else []),
+        *([f"{np.nanmean(steps['update_count']):,.0f} rollouts a step"] if _known(steps["update_count"]) else []),
+        *([f"{np.nanmean(steps['seconds']):.2g} s to measure a step"] if _known(steps["seconds"]) else []),
+        *([f"preconditioner {preconditioner}"] if preconditioner != "frozen" else []),
+    ]
+
+
+def account_table(training: Training) -> SumTable | None:
+    """Return predicted change by terms, measured change and the difference; None where there is no account."""
+    if not training.splits_the_step:
+        return None
+    summed = account(training)
+    rows = [
+        *((term, "") for term in summed.terms),
+        (summed.predicted, "total"),
+        (summed.measured, "total"),
+        (summed.unexplained, ""),
+    ]
+    return _table([(printable(term.name), term, "", kind) for term, kind in rows])
+
+
+def kinds_table(training: Training) -> SumTable | None:
+    """Return the strongest labels of all kinds but sources; None where there are none."""
+    return _label_table(strongest_labels(training)[:MAX_KINDS])
+
+
+def sources_table(training: Training) -> SumTable | None:
+    """Return the strongest data sources; None where the ledger has none."""
+    if SOURCE_KIND not in training.kinds:
+        return None
+    return _label_table(label_sums(training, SOURCE_KIND)[:MAX_SOURCES])
+
+
+def lifetime_table(training: Training) -> SumTable | None:
+    """Return the lifetime effects of the labels of one kind, their sum, and what rollouts and momentum did; or None."""
+    summed = lifetime(training)
+    if summed is None or not training.kinds:
+        return None
+    kind = "region" if "region" in training.kinds else training.kinds[0]
+    labels = label_sums(training, kind, over_lifetime=True)[:MAX_KINDS]
+    rows = [(_label_name(x), x.term, "", "") for x in labels]
+    sums = [(summed.effects, "total"), (summed.realised, "total"), (summed.difference, "")]
+    return _table([*rows, *((term.name, term, "", mark) for term, mark in sums)])
+
+
+def strongest_rollouts(training: Training) -> tuple[str, list[dict[str, Any]]]:
+    """Return the unit, and the rollouts of all measured steps that move the entropy most, as text with their links."""
+    chosen = sorted(training.strongest, key=lambda r: -abs(r["influence"]))[:MAX_ROLLOUTS]
+    scale = Scale.of(max((abs(r["influence"]) for r in chosen), default=0.0))
+    rows = []
+    for rollout in chosen:
+        error = rollout.get("stderr")
+        sure = error is not None and abs(rollout["influence"]) > 2 * error
+        rows.append(
+            {
+                "step": rollout[STEP],
+                "link": _page_of(training.path, rollout[STEP]),
+                "id": printable(str(rollout["id"])),
+                "influence": scale.text(rollout["influence"]),
+                "stderr": "" if error is None else f"± {scale.text(error, '')}",
+                "kind": "" if sure else "unsure",
+                "reward": _short(rollout.get("reward")),
+                "advantage": _short(rollout.get("advantage")),
+                "prompt": printable(str(rollout.get("prompt", ""))),
+                "completion": printable(str(rollout.get("completion", ""))),
+            }
+        )
+    return scale.named("nats in its step"), rows
+
+
+def steps_table(training: Training) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of the table of all measured steps, without columns that no step has."""
+    names = [name for name in STEP_COLUMNS if _known(training.steps[name])]
+    columns = [training.steps[name] for name in names]
+    rows = [
+        [str(step), *(_short(float(column[k])) for column in columns)] for k, step in enumerate(training.steps[STEP])
+    ]
+    return ["step", *(STEP_COLUMNS[name] for name in names)], rows
+
+
+def _label_table(sums: list[LabelSum]) -> SumTable | None:
+    return _table([(_label_name(x), x.term, f"{x.share:.0%}", "") for x in sums]) if sums else None
+
+
+def _label_name(x: LabelSum) -> str:
+    """Return a label with its kind, unless its name says it."""
+    name = printable(x.term.name)
+    return name if x.kind in ("region", "reward", "third", "advantage", SOURCE_KIND) else f"{printable(x.kind)}: {name}"
+
+
+def _table(rows: list[tuple[str, Term, str, str]]) -> SumTable:
+    """Return rows of (name, sum, note, kind) on one scale; a sum whose sign is not told is marked."""
+    largest = max(abs(x) for _, term, _, _ in rows for x in (term.value, np.nan_to_num(term.stderr)))
+    scale = Scale.of(largest)
+    return SumTable(
+        scale.named("nats"),
+        [
+            SumRow(
+                name,
+                scale.text(term.value),
+                "" if np.isnan(term.stderr) else f"± {scale.text(term.stderr, '')}",
+                note,
+                kind or ("" if term.sign else "unsure"),
+            )
+            for name, term, note, kind in rows
+        ],
+    )
+
+
+def _page_of(directory: Path, step: int) -> str:
+    """Return the link from the run's page to that of a step, empty where that has not been written."""
+    page = Path(f"step_{step:06d}") / "report" / "index.html"
+    return f"../{page.as_posix()}" if (directory / page).is_file() else ""
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None or np.isnan(value) else f"{value:.3g}".replace("-", "−")
+
+
+def _known(column: np.ndarray) -> bool:
+    return bool(np.isfinite(column).any())

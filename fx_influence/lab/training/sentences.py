@@ -1,0 +1,156 @@
+"""Say in three sentences what happened to a training run's entropy, what did it, and how far to trust both."""
+
+from __future__ import annotations
+
+import math
+
+from fx_influence.interop.ledger.file import STEP
+from fx_influence.lab.console.numbers import with_error
+from fx_influence.lab.health import INVALIDATING, Finding
+from fx_influence.lab.training.account import Account, LabelSum, Term, account, label_sums
+from fx_influence.lab.training.health import training_health
+from fx_influence.lab.training.load import Training
+
+SMALL = 0.02
+"""Share of the sizes of the terms below which a term is not named in the sentence."""
+
+PHRASES = {
+    "A>0 likely": "likely tokens with a positive advantage",
+    "A>0 unlikely": "unlikely tokens with a positive advantage",
+    "A<0 likely": "likely tokens with a negative advantage",
+    "A<0 unlikely": "unlikely tokens with a negative advantage",
+    "A=0": "tokens with an advantage of 0",
+}
+"""Regions of tokens as a sentence names them."""
+
+
+def training_sentences(training: Training, findings: list[Finding] | None = None) -> list[str]:
+    """Return three sentences. A direction is named only where the error bars determine it.
+
+    Args:
+        training: from ``load_training``.
+        findings: of ``training_health``; None computes them.
+    """
+    findings = training_health(training) if findings is None else findings
+    if not training.splits_the_step:
+        name = training.settings["preconditioner"]
+        first = (
+            f"The {steps_measured(training)} of this run were attributed with the preconditioner {name!r}, whose "
+            "influences are not the terms of the steps that were made: there is no account beside the measured change."
+        )
+        return [_with_doubt(first, findings), _of_kinds(training), _trust(findings)]
+    summed = account(training)
+    return [_with_doubt(_change(training, summed), findings), _terms(training, summed), _unexplained(summed, findings)]
+
+
+def steps_measured(training: Training) -> str:
+    """Return how many steps are measured, and their share where it is not all of them."""
+    count, last = len(training.steps[STEP]), training.last_step
+    if count == last:
+        return f"{count} measured steps"
+    return f"{count} measured steps of {last} ({training.coverage:.0%})"
+
+
+def entropy_unit(training: Training) -> str:
+    """Return what the entropies refer to: ``per token`` or ``per rollout``."""
+    return "per token" if training.settings.get("normalize", "token") == "token" else "per rollout"
+
+
+def signed(term: Term) -> str:
+    """Return a sum with its sign and, where it is known, its standard error."""
+    return f"{'−' if term.value < 0 else '+'}{with_error(abs(term.value), _none_if_nan(term.stderr))}"
+
+
+def phrase(label: LabelSum) -> str:
+    """Return a label as a sentence names it."""
+    return PHRASES.get(label.term.name, f"{label.kind} “{label.term.name}”")
+
+
+def _with_doubt(sentence: str, findings: list[Finding]) -> str:
+    failed = [finding.name for finding in findings if finding.level == "attention" and finding.name in INVALIDATING]
+    return f"Do not trust these figures ({', '.join(failed)}). {sentence}" if failed else sentence
+
+
+def _change(training: Training, summed: Account) -> str:
+    """Return the sentence on the measured and the predicted change."""
+    measured, predicted, unit = summed.measured, summed.predicted, entropy_unit(training)
+    steps = steps_measured(training)
+    if not measured.sign:
+        return (
+            f"The error bars do not tell whether the {steps} raised or lowered the policy's entropy: it changed by "
+            f"{signed(measured)} nats {unit} as measured, {signed(predicted)} as predicted to first order."
+        )
+    size = with_error(abs(measured.value), _none_if_nan(measured.stderr))
+    verb = "raised" if measured.sign > 0 else "lowered"
+    if predicted.sign == -measured.sign:
+        return (
+            f"The first order does not hold over this run: the {steps} {verb} the policy's entropy by {size} nats "
+            f"{unit} as measured, where {signed(predicted)} is predicted."
+        )
+    doubt = "" if predicted.sign else ", a sign that its error bar does not tell"
+    return (
+        f"The {steps} {verb} the policy's entropy by {size} nats {unit} as measured; {signed(predicted)} is predicted "
+        f"to first order{doubt}."
+    )
+
+
+def _terms(training: Training, summed: Account) -> str:
+    """Return the sentence on the terms of the predicted change and the kind of token that moves it most."""
+    size = sum(abs(term.value) for term in summed.terms)
+    named = [term for term in summed.terms if abs(term.value) > SMALL * size]
+    if not named:
+        return "No term of the predicted change differs from 0."
+    words = {
+        "momentum": "came through momentum (the rollouts of earlier steps)",
+        "rollouts": "from the rollouts of the measured steps themselves",
+        "weight decay": "from weight decay",
+        "unattributed": "from what the gradient holds beyond the rollouts",
+    }
+    order = sorted(named, key=lambda term: (term.name != "momentum", -abs(term.value)))
+    parts = [f"{signed(term)} {words.get(term.name, f'from the {term.name}')}" for term in order]
+    if order[0].name != "momentum":
+        parts[0] = parts[0].replace(" from", " came from", 1)
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"Of the predicted change {listed}; {_clause(_of_kinds(training))}"
+
+
+def _of_kinds(training: Training) -> str:
+    """Return a sentence on the regions of tokens, or where there are none on another kind, that move it most."""
+    if not training.kinds:
+        return "The ledger has no kinds of rollouts or tokens."
+    kind = "region" if "region" in training.kinds else training.kinds[-1]
+    sums = label_sums(training, kind)
+    told = [x for x in sums if x.term.sign]
+    if not told:
+        return "Of the kinds of tokens none has a sum whose sign the error bars tell."
+    strongest = told[0]
+    verb = "raised" if strongest.term.sign > 0 else "lowered"
+    size = with_error(abs(strongest.term.value), _none_if_nan(strongest.term.stderr))
+    larger = "" if strongest is sums[0] else ", as far as the error bars tell"
+    return f"Among the rollouts {phrase(strongest)} {verb} it most{larger}, by {size}."
+
+
+def _unexplained(summed: Account, findings: list[Finding]) -> str:
+    term = summed.unexplained
+    unknown = "with an error that is not known" if math.isnan(term.stderr) else "within two standard errors of zero"
+    beyond = "beyond two standard errors" if term.sign else unknown
+    return f"Unexplained, measured minus predicted, are {signed(term)} nats, {beyond}; {_clause(_trust(findings))}"
+
+
+def _trust(findings: list[Finding]) -> str:
+    failed = [finding.name for finding in findings if finding.level == "attention"]
+    if failed:
+        verb = "needs" if len(failed) == 1 else "need"
+        return f"{len(failed)} of {len(findings)} checks {verb} attention: {', '.join(failed)}."
+    unknown = [finding.name for finding in findings if finding.level == "unknown"]
+    if unknown:
+        return f"No check fails; {', '.join(unknown)} could not be decided."
+    return f"All {len(findings)} checks pass."
+
+
+def _clause(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
