@@ -84,7 +84,7 @@ def test_stderr_in_bfloat16_is_within_its_rounding(inputs: Inputs) -> None:
 
 
 def test_directions_one_at_a_time_round_error_bars_alone() -> None:
-    """In float32 the gradient of log E[T] beside them is in bfloat16."""
+    """The gradient of log E[T], beside directions in float32, is in bfloat16."""
     inputs = Inputs(torch.float32)
     exact, narrow = inputs.call(memory_budget=10**9), inputs.call(memory_budget=0)
     groups = [absolute_terms(inputs, g) for g in inputs.group_gradients()]

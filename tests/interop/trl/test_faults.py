@@ -100,7 +100,8 @@ def test_failed_step_frees_memory_and_the_next_is_measured(tmp_path: Path, monke
     assert update_ids[0]() is None
     assert [metrics["step"] for metrics in measured.history] == [2]
     assert measured.warnings == ["step 1 is not attributed: RuntimeError: once"]
-    assert [path.name for path in (tmp_path / "entropy_influence").iterdir()] == ["step_000002"]
+    names = sorted(path.name for path in (tmp_path / "entropy_influence").iterdir())
+    assert names == ["ledger.jsonl", "step_000002"]
 
 
 def test_result_that_does_not_add_up_is_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
