@@ -95,7 +95,8 @@ def test_every_counts_as_logging_steps_does(tmp_path: Path) -> None:
     measured = measured_on_twelve(tmp_path, 5, every=2)
     assert [metrics["step"] for metrics in measured.history] == [2, 4]
     assert [e["step"] for e in measured.trainer.state.log_history if PREFIX + "total" in e] == [2, 4]
-    assert sorted(path.name for path in (tmp_path / "entropy_influence").iterdir()) == ["step_000002", "step_000004"]
+    names = sorted(path.name for path in (tmp_path / "entropy_influence").iterdir())
+    assert names == ["ledger.jsonl", "step_000002", "step_000004"]
 
 
 def test_rloo_trainer_is_measured(tmp_path: Path) -> None:
