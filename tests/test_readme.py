@@ -141,7 +141,7 @@ def test_trl_examples_predict_and_repeat_their_steps(
     added_up = examples()["training"]
     added_up.run({})
     assert shape_of(capsys.readouterr().out) == shape_of(added_up.output)
-    sums = {line.split()[0]: float(line.split()[1]) for line in added_up.output.splitlines() if "±" in line}
+    sums = {line[:12].strip(): float(line[12:].split()[0]) for line in added_up.output.splitlines() if "±" in line}
     for name, column in (("predicted", "total"), ("momentum", "momentum"), ("measured", "measured")):
         written = [figures_of(line)[column] for line in live.output.splitlines()]
         assert sums[name] == pytest.approx(sum(written), abs=2 * unit_of(*written))

@@ -208,7 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         report["calls"][name] = slope(name, arguments.quick)
         print(markdown(report).splitlines()[-1], flush=True)
-    if not arguments.quick:
+    if arguments.quick:
+        print(markdown(report))
+    else:
         store(NAME, report, {COSTS: {NAME: markdown(report)}})
     return 0
 
