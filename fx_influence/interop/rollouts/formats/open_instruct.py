@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode, token_ids
-from fx_influence.interop.rollouts.jsonl import field, fields, read_json_lines
+from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode, optional_numbers, token_ids
+from fx_influence.interop.rollouts.jsonl import field, read_json_lines
 from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
 
 
@@ -36,7 +36,6 @@ def read_open_instruct(files: Sequence[Path], tokenizer: Any = None) -> list[Rol
             )
         prompt_ids = token_ids(record, "prompt_tokens")
         completion_ids = token_ids(record, "response_tokens")
-        logprobs = record.get("logprobs")
         dataset = record.get("dataset")
         rollout = Rollout(
             id=f"{step}/{sample}",
@@ -47,9 +46,7 @@ def read_open_instruct(files: Sequence[Path], tokenizer: Any = None) -> list[Rol
             prompt_ids=prompt_ids,
             completion_ids=completion_ids,
             finished=field(record, "finish_reason", (str,), "a string") == "stop",
-            behaviour_logprobs=None
-            if logprobs is None
-            else tuple(map(float, fields(record, "logprobs", NUMBER, "numbers"))),
+            behaviour_logprobs=optional_numbers(record, "logprobs"),
             reward=float(field(record, "reward", NUMBER, "a number")),
             advantage=float(field(record, "advantage", NUMBER, "a number")),
             source=source_of({"source": dataset[0] if isinstance(dataset, list) and len(dataset) == 1 else dataset}),

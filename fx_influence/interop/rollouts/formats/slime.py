@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fx_influence.interop.checkpoints.files.unpickle import load_inert
 from fx_influence.interop.rollouts.advantages import with_group_advantages
-from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode, token_ids
+from fx_influence.interop.rollouts.formats.token_formats import NUMBER, decode, optional_numbers, token_ids
 from fx_influence.interop.rollouts.jsonl import field, fields, parse_all
 from fx_influence.interop.rollouts.record import Rollout, number_prompts, source_of
 
@@ -50,7 +50,6 @@ def read_slime(
         start = len(tokens) - length
         mask = [1] * length if record.get("loss_mask") is None else fields(record, "loss_mask", (int,), "0 or 1")
         counts = tuple(value == 1 and record.get("remove_sample") is not True for value in mask)
-        logprobs = record.get("rollout_log_probs")
         prompt_ids, completion_ids = tokens[:start], tokens[start:]
         rollout = Rollout(
             id=f"{step}/{field(record, 'index', (int,), 'an integer')}",
@@ -61,9 +60,7 @@ def read_slime(
             prompt_ids=prompt_ids,
             completion_ids=completion_ids,
             finished=record.get("status") == "completed",
-            behaviour_logprobs=None
-            if logprobs is None
-            else tuple(map(float, fields(record, "rollout_log_probs", NUMBER, "numbers"))),
+            behaviour_logprobs=optional_numbers(record, "rollout_log_probs"),
             reward=_reward(record, reward_weights),
             completion_mask=None if all(counts) and len(counts) == length else counts,
             approximate=True,

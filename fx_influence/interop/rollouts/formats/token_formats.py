@@ -167,6 +167,11 @@ def token_ids(record: dict[str, Any], name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def optional_numbers(record: dict[str, Any], name: str) -> tuple[float, ...] | None:
+    """Return the numbers of a field, None where it is absent or null; raise ``ValueError`` for anything else."""
+    return None if record.get(name) is None else tuple(map(float, fields(record, name, NUMBER, "numbers")))
+
+
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
     """Return the text of token ids.
 
