@@ -1,12 +1,27 @@
-"""DTensors, of which every rank holds one shard: reductions to a number of the full tensor."""
+"""DTensors, of which every rank holds one shard: reductions to a number of the full tensor, and failures of a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+announcement: ContextVar[Callable[[], None] | None] = ContextVar("announcement", default=None)
+"""Function that tells the other ranks that this one has not failed; None where nobody asks."""
+
+
+def before_collective() -> None:
+    """Tell the other ranks that this one has not failed, and raise what one of them has failed with, if they ask.
+
+    It is called right before every collective, once the memory for that is allocated: a rank that fails elsewhere then
+    takes part in this exchange instead, and no other waits for it in a collective.
+    """
+    announce = announcement.get()
+    if announce is not None:
+        announce()
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -46,6 +61,7 @@ def reduce_over_shards(values: Sequence[Tensor], of: Sequence[Tensor], *, larges
     for (mesh, axis), indices in sharded.items():
         stacked = torch.stack([out[k] for k in indices])
         reduce = torch.distributed.ReduceOp
+        before_collective()
         torch.distributed.all_reduce(stacked, reduce.MAX if largest else reduce.SUM, mesh.get_group(axis))
         for k, value in zip(indices, stacked.unbind(), strict=True):
             out[k] = value

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fx_influence.core.dtensor import announcement, before_collective
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,14 +33,11 @@ class RankError(RuntimeError):
     """An exception of another rank, raised on this one by ``propagate_failures``."""
 
 
-_propagating: ContextVar[bool] = ContextVar("propagating", default=False)
-
-
 @contextmanager
 def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
     """Make an exception on one rank leave the block on all ranks, so that no rank waits forever in a collective.
 
-    Every collective of this module inside the block, and the end of the block, begins with one number from each rank:
+    Every collective of the library inside the block, and the end of the block, begins with one number from each rank:
     whether it has failed. Exceptions that are not ``Exception``, such as ``KeyboardInterrupt``, are not announced.
 
     Args:
@@ -48,10 +47,10 @@ def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
         Exception: on the failing rank, its own exception.
         RankError: on the other ranks, with the text of that exception.
     """
-    if mesh is None or _propagating.get():
+    if mesh is None or announcement.get() is not None:
         yield
         return
-    token = _propagating.set(True)
+    token = announcement.set(functools.partial(_announce, mesh, None))
     try:
         yield
         _announce(mesh, None)
@@ -61,7 +60,7 @@ def propagate_failures(mesh: DeviceMesh | None) -> Iterator[None]:
         _announce(mesh, f"{type(error).__name__}: {error}")
         raise
     finally:
-        _propagating.reset(token)
+        announcement.reset(token)
 
 
 def _announce(mesh: DeviceMesh, problem: str | None) -> None:
@@ -77,11 +76,6 @@ def _announce(mesh: DeviceMesh, problem: str | None) -> None:
         raise RankError(f"on rank {rank}: {text}")
 
 
-def _before_collective(mesh: DeviceMesh) -> None:
-    if _propagating.get():
-        _announce(mesh, None)
-
-
 def mesh_rank(mesh: DeviceMesh) -> int:
     """Return this process's index in the mesh, whose last axis counts fastest."""
     return int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
@@ -89,7 +83,7 @@ def mesh_rank(mesh: DeviceMesh) -> int:
 
 def all_gather_objects(mesh: DeviceMesh, value: Value) -> list[Value]:
     """Return every rank's value in the order of the mesh; values are pickled, as is safe among ranks of one job."""
-    _before_collective(mesh)
+    before_collective()
     return _gather_objects(mesh, value)
 
 
@@ -104,11 +98,11 @@ def _gather_objects(mesh: DeviceMesh, value: Value) -> list[Value]:
 
 def all_gather(mesh: DeviceMesh, local: Tensor) -> Tensor:
     """Return every rank's tensor of one shape, (ranks, ...), in the order of the mesh."""
-    _before_collective(mesh)
     # As bytes, because gloo gathers no bool.
     gathered = (local.to(torch.uint8) if local.dtype == torch.bool else local).contiguous().unsqueeze(0)
     for group in _groups(mesh):
         out = gathered.new_empty(group.size() * len(gathered), *local.shape)
+        before_collective()
         all_gather_into(out, gathered, group=group)
         gathered = out
     return gathered.to(local.dtype)
@@ -116,7 +110,7 @@ def all_gather(mesh: DeviceMesh, local: Tensor) -> Tensor:
 
 def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
     """Replace every tensor by its sum over all ranks, in place."""
-    _before_collective(mesh)
+    before_collective()
     for group in _groups(mesh):
         for work in [dist.all_reduce(x, group=group, async_op=True) for x in tensors]:
             work.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fx_influence.core.dtensor import is_sharded, to_local
+from fx_influence.core.dtensor import before_collective, is_sharded, to_local
 from fx_influence.core.tree import promote
 from fx_influence.distributed.collectives import all_gather_into
 
@@ -107,14 +108,15 @@ class PendingGather(NamedTuple):
 def start_all_gather(shards: Sequence[Tensor]) -> PendingGather:
     """Start the all-gather of DTensors that one group of ranks holds, in one collective per dtype."""
     buffers: dict[torch.dtype, Tensor] = {}
-    works = []
+    collectives = []
     for dtype in dict.fromkeys(x.dtype for x in shards):
         same_dtype = [x for x in shards if x.dtype == dtype]
         local = torch.cat([_pad(to_local(x), sharding_of(x).padded).flatten() for x in same_dtype])
         buffers[dtype] = local.new_empty(sharding_of(same_dtype[0]).ranks, len(local))
         group = shard_group(same_dtype[0])
-        works.append(all_gather_into(buffers[dtype].view(-1), local, group=group, async_op=True))
-    return PendingGather(shards, buffers, works)
+        collectives.append(partial(all_gather_into, buffers[dtype].view(-1), local, group=group, async_op=True))
+    before_collective()
+    return PendingGather(shards, buffers, [start() for start in collectives])
 
 
 def reduce_scatter(full: Sequence[Tensor | None], shards: Sequence[Tensor]) -> list[Tensor | None]:
@@ -141,6 +143,7 @@ def reduce_scatter(full: Sequence[Tensor | None], shards: Sequence[Tensor]) -> l
             table[:, starts[k] : starts[k] + sizes[k]] = by_rank.flatten(1)
             table[:, sum(sizes) + k] = 1
     local = table.new_empty(table.shape[1])
+    before_collective()
     reduce_scatter_into(local, table.view(-1), group=shard_group(shards[0]))
     sums: list[Tensor | None] = []
     for k, (x, shard, sharding) in enumerate(zip(full, shards, shardings, strict=True)):

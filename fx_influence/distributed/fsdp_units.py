@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class FsdpPass:
         self.units = units
         self._shards = [{name: known[name] for name in unit.names} for unit in units]
         self._tangents = [{name: tangents[name] for name in unit.names if name in tangents} for unit in units]
+        # A device runs its backward passes in a thread of its own, which has no context variables.
+        self._context = copy_context()
         self._saved_by_graph: set[int] = set()
         self._pending: dict[int, PendingGather] = {}
         self._unsharded: dict[int, tuple[Params, Params]] = {}
@@ -117,7 +120,7 @@ class FsdpPass:
             if not isinstance(saved, _WeightPlaceholder):
                 return outer_unpack(saved)
             previous = max((j for j in self._saved_by_graph if j < k), default=None)
-            weight = self.unshard(k, previous)[0][saved.name]
+            weight = self._context.run(self.unshard, k, previous)[0][saved.name]
             return weight.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
         return saved_tensors_hooks(pack, unpack)
@@ -205,6 +208,7 @@ class _AttachReduceScatter(torch.autograd.Function):
         ctx: Any, on_backward_done: Callable[[], None], shards: list[Tensor], full: list[Tensor], *local: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.on_backward_done, ctx.shards = on_backward_done, shards
+        ctx.context = copy_context()
         ctx.set_materialize_grads(False)
         return tuple(full)
 
@@ -212,5 +216,5 @@ class _AttachReduceScatter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         ctx.on_backward_done()
-        sums = reduce_scatter(grads, ctx.shards)
+        sums = ctx.context.run(reduce_scatter, grads, ctx.shards)
         return None, None, None, *(None if g is None else g.to(x.dtype) for g, x in zip(sums, ctx.shards, strict=True))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.core.dtensor import is_sharded, to_local
+from fx_influence.core.dtensor import before_collective, is_sharded, to_local
 from fx_influence.core.tree import promote
 from fx_influence.distributed.fsdp_gather import reduce_scatter, shard_like, sharding_of, start_all_gather
 from fx_influence.distributed.fsdp_model import check_sharding, copy_without_fsdp, find_units
@@ -186,6 +186,7 @@ def _sum_over_copies(local: Gradients, params: Params) -> Gradients:
     groups = [mesh.get_group(axis) for axis in range(sharding_of(first_parameter).axis)]
     reached = torch.tensor([g is not None for g in local.values()], dtype=torch.float32, device=first_parameter.device)
     for group in groups:
+        before_collective()
         dist.all_reduce(reached, group=group)
     out: Gradients = {}
     for name, by_any_copy in zip(local, reached.tolist() if groups else reached, strict=True):
@@ -197,6 +198,7 @@ def _sum_over_copies(local: Gradients, params: Params) -> Gradients:
             out[name] = None
             continue
         for group in groups:
+            before_collective()
             dist.all_reduce(g, group=group)
         out[name] = shard_like(g, like)
     return out
