@@ -23,11 +23,12 @@ from fx_influence.estimators.importance import MAX_LOG_WEIGHT
 from fx_influence.estimators.snis import snis
 from fx_influence.estimators.stderr import cluster_index
 from fx_influence.functional import make_functional
+from fx_influence.interop.ledger.entry import lifetime_factor
 from fx_influence.interop.live.metrics import MeasuredStep, regions_of
 from fx_influence.interop.live.policy_checks import check_sampled_logprobs, check_scored, check_temperature
 from fx_influence.interop.live.precision import MAX_STEP_ROUNDING, rounding_warning, step_rounding
 from fx_influence.interop.live.processes import count_and_rank, local_rows, local_slice
-from fx_influence.interop.live.step import CapturedStep
+from fx_influence.interop.live.step import CapturedStep, check_finite, with_step_counted
 from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
@@ -168,7 +169,7 @@ class StepMeasurement:
         start = time.perf_counter()
         training, settings, policy = self._training, self._settings, self._functional_policy()
         params = self._trainable()
-        _check_finite(captured.gradient)
+        check_finite(captured.gradient)
         # Live moments: all that reads them is done before the optimizer steps.
         opt_state = adamw_state(training.optimizer, training.model, copy=False)
         captured = self._with_behaviour(self._with_entropies(captured, params))
@@ -205,7 +206,18 @@ class StepMeasurement:
             store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
         sampled = step_of("frozen", captured.max_grad_norm).sample(_stride(params))
         seconds = time.perf_counter() - start
-        measured = MeasuredStep(step, opt_state.lr, captured, rollouts, result, entropy, None, seconds, regions=regions)
+        measured = MeasuredStep(
+            step,
+            opt_state.lr,
+            captured,
+            rollouts,
+            result,
+            entropy,
+            None,
+            seconds,
+            regions=regions,
+            lifetime_factor=lifetime_factor(with_step_counted(opt_state, captured.gradient)),
+        )
         return PendingStep(measured, batch_e, values, sampled)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
@@ -333,9 +345,3 @@ def _sampled_logprobs(captured: CapturedStep) -> Tensor | None:
 def _stride(params: Params) -> int:
     # An odd stride meets every column of a matrix whose rows have a power of two of entries.
     return sum(p.numel() for p in params.values()) // SAMPLED_ENTRIES | 1
-
-
-def _check_finite(gradient: Gradients) -> None:
-    for name, g in gradient.items():
-        if g is not None and not g.isfinite().all():
-            raise ValueError(f"the gradient of {name} is not finite, so the step has no direction")

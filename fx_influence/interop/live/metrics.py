@@ -61,6 +61,7 @@ class MeasuredStep(NamedTuple):
         seconds: duration of measuring.
         step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
         regions: labels of U's tokens, from ``regions_of``; None where they were not made.
+        lifetime_factor: see ``ledger.entry.lifetime_factor``.
     """
 
     step: int
@@ -73,6 +74,7 @@ class MeasuredStep(NamedTuple):
     seconds: float
     step_rounding: float = float("nan")
     regions: Labels | None = None
+    lifetime_factor: float = math.nan
 
     def through_own_prompts(self) -> float:
         """Return what leaving out the rollouts' own prompts takes off the sum of their influences, per unit lr.

@@ -1,13 +1,30 @@
-"""The share of an optimizer's step that rounding of the weights swallows."""
+"""The precision of a training run: that of its forward, and the share of a step that rounding of weights swallows."""
 
 from __future__ import annotations
 
+import torch
+
 from fx_influence.core.tree import dot
+from fx_influence.distributed.sharded_policy import ShardedPolicy
 from fx_influence.policy.autocast import HALF_DTYPES
+from fx_influence.policy.policy import Policy
 from fx_influence.types import Params
 
 MAX_STEP_ROUNDING = 0.1
 """Share of a step lost to rounding above which a warning is issued: a tenth of the optimizer's step is then missing."""
+
+
+def in_forward_precision(policy: Policy, autocast: torch.dtype | None, loss_scale: float) -> Policy:
+    """Return the policy under the autocast of a training run's forward; a sharded one stays in its shards' dtype.
+
+    Args:
+        policy: of the run's model.
+        autocast: dtype of the autocast, None without one.
+        loss_scale: factor by which the loss is multiplied.
+    """
+    if autocast is None or isinstance(policy, ShardedPolicy):
+        return policy
+    return policy.with_autocast(autocast, loss_scale)
 
 
 def step_rounding(moved: Params, direction: Params, lr: float) -> float:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.core.dtensor import to_local
 from fx_influence.interop.live.rows import RolloutRows
-from fx_influence.types import Batch, Gradients
+from fx_influence.types import AdamWState, Batch, Gradients
 
 
 class CapturedStep(NamedTuple):
@@ -96,3 +97,16 @@ def _prompt_numbers(rows: RolloutRows) -> Tensor:
     prompts = [tuple(ids[:width][mask[:width]].tolist()) for ids, mask, width in tokens]
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
     return torch.tensor([number[prompt] for prompt in prompts])
+
+
+def with_step_counted(opt_state: AdamWState, gradient: Gradients) -> AdamWState:
+    """Return the state with the numbers of updates after the step; a parameter without a gradient makes none."""
+    steps = {name: step + (gradient.get(name) is not None) for name, step in opt_state.step.items()}
+    return opt_state._replace(step=steps)
+
+
+def check_finite(gradient: Gradients) -> None:
+    """Raise ``ValueError`` for a gradient that is not finite."""
+    for name, g in gradient.items():
+        if g is not None and not to_local(g).isfinite().all():
+            raise ValueError(f"the gradient of {name} is not finite, so the step has no direction")

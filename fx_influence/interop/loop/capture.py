@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.attribution.result import Influence
-from fx_influence.distributed.sharded_policy import ShardedPolicy
 from fx_influence.interop.live.guard import CaptureError, Failure, attempt, reason, warn
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep, StepMeasurement
 from fx_influence.interop.live.metrics import PREFIX, LogSelection
 from fx_influence.interop.live.policy_checks import rounding_bound
+from fx_influence.interop.live.precision import in_forward_precision
 from fx_influence.interop.live.processes import all_gather_values, count_and_rank
 from fx_influence.interop.live.rows import concatenate
 from fx_influence.interop.live.step import CapturedStep, captured_step
@@ -53,9 +53,7 @@ class LoopTraining:
 
     def in_forward_precision(self, policy: Policy) -> Policy:
         """Return the policy under the autocast of the loop's forward; a sharded one stays in its shards' dtype."""
-        if self.autocast is None or isinstance(policy, ShardedPolicy):
-            return policy
-        return policy.with_autocast(self.autocast, self.loss_scale)
+        return in_forward_precision(policy, self.autocast, self.loss_scale)
 
     def rounding_bound(self) -> float:
         """Return the bound on the mean difference of two forwards in the lowest precision in use."""

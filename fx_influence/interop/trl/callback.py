@@ -29,6 +29,11 @@ from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
 from fx_influence.interop.trl.preflight.generation import check_generation
+from fx_influence.interop.trl.preflight.processes import (
+    check_processes,
+    check_sharded_settings,
+    is_sharded_training,
+)
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
@@ -150,12 +155,14 @@ class EntropyInfluence(TrainerCallback):
         if trainer is self._trainer:
             raise ValueError(f"callback is attached to this {type(trainer).__name__} already; expected once. Detach it")
         check_kind(trainer)
+        check_processes(trainer)
         mesh = mesh_of(trainer)
         with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
             check_steps(trainer)
             check_generation(trainer)
             make_functional(trainer.model, position_ids=False)
             prompts, note = self._evaluation_prompts(trainer)
+            check_sharded_settings(trainer, prompts, self._settings.matrix)
             self._check_processes_agree(mesh, prompts)
             attached = (x for x in trainer.callback_handler.callbacks if isinstance(x, EntropyInfluence))
             name = free_name(self._requested_name, {x.name for x in attached if x._trainer is trainer})
@@ -213,6 +220,9 @@ class EntropyInfluence(TrainerCallback):
         resumed = read_training_id(checkpoint, self.name, state.log_history) if state.global_step else None
         self._begin_training(resumed)
         require_adamw(trainer.optimizer)
+        if is_sharded_training(trainer):
+            # Sharded since ``attach``, perhaps in a way that the passes do not follow.
+            make_functional(trainer.model, position_ids=False)
 
     def _begin_training(self, resumed_id: str | None) -> None:
         sampling = HeldOutSampling(self._prompts, self._completions_per_prompt, self._seed)

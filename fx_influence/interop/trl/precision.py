@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fx_influence.interop.live.precision import in_forward_precision
 from fx_influence.policy.policy import Policy
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -13,9 +14,10 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_trainers_precision(policy: Policy, accelerator: Any) -> Policy:
-    """Return the policy under the autocast of the trainer's forward, with its loss scale in float16."""
+    """Return the policy under the autocast of the trainer's forward, with its loss scale in float16.
+
+    A sharded policy stays in its shards' dtype.
+    """
     dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision) if getattr(accelerator, "native_amp", False) else None
-    if dtype is None:
-        return policy
     scaler = getattr(accelerator, "scaler", None)
-    return policy.with_autocast(dtype, 1.0 if scaler is None else float(scaler.get_scale()))
+    return in_forward_precision(policy, dtype, 1.0 if scaler is None else float(scaler.get_scale()))

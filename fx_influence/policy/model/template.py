@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fx_influence.types import Params
 
@@ -266,6 +267,16 @@ def _undo_patches(module: nn.Module) -> None:
             # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del submodule._forward_hooks[key]
+        _drop_hook_handles(vars(submodule))
+
+
+def _drop_hook_handles(attributes: dict[str, Any]) -> None:
+    """Drop the handles of hooks from a copied module: a copy of the copy fails on one whose hooks were not copied."""
+    for key, value in attributes.items():
+        if isinstance(value, RemovableHandle):
+            attributes[key] = None
+        elif isinstance(value, list) and any(isinstance(x, RemovableHandle) for x in value):
+            attributes[key] = [x for x in value if not isinstance(x, RemovableHandle)]
 
 
 def base_model(model: nn.Module) -> Any:

@@ -10,6 +10,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
+from fx_influence.core.dtensor import to_local
 from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.live.processes import all_gather_values
@@ -118,7 +119,7 @@ class Capture:
         if getattr(self._trainer.accelerator, "scaler", None) is None:
             return False
         gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
-        return any(all_gather_values(self.mesh, not all(bool(g.isfinite().all()) for g in gradients)))
+        return any(all_gather_values(self.mesh, not all(bool(to_local(g).isfinite().all()) for g in gradients)))
 
     def gradient_scale(self) -> float:
         """Return the factor by which gradients of this process's loss are too large: processes times loss scale."""

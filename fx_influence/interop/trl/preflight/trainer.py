@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from fx_influence.core.dtensor import is_sharded
 from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
 from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.capture.recorder import METHODS
@@ -16,33 +15,10 @@ from fx_influence.interop.trl.prompts import IMAGE_COLUMNS
 
 
 def check_kind(trainer: Any) -> None:
-    """Check the trainer's class and its processes.
-
-    Raises ``TypeError`` for another trainer than trl's, and ``ValueError`` where the processes do not each hold the
-    full model.
-    """
+    """Raise ``TypeError`` for another trainer than trl's."""
     kind = type(trainer).__name__
     if not all(hasattr(trainer, name) for name in (*METHODS, "_generate", "_metrics", "accelerator")):
         raise TypeError(f"trainer is {kind}; expected trl's GRPOTrainer or RLOOTrainer (trl 1.16 or later)")
-    _check_processes(trainer)
-
-
-def _check_processes(trainer: Any) -> None:
-    """Raise ``ValueError`` for processes that do not each hold the full model, naming how they share it."""
-    kind = str(trainer.accelerator.distributed_type.value)
-    shardings = {
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        kind: kind != "NO" and not kind.startswith("MULTI_"),
-        "tensor parallelism": any(is_sharded(p) for p in trainer.model.parameters()),
-    }
-    for name, in_use in shardings.items():
-        if in_use:
-            raise ValueError(
-                f"the trainer runs in {trainer.accelerator.num_processes} processes under {name}; expected the "
-                "full model in every process. Launch one process, or several with DistributedDataParallel "
-                "(accelerate launch --multi_gpu)"
-            )
 
 
 def check_steps(trainer: Any) -> None:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fx_influence.interop.ledger.entry import ledger_entry, lifetime_factor, rollout_figures, step_labels
+from fx_influence.interop.ledger.entry import ledger_entry, rollout_figures, step_labels
 from fx_influence.interop.live.metrics import REGION_METRICS, SOURCE, SOURCE_STDERR, MeasuredStep
 from fx_influence.interop.live.step import CapturedStep
-from fx_influence.interop.optimizers import adamw_state
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.store.training import TRAINING
 from fx_influence.types import TokenValues
@@ -42,7 +41,7 @@ def step_entry(
     figures |= {"clip_fraction": clip_fraction(captured, trainer), "gradient_clip": captured.clip}
     figures["evaluation_count"] = len(measured.evaluation)
     if plan["preconditioner"] == "frozen":
-        figures["lifetime_factor"] = lifetime_factor(adamw_state(trainer.optimizer, trainer.model, copy=False))
+        figures["lifetime_factor"] = measured.lifetime_factor
     settings = {TRAINING: training_id, **{name: str(plan[name]) for name in SETTINGS}}
     return ledger_entry(measured.step, lr, influence, kinds, figures, rollouts, settings)
 

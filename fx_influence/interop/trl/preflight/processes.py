@@ -1,0 +1,89 @@
+"""Check how a trainer's processes share its model: with all of it in each, or sharded by FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fx_influence.core.dtensor import is_sharded
+from fx_influence.interop.trl.prompts import BATCH
+
+PARALLELISM = ("tp_size", "cp_size", "sp_size")
+"""Fields of accelerate's ``ParallelismConfig`` that divide a layer or a row among processes."""
+
+
+def check_processes(trainer: Any) -> None:
+    """Raise ``ValueError`` for processes that share the model otherwise than under DistributedDataParallel or FSDP2."""
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        raise _shared_otherwise(trainer, "DeepSpeed")
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer, accelerator.state.fsdp_plugin)
+        return
+    kind = str(accelerator.distributed_type.value)
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise _shared_otherwise(trainer, kind)
+
+
+def is_sharded_training(trainer: Any) -> bool:
+    """Return whether the trainer's model is sharded, or will be when training begins."""
+    return bool(trainer.is_fsdp_enabled) or any(map(is_sharded, trainer.model.parameters()))
+
+
+def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool) -> None:
+    """Raise ``ValueError`` for what cannot be measured of a sharded model.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+        prompts: of E; None where E is the update batch.
+        matrix: whether pairwise influences are wanted.
+    """
+    if not is_sharded_training(trainer):
+        return
+    if matrix:
+        raise ValueError(
+            "matrix is True and FSDP shards the model; expected False, since pairwise influences need the gradient of "
+            "every rollout. Leave the matrix out, or train under DistributedDataParallel"
+        )
+    if prompts is not None:
+        raise ValueError(
+            f"E is {len(prompts)} held-out prompts and FSDP shards the model; expected the step's own rollouts, since a "
+            f"generation that fails in one process would leave the others waiting. Pass eval_prompts={BATCH!r}"
+        )
+
+
+def _check_fsdp(trainer: Any, plugin: Any) -> None:
+    """Raise ``ValueError`` for settings of FSDP under which the library has no passes."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"the trainer runs under FSDP with fsdp_version {plugin.fsdp_version}; expected 2, since the flat parameters "
+            "of version 1 have no forward mode. Set fsdp_version: 2 in accelerate's configuration, or 'version': 2 in "
+            "fsdp_config"
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "FSDP's cpu_offload is on; expected off, since the passes run where the shards are. Leave fsdp_offload_params "
+            "(cpu_offload in fsdp_config) out"
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for field in PARALLELISM:
+        if (getattr(parallelism, field, None) or 1) > 1:
+            raise ValueError(
+                f"{field} is {getattr(parallelism, field)} in parallelism_config; expected 1, since influences are of "
+                "complete rows and layers. Measure with data parallelism alone"
+            )
+
+
+def _shared_otherwise(trainer: Any, kind: str) -> ValueError:
+    count = trainer.accelerator.num_processes
+    processes = "one process" if count == 1 else f"{count} processes"
+    remedy = (
+        f"Launch it without {kind}"
+        if count == 1
+        else "Launch with FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), or with DistributedDataParallel "
+        "(--multi_gpu) where the model fits each device"
+    )
+    return ValueError(
+        f"the trainer runs in {processes} under {kind}; expected the full model in every process, or FSDP2. {remedy}"
+    )
