@@ -240,17 +240,31 @@ def _meta_parameter(p: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
 
 
-class _Uncompiled(nn.Module):
-    """The class of a module that ``torch.compile`` returned, uncompiled: a compiled one loses tangents (torch 2.13)."""
+class _Wrapper(nn.Module):
+    """The class of a module that calls the one it wraps, under the name ``INNER``, and does nothing else."""
+
+    INNER: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
+        return self._modules[self.INNER](*args, **kwargs)  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("_orig_mod"), name)
+            return getattr(super().__getattr__(self.INNER), name)
+
+
+class _Uncompiled(_Wrapper):
+    """Takes the place of a module that ``torch.compile`` returned: a compiled one loses tangents (torch 2.13)."""
+
+    INNER = "_orig_mod"
+
+
+class _Unwrapped(_Wrapper):
+    """Takes the place of torch's ``checkpoint_wrapper``, which would call the module again in the backward pass."""
+
+    INNER = "_checkpoint_wrapped_module"
 
 
 def _undo_patches(module: nn.Module) -> None:
@@ -259,8 +273,9 @@ def _undo_patches(module: nn.Module) -> None:
         # accelerate and kernel patches replace `forward` on the instance; torch.func needs that of the class.
         submodule.__dict__.pop("forward", None)
         submodule.__dict__["_compiled_call_impl"] = None
-        if "_orig_mod" in submodule._modules:
-            submodule.__class__ = _Uncompiled
+        for kind in (_Uncompiled, _Unwrapped):
+            if kind.INNER in submodule._modules:
+                submodule.__class__ = kind
         if hasattr(submodule, "gradient_checkpointing"):
             vars(submodule)["gradient_checkpointing"] = False
         for key, hook in list(submodule._forward_hooks.items()):
