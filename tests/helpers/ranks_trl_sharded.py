@@ -1,0 +1,153 @@
+"""Script of one rank of tests/interop/trl/test_sharded.py: TRL training runs under FSDP2, measured at every step."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+import fx_influence as fx
+from benchmarks.trl.bench_trl_steps import relative_error
+from benchmarks.trl.variants import Variant, policy, quiet
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.distributed import fsdp_units
+from fx_influence.distributed.batches import gather_batch
+from fx_influence.interop.live.measurement import StepMeasurement
+from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.capture import recorder
+from fx_influence.interop.trl.store.step import StepStore
+from fx_influence.optim.adamw import MOMENTS
+from helpers.ranks import end_rank, save_result
+from helpers.ranks_trl import log_of, rank_trainer, replaced_influence
+from helpers.sharded_trainings import FSDP2, fsdp_on_cpu, full_tree
+from helpers.trl_runs import warnings_of
+
+FULL = Variant("dapo", False, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3})
+LORA = Variant("grpo", True, 1, False, {"max_grad_norm": 0.5})
+
+
+def sharded_trainer(variant: Variant, out: Path, steps: int) -> Any:
+    with fsdp_on_cpu():
+        return rank_trainer(variant, out, steps, **FSDP2, learning_rate=1e-3)
+
+
+def outcome(training: Any) -> dict[str, Any]:
+    """Return what a training run leaves: its weights, AdamW's state, and the log."""
+    state = training.optimizer.optimizer.state
+    moments = {f"{k}.{name}": x for k, s in enumerate(state.values()) for name, x in s.items()}
+    weights = {name: p.detach() for name, p in training.model.named_parameters()}
+    return {"tensors": full_tree(weights) | full_tree(moments), "log": log_of(training)}
+
+
+def compared_with_one_process(records: list[dict[str, Any]]) -> Callable[..., Any]:
+    """Return ``fx.influence`` that appends its result, and those of one process with all weights and rows."""
+
+    def both(params: Any, batch_u: Any, batch_e: Any, opt_state: Any, *, mesh: Any, labels: Any, **options: Any) -> Any:
+        sharded = fx.influence(params, batch_u, batch_e, opt_state, mesh=mesh, labels=labels, **options)
+        rows, grad = gather_batch(mesh, "batch_u", batch_u), options.pop("grad")
+        record: dict[str, Any] = {"sharded": results_of(sharded)}
+        for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+            moments = {key: full_tree(getattr(opt_state, key), dtype) for key in MOMENTS}
+            weights: Any = full_tree(params, dtype)
+            options["apply"] = fx.make_functional(policy().to(dtype), position_ids=False)[0]
+            state = opt_state._replace(**moments)
+            alone = fx.influence(weights, rows, None, state, grad=full_tree(grad, dtype), **options)
+            record[name] = results_of(alone)
+        record["gradient"] = relative_error(batch_gradient(weights, rows, options["apply"]), full_tree(grad, dtype))
+        records.append(record)
+        return sharded
+
+    return both
+
+
+def results_of(out: fx.Influence) -> dict[str, Any]:
+    names = ("per_sequence", "per_token", "stderr", "total", "total_stderr", "momentum", "self_influence")
+    return {name: getattr(out, name) for name in names}
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Train without and with every step measured."""
+    plain = sharded_trainer(FULL, out / "plain", 2)
+    plain.train()
+    training, records = sharded_trainer(FULL, out / "measured", 2), list[dict[str, Any]]()
+    with replaced_influence(compared_with_one_process(records)):
+        influence = EntropyInfluence(1).attach(training)
+        training.train()
+    sharded = [hasattr(p, "placements") for p in training.model.parameters()]
+    return {
+        "sharded": all(sharded),
+        "plain": outcome(plain),
+        "measured": outcome(training),
+        "history": influence.history,
+        "records": records,
+    }
+
+
+@contextmanager
+def faults(training: Any) -> Iterator[None]:
+    """Make something fail on one rank in each of the first six steps.
+
+    In turn: the recording, a unit's forward on the way through U or E, a reduce-scatter in a backward pass, a root's
+    all-gather, the passes after the update, writing.
+    """
+    rank = dist.get_rank()
+
+    def fail(name: str, step: int, failing_rank: int, error: Exception, original: Callable[..., Any]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if training.state.global_step + 1 == step and rank == failing_rank and once.pop(name, None):
+                raise error
+            return original(*args, **kwargs)
+
+        return call
+
+    targets: list[tuple[Any, str, int, int, Exception]] = [
+        (recorder, "rollout_rows", 1, 1, ValueError("no rows")),
+        (fsdp_units, "unit_weights", 2, 1, torch.OutOfMemoryError("no memory forward")),
+        (fsdp_units, "reduce_scatter", 3, 1, torch.OutOfMemoryError("no memory backward")),
+        (fsdp_units.FsdpPass, "unshard", 4, 0, RuntimeError("no weights")),
+        (StepMeasurement, "after_update", 5, 1, RuntimeError("no scores")),
+        (StepStore, "write", 6, 0, OSError("no space")),
+    ]
+    once = {name: True for _, name, *_ in targets}
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, step, failing_rank, error in targets:
+            patch.setattr(owner, name, fail(name, step, failing_rank, error, getattr(owner, name)))
+        yield
+
+
+def failed(out: Path) -> dict[str, Any]:
+    """Train seven steps, in the first six of which measuring fails on one rank."""
+    plain = sharded_trainer(LORA, out / "plain", 7)
+    plain.train()
+    training = sharded_trainer(LORA, out / "measured", 7)
+    influence = EntropyInfluence(1).attach(training)
+    with faults(training):
+        texts = warnings_of(training.train)
+    return {
+        "plain": outcome(plain),
+        "measured": outcome(training),
+        "history": influence.history,
+        "warnings": [text for text in texts if "attributed" in text],
+    }
+
+
+def main(out: str) -> None:
+    warnings.simplefilter("ignore")
+    state = PartialState(cpu=True)
+    with quiet():
+        result = {"measured": measured(Path(out) / "measured"), "failed": failed(Path(out) / "failed")}
+    save_result(out, result)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end_rank()
