@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from helpers.trl_runs import HELD_OUT, PLAIN, assert_detached, gpt2
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
@@ -50,23 +48,6 @@ def test_attach_rejects_model(make_model: Any, message: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=message):
         EntropyInfluence(1, HELD_OUT).attach(training)
     assert_detached(training)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"is_deepspeed_enabled": True}, "under DeepSpeed; .*Launch one process, or several with DistributedData"),
-        ({"is_fsdp_enabled": True}, "under FSDP; "),
-        ({"accelerator": SimpleNamespace(num_processes=8, distributed_type=DistributedType.XLA)}, "8 .* under XLA; "),
-        ({"model": SimpleNamespace(parameters=lambda: [SimpleNamespace(placements=[])])}, "under tensor parallelism"),
-    ],
-    ids=["DeepSpeed", "FSDP", "XLA", "tensor parallelism"],
-)
-def test_attach_rejects_sharded_model(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    training = trainer(PLAIN, str(tmp_path), 1)
-    vars(training).update(change)
-    with pytest.raises(ValueError, match=message):
-        EntropyInfluence(1, HELD_OUT).attach(training)
 
 
 def test_attach_rejects_other_optimizer(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Trainers whose processes share the model in a way that no pass follows are refused, with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from helpers.trl_runs import HELD_OUT, PLAIN, assert_detached
+
+from benchmarks.trl.variants import trainer
+from fx_influence.interop.trl import EntropyInfluence
+
+# The warnings that trl, transformers and accelerate give about themselves.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def accelerator(kind: DistributedType, processes: int = 1, **plugin: Any) -> dict[str, Any]:
+    """Return the attributes of a trainer that accelerate has set up in this way."""
+    fsdp = FullyShardedDataParallelPlugin(**plugin) if kind is DistributedType.FSDP else None
+    fields = {"num_processes": processes, "distributed_type": kind, "state": SimpleNamespace(fsdp_plugin=fsdp)}
+    return {"accelerator": SimpleNamespace(**fields), "is_fsdp_enabled": fsdp is not None}
+
+
+def deepspeed(processes: int) -> dict[str, Any]:
+    return {**accelerator(DistributedType.DEEPSPEED, processes), "is_deepspeed_enabled": True}
+
+
+def with_parallelism(field: str) -> dict[str, Any]:
+    change = accelerator(DistributedType.FSDP, 4, fsdp_version=2)
+    change["accelerator"].parallelism_config = SimpleNamespace(**{field: 2})
+    return change
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DeepSpeed": (deepspeed(8), "in 8 processes under DeepSpeed; .*FSDP2"),
+    "one process of DeepSpeed": (deepspeed(1), "in one process under DeepSpeed; .*Launch it without DeepSpeed$"),
+    "XLA": (accelerator(DistributedType.XLA, 8), "in 8 processes under XLA; "),
+    "FSDP1": (accelerator(DistributedType.FSDP, 2, fsdp_version=1), "fsdp_version 1; expected 2, .*fsdp_version: 2"),
+    "offload": (accelerator(DistributedType.FSDP, 2, fsdp_version=2, cpu_offload=True), "cpu_offload is on; "),
+    "context parallel": (with_parallelism("cp_size"), "cp_size is 2 in parallelism_config; expected 1"),
+    "tensor parallel": (with_parallelism("tp_size"), "tp_size is 2 in parallelism_config; expected 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_attach_rejects_processes(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1)
+    vars(training).update(change)
+    with pytest.raises(ValueError, match=message):
+        EntropyInfluence(1).attach(training)
+    assert_detached(training)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"matrix": True}, "matrix is True and FSDP shards the model; expected False"),
+        ({"eval_prompts": HELD_OUT}, "E is 3 held-out prompts and FSDP shards the model; .*eval_prompts='batch'"),
+    ],
+)
+def test_attach_rejects_what_no_sharded_model_has(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    training = trainer(PLAIN, str(tmp_path), 1, per_device_train_batch_size=12)
+    training.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    training.is_fsdp_enabled = True
+    try:
+        with pytest.raises(ValueError, match=message):
+            EntropyInfluence(1, **settings).attach(training)
+    finally:
+        del training.accelerator.state.fsdp_plugin
+    assert_detached(training)
+
+
+def test_training_warns_of_a_model_sharded_otherwise(tmp_path: Path) -> None:
+    """Accelerate shards a model when training begins, so its shards cannot be looked at before."""
+    training = trainer(PLAIN, str(tmp_path), 1, per_device_train_batch_size=12)
+    influence = EntropyInfluence(1).attach(training)
+    training.create_optimizer()
+    # As torch's tensor parallelism leaves a parameter, for all that is looked at.
+    vars(training.model.lm_head.weight).update(placements=["_StridedShard"], device_mesh=None)
+    with pytest.warns(UserWarning, match=r"no step .* is measured: model parameter .* as tensor parallelism makes"):
+        influence.on_train_begin(training.args, training.state, training.control)
