@@ -32,6 +32,7 @@ from helpers.trl_runs import warnings_of
 
 FULL = Variant("dapo", False, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3})
 LORA = Variant("grpo", True, 1, False, {"max_grad_norm": 0.5})
+"""One micro-batch, and activation checkpointing by torch's wrapper."""
 
 
 def sharded_trainer(variant: Variant, out: Path, steps: int) -> Any:

@@ -2,7 +2,7 @@
 
 The mathematics runs on a template of the model with the live tensors, never on the trainer's own module, and E is
 sampled on a separate random state, so training proceeds exactly as without the callback. With several processes, each
-holds the full model and does a share of the work; only the first warns and writes.
+holds the full model or its shard of it and does a share of the work; only the first warns and writes.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class EntropyInfluence(TrainerCallback):
     only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued if rounding swallows
     more than a tenth of a step, as it does with weights trained in bfloat16.
 
-    With several processes (DistributedDataParallel), U and E are the rollouts of all: every process attaches a callback
-    with the same settings, samples its share of E and has the full ``history``; the first process stores.
+    With several processes (DistributedDataParallel, or FSDP2 with the batch as E), U and E are the rollouts of all: every
+    process attaches a callback with the same settings, samples its share of E and has the full ``history``; the first
+    process stores. Under FSDP2 passes stay in the shards' dtype.
 
     A failure while measuring, such as influences that do not add up, becomes one warning with the step and the reason:
     training continues as without the callback, and the step is missing from ``history``. ``KeyboardInterrupt`` passes.
@@ -148,9 +149,10 @@ class EntropyInfluence(TrainerCallback):
         Raises:
             TypeError: for a trainer of another kind or with another optimizer than AdamW.
             ValueError: for a trainer whose steps cannot be attributed (active dropout, noise or images in its forward,
-                a model that ``make_functional`` refuses or that DeepSpeed or FSDP shards) or whose completions are not
-                sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts; if it is
-                attached already or its name is taken; and if processes attach with different settings.
+                a model that ``make_functional`` refuses, or that DeepSpeed or FSDP1 shards) or whose completions are
+                not sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts, or held out
+                with a model that FSDP2 shards; if it is attached already or its name is taken; and if processes attach
+                with different settings.
         """
         if trainer is self._trainer:
             raise ValueError(f"callback is attached to this {type(trainer).__name__} already; expected once. Detach it")

@@ -1,4 +1,4 @@
-"""The mesh of a TRL trainer's processes."""
+"""The mesh of a TRL trainer's processes, replicated or sharded."""
 
 from __future__ import annotations
 

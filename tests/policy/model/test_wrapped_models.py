@@ -10,6 +10,7 @@ import torch
 from helpers.hf_models import make_model
 from helpers.tiny_models import AttentionModel, full_batch, is_close, make_float64, warm_state
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fx_influence as fx
 from fx_influence.policy.split import split_policy
@@ -23,6 +24,12 @@ class CompiledInside(AttentionModel):
     def __init__(self) -> None:
         super().__init__()
         self.qkv = torch.compile(self.qkv, backend="eager")  # type: ignore[assignment]
+
+
+class CheckpointedInside(AttentionModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = checkpoint_wrapper(self.qkv)  # type: ignore[assignment]
 
 
 def compiled_in_place(model: nn.Module) -> nn.Module:
@@ -53,10 +60,14 @@ def test_make_functional_unwraps_model(kind: str) -> None:
     assert torch.equal(actual.per_sequence, expected.per_sequence)
 
 
-def test_inner_compiled_modules_keep_tangents() -> None:
-    model = make_float64(CompiledInside)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(CompiledInside, "qkv._orig_mod.weight"), (CheckpointedInside, "qkv._checkpoint_wrapped_module.weight")],
+)
+def test_inner_wrapped_modules_keep_derivatives(kind: type[nn.Module], name: str) -> None:
+    model = make_float64(kind)
     apply, params = fx.make_functional(model)
-    assert "qkv._orig_mod.weight" in params
+    assert name in params
     actual = fx.influence(params, U, E, warm_state(model), apply=apply)
     plain = make_float64(AttentionModel)
     apply, params = fx.make_functional(plain)
