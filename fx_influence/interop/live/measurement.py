@@ -36,7 +36,7 @@ from fx_influence.objectives import Entropy
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import Policy
 from fx_influence.policy.precision import in_float32
-from fx_influence.types import Batch, Gradients, Params, Preconditioner, TokenValues
+from fx_influence.types import Batch, Params, Preconditioner, TokenValues
 
 logger = logging.getLogger(__name__)
 

@@ -46,8 +46,8 @@ def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool
         )
     if prompts is not None:
         raise ValueError(
-            f"E is {len(prompts)} held-out prompts and FSDP shards the model; expected the step's own rollouts, since a "
-            f"generation that fails in one process would leave the others waiting. Pass eval_prompts={BATCH!r}"
+            f"E is {len(prompts)} held-out prompts and FSDP shards the model; expected the step's own rollouts, since "
+            f"a generation that fails in one process would leave the others waiting. Pass eval_prompts={BATCH!r}"
         )
 
 
@@ -57,14 +57,19 @@ def _check_fsdp(trainer: Any, plugin: Any) -> None:
 
     if plugin.fsdp_version != 2:
         raise ValueError(
-            f"the trainer runs under FSDP with fsdp_version {plugin.fsdp_version}; expected 2, since the flat parameters "
-            "of version 1 have no forward mode. Set fsdp_version: 2 in accelerate's configuration, or 'version': 2 in "
-            "fsdp_config"
+            f"the trainer runs under FSDP with fsdp_version {plugin.fsdp_version}; expected 2, since the flat "
+            "parameters of version 1 have no forward mode. Set fsdp_version: 2 in accelerate's configuration, or "
+            "'version': 2 in fsdp_config"
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
-            "FSDP's cpu_offload is on; expected off, since the passes run where the shards are. Leave fsdp_offload_params "
-            "(cpu_offload in fsdp_config) out"
+            "FSDP's cpu_offload is on; expected off, since the passes run where the shards are. Leave out "
+            "fsdp_offload_params (cpu_offload in fsdp_config)"
+        )
+    if getattr(trainer.args, "torch_compile", False):
+        raise ValueError(
+            "torch_compile is True and FSDP shards the model; expected False, since FSDP then shards the compiled "
+            "model and not its layers. Leave torch_compile out to measure"
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     for field in PARALLELISM:

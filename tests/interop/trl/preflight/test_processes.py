@@ -34,12 +34,17 @@ def with_parallelism(field: str) -> dict[str, Any]:
     return change
 
 
+def compiled() -> dict[str, Any]:
+    return {**accelerator(DistributedType.FSDP, 2, fsdp_version=2), "args": SimpleNamespace(torch_compile=True)}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "DeepSpeed": (deepspeed(8), "in 8 processes under DeepSpeed; .*FSDP2"),
     "one process of DeepSpeed": (deepspeed(1), "in one process under DeepSpeed; .*Launch it without DeepSpeed$"),
     "XLA": (accelerator(DistributedType.XLA, 8), "in 8 processes under XLA; "),
     "FSDP1": (accelerator(DistributedType.FSDP, 2, fsdp_version=1), "fsdp_version 1; expected 2, .*fsdp_version: 2"),
     "offload": (accelerator(DistributedType.FSDP, 2, fsdp_version=2, cpu_offload=True), "cpu_offload is on; "),
+    "compiled": (compiled(), "torch_compile is True and FSDP shards the model; expected False"),
     "context parallel": (with_parallelism("cp_size"), "cp_size is 2 in parallelism_config; expected 1"),
     "tensor parallel": (with_parallelism("tp_size"), "tp_size is 2 in parallelism_config; expected 1"),
 }
