@@ -23,6 +23,7 @@ from fx_influence.distributed.batches import gather_batch
 from fx_influence.interop.live.measurement import StepMeasurement
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture import recorder
+from fx_influence.interop.trl.preflight import processes
 from fx_influence.interop.trl.store.step import StepStore
 from fx_influence.optim.adamw import MOMENTS
 from helpers.ranks import end_rank, save_result
@@ -140,11 +141,32 @@ def failed(out: Path) -> dict[str, Any]:
     }
 
 
+def refused(out: Path) -> dict[str, Any]:
+    """Train one step of a model whose shards one rank refuses when training begins."""
+    training = sharded_trainer(LORA, out, 1)
+    influence = EntropyInfluence(1).attach(training)
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise ValueError("no shards")
+        return fx.make_functional(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "make_functional", refuse)
+        texts = warnings_of(training.train)
+    return {
+        "steps": training.state.global_step,
+        "history": influence.history,
+        "warnings": [text for text in texts if "is measured" in text],
+    }
+
+
 def main(out: str) -> None:
     warnings.simplefilter("ignore")
     state = PartialState(cpu=True)
     with quiet():
-        result = {"measured": measured(Path(out) / "measured"), "failed": failed(Path(out) / "failed")}
+        runs = {"measured": measured, "failed": failed, "refused": refused}
+        result = {name: run(Path(out) / name) for name, run in runs.items()}
     save_result(out, result)
     state.destroy_process_group()
 

@@ -24,15 +24,14 @@ from fx_influence.interop.live.guard import Failure, attempt, preserve_random_st
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
 from fx_influence.interop.live.metrics import PREFIX, LogSelection, MeasuredStep
 from fx_influence.interop.live.processes import all_gather_values
-from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
 from fx_influence.interop.trl.preflight.generation import check_generation
 from fx_influence.interop.trl.preflight.processes import (
+    check_prepared,
     check_processes,
     check_sharded_settings,
-    is_sharded_training,
 )
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
@@ -221,10 +220,7 @@ class EntropyInfluence(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         resumed = read_training_id(checkpoint, self.name, state.log_history) if state.global_step else None
         self._begin_training(resumed)
-        require_adamw(trainer.optimizer)
-        if is_sharded_training(trainer):
-            # Sharded since ``attach``, perhaps in a way that the passes do not follow.
-            make_functional(trainer.model, position_ids=False)
+        check_prepared(trainer, self._capture.mesh)
 
     def _begin_training(self, resumed_id: str | None) -> None:
         sampling = HeldOutSampling(self._prompts, self._completions_per_prompt, self._seed)

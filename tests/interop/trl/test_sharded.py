@@ -24,6 +24,7 @@ def test_two_sharded_ranks_measure_as_one_process(tmp_path: Path) -> None:
         assert_steps_foretold(result["measured"]["history"])
     assert results[0]["measured"]["history"] == results[1]["measured"]["history"]
     assert_faults_are_one_warning(results)
+    assert_refusal_ends_measuring_on_all(results)
     stored = fx.load_training(tmp_path / "measured" / "measured" / "0" / "entropy_influence")
     assert stored.steps["step"].tolist() == [1, 2]
     assert stored.steps["total"].tolist() == [metrics["total"] for metrics in results[0]["measured"]["history"]]
@@ -76,3 +77,11 @@ def assert_faults_are_one_warning(results: list[Any]) -> None:
         "step 6 is not attributed: OSError: no space",
     ]
     assert not results[1]["failed"]["warnings"]
+
+
+def assert_refusal_ends_measuring_on_all(results: list[Any]) -> None:
+    for result in results:
+        assert result["refused"]["steps"] == 1
+        assert not result["refused"]["history"]
+    text = "no step of this training run is measured: on rank 1: ValueError: no shards"
+    assert [result["refused"]["warnings"] for result in results] == [[text], []]

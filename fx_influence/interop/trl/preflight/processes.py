@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from fx_influence.core.dtensor import is_sharded
+from fx_influence.distributed.collectives import propagate_failures
+from fx_influence.functional import make_functional
+from fx_influence.interop.live.guard import preserve_random_state
+from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.prompts import BATCH
 
 PARALLELISM = ("tp_size", "cp_size", "sp_size")
@@ -49,6 +55,23 @@ def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool
             f"E is {len(prompts)} held-out prompts and FSDP shards the model; expected the step's own rollouts, since "
             f"a generation that fails in one process would leave the others waiting. Pass eval_prompts={BATCH!r}"
         )
+
+
+def check_prepared(trainer: Any, mesh: DeviceMesh | None) -> None:
+    """Check what the trainer has made since ``attach``: its optimizer, and the shards of its model.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer`` that is about to train.
+        mesh: of its processes, None for a single process; what one of them refuses all refuse.
+
+    Raises:
+        TypeError: for another optimizer than AdamW.
+        ValueError: for a model that is sharded in another way than by FSDP2 alone.
+    """
+    with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
+        require_adamw(trainer.optimizer)
+        if is_sharded_training(trainer):
+            make_functional(trainer.model, position_ids=False)
 
 
 def _check_fsdp(trainer: Any, plugin: Any) -> None:
