@@ -136,6 +136,11 @@ def unit_direction(direction: Params, params: Params) -> tuple[float, Params]:
     return scale, unit
 
 
+def cast_floating(tree: Params, dtype: torch.dtype | None) -> Params:
+    """Return floating-point tensors by name in ``dtype``, others and all under None as they are."""
+    return {name: x.to(dtype) if dtype is not None and x.is_floating_point() else x for name, x in tree.items()}
+
+
 def cast_like(v: Tensor, p: Tensor) -> Tensor:
     """Return v in the dtype and on the device of p; v itself if it is there already."""
     return v.to(device=p.device, dtype=p.dtype)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from fx_influence.core.dtensor import is_sharded
@@ -66,6 +67,13 @@ def check_sharding(model: nn.Module) -> None:
             "gathered it (call reshard() on the module that fully_shard was called on), or it was left out of it. "
             f"{remedy}"
         )
+
+
+def mixed_precision_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype that FSDP2's mixed precision casts parameters to; None for none, or for several."""
+    modules: Iterator[Any] = (module for module in model.modules() if _is_fsdp(module))
+    dtypes = {module._get_fsdp_state()._mp_policy.param_dtype for module in modules}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def copy_without_fsdp(model: nn.Module, memo: dict[int, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from fx_influence.core.tree import cast_like
+from fx_influence.core.tree import cast_floating, cast_like
 from fx_influence.distributed.fsdp_gather import PendingGather, reduce_scatter, start_all_gather
 from fx_influence.types import Params
 
@@ -43,10 +43,13 @@ class FsdpPass:
         units: in the order of the forward.
         known: the DTensors of all units by name; those that require a gradient are leaves.
         tangents: DTensors by name, gathered with the weights and made dual with them; empty for a plain pass.
+        param_dtype: dtype that the gathered weights are cast to, None for that of the shards.
     """
 
-    def __init__(self, units: Sequence[FsdpUnit], known: Params, tangents: Params) -> None:
-        self.units = units
+    def __init__(
+        self, units: Sequence[FsdpUnit], known: Params, tangents: Params, param_dtype: torch.dtype | None = None
+    ) -> None:
+        self.units, self._param_dtype = units, param_dtype
         self._shards = [{name: known[name] for name in unit.names} for unit in units]
         self._tangents = [{name: tangents[name] for name in unit.names if name in tangents} for unit in units]
         # A device runs its backward passes in a thread of its own, which has no context variables.
@@ -98,7 +101,7 @@ class FsdpPass:
         full = (self._pending.pop(k) if k in self._pending else self._start(k)).result()
         count = len(self._shards[k])
         return (
-            dict(zip(self._shards[k], full[:count], strict=True)),
+            cast_floating(dict(zip(self._shards[k], full[:count], strict=True)), self._param_dtype),
             dict(zip(self._tangents[k], full[count:], strict=True)),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.core.dtensor import before_collective, is_sharded, to_local
-from fx_influence.core.tree import promote
+from fx_influence.core.tree import cast_floating, promote
 from fx_influence.distributed.fsdp_gather import reduce_scatter, shard_like, sharding_of, start_all_gather
-from fx_influence.distributed.fsdp_model import check_sharding, copy_without_fsdp, find_units
+from fx_influence.distributed.fsdp_model import (
+    check_sharding,
+    copy_without_fsdp,
+    find_units,
+    mixed_precision_dtype,
+)
 from fx_influence.distributed.fsdp_units import FsdpPass, FsdpUnit, attach_reduce_scatter, run_units_through
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.model.fitting import FittedForward
@@ -47,10 +52,14 @@ class ShardedForward(ModelForward):
     Attributes:
         units: the FSDP units, whose weights are gathered where each runs.
         tangents: shards of a direction that are gathered with the units' weights, by name.
+        parameters: names of the model's parameters, frozen ones too.
+        param_dtype: dtype that parameters are cast to for a call, None for that of the shards.
     """
 
     units: Sequence[FsdpUnit] = ()
     tangents: Params = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+    param_dtype: torch.dtype | None = None
 
     @functools.cached_property
     def in_units(self) -> set[str]:
@@ -63,20 +72,26 @@ class ShardedForward(ModelForward):
 
     def call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         if not any(map(is_sharded, known.values())):
-            return super().call(template, known, args, kwargs)
+            return super().call(template, self._cast_parameters(known), args, kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise ValueError(
                 "apply is a ShardedPolicy; expected an unsharded one, since matrix=True, fisher_kernel and blocks "
                 "of directions need transforms of torch.func. Pass matrix=False or load the model unsharded"
             )
         known = self._with_root_gathered(known)
-        with run_units_through(template.module, FsdpPass(self.units, known, self.tangents)):
+        with run_units_through(template.module, FsdpPass(self.units, known, self.tangents, self.param_dtype)):
             plain = {name: x for name, x in known.items() if not is_sharded(x)}
-            return super().call(template, plain, args, kwargs)
+            return super().call(template, self._cast_parameters(plain), args, kwargs)
 
     def head_tensors(self, head: Head, params: Params) -> Params:
         names = set(head.names.values())
-        return self._with_root_gathered({name: x for name, x in {**self.frozen, **params}.items() if name in names})
+        known = {name: x for name, x in {**self.frozen, **params}.items() if name in names}
+        return self._cast_parameters(self._with_root_gathered(known))
+
+    def _cast_parameters(self, known: Params) -> Params:
+        """Return plain tensors by name with the parameters among them in ``param_dtype``, differentiably."""
+        parameters = {name: x for name, x in known.items() if name in self.parameters}
+        return {**known, **cast_floating(parameters, self.param_dtype)}
 
     def _with_root_gathered(self, known: Params) -> Params:
         """Return tensors by name with the root-managed DTensors among them gathered, differentiably."""
@@ -98,7 +113,7 @@ class ShardedPolicy(Policy):
 
     All ranks of the mesh must make the same passes, over as many micro-batches. The derivatives are those of each
     rank's rows, but gradients of units' parameters are already summed over the ranks that share its shards. Passes
-    compute in the dtype of the shards: a ``MixedPrecisionPolicy`` of FSDP2 is not followed. Transformations of
+    compute in the dtype of the shards, and ``with_autocast`` follows a ``MixedPrecisionPolicy``. Transformations of
     ``torch.func`` raise ``ValueError``, so pairwise matrices and blocks of directions are not available.
 
     Args:
@@ -106,20 +121,38 @@ class ShardedPolicy(Policy):
         position_ids: whether its forward is given position ids, see ``make_functional``.
         compiled: must be False.
 
+    Attributes:
+        mixed_precision: dtype that the model's ``MixedPrecisionPolicy`` casts parameters to, or None.
+
     Raises:
         ValueError: for ``compiled``, and for a model sharded in another way than by FSDP2.
     """
 
     forward: ShardedForward
+    mixed_precision: torch.dtype | None
 
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
         if compiled:
             raise ValueError("compiled is True for a sharded model; expected False. Leave compiled out")
         check_sharding(model)
+        self.mixed_precision = mixed_precision_dtype(model)
         super().__init__(model, position_ids)
 
     def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
-        raise ValueError(f"autocast is {dtype} for a sharded policy; expected a plain one. Leave it out")
+        """Return the same policy as a trainer computes it under FSDP2's ``MixedPrecisionPolicy(param_dtype=dtype)``.
+
+        Parameters are cast for each call, and with them all that is computed from them.
+        """
+        forward = dataclasses.replace(self.forward, param_dtype=dtype)
+        return super().with_autocast(dtype, loss_scale).replace(forward=forward)
+
+    def _with_raised(self, frozen: Params, dtype: torch.dtype) -> Policy:
+        policy = super()._with_raised(frozen, dtype)
+        return policy.replace(forward=dataclasses.replace(policy.forward, param_dtype=None))
+
+    def _cast(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        # Not by autocast, whose cast weights the graph would hold on to once the unit's own are freed.
+        return f
 
     def unshard(self, params: Params, tangent: Params | None = None) -> Unsharded:
         """Return policy, parameters and direction with everything root-managed gathered, one collective per dtype."""
@@ -162,7 +195,8 @@ class ShardedPolicy(Policy):
             return forward_mode_jvp(lambda p: policy._backbone(p, micro_batch), params, plain, outputs)
 
     def _make_forward(self, model: nn.Module, module: nn.Module, position_ids: bool) -> ShardedForward:
-        return ShardedForward.of(model, module, position_ids, units=find_units(model))
+        parameters = frozenset(name for name, _ in model.named_parameters())
+        return ShardedForward.of(model, module, position_ids, units=find_units(model), parameters=parameters)
 
     def _supports_prefix_sharing(self, model: nn.Module, fitted: FittedForward, cut: CutModel) -> bool:
         # Ranks whose rows share different prompts would make different numbers of passes.

@@ -36,9 +36,9 @@ LORA = Variant("grpo", True, 1, False, {"max_grad_norm": 0.5})
 """One micro-batch, and activation checkpointing by torch's wrapper."""
 
 
-def sharded_trainer(variant: Variant, out: Path, steps: int) -> Any:
+def sharded_trainer(variant: Variant, out: Path, steps: int, **more: Any) -> Any:
     with fsdp_on_cpu():
-        return rank_trainer(variant, out, steps, **FSDP2, learning_rate=1e-3)
+        return rank_trainer(variant, out, steps, **FSDP2, learning_rate=1e-3, **more)
 
 
 def outcome(training: Any) -> dict[str, Any]:
@@ -91,6 +91,20 @@ def measured(out: Path) -> dict[str, Any]:
         "history": influence.history,
         "records": records,
     }
+
+
+def mixed(out: Path) -> dict[str, Any]:
+    """Train in FSDP2's mixed precision, and return the dtypes that U's passes cast the weights to."""
+    training, dtypes = sharded_trainer(FULL, out, 2, bf16=True), list[str]()
+
+    def record(*args: Any, apply: Any, **options: Any) -> Any:
+        dtypes.append(str(apply.forward.param_dtype))
+        return fx.influence(*args, apply=apply, **options)
+
+    with replaced_influence(record):
+        influence = EntropyInfluence(1).attach(training)
+        training.train()
+    return {"history": influence.history, "dtypes": dtypes}
 
 
 @contextmanager
@@ -165,7 +179,7 @@ def main(out: str) -> None:
     warnings.simplefilter("ignore")
     state = PartialState(cpu=True)
     with quiet():
-        runs = {"measured": measured, "failed": failed, "refused": refused}
+        runs = {"measured": measured, "mixed": mixed, "failed": failed, "refused": refused}
         result = {name: run(Path(out) / name) for name, run in runs.items()}
     save_result(out, result)
     state.destroy_process_group()

@@ -41,5 +41,5 @@ def fsdp_on_cpu() -> Iterator[None]:
 
 def full_tree(tree: Mapping[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
     """Return values by name with all of every DTensor, on every rank, in ``dtype`` unless it is None."""
-    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in tree.items()}
-    return {name: None if x is None else x.to(dtype or x.dtype) for name, x in whole.items()}
+    gathered = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in tree.items()}
+    return {name: None if x is None else x.to(dtype or x.dtype) for name, x in gathered.items()}

@@ -15,14 +15,16 @@ MAX_STEP_ROUNDING = 0.1
 
 
 def in_forward_precision(policy: Policy, autocast: torch.dtype | None, loss_scale: float) -> Policy:
-    """Return the policy under the autocast of a training run's forward; a sharded one stays in its shards' dtype.
+    """Return the policy in the precision of a training run's forward.
+
+    A sharded one follows the mixed precision of FSDP2, and stays in its shards' dtype under autocast alone.
 
     Args:
         policy: of the run's model.
-        autocast: dtype of the autocast, None without one.
+        autocast: dtype of its autocast or mixed precision, None without one.
         loss_scale: factor by which the loss is multiplied.
     """
-    if autocast is None or isinstance(policy, ShardedPolicy):
+    if autocast is None or (isinstance(policy, ShardedPolicy) and policy.mixed_precision != autocast):
         return policy
     return policy.with_autocast(autocast, loss_scale)
 

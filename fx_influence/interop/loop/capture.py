@@ -52,7 +52,7 @@ class LoopTraining:
     )
 
     def in_forward_precision(self, policy: Policy) -> Policy:
-        """Return the policy under the autocast of the loop's forward; a sharded one stays in its shards' dtype."""
+        """Return the policy in the precision of the loop's forward."""
         return in_forward_precision(policy, self.autocast, self.loss_scale)
 
     def rounding_bound(self) -> float:

@@ -57,7 +57,7 @@ class EntropyInfluence(TrainerCallback):
 
     With several processes (DistributedDataParallel, or FSDP2 with the batch as E), U and E are the rollouts of all:
     every process attaches a callback with the same settings, samples its share of E and has the full ``history``; the
-    first process stores. Under FSDP2 passes stay in the shards' dtype.
+    first process stores.
 
     A failure while measuring, such as influences that do not add up, becomes one warning with the step and the reason:
     training continues as without the callback, and the step is missing from ``history``. ``KeyboardInterrupt`` passes.

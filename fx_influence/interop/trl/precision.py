@@ -14,10 +14,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_trainers_precision(policy: Policy, accelerator: Any) -> Policy:
-    """Return the policy under the autocast of the trainer's forward, with its loss scale in float16.
-
-    A sharded policy stays in its shards' dtype.
-    """
+    """Return the policy in the mixed precision of the trainer's forward, with its loss scale in float16."""
     dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision) if getattr(accelerator, "native_amp", False) else None
     scaler = getattr(accelerator, "scaler", None)
     return in_forward_precision(policy, dtype, 1.0 if scaler is None else float(scaler.get_scale()))

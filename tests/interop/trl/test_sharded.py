@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.ranks import run_on_ranks
 from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding_bound
+from helpers.trl_runs import PREFIX
 
 import fx_influence as fx
 
@@ -22,6 +23,7 @@ def test_two_sharded_ranks_measure_as_one_process(tmp_path: Path) -> None:
             assert_training_unchanged(result[training])
         assert_influences_of_one_process(result["measured"]["records"])
         assert_steps_foretold(result["measured"]["history"])
+        assert_mixed_precision_is_the_trainers(result["mixed"])
     assert results[0]["measured"]["history"] == results[1]["measured"]["history"]
     assert_faults_are_one_warning(results)
     assert_refusal_ends_measuring_on_all(results)
@@ -36,8 +38,8 @@ def assert_training_unchanged(training: dict[str, Any]) -> None:
     plain, measured = training["plain"], training["measured"]
     assert plain["tensors"].keys() == measured["tensors"].keys()
     assert all(torch.equal(plain["tensors"][name], measured["tensors"][name]) for name in plain["tensors"])
-    own = [{name: x for name, x in e.items() if not name.startswith("entropy_influence")} for e in measured["log"]]
-    assert own == plain["log"]
+    logged = [{name: x for name, x in e.items() if not name.startswith(PREFIX)} for e in measured["log"]]
+    assert logged == plain["log"]
 
 
 def assert_influences_of_one_process(records: list[dict[str, Any]]) -> None:
@@ -61,6 +63,15 @@ def assert_steps_foretold(history: list[dict[str, float]]) -> None:
         # theta' - theta of weights up to a thousand times as large.
         assert metrics["step_rounding"] <= rounding_bound(torch.float32, 1, 1e3)
         assert metrics["measured"] == pytest.approx(metrics["total"], abs=0.1 * metrics["stderr"])
+
+
+def assert_mixed_precision_is_the_trainers(mixed: dict[str, Any]) -> None:
+    assert mixed["dtypes"] == ["torch.bfloat16"] * 2
+    assert len(mixed["history"]) == 2
+    for metrics in mixed["history"]:
+        signs = abs(metrics["positive_advantage"]) + abs(metrics["negative_advantage"])
+        # A product of bfloat16 numbers, each rounded once on the way forward and once on the way back.
+        assert abs(metrics["unattributed"]) < 10 * torch.finfo(torch.bfloat16).eps * signs
 
 
 def assert_faults_are_one_warning(results: list[Any]) -> None:
