@@ -137,7 +137,7 @@ class Policy:
         return policy
 
     def with_autocast(self, dtype: torch.dtype, loss_scale: float = 1.0) -> Policy:
-        """Return the same policy as a trainer computes it under ``torch.autocast``.
+        """Return the same policy as a trainer computes it under ``torch.autocast``, or FSDP2's mixed precision.
 
         ``influence`` takes the derivatives of the update batch's losses in that precision; those of the entropy over
         the evaluation batch are the derivatives of the function itself.
@@ -147,7 +147,7 @@ class Policy:
             loss_scale: factor on the gradients inside.
 
         Raises:
-            ValueError: the policy is compiled or sharded.
+            ValueError: the policy is compiled.
         """
         if self.templates.compiled is not None:
             raise ValueError(f"autocast is {dtype} for a compiled policy; expected a plain one. Leave compiled out")
