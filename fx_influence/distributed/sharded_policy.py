@@ -147,8 +147,8 @@ class ShardedPolicy(Policy):
         return super().with_autocast(dtype, loss_scale).replace(forward=forward)
 
     def _with_raised(self, frozen: Params, dtype: torch.dtype) -> Policy:
-        policy = super()._with_raised(frozen, dtype)
-        return policy.replace(forward=dataclasses.replace(policy.forward, param_dtype=None))
+        forward = dataclasses.replace(self.forward, frozen=frozen, param_dtype=None)
+        return super()._with_raised(frozen, dtype).replace(forward=forward)
 
     def _cast(self, f: Callable[..., Any]) -> Callable[..., Any]:
         # Not by autocast, whose cast weights the graph would hold on to once the unit's own are freed.
