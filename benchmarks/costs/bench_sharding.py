@@ -79,10 +79,10 @@ def sent_by_formula(p: Problem) -> dict[str, int]:
     }
 
 
-def matmul_rate(side: int = 2048) -> float:
-    """Return operations per second of a product of square matrices in float32."""
+def matmul_rate(repeats: int, side: int = 2048) -> float:
+    """Return operations per second of a product of square matrices in float32, the median of ``repeats``."""
     a, b = torch.randn(side, side), torch.randn(side, side)
-    return statistics.median(2 * side**3 / seconds(lambda: a @ b) for _ in range(PAIRS))
+    return statistics.median(2 * side**3 / seconds(lambda: a @ b) for _ in range(repeats))
 
 
 def report(setting: Setting, memory_setting: Setting, pairs: int) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def report(setting: Setting, memory_setting: Setting, pairs: int) -> dict[str, A
     alone = peak_extra_bytes(MODULE, json.dumps(memory_setting))
     sharded = launch(memory_setting, 0)["peak_extra_bytes"]
     adjoint = cases[0]
-    matmul_share = adjoint["flops"]["alone"] / adjoint["seconds_alone"] / matmul_rate()
+    matmul_share = adjoint["flops"]["alone"] / adjoint["seconds_alone"] / matmul_rate(pairs)
     # 12 bytes of state: float32 weights and two moments.
     a_parameter = alone / parameters + 12
     assumed = Assumptions()

@@ -38,7 +38,7 @@ families = pytest.mark.parametrize(
 adapters = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
 
-def make_config(family: str, tied: bool, dropout: float) -> PretrainedConfig:
+def make_config(family: str, tied: bool, dropout: float, layers: int = 2) -> PretrainedConfig:
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
         "initializer_range": 0.3,
@@ -48,12 +48,12 @@ def make_config(family: str, tied: bool, dropout: float) -> PretrainedConfig:
     }
     if family == "gpt2":
         drops = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), dropout)
-        return GPT2Config(n_positions=2 * WIDTH, n_embd=16, n_layer=2, n_head=2, **common, **drops)
+        return GPT2Config(n_positions=2 * WIDTH, n_embd=16, n_layer=layers, n_head=2, **common, **drops)
     kind: Any = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family]
     return kind(
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=2 * WIDTH,
@@ -64,12 +64,20 @@ def make_config(family: str, tied: bool, dropout: float) -> PretrainedConfig:
 
 
 def make_model(
-    family: str, *, lora: bool = False, tied: bool = True, dropout: float = 0.0, attention: str = "eager"
+    family: str,
+    *,
+    lora: bool = False,
+    tied: bool = True,
+    dropout: float = 0.0,
+    attention: str = "eager",
+    layers: int = 2,
 ) -> Any:
-    """Return a model of two layers in float32 and in training mode; two calls give the same weights."""
+    """Return a small model in float32 and in training mode; two calls give the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(make_config(family, tied, dropout), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            make_config(family, tied, dropout, layers), attn_implementation=attention
+        )
         with torch.no_grad():
             for p in model.parameters():
                 # Norms and biases start at 1 and 0, where an error in them would be invisible.

@@ -227,8 +227,7 @@ def failed(out: Path) -> dict[str, Any]:
 
 
 RUNS: dict[str, Callable[[Path], Any]] = {
-    "losses": lambda out: largest_errors(losses(), out),
-    "sweep": lambda out: largest_errors(sweep(), out),
+    "losses": lambda out: largest_errors(itertools.chain(losses(), sweep()), out),
     "measured": lambda out: {
         "measured": measured(out),
         "summed": summed(out / "summed"),
