@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.checkpoints.sharded import load_sharded_checkpoint
@@ -93,7 +93,7 @@ class LargestOutput(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not isinstance(x, DTensor)]
+        outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor) and not isinstance(x, DTensor)]
         self.bytes = max([self.bytes, *(x.nbytes for x in outputs)])
         return out
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import fx_influence
@@ -182,7 +182,7 @@ def _factory(op: Any) -> Callable[..., Tensor]:
 def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on the CPU's tensors and wrap what is on the device; raise ``MixedDevices``, note transfers."""
     name = func._schema.name
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     simulated = [x for x in given if isinstance(x, SimulatedTensor)]
     result_on_device = bool(simulated)
     device = kwargs.get("device")

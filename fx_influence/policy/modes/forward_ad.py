@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fx_influence.core.tree import cast_like
 from fx_influence.policy.attention import blockwise_attention, math_attention
@@ -71,7 +71,7 @@ class DeferredTangents:
 
     def note_nested_call(self, args: Any, kwargs: Any) -> None:
         """Take note of the arguments of a call inside a transformation of the model's own."""
-        self.used_in_nested_call |= any(id(x) in self._by_id for x in tree_leaves((args, kwargs)))
+        self.used_in_nested_call |= any(id(x) in self._by_id for x in tree_flatten((args, kwargs))[0])
 
     def make_dual(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments of a call with the parameters among them as duals."""
