@@ -19,7 +19,7 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 SOURCES = Path(__file__).parent
 FOLDER, PAGE = "report", "index.html"
-SCRIPTS = ("format.js", "data.js", "table.js", "tokens.js", "detail.js", "explorer.js")
+SCRIPTS = ("format.js", "data.js", "table.js", "tokens.js", "detail.js", "strongest.js", "address.js", "explorer.js")
 """Sources in their order in the page, inside one function."""
 MARKS = {"good": "✓ passed", "attention": "! attention", "unknown": "– unknown"}
 
@@ -90,9 +90,11 @@ def render(template: str, style: str, script: str | None, **values: Any) -> str:
         **values: what the template shows.
     """
     jinja2 = require_jinja2()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=jinja2.FileSystemLoader(SOURCES)
+    )
     markup = importlib.import_module("markupsafe").Markup
-    page: str = environment.from_string((SOURCES / template).read_text(encoding="utf-8")).render(
+    page: str = environment.get_template(template).render(
         policy=_policy(style, script), style=markup(style), script=markup(script or ""), **values
     )
     return page

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab import plots as plot
 from fx_influence.lab.plots.style import DIVERGING, drawable, save
-from fx_influence.lab.plots.waterfall import waterfall_columns
 from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.waterfall import waterfall_columns
 
 FIGURES = ("waterfall", "distribution", "correlates", "token_correlates", "eta_sweep", "matrix", "concentration")
 
