@@ -46,7 +46,7 @@ def step_line(training: Training, k: int) -> str:
         >>> from pathlib import Path
         >>> names = ("entropy", "total", "stderr", "measured", "rollouts", "momentum", "reward")
         >>> columns = {name: np.array([0.5]) for name in names} | {"step": np.array([10])}
-        >>> step_line(Training(Path(), columns, {}, [], {}), 0)
+        >>> step_line(Training(Path(), columns, {}, [], {}, {}), 0)
         'step 10  entropy 0.5  predicted +0.5 ± 0.5  measured +0.5  rollouts +0.5  momentum +0.5  reward 0.5'
     """
     columns = training.steps

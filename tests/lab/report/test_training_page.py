@@ -16,8 +16,9 @@ from fx_influence.interop.ledger.file import append_entry
 from fx_influence.lab.cli import main
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.report import training_page
-from fx_influence.lab.report.training_tables import MAX_KINDS
+from fx_influence.lab.report.training_tables import MAX_KINDS, MAX_PROMPTS, MAX_ROLLOUTS
 from fx_influence.lab.training.account import account, label_sums, strongest_labels
+from fx_influence.lab.training.prompts import returning_prompts
 from fx_influence.lab.training.sentences import training_sentences
 
 HOSTILE = (
@@ -94,8 +95,21 @@ def test_rollouts_link_to_pages_that_exist(training: fx.lab.Training) -> None:
     page.parent.mkdir(parents=True)
     page.write_text("page")
     links = Cells(training_page(training, figures=False)).links
-    assert set(links) == {f"../step_{step:06d}/report/index.html"}
-    assert (training.path / "report" / links[0]).resolve() == page.resolve()
+    chosen = sorted(training.strongest, key=lambda r: -abs(r["influence"]))[:MAX_ROLLOUTS]
+    ids = [r["id"] for r in chosen if r["step"] == step]
+    assert links == [f"../step_{step:06d}/report/index.html#rollout={name.replace('/', '%2F')}" for name in ids]
+    assert (training.path / "report" / links[0].partition("#")[0]).resolve() == page.resolve()
+
+
+def test_returning_prompts_are_on_the_page(training: fx.lab.Training) -> None:
+    series = returning_prompts(training)
+    head, *shown = [row for row in Cells(training_page(training, figures=False)).rows if len(row) == 6]
+    unit = {"nats": 1.0, "10⁻³ nats": 1e-3, "10⁻⁶ nats": 1e-6}[head[2]]
+    assert len(shown) == min(len(series), MAX_PROMPTS)
+    for row, x in zip(shown, series, strict=False):
+        assert row[1] == str(len(x.steps))
+        assert unit * number(row[2]) == pytest.approx(x.term.value, abs=1e-4 * abs(series[0].term.value))
+        assert unit * number(row[3]) == pytest.approx(x.term.stderr, abs=1e-4 * abs(series[0].term.value))
 
 
 def test_hostile_texts_are_literal(tmp_path: Path) -> None:
