@@ -61,8 +61,14 @@ def write_page(directory: Path, make: Callable[[], str]) -> Path:
     return path
 
 
-def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
-    """Return the page as text, the same for the same run. Arguments and errors are those of ``write_report``."""
+def report_page(results: EntropyInfluenceResults, figures: bool = True, folder: Path | None = None) -> str:
+    """Return the page as text, the same for the same run. Errors are those of ``write_report``.
+
+    Args:
+        results: a finished run.
+        figures: whether to draw the figures of the first E.
+        folder: directory of the figures' files; None takes ``report/figures`` of the run.
+    """
     with raise_if_damaged(results.path):
         blobs = explorer_blobs(results)
         sections = [section(results, i) for i in range(len(results.evaluations))]
@@ -75,7 +81,7 @@ def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
         facts=facts(results),
         sections=sections,
         marks=MARKS,
-        figures=draw_figures(results, results.path / FOLDER / "figures") if figures else NO_FIGURES,
+        figures=draw_figures(results, folder or results.path / FOLDER / "figures") if figures else NO_FIGURES,
         blobs=blobs,
     )
 

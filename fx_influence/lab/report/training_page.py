@@ -68,15 +68,18 @@ def steps_with_page(training: Training) -> set[int]:
     return {step for step in training.steps[STEP].tolist() if (training.path / step_page(step)).is_file()}
 
 
-def training_page(training: Training, figures: bool = True, pages: Set[int] | None = None) -> str:
+def training_page(
+    training: Training, figures: bool = True, pages: Set[int] | None = None, folder: Path | None = None
+) -> str:
     """Return the page as text. Errors are those of ``write_training_report``.
 
     Args:
         training: from ``load_training``; the run may be under way.
-        figures: whether to draw the figures, which are also written to ``report/figures``.
+        figures: whether to draw the figures.
         pages: numbers of the steps whose pages are linked; None takes those that have one.
+        folder: directory of the figures' files; None takes ``report/figures`` of the training run.
     """
-    drawn = draw_training_figures(training, training.path / FOLDER / "figures") if figures else NO_FIGURES
+    drawn = draw_training_figures(training, folder or training.path / FOLDER / "figures") if figures else NO_FIGURES
     with raise_if_damaged(training.path):
         findings = training_health(training)
         rollouts_unit, rollouts = strongest_rollouts(training, steps_with_page(training) if pages is None else pages)
