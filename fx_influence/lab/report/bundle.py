@@ -88,8 +88,8 @@ def _runs_in(directory: Path) -> list[Path]:
     runs = sorted(path for path in directory.iterdir() if path.is_dir() and _is_run(path))
     if not runs:
         raise RunDirectoryError(
-            f"{str(directory)!r} holds no run; expected {LEDGER}, or {SUMMARY} and {SEQUENCES}, in it or in a directory "
-            "of it. Name the directory of a run, or of a training run's measured steps"
+            f"{str(directory)!r} holds no run; expected {LEDGER}, or {SUMMARY} and {SEQUENCES}, in it or in one "
+            "of its directories. Name the directory of a run, or of a training run's measured steps"
         )
     return runs
 
