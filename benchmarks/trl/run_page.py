@@ -3,8 +3,8 @@
     python -m benchmarks.trl.run_page           writes docs/run_page.png from results/run_page/ledger.jsonl
     python -m benchmarks.trl.run_page --train   first trains and stores that ledger anew; five minutes
 
-The embedded policy is trained further by GRPO on 32 of its arithmetic problems, of two sources: those with three numbers
-and those with more. Every one of 40 steps is measured on its own rollouts. The picture needs Chromium.
+The embedded policy is trained further by GRPO on 32 of its arithmetic problems, of two sources: those with three
+numbers and those with more. Every one of 40 steps is measured on its own rollouts. The picture needs Chromium.
 """
 
 from __future__ import annotations

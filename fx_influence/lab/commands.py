@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import LEDGER
 from fx_influence.interop.runtime.job import GRACE, USER_ERRORS, Job, LostRankError, is_launched, join_job
 from fx_influence.lab.analysis.analyze import print_analysis, write_analysis
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.run_tables import print_run
 from fx_influence.lab.console.training_tables import print_training
 from fx_influence.lab.experiment.entropy import run

@@ -7,8 +7,9 @@ import math
 from rich.console import Console
 from rich.text import Text
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.console.column_table import Column, ColumnTable, printable
+from fx_influence.lab.console.column_table import Column, ColumnTable
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.training.account import SOURCE_KIND, LabelSum, Term, account, label_sums, strongest_labels
 from fx_influence.lab.training.health import training_health

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import LEDGER
 from fx_influence.interop.runtime.run_files import SEQUENCES, SUMMARY, RunDirectoryError
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.headline import headline
 from fx_influence.lab.report.page import FOLDER, PAGE, SOURCES, render, report_page
 from fx_influence.lab.report.training_page import steps_with_page, strongest_steps, training_page

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fx_influence.lab.console.column_table import printable
+from fx_influence.core.display import printable
 from fx_influence.lab.console.headline import CERTAIN, Change, entropy_unit, headline, step_terms
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.health import Finding

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Set
 from pathlib import Path
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.interop.runtime.run_files import raise_if_damaged
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.report.figures import NO_FIGURES, Figure, draw_training_figures
 from fx_influence.lab.report.page import FOLDER, MARKS, SOURCES, render, write_page, write_report
 from fx_influence.lab.report.training_tables import (

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.training.account import (
     SOURCE_KIND,

@@ -20,10 +20,10 @@ from helpers.made_trainings import made_entry
 from helpers.run_page import Watched, listed
 from playwright.sync_api import expect
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import append_entry
 from fx_influence.interop.runtime.run_files import SEQUENCES
 from fx_influence.lab.cli import main
-from fx_influence.lab.console.column_table import printable
 
 pytestmark = pytest.mark.browser
 

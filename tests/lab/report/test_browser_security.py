@@ -13,7 +13,7 @@ import pytest
 from helpers.run_page import Watched, listed, readout
 
 from benchmarks.costs.bench_report import Size, synthetic
-from fx_influence.lab.console.column_table import printable
+from fx_influence.core.display import printable
 from fx_influence.lab.report import write_report
 
 pytestmark = pytest.mark.browser
