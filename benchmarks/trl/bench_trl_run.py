@@ -36,14 +36,13 @@ NAME = "bench_trl_run"
 STEPS, LR, EVALUATED = 100, 2e-5, 64
 
 
-def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None, **options: Any) -> GRPOTrainer:
+def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None) -> GRPOTrainer:
     """Return a trainer of the embedded policy, with a new optimizer.
 
     Args:
         out: the trainer's directory.
         steps: number of optimizer steps.
         rows: records of the prompts; None takes those that the policy was trained on.
-        **options: of the trainer's config.
     """
     policy = demo_path("demo")
     if rows is None:
@@ -58,7 +57,6 @@ def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None, **op
         "max_completion_length": 20,
         "max_steps": steps,
         **QUIET_ON_CPU,
-        **options,
     }
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),

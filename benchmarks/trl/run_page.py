@@ -29,7 +29,7 @@ from fx_influence.lab.report import training_page
 from fx_influence.lab.training.load import load_training
 
 STORED, PICTURE = RESULTS / "run_page", ROOT / "docs" / "run_page.png"
-STEPS, PROMPTS, LR = 40, 32, 2e-4
+STEPS, PROMPTS = 40, 32
 WIDTH, HEIGHT = 1280, 900
 """Size of the first screen in pixels."""
 
@@ -39,7 +39,7 @@ def train(out: Path, steps: int = STEPS) -> Path:
     problems = read_prompts(demo_path("demo/train"))[:PROMPTS]
     rows = [{"prompt": p.text, "source": source_of(p.text), **p.columns} for p in problems]
     with quiet():
-        training = trainer(str(out), steps, rows, learning_rate=LR)
+        training = trainer(str(out), steps, rows)
         EntropyInfluence(every=1).attach(training)
         training.train()
     return out / "entropy_influence"
