@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.made_trainings import made_entry
+from helpers.trackers import StandIn
 
 from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST
 from fx_influence.interop.trackers import (
@@ -39,26 +39,6 @@ def entry(step: int = 1, **figures: float | None) -> dict[str, Any]:
 
 def titles(**figures: float | None) -> list[str]:
     return [alert.title for alert in step_alerts(entry(**figures))]
-
-
-class StandIn:
-    """A tracker with a run, that keeps what it is given."""
-
-    def __init__(self, has_run: bool = True) -> None:
-        run = SimpleNamespace() if has_run else None
-        self.run, self.context_vars = run, SimpleNamespace(current_run=SimpleNamespace(get=lambda: run))
-        self.AlertLevel = SimpleNamespace(WARN="warn")
-        self.logs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.alerts: list[tuple[str, str, str]] = []
-
-    def Table(self, columns: list[str], data: list[list[Any]]) -> dict[str, Any]:
-        return {"columns": columns, "data": data}
-
-    def log(self, metrics: dict[str, Any], **options: Any) -> None:
-        self.logs.append((metrics, options))
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        self.alerts.append((title, text, level))
 
 
 def test_step_without_a_finding_has_no_alert() -> None:

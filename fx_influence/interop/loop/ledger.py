@@ -19,7 +19,7 @@ from fx_influence.interop.rollouts.record import Rollout
 
 
 class LoopLedger(NamedTuple):
-    """Where and how a loop's measured steps are written.
+    """The file that a loop's measured steps are appended to, and their form.
 
     Attributes:
         directory: of the ledger.
