@@ -114,9 +114,9 @@ def _group_error(results: EntropyInfluenceResults, evaluation: int, mask: np.nda
     evaluated = results.evaluations[evaluation]
     if "deviations" in evaluated.arrays:
         deviations = torch.from_numpy(evaluated.arrays["deviations"])
-        left_out = np.full(deviations.shape[1], NOTHING_LEFT_OUT)
+        nothing = np.full(deviations.shape[1], NOTHING_LEFT_OUT)
         # A cross-fitted step of a training run has the part that each influence leaves out.
-        left_out = torch.from_numpy(evaluated.arrays.get("left_out", left_out))
+        left_out = torch.from_numpy(evaluated.arrays.get("left_out", nothing))
         return float(Deviations(deviations, left_out).stderr_of_sums(torch.from_numpy(mask).long() - 1, 1)[0])
     # Runs of version 0.2 and before have the matrix alone, which leaves out that the H in E's centre is estimated.
     if evaluated.matrix is None:

@@ -54,7 +54,7 @@ class WaterfallRow(NamedTuple):
 
 
 class Waterfall(NamedTuple):
-    """How the step's change of the entropy is made up, with predicted and measured change; ``note`` defines names."""
+    """Terms of the step's change of the entropy, with predicted and measured change; ``note`` defines names."""
 
     unit: str
     rows: list[WaterfallRow]

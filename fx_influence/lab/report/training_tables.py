@@ -172,7 +172,7 @@ class PromptTable(NamedTuple):
 
     unit: str
     rows: list[PromptRow]
-    count: int
+    total: int
 
 
 def prompts_table(training: Training) -> PromptTable | None:
