@@ -1,6 +1,6 @@
 """Make the picture of a training run's page for README.md: the first screen, as Chromium shows it.
 
-    python -m benchmarks.trl.run_page           writes docs/run_page.png from results/run_page/ledger.jsonl
+    python -m benchmarks.trl.run_page           writes docs/run_page.png from results/run_page.jsonl
     python -m benchmarks.trl.run_page --train   first trains and stores that ledger anew; five minutes
 
 The embedded policy is trained further by GRPO on 32 of its arithmetic problems, of two sources: those with three
@@ -28,7 +28,7 @@ from fx_influence.lab.plan import demo_path
 from fx_influence.lab.report import training_page
 from fx_influence.lab.training.load import load_training
 
-STORED, PICTURE = RESULTS / "run_page", ROOT / "docs" / "run_page.png"
+STORED, PICTURE = RESULTS / "run_page.jsonl", ROOT / "docs" / "run_page.png"
 STEPS, PROMPTS = 40, 32
 WIDTH, HEIGHT = 1280, 900
 """Size of the first screen in pixels."""
@@ -66,11 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.train:
-            STORED.mkdir(exist_ok=True)
-            shutil.copy(train(Path(folder)) / LEDGER, STORED / LEDGER)
+            shutil.copy(train(Path(folder)) / LEDGER, STORED)
         copy = Path(folder) / "arithmetic" / "entropy_influence"
         copy.mkdir(parents=True)
-        shutil.copy(STORED / LEDGER, copy / LEDGER)
+        shutil.copy(STORED, copy / LEDGER)
         page = Path(folder) / "page.html"
         page.write_text(training_page(load_training(copy)), encoding="utf-8")
         screenshot(page, PICTURE)
