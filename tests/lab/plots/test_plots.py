@@ -91,6 +91,20 @@ def test_waterfall_group_error_is_clustered_by_prompt_of_e(tmp_path: Path) -> No
     assert all(np.isnan(c.stderr) for c in waterfall_columns(training_step(tmp_path))[:-1])
 
 
+def test_waterfall_of_a_cross_fitted_step_leaves_parts_out(tmp_path: Path) -> None:
+    """A group whose rollouts all leave out one part of E has that part neither in its sum nor in its count."""
+    rng, n = np.random.default_rng(1), 48
+    deviations = rng.standard_normal((5, n))
+    run = synthetic_run(tmp_path, matrix=None, deviations=deviations, left_out=np.full(n, 2))
+    deviations[2] = 0.0
+    advantage = np.array([r["advantage"] for r in run.sequences])
+    logprob = np.array([r["mean_logprob"] for r in run.sequences])
+    mask = (advantage > 0) & (logprob < np.median(logprob))
+    [column] = [c for c in waterfall_columns(run) if c.name.startswith("A > 0, unlikely")]
+    sums = deviations[:, mask].sum(1)
+    assert column.stderr == pytest.approx(np.sqrt(4 / 3 * (sums**2).sum()))
+
+
 def test_eta_sweep_draws_the_runs_points_and_tangent(tmp_path: Path) -> None:
     left, right = plot.eta_sweep(synthetic_run(tmp_path)).axes
     x: Any
