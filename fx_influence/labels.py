@@ -163,7 +163,7 @@ def entropy_bands(batch: Batch, values: TokenValues, quantiles: Sequence[float] 
     h = values.entropies.double()
     completion = h[batch.completion_mask]
     probabilities = torch.tensor(list(quantiles), dtype=torch.float64, device=h.device)
-    bounds = completion.quantile(probabilities) if completion.numel() else probabilities
+    bounds = _quantiles(completion, probabilities) if completion.numel() else probabilities
     edges = [0.0, *quantiles, 1.0]
     names = tuple(f"h {low:.0%} to {high:.0%}" for low, high in pairwise(edges))
     return Labels(_of_completions(torch.bucketize(h, bounds), batch), names)
@@ -198,7 +198,7 @@ def rewards(values: Tensor) -> Labels:
     if len(distinct) <= 4:
         return Labels(index, tuple(f"reward {x:g}" for x in distinct.tolist()))
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=values.device)
-    quarter = torch.bucketize(values.double(), values.double().quantile(quartiles))
+    quarter = torch.bucketize(values.double(), _quantiles(values.double(), quartiles))
     return Labels(quarter, tuple(f"reward, {name} quarter" for name in ("lowest", "second", "third", "highest")))
 
 
@@ -238,6 +238,14 @@ def clipped(is_clipped: Tensor, batch: Batch) -> Labels:
     """
     check_tensor("is_clipped", is_clipped)
     return Labels(_of_completions(is_clipped.long(), batch), ("not clipped", "clipped"))
+
+
+def _quantiles(values: Tensor, probabilities: Tensor) -> Tensor:
+    """Return quantiles of values (m,) as ``torch.quantile`` interpolates them, which refuses more than 2^24 values."""
+    ordered = values.sort().values
+    rank = probabilities * (len(ordered) - 1)
+    below = rank.floor().long()
+    return torch.lerp(ordered[below], ordered[rank.ceil().long()], rank - below)
 
 
 def _signs(batch: Batch, advantages: Tensor | None) -> Tensor:

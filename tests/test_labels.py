@@ -189,3 +189,23 @@ def test_rollout_labels_name_what_they_count() -> None:
     assert labels.completion_end(torch.tensor([False, True])).names == ("truncated", "finished")
     assert labels.as_labels(torch.tensor([-2, 5, 3, -1])).index.tolist() == [-1, 1, 0, -1]
     assert labels.as_labels(torch.tensor([True, False])).names == ("False", "True")
+
+
+@pytest.mark.slow
+def test_bands_take_more_tokens_than_torch_quantile() -> None:
+    """``torch.quantile`` refuses more than 2^24 values, which a step of 512 rollouts of 32k tokens has."""
+    count = 2**24 + 2
+    mask = torch.ones(1, count, dtype=torch.bool)
+    values = fx.TokenValues(torch.zeros(1, 1), torch.arange(count, dtype=torch.float32)[None])
+    index = labels.entropy_bands(Batch(mask, mask, mask), values, quantiles=(0.5, 0.75)).index[0]
+    # Half of them and three quarters of them: the bounds are between two values, (count - 1) / 2 and so on.
+    assert torch.bincount(index).tolist() == [count // 2, (3 * (count - 1)) // 4 + 1 - count // 2, (count - 1) // 4 + 1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_bounds_of_bands_are_quantiles(count: int) -> None:
+    h = torch.rand(1, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    mask = torch.ones(1, count, dtype=torch.bool)
+    probabilities = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
+    index = labels.entropy_bands(Batch(mask, mask, mask), fx.TokenValues(h, h), probabilities.tolist()).index
+    assert torch.equal(index, torch.bucketize(h, h[0].quantile(probabilities)))

@@ -36,10 +36,17 @@ NAME = "bench_trl_run"
 STEPS, LR, EVALUATED = 100, 2e-5, 64
 
 
-def trainer(out: str, steps: int) -> GRPOTrainer:
-    """Return a trainer of the embedded policy, with a new optimizer and the prompts that it was trained on."""
+def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None) -> GRPOTrainer:
+    """Return a trainer of the embedded policy, with a new optimizer.
+
+    Args:
+        out: the trainer's directory.
+        steps: number of optimizer steps.
+        rows: records of the prompts; None takes those that the policy was trained on.
+    """
     policy = demo_path("demo")
-    rows = [{"prompt": p.text, **p.columns} for p in read_prompts(demo_path("demo/train"))]
+    if rows is None:
+        rows = [{"prompt": p.text, **p.columns} for p in read_prompts(demo_path("demo/train"))]
     config: dict[str, Any] = {
         "output_dir": out,
         "learning_rate": LR,

@@ -94,3 +94,13 @@ def _numel(x: Any) -> int:
     for n in x.shape:
         size *= int(n)
     return size
+
+
+def printable(text: str) -> str:
+    """Return untrusted text with controls, escapes, bidirectional marks and the like replaced by escape sequences.
+
+    Example:
+        >>> printable("a\\x1b[31m\\u202eb")
+        'a\\\\x1b[31m\\\\u202eb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Carry out the commands of ``fx-influence``: ``run``, ``fisher``, ``report``, ``watch`` and ``analyze``."""
+"""Carry out the commands of ``fx-influence``: ``run``, ``fisher``, ``report``, ``bundle``, ``watch``, ``analyze``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import dataclasses
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import LEDGER
 from fx_influence.interop.runtime.job import GRACE, USER_ERRORS, Job, LostRankError, is_launched, join_job
 from fx_influence.lab.analysis.analyze import print_analysis, write_analysis
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.run_tables import print_run
 from fx_influence.lab.console.training_tables import print_training
 from fx_influence.lab.experiment.entropy import run
@@ -26,7 +27,7 @@ from fx_influence.lab.fisher.run import run_fisher
 from fx_influence.lab.fisher.table import print_fisher
 from fx_influence.lab.plan import AnyPlan, EntropyInfluencePlan, FisherKernelPlan, read_plan
 from fx_influence.lab.plan.files import print_note
-from fx_influence.lab.report import write_report, write_training_report
+from fx_influence.lab.report import write_bundle, write_report, write_training_report
 from fx_influence.lab.results import EntropyInfluenceResults, load_run
 from fx_influence.lab.training.load import load_training
 from fx_influence.lab.training.watch import watch_training
@@ -49,8 +50,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _run_command(arguments: argparse.Namespace) -> int:
     with join_job() as job:
         try:
-            commands = {"run": _run, "fisher": _fisher, "report": _report, "watch": _watch, "analyze": _analyze}
-            commands[arguments.command](arguments, job)
+            COMMANDS[arguments.command](arguments, job)
         except BrokenPipeError:
             raise
         except USER_ERRORS as error:
@@ -133,6 +133,10 @@ def _print_page(title: str, page: Path) -> None:
     _console().print(Text(f"{title}: {printable(str(page))}"), soft_wrap=True)
 
 
+def _bundle(arguments: argparse.Namespace, job: Job) -> None:
+    job.on_rank0(lambda: _print_page("The bundle", write_bundle(arguments.directory, arguments.out)))
+
+
 def _watch(arguments: argparse.Namespace, job: Job) -> None:
     job.on_rank0(lambda: _follow(arguments))
 
@@ -152,6 +156,17 @@ def _analyze(arguments: argparse.Namespace, job: Job) -> None:
 def _print_analyses(arguments: argparse.Namespace) -> None:
     for analysis in write_analysis(load_run(arguments.directory)):
         print_analysis(analysis, _console())
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Job], None]] = {
+    "run": _run,
+    "fisher": _fisher,
+    "report": _report,
+    "bundle": _bundle,
+    "watch": _watch,
+    "analyze": _analyze,
+}
+"""What carries out each command, by its name."""
 
 
 def _read_plan(arguments: argparse.Namespace, plan_type: type[AnyPlan], job: Job) -> tuple[AnyPlan, Path]:

@@ -11,6 +11,7 @@ from fx_influence.interop.ledger.file import append_entry
 from fx_influence.labels import REGIONS
 
 SOURCES = ("arithmetic", "logic")
+PROMPTS = 32
 SHARE_OF_REGION = (0.2, 0.15, 0.1, 0.5, 0.05)
 
 
@@ -77,7 +78,16 @@ def made_entry(
             }
             for k in range(6)
         ],
+        "prompts": [
+            [f"{k:012x}", float((-1) ** k * 1e-5 * (1 + k) * entropy), noise, 8, k / 30, texts[k % len(texts)]]
+            for k in prompts_of(step)
+        ],
     }
+
+
+def prompts_of(step: int) -> list[int]:
+    """Return the numbers of a step's four prompts: each of the ``PROMPTS`` returns, in every eighth step."""
+    return [(4 * step + j) % PROMPTS for j in range(4)]
 
 
 def write_made_ledger(directory: Path, count: int = 40, every: int = 1, texts: tuple[str, ...] = ("3+4=",)) -> None:

@@ -7,9 +7,21 @@ from typing import Any
 
 
 class Watched:
-    """A page, and a record of everything that it must not do."""
+    """A page, and a record of everything that it must not do.
 
-    def __init__(self, browser: Any, path: Path, ready: str = "#rows tbody [data-rollout]", **options: Any) -> None:
+    Args:
+        browser: Chromium.
+        page: file of the page, or its address on a server, from which it may then load files.
+        ready: selector of what is there once the page is.
+        **options: of the browser's context.
+    """
+
+    def __init__(
+        self, browser: Any, page: Path | str, ready: str = "#rows tbody [data-rollout]", **options: Any
+    ) -> None:
+        address = page.as_uri() if isinstance(page, Path) else page
+        server = () if isinstance(page, Path) else ("/".join(address.split("/")[:3]) + "/",)
+        self.allowed = ("data:", *(server or ("file://",)))
         self.context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
@@ -18,7 +30,7 @@ class Watched:
         self.page.on("dialog", self._dialog)
         self.page.on("popup", lambda _: self.complaints.append("popup"))
         self.page.on("request", self._request)
-        self.page.goto(path.as_uri())
+        self.page.goto(address)
         self.page.wait_for_selector(ready)
 
     def _dialog(self, dialog: Any) -> None:
@@ -26,7 +38,7 @@ class Watched:
         dialog.dismiss()
 
     def _request(self, request: Any) -> None:
-        if not request.url.startswith(("file://", "data:")):
+        if not request.url.startswith(self.allowed):
             self.complaints.append(f"request: {request.url}")
 
 

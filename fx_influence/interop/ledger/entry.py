@@ -1,7 +1,8 @@
-"""Turn a measured step of any trainer into an entry of its ledger: figures, sums over kinds, strongest rollouts."""
+"""Turn a measured step of any trainer into an entry of its ledger: figures, sums over kinds, rollouts and prompts."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ STRONGEST = 3
 """Rollouts of a step in its entry that raise the entropy most, and as many that lower it most."""
 
 MAX_TEXT = 200
-"""Characters of a prompt or a completion in an entry."""
+"""Characters of the prompt or the completion of a strongest rollout in an entry."""
+
+MAX_PROMPTS, MAX_PROMPT_TEXT = 64, 80
+"""Prompts of a step in its entry, those with the largest shares of the sum of |influence|, and characters of each."""
 
 
 def step_labels(rollouts: Sequence[Rollout], batch: Batch, values: TokenValues) -> dict[str, Labels]:
@@ -126,7 +130,8 @@ def ledger_entry(
 
     Returns:
         ``step``, the settings, ``figures``, ``sums`` (for each kind a list of name, sum in nats, its standard error,
-        rollouts or tokens, share of the sum of |influence|) and ``strongest``.
+        rollouts or tokens, share of the sum of |influence|), ``strongest``, and ``prompts`` (for each a list of key,
+        sum in nats, its standard error, rollouts, mean reward or null, beginning of the text).
     """
     return {
         "step": step,
@@ -134,7 +139,18 @@ def ledger_entry(
         "figures": dict(figures),
         "sums": {kind: _sums(influence, chosen, lr) for kind, chosen in kinds.items()},
         "strongest": _strongest(influence, rollouts, lr),
+        "prompts": _prompts(influence, rollouts, lr),
     }
+
+
+def prompt_key(rollout: Rollout) -> str:
+    """Return what tells a rollout's prompt from others in every step of a training run: a digest of its tokens.
+
+    Example:
+        >>> prompt_key(Rollout("0/0", "0", 0, "1+1=", "2", (4, 9, 4, 10), (5, 1), True))
+        '02561d771063'
+    """
+    return hashlib.blake2b(",".join(map(str, rollout.prompt_ids)).encode("ascii"), digest_size=6).hexdigest()
 
 
 def _sums(influence: Influence, chosen: Labels, lr: float) -> list[list[Any]]:
@@ -159,12 +175,40 @@ def _strongest(influence: Influence, rollouts: Sequence[Rollout], lr: float) -> 
             "length": len(rollouts[i].completion_ids),
             "finished": rollouts[i].finished,
             "source": rollouts[i].source,
-            "prompt": _beginning(rollouts[i].display_prompt),
-            "completion": _beginning(rollouts[i].completion),
+            "prompt": _beginning(rollouts[i].display_prompt, MAX_TEXT),
+            "completion": _beginning(rollouts[i].completion, MAX_TEXT),
         }
         for i in chosen
     ]
 
 
-def _beginning(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+def _prompts(influence: Influence, rollouts: Sequence[Rollout], lr: float) -> list[list[Any]]:
+    """Return the prompts, the one with the largest share of the sum of |influence| first."""
+    if not rollouts:
+        return []
+    keys = [prompt_key(r) for r in rollouts]
+    sums = influence.sums(labels.by(keys))
+    members: dict[str, list[Rollout]] = {}
+    for key, rollout in zip(keys, rollouts, strict=True):
+        members.setdefault(key, []).append(rollout)
+    order = sums.share.nan_to_num().argsort(descending=True, stable=True).tolist()[:MAX_PROMPTS]
+    return [
+        [
+            sums.names[k],
+            lr * float(sums.influence[k]),
+            lr * float(sums.stderr[k]),
+            int(sums.count[k]),
+            _mean_reward(members[sums.names[k]]),
+            _beginning(members[sums.names[k]][0].display_prompt, MAX_PROMPT_TEXT),
+        ]
+        for k in order
+    ]
+
+
+def _mean_reward(rollouts: Sequence[Rollout]) -> float | None:
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def _beginning(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,8 @@ from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.measurement import MeasurementSettings
 from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
-from fx_influence.interop.loop.capture import LoopTraining, StepCapture
+from fx_influence.interop.loop.capture import LoopTraining, StepCapture, steps_made
+from fx_influence.interop.loop.ledger import LoopLedger, check_directory
 from fx_influence.interop.optimizers import adamw_state, require_adamw
 from fx_influence.objectives import Entropy
 from fx_influence.policy.model.template import unwrap_model
@@ -39,6 +41,8 @@ def attach(
     region_stderr: bool = True,
     log: Callable[[dict[str, float]], object] | None = None,
     on_step: Callable[[int, Influence], object] | None = None,
+    directory: str | Path | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> StepCapture:
     """Measure every ``every``-th step of a training loop's optimizer, and return what its rollouts are added to.
 
@@ -76,6 +80,11 @@ def attach(
             passes.
         log: called with at most 16 figures of each measured step, named ``entropy_influence/...``, in nats.
         on_step: called with the number of each measured step and its ``Influence``, rows in the order they were added.
+        directory: of the training run's ledger, to which each measured step is appended; ``fx.load_training`` and
+            ``fx-influence report`` read it. A training run that is resumed, its optimizer's state loaded before
+            ``attach``, appends to its own. A fault while writing is a warning. None writes nothing.
+        decode: turns a prompt's or a completion's tokens into a text, as ``tokenizer.decode`` does, for the ledger;
+            None writes their numbers.
 
     Returns:
         ``StepCapture``: ``add`` names rollouts, ``history`` has the metrics of every measured step, ``detach`` ends it.
@@ -83,8 +92,8 @@ def attach(
     Raises:
         TypeError: for another optimizer than AdamW.
         ValueError: for a parameter of the optimizer that is not the model's; for a model with dropout, noise on its
-            embeddings or quantised weights, or that ``make_functional`` refuses; for numbers out of range; and if
-            processes attach with different settings.
+            embeddings or quantised weights, or that ``make_functional`` refuses; for numbers out of range; for a
+            directory with the ledger of another training run; and if processes attach with different settings.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
@@ -114,7 +123,11 @@ def attach(
     mesh = _mesh_of(inner)
     if mesh is not None:
         check_consistent(mesh, {"every": every, "temperature": temperature, **settings._asdict()})
-    return StepCapture(training, settings, every, log, on_step, mesh)
+    ledger = None
+    if directory is not None:
+        check_directory(Path(directory), steps_made(adamw))
+        ledger = LoopLedger(Path(directory), decode, preconditioner, objective.normalize)
+    return StepCapture(training, settings, every, log, on_step, mesh, ledger)
 
 
 def _mesh_of(model: nn.Module) -> DeviceMesh | None:

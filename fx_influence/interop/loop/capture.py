@@ -14,13 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from fx_influence.attribution.result import Influence
 from fx_influence.interop.live.guard import CaptureError, Failure, attempt, reason, warn
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep, StepMeasurement
-from fx_influence.interop.live.metrics import PREFIX, LogSelection
+from fx_influence.interop.live.metrics import PREFIX, LogSelection, MeasuredStep
 from fx_influence.interop.live.policy_checks import rounding_bound
 from fx_influence.interop.live.precision import in_forward_precision
 from fx_influence.interop.live.processes import all_gather_values, count_and_rank
 from fx_influence.interop.live.rows import concatenate
 from fx_influence.interop.live.step import CapturedStep, captured_step
 from fx_influence.interop.loop.accumulated import AccumulatedGradient
+from fx_influence.interop.loop.ledger import LoopLedger
 from fx_influence.interop.loop.rollouts import AddedRollouts, added_rollouts
 from fx_influence.policy.policy import Policy
 
@@ -70,6 +71,7 @@ class StepCapture:
         log: called with at most 16 figures of each measured step, by name.
         on_step: called with the number of each measured step and its influences.
         mesh: of the training run's processes, None for a single process.
+        ledger: appends measured steps to a file, None for none.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.
@@ -84,11 +86,13 @@ class StepCapture:
         log: Callable[[dict[str, float]], object] | None,
         on_step: Callable[[int, Influence], object] | None,
         mesh: DeviceMesh | None,
+        ledger: LoopLedger | None = None,
     ) -> None:
         self.history: list[dict[str, float]] = []
         self.step = steps_made(training.optimizer)
         self._training, self._every, self._log, self._on_step = training, every, log, on_step
         self._mesh, self._is_main = mesh, count_and_rank(mesh)[1] == 0
+        self._ledger = ledger
         self._measurement = StepMeasurement(training, settings, mesh, self._warn)
         self._gradient = AccumulatedGradient(training.model, self._noting_problems)
         self._log_selection = LogSelection()
@@ -114,6 +118,7 @@ class StepCapture:
         advantages: Tensor | None = None,
         group: Tensor | None = None,
         sources: Sequence[str | None] | None = None,
+        rewards: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         loss_scale: float = 1.0,
@@ -139,6 +144,7 @@ class StepCapture:
             advantages: (B,) or of tokens; None takes the signs of the coefficients.
             group: int64 (B,), the prompt of each rollout; None tells prompts by their tokens.
             sources: B names of data sources, for the metrics ``source/NAME``.
+            rewards: (B,), for the ledger.
             cu_seqlens: (B + 1,), cumulative lengths of packed rollouts.
             position_ids: of packed rollouts, 0 where one begins.
             loss_scale: factor by which the loss is multiplied before its backward pass (``scaler.get_scale()``).
@@ -158,6 +164,7 @@ class StepCapture:
                 advantages=advantages,
                 group=group,
                 sources=sources,
+                rewards=rewards,
                 cu_seqlens=cu_seqlens,
                 position_ids=position_ids,
                 loss_scale=loss_scale,
@@ -223,11 +230,20 @@ class StepCapture:
     def _metrics_after(self, pending: PendingStep) -> dict[str, float]:
         measured = self._measurement.after_update(pending)
         metrics = all_gather_values(self._mesh, measured.metrics())[0]
+        if self._ledger is not None and self._is_main:
+            self._append(self._ledger, measured)
         if self._on_step is not None:
             self._on_step(measured.step, measured.influence)
         if self._log is not None and self._is_main:
             self._log({PREFIX + name: value for name, value in self._log_selection.of_step(metrics).items()})
         return metrics
+
+    def _append(self, ledger: LoopLedger, measured: MeasuredStep) -> None:
+        """Append the step to the ledger; a fault is a warning, and the step stays in the history."""
+        try:
+            ledger.append(measured, self._training.model)
+        except Exception as error:
+            self._warn(f"step {measured.step} is measured and not in the ledger: {reason(error)}")
 
     def _finish(self, has_closure: bool) -> CapturedStep:
         """Return the recorded step, once its gradient is accumulated and clipped, and end the recording.

@@ -30,6 +30,7 @@ class AddedRollouts:
         advantages: (B,) or of tokens in the loop's layout, or None.
         group: (B,), or None.
         sources: B names, or None.
+        rewards: (B,), or None.
         loss_scale: factor by which the loss is multiplied before its backward pass.
     """
 
@@ -44,10 +45,12 @@ class AddedRollouts:
         advantages: Tensor | None,
         group: Tensor | None,
         sources: Sequence[str | None] | None,
+        rewards: Tensor | None,
         loss_scale: float,
     ) -> None:
         count = len(ids)
         lengths = {"group": count if group is None else len(group), "sources": len(sources or [None] * count)}
+        lengths["rewards"] = count if rewards is None else len(rewards)
         for name, length in lengths.items():
             if length != count:
                 raise ValueError(f"{name} has {length} entries; expected {count}. Pass one for each rollout")
@@ -60,6 +63,7 @@ class AddedRollouts:
         self._advantages = advantages.detach() if advantages is not None and of_rows else None
         self._token_advantages = None if of_rows or advantages is None else self._to_rows(advantages)
         self._group, self._sources, self._loss_scale = group, sources, loss_scale
+        self._rewards = torch.full((count,), torch.nan) if rewards is None else rewards.detach().float()
         self._gradients: dict[int, Tensor] = {}
 
     @property
@@ -107,7 +111,7 @@ class AddedRollouts:
             old_logprobs=self._behaviour,
             advantages=advantages.float(),
             token_advantages=token_advantages,
-            rewards=torch.full((count,), torch.nan),
+            rewards=self._rewards,
             prompt_widths=torch.where(self._completions.any(1), first, width),
             group=self._group,
             sources=tuple(self._sources or [None] * count),
@@ -151,6 +155,7 @@ def added_rollouts(
     advantages: Tensor | None,
     group: Tensor | None,
     sources: Sequence[str | None] | None,
+    rewards: Tensor | None,
     cu_seqlens: Tensor | None,
     position_ids: Tensor | None,
     loss_scale: float,
@@ -176,5 +181,6 @@ def added_rollouts(
         advantages,
         group,
         sources,
+        rewards,
         loss_scale,
     )

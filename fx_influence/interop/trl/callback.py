@@ -24,6 +24,7 @@ from fx_influence.interop.live.guard import Failure, attempt, preserve_random_st
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
 from fx_influence.interop.live.metrics import PREFIX, LogSelection, MeasuredStep
 from fx_influence.interop.live.processes import all_gather_values
+from fx_influence.interop.trackers import MAX_FALL, report_step
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
@@ -88,6 +89,8 @@ class EntropyInfluence(TrainerCallback):
         name: stands between ``entropy_influence/`` and the metrics' names in the log; a trainer's second callback is
             named "2" by default, and its directory ``entropy_influence-2``.
         max_prompts: number of prompts taken from the trainer's ``eval_dataset``, evenly, or from the start of a stream.
+        max_fall: share of the entropy that a step may take before the tracker in the trainer's ``report_to``, trackio
+            or W&B, gets an alert; see ``interop.trackers``.
         region_stderr: also give the sums over the four regions of tokens standard errors, at the cost of two reverse
             passes over U; they have none with ``matrix``.
 
@@ -118,6 +121,7 @@ class EntropyInfluence(TrainerCallback):
         seed: int = 0,
         name: str | None = None,
         max_prompts: int = 64,
+        max_fall: float = MAX_FALL,
         region_stderr: bool = True,
     ) -> None:
         counts = {"every": every, "completions_per_prompt": completions_per_prompt, "max_prompts": max_prompts}
@@ -134,7 +138,7 @@ class EntropyInfluence(TrainerCallback):
         self._settings = MeasurementSettings(
             objective, preconditioner, matrix, chunk_size, memory_budget, region_stderr
         )
-        self._out, self._save_state = out, save_state
+        self._out, self._save_state, self._max_fall = out, save_state, max_fall
         self._trainer: Any = None
         self._pending: PendingStep | None = None
         self._directory: Path | None = None
@@ -230,6 +234,7 @@ class EntropyInfluence(TrainerCallback):
         self._pending, self._directory, self._log_selection = None, None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
         self._measuring, self._overflow_warned = True, False
+        self._alerted, self._tracker_failed = set[str](), False
         self._capture.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -287,8 +292,18 @@ class EntropyInfluence(TrainerCallback):
         measured = self._measurement.after_update(pending)
         metrics = all_gather_values(self._capture.mesh, measured.metrics())[0]
         if self._is_main:
-            self._store(measured.step).write(measured, self._plan(measured), self._trainer, self._training_id)
+            entry = self._store(measured.step).write(measured, self._plan(measured), self._trainer, self._training_id)
+            self._report(entry)
         return metrics
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        """Write the step to the trainer's trackers; a fault is one warning."""
+        try:
+            report_step(entry, self._trainer.args.report_to, self._alerted, self._max_fall)
+        except Exception as error:
+            if not self._tracker_failed:
+                self._warn(f"step {entry['step']} and others may be missing in the tracker: {reason(error)}")
+            self._tracker_failed = True
 
     def _guarded(self, step: int, work: Callable[[], Value | None]) -> Value | None:
         """Return the result of ``work``, or None with one warning if it fails on any process."""

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fx_influence.core.display import printable
 from fx_influence.lab.analysis.correlation import CONFIDENCE, RESAMPLES, Row
 from fx_influence.lab.analysis.covariates import Tokens
 from fx_influence.lab.analysis.directions import direction_rows
@@ -21,7 +22,7 @@ from fx_influence.lab.analysis.reward_price import reward_price
 from fx_influence.lab.analysis.rollout_correlations import rollout_correlations
 from fx_influence.lab.analysis.token_correlations import proxy_rows, token_correlations
 from fx_influence.lab.analysis.token_sums import concentration_rows, sign_rows, source_rows
-from fx_influence.lab.console.column_table import Column, ColumnTable, printable
+from fx_influence.lab.console.column_table import Column, ColumnTable
 from fx_influence.lab.results import EntropyInfluenceResults
 
 FOLDER = "analysis"

@@ -14,6 +14,9 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 BLOCK = 2**24
 """Largest number of values in memory while resampling."""
+MIN_CLUSTERS = 5
+"""Prompts below which resamples of them, few and alike, give no interval."""
+
 NEGLIGIBLE = 1e-12
 """Variance of standardised values, or of their residuals at fixed advantage, below which it is rounding."""
 
@@ -265,6 +268,8 @@ def estimate(value: float, draws: np.ndarray, clusters: int) -> Row:
     row = {**_empty_row(), "value": value}
     if len(known) < max(2, len(draws) / 2):
         return {**row, "note": "no interval: " + ("constant in most resamples" if len(draws) else "a single prompt")}
+    if clusters < MIN_CLUSTERS:
+        return {**row, "note": f"no interval: {clusters} prompts"}
     low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     edge = 1 - NEGLIGIBLE
     z, deviation = np.arctanh(np.clip(value, -edge, edge)), np.arctanh(np.clip(known, -edge, edge)).std(ddof=1)

@@ -11,22 +11,14 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from fx_influence.core.display import printable
+
 Kind = Literal["name", "number", "text"]
 
 MIN_TEXT, MIN_NAME = 10, 16
 """Smallest width in terminal cells of a text, and of a name before it is folded."""
 PADDING = 3
 """Cells of a column beside its content: a blank on either side and a line; the table has one line more."""
-
-
-def printable(text: str) -> str:
-    """Return untrusted text with controls, escapes, bidirectional marks and the like replaced by escape sequences.
-
-    Example:
-        >>> printable("a\\x1b[31m\\u202eb")
-        'a\\\\x1b[31m\\\\u202eb'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 class Column(NamedTuple):

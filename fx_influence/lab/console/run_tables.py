@@ -10,8 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from fx_influence.core.display import printable
 from fx_influence.interop.runtime.run_files import PLAN
-from fx_influence.lab.console.column_table import Column, ColumnTable, printable
+from fx_influence.lab.console.column_table import Column, ColumnTable
 from fx_influence.lab.console.finite_step_tables import finite_step_tables
 from fx_influence.lab.console.headline import Change, entropy_unit, headline, step_terms
 from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt

@@ -7,8 +7,9 @@ import math
 from rich.console import Console
 from rich.text import Text
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.console.column_table import Column, ColumnTable, printable
+from fx_influence.lab.console.column_table import Column, ColumnTable
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.training.account import SOURCE_KIND, LabelSum, Term, account, label_sums, strongest_labels
 from fx_influence.lab.training.health import training_health
@@ -46,7 +47,7 @@ def step_line(training: Training, k: int) -> str:
         >>> from pathlib import Path
         >>> names = ("entropy", "total", "stderr", "measured", "rollouts", "momentum", "reward")
         >>> columns = {name: np.array([0.5]) for name in names} | {"step": np.array([10])}
-        >>> step_line(Training(Path(), columns, {}, [], {}), 0)
+        >>> step_line(Training(Path(), columns, {}, [], {}, {}), 0)
         'step 10  entropy 0.5  predicted +0.5 ± 0.5  measured +0.5  rollouts +0.5  momentum +0.5  reward 0.5'
     """
     columns = training.steps

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fx_influence.lab.console.column_table import Column, ColumnTable, printable
+from fx_influence.core.display import printable
+from fx_influence.lab.console.column_table import Column, ColumnTable
 from fx_influence.lab.console.run_tables import footer
 from fx_influence.lab.fisher.results import FisherKernelResults
 from fx_influence.lab.results import displayed_prompt

@@ -39,7 +39,8 @@ def check_prediction(f: Figures) -> Finding | None:
     if "measured" not in step or not step["measured"]:
         return None
     off = abs(step["total"] / step["measured"] - 1)
-    text = f"Predicted {step['total']:+.3g} nats, measured {step['measured']:+.3g} on the same E: {off:.1%} apart"
+    changes = f"Predicted {step['total']:+.3g} nats, measured {step['measured']:+.3g}".replace("-", "−")
+    text = f"{changes} on the same E: {off:.1%} apart"
     if off > MAX_DEVIATION:
         return Finding("Predicted and measured", "attention", f"{text}. The step is longer than the first order holds.")
     return Finding("Predicted and measured", "good", f"{text}.")

@@ -18,6 +18,8 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 MAX_POINTS = 20_000
 """Points of a panel; of more, a random subset of this size is drawn."""
+MIN_FITTED = 8
+"""Points of a panel below which no line is fitted to them."""
 LABELS = {
     "advantage": "advantage",
     "reward": "reward",
@@ -38,7 +40,8 @@ LABELS = {
 def correlates(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
     """Draw each rollout's influence against each covariate, with the least-squares line and Spearman's rho.
 
-    rho has its 95% interval over the draw of prompts; a covariate that is constant or missing has neither.
+    rho has its 95% interval over the draw of prompts where there are five; a covariate that is constant or missing has
+    neither. Fewer than eight points have no line.
     """
     influence = results.evaluations[evaluation].arrays["per_sequence"]
     covariates = rollout_covariates(results)
@@ -118,8 +121,9 @@ def _panel(axes: Axes, values: Column, influence: np.ndarray, colours: np.ndarra
     subset = np.random.default_rng(0).choice(n, MAX_POINTS, replace=False) if n > MAX_POINTS else np.arange(n)
     x, y, c = values[subset], influence[subset], colours[subset]
     axes.scatter(x, y, s=10, c=c, alpha=0.6, linewidths=0, rasterized=n > 2000)
-    slope, intercept = np.polyfit(values, influence, 1)
-    x = np.linspace(values.min(), values.max(), 200)
-    axes.plot(x, intercept + slope * x, color=BLACK, linewidth=1.2)
+    if n >= MIN_FITTED:
+        slope, intercept = np.polyfit(values, influence, 1)
+        x = np.linspace(values.min(), values.max(), 200)
+        axes.plot(x, intercept + slope * x, color=BLACK, linewidth=1.2)
     interval = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     axes.set_title(f"ρ = {row['value']:+.2f}{interval}", fontsize=8.5)

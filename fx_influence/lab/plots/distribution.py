@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fx_influence.lab.plots.style import GREY, LOWERS, RAISES, UNIT, figure, styled, zero_line
 from fx_influence.lab.results import EntropyInfluenceResults
@@ -29,6 +30,7 @@ def distribution(results: EntropyInfluenceResults, evaluation: int = 0) -> Figur
     left.set_xlabel(f"influence of a rollout ({UNIT})")
     left.set_ylabel("rollouts")
     left.legend(fontsize=8)
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_title("Distribution")
     _by_rank(right, influence, stderr)
     return drawing
@@ -48,6 +50,7 @@ def _by_rank(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
     )
     axes.set_title(f"By rank: {note}")
     axes.set_xlabel("rollouts of U by influence (rank)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"influence ({UNIT})")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, loc="upper left")

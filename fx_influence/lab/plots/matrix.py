@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from fx_influence.lab.analysis.correlation import Column
@@ -49,6 +50,8 @@ def matrix(results: EntropyInfluenceResults, evaluation: int = 0) -> Figure:
         aspect="auto",
         interpolation="nearest",
     )
+    for axis in (body.xaxis, body.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     body.set_xlabel(f"{m.shape[1]} rollouts of U, clustered")
     body.set_ylabel(f"{m.shape[0]} rollouts of E, clustered")
     bar = drawing.colorbar(image, ax=body, extend="both", pad=0.01)

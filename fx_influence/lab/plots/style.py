@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from fx_influence.lab.console.column_table import printable
+from fx_influence.core.display import printable
 
 try:
     import matplotlib.style

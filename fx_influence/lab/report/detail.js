@@ -8,6 +8,7 @@ const READOUT = [
   ["share", "of the rollout's Σ|influence|"],
   ["logprob", "log π"],
   ["entropy", "entropy"],
+  ["likely", "log π > −entropy"],
   ["coefficient", "coefficient"],
 ];
 
@@ -16,6 +17,12 @@ function readoutNode(run) {
   const items = names.map(([field, name]) =>
     make("div", { class: `r-${field}` }, make("dt", { text: name }), make("dd", { "data-field": field, text: " " })));
   return make("dl", { class: "readout", "aria-live": "polite", "aria-label": "Selected token" }, ...items);
+}
+
+// A token is likely if log π > −entropy: making it more likely then lowers the entropy at its place.
+function likelyWord(logprob, entropy) {
+  if (Number.isNaN(logprob) || Number.isNaN(entropy)) return "—";
+  return logprob > -entropy ? "likely" : "unlikely";
 }
 
 function updateReadout(readout, run, tokens, k) {
@@ -27,6 +34,7 @@ function updateReadout(readout, run, tokens, k) {
     share: percent(Math.abs(tokens.influence[k]) / total),
     logprob: precise(tokens.logprob[k]),
     entropy: precise(tokens.entropy[k]),
+    likely: likelyWord(tokens.logprob[k], tokens.entropy[k]),
     coefficient: preciseSigned(tokens.coefficient[k]),
     entropyCoefficient: tokens.entropyCoefficient && preciseSigned(tokens.entropyCoefficient[k]),
   };
@@ -36,6 +44,10 @@ function updateReadout(readout, run, tokens, k) {
     else node.replaceChildren(appendToken(make("bdi"), tokens.texts[k].slice(0, 40)));
   }
 }
+
+const STRIP = "Each token is shaded by its influence: blue with a line above raises the entropy, orange with a line below "
+  + "lowers it. Point at a token, or move by the arrow keys, to read its figures; it is likely if its log π is above minus the "
+  + "entropy at its place.";
 
 // The legend: the value in the middle of every level, in both units.
 function legendNode(run, largest) {
@@ -140,20 +152,27 @@ async function compareNode(run, { evaluation, rollout, runScale }, readout, open
   const heading = `${others.length} other completion${others.length === 1 ? "" : "s"} of this prompt`;
   const pair = make("div", { class: "compare" }, make("section", {}, make("h4", { text: "Completion" }), card(0, [])));
   if (others.length) pair.append(make("section", {}, make("h4", { text: heading }), make("div", { class: "beside" }, ...beside)));
-  return [legendNode(run, largest), readout, pair];
+  return [make("h4", { text: "Tokens" }), make("p", { class: "strip", text: STRIP }), legendNode(run, largest), readout, pair];
 }
 
 async function detailNodes(run, state, actions) {
   const { evaluation, rollout, runScale } = state;
-  const prompt = make("pre", { class: "prompt", tabindex: "0", "aria-label": "Prompt" });
-  appendVisible(prompt, run.prompts[run.rollouts.prompt[rollout]].text);
+  const { text, asked } = run.prompts[run.rollouts.prompt[rollout]];
   const compare = await compareNode(run, state, readoutNode(run), actions.open);
   const affected = await affectedNode(run, evaluation, rollout);
-  return [titleNode(run, rollout, runScale, actions), factsNode(run, evaluation, rollout),
-    make("h4", { text: "Prompt" }), prompt, ...compare, ...(affected ? [affected] : [])];
+  return [titleNode(run, state, actions), factsNode(run, evaluation, rollout),
+    make("h4", { text: "Prompt" }), ...promptNodes(text, asked), ...compare, ...(affected ? [affected] : [])];
 }
 
-function titleNode(run, rollout, runScale, { step, close, scale }) {
+// Of a conversation the user's last message, and folded what the policy read, with the marks of its template.
+function promptNodes(text, asked) {
+  const node = (shown, name) => appendVisible(make("pre", { class: "prompt", tabindex: "0", "aria-label": name }), shown);
+  if (asked === text) return [node(text, "Prompt")];
+  const folded = make("details", {}, make("summary", { text: "The prompt as the policy reads it" }), node(text, "Full prompt"));
+  return [node(asked, "Prompt"), folded];
+}
+
+function titleNode(run, { rollout, evaluation, runScale }, { step, close, scale }) {
   const button = (text, label, act) => {
     const node = make("button", { type: "button", "aria-label": label, text });
     node.addEventListener("click", act);
@@ -165,6 +184,7 @@ function titleNode(run, rollout, runScale, { step, close, scale }) {
   choice.addEventListener("change", () => scale(choice.value === "run"));
   return make("header", {},
     make("h3", { id: "detail-title", tabindex: "-1", text: excerpt(run.rollouts.id[rollout], 80) }),
+    make("a", { href: `#${addressOf({ rollout: run.rollouts.id[rollout], evaluation })}`, text: "Link to this rollout" }),
     make("label", {}, "Shading relative to", choice),
     button("‹", "Previous rollout of the table", () => step(-1)), button("›", "Next rollout of the table", () => step(1)),
     button("Close", "Close the rollout", close));

@@ -42,6 +42,7 @@ function sortBy(state, key) {
   const descending = state.sort.key === key ? !state.sort.descending : numeric;
   state.sort = { key, descending };
   refresh(state);
+  writeAddress(state);
   document.querySelector(`[data-sort="${key}"]`).focus();
 }
 
@@ -61,6 +62,7 @@ async function show(state) {
 
 async function open(state, rollout) {
   state.rollout = rollout;
+  writeAddress(state);
   const position = state.view.indexOf(rollout);
   if (position >= 0) state.active = position;
   reveal(state);
@@ -75,6 +77,7 @@ function close(state) {
   state.rollout = null;
   $("detail").hidden = true;
   $("detail").replaceChildren();
+  writeAddress(state);
   paint(state);
   $("rows").focus();
 }
@@ -138,8 +141,9 @@ function wireFilters(state) {
     make("option", { value: k, text: `${excerpt(id, 24)}: ${excerpt(asked, 48)}` }));
   $("prompt").append(...prompts);
   const read = () => {
-    for (const name of ["search", "sign", "advantage", "prompt"]) state.filter[name] = $(name).value;
+    for (const name of FILTERS) state.filter[name] = $(name).value;
     refresh(state);
+    writeAddress(state);
   };
   $("filters").addEventListener("input", read);
   $("filters").addEventListener("submit", (event) => event.preventDefault());
@@ -147,15 +151,32 @@ function wireFilters(state) {
   $("filters").addEventListener("reset", () => setTimeout(read));
 }
 
+function showEvaluation(state) {
+  for (const section of document.querySelectorAll("[data-evaluation]")) {
+    section.hidden = Number(section.dataset.evaluation) !== state.evaluation;
+  }
+}
+
 function wireEvaluations(state) {
+  document.querySelectorAll(".strongest").forEach((node, evaluation) => fillStrongest(state.run, evaluation, node));
   $("evaluation")?.addEventListener("change", (event) => {
     state.evaluation = Number(event.target.value);
-    for (const section of document.querySelectorAll("[data-evaluation]")) {
-      section.hidden = Number(section.dataset.evaluation) !== state.evaluation;
-    }
+    showEvaluation(state);
     refresh(state);
+    writeAddress(state);
     if (state.rollout !== null) show(state);
   });
+}
+
+// Shows what the address says, as when the page opens or a link is followed.
+function followAddress(state) {
+  const rollout = readAddress(state);
+  if (rollout === undefined) return;
+  if ($("evaluation")) $("evaluation").value = String(state.evaluation);
+  showEvaluation(state);
+  refresh(state);
+  if (rollout !== null) open(state, rollout);
+  else if (state.rollout !== null) close(state);
 }
 
 readRun().then((run) => {
@@ -164,6 +185,8 @@ readRun().then((run) => {
   wireTable(state);
   wireEvaluations(state);
   refresh(state);
+  followAddress(state);
+  addEventListener("hashchange", () => followAddress(state));
 }).catch((error) => {
   $("count").textContent = `The rollouts cannot be shown, perhaps because this browser is too old: ${error}`;
 });

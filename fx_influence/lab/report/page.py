@@ -19,7 +19,7 @@ from fx_influence.lab.results import EntropyInfluenceResults
 
 SOURCES = Path(__file__).parent
 FOLDER, PAGE = "report", "index.html"
-SCRIPTS = ("format.js", "data.js", "table.js", "tokens.js", "detail.js", "explorer.js")
+SCRIPTS = ("format.js", "data.js", "table.js", "tokens.js", "detail.js", "strongest.js", "address.js", "explorer.js")
 """Sources in their order in the page, inside one function."""
 MARKS = {"good": "✓ passed", "attention": "! attention", "unknown": "– unknown"}
 
@@ -61,8 +61,14 @@ def write_page(directory: Path, make: Callable[[], str]) -> Path:
     return path
 
 
-def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
-    """Return the page as text, the same for the same run. Arguments and errors are those of ``write_report``."""
+def report_page(results: EntropyInfluenceResults, figures: bool = True, folder: Path | None = None) -> str:
+    """Return the page as text, the same for the same run. Errors are those of ``write_report``.
+
+    Args:
+        results: a finished run.
+        figures: whether to draw the figures of the first E.
+        folder: directory of the figures' files; None takes ``report/figures`` of the run.
+    """
     with raise_if_damaged(results.path):
         blobs = explorer_blobs(results)
         sections = [section(results, i) for i in range(len(results.evaluations))]
@@ -75,7 +81,7 @@ def report_page(results: EntropyInfluenceResults, figures: bool = True) -> str:
         facts=facts(results),
         sections=sections,
         marks=MARKS,
-        figures=draw_figures(results, results.path / FOLDER / "figures") if figures else NO_FIGURES,
+        figures=draw_figures(results, folder or results.path / FOLDER / "figures") if figures else NO_FIGURES,
         blobs=blobs,
     )
 
@@ -90,9 +96,11 @@ def render(template: str, style: str, script: str | None, **values: Any) -> str:
         **values: what the template shows.
     """
     jinja2 = require_jinja2()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=jinja2.FileSystemLoader(SOURCES)
+    )
     markup = importlib.import_module("markupsafe").Markup
-    page: str = environment.from_string((SOURCES / template).read_text(encoding="utf-8")).render(
+    page: str = environment.get_template(template).render(
         policy=_policy(style, script), style=markup(style), script=markup(script or ""), **values
     )
     return page

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fx_influence.lab.console.column_table import printable
-from fx_influence.lab.console.headline import Change, entropy_unit, headline, step_terms
+from fx_influence.core.display import printable
+from fx_influence.lab.console.headline import CERTAIN, Change, entropy_unit, headline, step_terms
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.health import Finding
 from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.waterfall import LIKELY, waterfall_columns
 
 
 class Row(NamedTuple):
@@ -31,11 +32,33 @@ class Totals(NamedTuple):
     rows: list[Row]
 
 
-class Changes(NamedTuple):
-    """The step's change of the entropy, predicted and measured: the unit, and rows of (name, value, error bar)."""
+class Bar(NamedTuple):
+    """A bar with its error bar, in hundredths of the drawing's width: where each begins and ends, and 0."""
+
+    start: float
+    width: float
+    low: float
+    high: float
+    zero: float
+
+
+class WaterfallRow(NamedTuple):
+    """A row of the waterfall: text and bar; ``kind``: ``sum`` for totals, and ``unsure`` if its sign is not told."""
+
+    name: str
+    value: str
+    stderr: str
+    kind: str
+    sign: str
+    bar: Bar
+
+
+class Waterfall(NamedTuple):
+    """Terms of the step's change of the entropy, with predicted and measured change; ``note`` defines names."""
 
     unit: str
-    rows: list[tuple[str, str, str]]
+    rows: list[WaterfallRow]
+    note: str
 
 
 class Section(NamedTuple):
@@ -43,7 +66,7 @@ class Section(NamedTuple):
 
     title: str
     headline: str
-    changes: Changes
+    waterfall: Waterfall
     notes: list[str]
     totals: Totals
     logged: list[tuple[str, str]]
@@ -75,7 +98,7 @@ def section(results: EntropyInfluenceResults, evaluation: int) -> Section:
     return Section(
         title=f"E {evaluation + 1}: {summary['rollouts']:,} rollouts, entropy {entropy}",
         headline=first.sentence,
-        changes=_changes(first.changes, entropy_unit(results)),
+        waterfall=waterfall(results, evaluation, first.changes),
         notes=_notes(results, evaluation),
         totals=_totals(summary, lr),
         logged=[
@@ -107,10 +130,48 @@ def _half(delta: np.ndarray) -> int:
     return int(np.searchsorted(sums, sums[-1] / 2)) + 1 if len(sums) and sums[-1] else 0
 
 
-def _changes(changes: list[Change], unit: str) -> Changes:
-    scale = Scale.of(max(abs(x) for c in changes for x in (c.value, c.stderr or 0.0)))
-    rows = [(c.name, scale.text(c.value), "" if c.stderr is None else f"± {scale.text(c.stderr, '')}") for c in changes]
-    return Changes(scale.named(f"nats {unit}"), rows)
+def waterfall(results: EntropyInfluenceResults, evaluation: int, changes: list[Change]) -> Waterfall:
+    """Return the terms of the step one after another, then the predicted and the measured changes from 0, in nats.
+
+    Args:
+        results: a finished run.
+        evaluation: number of E.
+        changes: of the step, from ``headline``, the predicted one first.
+    """
+    lr = results.summary["lr"]
+    columns = waterfall_columns(results, evaluation)[:-1]
+    terms = [(x.name, x.value * lr, x.stderr * lr) for x in columns]
+    sums = [
+        (x.name.removesuffix(", importance sampling"), x.value, np.nan if x.stderr is None else x.stderr)
+        for x in changes
+    ]
+    names, values, errors = zip(*terms, *sums, strict=True)
+    ends = np.array([*np.cumsum([value for _, value, _ in terms]), *values[len(terms) :]])
+    starts = ends - values
+    low, high = ends - np.nan_to_num(errors), ends + np.nan_to_num(errors)
+    left, right = min(0.0, starts.min(), low.min()), max(0.0, starts.max(), high.max())
+    scale = Scale.of(max(np.abs(values).max(), np.nan_to_num(errors).max()))
+
+    def place(x: float) -> float:
+        """Return a position in hundredths of the width, with a margin on both sides."""
+        return round(float(2 + 96 * (x - left) / ((right - left) or 1.0)), 2)
+
+    rows = []
+    for k, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):
+        begin, end = sorted((place(starts[k]), place(ends[k])))
+        unsure = "" if np.isnan(error) or abs(value) > CERTAIN * error else " unsure"
+        rows.append(
+            WaterfallRow(
+                name,
+                scale.text(value),
+                "" if np.isnan(error) else f"± {scale.text(error, '')}",
+                ("" if k < len(terms) else "sum") + unsure,
+                "up" if value > 0 else "down",
+                Bar(begin, round(end - begin, 2), place(low[k]), place(high[k]), place(0.0)),
+            )
+        )
+    likely = any("likely" in name for name in names)
+    return Waterfall(scale.named(f"nats {entropy_unit(results)}"), rows, LIKELY if likely else "")
 
 
 def _totals(summary: dict[str, Any], lr: float) -> Totals:

@@ -5,21 +5,27 @@ The page has no script: whatever a rollout's text holds, it is text.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
+from fx_influence.core.display import printable
+from fx_influence.interop.ledger.file import STEP
 from fx_influence.interop.runtime.run_files import raise_if_damaged
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.report.figures import NO_FIGURES, Figure, draw_training_figures
-from fx_influence.lab.report.page import FOLDER, MARKS, SOURCES, render, write_page
+from fx_influence.lab.report.page import FOLDER, MARKS, SOURCES, render, write_page, write_report
 from fx_influence.lab.report.training_tables import (
     account_table,
     kinds_table,
     lifetime_table,
+    prompts_table,
     sources_table,
+    step_page,
     steps_table,
+    strongest_of_run,
     strongest_rollouts,
     training_facts,
 )
+from fx_influence.lab.results import load_run
 from fx_influence.lab.training.health import training_health
 from fx_influence.lab.training.load import Training
 from fx_influence.lab.training.sentences import entropy_unit, training_sentences
@@ -34,6 +40,8 @@ FIRST = ("timeline", "ledger")
 def write_training_report(training: Training, figures: bool = True) -> Path:
     """Write the page of a training run into ``report/`` of its directory and return its path.
 
+    The steps of its strongest rollouts get pages too, without figures, where they have none and their files are there.
+
     Args:
         training: from ``load_training``; the run may be under way.
         figures: whether to draw the figures, which are also written to ``report/figures``.
@@ -44,15 +52,37 @@ def write_training_report(training: Training, figures: bool = True) -> Path:
 
     Example, after a training run: ``write_training_report(load_training("runs/grpo/entropy_influence"))``.
     """
+    for step in strongest_steps(training) - steps_with_page(training):
+        if (training.path / step_page(step)).parents[1].is_dir():
+            write_report(load_run((training.path / step_page(step)).parents[1]), figures=False)
     return write_page(training.path, lambda: training_page(training, figures))
 
 
-def training_page(training: Training, figures: bool = True) -> str:
-    """Return the page as text. Arguments and errors are those of ``write_training_report``."""
-    drawn = draw_training_figures(training, training.path / FOLDER / "figures") if figures else NO_FIGURES
+def strongest_steps(training: Training) -> set[int]:
+    """Return the numbers of the steps of the run's strongest rollouts."""
+    return {rollout[STEP] for rollout in strongest_of_run(training)}
+
+
+def steps_with_page(training: Training) -> set[int]:
+    """Return the numbers of the measured steps that have a page in their directories."""
+    return {step for step in training.steps[STEP].tolist() if (training.path / step_page(step)).is_file()}
+
+
+def training_page(
+    training: Training, figures: bool = True, pages: Set[int] | None = None, folder: Path | None = None
+) -> str:
+    """Return the page as text. Errors are those of ``write_training_report``.
+
+    Args:
+        training: from ``load_training``; the run may be under way.
+        figures: whether to draw the figures.
+        pages: numbers of the steps whose pages are linked; None takes those that have one.
+        folder: directory of the figures' files; None takes ``report/figures`` of the training run.
+    """
+    drawn = draw_training_figures(training, folder or training.path / FOLDER / "figures") if figures else NO_FIGURES
     with raise_if_damaged(training.path):
         findings = training_health(training)
-        rollouts_unit, rollouts = strongest_rollouts(training)
+        rollouts_unit, rollouts = strongest_rollouts(training, steps_with_page(training) if pages is None else pages)
         heads, rows = steps_table(training)
         return render(
             "training.html.j2",
@@ -66,14 +96,13 @@ def training_page(training: Training, figures: bool = True) -> str:
             account=account_table(training),
             kinds=kinds_table(training),
             sources=sources_table(training),
-            alerts=[x for x in findings if x.level == "attention"],
-            other_findings=[x for x in findings if x.level != "attention"],
-            passed=sum(x.level == "good" for x in findings),
+            findings=findings,
             marks=MARKS,
             first=[x for x in drawn.images if x.stem in FIRST],
             below=[_titled(x, training) for x in drawn.images if x.stem not in FIRST],
             missing=drawn.missing,
             lifetime=lifetime_table(training),
+            prompts=prompts_table(training),
             rollouts_unit=rollouts_unit,
             rollouts=rollouts,
             heads=heads,

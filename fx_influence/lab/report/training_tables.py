@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.training.account import (
     SOURCE_KIND,
@@ -20,10 +22,11 @@ from fx_influence.lab.training.account import (
     strongest_labels,
 )
 from fx_influence.lab.training.load import Training
+from fx_influence.lab.training.prompts import PromptSeries, returning_prompts
 from fx_influence.lab.training.sentences import steps_measured
 
-MAX_KINDS, MAX_SOURCES, MAX_ROLLOUTS = 6, 5, 20
-"""Rows of the tables of kinds, sources and rollouts."""
+MAX_KINDS, MAX_SOURCES, MAX_ROLLOUTS, MAX_PROMPTS = 6, 5, 20, 20
+"""Rows of the tables of kinds, sources, rollouts and prompts."""
 
 STEP_COLUMNS = {
     "entropy": "entropy",
@@ -114,9 +117,19 @@ def lifetime_table(training: Training) -> SumTable | None:
     return _table([*rows, *((term.name, term, "", mark) for term, mark in sums)])
 
 
-def strongest_rollouts(training: Training) -> tuple[str, list[dict[str, Any]]]:
-    """Return the unit, and the rollouts of all measured steps that move the entropy most, as text with their links."""
-    chosen = sorted(training.strongest, key=lambda r: -abs(r["influence"]))[:MAX_ROLLOUTS]
+def strongest_of_run(training: Training) -> list[dict[str, Any]]:
+    """Return the rollouts of all measured steps that move the entropy most, as the ledger has them."""
+    return sorted(training.strongest, key=lambda r: -abs(r["influence"]))[:MAX_ROLLOUTS]
+
+
+def strongest_rollouts(training: Training, steps_with_page: Set[int]) -> tuple[str, list[dict[str, Any]]]:
+    """Return the unit, and the run's strongest rollouts as text, with links to themselves in the pages of their steps.
+
+    Args:
+        training: from ``load_training``.
+        steps_with_page: numbers of the steps that have a page.
+    """
+    chosen = strongest_of_run(training)
     scale = Scale.of(max((abs(r["influence"]) for r in chosen), default=0.0))
     rows = []
     for rollout in chosen:
@@ -125,7 +138,7 @@ def strongest_rollouts(training: Training) -> tuple[str, list[dict[str, Any]]]:
         rows.append(
             {
                 "step": rollout[STEP],
-                "link": _page_of(training.path, rollout[STEP]),
+                "link": _link(rollout) if rollout[STEP] in steps_with_page else "",
                 "id": printable(str(rollout["id"])),
                 "influence": scale.text(rollout["influence"]),
                 "stderr": "" if error is None else f"± {scale.text(error, '')}",
@@ -137,6 +150,64 @@ def strongest_rollouts(training: Training) -> tuple[str, list[dict[str, Any]]]:
             }
         )
     return scale.named("nats in its step"), rows
+
+
+class PromptRow(NamedTuple):
+    """A prompt that returns, as text; ``bars``: for each appearance the place, top and height of its bar and its sign.
+
+    They are in hundredths of the drawing's width and height; the middle is 0.
+    """
+
+    prompt: str
+    appearances: int
+    value: str
+    stderr: str
+    rewards: str
+    kind: str
+    bars: list[tuple[float, float, float, str]]
+
+
+class PromptTable(NamedTuple):
+    """Prompts that return: the unit, those with the largest sums, and how many there are."""
+
+    unit: str
+    rows: list[PromptRow]
+    total: int
+
+
+def prompts_table(training: Training) -> PromptTable | None:
+    """Return the returning prompts that move the entropy most over their appearances; None where no prompt returns."""
+    returning = returning_prompts(training)
+    if not returning:
+        return None
+    chosen = returning[:MAX_PROMPTS]
+    scale = Scale.of(max(abs(x) for series in chosen for x in (series.term.value, np.nan_to_num(series.term.stderr))))
+    largest = max(float(np.abs(series.influence).max()) for series in chosen)
+    rows = [_prompt_row(series, scale, largest, training.last_step) for series in chosen]
+    return PromptTable(scale.named("nats"), rows, len(returning))
+
+
+def _prompt_row(series: PromptSeries, scale: Scale, largest: float, last_step: int) -> PromptRow:
+    """Return a row; bars are on one scale for all prompts, ``largest`` half of the height."""
+    heights = 50 * series.influence / (largest or 1.0)
+    bars = [
+        (round(100 * step / last_step, 2), round(50 - max(height, 0.0), 2), round(abs(height), 2), _sign(height))
+        for step, height in zip(series.steps.tolist(), heights.tolist(), strict=True)
+    ]
+    known = series.reward[np.isfinite(series.reward)]
+    return PromptRow(
+        printable(series.prompt),
+        len(series.steps),
+        scale.text(series.term.value),
+        "" if np.isnan(series.term.stderr) else f"± {scale.text(series.term.stderr, '')}",
+        f"{_short(known[0])} → {_short(known[-1])}" if len(known) else "",
+        "" if series.term.sign else "unsure",
+        bars,
+    )
+
+
+def _sign(value: float) -> str:
+    return "up" if value > 0 else "down"
 
 
 def steps_table(training: Training) -> tuple[list[str], list[list[str]]]:
@@ -178,10 +249,16 @@ def _table(rows: list[tuple[str, Term, str, str]]) -> SumTable:
     )
 
 
-def _page_of(directory: Path, step: int) -> str:
-    """Return the link from the run's page to that of a step, empty where that has not been written."""
-    page = Path(f"step_{step:06d}") / "report" / "index.html"
-    return f"../{page.as_posix()}" if (directory / page).is_file() else ""
+def step_page(step: int) -> Path:
+    """Return the path of a step's page in the directory of the training run's measured steps."""
+    return Path(f"step_{step:06d}") / "report" / "index.html"
+
+
+def _link(rollout: dict[str, Any]) -> str:
+    """Return the link from the run's page to a rollout in its step's page."""
+    # Half of a surrogate pair has no place in an address; the step's page reads it as U+FFFD too.
+    name = str(rollout["id"]).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return f"../{step_page(rollout[STEP]).as_posix()}#rollout={quote(name, safe='')}"
 
 
 def _short(value: float | None) -> str:

@@ -39,11 +39,14 @@ class Training:
             ``stderr`` (NaN where it is not known), ``count`` of rollouts or tokens, ``share`` of the sum of
             |influence|.
         strongest: the rollouts of each step that move the entropy most, with their ``step``.
+        prompts: columns, one entry a measured step and prompt: ``step``, ``key`` (the same for the same prompt),
+            ``influence`` and ``stderr`` of its rollouts' sum, ``count`` of rollouts, mean ``reward`` (NaN where it has
+            none), ``prompt``, the beginning of its text.
         settings: ``preconditioner`` and ``normalize`` of the last step, as far as they are known.
 
     Example:
         >>> columns = {"step": np.array([10, 20]), "total": np.array([-0.5, -0.25])}
-        >>> training = Training(Path("steps"), columns, {}, [], {})
+        >>> training = Training(Path("steps"), columns, {}, [], {}, {})
         >>> training.last_step, training.coverage
         (20, 0.1)
     """
@@ -52,6 +55,7 @@ class Training:
     steps: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
     strongest: list[dict[str, Any]]
+    prompts: dict[str, np.ndarray]
     settings: dict[str, str]
 
     @property
@@ -109,6 +113,7 @@ def load_training(path: str | Path) -> Training:
             steps=_step_columns(entries),
             labels=_label_columns(entries),
             strongest=[{STEP: e[STEP], **rollout} for e in entries for rollout in e.get("strongest", [])],
+            prompts=_prompt_columns(entries),
             settings={name: str(entries[-1][name]) for name in ("preconditioner", "normalize") if name in entries[-1]},
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -137,6 +142,20 @@ def _label_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         "stderr": np.array([_number(x) for x in stderr], dtype=np.float64),
         "count": np.array(count, dtype=np.int64),
         "share": np.array([_number(x) for x in share], dtype=np.float64),
+    }
+
+
+def _prompt_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    rows = [(entry[STEP], *row) for entry in entries for row in entry.get("prompts", [])]
+    step, key, influence, stderr, count, reward, prompt = zip(*rows, strict=True) if rows else ((),) * 7
+    return {
+        STEP: np.array(step, dtype=np.int64),
+        "key": np.array(key, dtype=object),
+        "influence": np.array([_number(x) for x in influence], dtype=np.float64),
+        "stderr": np.array([_number(x) for x in stderr], dtype=np.float64),
+        "count": np.array(count, dtype=np.int64),
+        "reward": np.array([_number(x) for x in reward], dtype=np.float64),
+        "prompt": np.array(prompt, dtype=object),
     }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import LEDGER, STEP
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.console.training_tables import print_training, step_line
 from fx_influence.lab.training.health import training_health
 from fx_influence.lab.training.load import Training, load_training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from typing import Any
@@ -14,10 +15,12 @@ import fx_influence as fx
 from fx_influence import labels
 from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, Deviations
 from fx_influence.interop.ledger.entry import (
+    MAX_PROMPT_TEXT,
     MAX_TEXT,
     STRONGEST,
     ledger_entry,
     lifetime_factor,
+    prompt_key,
     rollout_figures,
     step_labels,
 )
@@ -113,8 +116,39 @@ def test_strongest_rollouts_come_from_both_ends(
     assert [(x["id"]) for x in entry["strongest"]] == [name for _, name in expected]
     assert [x["influence"] for x in entry["strongest"]] == [LR * value for value, _ in expected]
     assert all(len(x["prompt"]) == MAX_TEXT for x in entry["strongest"])
-    few = ledger_entry(1, LR, influence._replace(per_sequence=influence.per_sequence[:2]), {}, {}, rollouts[:2])
+    two = influence._replace(per_sequence=influence.per_sequence[:2], deviations=None)
+    few = ledger_entry(1, LR, two, {}, {}, rollouts[:2])
     assert len(few["strongest"]) == 2
+
+
+def test_prompts_are_summed_up_by_their_tokens(case: tuple[fx.Influence, Batch, TokenValues, list[fx.Rollout]]) -> None:
+    """Rollouts of one prompt may have different numbers in different steps, and different groups in one step."""
+    influence, _, _, rollouts = case
+    rollouts = [dataclasses.replace(r, prompt_ids=(1, r.group % 3), question=f"ask {r.group % 3}") for r in rollouts]
+    rows = ledger_entry(1, LR, influence, {}, {}, rollouts)["prompts"]
+    assert influence.deviations is not None
+    members = {f"ask {k}": [i for i, r in enumerate(rollouts) if r.group % 3 == k] for k in range(3)}
+    size = {name: sum(abs(float(influence.per_sequence[i])) for i in indices) for name, indices in members.items()}
+    assert [row[5] for row in rows] == sorted(size, key=lambda name: -size[name])
+    for key, total, stderr, count, reward, text in rows:
+        indices = members[text]
+        assert key == prompt_key(rollouts[indices[0]])
+        assert_close_to_rounding(total, LR * sum(float(influence.per_sequence[i]) for i in indices), terms=COUNT)
+        parts = [sum(float(influence.deviations.by_part[k, i]) for i in indices) for k in range(PARTS)]
+        assert_close_to_rounding(stderr, LR * math.sqrt(PARTS / (PARTS - 1) * sum(x * x for x in parts)), terms=100)
+        assert (count, reward) == (len(indices), sum(i % 2 for i in indices) / len(indices))
+
+
+def test_prompts_of_a_large_step_are_the_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fx_influence.interop.ledger.entry.MAX_PROMPTS", 2)
+    rollouts = [dataclasses.replace(rollout(i, None, None), prompt_ids=(i,)) for i in range(COUNT)]
+    values = torch.tensor([0.0, 1.0, -3.0, *[0.5] * 7], dtype=torch.float64)
+    fields: dict[str, Any] = dict.fromkeys(fx.Influence._fields, torch.zeros(()))
+    influence = fx.Influence(**{**fields, "per_sequence": values, "stderr": values, "deviations": None})
+    rows = ledger_entry(1, LR, influence, {}, {}, rollouts)["prompts"]
+    assert [row[0] for row in rows] == [prompt_key(rollouts[i]) for i in (2, 1)]
+    assert all(math.isnan(row[2]) and row[4] is None for row in rows)
+    assert [len(row[5]) for row in rows] == [MAX_PROMPT_TEXT] * 2
 
 
 def test_kinds_without_their_values_are_left_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,12 @@ def test_headline_and_page_list_predicted_and_measured(tmp_path: Path) -> None:
     assert f"<h1>{sentence.replace(chr(39), '&#39;')}</h1>" in page
     for figure in ("-4.000e-03", "-3.550e-03", "-3.500e-03"):
         assert text.index(figure) < text.index("What the step does")
-    for figure in ("−4.0000", "−3.5500", "−3.5000"):
-        assert page.index(f"<td>{figure}</td>") < page.index("Terms of the step")
+    first_screen = page[: page.index('<section id="explorer"')]
+    cells = re.findall(r'row">(predicted[^<]*|measured)</th>.*?</td>\s*<td>([^<]*)</td>', first_screen, re.DOTALL)
+    assert "10⁻³ nats per token" in first_screen
+    values = {name: float(text.replace("−", "-")) for name, text in cells}
+    expected = {"predicted, first order": -4.0, "predicted, second order": -3.55, "measured": -3.5}
+    assert values == pytest.approx(expected, abs=1e-3)
 
 
 def test_step_terms_add_up_to_the_total(tmp_path: Path) -> None:
@@ -112,3 +117,11 @@ def test_step_terms_add_up_to_the_total(tmp_path: Path) -> None:
     terms = ("momentum", "weight decay", "all rollouts", "unattributed")
     assert sum(rows[name] for name in terms) == pytest.approx(rows["total"])
     assert "unattributed" not in {term.name for term in step_terms({**results.summary, "unattributed": 0.0})}
+
+
+def test_headline_of_a_cross_fitted_step_is_that_of_the_ledger(tmp_path: Path) -> None:
+    """Importance sampling on all rollouts has what they do through their own prompts, which is no evidence."""
+    logged = {"total": -4e-3, "measured": -3.9e-3}
+    first = headline(run_with(tmp_path, -4.0, 0.5, -9e-3, in_this_step=logged))
+    assert (first.changes[-1].value, first.changes[-1].stderr) == (-3.9e-3, 5e-4)
+    assert "by 0.00390 ± 0.00050 as measured" in first.sentence

@@ -20,8 +20,8 @@ from helpers.run_files import (
 )
 
 import fx_influence as fx
+from fx_influence.core.display import printable
 from fx_influence.lab.cli import main
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.health import health
 from fx_influence.lab.plan import read_plan
 

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab import plots as plot
 from fx_influence.lab.plots.style import DIVERGING, drawable, save
-from fx_influence.lab.plots.waterfall import waterfall_columns
 from fx_influence.lab.results import EntropyInfluenceResults
+from fx_influence.lab.waterfall import waterfall_columns
 
 FIGURES = ("waterfall", "distribution", "correlates", "token_correlates", "eta_sweep", "matrix", "concentration")
 
@@ -89,6 +89,20 @@ def test_waterfall_group_error_is_clustered_by_prompt_of_e(tmp_path: Path) -> No
     momentum = waterfall_columns(run)[0]
     assert momentum.stderr == pytest.approx(0.1), "the jackknife of Delta H at the smallest eta, over eta"
     assert all(np.isnan(c.stderr) for c in waterfall_columns(training_step(tmp_path))[:-1])
+
+
+def test_waterfall_of_a_cross_fitted_step_leaves_parts_out(tmp_path: Path) -> None:
+    """A group whose rollouts all leave out one part of E has that part neither in its sum nor in its count."""
+    rng, n = np.random.default_rng(1), 48
+    deviations = rng.standard_normal((5, n))
+    run = synthetic_run(tmp_path, matrix=None, deviations=deviations, left_out=np.full(n, 2))
+    deviations[2] = 0.0
+    advantage = np.array([r["advantage"] for r in run.sequences])
+    logprob = np.array([r["mean_logprob"] for r in run.sequences])
+    mask = (advantage > 0) & (logprob < np.median(logprob))
+    [column] = [c for c in waterfall_columns(run) if c.name.startswith("A > 0, unlikely")]
+    sums = deviations[:, mask].sum(1)
+    assert column.stderr == pytest.approx(np.sqrt(4 / 3 * (sums**2).sum()))
 
 
 def test_eta_sweep_draws_the_runs_points_and_tangent(tmp_path: Path) -> None:

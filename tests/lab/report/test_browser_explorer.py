@@ -5,6 +5,8 @@ The tests fail without Chromium; deselect them by ``-m "not browser"``.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from helpers.run_page import listed, number, open_rollout, readout
 from playwright.sync_api import expect
 
 from benchmarks.costs.bench_report import Size, synthetic
-from fx_influence.lab.report import write_report
+from fx_influence.lab.report import figures, write_report
 from fx_influence.lab.results import EntropyInfluenceResults
 
 pytestmark = pytest.mark.browser
@@ -206,3 +208,105 @@ def test_large_run_keeps_few_nodes_in_the_document(visit: Any, tmp_path: Path) -
     column = results.sequences[order[0]]["prompt_length"] + 899
     wanted = results.evaluations[0].arrays["per_token"][order[0], column]
     assert number(readout(page)["influence"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_first_screen_has_sentence_waterfall_and_rollouts(page: Any, run: EntropyInfluenceResults) -> None:
+    bottoms = page.evaluate(
+        """() => [...document.querySelectorAll("h1, .waterfall, .strongest table, .passed > summary")]
+            .filter((node) => node.checkVisibility()).map((node) => node.getBoundingClientRect().bottom)"""
+    )
+    assert len(bottoms) == 5
+    assert max(bottoms) < 900, bottoms
+
+
+def test_strongest_rollouts_match_the_run(page: Any, run: EntropyInfluenceResults) -> None:
+    arrays, lr = run.evaluations[0].arrays, run.summary["lr"]
+    delta, stderr = arrays["per_sequence"], arrays["stderr"]
+    order = np.argsort(-delta, kind="stable")
+    raising, lowering = [i for i in order if delta[i] > 0][:5], [i for i in order[::-1] if delta[i] < 0][:5]
+    rows = page.locator(".strongest >> visible=true").locator("tbody tr")
+    assert rows.count() == len(raising) + len(lowering)
+    unit = {"nats": 1.0, "10⁻³ nats": 1e-3, "10⁻⁶ nats": 1e-6, "10⁻⁹ nats": 1e-9}
+    scale = unit[page.locator(".strongest th >> nth=1").inner_text()]
+    for k, i in enumerate([*raising, *lowering]):
+        row = rows.nth(k)
+        cells = row.locator("td").all_inner_texts()
+        assert scale * number(cells[0]) == pytest.approx(delta[i] * lr, abs=1e-2 * lr * np.abs(delta).max())
+        assert scale * number(cells[1].removeprefix("± ")) == pytest.approx(stderr[i] * lr, rel=0.1, abs=scale / 100)
+        assert (row.get_attribute("class") == "unsure") == (abs(delta[i]) <= 2 * stderr[i])
+        assert cells[2].startswith(run.sequences[i]["prompt"])
+    rows.nth(0).locator("a").click()
+    expect(page.locator("#detail-title")).to_have_text(run.sequences[raising[0]]["id"])
+
+
+def test_waterfall_matches_the_run(page: Any, run: EntropyInfluenceResults) -> None:
+    summary, lr = run.evaluations[0].summary, run.summary["lr"]
+    rows = page.locator(".waterfall >> visible=true").locator("tbody tr")
+    names = rows.locator("th").all_inner_texts()
+    values = [number(text) for text in rows.locator("td:nth-child(3)").all_inner_texts()]
+    first = names.index("predicted, first order")
+    rounding = 0.5 * len(values) * 10.0 ** -len(rows.locator("td:nth-child(3)").first.inner_text().partition(".")[2])
+    assert sum(values[:first]) == pytest.approx(values[first], abs=rounding)
+    assert values[first] / values[0] == pytest.approx(summary["total"] / summary["momentum"], rel=1e-2)
+    assert names[-1] == "measured"
+    assert values[-1] / values[first] == pytest.approx(
+        float(run.evaluations[0].arrays["full"][0]) / (summary["total"] * lr), rel=1e-2
+    )
+    # A bar ends where the next one begins, and its width is proportional to its value.
+    bars = rows.locator("rect").evaluate_all("nodes => nodes.map((n) => [n.x.baseVal.value, n.width.baseVal.value])")
+    largest = max(range(len(values)), key=lambda k: abs(values[k]))
+    for (_, width), value in zip(bars, values, strict=True):
+        assert width / bars[largest][1] == pytest.approx(abs(value / values[largest]), abs=0.01)
+
+
+def test_address_has_the_rollout_filters_and_order(visit: Any, page: Any, run: EntropyInfluenceResults) -> None:
+    page.select_option("#sign", "down")
+    page.click("[data-sort=influence]")
+    first = listed(page)[0]
+    open_rollout(page, first)
+    expect(page).to_have_url(re.compile("rollout="))
+    fields = page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+    assert fields == {"rollout": run.sequences[first]["id"], "sign": "down", "sort": "-influence"}
+    again = visit(Path(run.path) / "report" / "index.html")
+    again.goto(page.url)
+    again.reload()
+    expect(again.locator("#detail-title")).to_have_text(run.sequences[first]["id"])
+    assert listed(again) == listed(page)
+    again.keyboard.press("Escape")
+    expect(again).not_to_have_url(re.compile("rollout="))
+    again.evaluate("location.hash = 'rollout=nothing&sign=nothing&sort=-nothing&evaluation=9&prompt=99'")
+    expect(again.locator("#count")).to_have_text("20 rollouts")
+    assert again.is_hidden("#detail")
+    again.evaluate("location.hash = 'evaluation=1'")
+    expect(again.locator("#evaluation")).to_have_value("1")
+    delta = run.evaluations[1].arrays["per_sequence"]
+    expect(again.locator("#rows tbody [data-rollout] >> nth=0")).to_have_attribute(
+        "data-rollout", str(np.abs(delta).argmax())
+    )
+
+
+def test_figures_are_enlarged_by_a_click(visit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = figures.Figures([figures.Figure(f"figure {k}", "data:image/svg+xml;base64,PHN2Zy8+") for k in (1, 2)], "")
+    monkeypatch.setattr("fx_influence.lab.report.page.draw_figures", lambda *_: drawn)
+    page = visit(write_report(synthetic(Size(8, 8, 4), tmp_path)))
+    shown = page.locator(".gallery figure")
+    small = shown.nth(0).bounding_box()["width"]
+    page.locator(".gallery img").nth(0).click()
+    assert shown.nth(0).bounding_box()["width"] > 2 * small
+    page.locator(".gallery input").nth(1).focus()
+    page.keyboard.press("Space")
+    assert shown.nth(1).bounding_box()["width"] > 2 * small
+    page.locator(".gallery img").nth(0).click()
+    assert shown.nth(0).bounding_box()["width"] == small
+
+
+def test_conversation_shows_the_users_message_first(visit: Any, tmp_path: Path) -> None:
+    results = synthetic(Size(8, 8, 4), tmp_path)
+    records = [
+        {**r, "prompt": f"<|user|>{r['prompt']}<|assistant|>", "question": r["prompt"]} for r in results.sequences
+    ]
+    page = visit(write_report(dataclasses.replace(results, sequences=records), figures=False))
+    open_rollout(page, 0)
+    assert page.locator("#detail .prompt >> visible=true").all_text_contents() == [results.sequences[0]["prompt"]]
+    page.click("#detail summary")
+    assert page.locator("#detail .prompt").nth(1).text_content() == records[0]["prompt"]

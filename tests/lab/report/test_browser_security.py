@@ -13,7 +13,7 @@ import pytest
 from helpers.run_page import Watched, listed, readout
 
 from benchmarks.costs.bench_report import Size, synthetic
-from fx_influence.lab.console.column_table import printable
+from fx_influence.core.display import printable
 from fx_influence.lab.report import write_report
 
 pytestmark = pytest.mark.browser
@@ -73,8 +73,16 @@ def test_hostile_texts_are_literal_and_inert(visit: Any, hostile: Path) -> None:
         page.fill("#search", "")
     affected = page.locator(".affected td:nth-child(3)").all_text_contents()
     assert set(affected) <= {printable(text[:300]) + ("…" if len(text) > 300 else "") for text in HOSTILE}
-    made = "img:not([src^='data:']), svg, iframe, link, a:not(.skip), b[onmouseover], #explorer script, #explorer style"
+    made = "img:not([src^='data:']), svg svg, iframe, link, b[onmouseover], #explorer script, #explorer style"
     assert page.locator(made).count() == 0
+    assert page.locator("svg").count() == page.locator(".waterfall tr > .graph > svg").count()
+    # The page's own links lead to its rollouts, whatever these are called.
+    assert page.locator("a:not(.skip):not([href^='#rollout='])").count() == 0
+    assert page.locator(".strongest a").count() == 10
+    for k in range(10):
+        page.locator(".strongest a").nth(k).dispatch_event("click")
+        i = int(page.locator("[data-strongest]").nth(k).get_attribute("data-strongest"))
+        page.wait_for_selector(f"#detail .card[data-rollout='{i}'] .token")
     assert page.evaluate("window.ran") is None
     assert page.evaluate("Object.getOwnPropertyNames(window).length") == before
     assert not page.evaluate("/[\\u202a-\\u202e\\u2066-\\u2069\\0\\x1b]/.test(document.body.innerText)")

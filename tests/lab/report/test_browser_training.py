@@ -15,8 +15,8 @@ from helpers.made_trainings import made_entry, write_made_ledger
 from helpers.run_page import Watched
 
 import fx_influence as fx
+from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import append_entry
-from fx_influence.lab.console.column_table import printable
 from fx_influence.lab.report import write_training_report
 from fx_influence.lab.training.sentences import training_sentences
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,11 +16,14 @@ import fx_influence as fx
 from fx_influence.interop.ledger.file import append_entry
 from fx_influence.lab.cli import main
 from fx_influence.lab.console.numbers import Scale
-from fx_influence.lab.report import training_page
-from fx_influence.lab.report.training_tables import MAX_KINDS
+from fx_influence.lab.report import training_page, write_training_report
+from fx_influence.lab.report.training_tables import MAX_KINDS, MAX_PROMPTS, MAX_ROLLOUTS
 from fx_influence.lab.training.account import account, label_sums, strongest_labels
+from fx_influence.lab.training.prompts import returning_prompts
 from fx_influence.lab.training.sentences import training_sentences
 
+# The package has a function of the module's name.
+training_page_module = importlib.import_module("fx_influence.lab.report.training_page")
 HOSTILE = (
     "</bdi><script>window.ran = 1; alert(1)</script>",
     "<img src=x onerror='window.ran = 1'>",
@@ -94,8 +98,36 @@ def test_rollouts_link_to_pages_that_exist(training: fx.lab.Training) -> None:
     page.parent.mkdir(parents=True)
     page.write_text("page")
     links = Cells(training_page(training, figures=False)).links
-    assert set(links) == {f"../step_{step:06d}/report/index.html"}
-    assert (training.path / "report" / links[0]).resolve() == page.resolve()
+    chosen = sorted(training.strongest, key=lambda r: -abs(r["influence"]))[:MAX_ROLLOUTS]
+    ids = [r["id"] for r in chosen if r["step"] == step]
+    assert links == [f"../step_{step:06d}/report/index.html#rollout={name.replace('/', '%2F')}" for name in ids]
+    assert (training.path / "report" / links[0].partition("#")[0]).resolve() == page.resolve()
+
+
+def test_report_writes_pages_of_the_strongest_steps(training: fx.lab.Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has its page from before, one has its files, the files of the others were deleted."""
+    first, second, *_ = sorted(training_page_module.strongest_steps(training))
+    old = training.path / f"step_{first:06d}" / "report" / "index.html"
+    old.parent.mkdir(parents=True)
+    old.write_text("page")
+    (training.path / f"step_{second:06d}").mkdir()
+    written: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(training_page_module, "load_run", lambda path: path)
+    monkeypatch.setattr(training_page_module, "write_report", lambda path, figures: written.append((path, figures)))
+    write_training_report(training, figures=False)
+    assert written == [(training.path / f"step_{second:06d}", False)]
+    assert old.read_text() == "page"
+
+
+def test_returning_prompts_are_on_the_page(training: fx.lab.Training) -> None:
+    series = returning_prompts(training)
+    head, *shown = [row for row in Cells(training_page(training, figures=False)).rows if len(row) == 6]
+    unit = {"nats": 1.0, "10⁻³ nats": 1e-3, "10⁻⁶ nats": 1e-6}[head[2]]
+    assert len(shown) == min(len(series), MAX_PROMPTS)
+    for row, x in zip(shown, series, strict=False):
+        assert row[1] == str(len(x.steps))
+        assert unit * number(row[2]) == pytest.approx(x.term.value, abs=1e-4 * abs(series[0].term.value))
+        assert unit * number(row[3]) == pytest.approx(x.term.stderr, abs=1e-4 * abs(series[0].term.value))
 
 
 def test_hostile_texts_are_literal(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_stderr_of_sums_covers_independent_draws() -> None:
     columns = {name: np.zeros(3) for name in ("total", "stderr", "rollouts", "rollouts_stderr")}
     columns |= {name: np.zeros(3) for name in ("momentum", "weight_decay", "unattributed", "measured")}
     columns |= {"step": np.array([1, 2, 3]), "measured_stderr": errors}
-    stderr = account(fx.lab.Training(Path(), columns, {}, [], {})).measured.stderr
+    stderr = account(fx.lab.Training(Path(), columns, {}, [], {}, {})).measured.stderr
     # The standard deviation of 4,000 draws is known to 1 part in sqrt(8,000).
     assert abs(ends.std() / stderr - 1) < 5 / math.sqrt(8000)
 

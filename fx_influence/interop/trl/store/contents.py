@@ -99,6 +99,9 @@ def evaluation_arrays(measured: MeasuredStep, batch: Batch) -> dict[str, Any]:
         "per_parameter": np.array([float(x) for x in influence.per_parameter.values()]),
         "eta": np.array([measured.lr] if change is not None else []),
     }
+    if influence.deviations is not None:
+        arrays["deviations"] = influence.deviations.by_part.cpu().numpy()
+        arrays["left_out"] = influence.deviations.left_out.cpu().numpy()
     if change is not None:
         finite_step = {"full": change.delta_h, "full_stderr": change.stderr, "ess": change.ess}
         arrays |= {name: np.array([float(value)]) for name, value in finite_step.items()}

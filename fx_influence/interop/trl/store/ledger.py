@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fx_influence.interop.ledger.entry import ledger_entry, rollout_figures, step_labels
-from fx_influence.interop.live.metrics import REGION_METRICS, SOURCE, SOURCE_STDERR, MeasuredStep
+from fx_influence.interop.ledger.step import measured_entry
+from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.live.step import CapturedStep
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.store.training import TRAINING
-from fx_influence.types import TokenValues
 
 SETTINGS = ("preconditioner", "normalize")
 """Fields of a step's plan that say what its figures are."""
@@ -29,21 +28,12 @@ def step_entry(
         trainer: the one that made the step.
         training_id: id of the training run, which no other has.
     """
-    captured, influence, lr = measured.captured, measured.influence, measured.lr
-    assert captured.entropies is not None
-    kinds = step_labels(rollouts, captured.batch, TokenValues(captured.logprobs, captured.entropies))
-    if measured.regions is not None:
-        kinds = {"region": measured.regions, **kinds}
-    # Sums over regions and sources are among the kinds, with names that need no prefix.
-    among_kinds = (SOURCE, SOURCE_STDERR, *REGION_METRICS, "positive_advantage", "negative_advantage")
-    figures = {name: x for name, x in measured.metrics().items() if not name.startswith(among_kinds)}
-    figures |= rollout_figures(influence, captured.batch, rollouts, lr)
-    figures |= {"clip_fraction": clip_fraction(captured, trainer), "gradient_clip": captured.clip}
-    figures["evaluation_count"] = len(measured.evaluation)
-    if plan["preconditioner"] == "frozen":
-        figures["lifetime_factor"] = measured.lifetime_factor
+    figures = {
+        "clip_fraction": clip_fraction(measured.captured, trainer),
+        "evaluation_count": len(measured.evaluation),
+    }
     settings = {TRAINING: training_id, **{name: str(plan[name]) for name in SETTINGS}}
-    return ledger_entry(measured.step, lr, influence, kinds, figures, rollouts, settings)
+    return measured_entry(measured, rollouts, figures, settings)
 
 
 def clip_fraction(captured: CapturedStep, trainer: Any) -> float:

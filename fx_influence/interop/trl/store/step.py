@@ -83,8 +83,8 @@ class StepStore:
         (folder / PARAM_NAMES).write_text(json.dumps(names))
         RunFiles(self._temporary).write_tensors(BASELINE, baseline)
 
-    def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, training_id: str) -> None:
-        """Write all files of the step, and append it to the training run's ledger.
+    def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, training_id: str) -> dict[str, Any]:
+        """Write all files of the step, append it to the training run's ledger, and return its entry.
 
         A directory of the same step of the same training run, from before a resumption, is replaced.
 
@@ -114,6 +114,7 @@ class StepStore:
         entry = step_entry(measured, rollouts, plan, trainer, training_id)
         self._publish()
         append_entry(self._path.parent, entry)
+        return entry
 
     def _publish(self) -> None:
         """Rename the temporary directory; an older one is moved aside first, so that no reader sees a partial one."""

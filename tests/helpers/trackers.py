@@ -1,0 +1,26 @@
+"""A stand-in for trackio and W&B, after the sources of trackio 0.43 and wandb 0.31."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+
+class StandIn:
+    """A tracker with a run, that keeps what it is given."""
+
+    def __init__(self, has_run: bool = True) -> None:
+        run = SimpleNamespace() if has_run else None
+        self.run, self.context_vars = run, SimpleNamespace(current_run=SimpleNamespace(get=lambda: run))
+        self.AlertLevel = SimpleNamespace(WARN="warn")
+        self.logs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.alerts: list[tuple[str, str, str]] = []
+
+    def Table(self, columns: list[str], data: list[list[Any]]) -> dict[str, Any]:
+        return {"columns": columns, "data": data}
+
+    def log(self, metrics: dict[str, Any], **options: Any) -> None:
+        self.logs.append((metrics, options))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append((title, text, level))

@@ -1,0 +1,173 @@
+"""Tables and alerts of measured steps in trackio and W&B: against stand-ins, and the packages where they are installed.
+
+The stand-ins follow trackio 0.43 and wandb 0.31: ``log``, ``alert``, ``Table`` and where a run is. Neither is a
+dependency of the tests, trackio because it asks for an older pillow than the other packages.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.made_trainings import made_entry
+from helpers.trackers import StandIn
+
+from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST
+from fx_influence.interop.trackers import (
+    COLUMNS,
+    MAX_PANELS,
+    TEXTS,
+    markdown_literal,
+    panel_metrics,
+    report_step,
+    rollout_rows,
+    step_alerts,
+    workspace,
+)
+
+HOSTILE = ("![x](https://example.com/x.png) <img src=x onerror=alert(1)>\n# h `a` \ud800\u202e",)
+
+
+def entry(step: int = 1, **figures: float | None) -> dict[str, Any]:
+    made = made_entry(step, np.random.default_rng(0), 0.8, HOSTILE)
+    return {**made, "figures": {**made["figures"], **figures}}
+
+
+def titles(**figures: float | None) -> list[str]:
+    return [alert.title for alert in step_alerts(entry(**figures))]
+
+
+def test_step_without_a_finding_has_no_alert() -> None:
+    assert titles() == []
+
+
+@pytest.mark.parametrize(
+    ("title", "above", "below"),
+    [
+        ("Entropy falls fast", {"measured": -0.0041}, {"measured": -0.0039}),
+        ("Forward and reverse mode differ", {"residual": -1.1e-7}, {"residual": -0.9e-7}),
+        ("Rounding of the influences", {"rounding": 2e-4}, {"rounding": None}),
+        ("Rounding of the weights", {"step_rounding": 0.11}, {"step_rounding": 0.09}),
+        ("Ill-conditioned influences", {"conditioning": 0.51}, {"conditioning": 0.49}),
+        ("E is too small", {"ess": 63.0}, {"ess": 65.0}),
+        ("The first order does not hold", {"total": -2e-3, "measured": -1.3e-3}, {"total": -2e-3, "measured": -1.4e-3}),
+    ],
+)
+def test_alert_is_on_one_side_of_its_bound(
+    title: str, above: dict[str, float | None], below: dict[str, float | None]
+) -> None:
+    assert title in titles(**above)
+    assert title not in titles(**below)
+    assert len(title) < 64, "W&B takes no longer one"
+
+
+def test_alerts_need_error_bars_that_determine_them() -> None:
+    assert "Entropy falls fast" not in titles(measured=-0.01, measured_stderr=0.006)
+    assert "The first order does not hold" not in titles(total=-2e-3, measured=-1e-3, stderr=1.1e-3)
+    assert [a for a in step_alerts({"step": 1, "figures": {}}) if a.title] == []
+
+
+def test_fall_names_its_main_cause() -> None:
+    made = entry(measured=-0.01, momentum=-2e-3)
+    made["sums"]["region"] = [["A<0 unlikely", -3e-3, 1e-4, 9, 0.5], ["A>0 likely", 2e-3, None, 9, 0.5]]
+    assert step_alerts(made)[0].text.endswith("A<0 unlikely lowers it most, by 0.003.")
+    made["figures"]["momentum"] = -4e-3
+    assert step_alerts(made)[0].text.endswith("momentum lowers it most, by 0.004.")
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_table_has_the_strongest_rollouts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, made = StandIn(), entry(7)
+    monkeypatch.setitem(sys.modules, name, tracker)
+    report_step(made, ["tensorboard", name], set())
+    [(metrics, options)] = tracker.logs
+    # W&B's own step stays that of the trainer; trackio has no such option.
+    assert options == ({"commit": False} if name == "wandb" else {"step": 7})
+    table = metrics["entropy_influence/strongest"]
+    assert table["columns"] == [*COLUMNS, *TEXTS]
+    for row, rollout in zip(table["data"], made["strongest"], strict=True):
+        values = dict(zip(table["columns"], row, strict=True))
+        assert values["step"] == 7
+        for column in ("influence", "stderr", "reward", "length", "finished"):
+            assert values[column] == rollout[column]
+        assert values["completion"].isprintable()
+
+
+def test_texts_are_literal_in_markdown() -> None:
+    [text] = {row[-2] for row in rollout_rows(entry(), markdown_literal)}
+    assert text.isprintable()
+    plain = text.replace("\\\\", "")
+    unescaped = [c for k, c in enumerate(plain) if c in "![]()<>#`" and plain[k - 1] != "\\"]
+    assert unescaped == []
+    text.encode()
+
+
+def test_alerts_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, alerted = StandIn(), set[str]()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    for step in (1, 2):
+        report_step(entry(step, total=-0.01, measured=-0.01, conditioning=0.9), ["wandb"], alerted)
+    assert [title for title, _, _ in tracker.alerts] == ["Entropy falls fast", "Ill-conditioned influences"]
+    assert {level for _, _, level in tracker.alerts} == {"warn"}
+    assert tracker.alerts[0][1].startswith("Step 1 lowers")
+    report_step(entry(3, total=-0.01, measured=-0.01), ["wandb"], set(), max_fall=0.1)
+    assert len(tracker.alerts) == 2
+
+
+def test_tracker_without_a_run_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wandb", "trackio"):
+        tracker = StandIn(has_run=False)
+        monkeypatch.setitem(sys.modules, name, tracker)
+        report_step(entry(), [name], set())
+        assert tracker.logs == []
+
+
+def test_panels_hold_every_logged_metric_once() -> None:
+    shown = [name for names in panel_metrics().values() for name in names]
+    assert sorted(shown) == sorted({*LOGGED_FIRST, *LOGGED_LAST})
+    assert len(panel_metrics()) <= MAX_PANELS
+
+
+def test_workspace_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    with pytest.raises(ImportError, match="pip install wandb-workspaces"):
+        workspace("entity", "project")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_takes_table_and_alert_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = wandb.init(project="test", dir=os.fspath(tmp_path))
+    alert, sent = wandb.alert, list[str]()
+    monkeypatch.setattr(wandb, "alert", lambda **options: (sent.append(options["title"]), alert(**options)))
+    report_step(entry(total=-0.01, measured=-0.01), ["wandb"], set())
+    wandb.log({"train/global_step": 1})
+    run.finish()
+    [file] = tmp_path.rglob("*.table.json")
+    assert '"columns":["step","id","influence"' in file.read_text(encoding="utf-8").replace(" ", "")
+    assert sent == ["Entropy falls fast"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_takes_table_and_alert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", os.fspath(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    trackio.init(project="test", embed=False, auto_log_cpu=False, auto_log_gpu=False)
+    report_step(entry(3, measured=-0.01), ["trackio"], set())
+    trackio.finish()
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"Entropy falls fast" in stored
+    assert b"entropy_influence/strongest" in stored
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_workspace_has_one_section_of_few_panels() -> None:
+    pytest.importorskip("wandb_workspaces")
+    [section] = workspace("entity", "project").sections
+    assert len(section.panels) == len(panel_metrics())
