@@ -32,12 +32,12 @@ from fx_influence.interop.trackers import (
 HOSTILE = ("![x](https://example.com/x.png) <img src=x onerror=alert(1)>\n# h `a` \ud800\u202e",)
 
 
-def entry(step: int = 1, **figures: float | None) -> dict[str, Any]:
+def entry(step: int = 1, **figures: Any) -> dict[str, Any]:
     made = made_entry(step, np.random.default_rng(0), 0.8, HOSTILE)
     return {**made, "figures": {**made["figures"], **figures}}
 
 
-def titles(**figures: float | None) -> list[str]:
+def titles(**figures: Any) -> list[str]:
     return [alert.title for alert in step_alerts(entry(**figures))]
 
 
@@ -145,7 +145,12 @@ def test_wandb_takes_table_and_alert_offline(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = wandb.init(project="test", dir=os.fspath(tmp_path))
     alert, sent = wandb.alert, list[str]()
-    monkeypatch.setattr(wandb, "alert", lambda **options: (sent.append(options["title"]), alert(**options)))
+
+    def recorded_alert(**options: Any) -> None:
+        sent.append(options["title"])
+        alert(**options)
+
+    monkeypatch.setattr(wandb, "alert", recorded_alert)
     report_step(entry(total=-0.01, measured=-0.01), ["wandb"], set())
     wandb.log({"train/global_step": 1})
     run.finish()

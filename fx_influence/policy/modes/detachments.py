@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # In torch a property's getter is a function, which a mode sees.
-_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+_DATA: Any = vars(torch.Tensor.__mro__[1])["data"].__get__
 _DETACH = (Tensor.detach, torch.detach, Tensor.detach_)
 _SET_GRAD: Any = torch._C._set_grad_enabled
 
