@@ -3,8 +3,8 @@
 bitsandbytes' ``Linear4bit`` multiplies by a weight that it dequantises in the input's dtype, and has a reverse rule but
 no forward-mode one and none under ``vmap``. In a template its place is taken by ``FourBitLinear``, which dequantises
 the same weight by the same kernel, one layer at a time, so that all rules are those of a linear layer. The
-backward pass of bitsandbytes dequantises in the dtype of the original weight, which may be coarser than the
-forward's; the derivatives here are those of the forward.
+backward pass of bitsandbytes dequantises in the dtype of the original weight, which may be coarser than the forward's;
+the derivatives here are those of the forward.
 
 Nothing of bitsandbytes is imported: its operators are known to torch once a model has such a layer. Source:
 bitsandbytes 0.50.2, ``nn/modules.py`` and ``autograd/_functions.py``.
@@ -178,33 +178,35 @@ class FourBitLinear(nn.Linear):
         return self.source.dequantised(self.source.original_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the output in the input's dtype, computed in the layer's compute dtype as bitsandbytes does."""
+        """Return the output in the input's dtype, computed in the dtype that the live layer computes in."""
         # The weight and a frozen bias keep the values that the live layer rounds them to, also where more is computed.
         narrow = self.source.compute_dtype or input.dtype
-        dtype = self._compute_dtype(input, narrow)
+        dtype = self._dtype_of_products(input, narrow)
         bias = None if self.bias is None else self.bias if self.trains_bias else self.bias.to(narrow)
 
         def weight() -> Tensor:
             return self.source.dequantised(narrow).to(dtype)
 
         now = weight()
-        # bitsandbytes' operator is none that autocast casts for.
-        with torch.autocast(input.device.type, enabled=False), _unsaved(now, weight):
+        with _unsaved(now, weight):
             out = F.linear(input.to(dtype), now, None if bias is None else bias.to(dtype))
         return out.to(input.dtype)
 
-    def _compute_dtype(self, input: Tensor, narrow: torch.dtype) -> torch.dtype:
-        """Return the dtype to compute in; with float64 inputs float64, as casts from it are left out."""
+    def _dtype_of_products(self, input: Tensor, narrow: torch.dtype) -> torch.dtype:
+        """Return the dtype to multiply in: autocast's, as bitsandbytes calls a linear layer inside, else ``narrow``.
+
+        With float64 inputs it is float64, as casts from that are left out.
+        """
         if input.dtype == torch.float64:
             return input.dtype
-        if self.min_dtype is None or torch.is_autocast_enabled(input.device.type):
-            return narrow
-        return torch.promote_types(narrow, self.min_dtype)
+        if torch.is_autocast_enabled(input.device.type):
+            return torch.get_autocast_dtype(input.device.type)
+        return narrow if self.min_dtype is None else torch.promote_types(narrow, self.min_dtype)
 
 
 def _unsaved(weight: Tensor, reload: Callable[[], Tensor]) -> contextlib.AbstractContextManager[None]:
     """Return hooks under which a graph does not save ``weight``, where torch.func allows hooks."""
-    if not (torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()):
+    if not (torch.is_grad_enabled() and cast(Any, torch._C._autograd)._saved_tensors_hooks_is_enabled()):
         return contextlib.nullcontext()
     return reload_on_backward({"weight": weight}, lambda _: reload())
 
