@@ -159,6 +159,11 @@ def require_adamw(optimizer: Any) -> Any:
     return optimizer
 
 
+def rounds_at_random(optimizer: Any) -> bool:
+    """Return whether an optimizer, inside any wrappers, rounds the weights at random, as torchao's may."""
+    return bool(getattr(_unwrap(optimizer), "bf16_stochastic_round", False))
+
+
 def _reference_lr_and_scales(groups: list[dict[str, Any]]) -> tuple[float, list[float]]:
     """Return lr_ref and the ratio rho of each group."""
     rates = [_number(f"param_groups[{i}]['lr']", group["lr"]) for i, group in enumerate(groups)]

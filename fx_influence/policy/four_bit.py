@@ -144,19 +144,18 @@ class _Source:
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(f"model has 4-bit weights that are {_PACKED}")
         ops: Any = torch.ops.bitsandbytes
-        with torch.no_grad():
-            scales = state.absmax
-            if state.nested:
-                second = state.state2
-                scales = state.offset + ops.dequantize_blockwise(
-                    scales, second.absmax, second.code, second.blocksize, torch.float32
-                )
-            narrow = torch.float32 if dtype == torch.float64 else dtype
-            codes = self._layer.weight.data.view(-1, 1)
-            weight: Tensor = ops.dequantize_4bit(
-                codes, scales.float(), state.blocksize, state.quant_type, tuple(state.shape), narrow
+        scales = state.absmax
+        if state.nested:
+            second = state.state2
+            scales = state.offset + ops.dequantize_blockwise(
+                scales, second.absmax, second.code, second.blocksize, torch.float32
             )
-            return weight.to(dtype)
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        codes = self._layer.weight.data.view(-1, 1)
+        weight: Tensor = ops.dequantize_4bit(
+            codes, scales.float(), state.blocksize, state.quant_type, tuple(state.shape), narrow
+        )
+        return weight.to(dtype)
 
 
 class FourBitLinear(nn.Linear):
@@ -179,15 +178,19 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output in the input's dtype, computed in the dtype that the live layer computes in."""
-        # The weight and a frozen bias keep the values that the live layer rounds them to, also where more is computed.
         narrow = self.source.compute_dtype or input.dtype
         dtype = self._dtype_of_products(input, narrow)
-        bias = None if self.bias is None else self.bias if self.trains_bias else self.bias.to(narrow)
+        bias: Tensor | None = self.bias
 
         def weight() -> Tensor:
             return self.source.dequantised(narrow).to(dtype)
 
-        now = weight()
+        # Weight and frozen bias keep the values that the live layer rounds them to, also where more is computed; what
+        # watches the dtypes of a forward takes no notice of that.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            now = weight()
+            if bias is not None and not self.trains_bias:
+                bias = bias.to(narrow).to(dtype)
         with _unsaved(now, weight):
             out = F.linear(input.to(dtype), now, None if bias is None else bias.to(dtype))
         return out.to(input.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.trl.variants import CHARACTERS
 from helpers.hf_models import VOCAB, WIDTH
 
 
@@ -103,3 +105,45 @@ def codes_of(model: nn.Module) -> dict[str, Tensor]:
         if type(p).__name__ == "Params4bit":
             copies |= {name: p.data.clone(), f"{name}.absmax": p.quant_state.absmax.clone()}  # type: ignore[attr-defined]
     return copies
+
+
+def save_four_bit_policy(path: Path, compute_dtype: torch.dtype) -> Any:
+    """Return a policy for TRL's runs that transformers has quantised on loading, without an adapter.
+
+    Args:
+        path: where the full weights are saved.
+        compute_dtype: of the 4-bit layers.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=len(CHARACTERS) + 2,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        full = Qwen2ForCausalLM(config)
+        full.get_input_embeddings().weight.data[0].normal_(std=0.2)
+    full.save_pretrained(path)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    return Qwen2ForCausalLM.from_pretrained(path, quantization_config=quantised, dtype=torch.float32)
+
+
+def without_packing(trainer: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference when a trainer generates on a CPU with AVX512-BF16."""
+    for layer in trainer.model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False

@@ -48,7 +48,10 @@ def test_apply_is_the_models_forward(kind: str) -> None:
     assert apply.compute_dtype == dtype
 
 
-@pytest.mark.parametrize(("kind", "matrix"), [("float32", False), ("unset", True), ("bfloat16", False)])
+@pytest.mark.parametrize(
+    ("kind", "matrix"),
+    [pytest.param("float32", False, marks=pytest.mark.slow), ("unset", True), ("bfloat16", False)],
+)
 def test_influence_is_that_of_dequantised_weights(kind: str, matrix: bool) -> None:
     """Passes in float32 have the weights and biases that the layers round to the dtype they compute in."""
     results = []
@@ -65,6 +68,7 @@ def test_influence_is_that_of_dequantised_weights(kind: str, matrix: bool) -> No
     assert actual.residual.abs() < 1e-4 * scale
 
 
+@pytest.mark.slow
 def test_other_functions_are_those_of_dequantised_weights() -> None:
     results = []
     for dequantised in (False, True):
@@ -86,6 +90,7 @@ def test_derivatives_pass_their_own_check() -> None:
     fx.check_derivatives(params, make_batches()[1], apply=apply)
 
 
+@pytest.mark.slow
 def test_quantised_head_is_a_linear_map() -> None:
     results = []
     for dequantised in (False, True):
@@ -96,6 +101,7 @@ def test_quantised_head_is_a_linear_map() -> None:
     assert_near(results[0], results[1], params, results[1].abs().sum())
 
 
+@pytest.mark.slow
 def test_dora_reads_the_dequantised_weight() -> None:
     """PEFT's DoRA takes the norm of the base weight; under 4 bits it reads ``layer.weight``."""
     results = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -28,15 +27,14 @@ from fx_influence.interop.live.metrics import MeasuredStep, regions_of
 from fx_influence.interop.live.policy_checks import check_sampled_logprobs, check_scored, check_temperature
 from fx_influence.interop.live.precision import (
     MAX_STEP_ROUNDING,
-    moment_rounding,
     rounding_warning,
     sampling_stride,
     step_rounding,
+    stored_moment_rounding,
 )
 from fx_influence.interop.live.processes import count_and_rank, local_rows, local_slice
 from fx_influence.interop.live.step import CapturedStep
-from fx_influence.interop.low_bit.moments import is_low_bit, rounds_at_random
-from fx_influence.interop.optimizers import adamw_state
+from fx_influence.interop.optimizers import adamw_state, rounds_at_random
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy
@@ -227,23 +225,18 @@ class StepMeasurement:
         measured_change = snis(
             base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters, behaviour
         )
-        before, after = pending.sampled.params, every_nth(params, sampling_stride(params))
+        training, stride = self._training, sampling_stride(params)
+        before, after = pending.sampled.params, every_nth(params, stride)
         change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
         lost = step_rounding(change, pending.sampled.direction(), measured.lr)
         seconds = measured.seconds + time.perf_counter() - start
         if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
             self._rounding_warned = True
-            self._warn(rounding_warning(measured.step, params, lost, rounds_at_random(self._training.optimizer)))
-        measured = measured._replace(moment_rounding=self._moment_rounding(pending.sampled))
-        return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
-
-    def _moment_rounding(self, sampled: AdamWStep) -> float:
-        """Return what quantising the first moments changed after the step, NaN for an optimizer that does not."""
-        optimizer, model = self._training.optimizer, self._training.model
-        if not is_low_bit(optimizer):
-            return math.nan
-        stored = adamw_state(optimizer, model, copy=False).exp_avg
-        return moment_rounding(sampled, every_nth(stored, sampling_stride(self._trainable())))
+            self._warn(rounding_warning(measured.step, params, lost, rounds_at_random(training.optimizer)))
+        moments = stored_moment_rounding(training.optimizer, training.model, pending.sampled, stride)
+        return measured._replace(
+            measured_change=measured_change, seconds=seconds, step_rounding=lost, moment_rounding=moments
+        )
 
     def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
         """Return the step with U's log-probabilities under an older policy, where U is E and may be of one."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from fx_influence.core.tree import dot
+import math
+
+import torch
+from torch import nn
+
+from fx_influence.core.tree import dot, every_nth
+from fx_influence.interop.low_bit.moments import is_low_bit
+from fx_influence.interop.optimizers import adamw_state, require_adamw
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.autocast import HALF_DTYPES
 from fx_influence.types import Params
@@ -51,6 +58,21 @@ def moment_rounding(step: AdamWStep, stored: Params) -> float:
         hyper, inputs = step.opt_state.hyper[name], step.inputs(name)
         exact[name] = inputs.first_moment(inputs.second_moment(hyper)[0], hyper)
     return _relative_error(stored, exact)
+
+
+def stored_moment_rounding(optimizer: torch.optim.Optimizer, model: nn.Module, step: AdamWStep, stride: int) -> float:
+    """Return ``moment_rounding`` of an optimizer after its step; NaN for one whose moments are full.
+
+    Args:
+        optimizer: after the step.
+        model: whose parameters it holds.
+        step: on every ``stride``-th entry, made before the step.
+        stride: see ``sampling_stride``.
+    """
+    if not is_low_bit(require_adamw(optimizer)):
+        return math.nan
+    stored = adamw_state(optimizer, model, copy=False).exp_avg
+    return moment_rounding(step, every_nth(stored, stride))
 
 
 def _relative_error(actual: Params, expected: Params) -> float:

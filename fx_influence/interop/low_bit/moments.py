@@ -60,11 +60,6 @@ def is_low_bit(optimizer: object) -> bool:
     return bitsandbytes_optimizers.is_of_bitsandbytes(optimizer) or torchao_optimizers.is_of_torchao(optimizer)
 
 
-def rounds_at_random(optimizer: object) -> bool:
-    """Return whether an optimizer rounds the weights that it writes at random."""
-    return bool(getattr(optimizer, "bf16_stochastic_round", False))
-
-
 def groups_of(optimizer: Any) -> list[dict[str, Any]]:
     """Return the param_groups, in which all parameters of a group have its hyperparameters."""
     if bitsandbytes_optimizers.is_of_bitsandbytes(optimizer):
