@@ -63,7 +63,7 @@ def quantise(model: nn.Module, dequantised: bool, head: bool = False, **options:
             p.requires_grad_(False)
         parent, _, name = path.rpartition(".")
         if dequantised:
-            state = quantised.weight.quant_state
+            state: Any = getattr(quantised.weight, "quant_state", None)
             state.dtype = dtype
             full = nn.Linear(layer.in_features, layer.out_features, has_bias)
             full.weight.data = bnb.functional.dequantize_4bit(quantised.weight.data, state).float()
@@ -100,7 +100,7 @@ def make_qlora(dequantised: bool = False, dora: bool = False, head: bool = False
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all 4-bit codes and scales, by name."""
-    copies = {}
+    copies: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if type(p).__name__ == "Params4bit":
             copies |= {name: p.data.clone(), f"{name}.absmax": p.quant_state.absmax.clone()}  # type: ignore[attr-defined]

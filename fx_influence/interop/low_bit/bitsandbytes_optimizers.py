@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_influence.core.dtensor import is_sharded
+
 BLOCKS = (256, 2048)
 """Entries that share a scale, since version 0.44 and before."""
 
@@ -76,9 +78,14 @@ def stored_moment(state: dict[str, Any], key: str) -> Tensor | None:
         key: ``exp_avg`` or ``exp_avg_sq``.
 
     Raises:
-        ValueError: the entries are not in the order of memory, which its kernels go by.
+        ValueError: the entries are not in the order of memory, which its kernels go by, or are sharded.
     """
     stored: Tensor | None = state.get(f"state{_FIELDS[key]}") if key in _FIELDS else None
+    if stored is not None and is_sharded(stored):
+        raise ValueError(
+            f"optimizer state state{_FIELDS[key]} of bitsandbytes is sharded, whose kernels know no shards; expected "
+            "whole parameters. Train with AdamW8bit of torchao under FSDP2"
+        )
     if stored is not None and not stored.is_contiguous():
         raise ValueError(
             f"optimizer state state{_FIELDS[key]} has strides {stored.stride()} for shape {tuple(stored.shape)}; "

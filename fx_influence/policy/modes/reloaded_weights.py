@@ -20,12 +20,15 @@ class _Placeholder(NamedTuple):
     offset: int
 
 
-def reload_on_backward(weights: Mapping[str, Tensor], reload: Callable[[str], Tensor]) -> saved_tensors_hooks:
+def reload_on_backward(
+    weights: Mapping[str, Tensor], reload: Callable[[str], Tensor], on_save: Callable[[], object] = lambda: None
+) -> saved_tensors_hooks:
     """Return hooks under which a graph saves none of the weights, nor a view of one; backward reloads them.
 
     Args:
         weights: full weights by name.
         reload: called with a weight's name; returns the same values in the same layout.
+        on_save: called where the graph would have saved a weight.
 
     Example:
         >>> x, w = torch.ones(2, requires_grad=True), torch.tensor([3.0, 4.0])
@@ -44,6 +47,7 @@ def reload_on_backward(weights: Mapping[str, Tensor], reload: Callable[[str], Te
         name = names.get(x.untyped_storage().data_ptr())
         if name is None:
             return outer_pack(x)
+        on_save()
         return _Placeholder(name, x.dtype, x.size(), x.stride(), int(x.storage_offset()))
 
     def unpack(saved: Any) -> Tensor:

@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.low_bit import DECAY, LR, MakeOptimizer, foretell_step, make_wide_net, stepped
+import torch.distributed as dist
+from helpers.low_bit import DECAY, LR, MakeOptimizer, foretell_step, make_wide_net, set_gradients, stepped
 from helpers.tolerances import assert_within, rounding_bound
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fx_influence as fx
 from fx_influence.interop.optimizers import adamw_state
@@ -164,3 +168,28 @@ def test_options_that_change_the_step_are_refused(option: str, value: Any, messa
             fx.attach(bitsandbytes.AdamW8bit(model.parameters()), model)
     finally:
         manager.initialize()
+
+
+def test_sharded_moments_stay_sharded() -> None:
+    """torchao keeps its moments in DTensors where FSDP2 shards the parameters; here by one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain, sharded = make_wide_net(), make_wide_net()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        states = []
+        for model in (plain, sharded):
+            optimizer = torchao.AdamW8bit(model.parameters(), lr=LR)
+            for seed in range(2):
+                grads = set_gradients(plain, seed)
+                for name, p in model.named_parameters():
+                    g: Any = grads[name]
+                    p.grad = g if model is plain else distribute_tensor(g, p.device_mesh, p.placements)  # type: ignore[attr-defined]
+                with torch.compiler.set_stance("force_eager"):
+                    optimizer.step()
+            states.append(adamw_state(optimizer, model))
+        for moments, expected in ((states[1].exp_avg, states[0].exp_avg), (states[1].exp_avg_sq, states[0].exp_avg_sq)):
+            for name, x in moments.items():
+                assert isinstance(x, DTensor)
+                assert torch.equal(x.full_tensor(), expected[name])
+    finally:
+        dist.destroy_process_group()
