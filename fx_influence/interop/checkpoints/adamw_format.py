@@ -12,8 +12,8 @@ from fx_influence.interop.optimizers import SUPPORTED
 _STATE_FIELDS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 _OPTIMIZER_BY_FIELD = {
-    "__bnb_optimizer_quant_state__": "an optimizer of bitsandbytes other than AdamW",
-    "state1": "an optimizer of bitsandbytes other than AdamW",
+    "__bnb_optimizer_quant_state__": "bitsandbytes (another one than AdamW)",
+    "state1": "bitsandbytes (another one than AdamW)",
     "ns_steps": "Muon",
     "beta2_decay": "torch.optim.Adafactor",
     "scale_parameter": "the Adafactor of transformers",

@@ -36,7 +36,8 @@ def with_full_moments(state_dict: Any) -> Any:
         return state_dict
     entries = {key: _flat(entry) for key, entry in state_dict["state"].items()}
     groups = state_dict.get("param_groups", ())
-    if not entries or not all(map(_is_adamws, entries.values())) or any(len(g["betas"]) != 2 for g in groups):
+    pairs = all(isinstance(g.get("betas"), (tuple, list)) and len(g["betas"]) == 2 for g in groups)
+    if not entries or not pairs or not all(map(_is_adamws, entries.values())):
         return state_dict
     return {
         **state_dict,

@@ -54,7 +54,7 @@ def test_saved_state_is_that_of_the_optimizer(make: MakeOptimizer) -> None:
 )
 def test_saved_states_of_others_are_refused(make: MakeOptimizer) -> None:
     _, optimizer = stepped(make, 1)
-    with pytest.raises(TypeError, match=r"as of an optimizer of bitsandbytes other than AdamW; expected torch\.optim"):
+    with pytest.raises(TypeError, match=r"as of bitsandbytes \(another one than AdamW\); expected torch\.optim"):
         fx.restore_optimizer(saved(optimizer), make_wide_net())
 
 
