@@ -46,6 +46,7 @@ def test_apply_is_the_models_forward(kind: str) -> None:
     assert_close_to_rounding(actual[mask], expected[mask], terms=terms, dtype=dtype)
     fx.check_policy(apply, params, model)
     assert apply.compute_dtype == dtype
+    assert not apply.structure.detaches_gradients
 
 
 @pytest.mark.parametrize(
