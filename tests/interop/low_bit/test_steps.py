@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fx_influence as fx
+from fx_influence.distributed.consistency import comparable_facts
 from fx_influence.interop.optimizers import adamw_state
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes").optim
@@ -71,6 +72,9 @@ def test_quantised_moments_are_read_at_each_access(kind: str) -> None:
     foretell_step(model, optimizer)
     assert not torch.equal(live.exp_avg["1.weight"], copied.exp_avg["1.weight"])
     assert repr(live).startswith("AdamWState(exp_avg=4 tensors")
+    # Ranks compare layouts and a checksum, as they do for full moments.
+    full = adamw_state(optimizer, model)
+    assert dict(comparable_facts("opt_state", live)) == dict(comparable_facts("opt_state", full))
 
 
 @pytest.mark.parametrize("kind", ADAMW)
