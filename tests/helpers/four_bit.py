@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.trl.variants import CHARACTERS
 from helpers.hf_models import VOCAB, WIDTH
 
 
@@ -114,6 +113,8 @@ def save_four_bit_policy(path: Path, compute_dtype: torch.dtype) -> Any:
         path: where the full weights are saved.
         compute_dtype: of the 4-bit layers.
     """
+    from benchmarks.trl.variants import CHARACTERS
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = Qwen2Config(

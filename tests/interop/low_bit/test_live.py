@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.four_bit import make_qlora
 from helpers.loops import Loop
 from helpers.tiny_models import AttentionModel
+
+from fx_influence.interop.live.model_checks import check_not_quantised
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes").optim
 torchao: Any = pytest.importorskip("torchao.optim")
@@ -71,3 +74,14 @@ def test_rounding_at_random_is_named() -> None:
     loop = quantised_loop(lambda p: torchao.AdamW8bit(p, lr=1e-3, bf16_stochastic_round=True), torch.bfloat16)
     with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="at random changed the step by"):
         loop.run()
+
+
+def test_other_quantised_models_are_refused() -> None:
+    """Models of transformers that are quantised say so; QLoRA's 4-bit layers are linear maps, others are refused."""
+    model: Any = make_qlora(compute_dtype=torch.float32)
+    model.hf_quantizer = object()
+    check_not_quantised(model)
+    full: Any = make_qlora(dequantised=True)
+    full.hf_quantizer = object()
+    with pytest.raises(ValueError, match=r"the model is quantised; expected bfloat16.*Load it with load_in_4bit"):
+        check_not_quantised(full)
