@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.sharded_policy import ShardedPolicy
+from fx_influence.policy.four_bit import check_quantised
 from fx_influence.policy.model.agreement import (
     check_padded,
     comparison_bound,
@@ -44,6 +45,9 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     meaning that they have in an unmasked batch of the rows' width. If the model's forward fails on all of those tokens,
     nothing is compared, and a ``UserWarning`` says so.
 
+    Frozen 4-bit layers of bitsandbytes, as under a QLoRA adapter, become linear layers whose weights are dequantised
+    anew in each pass, one layer at a time.
+
     Args:
         model: a causal language model. ``torch.compile`` and data parallelism around it are removed, and names are
             those of the model inside. If it is sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``), every rank of
@@ -62,8 +66,9 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
 
     Raises:
         ValueError: the model has no trainable parameters, has parameters on the meta device or sharded in another way
-            than by FSDP2, or has hooks that may change gradients; or its forward writes to its parameters, gives other
-            logits than the policy or none for some tokens, or lets rows see each other.
+            than by FSDP2, has 8-bit layers of bitsandbytes, trains 4-bit ones, or has hooks that may change gradients;
+            or its forward writes to its parameters, gives other logits than the policy or none for some tokens, or lets
+            rows see each other.
 
     Example:
         >>> class Bigram(nn.Module):
@@ -91,7 +96,9 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; expected loaded weights. Load them first")
     _check_partition(named)
     _check_hooks(model)
-    kind = ShardedPolicy if any(map(is_sharded, named.values())) else Policy
+    sharded = any(map(is_sharded, named.values()))
+    check_quantised(model, compiled, sharded)
+    kind = ShardedPolicy if sharded else Policy
     return kind(model, position_ids, compiled), params
 
 
@@ -132,7 +139,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
             "one of the two alone; expected the same. Make the policy again with make_functional"
         )
     known = live_tensors(model)
-    forward, template, bound = apply.forward, apply.templates.full, comparison_bound(known)
+    forward, template, bound = apply.forward, apply.templates.full, comparison_bound(known, model)
     cases = [
         ProbeCase(known, make_probe(model, apply.vocab_size, length, device_of(model)), bound) for length in LENGTHS
     ]

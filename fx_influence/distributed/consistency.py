@@ -44,7 +44,7 @@ def comparable_facts(name: str, value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, AdamWState):
         for field, field_value in value._asdict().items():
             yield from comparable_facts(f"{name}.{field}", field_value)
-    elif isinstance(value, dict) and any(isinstance(x, Tensor) for x in value.values()):
+    elif isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values()):
         for key, x in value.items():
             yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
         if not any(x is not None and is_sharded(x) for x in value.values()):

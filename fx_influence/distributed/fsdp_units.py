@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from fx_influence.core.tree import cast_floating, cast_like
 from fx_influence.distributed.fsdp_gather import PendingGather, reduce_scatter, start_all_gather
+from fx_influence.policy.modes.reloaded_weights import reload_on_backward
 from fx_influence.types import Params
 
 
@@ -107,36 +107,12 @@ class FsdpPass:
 
     def _save_without_weights(self, k: int, weights: Params) -> contextlib.AbstractContextManager[None]:
         """Return hooks under which a graph saves no weight of unit k; backward unshards the unit when it needs one."""
-        names = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()}
-        # Saved-tensor hooks do not nest, and the caller may have hooks that watch what the graph saves.
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        outer_pack, outer_unpack = outer or (lambda x: x, lambda x: x)
 
-        def pack(x: Tensor) -> Any:
-            name = names.get(x.untyped_storage().data_ptr())
-            if name is None:
-                return outer_pack(x)
-            self._saved_by_graph.add(k)
-            return _WeightPlaceholder(name, x.dtype, x.size(), x.stride(), int(x.storage_offset()))
-
-        def unpack(saved: Any) -> Tensor:
-            if not isinstance(saved, _WeightPlaceholder):
-                return outer_unpack(saved)
+        def reload(name: str) -> Tensor:
             previous = max((j for j in self._saved_by_graph if j < k), default=None)
-            weight = self._context.run(self.unshard, k, previous)[0][saved.name]
-            return weight.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+            return self._context.run(self.unshard, k, previous)[0][name]
 
-        return saved_tensors_hooks(pack, unpack)
-
-
-class _WeightPlaceholder(NamedTuple):
-    """Placeholder saved for backward instead of (a view of) a weight, which is gathered again on unpack."""
-
-    name: str
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+        return reload_on_backward(weights, reload, functools.partial(self._saved_by_graph.add, k))
 
 
 @contextlib.contextmanager

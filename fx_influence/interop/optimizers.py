@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -13,13 +14,24 @@ from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
+from fx_influence.interop.low_bit.moments import (
+    DequantisedMoments,
+    StoredMoment,
+    groups_of,
+    is_low_bit,
+    stored_moment,
+    why_not_adamw,
+)
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
-from fx_influence.types import AdamWHyper, AdamWState
+from fx_influence.types import AdamWHyper, AdamWState, Params
 
 Value = TypeVar("Value")
 
-SUPPORTED = "expected torch.optim.AdamW, a subclass of it, or torch.optim.Adam with decoupled_weight_decay=True"
+SUPPORTED = (
+    "expected torch.optim.AdamW, a subclass of it, torch.optim.Adam with decoupled_weight_decay=True or "
+    "weight_decay=0, or AdamW of bitsandbytes or torchao"
+)
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: bool = True) -> AdamWState:
@@ -32,14 +44,19 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call.
 
+    Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
+    from these values. That it then rounds the updated ones changes the steps after it, not this one.
+
     Args:
-        optimizer: a ``torch.optim.AdamW`` or an ``Adam`` with decoupled weight decay, bare or inside a wrapper that
+        optimizer: a ``torch.optim.AdamW``, an ``Adam`` with decoupled or no weight decay, an 8-bit, paged or 32-bit
+            AdamW of bitsandbytes, or an AdamW8bit, AdamW4bit or AdamWFp8 of torchao; bare or inside a wrapper that
             keeps it as ``.optimizer`` (accelerate).
         model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
             parallelism); names are those of the inner module. Tied parameters appear once.
         copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
             already have the result's dtype and the parameter's device. They are valid until the optimizer's next step,
-            which changes them in place, and must not be written to.
+            which changes them in place, and must not be written to. Quantised moments are then dequantised at each
+            access, one parameter at a time.
 
     Returns:
         Moments in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros and
@@ -47,7 +64,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
         ones that it does hold are left out.
 
     Raises:
-        TypeError: for any other optimizer.
+        TypeError: for any other optimizer, and for options under which the step is not AdamW's.
         ValueError: for a parameter that is not the model's, a shape that differs from the parameter's, and values that
             are missing, not finite or out of range.
 
@@ -80,24 +97,35 @@ def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
 
 def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> AdamWState:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    lr, scales = _reference_lr_and_scales(adamw.param_groups)
-    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+    groups = groups_of(adamw)
+    lr, scales = _reference_lr_and_scales(groups)
+    moments: dict[str, dict[str, Callable[[], Tensor]]] = {key: {} for key in MOMENTS}
+    quantised: set[str] = set()
     steps: dict[str, int] = {}
     hyper: dict[str, AdamWHyper] = {}
-    for index, (group, scale) in enumerate(zip(adamw.param_groups, scales, strict=True)):
+    for index, (group, scale) in enumerate(zip(groups, scales, strict=True)):
         group_hyper = _read_hyper(group, scale)
         for name, parameter in _trainable_by_name(group["params"], names, index):
             # The state is a defaultdict: indexing it would create an entry.
             state = adamw.state.get(parameter, {})
             steps[name], hyper[name] = _read_step(name, state), group_hyper
             for key in MOMENTS[: 3 if group_hyper.amsgrad else 2]:
-                moments[key][name] = _read_moment(name, key, parameter, state, copy)
+                moment = _checked_moment(name, key, parameter, state)
+                if moment.is_quantised and not copy:
+                    quantised.add(key)
+                    moments[key][name] = functools.partial(_converted, moment, parameter, copy)
+                else:
+                    moments[key][name] = functools.partial(_same, _converted(moment, parameter, copy))
     if not steps:
         raise ValueError(
             "optimizer holds no trainable parameter of model; expected at least one. Set requires_grad on what was "
             "trained (PEFT: load the adapter with is_trainable=True)"
         )
-    return AdamWState(moments["exp_avg"], moments["exp_avg_sq"], moments["max_exp_avg_sq"], steps, hyper, lr)
+    exp_avg, exp_avg_sq, maximum = (
+        cast(Params, DequantisedMoments(reads)) if key in quantised else {name: read() for name, read in reads.items()}
+        for key, reads in moments.items()
+    )
+    return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr)
 
 
 def _unwrap(optimizer: Any) -> Any:
@@ -112,18 +140,28 @@ def _unwrap(optimizer: Any) -> Any:
 def require_adamw(optimizer: Any) -> Any:
     """Return the AdamW inside any wrappers; raise ``TypeError`` for another optimizer."""
     optimizer = _unwrap(optimizer)
-    # AdamW is a subclass of Adam only in recent torch, and torch 2.1 has no decoupled_weight_decay in Adam.
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if is_low_bit(optimizer):
+        problem = why_not_adamw(optimizer)
+        if problem is not None:
+            raise TypeError(f"optimizer is {kind}, whose step is not AdamW's: {problem}")
+        return optimizer
+    # AdamW is a subclass of Adam only in recent torch, and torch 2.1 has no decoupled_weight_decay in Adam.
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
     if not is_adamw and not isinstance(optimizer, torch.optim.Adam):
         raise TypeError(f"optimizer is {kind}, whose step is not AdamW's; {SUPPORTED}")
     for index, group in enumerate(optimizer.param_groups):
-        if not group.get("decoupled_weight_decay", is_adamw):
+        if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", is_adamw):
             raise TypeError(
                 f"optimizer is {kind} with decoupled_weight_decay=False in param_groups[{index}], so its weight decay "
-                f"is part of the gradient; {SUPPORTED}"
+                f"of {group['weight_decay']} is part of the gradient; {SUPPORTED}"
             )
     return optimizer
+
+
+def rounds_at_random(optimizer: Any) -> bool:
+    """Return whether an optimizer, inside any wrappers, rounds the weights at random, as torchao's may."""
+    return bool(getattr(_unwrap(optimizer), "bf16_stochastic_round", False))
 
 
 def _reference_lr_and_scales(groups: list[dict[str, Any]]) -> tuple[float, list[float]]:
@@ -168,25 +206,26 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
     return trainable
 
 
-def _read_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], copy: bool) -> Tensor:
-    """Return one moment of a parameter in at least float32, checked; zeros before the first step."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> StoredMoment:
+    """Return one moment of a parameter, its values checked; zeros before the first step."""
     if not state:
-        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    value: Tensor | None = state.get(key)
-    if value is None:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        zeros = functools.partial(torch.zeros_like, parameter, dtype=dtype, requires_grad=False)
+        return StoredMoment(parameter.shape, False, zeros)
+    moment = stored_moment(state, key)
+    if moment is None:
         raise ValueError(f"optimizer state of {name} has no {key!r} (it has {sorted(state)}); {SUPPORTED}")
-    if value.shape != parameter.shape:
+    if moment.shape != parameter.shape:
         raise ValueError(
-            f"optimizer state {key} of {name} has shape {tuple(value.shape)}; expected the parameter's, "
+            f"optimizer state {key} of {name} has shape {tuple(moment.shape)}; expected the parameter's, "
             f"{tuple(parameter.shape)}. This is the state of another model: pass the one saved with these weights"
         )
+    value = moment.read()
     if is_sharded(value) != is_sharded(parameter):
         raise ValueError(
             f"optimizer state {key} of {name} and the parameter are a DTensor and a plain tensor; expected both of "
             "one kind. Make the optimizer after fully_shard, or load its state with restore_optimizer"
         )
-    value = value.detach().to(device=parameter.device, dtype=torch.promote_types(value.dtype, dtype), copy=copy)
     local = to_local(value)
     bad = ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
     if bad.any():
@@ -195,6 +234,17 @@ def _read_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], 
             "expected what AdamW can hold, finite values. Take an earlier checkpoint, from before the training "
             "diverged"
         )
+    return moment
+
+
+def _converted(moment: StoredMoment, parameter: Tensor, copy: bool) -> Tensor:
+    """Return a moment in at least float32, on the parameter's device."""
+    value = moment.read()
+    dtype = torch.promote_types(value.dtype, torch.promote_types(parameter.dtype, torch.float32))
+    return value.to(device=parameter.device, dtype=dtype, copy=copy and not moment.is_quantised)
+
+
+def _same(value: Tensor) -> Tensor:
     return value
 
 

@@ -15,6 +15,7 @@ from fx_influence.core.tree import full_tangent
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.autocast import Autocast
 from fx_influence.policy.compiled import CompiledPasses, compile_passes
+from fx_influence.policy.four_bit import FourBitLinear, raise_compute_dtype
 from fx_influence.policy.model.fitting import FittedForward, fit_forward
 from fx_influence.policy.model.forward import ForwardError, Head, ModelForward
 from fx_influence.policy.model.head import CutModel, cut_model
@@ -67,6 +68,19 @@ class Templates(NamedTuple):
             for module in embeddings(template.module):
                 module.padding_idx = None
         return Templates(full, backbone, vmap, self.head, passes)
+
+    def with_min_compute_dtype(self, dtype: torch.dtype) -> Templates:
+        """Return copies whose 4-bit layers compute in at least ``dtype``, itself where there are none."""
+        modules = [self.full.module, self.backbone.module, self.backbone_vmap.module]
+        modules += [] if self.head is None else [self.head.module]
+        if not any(isinstance(layer, FourBitLinear) for module in modules for layer in module.modules()):
+            return self
+        templates = copy.deepcopy(self)
+        for module in (templates.full.module, templates.backbone.module, templates.backbone_vmap.module):
+            raise_compute_dtype(module, dtype)
+        if templates.head is not None:
+            raise_compute_dtype(templates.head.module, dtype)
+        return templates
 
 
 class Policy:
@@ -217,6 +231,7 @@ class Policy:
     def _with_raised(self, frozen: Params, dtype: torch.dtype) -> Policy:
         return self.replace(
             forward=dataclasses.replace(self.forward, frozen=frozen),
+            templates=self.templates.with_min_compute_dtype(dtype),
             compute_dtype=torch.promote_types(self.compute_dtype, dtype),
             autocast=None,
         )

@@ -71,14 +71,14 @@ def test_adamw_state_names_wrapped_foreign_optimizer() -> None:
 def test_adamw_state_refuses_adam_with_l2_decay() -> None:
     model = make_net()
     with pytest.raises(TypeError, match=r"Adam with decoupled_weight_decay=False.*expected torch\.optim\.AdamW"):
-        adamw_state(torch.optim.Adam(model.parameters()), model)
+        adamw_state(torch.optim.Adam(model.parameters(), weight_decay=0.1), model)
 
 
 @ADAM_DECOUPLES
 def test_adamw_state_refuses_one_group_with_l2_decay() -> None:
     model = make_net()
     optimizer = torch.optim.Adam([{"params": layer.parameters()} for layer in model], decoupled_weight_decay=True)
-    optimizer.param_groups[1]["decoupled_weight_decay"] = False
+    optimizer.param_groups[1] |= {"decoupled_weight_decay": False, "weight_decay": 0.1}
     with pytest.raises(TypeError, match=r"decoupled_weight_decay=False in param_groups\[1\]"):
         adamw_state(optimizer, model)
 

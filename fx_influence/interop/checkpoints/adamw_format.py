@@ -12,8 +12,8 @@ from fx_influence.interop.optimizers import SUPPORTED
 _STATE_FIELDS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 _OPTIMIZER_BY_FIELD = {
-    "__bnb_optimizer_quant_state__": "bitsandbytes (8-bit, paged and AdEMAMix ones among them)",
-    "state1": "bitsandbytes (8-bit, paged and AdEMAMix ones among them)",
+    "__bnb_optimizer_quant_state__": "bitsandbytes (another one than AdamW)",
+    "state1": "bitsandbytes (another one than AdamW)",
     "ns_steps": "Muon",
     "beta2_decay": "torch.optim.Adafactor",
     "scale_parameter": "the Adafactor of transformers",
@@ -68,7 +68,7 @@ def _require_adamw_group(subject: str, group: dict[str, Any]) -> None:
     absent = {"lr", "betas", "eps", "weight_decay", "amsgrad"} - set(group)
     if absent or len(group["betas"]) != 2 or {"momentum", "nesterov"} & set(group):
         raise TypeError(f"{subject} has the fields {sorted(group)}; {SUPPORTED}")
-    if not group.get("decoupled_weight_decay", True):
+    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", True):
         raise TypeError(f"{subject} has decoupled_weight_decay=False, as torch.optim.Adam; {SUPPORTED}")
 
 

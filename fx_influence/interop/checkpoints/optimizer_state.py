@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fx_influence.core.dtensor import is_sharded, to_local
 from fx_influence.interop.checkpoints.adamw_format import nest_flattened, require_adamw_state_dict
 from fx_influence.interop.checkpoints.dcp.read import StoredValue, read_slice
+from fx_influence.interop.low_bit.saved_states import with_full_moments
 
 # Names that transformers' Trainer.get_decay_parameter_names excludes from weight decay, besides LayerNorm modules.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -39,7 +40,8 @@ def restore_optimizer(
 
     Args:
         state_dict: from ``optimizer.state_dict()``, whose ids are integers, or by parameter names, which need no rule:
-            from torch's ``get_optimizer_state_dict``, flattened or not, or ``FSDP.optim_state_dict``, in full tensors.
+            from torch's ``get_optimizer_state_dict``, flattened or not, or ``FSDP.optim_state_dict``, in full tensors;
+            also of bitsandbytes' Adam or AdamW, whose quantised moments are dequantised.
             Its learning rates are those of the *next* step, and 0 at the end of most schedules: see ``adamw_state``.
         model: the model that was trained; if FSDP2 has sharded it, each rank's optimizer takes its shards of the state.
         param_names: the parameters' names, group by group; None to follow the rules.
@@ -58,6 +60,7 @@ def restore_optimizer(
 
     Source: ``transformers.Trainer.create_optimizer`` and ``get_decay_parameter_names`` (transformers 5.23).
     """
+    state_dict = with_full_moments(state_dict)
     require_adamw_state_dict(state_dict)
     state_dict, stored_names = _by_id(state_dict)
     parameters = dict(model.named_parameters())

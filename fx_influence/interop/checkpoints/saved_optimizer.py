@@ -9,6 +9,7 @@ from typing import Any
 from fx_influence.interop.checkpoints.adamw_format import require_adamw_state_dict
 from fx_influence.interop.checkpoints.files.directory import OPTIMIZER, OPTIMIZER_KEYS, require_any_file
 from fx_influence.interop.checkpoints.layout import Layout
+from fx_influence.interop.low_bit.saved_states import with_full_moments
 
 
 def read_optimizer_state_dict(layout: Layout) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def _checked(state_dict: Any) -> dict[str, Any]:
     if isinstance(state_dict, dict) and "param_groups" in state_dict:
         # torch.distributed.checkpoint saves no empty dict, which the state is before the first step.
         state_dict.setdefault("state", {})
+    state_dict = with_full_moments(state_dict)
     require_adamw_state_dict(state_dict)
     checked: dict[str, Any] = state_dict
     return checked

@@ -26,10 +26,16 @@ from fx_influence.functional import make_functional
 from fx_influence.interop.ledger.entry import lifetime_factor
 from fx_influence.interop.live.metrics import MeasuredStep, regions_of
 from fx_influence.interop.live.policy_checks import check_sampled_logprobs, check_scored, check_temperature
-from fx_influence.interop.live.precision import MAX_STEP_ROUNDING, rounding_warning, step_rounding
+from fx_influence.interop.live.precision import (
+    MAX_STEP_ROUNDING,
+    rounding_warning,
+    sampling_stride,
+    step_rounding,
+    stored_moment_rounding,
+)
 from fx_influence.interop.live.processes import count_and_rank, local_rows, local_slice
 from fx_influence.interop.live.step import CapturedStep, check_finite, with_step_counted
-from fx_influence.interop.optimizers import adamw_state
+from fx_influence.interop.optimizers import adamw_state, rounds_at_random
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy
@@ -42,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 RESCORED_ROWS = 4
 """Approximate number of rollouts of a step that are scored again, to check the trainer's forward by the policy's."""
-
-SAMPLED_ENTRIES = 2**22
-"""Approximate number of parameter entries from which the share of a step lost to rounding is estimated."""
 
 
 class Training(Protocol):
@@ -204,7 +207,7 @@ class StepMeasurement:
         step_of = functools.partial(AdamWStep.of, captured.gradient, opt_state, params)
         if store_state is not None:
             store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
-        sampled = step_of("frozen", captured.max_grad_norm).sample(_stride(params))
+        sampled = step_of("frozen", captured.max_grad_norm).sample(sampling_stride(params))
         seconds = time.perf_counter() - start
         measured = MeasuredStep(
             step,
@@ -234,14 +237,18 @@ class StepMeasurement:
         measured_change = snis(
             base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters, behaviour
         )
-        before, after = pending.sampled.params, every_nth(params, _stride(params))
+        training, stride = self._training, sampling_stride(params)
+        before, after = pending.sampled.params, every_nth(params, stride)
         change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
         lost = step_rounding(change, pending.sampled.direction(), measured.lr)
         seconds = measured.seconds + time.perf_counter() - start
         if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
             self._rounding_warned = True
-            self._warn(rounding_warning(measured.step, params, lost))
-        return measured._replace(measured_change=measured_change, seconds=seconds, step_rounding=lost)
+            self._warn(rounding_warning(measured.step, params, lost, rounds_at_random(training.optimizer)))
+        moments = stored_moment_rounding(training.optimizer, training.model, pending.sampled, stride)
+        return measured._replace(
+            measured_change=measured_change, seconds=seconds, step_rounding=lost, moment_rounding=moments
+        )
 
     def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
         """Return the step with U's log-probabilities under an older policy, where U is E and may be of one."""
@@ -340,8 +347,3 @@ def _sampled_logprobs(captured: CapturedStep) -> Tensor | None:
     if captured.old_logprobs is None:
         return None
     return captured.old_logprobs[captured.batch.completion_mask].double().cpu()
-
-
-def _stride(params: Params) -> int:
-    # An odd stride meets every column of a matrix whose rows have a power of two of entries.
-    return sum(p.numel() for p in params.values()) // SAMPLED_ENTRIES | 1

@@ -60,6 +60,8 @@ class MeasuredStep(NamedTuple):
             the optimizer made no step.
         seconds: duration of measuring.
         step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
+        moment_rounding: share of the first moments that quantising them changed after the step, see
+            ``precision.moment_rounding``; NaN for an optimizer with full moments.
         regions: labels of U's tokens, from ``regions_of``; None where they were not made.
         lifetime_factor: see ``ledger.entry.lifetime_factor``.
     """
@@ -72,7 +74,8 @@ class MeasuredStep(NamedTuple):
     entropy: float
     measured_change: SnisDelta | None
     seconds: float
-    step_rounding: float = float("nan")
+    step_rounding: float = math.nan
+    moment_rounding: float = math.nan
     regions: Labels | None = None
     lifetime_factor: float = math.nan
 
@@ -122,6 +125,7 @@ class MeasuredStep(NamedTuple):
             metrics["measured_stderr"] = float(self.measured_change.stderr)
             metrics["ess"] = float(self.measured_change.ess)
             metrics["step_rounding"] = self.step_rounding
+            metrics |= {} if math.isnan(self.moment_rounding) else {"moment_rounding": self.moment_rounding}
         return metrics | self._sums_by_region() | self._sums_by_source()
 
     def _sums_by_region(self) -> dict[str, float]:

@@ -7,12 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from fx_influence.policy.four_bit import four_bit_layers
+
 
 def check_not_quantised(model: Any) -> None:
-    """Raise ``ValueError`` for a quantised model of Hugging Face."""
-    if getattr(model, "hf_quantizer", None) is not None:
+    """Raise ``ValueError`` for a quantised model of Hugging Face, unless its quantised layers are frozen 4-bit ones.
+
+    Those of bitsandbytes, under an adapter (QLoRA), are linear maps; ``make_functional`` checks them.
+    """
+    if getattr(model, "hf_quantizer", None) is not None and not four_bit_layers(model):
         raise ValueError(
-            "the model is quantised; expected bfloat16 or float32, since the quantised one has no exact derivatives"
+            "the model is quantised; expected bfloat16, float32 or bitsandbytes' 4-bit weights under an adapter, since "
+            "other quantised ones have no exact derivatives. Load it with load_in_4bit, or without quantisation"
         )
 
 

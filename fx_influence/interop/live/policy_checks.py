@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.interop.live.guard import CaptureError, GenerationError
+from fx_influence.policy.four_bit import four_bit_dtypes
 from fx_influence.types import Batch
 
 TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
@@ -21,11 +22,11 @@ FALSE_ALARM_RATE = 3e-7
 def rounding_bound(model: nn.Module, lower: Iterable[torch.dtype] = ()) -> float:
     """Return the largest mean difference between two forwards by rounding alone, in nats per token: 2 sqrt(eps).
 
-    eps belongs to the lowest precision in use: the weights', TF32's (float32 on a GPU), or one of ``lower``, such as
-    an autocast's.
+    eps belongs to the lowest precision in use: the weights', that which 4-bit layers compute in, TF32's (float32 on a
+    GPU), or one of ``lower``, such as an autocast's.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    dtypes = {*lower, *(p.dtype for p in parameters)}
+    dtypes = {*lower, *(p.dtype for p in parameters), *four_bit_dtypes(model)}
     if any(p.device.type == "cuda" for p in parameters) and torch.get_float32_matmul_precision() != "highest":
         # TF32 has the mantissa of float16.
         dtypes.add(torch.float16)

@@ -1,17 +1,32 @@
-"""The precision of a training run: that of its forward, and the share of a step that rounding of weights swallows."""
+"""The precision of a training run: that of its forward, and the shares of steps and moments that rounding swallows."""
 
 from __future__ import annotations
 
-import torch
+import math
 
-from fx_influence.core.tree import dot
+import torch
+from torch import nn
+
+from fx_influence.core.tree import dot, every_nth
 from fx_influence.distributed.sharded_policy import ShardedPolicy
+from fx_influence.interop.low_bit.moments import is_low_bit
+from fx_influence.interop.optimizers import adamw_state, require_adamw
+from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.autocast import HALF_DTYPES
 from fx_influence.policy.policy import Policy
 from fx_influence.types import Params
 
 MAX_STEP_ROUNDING = 0.1
 """Share of a step lost to rounding above which a warning is issued: a tenth of the optimizer's step is then missing."""
+
+SAMPLED_ENTRIES = 2**22
+"""Approximate number of parameter entries from which the shares are estimated."""
+
+
+def sampling_stride(params: Params) -> int:
+    """Return the stride at which ``SAMPLED_ENTRIES`` of all entries are taken."""
+    # An odd stride meets every column of a matrix whose rows have a power of two of entries.
+    return sum(p.numel() for p in params.values()) // SAMPLED_ENTRIES | 1
 
 
 def in_forward_precision(policy: Policy, autocast: torch.dtype | None, loss_scale: float) -> Policy:
@@ -43,19 +58,61 @@ def step_rounding(moved: Params, direction: Params, lr: float) -> float:
         >>> step_rounding({"w": torch.tensor([0.0, 2.0])}, v, lr=0.5)
         0.6
     """
-    squared_norm = float(dot(direction, direction)) * lr**2
-    error = {name: moved[name].double() - lr * v.double() for name, v in direction.items()}
+    return _relative_error(moved, {name: lr * v.double() for name, v in direction.items()})
+
+
+def moment_rounding(step: AdamWStep, stored: Params) -> float:
+    """Return |stored - m'| / |m'| over the parameters that a step moved: what quantising its first moments changed.
+
+    The step itself is made from m' in float32; the momentum of the steps after it comes from ``stored``.
+
+    Args:
+        step: the optimizer's step, with m before it.
+        stored: m' by name, as the optimizer keeps it.
+    """
+    exact = {}
+    for name in filter(step.moves, stored):
+        hyper, inputs = step.opt_state.hyper[name], step.inputs(name)
+        exact[name] = inputs.first_moment(inputs.second_moment(hyper)[0], hyper)
+    return _relative_error(stored, exact)
+
+
+def stored_moment_rounding(optimizer: torch.optim.Optimizer, model: nn.Module, step: AdamWStep, stride: int) -> float:
+    """Return ``moment_rounding`` of an optimizer after its step; NaN for one whose moments are full.
+
+    Args:
+        optimizer: after the step.
+        model: whose parameters it holds.
+        step: on every ``stride``-th entry, made before the step.
+        stride: see ``sampling_stride``.
+    """
+    if not is_low_bit(require_adamw(optimizer)):
+        return math.nan
+    stored = adamw_state(optimizer, model, copy=False).exp_avg
+    return moment_rounding(step, every_nth(stored, stride))
+
+
+def _relative_error(actual: Params, expected: Params) -> float:
+    """Return |actual - expected| / |expected| over the names of ``expected``, 0 where that is 0."""
+    squared_norm = float(dot(expected, expected)) if expected else 0.0
+    error = {name: actual[name].double() - x.double() for name, x in expected.items()}
     return (float(dot(error, error)) / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
-def rounding_warning(step: int, params: Params, lost: float) -> str:
+def rounding_warning(step: int, params: Params, lost: float, at_random: bool = False) -> str:
     """Return the warning for a step of which rounding swallows a tenth or more, with the remedy.
 
     Args:
         step: its number.
         params: the trained weights, whose dtypes decide the remedy.
         lost: share of the step lost, in [0, 1].
+        at_random: whether the optimizer rounds at random, so that the policy moves as it means it to on average.
     """
+    if at_random:
+        return (
+            f"step {step}: rounding of the trained weights at random changed the step by {lost:.0%} of its length, "
+            "which averages out over steps; read the measured change of each with that error"
+        )
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
     remedy = (
         "train float32 weights (model_init_kwargs={'dtype': 'float32'}, with bf16=True for speed)"

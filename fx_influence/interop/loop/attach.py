@@ -90,10 +90,11 @@ def attach(
         ``StepCapture``: ``add`` names rollouts, ``history`` has the metrics of every measured step, ``detach`` ends it.
 
     Raises:
-        TypeError: for another optimizer than AdamW.
+        TypeError: for another optimizer than AdamW, or options under which its step is not AdamW's.
         ValueError: for a parameter of the optimizer that is not the model's; for a model with dropout, noise on its
-            embeddings or quantised weights, or that ``make_functional`` refuses; for numbers out of range; for a
-            directory with the ledger of another training run; and if processes attach with different settings.
+            embeddings or quantised weights other than frozen 4-bit ones of bitsandbytes, or that ``make_functional``
+            refuses; for numbers out of range; for a directory with the ledger of another training run; and if
+            processes attach with different settings.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.core.dtensor import to_local
+from fx_influence.policy.four_bit import four_bit_dtypes
 from fx_influence.policy.model.forward import ForwardError, ModelForward, logits_of
 from fx_influence.policy.model.probing import ProbeCase, agree, rounding_bound
 from fx_influence.policy.model.template import Template, is_hugging_face
@@ -153,9 +154,14 @@ def live_tensors(model: nn.Module) -> Params:
     return {name: p.detach() for name, p in model.named_parameters()} | dict(model.named_buffers())
 
 
-def comparison_bound(known: Params) -> float:
-    """Return the largest relative difference that rounding may cause between two forwards on these tensors."""
-    dtypes = {x.dtype for x in known.values() if x.is_floating_point()}
+def comparison_bound(known: Params, model: nn.Module) -> float:
+    """Return the largest relative difference that rounding may cause between two forwards on these tensors.
+
+    Args:
+        known: weights and buffers by name.
+        model: its 4-bit layers may compute in another dtype than the weights have.
+    """
+    dtypes = {x.dtype for x in known.values() if x.is_floating_point()} | four_bit_dtypes(model)
     # Hugging Face models take norms and softmax in float32 whatever the dtype of their weights.
     return rounding_bound([*dtypes, torch.float32])
 

@@ -70,7 +70,7 @@ def fit_forward(
         known = live_tensors(model) if kind == "live" else _random(model, torch.float32 if "least" in kind else None)
         for length in LENGTHS:
             probe = make_probe(model, vocab_size, length, device_of(model))
-            case = ProbeCase(known, probe, comparison_bound(known))
+            case = ProbeCase(known, probe, comparison_bound(known, model))
             try:
                 with torch.no_grad(), random_state_restored(model):
                     fitted, own_template, vocabulary = _settle(fitted, model, case, copied)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fx_influence.policy.four_bit import four_bit_names
 from fx_influence.policy.model.forward_arguments import (
     ForwardArguments,
     follows_longest_row,
@@ -79,7 +80,10 @@ class ModelForward:
             position_ids: whether positions are passed where the forward takes them.
             fields: further fields of a subclass.
         """
-        frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        # Codes have no values without their scales: a template's 4-bit layers read both from the live layers.
+        codes = four_bit_names(model)
+        named = model.named_parameters()
+        frozen = {name: p.detach() for name, p in named if not p.requires_grad and name not in codes}
         frozen |= {name: b.detach() for name, b in model.named_buffers()}
         arguments, virtual = forward_arguments(module), virtual_token_count(model)
         return cls(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fx_influence.policy.four_bit import four_bit_dtypes, four_bit_names, replace_four_bit, share_states
 from fx_influence.types import Params
 
 Copy = Callable[[nn.Module, dict[int, Any]], nn.Module]
@@ -129,9 +130,10 @@ def meta_template(
     memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
     memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     # Tensors that are not parameters are shared, not copied: they may be large, and are read live as buffers are.
-    memo |= {id(x): x for _, _, x in _unregistered(model) if id(x) not in memo}
+    memo |= {id(x): x for _, _, x in _unregistered(model) if id(x) not in memo} | share_states(model)
     module = copied(model, memo).eval()
     _undo_patches(module)
+    replace_four_bit(module, model)
     if attention is not None and is_hugging_face(module):
         try:
             base_model(module).set_attn_implementation(attention)
@@ -330,6 +332,7 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def lowest_weight_dtype(model: nn.Module) -> torch.dtype:
-    """Return the coarsest floating dtype among a model's weights."""
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    """Return the coarsest floating dtype among a model's weights, and those that its 4-bit layers compute in."""
+    codes = four_bit_names(model)
+    dtypes = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and name not in codes]
+    return max([*dtypes, *four_bit_dtypes(model)], key=lambda dtype: torch.finfo(dtype).eps)

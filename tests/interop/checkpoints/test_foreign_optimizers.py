@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,9 @@ OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "AdamW")
 } | {"the Adafactor of transformers": Adafactor}
 
+
+# without decay it is AdamW
+OTHERS["torch.optim.Adam"] = functools.partial(torch.optim.Adam, weight_decay=0.1)
 
 # no field is theirs alone
 UNNAMED = {"torch.optim.SparseAdam", "torch.optim.RAdam"}

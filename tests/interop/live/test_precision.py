@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fx_influence.interop.live.precision import rounding_warning, step_rounding
+from fx_influence.interop.live.precision import moment_rounding, rounding_warning, step_rounding
+from fx_influence.optim.step import AdamWStep
+from fx_influence.types import AdamWHyper, AdamWState
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,3 +29,22 @@ def test_rounding_warning_depends_on_the_weights_dtype(dtype: torch.dtype, remed
     text = rounding_warning(3, {"w": torch.ones(1, dtype=dtype)}, 0.25)
     assert text.startswith("step 3: 25% of the step is lost")
     assert f"; {remedy}" in text
+
+
+def test_moment_rounding_is_the_changed_share_of_the_moments() -> None:
+    """m' = 0.9 (1, -2) + 0.1 * 0.5 (2, 4) = (1, -1.6); what is stored differs by (0, 0.6)."""
+    m, g, zero = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 4.0]), torch.zeros(2)
+    state = AdamWState({"w": m}, {"w": zero}, {}, {"w": 1}, {"w": AdamWHyper()}, lr=1e-3)
+    step = AdamWStep({"w": g}, state, {"w": zero}, "frozen", torch.tensor(0.5))
+    share = moment_rounding(step, {"w": torch.tensor([1.0, -1.0]), "not held": zero})
+    assert share == pytest.approx(0.6 / (1 + 1.6**2) ** 0.5, rel=1e-6)
+
+
+def test_moment_rounding_is_zero_without_a_step() -> None:
+    state = AdamWState({}, {}, {}, {}, {}, lr=1e-3)
+    assert moment_rounding(AdamWStep({}, state, {}, "frozen", torch.ones(())), {}) == 0.0
+
+
+def test_rounding_warning_names_rounding_at_random() -> None:
+    text = rounding_warning(3, {"w": torch.ones(1, dtype=torch.bfloat16)}, 0.25, at_random=True)
+    assert "at random changed the step by 25% of its length, which averages out" in text
