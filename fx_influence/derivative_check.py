@@ -308,7 +308,7 @@ def _derived(mode: str, derive: Callable[[], Result]) -> Result:
     """Return the result of ``derive``; raise ``DerivativeError`` where the policy has no derivative in that mode."""
     try:
         return derive()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise DerivativeError(

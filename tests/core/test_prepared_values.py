@@ -103,14 +103,6 @@ def test_adamw_state_and_make_functional_reject_other_types() -> None:
         fx.make_functional(Trainer())  # type: ignore[arg-type]
 
 
-def test_select_rejects_other_types() -> None:
-    out = shared_arguments().influence()
-    with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
-        fx.lab.select(out, out.per_sequence, floor=0.0)
-    with pytest.raises(TypeError, match=r"floor is None; expected a number"):
-        fx.lab.select(out, out, floor=None)  # type: ignore[arg-type]  # refused
-
-
 def test_entropy_estimate_rejects_other_types() -> None:
     arguments = shared_arguments()
     values = arguments.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.arguments import shared_arguments
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -93,3 +94,11 @@ def test_select_rejects_invalid_input() -> None:
         ValueError, match=r"hold no tokens; expected influences of tokens. Make them with influence\(per_token=True\)"
     ):
         fx.lab.select(two, two, floor=0.0, per_token=True)
+
+
+def test_select_rejects_other_types() -> None:
+    out = shared_arguments().influence()
+    with pytest.raises(TypeError, match=r"influence_reward is of type Tensor; expected an Influence"):
+        fx.lab.select(out, out.per_sequence, floor=0.0)
+    with pytest.raises(TypeError, match=r"floor is None; expected a number"):
+        fx.lab.select(out, out, floor=None)  # type: ignore[arg-type]  # refused

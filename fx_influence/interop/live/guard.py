@@ -61,7 +61,7 @@ def attempt(work: Callable[[], Value], device: torch.device, mesh: DeviceMesh | 
             return work()
     except Exception as error:
         failure = Failure(reason(error), isinstance(error, GenerationError))
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
     # Outside of the except clause, where the error's frames no longer refer to tensors.
     if out_of_memory:
         torch.cuda.empty_cache()

@@ -10,12 +10,36 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fx_influence.core.tree import cast_like
 from fx_influence.policy.attention import blockwise_attention, math_attention
 from fx_influence.policy.modes.linear_cache import CachedOutputsMode, linear_arguments
 from fx_influence.types import Params
+
+
+class _Calls(TorchFunctionMode):
+    """The functions that are called while this mode is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def modes_see_indexing() -> bool:
+    """Return whether a mode sees ``x[...]``, which torch 2.1 hides from it."""
+    x = torch.zeros(1)
+    with _Calls() as calls:
+        x[:]
+    return Tensor.__getitem__ in calls.seen
+
+
+MODES_SEE_INDEXING = modes_see_indexing()
 
 
 def forward_mode_jvp(
@@ -64,8 +88,8 @@ class DeferredTangents:
 
     def attach(self, p: Tensor, tangent: Tensor) -> Tensor:
         """Return p as a dual, or p itself where the tangent has to be cast first: its uses then make the dual."""
-        if tangent.dtype == p.dtype and tangent.device == p.device:
-            return forward_ad.make_dual(p, tangent)
+        if not MODES_SEE_INDEXING or (tangent.dtype == p.dtype and tangent.device == p.device):
+            return forward_ad.make_dual(p, cast_like(tangent, p))
         self._by_id[id(p)] = p, tangent
         return p
 
