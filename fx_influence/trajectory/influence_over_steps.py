@@ -89,7 +89,8 @@ def influence_over_steps(
         apply: the policy, from ``make_functional``.
         cross_fit: leave the prompt of each row of every step out of E, where its rollouts have the same ``group``: for
             an E that holds rollouts of several steps, and for steps that share the last one's rollouts where these are
-            E. ``group`` must then number the prompts alike in all batches.
+            E. ``group`` must then number the prompts alike in all batches. With ``batch_e=None`` the last step's rows do
+            so anyway.
         objective: as for ``influence``, taken at theta_K.
         preconditioner: ``"jacobian"`` differentiates AdamW's denominators too, ``"frozen"`` holds them fixed.
         curvature: whether a step's gradient follows the parameters; False drops the Hessian, and with it all but
@@ -177,24 +178,20 @@ def _evaluation_rows(
     *earlier, last = (step.batch for step in window.steps)
     if batch_e is not None:
         check_is_batch("batch_e", batch_e)
-        of_steps = [evaluation_rows(batch, batch_e, cross_fit) for batch in (*earlier, last)]
-        return EvaluationRows(batch_e, torch.cat([x.own_cluster for x in of_steps]))
-    if not isinstance(objective, Entropy):
+    elif not isinstance(objective, Entropy):
         raise ValueError(
             "batch_e is None with another objective than fx.Entropy; expected rollouts of the policy after the window, "
             "since only the entropy is weighted over rollouts of another policy. Pass some"
         )
-    of_last = evaluation_rows(last, None, cross_fit)
-    nothing = [torch.full_like(batch.input_ids[:, 0], NOTHING_LEFT_OUT) for batch in earlier]
-    if cross_fit:
-        nothing = [evaluation_rows(batch, of_last.batch, cross_fit).own_cluster for batch in earlier]
-    elif any(_same_rollouts(batch, last) for batch in earlier):
+    elif not cross_fit and any(_same_rollouts(batch, last) for batch in earlier):
         raise ValueError(
             "batch_e is None and steps of the window share the last one's rollouts; expected other rollouts, or "
             "cross_fit=True with a group that numbers the prompts alike in all steps, which leaves them out of one "
             "another's influence. Pass cross_fit=True, or fresh rollouts as batch_e"
         )
-    return EvaluationRows(of_last.batch, torch.cat([*nothing, of_last.own_cluster]))
+    of_last = evaluation_rows(last, batch_e, cross_fit)
+    of_earlier = [evaluation_rows(batch, of_last.batch, cross_fit) for batch in earlier]
+    return EvaluationRows(of_last.batch, torch.cat([x.own_cluster for x in (*of_earlier, of_last)]))
 
 
 def _same_rollouts(a: Batch, b: Batch) -> bool:
