@@ -89,8 +89,8 @@ def influence_over_steps(
         apply: the policy, from ``make_functional``.
         cross_fit: leave the prompt of each row of every step out of E, where its rollouts have the same ``group``: for
             an E that holds rollouts of several steps, and for steps that share the last one's rollouts where these are
-            E. ``group`` must then number the prompts alike in all batches. With ``batch_e=None`` the last step's rows do
-            so anyway.
+            E. ``group`` must then number the prompts alike in all batches. With ``batch_e=None`` the last step's rows
+            leave theirs out anyway.
         objective: as for ``influence``, taken at theta_K.
         preconditioner: ``"jacobian"`` differentiates AdamW's denominators too, ``"frozen"`` holds them fixed.
         curvature: whether a step's gradient follows the parameters; False drops the Hessian, and with it all but

@@ -75,6 +75,7 @@ def test_one_step_stderr_is_lr_times_that_of_influence(
     out = fx.influence_over_steps(window, e, stderr=True, per_token=True, **options)
     pairs = [(out.per_sequence[0], one.per_sequence), (out.stderr[0], one.stderr)]
     pairs += [(out.sums([x]).stderr, one.sums(x).stderr) for x in (labels, of_tokens)]
+    assert torch.equal(out.sums([of_tokens]).count, one.sums(of_tokens).count)
     pairs += [(out.total_stderr, one.total_stderr)] if preconditioner == "frozen" else []
     for actual, expected in pairs:
         assert_close_to_rounding(actual / rate, expected, terms=TINY_POLICY, scale=one.per_sequence.abs().sum() + 1)
