@@ -4,8 +4,8 @@
                                                   half an hour on one core, resumed where it stopped
     python -m benchmarks several_steps --quick    one short window, written nowhere, to check that it works
 
-Windows of eight steps of GRPO runs are recorded, and made again by ``torch.optim.AdamW`` in float64, with the same
-batches: without each rollout of the first step, and as they were. The entropy after 1, 2, 4 and 8 steps is measured
+Windows of eight steps of GRPO runs are recorded, and made again by ``torch.optim.AdamW`` with the same batches: without
+each of some rollouts of the first step, and as they were. The entropy after 1, 2, 4 and 8 steps is measured
 exactly where all completions can be enumerated ("toy"), else by importance sampling on fresh rollouts of the policy
 there, which no predictor has used. Predictors are ranked by the effect of leaving a rollout out; and the change of
 entropy over the window is compared with sums over its steps and with the window's account.
@@ -40,6 +40,7 @@ from fx_influence.types import AdamWState, Batch, Params
 
 NAME = "bench_several_steps"
 COMPLETIONS = 4
+SEEDS = 5
 WINDOW_OPTIONS: dict[str, dict[str, Any]] = {
     "window": {},
     "window, frozen": {"preconditioner": "frozen"},
@@ -49,15 +50,19 @@ WINDOW_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class TrainingRun(NamedTuple):
-    """A GRPO run with a window of ``lengths[-1]`` steps from each step of ``starts`` on, numbered from 1."""
+    """A GRPO run with a window of ``lengths[-1]`` steps from each step of ``starts`` on, numbered from 1.
+
+    ``left_out`` is the number of rollouts of the first step that are left out, one by one, of those with an advantage.
+    """
 
     policy: str
     lr: float
     seed: int
-    starts: tuple[int, ...] = (10, 30)
+    starts: tuple[int, ...] = (10,)
     lengths: tuple[int, ...] = (1, 2, 4, 8)
     prompts: int = 8
-    evaluated: int = 512
+    evaluated: int = 256
+    left_out: int = 16
     is_stored: bool = True
 
     @property
@@ -68,8 +73,8 @@ class TrainingRun(NamedTuple):
 class Recorded(NamedTuple):
     """A window of a training run.
 
-    ``model`` and ``optimizer`` before it, in float64; ``batches`` and ``advantages`` of its steps; by number of steps
-    made, ``e`` to predict and ``fresh`` to measure on; ``seconds`` of processor time of its sampling and steps.
+    ``model`` and ``optimizer`` before it; ``batches`` and ``advantages`` of its steps; by number of steps made, ``e`` to
+    predict and ``fresh`` to measure on; ``seconds`` of processor time of sampling and steps; ``rng`` of choices.
     """
 
     policy: Policy
@@ -80,6 +85,7 @@ class Recorded(NamedTuple):
     e: list[Batch]
     fresh: list[Batch]
     seconds: float
+    rng: random.Random
 
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
@@ -92,7 +98,7 @@ def train(training: TrainingRun) -> list[dict[str, Any]]:
     for step_state in steps:
         if step_state.step in training.starts:
             recorded = record(training, policy, step_state, steps)
-            if recorded.batches[0].coefficients is not None and recorded.batches[0].coefficients.any():
+            if recorded.advantages[0].any():
                 found.append({"start": step_state.step, **measure(training, recorded)})
         else:
             reinforce(policy.model, step_state.optimizer, step_state.batch)
@@ -109,7 +115,9 @@ def record(training: TrainingRun, policy: Policy, first: Any, later: Any) -> Rec
         later: iterator over the states that follow, which is advanced to the window's last step.
     """
     model, optimizer = copy.deepcopy((policy.model, first.optimizer))
-    in_float64(model, optimizer)
+    if training.policy == "toy":
+        # Exact entropies are differences of sums, whose rounding must be far below an effect.
+        in_float64(model, optimizer)
     e, fresh, batches, advantages, seconds = [], [], [], [], 0.0
     rng = random.Random(first.rng.randrange(2**30))
     count = min(training.evaluated // 2, len(policy.held_out))
@@ -126,11 +134,11 @@ def record(training: TrainingRun, policy: Policy, first: Any, later: Any) -> Rec
         reinforce(policy.model, state.optimizer, state.batch)
         # The first step's rollouts were sampled before.
         seconds += time.process_time() - begin if k else 0.0
-        batches.append(state.batch._replace(coefficients=state.batch.coefficients.double()))
+        batches.append(state.batch)
         advantages.append(torch.tensor([r.advantage or 0.0 for r in state.rollouts]).double())
     evaluations()
     length = training.lengths[-1]
-    return Recorded(policy, model, optimizer, batches, advantages, e, fresh, seconds * length / (length - 1))
+    return Recorded(policy, model, optimizer, batches, advantages, e, fresh, seconds * length / (length - 1), rng)
 
 
 def in_float64(model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
@@ -155,59 +163,76 @@ def measure(training: TrainingRun, recorded: Recorded) -> dict[str, Any]:
     """Return rank correlations by length of the window, changes of entropy over it, and seconds."""
     apply, params = fx.make_functional(recorded.model)
     state, first = fx.adamw_state(recorded.optimizer, recorded.model), recorded.batches[0]
-    every_length = range(1, training.lengths[-1] + 1)
-    made = [params, *replayed(recorded, first, every_length)]
-    present = recorded.advantages[0].nonzero().flatten()
-    without = [replayed(recorded, without_row(first, int(row)), training.lengths) for row in present]
-    rollout_grads = rollout_gradients(params, first, apply)
-    one_step = predictions(params, first, recorded.e[0], state, apply, rollout_grads, recorded.advantages[0])
-    one_step["lifetime"] = fx.influence(
-        params,
-        first,
-        recorded.e[0],
-        state,
-        apply=apply,
-        preconditioner="lifetime",
-        max_grad_norm=MAX_NORM,
-        stderr=False,
-    ).per_sequence
+    made = [params, *replayed(recorded, first, range(1, training.lengths[-1] + 1))]
+    movers = recorded.advantages[0].nonzero().flatten().tolist()
+    chosen = recorded.rng.sample(movers, min(training.left_out, len(movers)))
+    without = [replayed(recorded, without_row(first, row), training.lengths) for row in chosen]
+    one_step = one_step_predictions(recorded, params, state, apply)
     accounts = step_accounts(training, recorded, made, apply, state)
     rows = []
-    for index, length in enumerate(training.lengths):
-        end = made[length]
-        exact = training.policy == "toy"
-        change = (
-            exact_change(recorded.policy, end, apply) if exact else sampled_change(end, recorded.fresh[length], apply)
-        )
-        moved = [after[index] for after in without]
-        block = {name: torch.stack([x[name] for x in moved]) - p for name, p in end.items()}
-        effects = torch.cat(
-            [-change({n: x[rows_] for n, x in block.items()}) for rows_ in torch.arange(len(moved)).split(8)]
-        )
-        window = fx.Window(params=params, opt_state=state, steps=recorded_steps(training, recorded, length))
+    for moved, length in zip(zip(*without, strict=True), training.lengths, strict=True):
+        window = recorded_window(training, recorded, params, state, length)
         over = {
             name: fx.influence_over_steps(window, recorded.e[length], apply=apply, **options)
             for name, options in WINDOW_OPTIONS.items()
         }
+        effects = effects_of(training, recorded, made[length], moved, apply, length)
         predicted = {name: out.per_sequence[0] for name, out in over.items()} | one_step
-        effect = torch.zeros(len(first.input_ids), dtype=torch.float64).index_copy(0, present, effects.mean(1))
+        ranks = {name: rank_correlation(x[chosen], effects.mean(1)) for name, x in predicted.items()}
+        delta, frozen = over["window"].per_sequence[0][chosen], over["window, frozen"]
         rows.append(
             {
                 "length": length,
-                "effect": float(effect.square().mean().sqrt()),
-                "ranks": {name: rank_correlation(x, effect) for name, x in predicted.items()}
-                | {"ceiling": ceiling(effects)},
-                "slope": float(
-                    (effect @ over["window"].per_sequence[0]) / over["window"].per_sequence[0].square().sum()
-                ),
-                **measured_change(recorded, params, end, apply, exact),
-                **{name: sum(a[name] for a in accounts[:length]) for name in accounts[0]},
-                "window_total": float(over["window, frozen"].total),
-                "window_momentum": float(over["window, frozen"].momentum),
-                "window_rollouts": float(torch.cat(over["window, frozen"].per_sequence).sum()),
+                "effect": float(effects.mean(1).square().mean().sqrt()),
+                "ranks": {**ranks, "ceiling": ceiling(effects)},
+                "slope": float((effects.mean(1) @ delta) / delta.square().sum()),
+                **measured_change(training, recorded, params, made[length], apply),
+                **{name: sum(account[name] for account in accounts[:length]) for name in accounts[0]},
+                "window_total": float(frozen.total),
+                "window_momentum": float(frozen.momentum),
+                "window_rollouts": float(torch.cat(frozen.per_sequence).sum()),
             }
         )
-    return {"lengths": rows, "seconds": {"training": recorded.seconds, **seconds(window, recorded, apply)}}
+    is_timed = training.seed == 0
+    return {"lengths": rows, "seconds": seconds(training, recorded, params, state, apply) if is_timed else {}}
+
+
+def effects_of(
+    training: TrainingRun,
+    recorded: Recorded,
+    end: Params,
+    moved: Sequence[Params],
+    apply: fx.Policy,
+    length: int,
+) -> Tensor:
+    """Return the entropy that each rollout adds after the window, (n, prompts), whose mean over prompts it is.
+
+    Args:
+        training: the run.
+        recorded: the window.
+        end: parameters after it.
+        moved: parameters after it without each rollout.
+        apply: the policy.
+        length: its number of steps.
+    """
+    change = (
+        exact_change(recorded.policy, end, apply)
+        if training.policy == "toy"
+        else sampled_change(end, recorded.fresh[length], apply)
+    )
+    block = {name: torch.stack([x[name] for x in moved]) - p for name, p in end.items()}
+    return torch.cat(
+        [-change({name: x[rows] for name, x in block.items()}) for rows in torch.arange(len(moved)).split(8)]
+    )
+
+
+def one_step_predictions(recorded: Recorded, params: Params, state: AdamWState, apply: fx.Policy) -> dict[str, Tensor]:
+    """Return what one step's measures say of the rollouts of the first step, (n,) by predictor."""
+    first, e = recorded.batches[0], recorded.e[0]
+    options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False, "preconditioner": "lifetime"}
+    lifetime = fx.influence(params, first, e, state, **options).per_sequence
+    gradients = rollout_gradients(params, first, apply)
+    return {"lifetime": lifetime, **predictions(params, first, e, state, apply, gradients, recorded.advantages[0])}
 
 
 def without_row(batch: Batch, row: int) -> Batch:
@@ -216,17 +241,21 @@ def without_row(batch: Batch, row: int) -> Batch:
     return batch._replace(coefficients=batch.coefficients.index_fill(0, torch.tensor([row]), 0.0))
 
 
-def recorded_steps(training: TrainingRun, recorded: Recorded, length: int) -> list[fx.RecordedStep]:
-    """Return the first steps of the window; its coefficients are the same whatever the policy."""
-    return [fx.RecordedStep(batch=b, lr=training.lr, max_grad_norm=MAX_NORM) for b in recorded.batches[:length]]
+def recorded_window(
+    training: TrainingRun, recorded: Recorded, params: Params, state: AdamWState, length: int
+) -> fx.Window:
+    """Return the first steps of the window; their coefficients are the same whatever the policy."""
+    batches = recorded.batches[:length]
+    steps = [fx.RecordedStep(batch=batch, lr=training.lr, max_grad_norm=MAX_NORM) for batch in batches]
+    return fx.Window(params=params, opt_state=state, steps=steps)
 
 
 def measured_change(
-    recorded: Recorded, before: Params, after: Params, apply: fx.Policy, exact: bool
+    training: TrainingRun, recorded: Recorded, before: Params, after: Params, apply: fx.Policy
 ) -> dict[str, float]:
     """Return the change of entropy from one policy to the other, on fresh rollouts of the first or exactly."""
     movement = {name: after[name] - before[name] for name in before}
-    if exact:
+    if training.policy == "toy":
         change = exact_change(recorded.policy, before, apply)({name: x.unsqueeze(0) for name, x in movement.items()})
         return {"realised": float(change), "realised_stderr": 0.0}
     out = fx.snis_delta(before, movement, 1.0, recorded.fresh[0], apply=apply)
@@ -258,29 +287,32 @@ def step_accounts(
     return accounts
 
 
-def seconds(window: fx.Window, recorded: Recorded, apply: fx.Policy) -> dict[str, float]:
-    """Return seconds of processor time of an attribution over the longest window, by what is asked for."""
+def seconds(
+    training: TrainingRun, recorded: Recorded, params: Params, state: AdamWState, apply: fx.Policy
+) -> dict[str, float]:
+    """Return seconds of processor time of training over the longest window, and of attributions by what is wanted."""
+    window = recorded_window(training, recorded, params, state, training.lengths[-1])
     works: Mapping[str, Callable[[], object]] = {
         "influences": lambda: fx.influence_over_steps(window, recorded.e[-1], apply=apply),
         "error bars": lambda: fx.influence_over_steps(window, recorded.e[-1], apply=apply, stderr=True),
         "last step's rollouts": lambda: fx.influence_over_steps(window, None, apply=apply),
         "no curvature": lambda: fx.influence_over_steps(window, recorded.e[-1], apply=apply, curvature=False),
     }
-    found = {}
+    times = {"training": recorded.seconds}
     for name, work in works.items():
         begin = time.process_time()
         work()
-        found[name] = time.process_time() - begin
-    return found
+        times[name] = time.process_time() - begin
+    return times
 
 
 def training_runs(quick: bool) -> list[TrainingRun]:
     """Return the training runs of the benchmark."""
     if quick:
-        return [TrainingRun("demo", 1e-4, 0, starts=(2,), lengths=(1, 2), prompts=4, evaluated=16)]
+        return [TrainingRun("demo", 1e-4, 0, starts=(2,), lengths=(1, 2), prompts=4, evaluated=16, left_out=6)]
     return [
-        *(TrainingRun("demo", lr, seed) for seed in range(5) for lr in (1e-5, 1e-4)),
-        *(TrainingRun("toy", lr, seed) for seed in range(5) for lr in (1e-5, 1e-4)),
+        *(TrainingRun("demo", lr, seed) for seed in range(SEEDS) for lr in (1e-5, 1e-4)),
+        *(TrainingRun("toy", lr, seed, starts=(10, 20, 30)) for seed in range(SEEDS) for lr in (1e-5, 1e-4)),
     ]
 
 

@@ -44,6 +44,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             rows = [x for window in run["found"] for x in window["lengths"] if x["length"] == k]
             groups.setdefault((run["policy"], run["lr"], k), []).append(rows)
     windows = [window["seconds"] for run in runs for window in run["found"] if run["policy"] != "toy"]
+    windows = [times for times in windows if times]
     return {
         "lengths": [
             {"policy": policy, "lr": lr, "length": length, **_of_length(by_run)}

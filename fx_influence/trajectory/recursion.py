@@ -119,7 +119,8 @@ def _transpose_step(k: int, step: AdamWStep, after: StateCotangent, options: Rec
     residual, rows = expected - tokens.sum(), tokens.sum(-1)
     check_identity(f"the JVP over step {k}", residual, rows, expected, options.bound)
     before = out.before
-    if options.curvature:
+    # Before the first step only the moments' cotangents are read.
+    if options.curvature and k > 0:
         product = options.engine.hessian_product(step.params, out.g, recorded.batch, recorded.coefficient_slopes)
         before = replace(before, theta=add(before.theta, product))
     return _Transposed(tokens, out.weight_decay, out.eps, residual, before)
