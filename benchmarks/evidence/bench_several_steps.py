@@ -73,8 +73,8 @@ class TrainingRun(NamedTuple):
 class Recorded(NamedTuple):
     """A window of a training run.
 
-    ``model`` and ``optimizer`` before it; ``batches`` and ``advantages`` of its steps; by number of steps made, ``e`` to
-    predict and ``fresh`` to measure on; ``seconds`` of processor time of sampling and steps; ``rng`` of choices.
+    ``model`` and ``optimizer`` before it; ``batches`` and ``advantages`` of its steps; by number of steps made, ``e``
+    to predict and ``fresh`` to measure on; ``seconds`` of processor time of sampling and steps; ``rng`` of choices.
     """
 
     policy: Policy

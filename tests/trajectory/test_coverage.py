@@ -17,7 +17,7 @@ from fx_influence.objectives import Objective
 from fx_influence.trajectory.replay import replay
 from fx_influence.types import Batch, Params
 
-DRAWS, RATE = 120, 3e-3
+DRAWS, RATE = 60, 3e-3
 
 
 def exact_objective(world: World) -> Objective:
