@@ -12,6 +12,7 @@ from benchmarks.harness import format_interval, mean_interval
 
 RANKED = {
     "window": "window",
+    "window, exact": "window, exact ∇H",
     "window, frozen": "window, frozen",
     "window, no curvature": "window, no curvature",
     "share": "one step, frozen",
@@ -74,7 +75,7 @@ def _of_length(by_run: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _mean_over_runs(by_run: Sequence[Sequence[dict[str, Any]]], name: str) -> dict[str, float | None] | None:
-    ranks = [[row["ranks"][name] for row in windows if row["ranks"][name] is not None] for windows in by_run]
+    ranks = [[row["ranks"][name] for row in windows if row["ranks"].get(name) is not None] for windows in by_run]
     return mean_interval([statistics.fmean(x) for x in ranks if x])
 
 
