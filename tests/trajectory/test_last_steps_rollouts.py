@@ -32,7 +32,7 @@ def assert_same(a: fx.InfluenceOverSteps, b: fx.InfluenceOverSteps) -> None:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_last_steps_rollouts_are_weighted_to_the_end(recorded: bool) -> None:
-    """By the recorded log-probabilities, or those of the policy before the last step."""
+    """Take the recorded log-probabilities, or those of the policy before the last step."""
     run = numbered(with_prompts(random_run(3, 2, ratio=False, temperature=1.3), prompts=5, each=2))
     window = run.window()
     last = window.steps[-1].batch
