@@ -120,7 +120,9 @@ def record(training: TrainingRun, policy: Policy, first: Any, later: Any) -> Rec
     if training.policy == "toy":
         # Exact entropies are differences of sums, whose rounding must be far below an effect.
         in_float64(model, optimizer)
-    e, fresh, batches, advantages, seconds = [], [], [], [], 0.0
+    e: list[Batch] = []
+    fresh: list[Batch] = []
+    batches, advantages, seconds = [], [], 0.0
     rng = random.Random(first.rng.randrange(2**30))
     count = min(training.evaluated // 2, len(policy.held_out))
 
