@@ -44,9 +44,10 @@ NAME = "bench_several_steps"
 COMPLETIONS = 4
 SEEDS = 5
 WINDOW_OPTIONS: dict[str, dict[str, Any]] = {
-    "window": {},
+    "window": {"clip": "differentiated"},
+    "window, no curvature": {"clip": "differentiated", "curvature": False},
+    "window, clip frozen": {},
     "window, frozen": {"preconditioner": "frozen"},
-    "window, no curvature": {"curvature": False},
 }
 """Options of ``influence_over_steps`` by the names of their predictors."""
 
@@ -183,7 +184,10 @@ def measure(training: TrainingRun, recorded: Recorded) -> dict[str, Any]:
         effects = effects_of(training, recorded, made[length], moved, apply, length)
         if training.policy == "toy":
             every = collate(all_completions(recorded.policy), recorded.policy.tokenizer.pad_token_id)
-            over["window, exact"] = fx.influence_over_steps(window, every, apply=apply, objective=entropy_of_all)
+            options = WINDOW_OPTIONS["window"] | {"objective": entropy_of_all}
+            over["window, exact"] = fx.influence_over_steps(window, every, apply=apply, **options)
+        if length == training.lengths[0]:
+            one_step["first length"] = over["window"].per_sequence[0]
         predicted = {name: out.per_sequence[0] for name, out in over.items()} | one_step
         ranks = {name: rank_correlation(x[chosen], effects.mean(1)) for name, x in predicted.items()}
         delta, frozen = over["window"].per_sequence[0][chosen], over["window, frozen"]

@@ -13,8 +13,10 @@ from benchmarks.harness import format_interval, mean_interval
 RANKED = {
     "window": "window",
     "window, exact": "window, exact ∇H",
-    "window, frozen": "window, frozen",
     "window, no curvature": "window, no curvature",
+    "window, clip frozen": "window, clip frozen",
+    "window, frozen": "window, clip and denominators frozen",
+    "first length": "window of 1 step",
     "share": "one step, frozen",
     "marginal": "one step, jacobian",
     "lifetime": "one step, lifetime",
