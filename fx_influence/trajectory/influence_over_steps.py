@@ -95,7 +95,8 @@ def influence_over_steps(
         preconditioner: ``"jacobian"`` differentiates AdamW's denominators too, ``"frozen"`` holds them fixed.
         curvature: whether a step's gradient follows the parameters; False drops the Hessian, and with it all but
             momentum, second moment and weight decay of what one step does to the next.
-        clip: ``"frozen"`` holds each step's clipping factor, ``"differentiated"`` takes its derivative as well.
+        clip: ``"frozen"`` holds each step's clipping factor, ``"differentiated"`` takes its derivative as well: what
+            leaving a rollout out does where the trainer clips.
         stderr: also return standard errors over E's clusters, from min(8, C) random groups of them as in ``influence``.
             Each group goes backward through the window: a Hessian-vector product and a JVP a step, and three vectors of
             the parameters' size. That is up to eight times the work after the replay, so it is to be asked for; in
