@@ -46,14 +46,13 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for k in {x["length"]: None for window in run["found"] for x in window["lengths"]}:
             rows = [x for window in run["found"] for x in window["lengths"] if x["length"] == k]
             groups.setdefault((run["policy"], run["lr"], k), []).append(rows)
-    windows = [window["seconds"] for run in runs for window in run["found"] if run["policy"] != "toy"]
-    windows = [times for times in windows if times]
+    timed = [window["seconds"] for run in runs for window in run["found"] if window["seconds"]]
     return {
         "lengths": [
             {"policy": policy, "lr": lr, "length": length, **_of_length(by_run)}
             for (policy, lr, length), by_run in groups.items()
         ],
-        "seconds": {work: statistics.median(s[work] / s["training"] for s in windows) for work in WORKS},
+        "seconds": {work: statistics.median(times[work] / times["training"] for times in timed) for work in WORKS},
     }
 
 
