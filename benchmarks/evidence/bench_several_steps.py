@@ -94,7 +94,7 @@ class Recorded(NamedTuple):
 def train(training: TrainingRun) -> list[dict[str, Any]]:
     """Make the run and return the measurements of its windows."""
     policy = initial_policy(training.policy, training.is_stored)
-    length, found = training.lengths[-1], []
+    length, windows = training.lengths[-1], []
     steps = step_states(
         policy, training.lr, training.seed, training.starts[-1] + length - 1, training.prompts, COMPLETIONS
     )
@@ -102,10 +102,10 @@ def train(training: TrainingRun) -> list[dict[str, Any]]:
         if step_state.step in training.starts:
             recorded = record(training, policy, step_state, steps)
             if recorded.advantages[0].any():
-                found.append({"start": step_state.step, **measure(training, recorded)})
+                windows.append({"start": step_state.step, **measure(training, recorded)})
         else:
             reinforce(policy.model, step_state.optimizer, step_state.batch)
-    return found
+    return windows
 
 
 def record(training: TrainingRun, policy: Policy, first: Any, later: Any) -> Recorded:
