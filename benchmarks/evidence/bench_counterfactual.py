@@ -97,7 +97,7 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dic
     change = (
         exact_change(policy, params, apply)
         if training.policy == "toy"
-        else sampled_change(training, policy, params, apply, seed + 1)
+        else sampled_change(params, policy.evaluation(training.evaluated // 2, 2, seed + 1), apply)
     )
 
     def directions(weights: Tensor) -> Params:
@@ -137,23 +137,18 @@ def exact_change(policy: Policy, params: Params, apply: fx.Policy) -> Callable[[
     return change
 
 
-def sampled_change(
-    training: TrainingRun, policy: Policy, params: Params, apply: fx.Policy, seed: int
-) -> Callable[[Params], Tensor]:
-    """Return the function that estimates Delta H of a block of steps by importance sampling on fresh rollouts.
+def sampled_change(params: Params, e: Batch, apply: fx.Policy) -> Callable[[Params], Tensor]:
+    """Return the function that estimates Delta H of a block of steps by importance sampling.
 
     Args:
-        training: the run, which says how many rollouts.
-        policy: the policy before the steps.
-        params: its parameters by name.
-        apply: its function.
-        seed: of the sampling.
+        params: parameters before the steps, by name.
+        e: rollouts of the policy before the steps, two of each prompt.
+        apply: the policy.
 
     Returns:
         Function of steps by name, (K, ...), to contributions of prompts, (K, prompts), whose mean is Delta H.
     """
-    prompts = training.evaluated // 2
-    sweep = fx.snis_sweep(params, policy.evaluation(prompts, 2, seed), apply=apply)
+    prompts, sweep = len(e.input_ids) // 2, fx.snis_sweep(params, e, apply=apply)
 
     def change(block: Params) -> Tensor:
         return prompts * sweep(block, [1.0]).contributions[0].unflatten(1, (prompts, 2)).sum(-1)
@@ -241,26 +236,28 @@ def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor, n: i
         "delta_h": float(changes[-1].mean()),
         "effect": float(between.mean(1).square().mean().sqrt()),
         "effect_stderr": float((between.var(1) / prompts).mean().sqrt()) if prompts > 1 else 0.0,
-        "loo": {k: _rank(x, effect) for k, x in signed.items()} | {"ceiling": _ceiling(effects)},
-        "lds": {k: _rank(halves @ x.double(), after.mean(1)) for k, x in signed.items()} | {"ceiling": _ceiling(after)},
-        "size": {k: _rank(x.abs(), effect.abs()) for k, x in predicted.items()},
+        "loo": {k: rank_correlation(x, effect) for k, x in signed.items()} | {"ceiling": ceiling(effects)},
+        "lds": {k: rank_correlation(halves @ x.double(), after.mean(1)) for k, x in signed.items()}
+        | {"ceiling": ceiling(after)},
+        "size": {k: rank_correlation(x.abs(), effect.abs()) for k, x in predicted.items()},
     }
 
 
-def _rank(a: Tensor, b: Tensor) -> float | None:
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Return Spearman's rank correlation, None where either has one value alone."""
     if a.unique().numel() < 2 or b.unique().numel() < 2:
         return None
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def _ceiling(truth: Tensor) -> float:
+def ceiling(truth: Tensor) -> float:
     """Return the correlation of the true effects with their measurement: the root of its reliability.
 
     It is estimated from the two halves of the prompts.
     """
     if truth.shape[1] == 1:
         return 1.0
-    r = _rank(truth[:, ::2].mean(1), truth[:, 1::2].mean(1)) or 0.0
+    r = rank_correlation(truth[:, ::2].mean(1), truth[:, 1::2].mean(1)) or 0.0
     # Spearman-Brown formula (1910) for the mean of two halves.
     return math.sqrt(max(0.0, 2 * r / (1 + r))) if r > -1 else 0.0
 

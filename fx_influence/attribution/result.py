@@ -43,6 +43,23 @@ class Sums:
         return "\n".join(lines)
 
 
+def sums_by_label(values: Tensor, labels: Labels, deviations: Deviations | None) -> Sums:
+    """Return influences added up by label, with standard errors where their deviations by part of E are known.
+
+    Args:
+        values: (n,) or (n, T), the influences.
+        labels: of the same shape.
+        deviations: of the same rollouts, or None.
+    """
+    index, count = labels.index.to(values.device), len(labels.names)
+    one_hot = index.flatten().unsqueeze(-1) == torch.arange(count, device=values.device)
+    flat = values.double().flatten().unsqueeze(-1)
+    sums, sizes = (torch.where(one_hot, x, 0.0).sum(0) for x in (flat, flat.abs()))
+    unknown = torch.full_like(sums, torch.nan)
+    stderr = unknown if deviations is None else deviations.stderr_of_sums(index, count)
+    return Sums(labels.names, sums, stderr, one_hot.sum(0), sizes / flat.abs().sum())
+
+
 class Influence(NamedTuple):
     """First-order influences of one step on an objective, by default entropy: nats per unit lr, positive raises it.
 
@@ -135,13 +152,7 @@ class Influence(NamedTuple):
                 f"labels has shape {tuple(chosen.index.shape)}; expected {shape} for rollouts or {of_tokens} for "
                 "tokens. Give one label for each"
             )
-        index, count = chosen.index.to(values.device), len(chosen.names)
-        one_hot = index.flatten().unsqueeze(-1) == torch.arange(count, device=values.device)
-        flat = values.double().flatten().unsqueeze(-1)
-        sums, sizes = (torch.where(one_hot, x, 0.0).sum(0) for x in (flat, flat.abs()))
-        unknown = torch.full_like(sums, torch.nan)
-        stderr = unknown if self.deviations is None else self.deviations.stderr_of_sums(index, count)
-        return Sums(chosen.names, sums, stderr, one_hot.sum(0), sizes / flat.abs().sum())
+        return sums_by_label(values, chosen, self.deviations)
 
     def __repr__(self) -> str:
         return influence_line(self)

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fx_influence.attribution.cross_fitting import evaluation_rows, split_into_groups
-from fx_influence.attribution.linearized_losses import token_derivatives
+from fx_influence.attribution.cross_fitting import EvaluationRows, evaluation_rows, split_into_groups
 from fx_influence.attribution.objective_gradients import evaluate_objective
-from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import default_budget
+from fx_influence.batching.prompts import warn_of_shared_prompts
 from fx_influence.core.batch_checks import check_batch, check_is_batch
 from fx_influence.core.checks import check_choice, check_number, check_options
-from fx_influence.core.tree import add, detached, dot
+from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, tolerance_of
+from fx_influence.estimators.deviations import NOTHING_LEFT_OUT
 from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
-from fx_influence.optim.step import AdamWStep
-from fx_influence.optim.transition import Clip, StateCotangent, transpose
+from fx_influence.optim.transition import Clip
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import pass_precision
-from fx_influence.trajectory.replay import Replay, replay
+from fx_influence.trajectory.error_bars import add_up_groups
+from fx_influence.trajectory.recursion import RecursionOptions, WindowParts, backward_by_group
+from fx_influence.trajectory.replay import replay
 from fx_influence.trajectory.result import InfluenceOverSteps
-from fx_influence.trajectory.window import RecordedStep, Window, check_window
-from fx_influence.types import AdamWState, Apply, Batch, Params
+from fx_influence.trajectory.window import Window, check_window
+from fx_influence.types import Apply, Batch
 
 Denominators = Literal["jacobian", "frozen"]
 
 
 def influence_over_steps(
     window: Window,
-    batch_e: Batch,
+    batch_e: Batch | None,
     *,
     apply: Apply,
+    cross_fit: bool = False,
     objective: Entropy | Objective = Entropy(),
     preconditioner: Denominators = "jacobian",
     curvature: bool = True,
     clip: Clip = "frozen",
+    stderr: bool = False,
     per_token: bool = False,
     temperature: float = 1.0,
     chunk_size: int | None = None,
@@ -75,20 +77,35 @@ def influence_over_steps(
     entropy is made up. ``preconditioner="frozen"`` says that: with K = 1 all its terms add up to the step's first-order
     change. It gives the derivative with every denominator held fixed.
 
+    Without an E the rollouts of the last step are it, by weights pi_theta_K / pi_behaviour as in ``influence``, and the
+    influence of each of that step's rollouts is taken over the other prompts. Rollouts of earlier steps leave nothing
+    out: they are other draws.
+
     Args:
         window: the state before the first step, and the steps.
-        batch_e: evaluation batch, n_e rows, sampled from the policy after the window.
+        batch_e: evaluation batch, n_e rows, sampled from the policy after the window, or with ``behaviour_logprobs``.
+            None takes the rollouts of the last step, of four prompts at least, whose ``behaviour_logprobs`` are those
+            of its batch, or without them the replayed policy's before that step, which then must have sampled them.
         apply: the policy, from ``make_functional``.
+        cross_fit: leave the prompt of each row of every step out of E, where its rollouts have the same ``group``: for
+            an E that holds rollouts of several steps, and for steps that share the last one's rollouts where these are
+            E. ``group`` must then number the prompts alike in all batches. With ``batch_e=None`` the last step's rows
+            leave theirs out anyway.
         objective: as for ``influence``, taken at theta_K.
         preconditioner: ``"jacobian"`` differentiates AdamW's denominators too, ``"frozen"`` holds them fixed.
         curvature: whether a step's gradient follows the parameters; False drops the Hessian, and with it all but
             momentum, second moment and weight decay of what one step does to the next.
-        clip: ``"frozen"`` holds each step's clipping factor, ``"differentiated"`` takes its derivative as well.
-        per_token: also return influences of tokens.
+        clip: ``"frozen"`` holds each step's clipping factor, ``"differentiated"`` takes its derivative as well: what
+            leaving a rollout out does where the trainer clips.
+        stderr: also return standard errors over E's clusters, from min(8, C) random groups of them as in ``influence``.
+            Each group goes backward through the window: a Hessian-vector product and a JVP a step, and three vectors of
+            the parameters' size. That is up to eight times the work after the replay, so it is to be asked for; in
+            ``influence``, where all groups cost one more forward, it is the default.
+        per_token: also return influences of tokens, and with ``stderr`` the standard errors of sums of them.
         temperature: divides the logits before log-probabilities and entropies.
         chunk_size: rows per forward; None chooses by tokens.
-        memory_budget: bytes for the states of the window. All are stored where they fit, about 2 sqrt(K) else. None
-            takes 768 MiB, or 16 bytes a trainable parameter where that is more.
+        memory_budget: bytes for the states of the window, in addition to the cotangents. All are stored where they
+            fit, about 2 sqrt(K) else. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
         tolerance: as for ``influence``.
 
     Returns:
@@ -98,16 +115,18 @@ def influence_over_steps(
         IdentityError: if in a step <l_g, g> by reverse mode and sum_i delta_i by forward mode disagree, or if the sum
             above is not 0, by more than ``tolerance``.
         TypeError: for an argument of another kind, with the remedy.
-        ValueError: for inputs that disagree.
+        ValueError: for inputs that disagree, for fewer than four prompts where rollouts of the window are E, and for an
+            effective sample size below a quarter of E's rows.
 
     Example:
-        >>> from fx_influence.types import AdamWHyper
+        >>> from fx_influence.types import AdamWHyper, AdamWState
         >>> ids = torch.tensor([[1, 2, 3], [2, 3, 0]])
         >>> mask = torch.tensor([[False, True, True], [False, True, False]])
         >>> batch = Batch(ids, ids > 0, mask, coefficients=0.5 * mask)
         >>> table = {"table": torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(4, 4)}
         >>> moments = {"table": torch.ones(4, 4, dtype=torch.float64)}
         >>> state = AdamWState(moments, moments, {}, {"table": 9}, {"table": AdamWHyper()}, lr=1e-3)
+        >>> from fx_influence.trajectory.window import RecordedStep
         >>> window = Window(params=table, opt_state=state, steps=[RecordedStep(batch=batch, lr=1e-3)] * 2)
         >>> out = influence_over_steps(window, batch, apply=lambda p, ids, mask: p["table"][ids])
         >>> [x.shape for x in out.per_sequence], bool(out.residual.abs().max() < 1e-12)
@@ -121,104 +140,75 @@ def influence_over_steps(
     if tolerance is not None:
         check_number("tolerance", tolerance, "pass a relative residual, or None for the dtype's", lambda x: x >= 0)
     check_window(window, apply, preconditioner)
-    check_is_batch("batch_e", batch_e)
     check_objective(objective)
-    check_batch("batch_e", batch_e, window.params, apply)
-    check_evaluation(objective, batch_e)
-    first = window.steps[0].batch
-    precision = pass_precision(detached(window.params), apply, first)
+    rows = _evaluation_rows(window, batch_e, objective, cross_fit)
+    if batch_e is not None:
+        check_batch("batch_e", batch_e, window.params, apply)
+        if stderr:
+            warn_of_shared_prompts("batch_e", batch_e)
+    check_evaluation(objective, rows.batch)
+    groups = split_into_groups(rows, stderr, matrix=False)
+    precision = pass_precision(detached(window.params), apply, window.steps[0].batch)
     engine = make_engine(precision.params, apply, temperature, chunk_size, None)
     engine_u = replace(engine, apply=precision.update_apply)
+    engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
     budget = default_budget(precision.params) if memory_budget is None else memory_budget
     replayed = replay(precision.params, window.opt_state, window.steps, engine_u, preconditioner, budget)
-    groups = split_into_groups(evaluation_rows(first, batch_e, cross_fit=False), stderr=False, matrix=False)
-    engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
-    evaluation = evaluate_objective(replayed.params, batch_e, objective, groups, False, engine_e, budget, None)
+    e = rows.batch
+    if batch_e is None and e.behaviour_logprobs is None:
+        e = e._replace(behaviour_logprobs=engine_e.values(replayed.params_before_last, e).logprobs)
+    with_deviations = stderr or groups.leave_out
+    evaluation = evaluate_objective(replayed.params, e, objective, groups, with_deviations, engine_e, budget, None)
     bound = tolerance_of(precision.lowest) if tolerance is None else tolerance
-    options = _Options(window.steps, engine_u, curvature, clip, bound)
-    return _backward(replayed, next(iter(evaluation.gradients)), window.opt_state, preconditioner, per_token, options)
+    by_group_from = 0 if stderr else _first_that_leaves_out(window, groups.left_out)
+    options = RecursionOptions(window.steps, engine_u, curvature, clip, bound, by_group_from)
+    parts = backward_by_group(replayed, list(evaluation.gradients), window.opt_state, options)
+    if preconditioner == "jacobian" and clip == "frozen":
+        _check_scaling(parts, bound)
+    return add_up_groups(parts, evaluation.group_shares, groups.left_out, per_token, stderr, evaluation.ess)
 
 
-class _Options(NamedTuple):
-    """The recorded steps and the options of the recursion; ``bound`` of the identities' relative residuals."""
+def _evaluation_rows(
+    window: Window, batch_e: Batch | None, objective: Entropy | Objective, cross_fit: bool
+) -> EvaluationRows:
+    """Return E, the rollouts of the last step where it is None, and the cluster that each row of the window leaves out.
 
-    steps: Sequence[RecordedStep]
-    engine: Engine
-    curvature: bool
-    clip: Clip
-    bound: float
-
-
-class _StepInfluences(NamedTuple):
-    """One step's part of the result: influences of tokens (n_u, T), its decay, eps and residual, and the cotangent."""
-
-    tokens: Tensor
-    weight_decay: Tensor
-    eps: Tensor
-    residual: Tensor
-    before: StateCotangent
-
-
-def _backward(
-    replayed: Replay,
-    objective_gradient: Params,
-    first_state: AdamWState,
-    preconditioner: Denominators,
-    per_token: bool,
-    options: _Options,
-) -> InfluenceOverSteps:
-    """Return the result of the recursion from the last step to the first.
-
-    Args:
-        replayed: the window's steps.
-        objective_gradient: grad H at theta_K.
-        first_state: AdamW's state before the first step.
-        preconditioner: whether denominators are differentiated.
-        per_token: whether influences of tokens are kept.
-        options: of the recursion.
+    Raises:
+        ValueError: where the last step's rollouts cannot be E.
     """
-    cotangent = StateCotangent.of_parameters(objective_gradient, replayed.opt_state)
-    by_step: list[_StepInfluences] = []
-    for k, step in replayed.backward():
-        out = _transpose_step(k, step, cotangent, options)
-        cotangent = out.before
-        by_step.append(out)
-    by_step.reverse()
-    per_sequence = tuple(x.tokens.sum(-1) for x in by_step)
-    rollouts = torch.stack([x.sum() for x in per_sequence]).sum()
-    momentum = dot(cotangent.m, first_state.exp_avg)
-    second_moment = dot(cotangent.s, first_state.exp_avg_sq)
-    if cotangent.maximum:
-        second_moment = second_moment + dot(cotangent.maximum, first_state.max_exp_avg_sq)
-    weight_decay, eps, residual = (
-        torch.stack([getattr(x, field) for x in by_step]) for field in ("weight_decay", "eps", "residual")
-    )
-    if preconditioner == "jacobian" and options.clip == "frozen":
-        terms = torch.cat([*per_sequence, eps, torch.stack([momentum, 2 * second_moment])])
-        zero = torch.zeros_like(rollouts)
-        check_identity("the scaling of gradients and moments", -terms.sum(), terms, zero, options.bound, "AdamW's step")
-    return InfluenceOverSteps(
-        per_sequence=per_sequence,
-        per_token=tuple(x.tokens for x in by_step) if per_token else None,
-        momentum=momentum,
-        second_moment=second_moment,
-        weight_decay=weight_decay,
-        eps=eps.sum(),
-        total=rollouts + momentum + second_moment + weight_decay.sum(),
-        residual=residual,
-    )
+    *earlier, last = (step.batch for step in window.steps)
+    if batch_e is not None:
+        check_is_batch("batch_e", batch_e)
+    elif not isinstance(objective, Entropy):
+        raise ValueError(
+            "batch_e is None with another objective than fx.Entropy; expected rollouts of the policy after the window, "
+            "since only the entropy is weighted over rollouts of another policy. Pass some"
+        )
+    elif not cross_fit and any(_same_rollouts(batch, last) for batch in earlier):
+        raise ValueError(
+            "batch_e is None and steps of the window share the last one's rollouts; expected other rollouts, or "
+            "cross_fit=True with a group that numbers the prompts alike in all steps, which leaves them out of one "
+            "another's influence. Pass cross_fit=True, or fresh rollouts as batch_e"
+        )
+    of_last = evaluation_rows(last, batch_e, cross_fit)
+    of_earlier = [evaluation_rows(batch, of_last.batch, cross_fit) for batch in earlier]
+    return EvaluationRows(of_last.batch, torch.cat([x.own_cluster for x in (*of_earlier, of_last)]))
 
 
-def _transpose_step(k: int, step: AdamWStep, after: StateCotangent, options: _Options) -> _StepInfluences:
-    """Return step k's influences and the cotangent of the state before it; raise ``IdentityError`` if they disagree."""
-    recorded = options.steps[k]
-    out = transpose(step, recorded.lr, after, options.clip)
-    tokens = token_derivatives(step.params, out.g, recorded.batch, options.engine, None)
-    expected = dot(out.g, {name: g for name, g in step.grads.items() if g is not None}) if out.g else tokens.sum()
-    residual, rows = expected - tokens.sum(), tokens.sum(-1)
-    check_identity(f"the JVP over step {k}", residual, rows, expected, options.bound)
-    before = out.before
-    if options.curvature:
-        product = options.engine.hessian_product(step.params, out.g, recorded.batch, recorded.coefficient_slopes)
-        before = replace(before, theta=add(before.theta, product))
-    return _StepInfluences(tokens, out.weight_decay, out.eps, residual, before)
+def _same_rollouts(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.input_ids, b.input_ids) and torch.equal(a.completion_mask, b.completion_mask)
+
+
+def _first_that_leaves_out(window: Window, left_out: Tensor) -> int:
+    """Return the number of the first step with a row that leaves a group of E out; that of steps where none does."""
+    of_steps = left_out.split([len(step.batch.input_ids) for step in window.steps])
+    return next((k for k, x in enumerate(of_steps) if (x != NOTHING_LEFT_OUT).any()), len(of_steps))
+
+
+def _check_scaling(parts: WindowParts, bound: float) -> None:
+    """Raise ``IdentityError`` unless scaling all gradients and moments changes as little as it must, over all of E."""
+    rows = [step.tokens.sum((0, 2)) for step in parts.steps]
+    eps = [step.eps.sum().reshape(1) for step in parts.steps]
+    terms = torch.cat([*rows, *eps, torch.stack([parts.momentum.sum(), 2 * parts.second_moment.sum()])])
+    zero = torch.zeros_like(parts.momentum.sum())
+    check_identity("the scaling of gradients and moments", -terms.sum(), terms, zero, bound, "AdamW's step")

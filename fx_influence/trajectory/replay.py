@@ -37,6 +37,11 @@ class Replay:
     _checkpoints: Sequence[tuple[Params, AdamWState]]
     _last: Sequence[AdamWStep]
 
+    @property
+    def params_before_last(self) -> Params:
+        """Return theta_{K-1} by name, before the last step."""
+        return self._last[-1].params
+
     def backward(self) -> Iterator[tuple[int, AdamWStep]]:
         """Yield (k, step k) from the last step to the first, replaying each segment from its checkpoint."""
         for index in reversed(range(len(self._checkpoints))):

@@ -180,3 +180,30 @@ def random_run(
         return run
     old = [run.values(params, b)[0] for b in batches]
     return replace(run, old=[x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in old])
+
+
+def with_prompts(run: Run, prompts: int, each: int) -> Run:
+    """Return the run with other rollouts in every step, ``each`` of every prompt by ``group``."""
+    generator = torch.Generator().manual_seed(prompts)
+    group = torch.arange(prompts * each) // each
+    batches = [random_batch(generator, len(group), WIDTH, VOCAB)._replace(group=group) for _ in run.rates]
+    return replace(run, advantages=batches)
+
+
+def over_steps(run: Run, own_rollouts: bool = False, **options: Any) -> fx.InfluenceOverSteps:
+    """Return the influences over the run's window on its E, or on the last step's rollouts."""
+    batch_e = None if own_rollouts else run.batch_e
+    return fx.influence_over_steps(run.window(), batch_e, apply=run.apply, temperature=run.temperature, **options)
+
+
+def size_of(out: fx.InfluenceOverSteps) -> Tensor:
+    return torch.cat(out.per_sequence).abs().sum()
+
+
+def scaled(run: Run, eta: float, step: int | None = None, row: int | None = None) -> Scales:
+    """Return weights 1 + eta of one rollout, of all those of a step, or of everything that enters the window."""
+    weights = [w.clone() for w in run.ones().rollouts]
+    for k, w in enumerate(weights):
+        if step is None or k == step:
+            w[slice(None) if row is None else row] += eta
+    return Scales(weights) if step is not None else Scales(weights, 1 + eta, 1 + eta, 1 + eta)

@@ -10,7 +10,7 @@ import torch
 from helpers.cases import make_apply
 from helpers.strategies import seeds
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding, assert_within, central_difference
-from helpers.windows import WIDTH, Run, Scales, random_run
+from helpers.windows import WIDTH, Run, over_steps, random_run, scaled, size_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,19 +41,6 @@ hypers = st.fixed_dictionaries(
 )
 
 
-def over_steps(run: Run, **options: Any) -> fx.InfluenceOverSteps:
-    return fx.influence_over_steps(run.window(), run.batch_e, apply=run.apply, temperature=run.temperature, **options)
-
-
-def scaled(run: Run, eta: float, step: int | None = None, row: int | None = None) -> Scales:
-    """Return weights 1 + eta of one rollout, of all those of a step, or of everything that enters the window."""
-    weights = [w.clone() for w in run.ones().rollouts]
-    for k, w in enumerate(weights):
-        if step is None or k == step:
-            w[slice(None) if row is None else row] += eta
-    return Scales(weights) if step is not None else Scales(weights, 1 + eta, 1 + eta, 1 + eta)
-
-
 def assert_derivative(run: Run, actual: Tensor, size: Tensor, **which: int) -> None:
     """Compare with the change of entropy as the window is made with other weights."""
     entropy_change = run.entropy_change()
@@ -65,10 +52,6 @@ def assert_derivative(run: Run, actual: Tensor, size: Tensor, **which: int) -> N
             break
     assert_within(actual, change.slope, change.bound)
     assert change.bound <= SHARP * float(size)
-
-
-def size_of(out: fx.InfluenceOverSteps) -> Tensor:
-    return torch.cat(out.per_sequence).abs().sum()
 
 
 def assert_matches_replays(run: Run, clip: Clip, curvature: bool) -> None:
@@ -263,7 +246,7 @@ def test_windows_of_other_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"window\.steps is empty"):
         fx.influence_over_steps(replace(window, steps=[]), run.batch_e, apply=run.apply)
     with pytest.raises(TypeError, match="batch_e"):
-        fx.influence_over_steps(window, None, apply=run.apply)  # type: ignore[arg-type]
+        fx.influence_over_steps(window, window.steps, apply=run.apply)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preconditioner is 'lifetime'"):
         over_steps(run, preconditioner="lifetime")
 
