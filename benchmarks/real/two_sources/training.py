@@ -1,43 +1,54 @@
-"""A GRPO training run on the tasks of two sources, attributed or not, which continues where it was stopped.
-
-    python -m benchmarks.real.two_sources.training --out FOLDER --model FOLDER [--sources ...] [--attributed] ...
-
-Prompts, seeds and steps are the same whatever the sources: rewards of a source that is not among ``--sources`` are 0,
-so that its rollouts are sampled and have no advantages.
-"""
+"""A GRPO training run on the tasks of two sources, attributed or not, which continues where it was stopped."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from benchmarks.harness import one_thread, write_json
-from benchmarks.real.tasks import by_length, messages
+from benchmarks.real.tasks import messages
 from benchmarks.real.training_run import trainer
-from benchmarks.real.two_sources.tasks import SOURCES, of_sources, solved, tasks
-from benchmarks.trl.variants import quiet
+from benchmarks.real.two_sources.tasks import of_sources, tasks
 from fx_influence.interop.trl import EntropyInfluence
 
 PROMPTS, COMPLETIONS = 6, 2
 """Prompts of a step, half of them of each source, and completions of each."""
-EVERY, FRESH = 4, 12
-"""Steps from one second E to the next, and its prompts, one completion of each."""
-SAVED = 4
-"""Steps from one checkpoint to the next."""
 SECOND = "second"
 """Name of the callback whose E are fresh rollouts of other prompts."""
 SEED = 0
 LEARNING_RATE = 5e-4
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers that get adapters."""
+
+
+class Settings(NamedTuple):
+    """What the training runs of a benchmark have in common.
+
+    Attributes:
+        model: directory of the model.
+        layers: those that get adapters.
+        reward: a reward function.
+        steps: number of optimizer steps.
+        tokens: length of the longest completion.
+        saved: steps from one checkpoint to the next.
+        every: steps from one second E to the next.
+        fresh: rollouts of a second E, each of another prompt.
+    """
+
+    model: Path
+    layers: Sequence[int]
+    reward: Callable[..., list[float]]
+    steps: int
+    tokens: int
+    saved: int
+    every: int
+    fresh: int
 
 
 class Clock(TrainerCallback):
@@ -51,61 +62,55 @@ class Clock(TrainerCallback):
         print(f"step {state.global_step}: {wall:.0f} s, {processor:.0f} processor s", file=sys.stderr, flush=True)
 
 
-def attach(training: Any, fresh: int = FRESH, every: int = EVERY) -> None:
-    """Measure every step on its rollouts, and some a second time on fresh rollouts of prompts that are not trained."""
-    EntropyInfluence(every=1).attach(training)
-    prompts = [messages(task) for task in tasks("eval")[:fresh]]
-    EntropyInfluence(every, prompts, completions_per_prompt=1, seed=1, name=SECOND).attach(training)
+def train(out: Path, settings: Settings, sources: Sequence[str], attributed: bool) -> None:
+    """Make a training run, or continue it from its last checkpoint.
 
+    Prompts, seeds and steps are the same whatever the sources: rewards of other sources are 0, so that their rollouts
+    are sampled and have no advantages.
 
-def train(arguments: argparse.Namespace) -> None:
-    """Make or continue the training run; its last policy is in ``final`` when it is complete."""
+    Args:
+        out: the trainer's output directory.
+        settings: of all training runs.
+        sources: those whose rewards are not silenced.
+        attributed: whether to measure every step on its rollouts, and some a second time on fresh rollouts.
+    """
     # The adapter is initialised before the trainer sets its own seed.
     torch.manual_seed(SEED)
-    reward = {"solved": solved, "by_length": by_length}[arguments.reward]
     training = trainer(
-        arguments.model,
-        str(arguments.out),
+        settings.model,
+        str(out),
         "lora",
-        arguments.steps,
-        of_sources(reward, arguments.sources),
-        arguments.tokens,
+        settings.steps,
+        of_sources(settings.reward, sources),
+        settings.tokens,
         tasks("train"),
-        {"target_modules": list(MODULES), "layers_to_transform": arguments.layers},
+        {"target_modules": list(MODULES), "layers_to_transform": list(settings.layers)},
         per_device_train_batch_size=PROMPTS * COMPLETIONS,
         num_generations=COMPLETIONS,
         learning_rate=LEARNING_RATE,
         shuffle_dataset=False,
         save_strategy="steps",
-        save_steps=SAVED,
+        save_steps=settings.saved,
         seed=SEED,
     )
-    if arguments.attributed:
-        attach(training)
+    if attributed:
+        _attach(training, settings)
     training.add_callback(Clock())
-    checkpoint = get_last_checkpoint(str(arguments.out)) if arguments.out.is_dir() else None
-    training.train(resume_from_checkpoint=checkpoint)
-    training.model.save_pretrained(arguments.out / "final")
-    write_json(arguments.out / "log.json", {"log": training.state.log_history})
+    training.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--out", type=Path, required=True, help="the trainer's output directory")
-    command.add_argument("--model", type=Path, required=True, help="directory of the model")
-    command.add_argument("--sources", nargs="+", default=list(SOURCES), help="those whose rewards are not silenced")
-    command.add_argument("--attributed", action="store_true", help="measure the steps")
-    command.add_argument("--steps", type=int, required=True)
-    command.add_argument("--tokens", type=int, required=True, help="length of the longest completion")
-    command.add_argument("--layers", type=int, nargs="+", required=True, help="those that get adapters")
-    command.add_argument("--reward", choices=["solved", "by_length"], default="solved")
-    arguments = command.parse_args(argv)
-    one_thread()
-    with quiet():
-        train(arguments)
-    return 0
+def _attach(training: Any, settings: Settings) -> None:
+    EntropyInfluence(every=1).attach(training)
+    prompts = [messages(task) for task in tasks("eval")[: settings.fresh]]
+    EntropyInfluence(settings.every, prompts, completions_per_prompt=1, seed=1, name=SECOND).attach(training)
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())
+def saved_policies(out: Path) -> dict[int, Path]:
+    """Return the adapters of a training run by the number of steps that they have made, in order."""
+    folders = {int(path.name.partition("-")[2]): path for path in out.glob("checkpoint-*") if path.is_dir()}
+    return dict(sorted(folders.items()))
+
+
+def last_step(out: Path) -> int:
+    """Return how many steps a training run has made for certain, by its last checkpoint."""
+    return max(saved_policies(out), default=0)

@@ -1,0 +1,269 @@
+"""Train a chat model on two sources of tasks, one too hard, and check what the page of the run says first.
+
+    python -m benchmarks real_ledger            writes results/real_ledger.json and its table in README.md; an hour or two
+    python -m benchmarks real_ledger --quick    a tiny random model, written nowhere
+    python -m benchmarks.real.bench_real_ledger --collect    stores what an interrupted benchmark has trained so far
+
+SmolLM2-135M-Instruct is trained by GRPO on multiplications of one digit and of two, every step measured on its own
+rollouts. The ledger is compared with a second one of the same steps, whose E are fresh rollouts of other prompts, with
+the entropy of fresh rollouts before and after the run, and with training runs in which the rewards of one source are
+silenced. An interrupted benchmark continues from the last checkpoint. All need Chromium (``chromium`` on the path).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.costs.bench_report import ON_SCREEN, chromium
+from benchmarks.harness import COSTS, one_thread, parser, store, write_json
+from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
+from benchmarks.real.tasks import by_length
+from benchmarks.real.two_sources.agreement import agreement, label_totals, pairs
+from benchmarks.real.two_sources.entropy import entropy, entropy_change, prompt_sums
+from benchmarks.real.two_sources.tables import markdown
+from benchmarks.real.two_sources.tasks import EASY, HARD, SOURCES, solved
+from benchmarks.real.two_sources.training import (
+    COMPLETIONS,
+    LEARNING_RATE,
+    PROMPTS,
+    SECOND,
+    Settings,
+    last_step,
+    saved_policies,
+    train,
+)
+from benchmarks.trl.variants import quiet
+from fx_influence.interop.ledger.file import LEDGER, STEP
+from fx_influence.interop.runtime.environment import environment
+from fx_influence.interop.runtime.run_files import UPDATE_ROLLOUTS, without_nan
+from fx_influence.lab.report import write_training_report
+from fx_influence.lab.training.account import SOURCE_KIND, account, label_sums, strongest_labels
+from fx_influence.lab.training.health import training_health
+from fx_influence.lab.training.load import Training, load_training
+from fx_influence.lab.training.sentences import training_sentences
+
+__all__ = ["NAME", "main", "markdown"]
+
+NAME = "bench_real_ledger"
+STORED = "entropy_influence"
+LAYERS = range(24, 30)
+"""Layers with adapters, the last of 30: a step then costs little more than its forward passes."""
+
+
+class Run(NamedTuple):
+    """A training run: its folder, and the sources whose rewards are not silenced."""
+
+    folder: str
+    sources: tuple[str, ...]
+
+
+BOTH = Run("both", SOURCES)
+APART = (Run("easy", (EASY,)), Run("hard", (HARD,)))
+
+
+class Sampled(NamedTuple):
+    """Fresh rollouts by which the entropy of a policy is estimated: number of prompts, completions of each."""
+
+    prompts: int
+    completions: int
+
+
+def sampled_sums(folder: Path, run: Run, step: int, settings: Settings, sampled: Sampled) -> list[dict[str, Any]]:
+    """Return the sums by prompt of fresh rollouts of a policy, sampled at the first call.
+
+    Args:
+        folder: of the benchmark.
+        run: whose policy it is.
+        step: number of its optimizer steps; 0 is the model alone.
+        settings: of all training runs.
+        sampled: how many rollouts.
+    """
+    file = folder / (f"entropy_{run.folder}_{step}.json" if step else "entropy_0.json")
+    if not file.exists():
+        adapter = saved_policies(folder / run.folder)[step] if step else None
+        write_json(file, {"prompts": prompt_sums(settings.model, adapter, settings.tokens, *sampled)})
+    return list(json.loads(file.read_text(encoding="utf-8"))["prompts"])
+
+
+def until(training: Training, step: int) -> Training:
+    """Return the measured steps up to one."""
+    parts = {name: getattr(training, name) for name in ("steps", "labels")}
+    cut = {name: {key: x[part[STEP] <= step] for key, x in part.items()} for name, part in parts.items()}
+    return dataclasses.replace(training, **cut)
+
+
+def first_screen(training: Training) -> dict[str, Any]:
+    """Return what the page of a training run says first, and the sums that it rests on."""
+    findings, summed = training_health(training), account(training)
+    return {
+        "sentences": training_sentences(training, findings),
+        "alerts": {x.name: x.text for x in findings if x.level == "attention"},
+        "measured": summed.measured,
+        "predicted": summed.predicted,
+        "unexplained": summed.unexplained,
+        "terms": summed.terms,
+        "sources": [x._asdict() for x in label_sums(training, SOURCE_KIND)],
+        "kinds": [x._asdict() for x in strongest_labels(training)[:5]],
+    }
+
+
+def pass_rates(folder: Path, last: int) -> dict[str, list[float]]:
+    """Return the mean reward of each source in the first and in the second half of the measured steps."""
+    rewards: dict[str, list[list[float]]] = {source: [[], []] for source in SOURCES}
+    for step in range(1, last + 1):
+        file = folder / f"step_{step:06}" / UPDATE_ROLLOUTS
+        for line in file.read_text(encoding="utf-8").splitlines():
+            rollout = json.loads(line)
+            rewards[rollout["source"]][2 * step > last].append(rollout["reward"])
+    return {source: [statistics.fmean(half) for half in halves] for source, halves in rewards.items()}
+
+
+def second_ledger(training: Training, folder: Path) -> dict[str, Any]:
+    """Return how far a ledger agrees with the one of the same steps by fresh rollouts in ``folder``."""
+    second = load_training(folder)
+    common = np.isin(training.steps[STEP], second.steps[STEP])
+    seen = np.isin(second.steps[STEP], training.steps[STEP])
+    compared = pairs(training, second)
+    kinds = dict.fromkeys(pair.kind for pair in compared)
+    return {
+        "steps": second.steps[STEP][seen].tolist(),
+        "all": agreement(compared),
+        "kinds": {kind: agreement([pair for pair in compared if pair.kind == kind]) for kind in kinds},
+        "totals": {kind: label_totals(compared, kind) for kind in kinds},
+        "predicted": [float(training.steps["total"][common].sum()), float(second.steps["total"][seen].sum())],
+        "measured": [float(training.steps["measured"][common].sum()), float(second.steps["measured"][seen].sum())],
+        "pairs": compared,
+    }
+
+
+def apart(training: Training, run: Run, folder: Path, settings: Settings, sampled: Sampled) -> dict[str, Any] | None:
+    """Return what a source does alone, beside what the ledger says of it over as many steps; None before the run."""
+    steps = min(last_step(folder / run.folder), last_step(folder / BOTH.folder))
+    if not steps:
+        return None
+    before = sampled_sums(folder, BOTH, 0, settings, sampled)
+    alone, both = (sampled_sums(folder, x, steps, settings, sampled) for x in (run, BOTH))
+    ledger = until(training, steps)
+    [source] = run.sources
+    return {
+        "source": source,
+        "steps": steps,
+        "alone": entropy_change(before, alone),
+        "both": entropy_change(before, both),
+        "ledger_measured": account(ledger).measured,
+        **{
+            name: next(x.term for x in label_sums(ledger, SOURCE_KIND, over_lifetime=lifetime) if x.term.name == source)
+            for name, lifetime in (("ledger", False), ("ledger_lifetime", True))
+        },
+    }
+
+
+def opened(training: Training) -> dict[str, Any]:
+    """Return the bytes of a training run's page, and the seconds to build and to open it."""
+    start = time.perf_counter()
+    path = write_training_report(training)
+    built = time.perf_counter() - start
+    with chromium() as browser:
+        seconds = []
+        for _ in range(3):
+            page = browser.new_page()
+            start = time.perf_counter()
+            page.goto(path.as_uri())
+            page.evaluate(ON_SCREEN)
+            seconds.append(time.perf_counter() - start)
+            page.close()
+    return {"bytes": path.stat().st_size, "build_seconds": built, "open_seconds": statistics.median(seconds)}
+
+
+def stored_bytes(folder: Path, count: int) -> dict[str, float]:
+    """Return bytes a measured step, of the ledger and of the step's directory."""
+    directories = sum(x.stat().st_size for x in folder.glob("step_*/**/*") if x.is_file())
+    return {"ledger": (folder / LEDGER).stat().st_size / count, "directory": directories / count}
+
+
+def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> dict[str, Any]:
+    """Return the report of what has been trained so far.
+
+    Args:
+        name: of the model.
+        folder: of the benchmark.
+        settings: of all training runs.
+        sampled: fresh rollouts by which a policy's entropy is estimated.
+    """
+    stored = folder / BOTH.folder / STORED
+    training = load_training(stored)
+    last = last_step(folder / BOTH.folder)
+    before, after = (sampled_sums(folder, BOTH, step, settings, sampled) for step in (0, last))
+    report = {
+        "environment": environment(),
+        "model": name,
+        "settings": {
+            **{key: getattr(settings, key) for key in ("steps", "tokens", "every", "fresh")},
+            "layers": list(settings.layers),
+            "prompts": PROMPTS,
+            "completions": COMPLETIONS,
+            "learning_rate": LEARNING_RATE,
+            "sampled": sampled._asdict(),
+        },
+        "measured_steps": len(training.steps[STEP]),
+        "seconds": statistics.median(training.steps["seconds"].tolist()),
+        "pass_rates": pass_rates(stored, training.last_step),
+        "first_screen": first_screen(training),
+        "second": second_ledger(training, folder / BOTH.folder / f"{STORED}-{SECOND}"),
+        "sampled": {
+            "steps": last,
+            "before": entropy(before),
+            "after": entropy(after),
+            "change": entropy_change(before, after),
+            "ledger": account(until(training, last)).measured,
+        },
+        "apart": [x for run in APART if (x := apart(training, run, folder, settings, sampled)) is not None],
+        "bytes": stored_bytes(stored, len(training.steps[STEP])),
+        "page": opened(training),
+    }
+    return dict(without_nan(report))
+
+
+def make(folder: Path, settings: Settings) -> None:
+    """Make the training runs that are not complete."""
+    for run in (BOTH, *APART):
+        if last_step(folder / run.folder) < settings.steps:
+            with quiet():
+                train(folder / run.folder, settings, run.sources, attributed=run is BOTH)
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parser(__doc__, "a tiny random model, written nowhere")
+    command.add_argument("--collect", action="store_true", help="store what an interrupted benchmark has trained")
+    arguments = command.parse_args(argv)
+    one_thread()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = tiny_model(folder / "model")
+            settings = Settings(model, (0, 1), by_length, steps=2, tokens=6, saved=1, every=1, fresh=6)
+            make(folder, settings)
+            print(markdown(report_of("a tiny model", folder, settings, Sampled(4, 1))))
+        return 0
+    folder = FOLDER / "two_sources"
+    settings = Settings(prepare_model(), LAYERS, solved, steps=40, tokens=16, saved=4, every=4, fresh=12)
+    prepare_verifiers()
+    if not arguments.collect:
+        make(folder, settings)
+    report = report_of("SmolLM2-135M-Instruct", folder, settings, Sampled(80, 2))
+    store(NAME, report, {COSTS: {NAME: markdown(report)}})
+    print(markdown(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

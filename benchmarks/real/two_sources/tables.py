@@ -1,0 +1,82 @@
+"""The table of a training run on two sources: what its page says first, and what that is checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table of the page."""
+    settings, screen, sampled = report["settings"], report["first_screen"], report["sampled"]
+    rollouts = settings["prompts"] * settings["completions"]
+    fresh = settings["sampled"]["prompts"] * settings["sampled"]["completions"]
+    lines = [
+        f"| {report['model']} | LoRA in {len(settings['layers'])} layers, {rollouts} rollouts a step |",
+        "| --- | --- |",
+        f"| steps measured, seconds each of attributing | {report['measured_steps']}, {report['seconds']:.0f} |",
+        *(
+            f"| reward of {source}, first and second half | {first:.2f}, {second:.2f} |"
+            for source, (first, second) in report["pass_rates"].items()
+        ),
+        *(
+            f"| the page's sentence {number} | {_cell(text)} |"
+            for number, text in enumerate(screen["sentences"], start=1)
+        ),
+        *(f"| the page's alert | {_cell(f'{name}: {text}')} |" for name, text in screen["alerts"].items()),
+        *(f"| the page on {term[0]} | {_pair(term[1:])} |" for term in (x["term"] for x in screen["sources"])),
+        f"| ΔH over {sampled['steps']} steps by the ledger | {_pair(sampled['ledger'][1:])} |",
+        f"| by {fresh} fresh rollouts before and after | {_pair(sampled['change'])} |",
+        *_second(report["second"]),
+        *(line for run in report["apart"] for line in _apart(run)),
+        f"| bytes a step: ledger, directory | {report['bytes']['ledger']:,.0f}, {report['bytes']['directory']:,.0f} |",
+        f"| page: size, built in, opened in | {report['page']['bytes'] / 2**20:.2f} MiB, "
+        f"{report['page']['build_seconds']:.1f} s, {report['page']['open_seconds']:.2f} s |",
+    ]
+    return "\n".join(lines)
+
+
+def _second(second: dict[str, Any]) -> list[str]:
+    steps, every = len(second["steps"]), second["all"]
+    lines = [
+        f"| second E, {steps} steps: sums compared, their correlation "
+        f"| {every['count']}, {_number(every['correlation'])} |",
+        "| slope of the second on the first, of the first on the second "
+        f"| {_number(every['slope'])}, {_number(every['slope_back'])} |",
+        f"| differences inside the 95% interval of both errors, of {every['with_error']} | {_share(every['inside'])} |",
+        "| sum of ΔH predicted, by the first E and the second "
+        f"| {', '.join(f'{x:+.4f}' for x in second['predicted'])} |",
+        f"| sum of ΔH measured, the same | {', '.join(f'{x:+.4f}' for x in second['measured'])} |",
+    ]
+    return lines + [
+        f"| sum of {row['label']}, the same | {_pair((row['first'], row['first_stderr']))}, "
+        f"{_pair((row['second'], row['second_stderr']))} |"
+        for kind in ("source", "region")
+        for row in second["totals"].get(kind, [])
+    ]
+
+
+def _apart(run: dict[str, Any]) -> list[str]:
+    name = f"{run['source']} alone, {run['steps']} steps"
+    return [
+        f"| {name}: ΔH by fresh rollouts; of both sources | {_pair(run['alone'])}; {_pair(run['both'])} |",
+        f"| the ledger of both on it: at once; over its lifetime "
+        f"| {_pair(run['ledger'][1:])}; {_pair(run['ledger_lifetime'][1:])} |",
+    ]
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    value, stderr = values
+    return f"{value:+.4f}" if stderr is None else f"{value:+.4f} ± {stderr:.4f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
