@@ -1,6 +1,6 @@
 """Train a chat model on two sources of tasks, one too hard, and check what the page of the run says first.
 
-    python -m benchmarks real_ledger            writes results/real_ledger.json and its table in README.md; an hour or two
+    python -m benchmarks real_ledger            writes results/real_ledger.json and its table in README.md; hours
     python -m benchmarks real_ledger --quick    a tiny random model, written nowhere
     python -m benchmarks.real.bench_real_ledger --collect    stores what an interrupted benchmark has trained so far
 
