@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.made_trainings import write_made_ledger
+from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fx_influence as fx
 from benchmarks.real.bench_real_ledger import until
+from benchmarks.real.language_model import tiny_model
 from benchmarks.real.two_sources.agreement import Pair, agreement, label_totals, pairs
-from benchmarks.real.two_sources.entropy import entropy, entropy_change
+from benchmarks.real.two_sources.entropy import BATCH_SIZE, SEED, entropy, entropy_change, prompt_sums
 from benchmarks.real.two_sources.tasks import COUNTS, EASY, FILES, HARD, NUMBER, SOURCES, of_sources, tasks
 from benchmarks.real.two_sources.training import PROMPTS, last_step, saved_policies
+from fx_influence.interop.rollouts.batch import collate
+from fx_influence.interop.sampling import sample
 from fx_influence.lab.training.account import account, label_sums
 
 
@@ -116,3 +122,27 @@ def test_saved_policies_are_in_the_order_of_steps(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert list(saved_policies(tmp_path)) == [4, 8, 12]
     assert last_step(tmp_path) == 12
+
+
+@pytest.mark.slow
+def test_prompt_sums_are_those_of_scored_rollouts(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    rollouts = sample(
+        policy,
+        tokenizer,
+        tasks("eval")[:3],
+        completions_per_prompt=2,
+        max_new_tokens=6,
+        temperature=1.0,
+        seed=SEED,
+        batch_size=BATCH_SIZE,
+    )
+    apply, params = fx.make_functional(policy)
+    batch = collate(rollouts, pad_id=0)
+    entropies = (fx.token_values(params, batch, apply).entropies.double() * batch.completion_mask).sum(-1)
+    sums = prompt_sums(model, None, 6, prompts=3, completions=2)
+    assert [row["source"] for row in sums] == [EASY, HARD, EASY]
+    assert [row["tokens"] for row in sums] == batch.completion_mask.sum(-1).view(3, 2).sum(1).tolist()
+    actual, expected = torch.tensor([row["entropy"] for row in sums]), entropies.view(3, 2).sum(1)
+    assert_close_to_rounding(actual, expected, terms=TINY_POLICY, scale=expected.abs().max(), dtype=torch.float32)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import PeftModel
+from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fx_influence as fx
 from benchmarks.real.two_sources.tasks import tasks
-from fx_influence.interop.rollouts.batch import collate
-from fx_influence.interop.sampling import sample
+from fx_influence.interop.generation import eos_token_ids, full_softmax_config, sampling_mode
+from fx_influence.interop.prompts import text_for
 
 BATCH_SIZE = 40
 SEED = 0
@@ -39,27 +39,36 @@ def prompt_sums(model: Path, adapter: Path | None, tokens: int, prompts: int, co
     """
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if adapter is not None:
-        policy = PeftModel.from_pretrained(policy, adapter, is_trainable=True)
-    rollouts = sample(
-        policy,
-        AutoTokenizer.from_pretrained(model),
-        tasks("eval")[:prompts],
-        completions_per_prompt=completions,
-        max_new_tokens=tokens,
-        temperature=1.0,
-        seed=SEED,
-        batch_size=BATCH_SIZE,
+        policy = PeftModel.from_pretrained(policy, adapter).merge_and_unload()
+    tokenizer, chosen = AutoTokenizer.from_pretrained(model, padding_side="left"), tasks("eval")[:prompts]
+    texts = [text_for(tokenizer, task) for task in chosen]
+    config = full_softmax_config(eos_token_ids(policy, tokenizer), tokenizer.pad_token_id, tokens)
+    config.return_dict_in_generate = config.output_logits = True
+    sums = [{"source": task.source, "entropy": 0.0, "tokens": 0} for task in chosen]
+    rows = [k for k in range(len(chosen)) for _ in range(completions)]
+    with sampling_mode(policy, config, SEED):
+        for start in range(0, len(rows), BATCH_SIZE):
+            chunk = rows[start : start + BATCH_SIZE]
+            batch = tokenizer([texts[k] for k in chunk], padding=True, add_special_tokens=False, return_tensors="pt")
+            for k, (length, entropy) in zip(chunk, _completions(policy, batch, config), strict=True):
+                sums[k]["entropy"] += entropy
+                sums[k]["tokens"] += length
+    return sums
+
+
+@torch.no_grad()
+def _completions(policy: Any, batch: Any, config: Any) -> list[tuple[int, float]]:
+    """Sample a completion of each prompt; return their lengths and the sums of the entropies sampled from."""
+    output = policy.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        generation_config=config,
     )
-    apply, params = fx.make_functional(policy)
-    batch = collate(rollouts, pad_id=0)
-    entropies = fx.token_values(params, batch, apply).entropies.double()
-    sums = (entropies * batch.completion_mask).sum(-1).tolist()
-    figures: dict[str, dict[str, Any]] = {}
-    for rollout, entropy in zip(rollouts, sums, strict=True):
-        row = figures.setdefault(rollout.prompt_id, {"source": rollout.source, "entropy": 0.0, "tokens": 0})
-        row["entropy"] += entropy
-        row["tokens"] += len(rollout.completion_ids)
-    return list(figures.values())
+    tokens = output.sequences[:, batch["input_ids"].shape[1] :]
+    entropies = torch.stack([Categorical(logits=x.double()).entropy() for x in output.logits], dim=1)
+    ended = torch.isin(tokens, torch.tensor(config.eos_token_id)).long()
+    mask = ended.cumsum(1) - ended == 0
+    return list(zip(mask.sum(1).tolist(), (entropies * mask).sum(1).tolist(), strict=True))
 
 
 def entropy(rows: Sequence[dict[str, Any]]) -> Estimate:
