@@ -26,11 +26,11 @@ import numpy as np
 from benchmarks.costs.bench_report import ON_SCREEN, chromium
 from benchmarks.harness import COSTS, one_thread, parser, store, write_json
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
-from benchmarks.real.tasks import by_length
+from benchmarks.real.tasks import by_length, verified
 from benchmarks.real.two_sources.agreement import agreement, label_totals, pairs
 from benchmarks.real.two_sources.entropy import entropy, entropy_change, prompt_sums
 from benchmarks.real.two_sources.tables import markdown
-from benchmarks.real.two_sources.tasks import EASY, HARD, SOURCES, solved
+from benchmarks.real.two_sources.tasks import EASY, HARD, SOURCES
 from benchmarks.real.two_sources.training import (
     COMPLETIONS,
     LEARNING_RATE,
@@ -116,15 +116,20 @@ def first_screen(training: Training) -> dict[str, Any]:
     }
 
 
-def pass_rates(folder: Path, last: int) -> dict[str, list[float]]:
-    """Return the mean reward of each source in the first and in the second half of the measured steps."""
+def scores(folder: Path, last: int) -> dict[str, list[dict[str, float]]]:
+    """Return the mean reward of each source and the share of rollouts with any, in both halves of the measured steps."""
     rewards: dict[str, list[list[float]]] = {source: [[], []] for source in SOURCES}
     for step in range(1, last + 1):
         file = folder / f"step_{step:06}" / UPDATE_ROLLOUTS
         for line in file.read_text(encoding="utf-8").splitlines():
             rollout = json.loads(line)
             rewards[rollout["source"]][2 * step > last].append(rollout["reward"])
-    return {source: [statistics.fmean(half) for half in halves] for source, halves in rewards.items()}
+    return {
+        source: [
+            {"reward": statistics.fmean(half), "above_0": statistics.fmean(x > 0 for x in half)} for half in halves
+        ]
+        for source, halves in rewards.items()
+    }
 
 
 def second_ledger(training: Training, folder: Path) -> dict[str, Any]:
@@ -216,7 +221,7 @@ def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> 
         },
         "measured_steps": len(training.steps[STEP]),
         "seconds": statistics.median(training.steps["seconds"].tolist()),
-        "pass_rates": pass_rates(stored, training.last_step),
+        "scores": scores(stored, training.last_step),
         "first_screen": first_screen(training),
         "second": second_ledger(training, folder / BOTH.folder / f"{STORED}-{SECOND}"),
         "sampled": {
@@ -255,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown(report_of("a tiny model", folder, settings, Sampled(4, 1))))
         return 0
     folder = FOLDER / "two_sources"
-    settings = Settings(prepare_model(), LAYERS, solved, steps=40, tokens=16, saved=4, every=4, fresh=12)
+    settings = Settings(prepare_model(), LAYERS, verified, steps=40, tokens=16, saved=4, every=4, fresh=12)
     prepare_verifiers()
     if not arguments.collect:
         make(folder, settings)

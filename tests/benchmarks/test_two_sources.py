@@ -17,7 +17,7 @@ from benchmarks.real.bench_real_ledger import until
 from benchmarks.real.language_model import tiny_model
 from benchmarks.real.two_sources.agreement import Pair, agreement, label_totals, pairs
 from benchmarks.real.two_sources.entropy import BATCH_SIZE, SEED, entropy, entropy_change, prompt_sums
-from benchmarks.real.two_sources.tasks import COUNTS, EASY, FILES, HARD, NUMBER, SOURCES, of_sources, tasks
+from benchmarks.real.two_sources.tasks import COUNTS, EASY, FILES, HARD, SOURCES, of_sources, tasks
 from benchmarks.real.two_sources.training import PROMPTS, last_step, saved_policies
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.sampling import sample
@@ -35,14 +35,6 @@ def test_two_sources_share_no_question_between_splits() -> None:
     texts = {split: {str(task.question) for task in tasks(split)} for split in FILES}
     assert {split: len(x) for split, x in texts.items()} == {split: 2 * count for split, count in COUNTS.items()}
     assert not texts["train"] & texts["eval"]
-
-
-@pytest.mark.parametrize(
-    ("text", "last"),
-    [("6 times 2 is 12.", "12"), ("1,050 is 42 * 25", "25"), ("x = -3.5", "-3.5"), ("= 1,050.", "1,050")],
-)
-def test_last_number_of_a_completion_is_its_answer(text: str, last: str) -> None:
-    assert NUMBER.findall(text)[-1] == last
 
 
 def test_silenced_source_has_no_rewards() -> None:

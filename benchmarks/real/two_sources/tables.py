@@ -16,8 +16,9 @@ def markdown(report: dict[str, Any]) -> str:
         "| --- | --- |",
         f"| steps measured, seconds each of attributing | {report['measured_steps']}, {report['seconds']:.0f} |",
         *(
-            f"| reward of {source}, first and second half | {first:.2f}, {second:.2f} |"
-            for source, (first, second) in report["pass_rates"].items()
+            f"| {source}: share of rollouts with a score, mean score, in the first and the second half "
+            f"| {', '.join(f'{half["above_0"]:.0%}, {half["reward"]:.3f}' for half in halves)} |"
+            for source, halves in report["scores"].items()
         ),
         *(
             f"| the page's sentence {number} | {_cell(text)} |"

@@ -2,19 +2,19 @@
 
     python -m benchmarks.real.two_sources.tasks    writes train.jsonl and eval.jsonl again
 
-SmolLM2-135M-Instruct solves about a third of the first and hardly any of the second.
+reasoning-gym scores an answer by the share of the completion that it is. SmolLM2-135M-Instruct gives about half of the
+first, mostly in many words, and hardly any of the second.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.tasks import SYSTEM, unique_tasks, verifier, write_records
+from benchmarks.real.tasks import SYSTEM, unique_tasks, write_records
 from fx_influence.interop.prompts import Prompt, as_conversations, read_prompts
-from fx_influence.interop.rewards import TextOrMessages, completion_text
+from fx_influence.interop.rewards import TextOrMessages
 
 EASY, HARD = SOURCES = ("one digit", "two digits")
 TASK = "products"
@@ -22,21 +22,11 @@ DIGITS = {EASY: 1, HARD: 2}
 COUNTS = {"train": 48, "eval": 40}
 """Tasks of each source."""
 FILES = {split: Path(__file__).with_name(f"{split}.jsonl") for split in COUNTS}
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def tasks(split: str) -> list[Prompt]:
     """Return the conversations of "train" or "eval", the sources in turn, with ``source``, ``task`` and ``answer``."""
     return as_conversations(read_prompts(FILES[split]), chat=True, system=SYSTEM)
-
-
-def solved(completions: Sequence[TextOrMessages], answer: Sequence[str], **columns: Any) -> list[float]:
-    """Return 1 for completions whose last number is the answer, by reasoning-gym's verifier, else 0."""
-    numbers = [NUMBER.findall(completion_text(completion)) for completion in completions]
-    score = verifier(TASK)
-    return [
-        float(bool(x) and score(x[-1], {"answer": expected}) >= 1) for x, expected in zip(numbers, answer, strict=True)
-    ]
 
 
 def of_sources(reward: Callable[..., list[float]], sources: Sequence[str]) -> Callable[..., list[float]]:
