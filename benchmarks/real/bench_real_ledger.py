@@ -117,7 +117,7 @@ def first_screen(training: Training) -> dict[str, Any]:
 
 
 def scores(folder: Path, last: int) -> dict[str, list[dict[str, float]]]:
-    """Return the mean reward of each source and the share of rollouts with any, in both halves of the measured steps."""
+    """Return for each source the share of rollouts with a reward and the mean, in both halves of the measured steps."""
     rewards: dict[str, list[list[float]]] = {source: [[], []] for source in SOURCES}
     for step in range(1, last + 1):
         file = folder / f"step_{step:06}" / UPDATE_ROLLOUTS
@@ -126,7 +126,7 @@ def scores(folder: Path, last: int) -> dict[str, list[dict[str, float]]]:
             rewards[rollout["source"]][2 * step > last].append(rollout["reward"])
     return {
         source: [
-            {"reward": statistics.fmean(half), "above_0": statistics.fmean(x > 0 for x in half)} for half in halves
+            {"above_0": statistics.fmean(x > 0 for x in half), "reward": statistics.fmean(half)} for half in halves
         ]
         for source, halves in rewards.items()
     }

@@ -17,7 +17,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"| steps measured, seconds each of attributing | {report['measured_steps']}, {report['seconds']:.0f} |",
         *(
             f"| {source}: share of rollouts with a score, mean score, in the first and the second half "
-            f"| {', '.join(f'{half["above_0"]:.0%}, {half["reward"]:.3f}' for half in halves)} |"
+            f"| {'; '.join(f'{above:.0%}, {mean:.3f}' for above, mean in (half.values() for half in halves))} |"
             for source, halves in report["scores"].items()
         ),
         *(
