@@ -81,6 +81,24 @@ def test_kinds_without_errors_have_no_direction(tmp_path: Path) -> None:
     assert not DIRECTIONS.findall(second)
 
 
+def test_kinds_are_named_in_both_directions(tmp_path: Path) -> None:
+    """Kinds cancel: the strongest alone would not say where their sum comes from."""
+    training = made(tmp_path)
+    columns = training.labels
+    columns["influence"][(columns["kind"] == "region") & (columns["label"] == "A>0 likely")] *= -1
+    second = training_sentences(training)[1]
+    assert "likely tokens with a negative advantage lowered it most, by 0.00" in second
+    assert " and likely tokens with a positive advantage raised it most, by 0.00" in second
+
+
+def test_term_without_an_error_has_no_more_digits_than_others(tmp_path: Path) -> None:
+    training = made(tmp_path, stderr=1e-2, rollouts_stderr=1e-2)
+    second = training_sentences(training)[1]
+    [momentum] = re.findall(r"−(\S+) came through momentum", second)
+    [rollouts, error] = re.findall(r"−(\S+) ± (\S+) from the rollouts", second)[0]
+    assert len(momentum) == len(rollouts) == len(error)
+
+
 def test_doubt_comes_before_the_figures(tmp_path: Path) -> None:
     training = made(tmp_path, residual=1e-3)
     assert training_sentences(training)[0].startswith("Do not trust these figures (Identity). ")
