@@ -96,9 +96,10 @@ def sampled_sums(folder: Path, run: Run, step: int, settings: Settings, sampled:
 
 def until(training: Training, step: int) -> Training:
     """Return the measured steps up to one."""
-    parts = {name: getattr(training, name) for name in ("steps", "labels")}
-    cut = {name: {key: x[part[STEP] <= step] for key, x in part.items()} for name, part in parts.items()}
-    return dataclasses.replace(training, **cut)
+    steps, labels = (
+        {name: x[columns[STEP] <= step] for name, x in columns.items()} for columns in (training.steps, training.labels)
+    )
+    return dataclasses.replace(training, steps=steps, labels=labels)
 
 
 def first_screen(training: Training) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def prompt_sums(model: Path, adapter: Path | None, tokens: int, prompts: int, co
     texts = [text_for(tokenizer, task) for task in chosen]
     config = full_softmax_config(eos_token_ids(policy, tokenizer), tokenizer.pad_token_id, tokens)
     config.return_dict_in_generate = config.output_logits = True
-    sums = [{"source": task.source, "entropy": 0.0, "tokens": 0} for task in chosen]
+    sums: list[dict[str, Any]] = [{"source": task.source, "entropy": 0.0, "tokens": 0} for task in chosen]
     rows = [k for k in range(len(chosen)) for _ in range(completions)]
     with sampling_mode(policy, config, SEED):
         for start in range(0, len(rows), BATCH_SIZE):
