@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.costs.bench_report import ON_SCREEN, chromium
 from benchmarks.harness import COSTS, one_thread, parser, store, write_json
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.tasks import by_length, verified
 from benchmarks.real.two_sources.agreement import agreement, label_totals, pairs
-from benchmarks.real.two_sources.entropy import entropy, entropy_change, prompt_sums
+from benchmarks.real.two_sources.entropy import Estimate, entropy, entropy_change, prompt_sums
 from benchmarks.real.two_sources.tables import markdown
-from benchmarks.real.two_sources.tasks import EASY, HARD, SOURCES
+from benchmarks.real.two_sources.tasks import COUNTS, EASY, HARD, SOURCES
 from benchmarks.real.two_sources.training import (
     COMPLETIONS,
     LEARNING_RATE,
@@ -55,6 +57,7 @@ __all__ = ["NAME", "main", "markdown"]
 
 NAME = "bench_real_ledger"
 STORED = "entropy_influence"
+PROMPTS_OF_AN_EPOCH = COUNTS["train"] * len(SOURCES)
 LAYERS = range(24, 30)
 """Layers with adapters, the last of 30: a step then costs little more than its forward passes."""
 
@@ -77,21 +80,40 @@ class Sampled(NamedTuple):
     completions: int
 
 
-def sampled_sums(folder: Path, run: Run, step: int, settings: Settings, sampled: Sampled) -> list[dict[str, Any]]:
-    """Return the sums by prompt of fresh rollouts of a policy, sampled at the first call.
+SAMPLED, QUICK_SAMPLED = Sampled(80, 1), Sampled(4, 1)
 
-    Args:
-        folder: of the benchmark.
-        run: whose policy it is.
-        step: number of its optimizer steps; 0 is the model alone.
-        settings: of all training runs.
-        sampled: how many rollouts.
-    """
-    file = folder / (f"entropy_{run.folder}_{step}.json" if step else "entropy_0.json")
-    if not file.exists():
-        adapter = saved_policies(folder / run.folder)[step] if step else None
-        write_json(file, {"prompts": prompt_sums(settings.model, adapter, settings.tokens, *sampled)})
-    return list(json.loads(file.read_text(encoding="utf-8"))["prompts"])
+
+def sums_file(folder: Path, run: Run, step: int) -> Path:
+    """Return the file of the sums of a policy's fresh rollouts; step 0 is the model alone."""
+    return folder / (f"entropy_{run.folder}_{step}.json" if step else "entropy_0.json")
+
+
+def sample_policies(folder: Path, settings: Settings, sampled: Sampled) -> None:
+    """Sample fresh rollouts of the model and of the last policy of each training run that is not another's."""
+    for run in (BOTH, *APART):
+        last = last_step(folder / run.folder)
+        for step in (0, last):
+            file, adapter = sums_file(folder, run, step), saved_policies(folder / run.folder)[last]
+            if file.exists() or (step and run is not BOTH and same_policy(folder, run, step)):
+                continue
+            sums = prompt_sums(settings.model, adapter if step else None, settings.tokens, *sampled)
+            write_json(file, {"prompts": sums})
+
+
+def read_sums(folder: Path, run: Run, step: int) -> list[dict[str, Any]] | None:
+    """Return the sums of a policy's fresh rollouts, None where they are not sampled."""
+    file = sums_file(folder, run, step)
+    return json.loads(file.read_text(encoding="utf-8"))["prompts"] if file.exists() else None
+
+
+def same_policy(folder: Path, run: Run, step: int) -> str | None:
+    """Return which policy that of a training run is to the last bit: of ``both``, the ``model``, or None."""
+    adapter = load_file(saved_policies(folder / run.folder)[step] / "adapter_model.safetensors")
+    # The second factor of an adapter begins at 0.
+    if not any(x.any() for name, x in adapter.items() if "lora_B" in name):
+        return "model"
+    both = load_file(saved_policies(folder / BOTH.folder)[step] / "adapter_model.safetensors")
+    return "both" if all(torch.equal(x, both[name]) for name, x in adapter.items()) else None
 
 
 def until(training: Training, step: int) -> Training:
@@ -151,25 +173,44 @@ def second_ledger(training: Training, folder: Path) -> dict[str, Any]:
     }
 
 
-def apart(training: Training, run: Run, folder: Path, settings: Settings, sampled: Sampled) -> dict[str, Any] | None:
+def apart(training: Training, run: Run, folder: Path) -> dict[str, Any] | None:
     """Return what a source does alone, beside what the ledger says of it over as many steps; None before the run."""
     steps = min(last_step(folder / run.folder), last_step(folder / BOTH.folder))
     if not steps:
         return None
-    before = sampled_sums(folder, BOTH, 0, settings, sampled)
-    alone, both = (sampled_sums(folder, x, steps, settings, sampled) for x in (run, BOTH))
     ledger = until(training, steps)
+    before, alone = read_sums(folder, BOTH, 0), read_sums(folder, run, steps)
     [source] = run.sources
     return {
         "source": source,
         "steps": steps,
-        "alone": entropy_change(before, alone),
-        "both": entropy_change(before, both),
-        "ledger_measured": account(ledger).measured,
+        "same_policy": same_policy(folder, run, steps),
+        "alone": entropy_change(before, alone) if before and alone else None,
+        "measured": account(ledger).measured,
         **{
             name: next(x.term for x in label_sums(ledger, SOURCE_KIND, over_lifetime=lifetime) if x.term.name == source)
             for name, lifetime in (("ledger", False), ("ledger_lifetime", True))
         },
+    }
+
+
+def levels(training: Training) -> dict[str, Any]:
+    """Return the change of the mean entropy from the first to the last steps, by their rollouts and by the ledger.
+
+    The rollouts of a step are fresh and of the policy before it, so their entropies are independent of the measured
+    changes. As many steps as have the prompts of an epoch are taken, at most half of all.
+    """
+    count = min(PROMPTS_OF_AN_EPOCH // PROMPTS, len(training.steps[STEP]) // 2)
+    entropies, changes = training.steps["entropy"], training.steps["measured"]
+    sums = changes.cumsum() - changes
+    first, last = entropies[:count], entropies[-count:]
+    return {
+        "steps": count,
+        "entropies": [float(first.mean()), float(last.mean())],
+        "change": Estimate(
+            float(last.mean() - first.mean()), float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / count))
+        ),
+        "ledger": float(sums[-count:].mean() - sums[:count].mean()),
     }
 
 
@@ -196,8 +237,23 @@ def stored_bytes(folder: Path, count: int) -> dict[str, float]:
     return {"ledger": (folder / LEDGER).stat().st_size / count, "directory": directories / count}
 
 
+def sampled_change(training: Training, folder: Path) -> dict[str, Any] | None:
+    """Return the change of entropy by fresh rollouts before and after the run; None where these are not sampled."""
+    last = last_step(folder / BOTH.folder)
+    before, after = (read_sums(folder, BOTH, step) for step in (0, last))
+    if before is None or after is None:
+        return None
+    return {
+        "steps": last,
+        "before": entropy(before),
+        "after": entropy(after),
+        "change": entropy_change(before, after),
+        "ledger": account(until(training, last)).measured,
+    }
+
+
 def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> dict[str, Any]:
-    """Return the report of what has been trained so far.
+    """Return the report of what has been trained and sampled so far.
 
     Args:
         name: of the model.
@@ -207,8 +263,6 @@ def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> 
     """
     stored = folder / BOTH.folder / STORED
     training = load_training(stored)
-    last = last_step(folder / BOTH.folder)
-    before, after = (sampled_sums(folder, BOTH, step, settings, sampled) for step in (0, last))
     report = {
         "environment": environment(),
         "model": name,
@@ -225,14 +279,9 @@ def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> 
         "scores": scores(stored, training.last_step),
         "first_screen": first_screen(training),
         "second": second_ledger(training, folder / BOTH.folder / f"{STORED}-{SECOND}"),
-        "sampled": {
-            "steps": last,
-            "before": entropy(before),
-            "after": entropy(after),
-            "change": entropy_change(before, after),
-            "ledger": account(until(training, last)).measured,
-        },
-        "apart": [x for run in APART if (x := apart(training, run, folder, settings, sampled)) is not None],
+        "levels": levels(training),
+        "sampled": sampled_change(training, folder),
+        "apart": [x for run in APART if (x := apart(training, run, folder)) is not None],
         "bytes": stored_bytes(stored, len(training.steps[STEP])),
         "page": opened(training),
     }
@@ -258,14 +307,16 @@ def main(argv: list[str] | None = None) -> int:
             model = tiny_model(folder / "model")
             settings = Settings(model, (0, 1), by_length, steps=2, tokens=6, saved=1, every=1, fresh=6)
             make(folder, settings)
-            print(markdown(report_of("a tiny model", folder, settings, Sampled(4, 1))))
+            sample_policies(folder, settings, QUICK_SAMPLED)
+            print(markdown(report_of("a tiny model", folder, settings, QUICK_SAMPLED)))
         return 0
     folder = FOLDER / "two_sources"
     settings = Settings(prepare_model(), LAYERS, verified, steps=40, tokens=16, saved=4, every=4, fresh=12)
     prepare_verifiers()
     if not arguments.collect:
         make(folder, settings)
-    report = report_of("SmolLM2-135M-Instruct", folder, settings, Sampled(80, 2))
+        sample_policies(folder, settings, SAMPLED)
+    report = report_of("SmolLM2-135M-Instruct", folder, settings, SAMPLED)
     store(NAME, report, {COSTS: {NAME: markdown(report)}})
     print(markdown(report))
     return 0

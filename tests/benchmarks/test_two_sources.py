@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers.made_trainings import write_made_ledger
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fx_influence as fx
-from benchmarks.real.bench_real_ledger import until
+from benchmarks.real.bench_real_ledger import APART, levels, same_policy, until
 from benchmarks.real.language_model import tiny_model
 from benchmarks.real.two_sources.agreement import Pair, agreement, label_totals, pairs
 from benchmarks.real.two_sources.entropy import BATCH_SIZE, SEED, entropy, entropy_change, prompt_sums
@@ -114,6 +115,30 @@ def test_saved_policies_are_in_the_order_of_steps(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert list(saved_policies(tmp_path)) == [4, 8, 12]
     assert last_step(tmp_path) == 12
+
+
+def test_levels_compare_rollouts_with_the_ledger(tmp_path: Path) -> None:
+    write_made_ledger(tmp_path, 6)
+    training = fx.load_training(tmp_path)
+    changes = training.steps["measured"][:] = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    training.steps["entropy"][:] = 7.0 + changes.cumsum() - changes
+    figures = levels(training)
+    assert figures["steps"] == 3
+    assert figures["change"].value == pytest.approx(figures["ledger"])
+    # Sums before the steps: 0, 1, 3 and 6, 10, 15.
+    assert figures["ledger"] == pytest.approx(31 / 3 - 4 / 3)
+    assert figures["change"].stderr == pytest.approx(math.sqrt((7 / 3 + 61 / 3) / 3))
+
+
+def test_policies_are_compared_to_the_last_bit(tmp_path: Path) -> None:
+    weights = {"lora_A.weight": torch.ones(2), "lora_B.weight": torch.ones(2)}
+    for folder, b in (("both", 1.0), ("easy", 1.0), ("hard", 0.0)):
+        path = tmp_path / folder / "checkpoint-4"
+        path.mkdir(parents=True)
+        save_file({**weights, "lora_B.weight": torch.full((2,), b)}, path / "adapter_model.safetensors")
+    assert [same_policy(tmp_path, run, 4) for run in APART] == ["both", "model"]
+    save_file({**weights, "lora_A.weight": torch.zeros(2)}, tmp_path / "easy/checkpoint-4/adapter_model.safetensors")
+    assert same_policy(tmp_path, APART[0], 4) is None
 
 
 @pytest.mark.slow

@@ -7,10 +7,9 @@ from typing import Any
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the table of the page."""
-    settings, screen, sampled = report["settings"], report["first_screen"], report["sampled"]
+    """Return the table of the page, without checks that have not been made."""
+    settings, screen, levels, sampled = (report[name] for name in ("settings", "first_screen", "levels", "sampled"))
     rollouts = settings["prompts"] * settings["completions"]
-    fresh = settings["sampled"]["prompts"] * settings["sampled"]["completions"]
     lines = [
         f"| {report['model']} | LoRA in {len(settings['layers'])} layers, {rollouts} rollouts a step |",
         "| --- | --- |",
@@ -26,8 +25,9 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         *(f"| the page's alert | {_cell(f'{name}: {text}')} |" for name, text in screen["alerts"].items()),
         *(f"| the page on {term[0]} | {_pair(term[1:])} |" for term in (x["term"] for x in screen["sources"])),
-        f"| ΔH over {sampled['steps']} steps by the ledger | {_pair(sampled['ledger'][1:])} |",
-        f"| by {fresh} fresh rollouts before and after | {_pair(sampled['change'])} |",
+        f"| mean H of the last {levels['steps']} steps less that of the first, by their rollouts; by the ledger "
+        f"| {_pair(levels['change'])}; {levels['ledger']:+.4f} |",
+        *(_sampled(sampled, settings["sampled"]) if sampled else []),
         *_second(report["second"]),
         *(line for run in report["apart"] for line in _apart(run)),
         f"| bytes a step: ledger, directory | {report['bytes']['ledger']:,.0f}, {report['bytes']['directory']:,.0f} |",
@@ -35,6 +35,14 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['page']['build_seconds']:.1f} s, {report['page']['open_seconds']:.2f} s |",
     ]
     return "\n".join(lines)
+
+
+def _sampled(sampled: dict[str, Any], rollouts: dict[str, int]) -> list[str]:
+    count = rollouts["prompts"] * rollouts["completions"]
+    return [
+        f"| ΔH over {sampled['steps']} steps, by {count} fresh rollouts before and after; by the ledger "
+        f"| {_pair(sampled['change'])}; {_pair(sampled['ledger'][1:])} |"
+    ]
 
 
 def _second(second: dict[str, Any]) -> list[str]:
@@ -59,10 +67,12 @@ def _second(second: dict[str, Any]) -> list[str]:
 
 def _apart(run: dict[str, Any]) -> list[str]:
     name = f"{run['source']} alone, {run['steps']} steps"
+    same = {"both": "the policy of both sources, to the last bit", "model": "the policy does not move"}
+    alone = "" if run["alone"] is None else f"ΔH {_pair(run['alone'])} by fresh rollouts"
     return [
-        f"| {name}: ΔH by fresh rollouts; of both sources | {_pair(run['alone'])}; {_pair(run['both'])} |",
-        f"| the ledger of both on it: at once; over its lifetime "
-        f"| {_pair(run['ledger'][1:])}; {_pair(run['ledger_lifetime'][1:])} |",
+        f"| {name} | {same.get(run['same_policy'], alone)} |",
+        "| the ledger of both on it: at once; over its lifetime; ΔH measured "
+        f"| {_pair(run['ledger'][1:])}; {_pair(run['ledger_lifetime'][1:])}; {_pair(run['measured'][1:])} |",
     ]
 
 

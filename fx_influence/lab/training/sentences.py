@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.lab.console.numbers import with_error
 from fx_influence.lab.health import INVALIDATING, Finding
@@ -13,6 +15,9 @@ from fx_influence.lab.training.load import Training
 
 SMALL = 0.02
 """Share of the sizes of the terms below which a term is not named in the sentence."""
+
+MOST = 0.5
+"""Share of the squared error above which the sentence names the step that has it."""
 
 PHRASES = {
     "A>0 likely": "likely tokens with a positive advantage",
@@ -88,6 +93,7 @@ def _change(training: Training, summed: Account) -> str:
         return (
             f"The error bars do not tell whether the {steps} raised or lowered the policy's entropy: it changed by "
             f"{signed(measured)} nats {unit} as measured, {signed(predicted)} as predicted to first order."
+            f"{_noisiest_step(training)}"
         )
     size, verb = _size(measured), _moved(measured)
     if predicted.sign == -measured.sign:
@@ -100,6 +106,17 @@ def _change(training: Training, summed: Account) -> str:
         f"The {steps} {verb} the policy's entropy by {size} nats {unit} as measured; {signed(predicted)} is predicted "
         f"to first order{doubt}."
     )
+
+
+def _noisiest_step(training: Training) -> str:
+    """Return a sentence on the step without which the change might be told, if most of the squared error is its."""
+    squares = np.square(training.steps["measured_stderr"])
+    total = float(np.nansum(squares))
+    if len(squares) < 2 or not total > 0:
+        return ""
+    noisiest = int(np.nanargmax(squares))
+    share = float(squares[noisiest]) / total
+    return f" Step {training.steps[STEP][noisiest]} alone has {share:.0%} of the squared error." if share > MOST else ""
 
 
 def _terms(training: Training, summed: Account) -> str:

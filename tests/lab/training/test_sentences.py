@@ -60,6 +60,16 @@ def test_direction_of_the_change_needs_two_errors(tmp_path: Path, size: float, s
         assert f"{'+' if sign > 0 else '−'}{size * error:.4f}" in first
 
 
+def test_step_with_most_of_the_error_is_named(tmp_path: Path) -> None:
+    """As a first step of AdamW without warm-up: 0.9 of 0.9 + 19 x 0.001 squared."""
+    errors = np.full(20, np.sqrt(1e-3))
+    training = made(tmp_path, measured_stderr=errors)
+    assert "squared error" not in training_sentences(training)[0]
+    errors[6] = np.sqrt(0.9)
+    training = made(tmp_path, measured_stderr=errors)
+    assert training_sentences(training)[0].endswith(" Step 7 alone has 98% of the squared error.")
+
+
 def test_change_without_an_error_has_no_direction(tmp_path: Path) -> None:
     training = made(tmp_path, measured_stderr=np.nan, stderr=np.nan)
     assert training_sentences(training)[0].startswith("The error bars do not tell")
