@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             model = tiny_model(folder / "model")
-            settings = Settings(model, (0, 1), by_length, steps=2, tokens=6, saved=1, every=1, fresh=6)
+            settings = Settings(model, (0, 1), by_length, steps=4, tokens=6, saved=2, every=2, fresh=6)
             make(folder, settings)
             sample_policies(folder, settings, QUICK_SAMPLED)
             print(markdown(report_of("a tiny model", folder, settings, QUICK_SAMPLED)))
