@@ -173,7 +173,7 @@ def second_ledger(training: Training, folder: Path) -> dict[str, Any]:
     }
 
 
-def apart(training: Training, run: Run, folder: Path) -> dict[str, Any] | None:
+def source_alone(training: Training, run: Run, folder: Path) -> dict[str, Any] | None:
     """Return what a source does alone, beside what the ledger says of it over as many steps; None before the run."""
     steps = min(last_step(folder / run.folder), last_step(folder / BOTH.folder))
     if not steps:
@@ -281,7 +281,7 @@ def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> 
         "second": second_ledger(training, folder / BOTH.folder / f"{STORED}-{SECOND}"),
         "levels": levels(training),
         "sampled": sampled_change(training, folder),
-        "apart": [x for run in APART if (x := apart(training, run, folder)) is not None],
+        "apart": [x for run in APART if (x := source_alone(training, run, folder)) is not None],
         "bytes": stored_bytes(stored, len(training.steps[STEP])),
         "page": opened(training),
     }

@@ -29,7 +29,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"| {_pair(levels['change'])}; {levels['ledger']:+.4f} |",
         *(_sampled(sampled, settings["sampled"]) if sampled else []),
         *_second(report["second"]),
-        *(line for run in report["apart"] for line in _apart(run)),
+        *(line for run in report["apart"] for line in _alone(run)),
         f"| bytes a step: ledger, directory | {report['bytes']['ledger']:,.0f}, {report['bytes']['directory']:,.0f} |",
         f"| page: size, built in, opened in | {report['page']['bytes'] / 2**20:.2f} MiB, "
         f"{report['page']['build_seconds']:.1f} s, {report['page']['open_seconds']:.2f} s |",
@@ -65,7 +65,7 @@ def _second(second: dict[str, Any]) -> list[str]:
     ]
 
 
-def _apart(run: dict[str, Any]) -> list[str]:
+def _alone(run: dict[str, Any]) -> list[str]:
     name = f"{run['source']} alone, {run['steps']} steps"
     same = {"both": "the policy of both sources, to the last bit", "model": "the policy does not move"}
     alone = "" if run["alone"] is None else f"ΔH {_pair(run['alone'])} by fresh rollouts"

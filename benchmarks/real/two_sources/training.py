@@ -28,7 +28,7 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Settings(NamedTuple):
-    """What the training runs of a benchmark have in common.
+    """Settings that the training runs of a benchmark have in common.
 
     Attributes:
         model: directory of the model.

@@ -63,8 +63,8 @@ def test_timeline_lays_the_changes_over_the_entropy(training: fx.lab.Training) -
     for name, column in (("predicted", "total"), ("measured", "measured")):
         expected = drawn_lines["measured"][0] + np.append(0.0, steps[column]).cumsum()
         assert_close_to_rounding(drawn_lines[name], expected, terms=20)
-    apart = (steps["entropy"] - drawn_lines["measured"][:-1]).sum()
-    assert_close_to_rounding(apart, 0.0, terms=100, scale=np.abs(steps["entropy"]).max())
+    differences = (steps["entropy"] - drawn_lines["measured"][:-1]).sum()
+    assert_close_to_rounding(differences, 0.0, terms=100, scale=np.abs(steps["entropy"]).max())
 
 
 @pytest.mark.parametrize("name", ["ledger", "timeline", "health_over_steps"])

@@ -61,7 +61,7 @@ def test_direction_of_the_change_needs_two_errors(tmp_path: Path, size: float, s
 
 
 def test_step_with_most_of_the_error_is_named(tmp_path: Path) -> None:
-    """As a first step of AdamW without warm-up: 0.9 of 0.9 + 19 x 0.001 squared."""
+    """The first step of AdamW without warm-up is such a step; 0.9 of 0.9 + 19 x 0.001 are its."""
     errors = np.full(20, np.sqrt(1e-3))
     training = made(tmp_path, measured_stderr=errors)
     assert "squared error" not in training_sentences(training)[0]
