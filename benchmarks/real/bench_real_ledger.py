@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -202,15 +203,18 @@ def levels(training: Training) -> dict[str, Any]:
     """
     count = min(PROMPTS_OF_AN_EPOCH // PROMPTS, len(training.steps[STEP]) // 2)
     entropies, changes = training.steps["entropy"], training.steps["measured"]
-    sums = changes.cumsum() - changes
     first, last = entropies[:count], entropies[-count:]
+    # A step's change is in the entropies of all later steps.
+    later = np.tri(len(changes), k=-1)
+    weights = later[-count:].mean(0) - later[:count].mean(0)
+    stderr = float(np.sqrt(np.square(weights * training.steps["measured_stderr"]).sum()))
     return {
         "steps": count,
         "entropies": [float(first.mean()), float(last.mean())],
         "change": Estimate(
             float(last.mean() - first.mean()), float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / count))
         ),
-        "ledger": float(sums[-count:].mean() - sums[:count].mean()),
+        "ledger": Estimate(float(weights @ changes), stderr),
     }
 
 
@@ -228,7 +232,13 @@ def opened(training: Training) -> dict[str, Any]:
             page.evaluate(ON_SCREEN)
             seconds.append(time.perf_counter() - start)
             page.close()
-    return {"bytes": path.stat().st_size, "build_seconds": built, "open_seconds": statistics.median(seconds)}
+    size, opening = path.stat().st_size, statistics.median(seconds)
+    return {"bytes": size, "build_seconds": built, "open_seconds": opening, **_load()}
+
+
+def _load() -> dict[str, float]:
+    """Return what else the machine does: processes that run or wait, and processors."""
+    return {"load": os.getloadavg()[0], "processors": os.cpu_count() or 1}
 
 
 def stored_bytes(folder: Path, count: int) -> dict[str, float]:

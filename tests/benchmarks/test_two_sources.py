@@ -124,9 +124,13 @@ def test_levels_compare_rollouts_with_the_ledger(tmp_path: Path) -> None:
     training.steps["entropy"][:] = 7.0 + changes.cumsum() - changes
     figures = levels(training)
     assert figures["steps"] == 3
-    assert figures["change"].value == pytest.approx(figures["ledger"])
+    assert figures["change"].value == pytest.approx(figures["ledger"].value)
     # Sums before the steps: 0, 1, 3 and 6, 10, 15.
-    assert figures["ledger"] == pytest.approx(31 / 3 - 4 / 3)
+    assert figures["ledger"].value == pytest.approx(31 / 3 - 4 / 3)
+    # Shares of the last three steps less those of the first three that come after each step.
+    weights = np.array([1 - 2 / 3, 1 - 1 / 3, 1, 2 / 3, 1 / 3, 0])
+    errors = training.steps["measured_stderr"]
+    assert figures["ledger"].stderr == pytest.approx(math.sqrt(((weights * errors) ** 2).sum()))
     assert figures["change"].stderr == pytest.approx(math.sqrt((7 / 3 + 61 / 3) / 3))
 
 

@@ -26,13 +26,14 @@ def markdown(report: dict[str, Any]) -> str:
         *(f"| the page's alert | {_cell(f'{name}: {text}')} |" for name, text in screen["alerts"].items()),
         *(f"| the page on {term[0]} | {_pair(term[1:])} |" for term in (x["term"] for x in screen["sources"])),
         f"| mean H of the last {levels['steps']} steps less that of the first, by their rollouts; by the ledger "
-        f"| {_pair(levels['change'])}; {levels['ledger']:+.4f} |",
+        f"| {_pair(levels['change'])}; {_pair(levels['ledger'])} |",
         *(_sampled(sampled, settings["sampled"]) if sampled else []),
         *_second(report["second"]),
         *(line for run in report["apart"] for line in _alone(run)),
         f"| bytes a step: ledger, directory | {report['bytes']['ledger']:,.0f}, {report['bytes']['directory']:,.0f} |",
         f"| page: size, built in, opened in | {report['page']['bytes'] / 2**20:.2f} MiB, "
-        f"{report['page']['build_seconds']:.1f} s, {report['page']['open_seconds']:.2f} s |",
+        f"{report['page']['build_seconds']:.1f} s, {report['page']['open_seconds']:.2f} s, at a load of "
+        f"{report['page']['load']:.0f} on {report['page']['processors']} processors |",
     ]
     return "\n".join(lines)
 
