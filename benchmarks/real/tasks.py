@@ -45,7 +45,7 @@ def verified(
 ) -> list[float]:
     """Return the scores of reasoning-gym's verifiers: 1 for the answer alone, less for more text around it, or 0."""
     rows = zip(map(completion_text, completions), task, answer, strict=True)
-    return [float(_verifier(name)(text.strip(), {"answer": expected})) for text, name, expected in rows]
+    return [float(verifier(name)(text.strip(), {"answer": expected})) for text, name, expected in rows]
 
 
 def by_length(completions: Sequence[TextOrMessages], **columns: Any) -> list[float]:
@@ -55,34 +55,59 @@ def by_length(completions: Sequence[TextOrMessages], **columns: Any) -> list[flo
 
 
 @cache
-def _verifier(name: str) -> Any:
+def verifier(name: str) -> Any:
+    """Return the function that scores an answer to a task of a kind, given the task's entry."""
     prepare_verifiers()
     import reasoning_gym
 
     return reasoning_gym.create_dataset(name, size=1, seed=0, **KINDS[name]).score_answer
 
 
-def write_tasks() -> None:
-    """Write the tasks, the kinds in turn; a question is in one file only."""
+def unique_tasks(
+    kinds: Sequence[tuple[str, dict[str, Any]]], count: int, seed: int, questions: set[str]
+) -> list[list[tuple[str, str]]]:
+    """Return questions and answers of data sets of reasoning-gym, the kinds in turn: one of each, then the next.
+
+    Args:
+        kinds: names of data sets and their settings.
+        count: tasks of each kind.
+        seed: of the data sets.
+        questions: those that are taken; the new ones are added.
+    """
     prepare_verifiers()
     import reasoning_gym
 
+    by_kind = []
+    for kind, settings in kinds:
+        entries = reasoning_gym.create_dataset(kind, size=20 * count, seed=seed, **settings)
+        answers = {entry["question"].strip(): entry["answer"] for entry in entries}
+        chosen = [(text, answer) for text, answer in answers.items() if text not in questions][:count]
+        questions |= {text for text, _ in chosen}
+        by_kind.append(chosen)
+    return [list(row) for row in zip(*by_kind, strict=True)]
+
+
+def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write records as JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def write_tasks() -> None:
+    """Write the tasks, the kinds in turn; a question is in one file only."""
     questions: set[str] = set()
     for seed, (split, path) in enumerate(FILES.items()):
-        by_kind = []
-        for kind, settings in KINDS.items():
-            entries = reasoning_gym.create_dataset(kind, size=20 * PER_KIND, seed=seed, **settings)
-            unique = {
-                entry["question"].strip(): entry for entry in entries if entry["question"].strip() not in questions
-            }
-            questions |= set(list(unique)[:PER_KIND])
-            by_kind.append([(kind, text, entry["answer"]) for text, entry in list(unique.items())[:PER_KIND]])
-        rows = [row for rows in zip(*by_kind, strict=True) for row in rows]
-        records = [
-            {"id": f"{split}-{i:02}", "task": kind, "prompt": text, "answer": answer}
-            for i, (kind, text, answer) in enumerate(rows)
+        rows = [
+            (kind, *task)
+            for tasks_of in unique_tasks(list(KINDS.items()), PER_KIND, seed, questions)
+            for kind, task in zip(KINDS, tasks_of, strict=True)
         ]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write_records(
+            path,
+            [
+                {"id": f"{split}-{i:02}", "task": kind, "prompt": text, "answer": answer}
+                for i, (kind, text, answer) in enumerate(rows)
+            ],
+        )
 
 
 if __name__ == "__main__":

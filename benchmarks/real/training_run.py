@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from benchmarks.harness import one_thread, peak_bytes, reset_peak, write_json
 from benchmarks.real.language_model import prepare_verifiers
 from benchmarks.real.tasks import by_length, messages, tasks, verified
 from benchmarks.trl.variants import QUIET_ON_CPU, quiet
+from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.trl import EntropyInfluence
 
 SAMPLING, TRAINING, ATTRIBUTION = PHASES = ("sampling", "training", "attribution")
@@ -123,8 +124,18 @@ class StepRecords(TrainerCallback):
         write_json(self._out, {"complete": control.should_training_stop, "steps": self.steps})
 
 
-def trainer(model: Path, out: str, weights: str, steps: int, reward: Any, max_new_tokens: int, **more: Any) -> Any:
-    """Return a GRPO trainer of a chat model on the training tasks.
+def trainer(
+    model: Path,
+    out: str,
+    weights: str,
+    steps: int,
+    reward: Any,
+    max_new_tokens: int,
+    prompts: Sequence[Prompt] | None = None,
+    adapters: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Any:
+    """Return a GRPO trainer of a chat model on conversations.
 
     Args:
         model: directory of the model.
@@ -133,9 +144,11 @@ def trainer(model: Path, out: str, weights: str, steps: int, reward: Any, max_ne
         steps: number of optimizer steps.
         reward: a reward function.
         max_new_tokens: length of the longest completion.
+        prompts: conversations with the columns that the reward reads, by default the training tasks.
+        adapters: options of LoRA that differ from ``LORA``.
         more: further options of the config.
     """
-    rows = [{"prompt": messages(task), **task.columns} for task in tasks("train")]
+    rows = [{"prompt": messages(task), **task.columns} for task in prompts or tasks("train")]
     config: dict[str, Any] = {
         "output_dir": out,
         "learning_rate": LEARNING_RATES[weights],
@@ -155,7 +168,7 @@ def trainer(model: Path, out: str, weights: str, steps: int, reward: Any, max_ne
         reward_funcs=reward,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if weights == "lora" else None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **{**LORA, **(adapters or {})}) if weights == "lora" else None,
     )
 
 

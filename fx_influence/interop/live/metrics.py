@@ -90,6 +90,17 @@ class MeasuredStep(NamedTuple):
         over_all = torch.stack(list(influence.per_parameter.values())).sum() - influence.unattributed
         return float(over_all - influence.per_sequence.sum())
 
+    def measured_stderr(self) -> float:
+        """Return the standard error of the measured change less what ``through_own_prompts`` takes off it, in nats.
+
+        What is taken off is as uncertain as the rest, and the error of the difference is, to first order, that of the
+        predicted total. Importance sampling on U alone would leave it out.
+        """
+        assert self.measured_change is not None
+        if self.influence.self_influence is None:
+            return float(self.measured_change.stderr)
+        return self.lr * float(self.influence.total_stderr)
+
     def metrics(self) -> dict[str, float]:
         """Return the metrics, by name without prefix.
 
@@ -122,7 +133,7 @@ class MeasuredStep(NamedTuple):
         metrics |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
         if self.measured_change is not None:
             metrics["measured"] = float(self.measured_change.delta_h) - self.lr * self.through_own_prompts()
-            metrics["measured_stderr"] = float(self.measured_change.stderr)
+            metrics["measured_stderr"] = self.measured_stderr()
             metrics["ess"] = float(self.measured_change.ess)
             metrics["step_rounding"] = self.step_rounding
             metrics |= {} if math.isnan(self.moment_rounding) else {"moment_rounding": self.moment_rounding}

@@ -40,8 +40,9 @@ OVER = {"rounding": "absolute", "unattributed": "absolute", "ess": "evaluation_c
 def timeline(training: Training) -> Figure:
     """Draw the entropy before each measured step, with the predicted and measured changes laid over it.
 
-    Above the entropy on each step's E, and the first of them plus the predicted and measured changes of the measured
-    steps; below the change of each step, with ±1 standard error. Between measured steps the sums are constant.
+    Above the entropy on each step's E, and the predicted and measured changes of the measured steps summed up, at the
+    level that fits these entropies best, since a single one is noisy; below the change of each step, with ±1 standard
+    error. Between measured steps the sums are constant.
     """
     drawing = figure(7.2, 4.0)
     above, below = drawing.subplots(2, 1, sharex=True, height_ratios=[3, 2])
@@ -97,12 +98,12 @@ def health_over_steps(training: Training) -> Figure:
 
 
 def _laid_over(axes: Axes, training: Training) -> None:
-    """Draw the first entropy plus the sums of changes, from before the first measured step to after the last one."""
+    """Draw the level plus the sums of changes, from before the first measured step to after the last one."""
     columns, edges = training.steps, after_last(training.steps[STEP])
-    first, share = columns["entropy"][0], f", {training.coverage:.0%} of the steps" if training.coverage < 1 else ""
+    level, share = _level(columns), f", {training.coverage:.0%} of the steps" if training.coverage < 1 else ""
     for name, error, colour, label in (
-        ("total", "stderr", PREDICTED, "first entropy + predicted changes"),
-        ("measured", "measured_stderr", MEASURED, "first entropy + measured changes"),
+        ("total", "stderr", PREDICTED, "predicted changes summed up, level fitted"),
+        ("measured", "measured_stderr", MEASURED, "measured changes summed up, level fitted"),
     ):
         known = np.isfinite(columns[name])
         if not known.any() or (name == "total" and not training.splits_the_step):
@@ -110,10 +111,19 @@ def _laid_over(axes: Axes, training: Training) -> None:
         # An unknown change adds nothing, and an unknown error makes those of the following sums unknown.
         values, stderr = np.where(known, columns[name], 0.0), np.where(known, columns[error], 0.0)
         sums = Series(np.append(0.0, values), np.append(0.0, stderr)).cumulative()
-        axes.step(edges, first + sums.values, where="post", color=colour, linewidth=1.2, label=f"{label}{share}")
+        axes.step(edges, level + sums.values, where="post", color=colour, linewidth=1.2, label=f"{label}{share}")
         if np.isfinite(sums.stderr).any():
-            low, high = first + sums.values - sums.stderr, first + sums.values + sums.stderr
+            low, high = level + sums.values - sums.stderr, level + sums.values + sums.stderr
             axes.fill_between(edges, low, high, step="post", color=colour, alpha=0.18, lw=0)
+
+
+def _level(columns: dict[str, np.ndarray]) -> float:
+    """Return the entropy before the first measured step that fits those of all steps and the measured changes best."""
+    name = "measured" if np.isfinite(columns["measured"]).any() else "total"
+    changes = np.nan_to_num(columns[name])
+    levels = columns["entropy"] - (changes.cumsum() - changes)
+    known = levels[np.isfinite(levels)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def _changes(axes: Axes, steps: np.ndarray, values: np.ndarray, errors: np.ndarray, colour: str) -> None:

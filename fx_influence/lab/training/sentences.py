@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.lab.console.numbers import with_error
 from fx_influence.lab.health import INVALIDATING, Finding
@@ -13,6 +15,9 @@ from fx_influence.lab.training.load import Training
 
 SMALL = 0.02
 """Share of the sizes of the terms below which a term is not named in the sentence."""
+
+MOST = 0.5
+"""Share of the squared error above which the sentence names the step that has it."""
 
 PHRASES = {
     "A>0 likely": "likely tokens with a positive advantage",
@@ -56,9 +61,18 @@ def entropy_unit(training: Training) -> str:
     return "per token" if training.settings.get("normalize", "token") == "token" else "per rollout"
 
 
-def signed(term: Term) -> str:
-    """Return a sum with its sign and, where it is known, its standard error."""
-    return f"{'−' if term.value < 0 else '+'}{with_error(abs(term.value), _none_if_nan(term.stderr))}"
+def signed(term: Term, beside: float = math.nan) -> str:
+    """Return a sum with its sign and, where it is known, its standard error.
+
+    Args:
+        term: the sum.
+        beside: a standard error to whose decimals a sum without one is rounded.
+    """
+    size, sign = abs(term.value), "−" if term.value < 0 else "+"
+    if math.isnan(term.stderr) and beside > 0:
+        # More digits would look surer than the sums that it stands beside.
+        return sign + with_error(size, beside).partition(" ±")[0]
+    return sign + _size(term)
 
 
 def phrase(label: LabelSum) -> str:
@@ -79,9 +93,9 @@ def _change(training: Training, summed: Account) -> str:
         return (
             f"The error bars do not tell whether the {steps} raised or lowered the policy's entropy: it changed by "
             f"{signed(measured)} nats {unit} as measured, {signed(predicted)} as predicted to first order."
+            f"{_noisiest_step(training)}"
         )
-    size = with_error(abs(measured.value), _none_if_nan(measured.stderr))
-    verb = "raised" if measured.sign > 0 else "lowered"
+    size, verb = _size(measured), _moved(measured)
     if predicted.sign == -measured.sign:
         return (
             f"The first order does not hold over this run: the {steps} {verb} the policy's entropy by {size} nats "
@@ -92,6 +106,17 @@ def _change(training: Training, summed: Account) -> str:
         f"The {steps} {verb} the policy's entropy by {size} nats {unit} as measured; {signed(predicted)} is predicted "
         f"to first order{doubt}."
     )
+
+
+def _noisiest_step(training: Training) -> str:
+    """Return a sentence on the step without which the change might be told, if most of the squared error is its."""
+    squares = np.square(training.steps["measured_stderr"])
+    total = float(np.nansum(squares))
+    if len(squares) < 2 or not total > 0:
+        return ""
+    noisiest = int(np.nanargmax(squares))
+    share = float(squares[noisiest]) / total
+    return f" Step {training.steps[STEP][noisiest]} alone has {share:.0%} of the squared error." if share > MOST else ""
 
 
 def _terms(training: Training, summed: Account) -> str:
@@ -107,7 +132,8 @@ def _terms(training: Training, summed: Account) -> str:
         "unattributed": "from what the gradient holds beyond the rollouts",
     }
     order = sorted(named, key=lambda term: (term.name != "momentum", -abs(term.value)))
-    parts = [f"{signed(term)} {words.get(term.name, f'from the {term.name}')}" for term in order]
+    beside = summed.predicted.stderr
+    parts = [f"{signed(term, beside)} {words.get(term.name, f'from the {term.name}')}" for term in order]
     if order[0].name != "momentum":
         parts[0] = parts[0].replace(" from", " came from", 1)
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -123,11 +149,19 @@ def _of_kinds(training: Training) -> str:
     told = [x for x in sums if x.term.sign]
     if not told:
         return "Of the kinds of tokens none has a sum whose sign the error bars tell."
-    strongest = told[0]
-    verb = "raised" if strongest.term.sign > 0 else "lowered"
-    size = with_error(abs(strongest.term.value), _none_if_nan(strongest.term.stderr))
-    larger = "" if strongest is sums[0] else ", as far as the error bars tell"
-    return f"Among the rollouts {phrase(strongest)} {verb} it most{larger}, by {size}."
+    larger = "" if told[0] is sums[0] else ", as far as the error bars tell"
+    # Kinds cancel, so the strongest one alone would not say where the sum comes from.
+    opposite = [x for x in told if x.term.sign != told[0].term.sign][:1]
+    parts = [f"{phrase(x)} {_moved(x.term)} it most, by {_size(x.term)}" for x in [told[0], *opposite]]
+    return f"Among the rollouts{larger and larger + ','} {' and '.join(parts)}."
+
+
+def _moved(term: Term) -> str:
+    return "raised" if term.sign > 0 else "lowered"
+
+
+def _size(term: Term) -> str:
+    return with_error(abs(term.value), _none_if_nan(term.stderr))
 
 
 def _unexplained(summed: Account, findings: list[Finding]) -> str:

@@ -52,12 +52,19 @@ def test_label_sums_are_drawn_with_their_labels(training: fx.lab.Training) -> No
 
 
 def test_timeline_lays_the_changes_over_the_entropy(training: fx.lab.Training) -> None:
+    """The level is that at which the entropies before the steps differ from the measured changes by 0 on average."""
     drawn = plot.timeline(training)
     by_label, steps = lines(drawn), training.steps
     assert by_label["entropy on E before the step"].tolist() == steps["entropy"].tolist()
+    drawn_lines = {
+        name: by_label[f"{name} changes summed up, level fitted, 50% of the steps"]
+        for name in ("predicted", "measured")
+    }
     for name, column in (("predicted", "total"), ("measured", "measured")):
-        expected = steps["entropy"][0] + np.append(0.0, steps[column]).cumsum()
-        assert_close_to_rounding(by_label[f"first entropy + {name} changes, 50% of the steps"], expected, terms=20)
+        expected = drawn_lines["measured"][0] + np.append(0.0, steps[column]).cumsum()
+        assert_close_to_rounding(drawn_lines[name], expected, terms=20)
+    differences = (steps["entropy"] - drawn_lines["measured"][:-1]).sum()
+    assert_close_to_rounding(differences, 0.0, terms=100, scale=np.abs(steps["entropy"]).max())
 
 
 @pytest.mark.parametrize("name", ["ledger", "timeline", "health_over_steps"])

@@ -60,6 +60,16 @@ def test_direction_of_the_change_needs_two_errors(tmp_path: Path, size: float, s
         assert f"{'+' if sign > 0 else '−'}{size * error:.4f}" in first
 
 
+def test_step_with_most_of_the_error_is_named(tmp_path: Path) -> None:
+    """The first step of AdamW without warm-up is such a step; 0.9 of 0.9 + 19 x 0.001 are its."""
+    errors = np.full(20, np.sqrt(1e-3))
+    training = made(tmp_path, measured_stderr=errors)
+    assert "squared error" not in training_sentences(training)[0]
+    errors[6] = np.sqrt(0.9)
+    training = made(tmp_path, measured_stderr=errors)
+    assert training_sentences(training)[0].endswith(" Step 7 alone has 98% of the squared error.")
+
+
 def test_change_without_an_error_has_no_direction(tmp_path: Path) -> None:
     training = made(tmp_path, measured_stderr=np.nan, stderr=np.nan)
     assert training_sentences(training)[0].startswith("The error bars do not tell")
@@ -79,6 +89,24 @@ def test_kinds_without_errors_have_no_direction(tmp_path: Path) -> None:
     second = training_sentences(training)[1]
     assert "none has a sum whose sign the error bars tell" in second
     assert not DIRECTIONS.findall(second)
+
+
+def test_kinds_are_named_in_both_directions(tmp_path: Path) -> None:
+    """Kinds cancel: the strongest alone would not say where their sum comes from."""
+    training = made(tmp_path)
+    columns = training.labels
+    columns["influence"][(columns["kind"] == "region") & (columns["label"] == "A>0 likely")] *= -1
+    second = training_sentences(training)[1]
+    assert "likely tokens with a negative advantage lowered it most, by 0.00" in second
+    assert " and likely tokens with a positive advantage raised it most, by 0.00" in second
+
+
+def test_term_without_an_error_has_no_more_digits_than_others(tmp_path: Path) -> None:
+    training = made(tmp_path, stderr=1e-2, rollouts_stderr=1e-2)
+    second = training_sentences(training)[1]
+    [momentum] = re.findall(r"−(\S+) came through momentum", second)
+    [rollouts, error] = re.findall(r"−(\S+) ± (\S+) from the rollouts", second)[0]
+    assert len(momentum) == len(rollouts) == len(error)
 
 
 def test_doubt_comes_before_the_figures(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Compare the ledgers of one training run by two independent E: sum by sum, and label by label over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fx_influence.lab.training.load import Training
+
+INTERVAL = 1.96
+"""Standard errors on each side of a 95% interval."""
+
+
+class Pair(NamedTuple):
+    """The sum of a label's influences in one step, by the first E and by the second, in nats, with standard errors."""
+
+    step: int
+    kind: str
+    label: str
+    first: float
+    first_stderr: float
+    second: float
+    second_stderr: float
+
+
+def pairs(first: Training, second: Training) -> list[Pair]:
+    """Return the sums that both ledgers have, but for those that are 0 because their rollouts have no advantage."""
+    sums = {key: (value, stderr) for key, value, stderr in _rows(second)}
+    return [
+        Pair(*key, value, stderr, *sums[key])
+        for key, value, stderr in _rows(first)
+        if key in sums and (value or sums[key][0])
+    ]
+
+
+def _rows(training: Training) -> list[tuple[tuple[int, str, str], float, float]]:
+    names = ("step", "kind", "label", "influence", "stderr")
+    rows = zip(*(training.labels[name].tolist() for name in names), strict=True)
+    return [((step, kind, label), value, stderr) for step, kind, label, value, stderr in rows]
+
+
+def agreement(compared: Sequence[Pair]) -> dict[str, Any]:
+    """Return how far two ledgers agree on single sums.
+
+    Returns:
+        ``count``; ``correlation``; ``slope`` of the second on the first and ``slope_back`` of the first on the second,
+        through zero, both of which errors draw towards 0; ``with_error``, the number of sums that have error bars, and
+        ``inside``, the share of these whose difference is inside the 95% interval of both errors. None where there are
+        too few sums.
+    """
+    x, y = (np.array([getattr(pair, name) for pair in compared], dtype=np.float64) for name in ("first", "second"))
+    errors = np.array([np.hypot(pair.first_stderr, pair.second_stderr) for pair in compared], dtype=np.float64)
+    known = np.isfinite(errors)
+    several = len(x) > 2 and x.std() > 0 and y.std() > 0
+    return {
+        "count": len(x),
+        "correlation": float(np.corrcoef(x, y)[0, 1]) if several else None,
+        "slope": float(x @ y / (x @ x)) if several else None,
+        "slope_back": float(x @ y / (y @ y)) if several else None,
+        "with_error": int(known.sum()),
+        "inside": float((np.abs(x - y)[known] <= INTERVAL * errors[known]).mean()) if known.any() else None,
+    }
+
+
+def label_totals(compared: Sequence[Pair], kind: str) -> list[dict[str, Any]]:
+    """Return each label's sums over the compared steps by both E, with the roots of the sums of squared errors."""
+    chosen = [pair for pair in compared if pair.kind == kind]
+    return [
+        {
+            "label": label,
+            "steps": len(rows),
+            "first": sum(pair.first for pair in rows),
+            "first_stderr": float(np.sqrt(sum(pair.first_stderr**2 for pair in rows))),
+            "second": sum(pair.second for pair in rows),
+            "second_stderr": float(np.sqrt(sum(pair.second_stderr**2 for pair in rows))),
+        }
+        for label in dict.fromkeys(pair.label for pair in chosen)
+        for rows in [[pair for pair in chosen if pair.label == label]]
+    ]
