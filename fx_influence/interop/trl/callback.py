@@ -22,7 +22,7 @@ from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.guard import Failure, attempt, preserve_random_state, reason, warn
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
-from fx_influence.interop.live.metrics import PREFIX, LogSelection, MeasuredStep
+from fx_influence.interop.live.metrics import PREFIX, LogSelection
 from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.trackers import MAX_FALL, report_step
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
@@ -37,6 +37,7 @@ from fx_influence.interop.trl.preflight.processes import (
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
+from fx_influence.interop.trl.store.contents import settings_of_plan
 from fx_influence.interop.trl.store.step import StepStore
 from fx_influence.interop.trl.store.training import read_training_id, training_directory, write_training_id
 from fx_influence.objectives import Entropy
@@ -292,7 +293,8 @@ class EntropyInfluence(TrainerCallback):
         measured = self._measurement.after_update(pending)
         metrics = all_gather_values(self._capture.mesh, measured.metrics())[0]
         if self._is_main:
-            entry = self._store(measured.step).write(measured, self._plan(measured), self._trainer, self._training_id)
+            plan = settings_of_plan(measured, self._trainer, self._settings)
+            entry = self._store(measured.step).write(measured, plan, self._trainer, self._training_id)
             self._report(entry)
         return metrics
 
@@ -344,16 +346,3 @@ class EntropyInfluence(TrainerCallback):
             if self._directory != base:
                 self._warn(f"{base} holds steps of another training run; those of this one go to {self._directory}")
         return StepStore(self._directory, step)
-
-    def _plan(self, measured: MeasuredStep) -> dict[str, Any]:
-        """Return the fields of the step's plan.yaml that depend on the settings."""
-        return {
-            "max_grad_norm": measured.captured.max_grad_norm,
-            "temperature": self._trainer.temperature,
-            "max_new_tokens": self._trainer.max_completion_length,
-            "estimator": self._settings.objective.estimator,
-            "normalize": self._settings.objective.normalize,
-            "preconditioner": self._settings.preconditioner,
-            "chunk_size": self._settings.chunk_size,
-            "memory_budget": self._settings.memory_budget,
-        }

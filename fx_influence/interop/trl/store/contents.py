@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fx_influence.interop.live.measurement import MeasurementSettings
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.live.step import CapturedStep
 from fx_influence.interop.rollouts.batch import collate
@@ -149,4 +150,24 @@ def step_summary(measured: MeasuredStep) -> dict[str, Any]:
         "seconds": measured.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
+    }
+
+
+def settings_of_plan(measured: MeasuredStep, trainer: Any, settings: MeasurementSettings) -> dict[str, Any]:
+    """Return the fields of a step's plan.yaml that say how it was measured.
+
+    Args:
+        measured: the step.
+        trainer: the one that made it.
+        settings: of the callback.
+    """
+    return {
+        "max_grad_norm": measured.captured.max_grad_norm,
+        "temperature": trainer.temperature,
+        "max_new_tokens": trainer.max_completion_length,
+        "estimator": settings.objective.estimator,
+        "normalize": settings.objective.normalize,
+        "preconditioner": settings.preconditioner,
+        "chunk_size": settings.chunk_size,
+        "memory_budget": settings.memory_budget,
     }
