@@ -43,7 +43,7 @@ def markdown(report: dict[str, Any]) -> str:
 def _sampled(changes: list[dict[str, Any]], rollouts: dict[str, int]) -> list[str]:
     count = rollouts["prompts"] * rollouts["completions"]
     return [
-        f"| ΔH of steps {first} to {last}: by {count} fresh rollouts before and after; in the ledger measured, predicted "
+        f"| ΔH of steps {first} to {last}: by {count} fresh rollouts before and after; ledger's measured, predicted "
         f"| {_pair(change['sampled'])}; {_pair(change['measured'])}, {_pair(change['predicted'])} |"
         for change in changes
         for first, last in [change["steps"]]
