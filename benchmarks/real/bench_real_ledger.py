@@ -13,6 +13,7 @@ silenced. An interrupted benchmark continues from the last checkpoint. All need 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -30,8 +31,8 @@ from benchmarks.costs.bench_report import ON_SCREEN, chromium
 from benchmarks.harness import COSTS, one_thread, parser, store, write_json
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.tasks import by_length, verified
-from benchmarks.real.two_sources.agreement import agreement, label_totals, pairs
-from benchmarks.real.two_sources.entropy import Estimate, entropy, entropy_change, prompt_sums
+from benchmarks.real.two_sources.agreement import agreement, label_totals, pairs, with_self_influence
+from benchmarks.real.two_sources.entropy import Estimate, entropy_change, prompt_sums
 from benchmarks.real.two_sources.tables import markdown
 from benchmarks.real.two_sources.tasks import COUNTS, EASY, HARD, SOURCES
 from benchmarks.real.two_sources.training import (
@@ -90,15 +91,15 @@ def sums_file(folder: Path, run: Run, step: int) -> Path:
 
 
 def sample_policies(folder: Path, settings: Settings, sampled: Sampled) -> None:
-    """Sample fresh rollouts of the model and of the last policy of each training run that is not another's."""
-    for run in (BOTH, *APART):
-        last = last_step(folder / run.folder)
-        for step in (0, last):
-            file, adapter = sums_file(folder, run, step), saved_policies(folder / run.folder)[last]
-            if file.exists() or (step and run is not BOTH and same_policy(folder, run, step)):
-                continue
-            sums = prompt_sums(settings.model, adapter if step else None, settings.tokens, *sampled)
-            write_json(file, {"prompts": sums})
+    """Sample fresh rollouts of the model, of the first and the last policy saved, and of the last ones of sources."""
+    first, *_, last = saved_policies(folder / BOTH.folder)
+    alone = [(run, last_step(folder / run.folder)) for run in APART]
+    steps = [(BOTH, 0), (BOTH, first), (BOTH, last), *(x for x in alone if not same_policy(folder, *x))]
+    for run, step in steps:
+        file = sums_file(folder, run, step)
+        if not file.exists():
+            adapter = saved_policies(folder / run.folder)[step] if step else None
+            write_json(file, {"prompts": prompt_sums(settings.model, adapter, settings.tokens, *sampled)})
 
 
 def read_sums(folder: Path, run: Run, step: int) -> list[dict[str, Any]] | None:
@@ -170,6 +171,7 @@ def second_ledger(training: Training, folder: Path) -> dict[str, Any]:
         "totals": {kind: label_totals(compared, kind) for kind in kinds},
         "predicted": [float(training.steps["total"][common].sum()), float(second.steps["total"][seen].sum())],
         "measured": [float(training.steps["measured"][common].sum()), float(second.steps["measured"][seen].sum())],
+        "self_influence": with_self_influence(training),
         "pairs": compared,
     }
 
@@ -247,19 +249,26 @@ def stored_bytes(folder: Path, count: int) -> dict[str, float]:
     return {"ledger": (folder / LEDGER).stat().st_size / count, "directory": directories / count}
 
 
-def sampled_change(training: Training, folder: Path) -> dict[str, Any] | None:
-    """Return the change of entropy by fresh rollouts before and after the run; None where these are not sampled."""
-    last = last_step(folder / BOTH.folder)
-    before, after = (read_sums(folder, BOTH, step) for step in (0, last))
-    if before is None or after is None:
-        return None
-    return {
-        "steps": last,
-        "before": entropy(before),
-        "after": entropy(after),
-        "change": entropy_change(before, after),
-        "ledger": account(until(training, last)).measured,
-    }
+def sampled_changes(training: Training, folder: Path) -> list[dict[str, Any]]:
+    """Return changes of entropy by fresh rollouts and by the ledger: of all steps, the first ones, and the others."""
+    policies = [step for step in (0, *saved_policies(folder / BOTH.folder)) if read_sums(folder, BOTH, step)]
+    if len(policies) < 2:
+        return []
+    return [
+        {
+            "steps": [start + 1, end],
+            "sampled": entropy_change(read_sums(folder, BOTH, start) or [], read_sums(folder, BOTH, end) or []),
+            "measured": _sum(training, start, end, "measured", "measured_stderr"),
+            "predicted": _sum(training, start, end, "total", "stderr"),
+        }
+        for start, end in dict.fromkeys([(policies[0], policies[-1]), *itertools.pairwise(policies)])
+    ]
+
+
+def _sum(training: Training, start: int, end: int, name: str, stderr: str) -> Estimate:
+    steps = training.steps
+    rows = (steps[STEP] > start) & (steps[STEP] <= end)
+    return Estimate(float(steps[name][rows].sum()), float(np.sqrt(np.square(steps[stderr][rows]).sum())))
 
 
 def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> dict[str, Any]:
@@ -290,7 +299,7 @@ def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> 
         "first_screen": first_screen(training),
         "second": second_ledger(training, folder / BOTH.folder / f"{STORED}-{SECOND}"),
         "levels": levels(training),
-        "sampled": sampled_change(training, folder),
+        "sampled": sampled_changes(training, folder),
         "apart": [x for run in APART if (x := source_alone(training, run, folder)) is not None],
         "bytes": stored_bytes(stored, len(training.steps[STEP])),
         "page": opened(training),

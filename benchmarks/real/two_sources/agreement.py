@@ -64,6 +64,15 @@ def agreement(compared: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
+def with_self_influence(training: Training) -> float:
+    """Return the correlation over steps of what is measured beyond the prediction with the rollouts' self-influence.
+
+    ``measured`` is less ``self_influence`` to first order, so that what the finite step changes of it stays.
+    """
+    steps = training.steps
+    return float(np.corrcoef(steps["measured"] - steps["total"], steps["self_influence"])[0, 1])
+
+
 def label_totals(compared: Sequence[Pair], kind: str) -> list[dict[str, Any]]:
     """Return each label's sums over the compared steps by both E, with the roots of the sums of squared errors."""
     chosen = [pair for pair in compared if pair.kind == kind]

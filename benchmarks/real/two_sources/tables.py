@@ -27,7 +27,9 @@ def markdown(report: dict[str, Any]) -> str:
         *(f"| the page on {term[0]} | {_pair(term[1:])} |" for term in (x["term"] for x in screen["sources"])),
         f"| mean H of the last {levels['steps']} steps less that of the first, by their rollouts; by the ledger "
         f"| {_pair(levels['change'])}; {_pair(levels['ledger'])} |",
-        *(_sampled(sampled, settings["sampled"]) if sampled else []),
+        *_sampled(sampled, settings["sampled"]),
+        "| correlation of ΔH measured − predicted with `self_influence`, over the steps "
+        f"| {_number(report['second']['self_influence'])} |",
         *_second(report["second"]),
         *(line for run in report["apart"] for line in _alone(run)),
         f"| bytes a step: ledger, directory | {report['bytes']['ledger']:,.0f}, {report['bytes']['directory']:,.0f} |",
@@ -38,11 +40,13 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sampled(sampled: dict[str, Any], rollouts: dict[str, int]) -> list[str]:
+def _sampled(changes: list[dict[str, Any]], rollouts: dict[str, int]) -> list[str]:
     count = rollouts["prompts"] * rollouts["completions"]
     return [
-        f"| ΔH over {sampled['steps']} steps, by {count} fresh rollouts before and after; by the ledger "
-        f"| {_pair(sampled['change'])}; {_pair(sampled['ledger'][1:])} |"
+        f"| ΔH of steps {first} to {last}: by {count} fresh rollouts before and after; ledger's measured, predicted "
+        f"| {_pair(change['sampled'])}; {_pair(change['measured'])}, {_pair(change['predicted'])} |"
+        for change in changes
+        for first, last in [change["steps"]]
     ]
 
 
