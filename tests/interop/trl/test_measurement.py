@@ -14,7 +14,7 @@ from helpers.trl_runs import PLAIN, measure_training
 import fx_influence as fx
 from fx_influence.core.tree import promote
 from fx_influence.functional import make_functional
-from fx_influence.interop.live import measurement
+from fx_influence.interop.live import precision
 from fx_influence.interop.live.measurement import PendingStep
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.trl.measurement import TrlStepMeasurement
@@ -49,7 +49,7 @@ class CopyingMeasurement(TrlStepMeasurement):
 
 @pytest.mark.filterwarnings("ignore")
 def test_measured_change_needs_no_copy_of_the_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "SAMPLED_ENTRIES", SAMPLED)
+    monkeypatch.setattr(precision, "SAMPLED_ENTRIES", SAMPLED)
     monkeypatch.setattr(CopyingMeasurement, "deltas", [])
     monkeypatch.setattr(CopyingMeasurement, "num_bytes", [])
     monkeypatch.setattr("fx_influence.interop.trl.callback.TrlStepMeasurement", CopyingMeasurement)
