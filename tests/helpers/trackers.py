@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ class StandIn:
     """A tracker with a run, that keeps what it is given."""
 
     def __init__(self, has_run: bool = True) -> None:
+        # Trainers look for a tracker's package by the spec of the module.
+        self.__spec__ = ModuleSpec("wandb", None)
         run = SimpleNamespace() if has_run else None
         self.run, self.context_vars = run, SimpleNamespace(current_run=SimpleNamespace(get=lambda: run))
         self.AlertLevel = SimpleNamespace(WARN="warn")

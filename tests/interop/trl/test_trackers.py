@@ -13,6 +13,12 @@ from helpers.trl_runs import measure_training
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
+@pytest.fixture(autouse=True)
+def trainers_own_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the trainer, which imported no tracker, from looking for the stand-in."""
+    monkeypatch.setattr("trl.extras.profiling.is_wandb_available", lambda: False)
+
+
 def report_to_wandb(training: Any) -> None:
     """Name the tracker after the trainer has made its callbacks, so that it has none of the package."""
     training.args.report_to = ["wandb"]
