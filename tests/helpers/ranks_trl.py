@@ -203,10 +203,10 @@ def failed(out: Path) -> dict[str, Any]:
             raise torch.OutOfMemoryError("no memory")
         return fx.influence(*args, **options)
 
-    def fail_to_write(self: StepStore, measured: Any, *args: Any) -> None:
+    def fail_to_write(self: StepStore, measured: Any, *args: Any) -> dict[str, Any]:
         if measured.step == 3:
             raise OSError("no space")
-        write_step(self, measured, *args)
+        return write_step(self, measured, *args)
 
     training._generate_single_turn = fail_to_generate
     with (
