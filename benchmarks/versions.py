@@ -129,7 +129,15 @@ SETS = {
             "transformers": "4.56.2",
         },
         left_out={
-            NO_FSDP2: ("tests/interop/trl/preflight/test_processes.py",),
+            NO_FSDP2: (
+                "tests/interop/trl/preflight/test_processes.py",
+                "tests/benchmarks/test_benchmarks.py::test_tables_match_the_stored_figures[sharding]",
+                "tests/benchmarks/test_benchmarks.py::test_main_lists_benchmarks_and_names_an_unknown_one",
+            ),
+            "transformers 4.56 does not know the option": (
+                "tests/interop/trl/preflight/test_generation.py::test_attach_rejects_biased_generation_kwargs"
+                "[settings8-top_h]",
+            ),
             "other rollouts are sampled there, on which the tests' bounds do not hold": (
                 "tests/interop/trl/store/test_step.py::test_stored_step_is_a_readable_run",
                 "tests/interop/trl/test_callback.py::test_logged_metrics_add_up_and_predict_the_change",
