@@ -77,19 +77,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token=END)
 
 
-def policy(seed: int = 0) -> Any:
-    """Return a Qwen2 of two layers whose completions end after a few tokens."""
+def policy(seed: int = 0, hidden_size: int = 16, intermediate_size: int = 24, spread: float = 0.4) -> Any:
+    """Return a Qwen2 of two layers whose completions end after a few tokens.
+
+    Args:
+        seed: of its weights.
+        hidden_size: width of its layers.
+        intermediate_size: width within its MLPs.
+        spread: standard deviation of its weights.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = Qwen2Config(
             vocab_size=len(CHARACTERS) + 2,
-            hidden_size=16,
-            intermediate_size=24,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=32,
-            initializer_range=0.4,
+            initializer_range=spread,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=1,
@@ -98,7 +105,7 @@ def policy(seed: int = 0) -> Any:
         model = Qwen2ForCausalLM(config)
         # A new model embeds its padding token as 0, where the following norm is far from linear, and this untrained
         # policy samples it.
-        model.get_input_embeddings().weight.data[0].normal_(std=0.4)
+        model.get_input_embeddings().weight.data[0].normal_(std=spread)
         return model
 
 

@@ -166,7 +166,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Job], None]] = {
     "watch": _watch,
     "analyze": _analyze,
 }
-"""What carries out each command, by its name."""
+"""Functions that carry out the commands, by name."""
 
 
 def _read_plan(arguments: argparse.Namespace, plan_type: type[AnyPlan], job: Job) -> tuple[AnyPlan, Path]:

@@ -113,26 +113,9 @@ def save_four_bit_policy(path: Path, compute_dtype: torch.dtype) -> Any:
         path: where the full weights are saved.
         compute_dtype: of the 4-bit layers.
     """
-    from benchmarks.trl.variants import CHARACTERS
+    from benchmarks.trl.variants import policy
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=len(CHARACTERS) + 2,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-        full = Qwen2ForCausalLM(config)
-        full.get_input_embeddings().weight.data[0].normal_(std=0.2)
+    full = policy(hidden_size=64, intermediate_size=64, spread=0.2)
     full.save_pretrained(path)
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
