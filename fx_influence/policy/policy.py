@@ -71,16 +71,16 @@ class Templates(NamedTuple):
 
     def with_min_compute_dtype(self, dtype: torch.dtype) -> Templates:
         """Return copies whose 4-bit layers compute in at least ``dtype``, itself where there are none."""
-        modules = [self.full.module, self.backbone.module, self.backbone_vmap.module]
-        modules += [] if self.head is None else [self.head.module]
-        if not any(isinstance(layer, FourBitLinear) for module in modules for layer in module.modules()):
+        if not any(isinstance(layer, FourBitLinear) for module in self._modules() for layer in module.modules()):
             return self
         templates = copy.deepcopy(self)
-        for module in (templates.full.module, templates.backbone.module, templates.backbone_vmap.module):
+        for module in templates._modules():
             raise_compute_dtype(module, dtype)
-        if templates.head is not None:
-            raise_compute_dtype(templates.head.module, dtype)
         return templates
+
+    def _modules(self) -> list[nn.Module]:
+        parts = (self.full, self.backbone, self.backbone_vmap, self.head)
+        return [part.module for part in parts if part is not None]
 
 
 class Policy:

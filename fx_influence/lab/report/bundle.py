@@ -17,7 +17,7 @@ from fx_influence.interop.runtime.run_files import SEQUENCES, SUMMARY, RunDirect
 from fx_influence.lab.console.headline import headline
 from fx_influence.lab.report.page import FOLDER, PAGE, SOURCES, render, report_page
 from fx_influence.lab.report.training_page import steps_with_page, strongest_steps, training_page
-from fx_influence.lab.report.training_tables import step_page
+from fx_influence.lab.report.training_tables import step_directory, step_page
 from fx_influence.lab.results import load_run
 from fx_influence.lab.training.load import Training, load_training
 from fx_influence.lab.training.sentences import training_sentences
@@ -113,9 +113,9 @@ def _write_run(directory: Path, folder: Path, name: str) -> Entry:
 
 
 def _write_training(training: Training, folder: Path, figures: Path) -> None:
-    pages = {step for step in _steps(training) if (training.path / step_page(step)).parents[1].is_dir()}
+    pages = {step for step in _steps(training) if (training.path / step_directory(step)).is_dir()}
     for step in sorted(pages):
-        results = load_run((training.path / step_page(step)).parents[1])
+        results = load_run(training.path / step_directory(step))
         _write(folder / step_page(step), report_page(results, figures=False))
     _write(folder / FOLDER / PAGE, training_page(training, pages=pages, folder=figures))
     shutil.copyfile(training.path / LEDGER, folder / LEDGER)

@@ -19,6 +19,7 @@ from fx_influence.lab.report.training_tables import (
     lifetime_table,
     prompts_table,
     sources_table,
+    step_directory,
     step_page,
     steps_table,
     strongest_of_run,
@@ -53,8 +54,8 @@ def write_training_report(training: Training, figures: bool = True) -> Path:
     Example, after a training run: ``write_training_report(load_training("runs/grpo/entropy_influence"))``.
     """
     for step in strongest_steps(training) - steps_with_page(training):
-        if (training.path / step_page(step)).parents[1].is_dir():
-            write_report(load_run((training.path / step_page(step)).parents[1]), figures=False)
+        if (training.path / step_directory(step)).is_dir():
+            write_report(load_run(training.path / step_directory(step)), figures=False)
     return write_page(training.path, lambda: training_page(training, figures))
 
 

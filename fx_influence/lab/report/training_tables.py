@@ -249,9 +249,14 @@ def _table(rows: list[tuple[str, Term, str, str]]) -> SumTable:
     )
 
 
+def step_directory(step: int) -> Path:
+    """Return the path of a step's directory in that of the training run's measured steps."""
+    return Path(f"step_{step:06d}")
+
+
 def step_page(step: int) -> Path:
     """Return the path of a step's page in the directory of the training run's measured steps."""
-    return Path(f"step_{step:06d}") / "report" / "index.html"
+    return step_directory(step) / "report" / "index.html"
 
 
 def _link(rollout: dict[str, Any]) -> str:
