@@ -22,6 +22,7 @@ Estimator = Literal["per_decision", "sequence"]
 Normalize = Literal["token", "sequence"]
 Baseline = Literal["batch", "prompt"]
 Preconditioner = Literal["frozen", "jacobian", "rmsprop", "lifetime"]
+Clip = Literal["frozen", "differentiated"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"]
 
 

@@ -40,7 +40,7 @@ from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.interop.rollouts.batch import collate
-from fx_influence.types import Batch, Params, Preconditioner, TokenValues
+from fx_influence.types import Batch, Params, TokenValues
 
 NAME = "bench_counterfactual"
 MAX_NORM = 1.0
@@ -65,8 +65,14 @@ class TrainingRun(NamedTuple):
         return f"{self.policy}-{self.lr:g}-{self.seed}"
 
 
-PRECONDITIONERS: dict[str, Preconditioner] = {"share": "frozen", "marginal": "jacobian", "rmsprop": "rmsprop"}
-"""Preconditioners by the names of their predictors in stored results."""
+INFLUENCES: dict[str, dict[str, Any]] = {
+    "share": {"preconditioner": "frozen"},
+    "marginal": {"preconditioner": "jacobian"},
+    "rmsprop": {"preconditioner": "rmsprop"},
+    "share, clip": {"preconditioner": "frozen", "clip": "differentiated"},
+    "marginal, clip": {"preconditioner": "jacobian", "clip": "differentiated"},
+}
+"""Options of ``fx.influence`` by the names of their predictors in stored results."""
 
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
@@ -176,11 +182,10 @@ def predictions(
         gradients: of the loss of each rollout, (n, ...) by name.
         advantages: (n,).
     """
+    shared: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False}
     influences = {
-        key: fx.influence(
-            params, batch, e, state, apply=apply, preconditioner=preconditioner, max_grad_norm=MAX_NORM, stderr=False
-        ).per_sequence
-        for key, preconditioner in PRECONDITIONERS.items()
+        key: fx.influence(params, batch, e, state, **shared, **options).per_sequence
+        for key, options in INFLUENCES.items()
     }
     values = all_token_values(params, e, apply)
     weights = entropy_coefficients(values, e)

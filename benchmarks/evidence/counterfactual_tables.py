@@ -10,14 +10,21 @@ from benchmarks.harness import format_interval, mean_interval
 
 PHASES = {"step 1": range(1, 2), "later": range(2, 10**6)}
 REGIMES = {"lr to 1e-4": (0.0, 1e-4), "lr 1e-3": (1e-4, 1.0)}
-CANDIDATES = ("share", "marginal", "sgd", "covariance proxy", "advantage")
+CANDIDATES = ("share", "marginal", "share, clip", "marginal, clip", "sgd", "covariance proxy", "advantage")
 """Predictors of which the best is named."""
 SIGNLESS = ("size of advantage", "gradient norm", "length")
 """Predictors of the size of an effect without its sign."""
 KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of leaving one out"}
-LABELS = {"share": "frozen", "share, exact": "frozen, exact", "marginal": "jacobian", "sgd": "plain SGD"}
+LABELS = {
+    "share": "frozen",
+    "share, exact": "frozen, exact",
+    "marginal": "jacobian",
+    "share, clip": "frozen, clip differentiated",
+    "marginal, clip": "jacobian, clip differentiated",
+    "sgd": "plain SGD",
+}
 """Titles of predictors by their names in stored results."""
-INFLUENCES = ("share", "share, exact", "marginal", "sgd")
+INFLUENCES = ("share", "share, exact", "marginal", "share, clip", "marginal, clip", "sgd")
 PROXIES = ("covariance proxy", "exact tabular", "STEER", "REPO", "relative surprisal", "GRPODropout")
 """Predictors from ``fx.proxies``; a table has the columns of those that its results hold."""
 SIGNED = (*INFLUENCES, *PROXIES, "advantage", "ceiling")
@@ -118,13 +125,13 @@ def appendix(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """Return rank correlations at the first step and later, and the predictors to use."""
-    lines = [
-        "| steps | effect of | frozen | jacobian | plain SGD | covariance proxy | advantage | ceiling | use |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["summary"]["phases"]:
+    phases = report["summary"]["phases"]
+    names = [name for name in (*CANDIDATES, "ceiling") if any(name in row["loo"] for row in phases)]
+    titles = ["steps", "effect of", *(LABELS.get(name, name) for name in names), "use"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in phases:
         for kind in ("loo", "lds"):
-            cells = (format_interval(row[kind][name], "+.2f") for name in (*CANDIDATES, "ceiling"))
+            cells = (format_interval(row[kind].get(name), "+.2f") for name in names)
             use = ", ".join(LABELS.get(name, name) for name in row[kind]["best"])
             title = f"{row['phase']}, {row['regime']} ({row['trainings']} training runs)"
             lines.append(f"| {title} | {KINDS[kind]} | {' | '.join(cells)} | {use} |")

@@ -26,7 +26,7 @@ from fx_influence.attribution.row_influences import check_sums, conditioning, su
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import default_budget
 from fx_influence.batching.prompts import warn_of_shared_prompts
-from fx_influence.core.batch_checks import check_batch, check_is_batch
+from fx_influence.core.batch_checks import check_is_batch, check_update_and_evaluation
 from fx_influence.core.checks import check_dtypes, check_number, check_options
 from fx_influence.core.parameter_checks import check_policy, check_state
 from fx_influence.core.tree import detached
@@ -35,11 +35,11 @@ from fx_influence.estimators.consistency import check_identity, check_rounding, 
 from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
-from fx_influence.optim.adamw import check_adamw_inputs
+from fx_influence.optim.adamw import check_adamw_inputs, check_clip
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import PassPrecision, pass_precision
-from fx_influence.types import AdamWState, Apply, Batch, Gradients, Params, Preconditioner
+from fx_influence.types import AdamWState, Apply, Batch, Clip, Gradients, Params, Preconditioner
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,6 +57,7 @@ def influence(
     preconditioner: Preconditioner = "frozen",
     temperature: float = 1.0,
     max_grad_norm: float | None = None,
+    clip: Clip = "frozen",
     grad: Gradients | None = None,
     matrix: bool = False,
     stderr: bool = True,
@@ -109,6 +110,8 @@ def influence(
         preconditioner: what a rollout's gradient is multiplied with; see ``adamw_decompose``.
         temperature: divides the logits before log-probabilities and entropies.
         max_grad_norm: the trainer's gradient clipping; see ``adamw_decompose``.
+        clip: ``"differentiated"`` follows the clipping factor as the weights of rollouts change, as in leaving one out.
+            Where the step clips, the influences then add up to 0 and ``baseline`` is all of ``total``.
         grad: U's gradient by name, before clipping, where the trainer has it; saves the reverse pass over U.
         matrix: also return M_ai = <grad s_a, gamma * g_i>, from per-sequence gradients in blocks.
         stderr: also return standard errors over E's clusters, which are ``batch_e.group`` or without it the rows, with
@@ -181,6 +184,7 @@ def influence(
         objective=objective,
         preconditioner=preconditioner,
         max_grad_norm=max_grad_norm,
+        clip=clip,
         matrix=matrix,
         stderr=stderr,
         per_token=per_token,
@@ -196,8 +200,9 @@ def influence(
     batch_e = None if batch_e is None else engine.full_batch("batch_e", batch_e)
     if matrix:
         engine.check_gram("matrix=True")
-    _check_batches(params, batch_u, batch_e, apply)
+    check_update_and_evaluation(params, batch_u, batch_e, apply)
     check_adamw_inputs({} if grad is None else grad, opt_state, params, preconditioner, max_grad_norm)
+    check_clip(clip, preconditioner, matrix)
     rows = evaluation_rows(batch_u, batch_e, cross_fit)
     check_evaluation(objective, rows.batch)
     if stderr and batch_e is not None:
@@ -213,6 +218,7 @@ def influence(
             objective=objective,
             preconditioner=preconditioner,
             max_grad_norm=max_grad_norm,
+            clip=clip,
             grad=grad,
             matrix=matrix,
             stderr=stderr,
@@ -242,6 +248,7 @@ class _Inputs:
     objective: Entropy | Objective
     preconditioner: Preconditioner
     max_grad_norm: float | None
+    clip: Clip
     grad: Gradients | None
     matrix: bool
     stderr: bool
@@ -264,7 +271,7 @@ def _attribute(x: _Inputs) -> Influence:
     )
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 0
     update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, num_directions, x.per_token, x.memory_budget)
-    step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm)
+    step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm, x.clip)
     shares = evaluation.group_shares
     labelled = labelled_losses(
         x.params,
@@ -306,7 +313,8 @@ def _attribute(x: _Inputs) -> Influence:
         pairwise = leave_own_rows_out(pairwise, slopes, evaluation, x.groups)
     check_rounding(rounding, rows.over_all, x.precision.lowest, x.bound)
     # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
-    baseline = on_step.momentum + on_step.weight_decay if x.preconditioner == "frozen" else on_step.baseline
+    is_split = x.preconditioner == "frozen" and x.clip == "frozen"
+    baseline = on_step.momentum + on_step.weight_decay if is_split else on_step.baseline
     return Influence(
         per_sequence=rows.per_sequence,
         per_token=rows.per_token,
@@ -337,14 +345,3 @@ def _check_types(
     if batch_e is not None:
         check_is_batch("batch_e", batch_e)
     check_objective(objective)
-
-
-def _check_batches(params: Params, batch_u: Batch, batch_e: Batch | None, apply: Apply) -> None:
-    given = batch_u.coefficients is not None or batch_u.entropy_coefficients is not None
-    if batch_e is not None and batch_e.coefficients is not None and not given:
-        raise ValueError(
-            "batch_u.coefficients is None and batch_e has some; expected them in batch_u. Swap the two batches"
-        )
-    check_batch("batch_u", batch_u, params, apply, coefficients=True, may_be_empty=batch_e is not None)
-    if batch_e is not None:
-        check_batch("batch_e", batch_e, params, apply)

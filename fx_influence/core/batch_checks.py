@@ -73,6 +73,25 @@ def check_batch(
         check_coefficients(field, batch)
 
 
+def check_update_and_evaluation(params: Params, batch_u: Batch, batch_e: Batch | None, apply: Apply) -> None:
+    """Raise ``ValueError`` for an update batch, or an evaluation batch beside it, that cannot be attributed.
+
+    Args:
+        params: theta by name.
+        batch_u: update batch, with coefficients.
+        batch_e: evaluation batch, or None where U is its own.
+        apply: the policy.
+    """
+    given = batch_u.coefficients is not None or batch_u.entropy_coefficients is not None
+    if batch_e is not None and batch_e.coefficients is not None and not given:
+        raise ValueError(
+            "batch_u.coefficients is None and batch_e has some; expected them in batch_u. Swap the two batches"
+        )
+    check_batch("batch_u", batch_u, params, apply, coefficients=True, may_be_empty=batch_e is not None)
+    if batch_e is not None:
+        check_batch("batch_e", batch_e, params, apply)
+
+
 def check_coefficients(field: str, batch: Batch) -> None:
     """Raise ``ValueError`` unless a batch has coefficients, finite at every completion token.
 

@@ -13,7 +13,7 @@ from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
 from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
 from fx_influence.core.tree import detached, promote
-from fx_influence.types import AdamWHyper, AdamWState, Params, Preconditioner
+from fx_influence.types import AdamWHyper, AdamWState, Clip, Params, Preconditioner
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Fields of ``AdamWState`` that hold a tensor of each parameter's shape."""
@@ -286,3 +286,18 @@ def check_adamw_inputs(
             raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")
         if hyper.amsgrad and name not in opt_state.max_exp_avg_sq:
             raise ValueError(f"opt_state has no max_exp_avg_sq for {name!r}, whose group has amsgrad=True; {remedy}")
+
+
+def check_clip(clip: str, preconditioner: str, matrix: bool) -> None:
+    """Raise ``ValueError`` for a derivative of the clipping factor that is not defined or not computed."""
+    check_choice("clip", clip, get_args(Clip))
+    if clip == "differentiated" and preconditioner == "rmsprop":
+        raise ValueError(
+            f"clip is {clip!r} with preconditioner {preconditioner!r}; expected 'frozen', since that step is not "
+            "clipped. Take preconditioner='frozen' or 'jacobian'"
+        )
+    if clip == "differentiated" and matrix:
+        raise ValueError(
+            f"clip is {clip!r} with matrix=True; expected 'frozen', since M_ai is of a diagonal gain. Leave the "
+            "matrix out"
+        )

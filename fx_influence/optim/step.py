@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
-from fx_influence.core.tree import Direction, dot_by_name, every_nth, promote
+from fx_influence.core.tree import Direction, dot, dot_by_name, every_nth, promote
 from fx_influence.optim.adamw import StepInputs, clip_factor, moments_of, step_terms
-from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params, Preconditioner
+from fx_influence.types import AdamWHyper, AdamWState, Clip, Gradients, Params, Preconditioner
 
 BLOCK, CPU_BLOCK = 2**20, 2**16
 """Entries whose step is computed at once, on an accelerator and on a CPU, whose caches hold the terms of so many: about
@@ -22,13 +22,15 @@ ten times their memory."""
 class InnerProducts(NamedTuple):
     """Inner products <x, .> of a vector x with the terms of a step that do not contain U's gradient, float64 scalars.
 
-    ``direction``: with the step itself.
+    ``direction``: with the step itself. ``clipping``: what the derivative of kappa takes off <x, gain * g>, a part of
+    the baseline; 0 where kappa is fixed.
     """
 
     direction: Tensor
     baseline: Tensor
     momentum: Tensor
     weight_decay: Tensor
+    clipping: Tensor
 
 
 def add_inner_products(products: Sequence[InnerProducts]) -> InnerProducts:
@@ -46,6 +48,7 @@ class AdamWStep:
         params: theta by name.
         preconditioner: see ``adamw_decompose``.
         clip: kappa, scalar.
+        clipping: whether derivatives hold kappa fixed or follow it as a function of the gradient's norm.
     """
 
     grads: Gradients
@@ -53,6 +56,7 @@ class AdamWStep:
     params: Params
     preconditioner: Preconditioner
     clip: Tensor
+    clipping: Clip = "frozen"
 
     @classmethod
     def of(
@@ -62,9 +66,10 @@ class AdamWStep:
         params: Params,
         preconditioner: Preconditioner,
         max_grad_norm: float | None,
+        clipping: Clip = "frozen",
     ) -> AdamWStep:
         """Return the step; the inputs are those of ``adamw_decompose``, checked by its ``check_adamw_inputs``."""
-        return cls(grads, opt_state, params, preconditioner, clip_factor(grads, max_grad_norm, params))
+        return cls(grads, opt_state, params, preconditioner, clip_factor(grads, max_grad_norm, params), clipping)
 
     def update_products(self, u: Direction) -> dict[str, Tensor]:
         """Return <u, g> by parameter, float64 scalars: with u = gain * x the terms of <x, gain * g>."""
@@ -74,7 +79,8 @@ class AdamWStep:
     def precondition_(self, x: Params) -> InnerProducts:
         """Return <x, .> with the step and its terms, and multiply x by the step's gain, in place: one pass does both.
 
-        Entries of parameters that the step does not move become 0.
+        Entries of parameters that the step does not move become 0. Where kappa is differentiated, x becomes the
+        transposed derivative of the step with respect to g, and the baseline what is left of the step.
 
         Example:
             >>> from fx_influence.types import AdamWHyper
@@ -86,7 +92,39 @@ class AdamWStep:
             (-0.2, True)
         """
         totals = reduce_over_shards([self._precondition_(name, v) for name, v in x.items()], list(x.values()))
-        return InnerProducts(*torch.stack(totals).sum(0))
+        direction, baseline, momentum, weight_decay = torch.stack(totals).sum(0)
+        differentiated = self.clipping == "differentiated"
+        clipping = self.differentiate_clipping_(x) if differentiated else torch.zeros_like(direction)
+        return InnerProducts(direction, baseline + clipping, momentum, weight_decay, clipping)
+
+    def differentiate_clipping_(self, x: Params) -> Tensor:
+        """Add the term of kappa's derivative to a cotangent x of g with kappa fixed; return what it takes off <x, g>.
+
+        Where the step clips, kappa = max_norm / (n + 1e-6) with n = |g|, and x becomes x - <x, g> g / (n (n + 1e-6)):
+        next to nothing along g, since a longer gradient is clipped to the same length.
+
+        Example:
+            >>> from fx_influence.types import AdamWHyper
+            >>> zero, g = {"w": torch.zeros(2)}, {"w": torch.tensor([3.0, 4.0])}
+            >>> state = AdamWState(zero, zero, {}, {"w": 0}, {"w": AdamWHyper()}, lr=1e-3)
+            >>> x = {"w": torch.tensor([5.0, 0.0])}
+            >>> _ = AdamWStep.of(g, state, zero, "frozen", max_grad_norm=1.0).differentiate_clipping_(x)
+            >>> [round(entry, 3) for entry in x["w"].tolist()]
+            [3.2, -2.4]
+        """
+        reached = {name: g for name, g in self.grads.items() if g is not None}
+        norm = dot(reached, reached).sqrt()
+        if not self.clip < 1:
+            return torch.zeros_like(norm)
+        product = dot({name: g for name, g in reached.items() if name in x}, x)
+        factor = float(product / (norm * (norm + 1e-6)))
+        for name, g in reached.items():
+            # The norm is over all parameters, those that the optimizer does not hold included.
+            if name in x:
+                x[name].sub_(g.to(x[name]), alpha=factor)
+            else:
+                x[name] = -factor * g.to(promote(g.dtype))
+        return product * (norm / (norm + 1e-6))
 
     def keep_fresh_(self, x: Params) -> None:
         """Set x to 0, in place, except on coordinates J, whose denominator comes from this very gradient or eps.

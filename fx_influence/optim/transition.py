@@ -8,13 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.core.tree import dot, promote
+from fx_influence.core.tree import dot
 from fx_influence.optim.adamw import StepInputs, second_moment_denominator, step_terms
 from fx_influence.optim.step import AdamWStep
-from fx_influence.types import AdamWHyper, AdamWState, Params
-
-Clip = Literal["frozen", "differentiated"]
-"""Whether a derivative holds the clipping factor kappa fixed, or follows it as a function of the gradient's norm."""
+from fx_influence.types import AdamWHyper, AdamWState, Clip, Params
 
 
 class ParameterState(NamedTuple):
@@ -195,8 +192,8 @@ def advance(step: AdamWStep, lr: float) -> tuple[Params, AdamWState]:
 def transpose(step: AdamWStep, lr: float, after: StateCotangent, clip: Clip = "frozen") -> TransposedStep:
     """Return the vector-Jacobian product of ``advance`` over all parameters.
 
-    With the clipping factor differentiated, where the step clips, the cotangent x of g gets a term of rank one over all
-    parameters: kappa = max_norm / (n + 1e-6), n = |g|, so x becomes x - <x, g> g / (n (n + 1e-6)).
+    With the clipping factor differentiated the cotangent of g gets ``AdamWStep.differentiate_clipping_``'s term of rank
+    one over all parameters.
 
     Args:
         step: the gradient, the state and the parameters before the step, and kappa. Its ``preconditioner``, ``frozen``
@@ -225,19 +222,6 @@ def transpose(step: AdamWStep, lr: float, after: StateCotangent, clip: Clip = "f
         size = dot({name: after.theta[name]}, {name: step.params[name]})
         decay -= lr * hyper.lr_scale * hyper.weight_decay * size.to(decay.device)
         of_eps += hyper.eps * out.eps.to(of_eps.device)
-    if clip == "differentiated" and step.clip < 1 and of_g:
-        _add_clipping_(of_g, step)
+    if clip == "differentiated" and of_g:
+        step.differentiate_clipping_(of_g)
     return TransposedStep(StateCotangent(theta, m, s, maximum), of_g, decay, of_eps)
-
-
-def _add_clipping_(of_g: Params, step: AdamWStep) -> None:
-    """Add the term of the clipping factor's derivative to the gradient's cotangent, in place."""
-    reached = {name: g.to(promote(g.dtype)) for name, g in step.grads.items() if g is not None}
-    norm = dot(reached, reached).sqrt()
-    factor = float(dot(of_g, {name: reached[name] for name in of_g}) / (norm * (norm + 1e-6)))
-    for name, g in reached.items():
-        # The norm is over all parameters, those that the optimizer does not hold included.
-        if name in of_g:
-            of_g[name].sub_(g, alpha=factor)
-        else:
-            of_g[name] = -factor * g

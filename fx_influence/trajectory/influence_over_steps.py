@@ -19,7 +19,6 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, tolerance_of
 from fx_influence.estimators.deviations import NOTHING_LEFT_OUT
 from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
-from fx_influence.optim.transition import Clip
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import pass_precision
 from fx_influence.trajectory.error_bars import add_up_groups
@@ -27,7 +26,7 @@ from fx_influence.trajectory.recursion import RecursionOptions, WindowParts, bac
 from fx_influence.trajectory.replay import replay
 from fx_influence.trajectory.result import InfluenceOverSteps
 from fx_influence.trajectory.window import Window, check_window
-from fx_influence.types import Apply, Batch
+from fx_influence.types import Apply, Batch, Clip
 
 Denominators = Literal["jacobian", "frozen"]
 

@@ -14,10 +14,10 @@ from fx_influence.autodiff.engine import Engine
 from fx_influence.core.tree import add, dot
 from fx_influence.estimators.consistency import check_identity
 from fx_influence.optim.step import AdamWStep
-from fx_influence.optim.transition import Clip, StateCotangent, transpose
+from fx_influence.optim.transition import StateCotangent, transpose
 from fx_influence.trajectory.replay import Replay
 from fx_influence.trajectory.window import RecordedStep
-from fx_influence.types import AdamWState, Params
+from fx_influence.types import AdamWState, Clip, Params
 
 
 class RecursionOptions(NamedTuple):

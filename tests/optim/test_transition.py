@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fx_influence.core.tree import dot
 from fx_influence.optim.step import AdamWStep
-from fx_influence.optim.transition import Clip, StateCotangent, TransposedStep, advance, transpose
+from fx_influence.optim.transition import StateCotangent, TransposedStep, advance, transpose
 from fx_influence.testing import reference
-from fx_influence.types import AdamWHyper, AdamWState, Gradients, Params
+from fx_influence.types import AdamWHyper, AdamWState, Clip, Gradients, Params
 
 Fixed = Literal["frozen", "jacobian"]
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fx_influence as fx
-from fx_influence.optim.transition import Clip
-from fx_influence.types import IdentityError
+from fx_influence.types import Clip, IdentityError
 
 WIDTHS = (1e-4, 1e-5)
 """Changes of weights; the second is for windows in which amsgrad's maximum changes hands within the first."""
