@@ -58,7 +58,9 @@ def of_phases(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _means(runs_states: Sequence[Sequence[dict[str, Any]]], kind: str, name: str) -> dict[int, float]:
-    by_run = {k: [s[kind][name] for s in states if s[kind][name] is not None] for k, states in enumerate(runs_states)}
+    by_run = {
+        k: [s[kind][name] for s in states if s[kind].get(name) is not None] for k, states in enumerate(runs_states)
+    }
     return {k: statistics.fmean(values) for k, values in by_run.items() if values}
 
 
@@ -126,7 +128,7 @@ def appendix(report: dict[str, Any]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """Return rank correlations at the first step and later, and the predictors to use."""
     phases = report["summary"]["phases"]
-    names = [name for name in (*CANDIDATES, "ceiling") if any(name in row["loo"] for row in phases)]
+    names = [name for name in (*CANDIDATES, "ceiling") if any(row["loo"].get(name) for row in phases)]
     titles = ["steps", "effect of", *(LABELS.get(name, name) for name in names), "use"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in phases:
