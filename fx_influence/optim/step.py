@@ -121,7 +121,7 @@ class AdamWStep:
         for name, g in reached.items():
             # The norm is over all parameters, those that the optimizer does not hold included.
             if name in x:
-                x[name].sub_(g.to(x[name]), alpha=factor)
+                x[name].sub_(g.to(x[name].dtype), alpha=factor)
             else:
                 x[name] = -factor * g.to(promote(g.dtype))
         return product * (norm / (norm + 1e-6))

@@ -88,7 +88,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
     block = {name: torch.stack([v, -0.5 * v, 2 * v]) for name, v in direction.items()}
     influences: dict[str, dict[str, Any]] = {
         "adjoint": {},
-        "no stderr": {"stderr": False, "max_grad_norm": 0.1},
+        "no stderr": {"stderr": False, "max_grad_norm": 0.1, "clip": "differentiated"},
         "per sequence": {"per_token": False, "objective": fx.Entropy("sequence", "sequence")},
         "matrix": {"matrix": True, "preconditioner": "jacobian", "temperature": 0.7},
         "small chunks": {"chunk_size": 2, "memory_budget": 0},
@@ -173,7 +173,15 @@ def compute_mesh_functions(
     records: dict[str, Any] = {
         "adjoint": fx.influence(params, u, e, state, apply=apply, chunk_size=3),
         "clipped": fx.influence(
-            params, u, e, state, apply=apply, max_grad_norm=0.1, preconditioner="jacobian", stderr=False
+            params,
+            u,
+            e,
+            state,
+            apply=apply,
+            max_grad_norm=0.1,
+            clip="differentiated",
+            preconditioner="jacobian",
+            stderr=False,
         ),
         "snis": fx.snis_delta(params, direction, 0.3, e, apply=apply),
         "sweep": fx.snis_sweep(params, e, apply=apply)(block, [0.1, 1.0]),
