@@ -118,7 +118,9 @@ def two_turns(prompts: list[Any], trainer: Any, temperature: float = 1.0) -> dic
     for k, prompt in enumerate(prompts):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         ids = [WORDS.index(str(k % 10)), *ids]
-        completion, logprobs, mask = [], [], []
+        completion: list[int] = []
+        logprobs: list[float] = []
+        mask: list[int] = []
         for turn in range(2):
             if turn:
                 completion, logprobs, mask = [*completion, *answer], [*logprobs, 0.0, 0.0, 0.0], [*mask, 0, 0, 0]
