@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def policy_of_experts() -> Qwen3MoeForCausalLM:
 def test_steps_of_experts_are_measured(lora: bool, router_loss: float, tmp_path: Path) -> None:
     """The router's auxiliary loss is no coefficient's: it is unattributed, and without it nothing is."""
     variant = Variant("dapo", lora, 1, False, {"router_aux_loss_coef": router_loss})
-    options = {"per_device_train_batch_size": 15, "learning_rate": 1e-3 if lora else 1e-5}
+    options: dict[str, Any] = {"per_device_train_batch_size": 15, "learning_rate": 1e-3 if lora else 1e-5}
     settings = {"eval_prompts": "batch"}
     measured = measure_training(tmp_path / "a", 3, variant, settings=settings, model=policy_of_experts(), **options)
     assert not measured.warnings
