@@ -112,7 +112,7 @@ def derived_trainer(kind: type[GRPOTrainer], out: str, steps: int = 2) -> Any:
 
 @contextmanager
 def swift_installed() -> Iterator[type[SwiftTrainer]]:
-    """Make ``swift.rlhf_trainers.grpo_trainer`` importable, with a fresh subclass of the stand-in as ``GRPOTrainer``."""
+    """Make ``swift.rlhf_trainers.grpo_trainer`` importable, with a fresh subclass of the stand-in inside."""
     names = ("swift", "swift.rlhf_trainers", "swift.rlhf_trainers.grpo_trainer")
     modules: dict[str, Any] = {name: types.ModuleType(name) for name in names}
     kind = type("SwiftTrainer", (SwiftTrainer,), {})
