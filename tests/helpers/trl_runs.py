@@ -47,6 +47,11 @@ def warnings_of(call: Callable[[], Any]) -> list[str]:
     return [str(w.message) for w in caught]
 
 
+def warnings_about_steps(call: Callable[[], Any]) -> list[str]:
+    """Return the warnings of a call about steps that are not attributed or measured."""
+    return [x for x in warnings_of(call) if "attributed" in x or "is measured" in x]
+
+
 def measure_training(
     out: Path,
     steps: int = 2,
@@ -75,8 +80,7 @@ def measure_training(
         influence.attach(training)
         training.train()
 
-    texts = warnings_of(train)
-    return MeasuredTraining(training, influence, [x for x in texts if "attributed" in x or "is measured" in x])
+    return MeasuredTraining(training, influence, warnings_about_steps(train))
 
 
 def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -112,9 +116,24 @@ def assert_training_unchanged(
     **options: Any,
 ) -> None:
     """Assert that measuring changes no bit of a training run: of its weights, its log or the random state."""
+
+    def make_plain() -> Any:
+        plain = trainer(PLAIN, str(out), steps, **options)
+        prepare(plain)
+        return plain
+
+    assert_trains_like(measured, make_plain)
+
+
+def assert_trains_like(measured: Any, make_plain: Callable[[], Any]) -> None:
+    """Assert that a trainer that has just trained agrees with another one in weights, log and random state.
+
+    Args:
+        measured: the trainer that has trained.
+        make_plain: returns the other one, which is trained here.
+    """
     random_state = torch.get_rng_state()
-    plain = trainer(PLAIN, str(out), steps, **options)
-    prepare(plain)
+    plain = make_plain()
     plain.train()
     weights, expected = weights_of(measured), weights_of(plain)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -343,7 +343,6 @@ class StepMeasurement:
 
 
 def _sampled_logprobs(captured: CapturedStep) -> Tensor | None:
-    """Return the log-probs under the policy that sampled U, float64 (m,), or None where the trainer keeps none."""
-    if captured.old_logprobs is None:
-        return None
-    return captured.old_logprobs[captured.batch.completion_mask].double().cpu()
+    """Return the log-probs that U was sampled with, as the generation or else the trainer has them; float64 (m,)."""
+    logprobs = captured.old_logprobs if captured.sampled_logprobs is None else captured.sampled_logprobs
+    return None if logprobs is None else logprobs[captured.batch.completion_mask].double().cpu()

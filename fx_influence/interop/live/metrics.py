@@ -122,8 +122,9 @@ class MeasuredStep(NamedTuple):
             "stderr": influence.total_stderr,
             "residual": influence.residual,
             "unattributed": influence.unattributed,
-            "rounding": influence.rounding.nansum(),
         }
+        if not influence.rounding.isnan().all():
+            per_unit_lr["rounding"] = influence.rounding.nansum()
         metrics = {name: self.lr * float(value) for name, value in per_unit_lr.items()}
         completion_tokens = influence.per_token[captured.batch.completion_mask]
         concentration = float(top_share(completion_tokens, TOP_SHARE)) if completion_tokens.numel() else math.nan

@@ -25,6 +25,7 @@ class RolloutRows(NamedTuple):
     logprobs: Tensor
     entropies: Tensor | None
     old_logprobs: Tensor | None
+    sampled_logprobs: Tensor | None
     advantages: Tensor
     token_advantages: Tensor | None
     rewards: Tensor

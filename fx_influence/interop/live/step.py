@@ -26,6 +26,8 @@ class CapturedStep(NamedTuple):
         logprobs: (n, T), of the completion tokens, from the trainer's own forward at its temperature.
         entropies: (n, T), likewise; None where the trainer computes none.
         old_logprobs: (n, T), under the policy that sampled; None where the trainer keeps only their sums.
+        sampled_logprobs: (n, T), that the tokens were sampled with, NaN where not known; None where the trainer was
+            given none.
         prompt_widths: (n,), columns of each row that hold its prompt and the prompt's padding.
         gradient: by name, sum_i g_i as the optimizer received it, divided by ``clip``.
         clip: the factor by which the gradient was clipped.
@@ -40,6 +42,7 @@ class CapturedStep(NamedTuple):
     logprobs: Tensor
     entropies: Tensor | None
     old_logprobs: Tensor | None
+    sampled_logprobs: Tensor | None
     prompt_widths: Tensor
     gradient: Gradients
     clip: float
@@ -76,6 +79,7 @@ def captured_step(
         logprobs=on_device.logprobs,
         entropies=on_device.entropies,
         old_logprobs=on_device.old_logprobs,
+        sampled_logprobs=on_device.sampled_logprobs,
         prompt_widths=rows.prompt_widths,
         gradient=gradient,
         clip=clip,

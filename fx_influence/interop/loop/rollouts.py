@@ -109,6 +109,7 @@ class AddedRollouts:
             logprobs=self._logprobs,
             entropies=self._entropies,
             old_logprobs=self._behaviour,
+            sampled_logprobs=None,
             advantages=advantages.float(),
             token_advantages=token_advantages,
             rewards=self._rewards,

@@ -72,9 +72,9 @@ class EntropyInfluence(TrainerCallback):
             over the other prompts, of which a step needs four. Where a generation serves several optimizer steps, its
             rollouts are weighted by the policy over the one that sampled them, whose log-probabilities the trainer
             keeps; with ``num_iterations`` above 1 the policy was trained on these very rollouts before, which weights
-            do not correct. Else held-out texts or conversations in the trainer's own format, or a data set with a
-            column ``prompt``; None takes the trainer's ``eval_dataset``. Many prompts with few completions each give
-            smaller errors than the reverse.
+            do not correct. It is the only choice with tools, environments or a ``rollout_func``. Else held-out texts or
+            conversations in the trainer's own format, or a data set with a column ``prompt``; None takes the trainer's
+            ``eval_dataset``. Many prompts with few completions each give smaller errors than the reverse.
         completions_per_prompt: number of completions of each prompt.
         objective: how the entropy is estimated, as for ``fx.influence``.
         preconditioner: as for ``fx.influence``.
@@ -165,9 +165,9 @@ class EntropyInfluence(TrainerCallback):
         mesh = mesh_of(trainer)
         with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
             check_steps(trainer)
-            check_generation(trainer)
-            make_functional(trainer.model, position_ids=False)
             prompts, note = self._evaluation_prompts(trainer)
+            check_generation(trainer, prompts)
+            make_functional(trainer.model, position_ids=False)
             check_sharded_settings(trainer, prompts, self._settings.matrix)
             self._check_processes_agree(mesh, prompts)
             attached = (x for x in trainer.callback_handler.callbacks if isinstance(x, EntropyInfluence))

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hf_models import make_model
+from helpers.hf_models import WIDTH, make_batches, make_model
 from helpers.tiny_models import AttentionModel, full_batch, is_close, make_float64, warm_state
+from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fx_influence as fx
+from fx_influence.batching.rows import select_rows
 from fx_influence.policy.split import split_policy
+from fx_influence.testing import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 U, E = full_batch(1), full_batch(2, rows=8)
@@ -156,7 +159,8 @@ def test_cut_model_when_forward_reads_its_head(kind: type[nn.Module], cut: bool)
     assert (out.per_sequence - plain.per_sequence).abs().max() <= 1e-9 * plain.per_sequence.abs().sum()
 
 
-def experts(kind: str) -> Any:
+def experts(kind: str, **more: Any) -> Any:
+    """Return a Qwen3-MoE of one layer whose experts have the implementation ``kind``."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -171,10 +175,10 @@ def experts(kind: str) -> Any:
         head_dim=8,
         num_experts=4,
         num_experts_per_tok=2,
-        pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.3,
+        **{"pad_token_id": 0, **more},
     )
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation(kind)
@@ -192,3 +196,17 @@ def test_passes_choose_experts_with_derivatives(kind: str) -> None:
     fx.snis_delta(params, ones, 1e-4, HF, apply=apply)
     fx.fisher_kernel(params, HF, HF, None, apply=apply, preconditioner="identity")
     assert model.config._experts_implementation == kind
+
+
+def test_influence_with_experts_matches_reference_in_float64() -> None:
+    # The table of tokens has no gradient at its padding, whereas E's derivatives are those of the function.
+    model = experts("eager", pad_token_id=None).double()
+    apply, params = fx.make_functional(model)
+    state = warm_state(model)
+    u, e = (select_rows(batch, torch.tensor([0, 1, 3])) for batch in make_batches())
+    out = fx.influence(params, u, e, state, apply=apply, matrix=True)
+    slow = reference.influence(apply, params, u, e, state)
+    size = slow.matrix.abs().sum()
+    for name in ("matrix", "per_sequence", "per_token", "baseline"):
+        terms = policy_terms(params, WIDTH)
+        assert_close_to_rounding(getattr(out, name), getattr(slow, name), terms=terms, scale=size, dtype=torch.float64)

@@ -18,7 +18,7 @@ from fx_influence.interop.live.rows import concatenate
 from fx_influence.interop.live.step import CapturedStep, captured_step
 from fx_influence.interop.rollouts.record import source_of
 from fx_influence.interop.trl.capture.micro_batch import SCORE, MicroBatch, scoring_signature
-from fx_influence.interop.trl.capture.rollout_rows import REWARDS, SOURCES, rollout_rows
+from fx_influence.interop.trl.capture.rollout_rows import GROUPS, REWARDS, SOURCES, rollout_rows
 from fx_influence.interop.trl.capture.wrapper import MethodWrapper
 from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.types import Gradients
@@ -51,6 +51,7 @@ class Capture:
         self._rewards: Tensor | None = None
         self._clipped: tuple[float, float] | None = None
         self._problem: str | None = None
+        self._generations = 0
         self._signature = scoring_signature(trainer)
         wrappers = (self._compute_loss, self._score, self._generate, self._calculate_rewards)
         self._wrappers = [MethodWrapper(trainer, name, call) for name, call in zip(METHODS, wrappers, strict=True)]
@@ -187,12 +188,26 @@ class Capture:
                 count, process = len(output["prompt_ids"]), self._trainer.accelerator.process_index
                 output[REWARDS] = self._rewards[process * count : (process + 1) * count]
         with self._noting_problems():
+            # An environment's reset or a rollout_func may give each rollout of a prompt another beginning.
+            if getattr(self._trainer, "environment_factories", None) or getattr(self._trainer, "rollout_func", None):
+                output[GROUPS] = self._prompt_numbers(output["prompt_ids"])
+        with self._noting_problems():
             # One row of the data set for each rollout, with all its columns.
             rows = kwargs["inputs"] if "inputs" in kwargs else args[0]
             sources = [source_of(row) for row in rows]
             if any(sources) and len(sources) == len(output["prompt_ids"]):
                 output[SOURCES] = sources
         return output
+
+    def _prompt_numbers(self, prompt_ids: Tensor) -> Tensor:
+        """Return a number for the prompt of each of this process's rollouts (n,), no earlier generation's.
+
+        The trainer samples the completions of a prompt one after another over the processes' rows.
+        """
+        count, accelerator = len(prompt_ids), self._trainer.accelerator
+        first = (self._generations * accelerator.num_processes + accelerator.process_index) * count
+        self._generations += 1
+        return torch.arange(first, first + count, device=prompt_ids.device) // self._trainer.num_generations
 
     def _calculate_rewards(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         by_function = original(*args, **kwargs)

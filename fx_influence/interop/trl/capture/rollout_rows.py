@@ -12,11 +12,17 @@ from fx_influence.interop.trl.capture.micro_batch import MicroBatch
 OLD_LOGPROBS = "old_per_token_logps"
 """Trainer's input: log-probabilities of the completions under the policy that sampled them."""
 
+SAMPLED_LOGPROBS = "sampling_per_token_logps"
+"""Trainer's input: log-probabilities that vLLM or a ``rollout_func`` told with the completions."""
+
 REWARDS = "entropy_influence_rewards"
 """Key of the rewards in a generation batch, which the trainer shuffles and splits with its other tensors."""
 
 SOURCES = "entropy_influence_sources"
 """Key of the list of the rollouts' sources in a generation batch, which is shuffled and split likewise."""
+
+GROUPS = "entropy_influence_groups"
+"""Key of the numbers of the rollouts' prompts in a generation batch, where siblings may begin with other tokens."""
 
 
 def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
@@ -47,6 +53,7 @@ def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
     elif "old_logps" not in inputs:
         # The trainer keeps none where the policy is the one that sampled.
         old_logprobs = logprobs
+    sampled_logprobs = inputs.get(SAMPLED_LOGPROBS)
     entropies = next((x for _, x in (scoring.values for scoring in micro_batch.scorings) if x is not None), None)
     advantages = inputs.get("advantages", torch.full((count,), torch.nan))
     token_advantages = None
@@ -62,11 +69,12 @@ def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
         logprobs=logprobs,
         entropies=None if entropies is None else on_completions(entropies),
         old_logprobs=old_logprobs,
+        sampled_logprobs=None if sampled_logprobs is None else on_completions(sampled_logprobs),
         advantages=advantages.flatten(),
         token_advantages=token_advantages,
         rewards=inputs.get(REWARDS, torch.full((count,), torch.nan)).flatten(),
         prompt_widths=torch.full((count,), width),
-        group=None,
+        group=inputs.get(GROUPS),
         sources=tuple(inputs.get(SOURCES, [None] * count)),
     ).to("cpu")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fx_influence.interop.live.guard import GenerationError
+from fx_influence.interop.trl.prompts import BATCH
 from fx_influence.interop.trl.sampling import generating_model
+
+ENVIRONMENTS = ("tools", "environment_factories", "rollout_func")
+"""Attributes of ``GRPOTrainer`` through which completions have tokens that the policy did not sample."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (True,),
@@ -86,14 +90,25 @@ VLLM_INERT = frozenset(
 """Fields of vLLM's ``SamplingParams`` that change no probability, whatever their value."""
 
 
-def check_generation(trainer: Any) -> None:
-    """Raise ``GenerationError`` for a trainer whose completions are not sampled from its policy, naming the setting."""
-    for field in ("tools", "environment_factories", "rollout_func"):
-        if getattr(trainer, field, None):
+def check_generation(trainer: Any, prompts: Sequence[Any] | None) -> None:
+    """Raise ``GenerationError`` for a trainer whose completions are not sampled from its policy, naming the setting.
+
+    What a ``rollout_func`` does cannot be read: the log-probabilities that it returns are compared with the policy's
+    at each measured step.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+        prompts: of E; None where E is the update batch.
+    """
+    for field in ENVIRONMENTS:
+        if getattr(trainer, field, None) and prompts is not None:
             raise GenerationError(
-                f"trainer.{field} is set; expected completions from the policy alone, since others do not estimate "
-                "its entropy. Measure a trainer without it"
+                f"E is {len(prompts)} held-out prompts and trainer.{field} is set; expected the step's own rollouts, "
+                "since held-out completions are sampled without the trainer's tools and environments. Pass "
+                f"eval_prompts={BATCH!r}"
             )
+    if getattr(trainer, "rollout_func", None):
+        return
     if getattr(trainer, "use_transformers_continuous_batching", False):
         raise GenerationError(
             "use_transformers_continuous_batching is True; expected False, since it casts the weights in place "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,15 +11,30 @@ from transformers import Trainer
 
 from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
 from fx_influence.interop.optimizers import require_adamw
+from fx_influence.interop.trl.capture.micro_batch import SCORE
 from fx_influence.interop.trl.capture.recorder import METHODS
 from fx_influence.interop.trl.prompts import IMAGE_COLUMNS
 
 
 def check_kind(trainer: Any) -> None:
-    """Raise ``TypeError`` for another trainer than trl's."""
+    """Raise ``TypeError`` for another trainer than trl's, and for a derived one whose loss is out of reach."""
     kind = type(trainer).__name__
     if not all(hasattr(trainer, name) for name in (*METHODS, "_generate", "_metrics", "accelerator")):
         raise TypeError(f"trainer is {kind}; expected trl's GRPOTrainer or RLOOTrainer (trl 1.16 or later)")
+    parameters = inspect.signature(getattr(type(trainer), SCORE)).parameters
+    if "compute_efficient" in parameters:
+        raise TypeError(
+            f"trainer is {kind}, whose loss Unsloth computes beside {SCORE}, inside one function that gives no "
+            "log-probabilities; expected trl's own loss, which gives the coefficients. Train without importing "
+            "unsloth to measure (8-bit AdamW and 4-bit weights under LoRA may stay), or read its checkpoints and "
+            "rollouts with fx.load_checkpoint and fx.read_rollouts"
+        )
+    if "input_ids" not in parameters and {"model", "grpo_batch"} <= parameters.keys():
+        raise TypeError(
+            f"trainer is {kind}, whose {SCORE} takes {', '.join(list(parameters)[1:4])} as ms-swift's does; expected "
+            "trl's arguments. Add the lines for ms-swift in fx_influence/interop/README.md, which measure it by "
+            "fx.attach"
+        )
 
 
 def check_steps(trainer: Any) -> None:

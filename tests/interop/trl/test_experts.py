@@ -1,0 +1,64 @@
+"""Training runs of a mixture of experts, with and without the router's auxiliary loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tolerances import TINY_POLICY, rounding_bound
+from helpers.trl_runs import measure_training
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from benchmarks.trl.bench_trl_steps import Errors
+from benchmarks.trl.variants import CHARACTERS, Variant, trainer
+
+# The warnings that trl, transformers and accelerate give about themselves.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def policy_of_experts() -> Qwen3MoeForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            vocab_size=len(CHARACTERS) + 2,
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        return Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("router_loss", [0.0, 1.0], ids=["alone", "router loss"])
+def test_steps_of_experts_are_measured(lora: bool, router_loss: float, tmp_path: Path) -> None:
+    """The router's auxiliary loss is no coefficient's: it is unattributed, and without it nothing is."""
+    variant = Variant("dapo", lora, 1, False, {"router_aux_loss_coef": router_loss})
+    options: dict[str, Any] = {"per_device_train_batch_size": 15, "learning_rate": 1e-3 if lora else 1e-5}
+    settings = {"eval_prompts": "batch"}
+    measured = measure_training(tmp_path / "a", 3, variant, settings=settings, model=policy_of_experts(), **options)
+    assert not measured.warnings
+    assert len(measured.history) == 3
+    assert ("aux_loss" in measured.trainer.state.log_history[0]) == (router_loss > 0)
+    last = measured.history[-1]
+    assert (last["unattributed"] != 0) == (router_loss > 0)
+    assert last["measured"] == pytest.approx(last["total"], rel=0.1)
+    assert lora or "rounding" not in last
+    training = trainer(variant, str(tmp_path / "b"), 2, policy_of_experts(), per_device_train_batch_size=15)
+    errors = Errors(training)
+    training.train()
+    assert (max(errors.gradient) <= rounding_bound(torch.float32, TINY_POLICY)) == (router_loss == 0)
+    assert max(errors.step) <= rounding_bound(torch.float32, 1, 1e3)
