@@ -60,3 +60,16 @@ def test_entries_are_divided_at_access() -> None:
     stored["w"].mul_(3.0)
     assert [None if g is None else g.tolist() for g in gradient.values()] == [[6.0, 12.0]]
     assert dot(gradient, {"w": torch.ones(2)}) == 18.0
+
+
+def test_differentiated_clipping_reads_the_clipped_gradient() -> None:
+    _, params = make_apply(TinyPolicy(5, 4, 1, 2, 6))
+    opt_state = random_adamw_state(torch.Generator().manual_seed(3), params)
+    before, unclipped = gradients_of(params)
+    norm = float(torch.cat([g.flatten() for g in before.values() if g is not None]).norm())
+    expected, x = (random_direction(torch.Generator().manual_seed(2), params) for _ in range(2))
+    removed = AdamWStep.of(before, opt_state, params, "frozen", FACTOR * norm).differentiate_clipping_(expected)
+    step = AdamWStep.of(unclipped, opt_state, params, "frozen", FACTOR * norm)  # type: ignore[arg-type]
+    assert_close_to_rounding(step.differentiate_clipping_(x), removed, terms=1000, scale=1 + removed.abs())
+    for name, v in expected.items():
+        assert_close_to_rounding(x[name], v, terms=1000, scale=1 + v.abs().max())
