@@ -82,9 +82,7 @@ CALLS = {
     "lora_error_bars": Call("LoRA, `grad=g`", 8, weights="lora"),
     "trl": Call("inside TRL on held-out prompts, error bars and measured ΔH", 8, in_trl=InTrl()),
     "trl_clipped": Call("the same where the trainer clips", 8, in_trl=InTrl(clips=True)),
-    "trl_rollouts": Call(
-        "the same on the step's own rollouts", 8, in_trl=InTrl(clips=True, own_rollouts=True)
-    ),
+    "trl_rollouts": Call("the same on the step's own rollouts", 8, in_trl=InTrl(clips=True, own_rollouts=True)),
     "trl_sums": Call(
         "the same with `region_stderr=False`", 8, in_trl=InTrl(clips=True, own_rollouts=True, region_stderr=False)
     ),

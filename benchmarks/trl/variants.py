@@ -131,9 +131,7 @@ QUIET_ON_CPU: dict[str, Any] = {
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
 
 
-def trainer(
-    variant: Variant, out: str, steps: int = 3, model: Any = None, lora: LoraConfig = LORA, **more: Any
-) -> Any:
+def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, lora: LoraConfig = LORA, **more: Any) -> Any:
     """Return a trainer, ready to train; it makes two steps on every batch if off-policy.
 
     Args:
