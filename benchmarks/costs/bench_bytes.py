@@ -40,11 +40,22 @@ TRL_STEPS = 2
 """Steps of a training run: its optimizer has moments from the second on."""
 
 
+class InTrl(NamedTuple):
+    """A way of measuring inside of TRL: whether the trainer clips, on the step's own rollouts, with error bars of sums.
+
+    ``own_rollouts``: else E is of held-out prompts, a completion each. ``region_stderr``: argument of the callback.
+    """
+
+    clips: bool = False
+    own_rollouts: bool = False
+    region_stderr: bool = True
+
+
 class Call(NamedTuple):
     """A way of calling: what the table calls it, the bytes it may take, and the arguments of ``fx.influence``.
 
-    ``own_gradient``: whether U's gradient is made in the call. ``weights``: "full" or "lora". ``clipped``: for a call
-    inside of TRL, whether the trainer has clipped the gradient; None for a direct call.
+    ``own_gradient``: whether U's gradient is made in the call. ``weights``: "full" or "lora". ``in_trl``: how a step
+    inside of TRL is measured; None for a direct call.
     """
 
     title: str
@@ -52,7 +63,7 @@ class Call(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
     own_gradient: bool = False
     weights: str = "full"
-    clipped: bool | None = None
+    in_trl: InTrl | None = None
 
 
 CALLS = {
@@ -69,8 +80,15 @@ CALLS = {
     "bfloat16_error_bars": Call("`grad=g, direction_dtype=torch.bfloat16`", 4, {"direction_dtype": torch.bfloat16}),
     "lora": Call("LoRA, `grad=g, stderr=False`", 6, {"stderr": False}, weights="lora"),
     "lora_error_bars": Call("LoRA, `grad=g`", 8, weights="lora"),
-    "trl": Call("inside TRL, error bars and measured ΔH", 8, clipped=False),
-    "trl_clipped": Call("the same where the trainer clips", 8, clipped=True),
+    "trl": Call("inside TRL on held-out prompts, error bars and measured ΔH", 8, in_trl=InTrl()),
+    "trl_clipped": Call("the same where the trainer clips", 8, in_trl=InTrl(clips=True)),
+    "trl_rollouts": Call("the same on the step's own rollouts", 8, in_trl=InTrl(clips=True, own_rollouts=True)),
+    "trl_sums": Call(
+        "the same with `region_stderr=False`", 8, in_trl=InTrl(clips=True, own_rollouts=True, region_stderr=False)
+    ),
+    "trl_lora": Call(
+        "LoRA inside TRL, on the step's own rollouts", 8, weights="lora", in_trl=InTrl(clips=True, own_rollouts=True)
+    ),
 }
 
 
@@ -139,21 +157,29 @@ class PeakOfMeasuring(EntropyInfluence):
         self.extra_bytes = max(self.extra_bytes, peak_bytes() - self._before)
 
 
-def in_trl(hidden: int, clipped: bool) -> tuple[int, int]:
+def in_trl(call: InTrl, hidden: int, rank: int) -> tuple[int, int]:
     """Return the number of trained parameters, and the bytes that measuring takes inside of a TRL trainer."""
-    variant = Variant("dapo", False, 1, False, {})
+    variant = Variant("dapo", rank > 0, 1, False, {})
+    adapters = LoraConfig(r=max(1, rank), task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    options: dict[str, Any] = {"learning_rate": 1e-5, "max_grad_norm": 1e-3 if call.clips else 0.0}
+    # Rewards of four prompts' completions differ, so that rollouts have advantages of both signs.
+    options |= {"per_device_train_batch_size": 2 * ROWS, "num_generations": 4}
+    prompts = "batch" if call.own_rollouts else [f"{i}+1=" for i in range(ROWS)]
     with tempfile.TemporaryDirectory() as out, quiet():
-        training = trainer(
-            variant, out, TRL_STEPS, model(hidden), learning_rate=1e-5, max_grad_norm=1e-3 if clipped else 0.0
-        )
-        prompts = [f"{i}+1=" for i in range(ROWS)]
+        training = trainer(variant, out, TRL_STEPS, model(hidden), adapters, **options)
         influence = PeakOfMeasuring(
-            1, prompts, completions_per_prompt=1, memory_budget=0, chunk_size=2, out=f"{out}/steps"
+            1,
+            prompts,
+            completions_per_prompt=1,
+            memory_budget=0,
+            chunk_size=2,
+            region_stderr=call.region_stderr,
+            out=f"{out}/steps",
         ).attach(training)
         training.train()
     if len(influence.history) != TRL_STEPS:
         raise RuntimeError(f"history has {len(influence.history)} steps; expected {TRL_STEPS}. Read the warnings")
-    return sum(p.numel() for p in training.model.parameters()), influence.extra_bytes
+    return sum(p.numel() for p in training.model.parameters() if p.requires_grad), influence.extra_bytes
 
 
 def sizes_of(call: Call, quick: bool) -> list[tuple[int, int]]:
@@ -177,8 +203,8 @@ def measure(name: str, hidden: int, rank: int) -> None:
     """Print parameters and bytes of one call, for ``slope``."""
     call = CALLS[name]
     warnings.simplefilter("ignore")
-    if call.clipped is not None:
-        parameters, extra = in_trl(hidden, call.clipped)
+    if call.in_trl is not None:
+        parameters, extra = in_trl(call.in_trl, hidden, rank)
     else:
         parameters, work = attribution(name, hidden, rank)
         extra = peak_extra(work)

@@ -1,10 +1,10 @@
-"""Measure several ranks beside one: seconds, bytes sent, and an extrapolation to large models.
+"""Measure several ranks beside one: seconds, bytes sent and memory.
 
     python -m benchmarks sharding             writes results/sharding.json and the table in README.md; ten minutes
     python -m benchmarks sharding --quick     a tiny model, written nowhere, to check that it works
 
-Every rank has one thread, on a separate GPU if there are several (NCCL), else on the CPU (gloo). The last table is
-computed from the rates and bytes measured here and from the assumptions about GPUs that it states.
+Every rank has one thread, on a separate GPU if there are several (NCCL), else on the CPU (gloo). The share of the rate
+of matrix products is what ``bench_large_models`` computes seconds of large models from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 
 import fx_influence as fx
 from benchmarks.costs.problems import Problem, Setting, problem
-from benchmarks.costs.sharding_model import GPUS, MODELS, Assumptions, extrapolate
 from benchmarks.costs.sharding_ranks import rank_main
 from benchmarks.harness import (
     COSTS,
@@ -100,9 +99,6 @@ def report(setting: Setting, memory_setting: Setting, pairs: int) -> dict[str, A
     sharded = launch(memory_setting, 0)["peak_extra_bytes"]
     adjoint = cases[0]
     matmul_share = adjoint["flops"]["alone"] / adjoint["seconds_alone"] / matmul_rate(pairs)
-    # 12 bytes of state: float32 weights and two moments.
-    a_parameter = alone / parameters + 12
-    assumed = Assumptions()
     return {
         "environment": environment(),
         "ranks": RANKS,
@@ -116,12 +112,7 @@ def report(setting: Setting, memory_setting: Setting, pairs: int) -> dict[str, A
             "peak_extra_bytes_alone": alone,
             "peak_extra_bytes_a_rank_sharded": sharded,
         },
-        "computed": {
-            "share_of_matmul_rate": matmul_share,
-            "bytes_a_parameter": a_parameter,
-            "assumed": assumed._asdict(),
-            "table": extrapolate(matmul_share, a_parameter, assumed),
-        },
+        "share_of_matmul_rate": matmul_share,
     }
 
 
@@ -139,39 +130,14 @@ def markdown(figures: dict[str, Any]) -> str:
             f"{case['ratio']['highest']:.2f}) | {case['flops']['a_rank'] / case['flops']['alone']:.2f} "
             f"| {sum(case['sent_bytes'].values()) / 1e6:.2f} | {'' if formula is None else f'{formula / 1e6:.2f}'} |"
         )
-    m, c = figures["memory"], figures["computed"]
+    m = figures["memory"]
     lines += [
         "",
         f"Memory of {m['title']}, {m['parameters_bytes'] / 1e6:.0f} MB of weights: an adjoint takes "
         f"{m['peak_extra_bytes_alone'] / 1e6:.0f} MB beside its inputs in one process, "
         f"{m['peak_extra_bytes_a_rank_sharded'] / 1e6:.0f} MB on each of {figures['ranks']} ranks if sharded.",
-        "",
-        "**Computed, not measured**: seconds (of which communication) of an adjoint over U and E of "
-        f"{c['assumed']['rollouts']} x {c['assumed']['tokens']} tokens each, from the {c['share_of_matmul_rate']:.0%} "
-        f"of the matmul rate that it reaches here and {c['bytes_a_parameter']:.0f} bytes per parameter at its peak, on "
-        f"GPUs assumed to multiply at {c['assumed']['matmul_flops'] / 1e12:.0f} TFLOP/s, with "
-        f"{c['assumed']['memory'] / 1e9:.0f} GB each, links of {c['assumed']['link_in_node'] / 1e9:.0f} GB/s among "
-        f"{c['assumed']['in_node']} and {c['assumed']['link_between_nodes'] / 1e9:.0f} GB/s beyond, "
-        f"{c['assumed']['tokens_at_once']} tokens per pass, "
-        "without overlap:",
-        "",
-        "| | " + " | ".join(f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in GPUS) + " |",
-        "|---|" + "---|" * len(GPUS),
     ]
-    for model in MODELS:
-        row = [entry for entry in c["table"] if entry["model"] == model]
-        lines.append(f"| {model} | " + " | ".join(_cell(entry) for entry in row) + " |")
     return "\n".join(lines)
-
-
-HOW = {"whole": "replicated", "sharded": "sharded"}
-
-
-def _cell(entry: dict[str, Any]) -> str:
-    size = f"{entry['gigabytes_a_gpu']:.0f} GB per GPU"
-    if entry["how"] is None:
-        return f"does not fit: {size}"
-    return f"{entry['seconds']:.1f} s ({entry['seconds_sending']:.1f}), {HOW[entry['how']]}, {size}"
 
 
 def main(argv: list[str] | None = None) -> int:

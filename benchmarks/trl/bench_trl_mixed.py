@@ -57,13 +57,13 @@ class Shares(TrainerCallback):
             captured.batch,
             fx.adamw_state(self._trainer.optimizer, model),
             apply=policy,
-            grad=captured.gradient,
+            grad=captured.unclipped_gradient(),
             max_grad_norm=captured.max_grad_norm,
             temperature=temperature,
         )
         absolute = float(out.per_sequence.abs().sum())
         shares = float(out.unattributed.abs()) / absolute, float(out.rounding.sum()) / absolute
-        return dict(zip(FIGURES, (relative_error(summed, captured.gradient), *shares), strict=True))
+        return dict(zip(FIGURES, (relative_error(summed, captured.unclipped_gradient()), *shares), strict=True))
 
 
 def measure(variant: Variant) -> dict[str, Any]:

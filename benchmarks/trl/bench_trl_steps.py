@@ -50,11 +50,11 @@ class Errors(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         captured, params = self._capture.finish(), self._params()
         summed = batch_gradient(params, captured.batch, self._policy, self._trainer.temperature)
-        self.gradient.append(relative_error(summed, captured.gradient))
+        self.gradient.append(relative_error(summed, captured.unclipped_gradient()))
         assert captured.batch.coefficients is not None
         self.tokens.append(int(captured.batch.coefficients.count_nonzero()))
         opt_state = adamw_state(self._trainer.optimizer, self._trainer.model)
-        step = adamw_decompose(captured.gradient, opt_state, params, "frozen", captured.max_grad_norm)
+        step = adamw_decompose(captured.unclipped_gradient(), opt_state, params, "frozen", captured.max_grad_norm)
         self._expected = {name: opt_state.lr * v for name, v in step.direction.items()}
         self._before = {name: p.clone() for name, p in params.items()}
 

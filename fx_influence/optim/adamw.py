@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fx_influence.core.checks import check_choice, check_max_grad_norm
 from fx_influence.core.display import record_line
-from fx_influence.core.dtensor import is_sharded, reduce_over_shards, to_local
+from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
 from fx_influence.core.tree import detached, promote
+from fx_influence.optim.clipping import clip_factor, stored_gradient
 from fx_influence.types import AdamWHyper, AdamWState, Clip, Params, Preconditioner
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -151,18 +152,22 @@ class StepInputs(NamedTuple):
     clip: Tensor
 
     @classmethod
-    def promoted(cls, theta: Tensor, moments: Sequence[Tensor], g: Tensor, clip: Tensor) -> StepInputs:
+    def promoted(
+        cls, theta: Tensor, moments: Sequence[Tensor], g: Tensor, clip: Tensor, divisor: float = 1.0
+    ) -> StepInputs:
         """Return the inputs in float64 where the parameter or its first moment is, else in float32.
 
         Args:
             theta: the parameter.
             moments: m and s, and with amsgrad max_exp_avg_sq; see ``moments_of``.
-            g: gradient, before clipping.
+            g: gradient, before clipping once it is divided.
             clip: kappa, scalar.
+            divisor: of the gradient.
         """
         dtype = promote(torch.promote_types(theta.dtype, moments[0].dtype))
         m, s, *maximum = (x.to(dtype) for x in moments)
-        return cls(theta.to(dtype), m, s, maximum[0] if maximum else None, g.to(dtype), clip.to(dtype))
+        g = g.to(dtype) if divisor == 1.0 else g.to(dtype) / divisor
+        return cls(theta.to(dtype), m, s, maximum[0] if maximum else None, g, clip.to(dtype))
 
     def second_moment(self, hyper: AdamWHyper) -> tuple[Tensor, Tensor]:
         """Return (ghat, s')."""
@@ -230,35 +235,6 @@ def _no_step(p: Tensor) -> dict[str, Tensor]:
     return dict.fromkeys(("direction", "baseline", "momentum", "weight_decay", "gain"), zero)
 
 
-def clip_factor(grads: Mapping[str, Tensor | None], max_grad_norm: float | None, params: Params) -> Tensor:
-    """Return kappa = min(1, max_grad_norm / (|g| + 1e-6)), scalar; 1 without a gradient or a norm.
-
-    Args:
-        grads: g by name, None where backward never reached the parameter.
-        max_grad_norm: the trainer's; None clips nothing.
-        params: theta by name, for dtype and device.
-
-    Raises:
-        ValueError: for a gradient whose norm is not finite.
-    """
-    first = to_local(next(iter(params.values())))
-    one = torch.ones((), dtype=promote(first.dtype), device=first.device)
-    reached = [g for g in grads.values() if g is not None]
-    if not reached:
-        return one
-    norm = torch.stack([n.to(one) for n in _norms(reached)]).norm()
-    if not torch.isfinite(norm):
-        raise ValueError(
-            f"grads has norm {norm.item()}; expected a finite norm, or the step has no direction. Drop the batch"
-        )
-    return one if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _norms(grads: list[Tensor]) -> list[Tensor]:
-    norms = [to_local(g).to(promote(g.dtype)).norm().double() for g in grads]
-    return [square.sqrt() for square in reduce_over_shards([norm.square() for norm in norms], grads)]
-
-
 def check_adamw_inputs(
     grads: Mapping[str, Tensor | None],
     opt_state: AdamWState,
@@ -270,8 +246,9 @@ def check_adamw_inputs(
     check_choice("preconditioner", preconditioner, get_args(Preconditioner))
     check_max_grad_norm(max_grad_norm)
     check_state(opt_state)
-    check_names("grads", grads, params, "pass the gradient of this model's own trainable parameters")
-    name = first_not_finite(grads)
+    stored, _ = stored_gradient(grads)
+    check_names("grads", stored, params, "pass the gradient of this model's own trainable parameters")
+    name = first_not_finite(stored)
     if name is not None:
         raise ValueError(
             f"grads[{name!r}] is not finite; expected finite entries, or the step has no direction. Drop the batch"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.core.tree import Direction, dot, dot_by_name, every_nth, promote
-from fx_influence.optim.adamw import StepInputs, clip_factor, moments_of, step_terms
+from fx_influence.optim.adamw import StepInputs, moments_of, step_terms
+from fx_influence.optim.clipping import clip_factor, stored_gradient
 from fx_influence.types import AdamWHyper, AdamWState, Clip, Gradients, Params, Preconditioner
 
 BLOCK, CPU_BLOCK = 2**20, 2**16
@@ -43,7 +44,7 @@ class AdamWStep:
     """One AdamW step as a map of other vectors: ``adamw_decompose`` without its five vectors of the parameters' size.
 
     Attributes:
-        grads: g by name, before clipping.
+        grads: g by name, before clipping. An ``UnclippedGradient`` is divided a block of entries at a time.
         opt_state: m, s and step before the step.
         params: theta by name.
         preconditioner: see ``adamw_decompose``.
@@ -73,8 +74,9 @@ class AdamWStep:
 
     def update_products(self, u: Direction) -> dict[str, Tensor]:
         """Return <u, g> by parameter, float64 scalars: with u = gain * x the terms of <x, gain * g>."""
-        products = dot_by_name(self.grads, u.unit)
-        return {name: (u.scale * product).to(self.params[name].device) for name, product in products.items()}
+        stored, divisor = stored_gradient(self.grads)
+        products, scale = dot_by_name(stored, u.unit), u.scale / divisor
+        return {name: (scale * product).to(self.params[name].device) for name, product in products.items()}
 
     def precondition_(self, x: Params) -> InnerProducts:
         """Return <x, .> with the step and its terms, and multiply x by the step's gain, in place: one pass does both.
@@ -112,12 +114,13 @@ class AdamWStep:
             >>> [round(entry, 3) for entry in x["w"].tolist()]
             [3.2, -2.4]
         """
-        reached = {name: g for name, g in self.grads.items() if g is not None}
-        norm = dot(reached, reached).sqrt()
+        stored, divisor = stored_gradient(self.grads)
+        reached = {name: g for name, g in stored.items() if g is not None}
+        norm = dot(reached, reached).sqrt() / divisor
         if not self.clip < 1:
             return torch.zeros_like(norm)
-        product = dot({name: g for name, g in reached.items() if name in x}, x)
-        factor = float(product / (norm * (norm + 1e-6)))
+        product = dot({name: g for name, g in reached.items() if name in x}, x) / divisor
+        factor = float(product / (norm * (norm + 1e-6))) / divisor
         for name, g in reached.items():
             # The norm is over all parameters, those that the optimizer does not hold included.
             if name in x:
@@ -226,11 +229,12 @@ class AdamWStep:
 
     def moves(self, name: str) -> bool:
         """Return whether the step moves a parameter: backward reached it, and the optimizer holds it."""
-        return self.grads.get(name) is not None and name in self.opt_state.hyper
+        return stored_gradient(self.grads)[0].get(name) is not None and name in self.opt_state.hyper
 
     def _blocks(self, name: str, x: Tensor) -> Iterator[tuple[Tensor, StepInputs]]:
         """Yield views of the local entries of x, some at a time, and the step's inputs there."""
-        g = self.grads[name]
+        stored, divisor = stored_gradient(self.grads)
+        g = stored[name]
         assert g is not None
         tensors = [x, *map(to_local, (self.params[name], g, *moments_of(name, self.opt_state)))]
         if all(t.is_contiguous() for t in tensors):
@@ -240,7 +244,7 @@ class AdamWStep:
             # Entries of tensors with different strides cannot be paired as flat blocks.
             columns = [(t,) for t in tensors]
         for block, theta, g_block, *moments in zip(*columns, strict=True):
-            yield block, StepInputs.promoted(theta, moments, g_block, self.clip)
+            yield block, StepInputs.promoted(theta, moments, g_block, self.clip, divisor)
 
 
 def _is_fresh(inputs: StepInputs, hyper: AdamWHyper, tau: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main, module, modules
+from benchmarks.costs import bench_large_models
 from benchmarks.evidence import bench_linearity
 from benchmarks.harness import COSTS, EVIDENCE, RESULTS, ROOT, result_path, tables_of, with_block
 from benchmarks.versions import SETS
@@ -47,6 +48,15 @@ def test_costs_page_states_the_stored_cost_of_the_large_run() -> None:
     text = " ".join(COSTS.read_text(encoding="utf-8").split())
     assert f"{report['pairs']:,} pairs, took {entropy['seconds']:.0f} s and {memory['entropy_influence']}" in text
     assert f"the Fisher run {fisher['seconds']:.0f} s and {memory['fisher_kernel']}" in text
+
+
+def test_large_models_follow_from_the_stored_figures() -> None:
+    """The table is of the bytes and rates as they are stored now, and 1.5B fits on one GPU beside its training."""
+    stored = json.loads(result_path(bench_large_models.NAME).read_text(encoding="utf-8"))
+    assert stored == bench_large_models.report()
+    smallest = stored["table"][0]
+    assert (smallest["model"], smallest["gpus"], smallest["how"]) == ("1.5B", 1, "replicated")
+    assert max(smallest["gigabytes"].values()) < stored["assumed"]["memory"] / 1e9
 
 
 def test_main_lists_benchmarks_and_names_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ class StepMeasurement:
         captured = self._with_behaviour(self._with_entropies(captured, params))
         evaluation = self._evaluation(step, captured)
         batch_e, rollouts = evaluation.batch, evaluation.rollouts
-        regions = regions_of(captured)
+        regions, gradient = regions_of(captured), captured.unclipped_gradient()
         result = influence(
             params,
             local_rows(captured.batch, self._mesh),
@@ -187,7 +187,7 @@ class StepMeasurement:
             apply=training.in_forward_precision(policy),
             objective=settings.objective,
             preconditioner=settings.preconditioner,
-            grad=captured.gradient,
+            grad=gradient,
             max_grad_norm=captured.max_grad_norm,
             temperature=training.temperature,
             matrix=settings.matrix,
@@ -204,7 +204,7 @@ class StepMeasurement:
             rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
         objective = settings.objective
         entropy = entropy_estimate(values, batch_e, objective.normalize, objective.estimator).item()
-        step_of = functools.partial(AdamWStep.of, captured.gradient, opt_state, params)
+        step_of = functools.partial(AdamWStep.of, gradient, opt_state, params)
         if store_state is not None:
             store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
         sampled = step_of("frozen", captured.max_grad_norm).sample(sampling_stride(params))

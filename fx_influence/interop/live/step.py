@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fx_influence.core.dtensor import to_local
 from fx_influence.interop.live.rows import RolloutRows
+from fx_influence.optim.clipping import UnclippedGradient
 from fx_influence.types import AdamWState, Batch, Gradients
 
 
@@ -29,7 +30,8 @@ class CapturedStep(NamedTuple):
         sampled_logprobs: (n, T), that the tokens were sampled with, NaN where not known; None where the trainer was
             given none.
         prompt_widths: (n,), columns of each row that hold its prompt and the prompt's padding.
-        gradient: by name, sum_i g_i as the optimizer received it, divided by ``clip``.
+        gradient: by name, as the optimizer meets it: the trainer's own tensors.
+        gradient_scale: factor by which ``gradient`` is sum_i g_i: ``clip``, times a loss scale that is still in it.
         clip: the factor by which the gradient was clipped.
         max_grad_norm: the norm it was clipped to; None where nothing clips.
         token_advantages: (n, T), where the trainer has an advantage for each token, else None.
@@ -45,23 +47,38 @@ class CapturedStep(NamedTuple):
     sampled_logprobs: Tensor | None
     prompt_widths: Tensor
     gradient: Gradients
+    gradient_scale: float
     clip: float
     max_grad_norm: float | None
     token_advantages: Tensor | None = None
     sources: tuple[str | None, ...] = ()
 
+    def unclipped_gradient(self) -> Gradients:
+        """Return sum_i g_i by name, from the trainer's own tensors; nothing of the parameters' size is copied.
+
+        See ``UnclippedGradient`` for its rounding.
+        """
+        scale = self.gradient_scale
+        return self.gradient if scale == 1.0 else cast(Gradients, UnclippedGradient(self.gradient, scale))
+
 
 def captured_step(
-    rows: RolloutRows, device: torch.device, gradient: Gradients, clip: float, max_grad_norm: float | None
+    rows: RolloutRows,
+    model: nn.Module,
+    device: torch.device,
+    clip: float,
+    max_grad_norm: float | None,
+    remaining_scale: float,
 ) -> CapturedStep:
     """Return the step with its token values on ``device``, numbering the prompts.
 
     Args:
         rows: the rollouts of all processes, on the CPU.
+        model: whose parameters have the gradient that the optimizer is about to meet.
         device: the trainer's.
-        gradient: by name, unclipped.
-        clip: factor by which the trainer clipped it.
+        clip: factor by which the trainer clipped that gradient.
         max_grad_norm: norm it was clipped to, None where nothing clips.
+        remaining_scale: loss scale that is still in the gradient, which the optimizer's step takes out.
     """
     on_device = rows.to(device)
     batch = Batch(
@@ -81,7 +98,10 @@ def captured_step(
         old_logprobs=on_device.old_logprobs,
         sampled_logprobs=on_device.sampled_logprobs,
         prompt_widths=rows.prompt_widths,
-        gradient=gradient,
+        gradient={
+            name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters() if p.requires_grad
+        },
+        gradient_scale=clip * remaining_scale,
         clip=clip,
         max_grad_norm=max_grad_norm,
         token_advantages=on_device.token_advantages,

@@ -287,15 +287,9 @@ class StepCapture:
         # A fused optimizer may take the loss scale out itself.
         remaining_scale = float(getattr(self._training.optimizer, "grad_scale", None) or 1.0)
         clip, norm = self._gradient.clipped(self._training.loss_scale / remaining_scale)
-        divisor = clip * remaining_scale
-        gradient = {
-            name: None if p.grad is None else p.grad.detach() if divisor == 1.0 else p.grad.detach() / divisor
-            for name, p in self._training.model.named_parameters()
-            if p.requires_grad
-        }
         # The bound that clips by this very factor, as clip_grad_norm_ does.
         max_grad_norm = None if clip == 1.0 else norm / remaining_scale + 1e-6 * clip
-        captured = captured_step(rows, self._device, gradient, clip, max_grad_norm)
+        captured = captured_step(rows, self._training.model, self._device, clip, max_grad_norm, remaining_scale)
         return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
 
     def _guarded(self, step: int, work: Callable[[], Value]) -> Value | None:

@@ -37,9 +37,9 @@ from fx_influence.interop.trl.preflight.processes import (
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
+from fx_influence.interop.trl.store import training
 from fx_influence.interop.trl.store.contents import settings_of_plan
 from fx_influence.interop.trl.store.step import StepStore
-from fx_influence.interop.trl.store.training import read_training_id, training_directory, write_training_id
 from fx_influence.objectives import Entropy
 from fx_influence.types import Params, Preconditioner
 
@@ -223,7 +223,7 @@ class EntropyInfluence(TrainerCallback):
             self.detach()
             self.attach(trainer)
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        resumed = read_training_id(checkpoint, self.name, state.log_history) if state.global_step else None
+        resumed = training.read_training_id(checkpoint, self.name, state.log_history) if state.global_step else None
         self._begin_training(resumed)
         check_prepared(trainer, self._capture.mesh)
 
@@ -234,6 +234,7 @@ class EntropyInfluence(TrainerCallback):
         )
         self._pending, self._directory, self._log_selection = None, None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
+        self._environment = training.environment_of(self._trainer, self._training_id)
         self._measuring, self._overflow_warned = True, False
         self._alerted, self._tracker_failed = set[str](), False
         self._capture.stop()
@@ -246,7 +247,7 @@ class EntropyInfluence(TrainerCallback):
         # If this fails, a resumption stores its steps in another directory, which is no reason to end the training run.
         with suppress(OSError, ValueError):
             if checkpoint.is_dir():
-                write_training_id(checkpoint, self.name, self._training_id)
+                training.write_training_id(checkpoint, self.name, self._training_id)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the micro-batches of a step that is to be measured."""
@@ -294,7 +295,7 @@ class EntropyInfluence(TrainerCallback):
         metrics = all_gather_values(self._capture.mesh, measured.metrics())[0]
         if self._is_main:
             plan = settings_of_plan(measured, self._trainer, self._settings)
-            entry = self._store(measured.step).write(measured, plan, self._trainer, self._training_id)
+            entry = self._store(measured.step).write(measured, plan, self._trainer, self._environment)
             self._report(entry)
         return metrics
 
@@ -342,7 +343,7 @@ class EntropyInfluence(TrainerCallback):
         if self._directory is None:
             name = f"entropy_influence-{self.name}" if self.name else "entropy_influence"
             base = Path(self._trainer.args.output_dir) / name if self._out is None else Path(self._out)
-            self._directory = training_directory(base, self._training_id)
+            self._directory = training.training_directory(base, self._training_id)
             if self._directory != base:
                 self._warn(f"{base} holds steps of another training run; those of this one go to {self._directory}")
         return StepStore(self._directory, step)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fx_influence as fx
 from fx_influence.interop.live import measurement
+from fx_influence.optim.clipping import UnclippedGradient
 
 EVERY_STEP: dict[str, Any] = {"every": 1}
 
@@ -62,6 +63,8 @@ def test_step_is_attributed_as_by_hand(micro_batches: int, calls: list[tuple[fx.
     capture = loop.run()
     assert capture is not None
     assert [metrics["step"] for metrics in capture.history] == [1, 2]
+    # No copy of the gradient before clipping is held.
+    assert all(isinstance(options["grad"], UnclippedGradient) for _, options in calls)
     for out, expected, metrics in zip(results, by_hand.results, capture.history, strict=True):
         scale = expected.per_sequence.abs().sum()
         for name in ("per_sequence", "per_token", "momentum", "weight_decay", "total", "stderr"):

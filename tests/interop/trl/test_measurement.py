@@ -67,3 +67,30 @@ def test_measured_change_needs_no_copy_of_the_parameters(tmp_path: Path, monkeyp
     # Three vectors, of which each tensor has at least one entry, and one more than its share.
     assert all(size <= 3 * 4 * (SAMPLED + 2 * len(trained)) for size in CopyingMeasurement.num_bytes)
     assert all(0 < metrics["step_rounding"] < 0.1 for metrics in training.history)
+
+
+class GradientRecorder(TrlStepMeasurement):
+    """Measurement that notes by how much each gradient was clipped, and whether it is the trainer's own memory."""
+
+    clips: ClassVar[list[float]] = []
+
+    def before_update(self, *args: Any) -> PendingStep:
+        captured = args[1]
+        for name, p in self._trainer.model.named_parameters():
+            g = captured.gradient[name]
+            assert (g is None) == (p.grad is None)
+            assert g is None or p.grad is None or g.data_ptr() == p.grad.data_ptr()
+        self.clips.append(captured.clip)
+        return super().before_update(*args)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clipped_gradient_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trainer clips is attributed from its own tensors, and nothing of it is unattributed."""
+    monkeypatch.setattr(GradientRecorder, "clips", [])
+    monkeypatch.setattr("fx_influence.interop.trl.callback.TrlStepMeasurement", GradientRecorder)
+    training = measure_training(tmp_path, 2, PLAIN, learning_rate=1e-3, max_grad_norm=0.01)
+    assert len(training.history) == 2, training.warnings
+    assert len(GradientRecorder.clips) == 2
+    assert all(clip < 0.1 for clip in GradientRecorder.clips)
+    assert all(metrics["unattributed"] == 0 for metrics in training.history)

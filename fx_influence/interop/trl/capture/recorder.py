@@ -21,7 +21,6 @@ from fx_influence.interop.trl.capture.micro_batch import SCORE, MicroBatch, scor
 from fx_influence.interop.trl.capture.rollout_rows import GROUPS, REWARDS, SOURCES, rollout_rows
 from fx_influence.interop.trl.capture.wrapper import MethodWrapper
 from fx_influence.interop.trl.processes import mesh_of
-from fx_influence.types import Gradients
 
 METHODS = ("compute_loss", SCORE, "_generate_and_score_completions", "_calculate_rewards")
 """Methods of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that are wrapped on the instance."""
@@ -102,18 +101,12 @@ class Capture:
         clip = min(1.0, max_norm / (norm + 1e-6))
         return captured_step(
             concatenate(rows_by_process),
+            self._trainer.model,
             self._trainer.accelerator.device,
-            gradient=self._gradient(clip * self._remaining_scale()),
             clip=clip,
             max_grad_norm=None if max_norm == float("inf") else max_norm,
+            remaining_scale=self._remaining_scale(),
         )
-
-    def _gradient(self, scale: float) -> Gradients:
-        return {
-            name: None if p.grad is None else p.grad.detach() if scale == 1.0 else p.grad.detach() / scale
-            for name, p in self._trainer.model.named_parameters()
-            if p.requires_grad
-        }
 
     def overflowed(self) -> bool:
         """Return whether a loss scaler will skip the optimizer's step, because a scaled gradient is not finite."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import yaml
 from fx_influence.interop.checkpoints.files.directory import PARAM_NAMES
 from fx_influence.interop.ledger.file import append_entry
 from fx_influence.interop.live.metrics import MeasuredStep
-from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.runtime.run_files import (
     BASELINE,
     ENVIRONMENT,
@@ -83,7 +83,9 @@ class StepStore:
         (folder / PARAM_NAMES).write_text(json.dumps(names))
         RunFiles(self._temporary).write_tensors(BASELINE, baseline)
 
-    def write(self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, training_id: str) -> dict[str, Any]:
+    def write(
+        self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, environment: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Write all files of the step, append it to the training run's ledger, and return its entry.
 
         A directory of the same step of the same training run, from before a resumption, is replaced.
@@ -92,14 +94,13 @@ class StepStore:
             measured: the step.
             plan: fields of plan.yaml beside ``INPUTS``.
             trainer: the one that made the step.
-            training_id: id of this training run, which no other has.
+            environment: of the training run, from ``environment_of``, once for all steps.
         """
         self._temporary.mkdir(parents=True, exist_ok=True)
         files = RunFiles(self._temporary)
         rollouts = update_rollouts(measured.captured, trainer)
         files.write_text(PLAN, yaml.safe_dump({**INPUTS, **plan}, sort_keys=False))
-        origin = {"trainer": type(trainer).__name__, "processes": trainer.accelerator.num_processes}
-        files.write_json(ENVIRONMENT, {**environment(), "inputs_sha256": {}, **origin, TRAINING: training_id})
+        files.write_json(ENVIRONMENT, environment)
         files.write_rollouts(UPDATE_ROLLOUTS, rollouts)
         batch, values = right_padded(measured.captured, rollouts)
         files.write_arrays(UPDATE_TOKENS, token_arrays(batch, values))
@@ -111,7 +112,7 @@ class StepStore:
         summary = step_summary(measured)
         files.write_json(eval_file(0, ".json"), summary)
         files.write_json(SUMMARY, summary)
-        entry = step_entry(measured, rollouts, plan, trainer, training_id)
+        entry = step_entry(measured, rollouts, plan, trainer, environment[TRAINING])
         self._publish()
         append_entry(self._path.parent, entry)
         return entry

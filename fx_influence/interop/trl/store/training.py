@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fx_influence.interop.ledger.file import LEDGER, read_ledger
+from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.runtime.run_files import ENVIRONMENT
 
 TRAINING = "training"
@@ -17,6 +18,12 @@ TRAINING = "training"
 
 CHECKPOINT_FILE = "entropy_influence.json"
 """File in a trainer's checkpoint that holds the id of its training run, by the name of each ``EntropyInfluence``."""
+
+
+def environment_of(trainer: Any, training_id: str) -> dict[str, Any]:
+    """Return what environment.json has in every step of a training run: versions, machine, trainer and the run's id."""
+    origin = {"trainer": type(trainer).__name__, "processes": trainer.accelerator.num_processes}
+    return {**environment(), "inputs_sha256": {}, **origin, TRAINING: training_id}
 
 
 def training_directory(base: Path, training_id: str) -> Path:
