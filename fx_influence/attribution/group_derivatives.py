@@ -13,12 +13,24 @@ from fx_influence.attribution.linearized_losses import LinearizedLosses
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.batching.rows import rows_by_group
 from fx_influence.core.tree import Direction
+from fx_influence.estimators.deviations import left_out_parts
 from fx_influence.optim.step import AdamWStep, InnerProducts, add_inner_products
 from fx_influence.types import Params
 
 
+class LengthSlopes(NamedTuple):
+    """Derivatives of log E[T]: ``tokens`` (n_u, T) or (n_u, 1), along each token's or rollout's part of the step;
+    ``labels`` (number of them,), along those of the labels' gradients; and ``along_step``, a scalar. float64."""
+
+    tokens: Tensor
+    labels: Tensor
+    along_step: Tensor
+
+
 class GroupDerivatives(NamedTuple):
     """Derivatives of the rollouts' losses, and of the step, along u_k = gain * grad H_k of the K groups of E.
+
+    Those by group are along gain * (grad H_k - x_k L), see ``Evaluation``, whose sum over groups is u as well.
 
     Attributes:
         u: the sum of the u_k.
@@ -29,6 +41,7 @@ class GroupDerivatives(NamedTuple):
         along_step: (K,), <grad H_k, v>, float64.
         on_step: inner products of grad H with the step's terms.
         update_products: <u, g> by parameter name, float64 scalars.
+        slopes: derivatives of log E[T], where they were made; else None.
         narrowed: whether the u_k, or their sum u, were rounded in half precision, so that ``derivatives`` are along
             other directions than u and serve error bars alone.
     """
@@ -41,6 +54,7 @@ class GroupDerivatives(NamedTuple):
     along_step: Tensor
     on_step: InnerProducts
     update_products: dict[str, Tensor]
+    slopes: LengthSlopes | None
     narrowed: bool
 
 
@@ -50,11 +64,16 @@ def differentiate_by_group(
     step: AdamWStep,
     groups: EvaluationGroups,
     per_token: bool,
+    needs_slopes: bool,
     labelled: LabelledLosses,
     dtype: torch.dtype | None,
     offload: torch.device | str | None,
 ) -> GroupDerivatives:
     """Return the derivatives along each group's direction, with no more directions in memory than ``update`` plans for.
+
+    Where one more vector than these fits the budget, L is taken off each group's gradient. Where it does not, or its
+    derivatives are wanted, gain * L goes through U's map first, by token only where a group's derivatives do, and its
+    derivatives l are taken off those of the groups: x_k l from the k-th. Either way nothing is rounded for it.
 
     Args:
         evaluation: the objective's gradients by group, which are used up.
@@ -62,12 +81,18 @@ def differentiate_by_group(
         step: the optimizer's step.
         groups: of E's rows, and the one that each row of U leaves out.
         per_token: whether the derivatives along that one are wanted by token.
+        needs_slopes: whether the derivatives of log E[T] are wanted.
         labelled: how the sums over labels of tokens are differentiated.
         dtype: of u; None keeps that of the gradients.
         offload: device that holds the directions; None leaves them where the gradients are.
     """
-    several = groups.num_groups > 1
+    several, adds_up = groups.num_groups > 1, groups.num_groups > 1 and not evaluation.has_sum
+    all_by_token = labelled.by_token and not update.resolves_tokens
     own_by_token = groups.leave_out and per_token and not update.resolves_tokens
+    slopes: LengthSlopes | None = None
+    if evaluation.has_length_gradient and (needs_slopes or evaluation.has_sum):
+        slopes = _length_slopes(next(evaluation.gradients), update, step, labelled, own_by_token or all_by_token)
+    gradients = evaluation.gradients if slopes is not None else evaluation.deviating_gradients()
     products: list[InnerProducts] = []
     derivatives: list[Tensor] = []
     pending: list[Direction] = []
@@ -76,19 +101,19 @@ def differentiate_by_group(
     by_label: list[Tensor] = []
     own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
     rows_left_out = rows_by_group(groups.left_out, groups.num_groups)
-    for gradient in evaluation.gradients:
-        # Not by enumerate, whose tuple would hold one gradient while the next is made.
-        k = len(products)
+    for k in range(groups.num_groups):
+        # Not by zip or a loop over the gradients, which would hold one while the next is made.
+        gradient = next(gradients)
         # From here on the gradient's memory holds gain * gradient.
         products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
-        if labelled.by_token and not update.resolves_tokens:
+        if all_by_token:
             by_token.append(update.token_jvp(direction))
             own_tokens[rows_left_out[k]] = by_token[-1][rows_left_out[k]]
         elif own_by_token and len(rows_left_out[k]):
             own_tokens[rows_left_out[k]] = update.token_jvp_of(direction, rows_left_out[k])
         by_label.extend([direction.scale * labelled.products(direction.unit)] if labelled.gradients else [])
-        if several:
+        if adds_up:
             direction.add_to_(total, offload)
         pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
         if len(pending) == update.plan.at_once:
@@ -98,16 +123,50 @@ def differentiate_by_group(
         del gradient, direction
     if several and pending:
         derivatives.append(update.jvp(pending))
-    u = Direction.of_(total) if several else pending[0]
     by_group = torch.cat(derivatives)
+    excess = by_group.new_tensor(evaluation.group_excess)
+    along_step = torch.stack([p.direction for p in products])
+    tokens = torch.stack(by_token) if by_token else None
+    label_products = torch.stack(by_label) if by_label else None
+    if slopes is not None:
+        by_row = slopes.tokens if update.resolves_tokens else slopes.tokens.sum(-1, keepdim=True)
+        by_group = by_group - _multiples(excess, by_row)
+        along_step = along_step - excess * slopes.along_step
+        tokens = None if tokens is None else tokens - _multiples(excess, slopes.tokens)
+        label_products = None if label_products is None else label_products - _multiples(excess, slopes.labels)
+        if own_by_token or all_by_token:
+            own_tokens -= left_out_parts(_multiples(excess, slopes.tokens), groups.left_out)
+    if evaluation.has_sum:
+        total = next(evaluation.gradients)
+        step.precondition_(total)
+    u = Direction.of_(total) if several else pending[0]
+    if evaluation.has_sum:
+        u = u.to_(dtype, offload)
     return GroupDerivatives(
         u=u,
         derivatives=by_group,
-        token_derivatives=by_group if update.resolves_tokens else torch.stack(by_token) if by_token else None,
-        label_products=torch.stack(by_label) if by_label else None,
+        token_derivatives=by_group if update.resolves_tokens else tokens,
+        label_products=label_products,
         own_tokens=own_tokens,
-        along_step=torch.stack([p.direction for p in products]),
+        along_step=along_step,
         on_step=add_inner_products(products),
         update_products=step.update_products(u),
+        slopes=slopes,
         narrowed=several and (dtype or update.plan.dtype) is not None,
     )
+
+
+def _length_slopes(
+    length_gradient: Params, update: LinearizedLosses, step: AdamWStep, labelled: LabelledLosses, by_token: bool
+) -> LengthSlopes:
+    """Return the derivatives of log E[T] from its gradient, whose memory is reused; ``by_token`` asks for those."""
+    along_step = step.precondition_(length_gradient).direction
+    direction = Direction.of_(length_gradient)
+    labels = labelled.products(direction.unit) if labelled.gradients else along_step.new_zeros(0)
+    tokens = update.token_jvp(direction) if by_token else update.jvp([direction])[0]
+    return LengthSlopes(tokens, direction.scale * labels, along_step)
+
+
+def _multiples(excess: Tensor, slope: Tensor) -> Tensor:
+    """Return x_k times the slopes (...) for every group, (K, ...)."""
+    return excess.reshape(-1, *[1] * slope.ndim) * slope

@@ -12,7 +12,6 @@ from fx_influence.attribution.cross_fitting import EvaluationGroups, evaluation_
 from fx_influence.attribution.error_bars import (
     PartsOfE,
     leave_own_rows_out,
-    length_slopes,
     parts_of_clusters,
     self_influence,
     with_token_deviations,
@@ -277,13 +276,17 @@ def _attribute(x: _Inputs) -> Influence:
         x.direction_dtype or update.plan.dtype,
     )
     groups = differentiate_by_group(
-        evaluation, update, step, x.groups, x.per_token, labelled, x.direction_dtype, x.offload
+        evaluation, update, step, x.groups, x.per_token, x.matrix, labelled, x.direction_dtype, x.offload
     )
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
     identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
     conditioned = conditioning(update, step, groups.u, rows.over_all)
-    slopes = length_slopes(evaluation, update, step) if x.matrix else None
-    on_step, along_step, update_products = groups.on_step, groups.along_step, groups.update_products
+    slopes, on_step, along_step, update_products = (
+        groups.slopes,
+        groups.on_step,
+        groups.along_step,
+        groups.update_products,
+    )
     by_group = groups.derivatives.sum(-1)
     parts = PartsOfE(by_group, along_step, shares, x.groups.left_out) if x.stderr and several else None
     deviations = None if parts is None else parts.deviations()
@@ -293,7 +296,7 @@ def _attribute(x: _Inputs) -> Influence:
     del update, groups, labelled
 
     pairwise, rounding = None, rows.rounding
-    if slopes is not None:
+    if x.matrix:
         pairwise = -x.engine_e.gram(
             x.params, evaluation.batch, x.batch_u, step.gain(), x.memory_budget, x.precision.update_apply
         )
