@@ -156,7 +156,7 @@ def with_token_deviations(
     left_out = deviations.left_out
     if groups.token_derivatives is not None:
         return deviations._replace(tokens=deviations_of(groups.token_derivatives, tokens, shares, left_out))
-    if labels is None:
+    if labels is None or groups.own_tokens is None:
         return deviations
     left, count = share_left(shares, left_out).unsqueeze(-1), len(deviations.by_part)
     chosen = torch.tensor(labelled.labels, dtype=torch.int64, device=labels.index.device)

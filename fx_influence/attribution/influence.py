@@ -16,7 +16,7 @@ from fx_influence.attribution.error_bars import (
     self_influence,
     with_token_deviations,
 )
-from fx_influence.attribution.group_derivatives import differentiate_by_group
+from fx_influence.attribution.group_derivatives import differentiate_by_group, folds_of_tokens
 from fx_influence.attribution.labelled_losses import labelled_losses, token_labels
 from fx_influence.attribution.linearized_losses import linearize_update
 from fx_influence.attribution.objective_gradients import evaluate_objective, normalises_by_rank
@@ -258,11 +258,13 @@ class _Inputs:
 def _attribute(x: _Inputs) -> Influence:
     """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
     with_deviations, several = x.stderr or x.groups.leave_out, x.groups.num_groups > 1
-    evaluation = evaluate_objective(
-        x.params, x.batch_e, x.objective, x.groups, with_deviations, x.engine_e, x.memory_budget, x.direction_dtype
-    )
+    options_e = with_deviations, x.engine_e, x.memory_budget, x.direction_dtype
+    evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *options_e)
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 0
-    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, num_directions, x.per_token, x.memory_budget)
+    only_tokens = x.per_token and x.labels is None and not x.matrix
+    folds = folds_of_tokens(x.params, x.groups, only_tokens, x.direction_dtype, x.memory_budget)
+    options = num_directions, x.per_token, x.memory_budget, folds
+    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, *options)
     step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm)
     shares = evaluation.group_shares
     labelled = labelled_losses(
@@ -276,19 +278,14 @@ def _attribute(x: _Inputs) -> Influence:
         x.direction_dtype or update.plan.dtype,
     )
     groups = differentiate_by_group(
-        evaluation, update, step, x.groups, x.per_token, x.matrix, labelled, x.direction_dtype, x.offload
+        evaluation, update, step, x.groups, x.per_token, x.matrix, labelled, folds, x.direction_dtype, x.offload
     )
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
     identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
-    conditioned = conditioning(update, step, groups.u, rows.over_all)
-    slopes, on_step, along_step, update_products = (
-        groups.slopes,
-        groups.on_step,
-        groups.along_step,
-        groups.update_products,
-    )
+    conditioned = conditioning(update, step, groups, rows.over_all)
+    slopes, on_step, update_products = groups.slopes, groups.on_step, groups.update_products
     by_group = groups.derivatives.sum(-1)
-    parts = PartsOfE(by_group, along_step, shares, x.groups.left_out) if x.stderr and several else None
+    parts = PartsOfE(by_group, groups.along_step, shares, x.groups.left_out) if x.stderr and several else None
     deviations = None if parts is None else parts.deviations()
     if deviations is not None and rows.per_token is not None:
         deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels, labelled)
