@@ -13,7 +13,7 @@ from helpers.strategies import Case, cases
 from hypothesis import given, settings
 
 import fx_influence as fx
-from fx_influence.autodiff import ghost
+from fx_influence.autodiff import directional, ghost
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
@@ -81,9 +81,11 @@ def problem(rows: int = 5) -> tuple[Inputs, fx.Apply]:
 
 @pytest.mark.parametrize("shared_prompts", [False, True])
 @pytest.mark.parametrize("memory_budget", [0, 10**9])
-def test_linearize_losses_takes_tokens_along_a_direction_a_group(memory_budget: int, shared_prompts: bool) -> None:
+def test_linearize_losses_takes_tokens_along_a_direction_a_group(
+    monkeypatch: pytest.MonkeyPatch, memory_budget: int, shared_prompts: bool
+) -> None:
     """Linear layers' outputs are those of the same forward; rows that share prompts have a forward of their own."""
-    apply, params = fx.make_functional(make_model("qwen2").double())
+    apply, params = fx.make_functional(make_model("qwen2", attention="sdpa").double())
     assert apply.vocab_size is not None
     generator = torch.Generator().manual_seed(2)
     u = random_batch(generator, 6, WIDTH, apply.vocab_size)
@@ -93,12 +95,18 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(memory_budget: 
         after = torch.arange(WIDTH).expand_as(ids) >= 4
         u = u._replace(input_ids=ids, attention_mask=torch.ones_like(after), completion_mask=after)
     groups = [torch.tensor([0, 3]), torch.tensor([], dtype=torch.long), torch.tensor([5, 1, 2, 4])]
-    directions = [
-        Direction.of_({name: torch.randn(p.shape, dtype=p.dtype) for name, p in params.items()}) for _ in "abc"
-    ]
+    directions = [Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in "abc"]
     linearized = linearize_losses(params, u, apply, 0.7, 2, memory_budget, num_directions=2, groups=groups)
     assert linearized is not None
     calls: list[int] = []
+    reuses: list[bool] = []
+    micro_batch_jvp = directional.micro_batch_jvp
+
+    def recorded(*arguments: Any) -> Any:
+        reuses.append(arguments[4] is not None)
+        return micro_batch_jvp(*arguments)
+
+    monkeypatch.setattr(directional, "micro_batch_jvp", recorded)
 
     def along(k: int) -> Direction:
         calls.append(k)
@@ -114,6 +122,7 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(memory_budget: 
         for actual, wanted in zip(values, expected, strict=True):
             assert_close(actual[index], directions[k].scale * wanted[index])
     assert calls == [0, 2]
+    assert reuses[:3] == [not shared_prompts] * 3
 
 
 @pytest.mark.parametrize("preconditioner", ["frozen", "jacobian", "rmsprop"])
