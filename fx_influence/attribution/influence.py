@@ -114,10 +114,10 @@ def influence(
             a ``UserWarning`` where these share prompts. They are exact with ``matrix``, else from min(8, C) random
             groups of E's clusters or from the folds: the reverse pass over U leaves layer inputs and output gradients,
             from which all groups together cost about one more forward. Those that do not fit ``memory_budget`` are
-            recomputed. The groups' directions are rounded to bfloat16 where they do not fit it, which moves the error
-            bars by less than their noise; where not even two fit, each group costs a JVP. Per token E goes backward
-            once more, for the gradient of its length. With "per_decision" weights of another policy's rollouts each
-            group costs a reverse pass over all of E, with ``matrix`` too.
+            recomputed, for the JVP of tokens as well. The groups' directions are rounded to bfloat16 where they do not
+            fit it, which moves the error bars by less than their noise; where not even two fit, each costs a JVP. Per
+            token E goes backward once more, for the gradient of its length. With "per_decision" weights of another
+            policy's rollouts each group costs a reverse pass over all of E, with ``matrix`` too.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
         labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
@@ -125,8 +125,9 @@ def influence(
             groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
-            for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs;
-            0 caches nothing. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
+            for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs.
+            Below the size of one gradient error bars hold no sum of gradients, for a pass over E and a JVP more; 0
+            caches nothing. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
         compute_dtype: bfloat16 for the matrix products of all passes, as under ``torch.autocast``; the
             parameters, gradients, directions, softmaxes and sums stay as they are. None computes in the parameters'
             precision, and U's losses in that of the policy's own autocast.
