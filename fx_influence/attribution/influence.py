@@ -124,10 +124,10 @@ def influence(
             label, but for one of each set of labels that share rows and have all their tokens; or with more labels than
             groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
-        memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
-            for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs.
-            Below the size of one gradient error bars hold no sum of gradients, for a pass over E and a JVP more; 0
-            caches nothing. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
+        memory_budget: bytes for E's forward, then for the directions of the error bars and, beside them, for U's
+            reverse pass, then for the gradients of the matrix, beside the pass that runs; None takes 768 MiB, or 16 a
+            trainable parameter where that is more. Below the size of one gradient error bars hold no sum of gradients,
+            for a pass over E and a JVP more; 0 caches nothing.
         compute_dtype: bfloat16 for the matrix products of all passes, as under ``torch.autocast``; the
             parameters, gradients, directions, softmaxes and sums stay as they are. None computes in the parameters'
             precision, and U's losses in that of the policy's own autocast.
@@ -164,8 +164,7 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
 
-    Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020; cross-fitting,
-    Chernozhukov et al. 2018.
+    Source: influence functions through a step, Koh & Liang 2017, TracIn 2020; cross-fitting, Chernozhukov et al. 2018.
     """
     _check_types(params, apply, batch_u, batch_e, opt_state, objective)
     check_options(temperature, chunk_size, memory_budget)
@@ -258,14 +257,14 @@ class _Inputs:
 
 def _attribute(x: _Inputs) -> Influence:
     """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
-    with_deviations, several = x.stderr or x.groups.leave_out, x.groups.num_groups > 1
-    options_e = with_deviations, x.engine_e, x.memory_budget, x.direction_dtype
-    evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *options_e)
+    several = x.groups.num_groups > 1
+    how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
+    evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 0
     only_tokens = x.per_token and x.labels is None and not x.matrix
     folds = folds_of_tokens(x.params, x.groups, only_tokens, x.direction_dtype, x.memory_budget)
-    options = num_directions, x.per_token, x.memory_budget, folds
-    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, *options)
+    passes = num_directions, x.per_token, x.memory_budget, folds
+    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, *passes)
     step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm)
     shares = evaluation.group_shares
     labelled = labelled_losses(
@@ -284,8 +283,8 @@ def _attribute(x: _Inputs) -> Influence:
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
     identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
     conditioned = conditioning(update, step, groups, rows.over_all)
-    slopes, on_step, update_products = groups.slopes, groups.on_step, groups.update_products
-    by_group = groups.derivatives.sum(-1)
+    slopes, on_step, by_group = groups.slopes, groups.on_step, groups.derivatives.sum(-1)
+    update_products = groups.update_products
     parts = PartsOfE(by_group, groups.along_step, shares, x.groups.left_out) if x.stderr and several else None
     deviations = None if parts is None else parts.deviations()
     if deviations is not None and rows.per_token is not None:
