@@ -9,12 +9,11 @@ from einops import einsum
 from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
-from fx_influence.attribution.group_derivatives import GroupDerivatives
+from fx_influence.attribution.group_derivatives import GroupDerivatives, LengthSlopes
 from fx_influence.attribution.labelled_losses import LabelledLosses
-from fx_influence.attribution.linearized_losses import LinearizedLosses, token_derivatives
+from fx_influence.attribution.linearized_losses import token_derivatives
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.autodiff.engine import Engine
-from fx_influence.core.tree import Direction
 from fx_influence.estimators.deviations import (
     NOTHING_LEFT_OUT,
     Deviations,
@@ -57,26 +56,10 @@ class PartsOfE(NamedTuple):
         return Deviations(deviations.unsqueeze(-1), torch.full_like(self.left_out[:1], NOTHING_LEFT_OUT)).stderr()[0]
 
 
-class LengthSlopes(NamedTuple):
-    """Derivatives of log E[T]: ``rows`` (n_u,) along each rollout's part of the step, and ``along_step``, a scalar."""
-
-    rows: Tensor
-    along_step: Tensor
-
-
-def length_slopes(evaluation: Evaluation, update: LinearizedLosses, step: AdamWStep) -> LengthSlopes:
-    """Return the derivatives of log E[T], 0 where the denominator is known; the gradient's memory is reused."""
-    if evaluation.length_gradient is None:
-        zeros = evaluation.shares.new_zeros(update.shape[0])
-        return LengthSlopes(zeros, zeros.sum())
-    along_step = step.precondition_(evaluation.length_gradient).direction
-    return LengthSlopes(update.jvp([Direction.of_(evaluation.length_gradient)])[0].sum(-1), along_step)
-
-
 def parts_of_clusters(
     params: Params,
     pairwise: Tensor,
-    slopes: LengthSlopes,
+    slopes: LengthSlopes | None,
     evaluation: Evaluation,
     step: AdamWStep,
     engine: Engine,
@@ -87,32 +70,41 @@ def parts_of_clusters(
     Args:
         params: theta by name.
         pairwise: (n_e, n_u), M.
-        slopes: derivatives of log E[T].
+        slopes: derivatives of log E[T]; None where the denominator is known.
         evaluation: the objective over E.
         step: the optimizer's step.
         engine: engine of the policy with all its derivatives.
         groups: the groups of E, whose clusters are used.
     """
     along_step = -token_derivatives(params, step.direction(), evaluation.batch, engine, None).sum(-1)
-    rows = pairwise.double() - einsum(evaluation.excess, slopes.rows, "a, i -> a i")
+    if slopes is not None:
+        along_step = along_step - evaluation.excess * slopes.along_step
+    rows = _deviating_rows(pairwise.double(), slopes, evaluation)
     count, cluster = int(groups.cluster.max()) + 1, groups.cluster
     return PartsOfE(
         influences=rows.new_zeros(count, rows.shape[1]).index_add(0, cluster, rows),
-        along_step=rows.new_zeros(count).index_add(0, cluster, along_step - evaluation.excess * slopes.along_step),
+        along_step=rows.new_zeros(count).index_add(0, cluster, along_step),
         shares=rows.new_zeros(count).index_add(0, cluster, evaluation.shares),
         left_out=torch.full_like(groups.left_out, NOTHING_LEFT_OUT),
     )
 
 
 def leave_own_rows_out(
-    pairwise: Tensor, slopes: LengthSlopes, evaluation: Evaluation, groups: EvaluationGroups
+    pairwise: Tensor, slopes: LengthSlopes | None, evaluation: Evaluation, groups: EvaluationGroups
 ) -> Tensor:
     """Return the matrix of cross-fitted influences, whose columns add up to them: 0 for rows of i's own prompt."""
     if not groups.leave_out:
         return pairwise
-    rows = pairwise - einsum(evaluation.excess, slopes.rows, "a, i -> a i").to(pairwise.dtype)
+    rows = _deviating_rows(pairwise, slopes, evaluation)
     own_rows = groups.group.unsqueeze(1) == groups.left_out
     return torch.where(own_rows, 0.0, rows / share_left(evaluation.group_shares, groups.left_out).to(pairwise.dtype))
+
+
+def _deviating_rows(pairwise: Tensor, slopes: LengthSlopes | None, evaluation: Evaluation) -> Tensor:
+    """Return M_ai - x_a l_i, the rows' parts with that in the H which centres E."""
+    if slopes is None:
+        return pairwise
+    return pairwise - einsum(evaluation.excess, slopes.tokens.sum(-1), "a, i -> a i").to(pairwise.dtype)
 
 
 def self_influence(parts: Tensor, evaluation: Evaluation, groups: EvaluationGroups) -> Tensor | None:
@@ -164,7 +156,7 @@ def with_token_deviations(
     left_out = deviations.left_out
     if groups.token_derivatives is not None:
         return deviations._replace(tokens=deviations_of(groups.token_derivatives, tokens, shares, left_out))
-    if labels is None:
+    if labels is None or groups.own_tokens is None:
         return deviations
     left, count = share_left(shares, left_out).unsqueeze(-1), len(deviations.by_part)
     chosen = torch.tensor(labelled.labels, dtype=torch.int64, device=labels.index.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,36 +12,58 @@ from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.attribution.labelled_losses import LabelledLosses
 from fx_influence.attribution.linearized_losses import LinearizedLosses
 from fx_influence.attribution.objective_gradients import Evaluation
+from fx_influence.autodiff.ghost import DirectionPlan, plan_directions
 from fx_influence.batching.rows import rows_by_group
 from fx_influence.core.tree import Direction
+from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, left_out_parts
 from fx_influence.optim.step import AdamWStep, InnerProducts, add_inner_products
 from fx_influence.types import Params
+
+
+class LengthSlopes(NamedTuple):
+    """Derivatives of log E[T]: ``tokens`` (n_u, T) or (n_u, 1), along each token's or rollout's part of the step;
+    ``labels`` (number of them,), along those of the labels' gradients; and ``along_step``, a scalar. float64."""
+
+    tokens: Tensor
+    labels: Tensor
+    along_step: Tensor
 
 
 class GroupDerivatives(NamedTuple):
     """Derivatives of the rollouts' losses, and of the step, along u_k = gain * grad H_k of the K groups of E.
 
+    Those by group are along gain * (grad H_k - x_k L), see ``Evaluation``, whose sum over groups is u as well.
+
     Attributes:
         u: the sum of the u_k.
         derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.jvp``.
+        tokens: <u, g_it>, (n_u, T), float64, or where ``own_tokens`` is None <u - u_k, g_it> with k the row's own
+            group; None where they were not made with the groups'.
         token_derivatives: <u_k, g_it>, (K, n_u, T), float64; None where they are not known.
         label_products: <u_k, .> with the gradients of labels, (K, number of them), float64; None where there are none.
-        own_tokens: <u_k, g_it> of each row's own group k by token, (n_u, T), 0 where it has none.
+        own_tokens: <u_k, g_it> of each row's own group k by token, (n_u, T), 0 where it has none; None where
+            ``tokens`` do without them.
         along_step: (K,), <grad H_k, v>, float64.
         on_step: inner products of grad H with the step's terms.
         update_products: <u, g> by parameter name, float64 scalars.
+        on_fresh: <u, g_i> on coordinates of fresh denominators, see ``AdamWStep.keep_fresh_``, (n_u,), float64; None
+            where it was not made with the groups'.
+        slopes: derivatives of log E[T], where they were made; else None.
         narrowed: whether the u_k, or their sum u, were rounded in half precision, so that ``derivatives`` are along
             other directions than u and serve error bars alone.
     """
 
     u: Direction
     derivatives: Tensor
+    tokens: Tensor | None
     token_derivatives: Tensor | None
     label_products: Tensor | None
-    own_tokens: Tensor
+    own_tokens: Tensor | None
     along_step: Tensor
     on_step: InnerProducts
     update_products: dict[str, Tensor]
+    on_fresh: Tensor | None
+    slopes: LengthSlopes | None
     narrowed: bool
 
 
@@ -50,11 +73,18 @@ def differentiate_by_group(
     step: AdamWStep,
     groups: EvaluationGroups,
     per_token: bool,
+    needs_slopes: bool,
     labelled: LabelledLosses,
+    folds: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
     offload: torch.device | str | None,
 ) -> GroupDerivatives:
     """Return the derivatives along each group's direction, with no more directions in memory than ``update`` plans for.
+
+    Where one more vector than these fits the budget, L is taken off each group's gradient. Where it does not, or its
+    derivatives are wanted, gain * L goes through U's map first, by token only where a group's derivatives do, and its
+    derivatives l are taken off those of the groups: x_k l from the k-th. Either way nothing is rounded for it. The last
+    pass over U takes what u itself is wanted for along.
 
     Args:
         evaluation: the objective's gradients by group, which are used up.
@@ -62,12 +92,19 @@ def differentiate_by_group(
         step: the optimizer's step.
         groups: of E's rows, and the one that each row of U leaves out.
         per_token: whether the derivatives along that one are wanted by token.
+        needs_slopes: whether the derivatives of log E[T] are wanted.
         labelled: how the sums over labels of tokens are differentiated.
+        folds: see ``folds_of_tokens``.
         dtype: of u; None keeps that of the gradients.
         offload: device that holds the directions; None leaves them where the gradients are.
     """
-    several = groups.num_groups > 1
-    own_by_token = groups.leave_out and per_token and not update.resolves_tokens
+    several, adds_up = groups.num_groups > 1, groups.num_groups > 1 and not evaluation.has_sum
+    all_by_token = labelled.by_token and not update.resolves_tokens
+    own_by_token = groups.leave_out and per_token and not update.resolves_tokens and folds is None
+    slopes: LengthSlopes | None = None
+    if evaluation.has_length_gradient and (needs_slopes or evaluation.has_sum):
+        slopes = _length_slopes(next(evaluation.gradients), update, step, labelled, own_by_token or all_by_token)
+    gradients = evaluation.gradients if slopes is not None else evaluation.deviating_gradients()
     products: list[InnerProducts] = []
     derivatives: list[Tensor] = []
     pending: list[Direction] = []
@@ -76,38 +113,143 @@ def differentiate_by_group(
     by_label: list[Tensor] = []
     own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
     rows_left_out = rows_by_group(groups.left_out, groups.num_groups)
-    for gradient in evaluation.gradients:
-        # Not by enumerate, whose tuple would hold one gradient while the next is made.
-        k = len(products)
+    for k in range(groups.num_groups):
+        # Not by zip or a loop over the gradients, which would hold one while the next is made.
+        gradient = next(gradients)
         # From here on the gradient's memory holds gain * gradient.
         products.append(step.precondition_(gradient))
         direction = Direction.of_(gradient)
-        if labelled.by_token and not update.resolves_tokens:
+        if all_by_token:
             by_token.append(update.token_jvp(direction))
             own_tokens[rows_left_out[k]] = by_token[-1][rows_left_out[k]]
         elif own_by_token and len(rows_left_out[k]):
             own_tokens[rows_left_out[k]] = update.token_jvp_of(direction, rows_left_out[k])
         by_label.extend([direction.scale * labelled.products(direction.unit)] if labelled.gradients else [])
-        if several:
+        if adds_up:
             direction.add_to_(total, offload)
         pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
-        if len(pending) == update.plan.at_once:
+        if len(pending) == update.plan.at_once and k < groups.num_groups - 1:
             derivatives.append(update.jvp(pending))
-            pending = [] if several else pending
+            pending = []
         # Freed before the next group's gradient is made.
         del gradient, direction
-    if several and pending:
-        derivatives.append(update.jvp(pending))
-    u = Direction.of_(total) if several else pending[0]
-    by_group = torch.cat(derivatives)
+    # With them the gradient of log E[T] is freed.
+    del gradients
+    u = Direction.of_(total) if adds_up else None if several else pending[0]
+    last = _with_tokens(update, step, pending, u, per_token, folds)
+    pending = []
+    by_group = torch.cat([*derivatives, last.derivatives])
+    excess = by_group.new_tensor(evaluation.group_excess)
+    along_step = torch.stack([p.direction for p in products])
+    token_derivatives = torch.stack(by_token) if by_token else None
+    label_products = torch.stack(by_label) if by_label else None
+    if slopes is not None:
+        by_row = slopes.tokens if update.resolves_tokens else slopes.tokens.sum(-1, keepdim=True)
+        by_group = by_group - _multiples(excess, by_row)
+        along_step = along_step - excess * slopes.along_step
+        if token_derivatives is not None:
+            token_derivatives = token_derivatives - _multiples(excess, slopes.tokens)
+        if label_products is not None:
+            label_products = label_products - _multiples(excess, slopes.labels)
+        if own_by_token or all_by_token:
+            own_tokens -= left_out_parts(_multiples(excess, slopes.tokens), groups.left_out)
+    if u is None:
+        total = next(evaluation.gradients)
+        step.precondition_(total)
+        u = Direction.of_(total).to_(dtype, offload)
     return GroupDerivatives(
         u=u,
         derivatives=by_group,
-        token_derivatives=by_group if update.resolves_tokens else torch.stack(by_token) if by_token else None,
-        label_products=torch.stack(by_label) if by_label else None,
-        own_tokens=own_tokens,
-        along_step=torch.stack([p.direction for p in products]),
+        tokens=last.tokens,
+        token_derivatives=by_group if update.resolves_tokens else token_derivatives,
+        label_products=label_products,
+        own_tokens=None if folds is not None and last.tokens is not None else own_tokens,
+        along_step=along_step,
         on_step=add_inner_products(products),
         update_products=step.update_products(u),
+        on_fresh=last.on_fresh,
+        slopes=slopes,
         narrowed=several and (dtype or update.plan.dtype) is not None,
     )
+
+
+def folds_of_tokens(
+    params: Params, groups: EvaluationGroups, only_tokens: bool, dtype: torch.dtype | None, memory_budget: int
+) -> Sequence[Tensor] | None:
+    """Return the rows of U by the group that they leave out, those that leave out none last; None to keep them as one.
+
+    Where the directions of all groups fit the budget in full precision, a row's tokens can meet u less that of its own
+    group, so that one JVP over U gives the influences of tokens.
+
+    Args:
+        params: theta by name.
+        groups: of E's rows, and the one that each row of U leaves out.
+        only_tokens: whether the influences of tokens are wanted, and nothing else needs derivatives along u by token.
+        dtype: of the directions; None keeps that of the gradients.
+        memory_budget: bytes of directions.
+    """
+    plan = plan_directions(params, groups.num_groups, memory_budget)
+    in_full = dtype is None and plan == DirectionPlan(groups.num_groups, None)
+    if not (only_tokens and groups.leave_out and in_full):
+        return None
+    left_out = torch.where(groups.left_out == NOTHING_LEFT_OUT, groups.num_groups, groups.left_out)
+    return rows_by_group(left_out, groups.num_groups + 1)
+
+
+class _LastDerivatives(NamedTuple):
+    """Derivatives along the last groups' directions, and along u; see ``GroupDerivatives``."""
+
+    derivatives: Tensor
+    tokens: Tensor | None
+    on_fresh: Tensor | None
+
+
+def _with_tokens(
+    update: LinearizedLosses,
+    step: AdamWStep,
+    pending: Sequence[Direction],
+    u: Direction | None,
+    per_token: bool,
+    folds: Sequence[Tensor] | None,
+) -> _LastDerivatives:
+    """Return the derivatives along the last directions, with those that need u from the same passes over U.
+
+    Args:
+        update: U's losses to first order.
+        step: the optimizer's step.
+        pending: the last groups' directions, all of them with ``folds``.
+        u: the sum of all groups' directions; None where it is not there yet.
+        per_token: whether derivatives by token are wanted.
+        folds: see ``folds_of_tokens``.
+    """
+    if update.resolves_tokens or u is None:
+        return _LastDerivatives(update.jvp(pending), None, None)
+    directions = list(pending)
+    if len(pending) > 1:
+        fresh = {name: x.clone() for name, x in u.unit.items()}
+        step.keep_fresh_(fresh)
+        unit = Direction.of_(fresh)
+        directions.append(unit._replace(scale=u.scale * unit.scale))
+
+    def along(k: int) -> Direction:
+        return u if folds is None or k == len(pending) else u.minus(pending[k])
+
+    derivatives, tokens = update.jvp_and_tokens(directions, along if per_token else None)
+    on_fresh = derivatives[-1].sum(-1) if len(pending) > 1 else None
+    return _LastDerivatives(derivatives[: len(pending)], tokens, on_fresh)
+
+
+def _length_slopes(
+    length_gradient: Params, update: LinearizedLosses, step: AdamWStep, labelled: LabelledLosses, by_token: bool
+) -> LengthSlopes:
+    """Return the derivatives of log E[T] from its gradient, whose memory is reused; ``by_token`` asks for those."""
+    along_step = step.precondition_(length_gradient).direction
+    direction = Direction.of_(length_gradient)
+    labels = labelled.products(direction.unit) if labelled.gradients else along_step.new_zeros(0)
+    tokens = update.token_jvp(direction) if by_token else update.jvp([direction])[0]
+    return LengthSlopes(tokens, direction.scale * labels, along_step)
+
+
+def _multiples(excess: Tensor, slope: Tensor) -> Tensor:
+    """Return x_k times the slopes (...) for every group, (K, ...)."""
+    return excess.reshape(-1, *[1] * slope.ndim) * slope

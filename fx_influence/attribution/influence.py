@@ -12,12 +12,11 @@ from fx_influence.attribution.cross_fitting import EvaluationGroups, evaluation_
 from fx_influence.attribution.error_bars import (
     PartsOfE,
     leave_own_rows_out,
-    length_slopes,
     parts_of_clusters,
     self_influence,
     with_token_deviations,
 )
-from fx_influence.attribution.group_derivatives import differentiate_by_group
+from fx_influence.attribution.group_derivatives import differentiate_by_group, folds_of_tokens
 from fx_influence.attribution.labelled_losses import labelled_losses, token_labels
 from fx_influence.attribution.linearized_losses import linearize_update
 from fx_influence.attribution.objective_gradients import evaluate_objective, normalises_by_rank
@@ -118,19 +117,20 @@ def influence(
             a ``UserWarning`` where these share prompts. They are exact with ``matrix``, else from min(8, C) random
             groups of E's clusters or from the folds: the reverse pass over U leaves layer inputs and output gradients,
             from which all groups together cost about one more forward. Those that do not fit ``memory_budget`` are
-            recomputed. The groups' directions are rounded to bfloat16 where they do not fit it, which moves the error
-            bars by less than their noise; where not even two fit, each group costs a JVP. Per token E goes backward
-            once more, for the gradient of its length. With "per_decision" weights of another policy's rollouts each
-            group costs a reverse pass over all of E, with ``matrix`` too.
+            recomputed, for the JVP of tokens as well. The groups' directions are rounded to bfloat16 where they do not
+            fit it, which moves the error bars by less than their noise; where not even two fit, each costs a JVP. Per
+            token E goes backward once more, for the gradient of its length. With "per_decision" weights of another
+            policy's rollouts each group costs a reverse pass over all of E, with ``matrix`` too.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
         labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
             label, but for one of each set of labels that share rows and have all their tokens; or with more labels than
             groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
-        memory_budget: bytes for the cache of E's forward, then for the directions of the error bars and, beside them,
-            for the cache of U's reverse pass, then for the gradients of the matrix, in addition to the pass that runs;
-            0 caches nothing. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
+        memory_budget: bytes for E's forward, then for the directions of the error bars and, beside them, for U's
+            reverse pass, then for the gradients of the matrix, beside the pass that runs; None takes 768 MiB, or 16 a
+            trainable parameter where that is more. Below the size of one gradient error bars hold no sum of gradients,
+            for a pass over E and a JVP more; 0 caches nothing.
         compute_dtype: bfloat16 for the matrix products of all passes, as under ``torch.autocast``; the
             parameters, gradients, directions, softmaxes and sums stay as they are. None computes in the parameters'
             precision, and U's losses in that of the policy's own autocast.
@@ -167,8 +167,7 @@ def influence(
         >>> bool(torch.isclose(out.total, out.per_sequence.sum())), abs(out.residual.item()) < 1e-12
         (True, True)
 
-    Source: influence functions through an optimizer step, Koh & Liang 2017, Pruthi et al. (TracIn) 2020; cross-fitting,
-    Chernozhukov et al. 2018.
+    Source: influence functions through a step, Koh & Liang 2017, TracIn 2020; cross-fitting, Chernozhukov et al. 2018.
     """
     _check_types(params, apply, batch_u, batch_e, opt_state, objective)
     check_options(temperature, chunk_size, memory_budget)
@@ -265,12 +264,14 @@ class _Inputs:
 
 def _attribute(x: _Inputs) -> Influence:
     """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
-    with_deviations, several = x.stderr or x.groups.leave_out, x.groups.num_groups > 1
-    evaluation = evaluate_objective(
-        x.params, x.batch_e, x.objective, x.groups, with_deviations, x.engine_e, x.memory_budget, x.direction_dtype
-    )
+    several = x.groups.num_groups > 1
+    how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
+    evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 0
-    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, num_directions, x.per_token, x.memory_budget)
+    only_tokens = x.per_token and x.labels is None and not x.matrix
+    folds = folds_of_tokens(x.params, x.groups, only_tokens, x.direction_dtype, x.memory_budget)
+    passes = num_directions, x.per_token, x.memory_budget, folds
+    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, *passes)
     step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm, x.clip)
     shares = evaluation.group_shares
     labelled = labelled_losses(
@@ -284,15 +285,14 @@ def _attribute(x: _Inputs) -> Influence:
         x.direction_dtype or update.plan.dtype,
     )
     groups = differentiate_by_group(
-        evaluation, update, step, x.groups, x.per_token, labelled, x.direction_dtype, x.offload
+        evaluation, update, step, x.groups, x.per_token, x.matrix, labelled, folds, x.direction_dtype, x.offload
     )
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
     identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
-    conditioned = conditioning(update, step, groups.u, rows.over_all)
-    slopes = length_slopes(evaluation, update, step) if x.matrix else None
-    on_step, along_step, update_products = groups.on_step, groups.along_step, groups.update_products
-    by_group = groups.derivatives.sum(-1)
-    parts = PartsOfE(by_group, along_step, shares, x.groups.left_out) if x.stderr and several else None
+    conditioned = conditioning(update, step, groups, rows.over_all)
+    slopes, on_step, by_group = groups.slopes, groups.on_step, groups.derivatives.sum(-1)
+    update_products = groups.update_products
+    parts = PartsOfE(by_group, groups.along_step, shares, x.groups.left_out) if x.stderr and several else None
     deviations = None if parts is None else parts.deviations()
     if deviations is not None and rows.per_token is not None:
         deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels, labelled)
@@ -300,7 +300,7 @@ def _attribute(x: _Inputs) -> Influence:
     del update, groups, labelled
 
     pairwise, rounding = None, rows.rounding
-    if slopes is not None:
+    if x.matrix:
         pairwise = -x.engine_e.gram(
             x.params, evaluation.batch, x.batch_u, step.gain(), x.memory_budget, x.precision.update_apply
         )

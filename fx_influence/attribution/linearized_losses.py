@@ -10,26 +10,34 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.autodiff.ghost import DirectionPlan, plan_directions
+from fx_influence.autodiff.ghost import DirectionPlan, TokenDirections, plan_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import Direction
-from fx_influence.types import Batch, Gradients, Params
+from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 
 class LinearizedLosses(NamedTuple):
     """The losses of U's rollouts to first order: the gradient of their sum, and their derivatives along directions.
 
-    ``gradient``: of the sum, or the trainer's own. ``jvp``: at most ``plan.at_once`` u_k -> <u_k, g_i>, (K, n_u, T)
-    by token where ``resolves_tokens``, else (K, n_u, 1), from ghost products. ``token_jvp``: u -> (n_u, T).
-    ``token_jvp_of``: (u, rows) -> (len(rows), T), those of some rows. float64. ``plan``: how the directions are to be
-    held. ``shape``: (n_u, T).
+    Attributes:
+        gradient: of the sum, or the trainer's own.
+        jvp: at most ``plan.at_once`` u_k -> <u_k, g_i>, (K, n_u, T) by token where ``resolves_tokens``, else (K, n_u,
+            1), from ghost products.
+        token_jvp: u -> (n_u, T), float64 as all derivatives.
+        token_jvp_of: (u, rows) -> (len(rows), T), those of some rows.
+        jvp_and_tokens: directions as for ``jvp``, and a direction for each group of rows, or None -> both, (K, n_u, 1)
+            and (n_u, T) or None, by ghost products and a JVP that share their forward. Not where ``resolves_tokens``.
+        resolves_tokens: whether ``jvp`` has derivatives by token.
+        plan: how the directions are to be held.
+        shape: (n_u, T).
     """
 
     gradient: Gradients
     jvp: Callable[[Sequence[Direction]], Tensor]
     token_jvp: Callable[[Direction], Tensor]
     token_jvp_of: Callable[[Direction, Tensor], Tensor]
+    jvp_and_tokens: Callable[[Sequence[Direction], TokenDirections | None], tuple[Tensor, Tensor | None]]
     resolves_tokens: bool
     plan: DirectionPlan
     shape: torch.Size
@@ -43,6 +51,7 @@ def linearize_update(
     num_directions: int,
     per_token: bool,
     memory_budget: int,
+    groups: Sequence[Tensor] | None = None,
 ) -> LinearizedLosses:
     """Return U's losses to first order, by ghost products or by JVPs.
 
@@ -57,6 +66,7 @@ def linearize_update(
         num_directions: number of directions along which derivatives are wanted by row; 0 where those by token do.
         per_token: whether those of tokens are wanted.
         memory_budget: bytes of directions, and bytes of the reverse pass to cache for the derivatives.
+        groups: index tensors of the rows whose tokens have a direction in common; None is one group of all rows.
     """
 
     def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
@@ -67,19 +77,23 @@ def linearize_update(
 
     if num_directions or not (per_token or grad is not None):
         plan = plan_directions(params, max(1, num_directions), memory_budget)
-        linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, with_gradient=grad is None)
+        linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, grad is None, groups)
         if linearized is not None:
             gradient, ghost_products = linearized
 
-            def ghost_jvp(directions: Sequence[Direction]) -> Tensor:
-                derivatives = ghost_products([u.unit for u in directions])
-                return (derivatives * derivatives.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
+            def jvp_and_tokens(
+                directions: Sequence[Direction], along: TokenDirections | None
+            ) -> tuple[Tensor, Tensor | None]:
+                by_row, values = ghost_products([u.unit for u in directions], along)
+                by_row = (by_row * by_row.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
+                return by_row, None if values is None else losses_of_tokens(values, batch_u)
 
             return LinearizedLosses(
                 gradient=gradient if grad is None else grad,
-                jvp=ghost_jvp,
+                jvp=lambda directions: jvp_and_tokens(directions, None)[0],
                 token_jvp=token_jvp,
                 token_jvp_of=token_jvp_of,
+                jvp_and_tokens=jvp_and_tokens,
                 resolves_tokens=False,
                 plan=plan,
                 shape=batch_u.input_ids.shape,
@@ -88,11 +102,16 @@ def linearize_update(
     if grad is None:
         grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
     cached_token_jvp = partial(token_jvp, caches=caches)
+
+    def jvp(directions: Sequence[Direction]) -> Tensor:
+        return torch.stack([cached_token_jvp(u) for u in directions])
+
     return LinearizedLosses(
         gradient=grad,
-        jvp=lambda directions: torch.stack([cached_token_jvp(u) for u in directions]),
+        jvp=jvp,
         token_jvp=cached_token_jvp,
         token_jvp_of=token_jvp_of,
+        jvp_and_tokens=lambda directions, along: (jvp(directions), None),
         resolves_tokens=True,
         plan=DirectionPlan(1, None),
         shape=batch_u.input_ids.shape,
@@ -111,8 +130,12 @@ def token_derivatives(
         engine: engine of the policy.
         caches: linear layers' outputs over the same batch, from ``gradient_with_cache``, or None.
     """
+    return losses_of_tokens(engine.jvp(params, u, batch, caches), batch)
+
+
+def losses_of_tokens(derivatives: TokenValues, batch: Batch) -> Tensor:
+    """Return -(c_it dlogp_it + b_it dh_it) from the derivatives of the token values, float64 (n, T)."""
     total = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.input_ids.device)
-    derivatives = engine.jvp(params, u, batch, caches)
     for d, weight in zip(derivatives, (batch.coefficients, batch.entropy_coefficients), strict=True):
         if weight is not None:
             # Values outside completions may be anything, NaN included.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
 from fx_influence.autodiff.engine import Engine
-from fx_influence.autodiff.ghost import plan_directions
 from fx_influence.batching.rows import rows_by_group
+from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import promote
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
@@ -34,22 +35,32 @@ class Evaluation(NamedTuple):
         shares: (n_e,), each row's share of the objective's denominator, adding up to 1.
         excess: (n_e,), see ``excess_entropies``; 0 where the denominator is known.
         group_shares: (K,), the groups' shares of the denominator.
-        length_gradient: gradient of log E[T], the objective's denominator, by name; None where it is known or no
-            deviations are wanted.
+        group_excess: the groups' sums x_k of ``excess``, K of them, adding up to 0.
         ess: effective sample size, scalar; None where E was sampled from the policy itself.
-        gradients: one for each group, computed when iterated over; they add up to grad H. With ``length_gradient`` L
-            that of group k is sum_a grad s_a - x_k L, x_k the group's excess: what the group contributes to the
-            deviation of grad H from its expectation, the H that its centre is estimated by included. Where weights are
-            normalised at each rank, it is over all rows, see ``coefficients_by_group``.
+        has_length_gradient: whether the first of ``gradients`` is L, that of log E[T], the objective's denominator, as
+            where it is estimated and deviations are wanted.
+        has_sum: whether the last of ``gradients`` is grad H, over all groups.
+        gradients: each computed when it is iterated over. Those of the K groups add up to grad H. A group contributes
+            grad H_k - x_k L to the deviation of grad H from its expectation, the H that its centre is estimated by
+            included. Where weights are normalised at each rank, each is over all rows, see ``coefficients_by_group``.
     """
 
     batch: Batch
     shares: Tensor
     excess: Tensor
     group_shares: Tensor
-    length_gradient: Params | None
+    group_excess: tuple[float, ...]
     ess: Tensor | None
-    gradients: Iterable[Params]
+    has_length_gradient: bool
+    has_sum: bool
+    gradients: Iterator[Params]
+
+    def deviating_gradients(self) -> Iterator[Params]:
+        """Return grad H_k - x_k L of each group, L in memory between them."""
+        length_gradient = next(self.gradients) if self.has_length_gradient else None
+        # Not a generator expression, whose frame would hold one gradient while the next is made. The numbers come
+        # first, since the iteration ends with the groups, before grad H is made.
+        return map(partial(_deviating_, length_gradient), self.group_excess, self.gradients)
 
 
 def evaluate_objective(
@@ -71,7 +82,8 @@ def evaluate_objective(
         groups: of E's rows.
         with_deviations: whether the deviation of each row's or group's part from its expectation is wanted.
         engine: engine of the policy with all its derivatives.
-        memory_budget: bytes of the forward to cache for the reverse pass.
+        memory_budget: bytes of the forward to cache for the reverse pass. Where a gradient is larger, the groups' are
+            not to be added up in memory: grad H follows them, from one more pass over E.
         dtype: of the gradients; None takes at least float32.
 
     Raises:
@@ -110,19 +122,24 @@ def evaluate_objective(
     excess = torch.zeros_like(shares)
     if estimates_length and isinstance(objective, Entropy):
         excess = excess_entropies(values, batch_e.completion_mask, objective.estimator, importance)
-    length_gradient = _ascent_(params, dtype, next(losses)) if estimates_length else None
-    if length_gradient is not None:
-        length_gradient = _as_narrow_as_directions(length_gradient, groups.num_groups, memory_budget)
-    excess_by_group = excess.new_zeros(groups.num_groups).index_add(0, groups.group, excess).tolist()
+    excess_by_group = excess.new_zeros(groups.num_groups).index_add(0, groups.group, excess)
+    has_sum = groups.num_groups > 1 and _bytes(params, dtype) > memory_budget
+
+    def losses_of_all_rows() -> Iterator[Gradients]:
+        every_row = [torch.arange(len(groups.group), device=groups.group.device)]
+        _, once_more = engine.reweighted_gradients(params, batch_e, every_row, lambda _: weighted, 0, dtype)
+        yield from once_more
+
     return Evaluation(
         batch=weighted[0],
         shares=shares,
         excess=excess,
         group_shares=shares.new_zeros(groups.num_groups).index_add(0, groups.group, shares),
-        length_gradient=length_gradient,
+        group_excess=tuple(excess_by_group.tolist()),
         ess=None if importance is None else importance.ess(),
-        # Not a generator expression, whose frame would hold one gradient while the next is made.
-        gradients=map(partial(_deviating_ascent_, params, dtype, length_gradient), losses, excess_by_group),
+        has_length_gradient=estimates_length,
+        has_sum=has_sum,
+        gradients=map(partial(_ascent_, params, dtype), chain(losses, losses_of_all_rows()) if has_sum else losses),
     )
 
 
@@ -132,31 +149,17 @@ def normalises_by_rank(objective: Entropy | Objective, batch_e: Batch) -> bool:
     return weighted and isinstance(objective, Entropy) and objective.estimator == "per_decision"
 
 
-def _as_narrow_as_directions(length_gradient: Params, num_groups: int, memory_budget: int) -> Params:
-    """Return the gradient of log E[T] in bfloat16 where the directions of all groups do not fit the budget.
-
-    It is in memory beside each of them. Its multiples add up to 0 over the groups, so its rounding is in no influence
-    over all of E; it is in error bars and in what cross-fitting leaves out, as independent errors of 2**-9 of its
-    entries. Float64 is left as it is where directions are, one at a time.
-    """
-    plan = plan_directions(length_gradient, num_groups, memory_budget)
-    if plan.dtype is None and plan.at_once == num_groups:
-        return length_gradient
-    return {
-        name: x if plan.dtype is None and x.dtype == torch.float64 else x.to(torch.bfloat16)
-        for name, x in length_gradient.items()
-    }
+def _bytes(params: Params, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a gradient on this process."""
+    return sum(to_local(p).numel() * (dtype or promote(p.dtype)).itemsize for p in params.values())
 
 
 def _importance(objective: Entropy | Objective, values: TokenValues, batch_e: Batch) -> ImportanceWeights | None:
     return behaviour_weights(values, batch_e, objective.estimator) if isinstance(objective, Entropy) else None
 
 
-def _deviating_ascent_(
-    params: Params, dtype: torch.dtype | None, length_gradient: Params | None, gradient: Gradients, excess: float
-) -> Params:
-    """Return ``_ascent_`` of a group, less the group's excess times the gradient of log E[T]."""
-    ascent = _ascent_(params, dtype, gradient)
+def _deviating_(length_gradient: Params | None, excess: float, ascent: Params) -> Params:
+    """Return a group's gradient less its excess times the gradient of log E[T], in place."""
     if length_gradient is not None and excess != 0:
         for name, x in ascent.items():
             x.sub_(length_gradient[name], alpha=excess)

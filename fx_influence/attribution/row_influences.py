@@ -59,7 +59,8 @@ def sum_groups(
     awaits_tokens = per_token and not (update.resolves_tokens or precision.wants_two_methods)
     derivatives = update.jvp([groups.u]) if groups.narrowed and not awaits_tokens else groups.derivatives
     by_groups = derivatives.sum((0, 2))
-    others_by_groups = (by_groups - left_out_parts(groups.derivatives.sum(-1), own_group)) / left
+    own_by_groups = left_out_parts(groups.derivatives.sum(-1), own_group)
+    others_by_groups = (by_groups - own_by_groups) / left
     unknown = torch.full_like(by_groups, torch.nan)
     if update.resolves_tokens:
         over_all, left_out = derivatives.sum(0), left_out_parts(groups.derivatives, own_group)
@@ -67,9 +68,12 @@ def sum_groups(
         return RowInfluences(tokens.sum(-1), tokens if per_token else None, over_all.sum(-1), unknown, "the JVP over U")
     if not per_token:
         return RowInfluences(others_by_groups, None, by_groups, unknown, "ghost products over U")
-    over_all = update.token_jvp(groups.u)
-    tokens = (over_all - groups.own_tokens) / left.unsqueeze(-1)
-    by_tokens = over_all.sum(-1)
+    others = update.token_jvp(groups.u) if groups.tokens is None else groups.tokens
+    if groups.own_tokens is None:
+        by_tokens = others.sum(-1) + own_by_groups
+    else:
+        by_tokens, others = others.sum(-1), others - groups.own_tokens
+    tokens = others / left.unsqueeze(-1)
     rounding = unknown if groups.narrowed and awaits_tokens else (by_tokens - by_groups).abs()
     if precision.under_autocast:
         # Ghost products hold the very gradient that the optimizer meets; the JVP is rounded another way.
@@ -127,13 +131,16 @@ def check_sums(
     return Identity(expected, residual, unattributed)
 
 
-def conditioning(update: LinearizedLosses, step: AdamWStep, u: Direction, over_all: Tensor) -> Tensor:
-    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory is reused."""
-    step.keep_fresh_(u.unit)
-    if not dot(u.unit, u.unit):
-        return torch.zeros((), dtype=torch.float64, device=over_all.device)
-    fresh = Direction.of_(u.unit)
-    on_fresh = u.scale * update.jvp([fresh])[0].sum(-1)
+def conditioning(update: LinearizedLosses, step: AdamWStep, groups: GroupDerivatives, over_all: Tensor) -> Tensor:
+    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory may be reused."""
+    on_fresh = groups.on_fresh
+    if on_fresh is None:
+        u = groups.u
+        step.keep_fresh_(u.unit)
+        if not dot(u.unit, u.unit):
+            return torch.zeros((), dtype=torch.float64, device=over_all.device)
+        fresh = Direction.of_(u.unit)
+        on_fresh = u.scale * update.jvp([fresh])[0].sum(-1)
     size, rest = on_fresh.abs().sum(), (over_all - on_fresh).abs().sum()
     return torch.where(size > 0, size / (size + rest), 0.0)
 

@@ -110,7 +110,13 @@ class Engine:
         return token_jvp(params, direction, batch, caches=caches, **self._options)
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True
+        self,
+        params: Params,
+        batch: Batch,
+        memory_budget: int,
+        num_directions: int,
+        with_gradient: bool = True,
+        groups: Sequence[Tensor] | None = None,
     ) -> tuple[Gradients, JvpFn] | None:
         """Return the gradient and a function from directions u to <u, g_i>, or None; see ``linearize_losses``."""
         return linearize_losses(
@@ -119,6 +125,7 @@ class Engine:
             memory_budget=memory_budget,
             num_directions=num_directions,
             with_gradient=with_gradient,
+            groups=groups,
             **self._options,
         )
 

@@ -6,6 +6,7 @@ a forward pass, many directions together little more than one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,15 +15,18 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
+from fx_influence.autodiff.directional import GroupedTokenJvp
 from fx_influence.autodiff.gradients import as_leaves
 from fx_influence.autodiff.layer_io.collect import collect_layer_io
 from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs, write_row_gradients
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.dtensor import to_local
-from fx_influence.core.tree import accumulate, cast_like, promote, unit_direction
+from fx_influence.core.tree import Direction, accumulate, cast_like, promote, unit_direction
+from fx_influence.policy.modes.linear_cache import LinearOutputCache
 from fx_influence.policy.split import split_policy
-from fx_influence.types import Apply, Batch, Gradients, Params
+from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
 MAX_GRADIENT_ENTRIES = 2**24
 """Largest number of entries of row gradients that exist at once in ``ghost_products``: 64 MiB of float32."""
@@ -36,8 +40,13 @@ MEMORY_BUDGET = 3 * 2**28
 BYTES_PER_PARAMETER = 16
 """Bytes of a call's caches for each trainable parameter, used where that is more: eight directions in bfloat16."""
 
-JvpFn = Callable[[Sequence[Params]], Tensor]
-"""``jvp_fn(us)``: <u_k, g_i> for every row of the batch, (K, B) float64; names absent in a u count as 0."""
+TokenDirections = Callable[[int], Direction]
+"""The direction of the token values of the k-th group of rows; called once a group, in order."""
+
+JvpFn = Callable[[Sequence[Params], TokenDirections | None], tuple[Tensor, TokenValues | None]]
+"""``jvp_fn(us, along)``: <u_k, g_i> for every row of the batch, (K, B) float64, and the derivatives of the batch's
+token values, of each group of rows along its own direction, (B, T) each, where ``along`` is not None. Names absent in a
+direction count as 0."""
 
 
 def default_budget(params: Params) -> int:
@@ -76,11 +85,14 @@ def linearize_losses(
     memory_budget: int,
     num_directions: int = 1,
     with_gradient: bool = True,
+    groups: Sequence[Tensor] | None = None,
 ) -> tuple[Gradients, JvpFn] | None:
     """Return ``batch_gradient`` and the function ``JvpFn`` of the rows' losses, from one forward and reverse pass.
 
-    The layer IO of as many micro-batches is cached as fits the budget. That of the others is recomputed, without the
-    weights' gradients, in every call of the function.
+    The layer IO of as many micro-batches is cached as fits the budget, and the linear layers' outputs where these fit
+    beside all of it. That of the others is recomputed, without the weights' gradients, in every call of the function.
+    Either way the JVP of the token values reuses the outputs of that forward. Where rows share prompts it has its own,
+    in which each prompt is there once.
 
     Args:
         params: theta, by name.
@@ -92,6 +104,8 @@ def linearize_losses(
         num_directions: number of directions that the function will be given per call.
         with_gradient: whether the gradient is wanted; without it the reverse pass stops short of the weights, and all
             gradients are None.
+        groups: index tensors of the rows whose token values have a direction in common; every row is in one of them.
+            None is one group of all rows.
 
     Returns:
         The gradient and the ``JvpFn``; None where a parameter has no layer IO, and where some of it would be
@@ -99,37 +113,68 @@ def linearize_losses(
     """
     policy = split_policy(apply)
     names = supported_names(params, batch, apply)
-    pending = micro_batches(batch, chunk_size, policy.left_alignable)
+    every_row = [torch.arange(len(batch.input_ids), device=batch.input_ids.device)]
+    groups = every_row if groups is None else groups
+    pending = [
+        (k, x.of_rows(index, batch))
+        for k, index in enumerate(groups)
+        if len(index)
+        for x in micro_batches(select_rows(batch, index), chunk_size, policy.left_alignable)
+    ]
     per_token = layer_io_bytes_per_token(params, batch, apply, names)
-    sizes = [per_token * micro_batch.input_ids.numel() for micro_batch in pending]
+    sizes = [per_token * micro_batch.input_ids.numel() for _, micro_batch in pending]
     if params.keys() - names or (num_directions == 1 and sum(sizes) > memory_budget):
         return None
     total: Gradients = dict.fromkeys(params)
     differentiated = as_leaves(params) if with_gradient else params
-    cached: list[tuple[MicroBatch, LayerIOs | None]] = []
-    remaining = memory_budget
-    for micro_batch, size in zip(pending, sizes, strict=True):
+    cached: list[_Linearized | None] = []
+    remaining, spare = memory_budget, memory_budget - sum(sizes)
+
+    def linearized(params: Params, micro_batch: MicroBatch, max_bytes: int) -> tuple[_Linearized, Gradients]:
+        # Function modes do not see compiled code, so a compiled forward could not reuse what an eager one stored.
+        outputs = None if policy.compiled or max_bytes <= 0 else LinearOutputCache(max_bytes)
+        layer_ios, grads = collect_layer_io(params, batch, micro_batch, apply, names, temperature, outputs)
+        return _Linearized(layer_ios, None if outputs is None else outputs.outputs), grads
+
+    for (_, micro_batch), size in zip(pending, sizes, strict=True):
         remaining -= size
         if remaining < 0 and not with_gradient:
-            cached.append((micro_batch, None))
+            cached.append(None)
             continue
-        layer_ios, grads = collect_layer_io(differentiated, batch, micro_batch, apply, names, temperature)
+        entry, grads = linearized(differentiated, micro_batch, spare)
         accumulate(total, grads.items())
-        cached.append((micro_batch, layer_ios if remaining >= 0 else None))
+        cached.append(entry if remaining >= 0 else None)
+        spare -= 0 if entry.outputs is None else sum(x.numel() * x.element_size() for x in entry.outputs)
+        del entry
 
-    def jvp_fn(us: Sequence[Params]) -> Tensor:
+    def jvp_fn(us: Sequence[Params], along: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
         scales, units = zip(*(unit_direction(u, params) for u in us), strict=True)
         out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
-        for micro_batch, layer_ios in cached:
-            if layer_ios is None:
-                layer_ios = collect_layer_io(params, batch, micro_batch, apply, names, temperature)[0]
-            if layer_ios:
-                out[:, micro_batch.row_index] = ghost_products(layer_ios, units, len(micro_batch.row_index))
-            # Released before the next micro-batch is recomputed, so that two never exist at once.
-            del layer_ios
-        return out * out.new_tensor(scales).unsqueeze(1)
+        token_jvp = None
+        if along is not None:
+            token_jvp = GroupedTokenJvp(params, batch, policy, temperature, chunk_size, groups, along)
+        for (group, micro_batch), entry in zip(pending, cached, strict=True):
+            if entry is None:
+                wanted = 0 if token_jvp is None or token_jvp.has_own_forward else sys.maxsize
+                entry = linearized(params, micro_batch, wanted)[0]
+            if entry.layer_ios:
+                out[:, micro_batch.row_index] = ghost_products(entry.layer_ios, units, len(micro_batch.row_index))
+            outputs = entry.outputs
+            # Released before the JVP, and before the next micro-batch is recomputed, so that two never exist at once.
+            del entry
+            if token_jvp is not None:
+                token_jvp.add(group, micro_batch, outputs)
+            del outputs
+        return out * out.new_tensor(scales).unsqueeze(1), None if token_jvp is None else token_jvp.values()
 
     return total, jvp_fn
+
+
+class _Linearized(NamedTuple):
+    """Layer IO of a micro-batch, and the outputs of its linear layers where they are at hand."""
+
+    layer_ios: LayerIOs
+    outputs: list[Tensor] | None
 
 
 def ghost_products(layer_ios: LayerIOs, directions: Sequence[Params], rows: int) -> Tensor:

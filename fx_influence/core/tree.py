@@ -174,6 +174,12 @@ class Direction(NamedTuple):
                 self.unit[name] = x.to(device=device, dtype=dtype)
         return self
 
+    def minus(self, other: Direction) -> Direction:
+        """Return the difference, in memory of its own; ``other`` has the same names and devices."""
+        return Direction.of_(
+            {name: (self.scale * x).sub_(other.unit[name], alpha=other.scale) for name, x in self.unit.items()}
+        )
+
     def add_to_(self, total: Params, device: torch.device | str | None = None) -> None:
         """Add scale * unit to ``total``, on ``device``, in place; names that are absent there are put in."""
         for name, x in self.unit.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.autodiff.ghost import JvpFn
+from fx_influence.autodiff.ghost import JvpFn, TokenDirections
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK
 from fx_influence.batching.prefix_packing import shared_prompt_index
@@ -144,16 +144,30 @@ class DataParallelEngine(Engine):
         return partition.gather_values(local.engine.jvp(local.params, local.direction, rows, caches))
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True
+        self,
+        params: Params,
+        batch: Batch,
+        memory_budget: int,
+        num_directions: int,
+        with_gradient: bool = True,
+        groups: Sequence[Tensor] | None = None,
     ) -> tuple[Gradients, JvpFn] | None:
         partition, local = self._partition(batch), self._local(params, batch)
         rows = partition.local_rows(batch)
-        linearized = local.engine.linearize(local.params, rows, memory_budget, num_directions, with_gradient)
+        local_groups = None if groups is None else [partition.local_index(index) for index in groups]
+        linearized = local.engine.linearize(
+            local.params, rows, memory_budget, num_directions, with_gradient, local_groups
+        )
         if not all(all_gather_objects(self.mesh, linearized is not None)):
             return None
         assert linearized is not None
         gradient, jvp_fn = linearized
-        return self._reduce(params, gradient), lambda us: partition.gather_rows(jvp_fn(us), axis=1)
+
+        def gathered(us: Sequence[Params], along: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
+            products, values = jvp_fn(us, along)
+            return partition.gather_rows(products, axis=1), None if values is None else partition.gather_values(values)
+
+        return self._reduce(params, gradient), gathered
 
     def gram(
         self, params: Params, batch_a: Batch, batch_b: Batch, diagonal: Params, memory_budget: int, apply_b: Apply
@@ -249,7 +263,13 @@ class FsdpEngine(DataParallelEngine):
         return weighted, map(gradient_of, [*weighted[1:], *by_group])
 
     def linearize(
-        self, params: Params, batch: Batch, memory_budget: int, num_directions: int, with_gradient: bool = True
+        self,
+        params: Params,
+        batch: Batch,
+        memory_budget: int,
+        num_directions: int,
+        with_gradient: bool = True,
+        groups: Sequence[Tensor] | None = None,
     ) -> None:
         return None
 

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import assert_close, random_adamw_state, random_batch
+from helpers.hf_models import make_model
 from helpers.strategies import Case, cases
 from hypothesis import given, settings
 
 import fx_influence as fx
-from fx_influence.autodiff import ghost
+from fx_influence.autodiff import directional, ghost
+from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.layer_io.row_gradients import LayerIOs
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
+from fx_influence.core.tree import Direction
 
 VOCAB, WIDTH = 11, 7
 LINEARIZED_LOSSES = importlib.import_module("fx_influence.attribution.linearized_losses")
@@ -36,11 +39,11 @@ def test_linearize_losses_matches_per_sample_grads(case: Case) -> None:
     u = {name: torch.randn(p.shape, dtype=torch.float64) * 10.0**k for k, (name, p) in enumerate(case.params.items())}
     expected = torch.as_tensor(sum((grads[name] * u[name]).flatten(1).sum(1) for name in u))
     size = torch.stack([(grads[name] * u[name]).abs().flatten(1).sum(1) for name in u]).sum(0)
-    assert_close(jvp_fn([u])[0], expected, size)
+    assert_close(jvp_fn([u], None)[0][0], expected, size)
     first = next(iter(u))
     along_first = (grads[first] * u[first]).flatten(1).sum(1)
-    assert_close(jvp_fn([{first: u[first]}])[0], along_first, size)
-    products = jvp_fn([u, {first: u[first]}, {}])
+    assert_close(jvp_fn([{first: u[first]}], None)[0][0], along_first, size)
+    products, _ = jvp_fn([u, {first: u[first]}, {}], None)
     for actual, wanted in zip(products, (expected, along_first, 0 * along_first), strict=True):
         assert_close(actual, wanted, size)
     for name, value in batch_gradient(case.params, case.batch_u, case.apply, case.temperature).items():
@@ -74,6 +77,52 @@ def problem(rows: int = 5) -> tuple[Inputs, fx.Apply]:
     generator = torch.Generator().manual_seed(4)
     u, e = (random_batch(generator, rows, WIDTH, VOCAB) for _ in range(2))
     return (params, u, e, random_adamw_state(generator, params)), apply
+
+
+@pytest.mark.parametrize("shared_prompts", [False, True])
+@pytest.mark.parametrize("memory_budget", [0, 10**9])
+def test_linearize_losses_takes_tokens_along_a_direction_a_group(
+    monkeypatch: pytest.MonkeyPatch, memory_budget: int, shared_prompts: bool
+) -> None:
+    """Linear layers' outputs are those of the same forward; rows that share prompts have a forward of their own."""
+    apply, params = fx.make_functional(make_model("qwen2", attention="sdpa").double())
+    assert apply.vocab_size is not None
+    generator = torch.Generator().manual_seed(2)
+    u = random_batch(generator, 6, WIDTH, apply.vocab_size)
+    if shared_prompts:
+        ids = u.input_ids.clone()
+        ids[:, :4] = ids[0, :4]
+        after = torch.arange(WIDTH).expand_as(ids) >= 4
+        u = u._replace(input_ids=ids, attention_mask=torch.ones_like(after), completion_mask=after)
+    groups = [torch.tensor([0, 3]), torch.tensor([], dtype=torch.long), torch.tensor([5, 1, 2, 4])]
+    directions = [Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in "abc"]
+    linearized = linearize_losses(params, u, apply, 0.7, 2, memory_budget, num_directions=2, groups=groups)
+    assert linearized is not None
+    calls: list[int] = []
+    reuses: list[bool] = []
+    micro_batch_jvp = directional.micro_batch_jvp
+
+    def recorded(*arguments: Any) -> Any:
+        reuses.append(arguments[4] is not None)
+        return micro_batch_jvp(*arguments)
+
+    monkeypatch.setattr(directional, "micro_batch_jvp", recorded)
+
+    def along(k: int) -> Direction:
+        calls.append(k)
+        return directions[k]
+
+    products, values = linearized[1]([directions[0].unit, directions[1].unit], along)
+    grads = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), params, u)
+    for row, v in zip(products, directions, strict=False):
+        assert_close(row, torch.stack([(grads[name] * x).flatten(1).sum(1) for name, x in v.unit.items()]).sum(0))
+    assert values is not None
+    for k, index in enumerate(groups):
+        expected = token_jvp(params, directions[k].unit, u, apply, 0.7)
+        for actual, wanted in zip(values, expected, strict=True):
+            assert_close(actual[index], directions[k].scale * wanted[index])
+    assert calls == [0, 2]
+    assert reuses[:3] == [not shared_prompts] * 3
 
 
 @pytest.mark.parametrize("preconditioner", ["frozen", "jacobian", "rmsprop"])
@@ -129,7 +178,7 @@ def test_linearize_losses_recomputes_layer_io_beyond_budget(monkeypatch: pytest.
     rows_collected.clear()
     directions = [{name: p.cos() for name, p in params.items()}, params]
     grads = fx.per_sample_grads(fx.rollout_loss(apply), params, u)
-    for row, v in zip(linearized[1](directions), directions, strict=True):
+    for row, v in zip(linearized[1](directions, None)[0], directions, strict=True):
         assert_close(row, torch.stack([(grads[name] * v[name]).flatten(1).sum(1) for name in v]).sum(0))
     assert rows_collected == [2, 2, 1][fit:]
 
@@ -156,12 +205,12 @@ def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.Monkey
     # One row of each weight at a time.
     monkeypatch.setattr(ghost, "MAX_GRADIENT_ENTRIES", 100)
     outputs = []
-    for per_call, blocks in ((1, [1] * 8), (5, [5, 3]), (9, [8])):
+    for per_call, blocks in ((1, [1] * 9), (5, [5, 4]), (9, [9])):
         plan = ghost.DirectionPlan(per_call, None)
         monkeypatch.setattr(LINEARIZED_LOSSES, "plan_directions", lambda *_, plan=plan: plan)
         outputs.append(fx.influence(*inputs, apply=apply, per_token=per_token))
-        # The last product is along the coordinates that ``conditioning`` measures.
-        assert counts == [*blocks, 1]
+        # The last direction is that of the coordinates that ``conditioning`` measures.
+        assert counts == blocks
         counts.clear()
     for out in outputs[1:]:
         for field in ("per_sequence", "stderr", "total_stderr"):

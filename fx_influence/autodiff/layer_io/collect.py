@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def collect_layer_io(
     apply: Apply,
     names: frozenset[str],
     temperature: float = 1.0,
+    observer: AbstractContextManager[object] | None = None,
 ) -> tuple[LayerIOs, Gradients]:
     """Return the layer IO of every row's rollout loss, and the gradient of the micro-batch's loss.
 
@@ -35,6 +38,7 @@ def collect_layer_io(
         apply: policy, see ``make_functional``.
         names: the parameters whose layer IO is wanted, see ``supported_names``.
         temperature: divisor of the logits.
+        observer: function mode that sees the backbone's forward too, such as ``LinearOutputCache``, or None.
 
     Returns:
         The layer IO by parameter, rows in the order of ``micro_batch.row_index``, and the gradient by name, at least
@@ -58,7 +62,7 @@ def collect_layer_io(
     policy, rows = split_policy(apply), len(micro_batch.row_index)
     total: Gradients = dict.fromkeys(params)
     backbone = LayerRecorder(params, micro_batch.input_ids.shape, names)
-    with torch.enable_grad(), backbone:
+    with torch.enable_grad(), observer or nullcontext(), backbone:
         hidden = policy.backbone_eager(params, micro_batch.input_ids, micro_batch.attention_mask)
     weights = scaled_loss_weights(batch, micro_batch, policy)
     if all(w is None for w in weights):
