@@ -100,7 +100,7 @@ def test_change_is_zero_where_prompts_share_nothing() -> None:
 
 
 def test_unexplained_vanishes_with_the_step() -> None:
-    """With a denominator that does not respond, measured - predicted is 0 to first order, and its error is as small."""
+    """Check a denominator that does not respond: measured - predicted is 0 to first order, and so is its error."""
     differences, errors = [], []
     for lr in (10.0, 1.0):
         loop = Loop(1, 1, {**EVERY_STEP, "objective": fx.Entropy(normalize="sequence")})
@@ -115,7 +115,7 @@ def test_unexplained_vanishes_with_the_step() -> None:
 
 
 def test_error_of_the_difference_covers_lengths() -> None:
-    """Per token the two differ by a term of the lengths, which is small beside the errors of either."""
+    """Check per token, where the two differ by a term of the lengths, which is small beside the errors of either."""
     loop = Loop(1, 1, EVERY_STEP)
     loop.optimizer.param_groups[0].update(lr=1.0, eps=1e3, weight_decay=0.0)
     metrics = measured_loop(loop)

@@ -110,7 +110,7 @@ def difference_stderr(measured: Tensor, influence: Influence, shares: Tensor, lr
         return math.nan
     left_out, delta = deviations.left_out, influence.per_sequence
     over_others = (delta / share_left(shares, left_out)).unsqueeze(0)
-    along = torch.where(is_left_out(len(shares), left_out), 0.0, over_others).sum(1)
-    expected = shares * (along - delta.sum())
+    without = torch.where(is_left_out(len(shares), left_out), 0.0, over_others).sum(1)
+    expected = shares * (without - delta.sum())
     count, difference = len(measured), measured - lr * (predicted + expected)
     return float((count / (count - 1) * difference.square().sum()).sqrt())
