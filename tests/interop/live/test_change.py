@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fx_influence as fx
 from fx_influence.estimators.deviations import Deviations
 from fx_influence.interop.live.change.measured import difference_stderr
+from fx_influence.types import Normalize
 
 EVERY_STEP = {"every": 1}
 GROUP = torch.arange(PROMPTS).repeat_interleave(COMPLETIONS)
@@ -31,6 +32,16 @@ class Table(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.logits[input_ids[:, :1], input_ids]
+
+
+def loop_with_fixed_denominator(lr: float, normalize: Normalize) -> Loop:
+    """Return a loop whose AdamW has second moments beside which those of the next gradients are nothing."""
+    loop = Loop(1, 1, {**EVERY_STEP, "objective": fx.Entropy(normalize=normalize)})
+    loop.optimizer.param_groups[0].update(lr=lr, weight_decay=0.0)
+    for p in loop.model.parameters():
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.full_like(p, 1e6)}
+        loop.optimizer.state[p] = {"step": torch.tensor(1000.0), **moments}
+    return loop
 
 
 def measured_loop(loop: Loop) -> dict[str, float]:
@@ -102,10 +113,8 @@ def test_change_is_zero_where_prompts_share_nothing() -> None:
 def test_unexplained_vanishes_with_the_step() -> None:
     """Check a denominator that does not respond: measured - predicted is 0 to first order, and so is its error."""
     differences, errors = [], []
-    for lr in (10.0, 1.0):
-        loop = Loop(1, 1, {**EVERY_STEP, "objective": fx.Entropy(normalize="sequence")})
-        loop.optimizer.param_groups[0].update(lr=lr, eps=1e3, weight_decay=0.0)
-        metrics = measured_loop(loop)
+    for lr in (100.0, 10.0):
+        metrics = measured_loop(loop_with_fixed_denominator(lr, "sequence"))
         differences.append(abs(metrics["measured"] - metrics["total"]) / lr)
         errors.append(metrics["unexplained_stderr"] / lr)
         assert metrics["unexplained_stderr"] < 1e-3 * metrics["stderr"]
@@ -116,9 +125,7 @@ def test_unexplained_vanishes_with_the_step() -> None:
 
 def test_error_of_the_difference_covers_lengths() -> None:
     """Check per token, where the two differ by a term of the lengths, which is small beside the errors of either."""
-    loop = Loop(1, 1, EVERY_STEP)
-    loop.optimizer.param_groups[0].update(lr=1.0, eps=1e3, weight_decay=0.0)
-    metrics = measured_loop(loop)
+    metrics = measured_loop(loop_with_fixed_denominator(10.0, "token"))
     assert abs(metrics["measured"] - metrics["total"]) < 2 * metrics["unexplained_stderr"] < 0.4 * metrics["stderr"]
 
 
@@ -128,6 +135,13 @@ def made_influence(deviations: Tensor, total: Tensor) -> fx.Influence:
     by_part = Deviations(deviations, torch.full((count,), -1))
     values = {"per_sequence": torch.ones(count).double(), "deviations": by_part, "total_deviations": total}
     return fx.Influence(**{**rest, **values})
+
+
+def test_error_of_the_difference_is_no_larger_than_both_in_a_first_step() -> None:
+    """A fresh optimizer's influences are huge and cancel, and so would be what leaving one out of them does."""
+    metrics = measured_loop(Loop(1, 1, EVERY_STEP))
+    assert metrics["conditioning"] > 0.5
+    assert 0 < metrics["unexplained_stderr"] < math.hypot(metrics["stderr"], metrics["measured_stderr"])
 
 
 def test_errors_common_to_both_cancel_in_the_difference() -> None:

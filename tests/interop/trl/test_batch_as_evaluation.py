@@ -50,7 +50,7 @@ def test_measured_change_leaves_out_what_the_prediction_does(tmp_path: Path) -> 
     for metrics in history:
         assert metrics["measured"] == pytest.approx(metrics["total"], rel=0.05)
         assert metrics["measured_stderr"] == pytest.approx(metrics["stderr"], rel=0.5)
-        assert metrics["unexplained_stderr"] < 0.3 * metrics["stderr"]
+        assert metrics["unexplained_stderr"] < metrics["stderr"]
     assert any(abs(metrics["self_influence"]) > 0.1 * abs(metrics["total"]) for metrics in history)
 
 

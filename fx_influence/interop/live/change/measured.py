@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.attribution.result import Influence
+from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.estimators.deviations import is_left_out, share_left
 from fx_influence.estimators.entropy import (
     CompletionValues,
@@ -111,6 +112,8 @@ def difference_stderr(measured: Tensor, influence: Influence, shares: Tensor, lr
     left_out, delta = deviations.left_out, influence.per_sequence
     over_others = (delta / share_left(shares, left_out)).unsqueeze(0)
     without = torch.where(is_left_out(len(shares), left_out), 0.0, over_others).sum(1)
-    expected = shares * (without - delta.sum())
+    # Where the denominator is that of this very gradient, d_k says nothing about the step without k.
+    responds = bool(influence.conditioning > ILL_CONDITIONED)
+    expected = torch.zeros_like(shares) if responds else shares * (without - delta.sum())
     count, difference = len(measured), measured - lr * (predicted + expected)
     return float((count / (count - 1) * difference.square().sum()).sqrt())
