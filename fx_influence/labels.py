@@ -24,6 +24,7 @@ UNKNOWN_SOURCE = "unknown"
 """Name of the label of rollouts whose source nobody recorded."""
 
 REGIONS = ("A>0 likely", "A>0 unlikely", "A<0 likely", "A<0 unlikely", "A=0")
+REWARD_BANDS = ("reward below 0", "reward 0", "reward between 0 and 1", "reward 1", "reward above 1")
 THIRDS = ("first third", "middle third", "last third")
 DEFAULT_BANDS = (0.5, 0.8)
 """Quantiles between bands of entropy: tokens in the top fifth are the forking ones of Wang et al., arXiv 2506.01939."""
@@ -200,6 +201,23 @@ def rewards(values: Tensor) -> Labels:
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=values.device)
     quarter = torch.bucketize(values.double(), _quantiles(values.double(), quartiles))
     return Labels(quarter, tuple(f"reward, {name} quarter" for name in ("lowest", "second", "third", "highest")))
+
+
+def reward_bands(values: Tensor) -> Labels:
+    """Return labels of rollouts by bands of the reward that do not depend on the batch, so that sums over steps add up.
+
+    Args:
+        values: (n,), finite.
+
+    Example:
+        >>> reward_bands(torch.tensor([0.0, 0.3, 1.0])).index.tolist()
+        [1, 2, 3]
+    """
+    check_tensor("values", values)
+    # Twice the number of bounds 0 and 1 that the reward is above, plus 1 where it is at a bound.
+    bounds = torch.tensor([0.0, 1.0], dtype=torch.float64, device=values.device)
+    wide = values.double().unsqueeze(-1)
+    return Labels((2 * (wide > bounds) + (wide == bounds)).sum(-1), REWARD_BANDS)
 
 
 def difficulty(values: Tensor, group: Tensor) -> Labels:

@@ -209,3 +209,11 @@ def test_bounds_of_bands_are_quantiles(count: int) -> None:
     probabilities = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
     index = labels.entropy_bands(Batch(mask, mask, mask), fx.TokenValues(h, h), probabilities.tolist()).index
     assert torch.equal(index, torch.bucketize(h, h[0].quantile(probabilities)))
+
+
+def test_reward_bands_do_not_depend_on_the_batch() -> None:
+    reward = torch.tensor([-2.0, -0.0, 0.0147, 1.0, 1.5, 0.9999])
+    index = labels.reward_bands(reward).index
+    names = [labels.REWARD_BANDS[k] for k in index.tolist()]
+    assert names == [f"reward {x}" for x in ("below 0", "0", "between 0 and 1", "1", "above 1", "between 0 and 1")]
+    assert all(labels.reward_bands(x).index.item() == k for x, k in zip(reward.unsqueeze(1), index, strict=True))

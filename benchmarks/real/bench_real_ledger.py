@@ -7,7 +7,7 @@
 SmolLM2-135M-Instruct is trained by GRPO on multiplications of one digit and of two, every step measured on its own
 rollouts. The ledger is compared with a second one of the same steps, whose E are fresh rollouts of other prompts, with
 the entropy of fresh rollouts before and after the run, and with training runs in which the rewards of one source are
-silenced. An interrupted benchmark continues from the last checkpoint. All need Chromium (``chromium`` on the path).
+silenced. An interrupted benchmark continues from the last checkpoints. All need Chromium (``chromium`` on the path).
 """
 
 from __future__ import annotations
@@ -91,9 +91,12 @@ def sums_file(folder: Path, run: Run, step: int) -> Path:
 
 
 def sample_policies(folder: Path, settings: Settings, sampled: Sampled) -> None:
-    """Sample fresh rollouts of the model, of the first and the last policy saved, and of the last ones of sources."""
+    """Sample fresh rollouts of the model, of the first and the last policy saved, and of the last ones of sources.
+
+    Sources that have not been trained alone yet are left out.
+    """
     first, *_, last = saved_policies(folder / BOTH.folder)
-    alone = [(run, last_step(folder / run.folder)) for run in APART]
+    alone = [(run, step) for run in APART if (step := last_step(folder / run.folder))]
     steps = [(BOTH, 0), (BOTH, first), (BOTH, last), *(x for x in alone if not same_policy(folder, *x))]
     for run, step in steps:
         file = sums_file(folder, run, step)
@@ -307,12 +310,14 @@ def report_of(name: str, folder: Path, settings: Settings, sampled: Sampled) -> 
     return dict(without_nan(report))
 
 
-def make(folder: Path, settings: Settings) -> None:
-    """Make the training runs that are not complete."""
-    for run in (BOTH, *APART):
-        if last_step(folder / run.folder) < settings.steps:
-            with quiet():
-                train(folder / run.folder, settings, run.sources, attributed=run is BOTH)
+def make(folder: Path, settings: Settings, sampled: Sampled) -> None:
+    """Make the training runs that are not complete, and sample their policies; that of both sources comes first."""
+    for runs in ((BOTH,), APART):
+        for run in runs:
+            if last_step(folder / run.folder) < settings.steps:
+                with quiet():
+                    train(folder / run.folder, settings, run.sources, attributed=run is BOTH)
+        sample_policies(folder, settings, sampled)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -325,16 +330,14 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(name)
             model = tiny_model(folder / "model")
             settings = Settings(model, (0, 1), by_length, steps=4, tokens=6, saved=2, every=2, fresh=6)
-            make(folder, settings)
-            sample_policies(folder, settings, QUICK_SAMPLED)
+            make(folder, settings, QUICK_SAMPLED)
             print(markdown(report_of("a tiny model", folder, settings, QUICK_SAMPLED)))
         return 0
     folder = FOLDER / "two_sources"
     settings = Settings(prepare_model(), LAYERS, verified, steps=40, tokens=16, saved=4, every=4, fresh=12)
     prepare_verifiers()
     if not arguments.collect:
-        make(folder, settings)
-        sample_policies(folder, settings, SAMPLED)
+        make(folder, settings, SAMPLED)
     report = report_of("SmolLM2-135M-Instruct", folder, settings, SAMPLED)
     store(NAME, report, {COSTS: {NAME: markdown(report)}})
     print(markdown(report))

@@ -49,10 +49,14 @@ class PartsOfE(NamedTuple):
         estimate = estimate_over_others(self.influences, self.shares, self.left_out)
         return Deviations(deviations_of(self.influences, estimate, self.shares, self.left_out), self.left_out)
 
-    def total_stderr(self) -> Tensor:
-        """Return the standard error of the derivative along the step, whose influences leave out different parts."""
+    def total_deviations(self) -> Tensor:
+        """Return the deviations (C,) of the derivative along the step, whose influences leave out different parts."""
         rest = self.along_step - self.influences.sum(-1)
-        deviations = self.deviations().by_part.sum(-1) + rest - self.shares * rest.sum()
+        return self.deviations().by_part.sum(-1) + rest - self.shares * rest.sum()
+
+    def total_stderr(self) -> Tensor:
+        """Return the standard error of the derivative along the step."""
+        deviations = self.total_deviations()
         return Deviations(deviations.unsqueeze(-1), torch.full_like(self.left_out[:1], NOTHING_LEFT_OUT)).stderr()[0]
 
 

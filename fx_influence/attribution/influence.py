@@ -298,7 +298,6 @@ def _attribute(x: _Inputs) -> Influence:
         deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels, labelled)
     # The caches of U's passes may take as much memory as the matrix.
     del update, groups, labelled
-
     pairwise, rounding = None, rows.rounding
     if x.matrix:
         pairwise = -x.engine_e.gram(
@@ -333,6 +332,7 @@ def _attribute(x: _Inputs) -> Influence:
         self_influence=self_influence(by_group, evaluation, x.groups),
         deviations=deviations,
         ess=evaluation.ess,
+        total_deviations=None if parts is None else parts.total_deviations(),
     )
 
 

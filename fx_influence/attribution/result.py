@@ -96,6 +96,7 @@ class Influence(NamedTuple):
             smallest over ranks under "per_decision"; None where E has no ``behaviour_logprobs``.
         deviations: how far each part of E carries each influence, from which ``stderr`` and the standard errors of
             sums follow; None without error bars.
+        total_deviations: (C,), those of ``total``, from which ``total_stderr`` follows; None without error bars.
     """
 
     per_sequence: Tensor
@@ -115,6 +116,7 @@ class Influence(NamedTuple):
     self_influence: Tensor | None = None
     deviations: Deviations | None = None
     ess: Tensor | None = None
+    total_deviations: Tensor | None = None
 
     def sums(self, labels: Tensor | Labels) -> Sums:
         """Return the influences added up by label, with the standard errors of the sums.

@@ -73,7 +73,9 @@ def step_alerts(entry: Mapping[str, Any], max_fall: float = MAX_FALL) -> list[Al
     told = abs(value("total")) > CERTAIN * value("stderr") and abs(value("measured")) > CERTAIN * value(
         "measured_stderr"
     )
-    off = abs(value("total") - value("measured")) / abs(value("measured") or math.nan)
+    difference = abs(value("total") - value("measured"))
+    off = difference / abs(value("measured") or math.nan)
+    told = told and not difference <= CERTAIN * value("unexplained_stderr")
     step = f"Step {entry['step']}"
     # A comparison with NaN, a figure that the step does not have, is false.
     findings = [

@@ -30,6 +30,7 @@ def made_entry(
         "stderr": 4e-5,
         "measured": 0.97 * total,
         "measured_stderr": 4e-5,
+        "unexplained_stderr": 5e-6,
         "rollouts": float(parts.sum()),
         "rollouts_stderr": 3e-5,
         "momentum": momentum,

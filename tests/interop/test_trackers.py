@@ -68,6 +68,9 @@ def test_alert_is_on_one_side_of_its_bound(
 def test_alerts_need_error_bars_that_determine_them() -> None:
     assert "Entropy falls fast" not in titles(measured=-0.01, measured_stderr=0.006)
     assert "The first order does not hold" not in titles(total=-2e-3, measured=-1e-3, stderr=1.1e-3)
+    far = {"total": -2e-3, "measured": -1e-3}
+    assert "The first order does not hold" in titles(**far, unexplained_stderr=0.4e-3)
+    assert "The first order does not hold" not in titles(**far, unexplained_stderr=0.6e-3)
     assert [a for a in step_alerts({"step": 1, "figures": {}}) if a.title] == []
 
 

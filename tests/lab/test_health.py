@@ -101,6 +101,7 @@ def test_rounding_floor_counts_rollouts_below_it() -> None:
     [
         ("Unattributed", {"unattributed": 0.1}),
         ("Predicted and measured", {"in_this_step": {"total": -4e-3, "measured": -3.9e-3}}),
+        ("Predicted and measured", {"in_this_step": {"total": -4e-3, "measured": -2e-3, "unexplained_stderr": 2e-3}}),
         ("First order", {"eta_trust": None}),
     ],
 )

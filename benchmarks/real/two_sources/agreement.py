@@ -67,7 +67,7 @@ def agreement(compared: Sequence[Pair]) -> dict[str, Any]:
 def with_self_influence(training: Training) -> float:
     """Return the correlation over steps of what is measured beyond the prediction with the rollouts' self-influence.
 
-    ``measured`` is less ``self_influence`` to first order, so that what the finite step changes of it stays.
+    Neither has the rollouts' effect on their own prompts, so there should be none.
     """
     steps = training.steps
     return float(np.corrcoef(steps["measured"] - steps["total"], steps["self_influence"])[0, 1])

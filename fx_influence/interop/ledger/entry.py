@@ -22,6 +22,9 @@ STRONGEST = 3
 MAX_TEXT = 200
 """Characters of the prompt or the completion of a strongest rollout in an entry."""
 
+REWARD_VALUE, MAX_REWARDS = "reward value", 4
+"""Kind of the labels that are values of the reward, and how many of them there may be."""
+
 MAX_PROMPTS, MAX_PROMPT_TEXT = 64, 80
 """Prompts of a step in its entry, those with the largest shares of the sum of |influence|, and characters of each."""
 
@@ -30,7 +33,8 @@ def step_labels(rollouts: Sequence[Rollout], batch: Batch, values: TokenValues) 
     """Return the kinds that a ledger adds influences up by: of tokens ``third`` and ``band``, of rollouts the others.
 
     Each is a partition of U. ``reward`` and ``difficulty`` need a reward for every rollout, the latter one that is not
-    the same for all; ``source`` needs a rollout that has one.
+    the same for all; ``source`` needs a rollout that has one. ``reward`` are bands that do not depend on the step; a
+    step of four values at most has ``reward value`` too, which a reader takes instead if the training run has no more.
 
     Args:
         rollouts: of U, in the order of the batch.
@@ -43,7 +47,7 @@ def step_labels(rollouts: Sequence[Rollout], batch: Batch, values: TokenValues) 
         >>> rollout = Rollout("0/0", "0", 0, "1+1=", "2", (4,), (5,), True, reward=1.0, advantage=0.5)
         >>> kinds = step_labels([rollout], batch, TokenValues(torch.zeros(1, 2), torch.zeros(1, 2)))
         >>> list(kinds), kinds["advantage"].names
-        (['third', 'band', 'advantage', 'end', 'reward'], ('A<0', 'A=0', 'A>0'))
+        (['third', 'band', 'advantage', 'end', 'reward', 'reward value'], ('A<0', 'A=0', 'A>0'))
     """
     signs = torch.tensor([math.copysign(bool(r.advantage), r.advantage or 0.0) for r in rollouts]).long()
     kinds = {
@@ -55,7 +59,9 @@ def step_labels(rollouts: Sequence[Rollout], batch: Batch, values: TokenValues) 
     rewards = [r.reward for r in rollouts if r.reward is not None]
     if rewards and len(rewards) == len(rollouts):
         reward = torch.tensor(rewards, dtype=torch.float64)
-        kinds["reward"] = labels.rewards(reward)
+        kinds["reward"] = labels.reward_bands(reward)
+        if len(reward.unique()) <= MAX_REWARDS:
+            kinds[REWARD_VALUE] = labels.rewards(reward)
         if reward.min() < reward.max():
             kinds["difficulty"] = labels.difficulty(reward, torch.tensor([r.group for r in rollouts]))
     if any(r.source for r in rollouts):

@@ -18,12 +18,11 @@ from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import every_nth, promote
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.entropy import behaviour_log_ratios, completion_values, entropy_estimate
-from fx_influence.estimators.importance import MAX_LOG_WEIGHT
-from fx_influence.estimators.snis import snis
-from fx_influence.estimators.stderr import cluster_index
+from fx_influence.estimators.entropy import entropy_estimate
 from fx_influence.functional import make_functional
 from fx_influence.interop.ledger.entry import lifetime_factor
+from fx_influence.interop.live.change.measured import measure_change
+from fx_influence.interop.live.change.over_others import PartsOfRows, parts_of_rows, shifts_without_own_fold
 from fx_influence.interop.live.metrics import MeasuredStep, regions_of
 from fx_influence.interop.live.policy_checks import check_sampled_logprobs, check_scored, check_temperature
 from fx_influence.interop.live.precision import (
@@ -123,12 +122,16 @@ class PendingStep(NamedTuple):
         batch_e: the rows of E of all processes.
         values: of E's tokens before the update, in float32 at least.
         sampled: the optimizer's step on some entries of the parameters.
+        parts: of E.
+        shifts: of E's token values after the step by leaving each row's fold out of it; None with an E that is not U.
     """
 
     measured: MeasuredStep
     batch_e: Batch
     values: TokenValues
     sampled: AdamWStep
+    parts: PartsOfRows
+    shifts: TokenValues | None
 
 
 class StepMeasurement:
@@ -207,7 +210,9 @@ class StepMeasurement:
         step_of = functools.partial(AdamWStep.of, gradient, opt_state, params)
         if store_state is not None:
             store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
-        sampled = step_of("frozen", captured.max_grad_norm).sample(sampling_stride(params))
+        adamw_step = step_of("frozen", captured.max_grad_norm)
+        parts = parts_of_rows(batch_e, values, objective, settings.matrix)
+        shifts = self._shifts(adamw_step, captured, parts) if evaluation.is_update else None
         seconds = time.perf_counter() - start
         measured = MeasuredStep(
             step,
@@ -221,21 +226,22 @@ class StepMeasurement:
             regions=regions,
             lifetime_factor=lifetime_factor(with_step_counted(opt_state, captured.gradient)),
         )
-        return PendingStep(measured, batch_e, values, sampled)
+        return PendingStep(measured, batch_e, values, adamw_step.sample(sampling_stride(params)), parts, shifts)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E."""
         measured = pending.measured
         start = time.perf_counter()
         params = self._trainable()
-        base, moved = (
-            completion_values(values, pending.batch_e.completion_mask)
-            for values in (pending.values, self._exact_values(params, pending.batch_e))
-        )
-        objective = self._settings.objective
-        clusters, behaviour = cluster_index(pending.batch_e), behaviour_log_ratios(base, pending.batch_e)
-        measured_change = snis(
-            base, moved, objective.estimator, objective.normalize, MAX_LOG_WEIGHT, clusters, behaviour
+        changed = measure_change(
+            pending.batch_e,
+            pending.values,
+            self._exact_values(params, pending.batch_e),
+            pending.shifts,
+            pending.parts,
+            self._settings.objective,
+            measured.influence,
+            measured.lr,
         )
         training, stride = self._training, sampling_stride(params)
         before, after = pending.sampled.params, every_nth(params, stride)
@@ -246,9 +252,7 @@ class StepMeasurement:
             self._rounding_warned = True
             self._warn(rounding_warning(measured.step, params, lost, rounds_at_random(training.optimizer)))
         moments = stored_moment_rounding(training.optimizer, training.model, pending.sampled, stride)
-        return measured._replace(
-            measured_change=measured_change, seconds=seconds, step_rounding=lost, moment_rounding=moments
-        )
+        return measured._replace(**changed._asdict(), seconds=seconds, step_rounding=lost, moment_rounding=moments)
 
     def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
         """Return the step with U's log-probabilities under an older policy, where U is E and may be of one."""
@@ -258,6 +262,18 @@ class StepMeasurement:
         """Return E: the rollouts of U, each without its own prompt."""
         batch_e = captured.batch._replace(coefficients=None, entropy_coefficients=None)
         return Evaluation(batch_e, [], True, _sampled_logprobs(captured))
+
+    def _shifts(self, step: AdamWStep, captured: CapturedStep, folds: PartsOfRows) -> TokenValues:
+        """Return by how much leaving each row's fold out of the step changes its token values after it, (n, T)."""
+        return shifts_without_own_fold(
+            step,
+            captured.batch,
+            folds,
+            apply=self._training.in_forward_precision(self._functional_policy()),
+            temperature=self._training.temperature,
+            chunk_size=self._settings.chunk_size,
+            mesh=self._mesh,
+        )
 
     def _local_labels(self, labels: Labels) -> Labels:
         """Return the labels of this process's rows."""

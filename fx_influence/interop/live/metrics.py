@@ -58,6 +58,7 @@ class MeasuredStep(NamedTuple):
         entropy: estimate of H on E before the step, nats.
         measured_change: change of H over the step, by importance sampling on the same E, nothing left out; None where
             the optimizer made no step.
+        change_over_others, unexplained_stderr: see ``change.measured``.
         seconds: duration of measuring.
         step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
         moment_rounding: share of the first moments that quantising them changed after the step, see
@@ -78,11 +79,13 @@ class MeasuredStep(NamedTuple):
     moment_rounding: float = math.nan
     regions: Labels | None = None
     lifetime_factor: float = math.nan
+    change_over_others: SnisDelta | None = None
+    unexplained_stderr: float = math.nan
 
     def through_own_prompts(self) -> float:
         """Return what leaving out the rollouts' own prompts takes off the sum of their influences, per unit lr.
 
-        It is 0 with an E of fresh rollouts. Importance sampling on U has it too, to first order in lr.
+        It is 0 with an E of fresh rollouts.
         """
         influence = self.influence
         if influence.self_influence is None:
@@ -90,16 +93,9 @@ class MeasuredStep(NamedTuple):
         over_all = torch.stack(list(influence.per_parameter.values())).sum() - influence.unattributed
         return float(over_all - influence.per_sequence.sum())
 
-    def measured_stderr(self) -> float:
-        """Return the standard error of the measured change less what ``through_own_prompts`` takes off it, in nats.
-
-        What is taken off is as uncertain as the rest, and the error of the difference is, to first order, that of the
-        predicted total. Importance sampling on U alone would leave it out.
-        """
-        assert self.measured_change is not None
-        if self.influence.self_influence is None:
-            return float(self.measured_change.stderr)
-        return self.lr * float(self.influence.total_stderr)
+    def change(self) -> SnisDelta | None:
+        """Return the change of H over the step, on rollouts that the step was not made from; None without a step."""
+        return self.measured_change if self.change_over_others is None else self.change_over_others
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics, by name without prefix.
@@ -132,10 +128,11 @@ class MeasuredStep(NamedTuple):
         if influence.self_influence is not None:
             metrics["self_influence"] = self.lr * self.through_own_prompts()
         metrics |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
-        if self.measured_change is not None:
-            metrics["measured"] = float(self.measured_change.delta_h) - self.lr * self.through_own_prompts()
-            metrics["measured_stderr"] = self.measured_stderr()
-            metrics["ess"] = float(self.measured_change.ess)
+        change = self.change()
+        if change is not None:
+            metrics |= {"measured": float(change.delta_h), "measured_stderr": float(change.stderr)}
+            metrics |= {} if math.isnan(self.unexplained_stderr) else {"unexplained_stderr": self.unexplained_stderr}
+            metrics["ess"] = float(change.ess)
             metrics["step_rounding"] = self.step_rounding
             metrics |= {} if math.isnan(self.moment_rounding) else {"moment_rounding": self.moment_rounding}
         return metrics | self._sums_by_region() | self._sums_by_source()

@@ -140,8 +140,9 @@ def _measured(results: EntropyInfluenceResults, evaluation: int) -> Change | Non
     value, stderr = (value_at_lr(arrays, name, lr) for name in ("full", "full_stderr"))
     if value is None:
         return None
-    # Of a cross-fitted step the change on the same rollouts, less the one through their own prompts.
-    value = results.evaluations[evaluation].summary.get("in_this_step", {}).get("measured", value)
+    # Of a cross-fitted step the change on the same rollouts, each at the step without its own prompt.
+    step = results.evaluations[evaluation].summary.get("in_this_step", {})
+    value, stderr = step.get("measured", value), step.get("measured_stderr", stderr)
     return Change("measured, importance sampling", value, None if stderr is None or np.isnan(stderr) else stderr)
 
 

@@ -84,13 +84,14 @@ def account_table(training: Training) -> SumTable | None:
     if not training.splits_the_step:
         return None
     summed = account(training)
+    bound = " (± is an upper bound)" if summed.bounded_steps else ""
     rows = [
-        *((term, "") for term in summed.terms),
-        (summed.predicted, "total"),
-        (summed.measured, "total"),
-        (summed.unexplained, ""),
+        *((term.name, term, "") for term in summed.terms),
+        (summed.predicted.name, summed.predicted, "total"),
+        (summed.measured.name, summed.measured, "total"),
+        (summed.unexplained.name + bound, summed.unexplained, ""),
     ]
-    return _table([(printable(term.name), term, "", kind) for term, kind in rows])
+    return _table([(printable(name), term, "", kind) for name, term, kind in rows])
 
 
 def kinds_table(training: Training) -> SumTable | None:

@@ -44,8 +44,10 @@ class Account(NamedTuple):
         predicted: sum of the changes to first order: the sum of ``terms``.
         terms: rollouts, momentum, weight decay, unattributed and, where the preconditioner has it, the response of the
             denominator.
-        unexplained: measured - predicted, with an upper bound of its standard error: both are on the same E, so that
-            the errors, which are taken as independent, partly cancel.
+        unexplained: measured - predicted, with the standard error of the difference: both are on the same rollouts, so
+            that most of their errors cancel.
+        bounded_steps: measured steps whose error of the difference is not known, as in ledgers of older versions. It is
+            bounded by those of both as if they were independent.
         num_steps: measured steps that are added up.
         coverage: their share of the run's steps up to the last measured one.
         factor: by which all sums are multiplied, 1 unless they were to be scaled.
@@ -55,6 +57,7 @@ class Account(NamedTuple):
     predicted: Term
     terms: list[Term]
     unexplained: Term
+    bounded_steps: int
     num_steps: int
     coverage: float
     factor: float
@@ -144,10 +147,19 @@ def account(training: Training, scale: bool = False) -> Account:
     rest = predicted.value - sum(x.value for x in terms)
     if abs(rest) > ROUNDING * sum(abs(x.value) for x in terms):
         terms.append(Term("response of the denominator", rest, float("nan")))
-    unexplained = Term(
-        "unexplained", measured.value - predicted.value, float(np.hypot(measured.stderr, predicted.stderr))
-    )
-    return Account(measured, predicted, terms, unexplained, int(rows.sum()), coverage, factor)
+    unexplained = term("unexplained", columns["measured"] - columns["total"], unexplained_stderr(training))
+    bounded = int(np.isnan(columns["unexplained_stderr"][rows]).sum())
+    return Account(measured, predicted, terms, unexplained, bounded, int(rows.sum()), coverage, factor)
+
+
+def unexplained_stderr(training: Training) -> np.ndarray:
+    """Return the standard error of measured - predicted at every step, (S,), or where it is not known a bound of it.
+
+    The bound takes the errors of the two as independent; NaN where those are not known either.
+    """
+    columns = training.steps
+    known = columns["unexplained_stderr"]
+    return np.where(np.isnan(known), np.hypot(columns["measured_stderr"], columns["stderr"]), known)
 
 
 def lifetime(training: Training) -> Lifetime | None:

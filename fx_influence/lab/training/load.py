@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fx_influence.core.display import record_line
+from fx_influence.interop.ledger.entry import MAX_REWARDS, REWARD_VALUE
 from fx_influence.interop.ledger.file import LEDGER, STEP, read_ledger
 from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.results import require_pandas
@@ -17,11 +18,14 @@ from fx_influence.lab.results import require_pandas
 SPLITS_OF_A_STEP = ("frozen", "jacobian")
 """Preconditioners under which ``total`` is the step that is made, so that its terms explain what is measured."""
 
+REWARD = "reward"
+"""Kind of the labels by reward."""
+
 EXPECTED = (
-    *("total", "stderr", "measured", "measured_stderr", "rollouts", "rollouts_stderr", "momentum", "weight_decay"),
-    *("unattributed", "entropy", "absolute", "residual", "rounding", "conditioning", "step_rounding", "ess", "lr"),
-    *("reward", "length", "truncated", "clip_fraction", "evaluation_count", "update_count", "seconds"),
-    "lifetime_factor",
+    *("total", "stderr", "measured", "measured_stderr", "unexplained_stderr", "rollouts", "rollouts_stderr"),
+    *("momentum", "weight_decay", "unattributed", "entropy", "absolute", "residual", "rounding", "conditioning"),
+    *("step_rounding", "ess", "lr", "reward", "length", "truncated", "clip_fraction"),
+    *("evaluation_count", "update_count", "seconds", "lifetime_factor"),
 )
 """Columns that ``Training.steps`` always has, NaN where no step has them."""
 
@@ -37,7 +41,8 @@ class Training:
             ``measured``, ``momentum``, ..., and those that the ledger adds, see ``interop/README.md``.
         labels: columns, one entry a measured step, kind and label: ``step``, ``kind``, ``label``, ``influence``,
             ``stderr`` (NaN where it is not known), ``count`` of rollouts or tokens, ``share`` of the sum of
-            |influence|.
+            |influence|. Labels of the kind ``reward`` are its values where the training run has four at most, else
+            bands.
         strongest: the rollouts of each step that move the entropy most, with their ``step``.
         prompts: columns, one entry a measured step and prompt: ``step``, ``key`` (the same for the same prompt),
             ``influence`` and ``stderr`` of its rollouts' sum, ``count`` of rollouts, mean ``reward`` (NaN where it has
@@ -130,8 +135,13 @@ def _step_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _label_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    exact = _has_few_rewards(entries)
     rows = [
-        (entry[STEP], kind, *row) for entry in entries for kind, sums in entry.get("sums", {}).items() for row in sums
+        (entry[STEP], REWARD if kind == REWARD_VALUE else kind, *row)
+        for entry in entries
+        for kind, sums in entry.get("sums", {}).items()
+        if kind != (REWARD if exact else REWARD_VALUE)
+        for row in sums
     ]
     step, kind, label, influence, stderr, count, share = zip(*rows, strict=True) if rows else ((),) * 7
     return {
@@ -143,6 +153,13 @@ def _label_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         "count": np.array(count, dtype=np.int64),
         "share": np.array([_number(x) for x in share], dtype=np.float64),
     }
+
+
+def _has_few_rewards(entries: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the labels by value of the reward are known in all steps and few; bands are taken otherwise."""
+    with_rewards = [entry["sums"] for entry in entries if REWARD in entry.get("sums", {})]
+    names = {row[0] for sums in with_rewards for row in sums.get(REWARD_VALUE, [])}
+    return 0 < len(names) <= MAX_REWARDS and all(REWARD_VALUE in sums for sums in with_rewards)
 
 
 def _prompt_columns(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

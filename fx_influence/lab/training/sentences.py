@@ -93,7 +93,7 @@ def _change(training: Training, summed: Account) -> str:
         return (
             f"The error bars do not tell whether the {steps} raised or lowered the policy's entropy: it changed by "
             f"{signed(measured)} nats {unit} as measured, {signed(predicted)} as predicted to first order."
-            f"{_noisiest_step(training)}"
+            f"{_noisiest_step(training, training.steps['measured_stderr'])}"
         )
     size, verb = _size(measured), _moved(measured)
     if predicted.sign == -measured.sign:
@@ -102,15 +102,16 @@ def _change(training: Training, summed: Account) -> str:
             f"{unit} as measured, where {signed(predicted)} is predicted."
         )
     doubt = "" if predicted.sign else ", a sign that its error bar does not tell"
+    noisiest = "" if predicted.sign else _noisiest_step(training, training.steps["stderr"])
     return (
         f"The {steps} {verb} the policy's entropy by {size} nats {unit} as measured; {signed(predicted)} is predicted "
-        f"to first order{doubt}."
+        f"to first order{doubt}.{noisiest}"
     )
 
 
-def _noisiest_step(training: Training) -> str:
-    """Return a sentence on the step without which the change might be told, if most of the squared error is its."""
-    squares = np.square(training.steps["measured_stderr"])
+def _noisiest_step(training: Training, stderr: np.ndarray) -> str:
+    """Return a sentence on the step without which a sum might be told, if most of the squared error (S,) is its."""
+    squares = np.square(stderr)
     total = float(np.nansum(squares))
     if len(squares) < 2 or not total > 0:
         return ""
@@ -168,6 +169,8 @@ def _unexplained(summed: Account, findings: list[Finding]) -> str:
     term = summed.unexplained
     unknown = "with an error that is not known" if math.isnan(term.stderr) else "within two standard errors of zero"
     beyond = "beyond two standard errors" if term.sign else unknown
+    if summed.bounded_steps and not math.isnan(term.stderr):
+        beyond = f"{beyond}, which are upper bounds"
     return f"Unexplained, measured minus predicted, are {signed(term)} nats, {beyond}; {_clause(_trust(findings))}"
 
 

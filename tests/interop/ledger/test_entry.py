@@ -66,13 +66,14 @@ def case() -> tuple[fx.Influence, Batch, TokenValues, list[fx.Rollout]]:
 def test_sums_of_rollouts_are_those_of_a_loop(case: tuple[fx.Influence, Batch, TokenValues, list[fx.Rollout]]) -> None:
     influence, batch, values, rollouts = case
     kinds = step_labels(rollouts, batch, values)
-    assert list(kinds) == ["third", "band", "advantage", "end", "reward", "difficulty", "source"]
+    assert list(kinds) == ["third", "band", "advantage", "end", "reward", "reward value", "difficulty", "source"]
     entry = ledger_entry(7, LR, influence, kinds, {"total": 1.0}, rollouts, {"normalize": "token"})
     assert (entry["step"], entry["normalize"], entry["figures"]) == (7, "token", {"total": 1.0})
     label_of = {
         "advantage": lambda r: "A=0" if r.advantage == 0 else "A>0" if r.advantage > 0 else "A<0",
         "end": lambda r: "finished" if r.finished else "truncated",
         "reward": lambda r: f"reward {r.reward:g}",
+        "reward value": lambda r: f"reward {r.reward:g}",
         "source": lambda r: r.source or "unknown",
     }
     assert influence.deviations is not None
@@ -158,7 +159,9 @@ def test_kinds_without_their_values_are_left_out(
     without = step_labels([rollout(i, None if i else 1.0, None) for i in range(COUNT)], batch, values)
     assert list(without) == ["third", "band", "advantage", "end"]
     equal = step_labels([rollout(i, 1.0, None) for i in range(COUNT)], batch, values)
-    assert list(equal) == ["third", "band", "advantage", "end", "reward"]
+    assert list(equal) == ["third", "band", "advantage", "end", "reward", "reward value"]
+    many = step_labels([rollout(i, i / 10, None) for i in range(COUNT)], batch, values)
+    assert list(many) == ["third", "band", "advantage", "end", "reward", "difficulty"]
 
 
 def test_figures_are_means_over_the_rollouts(case: tuple[fx.Influence, Batch, TokenValues, list[fx.Rollout]]) -> None:

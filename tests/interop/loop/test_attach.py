@@ -72,7 +72,6 @@ def test_step_is_attributed_as_by_hand(micro_batches: int, calls: list[tuple[fx.
         parts = sum(metrics[name] for name in ("momentum", "weight_decay", "rollouts", "unattributed"))
         assert_close(loop.model, torch.tensor(metrics["total"]), torch.tensor(parts), 1e-3 * scale)
         assert abs(metrics["unattributed"]) < 1e-9 * 1e-3 * scale
-        assert metrics["measured"] == pytest.approx(metrics["total"], rel=0.2)
         assert metrics["momentum"] == pytest.approx(1e-3 * float(expected.momentum), rel=1e-9)
 
 
@@ -112,7 +111,10 @@ def test_loss_beside_the_rollouts_is_unattributed() -> None:
     def loss(logprobs: Tensor, entropies: Tensor, rollouts: Rollouts) -> Tensor:
         return -(logprobs * rollouts.completion_mask).sum() + entropies.mean()
 
-    capture = Loop(1, 1, EVERY_STEP, loss=loss).run()
+    loop = Loop(1, 1, EVERY_STEP, loss=loss)
+    # A denominator that does not respond to the gradient: measured and predicted are then one to first order.
+    loop.optimizer.param_groups[0]["eps"] = 1.0
+    capture = loop.run()
     assert capture is not None
     metrics = capture.history[0]
     assert abs(metrics["unattributed"]) > 1e-3 * abs(metrics["total"])

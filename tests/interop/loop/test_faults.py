@@ -76,7 +76,7 @@ def bad_shape(rollouts: Rollouts, logprobs: Tensor, _: Tensor) -> dict[str, Any]
     [
         ("influence", {}, None, "RuntimeError: out of luck"),
         ("adamw_state", {}, None, "RuntimeError: out of luck"),
-        ("snis", {}, None, "RuntimeError: out of luck"),
+        ("measure_change", {}, None, "RuntimeError: out of luck"),
         (None, {"log": failing(KeyError("metric"))}, None, "KeyError: 'metric'"),
         (None, {"on_step": failing(OSError("disk"))}, None, "OSError: disk"),
         (None, {}, lambda r, x, _: {**named(r, x), "logprobs": x[:, :, None]}, "a value for each token has shape"),

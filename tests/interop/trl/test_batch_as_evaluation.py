@@ -36,19 +36,22 @@ def test_batch_is_the_default_and_generates_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_measured_change_leaves_out_what_the_prediction_does(tmp_path: Path) -> None:
-    """At a small step the change by importance sampling, less the rollouts' effect on their own prompts, is the total.
-
-    The effect on the own prompts is large, so that the two would not agree with it. What is left is one estimate with
-    one error.
-    """
+    """At a small step, whose denominator does not respond to the gradient, both are one estimate with one error."""
     history = measure_training(
-        tmp_path, 3, settings={"eval_prompts": "batch"}, learning_rate=1e-4, **FIVE_PROMPTS
+        tmp_path,
+        3,
+        settings={"eval_prompts": "batch"},
+        learning_rate=1e-2,
+        adam_epsilon=1e2,
+        max_grad_norm=0.0,
+        **FIVE_PROMPTS,
     ).history
     assert len(history) == 3
     for metrics in history:
         assert metrics["measured"] == pytest.approx(metrics["total"], rel=0.05)
-        assert metrics["measured_stderr"] == metrics["stderr"]
-        assert abs(metrics["self_influence"]) > 0.1 * abs(metrics["total"])
+        assert metrics["measured_stderr"] == pytest.approx(metrics["stderr"], rel=0.5)
+        assert metrics["unexplained_stderr"] < metrics["stderr"]
+    assert any(abs(metrics["self_influence"]) > 0.1 * abs(metrics["total"]) for metrics in history)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ class BreakOnTrainBegin(TrainerCallback):
         pytest.param(trl_measurement, "collate", marks=pytest.mark.slow),
         (measurement, "influence"),
         pytest.param(measurement, "entropy_estimate", marks=pytest.mark.slow),
-        pytest.param(measurement, "snis", marks=pytest.mark.slow),
+        pytest.param(measurement, "measure_change", marks=pytest.mark.slow),
         pytest.param(Capture, "overflowed", marks=pytest.mark.slow),
         (Capture, "gradient_scale"),
         (StepStore, "write"),

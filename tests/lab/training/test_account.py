@@ -72,8 +72,22 @@ def test_account_adds_up_the_lines(training: fx.lab.Training) -> None:
     assert not terms["momentum"].sign
     close(sum(term.value for term in summed.terms), summed.predicted.value)
     close(summed.unexplained.value, sums["measured"] - sums["total"])
-    close(summed.unexplained.stderr, math.sqrt(squares["measured_stderr"] + squares["stderr"]))
+    close(summed.unexplained.stderr, math.sqrt(squares["unexplained_stderr"]))
+    assert not summed.bounded_steps
     assert (summed.num_steps, summed.coverage, summed.factor) == (COUNT, COUNT / 60, 1.0)
+
+
+def test_error_of_the_difference_is_bounded_in_old_ledgers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for step in (1, 2):
+        entry = made_entry(step, rng, 0.8)
+        if step == 1:
+            del entry["figures"]["unexplained_stderr"]
+        append_entry(tmp_path, entry)
+    summed, figures = account(fx.load_training(tmp_path)), entry["figures"]
+    squares = 2 * figures["stderr"] ** 2 + figures["unexplained_stderr"] ** 2
+    assert summed.bounded_steps == 1
+    assert summed.unexplained.stderr == pytest.approx(math.sqrt(squares))
 
 
 def test_account_scales_only_where_asked(training: fx.lab.Training) -> None:
@@ -93,10 +107,49 @@ def test_stderr_of_sums_covers_independent_draws() -> None:
     ends = (errors * rng.standard_normal((4000, 3))).sum(1)
     columns = {name: np.zeros(3) for name in ("total", "stderr", "rollouts", "rollouts_stderr")}
     columns |= {name: np.zeros(3) for name in ("momentum", "weight_decay", "unattributed", "measured")}
-    columns |= {"step": np.array([1, 2, 3]), "measured_stderr": errors}
+    columns |= {"step": np.array([1, 2, 3]), "measured_stderr": errors, "unexplained_stderr": errors}
     stderr = account(fx.lab.Training(Path(), columns, {}, [], {}, {})).measured.stderr
     # The standard deviation of 4,000 draws is known to 1 part in sqrt(8,000).
     assert abs(ends.std() / stderr - 1) < 5 / math.sqrt(8000)
+
+
+def with_rewards(directory: Path, rewards: list[list[float]]) -> fx.lab.Training:
+    """Return a training run whose steps have rollouts of these rewards, each of influence 1."""
+    for step, values in enumerate(rewards, start=1):
+        entry = made_entry(step, np.random.default_rng(0), 0.8)
+        reward = torch.tensor(values)
+        kinds = {"reward": fx.labels.reward_bands(reward)}
+        if len(reward.unique()) <= 4:
+            kinds["reward value"] = fx.labels.rewards(reward)
+        for kind, chosen in kinds.items():
+            counts = chosen.index.bincount(minlength=len(chosen.names)).tolist()
+            rows = zip(chosen.names, counts, strict=True)
+            entry["sums"][kind] = [[name, float(n), 0.1, n, n / len(values)] for name, n in rows if n]
+        append_entry(directory, entry)
+    return fx.load_training(directory)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([[0.0, 1.0, 1.0], [0.5, 1.0]], {"reward 0": 1, "reward 0.5": 1, "reward 1": 3}),
+        (
+            [[0.0, 0.1, 0.0147], [0.2, 0.3, 1.0, 0.0]],
+            {"reward 0": 2, "reward between 0 and 1": 4, "reward 1": 1},
+        ),
+        ([[0.1, 0.2, 0.3, 0.4, -1.0], [2.0]], {"reward between 0 and 1": 4, "reward below 0": 1, "reward above 1": 1}),
+    ],
+    ids=["few in all", "few a step", "many a step"],
+)
+def test_rewards_are_few_kinds_that_add_up(
+    rewards: list[list[float]], expected: dict[str, int], tmp_path: Path
+) -> None:
+    """Values of the reward where the run has four at most, else bands that are the same in every step."""
+    training = with_rewards(tmp_path, rewards)
+    assert training.kinds == ["region", "third", "end", "source", "reward"]
+    sums = {x.term.name: x for x in label_sums(training, "reward")}
+    assert {name: x.members for name, x in sums.items()} == expected
+    assert {name: x.term.value for name, x in sums.items()} == expected
 
 
 def test_labels_add_up_the_lines(training: fx.lab.Training) -> None:

@@ -70,6 +70,28 @@ def test_step_with_most_of_the_error_is_named(tmp_path: Path) -> None:
     assert training_sentences(training)[0].endswith(" Step 7 alone has 98% of the squared error.")
 
 
+def test_error_of_the_difference_decides_what_is_unexplained(tmp_path: Path) -> None:
+    """The errors of both cancel in the difference; where only these are known, the sentence says so."""
+    columns = {"measured": -1.1e-3, "total": -1e-3, "measured_stderr": 1e-3, "stderr": 1e-3}
+    third = training_sentences(made(tmp_path, **columns, unexplained_stderr=1e-5))[2]
+    assert third.startswith("Unexplained, measured minus predicted, are −0.002000 ± 0.000045 nats, beyond two")
+    third = training_sentences(made(tmp_path, **columns, unexplained_stderr=np.nan))[2]
+    assert "are −0.0020 ± 0.0063 nats, within two standard errors of zero, which are upper bounds; " in third
+
+
+def test_first_order_is_doubted_beyond_the_error_alone(tmp_path: Path) -> None:
+    columns = {"measured": -1.2e-3, "total": -1e-3}
+    assert finding(made(tmp_path, **columns, unexplained_stderr=1e-5), "First order").level == "attention"
+    assert finding(made(tmp_path, **columns, unexplained_stderr=1e-3), "First order").level == "good"
+
+
+def test_step_with_most_of_the_predicted_error_is_named(tmp_path: Path) -> None:
+    errors = np.full(20, 1e-6)
+    errors[0] = 1.0
+    first = training_sentences(made(tmp_path, stderr=errors))[0]
+    assert first.endswith("a sign that its error bar does not tell. Step 1 alone has 100% of the squared error.")
+
+
 def test_change_without_an_error_has_no_direction(tmp_path: Path) -> None:
     training = made(tmp_path, measured_stderr=np.nan, stderr=np.nan)
     assert training_sentences(training)[0].startswith("The error bars do not tell")

@@ -1,0 +1,154 @@
+"""Token values of a step's rollouts, each at the step that the optimizer would have made without the rollout's prompt.
+
+After a step the policy is fitted to exactly the rollouts that it was made from. An estimate of the entropy on them is
+then biased, whatever weights they have: to first order by what ``Influence.self_influence`` has, and at a finite step
+by more. A rollout that the step was not made from has no such bias, so fold k of U is evaluated at
+
+    theta_k = theta + eta v(g_k),    g_k = g + sum_j f_j / (1 - f_j) G_j - G_k / (1 - f_k)
+
+with G_j the gradient of fold j's rollouts, f_j the fold's share of the objective's denominator, and v the optimizer's
+step with the second moment that g_k makes; the clipping factor stays that of g. Where the second moment is that of many
+steps, the mean of v(g_k) over the rows is v(g), and the change is to first order the cross-fitted prediction.
+
+Source: cross-fitting, Chernozhukov et al. 2018.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fx_influence.autodiff.engine import Engine
+from fx_influence.batching.rows import rows_by_group, select_rows
+from fx_influence.core.tree import shift
+from fx_influence.distributed.engine import make_engine
+from fx_influence.estimators.deviations import share_left
+from fx_influence.estimators.entropy import behaviour_weights
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS, cluster_index
+from fx_influence.objectives import Entropy, denominator_shares
+from fx_influence.optim.step import AdamWStep
+from fx_influence.policy.policy import Policy
+from fx_influence.policy.precision import pass_precision
+from fx_influence.types import Batch, Gradients, Params, TokenValues
+
+
+class PartsOfRows(NamedTuple):
+    """Parts of E, drawn independently: ``part`` int64 (n,), that of each row, and ``shares`` (C,) of the denominator.
+
+    They are those of the error bars of ``influence``, and where E is U the folds that it leaves out.
+    """
+
+    part: Tensor
+    shares: Tensor
+
+
+def parts_of_rows(batch_e: Batch, values: TokenValues, objective: Entropy, matrix: bool) -> PartsOfRows:
+    """Return the parts of E.
+
+    Args:
+        batch_e: E, (n, T).
+        values: (n, T), of its tokens before the step.
+        objective: how the entropy is estimated.
+        matrix: whether ``influence`` has a matrix, which makes each cluster a part.
+    """
+    cluster = cluster_index(batch_e)
+    index = cluster if matrix else cluster % MAX_RANDOM_GROUPS
+    weights = behaviour_weights(values, batch_e, objective.estimator)
+    shares = denominator_shares(objective, batch_e.completion_mask, weights)
+    return PartsOfRows(index, shares.new_zeros(int(index.max()) + 1).index_add(0, index, shares))
+
+
+class _Passes(NamedTuple):
+    """A policy at theta, and the engine of the passes over it."""
+
+    params: Params
+    engine: Engine
+
+
+def shifts_without_own_fold(
+    step: AdamWStep,
+    batch_u: Batch,
+    folds: PartsOfRows,
+    *,
+    apply: Policy,
+    temperature: float,
+    chunk_size: int | None,
+    mesh: DeviceMesh | None,
+) -> TokenValues:
+    """Return by how much leaving a row's fold out of the step changes the row's token values after it, (n, T).
+
+    It takes two reverse passes and two forwards over U, and in memory two gradients and the parameters once more.
+
+    Args:
+        step: the optimizer's step, before it is made.
+        batch_u: U, (n, T), with coefficients.
+        folds: of its rows.
+        apply: the policy in the precision of the trainer's forward.
+        temperature: of the policy.
+        chunk_size: rows per forward, None chooses.
+        mesh: of the training run's processes, None for a single process.
+    """
+    precision = pass_precision(step.params, apply, batch_u)
+    update, exact = (
+        _Passes(precision.params, make_engine(precision.params, x, temperature, chunk_size, mesh))
+        for x in (precision.update_apply, precision.exact_apply)
+    )
+    lr = step.opt_state.lr
+    cancels = torch.finfo(precision.lowest).eps ** 0.5
+    mean = _add(step.grads, _gradient(_scaled(batch_u, _odds(folds)), update), 1.0)
+    scored = batch_u._replace(coefficients=None, entropy_coefficients=None)
+    planned = exact.engine.values(shift(exact.params, step.direction(), lr), scored)
+    changes = TokenValues(*(torch.zeros_like(x) for x in planned))
+    factors = (-1 / (1 - folds.shares)).tolist()
+    for rows, factor in zip(rows_by_group(folds.part, len(factors)), factors, strict=True):
+        gradient = _add(mean, _gradient(select_rows(batch_u, rows), update), factor, cancels)
+        moved = shift(exact.params, replace(step, grads=gradient).direction(), lr)
+        del gradient
+        values = exact.engine.values(moved, select_rows(scored, rows))
+        for change, after, before in zip(changes, values, planned, strict=True):
+            change[rows] = after - before[rows]
+    return changes
+
+
+def _odds(folds: PartsOfRows) -> Tensor:
+    """Return f / (1 - f) of each row's fold, float64 (n,)."""
+    left = share_left(folds.shares, folds.part)
+    return (1 - left) / left
+
+
+def _scaled(batch: Batch, factor: Tensor) -> Batch:
+    """Return a batch with each row's loss multiplied by a factor (n,)."""
+    c, b = (
+        None if w is None else w * factor.to(w).unsqueeze(1) for w in (batch.coefficients, batch.entropy_coefficients)
+    )
+    return batch._replace(coefficients=c, entropy_coefficients=b)
+
+
+def _gradient(batch: Batch, passes: _Passes) -> Gradients:
+    return passes.engine.gradient(passes.params, batch)
+
+
+def _add(gradient: Gradients, more: Gradients, factor: float, cancels: float = 0.0) -> Gradients:
+    """Return gradient + factor * more; None in ``gradient`` stays None, in ``more`` it is 0.
+
+    Args:
+        gradient: by name.
+        more: by name.
+        factor: of ``more``.
+        cancels: share of ``factor * more`` below which what is left of an entry is the rounding of both and becomes 0,
+            since a fresh optimizer would make a step of the full size from it.
+    """
+    out: Gradients = {}
+    for name, g in gradient.items():
+        m = more.get(name)
+        if g is None or m is None:
+            out[name] = g
+            continue
+        m = (factor * m).to(g.dtype)
+        total = g + m
+        out[name] = torch.where(total.abs() > cancels * m.abs(), total, 0.0)
+    return out

@@ -1,0 +1,154 @@
+"""The change of entropy over a step, measured on the step's own rollouts."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers.loops import COMPLETIONS, COUNT, PROMPTS, Loop, Rollouts, completion_values, grpo_loss, sample_rollouts
+from helpers.present import present
+from helpers.tolerances import assert_close_to_rounding, policy_terms
+from torch import Tensor, nn
+
+import fx_influence as fx
+from fx_influence.estimators.deviations import Deviations
+from fx_influence.interop.live.change.measured import difference_stderr
+from fx_influence.types import Normalize
+
+EVERY_STEP = {"every": 1}
+GROUP = torch.arange(PROMPTS).repeat_interleave(COMPLETIONS)
+
+
+class Table(nn.Module):
+    """Logits of the next token by the first token of the prompt and the last one read: prompts share no parameters."""
+
+    def __init__(self, vocabulary: int = 11) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(vocabulary, vocabulary, vocabulary, generator=generator, dtype=torch.float64)
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.logits[input_ids[:, :1], input_ids]
+
+
+def loop_with_fixed_denominator(lr: float, normalize: Normalize) -> Loop:
+    """Return a loop whose AdamW has second moments beside which those of the next gradients are nothing."""
+    loop = Loop(1, 1, {**EVERY_STEP, "objective": fx.Entropy(normalize=normalize)})
+    loop.optimizer.param_groups[0].update(lr=lr, weight_decay=0.0)
+    for p in loop.model.parameters():
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.full_like(p, 1e6)}
+        loop.optimizer.state[p] = {"step": torch.tensor(1000.0), **moments}
+    return loop
+
+
+def measured_loop(loop: Loop) -> dict[str, float]:
+    capture = loop.run()
+    assert capture is not None
+    (metrics,) = capture.history
+    return metrics
+
+
+def gradients_by_prompt(model: nn.Module, rollouts: Rollouts) -> list[list[Tensor]]:
+    """Return for each prompt the gradient of its rollouts' loss by parameter."""
+    out = []
+    for k in range(PROMPTS):
+        part = rollouts.part(k == GROUP)  # type: ignore[arg-type]
+        loss = grpo_loss(completion_values(model, part)[0], part)
+        out.append([present(g) for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return out
+
+
+@pytest.mark.parametrize("lr", [1e-3, 3e-2])
+def test_change_has_rollouts_at_steps_without_their_prompt(lr: float) -> None:
+    """Each prompt's rollouts are scored after torch's own step from the other prompts' gradients."""
+    loop = Loop(1, 1, EVERY_STEP)
+    loop.optimizer.param_groups[0]["lr"] = lr
+    before = copy.deepcopy(loop.model)
+    rollouts = sample_rollouts(before, 0)
+    metrics = measured_loop(loop)
+    lengths = rollouts.completion_mask.sum(1).double()
+    shares = [float(lengths[k == GROUP].sum() / lengths.sum()) for k in range(PROMPTS)]
+    by_prompt = gradients_by_prompt(before, rollouts)
+    columns = list(zip(*by_prompt, strict=True))
+    norm = sum(float(sum(column).square().sum()) for column in columns) ** 0.5  # type: ignore[union-attr]
+    clip = min(1.0, 0.05 / (norm + 1e-6))
+    weights, entropies = torch.zeros(COUNT, 4).double(), torch.zeros(COUNT, 4).double()
+    for k in range(PROMPTS):
+        model = copy.deepcopy(before)
+        for p, column in zip(model.parameters(), columns, strict=True):
+            others = [g / (1 - f) for j, (g, f) in enumerate(zip(column, shares, strict=True)) if j != k]
+            p.grad = clip * sum(others)  # type: ignore[assignment]
+        torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1).step()
+        rows = k == GROUP
+        with torch.no_grad():
+            logprobs, entropies[rows] = (x[rows] for x in completion_values(model, rollouts))
+            change = (logprobs - completion_values(before, rollouts)[0][rows]) * rollouts.completion_mask[rows]
+        weights[rows] = (change.cumsum(1) - change).exp()
+    ok = rollouts.completion_mask.double()
+    normalised = weights / weights.sum(0)
+    with torch.no_grad():
+        at_theta = (completion_values(before, rollouts)[1] * ok).sum() / ok.sum()
+    expected = (normalised * entropies * ok).sum() / (normalised * ok).sum() - at_theta
+    terms = 100 * policy_terms(dict(before.named_parameters()), 8)
+    scale = math.log(11)
+    assert_close_to_rounding(metrics["measured"], float(expected), terms=terms, scale=scale, dtype=torch.float64)
+    assert abs(float(expected)) > 1e-6
+
+
+def test_change_is_zero_where_prompts_share_nothing() -> None:
+    """No step on some prompts changes the entropy on others, however long it is and whatever it does to its own."""
+    loop = Loop(1, 1, EVERY_STEP)
+    loop.model = Table()
+    loop.optimizer = torch.optim.AdamW(loop.model.parameters(), lr=0.3, weight_decay=0.0)
+    rollouts = sample_rollouts(loop.model, 0)
+    assert len(set(rollouts.input_ids[::COMPLETIONS, 0].tolist())) == PROMPTS, "prompts share no parameters"
+    metrics = measured_loop(loop)
+    assert abs(metrics["self_influence"]) > 1e-3
+    assert_close_to_rounding(metrics["measured"], 0.0, terms=1000, scale=math.log(11), dtype=torch.float64)
+
+
+def test_unexplained_vanishes_with_the_step() -> None:
+    """Check a denominator that does not respond: measured - predicted is 0 to first order, and so is its error."""
+    differences, errors = [], []
+    for lr in (100.0, 10.0):
+        metrics = measured_loop(loop_with_fixed_denominator(lr, "sequence"))
+        differences.append(abs(metrics["measured"] - metrics["total"]) / lr)
+        errors.append(metrics["unexplained_stderr"] / lr)
+        assert metrics["unexplained_stderr"] < 1e-3 * metrics["stderr"]
+    # Both are of second order: ten times less a unit of the learning rate at a tenth of it.
+    assert differences[1] == pytest.approx(differences[0] / 10, rel=0.2)
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)
+
+
+def test_error_of_the_difference_covers_lengths() -> None:
+    """Check per token, where the two differ by a term of the lengths, which is small beside the errors of either."""
+    metrics = measured_loop(loop_with_fixed_denominator(10.0, "token"))
+    assert abs(metrics["measured"] - metrics["total"]) < 2 * metrics["unexplained_stderr"] < 0.4 * metrics["stderr"]
+
+
+def made_influence(deviations: Tensor, total: Tensor) -> fx.Influence:
+    rest = dict.fromkeys(fx.Influence._fields, torch.tensor(0.0))
+    count = deviations.shape[1]
+    by_part = Deviations(deviations, torch.full((count,), -1))
+    values = {"per_sequence": torch.ones(count).double(), "deviations": by_part, "total_deviations": total}
+    return fx.Influence(**{**rest, **values})
+
+
+def test_error_of_the_difference_is_no_larger_than_both_in_a_first_step() -> None:
+    """A fresh optimizer's influences are huge and cancel, and so would be what leaving one out of them does."""
+    metrics = measured_loop(Loop(1, 1, EVERY_STEP))
+    assert metrics["conditioning"] > 0.5
+    assert 0 < metrics["unexplained_stderr"] < math.hypot(metrics["stderr"], metrics["measured_stderr"])
+
+
+def test_errors_common_to_both_cancel_in_the_difference() -> None:
+    predicted = torch.tensor([3.0, -1.0, -2.0]).double()
+    influence, shares = made_influence(predicted.unsqueeze(1), predicted), torch.full((3,), 1 / 3).double()
+    assert difference_stderr(0.1 * predicted, influence, shares, 0.1) == pytest.approx(0.0, abs=1e-15)
+    further = torch.tensor([0.5, -0.5, 0.0]).double()
+    stderr = difference_stderr(0.1 * predicted + further, influence, shares, 0.1)
+    assert stderr == pytest.approx(math.sqrt(3 / 2 * 0.5))
+    assert math.isnan(difference_stderr(further, influence._replace(total_deviations=None), shares, 0.1))
