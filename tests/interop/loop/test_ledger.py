@@ -42,7 +42,9 @@ def test_ledger_has_the_steps_of_the_history(tmp_path: Path) -> None:
             assert figures[name] == step[name]
         assert figures["reward"] == float(REWARDS.mean())
         assert "truncated" not in figures, "a model without a config names no end of sequence"
-        assert list(entry["sums"]) == ["region", "third", "band", "advantage", "reward", "difficulty", "source"]
+        assert list(entry["sums"]) == [
+            *("region", "third", "band", "advantage", "reward", "reward value", "difficulty", "source")
+        ]
         sums = {label: value for label, value, *_ in entry["sums"]["source"]}
         mask = torch.arange(COUNT) % 2 == 1
         expected = out.sums(mask).influence * step["lr"]
