@@ -152,3 +152,73 @@ def test_errors_common_to_both_cancel_in_the_difference() -> None:
     stderr = difference_stderr(0.1 * predicted + further, influence, shares, 0.1)
     assert stderr == pytest.approx(math.sqrt(3 / 2 * 0.5))
     assert math.isnan(difference_stderr(further, influence._replace(total_deviations=None), shares, 0.1))
+
+
+class Factors(nn.Module):
+    """Logits from the prompt's token and the last one read, by factors that all prompts share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.prompt, self.last, self.head = (
+            nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
+            for shape in ((8, 6), (8, 6), (6, 8))
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return (self.prompt[input_ids[:, :1]] + self.last[input_ids]).tanh() @ self.head
+
+
+def exact_entropy(model: nn.Module) -> float:
+    """Return H per token of completions of two tokens, over all prompts of one token."""
+    with torch.no_grad():
+        pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+        logprobs = model(pairs, torch.ones_like(pairs)).log_softmax(-1).view(8, 8, 2, 8)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        first = logprobs[:, 0, 0].exp()
+        return float((entropies[:, 0, 0] + (first * entropies[:, :, 1]).sum(-1)).mean() / 2)
+
+
+def draw_step(seed: int) -> tuple[float, dict[str, float]]:
+    """Return the exact change of entropy by a fresh AdamW's step on drawn rollouts, and the step's metrics."""
+    model, generator = Factors(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
+    capture = fx.attach(optimizer, model, every=1)
+    ids = torch.randint(8, (6,), generator=generator).repeat_interleave(2)[:, None]
+    with torch.no_grad():
+        for _ in range(2):
+            probabilities = model(ids, torch.ones_like(ids))[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
+    advantages = ((ids[:, 1:] < 3).sum(1) + 0.1 * ids[:, 2]).double().view(6, 2)
+    advantages = (advantages - advantages.mean(1, keepdim=True)).flatten()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    logprobs = model(ids, mask)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    group = torch.arange(6).repeat_interleave(2)
+    capture.add(
+        logprobs=logprobs,
+        input_ids=ids,
+        attention_mask=mask,
+        completion_mask=mask[:, 1:],
+        advantages=advantages,
+        group=group,
+    )
+    (-(advantages[:, None] * logprobs).mean()).backward()
+    before = exact_entropy(model)
+    optimizer.step()
+    (metrics,) = capture.history
+    return exact_entropy(model) - before, metrics
+
+
+@pytest.mark.slow
+def test_change_is_the_exact_one_in_a_first_step() -> None:
+    """Over draws of U, measured has no bias, an error of the size that it says, and far less noise than predicted."""
+    draws = [draw_step(seed) for seed in range(40)]
+    exact = torch.tensor([change for change, _ in draws])
+    measured, stderr, total = (
+        torch.tensor([metrics[name] for _, metrics in draws]) for name in ("measured", "measured_stderr", "total")
+    )
+    error = measured - exact
+    assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(len(draws))
+    # The mean square of 40 draws is known to a part in sqrt(20), and their errors come from six prompts each.
+    assert 0.3 < float(error.square().mean() / stderr.square().mean()) < 3
+    assert float(error.square().mean().sqrt()) < 0.7 * float((total - exact).square().mean().sqrt())

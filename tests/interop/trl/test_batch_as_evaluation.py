@@ -92,7 +92,7 @@ def with_more_prompts(training: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=["again", "in parts"])
 def test_rollouts_of_an_older_policy_are_weighted(options: dict[str, Any], tmp_path: Path) -> None:
-    """The second step is on rollouts of the policy before the first; predicted and measured have the same weights."""
+    """The second step is on rollouts of the policy before the first, which are weighted."""
     run = measure_training(
         tmp_path,
         2,
@@ -105,7 +105,7 @@ def test_rollouts_of_an_older_policy_are_weighted(options: dict[str, Any], tmp_p
     assert not run.warnings
     assert len(run.history) == 2
     for metrics in run.history:
-        assert metrics["measured"] == pytest.approx(metrics["total"], rel=0.2)
+        assert abs(metrics["measured"] - metrics["total"]) < 2 * metrics["unexplained_stderr"]
         assert 6 < metrics["ess"] < 12
     stored = [fx.load_run(tmp_path / "entropy_influence" / f"step_00000{k}") for k in (1, 2)]
     sampled = [fx.collate(x.evaluations[0].rollouts, 0, off_policy=True).behaviour_logprobs for x in stored]
