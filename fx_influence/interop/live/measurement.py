@@ -173,7 +173,8 @@ class StepMeasurement:
             IdentityError: for influences that do not add up.
         """
         start = time.perf_counter()
-        training, settings, policy = self._training, self._settings, self._functional_policy()
+        training, settings = self._training, self._settings
+        forward = training.in_forward_precision(self._functional_policy())
         params = self._trainable()
         check_finite(captured.gradient)
         # Live moments: all that reads them is done before the optimizer steps.
@@ -187,7 +188,7 @@ class StepMeasurement:
             local_rows(captured.batch, self._mesh),
             None if evaluation.is_update else local_rows(batch_e, self._mesh),
             opt_state,
-            apply=training.in_forward_precision(policy),
+            apply=forward,
             objective=settings.objective,
             preconditioner=settings.preconditioner,
             grad=gradient,
@@ -212,7 +213,10 @@ class StepMeasurement:
             store_state(step_of(settings.preconditioner, captured.max_grad_norm).baseline())
         adamw_step = step_of("frozen", captured.max_grad_norm)
         parts = parts_of_rows(batch_e, values, objective, settings.matrix)
-        shifts = self._shifts(adamw_step, captured, parts) if evaluation.is_update else None
+        shifts = None
+        if evaluation.is_update:
+            options = forward, training.temperature, settings.chunk_size, self._mesh
+            shifts = shifts_without_own_fold(adamw_step, captured.batch, parts, *options)
         seconds = time.perf_counter() - start
         measured = MeasuredStep(
             step,
@@ -233,15 +237,9 @@ class StepMeasurement:
         measured = pending.measured
         start = time.perf_counter()
         params = self._trainable()
+        values, options = self._exact_values(params, pending.batch_e), (self._settings.objective, measured.lr)
         changed = measure_change(
-            pending.batch_e,
-            pending.values,
-            self._exact_values(params, pending.batch_e),
-            pending.shifts,
-            pending.parts,
-            self._settings.objective,
-            measured.influence,
-            measured.lr,
+            pending.batch_e, pending.values, values, pending.shifts, pending.parts, measured.influence, *options
         )
         training, stride = self._training, sampling_stride(params)
         before, after = pending.sampled.params, every_nth(params, stride)
@@ -262,18 +260,6 @@ class StepMeasurement:
         """Return E: the rollouts of U, each without its own prompt."""
         batch_e = captured.batch._replace(coefficients=None, entropy_coefficients=None)
         return Evaluation(batch_e, [], True, _sampled_logprobs(captured))
-
-    def _shifts(self, step: AdamWStep, captured: CapturedStep, folds: PartsOfRows) -> TokenValues:
-        """Return by how much leaving each row's fold out of the step changes its token values after it, (n, T)."""
-        return shifts_without_own_fold(
-            step,
-            captured.batch,
-            folds,
-            apply=self._training.in_forward_precision(self._functional_policy()),
-            temperature=self._training.temperature,
-            chunk_size=self._settings.chunk_size,
-            mesh=self._mesh,
-        )
 
     def _local_labels(self, labels: Labels) -> Labels:
         """Return the labels of this process's rows."""

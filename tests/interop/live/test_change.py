@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,11 @@ def made_influence(deviations: Tensor, total: Tensor) -> fx.Influence:
     rest = dict.fromkeys(fx.Influence._fields, torch.tensor(0.0))
     count = deviations.shape[1]
     by_part = Deviations(deviations, torch.full((count,), -1))
-    values = {"per_sequence": torch.ones(count).double(), "deviations": by_part, "total_deviations": total}
+    values: dict[str, Any] = {
+        "per_sequence": torch.ones(count).double(),
+        "deviations": by_part,
+        "total_deviations": total,
+    }
     return fx.Influence(**{**rest, **values})
 
 

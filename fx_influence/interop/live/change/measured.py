@@ -48,8 +48,8 @@ def measure_change(
     after: TokenValues,
     shifts: TokenValues | None,
     parts: PartsOfRows,
-    objective: Entropy,
     influence: Influence,
+    objective: Entropy,
     lr: float,
 ) -> MeasuredChange:
     """Return the change of entropy over a step.
@@ -60,8 +60,8 @@ def measure_change(
         after: (n_e, T), after it.
         shifts: (n_e, T), of those after it by leaving each row's fold out of the step; None with an E that is not U.
         parts: of E.
-        objective: how the entropy is estimated.
         influence: of the step, per unit lr.
+        objective: how the entropy is estimated.
         lr: lr_ref of the step.
     """
     base, moved = (completion_values(values, batch_e.completion_mask) for values in (before, after))

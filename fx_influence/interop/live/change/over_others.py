@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.autodiff.engine import Engine
 from fx_influence.batching.rows import rows_by_group, select_rows
-from fx_influence.core.tree import shift
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.deviations import share_left
 from fx_influence.estimators.entropy import behaviour_weights
@@ -73,7 +72,6 @@ def shifts_without_own_fold(
     step: AdamWStep,
     batch_u: Batch,
     folds: PartsOfRows,
-    *,
     apply: Policy,
     temperature: float,
     chunk_size: int | None,
@@ -81,7 +79,7 @@ def shifts_without_own_fold(
 ) -> TokenValues:
     """Return by how much leaving a row's fold out of the step changes the row's token values after it, (n, T).
 
-    It takes two reverse passes and two forwards over U, and in memory two gradients and the parameters once more.
+    It takes two reverse passes and two forwards over U, and memory for three vectors of the parameters' size.
 
     Args:
         step: the optimizer's step, before it is made.
@@ -99,16 +97,17 @@ def shifts_without_own_fold(
     )
     lr = step.opt_state.lr
     cancels = torch.finfo(precision.lowest).eps ** 0.5
-    mean = _add(step.grads, _gradient(_scaled(batch_u, _odds(folds)), update), 1.0)
     scored = batch_u._replace(coefficients=None, entropy_coefficients=None)
-    planned = exact.engine.values(shift(exact.params, step.direction(), lr), scored)
+    planned = exact.engine.values(_move_(step.direction(), exact.params, lr), scored)
     changes = TokenValues(*(torch.zeros_like(x) for x in planned))
+    mean = _add_(_gradient(_scaled(batch_u, _odds(folds)), update), step.grads, 1.0, 0.0)
     factors = (-1 / (1 - folds.shares)).tolist()
     for rows, factor in zip(rows_by_group(folds.part, len(factors)), factors, strict=True):
-        gradient = _add(mean, _gradient(select_rows(batch_u, rows), update), factor, cancels)
-        moved = shift(exact.params, replace(step, grads=gradient).direction(), lr)
+        gradient = _add_(_gradient(select_rows(batch_u, rows), update), mean, factor, cancels)
+        direction = replace(step, grads=gradient).direction()
         del gradient
-        values = exact.engine.values(moved, select_rows(scored, rows))
+        values = exact.engine.values(_move_(direction, exact.params, lr), select_rows(scored, rows))
+        del direction
         for change, after, before in zip(changes, values, planned, strict=True):
             change[rows] = after - before[rows]
     return changes
@@ -132,12 +131,12 @@ def _gradient(batch: Batch, passes: _Passes) -> Gradients:
     return passes.engine.gradient(passes.params, batch)
 
 
-def _add(gradient: Gradients, more: Gradients, factor: float, cancels: float = 0.0) -> Gradients:
-    """Return gradient + factor * more; None in ``gradient`` stays None, in ``more`` it is 0.
+def _add_(more: Gradients, gradient: Gradients, factor: float, cancels: float) -> Gradients:
+    """Return gradient + factor * more in the memory of ``more``; None in ``gradient`` stays None, in ``more`` it is 0.
 
     Args:
-        gradient: by name.
         more: by name.
+        gradient: by name.
         factor: of ``more``.
         cancels: share of ``factor * more`` below which what is left of an entry is the rounding of both and becomes 0,
             since a fresh optimizer would make a step of the full size from it.
@@ -148,7 +147,12 @@ def _add(gradient: Gradients, more: Gradients, factor: float, cancels: float = 0
         if g is None or m is None:
             out[name] = g
             continue
-        m = (factor * m).to(g.dtype)
-        total = g + m
-        out[name] = torch.where(total.abs() > cancels * m.abs(), total, 0.0)
+        bound = cancels * m.mul_(factor).abs()
+        out[name] = m.add_(g)
+        m.mul_(m.abs() > bound)
     return out
+
+
+def _move_(direction: Params, params: Params, lr: float) -> Params:
+    """Return params + lr * direction in the memory of ``direction``."""
+    return {name: direction[name].mul_(lr).add_(p) for name, p in params.items()}
