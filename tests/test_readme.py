@@ -250,11 +250,14 @@ def test_logged_figures_are_explained() -> None:
     }
     influence = fx.Influence(**out)
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
-    captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None, None, ("a", "b")])
+    captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 6, {}, 1.0, 1.0, None, None, ("a", "b")])
     regions = Labels(torch.zeros(2, 3, dtype=torch.int64), REGIONS)
     delta = SnisDelta(*[torch.ones(())] * 6)
     metrics = MeasuredStep(
-        *(1, 0.1, captured, [], influence, 1.0, delta, 0.5), regions=regions, moment_rounding=0.01
+        *(1, 0.1, captured, [], influence, 1.0, delta, 0.5),
+        regions=regions,
+        moment_rounding=0.01,
+        unexplained_stderr=0.1,
     ).metrics()
     of_sources = {"source/a", "source/b"}
     assert explained == set(metrics) - of_sources

@@ -142,7 +142,7 @@ def made_influence(deviations: Tensor, total: Tensor) -> fx.Influence:
     return fx.Influence(**{**rest, **values})
 
 
-def test_error_of_the_difference_is_no_larger_than_both_in_a_first_step() -> None:
+def test_error_of_the_difference_is_below_both_in_a_first_step() -> None:
     """A fresh optimizer's influences are huge and cancel, and so would be what leaving one out of them does."""
     metrics = measured_loop(Loop(1, 1, EVERY_STEP))
     assert metrics["conditioning"] > 0.5
