@@ -33,7 +33,7 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels
-from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
+from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective, score_share, with_best_share
 from fx_influence.optim.adamw import check_adamw_inputs, check_clip
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
@@ -207,7 +207,7 @@ def influence(
     if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)
-    return _attribute(
+    return _attribute_at_share(
         _Inputs(
             params=precision.params,
             batch_u=batch_u,
@@ -260,6 +260,16 @@ class _Inputs:
     precision: PassPrecision
     engine_u: Engine
     engine_e: Engine
+
+
+def _attribute_at_share(x: _Inputs) -> Influence:
+    """Return the influences, where the entropy's ``score`` is "auto" at the share of the smallest squared error."""
+    objective, pilot = x.objective, replace(x, per_token=False, labels=None)
+    if not isinstance(objective, Entropy) or objective.score != "auto":
+        return _attribute(x)
+    outs = [_attribute(replace(pilot, objective=objective._replace(score=share))) for share in (0.0, 1.0)]
+    best = with_best_share(objective, *((out.per_sequence, out.deviations) for out in outs))
+    return _attribute(replace(x, objective=best))
 
 
 def _attribute(x: _Inputs) -> Influence:
@@ -332,6 +342,7 @@ def _attribute(x: _Inputs) -> Influence:
         self_influence=self_influence(by_group, evaluation, x.groups),
         deviations=deviations,
         ess=evaluation.ess,
+        score_share=score_share(x.objective),
         total_deviations=None if parts is None else parts.total_deviations(),
     )
 
@@ -344,4 +355,4 @@ def _check_types(
     check_is_batch("batch_u", batch_u)
     if batch_e is not None:
         check_is_batch("batch_e", batch_e)
-    check_objective(objective)
+    check_objective(objective, may_estimate_share=True)

@@ -94,6 +94,8 @@ class Influence(NamedTuple):
             completion token; None with an E of fresh rollouts.
         ess: scalar, effective sample size of E in rows, (sum w)^2 / sum w^2 of its weights pi_theta / pi_behaviour, the
             smallest over ranks under "per_decision"; None where E has no ``behaviour_logprobs``.
+        score_share: share of the score term in all of these, see ``Entropy.score``. Below 1 they are biased, and no
+            standard error holds the bias.
         deviations: how far each part of E carries each influence, from which ``stderr`` and the standard errors of
             sums follow; None without error bars.
         total_deviations: (C,), those of ``total``, from which ``total_stderr`` follows; None without error bars.
@@ -116,6 +118,7 @@ class Influence(NamedTuple):
     self_influence: Tensor | None = None
     deviations: Deviations | None = None
     ess: Tensor | None = None
+    score_share: float = 1.0
     total_deviations: Tensor | None = None
 
     def sums(self, labels: Tensor | Labels) -> Sums:
