@@ -142,8 +142,8 @@ def check_entropy(objective: object, finite_step: bool = True) -> None:
 def check_evaluation(objective: Entropy | Objective, batch_e: Batch) -> None:
     """Raise ``ValueError`` where E does not have what the objective needs of it, or has what it cannot use.
 
-    Warns of a share of the score term that biases the derivative. The prompt's baseline needs to know which rows share a
-    prompt; only the entropy is weighted over rollouts of another policy.
+    Warns of a share of the score term that biases the derivative. The prompt's baseline needs to know which rows share
+    a prompt; only the entropy is weighted over rollouts of another policy.
     """
     if not isinstance(objective, Entropy) and batch_e.behaviour_logprobs is not None:
         raise ValueError(

@@ -9,7 +9,6 @@ from fx_influence.estimators.deviations import Deviations
 from fx_influence.estimators.importance import ImportanceWeights
 from fx_influence.types import Baseline
 
-
 NEGLIGIBLE = 1e-12
 """Share of the rows' sum of squares below which a variance is taken for rounding."""
 
