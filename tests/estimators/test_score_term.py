@@ -17,6 +17,7 @@ from torch import Tensor
 import fx_influence as fx
 from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, Deviations
 from fx_influence.estimators.score_term import optimal_share
+from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.types import Normalize
 
 biased = pytest.mark.filterwarnings("ignore:objective.score is")
@@ -62,6 +63,22 @@ def test_influence_is_linear_in_share(world: World, update: Update) -> None:
     assert part.score_share == 0.3
     assert "score_share=0.3 (biased)" in repr(part)
     assert "score_share" not in repr(full)
+
+
+@biased
+def test_error_bars_without_score_term_hold_no_length(world: World, update: Update) -> None:
+    """How rollouts change the expected length is part of the score term, and so of its error."""
+    rows = world.draw_prompts(12, 3, torch.Generator().manual_seed(1))
+    batch = world.batch(rows)._replace(group=torch.arange(36) // 3)
+    lengths = batch.completion_mask.sum(-1).double()
+    of_rows = (lengths / lengths.sum(), cluster_index(batch))
+    out = attribute(world, update, batch, 0.0, matrix=True)
+    pairwise = present(out.matrix)
+    assert_close(out.stderr, cluster_stderr(pairwise, out.per_sequence, *of_rows), pairwise.abs().sum())
+    options: dict[str, Any] = {"apply": world.apply, "temperature": world.space.temperature, "second_order": False}
+    along = fx.jvp_delta(world.params, update.parts[0], batch, objective=fx.Entropy(score=0.0), **options)
+    size = along.contributions.abs().sum()
+    assert_close(along.stderr, cluster_stderr(along.contributions, along.first, *of_rows), size)
 
 
 @biased
