@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -84,25 +84,37 @@ def score_share(objective: Entropy | Objective) -> float:
     return float(objective.score) if isinstance(objective, Entropy) else 1.0
 
 
-def with_best_share(
-    objective: Entropy, direct: tuple[Tensor, Deviations | None], full: tuple[Tensor, Deviations | None]
-) -> Entropy:
-    """Return the objective with the share of the score term whose influences have the smallest squared error.
+class InfluencesOfE(Protocol):
+    """Influences (n,), and their deviations by part of E where these are known."""
+
+    @property
+    def per_sequence(self) -> Tensor: ...
+
+    @property
+    def deviations(self) -> Deviations | None: ...
+
+
+def with_known_share(
+    objective: Entropy | Objective, attribute: Callable[[Entropy], InfluencesOfE]
+) -> Entropy | Objective:
+    """Return the objective; an entropy whose ``score`` is "auto" with the share of the smallest squared error.
 
     Args:
-        objective: whose ``score`` is "auto".
-        direct: influences (n,) without the score term, with their deviations by part of E.
-        full: those with all of it.
+        objective: what is attributed.
+        attribute: function of an entropy with a number as ``score``, called twice where it is "auto".
 
     Raises:
-        ValueError: where there are no deviations.
+        ValueError: where the influences come without deviations.
     """
-    if direct[1] is None or full[1] is None:
+    if not isinstance(objective, Entropy) or objective.score != ESTIMATED:
+        return objective
+    direct, full = (attribute(objective._replace(score=share)) for share in (0.0, 1.0))
+    if direct.deviations is None or full.deviations is None:
         raise ValueError(
             f"objective.score is {objective.score!r} without error bars; expected stderr=True and rollouts of two "
             "prompts at least, whose differences say how noisy the score term is. Pass a number as score"
         )
-    share = optimal_share(direct[0], full[0], direct[1], full[1])
+    share = optimal_share(direct.per_sequence, full.per_sequence, direct.deviations, full.deviations)
     _warn_of_bias(share)
     return objective._replace(score=share)
 

@@ -33,7 +33,7 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels
-from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective, score_share, with_best_share
+from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective, score_share, with_known_share
 from fx_influence.optim.adamw import check_adamw_inputs, check_clip
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
@@ -207,7 +207,7 @@ def influence(
     if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)
-    return _attribute_at_share(
+    return _attribute(
         _Inputs(
             params=precision.params,
             batch_u=batch_u,
@@ -262,18 +262,10 @@ class _Inputs:
     engine_e: Engine
 
 
-def _attribute_at_share(x: _Inputs) -> Influence:
-    """Return the influences, where the entropy's ``score`` is "auto" at the share of the smallest squared error."""
-    objective, pilot = x.objective, replace(x, per_token=False, labels=None)
-    if not isinstance(objective, Entropy) or objective.score != "auto":
-        return _attribute(x)
-    outs = [_attribute(replace(pilot, objective=objective._replace(score=share))) for share in (0.0, 1.0)]
-    best = with_best_share(objective, *((out.per_sequence, out.deviations) for out in outs))
-    return _attribute(replace(x, objective=best))
-
-
 def _attribute(x: _Inputs) -> Influence:
     """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
+    pilot = replace(x, per_token=False, labels=None)
+    x = replace(x, objective=with_known_share(x.objective, lambda o: _attribute(replace(pilot, objective=o))))
     several = x.groups.num_groups > 1
     how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
     evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)

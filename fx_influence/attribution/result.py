@@ -118,8 +118,8 @@ class Influence(NamedTuple):
     self_influence: Tensor | None = None
     deviations: Deviations | None = None
     ess: Tensor | None = None
-    score_share: float = 1.0
     total_deviations: Tensor | None = None
+    score_share: float = 1.0
 
     def sums(self, labels: Tensor | Labels) -> Sums:
         """Return the influences added up by label, with the standard errors of the sums.
