@@ -334,7 +334,7 @@ def _attribute(x: _Inputs) -> Influence:
         self_influence=self_influence(by_group, evaluation, x.groups),
         deviations=deviations,
         ess=evaluation.ess,
-        score_share=score_share(x.objective),
+        score_share=torch.full_like(baseline, score_share(x.objective)),
         total_deviations=None if parts is None else parts.total_deviations(),
     )
 

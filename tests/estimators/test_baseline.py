@@ -100,10 +100,10 @@ def test_shrunk_mean_follows_the_variance_between_prompts() -> None:
     """Prompts far apart keep the mean of their rows; with none apart all rows share one mean."""
     generator, prompt = torch.Generator().manual_seed(3), torch.arange(400) // 4
     noise = torch.randn(400, generator=generator, dtype=torch.float64)
-    apart = 100.0 * torch.randn(100, generator=generator, dtype=torch.float64)[prompt]
-    of_siblings = (noise + apart).reshape(100, 4)
+    prompt_means = 100.0 * torch.randn(100, generator=generator, dtype=torch.float64)[prompt]
+    of_siblings = (noise + prompt_means).reshape(100, 4)
     of_siblings = ((of_siblings.sum(1, keepdim=True) - of_siblings) / 3).flatten()
-    assert (shrunk_mean(noise + apart, prompt) - of_siblings).abs().max() < 0.1
+    assert (shrunk_mean(noise + prompt_means, prompt) - of_siblings).abs().max() < 0.1
     assert shrunk_mean(noise, prompt).abs().max() < 0.5
 
 

@@ -60,14 +60,14 @@ def test_influence_is_linear_in_share(world: World, update: Update) -> None:
     assert_close(part.per_sequence, 0.7 * without.per_sequence + 0.3 * full.per_sequence, size)
     deviations = [present(out.deviations).by_part for out in (without, part, full)]
     assert_close(deviations[1], 0.7 * deviations[0] + 0.3 * deviations[2], size)
-    assert part.score_share == 0.3
+    assert part.score_share.item() == 0.3
     assert "score_share=0.3 (biased)" in repr(part)
     assert "score_share" not in repr(full)
 
 
 @biased
 def test_error_bars_without_score_term_hold_no_length(world: World, update: Update) -> None:
-    """How rollouts change the expected length is part of the score term, and so of its error."""
+    """The derivative of the expected length is part of the score term, and so of its error."""
     rows = world.draw_prompts(12, 3, torch.Generator().manual_seed(1))
     batch = world.batch(rows)._replace(group=torch.arange(36) // 3)
     lengths = batch.completion_mask.sum(-1).double()
@@ -76,9 +76,9 @@ def test_error_bars_without_score_term_hold_no_length(world: World, update: Upda
     pairwise = present(out.matrix)
     assert_close(out.stderr, cluster_stderr(pairwise, out.per_sequence, *of_rows), pairwise.abs().sum())
     options: dict[str, Any] = {"apply": world.apply, "temperature": world.space.temperature, "second_order": False}
-    along = fx.jvp_delta(world.params, update.parts[0], batch, objective=fx.Entropy(score=0.0), **options)
-    size = along.contributions.abs().sum()
-    assert_close(along.stderr, cluster_stderr(along.contributions, along.first, *of_rows), size)
+    single = fx.jvp_delta(world.params, update.parts[0], batch, objective=fx.Entropy(score=0.0), **options)
+    size = single.contributions.abs().sum()
+    assert_close(single.stderr, cluster_stderr(single.contributions, single.first, *of_rows), size)
 
 
 @biased
@@ -91,8 +91,8 @@ def test_auto_takes_share_of_smallest_estimated_error(world: World, update: Upda
     )
     out = attribute(world, update, batch, "auto")
     assert 0 < share < 1
-    assert out.score_share == pytest.approx(share, rel=1e-6)
-    given = attribute(world, update, batch, out.score_share)
+    assert out.score_share.item() == pytest.approx(share, rel=1e-6)
+    given = attribute(world, update, batch, out.score_share.item())
     assert torch.equal(out.per_sequence, given.per_sequence)
     assert out.per_token is not None
 
@@ -108,8 +108,8 @@ def test_optimal_share_minimises_squared_error() -> None:
     noise = noise / parts**0.5
     direct, score = noise[..., 0].sum(0), 2 + noise[..., 1].sum(0)
     centred = noise - noise.mean(0)
-    kept = torch.full((n,), NOTHING_LEFT_OUT)
-    of_direct, of_full = Deviations(centred[..., 0], kept), Deviations(centred.sum(-1), kept)
+    none_left_out = torch.full((n,), NOTHING_LEFT_OUT)
+    of_direct, of_full = Deviations(centred[..., 0], none_left_out), Deviations(centred.sum(-1), none_left_out)
     share = optimal_share(direct, direct + score, of_direct, of_full)
     # The mean of 2,000 squares of size 6 with standard deviation of about 6 has a standard error of 0.13 in 6.
     assert share == pytest.approx(expected, abs=4 * 0.13 / 6)
@@ -130,15 +130,15 @@ def test_biased_derivative_warns(world: World, score: float) -> None:
 def test_share_is_refused_where_it_cannot_be_taken(world: World, update: Update) -> None:
     batch, direction = world.batch(torch.arange(6)), {name: torch.ones_like(p) for name, p in world.params.items()}
 
-    def along(call: Any, score: Any, *args: Any) -> None:
+    def differentiate(call: Any, score: Any, *args: Any) -> None:
         call(world.params, direction, *args, batch, apply=world.apply, objective=fx.Entropy(score=score))
 
     with pytest.raises(TypeError, match=r"objective\.score is of type str; expected a number"):
-        along(fx.jvp_delta, "auto")
+        differentiate(fx.jvp_delta, "auto")
     with pytest.raises(ValueError, match=r"objective\.score is 1\.5; expected a share from 0 to 1"):
-        along(fx.jvp_delta, 1.5)
+        differentiate(fx.jvp_delta, 1.5)
     with pytest.raises(ValueError, match=r"objective\.score is 0\.5; expected 1, since a finite step"):
-        along(fx.snis_delta, 0.5, 1e-3)
+        differentiate(fx.snis_delta, 0.5, 1e-3)
     with pytest.raises(ValueError, match=r"objective\.score is 'auto' without error bars"):
         attribute(world, update, batch, "auto", stderr=False)
 
