@@ -57,10 +57,10 @@ def test_parts_of_coefficients_add_up(inputs: Inputs) -> None:
     out, *parts = (
         fx.influence(inputs.params, u, inputs.e, inputs.state, apply=inputs.apply, grad=grad) for u in batches
     )
-    size = sum(part.per_sequence.abs().sum() for part in parts)
-    assert_close(sum(part.per_sequence for part in parts), out.per_sequence, size)
-    assert_close(sum(present(part.per_token) for part in parts), out.per_token, size)
-    by_part = sum(present(part.deviations).by_part for part in parts)
+    size = torch.stack([part.per_sequence.abs() for part in parts]).sum()
+    assert_close(torch.stack([part.per_sequence for part in parts]).sum(0), out.per_sequence, size)
+    assert_close(torch.stack([present(part.per_token) for part in parts]).sum(0), present(out.per_token), size)
+    by_part = torch.stack([present(part.deviations).by_part for part in parts]).sum(0)
     assert_close(by_part, present(out.deviations).by_part, size)
     for part in parts:
         assert_close(part.unattributed, out.per_sequence.sum() - part.per_sequence.sum(), size)
