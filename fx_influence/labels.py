@@ -1,6 +1,12 @@
 """Labels of rollouts and of tokens, whose influences ``Influence.sums`` adds up with error bars.
 
 Each function returns a partition: every rollout, or every completion token, has one label.
+
+Parts of the coefficients, such as a KL term or an entropy bonus, are no labels, as a token has all of them. Influences
+are linear in coefficients while the step's direction is that of the whole gradient, so those of a part are of a batch
+that has this part alone, with the whole gradient: ``influence(params, batch._replace(coefficients=part), batch_e,
+state, grad=gradient)``, and a bonus as ``entropy_coefficients`` alone. They have error bars and ``sums`` as any others.
+The remaining parts are in ``unattributed``; parts that add up to the coefficients add up to the influences.
 """
 
 from __future__ import annotations

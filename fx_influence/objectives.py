@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from fx_influence.core.checks import check_choice, check_function, check_tensor, wrong_type
+from fx_influence.core.checks import check_choice, check_function, check_number, check_tensor, wrong_type
+from fx_influence.estimators.deviations import Deviations
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
     check_estimator,
@@ -17,10 +19,14 @@ from fx_influence.estimators.entropy import (
 )
 from fx_influence.estimators.importance import ImportanceWeights
 from fx_influence.estimators.off_policy import weighted_denominator_shares
+from fx_influence.estimators.score_term import optimal_share
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 Objective = Callable[[Tensor, Tensor, Batch], Tensor]
 """(token_logprobs (n_e, T), token_entropies (n_e, T), batch_e) -> s_a (n_e,), with sum_a grad s_a = grad objective."""
+
+ESTIMATED = "auto"
+"""Value of ``Entropy.score`` that has ``influence`` estimate the share."""
 
 _REMEDY = "Pass fx.Entropy(), fx.expected_reward(rewards), fx.kl_to_reference(...) or a function of your own"
 
@@ -33,30 +39,93 @@ class Entropy(NamedTuple):
         normalize: "token" for H = E[sum_t h_t] / E[T]; "sequence" for E[sum_t h_t].
         baseline: subtracted from the entropies in the score term, to reduce the noise of the derivative: "batch", the
             mean over E at each rank; "prompt", the mean over the other completions of the row's prompt
-            (``batch_e.group``), or over E where the prompt has no other. Neither biases the derivative; which has less
-            noise depends on how much prompts differ and on how many completions each has. Finite steps support "batch"
-            only.
+            (``batch_e.group``), or over E where the prompt has no other; "shrunk", a mean of the prompt's other
+            completions and of those of other prompts, weighted by how much prompts differ in E. None biases the
+            derivative; which has less noise depends on how much prompts differ and on how many completions each has.
+            Finite steps support "batch" only.
+        score: share of the score term, how a step changes which texts are sampled, beside the change of the entropies
+            of tokens. The derivative is that of the entropy at 1; a smaller share has less noise and a bias, which no
+            error bar holds, of 1 - score times the score term. "auto" estimates the share of the smallest squared
+            error, see ``estimators.score_term``; ``influence`` alone takes it, and attributes two more times for it.
+            Finite steps support 1 only.
 
     Source: per-decision importance sampling, Precup et al. 2000; the leave-one-out baseline, Kool et al. 2019; see
-    ``estimators.entropy`` for the formulas.
+    ``estimators.entropy`` and ``estimators.score_term`` for the formulas.
 
     Example:
         >>> Entropy(normalize="sequence")
-        Entropy(estimator='per_decision', normalize='sequence', baseline='batch')
+        Entropy(estimator='per_decision', normalize='sequence', baseline='batch', score=1.0)
     """
 
     estimator: Estimator = "per_decision"
     normalize: Normalize = "token"
     baseline: Baseline = "batch"
+    score: float | Literal["auto"] = 1.0
 
 
-def check_objective(objective: object) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for what is neither a valid ``Entropy`` nor a function of token values."""
-    if isinstance(objective, Entropy):
-        check_estimator(objective.estimator, objective.normalize)
-        check_choice("baseline", objective.baseline, get_args(Baseline))
-    else:
-        check_function("objective", objective, _REMEDY)
+def check_objective(objective: object, may_estimate_share: bool = False) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what is neither a valid ``Entropy`` nor a function of token values.
+
+    Args:
+        objective: the argument.
+        may_estimate_share: whether ``Entropy.score`` may be "auto".
+    """
+    if not isinstance(objective, Entropy):
+        return check_function("objective", objective, _REMEDY)
+    check_estimator(objective.estimator, objective.normalize)
+    check_choice("baseline", objective.baseline, get_args(Baseline))
+    if objective.score != ESTIMATED or not may_estimate_share:
+        remedy = f"Pass 1 for an unbiased derivative, or {ESTIMATED!r} to fx.influence, which estimates the share"
+        check_number("objective.score", objective.score, remedy, lambda x: 0 <= x <= 1, "a share from 0 to 1")
+
+
+def score_share(objective: Entropy | Objective) -> float:
+    """Return the share of the score term in the objective's derivative; 1 for another objective than the entropy."""
+    return float(objective.score) if isinstance(objective, Entropy) else 1.0
+
+
+class InfluencesOfE(Protocol):
+    """Influences (n,), and their deviations by part of E where these are known."""
+
+    @property
+    def per_sequence(self) -> Tensor: ...
+
+    @property
+    def deviations(self) -> Deviations | None: ...
+
+
+def with_known_share(
+    objective: Entropy | Objective, attribute: Callable[[Entropy], InfluencesOfE]
+) -> Entropy | Objective:
+    """Return the objective; an entropy whose ``score`` is "auto" with the share of the smallest squared error.
+
+    Args:
+        objective: what is attributed.
+        attribute: function of an entropy with a number as ``score``, called twice where it is "auto".
+
+    Raises:
+        ValueError: where the influences come without deviations.
+    """
+    if not isinstance(objective, Entropy) or objective.score != ESTIMATED:
+        return objective
+    direct, full = (attribute(objective._replace(score=share)) for share in (0.0, 1.0))
+    if direct.deviations is None or full.deviations is None:
+        raise ValueError(
+            f"objective.score is {objective.score!r} without error bars; expected stderr=True and rollouts of two "
+            "prompts at least, whose differences say how noisy the score term is. Pass a number as score"
+        )
+    share = optimal_share(direct.per_sequence, full.per_sequence, direct.deviations, full.deviations)
+    _warn_of_bias(share)
+    return objective._replace(score=share)
+
+
+def _warn_of_bias(score: float) -> None:
+    if score != 1:
+        warnings.warn(
+            f"objective.score is {score:.3g}: the derivative has a bias, {1 - score:.3g} times its score term, which "
+            "no error bar holds. Pass score=1 for an unbiased one",
+            stacklevel=3,
+        )
 
 
 def check_entropy(objective: object, finite_step: bool = True) -> None:
@@ -64,7 +133,7 @@ def check_entropy(objective: object, finite_step: bool = True) -> None:
 
     Args:
         objective: the argument.
-        finite_step: whether a finite step is measured, which supports the baseline "batch" only.
+        finite_step: whether a finite step is measured, which supports the baseline "batch" and all of the score only.
     """
     if not isinstance(objective, Entropy):
         remedy = "Attribute other objectives by fx.influence; along a direction only the entropy is measured"
@@ -75,13 +144,18 @@ def check_entropy(objective: object, finite_step: bool = True) -> None:
             f"objective.baseline is {objective.baseline!r}; expected 'batch', since it is for derivatives and a finite "
             "step has none. Leave it out, or use fx.influence or fx.jvp_delta"
         )
+    if finite_step and objective.score != 1:
+        raise ValueError(
+            f"objective.score is {objective.score!r}; expected 1, since a finite step has no score term to leave out. "
+            "Leave it out, or use fx.influence or fx.jvp_delta"
+        )
 
 
 def check_evaluation(objective: Entropy | Objective, batch_e: Batch) -> None:
     """Raise ``ValueError`` where E does not have what the objective needs of it, or has what it cannot use.
 
-    The prompt's baseline needs to know which rows share a prompt; only the entropy is weighted over rollouts of another
-    policy.
+    Warns of a share of the score term that biases the derivative. The prompt's baseline needs to know which rows share
+    a prompt; only the entropy is weighted over rollouts of another policy.
     """
     if not isinstance(objective, Entropy) and batch_e.behaviour_logprobs is not None:
         raise ValueError(
@@ -93,6 +167,8 @@ def check_evaluation(objective: Entropy | Objective, batch_e: Batch) -> None:
             "batch_e.group is None with baseline='prompt'; expected int64 (n_e,), equal for completions of one prompt. "
             "Pass the prompts' indices, or baseline='batch'"
         )
+    if isinstance(objective, Entropy) and objective.score != ESTIMATED:
+        _warn_of_bias(score_share(objective))
 
 
 def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, batch_e: Batch) -> TokenCoefficients:
@@ -104,7 +180,8 @@ def surrogate_coefficients(objective: Entropy | Objective, values: TokenValues, 
         batch_e: evaluation batch, n_e rows.
     """
     if isinstance(objective, Entropy):
-        return entropy_coefficients(values, batch_e, *objective)
+        options = (objective.estimator, objective.normalize, objective.baseline, score_share(objective))
+        return entropy_coefficients(values, batch_e, *options)
     return objective_coefficients(objective, values, batch_e)
 
 

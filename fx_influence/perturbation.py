@@ -33,7 +33,14 @@ from fx_influence.estimators.importance import MAX_LOG_WEIGHT, check_ess, import
 from fx_influence.estimators.off_policy import spread_by_rank
 from fx_influence.estimators.snis import SnisDelta, snis
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
-from fx_influence.objectives import Entropy, check_entropy, check_evaluation, denominator_shares
+from fx_influence.objectives import (
+    Entropy,
+    check_entropy,
+    check_evaluation,
+    denominator_shares,
+    score_share,
+    surrogate_coefficients,
+)
 from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import in_float32
 from fx_influence.types import Apply, Batch, Params, TokenValues
@@ -229,7 +236,8 @@ def jvp_delta(
 
     ``first`` = sum_a <grad s_a, v> with the surrogates of ``entropy_coefficients``; on the same E it is the limit of
     ``snis_delta / eta``, with no sampling noise between them. ``second`` gives the step at which the first order is
-    10% off: eta_trust = 0.2 |first / second|; it uses the baseline "batch" whatever the objective's baseline is.
+    10% off: eta_trust = 0.2 |first / second|; it uses the baseline "batch" and all of the score term, whatever the
+    objective's are.
 
     Args:
         params: theta by name.
@@ -265,15 +273,16 @@ def jvp_delta(
     tangents = _select(engine.jvp(params, direction, distinct), index)
     importance = behaviour_weights(values, batch_e, objective.estimator)
     check_ess(importance)
-    weight = entropy_coefficients(values, batch_e, *objective)
+    weight = surrogate_coefficients(objective, values, batch_e)
     contributions = (weight.logprobs * tangents.logprobs + weight.entropies * tangents.entropies).sum(-1)
-    mask, deviating = batch_e.completion_mask, contributions
+    mask, deviating, score = batch_e.completion_mask, contributions, score_share(objective)
     if objective.normalize == "token":
-        lengths = length_coefficients(mask, objective.estimator, importance)
+        lengths = length_coefficients(mask, objective.estimator, importance, score)
         excess = excess_entropies(values, mask, objective.estimator, importance)
         deviating = contributions - excess * (lengths * tangents.logprobs).sum()
     if importance is not None and objective.estimator == "per_decision":
-        deviating = deviating + spread_by_rank(values, tangents, batch_e, objective.normalize, objective.baseline)
+        options = (objective.normalize, objective.baseline, score)
+        deviating = deviating + spread_by_rank(values, tangents, batch_e, *options)
     shares = denominator_shares(objective, mask, importance)
     stderr = cluster_stderr(deviating, deviating.sum(), shares, cluster_index(batch_e))
     if not second_order:

@@ -20,7 +20,7 @@ Gradients = dict[str, Tensor | None]
 
 Estimator = Literal["per_decision", "sequence"]
 Normalize = Literal["token", "sequence"]
-Baseline = Literal["batch", "prompt"]
+Baseline = Literal["batch", "prompt", "shrunk"]
 Preconditioner = Literal["frozen", "jacobian", "rmsprop", "lifetime"]
 Clip = Literal["frozen", "differentiated"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "prompt_max"]

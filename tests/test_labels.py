@@ -13,6 +13,7 @@ from helpers.present import present
 import fx_influence as fx
 from fx_influence import labels
 from fx_influence.attribution.labelled_losses import complements_of
+from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.types import Apply, Batch
 
@@ -40,6 +41,30 @@ class Inputs:
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "layer IO"])
 def inputs(request: pytest.FixtureRequest) -> Inputs:
     return Inputs(request.param)
+
+
+def test_parts_of_coefficients_add_up(inputs: Inputs) -> None:
+    """A part alone, with the gradient of all, has the influences that are linear in it."""
+    generator = torch.Generator().manual_seed(4)
+    mask = inputs.u.completion_mask
+    kl, bonus = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) * mask for _ in range(2))
+    policy = present(inputs.u.coefficients)
+    batches = [
+        inputs.u._replace(coefficients=c, entropy_coefficients=b)
+        for c, b in ((policy + kl, bonus), (policy, None), (kl, None), (None, bonus))
+    ]
+    grad = batch_gradient(inputs.params, batches[0], inputs.apply)
+    out, *parts = (
+        fx.influence(inputs.params, u, inputs.e, inputs.state, apply=inputs.apply, grad=grad) for u in batches
+    )
+    size = torch.stack([part.per_sequence.abs() for part in parts]).sum()
+    assert_close(torch.stack([part.per_sequence for part in parts]).sum(0), out.per_sequence, size)
+    assert_close(torch.stack([present(part.per_token) for part in parts]).sum(0), present(out.per_token), size)
+    by_part = torch.stack([present(part.deviations).by_part for part in parts]).sum(0)
+    assert_close(by_part, present(out.deviations).by_part, size)
+    for part in parts:
+        assert_close(part.unattributed, out.per_sequence.sum() - part.per_sequence.sum(), size)
+        assert_close(part.total, out.total, size)
 
 
 def test_sums_of_rollouts_match_the_matrix(inputs: Inputs) -> None:

@@ -1,15 +1,16 @@
 """Measure how many evaluation rollouts a ranking needs, and which estimator uses them best.
 
     python -m benchmarks estimators            writes results/estimators.json and its table in README.md;
-                                               ten minutes on two cores, resumed where it stopped
+                                               an hour on a core, resumed where it stopped
     python -m benchmarks estimators --quick    small and short, written nowhere, to check that it works
 
 At states of GRPO training runs the gradient of the entropy is estimated from evaluation batches of many sizes, and the
 resulting influences of 64 rollouts are compared with those of the exact gradient where all completions can be
-enumerated ("toy"), else of 16,384 rollouts of other prompts. Every estimator costs a reverse pass over its rollouts.
-Squared errors are sums over rollouts, over the sum of the true influences' squares. A user has error bars and not the
-truth: the rule says up to which share of noise, sum stderr_i^2 / sum delta_i^2, the tenth of the rollouts with the
-largest influences is identified, each with its sign.
+enumerated ("toy"), else of 8,192 rollouts of other prompts. Every estimator but that of the share of the score term
+costs a reverse pass over its rollouts. Squared errors are sums over rollouts, over the sum of the true influences'
+squares. A user has error bars and not the truth: their coverage is measured, and the rule says up to which share of
+noise, sum stderr_i^2 / sum delta_i^2, the tenth of the rollouts with the largest influences is identified, each with
+its sign.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ from benchmarks.evidence.training_runs import (
 )
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
-from fx_influence.autodiff.token_values import all_token_values
+from fx_influence.autodiff.token_values import all_token_moments, all_token_values
 from fx_influence.batching.rows import select_rows
 from fx_influence.estimators.entropy import (
     TokenCoefficients,
-    centred_entropies,
     completion_values,
     entropy_coefficients,
 )
 from fx_influence.interop.rollouts.batch import collate
+from fx_influence.objectives import surrogate_coefficients
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 NAME = "bench_estimators"
-SEEDS, MAX_NORM = 5, 1.0
+SEEDS, MAX_NORM = 3, 1.0
 TOP = 0.1
 """Share of the rollouts to be identified by their influences."""
-MAX_ROLLOUTS = 8192
+MAX_ROLLOUTS = 4096
 """Rollouts that all draws of one size of E take, unless a single draw takes more."""
-STRATIFIED = "per_decision, stratified draw"
+STRATIFIED, ARITHMETIC = "per_decision, stratified draw", "per_decision, arithmetic draw"
 
 
 class TrainingRun(NamedTuple):
@@ -67,10 +68,10 @@ class TrainingRun(NamedTuple):
     seed: int
     lr: float = 1e-4
     steps: tuple[int, ...] = (20,)
-    sizes: tuple[int, ...] = (64, 256, 1024, 4096)
+    sizes: tuple[int, ...] = (32, 64, 256, 1024)
     draws: int = 10
     asked: int = 2048
-    true_prompts: int = 8192
+    true_prompts: int = 4096
     is_stored: bool = True
 
     @property
@@ -78,38 +79,47 @@ class TrainingRun(NamedTuple):
         return f"{self.policy}-{self.seed}"
 
 
-def by_prompt(values: TokenValues, batch: Batch) -> TokenCoefficients:
-    """Return coefficients of ``per_decision`` centred by prompt, which removes the variance between prompts.
+def by_energy(values: TokenValues, batch: Batch, collision: Tensor) -> TokenCoefficients:
+    """Return coefficients of ``per_decision`` centred by the other rows' mean, weighted by the energy of their scores.
 
-    The baseline of a completion is the mean over the prompt's other completions, which it is independent of.
+    Among constants the variance of grad S (y - b) is least at E[|grad S|^2 y] / E[|grad S|^2]. With respect to the
+    logits, where tokens are orthogonal, |grad S_<t|^2 = sum_{s<t} 1 - 2 pi(y_s) + sum_j pi_sj^2. Source: Li et al.
+    2026, arXiv 2602.07078 (optimal token baseline).
+
+    Args:
+        values: (n, T).
+        batch: (n, T).
+        collision: (n, T), sum_j pi_j^2 of each token.
     """
-    done = completion_values(values, batch.completion_mask)
-    x = centred_entropies(done, "per_decision", "token", done)
-    group = torch.unique(batch.group, return_inverse=True)[1] if batch.group is not None else torch.arange(len(x))
-    sums = torch.zeros(int(group.max()) + 1, x.shape[1], dtype=x.dtype).index_add(0, group, x)
-    others = torch.bincount(group).to(x)[group].unsqueeze(1) - 1
-    x = torch.where(others > 0, x - (sums[group] - x) / others.clamp(min=1), x)
+    mask = batch.completion_mask
+    done = completion_values(values, mask)
+    pi, squares, ok = completion_values(TokenValues(values.logprobs.exp(), collision), mask)
+    of_tokens = torch.where(ok, 1 - 2 * pi + squares, 0.0)
+    energy = of_tokens.cumsum(-1) - of_tokens
+    y = done.entropies - done.entropies.sum() / ok.sum() * ok
+    others = energy.sum(0) - energy
+    x = y - torch.where(others > 0, ((energy * y).sum(0) - energy * y) / others, y.mean(0))
     later = x.flip(-1).cumsum(-1).flip(-1) - x
-    mask, z = batch.completion_mask, batch.completion_mask.sum()
     rank = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return TokenCoefficients(torch.where(mask, later.gather(-1, rank), 0.0) / z, mask.double() / z)
-
-
-def without_score_term(values: TokenValues, batch: Batch) -> TokenCoefficients:
-    """Return coefficients without the score term: only the entropies of tokens change, not which texts are sampled."""
-    coefficients = entropy_coefficients(values, batch)
-    return coefficients._replace(logprobs=torch.zeros_like(coefficients.logprobs))
+    weights = torch.where(mask, later.gather(-1, rank), 0.0)
+    return TokenCoefficients(weights / mask.sum(), mask.double() / mask.sum())
 
 
 Draw = Callable[[int, np.random.Generator], Tensor]
 """Function that draws the rows of an E of the given size from its source."""
 
-ESTIMATORS: dict[str, Callable[[TokenValues, Batch], TokenCoefficients]] = {
-    "per_decision": entropy_coefficients,
-    "sequence": lambda values, batch: entropy_coefficients(values, batch, "sequence"),
-    "per_decision, by prompt": by_prompt,
-    "no score term": without_score_term,
+OBJECTIVES: dict[str, fx.Entropy] = {
+    "per_decision": fx.Entropy(),
+    "sequence": fx.Entropy("sequence"),
+    "per_decision, by prompt": fx.Entropy(baseline="prompt"),
+    "per_decision, shrunk": fx.Entropy(baseline="shrunk"),
+    "no score term": fx.Entropy(score=0.0),
+    "half the score term, shrunk": fx.Entropy(baseline="shrunk", score=0.5),
+    "estimated share of the score term, shrunk": fx.Entropy(baseline="shrunk", score="auto"),
 }
+ENERGY = "per_decision, by energy"
+BARS = ("per_decision", "per_decision, shrunk", "no score term", "half the score term, shrunk")
+"""Estimators whose error bars are compared with their errors, on a quarter of the draws."""
 
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
@@ -134,37 +144,59 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> lis
     largest, count = max(training.sizes), len(e_policy.held_out)
     pools = {
         each: e_policy.evaluation(prompts := min(count, largest // each), largest // prompts, seed + each)
-        for each in (2, 8)
+        for each in (1, 2, 8)
     }
     variants: list[tuple[str, int, Batch, Draw]] = [
         (name, each, pool, partial(_draw_by_prompt, pool, each))
         for each, pool in pools.items()
-        for name in ESTIMATORS
-        if each == 2 or name.startswith("per_decision")
+        for name in (*OBJECTIVES, ENERGY)
+        if each == 2 or name in ("per_decision", "per_decision, shrunk")
     ]
     if training.policy == "toy":
         every = collate(all_completions(policy), policy.tokenizer.pad_token_id)
         chances = all_token_values(params, every, apply).logprobs.sum(-1).exp()
-        variants += [(STRATIFIED, each, every, partial(_stratified, chances, count, each)) for each in pools]
+        designs: dict[str, Callable[..., Tensor]] = {
+            STRATIFIED: _stratified,
+            ARITHMETIC: partial(_stratified, one_shift=True),
+        }
+        variants += [
+            (name, each, every, partial(draw, chances, count, each))
+            for name, draw in designs.items()
+            for each in (2, 8)
+        ]
+    options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "per_token": False}
     errors = []
     for name, each, source, draw in variants:
-        values = all_token_values(params, source, apply)
+        moments = all_token_moments(params, source, apply)
+        objective = OBJECTIVES.get(name, fx.Entropy())
         for size in training.sizes:
-            draws = max(2, min(training.draws, MAX_ROLLOUTS // size))
-            indices = [draw(size, np.random.default_rng([step_state.step, size, k])) for k in range(draws)]
-            figures = []
-            for index in indices:
+            draws_of_size = max(2, min(training.draws, MAX_ROLLOUTS // size))
+            figures, bars = [], []
+            for k in range(draws_of_size):
+                index = draw(size, np.random.default_rng([step_state.step, size, k]))
                 e = select_rows(source, index)
-                weights = ESTIMATORS.get(name, entropy_coefficients)(TokenValues(*(v[index] for v in values)), e)
+                if objective.score == "auto" or (name in BARS and k < max(1, draws_of_size // 4)):
+                    bars.append(fx.influence(params, step_state.batch, e, state, objective=objective, **options))
+                if objective.score == "auto":
+                    figures.append(_compare(bars[-1].per_sequence, truth))
+                    continue
+                values = TokenValues(moments.logprobs[index], moments.entropies[index])
+                if name == ENERGY:
+                    weights = by_energy(values, e, moments.collision[index])
+                else:
+                    weights = surrogate_coefficients(objective, values, e)
                 figures.append(_compare(directions @ _objective_grad(params, e, weights, apply), truth))
             means = {field: float(np.mean([draw[field] for draw in figures])) for field in FIELDS}
-            if name == "per_decision":
-                options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "per_token": False}
-                batches = [select_rows(source, index) for index in indices[: max(1, draws // 4)]]
-                bars = [fx.influence(params, step_state.batch, e, state, **options) for e in batches]
+            if bars:
                 means["noise_share"] = float(np.mean([noise_share(out) for out in bars]))
+                means["coverage"] = float(np.mean([coverage(out, truth) for out in bars]))
             errors.append({"estimator": name, "rollouts": size, "each": each, **means})
     return errors
+
+
+def coverage(out: fx.Influence, truth: Tensor) -> float:
+    """Return the share of rollouts whose true influence is within 1.96 standard errors."""
+    return float(((out.per_sequence - truth).abs() <= 1.96 * out.stderr).double().mean())
 
 
 def noise_share(out: fx.Influence) -> float:
@@ -172,14 +204,26 @@ def noise_share(out: fx.Influence) -> float:
     return float((out.stderr**2).sum() / (out.per_sequence**2).sum())
 
 
-def _stratified(chances: Tensor, prompts: int, each: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Draw as ``_draw_by_prompt`` from all completions, one from each of equal strata of a prompt's distribution."""
+def _stratified(
+    chances: Tensor, prompts: int, each: int, size: int, rng: np.random.Generator, one_shift: bool = False
+) -> Tensor:
+    """Draw as ``_draw_by_prompt`` from all completions, one from each of equal strata of a prompt's distribution.
+
+    Args:
+        chances: (N,), probabilities of all completions of all prompts given theirs.
+        prompts: number of prompts.
+        each: rows per prompt, or more if there are not enough prompts.
+        size: number of rows.
+        rng: random state.
+        one_shift: whether a prompt's rows share their place in the stratum, as in arithmetic sampling (Vilnis et al.
+            2023, arXiv 2210.15458).
+    """
     selected = rng.choice(prompts, min(size // each, prompts), replace=False)
     cumulative = chances.reshape(prompts, -1).cumsum(1).numpy()
     strata = size // len(selected)
     rows = []
     for p, c in zip(selected, cumulative[selected], strict=True):
-        uniform = (np.arange(strata) + rng.random(strata)) / strata
+        uniform = (np.arange(strata) + rng.random(1 if one_shift else strata)) / strata
         rows.append(p * len(c) + np.searchsorted(c, uniform * c[-1]))
     return torch.from_numpy(np.concatenate(rows))
 
@@ -249,7 +293,7 @@ def training_runs(quick: bool) -> list[TrainingRun]:
     if quick:
         return [TrainingRun("toy", 0, steps=(1,), sizes=(16,), draws=2, is_stored=False)]
     toy = [TrainingRun("toy", seed, sizes=(16, 32, 64, 128, 256)) for seed in range(SEEDS)]
-    return [*toy, *(TrainingRun("demo", seed) for seed in range(SEEDS))]
+    return [*toy, *(TrainingRun(policy, seed) for policy in ("demo", "early") for seed in range(SEEDS))]
 
 
 BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown, appendix)

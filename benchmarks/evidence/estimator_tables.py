@@ -19,6 +19,10 @@ FIELDS = ("squared_error", "spearman", "top")
 """Errors that are measured of every estimate."""
 
 
+BARS = ("noise_share", "coverage")
+"""Figures of the error bars, of some estimators."""
+
+
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the errors of all estimators, their ratios, and the rule."""
     return {"estimators": errors(runs), "beside": error_ratios(runs), "rule": rule(runs)}
@@ -42,7 +46,7 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "rollouts": size,
             **{
                 field: mean_interval([float(np.mean([x[field] for x in states])) for states in seeds])
-                for field in (*FIELDS, "noise_share")
+                for field in (*FIELDS, *BARS)
                 if field in seeds[0][0]
             },
         }
@@ -83,7 +87,7 @@ def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whose prompts are drawn enter, since error bars account for that draw.
     """
     by_run = [
-        [(x["noise_share"], x["top"]) for state in run["found"] for x in state["errors"] if "noise_share" in x]
+        [(x["noise_share"], x["top"]) for state in run["found"] for x in state["errors"] if has_rule(x)]
         for run in runs
         if run["policy"] != "toy"
     ]
@@ -100,6 +104,11 @@ def rule(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for low, high in pairwise(BINS)
     ]
     return {"at": geometric(crossings), "bins": bins}
+
+
+def has_rule(x: Mapping[str, Any]) -> bool:
+    """Return whether an estimate has error bars and no bias, which these would not hold."""
+    return "noise_share" in x and x["estimator"] == "per_decision"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -129,9 +138,10 @@ def appendix(report: Mapping[str, Any]) -> str:
             for n in sizes
         )
         lines.append(f"| {key[0]}, {key[1]}, {key[2]} a prompt | {' | '.join(cells)} |")
-        if any("noise_share" in x for x in row.values()):
-            cells = (f"{format_interval(row[n].get('noise_share'), '.0f', 100)}%" if n in row else "" for n in sizes)
-            lines.append(f"| share of noise, by error bars | {' | '.join(cells)} |")
+        for field, title in zip(BARS, ("share of noise, by error bars", "coverage of 95% intervals"), strict=True):
+            if any(field in x for x in row.values()):
+                cells = (f"{format_interval(row[n].get(field), '.0f', 100)}%" if n in row else "" for n in sizes)
+                lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", "| squared error over that of per_decision, 2 a prompt | " + " | ".join(map(str, sizes)) + " |"]
     lines.append("|---|" + "---|" * len(sizes))
     compared = report["summary"]["beside"]

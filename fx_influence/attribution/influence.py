@@ -33,7 +33,7 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, check_rounding, tolerance_of
 from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels
-from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
+from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective, score_share, with_known_share
 from fx_influence.optim.adamw import check_adamw_inputs, check_clip
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
@@ -264,6 +264,8 @@ class _Inputs:
 
 def _attribute(x: _Inputs) -> Influence:
     """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
+    pilot = replace(x, per_token=False, labels=None)
+    x = replace(x, objective=with_known_share(x.objective, lambda o: _attribute(replace(pilot, objective=o))))
     several = x.groups.num_groups > 1
     how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
     evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)
@@ -332,6 +334,7 @@ def _attribute(x: _Inputs) -> Influence:
         self_influence=self_influence(by_group, evaluation, x.groups),
         deviations=deviations,
         ess=evaluation.ess,
+        score_share=torch.full_like(baseline, score_share(x.objective)),
         total_deviations=None if parts is None else parts.total_deviations(),
     )
 
@@ -344,4 +347,4 @@ def _check_types(
     check_is_batch("batch_u", batch_u)
     if batch_e is not None:
         check_is_batch("batch_e", batch_e)
-    check_objective(objective)
+    check_objective(objective, may_estimate_share=True)

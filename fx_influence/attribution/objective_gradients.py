@@ -23,7 +23,7 @@ from fx_influence.estimators.entropy import (
 )
 from fx_influence.estimators.importance import ImportanceWeights, check_ess
 from fx_influence.estimators.off_policy import coefficients_by_group
-from fx_influence.objectives import Entropy, Objective, denominator_shares, surrogate_coefficients
+from fx_influence.objectives import Entropy, Objective, denominator_shares, score_share, surrogate_coefficients
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 
@@ -104,10 +104,12 @@ def evaluate_objective(
         weighted.append(batch_of(surrogate_coefficients(objective, values, batch_e)))
         further: list[Batch] = []
         if estimates_length and isinstance(objective, Entropy):
-            lengths = length_coefficients(batch_e.completion_mask, objective.estimator, importance)
+            lengths = length_coefficients(
+                batch_e.completion_mask, objective.estimator, importance, score_share(objective)
+            )
             further.append(batch_e._replace(coefficients=lengths, entropy_coefficients=None))
         if by_group and isinstance(objective, Entropy):
-            options = (objective.normalize, objective.baseline, groups.group, groups.num_groups)
+            options = (objective.normalize, objective.baseline, groups.group, groups.num_groups, score_share(objective))
             *others, last = map(batch_of, coefficients_by_group(values, batch_e, *options))
             return [last, *further, *others]
         return [weighted[0], *further]

@@ -12,6 +12,9 @@ from fx_influence.core.influence_display import influence_html, influence_line
 from fx_influence.estimators.deviations import Deviations
 from fx_influence.labels import Labels, as_labels
 
+ALL_OF_IT = torch.ones((), dtype=torch.float64)
+"""Default share of the score term."""
+
 NOT_MEASURED = torch.full((), torch.nan, dtype=torch.float64)
 """Default of the fields that an older result does not have."""
 
@@ -94,6 +97,8 @@ class Influence(NamedTuple):
             completion token; None with an E of fresh rollouts.
         ess: scalar, effective sample size of E in rows, (sum w)^2 / sum w^2 of its weights pi_theta / pi_behaviour, the
             smallest over ranks under "per_decision"; None where E has no ``behaviour_logprobs``.
+        score_share: scalar, share of the score term in all of these, see ``Entropy.score``. Below 1 they are biased,
+            and no standard error holds the bias.
         deviations: how far each part of E carries each influence, from which ``stderr`` and the standard errors of
             sums follow; None without error bars.
         total_deviations: (C,), those of ``total``, from which ``total_stderr`` follows; None without error bars.
@@ -117,6 +122,7 @@ class Influence(NamedTuple):
     deviations: Deviations | None = None
     ess: Tensor | None = None
     total_deviations: Tensor | None = None
+    score_share: Tensor = ALL_OF_IT
 
     def sums(self, labels: Tensor | Labels) -> Sums:
         """Return the influences added up by label, with the standard errors of the sums.

@@ -28,6 +28,8 @@ def influence_line(out: Any) -> str:
     except (RuntimeError, TypeError, ValueError):
         return f"{type(out).__name__}({', '.join(f'{name}={value!r}' for name, value in out._asdict().items())})"
     sizes = {"rollouts": len(out.per_sequence), "residual": f"{float(out.residual):.1e}"}
+    if float(out.score_share) != 1:
+        sizes["score_share"] = f"{float(out.score_share):.3g} (biased)"
     if _ill_conditioned(out):
         sizes["conditioning"] = f"{float(out.conditioning):.2f}"
     if not out.rounding.isnan().all():
@@ -47,6 +49,8 @@ def influence_html(out: Any) -> str:
     error = out.stderr.tolist()
     rows += [(f"rollout {i}", f"{out.per_sequence[i].item():+.4g}", _plus_minus(error[i])) for i in chosen]
     rows.append(("residual", f"{float(out.residual):.1e}", ""))
+    if float(out.score_share) != 1:
+        rows.append(("share of the score term: biased", f"{float(out.score_share):.3g}", ""))
     if _ill_conditioned(out):
         rows.append(("conditioning: read no single rollout", f"{float(out.conditioning):.2f}", ""))
     if not out.rounding.isnan().all():

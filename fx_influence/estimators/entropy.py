@@ -11,6 +11,8 @@ from torch import Tensor
 from fx_influence.core.batch_checks import check_fields, check_is_batch
 from fx_influence.core.checks import check_choice, wrong_type
 from fx_influence.estimators.importance import MAX_LOG_WEIGHT, ImportanceWeights, importance_weights
+from fx_influence.estimators.score_term import baseline_values
+from fx_influence.estimators.stderr import cluster_index
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 
@@ -146,53 +148,34 @@ def centred_entropies(
     estimator: Estimator,
     normalize: Normalize,
     centre: CompletionValues,
-    siblings: Tensor | None = None,
+    kind: Baseline = "batch",
+    prompt: Tensor | None = None,
     weights: ImportanceWeights | None = None,
 ) -> Tensor:
-    """Return x, the entropies minus their mean over the policy, with the mean taken from ``centre`` and frozen.
+    """Return x, the entropies minus what is expected of them, with the expectation taken from ``centre`` and frozen.
 
-        sequence:      x_a  = h_a - H f_a                                  (n,)
-        per_decision:  x_at = (h_at - mean h_t) - H (ok_at - mean ok_t)    (n, R), per token
-                       x_at = h_at - mean h_t                              (n, R), per sequence
+        sequence:      y_a  = h_a - H f_a,      x_a  = y_a - b_a       (n,)
+        per_decision:  y_at = h_at - H ok_at,   x_at = y_at - b_at     (n, R), per token
+                       y_at = h_at,             x_at = h_at - b_at     (n, R), per sequence
 
     Args:
         values: (n, R), the entropies to centre.
         estimator: which of the formulae.
-        normalize: which of the formulae; f_a is 1 per sequence.
-        centre: (n, R), the values that H and the means over all rows are taken from, those at theta.
-        siblings: int64 (n,), 0 to C-1, equal for completions of one prompt: means are over the row's siblings without
-            itself, and over all rows where it has none. None takes the mean over all rows.
+        normalize: which of the formulae; per sequence y is h.
+        centre: (n, R), the values that H and the baseline b are taken from, those at theta.
+        kind: which baseline, see ``score_term.baseline_values``.
+        prompt: int64 (n,), the prompt of each row, for the baselines that need it.
         weights: of the rows at ``centre``, in all means, where another policy sampled them.
     """
     h, h0, ok = values.entropies, centre.entropies, values.ok.double()
-    per_token = normalize == "token"
-    mean = h0.sum() / (ok.sum() if per_token else len(ok))
     if estimator == "sequence":
         h, h0, ok = h.sum(-1), h0.sum(-1), ok.sum(-1)
-        if siblings is None and weights is None:
-            return h - mean * (ok if per_token else 1.0)
+    if normalize == "sequence":
+        return h - baseline_values(h0, kind, prompt, weights)
+    mean = h0.sum() / ok.sum()
     if weights is not None:
-        mean = weights.mean(centre.entropies) / (weights.mean(centre.ok) if per_token else 1.0)
-    x = h - _baseline(h0, siblings, weights)
-    return x - mean * (ok - _baseline(ok, siblings, weights)) if per_token else x
-
-
-def _baseline(x: Tensor, siblings: Tensor | None, weights: ImportanceWeights | None) -> Tensor:
-    """Return the (weighted) mean of x (n, ...) over rows, or over each row's siblings without itself."""
-    mean = x.mean(0) if weights is None else (weights.shares * x).sum(0)
-    if siblings is None:
-        return mean
-    count = torch.bincount(siblings)
-    others = (count - 1)[siblings].reshape(-1, *[1] * (x.ndim - 1))
-
-    def over_siblings(values: Tensor) -> Tensor:
-        sums = values.new_zeros(len(count), *values.shape[1:]).index_add(0, siblings, values)
-        return sums[siblings] - values
-
-    if weights is None:
-        return torch.where(others > 0, over_siblings(x) / others.clamp(min=1), mean)
-    w = weights.shares
-    return torch.where(others > 0, over_siblings(w * x) / torch.where(others > 0, over_siblings(w), 1.0), mean)
+        mean = weights.mean(centre.entropies) / weights.mean(centre.ok)
+    return h - mean * ok - baseline_values(h0 - mean * ok, kind, prompt, weights)
 
 
 def entropy_coefficients(
@@ -201,6 +184,7 @@ def entropy_coefficients(
     estimator: Estimator = "per_decision",
     normalize: Normalize = "token",
     baseline: Baseline = "batch",
+    score: float = 1.0,
 ) -> TokenCoefficients:
     """Return the gradient of the entropy estimate as one pair of coefficients per token of E.
 
@@ -217,8 +201,8 @@ def entropy_coefficients(
         batch: (n, T), E.
         estimator: ``"per_decision"`` or ``"sequence"``.
         normalize: ``"token"`` or ``"sequence"``.
-        baseline: ``"batch"`` or ``"prompt"``, whose means over rows x is centred by, see ``centred_entropies``; the
-            latter needs ``batch.group``.
+        baseline: which expectation x is centred by, see ``score_term.baseline_values``; "prompt" needs ``batch.group``.
+        score: factor of the score term, that of S; any but 1 biases the gradient.
 
     Source:
         Score-function gradient with a frozen baseline (Williams 1992), per decision after Precup et al. 2000.
@@ -226,19 +210,11 @@ def entropy_coefficients(
     mask = batch.completion_mask
     by_rank = completion_values(values, mask)
     weights = behaviour_weights(values, batch, estimator)
-    x = centred_entropies(by_rank, estimator, normalize, by_rank, sibling_index(batch, baseline), weights)
+    x = score * centred_entropies(by_rank, estimator, normalize, by_rank, baseline, cluster_index(batch), weights)
     if weights is not None:
         return weighted_coefficients(x, weights, weights.shares, by_rank.ok, mask, normalize)
     z = denominator_weights(mask, normalize).sum()
     return TokenCoefficients(_score_weights(x, by_rank.ok, mask) / z, mask.double() / z)
-
-
-def sibling_index(batch: Batch, baseline: Baseline) -> Tensor | None:
-    """Return the prompt of each row, int64 (n,), 0 to C-1, where means are over siblings; None where over all rows."""
-    if baseline == "batch":
-        return None
-    assert batch.group is not None
-    return torch.unique(batch.group, return_inverse=True)[1]
 
 
 def weighted_coefficients(
@@ -266,7 +242,10 @@ def weighted_coefficients(
 
 
 def length_coefficients(
-    completion_mask: Tensor, estimator: Estimator = "per_decision", weights: ImportanceWeights | None = None
+    completion_mask: Tensor,
+    estimator: Estimator = "per_decision",
+    weights: ImportanceWeights | None = None,
+    score: float = 1.0,
 ) -> Tensor:
     """Return the gradient of log E[T], of the expected completion length, as a coefficient per token of E.
 
@@ -279,6 +258,7 @@ def length_coefficients(
         completion_mask: (n, T), of E.
         estimator: ``"per_decision"`` or ``"sequence"``.
         weights: of the rows where another policy sampled them; means are then weighted, as in ``entropy_coefficients``.
+        score: factor, that of the score term in ``entropy_coefficients``, whose H the derivative follows.
 
     Returns:
         The weights of log pi(y_at), float64 (n, T), 0 outside the mask.
@@ -291,9 +271,9 @@ def length_coefficients(
     ok = ranks_in_use(completion_mask)
     f = lengths.double() if estimator == "sequence" else ok.double()
     if weights is not None:
-        x = f - (weights.shares * f).sum(0)
+        x = score * (f - (weights.shares * f).sum(0))
         return weighted_coefficients(x, weights, weights.shares, ok, completion_mask, "token").logprobs
-    return _score_weights(f - f.mean(0), ok, completion_mask) / lengths.sum()
+    return _score_weights(score * (f - f.mean(0)), ok, completion_mask) / lengths.sum()
 
 
 def excess_entropies(
@@ -316,7 +296,7 @@ def excess_entropies(
     """
     if weights is not None:
         by_rank = completion_values(values, completion_mask)
-        x = centred_entropies(by_rank, estimator, "token", by_rank, None, weights)
+        x = centred_entropies(by_rank, estimator, "token", by_rank, weights=weights)
         rows = weights.shares * x / weights.mean(by_rank.ok)
         return rows if rows.ndim == 1 else rows.sum(-1)
     lengths = denominator_weights(completion_mask, "token")

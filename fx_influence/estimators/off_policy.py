@@ -11,15 +11,21 @@ from fx_influence.estimators.entropy import (
     centred_entropies,
     completion_values,
     ranks_in_use,
-    sibling_index,
     weighted_coefficients,
 )
 from fx_influence.estimators.importance import ImportanceWeights, cumulative_log_weights
+from fx_influence.estimators.stderr import cluster_index
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 
 def coefficients_by_group(
-    values: TokenValues, batch: Batch, normalize: Normalize, baseline: Baseline, group: Tensor, num_groups: int
+    values: TokenValues,
+    batch: Batch,
+    normalize: Normalize,
+    baseline: Baseline,
+    group: Tensor,
+    num_groups: int,
+    score: float = 1.0,
 ) -> list[TokenCoefficients]:
     """Return coefficients over all rows of what each group contributes to a weighted per-decision estimate's gradient.
 
@@ -36,16 +42,18 @@ def coefficients_by_group(
         values: (n, T), of E at theta.
         batch: (n, T), E with ``behaviour_logprobs``.
         normalize: ``"token"`` or ``"sequence"``.
-        baseline: ``"batch"`` or ``"prompt"``.
+        baseline: see ``entropy_coefficients``.
         group: int64 (n,), of each row.
         num_groups: number of groups K.
+        score: factor of the score term.
 
     Source: delta method for a sum of ratios; Owen, Monte Carlo theory, ch. 9.
     """
     by_rank = completion_values(values, batch.completion_mask)
     weights = behaviour_weights(values, batch, "per_decision")
     assert weights is not None
-    x = centred_entropies(by_rank, "per_decision", normalize, by_rank, sibling_index(batch, baseline), weights)
+    prompt = cluster_index(batch)
+    x = score * centred_entropies(by_rank, "per_decision", normalize, by_rank, baseline, prompt, weights)
     of_ranks = (weights.shares * by_rank.ok).sum(0)
     results = []
     for k in range(num_groups):
@@ -80,7 +88,12 @@ def weighted_denominator_shares(
 
 
 def spread_by_rank(
-    values: TokenValues, tangents: TokenValues, batch: Batch, normalize: Normalize, baseline: Baseline
+    values: TokenValues,
+    tangents: TokenValues,
+    batch: Batch,
+    normalize: Normalize,
+    baseline: Baseline,
+    score: float = 1.0,
 ) -> Tensor:
     """Return the last two terms of ``coefficients_by_group`` for each row along one direction, float64 (n,).
 
@@ -92,12 +105,14 @@ def spread_by_rank(
         tangents: (n, T), their derivatives along the direction.
         batch: (n, T), E with ``behaviour_logprobs``.
         normalize: ``"token"`` or ``"sequence"``.
-        baseline: ``"batch"`` or ``"prompt"``.
+        baseline: see ``entropy_coefficients``.
+        score: factor of the score term.
     """
     by_rank, moving = (completion_values(x, batch.completion_mask) for x in (values, tangents))
     weights = behaviour_weights(values, batch, "per_decision")
     assert weights is not None
-    x = centred_entropies(by_rank, "per_decision", normalize, by_rank, sibling_index(batch, baseline), weights)
+    prompt = cluster_index(batch)
+    x = score * centred_entropies(by_rank, "per_decision", normalize, by_rank, baseline, prompt, weights)
     scores = torch.where(weights.within, cumulative_log_weights(moving.logprobs, "per_decision"), 0.0)
     of_ranks = (weights.shares * by_rank.ok).sum(0)
     by_rank_derivative = (weights.shares * (moving.entropies + scores * x)).sum(0)

@@ -183,6 +183,7 @@ def surrogates(
     normalize: Normalize = "token",
     temperature: float = 1.0,
     baseline: Baseline = "batch",
+    score: float = 1.0,
 ) -> list[Tensor]:
     """Return the differentiable scalar s_a of each row; their gradients sum to that of H-hat, with a frozen centre.
 
@@ -196,14 +197,22 @@ def surrogates(
         estimator: ``"per_decision"`` or ``"sequence"``.
         normalize: ``"token"`` or ``"sequence"``.
         temperature: divisor of the logits.
-        baseline: ``"batch"``, or ``"prompt"`` for means over the group's other rows.
+        baseline: ``"batch"``, ``"prompt"`` for means over the group's other rows, or ``"shrunk"``.
+        score: factor of S.
     """
     scores = [score_row(apply, params, batch, a, temperature) for a in range(len(batch.input_ids))]
     frozen = [[float(h.detach()) for h in score.entropies] for score in scores]
     everything = centre(frozen, estimator, normalize)
     z = sum(len(h) for h in frozen) if normalize == "token" else len(frozen)
     rows = []
-    for a, (score, h) in enumerate(zip(scores, frozen, strict=True)):
+    ranks = range(len(everything.h_mean))
+    if baseline == "shrunk":
+        assert batch.group is not None
+        h_hat = everything.h_hat if normalize == "token" else 0.0
+        by_rank = [[h[k] - h_hat if k < len(h) else 0.0 for k in ranks] for h in frozen]
+        y = by_rank if estimator == "per_decision" else [[sum(row)] for row in by_rank]
+        shrunk = shrunk_baselines(y, batch.group.tolist())
+    for a, (of_row, h) in enumerate(zip(scores, frozen, strict=True)):
         c = everything
         f = len(h) if normalize == "token" else 1
         x = centred_sequence(h, c, normalize)
@@ -218,14 +227,55 @@ def surrogates(
             )
             of_others = [sum(o) - everything.h_hat * (len(o) if normalize == "token" else f) for o in others]
             x = x - sum(of_others) / len(others)
-        s = sum(score.entropies, score.zero)
-        if estimator == "sequence":
-            s = s + sum(score.logprobs, score.zero) * x
-        else:
-            for k in range(len(c.h_mean)):
-                s = s + sum(score.logprobs[:k], score.zero) * centred_token(h, k, c, normalize)
+        terms = [x] if estimator == "sequence" else [centred_token(h, k, c, normalize) for k in ranks]
+        if baseline == "shrunk":
+            terms = [of_y - b for of_y, b in zip(y[a], shrunk[a], strict=True)]
+        s = sum(of_row.entropies, of_row.zero)
+        for k, term in enumerate(terms):
+            prefix = of_row.logprobs if estimator == "sequence" else of_row.logprobs[:k]
+            s = s + score * sum(prefix, of_row.zero) * term
         rows.append(s / z)
     return rows
+
+
+def shrunk_baselines(y: Sequence[Sequence[float]], groups: Sequence[int]) -> list[list[float]]:
+    """Return (1 - lambda) mean of the group's other rows + lambda mean of all other groups' rows, for each row.
+
+    lambda = v / (v + tau^2), v = sigma^2 / (m - 1), for a group of m rows, the variances by a one-way analysis of
+    variance over the other groups, summed over ranks. A row alone in its group takes lambda 1; fewer than two other
+    groups, 0.
+
+    Args:
+        y: values by row and rank.
+        groups: of each row.
+    """
+    ranks, baselines = range(len(y[0])), []
+
+    def mean(rows: Sequence[Sequence[float]]) -> list[float]:
+        return [sum(row[k] for row in rows) / max(1, len(rows)) for k in ranks]
+
+    def distance(a: Sequence[float], b: Sequence[float]) -> float:
+        return sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
+
+    for a in range(len(y)):
+        siblings = [y[b] for b in range(len(y)) if b != a and groups[b] == groups[a]]
+        others = [[y[b] for b in range(len(y)) if groups[b] == g] for g in sorted(set(groups) - {groups[a]})]
+        beside = [row for rows in others for row in rows]
+        share = 0.0
+        if siblings and len(others) >= 2:
+            n, k = len(beside), len(others)
+            within = sum(distance(row, mean(rows)) for rows in others for row in rows)
+            between = sum(len(rows) * distance(mean(rows), mean(beside)) for rows in others)
+            sigma2 = within / (n - k) if n > k else 0.0
+            each = (n - sum(len(rows) ** 2 for rows in others) / n) / (k - 1)
+            tau2 = max(0.0, (between / (k - 1) - sigma2) / each)
+            v = sigma2 / len(siblings)
+            share = v / (v + tau2) if v + tau2 > 0 else 0.0
+        elif not siblings:
+            share = 1.0
+        of_siblings, of_others = mean(siblings), mean(beside)
+        baselines.append([(1 - share) * of_siblings[k] + share * of_others[k] for k in ranks])
+    return baselines
 
 
 def entropy_gradients(
@@ -236,13 +286,15 @@ def entropy_gradients(
     normalize: Normalize = "token",
     temperature: float = 1.0,
     baseline: Baseline = "batch",
+    score: float = 1.0,
 ) -> list[Gradients]:
     """Return grad s_a for every evaluation row; their sum is the gradient of H-hat.
 
     The arguments are those of ``surrogates``.
     """
     params = tracked(params)
-    return [gradient(s, params) for s in surrogates(apply, params, batch, estimator, normalize, temperature, baseline)]
+    rows = surrogates(apply, params, batch, estimator, normalize, temperature, baseline, score)
+    return [gradient(s, params) for s in rows]
 
 
 def length_gradients(

@@ -170,7 +170,7 @@ def influence(
         preconditioner: which diagonal gamma.
         temperature: divisor of the logits.
         max_grad_norm: bound on the norm of the gradient; None does not clip.
-        baseline: of the score term, ``"batch"`` or ``"prompt"``.
+        baseline: of the score term, ``"batch"``, ``"prompt"`` or ``"shrunk"``.
     """
     params = tracked(params)
     g = sequence_gradients(apply, params, batch_u, temperature)

@@ -25,8 +25,8 @@ from benchmarks.evidence.training_runs import TOY, Policy, all_completions, exac
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.rows import select_rows
-from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.interop.rollouts.batch import collate
+from fx_influence.objectives import surrogate_coefficients
 from fx_influence.types import Batch, TokenValues
 
 
@@ -70,13 +70,13 @@ def test_stratified_draw_has_the_policys_distribution(policy: Policy, every: Bat
     assert {tuple(torch.bincount(draw // (len(chances) // 3)).tolist()) for draw in draws} == {(4, 4, 4)}
 
 
-@pytest.mark.parametrize("name", ["per_decision", "sequence", "per_decision, by prompt"])
+@pytest.mark.parametrize("name", ["per_decision", "sequence", "per_decision, by prompt", "per_decision, shrunk"])
 def test_unbiased_estimator_converges_to_exact_gradient(policy: Policy, every: Batch, name: str) -> None:
     values = values_of(policy, every)
     chances = values.logprobs.sum(-1).exp()
     index = bench_estimators._stratified(chances, 3, 4000, 12000, np.random.default_rng(0))
     e = select_rows(every, index)
-    weights = bench_estimators.ESTIMATORS[name](TokenValues(*(v[index] for v in values)), e)
+    weights = surrogate_coefficients(bench_estimators.OBJECTIVES[name], TokenValues(*(v[index] for v in values)), e)
     # Coefficients of each completion's log-probabilities and entropies, summed over the rows that drew it.
     summed = [torch.zeros_like(v).index_add(0, index, c) for v, c in zip(values, weights, strict=True)]
     leaves = [v.requires_grad_() for v in values]
@@ -90,16 +90,6 @@ def _gradient(policy: Policy, every: Batch, logprobs: torch.Tensor, entropies: t
     weighted = every._replace(coefficients=logprobs.float(), entropy_coefficients=entropies.float())
     grads = batch_gradient(params, weighted, apply)
     return torch.cat([g.flatten() for g in grads.values() if g is not None])
-
-
-def test_without_score_term_keeps_entropy_coefficients() -> None:
-    mask = torch.tensor([[False, True, True], [False, True, False]])
-    values = TokenValues(-torch.rand(2, 3) * mask, torch.rand(2, 3) * mask)
-    batch = Batch(mask.long(), mask, mask)
-    without, coefficients = bench_estimators.without_score_term(values, batch), entropy_coefficients(values, batch)
-    assert not without.logprobs.any()
-    assert coefficients.logprobs.any()
-    torch.testing.assert_close(without.entropies, coefficients.entropies)
 
 
 def test_phases_list_the_best_predictors() -> None:
