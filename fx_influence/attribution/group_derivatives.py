@@ -81,9 +81,9 @@ def differentiate_by_group(
 ) -> GroupDerivatives:
     """Return the derivatives along each group's direction, with no more directions in memory than ``update`` plans for.
 
-    Where one more vector than these fits the budget, L is taken off each group's gradient. Where it does not, or its
-    derivatives are wanted, gain * L goes through U's map first, by token only where a group's derivatives do, and its
-    derivatives l are taken off those of the groups: x_k l from the k-th. Either way nothing is rounded for it. The last
+    Where a vector more than these fits the budget, L is taken off each group's gradient. Where it does not, gain * L
+    goes through U's map first, by token only where a group's direction does, and its derivatives l are taken off those
+    of the groups: x_k l from the k-th. Either way nothing is rounded for it. The last
     pass over U takes what u itself is wanted for along.
 
     Args:
@@ -102,9 +102,11 @@ def differentiate_by_group(
     all_by_token = labelled.by_token and not update.resolves_tokens
     own_by_token = groups.leave_out and per_token and not update.resolves_tokens and folds is None
     slopes: LengthSlopes | None = None
-    if evaluation.has_length_gradient and (needs_slopes or evaluation.has_sum):
-        slopes = _length_slopes(next(evaluation.gradients), update, step, labelled, own_by_token or all_by_token)
-    gradients = evaluation.gradients if slopes is not None else evaluation.deviating_gradients()
+    length_gradient = evaluation.next_length_gradient()
+    if length_gradient is not None and evaluation.has_sum:
+        slopes = _length_slopes(length_gradient, update, step, labelled, own_by_token or all_by_token)
+        length_gradient = None
+    gradients = evaluation.deviating_gradients(length_gradient)
     products: list[InnerProducts] = []
     derivatives: list[Tensor] = []
     pending: list[Direction] = []
@@ -133,10 +135,11 @@ def differentiate_by_group(
             pending = []
         # Freed before the next group's gradient is made.
         del gradient, direction
-    # With them the gradient of log E[T] is freed.
+    if not needs_slopes:
+        length_gradient = None
     del gradients
     u = Direction.of_(total) if adds_up else None if several else pending[0]
-    last = _with_tokens(update, step, pending, u, per_token, folds)
+    last = _with_tokens(update, step, pending, length_gradient, u, per_token, folds)
     pending = []
     by_group = torch.cat([*derivatives, last.derivatives])
     excess = by_group.new_tensor(evaluation.group_excess)
@@ -168,7 +171,7 @@ def differentiate_by_group(
         on_step=add_inner_products(products),
         update_products=step.update_products(u),
         on_fresh=last.on_fresh,
-        slopes=slopes,
+        slopes=slopes if last.slopes is None else last.slopes,
         narrowed=several and (dtype or update.plan.dtype) is not None,
     )
 
@@ -197,46 +200,62 @@ def folds_of_tokens(
 
 
 class _LastDerivatives(NamedTuple):
-    """Derivatives along the last groups' directions, and along u; see ``GroupDerivatives``."""
+    """Derivatives along the last groups' directions, and along u and gain * L; see ``GroupDerivatives``."""
 
     derivatives: Tensor
     tokens: Tensor | None
     on_fresh: Tensor | None
+    slopes: LengthSlopes | None
 
 
 def _with_tokens(
     update: LinearizedLosses,
     step: AdamWStep,
     pending: Sequence[Direction],
+    length_gradient: Params | None,
     u: Direction | None,
     per_token: bool,
     folds: Sequence[Tensor] | None,
 ) -> _LastDerivatives:
-    """Return the derivatives along the last directions, with those that need u from the same passes over U.
+    """Return the derivatives along the last directions, with those that need u or L from the same pass over U.
 
     Args:
         update: U's losses to first order.
         step: the optimizer's step.
         pending: the last groups' directions, all of them with ``folds``.
+        length_gradient: L, where its derivatives are wanted, and whose memory is reused; else None.
         u: the sum of all groups' directions; None where it is not there yet.
         per_token: whether derivatives by token are wanted.
         folds: see ``folds_of_tokens``.
     """
-    if update.resolves_tokens or u is None:
-        return _LastDerivatives(update.jvp(pending), None, None)
     directions = list(pending)
-    if len(pending) > 1:
-        fresh = {name: x.clone() for name, x in u.unit.items()}
-        step.keep_fresh_(fresh)
-        unit = Direction.of_(fresh)
-        directions.append(unit._replace(scale=u.scale * unit.scale))
+    along_step: Tensor | None = None
+    if length_gradient is not None:
+        along_step = step.precondition_(length_gradient).direction
+        directions.append(Direction.of_(length_gradient))
+    tokens: Tensor | None = None
+    measures_fresh = u is not None and not update.resolves_tokens and update.plan.at_once > 1
+    if update.resolves_tokens or u is None:
+        derivatives = update.jvp(directions)
+    else:
+        if measures_fresh:
+            fresh = {name: x.clone() for name, x in u.unit.items()}
+            step.keep_fresh_(fresh)
+            unit = Direction.of_(fresh)
+            directions.append(unit._replace(scale=u.scale * unit.scale))
 
-    def along(k: int) -> Direction:
-        return u if folds is None or k == len(pending) else u.minus(pending[k])
+        def along(k: int) -> Direction:
+            return u if folds is None or k == len(pending) else u.minus(pending[k])
 
-    derivatives, tokens = update.jvp_and_tokens(directions, along if per_token else None)
-    on_fresh = derivatives[-1].sum(-1) if len(pending) > 1 else None
-    return _LastDerivatives(derivatives[: len(pending)], tokens, on_fresh)
+        derivatives, tokens = update.jvp_and_tokens(directions, along if per_token else None)
+    return _LastDerivatives(
+        derivatives=derivatives[: len(pending)],
+        tokens=tokens,
+        on_fresh=derivatives[-1].sum(-1) if measures_fresh else None,
+        slopes=None
+        if along_step is None
+        else LengthSlopes(derivatives[len(pending)], along_step.new_zeros(0), along_step),
+    )
 
 
 def _length_slopes(

@@ -55,9 +55,12 @@ class Evaluation(NamedTuple):
     has_sum: bool
     gradients: Iterator[Params]
 
-    def deviating_gradients(self) -> Iterator[Params]:
-        """Return grad H_k - x_k L of each group, L in memory between them."""
-        length_gradient = next(self.gradients) if self.has_length_gradient else None
+    def next_length_gradient(self) -> Params | None:
+        """Return L, the first of ``gradients``; None where there is none."""
+        return next(self.gradients) if self.has_length_gradient else None
+
+    def deviating_gradients(self, length_gradient: Params | None) -> Iterator[Params]:
+        """Return grad H_k - x_k L of each group from the ``gradients`` after L, or grad H_k where L is None."""
         # Not a generator expression, whose frame would hold one gradient while the next is made. The numbers come
         # first, since the iteration ends with the groups, before grad H is made.
         return map(partial(_deviating_, length_gradient), self.group_excess, self.gradients)

@@ -161,7 +161,9 @@ def influence_over_steps(
     bound = tolerance_of(precision.lowest) if tolerance is None else tolerance
     by_group_from = 0 if stderr else _first_that_leaves_out(window, groups.left_out)
     options = RecursionOptions(window.steps, engine_u, curvature, clip, bound, by_group_from)
-    parts = backward_by_group(replayed, list(evaluation.deviating_gradients()), window.opt_state, options)
+    parts = backward_by_group(
+        replayed, list(evaluation.deviating_gradients(evaluation.next_length_gradient())), window.opt_state, options
+    )
     if preconditioner == "jacobian" and clip == "frozen":
         _check_scaling(parts, bound)
     return add_up_groups(parts, evaluation.group_shares, groups.left_out, per_token, stderr, evaluation.ess)

@@ -49,7 +49,7 @@ class Inputs:
         groups = split_into_groups(evaluation_rows(self.u, self.e, cross_fit=False), stderr=True, matrix=False)
         engine = Engine(self.apply)
         evaluation = evaluate_objective(self.params, self.e, fx.Entropy(), groups, True, engine, 0, None)
-        return list(evaluation.deviating_gradients())
+        return list(evaluation.deviating_gradients(evaluation.next_length_gradient()))
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,27 @@ def test_influence_is_equal_with_memory_budget_0(options: dict[str, Any]) -> Non
             assert_close(one, other)
 
 
+@pytest.mark.parametrize("stderr", [True, False])
+def test_matrix_takes_no_jvp_over_u_without_tokens(monkeypatch: pytest.MonkeyPatch, stderr: bool) -> None:
+    """The JVP over E, along the step, is for the error bar of the total."""
+    inputs, apply = problem()
+    gradient = batch_gradient(inputs[0], inputs[1], apply)
+    rows: list[int] = []
+    micro_batch_jvp = directional.micro_batch_jvp
+
+    def recorded(policy: Any, params: Any, tangent: Any, micro_batch: MicroBatch, *options: Any) -> Any:
+        rows.append(len(micro_batch.row_index))
+        return micro_batch_jvp(policy, params, tangent, micro_batch, *options)
+
+    expected = fx.influence(*inputs, apply=apply, stderr=stderr, grad=gradient)
+    monkeypatch.setattr(directional, "micro_batch_jvp", recorded)
+    out = fx.influence(*inputs, apply=apply, matrix=True, per_token=False, stderr=stderr, grad=gradient)
+    assert rows == ([5] if stderr else [])
+    for field in ("per_sequence", "total", "conditioning", "residual"):
+        assert_close(getattr(out, field), getattr(expected, field), expected.per_sequence.abs().sum())
+    assert not out.rounding.isnan().any()
+
+
 @pytest.mark.parametrize("fit", [0, 1, 3])
 def test_linearize_losses_recomputes_layer_io_beyond_budget(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
     (params, u, _, _), apply = problem()
