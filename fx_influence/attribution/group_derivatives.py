@@ -244,10 +244,10 @@ def _with_tokens(
             unit = Direction.of_(fresh)
             directions.append(unit._replace(scale=u.scale * unit.scale))
 
-        def along(k: int) -> Direction:
+        def direction_of(k: int) -> Direction:
             return u if folds is None or k == len(pending) else u.minus(pending[k])
 
-        derivatives, tokens = update.jvp_and_tokens(directions, along if per_token else None)
+        derivatives, tokens = update.jvp_and_tokens(directions, direction_of if per_token else None)
     return _LastDerivatives(
         derivatives=derivatives[: len(pending)],
         tokens=tokens,

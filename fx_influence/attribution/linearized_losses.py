@@ -82,9 +82,9 @@ def linearize_update(
             gradient, ghost_products = linearized
 
             def jvp_and_tokens(
-                directions: Sequence[Direction], along: TokenDirections | None
+                directions: Sequence[Direction], direction_of: TokenDirections | None
             ) -> tuple[Tensor, Tensor | None]:
-                by_row, values = ghost_products([u.unit for u in directions], along)
+                by_row, values = ghost_products([u.unit for u in directions], direction_of)
                 by_row = (by_row * by_row.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
                 return by_row, None if values is None else losses_of_tokens(values, batch_u)
 
@@ -111,7 +111,7 @@ def linearize_update(
         jvp=jvp,
         token_jvp=cached_token_jvp,
         token_jvp_of=token_jvp_of,
-        jvp_and_tokens=lambda directions, along: (jvp(directions), None),
+        jvp_and_tokens=lambda directions, direction_of: (jvp(directions), None),
         resolves_tokens=True,
         plan=DirectionPlan(1, None),
         shape=batch_u.input_ids.shape,

@@ -95,7 +95,7 @@ class GroupedTokenJvp:
         temperature: divisor of the logits.
         chunk_size: rows per forward; None chooses by tokens.
         groups: index tensors into the rows.
-        along: the direction of the k-th group, called once for each run of its micro-batches.
+        direction_of: the direction of the k-th group, called once for each run of its micro-batches.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class GroupedTokenJvp:
         temperature: float,
         chunk_size: int | None,
         groups: Sequence[Tensor],
-        along: Callable[[int], Direction],
+        direction_of: Callable[[int], Direction],
     ) -> None:
         self._params, self._batch, self._policy, self._temperature = params, batch, policy, temperature
-        self._along, self._group = along, -1
+        self._direction_of, self._group = direction_of, -1
         self._values: list[tuple[MicroBatch, TokenValues]] = []
         cut = [
             (k, x.of_rows(index, batch))
@@ -144,7 +144,7 @@ class GroupedTokenJvp:
     @torch.no_grad()
     def _add(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> None:
         if group != self._group:
-            direction = self._along(group)
+            direction = self._direction_of(group)
             scale, self._tangent = unit_direction(direction.unit, self._params)
             self._group, self._scale = group, scale * direction.scale
         options = self._policy, self._params, self._tangent, micro_batch, outputs, self._temperature

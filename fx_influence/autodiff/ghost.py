@@ -44,9 +44,9 @@ TokenDirections = Callable[[int], Direction]
 """The direction of the token values of the k-th group of rows; called once a group, in order."""
 
 JvpFn = Callable[[Sequence[Params], TokenDirections | None], tuple[Tensor, TokenValues | None]]
-"""``jvp_fn(us, along)``: <u_k, g_i> for every row of the batch, (K, B) float64, and the derivatives of the batch's
-token values, of each group of rows along its own direction, (B, T) each, where ``along`` is not None. Names absent in a
-direction count as 0."""
+"""``jvp_fn(us, direction_of)``: <u_k, g_i> for every row of the batch, (K, B) float64, and the derivatives of the
+batch's token values, of each group of rows along its own direction, (B, T) each, where ``direction_of`` is not None.
+Names absent in a direction count as 0."""
 
 
 def default_budget(params: Params) -> int:
@@ -147,12 +147,12 @@ def linearize_losses(
         spare -= 0 if entry.outputs is None else sum(x.numel() * x.element_size() for x in entry.outputs)
         del entry
 
-    def jvp_fn(us: Sequence[Params], along: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
+    def jvp_fn(us: Sequence[Params], direction_of: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
         scales, units = zip(*(unit_direction(u, params) for u in us), strict=True)
         out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
         token_jvp = None
-        if along is not None:
-            token_jvp = GroupedTokenJvp(params, batch, policy, temperature, chunk_size, groups, along)
+        if direction_of is not None:
+            token_jvp = GroupedTokenJvp(params, batch, policy, temperature, chunk_size, groups, direction_of)
         for (group, micro_batch), entry in zip(pending, cached, strict=True):
             if entry is None:
                 wanted = 0 if token_jvp is None or token_jvp.has_own_forward else sys.maxsize

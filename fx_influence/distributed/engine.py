@@ -163,8 +163,8 @@ class DataParallelEngine(Engine):
         assert linearized is not None
         gradient, jvp_fn = linearized
 
-        def gathered(us: Sequence[Params], along: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
-            products, values = jvp_fn(us, along)
+        def gathered(us: Sequence[Params], direction_of: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
+            products, values = jvp_fn(us, direction_of)
             return partition.gather_rows(products, axis=1), None if values is None else partition.gather_values(values)
 
         return self._reduce(params, gradient), gathered

@@ -108,11 +108,11 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(
 
     monkeypatch.setattr(directional, "micro_batch_jvp", recorded)
 
-    def along(k: int) -> Direction:
+    def direction_of(k: int) -> Direction:
         calls.append(k)
         return directions[k]
 
-    products, values = linearized[1]([directions[0].unit, directions[1].unit], along)
+    products, values = linearized[1]([directions[0].unit, directions[1].unit], direction_of)
     grads = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), params, u)
     for row, v in zip(products, directions, strict=False):
         assert_close(row, torch.stack([(grads[name] * x).flatten(1).sum(1) for name, x in v.unit.items()]).sum(0))
