@@ -269,7 +269,6 @@ def _attribute(x: _Inputs) -> Influence:
     several = x.groups.num_groups > 1
     how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
     evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)
-    # With a matrix grad H, its fresh coordinates and the gradient of E's length go through U in one pass, not three.
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 3 * x.matrix
     only_tokens = x.per_token and x.labels is None and not x.matrix
     folds = folds_of_tokens(x.params, x.groups, only_tokens, x.direction_dtype, x.memory_budget)

@@ -63,7 +63,8 @@ def linearize_update(
         batch_u: update batch, n_u rows with coefficients.
         grad: the gradient of the sum where the trainer has it; None computes it here.
         engine: engine of the policy as the trainer computes it.
-        num_directions: number of directions along which derivatives are wanted by row; 0 where those by token do.
+        num_directions: number of directions along which derivatives are wanted by row, three with a matrix: u, its
+            fresh coordinates, and the gradient of E's length; 0 where those by token do.
         per_token: whether those of tokens are wanted.
         memory_budget: bytes of directions, and bytes of the reverse pass to cache for the derivatives.
         groups: index tensors of the rows whose tokens have a direction in common; None is one group of all rows.
