@@ -152,7 +152,7 @@ class EntropyInfluence(TrainerCallback):
 
         Raises:
             TypeError: for a trainer of another kind or with another optimizer than AdamW.
-            ValueError: for a trainer whose steps cannot be attributed (active dropout, noise or images in its forward,
+            ValueError: for a trainer whose steps cannot be attributed (active dropout or noise in its forward,
                 a model that ``make_functional`` refuses, or that DeepSpeed or FSDP1 shards) or whose completions are
                 not sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts, or held out
                 with a model that FSDP2 shards; if it is attached already or its name is taken; and if processes attach

@@ -35,7 +35,7 @@ class TrlTraining:
 
     position_ids = False
     forward_remedy = (
-        "Something else goes into the trainer's forward (images, noise, prompts that are learned, hooks); train "
+        "Something else goes into the trainer's forward (noise, prompts that are learned, hooks); train "
         "without it to measure"
     )
 
