@@ -250,7 +250,9 @@ def test_logged_figures_are_explained() -> None:
     }
     influence = fx.Influence(**out)
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
-    captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 5, {}, 1.0, None, None, ("a", "b")])
+    fields: dict[str, Any] = {name: torch.ones(()) for name in CapturedStep._fields}
+    fields |= {"batch": batch, "advantages": torch.ones(2), "token_advantages": None, "sources": ("a", "b")}
+    captured = CapturedStep(**fields)
     regions = Labels(torch.zeros(2, 3, dtype=torch.int64), REGIONS)
     delta = SnisDelta(*[torch.ones(())] * 6)
     metrics = MeasuredStep(

@@ -79,14 +79,14 @@ def test_adam_with_decay_is_refused() -> None:
         fx.restore_optimizer(saved(optimizer), make_wide_net())
 
 
-def test_a_decay_of_torchao_is_taken_for_adamws_with_a_warning() -> None:
+def test_decay_of_torchao_is_taken_for_adamws_and_warned() -> None:
     _, optimizer = stepped(lambda p: torchao.AdamW8bit(p, lr=LR, weight_decay=DECAY), 1)
     with pytest.warns(UserWarning, match="has a weight decay, which is taken for AdamW's"):
         fx.restore_optimizer(saved(optimizer), make_wide_net())
 
 
 @pytest.mark.slow
-def test_files_with_tensors_of_torchao_are_read_by_a_fresh_process(tmp_path: Path) -> None:
+def test_files_of_torchao_are_read_by_a_fresh_process(tmp_path: Path) -> None:
     """torchao names its classes to torch once it is imported, which the reader does where a file needs it."""
     _, optimizer = stepped(lambda p: torchao.AdamW8bit(p, lr=LR), 1)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")

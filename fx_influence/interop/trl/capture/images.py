@@ -47,7 +47,7 @@ def images_of_rows(inputs: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], ...
         starts["pixel_values"] = images
     present = {name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None}
     cuts = {name: (x, starts.get(name, rows)) for name, x in present.items()}
-    parts = ({name: x[at[k] : at[k + 1]] for name, (x, at) in cuts.items()} for k in range(count))
+    parts = ({name: x[cut[k] : cut[k + 1]] for name, (x, cut) in cuts.items()} for k in range(count))
     return tuple({name: x for name, x in part.items() if len(x)} for part in parts)
 
 
