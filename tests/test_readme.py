@@ -250,15 +250,13 @@ def test_logged_figures_are_explained() -> None:
     }
     influence = fx.Influence(**out)
     batch = fx.Batch(*[torch.ones(2, 3, dtype=torch.bool)] * 3)
-    captured = CapturedStep._make([batch, torch.ones(2), *[torch.ones(())] * 6, {}, 1.0, 1.0, None, None, ("a", "b")])
+    fields: dict[str, Any] = {name: torch.ones(()) for name in CapturedStep._fields}
+    fields |= {"batch": batch, "advantages": torch.ones(2), "token_advantages": None, "sources": ("a", "b")}
+    captured = CapturedStep(**fields)
     regions = Labels(torch.zeros(2, 3, dtype=torch.int64), REGIONS)
     delta = SnisDelta(*[torch.ones(())] * 6)
-    metrics = MeasuredStep(
-        *(1, 0.1, captured, [], influence, 1.0, delta, 0.5),
-        regions=regions,
-        moment_rounding=0.01,
-        unexplained_stderr=0.1,
-    ).metrics()
+    told: dict[str, Any] = {"regions": regions, "moment_rounding": 0.01, "unexplained_stderr": 0.1}
+    metrics = MeasuredStep(*(1, 0.1, captured, [], influence, 1.0, delta, 0.5), **told).metrics()
     of_sources = {"source/a", "source/b"}
     assert explained == set(metrics) - of_sources
     assert of_sources < set(metrics)

@@ -49,7 +49,8 @@ class Errors(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         captured, params = self._capture.finish(), self._params()
-        summed = batch_gradient(params, captured.batch, self._policy, self._trainer.temperature)
+        policy = self._policy if captured.images is None else self._policy.with_row_inputs(captured.images)
+        summed = batch_gradient(params, captured.batch, policy, self._trainer.temperature)
         self.gradient.append(relative_error(summed, captured.unclipped_gradient()))
         assert captured.batch.coefficients is not None
         self.tokens.append(int(captured.batch.coefficients.count_nonzero()))

@@ -31,6 +31,7 @@ from fx_influence.policy.model.template import (
 )
 from fx_influence.policy.modes.forward_ad import ForwardMode, forward_mode_jvp
 from fx_influence.policy.modes.packed_attention import PackedAttention
+from fx_influence.policy.row_inputs import RowInputs
 from fx_influence.policy.split import MAX_LOGITS, SplitPolicy
 from fx_influence.types import Apply, Params
 
@@ -166,6 +167,17 @@ class Policy:
         if self.templates.compiled is not None:
             raise ValueError(f"autocast is {dtype} for a compiled policy; expected a plain one. Leave compiled out")
         return self.replace(autocast=Autocast(dtype, loss_scale), compute_dtype=dtype)
+
+    def with_row_inputs(self, row_inputs: RowInputs) -> Policy:
+        """Return the same policy with further inputs of its forward, such as images, for the rows of one batch.
+
+        Rows are neither moved, cut nor packed then, and no pass runs under vmap (``matrix=True``).
+        """
+        return self.replace(
+            forward=dataclasses.replace(self.forward, row_inputs=row_inputs),
+            structure=self.structure._replace(left_alignable=False),
+            prefix_shareable=False,
+        )
 
     @property
     def split(self) -> SplitPolicy:

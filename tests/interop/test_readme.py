@@ -22,7 +22,16 @@ def names_in_table(header: str) -> set[str]:
 
 def test_readme_examples_compile() -> None:
     examples = re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL)
-    assert [name for name, _ in examples] == ["trl", "training", "offline", "own_loop", "verl", "loop", "processes"]
+    assert [name for name, _ in examples] == [
+        "trl",
+        "training",
+        "offline",
+        "own_loop",
+        "verl",
+        "swift",
+        "loop",
+        "processes",
+    ]
     for name, text in examples:
         compile(text, f"README.md, {name}", "exec")
 

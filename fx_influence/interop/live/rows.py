@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ class RolloutRows(NamedTuple):
 
     All are on the CPU. ``prompt_widths``: (n,), columns of each row that hold its prompt and the prompt's padding.
     ``group``: int64 (n,), a number of each row's prompt, None where prompts are told by their tokens. ``sources``: n
-    names, None where the data set has none.
+    names, None where the data set has none. ``images``: n mappings of inputs of the model's forward by name, on the
+    trainer's device; empty where no rollout shows an image.
     """
 
     input_ids: Tensor
@@ -32,6 +33,7 @@ class RolloutRows(NamedTuple):
     prompt_widths: Tensor
     group: Tensor | None
     sources: tuple[str | None, ...]
+    images: tuple[Mapping[str, Tensor], ...] = ()
 
     def to(self, device: torch.device | str) -> RolloutRows:
         """Return the rows with their tensors on ``device``."""
@@ -51,5 +53,8 @@ def concatenate(batches: Sequence[RolloutRows]) -> RolloutRows:
         return torch.cat(padded) if len(padded) == len(values) else None
 
     sources = tuple(name for batch in batches for name in batch.sources)
-    tensors = [joined(values) for values in zip(*(batch[:-1] for batch in batches), strict=True)]
-    return RolloutRows._make([*tensors, sources])
+    images: tuple[Mapping[str, Tensor], ...] = ()
+    if any(batch.images for batch in batches):
+        images = tuple(x for batch in batches for x in batch.images or ({},) * len(batch.input_ids))
+    tensors = [joined(values) for values in zip(*(batch[:-2] for batch in batches), strict=True)]
+    return RolloutRows._make([*tensors, sources, images])

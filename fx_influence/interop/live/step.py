@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fx_influence.core.dtensor import to_local
 from fx_influence.interop.live.rows import RolloutRows
 from fx_influence.optim.clipping import UnclippedGradient
+from fx_influence.policy.row_inputs import RowInputs
 from fx_influence.types import AdamWState, Batch, Gradients
 
 
@@ -36,6 +37,7 @@ class CapturedStep(NamedTuple):
         max_grad_norm: the norm it was clipped to; None where nothing clips.
         token_advantages: (n, T), where the trainer has an advantage for each token, else None.
         sources: n names of data sources or environments, None where the data set has none.
+        images: further inputs of the model's forward for these rows; None where no rollout shows an image.
     """
 
     batch: Batch
@@ -52,6 +54,7 @@ class CapturedStep(NamedTuple):
     max_grad_norm: float | None
     token_advantages: Tensor | None = None
     sources: tuple[str | None, ...] = ()
+    images: RowInputs | None = None
 
     def unclipped_gradient(self) -> Gradients:
         """Return sum_i g_i by name, from the trainer's own tensors; nothing of the parameters' size is copied.
@@ -106,6 +109,7 @@ def captured_step(
         max_grad_norm=max_grad_norm,
         token_advantages=on_device.token_advantages,
         sources=rows.sources,
+        images=RowInputs.of(rows.input_ids, rows.attention_mask, rows.images) if rows.images else None,
     )
 
 

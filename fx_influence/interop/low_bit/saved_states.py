@@ -1,10 +1,14 @@
-"""Saved states of bitsandbytes' AdamW, 8-bit ones included, as state dicts of ``torch.optim.AdamW``."""
+"""Saved states of the AdamW of bitsandbytes and torchao as state dicts of ``torch.optim.AdamW``."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from torch import Tensor
+
 from fx_influence.interop.low_bit.moments import stored_moment
+from fx_influence.interop.low_bit.torchao_optimizers import is_quantised
 
 NESTED = "__bnb_optimizer_quant_state__"
 """Field under which ``state_dict()`` hides the quantised tensors of a parameter from FSDP, since version 0.49."""
@@ -13,11 +17,12 @@ _ADAMW_FIELDS = {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absma
 
 
 def with_full_moments(state_dict: Any) -> Any:
-    """Return a state dict of bitsandbytes' Adam or AdamW with its moments in float32, by AdamW's names.
+    """Return a state dict of an Adam or AdamW of bitsandbytes or torchao with its moments in float32, by AdamW's names.
 
     Any other state dict is returned as it is: that of another optimizer of bitsandbytes too, which has other fields
     than these (one moment, three betas, the norm of an update). Options that change the step and leave no trace in a
-    state dict, such as overrides of single parameters, are not seen.
+    state dict, such as overrides of single parameters, are not seen. Neither is whether a weight decay of torchao's is
+    AdamW's or part of the gradient, as of its ``Adam8bit``: a ``UserWarning`` says that it is taken for AdamW's.
 
     Args:
         state_dict: from ``optimizer.state_dict()``.
@@ -36,6 +41,8 @@ def with_full_moments(state_dict: Any) -> Any:
         return state_dict
     entries = {key: _flat(entry) for key, entry in state_dict["state"].items()}
     groups = state_dict.get("param_groups", ())
+    if any(map(_is_of_torchao, entries.values())):
+        return _from_torchao(state_dict)
     pairs = all(isinstance(g.get("betas"), (tuple, list)) and len(g["betas"]) == 2 for g in groups)
     if not entries or not pairs or not all(map(_is_adamws, entries.values())):
         return state_dict
@@ -57,5 +64,24 @@ def _is_adamws(entry: Any) -> bool:
 
 
 def _full(entry: dict[str, Any]) -> dict[str, Any]:
-    moments = {key: stored_moment(entry, key) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": entry["step"], **{key: moment.read() for key, moment in moments.items() if moment is not None}}
+    return {"step": entry["step"], **_read_moments(entry)}
+
+
+def _is_of_torchao(entry: Any) -> bool:
+    return isinstance(entry, dict) and any(isinstance(x, Tensor) and is_quantised(x) for x in entry.values())
+
+
+def _from_torchao(state_dict: dict[str, Any]) -> dict[str, Any]:
+    if any(float(group.get("weight_decay", 0)) for group in state_dict["param_groups"]):
+        warnings.warn(
+            "the state dict of torchao's optimizer has a weight decay, which is taken for AdamW's; if the optimizer "
+            "was an Adam of torchao, its steps are others",
+            stacklevel=2,
+        )
+    states = {key: {**entry, **_read_moments(entry)} for key, entry in state_dict["state"].items()}
+    return {**state_dict, "state": states}
+
+
+def _read_moments(entry: dict[str, Any]) -> dict[str, Tensor]:
+    moments = {key: stored_moment(entry, key) for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    return {key: moment.read() for key, moment in moments.items() if moment is not None}

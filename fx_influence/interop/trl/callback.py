@@ -28,7 +28,7 @@ from fx_influence.interop.trackers import MAX_FALL, report_step
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
-from fx_influence.interop.trl.preflight.generation import check_generation
+from fx_influence.interop.trl.preflight.generation import check_generation, check_images
 from fx_influence.interop.trl.preflight.processes import (
     check_prepared,
     check_processes,
@@ -152,7 +152,7 @@ class EntropyInfluence(TrainerCallback):
 
         Raises:
             TypeError: for a trainer of another kind or with another optimizer than AdamW.
-            ValueError: for a trainer whose steps cannot be attributed (active dropout, noise or images in its forward,
+            ValueError: for a trainer whose steps cannot be attributed (active dropout or noise in its forward,
                 a model that ``make_functional`` refuses, or that DeepSpeed or FSDP1 shards) or whose completions are
                 not sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts, or held out
                 with a model that FSDP2 shards; if it is attached already or its name is taken; and if processes attach
@@ -167,6 +167,7 @@ class EntropyInfluence(TrainerCallback):
             check_steps(trainer)
             prompts, note = self._evaluation_prompts(trainer)
             check_generation(trainer, prompts)
+            check_images(trainer, prompts, self._settings.matrix)
             make_functional(trainer.model, position_ids=False)
             check_sharded_settings(trainer, prompts, self._settings.matrix)
             self._check_processes_agree(mesh, prompts)

@@ -18,10 +18,12 @@ from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture.rollout_rows import OLD_LOGPROBS
 from fx_influence.interop.trl.precision import AUTOCAST_DTYPES, in_trainers_precision
-from fx_influence.interop.trl.prompts import makes_several_steps
+from fx_influence.interop.trl.prompts import check_images_measurable, makes_several_steps
 from fx_influence.interop.trl.sampling import held_out_rollouts
 from fx_influence.interop.trl.store.contents import update_rollouts
 from fx_influence.policy.policy import Policy
+from fx_influence.policy.row_inputs import RowInputs
+from fx_influence.types import Params
 
 
 class TrlTraining:
@@ -33,7 +35,7 @@ class TrlTraining:
 
     position_ids = False
     forward_remedy = (
-        "Something else goes into the trainer's forward (images, noise, prompts that are learned, hooks); train "
+        "Something else goes into the trainer's forward (noise, prompts that are learned, hooks); train "
         "without it to measure"
     )
 
@@ -98,11 +100,25 @@ class TrlStepMeasurement(StepMeasurement):
     ) -> None:
         super().__init__(TrlTraining(trainer), settings, mesh, warn)
         self._trainer, self._sampling = trainer, sampling
+        self._images: RowInputs | None = None
+
+    def before_update(
+        self, step: int, captured: CapturedStep, store_state: Callable[[Params], None] | None = None
+    ) -> PendingStep:
+        """Attribute a step that the optimizer is about to make, with the images that its rollouts show."""
+        self._images = captured.images
+        if captured.images is not None:
+            check_images_measurable(self._trainer, self._sampling.prompts, self._settings.matrix)
+        return super().before_update(step, captured, store_state)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E; nothing where the optimizer skipped it."""
         skipped = self._trainer.accelerator.optimizer_step_was_skipped
         return pending.measured if skipped else super().after_update(pending)
+
+    def _functional_policy(self) -> Policy:
+        policy = super()._functional_policy()
+        return policy if self._images is None else policy.with_row_inputs(self._images)
 
     def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
         """Return the step with U's log-probabilities under an older policy, where U is E and may be of one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -79,6 +79,31 @@ def _check_older_policy(trainer: Any, pairwise: bool, remedy: str) -> None:
         raise ValueError(
             f"matrix is True and the trainer makes {several}; expected False, since no prompt can be left out of "
             f"weights that are normalised at each rank. Leave the matrix out. {remedy} otherwise"
+        )
+
+
+def check_images_measurable(trainer: Any, prompts: Sequence[Any] | None, matrix: bool) -> None:
+    """Raise ``ValueError`` where the images of a step's rollouts cannot be carried into every pass.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer`` of a policy that reads images.
+        prompts: of E; None where E is the update batch.
+        matrix: whether pairwise influences are wanted.
+    """
+    if prompts is not None:
+        raise ValueError(
+            f"E is {len(prompts)} held-out prompts and rollouts show images; expected the step's own rollouts, whose "
+            f"images the trainer has. Pass eval_prompts={BATCH!r}"
+        )
+    if matrix:
+        raise ValueError(
+            "matrix is True and rollouts show images; expected False, since passes under vmap cannot tell whose image "
+            "is whose. Leave the matrix out"
+        )
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            f"{trainer.accelerator.num_processes} processes train on images; expected one, since images are not sent "
+            "between processes. Train in one process to measure"
         )
 
 

@@ -20,6 +20,7 @@ from fx_influence.policy.model.template import Template, is_hugging_face
 from fx_influence.policy.modes.detachments import Undetached
 from fx_influence.policy.modes.float64 import StayFloat64
 from fx_influence.policy.modes.packed_attention import PackedAttention
+from fx_influence.policy.row_inputs import RowInputs
 from fx_influence.types import Params
 
 Forward = TypeVar("Forward", bound="ModelForward")
@@ -58,6 +59,7 @@ class ModelForward:
         scratch: buffers that a forward writes to; each call gets copies, so that the live ones stay as they are.
         first_position: position id of a row's first token.
         undetached: whether ``detach`` and ``no_grad`` in the model's own code are ignored, see ``Undetached``.
+        row_inputs: further inputs of the forward for the rows of one batch, None where it reads tokens alone.
     """
 
     frozen: Params
@@ -69,6 +71,7 @@ class ModelForward:
     scratch: frozenset[str] = frozenset()
     first_position: int = 0
     undetached: bool = False
+    row_inputs: RowInputs | None = None
 
     @classmethod
     def of(cls: type[Forward], model: nn.Module, module: nn.Module, position_ids: bool, **fields: Any) -> Forward:
@@ -165,6 +168,8 @@ class ModelForward:
             packed: attention over rows that share prompts, which has their position ids; None for plain rows.
         """
         args, kwargs = self.arguments.padded(input_ids, attention_mask)
+        if self.row_inputs is not None:
+            kwargs |= self.row_inputs.of_rows(input_ids, attention_mask)
         if self.reads_positions:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             if self.follows_longest_row:

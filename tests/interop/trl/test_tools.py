@@ -61,15 +61,15 @@ def test_captured_rollouts_with_gaps_add_up(source: str, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_rollouts_with_gaps_are_measured(source: str, tmp_path: Path) -> None:
-    """Prediction and importance sampling agree, no bit of the training changes, and no prompt loses its siblings."""
-    options = {**SOURCES[source], "learning_rate": 1e-5}
+    """Prediction and importance sampling agree within their error, no bit of the training changes, and no prompt loses its siblings."""
+    options = {**SOURCES[source], "learning_rate": 1e-3, "adam_epsilon": 1e2, "max_grad_norm": 0.0}
     Counter.resets = 0
     measured = measured_run(tmp_path / "measured", 3, **options)
     assert not measured.warnings
     assert len(measured.history) == 3
     for metrics in measured.history:
         assert metrics["unattributed"] == 0
-        assert metrics["measured"] == pytest.approx(metrics["total"], rel=0.1)
+        assert abs(metrics["measured"] - metrics["total"]) <= 4 * metrics["unexplained_stderr"]
     Counter.resets = 0
     assert_trains_like(measured.trainer, lambda: tool_trainer(str(tmp_path / "plain"), 3, **options))
     run = fx.load_run(tmp_path / "measured" / "entropy_influence" / "step_000003")

@@ -6,6 +6,7 @@ all of the numbers. Source: ``torch.serialization`` of torch 2.13; its format ha
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import pickle
@@ -127,13 +128,22 @@ class _Window(io.RawIOBase):
 def load_values(file: Path | IO[bytes], name: str) -> Any:
     """Load what ``torch.save`` wrote, on the CPU.
 
+    Tensors of torchao's classes are read where torchao is installed, which names them to torch as safe to load.
+
     Raises:
         ValueError: with ``name``, for a damaged file or more than tensors and plain values.
     """
     if isinstance(file, Path) and (cause := cause_of_damage(file)):
         raise ValueError(f"{name} is damaged: {cause}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if "torchao.optim" not in str(error) or not _torchao_names_its_classes():
+                raise
+            if not isinstance(file, Path):
+                file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         class_name = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         raise ValueError(
@@ -141,3 +151,12 @@ def load_values(file: Path | IO[bytes], name: str) -> Any:
             f"values{f' ({class_name[1]})' if class_name else ''}, which are never unpickled; expected plain state "
             "dicts. Save these there"
         ) from error
+
+
+def _torchao_names_its_classes() -> bool:
+    """Import the optimizers of torchao, which adds their tensors to torch's safe classes; return whether that works."""
+    try:
+        importlib.import_module("torchao.optim")
+    except ImportError:
+        return False
+    return True

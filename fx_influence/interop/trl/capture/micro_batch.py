@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fx_influence.interop.live.guard import CaptureError
+from fx_influence.interop.trl.capture.images import IMAGE_COUNTS, IMAGE_INPUTS
 
 SCORE = "_get_per_token_logps_and_entropies"
 """Method of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that scores rollouts: log-probabilities and entropies."""
@@ -62,7 +63,7 @@ class MicroBatch:
         Raises:
             CaptureError: for a forward of more than ids and masks.
         """
-        _check_arguments(arguments)
+        _check_arguments(arguments, self.inputs)
         entropies = outputs[1] if len(outputs) > 1 else None
         values = (outputs[0].detach(), None if entropies is None else entropies.detach())
         scoring = Scoring(arguments["input_ids"], arguments["attention_mask"], values, {})
@@ -82,13 +83,15 @@ def scoring_signature(trainer: Any) -> inspect.Signature:
     return first.replace(parameters=list(first.parameters.values())[1:])
 
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ``CaptureError`` for a forward of more than ids and masks, naming the argument."""
+def _check_arguments(arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Raise ``CaptureError`` for a forward of more than ids, masks and the rollouts' images, naming the argument."""
     for name, value in arguments.items():
+        if name in (*IMAGE_INPUTS, *IMAGE_COUNTS) and value is inputs.get(name):
+            continue
         if name in TOKEN_TYPES and isinstance(value, Tensor) and not value.any():
             continue
         if name not in (*FORWARD_ARGUMENTS, *INERT_ARGUMENTS) and value is not None:
             raise CaptureError(
-                f"{name} went into the trainer's forward; expected ids and masks alone, since influences are of a "
-                "policy that reads these. Train without it"
+                f"{name} went into the trainer's forward; expected ids, masks and images of its batch alone, since "
+                "influences are of a policy that reads these. Train without it"
             )

@@ -181,8 +181,9 @@ class Capture:
                 count, process = len(output["prompt_ids"]), self._trainer.accelerator.process_index
                 output[REWARDS] = self._rewards[process * count : (process + 1) * count]
         with self._noting_problems():
-            # An environment's reset or a rollout_func may give each rollout of a prompt another beginning.
-            if getattr(self._trainer, "environment_factories", None) or getattr(self._trainer, "rollout_func", None):
+            # Tokens do not tell prompts apart where an environment's reset or a rollout_func gives each rollout another
+            # beginning, or where images do.
+            if any(getattr(self._trainer, name, None) for name in ("environment_factories", "rollout_func", "_is_vlm")):
                 output[GROUPS] = self._prompt_numbers(output["prompt_ids"])
         with self._noting_problems():
             # One row of the data set for each rollout, with all its columns.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.live.rows import RolloutRows
+from fx_influence.interop.trl.capture.images import images_of_rows
 from fx_influence.interop.trl.capture.micro_batch import MicroBatch
 
 OLD_LOGPROBS = "old_per_token_logps"
@@ -76,6 +77,7 @@ def rollout_rows(micro_batch: MicroBatch) -> RolloutRows:
         prompt_widths=torch.full((count,), width),
         group=inputs.get(GROUPS),
         sources=tuple(inputs.get(SOURCES, [None] * count)),
+        images=images_of_rows(inputs) or (),
     ).to("cpu")
 
 

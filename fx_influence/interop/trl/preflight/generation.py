@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fx_influence.interop.live.guard import GenerationError
-from fx_influence.interop.trl.prompts import BATCH
+from fx_influence.interop.trl.prompts import BATCH, IMAGE_COLUMNS, check_images_measurable
 from fx_influence.interop.trl.sampling import generating_model
 
 ENVIRONMENTS = ("tools", "environment_factories", "rollout_func")
@@ -128,6 +128,21 @@ def check_generation(trainer: Any, prompts: Sequence[Any] | None) -> None:
     idle = {name for name, x in settings.items() if name not in NEUTRAL and x == defaults.get(name, x)}
     _check_settings(trainer, settings, NEUTRAL, INERT | (idle - {"temperature", "eos_token_id"}))
     _check_effect(trainer)
+
+
+def check_images(trainer: Any, prompts: Sequence[Any] | None, matrix: bool) -> None:
+    """Raise ``ValueError`` where a data set with images is trained on and they cannot be carried into every pass.
+
+    Images in the prompts themselves, or from tools, are noticed in the first measured step.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+        prompts: of E; None where E is the update batch.
+        matrix: whether pairwise influences are wanted.
+    """
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if any(name in columns for name in IMAGE_COLUMNS):
+        check_images_measurable(trainer, prompts, matrix)
 
 
 def _structured_output_settings(trainer: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from fx_influence.interop.live.model_checks import active_dropout, check_not_qua
 from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.capture.micro_batch import SCORE
 from fx_influence.interop.trl.capture.recorder import METHODS
-from fx_influence.interop.trl.prompts import IMAGE_COLUMNS
 
 
 def check_kind(trainer: Any) -> None:
@@ -42,7 +41,7 @@ def check_steps(trainer: Any) -> None:
 
     Raises:
         TypeError: for another optimizer than AdamW.
-        ValueError: for active dropout, noise on the embeddings, images, a quantised model, and a head in another
+        ValueError: for active dropout, noise on the embeddings, a quantised model, and a head in another
             precision than the model. Each names the remedy.
     """
     model = trainer.model
@@ -62,18 +61,7 @@ def check_steps(trainer: Any) -> None:
             f"{name} is {alpha}; expected None, since noise on the embeddings makes every gradient one of another "
             "policy than the one that samples. Leave neftune_noise_alpha out to measure"
         )
-    _check_no_images(trainer)
     _check_optimizer(trainer)
-
-
-def _check_no_images(trainer: Any) -> None:
-    columns = getattr(trainer.train_dataset, "column_names", None) or ()
-    for name in IMAGE_COLUMNS:
-        if name in columns:
-            raise ValueError(
-                f"train_dataset has the column {name!r}; expected text alone, since influences do not see the "
-                "images that the policy reads. Train on text to measure"
-            )
 
 
 def _check_optimizer(trainer: Any) -> None:

@@ -87,10 +87,10 @@ def test_attach_rejects_embedding_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
-def test_attach_rejects_images(column: str, tmp_path: Path) -> None:
+def test_attach_rejects_images_with_held_out_prompts(column: str, tmp_path: Path) -> None:
     training = trainer(PLAIN, str(tmp_path), 1)
     training.train_dataset = training.train_dataset.add_column(column, ["a picture"] * len(training.train_dataset))
-    with pytest.raises(ValueError, match=f"train_dataset has the column '{column}'"):
+    with pytest.raises(ValueError, match="E is 3 held-out prompts and rollouts show images"):
         EntropyInfluence(1, HELD_OUT).attach(training)
 
 
