@@ -109,9 +109,9 @@ def markdown(figures: dict[str, Any]) -> str:
         f"each, links of {assumed['link_in_node'] / 1e9:.0f} GB/s among {assumed['in_node']} and "
         f"{assumed['link_between_nodes'] / 1e9:.0f} GB/s beyond, {assumed['tokens_at_once']} tokens per pass, without "
         "overlap. GB on each GPU, where a shard takes the bytes of its parameters: of the training run alone "
-        f"({TRAINING_BYTES} bytes for each parameter), and with a call beside it, with error bars, and inside TRL ({measured[CALL]:.1f}, {measured[WITH_ERROR_BARS]:.1f} and "
-        f"{measured[IN_TRL]:.1f} bytes more); what is free of a GPU is for activations and for the caches that "
-        "`memory_budget` allows.",
+        f"({TRAINING_BYTES} bytes for each parameter), and with a call beside it, with error bars, and inside TRL "
+        f"({measured[CALL]:.1f}, {measured[WITH_ERROR_BARS]:.1f} and {measured[IN_TRL]:.1f} bytes more); what is free "
+        "of a GPU is for activations and for the caches that `memory_budget` allows.",
         "",
         "| full, float32 | GPUs | seconds | GB of training | GB with a call | GB with error bars | GB inside TRL |",
         "|---|---|---|---|---|---|---|",
