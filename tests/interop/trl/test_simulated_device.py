@@ -12,8 +12,9 @@ from helpers.simulated_device import DEVICE_TYPE, register
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import float32
 
-READS = 199
-"""Host reads of one measured step, at most, whatever the number of rollouts and parameters."""
+READS = 260
+"""Host reads of one measured step, at most, whatever the number of rollouts and parameters; passes over a fold have some
+each."""
 
 pytestmark = pytest.mark.slow
 
