@@ -53,7 +53,11 @@ def train(device: str) -> DeviceTraining:
     # Moving a module to tensors of a subclass makes new parameters, so that tied ones would no longer be.
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    options = {"use_cpu": device == "cpu", "dataloader_pin_memory": False, "per_device_train_batch_size": 15}
+    options: dict[str, Any] = {
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 15,
+    }
     # A first step divides by the gradient itself, which would amplify the rounding of its small entries.
     options["adam_epsilon"] = 1.0
     with tempfile.TemporaryDirectory() as out, quiet():
