@@ -13,8 +13,8 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import float32
 
 READS = 260
-"""Host reads of one measured step, at most, whatever the number of rollouts and parameters; passes over a fold have some
-each."""
+"""Host reads of one measured step, at most, whatever the number of rollouts and parameters; passes over a fold have
+some each."""
 
 pytestmark = pytest.mark.slow
 
