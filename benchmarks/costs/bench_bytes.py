@@ -86,9 +86,6 @@ CALLS = {
     "trl_sums": Call(
         "the same with `region_stderr=False`", 8, in_trl=InTrl(clips=True, own_rollouts=True, region_stderr=False)
     ),
-    "trl_lora": Call(
-        "LoRA inside TRL, on the step's own rollouts", 8, weights="lora", in_trl=InTrl(clips=True, own_rollouts=True)
-    ),
 }
 
 
@@ -157,16 +154,15 @@ class PeakOfMeasuring(EntropyInfluence):
         self.extra_bytes = max(self.extra_bytes, peak_bytes() - self._before)
 
 
-def in_trl(call: InTrl, hidden: int, rank: int) -> tuple[int, int]:
+def in_trl(call: InTrl, hidden: int) -> tuple[int, int]:
     """Return the number of trained parameters, and the bytes that measuring takes inside of a TRL trainer."""
-    variant = Variant("dapo", rank > 0, 1, False, {})
-    adapters = LoraConfig(r=max(1, rank), task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    variant = Variant("dapo", False, 1, False, {})
     options: dict[str, Any] = {"learning_rate": 1e-5, "max_grad_norm": 1e-3 if call.clips else 0.0}
     # Rewards of four prompts' completions differ, so that rollouts have advantages of both signs.
     options |= {"per_device_train_batch_size": 2 * ROWS, "num_generations": 4}
     prompts = "batch" if call.own_rollouts else [f"{i}+1=" for i in range(ROWS)]
     with tempfile.TemporaryDirectory() as out, quiet():
-        training = trainer(variant, out, TRL_STEPS, model(hidden), adapters, **options)
+        training = trainer(variant, out, TRL_STEPS, model(hidden), **options)
         influence = PeakOfMeasuring(
             1,
             prompts,
@@ -179,7 +175,7 @@ def in_trl(call: InTrl, hidden: int, rank: int) -> tuple[int, int]:
         training.train()
     if len(influence.history) != TRL_STEPS:
         raise RuntimeError(f"history has {len(influence.history)} steps; expected {TRL_STEPS}. Read the warnings")
-    return sum(p.numel() for p in training.model.parameters() if p.requires_grad), influence.extra_bytes
+    return sum(p.numel() for p in training.model.parameters()), influence.extra_bytes
 
 
 def sizes_of(call: Call, quick: bool) -> list[tuple[int, int]]:
@@ -204,7 +200,7 @@ def measure(name: str, hidden: int, rank: int) -> None:
     call = CALLS[name]
     warnings.simplefilter("ignore")
     if call.in_trl is not None:
-        parameters, extra = in_trl(call.in_trl, hidden, rank)
+        parameters, extra = in_trl(call.in_trl, hidden)
     else:
         parameters, work = attribution(name, hidden, rank)
         extra = peak_extra(work)

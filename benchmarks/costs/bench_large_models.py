@@ -1,4 +1,4 @@
-"""Compute seconds and memory of an attribution of large models, from the bytes and rates that other benchmarks measured.
+"""Compute seconds and memory of an attribution of large models, from the bytes and rates that were measured.
 
 python -m benchmarks large_models            writes results/large_models.json and the table in README.md; a second
 python -m benchmarks large_models --quick    the same, written nowhere
@@ -108,10 +108,10 @@ def markdown(figures: dict[str, Any]) -> str:
         f"assumed to multiply at {assumed['matmul_flops'] / 1e12:.0f} TFLOP/s, with {assumed['memory'] / 1e9:.0f} GB "
         f"each, links of {assumed['link_in_node'] / 1e9:.0f} GB/s among {assumed['in_node']} and "
         f"{assumed['link_between_nodes'] / 1e9:.0f} GB/s beyond, {assumed['tokens_at_once']} tokens per pass, without "
-        f"overlap. GB on each GPU, where a shard takes the bytes of its parameters: of the training run alone ({TRAINING_BYTES} bytes for each parameter), and with a "
-        f"call beside it, with error bars, and inside TRL ({measured[CALL]:.1f}, {measured[WITH_ERROR_BARS]:.1f} and "
-        f"{measured[IN_TRL]:.1f} bytes more); what is free of a GPU is for activations and for the caches that "
-        "`memory_budget` allows.",
+        "overlap. GB on each GPU, where a shard takes the bytes of its parameters: of the training run alone "
+        f"({TRAINING_BYTES} bytes for each parameter), and with a call beside it, with error bars, and inside TRL "
+        f"({measured[CALL]:.1f}, {measured[WITH_ERROR_BARS]:.1f} and {measured[IN_TRL]:.1f} bytes more); what is free "
+        "of a GPU is for activations and for the caches that `memory_budget` allows.",
         "",
         "| full, float32 | GPUs | seconds | GB of training | GB with a call | GB with error bars | GB inside TRL |",
         "|---|---|---|---|---|---|---|",

@@ -39,20 +39,29 @@ MEMORY_NEEDED = 16e9
 
 
 class Attribution(NamedTuple):
-    """A call of ``fx.influence``: the model, which weights are trained, with or without error bars, and E's size."""
+    """A call of ``fx.influence``: the model, which weights are trained, with or without error bars, and E's size.
+
+    ``own_rollouts``: whether E is U, each row without its own prompt.
+    """
 
     model: str
     lora: bool
     stderr: bool
     rows: int = 8
     width: int = 96
+    own_rollouts: bool = False
 
     @property
     def name(self) -> str:
-        return f"{'LoRA' if self.lora else 'full'}{', error bars' if self.stderr else ''}"
+        evaluation = ", on U itself" if self.own_rollouts else ""
+        return f"{'LoRA' if self.lora else 'full'}{', error bars' if self.stderr else ''}{evaluation}"
 
 
-ATTRIBUTIONS = tuple(Attribution("0.5B", lora, stderr) for lora in (False, True) for stderr in (False, True))
+ATTRIBUTIONS = tuple(
+    Attribution("0.5B", lora, stderr, own_rollouts=own_rollouts)
+    for lora in (False, True)
+    for stderr, own_rollouts in ((False, False), (True, False), (True, True))
+)
 QUICK = tuple(case._replace(model="tiny", width=24) for case in ATTRIBUTIONS if case.lora == case.stderr)
 
 
@@ -66,9 +75,8 @@ def measure(case: Attribution) -> dict[str, Any]:
     grad = batch_gradient(params, batches.u, apply)
     before = reset_peak()
     start = time.perf_counter(), time.process_time()
-    out = fx.influence(
-        params, batches.u, batches.e, state, apply=apply, grad=grad, max_grad_norm=1.0, stderr=case.stderr
-    )
+    batch_e = None if case.own_rollouts else batches.e
+    out = fx.influence(params, batches.u, batch_e, state, apply=apply, grad=grad, max_grad_norm=1.0, stderr=case.stderr)
     elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
     absolute = float(out.per_sequence.abs().sum())
     return {

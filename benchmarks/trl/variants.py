@@ -128,10 +128,7 @@ QUIET_ON_CPU: dict[str, Any] = {
 """Options of every trainer of the benchmarks: float32 on a CPU, every step logged, nothing written or shown."""
 
 
-LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
-
-
-def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, lora: LoraConfig = LORA, **more: Any) -> Any:
+def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, **more: Any) -> Any:
     """Return a trainer, ready to train; it makes two steps on every batch if off-policy.
 
     Args:
@@ -139,7 +136,6 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, lora:
         out: its output directory.
         steps: number of optimizer steps.
         model: model to train in place of ``policy()``.
-        lora: the adapters of a variant that trains such.
         more: further options of the config.
     """
     rloo = variant.loss == "rloo"
@@ -161,6 +157,7 @@ def trainer(variant: Variant, out: str, steps: int = 3, model: Any = None, lora:
     }
     # The reference model of a loss with a KL term is read from the directory of the policy.
     (policy() if model is None else model).save_pretrained(f"{out}/policy")
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
     return (RLOOTrainer if rloo else GRPOTrainer)(
         model=AutoModelForCausalLM.from_pretrained(f"{out}/policy", dtype=torch.float32),
         args=(RLOOConfig if rloo else GRPOConfig)(**config),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.core.checks import wrong_type
-from fx_influence.core.dtensor import is_sharded, to_local
+from fx_influence.core.dtensor import is_sharded, to_local, to_numbers
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
 from fx_influence.interop.low_bit.moments import (
@@ -103,6 +103,7 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
     quantised: set[str] = set()
     steps: dict[str, int] = {}
     hyper: dict[str, AdamWHyper] = {}
+    stored: list[tuple[str, str, StoredMoment]] = []
     for index, (group, scale) in enumerate(zip(groups, scales, strict=True)):
         group_hyper = _read_hyper(group, scale)
         for name, parameter in _trainable_by_name(group["params"], names, index):
@@ -111,6 +112,7 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
             steps[name], hyper[name] = _read_step(name, state), group_hyper
             for key in MOMENTS[: 3 if group_hyper.amsgrad else 2]:
                 moment = _checked_moment(name, key, parameter, state)
+                stored.extend([(name, key, moment)] if state else [])
                 if moment.is_quantised and not copy:
                     quantised.add(key)
                     moments[key][name] = functools.partial(_converted, moment, parameter, copy)
@@ -121,6 +123,7 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
             "optimizer holds no trainable parameter of model; expected at least one. Set requires_grad on what was "
             "trained (PEFT: load the adapter with is_trainable=True)"
         )
+    _check_values(stored)
     exp_avg, exp_avg_sq, maximum = (
         cast(Params, DequantisedMoments(reads)) if key in quantised else {name: read() for name, read in reads.items()}
         for key, reads in moments.items()
@@ -207,7 +210,7 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
 
 
 def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> StoredMoment:
-    """Return one moment of a parameter, its values checked; zeros before the first step."""
+    """Return one moment of a parameter, its kind checked; zeros before the first step."""
     if not state:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         zeros = functools.partial(torch.zeros_like, parameter, dtype=dtype, requires_grad=False)
@@ -226,15 +229,26 @@ def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any
             f"optimizer state {key} of {name} and the parameter are a DTensor and a plain tensor; expected both of "
             "one kind. Make the optimizer after fully_shard, or load its state with restore_optimizer"
         )
-    local = to_local(value)
-    bad = ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
-    if bad.any():
-        raise ValueError(
-            f"optimizer state {key} of {name} holds {local[bad][0].item()} ({int(bad.sum())} such values); "
-            "expected what AdamW can hold, finite values. Take an earlier checkpoint, from before the training "
-            "diverged"
-        )
     return moment
+
+
+def _check_values(stored: list[tuple[str, str, StoredMoment]]) -> None:
+    """Raise ``ValueError`` for moments, by name and key, that AdamW cannot hold; wait for each device once."""
+    flags = to_numbers([_impossible(key, moment).any() for _, key, moment in stored])
+    for (name, key, moment), flag in zip(stored, flags, strict=True):
+        if flag:
+            local, bad = to_local(moment.read()), _impossible(key, moment)
+            raise ValueError(
+                f"optimizer state {key} of {name} holds {local[bad][0].item()} ({int(bad.sum())} such values); "
+                "expected what AdamW can hold, finite values. Take an earlier checkpoint, from before the training "
+                "diverged"
+            )
+
+
+def _impossible(key: str, moment: StoredMoment) -> Tensor:
+    """Return where the local entries of a moment are not what AdamW can hold."""
+    local = to_local(moment.read())
+    return ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
 
 
 def _converted(moment: StoredMoment, parameter: Tensor, copy: bool) -> Tensor:

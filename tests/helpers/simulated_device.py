@@ -157,6 +157,9 @@ class _Backend(_DummyBackendModule):
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
 
 class _Generator(torch.Generator):
     """A generator whose simulated device draws on the CPU, as its tensors compute."""
@@ -189,7 +192,12 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if device is not None:
         result_on_device = torch.device(device).type == DEVICE_TYPE
         kwargs = {**kwargs, "device": torch.device("cpu") if result_on_device else device}
-    if name != "aten::copy_" and simulated and any(map(_is_on_host, given)):
+    # Entries of a device's tensor may be chosen by indices of the host, which are sent there.
+    indices = [x for x in args[1] if isinstance(x, Tensor) and _is_on_host(x)] if name in INDEXING and simulated else []
+    for _ in indices:
+        _note("write", name)
+    placed = [x for x in given if not any(x is index for index in indices)]
+    if name != "aten::copy_" and simulated and any(map(_is_on_host, placed)):
         raise MixedDevices(f"{func} was given tensors on {[str(x.device) for x in given]}; expected one device")
     kind = _kind(name, args, device)
     if kind is not None:

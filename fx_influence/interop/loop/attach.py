@@ -79,7 +79,8 @@ def attach(
         region_stderr: also give the sums over the four regions of tokens standard errors, at the cost of two reverse
             passes.
         log: called with at most 16 figures of each measured step, named ``entropy_influence/...``, in nats.
-        on_step: called with the number of each measured step and its ``Influence``, rows in the order they were added.
+        on_step: called with the number of each measured step and its ``Influence``, on the CPU, rows in the order they
+            were added.
         directory: of the training run's ledger, to which each measured step is appended; ``fx.load_training`` and
             ``fx-influence report`` read it. A training run that is resumed, its optimizer's state loaded before
             ``attach``, appends to its own. A fault while writing is a warning. None writes nothing.

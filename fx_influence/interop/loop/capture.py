@@ -19,7 +19,7 @@ from fx_influence.interop.live.policy_checks import rounding_bound
 from fx_influence.interop.live.precision import in_forward_precision
 from fx_influence.interop.live.processes import all_gather_values, count_and_rank
 from fx_influence.interop.live.rows import concatenate
-from fx_influence.interop.live.step import CapturedStep, captured_step
+from fx_influence.interop.live.step import CapturedStep, captured_step, on_host
 from fx_influence.interop.loop.accumulated import AccumulatedGradient
 from fx_influence.interop.loop.ledger import LoopLedger
 from fx_influence.interop.loop.rollouts import AddedRollouts, added_rollouts
@@ -228,7 +228,7 @@ class StepCapture:
         self._record_if_measured()
 
     def _metrics_after(self, pending: PendingStep) -> dict[str, float]:
-        measured = self._measurement.after_update(pending)
+        measured = on_host(self._measurement.after_update(pending))
         metrics = all_gather_values(self._mesh, measured.metrics())[0]
         if self._ledger is not None and self._is_main:
             self._append(self._ledger, measured)

@@ -24,6 +24,7 @@ from fx_influence.interop.live.guard import Failure, attempt, preserve_random_st
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
 from fx_influence.interop.live.metrics import PREFIX, LogSelection
 from fx_influence.interop.live.processes import all_gather_values
+from fx_influence.interop.live.step import on_host
 from fx_influence.interop.trackers import MAX_FALL, report_step
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
@@ -292,7 +293,7 @@ class EntropyInfluence(TrainerCallback):
         return self._measurement.before_update(step, self._capture.finish(), store_state if storing else None)
 
     def _after_update(self, pending: PendingStep) -> dict[str, float]:
-        measured = self._measurement.after_update(pending)
+        measured = on_host(self._measurement.after_update(pending))
         metrics = all_gather_values(self._capture.mesh, measured.metrics())[0]
         if self._is_main:
             plan = settings_of_plan(measured, self._trainer, self._settings)

@@ -13,7 +13,7 @@ from fx_influence.interop.live.guard import GenerationError
 from fx_influence.interop.live.measurement import Evaluation, MeasurementSettings, PendingStep, StepMeasurement
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.live.policy_checks import rounding_bound
-from fx_influence.interop.live.step import CapturedStep
+from fx_influence.interop.live.step import CapturedStep, on_host
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.trl.capture.rollout_rows import OLD_LOGPROBS
@@ -139,7 +139,9 @@ class TrlStepMeasurement(StepMeasurement):
         """Return E as records and as the rows of all processes: the rollouts of U, or fresh ones."""
         sampling = self._sampling
         if sampling.prompts is None:
-            return super()._evaluation(step, captured)._replace(rollouts=update_rollouts(captured, self._trainer))
+            return (
+                super()._evaluation(step, captured)._replace(rollouts=update_rollouts(on_host(captured), self._trainer))
+            )
         rollouts = held_out_rollouts(
             self._trainer, sampling.prompts, sampling.completions_per_prompt, sampling.seed + step, self._mesh
         )

@@ -86,7 +86,7 @@ class GradientRecorder(TrlStepMeasurement):
 
 @pytest.mark.filterwarnings("ignore")
 def test_clipped_gradient_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the trainer clips is attributed from its own tensors, and nothing of it is unattributed."""
+    """A clipped step is attributed from the trainer's own tensors, and nothing of it is unattributed."""
     monkeypatch.setattr(GradientRecorder, "clips", [])
     monkeypatch.setattr("fx_influence.interop.trl.callback.TrlStepMeasurement", GradientRecorder)
     training = measure_training(tmp_path, 2, PLAIN, learning_rate=1e-3, max_grad_norm=0.01)

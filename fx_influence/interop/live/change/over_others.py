@@ -79,7 +79,7 @@ def shifts_without_own_fold(
 ) -> TokenValues:
     """Return by how much leaving a row's fold out of the step changes the row's token values after it, (n, T).
 
-    It takes two reverse passes and two forwards over U, and memory for three vectors of the parameters' size.
+    It takes two reverse passes and two forwards over U, and memory for two vectors of the parameters' size.
 
     Args:
         step: the optimizer's step, before it is made.
@@ -104,10 +104,13 @@ def shifts_without_own_fold(
     factors = (-1 / (1 - folds.shares)).tolist()
     for rows, factor in zip(rows_by_group(folds.part, len(factors)), factors, strict=True):
         gradient = _add_(_gradient(select_rows(batch_u, rows), update), mean, factor, cancels)
-        direction = replace(step, grads=gradient).direction()
-        del gradient
-        values = exact.engine.values(_move_(direction, exact.params, lr), select_rows(scored, rows))
-        del direction
+        moved: Params = {}
+        for name, p in exact.params.items():
+            # A fold's gradient is freed one parameter at a time as the moved ones are made.
+            of_name = replace(step, grads={name: gradient.pop(name)}, params={name: step.params[name]})
+            moved |= _move_(of_name.direction(), {name: p}, lr)
+        values = exact.engine.values(moved, select_rows(scored, rows))
+        del moved
         for change, after, before in zip(changes, values, planned, strict=True):
             change[rows] = after - before[rows]
     return changes
