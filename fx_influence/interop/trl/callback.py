@@ -30,11 +30,7 @@ from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
 from fx_influence.interop.trl.preflight.generation import check_generation, check_images
-from fx_influence.interop.trl.preflight.processes import (
-    check_prepared,
-    check_processes,
-    check_sharded_settings,
-)
+from fx_influence.interop.trl.preflight.processes import check_prepared, check_processes, check_sharded_settings
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
 from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts

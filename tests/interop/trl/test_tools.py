@@ -61,7 +61,7 @@ def test_captured_rollouts_with_gaps_add_up(source: str, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_rollouts_with_gaps_are_measured(source: str, tmp_path: Path) -> None:
-    """Prediction and importance sampling agree within their error, no bit of the training changes, and no prompt loses its siblings."""
+    """Prediction and measurement agree within their error, no bit of the training changes, no prompt loses its rows."""
     options = {**SOURCES[source], "learning_rate": 1e-3, "adam_epsilon": 1e2, "max_grad_norm": 0.0}
     Counter.resets = 0
     measured = measured_run(tmp_path / "measured", 3, **options)
