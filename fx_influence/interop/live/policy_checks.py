@@ -1,4 +1,4 @@
-"""Check a trainer's numbers against its policy: the log-probabilities it scored, and the completions it sampled."""
+"""Check what a training run is measured with: its log-probabilities and completions, and the objective."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.interop.live.guard import CaptureError, GenerationError
+from fx_influence.objectives import Entropy, check_entropy
 from fx_influence.policy.four_bit import four_bit_dtypes
 from fx_influence.types import Batch
 
@@ -17,6 +18,17 @@ TEMPERATURE_FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 
 FALSE_ALARM_RATE = 3e-7
 """Share of training runs in which completions that are sampled from the policy are wrongly refused."""
+
+
+def check_measured_objective(objective: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what a measured change of entropy cannot stand beside."""
+    check_entropy(objective, finite_step=False)
+    assert isinstance(objective, Entropy)
+    if objective.score != 1:
+        raise ValueError(
+            f"objective.score is {objective.score!r}; expected 1, since what is measured beside the prediction has no "
+            "such bias, and the ledger would add it up. Leave it out, or call fx.influence on a stored step"
+        )
 
 
 def rounding_bound(model: nn.Module, lower: Iterable[torch.dtype] = ()) -> float:

@@ -18,6 +18,7 @@ from fx_influence.distributed.consistency import check_consistent
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.measurement import MeasurementSettings
 from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
+from fx_influence.interop.live.policy_checks import check_measured_objective
 from fx_influence.interop.loop.capture import LoopTraining, StepCapture, steps_made
 from fx_influence.interop.loop.ledger import LoopLedger, check_directory
 from fx_influence.interop.optimizers import adamw_state, require_adamw
@@ -114,6 +115,7 @@ def attach(
     check_options(temperature, chunk_size, memory_budget)
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast is {autocast!r}; expected torch.bfloat16, torch.float16 or None. Pass the dtype")
+    check_measured_objective(objective)
     adamw = require_adamw(optimizer)
     # Only read, and dropped again: it checks that the parameters are the model's and that the state can be AdamW's.
     adamw_state(adamw, model, copy=False)

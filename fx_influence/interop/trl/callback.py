@@ -23,6 +23,7 @@ from fx_influence.functional import make_functional
 from fx_influence.interop.live.guard import Failure, attempt, preserve_random_state, reason, warn
 from fx_influence.interop.live.measurement import MeasurementSettings, PendingStep
 from fx_influence.interop.live.metrics import PREFIX, LogSelection
+from fx_influence.interop.live.policy_checks import check_measured_objective
 from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.live.step import on_host
 from fx_influence.interop.trackers import MAX_FALL, report_step
@@ -128,6 +129,7 @@ class EntropyInfluence(TrainerCallback):
                 raise ValueError(f"{field} is {value}; expected at least 1. Pass a positive number")
         if name is not None and not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"name is {name!r}; expected letters, digits, dots, hyphens and underscores. Rename it")
+        check_measured_objective(objective)
         self.every = every
         self.history: list[dict[str, float]] = []
         self.name, self._requested_name = name or "", name

@@ -157,12 +157,18 @@ def with_dropout(model: nn.Module) -> nn.Module:
         (lambda m: (torch.optim.AdamW(m.parameters()), m), {"temperature": 0.0}, ValueError, "temperature is 0"),
         (
             lambda m: (torch.optim.AdamW(m.parameters()), m),
+            {"objective": fx.Entropy(score=0.5)},
+            ValueError,
+            "score is 0.5",
+        ),
+        (
+            lambda m: (torch.optim.AdamW(m.parameters()), m),
             {"autocast": torch.int8},
             ValueError,
             "autocast is torch.in",
         ),
     ],
-    ids=["optimizer", "foreign", "dropout", "every", "temperature", "autocast"],
+    ids=["optimizer", "foreign", "dropout", "every", "temperature", "score", "autocast"],
 )
 def test_attach_refuses(prepare: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     optimizer, model = prepare(make_float64(AttentionModel))
