@@ -128,9 +128,9 @@ def influence(
             groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for E's forward, then for the directions of the error bars and, beside them, for U's
-            reverse pass, then for the gradients of the matrix, beside the pass that runs; None takes 768 MiB, or 16 a
-            trainable parameter where that is more. Below the size of one gradient error bars hold no sum of gradients,
-            for a pass over E and a JVP more; 0 caches nothing.
+            reverse pass, then for the gradients of the matrix, beside the pass that runs; None takes 16 a trainable
+            parameter, 768 MiB to 4 GiB in all. Below the size of one gradient error bars hold no sum of gradients, for
+            a pass over E and a JVP more; 0 caches nothing.
         compute_dtype: bfloat16 for the matrix products of all passes, as under ``torch.autocast``; the
             parameters, gradients, directions, softmaxes and sums stay as they are. None computes in the parameters'
             precision, and U's losses in that of the policy's own autocast.

@@ -40,6 +40,10 @@ MEMORY_BUDGET = 3 * 2**28
 BYTES_PER_PARAMETER = 16
 """Bytes of a call's caches for each trainable parameter, used where that is more: eight directions in bfloat16."""
 
+LARGEST_BUDGET = 2**32
+"""Largest number of bytes of a call's caches that the caller has not asked for: beside a large model's training state
+there is no room for as much again."""
+
 TokenDirections = Callable[[int], Direction]
 """The direction of the token values of the k-th group of rows; called once a group, in order."""
 
@@ -50,8 +54,14 @@ Names absent in a direction count as 0."""
 
 
 def default_budget(params: Params) -> int:
-    """Return the bytes of a call's caches where the caller sets no budget."""
-    return max(MEMORY_BUDGET, BYTES_PER_PARAMETER * sum(to_local(p).numel() for p in params.values()))
+    """Return the bytes of a call's caches where the caller sets no budget.
+
+    Example:
+        >>> [default_budget({"w": torch.empty(n, device="meta")}) >> 20 for n in (10**6, 10**8, 10**10)]
+        [768, 1525, 4096]
+    """
+    wanted = BYTES_PER_PARAMETER * sum(to_local(p).numel() for p in params.values())
+    return max(MEMORY_BUDGET, min(wanted, LARGEST_BUDGET))
 
 
 class DirectionPlan(NamedTuple):

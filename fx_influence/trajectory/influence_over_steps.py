@@ -104,7 +104,7 @@ def influence_over_steps(
         temperature: divides the logits before log-probabilities and entropies.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for the states of the window, in addition to the cotangents. All are stored where they
-            fit, about 2 sqrt(K) else. None takes 768 MiB, or 16 bytes a trainable parameter where that is more.
+            fit, about 2 sqrt(K) else. None takes 16 bytes a trainable parameter, at least 768 MiB and at most 4 GiB.
         tolerance: as for ``influence``.
 
     Returns:
