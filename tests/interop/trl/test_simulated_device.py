@@ -12,7 +12,7 @@ from helpers.simulated_device import DEVICE_TYPE, register
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import float32
 
-READS = 260
+READS = 262
 """Host reads of one measured step, at most, whatever the number of rollouts and parameters; passes over a fold have
 some each."""
 
