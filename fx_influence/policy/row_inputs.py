@@ -44,7 +44,7 @@ class RowInputs:
             ValueError: two rows have equal tokens and other inputs.
 
         Example:
-            >>> ids = torch.tensor([[1, 2], [1, 3]])
+            >>> ids = torch.tensor([[1, 2, 4], [1, 3, 4]])
             >>> inputs = RowInputs.of(ids, ids > 0, [{"pixels": torch.zeros(1, 3)}, {}])
             >>> {name: x.shape for name, x in inputs.of_rows(ids, ids > 0).items()}
             {'pixels': torch.Size([1, 3])}

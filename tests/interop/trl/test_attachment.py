@@ -118,8 +118,8 @@ def test_name_prefixes_metrics_and_is_taken_once(tmp_path: Path) -> None:
         EntropyInfluence(1, HELD_OUT, name="arith").attach(training)
     with pytest.raises(ValueError, match="name is 'a/b'; expected letters"):
         EntropyInfluence(1, HELD_OUT, name="a/b")
-    with pytest.raises(ValueError, match=r"objective\.score is 'auto'; expected"):
-        EntropyInfluence(1, HELD_OUT, objective=fx.Entropy(score="auto"))
+    with pytest.raises(ValueError, match=r"objective\.score is 0\.5; expected 1"):
+        EntropyInfluence(1, HELD_OUT, objective=fx.Entropy(score=0.5))
     training.train()
     assert PREFIX + "arith/total" in training.state.log_history[0]
     assert (tmp_path / "entropy_influence-arith" / "step_000001").is_dir()
