@@ -18,13 +18,13 @@ from helpers.simulated_device import DEVICE_TYPE, register
 from helpers.tolerances import assert_close_to_rounding
 
 READS = {
-    "influence": 54,
+    "influence": 53,
     "influence, no stderr": 36,
     "influence, per_token=False": 51,
     "influence, matrix": 51,
     "influence, matrix, per_token=False": 46,
-    "influence, cross-fitted": 70,
-    "influence, labels": 69,
+    "influence, cross-fitted": 80,
+    "influence, labels": 68,
     "snis_delta": 19,
     "snis_sweep": 21,
     "jvp_delta": 22,

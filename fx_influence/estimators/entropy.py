@@ -11,8 +11,7 @@ from torch import Tensor
 from fx_influence.core.batch_checks import check_fields, check_is_batch
 from fx_influence.core.checks import check_choice, wrong_type
 from fx_influence.estimators.importance import MAX_LOG_WEIGHT, ImportanceWeights, importance_weights
-from fx_influence.estimators.score_term import baseline_values
-from fx_influence.estimators.stderr import cluster_index
+from fx_influence.estimators.score_term import baseline_values, prompt_of_rows
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 
@@ -210,7 +209,8 @@ def entropy_coefficients(
     mask = batch.completion_mask
     by_rank = completion_values(values, mask)
     weights = behaviour_weights(values, batch, estimator)
-    x = score * centred_entropies(by_rank, estimator, normalize, by_rank, baseline, cluster_index(batch), weights)
+    prompt = prompt_of_rows(batch, baseline)
+    x = score * centred_entropies(by_rank, estimator, normalize, by_rank, baseline, prompt, weights)
     if weights is not None:
         return weighted_coefficients(x, weights, weights.shares, by_rank.ok, mask, normalize)
     z = denominator_weights(mask, normalize).sum()

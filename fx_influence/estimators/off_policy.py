@@ -14,7 +14,7 @@ from fx_influence.estimators.entropy import (
     weighted_coefficients,
 )
 from fx_influence.estimators.importance import ImportanceWeights, cumulative_log_weights
-from fx_influence.estimators.stderr import cluster_index
+from fx_influence.estimators.score_term import prompt_of_rows
 from fx_influence.types import Baseline, Batch, Estimator, Normalize, TokenValues
 
 
@@ -52,7 +52,7 @@ def coefficients_by_group(
     by_rank = completion_values(values, batch.completion_mask)
     weights = behaviour_weights(values, batch, "per_decision")
     assert weights is not None
-    prompt = cluster_index(batch)
+    prompt = prompt_of_rows(batch, baseline)
     x = score * centred_entropies(by_rank, "per_decision", normalize, by_rank, baseline, prompt, weights)
     of_ranks = (weights.shares * by_rank.ok).sum(0)
     results = []
@@ -111,7 +111,7 @@ def spread_by_rank(
     by_rank, moving = (completion_values(x, batch.completion_mask) for x in (values, tangents))
     weights = behaviour_weights(values, batch, "per_decision")
     assert weights is not None
-    prompt = cluster_index(batch)
+    prompt = prompt_of_rows(batch, baseline)
     x = score * centred_entropies(by_rank, "per_decision", normalize, by_rank, baseline, prompt, weights)
     scores = torch.where(weights.within, cumulative_log_weights(moving.logprobs, "per_decision"), 0.0)
     of_ranks = (weights.shares * by_rank.ok).sum(0)

@@ -7,10 +7,16 @@ from torch import Tensor
 
 from fx_influence.estimators.deviations import Deviations
 from fx_influence.estimators.importance import ImportanceWeights
-from fx_influence.types import Baseline
+from fx_influence.estimators.stderr import cluster_index
+from fx_influence.types import Baseline, Batch
 
 NEGLIGIBLE = 1e-12
 """Share of the rows' sum of squares below which a variance is taken for rounding."""
+
+
+def prompt_of_rows(batch: Batch, kind: Baseline) -> Tensor | None:
+    """Return the prompt of each row, int64 (n,), or None for a baseline that needs none, without reading any."""
+    return None if kind == "batch" else cluster_index(batch)
 
 
 def baseline_values(
