@@ -99,9 +99,7 @@ def compare(out: fx.Influence, truth: fx.Influence, regions: fx.labels.Labels) -
         "noise_share": noise_share(out),
         "covered": float((error.abs() <= INTERVAL * noise)[moves].double().mean()),
         "told": float(told[:4].double().mean()),
-        "right": float(
-            (told & (sums.influence.sign() == true_sums.influence.sign()))[:4].sum() / told[:4].sum().clamp(min=1)
-        ),
+        "right": float((told & (sums.influence.sign() == true_sums.influence.sign()))[:4].double().mean()),
     }
 
 
@@ -137,7 +135,7 @@ COLUMNS = {
     "noise_share": "noise by error bars",
     "covered": "true influence in its 95% interval",
     "told": "signs of regions told",
-    "right": "of these right",
+    "right": "signs of regions told and right",
 }
 """Heads of the table by figure; all but the first two are shares."""
 
