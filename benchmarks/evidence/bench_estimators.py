@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -122,6 +123,13 @@ BARS = ("per_decision", "per_decision, shrunk", "no score term", "half the score
 """Estimators whose error bars are compared with their errors, on a quarter of the draws."""
 
 
+def influence_with_bias(*arguments: Any, **options: Any) -> fx.Influence:
+    """Return ``fx.influence`` without the warning of a biased objective, whose bias is measured."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"objective\.score is", UserWarning)
+        return fx.influence(*arguments, **options)
+
+
 def train(training: TrainingRun) -> list[dict[str, Any]]:
     """Return the errors of every estimator at every size, at each of the ``steps``."""
     policy = initial_policy(training.policy, training.is_stored)
@@ -176,7 +184,7 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> lis
                 index = draw(size, np.random.default_rng([step_state.step, size, k]))
                 e = select_rows(source, index)
                 if objective.score == "auto" or (name in BARS and k < max(1, draws_of_size // 4)):
-                    bars.append(fx.influence(params, step_state.batch, e, state, objective=objective, **options))
+                    bars.append(influence_with_bias(params, step_state.batch, e, state, objective=objective, **options))
                 if objective.score == "auto":
                     figures.append(_compare(bars[-1].per_sequence, truth))
                     continue
