@@ -10,13 +10,11 @@ function startState(run) {
 
 function paint(state, printing = false) {
   const frame = $("rows");
-  const nodeOf = (i, position) => {
-    const row = rowNode(state.run, state.evaluation, state.scales, i, position);
-    if (position === state.active) row.classList.add("active");
-    row.setAttribute("aria-selected", String(i === state.rollout));
-    return row;
-  };
-  fillRows(frame, nodeOf, state.view, printing);
+  const nodeOf = (i, position) => rowNode(state.run, state.evaluation, state.scales, i, position);
+  for (const [position, row] of fillRows(frame, nodeOf, state.view, printing)) {
+    row.classList.toggle("active", position === state.active);
+    row.setAttribute("aria-selected", String(state.view[position] === state.rollout));
+  }
   const active = state.view[state.active];
   if (active === undefined) frame.removeAttribute("aria-activedescendant");
   else frame.setAttribute("aria-activedescendant", `row-${active}`);
@@ -31,6 +29,7 @@ function refresh(state) {
   const frame = $("rows");
   frame.scrollTop = 0;
   frame.setAttribute("aria-rowcount", state.view.length + 1);
+  frame.querySelector("tbody").replaceChildren();
   frame.querySelector("thead").replaceChildren(headNode(state.scales, state.sort, (key) => sortBy(state, key)));
   $("count").textContent = indices.length === run.count ? `${run.count.toLocaleString("en")} rollouts`
     : `${indices.length.toLocaleString("en")} of ${run.count.toLocaleString("en")} rollouts`;

@@ -126,19 +126,29 @@ function headNode(scales, sort, onSort) {
   return row;
 }
 
-function spacer(rows) {
-  const cell = make("td");
-  cell.style.height = `${rows * ROW}px`;
-  return make("tr", { class: "spacer", "aria-hidden": "true" }, cell);
+function spacer() {
+  return make("tr", { class: "spacer", "aria-hidden": "true" }, make("td"));
 }
 
-// Replaces the rows of ``frame`` by those of ``view`` that are visible, with empty space for the others.
+// Brings the rows of ``view`` that are visible into ``frame``, with empty space for the others, and returns them by position.
+// Rows that stay are not touched: a browser drops a click whose row is taken out between press and release.
 function fillRows(frame, nodeOf, view, printing) {
   const above = printing ? 0 : Math.max(0, Math.floor(frame.scrollTop / ROW) - SPARE);
   // By the height of the window, because an empty frame has no height yet.
   const count = printing ? PRINTED : Math.ceil(innerHeight / ROW) + 2 * SPARE;
   const end = Math.min(view.length, above + count);
-  const rows = view.slice(above, end).map((i, k) => nodeOf(i, above + k));
-  const below = printing ? 0 : view.length - end;
-  frame.querySelector("tbody").replaceChildren(spacer(above), ...rows, spacer(below));
+  const body = frame.querySelector("tbody");
+  if (!body.firstChild) body.append(spacer(), spacer());
+  const drawn = new Map(Array.from(body.querySelectorAll("[data-rollout]"), (row) => [Number(row.dataset.rollout), row]));
+  const rows = new Map(view.slice(above, end).map((i, k) => [above + k, drawn.get(i) ?? nodeOf(i, above + k)]));
+  const visible = new Set(rows.values());
+  for (const row of drawn.values()) if (!visible.has(row)) row.remove();
+  let next = body.firstChild.nextSibling;
+  for (const row of rows.values()) {
+    if (row === next) next = next.nextSibling;
+    else body.insertBefore(row, next);
+  }
+  body.firstChild.firstChild.style.height = `${above * ROW}px`;
+  body.lastChild.firstChild.style.height = `${printing ? 0 : (view.length - end) * ROW}px`;
+  return rows;
 }

@@ -186,6 +186,17 @@ def test_selecting_an_evaluation_updates_the_page(page: Any, run: EntropyInfluen
     assert number(readout(page)["influence"]) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_click_opens_rollout_when_rows_are_repainted(page: Any) -> None:
+    row = page.locator("#row-3")
+    row.scroll_into_view_if_needed()
+    box = present(row.bounding_box())
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.evaluate("dispatchEvent(new Event('resize'))")
+    page.mouse.up()
+    page.wait_for_selector("#detail .card[data-rollout='3'] .token", timeout=5000)
+
+
 def test_large_run_keeps_few_nodes_in_the_document(visit: Any, tmp_path: Path) -> None:
     results = synthetic(Size(1500, 16, 900), tmp_path)
     page = visit(write_report(results, figures=False))
