@@ -31,6 +31,7 @@ OUT = ROOT / "benchmarks" / "results" / "versions.json"
 CORE = {"torch", "numpy", "einops", "pytest", "hypothesis"}
 ROOMS = {"core", "estimators", "optim", "batching", "policy", "autodiff", "distributed", "testing"}
 """Rooms of the mathematics, beside the modules at the top."""
+FAST = "not slow and not browser and not trackers"
 NOT_RUN = {"mypy", "pdoc", "pytest-xdist", "ruff", "setuptools", "trl", "bitsandbytes", "torchao"}
 """Packages of pyproject.toml that the oldest sets leave out; those of quantised optimizers need newer torch."""
 WITH_TRL = {"trl", "datasets"}
@@ -205,7 +206,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     files = [file for file in files if file not in excluded]
     print(f"{name}: {len(files)} files on {versions(python, chosen)}", flush=True)
     report = folder / f"{name}.xml"
-    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow and not browser", "--tb=short"]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-m", FAST, "--tb=short"]
     options += ["-n", "2", "--dist", "loadscope"] if chosen.today else []
     left_out = [f"--deselect={test}" for test in sorted(excluded)]
     ended = subprocess.run([python, "-m", "pytest", *options, *left_out, f"--junitxml={report}", *files], cwd=ROOT)

@@ -1,10 +1,27 @@
-"""A stand-in for trackio and W&B, after the sources of trackio 0.43 and wandb 0.31."""
+"""A stand-in for trackio and W&B, after the sources of trackio 0.43 and wandb 0.31, and a step with hostile texts."""
 
 from __future__ import annotations
 
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+
+from helpers.made_trainings import made_entry
+
+HOSTILE = ("![x](https://example.com/x.png) <img src=x onerror=alert(1)>\n# h `a` \ud800\u202e",)
+
+
+def hostile_entry(step: int = 1, **figures: Any) -> dict[str, Any]:
+    """Return the entry of a step whose rollouts have hostile texts.
+
+    Args:
+        step: its number.
+        **figures: that replace those of the made step.
+    """
+    made = made_entry(step, np.random.default_rng(0), 0.8, HOSTILE)
+    return {**made, "figures": {**made["figures"], **figures}}
 
 
 class StandIn:

@@ -1,20 +1,16 @@
-"""Tables and alerts of measured steps in trackio and W&B: against stand-ins, and the packages where they are installed.
+"""Tables and alerts of measured steps in trackio and W&B, against stand-ins.
 
-The stand-ins follow trackio 0.43 and wandb 0.31: ``log``, ``alert``, ``Table`` and where a run is. Neither is a
-dependency of the tests, trackio because it asks for an older pillow than the other packages.
+The stand-ins follow trackio 0.43 and wandb 0.31: ``log``, ``alert``, ``Table`` and where a run is.
+``test_installed_trackers.py`` has the tests of the packages.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers.made_trainings import made_entry
-from helpers.trackers import StandIn
+from helpers.trackers import StandIn, hostile_entry
 
 from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST
 from fx_influence.interop.trackers import (
@@ -29,16 +25,9 @@ from fx_influence.interop.trackers import (
     workspace,
 )
 
-HOSTILE = ("![x](https://example.com/x.png) <img src=x onerror=alert(1)>\n# h `a` \ud800\u202e",)
-
-
-def entry(step: int = 1, **figures: Any) -> dict[str, Any]:
-    made = made_entry(step, np.random.default_rng(0), 0.8, HOSTILE)
-    return {**made, "figures": {**made["figures"], **figures}}
-
 
 def titles(**figures: Any) -> list[str]:
-    return [alert.title for alert in step_alerts(entry(**figures))]
+    return [alert.title for alert in step_alerts(hostile_entry(**figures))]
 
 
 def test_step_without_a_finding_has_no_alert() -> None:
@@ -75,7 +64,7 @@ def test_alerts_need_error_bars_that_determine_them() -> None:
 
 
 def test_fall_names_its_main_cause() -> None:
-    made = entry(measured=-0.01, momentum=-2e-3)
+    made = hostile_entry(measured=-0.01, momentum=-2e-3)
     made["sums"]["region"] = [["A<0 unlikely", -3e-3, 1e-4, 9, 0.5], ["A>0 likely", 2e-3, None, 9, 0.5]]
     assert step_alerts(made)[0].text.endswith("A<0 unlikely lowers it most, by 0.003.")
     made["figures"]["momentum"] = -4e-3
@@ -84,7 +73,7 @@ def test_fall_names_its_main_cause() -> None:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_table_has_the_strongest_rollouts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker, made = StandIn(), entry(7)
+    tracker, made = StandIn(), hostile_entry(7)
     monkeypatch.setitem(sys.modules, name, tracker)
     report_step(made, ["tensorboard", name], set())
     [(metrics, options)] = tracker.logs
@@ -101,7 +90,7 @@ def test_table_has_the_strongest_rollouts(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_texts_are_literal_in_markdown() -> None:
-    [text] = {row[-2] for row in rollout_rows(entry(), markdown_literal)}
+    [text] = {row[-2] for row in rollout_rows(hostile_entry(), markdown_literal)}
     assert text.isprintable()
     plain = text.replace("\\\\", "")
     unescaped = [c for k, c in enumerate(plain) if c in "![]()<>#`" and plain[k - 1] != "\\"]
@@ -113,11 +102,11 @@ def test_alerts_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker, alerted = StandIn(), set[str]()
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     for step in (1, 2):
-        report_step(entry(step, total=-0.01, measured=-0.01, conditioning=0.9), ["wandb"], alerted)
+        report_step(hostile_entry(step, total=-0.01, measured=-0.01, conditioning=0.9), ["wandb"], alerted)
     assert [title for title, _, _ in tracker.alerts] == ["Entropy falls fast", "Ill-conditioned influences"]
     assert {level for _, _, level in tracker.alerts} == {"warn"}
     assert tracker.alerts[0][1].startswith("Step 1 lowers")
-    report_step(entry(3, total=-0.01, measured=-0.01), ["wandb"], set(), max_fall=0.1)
+    report_step(hostile_entry(3, total=-0.01, measured=-0.01), ["wandb"], set(), max_fall=0.1)
     assert len(tracker.alerts) == 2
 
 
@@ -125,7 +114,7 @@ def test_tracker_without_a_run_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("wandb", "trackio"):
         tracker = StandIn(has_run=False)
         monkeypatch.setitem(sys.modules, name, tracker)
-        report_step(entry(), [name], set())
+        report_step(hostile_entry(), [name], set())
         assert tracker.logs == []
 
 
@@ -139,43 +128,3 @@ def test_workspace_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(ImportError, match="pip install wandb-workspaces"):
         workspace("entity", "project")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_takes_table_and_alert_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run = wandb.init(project="test", dir=os.fspath(tmp_path))
-    alert, sent = wandb.alert, list[str]()
-
-    def recorded_alert(**options: Any) -> None:
-        sent.append(options["title"])
-        alert(**options)
-
-    monkeypatch.setattr(wandb, "alert", recorded_alert)
-    report_step(entry(total=-0.01, measured=-0.01), ["wandb"], set())
-    wandb.log({"train/global_step": 1})
-    run.finish()
-    [file] = tmp_path.rglob("*.table.json")
-    assert '"columns":["step","id","influence"' in file.read_text(encoding="utf-8").replace(" ", "")
-    assert sent == ["Entropy falls fast"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_trackio_takes_table_and_alert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", os.fspath(tmp_path))
-    trackio = pytest.importorskip("trackio")
-    trackio.init(project="test", embed=False, auto_log_cpu=False, auto_log_gpu=False)
-    report_step(entry(3, measured=-0.01), ["trackio"], set())
-    trackio.finish()
-    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"Entropy falls fast" in stored
-    assert b"entropy_influence/strongest" in stored
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_workspace_has_one_section_of_few_panels() -> None:
-    pytest.importorskip("wandb_workspaces")
-    [section] = workspace("entity", "project").sections
-    assert len(section.panels) == len(panel_metrics())
