@@ -32,7 +32,11 @@ class Deviations(NamedTuple):
 
     def stderr(self) -> Tensor:
         """Return the standard error of each influence, float64 (n,); NaN with fewer than two parts."""
-        return _root_of_squares(self.by_part, len(self.by_part) - (self.left_out != NOTHING_LEFT_OUT).long())
+        return _root_of_squares(self.by_part, self._counted())
+
+    def degrees_of_freedom(self) -> int:
+        """Return C - 1 for the C parts behind an influence, the fewest of all: one less where a part is left out."""
+        return int(self._counted().min()) - 1 if len(self.left_out) else len(self.by_part) - 1
 
     def stderr_of_sums(self, index: Tensor, num_labels: int) -> Tensor:
         """Return the standard errors of sums of influences, float64 (L,): the root of the parts' summed squares.
@@ -59,6 +63,10 @@ class Deviations(NamedTuple):
         counted = ~is_left_out(len(self.by_part), self.left_out)
         used = (in_label.T.unsqueeze(0) & counted.unsqueeze(1)).any(-1).sum(0)
         return _root_of_squares(sums, used)
+
+    def _counted(self) -> Tensor:
+        """Return the number of parts that each influence is over, int64 (n,)."""
+        return len(self.by_part) - (self.left_out != NOTHING_LEFT_OUT).long()
 
 
 class LabelDeviations(NamedTuple):

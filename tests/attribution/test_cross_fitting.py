@@ -61,6 +61,18 @@ def test_cross_fitted_influence_matches_the_reference(case: Case, seed: int, pro
     assert not matrix[left_out].any()
 
 
+def test_degrees_of_freedom_count_the_parts_of_the_error_bars() -> None:
+    case = make_case()
+    u = batch_of_prompts(2, 20, 10)
+    degrees = {
+        (matrix, e is None): run(case, u, e, matrix=matrix).degrees_of_freedom
+        for matrix in (False, True)
+        for e in (None, u)
+    }
+    assert degrees == {(False, True): 6, (False, False): 7, (True, True): 8, (True, False): 9}
+    assert run(case, u, None, stderr=False).degrees_of_freedom is None
+
+
 @pytest.mark.slow
 @given(case=cases(), seed=seeds)
 def test_self_influence_is_that_of_the_own_prompt(case: Case, seed: int) -> None:
