@@ -173,7 +173,7 @@ def _check_partition(named: Mapping[str, Tensor]) -> None:
             )
 
 
-_HARMLESS_HOOKS = ("wandb.", "torch.distributed.", "fx_influence.")
+_HARMLESS_HOOKS = ("wandb.", "torch.distributed.", "deepspeed.runtime.", "deepspeed.utils.", "fx_influence.")
 """Packages whose hooks look at gradients, or bring them to their owners, and change none."""
 
 

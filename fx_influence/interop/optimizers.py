@@ -15,13 +15,15 @@ from fx_influence.core.dtensor import is_sharded, to_local, to_numbers
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
 from fx_influence.interop.low_bit.moments import (
-    DequantisedMoments,
+    ComputedMoments,
     StoredMoment,
     groups_of,
     is_low_bit,
     stored_moment,
     why_not_adamw,
 )
+from fx_influence.interop.zero.partitions import all_gather_parameter, is_partitioned, zero_optimizer
+from fx_influence.interop.zero.settings import check_partitions
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState, Params
@@ -42,7 +44,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     is 0, as on the first step of a warm-up, rho is the ratio of the groups' ``initial_lr``, or 1 if they have none.
 
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
-    sharded like the parameters, and every rank makes the call.
+    sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
+    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
     from these values. That it then rounds the updated ones changes the steps after it, not this one.
@@ -50,13 +53,13 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     Args:
         optimizer: a ``torch.optim.AdamW``, an ``Adam`` with decoupled or no weight decay, an 8-bit, paged or 32-bit
             AdamW of bitsandbytes, or an AdamW8bit, AdamW4bit or AdamWFp8 of torchao; bare or inside a wrapper that
-            keeps it as ``.optimizer`` (accelerate).
+            keeps it as ``.optimizer`` (accelerate, DeepSpeed's ZeRO-1 and 2).
         model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
             parallelism); names are those of the inner module. Tied parameters appear once.
         copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
             already have the result's dtype and the parameter's device. They are valid until the optimizer's next step,
             which changes them in place, and must not be written to. Quantised moments are then dequantised at each
-            access, one parameter at a time.
+            access, and partitioned ones gathered, one parameter at a time: every rank makes the same accesses.
 
     Returns:
         Moments in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros and
@@ -86,7 +89,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
         remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
         raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
     model = unwrap_model(model)
-    return on_all_ranks(model, lambda: _read_state(require_adamw(optimizer), model, copy))
+    return on_all_ranks(model, lambda: _read_state(require_adamw(optimizer), zero_optimizer(optimizer), model, copy))
 
 
 def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
@@ -95,26 +98,37 @@ def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
     return call() if mesh is None else raise_on_all_ranks(mesh, call)
 
 
-def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> AdamWState:
+def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy: bool) -> AdamWState:
+    """Return ``adamw_state``.
+
+    Args:
+        adamw: without wrappers.
+        zero: DeepSpeed's optimizer around it, whose partitions of groups are its parameters; None without one.
+        model: without wrappers.
+        copy: see ``adamw_state``.
+    """
+    if zero is not None:
+        check_partitions(zero)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = groups_of(adamw)
     lr, scales = _reference_lr_and_scales(groups)
     moments: dict[str, dict[str, Callable[[], Tensor]]] = {key: {} for key in MOMENTS}
-    quantised: set[str] = set()
+    computed: set[str] = set()
     steps: dict[str, int] = {}
     hyper: dict[str, AdamWHyper] = {}
     stored: list[tuple[str, str, StoredMoment]] = []
     for index, (group, scale) in enumerate(zip(groups, scales, strict=True)):
         group_hyper = _read_hyper(group, scale)
-        for name, parameter in _trainable_by_name(group["params"], names, index):
+        members = group["params"] if zero is None else zero.bit16_groups[index]
+        for name, parameter in _trainable_by_name(members, names, index):
             # The state is a defaultdict: indexing it would create an entry.
-            state = adamw.state.get(parameter, {})
+            state = adamw.state.get(parameter if zero is None else group["params"][0], {})
             steps[name], hyper[name] = _read_step(name, state), group_hyper
             for key in MOMENTS[: 3 if group_hyper.amsgrad else 2]:
-                moment = _checked_moment(name, key, parameter, state)
+                moment = _checked_moment(name, key, parameter, state, zero is not None)
                 stored.extend([(name, key, moment)] if state else [])
-                if moment.is_quantised and not copy:
-                    quantised.add(key)
+                if moment.is_computed and not copy:
+                    computed.add(key)
                     moments[key][name] = functools.partial(_converted, moment, parameter, copy)
                 else:
                     moments[key][name] = functools.partial(_same, _converted(moment, parameter, copy))
@@ -125,7 +139,7 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
         )
     _check_values(stored)
     exp_avg, exp_avg_sq, maximum = (
-        cast(Params, DequantisedMoments(reads)) if key in quantised else {name: read() for name, read in reads.items()}
+        cast(Params, ComputedMoments(reads)) if key in computed else {name: read() for name, read in reads.items()}
         for key, reads in moments.items()
     )
     return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr)
@@ -133,10 +147,11 @@ def _read_state(adamw: torch.optim.Optimizer, model: nn.Module, copy: bool) -> A
 
 def _unwrap(optimizer: Any) -> Any:
     """Return the optimizer inside wrappers that hold it as ``.optimizer``."""
-    while not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and isinstance(
-        getattr(optimizer, "optimizer", None), torch.optim.Optimizer
-    ):
-        optimizer = optimizer.optimizer
+    while not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) and not is_partitioned(inner):
+            break
+        optimizer = inner
     return optimizer
 
 
@@ -209,8 +224,18 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
     return trainable
 
 
-def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any]) -> StoredMoment:
-    """Return one moment of a parameter, its kind checked; zeros before the first step."""
+def _checked_moment(
+    name: str, key: str, parameter: Tensor, state: dict[str, Any], is_partition: bool
+) -> StoredMoment:
+    """Return one moment of a parameter, its kind checked; zeros before the first step.
+
+    Args:
+        name: of the parameter.
+        key: of the moment.
+        parameter: of the model.
+        state: that the optimizer has for it, or for the partition of its group.
+        is_partition: whether the state is that of a partition.
+    """
     if not state:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         zeros = functools.partial(torch.zeros_like, parameter, dtype=dtype, requires_grad=False)
@@ -218,6 +243,8 @@ def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any
     moment = stored_moment(state, key)
     if moment is None:
         raise ValueError(f"optimizer state of {name} has no {key!r} (it has {sorted(state)}); {SUPPORTED}")
+    if is_partition:
+        return StoredMoment(parameter.shape, True, functools.partial(all_gather_parameter, parameter, moment.read()))
     if moment.shape != parameter.shape:
         raise ValueError(
             f"optimizer state {key} of {name} has shape {tuple(moment.shape)}; expected the parameter's, "
@@ -255,7 +282,7 @@ def _converted(moment: StoredMoment, parameter: Tensor, copy: bool) -> Tensor:
     """Return a moment in at least float32, on the parameter's device."""
     value = moment.read()
     dtype = torch.promote_types(value.dtype, torch.promote_types(parameter.dtype, torch.float32))
-    return value.to(device=parameter.device, dtype=dtype, copy=copy and not moment.is_quantised)
+    return value.to(device=parameter.device, dtype=dtype, copy=copy and not moment.is_computed)
 
 
 def _same(value: Tensor) -> Tensor:

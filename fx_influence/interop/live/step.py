@@ -34,8 +34,9 @@ class CapturedStep(NamedTuple):
         sampled_logprobs: (n, T), that the tokens were sampled with, NaN where not known; None where the trainer was
             given none.
         prompt_widths: (n,), columns of each row that hold its prompt and the prompt's padding.
-        gradient: by name, as the optimizer meets it: the trainer's own tensors.
-        gradient_scale: factor by which ``gradient`` is sum_i g_i: ``clip``, times a loss scale that is still in it.
+        gradient: by name, before the optimizer's step: the trainer's own tensors, or gathered from its partitions.
+        gradient_scale: factor by which ``gradient`` is sum_i g_i: ``clip`` where it is clipped, times a loss scale that
+            is still in it.
         clip: the factor by which the gradient was clipped.
         max_grad_norm: the norm it was clipped to; None where nothing clips.
         token_advantages: (n, T), where the trainer has an advantage for each token, else None.
@@ -68,23 +69,35 @@ class CapturedStep(NamedTuple):
         return self.gradient if scale == 1.0 else cast(Gradients, UnclippedGradient(self.gradient, scale))
 
 
+def accumulated_gradient(model: nn.Module) -> Gradients:
+    """Return the gradient of a model's trained parameters by name, its own tensors; None where backward reached none."""
+    return {name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradient_norm(gradient: Gradients) -> float:
+    """Return the norm of a gradient over all parameters, in float64."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradient.values() if g is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
 def captured_step(
     rows: RolloutRows,
-    model: nn.Module,
+    gradient: Gradients,
     device: torch.device,
     clip: float,
     max_grad_norm: float | None,
-    remaining_scale: float,
+    gradient_scale: float,
 ) -> CapturedStep:
     """Return the step with its token values on ``device``, numbering the prompts.
 
     Args:
         rows: the rollouts of all processes, on the CPU.
-        model: whose parameters have the gradient that the optimizer is about to meet.
+        gradient: by name, as the trainer has it before the optimizer's step.
         device: the trainer's.
-        clip: factor by which the trainer clipped that gradient.
-        max_grad_norm: norm it was clipped to, None where nothing clips.
-        remaining_scale: loss scale that is still in the gradient, which the optimizer's step takes out.
+        clip: factor by which the step's gradient is clipped.
+        max_grad_norm: norm it is clipped to, None where nothing clips.
+        gradient_scale: factor by which ``gradient`` is sum_i g_i: of its clipping, if it is clipped already, and of
+            what the optimizer's step will take out.
     """
     on_device = rows.to(device)
     batch = Batch(
@@ -104,10 +117,8 @@ def captured_step(
         old_logprobs=on_device.old_logprobs,
         sampled_logprobs=on_device.sampled_logprobs,
         prompt_widths=rows.prompt_widths,
-        gradient={
-            name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters() if p.requires_grad
-        },
-        gradient_scale=clip * remaining_scale,
+        gradient=gradient,
+        gradient_scale=gradient_scale,
         clip=clip,
         max_grad_norm=max_grad_norm,
         token_advantages=on_device.token_advantages,

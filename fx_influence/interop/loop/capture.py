@@ -19,7 +19,7 @@ from fx_influence.interop.live.policy_checks import rounding_bound
 from fx_influence.interop.live.precision import in_forward_precision
 from fx_influence.interop.live.processes import all_gather_values, count_and_rank
 from fx_influence.interop.live.rows import concatenate
-from fx_influence.interop.live.step import CapturedStep, captured_step, on_host
+from fx_influence.interop.live.step import CapturedStep, accumulated_gradient, captured_step, on_host
 from fx_influence.interop.loop.accumulated import AccumulatedGradient
 from fx_influence.interop.loop.ledger import LoopLedger
 from fx_influence.interop.loop.rollouts import AddedRollouts, added_rollouts
@@ -289,7 +289,8 @@ class StepCapture:
         clip, norm = self._gradient.clipped(self._training.loss_scale / remaining_scale)
         # The bound that clips by this very factor, as clip_grad_norm_ does.
         max_grad_norm = None if clip == 1.0 else norm / remaining_scale + 1e-6 * clip
-        captured = captured_step(rows, self._training.model, self._device, clip, max_grad_norm, remaining_scale)
+        gradient = accumulated_gradient(self._training.model)
+        captured = captured_step(rows, gradient, self._device, clip, max_grad_norm, clip * remaining_scale)
         return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
 
     def _guarded(self, step: int, work: Callable[[], Value]) -> Value | None:

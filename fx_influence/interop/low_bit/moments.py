@@ -1,4 +1,4 @@
-"""Moments as an optimizer stores them, full or quantised, and a mapping that dequantises one parameter at a time."""
+"""Moments as an optimizer stores them, full or quantised, and a mapping that computes one parameter at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class StoredMoment(NamedTuple):
 
     Attributes:
         shape: of the values.
-        is_quantised: whether reading it makes a new tensor.
+        is_computed: whether reading it makes a new tensor.
         read: returns the values, in floating point.
     """
 
     shape: torch.Size
-    is_quantised: bool
+    is_computed: bool
     read: Callable[[], Tensor]
 
 
@@ -68,15 +68,15 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
     return groups
 
 
-class DequantisedMoments(Mapping[str, Tensor]):
-    """Moments by parameter name, the quantised ones new at each access, so that one at a time is in memory.
+class ComputedMoments(Mapping[str, Tensor]):
+    """Moments by parameter name, the computed ones new at each access, so that one at a time is in memory.
 
     Args:
         reads: by name, a function that returns the moment.
 
     Example:
         >>> codes = torch.tensor([0, 2], dtype=torch.uint8)
-        >>> moments = DequantisedMoments({"w": lambda: 0.5 * codes.float()})
+        >>> moments = ComputedMoments({"w": lambda: 0.5 * codes.float()})
         >>> list(moments), moments["w"].tolist()
         (['w'], [0.0, 1.0])
     """

@@ -168,7 +168,7 @@ class EntropyInfluence(TrainerCallback):
             check_generation(trainer, prompts)
             check_images(trainer, prompts, self._settings.matrix)
             make_functional(trainer.model, position_ids=False)
-            check_sharded_settings(trainer, prompts, self._settings.matrix)
+            check_sharded_settings(trainer, prompts, self._settings.matrix, self._save_state)
             self._check_processes_agree(mesh, prompts)
             attached = (x for x in trainer.callback_handler.callbacks if isinstance(x, EntropyInfluence))
             name = free_name(self._requested_name, {x.name for x in attached if x._trainer is trainer})
@@ -226,6 +226,7 @@ class EntropyInfluence(TrainerCallback):
         resumed = training.read_training_id(checkpoint, self.name, state.log_history) if state.global_step else None
         self._begin_training(resumed)
         check_prepared(trainer, self._capture.mesh)
+        self._capture.follow_optimizer(lambda: self.on_pre_optimizer_step(args, state, None))
 
     def _begin_training(self, resumed_id: str | None) -> None:
         sampling = HeldOutSampling(self._prompts, self._completions_per_prompt, self._seed)

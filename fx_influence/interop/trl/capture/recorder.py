@@ -15,12 +15,13 @@ from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.live.rows import concatenate
-from fx_influence.interop.live.step import CapturedStep, captured_step
+from fx_influence.interop.live.step import CapturedStep, accumulated_gradient, captured_step, gradient_norm
 from fx_influence.interop.rollouts.record import source_of
 from fx_influence.interop.trl.capture.micro_batch import SCORE, MicroBatch, scoring_signature
 from fx_influence.interop.trl.capture.rollout_rows import GROUPS, REWARDS, SOURCES, rollout_rows
 from fx_influence.interop.trl.capture.wrapper import MethodWrapper
 from fx_influence.interop.trl.processes import mesh_of
+from fx_influence.interop.zero.partitions import gathered_gradient, zero_optimizer
 
 METHODS = ("compute_loss", SCORE, "_generate_and_score_completions", "_calculate_rewards")
 """Methods of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that are wrapped on the instance."""
@@ -55,10 +56,33 @@ class Capture:
         wrappers = (self._compute_loss, self._score, self._generate, self._calculate_rewards)
         self._wrappers = [MethodWrapper(trainer, name, call) for name, call in zip(METHODS, wrappers, strict=True)]
         self._wrappers.append(MethodWrapper(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm))
+        self._optimizer_wrapper: MethodWrapper | None = None
+
+    def follow_optimizer(self, before_step: Callable[[], object]) -> None:
+        """Call ``before_step`` before each step that DeepSpeed makes at the end of a backward pass.
+
+        The trainer's event before the optimizer's step then comes after it. Other optimizers are left as they are.
+        """
+        self._leave_optimizer()
+        partitioned = zero_optimizer(self._trainer.optimizer)
+        if partitioned is None:
+            return
+
+        def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            before_step()
+            return original(*args, **kwargs)
+
+        self._optimizer_wrapper = MethodWrapper(partitioned, "step", step)
+
+    def _leave_optimizer(self) -> None:
+        if self._optimizer_wrapper is not None:
+            self._optimizer_wrapper.undo()
+            self._optimizer_wrapper = None
 
     def detach(self) -> None:
         """Put the trainer's own methods back."""
         self.stop()
+        self._leave_optimizer()
         for wrapper in self._wrappers:
             wrapper.undo()
 
@@ -96,16 +120,22 @@ class Capture:
                 "gives the coefficients. Turn off use_liger_kernel, or a compute_loss of your own"
             )
         rows_by_process = all_gather_values(self.mesh, concatenate([rollout_rows(x) for x in micro_batches]))
-        norm, max_norm = clipped or (0.0, float("inf"))
-        # The factor of torch.nn.utils.clip_grad_norm_.
+        partitioned, model = zero_optimizer(self._trainer.optimizer), self._trainer.model
+        if partitioned is None:
+            gradient = accumulated_gradient(model)
+            norm, max_norm = clipped or (0.0, float("inf"))
+        else:
+            gradient = gathered_gradient(partitioned, model)
+            norm, max_norm = gradient_norm(gradient), float(partitioned.clip_grad) or float("inf")
+        # The factor of torch.nn.utils.clip_grad_norm_, and of DeepSpeed, which has not yet clipped.
         clip = min(1.0, max_norm / (norm + 1e-6))
         return captured_step(
             concatenate(rows_by_process),
-            self._trainer.model,
+            gradient,
             self._trainer.accelerator.device,
             clip=clip,
             max_grad_norm=None if max_norm == float("inf") else max_norm,
-            remaining_scale=self._remaining_scale(),
+            gradient_scale=clip * self._remaining_scale() if partitioned is None else 1.0,
         )
 
     def overflowed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Check how a trainer's processes share its model: with all of it in each, or sharded by FSDP2."""
+"""Check how a trainer's processes share its model: all of it in each, sharded by FSDP2, or under DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from fx_influence.functional import make_functional
 from fx_influence.interop.live.guard import preserve_random_state
 from fx_influence.interop.optimizers import require_adamw
 from fx_influence.interop.trl.prompts import BATCH
+from fx_influence.interop.zero.partitions import zero_optimizer
+from fx_influence.interop.zero.settings import check_config, check_partitions
 
 PARALLELISM = ("tp_size", "cp_size", "sp_size")
 """Fields of accelerate's ``ParallelismConfig`` that divide a layer or a row among processes."""
 
 
 def check_processes(trainer: Any) -> None:
-    """Raise ``ValueError`` for processes that share the model otherwise than under DistributedDataParallel or FSDP2."""
+    """Raise ``ValueError`` for processes that share the model otherwise than by one of the supported ways.
+
+    These are DistributedDataParallel, FSDP2, and DeepSpeed's ZeRO-1 and 2.
+    """
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
-        raise _shared_otherwise(trainer, "DeepSpeed")
+        check_config(accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.mixed_precision)
+        _check_parallelism(accelerator)
+        return
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer, accelerator.state.fsdp_plugin)
         return
@@ -35,14 +42,20 @@ def is_sharded_training(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled) or any(map(is_sharded, trainer.model.parameters()))
 
 
-def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool) -> None:
-    """Raise ``ValueError`` for what cannot be measured of a sharded model.
+def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool, save_state: bool) -> None:
+    """Raise ``ValueError`` for what cannot be measured of a sharded model, or stored of a partitioned optimizer.
 
     Args:
         trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
         prompts: of E; None where E is the update batch.
         matrix: whether pairwise influences are wanted.
+        save_state: whether the state before each step is stored.
     """
+    if save_state and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "save_state is True and DeepSpeed partitions the optimizer; expected False, since no process has the state "
+            "to store. Leave it out, or train under DistributedDataParallel"
+        )
     if not is_sharded_training(trainer):
         return
     if matrix:
@@ -66,10 +79,13 @@ def check_prepared(trainer: Any, mesh: DeviceMesh | None) -> None:
 
     Raises:
         TypeError: for another optimizer than AdamW.
-        ValueError: for a model that is sharded in another way than by FSDP2 alone.
+        ValueError: for a model that is sharded in another way than by FSDP2 alone, and for an optimizer that DeepSpeed
+            does not partition as ZeRO-1 and 2 do.
     """
     with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
         require_adamw(trainer.optimizer)
+        if trainer.is_deepspeed_enabled:
+            check_partitions(zero_optimizer(trainer.optimizer))
         if is_sharded_training(trainer):
             make_functional(trainer.model, position_ids=False)
 
@@ -94,7 +110,12 @@ def _check_fsdp(trainer: Any, plugin: Any) -> None:
             "torch_compile is True and FSDP shards the model; expected False, since FSDP then shards the compiled "
             "model and not its layers. Leave torch_compile out to measure"
         )
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    _check_parallelism(trainer.accelerator)
+
+
+def _check_parallelism(accelerator: Any) -> None:
+    """Raise ``ValueError`` for processes that divide a layer or a row among them."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
     for field in PARALLELISM:
         if (getattr(parallelism, field, None) or 1) > 1:
             raise ValueError(

@@ -1,0 +1,114 @@
+"""Check under which settings of DeepSpeed steps can be measured: ZeRO-1 or 2 of float32 weights with torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fx_influence.interop.low_bit.moments import is_low_bit
+
+FSDP2 = "accelerate launch --use_fsdp --fsdp_version 2"
+"""The launch under which a model is measured that does not fit each device."""
+
+
+def check_config(config: Mapping[str, Any], mixed_precision: str = "no") -> None:
+    """Raise ``ValueError`` for a configuration of DeepSpeed under which steps cannot be measured, with the remedy.
+
+    Args:
+        config: DeepSpeed's, in which "auto" may stand for what a trainer fills in.
+        mixed_precision: that a trainer fills in, "no", "fp16" or "bf16".
+
+    Example:
+        >>> check_config({"zero_optimization": {"stage": 3}})
+        Traceback (most recent call last):
+        ...
+        ValueError: zero_optimization.stage is 3 in DeepSpeed's configuration; expected 1 or 2, under which every \
+process has the complete weights. Take stage 2, or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) for a model that \
+does not fit each device
+    """
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage == 0:
+        raise _unexpected(
+            "zero_optimization.stage", stage, "1 or 2", "Take stage 1 or 2, or launch without DeepSpeed (--multi_gpu)"
+        )
+    if stage == 3:
+        raise _unexpected(
+            "zero_optimization.stage",
+            stage,
+            "1 or 2, under which every process has the complete weights",
+            f"Take stage 2, or FSDP2 ({FSDP2}) for a model that does not fit each device",
+        )
+    for field in ("offload_optimizer", "offload_param"):
+        device = (zero.get(field) or {}).get("device", "none")
+        if device != "none":
+            raise _unexpected(
+                f"zero_optimization.{field}.device",
+                device,
+                "'none', since the passes run where moments and weights are",
+                f"Leave {field} out",
+            )
+    for field in ("fp16", "bf16"):
+        enabled = (config.get(field) or {}).get("enabled", False)
+        if enabled is True or (enabled == "auto" and mixed_precision == field):
+            raise _unexpected(
+                f"{field}.enabled",
+                enabled,
+                "False, since the forward's weights are then roundings of those that AdamW moves",
+                f"Train in float32 ({field}=False in the trainer's config), or launch without DeepSpeed, where {field} "
+                "is autocast over float32 weights",
+            )
+    if (config.get("torch_autocast") or {}).get("enabled", False):
+        raise _unexpected(
+            "torch_autocast.enabled",
+            True,
+            "False, since DeepSpeed then averages gradients in that precision",
+            "Leave torch_autocast out",
+        )
+    _check_optimizer(config.get("optimizer"))
+
+
+def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:
+    """Raise ``ValueError`` for an optimizer that DeepSpeed makes itself and that is not torch's AdamW."""
+    if optimizer is None:
+        return
+    kind, settings = str(optimizer.get("type", "")), optimizer.get("params") or {}
+    if kind.lower() not in ("adam", "adamw"):
+        raise _unexpected("optimizer.type", kind, "AdamW", "Take AdamW, or leave the optimizer to the trainer")
+    if not settings.get("torch_adam", False):
+        raise _unexpected(
+            "optimizer.params.torch_adam",
+            settings.get("torch_adam", False),
+            "True, since DeepSpeed's FusedAdam keeps another state than torch's AdamW",
+            'Add "torch_adam": true, or leave "optimizer" out, so that the trainer makes torch\'s AdamW',
+        )
+
+
+def check_partitions(optimizer: Any) -> None:
+    """Raise ``ValueError`` for an optimizer of ZeRO-1 or 2 whose partitions are not read, with the remedy.
+
+    Args:
+        optimizer: DeepSpeed's, without wrappers.
+    """
+    dtype = optimizer.bit16_groups[0][0].dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"DeepSpeed trains weights in {dtype} that are roundings of those that AdamW moves; expected torch.float32. "
+            "Leave fp16 and bf16 out of its configuration, and of the trainer's"
+        )
+    if getattr(optimizer, "cpu_offload", False):
+        raise ValueError(
+            "DeepSpeed offloads the optimizer to the CPU; expected its partitions where the passes run. Leave "
+            "offload_optimizer out of its configuration"
+        )
+    if is_low_bit(optimizer.optimizer):
+        raise ValueError(
+            f"DeepSpeed partitions {type(optimizer.optimizer).__name__}, whose quantised moments are not read from "
+            "partitions; expected torch.optim.AdamW. Set optim='adamw_torch', or launch without DeepSpeed"
+        )
+
+
+def _unexpected(field: str, value: object, expected: str, remedy: str) -> ValueError:
+    return ValueError(f"{field} is {value!r} in DeepSpeed's configuration; expected {expected}. {remedy}")
