@@ -23,7 +23,7 @@ from fx_influence.interop.low_bit.moments import (
     why_not_adamw,
 )
 from fx_influence.interop.zero.partitions import all_gather_parameter, is_partitioned, zero_optimizer
-from fx_influence.interop.zero.settings import check_partitions
+from fx_influence.interop.zero.settings import check_partitions, why_refused
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState, Params
@@ -149,7 +149,7 @@ def _unwrap(optimizer: Any) -> Any:
     """Return the optimizer inside wrappers that hold it as ``.optimizer``."""
     while not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer) and not is_partitioned(inner):
+        if why_refused(optimizer) or not (isinstance(inner, torch.optim.Optimizer) or is_partitioned(inner)):
             break
         optimizer = inner
     return optimizer
@@ -167,6 +167,9 @@ def require_adamw(optimizer: Any) -> Any:
     # AdamW is a subclass of Adam only in recent torch, and torch 2.1 has no decoupled_weight_decay in Adam.
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
     if not is_adamw and not isinstance(optimizer, torch.optim.Adam):
+        refusal = why_refused(optimizer)
+        if refusal is not None:
+            raise TypeError(refusal)
         raise TypeError(f"optimizer is {kind}, whose step is not AdamW's; {SUPPORTED}")
     for index, group in enumerate(optimizer.param_groups):
         if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", is_adamw):
@@ -224,9 +227,7 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
     return trainable
 
 
-def _checked_moment(
-    name: str, key: str, parameter: Tensor, state: dict[str, Any], is_partition: bool
-) -> StoredMoment:
+def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], is_partition: bool) -> StoredMoment:
     """Return one moment of a parameter, its kind checked; zeros before the first step.
 
     Args:

@@ -33,7 +33,7 @@ def launch(
     """
     torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     command = [sys.executable, "-m", *(launcher or torchrun)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [*command, str(TESTS / "helpers" / script), *map(str, args)],
         # Ranks share the cores: with more threads they would wait for each other in turns.

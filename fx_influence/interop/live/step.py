@@ -70,20 +70,16 @@ class CapturedStep(NamedTuple):
 
 
 def accumulated_gradient(model: nn.Module) -> Gradients:
-    """Return the gradient of a model's trained parameters by name, its own tensors; None where backward reached none."""
-    return {name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def gradient_norm(gradient: Gradients) -> float:
-    """Return the norm of a gradient over all parameters, in float64."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradient.values() if g is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+    """Return the gradient of a model's trained parameters by name, its own tensors; None where no backward went."""
+    return {
+        name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def captured_step(
     rows: RolloutRows,
-    gradient: Gradients,
     device: torch.device,
+    gradient: Gradients,
     clip: float,
     max_grad_norm: float | None,
     gradient_scale: float,
@@ -92,8 +88,8 @@ def captured_step(
 
     Args:
         rows: the rollouts of all processes, on the CPU.
-        gradient: by name, as the trainer has it before the optimizer's step.
         device: the trainer's.
+        gradient: by name, as the trainer has it before the optimizer's step.
         clip: factor by which the step's gradient is clipped.
         max_grad_norm: norm it is clipped to, None where nothing clips.
         gradient_scale: factor by which ``gradient`` is sum_i g_i: of its clipping, if it is clipped already, and of

@@ -22,6 +22,7 @@ from fx_influence.interop.live.policy_checks import check_measured_objective
 from fx_influence.interop.loop.capture import LoopTraining, StepCapture, steps_made
 from fx_influence.interop.loop.ledger import LoopLedger, check_directory
 from fx_influence.interop.optimizers import adamw_state, require_adamw
+from fx_influence.interop.zero.partitions import zero_optimizer
 from fx_influence.objectives import Entropy
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import Preconditioner
@@ -60,11 +61,14 @@ def attach(
     number and the reason, and the step is missing from ``history``. Steps are numbered as the optimizer counts them;
     those that a loss scaler skips are not counted.
 
-    With several processes (DistributedDataParallel, or a model sharded by FSDP2) every one makes the same calls with
-    its own micro-batches, and the loss is the mean of theirs. All have the ``history``; the first one warns and logs.
+    With several processes (DistributedDataParallel, a model sharded by FSDP2, DeepSpeed's ZeRO-1 and 2) every one makes
+    the same calls with its own micro-batches, and the loss is the mean of theirs. All have the ``history``; the first
+    one warns and logs. Under DeepSpeed the gradient and the norm to which it is clipped are its optimizer's own, and
+    whatever ``engine.backward`` divides the loss by is in the coefficients.
 
     Args:
-        optimizer: a ``torch.optim.AdamW``, or as for ``fx.adamw_state``; its hooks are called by ``step``.
+        optimizer: a ``torch.optim.AdamW``, or as for ``fx.adamw_state``; its hooks are called by ``step``. Under
+            DeepSpeed ``engine.optimizer``.
         model: the policy, or a wrapper of it, whose parameters the optimizer holds; without dropout.
         every: steps n, 2n, ... are measured.
         temperature: divides the logits, in the rollouts' sampling and in the loop's log-probabilities.
@@ -118,18 +122,20 @@ def attach(
     check_measured_objective(objective)
     adamw = require_adamw(optimizer)
     # Only read, and dropped again: it checks that the parameters are the model's and that the state can be AdamW's.
-    adamw_state(adamw, model, copy=False)
+    adamw_state(optimizer, model, copy=False)
     inner = unwrap_model(model)
     _check_exact(inner)
     make_functional(inner, position_ids=position_ids)
-    training = LoopTraining(inner, adamw, temperature, position_ids, autocast)
+    partitioned = zero_optimizer(optimizer)
+    hooked = adamw if partitioned is None else partitioned
+    training = LoopTraining(inner, hooked, temperature, position_ids, autocast)
     settings = MeasurementSettings(objective, preconditioner, False, chunk_size, memory_budget, region_stderr)
     mesh = _mesh_of(inner)
     if mesh is not None:
         check_consistent(mesh, {"every": every, "temperature": temperature, **settings._asdict()})
     ledger = None
     if directory is not None:
-        check_directory(Path(directory), steps_made(adamw))
+        check_directory(Path(directory), steps_made(hooked))
         ledger = LoopLedger(Path(directory), decode, preconditioner, objective.normalize)
     return StepCapture(training, settings, every, log, on_step, mesh, ledger)
 

@@ -23,6 +23,8 @@ from fx_influence.interop.live.step import CapturedStep, accumulated_gradient, c
 from fx_influence.interop.loop.accumulated import AccumulatedGradient
 from fx_influence.interop.loop.ledger import LoopLedger
 from fx_influence.interop.loop.rollouts import AddedRollouts, added_rollouts
+from fx_influence.interop.zero.partitions import is_partitioned, planned_step, zero_optimizer
+from fx_influence.interop.zero.step_hooks import hook_step
 from fx_influence.policy.policy import Policy
 
 Value = TypeVar("Value")
@@ -34,7 +36,7 @@ class LoopTraining:
 
     Attributes:
         model: the policy that is trained, without wrappers.
-        optimizer: the AdamW over its parameters, without wrappers.
+        optimizer: the AdamW over its parameters, without wrappers, or DeepSpeed's optimizer that partitions it.
         temperature: of the policy.
         position_ids: whether the loop's forward has position ids that count from the first real token.
         autocast: dtype of the autocast around the loop's forward, None without one.
@@ -100,10 +102,8 @@ class StepCapture:
         self._problem: str | None = None
         self._pending: PendingStep | None = None
         self._measuring, self._unreached_warned = True, False
-        self._handles = [
-            training.optimizer.register_step_pre_hook(self._before_step),
-            training.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._zero = zero_optimizer(training.optimizer)
+        self._remove_hooks = hook_step(training.optimizer, self._before_step, self._after_step)
         self._record_if_measured()
 
     def add(
@@ -174,17 +174,18 @@ class StepCapture:
 
     def detach(self) -> None:
         """Leave the optimizer as it was before ``attach``."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._pending = [], None
+        for remove in self._remove_hooks:
+            remove()
+        self._remove_hooks, self._pending = [], None
         self._stop()
 
     def _record_if_measured(self) -> None:
         self._stop()
         if self._measuring and (self.step + 1) % self._every == 0:
             self._added = []
-            with self._noting_problems():
-                self._gradient.start()
+            if self._zero is None:
+                with self._noting_problems():
+                    self._gradient.start()
 
     def _stop(self) -> None:
         self._added, self._problem = None, None
@@ -201,7 +202,8 @@ class StepCapture:
     def _forget_discarded(self, added: list[AddedRollouts]) -> None:
         """Forget rollouts whose gradient the loop has zeroed, as after a step that a loss scaler skipped."""
         reached = [rollouts for rollouts in added if rollouts.reached]
-        if not reached:
+        # DeepSpeed takes each gradient out of its parameter during the backward pass.
+        if not reached or self._zero is not None:
             return
         if self._gradient.is_reset() or (self._gradient.is_zero() and any(x.has_gradient() for x in reached)):
             added[:] = [rollouts for rollouts in added if not rollouts.reached]
@@ -219,7 +221,7 @@ class StepCapture:
     def _after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure the change of entropy over the step, and begin to record the next one where it is to be measured."""
         pending, self._pending = self._pending, None
-        if not skips_step(optimizer):
+        if not skips_step(optimizer) and not getattr(optimizer, "overflow", False):
             self.step += 1
         if pending is not None:
             metrics = self._guarded(self.step, lambda: self._metrics_after(pending))
@@ -284,14 +286,17 @@ class StepCapture:
         # Data parallelism averages over processes whatever the loss.
         share = 1.0 / count_and_rank(self._mesh)[0]
         rows = concatenate(all_gather_values(self._mesh, concatenate([rollouts.rows(share) for rollouts in added])))
+        if self._zero is not None:
+            planned = planned_step(self._zero, self._training.model)
+            return _with_behaviour(captured_step(rows, self._device, *planned, gradient_scale=1.0))
         # A fused optimizer may take the loss scale out itself.
         remaining_scale = float(getattr(self._training.optimizer, "grad_scale", None) or 1.0)
         clip, norm = self._gradient.clipped(self._training.loss_scale / remaining_scale)
         # The bound that clips by this very factor, as clip_grad_norm_ does.
         max_grad_norm = None if clip == 1.0 else norm / remaining_scale + 1e-6 * clip
         gradient = accumulated_gradient(self._training.model)
-        captured = captured_step(rows, gradient, self._device, clip, max_grad_norm, clip * remaining_scale)
-        return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
+        scale = clip * remaining_scale
+        return _with_behaviour(captured_step(rows, self._device, gradient, clip, max_grad_norm, gradient_scale=scale))
 
     def _guarded(self, step: int, work: Callable[[], Value]) -> Value | None:
         """Return the result of ``work``, or None with one warning if it fails."""
@@ -314,9 +319,15 @@ class StepCapture:
             warn(text)
 
 
-def steps_made(optimizer: torch.optim.Optimizer) -> int:
-    """Return the number of steps that an optimizer has made, the largest of its parameters."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+def _with_behaviour(captured: CapturedStep) -> CapturedStep:
+    """Return a step whose rollouts have the log-probabilities of the policy that sampled them in the batch."""
+    return captured._replace(batch=captured.batch._replace(behaviour_logprobs=captured.old_logprobs))
+
+
+def steps_made(optimizer: Any) -> int:
+    """Return the number of steps that an optimizer, or the one that DeepSpeed partitions, has made at any parameter."""
+    states = (optimizer.optimizer if is_partitioned(optimizer) else optimizer).state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def skips_step(optimizer: Any) -> bool:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fx_influence.interop.low_bit.moments import is_low_bit
+from fx_influence.interop.zero.partitions import is_partitioned
 
 FSDP2 = "accelerate launch --use_fsdp --fsdp_version 2"
 """The launch under which a model is measured that does not fit each device."""
@@ -25,8 +27,8 @@ def check_config(config: Mapping[str, Any], mixed_precision: str = "no") -> None
         Traceback (most recent call last):
         ...
         ValueError: zero_optimization.stage is 3 in DeepSpeed's configuration; expected 1 or 2, under which every \
-process has the complete weights. Take stage 2, or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) for a model that \
-does not fit each device
+process has the complete weights. Take stage 2, or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) for a model \
+that does not fit each device
     """
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
@@ -95,7 +97,7 @@ def check_partitions(optimizer: Any) -> None:
     dtype = optimizer.bit16_groups[0][0].dtype
     if dtype != torch.float32:
         raise ValueError(
-            f"DeepSpeed trains weights in {dtype} that are roundings of those that AdamW moves; expected torch.float32. "
+            f"DeepSpeed trains weights in {dtype}, roundings of those that AdamW moves; expected torch.float32. "
             "Leave fp16 and bf16 out of its configuration, and of the trainer's"
         )
     if getattr(optimizer, "cpu_offload", False):
@@ -108,6 +110,26 @@ def check_partitions(optimizer: Any) -> None:
             f"DeepSpeed partitions {type(optimizer.optimizer).__name__}, whose quantised moments are not read from "
             "partitions; expected torch.optim.AdamW. Set optim='adamw_torch', or launch without DeepSpeed"
         )
+    group = getattr(optimizer, "dp_process_group", None)
+    if group is not None and dist.get_world_size(group) != dist.get_world_size():
+        raise ValueError(
+            f"DeepSpeed partitions the optimizer over {dist.get_world_size(group)} of {dist.get_world_size()} "
+            "processes; expected all of them. Launch with data parallelism alone"
+        )
+
+
+def why_refused(optimizer: object) -> str | None:
+    """Return why an optimizer of DeepSpeed is refused, with the remedy; None for ZeRO-1 or 2 and for all others."""
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    is_of_deepspeed = any(kind.__module__.startswith("deepspeed.") for kind in type(optimizer).__mro__)
+    if not is_of_deepspeed or is_partitioned(optimizer):
+        return None
+    return (
+        f"optimizer is {name}; expected torch.optim.AdamW under stage 1 or 2 of ZeRO, in float32. Set "
+        "zero_optimization.stage to 1 or 2, add \"torch_adam\": true to the optimizer's params in DeepSpeed's "
+        f"configuration, and leave fp16, bf16 and offload out of it; FSDP2 ({FSDP2}) where the model does not fit "
+        "each device"
+    )
 
 
 def _unexpected(field: str, value: object, expected: str, remedy: str) -> ValueError:

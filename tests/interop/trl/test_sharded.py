@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import run_on_ranks
-from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding_bound
-from helpers.trl_runs import PREFIX
+from helpers.sharded_results import (
+    assert_influences_of_one_process,
+    assert_steps_foretold,
+    assert_training_unchanged,
+)
 
 import fx_influence as fx
 
@@ -32,38 +35,6 @@ def test_two_sharded_ranks_measure_as_one_process(tmp_path: Path) -> None:
     assert stored.steps["total"].tolist() == [metrics["total"] for metrics in results[0]["measured"]["history"]]
     # From the number of updates and beta1 = 0.9 alone: (1 - beta1^step) / (1 - beta1).
     assert stored.steps["lifetime_factor"].tolist() == pytest.approx([1.0, 1.9])
-
-
-def assert_training_unchanged(training: dict[str, Any]) -> None:
-    plain, measured = training["plain"], training["measured"]
-    assert plain["tensors"].keys() == measured["tensors"].keys()
-    assert all(torch.equal(plain["tensors"][name], measured["tensors"][name]) for name in plain["tensors"])
-    logged = [{name: x for name, x in e.items() if not name.startswith(PREFIX)} for e in measured["log"]]
-    assert logged == plain["log"]
-
-
-def assert_influences_of_one_process(records: list[dict[str, Any]]) -> None:
-    [record] = records
-    scale = float(record["float64"]["per_sequence"].abs().sum())
-    # c is captured in float32.
-    assert record["gradient"] <= rounding_bound(torch.float32, TINY_POLICY)
-    for name, exact in record["float64"].items():
-        bound = exact_bound(record["float32"][name], exact, TINY_POLICY, torch.float32)
-        assert bound <= 1e-2 * scale, name
-        assert_within(record["sharded"][name], exact, bound, name)
-
-
-def assert_steps_foretold(history: list[dict[str, float]]) -> None:
-    assert [metrics["step"] for metrics in history] == [1, 2]
-    for metrics in history:
-        size = sum(abs(metrics[name]) for name in ("momentum", "rollouts", "self_influence", "stderr"))
-        assert abs(metrics["residual"]) <= rounding_bound(torch.float32, TINY_POLICY, size)
-        assert abs(metrics["unattributed"]) <= rounding_bound(torch.float32, TINY_POLICY, size)
-        # theta' - theta of weights up to a thousand times as large.
-        assert metrics["step_rounding"] <= rounding_bound(torch.float32, 1, 1e3)
-        assert (
-            abs(metrics["measured"] - metrics["total"]) < 2 * metrics["unexplained_stderr"] <= 2.5 * metrics["stderr"]
-        )
 
 
 def assert_mixed_precision_is_the_trainers(mixed: dict[str, Any]) -> None:

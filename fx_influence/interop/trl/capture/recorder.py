@@ -15,13 +15,13 @@ from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.live.rows import concatenate
-from fx_influence.interop.live.step import CapturedStep, accumulated_gradient, captured_step, gradient_norm
+from fx_influence.interop.live.step import CapturedStep, accumulated_gradient, captured_step
 from fx_influence.interop.rollouts.record import source_of
+from fx_influence.interop.runtime.method_wrapper import MethodWrapper
 from fx_influence.interop.trl.capture.micro_batch import SCORE, MicroBatch, scoring_signature
 from fx_influence.interop.trl.capture.rollout_rows import GROUPS, REWARDS, SOURCES, rollout_rows
-from fx_influence.interop.trl.capture.wrapper import MethodWrapper
 from fx_influence.interop.trl.processes import mesh_of
-from fx_influence.interop.zero.partitions import gathered_gradient, zero_optimizer
+from fx_influence.interop.zero.partitions import planned_step, zero_optimizer
 
 METHODS = ("compute_loss", SCORE, "_generate_and_score_completions", "_calculate_rewards")
 """Methods of ``GRPOTrainer`` and ``RLOOTrainer`` (trl 1.16) that are wrapped on the instance."""
@@ -120,23 +120,16 @@ class Capture:
                 "gives the coefficients. Turn off use_liger_kernel, or a compute_loss of your own"
             )
         rows_by_process = all_gather_values(self.mesh, concatenate([rollout_rows(x) for x in micro_batches]))
-        partitioned, model = zero_optimizer(self._trainer.optimizer), self._trainer.model
-        if partitioned is None:
-            gradient = accumulated_gradient(model)
-            norm, max_norm = clipped or (0.0, float("inf"))
-        else:
-            gradient = gathered_gradient(partitioned, model)
-            norm, max_norm = gradient_norm(gradient), float(partitioned.clip_grad) or float("inf")
-        # The factor of torch.nn.utils.clip_grad_norm_, and of DeepSpeed, which has not yet clipped.
+        rows, model = concatenate(rows_by_process), self._trainer.model
+        device, partitioned = self._trainer.accelerator.device, zero_optimizer(self._trainer.optimizer)
+        if partitioned is not None:
+            return captured_step(rows, device, *planned_step(partitioned, model), gradient_scale=1.0)
+        norm, max_norm = clipped or (0.0, float("inf"))
+        # The factor of torch.nn.utils.clip_grad_norm_.
         clip = min(1.0, max_norm / (norm + 1e-6))
-        return captured_step(
-            concatenate(rows_by_process),
-            gradient,
-            self._trainer.accelerator.device,
-            clip=clip,
-            max_grad_norm=None if max_norm == float("inf") else max_norm,
-            gradient_scale=clip * self._remaining_scale() if partitioned is None else 1.0,
-        )
+        bound = None if max_norm == float("inf") else max_norm
+        scale = clip * self._remaining_scale()
+        return captured_step(rows, device, accumulated_gradient(model), clip, bound, gradient_scale=scale)
 
     def overflowed(self) -> bool:
         """Return whether a loss scaler will skip the optimizer's step, because a scaled gradient is not finite."""

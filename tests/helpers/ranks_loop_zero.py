@@ -1,0 +1,120 @@
+"""Script of one rank of tests/interop/loop/test_zero.py: a training loop under DeepSpeed, measured by ``fx.attach``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fx_influence as fx
+from helpers.loops import (
+    COUNT,
+    MAX_NORM,
+    Rollouts,
+    batch_of,
+    closed_form,
+    completion_values,
+    grpo_loss,
+    named,
+    sample_rollouts,
+)
+from helpers.ranks import end_rank, global_mesh, save_result
+from helpers.tiny_models import AttentionModel, make_float64
+from helpers.zero_trainings import prepare_deepspeed
+
+MICRO_BATCHES = 2
+NAMES = ("per_sequence", "per_token", "total", "stderr", "momentum", "self_influence")
+
+
+def engine_of(stage: int) -> Any:
+    """Return DeepSpeed's engine around a policy in float32 and torch's AdamW, with two groups of parameters."""
+    model = make_float64(AttentionModel).float()
+    biases, others = ([p for p in model.parameters() if (p.dim() < 2) is small] for small in (True, False))
+    groups = [{"params": others, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0, "lr": 5e-4}]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": MAX_NORM,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    deepspeed: Any = importlib.import_module("deepspeed")
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def expected_influences(engine: Any, rollouts: Rollouts) -> dict[str, Any]:
+    """Return the step's influences by one process with the rollouts of all, in both precisions."""
+    state, weights = fx.adamw_state(engine.optimizer, engine.module), engine.module.state_dict()
+    results = {}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        model = make_float64(AttentionModel).to(dtype)
+        model.load_state_dict(weights)
+        apply, params = fx.make_functional(model)
+        with torch.no_grad():
+            coefficients = closed_form(rollouts, completion_values(model, rollouts)[0])
+        moments: dict[str, Any] = {key: converted(getattr(state, key), dtype) for key in ("exp_avg", "exp_avg_sq")}
+        batch = batch_of(rollouts, coefficients.to(dtype))
+        out = fx.influence(params, batch, None, state._replace(**moments), apply=apply, max_grad_norm=MAX_NORM)
+        results[name] = {field: getattr(out, field) for field in NAMES}
+    return results
+
+
+def converted(tree: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: x.to(dtype) for name, x in tree.items()}
+
+
+def train(stage: int, measures: bool) -> dict[str, Any]:
+    """Train three steps, the last two of which are compared with one process."""
+    engine, expected, results = engine_of(stage), list[Any](), list[Any]()
+    capture = None
+    if measures:
+        capture = fx.attach(engine.optimizer, engine, every=1, on_step=lambda _, out: results.append(out))
+    for step in range(3):
+        rollouts = sample_rollouts(engine.module, step)
+        rollouts = rollouts._replace(advantages=rollouts.advantages.float(), behaviour=rollouts.behaviour.float())
+        if measures and step:
+            expected.append(expected_influences(engine, rollouts))
+        for part in parts_of(rollouts):
+            logprobs, _ = completion_values(engine, part)
+            if capture is not None:
+                capture.add(**named(part, logprobs))
+            # DeepSpeed divides by the number of micro-batches and averages over processes.
+            engine.backward(MICRO_BATCHES * dist.get_world_size() * grpo_loss(logprobs, part))
+            engine.step()
+    return {
+        "weights": {name: p.detach().clone() for name, p in engine.module.named_parameters()},
+        "history": [] if capture is None else capture.history,
+        "actual": [{field: getattr(out, field) for field in NAMES} for out in results[1:]],
+        "expected": expected,
+        "steps": None if capture is None else capture.step,
+    }
+
+
+def parts_of(rollouts: Rollouts) -> list[Rollouts]:
+    """Return this process's micro-batches; the last rank has one rollout more than the first."""
+    size, rank = COUNT // dist.get_world_size(), dist.get_rank()
+    local = rollouts.part(slice(rank * size, None if rank + 1 == dist.get_world_size() else (rank + 1) * size))
+    return [local.part(slice(None, size // 2)), local.part(slice(size // 2, None))]
+
+
+def refusal(stage: int) -> str:
+    """Return why ``fx.attach`` refuses another stage of ZeRO."""
+    engine: nn.Module = engine_of(stage)
+    try:
+        fx.attach(engine.optimizer, engine)  # type: ignore[arg-type]  # whatever DeepSpeed has made
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    prepare_deepspeed()
+    with global_mesh():
+        result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2)}
+        save_result(sys.argv[1], {**result, "refusal": refusal(3)})
+    end_rank()

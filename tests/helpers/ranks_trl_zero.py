@@ -1,0 +1,169 @@
+"""Script of one rank of tests/interop/trl/test_zero.py: TRL training runs under DeepSpeed's ZeRO, measured."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+import fx_influence as fx
+from benchmarks.trl.variants import Variant, quiet
+from fx_influence.interop.live.measurement import StepMeasurement
+from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.capture import recorder
+from fx_influence.interop.trl.preflight import processes
+from fx_influence.interop.trl.store.step import StepStore
+from helpers.ranks import end_rank, save_result
+from helpers.ranks_trl import compared_with_one_process as compared_held_out
+from helpers.ranks_trl import replaced_influence, three_prompts
+from helpers.ranks_trl_sharded import compared_with_one_process
+from helpers.trl_runs import HELD_OUT, warnings_of
+from helpers.zero_trainings import TORCH_ADAMW, prepare_deepspeed, zero_config, zero_outcome, zero_trainer
+
+FULL = Variant("dapo", False, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3})
+LORA = Variant("grpo", True, 1, False, {"max_grad_norm": 0.5})
+UNCLIPPED = Variant("grpo", False, 1, False, {**three_prompts(1), "max_grad_norm": 0.0})
+WIDE = Variant("dapo", False, 2, False, {"max_grad_norm": 0.3})
+
+CASES: dict[str, tuple[Variant, dict[str, Any]]] = {
+    "ZeRO-2": (FULL, zero_config(2)),
+    "ZeRO-1, DeepSpeed's AdamW": (LORA, zero_config(1, **TORCH_ADAMW)),
+    "ZeRO-2, round robin, overlapped": (FULL, zero_config(2, {"round_robin_gradients": True, "overlap_comm": True})),
+}
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Train without and with every step measured, on the step's rollouts, in each case."""
+    results: dict[str, Any] = {}
+    for k, (case, (variant, config)) in enumerate(CASES.items()):
+        plain = zero_trainer(variant, out / f"plain{k}", 2, config)
+        plain.train()
+        training, records = zero_trainer(variant, out / f"measured{k}", 2, config), list[dict[str, Any]]()
+        replacement = compared_with_one_process(records) if variant is FULL else fx.influence
+        with replaced_influence(replacement):
+            influence = EntropyInfluence(1).attach(training)
+            training.train()
+        results[case] = {
+            "plain": zero_outcome(plain),
+            "measured": zero_outcome(training),
+            "history": influence.history,
+            "records": records,
+        }
+    return results
+
+
+def single(out: Path) -> dict[str, Any]:
+    """Train in one process, without and with every step measured."""
+    plain = zero_trainer(WIDE, out / "plain", 2, zero_config(2))
+    plain.train()
+    training = zero_trainer(WIDE, out / "measured", 2, zero_config(2))
+    influence = EntropyInfluence(1).attach(training)
+    training.train()
+    return {"plain": zero_outcome(plain), "measured": zero_outcome(training), "history": influence.history}
+
+
+def held_out(out: Path) -> dict[str, Any]:
+    """Train with E of held-out prompts and the pairwise matrix, without clipping."""
+    plain = zero_trainer(UNCLIPPED, out / "plain", 2, zero_config(1))
+    plain.train()
+    training, gaps = zero_trainer(UNCLIPPED, out / "measured", 2, zero_config(1)), list[dict[str, float]]()
+    with replaced_influence(compared_held_out(gaps)):
+        influence = EntropyInfluence(1, HELD_OUT, completions_per_prompt=3, matrix=True).attach(training)
+        training.train()
+    outcomes = {"plain": zero_outcome(plain), "measured": zero_outcome(training)}
+    return {**outcomes, "history": influence.history, "gaps": gaps}
+
+
+@contextmanager
+def faults(training: Any) -> Iterator[None]:
+    """Make something fail on one rank in each of the first four steps.
+
+    In turn: the recording, the gathering of the gradient, the passes after the update, writing.
+    """
+    rank = dist.get_rank()
+
+    def fail(step: int, failing_rank: int, error: Exception, original: Callable[..., Any]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if training.state.global_step + 1 == step and rank == failing_rank:
+                raise error
+            return original(*args, **kwargs)
+
+        return call
+
+    targets: list[tuple[Any, str, int, int, Exception]] = [
+        (recorder, "rollout_rows", 1, 1, ValueError("no rows")),
+        (recorder, "planned_step", 2, 1, torch.OutOfMemoryError("no memory")),
+        (StepMeasurement, "after_update", 3, 1, RuntimeError("no scores")),
+        (StepStore, "write", 4, 0, OSError("no space")),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, step, failing_rank, error in targets:
+            patch.setattr(owner, name, fail(step, failing_rank, error, getattr(owner, name)))
+        yield
+
+
+def failed(out: Path) -> dict[str, Any]:
+    """Train five steps, in the first four of which measuring fails on one rank."""
+    plain = zero_trainer(LORA, out / "plain", 5, zero_config(2))
+    plain.train()
+    training = zero_trainer(LORA, out / "measured", 5, zero_config(2))
+    influence = EntropyInfluence(1).attach(training)
+    with faults(training):
+        texts = warnings_of(training.train)
+    return {
+        "plain": zero_outcome(plain),
+        "measured": zero_outcome(training),
+        "history": influence.history,
+        "warnings": [text for text in texts if "attributed" in text],
+    }
+
+
+def refused(out: Path) -> dict[str, Any]:
+    """Attach under ZeRO-3; then train one step with an optimizer whose partitions one rank refuses."""
+    try:
+        EntropyInfluence(1).attach(zero_trainer(LORA, out / "three", 1, zero_config(3)))
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    training = zero_trainer(LORA, out / "one", 1, zero_config(1))
+    influence = EntropyInfluence(1).attach(training)
+    check = processes.check_partitions
+
+    def refuse(optimizer: Any) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("no partitions")
+        check(optimizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "check_partitions", refuse)
+        texts = warnings_of(training.train)
+    return {
+        "refusal": refusal,
+        "steps": training.state.global_step,
+        "history": influence.history,
+        "warnings": [text for text in texts if "is measured" in text],
+    }
+
+
+def main(out: str, *names: str) -> None:
+    warnings.simplefilter("ignore")
+    prepare_deepspeed()
+    state = PartialState(cpu=True)
+    with quiet():
+        runs = {"measured": measured, "held_out": held_out, "failed": failed, "refused": refused, "single": single}
+        result = {name: run(Path(out) / name) for name, run in runs.items() if name in names}
+    save_result(out, result)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end_rank()

@@ -1,0 +1,55 @@
+"""TRL trainers under DeepSpeed's ZeRO on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.trl.variants import Variant
+from fx_influence.interop.zero.partitions import zero_optimizer
+from helpers.ranks_trl import log_of, rank_trainer
+
+MISSING = (
+    "DeepSpeed is not installed: pip install --no-deps deepspeed==0.19.8 hjson msgpack ninja py-cpuinfo nvidia-ml-py"
+)
+"""Reason for which a test is skipped."""
+
+TORCH_ADAMW: dict[str, Any] = {
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
+    }
+}
+"""Part of DeepSpeed's configuration with which it makes torch's AdamW itself."""
+
+
+def prepare_deepspeed() -> None:
+    """Make DeepSpeed run on the CPU, by gloo alone: its operator for shared memory would be compiled first."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def zero_config(stage: int, zero: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Return a configuration of DeepSpeed, with what the trainer fills in.
+
+    Args:
+        stage: of ZeRO.
+        zero: further settings of it.
+        more: further sections.
+    """
+    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    return {"zero_optimization": {"stage": stage, **(zero or {})}, **dict.fromkeys(auto, "auto"), **more}
+
+
+def zero_trainer(variant: Variant, out: Path, steps: int, config: dict[str, Any], **more: Any) -> Any:
+    return rank_trainer(variant, out, steps, deepspeed=config, learning_rate=1e-3, **more)
+
+
+def zero_outcome(training: Any) -> dict[str, Any]:
+    """Return what a training run leaves: its weights, this rank's partitions of AdamW's state, and the log."""
+    state = zero_optimizer(training.optimizer).optimizer.state
+    tensors = {f"{k}.{name}": x.detach().clone() for k, s in enumerate(state.values()) for name, x in s.items()}
+    tensors |= {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    return {"tensors": tensors, "log": log_of(training)}

@@ -1,0 +1,35 @@
+"""A training loop under DeepSpeed's ZeRO in two processes: measured as by one process, and never changed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import run_on_ranks
+from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding_bound
+from helpers.zero_trainings import MISSING
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=MISSING)
+def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> None:
+    ranks = run_on_ranks(2, "ranks_loop_zero.py", tmp_path)
+    for rank in ranks:
+        for stage in ("1", "2"):
+            plain, measured = rank[stage]["plain"], rank[stage]["measured"]
+            assert all(torch.equal(plain["weights"][name], x) for name, x in measured["weights"].items())
+            assert measured["steps"] == 3
+            assert [metrics["step"] for metrics in measured["history"]] == [1, 2, 3]
+            assert measured["history"] == ranks[0][stage]["measured"]["history"]
+            for metrics in measured["history"]:
+                assert metrics["step_rounding"] <= rounding_bound(torch.float32, 1, 1e3)
+            for actual, expected in zip(measured["actual"], measured["expected"], strict=True):
+                scale = float(expected["float64"]["per_sequence"].abs().sum())
+                for name, exact in expected["float64"].items():
+                    bound = exact_bound(expected["float32"][name], exact, TINY_POLICY, torch.float32)
+                    assert bound <= 1e-2 * scale, name
+                    assert_within(actual[name], exact, bound, name)
+        assert "ZeRO" in rank["refusal"]
+        assert "FSDP2" in rank["refusal"]
