@@ -22,7 +22,13 @@ from fx_influence.interop.low_bit.moments import (
     stored_moment,
     why_not_adamw,
 )
-from fx_influence.interop.zero.partitions import all_gather_parameter, is_partitioned, zero_optimizer
+from fx_influence.interop.zero.partitions import (
+    PartitionedParameter,
+    all_gather_parameter,
+    is_partitioned,
+    partitioned_parameters,
+    zero_optimizer,
+)
 from fx_influence.interop.zero.settings import check_partitions, why_refused
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
@@ -119,13 +125,14 @@ def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy:
     stored: list[tuple[str, str, StoredMoment]] = []
     for index, (group, scale) in enumerate(zip(groups, scales, strict=True)):
         group_hyper = _read_hyper(group, scale)
-        members = group["params"] if zero is None else zero.bit16_groups[index]
+        located = {} if zero is None else {x.parameter: x for x in partitioned_parameters(zero, index)}
+        members = group["params"] if zero is None else list(located)
         for name, parameter in _trainable_by_name(members, names, index):
             # The state is a defaultdict: indexing it would create an entry.
             state = adamw.state.get(parameter if zero is None else group["params"][0], {})
             steps[name], hyper[name] = _read_step(name, state), group_hyper
             for key in MOMENTS[: 3 if group_hyper.amsgrad else 2]:
-                moment = _checked_moment(name, key, parameter, state, zero is not None)
+                moment = _checked_moment(name, key, parameter, state, located.get(parameter))
                 stored.extend([(name, key, moment)] if state else [])
                 if moment.is_computed and not copy:
                     computed.add(key)
@@ -227,7 +234,9 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
     return trainable
 
 
-def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any], is_partition: bool) -> StoredMoment:
+def _checked_moment(
+    name: str, key: str, parameter: Tensor, state: dict[str, Any], located: PartitionedParameter | None
+) -> StoredMoment:
     """Return one moment of a parameter, its kind checked; zeros before the first step.
 
     Args:
@@ -235,7 +244,7 @@ def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any
         key: of the moment.
         parameter: of the model.
         state: that the optimizer has for it, or for the partition of its group.
-        is_partition: whether the state is that of a partition.
+        located: the parameter in that partition; None where the state is its own.
     """
     if not state:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -244,8 +253,8 @@ def _checked_moment(name: str, key: str, parameter: Tensor, state: dict[str, Any
     moment = stored_moment(state, key)
     if moment is None:
         raise ValueError(f"optimizer state of {name} has no {key!r} (it has {sorted(state)}); {SUPPORTED}")
-    if is_partition:
-        return StoredMoment(parameter.shape, True, functools.partial(all_gather_parameter, parameter, moment.read()))
+    if located is not None:
+        return StoredMoment(parameter.shape, True, functools.partial(all_gather_parameter, located, moment.read()))
     if moment.shape != parameter.shape:
         raise ValueError(
             f"optimizer state {key} of {name} has shape {tuple(moment.shape)}; expected the parameter's, "

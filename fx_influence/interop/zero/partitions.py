@@ -6,6 +6,7 @@ weights, moments, and at the optimizer's step the gradient averaged over process
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,31 +27,67 @@ def zero_optimizer(optimizer: Any) -> Any:
 
 def is_partitioned(optimizer: object) -> bool:
     """Return whether an object is DeepSpeed's optimizer of ZeRO-1 or 2, by its partitions and groups of weights."""
-    return all(hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "bit16_groups"))
+    return all(hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "round_robin_bit16_groups"))
 
 
-def all_gather_parameter(parameter: Tensor, partition: Tensor) -> Tensor:
+class PartitionedParameter(NamedTuple):
+    """A parameter, and where this process's partition of its group has its values.
+
+    Attributes:
+        parameter: of the model.
+        start: index of its first value in this process's partition; negative where an earlier partition has it.
+        group: processes that hold the partitions; None for all.
+    """
+
+    parameter: Tensor
+    start: int
+    group: dist.ProcessGroup | None
+
+
+def partitioned_parameters(optimizer: Any, index: int) -> list[PartitionedParameter]:
+    """Return the parameters of a group in the order of the flat vector that is partitioned.
+
+    DeepSpeed's mapping on the parameters themselves (0.19.8) is of another order under ``round_robin_gradients``.
+
+    Args:
+        optimizer: DeepSpeed's.
+        index: of the group in its ``param_groups``.
+    """
+    members = optimizer.round_robin_bit16_groups[index]
+    # Older versions lay them out without gaps.
+    ends = list(itertools.accumulate(p.numel() for p in members))
+    offsets = getattr(optimizer, "round_robin_bit16_offsets", {index: [0, *ends[:-1]]})[index]
+    group = optimizer.real_dp_process_group[index]
+    first = dist.get_rank(group) * optimizer.single_partition_of_fp32_groups[index].numel()
+    return [PartitionedParameter(p, int(offset) - first, group) for p, offset in zip(members, offsets, strict=True)]
+
+
+def all_gather_parameter(partitioned: PartitionedParameter, partition: Tensor) -> Tensor:
     """Return a parameter's values from the partitions of all processes, each of which makes the call.
 
     Args:
-        parameter: of the model; DeepSpeed has noted on it which of its entries this process holds.
+        partitioned: the parameter.
         partition: this process's part of a flat vector over the parameter's group.
     """
-    values = local_values(parameter, partition)
+    values = local_values(partitioned, partition)
     before_collective()
     # Every entry is in one partition, and 0 in the others.
-    dist.all_reduce(values, group=getattr(parameter, "_dp_group", None))
+    dist.all_reduce(values, group=partitioned.group)
     return values
 
 
-def local_values(parameter: Tensor, partition: Tensor) -> Tensor:
-    """Return a parameter's values where this process holds them, else 0; see ``all_gather_parameter``."""
+def local_values(partitioned: PartitionedParameter, partition: Tensor) -> Tensor:
+    """Return a parameter's values where this process holds them, else 0; see ``all_gather_parameter``.
+
+    Example:
+        >>> local_values(PartitionedParameter(torch.empty(2, 2), -1, None), torch.tensor([1.0, 2.0])).tolist()
+        [[0.0, 1.0], [2.0, 0.0]]
+    """
+    parameter, start = partitioned.parameter, partitioned.start
     values = torch.zeros(parameter.shape, dtype=partition.dtype, device=partition.device)
-    fragment: Any = getattr(parameter, "_hp_mapping", None)
-    if fragment is not None:
-        entries, source = fragment.lp_fragment_address, fragment.hp_fragment_address
-        local = partition.detach().narrow(0, source.start, source.numel)
-        values.view(-1).narrow(0, entries.start, entries.numel).copy_(local)
+    first, last = max(start, 0), min(start + parameter.numel(), partition.numel())
+    if first < last:
+        values.view(-1)[first - start : last - start] = partition.detach()[first:last]
     return values
 
 
@@ -81,8 +118,12 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
     Raises:
         CaptureError: where the optimizer has no gradient, before its last backward pass or after its step.
     """
-    groups = list(zip(optimizer.bit16_groups, _gradient_partitions(optimizer), strict=True))
-    by_parameter = {p: all_gather_parameter(p, partition) for members, partition in groups for p in members}
+    partitions = _gradient_partitions(optimizer)
+    by_parameter = {
+        partitioned.parameter: all_gather_parameter(partitioned, partition)
+        for index, partition in enumerate(partitions)
+        for partitioned in partitioned_parameters(optimizer, index)
+    }
     gradient = {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
     max_norm = float(optimizer.clip_grad) or None
     if max_norm is None:
@@ -94,7 +135,7 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
 def _gradient_partitions(optimizer: Any) -> list[Tensor]:
     """Return this process's part of each group's gradient, flat and padded as the group's weights are."""
     partitions = []
-    for index in range(len(optimizer.bit16_groups)):
+    for index in range(len(optimizer.round_robin_bit16_groups)):
         parts = optimizer.averaged_gradients.get(index)
         if parts is None:
             raise CaptureError(

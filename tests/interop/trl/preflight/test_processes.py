@@ -24,8 +24,13 @@ def accelerator(kind: DistributedType, processes: int = 1, **plugin: Any) -> dic
     return {"accelerator": SimpleNamespace(**fields), "is_fsdp_enabled": fsdp is not None}
 
 
-def deepspeed(processes: int) -> dict[str, Any]:
-    return {**accelerator(DistributedType.DEEPSPEED, processes), "is_deepspeed_enabled": True}
+def deepspeed(stage: int, **parallelism: int) -> dict[str, Any]:
+    change = {**accelerator(DistributedType.DEEPSPEED, 2), "is_deepspeed_enabled": True}
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
+    change["accelerator"].state.deepspeed_plugin = plugin
+    change["accelerator"].mixed_precision = "no"
+    change["accelerator"].parallelism_config = SimpleNamespace(**parallelism)
+    return change
 
 
 def with_parallelism(field: str) -> dict[str, Any]:
@@ -39,8 +44,8 @@ def compiled() -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "DeepSpeed": (deepspeed(8), "in 8 processes under DeepSpeed; .*FSDP2"),
-    "one process of DeepSpeed": (deepspeed(1), "in one process under DeepSpeed; .*Launch it without DeepSpeed$"),
+    "ZeRO-3": (deepspeed(3), "zero_optimization.stage is 3 in DeepSpeed's configuration; expected 1 or 2.*FSDP2"),
+    "sequence parallel": (deepspeed(2, sp_size=2), "sp_size is 2 in parallelism_config; expected 1"),
     "XLA": (accelerator(DistributedType.XLA, 8), "in 8 processes under XLA; "),
     "FSDP1": (accelerator(DistributedType.FSDP, 2, fsdp_version=1), "fsdp_version 1; expected 2, .*fsdp_version: 2"),
     "offload": (accelerator(DistributedType.FSDP, 2, fsdp_version=2, cpu_offload=True), "cpu_offload is on; "),

@@ -1,0 +1,92 @@
+"""Settings of DeepSpeed under which steps cannot be measured are refused, with the remedy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fx_influence as fx
+from fx_influence.interop.zero.settings import check_config, check_partitions
+
+STAGE_2 = {"stage": 2}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no stage": ({}, "stage is 0 in .*; expected 1 or 2. Take stage 1 or 2, or launch without DeepSpeed"),
+    "ZeRO-3": ({"zero_optimization": {"stage": 3}}, r"stage is 3 in .*Take stage 2, or FSDP2 \(accelerate launch"),
+    "optimizer offload": (
+        {"zero_optimization": {**STAGE_2, "offload_optimizer": {"device": "cpu"}}},
+        "offload_optimizer.device is 'cpu' in .*Leave offload_optimizer out",
+    ),
+    "parameter offload": (
+        {"zero_optimization": {**STAGE_2, "offload_param": {"device": "nvme"}}},
+        "offload_param.device is 'nvme' in .*Leave offload_param out",
+    ),
+    "fp16": ({"zero_optimization": STAGE_2, "fp16": {"enabled": True}}, "fp16.enabled is True in .*fp16=False"),
+    "bf16 of the trainer": (
+        {"zero_optimization": STAGE_2, "bf16": {"enabled": "auto"}},
+        "bf16.enabled is 'auto' in .*bf16=False in the trainer's config",
+    ),
+    "autocast": (
+        {"zero_optimization": STAGE_2, "torch_autocast": {"enabled": True}},
+        "torch_autocast.enabled is True in .*Leave torch_autocast out",
+    ),
+    "FusedAdam": (
+        {"zero_optimization": STAGE_2, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+        'torch_adam is False in .*Add "torch_adam": true',
+    ),
+    "Lamb": ({"zero_optimization": STAGE_2, "optimizer": {"type": "Lamb"}}, "optimizer.type is 'Lamb' in .*Take AdamW"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
+def test_check_config_names_setting_and_remedy(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(config, "bf16")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_check_config_accepts_float32(stage: int) -> None:
+    off = {"device": "none"}
+    check_config(
+        {
+            "zero_optimization": {"stage": stage, "offload_optimizer": off, "offload_param": None},
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": False},
+            "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bit16_groups": [[torch.zeros(2, dtype=torch.bfloat16)]]}, "trains weights in torch.bfloat16"),
+        ({"cpu_offload": True}, "offloads the optimizer to the CPU"),
+    ],
+)
+def test_check_partitions_names_what_is_not_read(change: dict[str, Any], message: str) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    fields = {"bit16_groups": [[parameter]], "optimizer": torch.optim.AdamW([parameter])}
+    with pytest.raises(ValueError, match=message):
+        check_partitions(SimpleNamespace(**{**fields, **change}))
+
+
+def test_check_partitions_refuses_quantised_moments() -> None:
+    kind: Any = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "torchao.optim.adam"})
+    parameter = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="partitions AdamW8bit, whose quantised moments .*optim='adamw_torch'"):
+        check_partitions(SimpleNamespace(bit16_groups=[[parameter]], optimizer=kind([parameter])))
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedZeroOptimizer_Stage3", "FusedAdam", "BF16_Optimizer"])
+def test_adamw_state_names_the_remedy_under_deepspeed(name: str) -> None:
+    """Around a torch AdamW of one flat partition, whose parameters are none of the model's."""
+    model = nn.Linear(2, 2)
+    wrapper = type(name, (), {"__module__": "deepspeed.runtime.zero.stage3"})()
+    wrapper.optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match=rf"optimizer is deepspeed.*{name}; .*stage to 1 or 2.*torch_adam.*FSDP2"):
+        fx.adamw_state(wrapper, model)
