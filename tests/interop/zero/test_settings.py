@@ -78,7 +78,7 @@ def test_check_partitions_names_what_is_not_read(change: dict[str, Any], message
 def test_check_partitions_refuses_quantised_moments() -> None:
     kind: Any = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "torchao.optim.adam"})
     parameter = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="partitions AdamW8bit, whose quantised moments .*optim='adamw_torch'"):
+    with pytest.raises(ValueError, match=r"partitions AdamW8bit, whose quantised moments .*optim='adamw_torch'"):
         check_partitions(SimpleNamespace(bit16_groups=[[parameter]], optimizer=kind([parameter])))
 
 
