@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -36,13 +37,17 @@ NAME = "bench_trl_run"
 STEPS, LR, EVALUATED = 100, 2e-5, 64
 
 
-def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None) -> GRPOTrainer:
+def trainer(
+    out: str, steps: int, rows: list[dict[str, Any]] | None = None, peft_config: LoraConfig | None = None, **more: Any
+) -> GRPOTrainer:
     """Return a trainer of the embedded policy, with a new optimizer.
 
     Args:
         out: the trainer's directory.
         steps: number of optimizer steps.
         rows: records of the prompts; None takes those that the policy was trained on.
+        peft_config: of an adapter to train in place of the weights.
+        **more: further options of the config.
     """
     policy = demo_path("demo")
     if rows is None:
@@ -57,6 +62,7 @@ def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None) -> G
         "max_completion_length": 20,
         "max_steps": steps,
         **QUIET_ON_CPU,
+        **more,
     }
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
@@ -64,6 +70,7 @@ def trainer(out: str, steps: int, rows: list[dict[str, Any]] | None = None) -> G
         reward_funcs=exact_match,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(policy),
+        peft_config=peft_config,
     )
 
 

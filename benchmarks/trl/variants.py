@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -174,4 +177,22 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
+        yield
+
+
+@contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """Make accelerate shard the models of trainers that are made inside; on a CPU it would replicate them.
+
+    It does so for processes of the kind ``MULTI_GPU``, of which nothing else depends here: the device stays the CPU and
+    the collectives gloo's.
+    """
+    init = PartialState.__init__
+
+    def init_as_gpus(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] is DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    with patch.object(PartialState, "__init__", init_as_gpus):
         yield

@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 import fx_influence as fx
 from benchmarks.trl.bench_trl_steps import relative_error
-from benchmarks.trl.variants import Variant, policy, quiet
+from benchmarks.trl.variants import Variant, fsdp_on_cpu, policy, quiet
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.distributed import fsdp_units
 from fx_influence.distributed.batches import gather_batch
@@ -28,7 +28,7 @@ from fx_influence.interop.trl.store.step import StepStore
 from fx_influence.optim.adamw import MOMENTS
 from helpers.ranks import end_rank, save_result
 from helpers.ranks_trl import log_of, rank_trainer, replaced_influence
-from helpers.sharded_trainings import FSDP2, fsdp_on_cpu, full_tree
+from helpers.sharded_trainings import FSDP2, full_tree
 from helpers.trl_runs import warnings_of
 
 FULL = Variant("dapo", False, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3})
