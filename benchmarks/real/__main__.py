@@ -24,9 +24,16 @@ PLAN = ROOT / "docs" / "smollm2.yaml"
 STEPS = 8
 
 
-def prepare_policy(folder: Path, model: Path, steps: int = STEPS) -> Path:
-    """Return the directory of a LoRA training state, after a training run of ``steps`` steps at the first call."""
-    target = folder / "policy"
+def prepare_policy(folder: Path, model: Path, steps: int = STEPS, name: str = "policy") -> Path:
+    """Return the directory of a LoRA training state, after a training run of ``steps`` steps at the first call.
+
+    Args:
+        folder: in which it lies.
+        model: directory of the model.
+        steps: number of optimizer steps.
+        name: of the directory.
+    """
+    target = folder / name
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
             training = trainer(
