@@ -36,7 +36,7 @@ from benchmarks.evidence.bench_counterfactual import (
 )
 from benchmarks.evidence.counterfactual_tables import appendix, of_states
 from benchmarks.harness import EVIDENCE, one_thread, parser, store, write_json
-from benchmarks.real.__main__ import PLAN, prepare_policy
+from benchmarks.real.__main__ import PLAN, prepare_policies
 from benchmarks.real.bench_main_command import quick_plan
 from benchmarks.real.language_model import FOLDER, prepare_model
 from benchmarks.real.tasks import FILES, SYSTEM
@@ -59,26 +59,28 @@ EVALUATED = 32
 ROLLOUTS = (run_files.UPDATE_ROLLOUTS, *(run_files.eval_file(k, "_rollouts.jsonl") for k in range(2)))
 
 
-def real_plan(policy: Path, model: Path) -> EntropyInfluencePlan:
-    """Return the plan of U, E and the rollouts that measure, sampled of a training state of the model."""
+def batch(split: str, begin: int, count: int, each: int, **options: Any) -> SampledBatch:
+    """Return the request of ``each`` completions of ``count`` tasks of a split, from number ``begin`` on."""
+    ids = tuple(f"{split}-{k:02}" for k in range(begin, begin + count))
+    return SampledBatch(str(FILES[split]), ids, None, each, chat=True, system=SYSTEM, **options)
 
-    def batch(split: str, begin: int, count: int, each: int, **options: Any) -> SampledBatch:
-        ids = tuple(f"{split}-{k:02}" for k in range(begin, begin + count))
-        return SampledBatch(str(FILES[split]), ids, None, each, chat=True, system=SYSTEM, **options)
 
+def real_plan(policy: Path, model: Path, *evaluations: SampledBatch) -> EntropyInfluencePlan:
+    """Return the plan of 32 rollouts in U, and E, sampled of a training state of the model."""
     return dataclasses.replace(
         read_plan(PLAN, EntropyInfluencePlan, print),
         checkpoint=str(policy),
         base=str(model),
         update=batch("train", 0, PROMPTS, COMPLETIONS, resample_zero_advantage=2),
-        evaluations=(batch("eval", 0, EVALUATED, 1), batch("eval", EVALUATED, EVALUATED, 2)),
+        evaluations=evaluations,
     )
 
 
 def embedded_plan() -> EntropyInfluencePlan:
     """Return the same plan for a few rollouts of the embedded policy."""
     plan = quick_plan(read_plan(PLAN, EntropyInfluencePlan, print))
-    return dataclasses.replace(plan, evaluations=(*plan.evaluations, dataclasses.replace(plan.evaluations[0], seed=1)))
+    others = SampledBatch("demo/eval", num_prompts=16, completions_per_prompt=2, seed=1)
+    return dataclasses.replace(plan, evaluations=(*plan.evaluations, others))
 
 
 def measure(plan: EntropyInfluencePlan, folder: Path, halves: int) -> dict[str, Any]:
@@ -133,9 +135,12 @@ def main(argv: list[str] | None = None) -> int:
         model, lr = "embedded policy", 1e-4
     else:
         base, measured, model, lr = prepare_model(), {}, "SmolLM2-135M, LoRA", 2e-4
-        for steps in reversed(STEPS):
-            policy = prepare_policy(FOLDER, base, steps, f"policy_after_{steps}")
-            measured[steps] = measure(real_plan(policy, base), FOLDER / f"counterfactual_{steps}", HALVES)
+        for steps, policy in zip(STEPS, prepare_policies(FOLDER, base, STEPS), strict=True):
+            measured[steps] = measure(
+                real_plan(policy, base, batch("eval", 0, EVALUATED, 1), batch("eval", EVALUATED, EVALUATED, 2)),
+                FOLDER / f"counterfactual_{steps}",
+                HALVES,
+            )
     states = [{"step": steps + 1, **figures} for steps, figures in sorted(measured.items())]
     report = {"environment": environment(), "runs": [{"policy": model, "lr": lr, "found": states}]}
     print(markdown(report))
