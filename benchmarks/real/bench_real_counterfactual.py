@@ -100,10 +100,10 @@ def measure(plan: EntropyInfluencePlan, folder: Path, halves: int) -> dict[str, 
     chosen = random_halves(random.Random(0), len(advantages), halves)
     change = sampled_change(state.params, others.batch, state.apply)
     changes = measured_changes(step, weights_of_steps(chosen), change, folder / "changes.json")
-    own = fx.influence(
+    cross_fitted = fx.influence(
         state.params, batch, None, state.opt_state, apply=state.apply, max_grad_norm=MAX_NORM, stderr=False
     )
-    predicted = {**predictions(step, e.batch), "cross-fitted": own.per_sequence}
+    predicted = {**predictions(step, e.batch), "cross-fitted": cross_fitted.per_sequence}
     return compared(changes, predicted, chosen)
 
 
