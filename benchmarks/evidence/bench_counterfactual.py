@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,6 +76,51 @@ INFLUENCES: dict[str, dict[str, Any]] = {
 """Options of ``fx.influence`` by the names of their predictors in stored results."""
 
 
+class Step(NamedTuple):
+    """A step of AdamW to be redone without rollouts.
+
+    Attributes:
+        params: parameters before the step, by name.
+        apply: the policy.
+        state: the optimizer's state before the step.
+        batch: U, with the coefficients of its loss.
+        advantages: (n,).
+        gradients: of the loss of each rollout, (n, ...) by name.
+    """
+
+    params: Params
+    apply: fx.Policy
+    state: fx.AdamWState
+    batch: Batch
+    advantages: Tensor
+    gradients: Params
+
+    def redone(self, weights: Tensor) -> Params:
+        """Return the steps (K, ...) by name with the rollouts' losses multiplied by ``weights``, (K, n)."""
+        steps = [
+            fx.adamw_decompose(
+                {name: torch.tensordot(w.to(g.dtype), g, 1) for name, g in self.gradients.items()},
+                self.state,
+                self.params,
+                max_grad_norm=MAX_NORM,
+            ).direction
+            for w in weights
+        ]
+        return {name: self.state.lr * torch.stack([v[name] for v in steps]) for name in self.params}
+
+
+def random_halves(rng: random.Random, n: int, count: int) -> Tensor:
+    """Return 1 for the rollouts in each of ``count`` random halves of ``n``, (count, n), float64."""
+    chosen = [torch.tensor(rng.sample(range(n), n // 2)) for _ in range(count)]
+    return torch.stack([torch.zeros(n, dtype=torch.float64).index_fill(0, half, 1.0) for half in chosen])
+
+
+def weights_of_steps(halves: Tensor) -> Tensor:
+    """Return the weights of rollouts in the steps without each, on the halves (count, n), and on all of them."""
+    n = halves.shape[1]
+    return torch.cat([1 - torch.eye(n, dtype=halves.dtype), halves, torch.ones(1, n, dtype=halves.dtype)])
+
+
 def train(training: TrainingRun) -> list[dict[str, Any]]:
     """Make the run and return the measurements before each of its ``steps``."""
     policy = initial_policy(training.policy, training.is_stored)
@@ -91,37 +137,20 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dic
     seed, count = step_state.rng.randrange(2**30), min(training.evaluated // 2, len(policy.held_out))
     batch, e = step_state.batch, policy.evaluation(count, training.evaluated // count, seed)
     advantages = torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
-    gradients = rollout_gradients(params, batch, apply)
-    n = len(advantages)
-    halves = torch.stack(
-        [
-            torch.zeros(n).index_fill(0, torch.tensor(step_state.rng.sample(range(n), n // 2)), 1.0)
-            for _ in range(HALVES)
-        ]
-    )
-    subsets = torch.cat([1 - torch.eye(n), halves, torch.ones(1, n)]).double()
+    step = Step(params, apply, state, batch, advantages, rollout_gradients(params, batch, apply))
+    halves = random_halves(step_state.rng, len(advantages), HALVES)
     change = (
         exact_change(policy, params, apply)
         if training.policy == "toy"
         else sampled_change(params, policy.evaluation(training.evaluated // 2, 2, seed + 1), apply)
     )
-
-    def directions(weights: Tensor) -> Params:
-        steps = [
-            fx.adamw_decompose(
-                {name: torch.tensordot(w, g, 1) for name, g in gradients.items()}, state, params, max_grad_norm=MAX_NORM
-            ).direction
-            for w in weights
-        ]
-        return {name: training.lr * torch.stack([v[name] for v in steps]) for name in params}
-
-    changes = torch.cat([change(directions(weights)) for weights in subsets.split(8)])
-    predicted = predictions(params, batch, e, state, apply, gradients, advantages)
+    changes = torch.cat([change(step.redone(weights)) for weights in weights_of_steps(halves).split(8)])
+    predicted = predictions(step, e)
     if training.policy == "toy":
         every = collate(all_completions(policy), policy.tokenizer.pad_token_id)
         options: dict[str, Any] = {"objective": entropy_of_all, "max_grad_norm": MAX_NORM, "stderr": False}
         predicted["share, exact"] = fx.influence(params, batch, every, state, apply=apply, **options).per_sequence
-    return compared(changes, predicted, halves.double(), n)
+    return compared(changes, predicted, halves)
 
 
 def entropy_of_all(logprobs: Tensor, entropies: Tensor, every: Batch) -> Tensor:
@@ -162,26 +191,9 @@ def sampled_change(params: Params, e: Batch, apply: fx.Policy) -> Callable[[Para
     return change
 
 
-def predictions(
-    params: Params,
-    batch: Batch,
-    e: Batch,
-    state: fx.AdamWState,
-    apply: fx.Policy,
-    gradients: Params,
-    advantages: Tensor,
-) -> dict[str, Tensor]:
-    """Return each predictor's estimate of the entropy that every rollout adds, (n,).
-
-    Args:
-        params: parameters by name, float64.
-        batch: U.
-        e: E.
-        state: the optimizer's state before the step.
-        apply: the policy.
-        gradients: of the loss of each rollout, (n, ...) by name.
-        advantages: (n,).
-    """
+def predictions(step: Step, e: Batch) -> dict[str, Tensor]:
+    """Return each predictor's estimate of the entropy that every rollout of a step adds, (n,), by ``e``."""
+    params, apply, state, batch, advantages, gradients = step
     shared: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False}
     influences = {
         key: fx.influence(params, batch, e, state, **shared, **options).per_sequence
@@ -222,15 +234,15 @@ def proxies(moments: fx.TokenMoments, batch: Batch, advantages: Tensor) -> dict[
     }
 
 
-def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor, n: int) -> dict[str, Any]:
+def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor) -> dict[str, Any]:
     """Return rank correlations with the effect of leaving one out, its size, and the entropy after half the batch.
 
     Args:
-        changes: Delta H of the steps without each rollout, on each half and on all, (n + HALVES + 1, prompts).
+        changes: Delta H of the steps with ``weights_of_steps``, contributions by prompt, (n + count + 1, prompts).
         predicted: the estimates (n,) by predictor.
-        halves: 1 for the rollouts in a half, (HALVES, n).
-        n: number of rollouts.
+        halves: 1 for the rollouts in a half, (count, n).
     """
+    n = halves.shape[1]
     effects = changes[-1] - changes[:n]
     after = changes[n:-1]
     effect, signed = effects.mean(1), {k: x for k, x in predicted.items() if k not in SIGNLESS}

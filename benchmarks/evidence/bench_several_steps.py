@@ -27,6 +27,7 @@ import fx_influence as fx
 from benchmarks.evidence.arithmetic import reinforce
 from benchmarks.evidence.bench_counterfactual import (
     MAX_NORM,
+    Step,
     ceiling,
     entropy_of_all,
     exact_change,
@@ -243,7 +244,8 @@ def one_step_predictions(recorded: Recorded, params: Params, state: AdamWState, 
     options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False, "preconditioner": "lifetime"}
     lifetime = fx.influence(params, first, e, state, **options).per_sequence
     gradients = rollout_gradients(params, first, apply)
-    return {"lifetime": lifetime, **predictions(params, first, e, state, apply, gradients, recorded.advantages[0])}
+    step = Step(params, apply, state, first, recorded.advantages[0], gradients)
+    return {"lifetime": lifetime, **predictions(step, e)}
 
 
 def without_row(batch: Batch, row: int) -> Batch:

@@ -18,13 +18,14 @@ KINDS = {"loo": "leaving one out", "lds": "half the batch", "size": "size of lea
 LABELS = {
     "share": "frozen",
     "share, exact": "frozen, exact",
+    "cross-fitted": "frozen, cross-fitted",
     "marginal": "jacobian",
     "share, clip": "frozen, clip differentiated",
     "marginal, clip": "jacobian, clip differentiated",
     "sgd": "plain SGD",
 }
 """Titles of predictors by their names in stored results."""
-INFLUENCES = ("share", "share, exact", "marginal", "share, clip", "marginal, clip", "sgd")
+INFLUENCES = ("share", "share, exact", "cross-fitted", "marginal", "share, clip", "marginal, clip", "sgd")
 PROXIES = ("covariance proxy", "exact tabular", "STEER", "REPO", "relative surprisal", "GRPODropout")
 """Predictors from ``fx.proxies``; a table has the columns of those that its results hold."""
 SIGNED = (*INFLUENCES, *PROXIES, "advantage", "ceiling")

@@ -9,10 +9,13 @@ beside them; what is there already is not made again.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import ROOT
 from benchmarks.real.language_model import FOLDER, prepare_model
@@ -28,13 +31,32 @@ def prepare_policy(folder: Path, model: Path, steps: int = STEPS) -> Path:
     """Return the directory of a LoRA training state, after a training run of ``steps`` steps at the first call."""
     target = folder / "policy"
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
-            training = trainer(
-                model, out, "lora", steps, math_verify, TOKENS, save_strategy="steps", save_steps=steps, warmup_steps=2
-            )
-            training.train()
-            (Path(out) / f"checkpoint-{steps}").rename(target)
+        train(folder, model, {steps: target})
     return target
+
+
+def prepare_policies(folder: Path, model: Path, steps: Sequence[int]) -> list[Path]:
+    """Return the directories of the LoRA training states after each of ``steps`` steps of one training run.
+
+    Args:
+        folder: in which they are made at the first call.
+        model: directory of the model.
+        steps: numbers of optimizer steps.
+    """
+    targets = {count: folder / f"policy_after_{count}" for count in steps}
+    missing = {count: target for count, target in targets.items() if not target.is_dir()}
+    if missing:
+        train(folder, model, missing)
+    return list(targets.values())
+
+
+def train(folder: Path, model: Path, targets: Mapping[int, Path]) -> None:
+    """Make a training run and move its states into ``targets``, by their numbers of steps."""
+    save: dict[str, Any] = {"save_strategy": "steps", "save_steps": math.gcd(*targets), "warmup_steps": 2}
+    with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
+        trainer(model, out, "lora", max(targets), math_verify, TOKENS, **save).train()
+        for count, target in targets.items():
+            (Path(out) / f"checkpoint-{count}").rename(target)
 
 
 def main(argv: list[str] | None = None) -> int:
