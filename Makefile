@@ -7,7 +7,7 @@ RUN ?= runs/demo
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope
 TOLERANCES := $(PYTEST) --hypothesis-profile=kernels -m "tolerance and not slow"
 
-.PHONY: demo real test slow processors browser trackers docs lint types clean
+.PHONY: demo real test slow processors browser extra docs lint types clean
 
 demo: $(READY)
 	$(BIN)/fx-influence run --out $(RUN)
@@ -18,7 +18,7 @@ real: $(READY)
 	$(BIN)/fx-influence run runs/smollm2/smollm2.yaml --out runs/smollm2/run
 
 test: lint types
-	$(PYTEST) -m "not slow and not browser and not trackers"
+	$(PYTEST) -m "not slow and not browser and not extra"
 
 slow: $(READY)
 	$(PYTEST) -m slow
@@ -33,10 +33,11 @@ processors: $(READY)
 browser: $(READY)
 	$(PYTEST) -m "browser and not slow"
 
-# the trackers themselves, offline: installed beside the other packages, since trackio asks for an older pillow
-trackers: $(READY)
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/trackers -r tests/interop/trackers.txt
-	PYTHONPATH=$(VENV)/trackers $(BIN)/pytest -m trackers tests/interop/test_installed_trackers.py
+# packages that the environment does not have: W&B, trackio, which asks for an older pillow, and DeepSpeed, which is
+# built with the torch that is there
+extra: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(VENV)/extra -r tests/extra.txt
+	PYTHONPATH=$(CURDIR)/$(VENV)/extra $(PYTEST) -m extra
 
 # the API reference, from the docstrings; a warning ends the build
 docs: $(READY)

@@ -31,7 +31,7 @@ OUT = ROOT / "benchmarks" / "results" / "versions.json"
 CORE = {"torch", "numpy", "einops", "pytest", "hypothesis"}
 ROOMS = {"core", "estimators", "optim", "batching", "policy", "autodiff", "distributed", "testing"}
 """Rooms of the mathematics, beside the modules at the top."""
-FAST = "not slow and not browser and not trackers"
+FAST = "not slow and not browser and not extra"
 NOT_RUN = {"mypy", "pdoc", "pytest-xdist", "ruff", "setuptools", "trl", "bitsandbytes", "torchao"}
 """Packages of pyproject.toml that the oldest sets leave out; those of quantised optimizers need newer torch."""
 WITH_TRL = {"trl", "datasets"}

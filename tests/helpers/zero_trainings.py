@@ -11,11 +11,6 @@ from benchmarks.trl.variants import Variant
 from fx_influence.interop.zero.partitions import zero_optimizer
 from helpers.ranks_trl import log_of, rank_trainer
 
-MISSING = (
-    "DeepSpeed is not installed: pip install --no-deps deepspeed==0.19.8 hjson msgpack ninja py-cpuinfo nvidia-ml-py"
-)
-"""Reason for which a test is skipped."""
-
 TORCH_ADAMW: dict[str, Any] = {
     "optimizer": {
         "type": "AdamW",

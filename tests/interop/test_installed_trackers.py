@@ -1,7 +1,7 @@
 """Tables, alerts and panels of measured steps in the packages trackio and W&B, offline.
 
-They are not among the development dependencies, since trackio asks for an older pillow: ``make trackers`` installs
-``trackers.txt`` beside them. The tests fail without the packages; deselect them by ``-m "not trackers"``.
+They are not among the development dependencies, since trackio asks for an older pillow: ``make extra`` installs
+``tests/extra.txt`` beside them. The tests fail without the packages; deselect them by ``-m "not extra"``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from helpers.trackers import hostile_entry
 
 from fx_influence.interop.trackers import panel_metrics, report_step, workspace
 
-pytestmark = [pytest.mark.trackers, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.extra, pytest.mark.filterwarnings("ignore")]
 
 
 def test_wandb_takes_table_and_alert_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.ranks import run_on_ranks
 from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding_bound
-from helpers.zero_trainings import MISSING
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=MISSING)
+@pytest.mark.extra
 def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> None:
     ranks = run_on_ranks(2, "ranks_loop_zero.py", tmp_path)
     for rank in ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,10 @@ from helpers.sharded_results import (
     assert_training_unchanged,
 )
 from helpers.tolerances import TINY_POLICY, rounding_bound
-from helpers.zero_trainings import MISSING
 
 import fx_influence as fx
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=MISSING),
-]
+pytestmark = pytest.mark.extra
 
 
 def test_two_ranks_measure_as_one_process_under_zero(tmp_path: Path) -> None:
