@@ -17,7 +17,7 @@ from fx_influence.attribution.error_bars import (
     with_token_deviations,
 )
 from fx_influence.attribution.group_derivatives import differentiate_by_group, folds_of_tokens
-from fx_influence.attribution.labelled_losses import labelled_losses, token_labels
+from fx_influence.attribution.labelled_losses import label_parts, token_labels
 from fx_influence.attribution.linearized_losses import linearize_update
 from fx_influence.attribution.objective_gradients import evaluate_objective, normalises_by_rank
 from fx_influence.attribution.result import Influence
@@ -31,7 +31,6 @@ from fx_influence.core.parameter_checks import check_policy, check_state
 from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.consistency import check_identity, check_rounding, tolerance_of
-from fx_influence.estimators.deviations import share_left
 from fx_influence.labels import Labels
 from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective, score_share, with_known_share
 from fx_influence.optim.adamw import check_adamw_inputs, check_clip
@@ -123,9 +122,9 @@ def influence(
             policy's rollouts each group costs a reverse pass over all of E, with ``matrix`` too.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
-        labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
-            label, but for one of each set of labels that share rows and have all their tokens; or with more labels than
-            groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
+        labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U
+            for each label that a row has beside the last, without weights' gradients; or with more of these than groups
+            of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for E's forward, then for the directions of the error bars and, beside them, for U's
             reverse pass, then for the gradients of the matrix, beside the pass that runs; None takes 16 a trainable
@@ -270,25 +269,15 @@ def _attribute(x: _Inputs) -> Influence:
     how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
     evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)
     num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 3 * x.matrix
-    only_tokens = x.per_token and x.labels is None and not x.matrix
+    labelled = label_parts(x.labels, x.batch_u.completion_mask, x.groups.num_groups)
+    only_tokens = x.per_token and not labelled.by_token and not x.matrix
     folds = folds_of_tokens(x.params, x.groups, only_tokens, x.direction_dtype, x.memory_budget)
-    passes = num_directions, x.per_token, x.memory_budget, folds
+    passes = num_directions, x.per_token, x.memory_budget, folds, labelled.losses(x.batch_u)
     update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, *passes)
     step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm, x.clip)
     shares = evaluation.group_shares
-    labelled = labelled_losses(
-        x.params,
-        x.batch_u,
-        None if update.resolves_tokens else x.labels,
-        share_left(shares, x.groups.left_out),
-        x.groups.num_groups,
-        x.engine_u,
-        x.memory_budget,
-        x.direction_dtype or update.plan.dtype,
-    )
-    groups = differentiate_by_group(
-        evaluation, update, step, x.groups, x.per_token, x.matrix, labelled, folds, x.direction_dtype, x.offload
-    )
+    options = labelled.by_token, folds, x.direction_dtype, x.offload
+    groups = differentiate_by_group(evaluation, update, step, x.groups, x.per_token, x.matrix, *options)
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
     identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
     conditioned = conditioning(update, step, groups, rows.over_all)

@@ -1,8 +1,7 @@
-"""Gradients of the losses of U's tokens by label, from which sums over labels get their error bars."""
+"""Parts of the losses of U's rollouts by label of tokens, from which sums over labels get their error bars."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.core.tree import dot
 from fx_influence.labels import UNLABELLED, Labels, as_labels
-from fx_influence.types import Batch, Gradients, Params, TokenValues
+from fx_influence.types import Batch
 
 
 class Complement(NamedTuple):
@@ -29,26 +27,35 @@ class Complement(NamedTuple):
     rows: Tensor
 
 
-class LabelledLosses(NamedTuple):
-    """Gradients of the losses of U's tokens by label, to meet the direction of each group of E.
+class LabelParts(NamedTuple):
+    """Parts of the rollouts' losses, the terms of some tokens each, from which sums over labels get their error bars.
+
+    Labels that share no row are in one part, so that each row's derivative of it is that of one label's tokens.
 
     Attributes:
-        labels: places of the labels that are differentiated.
-        gradients: of the sum of each of their losses, rows divided by the share of E that they are over; none without
-            labels of tokens, or where ``by_token``.
-        complements: labels whose sums are those of rollouts less those of ``labels``.
-        by_token: whether each group's direction is put through a JVP of all tokens instead, as pays with more labels
-            than groups.
+        tokens: bool (P, n_u, T), those of each part.
+        labels: int64 (P, n_u), the label that each row has in it, -1 for none.
+        complements: labels whose sums are those of rollouts less those of other labels.
+        by_token: whether each group's direction is put through a JVP of all tokens instead, as pays with more parts
+            than groups; there are no parts then.
     """
 
-    labels: tuple[int, ...]
-    gradients: Sequence[Gradients]
+    tokens: Tensor
+    labels: Tensor
     complements: tuple[Complement, ...]
     by_token: bool
 
-    def products(self, direction: Params) -> Tensor:
-        """Return the inner products of a direction with the labels' gradients, float64."""
-        return torch.stack([dot(gradient, direction) for gradient in self.gradients])
+    def losses(self, batch_u: Batch) -> list[Batch]:
+        """Return the batch with the coefficients of each part alone."""
+
+        def of_part(tokens: Tensor) -> Batch:
+            c, b = (
+                None if w is None else torch.where(tokens, w, 0.0)
+                for w in (batch_u.coefficients, batch_u.entropy_coefficients)
+            )
+            return batch_u._replace(coefficients=c, entropy_coefficients=b)
+
+        return [of_part(tokens) for tokens in self.tokens]
 
 
 def token_labels(
@@ -84,57 +91,45 @@ def token_labels(
     return replace(chosen, index=engine.full_tokens(batch_u, chosen.index))
 
 
-def labelled_losses(
-    params: Params,
-    batch_u: Batch,
-    labels: Labels | None,
-    share_left: Tensor,
-    num_groups: int,
-    engine: Engine,
-    memory_budget: int,
-    dtype: torch.dtype | None,
-) -> LabelledLosses:
-    """Return the cheaper way to the labels' sums by group: a gradient a label, or a JVP a group.
+def label_parts(labels: Labels | None, completion_mask: Tensor, num_groups: int) -> LabelParts:
+    """Return the parts of the losses that the labels' sums are made of.
 
-    A label that no token has needs no gradient, nor does one of each set of labels that share rows: sums over rollouts
-    are known, so it is what the others leave of them.
+    A label that no token has needs none, nor does one of each set of labels that share rows: sums over rollouts are
+    known, so it is what the others leave of them.
 
     Args:
-        params: theta by name.
-        batch_u: update batch, n_u rows with coefficients.
-        labels: of its tokens, (n_u, T), or None.
-        share_left: (n_u,), the denominator's share of the groups that each row's influence is over.
-        num_groups: number of groups K.
-        engine: engine of the policy as the trainer computes it.
-        memory_budget: bytes of the forward to keep for the labels' reverse passes.
-        dtype: of the gradients; None takes at least float32.
+        labels: of tokens, (n_u, T), or None.
+        completion_mask: bool (n_u, T).
+        num_groups: number of groups K of E.
+
+    Example:
+        >>> index, mask = torch.tensor([[-1, 0, 1], [-1, 2, 3]]), torch.tensor([[False, True, True]] * 2)
+        >>> label_parts(Labels(index, ("a", "b", "c", "d")), mask, 8).labels.tolist()
+        [[0, 2]]
     """
+    none = completion_mask.new_zeros(0, *completion_mask.shape)
+    no_labels = none.new_zeros(none.shape[:2], dtype=torch.int64)
     if labels is None:
-        return LabelledLosses((), (), (), by_token=False)
-    complements = complements_of(labels, batch_u.completion_mask)
+        return LabelParts(none, no_labels, (), by_token=False)
+    in_row = _rows_by_label(labels, completion_mask)
+    complements = _complements(in_row, len(labels.names), completion_mask.device)
     derived = {x.label for x in complements}
-    used = torch.stack([(labels.index == k).any() for k in range(len(labels.names))]).tolist()
-    chosen = tuple(k for k in range(len(labels.names)) if k not in derived and used[k])
-    if len(chosen) > num_groups:
-        return LabelledLosses((), (), (), by_token=True)
-    if not chosen:
-        return LabelledLosses((), (), complements, by_token=False)
-
-    def weighted(label: int) -> Batch:
-        weight = (labels.index == label) / share_left.unsqueeze(-1)
-        c, b = (
-            None if w is None else torch.where(batch_u.completion_mask, w.double(), 0.0) * weight
-            for w in (batch_u.coefficients, batch_u.entropy_coefficients)
-        )
-        return batch_u._replace(coefficients=c, entropy_coefficients=b)
-
-    def weightings(_: TokenValues) -> Sequence[Batch]:
-        return [weighted(label) for label in chosen]
-
-    all_rows = [torch.arange(len(batch_u.input_ids), device=batch_u.input_ids.device)]
-    _, gradients = engine.reweighted_gradients(params, batch_u, all_rows, weightings, memory_budget, dtype)
-    *others, first = gradients
-    return LabelledLosses(chosen, (first, *others), complements, by_token=False)
+    used = in_row[:-1].any(1).tolist()
+    members: list[list[int]] = []
+    for label in (k for k, has_tokens in enumerate(used) if has_tokens and k not in derived):
+        alone = (part for part in members if not bool((in_row[part].any(0) & in_row[label]).any()))
+        part = next(alone, None)
+        if part is None:
+            members.append([label])
+        else:
+            part.append(label)
+    if len(members) > num_groups:
+        return LabelParts(none, no_labels, (), by_token=True)
+    if not members:
+        return LabelParts(none, no_labels, complements, by_token=False)
+    tokens = torch.stack([torch.stack([labels.index == k for k in part]).any(0) for part in members]) & completion_mask
+    by_row = torch.where(tokens, labels.index, UNLABELLED).amax(-1)
+    return LabelParts(tokens, by_row, complements, by_token=False)
 
 
 def complements_of(labels: Labels, completion_mask: Tensor) -> tuple[Complement, ...]:
@@ -149,10 +144,18 @@ def complements_of(labels: Labels, completion_mask: Tensor) -> tuple[Complement,
         >>> [(x.label, x.others) for x in complements_of(Labels(index, ("a", "b", "c")), mask)]
         [(1, (0,)), (2, ())]
     """
+    return _complements(_rows_by_label(labels, completion_mask), len(labels.names), completion_mask.device)
+
+
+def _rows_by_label(labels: Labels, completion_mask: Tensor) -> Tensor:
+    """Return which rows have completion tokens of each label, last of none: bool (L + 1, n_u), on the CPU."""
     count = len(labels.names)
-    # Completion tokens without a label are one more, which is never differentiated.
     index = torch.where(labels.index == UNLABELLED, count, labels.index)
-    in_row = torch.stack([((index == k) & completion_mask).any(-1) for k in range(count + 1)]).cpu()
+    return torch.stack([((index == k) & completion_mask).any(-1) for k in range(count + 1)]).cpu()
+
+
+def _complements(in_row: Tensor, count: int, device: torch.device) -> tuple[Complement, ...]:
+    """Return ``complements_of`` labels from their rows, of which completion tokens without a label are one more."""
     result = []
     remaining = {k for k in range(count + 1) if bool(in_row[k].any())}
     while remaining:
@@ -162,5 +165,5 @@ def complements_of(labels: Labels, completion_mask: Tensor) -> tuple[Complement,
         remaining -= members
         if count not in members:
             *others, label = sorted(members)
-            result.append(Complement(label, tuple(others), rows.to(labels.index.device)))
+            result.append(Complement(label, tuple(others), rows.to(device)))
     return tuple(result)

@@ -215,7 +215,7 @@ class StepMeasurement:
         parts = parts_of_rows(batch_e, values, objective, settings.matrix)
         shifts = None
         if evaluation.is_update:
-            options = forward, training.temperature, settings.chunk_size, self._mesh
+            options = forward, training.temperature, settings.chunk_size, settings.memory_budget, self._mesh
             shifts = shifts_without_own_fold(adamw_step, captured.batch, parts, *options)
         seconds = time.perf_counter() - start
         measured = MeasuredStep(
