@@ -12,7 +12,7 @@ from helpers.present import present
 
 import fx_influence as fx
 from fx_influence import labels
-from fx_influence.attribution.labelled_losses import complements_of
+from fx_influence.attribution.error_bars.label_parts import complements_of
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.estimators.stderr import cluster_index, cluster_stderr
 from fx_influence.types import Apply, Batch

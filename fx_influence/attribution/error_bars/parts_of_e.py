@@ -9,8 +9,8 @@ from einops import einsum
 from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
+from fx_influence.attribution.error_bars.label_parts import LabelParts
 from fx_influence.attribution.group_derivatives import GroupDerivatives, LengthSlopes
-from fx_influence.attribution.labelled_losses import LabelParts
 from fx_influence.attribution.linearized_losses import token_derivatives
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.autodiff.engine import Engine
