@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from fx_influence.autodiff.gradients import as_leaves, batch_gradient
 from fx_influence.autodiff.layer_io.collect import collect_layer_io, collect_layer_ios
-from fx_influence.autodiff.layer_io.grouped_jvp import GroupedTokenJvp
+from fx_influence.autodiff.layer_io.grouped_jvp import GroupedTokenJvp, group_of_rows
 from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs, sum_of_row_gradients, write_row_gradients
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
-from fx_influence.batching.rows import rows_by_group, select_rows
+from fx_influence.batching.rows import places_by_group, select_rows
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import DirectionDifference, accumulate, cast_like, promote, unit_direction
 from fx_influence.policy.modes.linear_cache import LinearOutputCache
@@ -231,14 +231,14 @@ def gradients_by_group(
     pending = micro_batches(select_rows(batch, rows), chunk_size, policy.left_alignable)
     largest = max(micro_batch.input_ids.numel() for micro_batch in pending)
     if params.keys() - names or layer_io_bytes_per_token(params, batch, apply, names) * largest > memory_budget:
-        return [batch_gradient(params, select_rows(batch, x), apply, temperature, chunk_size) for x in groups]
-    group_of_row = rows.new_empty(len(batch.input_ids))
-    for k, index in enumerate(groups):
-        group_of_row[index] = k
+        by_group = (select_rows(batch, x) if len(x) else None for x in groups)
+        options = apply, temperature, chunk_size
+        return [dict.fromkeys(params) if x is None else batch_gradient(params, x, *options) for x in by_group]
+    number, pending = group_of_rows(groups, batch), [x.of_rows(rows, batch) for x in pending]
+    places = places_by_group([number[x.row_index] for x in pending], len(groups))
     total: list[Gradients] = [dict.fromkeys(params) for _ in groups]
-    for micro_batch in (x.of_rows(rows, batch) for x in pending):
+    for micro_batch, members in zip(pending, places, strict=True):
         layer_ios, _ = collect_layer_io(params, batch, micro_batch, apply, names, temperature)
-        members = rows_by_group(group_of_row[micro_batch.row_index], len(groups))
         for gradient, index in zip(total, members, strict=True):
             if len(index):
                 sums = (

@@ -22,6 +22,7 @@ from fx_influence.autodiff.layer_io import grouped_jvp
 from fx_influence.autodiff.layer_io.row_gradients import LayerIOs
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
+from fx_influence.batching.rows import select_rows
 from fx_influence.core.tree import Direction, DirectionDifference
 
 VOCAB, WIDTH = 11, 7
@@ -128,6 +129,21 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(
         for actual, wanted in zip(present(values), expected, strict=True):
             assert_close(actual[index], direction.scale * wanted[index])
     assert reuses == [shared_prompts == "none" or plain] * len(reuses)
+
+
+@pytest.mark.parametrize("memory_budget", [0, 10**9])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_gradients_by_group_match_those_of_the_rows(architecture: str, memory_budget: int) -> None:
+    """Rows may be in no group, and a group without rows has no gradient."""
+    apply, params, u = rows_of_gpt2_or_qwen2(architecture, shared_prompts=False)
+    groups = [torch.tensor([3, 0]), torch.tensor([], dtype=torch.long), torch.tensor([5, 1, 2])]
+    by_group = ghost.gradients_by_group(params, u, groups, apply, 0.7, 2, memory_budget)
+    for gradient, index in zip(by_group, groups, strict=True):
+        if not len(index):
+            assert all(g is None for g in gradient.values())
+            continue
+        for name, expected in batch_gradient(params, select_rows(u, index), apply, 0.7).items():
+            assert_close(present(gradient[name]), present(expected), present(expected).abs().max())
 
 
 def test_linearize_losses_takes_parts_of_the_losses() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_influence.autodiff.directional import micro_batch_jvp
 from fx_influence.autodiff.token_values import scatter_to_batch, scored_hidden_states
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.batching.rows import select_rows
+from fx_influence.batching.rows import places_by_group, select_rows
 from fx_influence.core.tree import DirectionDifference, unit_direction
 from fx_influence.policy.lm_head import head_jvp
 from fx_influence.policy.modes.tangents_by_group import GroupedTangents
@@ -152,10 +152,7 @@ def _places_by_group(
         for x in micro_batches
         for rows in (x.token_rows(), x.row_index[x.row] if x.layout is None else x.token_rows()[x.position])
     ]
-    # Read for all micro-batches at once, since the host waits for the device each time.
-    sizes = torch.stack([(x.unsqueeze(1) == torch.arange(count, device=x.device)).sum(0) for x in numbers]).tolist()
-    places = [
-        {k: index for k, index in enumerate(x.argsort(stable=True).split(size)) if len(index)}
-        for x, size in zip(numbers, sizes, strict=True)
+    by_group = [
+        {k: index for k, index in enumerate(places) if len(index)} for places in places_by_group(numbers, count)
     ]
-    return list(zip(places[::2], places[1::2], strict=True))
+    return list(zip(by_group[::2], by_group[1::2], strict=True))
