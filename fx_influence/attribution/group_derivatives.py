@@ -35,7 +35,7 @@ class GroupDerivatives(NamedTuple):
 
     Attributes:
         u: the sum of the u_k.
-        derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.along``.
+        derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.differentiate``.
         parts: (P, K, n_u), likewise of the losses' parts; none where ``derivatives`` are by token.
         tokens: <u, g_it>, (n_u, T), float64, or where ``own_tokens`` is None <u - u_k, g_it> with k the row's own
             group; None where they were not made with the groups'.
@@ -132,7 +132,7 @@ def differentiate_by_group(
             direction.add_to_(total, offload)
         pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
         if len(pending) == update.plan.at_once and k < groups.num_groups - 1:
-            derivatives.append(update.along(pending, None))
+            derivatives.append(update.differentiate(pending, None))
             pending = []
         # Freed before the next group's gradient is made.
         del direction
@@ -242,9 +242,9 @@ def _with_tokens(
             unit = Direction.of_(fresh)
             directions.append(unit._replace(scale=u.scale * unit.scale))
         if per_token:
-            own = [] if folds is None else pending
-            of_tokens = [*(DirectionDifference(u, x) for x in own), DirectionDifference(u)]
-    rows, parts, tokens = update.along(directions, of_tokens)
+            left_out = [] if folds is None else pending
+            of_tokens = [*(DirectionDifference(u, x) for x in left_out), DirectionDifference(u)]
+    rows, parts, tokens = update.differentiate(directions, of_tokens)
     count = len(pending)
     return _LastDerivatives(
         derivatives=Derivatives(rows[:count], parts[:, :count], tokens),
@@ -257,7 +257,7 @@ def _length_slopes(length_gradient: Params, update: LinearizedLosses, step: Adam
     """Return the derivatives of log E[T] from its gradient, whose memory is reused; ``by_token`` asks for those."""
     along_step = step.precondition_(length_gradient).direction
     direction = Direction.of_(length_gradient)
-    rows, parts, _ = update.along([direction], None)
+    rows, parts, _ = update.differentiate([direction], None)
     return LengthSlopes(update.token_jvp(direction) if by_token else rows[0], parts[:, 0], along_step)
 
 

@@ -36,17 +36,17 @@ class LinearizedLosses(NamedTuple):
 
     Attributes:
         gradient: of the sum, or the trainer's own.
-        along: at most ``plan.at_once`` u_k, and a direction for each group of rows, or None -> <u_k, g_i>, by token
+        differentiate: at most ``plan.at_once`` u_k, and a direction for each group of rows, or None -> <u_k, g_i>, by token
             where ``resolves_tokens``, else from ghost products, with which the tokens' JVP then shares its forward.
         token_jvp: u -> (n_u, T), float64 as all derivatives.
         token_jvp_of: (u, rows) -> (len(rows), T), those of some rows.
-        resolves_tokens: whether ``along`` has derivatives by token.
+        resolves_tokens: whether ``differentiate`` has derivatives by token.
         plan: how the directions are to be held.
         shape: (n_u, T).
     """
 
     gradient: Gradients
-    along: Callable[[Sequence[Direction], TokenDirections | None], Derivatives]
+    differentiate: Callable[[Sequence[Direction], TokenDirections | None], Derivatives]
     token_jvp: Callable[[Direction], Tensor]
     token_jvp_of: Callable[[Direction, Tensor], Tensor]
     resolves_tokens: bool
@@ -55,7 +55,7 @@ class LinearizedLosses(NamedTuple):
 
     def jvp(self, directions: Sequence[Direction]) -> Tensor:
         """Return the derivatives of rows, or of their tokens, along at most ``plan.at_once`` directions."""
-        return self.along(directions, None).rows
+        return self.differentiate(directions, None).rows
 
 
 def linearize_update(
@@ -99,7 +99,7 @@ def linearize_update(
         if linearized is not None:
             gradient, ghost_products = linearized
 
-            def along(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
+            def differentiate(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
                 rows, by_part, values = ghost_products([u.unit for u in directions], of_tokens)
                 scales = rows.new_tensor([u.scale for u in directions]).unsqueeze(1)
                 tokens = None if values is None else losses_of_tokens(values, batch_u)
@@ -107,7 +107,7 @@ def linearize_update(
 
             return LinearizedLosses(
                 gradient=gradient if grad is None else grad,
-                along=along,
+                differentiate=differentiate,
                 token_jvp=token_jvp,
                 token_jvp_of=token_jvp_of,
                 resolves_tokens=False,
@@ -119,13 +119,13 @@ def linearize_update(
         grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
     cached_token_jvp = partial(token_jvp, caches=caches)
 
-    def along_by_token(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
+    def differentiate_tokens(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
         rows = torch.stack([cached_token_jvp(u) for u in directions])
         return Derivatives(rows, rows.new_zeros(0, *rows.shape[:2]), None)
 
     return LinearizedLosses(
         gradient=grad,
-        along=along_by_token,
+        differentiate=differentiate_tokens,
         token_jvp=cached_token_jvp,
         token_jvp_of=token_jvp_of,
         resolves_tokens=True,

@@ -107,8 +107,12 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(
     if shared_prompts == "within groups":
         u.input_ids[groups[0], 1] = (u.input_ids[0, 1] + 1) % present(policy.vocab_size)
     apply: fx.Apply = (lambda *inputs: policy(*inputs)) if plain else policy
-    total, *own = (Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in range(4))
-    directions = [DirectionDifference(total, own[0]), DirectionDifference(total, own[1]), DirectionDifference(total)]
+    total, *left_out = (Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in range(4))
+    directions = [
+        DirectionDifference(total, left_out[0]),
+        DirectionDifference(total, left_out[1]),
+        DirectionDifference(total),
+    ]
     linearized = linearize_losses(params, u, apply, 0.7, 2, memory_budget, num_directions=2, groups=groups)
     assert linearized is not None
     reuses: list[bool] = []
@@ -119,9 +123,9 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(
         add(self, micro_batch, outputs)
 
     monkeypatch.setattr(grouped_jvp.GroupedTokenJvp, "_add", recorded)
-    products, _, values = linearized[1]([own[0].unit, own[1].unit], directions)
+    products, _, values = linearized[1]([left_out[0].unit, left_out[1].unit], directions)
     grads = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), params, u)
-    for row, v in zip(products, own, strict=False):
+    for row, v in zip(products, left_out, strict=False):
         assert_close(row, torch.stack([(grads[name] * x).flatten(1).sum(1) for name, x in v.unit.items()]).sum(0))
     for k, index in enumerate(groups):
         direction = directions[k].direction()

@@ -143,16 +143,16 @@ def _moved(
     moved: list[Params] = [{} for _ in gradients]
     for name, p in params.items():
         by_fold = [gradient.pop(name) for gradient in gradients]
-        own = torch.stack([torch.zeros_like(to_local(p)) if x is None else to_local(x) for x in by_fold])
-        weight = shares.to(own.device, own.dtype).reshape(-1, *[1] * (own.dim() - 1))
+        scaled = torch.stack([torch.zeros_like(to_local(p)) if x is None else to_local(x) for x in by_fold])
+        weight = shares.to(scaled.device, scaled.dtype).reshape(-1, *[1] * (scaled.dim() - 1))
         g = step.grads[name] if mean is None else mean[name]
         if g is not None:
-            base = to_local(g).to(own.dtype)
-            base = base + (weight / (1 - weight) * own).sum(0) if mean is None else base
-            bound = cancels * own.div_(weight - 1).abs()
-            own.add_(base)
-            own.mul_(own.abs() > bound)
-        for of_fold, direction in zip(moved, step.directions_(name, own), strict=True):
+            base = to_local(g).to(scaled.dtype)
+            base = base + (weight / (1 - weight) * scaled).sum(0) if mean is None else base
+            bound = cancels * scaled.div_(weight - 1).abs()
+            scaled.add_(base)
+            scaled.mul_(scaled.abs() > bound)
+        for of_fold, direction in zip(moved, step.directions_(name, scaled), strict=True):
             of_fold[name] = p.clone()
             to_local(of_fold[name]).add_(direction, alpha=step.opt_state.lr)
     return moved
