@@ -36,8 +36,8 @@ class LinearizedLosses(NamedTuple):
 
     Attributes:
         gradient: of the sum, or the trainer's own.
-        differentiate: at most ``plan.at_once`` u_k, and a direction for each group of rows, or None -> <u_k, g_i>, by token
-            where ``resolves_tokens``, else from ghost products, with which the tokens' JVP then shares its forward.
+        differentiate: at most ``plan.at_once`` u_k, and a direction for each group of rows, or None -> <u_k, g_i>, by
+            token where ``resolves_tokens``, else from ghost products, with which the tokens' JVP shares its forward.
         token_jvp: u -> (n_u, T), float64 as all derivatives.
         token_jvp_of: (u, rows) -> (len(rows), T), those of some rows.
         resolves_tokens: whether ``differentiate`` has derivatives by token.
