@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
-from fx_influence.attribution.labelled_losses import LabelledLosses
-from fx_influence.attribution.linearized_losses import LinearizedLosses
+from fx_influence.attribution.linearized_losses import Derivatives, LinearizedLosses
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.autodiff.ghost import DirectionPlan, plan_directions
 from fx_influence.batching.rows import rows_by_group
-from fx_influence.core.tree import Direction
+from fx_influence.core.tree import Direction, DirectionDifference
 from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, left_out_parts
 from fx_influence.optim.step import AdamWStep, InnerProducts, add_inner_products
 from fx_influence.types import Params
@@ -22,10 +21,10 @@ from fx_influence.types import Params
 
 class LengthSlopes(NamedTuple):
     """Derivatives of log E[T]: ``tokens`` (n_u, T) or (n_u, 1), along each token's or rollout's part of the step;
-    ``labels`` (number of them,), along those of the labels' gradients; and ``along_step``, a scalar. float64."""
+    ``parts`` (P, n_u), along those of the losses' parts; and ``along_step``, a scalar. float64."""
 
     tokens: Tensor
-    labels: Tensor
+    parts: Tensor
     along_step: Tensor
 
 
@@ -36,11 +35,11 @@ class GroupDerivatives(NamedTuple):
 
     Attributes:
         u: the sum of the u_k.
-        derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.jvp``.
+        derivatives: <u_k, g_i>, (K, n_u, T) or (K, n_u, 1), float64; see ``LinearizedLosses.differentiate``.
+        parts: (P, K, n_u), likewise of the losses' parts; none where ``derivatives`` are by token.
         tokens: <u, g_it>, (n_u, T), float64, or where ``own_tokens`` is None <u - u_k, g_it> with k the row's own
             group; None where they were not made with the groups'.
         token_derivatives: <u_k, g_it>, (K, n_u, T), float64; None where they are not known.
-        label_products: <u_k, .> with the gradients of labels, (K, number of them), float64; None where there are none.
         own_tokens: <u_k, g_it> of each row's own group k by token, (n_u, T), 0 where it has none; None where
             ``tokens`` do without them.
         along_step: (K,), <grad H_k, v>, float64.
@@ -55,9 +54,9 @@ class GroupDerivatives(NamedTuple):
 
     u: Direction
     derivatives: Tensor
+    parts: Tensor
     tokens: Tensor | None
     token_derivatives: Tensor | None
-    label_products: Tensor | None
     own_tokens: Tensor | None
     along_step: Tensor
     on_step: InnerProducts
@@ -74,7 +73,7 @@ def differentiate_by_group(
     groups: EvaluationGroups,
     per_token: bool,
     needs_slopes: bool,
-    labelled: LabelledLosses,
+    labels_by_token: bool,
     folds: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
     offload: torch.device | str | None,
@@ -93,67 +92,69 @@ def differentiate_by_group(
         groups: of E's rows, and the one that each row of U leaves out.
         per_token: whether the derivatives along that one are wanted by token.
         needs_slopes: whether the derivatives of log E[T] are wanted.
-        labelled: how the sums over labels of tokens are differentiated.
+        labels_by_token: whether the derivatives along each group's direction are wanted by token.
         folds: see ``folds_of_tokens``.
         dtype: of u; None keeps that of the gradients.
         offload: device that holds the directions; None leaves them where the gradients are.
     """
     several, adds_up = groups.num_groups > 1, groups.num_groups > 1 and not evaluation.has_sum
-    all_by_token = labelled.by_token and not update.resolves_tokens
+    all_by_token = labels_by_token and not update.resolves_tokens
     own_by_token = groups.leave_out and per_token and not update.resolves_tokens and folds is None
     slopes: LengthSlopes | None = None
     length_gradient = evaluation.next_length_gradient()
     if length_gradient is not None and evaluation.has_sum:
-        slopes = _length_slopes(length_gradient, update, step, labelled, own_by_token or all_by_token)
+        slopes = _length_slopes(length_gradient, update, step, own_by_token or all_by_token)
         length_gradient = None
     gradients = evaluation.deviating_gradients(length_gradient)
     products: list[InnerProducts] = []
-    derivatives: list[Tensor] = []
+    derivatives: list[Derivatives] = []
     pending: list[Direction] = []
     total: Params = {}
     by_token: list[Tensor] = []
-    by_label: list[Tensor] = []
     own_tokens = torch.zeros(update.shape, dtype=torch.float64, device=groups.group.device)
     rows_left_out = rows_by_group(groups.left_out, groups.num_groups)
+    # Where all directions are to be in memory as they are, so may be their gradients.
+    at_once = update.plan.at_once if several and update.plan.dtype is None else 1
+    preconditioned: list[Params] = []
     for k in range(groups.num_groups):
-        # Not by zip or a loop over the gradients, which would hold one while the next is made.
-        gradient = next(gradients)
-        # From here on the gradient's memory holds gain * gradient.
-        products.append(step.precondition_(gradient))
-        direction = Direction.of_(gradient)
+        if not preconditioned:
+            # Not by zip or a loop over the gradients, which would hold one while the next is made.
+            preconditioned = [next(gradients) for _ in range(min(at_once, groups.num_groups - k))]
+            # From here on the gradients' memory holds gain * gradient.
+            products.extend(step.precondition_all_(preconditioned))
+        direction = Direction.of_(preconditioned.pop(0))
         if all_by_token:
             by_token.append(update.token_jvp(direction))
             own_tokens[rows_left_out[k]] = by_token[-1][rows_left_out[k]]
         elif own_by_token and len(rows_left_out[k]):
             own_tokens[rows_left_out[k]] = update.token_jvp_of(direction, rows_left_out[k])
-        by_label.extend([direction.scale * labelled.products(direction.unit)] if labelled.gradients else [])
         if adds_up:
             direction.add_to_(total, offload)
         pending.append(direction.to_(update.plan.dtype if several else dtype, offload))
         if len(pending) == update.plan.at_once and k < groups.num_groups - 1:
-            derivatives.append(update.jvp(pending))
+            derivatives.append(update.differentiate(pending, None))
             pending = []
         # Freed before the next group's gradient is made.
-        del gradient, direction
+        del direction
     if not needs_slopes:
         length_gradient = None
     del gradients
     u = Direction.of_(total) if adds_up else None if several else pending[0]
     last = _with_tokens(update, step, pending, length_gradient, u, per_token, folds)
     pending = []
-    by_group = torch.cat([*derivatives, last.derivatives])
+    derivatives.append(last.derivatives)
+    by_group = torch.cat([x.rows for x in derivatives])
+    parts = torch.cat([x.parts for x in derivatives], 1)
     excess = by_group.new_tensor(evaluation.group_excess)
     along_step = torch.stack([p.direction for p in products])
     token_derivatives = torch.stack(by_token) if by_token else None
-    label_products = torch.stack(by_label) if by_label else None
     if slopes is not None:
         by_row = slopes.tokens if update.resolves_tokens else slopes.tokens.sum(-1, keepdim=True)
         by_group = by_group - _multiples(excess, by_row)
         along_step = along_step - excess * slopes.along_step
         if token_derivatives is not None:
             token_derivatives = token_derivatives - _multiples(excess, slopes.tokens)
-        if label_products is not None:
-            label_products = label_products - _multiples(excess, slopes.labels)
+        parts = parts - _multiples(excess, slopes.parts).transpose(0, 1)
         if own_by_token or all_by_token:
             own_tokens -= left_out_parts(_multiples(excess, slopes.tokens), groups.left_out)
     if u is None:
@@ -163,10 +164,10 @@ def differentiate_by_group(
     return GroupDerivatives(
         u=u,
         derivatives=by_group,
-        tokens=last.tokens,
+        parts=parts,
+        tokens=last.derivatives.tokens,
         token_derivatives=by_group if update.resolves_tokens else token_derivatives,
-        label_products=label_products,
-        own_tokens=None if folds is not None and last.tokens is not None else own_tokens,
+        own_tokens=None if folds is not None and last.derivatives.tokens is not None else own_tokens,
         along_step=along_step,
         on_step=add_inner_products(products),
         update_products=step.update_products(u),
@@ -202,8 +203,7 @@ def folds_of_tokens(
 class _LastDerivatives(NamedTuple):
     """Derivatives along the last groups' directions, and along u and gain * L; see ``GroupDerivatives``."""
 
-    derivatives: Tensor
-    tokens: Tensor | None
+    derivatives: Derivatives
     on_fresh: Tensor | None
     slopes: LengthSlopes | None
 
@@ -233,40 +233,32 @@ def _with_tokens(
     if length_gradient is not None:
         along_step = step.precondition_(length_gradient).direction
         directions.append(Direction.of_(length_gradient))
-    tokens: Tensor | None = None
+    of_tokens: list[DirectionDifference] | None = None
     measures_fresh = u is not None and not update.resolves_tokens and update.plan.at_once > 1
-    if update.resolves_tokens or u is None:
-        derivatives = update.jvp(directions)
-    else:
+    if u is not None and not update.resolves_tokens:
         if measures_fresh:
             fresh = {name: x.clone() for name, x in u.unit.items()}
             step.keep_fresh_(fresh)
             unit = Direction.of_(fresh)
             directions.append(unit._replace(scale=u.scale * unit.scale))
-
-        def direction_of(k: int) -> Direction:
-            return u if folds is None or k == len(pending) else u.minus(pending[k])
-
-        derivatives, tokens = update.jvp_and_tokens(directions, direction_of if per_token else None)
+        if per_token:
+            left_out = [] if folds is None else pending
+            of_tokens = [*(DirectionDifference(u, x) for x in left_out), DirectionDifference(u)]
+    rows, parts, tokens = update.differentiate(directions, of_tokens)
+    count = len(pending)
     return _LastDerivatives(
-        derivatives=derivatives[: len(pending)],
-        tokens=tokens,
-        on_fresh=derivatives[-1].sum(-1) if measures_fresh else None,
-        slopes=None
-        if along_step is None
-        else LengthSlopes(derivatives[len(pending)], along_step.new_zeros(0), along_step),
+        derivatives=Derivatives(rows[:count], parts[:, :count], tokens),
+        on_fresh=rows[-1].sum(-1) if measures_fresh else None,
+        slopes=None if along_step is None else LengthSlopes(rows[count], parts[:, count], along_step),
     )
 
 
-def _length_slopes(
-    length_gradient: Params, update: LinearizedLosses, step: AdamWStep, labelled: LabelledLosses, by_token: bool
-) -> LengthSlopes:
+def _length_slopes(length_gradient: Params, update: LinearizedLosses, step: AdamWStep, by_token: bool) -> LengthSlopes:
     """Return the derivatives of log E[T] from its gradient, whose memory is reused; ``by_token`` asks for those."""
     along_step = step.precondition_(length_gradient).direction
     direction = Direction.of_(length_gradient)
-    labels = labelled.products(direction.unit) if labelled.gradients else along_step.new_zeros(0)
-    tokens = update.token_jvp(direction) if by_token else update.jvp([direction])[0]
-    return LengthSlopes(tokens, direction.scale * labels, along_step)
+    rows, parts, _ = update.differentiate([direction], None)
+    return LengthSlopes(update.token_jvp(direction) if by_token else rows[0], parts[:, 0], along_step)
 
 
 def _multiples(excess: Tensor, slope: Tensor) -> Tensor:

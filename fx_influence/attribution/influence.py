@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fx_influence.attribution.cross_fitting import EvaluationGroups, evaluation_rows, split_into_groups
-from fx_influence.attribution.error_bars import (
-    PartsOfE,
-    leave_own_rows_out,
-    parts_of_clusters,
-    self_influence,
-    with_token_deviations,
-)
-from fx_influence.attribution.group_derivatives import differentiate_by_group, folds_of_tokens
-from fx_influence.attribution.labelled_losses import labelled_losses, token_labels
-from fx_influence.attribution.linearized_losses import linearize_update
-from fx_influence.attribution.objective_gradients import evaluate_objective, normalises_by_rank
+from fx_influence.attribution.attribute import Inputs, attribute
+from fx_influence.attribution.cross_fitting import evaluation_rows, split_into_groups
+from fx_influence.attribution.error_bars.label_parts import token_labels
+from fx_influence.attribution.objective_gradients import normalises_by_rank
 from fx_influence.attribution.result import Influence
-from fx_influence.attribution.row_influences import check_sums, conditioning, sum_groups
-from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import default_budget
 from fx_influence.batching.prompts import warn_of_shared_prompts
 from fx_influence.core.batch_checks import check_is_batch, check_update_and_evaluation
@@ -30,14 +20,12 @@ from fx_influence.core.checks import check_dtypes, check_number, check_options
 from fx_influence.core.parameter_checks import check_policy, check_state
 from fx_influence.core.tree import detached
 from fx_influence.distributed.engine import make_engine
-from fx_influence.estimators.consistency import check_identity, check_rounding, tolerance_of
-from fx_influence.estimators.deviations import share_left
+from fx_influence.estimators.consistency import tolerance_of
 from fx_influence.labels import Labels
-from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective, score_share, with_known_share
+from fx_influence.objectives import Entropy, Objective, check_evaluation, check_objective
 from fx_influence.optim.adamw import check_adamw_inputs, check_clip
-from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.policy import with_all_derivatives
-from fx_influence.policy.precision import PassPrecision, pass_precision
+from fx_influence.policy.precision import pass_precision
 from fx_influence.types import AdamWState, Apply, Batch, Clip, Gradients, Params, Preconditioner
 
 if TYPE_CHECKING:
@@ -123,9 +111,9 @@ def influence(
             policy's rollouts each group costs a reverse pass over all of E, with ``matrix`` too.
         per_token: also return influences of tokens. Without them those of rollouts come from ghost products, where all
             parameters have layer inputs and output gradients, without the JVP.
-        labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U a
-            label, but for one of each set of labels that share rows and have all their tokens; or with more labels than
-            groups of E by a JVP a group. Sums over labels of rollouts have them anyway.
+        labels: of tokens, (n_u, T), see ``Influence.sums``, whose sums get standard errors: by a reverse pass over U
+            for each label that a row has beside the last, without weights' gradients; or with more of these than groups
+            of E by a JVP a group. Sums over labels of rollouts have them anyway.
         chunk_size: rows per forward; None chooses by tokens.
         memory_budget: bytes for E's forward, then for the directions of the error bars and, beside them, for U's
             reverse pass, then for the gradients of the matrix, beside the pass that runs; None takes 16 a trainable
@@ -207,8 +195,8 @@ def influence(
     if stderr and batch_e is not None:
         warn_of_shared_prompts("batch_e", batch_e)
     precision = pass_precision(params, apply, batch_u, compute_dtype)
-    return _attribute(
-        _Inputs(
+    return attribute(
+        Inputs(
             params=precision.params,
             batch_u=batch_u,
             batch_e=rows.batch,
@@ -232,110 +220,6 @@ def influence(
             engine_u=replace(engine, apply=precision.update_apply),
             engine_e=replace(engine, apply=with_all_derivatives(precision.exact_apply)),
         )
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """The checked arguments of ``influence``; ``groups`` of E's rows, ``bound`` of the identity's relative residual."""
-
-    params: Params
-    batch_u: Batch
-    batch_e: Batch
-    groups: EvaluationGroups
-    opt_state: AdamWState
-    objective: Entropy | Objective
-    preconditioner: Preconditioner
-    max_grad_norm: float | None
-    clip: Clip
-    grad: Gradients | None
-    matrix: bool
-    stderr: bool
-    per_token: bool
-    labels: Labels | None
-    memory_budget: int
-    direction_dtype: torch.dtype | None
-    offload: torch.device | str | None
-    bound: float
-    precision: PassPrecision
-    engine_u: Engine
-    engine_e: Engine
-
-
-def _attribute(x: _Inputs) -> Influence:
-    """Return the influences: E's gradients by group, U linearised, the step between them, sums, checks and errors."""
-    pilot = replace(x, per_token=False, labels=None)
-    x = replace(x, objective=with_known_share(x.objective, lambda o: _attribute(replace(pilot, objective=o))))
-    several = x.groups.num_groups > 1
-    how = x.stderr or x.groups.leave_out, x.engine_e, x.memory_budget, x.direction_dtype
-    evaluation = evaluate_objective(x.params, x.batch_e, x.objective, x.groups, *how)
-    num_directions = x.groups.num_groups if several or x.precision.wants_two_methods else 3 * x.matrix
-    only_tokens = x.per_token and x.labels is None and not x.matrix
-    folds = folds_of_tokens(x.params, x.groups, only_tokens, x.direction_dtype, x.memory_budget)
-    passes = num_directions, x.per_token, x.memory_budget, folds
-    update = linearize_update(x.params, x.batch_u, x.grad, x.engine_u, *passes)
-    step = AdamWStep.of(update.gradient, x.opt_state, x.params, x.preconditioner, x.max_grad_norm, x.clip)
-    shares = evaluation.group_shares
-    labelled = labelled_losses(
-        x.params,
-        x.batch_u,
-        None if update.resolves_tokens else x.labels,
-        share_left(shares, x.groups.left_out),
-        x.groups.num_groups,
-        x.engine_u,
-        x.memory_budget,
-        x.direction_dtype or update.plan.dtype,
-    )
-    groups = differentiate_by_group(
-        evaluation, update, step, x.groups, x.per_token, x.matrix, labelled, folds, x.direction_dtype, x.offload
-    )
-    rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
-    identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
-    conditioned = conditioning(update, step, groups, rows.over_all)
-    slopes, on_step, by_group = groups.slopes, groups.on_step, groups.derivatives.sum(-1)
-    update_products = groups.update_products
-    parts = PartsOfE(by_group, groups.along_step, shares, x.groups.left_out) if x.stderr and several else None
-    deviations = None if parts is None else parts.deviations()
-    if deviations is not None and rows.per_token is not None:
-        deviations = with_token_deviations(deviations, rows.per_token, groups, shares, x.labels, labelled)
-    # The caches of U's passes may take as much memory as the matrix.
-    del update, groups, labelled
-    pairwise, rounding = None, rows.rounding
-    if x.matrix:
-        pairwise = -x.engine_e.gram(
-            x.params, evaluation.batch, x.batch_u, step.gain(), x.memory_budget, x.precision.update_apply
-        )
-        columns = pairwise.double().sum(0)
-        check_identity("the matrix", identity.expected - columns.sum(), columns, identity.expected, x.bound)
-        rounding = torch.where(rounding.isnan(), (rows.over_all - columns).abs(), rounding)
-        if x.stderr and not several:
-            parts = parts_of_clusters(x.params, pairwise, slopes, evaluation, step, x.engine_e, x.groups)
-            deviations = parts.deviations()
-        pairwise = leave_own_rows_out(pairwise, slopes, evaluation, x.groups)
-    check_rounding(rounding, rows.over_all, x.precision.lowest, x.bound)
-    # Added up in float64 the terms are exactly additive; the sum of two float32 directions is rounded.
-    is_split = x.preconditioner == "frozen" and x.clip == "frozen"
-    baseline = on_step.momentum + on_step.weight_decay if is_split else on_step.baseline
-    return Influence(
-        per_sequence=rows.per_sequence,
-        per_token=rows.per_token,
-        stderr=torch.full_like(rows.per_sequence, torch.nan) if deviations is None else deviations.stderr(),
-        baseline=baseline,
-        momentum=on_step.momentum,
-        weight_decay=on_step.weight_decay,
-        total=baseline + rows.per_sequence.sum() + identity.unattributed,
-        residual=identity.residual,
-        unattributed=identity.unattributed,
-        per_parameter=update_products,
-        matrix=pairwise,
-        total_stderr=torch.full_like(baseline, torch.nan) if parts is None else parts.total_stderr(),
-        conditioning=conditioned,
-        rounding=rounding,
-        self_influence=self_influence(by_group, evaluation, x.groups),
-        deviations=deviations,
-        ess=evaluation.ess,
-        score_share=torch.full_like(baseline, score_share(x.objective)),
-        total_deviations=None if parts is None else parts.total_deviations(),
     )
 
 

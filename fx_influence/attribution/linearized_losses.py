@@ -17,30 +17,45 @@ from fx_influence.core.tree import Direction
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
 
+class Derivatives(NamedTuple):
+    """Derivatives of the rollouts' losses along K directions, all float64.
+
+    Attributes:
+        rows: (K, n_u, T) by token, or (K, n_u, 1).
+        parts: (P, K, n_u), of the losses' parts; none where ``rows`` are by token.
+        tokens: (n_u, T), of each group of rows along its own direction, or None.
+    """
+
+    rows: Tensor
+    parts: Tensor
+    tokens: Tensor | None
+
+
 class LinearizedLosses(NamedTuple):
     """The losses of U's rollouts to first order: the gradient of their sum, and their derivatives along directions.
 
     Attributes:
         gradient: of the sum, or the trainer's own.
-        jvp: at most ``plan.at_once`` u_k -> <u_k, g_i>, (K, n_u, T) by token where ``resolves_tokens``, else (K, n_u,
-            1), from ghost products.
+        differentiate: at most ``plan.at_once`` u_k, and a direction for each group of rows, or None -> <u_k, g_i>, by
+            token where ``resolves_tokens``, else from ghost products, with which the tokens' JVP shares its forward.
         token_jvp: u -> (n_u, T), float64 as all derivatives.
         token_jvp_of: (u, rows) -> (len(rows), T), those of some rows.
-        jvp_and_tokens: directions as for ``jvp``, and a direction for each group of rows, or None -> both, (K, n_u, 1)
-            and (n_u, T) or None, by ghost products and a JVP that share their forward. Not where ``resolves_tokens``.
-        resolves_tokens: whether ``jvp`` has derivatives by token.
+        resolves_tokens: whether ``differentiate`` has derivatives by token.
         plan: how the directions are to be held.
         shape: (n_u, T).
     """
 
     gradient: Gradients
-    jvp: Callable[[Sequence[Direction]], Tensor]
+    differentiate: Callable[[Sequence[Direction], TokenDirections | None], Derivatives]
     token_jvp: Callable[[Direction], Tensor]
     token_jvp_of: Callable[[Direction, Tensor], Tensor]
-    jvp_and_tokens: Callable[[Sequence[Direction], TokenDirections | None], tuple[Tensor, Tensor | None]]
     resolves_tokens: bool
     plan: DirectionPlan
     shape: torch.Size
+
+    def jvp(self, directions: Sequence[Direction]) -> Tensor:
+        """Return the derivatives of rows, or of their tokens, along at most ``plan.at_once`` directions."""
+        return self.differentiate(directions, None).rows
 
 
 def linearize_update(
@@ -52,6 +67,7 @@ def linearize_update(
     per_token: bool,
     memory_budget: int,
     groups: Sequence[Tensor] | None = None,
+    parts: Sequence[Batch] = (),
 ) -> LinearizedLosses:
     """Return U's losses to first order, by ghost products or by JVPs.
 
@@ -68,6 +84,7 @@ def linearize_update(
         per_token: whether those of tokens are wanted.
         memory_budget: bytes of directions, and bytes of the reverse pass to cache for the derivatives.
         groups: index tensors of the rows whose tokens have a direction in common; None is one group of all rows.
+        parts: U with the coefficients of further losses, of which derivatives by row are wanted too.
     """
 
     def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
@@ -78,23 +95,21 @@ def linearize_update(
 
     if num_directions or not (per_token or grad is not None):
         plan = plan_directions(params, max(1, num_directions), memory_budget)
-        linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, grad is None, groups)
+        linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, grad is None, groups, parts)
         if linearized is not None:
             gradient, ghost_products = linearized
 
-            def jvp_and_tokens(
-                directions: Sequence[Direction], direction_of: TokenDirections | None
-            ) -> tuple[Tensor, Tensor | None]:
-                by_row, values = ghost_products([u.unit for u in directions], direction_of)
-                by_row = (by_row * by_row.new_tensor([u.scale for u in directions]).unsqueeze(1)).unsqueeze(-1)
-                return by_row, None if values is None else losses_of_tokens(values, batch_u)
+            def differentiate(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
+                rows, by_part, values = ghost_products([u.unit for u in directions], of_tokens)
+                scales = rows.new_tensor([u.scale for u in directions]).unsqueeze(1)
+                tokens = None if values is None else losses_of_tokens(values, batch_u)
+                return Derivatives((rows * scales).unsqueeze(-1), by_part * scales, tokens)
 
             return LinearizedLosses(
                 gradient=gradient if grad is None else grad,
-                jvp=lambda directions: jvp_and_tokens(directions, None)[0],
+                differentiate=differentiate,
                 token_jvp=token_jvp,
                 token_jvp_of=token_jvp_of,
-                jvp_and_tokens=jvp_and_tokens,
                 resolves_tokens=False,
                 plan=plan,
                 shape=batch_u.input_ids.shape,
@@ -104,15 +119,15 @@ def linearize_update(
         grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
     cached_token_jvp = partial(token_jvp, caches=caches)
 
-    def jvp(directions: Sequence[Direction]) -> Tensor:
-        return torch.stack([cached_token_jvp(u) for u in directions])
+    def differentiate_tokens(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
+        rows = torch.stack([cached_token_jvp(u) for u in directions])
+        return Derivatives(rows, rows.new_zeros(0, *rows.shape[:2]), None)
 
     return LinearizedLosses(
         gradient=grad,
-        jvp=jvp,
+        differentiate=differentiate_tokens,
         token_jvp=cached_token_jvp,
         token_jvp_of=token_jvp_of,
-        jvp_and_tokens=lambda directions, direction_of: (jvp(directions), None),
         resolves_tokens=True,
         plan=DirectionPlan(1, None),
         shape=batch_u.input_ids.shape,

@@ -32,6 +32,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         batch: E with coefficients.
+        values: of E's tokens, (n_e, T) each.
         shares: (n_e,), each row's share of the objective's denominator, adding up to 1.
         excess: (n_e,), see ``excess_entropies``; 0 where the denominator is known.
         group_shares: (K,), the groups' shares of the denominator.
@@ -46,6 +47,7 @@ class Evaluation(NamedTuple):
     """
 
     batch: Batch
+    values: TokenValues
     shares: Tensor
     excess: Tensor
     group_shares: Tensor
@@ -137,6 +139,7 @@ def evaluate_objective(
 
     return Evaluation(
         batch=weighted[0],
+        values=values,
         shares=shares,
         excess=excess,
         group_shares=shares.new_zeros(groups.num_groups).index_add(0, groups.group, shares),

@@ -11,6 +11,7 @@ from torch import Tensor
 from fx_influence.core.influence_display import influence_html, influence_line
 from fx_influence.estimators.deviations import Deviations
 from fx_influence.labels import Labels, as_labels
+from fx_influence.types import TokenValues
 
 ALL_OF_IT = torch.ones((), dtype=torch.float64)
 """Default share of the score term."""
@@ -66,7 +67,7 @@ def sums_by_label(values: Tensor, labels: Labels, deviations: Deviations | None)
 class Influence(NamedTuple):
     """First-order influences of one step on an objective, by default entropy: nats per unit lr, positive raises it.
 
-    All tensors are float64, except ``matrix``.
+    All tensors are float64, except ``matrix`` and ``values_e``.
 
     Attributes:
         per_sequence: (n_u,), delta_i.
@@ -94,7 +95,7 @@ class Influence(NamedTuple):
             float32, without ``per_token``, where a parameter has no layer inputs and output gradients, or where the
             directions of the error bars were rounded to bfloat16.
         self_influence: (n_u,), where U is part of E: the influence on the entropy of the rollout's own prompt, which
-            ``per_sequence`` leaves out; see ``error_bars.self_influence``. NaN for a prompt that is not in E or has no
+            ``per_sequence`` leaves out; see ``parts_of_e.self_influence``. NaN for a prompt that is not in E or has no
             completion token; None with an E of fresh rollouts.
         ess: scalar, effective sample size of E in rows, (sum w)^2 / sum w^2 of its weights pi_theta / pi_behaviour, the
             smallest over ranks under "per_decision"; None where E has no ``behaviour_logprobs``.
@@ -102,6 +103,8 @@ class Influence(NamedTuple):
             and no standard error holds the bias.
         deviations: how far each part of E carries each influence, from which ``stderr`` and the standard errors of
             sums follow; None without error bars.
+        values_e: log-probabilities and entropies of E's tokens before the step, (n_e, T) each, in at least float32,
+            nats, 0 outside completions.
         total_deviations: (C,), those of ``total``, from which ``total_stderr`` follows; None without error bars.
     """
 
@@ -124,6 +127,7 @@ class Influence(NamedTuple):
     ess: Tensor | None = None
     total_deviations: Tensor | None = None
     score_share: Tensor = ALL_OF_IT
+    values_e: TokenValues | None = None
 
     @property
     def degrees_of_freedom(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from fx_influence.autodiff.token_values import (
     token_values,
 )
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.batching.rows import row_chunks, select_rows
-from fx_influence.core.tree import Direction, accumulate, cast_like, largest_entry, promote, shift, unit_direction
+from fx_influence.batching.rows import row_chunks
+from fx_influence.core.tree import accumulate, cast_like, largest_entry, promote, shift, unit_direction
 from fx_influence.policy.attention import math_attention
 from fx_influence.policy.lm_head import head_hessian_product, head_jvp, head_vjp
 from fx_influence.policy.split import SplitPolicy, split_policy
@@ -83,73 +83,6 @@ def micro_batch_jvp(
     hidden_and_tangent = policy.backbone_jvp(params, tangent, micro_batch, outputs)
     hidden, d_hidden = (scored_hidden_states(x, micro_batch) for x in hidden_and_tangent)
     return head_jvp(policy, params, tangent, hidden, d_hidden, micro_batch.targets, temperature)
-
-
-class GroupedTokenJvp:
-    """The JVP of a batch's token values, each group of rows along its own direction, a micro-batch at a time.
-
-    Args:
-        params: theta, by name.
-        batch: rollouts (B, T).
-        policy: the split policy.
-        temperature: divisor of the logits.
-        chunk_size: rows per forward; None chooses by tokens.
-        groups: index tensors into the rows.
-        direction_of: the direction of the k-th group, called once for each run of its micro-batches.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        batch: Batch,
-        policy: SplitPolicy,
-        temperature: float,
-        chunk_size: int | None,
-        groups: Sequence[Tensor],
-        direction_of: Callable[[int], Direction],
-    ) -> None:
-        self._params, self._batch, self._policy, self._temperature = params, batch, policy, temperature
-        self._direction_of, self._group = direction_of, -1
-        self._values: list[tuple[MicroBatch, TokenValues]] = []
-        cut = [
-            (k, x.of_rows(index, batch))
-            for k, index in enumerate(groups)
-            if len(index)
-            for x in policy.micro_batches(select_rows(batch, index), chunk_size)
-        ]
-        self._packed = cut if any(x.layout is not None for _, x in cut) else []
-
-    @property
-    def has_own_forward(self) -> bool:
-        """Return whether rows share prompts, so that their forward is no other pass's."""
-        return bool(self._packed)
-
-    def add(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> None:
-        """Add the rows of a micro-batch, unless they have a forward of their own.
-
-        Args:
-            group: that of the rows.
-            micro_batch: the tokens to score.
-            outputs: linear layers' outputs over the same micro-batch, or None.
-        """
-        if not self._packed:
-            self._add(group, micro_batch, outputs)
-
-    def values(self) -> TokenValues:
-        """Return the derivatives of all rows, (B, T) each."""
-        for group, micro_batch in self._packed:
-            self._add(group, micro_batch, None)
-        return scatter_to_batch(self._values, self._batch)
-
-    @torch.no_grad()
-    def _add(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> None:
-        if group != self._group:
-            direction = self._direction_of(group)
-            scale, self._tangent = unit_direction(direction.unit, self._params)
-            self._group, self._scale = group, scale * direction.scale
-        options = self._policy, self._params, self._tangent, micro_batch, outputs, self._temperature
-        d = micro_batch_jvp(*options)
-        self._values.append((micro_batch, TokenValues(d.logprobs * self._scale, d.entropies * self._scale)))
 
 
 def hessian_product(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.directional import curvature, hessian_product, token_jvp
-from fx_influence.autodiff.ghost import JvpFn, linearize_losses
+from fx_influence.autodiff.ghost import JvpFn, gradients_by_group, linearize_losses
 from fx_influence.autodiff.gradients import LinearOutputCaches, gradient_with_cache, reweighted_gradients
 from fx_influence.autodiff.gram import gradient_gram
 from fx_influence.autodiff.perturbed_values import can_vmap_directions, perturbed_token_values
@@ -77,6 +77,12 @@ class Engine:
         """Return ``batch_gradient`` of the batch."""
         return self.gradient_with_cache(params, batch, 0)[0]
 
+    def gradients_by_group(
+        self, params: Params, batch: Batch, groups: Sequence[Tensor], memory_budget: int
+    ) -> list[Gradients]:
+        """Return the gradient of each group of rows."""
+        return gradients_by_group(params, batch, groups, memory_budget=memory_budget, **self._options)
+
     def gradient_with_cache(
         self, params: Params, batch: Batch, memory_budget: int
     ) -> tuple[Gradients, LinearOutputCaches | None]:
@@ -117,6 +123,7 @@ class Engine:
         num_directions: int,
         with_gradient: bool = True,
         groups: Sequence[Tensor] | None = None,
+        parts: Sequence[Batch] = (),
     ) -> tuple[Gradients, JvpFn] | None:
         """Return the gradient and a function from directions u to <u, g_i>, or None; see ``linearize_losses``."""
         return linearize_losses(
@@ -126,6 +133,7 @@ class Engine:
             num_directions=num_directions,
             with_gradient=with_gradient,
             groups=groups,
+            parts=parts,
             **self._options,
         )
 

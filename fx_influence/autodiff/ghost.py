@@ -15,21 +15,22 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
-from fx_influence.autodiff.directional import GroupedTokenJvp
-from fx_influence.autodiff.gradients import as_leaves
-from fx_influence.autodiff.layer_io.collect import collect_layer_io
-from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs, write_row_gradients
+from fx_influence.autodiff.gradients import as_leaves, batch_gradient
+from fx_influence.autodiff.layer_io.collect import collect_layer_io, collect_layer_ios
+from fx_influence.autodiff.layer_io.grouped_jvp import GroupedTokenJvp, group_of_rows
+from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs, sum_of_row_gradients, write_row_gradients
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
-from fx_influence.batching.rows import select_rows
+from fx_influence.batching.rows import places_by_group, select_rows
 from fx_influence.core.dtensor import to_local
-from fx_influence.core.tree import Direction, accumulate, cast_like, promote, unit_direction
+from fx_influence.core.tree import DirectionDifference, accumulate, cast_like, promote, unit_direction
 from fx_influence.policy.modes.linear_cache import LinearOutputCache
 from fx_influence.policy.split import split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params, TokenValues
 
-MAX_GRADIENT_ENTRIES = 2**24
-"""Largest number of entries of row gradients that exist at once in ``ghost_products``: 64 MiB of float32."""
+MAX_GRADIENT_ENTRIES, CPU_GRADIENT_ENTRIES = 2**24, 2**21
+"""Largest number of entries of row gradients that exist at once in ``ghost_products``: 64 MiB of float32 on an
+accelerator, 8 MiB on a CPU, whose caches hold these until they are multiplied: in half the time."""
 
 BLOCK_COLUMNS = 1024
 """Columns per block of ``thin_matmul``."""
@@ -44,13 +45,27 @@ LARGEST_BUDGET = 2**32
 """Largest number of bytes of a call's caches that the caller has not asked for: beside a large model's training state
 there is no room for as much again."""
 
-TokenDirections = Callable[[int], Direction]
-"""The direction of the token values of the k-th group of rows; called once a group, in order."""
+TokenDirections = Sequence[DirectionDifference]
+"""The direction of the token values of each group of rows, all with the same minuend."""
 
-JvpFn = Callable[[Sequence[Params], TokenDirections | None], tuple[Tensor, TokenValues | None]]
-"""``jvp_fn(us, direction_of)``: <u_k, g_i> for every row of the batch, (K, B) float64, and the derivatives of the
-batch's token values, of each group of rows along its own direction, (B, T) each, where ``direction_of`` is not None.
-Names absent in a direction count as 0."""
+
+class LossDerivatives(NamedTuple):
+    """Derivatives of a batch's losses along K directions.
+
+    Attributes:
+        rows: (K, B), float64, <u_k, g_i>.
+        parts: (P, K, B), likewise of each further loss of the rows.
+        tokens: those of the token values, of each group of rows along its own direction, (B, T) each; or None.
+    """
+
+    rows: Tensor
+    parts: Tensor
+    tokens: TokenValues | None
+
+
+JvpFn = Callable[[Sequence[Params], TokenDirections | None], LossDerivatives]
+"""``jvp_fn(us, directions)``: the derivatives along the u_k, and those of tokens along the ``directions`` where these
+are not None. Names absent in a direction count as 0."""
 
 
 def default_budget(params: Params) -> int:
@@ -96,6 +111,7 @@ def linearize_losses(
     num_directions: int = 1,
     with_gradient: bool = True,
     groups: Sequence[Tensor] | None = None,
+    parts: Sequence[Batch] = (),
 ) -> tuple[Gradients, JvpFn] | None:
     """Return ``batch_gradient`` and the function ``JvpFn`` of the rows' losses, from one forward and reverse pass.
 
@@ -116,6 +132,8 @@ def linearize_losses(
             gradients are None.
         groups: index tensors of the rows whose token values have a direction in common; every row is in one of them.
             None is one group of all rows.
+        parts: the same rollouts with coefficients of further losses, each of which takes a reverse pass over the same
+            forward.
 
     Returns:
         The gradient and the ``JvpFn``; None where a parameter has no layer IO, and where some of it would be
@@ -126,13 +144,14 @@ def linearize_losses(
     every_row = [torch.arange(len(batch.input_ids), device=batch.input_ids.device)]
     groups = every_row if groups is None else groups
     pending = [
-        (k, x.of_rows(index, batch))
-        for k, index in enumerate(groups)
+        x.of_rows(index, batch)
+        for index in (groups if policy.backbone_grouped_jvp is None else every_row)
         if len(index)
         for x in micro_batches(select_rows(batch, index), chunk_size, policy.left_alignable)
     ]
-    per_token = layer_io_bytes_per_token(params, batch, apply, names)
-    sizes = [per_token * micro_batch.input_ids.numel() for _, micro_batch in pending]
+    # The inputs are those of all losses, so that this is more than they take.
+    per_token = layer_io_bytes_per_token(params, batch, apply, names) * (1 + len(parts))
+    sizes = [per_token * micro_batch.input_ids.numel() for micro_batch in pending]
     if params.keys() - names or (num_directions == 1 and sum(sizes) > memory_budget):
         return None
     total: Gradients = dict.fromkeys(params)
@@ -143,10 +162,11 @@ def linearize_losses(
     def linearized(params: Params, micro_batch: MicroBatch, max_bytes: int) -> tuple[_Linearized, Gradients]:
         # Function modes do not see compiled code, so a compiled forward could not reuse what an eager one stored.
         outputs = None if policy.compiled or max_bytes <= 0 else LinearOutputCache(max_bytes)
-        layer_ios, grads = collect_layer_io(params, batch, micro_batch, apply, names, temperature, outputs)
+        options = micro_batch, apply, names, temperature, outputs
+        layer_ios, grads = collect_layer_ios(params, [batch, *parts], *options)
         return _Linearized(layer_ios, None if outputs is None else outputs.outputs), grads
 
-    for (_, micro_batch), size in zip(pending, sizes, strict=True):
+    for micro_batch, size in zip(pending, sizes, strict=True):
         remaining -= size
         if remaining < 0 and not with_gradient:
             cached.append(None)
@@ -157,33 +177,81 @@ def linearize_losses(
         spare -= 0 if entry.outputs is None else sum(x.numel() * x.element_size() for x in entry.outputs)
         del entry
 
-    def jvp_fn(us: Sequence[Params], direction_of: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
+    def jvp_fn(us: Sequence[Params], directions: TokenDirections | None) -> LossDerivatives:
         scales, units = zip(*(unit_direction(u, params) for u in us), strict=True)
-        out = torch.zeros(len(us), len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
+        shape = 1 + len(parts), len(us), len(batch.input_ids)
+        out = torch.zeros(shape, dtype=torch.float64, device=batch.input_ids.device)
         token_jvp = None
-        if direction_of is not None:
-            token_jvp = GroupedTokenJvp(params, batch, policy, temperature, chunk_size, groups, direction_of)
-        for (group, micro_batch), entry in zip(pending, cached, strict=True):
+        if directions is not None:
+            token_jvp = GroupedTokenJvp(params, batch, policy, temperature, chunk_size, groups, directions, pending)
+        for micro_batch, entry in zip(pending, cached, strict=True):
             if entry is None:
                 wanted = 0 if token_jvp is None or token_jvp.has_own_forward else sys.maxsize
                 entry = linearized(params, micro_batch, wanted)[0]
-            if entry.layer_ios:
-                out[:, micro_batch.row_index] = ghost_products(entry.layer_ios, units, len(micro_batch.row_index))
+            for by_row, layer_ios in zip(out, entry.layer_ios, strict=True):
+                if layer_ios:
+                    by_row[:, micro_batch.row_index] = ghost_products(layer_ios, units, len(micro_batch.row_index))
             outputs = entry.outputs
             # Released before the JVP, and before the next micro-batch is recomputed, so that two never exist at once.
             del entry
             if token_jvp is not None:
-                token_jvp.add(group, micro_batch, outputs)
+                token_jvp.add(micro_batch, outputs)
             del outputs
-        return out * out.new_tensor(scales).unsqueeze(1), None if token_jvp is None else token_jvp.values()
+        out *= out.new_tensor(scales).unsqueeze(1)
+        return LossDerivatives(out[0], out[1:], None if token_jvp is None else token_jvp.values())
 
     return total, jvp_fn
 
 
-class _Linearized(NamedTuple):
-    """Layer IO of a micro-batch, and the outputs of its linear layers where they are at hand."""
+def gradients_by_group(
+    params: Params,
+    batch: Batch,
+    groups: Sequence[Tensor],
+    apply: Apply,
+    temperature: float,
+    chunk_size: int | None,
+    memory_budget: int,
+) -> list[Gradients]:
+    """Return ``batch_gradient`` of each group of rows.
 
-    layer_ios: LayerIOs
+    Where every parameter has layer IO, rows of all groups share their micro-batches, and each group's gradient is a
+    product of its rows' layer inputs and output gradients.
+
+    Args:
+        params: theta, by name.
+        batch: rollouts with coefficients, (B, T).
+        groups: index tensors of rows.
+        apply: policy, see ``make_functional``.
+        temperature: divisor of the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+        memory_budget: bytes of a micro-batch's layer IO.
+    """
+    rows = torch.cat(list(groups))
+    policy, names = split_policy(apply), supported_names(params, batch, apply)
+    pending = micro_batches(select_rows(batch, rows), chunk_size, policy.left_alignable)
+    largest = max(micro_batch.input_ids.numel() for micro_batch in pending)
+    if params.keys() - names or layer_io_bytes_per_token(params, batch, apply, names) * largest > memory_budget:
+        by_group = (select_rows(batch, x) if len(x) else None for x in groups)
+        options = apply, temperature, chunk_size
+        return [dict.fromkeys(params) if x is None else batch_gradient(params, x, *options) for x in by_group]
+    number, pending = group_of_rows(groups, batch), [x.of_rows(rows, batch) for x in pending]
+    places = places_by_group([number[x.row_index] for x in pending], len(groups))
+    total: list[Gradients] = [dict.fromkeys(params) for _ in groups]
+    for micro_batch, members in zip(pending, places, strict=True):
+        layer_ios, _ = collect_layer_io(params, batch, micro_batch, apply, names, temperature)
+        for gradient, index in zip(total, members, strict=True):
+            if len(index):
+                sums = (
+                    (name, sum_of_row_gradients(x, index, params[name])) for name, y in layer_ios.items() for x in y
+                )
+                accumulate(gradient, sums)
+    return total
+
+
+class _Linearized(NamedTuple):
+    """Layer IO of a micro-batch by loss, and the outputs of its linear layers where they are at hand."""
+
+    layer_ios: list[LayerIOs]
     outputs: list[Tensor] | None
 
 
@@ -222,7 +290,9 @@ def ghost_products(layer_ios: LayerIOs, directions: Sequence[Params], rows: int)
 def _products_through_gradients(use: LayerIO, directions: Sequence[Tensor]) -> Tensor:
     """Return <g_i, u_k>, (K, rows) float64, from the rows' gradients of some entries of the first axis at a time."""
     rows, (length, inner) = len(use.grads), directions[0].shape
-    step = max(1, MAX_GRADIENT_ENTRIES // (max(rows, len(directions)) * inner))
+    on_cpu = use.grads.device.type == "cpu"
+    limit = min(MAX_GRADIENT_ENTRIES, CPU_GRADIENT_ENTRIES) if on_cpu else MAX_GRADIENT_ENTRIES
+    step = max(1, limit // (max(rows, len(directions)) * inner))
     total = torch.zeros(len(directions), rows, dtype=torch.float64, device=use.grads.device)
     for start in range(0, length, step):
         entries = slice(start, min(start + step, length))

@@ -36,7 +36,14 @@ class MicroBatch(NamedTuple):
         """Return the micro-batch of ``select_rows(batch, index)`` as one of ``batch``."""
         width = batch.input_ids.shape[1]
         flat_index = index[self.flat_index // width] * width + self.flat_index % width
-        return self._replace(row_index=index[self.row_index], flat_index=flat_index)
+        layout = None if self.layout is None else self.layout._replace(token_row=index[self.layout.token_row])
+        return self._replace(row_index=index[self.row_index], flat_index=flat_index, layout=layout)
+
+    def token_rows(self) -> Tensor:
+        """Return the row of the batch that each token of ``input_ids`` is read from, (b * L,)."""
+        if self.layout is not None:
+            return self.layout.token_row
+        return self.row_index.repeat_interleave(self.input_ids.shape[1])
 
 
 def micro_batches(

@@ -24,9 +24,11 @@ class PackedLayout(NamedTuple):
     """Sequences packed into one row of N tokens; a prefix that several of them share is there once.
 
     ``position_ids``: (1, N). ``buckets``: the sequences by length. ``inverse_index``: (N,), where each token is among
-    the queries of all ``buckets``, flattened and concatenated.
+    the queries of all ``buckets``, flattened and concatenated. ``token_row``: (N,), the row of the batch that each
+    token is read from, for a shared prefix any one of those that have it.
     """
 
     position_ids: Tensor
     buckets: list[LengthBucket]
     inverse_index: Tensor
+    token_row: Tensor

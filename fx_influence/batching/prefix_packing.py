@@ -160,7 +160,8 @@ def _packed_micro_batch(batch: Batch, rows: _RowGeometry, row_index: Tensor) -> 
         is_token = i < length
         inverse_index[queries[is_token]] = queries_before + is_token.flatten().nonzero().squeeze(-1)
         queries_before += is_token.numel()
-    layout = PackedLayout((prefix_lengths[sequence] + offset).unsqueeze(0), buckets, inverse_index)
+    position_ids = (prefix_lengths[sequence] + offset).unsqueeze(0)
+    layout = PackedLayout(position_ids, buckets, inverse_index, torch.cat([row_index[source_row], row_index])[sequence])
 
     row, column = batch.completion_mask[row_index].nonzero(as_tuple=True)
     prompt_end, completion_start = (starts + lengths - 1)[prompt], starts[len(prompts) :]

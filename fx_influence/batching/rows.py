@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,18 @@ def rows_by_group(group: Tensor, num_groups: int) -> list[Tensor]:
     """
     counts = (group == torch.arange(-1, num_groups, device=group.device).unsqueeze(1)).sum(1)
     return list(group.argsort(stable=True).split(counts.tolist())[1:])
+
+
+def places_by_group(groups: Sequence[Tensor], num_groups: int) -> list[list[Tensor]]:
+    """Return for each tensor of numbers of groups the places of each group 0..num_groups-1, with one wait of the host.
+
+    Example:
+        >>> [places] = places_by_group([torch.tensor([1, 0, 1])], 3)
+        >>> [x.tolist() for x in places]
+        [[1], [0, 2], []]
+    """
+    sizes = torch.stack([(x.unsqueeze(1) == torch.arange(num_groups, device=x.device)).sum(0) for x in groups]).tolist()
+    return [list(x.argsort(stable=True).split(size)) for x, size in zip(groups, sizes, strict=True)]
 
 
 def row_chunks(batch: Batch, chunk_size: int | None) -> Iterator[Batch]:

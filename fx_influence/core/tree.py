@@ -189,6 +189,34 @@ class Direction(NamedTuple):
                 total[name] = (self.scale * x).to(x.device if device is None else device)
 
 
+class DirectionDifference(NamedTuple):
+    """The direction minuend - subtrahend, formed a parameter at a time; ``subtrahend`` None is 0."""
+
+    minuend: Direction
+    subtrahend: Direction | None = None
+
+    def over_scale(self, name: str, p: Tensor, rows: Tensor | None = None) -> Tensor | None:
+        """Return (minuend - subtrahend) / minuend.scale of a parameter, in its dtype; None where there is none.
+
+        Args:
+            name: of the parameter.
+            p: the parameter, for dtype and device.
+            rows: int64 (n,), rows of the parameter, those that are wanted; None for all of it.
+        """
+        x = self.minuend.unit.get(name)
+        if x is None:
+            return None
+        index = slice(None) if rows is None else rows.to(x.device)
+        x = x[index]
+        if self.subtrahend is not None:
+            x = torch.sub(x, self.subtrahend.unit[name][index], alpha=self.subtrahend.scale / self.minuend.scale)
+        return cast_like(x, p)
+
+    def direction(self) -> Direction:
+        """Return the difference as one direction, in memory of its own where something is subtracted."""
+        return self.minuend if self.subtrahend is None else self.minuend.minus(self.subtrahend)
+
+
 def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     """Return theta + eta v in the dtype of theta.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.autodiff.ghost import JvpFn, TokenDirections
+from fx_influence.autodiff.ghost import JvpFn, LossDerivatives, TokenDirections
 from fx_influence.autodiff.gradients import LinearOutputCaches
 from fx_influence.batching.microbatch import TOKENS_PER_CHUNK
 from fx_influence.batching.prefix_packing import shared_prompt_index
@@ -114,6 +114,11 @@ class DataParallelEngine(Engine):
         gradient, caches = local.engine.gradient_with_cache(local.params, rows, memory_budget)
         return self._reduce(params, gradient), caches
 
+    def gradients_by_group(
+        self, params: Params, batch: Batch, groups: Sequence[Tensor], memory_budget: int
+    ) -> list[Gradients]:
+        return [self.gradient(params, select_rows(batch, rows)) for rows in groups]
+
     def reweighted_gradients(
         self,
         params: Params,
@@ -151,21 +156,27 @@ class DataParallelEngine(Engine):
         num_directions: int,
         with_gradient: bool = True,
         groups: Sequence[Tensor] | None = None,
+        parts: Sequence[Batch] = (),
     ) -> tuple[Gradients, JvpFn] | None:
         partition, local = self._partition(batch), self._local(params, batch)
         rows = partition.local_rows(batch)
         local_groups = None if groups is None else [partition.local_index(index) for index in groups]
+        local_parts = [partition.local_rows(part) for part in parts]
         linearized = local.engine.linearize(
-            local.params, rows, memory_budget, num_directions, with_gradient, local_groups
+            local.params, rows, memory_budget, num_directions, with_gradient, local_groups, local_parts
         )
         if not all(all_gather_objects(self.mesh, linearized is not None)):
             return None
         assert linearized is not None
         gradient, jvp_fn = linearized
 
-        def gathered(us: Sequence[Params], direction_of: TokenDirections | None) -> tuple[Tensor, TokenValues | None]:
-            products, values = jvp_fn(us, direction_of)
-            return partition.gather_rows(products, axis=1), None if values is None else partition.gather_values(values)
+        def gathered(us: Sequence[Params], directions: TokenDirections | None) -> LossDerivatives:
+            by_row, by_part, values = jvp_fn(us, directions)
+            return LossDerivatives(
+                partition.gather_rows(by_row, axis=1),
+                partition.gather_rows(by_part, axis=2),
+                None if values is None else partition.gather_values(values),
+            )
 
         return self._reduce(params, gradient), gathered
 
@@ -270,6 +281,7 @@ class FsdpEngine(DataParallelEngine):
         num_directions: int,
         with_gradient: bool = True,
         groups: Sequence[Tensor] | None = None,
+        parts: Sequence[Batch] = (),
     ) -> None:
         return None
 

@@ -93,8 +93,18 @@ class AdamWStep:
             >>> round(step.precondition_(x).weight_decay.item(), 6), torch.equal(x["w"], step.gain()["w"])
             (-0.2, True)
         """
-        totals = reduce_over_shards([self._precondition_(name, v) for name, v in x.items()], list(x.values()))
-        direction, baseline, momentum, weight_decay = torch.stack(totals).sum(0)
+        return self.precondition_all_([x])[0]
+
+    def precondition_all_(self, xs: Sequence[Params]) -> list[InnerProducts]:
+        """Do the same for several vectors with the same names, for whose entries the step's terms are computed once."""
+        names = list(xs[0])
+        totals = [self._precondition_(name, [x[name] for x in xs]) for name in names]
+        by_vector = torch.stack(reduce_over_shards(totals, [xs[0][name] for name in names])).sum(0)
+        return [self._with_clipping_(x, total) for x, total in zip(xs, by_vector, strict=True)]
+
+    def _with_clipping_(self, x: Params, products: Tensor) -> InnerProducts:
+        """Return the inner products (4,) with kappa fixed as those wanted, and change x likewise."""
+        direction, baseline, momentum, weight_decay = products
         differentiated = self.clipping == "differentiated"
         clipping = self.differentiate_clipping_(x) if differentiated else torch.zeros_like(direction)
         return InnerProducts(direction, baseline + clipping, momentum, weight_decay, clipping)
@@ -161,6 +171,22 @@ class AdamWStep:
         """Return v_baseline by name, a vector of the parameters' size."""
         return self._term("baseline")
 
+    def directions_(self, name: str, gradients: Tensor) -> Tensor:
+        """Return v of a parameter for each of several gradients (K, ...) in place of g, in their memory.
+
+        The clipping factor stays that of g.
+        """
+        if not self.moves(name):
+            return gradients.zero_()
+        hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
+        size = CPU_BLOCK if gradients.device.type == "cpu" else BLOCK
+        tensors = map(to_local, (self.params[name], *moments_of(name, self.opt_state)))
+        blocks = zip(gradients.flatten(1).split(size, 1), *(t.flatten().split(size) for t in tensors), strict=True)
+        for block, theta, *moments in blocks:
+            inputs = StepInputs.promoted(theta, moments, block, self.clip)
+            block.copy_(self._terms(inputs, hyper, tau)["direction"])
+        return gradients
+
     def sample(self, stride: int) -> AdamWStep:
         """Return the step of every ``stride``-th entry of each parameter, in tensors of its own.
 
@@ -202,19 +228,22 @@ class AdamWStep:
     def _terms(self, inputs: StepInputs, hyper: AdamWHyper, tau: int) -> dict[str, Tensor]:
         return step_terms(inputs, hyper, tau, self.preconditioner)
 
-    def _precondition_(self, name: str, x: Tensor) -> Tensor:
-        local = to_local(x)
-        total = torch.zeros(4, dtype=torch.float64, device=local.device)
+    def _precondition_(self, name: str, xs: Sequence[Tensor]) -> Tensor:
+        """Multiply the x by the gain in place; return their inner products with the step's terms, (len(xs), 4)."""
+        local = [to_local(x) for x in xs]
+        total = torch.zeros(len(xs), 4, dtype=torch.float64, device=local[0].device)
         if not self.moves(name):
-            local.zero_()
+            for x in local:
+                x.zero_()
             return total
         hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
-        for block, inputs in self._blocks(name, local):
+        for blocks, inputs in self._blocks(name, local):
             terms = self._terms(inputs, hyper, tau)
             gain = terms.pop("gain")
-            wide = block.double().flatten()
-            total += torch.stack([torch.dot(wide, term.double().flatten()) for term in terms.values()])
-            block.mul_(gain)
+            vectors, others = (torch.stack([t.double().flatten() for t in y]) for y in (blocks, terms.values()))
+            total += vectors @ others.T
+            for block in blocks:
+                block.mul_(gain)
         return total
 
     def _scale_(self, x: Params, factor: Callable[[StepInputs, AdamWHyper, int], Tensor]) -> None:
@@ -224,27 +253,28 @@ class AdamWStep:
                 local.zero_()
                 continue
             hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
-            for block, inputs in self._blocks(name, local):
+            for [block], inputs in self._blocks(name, [local]):
                 block.mul_(factor(inputs, hyper, tau).to(block.device))
 
     def moves(self, name: str) -> bool:
         """Return whether the step moves a parameter: backward reached it, and the optimizer holds it."""
         return stored_gradient(self.grads)[0].get(name) is not None and name in self.opt_state.hyper
 
-    def _blocks(self, name: str, x: Tensor) -> Iterator[tuple[Tensor, StepInputs]]:
-        """Yield views of the local entries of x, some at a time, and the step's inputs there."""
+    def _blocks(self, name: str, xs: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], StepInputs]]:
+        """Yield views of the local entries of the x, some at a time, and the step's inputs there."""
         stored, divisor = stored_gradient(self.grads)
         g = stored[name]
         assert g is not None
-        tensors = [x, *map(to_local, (self.params[name], g, *moments_of(name, self.opt_state)))]
+        tensors = [*xs, *map(to_local, (self.params[name], g, *moments_of(name, self.opt_state)))]
         if all(t.is_contiguous() for t in tensors):
-            size = CPU_BLOCK if x.device.type == "cpu" else BLOCK
+            size = CPU_BLOCK if xs[0].device.type == "cpu" else BLOCK
             columns = [t.view(-1).split(size) for t in tensors]
         else:
             # Entries of tensors with different strides cannot be paired as flat blocks.
             columns = [(t,) for t in tensors]
-        for block, theta, g_block, *moments in zip(*columns, strict=True):
-            yield block, StepInputs.promoted(theta, moments, g_block, self.clip, divisor)
+        for entries in zip(*columns, strict=True):
+            theta, g_block, *moments = entries[len(xs) :]
+            yield entries[: len(xs)], StepInputs.promoted(theta, moments, g_block, self.clip, divisor)
 
 
 def _is_fresh(inputs: StepInputs, hyper: AdamWHyper, tau: int) -> Tensor:

@@ -31,6 +31,7 @@ from fx_influence.policy.model.template import (
 )
 from fx_influence.policy.modes.forward_ad import ForwardMode, forward_mode_jvp
 from fx_influence.policy.modes.packed_attention import PackedAttention
+from fx_influence.policy.modes.tangents_by_group import GroupedTangents, grouped_jvp
 from fx_influence.policy.row_inputs import RowInputs
 from fx_influence.policy.split import MAX_LOGITS, SplitPolicy
 from fx_influence.types import Apply, Params
@@ -189,6 +190,9 @@ class Policy:
             backbone_vmap=self._cast(self._backbone_vmap),
             backbone_jvp=self._cast(self._backbone_jvp),
             head=self._cast(self._logits),
+            backbone_grouped_jvp=None
+            if self.templates.compiled is not None
+            else self._cast(self._backbone_grouped_jvp),
             head_parameters=frozenset(head.names.values() if head else ()),
             vocab_size=None if head is None else self.vocab_size,
             left_alignable=self.structure.left_alignable,
@@ -276,6 +280,13 @@ class Policy:
             return passes.jvp(self.forward, passes.eager_backbone, params, full_tangent(tangent, params), *rows)
         with math_attention():
             return forward_mode_jvp(lambda p: self._backbone(p, micro_batch), params, tangent, outputs)
+
+    def _backbone_grouped_jvp(
+        self, params: Params, tangents: GroupedTangents, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        with math_attention():
+            shape = micro_batch.input_ids.shape
+            return grouped_jvp(lambda p: self._backbone(p, micro_batch), params, tangents, shape, outputs)
 
     def _logits(self, params: Params, hidden: Tensor) -> Tensor:
         return self.forward.run_head(self.templates.head, params, hidden)

@@ -13,7 +13,10 @@ from fx_influence.batching.microbatch import TOKENS_PER_CHUNK, MicroBatch, micro
 from fx_influence.batching.prefix_packing import packed_micro_batches
 from fx_influence.core.tree import full_tangent
 from fx_influence.policy.modes.forward_ad import ForwardMode
+from fx_influence.policy.modes.tangents_by_group import GroupedTangents
 from fx_influence.types import Apply, Batch, Params
+
+GroupedJvp = Callable[[Params, GroupedTangents, MicroBatch, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
 
 MAX_LOGITS = 2**25
 """Logits that exist at once: 128 MiB of float32, and up to four times that with their derivatives."""
@@ -34,6 +37,8 @@ class SplitPolicy:
         backbone_jvp: ``backbone_jvp(params, tangent, micro_batch, outputs)`` -> hidden states and their tangent.
             ``outputs`` are those of the linear layers in ``backbone`` on the same micro-batch, from a
             ``LinearOutputCache``, or None.
+        backbone_grouped_jvp: ``backbone_grouped_jvp(params, tangents, micro_batch, outputs)``, the same with a
+            direction for each group of tokens, over their scale; None where there is no such pass.
         head: ``head(params, hidden)`` -> logits (..., V).
         head_parameters: names of the parameters that the head takes.
         vocab_size: V, or None where it is not known.
@@ -52,6 +57,7 @@ class SplitPolicy:
     backbone_vmap: Callable[[Params, MicroBatch], Tensor]
     backbone_jvp: Callable[[Params, Params, MicroBatch, Sequence[Tensor] | None], tuple[Tensor, Tensor]]
     head: Callable[[Params, Tensor], Tensor]
+    backbone_grouped_jvp: GroupedJvp | None = None
     head_parameters: frozenset[str] = frozenset()
     vocab_size: int | None = None
     left_alignable: bool = False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fx_influence.attribution.error_bars import PartsOfE
+from fx_influence.attribution.error_bars.parts_of_e import PartsOfE
 from fx_influence.estimators.deviations import (
     NOTHING_LEFT_OUT,
     Deviations,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.cases import assert_close, random_adamw_state, random_batch
 from helpers.hf_models import make_model
+from helpers.present import present
 from helpers.strategies import Case, cases
 from hypothesis import given, settings
 
@@ -17,10 +18,12 @@ from fx_influence.autodiff import directional, ghost
 from fx_influence.autodiff.directional import token_jvp
 from fx_influence.autodiff.ghost import linearize_losses
 from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.autodiff.layer_io import grouped_jvp
 from fx_influence.autodiff.layer_io.row_gradients import LayerIOs
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
-from fx_influence.core.tree import Direction
+from fx_influence.batching.rows import select_rows
+from fx_influence.core.tree import Direction, DirectionDifference
 
 VOCAB, WIDTH = 11, 7
 LINEARIZED_LOSSES = importlib.import_module("fx_influence.attribution.linearized_losses")
@@ -43,8 +46,9 @@ def test_linearize_losses_matches_per_sample_grads(case: Case) -> None:
     first = next(iter(u))
     along_first = (grads[first] * u[first]).flatten(1).sum(1)
     assert_close(jvp_fn([{first: u[first]}], None)[0][0], along_first, size)
-    products, _ = jvp_fn([u, {first: u[first]}, {}], None)
-    for actual, wanted in zip(products, (expected, along_first, 0 * along_first), strict=True):
+    for actual, wanted in zip(
+        jvp_fn([u, {first: u[first]}, {}], None).rows, (expected, along_first, 0 * along_first), strict=True
+    ):
         assert_close(actual, wanted, size)
     for name, value in batch_gradient(case.params, case.batch_u, case.apply, case.temperature).items():
         g = gradient[name]
@@ -79,50 +83,85 @@ def problem(rows: int = 5) -> tuple[Inputs, fx.Apply]:
     return (params, u, e, random_adamw_state(generator, params)), apply
 
 
-@pytest.mark.parametrize("shared_prompts", [False, True])
-@pytest.mark.parametrize("memory_budget", [0, 10**9])
-def test_linearize_losses_takes_tokens_along_a_direction_a_group(
-    monkeypatch: pytest.MonkeyPatch, memory_budget: int, shared_prompts: bool
-) -> None:
-    """Linear layers' outputs are those of the same forward; rows that share prompts have a forward of their own."""
-    apply, params = fx.make_functional(make_model("qwen2", attention="sdpa").double())
-    assert apply.vocab_size is not None
-    generator = torch.Generator().manual_seed(2)
-    u = random_batch(generator, 6, WIDTH, apply.vocab_size)
+def rows_of_gpt2_or_qwen2(architecture: str, shared_prompts: bool) -> tuple[fx.Policy, fx.Params, fx.Batch]:
+    apply, params = fx.make_functional(make_model(architecture, attention="sdpa").double())
+    u = random_batch(torch.Generator().manual_seed(2), 6, WIDTH, present(apply.vocab_size))
     if shared_prompts:
         ids = u.input_ids.clone()
         ids[:, :4] = ids[0, :4]
         after = torch.arange(WIDTH).expand_as(ids) >= 4
         u = u._replace(input_ids=ids, attention_mask=torch.ones_like(after), completion_mask=after)
+    return apply, params, u
+
+
+@pytest.mark.parametrize("shared_prompts", ["none", "within groups", "across groups"])
+@pytest.mark.parametrize("memory_budget", [0, 10**9])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_linearize_losses_takes_tokens_along_a_direction_a_group(
+    monkeypatch: pytest.MonkeyPatch, memory_budget: int, shared_prompts: str, architecture: str, plain: bool
+) -> None:
+    """Linear layers' outputs are those of the same forward; rows that share prompts have a forward of their own."""
+    policy, params, u = rows_of_gpt2_or_qwen2(architecture, shared_prompts != "none")
     groups = [torch.tensor([0, 3]), torch.tensor([], dtype=torch.long), torch.tensor([5, 1, 2, 4])]
-    directions = [Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in "abc"]
+    if shared_prompts == "within groups":
+        u.input_ids[groups[0], 1] = (u.input_ids[0, 1] + 1) % present(policy.vocab_size)
+    apply: fx.Apply = (lambda *inputs: policy(*inputs)) if plain else policy
+    total, *left_out = (Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in range(4))
+    directions = [
+        DirectionDifference(total, left_out[0]),
+        DirectionDifference(total, left_out[1]),
+        DirectionDifference(total),
+    ]
     linearized = linearize_losses(params, u, apply, 0.7, 2, memory_budget, num_directions=2, groups=groups)
     assert linearized is not None
-    calls: list[int] = []
     reuses: list[bool] = []
-    micro_batch_jvp = directional.micro_batch_jvp
+    add = grouped_jvp.GroupedTokenJvp._add
 
-    def recorded(*arguments: Any) -> Any:
-        reuses.append(arguments[4] is not None)
-        return micro_batch_jvp(*arguments)
+    def recorded(self: Any, micro_batch: MicroBatch, outputs: Any) -> None:
+        reuses.append(outputs is not None)
+        add(self, micro_batch, outputs)
 
-    monkeypatch.setattr(directional, "micro_batch_jvp", recorded)
-
-    def direction_of(k: int) -> Direction:
-        calls.append(k)
-        return directions[k]
-
-    products, values = linearized[1]([directions[0].unit, directions[1].unit], direction_of)
+    monkeypatch.setattr(grouped_jvp.GroupedTokenJvp, "_add", recorded)
+    products, _, values = linearized[1]([left_out[0].unit, left_out[1].unit], directions)
     grads = fx.per_sample_grads(fx.rollout_loss(apply, 0.7), params, u)
-    for row, v in zip(products, directions, strict=False):
+    for row, v in zip(products, left_out, strict=False):
         assert_close(row, torch.stack([(grads[name] * x).flatten(1).sum(1) for name, x in v.unit.items()]).sum(0))
-    assert values is not None
     for k, index in enumerate(groups):
-        expected = token_jvp(params, directions[k].unit, u, apply, 0.7)
-        for actual, wanted in zip(values, expected, strict=True):
-            assert_close(actual[index], directions[k].scale * wanted[index])
-    assert calls == [0, 2]
-    assert reuses[:3] == [not shared_prompts] * 3
+        direction = directions[k].direction()
+        expected = token_jvp(params, direction.unit, u, apply, 0.7)
+        for actual, wanted in zip(present(values), expected, strict=True):
+            assert_close(actual[index], direction.scale * wanted[index])
+    assert reuses == [shared_prompts == "none" or plain] * len(reuses)
+
+
+@pytest.mark.parametrize("memory_budget", [0, 10**9])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_gradients_by_group_match_those_of_the_rows(architecture: str, memory_budget: int) -> None:
+    """Rows may be in no group, and a group without rows has no gradient."""
+    apply, params, u = rows_of_gpt2_or_qwen2(architecture, shared_prompts=False)
+    groups = [torch.tensor([3, 0]), torch.tensor([], dtype=torch.long), torch.tensor([5, 1, 2])]
+    by_group = ghost.gradients_by_group(params, u, groups, apply, 0.7, 2, memory_budget)
+    for gradient, index in zip(by_group, groups, strict=True):
+        if not len(index):
+            assert all(g is None for g in gradient.values())
+            continue
+        for name, expected in batch_gradient(params, select_rows(u, index), apply, 0.7).items():
+            assert_close(present(gradient[name]), present(expected), present(expected).abs().max())
+
+
+def test_linearize_losses_takes_parts_of_the_losses() -> None:
+    (params, u, _, _), apply = problem()
+    alternate = torch.arange(WIDTH) % 2 == 0
+    c = present(u.coefficients)
+    parts = [u._replace(coefficients=torch.where(tokens, c, 0.0)) for tokens in (alternate, ~alternate)]
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    for budget in (0, 10**9):
+        linearized = linearize_losses(params, u, apply, 1.0, 2, budget, num_directions=2, parts=parts)
+        _, by_part, _ = present(linearized)[1]([v, params], None)
+        for part, actual in zip(parts, by_part, strict=True):
+            grads = fx.per_sample_grads(fx.rollout_loss(apply), params, part)
+            assert_close(actual[0], torch.stack([(grads[name] * v[name]).flatten(1).sum(1) for name in v]).sum(0))
 
 
 @pytest.mark.parametrize("preconditioner", ["frozen", "jacobian", "rmsprop"])
@@ -182,13 +221,13 @@ def test_matrix_takes_no_jvp_over_u_without_tokens(monkeypatch: pytest.MonkeyPat
 def test_linearize_losses_recomputes_layer_io_beyond_budget(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
     (params, u, _, _), apply = problem()
     rows_collected: list[int] = []
-    collect_layer_io = ghost.collect_layer_io
+    collect_layer_ios = ghost.collect_layer_ios
 
-    def recorded(params: fx.Params, batch: fx.Batch, micro_batch: MicroBatch, *options: Any) -> Any:
+    def recorded(params: fx.Params, batches: list[fx.Batch], micro_batch: MicroBatch, *options: Any) -> Any:
         rows_collected.append(len(micro_batch.row_index))
-        return collect_layer_io(params, batch, micro_batch, *options)
+        return collect_layer_ios(params, batches, micro_batch, *options)
 
-    monkeypatch.setattr(ghost, "collect_layer_io", recorded)
+    monkeypatch.setattr(ghost, "collect_layer_ios", recorded)
     per_token = layer_io_bytes_per_token(params, u, apply, frozenset(params))
     pending = micro_batches(u, 2, left_alignable=False)
     budget = sum(per_token * micro_batch.input_ids.numel() for micro_batch in pending[:fit])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from fx_influence.autodiff.layer_io.recorder import LayerRecorder
 from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs
 from fx_influence.autodiff.token_values import scaled_loss_weights
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.core.tree import accumulate, promote
+from fx_influence.core.tree import accumulate, detached, promote
 from fx_influence.policy.lm_head import TokenWeights, head_vjp, logit_gradient
 from fx_influence.policy.split import SplitPolicy, split_policy
 from fx_influence.types import Apply, Batch, Gradients, Params
@@ -59,14 +60,77 @@ def collect_layer_io(
         >>> row_gradients(layer_ios, "w", params["w"], slice(0, 4), rows=2)[0, 1].tolist()
         [0.25, 0.25, -0.75, 0.25]
     """
-    policy, rows = split_policy(apply), len(micro_batch.row_index)
+    [layer_ios], total = collect_layer_ios(params, [batch], micro_batch, apply, names, temperature, observer)
+    return layer_ios, total
+
+
+def collect_layer_ios(
+    params: Params,
+    batches: Sequence[Batch],
+    micro_batch: MicroBatch,
+    apply: Apply,
+    names: frozenset[str],
+    temperature: float = 1.0,
+    observer: AbstractContextManager[object] | None = None,
+) -> tuple[list[LayerIOs], Gradients]:
+    """Return ``collect_layer_io`` of several losses of the same rows, from one forward and a reverse pass for each.
+
+    Args:
+        params: theta, by name.
+        batches: the same rollouts with other coefficients each, (B, T).
+        micro_batch: the rows to take.
+        apply: policy, see ``make_functional``.
+        names: the parameters whose layer IO is wanted.
+        temperature: divisor of the logits.
+        observer: see ``collect_layer_io``.
+
+    Returns:
+        The layer IO of each batch, whose inputs are the same tensors, and the gradient of the first.
+    """
+    policy = split_policy(apply)
     total: Gradients = dict.fromkeys(params)
     backbone = LayerRecorder(params, micro_batch.input_ids.shape, names)
     with torch.enable_grad(), observer or nullcontext(), backbone:
         hidden = policy.backbone_eager(params, micro_batch.input_ids, micro_batch.attention_mask)
-    weights = scaled_loss_weights(batch, micro_batch, policy)
+    by_batch: list[LayerIOs] = []
+    fixed = detached(params)
+    for k, batch in enumerate(batches):
+        gradient: Gradients = dict.fromkeys(params)
+        options = params if k == 0 else fixed, policy, names, temperature, gradient
+        by_batch.append(_through_policy(hidden, backbone, batch, micro_batch, k == len(batches) - 1, *options))
+        total = gradient if k == 0 else total
+    return by_batch, total
+
+
+def _through_policy(
+    hidden: Tensor,
+    backbone: LayerRecorder,
+    batch: Batch,
+    micro_batch: MicroBatch,
+    is_last: bool,
+    params: Params,
+    policy: SplitPolicy,
+    names: frozenset[str],
+    temperature: float,
+    total: Gradients,
+) -> LayerIOs:
+    """Return the layer IO of one loss, by a reverse pass through head and backbone.
+
+    Args:
+        hidden: hidden states (b, L, d), with their graph.
+        backbone: the recorder of their forward.
+        batch: rollouts with the loss's coefficients, (B, T).
+        micro_batch: the rows to take.
+        is_last: whether the graph is not needed again.
+        params: theta, by name.
+        policy: the split policy.
+        names: the parameters whose layer IO is wanted.
+        temperature: divisor of the logits.
+        total: gradients by name, to which those of the parameters that require one are added in place.
+    """
+    weights, rows = scaled_loss_weights(batch, micro_batch, policy), len(micro_batch.row_index)
     if all(w is None for w in weights):
-        return {}, total
+        return {}
     head, d_hidden = _through_head(params, hidden.detach(), micro_batch, weights, policy, names, temperature, total)
     unsupported = backbone.unsupported() | head.unsupported()
     if unsupported:
@@ -75,13 +139,13 @@ def collect_layer_io(
         )
     layer_ios = head.layer_ios(rows)
     if hidden.requires_grad:
-        accumulate(total, _differentiate(hidden, d_hidden, backbone, params))
+        accumulate(total, _differentiate(hidden, d_hidden, backbone, params, retain_graph=not is_last))
         for name, uses in backbone.layer_ios(rows).items():
             layer_ios[name] = uses + layer_ios.get(name, [])
     if policy.loss_scale != 1:
         layer_ios = {name: [_unscaled(use, policy.loss_scale) for use in uses] for name, uses in layer_ios.items()}
-        total = {name: None if g is None else g / policy.loss_scale for name, g in total.items()}
-    return layer_ios, total
+        total.update({name: None if g is None else g / policy.loss_scale for name, g in total.items()})
+    return layer_ios
 
 
 def _unscaled(use: LayerIO, loss_scale: float) -> LayerIO:
@@ -161,11 +225,11 @@ def record_head(params: Params, hidden: Tensor, policy: SplitPolicy, names: froz
 
 
 def _differentiate(
-    output: Tensor, d_output: Tensor, recorder: LayerRecorder, params: Params
+    output: Tensor, d_output: Tensor, recorder: LayerRecorder, params: Params, retain_graph: bool = False
 ) -> list[tuple[str, Tensor | None]]:
     """Return gradients by name of the parameters that require one; leave those of the recorded uses in ``recorder``."""
     leaves = {name: p for name, p in params.items() if p.requires_grad}
     outputs = [use.output for use in recorder.uses]
-    grads = torch.autograd.grad(output, [*outputs, *leaves.values()], d_output, allow_unused=True)
+    grads = torch.autograd.grad(output, [*outputs, *leaves.values()], d_output, retain_graph, allow_unused=True)
     recorder.grads = grads[: len(outputs)]
     return list(zip(leaves, grads[len(outputs) :], strict=True))

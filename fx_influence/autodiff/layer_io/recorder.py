@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fx_influence.autodiff.layer_io.row_gradients import Kind, LayerIO, LayerIOs
 from fx_influence.policy.modes.level_aware import LevelAwareMode
+from fx_influence.policy.modes.tangents_by_group import ADD, MULTIPLY
 from fx_influence.types import Params
 
 
@@ -34,10 +35,6 @@ class Use(NamedTuple):
 
 def _versions(inputs: Tensor | None, output: Tensor) -> tuple[int, int]:
     return 0 if inputs is None else inputs._version, output._version
-
-
-_MULTIPLY = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
-_ADD = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
 class LayerRecorder(LevelAwareMode):
@@ -105,7 +102,7 @@ class LayerRecorder(LevelAwareMode):
             return self._layer_norm(*args, **kwargs)
         if func is torch.addmm and len(args) == 3 and not kwargs:
             return self._addmm(*args)
-        if func in _MULTIPLY | _ADD and len(args) == 2 and not kwargs:
+        if func in MULTIPLY | ADD and len(args) == 2 and not kwargs:
             return self._scale_or_shift(func, *args)
         return None
 
@@ -125,7 +122,7 @@ class LayerRecorder(LevelAwareMode):
         w, x = (left, right) if self._name(left) is not None else (right, left)
         if not isinstance(x, Tensor) or not self._rows_first(x) or w.shape != x.shape[-1:]:
             return None
-        kind: Kind = "scale" if func in _MULTIPLY else "shift"
+        kind: Kind = "scale" if func in MULTIPLY else "shift"
         output = func(*(self._maybe_detached(a) if a is w else a for a in (left, right)))
         return self._add_uses(output, (w, kind, x if kind == "scale" else None))
 

@@ -77,6 +77,28 @@ def write_row_gradients(use: LayerIO, entries: slice, out: Tensor, add: bool) ->
     out.add_(grads) if add else out.copy_(grads)
 
 
+def sum_of_row_gradients(use: LayerIO, rows: Tensor, like: Tensor) -> Tensor:
+    """Return the sum of some rows' gradients through one use, at least float32.
+
+    Args:
+        use: layer IO of one use of the parameter.
+        rows: int64, the rows.
+        like: the parameter's value, for its shape.
+    """
+    kind, x, g = use
+    g = g[rows].flatten(0, 1)
+    g = g.to(promote(g.dtype))
+    if x is None:
+        return g.sum(0)
+    x = x[rows].flatten(0, 1)
+    if kind == "embedding":
+        return g.new_zeros(like.shape).index_add_(0, x, g)
+    x = x.to(g.dtype)
+    if kind == "scale":
+        return (g * x).sum(0)
+    return g.T @ x if kind == "linear" else x.T @ g
+
+
 def _elementwise_gradients(use: LayerIO, entries: slice, dtype: torch.dtype) -> Tensor:
     """Return the rows' gradients through a shift, a scale or an embedding, (rows, entries, ...)."""
     kind, x, g = use

@@ -201,7 +201,9 @@ class StepMeasurement:
             mesh=self._mesh,
         )
         self._log_conditioning(step, float(result.conditioning))
-        values = self._exact_values(params, batch_e)
+        values = result.values_e
+        assert values is not None
+        result = result._replace(values_e=None)
         if batch_e.behaviour_logprobs is None:
             self._check_sampled_from_policy(evaluation.drawn, values, batch_e, params)
             # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
@@ -215,7 +217,7 @@ class StepMeasurement:
         parts = parts_of_rows(batch_e, values, objective, settings.matrix)
         shifts = None
         if evaluation.is_update:
-            options = forward, training.temperature, settings.chunk_size, self._mesh
+            options = forward, training.temperature, settings.chunk_size, settings.memory_budget, self._mesh
             shifts = shifts_without_own_fold(adamw_step, captured.batch, parts, *options)
         seconds = time.perf_counter() - start
         measured = MeasuredStep(

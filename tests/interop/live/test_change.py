@@ -62,10 +62,10 @@ def gradients_by_prompt(model: nn.Module, rollouts: Rollouts) -> list[list[Tenso
     return out
 
 
-@pytest.mark.parametrize("lr", [1e-3, 3e-2])
-def test_change_has_rollouts_at_steps_without_their_prompt(lr: float) -> None:
+@pytest.mark.parametrize(("lr", "memory_budget"), [(1e-3, None), (3e-2, None), (3e-2, 0)])
+def test_change_has_rollouts_at_steps_without_their_prompt(lr: float, memory_budget: int | None) -> None:
     """Each prompt's rollouts are scored after torch's own step from the other prompts' gradients."""
-    loop = Loop(1, 1, EVERY_STEP)
+    loop = Loop(1, 1, {**EVERY_STEP, "memory_budget": memory_budget})
     loop.optimizer.param_groups[0]["lr"] = lr
     before = copy.deepcopy(loop.model)
     rollouts = sample_rollouts(before, 0)

@@ -15,7 +15,7 @@ Source: cross-fitting, Chernozhukov et al. 2018.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.autodiff.engine import Engine
+from fx_influence.autodiff.ghost import DirectionPlan, default_budget, plan_directions
 from fx_influence.batching.rows import rows_by_group, select_rows
+from fx_influence.core.dtensor import to_local
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.deviations import share_left
 from fx_influence.estimators.entropy import behaviour_weights
@@ -75,11 +77,13 @@ def shifts_without_own_fold(
     apply: Policy,
     temperature: float,
     chunk_size: int | None,
+    memory_budget: int | None,
     mesh: DeviceMesh | None,
 ) -> TokenValues:
     """Return by how much leaving a row's fold out of the step changes the row's token values after it, (n, T).
 
-    It takes two reverse passes and two forwards over U, and memory for two vectors of the parameters' size.
+    It takes a reverse pass and two forwards over U. Where the folds' gradients do not fit the memory budget it takes
+    another reverse pass, and memory for two vectors of the parameters' size.
 
     Args:
         step: the optimizer's step, before it is made.
@@ -88,6 +92,7 @@ def shifts_without_own_fold(
         apply: the policy in the precision of the trainer's forward.
         temperature: of the policy.
         chunk_size: rows per forward, None chooses.
+        memory_budget: bytes of gradients, and of layer IO to make them from; None for the default.
         mesh: of the training run's processes, None for a single process.
     """
     precision = pass_precision(step.params, apply, batch_u)
@@ -100,20 +105,57 @@ def shifts_without_own_fold(
     scored = batch_u._replace(coefficients=None, entropy_coefficients=None)
     planned = exact.engine.values(_move_(step.direction(), exact.params, lr), scored)
     changes = TokenValues(*(torch.zeros_like(x) for x in planned))
-    mean = _add_(_gradient(_scaled(batch_u, _odds(folds)), update), step.grads, 1.0, 0.0)
-    factors = (-1 / (1 - folds.shares)).tolist()
-    for rows, factor in zip(rows_by_group(folds.part, len(factors)), factors, strict=True):
-        gradient = _add_(_gradient(select_rows(batch_u, rows), update), mean, factor, cancels)
-        moved: Params = {}
-        for name, p in exact.params.items():
-            # A fold's gradient is freed one parameter at a time as the moved ones are made.
-            of_name = replace(step, grads={name: gradient.pop(name)}, params={name: step.params[name]})
-            moved |= _move_(of_name.direction(), {name: p}, lr)
-        values = exact.engine.values(moved, select_rows(scored, rows))
-        del moved
-        for change, after, before in zip(changes, values, planned, strict=True):
-            change[rows] = after - before[rows]
+    count, rows = len(folds.shares), rows_by_group(folds.part, len(folds.shares))
+    budget = default_budget(update.params) if memory_budget is None else memory_budget
+    fit = plan_directions(update.params, count, budget) == DirectionPlan(count, None)
+    mean = None if fit else _add(step.grads, update.engine.gradient(update.params, _scaled(batch_u, _odds(folds))))
+    for numbers in [list(range(count))] if fit else [[k] for k in range(count)]:
+        gradients = update.engine.gradients_by_group(update.params, batch_u, [rows[k] for k in numbers], budget)
+        shares = folds.shares[numbers]
+        for k, moved in zip(numbers, _moved(step, exact.params, gradients, mean, shares, cancels), strict=True):
+            values = exact.engine.values(moved, select_rows(scored, rows[k]))
+            # Freed one after the other as they are used.
+            moved.clear()
+            for change, after, before in zip(changes, values, planned, strict=True):
+                change[rows[k]] = after - before[rows[k]]
     return changes
+
+
+def _moved(
+    step: AdamWStep,
+    params: Params,
+    gradients: Sequence[Gradients],
+    mean: Gradients | None,
+    shares: Tensor,
+    cancels: float,
+) -> list[Params]:
+    """Return theta_k of some folds k, from their gradients G_k, which are freed a parameter at a time.
+
+    Args:
+        step: the optimizer's step.
+        params: theta by name.
+        gradients: G_k of these folds.
+        mean: g + sum_j f_j / (1 - f_j) G_j; None makes it from ``gradients``, which are then those of all folds.
+        shares: f_k of these folds.
+        cancels: share of G_k / (1 - f_k) below which what is left of an entry of g_k is the rounding of both terms and
+            becomes 0, since a fresh optimizer would make a step of the full size from it.
+    """
+    moved: list[Params] = [{} for _ in gradients]
+    for name, p in params.items():
+        by_fold = [gradient.pop(name) for gradient in gradients]
+        scaled = torch.stack([torch.zeros_like(to_local(p)) if x is None else to_local(x) for x in by_fold])
+        weight = shares.to(scaled.device, scaled.dtype).reshape(-1, *[1] * (scaled.dim() - 1))
+        g = step.grads[name] if mean is None else mean[name]
+        if g is not None:
+            base = to_local(g).to(scaled.dtype)
+            base = base + (weight / (1 - weight) * scaled).sum(0) if mean is None else base
+            bound = cancels * scaled.div_(weight - 1).abs()
+            scaled.add_(base)
+            scaled.mul_(scaled.abs() > bound)
+        for of_fold, direction in zip(moved, step.directions_(name, scaled), strict=True):
+            of_fold[name] = p.clone()
+            to_local(of_fold[name]).add_(direction, alpha=step.opt_state.lr)
+    return moved
 
 
 def _odds(folds: PartsOfRows) -> Tensor:
@@ -130,29 +172,12 @@ def _scaled(batch: Batch, factor: Tensor) -> Batch:
     return batch._replace(coefficients=c, entropy_coefficients=b)
 
 
-def _gradient(batch: Batch, passes: _Passes) -> Gradients:
-    return passes.engine.gradient(passes.params, batch)
-
-
-def _add_(more: Gradients, gradient: Gradients, factor: float, cancels: float) -> Gradients:
-    """Return gradient + factor * more in the memory of ``more``; None in ``gradient`` stays None, in ``more`` it is 0.
-
-    Args:
-        more: by name.
-        gradient: by name.
-        factor: of ``more``.
-        cancels: share of ``factor * more`` below which what is left of an entry is the rounding of both and becomes 0,
-            since a fresh optimizer would make a step of the full size from it.
-    """
+def _add(gradient: Gradients, more: Gradients) -> Gradients:
+    """Return the sum in the memory of ``more``; None in ``gradient`` stays None, in ``more`` it is 0."""
     out: Gradients = {}
     for name, g in gradient.items():
         m = more.get(name)
-        if g is None or m is None:
-            out[name] = g
-            continue
-        bound = cancels * m.mul_(factor).abs()
-        out[name] = m.add_(g)
-        m.mul_(m.abs() > bound)
+        out[name] = g if g is None or m is None else m.add_(g)
     return out
 
 

@@ -9,8 +9,8 @@ from einops import einsum
 from torch import Tensor
 
 from fx_influence.attribution.cross_fitting import EvaluationGroups
+from fx_influence.attribution.error_bars.label_parts import LabelParts
 from fx_influence.attribution.group_derivatives import GroupDerivatives, LengthSlopes
-from fx_influence.attribution.labelled_losses import LabelledLosses
 from fx_influence.attribution.linearized_losses import token_derivatives
 from fx_influence.attribution.objective_gradients import Evaluation
 from fx_influence.autodiff.engine import Engine
@@ -20,7 +20,6 @@ from fx_influence.estimators.deviations import (
     LabelDeviations,
     deviations_of,
     estimate_over_others,
-    is_left_out,
     left_out_parts,
     share_left,
 )
@@ -141,36 +140,31 @@ def with_token_deviations(
     groups: GroupDerivatives,
     shares: Tensor,
     labels: Labels | None,
-    labelled: LabelledLosses,
+    parts: LabelParts,
 ) -> Deviations:
     """Return the deviations with those of tokens, or of the labels' sums, where the passes made what they need.
 
-    Per label l and group k it is sum of (<u_k, g_it> - f_k delta_it) / (1 - f_i) over its tokens outside rows
-    whose own group k is: the product with the label's gradient, whose rows are divided by 1 - f_i, less the own
-    rows' part. That of a complement is the sum of its rows' deviations less those of the other labels.
+    Those of a label are the sums over its rows of those of the part of their losses that is its tokens'; those of a
+    complement are the sums of its rows' deviations less those of the other labels.
 
     Args:
         deviations: of rollouts.
         tokens: (n_u, T), the influences of tokens.
-        groups: derivatives by group, ``token_derivatives`` or ``label_products`` among them.
+        groups: derivatives by group, ``token_derivatives`` or ``parts`` among them.
         shares: (K,), the groups' shares of the denominator.
         labels: of tokens, or None.
-        labelled: which of them have ``label_products``.
+        parts: of the losses, by label.
     """
     left_out = deviations.left_out
     if groups.token_derivatives is not None:
         return deviations._replace(tokens=deviations_of(groups.token_derivatives, tokens, shares, left_out))
-    if labels is None or groups.own_tokens is None:
+    if labels is None or parts.by_token:
         return deviations
-    left, count = share_left(shares, left_out).unsqueeze(-1), len(deviations.by_part)
-    chosen = torch.tensor(labelled.labels, dtype=torch.int64, device=labels.index.device)
-    one_hot = (labels.index == chosen.reshape(-1, 1, 1)).double()
-    own_rows = is_left_out(count, left_out).double()
-    of_own_rows = einsum(own_rows, one_hot, groups.own_tokens / left, "part row, label row pos, row pos -> part label")
-    expected = einsum(1 - own_rows, one_hot, tokens / left, "part row, label row pos, row pos -> part label")
-    by_part = deviations.by_part.new_zeros(count, len(labels.names))
-    products = 0.0 if groups.label_products is None else groups.label_products
-    by_part[:, chosen] = products - of_own_rows - shares.unsqueeze(-1) * expected
-    for label, others, rows in labelled.complements:
-        by_part[:, label] = deviations.by_part[:, rows].sum(-1) - by_part[:, list(others)].sum(-1)
-    return deviations._replace(by_label=LabelDeviations(labels.index, by_part))
+    by_label = deviations.by_part.new_zeros(len(deviations.by_part), len(labels.names) + 1)
+    for derivatives, of_part, label in zip(groups.parts, parts.tokens, parts.labels, strict=True):
+        estimate = torch.where(of_part, tokens, 0.0).sum(-1)
+        by_label.index_add_(1, label + 1, deviations_of(derivatives, estimate, shares, left_out))
+    by_label = by_label[:, 1:]
+    for label, others, rows in parts.complements:
+        by_label[:, label] = deviations.by_part[:, rows].sum(-1) - by_label[:, list(others)].sum(-1)
+    return deviations._replace(by_label=LabelDeviations(labels.index, by_label))
