@@ -34,10 +34,10 @@ from fx_influence.interop.trl.preflight.generation import check_generation, chec
 from fx_influence.interop.trl.preflight.processes import check_prepared, check_processes, check_sharded_settings
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
-from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
+from fx_influence.interop.trl.prompts import BATCH, evaluation_prompts
 from fx_influence.interop.trl.store import training
 from fx_influence.interop.trl.store.contents import settings_of_plan
-from fx_influence.interop.trl.store.step import StepStore
+from fx_influence.interop.trl.store.steps import TrainingSteps
 from fx_influence.interop.trl.window import check_window, window_recorder
 from fx_influence.objectives import Entropy
 from fx_influence.types import Params, Preconditioner
@@ -145,7 +145,6 @@ class EntropyInfluence(TrainerCallback):
         self._out, self._save_state, self._max_fall, self._window = out, save_state, max_fall, window
         self._trainer: Any = None
         self._pending: PendingStep | None = None
-        self._directory: Path | None = None
 
     def attach(self, trainer: Any) -> EntropyInfluence:
         """Measure this trainer's steps from now on, and return this callback.
@@ -166,14 +165,17 @@ class EntropyInfluence(TrainerCallback):
         check_kind(trainer)
         check_processes(trainer)
         mesh = mesh_of(trainer)
+        settings = self._settings
         with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
             check_steps(trainer)
-            prompts, note = self._evaluation_prompts(trainer)
+            pairwise = settings.matrix and settings.objective.estimator == "per_decision"
+            sampling = self._eval_prompts, self._max_prompts
+            prompts, note = evaluation_prompts(trainer, *sampling, self._save_state, pairwise)
             check_generation(trainer, prompts)
-            check_images(trainer, prompts, self._settings.matrix)
+            check_images(trainer, prompts, settings.matrix)
             make_functional(trainer.model, position_ids=False)
-            check_sharded_settings(trainer, prompts, self._settings.matrix)
-            check_window(trainer, self._window, self._settings.preconditioner)
+            check_sharded_settings(trainer, prompts, settings.matrix)
+            check_window(trainer, self._window, settings.preconditioner)
             self._check_processes_agree(mesh, prompts)
             attached = (x for x in trainer.callback_handler.callbacks if isinstance(x, EntropyInfluence))
             name = free_name(self._requested_name, {x.name for x in attached if x._trainer is trainer})
@@ -187,14 +189,6 @@ class EntropyInfluence(TrainerCallback):
         if note is not None:
             self._warn(note)
         return self
-
-    def _evaluation_prompts(self, trainer: Any) -> tuple[list[Any] | None, str | None]:
-        """Return the prompts of E, None where the batch is E, and a sentence for the user or None."""
-        if not (isinstance(self._eval_prompts, str) and self._eval_prompts == BATCH):
-            return held_out_prompts(trainer, self._eval_prompts, self._max_prompts)
-        pairwise = self._settings.matrix and self._settings.objective.estimator == "per_decision"
-        check_batch_is_evaluation(trainer, self._save_state, pairwise)
-        return None, None
 
     def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any] | None) -> None:
         if mesh is not None:
@@ -238,9 +232,10 @@ class EntropyInfluence(TrainerCallback):
         self._measurement = TrlStepMeasurement(
             self._trainer, sampling, self._settings, self._capture.mesh, warn=self._warn
         )
-        self._pending, self._directory, self._log_selection = None, None, LogSelection()
+        self._pending, self._log_selection = None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
-        options = self._window, self.every, self._measurement, self._window_folder, self._warn
+        self._steps = TrainingSteps(self._trainer, self._out, self.name, self._training_id, self._warn)
+        options = self._window, self.every, self._measurement, self._steps.window_folder, self._warn
         self._windows = window_recorder(self._trainer, *options)
         self._environment = training.environment_of(self._trainer, self._training_id)
         self._measuring, self._overflow_warned = True, False
@@ -300,7 +295,7 @@ class EntropyInfluence(TrainerCallback):
             return None
 
         def store_state(baseline: Params) -> None:
-            self._store(step).write_state(self._trainer, baseline)
+            self._steps.store(step).write_state(self._trainer, baseline)
 
         captured = self._capture.finish()
         if self._windows is not None:
@@ -316,7 +311,7 @@ class EntropyInfluence(TrainerCallback):
         if self._is_main:
             plan = settings_of_plan(measured, self._trainer, self._settings)
             window = None if self._windows is None else self._windows.account(pending)
-            entry = self._store(measured.step).write(measured, plan, self._trainer, self._environment, window)
+            entry = self._steps.store(measured.step).write(measured, plan, self._trainer, self._environment, window)
             self._reports.write(entry, self._trainer.args.report_to)
         return metrics
 
@@ -331,8 +326,7 @@ class EntropyInfluence(TrainerCallback):
             return result
         self._measuring = self._measuring and not result.ends_measuring
         self._capture.stop()
-        if self._is_main and self._directory is not None:
-            StepStore(self._directory, step).discard()
+        self._steps.discard(step)
         self._warn(result.sentence(step))
         return None
 
@@ -354,18 +348,3 @@ class EntropyInfluence(TrainerCallback):
     def _warn(self, text: str) -> None:
         if self._is_main:
             warn(text)
-
-    def _store(self, step: int) -> StepStore:
-        return StepStore(self._run_directory(), step)
-
-    def _window_folder(self) -> Path:
-        return training.window_folder(self._run_directory(), self._training_id)
-
-    def _run_directory(self) -> Path:
-        if self._directory is None:
-            name = f"entropy_influence-{self.name}" if self.name else "entropy_influence"
-            base = Path(self._trainer.args.output_dir) / name if self._out is None else Path(self._out)
-            self._directory = training.training_directory(base, self._training_id)
-            if self._directory != base:
-                self._warn(f"{base} holds steps of another training run; those of this one go to {self._directory}")
-        return self._directory

@@ -30,8 +30,8 @@ def check_window(trainer: Any, window: int | None, preconditioner: str) -> None:
     args, remedy = trainer.args, "Leave window out, or train without it"
     if getattr(args, "beta", 0.0):
         raise ValueError(
-            f"beta is {args.beta} with window={window}; expected 0, since coefficients of a KL term follow the policy in "
-            f"another way than those of a ratio. {remedy}"
+            f"beta is {args.beta} with window={window}; expected 0, since coefficients of a KL term follow the policy "
+            f"in another way than those of a ratio. {remedy}"
         )
     if not makes_several_steps(trainer):
         # The ratio is 1 at every step, taken by the policy that is differentiated, so coefficients do not follow it.
@@ -41,8 +41,8 @@ def check_window(trainer: Any, window: int | None, preconditioner: str) -> None:
     if level != "token" or loss not in RATIO_LOSSES:
         raise ValueError(
             f"the loss is {loss} with ratios by {level}, window={window} and several optimizer steps a generation; "
-            f"expected one step, or one of {', '.join(RATIO_LOSSES)} with ratios by token, whose coefficients follow the "
-            "policy as the ratio does. Make one optimizer step a generation, or leave window out"
+            f"expected one step, or one of {', '.join(RATIO_LOSSES)} with ratios by token, whose coefficients follow "
+            "the policy as the ratio does. Make one optimizer step a generation, or leave window out"
         )
 
 

@@ -20,7 +20,7 @@ def check_window_settings(window: int, preconditioner: str, processes: int) -> N
     if preconditioner not in get_args(Denominators):
         raise ValueError(
             f"preconditioner is {preconditioner!r} with window={window}; expected one of "
-            f"{', '.join(get_args(Denominators))}, with which several steps are differentiated. Leave one of the two out"
+            f"{', '.join(get_args(Denominators))}, by which steps are differentiated. Leave one of the two out"
         )
     if processes > 1:
         raise ValueError(

@@ -126,8 +126,8 @@ class WindowFiles:
         for key, x in tensors.items():
             part, _, name = key.partition("/")
             by_part[part][name] = x
-        moments = (by_part[name] for name in MOMENTS)
-        return by_part["params"], AdamWState(*moments, header["step"], _hyper(header), header["lr"])
+        m, s, maximum = (by_part[name] for name in MOMENTS)
+        return by_part["params"], AdamWState(m, s, maximum, header["step"], _hyper(header), header["lr"])
 
     def steps(self, device: torch.device) -> list[WindowStep]:
         """Return the recorded steps, in their order."""

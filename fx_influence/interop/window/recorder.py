@@ -15,6 +15,7 @@ from fx_influence.interop.ledger.step import kinds_of_step
 from fx_influence.interop.live.guard import CaptureError, Failure, attempt
 from fx_influence.interop.live.measurement import PendingStep, StepMeasurement
 from fx_influence.interop.live.metrics import regions_of
+from fx_influence.interop.live.precision import step_rounding
 from fx_influence.interop.live.step import CapturedStep, on_host
 from fx_influence.interop.low_bit.moments import is_low_bit
 from fx_influence.interop.optimizers import adamw_state, require_adamw
@@ -23,12 +24,17 @@ from fx_influence.interop.window.account import number_prompts, window_entry
 from fx_influence.interop.window.files import WindowFiles, WindowStep
 from fx_influence.policy.autocast import HALF_DTYPES
 from fx_influence.trajectory.influence_over_steps import influence_over_steps
+from fx_influence.trajectory.replay import params_after
 from fx_influence.trajectory.window import RecordedStep, Window
-from fx_influence.types import AdamWHyper, Batch
+from fx_influence.types import AdamWHyper, Apply, Batch, Params
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+MAX_REPLAY_ERROR = 0.1
+"""Distance of the replay's last weights from the trained ones, over what these have gone, above which it is another
+training run's."""
 
 
 class WindowRecorder:
@@ -158,10 +164,17 @@ class WindowRecorder:
         shared = batch_e is None and steps[-1].step.batch.behaviour_logprobs is not None
         if shared:
             steps = number_prompts(steps)
-        result = influence_over_steps(
+        window, apply = (
             Window(params=params, opt_state=opt_state, steps=[x.step for x in steps]),
+            measurement.forward_policy(),
+        )
+        error = replay_error(
+            window, apply, measurement.trainable(), measurement.training.temperature, settings.chunk_size
+        )
+        result = influence_over_steps(
+            window,
             batch_e,
-            apply=measurement.forward_policy(),
+            apply=apply,
             cross_fit=shared,
             objective=settings.objective,
             preconditioner="jacobian" if settings.preconditioner == "jacobian" else "frozen",
@@ -171,7 +184,7 @@ class WindowRecorder:
             chunk_size=settings.chunk_size,
             memory_budget=settings.memory_budget,
         )
-        figures = {"bytes": float(size), "seconds": time.perf_counter() - start}
+        figures = {"replay_error": error, "bytes": float(size), "seconds": time.perf_counter() - start}
         return window_entry(on_host(result), [x._replace(kinds=_on_cpu(x)) for x in steps], figures)
 
     def _attempt(self, work: Callable[[], Value]) -> Value | Failure:
@@ -199,6 +212,32 @@ def evaluation_batch(pending: PendingStep) -> Batch | None:
         return None
     batch_e, values = pending.batch_e, pending.values
     return batch_e if batch_e.behaviour_logprobs is not None else batch_e._replace(behaviour_logprobs=values.logprobs)
+
+
+def replay_error(window: Window, apply: Apply, params: Params, temperature: float, chunk_size: int | None) -> float:
+    """Return how far the replay of a window ends from the trained weights, over the distance that these have gone.
+
+    Args:
+        window: as recorded.
+        apply: the policy.
+        params: the trained weights after the window, by name.
+        temperature: divides the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+
+    Raises:
+        CaptureError: for more than ``MAX_REPLAY_ERROR``.
+    """
+    replayed = params_after(window, apply, temperature, chunk_size)
+    before = {name: x.double() for name, x in window.params.items()}
+    moved, gone = ({name: x[name].double() - p for name, p in before.items()} for x in (replayed, params))
+    error = step_rounding(moved, gone, 1.0)
+    if error > MAX_REPLAY_ERROR:
+        raise CaptureError(
+            f"the replay ends {error:.0%} of the window's distance from the trained weights; expected at most "
+            f"{MAX_REPLAY_ERROR:.0%}. Something else moved them than the rollouts and AdamW (another loss in the same "
+            "step, or weights changed by hand); train without it, or leave window out"
+        )
+    return error
 
 
 def check_replayable(optimizer: torch.optim.Optimizer, dtypes: Sequence[torch.dtype]) -> None:

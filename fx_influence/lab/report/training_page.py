@@ -26,6 +26,7 @@ from fx_influence.lab.report.training_tables import (
     strongest_rollouts,
     training_facts,
 )
+from fx_influence.lab.report.window_tables import window_table
 from fx_influence.lab.results import load_run
 from fx_influence.lab.training.health import training_health
 from fx_influence.lab.training.load import Training
@@ -104,6 +105,7 @@ def training_page(
             missing=drawn.missing,
             lifetime=lifetime_table(training),
             prompts=prompts_table(training),
+            windows=window_table(training),
             rollouts_unit=rollouts_unit,
             rollouts=rollouts,
             heads=heads,
