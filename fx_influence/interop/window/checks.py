@@ -27,3 +27,12 @@ def check_window_settings(window: int, preconditioner: str, processes: int) -> N
             f"window is {window} and {processes} processes train; expected one, since a window is replayed with the "
             "complete model and all rollouts in one process. Leave window out, or train in one process"
         )
+
+
+def check_window_ledger(window: int, directory: object) -> None:
+    """Raise ``ValueError`` for windows without a ledger that their accounts go to."""
+    if directory is None:
+        raise ValueError(
+            f"directory is None with window={window}; expected that of the training run's ledger, where a window is "
+            "recorded and its account written. Pass one, or leave window out"
+        )

@@ -164,13 +164,9 @@ class WindowRecorder:
         shared = batch_e is None and steps[-1].step.batch.behaviour_logprobs is not None
         if shared:
             steps = number_prompts(steps)
-        window, apply = (
-            Window(params=params, opt_state=opt_state, steps=[x.step for x in steps]),
-            measurement.forward_policy(),
-        )
-        error = replay_error(
-            window, apply, measurement.trainable(), measurement.training.temperature, settings.chunk_size
-        )
+        window = Window(params=params, opt_state=opt_state, steps=[x.step for x in steps])
+        apply, temperature = measurement.forward_policy(), measurement.training.temperature
+        error = replay_error(window, apply, measurement.trainable(), temperature, settings.chunk_size)
         result = influence_over_steps(
             window,
             batch_e,
@@ -180,7 +176,7 @@ class WindowRecorder:
             preconditioner="jacobian" if settings.preconditioner == "jacobian" else "frozen",
             stderr=True,
             per_token=True,
-            temperature=measurement.training.temperature,
+            temperature=temperature,
             chunk_size=settings.chunk_size,
             memory_budget=settings.memory_budget,
         )

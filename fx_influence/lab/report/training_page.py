@@ -11,6 +11,7 @@ from pathlib import Path
 from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.interop.runtime.run_files import raise_if_damaged
+from fx_influence.lab.console.window_tables import window_table
 from fx_influence.lab.report.figures import NO_FIGURES, Figure, draw_training_figures
 from fx_influence.lab.report.page import FOLDER, MARKS, SOURCES, render, write_page, write_report
 from fx_influence.lab.report.training_tables import (
@@ -26,7 +27,6 @@ from fx_influence.lab.report.training_tables import (
     strongest_rollouts,
     training_facts,
 )
-from fx_influence.lab.report.window_tables import window_table
 from fx_influence.lab.results import load_run
 from fx_influence.lab.training.health import training_health
 from fx_influence.lab.training.load import Training
