@@ -35,7 +35,7 @@ class LoopWindow(NamedTuple):
         if self.follows_ratio is None and captured.batch.behaviour_logprobs is not None:
             raise CaptureError(
                 "window_ratio is None and rollouts have behaviour_logprobs; expected True or False. Pass to attach "
-                "whether the loss has pi / pi_behaviour of each token as a factor, by which coefficients follow the policy"
+                "whether the loss has pi / pi_behaviour of each token as a factor, which coefficients then follow"
             )
         return bool(self.follows_ratio)
 

@@ -81,7 +81,9 @@ class WindowRecorder:
 
     def covers(self, step: int) -> bool:
         """Return whether this step, from 1, is to be recorded; a window that misses one of its steps is given up."""
-        if self._first < step <= self._last and self._recorded() != list(range(self._first, step)):
+        if step > self._last:
+            self.interrupt(step - 1, f"step {self._last} could not be measured")
+        elif step > self._first and self._recorded() != list(range(self._first, step)):
             self.interrupt(step - 1, f"step {step - 1} is not in it")
         return self._first <= step <= self._last
 
