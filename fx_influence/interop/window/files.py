@@ -133,10 +133,6 @@ class WindowFiles:
         """Return the recorded steps, in their order."""
         return [_read_step(path, device) for path in sorted(self.folder.glob("step_*.safetensors"))]
 
-    def numbers(self) -> list[int]:
-        """Return the numbers of the recorded steps."""
-        return sorted(int(path.stem.removeprefix("step_")) for path in self.folder.glob("step_*.safetensors"))
-
     def size(self) -> int:
         """Return the bytes of all files."""
         return sum(path.stat().st_size for path in self.folder.iterdir())

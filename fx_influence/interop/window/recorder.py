@@ -73,6 +73,7 @@ class WindowRecorder:
         self._follows_ratio, self._warn, self._ends_known = follows_ratio, warn, ends_known
         self._files: WindowFiles | None = None
         self._hyper: dict[str, AdamWHyper] = {}
+        self._recorded: list[int] = []
         self._last = last_step(steps_made, length, every)
 
     @property
@@ -83,7 +84,7 @@ class WindowRecorder:
         """Return whether this step, from 1, is to be recorded; a window that misses one of its steps is given up."""
         if step > self._last:
             self.interrupt(step - 1, f"step {self._last} could not be measured")
-        elif step > self._first and self._recorded() != list(range(self._first, step)):
+        elif step > self._first and self._recorded != list(range(self._first, step)):
             self.interrupt(step - 1, f"step {step - 1} is not in it")
         return self._first <= step <= self._last
 
@@ -103,7 +104,7 @@ class WindowRecorder:
             pending: the measured step, whose E the entropy is estimated on.
         """
         step = pending.measured.step
-        if step != self._last or self._recorded() != list(range(self._first, step + 1)):
+        if step != self._last or self._recorded != list(range(self._first, step + 1)):
             return None
         result = self._attempt(lambda: self._attribute(pending))
         if isinstance(result, Failure):
@@ -117,14 +118,12 @@ class WindowRecorder:
             if why is not None and self._files.folder.exists():
                 logger.warning(f"{self._name} is discarded: {why}")
             self._files.discard()
+        self._recorded = []
         self._last = last_step(steps_made, self._length, self._every)
 
     @property
     def _name(self) -> str:
         return f"the window of steps {self._first} to {self._last}"
-
-    def _recorded(self) -> list[int]:
-        return [] if self._files is None else self._files.numbers()
 
     def _append(self, step: int, captured: CapturedStep) -> None:
         measurement = self._measurement
@@ -153,6 +152,7 @@ class WindowRecorder:
         )
         self._hyper = opt_state.hyper
         self._files.append(WindowStep(step, recorded, kinds, captured.prompt_widths))
+        self._recorded.append(step)
 
     def _attribute(self, pending: PendingStep) -> dict[str, Any]:
         start = time.perf_counter()
