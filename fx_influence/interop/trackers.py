@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from fx_influence.core.display import printable
 from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
+from fx_influence.interop.live.guard import reason
 from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST, PREFIX
 from fx_influence.interop.live.precision import MAX_STEP_ROUNDING
 
@@ -196,6 +197,28 @@ def report_step(
             for alert in alerts:
                 tracker.alert(title=alert.title, text=alert.text, level=tracker.AlertLevel.WARN)
     alerted.update(alert.title for alert in alerts)
+
+
+class TrackerReports:
+    """Write the measured steps of a training run to its trackers; the first fault is a warning.
+
+    Args:
+        max_fall: as for ``step_alerts``.
+        warn: called with a sentence that the user should read.
+    """
+
+    def __init__(self, max_fall: float, warn: Callable[[str], None]) -> None:
+        self._max_fall, self._warn = max_fall, warn
+        self._alerted, self._failed = set[str](), False
+
+    def write(self, entry: Mapping[str, Any], report_to: Iterable[str]) -> None:
+        """Write a step, of the ledger, to the trackers of these names."""
+        try:
+            report_step(entry, report_to, self._alerted, self._max_fall)
+        except Exception as error:
+            if not self._failed:
+                self._warn(f"step {entry['step']} and others may be missing in the tracker: {reason(error)}")
+            self._failed = True
 
 
 def _with_run(name: str) -> Any:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fx_influence.autodiff.engine import Engine
-from fx_influence.core.tree import promote
+from fx_influence.core.tree import detached, promote
+from fx_influence.distributed.engine import make_engine
 from fx_influence.optim.step import AdamWStep
 from fx_influence.optim.transition import advance
-from fx_influence.trajectory.window import RecordedStep
-from fx_influence.types import AdamWState, Params
+from fx_influence.policy.precision import pass_precision
+from fx_influence.trajectory.window import RecordedStep, Window
+from fx_influence.types import AdamWState, Apply, Params
 
 VECTORS = 4
 """Vectors of the parameters' size that a stored step refers to: theta, m, s, and g."""
@@ -88,6 +90,24 @@ def replay(
             if is_last:
                 last.append(step)
     return Replay(*point, segment, steps, engine, preconditioner, checkpoints, last)
+
+
+def params_after(window: Window, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None) -> Params:
+    """Return the parameters after a window by name, replayed in the precision of ``influence_over_steps``.
+
+    Args:
+        window: the state before the first step, and the steps.
+        apply: the policy, from ``make_functional``.
+        temperature: divides the logits.
+        chunk_size: rows per forward; None chooses by tokens.
+    """
+    precision = pass_precision(detached(window.params), apply, window.steps[0].batch)
+    engine = make_engine(precision.params, apply, temperature, chunk_size, None)
+    engine_u = replace(engine, apply=precision.update_apply)
+    after = precision.params
+    for _, params, _ in _forward((after, window.opt_state), window.steps, engine_u, "frozen"):
+        after = params
+    return after
 
 
 def _forward(

@@ -24,6 +24,15 @@ STEP = "step"
 """Field of an entry: number of optimizer steps when its step is done, from 1."""
 
 
+WINDOW = "window"
+"""Field of an entry: the account of the steps up to its own, where a window ends with it."""
+
+
+def with_window(entry: dict[str, Any], window: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return an entry with the account of the window that its step ends, if it ends one."""
+    return entry if window is None else {**entry, WINDOW: dict(window)}
+
+
 def append_entry(directory: Path, entry: Mapping[str, Any]) -> None:
     """Append one measured step to a ledger, which is made where there is none; return when it is on the disk.
 

@@ -151,7 +151,7 @@ class StepMeasurement:
         mesh: DeviceMesh | None,
         warn: Callable[[str], None],
     ) -> None:
-        self._training, self._settings = training, settings
+        self.training, self.settings = training, settings
         self._mesh, self._warn = mesh, warn
         self._policy: Policy | None = None
         self._temperature_checked = self._rounding_warned = self._conditioning_logged = False
@@ -173,15 +173,14 @@ class StepMeasurement:
             IdentityError: for influences that do not add up.
         """
         start = time.perf_counter()
-        training, settings = self._training, self._settings
-        forward = training.in_forward_precision(self._functional_policy())
-        params = self._trainable()
+        training, settings = self.training, self.settings
+        forward, params = self.forward_policy(), self.trainable()
         check_finite(captured.gradient)
         # Live moments: all that reads them is done before the optimizer steps.
         opt_state = adamw_state(training.optimizer, training.model, copy=False)
-        captured = self._with_behaviour(self._with_entropies(captured, params))
+        captured = self.complete(captured)
         evaluation = self._evaluation(step, captured)
-        batch_e, rollouts = evaluation.batch, evaluation.rollouts
+        batch_e, rollouts, _, drawn = evaluation
         regions, gradient = regions_of(captured), captured.unclipped_gradient()
         result = influence(
             params,
@@ -205,7 +204,7 @@ class StepMeasurement:
         assert values is not None
         result = result._replace(values_e=None)
         if batch_e.behaviour_logprobs is None:
-            self._check_sampled_from_policy(evaluation.drawn, values, batch_e, params)
+            self._check_sampled_from_policy(drawn, values, batch_e, params)
             # Not stored: they are in the trainer's precision, which is not the one that a repetition scores in.
             rollouts = [dataclasses.replace(r, behaviour_logprobs=None) for r in rollouts]
         objective = settings.objective
@@ -236,14 +235,12 @@ class StepMeasurement:
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E."""
-        measured = pending.measured
-        start = time.perf_counter()
-        params = self._trainable()
-        values, options = self._exact_values(params, pending.batch_e), (self._settings.objective, measured.lr)
+        measured, start, params = pending.measured, time.perf_counter(), self.trainable()
+        values, options = self._exact_values(params, pending.batch_e), (self.settings.objective, measured.lr)
         changed = measure_change(
             pending.batch_e, pending.values, values, pending.shifts, pending.parts, measured.influence, *options
         )
-        training, stride = self._training, sampling_stride(params)
+        training, stride = self.training, sampling_stride(params)
         before, after = pending.sampled.params, every_nth(params, stride)
         change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
         lost = step_rounding(change, pending.sampled.direction(), measured.lr)
@@ -254,6 +251,14 @@ class StepMeasurement:
         moments = stored_moment_rounding(training.optimizer, training.model, pending.sampled, stride)
         return measured._replace(**changed._asdict(), seconds=seconds, step_rounding=lost, moment_rounding=moments)
 
+    def complete(self, captured: CapturedStep) -> CapturedStep:
+        """Return a step that is about to be made with entropies and, where they count, older log-probabilities."""
+        return self._with_behaviour(self._with_entropies(captured, self.trainable()))
+
+    def forward_policy(self) -> Policy:
+        """Return the policy in the precision of the training run's forward."""
+        return self.training.in_forward_precision(self._functional_policy())
+
     def _with_behaviour(self, captured: CapturedStep) -> CapturedStep:
         """Return the step with U's log-probabilities under an older policy, where U is E and may be of one."""
         return captured
@@ -261,7 +266,7 @@ class StepMeasurement:
     def _evaluation(self, step: int, captured: CapturedStep) -> Evaluation:
         """Return E: the rollouts of U, each without its own prompt."""
         batch_e = captured.batch._replace(coefficients=None, entropy_coefficients=None)
-        return Evaluation(batch_e, [], True, _sampled_logprobs(captured))
+        return Evaluation(batch_e, [], True, captured.drawn_logprobs())
 
     def _local_labels(self, labels: Labels) -> Labels:
         """Return the labels of this process's rows."""
@@ -270,23 +275,23 @@ class StepMeasurement:
     def _functional_policy(self) -> Policy:
         """Return the policy, made at the first step, when the trainer has prepared its model."""
         if self._policy is None:
-            self._policy = make_functional(self._training.model, position_ids=self._training.position_ids)[0]
+            self._policy = make_functional(self.training.model, position_ids=self.training.position_ids)[0]
         return self._policy
 
-    def _trainable(self) -> Params:
+    def trainable(self) -> Params:
         """Return the training run's own parameters, by name, as they are now."""
-        return {name: p.detach() for name, p in self._training.model.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self.training.model.named_parameters() if p.requires_grad}
 
     def _exact_values(self, params: Params, batch_e: Batch) -> TokenValues:
         """Score E, the rows of all processes, in float32 at least."""
         raised, exact_policy = in_float32(params, self._functional_policy(), batch_e)
-        engine = make_engine(raised, exact_policy, self._training.temperature, self._settings.chunk_size, self._mesh)
+        engine = make_engine(raised, exact_policy, self.training.temperature, self.settings.chunk_size, self._mesh)
         return engine.values(raised, batch_e)
 
     def _token_values(self, params: Params, batch: Batch, temperature_factor: float = 1.0) -> TokenValues:
         """Score a batch in the weights' own precision, on this process alone."""
-        temperature = temperature_factor * self._training.temperature
-        engine = make_engine(params, self._functional_policy(), temperature, self._settings.chunk_size, None)
+        temperature = temperature_factor * self.training.temperature
+        engine = make_engine(params, self._functional_policy(), temperature, self.settings.chunk_size, None)
         return engine.values(params, batch)
 
     def _log_conditioning(self, step: int, conditioning: float) -> None:
@@ -313,7 +318,7 @@ class StepMeasurement:
             zeros = torch.zeros_like(captured.logprobs)
             return captured if captured.entropies is not None else captured._replace(entropies=zeros)
         values = self._token_values(params, batch)
-        bound, remedy = self._training.rounding_bound(), self._training.forward_remedy
+        bound, remedy = self.training.rounding_bound(), self.training.forward_remedy
         check_scored(captured.logprobs[::stride][mask], values.logprobs[mask], bound, remedy)
         if captured.entropies is not None:
             return captured
@@ -336,7 +341,7 @@ class StepMeasurement:
         if drawn is not None:
             scored = values.logprobs[batch_e.completion_mask].double().cpu()
             finite = drawn.isfinite()
-            check_sampled_logprobs(drawn[finite], scored[finite], self._training.rounding_bound())
+            check_sampled_logprobs(drawn[finite], scored[finite], self.training.rounding_bound())
         elif not self._temperature_checked:
 
             def logprobs_at(factor: float) -> Tensor:
@@ -344,9 +349,3 @@ class StepMeasurement:
 
             check_temperature(logprobs_at, batch_e)
             self._temperature_checked = True
-
-
-def _sampled_logprobs(captured: CapturedStep) -> Tensor | None:
-    """Return the log-probs that U was sampled with, as the generation or else the trainer has them; float64 (m,)."""
-    logprobs = captured.old_logprobs if captured.sampled_logprobs is None else captured.sampled_logprobs
-    return None if logprobs is None else logprobs[captured.batch.completion_mask].double().cpu()

@@ -68,6 +68,11 @@ class CapturedStep(NamedTuple):
         scale = self.gradient_scale
         return self.gradient if scale == 1.0 else cast(Gradients, UnclippedGradient(self.gradient, scale))
 
+    def drawn_logprobs(self) -> Tensor | None:
+        """Return float64 (m,), the log-probs that U was sampled with: the generation's, or else the trainer's."""
+        logprobs = self.old_logprobs if self.sampled_logprobs is None else self.sampled_logprobs
+        return None if logprobs is None else logprobs[self.batch.completion_mask].double().cpu()
+
 
 def accumulated_gradient(model: nn.Module) -> Gradients:
     """Return the gradient of a model's trained parameters by name, its own tensors; None where no backward went."""

@@ -19,9 +19,12 @@ from fx_influence.functional import make_functional
 from fx_influence.interop.live.measurement import MeasurementSettings
 from fx_influence.interop.live.model_checks import active_dropout, check_not_quantised, embedding_noise
 from fx_influence.interop.live.policy_checks import check_measured_objective
+from fx_influence.interop.live.processes import count_and_rank
 from fx_influence.interop.loop.capture import LoopTraining, StepCapture, steps_made
 from fx_influence.interop.loop.ledger import LoopLedger, check_directory
+from fx_influence.interop.loop.window import LoopWindow
 from fx_influence.interop.optimizers import adamw_state, require_adamw
+from fx_influence.interop.window.checks import check_window_ledger, check_window_settings
 from fx_influence.interop.zero.partitions import zero_optimizer
 from fx_influence.objectives import Entropy
 from fx_influence.policy.model.template import unwrap_model
@@ -45,6 +48,8 @@ def attach(
     on_step: Callable[[int, Influence], object] | None = None,
     directory: str | Path | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    window: int | None = None,
+    window_ratio: bool | None = None,
 ) -> StepCapture:
     """Measure every ``every``-th step of a training loop's optimizer, and return what its rollouts are added to.
 
@@ -91,6 +96,12 @@ def attach(
             ``attach``, appends to its own. A fault while writing is a warning. None writes nothing.
         decode: turns a prompt's or a completion's tokens into a text, as ``tokenizer.decode`` does, for the ledger;
             None writes their numbers.
+        window: K, to attribute the entropy after K steps to each of them too, by ``fx.influence_over_steps``; the
+            ledger's entry of the measured step that ends them has both accounts, so it needs a ``directory``, and one
+            process. ``interop/window`` says what is recorded and what is exact. Rollouts are then added in every step
+            of a window: in all steps, since steps outside of windows ignore them.
+        window_ratio: whether the loss has pi / pi_behaviour of each token as a factor, so that coefficients follow the
+            policy through the ratio; to be told where windows have ``behaviour_logprobs``.
 
     Returns:
         ``StepCapture``: ``add`` names rollouts, ``history`` has the metrics of every measured step, ``detach`` ends it.
@@ -137,7 +148,12 @@ def attach(
     if directory is not None:
         check_directory(Path(directory), steps_made(hooked))
         ledger = LoopLedger(Path(directory), decode, preconditioner, objective.normalize)
-    return StepCapture(training, settings, every, log, on_step, mesh, ledger)
+    windows = None
+    if window is not None:
+        check_window_settings(window, preconditioner, count_and_rank(mesh)[0], partitioned is not None)
+        check_window_ledger(window, directory)
+        windows = LoopWindow(window, window_ratio)
+    return StepCapture(training, settings, every, log, on_step, mesh, ledger, windows)
 
 
 def _mesh_of(model: nn.Module) -> DeviceMesh | None:

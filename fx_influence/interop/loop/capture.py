@@ -23,6 +23,7 @@ from fx_influence.interop.live.step import CapturedStep, accumulated_gradient, c
 from fx_influence.interop.loop.accumulated import AccumulatedGradient
 from fx_influence.interop.loop.ledger import LoopLedger
 from fx_influence.interop.loop.rollouts import AddedRollouts, added_rollouts
+from fx_influence.interop.loop.window import LoopWindow
 from fx_influence.interop.zero.partitions import is_partitioned, planned_step, zero_optimizer
 from fx_influence.interop.zero.step_hooks import hook_step
 from fx_influence.policy.policy import Policy
@@ -74,6 +75,7 @@ class StepCapture:
         on_step: called with the number of each measured step and its influences.
         mesh: of the training run's processes, None for a single process.
         ledger: appends measured steps to a file, None for none.
+        window: number and kind of the steps of windows, None for none; they need a ledger.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.
@@ -89,6 +91,7 @@ class StepCapture:
         on_step: Callable[[int, Influence], object] | None,
         mesh: DeviceMesh | None,
         ledger: LoopLedger | None = None,
+        window: LoopWindow | None = None,
     ) -> None:
         self.history: list[dict[str, float]] = []
         self.step = steps_made(training.optimizer)
@@ -96,6 +99,9 @@ class StepCapture:
         self._mesh, self._is_main = mesh, count_and_rank(mesh)[1] == 0
         self._ledger = ledger
         self._measurement = StepMeasurement(training, settings, mesh, self._warn)
+        self._windows = None
+        if window is not None and ledger is not None:
+            self._windows = window.recorder(every, self.step, self._measurement, ledger, self._warn)
         self._gradient = AccumulatedGradient(training.model, self._noting_problems)
         self._log_selection = LogSelection()
         self._added: list[AddedRollouts] | None = None
@@ -177,11 +183,14 @@ class StepCapture:
         for remove in self._remove_hooks:
             remove()
         self._remove_hooks, self._pending = [], None
+        if self._windows is not None:
+            self._windows.interrupt(self.step, "the capture is detached")
         self._stop()
 
     def _record_if_measured(self) -> None:
         self._stop()
-        if self._measuring and (self.step + 1) % self._every == 0:
+        in_window = self._windows is not None and self._windows.covers(self.step + 1)
+        if self._measuring and (in_window or (self.step + 1) % self._every == 0):
             self._added = []
             if self._zero is None:
                 with self._noting_problems():
@@ -215,8 +224,13 @@ class StepCapture:
             return
         # The first argument is the optimizer.
         has_closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
-        step = self.step + 1
-        self._pending = self._guarded(step, lambda: self._measurement.before_update(step, self._finish(has_closure)))
+        self._pending = self._guarded(self.step + 1, lambda: self._before_update(has_closure))
+
+    def _before_update(self, has_closure: bool) -> PendingStep | None:
+        step, captured = self.step + 1, self._finish(has_closure)
+        if self._windows is not None:
+            self._windows.record(step, captured)
+        return None if step % self._every else self._measurement.before_update(step, captured)
 
     def _after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure the change of entropy over the step, and begin to record the next one where it is to be measured."""
@@ -233,17 +247,18 @@ class StepCapture:
         measured = on_host(self._measurement.after_update(pending))
         metrics = all_gather_values(self._mesh, measured.metrics())[0]
         if self._ledger is not None and self._is_main:
-            self._append(self._ledger, measured)
+            window = None if self._windows is None else self._windows.account(pending)
+            self._append(self._ledger, measured, window)
         if self._on_step is not None:
             self._on_step(measured.step, measured.influence)
         if self._log is not None and self._is_main:
             self._log({PREFIX + name: value for name, value in self._log_selection.of_step(metrics).items()})
         return metrics
 
-    def _append(self, ledger: LoopLedger, measured: MeasuredStep) -> None:
+    def _append(self, ledger: LoopLedger, measured: MeasuredStep, window: dict[str, Any] | None) -> None:
         """Append the step to the ledger; a fault is a warning, and the step stays in the history."""
         try:
-            ledger.append(measured, self._training.model)
+            ledger.append(measured, self._training.model, window)
         except Exception as error:
             self._warn(f"step {measured.step} is measured and not in the ledger: {reason(error)}")
 
@@ -314,7 +329,6 @@ class StepCapture:
         return next(self._training.model.parameters()).device
 
     def _warn(self, text: str) -> None:
-        """Warn on the first process."""
         if self._is_main:
             warn(text)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fx_influence.interop.ledger.file import LEDGER, append_entry, read_ledger
+from fx_influence.interop.ledger.file import LEDGER, append_entry, read_ledger, with_window
 from fx_influence.interop.ledger.step import measured_entry
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.live.step import CapturedStep
@@ -32,15 +32,15 @@ class LoopLedger(NamedTuple):
     preconditioner: str
     normalize: str
 
-    def append(self, measured: MeasuredStep, model: nn.Module) -> None:
-        """Append a measured step of the model's training."""
+    def append(self, measured: MeasuredStep, model: nn.Module, window: Mapping[str, Any] | None = None) -> None:
+        """Append a measured step of the model's training, with the account of the window that it ends."""
         ends = end_tokens(model)
         rollouts = captured_rollouts(measured.captured, self.decode or numbers, ends or frozenset())
         settings = {"preconditioner": self.preconditioner, "normalize": self.normalize}
         # E is U.
         figures = {"evaluation_count": float(len(rollouts))}
         entry = measured_entry(measured, rollouts, figures, settings, ends_known=ends is not None)
-        append_entry(self.directory, entry)
+        append_entry(self.directory, with_window(entry, window))
 
 
 def check_directory(directory: Path, steps_made: int) -> None:

@@ -26,7 +26,7 @@ from fx_influence.interop.live.metrics import PREFIX, LogSelection
 from fx_influence.interop.live.policy_checks import check_measured_objective
 from fx_influence.interop.live.processes import all_gather_values
 from fx_influence.interop.live.step import on_host
-from fx_influence.interop.trackers import MAX_FALL, report_step
+from fx_influence.interop.trackers import MAX_FALL, TrackerReports
 from fx_influence.interop.trl.attachment import calling_trainer, free_name
 from fx_influence.interop.trl.capture.recorder import Capture
 from fx_influence.interop.trl.measurement import HeldOutSampling, TrlStepMeasurement
@@ -34,10 +34,11 @@ from fx_influence.interop.trl.preflight.generation import check_generation, chec
 from fx_influence.interop.trl.preflight.processes import check_prepared, check_processes, check_sharded_settings
 from fx_influence.interop.trl.preflight.trainer import check_kind, check_steps
 from fx_influence.interop.trl.processes import mesh_of
-from fx_influence.interop.trl.prompts import BATCH, check_batch_is_evaluation, held_out_prompts
+from fx_influence.interop.trl.prompts import BATCH, evaluation_prompts
 from fx_influence.interop.trl.store import training
 from fx_influence.interop.trl.store.contents import settings_of_plan
-from fx_influence.interop.trl.store.step import StepStore
+from fx_influence.interop.trl.store.steps import TrainingSteps
+from fx_influence.interop.trl.window import check_window, window_recorder
 from fx_influence.objectives import Entropy
 from fx_influence.types import Params, Preconditioner
 
@@ -92,6 +93,8 @@ class EntropyInfluence(TrainerCallback):
             or W&B, gets an alert; see ``interop.trackers``.
         region_stderr: also give the sums over the four regions of tokens standard errors, at the cost of two reverse
             passes over U; they have none with ``matrix``.
+        window: K, to attribute the entropy after K steps to each of them, by ``fx.influence_over_steps``. The ledger of
+            the measured step that ends them has both accounts. See ``interop/window`` for what is recorded and exact.
 
     Attributes:
         history: the metrics of every measured step, with ``step``, its number.
@@ -122,6 +125,7 @@ class EntropyInfluence(TrainerCallback):
         max_prompts: int = 64,
         max_fall: float = MAX_FALL,
         region_stderr: bool = True,
+        window: int | None = None,
     ) -> None:
         counts = {"every": every, "completions_per_prompt": completions_per_prompt, "max_prompts": max_prompts}
         for field, value in counts.items():
@@ -138,10 +142,9 @@ class EntropyInfluence(TrainerCallback):
         self._settings = MeasurementSettings(
             objective, preconditioner, matrix, chunk_size, memory_budget, region_stderr
         )
-        self._out, self._save_state, self._max_fall = out, save_state, max_fall
+        self._out, self._save_state, self._max_fall, self._window = out, save_state, max_fall, window
         self._trainer: Any = None
         self._pending: PendingStep | None = None
-        self._directory: Path | None = None
 
     def attach(self, trainer: Any) -> EntropyInfluence:
         """Measure this trainer's steps from now on, and return this callback.
@@ -162,13 +165,17 @@ class EntropyInfluence(TrainerCallback):
         check_kind(trainer)
         check_processes(trainer)
         mesh = mesh_of(trainer)
+        settings = self._settings
         with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
             check_steps(trainer)
-            prompts, note = self._evaluation_prompts(trainer)
+            pairwise = settings.matrix and settings.objective.estimator == "per_decision"
+            sampling = self._eval_prompts, self._max_prompts
+            prompts, note = evaluation_prompts(trainer, *sampling, self._save_state, pairwise)
             check_generation(trainer, prompts)
-            check_images(trainer, prompts, self._settings.matrix)
+            check_images(trainer, prompts, settings.matrix)
             make_functional(trainer.model, position_ids=False)
-            check_sharded_settings(trainer, prompts, self._settings.matrix, self._save_state)
+            check_sharded_settings(trainer, prompts, settings.matrix, self._save_state)
+            check_window(trainer, self._window, settings.preconditioner)
             self._check_processes_agree(mesh, prompts)
             attached = (x for x in trainer.callback_handler.callbacks if isinstance(x, EntropyInfluence))
             name = free_name(self._requested_name, {x.name for x in attached if x._trainer is trainer})
@@ -183,14 +190,6 @@ class EntropyInfluence(TrainerCallback):
             self._warn(note)
         return self
 
-    def _evaluation_prompts(self, trainer: Any) -> tuple[list[Any] | None, str | None]:
-        """Return the prompts of E, None where the batch is E, and a sentence for the user or None."""
-        if not (isinstance(self._eval_prompts, str) and self._eval_prompts == BATCH):
-            return held_out_prompts(trainer, self._eval_prompts, self._max_prompts)
-        pairwise = self._settings.matrix and self._settings.objective.estimator == "per_decision"
-        check_batch_is_evaluation(trainer, self._save_state, pairwise)
-        return None, None
-
     def _check_processes_agree(self, mesh: DeviceMesh | None, prompts: list[Any] | None) -> None:
         if mesh is not None:
             sampling = {"completions_per_prompt": self._completions_per_prompt, "seed": self._seed}
@@ -202,6 +201,7 @@ class EntropyInfluence(TrainerCallback):
         if self._trainer is None:
             return
         self._capture.detach()
+        self._discard_window("the callback is detached")
         if any(callback is self for callback in self._trainer.callback_handler.callbacks):
             self._trainer.remove_callback(self)
         self._trainer, self._pending = None, None
@@ -233,11 +233,14 @@ class EntropyInfluence(TrainerCallback):
         self._measurement = TrlStepMeasurement(
             self._trainer, sampling, self._settings, self._capture.mesh, warn=self._warn
         )
-        self._pending, self._directory, self._log_selection = None, None, LogSelection()
+        self._pending, self._log_selection = None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
+        self._steps = TrainingSteps(self._trainer, self._out, self.name, self._training_id, self._warn)
+        options = self._window, self.every, self._measurement, self._steps.window_folder, self._warn
+        self._windows = window_recorder(self._trainer, *options)
         self._environment = training.environment_of(self._trainer, self._training_id)
         self._measuring, self._overflow_warned = True, False
-        self._alerted, self._tracker_failed = set[str](), False
+        self._reports = TrackerReports(self._max_fall, self._warn)
         self._capture.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -250,6 +253,11 @@ class EntropyInfluence(TrainerCallback):
             if checkpoint.is_dir():
                 training.write_training_id(checkpoint, self.name, self._training_id)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the files of a window that has not ended."""
+        if self._trainer is not None:
+            self._discard_window("the training run has ended")
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the micro-batches of a step that is to be measured."""
         if self._trainer is None:
@@ -257,7 +265,9 @@ class EntropyInfluence(TrainerCallback):
         # An interrupted step leaves its recording.
         self._pending = None
         self._capture.stop()
-        if self._measuring and (state.global_step + 1) % self.every == 0:
+        step = state.global_step + 1
+        in_window = self._windows is not None and self._windows.covers(step)
+        if self._measuring and (in_window or step % self.every == 0):
             self._capture.start()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -286,28 +296,29 @@ class EntropyInfluence(TrainerCallback):
             return None
 
         def store_state(baseline: Params) -> None:
-            self._store(step).write_state(self._trainer, baseline)
+            self._steps.store(step).write_state(self._trainer, baseline)
 
+        captured = self._capture.finish()
+        if self._windows is not None:
+            self._windows.record(step, captured)
+        if step % self.every:
+            return None
         storing = self._save_state and self._is_main
-        return self._measurement.before_update(step, self._capture.finish(), store_state if storing else None)
+        return self._measurement.before_update(step, captured, store_state if storing else None)
 
     def _after_update(self, pending: PendingStep) -> dict[str, float]:
         measured = on_host(self._measurement.after_update(pending))
         metrics = all_gather_values(self._capture.mesh, measured.metrics())[0]
         if self._is_main:
             plan = settings_of_plan(measured, self._trainer, self._settings)
-            entry = self._store(measured.step).write(measured, plan, self._trainer, self._environment)
-            self._report(entry)
+            window = None if self._windows is None else self._windows.account(pending)
+            entry = self._steps.store(measured.step).write(measured, plan, self._trainer, self._environment, window)
+            self._reports.write(entry, self._trainer.args.report_to)
         return metrics
 
-    def _report(self, entry: dict[str, Any]) -> None:
-        """Write the step to the trainer's trackers; a fault is one warning."""
-        try:
-            report_step(entry, self._trainer.args.report_to, self._alerted, self._max_fall)
-        except Exception as error:
-            if not self._tracker_failed:
-                self._warn(f"step {entry['step']} and others may be missing in the tracker: {reason(error)}")
-            self._tracker_failed = True
+    def _discard_window(self, why: str) -> None:
+        if self._windows is not None:
+            self._windows.interrupt(self._trainer.state.global_step, why)
 
     def _guarded(self, step: int, work: Callable[[], Value | None]) -> Value | None:
         """Return the result of ``work``, or None with one warning if it fails on any process."""
@@ -316,8 +327,7 @@ class EntropyInfluence(TrainerCallback):
             return result
         self._measuring = self._measuring and not result.ends_measuring
         self._capture.stop()
-        if self._is_main and self._directory is not None:
-            StepStore(self._directory, step).discard()
+        self._steps.discard(step)
         self._warn(result.sentence(step))
         return None
 
@@ -339,12 +349,3 @@ class EntropyInfluence(TrainerCallback):
     def _warn(self, text: str) -> None:
         if self._is_main:
             warn(text)
-
-    def _store(self, step: int) -> StepStore:
-        if self._directory is None:
-            name = f"entropy_influence-{self.name}" if self.name else "entropy_influence"
-            base = Path(self._trainer.args.output_dir) / name if self._out is None else Path(self._out)
-            self._directory = training.training_directory(base, self._training_id)
-            if self._directory != base:
-                self._warn(f"{base} holds steps of another training run; those of this one go to {self._directory}")
-        return StepStore(self._directory, step)

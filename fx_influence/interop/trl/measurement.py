@@ -108,7 +108,7 @@ class TrlStepMeasurement(StepMeasurement):
         """Attribute a step that the optimizer is about to make, with the images that its rollouts show."""
         self._images = captured.images
         if captured.images is not None:
-            check_images_measurable(self._trainer, self._sampling.prompts, self._settings.matrix)
+            check_images_measurable(self._trainer, self._sampling.prompts, self.settings.matrix)
         return super().before_update(step, captured, store_state)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:

@@ -33,6 +33,24 @@ def makes_several_steps(trainer: Any) -> bool:
     return bool(args.steps_per_generation * getattr(args, "num_iterations", 1) > args.gradient_accumulation_steps)
 
 
+def evaluation_prompts(
+    trainer: Any, eval_prompts: Any, max_prompts: int, save_state: bool, pairwise: bool
+) -> tuple[list[Any] | None, str | None]:
+    """Return the prompts of E, None where the update batch is E, and a sentence for the user or None.
+
+    Args:
+        trainer: a ``GRPOTrainer`` or ``RLOOTrainer``.
+        eval_prompts: ``"batch"``, or as for ``held_out_prompts``.
+        max_prompts: as for ``held_out_prompts``.
+        save_state: as for ``check_batch_is_evaluation``.
+        pairwise: as for ``check_batch_is_evaluation``.
+    """
+    if not (isinstance(eval_prompts, str) and eval_prompts == BATCH):
+        return held_out_prompts(trainer, eval_prompts, max_prompts)
+    check_batch_is_evaluation(trainer, save_state, pairwise)
+    return None, None
+
+
 def check_batch_is_evaluation(trainer: Any, save_state: bool, pairwise: bool) -> None:
     """Raise ``ValueError`` unless the rollouts of every optimizer step can be E: none left out, of four prompts.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from fx_influence.core.display import printable
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.interop.runtime.run_files import raise_if_damaged
+from fx_influence.lab.console.window_tables import window_table
 from fx_influence.lab.report.figures import NO_FIGURES, Figure, draw_training_figures
 from fx_influence.lab.report.page import FOLDER, MARKS, SOURCES, render, write_page, write_report
 from fx_influence.lab.report.training_tables import (
@@ -104,6 +105,7 @@ def training_page(
             missing=drawn.missing,
             lifetime=lifetime_table(training),
             prompts=prompts_table(training),
+            windows=window_table(training),
             rollouts_unit=rollouts_unit,
             rollouts=rollouts,
             heads=heads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fx_influence.interop.ledger.entry import MAX_REWARDS, REWARD_VALUE
 from fx_influence.interop.ledger.file import LEDGER, STEP, read_ledger
 from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.results import require_pandas
+from fx_influence.lab.training.windows import Windows, window_columns
 
 SPLITS_OF_A_STEP = ("frozen", "jacobian")
 """Preconditioners under which ``total`` is the step that is made, so that its terms explain what is measured."""
@@ -48,6 +49,7 @@ class Training:
             ``influence`` and ``stderr`` of its rollouts' sum, ``count`` of rollouts, mean ``reward`` (NaN where it has
             none), ``prompt``, the beginning of its text.
         settings: ``preconditioner`` and ``normalize`` of the last step, as far as they are known.
+        windows: the accounts of several steps, where the training run records windows.
 
     Example:
         >>> columns = {"step": np.array([10, 20]), "total": np.array([-0.5, -0.25])}
@@ -62,6 +64,7 @@ class Training:
     strongest: list[dict[str, Any]]
     prompts: dict[str, np.ndarray]
     settings: dict[str, str]
+    windows: Windows = field(default_factory=lambda: window_columns([]))
 
     @property
     def last_step(self) -> int:
@@ -90,6 +93,10 @@ class Training:
     def label_table(self) -> Any:
         """Return ``labels`` as a pandas DataFrame. Raises ``ImportError`` as ``table`` does."""
         return require_pandas().DataFrame(self.labels)
+
+    def window_table(self) -> Any:
+        """Return ``windows.figures`` as a pandas DataFrame. Raises ``ImportError`` as ``table`` does."""
+        return require_pandas().DataFrame(self.windows.figures)
 
     def __repr__(self) -> str:
         return record_line(self)
@@ -120,6 +127,7 @@ def load_training(path: str | Path) -> Training:
             strongest=[{STEP: e[STEP], **rollout} for e in entries for rollout in e.get("strongest", [])],
             prompts=_prompt_columns(entries),
             settings={name: str(entries[-1][name]) for name in ("preconditioner", "normalize") if name in entries[-1]},
+            windows=window_columns(entries),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RunDirectoryError(

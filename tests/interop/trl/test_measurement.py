@@ -29,7 +29,7 @@ class CopyingMeasurement(TrlStepMeasurement):
     num_bytes: ClassVar[list[int]] = []
 
     def before_update(self, *args: Any) -> PendingStep:
-        self._copies = {name: p.clone() for name, p in self._trainable().items()}
+        self._copies = {name: p.clone() for name, p in self.trainable().items()}
         pending = super().before_update(*args)
         sampled = pending.sampled
         tensors = [*sampled.grads.values(), *sampled.params.values(), *sampled.opt_state.exp_avg.values()]
@@ -39,7 +39,7 @@ class CopyingMeasurement(TrlStepMeasurement):
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         measured = super().after_update(pending)
         apply, _ = make_functional(self._trainer.model, position_ids=False)
-        live, temperature = self._trainable(), self._trainer.temperature
+        live, temperature = self.trainable(), self._trainer.temperature
         change = {name: live[name].to(promote(p.dtype)) - p for name, p in self._copies.items()}
         expected = fx.snis_delta(self._copies, change, 1.0, pending.batch_e, apply=apply, temperature=temperature)
         assert measured.measured_change is not None

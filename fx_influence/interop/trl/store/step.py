@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from fx_influence.interop.checkpoints.files.directory import PARAM_NAMES
-from fx_influence.interop.ledger.file import append_entry
+from fx_influence.interop.ledger.file import append_entry, with_window
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.runtime.run_files import (
     BASELINE,
@@ -84,7 +84,12 @@ class StepStore:
         RunFiles(self._temporary).write_tensors(BASELINE, baseline)
 
     def write(
-        self, measured: MeasuredStep, plan: dict[str, Any], trainer: Any, environment: Mapping[str, Any]
+        self,
+        measured: MeasuredStep,
+        plan: dict[str, Any],
+        trainer: Any,
+        environment: Mapping[str, Any],
+        window: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Write all files of the step, append it to the training run's ledger, and return its entry.
 
@@ -95,6 +100,7 @@ class StepStore:
             plan: fields of plan.yaml beside ``INPUTS``.
             trainer: the one that made the step.
             environment: of the training run, from ``environment_of``, once for all steps.
+            window: account of the window that the step ends, None where it ends none.
         """
         self._temporary.mkdir(parents=True, exist_ok=True)
         files = RunFiles(self._temporary)
@@ -112,7 +118,7 @@ class StepStore:
         summary = step_summary(measured)
         files.write_json(eval_file(0, ".json"), summary)
         files.write_json(SUMMARY, summary)
-        entry = step_entry(measured, rollouts, plan, trainer, environment[TRAINING])
+        entry = with_window(step_entry(measured, rollouts, plan, trainer, environment[TRAINING]), window)
         self._publish()
         append_entry(self._path.parent, entry)
         return entry

@@ -16,6 +16,9 @@ from fx_influence.interop.runtime.run_files import ENVIRONMENT
 TRAINING = "training"
 """Field of a step's environment.json, and of its entry in the ledger, that holds the id of its training run."""
 
+WINDOW = ".window-"
+"""Beginning of the name of the folder with a window's files, before the id of its training run."""
+
 CHECKPOINT_FILE = "entropy_influence.json"
 """File in a trainer's checkpoint that holds the id of its training run, by the name of each ``EntropyInfluence``."""
 
@@ -39,7 +42,13 @@ def training_directory(base: Path, training_id: str) -> Path:
     )
 
 
+def window_folder(directory: Path, training_id: str) -> Path:
+    """Return the folder for the files of a window that is recorded, in the directory of the training run's steps."""
+    return directory / f"{WINDOW}{training_id}"
+
+
 def _training_ids(path: Path) -> Iterator[str]:
+    yield from (folder.name.removeprefix(WINDOW) for folder in path.glob(f"{WINDOW}*"))
     for file in path.glob(f"step_*/{ENVIRONMENT}"):
         with suppress(OSError, ValueError):
             yield str(json.loads(file.read_text(encoding="utf-8")).get(TRAINING))
