@@ -274,7 +274,9 @@ def test_packed_attention_repeats_key_heads_off_cpu() -> None:
 
 def layout_on(layout: Any, device: str) -> Any:
     blocks = [LengthBucket(*(x.to(device) for x in block)) for block in layout.buckets]
-    return PackedLayout(layout.position_ids.to(device), blocks, layout.inverse_index.to(device))
+    return PackedLayout(
+        layout.position_ids.to(device), blocks, layout.inverse_index.to(device), layout.token_row.to(device)
+    )
 
 
 WINDOWS = {
