@@ -114,7 +114,7 @@ def weights(
     _check(entropy, target, lr, horizon, confidence, bounds)
     estimate = state.estimate()
     floor = (target - entropy) / (horizon * lr)
-    known = (state.evidence > 0).numpy()
+    known = _informative(state.evidence, estimate)
     ones = np.ones(len(known))
     z = _scheffe(confidence, int(known.sum()), estimate.degrees_of_freedom)
     delta, c, r = (x.numpy() for x in (estimate.entropy, estimate.entropy_covariance, estimate.reward))
@@ -134,6 +134,13 @@ def weights(
         floor,
         bool(bound >= floor - slack),
     )
+
+
+def _informative(evidence: Tensor, estimate: KindSums) -> np.ndarray:
+    """Return which kinds were measured and had tokens with coefficients, so that an influence or error is not 0."""
+    errors = estimate.entropy_covariance.diagonal() + estimate.reward_covariance.diagonal()
+    values: np.ndarray = (estimate.entropy.abs() + estimate.reward.abs() + errors).numpy()
+    return (evidence.numpy() > 0) & (values > 0)
 
 
 def _known(sums: KindSums, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -53,8 +53,15 @@ class ControlState(NamedTuple):
         pairs = n.unsqueeze(0) * n.unsqueeze(1)
         rest = torch.tensor(self.rest / self.steps if self.steps else 0.0, dtype=torch.float64)
         degrees = self.squares**2 / self.fourths if self.fourths else math.inf
-        means, covariances = (self.entropy, self.reward), (self.entropy_covariance, self.reward_covariance)
-        return KindSums(self.kinds, *(x / n for x in means), *(x / pairs for x in covariances), rest, degrees)
+        return KindSums(
+            kinds=self.kinds,
+            entropy=self.entropy / n,
+            reward=self.reward / n,
+            entropy_covariance=self.entropy_covariance / pairs,
+            reward_covariance=self.reward_covariance / pairs,
+            rest=rest,
+            degrees_of_freedom=degrees,
+        )
 
 
 def control_state(kinds: Sequence[str] = ()) -> ControlState:
@@ -154,30 +161,46 @@ def from_values(values: Mapping[str, Any]) -> ControlState:
     try:
         kinds = tuple(str(name) for name in values["kinds"])
         count = len(kinds)
-        shapes = {"evidence": (count,), "entropy": (count,), "reward": (count,)}
-        shapes |= {"entropy_covariance": (count, count), "reward_covariance": (count, count)}
-        tensors = {
-            name: torch.tensor(values[name], dtype=torch.float64).reshape(shape) for name, shape in shapes.items()
-        }
-        scalars = {name: float(values[name]) for name in ("steps", "rest", "squares", "fourths")}
+
+        def tensor(name: str, *shape: int) -> Tensor:
+            return torch.tensor(values[name], dtype=torch.float64).reshape(shape)
+
+        return ControlState(
+            kinds,
+            tensor("evidence", count),
+            tensor("entropy", count),
+            tensor("reward", count),
+            tensor("entropy_covariance", count, count),
+            tensor("reward_covariance", count, count),
+            *(float(values[name]) for name in ("steps", "rest", "squares", "fourths")),
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"values is no state of a controller ({error}); expected what to_values returns. Start with control_state()"
         ) from error
-    return ControlState(kinds, **tensors, **scalars)
 
 
 def _with_kinds(state: ControlState, names: Sequence[str]) -> ControlState:
     """Return the state with these kinds added, never measured."""
     added = tuple(name for name in dict.fromkeys(names) if name not in state.kinds)
-    pad = torch.nn.functional.pad
-    tensors = {name: pad(x, (0, len(added)) * x.ndim) for name, x in state._asdict().items() if isinstance(x, Tensor)}
-    return state._replace(kinds=(*state.kinds, *added), **tensors)
+    more = len(added)
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, more) * x.ndim)
+
+    return state._replace(
+        kinds=(*state.kinds, *added),
+        evidence=pad(state.evidence),
+        entropy=pad(state.entropy),
+        reward=pad(state.reward),
+        entropy_covariance=pad(state.entropy_covariance),
+        reward_covariance=pad(state.reward_covariance),
+    )
 
 
 def _check_sums(sums: KindSums) -> None:
     count = len(sums.kinds)
-    shapes = {"entropy": (count,), "reward": (count,), "rest": ()}
+    shapes: dict[str, tuple[int, ...]] = {"entropy": (count,), "reward": (count,), "rest": ()}
     shapes |= {"entropy_covariance": (count, count), "reward_covariance": (count, count)}
     for name, shape in shapes.items():
         x = getattr(sums, name)
@@ -188,6 +211,6 @@ def _check_sums(sums: KindSums) -> None:
             )
     if len(set(sums.kinds)) < count or sums.degrees_of_freedom <= 0:
         raise ValueError(
-            f"sums has kinds {sums.kinds} and {sums.degrees_of_freedom} degrees of freedom; expected distinct names and "
-            "a positive number. Make them with kind_sums"
+            f"sums has kinds {sums.kinds} and {sums.degrees_of_freedom} degrees of freedom; expected distinct names "
+            "and a positive number. Make them with kind_sums"
         )

@@ -36,22 +36,22 @@ class KindSums(NamedTuple):
 
 
 def kinds(regions: Labels, of_rollouts: Sequence[str | None] = ()) -> Labels:
-    """Return labels of tokens by region and, where rollouts have several sources, by source: "A>0 likely, math".
+    """Return labels of tokens by region and, where rollouts have sources, by source: "A>0 likely, math".
 
     Args:
         regions: of tokens, from ``fx.labels.regions``.
-        of_rollouts: the ``source`` of each rollout, in order; empty where there are none.
+        of_rollouts: the ``source`` of each rollout, in order; empty where the data set has none.
 
     Example:
         >>> regions = Labels(torch.tensor([[-1, 0], [-1, 1]]), ("A>0", "A<0"))
         >>> kinds(regions, ["code", None]).names
         ('A>0, code', 'A<0, code', 'A>0, unknown', 'A<0, unknown')
-        >>> kinds(regions, ["code", "code"]).names
+        >>> kinds(regions).names
         ('A>0', 'A<0')
     """
-    by_source = sources(of_rollouts)
-    if len(by_source.names) < 2:
+    if not of_rollouts:
         return regions
+    by_source = sources(of_rollouts)
     first = by_source.index.to(regions.index.device).unsqueeze(1) * len(regions.names)
     index = torch.where(regions.index == UNLABELLED, UNLABELLED, first + regions.index)
     return Labels(index, tuple(f"{region}, {source}" for source in by_source.names for region in regions.names))

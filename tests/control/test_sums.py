@@ -105,7 +105,7 @@ def test_predicted_change_is_measured_as_lr_vanishes(step: Step) -> None:
 
 
 def test_influences_in_force_have_those_of_weight_one(step: Step) -> None:
-    weights = {name: w for name, w in zip(step.kinds.names, (0.5, 1.5, 0.25, 0.75) * 3, strict=False)}
+    weights = dict(zip(step.kinds.names, (0.5, 1.5, 0.25, 0.75) * 3, strict=False))
     plain, weighted = step.sums(step.batch), step.sums(step.weighted(weights))
     assert not torch.allclose(plain.entropy, weighted.entropy)
     state = fx.control.update(fx.control.control_state(), weighted, forgetting=0.9, in_force=weights)

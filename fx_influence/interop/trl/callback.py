@@ -104,6 +104,8 @@ class EntropyInfluence(TrainerCallback):
         5
     """
 
+    _measurement_type = TrlStepMeasurement
+
     def __init__(
         self,
         every: int = 10,
@@ -229,9 +231,8 @@ class EntropyInfluence(TrainerCallback):
 
     def _begin_training(self, resumed_id: str | None) -> None:
         sampling = HeldOutSampling(self._prompts, self._completions_per_prompt, self._seed)
-        self._measurement = TrlStepMeasurement(
-            self._trainer, sampling, self._settings, self._capture.mesh, warn=self._warn
-        )
+        options = self._settings, self._capture.mesh, self._warn
+        self._measurement = self._measurement_type(self._trainer, sampling, *options)
         self._pending, self._directory, self._log_selection = None, None, LogSelection()
         self._training_id = resumed_id or uuid.uuid4().hex
         self._environment = training.environment_of(self._trainer, self._training_id)
