@@ -4,9 +4,9 @@
 to the state, ``weights`` solves for the weights, and ``token_weights`` gives each token the weight of its kind.
 """
 
-from fx_influence.control.sums import KindSums, kind_sums, kinds, token_weights
-from fx_influence.control.state import ControlState, control_state, from_values, to_values, update
 from fx_influence.control.program import ControlWeights, weights
+from fx_influence.control.state import ControlState, control_state, from_values, to_values, update
+from fx_influence.control.sums import KindSums, kind_sums, kinds, token_weights
 
 __all__ = [
     "ControlState",

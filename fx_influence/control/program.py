@@ -181,7 +181,7 @@ class _Gain(NamedTuple):
 def _solve(objective: _Gain, constraint: _Gain | None, least: float, bounds: tuple[float, float]) -> np.ndarray | None:
     """Return d (K,) of the largest objective with constraint(d) >= least, None if there is none.
 
-    The program is in (up, down, t_objective, t_constraint), d = up - down; each t is at least all cuts of its error bar.
+    The program is in (up, down, t_objective, t_constraint), d = up - down; each t is at least the cuts of its error bar.
     """
     count = len(objective.mean)
     gains = [objective] if constraint is None else [objective, constraint]
@@ -249,6 +249,6 @@ def _check(
     check_number("confidence", confidence, remedy, lambda x: 0 <= x < 1, "a probability below 1")
     if not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1] < math.inf):
         raise ValueError(
-            f"bounds is {bounds}; expected two numbers with 0 <= lowest <= 1 <= highest, since 1 leaves a kind as it is. "
-            "Pass (0.0, 1.5)"
+            f"bounds is {bounds}; expected two numbers with 0 <= lowest <= 1 <= highest, since 1 leaves a kind as it "
+            "is. Pass (0.0, 1.5)"
         )

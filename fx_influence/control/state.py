@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fx_influence.control.sums import KindSums
 from fx_influence.core.checks import check_number
+from fx_influence.core.influence_display import ILL_CONDITIONED
 
 
 class ControlState(NamedTuple):
@@ -83,11 +84,14 @@ def update(
 ) -> ControlState:
     """Return the state with one more step.
 
-        N <- forgetting N + 1,   entropy <- forgetting entropy + x / w,   covariance <- forgetting^2 covariance + C / w w'
+        N <- forgetting N + 1,   entropy <- forgetting entropy + x / w,   reward likewise
+        covariance_kl <- forgetting^2 covariance_kl + C_kl / (w_k w_l)
 
     for the kinds that the step measured: those in ``sums`` whose weight w in force was not 0. Influences are linear in
     the coefficients, so that x / w is the influence at weight 1 beside the denominators and clipping of the step that
-    was made. A kind of weight 0 cannot be measured, and like one that is not in ``sums`` it keeps its estimate.
+    was made. A kind of weight 0 cannot be measured, and like one that is not in ``sums`` it keeps its estimate. A step
+    whose conditioning is above 0.5 changes nothing: denominators that come from its very gradient make influences
+    hundreds of times those of later steps.
 
     Args:
         state: before the step.
@@ -112,6 +116,8 @@ def update(
     w = torch.tensor([(in_force or {}).get(name, 1.0) for name in sums.kinds], dtype=torch.float64)
     if not (torch.isfinite(w) & (w >= 0)).all():
         raise ValueError(f"in_force is {w.tolist()}; expected weights of at least 0. Pass those that were applied")
+    if sums.conditioning > ILL_CONDITIONED:
+        return state
     state = _with_kinds(state, sums.kinds)
     place = torch.tensor([state.kinds.index(name) for name in sums.kinds], dtype=torch.int64)
     inverse = torch.where(w > 0, 1 / w, 0.0)

@@ -24,6 +24,7 @@ class KindSums(NamedTuple):
         reward_covariance: (K, K), likewise.
         rest: scalar, nats, the change of the entropy that no weight multiplies.
         degrees_of_freedom: of the covariances; infinite where they are known.
+        conditioning: see ``Influence.conditioning``; NaN where it was not measured.
     """
 
     kinds: tuple[str, ...]
@@ -33,6 +34,7 @@ class KindSums(NamedTuple):
     reward_covariance: Tensor
     rest: Tensor
     degrees_of_freedom: float = math.inf
+    conditioning: float = math.nan
 
 
 def kinds(regions: Labels, of_rollouts: Sequence[str | None] = ()) -> Labels:
@@ -79,7 +81,16 @@ def kind_sums(entropy: Influence, reward: Influence, kinds: Labels, lifetime_fac
     rest = torch.tensor(float(entropy.weight_decay) + unlabelled, dtype=torch.float64)
     degrees = min(out.degrees_of_freedom or math.inf for out in (entropy, reward))
     entropy_covariance, reward_covariance = (lifetime_factor**2 * x for x in covariances)
-    return KindSums(kinds.names, sums[0], sums[1], entropy_covariance, reward_covariance, rest, degrees)
+    return KindSums(
+        kinds=kinds.names,
+        entropy=sums[0],
+        reward=sums[1],
+        entropy_covariance=entropy_covariance,
+        reward_covariance=reward_covariance,
+        rest=rest,
+        degrees_of_freedom=degrees,
+        conditioning=float(entropy.conditioning),
+    )
 
 
 def token_weights(kinds: Labels, weight_of: Mapping[str, float]) -> Tensor:

@@ -82,6 +82,12 @@ def test_kind_of_weight_zero_keeps_its_estimate() -> None:
     assert torch.linalg.eigvalsh(estimate.entropy_covariance).min() > -1e-12 * estimate.entropy_covariance.trace()
 
 
+def test_steps_of_a_new_optimizer_change_nothing() -> None:
+    state = accumulated([random_sums(0)], 0.5)
+    assert fx.control.update(state, random_sums(1)._replace(conditioning=0.9), forgetting=0.5) is state
+    assert fx.control.update(state, random_sums(1)._replace(conditioning=0.4), forgetting=0.5).steps == 1.5
+
+
 def test_update_knows_kinds_by_name() -> None:
     first, second = random_sums(0, ("A>0",)), random_sums(1, ("A<0", "A>0"))
     state = accumulated([first, second], 0.5)

@@ -87,14 +87,14 @@ class ControlMeasurement(TrlStepMeasurement):
 
 
 class EntropyControl(EntropyInfluence):
-    """Hold the entropy of a ``GRPOTrainer`` at or above a target: an ``EntropyInfluence`` that acts on what it measures.
+    """Hold the entropy of a ``GRPOTrainer`` at or above a target, by what an ``EntropyInfluence`` measures.
 
     Unlike ``EntropyInfluence`` it changes the training run, which is its purpose. After each measured step the
     influences of the kinds of tokens (four regions, times the data set's sources) on entropy and expected reward are
     added to a state that forgets exponentially; from the next step on, ``fx.control.weights`` of that state multiply
     the advantages of each kind's tokens in the trainer's loss. No rollout is chosen. Influences are measured under the
-    weights in force and divided by them, see ``fx.control.update``. The state goes into the trainer's checkpoints, and
-    a resumed training run continues with it.
+    weights in force and divided by them, and the first steps of a new optimizer are left out, see ``fx.control.update``.
+    The state goes into the trainer's checkpoints, and a resumed training run continues with it.
 
     A failure while measuring is one warning; the weights stay as they were, and are 1 once measuring has ended.
     ``history`` has the weights that were in force as ``weight/<kind>``, and whether those for the next steps reach the
@@ -152,7 +152,7 @@ class EntropyControl(EntropyInfluence):
         self._begin_control()
 
     def _begin_control(self) -> None:
-        self.state, self.prediction = control_state(), None
+        self.state = control_state()
         self.weights: dict[str, float] = {}
         self._in_force: dict[str, float] = {}
         self.prediction: ControlWeights | None = None
@@ -220,12 +220,13 @@ class EntropyControl(EntropyInfluence):
             self._guarded(measured.step, lambda: self._control(measured))
 
     def _control(self, measured: MeasuredStep) -> None:
-        assert isinstance(self._measurement, ControlMeasurement) and self._measurement.sums is not None
+        assert isinstance(self._measurement, ControlMeasurement)
+        assert self._measurement.sums is not None
         sums = self._measurement.sums
         self._in_force = {name: self.weights.get(name, 1.0) for name in sums.kinds}
         self.state = update(self.state, sums, forgetting=self._forgetting, in_force=self.weights)
         # A warm-up's first step has a rate of 0 and says nothing of the rates to come.
-        if measured.lr > 0:
+        if measured.lr > 0 and self.state.steps:
             self.prediction = weights(self.state, measured.entropy, self._target, lr=measured.lr, **self._options)
             self.weights = self.prediction.by_kind
 
@@ -234,8 +235,9 @@ class EntropyControl(EntropyInfluence):
         count = len(self.history)
         super().on_optimizer_step(args, state, control, **kwargs)
         if len(self.history) > count:
-            reached = {} if self.prediction is None else {"target_reached": float(self.prediction.reached)}
-            self.history[-1] |= {f"weight/{name}": w for name, w in self._in_force.items()} | reached
+            self.history[-1] |= {f"weight/{name}": w for name, w in self._in_force.items()}
+            if self.prediction is not None:
+                self.history[-1]["target_reached"] = float(self.prediction.reached)
 
     def _state_file(self, args: Any, state: Any) -> Path:
         suffix = f"-{self.name}" if self.name else ""
@@ -270,7 +272,8 @@ def check_controllable(trainer: Any) -> None:
     if makes_several_steps(trainer):
         raise ValueError(
             "the trainer makes several optimizer steps a generation; expected one, since influences on the reward are "
-            "of rollouts of the policy itself. Set num_iterations=1 and steps_per_generation=gradient_accumulation_steps"
+            "of rollouts of the policy itself. Set num_iterations=1 and "
+            "steps_per_generation=gradient_accumulation_steps"
         )
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
