@@ -181,7 +181,7 @@ class _Gain(NamedTuple):
 def _solve(objective: _Gain, constraint: _Gain | None, least: float, bounds: tuple[float, float]) -> np.ndarray | None:
     """Return d (K,) of the largest objective with constraint(d) >= least, None if there is none.
 
-    The program is in (up, down, t_objective, t_constraint), d = up - down; each t is at least the cuts of its error bar.
+    The program is in (up, down, t_objective, t_constraint), d = up - down; each t is at least its error bar's cuts.
     """
     count = len(objective.mean)
     gains = [objective] if constraint is None else [objective, constraint]

@@ -93,7 +93,7 @@ class EntropyControl(EntropyInfluence):
     influences of the kinds of tokens (four regions, times the data set's sources) on entropy and expected reward are
     added to a state that forgets exponentially; from the next step on, ``fx.control.weights`` of that state multiply
     the advantages of each kind's tokens in the trainer's loss. No rollout is chosen. Influences are measured under the
-    weights in force and divided by them, and the first steps of a new optimizer are left out, see ``fx.control.update``.
+    weights in force and divided by them; the first steps of a new optimizer are left out, see ``fx.control.update``.
     The state goes into the trainer's checkpoints, and a resumed training run continues with it.
 
     A failure while measuring is one warning; the weights stay as they were, and are 1 once measuring has ended.
