@@ -5,8 +5,8 @@
     python -m benchmarks control --quick    a few steps, written nowhere, to check that it works
 
 The training runs of ``bench_acting``: the policy before its own GRPO steps ("early"), as many rollouts and optimizer
-steps for every method from the same state, one setting for each. Control measures every ``MEASURED``-th batch on its own
-rollouts, cross-fitted, and its weights of the four regions multiply the coefficients of the batches after it.
+steps for every method from the same state, one setting for each. Control measures every ``MEASURED``-th batch on its
+own rollouts, cross-fitted, and its weights of the four regions multiply the coefficients of the batches after it.
 
 What counts as paying, stated before the first run. On a policy either of
 
@@ -66,9 +66,8 @@ def controller() -> Weigh:
             sums = measure(policy, step_state, kinds, in_force)
             state = fx.control.update(state, sums, forgetting=FORGETTING, in_force=weight_of)
             entropy = float(values.entropies[step_state.batch.completion_mask].mean())
-            target, options = TARGETS[training.policy], {"confidence": CONFIDENCE, "bounds": BOUNDS}
-            out = fx.control.weights(state, entropy, target, lr=training.lr, horizon=HORIZON, **options)
-            weight_of = out.by_kind
+            options: dict[str, Any] = {"horizon": HORIZON, "confidence": CONFIDENCE, "bounds": BOUNDS}
+            weight_of = fx.control.weights(state, entropy, TARGETS[training.policy], lr=training.lr, **options).by_kind
         return in_force
 
     return weigh
@@ -151,7 +150,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 def training_runs(quick: bool) -> list[TrainingRun]:
     """Return the training runs of the benchmark."""
     if quick:
-        small = {"steps": 2 * MEASURED, "every": MEASURED, "prompts": 4, "judged": 4}
+        small: dict[str, Any] = {"steps": 2 * MEASURED, "every": MEASURED, "prompts": 4, "judged": 4}
         return [TrainingRun("demo", method, 0, 1e-4, **small) for method in ("grpo", CONTROL)]
     return [TrainingRun("early", method, seed, 1e-4, 60, 20) for seed in range(SEEDS) for method in METHODS]
 

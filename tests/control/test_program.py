@@ -126,16 +126,25 @@ def test_cutting_planes_solve_the_cone_program(seed: int, part: float) -> None:
 
     total = float(delta.sum()) - z * math.sqrt(float(c.sum()))
     box = [(BOUNDS[0] - 1, BOUNDS[1] - 1)] * 4
-    constraint = {"type": "ineq", "fun": lambda d: total + sure(delta, c, d) - floor}
+
+    def excess(d: np.ndarray) -> float:
+        return total + sure(delta, c, d) - floor
+
     starts = [0.5 * (out.weights.numpy() - 1), np.zeros(4), out.weights.numpy() - 1]
     tries = [
-        minimize(lambda d: -sure(r, reward_c, d), x, method="SLSQP", bounds=box, constraints=[constraint])
+        minimize(
+            lambda d: -sure(r, reward_c, d),
+            x,
+            method="SLSQP",
+            bounds=box,
+            constraints=[{"type": "ineq", "fun": excess}],
+        )
         for x in starts
     ]
-    best = max((-t.fun for t in tries if constraint["fun"](t.x) > -1e-7), default=-math.inf)
+    best = max((-t.fun for t in tries if excess(t.x) > -1e-7), default=-math.inf)
     ours = sure(r, reward_c, out.weights.numpy() - 1)
     assert ours >= best - 1e-3 * (1 + abs(best))
-    assert constraint["fun"](out.weights.numpy() - 1) >= -scale(delta)
+    assert excess(out.weights.numpy() - 1) >= -scale(delta)
 
 
 def test_error_bars_ask_for_more_than_the_means() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.cases import assert_close, dyadic_policy, make_apply, random_adamw_state
@@ -34,7 +36,7 @@ class Step:
         self.advantages = torch.randn(12, generator=generator, dtype=torch.float64)
         c = fx.coefficients("dapo", self.advantages, rows.completion_mask)
         self.batch = rows._replace(coefficients=c, group=torch.arange(12) // 2)
-        hyper = {"beta2": 1 - 1 / OLD, "step": OLD, "lr_scale": 1.0, "weight_decay": 0.1}
+        hyper: dict[str, Any] = {"beta2": 1 - 1 / OLD, "step": OLD, "lr_scale": 1.0, "weight_decay": 0.1}
         state = random_adamw_state(generator, self.params, **hyper)
         self.state: AdamWState = state._replace(exp_avg={name: torch.zeros_like(x) for name, x in self.params.items()})
         values = fx.token_values(self.params, self.batch, self.apply)
@@ -43,7 +45,7 @@ class Step:
 
     def sums(self, batch: Batch) -> KindSums:
         """Return the sums over kinds of the step on a batch with these coefficients."""
-        options = {"apply": self.apply, "labels": self.kinds}
+        options: dict[str, Any] = {"apply": self.apply, "labels": self.kinds}
         entropy = fx.influence(self.params, batch, self.batch_e, self.state, **options)
         rewards = self.batch_e.input_ids.sum(1).double()
         objective = fx.expected_reward(rewards)
@@ -117,7 +119,7 @@ def test_influences_in_force_have_those_of_weight_one(step: Step) -> None:
 
 
 def test_kind_sums_add_up_and_have_their_errors(step: Step) -> None:
-    options = {"apply": step.apply, "labels": step.kinds}
+    options: dict[str, Any] = {"apply": step.apply, "labels": step.kinds}
     out = fx.influence(step.params, step.batch, step.batch_e, step.state, **options)
     sums = fx.control.kind_sums(out, out, step.kinds, lifetime_factor=3.0)
     assert_close(sums.entropy.sum(), 3 * out.per_sequence.sum())
@@ -130,7 +132,7 @@ def test_kind_sums_add_up_and_have_their_errors(step: Step) -> None:
 
 
 def test_lifetime_factor_is_that_of_the_preconditioner(step: Step) -> None:
-    options = {"apply": step.apply, "labels": step.kinds}
+    options: dict[str, Any] = {"apply": step.apply, "labels": step.kinds}
     young = step.state._replace(step=dict.fromkeys(step.state.step, 3))
     frozen, lifetime = (
         fx.influence(step.params, step.batch, step.batch_e, young, preconditioner=name, **options)
