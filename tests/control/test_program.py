@@ -53,12 +53,12 @@ def test_weights_meet_floor_within_bounds(pairs: list[tuple[float, float]], floo
     delta, r = vectors(pairs)
     out = solve(state_of(delta, r), floor)
     assert ((out.weights >= BOUNDS[0]) & (out.weights <= BOUNDS[1])).all()
-    most = float(torch.where(delta > 0, BOUNDS[1] * delta, BOUNDS[0] * delta).sum())
+    largest = float(torch.where(delta > 0, BOUNDS[1] * delta, BOUNDS[0] * delta).sum())
     if out.reached:
         assert out.entropy >= floor - scale(delta)
     else:
-        assert most < floor + scale(delta)
-        assert out.entropy == pytest.approx(most, abs=scale(delta))
+        assert largest < floor + scale(delta)
+        assert out.entropy == pytest.approx(largest, abs=scale(delta))
     assert out.entropy == pytest.approx(float(out.weights @ delta))
     assert out.reward == pytest.approx(float(out.weights @ r))
 
@@ -115,9 +115,9 @@ def test_cutting_planes_solve_the_cone_program(seed: int, part: float) -> None:
     roots = 0.2 * torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)
     c, reward_c = (x @ x.T + 1e-3 * torch.eye(4, dtype=torch.float64) for x in roots)
     state, z = state_of(delta, r, c, reward_c), math.sqrt(chi2.ppf(0.8, 4))
-    most = solve(state, 1e3).entropy_bound
+    largest = solve(state, 1e3).entropy_bound
     lowest = solve(state, -1e3).entropy_bound
-    floor = lowest + part * (most - lowest)
+    floor = lowest + part * (largest - lowest)
     out = solve(state, floor)
     assert out.reached
 

@@ -129,7 +129,7 @@ def test_control_acts_on_the_steps_after_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_control_at_a_low_target_leaves_the_training(tmp_path: Path) -> None:
-    """Where the entropy may fall and no reward is sure, weights are 1 and training is as without control."""
+    """Weights are 1 where the entropy may fall and no reward is sure, and training is as without control."""
     training = trainer(PLAIN, str(tmp_path / "control"), 2, **SIZE)
     control = EntropyControl(-100.0, confidence=0.999999).attach(training)
     training.train()
