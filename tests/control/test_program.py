@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from scipy.stats import chi2
+from scipy.stats import chi2, t
 from torch import Tensor
 
 import fx_influence as fx
@@ -141,7 +141,7 @@ def test_cutting_planes_solve_the_cone_program(seed: int, part: float) -> None:
         )
         for x in starts
     ]
-    best = max((-t.fun for t in tries if excess(t.x) > -1e-7), default=-math.inf)
+    best = max((-x.fun for x in tries if excess(x.x) > -1e-7), default=-math.inf)
     ours = sure(r, reward_c, out.weights.numpy() - 1)
     assert ours >= best - 1e-3 * (1 + abs(best))
     assert excess(out.weights.numpy() - 1) >= -scale(delta)
@@ -155,6 +155,15 @@ def test_error_bars_ask_for_more_than_the_means() -> None:
     assert sure.reached
     assert sure.entropy > bare.entropy + 0.1
     assert sure.entropy_bound == pytest.approx(-3.0, abs=1e-4)
+
+
+def test_error_bar_of_one_kind_is_students() -> None:
+    """Scheffe's bound of one mean is the quantile of |t| of the state's degrees of freedom."""
+    one = torch.ones(1, dtype=torch.float64)
+    sums = KindSums(("A>0",), -4 * one, one, one.outer(one), 0 * one.outer(one), torch.tensor(0.0).double(), 7.0)
+    state = fx.control.update(fx.control.control_state(), sums, forgetting=0.9)
+    out = solve(state, -10.0, bounds=(1.0, 1.0))
+    assert out.entropy_bound == pytest.approx(-4 - t.ppf(0.9, 7))
 
 
 def test_unreachable_floor_gives_the_largest_sure_rise() -> None:
