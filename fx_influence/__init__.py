@@ -1,7 +1,7 @@
 """fx_influence: which rollouts and tokens of one optimizer step change a language model's entropy, and by how much.
 
-The mathematics is at the top; ``losses``, ``objectives``, ``labels``, ``proxies``, ``optim``, ``interop`` and ``lab``
-have names of their own.
+The mathematics is at the top; ``losses``, ``objectives``, ``labels``, ``proxies``, ``optim``, ``control``, ``interop``
+and ``lab`` have names of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fx_influence.core.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from fx_influence import interop, lab, labels, losses, objectives, optim, proxies
+    from fx_influence import control, interop, lab, labels, losses, objectives, optim, proxies
     from fx_influence.attribution.influence import influence
     from fx_influence.attribution.result import Influence
     from fx_influence.autodiff.per_sample import per_sample_grads, rollout_loss
@@ -117,7 +117,7 @@ _MODULES = {
     "token_values": "fx_influence.autodiff.token_values",
 }
 
-_ROOMS = ("interop", "lab", "labels", "losses", "objectives", "optim", "proxies")
+_ROOMS = ("control", "interop", "lab", "labels", "losses", "objectives", "optim", "proxies")
 
 _RENAMED = {
     "functionalize": "make_functional",
@@ -165,6 +165,7 @@ __all__ = [
     "clipped_ratio",
     "coefficients",
     "collate",
+    "control",
     "entropy_estimate",
     "expected_reward",
     "fisher_kernel",

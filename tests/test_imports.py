@@ -22,6 +22,7 @@ ORDER = (
         "attribution",
     },
     {"trajectory"},
+    {"control"},
     {"interop"},
     {"lab"},
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,18 +57,34 @@ class TrainingRun(NamedTuple):
         return f"{self.policy}-{self.method}-{self.seed}"
 
 
+Weigh = Callable[[TrainingRun, Policy, StepState], Tensor]
+"""Function of a training run before the steps on a batch: weights (n, T) of U's tokens."""
+
+
 def train(training: TrainingRun) -> list[dict[str, float]]:
+    """Return figures of a training run with the weights of its method; see ``train_weighted``."""
+    return train_weighted(training, method_weights)
+
+
+def train_weighted(training: TrainingRun, weigh: Weigh) -> list[dict[str, float]]:
     """Return entropy, accuracy and elapsed seconds at the beginning and after every ``every`` steps."""
     policy = initial_policy(training.policy, training.is_stored)
     figures, seconds = [{"step": 0, "seconds": 0.0, **evaluate(training, policy)}], 0.0
     start = time.process_time()
     for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, 8):
-        update(training, policy, step_state)
+        update(training, policy, step_state, weigh(training, policy, step_state))
         seconds += time.process_time() - start
         if step_state.step % training.every == 0:
             figures.append({"step": step_state.step, "seconds": seconds, **evaluate(training, policy)})
         start = time.process_time()
     return figures
+
+
+def method_weights(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
+    """Return the weights of a method that selects rollouts or tokens, 1 for others and without advantages."""
+    if training.method in ("rollouts", "tokens") and any(r.advantage for r in step_state.rollouts):
+        return selected_weights(training, policy, step_state)
+    return torch.ones(step_state.batch.input_ids.shape)
 
 
 def evaluate(training: TrainingRun, policy: Policy) -> dict[str, float]:
@@ -81,15 +97,13 @@ def evaluate(training: TrainingRun, policy: Policy) -> dict[str, float]:
     return {"entropy": float(entropy), "pass_1": float(solved.mean()), "pass_8": float(solved.max(1).mean())}
 
 
-def update(training: TrainingRun, policy: Policy, step_state: StepState) -> None:
-    """Make the optimizer steps on one batch, one for each random half."""
+def update(training: TrainingRun, policy: Policy, step_state: StepState, weights: Tensor) -> None:
+    """Make the optimizer steps on one batch with weights (n, T) of its tokens, one for each random half."""
     batch, advantages = step_state.batch, torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
     with torch.no_grad():
         old = score_tokens(policy.model, batch)[0]
-    weights, covariant = torch.ones_like(old), torch.zeros_like(batch.completion_mask)
-    if training.method in ("rollouts", "tokens") and advantages.any():
-        weights = selected_weights(training, policy, step_state)
-    elif training.method in ("clip-cov", "kl-cov"):
+    covariant = torch.zeros_like(batch.completion_mask)
+    if training.method in ("clip-cov", "kl-cov"):
         covariant = covariant_tokens(old, advantages, batch.completion_mask)
     for rows in torch.tensor(step_state.rng.sample(range(len(advantages)), len(advantages))).chunk(UPDATES):
         objective, entropy = _clipped_objective(
@@ -186,13 +200,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot(report: Mapping[str, Any], path: Path, methods: Sequence[str] = METHODS) -> None:
     """Draw entropy, pass@1 and pass@8 over steps, each method's mean over seeds with the interval at the end."""
     policies = list(dict.fromkeys(run["policy"] for run in report["runs"]))
     with svg_figure(path, len(policies), 3, (9, 5.4)) as axes:
         for policy, row in zip(policies, axes, strict=True):
             for axis, field in zip(row, ("entropy", "pass_1", "pass_8"), strict=True):
-                for k, method in enumerate(METHODS):
+                for k, method in enumerate(methods):
                     runs = [r["found"] for r in report["runs"] if (r["policy"], r["method"]) == (policy, method)]
                     mean = [np.mean([run[i][field] for run in runs]) for i in range(len(runs[0]))]
                     (line,) = axis.plot([s["step"] for s in runs[0]], mean, lw=1.2, label=method, color=f"C{k}")
@@ -201,7 +215,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
                     axis.errorbar([x], [mean[-1]], [end.get("half_width") or 0.0], color=line.get_color(), lw=1)
                 axis.set(xlabel="batches", title=f"{policy}: {COLUMNS[field]}")
         handles, labels = axes[0][0].get_legend_handles_labels()
-        axes[0][0].figure.legend(handles, labels, loc="outside upper center", ncols=len(METHODS), frameon=False)
+        axes[0][0].figure.legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
 
 
 def training_runs(quick: bool) -> list[TrainingRun]:

@@ -50,19 +50,45 @@ class Deviations(NamedTuple):
         Returns:
             NaN for labels of tokens whose deviations are not known, and with fewer than two parts.
         """
+        by_part = self._sums_by_part(index, num_labels)
+        if by_part is None:
+            return torch.full((num_labels,), torch.nan, dtype=torch.float64, device=index.device)
+        return _root_of_squares(by_part, self._used(index, num_labels))
+
+    def covariance_of_sums(self, index: Tensor, num_labels: int) -> Tensor | None:
+        """Return the covariances of the errors of sums of influences, float64 (L, L); None where they are not known.
+
+            covariance_lm = sum_k d_kl d_km sqrt(C_l / (C_l - 1) C_m / (C_m - 1))
+
+        Its diagonal has the squares of ``stderr_of_sums``; NaN for labels with fewer than two parts.
+
+        Args:
+            index: int64 (n,) of rollouts or (n, T) of tokens, the label of each, -1 for none.
+            num_labels: number of labels L.
+        """
+        by_part = self._sums_by_part(index, num_labels)
+        if by_part is None:
+            return None
+        c = self._used(index, num_labels).double()
+        scaled = by_part * torch.where(c < 2, torch.nan, c / (c - 1)).sqrt()
+        return scaled.T @ scaled
+
+    def _sums_by_part(self, index: Tensor, num_labels: int) -> Tensor | None:
+        """Return the deviations of the sums over labels by part, (C, L); None where they are not known."""
+        if index.ndim == 1:
+            return _sums_by_label(self.by_part, index, num_labels)
+        if self.tokens is not None:
+            return _sums_by_label(self.tokens.flatten(1), index.flatten(), num_labels)
+        if self.by_label is not None and torch.equal(self.by_label.labels, index):
+            return self.by_label.by_part
+        return None
+
+    def _used(self, index: Tensor, num_labels: int) -> Tensor:
+        """Return the number of parts behind the sum over each label, int64 (L,)."""
         labels = torch.arange(num_labels, device=index.device)
         in_label = (index.flatten(1 if index.ndim == 2 else 0).reshape(len(index), -1, 1) == labels).any(1)
-        if index.ndim == 1:
-            sums = _sums_by_label(self.by_part, index, num_labels)
-        elif self.tokens is not None:
-            sums = _sums_by_label(self.tokens.flatten(1), index.flatten(), num_labels)
-        elif self.by_label is not None and torch.equal(self.by_label.labels, index):
-            sums = self.by_label.by_part
-        else:
-            return torch.full((num_labels,), torch.nan, dtype=torch.float64, device=index.device)
         counted = ~is_left_out(len(self.by_part), self.left_out)
-        used = (in_label.T.unsqueeze(0) & counted.unsqueeze(1)).any(-1).sum(0)
-        return _root_of_squares(sums, used)
+        return (in_label.T.unsqueeze(0) & counted.unsqueeze(1)).any(-1).sum(0)
 
     def _counted(self) -> Tensor:
         """Return the number of parts that each influence is over, int64 (n,)."""

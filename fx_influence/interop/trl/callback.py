@@ -107,6 +107,8 @@ class EntropyInfluence(TrainerCallback):
         5
     """
 
+    _measurement_type = TrlStepMeasurement
+
     def __init__(
         self,
         every: int = 10,
@@ -165,11 +167,10 @@ class EntropyInfluence(TrainerCallback):
         check_kind(trainer)
         check_processes(trainer)
         mesh = mesh_of(trainer)
-        settings = self._settings
+        settings, sampling = self._settings, (self._eval_prompts, self._max_prompts)
         with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
             check_steps(trainer)
             pairwise = settings.matrix and settings.objective.estimator == "per_decision"
-            sampling = self._eval_prompts, self._max_prompts
             prompts, note = evaluation_prompts(trainer, *sampling, self._save_state, pairwise)
             check_generation(trainer, prompts)
             check_images(trainer, prompts, settings.matrix)
@@ -230,17 +231,15 @@ class EntropyInfluence(TrainerCallback):
 
     def _begin_training(self, resumed_id: str | None) -> None:
         sampling = HeldOutSampling(self._prompts, self._completions_per_prompt, self._seed)
-        self._measurement = TrlStepMeasurement(
-            self._trainer, sampling, self._settings, self._capture.mesh, warn=self._warn
-        )
-        self._pending, self._log_selection = None, LogSelection()
+        settings = self._settings, self._capture.mesh, self._warn
+        self._measurement = self._measurement_type(self._trainer, sampling, *settings)
         self._training_id = resumed_id or uuid.uuid4().hex
         self._steps = TrainingSteps(self._trainer, self._out, self.name, self._training_id, self._warn)
         options = self._window, self.every, self._measurement, self._steps.window_folder, self._warn
         self._windows = window_recorder(self._trainer, *options)
         self._environment = training.environment_of(self._trainer, self._training_id)
-        self._measuring, self._overflow_warned = True, False
-        self._reports = TrackerReports(self._max_fall, self._warn)
+        self._measuring, self._overflow_warned, self._pending = True, False, None
+        self._log_selection, self._reports = LogSelection(), TrackerReports(self._max_fall, self._warn)
         self._capture.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,163 @@
+"""Does holding the entropy by weights of kinds of tokens pay? ``fx.control`` beside other methods, at equal rollouts.
+
+    python -m benchmarks control            writes results/control.json and its table in README.md;
+                                            half an hour on two cores, resumed where it stopped
+    python -m benchmarks control --quick    a few steps, written nowhere, to check that it works
+
+The training runs of ``bench_acting``: the policy before its own GRPO steps ("early"), as many rollouts and optimizer
+steps for every method from the same state, one setting for each. Control measures every ``MEASURED``-th batch on its
+own rollouts, cross-fitted, and its weights of the four regions multiply the coefficients of the batches after it.
+
+What counts as paying, stated before the first run. On a policy either of
+
+1. pass@8 is above plain GRPO's beyond the 95% interval of the paired difference over seeds, and pass@1 is not below
+   plain GRPO's beyond its interval;
+2. the target is held (the mean entropy at the end is within a twentieth of it), and each other method either misses
+   the target by more than a twentieth or has a lower mean pass@1;
+
+and in both cases a batch takes at most ``MAX_COST`` times plain GRPO's processor time. Otherwise it does not pay, and
+the table says so.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fx_influence as fx
+from benchmarks.evidence import bench_acting
+from benchmarks.evidence.bench_acting import MAX_NORM, SEEDS, TrainingRun, Weigh, method_weights, train_weighted
+from benchmarks.evidence.training_runs import Benchmark, Policy, StepState
+from fx_influence.autodiff.token_values import all_token_values
+
+NAME = "bench_control"
+CONTROL = "control"
+METHODS = ("grpo", "bonus", "clip higher", "clip-cov", "kl-cov", CONTROL)
+TARGETS = {"early": 0.32, "demo": 0.14}
+"""Entropy to hold, nats per token: about nine tenths of the policy's at the beginning."""
+
+MEASURED, FORGETTING, HORIZON, CONFIDENCE, BOUNDS = 4, 0.8, 20, 0.8, (0.05, 1.5)
+NEAR, MAX_COST = 0.05, 1.6
+
+
+def train(training: TrainingRun) -> list[dict[str, float]]:
+    """Return entropy, accuracy and elapsed seconds at the beginning and after every ``every`` steps."""
+    return train_weighted(training, controller() if training.method == CONTROL else method_weights)
+
+
+def controller() -> Weigh:
+    """Return a function that measures every ``MEASURED``-th batch and weighs each by the estimates before it."""
+    state, weight_of = fx.control.control_state(), dict[str, float]()
+
+    def weigh(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
+        nonlocal state, weight_of
+        advantages = torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
+        apply, params = fx.make_functional(policy.model)
+        values = all_token_values(params, step_state.batch, apply)
+        kinds = fx.control.kinds(fx.labels.regions(step_state.batch, values, advantages))
+        in_force = fx.control.token_weights(kinds, weight_of).float()
+        if step_state.step % MEASURED == 0 and advantages.any():
+            sums = measure(policy, step_state, kinds, in_force)
+            state = fx.control.update(state, sums, forgetting=FORGETTING, in_force=weight_of)
+            entropy = float(values.entropies[step_state.batch.completion_mask].mean())
+            options: dict[str, Any] = {"horizon": HORIZON, "confidence": CONFIDENCE, "bounds": BOUNDS}
+            weight_of = fx.control.weights(state, entropy, TARGETS[training.policy], lr=training.lr, **options).by_kind
+        return in_force
+
+    return weigh
+
+
+def measure(policy: Policy, step_state: StepState, kinds: fx.labels.Labels, in_force: Tensor) -> fx.control.KindSums:
+    """Return the lifetime influences of a batch with the weights in force, on entropy and reward, by kind."""
+    apply, params = fx.make_functional(policy.model)
+    batch = step_state.batch
+    assert batch.coefficients is not None
+    weighted = batch._replace(coefficients=batch.coefficients * in_force)
+    rewards = torch.tensor([r.reward or 0.0 for r in step_state.rollouts])
+    entropy, reward = (
+        fx.influence(
+            params,
+            weighted,
+            None,
+            fx.adamw_state(step_state.optimizer, policy.model),
+            apply=apply,
+            objective=objective,
+            preconditioner="lifetime",
+            max_grad_norm=MAX_NORM,
+            labels=kinds,
+        )
+        for objective in (fx.Entropy(), fx.expected_reward(rewards))
+    )
+    return fx.control.kind_sums(entropy, reward, kinds)
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return for each policy whether control pays by the criterion above, and by which part."""
+    texts = {}
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        by_method = {row["method"]: row for row in rows if row["policy"] == policy}
+        control, target = by_method[CONTROL], TARGETS[policy]
+        others = [row for method, row in by_method.items() if method != CONTROL]
+        gains = _low(control["pass_8_more"]) > 0 and _high(control["pass_1_more"]) >= 0
+        holds = _is_near(control, target) and all(
+            not _is_near(row, target) or row["pass_1"]["mean"] < control["pass_1"]["mean"] for row in others
+        )
+        is_cheap = control["cost"]["mean"] <= MAX_COST
+        parts = [name for name, holding in (("pass@8", gains), ("the target", holds)) if holding]
+        texts[policy] = f"pays, by {' and '.join(parts)}" if parts and is_cheap else "does not pay"
+    return texts
+
+
+def _is_near(row: Mapping[str, Any], target: float) -> bool:
+    return abs(row["entropy"]["mean"] - target) <= NEAR * target
+
+
+def _low(interval: Mapping[str, float | None]) -> float:
+    return _end(interval, -1)
+
+
+def _high(interval: Mapping[str, float | None]) -> float:
+    return _end(interval, 1)
+
+
+def _end(interval: Mapping[str, float | None], sign: int) -> float:
+    """Return an end of a ``mean_interval``, which a single value has infinitely far away."""
+    mean, half_width = interval["mean"], interval["half_width"]
+    assert mean is not None
+    return mean + sign * (math.inf if half_width is None else half_width)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the verdict and the table of the page."""
+    lines = [
+        f"On {policy}, with the target {TARGETS[policy]:g}, control **{text}**."
+        for policy, text in verdicts(report["summary"]).items()
+    ]
+    return "\n".join([*lines, "", bench_acting.markdown(report)])
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draw entropy, pass@1 and pass@8 over steps."""
+    bench_acting.plot(report, path, METHODS)
+
+
+def training_runs(quick: bool) -> list[TrainingRun]:
+    """Return the training runs of the benchmark."""
+    if quick:
+        small: dict[str, Any] = {"steps": 2 * MEASURED, "every": MEASURED, "prompts": 4, "judged": 4}
+        return [TrainingRun("demo", method, 0, 1e-4, **small) for method in ("grpo", CONTROL)]
+    return [TrainingRun("early", method, seed, 1e-4, 60, 20) for seed in range(SEEDS) for method in METHODS]
+
+
+BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, bench_acting.summary, markdown, plot=plot)
+main = BENCHMARK.main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A TRL training run whose entropy is held at a target."""
