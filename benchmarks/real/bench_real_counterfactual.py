@@ -50,7 +50,7 @@ from fx_influence.lab.plan.files import read_plan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Params
 
-NAME = "bench_real_counterfactual"
+NAME, PAGE = "bench_real_counterfactual", EVIDENCE
 STEPS = (1, 8)
 """Optimizer steps before the states."""
 PROMPTS, COMPLETIONS, HALVES = 8, 4, 40
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "runs": [{"policy": model, "lr": lr, "found": states}]}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {EVIDENCE: {NAME: markdown(report)}})
+        store(NAME, report, {PAGE: {NAME: markdown(report)}})
     return 0
 
 

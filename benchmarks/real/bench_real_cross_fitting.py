@@ -42,7 +42,7 @@ from fx_influence.lab.plan import EntropyInfluencePlan
 from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch
 
-NAME = "bench_real_cross_fitting"
+NAME, PAGE = "bench_real_cross_fitting", EVIDENCE
 STEPS = tuple(range(5, 45, 5))
 """Optimizer steps before the states."""
 TASKS = 64
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"environment": environment(), "summary": summary(runs), "runs": runs}
     print(markdown(report))
     if not arguments.quick:
-        store(NAME, report, {EVIDENCE: {NAME: markdown(report)}})
+        store(NAME, report, {PAGE: {NAME: markdown(report)}})
     return 0
 
 

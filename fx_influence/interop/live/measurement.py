@@ -235,14 +235,13 @@ class StepMeasurement:
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E."""
-        measured, start, params = pending.measured, time.perf_counter(), self.trainable()
-        values, options = self._exact_values(params, pending.batch_e), (self.settings.objective, measured.lr)
-        changed = measure_change(
-            pending.batch_e, pending.values, values, pending.shifts, pending.parts, measured.influence, *options
-        )
+        measured, start, params, e = pending.measured, time.perf_counter(), self.trainable(), pending.batch_e
+        values, options = self._exact_values(params, e), (self.settings.objective, measured.lr)
+        scored = pending.values, values, pending.shifts, pending.parts
+        changed = measure_change(e, *scored, measured.influence, *options)
         training, stride = self.training, sampling_stride(params)
-        before, after = pending.sampled.params, every_nth(params, stride)
-        change = {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
+        after = every_nth(params, stride)
+        change = {name: after[name].to(promote(p.dtype)) - p for name, p in pending.sampled.params.items()}
         lost = step_rounding(change, pending.sampled.direction(), measured.lr)
         seconds = measured.seconds + time.perf_counter() - start
         if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
