@@ -65,7 +65,7 @@ def test_influence_supports_vmap_pickle_and_copy() -> None:
 
     def scaled(factor: torch.Tensor) -> Influence:
         # vmap takes no None
-        absent = ("matrix", "self_influence", "deviations", "ess", "total_deviations")
+        absent = ("matrix", "self_influence", "deviations", "ess", "total_deviations", "values_e")
         tensors: dict[str, Any] = dict.fromkeys(absent, out.per_sequence)
         scaled_result = out._replace(total=out.total * factor, **tensors)
         reprs.append(repr(scaled_result))

@@ -11,7 +11,7 @@ from fx_influence.autodiff.directional import micro_batch_jvp
 from fx_influence.autodiff.token_values import scatter_to_batch, scored_hidden_states
 from fx_influence.batching.microbatch import MicroBatch
 from fx_influence.batching.rows import places_by_group, select_rows
-from fx_influence.core.tree import DirectionDifference, unit_direction
+from fx_influence.core.tree import DirectionDifference, promote, unit_direction
 from fx_influence.policy.lm_head import head_jvp
 from fx_influence.policy.modes.tangents_by_group import GroupedTangents
 from fx_influence.policy.split import SplitPolicy
@@ -72,6 +72,9 @@ class GroupedTokenJvp:
         """Return the derivatives of all rows, (B, T) each."""
         for micro_batch in self._packed:
             self._add(micro_batch, None)
+        if not self._values:
+            zeros = torch.zeros_like(self._batch.input_ids, dtype=promote(next(iter(self._params.values())).dtype))
+            return TokenValues(zeros, zeros)
         return scatter_to_batch(self._values, self._batch)
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def bound_in_bytes(params: Params, opt_state: AdamWState, length: int, rows: int
     Example:
         >>> zero = {"w": torch.zeros(1000)}
         >>> bound_in_bytes(zero, AdamWState(zero, zero, {}, {"w": 0}, {"w": AdamWHyper()}, 1e-3), 8, 64, 512)
-        11560616
+        11068640
     """
     state = _state_tensors(params, opt_state)
     names = TENSOR_BYTES * len(state)

@@ -17,6 +17,7 @@ from fx_influence.functional import make_functional
 from fx_influence.interop.live import precision
 from fx_influence.interop.live.measurement import PendingStep
 from fx_influence.interop.live.metrics import MeasuredStep
+from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.measurement import TrlStepMeasurement
 
 SAMPLED = 500
@@ -52,12 +53,13 @@ def test_measured_change_needs_no_copy_of_the_parameters(tmp_path: Path, monkeyp
     monkeypatch.setattr(precision, "SAMPLED_ENTRIES", SAMPLED)
     monkeypatch.setattr(CopyingMeasurement, "deltas", [])
     monkeypatch.setattr(CopyingMeasurement, "num_bytes", [])
-    monkeypatch.setattr("fx_influence.interop.trl.callback.TrlStepMeasurement", CopyingMeasurement)
+    monkeypatch.setattr(EntropyInfluence, "_measurement_type", CopyingMeasurement)
     training = measure_training(tmp_path, 2, PLAIN, learning_rate=1e-3)
     assert len(training.history) == 2, training.warnings
     trained = {name: p for name, p in training.trainer.model.named_parameters() if p.requires_grad}
     config = training.trainer.model.config
     width, vocabulary = config.max_position_embeddings, config.vocab_size
+    assert len(CopyingMeasurement.deltas) == 2
     for change, expected in CopyingMeasurement.deltas:
         # Both add up differences of entropies, of at most the vocabulary's log, that a forward rounds.
         bound = rounding_bound(torch.float32, policy_terms(trained, width, passes=1), math.log(vocabulary))
@@ -88,7 +90,7 @@ class GradientRecorder(TrlStepMeasurement):
 def test_clipped_gradient_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clipped step is attributed from the trainer's own tensors, and nothing of it is unattributed."""
     monkeypatch.setattr(GradientRecorder, "clips", [])
-    monkeypatch.setattr("fx_influence.interop.trl.callback.TrlStepMeasurement", GradientRecorder)
+    monkeypatch.setattr(EntropyInfluence, "_measurement_type", GradientRecorder)
     training = measure_training(tmp_path, 2, PLAIN, learning_rate=1e-3, max_grad_norm=0.01)
     assert len(training.history) == 2, training.warnings
     assert len(GradientRecorder.clips) == 2

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fx_influence.control import kinds, token_weights
+from fx_influence.interop.runtime.method_wrapper import MethodWrapper
 from fx_influence.interop.trl.capture.micro_batch import SCORE
 from fx_influence.interop.trl.capture.rollout_rows import SOURCES
-from fx_influence.interop.runtime.method_wrapper import MethodWrapper
 from fx_influence.labels import regions
 from fx_influence.types import Batch, TokenValues
 
