@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,20 @@ def test_wandb_takes_table_and_alert_offline(tmp_path: Path, monkeypatch: pytest
     assert sent == ["Entropy falls fast"]
 
 
-def test_trackio_takes_table_and_alert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", os.fspath(tmp_path))
-    trackio = importlib.import_module("trackio")
-    trackio.init(project="test", embed=False, auto_log_cpu=False, auto_log_gpu=False)
-    report_step(hostile_entry(3, measured=-0.01), ["trackio"], set())
-    trackio.finish()
+TRACKIO = """
+import trackio
+from helpers.trackers import hostile_entry
+from fx_influence.interop.trackers import report_step
+trackio.init(project="test", embed=False, auto_log_cpu=False, auto_log_gpu=False)
+report_step(hostile_entry(3, measured=-0.01), ["trackio"], set())
+trackio.finish()
+"""
+
+
+def test_trackio_takes_table_and_alert(tmp_path: Path) -> None:
+    """In a fresh process, since trackio reads where it stores when it is imported, which transformers does."""
+    environment = {**os.environ, "TRACKIO_DIR": os.fspath(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", TRACKIO], env=environment, check=True, timeout=120)
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"Entropy falls fast" in stored
     assert b"entropy_influence/strongest" in stored
