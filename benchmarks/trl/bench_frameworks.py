@@ -9,6 +9,7 @@ training runs without and three with every step measured, of which the first ste
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -41,6 +42,14 @@ NAME, MODULE = "bench_frameworks", "benchmarks.trl.bench_frameworks"
 ROUNDS, STEPS = 3, 4
 
 
+ZERO: dict[str, Any] = {
+    "zero_optimization": {"stage": 2},
+    **dict.fromkeys(("gradient_clipping", "train_micro_batch_size_per_gpu", "train_batch_size"), "auto"),
+    "gradient_accumulation_steps": "auto",
+}
+"""DeepSpeed's configuration, filled in by the trainer."""
+
+
 class Way(NamedTuple):
     """A way of training: ``options`` of the trainer's config, None for a loop without a trainer."""
 
@@ -58,6 +67,7 @@ WAYS = (
     Way("TRL, AdamW8bit of torchao", {"optim": "adamw_torch_8bit"}),
     Way("TRL, DistributedDataParallel", ranks=2),
     Way("TRL, FSDP2", {"fsdp": True, "fsdp_config": {"version": 2}}, ranks=2),
+    Way("TRL, DeepSpeed ZeRO-2", {"deepspeed": ZERO}, ranks=2),
 )
 QUICK = ("TRL, LoRA", "TRL, DistributedDataParallel")
 
@@ -80,6 +90,11 @@ class Figures(NamedTuple):
 
     seconds: list[float]
     history: list[dict[str, float]]
+
+
+def is_installed(way: Way) -> bool:
+    """Return whether the packages of a way are there; DeepSpeed, which the environment lacks, may not be."""
+    return "deepspeed" not in (way.options or {}) or importlib.util.find_spec("deepspeed") is not None
 
 
 def train(way: Way, steps: int, measured: bool) -> Figures:
@@ -149,6 +164,10 @@ def measure(way: Way, rounds: int, steps: int) -> dict[str, Any]:
     with ExitStack() as stack:
         if "fsdp" in (way.options or {}):
             stack.enter_context(fsdp_on_cpu())
+        if "deepspeed" in (way.options or {}):
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            # Its operator for shared memory would be compiled first.
+            importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         if "torch" in str((way.options or {}).get("optim")):
             # torchao compiles its step, which takes longer than all of this.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -211,7 +230,7 @@ def markdown(report: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__, "two ways, one step, written nowhere").parse_args(argv)
     rounds, steps = (1, 1) if arguments.quick else (ROUNDS, STEPS)
-    ways = [way for way in WAYS if not arguments.quick or way.name in QUICK]
+    ways = [way for way in WAYS if (way.name in QUICK if arguments.quick else is_installed(way))]
     figures = {way.name: {"ranks": way.ranks, **measure_in_fresh_processes(way, rounds, steps)} for way in ways}
     report = {"environment": environment(), "rounds": rounds, "ways": figures}
     print(markdown(report))

@@ -82,6 +82,21 @@ def held_out(out: Path) -> dict[str, Any]:
     return {**outcomes, "history": influence.history, "gaps": gaps}
 
 
+def saved(out: Path) -> dict[str, Any]:
+    """Train two steps under ZeRO-1 and 2, let DeepSpeed save them, and return the weights and AdamW's moments."""
+    results = {}
+    for stage in (1, 2):
+        training = zero_trainer(FULL, out / f"training{stage}", 2, zero_config(stage))
+        training.train()
+        training.model_wrapped.save_checkpoint(str(out / f"stage{stage}"), tag="global_step2")
+        if dist.get_rank() == 0:
+            training.processing_class.save_pretrained(out / f"stage{stage}")
+        state = fx.adamw_state(training.optimizer, training.model)
+        weights = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+        results[str(stage)] = {"weights": weights, "exp_avg": dict(state.exp_avg), "exp_avg_sq": dict(state.exp_avg_sq)}
+    return results
+
+
 @contextmanager
 def faults(training: Any) -> Iterator[None]:
     """Make something fail on one rank in each of the first four steps.
@@ -159,7 +174,14 @@ def main(out: str, *names: str) -> None:
     prepare_deepspeed()
     state = PartialState(cpu=True)
     with quiet():
-        runs = {"measured": measured, "held_out": held_out, "failed": failed, "single": single, "refused": refused}
+        runs = {
+            "measured": measured,
+            "held_out": held_out,
+            "failed": failed,
+            "single": single,
+            "refused": refused,
+            "saved": saved,
+        }
         result = {name: run(Path(out) / name) for name, run in runs.items() if name in names}
     save_result(out, result)
     state.destroy_process_group()

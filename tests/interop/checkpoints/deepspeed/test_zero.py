@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints of ZeRO-1, 2 and 3, rebuilt after its source, against the training that they are of."""
+"""DeepSpeed checkpoints of ZeRO-1, 2 and 3, rebuilt after its source or saved by it, against their training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from helpers.checkpoint_models import assert_same_weights
 from helpers.deepspeed_files import write_zero
 from helpers.present import present
+from helpers.ranks import run_on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +73,22 @@ def test_load_joins_frozen_parameters(stage: int, live: Any, bases: Path, tmp_pa
     loaded = load_checkpoint(tmp_path, base=bases / "qwen2")
     assert all(torch.equal(p, loaded.model.get_parameter(name)) for name, p in live.named_parameters())
     assert set(present(loaded.optimizer_state).exp_avg) >= set(adamw_state(optimizer, live).exp_avg)
+
+
+@pytest.mark.extra
+def test_load_reads_what_deepspeed_saves(tmp_path: Path) -> None:
+    """Checkpoints of TRL's training under ZeRO-1 and 2 in two processes, saved by DeepSpeed itself."""
+    [trained, _] = run_on_ranks(2, "ranks_trl_zero.py", tmp_path, "saved")
+    for stage, expected in trained["saved"].items():
+        folder = tmp_path / "saved" / f"stage{stage}"
+        loaded = load_checkpoint(folder, base=tmp_path / "saved" / f"training{stage}" / "0" / "policy")
+        weights = dict(loaded.model.named_parameters())
+        assert all(torch.equal(weights[name], p) for name, p in expected["weights"].items())
+        state = present(loaded.optimizer_state)
+        assert {state.step[name] for name in weights} == {2}
+        for name in weights:
+            assert torch.equal(state.exp_avg[name], expected["exp_avg"][name])
+            assert torch.equal(state.exp_avg_sq[name], expected["exp_avg_sq"][name])
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
