@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -133,6 +133,26 @@ def test_linearize_losses_takes_tokens_along_a_direction_a_group(
         for actual, wanted in zip(present(values), expected, strict=True):
             assert_close(actual[index], direction.scale * wanted[index])
     assert reuses == [shared_prompts == "none" or plain] * len(reuses)
+
+
+@pytest.mark.parametrize("shared_prompts", [False, True])
+def test_groups_move_one_by_one_where_a_use_has_no_rule(monkeypatch: pytest.MonkeyPatch, shared_prompts: bool) -> None:
+    policy, params, u = rows_of_gpt2_or_qwen2("qwen2", shared_prompts)
+    groups = [torch.tensor([0, 3]), torch.tensor([5, 1, 2, 4])]
+    total, left_out = (Direction.of_({name: torch.randn_like(p) for name, p in params.items()}) for _ in range(2))
+    directions = [DirectionDifference(total, left_out), DirectionDifference(total)]
+
+    def no_rule(*args: Any) -> NoReturn:
+        raise NotImplementedError("no rule")
+
+    monkeypatch.setattr("fx_influence.policy.policy.grouped_jvp", no_rule)
+    linearized = linearize_losses(params, u, policy, 0.7, 2, 10**9, num_directions=1, groups=groups)
+    values = present(linearized)[1]([total.unit], directions)[2]
+    for index, difference in zip(groups, directions, strict=True):
+        direction = difference.direction()
+        expected = token_jvp(params, direction.unit, u, policy, 0.7)
+        for actual, wanted in zip(present(values), expected, strict=True):
+            assert_close(actual[index], direction.scale * wanted[index])
 
 
 @pytest.mark.parametrize("memory_budget", [0, 10**9])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,31 +81,45 @@ class GroupedTokenJvp:
     def _add(self, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> None:
         tokens, scored = next(self._places)
         if self._policy.backbone_grouped_jvp is None:
-            self._add_group(next(iter(tokens)), micro_batch, outputs)
+            self._values.append((micro_batch, self._along(next(iter(tokens)), micro_batch, outputs)))
             return
         tangents = GroupedTangents(self._directions, tokens)
-        hidden_and_tangent = self._policy.backbone_grouped_jvp(self._params, tangents, micro_batch, outputs)
+        try:
+            hidden_and_tangent = self._policy.backbone_grouped_jvp(self._params, tangents, micro_batch, outputs)
+        except NotImplementedError:
+            # A use of a parameter that does not tell tokens of several groups apart.
+            by_group = [self._along(k, micro_batch, outputs) for k in scored]
+            parts = [TokenValues(*(x[index] for x in d)) for d, index in zip(by_group, scored.values(), strict=True)]
+            self._append_in_order(micro_batch, scored, parts, 1.0)
+            return
         hidden, d_hidden = (scored_hidden_states(x, micro_batch) for x in hidden_and_tangent)
         head = {name: self._params[name] for name in self._policy.head_parameters if name in self._params}
-        parts: list[TokenValues] = []
+        parts = []
         for k, index in scored.items():
             through_head = ((name, self._directions[k].over_scale(name, p)) for name, p in head.items())
             tangent = {name: x for name, x in through_head if x is not None}
             inputs = hidden[index], d_hidden[index], micro_batch.targets[index]
             parts.append(head_jvp(self._policy, self._params, tangent, *inputs, self._temperature))
+        self._append_in_order(micro_batch, scored, parts, tangents.scale)
+
+    def _append_in_order(
+        self, micro_batch: MicroBatch, scored: Mapping[int, Tensor], parts: Sequence[TokenValues], scale: float
+    ) -> None:
+        """Append ``scale`` times the values of scored tokens by group, in the order of the micro-batch."""
         if parts:
             back = torch.cat(list(scored.values())).argsort()
-            in_order = (tangents.scale * torch.cat(field)[back] for field in zip(*parts, strict=True))
+            in_order = (scale * torch.cat(field)[back] for field in zip(*parts, strict=True))
             self._values.append((micro_batch, TokenValues(*in_order)))
 
-    def _add_group(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> None:
+    def _along(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> TokenValues:
+        """Return the derivatives of a micro-batch's scored tokens along the direction of a group, (n,) each."""
         if group != self._group:
             direction = self._directions[group].direction()
             scale, self._tangent = unit_direction(direction.unit, self._params)
             self._group, self._scale = group, scale * direction.scale
         options = self._policy, self._params, self._tangent, micro_batch, outputs, self._temperature
         d = micro_batch_jvp(*options)
-        self._values.append((micro_batch, TokenValues(d.logprobs * self._scale, d.entropies * self._scale)))
+        return TokenValues(d.logprobs * self._scale, d.entropies * self._scale)
 
 
 def group_of_rows(groups: Sequence[Tensor], batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,22 @@ MULTIPLY = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
 ADD = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
 
 
+class Members(NamedTuple):
+    """Things that each belong to a group, the tokens of a micro-batch or its rows.
+
+    Attributes:
+        by_group: of each group the indices of its members.
+        group: (count,), the group of each.
+    """
+
+    by_group: list[Tensor]
+    group: Tensor
+
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return values by group, (members of the group, ...) each, in the order of the members."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))[torch.cat(self.by_group).argsort()]
+
+
 class GroupedTangents:
     """The directions of the groups of a micro-batch's tokens, each read a parameter at a time, over their ``scale``.
 
@@ -31,10 +47,18 @@ class GroupedTangents:
     def __init__(self, directions: Sequence[DirectionDifference], tokens: Mapping[int, Tensor]) -> None:
         self.scale = directions[0].minuend.scale
         self._directions = [directions[k] for k in tokens]
-        self.tokens = list(tokens.values())
-        self._inverse = torch.cat(self.tokens).argsort() if len(self.tokens) > 1 else None
-        sizes = [torch.full_like(index, k) for k, index in enumerate(self.tokens)]
-        self._group = self.in_order(sizes)
+        by_group = list(tokens.values())
+        numbers = [torch.full_like(index, k) for k, index in enumerate(by_group)]
+        group = torch.cat(numbers)[torch.cat(by_group).argsort()] if len(by_group) > 1 else numbers[0]
+        self.tokens = Members(by_group, group)
+
+    def rows(self, count: int) -> Members | None:
+        """Return the rows of the micro-batch, ``count`` of them, or None where one holds tokens of several groups."""
+        group = self.tokens.group.reshape(count, -1)
+        if not bool((group == group[:, :1]).all()):
+            return None
+        by_group = [(group[:, 0] == k).nonzero().flatten() for k in range(len(self._directions))]
+        return Members(by_group, group[:, 0])
 
     def of(self, name: str, p: Tensor) -> list[Tensor]:
         """Return each group's entries of the parameter p, over ``scale``, in its dtype; none where it does not move."""
@@ -49,21 +73,12 @@ class GroupedTangents:
             index: int64 (tokens,), the row of each token.
         """
         parts = []
-        for direction, tokens in zip(self._directions, self.tokens, strict=True):
+        for direction, tokens in zip(self._directions, self.tokens.by_group, strict=True):
             part = direction.over_scale(name, p, index[tokens])
             if part is None:
                 return None
             parts.append(part)
-        return self.in_order(parts)
-
-    def by_token(self, name: str, p: Tensor) -> Tensor | None:
-        """Return for each token the entries of its group of the vector p, (tokens, d)."""
-        by_group = self.of(name, p)
-        return torch.stack(by_group)[self._group] if by_group else None
-
-    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return values by group, (tokens of the group, ...) each, in the order of the tokens."""
-        return parts[0] if self._inverse is None else torch.cat(list(parts))[self._inverse]
+        return self.tokens.in_order(parts)
 
 
 class GroupedForwardMode(ForwardMode):
@@ -144,52 +159,78 @@ class GroupedForwardMode(ForwardMode):
         eps: float = 1e-5,
     ) -> Tensor:
         out = F.layer_norm(input, normalized_shape, weight, bias, eps)
-        name = self._names.get(id(weight))
-        by_token = None if name is None or weight is None else self._tangents.by_token(name, weight)
-        if by_token is not None:
-            normalized = F.layer_norm(forward_ad.unpack_dual(input).primal, normalized_shape, None, None, eps)
-            by_token = self._flat(normalized) * by_token
-        return self._moved(out, by_token, bias)
+        term = self._vectors(weight, out)
+        if term is not None:
+            term = term * F.layer_norm(forward_ad.unpack_dual(input).primal, normalized_shape, None, None, eps)
+        return self._moved(out, term, bias)
 
     def _product(self, x: Tensor, weight: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-        """Return the products of each token's x with its group's entries of a weight, (tokens, out)."""
+        """Return the products of each member's x with its group's entries of a weight, (entries, out)."""
         name = self._names.get(id(weight))
         if name is None:
             return None
-        flat, tangents = self._flat(forward_ad.unpack_dual(x).primal), self._tangents
-        by_group = tangents.of(name, weight)
+        by_group, primal = self._tangents.of(name, weight), forward_ad.unpack_dual(x).primal
         if not by_group:
             return None
         if len(by_group) == 1:
-            return multiply(flat, by_group[0])
-        parts = (multiply(flat[tokens], d) for tokens, d in zip(tangents.tokens, by_group, strict=True))
-        return tangents.in_order(list(parts))
+            return multiply(self._flat(primal), by_group[0])
+        members = self._members(x)
+        per_member = primal.reshape(len(members.group), -1, primal.shape[-1])
+        parts = (multiply(per_member[index], d) for index, d in zip(members.by_group, by_group, strict=True))
+        return self._flat(members.in_order(list(parts)))
 
     def _moved(self, out: Tensor, term: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return an output with a term (tokens, d), and that of its bias, added to its tangent."""
-        name = self._names.get(id(bias))
-        shifts = None if name is None or bias is None else self._tangents.by_token(name, bias)
+        """Return an output with a term of as many entries, and that of its bias, added to its tangent."""
+        shifts = self._vectors(bias, out)
+        term = None if term is None else term.reshape(out.shape)
         term = shifts if term is None else term if shifts is None else term + shifts
         if term is None:
             return out
         out, tangent = forward_ad.unpack_dual(out)
-        term = term.reshape(out.shape).to(out.dtype)
+        term = term.to(out.dtype)
         return forward_ad.make_dual(out, term if tangent is None else tangent + term)
 
     def _elementwise(self, func: Any, left: Any, right: Any) -> Tensor:
-        """Return the product or sum of a vector parameter and the tokens' values (b, L, d)."""
+        """Return the product or sum of a vector parameter and values (b, ..., d)."""
         w, x = (left, right) if id(left) in self._names else (right, left)
-        if not isinstance(x, Tensor) or tuple(x.shape) != (*self._shape, *w.shape):
+        if not isinstance(x, Tensor) or w.shape != x.shape[-1:]:
             raise _no_rule(func)
         # With the parameter fixed; a dual of the parameter for each token would be a copy of it for each.
         out = super().on_call(func, (left, right), {})
-        term = self._tangents.by_token(self._names[id(w)], w)
+        term = self._vectors(w, x)
         if term is not None and func in MULTIPLY:
-            term = term * self._flat(forward_ad.unpack_dual(x).primal)
+            term = term * forward_ad.unpack_dual(x).primal
         return self._moved(out, term, None)
 
+    def _vectors(self, w: Tensor | None, x: Tensor) -> Tensor | None:
+        """Return for every entry of x, (..., d), its group's entries of the vector w, (..., d); None for none."""
+        name = self._names.get(id(w))
+        by_group = [] if name is None or w is None else self._tangents.of(name, w)
+        if not by_group:
+            return None
+        members = self._members(x)
+        vectors = torch.stack(by_group)[members.group]
+        per_member = x.numel() // (len(vectors) * x.shape[-1])
+        return vectors.unsqueeze(1).expand(-1, per_member, -1).reshape(x.shape)
+
+    def _members(self, x: Tensor) -> Members:
+        """Return the tokens, if these are the leading dimensions of x, (..., d), or else the rows, whose groups it has.
+
+        Norms of attention heads are over (b, heads, L, d), where every row must be of one group.
+        """
+        tokens, lead = len(self._tangents.tokens.group), tuple(x.shape[:-1])
+        if lead[:2] == self._shape or lead[:1] == (tokens,):
+            return self._tangents.tokens
+        rows = self._tangents.rows(self._shape[0]) if lead[:1] == self._shape[:1] else None
+        if rows is None:
+            raise NotImplementedError(
+                f"the model gives a parameter values of shape {tuple(x.shape)}; expected tokens, {self._shape}, first, "
+                "or rows of one group each"
+            )
+        return rows
+
     def _flat(self, x: Tensor) -> Tensor:
-        """Return x as (tokens, d)."""
+        """Return x as (entries, d)."""
         return x.reshape(-1, x.shape[-1])
 
 
