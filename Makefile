@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RUN ?= runs/demo
 
 PYTEST := $(BIN)/pytest -n 2 --dist loadscope
-TOLERANCES := $(PYTEST) --hypothesis-profile=kernels -m "tolerance and not slow"
+TOLERANCES := $(PYTEST) --hypothesis-profile=kernels -m "tolerance and not slow and not extra"
 
 .PHONY: demo real test slow processors browser extra docs lint types clean
 
