@@ -52,7 +52,7 @@ trackio.finish()
 
 
 def test_trackio_takes_table_and_alert(tmp_path: Path) -> None:
-    """In a fresh process, since trackio reads where it stores when it is imported, which transformers does."""
+    """Check trackio in a fresh process: it reads where to store when it is imported, which transformers does."""
     environment = {**os.environ, "TRACKIO_DIR": os.fspath(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", TRACKIO], env=environment, check=True, timeout=120)
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -81,14 +81,14 @@ class GroupedTokenJvp:
     def _add(self, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> None:
         tokens, scored = next(self._places)
         if self._policy.backbone_grouped_jvp is None:
-            self._values.append((micro_batch, self._along(next(iter(tokens)), micro_batch, outputs)))
+            self._values.append((micro_batch, self._derivatives(next(iter(tokens)), micro_batch, outputs)))
             return
         tangents = GroupedTangents(self._directions, tokens)
         try:
             hidden_and_tangent = self._policy.backbone_grouped_jvp(self._params, tangents, micro_batch, outputs)
         except NotImplementedError:
             # A use of a parameter that does not tell tokens of several groups apart.
-            by_group = [self._along(k, micro_batch, outputs) for k in scored]
+            by_group = [self._derivatives(k, micro_batch, outputs) for k in scored]
             parts = [TokenValues(*(x[index] for x in d)) for d, index in zip(by_group, scored.values(), strict=True)]
             self._append_in_order(micro_batch, scored, parts, 1.0)
             return
@@ -111,7 +111,7 @@ class GroupedTokenJvp:
             in_order = (scale * torch.cat(field)[back] for field in zip(*parts, strict=True))
             self._values.append((micro_batch, TokenValues(*in_order)))
 
-    def _along(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> TokenValues:
+    def _derivatives(self, group: int, micro_batch: MicroBatch, outputs: Sequence[Tensor] | None) -> TokenValues:
         """Return the derivatives of a micro-batch's scored tokens along the direction of a group, (n,) each."""
         if group != self._group:
             direction = self._directions[group].direction()
