@@ -117,7 +117,7 @@ def train_in_own_loop(steps: int, measured: bool) -> Figures:
     state = fx.load_checkpoint(demo_path("demo"))
     model, prompts = state.model, read_prompts(demo_path("demo/train"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    capture = fx.attach(optimizer, model) if measured else None
+    capture = fx.attach(optimizer, model, every=1) if measured else None
     seconds = []
     for step in range(steps):
         since = time.process_time()
