@@ -185,10 +185,11 @@ def measure(way: Way, rounds: int, steps: int) -> dict[str, Any]:
     }
 
 
-def largest(history: list[dict[str, float]], name: str) -> float:
-    """Return the largest size of a figure over the sum of the terms of the change."""
+def largest(history: list[dict[str, float]], name: str) -> float | None:
+    """Return the largest size of a figure over the sum of the terms of the change; None where no step has it."""
     terms = ("rollouts", "momentum", "weight_decay")
-    return max(abs(h.get(name, 0.0)) / sum(abs(h[term]) for term in terms) for h in history)
+    shares = (abs(h[name]) / sum(abs(h[term]) for term in terms) for h in history if name in h)
+    return max(shares, default=None)
 
 
 def measure_in_fresh_processes(way: Way, rounds: int, steps: int) -> dict[str, Any]:
@@ -222,7 +223,8 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in report["ways"].items():
-        checks = (f"{row[check]:.1e}" for check in ("residual", "unattributed", "rounding"))
+        values = (row[check] for check in ("residual", "unattributed", "rounding"))
+        checks = ("" if value is None else f"{value:.1e}" for value in values)
         lines.append(f"| {name} | {row['ranks']} | {row['plain']:.2f} | {row['extra']:.2f} | {' | '.join(checks)} |")
     return "\n".join(lines)
 
