@@ -25,14 +25,23 @@ class Members(NamedTuple):
     Attributes:
         by_group: of each group the indices of its members.
         group: (count,), the group of each.
+        places: (count,), where each is in ``by_group`` laid end to end.
     """
 
     by_group: list[Tensor]
     group: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, by_group: list[Tensor]) -> Members:
+        """Return the members whose indices by group these are."""
+        places = torch.cat(by_group).argsort()
+        numbers = [torch.full_like(index, k) for k, index in enumerate(by_group)]
+        return cls(by_group, torch.cat(numbers)[places], places)
 
     def in_order(self, parts: Sequence[Tensor]) -> Tensor:
         """Return values by group, (members of the group, ...) each, in the order of the members."""
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))[torch.cat(self.by_group).argsort()]
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))[self.places]
 
 
 class GroupedTangents:
@@ -47,18 +56,14 @@ class GroupedTangents:
     def __init__(self, directions: Sequence[DirectionDifference], tokens: Mapping[int, Tensor]) -> None:
         self.scale = directions[0].minuend.scale
         self._directions = [directions[k] for k in tokens]
-        by_group = list(tokens.values())
-        numbers = [torch.full_like(index, k) for k, index in enumerate(by_group)]
-        group = torch.cat(numbers)[torch.cat(by_group).argsort()] if len(by_group) > 1 else numbers[0]
-        self.tokens = Members(by_group, group)
+        self.tokens = Members.of(list(tokens.values()))
 
     def rows(self, count: int) -> Members | None:
         """Return the rows of the micro-batch, ``count`` of them, or None where one holds tokens of several groups."""
         group = self.tokens.group.reshape(count, -1)
         if not bool((group == group[:, :1]).all()):
             return None
-        by_group = [(group[:, 0] == k).nonzero().flatten() for k in range(len(self._directions))]
-        return Members(by_group, group[:, 0])
+        return Members.of([(group[:, 0] == k).nonzero().flatten() for k in range(len(self._directions))])
 
     def of(self, name: str, p: Tensor) -> list[Tensor]:
         """Return each group's entries of the parameter p, over ``scale``, in its dtype; none where it does not move."""

@@ -194,7 +194,7 @@ def test_click_opens_rollout_when_rows_are_repainted(page: Any) -> None:
     page.mouse.down()
     page.evaluate("dispatchEvent(new Event('resize'))")
     page.mouse.up()
-    page.wait_for_selector("#detail .card[data-rollout='3'] .token", timeout=5000)
+    expect(page.locator("#detail .card[data-rollout='3'] .token").first).to_be_visible(timeout=5000)
 
 
 def test_large_run_keeps_few_nodes_in_the_document(visit: Any, tmp_path: Path) -> None:
