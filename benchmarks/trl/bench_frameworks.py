@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 import fx_influence as fx
 from benchmarks.harness import COSTS, ROOT, one_thread, parser, store, write_json
 from benchmarks.trl.bench_trl_run import trainer
-from benchmarks.trl.variants import fsdp_on_cpu, quiet
+from benchmarks.trl.variants import fsdp_on_cpu, prepare_deepspeed, quiet, zero_config
 from fx_influence.interop.prompts import Prompt, read_prompts
 from fx_influence.interop.rewards import exact_match
 from fx_influence.interop.runtime.environment import environment
@@ -40,14 +40,6 @@ from fx_influence.lab.plan import demo_path
 
 NAME, MODULE = "bench_frameworks", "benchmarks.trl.bench_frameworks"
 ROUNDS, STEPS = 3, 4
-
-
-ZERO: dict[str, Any] = {
-    "zero_optimization": {"stage": 2},
-    **dict.fromkeys(("gradient_clipping", "train_micro_batch_size_per_gpu", "train_batch_size"), "auto"),
-    "gradient_accumulation_steps": "auto",
-}
-"""DeepSpeed's configuration, filled in by the trainer."""
 
 
 class Way(NamedTuple):
@@ -67,7 +59,7 @@ WAYS = (
     Way("TRL, AdamW8bit of torchao", {"optim": "adamw_torch_8bit"}),
     Way("TRL, DistributedDataParallel", ranks=2),
     Way("TRL, FSDP2", {"fsdp": True, "fsdp_config": {"version": 2}}, ranks=2),
-    Way("TRL, DeepSpeed ZeRO-2", {"deepspeed": ZERO}, ranks=2),
+    Way("TRL, DeepSpeed ZeRO-2", {"deepspeed": zero_config(2)}, ranks=2),
 )
 QUICK = ("TRL, LoRA", "TRL, DistributedDataParallel")
 
@@ -165,9 +157,7 @@ def measure(way: Way, rounds: int, steps: int) -> dict[str, Any]:
         if "fsdp" in (way.options or {}):
             stack.enter_context(fsdp_on_cpu())
         if "deepspeed" in (way.options or {}):
-            os.environ["DS_ACCELERATOR"] = "cpu"
-            # Its operator for shared memory would be compiled first.
-            importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+            prepare_deepspeed()
         if "torch" in str((way.options or {}).get("optim")):
             # torchao compiles its step, which takes longer than all of this.
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -196,3 +197,21 @@ def fsdp_on_cpu() -> Iterator[None]:
 
     with patch.object(PartialState, "__init__", init_as_gpus):
         yield
+
+
+def prepare_deepspeed() -> None:
+    """Make DeepSpeed run on the CPU, by gloo alone: its operator for shared memory would be compiled first."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def zero_config(stage: int, zero: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Return a configuration of DeepSpeed, with what the trainer fills in.
+
+    Args:
+        stage: of ZeRO.
+        zero: further settings of it.
+        more: further sections.
+    """
+    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    return {"zero_optimization": {"stage": stage, **(zero or {})}, **dict.fromkeys(auto, "auto"), **more}

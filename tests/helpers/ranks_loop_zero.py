@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fx_influence as fx
+from benchmarks.trl.variants import prepare_deepspeed
 from helpers.loops import (
     COUNT,
     MAX_NORM,
@@ -24,7 +25,6 @@ from helpers.loops import (
 )
 from helpers.ranks import end_rank, global_mesh, save_result
 from helpers.tiny_models import AttentionModel, make_float64
-from helpers.zero_trainings import prepare_deepspeed
 
 MICRO_BATCHES = 2
 NAMES = ("per_sequence", "per_token", "total", "stderr", "momentum", "self_influence")

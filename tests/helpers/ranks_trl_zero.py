@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 import fx_influence as fx
-from benchmarks.trl.variants import Variant, quiet
+from benchmarks.trl.variants import Variant, prepare_deepspeed, quiet, zero_config
 from fx_influence.interop.live.measurement import StepMeasurement
 from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture import recorder
@@ -26,7 +26,7 @@ from helpers.ranks_trl import compared_with_one_process as compared_held_out
 from helpers.ranks_trl import replaced_influence, three_prompts
 from helpers.ranks_trl_sharded import compared_with_one_process
 from helpers.trl_runs import HELD_OUT, warnings_of
-from helpers.zero_trainings import TORCH_ADAMW, prepare_deepspeed, zero_config, zero_outcome, zero_trainer
+from helpers.zero_trainings import TORCH_ADAMW, zero_outcome, zero_trainer
 
 FULL = Variant("dapo", False, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3})
 LORA = Variant("grpo", True, 1, False, {"max_grad_norm": 0.5})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,6 @@ TORCH_ADAMW: dict[str, Any] = {
     }
 }
 """Part of DeepSpeed's configuration with which it makes torch's AdamW itself."""
-
-
-def prepare_deepspeed() -> None:
-    """Make DeepSpeed run on the CPU, by gloo alone: its operator for shared memory would be compiled first."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def zero_config(stage: int, zero: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """Return a configuration of DeepSpeed, with what the trainer fills in.
-
-    Args:
-        stage: of ZeRO.
-        zero: further settings of it.
-        more: further sections.
-    """
-    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-    return {"zero_optimization": {"stage": stage, **(zero or {})}, **dict.fromkeys(auto, "auto"), **more}
 
 
 def zero_trainer(variant: Variant, out: Path, steps: int, config: dict[str, Any], **more: Any) -> Any:
