@@ -34,9 +34,12 @@ from fx_influence.types import Batch
 NAME = "bench_acting"
 SEEDS, MAX_NORM, UPDATES = 5, 1.0, 2
 METHODS = ("grpo", "bonus", "clip higher", "clip-cov", "kl-cov", "rollouts", "tokens")
-CLIP, CLIP_HIGHER, BONUS = 0.2, 0.28, 0.02
-COVARIANT, KL = 0.02, 1.0
-"""Share of the tokens that Clip-Cov detaches and KL-Cov penalises, and the penalty; the paper's are far smaller."""
+CLIP, COVARIANT = 0.2, 0.02
+"""Bound of the ratio on both sides of 1, and the share of the tokens that KL-Cov penalises."""
+
+SETTINGS = {"bonus": 0.02, "clip higher": 0.28, "clip-cov": 0.02, "kl-cov": 1.0}
+"""A number for each method: the entropy's coefficient, the upper bound, the share of the tokens that Clip-Cov detaches,
+KL-Cov's penalty. Both papers' shares are far smaller."""
 
 
 class TrainingRun(NamedTuple):
@@ -51,14 +54,24 @@ class TrainingRun(NamedTuple):
     prompts: int = 16
     judged: int = 128
     is_stored: bool = True
+    setting: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.policy}-{self.method}-{self.seed}"
+        setting = "" if self.setting is None else f"-{self.setting:g}"
+        return f"{self.policy}-{self.method}{setting}-{self.seed}"
+
+    @property
+    def strength(self) -> float:
+        """The method's number, its default where none is given; 0 for methods without."""
+        return SETTINGS.get(self.method, 0.0) if self.setting is None else self.setting
 
 
 Weigh = Callable[[TrainingRun, Policy, StepState], Tensor]
 """Function of a training run before the steps on a batch: weights (n, T) of U's tokens."""
+
+Bonus = Callable[[float], float]
+"""Function of the mean entropy of a step's tokens: the coefficient of the entropy in the step."""
 
 
 def train(training: TrainingRun) -> list[dict[str, float]]:
@@ -66,13 +79,15 @@ def train(training: TrainingRun) -> list[dict[str, float]]:
     return train_weighted(training, method_weights)
 
 
-def train_weighted(training: TrainingRun, weigh: Weigh) -> list[dict[str, float]]:
+def train_weighted(training: TrainingRun, weigh: Weigh, bonus: Bonus | None = None) -> list[dict[str, float]]:
     """Return entropy, accuracy and elapsed seconds at the beginning and after every ``every`` steps."""
+    coefficient = training.strength if training.method == "bonus" else 0.0
+    bonus = bonus or (lambda _: coefficient)
     policy = initial_policy(training.policy, training.is_stored)
     figures, seconds = [{"step": 0, "seconds": 0.0, **evaluate(training, policy)}], 0.0
     start = time.process_time()
     for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, 8):
-        update(training, policy, step_state, weigh(training, policy, step_state))
+        update(training, policy, step_state, weigh(training, policy, step_state), bonus)
         seconds += time.process_time() - start
         if step_state.step % training.every == 0:
             figures.append({"step": step_state.step, "seconds": seconds, **evaluate(training, policy)})
@@ -97,47 +112,50 @@ def evaluate(training: TrainingRun, policy: Policy) -> dict[str, float]:
     return {"entropy": float(entropy), "pass_1": float(solved.mean()), "pass_8": float(solved.max(1).mean())}
 
 
-def update(training: TrainingRun, policy: Policy, step_state: StepState, weights: Tensor) -> None:
+def update(training: TrainingRun, policy: Policy, step_state: StepState, weights: Tensor, bonus: Bonus) -> None:
     """Make the optimizer steps on one batch with weights (n, T) of its tokens, one for each random half."""
-    batch, advantages = step_state.batch, torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
+    batch, of_rollouts = step_state.batch, torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
     with torch.no_grad():
-        old = score_tokens(policy.model, batch)[0]
-    covariant = torch.zeros_like(batch.completion_mask)
+        old, entropies = score_tokens(policy.model, batch)
+    advantages, covariant = of_rollouts.unsqueeze(1).expand_as(old), torch.zeros_like(batch.completion_mask)
     if training.method in ("clip-cov", "kl-cov"):
-        covariant = covariant_tokens(old, advantages, batch.completion_mask)
-    for rows in torch.tensor(step_state.rng.sample(range(len(advantages)), len(advantages))).chunk(UPDATES):
+        share = training.strength if training.method == "clip-cov" else COVARIANT
+        covariant = covariant_tokens(old, advantages, batch.completion_mask, share)
+    if training.method == "repo":
+        advantages = advantages - training.strength * (old + entropies)
+    for rows in torch.tensor(step_state.rng.sample(range(len(old)), len(old))).chunk(UPDATES):
+        part = select_rows(batch, rows)
         objective, entropy = _clipped_objective(
-            training.method, policy.model, select_rows(batch, rows), old[rows], advantages[rows], covariant[rows]
+            training, policy.model, part, old[rows], advantages[rows], covariant[rows]
         )
         scale = 1 / (len(rows) * policy.task.max_new_tokens)
-        bonus = BONUS * entropy.sum() if training.method == "bonus" else 0.0
+        coefficient = bonus(float(entropy.detach().sum() / part.completion_mask.sum()))
         step_state.optimizer.zero_grad()
-        (-scale * ((weights[rows] * objective).sum() + bonus)).backward()
+        (-scale * ((weights[rows] * objective).sum() + coefficient * entropy.sum())).backward()
         nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_NORM)
         step_state.optimizer.step()
 
 
 def _clipped_objective(
-    method: str, model: nn.Module, batch: Batch, old: Tensor, advantages: Tensor, covariant: Tensor
+    training: TrainingRun, model: nn.Module, batch: Batch, old: Tensor, advantages: Tensor, covariant: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return each token's clipped objective and the entropies, 0 outside completions."""
     logprobs, entropies = score_tokens(model, batch)
-    mask, a = batch.completion_mask, advantages.unsqueeze(1)
+    mask = batch.completion_mask
     ratio = torch.where(mask, logprobs - old, 0.0).exp()
-    clipped = ratio.clamp(1 - CLIP, 1 + (CLIP_HIGHER if method == "clip higher" else CLIP))
-    objective = torch.minimum(ratio * a, clipped * a)
-    if method == "clip-cov":
+    clipped = ratio.clamp(1 - CLIP, 1 + (training.strength if training.method == "clip higher" else CLIP))
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if training.method == "clip-cov":
         objective = torch.where(covariant, objective.detach(), objective)
-    if method == "kl-cov":
-        objective = objective - torch.where(covariant, KL * (logprobs - old).abs(), 0.0)
+    if training.method == "kl-cov":
+        objective = objective - torch.where(covariant, training.strength * (logprobs - old).abs(), 0.0)
     return objective * mask, entropies * mask
 
 
-def covariant_tokens(old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Return a mask of the tokens with the highest covariance of log-probability and advantage."""
-    a = advantages.unsqueeze(1).expand_as(old)
-    proxy = (old - old[mask].mean()) * (a - a[mask].mean())
-    return mask & (proxy >= torch.quantile(proxy[mask], 1 - COVARIANT))
+def covariant_tokens(old: Tensor, advantages: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Return a mask of a share of the tokens, those with the highest covariance of log-probability and advantage."""
+    proxy = (old - old[mask].mean()) * (advantages - advantages[mask].mean())
+    return mask & (proxy >= torch.quantile(proxy[mask], 1 - share))
 
 
 def selected_weights(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
@@ -156,9 +174,9 @@ def selected_weights(training: TrainingRun, policy: Policy, step_state: StepStat
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return figures by policy and method over seeds, at the end and at the time when plain GRPO had ended."""
+    """Return figures by policy, method and setting over seeds, at the end and when plain GRPO had ended."""
     plain = {(r["policy"], r["seed"]): r["found"][-1] for r in runs if r["method"] == "grpo"}
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    groups: dict[tuple[str, str, float | None], list[dict[str, float]]] = {}
     for run in runs:
         grpo = plain[run["policy"], run["seed"]]
         last, in_time = run["found"][-1], [s for s in run["found"] if s["seconds"] <= 1.02 * grpo["seconds"]][-1]
@@ -166,14 +184,15 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         # Differences at the same seed, which has the same prompts.
         figures |= {f"{name}_more": last[name] - grpo[name] for name in ("pass_1", "pass_8")}
         figures |= {"cost": last["seconds"] / grpo["seconds"], "in_time": in_time["pass_1"] - grpo["pass_1"]}
-        groups.setdefault((run["policy"], run["method"]), []).append(figures)
+        groups.setdefault((run["policy"], run["method"], run["setting"]), []).append(figures)
     return [
         {
             "policy": policy,
             "method": method,
+            "setting": setting,
             **{name: mean_interval([run[name] for run in figures]) for name in figures[0]},
         }
-        for (policy, method), figures in groups.items()
+        for (policy, method, setting), figures in groups.items()
     ]
 
 
@@ -196,7 +215,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             format_interval(row[name], "+.3f" if "GRPO's" in title and name != "cost" else ".3f")
             for name, title in COLUMNS.items()
         ]
-        lines.append(f"| {row['policy']}, {row['method']} | {' | '.join(cells)} |")
+        setting = "" if row["setting"] is None else f" {row['setting']:g}"
+        lines.append(f"| {row['policy']}, {row['method']}{setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

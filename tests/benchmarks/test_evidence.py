@@ -131,10 +131,10 @@ def test_results_are_cached_for_the_same_plan_only(tmp_path: Path, monkeypatch: 
 def test_covariant_tokens_have_the_highest_covariance() -> None:
     old = -torch.rand(8, 30, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(8, 30, dtype=torch.bool)
-    advantages = torch.tensor([1.0, -1.0] * 4)
-    covariant = bench_acting.covariant_tokens(old, advantages, mask)
-    assert covariant.sum() == round(0.02 * 240)
-    centred = (old - old.mean()) * advantages.unsqueeze(1)
+    advantages = torch.tensor([1.0, -1.0] * 4).unsqueeze(1).expand_as(old)
+    covariant = bench_acting.covariant_tokens(old, advantages, mask, 0.05)
+    assert covariant.sum() == round(0.05 * 240)
+    centred = (old - old.mean()) * advantages
     assert centred[covariant].min() > centred[~covariant].max() - 1e-3
 
 
