@@ -15,7 +15,13 @@ def rows_with_images(group: list[int]) -> RolloutRows:
     pixels = torch.tensor(group).float()[:, None].expand(count, 1000).contiguous()
     return RolloutRows(
         *(tokens.long(), tokens.bool(), tokens.bool(), tokens, tokens, tokens),
-        *(None, None, None, torch.zeros(count), None, torch.zeros(count), torch.ones(count)),
+        entropies=None,
+        old_logprobs=None,
+        sampled_logprobs=None,
+        advantages=torch.zeros(count),
+        token_advantages=None,
+        rewards=torch.zeros(count),
+        prompt_widths=torch.ones(count),
         group=torch.tensor(group),
         sources=(None,) * count,
         images=tuple({"pixel_values": pixels[k : k + 1]} if group[k] else {} for k in range(count)),
