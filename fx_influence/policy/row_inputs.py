@@ -23,7 +23,7 @@ class RowInputs:
     equal inputs. It is no function under ``vmap``, where no token can be read.
 
     Attributes:
-        by_row: a row's tokens -> tensors by name; a row without images has none.
+        by_row: a row's tokens -> tensors by name, on any device; a row without images has none.
         width: T, number of the batch's columns. Narrower rows than T - 1 are probes of the model's structure, which
             read tokens alone.
     """
@@ -72,13 +72,14 @@ class RowInputs:
             raise ValueError("a pass has a row that is none of the step's; expected its rollouts, with their images")
         parts = [self.by_row[row] for row in rows]
         names = dict.fromkeys(name for part in parts for name in part)
-        return {name: _joined(name, [x[name] for x in parts if name in x], input_ids.shape[1]) for name in names}
+        return {name: _joined(name, [x[name] for x in parts if name in x], input_ids) for name in names}
 
 
-def _joined(name: str, tensors: list[Tensor], width: int) -> Tensor:
+def _joined(name: str, tensors: list[Tensor], input_ids: Tensor) -> Tensor:
+    """Return one input of several rows, on the device of their tokens."""
     if name in PER_TOKEN:
-        tensors = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in tensors]
-    return torch.cat(tensors)
+        tensors = [torch.nn.functional.pad(x, (0, input_ids.shape[1] - x.shape[1])) for x in tensors]
+    return torch.cat(tensors).to(input_ids.device)
 
 
 def _rows(input_ids: Tensor, attention_mask: Tensor) -> list[Row]:

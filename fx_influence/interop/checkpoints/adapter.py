@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_influence.interop.checkpoints.files.directory import reporting_damage
+from fx_influence.interop.checkpoints.files.directory import read_adapter_config, reporting_damage
 from fx_influence.interop.checkpoints.layout import SavedWeights
 
 
-def load_adapter(model: Any, path: Path, weights: SavedWeights | None, dtype: torch.dtype | None) -> Any:
+def load_adapter(
+    model: Any, path: Path, weights: SavedWeights | None, dtype: torch.dtype | None, config: Any = None
+) -> Any:
     """Put the adapter of a directory on its base model.
 
     Args:
@@ -21,6 +23,7 @@ def load_adapter(model: Any, path: Path, weights: SavedWeights | None, dtype: to
         path: directory with ``adapter_config.json``, and with the weights unless these are given.
         weights: in other files than those of peft; None to read these in ``path``.
         dtype: of all parameters; None leaves them as loaded.
+        config: of peft; None to read it in ``path``.
 
     Returns:
         The ``PeftModel``, of which only the adapter is trainable.
@@ -40,9 +43,10 @@ def load_adapter(model: Any, path: Path, weights: SavedWeights | None, dtype: to
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
             with reporting_damage("the adapter", path):
-                adapted, saved = (
-                    _adapter_of_files(model, path) if weights is None else _adapter_of_tensors(model, path, weights)
-                )
+                if weights is None:
+                    adapted, saved = _adapter_of_files(model, path)
+                else:
+                    adapted, saved = _adapter_of_tensors(model, config or read_adapter_config(path), weights)
             misfit = _adapter_misfit(adapted, saved)
         except RuntimeError as error:
             misfit = str(error)
@@ -88,13 +92,10 @@ def _adapter_of_files(model: Any, path: Path) -> tuple[Any, dict[str, Tensor]]:
     return adapted, load_peft_weights(str(path), device="cpu", local_files_only=True)
 
 
-def _adapter_of_tensors(model: Any, path: Path, weights: SavedWeights) -> tuple[Any, dict[str, Tensor]]:
+def _adapter_of_tensors(model: Any, config: Any, weights: SavedWeights) -> tuple[Any, dict[str, Tensor]]:
     """Load the adapter and its saved weights from tensors by name."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft import get_peft_model, set_peft_model_state_dict
 
-    config = PeftConfig.from_pretrained(str(path), local_files_only=True)
-    # peft would warn of a base model that has moved since.
-    config.inference_mode, config.base_model_name_or_path = False, None
     adapted = get_peft_model(model, config)
     saved = weights.read()
     if _trainable_names(adapted) <= set(saved):

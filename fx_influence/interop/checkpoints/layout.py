@@ -30,6 +30,7 @@ from fx_influence.interop.checkpoints.files.directory import (
 )
 from fx_influence.interop.checkpoints.files.foreign import refuse_foreign
 from fx_influence.interop.checkpoints.files.torch_save import load_values
+from fx_influence.interop.checkpoints.fsdp.lora import RankAdapter, rank_adapter
 from fx_influence.interop.checkpoints.fsdp.optimizer import read_rank_optimizer
 from fx_influence.interop.checkpoints.fsdp.rank_files import rank_files, read_rank_weights
 
@@ -42,10 +43,17 @@ _BELOW = ("actor", "policy", "trainer", "checkpoints", "checkpoint", "_actor")
 
 
 class SavedWeights(NamedTuple):
-    """Weights that are in other files than transformers': their place, and a function that reads them by name."""
+    """Weights that are in other files than transformers'.
+
+    Attributes:
+        path: their place.
+        read: function that reads them by name.
+        adapter: function that returns the adapter that is trained in them; None without one.
+    """
 
     path: Path
     read: Callable[[], dict[str, Any]]
+    adapter: Callable[[], RankAdapter | None] = lambda: None
 
 
 class Layout(NamedTuple):
@@ -121,7 +129,7 @@ def _layout(path: Path) -> Layout:
 def _saved_weights(path: Path) -> SavedWeights | None:
     """Return the weights of a directory, None for those of transformers or peft."""
     if files := rank_files(path, "model"):
-        return SavedWeights(path, partial(read_rank_weights, files))
+        return SavedWeights(path, partial(read_rank_weights, files), partial(rank_adapter, files))
     if zero := zero_directory(path):
         return SavedWeights(zero, partial(read_zero_weights, zero))
     if shards := find_dcp_directory(path, MODEL_SUBDIRECTORIES, MODEL_KEYS):

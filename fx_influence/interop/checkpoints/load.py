@@ -21,7 +21,8 @@ from fx_influence.interop.checkpoints.files.directory import (
     require_directory,
     require_model_files,
 )
-from fx_influence.interop.checkpoints.layout import find_layout
+from fx_influence.interop.checkpoints.fsdp.lora import split_weights
+from fx_influence.interop.checkpoints.layout import SavedWeights, find_layout
 from fx_influence.interop.checkpoints.model import load_causal_lm
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
 from fx_influence.interop.checkpoints.saved_optimizer import read_optimizer_state_dict
@@ -67,10 +68,11 @@ def load_checkpoint(
     ``path`` holds ``config.json``, tokenizer files (or has them in ``huggingface`` or ``tokenizer``), and each of these
     in the first form that it has:
 
-    - weights: ``model_world_size_<N>_rank_<R>.pt`` of verl and SkyRL; ``global_step<N>`` of DeepSpeed's ZeRO, whose
-      float32 masters they are; a directory of ``torch.distributed.checkpoint`` with the key ``model``, in
-      ``pytorch_model_fsdp_0`` (accelerate), ``weights`` (NeMo-RL) or ``path``, or with the weights beside its keys
-      (torchtitan); ``pytorch_model_fsdp.bin``; ``model.safetensors``, its shards, or ``pytorch_model.bin``. Beside an
+    - weights: ``model_world_size_<N>_rank_<R>.pt`` of verl and SkyRL, with LoRA too (whose rank
+      and alpha verl puts in ``lora_train_meta.json``); ``global_step<N>`` of DeepSpeed's ZeRO, whose float32 masters
+      they are; a directory of ``torch.distributed.checkpoint`` with the key ``model``, in ``pytorch_model_fsdp_0``
+      (accelerate), ``weights`` (NeMo-RL) or ``path``, or with the weights beside its keys (torchtitan);
+      ``pytorch_model_fsdp.bin``; ``model.safetensors``, its shards, or ``pytorch_model.bin``. Beside an
       ``adapter_config.json`` they are the adapter's (``adapter_model.safetensors`` or ``.bin``), and only the adapter
       is trainable.
     - optimizer: ``optim_world_size_<N>_rank_<R>.pt``; ``global_step<N>``; such a directory with the key ``optim``,
@@ -109,19 +111,23 @@ def load_checkpoint(
     """
     layout = find_layout(require_directory("path", path), optimizer)
     path, weights = layout.path, layout.weights
-    is_adapter = (path / "adapter_config.json").is_file()
-    base = base_directory(path, base) if is_adapter or base is not None else None
-    config_in_base = is_adapter or (weights is not None and not (layout.config / "config.json").is_file())
+    adapter = weights.adapter() if weights is not None else None
+    needs_base = (path / "adapter_config.json").is_file() if adapter is None else adapter.alone
+    base = base_directory(path, base) if needs_base or base is not None else None
+    config_in_base = needs_base or (weights is not None and not (layout.config / "config.json").is_file())
     model_path = base if config_in_base and base is not None else layout.config
     layout = layout._replace(config=model_path)
-    require_model_files(model_path, path, is_adapter, weights is not None)
+    require_model_files(model_path, path, needs_base, weights is not None)
     tokenizer = _load_tokenizer(layout.tokenizer, base)
     _check_vocabulary(tokenizer, model_path)
     state_dict = read_optimizer_state_dict(layout) if optimizer else None
     param_names = read_param_names(path) if param_names is None else param_names
-    model = load_causal_lm(model_path, None if is_adapter else weights, dtype)
-    if is_adapter:
-        model = load_adapter(model, path, weights, dtype)
+    if weights is not None and adapter is not None and not adapter.alone:
+        model = _load_with_adapter(model_path, weights, adapter.config, dtype)
+    else:
+        model = load_causal_lm(model_path, None if needs_base else weights, dtype)
+        if needs_base:
+            model = load_adapter(model, path, weights, dtype, None if adapter is None else adapter.config)
     model = model.to(device).eval()
     state = None if state_dict is None else adamw_state(restore_optimizer(state_dict, model, param_names), model)
     return Checkpoint(model, tokenizer, state, _eos_token_ids(model, tokenizer), path)
@@ -171,6 +177,20 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: Path) -> N
             f"model in {model_path}. Take the tokenizer of its training, or save the model after "
             "resize_token_embeddings"
         )
+
+
+def _load_with_adapter(model_path: Path, weights: SavedWeights, config: Any, dtype: torch.dtype | None) -> Any:
+    """Load a model and the adapter on it from the same files.
+
+    Args:
+        model_path: directory of the model's ``config.json``.
+        weights: of both.
+        config: of the adapter.
+        dtype: of all parameters; None leaves them as saved.
+    """
+    base, adapter = split_weights(weights.read())
+    model = load_causal_lm(model_path, weights._replace(read=lambda: base), dtype)
+    return load_adapter(model, model_path, weights._replace(read=lambda: adapter), dtype, config)
 
 
 def _eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ def load_causal_lm(path: Path, weights: SavedWeights | None, dtype: torch.dtype 
     Raises:
         ValueError: for weights that are damaged, hold more than tensors, or do not fit the config.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     loader: Any = AutoModelForCausalLM
     options = {"local_files_only": True, "weights_only": True, "ignore_mismatched_sizes": True}
@@ -37,6 +37,9 @@ def load_causal_lm(path: Path, weights: SavedWeights | None, dtype: torch.dtype 
                 )
             else:
                 model, report = _from_tensors(path, weights.read(), dtype, options)
+            if (path / "generation_config.json").is_file():
+                # Read again, since transformers leaves out one that is damaged, and with it ends of sequences.
+                model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights in {path} hold more than tensors, which are never unpickled; expected tensors alone. "
@@ -58,7 +61,7 @@ def _from_tensors(
     path: Path, weights: dict[str, Any], dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     """Build the model of a config, load tensors into it, and return it with the report of misfits."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
@@ -69,6 +72,4 @@ def _from_tensors(
     model, report = loader.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
     )
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model, report

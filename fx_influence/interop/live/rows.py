@@ -15,7 +15,7 @@ class RolloutRows(NamedTuple):
     All are on the CPU. ``prompt_widths``: (n,), columns of each row that hold its prompt and the prompt's padding.
     ``group``: int64 (n,), a number of each row's prompt, None where prompts are told by their tokens. ``sources``: n
     names, None where the data set has none. ``images``: n mappings of inputs of the model's forward by name, on the
-    trainer's device; empty where no rollout shows an image.
+    trainer's device until they are sent to other processes; empty where no rollout shows an image.
     """
 
     input_ids: Tensor
@@ -38,6 +38,26 @@ class RolloutRows(NamedTuple):
     def to(self, device: torch.device | str) -> RolloutRows:
         """Return the rows with their tensors on ``device``."""
         return RolloutRows._make(x.to(device) if isinstance(x, Tensor) else x for x in self)
+
+    def with_portable_images(self) -> RolloutRows:
+        """Return the rows with their images on the CPU, those of a prompt once, as they are sent between processes.
+
+        A slice would be pickled with the whole tensor that it is of, and a prompt's rollouts show the same images.
+        """
+        numbers = [0] * len(self.images) if self.group is None else self.group.tolist()
+        by_prompt: dict[tuple[int, str], list[Tensor]] = {}
+
+        def portable(number: int, name: str, x: Tensor) -> Tensor:
+            on_host, distinct = x.cpu(), by_prompt.setdefault((number, name), [])
+            first = next((y for y in distinct if torch.equal(y, on_host)), None)
+            if first is None:
+                first = on_host.clone()
+                distinct.append(first)
+            return first
+
+        rows = zip(numbers, self.images, strict=True)
+        images = [{name: portable(number, name, x) for name, x in inputs.items()} for number, inputs in rows]
+        return self._replace(images=tuple(images))
 
 
 def concatenate(batches: Sequence[RolloutRows]) -> RolloutRows:

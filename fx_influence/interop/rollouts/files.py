@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from fx_influence.interop.checkpoints.files.damage import cause_of_substitution
+
 COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".jsonl", ".parquet", ".pt", ".json")
 
@@ -59,8 +61,9 @@ def lines(path: Path) -> Iterator[bytes]:
 
     Raises:
         ImportError: for ``.zst`` without the package zstandard.
-        ValueError: for a damaged compressed file.
+        ValueError: for a damaged compressed file, and for a pointer of git-lfs or a page of HTML in place of a file.
     """
+    refuse_substitution(path)
     # Bytes: text mode would also split at a lone carriage return, and fail at the first bad byte of the file.
     with _opened(path) as file:
         try:
@@ -69,6 +72,12 @@ def lines(path: Path) -> Iterator[bytes]:
             raise ValueError(
                 f"{path} is damaged ({error}); expected a complete compressed file. Copy it there again"
             ) from error
+
+
+def refuse_substitution(path: Path) -> None:
+    """Raise ``ValueError`` for a file that a pointer of git-lfs or a page of HTML stands in for."""
+    if cause := cause_of_substitution(path):
+        raise ValueError(f"{path} is damaged: {cause}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The mesh of a TRL trainer's processes, replicated or sharded."""
+"""The mesh of a TRL trainer's processes, and whether they shard the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from fx_influence.core.dtensor import is_sharded
 
 
 def mesh_of(trainer: Any) -> DeviceMesh | None:
@@ -15,3 +17,8 @@ def mesh_of(trainer: Any) -> DeviceMesh | None:
     world = dist.group.WORLD
     assert world is not None
     return DeviceMesh.from_group(world, trainer.accelerator.device.type)
+
+
+def is_sharded_training(trainer: Any) -> bool:
+    """Return whether the trainer's model is sharded, or will be when training begins."""
+    return bool(trainer.is_fsdp_enabled) or any(map(is_sharded, trainer.model.parameters()))

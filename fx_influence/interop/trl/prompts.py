@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from fx_influence.attribution.cross_fitting import MIN_PROMPTS
+from fx_influence.interop.trl.processes import is_sharded_training
 
 BATCH = "batch"
 """``eval_prompts`` where the rollouts of the step are E, each without its own prompt."""
@@ -118,10 +119,10 @@ def check_images_measurable(trainer: Any, prompts: Sequence[Any] | None, matrix:
             "matrix is True and rollouts show images; expected False, since passes under vmap cannot tell whose image "
             "is whose. Leave the matrix out"
         )
-    if trainer.accelerator.num_processes > 1:
+    if is_sharded_training(trainer):
         raise ValueError(
-            f"{trainer.accelerator.num_processes} processes train on images; expected one, since images are not sent "
-            "between processes. Train in one process to measure"
+            "FSDP shards the model and rollouts show images; expected the full model in every process, since processes "
+            "with and without images would gather other weights. Train under DistributedDataParallel to measure"
         )
 
 

@@ -41,6 +41,12 @@ def checkpoint(tmp_path: Path) -> Path:
         ("tokenizer_config.json", b"", r"the tokenizer or config\.json in .*tokenizer_config\.json is damaged: empty"),
         ("config.json", b"[]", r"the tokenizer or config\.json in .*checkpoint cannot be read"),
         ("config.json", HALF, r"checkpoint/config\.json' is not a valid JSON file"),
+        ("generation_config.json", HALF, r"checkpoint/generation_config\.json' is not a valid JSON file"),
+        (
+            "generation_config.json",
+            b"<html>",
+            r"the weights in .*checkpoint cannot be read: .*generation_config\.json is damaged: an HTML",
+        ),
         ("optimizer.pt", HALF, r"optimizer\.pt is damaged"),
     ],
 )

@@ -96,6 +96,23 @@ def test_load_torchtitan(live: Live, tmp_path: Path) -> None:
         load_checkpoint(tmp_path, base=live.base)
 
 
+def test_load_skyrl(live: Live, tmp_path: Path) -> None:
+    policy = tmp_path / "global_step_5" / "policy"
+    shutil.copytree(live.base, policy / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(live.model.state_dict(), policy / "model_world_size_1_rank_0.pt")
+    torch.save(live.optimizer.state_dict(), policy / "optim_world_size_1_rank_0.pt")
+    live.assert_loaded(tmp_path)
+
+
+def test_load_areal(live: Live, tmp_path: Path) -> None:
+    """AReaL saves the optimizer's files of ranks beside transformers' weights."""
+    live.model.save_pretrained(tmp_path)
+    shutil.copy(live.base / "tokenizer.json", tmp_path)
+    shutil.copy(live.base / "tokenizer_config.json", tmp_path)
+    torch.save(live.optimizer.state_dict(), tmp_path / "optim_world_size_1_rank_0.pt")
+    live.assert_loaded(tmp_path)
+
+
 def test_load_accelerate_full_state_dict(live: Live, tmp_path: Path) -> None:
     options = StateDictOptions(full_state_dict=True)
     torch.save(get_model_state_dict(live.model, options=options), tmp_path / "pytorch_model_fsdp.bin")

@@ -27,6 +27,20 @@ def test_gzip_file_reads_as_its_contents(tmp_path: Path) -> None:
         read_rollouts(packed, TOKENIZER)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".parquet", ".pt"])
+@pytest.mark.parametrize(
+    ("contents", "cause"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs.* Run git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>", "an HTML or XML page.* Download it again"),
+    ],
+)
+def test_file_in_place_of_rollouts_is_named(suffix: str, contents: bytes, cause: str, tmp_path: Path) -> None:
+    (tmp_path / f"r{suffix}").write_bytes(contents)
+    with pytest.raises(ValueError, match=rf"r{suffix} is damaged: {cause}"):
+        read_rollouts(tmp_path / f"r{suffix}", TOKENIZER)
+
+
 def test_zstandard_file_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "r.jsonl.zst").write_bytes(b"")

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import random_batch
 from helpers.tolerances import TINY_POLICY, rounding_bound
 from helpers.trl_runs import measure_training
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import fx_influence as fx
 from benchmarks.trl.bench_trl_steps import Errors
 from benchmarks.trl.variants import CHARACTERS, Variant, trainer
 
@@ -41,6 +44,23 @@ def policy_of_experts() -> Qwen3MoeForCausalLM:
         return Qwen3MoeForCausalLM(config)
 
 
+@pytest.mark.parametrize(
+    ("layers", "measured"), [(["q_proj", "v_proj"], True), (["q_proj", "down_proj"], False), (["gate"], False)]
+)
+def test_rounding_is_measured_where_lora_is_on_layers(layers: list[str], measured: bool) -> None:
+    """On weights of experts and the router peft adds LoRA to the weight itself, so no layer has it as input."""
+    model = get_peft_model(policy_of_experts(), LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    apply, params = fx.make_functional(model)
+    batch = random_batch(torch.Generator().manual_seed(0), 8, 6, len(CHARACTERS))
+    batch = batch._replace(group=torch.arange(8) // 2)
+    out = fx.influence(params, batch, None, fx.adamw_state(optimizer, model), apply=apply)
+    if not measured:
+        assert bool(out.rounding.isnan().all())
+        return
+    assert float(out.rounding.sum()) <= rounding_bound(torch.float32, TINY_POLICY, float(out.per_sequence.abs().sum()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("router_loss", [0.0, 1.0], ids=["alone", "router loss"])
@@ -58,7 +78,8 @@ def test_steps_of_experts_are_measured(lora: bool, router_loss: float, tmp_path:
     last = measured.history[-1]
     assert (last["unattributed"] != 0) == (router_loss > 0)
     assert last["measured"] == pytest.approx(last["total"], rel=0.1)
-    assert lora or "rounding" not in last
+    # LoRA's down_proj is experts' weights.
+    assert "rounding" not in last
     training = trainer(variant, str(tmp_path / "b"), 2, policy_of_experts(), per_device_train_batch_size=15)
     errors = Errors(training)
     training.train()

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ranks import run_on_ranks
 from helpers.tolerances import TINY_POLICY, rounding_bound
-from helpers.trl_runs import HELD_OUT, assert_trains_like, warnings_about_steps
+from helpers.trl_runs import HELD_OUT, PREFIX, assert_trains_like, warnings_about_steps
 from helpers.vlm_trainers import image_trainer
 
 import fx_influence as fx
 from benchmarks.trl.bench_trl_steps import Errors
 from fx_influence.interop.trl import EntropyInfluence
+from fx_influence.interop.trl.prompts import check_images_measurable
 
 # The warnings that trl, transformers and accelerate give about themselves.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -57,6 +59,25 @@ def test_rollouts_with_images_are_measured(family: str, place: str, tmp_path: Pa
     assert sorted(r.group for r in run.update_rollouts) == sorted([0, 1, 2, 3, 4] * 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_two_ranks_with_images_measure_as_one_process(family: str, tmp_path: Path) -> None:
+    results = run_on_ranks(2, "ranks_trl_images.py", tmp_path, family)
+    assert results[0]["history"] == results[1]["history"]
+    bound = rounding_bound(torch.float32, TINY_POLICY)
+    for result in results:
+        plain, weights = result["weights"]
+        assert all(torch.equal(plain[name], weights[name]) for name in plain)
+        plain, log = result["log"]
+        assert [{name: x for name, x in e.items() if not name.startswith(PREFIX)} for e in log] == plain
+        # Coefficients and images of all ranks' rollouts give the averaged gradient.
+        assert result["gradient"] <= bound
+        assert [max(gaps.values()) <= bound for gaps in result["gaps"]] == [True] * 2
+        assert [metrics["unattributed"] for metrics in result["history"]] == [0, 0]
+    run = fx.load_run(tmp_path / "measured" / "0" / "entropy_influence" / "step_000002")
+    assert sorted(rollout.group or 0 for rollout in run.update_rollouts) == sorted([0, 1, 2, 3, 4] * 4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -69,3 +90,10 @@ def test_attach_refuses_images_where_no_pass_has_them(settings: dict[str, Any], 
     training = image_trainer("llava", "column", str(tmp_path))
     with pytest.raises(ValueError, match=message):
         EntropyInfluence(1, **settings).attach(training)
+
+
+def test_attach_refuses_images_of_a_sharded_model(tmp_path: Path) -> None:
+    training = image_trainer("llava", "column", str(tmp_path))
+    training.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="FSDP shards the model and rollouts show images"):
+        check_images_measurable(training, None, False)

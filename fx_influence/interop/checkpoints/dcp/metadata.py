@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fx_influence.interop.checkpoints.files.damage import cause_of_substitution
+
 METADATA = ".metadata"
 
 
@@ -90,6 +92,8 @@ def read_metadata(file: Path) -> list[Entry]:
     Raises:
         ValueError: for a damaged file, another format, or a pickle that names anything else.
     """
+    if cause := cause_of_substitution(file):
+        raise ValueError(f"{file} is damaged: {cause}")
     try:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.interop.checkpoints.dcp.metadata import METADATA, Chunk, Entry, read_metadata
+from fx_influence.interop.checkpoints.files.damage import cause_of_substitution
 from fx_influence.interop.checkpoints.files.torch_save import load_values, row_layout
 
 MAX_READ_BYTES = 2**24
@@ -211,9 +212,14 @@ def _read_rows(stored: StoredValue, chunk: Chunk, rows: slice, max_read_bytes: i
 
 def _read_chunk(directory: Path, name: str, chunk: Chunk) -> Any:
     """Read the values of a chunk."""
-    with (directory / chunk.file).open("rb") as file:
+    path = directory / chunk.file
+    with path.open("rb") as file:
         file.seek(chunk.start)
-        return load_values(io.BytesIO(file.read(chunk.length)), f"{name} in {directory / chunk.file}")
+        content = file.read(chunk.length)
+    if len(content) < chunk.length:
+        cause = cause_of_substitution(path) or "cut off; expected the complete file. Copy or save it there again"
+        raise ValueError(f"{name} in {path} is damaged: {cause}")
+    return load_values(io.BytesIO(content), f"{name} in {path}")
 
 
 def _with_lists(node: Any) -> Any:

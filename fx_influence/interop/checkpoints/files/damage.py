@@ -24,12 +24,9 @@ def cause_of_damage(file: Path) -> str | None:
         ...     cause_of_damage(Path(file.name))
         'a pointer of git-lfs, without the data; expected the data. Run git lfs pull'
     """
-    with file.open("rb") as stream:
-        head = stream.read(512)
-    if head.startswith(_LFS):
-        return "a pointer of git-lfs, without the data; expected the data. Run git lfs pull"
-    if head.lstrip()[:16].lower().startswith(_PAGE):
-        return "an HTML or XML page, such as an error of a server; expected the data. Download it again"
+    head = _head(file)
+    if cause := cause_of_substitution(file):
+        return cause
     if not head:
         return "empty; expected the data. Copy or save it there again"
     size = file.stat().st_size
@@ -40,12 +37,27 @@ def cause_of_damage(file: Path) -> str | None:
     return None
 
 
+def cause_of_substitution(file: Path) -> str | None:
+    """Return what stands in a file in place of its contents, with the remedy: a pointer or a page; None if neither."""
+    head = _head(file)
+    if head.startswith(_LFS):
+        return "a pointer of git-lfs, without the data; expected the data. Run git lfs pull"
+    if head.lstrip()[:16].lower().startswith(_PAGE):
+        return "an HTML or XML page, such as an error of a server; expected the data. Download it again"
+    return None
+
+
 def first_damaged_file(directory: Path) -> str | None:
     """Return the path and the cause of the first file of a checkpoint directory that is visibly damaged, or None."""
     for file in sorted(directory.iterdir()):
         if file.is_file() and file.suffix in _SUFFIXES and (cause := cause_of_damage(file)):
             return f"{file} is damaged: {cause}"
     return None
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(512)
 
 
 def _short_safetensors(file: Path, head: bytes, size: int) -> str | None:

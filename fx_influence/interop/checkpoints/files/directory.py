@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -63,6 +64,11 @@ def base_directory(path: Path, base: str | Path | None) -> Path:
     if base is not None:
         return require_directory("base", base)
     config = path / "adapter_config.json"
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"base is None, and {path} has the weights of an adapter alone; expected a local directory. Pass base=, "
+            "the directory of the base model"
+        )
     name = json.loads(config.read_text()).get("base_model_name_or_path")
     if not name or not Path(name).is_dir():
         raise FileNotFoundError(
@@ -70,6 +76,16 @@ def base_directory(path: Path, base: str | Path | None) -> Path:
             "downloaded. Pass base=, the directory of the base model"
         )
     return Path(name)
+
+
+def read_adapter_config(path: Path) -> Any:
+    """Return peft's config of a directory, for an adapter that is to be trained, on any base model."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(path), local_files_only=True)
+    # peft would warn of a base model that has moved since.
+    config.inference_mode, config.base_model_name_or_path = False, None
+    return config
 
 
 def find_dcp_directory(path: Path, subdirectories: Sequence[str], names: Sequence[str]) -> Path | None:

@@ -20,10 +20,10 @@ from fx_influence.interop.checkpoints.files.damage import ZIP, cause_of_damage
 
 
 class LocalShard(NamedTuple):
-    """A rank's share of a ``DTensor``.
+    """A rank's share of a ``DTensor`` or ``ShardedTensor``.
 
     Attributes:
-        local: the share.
+        local: the share, without rows where the rank has none.
         shape: of the complete tensor.
         axis: that is divided; None if every rank has the complete tensor.
         coordinate: index of the share along ``axis``; None if the file does not say.
@@ -70,9 +70,11 @@ class Inert:
 
 
 def _rebuild_from_type(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
-    """Build a ``LocalShard`` of a DTensor, and the tensor itself of one that has attributes."""
+    """Build a ``LocalShard`` of a DTensor or ShardedTensor, and the tensor itself of one that has attributes."""
     if function in (_rebuild_tensor_v2, _rebuild_tensor, _rebuild_parameter):
         return function(*args)
+    if getattr(kind, "name", "") == _SHARDED_TENSOR:
+        return _sharded_tensor_share(args[1], tuple(args[2]), state)
     attributes = state[1] if isinstance(state, tuple) and len(state) == 2 else state
     if not (getattr(kind, "name", "").endswith("DTensor") and isinstance(attributes, dict)):
         return Inert(function, kind)
@@ -98,6 +100,46 @@ def _local_shard(local: Tensor, spec: dict[str, Any]) -> LocalShard:
     return LocalShard(local, shape, axis, None if coordinate is None else int(coordinate))
 
 
+def _sharded_tensor_share(dtype: torch.dtype, shape: tuple[int, ...], state: tuple[Any, ...]) -> LocalShard:
+    """Return a rank's share of a ``ShardedTensor``.
+
+    Args:
+        dtype: of the complete tensor.
+        shape: of the complete tensor.
+        state: what ``ShardedTensor.__getstate__`` returns: the rank's shards, the metadata of all ranks' shards, and
+            the rank's place in its process group.
+    """
+    shards, metadata, place = state[:3]
+    coordinate = int(_fields(place)["local_rank"])
+    bounds = [_fields(shard) for shard in _fields(metadata)["shards_metadata"]]
+    axes = {axis for shard in bounds for axis, size in enumerate(shard["shard_sizes"]) if size != shape[axis]} or {0}
+    axis = min(axes)
+    starts = [shard["shard_offsets"][axis] for shard in bounds]
+    if len(axes) > 1 or len(shards) > 1 or starts != sorted(starts):
+        raise pickle.UnpicklingError(
+            f"a ShardedTensor of shape {shape} has {len(shards)} shards here, divided along {sorted(axes)}, that start "
+            f"at {starts}; read is one shard a rank, along one axis, in the order of the ranks"
+        )
+    if shards:
+        return LocalShard(_fields(shards[0])["tensor"], shape, axis, coordinate)
+    return LocalShard(torch.empty(*shape[:axis], 0, *shape[axis + 1 :], dtype=dtype), shape, axis, coordinate)
+
+
+def _fields(stand_in: Inert) -> dict[str, Any]:
+    """Return the attributes of an object, of a class with slots or without."""
+    fields: dict[str, Any] = stand_in.state if isinstance(stand_in.state, dict) else stand_in.state[1]
+    return fields
+
+
+def _nested_class(owner: Any, name: str) -> Any:
+    """Return the stand-in for a class inside a class, which older protocols of pickle name by ``getattr``."""
+    if not (isinstance(owner, type) and issubclass(owner, Inert)):
+        raise pickle.UnpicklingError(f"getattr of {owner!r} and {name!r} is not read")
+    return type(name, (Inert,), {"name": f"{owner.name}.{name}"})
+
+
+_SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.api.ShardedTensor"
+
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
@@ -108,6 +150,8 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("__builtin__", "set"): set,
+    ("builtins", "getattr"): _nested_class,
+    ("__builtin__", "getattr"): _nested_class,
     # An enum of integers, which its number stands for.
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
 }
@@ -141,8 +185,8 @@ def load_inert(file: Path) -> Any:
         file: of ``torch.save``.
 
     Returns:
-        The value, with a ``LocalShard`` in place of every DTensor and ``Inert`` objects in place of all that is neither
-        a tensor nor a plain value.
+        The value, with a ``LocalShard`` in place of every DTensor and ShardedTensor, and ``Inert`` objects in place of
+        all that is neither a tensor nor a plain value.
 
     Raises:
         FileNotFoundError: for a missing file.

@@ -43,6 +43,10 @@ class RankValues(NamedTuple):
                 )
         return RankValues(f"{self.name}{key}.", self.files, [value[key] for value in self.values])
 
+    def of_ranks(self, ranks: Sequence[int]) -> RankValues:
+        """Return the values of some of the ranks."""
+        return RankValues(self.name, [self.files[rank] for rank in ranks], [self.values[rank] for rank in ranks])
+
 
 def rank_files(directory: Path, kind: str) -> list[Path]:
     """Return the files of all ranks, in order; an empty list if there are none.
@@ -98,8 +102,9 @@ def join(shards: RankValues) -> Any:
     for file, value in zip(shards.files, shards.values, strict=True):
         if isinstance(value, Inert):
             raise ValueError(
-                f"{name} in {file} is a {value!r}, which is not read; expected a DTensor. Save with FSDP2, or with a "
-                "device mesh, as verl does; or merge the weights by `python -m verl.model_merger merge --backend fsdp`"
+                f"{name} in {file} is a {value!r}, which is not read; expected a DTensor or ShardedTensor. Save with "
+                "FSDP2, or with SHARDED_STATE_DICT, as verl does; or merge the weights by `python -m verl.model_merger "
+                "merge --backend fsdp`"
             )
         if type(value) is not type(first):
             raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fx_influence.interop.rollouts.advantages import with_group_advantages
+from fx_influence.interop.rollouts.files import refuse_substitution
 from fx_influence.interop.rollouts.given_prompts import GivenPrompts
 from fx_influence.interop.rollouts.jsonl import field, parse_all, read_json_lines
 from fx_influence.interop.rollouts.record import Rollout, extras_of, number_prompts, source_of
@@ -146,6 +147,7 @@ def _parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError("reading parquet needs pyarrow: pip install 'fx-influence[parquet]'") from error
+    refuse_substitution(path)
     try:
         # Not read_table, which also makes columns from the names of directories.
         table = pyarrow.parquet.ParquetFile(path).read()

@@ -119,8 +119,9 @@ class Capture:
                 f"{type(self._trainer).__name__} computed its loss without a call of {SCORE}; expected one, which "
                 "gives the coefficients. Turn off use_liger_kernel, or a compute_loss of your own"
             )
-        rows_by_process = all_gather_values(self.mesh, concatenate([rollout_rows(x) for x in micro_batches]))
-        rows, model = concatenate(rows_by_process), self._trainer.model
+        rows, model = concatenate([rollout_rows(x) for x in micro_batches]), self._trainer.model
+        if self.mesh is not None:
+            rows = concatenate(all_gather_values(self.mesh, rows.with_portable_images()))
         device, partitioned = self._trainer.accelerator.device, zero_optimizer(self._trainer.optimizer)
         if partitioned is not None:
             return captured_step(rows, device, *planned_step(partitioned, model), gradient_scale=1.0)

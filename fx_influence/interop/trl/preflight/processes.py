@@ -6,11 +6,11 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from fx_influence.core.dtensor import is_sharded
 from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.guard import preserve_random_state
 from fx_influence.interop.optimizers import require_adamw
+from fx_influence.interop.trl.processes import is_sharded_training
 from fx_influence.interop.trl.prompts import BATCH
 from fx_influence.interop.zero.partitions import zero_optimizer
 from fx_influence.interop.zero.settings import check_config, check_partitions
@@ -35,11 +35,6 @@ def check_processes(trainer: Any) -> None:
     kind = str(accelerator.distributed_type.value)
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise _shared_otherwise(trainer, kind)
-
-
-def is_sharded_training(trainer: Any) -> bool:
-    """Return whether the trainer's model is sharded, or will be when training begins."""
-    return bool(trainer.is_fsdp_enabled) or any(map(is_sharded, trainer.model.parameters()))
 
 
 def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool, save_state: bool) -> None:

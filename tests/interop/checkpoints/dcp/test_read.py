@@ -124,6 +124,20 @@ def test_read_values_refuses_truncated_files(dcp_directory: Path) -> None:
         has_values(dcp_directory, ["model"])
 
 
+@pytest.mark.parametrize(
+    ("contents", "cause"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs.*Run git lfs pull"),
+        (b"<!DOCTYPE html><html>", "an HTML or XML page.*Download it again"),
+    ],
+)
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_read_values_names_what_stands_for_a_file(file: str, contents: bytes, cause: str, dcp_directory: Path) -> None:
+    (dcp_directory / file).write_bytes(contents)
+    with pytest.raises(ValueError, match=rf"{file} is damaged: {cause}"):
+        read_values(dcp_directory, ["model"])
+
+
 def test_read_values_refuses_incomplete_tensor(dcp_directory: Path) -> None:
     def halved(metadata: Any) -> None:
         stored = metadata.state_dict_metadata["model.model.norm.weight"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.dcp_files import MaliciousPickle
 from torch import Tensor
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
 from fx_influence.interop.checkpoints.files.unpickle import Inert, LocalShard, load_inert
 from fx_influence.interop.checkpoints.fsdp.flat_parameters import module_units
@@ -51,7 +55,7 @@ def test_join_orders_shards_by_coordinate() -> None:
         (shard(torch.zeros(1, 3), 1), "has shards of the shapes"),
         (shard(torch.zeros(1, 2), 1, length=4), r"rank_1\.pt is of shape \(4, 2\)"),
         (torch.zeros(1, 2), r"w in model_world_size_2_rank_1\.pt is a Tensor; expected a LocalShard"),
-        (Inert(), "which is not read; expected a DTensor"),
+        (Inert(), "which is not read; expected a DTensor or ShardedTensor"),
     ],
 )
 def test_join_refuses_shards_that_do_not_fit(second: Any, message: str) -> None:
@@ -89,6 +93,25 @@ def test_load_runs_nothing_that_a_file_names(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")  # of what is saved
+def test_load_refuses_two_shards_on_a_rank(tmp_path: Path) -> None:
+    rows = torch.arange(4.0).view(2, 2)
+    shards = [Shard(rows[k : k + 1], ShardMetadata([k, 0], [1, 2], "rank:0/cpu")) for k in range(2)]
+    torch.save({"w": init_from_local_shards(shards[:1], 1, 2)}, tmp_path / "file.pt")
+    assert torch.equal(load_inert(tmp_path / "file.pt")["w"].local, rows[:1])
+    torch.save({"w": init_from_local_shards(shards, 2, 2)}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"a ShardedTensor of shape \(2, 2\) has 2 shards here, divided along \[0\]"):
+        load_inert(tmp_path / "file.pt")
+
+
 @pytest.mark.parametrize("size", [0, 100, -1])
 def test_load_names_truncated_file(size: int, tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
@@ -101,6 +124,6 @@ def test_load_names_truncated_file(size: int, tmp_path: Path) -> None:
 def test_units_take_tied_parameters_once() -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 3, bias=False))
     model[2].weight = model[0].weight
-    units = module_units(model, {"Linear"})
+    units = module_units(model, lambda module: isinstance(module, torch.nn.Linear))
     assert [list(unit.shapes) for unit in units] == [["0.weight"], ["1.weight", "1.bias"]]
     assert [unit.numel for unit in units] == [6, 6]
