@@ -128,9 +128,8 @@ def account(training: Training, scale: bool = False) -> Account:
     """Return the account of a training run's entropy over its measured steps.
 
     E is drawn independently in every step, so standard errors of sums are roots of sums of squares, with the degrees of
-    freedom of ``degrees_of_sum``. With held-out
-    prompts, which are the same in every step, they are over the completions and not over the choice of prompts. Steps
-    without a measured change, which the optimizer skipped, are left out.
+    freedom of ``degrees_of_sum``. With held-out prompts, the same in every step, they are over the completions and not
+    over the choice of prompts. Steps without a measured change, which the optimizer skipped, are left out.
 
     Args:
         training: from ``load_training``.
