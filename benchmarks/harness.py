@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch.utils.flop_counter import FlopCounterMode
+
+from fx_influence.estimators.stderr import interval_half_width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -91,8 +92,8 @@ def mean_interval(values: Sequence[float]) -> dict[str, float | None] | None:
         return None
     summary: dict[str, float | None] = {"mean": statistics.fmean(values), "half_width": None}
     if len(values) > 1:
-        quantile = float(student.ppf(0.975, len(values) - 1))
-        summary["half_width"] = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        stderr = statistics.stdev(values) / math.sqrt(len(values))
+        summary["half_width"] = interval_half_width(stderr, len(values) - 1)
     return summary
 
 

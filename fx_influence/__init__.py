@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fx_influence.derivative_check import DerivativeCheck, DerivativeError, check_derivatives
     from fx_influence.estimators.entropy import entropy_estimate
     from fx_influence.estimators.snis import SnisDelta
+    from fx_influence.estimators.stderr import interval_half_width
     from fx_influence.fisher import fisher_kernel
     from fx_influence.functional import check_policy, make_functional
     from fx_influence.interop.checkpoints.load import load_checkpoint
@@ -100,6 +101,7 @@ _MODULES = {
     "group_advantages": "fx_influence.losses",
     "influence": "fx_influence.attribution.influence",
     "influence_over_steps": "fx_influence.trajectory.influence_over_steps",
+    "interval_half_width": "fx_influence.estimators.stderr",
     "jvp_delta": "fx_influence.perturbation",
     "kl_to_reference": "fx_influence.objectives",
     "load_checkpoint": "fx_influence.interop.checkpoints.load",
@@ -173,6 +175,7 @@ __all__ = [
     "influence",
     "influence_over_steps",
     "interop",
+    "interval_half_width",
     "jvp_delta",
     "kl_to_reference",
     "lab",

@@ -32,7 +32,7 @@ PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 OUTSIDE_THE_ORDER = {"__init__", "__main__", "testing"}
 MATHEMATICS = {name for names in ORDER[:7] for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
-THIRD_PARTY = {"torch", "einops", "numpy"}
+THIRD_PARTY = {"torch", "einops", "numpy", "scipy"}
 
 
 def relative(path: Path) -> str:
@@ -104,7 +104,7 @@ def test_modules_import_earlier_rooms_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in MATHEMATICS], ids=relative)
-def test_mathematics_imports_torch_einops_and_numpy_only(path: Path) -> None:
+def test_mathematics_imports_tensors_and_scipy_only(path: Path) -> None:
     roots = {name.partition(".")[0] for name in imports_of(path)}
     foreign = roots - THIRD_PARTY - set(sys.stdlib_module_names) - {"fx_influence"}
     assert not foreign, f"{relative(path)} imports {sorted(foreign)}"

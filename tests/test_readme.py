@@ -17,6 +17,7 @@ import fx_influence as fx
 from benchmarks import harness
 from benchmarks.costs.problems import Setting, problem
 from fx_influence.autodiff.token_values import all_token_values
+from fx_influence.estimators.deviations import Deviations
 from fx_influence.estimators.snis import SnisDelta
 from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST, REGION_METRICS, MeasuredStep
 from fx_influence.interop.live.step import CapturedStep
@@ -243,7 +244,7 @@ def test_logged_figures_are_explained() -> None:
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     out: dict[str, Any] = {name: torch.ones(()) for name in fx.Influence._fields}
     out |= {
-        "deviations": None,
+        "deviations": Deviations(torch.zeros(2, 2), torch.full((2,), -1)),
         "per_sequence": torch.ones(2),
         "per_token": torch.ones(2, 3),
         "per_parameter": {"w": torch.ones(())},
@@ -257,7 +258,7 @@ def test_logged_figures_are_explained() -> None:
     delta = SnisDelta(*[torch.ones(())] * 6)
     told: dict[str, Any] = {"regions": regions, "moment_rounding": 0.01, "unexplained_stderr": 0.1}
     metrics = MeasuredStep(*(1, 0.1, captured, [], influence, 1.0, delta, 0.5), **told).metrics()
-    of_sources = {"source/a", "source/b"}
+    of_sources = {"source/a", "source/b", "source_stderr/a", "source_stderr/b"}
     assert explained == set(metrics) - of_sources
     assert of_sources < set(metrics)
     assert "`source/NAME`" in rows[-1][0]

@@ -31,8 +31,8 @@ from fx_influence.types import Batch
 
 NAME = "bench_cross_fitting"
 SEEDS, MAX_NORM = 5, 1.0
-INTERVAL = 2.447
-"""Standard errors on each side of a 95% interval: Student's t with six degrees, since seven of eight folds count."""
+DEGREES = 6
+"""Degrees of freedom of 95% intervals, for every kind of E: seven of eight folds count, and all eight of a fresh E."""
 
 
 class TrainingRun(NamedTuple):
@@ -92,12 +92,12 @@ def compare(out: fx.Influence, truth: fx.Influence, regions: fx.labels.Labels) -
     error, noise = out.per_sequence - truth.per_sequence, (out.stderr**2 + truth.stderr**2).sqrt()
     moves = truth.per_sequence != 0
     sums, true_sums = out.sums(regions), truth.sums(regions)
-    told = (sums.influence.abs() > INTERVAL * sums.stderr) & (sums.count > 0)
+    told = (sums.influence.abs() > fx.interval_half_width(sums.stderr, DEGREES)) & (sums.count > 0)
     return {
         "squared_error": float((error**2).sum() / (truth.per_sequence**2).sum()),
         "spearman": float(spearmanr(out.per_sequence.numpy(), truth.per_sequence.numpy()).statistic),
         "noise_share": noise_share(out),
-        "covered": float((error.abs() <= INTERVAL * noise)[moves].double().mean()),
+        "covered": float((error.abs() <= fx.interval_half_width(noise, DEGREES))[moves].double().mean()),
         "told": float(told[:4].double().mean()),
         "right": float((told & (sums.influence.sign() == true_sums.influence.sign()))[:4].double().mean()),
     }

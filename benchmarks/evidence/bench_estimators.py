@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from scipy.stats import t as student
 from torch import Tensor
 
 import fx_influence as fx
@@ -206,8 +205,8 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> lis
 def coverage(out: fx.Influence, truth: Tensor) -> float:
     """Return the share of rollouts whose true influence is in its 95% interval, by Student's t."""
     assert out.degrees_of_freedom is not None
-    quantile = float(student.ppf(0.975, out.degrees_of_freedom))
-    return float(((out.per_sequence - truth).abs() <= quantile * out.stderr).double().mean())
+    half_width = fx.interval_half_width(out.stderr, out.degrees_of_freedom)
+    return float(((out.per_sequence - truth).abs() <= half_width).double().mean())
 
 
 def noise_share(out: fx.Influence) -> float:

@@ -50,7 +50,13 @@ from fx_influence.interop.ledger.file import LEDGER, STEP
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.interop.runtime.run_files import UPDATE_ROLLOUTS, without_nan
 from fx_influence.lab.report import write_training_report
-from fx_influence.lab.training.account import SOURCE_KIND, account, label_sums, strongest_labels
+from fx_influence.lab.training.account import (
+    SOURCE_KIND,
+    account,
+    degrees_of_freedom,
+    label_sums,
+    strongest_labels,
+)
 from fx_influence.lab.training.health import training_health
 from fx_influence.lab.training.load import Training, load_training
 from fx_influence.lab.training.sentences import training_sentences
@@ -165,12 +171,12 @@ def second_ledger(training: Training, folder: Path) -> dict[str, Any]:
     second = load_training(folder)
     common = np.isin(training.steps[STEP], second.steps[STEP])
     seen = np.isin(second.steps[STEP], training.steps[STEP])
-    compared = pairs(training, second)
+    compared, degrees = pairs(training, second), [float(degrees_of_freedom(x)[0]) for x in (training, second)]
     kinds = dict.fromkeys(pair.kind for pair in compared)
     return {
         "steps": second.steps[STEP][seen].tolist(),
-        "all": agreement(compared),
-        "kinds": {kind: agreement([pair for pair in compared if pair.kind == kind]) for kind in kinds},
+        "all": agreement(compared, degrees),
+        "kinds": {kind: agreement([pair for pair in compared if pair.kind == kind], degrees) for kind in kinds},
         "totals": {kind: label_totals(compared, kind) for kind in kinds},
         "predicted": [float(training.steps["total"][common].sum()), float(second.steps["total"][seen].sum())],
         "measured": [float(training.steps["measured"][common].sum()), float(second.steps["measured"][seen].sum())],

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from fx_influence.core.display import printable
 from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
+from fx_influence.estimators.stderr import interval_half_width
+from fx_influence.interop.ledger.entry import ASSUMED_DEGREES, DEGREES, MEASURED_DEGREES
 from fx_influence.interop.live.guard import reason
 from fx_influence.interop.live.metrics import LOGGED_FIRST, LOGGED_LAST, PREFIX
 from fx_influence.interop.live.precision import MAX_STEP_ROUNDING
@@ -33,9 +35,6 @@ MIN_ESS = 0.5
 
 MAX_OFF = 0.5
 """Largest relative difference of the predicted change from the measured one, where error bars determine both."""
-
-CERTAIN = 2.0
-"""Standard errors from zero beyond which a sign counts as determined."""
 
 MAX_PANELS = 12
 """Panels of the section that ``workspace`` makes."""
@@ -70,18 +69,20 @@ def step_alerts(entry: Mapping[str, Any], max_fall: float = MAX_FALL) -> list[Al
     def value(name: str) -> float:
         return figures.get(name, math.nan)
 
+    def half_width(name: str, degrees: str = DEGREES) -> float:
+        return interval_half_width(value(name), figures.get(degrees, ASSUMED_DEGREES))
+
     absolute = value("absolute") or math.nan
-    told = abs(value("total")) > CERTAIN * value("stderr") and abs(value("measured")) > CERTAIN * value(
-        "measured_stderr"
-    )
+    measured_error = half_width("measured_stderr", MEASURED_DEGREES)
+    told = abs(value("total")) > half_width("stderr") and abs(value("measured")) > measured_error
     difference = abs(value("total") - value("measured"))
     off = difference / abs(value("measured") or math.nan)
-    told = told and not difference <= CERTAIN * value("unexplained_stderr")
+    told = told and not difference <= half_width("unexplained_stderr")
     step = f"Step {entry['step']}"
     # A comparison with NaN, a figure that the step does not have, is false.
     findings = [
         (
-            -value("measured") > max(max_fall * value("entropy"), CERTAIN * value("measured_stderr")),
+            -value("measured") > max(max_fall * value("entropy"), measured_error),
             Alert("Entropy falls fast", _fall(entry, figures)),
         ),
         (

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fx_influence.core.display import record_line
+from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, Deviations
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS, interval_half_width
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.renamed import current_summary
 from fx_influence.interop.runtime.run_files import (
@@ -46,6 +49,34 @@ class EvaluationResults:
     matrix: np.ndarray | None
     summary: dict[str, Any]
     rollouts: list[Rollout]
+
+    def deviations(self) -> Deviations | None:
+        """Return what each part of E carries beyond its expectation; None for runs of version 0.2 and before."""
+        if "deviations" not in self.arrays:
+            return None
+        by_part = torch.from_numpy(self.arrays["deviations"])
+        # A cross-fitted step of a training run has the part that each influence leaves out.
+        left_out = self.arrays.get("left_out", np.full(by_part.shape[1], NOTHING_LEFT_OUT))
+        return Deviations(by_part, torch.from_numpy(left_out))
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """Return those of Student's t for intervals about influences and their sums, see ``fx.Influence``."""
+        deviations = self.deviations()
+        if deviations is not None:
+            return deviations.degrees_of_freedom()
+        count = self.finite_degrees_of_freedom + 1
+        return (count if self.matrix is not None else min(count, MAX_RANDOM_GROUPS)) - 1
+
+    @property
+    def finite_degrees_of_freedom(self) -> int:
+        """Return those for intervals about finite steps, whose errors are by the jackknife: E's prompts less one."""
+        return len({rollout.group for rollout in self.rollouts}) - 1
+
+    def told(self) -> np.ndarray:
+        """Return bool (n_u,), whether the 95% interval of each rollout's influence excludes 0, so its sign is told."""
+        half_width = interval_half_width(self.arrays["stderr"], self.degrees_of_freedom)
+        return np.abs(self.arrays["per_sequence"]) > half_width
 
     def __repr__(self) -> str:
         return record_line(self)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fx_influence.estimators.deviations import NOTHING_LEFT_OUT, Deviations
 from fx_influence.estimators.stderr import cluster_stderr
 from fx_influence.lab.analysis.covariates import prompts, recorded
 from fx_influence.lab.results import EntropyInfluenceResults, displayed_prompt
@@ -112,12 +111,9 @@ def _prompt_name(results: EntropyInfluenceResults, i: int) -> str:
 def _group_error(results: EntropyInfluenceResults, evaluation: int, mask: np.ndarray) -> float:
     """Return the standard error over the draw of E of the summed influence of the rollouts in ``mask`` (n_u,)."""
     evaluated = results.evaluations[evaluation]
-    if "deviations" in evaluated.arrays:
-        deviations = torch.from_numpy(evaluated.arrays["deviations"])
-        nothing = np.full(deviations.shape[1], NOTHING_LEFT_OUT)
-        # A cross-fitted step of a training run has the part that each influence leaves out.
-        left_out = torch.from_numpy(evaluated.arrays.get("left_out", nothing))
-        return float(Deviations(deviations, left_out).stderr_of_sums(torch.from_numpy(mask).long() - 1, 1)[0])
+    deviations = evaluated.deviations()
+    if deviations is not None:
+        return float(deviations.stderr_of_sums(torch.from_numpy(mask).long() - 1, 1)[0])
     # Runs of version 0.2 and before have the matrix alone, which leaves out that the H in E's centre is estimated.
     if evaluated.matrix is None:
         return float("nan")

@@ -59,6 +59,11 @@ class InfluenceOverSteps:
     ess: Tensor | None
     deviations: Deviations | None
 
+    @property
+    def degrees_of_freedom(self) -> int | None:
+        """Return the degrees of freedom of intervals from the standard errors, see ``Influence``; None without them."""
+        return None if self.deviations is None else self.deviations.degrees_of_freedom()
+
     def sums(self, labels: Sequence[Tensor | Labels]) -> Sums:
         """Return the influences of all steps added up by label, with the standard errors of the sums.
 

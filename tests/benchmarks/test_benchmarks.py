@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.__main__ import main, module, modules
 from benchmarks.costs import bench_large_models
-from benchmarks.evidence import bench_linearity
+from benchmarks.evidence import bench_four_numbers, bench_linearity
 from benchmarks.harness import COSTS, EVIDENCE, RESULTS, ROOT, result_path, tables_of, with_block
 from benchmarks.versions import SETS
 
@@ -57,6 +57,23 @@ def test_large_models_follow_from_the_stored_figures() -> None:
     smallest = stored["table"][0]
     assert (smallest["model"], smallest["gpus"], smallest["how"]) == ("1.5B", 1, "replicated")
     assert max(smallest["gigabytes"].values()) < stored["assumed"]["memory"] / 1e9
+
+
+def test_four_numbers_follow_from_the_stored_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are of the other results as they are stored now, with rows of a pretrained model where it is stored."""
+    stored = json.loads(result_path(bench_four_numbers.NAME).read_text(encoding="utf-8"))
+    assert stored == bench_four_numbers.report(), "run python -m benchmarks four_numbers"
+    real = json.loads(result_path("cross_fitting").read_text(encoding="utf-8"))
+    real["summary"] = [{**row, "policy": "pretrained"} for row in real["summary"] if row["policy"] == "demo"]
+    real["runs"] = [{"policy": "pretrained", "found": []}]
+    (tmp_path / "real.json").write_text(json.dumps(real), encoding="utf-8")
+    monkeypatch.setattr(
+        bench_four_numbers,
+        "result_path",
+        lambda name: tmp_path / "real.json" if name == "real_cross_fitting" else result_path(name),
+    )
+    rows = [line for line in bench_four_numbers.markdown(bench_four_numbers.report()).splitlines() if "pret" in line]
+    assert [row.split(" | ")[1] for row in rows] == ["pretrained, 32"] * 3
 
 
 def test_main_lists_benchmarks_and_names_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:

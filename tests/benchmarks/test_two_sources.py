@@ -52,16 +52,17 @@ def pair(first: float, second: float, stderr: float = 0.5, label: str = "a") -> 
 
 
 def test_agreement_gives_slopes_and_share_inside_errors() -> None:
-    figures = agreement([pair(1.0, 2.0), pair(2.0, 4.0), pair(-1.0, -2.0, 0.1), pair(3.0, 6.0, math.nan)])
+    compared = [pair(1.0, 2.0), pair(2.0, 4.0), pair(-1.0, -2.0, 0.1), pair(3.0, 6.0, math.nan)]
+    figures = agreement(compared, [6.0, 6.0])
     assert (figures["count"], figures["with_error"]) == (4, 3)
     assert figures["correlation"] == pytest.approx(1.0)
     assert (figures["slope"], figures["slope_back"]) == (2.0, 0.5)
-    # Differences of 1, 2 and 1 beside 1.96 sqrt(2) times 0.5, 0.5 and 0.1.
+    # Differences of 1, 2 and 1 beside 2.179, with 12 degrees of freedom, times sqrt(2) times 0.5, 0.5 and 0.1.
     assert figures["inside"] == pytest.approx(1 / 3)
 
 
 def test_agreement_of_too_few_sums_is_unknown() -> None:
-    figures = agreement([pair(1.0, 2.0, math.nan)])
+    figures = agreement([pair(1.0, 2.0, math.nan)], [6.0, 6.0])
     assert (figures["correlation"], figures["slope"], figures["inside"]) == (None, None, None)
 
 

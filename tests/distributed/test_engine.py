@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.ranks import run_on_ranks
 from helpers.sharded_cases import (
+    WITH_SCORE,
     Results,
     compute_all,
     compute_mesh_functions,
@@ -45,6 +46,14 @@ def assert_agree(actual: Results, expected: Results, params: Params, width: int)
         elif value.dim() == 0 and f"{case}: per_sequence" in expected:
             # A sum of terms that cancel (the residual is 0 but for rounding): small relative to these terms.
             size = expected[f"{case}: per_sequence"].abs().sum() + expected[f"{case}: baseline"].abs()
+        elif name.endswith(": score_share"):
+            # Sums of squares are subtracted before their ratio is taken.
+            size = torch.ones(())
+        elif case.startswith(tuple(WITH_SCORE)):
+            # The share is a ratio of the sizes of both terms, and its rounding is multiplied by the score term.
+            over = case.rpartition(" ")[2]
+            sizes = [expected[f"{start}{over}: per_token"].abs().sum(-1).max() for start in WITH_SCORE]
+            size = torch.stack(sizes).sum()
         elif name.endswith("per_sequence") and f"{case}: per_token" in expected:
             size = expected[f"{case}: per_token"].abs().sum(-1).max()
         elif name.endswith(": rounding") and f"{case}: per_sequence" in expected:

@@ -51,6 +51,8 @@ def made_entry(
         "update_count": 128,
         "seconds": 3.0,
         "lifetime_factor": 10 * (1 - 0.9**step),
+        "degrees_of_freedom": 6.0,
+        "measured_degrees_of_freedom": 15.0,
     }
     return {
         "step": step,

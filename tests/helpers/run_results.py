@@ -32,6 +32,8 @@ def make_results(
 ) -> EntropyInfluenceResults:
     """Return results of ten rollouts with small standard errors, and a step at half and at the full learning rate.
 
+    The standard errors are of eight parts of E.
+
     Args:
         evaluation: changes to the summary of the evaluation.
         run: changes to the summary of the run.
@@ -41,6 +43,7 @@ def make_results(
     defaults = {
         "per_sequence": np.array([1.0, -2.0] * 5),
         "stderr": np.full(10, 0.1),
+        "deviations": np.zeros((8, 10)),
         "eta": np.array([0.5 * LR, LR]),
         "ess": np.array([64.0, 60.0]),
         "full_clip_fraction": np.array([0.0, 0.0]),

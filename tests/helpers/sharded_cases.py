@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from fx_influence.types import AdamWState, Apply, Batch, Params
 from helpers.cases import TinyPolicy, make_apply, random_adamw_state, random_batch, random_direction
 
 Results = dict[str, Tensor]
+
+WITH_SCORE: dict[str, Any] = {"complete score term, over ": 1.0, "estimated share of it, over ": "auto"}
+"""Beginnings of the names of ``with_score_options``'s results, and the share of the score term that each is of."""
 
 
 def rows_of_rank(batch: Batch, counts: list[int], rank: int) -> Batch:
@@ -100,6 +104,7 @@ def compute_all(state: dict[str, Any], mesh: DeviceMesh | None = None) -> Result
         fields = {**out._asdict(), **out.per_parameter}
         results |= {f"{case}: {name}": x for name, x in fields.items() if isinstance(x, Tensor)}
     results |= cross_fitted(params, u, optimizer, **common)
+    results |= with_score_options(params, u, e, optimizer, **common)
     records: dict[str, Any] = {
         "snis": fx.snis_delta(params, direction, 0.3, e, **common, clip=0.5),
         "snis by sequence": fx.snis_delta(
@@ -132,6 +137,26 @@ def cross_fitted(params: Params, u: Batch, state: AdamWState, **common: Any) -> 
     results["cross-fitted: deviations"] = deviations.by_part
     if deviations.by_label is not None:
         results["cross-fitted: labels"] = deviations.by_label.by_part
+    return results
+
+
+def with_score_options(params: Params, u: Batch, e: Batch, state: AdamWState, **common: Any) -> Results:
+    """Return influences with another baseline and share of the score term, which take the rows of all ranks together.
+
+    Over E, and over U's own rows with each row a prompt.
+    """
+    own_prompts = u._replace(group=(u.input_ids * u.attention_mask).sum(-1))
+    results: Results = {}
+    for over, batches in {"E": (u, e), "U": (own_prompts, None)}.items():
+        for case, score in WITH_SCORE.items():
+            objective = fx.Entropy("sequence", "sequence", baseline="shrunk", score=score)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "objective.score is", UserWarning)
+                out = fx.influence(params, *batches, state, **common, objective=objective)
+            assert out.per_token is not None
+            fields = {"per_sequence": out.per_sequence, "per_token": out.per_token, "stderr": out.stderr}
+            fields |= {"total_stderr": out.total_stderr.reshape(1), "score_share": out.score_share.reshape(1)}
+            results |= {f"{case}{over}: {name}": x for name, x in fields.items()}
     return results
 
 
@@ -193,4 +218,5 @@ def compute_mesh_functions(
     results |= {
         name: x for name, x in cross_fitted(params, u, state, apply=apply).items() if not name.endswith("labels")
     }
+    results |= with_score_options(params, u, e, state, apply=apply)
     return {name: x for name, x in results.items() if isinstance(x, Tensor)}

@@ -63,6 +63,17 @@ def test_alerts_need_error_bars_that_determine_them() -> None:
     assert [a for a in step_alerts({"step": 1, "figures": {}}) if a.title] == []
 
 
+def test_alerts_take_the_degrees_of_their_errors() -> None:
+    """2.3 standard errors are outside of a 95% interval with 15 degrees, at 2.131, and inside with 6, at 2.447."""
+    title = "Entropy falls fast"
+    beyond: dict[str, Any] = {"measured": -0.0046, "measured_stderr": 0.002}
+    assert title in titles(**beyond)
+    assert title not in titles(**beyond, measured_degrees_of_freedom=6.0)
+    older = hostile_entry(**beyond)
+    del older["figures"]["measured_degrees_of_freedom"]
+    assert title not in [alert.title for alert in step_alerts(older)], "six are assumed"
+
+
 def test_fall_names_its_main_cause() -> None:
     made = hostile_entry(measured=-0.01, momentum=-2e-3)
     made["sums"]["region"] = [["A<0 unlikely", -3e-3, 1e-4, 9, 0.5], ["A>0 likely", 2e-3, None, 9, 0.5]]

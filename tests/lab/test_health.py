@@ -25,9 +25,20 @@ def test_health_tells_share_and_remedy_of_noise() -> None:
     finding = find_finding("Standard errors of the rollouts", stderr=noise * np.array([1.0, 2.0] * 5))
     assert finding is not None
     assert finding.level == "attention"
-    assert "E is too small: 60% of rollouts are within two standard errors of zero." in finding.text
-    # The median rollout has 2 stderr / |influence| = 1.6: its square is how many more prompts bring it to 1.
-    assert "About 2.6 times as many prompts in E" in finding.text
+    assert "E is too small: the 95% intervals of 60% of rollouts include 0." in finding.text
+    # The median rollout has 2.3646 stderr / |influence| = 1.89: its square is how many more prompts bring it to 1.
+    assert "About 3.6 times as many prompts in E" in finding.text
+
+
+def test_signs_are_told_by_student_t() -> None:
+    """A value needs 2.3646 standard errors with eight parts of E, and two with 61."""
+    arrays = {"per_sequence": np.full(10, 2.2), "stderr": np.ones(10)}
+    for parts, level in ((8, "attention"), (61, "good")):
+        arrays["deviations"] = np.zeros((parts, 10))
+        for name in ("Standard errors of the rollouts", "Sign of the total"):
+            finding = find_finding(name, {"total": 2.2, "total_stderr": 1.0}, **arrays)
+            assert finding is not None
+            assert finding.level == level
 
 
 def test_ranking_tells_how_many_prompts_would_do() -> None:
@@ -52,7 +63,7 @@ def test_rollout_errors_leave_out_rollouts_that_move_nothing() -> None:
     finding = find_finding("Standard errors of the rollouts", **arrays)
     assert finding is not None
     assert finding.level == "good"
-    assert finding.text.startswith("100% of rollouts")
+    assert "100% of rollouts" in finding.text
 
 
 @pytest.mark.parametrize(

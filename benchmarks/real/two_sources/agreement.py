@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fx_influence.estimators.stderr import degrees_of_sum, interval_half_width
 from fx_influence.lab.training.load import Training
-
-INTERVAL = 1.96
-"""Standard errors on each side of a 95% interval."""
 
 
 class Pair(NamedTuple):
@@ -41,8 +39,12 @@ def _rows(training: Training) -> list[tuple[tuple[int, str, str], float, float]]
     return [((step, kind, label), value, stderr) for step, kind, label, value, stderr in rows]
 
 
-def agreement(compared: Sequence[Pair]) -> dict[str, Any]:
+def agreement(compared: Sequence[Pair], degrees_of_freedom: Sequence[float]) -> dict[str, Any]:
     """Return how far two ledgers agree on single sums.
+
+    Args:
+        compared: the sums by both.
+        degrees_of_freedom: of the standard errors of the first ledger and of the second.
 
     Returns:
         ``count``; ``correlation``; ``slope`` of the second on the first and ``slope_back`` of the first on the second,
@@ -51,8 +53,10 @@ def agreement(compared: Sequence[Pair]) -> dict[str, Any]:
         too few sums.
     """
     x, y = (np.array([getattr(pair, name) for pair in compared], dtype=np.float64) for name in ("first", "second"))
-    errors = np.array([np.hypot(pair.first_stderr, pair.second_stderr) for pair in compared], dtype=np.float64)
-    known = np.isfinite(errors)
+    errors = np.array([[pair.first_stderr, pair.second_stderr] for pair in compared], dtype=np.float64)
+    known = np.isfinite(errors).all(-1)
+    degrees = np.array([degrees_of_sum(both, np.asarray(degrees_of_freedom)) for both in errors])
+    half_width = interval_half_width(np.hypot(*errors.T), degrees)
     several = len(x) > 2 and x.std() > 0 and y.std() > 0
     return {
         "count": len(x),
@@ -60,7 +64,7 @@ def agreement(compared: Sequence[Pair]) -> dict[str, Any]:
         "slope": float(x @ y / (x @ x)) if several else None,
         "slope_back": float(x @ y / (y @ y)) if several else None,
         "with_error": int(known.sum()),
-        "inside": float((np.abs(x - y)[known] <= INTERVAL * errors[known]).mean()) if known.any() else None,
+        "inside": float((np.abs(x - y) <= half_width)[known].mean()) if known.any() else None,
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fx_influence import labels
 from fx_influence.attribution.result import Influence
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
 from fx_influence.types import AdamWState, Batch, TokenValues
@@ -27,6 +28,13 @@ REWARD_VALUE, MAX_REWARDS = "reward value", 4
 
 MAX_PROMPTS, MAX_PROMPT_TEXT = 64, 80
 """Prompts of a step in its entry, those with the largest shares of the sum of |influence|, and characters of each."""
+
+DEGREES, MEASURED_DEGREES = "degrees_of_freedom", "measured_degrees_of_freedom"
+"""Figures of an entry: degrees of freedom of Student's t for intervals, from the errors of influences and their sums,
+and from that of the measured change."""
+
+ASSUMED_DEGREES = float(MAX_RANDOM_GROUPS - 2)
+"""Degrees of freedom where an entry has none, as those of version 0.2: of eight folds, one left out, the default."""
 
 
 def step_labels(rollouts: Sequence[Rollout], batch: Batch, values: TokenValues) -> dict[str, Labels]:

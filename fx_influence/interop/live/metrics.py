@@ -12,6 +12,7 @@ from fx_influence import labels
 from fx_influence.attribution.result import Influence, Sums
 from fx_influence.estimators.concentration import top_share
 from fx_influence.estimators.snis import SnisDelta
+from fx_influence.interop.ledger.entry import DEGREES, MEASURED_DEGREES
 from fx_influence.interop.live.step import CapturedStep
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.labels import Labels
@@ -58,7 +59,7 @@ class MeasuredStep(NamedTuple):
         entropy: estimate of H on E before the step, nats.
         measured_change: change of H over the step, by importance sampling on the same E, nothing left out; None where
             the optimizer made no step.
-        change_over_others, unexplained_stderr: see ``change.measured``.
+        change_over_others, unexplained_stderr, measured_degrees_of_freedom: see ``change.measured``.
         seconds: duration of measuring.
         step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
         moment_rounding: share of the first moments that quantising them changed after the step, see
@@ -81,6 +82,7 @@ class MeasuredStep(NamedTuple):
     lifetime_factor: float = math.nan
     change_over_others: SnisDelta | None = None
     unexplained_stderr: float = math.nan
+    measured_degrees_of_freedom: int = 0
 
     def through_own_prompts(self) -> float:
         """Return what leaving out the rollouts' own prompts takes off the sum of their influences, per unit lr.
@@ -128,9 +130,12 @@ class MeasuredStep(NamedTuple):
         if influence.self_influence is not None:
             metrics["self_influence"] = self.lr * self.through_own_prompts()
         metrics |= {"entropy": self.entropy, "lr": self.lr, "seconds": self.seconds}
+        if influence.degrees_of_freedom is not None:
+            metrics[DEGREES] = float(influence.degrees_of_freedom)
         change = self.change()
         if change is not None:
             metrics |= {"measured": float(change.delta_h), "measured_stderr": float(change.stderr)}
+            metrics[MEASURED_DEGREES] = float(self.measured_degrees_of_freedom)
             metrics |= {} if math.isnan(self.unexplained_stderr) else {"unexplained_stderr": self.unexplained_stderr}
             metrics["ess"] = float(change.ess)
             metrics["step_rounding"] = self.step_rounding

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_influence.interop.ledger.entry import DEGREES
 from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.window.files import WindowStep
 from fx_influence.labels import Labels
@@ -73,6 +74,7 @@ def window_entry(
         "residual": float(result.residual.abs().max()),
         "absolute": float(sum(x.abs().sum() for x in result.per_sequence)),
         "ess": math.nan if result.ess is None else float(result.ess),
+        DEGREES: math.nan if result.degrees_of_freedom is None else result.degrees_of_freedom,
     }
     columns = (by_step.influence, by_step.stderr, result.weight_decay, result.residual)
     rows = zip((x.number for x in steps), *(x.tolist() for x in columns), strict=True)

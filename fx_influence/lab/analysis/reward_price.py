@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS, interval_half_width
 from fx_influence.lab.analysis.correlation import Row, adjust, correlation_rows
 from fx_influence.lab.analysis.covariates import prompts
 from fx_influence.lab.results import EntropyInfluenceResults
@@ -19,8 +20,8 @@ def reward_price(results: EntropyInfluenceResults, evaluation: int = 0) -> tuple
     Returns:
         The figures, rows with ``quantity``, ``value``, ``stderr`` over the draw of E, ``low``, ``high``, ``p``, ``q``,
         ``note``: the step's change of entropy and of reward, in total and from the rollouts, their ratio in nats per
-        unit of reward (negative: entropy is paid), counts of rollouts by both signs, the number of r_i beyond two
-        standard errors, and the correlation of delta_i with r_i.
+        unit of reward (negative: entropy is paid), counts of rollouts by both signs, the number of r_i whose 95%
+        interval excludes 0, and the correlation of delta_i with r_i.
         The Pareto set, see ``pareto``: a row for each of its rollouts with ``id``, ``entropy``, ``reward`` and their
         standard errors.
     """
@@ -32,7 +33,10 @@ def reward_price(results: EntropyInfluenceResults, evaluation: int = 0) -> tuple
         arrays[name] for name in ("per_sequence", "per_sequence_reward", "per_sequence_reward_stderr")
     )
     rows = [*_changes(summary, arrays), *_quadrants(entropy, reward)]
-    rows.append(_figure("rollouts whose reward is beyond two standard errors", int((np.abs(reward) > 2 * error).sum())))
+    # Runs of version 0.2 and before do not have the degrees; their errors come from random groups too.
+    degrees = arrays.get("reward_degrees_of_freedom", MAX_RANDOM_GROUPS - 1)
+    told = int((np.abs(reward) > interval_half_width(error, degrees)).sum())
+    rows.append(_figure("rollouts whose reward has a 95% interval that excludes 0", told))
     correlated = adjust(correlation_rows({"none": entropy}, {"reward influence": reward}, prompts(results)))
     keys = ("value", "low", "high", "p", "q", "note")
     rows += [{**_figure(f"{row['measure']} of entropy and reward"), **{k: row[k] for k in keys}} for row in correlated]

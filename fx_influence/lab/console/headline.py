@@ -6,27 +6,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.lab.console.numbers import with_error
 from fx_influence.lab.health import INVALIDATING, Finding, has_small_ess, health, value_at_lr
 from fx_influence.lab.results import EntropyInfluenceResults
 
-CERTAIN = 2.0
-"""Standard errors from zero beyond which a sign counts as determined."""
-
 
 class Change(NamedTuple):
-    """Delta H of the step in nats by one method, with its standard error over the draw of E."""
+    """Delta H of the step in nats by one method, its standard error over the draw of E, and the degrees of that."""
 
     name: str
     value: float
     stderr: float | None
+    degrees_of_freedom: float
 
     @property
     def sign(self) -> int | None:
-        """Return -1, 0 or 1; None where the change is within two standard errors of zero."""
-        if self.stderr is not None and 0 < abs(self.value) <= CERTAIN * self.stderr:
-            return None
-        return int(np.sign(self.value))
+        """Return -1, 0 or 1; None where the 95% interval of the change includes 0."""
+        if self.stderr is None or not self.value:
+            return int(np.sign(self.value))
+        told = abs(self.value) > interval_half_width(self.stderr, self.degrees_of_freedom)
+        return int(np.sign(self.value)) if told else None
 
     @property
     def magnitude(self) -> str:
@@ -59,13 +59,14 @@ class StepTerm(NamedTuple):
 def headline(results: EntropyInfluenceResults, evaluation: int = 0) -> Headline:
     """Return what the step does to the entropy over one E, predicted beside measured.
 
-    The sentence names a direction only if the predicted change, and the measured one if there is one, are more than two
-    standard errors from zero and agree in sign. Otherwise it begins with that doubt; and if one of the checks that
+    The sentence names a direction only if the 95% intervals of the predicted change, and of the measured one if there
+    is one, exclude 0 and the two agree in sign. Otherwise it begins with that doubt; and if one of the checks that
     invalidate every figure fails, it begins with that check.
     """
-    summary, lr = results.evaluations[evaluation].summary, results.summary["lr"]
-    findings = health(results, evaluation)
-    predicted = Change("predicted, first order", summary["total"] * lr, _scaled(summary["total_stderr"], lr))
+    evaluated, lr = results.evaluations[evaluation], results.summary["lr"]
+    summary, findings = evaluated.summary, health(results, evaluation)
+    error = _scaled(summary["total_stderr"], lr)
+    predicted = Change("predicted, first order", summary["total"] * lr, error, evaluated.degrees_of_freedom)
     measured = _measured(results, evaluation)
     reliable = None if has_small_ess(findings) else measured
     sentence = _sentence(predicted, reliable, entropy_unit(results), summary["entropy"])
@@ -132,18 +133,20 @@ def _verb(change: Change) -> str:
 def _second_order(summary: dict[str, Any], lr: float) -> list[Change]:
     if summary.get("second_order") is None or not lr:
         return []
-    return [Change("predicted, second order", summary["total"] * lr + summary["second_order"] * lr**2 / 2, None)]
+    value = summary["total"] * lr + summary["second_order"] * lr**2 / 2
+    return [Change("predicted, second order", value, None, np.nan)]
 
 
 def _measured(results: EntropyInfluenceResults, evaluation: int) -> Change | None:
-    arrays, lr = results.evaluations[evaluation].arrays, results.summary["lr"]
-    value, stderr = (value_at_lr(arrays, name, lr) for name in ("full", "full_stderr"))
+    evaluated, lr = results.evaluations[evaluation], results.summary["lr"]
+    value, stderr = (value_at_lr(evaluated.arrays, name, lr) for name in ("full", "full_stderr"))
     if value is None:
         return None
     # Of a cross-fitted step the change on the same rollouts, each at the step without its own prompt.
-    step = results.evaluations[evaluation].summary.get("in_this_step", {})
+    step = evaluated.summary.get("in_this_step", {})
     value, stderr = step.get("measured", value), step.get("measured_stderr", stderr)
-    return Change("measured, importance sampling", value, None if stderr is None or np.isnan(stderr) else stderr)
+    known = None if stderr is None or np.isnan(stderr) else stderr
+    return Change("measured, importance sampling", value, known, evaluated.finite_degrees_of_freedom)
 
 
 def _scaled(error: float | None, lr: float) -> float | None:

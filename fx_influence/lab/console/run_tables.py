@@ -31,7 +31,10 @@ def print_run(results: EntropyInfluenceResults, console: Console) -> None:
             console.print(Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
     console.print(_terms(summary))
     # A step of a training run has one finite step, the one that the trainer took, and so no sweep to tabulate.
-    for table in [_logged(summary)] if "in_this_step" in summary else [_checks(summary), *finite_step_tables(summary)]:
+    told = int(results.evaluations[0].told().sum())
+    for table in (
+        [_logged(summary)] if "in_this_step" in summary else [_checks(summary, told), *finite_step_tables(summary)]
+    ):
         console.print(table)
     for verb, sign in (("LOWER", -1), ("RAISE", 1)):
         console.print(_rollouts(verb, sequences, _strongest(sign * arrays["per_sequence"]), summary["lr"]))
@@ -81,7 +84,7 @@ def _logged(s: dict[str, Any]) -> ColumnTable:
     )
 
 
-def _checks(s: dict[str, Any]) -> ColumnTable:
+def _checks(s: dict[str, Any], told: int) -> ColumnTable:
     rows = [
         ("adjoint test: residual / sum of |influence|", f"{s['relative_residual']:.1e}"),
         ("total by JVP minus sum of its terms, relative", f"{_relative(s['total_by_jvp'], s['total']):.1e}"),
@@ -97,8 +100,7 @@ def _checks(s: dict[str, Any]) -> ColumnTable:
             ("  their |Delta H| over the rounding, median", _times(auto["median_clearance"])),
             ("  relative error against the JVP, median", f"{auto['median_relative_error']:.1%}"),
         ]
-    significant = f"{s['rollouts_beyond_two_stderr']} of {s['update_rollouts']}"
-    rows.append(("rollouts more than two standard errors from 0", significant))
+    rows.append(("rollouts whose 95% interval excludes 0", f"{told} of {s['update_rollouts']}"))
     return ColumnTable("Checks", (Column("check", "name"), Column("figure")), rows)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fx_influence.estimators.entropy import entropy_estimate
+from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.lab.analysis.finite_steps.figures import finite_figures, rollout_fits
 from fx_influence.lab.analysis.finite_steps.linearity import eta_trust
 from fx_influence.lab.experiment.finite_steps import Arrays, StepSizes, sweep
@@ -85,6 +86,8 @@ def evaluate(
 def _first_order_summary(state: TrainingState, first: Arrays) -> dict[str, Any]:
     per_sequence, residual = first["per_sequence"], float(first["residual"])
     size = max(np.abs(per_sequence).sum(), abs(per_sequence.sum() + residual))
+    # With the matrix each cluster of E is a part.
+    degrees = len(first["deviations"]) - 1
     return {
         "sum_per_sequence": float(per_sequence.sum()),
         "total_stderr": float(first["full_error"]),
@@ -94,8 +97,9 @@ def _first_order_summary(state: TrainingState, first: Arrays) -> dict[str, Any]:
         "total_by_jvp": float(first["full_first"]),
         "second_order": float(first["full_second"]),
         "eta_trust": float(eta_trust(first["full_first"], first["full_second"])),
-        "rollouts_beyond_two_stderr": None
+        "degrees_of_freedom": degrees,
+        "rollouts_told": None
         if np.isnan(first["stderr"]).all()
-        else int((np.abs(per_sequence) > 2 * first["stderr"]).sum()),
+        else int((np.abs(per_sequence) > interval_half_width(first["stderr"], degrees)).sum()),
         "per_parameter": dict(zip(state.params, first["per_parameter"].tolist(), strict=True)),
     }

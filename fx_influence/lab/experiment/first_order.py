@@ -30,6 +30,7 @@ OTHER_INFLUENCES = (
     "per_sequence_reward_stderr",
     "reward_baseline",
     "reward_total_stderr",
+    "reward_degrees_of_freedom",
 )
 """Influences along the RMSProp-style direction, and on E's expected reward per unit lr, where every rollout of E has a
 reward."""
@@ -150,6 +151,7 @@ def _reward_influences(
         "per_sequence_reward_stderr": out.stderr,
         "reward_baseline": out.baseline,
         "reward_total_stderr": out.total_stderr,
+        "reward_degrees_of_freedom": torch.tensor(out.degrees_of_freedom or 0),
     }
 
 

@@ -76,7 +76,8 @@ def health(results: EntropyInfluenceResults, evaluation: int = 0) -> list[Findin
     e = results.evaluations[evaluation]
     bound = RESIDUAL_BOUNDS.get(results.plan.dtype, DEFAULT_RESIDUAL_BOUND)
     advantages = [record["advantage"] for record in results.sequences]
-    figures = Figures(results.summary, e.summary, e.arrays, results.summary["lr"], bound, advantages)
+    lr, degrees = results.summary["lr"], e.degrees_of_freedom
+    figures = Figures(results.summary, e.summary, e.arrays, lr, bound, advantages, degrees)
     findings = [finding for check in CHECKS if (finding := check(figures)) is not None]
     return sorted(findings, key=lambda finding: ("attention", "unknown", "good").index(finding.level))
 

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fx_influence.estimators.stderr import Errors, interval_half_width
+
 Level = Literal["good", "attention", "unknown"]
 
 
@@ -33,6 +35,7 @@ class Figures(NamedTuple):
         lr: learning rate of the step.
         bound: largest residual of the identity, over the sum of |influence|.
         advantages: of every rollout of U, None where it has none; empty where no rollouts were stored.
+        degrees_of_freedom: of Student's t for intervals about influences and their sums.
     """
 
     run_summary: dict[str, Any]
@@ -41,6 +44,11 @@ class Figures(NamedTuple):
     lr: float
     bound: float
     advantages: list[float | None]
+    degrees_of_freedom: float
+
+    def half_width(self, stderr: Errors) -> Errors:
+        """Return the half-widths of 95% intervals about influences and their sums of these standard errors."""
+        return interval_half_width(stderr, self.degrees_of_freedom)
 
 
 def value_at_lr(arrays: dict[str, np.ndarray], name: str, lr: float) -> float | None:

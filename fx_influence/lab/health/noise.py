@@ -7,7 +7,7 @@ import numpy as np
 from fx_influence.lab.health.findings import Figures, Finding
 
 MAX_NOISY = 0.5
-"""Largest share of rollouts that may be within two standard errors of zero."""
+"""Largest share of rollouts whose sign may not be told."""
 MAX_RANKING_NOISE = 0.1
 """Share of noise in the squared influences at which four in five of the top tenth are found.
 
@@ -50,7 +50,7 @@ def check_sign_of_total(f: Figures) -> Finding:
         return Finding(name, "unknown", "The step's total is exactly 0: it has no sign.")
     away = f"{abs(total) / error:.1f}" if error else "infinitely many"
     text = f"The step's total is {away} standard errors from zero"
-    if error and abs(total) <= 2 * error:
+    if error and abs(total) <= f.half_width(error):
         return Finding(name, "attention", f"{text}: E does not tell whether the entropy falls or rises.")
     return Finding(name, "good", f"{text}.")
 
@@ -88,11 +88,12 @@ def check_rollout_errors(f: Figures) -> Finding:
     if np.isnan(stderr).all():
         return Finding(name, "unknown", "No standard errors: E needs rollouts of at least two prompts for them.")
     delta, stderr = delta[moving], stderr[moving]
-    noisy = float((np.abs(delta) <= 2 * stderr).mean())
+    half_width = f.half_width(stderr)
+    noisy = float((np.abs(delta) <= half_width).mean())
     if noisy < MAX_NOISY:
-        return Finding(name, "good", f"{1 - noisy:.0%} of rollouts are more than two standard errors from zero.")
-    text = f"E is too small: {noisy:.0%} of rollouts are within two standard errors of zero."
+        return Finding(name, "good", f"The 95% intervals of {1 - noisy:.0%} of rollouts exclude 0.")
+    text = f"E is too small: the 95% intervals of {noisy:.0%} of rollouts include 0."
     with np.errstate(divide="ignore"):
-        times = float(np.median(2 * stderr / np.abs(delta)) ** 2)
+        times = float(np.median(half_width / np.abs(delta)) ** 2)
     more = f" About {times:.2g} times as many prompts in E would" if 1 < times < 1e4 else " More prompts in E would"
-    return Finding(name, "attention", f"{text}{more} bring the median rollout to two.")
+    return Finding(name, "attention", f"{text}{more} tell the sign of the median rollout.")

@@ -42,7 +42,7 @@ def check_prediction(f: Figures) -> Finding | None:
     changes = f"Predicted {step['total']:+.3g} nats, measured {step['measured']:+.3g}".replace("-", "−")
     text = f"{changes} on the same E: {off:.1%} apart"
     difference = abs(step["total"] - step["measured"])
-    if off > MAX_DEVIATION and difference > 2 * (step.get("unexplained_stderr") or 0.0):
+    if off > MAX_DEVIATION and difference > f.half_width(step.get("unexplained_stderr") or 0.0):
         return Finding("Predicted and measured", "attention", f"{text}. The step is longer than the first order holds.")
     return Finding("Predicted and measured", "good", f"{text}.")
 

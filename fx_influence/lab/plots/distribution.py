@@ -32,11 +32,12 @@ def distribution(results: EntropyInfluenceResults, evaluation: int = 0) -> Figur
     left.legend(fontsize=8)
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_title("Distribution")
-    _by_rank(right, influence, stderr)
+    _by_rank(right, influence, stderr, int(results.evaluations[evaluation].told().sum()))
     return drawing
 
 
-def _by_rank(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
+def _by_rank(axes: Axes, influence: np.ndarray, stderr: np.ndarray, told: int) -> None:
+    """Draw the influences by rank; ``told``: how many have a sign that their intervals tell."""
     order = np.argsort(influence, kind="stable")
     rank, values, errors = np.arange(len(order)), influence[order], stderr[order]
     if not np.isnan(errors).any():
@@ -44,10 +45,9 @@ def _by_rank(axes: Axes, influence: np.ndarray, stderr: np.ndarray) -> None:
             rank, values, errors, fmt="none", ecolor="#B0B0B0", elinewidth=0.9, label="±1 standard error over E"
         )
     axes.scatter(rank, values, s=9, c=np.where(values > 0, RAISES, np.where(values < 0, LOWERS, GREY)), zorder=3)
-    significant = int((np.abs(values) > 2 * errors).sum())
-    note = (
-        "no standard errors" if np.isnan(errors).any() else f"{significant} of {len(order)} beyond two standard errors"
-    )
+    note = f"95% intervals of {told} of {len(order)} exclude 0"
+    if np.isnan(errors).any():
+        note = "no standard errors"
     axes.set_title(f"By rank: {note}")
     axes.set_xlabel("rollouts of U by influence (rank)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

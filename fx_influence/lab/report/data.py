@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.lab.report.blobs import array_blob, json_blob
 from fx_influence.lab.results import EntropyInfluenceResults, EvaluationResults, displayed_prompt
 
@@ -111,6 +112,8 @@ def _index(results: EntropyInfluenceResults, lengths: list[int], chunks: list[in
             {
                 "influence": evaluation.arrays["per_sequence"].tolist(),
                 "stderr": [None if np.isnan(x) else float(x) for x in evaluation.arrays["stderr"]],
+                # E with one prompt has no standard errors.
+                "quantile": interval_half_width(1.0, max(evaluation.degrees_of_freedom, 1)),
                 "rollouts": len(evaluation.rollouts),
                 "largest_token": float(np.abs(evaluation.arrays["per_token"]).max(initial=0.0)),
                 "affected": evaluation.matrix is not None,

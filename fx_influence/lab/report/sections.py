@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fx_influence.core.display import printable
-from fx_influence.lab.console.headline import CERTAIN, Change, entropy_unit, headline, step_terms
+from fx_influence.estimators.stderr import interval_half_width
+from fx_influence.lab.console.headline import Change, entropy_unit, headline, step_terms
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.health import Finding
 from fx_influence.lab.results import EntropyInfluenceResults
@@ -138,15 +139,12 @@ def waterfall(results: EntropyInfluenceResults, evaluation: int, changes: list[C
         evaluation: number of E.
         changes: of the step, from ``headline``, the predicted one first.
     """
-    lr = results.summary["lr"]
+    lr, degrees = results.summary["lr"], results.evaluations[evaluation].degrees_of_freedom
     columns = waterfall_columns(results, evaluation)[:-1]
-    terms = [(x.name, x.value * lr, x.stderr * lr) for x in columns]
-    sums = [
-        (x.name.removesuffix(", importance sampling"), x.value, np.nan if x.stderr is None else x.stderr)
-        for x in changes
-    ]
-    names, values, errors = zip(*terms, *sums, strict=True)
-    ends = np.array([*np.cumsum([value for _, value, _ in terms]), *values[len(terms) :]])
+    terms = [(x.name, x.value * lr, x.stderr * lr, interval_half_width(x.stderr * lr, degrees)) for x in columns]
+    sums = [(x.name.removesuffix(", importance sampling"), x.value, *_errors(x)) for x in changes]
+    names, values, errors, half_widths = zip(*terms, *sums, strict=True)
+    ends = np.array([*np.cumsum(values[: len(terms)]), *values[len(terms) :]])
     starts = ends - values
     low, high = ends - np.nan_to_num(errors), ends + np.nan_to_num(errors)
     left, right = min(0.0, starts.min(), low.min()), max(0.0, starts.max(), high.max())
@@ -159,7 +157,7 @@ def waterfall(results: EntropyInfluenceResults, evaluation: int, changes: list[C
     rows = []
     for k, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):
         begin, end = sorted((place(starts[k]), place(ends[k])))
-        unsure = "" if np.isnan(error) or abs(value) > CERTAIN * error else " unsure"
+        unsure = "" if np.isnan(error) or abs(value) > half_widths[k] else " unsure"
         rows.append(
             WaterfallRow(
                 name,
@@ -172,6 +170,12 @@ def waterfall(results: EntropyInfluenceResults, evaluation: int, changes: list[C
         )
     likely = any("likely" in name for name in names)
     return Waterfall(scale.named(f"nats {entropy_unit(results)}"), rows, LIKELY if likely else "")
+
+
+def _errors(change: Change) -> tuple[float, float]:
+    """Return the standard error of a change and the half-width of its 95% interval, NaN where they are not known."""
+    error = np.nan if change.stderr is None else change.stderr
+    return error, interval_half_width(error, change.degrees_of_freedom)
 
 
 def _totals(summary: dict[str, Any], lr: float) -> Totals:

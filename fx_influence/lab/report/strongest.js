@@ -4,11 +4,11 @@ const STRONGEST = 5;
 const HEADS = [["Rollout", ""], ["", ""], ["std. error", ""], ["Prompt → completion", "t"]];
 
 function strongestTable(run, evaluation, title, indices, scale) {
-  const { influence, stderr } = run.evaluations[evaluation];
+  const { influence, stderr, quantile } = run.evaluations[evaluation];
   const rows = indices.map((i) => {
     const value = influence[i] * run.lr;
     const error = stderr[i] === null ? null : stderr[i] * run.lr;
-    const sure = error !== null && Math.abs(value) > 2 * error;
+    const sure = isTold(influence[i], stderr[i], quantile);
     const link = make("a", { href: `#${addressOf({ rollout: run.rollouts.id[i], evaluation })}`, text: excerpt(run.rollouts.id[i], 40) });
     const prompt = run.prompts[run.rollouts.prompt[i]].asked;
     return make("tr", { class: sure ? "" : "unsure", "data-strongest": i },

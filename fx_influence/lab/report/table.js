@@ -43,22 +43,27 @@ function searchTexts(run) {
   return id.map((_, i) => texts(i).join("\n").toLowerCase());
 }
 
+// Whether the sign of a value is told: its 95% interval, of ``quantile`` standard errors to each side, excludes 0.
+function isTold(x, error, quantile) {
+  return error !== null && Math.abs(x) > quantile * error;
+}
+
 const SIGNS = {
   "": () => true,
   up: (x) => x > 0,
   down: (x) => x < 0,
   zero: (x) => x === 0 || x === null,
-  sure: (x, error) => error !== null && Math.abs(x) > 2 * error,
-  noise: (x, error) => error !== null && Math.abs(x) <= 2 * error,
+  sure: isTold,
+  noise: (x, error, quantile) => error !== null && !isTold(x, error, quantile),
 };
 
 function filtered(run, evaluation, texts, filter) {
-  const { influence, stderr } = run.evaluations[evaluation];
+  const { influence, stderr, quantile } = run.evaluations[evaluation];
   const wanted = filter.search.toLowerCase();
   const indices = [];
   for (let i = 0; i < run.count; i += 1) {
     const matches =
-      SIGNS[filter.sign](influence[i], stderr[i]) &&
+      SIGNS[filter.sign](influence[i], stderr[i], quantile) &&
       SIGNS[filter.advantage](run.rollouts.advantage[i]) &&
       (filter.prompt === "" || run.rollouts.prompt[i] === Number(filter.prompt)) &&
       (wanted === "" || texts[i].includes(wanted));

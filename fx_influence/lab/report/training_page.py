@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Set
 from pathlib import Path
 
+import numpy as np
+
 from fx_influence.core.display import printable
+from fx_influence.interop.ledger.entry import DEGREES
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.interop.runtime.run_files import raise_if_damaged
 from fx_influence.lab.console.window_tables import window_table
@@ -95,6 +98,7 @@ def training_page(
             facts=training_facts(training),
             sentences=[printable(sentence) for sentence in training_sentences(training, findings)],
             unit=entropy_unit(training),
+            assumed=int(np.isnan(training.steps[DEGREES]).sum()),
             account=account_table(training),
             kinds=kinds_table(training),
             sources=sources_table(training),

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from fx_influence.core.display import printable
+from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.interop.ledger.file import STEP
 from fx_influence.lab.console.numbers import Scale
 from fx_influence.lab.training.account import (
@@ -17,6 +18,7 @@ from fx_influence.lab.training.account import (
     LabelSum,
     Term,
     account,
+    degrees_of_freedom,
     label_sums,
     lifetime,
     strongest_labels,
@@ -132,10 +134,11 @@ def strongest_rollouts(training: Training, steps_with_page: Set[int]) -> tuple[s
     """
     chosen = strongest_of_run(training)
     scale = Scale.of(max((abs(r["influence"]) for r in chosen), default=0.0))
+    degrees = dict(zip(training.steps[STEP].tolist(), degrees_of_freedom(training).tolist(), strict=True))
     rows = []
     for rollout in chosen:
         error = rollout.get("stderr")
-        sure = error is not None and abs(rollout["influence"]) > 2 * error
+        sure = error is not None and abs(rollout["influence"]) > interval_half_width(error, degrees[rollout[STEP]])
         rows.append(
             {
                 "step": rollout[STEP],

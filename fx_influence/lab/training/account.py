@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fx_influence.estimators.stderr import degrees_of_sum, interval_half_width
+from fx_influence.interop.ledger.entry import ASSUMED_DEGREES, DEGREES, MEASURED_DEGREES
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.console.headline import CERTAIN
 from fx_influence.lab.training.load import Training
 
 TERMS = ("rollouts", "momentum", "weight_decay", "unattributed")
@@ -24,16 +25,25 @@ EVERYTHING = 0.999
 
 
 class Term(NamedTuple):
-    """A sum over the measured steps: nats, and its standard error over the draws of E, NaN where it is not known."""
+    """A sum over measured steps: nats, its standard error over the draws of E, and the degrees of freedom of that.
+
+    Both are NaN where they are not known.
+    """
 
     name: str
     value: float
     stderr: float
+    degrees_of_freedom: float
 
     @property
     def sign(self) -> int:
-        """Return -1 or 1 if the value is more than two standard errors from zero, else 0: the sign is not told."""
-        return int(np.sign(self.value)) if abs(self.value) > CERTAIN * self.stderr else 0
+        """Return -1 or 1 if the 95% interval does not include 0, else 0: the sign is not told."""
+        return int(np.sign(self.value)) if abs(self.value) > self.half_width else 0
+
+    @property
+    def half_width(self) -> float:
+        """Return the half-width of the 95% interval."""
+        return interval_half_width(self.stderr, self.degrees_of_freedom)
 
 
 class Account(NamedTuple):
@@ -108,13 +118,18 @@ class Series(NamedTuple):
         """Return the sums up to every step, with the roots of the sums of squared errors."""
         return Series(self.values.cumsum(), np.sqrt(np.square(self.stderr).cumsum()))
 
+    def summed(self, name: str, degrees_of_freedom: np.ndarray, factor: float = 1.0) -> Term:
+        """Return the sum over the steps, of errors that are independent and have these degrees of freedom, (S,)."""
+        error = factor * float(np.sqrt(np.square(self.stderr).sum()))
+        return Term(name, factor * float(self.values.sum()), error, degrees_of_sum(self.stderr, degrees_of_freedom))
+
 
 def account(training: Training, scale: bool = False) -> Account:
     """Return the account of a training run's entropy over its measured steps.
 
-    E is drawn independently in every step, so standard errors of sums are roots of sums of squares. With held-out
-    prompts, which are the same in every step, they are over the completions and not over the choice of prompts. Steps
-    without a measured change, which the optimizer skipped, are left out.
+    E is drawn independently in every step, so standard errors of sums are roots of sums of squares, with the degrees of
+    freedom of ``degrees_of_sum``. With held-out prompts, the same in every step, they are over the completions and not
+    over the choice of prompts. Steps without a measured change, which the optimizer skipped, are left out.
 
     Args:
         training: from ``load_training``.
@@ -135,18 +150,19 @@ def account(training: Training, scale: bool = False) -> Account:
         raise ValueError("measured is unknown in every step; expected one that the optimizer made. Measure more steps")
     coverage = int(rows.sum()) / training.last_step
     factor = 1 / coverage if scale else 1.0
+    degrees, measured_degrees = degrees_of_freedom(training), measured_degrees_of_freedom(training)
 
-    def term(name: str, values: np.ndarray, stderr: np.ndarray) -> Term:
-        return Term(name, factor * float(values[rows].sum()), factor * _root_of_squares(stderr[rows]))
+    def term(name: str, values: np.ndarray, stderr: np.ndarray, degrees: np.ndarray = degrees) -> Term:
+        return Series(values[rows], stderr[rows]).summed(name, degrees[rows], factor)
 
     unknown = np.full(len(rows), np.nan)
-    measured = term("measured", columns["measured"], columns["measured_stderr"])
+    measured = term("measured", columns["measured"], columns["measured_stderr"], measured_degrees)
     predicted = term("predicted", columns["total"], columns["stderr"])
     errors = {"rollouts": columns["rollouts_stderr"]}
     terms = [term(name.replace("_", " "), columns[name], errors.get(name, unknown)) for name in TERMS]
     rest = predicted.value - sum(x.value for x in terms)
     if abs(rest) > ROUNDING * sum(abs(x.value) for x in terms):
-        terms.append(Term("response of the denominator", rest, float("nan")))
+        terms.append(Term("response of the denominator", rest, float("nan"), float("nan")))
     unexplained = term("unexplained", columns["measured"] - columns["total"], unexplained_stderr(training))
     bounded = int(np.isnan(columns["unexplained_stderr"][rows]).sum())
     return Account(measured, predicted, terms, unexplained, bounded, int(rows.sum()), coverage, factor)
@@ -162,6 +178,20 @@ def unexplained_stderr(training: Training) -> np.ndarray:
     return np.where(np.isnan(known), np.hypot(columns["measured_stderr"], columns["stderr"]), known)
 
 
+def degrees_of_freedom(training: Training) -> np.ndarray:
+    """Return those of the standard errors of influences and their sums at every step, (S,), six where not stored."""
+    return _or_assumed(training.steps[DEGREES])
+
+
+def measured_degrees_of_freedom(training: Training) -> np.ndarray:
+    """Return those of the standard errors of the measured changes at every step, (S,), six where not stored."""
+    return _or_assumed(training.steps[MEASURED_DEGREES])
+
+
+def _or_assumed(degrees: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(degrees), ASSUMED_DEGREES, degrees)
+
+
 def lifetime(training: Training) -> Lifetime | None:
     """Return how well the rollouts' effects over their lifetimes account for rollouts and momentum over the run.
 
@@ -173,19 +203,17 @@ def lifetime(training: Training) -> Lifetime | None:
         parameters that differ in beta1 or in the number of their updates.
     """
     columns = training.steps
-    factor = columns["lifetime_factor"]
+    factor, degrees = columns["lifetime_factor"], degrees_of_freedom(training)
     if not np.isfinite(factor).all():
         return None
-    effects = Term(
-        "lifetime effects",
-        float((factor * columns["rollouts"]).sum()),
-        _root_of_squares(factor * columns["rollouts_stderr"]),
-    )
-    realised = float((columns["rollouts"] + columns["momentum"]).sum())
+    scaled = Series(factor * columns["rollouts"], factor * columns["rollouts_stderr"])
+    effects = scaled.summed("lifetime effects", degrees)
     # The error of the complete step stands for that of these two terms, which nearly always are all of it.
-    error = _root_of_squares(columns["stderr"])
-    difference = Term("difference", effects.value - realised, float(np.hypot(effects.stderr, error)))
-    return Lifetime(effects, Term("rollouts and momentum", realised, error), difference)
+    of_step = Series(columns["rollouts"] + columns["momentum"], columns["stderr"])
+    realised = of_step.summed("rollouts and momentum", degrees)
+    both = [np.array([getattr(x, name) for x in (effects, realised)]) for name in ("stderr", "degrees_of_freedom")]
+    difference = Series(np.array([effects.value, -realised.value]), both[0]).summed("difference", both[1])
+    return Lifetime(effects, realised, difference)
 
 
 def label_series(training: Training, kind: str, over_lifetime: bool = False) -> dict[str, Series]:
@@ -232,10 +260,10 @@ def label_sums(training: Training, kind: str, scale: bool = False, over_lifetime
         ValueError: for a kind that the ledger does not have.
     """
     factor = 1 / training.coverage if scale else 1.0
-    columns, sums = training.labels, []
+    columns, degrees, sums = training.labels, degrees_of_freedom(training), []
     for label, series in label_series(training, kind, over_lifetime).items():
         rows = (columns["kind"] == kind) & (columns["label"] == label)
-        term = Term(label, factor * float(series.values.sum()), factor * _root_of_squares(series.stderr))
+        term = series.summed(label, degrees, factor)
         share = float(np.nansum(columns["share"][rows])) / len(training.steps[STEP])
         sums.append(LabelSum(kind, term, int(columns["count"][rows].sum()), int(rows.sum()), share))
     return sums
@@ -271,7 +299,3 @@ def causes(training: Training, kind: str | None = None) -> dict[str, np.ndarray]
     parts["rest"] = np.nan_to_num(columns["total"]) - sum(parts.values())
     size = sum(float(np.abs(x).sum()) for x in parts.values())
     return {name: x for name, x in parts.items() if float(np.abs(x).sum()) > ROUNDING * size}
-
-
-def _root_of_squares(stderr: np.ndarray) -> float:
-    return float(np.sqrt(np.square(stderr).sum()))

@@ -8,12 +8,12 @@ import numpy as np
 
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
+from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.console.headline import CERTAIN
 from fx_influence.lab.health import DEFAULT_RESIDUAL_BOUND, Finding
 from fx_influence.lab.health.step_length import EFFECTIVE_SAMPLE, MAX_DEVIATION, MIN_ESS
 from fx_influence.lab.health.validity import IDENTITY, MAX_UNATTRIBUTED
-from fx_influence.lab.training.account import account
+from fx_influence.lab.training.account import Series, account, degrees_of_freedom, measured_degrees_of_freedom
 from fx_influence.lab.training.load import Training
 
 MAX_STEP_ROUNDING = 0.1
@@ -92,14 +92,16 @@ def check_first_orders(training: Training) -> Finding | None:
     steps = training.steps
     if not training.splits_the_step:
         return None
-    told = (np.abs(steps["total"]) > CERTAIN * steps["stderr"]) & np.isfinite(steps["measured"])
+    degrees = degrees_of_freedom(training)
+    told = np.abs(steps["total"]) > interval_half_width(steps["stderr"], degrees)
+    told &= np.isfinite(steps["measured"])
     if not told.any():
         return None
     difference = np.abs(steps["total"] - steps["measured"])
     off = told & (difference > MAX_DEVIATION * np.abs(steps["measured"]))
     # Bounds of the error, in ledgers of older versions, would hide nearly every difference.
     known = steps["unexplained_stderr"]
-    off &= np.isnan(known) | (difference > CERTAIN * known)
+    off &= np.isnan(known) | (difference > interval_half_width(known, degrees))
     share = off.sum() / told.sum()
     first = f", the first of them step {steps[STEP][off][0]}" if off.any() else ""
     text = (
@@ -117,12 +119,13 @@ def check_sign_of_sum(training: Training) -> Finding | None:
     steps, name = training.steps, "Sign of the change"
     if not training.splits_the_step:
         return None
-    error, total = float(np.sqrt(np.square(steps["stderr"]).sum())), float(steps["total"].sum())
-    if not np.isfinite(error):
+    degrees = degrees_of_freedom(training)
+    total = Series(steps["total"], steps["stderr"]).summed("total", degrees)
+    if not np.isfinite(total.stderr):
         return Finding(name, "unknown", "Not every measured step has a standard error, so the sum has none.")
-    told = int((np.abs(steps["total"]) > CERTAIN * steps["stderr"]).sum())
-    text = f"{told} of {len(steps[STEP])} measured steps have a predicted change beyond two standard errors"
-    if abs(total) <= CERTAIN * error:
+    told = int((np.abs(steps["total"]) > interval_half_width(steps["stderr"], degrees)).sum())
+    text = f"{told} of {len(steps[STEP])} measured steps have a predicted change whose 95% interval excludes 0"
+    if not total.sign:
         return Finding(name, "attention", f"{text}; their sum has not: the draws of E do not tell its sign.")
     return Finding(name, "good", f"{text}, and so has their sum.")
 
@@ -146,10 +149,11 @@ def check_pace(training: Training) -> Finding | None:
     known = np.isfinite(change)
     if known.sum() < 2 or not np.isfinite(entropy):
         return None
-    pace, count = float(change[known].mean()), int(known.sum())
-    error = float(np.sqrt(np.square(steps["measured_stderr"][-RECENT:][known]).sum())) / count
+    count, degrees = int(known.sum()), measured_degrees_of_freedom(training)[-RECENT:][known]
+    recent = Series(change[known], steps["measured_stderr"][-RECENT:][known])
+    _, pace, error, _ = mean = recent.summed("pace", degrees, 1 / count)
     name = "Pace"
-    if not (pace < 0 and abs(pace) > CERTAIN * error):
+    if mean.sign >= 0:
         return Finding(name, "good", f"The last {count} measured steps show no fall of the entropy beyond its error.")
     left = entropy / -pace
     text = (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fx_influence.core.display import record_line
-from fx_influence.interop.ledger.entry import MAX_REWARDS, REWARD_VALUE
+from fx_influence.interop.ledger.entry import DEGREES, MAX_REWARDS, MEASURED_DEGREES, REWARD_VALUE
 from fx_influence.interop.ledger.file import LEDGER, STEP, read_ledger
 from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.results import require_pandas
@@ -26,7 +26,7 @@ EXPECTED = (
     *("total", "stderr", "measured", "measured_stderr", "unexplained_stderr", "rollouts", "rollouts_stderr"),
     *("momentum", "weight_decay", "unattributed", "entropy", "absolute", "residual", "rounding", "conditioning"),
     *("step_rounding", "ess", "lr", "reward", "length", "truncated", "clip_fraction"),
-    *("evaluation_count", "update_count", "seconds", "lifetime_factor"),
+    *("evaluation_count", "update_count", "seconds", "lifetime_factor", DEGREES, MEASURED_DEGREES),
 )
 """Columns that ``Training.steps`` always has, NaN where no step has them."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fx_influence.interop.ledger.file import STEP
-from fx_influence.lab.training.account import Term
+from fx_influence.lab.training.account import Series, Term, degrees_of_freedom
 from fx_influence.lab.training.load import Training
 
 
@@ -52,13 +52,15 @@ def returning_prompts(training: Training) -> list[PromptSeries]:
     order = np.argsort(place, kind="stable")
     rows_of = np.split(order, np.cumsum(counts)[:-1])
     series = [
-        _series(columns, str(keys[k]), str(columns["prompt"][first[k]]), rows_of[k])
+        _series(training, str(keys[k]), str(columns["prompt"][first[k]]), rows_of[k])
         for k in np.flatnonzero(counts > 1).tolist()
     ]
     return sorted(series, key=lambda x: (-abs(x.term.value), x.key))
 
 
-def _series(columns: dict[str, np.ndarray], key: str, prompt: str, rows: np.ndarray) -> PromptSeries:
-    influence, stderr = columns["influence"][rows], columns["stderr"][rows]
-    term = Term(key, float(influence.sum()), float(np.sqrt(np.square(stderr).sum())))
-    return PromptSeries(key, prompt, term, columns[STEP][rows], influence, stderr, columns["reward"][rows])
+def _series(training: Training, key: str, prompt: str, rows: np.ndarray) -> PromptSeries:
+    columns = training.prompts
+    influence, stderr, steps = (columns[name][rows] for name in ("influence", "stderr", STEP))
+    degrees = degrees_of_freedom(training)[np.searchsorted(training.steps[STEP], steps)]
+    term = Series(influence, stderr).summed(key, degrees)
+    return PromptSeries(key, prompt, term, steps, influence, stderr, columns["reward"][rows])

@@ -167,11 +167,12 @@ def _size(term: Term) -> str:
 
 def _unexplained(summed: Account, findings: list[Finding]) -> str:
     term = summed.unexplained
-    unknown = "with an error that is not known" if math.isnan(term.stderr) else "within two standard errors of zero"
-    beyond = "beyond two standard errors" if term.sign else unknown
-    if summed.bounded_steps and not math.isnan(term.stderr):
-        beyond = f"{beyond}, which are upper bounds"
-    return f"Unexplained, measured minus predicted, are {signed(term)} nats, {beyond}; {_clause(_trust(findings))}"
+    interval = f"with a 95% interval that {'excludes' if term.sign else 'includes'} 0"
+    if summed.bounded_steps:
+        interval = f"{interval}, from an upper bound of the error"
+    if math.isnan(term.stderr):
+        interval = "with an error that is not known"
+    return f"Unexplained, measured minus predicted, are {signed(term)} nats, {interval}; {_clause(_trust(findings))}"
 
 
 def _trust(findings: list[Finding]) -> str:

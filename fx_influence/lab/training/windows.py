@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fx_influence.interop.ledger.entry import DEGREES
 from fx_influence.interop.ledger.file import STEP, WINDOW
 
 FIGURES = (
     *("rollouts", "rollouts_stderr", "momentum", "momentum_stderr", "second_moment", "second_moment_stderr"),
     *("weight_decay", "total", "total_stderr", "residual", "absolute", "ess", "replay_error", "bytes", "seconds"),
+    DEGREES,
 )
 """Columns of ``Windows.figures`` beside ``first`` and ``last``; NaN where a window does not have one."""
 
@@ -26,7 +28,7 @@ class Windows(NamedTuple):
         figures: columns, one entry a window: ``first`` and ``last`` (int64, numbers of steps), ``rollouts``, the sum of
             the influences of all its rollouts, ``momentum`` and ``second_moment``, that came in, ``weight_decay``,
             ``total``, standard errors, ``residual`` (the largest of its steps), ``absolute``, ``ess``,
-            ``replay_error``, ``bytes`` on disk, ``seconds``.
+            ``replay_error``, ``bytes`` on disk, ``seconds``, ``degrees_of_freedom`` (of the standard errors).
         steps: columns, one entry a window and step: ``last``, ``step``, ``rollouts``, ``stderr``, ``weight_decay``,
             ``residual``.
         labels: columns, one entry a window, kind and label: ``last``, ``kind``, ``label``, ``influence``, ``stderr``,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.loops import COUNT, MAX_NORM, Loop, Rollouts, batch_of, closed_form, completion_values, named
+from helpers.loops import COUNT, MAX_NORM, PROMPTS, Loop, Rollouts, batch_of, closed_form, completion_values, named
 from helpers.tiny_models import AttentionModel, make_float64
 from helpers.tolerances import assert_close_to_rounding, policy_terms
 from torch import Tensor, nn
@@ -140,6 +140,15 @@ def test_log_has_at_most_sixteen_figures() -> None:
     assert len(entry) <= 16
     assert entry == {name: metrics[name.removeprefix("entropy_influence/")] for name in entry}
     assert {"entropy_influence/total", "entropy_influence/measured"} <= entry.keys()
+
+
+def test_metrics_have_the_degrees_of_their_errors() -> None:
+    """Each prompt is a fold, and a rollout's own is left out; the jackknife of the measured change has all prompts."""
+    capture = Loop(1, 1, EVERY_STEP).run()
+    assert capture is not None
+    [metrics] = capture.history
+    assert metrics["degrees_of_freedom"] == PROMPTS - 2
+    assert metrics["measured_degrees_of_freedom"] == PROMPTS - 1
 
 
 def with_dropout(model: nn.Module) -> nn.Module:

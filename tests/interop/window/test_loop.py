@@ -126,6 +126,7 @@ def test_window_is_that_of_steps_recorded_by_hand(finished: Finished) -> None:
         for name in ("momentum", "total", "total_stderr", "momentum_stderr"):
             same(figures[name], getattr(out, name))
         same(figures["weight_decay"], out.weight_decay.sum())
+        assert figures["degrees_of_freedom"] == out.degrees_of_freedom == PROMPTS - 2
         for row, influences, decay in zip(account["steps"], out.per_sequence, out.weight_decay, strict=True):
             same(row[1], influences.sum())
             same(row[3], decay)

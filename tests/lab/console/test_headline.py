@@ -51,6 +51,7 @@ def run_with(path: Path, total: float, stderr: float | None, measured: float | N
         (-4.0, None, None, "This step lowers", ["0.004", "E gives no error bar"]),
         (-4.0, 2.5, -3.5e-3, "E does not determine whether", ["−0.0040 ± 0.0025", "measured −0.00350 ± 0.00050"]),
         (-4.0, 0.5, -0.9e-3, "The sign is uncertain", ["lowers", "0.00400", "−0.00090 ± 0.00050 is measured"]),
+        (-4.0, 0.5, -1.5e-3, "The sign is uncertain", ["−0.00150 ± 0.00050 is measured"]),
         (-4.0, 0.5, 3.5e-3, "This step is too long", ["raises", "0.00350", "−0.00400 ± 0.00050 is predicted"]),
         (0.0, 0.0, None, "To first order this step leaves", ["1.0000"]),
     ],
@@ -58,6 +59,7 @@ def run_with(path: Path, total: float, stderr: float | None, measured: float | N
 def test_headline_names_a_direction_only_if_determined(
     total: float, stderr: float | None, measured: float | None, begins: str, holds: list[str], tmp_path: Path
 ) -> None:
+    """E has four prompts, so that a 95% interval is 3.18 standard errors to each side."""
     sentence = headline(run_with(tmp_path, total, stderr, measured)).sentence
     assert sentence.startswith(begins)
     assert all(words in sentence for words in holds), sentence

@@ -55,7 +55,7 @@ def test_run_directory_holds_every_file(finished: Path) -> None:
         shapes |= {f"{name}_{field}": (n_eta, n_u) for field in fields}
         shapes |= {f"{name}_{field}": (n_u,) for field in ("slope", "r2", "curvature", "eta_trust", "spread")}
     shapes |= dict.fromkeys(("per_sequence_rmsprop", "per_sequence_reward", "per_sequence_reward_stderr"), (n_u,))
-    shapes |= dict.fromkeys(("reward_baseline", "reward_total_stderr"), ())
+    shapes |= dict.fromkeys(("reward_baseline", "reward_total_stderr", "reward_degrees_of_freedom"), ())
     shapes |= dict.fromkeys(("auto_eta", "auto_grad", "auto_grad_stderr", "auto_grad_ess"), (n_u,))
     assert {name: arrays[name].shape for name in shapes} == shapes
     assert arrays["per_token"].shape[0] == n_u

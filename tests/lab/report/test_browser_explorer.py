@@ -54,13 +54,13 @@ def test_table_cells_match_the_run(page: Any, run: EntropyInfluenceResults) -> N
 
 
 def test_filters_and_search_select_rollouts(page: Any, run: EntropyInfluenceResults) -> None:
-    delta, stderr = (run.evaluations[0].arrays[name] for name in ("per_sequence", "stderr"))
+    delta, told = run.evaluations[0].arrays["per_sequence"], run.evaluations[0].told()
     advantage = np.array([record["advantage"] for record in run.sequences])
     for name, choice, wanted in (
         ("#sign", "up", delta > 0),
         ("#sign", "down", delta < 0),
-        ("#sign", "sure", np.abs(delta) > 2 * stderr),
-        ("#sign", "noise", np.abs(delta) <= 2 * stderr),
+        ("#sign", "sure", told),
+        ("#sign", "noise", ~told),
         ("#advantage", "up", advantage > 0),
         ("#advantage", "zero", advantage == 0),
     ):
@@ -232,7 +232,7 @@ def test_first_screen_has_sentence_waterfall_and_rollouts(page: Any, run: Entrop
 
 def test_strongest_rollouts_match_the_run(page: Any, run: EntropyInfluenceResults) -> None:
     arrays, lr = run.evaluations[0].arrays, run.summary["lr"]
-    delta, stderr = arrays["per_sequence"], arrays["stderr"]
+    delta, stderr, told = arrays["per_sequence"], arrays["stderr"], run.evaluations[0].told()
     order = np.argsort(-delta, kind="stable")
     raising, lowering = [i for i in order if delta[i] > 0][:5], [i for i in order[::-1] if delta[i] < 0][:5]
     rows = page.locator(".strongest >> visible=true").locator("tbody tr")
@@ -244,7 +244,7 @@ def test_strongest_rollouts_match_the_run(page: Any, run: EntropyInfluenceResult
         cells = row.locator("td").all_inner_texts()
         assert scale * number(cells[0]) == pytest.approx(delta[i] * lr, abs=1e-2 * lr * np.abs(delta).max())
         assert scale * number(cells[1].removeprefix("± ")) == pytest.approx(stderr[i] * lr, rel=0.1, abs=scale / 100)
-        assert (row.get_attribute("class") == "unsure") == (abs(delta[i]) <= 2 * stderr[i])
+        assert (row.get_attribute("class") == "unsure") == (not told[i])
         assert cells[2].startswith(run.sequences[i]["prompt"])
     rows.nth(0).locator("a").click()
     expect(page.locator("#detail-title")).to_have_text(run.sequences[raising[0]]["id"])

@@ -13,11 +13,13 @@ import pytest
 import torch
 from helpers.made_trainings import made_entry, write_made_ledger
 from helpers.tolerances import assert_close_to_rounding
+from scipy.stats import t
 
 import fx_influence as fx
 from fx_influence.interop.ledger.file import LEDGER, append_entry
 from fx_influence.interop.runtime.run_files import RunDirectoryError
 from fx_influence.lab.training.account import account, causes, label_series, label_sums, lifetime, strongest_labels
+from fx_influence.lab.training.prompts import returning_prompts
 
 COUNT = 12
 
@@ -90,6 +92,28 @@ def test_error_of_the_difference_is_bounded_in_old_ledgers(tmp_path: Path) -> No
     assert summed.unexplained.stderr == pytest.approx(math.sqrt(squares))
 
 
+def test_intervals_take_the_degrees_of_every_step(tmp_path: Path) -> None:
+    """One step has nearly all of the error, so a sum has its degrees; entries of older versions have six."""
+    for step, scale in ((1, 1.0), (2, 1e-3)):
+        entry = made_entry(step, np.random.default_rng(0), 0.8)
+        entry["figures"] |= {"stderr": scale, "measured_stderr": scale, "degrees_of_freedom": 3.0}
+        entry["sums"]["end"] = [["finished", 1.0, scale, 10, 1.0]]
+        entry["prompts"] = [["0" * 12, 1.0, scale, 8, 0.5, ""]]
+        append_entry(tmp_path, entry)
+    summed = account(fx.load_training(tmp_path))
+    [label], [prompt] = label_sums(fx.load_training(tmp_path), "end"), returning_prompts(fx.load_training(tmp_path))
+    for term, degrees in ((summed.predicted, 3), (summed.measured, 15), (label.term, 3), (prompt.term, 3)):
+        assert term.degrees_of_freedom == pytest.approx(degrees, rel=1e-5)
+        assert term.half_width == pytest.approx(t.ppf(0.975, degrees), rel=1e-5)
+    assert label.term.sign == 0, "2 is told by two standard errors, not by three degrees of freedom"
+    older = [{**x, "figures": {k: v for k, v in x["figures"].items() if "degrees" not in k}} for x in lines(tmp_path)]
+    for entry in older:
+        append_entry(tmp_path / "older", entry)
+    summed = account(fx.load_training(tmp_path / "older"))
+    for term in (summed.predicted, summed.measured):
+        assert term.degrees_of_freedom == pytest.approx(6, rel=1e-5)
+
+
 def test_account_scales_only_where_asked(training: fx.lab.Training) -> None:
     plain, scaled = account(training), account(training, scale=True)
     close(scaled.measured.value, 5 * plain.measured.value)
@@ -108,6 +132,7 @@ def test_stderr_of_sums_covers_independent_draws() -> None:
     columns = {name: np.zeros(3) for name in ("total", "stderr", "rollouts", "rollouts_stderr")}
     columns |= {name: np.zeros(3) for name in ("momentum", "weight_decay", "unattributed", "measured")}
     columns |= {"step": np.array([1, 2, 3]), "measured_stderr": errors, "unexplained_stderr": errors}
+    columns |= dict.fromkeys(("degrees_of_freedom", "measured_degrees_of_freedom"), np.full(3, 7.0))
     stderr = account(fx.lab.Training(Path(), columns, {}, [], {}, {})).measured.stderr
     # The standard deviation of 4,000 draws is known to 1 part in sqrt(8,000).
     assert abs(ends.std() / stderr - 1) < 5 / math.sqrt(8000)

@@ -74,9 +74,11 @@ def test_error_of_the_difference_decides_what_is_unexplained(tmp_path: Path) -> 
     """The errors of both cancel in the difference; where only these are known, the sentence says so."""
     columns = {"measured": -1.1e-3, "total": -1e-3, "measured_stderr": 1e-3, "stderr": 1e-3}
     third = training_sentences(made(tmp_path, **columns, unexplained_stderr=1e-5))[2]
-    assert third.startswith("Unexplained, measured minus predicted, are −0.002000 ± 0.000045 nats, beyond two")
+    assert third.startswith(
+        "Unexplained, measured minus predicted, are −0.002000 ± 0.000045 nats, with a 95% interval that ex"
+    )
     third = training_sentences(made(tmp_path, **columns, unexplained_stderr=np.nan))[2]
-    assert "are −0.0020 ± 0.0063 nats, within two standard errors of zero, which are upper bounds; " in third
+    assert "are −0.0020 ± 0.0063 nats, with a 95% interval that includes 0, from an upper bound" in third
 
 
 def test_first_order_is_doubted_beyond_the_error_alone(tmp_path: Path) -> None:

@@ -35,11 +35,13 @@ class MeasuredChange(NamedTuple):
             see ``over_others``; else None.
         unexplained_stderr: standard error of the measured change less the predicted one, in nats; NaN where it is not
             known.
+        measured_degrees_of_freedom: of Student's t for intervals of the measured change: E's clusters less one.
     """
 
     measured_change: SnisDelta
     change_over_others: SnisDelta | None
     unexplained_stderr: float
+    measured_degrees_of_freedom: int
 
 
 def measure_change(
@@ -80,7 +82,8 @@ def measure_change(
         rows = rows - excess * _log_length_change(base, moved, objective.estimator, behaviour)
     by_part = torch.zeros_like(parts.shares).index_add(0, parts.part, rows)
     deviations = by_part - parts.shares * used.delta_h
-    return MeasuredChange(change, over_others, difference_stderr(deviations, influence, parts.shares, lr))
+    error = difference_stderr(deviations, influence, parts.shares, lr)
+    return MeasuredChange(change, over_others, error, int(clusters.max()))
 
 
 def _log_length_change(
