@@ -26,6 +26,7 @@ from fx_influence.interop.zero.partitions import (
     PartitionedParameter,
     all_gather_parameter,
     is_partitioned,
+    master_weights,
     partitioned_parameters,
     zero_optimizer,
 )
@@ -149,7 +150,9 @@ def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy:
         cast(Params, ComputedMoments(reads)) if key in computed else {name: read() for name, read in reads.items()}
         for key, reads in moments.items()
     )
-    return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr)
+    masters = {} if zero is None else {x: read for x, read in master_weights(zero, names).items() if x in hyper}
+    gathered = cast(Params, {name: read() for name, read in masters.items()} if copy else ComputedMoments(masters))
+    return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr, gathered if masters else None)
 
 
 def _unwrap(optimizer: Any) -> Any:
