@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.checks import check_choice, check_max_grad_norm
+from fx_influence.core.computed import layout_of
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
@@ -276,9 +277,9 @@ def check_adamw_inputs(
         )
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in MOMENTS:
-        check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
+        check_names(f"opt_state.{field}", layout_of(getattr(opt_state, field)), params, remedy)
     if opt_state.master_weights is not None:
-        check_names("opt_state.master_weights", opt_state.master_weights, params, remedy)
+        check_names("opt_state.master_weights", layout_of(opt_state.master_weights), params, remedy)
     if not any(name in opt_state.hyper for name in params):
         raise ValueError(f"opt_state.hyper has none of the {len(params)} trainable parameters; {remedy}")
     for name, hyper in opt_state.hyper.items():

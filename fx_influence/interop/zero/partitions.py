@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -94,6 +94,33 @@ def all_gather_parameter(partitioned: PartitionedParameter, partition: Tensor) -
     # Every entry is in one partition, and 0 in the others.
     dist.all_reduce(values, group=partitioned.group)
     return values
+
+
+def any_on_processes(flags: Sequence[Tensor]) -> list[Tensor]:
+    """Return whether each flag is set on any process, by one collective that all of them make."""
+    count = torch.stack(list(flags)).to(torch.int32)
+    before_collective()
+    dist.all_reduce(count)
+    return list(count.bool())
+
+
+def _all_gather_group(members: Sequence[PartitionedParameter], partition: Tensor) -> dict[Tensor, Tensor]:
+    """Return the values of all parameters of a group, views of one flat vector that takes one collective.
+
+    Args:
+        members: the group's parameters.
+        partition: this process's part of the vector, as long as that of any other.
+    """
+    group = members[0].group
+    flat = partition.new_empty(dist.get_world_size(group) * partition.numel())
+    before_collective()
+    dist.all_gather(list(flat.split(partition.numel())), partition.detach(), group=group)
+    first = dist.get_rank(group) * partition.numel()
+    starts = [first + x.start for x in members]
+    return {
+        x.parameter: flat[start : start + x.parameter.numel()].view_as(x.parameter)
+        for x, start in zip(members, starts, strict=True)
+    }
 
 
 def local_values(partitioned: PartitionedParameter, partition: Tensor) -> Tensor:
@@ -185,12 +212,9 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
     Raises:
         CaptureError: where the optimizer has no gradient, before its last backward pass or after its step.
     """
-    partitions = _gradient_partitions(optimizer)
-    by_parameter = {
-        partitioned.parameter: all_gather_parameter(partitioned, partition)
-        for index, partition in enumerate(partitions)
-        for partitioned in partitioned_parameters(optimizer, index)
-    }
+    by_parameter: dict[Tensor, Tensor] = {}
+    for index, partition in enumerate(_gradient_partitions(optimizer)):
+        by_parameter |= _all_gather_group(partitioned_parameters(optimizer, index), partition)
     gradient = {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
     max_norm = float(optimizer.clip_grad) or None
     if max_norm is None:
