@@ -54,7 +54,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
 
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
-    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time.
+    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time; so are the float32
+    ``master_weights``, of which parameters in bfloat16 are the roundings.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
     from these values. That it then rounds the updated ones changes the steps after it, not this one.
