@@ -127,6 +127,8 @@ class AdamWState(NamedTuple):
     ``exp_avg`` (m), ``exp_avg_sq`` (s) and, for amsgrad parameters only, ``max_exp_avg_sq``: the parameter's shape.
     ``step``: updates made so far. ``hyper``: the parameter's own hyperparameters.
     ``lr``: lr_ref, the first nonzero learning rate in group order, or 0.0 where all are 0.
+    ``master_weights``: theta in float32, as the optimizer moves it, where the parameters are its roundings to half
+    precision; None where they are theta.
     """
 
     exp_avg: Params
@@ -135,9 +137,10 @@ class AdamWState(NamedTuple):
     step: dict[str, int]
     hyper: dict[str, AdamWHyper]
     lr: float
+    master_weights: Params | None = None
 
     def __repr__(self) -> str:
-        return record_line(self)
+        return record_line(self, {"master_weights": None})
 
 
 class IdentityError(ArithmeticError):

@@ -171,8 +171,8 @@ def test_fisher_kernel_ignores_lr_and_maximize(case: Case) -> None:
 
 def test_fisher_kernel_skips_params_outside_optimizer(case: Case) -> None:
     last = list(case.params)[-1]
-    parts = [{k: v for k, v in part.items() if k != last} for part in case.opt_state[:-1]]
-    less = AdamWState._make([*parts, case.opt_state.lr])
+    parts = [{k: v for k, v in part.items() if k != last} for part in case.opt_state[:5]]
+    less = AdamWState._make([*parts, case.opt_state.lr, None])
     for kind in KINDS[2:]:
         full, without = kernel(case, kind), kernel(case, kind, opt_state=less)
         last_diagonal = {last: present(diagonals(case, kind))[last]}

@@ -257,6 +257,7 @@ def test_logged_figures_are_explained() -> None:
     regions = Labels(torch.zeros(2, 3, dtype=torch.int64), REGIONS)
     delta = SnisDelta(*[torch.ones(())] * 6)
     told: dict[str, Any] = {"regions": regions, "moment_rounding": 0.01, "unexplained_stderr": 0.1}
+    told |= {"forward_rounding": 0.9, "unrounded_change": delta}
     metrics = MeasuredStep(*(1, 0.1, captured, [], influence, 1.0, delta, 0.5), **told).metrics()
     of_sources = {"source/a", "source/b", "source_stderr/a", "source_stderr/b"}
     assert explained == set(metrics) - of_sources

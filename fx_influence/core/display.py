@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+from fx_influence.core.computed import layout_of
+
 
 def record_line(record: Any, defaults: Mapping[str, Any] | None = None) -> str:
     """Return a named tuple or dataclass in a line, with shapes for tensors and counts for long collections.
@@ -70,6 +72,7 @@ def _array(value: Any) -> str:
 
 def _mapping(value: Mapping[Any, Any]) -> str:
     """Return the entries of a short mapping, else their number."""
+    value = layout_of(value)
     arrays = [x for x in value.values() if hasattr(x, "shape")]
     if arrays and len(arrays) == len(value):
         return f"{len(value)} tensors of {sum(_numel(x) for x in arrays):,} numbers"

@@ -228,6 +228,16 @@ def shift(params: Params, direction: Params, eta: float | Tensor) -> Params:
     return {name: p + (eta * direction[name]).to(p.dtype) if name in direction else p for name, p in params.items()}
 
 
+def shift_(direction: Params, params: Params, eta: float) -> Params:
+    """Return theta + eta v in the memory of v, which has every name of theta.
+
+    Example:
+        >>> shift_({"w": torch.tensor([1.0, -2.0])}, {"w": torch.ones(2)}, 0.5)
+        {'w': tensor([1.5000, 0.0000])}
+    """
+    return {name: direction[name].mul_(eta).add_(p) for name, p in params.items()}
+
+
 def every_nth(x: Mapping[str, Tensor | None], stride: int) -> Params:
     """Return copies of every ``stride``-th entry of each tensor, of a DTensor's local shard, flat; None is left out.
 

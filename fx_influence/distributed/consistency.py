@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fx_influence.core.computed import layout_of
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.distributed.collectives import all_gather_objects
 from fx_influence.types import AdamWState
@@ -39,15 +40,17 @@ def comparable_facts(name: str, value: object) -> Iterator[tuple[str, object]]:
     """Yield the facts of an argument that ranks compare, as (name, fact).
 
     A dictionary of tensors gives the layout of each and one checksum of all, except that DTensors, whose shards differ
-    by rank, give no checksum. A function gives only that it is one; anything else gives its value.
+    by rank, and what is gathered from all ranks at each access give no checksum. A function gives only that it is one;
+    anything else gives its value.
     """
     if isinstance(value, AdamWState):
         for field, field_value in value._asdict().items():
             yield from comparable_facts(f"{name}.{field}", field_value)
-    elif isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values()):
-        for key, x in value.items():
+    elif isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in layout_of(value).values()):
+        layout = layout_of(value)
+        for key, x in layout.items():
             yield f"the layout of {name}[{key!r}]", None if x is None else (tuple(x.shape), str(x.dtype))
-        if not any(x is not None and is_sharded(x) for x in value.values()):
+        if layout is value and not any(x is not None and is_sharded(x) for x in value.values()):
             yield f"the checksum of {name}", checksum(value)
     else:
         yield name, "a function" if callable(value) else value

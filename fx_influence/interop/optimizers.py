@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fx_influence.core.checks import wrong_type
+from fx_influence.core.computed import ComputedTensors
 from fx_influence.core.dtensor import is_sharded, to_local, to_numbers
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
 from fx_influence.interop.low_bit.moments import (
-    ComputedMoments,
     StoredMoment,
     groups_of,
     is_low_bit,
@@ -25,7 +25,10 @@ from fx_influence.interop.low_bit.moments import (
 from fx_influence.interop.zero.partitions import (
     PartitionedParameter,
     all_gather_parameter,
+    any_on_processes,
     is_partitioned,
+    local_range,
+    master_weights,
     partitioned_parameters,
     zero_optimizer,
 )
@@ -51,7 +54,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
 
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
-    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time.
+    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time; so are the float32
+    ``master_weights``, of which parameters in bfloat16 are the roundings.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
     from these values. That it then rounds the updated ones changes the steps after it, not this one.
@@ -144,12 +148,27 @@ def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy:
             "optimizer holds no trainable parameter of model; expected at least one. Set requires_grad on what was "
             "trained (PEFT: load the adapter with is_trainable=True)"
         )
-    _check_values(stored)
+    _check_values(stored, zero)
+    layout = None if zero is None else {name: _moment_layout(parameter) for parameter, name in names.items()}
     exp_avg, exp_avg_sq, maximum = (
-        cast(Params, ComputedMoments(reads)) if key in computed else {name: read() for name, read in reads.items()}
+        _computed(reads, layout) if key in computed else {name: read() for name, read in reads.items()}
         for key, reads in moments.items()
     )
-    return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr)
+    masters = {} if zero is None else {x: read for x, read in master_weights(zero, names).items() if x in hyper}
+    gathered = {name: read() for name, read in masters.items()} if copy else _computed(masters, layout)
+    return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr, gathered if masters else None)
+
+
+def _computed(reads: Mapping[str, Callable[[], Tensor]], layout: Params | None) -> Params:
+    """Return tensors read at each access; ``layout`` is that of all parameters where reading is a collective."""
+    of_reads = None if layout is None else {name: layout[name] for name in reads}
+    return cast(Params, ComputedTensors(reads, of_reads))
+
+
+def _moment_layout(parameter: Tensor) -> Tensor:
+    """Return an empty tensor of a moment's shape and dtype, on the meta device."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.empty(parameter.shape, dtype=dtype, device="meta")
 
 
 def _unwrap(optimizer: Any) -> Any:
@@ -254,7 +273,9 @@ def _checked_moment(
     if moment is None:
         raise ValueError(f"optimizer state of {name} has no {key!r} (it has {sorted(state)}); {SUPPORTED}")
     if located is not None:
-        return StoredMoment(parameter.shape, True, functools.partial(all_gather_parameter, located, moment.read()))
+        partition = moment.read()
+        read = functools.partial(all_gather_parameter, located, partition)
+        return StoredMoment(parameter.shape, True, read, partition[slice(*local_range(located, partition))])
     if moment.shape != parameter.shape:
         raise ValueError(
             f"optimizer state {key} of {name} has shape {tuple(moment.shape)}; expected the parameter's, "
@@ -269,23 +290,33 @@ def _checked_moment(
     return moment
 
 
-def _check_values(stored: list[tuple[str, str, StoredMoment]]) -> None:
-    """Raise ``ValueError`` for moments, by name and key, that AdamW cannot hold; wait for each device once."""
-    flags = to_numbers([_impossible(key, moment).any() for _, key, moment in stored])
-    for (name, key, moment), flag in zip(stored, flags, strict=True):
+def _check_values(stored: list[tuple[str, str, StoredMoment]], zero: Any) -> None:
+    """Raise ``ValueError`` for moments, by name and key, that AdamW cannot hold; wait for each device once.
+
+    Partitions are checked where they are: ``zero``, DeepSpeed's optimizer, has them, and all processes raise.
+    """
+    flags = [_impossible(key, moment).any() for _, key, moment in stored]
+    if zero is not None and flags:
+        flags = any_on_processes(flags)
+    for (name, key, moment), flag in zip(stored, to_numbers(flags), strict=True):
         if flag:
-            local, bad = to_local(moment.read()), _impossible(key, moment)
+            bad = _local_values(moment)[_impossible(key, moment)].tolist()
+            values = f"{bad[0]} ({len(bad)} such values)" if bad else "others on another process"
             raise ValueError(
-                f"optimizer state {key} of {name} holds {local[bad][0].item()} ({int(bad.sum())} such values); "
-                "expected what AdamW can hold, finite values. Take an earlier checkpoint, from before the training "
-                "diverged"
+                f"optimizer state {key} of {name} holds {values}; expected what AdamW can hold, finite values. Take an "
+                "earlier checkpoint, from before the training diverged"
             )
 
 
 def _impossible(key: str, moment: StoredMoment) -> Tensor:
     """Return where the local entries of a moment are not what AdamW can hold."""
-    local = to_local(moment.read())
+    local = _local_values(moment)
     return ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
+
+
+def _local_values(moment: StoredMoment) -> Tensor:
+    """Return the entries of a moment that this process holds."""
+    return to_local(moment.read()) if moment.partition is None else moment.partition
 
 
 def _converted(moment: StoredMoment, parameter: Tensor, copy: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.checks import check_choice, check_max_grad_norm
+from fx_influence.core.computed import layout_of
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
@@ -74,7 +75,7 @@ def adamw_decompose(
         grads: g by name, the parameter's shape. Parameters with None or without an entry (backward never reached them)
             and those that the optimizer does not hold have v = 0, decay included.
         opt_state: m, s and step before the step, as optax's ``state``.
-        params: theta by name.
+        params: theta by name, or the roundings of ``opt_state.master_weights`` that the forward has.
         preconditioner: see above.
         max_grad_norm: the trainer's; None clips nothing.
 
@@ -104,7 +105,8 @@ def adamw_decompose(
         g = grads.get(name)
         moves = g is not None and name in opt_state.hyper
         if moves and g is not None:
-            inputs = StepInputs.promoted(p, moments_of(name, opt_state), g, clip)
+            theta = optimized_weight(name, opt_state, params)
+            inputs = StepInputs.promoted(theta, moments_of(name, opt_state), g, clip)
             terms = step_terms(inputs, opt_state.hyper[name], opt_state.step[name] + 1, preconditioner)
         else:
             terms = _no_step(p)
@@ -185,6 +187,26 @@ def moments_of(name: str, state: AdamWState) -> list[Tensor]:
     return [*moments, state.max_exp_avg_sq[name]] if state.hyper[name].amsgrad else moments
 
 
+def optimized_weight(name: str, state: AdamWState, params: Params) -> Tensor:
+    """Return theta of a parameter as the optimizer moves it; only weight decay reads it.
+
+    Args:
+        name: of the parameter, which the optimizer holds.
+        state: its ``master_weights`` are theta where the forward's weights are roundings.
+        params: the forward's weights by name.
+
+    Example:
+        >>> from fx_influence.types import AdamWHyper
+        >>> theta, zero = {"w": torch.tensor([1.001])}, {"w": torch.zeros(1)}
+        >>> state = AdamWState(zero, zero, {}, {"w": 0}, {"w": AdamWHyper(weight_decay=0.1)}, 1e-3, theta)
+        >>> round(optimized_weight("w", state, {"w": theta["w"].bfloat16()}).item(), 3)
+        1.001
+    """
+    if state.master_weights is None or state.hyper[name].weight_decay == 0.0:
+        return params[name]
+    return state.master_weights[name]
+
+
 def step_terms(inputs: StepInputs, hyper: AdamWHyper, tau: int, preconditioner: Preconditioner) -> dict[str, Tensor]:
     """Return direction, baseline, momentum, weight_decay and gain, elementwise, as ``adamw_decompose`` defines them.
 
@@ -255,7 +277,9 @@ def check_adamw_inputs(
         )
     remedy = "the optimizer state is another model's: make it with adamw_state(optimizer, model) from the same model"
     for field in MOMENTS:
-        check_names(f"opt_state.{field}", getattr(opt_state, field), params, remedy)
+        check_names(f"opt_state.{field}", layout_of(getattr(opt_state, field)), params, remedy)
+    if opt_state.master_weights is not None:
+        check_names("opt_state.master_weights", layout_of(opt_state.master_weights), params, remedy)
     if not any(name in opt_state.hyper for name in params):
         raise ValueError(f"opt_state.hyper has none of the {len(params)} trainable parameters; {remedy}")
     for name, hyper in opt_state.hyper.items():
@@ -263,6 +287,8 @@ def check_adamw_inputs(
             raise ValueError(f"opt_state has no exp_avg, exp_avg_sq or step for {name!r}; {remedy}")
         if hyper.amsgrad and name not in opt_state.max_exp_avg_sq:
             raise ValueError(f"opt_state has no max_exp_avg_sq for {name!r}, whose group has amsgrad=True; {remedy}")
+        if opt_state.master_weights is not None and name not in opt_state.master_weights:
+            raise ValueError(f"opt_state.master_weights has none of {name!r}, which the optimizer holds; {remedy}")
 
 
 def check_clip(clip: str, preconditioner: str, matrix: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.core.tree import Direction, dot, dot_by_name, every_nth, promote
-from fx_influence.optim.adamw import StepInputs, moments_of, step_terms
+from fx_influence.optim.adamw import StepInputs, moments_of, optimized_weight, step_terms
 from fx_influence.optim.clipping import clip_factor, stored_gradient
 from fx_influence.types import AdamWHyper, AdamWState, Clip, Gradients, Params, Preconditioner
 
@@ -46,7 +46,7 @@ class AdamWStep:
     Attributes:
         grads: g by name, before clipping. An ``UnclippedGradient`` is divided a block of entries at a time.
         opt_state: m, s and step before the step.
-        params: theta by name.
+        params: theta by name, or its roundings that the forward has.
         preconditioner: see ``adamw_decompose``.
         clip: kappa, scalar.
         clipping: whether derivatives hold kappa fixed or follow it as a function of the gradient's norm.
@@ -180,7 +180,7 @@ class AdamWStep:
             return gradients.zero_()
         hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
         size = CPU_BLOCK if gradients.device.type == "cpu" else BLOCK
-        tensors = map(to_local, (self.params[name], *moments_of(name, self.opt_state)))
+        tensors = map(to_local, self._stored(name))
         blocks = zip(gradients.flatten(1).split(size, 1), *(t.flatten().split(size) for t in tensors), strict=True)
         for block, theta, *moments in blocks:
             inputs = StepInputs.promoted(theta, moments, block, self.clip)
@@ -200,14 +200,19 @@ class AdamWStep:
             >>> step.sample(3).params["w"].tolist()
             [0.0, 3.0, 6.0]
         """
-        state = self.opt_state
+        state, masters = self.opt_state, self.opt_state.master_weights
         exp_avg, exp_avg_sq, maximum = (
             every_nth(x, stride) for x in (state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq)
         )
         return replace(
             self,
             grads={**every_nth(self.grads, stride)},
-            opt_state=state._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=maximum),
+            opt_state=state._replace(
+                exp_avg=exp_avg,
+                exp_avg_sq=exp_avg_sq,
+                max_exp_avg_sq=maximum,
+                master_weights=None if masters is None else every_nth(masters, stride),
+            ),
             params=every_nth(self.params, stride),
         )
 
@@ -215,7 +220,12 @@ class AdamWStep:
         """Return the inputs of a parameter that the step moves."""
         g = self.grads[name]
         assert g is not None
-        return StepInputs.promoted(self.params[name], moments_of(name, self.opt_state), g, self.clip)
+        theta, *moments = self._stored(name)
+        return StepInputs.promoted(theta, moments, g, self.clip)
+
+    def _stored(self, name: str) -> list[Tensor]:
+        """Return theta of a parameter, as the optimizer moves it, and its moments."""
+        return [optimized_weight(name, self.opt_state, self.params), *moments_of(name, self.opt_state)]
 
     def _ones(self) -> Params:
         return {name: torch.ones_like(p, dtype=promote(p.dtype)) for name, p in self.params.items()}
@@ -265,7 +275,7 @@ class AdamWStep:
         stored, divisor = stored_gradient(self.grads)
         g = stored[name]
         assert g is not None
-        tensors = [*xs, *map(to_local, (self.params[name], g, *moments_of(name, self.opt_state)))]
+        tensors = [*xs, *map(to_local, (g, *self._stored(name)))]
         if all(t.is_contiguous() for t in tensors):
             size = CPU_BLOCK if xs[0].device.type == "cpu" else BLOCK
             columns = [t.view(-1).split(size) for t in tensors]
@@ -273,7 +283,7 @@ class AdamWStep:
             # Entries of tensors with different strides cannot be paired as flat blocks.
             columns = [(t,) for t in tensors]
         for entries in zip(*columns, strict=True):
-            theta, g_block, *moments = entries[len(xs) :]
+            g_block, theta, *moments = entries[len(xs) :]
             yield entries[: len(xs)], StepInputs.promoted(theta, moments, g_block, self.clip, divisor)
 
 

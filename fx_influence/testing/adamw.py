@@ -52,7 +52,8 @@ def adamw(
     norm = math.sqrt(inner(g, g))
     clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
     step = Step({}, {}, {}, {}, {}, clip)
-    for name, theta in params.items():
+    for name, forward_weight in params.items():
+        theta = forward_weight if state.master_weights is None else state.master_weights.get(name, forward_weight)
         grad_name = g.get(name)
         for tree in (step.direction, step.momentum, step.weight_decay, step.gain):
             tree[name] = torch.zeros_like(theta)

@@ -83,6 +83,11 @@ def check_window(window: object, apply: Apply, preconditioner: Preconditioner) -
         raise ValueError("window.params are DTensors; expected plain tensors. Gather them first, as full_tensor() does")
     if not window.steps:
         raise ValueError("window.steps is empty; expected at least one step. Record some")
+    if window.opt_state.master_weights is not None:
+        raise ValueError(
+            "window.opt_state has master_weights, of which window.params are roundings; expected None, since a replay "
+            "would round after every step. Pass the master weights as params of a policy in float32"
+        )
     check_adamw_inputs({}, window.opt_state, window.params, preconditioner, None)
     for k, step in enumerate(window.steps):
         _check_step(f"window.steps[{k}]", step, window, apply)

@@ -15,6 +15,7 @@ from benchmarks.trl.variants import prepare_deepspeed
 from helpers.loops import (
     COUNT,
     MAX_NORM,
+    WIDTH,
     Rollouts,
     batch_of,
     closed_form,
@@ -24,14 +25,22 @@ from helpers.loops import (
     sample_rollouts,
 )
 from helpers.ranks import end_rank, global_mesh, save_result
+from helpers.ranks_trl import replaced_influence
+from helpers.ranks_trl_sharded import compared_with_one_process
 from helpers.tiny_models import AttentionModel, make_float64
+from helpers.tolerances import policy_terms
 
 MICRO_BATCHES = 2
 NAMES = ("per_sequence", "per_token", "total", "stderr", "momentum", "self_influence")
 
 
-def engine_of(stage: int) -> Any:
-    """Return DeepSpeed's engine around a policy in float32 and torch's AdamW, with two groups of parameters."""
+def engine_of(stage: int, **more: Any) -> Any:
+    """Return DeepSpeed's engine around a policy in float32 and torch's AdamW, with two groups of parameters.
+
+    Args:
+        stage: of ZeRO.
+        more: further sections of DeepSpeed's configuration.
+    """
     model = make_float64(AttentionModel).float()
     biases, others = ([p for p in model.parameters() if (p.dim() < 2) is small] for small in (True, False))
     groups = [{"params": others, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0, "lr": 5e-4}]
@@ -41,6 +50,7 @@ def engine_of(stage: int) -> Any:
         "zero_optimization": {"stage": stage},
         "gradient_clipping": MAX_NORM,
         "zero_allow_untested_optimizer": True,
+        **more,
     }
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     deepspeed: Any = importlib.import_module("deepspeed")
@@ -68,16 +78,16 @@ def converted(tree: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: x.to(dtype) for name, x in tree.items()}
 
 
-def train(stage: int, measures: bool) -> dict[str, Any]:
-    """Train three steps, the last two of which are compared with one process."""
-    engine, expected, results = engine_of(stage), list[Any](), list[Any]()
-    capture = None
+def train(stage: int, measures: bool, **more: Any) -> dict[str, Any]:
+    """Train three steps, the last two of which are compared with one process in float32."""
+    engine, expected, results = engine_of(stage, **more), list[Any](), list[Any]()
+    capture, compares = None, measures and not more
     if measures:
         capture = fx.attach(engine.optimizer, engine, every=1, on_step=lambda _, out: results.append(out))
     for step in range(3):
         rollouts = sample_rollouts(engine.module, step)
         rollouts = rollouts._replace(advantages=rollouts.advantages.float(), behaviour=rollouts.behaviour.float())
-        if measures and step:
+        if compares and step:
             expected.append(expected_influences(engine, rollouts))
         for part in parts_of(rollouts):
             logprobs, _ = completion_values(engine, part)
@@ -93,6 +103,16 @@ def train(stage: int, measures: bool) -> dict[str, Any]:
         "expected": expected,
         "steps": None if capture is None else capture.step,
     }
+
+
+def train_in_bfloat16(stage: int) -> dict[str, Any]:
+    """Train three steps without and with measuring; compare the last two with one process in float32."""
+    options, records = {"bf16": {"enabled": True}}, list[dict[str, Any]]()
+    plain = train(stage, False, **options)
+    with replaced_influence(compared_with_one_process(records, lambda: make_float64(AttentionModel))):
+        measured = train(stage, True, **options)
+    terms = policy_terms(measured["weights"], WIDTH)
+    return {"plain": plain, "measured": measured, "records": records, "terms": terms}
 
 
 def parts_of(rollouts: Rollouts) -> list[Rollouts]:
@@ -116,5 +136,6 @@ if __name__ == "__main__":
     prepare_deepspeed()
     with global_mesh():
         result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2)}
-        save_result(sys.argv[1], {**result, "refusal": refusal(3)})
+        bfloat16 = {str(stage): train_in_bfloat16(stage) for stage in (1, 2)}
+        save_result(sys.argv[1], {**result, "bfloat16": bfloat16, "refusal": refusal(3)})
     end_rank()

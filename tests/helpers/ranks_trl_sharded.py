@@ -49,10 +49,16 @@ def outcome(training: Any) -> dict[str, Any]:
     return {"tensors": full_tree(weights) | full_tree(moments), "log": log_of(training)}
 
 
-def compared_with_one_process(records: list[dict[str, Any]]) -> Callable[..., Any]:
+def compared_with_one_process(
+    records: list[dict[str, Any]], make_model: Callable[[], Any] = policy
+) -> Callable[..., Any]:
     """Return ``fx.influence`` that appends its result, and those of one process with all weights and rows.
 
     Of later steps than the first, whose moments are zero.
+
+    Args:
+        records: the results are appended here.
+        make_model: returns the trained model, with any weights.
     """
 
     def both(params: Any, batch_u: Any, batch_e: Any, opt_state: Any, *, mesh: Any, labels: Any, **options: Any) -> Any:
@@ -64,7 +70,7 @@ def compared_with_one_process(records: list[dict[str, Any]]) -> Callable[..., An
         for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
             moments = {key: full_tree(getattr(opt_state, key), dtype) for key in MOMENTS}
             weights: Any = full_tree(params, dtype)
-            options["apply"] = fx.make_functional(policy().to(dtype), position_ids=False)[0]
+            options["apply"] = fx.make_functional(make_model().to(dtype), position_ids=False)[0]
             state = opt_state._replace(**moments)
             alone = fx.influence(weights, rows, None, state, grad=full_tree(grad, dtype), **options)
             record[name] = results_of(alone)

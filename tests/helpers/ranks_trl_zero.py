@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,10 +22,12 @@ from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture import recorder
 from fx_influence.interop.trl.preflight import processes
 from fx_influence.interop.trl.store.step import StepStore
+from fx_influence.interop.zero.partitions import zero_optimizer
 from helpers.ranks import end_rank, save_result
 from helpers.ranks_trl import compared_with_one_process as compared_held_out
 from helpers.ranks_trl import replaced_influence, three_prompts
 from helpers.ranks_trl_sharded import compared_with_one_process
+from helpers.tolerances import policy_terms
 from helpers.trl_runs import HELD_OUT, warnings_of
 from helpers.zero_trainings import TORCH_ADAMW, zero_outcome, zero_trainer
 
@@ -58,6 +61,58 @@ def measured(out: Path) -> dict[str, Any]:
             "records": records,
         }
     return results
+
+
+BFLOAT16_CASES: dict[str, tuple[Variant, dict[str, Any]]] = {
+    "ZeRO-2": (FULL, zero_config(2, {"round_robin_gradients": True})),
+    "ZeRO-1, DeepSpeed's AdamW, LoRA": (LORA, zero_config(1, **TORCH_ADAMW)),
+    "ZeRO-1, BF16_Optimizer": (FULL, zero_config(1, data_types={"grad_accum_dtype": "fp32"})),
+}
+
+
+def bfloat16(out: Path) -> dict[str, Any]:
+    """Train in bfloat16, as TRL does unless told otherwise, without and with every step measured, in each case."""
+    results: dict[str, Any] = {}
+    for k, (case, (variant, config)) in enumerate(BFLOAT16_CASES.items()):
+        plain = zero_trainer(variant, out / f"plain{k}", 2, config, bf16=True)
+        plain.train()
+        training, records = zero_trainer(variant, out / f"measured{k}", 2, config, bf16=True), list[dict[str, Any]]()
+        replacement = compared_with_one_process(records) if variant is FULL else fx.influence
+        with replaced_influence(replacement):
+            influence = EntropyInfluence(1).attach(training)
+            texts = warnings_of(training.train)
+        results[case] = {
+            "plain": zero_outcome(plain),
+            "measured": zero_outcome(training),
+            "history": influence.history,
+            "records": records,
+            "optimizer": type(zero_optimizer(training.optimizer)).__name__,
+            "dtypes": {str(p.dtype) for p in training.model.parameters()},
+            "terms": policy_terms(dict(training.model.named_parameters()), 16),
+            "warnings": [text for text in texts if "roundings" in text],
+        }
+    return results
+
+
+def bfloat16_single(out: Path) -> dict[str, Any]:
+    """Train in bfloat16 in one process, on held-out prompts, and measure each step without rounding beside it."""
+    plain = zero_trainer(WIDE, out / "plain", 2, zero_config(2), bf16=True)
+    plain.train()
+    training, unrounded = zero_trainer(WIDE, out / "measured", 2, zero_config(2), bf16=True), list[float]()
+
+    def beside(params: Any, batch_u: Any, batch_e: Any, opt_state: Any, **options: Any) -> Any:
+        """Return ``fx.influence``, and append the change of entropy along AdamW's own step."""
+        theta = {name: p.float() for name, p in params.items()}
+        step = fx.adamw_decompose(options["grad"], opt_state, params, max_grad_norm=options["max_grad_norm"])
+        apply = fx.make_functional(copy.deepcopy(training.model).float(), position_ids=False)[0]
+        unrounded.append(float(fx.snis_delta(theta, step.direction, opt_state.lr, batch_e, apply=apply).delta_h))
+        return fx.influence(params, batch_u, batch_e, opt_state, **options)
+
+    with replaced_influence(beside):
+        influence = EntropyInfluence(1, HELD_OUT, completions_per_prompt=3).attach(training)
+        training.train()
+    outcomes = {"plain": zero_outcome(plain), "measured": zero_outcome(training)}
+    return {**outcomes, "history": influence.history, "unrounded": unrounded}
 
 
 def single(out: Path) -> dict[str, Any]:
@@ -179,6 +234,8 @@ def main(out: str, *names: str) -> None:
             "held_out": held_out,
             "failed": failed,
             "single": single,
+            "bfloat16": bfloat16,
+            "bfloat16_single": bfloat16_single,
             "refused": refused,
             "saved": saved,
         }

@@ -18,11 +18,20 @@ def assert_training_unchanged(training: dict[str, Any]) -> None:
     assert logged == plain["log"]
 
 
-def assert_influences_of_one_process(records: list[dict[str, Any]]) -> None:
+def assert_influences_of_one_process(
+    records: list[dict[str, Any]], dtype: torch.dtype = torch.float32, terms: int = TINY_POLICY
+) -> None:
+    """Hold influences to those of one process in float64, and the trainer's gradient to that of the rollouts.
+
+    Args:
+        records: of ``compared_with_one_process``.
+        dtype: of the trainer's own passes.
+        terms: roundings on the way to its gradient.
+    """
     [record] = records
     scale = float(record["float64"]["per_sequence"].abs().sum())
     # c is captured in float32.
-    assert record["gradient"] <= rounding_bound(torch.float32, TINY_POLICY)
+    assert record["gradient"] <= rounding_bound(dtype, terms)
     for name, exact in record["float64"].items():
         bound = exact_bound(record["float32"][name], exact, TINY_POLICY, torch.float32)
         assert bound <= 1e-2 * scale, name
@@ -37,12 +46,20 @@ def assert_steps_foretold(history: list[dict[str, float]]) -> None:
         )
 
 
-def assert_steps_add_up(history: list[dict[str, float]]) -> None:
-    """Hold the identity of two steps, their gradients to the trainer's, and their direction to the weights' change."""
+def assert_steps_add_up(
+    history: list[dict[str, float]], dtype: torch.dtype = torch.float32, terms: int = TINY_POLICY
+) -> None:
+    """Hold the identity of two steps, their gradients to the trainer's, and their direction to the weights' change.
+
+    Args:
+        history: of the measured steps.
+        dtype: of the trainer's own passes.
+        terms: roundings on the way to its gradient.
+    """
     assert [metrics["step"] for metrics in history] == [1, 2]
     for metrics in history:
         size = sum(abs(metrics[name]) for name in ("momentum", "rollouts", "self_influence", "stderr"))
         assert abs(metrics["residual"]) <= rounding_bound(torch.float32, TINY_POLICY, size)
-        assert abs(metrics["unattributed"]) <= rounding_bound(torch.float32, TINY_POLICY, size)
+        assert abs(metrics["unattributed"]) <= rounding_bound(dtype, terms, size)
         # theta' - theta of weights up to a thousand times as large.
         assert metrics["step_rounding"] <= rounding_bound(torch.float32, 1, 1e3)

@@ -39,6 +39,17 @@ def test_direction_matches_torch_adamw(training: Training) -> None:
     assert (step.clip < 1) == (training.max_grad_norm == 0.3)
 
 
+@given(training=trainings())
+@settings(max_examples=50)
+def test_direction_follows_master_weights(training: Training) -> None:
+    """The forward's weights are roundings to bfloat16 of those that torch's AdamW moves and decays."""
+    forward = {name: p.bfloat16().to(p.dtype) for name, p in training.params.items()}
+    moved = {name: p for name, p in training.params.items() if name in training.state.hyper}
+    state = training.state._replace(master_weights=moved)
+    step = fx.adamw_decompose(reference.add(training.grads), state, forward, max_grad_norm=training.max_grad_norm)
+    assert_made(step.direction, training, real_step(training, reference.add(training.grads), training.max_grad_norm))
+
+
 @given(training=trainings(), preconditioner=st.sampled_from(["frozen", "jacobian"]), split=st.integers(0, 4))
 @settings(max_examples=100)
 def test_parts_add_up_to_torch_step_for_any_grouping(

@@ -23,11 +23,21 @@ def gradient_of(params: fx.Params, seed: int) -> dict[str, Tensor | None]:
     return {**random_direction(torch.Generator().manual_seed(seed), params), "norm.weight": None}
 
 
-@pytest.fixture(params=[{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.3}], ids=str)
+@pytest.fixture(
+    params=[{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.3}, {"rounded": True, "weight_decay": 0.3}],
+    ids=str,
+)
 def state(request: pytest.FixtureRequest) -> tuple[fx.Params, fx.AdamWState]:
+    """Return parameters and a state; ``rounded``: parameters rounded to bfloat16, master weights in the state."""
+    options = dict(request.param)
+    rounded = options.pop("rounded", False)
     _, params = make_apply(TinyPolicy(5, 4, 1, 2, 6))
     generator = torch.Generator().manual_seed(3)
-    return params, random_adamw_state(generator, params, absent=("head.bias",), **request.param)
+    opt_state = random_adamw_state(generator, params, absent=("head.bias",), **options)
+    if not rounded:
+        return params, opt_state
+    masters = {name: p for name, p in params.items() if name in opt_state.hyper}
+    return {name: p.bfloat16().to(p.dtype) for name, p in params.items()}, opt_state._replace(master_weights=masters)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.1])
@@ -96,7 +106,8 @@ def test_sample_of_the_step_is_the_step_of_the_sample(
     step = AdamWStep.of(gradient_of(params, 4), opt_state, params, preconditioner, 0.1)
     expected = every_nth(step.direction(), 3)
     sample = step.sample(3)
-    for moment in opt_state.exp_avg.values():
-        moment.zero_()
+    for tensors in (opt_state.exp_avg, opt_state.master_weights or {}):
+        for x in tensors.values():
+            x.zero_()
     for name, v in sample.direction().items():
         assert torch.equal(v, expected[name]), name

@@ -244,6 +244,9 @@ def test_windows_of_other_kinds_are_refused() -> None:
         fx.influence_over_steps(window.steps, run.batch_e, apply=run.apply)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"window\.steps is empty"):
         fx.influence_over_steps(replace(window, steps=[]), run.batch_e, apply=run.apply)
+    rounded = replace(window, opt_state=window.opt_state._replace(master_weights=window.params))
+    with pytest.raises(ValueError, match=r"window\.opt_state has master_weights"):
+        fx.influence_over_steps(rounded, run.batch_e, apply=run.apply)
     with pytest.raises(TypeError, match="batch_e"):
         fx.influence_over_steps(window, window.steps, apply=run.apply)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preconditioner is 'lifetime'"):

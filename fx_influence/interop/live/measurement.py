@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fx_influence.attribution.influence import influence
 from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
-from fx_influence.core.tree import every_nth, promote
+from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.entropy import entropy_estimate
 from fx_influence.functional import make_functional
@@ -25,13 +25,7 @@ from fx_influence.interop.live.change.measured import measure_change
 from fx_influence.interop.live.change.over_others import PartsOfRows, parts_of_rows, shifts_without_own_fold
 from fx_influence.interop.live.metrics import MeasuredStep, regions_of
 from fx_influence.interop.live.policy_checks import check_sampled_logprobs, check_scored, check_temperature
-from fx_influence.interop.live.precision import (
-    MAX_STEP_ROUNDING,
-    rounding_warning,
-    sampling_stride,
-    step_rounding,
-    stored_moment_rounding,
-)
+from fx_influence.interop.live.precision import roundings_of_step, sampling_stride
 from fx_influence.interop.live.processes import count_and_rank, local_rows, local_slice
 from fx_influence.interop.live.step import CapturedStep, check_finite, with_step_counted
 from fx_influence.interop.optimizers import adamw_state, rounds_at_random
@@ -124,6 +118,8 @@ class PendingStep(NamedTuple):
         sampled: the optimizer's step on some entries of the parameters.
         parts: of E.
         shifts: of E's token values after the step by leaving each row's fold out of it; None with an E that is not U.
+        unrounded: of E's tokens at the step without the rounding of the forward's weights; None where these are the
+            weights that the optimizer moves.
     """
 
     measured: MeasuredStep
@@ -132,6 +128,7 @@ class PendingStep(NamedTuple):
     sampled: AdamWStep
     parts: PartsOfRows
     shifts: TokenValues | None
+    unrounded: TokenValues | None
 
 
 class StepMeasurement:
@@ -218,37 +215,34 @@ class StepMeasurement:
         if evaluation.is_update:
             options = forward, training.temperature, settings.chunk_size, settings.memory_budget, self._mesh
             shifts = shifts_without_own_fold(adamw_step, captured.batch, parts, *options)
-        seconds = time.perf_counter() - start
-        measured = MeasuredStep(
-            step,
-            opt_state.lr,
-            captured,
-            rollouts,
-            result,
-            entropy,
-            None,
-            seconds,
-            regions=regions,
-            lifetime_factor=lifetime_factor(with_step_counted(opt_state, captured.gradient)),
-        )
-        return PendingStep(measured, batch_e, values, adamw_step.sample(sampling_stride(params)), parts, shifts)
+        unrounded = None
+        if opt_state.master_weights is not None:
+            unrounded = self._exact_values(shift_(adamw_step.direction(), params, opt_state.lr), batch_e)
+        factor = lifetime_factor(with_step_counted(opt_state, captured.gradient))
+        before = step, opt_state.lr, captured, rollouts, result, entropy, None, time.perf_counter() - start
+        measured = MeasuredStep(*before, regions=regions, lifetime_factor=factor)
+        sampled = adamw_step.sample(sampling_stride(params))
+        return PendingStep(measured, batch_e, values, sampled, parts, shifts, unrounded)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E."""
-        measured, start, params, e = pending.measured, time.perf_counter(), self.trainable(), pending.batch_e
-        values, options = self._exact_values(params, e), (self.settings.objective, measured.lr)
-        scored = pending.values, values, pending.shifts, pending.parts
-        changed = measure_change(e, *scored, measured.influence, *options)
-        training, stride = self.training, sampling_stride(params)
-        after = every_nth(params, stride)
-        change = {name: after[name].to(promote(p.dtype)) - p for name, p in pending.sampled.params.items()}
-        lost = step_rounding(change, pending.sampled.direction(), measured.lr)
+        start, params = time.perf_counter(), self.trainable()
+        unrounded = None if pending.unrounded is None else self._with_change(pending, pending.unrounded).change()
+        measured = self._with_change(pending, self._exact_values(params, pending.batch_e))
+        optimizer = self.training.optimizer
+        roundings = roundings_of_step(pending.sampled, measured.lr, params, optimizer, self.training.model)
         seconds = measured.seconds + time.perf_counter() - start
-        if lost > MAX_STEP_ROUNDING and not self._rounding_warned:
+        warning = roundings.warning(measured.step, params, rounds_at_random(optimizer))
+        if warning is not None and not self._rounding_warned:
             self._rounding_warned = True
-            self._warn(rounding_warning(measured.step, params, lost, rounds_at_random(training.optimizer)))
-        moments = stored_moment_rounding(training.optimizer, training.model, pending.sampled, stride)
-        return measured._replace(**changed._asdict(), seconds=seconds, step_rounding=lost, moment_rounding=moments)
+            self._warn(warning)
+        return measured._replace(**roundings._asdict(), unrounded_change=unrounded, seconds=seconds)
+
+    def _with_change(self, pending: PendingStep, after: TokenValues) -> MeasuredStep:
+        """Return the measured step with its change of entropy, from token values of E after it."""
+        measured, scored = pending.measured, (pending.values, after, pending.shifts, pending.parts)
+        options = measured.influence, self.settings.objective, measured.lr
+        return measured._replace(**measure_change(pending.batch_e, *scored, *options)._asdict())
 
     def complete(self, captured: CapturedStep) -> CapturedStep:
         """Return a step that is about to be made with entropies and, where they count, older log-probabilities."""

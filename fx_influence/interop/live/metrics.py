@@ -61,7 +61,10 @@ class MeasuredStep(NamedTuple):
             the optimizer made no step.
         change_over_others, unexplained_stderr, measured_degrees_of_freedom: see ``change.measured``.
         seconds: duration of measuring.
-        step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``.
+        step_rounding: share of the step that rounding of the weights swallows, see ``precision.step_rounding``; of the
+            master weights, where the forward has roundings of them.
+        forward_rounding: the same of the forward's roundings of master weights; NaN where there are none.
+        unrounded_change: ``change()`` as it were without these roundings; None where there are none.
         moment_rounding: share of the first moments that quantising them changed after the step, see
             ``precision.moment_rounding``; NaN for an optimizer with full moments.
         regions: labels of U's tokens, from ``regions_of``; None where they were not made.
@@ -77,6 +80,8 @@ class MeasuredStep(NamedTuple):
     measured_change: SnisDelta | None
     seconds: float
     step_rounding: float = math.nan
+    forward_rounding: float = math.nan
+    unrounded_change: SnisDelta | None = None
     moment_rounding: float = math.nan
     regions: Labels | None = None
     lifetime_factor: float = math.nan
@@ -138,8 +143,11 @@ class MeasuredStep(NamedTuple):
             metrics[MEASURED_DEGREES] = float(self.measured_degrees_of_freedom)
             metrics |= {} if math.isnan(self.unexplained_stderr) else {"unexplained_stderr": self.unexplained_stderr}
             metrics["ess"] = float(change.ess)
+            if self.unrounded_change is not None:
+                metrics["measured_rounding"] = float(change.delta_h - self.unrounded_change.delta_h)
             metrics["step_rounding"] = self.step_rounding
-            metrics |= {} if math.isnan(self.moment_rounding) else {"moment_rounding": self.moment_rounding}
+            shares = {"forward_rounding": self.forward_rounding, "moment_rounding": self.moment_rounding}
+            metrics |= {name: share for name, share in shares.items() if not math.isnan(share)}
         return metrics | self._sums_by_region() | self._sums_by_source()
 
     def _sums_by_region(self) -> dict[str, float]:

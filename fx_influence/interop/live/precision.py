@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from fx_influence.core.tree import dot, every_nth
+from fx_influence.core.tree import dot, every_nth, promote
 from fx_influence.distributed.sharded_policy import ShardedPolicy
 from fx_influence.interop.low_bit.moments import is_low_bit
 from fx_influence.interop.optimizers import adamw_state, require_adamw
@@ -77,19 +78,69 @@ def moment_rounding(step: AdamWStep, stored: Params) -> float:
     return _relative_error(stored, exact)
 
 
-def stored_moment_rounding(optimizer: torch.optim.Optimizer, model: nn.Module, step: AdamWStep, stride: int) -> float:
-    """Return ``moment_rounding`` of an optimizer after its step; NaN for one whose moments are full.
+class StepRoundings(NamedTuple):
+    """Shares of a step that rounding changed, of its length.
+
+    Attributes:
+        step_rounding: of the weights that the optimizer moves, see ``step_rounding``.
+        forward_rounding: the same of the forward's weights, where they are roundings of those; else NaN.
+        moment_rounding: of the first moments, see ``moment_rounding``; NaN for an optimizer with full moments.
+    """
+
+    step_rounding: float
+    forward_rounding: float
+    moment_rounding: float
+
+    def warning(self, step: int, params: Params, at_random: bool) -> str | None:
+        """Return the warning for a step of which rounding changed more than a tenth, with the remedy; else None.
+
+        Args:
+            step: its number.
+            params: the trained weights, whose dtypes decide the remedy.
+            at_random: whether the optimizer rounds at random.
+        """
+        if max(self.step_rounding, self.forward_rounding) <= MAX_STEP_ROUNDING:
+            return None
+        if not math.isnan(self.forward_rounding):
+            return (
+                f"step {step}: the forward's weights are roundings of the float32 ones that the optimizer moves, and "
+                f"moved otherwise than these by {self.forward_rounding:.0%} of the step's length; what rounding "
+                "keeps back comes with later steps. Its effect on the entropy is measured_rounding in history, a part "
+                "of measured"
+            )
+        return rounding_warning(step, params, self.step_rounding, at_random)
+
+
+def roundings_of_step(
+    sampled: AdamWStep, lr: float, params: Params, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> StepRoundings:
+    """Return the shares of a step that rounding changed; every process of a training run makes the call.
 
     Args:
+        sampled: the step on every ``sampling_stride(params)``-th entry, made before the step.
+        lr: the step's learning rate.
+        params: the forward's weights after the step, by name.
         optimizer: after the step.
         model: whose parameters it holds.
-        step: on every ``stride``-th entry, made before the step.
-        stride: see ``sampling_stride``.
     """
-    if not is_low_bit(require_adamw(optimizer)):
-        return math.nan
-    stored = adamw_state(optimizer, model, copy=False).exp_avg
-    return moment_rounding(step, every_nth(stored, stride))
+    stride, direction = sampling_stride(params), sampled.direction()
+    moved = _changes(sampled.params, every_nth(params, stride))
+    lost, forward_lost, of_moments = step_rounding(moved, direction, lr), math.nan, math.nan
+    before = sampled.opt_state.master_weights
+    if before is not None:
+        after = adamw_state(optimizer, model, copy=False).master_weights
+        assert after is not None
+        masters = moved | _changes(before, every_nth(after, stride))
+        lost, forward_lost = step_rounding(masters, direction, lr), lost
+    if is_low_bit(require_adamw(optimizer)):
+        stored = adamw_state(optimizer, model, copy=False).exp_avg
+        of_moments = moment_rounding(sampled, every_nth(stored, stride))
+    return StepRoundings(lost, forward_lost, of_moments)
+
+
+def _changes(before: Params, after: Params) -> Params:
+    """Return after - before by name, in float32 at least."""
+    return {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
 
 
 def _relative_error(actual: Params, expected: Params) -> float:

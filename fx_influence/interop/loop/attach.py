@@ -80,8 +80,8 @@ def attach(
         objective: how the entropy is estimated, as for ``fx.influence``.
         preconditioner: as for ``fx.influence``.
         autocast: dtype of the ``torch.autocast`` around the loop's forward, or of FSDP2's mixed precision; None without
-            one. Under autocast alone the passes of a sharded model stay in its shards' dtype, and the difference is
-            ``unattributed``.
+            one, as with DeepSpeed's weights in bfloat16. Under autocast alone the passes of a sharded model stay in its
+            shards' dtype, and the difference is ``unattributed``.
         position_ids: whether the loop's forward counts positions from the first real token. False where it passes no
             ``position_ids``, which matters with padding on the left.
         chunk_size: rows per forward, as for ``fx.influence``.

@@ -1,9 +1,9 @@
-"""Moments as an optimizer stores them, full or quantised, and a mapping that computes one parameter at a time."""
+"""Moments as an optimizer stores them, full or quantised."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,13 @@ class StoredMoment(NamedTuple):
         shape: of the values.
         is_computed: whether reading it makes a new tensor.
         read: returns the values, in floating point.
+        partition: this process's part of them, flat, where ``read`` gathers those of all processes; else None.
     """
 
     shape: torch.Size
     is_computed: bool
     read: Callable[[], Tensor]
+    partition: Tensor | None = None
 
 
 def stored_moment(state: dict[str, Any], key: str) -> StoredMoment | None:
@@ -66,32 +68,3 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
         return bitsandbytes_optimizers.groups_of(optimizer)
     groups: list[dict[str, Any]] = optimizer.param_groups
     return groups
-
-
-class ComputedMoments(Mapping[str, Tensor]):
-    """Moments by parameter name, the computed ones new at each access, so that one at a time is in memory.
-
-    Args:
-        reads: by name, a function that returns the moment.
-
-    Example:
-        >>> codes = torch.tensor([0, 2], dtype=torch.uint8)
-        >>> moments = ComputedMoments({"w": lambda: 0.5 * codes.float()})
-        >>> list(moments), moments["w"].tolist()
-        (['w'], [0.0, 1.0])
-    """
-
-    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._reads = dict(reads)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._reads[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._reads
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reads)
-
-    def __len__(self) -> int:
-        return len(self._reads)

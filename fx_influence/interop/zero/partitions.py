@@ -6,8 +6,10 @@ weights, moments, and at the optimizer's step the gradient averaged over process
 
 from __future__ import annotations
 
+import functools
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -25,9 +27,27 @@ def zero_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+LAYOUTS = (
+    ("round_robin_bit16_groups", "single_partition_of_fp32_groups"),
+    ("bf16_groups", "fp32_groups_flat_partition"),
+)
+"""Attributes (0.19.8) that have the forward's weights by group and the partitions of the float32 weights: those of the
+optimizer of ZeRO-1 and 2, and of ``BF16_Optimizer``, which ZeRO-1 has in bfloat16 with ``grad_accum_dtype`` fp32."""
+
+
 def is_partitioned(optimizer: object) -> bool:
     """Return whether an object is DeepSpeed's optimizer of ZeRO-1 or 2, by its partitions and groups of weights."""
-    return all(hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "round_robin_bit16_groups"))
+    return any(hasattr(optimizer, weights) and hasattr(optimizer, masters) for weights, masters in LAYOUTS)
+
+
+def forward_weights(optimizer: Any) -> list[list[Tensor]]:
+    """Return the parameters by group, in the order of the flat vectors that are partitioned."""
+    return next(getattr(optimizer, weights) for weights, _ in LAYOUTS if hasattr(optimizer, weights))
+
+
+def master_partitions(optimizer: Any) -> list[Tensor]:
+    """Return this process's part of each group's float32 weights, which AdamW moves, padded."""
+    return next(getattr(optimizer, masters) for _, masters in LAYOUTS if hasattr(optimizer, masters))
 
 
 class PartitionedParameter(NamedTuple):
@@ -45,7 +65,7 @@ class PartitionedParameter(NamedTuple):
 
 
 def partitioned_parameters(optimizer: Any, index: int) -> list[PartitionedParameter]:
-    """Return the parameters of a group in the order of the flat vector that is partitioned.
+    """Return the parameters of a group, each with its place in the flat vector that is partitioned.
 
     DeepSpeed's mapping on the parameters themselves (0.19.8) is of another order under ``round_robin_gradients``.
 
@@ -53,12 +73,12 @@ def partitioned_parameters(optimizer: Any, index: int) -> list[PartitionedParame
         optimizer: DeepSpeed's.
         index: of the group in its ``param_groups``.
     """
-    members = optimizer.round_robin_bit16_groups[index]
-    # Older versions lay them out without gaps.
+    members = forward_weights(optimizer)[index]
+    # Older versions and ``BF16_Optimizer`` lay them out without gaps.
     ends = list(itertools.accumulate(p.numel() for p in members))
     offsets = getattr(optimizer, "round_robin_bit16_offsets", {index: [0, *ends[:-1]]})[index]
     group = optimizer.real_dp_process_group[index]
-    first = dist.get_rank(group) * optimizer.single_partition_of_fp32_groups[index].numel()
+    first = dist.get_rank(group) * master_partitions(optimizer)[index].numel()
     return [PartitionedParameter(p, int(offset) - first, group) for p, offset in zip(members, offsets, strict=True)]
 
 
@@ -76,6 +96,33 @@ def all_gather_parameter(partitioned: PartitionedParameter, partition: Tensor) -
     return values
 
 
+def any_on_processes(flags: Sequence[Tensor]) -> list[Tensor]:
+    """Return whether each flag is set on any process, by one collective that all of them make."""
+    count = torch.stack(list(flags)).to(torch.int32)
+    before_collective()
+    dist.all_reduce(count)
+    return list(count.bool())
+
+
+def _all_gather_group(members: Sequence[PartitionedParameter], partition: Tensor) -> dict[Tensor, Tensor]:
+    """Return the values of all parameters of a group, views of one flat vector that takes one collective.
+
+    Args:
+        members: the group's parameters.
+        partition: this process's part of the vector, as long as that of any other.
+    """
+    group = members[0].group
+    flat = partition.new_empty(dist.get_world_size(group) * partition.numel())
+    before_collective()
+    dist.all_gather(list(flat.split(partition.numel())), partition.detach(), group=group)
+    first = dist.get_rank(group) * partition.numel()
+    starts = [first + x.start for x in members]
+    return {
+        x.parameter: flat[start : start + x.parameter.numel()].view_as(x.parameter)
+        for x, start in zip(members, starts, strict=True)
+    }
+
+
 def local_values(partitioned: PartitionedParameter, partition: Tensor) -> Tensor:
     """Return a parameter's values where this process holds them, else 0; see ``all_gather_parameter``.
 
@@ -83,12 +130,59 @@ def local_values(partitioned: PartitionedParameter, partition: Tensor) -> Tensor
         >>> local_values(PartitionedParameter(torch.empty(2, 2), -1, None), torch.tensor([1.0, 2.0])).tolist()
         [[0.0, 1.0], [2.0, 0.0]]
     """
-    parameter, start = partitioned.parameter, partitioned.start
-    values = torch.zeros(parameter.shape, dtype=partition.dtype, device=partition.device)
-    first, last = max(start, 0), min(start + parameter.numel(), partition.numel())
-    if first < last:
-        values.view(-1)[first - start : last - start] = partition.detach()[first:last]
+    values = torch.zeros(partitioned.parameter.shape, dtype=partition.dtype, device=partition.device)
+    first, last = local_range(partitioned, partition)
+    start = partitioned.start
+    values.view(-1)[first - start : last - start] = partition.detach()[first:last]
     return values
+
+
+def local_range(partitioned: PartitionedParameter, partition: Tensor) -> tuple[int, int]:
+    """Return the first index in this process's partition of a parameter's values, and the one after the last.
+
+    Example:
+        >>> local_range(PartitionedParameter(torch.empty(2, 2), -1, None), torch.zeros(8))
+        (0, 3)
+    """
+    start = partitioned.start
+    first = min(max(start, 0), partition.numel())
+    return first, max(first, min(start + partitioned.parameter.numel(), partition.numel()))
+
+
+def master_weights(optimizer: Any, names: Mapping[Tensor, str]) -> dict[str, Callable[[], Tensor]]:
+    """Return functions that gather the float32 weights of parameters in half precision, by name; every process calls.
+
+    Args:
+        optimizer: DeepSpeed's.
+        names: of the model's parameters.
+
+    Raises:
+        ValueError: where a parameter is not the rounding of the weights that AdamW moves, on every process.
+    """
+    reads: dict[str, Callable[[], Tensor]] = {}
+    differing = []
+    for index, masters in enumerate(master_partitions(optimizer)):
+        for partitioned in partitioned_parameters(optimizer, index):
+            differing.append(_unrounded(partitioned, masters))
+            if partitioned.parameter.dtype != masters.dtype:
+                reads[names[partitioned.parameter]] = functools.partial(all_gather_parameter, partitioned, masters)
+    count = torch.stack(differing).sum()
+    before_collective()
+    dist.all_reduce(count)
+    if count:
+        raise ValueError(
+            f"{int(count)} of the model's weights are not those that DeepSpeed's optimizer moves, rounded to their "
+            "dtype; expected all, or its step begins elsewhere. Call engine.optimizer.refresh_fp32_params() after "
+            "loading weights into the model"
+        )
+    return reads
+
+
+def _unrounded(partitioned: PartitionedParameter, masters: Tensor) -> Tensor:
+    """Return the number of entries in this partition that are not the roundings of float32 weights, int64 scalar."""
+    (first, last), start = local_range(partitioned, masters), partitioned.start
+    rounded = masters.detach()[first:last].to(partitioned.parameter.dtype)
+    return (partitioned.parameter.detach().view(-1)[first - start : last - start] != rounded).sum()
 
 
 class PlannedStep(NamedTuple):
@@ -118,12 +212,9 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
     Raises:
         CaptureError: where the optimizer has no gradient, before its last backward pass or after its step.
     """
-    partitions = _gradient_partitions(optimizer)
-    by_parameter = {
-        partitioned.parameter: all_gather_parameter(partitioned, partition)
-        for index, partition in enumerate(partitions)
-        for partitioned in partitioned_parameters(optimizer, index)
-    }
+    by_parameter: dict[Tensor, Tensor] = {}
+    for index, partition in enumerate(_gradient_partitions(optimizer)):
+        by_parameter |= _all_gather_group(partitioned_parameters(optimizer, index), partition)
     gradient = {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
     max_norm = float(optimizer.clip_grad) or None
     if max_norm is None:
@@ -134,14 +225,20 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
 
 def _gradient_partitions(optimizer: Any) -> list[Tensor]:
     """Return this process's part of each group's gradient, flat and padded as the group's weights are."""
-    partitions = []
-    for index in range(len(optimizer.round_robin_bit16_groups)):
-        parts = optimizer.averaged_gradients.get(index)
-        if parts is None:
-            raise CaptureError(
-                "DeepSpeed holds no gradient at its optimizer's step; expected that of the step's backward passes. "
-                "Call engine.step() once after them"
-            )
-        flat = getattr(parts, "flat_partition", None)
-        partitions.append(torch.cat([part.reshape(-1) for part in parts]) if flat is None else flat.view(-1))
-    return partitions
+    if hasattr(optimizer, "averaged_gradients"):
+        groups = [optimizer.averaged_gradients.get(index) for index in range(len(forward_weights(optimizer)))]
+    else:
+        reached = any(map(any, optimizer.fp32_groups_has_gradients))
+        groups = [[part] if reached else None for part in optimizer.fp32_groups_gradient_flat_partition]
+    if any(parts is None for parts in groups):
+        raise CaptureError(
+            "DeepSpeed holds no gradient at its optimizer's step; expected that of the step's backward passes. "
+            "Call engine.step() once after them"
+        )
+    return [_flat(parts) for parts in groups]
+
+
+def _flat(parts: Any) -> Tensor:
+    """Return the flat vector of a group's tensors, which DeepSpeed may have beside them."""
+    flat = getattr(parts, "flat_partition", None)
+    return torch.cat([part.reshape(-1) for part in parts]) if flat is None else cast(Tensor, flat).view(-1)

@@ -1,4 +1,4 @@
-"""Check under which settings of DeepSpeed steps can be measured: ZeRO-1 or 2 of float32 weights with torch's AdamW."""
+"""Check under which settings of DeepSpeed steps can be measured: ZeRO-1 or 2 with torch's AdamW, not in float16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fx_influence.interop.low_bit.moments import is_low_bit
-from fx_influence.interop.zero.partitions import is_partitioned
+from fx_influence.interop.zero.partitions import forward_weights, is_partitioned, master_partitions
 
 FSDP2 = "accelerate launch --use_fsdp --fsdp_version 2"
 """The launch under which a model is measured that does not fit each device."""
@@ -52,16 +52,22 @@ that does not fit each device
                 "'none', since the passes run where moments and weights are",
                 f"Leave {field} out",
             )
-    for field in ("fp16", "bf16"):
-        enabled = (config.get(field) or {}).get("enabled", False)
-        if enabled is True or (enabled == "auto" and mixed_precision == field):
-            raise _unexpected(
-                f"{field}.enabled",
-                enabled,
-                "False, since the forward's weights are then roundings of those that AdamW moves",
-                f"Train in float32 ({field}=False in the trainer's config), or launch without DeepSpeed, where {field} "
-                "is autocast over float32 weights",
-            )
+    enabled = (config.get("fp16") or {}).get("enabled", False)
+    if enabled is True or (enabled == "auto" and mixed_precision == "fp16"):
+        raise _unexpected(
+            "fp16.enabled",
+            enabled,
+            "False, since gradients are then multiplied by a loss scale that skips steps",
+            "Train in bfloat16 or float32 (bf16=True, or fp16=False, in the trainer's config), or launch without "
+            "DeepSpeed, where fp16 is autocast over float32 weights",
+        )
+    if (config.get("bf16") or {}).get("bf16_master_weights_and_grads", False):
+        raise _unexpected(
+            "bf16.bf16_master_weights_and_grads",
+            True,
+            "False, since AdamW then moves bfloat16 weights, whose steps are lost to rounding at RL's learning rates",
+            "Leave it out, so that the master weights are float32",
+        )
     if (config.get("torch_autocast") or {}).get("enabled", False):
         raise _unexpected(
             "torch_autocast.enabled",
@@ -94,11 +100,16 @@ def check_partitions(optimizer: Any) -> None:
     Args:
         optimizer: DeepSpeed's, without wrappers.
     """
-    dtype = optimizer.bit16_groups[0][0].dtype
-    if dtype != torch.float32:
+    dtype, masters = forward_weights(optimizer)[0][0].dtype, master_partitions(optimizer)[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"DeepSpeed trains weights in {dtype}, roundings of those that AdamW moves; expected torch.float32. "
-            "Leave fp16 and bf16 out of its configuration, and of the trainer's"
+            f"DeepSpeed trains weights in {dtype}, with a loss scale; expected torch.bfloat16 or torch.float32. Leave "
+            "fp16 out of its configuration, and of the trainer's"
+        )
+    if masters != torch.float32:
+        raise ValueError(
+            f"DeepSpeed's master weights are {masters}, in which steps are lost to rounding; expected torch.float32. "
+            "Leave bf16_master_weights_and_grads out of its configuration"
         )
     if getattr(optimizer, "cpu_offload", False):
         raise ValueError(
@@ -125,9 +136,9 @@ def why_refused(optimizer: object) -> str | None:
     if not is_of_deepspeed or is_partitioned(optimizer):
         return None
     return (
-        f"optimizer is {name}; expected torch.optim.AdamW under stage 1 or 2 of ZeRO, in float32. Set "
-        "zero_optimization.stage to 1 or 2, add \"torch_adam\": true to the optimizer's params in DeepSpeed's "
-        f"configuration, and leave fp16, bf16 and offload out of it; FSDP2 ({FSDP2}) where the model does not fit "
+        f"optimizer is {name}; expected torch.optim.AdamW under stage 1 or 2 of ZeRO. Set zero_optimization.stage to 1 "
+        "or 2, add \"torch_adam\": true to the optimizer's params in DeepSpeed's configuration, and leave fp16 and "
+        f"offload out of it; FSDP2 ({FSDP2}) where the model does not fit "
         "each device"
     )
 

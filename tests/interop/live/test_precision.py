@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from fx_influence.interop.live.precision import moment_rounding, rounding_warning, step_rounding
+from fx_influence.interop.live.precision import StepRoundings, moment_rounding, rounding_warning, step_rounding
 from fx_influence.optim.step import AdamWStep
 from fx_influence.types import AdamWHyper, AdamWState
 
@@ -43,6 +45,23 @@ def test_moment_rounding_is_the_changed_share_of_the_moments() -> None:
 def test_moment_rounding_is_zero_without_a_step() -> None:
     state = AdamWState({}, {}, {}, {}, {}, lr=1e-3)
     assert moment_rounding(AdamWStep({}, state, {}, "frozen", torch.ones(())), {}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"),
+    [
+        ((0.05, math.nan), None),
+        ((0.25, math.nan), "step 3: 25% of the step is lost to the rounding of the trained weights"),
+        ((1e-6, 0.05), None),
+        ((1e-6, 0.98), "step 3: the forward's weights are roundings of the float32 ones that the optimizer moves, and"),
+        ((0.2, 1.5), "step 3: the forward's weights are roundings"),
+    ],
+)
+def test_step_roundings_warn_of_more_than_a_tenth(shares: tuple[float, float], text: str | None) -> None:
+    """Weights in bfloat16 that AdamW moves itself lose their step; roundings of float32 ones move later."""
+    roundings = StepRoundings(*shares, moment_rounding=math.nan)
+    warning = roundings.warning(3, {"w": torch.ones(1, dtype=torch.bfloat16)}, at_random=False)
+    assert warning is None if text is None else warning is not None and warning.startswith(text)
 
 
 def test_rounding_warning_names_rounding_at_random() -> None:

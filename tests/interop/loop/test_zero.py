@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import run_on_ranks
+from helpers.sharded_results import assert_influences_of_one_process
 from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding_bound
 
 
@@ -28,5 +29,15 @@ def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> 
                     bound = exact_bound(expected["float32"][name], exact, TINY_POLICY, torch.float32)
                     assert bound <= 1e-2 * scale, name
                     assert_within(actual[name], exact, bound, name)
+        for stage, training in rank["bfloat16"].items():
+            plain, measured = training["plain"], training["measured"]
+            assert all(torch.equal(plain["weights"][name], x) for name, x in measured["weights"].items())
+            assert {x.dtype for x in measured["weights"].values()} == {torch.bfloat16}
+            assert measured["history"] == ranks[0]["bfloat16"][stage]["measured"]["history"]
+            for metrics in measured["history"]:
+                assert metrics["step_rounding"] <= rounding_bound(torch.float32, 1, 1e3) < metrics["forward_rounding"]
+            assert len(training["records"]) == 2
+            for record in training["records"]:
+                assert_influences_of_one_process([record], torch.bfloat16, training["terms"])
         assert "ZeRO" in rank["refusal"]
         assert "FSDP2" in rank["refusal"]

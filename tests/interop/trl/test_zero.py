@@ -33,6 +33,34 @@ def test_two_ranks_measure_as_one_process_under_zero(tmp_path: Path) -> None:
     assert stored.steps["step"].tolist() == [1, 2]
 
 
+def test_two_ranks_measure_as_one_process_in_bfloat16(tmp_path: Path) -> None:
+    """AdamW moves float32 weights, whose movement is the step's; the forward has their roundings to bfloat16."""
+    first, second = run_on_ranks(2, "ranks_trl_zero.py", tmp_path, "bfloat16")
+    optimizers = set()
+    for case, training in first["bfloat16"].items():
+        optimizers.add(training["optimizer"])
+        assert training["dtypes"] == {"torch.bfloat16"}
+        assert len(training["warnings"]) == 1
+        for each in (training, second["bfloat16"][case]):
+            assert_training_unchanged(each)
+            assert_steps_add_up(each["history"], torch.bfloat16, training["terms"])
+            assert each["history"] == training["history"]
+            assert all(metrics["forward_rounding"] > 1e-3 for metrics in each["history"])
+            if "LoRA" not in case:
+                assert_influences_of_one_process(each["records"], torch.bfloat16, training["terms"])
+    assert optimizers == {"DeepSpeedZeroOptimizer", "BF16_Optimizer"}
+
+
+def test_measured_rounding_is_the_rest_of_the_step(tmp_path: Path) -> None:
+    [result] = run_on_ranks(1, "ranks_trl_zero.py", tmp_path, "bfloat16_single")
+    training = result["bfloat16_single"]
+    assert_training_unchanged(training)
+    for metrics, unrounded in zip(training["history"], training["unrounded"], strict=True):
+        rest = metrics["measured"] - metrics["measured_rounding"]
+        bound = rounding_bound(torch.float32, TINY_POLICY, metrics["entropy"])
+        assert abs(rest - unrounded) <= bound < abs(metrics["measured_rounding"])
+
+
 def test_two_ranks_measure_held_out_prompts_under_zero(tmp_path: Path) -> None:
     results = [result["held_out"] for result in run_on_ranks(2, "ranks_trl_zero.py", tmp_path, "held_out")]
     for result in results:

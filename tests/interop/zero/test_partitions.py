@@ -36,15 +36,34 @@ def partitioned(model: nn.Module, order: list[int], clip_grad: float = 0.0) -> A
     """
     parameters = list(model.parameters())
     members = [parameters[k] for k in order]
-    flat = nn.Parameter(flattened([p.detach() for p in members]))
+    flat = nn.Parameter(flattened([p.detach().float() for p in members]))
     return SimpleNamespace(
         optimizer=torch.optim.AdamW([flat], lr=0.1, weight_decay=0.2),
-        bit16_groups=[parameters],
         round_robin_bit16_groups=[members],
         single_partition_of_fp32_groups=[flat],
         real_dp_process_group=[None],
         averaged_gradients={},
         clip_grad=clip_grad,
+    )
+
+
+def as_bf16_optimizer(zero: Any, reached: bool = True) -> Any:
+    """Return the same stand-in as DeepSpeed's ``BF16_Optimizer``, whose gradients are ``zero.averaged_gradients``.
+
+    Args:
+        zero: stand-in of the optimizer of ZeRO-1 and 2.
+        reached: whether a backward pass has reached any parameter.
+    """
+    [flat] = zero.single_partition_of_fp32_groups
+    grads = zero.averaged_gradients.get(0)
+    return SimpleNamespace(
+        optimizer=zero.optimizer,
+        bf16_groups=zero.round_robin_bit16_groups,
+        fp32_groups_flat_partition=[flat],
+        fp32_groups_gradient_flat_partition=[torch.zeros_like(flat) if grads is None else flattened(grads[:-1])],
+        fp32_groups_has_gradients=[[reached, False]],
+        real_dp_process_group=[None],
+        clip_grad=zero.clip_grad,
     )
 
 
@@ -79,14 +98,49 @@ def test_adamw_state_reads_partitions_as_parameters(copied: bool) -> None:
     assert (actual.step, actual.hyper, actual.lr) == (expected.step, expected.hyper, expected.lr)
 
 
+def bfloat16_pair() -> tuple[nn.Module, Any, dict[str, Tensor]]:
+    """Return a model in bfloat16, its partitioned optimizer, and the float32 weights by name, which it rounds."""
+    torch.manual_seed(1)
+    masters = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+    model = nn.Linear(3, 2).bfloat16()
+    model.load_state_dict(masters)
+    zero = partitioned(model, [1, 0])
+    with torch.no_grad():
+        zero.single_partition_of_fp32_groups[0].copy_(flattened([masters["bias"], masters["weight"]]))
+    return model, zero, masters
+
+
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("kind", [lambda zero: zero, as_bf16_optimizer], ids=["ZeRO-1 and 2", "BF16_Optimizer"])
+def test_adamw_state_has_master_weights_in_bfloat16(kind: Any, copied: bool) -> None:
+    model, zero, masters = bfloat16_pair()
+    state: Any = fx.adamw_state(kind(zero), model, copy=copied)
+    assert set(state.master_weights) == set(masters)
+    assert all(torch.equal(state.master_weights[name], x) for name, x in masters.items())
+    assert all(x.dtype == torch.float32 for x in state.exp_avg.values())
+    model, zero, _ = stepped_pair()
+    assert fx.adamw_state(kind(zero), model).master_weights is None
+
+
+@pytest.mark.usefixtures("process_group")
+def test_adamw_state_refuses_weights_that_are_not_rounded() -> None:
+    model, zero, _ = bfloat16_pair()
+    with torch.no_grad():
+        model.weight[0, :2] += 1  # type: ignore[index,operator]
+    with pytest.raises(ValueError, match=r"2 of the model's weights are not those .*refresh_fp32_params\(\)"):
+        fx.adamw_state(zero, model)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("kind", [lambda zero: zero, as_bf16_optimizer], ids=["ZeRO-1 and 2", "BF16_Optimizer"])
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
-def test_planned_step_is_the_unclipped_gradient(max_norm: float) -> None:
+def test_planned_step_is_the_unclipped_gradient(max_norm: float, kind: Any) -> None:
     model, _, _ = stepped_pair()
     zero = partitioned(model, [1, 0], max_norm)
     grads = [p.grad for p in zero.round_robin_bit16_groups[0]]
     zero.averaged_gradients[0] = [*grads, torch.zeros(PADDING)]
-    planned = planned_step(zero, model)
+    planned = planned_step(kind(zero), model)
     assert all(torch.equal(planned.gradient[name], p.grad) for name, p in model.named_parameters())  # type: ignore
     clipped = copy.deepcopy(model)
     for p, q in zip(clipped.parameters(), model.parameters(), strict=True):
@@ -98,8 +152,10 @@ def test_planned_step_is_the_unclipped_gradient(max_norm: float) -> None:
 
 def test_planned_step_refuses_without_gradient() -> None:
     model = nn.Linear(3, 2)
-    with pytest.raises(CaptureError, match="DeepSpeed holds no gradient at its optimizer's step"):
-        planned_step(partitioned(model, [0, 1]), model)
+    zero = partitioned(model, [0, 1])
+    for optimizer in (zero, as_bf16_optimizer(zero, reached=False)):
+        with pytest.raises(CaptureError, match="DeepSpeed holds no gradient at its optimizer's step"):
+            planned_step(optimizer, model)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

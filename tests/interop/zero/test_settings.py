@@ -26,9 +26,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "offload_param.device is 'nvme' in .*Leave offload_param out",
     ),
     "fp16": ({"zero_optimization": STAGE_2, "fp16": {"enabled": True}}, "fp16.enabled is True in .*fp16=False"),
-    "bf16 of the trainer": (
-        {"zero_optimization": STAGE_2, "bf16": {"enabled": "auto"}},
-        "bf16.enabled is 'auto' in .*bf16=False in the trainer's config",
+    "fp16 of the trainer": (
+        {"zero_optimization": STAGE_2, "fp16": {"enabled": "auto"}},
+        "fp16.enabled is 'auto' in .*bf16=True, or fp16=False, in the trainer's config",
+    ),
+    "bfloat16 master weights": (
+        {"zero_optimization": STAGE_2, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "bf16_master_weights_and_grads is True in .*Leave it out, so that the master weights are float32",
     ),
     "autocast": (
         {"zero_optimization": STAGE_2, "torch_autocast": {"enabled": True}},
@@ -45,44 +49,55 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
 def test_check_config_names_setting_and_remedy(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_config(config, "bf16")
+        check_config(config, "fp16")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_check_config_accepts_float32(stage: int) -> None:
+@pytest.mark.parametrize("bf16", ["auto", True, False])
+def test_check_config_accepts_float32_and_bfloat16(stage: int, bf16: object) -> None:
     off = {"device": "none"}
     check_config(
         {
             "zero_optimization": {"stage": stage, "offload_optimizer": off, "offload_param": None},
-            "bf16": {"enabled": "auto"},
-            "fp16": {"enabled": False},
+            "bf16": {"enabled": bf16},
+            "fp16": {"enabled": "auto"},
             "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
-        }
+        },
+        "bf16",
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bit16_groups": [[torch.zeros(2, dtype=torch.bfloat16)]]}, "trains weights in torch.bfloat16"),
+        ({"round_robin_bit16_groups": [[torch.zeros(2, dtype=torch.float16)]]}, "trains weights in torch.float16"),
+        ({"single_partition_of_fp32_groups": [torch.zeros(2).bfloat16()]}, "master weights are torch.bfloat16"),
         ({"cpu_offload": True}, "offloads the optimizer to the CPU"),
     ],
 )
 def test_check_partitions_names_what_is_not_read(change: dict[str, Any], message: str) -> None:
-    parameter = nn.Parameter(torch.zeros(2))
-    fields = {"bit16_groups": [[parameter]], "optimizer": torch.optim.AdamW([parameter])}
     with pytest.raises(ValueError, match=message):
-        check_partitions(SimpleNamespace(**{**fields, **change}))
+        check_partitions(partitioned(torch.optim.AdamW, **change))
+
+
+def partitioned(kind: Any, **changes: Any) -> Any:
+    """Return a stand-in for DeepSpeed's optimizer around one of another kind, with some attributes changed."""
+    parameter = nn.Parameter(torch.zeros(2))
+    fields: dict[str, Any] = {
+        "round_robin_bit16_groups": [[parameter]],
+        "single_partition_of_fp32_groups": [parameter],
+        "optimizer": kind([parameter]),
+    }
+    return SimpleNamespace(**{**fields, **changes})
 
 
 def test_check_partitions_refuses_quantised_moments() -> None:
     kind: Any = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "torchao.optim.adam"})
-    parameter = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match=r"partitions AdamW8bit, whose quantised moments .*optim='adamw_torch'"):
-        check_partitions(SimpleNamespace(bit16_groups=[[parameter]], optimizer=kind([parameter])))
+        check_partitions(partitioned(kind))
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedZeroOptimizer_Stage3", "FusedAdam", "BF16_Optimizer"])
+@pytest.mark.parametrize("name", ["DeepSpeedZeroOptimizer_Stage3", "FusedAdam", "FP16_Optimizer"])
 def test_adamw_state_names_the_remedy_under_deepspeed(name: str) -> None:
     """Around a torch AdamW of one flat partition, whose parameters are none of the model's."""
     model = nn.Linear(2, 2)

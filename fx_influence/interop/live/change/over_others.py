@@ -26,6 +26,7 @@ from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, default_budget, plan_directions
 from fx_influence.batching.rows import rows_by_group, select_rows
 from fx_influence.core.dtensor import to_local
+from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.deviations import share_left
 from fx_influence.estimators.entropy import behaviour_weights
@@ -103,7 +104,7 @@ def shifts_without_own_fold(
     lr = step.opt_state.lr
     cancels = torch.finfo(precision.lowest).eps ** 0.5
     scored = batch_u._replace(coefficients=None, entropy_coefficients=None)
-    planned = exact.engine.values(_move_(step.direction(), exact.params, lr), scored)
+    planned = exact.engine.values(shift_(step.direction(), exact.params, lr), scored)
     changes = TokenValues(*(torch.zeros_like(x) for x in planned))
     count, rows = len(folds.shares), rows_by_group(folds.part, len(folds.shares))
     budget = default_budget(update.params) if memory_budget is None else memory_budget
@@ -179,8 +180,3 @@ def _add(gradient: Gradients, more: Gradients) -> Gradients:
         m = more.get(name)
         out[name] = g if g is None or m is None else m.add_(g)
     return out
-
-
-def _move_(direction: Params, params: Params, lr: float) -> Params:
-    """Return params + lr * direction in the memory of ``direction``."""
-    return {name: direction[name].mul_(lr).add_(p) for name, p in params.items()}
