@@ -46,7 +46,8 @@ def rank_adapter(files: Sequence[Path]) -> RankAdapter | None:
         ImportError: without peft.
         ValueError: if neither its config nor its rank and alpha are beside the files.
     """
-    names = [str(name) for name in load_inert(files[0])] if files else []
+    saved = load_inert(files[0]) if files else {}
+    names = list(map(str, saved)) if isinstance(saved, dict) else []
     if not any(map(_is_adapted, names)):
         return None
     try:
