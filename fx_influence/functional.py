@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.sharded_policy import ShardedPolicy
+from fx_influence.distributed.zero.flat_shards import with_flat_shards
 from fx_influence.policy.four_bit import check_quantised
 from fx_influence.policy.model.agreement import (
     check_padded,
@@ -84,6 +85,8 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     """
     check_model(model)
     model = unwrap_model(model)
+    _check_hooks(model)
+    model = with_flat_shards(model)
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:
@@ -95,7 +98,6 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     if meta:
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; expected loaded weights. Load them first")
     _check_partition(named)
-    _check_hooks(model)
     sharded = any(map(is_sharded, named.values()))
     check_quantised(model, compiled, sharded)
     kind = ShardedPolicy if sharded else Policy
@@ -159,13 +161,8 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
             return
 
 
-def _check_partition(named: Mapping[str, Tensor]) -> None:
-    for name, p in named.items():
-        if hasattr(p, "ds_id") and not p.numel():
-            raise ValueError(
-                f"model parameter {name!r} is partitioned by DeepSpeed ZeRO-3; expected whole weights or shards of "
-                "FSDP2. Gather them (zero_to_fp32.py, deepspeed.zero.GatheredParameters) into a plain model"
-            )
+def _check_partition(named: Iterable[str]) -> None:
+    for name in named:
         if name.rpartition(".")[2].startswith("_flat_param"):
             raise ValueError(
                 f"model parameter {name!r} is a flat one of FSDP1; expected whole weights or shards of FSDP2. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +14,7 @@ from fx_influence.core.checks import wrong_type
 from fx_influence.core.dtensor import is_sharded, to_local, to_numbers
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
+from fx_influence.distributed.zero.flat_shards import sharded_parameters
 from fx_influence.interop.low_bit.moments import (
     ComputedMoments,
     StoredMoment,
@@ -30,6 +31,7 @@ from fx_influence.interop.zero.partitions import (
     zero_optimizer,
 )
 from fx_influence.interop.zero.settings import check_partitions, why_refused
+from fx_influence.interop.zero.stage3 import flat_adamw, is_stage3
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState, Params
@@ -95,27 +97,35 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
         remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
         raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
     model = unwrap_model(model)
-    return on_all_ranks(model, lambda: _read_state(require_adamw(optimizer), zero_optimizer(optimizer), model, copy))
+    parameters = sharded_parameters(model)
+
+    def read() -> AdamWState:
+        adamw, zero = require_adamw(optimizer), zero_optimizer(optimizer)
+        if zero is not None:
+            check_partitions(zero)
+        if is_stage3(zero):
+            adamw, zero = flat_adamw(zero, model, parameters), None
+        return _read_state(adamw, zero, parameters, copy)
+
+    return on_all_ranks(parameters.values(), read)
 
 
-def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
-    """Call ``call`` and return its value; if the model is sharded, what it raises on one rank is raised on all."""
-    mesh: Any = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
+def on_all_ranks(parameters: Iterable[Tensor], call: Callable[[], Value]) -> Value:
+    """Call ``call`` and return its value; if parameters are sharded, what it raises on one rank is raised on all."""
+    mesh: Any = next((cast(Any, p).device_mesh for p in parameters if is_sharded(p)), None)
     return call() if mesh is None else raise_on_all_ranks(mesh, call)
 
 
-def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy: bool) -> AdamWState:
+def _read_state(adamw: Any, zero: Any, parameters: Mapping[str, Tensor], copy: bool) -> AdamWState:
     """Return ``adamw_state``.
 
     Args:
         adamw: without wrappers.
         zero: DeepSpeed's optimizer around it, whose partitions of groups are its parameters; None without one.
-        model: without wrappers.
+        parameters: of the model, by name.
         copy: see ``adamw_state``.
     """
-    if zero is not None:
-        check_partitions(zero)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     groups = groups_of(adamw)
     lr, scales = _reference_lr_and_scales(groups)
     moments: dict[str, dict[str, Callable[[], Tensor]]] = {key: {} for key in MOMENTS}

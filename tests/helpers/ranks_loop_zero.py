@@ -25,12 +25,13 @@ from helpers.loops import (
 )
 from helpers.ranks import end_rank, global_mesh, save_result
 from helpers.tiny_models import AttentionModel, make_float64
+from helpers.zero_trainings import full_weights
 
 MICRO_BATCHES = 2
 NAMES = ("per_sequence", "per_token", "total", "stderr", "momentum", "self_influence")
 
 
-def engine_of(stage: int) -> Any:
+def engine_of(stage: int, **zero: Any) -> Any:
     """Return DeepSpeed's engine around a policy in float32 and torch's AdamW, with two groups of parameters."""
     model = make_float64(AttentionModel).float()
     biases, others = ([p for p in model.parameters() if (p.dim() < 2) is small] for small in (True, False))
@@ -38,7 +39,7 @@ def engine_of(stage: int) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": MICRO_BATCHES,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **zero},
         "gradient_clipping": MAX_NORM,
         "zero_allow_untested_optimizer": True,
     }
@@ -49,7 +50,8 @@ def engine_of(stage: int) -> Any:
 
 def expected_influences(engine: Any, rollouts: Rollouts) -> dict[str, Any]:
     """Return the step's influences by one process with the rollouts of all, in both precisions."""
-    state, weights = fx.adamw_state(engine.optimizer, engine.module), engine.module.state_dict()
+    state, weights = fx.adamw_state(engine.optimizer, engine), full_weights(engine.module)
+    moments = full_moments(engine, state)
     results = {}
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         model = make_float64(AttentionModel).to(dtype)
@@ -57,11 +59,20 @@ def expected_influences(engine: Any, rollouts: Rollouts) -> dict[str, Any]:
         apply, params = fx.make_functional(model)
         with torch.no_grad():
             coefficients = closed_form(rollouts, completion_values(model, rollouts)[0])
-        moments: dict[str, Any] = {key: converted(getattr(state, key), dtype) for key in ("exp_avg", "exp_avg_sq")}
+        full: dict[str, Any] = {key: converted(tree, dtype) for key, tree in moments.items()}
         batch = batch_of(rollouts, coefficients.to(dtype))
-        out = fx.influence(params, batch, None, state._replace(**moments), apply=apply, max_grad_norm=MAX_NORM)
+        out = fx.influence(params, batch, None, state._replace(**full), apply=apply, max_grad_norm=MAX_NORM)
         results[name] = {field: getattr(out, field) for field in NAMES}
     return results
+
+
+def full_moments(engine: Any, state: fx.AdamWState) -> dict[str, Any]:
+    """Return the complete moments: the state's, or under ZeRO-3 gathered by DeepSpeed itself."""
+    named, keys = dict(engine.module.named_parameters()), ("exp_avg", "exp_avg_sq")
+    if not hasattr(next(iter(named.values())), "ds_id"):
+        return {key: getattr(state, key) for key in keys}
+    moment: Any = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
+    return {key: {name: moment(p, key) for name, p in named.items()} for key in keys}
 
 
 def converted(tree: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -87,7 +98,7 @@ def train(stage: int, measures: bool) -> dict[str, Any]:
             engine.backward(MICRO_BATCHES * dist.get_world_size() * grpo_loss(logprobs, part))
             engine.step()
     return {
-        "weights": {name: p.detach().clone() for name, p in engine.module.named_parameters()},
+        "weights": full_weights(engine.module),
         "history": [] if capture is None else capture.history,
         "actual": [{field: getattr(out, field) for field in NAMES} for out in results[1:]],
         "expected": expected,
@@ -102,9 +113,9 @@ def parts_of(rollouts: Rollouts) -> list[Rollouts]:
     return [local.part(slice(None, size // 2)), local.part(slice(size // 2, None))]
 
 
-def refusal(stage: int) -> str:
-    """Return why ``fx.attach`` refuses another stage of ZeRO."""
-    engine: nn.Module = engine_of(stage)
+def refusal() -> str:
+    """Return why ``fx.attach`` refuses partitions over groups of processes."""
+    engine: nn.Module = engine_of(3, zero_hpz_partition_size=2)
     try:
         fx.attach(engine.optimizer, engine)  # type: ignore[arg-type]  # whatever DeepSpeed has made
     except (TypeError, ValueError) as error:
@@ -115,6 +126,6 @@ def refusal(stage: int) -> str:
 if __name__ == "__main__":
     prepare_deepspeed()
     with global_mesh():
-        result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2)}
-        save_result(sys.argv[1], {**result, "refusal": refusal(3)})
+        result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2, 3)}
+        save_result(sys.argv[1], {**result, "refusal": refusal()})
     end_rank()

@@ -14,20 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fx_influence.core.dtensor import before_collective
+from fx_influence.core.tree import dot
 from fx_influence.interop.live.guard import CaptureError
+from fx_influence.interop.zero.stage3 import gradient_at_step, is_stage3
 from fx_influence.types import Gradients
 
 
 def zero_optimizer(optimizer: Any) -> Any:
-    """Return DeepSpeed's optimizer of ZeRO-1 or 2 inside any wrappers, None where there is none."""
+    """Return DeepSpeed's optimizer of ZeRO inside any wrappers, None where there is none."""
     while optimizer is not None and not is_partitioned(optimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 def is_partitioned(optimizer: object) -> bool:
-    """Return whether an object is DeepSpeed's optimizer of ZeRO-1 or 2, by its partitions and groups of weights."""
-    return all(hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "round_robin_bit16_groups"))
+    """Return whether an object is DeepSpeed's optimizer of ZeRO-1, 2 or 3, by its partitions and groups of weights."""
+    of_stage_1_or_2 = ("single_partition_of_fp32_groups", "round_robin_bit16_groups")
+    return is_stage3(optimizer) or all(hasattr(optimizer, name) for name in of_stage_1_or_2)
 
 
 class PartitionedParameter(NamedTuple):
@@ -118,30 +121,35 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
     Raises:
         CaptureError: where the optimizer has no gradient, before its last backward pass or after its step.
     """
-    partitions = _gradient_partitions(optimizer)
-    by_parameter = {
-        partitioned.parameter: all_gather_parameter(partitioned, partition)
-        for index, partition in enumerate(partitions)
-        for partitioned in partitioned_parameters(optimizer, index)
-    }
-    gradient = {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
+    count = len(optimizer.fp16_groups if is_stage3(optimizer) else optimizer.round_robin_bit16_groups)
+    if any(optimizer.averaged_gradients.get(index) is None for index in range(count)):
+        raise CaptureError(
+            "DeepSpeed holds no gradient at its optimizer's step; expected that of the step's backward passes. "
+            "Call engine.step() once after them"
+        )
+    gradient = gradient_at_step(optimizer, model) if is_stage3(optimizer) else _gathered_gradient(optimizer, model)
     max_norm = float(optimizer.clip_grad) or None
     if max_norm is None:
         return PlannedStep(gradient, 1.0, None)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in by_parameter.values()]
-    return PlannedStep(gradient, min(1.0, max_norm / (float(torch.stack(norms).norm()) + 1e-6)), max_norm)
+    reached = {name: g for name, g in gradient.items() if g is not None}
+    return PlannedStep(gradient, min(1.0, max_norm / (float(dot(reached, reached).sqrt()) + 1e-6)), max_norm)
+
+
+def _gathered_gradient(optimizer: Any, model: nn.Module) -> Gradients:
+    """Return the gradient of complete parameters by name, gathered from the partitions of all processes."""
+    by_parameter = {
+        partitioned.parameter: all_gather_parameter(partitioned, partition)
+        for index, partition in enumerate(_gradient_partitions(optimizer))
+        for partitioned in partitioned_parameters(optimizer, index)
+    }
+    return {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _gradient_partitions(optimizer: Any) -> list[Tensor]:
     """Return this process's part of each group's gradient, flat and padded as the group's weights are."""
     partitions = []
     for index in range(len(optimizer.round_robin_bit16_groups)):
-        parts = optimizer.averaged_gradients.get(index)
-        if parts is None:
-            raise CaptureError(
-                "DeepSpeed holds no gradient at its optimizer's step; expected that of the step's backward passes. "
-                "Call engine.step() once after them"
-            )
+        parts = optimizer.averaged_gradients[index]
         flat = getattr(parts, "flat_partition", None)
         partitions.append(torch.cat([part.reshape(-1) for part in parts]) if flat is None else flat.view(-1))
     return partitions

@@ -22,7 +22,7 @@ PARALLELISM = ("tp_size", "cp_size", "sp_size")
 def check_processes(trainer: Any) -> None:
     """Raise ``ValueError`` for processes that share the model otherwise than by one of the supported ways.
 
-    These are DistributedDataParallel, FSDP2, and DeepSpeed's ZeRO-1 and 2.
+    These are DistributedDataParallel, FSDP2, and DeepSpeed's ZeRO.
     """
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
@@ -39,7 +39,15 @@ def check_processes(trainer: Any) -> None:
 
 def is_sharded_training(trainer: Any) -> bool:
     """Return whether the trainer's model is sharded, or will be when training begins."""
-    return bool(trainer.is_fsdp_enabled) or any(map(is_sharded, trainer.model.parameters()))
+    sharded = trainer.is_fsdp_enabled or _sharder(trainer) == "ZeRO-3"
+    return bool(sharded) or any(map(is_sharded, trainer.model.parameters()))
+
+
+def _sharder(trainer: Any) -> str:
+    """Return what shards the trainer's model, if anything does."""
+    if not trainer.is_deepspeed_enabled:
+        return "FSDP"
+    return f"ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
 
 
 def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool, save_state: bool) -> None:
@@ -60,13 +68,14 @@ def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool
         return
     if matrix:
         raise ValueError(
-            "matrix is True and FSDP shards the model; expected False, since pairwise influences need the gradient of "
-            "every rollout. Leave the matrix out, or train under DistributedDataParallel"
+            f"matrix is True and {_sharder(trainer)} shards the model; expected False, since pairwise influences need "
+            "the gradient of every rollout. Leave the matrix out, or train under DistributedDataParallel"
         )
     if prompts is not None:
         raise ValueError(
-            f"E is {len(prompts)} held-out prompts and FSDP shards the model; expected the step's own rollouts, since "
-            f"a generation that fails in one process would leave the others waiting. Pass eval_prompts={BATCH!r}"
+            f"E is {len(prompts)} held-out prompts and {_sharder(trainer)} shards the model; expected the step's own "
+            "rollouts, since a generation that fails in one process would leave the others waiting. Pass "
+            f"eval_prompts={BATCH!r}"
         )
 
 
@@ -80,7 +89,7 @@ def check_prepared(trainer: Any, mesh: DeviceMesh | None) -> None:
     Raises:
         TypeError: for another optimizer than AdamW.
         ValueError: for a model that is sharded in another way than by FSDP2 alone, and for an optimizer that DeepSpeed
-            does not partition as ZeRO-1 and 2 do.
+            does not partition as ZeRO does.
     """
     with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
         require_adamw(trainer.optimizer)
