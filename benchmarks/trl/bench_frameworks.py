@@ -60,6 +60,7 @@ WAYS = (
     Way("TRL, DistributedDataParallel", ranks=2),
     Way("TRL, FSDP2", {"fsdp": True, "fsdp_config": {"version": 2}}, ranks=2),
     Way("TRL, DeepSpeed ZeRO-2", {"deepspeed": zero_config(2)}, ranks=2),
+    Way("TRL, DeepSpeed ZeRO-3", {"deepspeed": zero_config(3)}, ranks=2),
 )
 QUICK = ("TRL, LoRA", "TRL, DistributedDataParallel")
 

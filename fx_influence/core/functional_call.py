@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +23,16 @@ def functional_call(module: nn.Module, known: Params, args: tuple[Any, ...], kwa
         >>> functional_call(nn.Linear(1, 1), {"weight": torch.ones(1, 1), "bias": torch.ones(1)}, (torch.ones(1),), {})
         tensor([2.])
     """
-    with _torch_linear() if _is_of_deepspeed(F.linear) else nullcontext():
-        # Every slot gets its tensor here, because torch ties modules of two names wrongly (pytorch#164759).
-        return torch.func.functional_call(module, known, args, kwargs, tie_weights=False)
+    # Compared first, because torch.compile follows this comparison and not what a built-in function's module is.
+    if F.linear is not torch._C._nn.linear and _is_of_deepspeed(F.linear):
+        with _torch_linear():
+            return _call(module, known, args, kwargs)
+    return _call(module, known, args, kwargs)
+
+
+def _call(module: nn.Module, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Every slot gets its tensor here, because torch ties modules of two names wrongly (pytorch#164759).
+    return torch.func.functional_call(module, known, args, kwargs, tie_weights=False)
 
 
 def _is_of_deepspeed(function: Any) -> bool:

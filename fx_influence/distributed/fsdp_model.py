@@ -1,4 +1,4 @@
-"""Inspect a model sharded by FSDP2: find its units, check its sharding, and copy it without FSDP."""
+"""Inspect a sharded model: find its units, check its sharding, and copy it without what shards it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policy of a model sharded by FSDP2: each unit's weights are gathered where it runs and freed afterwards."""
+"""Policy of a model sharded by FSDP2 or ZeRO-3: each unit's weights are gathered where it runs and freed afterwards."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ class ShardedPolicy(Policy):
     """The ``Policy`` of a model that FSDP2 has sharded: ``params`` are DTensors, and each rank passes different rows.
 
     A *unit* is a module that ``fully_shard`` was called on, except the model itself and modules that hold the output
-    embeddings (the input's where these are tied) or share a parameter with another. Its weights, frozen ones too, are
+    embeddings (the input's where these are tied) or share a parameter with another; under ZeRO-3, whose parameters are
+    flat DTensors, a layer of the model. Its weights, frozen ones too, are
     gathered in one collective per dtype before it runs, while the previous unit computes, and freed afterwards.
     Backward gathers them again, in reverse, and scatters the sum over ranks of their gradient to the shards' owners. In
     forward mode a direction's shards are gathered with the weights. At most two units are unsharded at a time, units
@@ -127,7 +128,7 @@ class ShardedPolicy(Policy):
         mixed_precision: dtype that the model's ``MixedPrecisionPolicy`` casts parameters to, or None.
 
     Raises:
-        ValueError: for ``compiled``, and for a model sharded in another way than by FSDP2.
+        ValueError: for ``compiled``, and for a model sharded in another way than by FSDP2 or ZeRO-3.
     """
 
     forward: ShardedForward

@@ -53,7 +53,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
 
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
-    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time.
+    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time; under ZeRO-3 flat
+    DTensors, as the parameters of ``make_functional``.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
     from these values. That it then rounds the updated ones changes the steps after it, not this one.
@@ -61,7 +62,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     Args:
         optimizer: a ``torch.optim.AdamW``, an ``Adam`` with decoupled or no weight decay, an 8-bit, paged or 32-bit
             AdamW of bitsandbytes, or an AdamW8bit, AdamW4bit or AdamWFp8 of torchao; bare or inside a wrapper that
-            keeps it as ``.optimizer`` (accelerate, DeepSpeed's ZeRO-1 and 2).
+            keeps it as ``.optimizer`` (accelerate, DeepSpeed's ZeRO).
         model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
             parallelism); names are those of the inner module. Tied parameters appear once.
         copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
