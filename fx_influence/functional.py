@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.sharded_policy import ShardedPolicy
+from fx_influence.distributed.zero.flat_shards import is_partitioned, with_flat_shards
 from fx_influence.policy.four_bit import check_quantised
 from fx_influence.policy.model.agreement import (
     check_padded,
@@ -50,8 +51,8 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
 
     Args:
         model: a causal language model. ``torch.compile`` and data parallelism around it are removed, and names are
-            those of the model inside. If it is sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``), every rank of
-            its mesh makes the call.
+            those of the model inside. If it is sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``) or DeepSpeed's
+            ZeRO-3, every rank of its mesh makes the call.
         position_ids: where the forward takes ``position_ids``, derive them from the attention mask, so that padding on
             the left does not matter under absolute positions. False leaves them out, which reproduces a trainer that
             omits them.
@@ -66,9 +67,9 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
 
     Raises:
         ValueError: the model has no trainable parameters, has parameters on the meta device or sharded in another way
-            than by FSDP2, has 8-bit layers of bitsandbytes, trains 4-bit ones, or has hooks that may change gradients;
-            or its forward writes to its parameters, gives other logits than the policy or none for some tokens, or lets
-            rows see each other.
+            than by FSDP2 or ZeRO-3, has 8-bit layers of bitsandbytes, trains 4-bit ones, or has hooks that may change
+            gradients; or its forward writes to its parameters, gives other logits than the policy or none for some
+            tokens, or lets rows see each other.
 
     Example:
         >>> class Bigram(nn.Module):
@@ -84,6 +85,8 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     """
     check_model(model)
     model = unwrap_model(model)
+    _check_hooks(model)
+    model = with_flat_shards(model)
     named = dict(model.named_parameters())
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     if not params:
@@ -95,7 +98,6 @@ def make_functional(model: nn.Module, position_ids: bool = True, compiled: bool 
     if meta:
         raise ValueError(f"model parameter {meta[0]!r} is on the meta device; expected loaded weights. Load them first")
     _check_partition(named)
-    _check_hooks(model)
     sharded = any(map(is_sharded, named.values()))
     check_quantised(model, compiled, sharded)
     kind = ShardedPolicy if sharded else Policy
@@ -116,7 +118,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
 
     Raises:
         ValueError: the logits differ, with the difference relative to the largest logit; ``apply`` is not a ``Policy``;
-            or the model is sharded by FSDP2, so that its own forward is a collective of all ranks.
+            or the model is sharded, so that its own forward is a collective of all ranks.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
@@ -128,9 +130,9 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
             f"apply is a {type(apply).__name__}; expected a Policy. Make one: apply, params = fx.make_functional(model)"
         )
     model = unwrap_model(model)
-    if any(map(is_sharded, model.parameters())):
+    if is_partitioned(model) or any(map(is_sharded, model.parameters())):
         raise ValueError(
-            "model is sharded by FSDP2; expected unsharded weights. make_functional compared the two already"
+            "model is sharded by FSDP2 or ZeRO-3; expected unsharded weights. make_functional compared the two already"
         )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if trained != params.keys():
@@ -159,13 +161,8 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
             return
 
 
-def _check_partition(named: Mapping[str, Tensor]) -> None:
-    for name, p in named.items():
-        if hasattr(p, "ds_id") and not p.numel():
-            raise ValueError(
-                f"model parameter {name!r} is partitioned by DeepSpeed ZeRO-3; expected whole weights or shards of "
-                "FSDP2. Gather them (zero_to_fp32.py, deepspeed.zero.GatheredParameters) into a plain model"
-            )
+def _check_partition(named: Iterable[str]) -> None:
+    for name in named:
         if name.rpartition(".")[2].startswith("_flat_param"):
             raise ValueError(
                 f"model parameter {name!r} is a flat one of FSDP1; expected whole weights or shards of FSDP2. "

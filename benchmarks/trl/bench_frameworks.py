@@ -61,6 +61,7 @@ WAYS = (
     Way("TRL, FSDP2", {"fsdp": True, "fsdp_config": {"version": 2}}, ranks=2),
     Way("TRL, DeepSpeed ZeRO-2", {"deepspeed": zero_config(2)}, ranks=2),
     Way("TRL, DeepSpeed ZeRO-2, bfloat16", {"deepspeed": zero_config(2), "bf16": True}, ranks=2),
+    Way("TRL, DeepSpeed ZeRO-3", {"deepspeed": zero_config(3)}, ranks=2),
 )
 QUICK = ("TRL, LoRA", "TRL, DistributedDataParallel")
 

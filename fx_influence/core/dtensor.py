@@ -29,6 +29,22 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "placements")
 
 
+def full_shape(p: Tensor) -> torch.Size:
+    """Return the shape that a model's forward sees a parameter in; under ZeRO-3 the parameter itself is flat or empty.
+
+    Example:
+        >>> full_shape(torch.ones(2, 3))
+        torch.Size([2, 3])
+    """
+    shape: torch.Size = getattr(p, "ds_shape", p.shape)
+    return shape
+
+
+def is_flat(p: Tensor) -> bool:
+    """Return whether ZeRO-3 partitions a parameter, which is then flat or empty; ``full_shape`` is the model's."""
+    return hasattr(p, "ds_shape")
+
+
 def to_local(x: Tensor) -> Tensor:
     """Return the shard of a DTensor that this rank holds; return any other tensor unchanged."""
     tensor: Any = x

@@ -1,1 +1,1 @@
-"""The same passes over several processes: rows partitioned over ranks, and parameters sharded by FSDP2."""
+"""The same passes over several processes: rows partitioned over ranks, and parameters sharded by FSDP2 or ZeRO-3."""

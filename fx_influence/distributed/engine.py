@@ -230,8 +230,8 @@ class FsdpEngine(DataParallelEngine):
 
     def check_gram(self, asked_by: str) -> None:
         raise ValueError(
-            f"params are sharded by FSDP2; expected unsharded ones, since {asked_by} needs the gradient of every row. "
-            "Leave it out, or load the unsharded model in each process and pass mesh="
+            f"params are sharded by FSDP2 or ZeRO-3; expected unsharded ones, since {asked_by} needs the gradient of "
+            "every row. Leave it out, or load the unsharded model in each process and pass mesh="
         )
 
     def can_vmap_directions(self, params: Params, batch: Batch) -> bool:

@@ -123,7 +123,8 @@ def reduce_scatter(full: Sequence[Tensor | None], shards: Sequence[Tensor]) -> l
     """Sum full tensors over ranks, in one collective.
 
     Args:
-        full: this rank's terms of the sums, None where it has none.
+        full: this rank's terms of the sums, of the shards' shapes or, where the shards are flat, of any; None where it
+            has none.
         shards: DTensors that one group of ranks holds and that are sharded as the sums are to be.
 
     Returns:
@@ -137,6 +138,7 @@ def reduce_scatter(full: Sequence[Tensor | None], shards: Sequence[Tensor]) -> l
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     for k, (x, sharding) in enumerate(zip(full, shardings, strict=True)):
         if x is not None:
+            x = x.reshape(sharding.shape)
             dim, ranks, chunk = sharding.dim, sharding.ranks, sharding.chunk
             padded = _pad(x, torch.Size((*sharding.shape[:dim], ranks * chunk, *sharding.shape[dim + 1 :])))
             by_rank = padded.unflatten(dim, (ranks, chunk)).movedim(dim, 0)

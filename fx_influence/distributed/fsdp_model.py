@@ -1,4 +1,4 @@
-"""Inspect a model sharded by FSDP2: find its units, check its sharding, and copy it without FSDP."""
+"""Inspect a sharded model: find its units, check its sharding, and copy it without what shards it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fx_influence.core.dtensor import is_sharded
+from fx_influence.core.dtensor import is_flat, is_sharded
 from fx_influence.distributed.fsdp_units import FsdpUnit
 from fx_influence.policy.model.template import output_embeddings
 
 
 def find_units(model: nn.Module) -> list[FsdpUnit]:
-    """Return the units of a sharded model, in the order of its modules.
+    """Return the units of a sharded model, in the order of its modules: under ZeRO-3 its layers.
 
     Left out are the model itself, modules that hold the output embeddings (the input's where these are tied), and those
     that share a parameter with another unit: their parameters are root-managed.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    paths = [path for path, module in model.named_modules() if path and _is_fsdp(module)]
+    paths = _unit_paths(model)
     head = output_embeddings(model)
     homes: dict[int, set[str]] = {} if head is None else {id(p): {""} for p in head.parameters()}
     slots: dict[str, list[tuple[str, str, str]]] = {path: [] for path in ["", *paths]}
@@ -38,6 +38,18 @@ def find_units(model: nn.Module) -> list[FsdpUnit]:
         for path in paths
         if slots[path] and not any(name in shared for _, _, name in slots[path])
     ]
+
+
+def _unit_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that FSDP2 gathers as one; under ZeRO-3, of the layers in the model's lists."""
+    if not any(map(is_flat, model.parameters())):
+        return [path for path, module in model.named_modules() if path and _is_fsdp(module)]
+    layers: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{layer}.") for layer in layers):
+            # The weight of a single linear map may be read without a call of it.
+            layers += [f"{path}.{key}".lstrip(".") for key, child in module.named_children() if any(child.children())]
+    return layers
 
 
 def check_sharding(model: nn.Module) -> None:
@@ -83,12 +95,21 @@ def copy_without_fsdp(model: nn.Module, memo: dict[int, Any]) -> None:
         model: the sharded model.
         memo: memo of a deep copy by id, changed in place.
     """
-    sharded = [module for module in model.modules() if _is_fsdp(module)]
-    for module in sharded:
+    copy_bare([module for module in model.modules() if _is_fsdp(module)], memo)
+
+
+def copy_bare(modules: list[nn.Module], memo: dict[int, Any]) -> None:
+    """Put into ``memo``, for ``copy.deepcopy``, copies of modules without what FSDP2 or DeepSpeed added to them.
+
+    Args:
+        modules: to be copied.
+        memo: memo of a deep copy by id, changed in place.
+    """
+    for module in modules:
         original = _original_class(module)
         memo[id(module)] = original.__new__(original)
-    for module in sharded:
-        vars(memo[id(module)]).update(copy.deepcopy(_state_without_fsdp(module), memo))
+    for module in modules:
+        vars(memo[id(module)]).update(copy.deepcopy(_bare_state(module), memo))
 
 
 def _is_fsdp(module: nn.Module) -> bool:
@@ -104,17 +125,30 @@ def _original_class(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in classes if not issubclass(cls, FSDPModule))
 
 
-def _state_without_fsdp(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes without those of torch.distributed: records, and hooks that gather and free."""
-    state = dict(vars(module))
+_OF_DEEPSPEED = (
+    "_external_params",
+    "_original_parameters",
+    "applied_pre_backward_ref_cnt",
+    "pre_bwd_fn",
+    "post_bwd_fn",
+)
+"""Attributes that DeepSpeed (0.19.8) gives to modules, beside those named ``ds_...``."""
+
+
+def _bare_state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's attributes without those of FSDP2 and DeepSpeed: records, and hooks that gather and free."""
+    state = {key: x for key, x in vars(module).items() if key not in _OF_DEEPSPEED and not key.startswith("ds_")}
     for key, value in state.items():
-        if isinstance(value, dict) and key not in ("_parameters", "_modules"):
+        if key == "_parameters":
+            # DeepSpeed's dictionary gathers parameters where they are read.
+            state[key] = dict(value)
+        elif isinstance(value, dict) and key != "_modules":
             state[key] = type(value)((k, x) for k, x in value.items() if not _is_distributed(x))
     return state
 
 
 def _is_distributed(x: Any) -> bool:
-    return (getattr(x, "__module__", None) or "").startswith("torch.distributed")
+    return (getattr(x, "__module__", None) or "").startswith(("torch.distributed", "deepspeed."))
 
 
 def _prefixes(name: str) -> Iterator[str]:

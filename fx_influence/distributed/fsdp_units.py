@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, NamedTuple
 
@@ -43,13 +43,19 @@ class FsdpPass:
         units: in the order of the forward.
         known: the DTensors of all units by name; those that require a gradient are leaves.
         tangents: DTensors by name, gathered with the weights and made dual with them; empty for a plain pass.
+        shapes: of the full weights by name; their shards may be flat.
         param_dtype: dtype that the gathered weights are cast to, None for that of the shards.
     """
 
     def __init__(
-        self, units: Sequence[FsdpUnit], known: Params, tangents: Params, param_dtype: torch.dtype | None = None
+        self,
+        units: Sequence[FsdpUnit],
+        known: Params,
+        tangents: Params,
+        shapes: Mapping[str, torch.Size],
+        param_dtype: torch.dtype | None = None,
     ) -> None:
-        self.units, self._param_dtype = units, param_dtype
+        self.units, self._shapes, self._param_dtype = units, shapes, param_dtype
         self._shards = [{name: known[name] for name in unit.names} for unit in units]
         self._tangents = [{name: tangents[name] for name in unit.names if name in tangents} for unit in units]
         # A device runs its backward passes in a thread of its own, which has no context variables.
@@ -99,10 +105,11 @@ class FsdpPass:
 
     def _result(self, k: int) -> tuple[Params, Params]:
         full = (self._pending.pop(k) if k in self._pending else self._start(k)).result()
-        count = len(self._shards[k])
+        names, count = [*self._shards[k], *self._tangents[k]], len(self._shards[k])
+        full = [x.view(self._shapes[name]) for name, x in zip(names, full, strict=True)]
         return (
-            cast_floating(dict(zip(self._shards[k], full[:count], strict=True)), self._param_dtype),
-            dict(zip(self._tangents[k], full[count:], strict=True)),
+            cast_floating(dict(zip(names[:count], full[:count], strict=True)), self._param_dtype),
+            dict(zip(names[count:], full[count:], strict=True)),
         )
 
     def _save_without_weights(self, k: int, weights: Params) -> contextlib.AbstractContextManager[None]:

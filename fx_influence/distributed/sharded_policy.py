@@ -1,10 +1,10 @@
-"""Policy of a model sharded by FSDP2: each unit's weights are gathered where it runs and freed afterwards."""
+"""Policy of a model sharded by FSDP2 or ZeRO-3: each unit's weights are gathered where it runs and freed afterwards."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.core.dtensor import before_collective, is_sharded, to_local
+from fx_influence.core.dtensor import before_collective, full_shape, is_flat, is_sharded, to_local
 from fx_influence.core.tree import cast_floating, promote
 from fx_influence.distributed.fsdp_gather import reduce_scatter, shard_like, sharding_of, start_all_gather
 from fx_influence.distributed.fsdp_model import (
@@ -52,13 +52,13 @@ class ShardedForward(ModelForward):
     Attributes:
         units: the FSDP units, whose weights are gathered where each runs.
         tangents: shards of a direction that are gathered with the units' weights, by name.
-        parameters: names of the model's parameters, frozen ones too.
+        shapes: of the model's parameters by name, frozen ones too; their shards may be flat.
         param_dtype: dtype that parameters are cast to for a call, None for that of the shards.
     """
 
     units: Sequence[FsdpUnit] = ()
     tangents: Params = field(default_factory=dict)
-    parameters: frozenset[str] = frozenset()
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     param_dtype: torch.dtype | None = None
 
     @functools.cached_property
@@ -79,7 +79,8 @@ class ShardedForward(ModelForward):
                 "of directions need transforms of torch.func. Pass matrix=False or load the model unsharded"
             )
         known = self._with_root_gathered(known)
-        with run_units_through(template.module, FsdpPass(self.units, known, self.tangents, self.param_dtype)):
+        fsdp_pass = FsdpPass(self.units, known, self.tangents, self.shapes, self.param_dtype)
+        with run_units_through(template.module, fsdp_pass):
             plain = {name: x for name, x in known.items() if not is_sharded(x)}
             return super().call(template, self._cast_parameters(plain), args, kwargs)
 
@@ -90,13 +91,14 @@ class ShardedForward(ModelForward):
 
     def _cast_parameters(self, known: Params) -> Params:
         """Return plain tensors by name with the parameters among them in ``param_dtype``, differentiably."""
-        parameters = {name: x for name, x in known.items() if name in self.parameters}
+        parameters = {name: x for name, x in known.items() if name in self.shapes}
         return {**known, **cast_floating(parameters, self.param_dtype)}
 
     def _with_root_gathered(self, known: Params) -> Params:
         """Return tensors by name with the root-managed DTensors among them gathered, differentiably."""
         shards = {name: x for name, x in known.items() if self.is_root_managed(name, x)}
-        full = dict(zip(shards, _all_gather(list(shards.values())), strict=True))
+        gathered = zip(shards, _all_gather(list(shards.values())), strict=True)
+        full = {name: x.view(self.shapes[name]) for name, x in gathered}
         return {**known, **(attach_reduce_scatter(full, shards) if torch.is_grad_enabled() else full)}
 
 
@@ -104,7 +106,8 @@ class ShardedPolicy(Policy):
     """The ``Policy`` of a model that FSDP2 has sharded: ``params`` are DTensors, and each rank passes different rows.
 
     A *unit* is a module that ``fully_shard`` was called on, except the model itself and modules that hold the output
-    embeddings (the input's where these are tied) or share a parameter with another. Its weights, frozen ones too, are
+    embeddings (the input's where these are tied) or share a parameter with another; under ZeRO-3, whose parameters are
+    flat DTensors, a layer of the model. Its weights, frozen ones too, are
     gathered in one collective per dtype before it runs, while the previous unit computes, and freed afterwards.
     Backward gathers them again, in reverse, and scatters the sum over ranks of their gradient to the shards' owners. In
     forward mode a direction's shards are gathered with the weights. At most two units are unsharded at a time, units
@@ -125,7 +128,7 @@ class ShardedPolicy(Policy):
         mixed_precision: dtype that the model's ``MixedPrecisionPolicy`` casts parameters to, or None.
 
     Raises:
-        ValueError: for ``compiled``, and for a model sharded in another way than by FSDP2.
+        ValueError: for ``compiled``, and for a model sharded in another way than by FSDP2 or ZeRO-3.
     """
 
     forward: ShardedForward
@@ -134,7 +137,8 @@ class ShardedPolicy(Policy):
     def __init__(self, model: nn.Module, position_ids: bool, compiled: bool = False) -> None:
         if compiled:
             raise ValueError("compiled is True for a sharded model; expected False. Leave compiled out")
-        check_sharding(model)
+        if not any(map(is_flat, model.parameters())):
+            check_sharding(model)
         self.mixed_precision = mixed_precision_dtype(model)
         super().__init__(model, position_ids)
 
@@ -161,7 +165,7 @@ class ShardedPolicy(Policy):
         keys = [(k, name) for k, name, x in entries if self.forward.is_root_managed(name, x)]
         gathered = [dict(tree) for tree in trees]
         for (k, name), x in zip(keys, _all_gather([trees[k][name] for k, name in keys]), strict=True):
-            gathered[k][name] = x
+            gathered[k][name] = x.view(self.forward.shapes[name])
         policy = self.replace(forward=dataclasses.replace(self.forward, frozen=gathered[0]))
         return Unsharded(policy, gathered[1], None if tangent is None else gathered[2])
 
@@ -195,8 +199,8 @@ class ShardedPolicy(Policy):
             return forward_mode_jvp(lambda p: policy._backbone(p, micro_batch), params, plain, outputs)
 
     def _make_forward(self, model: nn.Module, module: nn.Module, position_ids: bool) -> ShardedForward:
-        parameters = frozenset(name for name, _ in model.named_parameters())
-        return ShardedForward.of(model, module, position_ids, units=find_units(model), parameters=parameters)
+        shapes = {name: full_shape(p) for name, p in model.named_parameters()}
+        return ShardedForward.of(model, module, position_ids, units=find_units(model), shapes=shapes)
 
     def _supports_prefix_sharing(self, model: nn.Module, fitted: FittedForward, cut: CutModel) -> bool:
         # Ranks whose rows share different prompts would make different numbers of passes.

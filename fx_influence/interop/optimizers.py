@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from fx_influence.core.checks import wrong_type
 from fx_influence.core.computed import ComputedTensors
-from fx_influence.core.dtensor import is_sharded, to_local, to_numbers
+from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
+from fx_influence.distributed.zero.flat_shards import sharded_parameters
 from fx_influence.interop.low_bit.moments import (
     StoredMoment,
+    check_values,
     groups_of,
     is_low_bit,
     stored_moment,
@@ -33,6 +35,7 @@ from fx_influence.interop.zero.partitions import (
     zero_optimizer,
 )
 from fx_influence.interop.zero.settings import check_partitions, why_refused
+from fx_influence.interop.zero.stage3 import flat_adamw, is_stage3
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState, Params
@@ -55,7 +58,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
     optimizer, they are those of complete parameters on every rank, gathered one parameter at a time; so are the float32
-    ``master_weights``, of which parameters in bfloat16 are the roundings.
+    ``master_weights``, of which parameters in bfloat16 are the roundings. Under ZeRO-3 they are flat DTensors, as the
+    parameters of ``make_functional``.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
     from these values. That it then rounds the updated ones changes the steps after it, not this one.
@@ -63,7 +67,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     Args:
         optimizer: a ``torch.optim.AdamW``, an ``Adam`` with decoupled or no weight decay, an 8-bit, paged or 32-bit
             AdamW of bitsandbytes, or an AdamW8bit, AdamW4bit or AdamWFp8 of torchao; bare or inside a wrapper that
-            keeps it as ``.optimizer`` (accelerate, DeepSpeed's ZeRO-1 and 2).
+            keeps it as ``.optimizer`` (accelerate, DeepSpeed's ZeRO).
         model: the module whose parameters the optimizer holds, or a wrapper of it (``torch.compile``, data
             parallelism); names are those of the inner module. Tied parameters appear once.
         copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
@@ -99,27 +103,35 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
         remedy = "Load it first: optimizer.load_state_dict(...), or fx.restore_optimizer"
         raise wrong_type("optimizer", optimizer, "a torch optimizer", remedy)
     model = unwrap_model(model)
-    return on_all_ranks(model, lambda: _read_state(require_adamw(optimizer), zero_optimizer(optimizer), model, copy))
+    parameters = sharded_parameters(model)
+
+    def read() -> AdamWState:
+        adamw, zero = require_adamw(optimizer), zero_optimizer(optimizer)
+        if zero is not None:
+            check_partitions(zero)
+        if is_stage3(zero):
+            adamw, zero = flat_adamw(zero, model, parameters), None
+        return _read_state(adamw, zero, parameters, copy)
+
+    return on_all_ranks(parameters.values(), read)
 
 
-def on_all_ranks(model: nn.Module, call: Callable[[], Value]) -> Value:
-    """Call ``call`` and return its value; if the model is sharded, what it raises on one rank is raised on all."""
-    mesh: Any = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
+def on_all_ranks(parameters: Iterable[Tensor], call: Callable[[], Value]) -> Value:
+    """Call ``call`` and return its value; if parameters are sharded, what it raises on one rank is raised on all."""
+    mesh: Any = next((cast(Any, p).device_mesh for p in parameters if is_sharded(p)), None)
     return call() if mesh is None else raise_on_all_ranks(mesh, call)
 
 
-def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy: bool) -> AdamWState:
+def _read_state(adamw: Any, zero: Any, parameters: Mapping[str, Tensor], copy: bool) -> AdamWState:
     """Return ``adamw_state``.
 
     Args:
         adamw: without wrappers.
         zero: DeepSpeed's optimizer around it, whose partitions of groups are its parameters; None without one.
-        model: without wrappers.
+        parameters: of the model, by name.
         copy: see ``adamw_state``.
     """
-    if zero is not None:
-        check_partitions(zero)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     groups = groups_of(adamw)
     lr, scales = _reference_lr_and_scales(groups)
     moments: dict[str, dict[str, Callable[[], Tensor]]] = {key: {} for key in MOMENTS}
@@ -148,7 +160,7 @@ def _read_state(adamw: torch.optim.Optimizer, zero: Any, model: nn.Module, copy:
             "optimizer holds no trainable parameter of model; expected at least one. Set requires_grad on what was "
             "trained (PEFT: load the adapter with is_trainable=True)"
         )
-    _check_values(stored, zero)
+    check_values(stored, None if zero is None else any_on_processes)
     layout = None if zero is None else {name: _moment_layout(parameter) for parameter, name in names.items()}
     exp_avg, exp_avg_sq, maximum = (
         _computed(reads, layout) if key in computed else {name: read() for name, read in reads.items()}
@@ -288,35 +300,6 @@ def _checked_moment(
             "one kind. Make the optimizer after fully_shard, or load its state with restore_optimizer"
         )
     return moment
-
-
-def _check_values(stored: list[tuple[str, str, StoredMoment]], zero: Any) -> None:
-    """Raise ``ValueError`` for moments, by name and key, that AdamW cannot hold; wait for each device once.
-
-    Partitions are checked where they are: ``zero``, DeepSpeed's optimizer, has them, and all processes raise.
-    """
-    flags = [_impossible(key, moment).any() for _, key, moment in stored]
-    if zero is not None and flags:
-        flags = any_on_processes(flags)
-    for (name, key, moment), flag in zip(stored, to_numbers(flags), strict=True):
-        if flag:
-            bad = _local_values(moment)[_impossible(key, moment)].tolist()
-            values = f"{bad[0]} ({len(bad)} such values)" if bad else "others on another process"
-            raise ValueError(
-                f"optimizer state {key} of {name} holds {values}; expected what AdamW can hold, finite values. Take an "
-                "earlier checkpoint, from before the training diverged"
-            )
-
-
-def _impossible(key: str, moment: StoredMoment) -> Tensor:
-    """Return where the local entries of a moment are not what AdamW can hold."""
-    local = _local_values(moment)
-    return ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
-
-
-def _local_values(moment: StoredMoment) -> Tensor:
-    """Return the entries of a moment that this process holds."""
-    return to_local(moment.read()) if moment.partition is None else moment.partition
 
 
 def _converted(moment: StoredMoment, parameter: Tensor, copy: bool) -> Tensor:

@@ -50,7 +50,7 @@ def check_quantised(model: nn.Module, compiled: bool, sharded: bool) -> None:
     Args:
         model: without wrappers.
         compiled: whether passes are compiled.
-        sharded: whether the model is sharded by FSDP2.
+        sharded: whether the model is sharded by FSDP2 or ZeRO-3.
     """
     for path, module in model.named_modules():
         for kind in ("Linear8bitLt", "Embedding8bit", "Embedding4bit"):
@@ -69,8 +69,8 @@ def check_quantised(model: nn.Module, compiled: bool, sharded: bool) -> None:
         raise ValueError("compiled is True for a model with 4-bit weights; expected False. Leave it out")
     if layers and sharded:
         raise ValueError(
-            "model is sharded by FSDP2 and has 4-bit weights; expected one of the two. Keep the 4-bit model whole on "
-            "every process, or shard one whose weights are not quantised"
+            "model is sharded by FSDP2 or ZeRO-3 and has 4-bit weights; expected one of the two. Keep the 4-bit model "
+            "whole on every process, or shard one whose weights are not quantised"
         )
 
 

@@ -133,7 +133,7 @@ def test_influence_refuses_collectives_that_drop_tangents(two: list[dict[str, An
         assert re.match(r"IdentityError: .*the JVP over U gives", result["refusals"]["lost tangent"])
 
 
-FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64")}
+FSDP = {2: ("qwen2 tied", "qwen2 lora"), 3: ("tiny float64", "gpt2 float64", "tiny float64, ZeRO-3")}
 
 
 @pytest.mark.slow

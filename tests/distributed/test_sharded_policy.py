@@ -25,8 +25,9 @@ TWO_RANKS = [
     "tiny float64, by columns",
     "qwen2 lora",
     "qwen2 untied, embeddings as units",
+    "qwen2 lora, ZeRO-3",
 ]
-THREE_RANKS = ["tiny float64", "gpt2 float64", "qwen2 tied", "qwen2 bfloat16, lora"]
+THREE_RANKS = ["tiny float64", "tiny float64, ZeRO-3", "gpt2 float64", "qwen2 tied", "qwen2 bfloat16, lora"]
 LAYERS, MICRO_BATCHES = 3, 2
 
 
@@ -96,9 +97,9 @@ def test_grad_is_none_only_if_unreached_on_all_ranks(request: pytest.FixtureRequ
         assert_partly_reached(result["partly reached"])
 
 
-@pytest.fixture
-def traffic(two: list[dict[str, Any]]) -> dict[str, Any]:
-    return two[0]["traffic"]
+@pytest.fixture(params=["layers", "ZeRO-3"])
+def traffic(two: list[dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+    return two[0]["traffic"][request.param]
 
 
 def test_root_managed_tensors_are_sent_once(traffic: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from helpers.ranks_trl import replaced_influence
 from helpers.ranks_trl_sharded import compared_with_one_process
 from helpers.tiny_models import AttentionModel, make_float64
 from helpers.tolerances import policy_terms
+from helpers.zero_trainings import full_weights
 
 MICRO_BATCHES = 2
 NAMES = ("per_sequence", "per_token", "total", "stderr", "momentum", "self_influence")
@@ -59,7 +60,8 @@ def engine_of(stage: int, **more: Any) -> Any:
 
 def expected_influences(engine: Any, rollouts: Rollouts) -> dict[str, Any]:
     """Return the step's influences by one process with the rollouts of all, in both precisions."""
-    state, weights = fx.adamw_state(engine.optimizer, engine.module), engine.module.state_dict()
+    state, weights = fx.adamw_state(engine.optimizer, engine), full_weights(engine.module)
+    moments = full_moments(engine, state)
     results = {}
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         model = make_float64(AttentionModel).to(dtype)
@@ -67,11 +69,20 @@ def expected_influences(engine: Any, rollouts: Rollouts) -> dict[str, Any]:
         apply, params = fx.make_functional(model)
         with torch.no_grad():
             coefficients = closed_form(rollouts, completion_values(model, rollouts)[0])
-        moments: dict[str, Any] = {key: converted(getattr(state, key), dtype) for key in ("exp_avg", "exp_avg_sq")}
+        full: dict[str, Any] = {key: converted(tree, dtype) for key, tree in moments.items()}
         batch = batch_of(rollouts, coefficients.to(dtype))
-        out = fx.influence(params, batch, None, state._replace(**moments), apply=apply, max_grad_norm=MAX_NORM)
+        out = fx.influence(params, batch, None, state._replace(**full), apply=apply, max_grad_norm=MAX_NORM)
         results[name] = {field: getattr(out, field) for field in NAMES}
     return results
+
+
+def full_moments(engine: Any, state: fx.AdamWState) -> dict[str, Any]:
+    """Return the complete moments: the state's, or under ZeRO-3 gathered by DeepSpeed itself."""
+    named, keys = dict(engine.module.named_parameters()), ("exp_avg", "exp_avg_sq")
+    if not hasattr(next(iter(named.values())), "ds_id"):
+        return {key: getattr(state, key) for key in keys}
+    moment: Any = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
+    return {key: {name: moment(p, key) for name, p in named.items()} for key in keys}
 
 
 def converted(tree: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -97,7 +108,7 @@ def train(stage: int, measures: bool, **more: Any) -> dict[str, Any]:
             engine.backward(MICRO_BATCHES * dist.get_world_size() * grpo_loss(logprobs, part))
             engine.step()
     return {
-        "weights": {name: p.detach().clone() for name, p in engine.module.named_parameters()},
+        "weights": full_weights(engine.module),
         "history": [] if capture is None else capture.history,
         "actual": [{field: getattr(out, field) for field in NAMES} for out in results[1:]],
         "expected": expected,
@@ -122,9 +133,9 @@ def parts_of(rollouts: Rollouts) -> list[Rollouts]:
     return [local.part(slice(None, size // 2)), local.part(slice(size // 2, None))]
 
 
-def refusal(stage: int) -> str:
-    """Return why ``fx.attach`` refuses another stage of ZeRO."""
-    engine: nn.Module = engine_of(stage)
+def refusal() -> str:
+    """Return why ``fx.attach`` refuses partitions over groups of processes."""
+    engine: nn.Module = engine_of(3, zero_optimization={"stage": 3, "zero_hpz_partition_size": 2})
     try:
         fx.attach(engine.optimizer, engine)  # type: ignore[arg-type]  # whatever DeepSpeed has made
     except (TypeError, ValueError) as error:
@@ -135,7 +146,7 @@ def refusal(stage: int) -> str:
 if __name__ == "__main__":
     prepare_deepspeed()
     with global_mesh():
-        result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2)}
+        result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2, 3)}
         bfloat16 = {str(stage): train_in_bfloat16(stage) for stage in (1, 2)}
-        save_result(sys.argv[1], {**result, "bfloat16": bfloat16, "refusal": refusal(3)})
+        save_result(sys.argv[1], {**result, "bfloat16": bfloat16, "refusal": refusal()})
     end_rank()

@@ -78,7 +78,12 @@ def error(actual: Any, expected: Any) -> float:
         actual, expected = {"": actual}, {"": expected}
     if actual.keys() != expected.keys() or any((actual[k] is None) != (expected[k] is None) for k in actual):
         return 9.0
-    pairs = [(full(actual[k]).double(), expected[k].double()) for k in actual if actual[k] is not None]
+    # ZeRO-3's shards are flat.
+    pairs = [
+        (full(actual[k]).double().reshape(expected[k].shape), expected[k].double())
+        for k in actual
+        if actual[k] is not None
+    ]
     return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
 
 
@@ -191,11 +196,11 @@ def padded_numel(parameters: list[Any], ranks: int) -> list[int]:
     return [-(-p.shape[0] // ranks) * ranks * p[0].numel() for p in parameters]
 
 
-def traffic(mesh: DeviceMesh) -> dict[str, Any]:
+def traffic(mesh: DeviceMesh, how: str) -> dict[str, Any]:
     """Return the collectives and the gathered bytes of each kind of pass over a batch of two micro-batches."""
     torch.manual_seed(0)
     apply, params = fx.make_functional(qwen(True))
-    policy, shards = sharded_policy(shard_model(qwen(True), "layers", mesh))
+    policy, shards = sharded_policy(shard_model(qwen(True), how, mesh))
     unit = padded_numel([p for name, p in shards.items() if ".layers.0." in name], mesh.size())
     root = padded_numel([p for name, p in shards.items() if ".layers." not in name], mesh.size())
     out: dict[str, Any] = {
@@ -308,7 +313,8 @@ def main(out: str, shape: str, *kinds: str) -> None:
         results: dict[str, Any] = {kind: pass_errors(kind, mesh) for kind in kinds}
         results["partly reached"] = partly_reached(mesh)
         if mesh.size() == 2:
-            results |= {"traffic": traffic(mesh), "refusals": refusals(mesh)}
+            results["traffic"] = {how: traffic(mesh, how) for how in ("layers", "ZeRO-3")}
+            results["refusals"] = refusals(mesh)
         save_result(out, results)
 
 

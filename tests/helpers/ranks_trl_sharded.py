@@ -60,6 +60,11 @@ def compared_with_one_process(
         records: the results are appended here.
         make_model: returns the trained model, with any weights.
     """
+    shapes = {name: p.shape for name, p in make_model().named_parameters()}
+
+    def full(tree: Any, dtype: torch.dtype) -> Any:
+        # ZeRO-3's shards are flat.
+        return {name: x if x is None else x.view(shapes[name]) for name, x in full_tree(tree, dtype).items()}
 
     def both(params: Any, batch_u: Any, batch_e: Any, opt_state: Any, *, mesh: Any, labels: Any, **options: Any) -> Any:
         sharded = fx.influence(params, batch_u, batch_e, opt_state, mesh=mesh, labels=labels, **options)
@@ -68,13 +73,13 @@ def compared_with_one_process(
         rows, grad = gather_batch(mesh, "batch_u", batch_u), options.pop("grad")
         record: dict[str, Any] = {"sharded": results_of(sharded)}
         for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
-            moments = {key: full_tree(getattr(opt_state, key), dtype) for key in MOMENTS}
-            weights: Any = full_tree(params, dtype)
+            moments = {key: full(getattr(opt_state, key), dtype) for key in MOMENTS}
+            weights = full(params, dtype)
             options["apply"] = fx.make_functional(make_model().to(dtype), position_ids=False)[0]
             state = opt_state._replace(**moments)
-            alone = fx.influence(weights, rows, None, state, grad=full_tree(grad, dtype), **options)
+            alone = fx.influence(weights, rows, None, state, grad=full(grad, dtype), **options)
             record[name] = results_of(alone)
-        record["gradient"] = relative_error(batch_gradient(weights, rows, options["apply"]), full_tree(grad, dtype))
+        record["gradient"] = relative_error(batch_gradient(weights, rows, options["apply"]), full(grad, dtype))
         records.append(record)
         return sharded
 

@@ -197,7 +197,7 @@ def failed(out: Path) -> dict[str, Any]:
 
 
 def refused(out: Path) -> dict[str, Any]:
-    """Train one step with an optimizer whose partitions one rank refuses; then attach under ZeRO-3."""
+    """Train one step with an optimizer whose partitions one rank refuses; then attach under ZeRO++'s partitions."""
     training = zero_trainer(LORA, out / "one", 1, zero_config(1))
     influence = EntropyInfluence(1).attach(training)
     check = processes.check_partitions
@@ -212,7 +212,7 @@ def refused(out: Path) -> dict[str, Any]:
         texts = warnings_of(training.train)
     try:
         # transformers would partition the models of trainers after this one.
-        EntropyInfluence(1).attach(zero_trainer(LORA, out / "three", 1, zero_config(3)))
+        EntropyInfluence(1).attach(zero_trainer(LORA, out / "three", 1, zero_config(3, {"zero_hpz_partition_size": 2})))
         refusal = ""
     except ValueError as error:
         refusal = str(error)

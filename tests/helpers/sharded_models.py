@@ -81,6 +81,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tiny float64, nested units": (tiny, "linear maps too"),
     "tiny float64, root only": (tiny, "root"),
     "tiny float64, by columns": (tiny, "columns"),
+    "qwen2 lora, ZeRO-3": (lambda: lora(qwen(True)), "ZeRO-3"),
+    "tiny float64, ZeRO-3": (tiny, "ZeRO-3"),
 }
 
 
@@ -90,6 +92,8 @@ def last_axis(p: nn.Parameter) -> Shard:
 
 def shard_model(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
     """Shard the model in place and return it; ``how``: which modules become units, see ``CASES``."""
+    if how == "ZeRO-3":
+        return partition_model(model, mesh)
     for module in reversed(list(model.modules())):
         kind = type(module).__name__
         layer = kind in ("Block", "GPT2Block", "Qwen2DecoderLayer")
@@ -101,9 +105,25 @@ def shard_model(model: nn.Module, how: str, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def partition_model(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Partition the model in place as DeepSpeed's ZeRO-3 does (0.19.8), and return it.
+
+    Each rank keeps its chunk of every flattened parameter, padded by whatever is in memory, and the parameter is empty.
+    """
+    for p in model.parameters():
+        chunk = -(-p.numel() // mesh.size())
+        padded = torch.full((chunk * mesh.size(),), torch.nan, dtype=p.dtype)
+        padded[: p.numel()] = p.detach().flatten()
+        partitioned: Any = p
+        partitioned.ds_shape, partitioned.ds_process_group = p.shape, mesh.get_group()
+        partitioned.ds_tensor = padded[chunk * mesh.get_local_rank() :][:chunk].clone()
+        p.data = p.data.new_empty(0)
+    return model
+
+
 def distribute_like(x: Tensor, p: Any) -> DTensor:
     """Return ``x`` sharded as the DTensor ``p`` is."""
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+    return distribute_tensor(x.reshape(p.shape), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def distribute_state(state: AdamWState, shards: Params) -> AdamWState:

@@ -68,7 +68,9 @@ def load_sharded_checkpoint(
         >>> model.weight.tolist()
         [[1.0, 1.0]]
     """
-    return on_all_ranks(model, lambda: _load(require_directory("path", path), model, optimizer, param_names))
+    return on_all_ranks(
+        model.parameters(), lambda: _load(require_directory("path", path), model, optimizer, param_names)
+    )
 
 
 def _load(

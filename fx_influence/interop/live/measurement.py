@@ -18,6 +18,7 @@ from fx_influence.batching.rows import select_rows
 from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
+from fx_influence.distributed.zero.flat_shards import sharded_parameters
 from fx_influence.estimators.entropy import entropy_estimate
 from fx_influence.functional import make_functional
 from fx_influence.interop.ledger.entry import lifetime_factor
@@ -273,7 +274,7 @@ class StepMeasurement:
 
     def trainable(self) -> Params:
         """Return the training run's own parameters, by name, as they are now."""
-        return {name: p.detach() for name, p in self.training.model.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in sharded_parameters(self.training.model).items() if p.requires_grad}
 
     def _exact_values(self, params: Params, batch_e: Batch) -> TokenValues:
         """Score E, the rows of all processes, in float32 at least."""

@@ -66,7 +66,7 @@ def attach(
     number and the reason, and the step is missing from ``history``. Steps are numbered as the optimizer counts them;
     those that a loss scaler skips are not counted.
 
-    With several processes (DistributedDataParallel, a model sharded by FSDP2, DeepSpeed's ZeRO-1 and 2) every one makes
+    With several processes (DistributedDataParallel, a model sharded by FSDP2, DeepSpeed's ZeRO) every one makes
     the same calls with its own micro-batches, and the loss is the mean of theirs. All have the ``history``; the first
     one warns and logs. Under DeepSpeed the gradient and the norm to which it is clipped are its optimizer's own, and
     whatever ``engine.backward`` divides the loss by is in the coefficients.

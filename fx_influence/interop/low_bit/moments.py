@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fx_influence.core.dtensor import to_local, to_numbers
 from fx_influence.interop.low_bit import bitsandbytes_optimizers, torchao_optimizers
 
 
@@ -68,3 +69,36 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
         return bitsandbytes_optimizers.groups_of(optimizer)
     groups: list[dict[str, Any]] = optimizer.param_groups
     return groups
+
+
+def check_values(
+    stored: Sequence[tuple[str, str, StoredMoment]], combine: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+) -> None:
+    """Raise ``ValueError`` for moments that AdamW cannot hold; wait for each device once.
+
+    Args:
+        stored: parameter, key and moment of each.
+        combine: makes the flags of all processes from those of this one, where each has a partition and all raise.
+    """
+    flags = [_impossible(key, moment).any() for _, key, moment in stored]
+    if combine is not None and flags:
+        flags = combine(flags)
+    for (name, key, moment), flag in zip(stored, to_numbers(flags), strict=True):
+        if flag:
+            bad = _local_values(moment)[_impossible(key, moment)].tolist()
+            values = f"{bad[0]} ({len(bad)} such values)" if bad else "others on another process"
+            raise ValueError(
+                f"optimizer state {key} of {name} holds {values}; expected what AdamW can hold, finite values. Take an "
+                "earlier checkpoint, from before the training diverged"
+            )
+
+
+def _impossible(key: str, moment: StoredMoment) -> Tensor:
+    """Return where the local entries of a moment are not what AdamW can hold."""
+    local = _local_values(moment)
+    return ~torch.isfinite(local) if key == "exp_avg" else ~torch.isfinite(local) | (local < 0)
+
+
+def _local_values(moment: StoredMoment) -> Tensor:
+    """Return the entries of a moment that this process holds."""
+    return to_local(moment.read()) if moment.partition is None else moment.partition

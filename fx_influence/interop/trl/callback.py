@@ -56,9 +56,9 @@ class EntropyInfluence(TrainerCallback):
     only rounding stays ``unattributed``; E's passes are in float32 or wider. One warning is issued if rounding swallows
     more than a tenth of a step, as it does with weights trained in bfloat16.
 
-    With several processes (DistributedDataParallel, DeepSpeed's ZeRO-1 and 2, FSDP2 with the batch as E), U and E are
-    the rollouts of all: every process attaches a callback with the same settings, samples its share of E and has the
-    full ``history``; the first process stores.
+    With several processes (DistributedDataParallel, DeepSpeed's ZeRO-1 and 2; FSDP2 and ZeRO-3 with the batch as E), U
+    and E are the rollouts of all: every process attaches a callback with the same settings, samples its share of E and
+    has the full ``history``; the first process stores.
 
     A failure while measuring, such as influences that do not add up, becomes one warning with the step and the reason:
     training continues as without the callback, and the step is missing from ``history``. ``KeyboardInterrupt`` passes.
@@ -157,10 +157,10 @@ class EntropyInfluence(TrainerCallback):
         Raises:
             TypeError: for a trainer of another kind or with another optimizer than AdamW.
             ValueError: for a trainer whose steps cannot be attributed (active dropout or noise in its forward,
-                a model that ``make_functional`` refuses, or that ZeRO-3 or FSDP1 shards) or whose completions are
+                a model that ``make_functional`` refuses, or that FSDP1 shards) or whose completions are
                 not sampled from its policy, naming the remedy; for ``eval_prompts`` that are not prompts, or held out
-                with a model that FSDP2 shards; if it is attached already or its name is taken; and if processes attach
-                with different settings.
+                with a model that FSDP2 or ZeRO-3 shards; if it is attached already or its name is taken; and if
+                processes attach with different settings.
         """
         if trainer is self._trainer:
             raise ValueError(f"callback is attached to this {type(trainer).__name__} already; expected once. Detach it")

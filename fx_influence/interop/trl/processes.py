@@ -21,4 +21,12 @@ def mesh_of(trainer: Any) -> DeviceMesh | None:
 
 def is_sharded_training(trainer: Any) -> bool:
     """Return whether the trainer's model is sharded, or will be when training begins."""
-    return bool(trainer.is_fsdp_enabled) or any(map(is_sharded, trainer.model.parameters()))
+    sharded = trainer.is_fsdp_enabled or sharder(trainer) == "ZeRO-3"
+    return bool(sharded) or any(map(is_sharded, trainer.model.parameters()))
+
+
+def sharder(trainer: Any) -> str:
+    """Return what shards the trainer's model, if anything does."""
+    if not trainer.is_deepspeed_enabled:
+        return "FSDP"
+    return f"ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"

@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fx_influence.core.dtensor import before_collective
+from fx_influence.core.tree import dot
 from fx_influence.interop.live.guard import CaptureError
+from fx_influence.interop.zero.stage3 import gradient_at_step, is_stage3
 from fx_influence.types import Gradients
 
 
 def zero_optimizer(optimizer: Any) -> Any:
-    """Return DeepSpeed's optimizer of ZeRO-1 or 2 inside any wrappers, None where there is none."""
+    """Return DeepSpeed's optimizer of ZeRO inside any wrappers, None where there is none."""
     while optimizer is not None and not is_partitioned(optimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
@@ -30,13 +32,15 @@ def zero_optimizer(optimizer: Any) -> Any:
 LAYOUTS = (
     ("round_robin_bit16_groups", "single_partition_of_fp32_groups"),
     ("bf16_groups", "fp32_groups_flat_partition"),
+    ("fp16_groups", "fp32_partitioned_groups_flat"),
 )
 """Attributes (0.19.8) that have the forward's weights by group and the partitions of the float32 weights: those of the
-optimizer of ZeRO-1 and 2, and of ``BF16_Optimizer``, which ZeRO-1 has in bfloat16 with ``grad_accum_dtype`` fp32."""
+optimizer of ZeRO-1 and 2, of ``BF16_Optimizer``, which ZeRO-1 has in bfloat16 with ``grad_accum_dtype`` fp32, and of
+stage 3, see ``stage3``."""
 
 
 def is_partitioned(optimizer: object) -> bool:
-    """Return whether an object is DeepSpeed's optimizer of ZeRO-1 or 2, by its partitions and groups of weights."""
+    """Return whether an object is DeepSpeed's optimizer of ZeRO-1, 2 or 3, by its partitions and groups of weights."""
     return any(hasattr(optimizer, weights) and hasattr(optimizer, masters) for weights, masters in LAYOUTS)
 
 
@@ -212,30 +216,41 @@ def planned_step(optimizer: Any, model: nn.Module) -> PlannedStep:
     Raises:
         CaptureError: where the optimizer has no gradient, before its last backward pass or after its step.
     """
-    by_parameter: dict[Tensor, Tensor] = {}
-    for index, partition in enumerate(_gradient_partitions(optimizer)):
-        by_parameter |= _all_gather_group(partitioned_parameters(optimizer, index), partition)
-    gradient = {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
+    if not _has_gradient(optimizer):
+        raise CaptureError(
+            "DeepSpeed holds no gradient at its optimizer's step; expected that of the step's backward passes. "
+            "Call engine.step() once after them"
+        )
+    gradient = gradient_at_step(optimizer, model) if is_stage3(optimizer) else _gathered_gradient(optimizer, model)
     max_norm = float(optimizer.clip_grad) or None
     if max_norm is None:
         return PlannedStep(gradient, 1.0, None)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in by_parameter.values()]
-    return PlannedStep(gradient, min(1.0, max_norm / (float(torch.stack(norms).norm()) + 1e-6)), max_norm)
+    reached = {name: g for name, g in gradient.items() if g is not None}
+    return PlannedStep(gradient, min(1.0, max_norm / (float(dot(reached, reached).sqrt()) + 1e-6)), max_norm)
+
+
+def _gathered_gradient(optimizer: Any, model: nn.Module) -> Gradients:
+    """Return the gradient of complete parameters by name, gathered from the partitions of all processes."""
+    by_parameter: dict[Tensor, Tensor] = {}
+    for index, partition in enumerate(_gradient_partitions(optimizer)):
+        by_parameter |= _all_gather_group(partitioned_parameters(optimizer, index), partition)
+    return {name: by_parameter.get(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _gradient_partitions(optimizer: Any) -> list[Tensor]:
     """Return this process's part of each group's gradient, flat and padded as the group's weights are."""
     if hasattr(optimizer, "averaged_gradients"):
-        groups = [optimizer.averaged_gradients.get(index) for index in range(len(forward_weights(optimizer)))]
-    else:
-        reached = any(map(any, optimizer.fp32_groups_has_gradients))
-        groups = [[part] if reached else None for part in optimizer.fp32_groups_gradient_flat_partition]
-    if any(parts is None for parts in groups):
-        raise CaptureError(
-            "DeepSpeed holds no gradient at its optimizer's step; expected that of the step's backward passes. "
-            "Call engine.step() once after them"
-        )
-    return [_flat(parts) for parts in groups]
+        groups = range(len(forward_weights(optimizer)))
+        return [_flat(optimizer.averaged_gradients[index]) for index in groups]
+    return list(optimizer.fp32_groups_gradient_flat_partition)
+
+
+def _has_gradient(optimizer: Any) -> bool:
+    """Return whether an optimizer has the gradient of backward passes."""
+    if hasattr(optimizer, "averaged_gradients"):
+        groups = range(len(forward_weights(optimizer)))
+        return all(optimizer.averaged_gradients.get(index) is not None for index in groups)
+    return any(map(any, optimizer.fp32_groups_has_gradients))
 
 
 def _flat(parts: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Check under which settings of DeepSpeed steps can be measured: ZeRO-1 or 2 with torch's AdamW, not in float16."""
+"""Check under which settings of DeepSpeed steps can be measured: ZeRO with torch's AdamW, not in float16."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import torch.distributed as dist
 
 from fx_influence.interop.low_bit.moments import is_low_bit
 from fx_influence.interop.zero.partitions import forward_weights, is_partitioned, master_partitions
+from fx_influence.interop.zero.stage3 import check_chunks, is_stage3
 
-FSDP2 = "accelerate launch --use_fsdp --fsdp_version 2"
-"""The launch under which a model is measured that does not fit each device."""
+_ONE_PARTITION: dict[str, Any] = {
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+}
+"""Settings of stage 3 under which parameters have other partitions than one for each process -> their defaults."""
+
+_BFLOAT16_UNDER_STAGE_3 = "Take stage 2, or train in float32: bf16=False in the trainer's config, whose default is True"
 
 
 def check_config(config: Mapping[str, Any], mixed_precision: str = "no") -> None:
@@ -23,26 +31,29 @@ def check_config(config: Mapping[str, Any], mixed_precision: str = "no") -> None
         mixed_precision: that a trainer fills in, "no", "fp16" or "bf16".
 
     Example:
-        >>> check_config({"zero_optimization": {"stage": 3}})
+        >>> check_config({"zero_optimization": {"stage": 0}})
         Traceback (most recent call last):
         ...
-        ValueError: zero_optimization.stage is 3 in DeepSpeed's configuration; expected 1 or 2, under which every \
-process has the complete weights. Take stage 2, or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) for a model \
-that does not fit each device
+        ValueError: zero_optimization.stage is 0 in DeepSpeed's configuration; expected 1, 2 or 3. Take one of them, \
+or launch without DeepSpeed (--multi_gpu)
     """
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     if stage == 0:
         raise _unexpected(
-            "zero_optimization.stage", stage, "1 or 2", "Take stage 1 or 2, or launch without DeepSpeed (--multi_gpu)"
-        )
-    if stage == 3:
-        raise _unexpected(
             "zero_optimization.stage",
             stage,
-            "1 or 2, under which every process has the complete weights",
-            f"Take stage 2, or FSDP2 ({FSDP2}) for a model that does not fit each device",
+            "1, 2 or 3",
+            "Take one of them, or launch without DeepSpeed (--multi_gpu)",
         )
+    for field, off in _ONE_PARTITION.items() if stage == 3 else ():
+        if zero.get(field, off) != off:
+            raise _unexpected(
+                f"zero_optimization.{field}",
+                zero[field],
+                f"{off!r}, under which every process has one partition of each parameter, in its own precision",
+                f"Leave {field} out",
+            )
     for field in ("offload_optimizer", "offload_param"):
         device = (zero.get(field) or {}).get("device", "none")
         if device != "none":
@@ -52,11 +63,17 @@ that does not fit each device
                 "'none', since the passes run where moments and weights are",
                 f"Leave {field} out",
             )
-    enabled = (config.get("fp16") or {}).get("enabled", False)
-    if enabled is True or (enabled == "auto" and mixed_precision == "fp16"):
+    if _is_enabled(config, "bf16", mixed_precision) and stage == 3:
+        raise _unexpected(
+            "bf16.enabled",
+            config["bf16"]["enabled"],
+            "False under stage 3, whose partitions of the weights are then roundings of those that AdamW moves",
+            _BFLOAT16_UNDER_STAGE_3,
+        )
+    if _is_enabled(config, "fp16", mixed_precision):
         raise _unexpected(
             "fp16.enabled",
-            enabled,
+            config["fp16"]["enabled"],
             "False, since gradients are then multiplied by a loss scale that skips steps",
             "Train in bfloat16 or float32 (bf16=True, or fp16=False, in the trainer's config), or launch without "
             "DeepSpeed, where fp16 is autocast over float32 weights",
@@ -78,6 +95,12 @@ that does not fit each device
     _check_optimizer(config.get("optimizer"))
 
 
+def _is_enabled(config: Mapping[str, Any], precision: str, mixed_precision: str) -> bool:
+    """Return whether a precision is enabled, by the configuration or by the trainer that fills it in."""
+    enabled = (config.get(precision) or {}).get("enabled", False)
+    return enabled is True or (enabled == "auto" and mixed_precision == precision)
+
+
 def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:
     """Raise ``ValueError`` for an optimizer that DeepSpeed makes itself and that is not torch's AdamW."""
     if optimizer is None:
@@ -95,12 +118,17 @@ def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:
 
 
 def check_partitions(optimizer: Any) -> None:
-    """Raise ``ValueError`` for an optimizer of ZeRO-1 or 2 whose partitions are not read, with the remedy.
+    """Raise ``ValueError`` for an optimizer of ZeRO whose partitions are not read, with the remedy.
 
     Args:
         optimizer: DeepSpeed's, without wrappers.
     """
     dtype, masters = forward_weights(optimizer)[0][0].dtype, master_partitions(optimizer)[0].dtype
+    if dtype == torch.bfloat16 and is_stage3(optimizer):
+        raise ValueError(
+            "DeepSpeed partitions bfloat16 roundings of the weights that AdamW moves; expected torch.float32 under "
+            f"stage 3. {_BFLOAT16_UNDER_STAGE_3}"
+        )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"DeepSpeed trains weights in {dtype}, with a loss scale; expected torch.bfloat16 or torch.float32. Leave "
@@ -111,10 +139,10 @@ def check_partitions(optimizer: Any) -> None:
             f"DeepSpeed's master weights are {masters}, in which steps are lost to rounding; expected torch.float32. "
             "Leave bf16_master_weights_and_grads out of its configuration"
         )
-    if getattr(optimizer, "cpu_offload", False):
+    if any(getattr(optimizer, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param")):
         raise ValueError(
-            "DeepSpeed offloads the optimizer to the CPU; expected its partitions where the passes run. Leave "
-            "offload_optimizer out of its configuration"
+            "DeepSpeed offloads the optimizer or the parameters; expected partitions where the passes run. Leave "
+            "offload_optimizer and offload_param out of its configuration"
         )
     if is_low_bit(optimizer.optimizer):
         raise ValueError(
@@ -127,19 +155,20 @@ def check_partitions(optimizer: Any) -> None:
             f"DeepSpeed partitions the optimizer over {dist.get_world_size(group)} of {dist.get_world_size()} "
             "processes; expected all of them. Launch with data parallelism alone"
         )
+    if is_stage3(optimizer):
+        check_chunks(optimizer)
 
 
 def why_refused(optimizer: object) -> str | None:
-    """Return why an optimizer of DeepSpeed is refused, with the remedy; None for ZeRO-1 or 2 and for all others."""
+    """Return why an optimizer of DeepSpeed is refused, with the remedy; None for ZeRO and for all others."""
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     is_of_deepspeed = any(kind.__module__.startswith("deepspeed.") for kind in type(optimizer).__mro__)
     if not is_of_deepspeed or is_partitioned(optimizer):
         return None
     return (
-        f"optimizer is {name}; expected torch.optim.AdamW under stage 1 or 2 of ZeRO. Set zero_optimization.stage to 1 "
-        "or 2, add \"torch_adam\": true to the optimizer's params in DeepSpeed's configuration, and leave fp16 and "
-        f"offload out of it; FSDP2 ({FSDP2}) where the model does not fit "
-        "each device"
+        f"optimizer is {name}; expected torch.optim.AdamW under a stage of ZeRO. Set zero_optimization.stage to 1, 2 "
+        "or 3, add \"torch_adam\": true to the optimizer's params in DeepSpeed's configuration, and leave fp16 and "
+        "offload out of it"
     )
 
 

@@ -19,7 +19,7 @@ def hook_step(optimizer: Any, before: StepHook, after: StepHook) -> list[Callabl
     just before, so that its own step is hooked.
 
     Args:
-        optimizer: of torch, or DeepSpeed's of ZeRO-1 or 2.
+        optimizer: of torch, or DeepSpeed's of ZeRO.
         before: called before the step.
         after: called after it.
     """

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fx_influence.core.functional_call import functional_call
 from fx_influence.policy.four_bit import four_bit_names
 from fx_influence.policy.model.forward_arguments import (
     ForwardArguments,
@@ -140,7 +141,7 @@ class ModelForward:
         named = {path: known[name] for path, name in head.names.items()}
         wide = self.upcasts and any(p.dtype == torch.float64 for p in params.values())
         with StayFloat64() if wide else nullcontext(), Undetached() if self.undetached else nullcontext():
-            return cast(Tensor, torch.func.functional_call(head.module, named, (hidden,), tie_weights=False))
+            return cast(Tensor, functional_call(head.module, named, (hidden,), {}))
 
     def call(self, template: Template, known: Params, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         """Call a template and return its output; a sharded model gathers its tensors here.

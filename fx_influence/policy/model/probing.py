@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fx_influence.core.dtensor import is_sharded, to_local
+from fx_influence.core.dtensor import full_shape, is_sharded, to_local
 from fx_influence.policy.model.template import Template, base_model, module_state, restore_state
 from fx_influence.types import Params
 
@@ -86,10 +86,10 @@ def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
         if not p.is_floating_point() or not (is_sharded(p) or type(value) is Tensor):
             out[name] = value
             continue
-        dtype = p.dtype if widest is None else torch.promote_types(p.dtype, widest)
-        steps = [*reversed(_STEPS[: p.dim()])]
-        size = k + 1 + sum((n - 1) * step for n, step in zip(p.shape[-len(_STEPS) :], steps, strict=False) if n)
-        width = p.shape[-1] if p.dim() > 1 else 0
+        dtype, shape = p.dtype if widest is None else torch.promote_types(p.dtype, widest), full_shape(p)
+        steps = [*reversed(_STEPS[: len(shape)])]
+        size = k + 1 + sum((n - 1) * step for n, step in zip(shape[-len(_STEPS) :], steps, strict=False) if n)
+        width = shape[-1] if len(shape) > 1 else 0
         key = dtype, to_local(value).device, width
         vector = vectors.get(key)
         if vector is None or len(vector) < size:
@@ -97,7 +97,7 @@ def random_weights(model: nn.Module, widest: torch.dtype | None) -> Params:
             # Norms and biases are positive and of order 1; a matrix preserves the size of what it is applied to.
             scaled = 0.5 + uniform if not width else (2 * uniform - 1) * (3 / width) ** 0.5
             vector = vectors[key] = scaled.to(key[1], dtype)
-        out[name] = vector.as_strided(p.shape, steps, k)
+        out[name] = vector.as_strided(shape, steps, k)
     return out
 
 

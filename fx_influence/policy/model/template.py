@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fx_influence.core.dtensor import full_shape
+from fx_influence.core.functional_call import functional_call
 from fx_influence.policy.four_bit import four_bit_dtypes, four_bit_names, replace_four_bit, share_states
 from fx_influence.types import Params
 
@@ -64,9 +66,9 @@ class Template(NamedTuple):
 
     def _call(self, tensors: Params, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.places and not self.stateful:
-            return _functional_call(self.module, tensors, args, kwargs)
+            return functional_call(self.module, tensors, args, kwargs)
         with _restored(self.stateful), _placed(self.places, known):
-            return _functional_call(self.module, tensors, args, kwargs)
+            return functional_call(self.module, tensors, args, kwargs)
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -84,11 +86,6 @@ def _restore(module: nn.Module, kind: type, attributes: dict[str, Any], register
     for key, entries in zip(_REGISTRIES, registered, strict=True):
         vars(module)[key].clear()
         vars(module)[key].update(entries)
-
-
-def _functional_call(module: nn.Module, known: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Every slot gets its tensor here, because torch ties modules of two names wrongly (pytorch#164759).
-    return torch.func.functional_call(module, known, args, kwargs, tie_weights=False)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -130,7 +127,7 @@ def meta_template(
     memo: dict[int, Any] = {id(p): _meta_parameter(p) for p in model.parameters()}
     memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     # Tensors that are not parameters are shared, not copied: they may be large, and are read live as buffers are.
-    memo |= {id(x): x for _, _, x in _unregistered(model) if id(x) not in memo} | share_states(model)
+    memo |= {id(x): x for _, _, x in unregistered_tensors(model) if id(x) not in memo} | share_states(model)
     module = copied(model, memo).eval()
     _undo_patches(module)
     replace_four_bit(module, model)
@@ -143,7 +140,9 @@ def meta_template(
     if experts is not None and hasattr(base_model(module), "set_experts_implementation"):
         base_model(module).set_experts_implementation(experts)
     names = tensor_names(module)
-    places = [Place(container, key, names[id(x)]) for container, key, x in _unregistered(module) if id(x) in names]
+    places = [
+        Place(container, key, names[id(x)]) for container, key, x in unregistered_tensors(module) if id(x) in names
+    ]
     for container, _, name in places:
         if isinstance(container, tuple):
             raise ValueError(
@@ -174,7 +173,7 @@ def module_paths(module: nn.Module, submodules: Iterable[nn.Module]) -> set[str]
     return {path for path, submodule in module.named_modules() if id(submodule) in wanted}
 
 
-def _unregistered(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
+def unregistered_tensors(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
     """Yield the tensors in plain attributes, lists, dicts and modules in these, as (container, key, tensor)."""
     seen = {id(module) for module in model.modules()}
 
@@ -239,7 +238,7 @@ def restore_state(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]
 
 def _meta_parameter(p: Tensor) -> nn.Parameter:
     # By shape, because empty_like of a DTensor would be a DTensor.
-    return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+    return nn.Parameter(torch.empty(full_shape(p), dtype=p.dtype, device="meta"), requires_grad=False)
 
 
 class _Wrapper(nn.Module):
@@ -284,10 +283,10 @@ def _undo_patches(module: nn.Module) -> None:
             # Trainers with checkpointing hook the embedding's output with requires_grad_(), an error under torch.func.
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del submodule._forward_hooks[key]
-        _drop_hook_handles(vars(submodule))
+        drop_hook_handles(vars(submodule))
 
 
-def _drop_hook_handles(attributes: dict[str, Any]) -> None:
+def drop_hook_handles(attributes: dict[str, Any]) -> None:
     """Drop the handles of hooks from a copied module: a copy of the copy fails on one whose hooks were not copied."""
     for key, value in attributes.items():
         if isinstance(value, RemovableHandle):

@@ -15,7 +15,7 @@ from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding
 def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> None:
     ranks = run_on_ranks(2, "ranks_loop_zero.py", tmp_path)
     for rank in ranks:
-        for stage in ("1", "2"):
+        for stage in ("1", "2", "3"):
             plain, measured = rank[stage]["plain"], rank[stage]["measured"]
             assert all(torch.equal(plain["weights"][name], x) for name, x in measured["weights"].items())
             assert measured["steps"] == 3
@@ -39,5 +39,4 @@ def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> 
             assert len(training["records"]) == 2
             for record in training["records"]:
                 assert_influences_of_one_process([record], torch.bfloat16, training["terms"])
-        assert "ZeRO" in rank["refusal"]
-        assert "FSDP2" in rank["refusal"]
+        assert "Leave zero_hpz_partition_size" in rank["refusal"]

@@ -78,7 +78,7 @@ def test_faults_under_zero_are_one_warning(tmp_path: Path) -> None:
         assert [metrics["step"] for metrics in result["failed"]["history"]] == [5]
         assert result["refused"]["steps"] == 1
         assert not result["refused"]["history"]
-        assert result["refused"]["refusal"].startswith("zero_optimization.stage is 3 in DeepSpeed's configuration; ")
+        assert result["refused"]["refusal"].startswith("zero_optimization.zero_hpz_partition_size is 2 in DeepSpeed's ")
     assert results[0]["failed"]["history"] == results[1]["failed"]["history"]
     assert warnings_by_rank(results, "failed") == [
         [

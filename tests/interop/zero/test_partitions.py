@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import fx_influence as fx
@@ -17,13 +15,6 @@ from fx_influence.interop.live.guard import CaptureError
 from fx_influence.interop.zero.partitions import PartitionedParameter, local_values, planned_step
 
 PADDING = 3
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def partitioned(model: nn.Module, order: list[int], clip_grad: float = 0.0) -> Any:

@@ -12,11 +12,18 @@ from torch import nn
 import fx_influence as fx
 from fx_influence.interop.zero.settings import check_config, check_partitions
 
-STAGE_2 = {"stage": 2}
+STAGE_2, STAGE_3 = {"stage": 2}, {"stage": 3}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no stage": ({}, "stage is 0 in .*; expected 1 or 2. Take stage 1 or 2, or launch without DeepSpeed"),
-    "ZeRO-3": ({"zero_optimization": {"stage": 3}}, r"stage is 3 in .*Take stage 2, or FSDP2 \(accelerate launch"),
+    "no stage": ({}, "stage is 0 in .*; expected 1, 2 or 3. Take one of them, or launch without DeepSpeed"),
+    "hpZ": (
+        {"zero_optimization": {**STAGE_3, "zero_hpz_partition_size": 8}},
+        "zero_hpz_partition_size is 8 in .*; expected 1, .*Leave zero_hpz_partition_size out",
+    ),
+    "quantised weights": (
+        {"zero_optimization": {**STAGE_3, "zero_quantized_weights": True}},
+        "zero_quantized_weights is True in .*; expected False, .*Leave zero_quantized_weights out",
+    ),
     "optimizer offload": (
         {"zero_optimization": {**STAGE_2, "offload_optimizer": {"device": "cpu"}}},
         "offload_optimizer.device is 'cpu' in .*Leave offload_optimizer out",
@@ -24,6 +31,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "parameter offload": (
         {"zero_optimization": {**STAGE_2, "offload_param": {"device": "nvme"}}},
         "offload_param.device is 'nvme' in .*Leave offload_param out",
+    ),
+    "bfloat16 under stage 3": (
+        {"zero_optimization": STAGE_3, "bf16": {"enabled": True}},
+        "bf16.enabled is True in .*expected False under stage 3, .*Take stage 2, or train in float32: bf16=False",
     ),
     "fp16": ({"zero_optimization": STAGE_2, "fp16": {"enabled": True}}, "fp16.enabled is True in .*fp16=False"),
     "fp16 of the trainer": (
@@ -55,6 +66,14 @@ def test_check_config_names_setting_and_remedy(config: dict[str, Any], message: 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bf16", ["auto", True, False])
 def test_check_config_accepts_float32_and_bfloat16(stage: int, bf16: object) -> None:
+    accepted(stage, bf16)
+
+
+def test_check_config_accepts_stage_3_in_float32() -> None:
+    accepted(3, False)
+
+
+def accepted(stage: int, bf16: object) -> None:
     off = {"device": "none"}
     check_config(
         {
@@ -72,7 +91,8 @@ def test_check_config_accepts_float32_and_bfloat16(stage: int, bf16: object) -> 
     [
         ({"round_robin_bit16_groups": [[torch.zeros(2, dtype=torch.float16)]]}, "trains weights in torch.float16"),
         ({"single_partition_of_fp32_groups": [torch.zeros(2).bfloat16()]}, "master weights are torch.bfloat16"),
-        ({"cpu_offload": True}, "offloads the optimizer to the CPU"),
+        ({"cpu_offload": True}, "offloads the optimizer or the parameters"),
+        ({"offload_param": True}, "offloads the optimizer or the parameters"),
     ],
 )
 def test_check_partitions_names_what_is_not_read(change: dict[str, Any], message: str) -> None:
@@ -97,11 +117,11 @@ def test_check_partitions_refuses_quantised_moments() -> None:
         check_partitions(partitioned(kind))
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedZeroOptimizer_Stage3", "FusedAdam", "FP16_Optimizer"])
+@pytest.mark.parametrize("name", ["FusedAdam", "FP16_Optimizer"])
 def test_adamw_state_names_the_remedy_under_deepspeed(name: str) -> None:
     """Around a torch AdamW of one flat partition, whose parameters are none of the model's."""
     model = nn.Linear(2, 2)
-    wrapper = type(name, (), {"__module__": "deepspeed.runtime.zero.stage3"})()
+    wrapper = type(name, (), {"__module__": "deepspeed.runtime.bf16_optimizer"})()
     wrapper.optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(TypeError, match=rf"optimizer is deepspeed.*{name}; .*stage to 1 or 2.*torch_adam.*FSDP2"):
+    with pytest.raises(TypeError, match=rf"optimizer is deepspeed.*{name}; .*stage to 1, 2 or 3.*torch_adam"):
         fx.adamw_state(wrapper, model)

@@ -10,7 +10,7 @@ from fx_influence.distributed.collectives import propagate_failures
 from fx_influence.functional import make_functional
 from fx_influence.interop.live.guard import preserve_random_state
 from fx_influence.interop.optimizers import require_adamw
-from fx_influence.interop.trl.processes import is_sharded_training
+from fx_influence.interop.trl.processes import is_sharded_training, sharder
 from fx_influence.interop.trl.prompts import BATCH
 from fx_influence.interop.zero.partitions import zero_optimizer
 from fx_influence.interop.zero.settings import check_config, check_partitions
@@ -22,7 +22,7 @@ PARALLELISM = ("tp_size", "cp_size", "sp_size")
 def check_processes(trainer: Any) -> None:
     """Raise ``ValueError`` for processes that share the model otherwise than by one of the supported ways.
 
-    These are DistributedDataParallel, FSDP2, and DeepSpeed's ZeRO-1 and 2.
+    These are DistributedDataParallel, FSDP2, and DeepSpeed's ZeRO.
     """
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
@@ -55,13 +55,14 @@ def check_sharded_settings(trainer: Any, prompts: list[Any] | None, matrix: bool
         return
     if matrix:
         raise ValueError(
-            "matrix is True and FSDP shards the model; expected False, since pairwise influences need the gradient of "
-            "every rollout. Leave the matrix out, or train under DistributedDataParallel"
+            f"matrix is True and {sharder(trainer)} shards the model; expected False, since pairwise influences need "
+            "the gradient of every rollout. Leave the matrix out, or train under DistributedDataParallel"
         )
     if prompts is not None:
         raise ValueError(
-            f"E is {len(prompts)} held-out prompts and FSDP shards the model; expected the step's own rollouts, since "
-            f"a generation that fails in one process would leave the others waiting. Pass eval_prompts={BATCH!r}"
+            f"E is {len(prompts)} held-out prompts and {sharder(trainer)} shards the model; expected the step's own "
+            "rollouts, since a generation that fails in one process would leave the others waiting. Pass "
+            f"eval_prompts={BATCH!r}"
         )
 
 
@@ -75,7 +76,7 @@ def check_prepared(trainer: Any, mesh: DeviceMesh | None) -> None:
     Raises:
         TypeError: for another optimizer than AdamW.
         ValueError: for a model that is sharded in another way than by FSDP2 alone, and for an optimizer that DeepSpeed
-            does not partition as ZeRO-1 and 2 do.
+            does not partition as ZeRO does.
     """
     with propagate_failures(mesh), preserve_random_state(trainer.accelerator.device):
         require_adamw(trainer.optimizer)

@@ -24,9 +24,9 @@ def accelerator(kind: DistributedType, processes: int = 1, **plugin: Any) -> dic
     return {"accelerator": SimpleNamespace(**fields), "is_fsdp_enabled": fsdp is not None}
 
 
-def deepspeed(stage: int, **parallelism: int) -> dict[str, Any]:
+def deepspeed(stage: int, zero: dict[str, Any] | None = None, **parallelism: int) -> dict[str, Any]:
     change = {**accelerator(DistributedType.DEEPSPEED, 2), "is_deepspeed_enabled": True}
-    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage, **(zero or {})}})
     change["accelerator"].state.deepspeed_plugin = plugin
     change["accelerator"].mixed_precision = "no"
     change["accelerator"].parallelism_config = SimpleNamespace(**parallelism)
@@ -44,7 +44,7 @@ def compiled() -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "ZeRO-3": (deepspeed(3), "zero_optimization.stage is 3 in DeepSpeed's configuration; expected 1 or 2.*FSDP2"),
+    "MiCS": (deepspeed(3, {"mics_shard_size": 2}), "mics_shard_size is 2 in DeepSpeed's configuration; expected -1"),
     "sequence parallel": (deepspeed(2, sp_size=2), "sp_size is 2 in parallelism_config; expected 1"),
     "XLA": (accelerator(DistributedType.XLA, 8), "in 8 processes under XLA; "),
     "FSDP1": (accelerator(DistributedType.FSDP, 2, fsdp_version=1), "fsdp_version 1; expected 2, .*fsdp_version: 2"),

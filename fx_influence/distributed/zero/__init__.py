@@ -1,0 +1,1 @@
+"""Models whose parameters DeepSpeed's ZeRO-3 partitions."""

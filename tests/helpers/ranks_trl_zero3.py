@@ -1,0 +1,93 @@
+"""Script of one rank of tests/interop/trl/test_zero3.py: TRL training runs under DeepSpeed's ZeRO-3, measured."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+import fx_influence as fx
+from benchmarks.trl.variants import Variant, prepare_deepspeed, quiet, zero_config
+from fx_influence.interop.trl import EntropyInfluence
+from helpers.ranks import end_rank, save_result
+from helpers.ranks_trl import replaced_influence
+from helpers.ranks_trl_sharded import FULL, LORA, compared_with_one_process, faults
+from helpers.trl_runs import HELD_OUT, warnings_of
+from helpers.zero_trainings import zero_outcome, zero_trainer
+
+PARTITIONED = zero_config(3, {"stage3_param_persistence_threshold": 0, "sub_group_size": 500})
+"""No parameter is kept complete between its uses, and the optimizer has several sub-groups."""
+ADAPTER = Variant("grpo", True, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.5})
+
+CASES: dict[str, tuple[Variant, dict[str, Any]]] = {"full": (FULL, PARTITIONED), "LoRA": (ADAPTER, zero_config(3))}
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Train without and with every step measured, in each case."""
+    results: dict[str, Any] = {}
+    for case, (variant, config) in CASES.items():
+        plain = zero_trainer(variant, out / case / "plain", 2, config)
+        plain.train()
+        training, records = zero_trainer(variant, out / case / "measured", 2, config), list[dict[str, Any]]()
+        with replaced_influence(compared_with_one_process(records) if variant is FULL else fx.influence):
+            influence = EntropyInfluence(1).attach(training)
+            training.train()
+        results[case] = {
+            "plain": zero_outcome(plain),
+            "measured": zero_outcome(training),
+            "history": influence.history,
+            "records": records,
+        }
+    return results
+
+
+def failed(out: Path) -> dict[str, Any]:
+    """Train seven steps, in the first six of which measuring fails on one rank."""
+    plain = zero_trainer(LORA, out / "plain", 7, PARTITIONED)
+    plain.train()
+    training = zero_trainer(LORA, out / "measured", 7, PARTITIONED)
+    influence = EntropyInfluence(1).attach(training)
+    with faults(training):
+        texts = warnings_of(training.train)
+    return {
+        "plain": zero_outcome(plain),
+        "measured": zero_outcome(training),
+        "history": influence.history,
+        "warnings": [text for text in texts if "attributed" in text],
+    }
+
+
+def single(out: Path) -> dict[str, Any]:
+    """Train in one process, without and with every step measured, and refuse what needs the complete model."""
+    variant = Variant("dapo", False, 2, False, {"max_grad_norm": 0.3})
+    plain = zero_trainer(variant, out / "plain", 2, PARTITIONED)
+    plain.train()
+    training, refusals = zero_trainer(variant, out / "measured", 2, PARTITIONED), list[str]()
+    for influence in (EntropyInfluence(1, HELD_OUT), EntropyInfluence(1, matrix=True)):
+        try:
+            influence.attach(training)
+        except ValueError as error:
+            refusals.append(str(error))
+    influence = EntropyInfluence(1).attach(training)
+    training.train()
+    outcomes = {"plain": zero_outcome(plain), "measured": zero_outcome(training)}
+    return {**outcomes, "history": influence.history, "refusals": refusals}
+
+
+def main(out: str, *names: str) -> None:
+    warnings.simplefilter("ignore")
+    prepare_deepspeed()
+    state = PartialState(cpu=True)
+    with quiet():
+        runs = {"measured": measured, "failed": failed, "single": single}
+        result = {name: run(Path(out) / name) for name, run in runs.items() if name in names}
+    save_result(out, result)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end_rank()
