@@ -43,7 +43,7 @@ from fx_influence.lab.store import RunDirectory
 from fx_influence.types import Batch
 
 NAME, PAGE = "bench_real_cross_fitting", EVIDENCE
-STEPS = tuple(range(5, 45, 5))
+STEPS = tuple(range(3, 27, 3))
 """Optimizer steps before the states."""
 TASKS = 64
 
