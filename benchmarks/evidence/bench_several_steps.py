@@ -54,7 +54,7 @@ from fx_influence.types import AdamWState, Batch, Params
 
 NAME = "bench_several_steps"
 COMPLETIONS = 4
-SEEDS = 5
+SEEDS = 3
 
 
 class TrainingRun(NamedTuple):

@@ -69,6 +69,8 @@ EVALUATED = 32
 LEFT_OUT = 6
 """Rollouts of the first step that are left out."""
 WINDOWS = ("window, same E", "window, no curvature, same E")
+SHARES = ("share", "share, same E")
+"""Influences of one step, per unit of its learning rate."""
 
 
 class Recorded(NamedTuple):
@@ -156,7 +158,7 @@ def measure(plan: EntropyInfluencePlan, folder: Path, steps: int, left_out: int)
         **{name: partial(attribution, WINDOW_OPTIONS[name]) for name in others},
     }
     figures = {name: stored(folder / f"{name.replace(', ', '_')}_figures.json", work) for name, work in works.items()}
-    return compared(recorded, figures, chosen)
+    return compared(recorded, figures, chosen, state.lr)
 
 
 def stored(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -232,19 +234,23 @@ def changes(recorded: Recorded, chosen: Sequence[int], file: Path, apply: fx.Pol
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def compared(recorded: Recorded, figures: Mapping[str, Mapping[str, Any]], chosen: Sequence[int]) -> dict[str, Any]:
+def compared(
+    recorded: Recorded, figures: Mapping[str, Mapping[str, Any]], chosen: Sequence[int], lr: float
+) -> dict[str, Any]:
     """Return rank correlations with the measured effects, the change over the window, and costs by predictor.
 
     Args:
         recorded: the window.
         figures: those of ``measure`` by name.
         chosen: the rollouts that were left out.
+        lr: learning rate, by which one step's influences are multiplied.
     """
     measured = torch.tensor(figures["changes"]["changes"], dtype=torch.float64)
     effects, undone = -measured[:-1], measured[-1]
     windows = {name: x for name, x in figures.items() if name in WINDOW_OPTIONS}
-    predicted = {name: x["per_sequence"] for name, x in windows.items()} | figures["one step"]["per_sequence"]
-    ranks = {name: rank_correlation(torch.tensor(x)[chosen], effects.mean(1)) for name, x in predicted.items()}
+    given = {name: x["per_sequence"] for name, x in windows.items()} | figures["one step"]["per_sequence"]
+    predicted = {name: torch.tensor(x, dtype=torch.float64)[chosen] for name, x in given.items()}
+    influences = {name: predicted[name] * (1.0 if name in windows else lr) for name in (*windows, *SHARES)}
     one_step = figures["one step"]["seconds"]
     return {
         "steps": len(recorded.batches),
@@ -252,7 +258,9 @@ def compared(recorded: Recorded, figures: Mapping[str, Mapping[str, Any]], chose
         "left_out": len(chosen),
         "effect": float(effects.mean(1).square().mean().sqrt()),
         "effect_stderr": stderr_of_mean(effects),
-        "ranks": {**ranks, "ceiling": ceiling(effects)},
+        "ranks": {name: rank_correlation(x, effects.mean(1)) for name, x in predicted.items()}
+        | {"ceiling": ceiling(effects)},
+        "slopes": {name: float((effects.mean(1) @ x) / (x @ x)) for name, x in influences.items()},
         "realised": -float(undone.mean()),
         "realised_stderr": float((undone.var() / len(undone)).sqrt()),
         "training_seconds": recorded.seconds,
@@ -268,16 +276,17 @@ def markdown(report: dict[str, Any]) -> str:
     window = report["window"]
     title = f"{report['policy']}, lr {report['lr']:g}, {window['steps']} steps of {window['rollouts']} rollouts"
     lines = [
-        f"| {title}; {window['left_out']} left out of the first | rank correlation | processor seconds "
-        "over those of the steps | GiB added to the peak |",
-        "|---|---|---|---|",
+        f"| {title}; {window['left_out']} left out of the first | rank correlation | measured / predicted | "
+        "processor seconds over those of the steps | GiB added to the peak |",
+        "|---|---|---|---|---|",
     ]
     for name, label in RANKED.items():
         if (rank := window["ranks"].get(name)) is not None:
             costs = window["costs"].get(name, {})
             seconds = f"{costs['seconds'] / window['training_seconds']:.1f}" if costs else ""
             peak = f"{costs['peak_extra_bytes'] / 2**30:.1f}" if "peak_extra_bytes" in costs else ""
-            lines.append(f"| {label} | {rank:+.2f} | {seconds} | {peak} |")
+            slope = f"{window['slopes'][name]:.3g}" if name in window["slopes"] else ""
+            lines.append(f"| {label} | {rank:+.2f} | {slope} | {seconds} | {peak} |")
     lines += ["", f"ΔH over the window {window['realised']:+.4f} ± {1.96 * window['realised_stderr']:.4f} nats."]
     return "\n".join(lines)
 

@@ -72,7 +72,7 @@ def test_replay_is_the_librarys(trained: tuple[Any, torch.optim.AdamW], batches:
 
 
 def test_share_before_the_window_is_one_steps(trained: tuple[Any, torch.optim.AdamW], batches: list[Batch]) -> None:
-    """With the gradient taken where the step begins it is the frozen influence of that step."""
+    """It is the frozen influence of the step where the gradient is taken before it."""
     apply, params = fx.make_functional(trained[0])
     state, batch, e = fx.adamw_state(trained[1], trained[0]), batches[0], batches[2]._replace(coefficients=None)
     step = Step(params, apply, state, batch, torch.zeros(8), rollout_gradients(params, batch, apply))
