@@ -17,7 +17,7 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -177,27 +177,35 @@ def sampled_change(params: Params, e: Batch, apply: fx.Policy) -> Callable[[Para
 
     Args:
         params: parameters before the steps, by name.
-        e: rollouts of the policy before the steps, two of each prompt.
+        e: rollouts of the policy before the steps, an even number of each prompt.
         apply: the policy.
 
     Returns:
-        Function of steps by name, (K, ...), to contributions of prompts, (K, prompts), whose mean is Delta H.
+        Function of steps by name, (K, ...), to contributions of pairs of a prompt's rollouts, (K, pairs), whose mean is
+        Delta H.
     """
-    prompts, sweep = len(e.input_ids) // 2, fx.snis_sweep(params, e, apply=apply)
+    pairs, sweep = len(e.input_ids) // 2, fx.snis_sweep(params, e, apply=apply)
 
     def change(block: Params) -> Tensor:
-        return prompts * sweep(block, [1.0]).contributions[0].unflatten(1, (prompts, 2)).sum(-1)
+        return pairs * sweep(block, [1.0]).contributions[0].unflatten(1, (pairs, 2)).sum(-1)
 
     return change
 
 
-def predictions(step: Step, e: Batch) -> dict[str, Tensor]:
-    """Return each predictor's estimate of the entropy that every rollout of a step adds, (n,), by ``e``."""
+def predictions(step: Step, e: Batch, chosen: Collection[str] = INFLUENCES.keys()) -> dict[str, Tensor]:
+    """Return each predictor's estimate of the entropy that every rollout of a step adds, (n,), by ``e``.
+
+    Args:
+        step: the step.
+        e: rollouts of the policy before it.
+        chosen: which of ``INFLUENCES``; a gradient over ``e`` each.
+    """
     params, apply, state, batch, advantages, gradients = step
     shared: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False}
     influences = {
         key: fx.influence(params, batch, e, state, **shared, **options).per_sequence
         for key, options in INFLUENCES.items()
+        if key in chosen
     }
     values = all_token_values(params, e, apply)
     weights = entropy_coefficients(values, e)
@@ -247,12 +255,12 @@ def compared(changes: Tensor, predicted: dict[str, Tensor], halves: Tensor) -> d
     after = changes[n:-1]
     effect, signed = effects.mean(1), {k: x for k, x in predicted.items() if k not in SIGNLESS}
     # Only differences affect ranks, so the mean effect is subtracted.
-    between, prompts = effects - effects.mean(0), effects.shape[1]
+    between = effects - effects.mean(0)
     return {
         "rollouts": n,
         "delta_h": float(changes[-1].mean()),
         "effect": float(between.mean(1).square().mean().sqrt()),
-        "effect_stderr": float((between.var(1) / prompts).mean().sqrt()) if prompts > 1 else 0.0,
+        "effect_stderr": stderr_of_mean(between),
         "loo": {k: rank_correlation(x, effect) for k, x in signed.items()} | {"ceiling": ceiling(effects)},
         "lds": {k: rank_correlation(halves @ x.double(), after.mean(1)) for k, x in signed.items()}
         | {"ceiling": ceiling(after)},
@@ -265,6 +273,12 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
     if a.unique().numel() < 2 or b.unique().numel() < 2:
         return None
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def stderr_of_mean(effects: Tensor) -> float:
+    """Return the root mean square of the standard errors of the effects' means over columns; 0 for one column."""
+    columns = effects.shape[1]
+    return float((effects.var(1) / columns).mean().sqrt()) if columns > 1 else 0.0
 
 
 def ceiling(truth: Tensor) -> float:

@@ -1,23 +1,26 @@
 """Do influences over several steps predict the entropy at their end? Windows replayed without each rollout.
 
     python -m benchmarks several_steps            writes results/several_steps.json and its tables in README.md;
-                                                  half an hour on one core, resumed where it stopped
+                                                  an hour on one core, resumed where it stopped
     python -m benchmarks several_steps --quick    one short window, written nowhere, to check that it works
 
-Windows of eight steps of GRPO runs are recorded, and made again by ``torch.optim.AdamW`` with the same batches: without
-each of some rollouts of the first step, and as they were. The entropy after 1, 2, 4 and 8 steps is measured
+Windows of sixteen steps of GRPO runs are recorded, and made again by ``torch.optim.AdamW`` with the same batches:
+without each of some rollouts of the first step, and as they were. The entropy after 1, 2, 4, 8 and 16 steps is measured
 exactly where all completions can be enumerated ("toy"), else by importance sampling on fresh rollouts of the policy
-there, which no predictor has used. Predictors are ranked by the effect of leaving a rollout out; and the change of
-entropy over the window is compared with sums over its steps and with the window's account.
+there, which no predictor has used: the same for the window with and without a rollout. Predictors are ranked by the
+effect of leaving a rollout out; and the change of entropy over the window is compared with sums over its steps and with
+the window's account.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +37,16 @@ from benchmarks.evidence.bench_counterfactual import (
     predictions,
     rank_correlation,
     sampled_change,
+    stderr_of_mean,
 )
-from benchmarks.evidence.several_steps_tables import markdown, summary
+from benchmarks.evidence.replayed_windows import (
+    WINDOW_OPTIONS,
+    recorded_window,
+    replayed,
+    share_at_end,
+    without_row,
+)
+from benchmarks.evidence.several_steps_tables import WORKS, appendix, markdown, summary
 from benchmarks.evidence.training_runs import Benchmark, Policy, all_completions, initial_policy, step_states
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.interop.rollouts.batch import collate
@@ -43,30 +54,26 @@ from fx_influence.types import AdamWState, Batch, Params
 
 NAME = "bench_several_steps"
 COMPLETIONS = 4
-SEEDS = 5
-WINDOW_OPTIONS: dict[str, dict[str, Any]] = {
-    "window": {"clip": "differentiated"},
-    "window, no curvature": {"clip": "differentiated", "curvature": False},
-    "window, clip frozen": {},
-    "window, frozen": {"preconditioner": "frozen"},
-}
-"""Options of ``influence_over_steps`` by the names of their predictors."""
+SEEDS = 3
 
 
 class TrainingRun(NamedTuple):
     """A GRPO run with a window of ``lengths[-1]`` steps from each step of ``starts`` on, numbered from 1.
 
-    ``left_out`` is the number of rollouts of the first step that are left out, one by one, of those with an advantage.
+    ``evaluated`` rollouts predict and ``measured`` others measure, at each length; ``left_out`` is the number of
+    rollouts of the first step that are left out, one by one, of those with an advantage; ``timed`` names ``WORKS``.
     """
 
     policy: str
     lr: float
     seed: int
     starts: tuple[int, ...] = (10,)
-    lengths: tuple[int, ...] = (1, 2, 4, 8)
+    lengths: tuple[int, ...] = (1, 2, 4, 8, 16)
     prompts: int = 8
-    evaluated: int = 256
-    left_out: int = 16
+    evaluated: int = 512
+    measured: int = 512
+    left_out: int = 12
+    timed: tuple[str, ...] = ()
     is_stored: bool = True
 
     @property
@@ -78,7 +85,8 @@ class Recorded(NamedTuple):
     """A window of a training run.
 
     ``model`` and ``optimizer`` before it; ``batches`` and ``advantages`` of its steps; by number of steps made, ``e``
-    to predict and ``fresh`` to measure on; ``seconds`` of processor time of sampling and steps; ``rng`` of choices.
+    to predict on, and at the start and each length ``fresh`` to measure on; ``seconds`` of processor time of sampling
+    and steps; ``rng`` of choices.
     """
 
     policy: Policy
@@ -87,7 +95,7 @@ class Recorded(NamedTuple):
     batches: list[Batch]
     advantages: list[Tensor]
     e: list[Batch]
-    fresh: list[Batch]
+    fresh: dict[int, Batch]
     seconds: float
     rng: random.Random
 
@@ -122,19 +130,20 @@ def record(training: TrainingRun, policy: Policy, first: Any, later: Any) -> Rec
     if training.policy == "toy":
         # Exact entropies are differences of sums, whose rounding must be far below an effect.
         in_float64(model, optimizer)
-    e: list[Batch] = []
-    fresh: list[Batch] = []
-    batches, advantages, seconds = [], [], 0.0
     rng = random.Random(first.rng.randrange(2**30))
-    count = min(training.evaluated // 2, len(policy.held_out))
+    e: list[Batch] = []
+    fresh: dict[int, Batch] = {}
+    batches, advantages, seconds, state = [], [], 0.0, first
+    length = training.lengths[-1]
 
-    def evaluations() -> None:
-        for batches_of in (e, fresh):
-            batches_of.append(policy.evaluation(count, training.evaluated // count, rng.randrange(2**30)))
+    def evaluations(k: int) -> None:
+        is_measured = k in (0, *training.lengths)
+        e.append(evaluation(policy, training.evaluated if is_measured else training.evaluated // 2, rng))
+        if is_measured and training.policy != "toy":
+            fresh[k] = evaluation(policy, training.measured, rng)
 
-    state = first
-    for k in range(training.lengths[-1]):
-        evaluations()
+    for k in range(length):
+        evaluations(k)
         begin = time.process_time()
         state = state if k == 0 else next(later)
         reinforce(policy.model, state.optimizer, state.batch)
@@ -142,9 +151,14 @@ def record(training: TrainingRun, policy: Policy, first: Any, later: Any) -> Rec
         seconds += time.process_time() - begin if k else 0.0
         batches.append(state.batch)
         advantages.append(torch.tensor([r.advantage or 0.0 for r in state.rollouts]).double())
-    evaluations()
-    length = training.lengths[-1]
+    evaluations(length)
     return Recorded(policy, model, optimizer, batches, advantages, e, fresh, seconds * length / (length - 1), rng)
+
+
+def evaluation(policy: Policy, rollouts: int, rng: random.Random) -> Batch:
+    """Return rollouts of the policy on its held-out prompts, as many of each."""
+    count = min(rollouts, len(policy.held_out))
+    return policy.evaluation(count, rollouts // count, rng.randrange(2**30))
 
 
 def in_float64(model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
@@ -154,59 +168,49 @@ def in_float64(model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
         state.update({name: x.double() for name, x in state.items() if name != "step"})
 
 
-def replayed(recorded: Recorded, first: Batch, lengths: Sequence[int]) -> list[Params]:
-    """Return the parameters after each number of steps of the window, with another batch in its first step."""
-    model, optimizer = copy.deepcopy((recorded.model, recorded.optimizer))
-    after = []
-    for k, batch in enumerate([first, *recorded.batches[1 : lengths[-1]]]):
-        reinforce(model, optimizer, batch)
-        if k + 1 in lengths:
-            after.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    return after
-
-
 def measure(training: TrainingRun, recorded: Recorded) -> dict[str, Any]:
     """Return rank correlations by length of the window, changes of entropy over it, and seconds."""
     apply, params = fx.make_functional(recorded.model)
     state, first = fx.adamw_state(recorded.optimizer, recorded.model), recorded.batches[0]
-    made = [params, *replayed(recorded, first, range(1, training.lengths[-1] + 1))]
+    before, later = (recorded.model, recorded.optimizer), recorded.batches[1:]
+    made = [params, *replayed(*before, recorded.batches, range(1, training.lengths[-1] + 1))]
     movers = recorded.advantages[0].nonzero().flatten().tolist()
     chosen = recorded.rng.sample(movers, min(training.left_out, len(movers)))
-    without = [replayed(recorded, without_row(first, row), training.lengths) for row in chosen]
-    one_step = one_step_predictions(recorded, params, state, apply)
+    without = [replayed(*before, [without_row(first, row), *later], training.lengths) for row in chosen]
+    gradients = rollout_gradients(params, first, apply)
+    step = Step(params, apply, state, first, recorded.advantages[0], gradients)
+    one_step = predictions(step, recorded.e[0], ("share", "share, clip", "marginal"))
     accounts = step_accounts(training, recorded, made, apply, state)
     rows = []
     for moved, length in zip(zip(*without, strict=True), training.lengths, strict=True):
-        window = recorded_window(training, recorded, params, state, length)
-        over = {
-            name: fx.influence_over_steps(window, recorded.e[length], apply=apply, **options)
-            for name, options in WINDOW_OPTIONS.items()
-        }
+        window = recorded_window(recorded.batches[:length], training.lr, params, state)
+        measuring, objective = measured_by(recorded, length)
+        influences = partial(fx.influence_over_steps, window, apply=apply)
+        over = {name: influences(recorded.e[length], **WINDOW_OPTIONS[name]) for name in ("window", "window, frozen")}
+        for name in ("window, same E", "window, no curvature, same E"):
+            over[name] = influences(measuring, objective=objective, **WINDOW_OPTIONS[name])
         effects = effects_of(training, recorded, made[length], moved, apply, length)
-        if training.policy == "toy":
-            every = collate(all_completions(recorded.policy), recorded.policy.tokenizer.pad_token_id)
-            options = WINDOW_OPTIONS["window"] | {"objective": entropy_of_all}
-            over["window, exact"] = fx.influence_over_steps(window, every, apply=apply, **options)
         if length == training.lengths[0]:
             one_step["first length"] = over["window"].per_sequence[0]
+        one_step["share, same E"] = share_at_end(step, made[length], measuring, objective)
         predicted = {name: out.per_sequence[0] for name, out in over.items()} | one_step
         ranks = {name: rank_correlation(x[chosen], effects.mean(1)) for name, x in predicted.items()}
-        delta, frozen = over["window"].per_sequence[0][chosen], over["window, frozen"]
+        delta, frozen = over["window, same E"].per_sequence[0][chosen], over["window, frozen"]
         rows.append(
             {
                 "length": length,
                 "effect": float(effects.mean(1).square().mean().sqrt()),
+                "effect_stderr": stderr_of_mean(effects),
                 "ranks": {**ranks, "ceiling": ceiling(effects)},
                 "slope": float((effects.mean(1) @ delta) / delta.square().sum()),
-                **measured_change(training, recorded, params, made[length], apply),
+                **measured_change(training, recorded, params, made[length], apply, length),
                 **{name: sum(account[name] for account in accounts[:length]) for name in accounts[0]},
                 "window_total": float(frozen.total),
                 "window_momentum": float(frozen.momentum),
                 "window_rollouts": float(torch.cat(frozen.per_sequence).sum()),
             }
         )
-    is_timed = training.seed == 0
-    return {"lengths": rows, "seconds": seconds(training, recorded, params, state, apply) if is_timed else {}}
+    return {"lengths": rows, "seconds": seconds(training, recorded, params, state, apply) if training.timed else {}}
 
 
 def effects_of(
@@ -217,7 +221,7 @@ def effects_of(
     apply: fx.Policy,
     length: int,
 ) -> Tensor:
-    """Return the entropy that each rollout adds after the window, (n, prompts), whose mean over prompts it is.
+    """Return the entropy that each rollout adds after the window, (n, pairs), whose mean over pairs of rollouts it is.
 
     Args:
         training: the run.
@@ -238,41 +242,28 @@ def effects_of(
     )
 
 
-def one_step_predictions(recorded: Recorded, params: Params, state: AdamWState, apply: fx.Policy) -> dict[str, Tensor]:
-    """Return what one step's measures say of the rollouts of the first step, (n,) by predictor."""
-    first, e = recorded.batches[0], recorded.e[0]
-    options: dict[str, Any] = {"apply": apply, "max_grad_norm": MAX_NORM, "stderr": False, "preconditioner": "lifetime"}
-    lifetime = fx.influence(params, first, e, state, **options).per_sequence
-    gradients = rollout_gradients(params, first, apply)
-    step = Step(params, apply, state, first, recorded.advantages[0], gradients)
-    return {"lifetime": lifetime, **predictions(step, e)}
-
-
-def without_row(batch: Batch, row: int) -> Batch:
-    """Return the batch with one rollout's coefficients at 0, which leaves its loss out."""
-    assert batch.coefficients is not None
-    return batch._replace(coefficients=batch.coefficients.index_fill(0, torch.tensor([row]), 0.0))
-
-
-def recorded_window(
-    training: TrainingRun, recorded: Recorded, params: Params, state: AdamWState, length: int
-) -> fx.Window:
-    """Return the first steps of the window; their coefficients are the same whatever the policy."""
-    batches = recorded.batches[:length]
-    steps = [fx.RecordedStep(batch=batch, lr=training.lr, max_grad_norm=MAX_NORM) for batch in batches]
-    return fx.Window(params=params, opt_state=state, steps=steps)
+def measured_by(recorded: Recorded, length: int) -> tuple[Batch, fx.Entropy | fx.Objective]:
+    """Return the E that measures after a number of steps, and the entropy that it measures."""
+    if recorded.fresh:
+        return recorded.fresh[length], fx.Entropy()
+    return collate(all_completions(recorded.policy), recorded.policy.tokenizer.pad_token_id), entropy_of_all
 
 
 def measured_change(
-    training: TrainingRun, recorded: Recorded, before: Params, after: Params, apply: fx.Policy
+    training: TrainingRun, recorded: Recorded, before: Params, after: Params, apply: fx.Policy, length: int
 ) -> dict[str, float]:
-    """Return the change of entropy from one policy to the other, on fresh rollouts of the first or exactly."""
+    """Return the change of entropy over a window: exactly, or the mean of what fresh rollouts of either end say."""
     movement = {name: after[name] - before[name] for name in before}
     if training.policy == "toy":
         change = exact_change(recorded.policy, before, apply)({name: x.unsqueeze(0) for name, x in movement.items()})
         return {"realised": float(change), "realised_stderr": 0.0}
-    out = fx.snis_delta(before, movement, 1.0, recorded.fresh[0], apply=apply)
-    return {"realised": float(out.delta_h), "realised_stderr": float(out.stderr)}
+    forth = fx.snis_delta(before, movement, 1.0, recorded.fresh[0], apply=apply)
+    back = fx.snis_delta(after, movement, -1.0, recorded.fresh[length], apply=apply)
+    return {
+        "realised": float(forth.delta_h - back.delta_h) / 2,
+        "realised_stderr": math.hypot(float(forth.stderr), float(back.stderr)) / 2,
+        "realised_ess": min(float(out.ess) / len(out.contributions) for out in (forth, back)),
+    }
 
 
 def step_accounts(
@@ -304,7 +295,7 @@ def seconds(
     training: TrainingRun, recorded: Recorded, params: Params, state: AdamWState, apply: fx.Policy
 ) -> dict[str, float]:
     """Return seconds of processor time of training over the longest window, and of attributions by what is wanted."""
-    window = recorded_window(training, recorded, params, state, training.lengths[-1])
+    window = recorded_window(recorded.batches, training.lr, params, state)
     works: Mapping[str, Callable[[], object]] = {
         "influences": lambda: fx.influence_over_steps(window, recorded.e[-1], apply=apply),
         "error bars": lambda: fx.influence_over_steps(window, recorded.e[-1], apply=apply, stderr=True),
@@ -312,9 +303,9 @@ def seconds(
         "no curvature": lambda: fx.influence_over_steps(window, recorded.e[-1], apply=apply, curvature=False),
     }
     times = {"training": recorded.seconds}
-    for name, work in works.items():
+    for name in training.timed:
         begin = time.process_time()
-        work()
+        works[name]()
         times[name] = time.process_time() - begin
     return times
 
@@ -322,11 +313,21 @@ def seconds(
 def training_runs(quick: bool) -> list[TrainingRun]:
     """Return the training runs of the benchmark."""
     if quick:
-        return [TrainingRun("demo", 1e-4, 0, starts=(2,), lengths=(1, 2), prompts=4, evaluated=16, left_out=6)]
-    return [TrainingRun(policy, lr, seed) for seed in range(SEEDS) for policy in ("demo", "toy") for lr in (1e-5, 1e-4)]
+        sizes: dict[str, Any] = {"prompts": 4, "evaluated": 16, "measured": 16, "left_out": 6}
+        return [TrainingRun("demo", 1e-4, 0, starts=(2,), lengths=(1, 2), timed=WORKS, **sizes)]
+    runs = []
+    for seed in range(SEEDS):
+        for policy in ("demo", "early", "toy"):
+            for lr in (1e-4, 1e-5):
+                run = TrainingRun(policy, lr, seed, timed=WORKS if (policy, lr, seed) == ("demo", 1e-4, 1) else ())
+                if seed:
+                    # Sixteen steps and twice the rollouts to predict on take twice the time.
+                    run = run._replace(lengths=(1, 2, 4, 8), evaluated=256)
+                runs.append(run)
+    return runs
 
 
-BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown)
+BENCHMARK = Benchmark(NAME, __doc__, training_runs, train, summary, markdown, appendix)
 main = BENCHMARK.main
 
 

@@ -139,25 +139,30 @@ def test_covariant_tokens_have_the_highest_covariance() -> None:
 
 
 def test_windows_are_explained_by_what_predicts_their_change() -> None:
-    """A run counts with its mean over windows, and R² is over all windows."""
+    """A run counts with its mean over windows, and R² is over all windows of the sampled policies."""
 
     def window(realised: float, window_total: float, rank: float | None) -> dict[str, Any]:
         names = (*several_steps_tables.PREDICTED, *several_steps_tables.CAUSES)
         row = dict.fromkeys(names, 0.0) | {"realised": realised, "window_total": window_total}
-        ranks = dict.fromkeys(several_steps_tables.RANKED, rank)
+        row["both_ends"] = 2 * realised
+        ranks = dict.fromkeys(several_steps_tables.RANKED, rank) | {"share, same E": 0.5}
         fixed = {"length": 2, "effect": 1.0, "slope": 1.0, "realised_stderr": 0.0}
         times = dict.fromkeys(several_steps_tables.WORKS, 3.0) | {"training": 1.5}
         return {"start": 1, "lengths": [{**fixed, **row, "ranks": ranks}], "seconds": times}
 
     runs = [
+        {"policy": "toy", "lr": 1e-4, "found": [window(1.0, 1.0, 0.9)]},
         {"policy": "demo", "lr": 1e-4, "found": [window(1.0, 1.0, 0.5), window(2.0, 2.0, 0.7)]},
-        {"policy": "demo", "lr": 1e-4, "found": [window(4.0, 4.0, None), {**window(5.0, 5.0, 0.9), "seconds": {}}]},
+        {"policy": "early", "lr": 1e-4, "found": [window(4.0, 4.0, None), {**window(5.0, 5.0, 0.9), "seconds": {}}]},
     ]
     figures = several_steps_tables.summary(runs)
     assert figures["seconds"] == dict.fromkeys(several_steps_tables.WORKS, 2.0)
-    [row] = figures["lengths"]
-    assert row["windows"] == 4
-    assert row["ranks"]["window"]["mean"] == pytest.approx(0.75)
-    assert row["realised"]["mean"] == pytest.approx(3.0)
-    assert row["r2"]["window_total"] == row["explainable"] == pytest.approx(1.0)
-    assert row["r2"]["steps_total"] == pytest.approx(1 - 11.5 / 2.5)
+    assert [row["policy"] for row in figures["lengths"]] == ["demo", "early", "toy"]
+    sampled, exact = figures["pooled"]
+    assert (sampled["policy"], sampled["windows"], exact["policy"]) == ("demo and early", 4, "toy")
+    assert sampled["ranks"]["window"]["mean"] == pytest.approx(0.75)
+    assert sampled["realised"]["mean"] == pytest.approx(3.0)
+    assert sampled["r2"]["window_total"] == sampled["explainable"] == pytest.approx(1.0)
+    assert sampled["r2"]["steps_total"] == pytest.approx(1 - 11.5 / 2.5)
+    assert sampled["slopes"] == pytest.approx({"window_total": 1.0, "both_ends": 0.5})
+    assert sampled["gain"]["mean"] == pytest.approx(0.25)
