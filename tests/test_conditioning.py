@@ -15,8 +15,8 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.attribution.display import ILL_CONDITIONED
 from fx_influence.autodiff.gradients import batch_gradient
-from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.estimators.entropy import entropy_coefficients
 from fx_influence.optim.step import AdamWStep
 from fx_influence.types import AdamWHyper, AdamWState, Apply, Batch, Params

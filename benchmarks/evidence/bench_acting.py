@@ -215,7 +215,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             format_interval(row[name], "+.3f" if "GRPO's" in title and name != "cost" else ".3f")
             for name, title in COLUMNS.items()
         ]
-        setting = "" if row["setting"] is None else f" {row['setting']:g}"
+        # The stored figures of ``acting`` are older than settings.
+        setting = "" if row.get("setting") is None else f" {row['setting']:g}"
         lines.append(f"| {row['policy']}, {row['method']}{setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fx_influence.core.influence_display import influence_html, influence_line
+from fx_influence.attribution.display import influence_html, influence_line
 from fx_influence.estimators.deviations import Deviations
 from fx_influence.labels import Labels, as_labels
 from fx_influence.types import TokenValues

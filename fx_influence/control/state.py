@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.attribution.display import ILL_CONDITIONED
 from fx_influence.control.sums import KindSums
 from fx_influence.core.checks import check_number
-from fx_influence.core.influence_display import ILL_CONDITIONED
 
 
 class ControlState(NamedTuple):

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fx_influence.attribution.display import ILL_CONDITIONED
 from fx_influence.core.display import printable
-from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
 from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.interop.ledger.entry import ASSUMED_DEGREES, DEGREES, MEASURED_DEGREES

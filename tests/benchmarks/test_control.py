@@ -47,14 +47,14 @@ def test_control_is_entered_with_its_best_setting() -> None:
     assert bench_control.verdicts(rows) == {"early": "does not pay"}
 
 
-def test_adaptive_bonus_rises_below_the_target_where_alone_it_is_applied() -> None:
+def test_adaptive_bonus_rises_and_is_applied_below_the_target() -> None:
     training = bench_acting.TrainingRun("early", bench_control.ADAPTIVE, 0, 1e-4, 60, setting=0.25)
     bonus, target = bench_control.adaptive_bonus(training), bench_control.TARGETS["early"]
     entropies = [target + 0.1, *[target - 0.1] * 6, target + 0.1, target]
     assert [bonus(entropy) for entropy in entropies] == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 0.0, 0.75]
 
 
-def test_tokens_of_the_largest_estimated_effect_have_the_weight_that_steer_is_given() -> None:
+def test_steer_gives_its_weight_to_the_largest_effect() -> None:
     policy = initial_policy("demo", keep=False)
     step_state = next(iter(step_states(policy, 1e-4, 0, 1, 4, 4)))
     training = bench_acting.TrainingRun("demo", bench_control.STEER, 0, 1e-4, 1, setting=0.5)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fx_influence.attribution.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.attribution.influence import influence
 from fx_influence.batching.rows import select_rows
-from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
 from fx_influence.distributed.zero.flat_shards import sharded_parameters

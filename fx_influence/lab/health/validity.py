@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.attribution.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
 from fx_influence.lab.health.findings import Figures, Finding
 

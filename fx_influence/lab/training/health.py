@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fx_influence.core.influence_display import CONDITIONING_REMEDY, ILL_CONDITIONED
+from fx_influence.attribution.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.estimators.consistency import ROUNDING_WARNED
 from fx_influence.estimators.stderr import interval_half_width
 from fx_influence.interop.ledger.file import STEP

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fx_influence.attribution.display import ILL_CONDITIONED
 from fx_influence.attribution.result import Influence
-from fx_influence.core.influence_display import ILL_CONDITIONED
 from fx_influence.estimators.deviations import is_left_out, share_left
 from fx_influence.estimators.entropy import (
     CompletionValues,
