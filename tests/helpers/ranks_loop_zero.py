@@ -147,6 +147,6 @@ if __name__ == "__main__":
     prepare_deepspeed()
     with global_mesh():
         result = {str(stage): {"plain": train(stage, False), "measured": train(stage, True)} for stage in (1, 2, 3)}
-        bfloat16 = {str(stage): train_in_bfloat16(stage) for stage in (1, 2)}
+        bfloat16 = {str(stage): train_in_bfloat16(stage) for stage in (1, 2, 3)}
         save_result(sys.argv[1], {**result, "bfloat16": bfloat16, "refusal": refusal()})
     end_rank()
