@@ -145,12 +145,29 @@ def single(out: Path) -> dict[str, Any]:
     return {**outcomes, "history": influence.history, "refusals": refusals}
 
 
+def bfloat16_single(out: Path) -> dict[str, Any]:
+    """Train one step in bfloat16 in one process under stages 2 and 3, measured, and return the histories."""
+    variant, histories = Variant("dapo", False, 2, False, {"max_grad_norm": 0.3}), dict[str, Any]()
+    for stage, config in (("2", zero_config(2)), ("3", PARTITIONED)):
+        training = zero_trainer(variant, out / stage, 1, config, bf16=True)
+        influence = EntropyInfluence(1).attach(training)
+        training.train()
+        histories[stage] = influence.history
+    return histories
+
+
 def main(out: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     prepare_deepspeed()
     state = PartialState(cpu=True)
     with quiet():
-        runs = {"measured": measured, "bfloat16": bfloat16, "failed": failed, "single": single}
+        runs = {
+            "measured": measured,
+            "bfloat16": bfloat16,
+            "bfloat16_single": bfloat16_single,
+            "failed": failed,
+            "single": single,
+        }
         result = {name: run(Path(out) / name) for name, run in runs.items() if name in names}
     save_result(out, result)
     state.destroy_process_group()

@@ -61,7 +61,7 @@ or launch without DeepSpeed (--multi_gpu)
                 "'none', since the passes run where moments and weights are",
                 f"Leave {field} out",
             )
-    if _is_enabled(config, "fp16", mixed_precision):
+    if _is_fp16(config, mixed_precision):
         raise _unexpected(
             "fp16.enabled",
             config["fp16"]["enabled"],
@@ -86,10 +86,10 @@ or launch without DeepSpeed (--multi_gpu)
     _check_optimizer(config.get("optimizer"))
 
 
-def _is_enabled(config: Mapping[str, Any], precision: str, mixed_precision: str) -> bool:
-    """Return whether a precision is enabled, by the configuration or by the trainer that fills it in."""
-    enabled = (config.get(precision) or {}).get("enabled", False)
-    return enabled is True or (enabled == "auto" and mixed_precision == precision)
+def _is_fp16(config: Mapping[str, Any], mixed_precision: str) -> bool:
+    """Return whether float16 is enabled, by the configuration or by the trainer that fills it in."""
+    enabled = (config.get("fp16") or {}).get("enabled", False)
+    return enabled is True or (enabled == "auto" and mixed_precision == "fp16")
 
 
 def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:

@@ -50,6 +50,15 @@ def test_two_ranks_measure_as_one_process_in_bfloat16(tmp_path: Path) -> None:
                 assert_influences_of_one_process(each["records"], torch.bfloat16, training["terms"])
 
 
+def test_stage_3_measures_bfloat16_as_stage_2_does(tmp_path: Path) -> None:
+    [result] = run_on_ranks(1, "ranks_trl_zero3.py", tmp_path, "bfloat16_single")
+    [expected], [actual] = result["bfloat16_single"]["2"], result["bfloat16_single"]["3"]
+    for name in ("entropy", "measured", "measured_rounding", "forward_rounding"):
+        bound = rounding_bound(torch.float32, TINY_POLICY, max(expected["entropy"], expected["forward_rounding"]))
+        assert abs(actual[name] - expected[name]) <= bound, name
+    assert abs(expected["measured_rounding"]) > bound
+
+
 def test_faults_under_zero3_are_one_warning(tmp_path: Path) -> None:
     results = [result["failed"] for result in run_on_ranks(2, "ranks_trl_zero3.py", tmp_path, "failed")]
     for result in results:
