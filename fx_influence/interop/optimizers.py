@@ -35,7 +35,7 @@ from fx_influence.interop.zero.partitions import (
     zero_optimizer,
 )
 from fx_influence.interop.zero.settings import check_partitions, why_refused
-from fx_influence.interop.zero.stage3 import flat_adamw, is_stage3
+from fx_influence.interop.zero.stage3 import flat_adamw, flat_masters, is_stage3
 from fx_influence.optim.adamw import MOMENTS
 from fx_influence.policy.model.template import unwrap_model
 from fx_influence.types import AdamWHyper, AdamWState, Params
@@ -58,7 +58,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
     optimizer, they are those of complete parameters on every rank, gathered one parameter at a time; so are the float32
-    ``master_weights``, of which parameters in bfloat16 are the roundings. Under ZeRO-3 they are flat DTensors, as the
+    ``master_weights``, of which parameters in bfloat16 are the roundings. Under ZeRO-3 both are flat DTensors, as the
     parameters of ``make_functional``.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
@@ -109,9 +109,13 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
         adamw, zero = require_adamw(optimizer), zero_optimizer(optimizer)
         if zero is not None:
             check_partitions(zero)
-        if is_stage3(zero):
-            adamw, zero = flat_adamw(zero, model, parameters), None
-        return _read_state(adamw, zero, parameters, copy)
+        if not is_stage3(zero):
+            return _read_state(adamw, zero, parameters, copy)
+        state = _read_state(flat_adamw(zero, model, parameters), None, parameters, copy)
+        masters = flat_masters(zero, model, parameters)
+        if copy and masters is not None:
+            masters = {name: x.clone() for name, x in masters.items()}
+        return state._replace(master_weights=masters)
 
     return on_all_ranks(parameters.values(), read)
 

@@ -73,10 +73,11 @@ def compared_with_one_process(
         rows, grad = gather_batch(mesh, "batch_u", batch_u), options.pop("grad")
         record: dict[str, Any] = {"sharded": results_of(sharded)}
         for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
-            moments = {key: full(getattr(opt_state, key), dtype) for key in MOMENTS}
+            trees = {key: getattr(opt_state, key) for key in (*MOMENTS, "master_weights")}
+            full_trees = {key: full(tree, dtype) for key, tree in trees.items() if tree is not None}
             weights = full(params, dtype)
             options["apply"] = fx.make_functional(make_model().to(dtype), position_ids=False)[0]
-            state = opt_state._replace(**moments)
+            state = opt_state._replace(**full_trees)
             alone = fx.influence(weights, rows, None, state, grad=full(grad, dtype), **options)
             record[name] = results_of(alone)
         record["gradient"] = relative_error(batch_gradient(weights, rows, options["apply"]), full(grad, dtype))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fx_influence.core.tree import dot, every_nth, promote
+from fx_influence.core.dtensor import reduce_over_shards
+from fx_influence.core.tree import dot_by_name, every_nth, promote
 from fx_influence.distributed.sharded_policy import ShardedPolicy
 from fx_influence.interop.low_bit.moments import is_low_bit
 from fx_influence.interop.optimizers import adamw_state, require_adamw
@@ -45,13 +46,15 @@ def in_forward_precision(policy: Policy, autocast: torch.dtype | None, loss_scal
     return policy.with_autocast(autocast, loss_scale)
 
 
-def step_rounding(moved: Params, direction: Params, lr: float) -> float:
+def step_rounding(moved: Params, direction: Params, lr: float, params: Params | None = None) -> float:
     """Return |moved - lr v| / |lr v| over all parameters, 0 for a step of length 0.
 
     Args:
         moved: theta' - theta by name, as the optimizer made it.
         direction: v by name, per unit lr.
         lr: the step's learning rate.
+        params: by name, of whose local shards these are entries: the share is that over all shards; None for complete
+            parameters.
 
     Example:
         >>> import torch
@@ -59,10 +62,10 @@ def step_rounding(moved: Params, direction: Params, lr: float) -> float:
         >>> step_rounding({"w": torch.tensor([0.0, 2.0])}, v, lr=0.5)
         0.6
     """
-    return _relative_error(moved, {name: lr * v.double() for name, v in direction.items()})
+    return _relative_error(moved, {name: lr * v.double() for name, v in direction.items()}, params)
 
 
-def moment_rounding(step: AdamWStep, stored: Params) -> float:
+def moment_rounding(step: AdamWStep, stored: Params, params: Params | None = None) -> float:
     """Return |stored - m'| / |m'| over the parameters that a step moved: what quantising its first moments changed.
 
     The step itself is made from m' in float32; the momentum of the steps after it comes from ``stored``.
@@ -70,12 +73,13 @@ def moment_rounding(step: AdamWStep, stored: Params) -> float:
     Args:
         step: the optimizer's step, with m before it.
         stored: m' by name, as the optimizer keeps it.
+        params: as for ``step_rounding``.
     """
     exact = {}
     for name in filter(step.moves, stored):
         hyper, inputs = step.opt_state.hyper[name], step.inputs(name)
         exact[name] = inputs.first_moment(inputs.second_moment(hyper)[0], hyper)
-    return _relative_error(stored, exact)
+    return _relative_error(stored, exact, params)
 
 
 class StepRoundings(NamedTuple):
@@ -125,16 +129,16 @@ def roundings_of_step(
     """
     stride, direction = sampling_stride(params), sampled.direction()
     moved = _changes(sampled.params, every_nth(params, stride))
-    lost, forward_lost, of_moments = step_rounding(moved, direction, lr), math.nan, math.nan
+    lost, forward_lost, of_moments = step_rounding(moved, direction, lr, params), math.nan, math.nan
     before = sampled.opt_state.master_weights
     if before is not None:
         after = adamw_state(optimizer, model, copy=False).master_weights
         assert after is not None
         masters = moved | _changes(before, every_nth(after, stride))
-        lost, forward_lost = step_rounding(masters, direction, lr), lost
+        lost, forward_lost = step_rounding(masters, direction, lr, params), lost
     if is_low_bit(require_adamw(optimizer)):
         stored = adamw_state(optimizer, model, copy=False).exp_avg
-        of_moments = moment_rounding(sampled, every_nth(stored, stride))
+        of_moments = moment_rounding(sampled, every_nth(stored, stride), params)
     return StepRoundings(lost, forward_lost, of_moments)
 
 
@@ -143,11 +147,19 @@ def _changes(before: Params, after: Params) -> Params:
     return {name: after[name].to(promote(p.dtype)) - p for name, p in before.items()}
 
 
-def _relative_error(actual: Params, expected: Params) -> float:
-    """Return |actual - expected| / |expected| over the names of ``expected``, 0 where that is 0."""
-    squared_norm = float(dot(expected, expected)) if expected else 0.0
+def _relative_error(actual: Params, expected: Params, params: Params | None) -> float:
+    """Return |actual - expected| / |expected| over the names of ``expected``, 0 where that is 0.
+
+    Sums of squares are over all shards of ``params``, see ``step_rounding``.
+    """
+    if not expected:
+        return 0.0
     error = {name: actual[name].double() - x.double() for name, x in expected.items()}
-    return (float(dot(error, error)) / squared_norm) ** 0.5 if squared_norm else 0.0
+    sharded_as = expected if params is None else {name: params[name] for name in expected}
+    squares = [x for tree in (error, expected) for x in dot_by_name(tree, tree).values()]
+    summed = torch.stack(reduce_over_shards(squares, [*sharded_as.values()] * 2)).view(2, -1).sum(1)
+    squared_error, squared_norm = summed.tolist()
+    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
 
 
 def rounding_warning(step: int, params: Params, lost: float, at_random: bool = False) -> str:

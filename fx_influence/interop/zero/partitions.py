@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fx_influence.core.dtensor import before_collective
 from fx_influence.core.tree import dot
 from fx_influence.interop.live.guard import CaptureError
+from fx_influence.interop.zero.roundings import check_roundings, count_unrounded
 from fx_influence.interop.zero.stage3 import gradient_at_step, is_stage3
 from fx_influence.types import Gradients
 
@@ -167,26 +168,13 @@ def master_weights(optimizer: Any, names: Mapping[Tensor, str]) -> dict[str, Cal
     differing = []
     for index, masters in enumerate(master_partitions(optimizer)):
         for partitioned in partitioned_parameters(optimizer, index):
-            differing.append(_unrounded(partitioned, masters))
+            (first, last), start = local_range(partitioned, masters), partitioned.start
+            weights = partitioned.parameter.view(-1)[first - start : last - start]
+            differing.append(count_unrounded(weights, masters[first:last]))
             if partitioned.parameter.dtype != masters.dtype:
                 reads[names[partitioned.parameter]] = functools.partial(all_gather_parameter, partitioned, masters)
-    count = torch.stack(differing).sum()
-    before_collective()
-    dist.all_reduce(count)
-    if count:
-        raise ValueError(
-            f"{int(count)} of the model's weights are not those that DeepSpeed's optimizer moves, rounded to their "
-            "dtype; expected all, or its step begins elsewhere. Call engine.optimizer.refresh_fp32_params() after "
-            "loading weights into the model"
-        )
+    check_roundings(differing)
     return reads
-
-
-def _unrounded(partitioned: PartitionedParameter, masters: Tensor) -> Tensor:
-    """Return the number of entries in this partition that are not the roundings of float32 weights, int64 scalar."""
-    (first, last), start = local_range(partitioned, masters), partitioned.start
-    rounded = masters.detach()[first:last].to(partitioned.parameter.dtype)
-    return (partitioned.parameter.detach().view(-1)[first - start : last - start] != rounded).sum()
 
 
 class PlannedStep(NamedTuple):

@@ -20,8 +20,6 @@ _ONE_PARTITION: dict[str, Any] = {
 }
 """Settings of stage 3 under which parameters have other partitions than one for each process -> their defaults."""
 
-_BFLOAT16_UNDER_STAGE_3 = "Take stage 2, or train in float32: bf16=False in the trainer's config, whose default is True"
-
 
 def check_config(config: Mapping[str, Any], mixed_precision: str = "no") -> None:
     """Raise ``ValueError`` for a configuration of DeepSpeed under which steps cannot be measured, with the remedy.
@@ -63,14 +61,7 @@ or launch without DeepSpeed (--multi_gpu)
                 "'none', since the passes run where moments and weights are",
                 f"Leave {field} out",
             )
-    if _is_enabled(config, "bf16", mixed_precision) and stage == 3:
-        raise _unexpected(
-            "bf16.enabled",
-            config["bf16"]["enabled"],
-            "False under stage 3, whose partitions of the weights are then roundings of those that AdamW moves",
-            _BFLOAT16_UNDER_STAGE_3,
-        )
-    if _is_enabled(config, "fp16", mixed_precision):
+    if _is_fp16(config, mixed_precision):
         raise _unexpected(
             "fp16.enabled",
             config["fp16"]["enabled"],
@@ -95,10 +86,10 @@ or launch without DeepSpeed (--multi_gpu)
     _check_optimizer(config.get("optimizer"))
 
 
-def _is_enabled(config: Mapping[str, Any], precision: str, mixed_precision: str) -> bool:
-    """Return whether a precision is enabled, by the configuration or by the trainer that fills it in."""
-    enabled = (config.get(precision) or {}).get("enabled", False)
-    return enabled is True or (enabled == "auto" and mixed_precision == precision)
+def _is_fp16(config: Mapping[str, Any], mixed_precision: str) -> bool:
+    """Return whether float16 is enabled, by the configuration or by the trainer that fills it in."""
+    enabled = (config.get("fp16") or {}).get("enabled", False)
+    return enabled is True or (enabled == "auto" and mixed_precision == "fp16")
 
 
 def _check_optimizer(optimizer: Mapping[str, Any] | None) -> None:
@@ -124,11 +115,6 @@ def check_partitions(optimizer: Any) -> None:
         optimizer: DeepSpeed's, without wrappers.
     """
     dtype, masters = forward_weights(optimizer)[0][0].dtype, master_partitions(optimizer)[0].dtype
-    if dtype == torch.bfloat16 and is_stage3(optimizer):
-        raise ValueError(
-            "DeepSpeed partitions bfloat16 roundings of the weights that AdamW moves; expected torch.float32 under "
-            f"stage 3. {_BFLOAT16_UNDER_STAGE_3}"
-        )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"DeepSpeed trains weights in {dtype}, with a loss scale; expected torch.bfloat16 or torch.float32. Leave "

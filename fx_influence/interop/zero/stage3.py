@@ -6,19 +6,42 @@ another: float32 weights, moments, and at its step the gradient averaged over pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fx_influence.core.dtensor import to_local
 from fx_influence.distributed.zero.flat_shards import flat_shard, sharded_parameters
-from fx_influence.types import Gradients
+from fx_influence.interop.zero.roundings import check_roundings, count_unrounded
+from fx_influence.types import Gradients, Params
 
 
 def is_stage3(optimizer: object) -> bool:
     """Return whether an object is DeepSpeed's optimizer of ZeRO-3, by its sub-groups and the chunks' places in them."""
     return all(hasattr(optimizer, name) for name in ("fp32_partitioned_groups_flat", "grad_position"))
+
+
+class _Chunk(NamedTuple):
+    """This process's chunk of a parameter: its place in the flat vector of a sub-group, padding included."""
+
+    name: str
+    sub_group: int
+    start: int
+    size: int
+
+    def shard_of(self, vector: Tensor, like: Tensor) -> Tensor:
+        """Return the chunk of a sub-group's vector as a DTensor sharded as the flat parameter ``like``."""
+        return flat_shard(vector.narrow(0, self.start, self.size), like)
+
+
+def _chunks(optimizer: Any, model: nn.Module) -> Iterator[_Chunk]:
+    names = _names(model)
+    for index, members in enumerate(optimizer.fp16_groups):
+        for p in members:
+            _, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
+            yield _Chunk(names[p], index, start, size)
 
 
 class FlatAdamW(NamedTuple):
@@ -41,19 +64,38 @@ def flat_adamw(optimizer: Any, model: nn.Module, parameters: Mapping[str, Tensor
         model: the policy.
         parameters: its ``sharded_parameters``.
     """
-    adamw, names = optimizer.optimizer, _names(model)
+    adamw = optimizer.optimizer
     groups: list[dict[str, Any]] = [{**group, "params": []} for group in adamw.param_groups]
     state: dict[Tensor, dict[str, Any]] = {}
-    for index, members in enumerate(optimizer.fp16_groups):
+    for chunk in _chunks(optimizer, model):
         # The state is a defaultdict: indexing it would create an entry.
-        stored = adamw.state.get(optimizer.fp32_partitioned_groups_flat[index], {})
-        for p in members:
-            flat, (_, start, size) = parameters[names[p]], optimizer.grad_position[optimizer.get_param_id(p)]
-            groups[optimizer.sub_group_to_group_id[index]]["params"].append(flat)
-            state[flat] = {
-                key: flat_shard(x.narrow(0, start, size), flat) if x.dim() else x for key, x in stored.items()
-            }
+        stored = adamw.state.get(optimizer.fp32_partitioned_groups_flat[chunk.sub_group], {})
+        flat = parameters[chunk.name]
+        groups[optimizer.sub_group_to_group_id[chunk.sub_group]]["params"].append(flat)
+        state[flat] = {key: chunk.shard_of(x, flat) if x.dim() else x for key, x in stored.items()}
     return FlatAdamW(groups, state)
+
+
+def flat_masters(optimizer: Any, model: nn.Module, parameters: Mapping[str, Tensor]) -> Params | None:
+    """Return the float32 weights that AdamW moves, by name, as flat DTensors that alias those in the sub-groups.
+
+    None where the parameters are these themselves, in float32. Every process makes the call.
+
+    Args:
+        optimizer: DeepSpeed's.
+        model: the policy.
+        parameters: its ``sharded_parameters``.
+
+    Raises:
+        ValueError: where a parameter is not the rounding of the weights that AdamW moves, on every process.
+    """
+    masters = {}
+    for chunk in _chunks(optimizer, model):
+        flat = parameters[chunk.name]
+        masters[chunk.name] = chunk.shard_of(optimizer.fp32_partitioned_groups_flat[chunk.sub_group], flat)
+    check_roundings([count_unrounded(to_local(parameters[name]), to_local(x)) for name, x in masters.items()])
+    trained = {name: x for name, x in masters.items() if parameters[name].requires_grad}
+    return trained if any(parameters[name].dtype != x.dtype for name, x in trained.items()) else None
 
 
 def gradient_at_step(optimizer: Any, model: nn.Module) -> Gradients:

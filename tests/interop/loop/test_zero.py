@@ -39,4 +39,5 @@ def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> 
             assert len(training["records"]) == 2
             for record in training["records"]:
                 assert_influences_of_one_process([record], torch.bfloat16, training["terms"])
+        assert "1 of the model's weights are not those that DeepSpeed's optimizer moves" in rank["unrounded"]
         assert "Leave zero_hpz_partition_size" in rank["refusal"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.ranks import run_on_ranks
 from helpers.sharded_results import (
     assert_influences_of_one_process,
     assert_steps_add_up,
     assert_training_unchanged,
 )
+from helpers.tolerances import TINY_POLICY, rounding_bound
 
 import fx_influence as fx
 from fx_influence.interop.trl.prompts import BATCH
@@ -28,6 +30,33 @@ def test_two_ranks_measure_as_one_process_under_zero3(tmp_path: Path) -> None:
     assert_influences_of_one_process(first["measured"]["full"]["records"])
     stored = fx.load_training(tmp_path / "measured" / "full" / "measured" / "0" / "entropy_influence")
     assert stored.steps["step"].tolist() == [1, 2]
+
+
+def test_two_ranks_measure_as_one_process_in_bfloat16(tmp_path: Path) -> None:
+    """AdamW moves float32 chunks, whose movement is the step's; the layers are gathered from their roundings."""
+    first, second = run_on_ranks(2, "ranks_trl_zero3.py", tmp_path, "bfloat16")
+    for case, training in first["bfloat16"].items():
+        assert training["dtypes"] == {"torch.bfloat16"}
+        assert len(training["warnings"]) == 1
+        for each in (training, second["bfloat16"][case]):
+            assert_training_unchanged(each)
+            assert_steps_add_up(each["history"], torch.bfloat16, training["terms"])
+            assert each["history"] == training["history"]
+            for metrics, expected in zip(each["history"], each["forward_roundings"], strict=True):
+                bound = rounding_bound(torch.float32, TINY_POLICY, expected)
+                assert abs(metrics["forward_rounding"] - expected) <= bound
+                assert expected > 1e-3
+            if case != "LoRA":
+                assert_influences_of_one_process(each["records"], torch.bfloat16, training["terms"])
+
+
+def test_stage_3_measures_bfloat16_as_stage_2_does(tmp_path: Path) -> None:
+    [result] = run_on_ranks(1, "ranks_trl_zero3.py", tmp_path, "bfloat16_single")
+    [expected], [actual] = result["bfloat16_single"]["2"], result["bfloat16_single"]["3"]
+    for name in ("entropy", "measured", "measured_rounding", "forward_rounding"):
+        bound = rounding_bound(torch.float32, TINY_POLICY, max(expected["entropy"], expected["forward_rounding"]))
+        assert abs(actual[name] - expected[name]) <= bound, name
+    assert abs(expected["measured_rounding"]) > bound
 
 
 def test_faults_under_zero3_are_one_warning(tmp_path: Path) -> None:

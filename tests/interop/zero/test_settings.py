@@ -32,10 +32,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {**STAGE_2, "offload_param": {"device": "nvme"}}},
         "offload_param.device is 'nvme' in .*Leave offload_param out",
     ),
-    "bfloat16 under stage 3": (
-        {"zero_optimization": STAGE_3, "bf16": {"enabled": True}},
-        "bf16.enabled is True in .*expected False under stage 3, .*Take stage 2, or train in float32: bf16=False",
-    ),
     "fp16": ({"zero_optimization": STAGE_2, "fp16": {"enabled": True}}, "fp16.enabled is True in .*fp16=False"),
     "fp16 of the trainer": (
         {"zero_optimization": STAGE_2, "fp16": {"enabled": "auto"}},
@@ -63,17 +59,9 @@ def test_check_config_names_setting_and_remedy(config: dict[str, Any], message: 
         check_config(config, "fp16")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("bf16", ["auto", True, False])
 def test_check_config_accepts_float32_and_bfloat16(stage: int, bf16: object) -> None:
-    accepted(stage, bf16)
-
-
-def test_check_config_accepts_stage_3_in_float32() -> None:
-    accepted(3, False)
-
-
-def accepted(stage: int, bf16: object) -> None:
     off = {"device": "none"}
     check_config(
         {

@@ -82,6 +82,10 @@ def stepped_pair(clip_grad: float = 0.0) -> tuple[nn.Sequential, torch.optim.Ada
         zero.averaged_gradients[index] = chunks
         zero.fp32_partitioned_groups_flat[index].grad = torch.cat(chunks)
     zero.optimizer.step()
+    for index, members in enumerate(zero.fp16_groups):
+        flat = zero.fp32_partitioned_groups_flat[index].detach()
+        for p, part in zip(members, flat.split([len(p.ds_tensor) for p in members]), strict=True):
+            p.ds_tensor.copy_(part)
     for group in zero.optimizer.param_groups:
         group["params"] = []
     optimizer.step()
@@ -123,11 +127,39 @@ def test_planned_step_refuses_without_gradient() -> None:
         planned_step(zero, sharded)
 
 
-def test_check_partitions_names_the_remedy_in_bfloat16() -> None:
-    zero = stepped_pair()[3]
-    zero.fp16_groups[0][0] = nn.Parameter(torch.zeros(0, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"bfloat16 roundings .* under stage 3. Take stage 2, or train in float32"):
-        check_partitions(zero)
+def bfloat16_pair() -> tuple[nn.Sequential, Any, dict[str, Tensor]]:
+    """Return a model in bfloat16 under ZeRO-3, its optimizer, and the float32 weights by name, which it rounds."""
+    model = make_model()
+    masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.bfloat16().named_parameters()}
+    partition_model(model, init_device_mesh("cpu", (1,)))
+    zero = partitioned(model)
+    for index, members in enumerate(zero.fp16_groups):
+        flat = torch.cat([masters[names[p]].flatten() for p in members])
+        zero.fp32_partitioned_groups_flat[index].data = flat
+    return model, zero, masters
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_adamw_state_has_master_weights_in_bfloat16(copied: bool) -> None:
+    model, zero, masters = bfloat16_pair()
+    check_partitions(zero)
+    state: Any = fx.adamw_state(zero, model, copy=copied)
+    read = values(state.master_weights, make_model())
+    assert read.keys() == masters.keys()
+    assert all(torch.equal(read[name], x) for name, x in masters.items())
+    assert all(x.dtype == torch.float32 for x in state.exp_avg.values())
+    zero.fp32_partitioned_groups_flat[0].detach().zero_()
+    assert torch.equal(to_local(state.master_weights["0.bias"]), copied * masters["0.bias"])
+    _, _, sharded, zero = stepped_pair()
+    assert fx.adamw_state(zero, sharded).master_weights is None
+
+
+def test_adamw_state_refuses_weights_that_are_not_rounded() -> None:
+    model, zero, _ = bfloat16_pair()
+    zero.fp16_groups[1][0].ds_tensor[:2] += 1
+    with pytest.raises(ValueError, match=r"2 of the model's weights are not those .*refresh_fp32_params\(\)"):
+        fx.adamw_state(zero, model)
 
 
 @pytest.mark.parametrize(
