@@ -39,7 +39,6 @@ from benchmarks.evidence import bench_acting
 from benchmarks.evidence.arithmetic import score_tokens
 from benchmarks.evidence.bench_acting import (
     MAX_NORM,
-    SEEDS,
     Bonus,
     TrainingRun,
     Weigh,
@@ -49,7 +48,7 @@ from benchmarks.evidence.bench_acting import (
 from benchmarks.evidence.training_runs import Benchmark, Policy, StepState
 from fx_influence.autodiff.token_values import all_token_values
 
-NAME = "bench_control"
+NAME, SEEDS = "bench_control", 3
 CONTROL = "control"
 ADAPTIVE, STEER, REPO = "adaptive bonus", "steer", "repo"
 SETTINGS: dict[str, tuple[float | None, ...]] = {

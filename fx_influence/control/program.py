@@ -31,7 +31,7 @@ class ControlWeights(NamedTuple):
         kinds: K names.
         weights: w (K,), float64; 1 leaves a kind as it is.
         entropy: rest + sum_k w_k delta_k, nats.
-        entropy_bound: ``entropy`` less the error bars of the constraint.
+        entropy_bound: ``entropy`` less the error bar of what the weights change, z |w - 1|_C.
         reward: sum_k w_k r_k.
         floor: what ``entropy_bound`` should reach.
         reached: whether it does.
@@ -70,14 +70,15 @@ def weights(
     |x|_C = sqrt(x' C x),
 
         maximise r'd - z |d|_R
-        subject to rest + 1'delta - z |1|_C  +  d'delta - z |d|_C  >=  floor = (target - entropy) / (horizon lr)
+        subject to rest + 1'delta + d'delta - z |d|_C  >=  floor = (target - entropy) / (horizon lr)
         and bounds[0] <= w <= bounds[1],   z^2 = K F(confidence; K, degrees of freedom)
 
     Scheffe's z makes the error bars hold for all w at once with probability ``confidence``, which they must as w is
-    chosen by these very estimates. The left side is at most the lower end of the error bar of rest + w'delta, so that
-    the predicted entropy after ``horizon`` such steps is at the target with that confidence. A weight leaves 1 only
-    where reward or the constraint gains more than the error bar of the change: where nothing is significant all are 1.
-    The target is a floor, which is where reward that is paid in entropy ends; an entropy above it is let fall.
+    chosen by these very estimates. A weight leaves 1 only where reward or the constraint gains more than the error bar
+    of the change: where nothing is significant all are 1. What a step does without weights enters by its estimate:
+    the entropy is read anew for every call, so that errors of it average out, while its error bar, which is wider than
+    what is missing unless E is large, would ask for more entropy however high the entropy is. The target is a floor,
+    which is where reward that is paid in entropy ends; an entropy above it is let fall.
 
     If no weights reach the floor, those of the largest left side are returned, and ``reached`` is False. Kinds that
     were never measured have weight 1. The error bars are convex: each is the maximum of its tangents, which are added
@@ -115,15 +116,14 @@ def weights(
     estimate = state.estimate()
     floor = (target - entropy) / (horizon * lr)
     known = _informative(state.evidence, estimate)
-    ones = np.ones(len(known))
     z = _scheffe(confidence, int(known.sum()), estimate.degrees_of_freedom)
     delta, c, r = (x.numpy() for x in (estimate.entropy, estimate.entropy_covariance, estimate.reward))
     total = float(estimate.rest) + float(delta.sum())
-    missing = floor - (total - z * _norm(c, ones))
+    missing = floor - total
     d = np.zeros(len(known))
     if known.any():
         d[known] = _changes(_known(estimate, known), z, missing, bounds)
-    bound = total - z * _norm(c, ones) + float(delta @ d) - z * _norm(c, d)
+    bound = total + float(delta @ d) - z * _norm(c, d)
     slack = 10 * TOLERANCE * (_scale(delta, c) + abs(missing))
     return ControlWeights(
         state.kinds,

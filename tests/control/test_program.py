@@ -103,7 +103,7 @@ def test_weights_are_one_when_nothing_is_significant(seed: int, share: float, fl
     )
     out = solve(state_of(delta, r, c, reward_c), floor)
     assert (out.weights - 1).abs().max() < 100 * TOLERANCE
-    assert out.reached == (floor < float(delta.sum()) - bound * math.sqrt(float(c.sum())))
+    assert out.reached == (floor < float(delta.sum()))
 
 
 @settings(max_examples=15)
@@ -124,7 +124,7 @@ def test_cutting_planes_solve_the_cone_program(seed: int, part: float) -> None:
     def sure(mean: Tensor, covariance: Tensor, d: np.ndarray) -> float:
         return float(mean.numpy() @ d - z * math.sqrt(max(float(d @ covariance.numpy() @ d), 0.0) + 1e-14))
 
-    total = float(delta.sum()) - z * math.sqrt(float(c.sum()))
+    total = float(delta.sum())
     box = [(BOUNDS[0] - 1, BOUNDS[1] - 1)] * 4
 
     def excess(d: np.ndarray) -> float:
@@ -162,8 +162,18 @@ def test_error_bar_of_one_kind_is_students() -> None:
     one = torch.ones(1, dtype=torch.float64)
     sums = KindSums(("A>0",), -4 * one, one, one.outer(one), 0 * one.outer(one), torch.tensor(0.0).double(), 7.0)
     state = fx.control.update(fx.control.control_state(), sums, forgetting=0.9)
-    out = solve(state, -10.0, bounds=(1.0, 1.0))
-    assert out.entropy_bound == pytest.approx(-4 - t.ppf(0.9, 7))
+    out = solve(state, 10.0, bounds=(0.0, 1.0))
+    assert out.weights.tolist() == pytest.approx([0.0])
+    assert out.entropy_bound == pytest.approx(-t.ppf(0.9, 7))
+
+
+def test_error_bar_of_the_step_without_weights_asks_for_nothing() -> None:
+    """At the target, however uncertain the whole step is; an error common to all kinds is that of the step."""
+    delta, r = torch.tensor([[-2.0, 3.0], [0.0, 0.0]], dtype=torch.float64)
+    out = solve(state_of(delta, r, torch.full((2, 2), 1e4, dtype=torch.float64)), 0.0)
+    assert out.reached
+    assert out.weights.tolist() == pytest.approx([1.0, 1.0])
+    assert out.entropy_bound == pytest.approx(1.0)
 
 
 def test_unreachable_floor_gives_the_largest_sure_rise() -> None:
