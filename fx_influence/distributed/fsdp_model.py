@@ -108,8 +108,14 @@ def copy_bare(modules: list[nn.Module], memo: dict[int, Any]) -> None:
     for module in modules:
         original = _original_class(module)
         memo[id(module)] = original.__new__(original)
+        # A handle that removes a hook refers to the dictionary with all hooks of that kind, FSDP's among them.
+        memo |= {id(hooks): type(hooks)() for hooks in _hook_dictionaries(module).values()}
     for module in modules:
-        vars(memo[id(module)]).update(copy.deepcopy(_bare_state(module), memo))
+        state = copy.deepcopy(_bare_state(module), memo)
+        for name, hooks in _hook_dictionaries(module).items():
+            memo[id(hooks)].update(state[name])
+            state[name] = memo[id(hooks)]
+        vars(memo[id(module)]).update(state)
 
 
 def _is_fsdp(module: nn.Module) -> bool:
@@ -145,6 +151,11 @@ def _bare_state(module: nn.Module) -> dict[str, Any]:
         elif isinstance(value, dict) and key != "_modules":
             state[key] = type(value)((k, x) for k, x in value.items() if not _is_distributed(x))
     return state
+
+
+def _hook_dictionaries(module: nn.Module) -> dict[str, Any]:
+    """Return the dictionaries of a module's hooks, by name of the attribute."""
+    return {name: x for name, x in vars(module).items() if name.endswith("_hooks") and isinstance(x, dict)}
 
 
 def _is_distributed(x: Any) -> bool:

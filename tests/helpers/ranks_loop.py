@@ -39,7 +39,7 @@ def measured(kind: str, mesh: Any) -> dict[str, Any]:
     rollouts = sample_rollouts(loop.model, 0)
     expected = expected_influence(loop, rollouts)
     model: Any = loop.model
-    if kind == "fsdp2":
+    if kind.startswith("fsdp2"):
         fully_shard(model, mesh=mesh)
     elif kind == "ddp":
         model = DistributedDataParallel(model)
@@ -48,11 +48,17 @@ def measured(kind: str, mesh: Any) -> dict[str, Any]:
     capture = fx.attach(optimizer, model, every=1, on_step=lambda _, out: results.append(out))
     size = COUNT // mesh.size()
     rank = dist.get_rank()
-    part = rollouts.part(slice(rank * size, (rank + 1) * size if rank + 1 < mesh.size() else COUNT))
-    logprobs, _ = completion_values(model, part)
-    capture.add(**named(part, logprobs))
-    # Data parallelism takes the mean of the ranks' losses.
-    (mesh.size() * grpo_loss(logprobs, part)).backward()
+    end = (rank + 1) * size if rank + 1 < mesh.size() else COUNT
+    # Gradients of all but the last micro-batch stay unsharded and unreduced.
+    starts = [rank * size, rank * size + 3] if kind == "fsdp2 without synchronisation" else [rank * size]
+    for start, stop in zip(starts, [*starts[1:], end], strict=True):
+        if len(starts) > 1:
+            model.set_requires_gradient_sync(stop == end)
+        part = rollouts.part(slice(start, stop))
+        logprobs, _ = completion_values(model, part)
+        capture.add(**named(part, logprobs))
+        # Data parallelism takes the mean of the ranks' losses.
+        (mesh.size() * grpo_loss(logprobs, part)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
     optimizer.step()
     names = ("per_sequence", "per_token", "total", "stderr")

@@ -50,7 +50,7 @@ def outcome(training: Any) -> dict[str, Any]:
 
 
 def compared_with_one_process(
-    records: list[dict[str, Any]], make_model: Callable[[], Any] = policy
+    records: list[dict[str, Any]], make_model: Callable[[], Any] = policy, position_ids: bool = False
 ) -> Callable[..., Any]:
     """Return ``fx.influence`` that appends its result, and those of one process with all weights and rows.
 
@@ -59,6 +59,7 @@ def compared_with_one_process(
     Args:
         records: the results are appended here.
         make_model: returns the trained model, with any weights.
+        position_ids: whether the trainer's forward counts positions from the first real token.
     """
     shapes = {name: p.shape for name, p in make_model().named_parameters()}
 
@@ -76,7 +77,7 @@ def compared_with_one_process(
             trees = {key: getattr(opt_state, key) for key in (*MOMENTS, "master_weights")}
             full_trees = {key: full(tree, dtype) for key, tree in trees.items() if tree is not None}
             weights = full(params, dtype)
-            options["apply"] = fx.make_functional(make_model().to(dtype), position_ids=False)[0]
+            options["apply"] = fx.make_functional(make_model().to(dtype), position_ids=position_ids)[0]
             state = opt_state._replace(**full_trees)
             alone = fx.influence(weights, rows, None, state, grad=full(grad, dtype), **options)
             record[name] = results_of(alone)

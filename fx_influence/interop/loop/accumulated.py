@@ -59,6 +59,17 @@ class AccumulatedGradient:
             handle.remove()
         self._handles, self._norms, self._is_queued = [], {}, False
 
+    def has_arrived(self) -> bool:
+        """Return whether a backward pass has left gradients at the parameters since ``start`` or ``forget``.
+
+        FSDP2 keeps them elsewhere until a pass in which they are reduced, with ``set_requires_gradient_sync(False)``.
+        """
+        return bool(self._norms)
+
+    def forget(self) -> None:
+        """Forget the backward passes made up to now, whose gradients the loop has discarded."""
+        self._norms = {}
+
     def is_reset(self) -> bool:
         """Return whether no gradient is left of the backward passes that were made: all are None."""
         return all(p.grad is None for p in self._parameters.values())

@@ -212,10 +212,11 @@ class StepCapture:
         """Forget rollouts whose gradient the loop has zeroed, as after a step that a loss scaler skipped."""
         reached = [rollouts for rollouts in added if rollouts.reached]
         # DeepSpeed takes each gradient out of its parameter during the backward pass.
-        if not reached or self._zero is not None:
-            return
-        if self._gradient.is_reset() or (self._gradient.is_zero() and any(x.has_gradient() for x in reached)):
+        may_be_gone = reached and self._zero is None and self._gradient.has_arrived()
+        zeroed = may_be_gone and self._gradient.is_zero() and any(rollouts.has_gradient() for rollouts in reached)
+        if zeroed or (may_be_gone and self._gradient.is_reset()):
             added[:] = [rollouts for rollouts in added if not rollouts.reached]
+            self._gradient.forget()
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Attribute the step that the optimizer is about to make."""

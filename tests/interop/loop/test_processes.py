@@ -12,7 +12,7 @@ from helpers.tolerances import assert_close_to_rounding
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2 without synchronisation"])
 def test_ranks_have_the_influences_of_one_process(kind: str, tmp_path: Path) -> None:
     capture = Loop(1, 1, {"every": 1}).run()
     assert capture is not None
