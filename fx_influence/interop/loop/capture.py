@@ -96,8 +96,7 @@ class StepCapture:
         self.history: list[dict[str, float]] = []
         self.step = steps_made(training.optimizer)
         self._training, self._every, self._log, self._on_step = training, every, log, on_step
-        self._mesh, self._is_main = mesh, count_and_rank(mesh)[1] == 0
-        self._ledger = ledger
+        self._mesh, self._is_main, self._ledger = mesh, count_and_rank(mesh)[1] == 0, ledger
         self._measurement = StepMeasurement(training, settings, mesh, self._warn)
         self._windows = None
         if window is not None and ledger is not None:
@@ -212,9 +211,9 @@ class StepCapture:
         """Forget rollouts whose gradient the loop has zeroed, as after a step that a loss scaler skipped."""
         reached = [rollouts for rollouts in added if rollouts.reached]
         # DeepSpeed takes each gradient out of its parameter during the backward pass.
-        may_be_gone = reached and self._zero is None and self._gradient.has_arrived()
-        zeroed = may_be_gone and self._gradient.is_zero() and any(rollouts.has_gradient() for rollouts in reached)
-        if zeroed or (may_be_gone and self._gradient.is_reset()):
+        if not reached or self._zero is not None or not self._gradient.has_arrived():
+            return
+        if self._gradient.is_reset() or (self._gradient.is_zero() and any(x.has_gradient() for x in reached)):
             added[:] = [rollouts for rollouts in added if not rollouts.reached]
             self._gradient.forget()
 
