@@ -24,7 +24,7 @@ def markdown(report: dict[str, Any]) -> str:
             for number, text in enumerate(screen["sentences"], start=1)
         ),
         *(f"| the page's alert | {_cell(f'{name}: {text}')} |" for name, text in screen["alerts"].items()),
-        *(f"| the page on {term[0]} | {_pair(term[1:])} |" for term in (x["term"] for x in screen["sources"])),
+        *(f"| the page on {term[0]} | {_pair(term[1:3])} |" for term in (x["term"] for x in screen["sources"])),
         f"| mean H of the last {levels['steps']} steps less that of the first, by their rollouts; by the ledger "
         f"| {_pair(levels['change'])}; {_pair(levels['ledger'])} |",
         *_sampled(sampled, settings["sampled"]),
@@ -77,7 +77,7 @@ def _alone(run: dict[str, Any]) -> list[str]:
     return [
         f"| {name} | {same.get(run['same_policy'], alone)} |",
         "| the ledger of both on it: at once; over its lifetime; ΔH measured "
-        f"| {_pair(run['ledger'][1:])}; {_pair(run['ledger_lifetime'][1:])}; {_pair(run['measured'][1:])} |",
+        f"| {_pair(run['ledger'][1:3])}; {_pair(run['ledger_lifetime'][1:3])}; {_pair(run['measured'][1:3])} |",
     ]
 
 
