@@ -26,13 +26,11 @@ from fx_influence.interop.zero.partitions import zero_optimizer
 from helpers.ranks import end_rank, save_result
 from helpers.ranks_trl import compared_with_one_process as compared_held_out
 from helpers.ranks_trl import replaced_influence, three_prompts
-from helpers.ranks_trl_sharded import compared_with_one_process
+from helpers.ranks_trl_sharded import FULL, LORA, compared_with_one_process
 from helpers.tolerances import policy_terms
 from helpers.trl_runs import HELD_OUT, warnings_of
 from helpers.zero_trainings import TORCH_ADAMW, zero_outcome, zero_trainer
 
-FULL = Variant("dapo", False, 2, False, {"per_device_train_batch_size": 3, "max_grad_norm": 0.3})
-LORA = Variant("grpo", True, 1, False, {"max_grad_norm": 0.5})
 UNCLIPPED = Variant("grpo", False, 1, False, {**three_prompts(1), "max_grad_norm": 0.0})
 WIDE = Variant("dapo", False, 2, False, {"max_grad_norm": 0.3})
 
