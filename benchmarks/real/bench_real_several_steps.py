@@ -263,6 +263,7 @@ def compared(
         "slopes": {name: float((effects.mean(1) @ x) / (x @ x)) for name, x in influences.items()},
         "realised": -float(undone.mean()),
         "realised_stderr": float((undone.var() / len(undone)).sqrt()),
+        "realised_degrees_of_freedom": len(undone) - 1,
         "training_seconds": recorded.seconds,
         "costs": {
             "share": {"seconds": one_step},
@@ -287,7 +288,8 @@ def markdown(report: dict[str, Any]) -> str:
             peak = f"{costs['peak_extra_bytes'] / 2**30:.1f}" if "peak_extra_bytes" in costs else ""
             slope = f"{window['slopes'][name]:.3g}" if name in window["slopes"] else ""
             lines.append(f"| {label} | {rank:+.2f} | {slope} | {seconds} | {peak} |")
-    lines += ["", f"ΔH over the window {window['realised']:+.4f} ± {1.96 * window['realised_stderr']:.4f} nats."]
+    half_width = fx.interval_half_width(window["realised_stderr"], window["realised_degrees_of_freedom"])
+    lines += ["", f"ΔH over the window {window['realised']:+.4f} ± {half_width:.4f} nats."]
     return "\n".join(lines)
 
 
