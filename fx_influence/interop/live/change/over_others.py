@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, default_budget, plan_directions
-from fx_influence.batching.rows import rows_by_group, select_rows
+from fx_influence.batching.rows import has_loss, rows_by_group, select_rows
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
@@ -83,8 +83,9 @@ def shifts_without_own_fold(
 ) -> TokenValues:
     """Return by how much leaving a row's fold out of the step changes the row's token values after it, (n, T).
 
-    It takes a reverse pass and two forwards over U. Where the folds' gradients do not fit the memory budget it takes
-    another reverse pass, and memory for two vectors of the parameters' size.
+    It takes two forwards over U, and a reverse pass over its rows that have a loss; where none has, it takes nothing.
+    Where the folds' gradients do not fit the memory budget it takes another reverse pass, and memory for two vectors of
+    the parameters' size.
 
     Args:
         step: the optimizer's step, before it is made.
@@ -104,14 +105,24 @@ def shifts_without_own_fold(
     lr = step.opt_state.lr
     cancels = torch.finfo(precision.lowest).eps ** 0.5
     scored = batch_u._replace(coefficients=None, entropy_coefficients=None)
+    with_loss = has_loss(batch_u)
+    if not with_loss.any():
+        zeros = torch.zeros_like(batch_u.input_ids, dtype=next(iter(exact.params.values())).dtype)
+        return TokenValues(zeros, zeros)
     planned = exact.engine.values(shift_(step.direction(), exact.params, lr), scored)
     changes = TokenValues(*(torch.zeros_like(x) for x in planned))
     count, rows = len(folds.shares), rows_by_group(folds.part, len(folds.shares))
+    differentiated = rows_by_group(torch.where(with_loss, folds.part, -1), count)
     budget = default_budget(update.params) if memory_budget is None else memory_budget
     fit = plan_directions(update.params, count, budget) == DirectionPlan(count, None)
-    mean = None if fit else _add(step.grads, update.engine.gradient(update.params, _scaled(batch_u, _odds(folds))))
+    mean: Gradients | None = None
+    if not fit:
+        weighted = select_rows(_scaled(batch_u, _odds(folds)), with_loss.nonzero().squeeze(-1))
+        mean = _add(step.grads, update.engine.gradient(update.params, weighted))
     for numbers in [list(range(count))] if fit else [[k] for k in range(count)]:
-        gradients = update.engine.gradients_by_group(update.params, batch_u, [rows[k] for k in numbers], budget)
+        gradients = update.engine.gradients_by_group(
+            update.params, batch_u, [differentiated[k] for k in numbers], budget
+        )
         shares = folds.shares[numbers]
         for k, moved in zip(numbers, _moved(step, exact.params, gradients, mean, shares, cancels), strict=True):
             values = exact.engine.values(moved, select_rows(scored, rows[k]))
