@@ -4,11 +4,11 @@
     python -m benchmarks real_model --quick    a tiny random model of the same class, written nowhere
     python -m benchmarks.real.bench_real_model --collect    stores what an interrupted benchmark has measured so far
 
-For each variant (LoRA or all weights, in float32 or under bfloat16 autocast) a training run on tasks of reasoning-gym,
-every step measured: the processor seconds and the peak of resident memory of sampling, training and attribution, the
-consistency checks, and the change of entropy predicted and measured. The figures are stored after each variant; an
-interrupted benchmark keeps the variants that it has completed, and those of the interrupted one are written after every
-step.
+For each variant (LoRA or all weights, in float32 or under bfloat16 autocast, E the step's own rollouts or fresh ones) a
+training run on tasks of reasoning-gym, every step measured: the processor seconds and the peak of resident memory of
+sampling, training and attribution, the consistency checks, and the change of entropy predicted and measured. Figures
+are stored after each variant; an interrupted benchmark keeps the variants that it has completed, and those of the
+interrupted one are written after every step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifi
 from benchmarks.real.training_run import (
     ATTRIBUTION,
     COMPLETIONS,
-    EVALUATED,
+    HELD_OUT,
     PHASES,
     PROMPTS,
     SAMPLING,
@@ -49,26 +49,31 @@ class Variant(NamedTuple):
 
     weights: str
     precision: str
+    evaluation: str
     steps: int
     minutes: float
 
     @property
     def name(self) -> str:
-        return f"{'LoRA' if self.weights == 'lora' else 'full'}, {self.precision}"
+        weights = "LoRA" if self.weights == "lora" else "full"
+        return f"{weights}, {self.precision}, {EVALUATIONS[self.evaluation]}"
 
 
+EVALUATIONS = {"batch": "on its own rollouts", "fresh": "fresh E"}
 VARIANTS = (
-    Variant("lora", "float32", 20, 90.0),
-    Variant("full", "float32", 20, 90.0),
-    Variant("lora", "bfloat16", 5, 30.0),
-    Variant("full", "bfloat16", 5, 30.0),
+    Variant("lora", "float32", "batch", 20, 60.0),
+    Variant("full", "float32", "batch", 20, 60.0),
+    Variant("lora", "float32", "fresh", 5, 30.0),
+    Variant("full", "float32", "fresh", 5, 30.0),
+    Variant("lora", "bfloat16", "batch", 5, 30.0),
+    Variant("full", "bfloat16", "batch", 5, 30.0),
 )
-QUICK = (Variant("full", "bfloat16", 2, 5.0),)
+QUICK = (Variant("full", "bfloat16", "batch", 2, 5.0),)
 
 
 def steps_file(variant: Variant, folder: Path) -> Path:
     """Return the file into which a training run writes its steps."""
-    return folder / f"steps_{variant.weights}_{variant.precision}.json"
+    return folder / f"steps_{variant.weights}_{variant.precision}_{variant.evaluation}.json"
 
 
 def is_complete(file: Path) -> bool:
@@ -83,6 +88,7 @@ def train(variant: Variant, model: Path, folder: Path, reward: str, tokens: int)
         "model": model,
         "weights": variant.weights,
         "precision": variant.precision,
+        "evaluation": variant.evaluation,
         "steps": variant.steps,
         "minutes": variant.minutes,
         "tokens": tokens,
@@ -184,7 +190,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def report_of(model: str, tokens: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the report of training runs."""
-    batches = {"u": [PROMPTS, COMPLETIONS], "e": [EVALUATED, 1], "tokens": tokens}
+    batches = {"u": [PROMPTS, COMPLETIONS], "fresh e": [HELD_OUT, 1], "tokens": tokens}
     return {"environment": environment(), "model": model, "batches": batches, "runs": runs}
 
 

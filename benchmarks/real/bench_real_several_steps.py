@@ -50,7 +50,7 @@ from benchmarks.real.__main__ import prepare_policy
 from benchmarks.real.bench_main_command import processor_seconds
 from benchmarks.real.bench_real_counterfactual import ROLLOUTS, batch, embedded_plan, progress, real_plan
 from benchmarks.real.language_model import FOLDER, prepare_model
-from benchmarks.real.training_run import COMPLETIONS, LEARNING_RATES, PROMPTS
+from benchmarks.real.training_run import LEARNING_RATES
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import select_rows
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
@@ -64,6 +64,8 @@ from fx_influence.types import AdamWState, Batch, Params, TokenValues
 
 NAME, PAGE = "bench_real_several_steps", EVIDENCE
 STEPS = 8
+PROMPTS, COMPLETIONS = 2, 4
+"""Prompts of a step and completions of each."""
 EVALUATED = 32
 """Rollouts of E before the window, one of each prompt, and of E after it, two of each of other prompts."""
 LEFT_OUT = 6
