@@ -1,4 +1,4 @@
-"""Entries of complete parameters in equal parts of flat vectors, one part for each process."""
+"""The parts of flat vectors make up the parameters, and AdamW's step of parts is that of complete tensors."""
 
 from __future__ import annotations
 
