@@ -42,7 +42,7 @@ def test_local_ranges_of_all_processes_are_each_parameter(processes: int) -> Non
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("clipping", ["frozen", "differentiated"])
 def test_step_of_shards_is_that_of_complete_tensors(clipping: fx.types.Clip) -> None:
-    """With a parameter that the optimizer does not hold, one without gradient, amsgrad and master weights."""
+    """The optimizer does not hold one parameter, another has no gradient; there are amsgrad and master weights."""
     options: dict[str, Any] = {"absent": ("head.bias",), "amsgrad": True, "weight_decay": 0.3}
     complete = random_adamw_state(torch.Generator().manual_seed(3), PARAMS, **options)
     complete = complete._replace(master_weights={name: 1.001 * PARAMS[name] for name in complete.hyper})
