@@ -73,6 +73,7 @@ class _Passes(NamedTuple):
 
 def shifts_without_own_fold(
     step: AdamWStep,
+    params: Params,
     batch_u: Batch,
     folds: PartsOfRows,
     apply: Policy,
@@ -89,6 +90,7 @@ def shifts_without_own_fold(
 
     Args:
         step: the optimizer's step, before it is made.
+        params: theta by name, as the forward has it.
         batch_u: U, (n, T), with coefficients.
         folds: of its rows.
         apply: the policy in the precision of the trainer's forward.
@@ -97,7 +99,7 @@ def shifts_without_own_fold(
         memory_budget: bytes of gradients, and of layer IO to make them from; None for the default.
         mesh: of the training run's processes, None for a single process.
     """
-    precision = pass_precision(step.params, apply, batch_u)
+    precision = pass_precision(params, apply, batch_u)
     update, exact = (
         _Passes(precision.params, make_engine(precision.params, x, temperature, chunk_size, mesh))
         for x in (precision.update_apply, precision.exact_apply)
@@ -118,15 +120,15 @@ def shifts_without_own_fold(
     mean: Gradients | None = None
     if not fit:
         weighted = select_rows(_scaled(batch_u, _odds(folds)), with_loss.nonzero().squeeze(-1))
-        mean = _add(step.grads, update.engine.gradient(update.params, weighted))
+        mean = _add(step.grads, step.shards(update.engine.gradient(update.params, weighted)))
     for numbers in [list(range(count))] if fit else [[k] for k in range(count)]:
         gradients = update.engine.gradients_by_group(
             update.params, batch_u, [differentiated[k] for k in numbers], budget
         )
         shares = folds.shares[numbers]
         for k, moved in zip(numbers, _moved(step, exact.params, gradients, mean, shares, cancels), strict=True):
-            values = exact.engine.values(moved, select_rows(scored, rows[k]))
-            # Freed one after the other as they are used.
+            # Gathered, and freed, one after the other as they are used.
+            values = exact.engine.values(step.gather_(moved), select_rows(scored, rows[k]))
             moved.clear()
             for change, after, before in zip(changes, values, planned, strict=True):
                 change[rows[k]] = after - before[rows[k]]
@@ -141,20 +143,21 @@ def _moved(
     shares: Tensor,
     cancels: float,
 ) -> list[Params]:
-    """Return theta_k of some folds k, from their gradients G_k, which are freed a parameter at a time.
+    """Return the shards of theta_k of some folds k, from their gradients G_k, which are freed a parameter at a time.
 
     Args:
         step: the optimizer's step.
         params: theta by name.
         gradients: G_k of these folds.
-        mean: g + sum_j f_j / (1 - f_j) G_j; None makes it from ``gradients``, which are then those of all folds.
+        mean: shards of g + sum_j f_j / (1 - f_j) G_j; None makes them from ``gradients``, which are then those of all
+            folds.
         shares: f_k of these folds.
         cancels: share of G_k / (1 - f_k) below which what is left of an entry of g_k is the rounding of both terms and
             becomes 0, since a fresh optimizer would make a step of the full size from it.
     """
     moved: list[Params] = [{} for _ in gradients]
-    for name, p in params.items():
-        by_fold = [gradient.pop(name) for gradient in gradients]
+    for name, p in step.shards(params).items():
+        by_fold = [step.shards({name: gradient.pop(name)})[name] for gradient in gradients]
         scaled = torch.stack([torch.zeros_like(to_local(p)) if x is None else to_local(x) for x in by_fold])
         weight = shares.to(scaled.device, scaled.dtype).reshape(-1, *[1] * (scaled.dim() - 1))
         g = step.grads[name] if mean is None else mean[name]
