@@ -11,7 +11,7 @@ from torch import nn
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.sharded_policy import ShardedPolicy
-from fx_influence.distributed.zero.flat_shards import is_partitioned, with_flat_shards
+from fx_influence.distributed.zero.flat_shards import has_partitioned_parameters, with_flat_shards
 from fx_influence.policy.four_bit import check_quantised
 from fx_influence.policy.model.agreement import (
     check_padded,
@@ -130,7 +130,7 @@ def check_policy(apply: Apply, params: Params, model: nn.Module) -> None:
             f"apply is a {type(apply).__name__}; expected a Policy. Make one: apply, params = fx.make_functional(model)"
         )
     model = unwrap_model(model)
-    if is_partitioned(model) or any(map(is_sharded, model.parameters())):
+    if has_partitioned_parameters(model) or any(map(is_sharded, model.parameters())):
         raise ValueError(
             "model is sharded by FSDP2 or ZeRO-3; expected unsharded weights. make_functional compared the two already"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 # Read by torch here and, inherited, in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and compares_within_bounds(item.function, set()):
             item.add_marker("tolerance")
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Yield within the group of one process, which sharded tensors and DeepSpeed's optimizers ask for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session", autouse=True)

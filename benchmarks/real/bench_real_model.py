@@ -4,11 +4,11 @@
     python -m benchmarks real_model --quick    a tiny random model of the same class, written nowhere
     python -m benchmarks.real.bench_real_model --collect    stores what an interrupted benchmark has measured so far
 
-For each variant (LoRA or all weights, in float32 or under bfloat16 autocast) a training run on tasks of reasoning-gym,
-every step measured: the processor seconds and the peak of resident memory of sampling, training and attribution, the
-consistency checks, and the change of entropy predicted and measured. The figures are stored after each variant; an
-interrupted benchmark keeps the variants that it has completed, and those of the interrupted one are written after every
-step.
+For each variant (LoRA or all weights, in float32 or under bfloat16 autocast, E the step's own rollouts or fresh ones) a
+training run on tasks of reasoning-gym, every step measured: the processor seconds and the peak of resident memory of
+sampling, training and attribution, the consistency checks, and the change of entropy predicted and measured. Figures
+are stored after each variant; an interrupted benchmark keeps the variants that it has completed, and those of the
+interrupted one are written after every step.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import fx_influence as fx
 from benchmarks.harness import COSTS, RETURN_FREED_MEMORY, ROOT, one_thread, parser, store
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.training_run import (
     ATTRIBUTION,
     COMPLETIONS,
-    EVALUATED,
+    HELD_OUT,
     PHASES,
     PROMPTS,
     SAMPLING,
     TOKENS,
     TRAINING,
 )
+from fx_influence.attribution.display import ILL_CONDITIONED
 from fx_influence.interop.runtime.environment import environment
 
 NAME = "bench_real_model"
@@ -49,26 +51,31 @@ class Variant(NamedTuple):
 
     weights: str
     precision: str
+    evaluation: str
     steps: int
     minutes: float
 
     @property
     def name(self) -> str:
-        return f"{'LoRA' if self.weights == 'lora' else 'full'}, {self.precision}"
+        weights = "LoRA" if self.weights == "lora" else "full"
+        return f"{weights}, {self.precision}, {EVALUATIONS[self.evaluation]}"
 
 
+EVALUATIONS = {"batch": "on its own rollouts", "fresh": "fresh E"}
 VARIANTS = (
-    Variant("lora", "float32", 20, 90.0),
-    Variant("full", "float32", 20, 90.0),
-    Variant("lora", "bfloat16", 5, 30.0),
-    Variant("full", "bfloat16", 5, 30.0),
+    Variant("lora", "float32", "batch", 20, 60.0),
+    Variant("full", "float32", "batch", 20, 60.0),
+    Variant("lora", "float32", "fresh", 5, 30.0),
+    Variant("full", "float32", "fresh", 5, 30.0),
+    Variant("lora", "bfloat16", "batch", 5, 30.0),
+    Variant("full", "bfloat16", "batch", 5, 30.0),
 )
-QUICK = (Variant("full", "bfloat16", 2, 5.0),)
+QUICK = (Variant("full", "bfloat16", "batch", 2, 5.0),)
 
 
 def steps_file(variant: Variant, folder: Path) -> Path:
     """Return the file into which a training run writes its steps."""
-    return folder / f"steps_{variant.weights}_{variant.precision}.json"
+    return folder / f"steps_{variant.weights}_{variant.precision}_{variant.evaluation}.json"
 
 
 def is_complete(file: Path) -> bool:
@@ -83,6 +90,7 @@ def train(variant: Variant, model: Path, folder: Path, reward: str, tokens: int)
         "model": model,
         "weights": variant.weights,
         "precision": variant.precision,
+        "evaluation": variant.evaluation,
         "steps": variant.steps,
         "minutes": variant.minutes,
         "tokens": tokens,
@@ -109,10 +117,9 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = {phase: [step["processor_seconds"][phase] for step in steps] for phase in PHASES}
     complete = [a + b for a, b in zip(seconds[SAMPLING], seconds[TRAINING], strict=True)]
     shares = [a / b for a, b in zip(seconds[ATTRIBUTION], complete, strict=True)]
-    total, measured = (np.array([step[name] for step in steps]) for name in ("total", "measured"))
     # A step whose prompts all have equal rewards has no influences to compare with.
     informative = [step for step in steps if step["sum_absolute"] > 0]
-    scatter = float(((measured - measured.mean()) ** 2).sum())
+    steady = [step for step in steps if step["conditioning"] <= ILL_CONDITIONED]
     return {
         "attribution_over_training": statistics.median(
             a / b for a, b in zip(seconds[ATTRIBUTION], seconds[TRAINING], strict=True)
@@ -127,13 +134,35 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
             name: max((abs(step[name]) / step["sum_absolute"] for step in informative), default=math.nan)
             for name in CHECKS
         },
-        "correlation": float(np.corrcoef(total, measured)[0, 1]) if len(steps) > 2 else None,
-        "r2": 1 - float(((measured - total) ** 2).sum()) / scatter if len(steps) > 2 else None,
-        "sum_total": float(total.sum()),
-        "sum_measured": float(measured.sum()),
+        "agreement": agreement(steps),
+        "steady": len(steady),
+        "steady_agreement": agreement(steady),
+        "sum_total": sum(step["total"] for step in steps),
+        "sum_measured": sum(step["measured"] for step in steps),
         "noise": statistics.median(
             [step["stderr"] / abs(step["total"]) for step in informative if step["total"]] or [math.nan]
         ),
+    }
+
+
+def agreement(steps: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Return how Delta H predicted agrees with Delta H measured; None for fewer than three steps.
+
+    ``correlation``, ``r2`` of measured by predicted, and ``explained``, the share of steps whose 95% interval of
+    measured - predicted includes 0.
+    """
+    if len(steps) < 3:
+        return None
+    total, measured = (np.array([step[name] for step in steps]) for name in ("total", "measured"))
+    half_widths = fx.interval_half_width(
+        np.array([step["unexplained_stderr"] for step in steps]),
+        np.array([step["measured_degrees_of_freedom"] for step in steps]),
+    )
+    scatter = float(((measured - measured.mean()) ** 2).sum())
+    return {
+        "correlation": float(np.corrcoef(total, measured)[0, 1]),
+        "r2": 1 - float(((measured - total) ** 2).sum()) / scatter,
+        "explained": float((np.abs(measured - total) <= half_widths).mean()),
     }
 
 
@@ -147,8 +176,10 @@ def markdown(report: dict[str, Any]) -> str:
     def gigabytes(figures: dict[str, Any], phase: str) -> str:
         return f"{figures['peak_bytes'][phase] / 1e9:.2f}"
 
-    def number(value: float | None, spec: str) -> str:
-        return "" if value is None else f"{value:{spec}}"
+    def agreements(figures: dict[str, float] | None) -> str:
+        return (
+            "" if figures is None else ", ".join(f"{figures[name]:.2f}" for name in ("correlation", "r2", "explained"))
+        )
 
     def seconds(figures: dict[str, Any]) -> str:
         return ", ".join(f"{figures['processor_seconds'][phase]:.1f}" for phase in PHASES)
@@ -172,8 +203,14 @@ def markdown(report: dict[str, Any]) -> str:
         row("unattributed, the same", [f"{s['unattributed']:.1e}" for _, s in runs]),
         row("rounding, the same", [f"{s['rounding']:.1e}" for _, s in runs]),
         row("standard error / \\|ΔH predicted\\|, median", [f"{s['noise']:.2f}" for _, s in runs]),
-        row("correlation of ΔH predicted and measured", [number(s["correlation"], ".3f") for _, s in runs]),
-        row("R² of ΔH predicted for ΔH measured", [number(s["r2"], ".3f") for _, s in runs]),
+        row(
+            "ΔH predicted and measured: correlation, R², steps with 0 in the 95% interval of their difference",
+            [agreements(s["agreement"]) for _, s in runs],
+        ),
+        row(
+            f"steps of `conditioning` up to {ILL_CONDITIONED}; the same three of them",
+            [", ".join(filter(None, (str(s["steady"]), agreements(s["steady_agreement"])))) for _, s in runs],
+        ),
         row(
             "sum of ΔH predicted, measured",
             [f"{s['sum_total']:+.4f}, {s['sum_measured']:+.4f}" for _, s in runs],
@@ -184,7 +221,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def report_of(model: str, tokens: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the report of training runs."""
-    batches = {"u": [PROMPTS, COMPLETIONS], "e": [EVALUATED, 1], "tokens": tokens}
+    batches = {"u": [PROMPTS, COMPLETIONS], "fresh e": [HELD_OUT, 1], "tokens": tokens}
     return {"environment": environment(), "model": model, "batches": batches, "runs": runs}
 
 

@@ -50,7 +50,7 @@ from benchmarks.real.__main__ import prepare_policy
 from benchmarks.real.bench_main_command import processor_seconds
 from benchmarks.real.bench_real_counterfactual import ROLLOUTS, batch, embedded_plan, progress, real_plan
 from benchmarks.real.language_model import FOLDER, prepare_model
-from benchmarks.real.training_run import COMPLETIONS, LEARNING_RATES, PROMPTS
+from benchmarks.real.training_run import LEARNING_RATES
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.batching.rows import select_rows
 from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
@@ -64,6 +64,8 @@ from fx_influence.types import AdamWState, Batch, Params, TokenValues
 
 NAME, PAGE = "bench_real_several_steps", EVIDENCE
 STEPS = 8
+PROMPTS, COMPLETIONS = 2, 4
+"""Prompts of a step and completions of each."""
 EVALUATED = 32
 """Rollouts of E before the window, one of each prompt, and of E after it, two of each of other prompts."""
 LEFT_OUT = 6
@@ -263,6 +265,7 @@ def compared(
         "slopes": {name: float((effects.mean(1) @ x) / (x @ x)) for name, x in influences.items()},
         "realised": -float(undone.mean()),
         "realised_stderr": float((undone.var() / len(undone)).sqrt()),
+        "realised_degrees_of_freedom": len(undone) - 1,
         "training_seconds": recorded.seconds,
         "costs": {
             "share": {"seconds": one_step},
@@ -287,7 +290,8 @@ def markdown(report: dict[str, Any]) -> str:
             peak = f"{costs['peak_extra_bytes'] / 2**30:.1f}" if "peak_extra_bytes" in costs else ""
             slope = f"{window['slopes'][name]:.3g}" if name in window["slopes"] else ""
             lines.append(f"| {label} | {rank:+.2f} | {slope} | {seconds} | {peak} |")
-    lines += ["", f"ΔH over the window {window['realised']:+.4f} ± {1.96 * window['realised_stderr']:.4f} nats."]
+    half_width = fx.interval_half_width(window["realised_stderr"], window["realised_degrees_of_freedom"])
+    lines += ["", f"ΔH over the window {window['realised']:+.4f} ± {half_width:.4f} nats."]
     return "\n".join(lines)
 
 

@@ -35,10 +35,10 @@ from fx_influence.interop.trl import EntropyInfluence
 SAMPLING, TRAINING, ATTRIBUTION = PHASES = ("sampling", "training", "attribution")
 LEARNING_RATES = {"full": 1e-5, "lora": 2e-4}
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-PROMPTS, COMPLETIONS = 2, 4
+PROMPTS, COMPLETIONS = 4, 2
 """Prompts of a step and completions of each."""
-EVALUATED = 8
-"""Prompts of E, one completion of each: as many rollouts as in U."""
+HELD_OUT = 8
+"""Held-out prompts of a fresh E, one completion of each: as many rollouts as in U."""
 TOKENS = 24
 """Length of the longest completion."""
 
@@ -189,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--model", type=Path, required=True, help="directory of the model")
     command.add_argument("--weights", choices=["full", "lora"], default="lora")
     command.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the autocast")
+    command.add_argument("--evaluation", choices=["batch", "fresh"], default="batch", help="E: the step's, or fresh")
     command.add_argument("--steps", type=int, default=20)
     command.add_argument("--minutes", type=float, default=60.0, help="no step begins later")
     command.add_argument("--tokens", type=int, default=TOKENS, help="length of the longest completion")
@@ -210,8 +211,9 @@ def main(argv: list[str] | None = None) -> int:
             arguments.tokens,
             bf16=arguments.precision == "bfloat16",
         )
-        prompts = [messages(task) for task in tasks("eval")[:EVALUATED]]
-        influence = TimedInfluence(clock, every=1, eval_prompts=prompts, completions_per_prompt=1).attach(training)
+        held_out = [messages(task) for task in tasks("eval")[:HELD_OUT]]
+        fresh = {"eval_prompts": held_out, "completions_per_prompt": 1} if arguments.evaluation == "fresh" else {}
+        influence = TimedInfluence(clock, every=1, **fresh).attach(training)
         count_sampling(training, clock)
         stored = Path(out) / "entropy_influence"
         training.add_callback(StepRecords(clock, influence, stored, arguments.out, arguments.minutes))

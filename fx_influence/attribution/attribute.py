@@ -101,7 +101,7 @@ def attribute(x: Inputs) -> Influence:
         x.offload,
     )
     rows = sum_groups(update, groups, shares, x.groups.left_out, x.per_token, x.precision)
-    identity = check_sums(x.params, x.batch_u, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
+    identity = check_sums(x.params, update, x.grad, groups, rows, x.engine_u, x.precision.under_autocast, x.bound)
     conditioned = conditioning(update, step, groups, rows.over_all)
     slopes, on_step, by_group = groups.slopes, groups.on_step, groups.derivatives.sum(-1)
     update_products = groups.update_products

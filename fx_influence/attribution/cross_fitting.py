@@ -23,10 +23,12 @@ class EvaluationRows(NamedTuple):
         batch: E, n_e rows, without coefficients.
         own_cluster: int64 (n_u,), the cluster of E, see ``cluster_index``, that holds the row's own prompt; -1 where
             E holds fresh rollouts.
+        leave_out: whether any row of U has one.
     """
 
     batch: Batch
     own_cluster: Tensor
+    leave_out: bool
 
 
 class EvaluationGroups(NamedTuple):
@@ -64,8 +66,7 @@ def split_into_groups(
     Raises:
         ValueError: for a matrix with rows to leave out that it cannot leave out.
     """
-    cluster, own_cluster = cluster_index(rows.batch), rows.own_cluster
-    leave_out = bool((own_cluster != NOTHING_LEFT_OUT).any())
+    cluster, own_cluster, leave_out = cluster_index(rows.batch), rows.own_cluster, rows.leave_out
     if matrix and leave_out and normalised_by_rank:
         raise ValueError(
             "matrix is True with behaviour_logprobs, rollouts of U in E and the estimator 'per_decision'; expected "
@@ -96,11 +97,12 @@ def evaluation_rows(batch_u: Batch, batch_e: Batch | None, cross_fit: bool) -> E
     if batch_e is None:
         group = prompt_index(batch_u) if batch_u.group is None else batch_u.group
         batch_e = batch_u._replace(coefficients=None, entropy_coefficients=None, group=group)
-        own_cluster = cluster_index(batch_e)
+        own_cluster, leave_out = cluster_index(batch_e), True
     elif cross_fit:
         own_cluster = _shared_clusters(batch_u, batch_e)
+        leave_out = bool((own_cluster != NOTHING_LEFT_OUT).any())
     else:
-        return EvaluationRows(batch_e, torch.full_like(batch_u.input_ids[:, 0], NOTHING_LEFT_OUT))
+        return EvaluationRows(batch_e, torch.full_like(batch_u.input_ids[:, 0], NOTHING_LEFT_OUT), False)
     prompts = int(cluster_index(batch_e).max()) + 1
     if prompts < MIN_PROMPTS:
         raise ValueError(
@@ -108,7 +110,7 @@ def evaluation_rows(batch_u: Batch, batch_e: Batch | None, cross_fit: bool) -> E
             "since each rollout's influence is taken over the other prompts. Use more prompts in a step, or pass "
             "fresh rollouts as batch_e"
         )
-    return EvaluationRows(batch_e, own_cluster)
+    return EvaluationRows(batch_e, own_cluster, leave_out)
 
 
 def _shared_clusters(batch_u: Batch, batch_e: Batch) -> Tensor:

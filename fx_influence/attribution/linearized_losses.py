@@ -12,7 +12,8 @@ from torch import Tensor
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, TokenDirections, plan_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
-from fx_influence.batching.rows import select_rows
+from fx_influence.autodiff.layer_io.grouped_jvp import group_of_rows
+from fx_influence.batching.rows import has_loss, rows_by_group, select_rows
 from fx_influence.core.tree import Direction
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 
@@ -42,6 +43,7 @@ class LinearizedLosses(NamedTuple):
         token_jvp_of: (u, rows) -> (len(rows), T), those of some rows.
         resolves_tokens: whether ``differentiate`` has derivatives by token.
         plan: how the directions are to be held.
+        batch: the rows that have a loss, whose gradient is that of all.
         shape: (n_u, T).
     """
 
@@ -51,6 +53,7 @@ class LinearizedLosses(NamedTuple):
     token_jvp_of: Callable[[Direction, Tensor], Tensor]
     resolves_tokens: bool
     plan: DirectionPlan
+    batch: Batch
     shape: torch.Size
 
     def jvp(self, directions: Sequence[Direction]) -> Tensor:
@@ -69,10 +72,10 @@ def linearize_update(
     groups: Sequence[Tensor] | None = None,
     parts: Sequence[Batch] = (),
 ) -> LinearizedLosses:
-    """Return U's losses to first order, by ghost products or by JVPs.
+    """Return U's losses to first order, by ghost products or by JVPs, over the rows that have a loss.
 
     Ghost products serve where several directions are wanted, or neither tokens nor a given gradient; JVPs serve
-    elsewhere, and where a parameter has no layer IO.
+    elsewhere, and where a parameter has no layer IO. Rows without a loss have derivatives of 0 and take no pass.
 
     Args:
         params: theta by name.
@@ -86,23 +89,73 @@ def linearize_update(
         groups: index tensors of the rows whose tokens have a direction in common; None is one group of all rows.
         parts: U with the coefficients of further losses, of which derivatives by row are wanted too.
     """
+    rows, count = has_loss(batch_u).nonzero().squeeze(-1), len(batch_u.input_ids)
+    # Where no row has a loss, the first one shows which parameters a loss would reach.
+    rows = rows if len(rows) else rows.new_zeros(1)
+    options = params, grad, engine, num_directions, per_token, memory_budget
+    if len(rows) == count:
+        return _linearize_rows(batch_u, groups, parts, *options)
+    places = None if groups is None else rows_by_group(group_of_rows(groups, batch_u)[rows], len(groups))
+    linearized = _linearize_rows(select_rows(batch_u, rows), places, [select_rows(x, rows) for x in parts], *options)
+
+    def differentiate(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
+        by_row, by_part, tokens = linearized.differentiate(directions, of_tokens)
+        return Derivatives(
+            _scattered(by_row, 1, rows, count),
+            _scattered(by_part, 2, rows, count),
+            None if tokens is None else _scattered(tokens, 0, rows, count),
+        )
+
+    def token_jvp(u: Direction) -> Tensor:
+        return _scattered(linearized.token_jvp(u), 0, rows, count)
+
+    def token_jvp_of(u: Direction, index: Tensor) -> Tensor:
+        wanted = torch.isin(index, rows).nonzero().squeeze(-1)
+        if not len(wanted):
+            return torch.zeros_like(batch_u.input_ids[index], dtype=torch.float64)
+        places = torch.searchsorted(rows, index[wanted])
+        return _scattered(linearized.token_jvp_of(u, places), 0, wanted, len(index))
+
+    return linearized._replace(
+        differentiate=differentiate, token_jvp=token_jvp, token_jvp_of=token_jvp_of, shape=batch_u.input_ids.shape
+    )
+
+
+def _scattered(x: Tensor, axis: int, rows: Tensor, count: int) -> Tensor:
+    """Return ``x`` with its entries at ``rows`` of ``count`` along an axis, the others 0."""
+    out = x.new_zeros(*x.shape[:axis], count, *x.shape[axis + 1 :])
+    return out.index_copy_(axis, rows, x)
+
+
+def _linearize_rows(
+    batch: Batch,
+    groups: Sequence[Tensor] | None,
+    parts: Sequence[Batch],
+    params: Params,
+    grad: Gradients | None,
+    engine: Engine,
+    num_directions: int,
+    per_token: bool,
+    memory_budget: int,
+) -> LinearizedLosses:
+    """Return the losses of all rows of a batch to first order; the arguments are those of ``linearize_update``."""
 
     def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
-        return u.scale * token_derivatives(params, u.unit, batch_u, engine, caches)
+        return u.scale * token_derivatives(params, u.unit, batch, engine, caches)
 
     def token_jvp_of(u: Direction, rows: Tensor) -> Tensor:
-        return u.scale * token_derivatives(params, u.unit, select_rows(batch_u, rows), engine, None)
+        return u.scale * token_derivatives(params, u.unit, select_rows(batch, rows), engine, None)
 
     if num_directions or not (per_token or grad is not None):
         plan = plan_directions(params, max(1, num_directions), memory_budget)
-        linearized = engine.linearize(params, batch_u, memory_budget, plan.at_once, grad is None, groups, parts)
+        linearized = engine.linearize(params, batch, memory_budget, plan.at_once, grad is None, groups, parts)
         if linearized is not None:
             gradient, ghost_products = linearized
 
             def differentiate(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
                 rows, by_part, values = ghost_products([u.unit for u in directions], of_tokens)
                 scales = rows.new_tensor([u.scale for u in directions]).unsqueeze(1)
-                tokens = None if values is None else losses_of_tokens(values, batch_u)
+                tokens = None if values is None else losses_of_tokens(values, batch)
                 return Derivatives((rows * scales).unsqueeze(-1), by_part * scales, tokens)
 
             return LinearizedLosses(
@@ -112,11 +165,12 @@ def linearize_update(
                 token_jvp_of=token_jvp_of,
                 resolves_tokens=False,
                 plan=plan,
-                shape=batch_u.input_ids.shape,
+                batch=batch,
+                shape=batch.input_ids.shape,
             )
     caches: LinearOutputCaches | None = None
     if grad is None:
-        grad, caches = engine.gradient_with_cache(params, batch_u, memory_budget)
+        grad, caches = engine.gradient_with_cache(params, batch, memory_budget)
     cached_token_jvp = partial(token_jvp, caches=caches)
 
     def differentiate_tokens(directions: Sequence[Direction], of_tokens: TokenDirections | None) -> Derivatives:
@@ -130,7 +184,8 @@ def linearize_update(
         token_jvp_of=token_jvp_of,
         resolves_tokens=True,
         plan=DirectionPlan(1, None),
-        shape=batch_u.input_ids.shape,
+        batch=batch,
+        shape=batch.input_ids.shape,
     )
 
 

@@ -15,7 +15,7 @@ from fx_influence.estimators.consistency import agree_within, check_identity, to
 from fx_influence.estimators.deviations import left_out_parts, share_left
 from fx_influence.optim.step import AdamWStep
 from fx_influence.policy.precision import PassPrecision
-from fx_influence.types import Batch, Gradients, Params
+from fx_influence.types import Gradients, Params
 
 
 class RowInfluences(NamedTuple):
@@ -92,7 +92,7 @@ class Identity(NamedTuple):
 
 def check_sums(
     params: Params,
-    batch_u: Batch,
+    update: LinearizedLosses,
     grad: Gradients | None,
     groups: GroupDerivatives,
     rows: RowInfluences,
@@ -104,7 +104,7 @@ def check_sums(
 
     Args:
         params: theta by name.
-        batch_u: update batch.
+        update: U's losses to first order.
         grad: the trainer's gradient, which may hold more than the rows' losses, or None.
         groups: the derivatives, with <u, g>.
         rows: their sums.
@@ -117,7 +117,7 @@ def check_sums(
     if grad is not None and (under_autocast or not agree_within(residual, rows.over_all, expected, bound)):
         # The trainer's gradient may hold terms that no coefficient expresses; the influences must still add up.
         unattributed = residual
-        expected = (groups.u.scale * dot(engine.gradient(params, batch_u), groups.u.unit)).to(expected.device)
+        expected = (groups.u.scale * dot(engine.gradient(params, update.batch), groups.u.unit)).to(expected.device)
         residual = expected - rows.over_all.sum()
     # Influences of a clipped step cancel; the term that they cancel with has the size of what is rounded.
     clipping = groups.on_step.clipping.to(expected.device).reshape(1)

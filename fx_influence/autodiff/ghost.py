@@ -227,6 +227,8 @@ def gradients_by_group(
         memory_budget: bytes of a micro-batch's layer IO.
     """
     rows = torch.cat(list(groups))
+    if not len(rows):
+        return [dict.fromkeys(params) for _ in groups]
     policy, names = split_policy(apply), supported_names(params, batch, apply)
     pending = micro_batches(select_rows(batch, rows), chunk_size, policy.left_alignable)
     largest = max(micro_batch.input_ids.numel() for micro_batch in pending)

@@ -16,6 +16,21 @@ def select_rows(batch: Batch, index: slice | Tensor) -> Batch:
     return Batch._make(None if field is None else field[index] for field in batch)
 
 
+def has_loss(batch: Batch) -> Tensor:
+    """Return which rows have a coefficient other than 0 in their completion, bool (B,).
+
+    The gradient of any other row's loss is exactly 0, as where the completions of a prompt all earn the same.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2], [1, 3], [1, 2]])
+        >>> batch = Batch(ids, ids > 0, ids > 1, coefficients=torch.tensor([[5.0, 0.0], [0.0, 0.5], [0.0, -0.5]]))
+        >>> has_loss(batch).tolist()
+        [False, True, True]
+    """
+    weights = [w for w in (batch.coefficients, batch.entropy_coefficients) if w is not None]
+    return torch.stack([((w != 0) & batch.completion_mask).any(-1) for w in weights]).any(0)
+
+
 def distinct_rows(batch: Batch) -> tuple[Batch, Tensor]:
     """Return the rows that differ in some field, each once, and for every row the index of its equal, (B,).
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -40,6 +41,69 @@ class ComputedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._reads)
+
+
+class Partition(Protocol):
+    """Assignment of every entry of complete parameters to one process, which has the optimizer's state for it."""
+
+    def shard(self, name: str, x: Tensor) -> Tensor:
+        """Return the entries of a parameter's tensor that are this process's, flat, as a DTensor that aliases it.
+
+        A DTensor is returned itself, and so is the tensor of a parameter that is not partitioned. Shards differ in
+        length, so they are for ``to_local`` and sums over entries alone.
+        """
+
+    def gather_(self, shards: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the complete tensors, by one collective for each flat vector; ``shards`` is emptied meanwhile.
+
+        They are views of these vectors.
+        """
+
+    def complete(self, name: str, shard: Tensor) -> Tensor:
+        """Return the complete tensor of one parameter, by a collective."""
+
+    def layout(self, name: str, shard: Tensor) -> Tensor:
+        """Return an empty tensor of the complete tensor's shape and dtype, on the meta device."""
+
+
+class PartitionedTensors(ComputedTensors):
+    """Tensors of complete parameters, of each of which every process holds some entries; gathered at each access.
+
+    Args:
+        shards: by name, see ``Partition.shard``; None where a parameter has no tensor.
+        partition: of the entries.
+    """
+
+    def __init__(self, shards: Mapping[str, Tensor | None], partition: Partition) -> None:
+        self.shards, self.partition = shards, partition
+        reads = {name: partial(_of_shard, partition.complete, name, x) for name, x in shards.items()}
+        layout = {name: _of_shard(partition.layout, name, x) for name, x in shards.items()}
+        super().__init__(reads, layout)
+
+
+def _of_shard(call: Callable[[str, Tensor], Tensor], name: str, shard: Tensor | None) -> Tensor:
+    """Return the result of a partition's method, or None, which the gradient of a parameter may be."""
+    return cast(Tensor, None) if shard is None else call(name, shard)
+
+
+def partition_of(tree: Mapping[str, Tensor]) -> Partition | None:
+    """Return the partition of tensors by name, None where every process has all of them or DTensors."""
+    return tree.partition if isinstance(tree, PartitionedTensors) else None
+
+
+def local_shards(tree: Mapping[str, Value], partition: Partition | None = None) -> Mapping[str, Value]:
+    """Return the shards of tensors by name, in any order without a collective; all of ``tree`` without a partition.
+
+    Args:
+        tree: tensors by parameter name, or None.
+        partition: of their entries.
+    """
+    if isinstance(tree, PartitionedTensors):
+        return cast(Mapping[str, Value], tree.shards)
+    if partition is None:
+        return tree
+    shards = {name: None if x is None else partition.shard(name, cast(Tensor, x)) for name, x in tree.items()}
+    return cast(Mapping[str, Value], shards)
 
 
 def layout_of(tree: Mapping[str, Value]) -> Mapping[str, Value | Tensor]:

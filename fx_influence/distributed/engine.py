@@ -117,7 +117,8 @@ class DataParallelEngine(Engine):
     def gradients_by_group(
         self, params: Params, batch: Batch, groups: Sequence[Tensor], memory_budget: int
     ) -> list[Gradients]:
-        return [self.gradient(params, select_rows(batch, rows)) for rows in groups]
+        by_group = (select_rows(batch, rows) if len(rows) else None for rows in groups)
+        return [dict.fromkeys(params) if rows is None else self.gradient(params, rows) for rows in by_group]
 
     def reweighted_gradients(
         self,

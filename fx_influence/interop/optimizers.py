@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fx_influence.core.checks import wrong_type
-from fx_influence.core.computed import ComputedTensors
+from fx_influence.core.computed import ComputedTensors, Partition, PartitionedTensors
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_model
 from fx_influence.distributed.collectives import raise_on_all_ranks
+from fx_influence.distributed.zero.flat_partition import FlatPartition
 from fx_influence.distributed.zero.flat_shards import sharded_parameters
 from fx_influence.interop.low_bit.moments import (
     StoredMoment,
@@ -25,13 +26,11 @@ from fx_influence.interop.low_bit.moments import (
     why_not_adamw,
 )
 from fx_influence.interop.zero.partitions import (
-    PartitionedParameter,
-    all_gather_parameter,
     any_on_processes,
-    is_partitioned,
-    local_range,
+    flat_partition,
+    forward_weights,
+    is_zero_optimizer,
     master_weights,
-    partitioned_parameters,
     zero_optimizer,
 )
 from fx_influence.interop.zero.settings import check_partitions, why_refused
@@ -73,7 +72,8 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
         copy: True clones the moments. False returns the optimizer's live tensors, which takes no memory, wherever they
             already have the result's dtype and the parameter's device. They are valid until the optimizer's next step,
             which changes them in place, and must not be written to. Quantised moments are then dequantised at each
-            access, and partitioned ones gathered, one parameter at a time: every rank makes the same accesses.
+            access, and partitioned ones gathered, one parameter at a time: every rank makes the same accesses, or the
+            same calls of ``influence``, which reads each rank's own part alone.
 
     Returns:
         Moments in the parameter's shape, in the widest of the state's dtype, the parameter's and float32; zeros and
@@ -136,6 +136,7 @@ def _read_state(adamw: Any, zero: Any, parameters: Mapping[str, Tensor], copy: b
         copy: see ``adamw_state``.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    partition = None if zero is None else flat_partition(zero, names)
     groups = groups_of(adamw)
     lr, scales = _reference_lr_and_scales(groups)
     moments: dict[str, dict[str, Callable[[], Tensor]]] = {key: {} for key in MOMENTS}
@@ -145,53 +146,52 @@ def _read_state(adamw: Any, zero: Any, parameters: Mapping[str, Tensor], copy: b
     stored: list[tuple[str, str, StoredMoment]] = []
     for index, (group, scale) in enumerate(zip(groups, scales, strict=True)):
         group_hyper = _read_hyper(group, scale)
-        located = {} if zero is None else {x.parameter: x for x in partitioned_parameters(zero, index)}
-        members = group["params"] if zero is None else list(located)
+        members = group["params"] if zero is None else forward_weights(zero)[index]
         for name, parameter in _trainable_by_name(members, names, index):
             # The state is a defaultdict: indexing it would create an entry.
-            state = adamw.state.get(parameter if zero is None else group["params"][0], {})
+            state = adamw.state.get(parameter if partition is None else group["params"][0], {})
             steps[name], hyper[name] = _read_step(name, state), group_hyper
+            located = parameter if partition is None else partition.shard(name, parameter)
             for key in MOMENTS[: 3 if group_hyper.amsgrad else 2]:
-                moment = _checked_moment(name, key, parameter, state, located.get(parameter))
+                moment = _checked_moment(name, key, located, state, partition)
                 stored.extend([(name, key, moment)] if state else [])
                 if moment.is_computed and not copy:
                     computed.add(key)
-                    moments[key][name] = functools.partial(_converted, moment, parameter, copy)
+                    moments[key][name] = functools.partial(_converted, moment, located, copy)
                 else:
-                    moments[key][name] = functools.partial(_same, _converted(moment, parameter, copy))
+                    moments[key][name] = functools.partial(_same, _converted(moment, located, copy))
     if not steps:
         raise ValueError(
             "optimizer holds no trainable parameter of model; expected at least one. Set requires_grad on what was "
             "trained (PEFT: load the adapter with is_trainable=True)"
         )
     check_values(stored, None if zero is None else any_on_processes)
-    layout = None if zero is None else {name: _moment_layout(parameter) for parameter, name in names.items()}
     exp_avg, exp_avg_sq, maximum = (
-        _computed(reads, layout) if key in computed else {name: read() for name, read in reads.items()}
+        cast(Params, ComputedTensors(reads)) if key in computed else {name: read() for name, read in reads.items()}
         for key, reads in moments.items()
     )
-    masters = {} if zero is None else {x: read for x, read in master_weights(zero, names).items() if x in hyper}
-    gathered = {name: read() for name, read in masters.items()} if copy else _computed(masters, layout)
-    return AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr, gathered if masters else None)
+    values = AdamWState(exp_avg, exp_avg_sq, maximum, steps, hyper, lr)
+    if partition is None:
+        return values
+    masters = {name: x for name, x in master_weights(zero, partition, parameters).items() if name in hyper}
+    return _partitioned(values._replace(master_weights=masters or None), partition, copy)
 
 
-def _computed(reads: Mapping[str, Callable[[], Tensor]], layout: Params | None) -> Params:
-    """Return tensors read at each access; ``layout`` is that of all parameters where reading is a collective."""
-    of_reads = None if layout is None else {name: layout[name] for name in reads}
-    return cast(Params, ComputedTensors(reads, of_reads))
-
-
-def _moment_layout(parameter: Tensor) -> Tensor:
-    """Return an empty tensor of a moment's shape and dtype, on the meta device."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.empty(parameter.shape, dtype=dtype, device="meta")
+def _partitioned(state: AdamWState, partition: Partition, copy: bool) -> AdamWState:
+    """Return a state whose tensors are shards with complete ones, gathered at each access, or here to be copies."""
+    trees: dict[str, Any] = {}
+    for key in (*MOMENTS, "master_weights"):
+        shards = getattr(state, key)
+        complete = None if shards is None else PartitionedTensors(shards, partition)
+        trees[key] = dict(complete) if copy and complete is not None else complete
+    return state._replace(**trees)
 
 
 def _unwrap(optimizer: Any) -> Any:
     """Return the optimizer inside wrappers that hold it as ``.optimizer``."""
     while not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         inner = getattr(optimizer, "optimizer", None)
-        if why_refused(optimizer) or not (isinstance(inner, torch.optim.Optimizer) or is_partitioned(inner)):
+        if why_refused(optimizer) or not (isinstance(inner, torch.optim.Optimizer) or is_zero_optimizer(inner)):
             break
         optimizer = inner
     return optimizer
@@ -270,16 +270,16 @@ def _trainable_by_name(parameters: list[Tensor], names: dict[Tensor, str], group
 
 
 def _checked_moment(
-    name: str, key: str, parameter: Tensor, state: dict[str, Any], located: PartitionedParameter | None
+    name: str, key: str, parameter: Tensor, state: dict[str, Any], partition: FlatPartition | None
 ) -> StoredMoment:
     """Return one moment of a parameter, its kind checked; zeros before the first step.
 
     Args:
         name: of the parameter.
         key: of the moment.
-        parameter: of the model.
-        state: that the optimizer has for it, or for the partition of its group.
-        located: the parameter in that partition; None where the state is its own.
+        parameter: of the model, or its shard.
+        state: that the optimizer has for it, or for the part of its group's vector.
+        partition: of the vectors; None where the state is the parameter's own.
     """
     if not state:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -288,10 +288,8 @@ def _checked_moment(
     moment = stored_moment(state, key)
     if moment is None:
         raise ValueError(f"optimizer state of {name} has no {key!r} (it has {sorted(state)}); {SUPPORTED}")
-    if located is not None:
-        partition = moment.read()
-        read = functools.partial(all_gather_parameter, located, partition)
-        return StoredMoment(parameter.shape, True, read, partition[slice(*local_range(located, partition))])
+    if partition is not None:
+        return StoredMoment(parameter.shape, False, functools.partial(partition.shard_of_part, name, moment.read()))
     if moment.shape != parameter.shape:
         raise ValueError(
             f"optimizer state {key} of {name} has shape {tuple(moment.shape)}; expected the parameter's, "

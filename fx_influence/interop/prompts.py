@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fx_influence.interop.rollouts.files import refuse_substitution
 from fx_influence.interop.rollouts.record import source_of
 
 Message = dict[str, Any]
@@ -67,8 +68,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         FileNotFoundError: for a missing file.
         ImportError: for parquet without pyarrow.
         ValueError: for another suffix, a file without prompts, text that is not UTF-8, a malformed line or row (by
-            number), a record without a prompt, messages that are empty or end with the assistant's, or an id that
-            occurs twice.
+            number), a record without a prompt, messages that are empty or end with the assistant's, an id that occurs
+            twice, or a pointer of git-lfs or a page of HTML in place of the file.
 
     Example:
         >>> import tempfile, pathlib
@@ -87,6 +88,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
             f"prompts file {str(path)!r} {state}; expected a file of prompts. Check the path, or give the prompts "
             "themselves in a list"
         )
+    refuse_substitution(file)
     if file.suffix == ".jsonl":
         records = [(source, _object(source, line)) for source, line in _lines(file)]
     elif file.suffix in (".parquet", ".txt"):

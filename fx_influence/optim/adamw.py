@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fx_influence.core.checks import check_choice, check_max_grad_norm
-from fx_influence.core.computed import layout_of
+from fx_influence.core.computed import layout_of, local_shards
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_names, check_params, check_state, first_not_finite
@@ -269,8 +269,8 @@ def check_adamw_inputs(
     check_max_grad_norm(max_grad_norm)
     check_state(opt_state)
     stored, _ = stored_gradient(grads)
-    check_names("grads", stored, params, "pass the gradient of this model's own trainable parameters")
-    name = first_not_finite(stored)
+    check_names("grads", layout_of(stored), params, "pass the gradient of this model's own trainable parameters")
+    name = first_not_finite(local_shards(stored))
     if name is not None:
         raise ValueError(
             f"grads[{name!r}] is not finite; expected finite entries, or the step has no direction. Drop the batch"

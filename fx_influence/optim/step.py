@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from fx_influence.core.computed import Partition, local_shards, partition_of
 from fx_influence.core.dtensor import reduce_over_shards, to_local
 from fx_influence.core.tree import Direction, dot, dot_by_name, every_nth, promote
-from fx_influence.optim.adamw import StepInputs, moments_of, optimized_weight, step_terms
-from fx_influence.optim.clipping import clip_factor, stored_gradient
+from fx_influence.optim.adamw import MOMENTS, StepInputs, moments_of, optimized_weight, step_terms
+from fx_influence.optim.clipping import UnclippedGradient, clip_factor, stored_gradient
 from fx_influence.types import AdamWHyper, AdamWState, Clip, Gradients, Params, Preconditioner
+
+Value = TypeVar("Value")
 
 BLOCK, CPU_BLOCK = 2**20, 2**16
 """Entries whose step is computed at once, on an accelerator and on a CPU, whose caches hold the terms of so many: about
@@ -43,6 +46,9 @@ def add_inner_products(products: Sequence[InnerProducts]) -> InnerProducts:
 class AdamWStep:
     """One AdamW step as a map of other vectors: ``adamw_decompose`` without its five vectors of the parameters' size.
 
+    Where processes have a partition of the optimizer's state each, a process computes the step of its own entries, and
+    the vectors that a step is given or gives are complete: each is gathered once it is computed.
+
     Attributes:
         grads: g by name, before clipping. An ``UnclippedGradient`` is divided a block of entries at a time.
         opt_state: m, s and step before the step.
@@ -50,6 +56,7 @@ class AdamWStep:
         preconditioner: see ``adamw_decompose``.
         clip: kappa, scalar.
         clipping: whether derivatives hold kappa fixed or follow it as a function of the gradient's norm.
+        partition: of the optimizer's state over processes, of which the first three then are the shards; else None.
     """
 
     grads: Gradients
@@ -58,6 +65,7 @@ class AdamWStep:
     preconditioner: Preconditioner
     clip: Tensor
     clipping: Clip = "frozen"
+    partition: Partition | None = None
 
     @classmethod
     def of(
@@ -70,12 +78,25 @@ class AdamWStep:
         clipping: Clip = "frozen",
     ) -> AdamWStep:
         """Return the step; the inputs are those of ``adamw_decompose``, checked by its ``check_adamw_inputs``."""
-        return cls(grads, opt_state, params, preconditioner, clip_factor(grads, max_grad_norm, params), clipping)
+        partition = partition_of(opt_state.exp_avg)
+        if partition is not None:
+            grads, params = _shards_of_gradient(grads, partition), {**local_shards(params, partition)}
+            opt_state = _shards_of_state(opt_state, partition)
+        clip = clip_factor(grads, max_grad_norm, params)
+        return cls(grads, opt_state, params, preconditioner, clip, clipping, partition)
+
+    def shards(self, x: Mapping[str, Value]) -> dict[str, Value]:
+        """Return the entries of tensors that this process makes the step of; all of them without a partition."""
+        return {**local_shards(x, self.partition)}
+
+    def gather_(self, shards: Params) -> Params:
+        """Return the complete tensors of ``shards``, which is emptied; itself without a partition."""
+        return shards if self.partition is None else self.partition.gather_(shards)
 
     def update_products(self, u: Direction) -> dict[str, Tensor]:
         """Return <u, g> by parameter, float64 scalars: with u = gain * x the terms of <x, gain * g>."""
         stored, divisor = stored_gradient(self.grads)
-        products, scale = dot_by_name(stored, u.unit), u.scale / divisor
+        products, scale = dot_by_name(stored, self.shards(u.unit)), u.scale / divisor
         return {name: (scale * product).to(self.params[name].device) for name, product in products.items()}
 
     def precondition_(self, x: Params) -> InnerProducts:
@@ -97,10 +118,19 @@ class AdamWStep:
 
     def precondition_all_(self, xs: Sequence[Params]) -> list[InnerProducts]:
         """Do the same for several vectors with the same names, for whose entries the step's terms are computed once."""
-        names = list(xs[0])
-        totals = [self._precondition_(name, [x[name] for x in xs]) for name in names]
-        by_vector = torch.stack(reduce_over_shards(totals, [xs[0][name] for name in names])).sum(0)
-        return [self._with_clipping_(x, total) for x, total in zip(xs, by_vector, strict=True)]
+        names, shards = list(xs[0]), [self.shards(x) for x in xs]
+        totals = [self._precondition_(name, [x[name] for x in shards]) for name in names]
+        by_vector = torch.stack(reduce_over_shards(totals, [shards[0][name] for name in names])).sum(0)
+        products = [self._with_clipping_(x, total) for x, total in zip(shards, by_vector, strict=True)]
+        for x, local in zip(xs, shards, strict=True):
+            self._replace_(x, local)
+        return products
+
+    def _replace_(self, x: Params, shards: Params) -> None:
+        """Replace the tensors of x, whose memory the shards have, by the complete ones that are gathered of these."""
+        # Freed before those are gathered.
+        x.clear()
+        x.update(self.gather_(shards))
 
     def _with_clipping_(self, x: Params, products: Tensor) -> InnerProducts:
         """Return the inner products (4,) with kappa fixed as those wanted, and change x likewise."""
@@ -172,7 +202,7 @@ class AdamWStep:
         return self._term("baseline")
 
     def directions_(self, name: str, gradients: Tensor) -> Tensor:
-        """Return v of a parameter for each of several gradients (K, ...) in place of g, in their memory.
+        """Return v of a parameter's shard for each of several gradients (K, ...) in place of g, in their memory.
 
         The clipping factor stays that of g.
         """
@@ -188,7 +218,7 @@ class AdamWStep:
         return gradients
 
     def sample(self, stride: int) -> AdamWStep:
-        """Return the step of every ``stride``-th entry of each parameter, in tensors of its own.
+        """Return the step of every ``stride``-th entry of each parameter's shard, in tensors of its own.
 
         Clipping stays that of the full gradient.
 
@@ -214,6 +244,7 @@ class AdamWStep:
                 master_weights=None if masters is None else every_nth(masters, stride),
             ),
             params=every_nth(self.params, stride),
+            partition=None,
         )
 
     def inputs(self, name: str) -> StepInputs:
@@ -257,7 +288,8 @@ class AdamWStep:
         return total
 
     def _scale_(self, x: Params, factor: Callable[[StepInputs, AdamWHyper, int], Tensor]) -> None:
-        for name, v in x.items():
+        shards = self.shards(x)
+        for name, v in shards.items():
             local = to_local(v)
             if not self.moves(name):
                 local.zero_()
@@ -265,6 +297,7 @@ class AdamWStep:
             hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
             for [block], inputs in self._blocks(name, [local]):
                 block.mul_(factor(inputs, hyper, tau).to(block.device))
+        self._replace_(x, shards)
 
     def moves(self, name: str) -> bool:
         """Return whether the step moves a parameter: backward reached it, and the optimizer holds it."""
@@ -285,6 +318,18 @@ class AdamWStep:
         for entries in zip(*columns, strict=True):
             g_block, theta, *moments = entries[len(xs) :]
             yield entries[: len(xs)], StepInputs.promoted(theta, moments, g_block, self.clip, divisor)
+
+
+def _shards_of_gradient(grads: Gradients, partition: Partition) -> Gradients:
+    stored, factor = stored_gradient(grads)
+    shards = {**local_shards(stored, partition)}
+    return shards if factor == 1.0 else cast(Gradients, UnclippedGradient(shards, factor))
+
+
+def _shards_of_state(state: AdamWState, partition: Partition) -> AdamWState:
+    trees: dict[str, Any] = {name: getattr(state, name) for name in (*MOMENTS, "master_weights")}
+    shards: dict[str, Any] = {name: x if x is None else local_shards(x, partition) for name, x in trees.items()}
+    return state._replace(**shards)
 
 
 def _is_fresh(inputs: StepInputs, hyper: AdamWHyper, tau: int) -> Tensor:

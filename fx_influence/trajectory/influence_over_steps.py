@@ -193,7 +193,9 @@ def _evaluation_rows(
         )
     of_last = evaluation_rows(last, batch_e, cross_fit)
     of_earlier = [evaluation_rows(batch, of_last.batch, cross_fit) for batch in earlier]
-    return EvaluationRows(of_last.batch, torch.cat([x.own_cluster for x in (*of_earlier, of_last)]))
+    parts = (*of_earlier, of_last)
+    own_cluster, leave_out = torch.cat([x.own_cluster for x in parts]), any(x.leave_out for x in parts)
+    return EvaluationRows(of_last.batch, own_cluster, leave_out)
 
 
 def _same_rollouts(a: Batch, b: Batch) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fx_influence.core.batch_checks import check_batch, check_is_batch
 from fx_influence.core.checks import check_max_grad_norm, check_number, check_tensor, wrong_type
+from fx_influence.core.computed import partition_of
 from fx_influence.core.display import record_line
 from fx_influence.core.dtensor import is_sharded
 from fx_influence.core.parameter_checks import check_policy
@@ -87,6 +88,11 @@ def check_window(window: object, apply: Apply, preconditioner: Preconditioner) -
         raise ValueError(
             "window.opt_state has master_weights, of which window.params are roundings; expected None, since a replay "
             "would round after every step. Pass the master weights as params of a policy in float32"
+        )
+    if partition_of(window.opt_state.exp_avg) is not None:
+        raise ValueError(
+            "window.opt_state has live moments of which each process has a part; expected complete ones. Read them by "
+            "fx.adamw_state(optimizer, model), without copy=False"
         )
     check_adamw_inputs({}, window.opt_state, window.params, preconditioner, None)
     for k, step in enumerate(window.steps):

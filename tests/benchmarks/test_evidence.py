@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
+from helpers.toy_policy import toy_policy
 
 import fx_influence as fx
 from benchmarks.evidence import (
@@ -20,8 +20,7 @@ from benchmarks.evidence import (
     several_steps_tables,
     training_runs,
 )
-from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_prompts
-from benchmarks.evidence.training_runs import TOY, Policy, all_completions, exact_entropy
+from benchmarks.evidence.training_runs import Policy, all_completions, exact_entropy
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.batching.rows import select_rows
@@ -32,10 +31,7 @@ from fx_influence.types import Batch, TokenValues
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    prompts = draw_prompts(random.Random(0), 3, set(), "", TOY)
-    return Policy(build_model(tokenizer, "toy"), tokenizer, TOY, prompts, prompts)
+    return toy_policy(3)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,9 @@ def step(attribution: float, total: float, measured: float) -> dict[str, Any]:
         "residual": -1.0,
         "unattributed": 0.5,
         "rounding": 0.25,
+        "conditioning": 0.5,
+        "unexplained_stderr": 0.22,
+        "measured_degrees_of_freedom": 7,
     }
 
 
@@ -44,9 +47,17 @@ def test_summary_compares_each_step_with_itself() -> None:
     assert figures["every_1"] == 3.0
     assert figures["every_10"] == 1.2
     assert (figures["residual"], figures["unattributed"], figures["rounding"]) == (0.5, 0.25, 0.125)
-    assert figures["correlation"] == pytest.approx(1.0)
-    # The prediction is off by 0.5 at every step, around a mean of 0.5 with squares 1 + 1 + 0.
-    assert figures["r2"] == pytest.approx(1 - 0.75 / 2.0)
+
+
+def test_summary_tells_steady_steps_apart() -> None:
+    unsteady = {**step(5.0, 1.0, -9.0), "conditioning": 0.9}
+    figures = summary([step(5.0, 1.0, 1.5), step(10.0, -1.0, -0.5), step(20.0, 0.0, 0.5), unsteady])
+    assert figures["steady"] == 3
+    # The prediction is off by 0.5 at every steady step, around a mean of 0.5 with squares 1 + 1 + 0. The quantile of
+    # Student's t is 2.37 with seven degrees of freedom.
+    assert figures["steady_agreement"] == pytest.approx({"correlation": 1.0, "r2": 1 - 0.75 / 2.0, "explained": 1.0})
+    assert figures["agreement"]["explained"] == pytest.approx(3 / 4)
+    assert figures["agreement"]["correlation"] < 0
 
 
 def test_summary_leaves_out_steps_without_influences() -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any
 
 import pytest
 import torch
 from helpers.tolerances import TINY_POLICY, assert_within, rounding_bound
+from helpers.toy_policy import toy_policy
 
 import fx_influence as fx
-from benchmarks.evidence.arithmetic import build_model, build_tokenizer, draw_prompts, fresh_optimizer, reinforce
+from benchmarks.evidence.arithmetic import fresh_optimizer, reinforce
 from benchmarks.evidence.bench_counterfactual import MAX_NORM, Step
 from benchmarks.evidence.bench_several_steps import in_float64
 from benchmarks.evidence.replayed_windows import recorded_window, replayed, share_at_end, without_row
-from benchmarks.evidence.training_runs import TOY, Policy
+from benchmarks.evidence.training_runs import Policy
 from benchmarks.real.bench_real_several_steps import rows_by_step
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.interop.rollouts.record import Rollout
@@ -28,10 +28,7 @@ LR = 1e-3
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    prompts = draw_prompts(random.Random(0), 4, set(), "", TOY)
-    return Policy(build_model(tokenizer, "toy"), tokenizer, TOY, prompts, prompts)
+    return toy_policy(4)
 
 
 @pytest.fixture(scope="module")

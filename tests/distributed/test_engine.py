@@ -86,6 +86,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 TWO_RANK_CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": tiny_case,
+    "partitioned": tiny_case,
     "qwen": qwen_case,
     "prompts": shared_prompt_case,
 }
@@ -93,7 +94,10 @@ TWO_RANK_CASES: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", TWO_RANK_CASES)
 def test_data_parallel_engine_matches_one_process(two: list[dict[str, Any]], case: str) -> None:
-    """``tiny`` is in float64, ``qwen`` in float32, ``prompts`` shares prompts between rows."""
+    """``tiny`` is in float64, ``qwen`` in float32, ``prompts`` shares prompts between rows.
+
+    ``partitioned`` is ``tiny`` with the moments partitioned over the ranks, as under ZeRO-1 and 2.
+    """
     state = TWO_RANK_CASES[case]()
     if case == "prompts":
         assert all(shared_prompt_index(state[name]) is not None for name in ("batch_u", "batch_e"))
@@ -108,7 +112,8 @@ def test_data_parallel_engine_takes_empty_ranks_on_any_mesh(ranks: int, shape: t
     state = tiny_case()
     expected = compute_all(state)
     for result in run_on_ranks(ranks, "ranks_influence.py", tmp_path, *shape):
-        assert_agree(padded_like(result["tiny"], expected), expected, *params_and_width(state))
+        for case in ("tiny", "partitioned"):
+            assert_agree(padded_like(result[case], expected), expected, *params_and_width(state))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fx_influence as fx
+from helpers.partitioned_states import partitioned_state
 from helpers.ranks import end_rank, global_mesh, save_result
 from helpers.sharded_cases import compute_all, qwen_case, rows_of_rank, shared_prompt_case, tiny_case
 
@@ -24,6 +25,12 @@ def local_case(state: dict[str, Any], counts: tuple[list[int], list[int]], rank:
         **state,
         **{f: rows_of_rank(state[f], c, rank) for f, c in zip(("batch_u", "batch_e"), counts, strict=True)},
     }
+
+
+def partitioned_case() -> dict[str, Any]:
+    """Return ``tiny_case`` with an optimizer's state that is partitioned over all ranks."""
+    state, every_rank = tiny_case(), init_device_mesh("cpu", (dist.get_world_size(),))
+    return {**state, "opt_state": partitioned_state(state["opt_state"], state["params"], every_rank)}
 
 
 def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
@@ -76,6 +83,7 @@ def main(out: str, *shape: str) -> None:
         rank = dist.get_rank()
         counts = COUNTS[mesh.size()]
         results: dict[str, Any] = {"tiny": compute_all(local_case(tiny_case(), counts, rank), mesh)}
+        results["partitioned"] = compute_all(local_case(partitioned_case(), counts, rank), mesh)
         if mesh.size() == 2:
             results["prompts"] = compute_all(local_case(shared_prompt_case(), ([3, 5], [7, 5]), rank), mesh)
             results["qwen"] = compute_all(local_case(qwen_case(), ([3, 6], [5, 5]), rank), mesh)

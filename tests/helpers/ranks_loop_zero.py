@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import fx_influence as fx
 from benchmarks.trl.variants import prepare_deepspeed
+from fx_influence.distributed.collectives import all_gather_into
+from fx_influence.distributed.zero import flat_partition
+from fx_influence.distributed.zero.flat_partition import FlatPartition
+from fx_influence.interop.zero.partitions import master_partitions
 from helpers.loops import (
     COUNT,
     MAX_NORM,
@@ -85,14 +92,36 @@ def full_moments(engine: Any, state: fx.AdamWState) -> dict[str, Any]:
     return {key: {name: moment(p, key) for name, p in named.items()} for key in keys}
 
 
-def converted(tree: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def converted(tree: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: x.to(dtype) for name, x in tree.items()}
+
+
+@contextmanager
+def gathered_bytes() -> Iterator[list[int]]:
+    """Record the bytes of every collective by which parts of ZeRO-1 and 2 are gathered, of a parameter alone too."""
+    sizes: list[int] = []
+
+    def recording(result: Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(result.nbytes)
+        return all_gather_into(result, *args, **options)
+
+    def recording_one(partition: FlatPartition, name: str, shard: Tensor) -> Tensor:
+        values = complete(partition, name, shard)
+        sizes.append(values.nbytes)
+        return values
+
+    complete = FlatPartition.complete
+    with (
+        mock.patch.object(flat_partition, "all_gather_into", recording),
+        mock.patch.object(FlatPartition, "complete", recording_one),
+    ):
+        yield sizes
 
 
 def train(stage: int, measures: bool, **more: Any) -> dict[str, Any]:
     """Train three steps, the last two of which are compared with one process in float32."""
     engine, expected, results = engine_of(stage, **more), list[Any](), list[Any]()
-    capture, compares = None, measures and not more
+    capture, compares, gathered = None, measures and not more, list[list[int]]()
     if measures:
         capture = fx.attach(engine.optimizer, engine, every=1, on_step=lambda _, out: results.append(out))
     for step in range(3):
@@ -106,13 +135,17 @@ def train(stage: int, measures: bool, **more: Any) -> dict[str, Any]:
                 capture.add(**named(part, logprobs))
             # DeepSpeed divides by the number of micro-batches and averages over processes.
             engine.backward(MICRO_BATCHES * dist.get_world_size() * grpo_loss(logprobs, part))
-            engine.step()
+            with gathered_bytes() as by_collective:
+                engine.step()
+        gathered.append(by_collective)
     return {
         "weights": full_weights(engine.module),
         "history": [] if capture is None else capture.history,
         "actual": [{field: getattr(out, field) for field in NAMES} for out in results[1:]],
         "expected": expected,
         "steps": None if capture is None else capture.step,
+        "gathered": gathered,
+        "padded": [dist.get_world_size() * part.nbytes for part in master_partitions(engine.optimizer)],
     }
 
 

@@ -22,14 +22,12 @@ from fx_influence.interop.trl import EntropyInfluence
 from fx_influence.interop.trl.capture import recorder
 from fx_influence.interop.trl.preflight import processes
 from fx_influence.interop.trl.store.step import StepStore
-from fx_influence.interop.zero.partitions import zero_optimizer
 from helpers.ranks import end_rank, save_result
 from helpers.ranks_trl import compared_with_one_process as compared_held_out
 from helpers.ranks_trl import replaced_influence, three_prompts
-from helpers.ranks_trl_sharded import FULL, LORA, compared_with_one_process
-from helpers.tolerances import policy_terms
+from helpers.ranks_trl_sharded import FULL, LORA
 from helpers.trl_runs import HELD_OUT, warnings_of
-from helpers.zero_trainings import TORCH_ADAMW, zero_outcome, zero_trainer
+from helpers.zero_trainings import TORCH_ADAMW, measured_training, zero_outcome, zero_trainer
 
 UNCLIPPED = Variant("grpo", False, 1, False, {**three_prompts(1), "max_grad_norm": 0.0})
 WIDE = Variant("dapo", False, 2, False, {"max_grad_norm": 0.3})
@@ -42,23 +40,8 @@ CASES: dict[str, tuple[Variant, dict[str, Any]]] = {
 
 
 def measured(out: Path) -> dict[str, Any]:
-    """Train without and with every step measured, on the step's rollouts, in each case."""
-    results: dict[str, Any] = {}
-    for k, (case, (variant, config)) in enumerate(CASES.items()):
-        plain = zero_trainer(variant, out / f"plain{k}", 2, config)
-        plain.train()
-        training, records = zero_trainer(variant, out / f"measured{k}", 2, config), list[dict[str, Any]]()
-        replacement = compared_with_one_process(records) if variant is FULL else fx.influence
-        with replaced_influence(replacement):
-            influence = EntropyInfluence(1).attach(training)
-            training.train()
-        results[case] = {
-            "plain": zero_outcome(plain),
-            "measured": zero_outcome(training),
-            "history": influence.history,
-            "records": records,
-        }
-    return results
+    """Train in float32 in each case."""
+    return {case: measured_training(*how, out / case) for case, how in CASES.items()}
 
 
 BFLOAT16_CASES: dict[str, tuple[Variant, dict[str, Any]]] = {
@@ -69,27 +52,8 @@ BFLOAT16_CASES: dict[str, tuple[Variant, dict[str, Any]]] = {
 
 
 def bfloat16(out: Path) -> dict[str, Any]:
-    """Train in bfloat16, as TRL does unless told otherwise, without and with every step measured, in each case."""
-    results: dict[str, Any] = {}
-    for k, (case, (variant, config)) in enumerate(BFLOAT16_CASES.items()):
-        plain = zero_trainer(variant, out / f"plain{k}", 2, config, bf16=True)
-        plain.train()
-        training, records = zero_trainer(variant, out / f"measured{k}", 2, config, bf16=True), list[dict[str, Any]]()
-        replacement = compared_with_one_process(records) if variant is FULL else fx.influence
-        with replaced_influence(replacement):
-            influence = EntropyInfluence(1).attach(training)
-            texts = warnings_of(training.train)
-        results[case] = {
-            "plain": zero_outcome(plain),
-            "measured": zero_outcome(training),
-            "history": influence.history,
-            "records": records,
-            "optimizer": type(zero_optimizer(training.optimizer)).__name__,
-            "dtypes": {str(p.dtype) for p in training.model.parameters()},
-            "terms": policy_terms(dict(training.model.named_parameters()), 16),
-            "warnings": [text for text in texts if "roundings" in text],
-        }
-    return results
+    """Train in bfloat16 in each case."""
+    return {case: measured_training(*how, out / case, bf16=True) for case, how in BFLOAT16_CASES.items()}
 
 
 def bfloat16_single(out: Path) -> dict[str, Any]:

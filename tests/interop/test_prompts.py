@@ -182,3 +182,18 @@ def test_read_prompts_names_line_and_remedy_of_bad_file(
 def test_read_prompts_names_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.txt' does not exist"):
         read_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs.* Run git lfs pull"),
+        (b"<!DOCTYPE html><title>Not found</title>", "an HTML or XML page.* Download it again"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.parquet"])
+def test_read_prompts_names_what_stands_in_for_a_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged: {message}"):
+        read_prompts(file)

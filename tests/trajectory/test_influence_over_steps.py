@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fx_influence as fx
+from fx_influence.core.computed import PartitionedTensors
 from fx_influence.types import Clip, IdentityError
 
 WIDTHS = (1e-4, 1e-5)
@@ -247,6 +249,10 @@ def test_windows_of_other_kinds_are_refused() -> None:
     rounded = replace(window, opt_state=window.opt_state._replace(master_weights=window.params))
     with pytest.raises(ValueError, match=r"window\.opt_state has master_weights"):
         fx.influence_over_steps(rounded, run.batch_e, apply=run.apply)
+    parts: Any = PartitionedTensors({}, SimpleNamespace())  # type: ignore[arg-type]  # nothing is read of it
+    partitioned = replace(window, opt_state=window.opt_state._replace(exp_avg=parts))
+    with pytest.raises(ValueError, match=r"window\.opt_state has live moments .* without copy=False"):
+        fx.influence_over_steps(partitioned, run.batch_e, apply=run.apply)
     with pytest.raises(TypeError, match="batch_e"):
         fx.influence_over_steps(window, window.steps, apply=run.apply)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preconditioner is 'lifetime'"):

@@ -19,7 +19,7 @@ from fx_influence.distributed.fsdp_model import copy_bare
 from fx_influence.policy.model.template import drop_hook_handles, unregistered_tensors
 
 
-def is_partitioned(model: nn.Module) -> bool:
+def has_partitioned_parameters(model: nn.Module) -> bool:
     """Return whether ZeRO-3 has partitioned parameters of a model."""
     return any(getattr(p, "ds_tensor", None) is not None for p in model.parameters())
 
@@ -31,7 +31,7 @@ def sharded_parameters(model: nn.Module) -> dict[str, Any]:
     parameters.
     """
     named = dict(model.named_parameters())
-    if not is_partitioned(model):
+    if not has_partitioned_parameters(model):
         return named
     world = dist.group.WORLD
     assert world is not None
@@ -49,7 +49,7 @@ def with_flat_shards(model: nn.Module) -> nn.Module:
 
     Its buffers are those of the model. Any other model is returned itself.
     """
-    if not is_partitioned(model):
+    if not has_partitioned_parameters(model):
         return model
     flat = sharded_parameters(model)
     memo: dict[int, Any] = {id(p): flat[name] for name, p in model.named_parameters()}

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fx_influence.attribution.display import CONDITIONING_REMEDY, ILL_CONDITIONED
 from fx_influence.attribution.influence import influence
 from fx_influence.batching.rows import select_rows
+from fx_influence.core.computed import Partition, local_shards
 from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
 from fx_influence.distributed.zero.flat_shards import sharded_parameters
@@ -116,7 +117,8 @@ class PendingStep(NamedTuple):
         measured: the step without its change of entropy.
         batch_e: the rows of E of all processes.
         values: of E's tokens before the update, in float32 at least.
-        sampled: the optimizer's step on some entries of the parameters.
+        sampled: the optimizer's step on some entries of the parameters, or of this process's shards of them.
+        partition: of the optimizer's state, which the shards are of; None without one.
         parts: of E.
         shifts: of E's token values after the step by leaving each row's fold out of it; None with an E that is not U.
         unrounded: of E's tokens at the step without the rounding of the forward's weights; None where these are the
@@ -127,6 +129,7 @@ class PendingStep(NamedTuple):
     batch_e: Batch
     values: TokenValues
     sampled: AdamWStep
+    partition: Partition | None
     parts: PartsOfRows
     shifts: TokenValues | None
     unrounded: TokenValues | None
@@ -215,7 +218,7 @@ class StepMeasurement:
         shifts = None
         if evaluation.is_update:
             options = forward, training.temperature, settings.chunk_size, settings.memory_budget, self._mesh
-            shifts = shifts_without_own_fold(adamw_step, captured.batch, parts, *options)
+            shifts = shifts_without_own_fold(adamw_step, params, captured.batch, parts, *options)
         unrounded = None
         if opt_state.master_weights is not None:
             unrounded = self._exact_values(shift_(adamw_step.direction(), params, opt_state.lr), batch_e)
@@ -223,7 +226,7 @@ class StepMeasurement:
         before = step, opt_state.lr, captured, rollouts, result, entropy, None, time.perf_counter() - start
         measured = MeasuredStep(*before, regions=regions, lifetime_factor=factor)
         sampled = adamw_step.sample(sampling_stride(params))
-        return PendingStep(measured, batch_e, values, sampled, parts, shifts, unrounded)
+        return PendingStep(measured, batch_e, values, sampled, adamw_step.partition, parts, shifts, unrounded)
 
     def after_update(self, pending: PendingStep) -> MeasuredStep:
         """Measure how much the update changed the entropy, on the same E."""
@@ -231,7 +234,8 @@ class StepMeasurement:
         unrounded = None if pending.unrounded is None else self._with_change(pending, pending.unrounded).change()
         measured = self._with_change(pending, self._exact_values(params, pending.batch_e))
         optimizer = self.training.optimizer
-        roundings = roundings_of_step(pending.sampled, measured.lr, params, optimizer, self.training.model)
+        shards = {**local_shards(params, pending.partition)}
+        roundings = roundings_of_step(pending.sampled, measured.lr, shards, optimizer, self.training.model)
         seconds = measured.seconds + time.perf_counter() - start
         warning = roundings.warning(measured.step, params, rounds_at_random(optimizer))
         if warning is not None and not self._rounding_warned:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fx_influence.core.computed import local_shards
 from fx_influence.core.dtensor import reduce_over_shards
 from fx_influence.core.tree import dot_by_name, every_nth, promote
 from fx_influence.distributed.sharded_policy import ShardedPolicy
@@ -123,7 +124,7 @@ def roundings_of_step(
     Args:
         sampled: the step on every ``sampling_stride(params)``-th entry, made before the step.
         lr: the step's learning rate.
-        params: the forward's weights after the step, by name.
+        params: the forward's weights after the step, by name, or this process's shards of them.
         optimizer: after the step.
         model: whose parameters it holds.
     """
@@ -134,7 +135,7 @@ def roundings_of_step(
     if before is not None:
         after = adamw_state(optimizer, model, copy=False).master_weights
         assert after is not None
-        masters = moved | _changes(before, every_nth(after, stride))
+        masters = moved | _changes(before, every_nth(local_shards(after), stride))
         lost, forward_lost = step_rounding(masters, direction, lr, params), lost
     if is_low_bit(require_adamw(optimizer)):
         stored = adamw_state(optimizer, model, copy=False).exp_avg

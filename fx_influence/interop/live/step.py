@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fx_influence.core.computed import layout_of, local_shards
 from fx_influence.core.parameter_checks import first_not_finite
 from fx_influence.interop.live.rows import RolloutRows
 from fx_influence.optim.clipping import UnclippedGradient
@@ -34,7 +35,8 @@ class CapturedStep(NamedTuple):
         sampled_logprobs: (n, T), that the tokens were sampled with, NaN where not known; None where the trainer was
             given none.
         prompt_widths: (n,), columns of each row that hold its prompt and the prompt's padding.
-        gradient: by name, before the optimizer's step: the trainer's own tensors, or gathered from its partitions.
+        gradient: by name, before the optimizer's step: the trainer's own tensors, or those of its
+            partitions, which are gathered at an access.
         gradient_scale: factor by which ``gradient`` is sum_i g_i: ``clip`` where it is clipped, times a loss scale that
             is still in it.
         clip: the factor by which the gradient was clipped.
@@ -144,13 +146,14 @@ def _prompt_numbers(rows: RolloutRows) -> Tensor:
 
 def with_step_counted(opt_state: AdamWState, gradient: Gradients) -> AdamWState:
     """Return the state with the numbers of updates after the step; a parameter without a gradient makes none."""
-    steps = {name: step + (gradient.get(name) is not None) for name, step in opt_state.step.items()}
+    layout = layout_of(gradient)
+    steps = {name: step + (layout.get(name) is not None) for name, step in opt_state.step.items()}
     return opt_state._replace(step=steps)
 
 
 def check_finite(gradient: Gradients) -> None:
     """Raise ``ValueError`` for a gradient that is not finite."""
-    name = first_not_finite(gradient)
+    name = first_not_finite(local_shards(gradient))
     if name is not None:
         raise ValueError(f"the gradient of {name} is not finite, so the step has no direction")
 

@@ -24,7 +24,7 @@ from fx_influence.interop.loop.accumulated import AccumulatedGradient
 from fx_influence.interop.loop.ledger import LoopLedger
 from fx_influence.interop.loop.rollouts import AddedRollouts, added_rollouts
 from fx_influence.interop.loop.window import LoopWindow
-from fx_influence.interop.zero.partitions import is_partitioned, planned_step, zero_optimizer
+from fx_influence.interop.zero.partitions import is_zero_optimizer, planned_step, zero_optimizer
 from fx_influence.interop.zero.step_hooks import hook_step
 from fx_influence.policy.policy import Policy
 
@@ -340,7 +340,7 @@ def _with_behaviour(captured: CapturedStep) -> CapturedStep:
 
 def steps_made(optimizer: Any) -> int:
     """Return the number of steps that an optimizer, or the one that DeepSpeed partitions, has made at any parameter."""
-    states = (optimizer.optimizer if is_partitioned(optimizer) else optimizer).state.values()
+    states = (optimizer.optimizer if is_zero_optimizer(optimizer) else optimizer).state.values()
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 

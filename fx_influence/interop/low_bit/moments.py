@@ -20,13 +20,11 @@ class StoredMoment(NamedTuple):
         shape: of the values.
         is_computed: whether reading it makes a new tensor.
         read: returns the values, in floating point.
-        partition: this process's part of them, flat, where ``read`` gathers those of all processes; else None.
     """
 
     shape: torch.Size
     is_computed: bool
     read: Callable[[], Tensor]
-    partition: Tensor | None = None
 
 
 def stored_moment(state: dict[str, Any], key: str) -> StoredMoment | None:
@@ -101,4 +99,4 @@ def _impossible(key: str, moment: StoredMoment) -> Tensor:
 
 def _local_values(moment: StoredMoment) -> Tensor:
     """Return the entries of a moment that this process holds."""
-    return to_local(moment.read()) if moment.partition is None else moment.partition
+    return to_local(moment.read())

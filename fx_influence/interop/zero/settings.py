@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fx_influence.interop.low_bit.moments import is_low_bit
-from fx_influence.interop.zero.partitions import forward_weights, is_partitioned, master_partitions
+from fx_influence.interop.zero.partitions import forward_weights, is_zero_optimizer, master_partitions
 from fx_influence.interop.zero.stage3 import check_chunks, is_stage3
 
 _ONE_PARTITION: dict[str, Any] = {
@@ -135,11 +135,12 @@ def check_partitions(optimizer: Any) -> None:
             f"DeepSpeed partitions {type(optimizer.optimizer).__name__}, whose quantised moments are not read from "
             "partitions; expected torch.optim.AdamW. Set optim='adamw_torch', or launch without DeepSpeed"
         )
-    group = getattr(optimizer, "dp_process_group", None)
-    if group is not None and dist.get_world_size(group) != dist.get_world_size():
+    groups = [getattr(optimizer, "dp_process_group", None), *getattr(optimizer, "real_dp_process_group", ())]
+    size = min((dist.get_world_size(group) for group in groups if group is not None), default=None)
+    if size is not None and size != dist.get_world_size():
         raise ValueError(
-            f"DeepSpeed partitions the optimizer over {dist.get_world_size(group)} of {dist.get_world_size()} "
-            "processes; expected all of them. Launch with data parallelism alone"
+            f"DeepSpeed partitions the optimizer over {size} of {dist.get_world_size()} processes; expected all of "
+            "them. Launch with data parallelism alone"
         )
     if is_stage3(optimizer):
         check_chunks(optimizer)
@@ -149,7 +150,7 @@ def why_refused(optimizer: object) -> str | None:
     """Return why an optimizer of DeepSpeed is refused, with the remedy; None for ZeRO and for all others."""
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     is_of_deepspeed = any(kind.__module__.startswith("deepspeed.") for kind in type(optimizer).__mro__)
-    if not is_of_deepspeed or is_partitioned(optimizer):
+    if not is_of_deepspeed or is_zero_optimizer(optimizer):
         return None
     return (
         f"optimizer is {name}; expected torch.optim.AdamW under a stage of ZeRO. Set zero_optimization.stage to 1, 2 "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fx_influence.interop.runtime.method_wrapper import MethodWrapper
-from fx_influence.interop.zero.partitions import is_partitioned
+from fx_influence.interop.zero.partitions import is_zero_optimizer
 
 StepHook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 """Called with the optimizer, the positional arguments of its ``step``, itself first, and the others."""
@@ -23,7 +23,7 @@ def hook_step(optimizer: Any, before: StepHook, after: StepHook) -> list[Callabl
         before: called before the step.
         after: called after it.
     """
-    if not is_partitioned(optimizer):
+    if not is_zero_optimizer(optimizer):
         handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
         return [handle.remove for handle in handles]
 

@@ -62,13 +62,22 @@ def gradients_by_prompt(model: nn.Module, rollouts: Rollouts) -> list[list[Tenso
     return out
 
 
-@pytest.mark.parametrize(("lr", "memory_budget"), [(1e-3, None), (3e-2, None), (3e-2, 0)])
-def test_change_has_rollouts_at_steps_without_their_prompt(lr: float, memory_budget: int | None) -> None:
-    """Each prompt's rollouts are scored after torch's own step from the other prompts' gradients."""
+@pytest.mark.parametrize(
+    ("lr", "memory_budget", "silent"),
+    [(1e-3, None, 0), (3e-2, None, 0), (3e-2, 0, 0), (3e-2, None, 3), (3e-2, 0, 3), (3e-2, None, PROMPTS)],
+)
+def test_change_has_rollouts_at_steps_without_their_prompt(lr: float, memory_budget: int | None, silent: int) -> None:
+    """Each prompt's rollouts are scored after torch's own step from the other prompts' gradients; some have none."""
+
+    def with_silent(rollouts: Rollouts) -> Rollouts:
+        advantages = rollouts.advantages
+        return rollouts._replace(advantages=torch.where(silent > GROUP[: len(advantages)], 0.0, advantages))
+
     loop = Loop(1, 1, {**EVERY_STEP, "memory_budget": memory_budget})
+    loop.loss = lambda logprobs, _, r: grpo_loss(logprobs, with_silent(r))
     loop.optimizer.param_groups[0]["lr"] = lr
     before = copy.deepcopy(loop.model)
-    rollouts = sample_rollouts(before, 0)
+    rollouts = with_silent(sample_rollouts(before, 0))
     metrics = measured_loop(loop)
     lengths = rollouts.completion_mask.sum(1).double()
     shares = [float(lengths[k == GROUP].sum() / lengths.sum()) for k in range(PROMPTS)]

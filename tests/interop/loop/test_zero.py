@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.loops import PROMPTS
 from helpers.ranks import run_on_ranks
 from helpers.sharded_results import assert_influences_of_one_process
 from helpers.tolerances import TINY_POLICY, assert_within, exact_bound, rounding_bound
+
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 
 
 @pytest.mark.extra
@@ -29,6 +33,7 @@ def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> 
                     bound = exact_bound(expected["float32"][name], exact, TINY_POLICY, torch.float32)
                     assert bound <= 1e-2 * scale, name
                     assert_within(actual[name], exact, bound, name)
+        assert_directions_alone_are_gathered(rank)
         for stage, training in rank["bfloat16"].items():
             plain, measured = training["plain"], training["measured"]
             assert all(torch.equal(plain["weights"][name], x) for name, x in measured["weights"].items())
@@ -41,3 +46,19 @@ def test_ranks_under_zero_have_the_influences_of_one_process(tmp_path: Path) -> 
                 assert_influences_of_one_process([record], torch.bfloat16, training["terms"])
         assert "1 of the model's weights are not those that DeepSpeed's optimizer moves" in rank["unrounded"]
         assert "Leave zero_hpz_partition_size" in rank["refusal"]
+
+
+def assert_directions_alone_are_gathered(rank: dict[str, Any]) -> None:
+    """Hold what a process gathers in a measured step to the flat vector of each group, once for each direction.
+
+    These are gamma * grad H of each fold and of its fresh coordinates, the step, the step without each fold, and in
+    bfloat16 the step once more, from which the rounding of the weights is told.
+    """
+    folds = min(PROMPTS, MAX_RANDOM_GROUPS)
+    for stage in ("1", "2"):
+        # The later steps in bfloat16 are compared with those of one process, for which the test gathers all.
+        cases = ((rank[stage], 2 * folds + 2, 3), (rank["bfloat16"][stage], 2 * folds + 3, 1))
+        for training, directions, steps in cases:
+            gathered, padded = training["measured"]["gathered"][:steps], training["measured"]["padded"]
+            assert [sorted(sizes) for sizes in gathered] == [sorted(padded * directions)] * steps
+            assert not any(training["plain"]["gathered"])

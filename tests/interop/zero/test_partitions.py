@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import TinyPolicy, make_apply, random_batch
+from helpers.partitioned_states import recorded_collectives
 from torch import Tensor, nn
 
 import fx_influence as fx
+from fx_influence.estimators.stderr import MAX_RANDOM_GROUPS
 from fx_influence.interop.live.guard import CaptureError
-from fx_influence.interop.zero.partitions import PartitionedParameter, local_values, planned_step
+from fx_influence.interop.zero.partitions import planned_step
 
 PADDING = 3
 
@@ -149,17 +152,32 @@ def test_planned_step_refuses_without_gradient() -> None:
             planned_step(optimizer, model)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_local_values_of_all_processes_add_up(processes: int) -> None:
-    """A partition may begin or end within a parameter, hold none of it, or be padding alone."""
-    parameters = [torch.empty(shape) for shape in ((2, 3), (1,), (4, 2), (3,))]
-    size = -(-(sum(p.numel() for p in parameters) + PADDING) // processes)
-    flat, start = torch.arange(1.0, size * processes + 1), 0
-    for parameter in parameters:
-        parts = [
-            local_values(PartitionedParameter(parameter, start - rank * size, None), partition)
-            for rank, partition in enumerate(flat.split(size))
-        ]
-        expected = flat[start : start + parameter.numel()].view_as(parameter)
-        assert torch.equal(torch.stack(parts).sum(0), expected)
-        start += parameter.numel()
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("kind", [lambda zero: zero, as_bf16_optimizer], ids=["ZeRO-1 and 2", "BF16_Optimizer"])
+def test_influence_gathers_directions_alone(kind: Any) -> None:
+    """Moments and gradient stay where they are, and no collective is made for each parameter."""
+    prompts, counts = 9, list[int]()
+    batch = random_batch(torch.Generator().manual_seed(0), prompts, 12, 7, groups=prompts)
+    for layers in (1, 3):
+        model = TinyPolicy(layers=layers).float()
+        apply, params = make_apply(model)
+        zero = partitioned(model, list(reversed(range(len(params)))), clip_grad=0.5)
+        [flat], [members] = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        flat.grad = torch.randn_like(flat)
+        zero.optimizer.step()
+        with torch.no_grad():
+            flat.copy_(flattened(members))
+        zero.averaged_gradients[0] = [*map(torch.randn_like, members), torch.zeros(PADDING)]
+        with recorded_collectives() as records:
+            planned = planned_step(kind(zero), model)
+            state: Any = fx.adamw_state(kind(zero), model, copy=False)
+            options: dict[str, Any] = {"grad": planned.gradient, "max_grad_norm": planned.max_grad_norm}
+            fx.influence(params, batch, None, state, apply=apply, **options)
+        gathered = [record.size for record in records if "gather" in record.name]
+        # gamma * grad H of each fold, and of them all on coordinates of fresh denominators
+        assert gathered == [flat.nbytes] * (MAX_RANDOM_GROUPS + 1)
+        # inner products with the step and its terms, of each parameter and fold
+        scalars = 4 * 8 * MAX_RANDOM_GROUPS * len(params)
+        assert all(record.size <= scalars for record in records if record.name == "allreduce")
+        counts.append(len(records))
+    assert counts[0] == counts[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import fx_influence as fx
@@ -86,6 +87,19 @@ def test_check_config_accepts_float32_and_bfloat16(stage: int, bf16: object) -> 
 def test_check_partitions_names_what_is_not_read(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_partitions(partitioned(torch.optim.AdamW, **change))
+
+
+@pytest.mark.parametrize("field", ["dp_process_group", "real_dp_process_group"])
+def test_check_partitions_refuses_groups_of_processes(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed partitions the experts of a mixture over groups of their own."""
+    experts, world = object(), object()
+    sizes = {experts: 2, world: 4, None: 4}
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: sizes[group])
+    groups = {"dp_process_group": world, "real_dp_process_group": [world, world]}
+    check_partitions(partitioned(torch.optim.AdamW, **groups))
+    groups[field] = experts if field == "dp_process_group" else [world, experts]
+    with pytest.raises(ValueError, match=r"partitions the optimizer over 2 of 4 processes; .*data parallelism alone"):
+        check_partitions(partitioned(torch.optim.AdamW, **groups))
 
 
 def partitioned(kind: Any, **changes: Any) -> Any:

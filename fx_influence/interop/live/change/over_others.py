@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, default_budget, plan_directions
-from fx_influence.batching.rows import rows_by_group, select_rows
+from fx_influence.batching.rows import has_loss, rows_by_group, select_rows
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
@@ -73,6 +73,7 @@ class _Passes(NamedTuple):
 
 def shifts_without_own_fold(
     step: AdamWStep,
+    params: Params,
     batch_u: Batch,
     folds: PartsOfRows,
     apply: Policy,
@@ -83,11 +84,13 @@ def shifts_without_own_fold(
 ) -> TokenValues:
     """Return by how much leaving a row's fold out of the step changes the row's token values after it, (n, T).
 
-    It takes a reverse pass and two forwards over U. Where the folds' gradients do not fit the memory budget it takes
-    another reverse pass, and memory for two vectors of the parameters' size.
+    It takes two forwards over U, and a reverse pass over its rows that have a loss; where none has, it takes nothing.
+    Where the folds' gradients do not fit the memory budget it takes another reverse pass, and memory for two vectors of
+    the parameters' size.
 
     Args:
         step: the optimizer's step, before it is made.
+        params: theta by name, as the forward has it.
         batch_u: U, (n, T), with coefficients.
         folds: of its rows.
         apply: the policy in the precision of the trainer's forward.
@@ -96,7 +99,7 @@ def shifts_without_own_fold(
         memory_budget: bytes of gradients, and of layer IO to make them from; None for the default.
         mesh: of the training run's processes, None for a single process.
     """
-    precision = pass_precision(step.params, apply, batch_u)
+    precision = pass_precision(params, apply, batch_u)
     update, exact = (
         _Passes(precision.params, make_engine(precision.params, x, temperature, chunk_size, mesh))
         for x in (precision.update_apply, precision.exact_apply)
@@ -104,18 +107,28 @@ def shifts_without_own_fold(
     lr = step.opt_state.lr
     cancels = torch.finfo(precision.lowest).eps ** 0.5
     scored = batch_u._replace(coefficients=None, entropy_coefficients=None)
+    with_loss = has_loss(batch_u)
+    if not with_loss.any():
+        zeros = torch.zeros_like(batch_u.input_ids, dtype=next(iter(exact.params.values())).dtype)
+        return TokenValues(zeros, zeros)
     planned = exact.engine.values(shift_(step.direction(), exact.params, lr), scored)
     changes = TokenValues(*(torch.zeros_like(x) for x in planned))
     count, rows = len(folds.shares), rows_by_group(folds.part, len(folds.shares))
+    differentiated = rows_by_group(torch.where(with_loss, folds.part, -1), count)
     budget = default_budget(update.params) if memory_budget is None else memory_budget
     fit = plan_directions(update.params, count, budget) == DirectionPlan(count, None)
-    mean = None if fit else _add(step.grads, update.engine.gradient(update.params, _scaled(batch_u, _odds(folds))))
+    mean: Gradients | None = None
+    if not fit:
+        weighted = select_rows(_scaled(batch_u, _odds(folds)), with_loss.nonzero().squeeze(-1))
+        mean = _add(step.grads, step.shards(update.engine.gradient(update.params, weighted)))
     for numbers in [list(range(count))] if fit else [[k] for k in range(count)]:
-        gradients = update.engine.gradients_by_group(update.params, batch_u, [rows[k] for k in numbers], budget)
+        gradients = update.engine.gradients_by_group(
+            update.params, batch_u, [differentiated[k] for k in numbers], budget
+        )
         shares = folds.shares[numbers]
         for k, moved in zip(numbers, _moved(step, exact.params, gradients, mean, shares, cancels), strict=True):
-            values = exact.engine.values(moved, select_rows(scored, rows[k]))
-            # Freed one after the other as they are used.
+            # Gathered, and freed, one after the other as they are used.
+            values = exact.engine.values(step.gather_(moved), select_rows(scored, rows[k]))
             moved.clear()
             for change, after, before in zip(changes, values, planned, strict=True):
                 change[rows[k]] = after - before[rows[k]]
@@ -130,20 +143,21 @@ def _moved(
     shares: Tensor,
     cancels: float,
 ) -> list[Params]:
-    """Return theta_k of some folds k, from their gradients G_k, which are freed a parameter at a time.
+    """Return the shards of theta_k of some folds k, from their gradients G_k, which are freed a parameter at a time.
 
     Args:
         step: the optimizer's step.
         params: theta by name.
         gradients: G_k of these folds.
-        mean: g + sum_j f_j / (1 - f_j) G_j; None makes it from ``gradients``, which are then those of all folds.
+        mean: shards of g + sum_j f_j / (1 - f_j) G_j; None makes them from ``gradients``, which are then those of all
+            folds.
         shares: f_k of these folds.
         cancels: share of G_k / (1 - f_k) below which what is left of an entry of g_k is the rounding of both terms and
             becomes 0, since a fresh optimizer would make a step of the full size from it.
     """
     moved: list[Params] = [{} for _ in gradients]
-    for name, p in params.items():
-        by_fold = [gradient.pop(name) for gradient in gradients]
+    for name, p in step.shards(params).items():
+        by_fold = [step.shards({name: gradient.pop(name)})[name] for gradient in gradients]
         scaled = torch.stack([torch.zeros_like(to_local(p)) if x is None else to_local(x) for x in by_fold])
         weight = shares.to(scaled.device, scaled.dtype).reshape(-1, *[1] * (scaled.dim() - 1))
         g = step.grads[name] if mean is None else mean[name]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fx_influence.core.computed import layout_of
 from fx_influence.interop.live.measurement import MeasurementSettings
 from fx_influence.interop.live.metrics import MeasuredStep
 from fx_influence.interop.live.step import CapturedStep
@@ -145,7 +146,7 @@ def step_summary(measured: MeasuredStep) -> dict[str, Any]:
         "rollouts": len(measured.evaluation),
         "update_mean_reward": float(captured.rewards.nanmean()),
         "clip": captured.clip,
-        "trainable_parameters": sum(g.numel() for g in captured.gradient.values() if g is not None),
+        "trainable_parameters": sum(g.numel() for g in layout_of(captured.gradient).values() if g is not None),
         "per_parameter": {name: float(x) for name, x in influence.per_parameter.items()},
         "seconds": measured.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
