@@ -177,9 +177,9 @@ def markdown(report: dict[str, Any]) -> str:
         return f"{figures['peak_bytes'][phase] / 1e9:.2f}"
 
     def agreements(figures: dict[str, float] | None) -> str:
-        return (
-            "" if figures is None else ", ".join(f"{figures[name]:.2f}" for name in ("correlation", "r2", "explained"))
-        )
+        if figures is None:
+            return ""
+        return f"{figures['correlation']:.2f}, {figures['r2']:.2f}, {figures['explained']:.0%}"
 
     def seconds(figures: dict[str, Any]) -> str:
         return ", ".join(f"{figures['processor_seconds'][phase]:.1f}" for phase in PHASES)
@@ -204,7 +204,7 @@ def markdown(report: dict[str, Any]) -> str:
         row("rounding, the same", [f"{s['rounding']:.1e}" for _, s in runs]),
         row("standard error / \\|ΔH predicted\\|, median", [f"{s['noise']:.2f}" for _, s in runs]),
         row(
-            "ΔH predicted and measured: correlation, R², steps with 0 in the 95% interval of their difference",
+            "ΔH predicted and measured: correlation, R², steps with 0 in their difference's 95% interval",
             [agreements(s["agreement"]) for _, s in runs],
         ),
         row(
