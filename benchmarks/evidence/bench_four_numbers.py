@@ -3,9 +3,9 @@
     python -m benchmarks four_numbers            writes results/four_numbers.json and its table in README.md; a second
     python -m benchmarks four_numbers --quick    the same, written nowhere
 
-Each is stored by another benchmark; run it after any of ``trl_run``, ``frameworks``, ``estimators``, ``cross_fitting``
-and ``real_cross_fitting``, which has no rows where it is not stored. Before: E is sampled anew, with the estimator of
-the defaults. After: the step's own rollouts, and the estimator of the least noise.
+Each is stored by another benchmark; run it after any of ``trl_run``, ``frameworks``, ``estimators``, ``cross_fitting``,
+``real_model`` and ``real_cross_fitting``, which has no rows where it is not stored. Before: E is sampled anew, with the
+estimator of the defaults. After: the step's own rollouts, and the estimator of the least noise.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ KINDS = {"before": "fresh E", "after": "cross-fitted"}
 """Kinds of E of the other figures, as ``bench_cross_fitting`` names them."""
 WAY = "TRL"
 """Way of training whose cost is shown, as ``bench_frameworks`` names it."""
+REAL_RUN, EVALUATIONS = "LoRA, float32", {"before": "fresh", "after": "batch"}
+"""Training run of a pretrained model whose cost is shown, and its E, as ``bench_real_model`` names them."""
 
 SHARES = {
     "noise": "noise in the squares of single influences",
@@ -39,13 +41,13 @@ SHARES = {
 
 def report() -> dict[str, Any]:
     """Return the four numbers from the stored results: for each its policies, before and after."""
-    figures: dict[str, Any] = {"cost": {"embedded, 64 rollouts": _cost()}, "noise": _noise()}
-    compared = _compared("cross_fitting") | _compared("real_cross_fitting")
-    for name in ("covered", "told", "right"):
-        figures[name] = {
-            policy: {when: kinds[kind][name] for when, kind in KINDS.items()} for policy, kinds in compared.items()
-        }
-    return figures
+    real = _compared("real_cross_fitting")
+    compared = _compared("cross_fitting") | real
+    figures: dict[str, Any] = {
+        "cost": {"embedded, 64 rollouts": _cost(), "SmolLM2-135M, LoRA, 8 rollouts": _real_cost()},
+        "noise": _noise() | _before_and_after("noise_share", real),
+    }
+    return figures | {name: _before_and_after(name, compared) for name in ("covered", "told", "right")}
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
@@ -80,6 +82,17 @@ def _cost() -> dict[str, float]:
     """Return the time of a training run that measures every step over that of one that measures none."""
     way = _stored("frameworks")["ways"][WAY]
     return {"before": _stored("trl_run")["cost"]["every=1"]["median"], "after": 1 + way["extra"] / way["plain"]}
+
+
+def _real_cost() -> dict[str, float]:
+    """Return the same of a pretrained model, by the processor time of its steps with unequal rewards."""
+    runs = {run["evaluation"]: run for run in _stored("real_model")["runs"] if run["name"].startswith(REAL_RUN)}
+    return {when: runs[evaluation]["summary"]["every_1_informative"] for when, evaluation in EVALUATIONS.items()}
+
+
+def _before_and_after(name: str, compared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a figure by policy, with a fresh E and on the step's own rollouts."""
+    return {policy: {when: kinds[kind][name] for when, kind in KINDS.items()} for policy, kinds in compared.items()}
 
 
 def _noise() -> dict[str, Any]:

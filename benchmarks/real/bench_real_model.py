@@ -115,8 +115,6 @@ def results(variants: Sequence[Variant], folder: Path) -> list[dict[str, Any]]:
 def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the table shows of the steps of a training run."""
     seconds = {phase: [step["processor_seconds"][phase] for step in steps] for phase in PHASES}
-    complete = [a + b for a, b in zip(seconds[SAMPLING], seconds[TRAINING], strict=True)]
-    shares = [a / b for a, b in zip(seconds[ATTRIBUTION], complete, strict=True)]
     # A step whose prompts all have equal rewards has no influences to compare with.
     informative = [step for step in steps if step["sum_absolute"] > 0]
     steady = [step for step in steps if step["conditioning"] <= ILL_CONDITIONED]
@@ -125,8 +123,9 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
             a / b for a, b in zip(seconds[ATTRIBUTION], seconds[TRAINING], strict=True)
         ),
         # A step with the attribution over the same step without it; every tenth step pays a tenth of it on average.
-        "every_1": 1 + statistics.median(shares),
-        "every_10": 1 + statistics.median(shares) / 10,
+        "every_1": 1 + added(steps),
+        "every_10": 1 + added(steps) / 10,
+        "every_1_informative": 1 + added(informative),
         "processor_seconds": {phase: statistics.median(values) for phase, values in seconds.items()},
         "peak_bytes": {phase: max(step["peak_bytes"][phase] for step in steps) for phase in PHASES},
         "informative": len(informative),
@@ -143,6 +142,12 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
             [step["stderr"] / abs(step["total"]) for step in informative if step["total"]] or [math.nan]
         ),
     }
+
+
+def added(steps: list[dict[str, Any]]) -> float:
+    """Return the median of the attribution's processor seconds over those of the same step, sampling and all."""
+    by_step = [step["processor_seconds"] for step in steps]
+    return statistics.median([x[ATTRIBUTION] / (x[SAMPLING] + x[TRAINING]) for x in by_step] or [math.nan])
 
 
 def agreement(steps: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -194,7 +199,8 @@ def markdown(report: dict[str, Any]) -> str:
         row("processor seconds of sampling, training step, attribution", [seconds(s) for _, s in runs]),
         row("attribution / training step", [f"{s['attribution_over_training']:.2f}" for _, s in runs]),
         row("step with sampling, `every=1` / without", [f"{s['every_1']:.2f}" for _, s in runs]),
-        row("the same with `every=10`, computed", [f"{s['every_10']:.2f}" for _, s in runs]),
+        row("the same of steps with unequal rewards", [f"{s['every_1_informative']:.2f}" for _, s in runs]),
+        row("of all with `every=10`, computed", [f"{s['every_10']:.2f}" for _, s in runs]),
         row(
             "peak of resident memory, GB: training, attribution",
             [f"{gigabytes(s, TRAINING)}, {gigabytes(s, ATTRIBUTION)}" for _, s in runs],

@@ -62,7 +62,8 @@ def test_summary_tells_steady_steps_apart() -> None:
 
 def test_summary_leaves_out_steps_without_influences() -> None:
     equal_rewards = {**step(5.0, 0.0, 0.0), "sum_absolute": 0.0, "residual": 0.0}
-    figures = summary([step(5.0, 1.0, 1.5), equal_rewards, step(5.0, 1.0, 0.5)])
+    figures = summary([step(5.0, 1.0, 1.5), equal_rewards, step(15.0, 1.0, 0.5)])
+    assert (figures["every_1"], figures["every_1_informative"]) == (2.0, 3.0)
     assert (figures["informative"], figures["residual"], figures["noise"]) == (2, 0.5, 0.5)
 
 
