@@ -19,6 +19,7 @@ from helpers.sharded_cases import (
     sharded_batches,
     sharded_opt_state,
     shared_prompt_case,
+    single_loss_case,
     tiny_case,
 )
 from helpers.sharded_models import CASES
@@ -87,6 +88,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 TWO_RANK_CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": tiny_case,
     "partitioned": tiny_case,
+    "single loss": single_loss_case,
     "qwen": qwen_case,
     "prompts": shared_prompt_case,
 }

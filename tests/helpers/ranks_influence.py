@@ -14,7 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import fx_influence as fx
 from helpers.partitioned_states import partitioned_state
 from helpers.ranks import end_rank, global_mesh, save_result
-from helpers.sharded_cases import compute_all, qwen_case, rows_of_rank, shared_prompt_case, tiny_case
+from helpers.sharded_cases import (
+    compute_all,
+    qwen_case,
+    rows_of_rank,
+    shared_prompt_case,
+    single_loss_case,
+    tiny_case,
+)
 
 COUNTS = {2: ([7, 0], [4, 7]), 3: ([2, 0, 5], [1, 8, 2]), 4: ([1, 2, 4, 0], [3, 0, 4, 4])}
 """Rows of the update and of the evaluation batch, by rank."""
@@ -85,6 +92,7 @@ def main(out: str, *shape: str) -> None:
         results: dict[str, Any] = {"tiny": compute_all(local_case(tiny_case(), counts, rank), mesh)}
         results["partitioned"] = compute_all(local_case(partitioned_case(), counts, rank), mesh)
         if mesh.size() == 2:
+            results["single loss"] = compute_all(local_case(single_loss_case(), ([3, 4], [7, 4]), rank), mesh)
             results["prompts"] = compute_all(local_case(shared_prompt_case(), ([3, 5], [7, 5]), rank), mesh)
             results["qwen"] = compute_all(local_case(qwen_case(), ([3, 6], [5, 5]), rank), mesh)
             results["refusals"] = refusals(mesh, rank)

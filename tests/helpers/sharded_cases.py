@@ -48,6 +48,14 @@ def tiny_case(seed: int = 0) -> dict[str, Any]:
     return {"params": params, "batch_u": u, "batch_e": e, "opt_state": state, "apply": apply}
 
 
+def single_loss_case() -> dict[str, Any]:
+    """Return ``tiny_case`` with a loss in one row of U alone, so that ranks have none."""
+    state = tiny_case()
+    u, has_loss = state["batch_u"], torch.arange(7).unsqueeze(1) == 4
+    weights = {name: getattr(u, name) * has_loss for name in ("coefficients", "entropy_coefficients")}
+    return {**state, "batch_u": u._replace(**weights)}
+
+
 def qwen_case(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return the arguments of ``fx.influence`` for a small Qwen2, padded on the left."""
     torch.manual_seed(0)
