@@ -130,7 +130,8 @@ def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_bytes": {phase: max(step["peak_bytes"][phase] for step in steps) for phase in PHASES},
         "informative": len(informative),
         **{
-            name: max((abs(step[name]) / step["sum_absolute"] for step in informative), default=math.nan)
+            # Without a second method there is no rounding to measure.
+            name: max((abs(step[name]) / step["sum_absolute"] for step in informative if name in step), default=None)
             for name in CHECKS
         },
         "agreement": agreement(steps),
@@ -181,6 +182,9 @@ def markdown(report: dict[str, Any]) -> str:
     def gigabytes(figures: dict[str, Any], phase: str) -> str:
         return f"{figures['peak_bytes'][phase] / 1e9:.2f}"
 
+    def check(value: float | None) -> str:
+        return "" if value is None else f"{value:.1e}"
+
     def agreements(figures: dict[str, float] | None) -> str:
         if figures is None:
             return ""
@@ -205,9 +209,9 @@ def markdown(report: dict[str, Any]) -> str:
             "peak of resident memory, GB: training, attribution",
             [f"{gigabytes(s, TRAINING)}, {gigabytes(s, ATTRIBUTION)}" for _, s in runs],
         ),
-        row("residual, largest, over Σ\\|δ\\|", [f"{s['residual']:.1e}" for _, s in runs]),
-        row("unattributed, the same", [f"{s['unattributed']:.1e}" for _, s in runs]),
-        row("rounding, the same", [f"{s['rounding']:.1e}" for _, s in runs]),
+        row("residual, largest, over Σ\\|δ\\|", [check(s["residual"]) for _, s in runs]),
+        row("unattributed, the same", [check(s["unattributed"]) for _, s in runs]),
+        row("rounding, the same", [check(s["rounding"]) for _, s in runs]),
         row("standard error / \\|ΔH predicted\\|, median", [f"{s['noise']:.2f}" for _, s in runs]),
         row(
             "ΔH predicted and measured: correlation, R², steps with 0 in their difference's 95% interval",
