@@ -20,7 +20,7 @@ from fx_influence.optim.adamw import MOMENTS
 from fx_influence.types import AdamWState, Params
 
 METHODS = ("allreduce", "allgather", "_allgather_base", "all_gather_single", "broadcast", "reduce")
-"""Of ``ProcessGroup``, some under two names, of which a version of torch may have one."""
+"""Methods of ``ProcessGroup``, some under two names, of which a version of torch may have one."""
 PADDING = 3
 """Least number of entries of padding at the end of a flat vector."""
 

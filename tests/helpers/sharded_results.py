@@ -63,3 +63,19 @@ def assert_steps_add_up(
         assert abs(metrics["unattributed"]) <= rounding_bound(dtype, terms, size)
         # theta' - theta of weights up to a thousand times as large.
         assert metrics["step_rounding"] <= rounding_bound(torch.float32, 1, 1e3)
+
+
+def assert_measured_in_bfloat16(training: dict[str, Any], on_ranks: list[dict[str, Any]], full: bool) -> None:
+    """Hold each rank's training, history and forward roundings; with ``full`` weights the influences as well."""
+    assert training["dtypes"] == {"torch.bfloat16"}
+    assert len(training["warnings"]) == 1
+    for each in on_ranks:
+        assert_training_unchanged(each)
+        assert_steps_add_up(each["history"], torch.bfloat16, training["terms"])
+        assert each["history"] == training["history"]
+        for metrics, expected in zip(each["history"], each["forward_roundings"], strict=True):
+            bound = rounding_bound(torch.float32, TINY_POLICY, expected)
+            assert abs(metrics["forward_rounding"] - expected) <= bound
+            assert expected > 1e-3
+        if full:
+            assert_influences_of_one_process(each["records"], torch.bfloat16, training["terms"])

@@ -9,6 +9,7 @@ import torch
 from helpers.ranks import run_on_ranks
 from helpers.sharded_results import (
     assert_influences_of_one_process,
+    assert_measured_in_bfloat16,
     assert_steps_add_up,
     assert_training_unchanged,
 )
@@ -36,18 +37,7 @@ def test_two_ranks_measure_as_one_process_in_bfloat16(tmp_path: Path) -> None:
     """AdamW moves float32 chunks, whose movement is the step's; the layers are gathered from their roundings."""
     first, second = run_on_ranks(2, "ranks_trl_zero3.py", tmp_path, "bfloat16")
     for case, training in first["bfloat16"].items():
-        assert training["dtypes"] == {"torch.bfloat16"}
-        assert len(training["warnings"]) == 1
-        for each in (training, second["bfloat16"][case]):
-            assert_training_unchanged(each)
-            assert_steps_add_up(each["history"], torch.bfloat16, training["terms"])
-            assert each["history"] == training["history"]
-            for metrics, expected in zip(each["history"], each["forward_roundings"], strict=True):
-                bound = rounding_bound(torch.float32, TINY_POLICY, expected)
-                assert abs(metrics["forward_rounding"] - expected) <= bound
-                assert expected > 1e-3
-            if case != "LoRA":
-                assert_influences_of_one_process(each["records"], torch.bfloat16, training["terms"])
+        assert_measured_in_bfloat16(training, [training, second["bfloat16"][case]], case != "LoRA")
 
 
 def test_stage_3_measures_bfloat16_as_stage_2_does(tmp_path: Path) -> None:
