@@ -12,8 +12,7 @@ from torch import Tensor
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, TokenDirections, plan_directions
 from fx_influence.autodiff.gradients import LinearOutputCaches
-from fx_influence.autodiff.layer_io.grouped_jvp import group_of_rows
-from fx_influence.batching.rows import has_loss, rows_by_group, select_rows
+from fx_influence.batching.rows import group_of_rows, has_loss, rows_by_group, select_rows
 from fx_influence.core.tree import Direction
 from fx_influence.types import Batch, Gradients, Params, TokenValues
 

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from fx_influence.autodiff.gradients import as_leaves, batch_gradient
 from fx_influence.autodiff.layer_io.collect import collect_layer_io, collect_layer_ios
-from fx_influence.autodiff.layer_io.grouped_jvp import GroupedTokenJvp, group_of_rows
+from fx_influence.autodiff.layer_io.grouped_jvp import GroupedTokenJvp
 from fx_influence.autodiff.layer_io.row_gradients import LayerIO, LayerIOs, sum_of_row_gradients, write_row_gradients
 from fx_influence.autodiff.layer_io.support import layer_io_bytes_per_token, supported_names
 from fx_influence.batching.microbatch import MicroBatch, micro_batches
-from fx_influence.batching.rows import places_by_group, select_rows
+from fx_influence.batching.rows import group_of_rows, places_by_group, select_rows
 from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import DirectionDifference, accumulate, cast_like, promote, unit_direction
 from fx_influence.policy.modes.linear_cache import LinearOutputCache

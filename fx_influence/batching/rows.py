@@ -61,6 +61,14 @@ def rows_by_group(group: Tensor, num_groups: int) -> list[Tensor]:
     return list(group.argsort(stable=True).split(counts.tolist())[1:])
 
 
+def group_of_rows(groups: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Return the number of each row's group, int64 (B,)."""
+    number = torch.zeros_like(batch.input_ids[:, 0])
+    for k, index in enumerate(groups):
+        number[index] = k
+    return number
+
+
 def places_by_group(groups: Sequence[Tensor], num_groups: int) -> list[list[Tensor]]:
     """Return for each tensor of numbers of groups the places of each group 0..num_groups-1, with one wait of the host.
 

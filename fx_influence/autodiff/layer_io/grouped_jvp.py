@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_influence.autodiff.directional import micro_batch_jvp
 from fx_influence.autodiff.token_values import scatter_to_batch, scored_hidden_states
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.batching.rows import places_by_group, select_rows
+from fx_influence.batching.rows import group_of_rows, places_by_group, select_rows
 from fx_influence.core.tree import DirectionDifference, promote, unit_direction
 from fx_influence.policy.lm_head import head_jvp
 from fx_influence.policy.modes.tangents_by_group import GroupedTangents
@@ -120,14 +120,6 @@ class GroupedTokenJvp:
         options = self._policy, self._params, self._tangent, micro_batch, outputs, self._temperature
         d = micro_batch_jvp(*options)
         return TokenValues(d.logprobs * self._scale, d.entropies * self._scale)
-
-
-def group_of_rows(groups: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Return the number of each row's group, int64 (B,)."""
-    number = torch.zeros_like(batch.input_ids[:, 0])
-    for k, index in enumerate(groups):
-        number[index] = k
-    return number
 
 
 def _packed_micro_batches(

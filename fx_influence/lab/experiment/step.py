@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
-from fx_influence.batching.rows import distinct_rows, row_chunks, select_rows
+from fx_influence.batching.rows import distinct_rows, has_loss, row_chunks, select_rows
 from fx_influence.core.display import record_line
 from fx_influence.core.tree import promote
 from fx_influence.interop.runtime.run_files import GRADIENT, raise_if_damaged
@@ -118,8 +118,7 @@ def distinct_update_rows(batch: Batch) -> tuple[Batch, Tensor]:
 
     Rollouts without a nonzero coefficient move nothing, and all count as copies of the first of them.
     """
-    weights = [w for w in (batch.coefficients, batch.entropy_coefficients) if w is not None]
-    moves = torch.stack([(w != 0).any(-1) for w in weights]).any(0)
+    moves = has_loss(batch)
     index = torch.arange(len(moves), device=moves.device)
     inert = index[~moves]
     return distinct_rows(batch if not len(inert) else select_rows(batch, torch.where(moves, index, inert[0])))
