@@ -20,32 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import fx_influence as fx
-from benchmarks.evidence.bench_counterfactual import MAX_NORM
 from benchmarks.evidence.bench_cross_fitting import compare, markdown, seconds_of, summary
 from benchmarks.evidence.bench_estimators import noise_share
 from benchmarks.harness import EVIDENCE, one_thread, parser, store, write_json
-from benchmarks.real.__main__ import prepare_policies
-from benchmarks.real.bench_real_counterfactual import (
-    COMPLETIONS,
-    PROMPTS,
-    ROLLOUTS,
-    batch,
-    embedded_plan,
-    progress,
-    real_plan,
-)
-from benchmarks.real.language_model import FOLDER, prepare_model
+from benchmarks.real.bench_real_counterfactual import embedded_plan
+from benchmarks.real.pretrained_states import MODEL, load_pretrained_state, pretrained_plans
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.lab.inputs.rollouts import load_rollouts, load_state
-from fx_influence.lab.inputs.update import update_batch
 from fx_influence.lab.plan import EntropyInfluencePlan
-from fx_influence.lab.store import RunDirectory
-from fx_influence.types import Batch
 
 NAME, PAGE = "bench_real_cross_fitting", EVIDENCE
-STEPS = tuple(range(3, 27, 3))
-"""Optimizer steps before the states."""
-TASKS = 64
 
 
 def measure(plan: EntropyInfluencePlan, folder: Path) -> dict[str, Any]:
@@ -55,29 +38,20 @@ def measure(plan: EntropyInfluencePlan, folder: Path) -> dict[str, Any]:
         plan: of U, a fresh E and the E of the truth.
         folder: of the rollouts and the figures.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "figures.json"
     if not file.exists():
-        write_json(file, errors_and_seconds(plan, RunDirectory(folder)))
+        write_json(file, errors_and_seconds(plan, folder))
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def errors_and_seconds(plan: EntropyInfluencePlan, directory: RunDirectory) -> dict[str, Any]:
-    """Return errors and processor seconds by kind of E; rollouts that ``directory`` has are not sampled again."""
-    state = load_state(plan)
-    u, e, others = (load_rollouts(plan, state, directory, k, name, progress) for k, name in enumerate(ROLLOUTS))
-    update = update_batch(plan, u)
-    regions = fx.labels.regions(update, u.values)
-
-    def influences(chosen: Batch | None, **options: Any) -> fx.Influence:
-        return fx.influence(
-            state.params, update, chosen, state.opt_state, apply=state.apply, max_grad_norm=MAX_NORM, **options
-        )
-
-    truth = influences(others.batch, labels=regions)
-    kinds = {"cross-fitted": None, "fresh E": e.batch, "plug-in": update._replace(coefficients=None)}
-    errors = {name: compare(influences(chosen, labels=regions), truth, regions) for name, chosen in kinds.items()}
-    seconds = {name: seconds_of(influences, partial(kinds.get, name)) for name in ("cross-fitted", "fresh E")}
+def errors_and_seconds(plan: EntropyInfluencePlan, folder: Path) -> dict[str, Any]:
+    """Return errors and processor seconds by kind of E; rollouts that ``folder`` has are not sampled again."""
+    state = load_pretrained_state(plan, folder)
+    regions = fx.labels.regions(state.update, state.u.values)
+    truth = state.influence(state.others, labels=regions)
+    kinds = {"cross-fitted": None, "fresh E": state.fresh, "plug-in": state.update._replace(coefficients=None)}
+    errors = {name: compare(state.influence(chosen, labels=regions), truth, regions) for name, chosen in kinds.items()}
+    seconds = {name: seconds_of(state.influence, partial(kinds.get, name)) for name in ("cross-fitted", "fresh E")}
     return {"errors": errors, "seconds": seconds, "truth_noise_share": noise_share(truth)}
 
 
@@ -88,13 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             states = [measure(embedded_plan(), Path(temporary) / "run")]
     else:
-        base = prepare_model()
-        evaluations = (batch("eval", 0, PROMPTS, COMPLETIONS), batch("eval", PROMPTS, TASKS - PROMPTS, 2))
-        states = [
-            measure(real_plan(policy, base, *evaluations), FOLDER / f"cross_fitting_{steps}")
-            for steps, policy in zip(STEPS, prepare_policies(FOLDER, base, STEPS), strict=True)
-        ]
-    model = "embedded policy" if arguments.quick else "SmolLM2-135M, LoRA"
+        states = [measure(*plan_and_folder) for plan_and_folder in pretrained_plans().values()]
+    model = "embedded policy" if arguments.quick else MODEL
     # Every state counts as a run of its own, so that intervals are over states.
     runs = [{"policy": model, "found": [state]} for state in states]
     report = {"environment": environment(), "summary": summary(runs), "runs": runs}
