@@ -1,10 +1,11 @@
-"""Do influences over eight steps of a pretrained chat model predict its entropy after them? One window, replayed.
+"""Do influences over eight steps of a pretrained chat model predict its entropy after them? Windows, replayed.
 
-    python -m benchmarks real_several_steps            SmolLM2-135M-Instruct with LoRA; an hour on a core, resumed where
-                                                       it stopped
+    python -m benchmarks real_several_steps            SmolLM2-135M-Instruct with LoRA; half an hour a learning rate on
+                                                       a core, resumed where it stopped
     python -m benchmarks real_several_steps --quick    the embedded policy, two steps, written nowhere
 
-From a training state on tasks of reasoning-gym, one generation of 64 rollouts serves eight steps of eight.
+From a training state on tasks of reasoning-gym, one generation of 64 rollouts serves eight steps of eight, which are
+made at three learning rates: the training run's and lower ones.
 ``torch.optim.AdamW`` makes them again without each of some rollouts of the first, with the same batches, and the
 entropy after them is measured by importance sampling on rollouts of the policy there, the same for all, on which the
 window's influences are taken too: with so few rollouts another E would compare draws. Predictors are those of the
@@ -16,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +70,10 @@ PROMPTS, COMPLETIONS = 2, 4
 """Prompts of a step and completions of each."""
 EVALUATED = 32
 """Rollouts of E before the window, one of each prompt, and of E after it, two of each of other prompts."""
+LEARNING_RATE = LEARNING_RATES["lora"]
+"""That of the training run before the window."""
+FOLDERS = {LEARNING_RATE: "several_steps", 1e-4: "several_steps_1e-4", 1e-5: "several_steps_1e-5"}
+"""Learning rates of the windows, and the folders of their figures. Rollouts from before the window are in the first."""
 LEFT_OUT = 6
 """Rollouts of the first step that are left out."""
 WINDOWS = ("window, same E", "window, no curvature, same E")
@@ -92,25 +98,39 @@ class Recorded(NamedTuple):
     seconds: float
 
 
-def record(plan: EntropyInfluencePlan, folder: Path, steps: int) -> Recorded:
-    """Make the steps of a window and return it; rollouts that ``folder`` has are not sampled again.
+class Setting(NamedTuple):
+    """A window to measure: the plan of U, which its steps share, of E before them and of E after them, and the steps.
 
-    Args:
-        plan: of U, which the steps share, of E before them, and of E after them.
-        folder: of the rollouts.
-        steps: number of steps.
+    ``before`` and ``folder`` are the folders of the rollouts of U and of E before the window, and of those after it and
+    of all figures; what they have is not made again. ``left_out`` is the number of rollouts of the first step that are
+    left out, of those with an advantage.
     """
+
+    plan: EntropyInfluencePlan
+    before: Path
+    folder: Path
+    lr: float
+    steps: int = STEPS
+    left_out: int = LEFT_OUT
+
+
+def record(setting: Setting) -> Recorded:
+    """Make the steps of a window and return it."""
+    plan = setting.plan
     state = load_state(plan)
     saved = torch.load(Path(demo_path(plan.checkpoint)) / "optimizer.pt", map_location="cpu", weights_only=True)
     before = state.model, restore_optimizer(saved, state.model)
-    u, first_e = (load_rollouts(plan, state, RunDirectory(folder), k, ROLLOUTS[k], progress) for k in range(2))
-    updates = [rows_of(u, rows) for rows in rows_by_step(u.rollouts, steps)]
+    for group in before[1].param_groups:
+        group["lr"] = setting.lr
+    directory = RunDirectory(setting.before)
+    u, first_e = (load_rollouts(plan, state, directory, k, ROLLOUTS[k], progress) for k in range(2))
+    updates = [rows_of(u, rows) for rows in rows_by_step(u.rollouts, setting.steps)]
     batches = [update_batch(plan, update) for update in updates]
     model, optimizer = copy.deepcopy(before)
     seconds = sum(processor_seconds(partial(reinforce, model, optimizer, batch)) for batch in batches)
     apply, params = fx.make_functional(model)
     moved = state._replace(model=model, apply=apply, params=params)
-    e = load_rollouts(plan, moved, RunDirectory(folder), 2, ROLLOUTS[2], progress)
+    e = load_rollouts(plan, moved, RunDirectory(setting.folder), 2, ROLLOUTS[2], progress)
     advantages = torch.tensor([r.advantage or 0.0 for r in updates[0].rollouts])
     return Recorded(*before, batches, advantages, first_e.batch, e.batch, trainable(model), seconds)
 
@@ -136,21 +156,15 @@ def trainable(model: torch.nn.Module) -> Params:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def measure(plan: EntropyInfluencePlan, folder: Path, steps: int, left_out: int) -> dict[str, Any]:
-    """Return rank correlations of every predictor with the measured effects, the change over the window, and costs.
-
-    Args:
-        plan: see ``record``.
-        folder: of rollouts, predictions and measured changes; those that are there are not made again.
-        steps: number of steps.
-        left_out: number of rollouts of the first step that are left out, of those with an advantage.
-    """
+def measure(setting: Setting) -> dict[str, Any]:
+    """Return rank correlations of every predictor with the measured effects, the change over the window, and costs."""
+    folder = setting.folder
     folder.mkdir(parents=True, exist_ok=True)
-    recorded = record(plan, folder, steps)
+    recorded = record(setting)
     apply, params = fx.make_functional(recorded.model)
     state = fx.adamw_state(recorded.optimizer, recorded.model)
     window = recorded_window(recorded.batches, state.lr, params, state)
-    chosen = recorded.advantages.nonzero().flatten().tolist()[:left_out]
+    chosen = recorded.advantages.nonzero().flatten().tolist()[: setting.left_out]
     first, *others = WINDOWS
     attribution = partial(window_figures, recorded, window, apply)
     works: dict[str, Callable[[], dict[str, Any]]] = {
@@ -255,6 +269,7 @@ def compared(
     influences = {name: predicted[name] * (1.0 if name in windows else lr) for name in (*windows, *SHARES)}
     one_step = figures["one step"]["seconds"]
     return {
+        "lr": lr,
         "steps": len(recorded.batches),
         "rollouts": len(recorded.advantages),
         "left_out": len(chosen),
@@ -275,24 +290,37 @@ def compared(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the tables of rank correlations and costs by predictor, and of the window's change of entropy."""
-    window = report["window"]
-    title = f"{report['policy']}, lr {report['lr']:g}, {window['steps']} steps of {window['rollouts']} rollouts"
-    lines = [
-        f"| {title}; {window['left_out']} left out of the first | rank correlation | measured / predicted | "
-        "processor seconds over those of the steps | GiB added to the peak |",
-        "|---|---|---|---|---|",
-    ]
+    """Return the table of rank correlations and costs by predictor, a column for each learning rate, and of changes."""
+    windows = report["windows"]
+    steps = f"{windows[0]['steps']} steps of {windows[0]['rollouts']} rollouts, {windows[0]['left_out']} left out"
+    rates = [f"lr {window['lr']:g}" for window in windows]
+    head = [f"{report['policy']}, {steps} of the first", *(f"{rate}: rank, measured / predicted" for rate in rates)]
+    lines = [_row([*head, "processor seconds over those of the steps", "GiB added to the peak"])]
+    lines.append("|---" * (len(windows) + 3) + "|")
     for name, label in RANKED.items():
-        if (rank := window["ranks"].get(name)) is not None:
-            costs = window["costs"].get(name, {})
-            seconds = f"{costs['seconds'] / window['training_seconds']:.1f}" if costs else ""
-            peak = f"{costs['peak_extra_bytes'] / 2**30:.1f}" if "peak_extra_bytes" in costs else ""
-            slope = f"{window['slopes'][name]:.3g}" if name in window["slopes"] else ""
-            lines.append(f"| {label} | {rank:+.2f} | {slope} | {seconds} | {peak} |")
-    half_width = fx.interval_half_width(window["realised_stderr"], window["realised_degrees_of_freedom"])
-    lines += ["", f"ΔH over the window {window['realised']:+.4f} ± {half_width:.4f} nats."]
+        if all(name in window["ranks"] for window in windows):
+            costs = [window["costs"].get(name, {}) for window in windows]
+            seconds = [x["seconds"] / y["training_seconds"] for x, y in zip(costs, windows, strict=True) if x]
+            peaks = [x["peak_extra_bytes"] / 2**30 for x in costs if "peak_extra_bytes" in x]
+            medians = [f"{statistics.median(x):.1f}" if x else "" for x in (seconds, peaks)]
+            lines.append(_row([label, *(_agreement(window, name) for window in windows), *medians]))
+    lines.append(_row(["ΔH over the window, nats", *map(_change, windows), "", ""]))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _agreement(window: Mapping[str, Any], name: str) -> str:
+    rank = window["ranks"][name]
+    slope = f"{window['slopes'][name]:.3g}" if name in window["slopes"] else ""
+    return ", ".join(filter(None, ("" if rank is None else f"{rank:+.2f}", slope)))
+
+
+def _change(window: Mapping[str, Any]) -> str:
+    half_width = fx.interval_half_width(window["realised_stderr"], window["realised_degrees_of_freedom"])
+    return f"{window['realised']:+.4f} ± {half_width:.4f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,17 +328,19 @@ def main(argv: list[str] | None = None) -> int:
     one_thread()
     if arguments.quick:
         with tempfile.TemporaryDirectory() as temporary:
-            window = measure(embedded_plan(), Path(temporary) / "run", 2, 4)
-        policy, lr = "embedded policy", 1e-4
+            folder = Path(temporary) / "run"
+            windows = [measure(Setting(embedded_plan(), folder, folder, 1e-4, 2, 4))]
+        policy = "embedded policy"
     else:
         base = prepare_model()
         evaluations = batch("eval", 0, EVALUATED, 1), batch("eval", EVALUATED, EVALUATED // 2, 2)
         plan = real_plan(prepare_policy(FOLDER, base), base, *evaluations)
         update = batch("train", 0, STEPS * PROMPTS, COMPLETIONS, resample_zero_advantage=1)
         plan = dataclasses.replace(plan, update=update)
-        window = measure(plan, FOLDER / "several_steps", STEPS, LEFT_OUT)
-        policy, lr = "SmolLM2-135M, LoRA", LEARNING_RATES["lora"]
-    report = {"environment": environment(), "policy": policy, "lr": lr, "window": window}
+        before = FOLDER / FOLDERS[LEARNING_RATE]
+        windows = [measure(Setting(plan, before, FOLDER / folder, lr)) for lr, folder in FOLDERS.items()]
+        policy = "SmolLM2-135M, LoRA"
+    report = {"environment": environment(), "policy": policy, "windows": windows}
     print(markdown(report))
     if not arguments.quick:
         store(NAME, report, {PAGE: {NAME: markdown(report)}})
