@@ -38,7 +38,7 @@ class Task(NamedTuple):
 SHIPPED, HARDER = Task(), Task(largest=99, operands=(4, 5), within=299, max_new_tokens=40)
 """The demo policy's task, and one of longer chains of larger numbers, where exploring pays."""
 
-SIZES = {"toy": (32, 64, 2), "demo": (64, 160, 4), "large": (128, 320, 6)}
+SIZES = {"toy": (32, 64, 2), "demo": (64, 160, 4), "large": (128, 320, 6), "largest": (320, 960, 8)}
 """Hidden size, intermediate size, layers."""
 
 
@@ -54,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "demo") -> Qwen2ForCausalLM:
-    """Return a random Qwen2 with tied embeddings, of 20 thousand, 174 thousand or a million parameters."""
+    """Return a random Qwen2 with tied embeddings, of 20 thousand, 174 thousand, one or ten million parameters."""
     hidden, intermediate, layers = SIZES[size]
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -38,15 +38,23 @@ STEPS, LR, EVALUATED = 100, 2e-5, 64
 
 
 def trainer(
-    out: str, steps: int, rows: list[dict[str, Any]] | None = None, peft_config: LoraConfig | None = None, **more: Any
+    out: str,
+    steps: int,
+    rows: list[dict[str, Any]] | None = None,
+    peft_config: LoraConfig | None = None,
+    model: Any = None,
+    reward: Callable[..., list[float]] = exact_match,
+    **more: Any,
 ) -> GRPOTrainer:
-    """Return a trainer of the embedded policy, with a new optimizer.
+    """Return a trainer of the embedded policy, or of another with its tokenizer, with a new optimizer.
 
     Args:
         out: the trainer's directory.
         steps: number of optimizer steps.
         rows: records of the prompts; None takes those that the policy was trained on.
         peft_config: of an adapter to train in place of the weights.
+        model: the policy, by default the embedded one.
+        reward: of its completions.
         **more: further options of the config.
     """
     policy = demo_path("demo")
@@ -65,9 +73,9 @@ def trainer(
         **more,
     }
     return GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32) if model is None else model,
         args=GRPOConfig(**config),
-        reward_funcs=exact_match,
+        reward_funcs=reward,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(policy),
         peft_config=peft_config,

@@ -201,21 +201,40 @@ class AdamWStep:
         """Return v_baseline by name, a vector of the parameters' size."""
         return self._term("baseline")
 
-    def directions_(self, name: str, gradients: Tensor) -> Tensor:
-        """Return v of a parameter's shard for each of several gradients (K, ...) in place of g, in their memory.
+    def move_(
+        self, name: str, xs: Sequence[Tensor], theta: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Replace the local entries of several tensors by theta + lr v(g_k), each with a gradient g_k in place of g.
 
         The clipping factor stays that of g.
+
+        Args:
+            name: of the parameter.
+            xs: K tensors like the parameter's shard, from which the g_k are made.
+            theta: the parameter's shard, to which the step is added.
+            gradient: function that returns g_k (K, B) from B entries of the xs, (K, B), and of g, (B,).
+
+        Example:
+            >>> from fx_influence.types import AdamWHyper
+            >>> zero = {"w": torch.zeros(2)}
+            >>> state = AdamWState(zero, zero, {}, {"w": 0}, {"w": AdamWHyper()}, lr=1e-3)
+            >>> step = AdamWStep.of({"w": torch.tensor([3.0, -2.0])}, state, zero, "frozen", None)
+            >>> x = torch.tensor([4.0, 1.0])
+            >>> step.move_("w", [x], zero["w"], lambda xs, g: g - xs)
+            >>> [round(entry, 6) for entry in x.tolist()]
+            [0.001, 0.001]
         """
+        local = [to_local(x) for x in xs]
         if not self.moves(name):
-            return gradients.zero_()
+            for x in local:
+                x.copy_(to_local(theta))
+            return
         hyper, tau = self.opt_state.hyper[name], self.opt_state.step[name] + 1
-        size = CPU_BLOCK if gradients.device.type == "cpu" else BLOCK
-        tensors = map(to_local, self._stored(name))
-        blocks = zip(gradients.flatten(1).split(size, 1), *(t.flatten().split(size) for t in tensors), strict=True)
-        for block, theta, *moments in blocks:
-            inputs = StepInputs.promoted(theta, moments, block, self.clip)
-            block.copy_(self._terms(inputs, hyper, tau)["direction"])
-        return gradients
+        for (*blocks, start), inputs in self._blocks(name, [*local, to_local(theta)]):
+            g = gradient(torch.stack(blocks), inputs.g.to(blocks[0].dtype))
+            directions = self._terms(inputs._replace(g=g.to(inputs.g.dtype)), hyper, tau)["direction"]
+            for block, direction in zip(blocks, directions, strict=True):
+                torch.add(start, direction.to(start.dtype), alpha=self.opt_state.lr, out=block)
 
     def sample(self, stride: int) -> AdamWStep:
         """Return the step of every ``stride``-th entry of each parameter's shard, in tensors of its own.

@@ -16,6 +16,7 @@ Source: cross-fitting, Chernozhukov et al. 2018.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from fx_influence.autodiff.engine import Engine
 from fx_influence.autodiff.ghost import DirectionPlan, default_budget, plan_directions
 from fx_influence.batching.rows import has_loss, rows_by_group, select_rows
-from fx_influence.core.dtensor import to_local
 from fx_influence.core.tree import shift_
 from fx_influence.distributed.engine import make_engine
 from fx_influence.estimators.deviations import share_left
@@ -155,22 +155,32 @@ def _moved(
         cancels: share of G_k / (1 - f_k) below which what is left of an entry of g_k is the rounding of both terms and
             becomes 0, since a fresh optimizer would make a step of the full size from it.
     """
+    # The clipping factor stays that of g.
+    step = step if mean is None else replace(step, grads=mean)
     moved: list[Params] = [{} for _ in gradients]
+
+    def without_fold(by_fold: Tensor, g: Tensor) -> Tensor:
+        weight = shares.to(by_fold.device, by_fold.dtype).reshape(-1, *[1] * g.dim())
+        base = g + (weight / (1 - weight) * by_fold).sum(0) if mean is None else g
+        scaled = by_fold / (1 - weight)
+        g_k = base - scaled
+        return g_k * (g_k.abs() > cancels * scaled.abs())
+
     for name, p in step.shards(params).items():
         by_fold = [step.shards({name: gradient.pop(name)})[name] for gradient in gradients]
-        scaled = torch.stack([torch.zeros_like(to_local(p)) if x is None else to_local(x) for x in by_fold])
-        weight = shares.to(scaled.device, scaled.dtype).reshape(-1, *[1] * (scaled.dim() - 1))
-        g = step.grads[name] if mean is None else mean[name]
-        if g is not None:
-            base = to_local(g).to(scaled.dtype)
-            base = base + (weight / (1 - weight) * scaled).sum(0) if mean is None else base
-            bound = cancels * scaled.div_(weight - 1).abs()
-            scaled.add_(base)
-            scaled.mul_(scaled.abs() > bound)
-        for of_fold, direction in zip(moved, step.directions_(name, scaled), strict=True):
-            of_fold[name] = p.clone()
-            to_local(of_fold[name]).add_(direction, alpha=step.opt_state.lr)
+        # A part of a gathered gradient is copied, so that the rest of that is freed.
+        buffers = [_buffer(x, p, step.partition is not None) for x in by_fold]
+        step.move_(name, buffers, p, without_fold)
+        for of_fold, buffer in zip(moved, buffers, strict=True):
+            of_fold[name] = buffer
     return moved
+
+
+def _buffer(x: Tensor | None, p: Tensor, copy: bool) -> Tensor:
+    """Return a gradient like a parameter, of its dtype, in memory that may be overwritten; zeros for None."""
+    if x is None:
+        return torch.zeros_like(p)
+    return x.to(p.dtype, copy=copy)
 
 
 def _odds(folds: PartsOfRows) -> Tensor:
