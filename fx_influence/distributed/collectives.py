@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
+
+BUCKET_BYTES = 2**24
+"""Largest copy of tensors that are sent together."""
 
 if dist.is_available():
     # Imported before any process group exists, because its functions bind the default group of the moment when torch
@@ -108,12 +111,37 @@ def all_gather(mesh: DeviceMesh, local: Tensor) -> Tensor:
     return gathered.to(local.dtype)
 
 
-def sum_over_ranks(mesh: DeviceMesh, tensors: list[Tensor]) -> None:
+def sum_over_ranks(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> None:
     """Replace every tensor by its sum over all ranks, in place."""
-    before_collective()
-    for group in _groups(mesh):
-        for work in [dist.all_reduce(x, group=group, async_op=True) for x in tensors]:
-            work.wait()
+    sum_over_groups(_groups(mesh), tensors)
+
+
+def sum_over_groups(groups: Sequence[dist.ProcessGroup], tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its sum over the ranks of one group after the other, in place.
+
+    Small ones are sent together, since each collective takes as long as some kilobytes. Every rank has tensors of the
+    same shapes in the same order.
+    """
+    for together in _buckets(tensors):
+        flat = torch.cat([x.flatten() for x in together]) if len(together) > 1 else together[0]
+        for group in groups:
+            before_collective()
+            dist.all_reduce(flat, group=group)
+        if len(together) > 1:
+            for x, total in zip(together, flat.split([x.numel() for x in together]), strict=True):
+                x.copy_(total.view_as(x))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in turn, as many as fit ``BUCKET_BYTES`` at once, all of one dtype; larger ones alone."""
+    bucket: list[Tensor] = []
+    for x in tensors:
+        if bucket and (x.dtype != bucket[0].dtype or sum(y.nbytes for y in [*bucket, x]) > BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(x)
+    if bucket:
+        yield bucket
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:

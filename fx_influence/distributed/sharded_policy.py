@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fx_influence.batching.microbatch import MicroBatch
-from fx_influence.core.dtensor import before_collective, full_shape, is_flat, is_sharded, to_local
+from fx_influence.core.dtensor import full_shape, is_flat, is_sharded, to_local
 from fx_influence.core.tree import cast_floating, promote
+from fx_influence.distributed.collectives import sum_over_groups
 from fx_influence.distributed.fsdp_gather import reduce_scatter, shard_like, sharding_of, start_all_gather
 from fx_influence.distributed.fsdp_model import (
     check_sharding,
@@ -223,20 +223,10 @@ def _sum_over_copies(local: Gradients, params: Params) -> Gradients:
     mesh = first_parameter.device_mesh
     groups = [mesh.get_group(axis) for axis in range(sharding_of(first_parameter).axis)]
     reached = torch.tensor([g is not None for g in local.values()], dtype=torch.float32, device=first_parameter.device)
-    for group in groups:
-        before_collective()
-        dist.all_reduce(reached, group=group)
+    sum_over_groups(groups, [reached])
     out: Gradients = {}
-    for name, by_any_copy in zip(local, reached.tolist() if groups else reached, strict=True):
-        like: Any = params[name]
-        g = local[name]
-        if g is None and by_any_copy:
-            g = torch.zeros_like(to_local(like), dtype=promote(like.dtype))
-        if g is None:
-            out[name] = None
-            continue
-        for group in groups:
-            before_collective()
-            dist.all_reduce(g, group=group)
-        out[name] = shard_like(g, like)
-    return out
+    for (name, g), by_any_copy in zip(local.items(), reached.tolist(), strict=True):
+        p = params[name]
+        out[name] = torch.zeros_like(to_local(p), dtype=promote(p.dtype)) if g is None and by_any_copy else g
+    sum_over_groups(groups, [g for g in out.values() if g is not None])
+    return {name: None if g is None else shard_like(g, params[name]) for name, g in out.items()}
