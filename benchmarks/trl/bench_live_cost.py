@@ -1,4 +1,4 @@
-"""What measuring every step costs a live training, by the size of the policy and by where its E comes from.
+"""Measure what every measured step costs a live training, by the size of the policy and by where its E comes from.
 
     python -m benchmarks live_cost            writes results/live_cost.json and the table in README.md; half an hour
     python -m benchmarks live_cost --quick    the smallest policy, one round, written nowhere

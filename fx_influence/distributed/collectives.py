@@ -122,13 +122,13 @@ def sum_over_groups(groups: Sequence[dist.ProcessGroup], tensors: Sequence[Tenso
     Small ones are sent together, since each collective takes as long as some kilobytes. Every rank has tensors of the
     same shapes in the same order.
     """
-    for together in _buckets(tensors):
-        flat = torch.cat([x.flatten() for x in together]) if len(together) > 1 else together[0]
+    for bucket in _buckets(tensors):
+        flat = torch.cat([x.flatten() for x in bucket]) if len(bucket) > 1 else bucket[0]
         for group in groups:
             before_collective()
             dist.all_reduce(flat, group=group)
-        if len(together) > 1:
-            for x, total in zip(together, flat.split([x.numel() for x in together]), strict=True):
+        if len(bucket) > 1:
+            for x, total in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
                 x.copy_(total.view_as(x))
 
 
