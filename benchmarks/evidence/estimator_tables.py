@@ -63,15 +63,15 @@ def geometric(values: Sequence[float]) -> dict[str, float] | None:
     return {"mean": math.exp(mean), "low": math.exp(mean - width), "high": math.exp(mean + width)}
 
 
-def error_ratios(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return squared errors over the error of ``per_decision`` on as many rollouts, two to a prompt."""
+def error_ratios(runs: Sequence[Mapping[str, Any]], each: int = 2) -> list[dict[str, Any]]:
+    """Return squared errors over the error of ``per_decision`` on as many rollouts, ``each`` to a prompt."""
     ratios: dict[tuple[str, str, int], list[float]] = {}
     for run in runs:
         for state in run["found"]:
             reference = {(x["each"], x["rollouts"]): x for x in state["errors"] if x["estimator"] == "per_decision"}
             for x in state["errors"]:
                 way = f"{x['estimator']}, {x['each']} a prompt"
-                ratio = x["squared_error"] / reference[2, x["rollouts"]]["squared_error"]
+                ratio = x["squared_error"] / reference[each, x["rollouts"]]["squared_error"]
                 if ratio != 1:
                     ratios.setdefault((run["policy"], way, x["rollouts"]), []).append(ratio)
     return [
