@@ -1,4 +1,4 @@
-"""Which tokens lower the entropy of a pretrained chat model, and do the field's claims about it hold?
+"""Measure which tokens lower the entropy of a pretrained chat model, and check the field's claims about it.
 
     python -m benchmarks real_collapse              SmolLM2-135M-Instruct with LoRA; five minutes a state on a core,
                                                     resumed at the state at which it stopped
@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import fx_influence as fx
 from benchmarks.evidence.bench_collapse import NAME as SMALL_POLICIES
 from benchmarks.evidence.bench_collapse import figures_of_tokens, kinds_of_tokens, summary
 from benchmarks.harness import format_interval, mean_interval, result_path, write_json
@@ -91,7 +90,7 @@ CLAIMS = (
 
 
 def measure(plan: EntropyInfluencePlan, rollouts: Path, file: Path) -> dict[str, Any]:
-    """Return the figures of the tokens of U, and the sums over its four regions with their own error bars.
+    """Return the figures of the tokens of U, see ``figures_of_tokens``.
 
     Args:
         plan: of U and of the rollouts of E.
@@ -100,18 +99,9 @@ def measure(plan: EntropyInfluencePlan, rollouts: Path, file: Path) -> dict[str,
     """
     if not file.exists():
         state = load_pretrained_state(plan, rollouts)
+        out = state.influence(state.held_out, stderr=False, memory_budget=MEMORY_BUDGET)
         lr = state.opt_state.lr
-        regions = fx.labels.regions(state.update, state.u.values)
-        out = state.influence(state.held_out, labels=regions, memory_budget=MEMORY_BUDGET)
-        sums, degrees = out.sums(regions), out.degrees_of_freedom
-        assert degrees is not None
-        figures = figures_of_tokens(out, state.update, state.u.values, state.u.rollouts, lr)
-        half_width = fx.interval_half_width(sums.stderr, degrees)
-        regions_told = {
-            name: {"sum": lr * float(value), "half_width": lr * float(width)}
-            for name, value, width in zip(sums.names, sums.influence, half_width, strict=True)
-        }
-        write_json(file, {"lr": lr, **figures, "regions": regions_told})
+        write_json(file, {"lr": lr, **figures_of_tokens(out, state.update, state.u.values, state.u.rollouts, lr)})
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -123,7 +113,7 @@ def report_of(model: str, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of claims, and that of the main kinds of tokens."""
-    return "\n\n".join(["\n".join(_claims(report)), "\n".join([*kinds_of_tokens(report), *_told(report)])])
+    return "\n\n".join(["\n".join(_claims(report)), "\n".join(kinds_of_tokens(report))])
 
 
 def _claims(report: Mapping[str, Any]) -> list[str]:
@@ -151,14 +141,6 @@ def _format(claim: Claim, interval: Mapping[str, float | None]) -> str:
     if claim.figure == "sum":
         return format_interval(interval, "+.3g", 1e6)
     return format_interval(interval, ".2f")
-
-
-def _told(report: Mapping[str, Any]) -> list[str]:
-    """Return the row of how often a state's own error bars tell the signs of the four regions."""
-    states = [state for run in report["runs"] for state in run["found"]]
-    intervals = [x for state in states for name, x in state["regions"].items() if name in fx.labels.REGIONS[:4]]
-    told = fmean(abs(x["sum"]) > x["half_width"] for x in intervals)
-    return [f"| signs of the first four told by a state's own error bars | {told:.0%} |"]
 
 
 BENCHMARK = StateBenchmark(NAME, __doc__, measure, report_of, markdown)

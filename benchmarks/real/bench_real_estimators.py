@@ -1,4 +1,4 @@
-"""Which estimator uses 32 evaluation rollouts of a pretrained chat model best?
+"""Measure which estimator uses 32 evaluation rollouts of a pretrained chat model best.
 
     python -m benchmarks real_estimators              SmolLM2-135M-Instruct with LoRA; ten minutes a state on a core,
                                                       resumed at the influences at which it stopped
@@ -129,7 +129,8 @@ def with_share(direct: Estimate, full: Estimate, score: float | str) -> Estimate
 def figures(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the errors of a state's estimates by kind of E, and the share of noise in their truth.
 
-    They are over the rollouts with a loss: equal zeros of all others would raise rank correlations.
+    They are over the rollouts with a loss, as equal zeros of all others would raise rank correlations; the tenth of the
+    largest is of all.
     """
     truth = estimates(stored[TRUTH])[DEFAULT]
     moves = truth.per_sequence != 0
@@ -143,6 +144,7 @@ def figures(stored: Mapping[str, Any]) -> dict[str, Any]:
                     "rollouts": len(truth.per_sequence),
                     "each": COMPLETIONS,
                     **error_of(estimate.per_sequence[moves], truth.per_sequence[moves]),
+                    "top": error_of(estimate.per_sequence, truth.per_sequence)["top"],
                     "noise_share": noise_share(estimate),
                     "coverage": covered(estimate, truth),
                 }
