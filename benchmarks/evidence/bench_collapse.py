@@ -178,13 +178,13 @@ SUMMARY_KINDS = (
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of the main kinds of tokens."""
-    return "\n".join(kinds_of_tokens(report))
+    return "\n".join(_kinds(report))
 
 
-def appendix(report: Mapping[str, Any]) -> str:
-    """Return the table of all kinds of tokens, rank correlations, and the shares of the largest."""
+def appendix(report: Mapping[str, Any], unit: float = 1e-6) -> str:
+    """Return the table of all kinds of tokens, rank correlations, and the shares of the largest; sums in ``unit``."""
     rows = report["summary"]
-    lines = kinds_of_tokens(report, list(rows[0]["cells"]))
+    lines = _kinds(report, list(rows[0]["cells"]), unit)
     for name in rows[0]["ranks"]:
         cells = (format_interval(row["ranks"][name], "+.2f") for row in rows)
         lines.append(f"| Spearman of influence with minus {name} | {' | '.join(cells)} |")
@@ -195,18 +195,18 @@ def appendix(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def kinds_of_tokens(report: Mapping[str, Any], names: Sequence[str] = SUMMARY_KINDS) -> list[str]:
-    """Return the lines of the table of kinds of tokens."""
+def _kinds(report: Mapping[str, Any], names: Sequence[str] = SUMMARY_KINDS, unit: float = 1e-6) -> list[str]:
     rows = report["summary"]
     titles = " | ".join(f"{row['policy']}, lr {row['lr']:g}" for row in rows)
-    head = "tokens: share of tokens, of all influence, of all that lowers; sum in 1e-6 nats per step"
-    cells = [f"| {name} | {' | '.join(_cell_text(row['cells'][name]) for row in rows)} |" for name in names]
+    exponent = f"1e{math.log10(unit):.0f}"
+    head = f"tokens: share of tokens, of all influence, of all that lowers; sum in {exponent} nats per step"
+    cells = [f"| {name} | {' | '.join(_cell_text(row['cells'][name], unit) for row in rows)} |" for name in names]
     return [f"| {head} | {titles} |", "|---|" + "---|" * len(rows), *cells]
 
 
-def _cell_text(cell: Mapping[str, Any]) -> str:
+def _cell_text(cell: Mapping[str, Any], unit: float) -> str:
     shares = ", ".join(_percent(cell[name]) for name in ("of_tokens", "share", "of_falls"))
-    return f"{shares}; {format_interval(cell['sum'], '+.3g', 1e6)}"
+    return f"{shares}; {format_interval(cell['sum'], '+.3g', 1 / unit)}"
 
 
 def _percent(summary: Mapping[str, float | None] | None) -> str:

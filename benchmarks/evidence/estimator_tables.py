@@ -21,6 +21,8 @@ FIELDS = ("squared_error", "spearman", "top")
 
 BARS = ("noise_share", "coverage")
 """Figures of the error bars, of some estimators."""
+SLOPE = "slope"
+"""Figure of some estimates: <estimate, truth> / <truth, truth>, 1 without bias in size."""
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "rollouts": size,
             **{
                 field: mean_interval([float(np.mean([x[field] for x in states])) for states in seeds])
-                for field in (*FIELDS, *BARS)
+                for field in (*FIELDS, *BARS, SLOPE)
                 if field in seeds[0][0]
             },
         }

@@ -2,7 +2,8 @@
 
     python -m benchmarks real_collapse              SmolLM2-135M-Instruct with LoRA; five minutes a state on a core,
                                                     resumed at the state at which it stopped
-    python -m benchmarks real_collapse --collect    measures nothing: the tables of the states that are measured
+    python -m benchmarks.real.bench_real_collapse --collect
+                                                    measures nothing: the tables of the states that are measured
     python -m benchmarks real_collapse --quick      the embedded policy, few rollouts, written nowhere
 
 At eight states of a GRPO run on tasks of reasoning-gym the influence of every token of 32 rollouts, 8 prompts x 4, on
@@ -15,27 +16,31 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import fx_influence as fx
 from benchmarks.evidence.bench_collapse import NAME as SMALL_POLICIES
-from benchmarks.evidence.bench_collapse import figures_of_tokens, kinds_of_tokens, summary
+from benchmarks.evidence.bench_collapse import SUMMARY_KINDS, appendix, figures_of_tokens, summary
 from benchmarks.harness import format_interval, mean_interval, result_path, write_json
 from benchmarks.real.pretrained_states import MEMORY_BUDGET, StateBenchmark, load_pretrained_state
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.plan import EntropyInfluencePlan
 
 NAME = "bench_real_collapse"
-
+UNIT = 1e-3
+"""Unit of sums in the appendix, in nats."""
 
 FIGURES = {
-    "sum": "sum in 1e-6 nats a step",
+    "net": "net share of all influence",
     "share": "share of all influence",
     "of_falls": "share of all that lowers",
     "rank": "rank correlation",
 }
-"""Figures of kinds of tokens as ``bench_collapse`` stores them; "rank" is that of influence with minus a proxy."""
+"""Figures of kinds of tokens as ``bench_collapse`` stores them; "net" is the sum of influences over that of their
+sizes, as sums at different states differ by an order of magnitude, "rank" is that of influence with minus a proxy."""
 
 
 class Claim(NamedTuple):
@@ -51,12 +56,15 @@ class Claim(NamedTuple):
 
     def describe(self) -> str:
         """Return the claim with its figure and bound, for a table."""
-        return f"{self.text}: {FIGURES[self.figure]} {'above' if self.is_above else 'below'} {self.bound:g}"
+        bound = f"{self.bound:g}" if self.figure == "rank" else f"{self.bound:.0%}"
+        return f"{self.text}: {FIGURES[self.figure]} {'above' if self.is_above else 'below'} {bound}"
 
     def of_state(self, state: Mapping[str, Any]) -> float:
         """Return the figure at a state."""
         if self.figure == "rank":
             return sum(float(state["ranks"][kind]) for kind in self.kinds)
+        if self.figure == "net":
+            return sum(net_share(state, kind) for kind in self.kinds)
         return sum(float(state["cells"][kind][self.figure]) for kind in self.kinds)
 
     def verdict(self, interval: Mapping[str, float | None]) -> str:
@@ -67,14 +75,26 @@ class Claim(NamedTuple):
         return "yes" if (mean > self.bound) == self.is_above else "no"
 
 
+def net_share(state: Mapping[str, Any], kind: str) -> float:
+    """Return the sum of influences over a kind of tokens, over the sum of |influence| over all tokens.
+
+    The latter is S - 2F, with S the sum of all influences and F that of all that lower. A kind c with the sum s_c and
+    the shares a_c of |influence| and f_c of F has a_c (S - 2F) = s_c - 2 f_c F, which gives F.
+    """
+    cells, total = state["cells"], state["rollouts"]
+    known = max(cells.values(), key=lambda cell: abs(cell["of_falls"] - cell["share"]))
+    falls = (known["sum"] - known["share"] * total) / (2 * (known["of_falls"] - known["share"]))
+    return float(cells[kind]["sum"] / (total - 2 * falls))
+
+
 LIKELY, UNLIKELY = ("A > 0, likely", "A < 0, likely"), ("A > 0, unlikely", "A < 0, unlikely")
 REGIONS = "2602.03392, 2602.09782"
 RAISED = f"2505.22617, {REGIONS}, 2605.11775"
 CLAIMS = (
-    Claim("raising likely tokens lowers the entropy", RAISED, LIKELY[:1], "sum", False),
-    Claim("raising unlikely tokens raises it", RAISED, UNLIKELY[:1], "sum", True),
-    Claim("lowering likely tokens raises it", REGIONS, LIKELY[1:], "sum", True),
-    Claim("lowering unlikely tokens lowers it", REGIONS, UNLIKELY[1:], "sum", False),
+    Claim("raising likely tokens lowers the entropy", RAISED, LIKELY[:1], "net", False),
+    Claim("raising unlikely tokens raises it", RAISED, UNLIKELY[:1], "net", True),
+    Claim("lowering likely tokens raises it", REGIONS, LIKELY[1:], "net", True),
+    Claim("lowering unlikely tokens lowers it", REGIONS, UNLIKELY[1:], "net", False),
     Claim("positive advantages cause most of the fall", "2511.05993", (LIKELY[0], UNLIKELY[0]), "of_falls", True, 0.5),
     Claim(
         "the 2% of highest covariance cause much of it",
@@ -113,7 +133,8 @@ def report_of(model: str, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of claims, and that of the main kinds of tokens."""
-    return "\n\n".join(["\n".join(_claims(report)), "\n".join(kinds_of_tokens(report))])
+    states = f"States: {len(report['runs'])}."
+    return "\n\n".join(["\n".join(_claims(report)), states, "\n".join(_kinds(report))])
 
 
 def _claims(report: Mapping[str, Any]) -> list[str]:
@@ -122,28 +143,43 @@ def _claims(report: Mapping[str, Any]) -> list[str]:
     for run in [*report["runs"], *small]:
         policies.setdefault(run["policy"], []).append(run["found"])
     lines = [
-        f"| claim | arXiv | {' | '.join(f'{policy}: measured, agrees' for policy in policies)} |",
+        f"| claim | arXiv | {' | '.join(f'{policy}: mean, runs that agree, verdict' for policy in policies)} |",
         "|---|---|" + "---|" * len(policies),
     ]
     for claim in CLAIMS:
         cells = []
         for runs in policies.values():
-            interval = mean_interval([fmean(map(claim.of_state, states)) for states in runs])
+            means = [fmean(map(claim.of_state, states)) for states in runs]
+            interval = mean_interval(means)
             assert interval is not None
-            cells.append(f"{_format(claim, interval)}: {claim.verdict(interval)}")
+            agreeing = sum((mean > claim.bound) == claim.is_above for mean in means)
+            cells.append(f"{_format(claim, interval)}, {agreeing} of {len(means)}: {claim.verdict(interval)}")
         lines.append(f"| {claim.describe()} | {claim.source} | {' | '.join(cells)} |")
+    return lines
+
+
+def _kinds(report: Mapping[str, Any]) -> list[str]:
+    states = [state for run in report["runs"] for state in run["found"]]
+    heads = ("share of all tokens", FIGURES["share"], FIGURES["of_falls"], FIGURES["net"])
+    lines = [f"| tokens | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for kind in (*SUMMARY_KINDS, *fx.labels.THIRDS):
+        shares = [
+            mean_interval([float(state["cells"][kind][name]) for state in states])
+            for name in ("of_tokens", "share", "of_falls")
+        ]
+        texts = [f"{format_interval(share, '.0f', 100)}%" for share in shares]
+        net = mean_interval([net_share(state, kind) for state in states])
+        lines.append(f"| {kind} | {' | '.join(texts)} | {format_interval(net, '+.0f', 100)}% |")
     return lines
 
 
 def _format(claim: Claim, interval: Mapping[str, float | None]) -> str:
     if claim.figure == "rank":
         return format_interval(interval, "+.2f")
-    if claim.figure == "sum":
-        return format_interval(interval, "+.3g", 1e6)
-    return format_interval(interval, ".2f")
+    return f"{format_interval(interval, '+.0f' if claim.figure == 'net' else '.0f', 100)}%"
 
 
-BENCHMARK = StateBenchmark(NAME, __doc__, measure, report_of, markdown)
+BENCHMARK = StateBenchmark(NAME, __doc__, measure, report_of, markdown, partial(appendix, unit=UNIT))
 main = BENCHMARK.main
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks real_estimators              SmolLM2-135M-Instruct with LoRA; ten minutes a state on a core,
                                                       resumed at the influences at which it stopped
-    python -m benchmarks real_estimators --collect    measures nothing: the tables of the states that are measured
+    python -m benchmarks.real.bench_real_estimators --collect
+                                                      measures nothing: the tables of the states that are measured
     python -m benchmarks real_estimators --quick      the embedded policy, few rollouts, written nowhere
 
 At eight states of a GRPO run on tasks of reasoning-gym the influences of 32 rollouts, 8 prompts x 4, are estimated by
@@ -27,7 +28,7 @@ import fx_influence as fx
 from benchmarks.evidence.bench_cross_fitting import covered
 from benchmarks.evidence.bench_estimators import NAME as SMALL_POLICIES
 from benchmarks.evidence.bench_estimators import OBJECTIVES, bias_is_measured, error_of, noise_share
-from benchmarks.evidence.estimator_tables import error_ratios, errors, format_factor
+from benchmarks.evidence.estimator_tables import SLOPE, error_ratios, errors, format_factor
 from benchmarks.harness import format_interval, mean_interval, result_path, write_json
 from benchmarks.real.bench_real_counterfactual import COMPLETIONS, progress
 from benchmarks.real.pretrained_states import MEMORY_BUDGET, PretrainedState, StateBenchmark, load_pretrained_state
@@ -145,6 +146,7 @@ def figures(stored: Mapping[str, Any]) -> dict[str, Any]:
                     "each": COMPLETIONS,
                     **error_of(estimate.per_sequence[moves], truth.per_sequence[moves]),
                     "top": error_of(estimate.per_sequence, truth.per_sequence)["top"],
+                    SLOPE: float(estimate.per_sequence @ truth.per_sequence / truth.per_sequence.square().sum()),
                     "noise_share": noise_share(estimate),
                     "coverage": covered(estimate, truth),
                 }
@@ -161,6 +163,8 @@ def report_of(model: str, stored: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     Every state counts as a run, so that intervals are over states.
     """
     complete = [x for x in stored if all(set(names) <= x.get(kind, {}).keys() for kind, names in PASSES.items())]
+    if not complete:
+        raise ValueError("states with all influences are 0; expected one at least. Measure without --collect")
     states = [figures(x) for x in complete]
     runs = [
         {"policy": f"{model}, {kind}", "found": [{"errors": errors_of_kind}]}
@@ -177,17 +181,20 @@ def report_of(model: str, stored: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 COLUMNS = {
+    SLOPE: "size, slope on the truth",
     "spearman": "rank correlation",
     "top": "of the top tenth identified, with its sign",
     "noise_share": "share of noise, by error bars",
     "coverage": "coverage of 95% intervals",
 }
-"""Heads of the table by figure; all but the first are shares."""
+"""Heads of the table by figure; all but the first two are shares."""
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table by estimator, and that of squared errors over the default's by policy."""
-    return "\n\n".join(["\n".join(_errors(report)), "\n".join(_over_policies(report))])
+    noise = f"{format_interval(report['truth_noise_share'], '.0f', 100)}%"
+    states = f"States: {report['states']}. Share of noise in the truth of each, by its error bars: {noise}."
+    return "\n\n".join(["\n".join(_errors(report)), states, "\n".join(_over_policies(report))])
 
 
 def _errors(report: Mapping[str, Any]) -> list[str]:
@@ -197,8 +204,8 @@ def _errors(report: Mapping[str, Any]) -> list[str]:
     for row in report["summary"]["estimators"]:
         ratio = ratios.get((row["policy"], _way(row["estimator"], row["each"])))
         cells = [format_interval(row["squared_error"], ".2f"), format_factor(ratio)]
-        cells.append(format_interval(row["spearman"], ".2f"))
-        cells += [f"{format_interval(row[name], '.0f', 100)}%" for name in list(COLUMNS)[1:]]
+        cells += [format_interval(row[name], ".2f") for name in list(COLUMNS)[:2]]
+        cells += [f"{format_interval(row[name], '.0f', 100)}%" for name in list(COLUMNS)[2:]]
         kind = row["policy"].rpartition(", ")[2]
         lines.append(f"| {kind}, {_title(row['estimator'])} | {' | '.join(cells)} |")
     return lines

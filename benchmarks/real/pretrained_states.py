@@ -38,7 +38,7 @@ STEPS = tuple(range(3, 27, 3))
 """Optimizer steps before the states."""
 TASKS = 64
 MODEL = "SmolLM2-135M, LoRA"
-MEMORY_BUDGET = 2 << 30
+MEMORY_BUDGET = 1 << 30
 """Bytes of caches for an influence: with the default's, forward passes over so many prompts are recomputed."""
 
 
@@ -99,7 +99,7 @@ class StateBenchmark(NamedTuple):
 
     ``measure(plan, rollouts, file)`` measures at the state of a plan, whose rollouts are in the folder ``rollouts``,
     and returns the figures that it stores in ``file``, none of them twice. ``report(model, figures)`` summarises those
-    of several states, ``markdown(report)`` returns the table.
+    of several states, ``markdown(report)`` returns the table, ``appendix(report)`` a long one for the end of the page.
     """
 
     name: str
@@ -107,10 +107,12 @@ class StateBenchmark(NamedTuple):
     measure: Callable[[EntropyInfluencePlan, Path, Path], Mapping[str, Any]]
     report: Callable[[str, Sequence[Mapping[str, Any]]], dict[str, Any]]
     markdown: Callable[[Mapping[str, Any]], str]
+    appendix: Callable[[Mapping[str, Any]], str] | None = None
 
     def tables(self, report: Mapping[str, Any]) -> Tables:
         """Return the tables by page and mark."""
-        return {EVIDENCE: {self.name: self.markdown(report)}}
+        tables = {self.name: self.markdown(report)}
+        return {EVIDENCE: tables | ({f"{self.name}_appendix": self.appendix(report)} if self.appendix else {})}
 
     def file(self, steps: int) -> Path:
         """Return the file of the figures at the state after ``steps`` optimizer steps."""
@@ -131,8 +133,10 @@ class StateBenchmark(NamedTuple):
                 self.measure(*plan_and_folder, self.file(steps))
                 progress("states", k + 1, len(STEPS))
             figures = [json.loads(f.read_text(encoding="utf-8")) for f in map(self.file, STEPS) if f.exists()]
+        if not figures:
+            command.error(f"{self.file(STEPS[0])} and those of later states are missing; measure without --collect")
         report = self.report("embedded policy" if arguments.quick else MODEL, figures)
-        print(self.markdown(report))
+        print("\n\n".join(self.tables(report)[EVIDENCE].values()))
         if not arguments.quick:
             store(self.name, report, self.tables(report))
         return 0

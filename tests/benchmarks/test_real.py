@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.harness import ROOT
 from benchmarks.real import bench_real_estimators
 from benchmarks.real.__main__ import PLAN
-from benchmarks.real.bench_real_collapse import Claim
+from benchmarks.real.bench_real_collapse import Claim, net_share
 from benchmarks.real.bench_real_estimators import Estimate, with_share
 from benchmarks.real.bench_real_model import summary
 from benchmarks.real.language_model import prepare_model, tiny_model
@@ -144,7 +144,7 @@ def test_figures_are_over_rollouts_with_a_loss() -> None:
     report = bench_real_estimators.report_of("model", [state, {"truth": state["truth"]}])
     assert report["states"] == 1
     row = report["summary"]["estimators"][0]
-    assert row["squared_error"]["mean"] == pytest.approx(8 / 20)
+    assert (row["squared_error"]["mean"], row["slope"]["mean"]) == pytest.approx((8 / 20, 16 / 20))
     assert (row["spearman"]["mean"], row["top"]["mean"], row["coverage"]["mean"]) == pytest.approx((-1, 0, 0))
 
 
@@ -154,6 +154,16 @@ def test_claim_is_judged_beyond_its_interval(mean: float, verdict: str) -> None:
     assert claim.of_state({"cells": {"a": {"of_falls": 0.25}, "b": {"of_falls": 0.5}}}) == 0.75
     assert claim.verdict({"mean": mean, "half_width": 0.1}) == verdict
     assert claim.verdict({"mean": mean, "half_width": None}) == "not told"
+
+
+def test_net_share_follows_from_the_stored_shares() -> None:
+    """Influences -4 and +1 of one kind, -2 and +3 of the other: their sums are -3 and +1, their sizes add up to 10."""
+    cells = {
+        "a": {"sum": -3.0, "share": 0.5, "of_falls": 4 / 6},
+        "b": {"sum": 1.0, "share": 0.5, "of_falls": 2 / 6},
+    }
+    state = {"rollouts": -2.0, "cells": cells}
+    assert [net_share(state, kind) for kind in "ab"] == pytest.approx([-0.3, 0.1])
 
 
 @pytest.mark.slow
