@@ -25,7 +25,7 @@ import fx_influence as fx
 from benchmarks.evidence.bench_collapse import NAME as SMALL_POLICIES
 from benchmarks.evidence.bench_collapse import SUMMARY_KINDS, appendix, figures_of_tokens, summary
 from benchmarks.harness import format_interval, mean_interval, result_path, write_json
-from benchmarks.real.pretrained_states import MEMORY_BUDGET, StateBenchmark, load_pretrained_state
+from benchmarks.real.pretrained_states import StateBenchmark, load_pretrained_state
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.lab.plan import EntropyInfluencePlan
 
@@ -119,7 +119,7 @@ def measure(plan: EntropyInfluencePlan, rollouts: Path, file: Path) -> dict[str,
     """
     if not file.exists():
         state = load_pretrained_state(plan, rollouts)
-        out = state.influence(state.held_out, stderr=False, memory_budget=MEMORY_BUDGET)
+        out = state.influence(state.held_out, stderr=False)
         lr = state.opt_state.lr
         write_json(file, {"lr": lr, **figures_of_tokens(out, state.update, state.u.values, state.u.rollouts, lr)})
     return dict(json.loads(file.read_text(encoding="utf-8")))

@@ -31,7 +31,7 @@ from benchmarks.evidence.bench_estimators import OBJECTIVES, bias_is_measured, e
 from benchmarks.evidence.estimator_tables import SLOPE, error_ratios, errors, format_factor
 from benchmarks.harness import format_interval, mean_interval, result_path, write_json
 from benchmarks.real.bench_real_counterfactual import COMPLETIONS, progress
-from benchmarks.real.pretrained_states import MEMORY_BUDGET, PretrainedState, StateBenchmark, load_pretrained_state
+from benchmarks.real.pretrained_states import PretrainedState, StateBenchmark, load_pretrained_state
 from fx_influence.estimators.deviations import Deviations
 from fx_influence.estimators.score_term import optimal_share
 from fx_influence.interop.runtime.environment import environment
@@ -87,7 +87,7 @@ def influences(state: PretrainedState, kind: str, objective: fx.Entropy) -> dict
     evaluation = {TRUTH: state.others, FRESH: state.fresh, CROSS_FITTED: None}[kind]
     start = time.process_time()
     with bias_is_measured():
-        out = state.influence(evaluation, objective=objective, per_token=False, memory_budget=MEMORY_BUDGET)
+        out = state.influence(evaluation, objective=objective, per_token=False)
     assert out.deviations is not None
     return {
         "per_sequence": out.per_sequence.tolist(),

@@ -38,8 +38,6 @@ STEPS = tuple(range(3, 27, 3))
 """Optimizer steps before the states."""
 TASKS = 64
 MODEL = "SmolLM2-135M, LoRA"
-MEMORY_BUDGET = 1 << 30
-"""Bytes of caches for an influence: with the default's, forward passes over so many prompts are recomputed."""
 
 
 class PretrainedState(NamedTuple):
