@@ -26,6 +26,7 @@ from benchmarks.evidence.training_runs import Benchmark, Policy, StepState, init
 from benchmarks.harness import format_interval, mean_interval
 from fx_influence.autodiff.token_values import all_token_values
 from fx_influence.estimators.concentration import top_share
+from fx_influence.types import Batch, TokenValues
 
 NAME = "bench_collapse"
 SEEDS, MAX_NORM = 5, 1.0
@@ -55,22 +56,38 @@ def train(training: TrainingRun) -> list[dict[str, Any]]:
 
 
 def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dict[str, Any]:
-    """Return sums in nats in this step, and shares of the sum of |influence| over tokens."""
+    """Return the figures of the tokens of a step, see ``figures_of_tokens``."""
     apply, params = fx.make_functional(policy.model)
     e = policy.evaluation(training.evaluated, 16, step_state.rng.randrange(2**30))
-    state = fx.adamw_state(step_state.optimizer, policy.model)
-    out = fx.influence(params, step_state.batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)
+    state, batch = fx.adamw_state(step_state.optimizer, policy.model), step_state.batch
+    out = fx.influence(params, batch, e, state, apply=apply, max_grad_norm=MAX_NORM, stderr=False)
+    values = all_token_values(params, batch, apply)
+    return figures_of_tokens(out, batch, values, step_state.rollouts, training.lr)
+
+
+def figures_of_tokens(
+    out: fx.Influence, batch: Batch, values: TokenValues, rollouts: Sequence[fx.Rollout], lr: float
+) -> dict[str, Any]:
+    """Return sums in nats in this step by kind of token, and shares of the sum of |influence| over tokens.
+
+    Args:
+        out: influences of the tokens of U.
+        batch: U, (n, T).
+        values: (n, T), token values of U before the step.
+        rollouts: the n records of U, with advantages and rewards.
+        lr: learning rate of the step.
+    """
     assert out.per_token is not None
-    values, mask = all_token_values(params, step_state.batch, apply), step_state.batch.completion_mask
-    delta = training.lr * out.per_token[mask].numpy()
+    mask = batch.completion_mask
+    delta = lr * out.per_token[mask].numpy()
     logprob, entropy = (x[mask].double().numpy() for x in values)
     row = mask.nonzero()[:, 0].numpy()
-    advantage = np.array([r.advantage or 0.0 for r in step_state.rollouts])[row]
+    advantage = np.array([r.advantage or 0.0 for r in rollouts])[row]
     position = ((mask.cumsum(1) - 1)[mask] / mask.sum(1)[row]).numpy()
     proxy = (logprob - logprob.mean()) * (advantage - advantage.mean())
     by = {"covariance": proxy, "entropy": entropy}
-    solved = np.array([r.reward or 0.0 for r in step_state.rollouts])
-    group = np.array([r.group for r in step_state.rollouts])
+    solved = np.array([r.reward or 0.0 for r in rollouts])
+    group = np.array([r.group for r in rollouts])
     easy = np.array([solved[group == g].mean() >= 0.5 for g in group])[row]
     # More probable than the policy's mean log-probability, where by theory the sign changes.
     likely = logprob >= -entropy
@@ -86,7 +103,7 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dic
     return {
         "tokens": len(delta),
         "rollouts": float(delta.sum()),
-        "momentum": training.lr * float(out.momentum),
+        "momentum": lr * float(out.momentum),
         "cells": {name: _cell(delta, members) for name, members in cells.items()},
         "ranks": {name: float(spearmanr(-x, delta).statistic) for name, x in by.items()},
         "concentration": {
@@ -161,13 +178,13 @@ SUMMARY_KINDS = (
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of the main kinds of tokens."""
-    return "\n".join(_kinds(report, SUMMARY_KINDS))
+    return "\n".join(_kinds(report))
 
 
-def appendix(report: Mapping[str, Any]) -> str:
-    """Return the table of all kinds of tokens, rank correlations, and the shares of the largest."""
+def appendix(report: Mapping[str, Any], unit: float = 1e-6) -> str:
+    """Return the table of all kinds of tokens, rank correlations, and the shares of the largest; sums in ``unit``."""
     rows = report["summary"]
-    lines = _kinds(report, list(rows[0]["cells"]))
+    lines = _kinds(report, list(rows[0]["cells"]), unit)
     for name in rows[0]["ranks"]:
         cells = (format_interval(row["ranks"][name], "+.2f") for row in rows)
         lines.append(f"| Spearman of influence with minus {name} | {' | '.join(cells)} |")
@@ -178,17 +195,18 @@ def appendix(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _kinds(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _kinds(report: Mapping[str, Any], names: Sequence[str] = SUMMARY_KINDS, unit: float = 1e-6) -> list[str]:
     rows = report["summary"]
     titles = " | ".join(f"{row['policy']}, lr {row['lr']:g}" for row in rows)
-    head = "tokens: share of tokens, of all influence, of all that lowers; sum in 1e-6 nats per step"
-    cells = [f"| {name} | {' | '.join(_cell_text(row['cells'][name]) for row in rows)} |" for name in names]
+    exponent = f"1e{math.log10(unit):.0f}"
+    head = f"tokens: share of tokens, of all influence, of all that lowers; sum in {exponent} nats per step"
+    cells = [f"| {name} | {' | '.join(_cell_text(row['cells'][name], unit) for row in rows)} |" for name in names]
     return [f"| {head} | {titles} |", "|---|" + "---|" * len(rows), *cells]
 
 
-def _cell_text(cell: Mapping[str, Any]) -> str:
+def _cell_text(cell: Mapping[str, Any], unit: float) -> str:
     shares = ", ".join(_percent(cell[name]) for name in ("of_tokens", "share", "of_falls"))
-    return f"{shares}; {format_interval(cell['sum'], '+.3g', 1e6)}"
+    return f"{shares}; {format_interval(cell['sum'], '+.3g', 1 / unit)}"
 
 
 def _percent(summary: Mapping[str, float | None] | None) -> str:

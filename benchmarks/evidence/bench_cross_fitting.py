@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 
 import fx_influence as fx
 from benchmarks.evidence.arithmetic import draw_prompts
-from benchmarks.evidence.bench_estimators import noise_share
+from benchmarks.evidence.bench_estimators import WithErrorBars, noise_share
 from benchmarks.evidence.estimator_tables import format_factor, geometric
 from benchmarks.evidence.training_runs import Benchmark, Policy, StepState, initial_policy, selected_step_states
 from benchmarks.harness import format_interval, mean_interval
@@ -89,18 +89,24 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> dic
 
 def compare(out: fx.Influence, truth: fx.Influence, regions: fx.labels.Labels) -> dict[str, float]:
     """Return errors of rollouts, and how often the sign of a region's sum is told and right."""
-    error, noise = out.per_sequence - truth.per_sequence, (out.stderr**2 + truth.stderr**2).sqrt()
-    moves = truth.per_sequence != 0
+    error = out.per_sequence - truth.per_sequence
     sums, true_sums = out.sums(regions), truth.sums(regions)
     told = (sums.influence.abs() > fx.interval_half_width(sums.stderr, DEGREES)) & (sums.count > 0)
     return {
         "squared_error": float((error**2).sum() / (truth.per_sequence**2).sum()),
         "spearman": float(spearmanr(out.per_sequence.numpy(), truth.per_sequence.numpy()).statistic),
         "noise_share": noise_share(out),
-        "covered": float((error.abs() <= fx.interval_half_width(noise, DEGREES))[moves].double().mean()),
+        "covered": covered(out, truth),
         "told": float(told[:4].double().mean()),
         "right": float((told & (sums.influence.sign() == true_sums.influence.sign()))[:4].double().mean()),
     }
+
+
+def covered(out: WithErrorBars, truth: WithErrorBars) -> float:
+    """Return the share of rollouts with an influence whose true one is in its 95% interval, both with their noise."""
+    error, noise = out.per_sequence - truth.per_sequence, (out.stderr**2 + truth.stderr**2).sqrt()
+    moves = truth.per_sequence != 0
+    return float((error.abs() <= fx.interval_half_width(noise, DEGREES))[moves].double().mean())
 
 
 def seconds_of(influences: Callable[[Batch | None], Any], e: Callable[[], Batch | None]) -> float:

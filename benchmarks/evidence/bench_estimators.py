@@ -19,9 +19,10 @@ import copy
 import random
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +61,16 @@ TOP = 0.1
 MAX_ROLLOUTS = 4096
 """Rollouts that all draws of one size of E take, unless a single draw takes more."""
 STRATIFIED, ARITHMETIC = "per_decision, stratified draw", "per_decision, arithmetic draw"
+
+
+class WithErrorBars(Protocol):
+    """Influences (n,) with their standard errors (n,)."""
+
+    @property
+    def per_sequence(self) -> Tensor: ...
+
+    @property
+    def stderr(self) -> Tensor: ...
 
 
 class TrainingRun(NamedTuple):
@@ -123,11 +134,12 @@ BARS = ("per_decision", "per_decision, shrunk", "no score term", "half the score
 """Estimators whose error bars are compared with their errors, on a quarter of the draws."""
 
 
-def influence_with_bias(*arguments: Any, **options: Any) -> fx.Influence:
-    """Return ``fx.influence`` without the warning of a biased objective, whose bias is measured."""
+@contextmanager
+def bias_is_measured() -> Iterator[None]:
+    """Leave out the warning of a biased objective."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"objective\.score is", UserWarning)
-        return fx.influence(*arguments, **options)
+        yield
 
 
 def train(training: TrainingRun) -> list[dict[str, Any]]:
@@ -184,16 +196,18 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> lis
                 index = draw(size, np.random.default_rng([step_state.step, size, k]))
                 e = select_rows(source, index)
                 if objective.score == "auto" or (name in BARS and k < max(1, draws_of_size // 4)):
-                    bars.append(influence_with_bias(params, step_state.batch, e, state, objective=objective, **options))
+                    with bias_is_measured():
+                        out = fx.influence(params, step_state.batch, e, state, objective=objective, **options)
+                    bars.append(out)
                 if objective.score == "auto":
-                    figures.append(_compare(bars[-1].per_sequence, truth))
+                    figures.append(error_of(bars[-1].per_sequence, truth))
                     continue
                 values = TokenValues(moments.logprobs[index], moments.entropies[index])
                 if name == ENERGY:
                     weights = by_energy(values, e, moments.collision[index])
                 else:
                     weights = surrogate_coefficients(objective, values, e)
-                figures.append(_compare(directions @ _objective_grad(params, e, weights, apply), truth))
+                figures.append(error_of(directions @ _objective_grad(params, e, weights, apply), truth))
             means = {field: float(np.mean([draw[field] for draw in figures])) for field in FIELDS}
             if bars:
                 means["noise_share"] = float(np.mean([noise_share(out) for out in bars]))
@@ -209,7 +223,7 @@ def coverage(out: fx.Influence, truth: Tensor) -> float:
     return float(((out.per_sequence - truth).abs() <= half_width).double().mean())
 
 
-def noise_share(out: fx.Influence) -> float:
+def noise_share(out: WithErrorBars) -> float:
     """Return the share of noise in the squared influences by their error bars: 0 without noise, 1 without signal."""
     return float((out.stderr**2).sum() / (out.per_sequence**2).sum())
 
@@ -287,7 +301,8 @@ def true_gradient(training: TrainingRun, policy: Policy, params: Params, apply: 
     return _objective_grad(params, e, entropy_coefficients(all_token_values(params, e, apply), e), apply)
 
 
-def _compare(estimate: Tensor, truth: Tensor) -> dict[str, float]:
+def error_of(estimate: Tensor, truth: Tensor) -> dict[str, float]:
+    """Return the errors of influences (n,) that ``estimator_tables.FIELDS`` names."""
     k = max(1, round(TOP * len(truth)))
     largest = truth.abs().topk(k).indices
     identified = torch.isin(largest, estimate.abs().topk(k).indices)

@@ -4,8 +4,9 @@
     python -m benchmarks four_numbers --quick    the same, written nowhere
 
 Each is stored by another benchmark; run it after any of ``trl_run``, ``frameworks``, ``estimators``, ``cross_fitting``,
-``real_model`` and ``real_cross_fitting``, which has no rows where it is not stored. Before: E is sampled anew, with the
-estimator of the defaults. After: the step's own rollouts, and the estimator of the least noise.
+``real_model``, and of ``real_cross_fitting`` and ``real_estimators``, which have no rows where they are not stored.
+Before: E is sampled anew, with the estimator of the defaults. After: the step's own rollouts, and for noise the
+estimator of the estimated share of the score term.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.harness import EVIDENCE, format_interval, parser, result_path, store
 from benchmarks.real.bench_real_counterfactual import COMPLETIONS, PROMPTS
+from benchmarks.real.pretrained_states import MODEL
 
 NAME, PAGE = "bench_four_numbers", EVIDENCE
 ROLLOUTS, EACH = 256, 2
@@ -25,6 +27,7 @@ ESTIMATORS = {"before": "per_decision", "after": "estimated share of the score t
 """Estimators of the shares of noise, as ``bench_estimators`` names them."""
 KINDS = {"before": "fresh E", "after": "cross-fitted"}
 """Kinds of E of the other figures, as ``bench_cross_fitting`` names them."""
+REAL_ESTIMATORS = "real_estimators"
 WAY = "TRL"
 """Way of training whose cost is shown, as ``bench_frameworks`` names it."""
 REAL_RUN, EVALUATIONS = "LoRA, float32", {"before": "fresh", "after": "batch"}
@@ -41,11 +44,10 @@ SHARES = {
 
 def report() -> dict[str, Any]:
     """Return the four numbers from the stored results: for each its policies, before and after."""
-    real = _compared("real_cross_fitting")
-    compared = _compared("cross_fitting") | real
+    compared = _compared("cross_fitting") | _compared("real_cross_fitting")
     figures: dict[str, Any] = {
         "cost": {"embedded, 64 rollouts": _cost(), "SmolLM2-135M, LoRA, 8 rollouts": _real_cost()},
-        "noise": _noise() | _before_and_after("noise_share", real),
+        "noise": _noise() | _real_noise(),
     }
     return figures | {name: _before_and_after(name, compared) for name in ("covered", "told", "right")}
 
@@ -108,6 +110,15 @@ def _noise() -> dict[str, Any]:
         for policy in policies
         if (policy, ESTIMATORS["after"]) in rows
     }
+
+
+def _real_noise() -> dict[str, Any]:
+    """Return the same of a pretrained model, after: cross-fitted; empty where it is not stored."""
+    if not result_path(REAL_ESTIMATORS).exists():
+        return {}
+    rows = {(row["policy"], row["estimator"]): row for row in _stored(REAL_ESTIMATORS)["summary"]["estimators"]}
+    shares = {when: rows[f"{MODEL}, {KINDS[when]}", name]["noise_share"] for when, name in ESTIMATORS.items()}
+    return {f"{MODEL}, {PROMPTS * COMPLETIONS}": shares}
 
 
 def _compared(name: str) -> dict[str, dict[str, Any]]:

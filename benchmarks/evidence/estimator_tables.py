@@ -21,6 +21,8 @@ FIELDS = ("squared_error", "spearman", "top")
 
 BARS = ("noise_share", "coverage")
 """Figures of the error bars, of some estimators."""
+SLOPE = "slope"
+"""Figure of some estimates: <estimate, truth> / <truth, truth>, 1 without bias in size."""
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def errors(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "rollouts": size,
             **{
                 field: mean_interval([float(np.mean([x[field] for x in states])) for states in seeds])
-                for field in (*FIELDS, *BARS)
+                for field in (*FIELDS, *BARS, SLOPE)
                 if field in seeds[0][0]
             },
         }
@@ -63,15 +65,15 @@ def geometric(values: Sequence[float]) -> dict[str, float] | None:
     return {"mean": math.exp(mean), "low": math.exp(mean - width), "high": math.exp(mean + width)}
 
 
-def error_ratios(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return squared errors over the error of ``per_decision`` on as many rollouts, two to a prompt."""
+def error_ratios(runs: Sequence[Mapping[str, Any]], each: int = 2) -> list[dict[str, Any]]:
+    """Return squared errors over the error of ``per_decision`` on as many rollouts, ``each`` to a prompt."""
     ratios: dict[tuple[str, str, int], list[float]] = {}
     for run in runs:
         for state in run["found"]:
             reference = {(x["each"], x["rollouts"]): x for x in state["errors"] if x["estimator"] == "per_decision"}
             for x in state["errors"]:
                 way = f"{x['estimator']}, {x['each']} a prompt"
-                ratio = x["squared_error"] / reference[2, x["rollouts"]]["squared_error"]
+                ratio = x["squared_error"] / reference[each, x["rollouts"]]["squared_error"]
                 if ratio != 1:
                     ratios.setdefault((run["policy"], way, x["rollouts"]), []).append(ratio)
     return [

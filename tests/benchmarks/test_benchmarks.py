@@ -73,7 +73,7 @@ def test_four_numbers_follow_from_the_stored_figures(monkeypatch: pytest.MonkeyP
         lambda name: tmp_path / "real.json" if name == "real_cross_fitting" else result_path(name),
     )
     rows = [line for line in bench_four_numbers.markdown(bench_four_numbers.report()).splitlines() if "pret" in line]
-    assert [row.split(" | ")[1] for row in rows] == ["pretrained, 32"] * 4
+    assert [row.split(" | ")[1] for row in rows] == ["pretrained, 32"] * 3
 
 
 def test_main_lists_benchmarks_and_names_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
