@@ -1,0 +1,385 @@
+"""Where do bfloat16, a small E and a large learning rate break influences of a pretrained chat model?
+
+    python -m benchmarks real_limits            SmolLM2-135M-Instruct with LoRA; half an hour on a core, resumed at the
+                                                part at which it stopped
+    python -m benchmarks real_limits --quick    the embedded policy, few rollouts, written nowhere
+    python -m benchmarks.real.bench_real_limits --collect    stores the parts that an interrupted benchmark has made
+
+The states and rollouts are those of ``real_cross_fitting``. Influences of a step's rollouts with passes or directions
+in bfloat16 are compared with float32; those on E of fewer rollouts with those on rollouts of other prompts; and the
+change of entropy at multiples of the learning rate, for the step and for single rollouts, with its first order.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fx_influence as fx
+from benchmarks.evidence.bench_counterfactual import MAX_NORM, rank_correlation
+from benchmarks.evidence.bench_estimators import noise_share
+from benchmarks.harness import EVIDENCE, one_thread, parser, result_path, store, svg_figure, write_json
+from benchmarks.real.bench_real_counterfactual import embedded_plan, progress
+from benchmarks.real.language_model import FOLDER
+from benchmarks.real.pretrained_states import MODEL, PretrainedState, load_pretrained_state, pretrained_plans
+from fx_influence.autodiff.gradients import batch_gradient
+from fx_influence.batching.rows import select_rows
+from fx_influence.interop.runtime.environment import environment
+from fx_influence.types import Batch, Params
+
+NAME, PAGE = "bench_real_limits", EVIDENCE
+STATES = {"precision": (9, 3), "learning rate": (9,), "size of E": (9, 3, 15, 21)}
+"""Optimizer steps before the states, by part."""
+SIZES = (4, 8, 16)
+"""Rollouts of a small E, of eight prompts at most; all of the fresh ones are 32."""
+MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Steps over the learning rate."""
+MEMORY = 2**31
+"""Bytes of activations."""
+BFLOAT16: dict[str, dict[str, Any]] = {
+    "passes": {"compute_dtype": torch.bfloat16},
+    "directions": {"direction_dtype": torch.bfloat16},
+}
+
+
+class Limits:
+    """Parts of the benchmark at one training state; each is stored, and made once.
+
+    Args:
+        state: makes the training state, where a part is missing.
+        folder: of the figures.
+    """
+
+    def __init__(self, state: Callable[[], PretrainedState], folder: Path) -> None:
+        self._make, self._folder = state, folder
+        self._state: PretrainedState | None = None
+        self._gradient: dict[str, Tensor] = {}
+
+    def stored(self, part: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the figures of a part, made and written at the first call."""
+        file = self._folder / f"{part.replace(' ', '_')}.json"
+        if not file.exists():
+            write_json(file, work())
+            progress(f"{self._folder.name}, {part}", 1, 1)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    @property
+    def state(self) -> PretrainedState:
+        """Return the training state."""
+        if self._state is None:
+            self._state = self._make()
+            gradient = batch_gradient(self._state.params, self._state.update, self._state.apply)
+            self._gradient = {name: g for name, g in gradient.items() if g is not None}
+        return self._state
+
+    def influences(self, part: str, evaluation: Callable[[], Batch], **options: Any) -> dict[str, Any]:
+        """Return the influences of a step's rollouts on an E, with error bars and what a user sees of them."""
+
+        def work() -> dict[str, Any]:
+            e = evaluation()
+            options.update(grad=self._gradient, per_token=False, memory_budget=MEMORY)
+            out = self.state.influence(e, **options)
+            return {
+                "rollouts": len(e.input_ids),
+                "per_sequence": out.per_sequence.tolist(),
+                "stderr": out.stderr.tolist(),
+                "noise_share": noise_share(out),
+                **{name: float(getattr(out, name)) for name in ("total", "total_stderr", "conditioning")},
+            }
+
+        return self.stored(part, work)
+
+    def float32(self) -> dict[str, Any]:
+        """Return the influences on the fresh E in float32."""
+        return self.influences("float32", lambda: self.state.fresh)
+
+    def precision(self) -> dict[str, dict[str, Any]]:
+        """Return the influences on the fresh E by what is in bfloat16."""
+        return {
+            name: self.influences(name, lambda: self.state.fresh, **options) for name, options in BFLOAT16.items()
+        } | {"float32": self.float32()}
+
+    def sizes(self, sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """Return the influences by number of rollouts in E, and those on rollouts of other prompts, the "truth"."""
+        small = {
+            str(size): self.influences(f"E of {size}", lambda size=size: small_batch(self.state.fresh, size))
+            for size in sizes
+        }
+        truth = self.influences("truth", lambda: self.state.others)
+        everything = self.float32()
+        return {**small, str(everything["rollouts"]): everything, "truth": truth}
+
+    def learning_rate(self) -> dict[str, Any]:
+        """Return the change of entropy at multiples of the learning rate, of the step and of single rollouts."""
+        first = self.influences("first order", lambda: one_of_each(self.state.others))
+        return self.stored("learning rate", lambda: self._sweep(first))
+
+    def _sweep(self, first: Mapping[str, Any]) -> dict[str, Any]:
+        state, e = self.state, one_of_each(self.state.others)
+        step = fx.adamw_decompose(self._gradient, state.opt_state, state.params, max_grad_norm=MAX_NORM)
+        rows = strongest(first["per_sequence"])
+        directions = [step.direction, *(self._direction(step.gain, row) for row in rows)]
+        block = {name: torch.stack([v[name] for v in directions]) for name in state.params}
+        lr = state.opt_state.lr
+        change = fx.snis_sweep(state.params, e, apply=state.apply)(block, [lr * x for x in MULTIPLES])
+        derivatives = fx.jvp_delta(state.params, step.direction, e, apply=state.apply)
+        return {
+            "lr": lr,
+            "rows": rows,
+            "rollouts": len(e.input_ids),
+            "first": [first["total"], *(first["per_sequence"][row] for row in rows)],
+            "first_by_jvp": float(derivatives.first),
+            "eta_trust": float((0.2 * derivatives.first / derivatives.second).abs()),
+            **{name: getattr(change, name).tolist() for name in ("delta_h", "stderr", "ess")},
+        }
+
+    def _direction(self, gain: Params, row: int) -> Params:
+        rollout = select_rows(self.state.update, slice(row, row + 1))
+        gradient = batch_gradient(self.state.params, rollout, self.state.apply)
+        return {
+            name: torch.zeros_like(p) if (g := gradient[name]) is None else gain[name] * g
+            for name, p in self.state.params.items()
+        }
+
+
+def small_batch(batch: Batch, size: int) -> Batch:
+    """Return ``size`` rollouts of as many prompts as there are, the same number of each."""
+    assert batch.group is not None
+    prompts = batch.group.unique()[:size]
+    each = size // len(prompts)
+    return select_rows(batch, torch.cat([(batch.group == prompt).nonzero().flatten()[:each] for prompt in prompts]))
+
+
+def one_of_each(batch: Batch) -> Batch:
+    """Return the first rollout of every prompt."""
+    assert batch.group is not None
+    return small_batch(batch, len(batch.group.unique()))
+
+
+def strongest(influences: Sequence[float]) -> list[int]:
+    """Return the rollouts that raise and lower the entropy most, and the one of the median size of those that move."""
+    values = np.array(influences)
+    moving = np.flatnonzero(values)
+    median = moving[np.argsort(np.abs(values[moving]))[len(moving) // 2]]
+    return list(dict.fromkeys([int(values.argmax()), int(values.argmin()), int(median)]))
+
+
+def precision_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the errors by what is in bfloat16, relative to the largest influence in float32.
+
+    ``errorbar`` is the median error bar over E likewise.
+    """
+    exact, error_bars = (np.array(influences["float32"][name]) for name in ("per_sequence", "stderr"))
+    moving = exact != 0
+    largest = np.abs(exact).max()
+    figures = {}
+    for name in BFLOAT16:
+        rounded = np.array(influences[name]["per_sequence"])
+        error = np.abs(rounded - exact)[moving]
+        figures[name] = {
+            "largest": float(error.max() / largest),
+            "median": float(np.median(error) / largest),
+            "errorbar": float(np.median(error_bars[moving]) / largest),
+            "over_errorbar": float(np.median(error / error_bars[moving])),
+            "rank": rank_correlation(torch.tensor(rounded), torch.tensor(exact)) or 0.0,
+            "wrong_signs": float((np.sign(rounded) != np.sign(exact))[moving].mean()),
+            "total": abs(influences[name]["total"] - influences["float32"]["total"])
+            / influences["float32"]["total_stderr"],
+            "conditioning": influences["float32"]["conditioning"],
+        }
+    return figures
+
+
+def size_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return how far the influences on E of each size agree with those on rollouts of other prompts.
+
+    ``squared_error`` is over the signal; both are without the noise of the truth, by its error bars.
+    """
+    truth, noise = (np.array(influences["truth"][name]) for name in ("per_sequence", "stderr"))
+    moving, spread = truth != 0, np.square(noise).sum()
+    figures = {}
+    for size, x in influences.items():
+        if size != "truth":
+            estimate = np.array(x["per_sequence"])
+            figures[size] = {
+                "rank": rank_correlation(torch.tensor(estimate[moving]), torch.tensor(truth[moving])) or 0.0,
+                "squared_error": float(
+                    (np.square(estimate - truth).sum() - spread) / (np.square(truth).sum() - spread)
+                ),
+                "noise_share": x["noise_share"],
+                "right_signs": float((np.sign(estimate) == np.sign(truth))[moving].mean()),
+                "truth_noise_share": influences["truth"]["noise_share"],
+            }
+    return figures
+
+
+def off_at(ratios: Sequence[float], share: float) -> float | None:
+    """Return the multiple of the learning rate at which a change is ``share`` off its first order, or None.
+
+    Between two measured multiples it is interpolated, both axes logarithmic; 0 where the smallest is as far off.
+    """
+    errors = np.abs(np.array(ratios) - 1)
+    beyond = np.flatnonzero(errors >= share)
+    if not len(beyond):
+        return None
+    if not (k := int(beyond[0])):
+        return 0.0
+    x, y = (np.log(np.array(values)[k - 1 : k + 1]) for values in (MULTIPLES, np.maximum(errors, 1e-12)))
+    return float(np.exp(x[0] + (np.log(share) - y[0]) * (x[1] - x[0]) / (y[1] - y[0])))
+
+
+def learning_rate_figures(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return for the step and each rollout the change over its first order, by multiple, and where it is off."""
+    changes, ess = np.array(sweep["delta_h"]), np.array(sweep["ess"])
+    names = ["the step", "a rollout, raises most", "a rollout, lowers most", "a rollout, median size"]
+    figures = []
+    for k, first in enumerate(sweep["first"]):
+        ratios = (changes[:, k] / (sweep["lr"] * first * np.array(MULTIPLES))).tolist()
+        figures.append(
+            {
+                "name": names[k],
+                "ratios": ratios,
+                "ess": (ess[:, k] / sweep["rollouts"]).tolist(),
+                "off": {f"{share:g}": off_at(ratios, share) for share in (0.1, 0.5)},
+                "trusted": sweep["eta_trust"] / sweep["lr"] if k == 0 else None,
+            }
+        )
+    return figures
+
+
+def measure(states: Mapping[int, Limits], chosen: Mapping[str, Sequence[int]], sizes: Sequence[int]) -> dict[str, Any]:
+    """Return the figures of all parts, by the steps before the states.
+
+    Args:
+        states: the states.
+        chosen: numbers of steps before the states, by part.
+        sizes: rollouts of a small E.
+    """
+    sweeps = {str(steps): states[steps].learning_rate() for steps in chosen["learning rate"]}
+    rounded = {str(steps): states[steps].precision() for steps in chosen["precision"]}
+    small = {str(steps): states[steps].sizes(sizes) for steps in chosen["size of E"]}
+    return {
+        "parts": {"learning rate": sweeps, "precision": rounded, "size of E": small},
+        "learning rate": {steps: learning_rate_figures(x) for steps, x in sweeps.items()},
+        "precision": {steps: precision_figures(x) for steps, x in rounded.items()},
+        "size of E": {steps: size_figures(x) for steps, x in small.items()},
+    }
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the three tables."""
+    return "\n\n".join([precision_table(report), sizes_table(report), learning_rate_table(report)])
+
+
+def precision_table(report: Mapping[str, Any]) -> str:
+    """Return the errors of bfloat16 by state."""
+    lines = [
+        "| bfloat16, after steps | largest, median error / largest influence | median error bar over E likewise "
+        "| error / error bar, median | rank correlation | wrong signs | total: error / error bar | conditioning |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for steps, figures in report["precision"].items():
+        lines += [
+            f"| {name}, {steps} | {x['largest']:.1%}, {x['median']:.2%} | {x['errorbar']:.1%} | {x['over_errorbar']:.2f} "
+            f"| {x['rank']:.4f} | {x['wrong_signs']:.0%} | {x['total']:.2f} | {x['conditioning']:.2f} |"
+            for name, x in figures.items()
+        ]
+    return "\n".join(lines)
+
+
+def sizes_table(report: Mapping[str, Any]) -> str:
+    """Return the agreement by size of E, of every state and on average."""
+    lines = [
+        "| rollouts in E, after steps | noise share by error bars | rank correlation with the truth | right signs "
+        "| squared error / signal | noise share of the truth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size in next(iter(report["size of E"].values())):
+        lines += [
+            f"| {size}, {steps} | {x['noise_share']:.2f} | {x['rank']:.2f} | {x['right_signs']:.0%} "
+            f"| {x['squared_error']:.2f} | {x['truth_noise_share']:.2f} |"
+            for steps, figures in report["size of E"].items()
+            for x in [figures[size]]
+        ]
+    return "\n".join(lines)
+
+
+def learning_rate_table(report: Mapping[str, Any]) -> str:
+    """Return the change over its first order by multiple of the learning rate."""
+    heads = [f"{x:g} lr" for x in MULTIPLES]
+    lines = [
+        f"| ΔH / first order (effective sample size, share of E) | {' | '.join(heads)} | 10% off at | 50% off at "
+        "| η_trust / lr |",
+        "|---|" + "---|" * (len(MULTIPLES) + 3),
+    ]
+    for steps, figures in report["learning rate"].items():
+        for x in figures:
+            cells = [f"{ratio:.2f} ({ess:.0%})" for ratio, ess in zip(x["ratios"], x["ess"], strict=True)]
+            cells += ["beyond" if (at := x["off"][share]) is None else f"{at:.2g} lr" for share in ("0.1", "0.5")]
+            cells.append("" if x["trusted"] is None else f"{x['trusted']:.1f}")
+            lines.append(f"| {x['name']}, after {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draw the error of bfloat16, the agreement by noise share, and the change over its first order."""
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    with svg_figure(path, 1, 3, (11, 3.6)) as [[rounding, size, step]]:
+        for color, (steps, x) in zip(colors, report["parts"]["precision"].items(), strict=False):
+            exact, bars = (np.array(x["float32"][name]) for name in ("per_sequence", "stderr"))
+            moving = exact != 0
+            largest = np.abs(exact).max()
+            for name, marker in zip(BFLOAT16, "ox", strict=True):
+                error = np.abs(np.array(x[name]["per_sequence"]) - exact)[moving] / largest
+                label = f"{name} in bfloat16, after {steps}"
+                rounding.loglog(bars[moving] / largest, error, marker, ms=3.5, color=color, label=label)
+        ends = [1e-3, 1.0]
+        rounding.plot(ends, ends, color="black", lw=0.8)
+        rounding.set(title="bfloat16", xlabel="error bar / largest influence", ylabel="error / largest influence")
+        for marker, number in zip("^soD", next(iter(report["size of E"].values())), strict=False):
+            points = [figures[number] for figures in report["size of E"].values()]
+            shares, ranks = ([x[name] for x in points] for name in ("noise_share", "rank"))
+            size.semilogx(shares, ranks, marker, ms=5, color=colors[0], alpha=0.8, label=f"E of {number}")
+        size.set(title="small E", xlabel="noise share by error bars", ylabel="rank correlation with the truth")
+        for figures in report["learning rate"].values():
+            for color, x in zip(colors, figures, strict=True):
+                step.semilogx(MULTIPLES, x["ratios"], "o-", ms=3, lw=1, color=color, label=x["name"])
+        step.axhline(1.0, color="black", lw=0.8)
+        step.set(title="large step", xlabel="step / lr", ylabel="ΔH / first order")
+        for axes in (rounding, size, step):
+            axes.legend(frameon=False, fontsize=7)
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parser(__doc__, "the embedded policy, few rollouts, written nowhere")
+    command.add_argument("--collect", action="store_true", help="store the states that an interrupted benchmark ended")
+    arguments = command.parse_args(argv)
+    one_thread()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            limits = Limits(lambda: load_pretrained_state(embedded_plan(), folder / "run"), folder / "figures")
+            print(markdown(measure({0: limits}, dict.fromkeys(STATES, (0,)), (2,))))
+        return 0
+    limits = {
+        steps: Limits(lambda x=x: load_pretrained_state(*x), FOLDER / "limits" / str(steps))
+        for steps, x in pretrained_plans().items()
+    }
+    chosen = STATES if not arguments.collect else {part: [k for k in STATES[part] if limits[k].has(part)] for part in STATES}
+    report = {"environment": environment(), "policy": MODEL, **measure(limits, chosen, SIZES)}
+    print(markdown(report))
+    store(NAME, report, {PAGE: {NAME: markdown(report)}})
+    plot(report, result_path(NAME).with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
