@@ -1,4 +1,4 @@
-"""Where do bfloat16, a small E and a large learning rate break influences of a pretrained chat model?
+"""Do bfloat16, a small E or a large learning rate break the influences of a pretrained chat model, and from when on?
 
     python -m benchmarks real_limits            SmolLM2-135M-Instruct with LoRA; half an hour on a core, resumed at the
                                                 part at which it stopped
@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from torch import Tensor
 import fx_influence as fx
 from benchmarks.evidence.bench_counterfactual import MAX_NORM, rank_correlation
 from benchmarks.evidence.bench_estimators import noise_share
-from benchmarks.harness import EVIDENCE, one_thread, parser, result_path, store, svg_figure, write_json
+from benchmarks.harness import EVIDENCE, one_thread, parser, result_path, store, write_json
 from benchmarks.real.bench_real_counterfactual import embedded_plan, progress
 from benchmarks.real.language_model import FOLDER
+from benchmarks.real.limits_tables import MULTIPLES, ROUNDED, markdown, plot
 from benchmarks.real.pretrained_states import MODEL, PretrainedState, load_pretrained_state, pretrained_plans
 from fx_influence.autodiff.gradients import batch_gradient
 from fx_influence.batching.rows import select_rows
@@ -40,21 +42,25 @@ STATES = {"precision": (9, 3), "learning rate": (9,), "size of E": (9, 3, 15, 21
 """Optimizer steps before the states, by part."""
 SIZES = (4, 8, 16)
 """Rollouts of a small E, of eight prompts at most; all of the fresh ones are 32."""
-MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Steps over the learning rate."""
 MEMORY = 2**31
 """Bytes of activations."""
 BFLOAT16: dict[str, dict[str, Any]] = {
-    "passes": {"compute_dtype": torch.bfloat16},
-    "directions": {"direction_dtype": torch.bfloat16},
+    name: {option: torch.bfloat16} for name, option in zip(ROUNDED, ("compute_dtype", "direction_dtype"), strict=True)
 }
+
+FIGURES = {
+    "precision": ("float32", *BFLOAT16),
+    "learning rate": ("first order", "learning rate"),
+    "size of E": ("float32", "truth", *(f"E of {size}" for size in SIZES)),
+}
+"""Names of the figures of each part."""
 
 
 class Limits:
-    """Parts of the benchmark at one training state; each is stored, and made once.
+    """Parts of the benchmark at one training state; figures are stored, and made once.
 
     Args:
-        state: makes the training state, where a part is missing.
+        state: makes the training state, where figures are missing.
         folder: of the figures.
     """
 
@@ -63,12 +69,19 @@ class Limits:
         self._state: PretrainedState | None = None
         self._gradient: dict[str, Tensor] = {}
 
-    def stored(self, part: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the figures of a part, made and written at the first call."""
-        file = self._folder / f"{part.replace(' ', '_')}.json"
+    def has(self, part: str) -> bool:
+        """Return whether a part of ``STATES`` has been made."""
+        return all(self._file(name).exists() for name in FIGURES[part])
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name.replace(' ', '_')}.json"
+
+    def stored(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return figures by their name, made and written at the first call."""
+        file = self._file(name)
         if not file.exists():
             write_json(file, work())
-            progress(f"{self._folder.name}, {part}", 1, 1)
+            progress(f"{self._folder.name}, {name}", 1, 1)
         return dict(json.loads(file.read_text(encoding="utf-8")))
 
     @property
@@ -80,7 +93,7 @@ class Limits:
             self._gradient = {name: g for name, g in gradient.items() if g is not None}
         return self._state
 
-    def influences(self, part: str, evaluation: Callable[[], Batch], **options: Any) -> dict[str, Any]:
+    def influences(self, name: str, evaluation: Callable[[], Batch], **options: Any) -> dict[str, Any]:
         """Return the influences of a step's rollouts on an E, with error bars and what a user sees of them."""
 
         def work() -> dict[str, Any]:
@@ -92,10 +105,10 @@ class Limits:
                 "per_sequence": out.per_sequence.tolist(),
                 "stderr": out.stderr.tolist(),
                 "noise_share": noise_share(out),
-                **{name: float(getattr(out, name)) for name in ("total", "total_stderr", "conditioning")},
+                **{field: float(getattr(out, field)) for field in ("total", "total_stderr", "conditioning")},
             }
 
-        return self.stored(part, work)
+        return self.stored(name, work)
 
     def float32(self) -> dict[str, Any]:
         """Return the influences on the fresh E in float32."""
@@ -109,13 +122,14 @@ class Limits:
 
     def sizes(self, sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
         """Return the influences by number of rollouts in E, and those on rollouts of other prompts, the "truth"."""
-        small = {
-            str(size): self.influences(f"E of {size}", lambda size=size: small_batch(self.state.fresh, size))
-            for size in sizes
-        }
+
+        def small(size: int) -> Batch:
+            return small_batch(self.state.fresh, size)
+
+        influences = {str(size): self.influences(f"E of {size}", partial(small, size)) for size in sizes}
         truth = self.influences("truth", lambda: self.state.others)
         everything = self.float32()
-        return {**small, str(everything["rollouts"]): everything, "truth": truth}
+        return {**influences, str(everything["rollouts"]): everything, "truth": truth}
 
     def learning_rate(self) -> dict[str, Any]:
         """Return the change of entropy at multiples of the learning rate, of the step and of single rollouts."""
@@ -274,90 +288,6 @@ def measure(states: Mapping[int, Limits], chosen: Mapping[str, Sequence[int]], s
     }
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """Return the three tables."""
-    return "\n\n".join([precision_table(report), sizes_table(report), learning_rate_table(report)])
-
-
-def precision_table(report: Mapping[str, Any]) -> str:
-    """Return the errors of bfloat16 by state."""
-    lines = [
-        "| bfloat16, after steps | largest, median error / largest influence | median error bar over E likewise "
-        "| error / error bar, median | rank correlation | wrong signs | total: error / error bar | conditioning |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for steps, figures in report["precision"].items():
-        lines += [
-            f"| {name}, {steps} | {x['largest']:.1%}, {x['median']:.2%} | {x['errorbar']:.1%} | {x['over_errorbar']:.2f} "
-            f"| {x['rank']:.4f} | {x['wrong_signs']:.0%} | {x['total']:.2f} | {x['conditioning']:.2f} |"
-            for name, x in figures.items()
-        ]
-    return "\n".join(lines)
-
-
-def sizes_table(report: Mapping[str, Any]) -> str:
-    """Return the agreement by size of E, of every state and on average."""
-    lines = [
-        "| rollouts in E, after steps | noise share by error bars | rank correlation with the truth | right signs "
-        "| squared error / signal | noise share of the truth |",
-        "|---|---|---|---|---|---|",
-    ]
-    for size in next(iter(report["size of E"].values())):
-        lines += [
-            f"| {size}, {steps} | {x['noise_share']:.2f} | {x['rank']:.2f} | {x['right_signs']:.0%} "
-            f"| {x['squared_error']:.2f} | {x['truth_noise_share']:.2f} |"
-            for steps, figures in report["size of E"].items()
-            for x in [figures[size]]
-        ]
-    return "\n".join(lines)
-
-
-def learning_rate_table(report: Mapping[str, Any]) -> str:
-    """Return the change over its first order by multiple of the learning rate."""
-    heads = [f"{x:g} lr" for x in MULTIPLES]
-    lines = [
-        f"| ΔH / first order (effective sample size, share of E) | {' | '.join(heads)} | 10% off at | 50% off at "
-        "| η_trust / lr |",
-        "|---|" + "---|" * (len(MULTIPLES) + 3),
-    ]
-    for steps, figures in report["learning rate"].items():
-        for x in figures:
-            cells = [f"{ratio:.2f} ({ess:.0%})" for ratio, ess in zip(x["ratios"], x["ess"], strict=True)]
-            cells += ["beyond" if (at := x["off"][share]) is None else f"{at:.2g} lr" for share in ("0.1", "0.5")]
-            cells.append("" if x["trusted"] is None else f"{x['trusted']:.1f}")
-            lines.append(f"| {x['name']}, after {steps} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the error of bfloat16, the agreement by noise share, and the change over its first order."""
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-    with svg_figure(path, 1, 3, (11, 3.6)) as [[rounding, size, step]]:
-        for color, (steps, x) in zip(colors, report["parts"]["precision"].items(), strict=False):
-            exact, bars = (np.array(x["float32"][name]) for name in ("per_sequence", "stderr"))
-            moving = exact != 0
-            largest = np.abs(exact).max()
-            for name, marker in zip(BFLOAT16, "ox", strict=True):
-                error = np.abs(np.array(x[name]["per_sequence"]) - exact)[moving] / largest
-                label = f"{name} in bfloat16, after {steps}"
-                rounding.loglog(bars[moving] / largest, error, marker, ms=3.5, color=color, label=label)
-        ends = [1e-3, 1.0]
-        rounding.plot(ends, ends, color="black", lw=0.8)
-        rounding.set(title="bfloat16", xlabel="error bar / largest influence", ylabel="error / largest influence")
-        for marker, number in zip("^soD", next(iter(report["size of E"].values())), strict=False):
-            points = [figures[number] for figures in report["size of E"].values()]
-            shares, ranks = ([x[name] for x in points] for name in ("noise_share", "rank"))
-            size.semilogx(shares, ranks, marker, ms=5, color=colors[0], alpha=0.8, label=f"E of {number}")
-        size.set(title="small E", xlabel="noise share by error bars", ylabel="rank correlation with the truth")
-        for figures in report["learning rate"].values():
-            for color, x in zip(colors, figures, strict=True):
-                step.semilogx(MULTIPLES, x["ratios"], "o-", ms=3, lw=1, color=color, label=x["name"])
-        step.axhline(1.0, color="black", lw=0.8)
-        step.set(title="large step", xlabel="step / lr", ylabel="ΔH / first order")
-        for axes in (rounding, size, step):
-            axes.legend(frameon=False, fontsize=7)
-
-
 def main(argv: list[str] | None = None) -> int:
     command = parser(__doc__, "the embedded policy, few rollouts, written nowhere")
     command.add_argument("--collect", action="store_true", help="store the states that an interrupted benchmark ended")
@@ -366,14 +296,16 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.quick:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            limits = Limits(lambda: load_pretrained_state(embedded_plan(), folder / "run"), folder / "figures")
-            print(markdown(measure({0: limits}, dict.fromkeys(STATES, (0,)), (2,))))
+            quick = Limits(partial(load_pretrained_state, embedded_plan(), folder / "run"), folder / "figures")
+            print(markdown(measure({0: quick}, dict.fromkeys(STATES, (0,)), (2,))))
         return 0
     limits = {
-        steps: Limits(lambda x=x: load_pretrained_state(*x), FOLDER / "limits" / str(steps))
+        steps: Limits(partial(load_pretrained_state, *x), FOLDER / "limits" / str(steps))
         for steps, x in pretrained_plans().items()
     }
-    chosen = STATES if not arguments.collect else {part: [k for k in STATES[part] if limits[k].has(part)] for part in STATES}
+    chosen = {
+        part: [k for k in steps if not arguments.collect or limits[k].has(part)] for part, steps in STATES.items()
+    }
     report = {"environment": environment(), "policy": MODEL, **measure(limits, chosen, SIZES)}
     print(markdown(report))
     store(NAME, report, {PAGE: {NAME: markdown(report)}})

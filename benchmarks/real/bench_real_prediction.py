@@ -7,8 +7,8 @@
 
 Before each step of a GRPO run on tasks of reasoning-gym, lr times the influences' total on rollouts of held-out prompts
 predicts its change of entropy, with an error bar. The step is made, and the change measured by importance sampling on
-the same rollouts, on fresh ones of their prompts, and on rollouts of other prompts; prompts are new in every step. R² is
-of the prediction itself, with no line fitted. The field's proxies, added up over the step's tokens, have no unit, so
+the same rollouts, on fresh ones of their prompts, and on rollouts of other prompts; prompts are new in every step. R²
+is of the prediction itself, with no line fitted. The field's proxies, added up over the step's tokens, have no unit, so
 that theirs is with the slope that suits these very steps best.
 """
 
@@ -227,13 +227,14 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def predictions_table(report: Mapping[str, Any]) -> str:
     """Return the table by the rollouts that a change is measured on and the steps added up."""
+    title = f"{report['policy']}, lr {report['settings']['lr']:g}"
     lines = [
-        f"| {report['policy']}, lr {report['settings']['lr']:g}; measured on | steps added up | sums | R² | explainable R² "
-        "| R² by the error bars | correlation | errors / error bars | in their 95% interval |",
+        f"| {title}; measured on | steps added up | sums | R² | explainable R² | R² by the error bars "
+        "| correlation | errors / error bars | in their 95% interval |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for kind, by_length in report["windows"].items():
-        for length, x in by_length.items():
+    for kind, windows in report["windows"].items():
+        for length, x in windows.items():
             # On E itself both have the same noise, so their error bars say nothing of the difference.
             bars = ["", "", ""]
             if kind != E_ITSELF:
