@@ -38,10 +38,12 @@ from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Batch, Params
 
 NAME, PAGE = "bench_real_limits", EVIDENCE
-STATES = {"precision": (9, 3), "learning rate": (9,), "size of E": (9, 3, 15, 21)}
+STATES = {"learning rate": (9,), "precision": (9,), "size of E": (9, 3, 15, 21)}
 """Optimizer steps before the states, by part."""
 SIZES = (4, 8, 16)
 """Rollouts of a small E, of eight prompts at most; all of the fresh ones are 32."""
+SWEPT = 28
+"""Rollouts on which steps of all sizes are measured, each of another prompt."""
 MEMORY = 2**31
 """Bytes of activations."""
 BFLOAT16: dict[str, dict[str, Any]] = {
@@ -127,17 +129,17 @@ class Limits:
             return small_batch(self.state.fresh, size)
 
         influences = {str(size): self.influences(f"E of {size}", partial(small, size)) for size in sizes}
-        truth = self.influences("truth", lambda: self.state.others)
+        truth = self.influences("truth", lambda: one_of_each(self.state.others))
         everything = self.float32()
         return {**influences, str(everything["rollouts"]): everything, "truth": truth}
 
     def learning_rate(self) -> dict[str, Any]:
         """Return the change of entropy at multiples of the learning rate, of the step and of single rollouts."""
-        first = self.influences("first order", lambda: one_of_each(self.state.others))
+        first = self.influences("first order", lambda: small_batch(self.state.others, SWEPT), stderr=False)
         return self.stored("learning rate", lambda: self._sweep(first))
 
     def _sweep(self, first: Mapping[str, Any]) -> dict[str, Any]:
-        state, e = self.state, one_of_each(self.state.others)
+        state, e = self.state, small_batch(self.state.others, SWEPT)
         step = fx.adamw_decompose(self._gradient, state.opt_state, state.params, max_grad_norm=MAX_NORM)
         rows = strongest(first["per_sequence"])
         directions = [step.direction, *(self._direction(step.gain, row) for row in rows)]
@@ -179,11 +181,9 @@ def one_of_each(batch: Batch) -> Batch:
 
 
 def strongest(influences: Sequence[float]) -> list[int]:
-    """Return the rollouts that raise and lower the entropy most, and the one of the median size of those that move."""
+    """Return the rollouts that raise and lower the entropy most."""
     values = np.array(influences)
-    moving = np.flatnonzero(values)
-    median = moving[np.argsort(np.abs(values[moving]))[len(moving) // 2]]
-    return list(dict.fromkeys([int(values.argmax()), int(values.argmin()), int(median)]))
+    return [int(values.argmax()), int(values.argmin())]
 
 
 def precision_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -253,7 +253,7 @@ def off_at(ratios: Sequence[float], share: float) -> float | None:
 def learning_rate_figures(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return for the step and each rollout the change over its first order, by multiple, and where it is off."""
     changes, ess = np.array(sweep["delta_h"]), np.array(sweep["ess"])
-    names = ["the step", "a rollout, raises most", "a rollout, lowers most", "a rollout, median size"]
+    names = ["the step", "the rollout that raises most", "the rollout that lowers most"]
     figures = []
     for k, first in enumerate(sweep["first"]):
         ratios = (changes[:, k] / (sweep["lr"] * first * np.array(MULTIPLES))).tolist()

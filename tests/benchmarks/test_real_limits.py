@@ -81,9 +81,8 @@ def test_small_batches_have_as_many_prompts_as_possible() -> None:
     assert one_of_each(rollouts).input_ids[:, 0].tolist() == [0, 6, 12]
 
 
-def test_strongest_rollouts_are_those_that_move() -> None:
+def test_strongest_rollouts_have_either_sign() -> None:
     assert strongest([0.0, 5.0, -7.0, 0.0, 2.0]) == [1, 2]
-    assert strongest([0.0, 1.0, 5.0, -7.0, 0.0, 2.0, 3.0]) == [2, 3, 6]
 
 
 def test_figures_are_made_once(tmp_path: Path) -> None:
