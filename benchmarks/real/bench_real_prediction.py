@@ -75,6 +75,17 @@ def measurement_rows(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return rows
 
 
+def averaged_rows(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``measured_rows`` on other prompts, predicted by the mean of the prediction and the change on E's prompts.
+
+    That change is to first order what fresh rollouts of E's prompts predict, so it is a prediction from two of each.
+    """
+    rows = measured_rows(steps, OTHER)
+    for row, step in zip(rows, steps, strict=True):
+        row["total"] = (row["total"] + step["measured"][SAME]["delta_h"]) / 2
+    return rows
+
+
 def in_windows(rows: Sequence[Mapping[str, Any]], length: int) -> list[dict[str, Any]]:
     """Return the sums of ``measured_rows`` over consecutive windows of ``length`` steps; a shorter rest is left out."""
     windows = [rows[k : k + length] for k in range(0, len(rows) - length + 1, length)]
@@ -173,7 +184,8 @@ def summed(values: np.ndarray, length: int) -> np.ndarray:
 def report_of(steps: Sequence[Mapping[str, Any]], policy: str, settings: Settings) -> dict[str, Any]:
     """Return the report of the steps made so far."""
     lengths = [length for length in WINDOWS if len(steps) // length > 2]
-    every = {**{kind: measured_rows(steps, kind) for kind in MEASURED}, MEASUREMENT: measurement_rows(steps)}
+    every = {kind: measured_rows(steps, kind) for kind in MEASURED}
+    every |= {BY_MEASUREMENT: measurement_rows(steps), BY_BOTH: averaged_rows(steps)}
     regressed = {
         measured: {
             name: {
@@ -202,7 +214,7 @@ def report_of(steps: Sequence[Mapping[str, Any]], policy: str, settings: Setting
     }
 
 
-MEASUREMENT = "other, by same measured"
+BY_MEASUREMENT, BY_BOTH = "other, by same", "other, by both"
 REGRESSED = (1, 10)
 """Lengths of the windows in which predictors are compared."""
 
@@ -216,8 +228,11 @@ LABELS = {
     E_ITSELF: "E itself",
     SAME: "fresh rollouts of E's prompts",
     OTHER: "rollouts of other prompts",
-    MEASUREMENT: "other prompts, predicted by the change measured on E's",
+    BY_MEASUREMENT: "other prompts, predicted by the change measured on E's",
+    BY_BOTH: "other prompts, predicted by the mean of both",
 }
+WITHOUT_ERROR_BARS = (E_ITSELF, BY_BOTH)
+"""Kinds whose prediction and measurement, or two predictions, have noise in common that error bars do not tell."""
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -235,9 +250,8 @@ def predictions_table(report: Mapping[str, Any]) -> str:
     ]
     for kind, windows in report["windows"].items():
         for length, x in windows.items():
-            # On E itself both have the same noise, so their error bars say nothing of the difference.
             bars = ["", "", ""]
-            if kind != E_ITSELF:
+            if kind not in WITHOUT_ERROR_BARS:
                 bars = [f"{x['expected']:.2f}", f"{x['spread']:.2f}", f"{x['covered']:.0%}"]
             cells = [format_interval(x["r2"], ".2f"), f"{x['explainable']:.2f}", bars[0]]
             cells += [format_interval(x["correlation"], ".2f"), *bars[1:]]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.real.bench_real_prediction import (
     averaged,
+    averaged_rows,
     coverage,
     figures_of,
     in_windows,
@@ -114,8 +115,12 @@ def rows(errors: list[float]) -> list[dict[str, Any]]:
     return [
         {
             **dict.fromkeys(("momentum", "weight_decay", "rollouts"), 0.0),
-            **{"total": float(k), "total_stderr": 3.0, "realised": k + error, "realised_stderr": 4.0},
-            **{"stderrs": [3.0, 4.0], "degrees": [7.0, 15.0]},
+            "total": float(k),
+            "total_stderr": 3.0,
+            "realised": k + error,
+            "realised_stderr": 4.0,
+            "stderrs": [3.0, 4.0],
+            "degrees": [7.0, 15.0],
         }
         for k, error in enumerate(errors, 1)
     ]
@@ -168,7 +173,8 @@ def test_regression_takes_the_best_slope() -> None:
     assert regression(predicted, measured + error)["slope"] == pytest.approx(2.0)
 
 
-def test_measurement_predicts_the_other_measurement() -> None:
+def test_predictions_of_other_prompts_are_of_either_kind() -> None:
+    """The prediction is 9; the change is 0 on E itself, 1 on fresh rollouts of its prompts, and 2 on other prompts."""
     predicted = {"total": 9.0, "total_stderr": 9.0, "momentum": 0.0, "weight_decay": 0.0, "rollouts": 0.0}
     measured = {
         name: {"delta_h": float(k), "stderr": k + 0.5, "degrees_of_freedom": 15.0} for k, name in enumerate(MEASURED)
@@ -177,4 +183,6 @@ def test_measurement_predicts_the_other_measurement() -> None:
     [by_prediction], [by_measurement] = measured_rows([step], "other"), measurement_rows([step])
     assert (by_prediction["total"], by_prediction["realised"], by_prediction["degrees"]) == (9.0, 2.0, [7.0, 15.0])
     assert (by_measurement["total"], by_measurement["realised"]) == (1.0, 2.0)
+    [by_both] = averaged_rows([step])
+    assert (by_both["total"], by_both["realised"]) == (5.0, 2.0)
     assert (by_measurement["stderrs"], by_measurement["degrees"]) == ([1.5, 2.5], [15.0, 15.0])
