@@ -38,14 +38,14 @@ from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Batch, Params
 
 NAME, PAGE = "bench_real_limits", EVIDENCE
-STATES = {"learning rate": (9,), "precision": (9,), "size of E": (9, 3, 15, 21)}
+STATES = {"learning rate": (9,), "precision": (9, 3), "size of E": (9, 3, 15, 21)}
 """Optimizer steps before the states, by part."""
 SIZES = (4, 8, 16)
 """Rollouts of a small E, of eight prompts at most; all of the fresh ones are 32."""
 SWEPT = 28
 """Rollouts on which steps of all sizes are measured, each of another prompt."""
-MEMORY = 2**31
-"""Bytes of activations."""
+PASSES: dict[str, Any] = {"chunk_size": 4}
+"""Rows in a pass, which bound the memory."""
 BFLOAT16: dict[str, dict[str, Any]] = {
     name: {option: torch.bfloat16} for name, option in zip(ROUNDED, ("compute_dtype", "direction_dtype"), strict=True)
 }
@@ -100,8 +100,7 @@ class Limits:
 
         def work() -> dict[str, Any]:
             e = evaluation()
-            options.update(grad=self._gradient, per_token=False, memory_budget=MEMORY)
-            out = self.state.influence(e, **options)
+            out = self.state.influence(e, grad=self._gradient, per_token=False, **PASSES, **options)
             return {
                 "rollouts": len(e.input_ids),
                 "per_sequence": out.per_sequence.tolist(),
@@ -145,8 +144,8 @@ class Limits:
         directions = [step.direction, *(self._direction(step.gain, row) for row in rows)]
         block = {name: torch.stack([v[name] for v in directions]) for name in state.params}
         lr = state.opt_state.lr
-        change = fx.snis_sweep(state.params, e, apply=state.apply)(block, [lr * x for x in MULTIPLES])
-        derivatives = fx.jvp_delta(state.params, step.direction, e, apply=state.apply)
+        change = fx.snis_sweep(state.params, e, apply=state.apply, **PASSES)(block, [lr * x for x in MULTIPLES])
+        derivatives = fx.jvp_delta(state.params, step.direction, e, apply=state.apply, **PASSES)
         return {
             "lr": lr,
             "rows": rows,
@@ -189,7 +188,8 @@ def strongest(influences: Sequence[float]) -> list[int]:
 def precision_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the errors by what is in bfloat16, relative to the largest influence in float32.
 
-    ``errorbar`` is the median error bar over E likewise.
+    ``errorbar`` is the median error bar over E likewise; ``share`` is that of the errors in the squared influences, as
+    ``noise_share`` is by the error bars.
     """
     exact, error_bars = (np.array(influences["float32"][name]) for name in ("per_sequence", "stderr"))
     moving = exact != 0
@@ -203,7 +203,9 @@ def precision_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             "median": float(np.median(error) / largest),
             "errorbar": float(np.median(error_bars[moving]) / largest),
             "over_errorbar": float(np.median(error / error_bars[moving])),
-            "rank": rank_correlation(torch.tensor(rounded), torch.tensor(exact)) or 0.0,
+            "share": float(np.square(error).sum() / np.square(exact).sum()),
+            "noise_share": influences["float32"]["noise_share"],
+            "rank": rank_correlation(torch.tensor(rounded[moving]), torch.tensor(exact[moving])) or 0.0,
             "wrong_signs": float((np.sign(rounded) != np.sign(exact))[moving].mean()),
             "total": abs(influences[name]["total"] - influences["float32"]["total"])
             / influences["float32"]["total_stderr"],

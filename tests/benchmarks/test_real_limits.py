@@ -36,6 +36,7 @@ def test_precision_errors_are_over_the_largest_influence() -> None:
     passes = figures["passes"]
     assert (passes["largest"], passes["median"], passes["errorbar"]) == (2 / 4, 0.5 / 4, 0.5 / 4)
     assert (passes["wrong_signs"], passes["over_errorbar"], passes["total"]) == (1 / 3, 1.0, 0.5)
+    assert passes["share"] == pytest.approx((2**2 + 0.5**2) / (4**2 + 1 + 1))
     assert {name: figures["directions"][name] for name in ("largest", "rank")} == {"largest": 0.0, "rank": 1.0}
 
 
