@@ -25,22 +25,22 @@ def precision_table(report: Mapping[str, Any]) -> str:
     """Return the errors of bfloat16 by state."""
     lines = [
         "| bfloat16, after steps | largest, median error / largest influence | median error bar over E likewise "
-        "| error / error bar, median | share of the squares: error, noise by error bars | rank correlation | wrong signs "
-        "| total: error / error bar | conditioning |",
+        "| error / error bar, median | share of the squares: error, noise by error bars | rank correlation "
+        "| wrong signs | total: error / error bar | conditioning |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for steps, figures in report["precision"].items():
         lines += [
             f"| {name}, {steps} | {x['largest']:.1%}, {x['median']:.2%} | {x['errorbar']:.1%} "
-            f"| {x['over_errorbar']:.2g} | {x['share']:.2g}, {x['noise_share']:.2g} | {x['rank']:.4f} | {x['wrong_signs']:.0%} | {x['total']:.2f} "
-            f"| {x['conditioning']:.2f} |"
+            f"| {x['over_errorbar']:.2g} | {x['share']:.2g}, {x['noise_share']:.2g} | {x['rank']:.4f} "
+            f"| {x['wrong_signs']:.0%} | {x['total']:.2g} | {x['conditioning']:.2f} |"
             for name, x in figures.items()
         ]
     return "\n".join(lines)
 
 
 def sizes_table(report: Mapping[str, Any]) -> str:
-    """Return the agreement by size of E, of every state and on average."""
+    """Return the agreement by size of E and state."""
     lines = [
         "| rollouts in E, after steps | noise share by error bars | rank correlation with the truth | right signs "
         "| squared error / signal | noise share of the truth |",
