@@ -44,7 +44,12 @@ BLOCKS = 10
 MOMENTUM = 0.9
 """AdamW's first beta."""
 TERMS = ("total", "total_stderr", "momentum", "weight_decay", "rollouts")
-INFLUENCES = {"total": "influences", "rollouts": "of them the step's rollouts", "momentum": "of them momentum"}
+INFLUENCES = {
+    "total": "influences",
+    "rollouts": "of them the step's rollouts",
+    "momentum": "of them momentum",
+    "without_score": "influences without the score term",
+}
 
 
 def measured_rows(steps: Sequence[Mapping[str, Any]], measured: str) -> list[dict[str, Any]]:

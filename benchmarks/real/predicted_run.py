@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,6 +228,8 @@ def prediction(
 ) -> dict[str, float]:
     """Return the derivative of the entropy along the step and its terms, per unit of learning rate.
 
+    ``without_score`` leaves out that the step changes which texts are sampled, which is most of the noise.
+
     Args:
         params: parameters by name.
         u: rollouts of the step.
@@ -245,8 +248,13 @@ def prediction(
     figures["entropy"] = float(out.values_e.entropies[e.completion_mask].mean())
     if (squares := float((out.per_sequence**2).sum())) > 0:
         figures["noise_share"] = float((out.stderr**2).sum()) / squares
+    v = fx.adamw_decompose(dict(grad), state, params, max_grad_norm=MAX_NORM).direction
+    with warnings.catch_warnings():
+        # The bias is what is looked at.
+        warnings.filterwarnings("ignore", message="objective.score is 0")
+        pathwise = fx.jvp_delta(params, v, e, apply=apply, objective=fx.Entropy(score=0.0), second_order=False)
+    figures["without_score"] = float(pathwise.first)
     if trusted:
-        v = fx.adamw_decompose(dict(grad), state, params, max_grad_norm=MAX_NORM).direction
         derivatives = fx.jvp_delta(params, v, e, apply=apply)
         figures["eta_trust"] = float((0.2 * derivatives.first / derivatives.second).abs())
     return figures
