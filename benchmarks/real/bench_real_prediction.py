@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,15 @@ from benchmarks.evidence.bench_prediction import OTHER, SAME, evaluate, plot
 from benchmarks.harness import EVIDENCE, format_interval, one_thread, parser, result_path, store
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.predicted_run import E_ITSELF, MEASURED, Settings, drawn_tasks, stored_steps, train, training_tasks
+from benchmarks.real.prediction_figures import (
+    REGRESSED,
+    averaged_rows,
+    figures_of,
+    in_windows,
+    measured_rows,
+    measurement_rows,
+    regressions,
+)
 from benchmarks.real.pretrained_states import MODEL
 from benchmarks.real.tasks import by_length, tasks, verified
 from fx_influence.estimators.stderr import degrees_of_sum, interval_half_width
@@ -39,169 +47,14 @@ LAYERS = range(24, 30)
 LEARNING_RATE = 2e-4
 WINDOWS = (1, 5, 10, 20)
 """Numbers of consecutive steps that are added up."""
-BLOCKS = 10
-"""Largest number of blocks of consecutive steps that an interval's jackknife leaves out in turn."""
-MOMENTUM = 0.9
-"""AdamW's first beta."""
-TERMS = ("total", "total_stderr", "momentum", "weight_decay", "rollouts")
-INFLUENCES = {
-    "total": "influences",
-    "rollouts": "of them the step's rollouts",
-    "momentum": "of them momentum",
-    "without_score": "influences without the score term",
-}
-
-
-def measured_rows(steps: Sequence[Mapping[str, Any]], measured: str) -> list[dict[str, Any]]:
-    """Return the prediction of each step beside its change on one kind of rollouts, as ``evaluate`` reads them.
-
-    ``stderrs`` and ``degrees`` are those of both.
-    """
-    rows = []
-    for step in steps:
-        predicted, change = step["predicted"], step["measured"][measured]
-        row = {name: predicted[name] for name in (*TERMS, *(["eta_trust"] if "eta_trust" in predicted else []))}
-        row |= {"step": step["step"], "realised": change["delta_h"], "realised_stderr": change["stderr"]}
-        row["stderrs"] = [predicted["total_stderr"], change["stderr"]]
-        row["degrees"] = [predicted["degrees_of_freedom"], change["degrees_of_freedom"]]
-        rows.append(row)
-    return rows
-
-
-def measurement_rows(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return ``measured_rows`` in which the change on fresh rollouts of E's prompts predicts that on other prompts."""
-    rows = measured_rows(steps, OTHER)
-    for row, step in zip(rows, steps, strict=True):
-        same = step["measured"][SAME]
-        row |= {"total": same["delta_h"], "total_stderr": same["stderr"]}
-        row["stderrs"], row["degrees"] = (
-            [same[name], step["measured"][OTHER][name]] for name in ("stderr", "degrees_of_freedom")
-        )
-    return rows
-
-
-def averaged_rows(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return ``measured_rows`` on other prompts, predicted by the mean of the prediction and the change on E's prompts.
-
-    That change is to first order what fresh rollouts of E's prompts predict, so it is a prediction from two of each.
-    """
-    rows = measured_rows(steps, OTHER)
-    for row, step in zip(rows, steps, strict=True):
-        row["total"] = (row["total"] + step["measured"][SAME]["delta_h"]) / 2
-    return rows
-
-
-def in_windows(rows: Sequence[Mapping[str, Any]], length: int) -> list[dict[str, Any]]:
-    """Return the sums of ``measured_rows`` over consecutive windows of ``length`` steps; a shorter rest is left out."""
-    windows = [rows[k : k + length] for k in range(0, len(rows) - length + 1, length)]
-    return [
-        {
-            **{name: sum(row[name] for row in window) for name in (*TERMS, "realised")},
-            **{name: float(np.hypot.reduce([x[name] for x in window])) for name in ("total_stderr", "realised_stderr")},
-            **{name: [x for row in window for x in row[name]] for name in ("stderrs", "degrees")},
-        }
-        for window in windows
-    ]
-
-
-def coverage(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the share of errors within the 95% interval of both error bars, by Student's t."""
-    errors = np.array([row["realised"] - row["total"] for row in rows])
-    widths = [
-        interval_half_width(
-            float(np.hypot.reduce(row["stderrs"])), degrees_of_sum(np.array(row["stderrs"]), np.array(row["degrees"]))
-        )
-        for row in rows
-    ]
-    return float((np.abs(errors) <= widths).mean())
-
-
-def figures_of(rows: Sequence[Mapping[str, Any]], lr: float) -> dict[str, Any]:
-    """Return how good the predictions of rows are, with intervals of R² and the correlation.
-
-    ``expected`` is the R² of a prediction whose errors are as large as both error bars say, and no larger.
-    """
-    figures = evaluate([dict(row) for row in rows], lr)
-    variance = np.var([row["realised"] for row in rows])
-    errors = np.mean([np.square(row["stderrs"]).sum() for row in rows])
-
-    def without_block(name: str, chosen: Sequence[int]) -> float:
-        return evaluate([dict(rows[k]) for k in chosen], lr)[name]
-
-    return {
-        **figures,
-        **{name: jackknife(len(rows), partial(without_block, name)) for name in ("r2", "correlation")},
-        "count": len(rows),
-        "expected": float(1 - errors / variance),
-        "covered": coverage(rows),
-    }
-
-
-def jackknife(count: int, figure: Callable[[Sequence[int]], float]) -> dict[str, float]:
-    """Return a figure of rows with the half width of its 95% interval, by leaving out blocks of consecutive rows.
-
-    Args:
-        count: number of rows.
-        figure: function of the indices of rows.
-
-    Source: Künsch, The Jackknife and the Bootstrap for General Stationary Observations, 1989.
-    """
-    blocks = np.array_split(np.arange(count), min(BLOCKS, count))
-    left = [figure([k for k in range(count) if k not in block]) for block in map(set, blocks)]
-    stderr = float(np.sqrt((len(left) - 1) * np.var(left)))
-    return {"mean": figure(range(count)), "half_width": interval_half_width(stderr, len(left) - 1)}
-
-
-def averaged(values: np.ndarray) -> np.ndarray:
-    """Return the averages over past steps (K,) that AdamW makes of gradients, with its correction of the first."""
-    mean, averages = 0.0, []
-    for value in values:
-        mean = MOMENTUM * mean + (1 - MOMENTUM) * value
-        averages.append(mean)
-    return np.array(averages) / (1 - MOMENTUM ** np.arange(1, len(averages) + 1))
-
-
-def predictors(steps: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return every step's prediction (K,) by name: influences, their terms, proxies, and these averaged over steps."""
-    values = {label: np.array([s["predicted"][name] for s in steps]) for name, label in INFLUENCES.items()}
-    proxies = {name: np.array([s["proxies"][name] for s in steps]) for name in steps[0]["proxies"]}
-    return values | proxies | {f"{name}, averaged": averaged(x) for name, x in proxies.items()}
-
-
-def regression(predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
-    """Return the correlation with its interval, and R² with the slope through 0 that suits these values best."""
-    slope = predicted @ measured / (predicted @ predicted)
-    residual = ((measured - slope * predicted) ** 2).mean()
-    return {
-        "correlation": jackknife(
-            len(measured), lambda rows: float(np.corrcoef(predicted[list(rows)], measured[list(rows)])[0, 1])
-        ),
-        "r2": float(1 - residual / measured.var()),
-        "slope": float(slope),
-    }
-
-
-def summed(values: np.ndarray, length: int) -> np.ndarray:
-    """Return the sums of values (K,) over consecutive windows; a shorter rest is left out."""
-    return values[: len(values) // length * length].reshape(-1, length).sum(1)
 
 
 def report_of(steps: Sequence[Mapping[str, Any]], policy: str, settings: Settings) -> dict[str, Any]:
     """Return the report of the steps made so far."""
     lengths = [length for length in WINDOWS if len(steps) // length > 2]
     every = {kind: measured_rows(steps, kind) for kind in MEASURED}
+    later = [k for k, step in enumerate(steps) if "without_score" in step["predicted"]]
     every |= {BY_MEASUREMENT: measurement_rows(steps), BY_BOTH: averaged_rows(steps)}
-    regressed = {
-        measured: {
-            name: {
-                str(length): regression(summed(x, length), summed(changes_on(steps, measured), length))
-                for length in lengths
-                if length in REGRESSED
-            }
-            for name, x in predictors(steps).items()
-        }
-        for measured in (SAME, OTHER)
-    }
     return {
         "environment": environment(),
         "policy": policy,
@@ -213,20 +66,14 @@ def report_of(steps: Sequence[Mapping[str, Any]], policy: str, settings: Setting
             kind: {str(length): figures_of(in_windows(rows, length), settings.lr) for length in lengths}
             for kind, rows in every.items()
         },
-        "regressed": regressed,
+        "regressed": regressions(steps, range(len(steps))),
+        "regressed_later": regressions(steps, later) if 2 < len(later) < len(steps) else {},
         "trusted_lrs": evaluate(measured_rows(steps, OTHER), settings.lr)["trusted_lrs"],
         "steps": list(steps),
     }
 
 
 BY_MEASUREMENT, BY_BOTH = "other, by same", "other, by both"
-REGRESSED = (1, 10)
-"""Lengths of the windows in which predictors are compared."""
-
-
-def changes_on(steps: Sequence[Mapping[str, Any]], measured: str) -> np.ndarray:
-    """Return the measured change of every step (K,) on one kind of rollouts."""
-    return np.array([step["measured"][measured]["delta_h"] for step in steps])
 
 
 LABELS = {
@@ -242,7 +89,11 @@ WITHOUT_ERROR_BARS = (E_ITSELF, BY_BOTH)
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the tables of predicted and measured changes, of their sums, and of predictors."""
-    return "\n\n".join([predictions_table(report), sums_table(report), predictors_table(report["regressed"])])
+    tables = [predictions_table(report), sums_table(report), predictors_table(report["regressed"], "predictor")]
+    if later := report["regressed_later"]:
+        first = next(step["step"] for step in report["steps"] if "without_score" in step["predicted"])
+        tables.append(predictors_table(later, f"predictor, from step {first} on"))
+    return "\n\n".join(tables)
 
 
 def predictions_table(report: Mapping[str, Any]) -> str:
@@ -298,8 +149,8 @@ def sum_with_interval(estimates: Sequence[Mapping[str, float]], value: str, stde
     return f"{sum(x[value] for x in estimates):+.3f} ± {width:.3f}"
 
 
-def predictors_table(regressed: Mapping[str, Any]) -> str:
-    """Return the table by predictor."""
+def predictors_table(regressed: Mapping[str, Any], title: str) -> str:
+    """Return the table by predictor; ``title`` is the head of its first column."""
     lengths = [length for length in map(str, REGRESSED) if length in next(iter(regressed[OTHER].values()))]
     heads = [
         f"{'single steps' if length == '1' else f'sums of {length}'}, {kind}: {figure}"
@@ -307,7 +158,7 @@ def predictors_table(regressed: Mapping[str, Any]) -> str:
         for kind in (SAME, OTHER)
         for figure in ("correlation", "R², best slope")
     ]
-    lines = [f"| predictor | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    lines = [f"| {title} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for name in regressed[OTHER]:
         figures = [regressed[kind][name][length] for length in lengths for kind in (SAME, OTHER)]
         cells = [cell for x in figures for cell in (format_interval(x["correlation"], "+.2f"), f"{x['r2']:.2f}")]

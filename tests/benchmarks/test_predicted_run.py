@@ -13,7 +13,10 @@ from scipy.stats import t as student
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.real.bench_real_prediction import (
+from benchmarks.real.frozen_layers import trainable_end
+from benchmarks.real.language_model import tiny_model
+from benchmarks.real.predicted_run import MEASURED, Settings, prompts_of_step, stored_steps, train
+from benchmarks.real.prediction_figures import (
     averaged,
     averaged_rows,
     coverage,
@@ -24,9 +27,6 @@ from benchmarks.real.bench_real_prediction import (
     measurement_rows,
     regression,
 )
-from benchmarks.real.frozen_layers import trainable_end
-from benchmarks.real.language_model import tiny_model
-from benchmarks.real.predicted_run import MEASURED, Settings, prompts_of_step, stored_steps, train
 from benchmarks.real.tasks import by_length, tasks
 from tests.helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 
