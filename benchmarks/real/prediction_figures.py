@@ -1,4 +1,4 @@
-"""How good predictions of a training run's steps are: R², correlations and calibration, for sums over steps too."""
+"""Measures of predictions of a training run's steps: R², correlations and calibration, for sums over steps too."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 from peft import LoraConfig, get_peft_model
 from scipy.stats import t as student
 from torch import Tensor
@@ -28,7 +29,6 @@ from benchmarks.real.prediction_figures import (
     regression,
 )
 from benchmarks.real.tasks import by_length, tasks
-from tests.helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def rows(errors: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def test_expected_r2_is_reached_if_errors_are_as_large_as_their_bars() -> None:
+def test_expected_r2_is_reached_by_errors_as_large_as_bars() -> None:
     figures = figures_of(rows([5.0, -5.0, 5.0, -5.0]), lr=1.0)
     assert figures["spread"] == pytest.approx(1.0)
     assert figures["r2"]["mean"] == pytest.approx(figures["expected"])
@@ -173,7 +173,7 @@ def test_regression_takes_the_best_slope() -> None:
     assert regression(predicted, measured + error)["slope"] == pytest.approx(2.0)
 
 
-def test_predictions_of_other_prompts_are_of_either_kind() -> None:
+def test_predictions_on_other_prompts_are_of_either_kind() -> None:
     """The prediction is 9; the change is 0 on E itself, 1 on fresh rollouts of its prompts, and 2 on other prompts."""
     predicted = {"total": 9.0, "total_stderr": 9.0, "momentum": 0.0, "weight_decay": 0.0, "rollouts": 0.0}
     measured = {
