@@ -163,7 +163,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Draw every step's change of entropy, predicted and measured, and their sums with their terms."""
     groups: dict[str, list[list[dict[str, float]]]] = {}
     for run in report["runs"]:
-        groups.setdefault(f"lr {run['lr']:g}, {run['prompts']} prompts", []).append(run["found"])
+        prompts = f"{run['prompts']} prompts" if run["prompts"] in (SAME, OTHER) else run["prompts"]
+        groups.setdefault(f"lr {run['lr']:g}, {prompts}", []).append(run["found"])
     with svg_figure(path, 2, len(groups), (10, 5)) as axes:
         for column, (title, runs) in enumerate(groups.items()):
             steps, sums = axes[:, column]
@@ -174,10 +175,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
             steps.set(title=title, xlabel="ΔH measured in a step, nats")
             for name, (label, color) in TERMS.items():
                 cumulative = np.array([[s[name] for s in run] for run in runs]).cumsum(1)
-                mean, width = cumulative.mean(0), cumulative.std(0, ddof=1) / np.sqrt(len(cumulative))
-                numbers = np.arange(1, len(mean) + 1)
+                mean, numbers = cumulative.mean(0), np.arange(1, cumulative.shape[1] + 1)
                 sums.plot(numbers, mean, color=color, lw=1.2, label=label)
-                sums.fill_between(numbers, mean - width, mean + width, color=color, alpha=0.2, lw=0)
+                if len(cumulative) > 1:
+                    width = cumulative.std(0, ddof=1) / np.sqrt(len(cumulative))
+                    sums.fill_between(numbers, mean - width, mean + width, color=color, alpha=0.2, lw=0)
             sums.set(xlabel="optimizer step")
         axes[0][0].set(ylabel="ΔH predicted, nats")
         axes[1][0].set(ylabel="sum of ΔH so far, nats")
