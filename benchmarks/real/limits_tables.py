@@ -31,7 +31,7 @@ def precision_table(report: Mapping[str, Any]) -> str:
     ]
     for steps, figures in report["precision"].items():
         lines += [
-            f"| {name}, {steps} | {x['largest']:.1%}, {x['median']:.2%} | {x['errorbar']:.1%} "
+            f"| {name}, {steps} | {100 * x['largest']:.2g}%, {100 * x['median']:.2g}% | {x['errorbar']:.1%} "
             f"| {x['over_errorbar']:.2g} | {x['share']:.2g}, {x['noise_share']:.2g} | {x['rank']:.4f} "
             f"| {x['wrong_signs']:.0%} | {x['total']:.2g} | {x['conditioning']:.2f} |"
             for name, x in figures.items()
@@ -99,7 +99,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             size.semilogx(shares, ranks, marker, ms=5, color=colors[0], alpha=0.8, label=f"E of {number}")
         size.set(title="small E", xlabel="noise share by error bars", ylabel="rank correlation with the truth")
         for figures in report["learning rate"].values():
-            for color, x in zip(colors, figures, strict=True):
+            for color, x in zip(colors, figures, strict=False):
                 step.semilogx(MULTIPLES, x["ratios"], "o-", ms=3, lw=1, color=color, label=x["name"])
         step.axhline(1.0, color="black", lw=0.8)
         step.set(title="large step", xlabel="step / lr", ylabel="ΔH / first order")
