@@ -46,7 +46,7 @@ KINDS: dict[str, Callable[[Any], EntropyInfluence]] = {
     UPDATE: lambda training: EntropyInfluence(every=1).attach(training),
     FRESH: lambda training: attach(training, 1),
 }
-"""Where E comes from: the step's own rollouts, or 128 of other prompts."""
+"""Ways of attaching the measurement, with E the step's own rollouts, or 128 of other prompts."""
 SIZES = (
     Size("the embedded policy", goals={UPDATE: 1.6, FRESH: 2.5}),
     Size("a random one", "large"),

@@ -122,6 +122,8 @@ def sum_over_groups(groups: Sequence[dist.ProcessGroup], tensors: Sequence[Tenso
     Small ones are sent together, since each collective takes as long as some kilobytes. Every rank has tensors of the
     same shapes in the same order.
     """
+    if not groups:
+        return
     for bucket in _buckets(tensors):
         flat = torch.cat([x.flatten() for x in bucket]) if len(bucket) > 1 else bucket[0]
         for group in groups:
@@ -135,11 +137,13 @@ def sum_over_groups(groups: Sequence[dist.ProcessGroup], tensors: Sequence[Tenso
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the tensors in turn, as many as fit ``BUCKET_BYTES`` at once, all of one dtype; larger ones alone."""
     bucket: list[Tensor] = []
+    size = 0
     for x in tensors:
-        if bucket and (x.dtype != bucket[0].dtype or sum(y.nbytes for y in [*bucket, x]) > BUCKET_BYTES):
+        if bucket and (x.dtype != bucket[0].dtype or size + x.nbytes > BUCKET_BYTES):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(x)
+        size += x.nbytes
     if bucket:
         yield bucket
 

@@ -222,10 +222,13 @@ def _sum_over_copies(local: Gradients, params: Params) -> Gradients:
     first_parameter: Any = next(iter(params.values()))
     mesh = first_parameter.device_mesh
     groups = [mesh.get_group(axis) for axis in range(sharding_of(first_parameter).axis)]
-    reached = torch.tensor([g is not None for g in local.values()], dtype=torch.float32, device=first_parameter.device)
-    sum_over_groups(groups, [reached])
+    reached: list[float] = [float(g is not None) for g in local.values()]
+    if groups:
+        counts = torch.tensor(reached, device=first_parameter.device)
+        sum_over_groups(groups, [counts])
+        reached = counts.tolist()
     out: Gradients = {}
-    for (name, g), by_any_copy in zip(local.items(), reached.tolist(), strict=True):
+    for (name, g), by_any_copy in zip(local.items(), reached, strict=True):
         p = params[name]
         out[name] = torch.zeros_like(to_local(p), dtype=promote(p.dtype)) if g is None and by_any_copy else g
     sum_over_groups(groups, [g for g in out.values() if g is not None])
