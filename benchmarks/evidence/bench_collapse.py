@@ -31,6 +31,8 @@ from fx_influence.types import Batch, TokenValues
 NAME = "bench_collapse"
 SEEDS, MAX_NORM = 5, 1.0
 FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 0.5)
+BY_REGION = ("A > 0, likely", "A > 0, unlikely", "A < 0, likely", "A < 0, unlikely")
+"""Names of the first four regions of ``fx.labels.regions``, in their order."""
 
 
 class TrainingRun(NamedTuple):
@@ -82,20 +84,16 @@ def figures_of_tokens(
     delta = lr * out.per_token[mask].numpy()
     logprob, entropy = (x[mask].double().numpy() for x in values)
     row = mask.nonzero()[:, 0].numpy()
-    advantage = np.array([r.advantage or 0.0 for r in rollouts])[row]
+    advantages = np.array([r.advantage or 0.0 for r in rollouts])
+    advantage = advantages[row]
     position = ((mask.cumsum(1) - 1)[mask] / mask.sum(1)[row]).numpy()
     proxy = (logprob - logprob.mean()) * (advantage - advantage.mean())
     by = {"covariance": proxy, "entropy": entropy}
     solved = np.array([r.reward or 0.0 for r in rollouts])
     group = np.array([r.group for r in rollouts])
     easy = np.array([solved[group == g].mean() >= 0.5 for g in group])[row]
-    # More probable than the policy's mean log-probability, where by theory the sign changes.
-    likely = logprob >= -entropy
-    cells = {
-        f"A {sign} 0, {kind}": by_sign & by_probability
-        for sign, by_sign in ((">", advantage > 0), ("<", advantage < 0))
-        for kind, by_probability in (("likely", likely), ("unlikely", ~likely))
-    }
+    region = fx.labels.regions(batch, values, torch.from_numpy(advantages)).index[mask].numpy()
+    cells = {name: region == k for k, name in enumerate(BY_REGION)}
     thirds = {f"{name} third": (3 * position).astype(int) == k for k, name in enumerate(("first", "middle", "last"))}
     cells |= thirds | {f"{a}, {b}": cells[a] & thirds[b] for a in cells for b in thirds}
     cells |= {"easy prompts": easy, "hard prompts": ~easy}
@@ -165,14 +163,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-SUMMARY_KINDS = (
-    "A > 0, likely",
-    "A > 0, unlikely",
-    "A < 0, likely",
-    "A < 0, unlikely",
-    "top 2% by covariance",
-    "top 20% by entropy",
-)
+SUMMARY_KINDS = (*BY_REGION, "top 2% by covariance", "top 20% by entropy")
 """Kinds of tokens in the short table."""
 
 

@@ -217,10 +217,10 @@ def measure(training: TrainingRun, policy: Policy, step_state: StepState) -> lis
 
 
 def coverage(out: fx.Influence, truth: Tensor) -> float:
-    """Return the share of rollouts whose true influence is in its 95% interval, by Student's t."""
+    """Return the share of rollouts with a loss whose true influence is in its 95% interval, by Student's t."""
     assert out.degrees_of_freedom is not None
     half_width = fx.interval_half_width(out.stderr, out.degrees_of_freedom)
-    return float(((out.per_sequence - truth).abs() <= half_width).double().mean())
+    return float(((out.per_sequence - truth).abs() <= half_width)[truth != 0].double().mean())
 
 
 def noise_share(out: WithErrorBars) -> float:

@@ -56,9 +56,9 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: nn.Module, *, copy: boo
 
     The optimizer is only read: no state is created in it. If FSDP2 has sharded the model, the moments are DTensors,
     sharded like the parameters, and every rank makes the call. If DeepSpeed's ZeRO-1 or 2 has partitioned the
-    optimizer, they are those of complete parameters on every rank, gathered one parameter at a time; so are the float32
-    ``master_weights``, of which parameters in bfloat16 are the roundings. Under ZeRO-3 both are flat DTensors, as the
-    parameters of ``make_functional``.
+    optimizer, they are those of complete parameters on every rank, gathered by one collective for each flat vector; so
+    are the float32 ``master_weights``, of which parameters in bfloat16 are the roundings. Under ZeRO-3 both are flat
+    DTensors, as the parameters of ``make_functional``.
 
     Moments in 8 bits or fewer are dequantised, as the optimizer's step does before it updates them: the step is AdamW's
     from these values. That it then rounds the updated ones changes the steps after it, not this one.
@@ -182,8 +182,9 @@ def _partitioned(state: AdamWState, partition: Partition, copy: bool) -> AdamWSt
     trees: dict[str, Any] = {}
     for key in (*MOMENTS, "master_weights"):
         shards = getattr(state, key)
-        complete = None if shards is None else PartitionedTensors(shards, partition)
-        trees[key] = dict(complete) if copy and complete is not None else complete
+        if shards is not None:
+            shards = partition.gather_(dict(shards)) if copy else PartitionedTensors(shards, partition)
+        trees[key] = shards
     return state._replace(**trees)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers.toy_policy import toy_policy
 import fx_influence as fx
 from benchmarks.evidence import (
     bench_acting,
+    bench_collapse,
     bench_counterfactual,
     bench_estimators,
     counterfactual_tables,
@@ -162,3 +164,22 @@ def test_windows_are_explained_by_what_predicts_their_change() -> None:
     assert sampled["r2"]["steps_total"] == pytest.approx(1 - 11.5 / 2.5)
     assert sampled["slopes"] == pytest.approx({"window_total": 1.0, "both_ends": 0.5})
     assert sampled["gain"]["mean"] == pytest.approx(0.25)
+
+
+def test_coverage_leaves_out_rollouts_without_a_loss() -> None:
+    out: Any = SimpleNamespace(
+        per_sequence=torch.tensor([0.0, 1.0, 1.0]), stderr=torch.tensor([0.0, 0.1, 0.1]), degrees_of_freedom=7
+    )
+    assert bench_estimators.coverage(out, torch.tensor([0.0, 1.1, 2.0])) == 0.5
+
+
+def test_tokens_of_probability_one_are_unlikely_in_both_places() -> None:
+    """log pi(y) = -h = 0 there, and a token is likely where log pi(y) > -h."""
+    mask = torch.tensor([[False, True, True]] * 2)
+    batch = Batch(mask.long(), mask | True, mask, coefficients=torch.tensor([[1.0], [-1.0]]) * mask)
+    values = TokenValues(torch.tensor([[0.0, 0.0, -0.1]] * 2), torch.tensor([[0.0, 0.0, 0.5]] * 2))
+    out: Any = SimpleNamespace(per_token=torch.tensor([[0.0, -1.0, 2.0]] * 2), momentum=torch.tensor(0.0))
+    rollouts: Any = [SimpleNamespace(advantage=x, reward=x, group=0) for x in (1.0, -1.0)]
+    cells = bench_collapse.figures_of_tokens(out, batch, values, rollouts, 1.0)["cells"]
+    assert [cells[name]["sum"] for name in bench_collapse.BY_REGION] == [2.0, -1.0, 2.0, -1.0]
+    assert fx.labels.regions(batch, values).index[mask].tolist() == [1, 0, 3, 2]

@@ -92,6 +92,18 @@ def test_adamw_state_reads_partitions_as_parameters(copied: bool) -> None:
     assert (actual.step, actual.hyper, actual.lr) == (expected.step, expected.hyper, expected.lr)
 
 
+@pytest.mark.usefixtures("process_group")
+def test_copied_adamw_state_is_gathered_by_flat_vectors() -> None:
+    model, zero, _ = stepped_pair()
+    with recorded_collectives() as collectives:
+        state = fx.adamw_state(zero, model)
+    entries = sum(p.numel() for p in model.parameters()) + PADDING
+    vectors = [x.size // 4 for x in collectives if x.name != "allreduce"]
+    assert vectors == [entries, entries], collectives
+    state.exp_avg["bias"].zero_()
+    assert fx.adamw_state(zero, model).exp_avg["bias"].any()
+
+
 def bfloat16_pair() -> tuple[nn.Module, Any, dict[str, Tensor]]:
     """Return a model in bfloat16, its partitioned optimizer, and the float32 weights by name, which it rounds."""
     torch.manual_seed(1)
