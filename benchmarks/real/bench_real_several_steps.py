@@ -172,7 +172,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     window = recorded_window(recorded.batches, state.lr, params, state)
     chosen = recorded.advantages.nonzero().flatten().tolist()[: setting.left_out]
     first, *others = WINDOWS
-    attribution = partial(window_figures, recorded, window, apply)
+    attribution = partial(window_figures, recorded, window, apply, folder)
     works: dict[str, Callable[[], dict[str, Any]]] = {
         first: partial(attribution, WINDOW_OPTIONS[first]),
         "changes": lambda: {"changes": changes(recorded, chosen, folder / "changes.json", apply).tolist()},
@@ -192,7 +192,7 @@ def stored(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def window_figures(
-    recorded: Recorded, window: fx.Window, apply: fx.Policy, options: Mapping[str, Any]
+    recorded: Recorded, window: fx.Window, apply: fx.Policy, states_dir: Path, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return influences of the first step's rollouts over the window, its totals, seconds, and bytes added to the peak.
 
@@ -200,12 +200,13 @@ def window_figures(
         recorded: the window as it was recorded.
         window: the same as the argument of ``influence_over_steps``.
         apply: the policy.
+        states_dir: for the states of the window where they do not fit memory.
         options: of ``influence_over_steps``.
     """
     results: list[fx.InfluenceOverSteps] = []
 
     def work() -> None:
-        results.append(fx.influence_over_steps(window, recorded.e, apply=apply, **options))
+        results.append(fx.influence_over_steps(window, recorded.e, apply=apply, states_dir=states_dir, **options))
 
     seconds: list[float] = []
     peak = peak_extra(lambda: seconds.append(processor_seconds(work)))
@@ -301,17 +302,27 @@ def markdown(report: dict[str, Any]) -> str:
     steps = f"{windows[0]['steps']} steps of {windows[0]['rollouts']} rollouts, {windows[0]['left_out']} left out"
     trained = [f"{WEIGHTS[window['weights']]}, lr {window['lr']:g}" for window in windows]
     head = [f"{report['policy']}, {steps} of the first", *(f"{name}: rank, measured / predicted" for name in trained)]
-    lines = [_row([*head, "processor seconds over those of the steps", "GiB added to the peak"])]
+    by_weights = {weights: [x for x in windows if x["weights"] == weights] for weights in WEIGHTS}
+    measured_weights = {weights: x for weights, x in by_weights.items() if x}
+    kinds = ", ".join(WEIGHTS[weights] for weights in measured_weights)
+    lines = [_row([*head, f"processor seconds over those of the steps: {kinds}", f"GiB added to the peak: {kinds}"])]
     lines.append("|---" * (len(windows) + 3) + "|")
     for name, label in RANKED.items():
         if all(name in window["ranks"] for window in windows):
-            costs = [window["costs"].get(name, {}) for window in windows]
-            seconds = [x["seconds"] / y["training_seconds"] for x, y in zip(costs, windows, strict=True) if x]
-            peaks = [x["peak_extra_bytes"] / 2**30 for x in costs if "peak_extra_bytes" in x]
-            medians = [f"{statistics.median(x):.1f}" if x else "" for x in (seconds, peaks)]
-            lines.append(_row([label, *(_agreement(window, name) for window in windows), *medians]))
+            costs = [_costs(x, name) for x in measured_weights.values()]
+            cells = [", ".join(filter(None, x)) for x in zip(*costs, strict=True)]
+            lines.append(_row([label, *(_agreement(window, name) for window in windows), *cells]))
     lines.append(_row(["ΔH over the window, nats", *map(_change, windows), "", ""]))
     return "\n".join(lines)
+
+
+def _costs(windows: Sequence[Mapping[str, Any]], name: str) -> tuple[str, str]:
+    """Return medians over windows of a predictor's seconds over those of the steps, and of the GiB that it adds."""
+    costs = [(window["costs"].get(name, {}), window["training_seconds"]) for window in windows]
+    seconds = [cost["seconds"] / steps for cost, steps in costs if cost]
+    peaks = [cost["peak_extra_bytes"] / 2**30 for cost, _ in costs if "peak_extra_bytes" in cost]
+    of_seconds, of_peaks = (f"{statistics.median(x):.1f}" if x else "" for x in (seconds, peaks))
+    return of_seconds, of_peaks
 
 
 def _row(cells: Sequence[str]) -> str:

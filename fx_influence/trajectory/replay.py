@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from fx_influence.autodiff.engine import Engine
@@ -13,6 +14,7 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.optim.step import AdamWStep
 from fx_influence.optim.transition import advance
 from fx_influence.policy.precision import pass_precision
+from fx_influence.trajectory.step_files import StepFile
 from fx_influence.trajectory.window import RecordedStep, Window
 from fx_influence.types import AdamWState, Apply, Params
 
@@ -27,7 +29,7 @@ class Replay:
     Attributes:
         params: theta_K by name, after the last step.
         opt_state: AdamW's state after the last step.
-        segment: number of steps that are in memory at once.
+        segment: number of steps that are stored at once.
     """
 
     params: Params
@@ -37,25 +39,25 @@ class Replay:
     _engine: Engine
     _preconditioner: Literal["frozen", "jacobian"]
     _checkpoints: Sequence[tuple[Params, AdamWState]]
-    _last: Sequence[AdamWStep]
+    _last: Sequence[AdamWStep | StepFile]
 
     @property
     def params_before_last(self) -> Params:
         """Return theta_{K-1} by name, before the last step."""
-        return self._last[-1].params
+        return _in_memory(self._last[-1]).params
 
     def backward(self) -> Iterator[tuple[int, AdamWStep]]:
         """Yield (k, step k) from the last step to the first, replaying each segment from its checkpoint."""
         for index in reversed(range(len(self._checkpoints))):
             start = index * self.segment
-            steps = self._last
+            steps: Sequence[AdamWStep | StepFile] = self._last
             if index < len(self._checkpoints) - 1:
                 recorded = self._steps[start : start + self.segment]
                 steps = [
                     x for x, _, _ in _forward(self._checkpoints[index], recorded, self._engine, self._preconditioner)
                 ]
             for offset in reversed(range(len(steps))):
-                yield start + offset, steps[offset]
+                yield start + offset, _in_memory(steps[offset])
 
 
 def replay(
@@ -65,10 +67,12 @@ def replay(
     engine: Engine,
     preconditioner: Literal["frozen", "jacobian"],
     memory_budget: int,
+    directory: Path | None,
 ) -> Replay:
-    """Return the window replayed: every step is stored where all fit the budget, else segments of sqrt(K) of them.
+    """Return the window replayed: every step is stored, in files where all do not fit the budget.
 
-    With segments the first state of each is stored, and all but the last segment are computed a second time.
+    Without a directory for files, segments of sqrt(K) steps are stored one after the other, and the first state of
+    each: all but the last segment are computed a second time.
 
     Args:
         params: theta_0 by name.
@@ -77,19 +81,26 @@ def replay(
         engine: engine of the policy as the trainer computes it.
         preconditioner: of the steps' derivatives.
         memory_budget: bytes for stored states.
+        directory: of files; None uses none.
     """
-    size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
-    segment = len(steps) if VECTORS * size * len(steps) <= memory_budget else math.ceil(math.sqrt(len(steps)))
+    is_small = bytes_of_steps(params, len(steps)) <= memory_budget
+    files = None if is_small else directory
+    segment = len(steps) if is_small or files else math.ceil(math.sqrt(len(steps)))
     point, checkpoints = (params, opt_state), []
-    last: list[AdamWStep] = []
+    last: list[AdamWStep | StepFile] = []
     for start in range(0, len(steps), segment):
         checkpoints.append(point)
         is_last, last = start + segment >= len(steps), []
         for step, after_params, after_state in _forward(point, steps[start : start + segment], engine, preconditioner):
             point = after_params, after_state
             if is_last:
-                last.append(step)
+                last.append(StepFile.write(step, files / f"{len(last)}.pt") if files else step)
     return Replay(*point, segment, steps, engine, preconditioner, checkpoints, last)
+
+
+def bytes_of_steps(params: Params, count: int) -> int:
+    """Return the bytes of a number of stored steps."""
+    return VECTORS * count * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
 
 
 def params_after(window: Window, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None) -> Params:
@@ -108,6 +119,10 @@ def params_after(window: Window, apply: Apply, temperature: float = 1.0, chunk_s
     for _, params, _ in _forward((after, window.opt_state), window.steps, engine_u, "frozen"):
         after = params
     return after
+
+
+def _in_memory(step: AdamWStep | StepFile) -> AdamWStep:
+    return step.read() if isinstance(step, StepFile) else step
 
 
 def _forward(
