@@ -168,7 +168,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     recorded = record(setting)
     apply, params = fx.make_functional(recorded.model)
-    state = fx.adamw_state(recorded.optimizer, recorded.model)
+    state = fx.adamw_state(recorded.optimizer, recorded.model, copy=False)
     window = recorded_window(recorded.batches, state.lr, params, state)
     chosen = recorded.advantages.nonzero().flatten().tolist()[: setting.left_out]
     first, *others = WINDOWS
