@@ -27,11 +27,17 @@ PLAN = ROOT / "docs" / "smollm2.yaml"
 STEPS = 8
 
 
-def prepare_policy(folder: Path, model: Path, steps: int = STEPS) -> Path:
-    """Return the directory of a LoRA training state, after a training run of ``steps`` steps at the first call."""
-    target = folder / "policy"
+def prepare_policy(folder: Path, model: Path, weights: str = "lora") -> Path:
+    """Return the directory of a training state, after a training run of ``STEPS`` steps at the first call.
+
+    Args:
+        folder: in which it is made.
+        model: directory of the model.
+        weights: "lora" or "full".
+    """
+    target = folder / {"lora": "policy", "full": "policy_full"}[weights]
     if not target.is_dir():
-        train(folder, model, {steps: target})
+        train(folder, model, {STEPS: target}, weights)
     return target
 
 
@@ -50,11 +56,11 @@ def prepare_policies(folder: Path, model: Path, steps: Sequence[int]) -> list[Pa
     return list(targets.values())
 
 
-def train(folder: Path, model: Path, targets: Mapping[int, Path]) -> None:
-    """Make a training run and move its states into ``targets``, by their numbers of steps."""
+def train(folder: Path, model: Path, targets: Mapping[int, Path], weights: str = "lora") -> None:
+    """Make a training run of "lora" or "full" and move its states into ``targets``, by their numbers of steps."""
     save: dict[str, Any] = {"save_strategy": "steps", "save_steps": math.gcd(*targets), "warmup_steps": 2}
     with tempfile.TemporaryDirectory(dir=folder) as out, quiet():
-        trainer(model, out, "lora", max(targets), math_verify, TOKENS, **save).train()
+        trainer(model, out, weights, max(targets), math_verify, TOKENS, **save).train()
         for count, target in targets.items():
             (Path(out) / f"checkpoint-{count}").rename(target)
 

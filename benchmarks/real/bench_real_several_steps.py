@@ -1,11 +1,11 @@
 """Do influences over eight steps of a pretrained chat model predict its entropy after them? Windows, replayed.
 
-    python -m benchmarks real_several_steps            SmolLM2-135M-Instruct with LoRA; half an hour a learning rate on
-                                                       a core, resumed where it stopped
+    python -m benchmarks real_several_steps            SmolLM2-135M-Instruct; half an hour a window on a core, resumed
+                                                       where it stopped
     python -m benchmarks real_several_steps --quick    the embedded policy, two steps, written nowhere
 
-From a training state on tasks of reasoning-gym, one generation of 64 rollouts serves eight steps of eight, which are
-made at three learning rates: the training run's and lower ones.
+From a training state on tasks of reasoning-gym, one generation of 64 rollouts serves eight steps of eight: with LoRA at
+three learning rates, the training run's and lower ones, and of all weights at that of their training run.
 ``torch.optim.AdamW`` makes them again without each of some rollouts of the first, with the same batches, and the
 entropy after them is measured by importance sampling on rollouts of the policy there, the same for all, on which the
 window's influences are taken too: with so few rollouts another E would compare draws. Predictors are those of the
@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,10 +70,15 @@ PROMPTS, COMPLETIONS = 2, 4
 """Prompts of a step and completions of each."""
 EVALUATED = 32
 """Rollouts of E before the window, one of each prompt, and of E after it, two of each of other prompts."""
-LEARNING_RATE = LEARNING_RATES["lora"]
-"""That of the training run before the window."""
-FOLDERS = {LEARNING_RATE: "several_steps", 1e-4: "several_steps_1e-4", 1e-5: "several_steps_1e-5"}
-"""Learning rates of the windows, and the folders of their figures. Rollouts from before the window are in the first."""
+TRAINED = (
+    ("lora", LEARNING_RATES["lora"], "several_steps"),
+    ("lora", 1e-4, "several_steps_1e-4"),
+    ("lora", 1e-5, "several_steps_1e-5"),
+    ("full", LEARNING_RATES["full"], "several_steps_full"),
+)
+"""Weights that are trained, learning rate of a window, and folder of its figures. The first window of the same weights
+has the rollouts from before it."""
+WEIGHTS = {"lora": "LoRA", "full": "all weights"}
 LEFT_OUT = 6
 """Rollouts of the first step that are left out."""
 WINDOWS = ("window, same E", "window, no curvature, same E")
@@ -101,12 +106,13 @@ class Recorded(NamedTuple):
 class Setting(NamedTuple):
     """A window to measure: the plan of U, which its steps share, of E before them and of E after them, and the steps.
 
-    ``before`` and ``folder`` are the folders of the rollouts of U and of E before the window, and of those after it and
-    of all figures; what they have is not made again. ``left_out`` is the number of rollouts of the first step that are
-    left out, of those with an advantage.
+    ``weights`` are those that are trained, "lora" or "full". ``before`` and ``folder`` are the folders of the rollouts
+    of U and of E before the window, and of those after it and of all figures; what they have is not made again.
+    ``left_out`` is the number of rollouts of the first step that are left out, of those with an advantage.
     """
 
     plan: EntropyInfluencePlan
+    weights: str
     before: Path
     folder: Path
     lr: float
@@ -162,11 +168,11 @@ def measure(setting: Setting) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     recorded = record(setting)
     apply, params = fx.make_functional(recorded.model)
-    state = fx.adamw_state(recorded.optimizer, recorded.model)
+    state = fx.adamw_state(recorded.optimizer, recorded.model, copy=False)
     window = recorded_window(recorded.batches, state.lr, params, state)
     chosen = recorded.advantages.nonzero().flatten().tolist()[: setting.left_out]
     first, *others = WINDOWS
-    attribution = partial(window_figures, recorded, window, apply)
+    attribution = partial(window_figures, recorded, window, apply, folder)
     works: dict[str, Callable[[], dict[str, Any]]] = {
         first: partial(attribution, WINDOW_OPTIONS[first]),
         "changes": lambda: {"changes": changes(recorded, chosen, folder / "changes.json", apply).tolist()},
@@ -174,7 +180,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         **{name: partial(attribution, WINDOW_OPTIONS[name]) for name in others},
     }
     figures = {name: stored(folder / f"{name.replace(', ', '_')}_figures.json", work) for name, work in works.items()}
-    return compared(recorded, figures, chosen, state.lr)
+    return {"weights": setting.weights, **compared(recorded, figures, chosen, state.lr)}
 
 
 def stored(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def stored(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def window_figures(
-    recorded: Recorded, window: fx.Window, apply: fx.Policy, options: Mapping[str, Any]
+    recorded: Recorded, window: fx.Window, apply: fx.Policy, states_dir: Path, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return influences of the first step's rollouts over the window, its totals, seconds, and bytes added to the peak.
 
@@ -194,12 +200,13 @@ def window_figures(
         recorded: the window as it was recorded.
         window: the same as the argument of ``influence_over_steps``.
         apply: the policy.
+        states_dir: for the states of the window where they do not fit memory.
         options: of ``influence_over_steps``.
     """
     results: list[fx.InfluenceOverSteps] = []
 
     def work() -> None:
-        results.append(fx.influence_over_steps(window, recorded.e, apply=apply, **options))
+        results.append(fx.influence_over_steps(window, recorded.e, apply=apply, states_dir=states_dir, **options))
 
     seconds: list[float] = []
     peak = peak_extra(lambda: seconds.append(processor_seconds(work)))
@@ -290,22 +297,32 @@ def compared(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the table of rank correlations and costs by predictor, a column for each learning rate, and of changes."""
+    """Return the table of rank correlations and costs by predictor, a column for each window, and of changes."""
     windows = report["windows"]
     steps = f"{windows[0]['steps']} steps of {windows[0]['rollouts']} rollouts, {windows[0]['left_out']} left out"
-    rates = [f"lr {window['lr']:g}" for window in windows]
-    head = [f"{report['policy']}, {steps} of the first", *(f"{rate}: rank, measured / predicted" for rate in rates)]
-    lines = [_row([*head, "processor seconds over those of the steps", "GiB added to the peak"])]
+    trained = [f"{WEIGHTS[window['weights']]}, lr {window['lr']:g}" for window in windows]
+    head = [f"{report['policy']}, {steps} of the first", *(f"{name}: rank, measured / predicted" for name in trained)]
+    by_weights = {weights: [x for x in windows if x["weights"] == weights] for weights in WEIGHTS}
+    measured_weights = {weights: x for weights, x in by_weights.items() if x}
+    kinds = ", ".join(WEIGHTS[weights] for weights in measured_weights)
+    lines = [_row([*head, f"processor seconds over those of the steps: {kinds}", f"GiB added to the peak: {kinds}"])]
     lines.append("|---" * (len(windows) + 3) + "|")
     for name, label in RANKED.items():
         if all(name in window["ranks"] for window in windows):
-            costs = [window["costs"].get(name, {}) for window in windows]
-            seconds = [x["seconds"] / y["training_seconds"] for x, y in zip(costs, windows, strict=True) if x]
-            peaks = [x["peak_extra_bytes"] / 2**30 for x in costs if "peak_extra_bytes" in x]
-            medians = [f"{statistics.median(x):.1f}" if x else "" for x in (seconds, peaks)]
-            lines.append(_row([label, *(_agreement(window, name) for window in windows), *medians]))
+            costs = [_costs(x, name) for x in measured_weights.values()]
+            cells = [", ".join(filter(None, x)) for x in zip(*costs, strict=True)]
+            lines.append(_row([label, *(_agreement(window, name) for window in windows), *cells]))
     lines.append(_row(["ΔH over the window, nats", *map(_change, windows), "", ""]))
     return "\n".join(lines)
+
+
+def _costs(windows: Sequence[Mapping[str, Any]], name: str) -> tuple[str, str]:
+    """Return medians over windows of a predictor's seconds over those of the steps, and of the GiB that it adds."""
+    costs = [(window["costs"].get(name, {}), window["training_seconds"]) for window in windows]
+    seconds = [cost["seconds"] / steps for cost, steps in costs if cost]
+    peaks = [cost["peak_extra_bytes"] / 2**30 for cost, _ in costs if "peak_extra_bytes" in cost]
+    of_seconds, of_peaks = (f"{statistics.median(x):.1f}" if x else "" for x in (seconds, peaks))
+    return of_seconds, of_peaks
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -323,23 +340,31 @@ def _change(window: Mapping[str, Any]) -> str:
     return f"{window['realised']:+.4f} ± {half_width:.4f}"
 
 
+def settings() -> Iterator[Setting]:
+    """Yield the windows of the pretrained model, each when its training state has been made."""
+    base = prepare_model()
+    evaluations = batch("eval", 0, EVALUATED, 1), batch("eval", EVALUATED, EVALUATED // 2, 2)
+    update = batch("train", 0, STEPS * PROMPTS, COMPLETIONS, resample_zero_advantage=1)
+    before: dict[str, Path] = {}
+    for weights, lr, folder in TRAINED:
+        plan = real_plan(prepare_policy(FOLDER, base, weights), base, *evaluations)
+        # A checkpoint of all weights needs no model below it.
+        plan = dataclasses.replace(plan, update=update, base=plan.base if weights == "lora" else None)
+        before.setdefault(weights, FOLDER / folder)
+        yield Setting(plan, weights, before[weights], FOLDER / folder, lr)
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__, "the embedded policy, two steps, written nowhere").parse_args(argv)
     one_thread()
     if arguments.quick:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "run"
-            windows = [measure(Setting(embedded_plan(), folder, folder, 1e-4, 2, 4))]
+            windows = [measure(Setting(embedded_plan(), "full", folder, folder, 1e-4, 2, 4))]
         policy = "embedded policy"
     else:
-        base = prepare_model()
-        evaluations = batch("eval", 0, EVALUATED, 1), batch("eval", EVALUATED, EVALUATED // 2, 2)
-        plan = real_plan(prepare_policy(FOLDER, base), base, *evaluations)
-        update = batch("train", 0, STEPS * PROMPTS, COMPLETIONS, resample_zero_advantage=1)
-        plan = dataclasses.replace(plan, update=update)
-        before = FOLDER / FOLDERS[LEARNING_RATE]
-        windows = [measure(Setting(plan, before, FOLDER / folder, lr)) for lr, folder in FOLDERS.items()]
-        policy = "SmolLM2-135M, LoRA"
+        windows = [measure(setting) for setting in settings()]
+        policy = "SmolLM2-135M"
     report = {"environment": environment(), "policy": policy, "windows": windows}
     print(markdown(report))
     if not arguments.quick:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -23,8 +24,9 @@ from fx_influence.policy.policy import with_all_derivatives
 from fx_influence.policy.precision import pass_precision
 from fx_influence.trajectory.error_bars import add_up_groups
 from fx_influence.trajectory.recursion import RecursionOptions, WindowParts, backward_by_group
-from fx_influence.trajectory.replay import replay
+from fx_influence.trajectory.replay import bytes_of_steps, replay
 from fx_influence.trajectory.result import InfluenceOverSteps
+from fx_influence.trajectory.step_files import check_states_dir, step_directory
 from fx_influence.trajectory.window import Window, check_window
 from fx_influence.types import Apply, Batch, Clip
 
@@ -46,6 +48,7 @@ def influence_over_steps(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    states_dir: str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
 ) -> InfluenceOverSteps:
     """Return how much each rollout and token of K recorded steps changes the entropy after the last, to first order.
@@ -103,8 +106,11 @@ def influence_over_steps(
         per_token: also return influences of tokens, and with ``stderr`` the standard errors of sums of them.
         temperature: divides the logits before log-probabilities and entropies.
         chunk_size: rows per forward; None chooses by tokens.
-        memory_budget: bytes for the states of the window, in addition to the cotangents. All are stored where they
-            fit, about 2 sqrt(K) else. None takes 16 bytes a trainable parameter, at least 768 MiB and at most 4 GiB.
+        memory_budget: bytes for the states of the window, in addition to the cotangents. All are stored in memory where
+            they fit. None takes 16 bytes a trainable parameter, at least 768 MiB and at most 4 GiB.
+        states_dir: an existing directory: states that do not fit are stored there, 16 bytes a trainable parameter and
+            step, in files that are deleted at the end. None stores about 2 sqrt(K) of them in memory, and computes
+            the steps a second time.
         tolerance: as for ``influence``.
 
     Returns:
@@ -114,8 +120,8 @@ def influence_over_steps(
         IdentityError: if in a step <l_g, g> by reverse mode and sum_i delta_i by forward mode disagree, or if the sum
             above is not 0, by more than ``tolerance``.
         TypeError: for an argument of another kind, with the remedy.
-        ValueError: for inputs that disagree, for fewer than four prompts where rollouts of the window are E, and for an
-            effective sample size below a quarter of E's rows.
+        ValueError: for inputs that disagree, for fewer than four prompts where rollouts of the window are E, for an
+            effective sample size below a quarter of E's rows, and for a ``states_dir`` without the space.
 
     Example:
         >>> from fx_influence.types import AdamWHyper, AdamWState
@@ -152,18 +158,20 @@ def influence_over_steps(
     engine_u = replace(engine, apply=precision.update_apply)
     engine_e = replace(engine, apply=with_all_derivatives(precision.exact_apply))
     budget = default_budget(precision.params) if memory_budget is None else memory_budget
-    replayed = replay(precision.params, window.opt_state, window.steps, engine_u, preconditioner, budget)
-    e = rows.batch
-    if batch_e is None and e.behaviour_logprobs is None:
-        e = e._replace(behaviour_logprobs=engine_e.values(replayed.params_before_last, e).logprobs)
-    with_deviations = stderr or groups.leave_out
-    evaluation = evaluate_objective(replayed.params, e, objective, groups, with_deviations, engine_e, budget, None)
+    size = bytes_of_steps(precision.params, len(window.steps))
+    check_states_dir(states_dir, size if size > budget else 0)
     bound = tolerance_of(precision.lowest) if tolerance is None else tolerance
     by_group_from = 0 if stderr else _first_that_leaves_out(window, groups.left_out)
     options = RecursionOptions(window.steps, engine_u, curvature, clip, bound, by_group_from)
-    parts = backward_by_group(
-        replayed, list(evaluation.deviating_gradients(evaluation.next_length_gradient())), window.opt_state, options
-    )
+    with_deviations = stderr or groups.leave_out
+    with step_directory(states_dir) as files:
+        replayed = replay(precision.params, window.opt_state, window.steps, engine_u, preconditioner, budget, files)
+        e = rows.batch
+        if batch_e is None and e.behaviour_logprobs is None:
+            e = e._replace(behaviour_logprobs=engine_e.values(replayed.params_before_last, e).logprobs)
+        evaluation = evaluate_objective(replayed.params, e, objective, groups, with_deviations, engine_e, budget, None)
+        gradients = list(evaluation.deviating_gradients(evaluation.next_length_gradient()))
+        parts = backward_by_group(replayed, gradients, window.opt_state, options)
     if preconditioner == "jacobian" and clip == "frozen":
         _check_scaling(parts, bound)
     return add_up_groups(parts, evaluation.group_shares, groups.left_out, per_token, stderr, evaluation.ess)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from fx_influence.autodiff.engine import Engine
@@ -13,8 +15,12 @@ from fx_influence.distributed.engine import make_engine
 from fx_influence.optim.step import AdamWStep
 from fx_influence.optim.transition import advance
 from fx_influence.policy.precision import pass_precision
+from fx_influence.trajectory.step_files import StepFile
 from fx_influence.trajectory.window import RecordedStep, Window
 from fx_influence.types import AdamWState, Apply, Params
+
+Keep = Callable[[AdamWStep], AdamWStep]
+"""Function of a step before its map is applied, which may store it: the step to go on with."""
 
 VECTORS = 4
 """Vectors of the parameters' size that a stored step refers to: theta, m, s, and g."""
@@ -27,7 +33,7 @@ class Replay:
     Attributes:
         params: theta_K by name, after the last step.
         opt_state: AdamW's state after the last step.
-        segment: number of steps that are in memory at once.
+        segment: number of steps that are stored at once.
     """
 
     params: Params
@@ -37,25 +43,24 @@ class Replay:
     _engine: Engine
     _preconditioner: Literal["frozen", "jacobian"]
     _checkpoints: Sequence[tuple[Params, AdamWState]]
-    _last: Sequence[AdamWStep]
+    _last: list[AdamWStep | StepFile]
 
     @property
     def params_before_last(self) -> Params:
         """Return theta_{K-1} by name, before the last step."""
-        return self._last[-1].params
+        return _in_memory(self._last[-1]).params
 
     def backward(self) -> Iterator[tuple[int, AdamWStep]]:
         """Yield (k, step k) from the last step to the first, replaying each segment from its checkpoint."""
         for index in reversed(range(len(self._checkpoints))):
             start = index * self.segment
-            steps = self._last
+            stored = self._last
             if index < len(self._checkpoints) - 1:
-                recorded = self._steps[start : start + self.segment]
-                steps = [
-                    x for x, _, _ in _forward(self._checkpoints[index], recorded, self._engine, self._preconditioner)
-                ]
-            for offset in reversed(range(len(steps))):
-                yield start + offset, steps[offset]
+                stored, recorded = [], self._steps[start : start + self.segment]
+                point, keep = self._checkpoints[index], partial(_store, stored, None)
+                _forward(point, recorded, self._engine, self._preconditioner, keep)
+            for offset in reversed(range(len(stored))):
+                yield start + offset, _in_memory(stored[offset])
 
 
 def replay(
@@ -65,10 +70,12 @@ def replay(
     engine: Engine,
     preconditioner: Literal["frozen", "jacobian"],
     memory_budget: int,
+    directory: Path | None,
 ) -> Replay:
-    """Return the window replayed: every step is stored where all fit the budget, else segments of sqrt(K) of them.
+    """Return the window replayed: every step is stored, in files where all do not fit the budget.
 
-    With segments the first state of each is stored, and all but the last segment are computed a second time.
+    Without a directory for files, segments of sqrt(K) steps are stored one after the other, and the first state of
+    each: all but the last segment are computed a second time.
 
     Args:
         params: theta_0 by name.
@@ -77,19 +84,24 @@ def replay(
         engine: engine of the policy as the trainer computes it.
         preconditioner: of the steps' derivatives.
         memory_budget: bytes for stored states.
+        directory: of files; None uses none.
     """
-    size = sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
-    segment = len(steps) if VECTORS * size * len(steps) <= memory_budget else math.ceil(math.sqrt(len(steps)))
+    is_small = bytes_of_steps(params, len(steps)) <= memory_budget
+    files = None if is_small else directory
+    segment = len(steps) if is_small or files else math.ceil(math.sqrt(len(steps)))
     point, checkpoints = (params, opt_state), []
-    last: list[AdamWStep] = []
+    last: list[AdamWStep | StepFile] = []
+    keep = partial(_store, last, files)
     for start in range(0, len(steps), segment):
         checkpoints.append(point)
-        is_last, last = start + segment >= len(steps), []
-        for step, after_params, after_state in _forward(point, steps[start : start + segment], engine, preconditioner):
-            point = after_params, after_state
-            if is_last:
-                last.append(step)
+        is_last = start + segment >= len(steps)
+        point = _forward(point, steps[start : start + segment], engine, preconditioner, keep if is_last else _unchanged)
     return Replay(*point, segment, steps, engine, preconditioner, checkpoints, last)
+
+
+def bytes_of_steps(params: Params, count: int) -> int:
+    """Return the bytes of a number of stored steps."""
+    return VECTORS * count * sum(p.numel() * promote(p.dtype).itemsize for p in params.values())
 
 
 def params_after(window: Window, apply: Apply, temperature: float = 1.0, chunk_size: int | None = None) -> Params:
@@ -104,10 +116,25 @@ def params_after(window: Window, apply: Apply, temperature: float = 1.0, chunk_s
     precision = pass_precision(detached(window.params), apply, window.steps[0].batch)
     engine = make_engine(precision.params, apply, temperature, chunk_size, None)
     engine_u = replace(engine, apply=precision.update_apply)
-    after = precision.params
-    for _, params, _ in _forward((after, window.opt_state), window.steps, engine_u, "frozen"):
-        after = params
-    return after
+    point = precision.params, window.opt_state
+    return _forward(point, window.steps, engine_u, "frozen", _unchanged)[0]
+
+
+def _in_memory(step: AdamWStep | StepFile) -> AdamWStep:
+    return step.read() if isinstance(step, StepFile) else step
+
+
+def _unchanged(step: AdamWStep) -> AdamWStep:
+    return step
+
+
+def _store(stored: list[AdamWStep | StepFile], directory: Path | None, step: AdamWStep) -> AdamWStep:
+    """Append a step to ``stored`` and return it, as it is read from a file where there is a directory for files."""
+    if directory is None:
+        stored.append(step)
+        return step
+    stored.append(file := StepFile.write(step, directory / f"{len(stored)}.pt"))
+    return file.read()
 
 
 def _forward(
@@ -115,8 +142,9 @@ def _forward(
     steps: Sequence[RecordedStep],
     engine: Engine,
     preconditioner: Literal["frozen", "jacobian"],
-) -> Iterator[tuple[AdamWStep, Params, AdamWState]]:
-    """Yield each step with the parameters and the optimizer's state after it.
+    keep: Keep,
+) -> tuple[Params, AdamWState]:
+    """Return the parameters and the optimizer's state after the steps; ``keep`` stores each and gives it back.
 
     Raises:
         ValueError: for a gradient that is not finite.
@@ -126,6 +154,8 @@ def _forward(
         if recorded.hyper is not None:
             state = state._replace(hyper=dict(recorded.hyper))
         grads = engine.gradient(params, recorded.batch)
-        step = AdamWStep.of(grads, state, params, preconditioner, recorded.max_grad_norm)
+        step = keep(AdamWStep.of(grads, state, params, preconditioner, recorded.max_grad_norm))
+        # What is in a file now need not be in memory beside the state after the step.
+        del grads, params, state
         params, state = advance(step, recorded.lr)
-        yield step, params, state
+    return params, state

@@ -49,7 +49,7 @@ def test_last_steps_rollouts_cover_the_exact_influence() -> None:
     world, generator = make_world(4, TEXTS, VOCAB, 4, 1.0), torch.Generator().manual_seed(5)
     state = random_adamw_state(generator, world.params)
     first = fx.RecordedStep(batch=random_batch(generator, 4, 7, VOCAB), lr=RATE)
-    params = replay(world.params, state, [first], Engine(world.apply), "jacobian", 2**30).params
+    params = replay(world.params, state, [first], Engine(world.apply), "jacobian", 2**30, None).params
     objective = exact_objective(world)
     covered, errors = [], []
     for _ in range(DRAWS):

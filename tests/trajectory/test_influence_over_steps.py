@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 import fx_influence as fx
 from fx_influence.core.computed import PartitionedTensors
+from fx_influence.optim.step import AdamWStep
+from fx_influence.trajectory.step_files import StepFile
 from fx_influence.types import Clip, IdentityError
 
 WIDTHS = (1e-4, 1e-5)
@@ -168,15 +171,56 @@ def test_scaling_of_gradients_and_moments_cancels(
     assert_close_to_rounding(out.residual, torch.zeros_like(out.residual), terms=TINY_POLICY, scale=1 + size)
 
 
-def test_budget_changes_nothing() -> None:
-    """Segments of two steps of four are replayed, from the same states by the same operations."""
-    run = random_run(2, 4, bonus=True)
-    stored, replayed = over_steps(run, per_token=True), over_steps(run, per_token=True, memory_budget=0)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_budget_changes_nothing(in_files: bool, tmp_path: Path) -> None:
+    """Segments of two steps of four are replayed, or all are read from files, from the same states."""
+    run = random_run(2, 4, bonus=True, amsgrad=True)
+    stored = over_steps(run, per_token=True)
+    replayed = over_steps(run, per_token=True, memory_budget=0, states_dir=tmp_path if in_files else None)
     assert stored.per_token is not None
     assert replayed.per_token is not None
     pairs = zip((*stored.per_sequence, *stored.per_token), (*replayed.per_sequence, *replayed.per_token), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(stored.total, replayed.total)
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_that_exceed_the_budget_are_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is read to go on from it, and again from the last to the first; then the files are deleted."""
+    run, read = random_run(2, 3), []
+    original = StepFile.read
+
+    def recorded(self: StepFile) -> AdamWStep:
+        assert not self.step.params
+        read.append((self.path.parent.parent, self.path.name))
+        return original(self)
+
+    monkeypatch.setattr(StepFile, "read", recorded)
+    over_steps(run, states_dir=tmp_path)
+    assert not read
+    over_steps(run, memory_budget=0, states_dir=tmp_path)
+    assert read == [(tmp_path, f"{k}.pt") for k in (0, 1, 2, 2, 1, 0)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_deleted_where_the_call_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepFile, "read", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        over_steps(random_run(2, 2), memory_budget=0, states_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_directories_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = random_run(2, 2)
+    with pytest.raises(ValueError, match="expected an existing directory"):
+        over_steps(run, states_dir=tmp_path / "absent")
+    with pytest.raises(TypeError, match="states_dir is of type int"):
+        over_steps(run, states_dir=3)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="a larger memory_budget"):
+        over_steps(run, memory_budget=0, states_dir=tmp_path)
+    # Nothing is written where all fits.
+    over_steps(run, states_dir=tmp_path)
 
 
 def test_result_is_pure_and_tokens_add_up() -> None:

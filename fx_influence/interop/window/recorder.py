@@ -181,6 +181,7 @@ class WindowRecorder:
             temperature=temperature,
             chunk_size=settings.chunk_size,
             memory_budget=settings.memory_budget,
+            states_dir=self._files.folder,
         )
         figures = {"replay_error": error, "bytes": float(size), "seconds": time.perf_counter() - start}
         return window_entry(on_host(result), [x._replace(kinds=_on_cpu(x)) for x in steps], figures)
