@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fx_influence.core.checks import wrong_type
+from fx_influence.optim.adamw import MOMENTS
 from fx_influence.optim.step import AdamWStep
 
 
@@ -35,11 +36,10 @@ class StepFile(NamedTuple):
         Raises:
             OSError: where the file cannot be written.
         """
-        state = step.opt_state
-        moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq, "max_exp_avg_sq": state.max_exp_avg_sq}
-        torch.save({"params": step.params, "grads": step.grads, **moments}, path)
-        empty = state._replace(exp_avg={}, exp_avg_sq={}, max_exp_avg_sq={})
-        return cls(path, replace(step, params={}, grads={}, opt_state=empty))
+        moments = {name: {**getattr(step.opt_state, name)} for name in MOMENTS}
+        torch.save({"params": {**step.params}, "grads": {**step.grads}, **moments}, path)
+        without: dict[str, Any] = {name: {} for name in MOMENTS}
+        return cls(path, replace(step, params={}, grads={}, opt_state=step.opt_state._replace(**without)))
 
     def read(self) -> AdamWStep:
         """Return the step, its tensors on the devices that they were on; on a CPU they stay in the file."""
