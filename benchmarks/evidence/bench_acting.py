@@ -150,9 +150,7 @@ def update(training: TrainingRun, policy: Policy, step_state: StepState, weights
         advantages = advantages - training.strength * (old + entropies)
     for rows in torch.tensor(step_state.rng.sample(range(len(old)), len(old))).chunk(UPDATES):
         part = select_rows(batch, rows)
-        objective, entropy = _clipped_objective(
-            training, policy, part, old[rows], advantages[rows], covariant[rows]
-        )
+        objective, entropy = _clipped_objective(training, policy, part, old[rows], advantages[rows], covariant[rows])
         scale = 1 / (len(rows) * policy.task.max_new_tokens)
         coefficient = bonus(float(entropy.detach().sum() / part.completion_mask.sum()))
         step_state.optimizer.zero_grad()

@@ -253,7 +253,10 @@ class Benchmark(NamedTuple):
         plans = self.training_runs(arguments.quick)
         if arguments.collect:
             plans = [plan for plan in plans if is_finished(self.name, plan)]
-        if arguments.quick:
+            if not plans:
+                command.error(f"no training run of {self.name} has ended; run it without --collect")
+            results = [_cached(self.name, self.work, plan) for plan in plans]
+        elif arguments.quick:
             results = [self.work(plan) for plan in plans]
         else:
             self.prepare(dict.fromkeys(plan.policy for plan in plans))

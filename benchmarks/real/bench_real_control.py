@@ -8,8 +8,8 @@
 The methods of ``bench_control`` on two kinds of tasks of reasoning-gym, counting letters and greatest common divisors,
 with its verifiers. All begin with the policy after the same supervised steps on answers, see ``chat_policy``, make as
 many rollouts and two optimizer steps on each batch, and have adapters in the last six layers. Completions are evaluated
-before and after the training run, eight for each of the same held-out prompts; one is right if its reward is 1, which is
-the answer alone.
+before and after the training run, eight of each of the same held-out prompts; one is right if its reward is 1, which
+is the answer alone.
 
 Settings: the first of a method is the one of the highest pass@1 + pass@8 on early; of control the one among those that
 held the target there, 0.8, since at 0.95 it hardly acted. The target is nine tenths of the entropy before the training
@@ -38,7 +38,7 @@ from benchmarks.evidence.bench_acting import TrainingRun, entropy_and_solved, ta
 from benchmarks.evidence.bench_control import ADAPTIVE, CONTROL, MEASURED, REPO, STEER, verdict_lines, weigh_and_bonus
 from benchmarks.evidence.training_runs import Benchmark, Policy
 from benchmarks.harness import mean_interval, write_json
-from benchmarks.real.chat_policy import TASK_KINDS, chat_policy, tasks_of_kinds
+from benchmarks.real.chat_policy import chat_policy, tasks_of_kinds
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.predicted_run import Settings
 from benchmarks.real.tasks import by_length, tasks, verified
@@ -162,9 +162,7 @@ def training_runs(quick: bool) -> list[TrainingRun]:
         return [TrainingRun(TINY, method, 0, 1e-3, **small, setting=SETTINGS[method][0]) for method in SETTINGS]
     order = [(0, 0), (0, 1), *((seed, setting) for seed in range(1, SEEDS) for setting in (0, 1))]
     return [
-        TrainingRun(
-            PRETRAINED, method, seed, LEARNING_RATE, STEPS, STEPS, PROMPTS, JUDGED, setting=settings[setting]
-        )
+        TrainingRun(PRETRAINED, method, seed, LEARNING_RATE, STEPS, STEPS, PROMPTS, JUDGED, setting=settings[setting])
         for seed, setting in order
         for method, settings in SETTINGS.items()
         if setting < len(settings)
