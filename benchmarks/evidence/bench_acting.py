@@ -28,7 +28,7 @@ from benchmarks.harness import format_interval, mean_interval, svg_figure
 from fx_influence.batching.rows import select_rows
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.types import Batch
+from fx_influence.types import Batch, TokenValues
 
 NAME = "bench_acting"
 SEEDS, MAX_NORM, UPDATES = 5, 1.0, 2
@@ -66,8 +66,8 @@ class TrainingRun(NamedTuple):
         return SETTINGS.get(self.method, 0.0) if self.setting is None else self.setting
 
 
-Weigh = Callable[[TrainingRun, Policy, StepState], Tensor]
-"""Function of a training run before the steps on a batch: weights (n, T) of U's tokens."""
+Weigh = Callable[[TrainingRun, Policy, StepState, TokenValues], Tensor]
+"""Function of a training run and the values of U's tokens before the steps on a batch: weights (n, T) of the tokens."""
 
 Bonus = Callable[[float], float]
 """Function of the mean entropy of a step's tokens: the coefficient of the entropy in the step."""
@@ -107,14 +107,21 @@ def train_policy(
     bonus = bonus or (lambda _: coefficient)
     seconds, start = 0.0, time.process_time()
     for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, completions):
-        update(training, policy, step_state, weigh(training, policy, step_state), bonus)
+        values = values_before(policy, step_state)
+        update(training, policy, step_state, values, weigh(training, policy, step_state, values), bonus)
         seconds += time.process_time() - start
         if step_state.step % training.every == 0:
             yield {"step": step_state.step, "seconds": seconds, **evaluate(training, policy)}
         start = time.process_time()
 
 
-def method_weights(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
+def values_before(policy: Policy, step_state: StepState) -> TokenValues:
+    """Return log-probabilities and entropies of a batch's tokens before the steps on it."""
+    with torch.no_grad():
+        return TokenValues(*policy.score(step_state.batch))
+
+
+def method_weights(training: TrainingRun, policy: Policy, step_state: StepState, values: TokenValues) -> Tensor:
     """Return the weights of a method that selects rollouts or tokens, 1 for others and without advantages."""
     if training.method in ("rollouts", "tokens") and any(r.advantage for r in step_state.rollouts):
         return selected_weights(training, policy, step_state)
@@ -137,11 +144,21 @@ def entropy_and_solved(training: TrainingRun, policy: Policy) -> tuple[float, np
     return float(entropy), solved
 
 
-def update(training: TrainingRun, policy: Policy, step_state: StepState, weights: Tensor, bonus: Bonus) -> None:
-    """Make the optimizer steps on one batch with weights (n, T) of its tokens, one for each random half."""
+def update(
+    training: TrainingRun, policy: Policy, step_state: StepState, values: TokenValues, weights: Tensor, bonus: Bonus
+) -> None:
+    """Make the optimizer steps on one batch, one for each random half.
+
+    Args:
+        training: the training run.
+        policy: the policy, which the steps change.
+        step_state: the batch.
+        values: of its tokens before the steps.
+        weights: (n, T), of its tokens.
+        bonus: the entropy's coefficient.
+    """
     batch, of_rollouts = step_state.batch, torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
-    with torch.no_grad():
-        old, entropies = policy.score(batch)
+    old, entropies = values
     advantages, covariant = of_rollouts.unsqueeze(1).expand_as(old), torch.zeros_like(batch.completion_mask)
     if training.method in ("clip-cov", "kl-cov"):
         share = training.strength if training.method == "clip-cov" else COVARIANT

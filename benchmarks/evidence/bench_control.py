@@ -45,7 +45,7 @@ from benchmarks.evidence.bench_acting import (
     train_weighted,
 )
 from benchmarks.evidence.training_runs import Benchmark, Policy, StepState
-from fx_influence.autodiff.token_values import all_token_values
+from fx_influence.types import TokenValues
 
 NAME, SEEDS = "bench_control", 3
 CONTROL = "control"
@@ -99,11 +99,9 @@ def adaptive_bonus(training: TrainingRun) -> Bonus:
     return bonus
 
 
-def steer_weights(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
+def steer_weights(training: TrainingRun, policy: Policy, step_state: StepState, values: TokenValues) -> Tensor:
     """Return STEER's weights exp(-k |effect|), from 1 to the setting at the largest effect of the batch's tokens."""
     batch, advantages = step_state.batch, torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
-    with torch.no_grad():
-        values = fx.TokenValues(*policy.score(batch))
     effect = fx.proxies.steer(values, advantages.unsqueeze(1) / values.logprobs.exp(), batch.completion_mask).abs()
     return (math.log(training.strength) * effect / effect.max().clamp(min=SMALLEST_EFFECT)).exp()
 
@@ -112,11 +110,9 @@ def controller() -> Weigh:
     """Return a function that measures every ``MEASURED``-th batch and weighs each by the estimates before it."""
     state, weight_of = fx.control.control_state(), dict[str, float]()
 
-    def weigh(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
+    def weigh(training: TrainingRun, policy: Policy, step_state: StepState, values: TokenValues) -> Tensor:
         nonlocal state, weight_of
         advantages = torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
-        apply, params = fx.make_functional(policy.model)
-        values = all_token_values(params, step_state.batch, apply)
         kinds = fx.control.kinds(fx.labels.regions(step_state.batch, values, advantages))
         in_force = fx.control.token_weights(kinds, weight_of).float()
         if step_state.step % MEASURED == 0 and advantages.any():

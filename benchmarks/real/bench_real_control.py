@@ -23,9 +23,11 @@ paired by prompt. They hold for these training runs: how far another seed would 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,28 @@ import numpy as np
 import torch
 
 from benchmarks.evidence import bench_acting
-from benchmarks.evidence.bench_acting import TrainingRun, entropy_and_solved, table, train_policy
-from benchmarks.evidence.bench_control import ADAPTIVE, CONTROL, MEASURED, REPO, STEER, verdict_lines, weigh_and_bonus
-from benchmarks.evidence.training_runs import Benchmark, Policy
-from benchmarks.harness import mean_interval, write_json
+from benchmarks.evidence.bench_acting import (
+    TrainingRun,
+    Weigh,
+    entropy_and_solved,
+    method_weights,
+    table,
+    train_policy,
+    update,
+    values_before,
+)
+from benchmarks.evidence.bench_control import (
+    ADAPTIVE,
+    CONTROL,
+    MEASURED,
+    REPO,
+    STEER,
+    controller,
+    verdict_lines,
+    weigh_and_bonus,
+)
+from benchmarks.evidence.training_runs import Benchmark, Policy, StepState, step_states
+from benchmarks.harness import format_interval, mean_interval, write_json
 from benchmarks.real.chat_policy import chat_policy, tasks_of_kinds
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.predicted_run import Settings
@@ -58,6 +78,8 @@ SETTINGS: dict[str, tuple[float | None, ...]] = {
 }
 """Numbers of each method, see ``bench_control.SETTINGS``, the one to run first first."""
 
+IN_PAIRS = "control in pairs"
+"""Method of a training run of control that also times each batch as plain GRPO's."""
 SEEDS, STEPS, PROMPTS, COMPLETIONS = 3, 20, 6, 4
 """Seeds, batches, prompts of a batch, and completions of each."""
 JUDGED, WARM_UP, TRAINED = 32, 160, 144
@@ -91,9 +113,35 @@ def train(training: TrainingRun) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = CACHE if training.is_stored else Path(temporary)
         policy = initial_policy(training.policy, folder)
+        if training.method == IN_PAIRS:
+            return timed_pairs(training, policy)
         before = beginning(training, policy, folder)
     weigh, bonus = weigh_and_bonus(training)
     return [before, *train_policy(training, policy, COMPLETIONS, evaluate, weigh, bonus)]
+
+
+def timed_pairs(training: TrainingRun, policy: Policy) -> list[dict[str, float]]:
+    """Return processor seconds of each batch of a controlled training run, beside plain GRPO's on the same batch."""
+    weigh, pairs, start = controller(), [], time.process_time()
+    for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, COMPLETIONS):
+        sampling = time.process_time() - start
+        before = copy.deepcopy((policy.model.state_dict(), step_state.optimizer.state_dict()))
+        plain = seconds_of_update(training, policy, step_state, method_weights)
+        for part, state in zip((policy.model, step_state.optimizer), before, strict=True):
+            part.load_state_dict(state)
+        controlled = seconds_of_update(training, policy, step_state, weigh)
+        pairs.append({"step": step_state.step, "plain": sampling + plain, "controlled": sampling + controlled})
+        start = time.process_time()
+    return pairs
+
+
+def seconds_of_update(training: TrainingRun, policy: Policy, step_state: StepState, weigh: Weigh) -> float:
+    """Make the steps on a batch with weights of its tokens and without a bonus, and return their processor seconds."""
+    policy.model.get_input_embeddings().forget()
+    start = time.process_time()
+    values = values_before(policy, step_state)
+    update(training, policy, step_state, values, weigh(training, policy, step_state, values), lambda _: 0.0)
+    return time.process_time() - start
 
 
 def beginning(training: TrainingRun, policy: Policy, folder: Path) -> dict[str, Any]:
@@ -117,7 +165,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     plain = {(run["policy"], run["seed"]): run["found"][-1] for run in runs if run["method"] == "grpo"}
     groups: dict[tuple[str, str, float | None], list[Mapping[str, Any]]] = {}
     for run in runs:
-        if (run["policy"], run["seed"]) in plain:
+        if run["method"] != IN_PAIRS and (run["policy"], run["seed"]) in plain:
             groups.setdefault((run["policy"], run["method"], run["setting"]), []).append(run)
     return [
         {"policy": policy, "method": method, "setting": setting, "seeds": len(group)}
@@ -149,24 +197,48 @@ COLUMNS = {name: title for name, title in bench_acting.COLUMNS.items() if name !
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the verdict, the table of the page, and one by kind of task."""
-    rows = report["summary"]
-    kinds = [name for name in rows[0] if ", " in name]
-    by_kind = {name: name.replace("pass_", "pass@") for name in kinds}
-    return "\n\n".join([*verdict_lines(rows), table(rows, COLUMNS), table(rows, by_kind)])
+    rows, runs = report["summary"], report["runs"]
+    before = next(run["found"][0] for run in runs if run["method"] == "grpo")
+    lines = [
+        *verdict_lines(rows),
+        f"Before the training runs: entropy {before['entropy']:.3f}, pass@1 {np.mean(before['pass_1']):.3f}, pass@8 "
+        f"{np.mean(before['pass_8']):.3f}.",
+        *(
+            f"Timed in pairs on the same batches, control takes {format_interval(paired_cost(run['found']), '.2f')} "
+            "times the processor seconds of plain GRPO."
+            for run in runs
+            if run["method"] == IN_PAIRS
+        ),
+    ]
+    by_kind = {name: name.replace("pass_", "pass@") for name in rows[0] if ", " in name}
+    return "\n\n".join(["\n".join(lines), table(rows, COLUMNS), table(rows, by_kind)])
+
+
+def paired_cost(pairs: Sequence[Mapping[str, float]]) -> dict[str, float | None] | None:
+    """Return the ratio of the seconds of ``timed_pairs``, its interval over cycles of ``MEASURED`` batches."""
+    cycles = [pairs[start : start + MEASURED] for start in range(0, len(pairs), MEASURED)]
+    return mean_interval(
+        [sum(pair["controlled"] for pair in cycle) / sum(pair["plain"] for pair in cycle) for cycle in cycles]
+    )
 
 
 def training_runs(quick: bool) -> list[TrainingRun]:
     """Return the training runs of the benchmark, those that tell most first."""
     if quick:
         small: dict[str, Any] = {"steps": MEASURED, "every": MEASURED, "prompts": 4, "judged": 4, "is_stored": False}
-        return [TrainingRun(TINY, method, 0, 1e-3, **small, setting=SETTINGS[method][0]) for method in SETTINGS]
+        settings = {method: settings[0] for method, settings in SETTINGS.items()}
+        settings[IN_PAIRS] = settings[CONTROL]
+        return [TrainingRun(TINY, method, 0, 1e-3, **small, setting=x) for method, x in settings.items()]
     order = [(0, 0), (0, 1), *((seed, setting) for seed in range(1, SEEDS) for setting in (0, 1))]
-    return [
+    runs = [
         TrainingRun(PRETRAINED, method, seed, LEARNING_RATE, STEPS, STEPS, PROMPTS, JUDGED, setting=settings[setting])
         for seed, setting in order
         for method, settings in SETTINGS.items()
         if setting < len(settings)
     ]
+    control = next(run for run in runs if run.method == CONTROL)
+    runs.insert(len(SETTINGS), control._replace(method=IN_PAIRS, steps=3 * MEASURED, every=MEASURED))
+    return runs
 
 
 def prepare(policies: Iterable[str]) -> None:

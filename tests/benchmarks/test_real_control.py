@@ -10,11 +10,19 @@ import torch
 from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 
 from benchmarks.evidence.arithmetic import score_tokens
-from benchmarks.evidence.bench_acting import TrainingRun
-from benchmarks.evidence.training_runs import Policy
+from benchmarks.evidence.bench_acting import TrainingRun, update, values_before
+from benchmarks.evidence.training_runs import Policy, step_states
 from benchmarks.harness import mean_interval
 from benchmarks.real import bench_real_control
-from benchmarks.real.bench_real_control import TINY, beginning, initial_policy, summary
+from benchmarks.real.bench_real_control import (
+    IN_PAIRS,
+    TINY,
+    beginning,
+    initial_policy,
+    paired_cost,
+    summary,
+    timed_pairs,
+)
 from benchmarks.real.chat_policy import answers, chat_policy, score_completions
 from benchmarks.real.language_model import tiny_model
 from benchmarks.real.predicted_run import Settings
@@ -92,8 +100,29 @@ def test_summary_pairs_prompts_and_averages_seeds() -> None:
     assert row["entropy"] == mean_interval([0.5, 0.75])
 
 
+def test_pairs_count_whole_cycles_and_no_rows_of_methods() -> None:
+    pairs = [{"step": k, "plain": 10.0, "controlled": 10.0 if k % 4 else 30.0} for k in range(1, 9)]
+    assert paired_cost(pairs) == {"mean": 1.5, "half_width": 0.0}
+    timed = {**run_of("grpo", 0, [0.0] * 3, 10.0), "method": IN_PAIRS, "found": pairs}
+    assert [row["method"] for row in summary([run_of("grpo", 0, [0.0] * 3, 10.0), timed])] == ["grpo"]
+
+
+def test_timed_pairs_train_as_control_alone(tmp_path: Path) -> None:
+    """The steps of plain GRPO, which come first, are taken back; only the halves of a batch are drawn once more."""
+    training = TrainingRun(TINY, IN_PAIRS, 0, 1e-2, 1, prompts=4, setting=0.8)
+    paired, alone = (initial_policy(TINY, tmp_path / name) for name in ("paired", "alone"))
+    [pair] = timed_pairs(training, paired)
+    assert pair["plain"] > 0
+    [step_state] = step_states(alone, training.lr, training.seed, 1, training.prompts, bench_real_control.COMPLETIONS)
+    step_state.rng.sample(range(len(step_state.rollouts)), len(step_state.rollouts))
+    weights = torch.ones(step_state.batch.input_ids.shape)
+    update(training, alone, step_state, values_before(alone, step_state), weights, lambda _: 0.0)
+    for trained, expected in zip(paired.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(trained, expected)
+
+
 def test_first_runs_are_a_seed_of_every_method() -> None:
-    runs = bench_real_control.training_runs(quick=False)
+    runs = [run for run in bench_real_control.training_runs(quick=False) if run.method != IN_PAIRS]
     assert {(run.method, run.seed) for run in runs[:9]} == {(method, 0) for method in bench_real_control.SETTINGS}
     assert [run.method for run in runs[:2]] == ["grpo", "control"]
     assert len({run.name for run in runs}) == len(runs)
