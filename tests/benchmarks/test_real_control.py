@@ -11,6 +11,7 @@ from helpers.tolerances import TINY_POLICY, assert_close_to_rounding
 
 from benchmarks.evidence.arithmetic import score_tokens
 from benchmarks.evidence.bench_acting import TrainingRun, update, values_before
+from benchmarks.evidence.bench_control import CONTROL, TARGETS
 from benchmarks.evidence.training_runs import Policy, step_states
 from benchmarks.harness import mean_interval
 from benchmarks.real import bench_real_control
@@ -19,6 +20,7 @@ from benchmarks.real.bench_real_control import (
     TINY,
     beginning,
     initial_policy,
+    markdown,
     paired_cost,
     summary,
     timed_pairs,
@@ -105,6 +107,18 @@ def test_pairs_count_whole_cycles_and_no_rows_of_methods() -> None:
     assert paired_cost(pairs) == {"mean": 1.5, "half_width": 0.0}
     timed = {**run_of("grpo", 0, [0.0] * 3, 10.0), "method": IN_PAIRS, "found": pairs}
     assert [row["method"] for row in summary([run_of("grpo", 0, [0.0] * 3, 10.0), timed])] == ["grpo"]
+
+
+def test_page_has_the_verdict_with_either_cost() -> None:
+    """Control gains pass@8 and holds the target, at twice the seconds of plain GRPO, or 1.5 times in pairs."""
+    runs = [run_of("grpo", 0, [0.5] * 3, 10.0), run_of(CONTROL, 0, [0.5] * 3, 20.0)]
+    runs[0]["found"][0].update(entropy=5.0, pass_1=[0.25], pass_8=[0.5])
+    runs[1]["found"][1]["entropy"] = TARGETS[TINY]
+    pairs = [{"step": 1, "plain": 10.0, "controlled": 15.0}]
+    page = markdown({"summary": summary(runs), "runs": [*runs, {"method": IN_PAIRS, "found": pairs}]})
+    assert "control **does not pay**" in page
+    assert "takes 1.50 times the processor seconds of plain GRPO, with which it **pays, by the target**" in page
+    assert "entropy 5.000, pass@1 0.250, pass@8 0.500" in page
 
 
 def test_timed_pairs_train_as_control_alone(tmp_path: Path) -> None:
