@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import fx_influence as fx
-from benchmarks.evidence.arithmetic import score_tokens
 from benchmarks.evidence.training_runs import Benchmark, Policy, StepState, initial_policy, step_states
 from benchmarks.harness import format_interval, mean_interval, svg_figure
 from fx_influence.batching.rows import select_rows
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
-from fx_influence.types import Batch
+from fx_influence.types import Batch, TokenValues
 
 NAME = "bench_acting"
 SEEDS, MAX_NORM, UPDATES = 5, 1.0, 2
@@ -67,35 +66,62 @@ class TrainingRun(NamedTuple):
         return SETTINGS.get(self.method, 0.0) if self.setting is None else self.setting
 
 
-Weigh = Callable[[TrainingRun, Policy, StepState], Tensor]
-"""Function of a training run before the steps on a batch: weights (n, T) of U's tokens."""
+Weigh = Callable[[TrainingRun, Policy, StepState, TokenValues], Tensor]
+"""Function of a training run and the values of U's tokens before the steps on a batch: weights (n, T) of the tokens."""
 
 Bonus = Callable[[float], float]
 """Function of the mean entropy of a step's tokens: the coefficient of the entropy in the step."""
 
 
-def train(training: TrainingRun) -> list[dict[str, float]]:
+def train(training: TrainingRun) -> list[dict[str, Any]]:
     """Return figures of a training run with the weights of its method; see ``train_weighted``."""
     return train_weighted(training, method_weights)
 
 
-def train_weighted(training: TrainingRun, weigh: Weigh, bonus: Bonus | None = None) -> list[dict[str, float]]:
+def train_weighted(training: TrainingRun, weigh: Weigh, bonus: Bonus | None = None) -> list[dict[str, Any]]:
     """Return entropy, accuracy and elapsed seconds at the beginning and after every ``every`` steps."""
+    policy = initial_policy(training.policy, training.is_stored)
+    beginning = {"step": 0, "seconds": 0.0, **evaluate(training, policy)}
+    return [beginning, *train_policy(training, policy, 8, evaluate, weigh, bonus)]
+
+
+def train_policy(
+    training: TrainingRun,
+    policy: Policy,
+    completions: int,
+    evaluate: Callable[[TrainingRun, Policy], dict[str, Any]],
+    weigh: Weigh,
+    bonus: Bonus | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Train a policy; yield its evaluation and the elapsed processor seconds after every ``every`` batches.
+
+    Args:
+        training: the training run.
+        policy: what it begins with, which the steps change.
+        completions: completions of each prompt.
+        evaluate: function of the training run and the policy, whose seconds do not count.
+        weigh: weights of the tokens of each batch.
+        bonus: the entropy's coefficient, by default the setting of the method "bonus".
+    """
     coefficient = training.strength if training.method == "bonus" else 0.0
     bonus = bonus or (lambda _: coefficient)
-    policy = initial_policy(training.policy, training.is_stored)
-    figures, seconds = [{"step": 0, "seconds": 0.0, **evaluate(training, policy)}], 0.0
-    start = time.process_time()
-    for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, 8):
-        update(training, policy, step_state, weigh(training, policy, step_state), bonus)
+    seconds, start = 0.0, time.process_time()
+    for step_state in step_states(policy, training.lr, training.seed, training.steps, training.prompts, completions):
+        values = values_before(policy, step_state)
+        update(training, policy, step_state, values, weigh(training, policy, step_state, values), bonus)
         seconds += time.process_time() - start
         if step_state.step % training.every == 0:
-            figures.append({"step": step_state.step, "seconds": seconds, **evaluate(training, policy)})
+            yield {"step": step_state.step, "seconds": seconds, **evaluate(training, policy)}
         start = time.process_time()
-    return figures
 
 
-def method_weights(training: TrainingRun, policy: Policy, step_state: StepState) -> Tensor:
+def values_before(policy: Policy, step_state: StepState) -> TokenValues:
+    """Return log-probabilities and entropies of a batch's tokens before the steps on it."""
+    with torch.no_grad():
+        return TokenValues(*policy.score(step_state.batch))
+
+
+def method_weights(training: TrainingRun, policy: Policy, step_state: StepState, values: TokenValues) -> Tensor:
     """Return the weights of a method that selects rollouts or tokens, 1 for others and without advantages."""
     if training.method in ("rollouts", "tokens") and any(r.advantage for r in step_state.rollouts):
         return selected_weights(training, policy, step_state)
@@ -104,19 +130,35 @@ def method_weights(training: TrainingRun, policy: Policy, step_state: StepState)
 
 def evaluate(training: TrainingRun, policy: Policy) -> dict[str, float]:
     """Return entropy, pass@1 and pass@8 from eight completions of held-out prompts, always with the same seed."""
+    entropy, solved = entropy_and_solved(training, policy)
+    return {"entropy": entropy, "pass_1": float(solved.mean()), "pass_8": float(solved.max(1).mean())}
+
+
+def entropy_and_solved(training: TrainingRun, policy: Policy) -> tuple[float, np.ndarray]:
+    """Return the entropy per token and whether completions (prompts, 8) are right, those of reward 1."""
     rollouts = policy.sample(policy.held_out[: training.judged], 8, 10**9)
-    solved = np.array([r.reward or 0.0 for r in rollouts]).reshape(-1, 8)
+    solved = np.array([float(r.reward == 1.0) for r in rollouts]).reshape(-1, 8)
     batch = collate(rollouts, policy.tokenizer.pad_token_id)
     with torch.no_grad():
-        entropy = score_tokens(policy.model, batch)[1][batch.completion_mask].mean()
-    return {"entropy": float(entropy), "pass_1": float(solved.mean()), "pass_8": float(solved.max(1).mean())}
+        entropy = policy.score(batch)[1][batch.completion_mask].mean()
+    return float(entropy), solved
 
 
-def update(training: TrainingRun, policy: Policy, step_state: StepState, weights: Tensor, bonus: Bonus) -> None:
-    """Make the optimizer steps on one batch with weights (n, T) of its tokens, one for each random half."""
+def update(
+    training: TrainingRun, policy: Policy, step_state: StepState, values: TokenValues, weights: Tensor, bonus: Bonus
+) -> None:
+    """Make the optimizer steps on one batch, one for each random half.
+
+    Args:
+        training: the training run.
+        policy: the policy, which the steps change.
+        step_state: the batch.
+        values: of its tokens before the steps.
+        weights: (n, T), of its tokens.
+        bonus: the entropy's coefficient.
+    """
     batch, of_rollouts = step_state.batch, torch.tensor([r.advantage or 0.0 for r in step_state.rollouts])
-    with torch.no_grad():
-        old, entropies = score_tokens(policy.model, batch)
+    old, entropies = values
     advantages, covariant = of_rollouts.unsqueeze(1).expand_as(old), torch.zeros_like(batch.completion_mask)
     if training.method in ("clip-cov", "kl-cov"):
         share = training.strength if training.method == "clip-cov" else COVARIANT
@@ -125,9 +167,7 @@ def update(training: TrainingRun, policy: Policy, step_state: StepState, weights
         advantages = advantages - training.strength * (old + entropies)
     for rows in torch.tensor(step_state.rng.sample(range(len(old)), len(old))).chunk(UPDATES):
         part = select_rows(batch, rows)
-        objective, entropy = _clipped_objective(
-            training, policy.model, part, old[rows], advantages[rows], covariant[rows]
-        )
+        objective, entropy = _clipped_objective(training, policy, part, old[rows], advantages[rows], covariant[rows])
         scale = 1 / (len(rows) * policy.task.max_new_tokens)
         coefficient = bonus(float(entropy.detach().sum() / part.completion_mask.sum()))
         step_state.optimizer.zero_grad()
@@ -137,10 +177,10 @@ def update(training: TrainingRun, policy: Policy, step_state: StepState, weights
 
 
 def _clipped_objective(
-    training: TrainingRun, model: nn.Module, batch: Batch, old: Tensor, advantages: Tensor, covariant: Tensor
+    training: TrainingRun, policy: Policy, batch: Batch, old: Tensor, advantages: Tensor, covariant: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return each token's clipped objective and the entropies, 0 outside completions."""
-    logprobs, entropies = score_tokens(model, batch)
+    logprobs, entropies = policy.score(batch)
     mask = batch.completion_mask
     ratio = torch.where(mask, logprobs - old, 0.0).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + (training.strength if training.method == "clip higher" else CLIP))
@@ -209,11 +249,16 @@ COLUMNS = {
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of the page."""
-    lines = [f"| task, method | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
-    for row in report["summary"]:
+    return table(report["summary"], COLUMNS)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Return the table of rows of a ``summary`` with these columns, titles by name of a figure."""
+    lines = [f"| task, method | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
+    for row in rows:
         cells = [
             format_interval(row[name], "+.3f" if "GRPO's" in title and name != "cost" else ".3f")
-            for name, title in COLUMNS.items()
+            for name, title in columns.items()
         ]
         # The stored figures of ``acting`` are older than settings.
         setting = "" if row.get("setting") is None else f" {row['setting']:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -28,6 +28,7 @@ from benchmarks.evidence.arithmetic import (
     draw_prompts,
     fresh_optimizer,
     reinforce,
+    score_tokens,
     update_batch,
     warm_up,
 )
@@ -47,21 +48,31 @@ TOY = Task(largest=4, operands=(2,), within=8, max_new_tokens=2)
 
 
 class Policy(NamedTuple):
-    """A model with its tokenizer, task and prompts."""
+    """A model with its tokenizer, task and prompts.
+
+    ``sampler(model, tokenizer, prompts, each, seed, max_new_tokens)`` returns rollouts with rewards, ``scorer(model,
+    batch)`` log-probabilities and entropies (n, T) of tokens.
+    """
 
     model: Any
     tokenizer: Any
     task: Task
     train: list[Prompt]
     held_out: list[Prompt]
+    sampler: Callable[..., list[Rollout]] = draw
+    scorer: Callable[[Any, Batch], tuple[Tensor, Tensor]] = score_tokens
 
     def evaluation(self, count: int, each: int, seed: int) -> Batch:
         """Return a batch of ``each`` completions of the first ``count`` held-out prompts."""
         return collate(self.sample(self.held_out[:count], each, seed), self.tokenizer.pad_token_id)
 
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies (n, T) of a batch's tokens."""
+        return self.scorer(self.model, batch)
+
     def sample(self, prompts: Sequence[Prompt], each: int, seed: int) -> list[Rollout]:
         """Sample ``each`` completions of every prompt, with rewards."""
-        return draw(self.model, self.tokenizer, prompts, each, seed, self.task.max_new_tokens)
+        return self.sampler(self.model, self.tokenizer, prompts, each, seed, self.task.max_new_tokens)
 
 
 class StepState(NamedTuple):
@@ -186,14 +197,26 @@ def run_all(benchmark: str, work: Callable[[Any], Any], plans: Sequence[Plan], j
 
 
 def _cached(benchmark: str, work: Callable[[Any], Any], plan: Plan) -> Any:
-    path, fields = CACHE / benchmark / f"{plan.name}.json", json.loads(json.dumps(plan._asdict()))
-    # The name does not hold every field, so a file of this name may hold the result of another plan.
-    if not path.exists() or json.loads(path.read_text())["plan"] != fields:
+    path = CACHE / benchmark / f"{plan.name}.json"
+    if not is_finished(benchmark, plan):
         one_thread()
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"plan": fields, "found": work(plan)}))
+        temporary.write_text(json.dumps({"plan": plan._asdict(), "found": work(plan)}))
         temporary.replace(path)
     return json.loads(path.read_text())["found"]
+
+
+def is_finished(benchmark: str, plan: Plan) -> bool:
+    """Return whether the cache has the result of a plan."""
+    path = CACHE / benchmark / f"{plan.name}.json"
+    # The name does not hold every field, so a file of this name may hold the result of another plan.
+    return path.exists() and json.loads(path.read_text())["plan"] == json.loads(json.dumps(plan._asdict()))
+
+
+def prepare_policies(policies: Iterable[str]) -> None:
+    """Make and store the policies that training runs begin with."""
+    for policy in policies:
+        initial_policy(policy)
 
 
 class Benchmark(NamedTuple):
@@ -201,7 +224,8 @@ class Benchmark(NamedTuple):
 
     ``training_runs(quick)`` returns the runs, ``work(run)`` the result of one, ``summary(runs)`` figures over seeds of
     the runs with their results under ``found``. ``markdown(report)`` returns the table, ``appendix(report)`` the long
-    tables for the end of the page; ``plot(report, path)`` draws the figure.
+    tables for the end of the page; ``plot(report, path)`` draws the figure. ``prepare(policies)`` makes what all runs
+    need once.
     """
 
     name: str
@@ -212,6 +236,7 @@ class Benchmark(NamedTuple):
     markdown: Callable[[dict[str, Any]], str]
     appendix: Callable[[dict[str, Any]], str] | None = None
     plot: Callable[[dict[str, Any], Path], None] | None = None
+    prepare: Callable[[Iterable[str]], None] = prepare_policies
 
     def tables(self, report: dict[str, Any]) -> Tables:
         """Return the tables by page and mark."""
@@ -222,14 +247,19 @@ class Benchmark(NamedTuple):
         """Run the benchmark from the command line."""
         command = parser(self.doc, "small and short, written nowhere")
         command.add_argument("--jobs", type=int, default=2, help="training runs at a time")
+        command.add_argument("--collect", action="store_true", help="run nothing; tables of the finished runs")
         arguments = command.parse_args(argv)
         one_thread()
         plans = self.training_runs(arguments.quick)
-        if arguments.quick:
+        if arguments.collect:
+            plans = [plan for plan in plans if is_finished(self.name, plan)]
+            if not plans:
+                command.error(f"no training run of {self.name} has ended; run it without --collect")
+            results = [_cached(self.name, self.work, plan) for plan in plans]
+        elif arguments.quick:
             results = [self.work(plan) for plan in plans]
         else:
-            for policy in dict.fromkeys(plan.policy for plan in plans):
-                initial_policy(policy)
+            self.prepare(dict.fromkeys(plan.policy for plan in plans))
             results = run_all(self.name, self.work, plans, arguments.jobs)
         runs = [{**plan._asdict(), "found": result} for plan, result in zip(plans, results, strict=True)]
         report = {"environment": environment(), "summary": self.summary(runs), "runs": runs}

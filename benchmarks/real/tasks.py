@@ -60,7 +60,7 @@ def verifier(name: str) -> Any:
     prepare_verifiers()
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(name, size=1, seed=0, **KINDS[name]).score_answer
+    return reasoning_gym.create_dataset(name, size=1, seed=0, **KINDS.get(name, {})).score_answer
 
 
 def unique_tasks(

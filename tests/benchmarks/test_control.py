@@ -58,7 +58,8 @@ def test_steer_gives_its_weight_to_the_largest_effect() -> None:
     policy = initial_policy("demo", keep=False)
     step_state = next(iter(step_states(policy, 1e-4, 0, 1, 4, 4)))
     training = bench_acting.TrainingRun("demo", bench_control.STEER, 0, 1e-4, 1, setting=0.5)
-    weights = bench_control.steer_weights(training, policy, step_state)[step_state.batch.completion_mask]
+    values = bench_acting.values_before(policy, step_state)
+    weights = bench_control.steer_weights(training, policy, step_state, values)[step_state.batch.completion_mask]
     assert weights.min() == pytest.approx(0.5)
     assert weights.max() <= 1.0
     assert len(weights.unique()) > 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -124,6 +125,26 @@ def test_results_are_cached_for_the_same_plan_only(tmp_path: Path, monkeypatch: 
 
     assert [training_runs._cached("bench", work, plan) for plan in (Sum(1, 2), Sum(1, 2), Sum(1, 3))] == [3, 3, 4]
     assert done == [Sum(1, 2), Sum(1, 3)]
+
+
+def test_collect_summarises_finished_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, stored = [Sum(1, 2, "first"), Sum(3, 4, "second")], []
+
+    def summarise(runs: Sequence[dict[str, Any]]) -> list[int]:
+        return [run["found"] for run in runs]
+
+    def no_work(plan: Sum) -> int:
+        raise AssertionError("a run was started")
+
+    monkeypatch.setattr(training_runs, "CACHE", tmp_path)
+    monkeypatch.setattr(training_runs, "store", lambda name, report, tables: stored.append(report["summary"]))
+    benchmark = training_runs.Benchmark("bench", None, lambda quick: plans, no_work, summarise, lambda report: "")
+    with pytest.raises(SystemExit):
+        benchmark.main(["--collect"])
+    (tmp_path / "bench").mkdir()
+    training_runs._cached("bench", lambda plan: plan.a + plan.b, plans[1])
+    assert benchmark.main(["--collect"]) == 0
+    assert stored == [[7]]
 
 
 def test_covariant_tokens_have_the_highest_covariance() -> None:
