@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.evidence.counterfactual_tables import KINDS, SIGNLESS
-from benchmarks.harness import result_path
+from benchmarks.harness import result_path, write_json
 from benchmarks.real import bench_real_counterfactual_states
+from benchmarks.real.bench_real_estimators import CROSS_FITTED, DIRECT, FRESH
 from benchmarks.real.language_model import tiny_model
 from benchmarks.real.predicted_run import (
     COMPLETIONS,
@@ -60,7 +62,7 @@ def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     return x
 
 
-def test_full_run_moves_all_weights_of_its_layers_alone(model: Path, tmp_path: Path) -> None:
+def test_full_run_moves_all_weights_of_its_layers_alone(model: Path) -> None:
     policy = initial_policy(settings(model, "full"))
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     unpredicted_step(policy, settings(model, "full"), 1)
@@ -101,21 +103,34 @@ def test_prompts_of_equal_rewards_are_refused(model: Path) -> None:
         with_unequal_rewards(initial_policy(equal), equal, 2, 4)
 
 
-def test_measured_state_is_not_measured_again(measured: Measured) -> None:
-    """What is missing is made again, and equals what was there; nothing else is, nor needed."""
-    figures = figures_of(measured.folder, 2)
-    stored = {name: json.loads((measured.folder / name).read_text(encoding="utf-8")) for name in (PREDICTIONS, CHANGES)}
-    rows = stored[CHANGES]["changes"]
+def test_measured_state_is_not_measured_again(measured: Measured, tmp_path: Path) -> None:
+    """What is missing is made again, and equals what was there; marks on all else stay."""
+    folder = tmp_path / "redone"
+    shutil.copytree(measured.folder, folder)
+    figures, stored, rows = figures_of(folder, 2), read(folder / PREDICTIONS), read(folder / CHANGES)["changes"]
     assert len(rows) == PROMPTS * COMPLETIONS + HALVES + 1
-    (measured.folder / CHANGES).write_text(json.dumps({"changes": [[9.0] * 3, *rows[1:-1]]}), encoding="utf-8")
-    assert figures_of(measured.folder, 2) is None
-    again = initial_policy(measured.settings)
-    load_state(again, state_file(measured.run, 1))
-    measure(again, measured.settings, 2, measured.folder, PROMPTS, HALVES)
-    assert json.loads((measured.folder / CHANGES).read_text(encoding="utf-8"))["changes"] == [[9.0] * 3, *rows[1:]]
-    assert json.loads((measured.folder / PREDICTIONS).read_text(encoding="utf-8")) == stored[PREDICTIONS]
-    (measured.folder / CHANGES).write_text(json.dumps(stored[CHANGES]), encoding="utf-8")
-    assert figures_of(measured.folder, 2) == figures
+    marked = {**stored, "entropy": 9.0}
+    missing = {**marked, CROSS_FITTED: {k: x for k, x in marked[CROSS_FITTED].items() if k != DIRECT}}
+    write_json(folder / PREDICTIONS, missing)
+    write_json(folder / CHANGES, {"changes": [[9.0] * 3, *rows[1:-1]]})
+    assert figures_of(folder, 2) is None
+    policy = initial_policy(measured.settings)
+    load_state(policy, state_file(measured.run, 1))
+    measure(policy, measured.settings, 2, folder, PROMPTS, HALVES)
+    assert read(folder / CHANGES)["changes"] == [[9.0] * 3, *rows[1:]]
+    assert without_seconds(read(folder / PREDICTIONS)) == without_seconds(marked)
+    write_json(folder / PREDICTIONS, stored)
+    write_json(folder / CHANGES, {"changes": rows})
+    assert figures_of(folder, 2) == figures
+
+
+def read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def without_seconds(made: dict[str, Any]) -> dict[str, Any]:
+    by_kind = {kind: {name: {**x, "seconds": 0} for name, x in made[kind].items()} for kind in (FRESH, CROSS_FITTED)}
+    return {**made, **by_kind}
 
 
 def test_every_predictor_has_a_row(measured: Measured) -> None:
@@ -125,17 +140,15 @@ def test_every_predictor_has_a_row(measured: Measured) -> None:
     assert set(figures["loo"]) == set(figures["lds"]) == {*NEEDS, "ceiling"} - set(SIGNLESS)
 
 
-def test_effects_are_of_the_rollouts_left_out(measured: Measured) -> None:
+def test_effects_are_of_the_rollouts_left_out(measured: Measured, tmp_path: Path) -> None:
     """The steps without each rollout come first, so that changes in the order of the predictions rank perfectly."""
-    folder = measured.folder / "ranked"
-    folder.mkdir()
-    made = json.loads((measured.folder / PREDICTIONS).read_text(encoding="utf-8"))
+    made = read(measured.folder / PREDICTIONS)
     share = made["predictions"]["share"]
     halves = [sum(share[k] for k in half) for half in chosen_halves(len(share))]
     changes = [[1.0 - x] * 2 for x in share] + [[x] * 2 for x in halves] + [[1.0] * 2]
-    for name, stored in ((PREDICTIONS, made), (CHANGES, {"changes": changes})):
-        (folder / name).write_text(json.dumps(stored), encoding="utf-8")
-    figures = figures_of(folder, 2)
+    write_json(tmp_path / PREDICTIONS, made)
+    write_json(tmp_path / CHANGES, {"changes": changes})
+    figures = figures_of(tmp_path, 2)
     assert figures is not None
     assert figures["loo"]["share"] == figures["lds"]["share"] == figures["size"]["share"] == pytest.approx(1.0)
 
@@ -178,5 +191,5 @@ def test_tables_name_states_and_predictors() -> None:
 
 
 def test_states_of_all_layers_are_the_stored_ones() -> None:
-    stored = json.loads(result_path(bench_real_counterfactual_states.NAME).read_text(encoding="utf-8"))
+    stored = read(result_path(bench_real_counterfactual_states.NAME))
     assert stored["runs"][-1] == bench_real_counterfactual_states.all_layers_run(), "run it with --collect"
