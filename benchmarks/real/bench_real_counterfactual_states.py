@@ -136,9 +136,14 @@ def all_layers_run() -> dict[str, Any]:
     return {**run, "policy": ALL_LAYERS_TITLE}
 
 
-def report_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the report of training runs with measured states."""
-    return {"environment": environment(), "predictors": predictors(runs), "runs": list(runs)}
+def report_of(runs: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Return the report of training runs with measured states; those of ``earlier`` are in no mean over all states."""
+    return {
+        "environment": environment(),
+        "predictors": predictors(runs),
+        "runs": list(runs),
+        "earlier": list(earlier),
+    }
 
 
 def tables(report: Mapping[str, Any]) -> Tables:
@@ -162,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             measure_states(real_study(), folder)
         if not (runs := measured_runs(folder, STATES, LRS)):
             command.error(f"states measured to the end in {folder} are 0; expected one. Measure without --collect")
-        report = report_of([*runs, all_layers_run()])
+        report = report_of(runs, [all_layers_run()])
     print("\n\n".join(tables(report)[PAGE].values()))
     if not arguments.quick:
         store(NAME, report, tables(report))

@@ -12,6 +12,8 @@ from benchmarks.harness import format_interval, mean_interval
 REFERENCE = "share"
 """Predictor with which the others are compared: the default of ``fx.influence``."""
 CEILING = "ceiling"
+AS_FROZEN_CLIP = ("share, clip", "marginal, clip")
+"""Predictors by state alone, since they rank as those with the clipping factor held fixed do."""
 ENDINGS = {
     "": "",
     ", shrunk": ", shrunk baseline",
@@ -71,15 +73,16 @@ def ratio(values: Sequence[float], ceilings: Sequence[float]) -> float | None:
 
 
 def by_predictor(report: Mapping[str, Any]) -> str:
-    """Return the table of means over states, a row for each predictor."""
-    heads = ["predictor", "needs", "states"]
+    """Return the table of means over states, a row for each predictor, and one by training run."""
+    heads = ["predictor", "needs"]
     for kind in ("loo", "lds"):
         heads += [KINDS[kind], "less frozen's", "of the ceiling"]
     lines = [f"| {' | '.join([*heads, KINDS['size']])} |", "|---" * (len(heads) + 1) + "|"]
     for row in report["predictors"]:
         name = row["predictor"]
-        measured = next(row[kind] for kind in KINDS if kind in row)
-        cells = [title(name), NEEDS.get(name, ""), str(measured["states"])]
+        if name in AS_FROZEN_CLIP:
+            continue
+        cells = [title(name), NEEDS.get(name, "")]
         for kind in ("loo", "lds"):
             x = row.get(kind, {})
             share = x.get("of_ceiling") if name != CEILING else None
@@ -87,12 +90,27 @@ def by_predictor(report: Mapping[str, Any]) -> str:
             cells.append("" if share is None else f"{share:.0%}")
         cells.append(format_interval(row.get("size", {}).get("mean"), "+.2f"))
         lines.append(f"| {' | '.join(cells)} |")
+    states = sum(len(run["found"]) for run in report["runs"])
+    return "\n\n".join([f"Means over {states} states:", "\n".join(lines), by_run(report)])
+
+
+def by_run(report: Mapping[str, Any]) -> str:
+    """Return the table of means over the states of each training run, which are too few for intervals."""
+    runs = [*report["runs"], *report["earlier"]]
+    rows = [{row["predictor"]: row for row in predictors([run])} for run in runs]
+    kinds = ("loo", "lds")
+    heads = [f"{run['policy']}, means over {len(run['found'])}: {KINDS[kind]}" for run in runs for kind in kinds]
+    lines = [f"| predictor | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in (row["predictor"] for row in report["predictors"] if "lds" in row):
+        if name not in AS_FROZEN_CLIP:
+            of_runs = [row[name][kind]["mean"]["mean"] if name in row else None for row in rows for kind in kinds]
+            lines.append(f"| {title(name)} | {' | '.join(map(_cell, of_runs))} |")
     return "\n".join(lines)
 
 
 def by_state(report: Mapping[str, Any]) -> str:
     """Return the table of the states, and one of correlations for each kind of effect, a column for each state."""
-    columns = [(run, state) for run in report["runs"] for state in run["found"]]
+    columns = [(run, state) for run in (*report["runs"], *report["earlier"]) for state in run["found"]]
     heads = [f"{run['policy']}, lr {run['lr']:g}, step {state['step']}" for run, state in columns]
     states = [
         "| state | ΔH of the step | effect of leaving one out, root mean square | its standard error | entropy of U |",
@@ -101,14 +119,17 @@ def by_state(report: Mapping[str, Any]) -> str:
     for head, (_, x) in zip(heads, columns, strict=True):
         entropy = f"{x['entropy']:.2f}" if "entropy" in x else ""
         states.append(f"| {head} | {x['delta_h']:+.2g} | {x['effect']:.2g} | {x['effect_stderr']:.2g} | {entropy} |")
-    return "\n\n".join(["\n".join(states), *(_correlations(report, kind, heads) for kind in KINDS)])
+    return "\n\n".join(["\n".join(states), *(_correlations(report, kind, columns, heads) for kind in KINDS)])
 
 
-def _correlations(report: Mapping[str, Any], kind: str, heads: Sequence[str]) -> str:
+def _correlations(report: Mapping[str, Any], kind: str, columns: Sequence[Any], heads: Sequence[str]) -> str:
     lines = [f"| {KINDS[kind]} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in report["predictors"]:
         if kind in row:
-            values = [x[kind].get(row["predictor"]) for run in report["runs"] for x in run["found"]]
-            cells = ("" if x is None else f"{x:+.2f}" for x in values)
-            lines.append(f"| {title(row['predictor'])} | {' | '.join(cells)} |")
+            values = [state[kind].get(row["predictor"]) for _, state in columns]
+            lines.append(f"| {title(row['predictor'])} | {' | '.join(map(_cell, values))} |")
     return "\n".join(lines)
+
+
+def _cell(correlation: float | None) -> str:
+    return "" if correlation is None else f"{correlation:+.2f}"

@@ -182,14 +182,15 @@ def test_summary_compares_predictors_within_states() -> None:
 
 def test_tables_name_states_and_predictors() -> None:
     run = {"policy": "LoRA", "lr": 0.5, "found": [state(share=0.9, sgd=-0.25, ceiling=1.0)]}
-    report = {"runs": [run], "predictors": predictors([run])}
-    assert "| plain SGD | fresh rollouts | 1 | -0.25 | -1.15 | -25% | -0.25 | -1.15 | -25% | -0.25 |" in by_predictor(
-        report
-    )
-    assert "| leaving one out | LoRA, lr 0.5, step 2 |" in by_state(report)
-    assert "| plain SGD | -0.25 |" in by_state(report)
+    earlier = {"policy": "earlier", "lr": 2.0, "found": [state(share=0.5, ceiling=1.0)]}
+    report = {"runs": [run], "earlier": [earlier], "predictors": predictors([run])}
+    cells = "-0.25 | -1.15 | -25%"
+    assert f"| plain SGD | fresh rollouts | {cells} | {cells} | -0.25 |" in by_predictor(report)
+    assert "| frozen | +0.90 | +0.90 | +0.50 | +0.50 |" in by_predictor(report)
+    assert "| leaving one out | LoRA, lr 0.5, step 2 | earlier, lr 2, step 2 |" in by_state(report)
+    assert "| plain SGD | -0.25 |  |" in by_state(report)
 
 
 def test_states_of_all_layers_are_the_stored_ones() -> None:
     stored = read(result_path(bench_real_counterfactual_states.NAME))
-    assert stored["runs"][-1] == bench_real_counterfactual_states.all_layers_run(), "run it with --collect"
+    assert stored["earlier"] == [bench_real_counterfactual_states.all_layers_run()], "run it with --collect"
