@@ -1,4 +1,4 @@
-"""Which predictor ranks the rollouts of a pretrained model best, by a step redone without them?
+"""Rank the rollouts of a pretrained model by every predictor, and by a step redone without them.
 
     python -m benchmarks real_counterfactual_states            SmolLM2-135M-Instruct, its last six layers trained;
                                                                a quarter of an hour a state on a core, resumed at the
@@ -99,6 +99,8 @@ def measure_states(study: Study, folder: Path) -> None:
     """Make the training runs and measure their states, into ``folder``; what it has is not made again."""
     for weights, steps in study.states:
         settings, target = study.settings[weights], folder / weights
+        if figures_of(redone_folder(target, steps), steps + 1) is not None:
+            continue
         train(target, settings, unpredicted_step, [n for w, n in study.states if w == weights])
         policy = initial_policy(settings)
         load_state(policy, state_file(target, steps))

@@ -22,7 +22,7 @@ ENDINGS = {
     ", no score term": ", no score term",
 }
 """Endings of titles by those of the predictors' names that are estimators of the entropy's gradient."""
-FRESH, OWN, TOKENS, NOTHING = "fresh rollouts", "the step's rollouts", "probabilities of their tokens", "nothing"
+FRESH, OWN, TOKENS, NOTHING = "fresh rollouts", "the step's rollouts", "token probabilities", "nothing"
 """What a predictor needs beside the step's gradients: rollouts as E, or less."""
 NEEDS = {
     **{f"share{ending}": FRESH for ending in ENDINGS},
@@ -103,8 +103,9 @@ def by_run(report: Mapping[str, Any]) -> str:
     lines = [f"| predictor | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in (row["predictor"] for row in report["predictors"] if "lds" in row):
         if name not in AS_FROZEN_CLIP:
-            of_runs = [row[name][kind]["mean"]["mean"] if name in row else None for row in rows for kind in kinds]
-            lines.append(f"| {title(name)} | {' | '.join(map(_cell, of_runs))} |")
+            of_runs = [row.get(name, {}).get(kind) for row in rows for kind in kinds]
+            cells = (_cell(x["mean"]["mean"] if x else None) for x in of_runs)
+            lines.append(f"| {title(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -104,7 +104,7 @@ def test_prompts_of_equal_rewards_are_refused(model: Path) -> None:
 
 
 def test_measured_state_is_not_measured_again(measured: Measured, tmp_path: Path) -> None:
-    """What is missing is made again, and equals what was there; marks on all else stay."""
+    """Figures that are missing are made again and equal those that were there; marks on all others stay."""
     folder = tmp_path / "redone"
     shutil.copytree(measured.folder, folder)
     figures, stored, rows = figures_of(folder, 2), read(folder / PREDICTIONS), read(folder / CHANGES)["changes"]
